@@ -1,0 +1,42 @@
+"""One PostgreSQL connection limit, shared by every worker process."""
+
+from sharedpool.broker.launch import Broker, start_broker
+from sharedpool.config import config_pool, get_pool
+from sharedpool.errors import (
+    BrokerUnavailable,
+    ConfigError,
+    PoolClosed,
+    PoolError,
+    PoolExhausted,
+    PoolTimeout,
+    ProtocolError,
+    SharedPoolError,
+)
+from sharedpool.pgsimple import PgSimple
+from sharedpool.worker.forks import reset_after_fork
+from sharedpool.worker.pool import Pool, PoolStats, SimpleConnectionPool, ThreadedConnectionPool
+from sharedpool.worker.settings import PoolConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Broker",
+    "BrokerUnavailable",
+    "ConfigError",
+    "PgSimple",
+    "Pool",
+    "PoolClosed",
+    "PoolConfig",
+    "PoolError",
+    "PoolExhausted",
+    "PoolStats",
+    "PoolTimeout",
+    "ProtocolError",
+    "SharedPoolError",
+    "SimpleConnectionPool",
+    "ThreadedConnectionPool",
+    "config_pool",
+    "get_pool",
+    "reset_after_fork",
+    "start_broker",
+]

@@ -1,0 +1,7 @@
+"""`python -m sharedpool.broker LOG`: the automatic broker, started by `launch.ensure_running`."""
+
+import sys
+
+from sharedpool.broker.launch import run_detached
+
+run_detached(sys.argv[1])

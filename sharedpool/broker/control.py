@@ -1,0 +1,202 @@
+"""The broker's one connection to PostgreSQL: see that a backend is gone, and end what is left of a dead worker.
+
+It runs in a thread of its own, so that a slow server never stops the leases. A slot is freed only when
+`pg_stat_activity` of the very server the backend ran on does not list (pid, backend_start) any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psycopg2
+
+from sharedpool.broker.commands import Fence
+from sharedpool.wire.messages import Backend, Token
+
+logger = logging.getLogger("sharedpool.broker")
+
+_FIRST_RETRY_S = 0.005
+_LAST_RETRY_S = 1.0
+
+_SERVER_SQL = """
+SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,
+       coalesce(host(inet_server_addr()), '') || ':' || coalesce(inet_server_port(), 0)
+"""
+_ROOM_SQL = """
+SELECT sum(CASE name WHEN 'max_connections' THEN setting::int ELSE -setting::int END)
+FROM pg_settings WHERE name IN ('max_connections', 'superuser_reserved_connections', 'reserved_connections')
+"""
+# One statement, so that the pid cannot be another process's between the look and the signal.
+_FENCE_SQL = """
+SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint, pg_terminate_backend(pid)
+FROM pg_stat_activity
+WHERE (pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0)) IN
+      (SELECT * FROM unnest(%s::int[], %s::bigint[]))
+"""
+_LOOK_SQL = """
+SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0) FROM pg_stat_activity WHERE pid = ANY(%s)
+"""
+
+
+@dataclass(slots=True)
+class _Job:
+    fence: Fence
+    due: float
+    retry_s: float = _FIRST_RETRY_S
+    warned: bool = False
+
+
+class Control:
+    """Fences backends over one connection. `gone(token)` is called, in this thread, for each that is confirmed gone."""
+
+    def __init__(self, dsn: str | None, max_conn: int | None, gone: Callable[[Token], None]) -> None:
+        self._dsn = dsn
+        self._max_conn = max_conn
+        self._gone = gone
+        self._inbox: queue.SimpleQueue[Fence | None] = queue.SimpleQueue()
+        self._jobs: dict[Token, _Job] = {}
+        self._conn: psycopg2.extensions.connection | None = None
+        self._boot_us = 0
+        self._route = ""
+        self._seen: set[tuple[str, int]] = set()  # (address, start) of every server this connection has been on
+        self.state = "connecting" if dsn else "none"
+        self._thread = threading.Thread(target=self._run, name="sharedpool-control", daemon=True)
+
+    def start(self) -> None:
+        """Connect in the background."""
+        if self._dsn is None:
+            logger.warning(
+                "no control connection (give --dsn): a killed worker's slots stay counted until the broker restarts"
+            )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; waits at most a second for a query that is under way."""
+        self._inbox.put(None)
+        self._thread.join(1.0)
+
+    def fence(self, fence: Fence) -> None:
+        """Queue a backend to be ended and confirmed gone. Does not block."""
+        self._inbox.put(fence)
+
+    def _run(self) -> None:
+        retry_s, retry_at = 0.1, 0.0
+        while True:
+            if self._dsn and self._conn is None and time.monotonic() >= retry_at:
+                try:
+                    self._connect()
+                    retry_s = 0.1
+                except psycopg2.Error as error:
+                    self.state = f"unreachable: {str(error).strip()}"
+                    logger.warning("control connection: %s; next try in %.1f s", str(error).strip(), retry_s)
+                    retry_at, retry_s = time.monotonic() + retry_s, min(retry_s * 2, 5.0)
+            if not self._receive(self._wait_s(retry_at)):
+                break
+            if self._conn is not None:
+                try:
+                    self._work(time.monotonic())
+                except psycopg2.Error as error:
+                    logger.warning("control connection lost: %s", str(error).strip())
+                    self._drop()
+        self._drop()
+
+    def _wait_s(self, retry_at: float) -> float | None:
+        if self._dsn and self._conn is None:
+            return max(0.0, retry_at - time.monotonic())
+        if self._conn is None or not self._jobs:
+            return None
+        return max(0.0, min(job.due for job in self._jobs.values()) - time.monotonic())
+
+    def _receive(self, timeout: float | None) -> bool:
+        """Take in new jobs, waiting up to `timeout` seconds for the first; return False at the end."""
+        try:
+            fence = self._inbox.get(timeout=timeout)
+            while True:
+                if fence is None:
+                    return False
+                self._jobs[fence.token] = _Job(fence, time.monotonic())
+                if self._dsn is None:
+                    logger.warning("pool %r: lease %s stays counted: %s", fence.pool, fence.token, _NO_CONTROL)
+                fence = self._inbox.get_nowait()
+        except queue.Empty:
+            return True
+
+    def _connect(self) -> None:
+        assert self._dsn is not None
+        self._conn = psycopg2.connect(self._dsn, fallback_application_name="sharedpool broker", connect_timeout=10)
+        self._conn.autocommit = True
+        with self._conn.cursor() as cursor:
+            cursor.execute(_SERVER_SQL)
+            row = cursor.fetchone()
+            assert row is not None
+            self._boot_us, self._route = row
+            self._seen.add((self._route, self._boot_us))
+            cursor.execute(_ROOM_SQL)
+            row = cursor.fetchone()
+            assert row is not None
+        self.state = "connected"
+        logger.info("control connection: backend %d, room for %d connections", self._conn.info.backend_pid, row[0])
+        if self._max_conn is not None and self._max_conn + 1 > row[0]:
+            text = (
+                "max_conn %d and 1 control connection are more than the %d connections the server has for ordinary"
+                " users: raise max_connections or lower max_conn"
+            )
+            logger.warning(text, self._max_conn, row[0])
+
+    def _drop(self) -> None:
+        if self._conn is not None:
+            self._conn.close()
+        self._conn = None
+        self.state = "none" if self._dsn is None else "connecting"
+
+    def _work(self, now: float) -> None:
+        assert self._conn is not None
+        due = [job for job in self._jobs.values() if job.due <= now]
+        looked = [job for job in due if self._comparable(job)]
+        backends = [job.fence.backend for job in looked if job.fence.backend is not None]
+        if backends:
+            with self._conn.cursor() as cursor:
+                pids = [backend.pid for backend in backends]
+                cursor.execute(_FENCE_SQL, (pids, [backend.start_us for backend in backends]))
+                cursor.execute(_LOOK_SQL, (pids,))
+                listed = dict(cursor.fetchall())
+            for job in looked:
+                backend = job.fence.backend
+                # Start time 0: we may not see it, so it may be the same one.
+                if backend is not None and listed.get(backend.pid, -1) not in (backend.start_us, 0):
+                    self._done(job, "gone")
+        for job in due:
+            job.retry_s = min(job.retry_s * 2, _LAST_RETRY_S)
+            job.due = now + job.retry_s
+
+    def _comparable(self, job: _Job) -> bool:
+        """Say whether this server can tell about the backend; settle the job if a restart already did."""
+        backend = job.fence.backend
+        if backend is not None and backend.start_us and backend.boot_us == self._boot_us:
+            return True
+        if backend is not None and self._restarted_since(backend):
+            self._done(job, "server restarted")
+        elif not job.warned:
+            job.warned = True
+            text = "pool %r: lease %s stays counted: the control connection cannot tell whether backend %s is gone"
+            logger.warning(text, job.fence.pool, job.fence.token, backend.pid if backend else "(unknown)")
+        return False
+
+    def _restarted_since(self, backend: Backend) -> bool:
+        """We saw that server ourselves, by this route, and now another incarnation answers there."""
+        return backend.boot_us != self._boot_us and (self._route, backend.boot_us) in self._seen
+
+    def _done(self, job: _Job, how: str) -> None:
+        fence = job.fence
+        del self._jobs[fence.token]
+        pid = fence.backend.pid if fence.backend else 0
+        logger.info("pool %r: lease %s: backend %d %s (%s)", fence.pool, fence.token, pid, how, fence.why)
+        self._gone(fence.token)
+
+
+_NO_CONTROL = "there is no control connection to confirm that its backend is gone"

@@ -1,0 +1,267 @@
+"""Match waiters with slots: grant, recall what lies idle, ask the busy for their next checkin, refuse who will not wait.
+
+Decisions only, over the records; nothing here does I/O or reads a clock. `settle` runs after every change:
+
+1. Grant free slots to the oldest waiters, over all pools.
+2. If slots are short: recall idle leases, longest idle first; then fence suspect ones; then *press* the holders, so
+   that their next checkins come back instead of being cached.
+3. A waiter that does not want to wait is refused once every holder has answered, after that waiter's arrival, that it
+   has nothing idle. Such a question to all holders is a *round*; later arrivals share the next one.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+
+from sharedpool.broker.commands import Command, Fence, Send
+from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState, Waiter
+from sharedpool.wire.messages import Deny, DenyReason, Grant, Holder, Recall, Token
+
+# A worker that has not answered a recall, or finished a close, for so long is not waited for any more.
+ANSWER_LIMIT_S = 1.0
+HOLDERS_NAMED = 3
+
+
+class Demand:
+    """The queue's side of the ledger. `arm(when, kind, subject)` asks for a timer."""
+
+    def __init__(
+        self,
+        books: Books,
+        epoch: int,
+        emit: Callable[[Command], None],
+        arm: Callable[[float, str, object], None],
+    ) -> None:
+        self._books = books
+        self._epoch = epoch
+        self._emit = emit
+        self._arm = arm
+        self._serial = 0  # of leases
+        self._ask_serial = 0  # of recalls and of what they say to owe
+        self._round = 0
+        self._polling: dict[bytes, Session] = {}
+        self._unpolled: list[Waiter] = []
+
+    def settle(self, now: float) -> None:
+        """Do all that can be done for the waiters after a change."""
+        books = self._books
+        if books.contended:
+            self._serve(now)
+        if books.contended:
+            self._recall(now)
+            self._poll(now)
+            self._refuse(now)
+        self._relax(now)
+
+    # --- 1. grant
+
+    def _serve(self, now: float) -> None:
+        while self._books.room > 0:
+            ready = [next(iter(p.waiters.values())) for p in self._books.contended.values() if p.room > 0]
+            if not ready:
+                return
+            self._grant(min(ready, key=lambda waiter: waiter.seq), now)
+
+    def _grant(self, waiter: Waiter, now: float) -> None:
+        session, pool = waiter.session, waiter.session.pool
+        self._books.dequeue(waiter)
+        self._serial += 1
+        lease = Lease(Token(self._epoch, self._serial), session, pool, request=waiter.request)
+        self._books.move(lease, SlotState.GRANTED, "granted")
+        pool.grants += 1
+        pool.waits += now > waiter.since
+        self._books.mark_owed(session, min(len(session.leases), self._pressure(pool, session)))
+        self.send_grant(lease)
+
+    def send_grant(self, lease: Lease) -> None:
+        """Send a grant, or send it again for a request that was repeated."""
+        self._ask_serial += 1
+        self._emit(
+            Send(lease.session.id, Grant(lease.request, lease.token, self._ask_serial, lease.session.owed)),
+        )
+
+    # --- 2. recall
+
+    def _recall(self, now: float) -> None:
+        books = self._books
+        for pool in list(books.contended.values()):
+            short = len(pool.waiters) - max(pool.room, 0) - pool.coming
+            if short > 0:
+                short -= self._take([pool], short, now)
+                short -= self._fence_suspects([pool], min(short, self._patient(pool)))
+                if short > 0:
+                    self._press(pool, now)
+        servable = sum(min(len(p.waiters), max(p.room, 0)) for p in books.contended.values())
+        short = servable - books.room - sum(pool.coming for pool in books.pools.values())
+        if short > 0:  # the cap over all pools is what keeps them waiting: any pool's slot will do
+            pools = sorted(books.pools.values(), key=lambda pool: len(pool.waiters))
+            short -= self._take(pools, short, now)
+            short -= self._fence_suspects(pools, min(short, sum(map(self._patient, pools))))
+            if short > 0:
+                for pool in pools:
+                    self._press(pool, now)
+
+    def _take(self, pools: Iterable[Pool], short: int, now: float) -> int:
+        """Ask for up to `short` idle leases; return for how many."""
+        chosen: dict[bytes, tuple[Session, int]] = {}
+        idle = chain.from_iterable(pool.idle.values() for pool in pools)
+        for lease in list(islice(idle, short)):
+            del lease.pool.idle[lease.token]
+            session, count = chosen.get(lease.session.id, (lease.session, 0))
+            chosen[session.id] = (session, count + 1)
+        for session, count in chosen.values():
+            self._books.mark_taking(session, session.taking + count)
+            session.pool.recalls += count
+            self.ask(session, now, take=count)
+        return sum(count for _, count in chosen.values())
+
+    def _fence_suspects(self, pools: Iterable[Pool], short: int) -> int:
+        fenced = 0
+        for lease in list(islice(chain.from_iterable(pool.suspects.values() for pool in pools), max(short, 0))):
+            self.fence(lease, "its worker is silent and somebody waits")
+            fenced += 1
+        return fenced
+
+    def fence(self, lease: Lease, why: str) -> None:
+        """Have a suspect lease's backend ended and verified; its slot stays counted until then."""
+        self._books.move(lease, SlotState.FENCING, why)
+        lease.pool.fences += 1
+        self._emit(Fence(lease.token, lease.pool.name, lease.backend, why))
+
+    @staticmethod
+    def _patient(pool: Pool) -> int:
+        return len(pool.waiters) - len(pool.nowaits)
+
+    def _wanted(self, pool: Pool) -> int:
+        """How many patient waiters a slot of this pool would help."""
+        if self._books.max_conn is not None and self._books.room <= 0:
+            return sum(map(self._patient, self._books.contended.values()))
+        return self._patient(pool)
+
+    def _first_patient(self, pool: Pool) -> Waiter | None:
+        return next((waiter for waiter in pool.waiters.values() if not waiter.nowait), None)
+
+    def _pressure(self, pool: Pool, holder: Session) -> int:
+        """How many of `holder`'s next checkins others wait for: none while its own waiter is the first."""
+        first = self._first_patient(pool)
+        return 0 if first is not None and first.session is holder else self._wanted(pool)
+
+    def _press(self, pool: Pool, now: float) -> None:
+        for session in list(pool.unpressed.values()):
+            owed = min(len(session.leases), self._pressure(pool, session))
+            if owed:
+                self._books.mark_owed(session, owed)
+                self.ask(session, now)
+
+    def _relax(self, now: float) -> None:
+        """Tell holders that owe for nothing: nobody waits any more, or the first waiter is their own."""
+        for pool in self._books.pools.values():
+            if not pool.pressed:
+                continue
+            first = self._first_patient(pool)
+            if not self._wanted(pool):
+                relaxed = list(pool.pressed.values())
+            elif first is not None and first.session.id in pool.pressed:
+                relaxed = [first.session]
+            else:
+                continue
+            for session in relaxed:
+                self._books.mark_owed(session, 0)
+                self._ask_serial += 1
+                self._emit(Send(session.id, Recall(self._ask_serial, 0, 0, answer=False)))
+
+    def ask(self, session: Session, now: float, *, take: int = 0, expired: bool = False) -> None:
+        """Ask a session for `take` idle leases and for what it holds; watch for its answer."""
+        self._ask_serial += 1
+        session.asked = self._ask_serial
+        self._emit(Send(session.id, Recall(session.asked, take, session.owed, expired)))
+        if not session.answer_armed:
+            session.answer_armed = True
+            self._arm(now + ANSWER_LIMIT_S, "answer", session)
+
+    def answered(self, session: Session, serial: int) -> None:
+        """Note that a session has said what it holds, knowing recall `serial`."""
+        session.answered = max(session.answered, serial)
+        if session.answered >= session.asked:
+            self._books.mark_taking(session, 0)
+            self._polling.pop(session.id, None)
+
+    def ignore(self, session: Session) -> None:
+        """Stop expecting answers from a session that gives none, or is gone."""
+        self._books.mark_taking(session, 0)
+        self._polling.pop(session.id, None)
+        self._books.mark_owed(session, session.owed)
+
+    # --- 3. refuse
+
+    def add(self, waiter: Waiter) -> None:
+        """Queue a request."""
+        self._books.enqueue(waiter)
+        if waiter.nowait:
+            self._unpolled.append(waiter)
+
+    def _poll(self, now: float) -> None:
+        if self._polling or not self._unpolled:
+            return
+        fresh = [waiter for waiter in self._unpolled if waiter.request in waiter.session.waiters]
+        self._unpolled = []
+        if not fresh:
+            return
+        self._round += 1
+        for waiter in fresh:
+            waiter.round = self._round
+        # A session knows its own cache: when only it asks, it need not be asked.
+        askers = {waiter.session.id for waiter in fresh}
+        capped = self._books.max_conn is not None and self._books.room <= 0
+        pools = list(self._books.pools.values()) if capped else [waiter.session.pool for waiter in fresh]
+        for pool in dict.fromkeys(pools):
+            for session in list(pool.pressed.values()):
+                if session.answered < session.asked:
+                    self._polling[session.id] = session
+            for session in list(pool.unpressed.values()):
+                if askers != {session.id}:
+                    self._polling[session.id] = session
+                    self.ask(session, now)
+
+    def _refuse(self, now: float) -> None:
+        if self._polling:
+            return
+        for pool in list(self._books.contended.values()):
+            if not pool.nowaits:
+                continue
+            coming = max(pool.room, 0) + pool.coming
+            everywhere = self._books.room + sum(p.coming for p in self._books.pools.values())
+            unserved = islice(pool.waiters.values(), max(0, min(coming, everywhere)), None)
+            for waiter in [waiter for waiter in unserved if waiter.nowait and waiter.round is not None]:
+                pool.denials += 1
+                self.deny(waiter, DenyReason.EXHAUSTED, now)
+
+    def deny(self, waiter: Waiter, reason: DenyReason, now: float) -> None:
+        """Refuse a request, saying who holds most."""
+        pool = waiter.session.pool
+        self._books.dequeue(waiter)
+        holders = heapq.nlargest(HOLDERS_NAMED, self._holders(pool), key=lambda session: len(session.leases))
+        named = [Holder(s.label, len(s.leases), _longest_ms(s, now)) for s in holders]
+        self._emit(Send(waiter.session.id, Deny(waiter.request, reason, pool.max_conn, named)))
+
+    @staticmethod
+    def _holders(pool: Pool) -> Iterator[Session]:
+        return (session for session in {id(x.session): x.session for x in pool.leases.values()}.values())
+
+    def check_invariants(self) -> None:
+        """Raise `AssertionError` when waiters are left without anything being done for them."""
+        books = self._books
+        assert all(session.id in books.sessions for session in self._polling.values())
+        for pool in books.contended.values():
+            assert not (pool.room > 0 and books.room > 0), f"{pool.name}: a free slot and a waiter"
+            short = len(pool.waiters) - max(pool.room, 0) - pool.coming
+            if short > 0:
+                assert not pool.idle, f"{pool.name}: an idle lease nobody recalled"
+                assert all(not self._pressure(pool, s) for s in pool.unpressed.values()), pool.name
+
+
+def _longest_ms(session: Session, now: float) -> int:
+    since = [lease.used_since for lease in session.leases.values() if lease.used_since is not None]
+    return int((now - min(since)) * 1000) if since else 0

@@ -1,0 +1,291 @@
+"""Start a broker: in this process, as a child that a script owns, or detached and shared by whoever needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import multiprocess
+
+from sharedpool.broker.lock import AlreadyRunning, is_held
+from sharedpool.broker.server import BrokerSettings, Server
+from sharedpool.conninfo import resolve
+from sharedpool.errors import BrokerUnavailable, ConfigError, SharedPoolError
+from sharedpool.wire import address as addresses
+
+# How long a broker may take from its start to its first message, on a busy machine.
+START_LIMIT_S = 20.0
+DEFAULT_LINGER_S = 30.0
+
+
+def serve(server: Server) -> None:
+    """Run a bound server until SIGTERM or SIGINT. Call it in the main thread."""
+    previous = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, lambda *_: server.stop())
+    try:
+        server.run()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+# --- automatic: detached, found by its address
+
+
+def ensure_running(settings: BrokerSettings) -> None:
+    """Make sure that a broker lives at `settings.address`: return when one does, starting it when none does.
+
+    Blocks up to `START_LIMIT_S`. Of many processes that call this at once exactly one starts a broker. Raise
+    `BrokerUnavailable` when it does not come up, with its own words.
+    """
+    lock = addresses.lock_path(settings.address)
+    if is_held(lock):
+        return
+    deadline = time.monotonic() + START_LIMIT_S
+    with _start_lock(lock.with_suffix(".start"), deadline):
+        if not is_held(lock):
+            _start_detached(settings, deadline)
+
+
+@contextlib.contextmanager
+def _start_lock(path: Path, deadline: float) -> Any:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise BrokerUnavailable(f"another process has held {path} for {START_LIMIT_S:.0f} s") from None
+                time.sleep(0.02)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _start_detached(settings: BrokerSettings, deadline: float) -> None:
+    # The settings, password included, go through a pipe: argv is public.
+    log = addresses.lock_path(settings.address).with_suffix(".log")
+    package_parent = str(Path(__file__).resolve().parents[2])
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, (package_parent, os.getenv("PYTHONPATH")))))
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "sharedpool.broker", str(log)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process.stdin, process.stdout:
+        try:
+            process.stdin.write(json.dumps(asdict(settings)).encode())
+            process.stdin.close()
+            word = _read_line(process.stdout.fileno(), deadline)
+        except BrokenPipeError:
+            word = ""
+    process.wait()  # the broker itself is its grandchild
+    if word not in ("ready", "already running"):
+        detail = word or f"it ended with status {process.returncode}; see {log}"
+        raise BrokerUnavailable(f"the automatic broker at {settings.address} did not start: {detail}")
+
+
+def _read_line(fd: int, deadline: float) -> str:
+    data = b""
+    while b"\n" not in data:
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([fd], [], [], left)[0]:
+            return f"no word from it in {START_LIMIT_S:.0f} s"
+        chunk = os.read(fd, 4096)
+        if not chunk:
+            break
+        data += chunk
+    return data.decode("utf-8", "replace").strip()
+
+
+def run_detached(log: str) -> None:
+    """Be the automatic broker: settings as JSON on stdin, one word on stdout when it is ready. Does not return."""
+    settings = BrokerSettings(**json.loads(sys.stdin.read()))
+    if os.fork():
+        os._exit(0)  # our parent need not wait for us, and nobody becomes our parent's zombie
+    os.chdir("/")
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    os.dup2(fd, 2)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    server = Server(settings)
+    try:
+        server.bind()
+    except AlreadyRunning:
+        word = "already running"
+    except SharedPoolError as error:
+        word = str(error)
+    else:
+        word = "ready"
+    print(word, flush=True)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    if word == "ready":
+        serve(server)
+    os._exit(0)
+
+
+# --- owned by a script
+
+
+class Broker:
+    """A broker process that this process owns: it ends with `stop`, with the `with` block, or with its owner.
+
+    `address` is what workers need: `config_pool(broker=...)`, or the environment variable SHAREDPOOL_BROKER.
+    """
+
+    def __init__(self, process: Any, address: str) -> None:
+        self._process = process
+        self.address = address
+
+    @property
+    def pid(self) -> int:
+        """The broker's process id."""
+        return int(self._process.pid)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the broker process is running."""
+        return bool(self._process.is_alive())
+
+    def stop(self) -> None:
+        """End the broker and wait for it (at most 5 s). Connections that workers hold live on."""
+        if self._process.is_alive():
+            self._process.terminate()
+            self._process.join(5.0)
+            if self._process.is_alive():
+                self._process.kill()
+        self._process.join()
+
+    def __enter__(self) -> Broker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        return f"<Broker {self.address} pid={self.pid} {'running' if self.is_alive else 'stopped'}>"
+
+
+def start_broker(
+    max_conn: int,
+    *,
+    address: str | None = None,
+    dsn: str | None = None,
+    expiration: float | None = None,
+    max_checkout: float | None = None,
+    ttl: float = 15.0,
+) -> Broker:
+    """Start a broker process for this script's workers and return its handle (a context manager).
+
+    `max_conn` caps the sum over all pools. With `dsn` (default: DATABASE_DSN, DATABASE_URL, libpq's environment) the
+    broker holds one control connection beside `max_conn`, with which it confirms that dead workers' backends are gone.
+    `expiration`, `max_checkout` and `ttl` are seconds. Blocks until the broker is ready.
+
+    It is a spawned `multiprocess` process: call it under `if __name__ == "__main__":`, as with multiprocessing. Raise
+    `BrokerUnavailable` when it does not come up, `ConfigError` for a wrong argument.
+    """
+    if max_conn < 1:
+        raise ConfigError(f"max_conn: must be at least 1, not {max_conn}")
+    if address is None:
+        address = f"ipc://{addresses.runtime_dir()}/broker-{os.getpid()}-{os.urandom(4).hex()}.sock"
+    settings = BrokerSettings(
+        addresses.check_address(address, "address"), max_conn, control_dsn(dsn), expiration, max_checkout or 0.0, ttl
+    )
+    context = multiprocess.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_run_owned, args=(settings, theirs), name="sharedpool-broker", daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        word = ours.recv() if ours.poll(START_LIMIT_S) else "no word from it"
+    except EOFError:
+        word = "it ended at once: is start_broker() called under `if __name__ == '__main__':`?"
+    if word != "ready":
+        process.kill()
+        process.join()
+        raise BrokerUnavailable(f"the broker at {address} did not start: {word}")
+    return Broker(_Owned(process, ours), address)
+
+
+class _Owned:
+    """The process, and the pipe whose end tells the broker that its owner is gone."""
+
+    def __init__(self, process: Any, pipe: Connection) -> None:
+        self._process = process
+        self._pipe = pipe
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._process, name)
+
+
+def _run_owned(settings: BrokerSettings, pipe: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the owner decides
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    server = Server(settings)
+    try:
+        server.bind()
+    except SharedPoolError as error:
+        pipe.send(str(error))
+        return
+    pipe.send("ready")
+    signal.signal(signal.SIGTERM, lambda *_: server.stop())
+    server.stop_when_closed(pipe.fileno())
+    server.run()
+
+
+def control_dsn(dsn: str | None) -> str | None:
+    """Return the conninfo for a control connection: `dsn` (a conninfo string or URL), or the environment's, or None."""
+    if dsn is not None:
+        return resolve(db_url=dsn).dsn if "://" in dsn else resolve(dsn=dsn).dsn
+    try:
+        return resolve().dsn
+    except ConfigError:
+        if any(name in os.environ for name in ("DATABASE_DSN", "DATABASE_URL")):
+            raise
+        return None
+
+
+def with_linger(settings: BrokerSettings) -> BrokerSettings:
+    """Return `settings` for an automatic broker, with TTL and linger from SHAREDPOOL_TTL and SHAREDPOOL_LINGER."""
+    return replace(
+        settings,
+        ttl_s=_seconds("SHAREDPOOL_TTL", settings.ttl_s),
+        linger_s=_seconds("SHAREDPOOL_LINGER", DEFAULT_LINGER_S),
+    )
+
+
+def _seconds(name: str, default: float) -> float:
+    text = os.environ.get(name)
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1e9:
+        raise ConfigError(f"{name}: {text!r} is not a positive number of seconds")
+    return value

@@ -1,0 +1,69 @@
+"""One broker per address: an advisory lock that the kernel drops with its holder.
+
+libzmq unlinks an ipc path that is already bound and takes it over, so the socket itself keeps nobody out. The lock file
+also remembers the last epoch, so that tokens of two brokers can never be the same.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from pathlib import Path
+
+from sharedpool.errors import SharedPoolError
+
+# `is_held` takes the lock for some microseconds; a broker that starts just then must not take that for another broker.
+_PROBES_PASS_S = 0.5
+
+
+class AlreadyRunning(SharedPoolError):
+    """Another broker holds this address."""
+
+
+class BrokerLock:
+    """The lock on one address, held while the broker lives. `epoch` is this broker's number."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        deadline = time.monotonic() + _PROBES_PASS_S
+        while not _try_lock(self._fd, fcntl.LOCK_EX):
+            if time.monotonic() >= deadline:
+                holder = _fields(self._fd)
+                os.close(self._fd)
+                pid = f" (process {holder[1]})" if len(holder) > 1 else ""
+                raise AlreadyRunning(f"a broker{pid} already holds {path}")
+            time.sleep(0.01)
+        fields = _fields(self._fd)
+        self.epoch = int(fields[0]) + 1 if fields and fields[0].isdigit() else 1
+        # The file is never unlinked: a second inode under the same name would be a second lock.
+        os.pwrite(self._fd, f"{self.epoch} {os.getpid()}\n".encode().ljust(64), 0)
+
+    def release(self) -> None:
+        """Let another broker have the address."""
+        os.close(self._fd)
+
+
+def is_held(path: Path) -> bool:
+    """Say whether a broker lives at the address of this lock file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _try_lock(fd, fcntl.LOCK_SH)
+    finally:
+        os.close(fd)
+
+
+def _try_lock(fd: int, kind: int) -> bool:
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _fields(fd: int) -> list[str]:
+    return os.pread(fd, 64, 0).decode("ascii", "replace").split()

@@ -1,0 +1,259 @@
+"""The books: pools, sessions, leases and waiters, and the one function that changes a slot's state.
+
+    FREE ──► GRANTED ──► OPEN ──► CLOSING ──► FREE        a slot's life on a good day
+    any occupied state ──► SUSPECT ──► FENCING ──► FREE   its worker is silent, dead or unsure
+
+FREE is not stored: a slot without a lease is free. Pure: no I/O, no clock; times are whatever the caller's clock says.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from enum import Enum
+
+from sharedpool.wire.messages import Backend, Phase, PoolSpec, Token
+
+
+class SlotState(Enum):
+    """Where a slot is, as the broker knows it."""
+
+    FREE = "free"
+    GRANTED = "granted"
+    OPEN = "open"
+    CLOSING = "closing"
+    SUSPECT = "suspect"
+    FENCING = "fencing"
+
+
+_S = SlotState
+TRANSITIONS: dict[SlotState, frozenset[SlotState]] = {
+    _S.FREE: frozenset({_S.GRANTED, _S.OPEN}),  # OPEN: claimed by HELLO after a broker restart
+    _S.GRANTED: frozenset({_S.OPEN, _S.FREE, _S.SUSPECT}),
+    _S.OPEN: frozenset({_S.CLOSING, _S.FREE, _S.SUSPECT}),
+    _S.CLOSING: frozenset({_S.OPEN, _S.FREE, _S.SUSPECT}),
+    _S.SUSPECT: frozenset({_S.GRANTED, _S.OPEN, _S.CLOSING, _S.FREE, _S.FENCING}),
+    _S.FENCING: frozenset({_S.FREE}),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """A slot held by a session. `idle_since` is set while it lies in the worker's cache, `used_since` while it is out."""
+
+    token: Token
+    session: Session
+    pool: Pool
+    state: SlotState = SlotState.FREE
+    request: int = 0
+    backend: Backend | None = None
+    idle_since: float | None = None
+    used_since: float | None = None
+    thread: str = ""
+    reported: bool = False
+    expiry_armed: bool = False
+    checkout_armed: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """A request in the queue. `round` is the poll that may decide that a `nowait` one cannot be served."""
+
+    session: Session
+    request: int
+    seq: int
+    since: float
+    nowait: bool
+    round: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One worker process's registration. `owed` and `taking` mirror what the worker was last asked for."""
+
+    id: bytes
+    pid: int
+    host: str
+    title: str
+    pool: Pool
+    expiration_s: float
+    heard: float
+    leases: dict[Token, Lease] = field(default_factory=dict)
+    granted: dict[int, Lease] = field(default_factory=dict)  # by request, until confirmed
+    waiters: dict[int, Waiter] = field(default_factory=dict)
+    owed: int = 0
+    taking: int = 0
+    asked: int = 0
+    answered: int = 0
+    answer_armed: bool = False
+    mute: bool = False
+    suspect: bool = False
+    ended: bool = False
+
+    @property
+    def label(self) -> str:
+        where = f"{self.title}[{self.pid}]"
+        return f"{where}@{self.host}" if self.host else where
+
+
+@dataclass(slots=True, eq=False)
+class Pool:
+    """One limit. `idle`, `incoming`, `pressed` and `unpressed` are indexes over its leases and sessions."""
+
+    spec: PoolSpec
+    max_conn: int
+    leases: dict[Token, Lease] = field(default_factory=dict)
+    sessions: dict[bytes, Session] = field(default_factory=dict)
+    waiters: OrderedDict[int, Waiter] = field(default_factory=OrderedDict)
+    nowaits: OrderedDict[int, Waiter] = field(default_factory=OrderedDict)
+    # Idle leases nobody has been asked for yet, longest idle first (as far as reports tell).
+    idle: OrderedDict[Token, Lease] = field(default_factory=OrderedDict)
+    # Slots on their way back: CLOSING, and not for so long that one must doubt it.
+    incoming: dict[Token, Lease] = field(default_factory=dict)
+    suspects: OrderedDict[Token, Lease] = field(default_factory=OrderedDict)
+    # Holders told to give back checkins, and holders that were not.
+    pressed: dict[bytes, Session] = field(default_factory=dict)
+    unpressed: dict[bytes, Session] = field(default_factory=dict)
+    taking: int = 0
+    grants: int = 0
+    waits: int = 0
+    denials: int = 0
+    timeouts: int = 0
+    recalls: int = 0
+    fences: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def room(self) -> int:
+        """Free slots under this pool's own limit (negative after a claim beyond it)."""
+        return self.max_conn - len(self.leases)
+
+    @property
+    def coming(self) -> int:
+        """Slots that a worker has been asked for or is closing."""
+        return len(self.incoming) + self.taking
+
+
+class Books:
+    """All records of one broker, kept consistent by `move`."""
+
+    def __init__(self, max_conn: int | None) -> None:
+        self.max_conn = max_conn
+        self.pools: dict[str, Pool] = {}
+        self.sessions: dict[bytes, Session] = {}
+        self.leases: dict[Token, Lease] = {}
+        self.contended: dict[str, Pool] = {}  # pools with waiters
+
+    @property
+    def room(self) -> int:
+        """Free slots under the cap over all pools; practically endless without one."""
+        return (1 << 30 if self.max_conn is None else self.max_conn) - len(self.leases)
+
+    def move(self, lease: Lease, new: SlotState, reason: str) -> None:
+        """Change a slot's state: the only place that does. Keeps every index right.
+
+        Raise `AssertionError` for a transition that the design does not know.
+        """
+        old = lease.state
+        if new not in TRANSITIONS[old]:
+            raise AssertionError(f"bug: lease {lease.token}: {old.value} -> {new.value} ({reason})")
+        session, pool, token = lease.session, lease.pool, lease.token
+        lease.state = new
+        if old is SlotState.FREE:
+            self.leases[token] = pool.leases[token] = session.leases[token] = lease
+            self.mark_owed(session, session.owed)
+        elif old is SlotState.GRANTED:
+            session.granted.pop(lease.request, None)
+        elif old is SlotState.CLOSING:
+            pool.incoming.pop(token, None)
+        elif old is SlotState.SUSPECT:
+            del pool.suspects[token]
+        if new is not SlotState.OPEN:
+            self.mark_phase(lease, Phase.CONNECTING, None)
+        if new is SlotState.GRANTED:
+            session.granted[lease.request] = lease
+        elif new is SlotState.CLOSING:
+            pool.incoming[token] = lease
+        elif new is SlotState.SUSPECT:
+            pool.suspects[token] = lease
+        elif new is SlotState.FREE:
+            del self.leases[token], pool.leases[token], session.leases[token]
+            self.mark_owed(session, session.owed)
+
+    def mark_phase(self, lease: Lease, phase: Phase, since: float | None) -> None:
+        """Note whether an OPEN lease lies idle or is in use, since when."""
+        lease.idle_since = since if phase is Phase.IDLE else None
+        if phase is not Phase.IN_USE:
+            lease.used_since, lease.reported = None, False
+        else:
+            lease.used_since = since
+        if phase is Phase.IDLE:
+            lease.pool.idle.setdefault(lease.token, lease)
+        else:
+            lease.pool.idle.pop(lease.token, None)
+
+    def mark_owed(self, session: Session, owed: int) -> None:
+        """Note what a session owes (nothing when it holds nothing) and file it as pressed or not."""
+        pool = session.pool
+        session.owed = owed if session.leases else 0
+        pool.pressed.pop(session.id, None)
+        pool.unpressed.pop(session.id, None)
+        if session.owed:
+            pool.pressed[session.id] = session
+        elif session.leases and not (session.mute or session.suspect or session.ended):
+            pool.unpressed[session.id] = session
+
+    def mark_taking(self, session: Session, taking: int) -> None:
+        """Note how many idle leases a session has been asked for and has not answered about."""
+        session.pool.taking += taking - session.taking
+        session.taking = taking
+
+    def enqueue(self, waiter: Waiter) -> None:
+        """Put a request at the end of its pool's queue."""
+        pool = waiter.session.pool
+        waiter.session.waiters[waiter.request] = waiter
+        pool.waiters[waiter.seq] = waiter
+        if waiter.nowait:
+            pool.nowaits[waiter.seq] = waiter
+        self.contended[pool.name] = pool
+
+    def dequeue(self, waiter: Waiter) -> None:
+        """Take a request out of its queue, wherever it stands."""
+        pool = waiter.session.pool
+        del waiter.session.waiters[waiter.request]
+        del pool.waiters[waiter.seq]
+        pool.nowaits.pop(waiter.seq, None)
+        if not pool.waiters:
+            del self.contended[pool.name]
+
+    def check_invariants(self) -> None:
+        """Raise `AssertionError` when the records contradict each other."""
+        for token, lease in self.leases.items():
+            assert lease.token == token
+            assert lease.state is not SlotState.FREE, lease
+            assert lease.pool.leases[token] is lease.session.leases[token] is lease
+            assert lease.session.pool is lease.pool
+        assert len(self.leases) == sum(len(pool.leases) for pool in self.pools.values())
+        assert len(self.leases) == sum(len(session.leases) for session in self.sessions.values())
+        for pool in self.pools.values():
+            assert pool.taking == sum(session.taking for session in pool.sessions.values())
+            assert all(lease.state is SlotState.OPEN for lease in pool.idle.values())
+            assert all(lease.state is SlotState.CLOSING for lease in pool.incoming.values())
+            assert all(lease.state is SlotState.SUSPECT for lease in pool.suspects.values())
+            assert all(lease.idle_since is not None for lease in pool.idle.values())
+            suspects = {t for t, lease in pool.leases.items() if lease.state is SlotState.SUSPECT}
+            assert suspects == set(pool.suspects)
+            holders = {s.id for s in pool.sessions.values() if s.leases}
+            assert all(s.owed > 0 for s in pool.pressed.values())
+            assert all(s.owed == 0 for s in pool.unpressed.values())
+            assert not set(pool.pressed) & set(pool.unpressed)
+            silent = {s.id for s in pool.sessions.values() if s.mute or s.suspect or s.ended}
+            assert holders - silent <= set(pool.pressed) | set(pool.unpressed) <= holders
+            assert (pool.name in self.contended) == bool(pool.waiters)
+            assert set(pool.nowaits) == {seq for seq, waiter in pool.waiters.items() if waiter.nowait}
+            for seq, waiter in pool.waiters.items():
+                assert waiter.seq == seq
+                assert self.sessions[waiter.session.id].waiters[waiter.request] is waiter

@@ -1,0 +1,115 @@
+"""`config_pool` and `get_pool`: check the settings, find the broker, keep the current pools."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from sharedpool.broker.launch import ensure_running, with_linger
+from sharedpool.broker.server import BrokerSettings
+from sharedpool.conninfo import resolve
+from sharedpool.errors import ConfigError, SharedPoolError
+from sharedpool.wire import address as addresses
+from sharedpool.worker.pool import Pool, SimpleConnectionPool
+from sharedpool.worker.settings import Callback, PoolConfig
+
+_current: dict[str, Pool] = {}
+
+
+def config_pool(
+    max_conn: int = 5,
+    expiration: float = 60,
+    disable_pooling: bool = False,
+    pool_manager: type[Pool] = SimpleConnectionPool,
+    *,
+    name: str = "default",
+    broker: str | None = None,
+    timeout: float = 0.0,
+    dsn: str | None = None,
+    db_url: str | None = None,
+    max_lifetime: float | None = None,
+    max_checkout: float | None = None,
+    configure: Callback | None = None,
+    reset: Callback | None = None,
+    check: Callback | None = None,
+    **connect_kwargs: Any,
+) -> Pool:
+    """Make a pool, and make it the one that `get_pool(name)` returns. Connects to nothing yet.
+
+    `max_conn`: the limit over all processes that share the pool. `expiration`: seconds after which an idle connection
+    is closed. `disable_pooling`: every get connects and every put closes, still under the limit. `pool_manager`:
+    `SimpleConnectionPool` (one thread) or `ThreadedConnectionPool`. `name`: pools of one broker by name. `broker`: its
+    address; else SHAREDPOOL_BROKER; else one is found or started for this user, server and name. `timeout`: seconds
+    `get_conn` waits when it is not told. `max_lifetime`: seconds after which a connection is replaced (±10 %).
+    `max_checkout`: seconds after which the broker reports a connection that is still out. `configure(conn)` runs once
+    after connecting, `reset(conn)` at every checkin, `check(conn)` at every checkout.
+
+    Where to connect: `dsn`, `db_url` or psycopg2's keywords; else DATABASE_DSN, DATABASE_URL, libpq's environment.
+    Raise `ConfigError`, a `ValueError`, that names the argument.
+    """
+    _check_number("max_conn", max_conn, least=1, whole=True)
+    _check_number("expiration", expiration, least=0)
+    _check_number("timeout", timeout, least=0)
+    for argument, value in (("max_lifetime", max_lifetime), ("max_checkout", max_checkout)):
+        if value is not None:
+            _check_number(argument, value, least=0, above=True)
+    for argument, callback in (("configure", configure), ("reset", reset), ("check", check)):
+        if callback is not None and not callable(callback):
+            raise ConfigError(f"{argument}: must be a function of one connection, not {callback!r}")
+    if not (isinstance(pool_manager, type) and issubclass(pool_manager, Pool)):
+        raise ConfigError(f"pool_manager: must be SimpleConnectionPool or ThreadedConnectionPool, not {pool_manager!r}")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"name: must be a text that is not empty, not {name!r}")
+    conninfo = resolve(dsn=dsn, db_url=db_url, **connect_kwargs)
+    address, source = broker, "broker"
+    if address is None:
+        address, source = os.environ.get(addresses.BROKER_VARIABLE) or None, addresses.BROKER_VARIABLE
+    config = PoolConfig(
+        conninfo=conninfo,
+        name=name,
+        max_conn=int(max_conn),
+        expiration=min(float(expiration), 1e9),
+        disable_pooling=bool(disable_pooling),
+        broker=None if address is None else addresses.check_address(address, source),
+        timeout=float(timeout),
+        max_lifetime=max_lifetime,
+        max_checkout=max_checkout,
+        configure=configure,
+        reset=reset,
+        check=check,
+    )
+    pool = _make(pool_manager, config)
+    previous = _current.get(name)
+    _current[name] = pool
+    if previous is not None and not previous.disposed:
+        previous.retire()
+    return pool
+
+
+def get_pool(name: str = "default") -> Pool:
+    """Return the pool that `config_pool` last made under `name`; raise `PoolError` when there is none."""
+    try:
+        return _current[name]
+    except KeyError:
+        raise SharedPoolError(f"no pool {name!r} is configured: call sharedpool.config_pool() first") from None
+
+
+def _make(pool_manager: type[Pool], config: PoolConfig) -> Pool:
+    if config.broker is not None:
+        return pool_manager(config, config.broker, None)
+    address = addresses.automatic_address(config.conninfo.identity().digest(config.name))
+
+    def start(address: str) -> None:
+        ensure_running(with_linger(BrokerSettings(address, dsn=config.conninfo.dsn)))
+
+    return pool_manager(config, address, start)
+
+
+def _check_number(argument: str, value: object, *, least: float, whole: bool = False, above: bool = False) -> None:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    good = good and (not whole or isinstance(value, int))
+    if not good or (value <= least if above else value < least):  # type: ignore[operator]
+        kind = "whole number" if whole else "number"
+        bound = f"above {least:g}" if above else f"of at least {least:g}"
+        raise ConfigError(f"{argument}: must be a {kind} {bound}, not {value!r}")

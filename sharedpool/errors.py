@@ -1,0 +1,31 @@
+"""The exceptions sharedpool raises; every one is a `psycopg2.pool.PoolError`, so existing handlers keep working."""
+
+from psycopg2.pool import PoolError as PoolError
+
+
+class SharedPoolError(PoolError):
+    """Parent of every error that sharedpool itself raises."""
+
+
+class PoolExhausted(SharedPoolError):
+    """The limit is reached and no idle connection could be recalled, for a caller that did not want to wait."""
+
+
+class PoolTimeout(SharedPoolError):
+    """No connection became free within the caller's `timeout`."""
+
+
+class PoolClosed(SharedPoolError):
+    """The pool was disposed of by `release_all()`."""
+
+
+class BrokerUnavailable(SharedPoolError):
+    """The broker could not be reached (or started) by the caller's deadline."""
+
+
+class ConfigError(SharedPoolError, ValueError):
+    """An argument, an environment variable or a connection string cannot be used; the text names it."""
+
+
+class ProtocolError(SharedPoolError):
+    """A message from the other side cannot be understood; it is logged and dropped."""

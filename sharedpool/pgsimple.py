@@ -1,0 +1,330 @@
+"""PgSimple: one connection of a pool, with the everyday statements as methods.
+
+Names (tables, columns) are quoted through `psycopg2.sql`: they are taken literally, upper case included. Values are
+always parameters. Wherever a name is expected a `psycopg2.sql.Composable` will do as well, and stands for everything
+that is not a name: `fields=sql.SQL("count(*) AS n")`, `data={"modified": sql.SQL("now()")}`.
+"""
+
+import contextlib
+import logging
+import operator
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import psycopg2
+from psycopg2.extensions import connection, cursor
+from psycopg2.extras import DictCursor, NamedTupleCursor
+from psycopg2.sql import Composable, Identifier
+
+from sharedpool import config
+
+_WORD = r"[^\W\d][\w$]*"
+_FIELD = re.compile(
+    rf"\s*(?P<name>{_WORD}(?:\.{_WORD})*)(?P<all>\.\*)?(?:\s+AS\s+(?P<alias>{_WORD}))?\s*", re.IGNORECASE
+)
+
+Name = str | Composable
+Fields = str | Composable | Sequence[Name]
+Where = str | Composable | Sequence[Any] | None
+Order = str | Composable | Sequence[Name] | None
+
+
+class Pool(Protocol):
+    """What PgSimple needs of a pool."""
+
+    def get_conn(self) -> connection: ...
+
+    def put_conn(self, conn: connection, *, close: bool = ..., fail_silently: bool = ...) -> None: ...
+
+
+class Writer(Protocol):
+    """A log that is not a `logging.Logger`, such as sys.stdout."""
+
+    def write(self, text: str, /) -> object: ...
+
+
+Log = logging.Logger | logging.LoggerAdapter[Any] | Writer
+LogFormat = Callable[[Any], str | None]
+
+
+class PgSimple:
+    """Check a connection out of `pool` (default: `get_pool()`) and keep it until `close()` or the end of `with`.
+
+    Raises PoolError when the pool has none. Rows are named tuples, or with `nt_cursor=False` DictCursor's rows. `log`
+    is a Logger or has `write()`; `log_fmt` makes the text from the executed cursor, or from a str when it failed.
+    """
+
+    # On the class, so that __del__ finds them on an object whose __init__ did not get far.
+    _pool: Pool | None = None
+    _conn: connection | None = None
+
+    def __init__(
+        self, pool: Pool | None = None, log: Log | None = None, log_fmt: LogFormat | None = None, nt_cursor: bool = True
+    ) -> None:
+        self._log = log
+        self._log_fmt = log_fmt
+        self._cursor_factory: type[cursor] = NamedTupleCursor if nt_cursor else DictCursor
+        self._pool = config.get_pool() if pool is None else pool
+        self._conn = self._pool.get_conn()
+
+    def __repr__(self) -> str:
+        return f"<PgSimple {'open' if self.is_open else 'closed'} pool={self._pool!r}>"
+
+    def fetchone(
+        self, table: Name, fields: Fields = "*", where: Where = None, order: Order = None, offset: int | None = None
+    ) -> Any:
+        """Return the first row that matches, or None."""
+        return self._select(self._fields(fields), self._table(table), where, order, 1, offset).fetchone()
+
+    def fetchall(
+        self,
+        table: Name,
+        fields: Fields = "*",
+        where: Where = None,
+        order: Order = None,
+        limit: int | None = None,
+        offset: int | None = None,
+    ) -> list[Any]:
+        """Return the rows that match: `where=("published > %s", [date])`, `order=["published", "DESC"]`."""
+        return self._select(self._fields(fields), self._table(table), where, order, limit, offset).fetchall()
+
+    def join(
+        self,
+        tables: Sequence[Name],
+        fields: Sequence[Fields],
+        join_fields: Sequence[Name],
+        where: Where = None,
+        order: Order = None,
+        limit: int | None = None,
+        offset: int | None = None,
+    ) -> list[Any]:
+        """Return the rows of the first table LEFT JOINed to the second: each argument has one part per table.
+
+        Columns of the same name need an alias ("id AS book_id") to have both in a named tuple.
+        """
+        for name, pair in (("tables", tables), ("fields", fields), ("join_fields", join_fields)):
+            if isinstance(pair, str | Composable) or len(pair) != 2:
+                raise ValueError(f"{name} must have two parts, one for each table")
+        left, right = (self._table(table) for table in tables)
+        columns = [self._fields(part, table) for part, table in zip(fields, (left, right), strict=True) if part]
+        if not columns:
+            raise ValueError("fields has no field for either table")
+        on = [self._field(field, table) for field, table in zip(join_fields, (left, right), strict=True)]
+        source = f"{left} LEFT JOIN {right} ON ({on[0]} = {on[1]})"
+        return self._select(", ".join(columns), source, where, order, limit, offset).fetchall()
+
+    def insert(self, table: Name, data: Mapping[str, Any], returning: Fields | None = None) -> Any:
+        """Insert one row; return its `returning` fields as a row, without `returning` the number of rows."""
+        values: list[Any] = []
+        columns = ", ".join(self._column(name) for name in data)
+        marks = ", ".join(self._value(value, values) for value in data.values())
+        what = f"({columns}) VALUES ({marks})" if data else "DEFAULT VALUES"
+        done = self.execute(f"INSERT INTO {self._table(table)} {what}{self._returning(returning)}", values)
+        return done.rowcount if returning is None else done.fetchone()
+
+    def update(self, table: Name, data: Mapping[str, Any], where: Where = None, returning: Fields | None = None) -> Any:
+        """Update the rows that match; return the list of their `returning` fields, else the number of rows."""
+        if not data:
+            raise ValueError("data is empty: there is nothing to update")
+        values: list[Any] = []
+        pairs = ", ".join(f"{self._column(name)} = {self._value(value, values)}" for name, value in data.items())
+        text = f"UPDATE {self._table(table)} SET {pairs}{self._where(where, values)}{self._returning(returning)}"
+        done = self.execute(text, values)
+        return done.rowcount if returning is None else done.fetchall()
+
+    def delete(self, table: Name, where: Where = None, returning: Fields | None = None) -> Any:
+        """Delete the rows that match; return the list of their `returning` fields, else the number of rows."""
+        values: list[Any] = []
+        text = f"DELETE FROM {self._table(table)}{self._where(where, values)}{self._returning(returning)}"
+        done = self.execute(text, values)
+        return done.rowcount if returning is None else done.fetchall()
+
+    def truncate(self, table: Name | Sequence[Name], restart_identity: bool = False, cascade: bool = False) -> None:
+        """Empty a table or several: "tbl2, tbl3" or a list."""
+        names = table.split(",") if isinstance(table, str) else _listed(table)
+        text = f"TRUNCATE {', '.join(self._table(name) for name in names)}"
+        self.execute(f"{text}{' RESTART IDENTITY' * restart_identity}{' CASCADE' * cascade}", [])
+
+    def drop(self, table: Name, cascade: bool = False) -> None:
+        """Drop a table if it exists."""
+        self.execute(f"DROP TABLE IF EXISTS {self._table(table)}{' CASCADE' * cascade}", [])
+
+    def create(self, table: Name, schema: str | Composable) -> None:
+        """Create a table; `schema` is your own SQL between the parentheses, never a user's input."""
+        self.execute(f"CREATE TABLE {self._table(table)} ({self._literal(schema)})", [])
+
+    def execute(self, sql: str | Composable, params: Any = None) -> cursor:
+        """Execute any statement and return its cursor (a new one each time: earlier results stay readable).
+
+        Blocks on the server. Raises psycopg2's errors as they are; InterfaceError after `close()`.
+        """
+        current, log = self._live().cursor(cursor_factory=self._cursor_factory), self._log
+        if log is None:
+            current.execute(sql, params)
+            return current
+        current.timestamp = time.time()  # type: ignore[attr-defined]  # for a log_fmt that tells the time taken
+        try:
+            current.execute(sql, params)
+        except Exception as error:
+            with contextlib.suppress(Exception):  # a failing log must not hide the statement's error
+                self._write(log, logging.ERROR, f"execute() failed: {error}")
+            raise
+        self._write(log, logging.DEBUG, current)
+        return current
+
+    def commit(self) -> None:
+        """Commit the transaction."""
+        self._live().commit()
+
+    def rollback(self) -> None:
+        """Roll the transaction back."""
+        self._live().rollback()
+
+    @property
+    def is_open(self) -> bool:
+        """Tell whether this handle still has a connection that psycopg2 believes in."""
+        return self._conn is not None and self._conn.closed == 0
+
+    def close(self) -> None:
+        """Give the connection back to the pool, which rolls back what was not committed; a second call does nothing."""
+        self._give_back()
+
+    def __enter__(self) -> Self:
+        self._live()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        conn = self._conn
+        if conn is None:  # closed inside the block
+            return
+        close = failed = True
+        try:
+            # KeyboardInterrupt, SystemExit and GeneratorExit leave the work half done as well.
+            if exc_type is None:
+                close = False  # a commit refused (a deferred constraint, say) leaves a good connection
+                conn.commit()
+                failed = False
+            else:
+                with contextlib.suppress(Exception):  # the caller's own exception matters more
+                    conn.rollback()
+                    close = False
+        finally:
+            self._give_back(close=close, quietly=failed)
+
+    def __del__(self) -> None:
+        # Runs inside garbage collection, in any thread, and at interpreter shutdown when even names may be gone.
+        try:
+            conn, self._conn = self._conn, None
+            if conn is not None and self._pool is not None:
+                self._pool.put_conn(conn, fail_silently=True)
+        except BaseException:
+            pass
+
+    def _live(self) -> connection:
+        if self._conn is None:
+            raise psycopg2.InterfaceError("this PgSimple is closed; its connection is back in the pool")
+        return self._conn
+
+    def _give_back(self, close: bool = False, quietly: bool = False) -> None:
+        """Return the connection; `quietly` while another exception is under way, which the pool's must not hide."""
+        conn, self._conn = self._conn, None  # first: whatever put_conn does, this handle is done with it
+        if conn is None or self._pool is None:
+            return
+        with contextlib.suppress(Exception) if quietly else contextlib.nullcontext():
+            self._pool.put_conn(conn, close=close, fail_silently=quietly)
+
+    def _write(self, log: Log, level: int, what: cursor | str) -> None:
+        text = what if isinstance(what, str) else (what.query or b"").decode("utf-8", "replace")
+        if self._log_fmt is not None:
+            text = self._log_fmt(what) or ""
+        if not text:
+            return
+        if isinstance(log, logging.Logger | logging.LoggerAdapter):
+            log.log(level, "%s", text)
+        else:
+            log.write(f"{text}\n")
+
+    # --- SQL text: parameters are always passed, so every % that is no placeholder is doubled -------------------------
+
+    def _literal(self, part: str | Composable) -> str:
+        text = part if isinstance(part, str) else part.as_string(self._live())
+        return text.replace("%", "%%")
+
+    def _table(self, table: Name) -> str:
+        if isinstance(table, str):
+            table = Identifier(*(part.strip() for part in table.split(".")))
+        return self._literal(table)
+
+    def _column(self, name: Name) -> str:
+        return self._literal(Identifier(name) if isinstance(name, str) else name)
+
+    def _value(self, value: Any, values: list[Any]) -> str:
+        if isinstance(value, Composable):
+            return self._literal(value)
+        values.append(value)
+        return "%s"
+
+    def _field(self, field: Name, table: str | None = None, plain: bool = True) -> str:
+        """Return one field, with the (quoted) table before its name; `plain` allows neither `*` nor an alias."""
+        if isinstance(field, Composable):
+            return self._literal(field)
+        prefix = "" if table is None else f"{table}."
+        if field.strip() == "*" and not plain:
+            return f"{prefix}*"
+        found = _FIELD.fullmatch(field)
+        if found is None or (plain and (found["all"] or found["alias"])) or (found["all"] and found["alias"]):
+            raise ValueError(f"{field!r} is not a plain name; pass psycopg2.sql.SQL({field!r}) for anything else")
+        text = prefix + self._literal(Identifier(*found["name"].split("."))) + (found["all"] or "")
+        return f"{text} AS {self._literal(Identifier(found['alias']))}" if found["alias"] else text
+
+    def _fields(self, fields: Fields, table: str | None = None) -> str:
+        parts = fields.split(",") if isinstance(fields, str) else _listed(fields)
+        if not parts:
+            raise ValueError('fields is empty; "*" selects every column')
+        return ", ".join(self._field(part, table, plain=False) for part in parts)
+
+    def _returning(self, fields: Fields | None) -> str:
+        return "" if fields is None else f" RETURNING {self._fields(fields)}"
+
+    def _where(self, where: Where, values: list[Any]) -> str:
+        """Return the WHERE clause and add its parameters to `values`."""
+        if not where:
+            return ""
+        condition, *rest = _listed(where)
+        if not isinstance(condition, str | Composable) or len(rest) > 1:
+            raise ValueError('where must be "condition" or ("condition", [parameters])')
+        if not rest or rest[0] is None:
+            return f" WHERE {self._literal(condition)}"
+        if isinstance(rest[0], Mapping):
+            raise ValueError("where takes its parameters as a list or tuple for %s, not by name")
+        values.extend(_listed(rest[0]))
+        return f" WHERE {condition if isinstance(condition, str) else condition.as_string(self._live())}"
+
+    def _order(self, order: Order) -> str:
+        if not order:
+            return ""
+        field, *rest = _listed(order)
+        direction = " ".join(str(word).upper() for word in rest)
+        if direction not in ("", "ASC", "DESC"):
+            raise ValueError(f'order must be [field] or [field, "ASC" | "DESC"], not {order!r}')
+        return f" ORDER BY {self._field(field)} {direction}"
+
+    def _select(
+        self, columns: str, source: str, where: Where, order: Order, limit: int | None, offset: int | None
+    ) -> cursor:
+        values: list[Any] = []
+        text = f"SELECT {columns} FROM {source}{self._where(where, values)}{self._order(order)}"
+        for word, number in (("LIMIT", limit), ("OFFSET", offset)):
+            if number is not None:
+                text += f" {word} %s"
+                values.append(operator.index(number))
+        return self.execute(text, values)
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,83 @@
+"""Where a broker listens, and the private directory for what belongs to it.
+
+An address is a ZeroMQ endpoint: `ipc:///path/to.sock` (this host) or `tcp://host:port`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import sys
+import tempfile
+from pathlib import Path
+
+from sharedpool.errors import ConfigError
+
+BROKER_VARIABLE = "SHAREDPOOL_BROKER"
+# sockaddr_un.sun_path, less its closing zero byte.
+_MAX_SOCKET_PATH = 103 if sys.platform == "darwin" else 107
+
+
+def runtime_dir() -> Path:
+    """Return the user's private directory for sockets and lock files, made when it is not there.
+
+    `$XDG_RUNTIME_DIR/sharedpool`, else `sharedpool-<uid>` under the system's temporary directory. Raise `ConfigError`
+    when it is a symlink, somebody else's, or open to others: whoever can write there could pose as the broker.
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if base and os.path.isabs(base) and os.path.isdir(base):
+        path = Path(base, "sharedpool")
+    else:
+        path = Path(tempfile.gettempdir(), f"sharedpool-{os.getuid()}")
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise ConfigError(f"cannot make the runtime directory {path}: {error.strerror}; set XDG_RUNTIME_DIR") from error
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise ConfigError(
+            f"the runtime directory {path} is a symlink or no directory: remove it, or set XDG_RUNTIME_DIR"
+        )
+    if status.st_uid != os.getuid():
+        raise ConfigError(
+            f"the runtime directory {path} belongs to uid {status.st_uid}: set XDG_RUNTIME_DIR to your own"
+        )
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        mode = stat.S_IMODE(status.st_mode)
+        raise ConfigError(f"the runtime directory {path} is open to others (mode {mode:o}): chmod 700 it")
+    return path
+
+
+def default_address() -> str:
+    """Return where `sharedpool broker` listens when it is not told."""
+    return check_address(f"ipc://{runtime_dir()}/broker.sock", "--bind")
+
+
+def automatic_address(digest: str) -> str:
+    """Return where the automatic broker of one server identity and pool listens."""
+    return check_address(f"ipc://{runtime_dir()}/auto-{digest}.sock", "XDG_RUNTIME_DIR")
+
+
+def check_address(address: str, source: str) -> str:
+    """Return `address` when a broker could listen there; else raise `ConfigError` naming `source`."""
+    if address.startswith("ipc://"):
+        path = address[len("ipc://") :]
+        if not path.startswith("/"):
+            raise ConfigError(f"{source}: {address!r} needs an absolute path: ipc:///run/app/sharedpool.sock")
+        if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
+            raise ConfigError(f"{source}: the socket path {path} is longer than {_MAX_SOCKET_PATH} bytes")
+        return address
+    match = re.fullmatch(r"tcp://(?P<host>\[[0-9a-fA-F:.]+\]|[^:/\[\]]+):(?P<port>\d+)", address)
+    if match is None or not 0 < int(match["port"]) < 65536:
+        raise ConfigError(f"{source}: {address!r} is no broker address: use ipc:///path/to.sock or tcp://host:port")
+    return address
+
+
+def lock_path(address: str) -> Path:
+    """Return the lock file of the broker at `address`: beside its socket, or in the runtime directory for tcp."""
+    if address.startswith("ipc://"):
+        return Path(address[len("ipc://") :] + ".lock")
+    return runtime_dir() / (re.sub(r"[^0-9A-Za-z.]+", "-", address) + ".lock")

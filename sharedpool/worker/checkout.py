@@ -1,0 +1,169 @@
+"""A checkout that the cache alone cannot serve: wait for a lease, connect, replace what is dead, run `check`.
+
+Every way out, an exception raised in any line included, leaves the lease with exactly one owner: the cache, a waiting
+ticket, or a connection object whose loss is noticed.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from typing import cast
+
+import psycopg2
+
+from sharedpool.errors import PoolClosed, PoolError
+from sharedpool.wire.messages import Phase, ReleaseReason
+from sharedpool.worker import wording
+from sharedpool.worker.cache import Lease, Ticket
+from sharedpool.worker.connection import PooledConnection, close_confirmed, connect, describe, is_alive, session_of
+from sharedpool.worker.holdings import Holdings
+from sharedpool.worker.link import Link
+
+CHECK_AFTER_S = 0.5  # idle longer than this: look whether the server is still there
+# How long a caller who does not want to wait waits for the broker's answer: a running one's, and one that starts.
+ANSWER_LIMIT_S = 3.0
+START_LIMIT_S = 25.0
+CONNECT_LIMIT_S = 5.0
+# A refusal by the broker says who holds what; it may come this much after the deadline.
+_GRACE_S = 0.08
+
+
+def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float) -> PooledConnection:
+    """Return a connection that is ready for its user: in the idle `lease`'s slot, or in one that is waited for.
+
+    Raise what `Pool.get_conn` raises.
+    """
+    ticket = Ticket(_nobody, now)
+    deadline = now + wait_s
+    try:
+        if not wait_s >= 0:
+            raise ValueError(f"timeout: must be 0 or more seconds, not {wait_s!r}")
+        if lease is None:
+            lease = _wait(holdings, ticket, wait_s, deadline)
+        conn = cast("PooledConnection | None", lease.conn)
+        if conn is not None and (now >= lease.retire_at or (lease.idle_s > CHECK_AFTER_S and not is_alive(conn))):
+            _close_to_replace(holdings, lease, conn)
+            if lease.phase is Phase.CLOSING:  # its backend may still be there: the broker will free that slot
+                lease = _wait(holdings, ticket, wait_s, deadline)
+            conn = cast("PooledConnection | None", lease.conn)
+        if conn is None:
+            conn = _open(holdings, lease, deadline if wait_s else None)
+        else:
+            holdings.hits += 1
+        if holdings.config.check:
+            holdings.call_back(holdings.config.check, lease, conn, "check")
+        lease.phase = Phase.IN_USE  # one that was handed on was still its giver's
+        conn.sharedpool_lease = lease
+        ticket.lease = None
+        return conn
+    except BaseException:
+        holdings.errors += 1
+        _abandon(holdings, ticket, lease)
+        raise
+
+
+def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) -> Lease:
+    """Return a lease: an idle one after all, one handed on by another thread, or one the broker grants."""
+    holdings.reclaim()
+    gate = threading.Lock()
+    gate.acquire()
+    ticket.wake = gate.release
+    ticket.since = time.monotonic()
+    with holdings.lock:
+        if holdings.disposed:
+            raise PoolClosed(f"pool {holdings.config.name!r} is disposed")
+        if (lease := holdings.cache.take(ticket.since)) is not None:
+            return lease
+        link = holdings.ensure_link()
+        holdings.cache.want(ticket, wait_s and max(0.001, deadline - ticket.since))
+    link.wake()
+    limit = deadline + _GRACE_S if wait_s else ticket.since + _patience_s(holdings, link)
+    # In slices: a lock's timeout has an upper bound.
+    while not gate.acquire(timeout=min(max(0.0, limit - time.monotonic()), 1000.0)):
+        if time.monotonic() >= limit:
+            raise _unanswered(holdings, ticket, link, wait_s)
+    if ticket.error is not None:
+        raise ticket.error
+    if ticket.denial is not None:
+        raise wording.refused(holdings.config.name, ticket.denial, wait_s)
+    if ticket.lease is None:
+        raise AssertionError("bug: a ticket was woken without an outcome")
+    holdings.handed_on += ticket.lease.conn is not None
+    return ticket.lease
+
+
+def _patience_s(holdings: Holdings, link: Link) -> float:
+    """How long to wait for a broker's answer on behalf of a caller who does not want to wait for a slot."""
+    if link.established:
+        return ANSWER_LIMIT_S
+    return CONNECT_LIMIT_S if holdings.config.broker else START_LIMIT_S
+
+
+def _unanswered(holdings: Holdings, ticket: Ticket, link: Link, wait_s: float) -> PoolError:
+    if wait_s and link.established and link.heard_at >= ticket.since:
+        return wording.timed_out(holdings.config.name, holdings.limit, wait_s)
+    waited_s = time.monotonic() - ticket.since
+    return wording.unanswered(holdings.config.name, link.address, waited_s, link.trouble)
+
+
+def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledConnection:
+    """Connect for a lease; without success the lease is given back."""
+    config = holdings.config
+    timeout_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+    conn: PooledConnection | None = None
+    try:
+        conn = connect(config.conninfo, f"sharedpool {config.name}", timeout_s)
+        conn.sharedpool_holdings = holdings
+        backend = describe(conn)
+        now = time.monotonic()
+        # Jitter, so that connections opened together are not renewed together.
+        lifetime = config.max_lifetime
+        retire_at = now + lifetime * random.uniform(0.9, 1.1) if lifetime else float("inf")
+        with holdings.lock:
+            holdings.cache.opened(lease, backend, retire_at, conn, now)
+        holdings.signal()
+        holdings.connects += 1
+        lease.conn = conn
+        if config.configure:
+            holdings.call_back(config.configure, lease, conn, "configure")
+        conn.sharedpool_session = session_of(conn)
+        return conn
+    except BaseException as error:
+        if lease.phase is not Phase.CLOSING:
+            reason = ReleaseReason.FAILED if isinstance(error, psycopg2.Error) else ReleaseReason.CLOSED
+            if conn is None:
+                holdings.give_back(lease, reason)
+            else:
+                holdings.discard(lease, conn, reason)
+        raise
+
+
+def _close_to_replace(holdings: Holdings, lease: Lease, conn: PooledConnection) -> None:
+    """Close a dead or aged connection. Its lease may be connected again only if the backend is seen to be gone."""
+    lease.phase = Phase.CLOSING
+    close_confirmed([conn])
+    holdings.discarded += 1
+    if conn.sharedpool_gone:
+        lease.conn, lease.phase = None, Phase.CONNECTING
+    else:
+        holdings.give_back(lease, ReleaseReason.BROKEN, gone=False)
+
+
+def _abandon(holdings: Holdings, ticket: Ticket, lease: Lease | None) -> None:
+    """Leave nothing behind of a checkout that failed or was interrupted."""
+    with holdings.lock:
+        other = holdings.cache.give_up(ticket, time.monotonic())
+    if other is not None:
+        other.wake()
+    holdings.signal()
+    if lease is not None and lease.phase is Phase.IN_USE and lease.conn is not None:
+        # Open, but never handed out: back it goes.
+        conn = cast(PooledConnection, lease.conn)
+        conn.sharedpool_lease = None
+        holdings.take_back(lease, conn, None)
+
+
+def _nobody() -> None:
+    """Nobody waits on this ticket yet."""

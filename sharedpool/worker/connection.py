@@ -1,0 +1,220 @@
+"""All that touches psycopg2: open a connection, see that it is alive and clean, close it and see it gone.
+
+Every connection keeps a duplicate of its socket, the *witness*. PostgreSQL holds its end open until the backend has
+exited (`socket_close` in its pqcomm.c), so the end of file on the witness proves that the slot is free; a plain
+`close()` only asks for it.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any, cast
+
+import psycopg2
+from psycopg2 import extensions
+
+from sharedpool.conninfo import ConnInfo
+from sharedpool.wire.messages import Backend
+
+# A backend exits within milliseconds of its client's close unless it is in the middle of a query.
+CLOSE_LIMIT_S = 1.0
+# libpq waits for ever by default; a pool must not.
+CONNECT_LIMIT_S = 10
+
+_HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR | select.POLLNVAL
+
+# client_connection_check_interval (PostgreSQL 14+): a dead worker's backend notices even in the middle of a query.
+_DESCRIBE_SQL = """
+SELECT a.pid, (extract(epoch FROM a.backend_start) * 1000000)::bigint,
+       (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint
+FROM pg_stat_get_activity(pg_backend_pid()) AS a
+"""
+_CHECK_INTERVAL_SQL = """
+SELECT set_config('client_connection_check_interval', '2s', false)
+WHERE current_setting('client_connection_check_interval') = '0';
+"""
+
+
+class PooledConnection(extensions.connection):
+    """A psycopg2 connection that a pool lends out; in all else a plain one."""
+
+    # Set while it is checked out, taken off by the first checkin: a second one finds nothing.
+    sharedpool_lease: Any = None
+    sharedpool_holdings: Any = None
+    sharedpool_witness: socket.socket | None = None
+    sharedpool_session: tuple[Any, ...] = ()
+    sharedpool_pid = 0
+    sharedpool_gone = False
+
+    def close(self) -> None:
+        """Close the connection and wait (at most a second) until its backend has exited."""
+        close_confirmed([self])
+
+    def __del__(self) -> None:
+        # Dropped while checked out: no lock may be taken here, so the link's thread brings it back.
+        if self.sharedpool_lease is not None and self.sharedpool_pid == os.getpid():
+            self.sharedpool_holdings.orphans.append(self)
+            self.sharedpool_holdings.signal()
+
+
+@lru_cache(maxsize=32)
+def pooled_class(factory: type[extensions.connection] | None) -> type[PooledConnection]:
+    """Return the class of a pool's connections: `PooledConnection`, mixed into the user's connection factory."""
+    if factory is None or factory is extensions.connection:
+        return PooledConnection
+    return cast(type[PooledConnection], type(f"Pooled{factory.__name__}", (PooledConnection, factory), {}))
+
+
+def connect(conninfo: ConnInfo, application_name: str, timeout_s: float | None) -> PooledConnection:
+    """Open a connection; blocks for its `connect_timeout`, by default `timeout_s` or 10 s. Raise what psycopg2 raises."""
+    keywords = dict(conninfo.python_kwargs)
+    factory = pooled_class(keywords.pop("connection_factory", None))
+    keywords.setdefault("fallback_application_name", application_name)
+    parameters = extensions.parse_dsn(conninfo.dsn)
+    if "connect_timeout" not in parameters and "PGCONNECT_TIMEOUT" not in os.environ:
+        limit = CONNECT_LIMIT_S if timeout_s is None else min(CONNECT_LIMIT_S, timeout_s)
+        keywords["connect_timeout"] = max(1, round(limit))
+    if "fallback_application_name" in parameters:
+        del keywords["fallback_application_name"]
+    conn = cast(PooledConnection, psycopg2.connect(conninfo.dsn, connection_factory=factory, **keywords))
+    conn.sharedpool_pid = os.getpid()
+    conn.sharedpool_witness = socket.socket(fileno=os.dup(conn.fileno()))
+    return conn
+
+
+def describe(conn: PooledConnection) -> Backend:
+    """Ask the server which backend this is. Where it will not say (a proxy in between) only the pid is known."""
+    conn.autocommit = True
+    try:
+        with conn.cursor() as cursor:
+            prefix = _CHECK_INTERVAL_SQL if conn.server_version >= 140000 else ""
+            cursor.execute(prefix + _DESCRIBE_SQL)
+            row = cast("tuple[int, int, int] | None", tuple(cursor.fetchone() or ()))
+            return Backend(*row) if row else Backend(conn.info.backend_pid)
+    except (psycopg2.ProgrammingError, psycopg2.NotSupportedError, psycopg2.DataError):
+        return Backend(conn.info.backend_pid)
+    finally:
+        if not conn.closed:
+            conn.autocommit = False
+
+
+def session_of(conn: PooledConnection) -> tuple[Any, ...]:
+    """Return the client-side session settings that a checkin restores."""
+    return (conn.autocommit, conn.isolation_level, conn.readonly, conn.deferrable)
+
+
+def is_alive(conn: PooledConnection) -> bool:
+    """Say whether an idle connection's socket is quiet: a server that closed it, or said so, shows as readable.
+
+    One system call, about a microsecond; no query.
+    """
+    if conn.closed or conn.sharedpool_witness is None:
+        return False
+    poller = select.poll()
+    poller.register(conn.sharedpool_witness, select.POLLIN)
+    return not poller.poll(0)
+
+
+def clean(conn: PooledConnection) -> bool:
+    """Roll back what its user left open and restore its session settings; return False when it is broken."""
+    if conn.closed:
+        return False
+    status = conn.get_transaction_status()
+    try:
+        if status == extensions.TRANSACTION_STATUS_UNKNOWN:
+            return False
+        if status != extensions.TRANSACTION_STATUS_IDLE:
+            conn.rollback()
+        if session_of(conn) != conn.sharedpool_session:
+            autocommit, isolation_level, readonly, deferrable = conn.sharedpool_session
+            conn.set_session(isolation_level or "default", _or_default(readonly), _or_default(deferrable), autocommit)
+    except psycopg2.Error:
+        return False
+    return not conn.closed and conn.get_transaction_status() == extensions.TRANSACTION_STATUS_IDLE
+
+
+def _or_default(value: object) -> Any:
+    return "default" if value is None else value
+
+
+def close_confirmed(conns: Iterable[PooledConnection], limit_s: float = CLOSE_LIMIT_S) -> None:
+    """Close connections and wait, for all together at most `limit_s` seconds, until their backends have exited.
+
+    Afterwards `conn.sharedpool_gone` tells of each whether it was seen to go.
+    """
+    waiting: dict[int, PooledConnection] = {}
+    poller = select.poll()
+    for conn in conns:
+        super(PooledConnection, conn).close()
+        witness = conn.sharedpool_witness
+        if witness is None:
+            continue
+        try:
+            witness.shutdown(socket.SHUT_WR)  # a session that libpq has already given up is told as well
+        except OSError:
+            pass  # the other side was faster
+        poller.register(witness, _HUNG_UP if _HUNG_UP & getattr(select, "POLLRDHUP", 0) else select.POLLIN)
+        waiting[witness.fileno()] = conn
+    deadline = time.monotonic() + limit_s
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        for fd, _ in poller.poll(left * 1000):
+            conn = waiting[fd]
+            if _at_end(conn):
+                poller.unregister(fd)
+                del waiting[fd]
+                conn.sharedpool_gone = True
+    for conn in waiting.values():
+        _close_witness(conn)
+
+
+def _at_end(conn: PooledConnection) -> bool:
+    """Read what is left on a closed connection's socket; say whether the backend has closed its end."""
+    witness = conn.sharedpool_witness
+    assert witness is not None
+    witness.setblocking(False)
+    try:
+        while witness.recv(65536):
+            pass
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # reset: gone as well
+    _close_witness(conn)
+    return True
+
+
+def _close_witness(conn: PooledConnection) -> None:
+    if conn.sharedpool_witness is not None:
+        conn.sharedpool_witness.close()
+        conn.sharedpool_witness = None
+
+
+def cut(conn: PooledConnection) -> None:
+    """End a connection that another thread may be using, without waiting for that thread or for the backend."""
+    witness = conn.sharedpool_witness
+    if witness is not None:
+        try:
+            witness.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # already down
+        _close_witness(conn)  # it would show our own shutdown, which proves nothing
+
+
+def disown(conn: PooledConnection) -> None:
+    """In a forked child: make an inherited connection harmless. The parent's session neither ends nor is used here."""
+    witness = conn.sharedpool_witness
+    if witness is None or conn.closed:
+        return
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    fd = conn.fileno()
+    # Another thread of the parent may have been closing it: the number may be somebody else's by now.
+    if os.path.sameopenfile(fd, witness.fileno()):
+        os.dup2(ours.fileno(), fd)
+    ours.close()
+    _close_witness(conn)

@@ -1,0 +1,79 @@
+"""Forks and exits: a child starts afresh, a process that ends in good order returns its leases.
+
+Python's own forks (os.fork, multiprocessing, gunicorn, celery) run `reset_after_fork` by themselves; uWSGI's do not.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import weakref
+from typing import Protocol
+
+from sharedpool.errors import PoolError
+
+
+class Forkable(Protocol):
+    """A pool, as forks and exits see it."""
+
+    def after_fork_in_child(self) -> None:
+        """Start afresh."""
+
+    def release_all(self) -> None:
+        """Close and return everything."""
+
+
+# Looked at without a lock: a fork may come at any moment, in any thread.
+_pools: dict[int, weakref.ref[Forkable]] = {}
+_pid = os.getpid()
+
+
+def register(pool: Forkable) -> None:
+    """Have `pool` told of forks and of the interpreter's end."""
+    _pools[id(pool)] = weakref.ref(pool)
+    _release_at_child_exit()
+
+
+def forget(pool: Forkable) -> None:
+    """Stop that: the pool is disposed of."""
+    _pools.pop(id(pool), None)
+
+
+def reset_after_fork() -> None:
+    """Make every pool of a forked child start afresh; the parent's connections stay the parent's.
+
+    Runs by itself after every fork that Python knows of. Call it where the hooks do not fire: in uWSGI's `@postfork`.
+    Does nothing in the process that made the pools, or the second time.
+    """
+    global _pid
+    if _pid == os.getpid():
+        return
+    _pid = os.getpid()
+    for pool in _living():
+        pool.after_fork_in_child()
+    _release_at_child_exit()
+
+
+def _living() -> list[Forkable]:
+    return [pool for ref in list(_pools.values()) if (pool := ref()) is not None]
+
+
+def _release_everything() -> None:
+    if _pid == os.getpid():
+        for pool in _living():
+            with contextlib.suppress(PoolError):  # disposed of meanwhile
+                pool.release_all()
+
+
+def _release_at_child_exit() -> None:
+    # Children of multiprocessing leave by os._exit: atexit does not run there, their own finalizers do.
+    for package in ("multiprocessing", "multiprocess"):
+        util = sys.modules.get(f"{package}.util")
+        if util is not None:
+            util.Finalize(None, _release_everything, exitpriority=0)
+
+
+atexit.register(_release_everything)
+os.register_at_fork(after_in_child=reset_after_fork)

@@ -1,0 +1,281 @@
+"""All that one process holds of a pool: cache, lock, line to the broker, and the I/O for what the cache decides.
+
+A forked child gets new holdings; the parent's stay the parent's. The lock is held for bookkeeping only, never across
+I/O or a user's callback.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable
+from typing import cast
+
+import psycopg2
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE
+
+from sharedpool.errors import BrokerUnavailable
+from sharedpool.wire.messages import (
+    PROTOCOL_VERSION,
+    Ack,
+    Deny,
+    Grant,
+    Hello,
+    PoolSpec,
+    Recall,
+    ReleaseReason,
+    Token,
+    ToWorker,
+    Welcome,
+)
+from sharedpool.worker.cache import Cache, Closing, Lease, Ticket
+from sharedpool.worker.connection import PooledConnection, clean, close_confirmed, cut, disown
+from sharedpool.worker.link import Link
+from sharedpool.worker.settings import Callback, PoolConfig
+
+logger = logging.getLogger("sharedpool.worker")
+
+
+class Holdings:
+    """One process's part of a pool. Methods under "the link's thread" are called by the link."""
+
+    def __init__(
+        self, config: PoolConfig, address: str, start_broker: Callable[[str], None] | None, *, keep_idle: bool
+    ) -> None:
+        self.config = config
+        self.pid = os.getpid()
+        self.lock = threading.Lock()
+        self.cache = Cache(config.expiration)
+        self.cache.keep_idle = keep_idle
+        self.keys: dict[Hashable, Lease] = {}
+        self.orphans: deque[PooledConnection] = deque()
+        self.limit = config.max_conn
+        self.disposed = False
+        self.hits = self.connects = self.handed_on = self.discarded = self.errors = 0
+        self.released: dict[ReleaseReason, int] = dict.fromkeys(ReleaseReason, 0)
+        self.link: Link | None = None
+        self._address = address
+        self._start_broker = start_broker
+        self._epoch: int | None = None
+        self._title = (os.path.basename(sys.argv[0]) if sys.argv else "") or "python"
+
+    # --- I/O for the cache's decisions
+
+    def take_back(self, lease: Lease, conn: PooledConnection, verdict: ReleaseReason | None) -> None:
+        """Check a connection in: clean it, reset it, then cache, hand on or close it; scavenge.
+
+        Raise what `reset` raised, after everything is in order.
+        """
+        error: BaseException | None = None
+        if verdict is None:
+            try:
+                if not clean(conn):
+                    verdict = ReleaseReason.BROKEN
+                elif self.config.reset:
+                    self.config.reset(conn)
+                    verdict = None if is_clean(self.config.name, "reset", conn) else ReleaseReason.BROKEN
+            except BaseException as caught:
+                verdict, error = ReleaseReason.BROKEN, caught
+        now = time.monotonic()
+        closing: list[Closing] = []
+        with self.lock:
+            if lease.key is not None:
+                self.keys.pop(lease.key, None)
+                lease.key = None
+            outcome = self.cache.checkin(lease, conn, now, verdict)
+            if self.cache.idle:
+                closing = self.cache.expire(now)
+        if outcome is not None:
+            if isinstance(outcome, Closing):
+                closing.append(outcome)
+                self.discarded += outcome.reason is ReleaseReason.BROKEN
+            else:
+                outcome.wake()
+            self.signal()
+        if closing:
+            self.close(closing)
+        if error is not None:
+            raise error
+
+    def call_back(self, callback: Callback, lease: Lease, conn: PooledConnection, name: str) -> None:
+        """Run a user's callback; one that raises, or leaves a transaction open, costs the connection."""
+        try:
+            callback(conn)
+            is_clean(self.config.name, name, conn)
+        except BaseException:
+            self.discarded += 1
+            self.discard(lease, conn, ReleaseReason.BROKEN)
+            raise
+
+    def discard(self, lease: Lease, conn: PooledConnection, reason: ReleaseReason) -> None:
+        """Close one connection and give its lease back."""
+        with self.lock:
+            closing = self.cache.close(lease, conn, reason, time.monotonic())
+        self.close([closing])
+
+    def close(self, closing: Iterable[Closing]) -> None:
+        """Close connections, see them gone, give their leases back."""
+        decided = [(each, cast(PooledConnection, each.lease.conn)) for each in closing]
+        if not decided:
+            return
+        close_confirmed([conn for _, conn in decided])
+        with self.lock:
+            for each, conn in decided:
+                self.cache.closed(each.lease, each.reason, gone=conn.sharedpool_gone)
+                self.released[each.reason] += 1
+        self.signal()
+
+    def give_back(self, lease: Lease, reason: ReleaseReason, *, gone: bool = True) -> None:
+        """Give back a lease that has no connection here; `gone` False when one may be left on the server."""
+        with self.lock:
+            self.cache.closed(lease, reason, gone=gone)
+        self.signal()
+
+    def reclaim(self) -> None:
+        """Check in what its users dropped without a `put_conn`."""
+        while self.orphans:
+            try:
+                conn = self.orphans.popleft()
+            except IndexError:
+                return  # another thread was faster
+            lease = conn.__dict__.pop("sharedpool_lease", None)
+            if lease is not None:
+                try:
+                    self.take_back(lease, conn, ReleaseReason.CLOSED if self.disposed else None)
+                except Exception:
+                    logger.exception("pool %r: reset() failed for a connection its user dropped", self.config.name)
+
+    def purge(self) -> int:
+        """Close what has been idle or has lived too long; return how many."""
+        with self.lock:
+            closing = self.cache.expire(time.monotonic())
+        self.close(closing)
+        return len(closing)
+
+    def signal(self) -> None:
+        """Have the link send what is in the outbox."""
+        if self.link is not None:
+            self.link.wake()
+
+    def ensure_link(self) -> Link:
+        """Return the link, started. The lock is held; starting a thread is all this does."""
+        if self.link is None:
+            start, address = self._start_broker, self._address
+            self.link = Link(self, address, self.cache.out, None if start is None else lambda: start(address))
+            self.link.start()
+        return self.link
+
+    def disown(self) -> None:
+        """In a forked child: make every inherited connection harmless. Takes no lock: its holder is not here."""
+        for lease in list(self.cache.leases.values()):
+            conn = lease.conn or (lease.ref() if lease.ref else None)
+            if conn is not None:
+                disown(cast(PooledConnection, conn))
+        if self.link is not None:
+            self.link.disown()
+
+    # --- the link's thread
+
+    def hello(self) -> Hello:
+        """Compose the registration."""
+        config, now = self.config, time.monotonic()
+        spec = PoolSpec(
+            config.name,
+            config.max_conn,
+            int(config.expiration * 1000),
+            int((config.max_checkout or 0) * 1000),
+            str(config.conninfo.identity()),
+        )
+        with self.lock:
+            leases, seen = self.cache.register(now, _thread_names())
+        return Hello(PROTOCOL_VERSION, self.pid, socket.gethostname(), self._title, spec, leases, seen)
+
+    def beat(self) -> None:
+        """Scavenge and queue a heartbeat."""
+        self.reclaim()
+        self.purge()
+        now = time.monotonic()
+        with self.lock:
+            lost = self.cache.lost(now)
+            for lease in lost:
+                self.cache.closed(lease, ReleaseReason.CLOSED, gone=lease.ref is None)
+            self.cache.out.append(self.cache.renewal(now, _thread_names()))
+        for lease in lost:
+            logger.warning("pool %r: the connection of lease %s was lost unreturned", self.config.name, lease.token)
+
+    def receive(self, message: ToWorker) -> None:
+        """Act on a message from the broker."""
+        now = time.monotonic()
+        ticket: Ticket | None = None
+        closing: list[Closing] = []
+        with self.lock:
+            match message:
+                case Grant():
+                    ticket = self.cache.granted(message, now)
+                case Deny():
+                    ticket = self.cache.denied(message)
+                case Recall():
+                    closing = self.cache.recalled(message, now, _thread_names())
+        if ticket is not None:
+            ticket.wake()
+        if closing:
+            self.signal()
+            self.close(closing)
+        if isinstance(message, Welcome):
+            self._welcomed(message)
+        elif isinstance(message, Ack):
+            self._revoke(message.revoked)
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        name, asked = self.config.name, self.config.max_conn
+        if self._epoch is None and welcome.max_conn != asked:
+            text = "pool %r: max_conn=%d was asked for, %d is enforced (set by the pool's first user or the launcher)"
+            logger.warning(text, name, asked, welcome.max_conn)
+        if self._epoch not in (None, welcome.epoch):
+            logger.info("pool %r: registered with a new broker (epoch %d)", name, welcome.epoch)
+            with self.lock:
+                self.cache.new_epoch()
+        self._epoch = welcome.epoch
+        self.limit = welcome.max_conn
+        self.cache.expiration_s = min(self.config.expiration, welcome.expiration_ms / 1000)
+        self._revoke(welcome.revoked)
+
+    def _revoke(self, tokens: list[Token]) -> None:
+        """Drop leases that the broker has taken away: their backends are gone or going."""
+        for token in tokens:
+            with self.lock:
+                lease = self.cache.forget(token)
+            if lease is not None:
+                logger.warning("pool %r: the broker has taken lease %s away", self.config.name, token)
+                conn = lease.conn or (lease.ref() if lease.ref else None)
+                if conn is not None:
+                    cut(cast(PooledConnection, conn))
+
+    def unreachable(self, error: Exception) -> None:
+        """Tell the waiting threads that the broker refuses, or cannot be had."""
+        if not isinstance(error, BrokerUnavailable):
+            error = BrokerUnavailable(f"pool {self.config.name!r}: {error}")
+        with self.lock:
+            tickets = self.cache.fail(error)
+        for ticket in tickets:
+            ticket.wake()
+
+
+def is_clean(pool: str, callback: str, conn: PooledConnection) -> bool:
+    """Say whether a callback left the connection open; raise when it left a transaction open on it."""
+    if conn.closed:
+        return False
+    if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:
+        raise psycopg2.ProgrammingError(
+            f"pool {pool!r}: {callback}() left a transaction open on the connection: commit or roll back in it"
+        )
+    return True
+
+
+def _thread_names() -> dict[int, str]:
+    return {thread.ident: thread.name for thread in threading.enumerate() if thread.ident is not None}

@@ -1,0 +1,233 @@
+"""A pool's line to the broker: one I/O thread that owns the ZeroMQ socket.
+
+It registers (HELLO) and does so again when the broker falls silent, sends what the cache has decided, keeps the
+heartbeat, and hands every message to the pool. Whatever the broker asks for happens in this thread, so that a process
+that never calls its pool again still gives back what is recalled or expired.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import zmq
+
+from sharedpool.errors import ProtocolError, SharedPoolError
+from sharedpool.wire.codec import decode_to_worker, encode
+from sharedpool.wire.messages import Bye, Hello, Reject, ToBroker, ToWorker, Welcome
+
+logger = logging.getLogger("sharedpool.worker")
+
+_HELLO_RETRY_S = 1.0
+_RESTART_AFTER_S = 3.0  # without a WELCOME: see whether the automatic broker must be started
+_FLUSH_LIMIT_S = 1.0
+
+
+class Endpoint(Protocol):
+    """What the link serves: the pool."""
+
+    def hello(self) -> Hello:
+        """Compose the registration."""
+
+    def beat(self) -> None:
+        """Housekeeping: queue a RENEW, scavenge."""
+
+    def receive(self, message: ToWorker) -> None:
+        """Take in a message."""
+
+    def reclaim(self) -> None:
+        """Bring back connections that were dropped without a checkin."""
+
+    def unreachable(self, error: Exception) -> None:
+        """The broker refuses for good, or cannot be started."""
+
+
+class Link:
+    """The I/O thread of one pool. `outbox` is the cache's: append under the pool's lock, then `wake`."""
+
+    def __init__(
+        self, endpoint: Endpoint, address: str, outbox: deque[ToBroker], start_broker: Callable[[], None] | None
+    ) -> None:
+        self._endpoint = endpoint
+        self.address = address
+        self._outbox = outbox
+        self._start_broker = start_broker
+        self.established = False
+        self.heard_at = float("-inf")
+        self.epoch = 0
+        self.trouble = "no answer from it"
+        self._ttl_s = 15.0
+        self._beat_s = 1.0
+        self._expiration_s = float("inf")
+        self._closing = False
+        # Kept for life: the broker knows the session, and what it holds, by it.
+        self._identity = b"w" + os.urandom(15)
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name="sharedpool-link", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Have the outbox sent. Takes no lock: safe in a finalizer."""
+        try:
+            self._wake_out.send(b"\0")
+        except OSError:
+            pass  # full: it is awake already; closed: it is over
+
+    def close(self) -> None:
+        """Send what is in the outbox and say BYE; waits at most a second."""
+        self._closing = True
+        self.wake()
+        if self._thread is not threading.current_thread() and self._thread.is_alive():
+            self._thread.join(_FLUSH_LIMIT_S + 0.5)
+
+    def disown(self) -> None:
+        """In a forked child: let go of the parent's line. Its thread does not exist here."""
+        self._wake_in.close()
+        self._wake_out.close()
+
+    # --- the thread
+
+    def _run(self) -> None:
+        context = zmq.Context()
+        try:
+            while not self._closing:
+                try:
+                    self._session(context)
+                except SharedPoolError as error:
+                    self.trouble = str(error)
+                    self._endpoint.unreachable(error)
+                    self._pause(random.uniform(0.5, 1.5))
+        except Exception:
+            logger.exception("bug: the link to %s has failed", self.address)
+            self.trouble = "the link has failed: see the log"
+            self._endpoint.unreachable(SharedPoolError(self.trouble))
+        finally:
+            self.established = False
+            context.term()
+            self._wake_in.close()
+            self._wake_out.close()
+
+    def _session(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        """Be registered once: from HELLO until the broker falls silent or the pool closes."""
+        if self._start_broker is not None:
+            self._start_broker()
+        dealer = context.socket(zmq.DEALER)
+        try:
+            dealer.setsockopt(zmq.IDENTITY, self._identity)
+            dealer.setsockopt(zmq.LINGER, int(_FLUSH_LIMIT_S * 1000))
+            dealer.setsockopt(zmq.RECONNECT_IVL, 20)
+            dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+            dealer.connect(self.address)
+            self._serve(dealer)
+        finally:
+            self.established = False
+            dealer.close()
+
+    def _serve(self, dealer: zmq.Socket[bytes]) -> None:
+        poller = zmq.Poller()
+        poller.register(dealer, zmq.POLLIN)
+        poller.register(self._wake_in, zmq.POLLIN)
+        started = time.monotonic()
+        hello_at = beat_at = started
+        while not self._closing:
+            now = time.monotonic()
+            if not self.established and now >= hello_at:
+                dealer.send(encode(self._endpoint.hello()))
+                hello_at = now + _HELLO_RETRY_S * random.uniform(0.8, 1.2)
+                if self._start_broker is not None and now - started > _RESTART_AFTER_S:
+                    return  # it may have left just when we came
+            if self.established and now >= beat_at:
+                if now - self.heard_at > self._silence_limit_s:
+                    logger.warning("the broker at %s is silent: registering again", self.address)
+                    self.trouble = "it has fallen silent"
+                    return
+                self._endpoint.beat()
+                beat_at = now + self._beat_s
+            self._flush(dealer)
+            due = beat_at if self.established else hello_at
+            ready = dict(poller.poll(_ms_until(due)))
+            if self._wake_in.fileno() in ready:
+                self._drain_wake()
+                self._endpoint.reclaim()
+            if dealer in ready:
+                was = self.established
+                self._receive(dealer)
+                if self.established and not was:
+                    beat_at = time.monotonic() + self._beat_s * random.uniform(0.5, 1.0)
+        self._flush(dealer)
+        if self.established:
+            dealer.send(encode(Bye()))
+
+    @property
+    def _silence_limit_s(self) -> float:
+        return 2.5 * self._beat_s + 1.0
+
+    def _receive(self, dealer: zmq.Socket[bytes]) -> None:
+        while True:
+            try:
+                frame = dealer.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = decode_to_worker(frame)
+            except ProtocolError as error:
+                logger.warning("dropped a message from the broker: %s", error)
+                continue
+            self.heard_at = time.monotonic()
+            if isinstance(message, Reject):
+                if message.fatal:
+                    raise SharedPoolError(message.reason)
+                self.established = False  # a new broker: HELLO again
+                dealer.send(encode(self._endpoint.hello()))
+            else:
+                if isinstance(message, Welcome):
+                    self._welcomed(message)
+                self._endpoint.receive(message)
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        self.established = True
+        self.epoch = welcome.epoch
+        self._ttl_s = welcome.ttl_ms / 1000
+        # Often enough for the TTL, and for the broker to know what has expired soon after it has.
+        self._beat_s = min(self._ttl_s / 3, max(0.25, welcome.expiration_ms / 2000))
+
+    def _flush(self, dealer: zmq.Socket[bytes]) -> None:
+        while self.established and self._outbox:
+            try:
+                dealer.send(encode(self._outbox[0]), zmq.NOBLOCK)
+            except zmq.Again:
+                return  # the broker does not read: RENEW will tell it all
+            self._outbox.popleft()
+
+    def _drain_wake(self) -> None:
+        try:
+            while self._wake_in.recv(4096):
+                pass
+        except BlockingIOError:
+            pass
+
+    def _pause(self, seconds: float) -> None:
+        poller = zmq.Poller()
+        poller.register(self._wake_in, zmq.POLLIN)
+        deadline = time.monotonic() + seconds
+        while not self._closing and time.monotonic() < deadline:
+            if poller.poll(_ms_until(deadline)):
+                self._drain_wake()
+                self._endpoint.reclaim()
+
+
+def _ms_until(when: float) -> int:
+    return max(0, math.ceil((when - time.monotonic()) * 1000))

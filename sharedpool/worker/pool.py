@@ -1,0 +1,332 @@
+"""The two public pools: `get_conn` and `put_conn`.
+
+A checkout that finds an idle connection touches nothing but this process's memory; `checkout.py` has the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import psycopg2
+from psycopg2 import extensions
+
+from sharedpool.errors import PoolClosed, PoolError, SharedPoolError
+from sharedpool.wire.messages import Phase, ReleaseReason
+from sharedpool.worker import forks
+from sharedpool.worker.cache import Lease
+from sharedpool.worker.checkout import CHECK_AFTER_S, checkout
+from sharedpool.worker.connection import PooledConnection, close_confirmed, cut
+from sharedpool.worker.holdings import Holdings
+from sharedpool.worker.settings import PoolConfig
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """A snapshot of one pool in this process; counters count since the process (or its fork) made the pool.
+
+    `max_conn` is over all processes, all else is of this one. `hits` are checkouts served from the cache, `handed_on`
+    those served by another thread's checkin, `connects` those that opened a connection. `released` leases were given
+    back; of these `recalled` because others waited, `expired` by idle time or age.
+    """
+
+    name: str
+    max_conn: int
+    idle: int
+    in_use: int
+    waiting: int
+    hits: int
+    handed_on: int
+    connects: int
+    released: int
+    recalled: int
+    expired: int
+    discarded: int
+    errors: int
+
+
+class Pool:
+    """What both pools are. Use `config_pool` to make one."""
+
+    _one_thread = False
+
+    def __init__(self, config: PoolConfig, address: str, start_broker: Callable[[str], None] | None) -> None:
+        self.config = config
+        self.name = config.name
+        self._address = address
+        self._start_broker = start_broker
+        self._retired = False
+        self._start_afresh()
+        forks.register(self)
+
+    def _start_afresh(self) -> None:
+        keep_idle = not (self.config.disable_pooling or self._retired)
+        self._holdings = Holdings(self.config, self._address, self._start_broker, keep_idle=keep_idle)
+        self._thread: int | None = None
+
+    def after_fork_in_child(self) -> None:
+        """Leave the parent's connections alone and start afresh (called by `forks`)."""
+        disposed = self._holdings.disposed
+        self._holdings.disown()
+        self._start_afresh()
+        self._holdings.disposed = disposed
+
+    # --- checkout
+
+    def get_conn(self, key: Hashable = None, *, timeout: float | None = None) -> extensions.connection:
+        """Check a connection out.
+
+        `key`: the same key gives the same connection until it is returned. `timeout`: seconds to wait, first come
+        first served over all processes; None is the pool's own `timeout`, 0 means not to wait. A connection that lies
+        idle in this process costs no message and no query; else this blocks for a lease and a connect.
+
+        Raise `PoolExhausted` (no wait asked for), `PoolTimeout`, `BrokerUnavailable`, `PoolClosed`, or what
+        `psycopg2.connect` or a callback raised.
+        """
+        holdings = self._check_caller()
+        if key is not None and (conn := self._by_key(key)) is not None:
+            return conn
+        now = time.monotonic()
+        with holdings.lock:
+            lease = holdings.cache.take(now)
+        if lease is not None and lease.idle_s <= CHECK_AFTER_S and now < lease.retire_at and not self.config.check:
+            conn = cast(PooledConnection, lease.conn)
+            conn.sharedpool_lease = lease
+            holdings.hits += 1
+        else:
+            conn = checkout(holdings, lease, self.config.timeout if timeout is None else timeout, now)
+            lease = cast(Lease, conn.sharedpool_lease)
+        lease.conn = None  # from here on the caller's reference is the only one
+        lease.thread = threading.get_ident()
+        return conn if key is None else self._keep_key(key, lease, conn)
+
+    def _check_caller(self) -> Holdings:
+        if self._holdings.pid != os.getpid():
+            forks.reset_after_fork()  # a fork that Python did not see (uWSGI)
+        if self._holdings.disposed:
+            raise PoolClosed(f"pool {self.name!r} is disposed: release_all() was called; configure a new one")
+        if self._one_thread:
+            me = threading.get_ident()
+            if self._thread is None:
+                self._thread = me
+            elif self._thread != me:
+                raise SharedPoolError(
+                    f"pool {self.name!r} is a SimpleConnectionPool and belongs to one thread: for more, use"
+                    " config_pool(pool_manager=ThreadedConnectionPool)"
+                )
+        return self._holdings
+
+    def _by_key(self, key: Hashable) -> PooledConnection | None:
+        with self._holdings.lock:
+            lease = self._holdings.keys.get(key)
+        return None if lease is None or lease.ref is None else cast("PooledConnection | None", lease.ref())
+
+    def _keep_key(self, key: Hashable, lease: Lease, conn: PooledConnection) -> PooledConnection:
+        with self._holdings.lock:
+            first = self._holdings.keys.setdefault(key, lease)
+            if first is lease:
+                lease.key = key
+        other = conn if first is lease or first.ref is None else cast("PooledConnection | None", first.ref())
+        if other is None or other is conn:
+            return conn
+        self.put_conn(conn)  # another thread was faster with the same key
+        return other
+
+    # --- checkin
+
+    def put_conn(
+        self, conn: extensions.connection, key: Hashable = None, close: bool = False, fail_silently: bool = False
+    ) -> None:
+        """Check a connection in.
+
+        Roll back what is open, run `reset`, then cache it, hand it to a waiting thread, or close it and give its lease
+        back when the broker has asked for one, when it is broken or too old, or with `close`. Then close what has been
+        idle longer than `expiration`. Blocks for the rollback and for closes, not for the broker.
+
+        Raise `PoolError` for a connection that is not checked out of this pool, `PoolClosed` when the pool is disposed
+        of (the connection is closed all the same); `fail_silently` swallows both. What `reset` raised is raised here.
+        """
+        try:
+            lease = self._claim(conn, key)
+        except PoolError:
+            if not fail_silently:
+                raise
+            return
+        self._holdings.take_back(lease, cast(PooledConnection, conn), ReleaseReason.CLOSED if close else None)
+
+    def _claim(self, conn: extensions.connection, key: Hashable) -> Lease:
+        """Take a checked-out connection's lease off it, so that no second checkin finds one; else say why not."""
+        holdings = getattr(conn, "sharedpool_holdings", None)
+        if holdings is not self._holdings:
+            if holdings is not None and holdings.pid != os.getpid():
+                raise SharedPoolError(
+                    f"pool {self.name!r}: this connection belongs to process {holdings.pid}, which opened it"
+                )
+            raise SharedPoolError(f"pool {self.name!r}: put_conn() of a connection that it did not lend out: {conn!r}")
+        if holdings.disposed:
+            pooled = cast(PooledConnection, conn)
+            pooled.sharedpool_lease = None
+            close_confirmed([pooled])
+            raise PoolClosed(f"pool {self.name!r} is disposed: the connection was closed")
+        if self._one_thread:
+            self._check_caller()
+        lease = cast("Lease | None", getattr(conn, "sharedpool_lease", None))
+        if lease is not None and key is not None and lease.key != key:
+            raise SharedPoolError(
+                f"pool {self.name!r}: the connection was checked out with key {lease.key!r}, not {key!r}"
+            )
+        # `pop` is one step: of two threads that put the same connection only one gets the lease.
+        if lease is None or conn.__dict__.pop("sharedpool_lease", None) is None:
+            raise SharedPoolError(f"pool {self.name!r}: this connection was already put back")
+        return lease
+
+    @contextlib.contextmanager
+    def connection(self, key: Hashable = None, *, timeout: float | None = None) -> Iterator[extensions.connection]:
+        """Lend a connection for a block: commit on success, roll back on any exception, return it always.
+
+        Takes and raises what `get_conn` does.
+        """
+        conn = self.get_conn(key, timeout=timeout)
+        try:
+            yield conn
+            conn.commit()
+        except BaseException:
+            if not conn.closed:
+                with contextlib.suppress(psycopg2.Error):  # the caller's own error says more
+                    conn.rollback()
+            raise
+        finally:
+            # A child that was forked inside the block unwinds it too: the connection is not its to return.
+            self.put_conn(conn, fail_silently=cast(PooledConnection, conn).sharedpool_pid != os.getpid())
+
+    def put_conn_later(self, conn: extensions.connection) -> None:
+        """Check a connection in from a finalizer: takes no lock and does no I/O; the link's thread does the rest."""
+        pooled = cast(PooledConnection, conn)
+        if pooled.sharedpool_pid == os.getpid() and pooled.sharedpool_holdings is not None:
+            pooled.sharedpool_holdings.orphans.append(pooled)
+            pooled.sharedpool_holdings.signal()
+
+    # psycopg2.pool's names for the same calls.
+    getconn = get_conn
+    putconn = put_conn
+
+    def closeall(self) -> None:
+        """Close all connections: `release_all` under psycopg2.pool's name."""
+        self.release_all()
+
+    # --- scavenging and the end
+
+    def purge_expired_connections(self) -> int:
+        """Close what has been idle longer than `expiration`, or has outlived `max_lifetime`; return how many.
+
+        Every `put_conn` does this too, and the broker sees to it in a process that never calls the pool again.
+        """
+        return self._holdings.purge()
+
+    @property
+    def disposed(self) -> bool:
+        """Whether `release_all` was called."""
+        return self._holdings.disposed
+
+    def release_all(self) -> None:
+        """Close every connection of this process, those in use included, return all leases, and end the pool.
+
+        Waiting threads get `PoolClosed`. Blocks until the backends are gone, at most some seconds. Raise `PoolClosed`
+        when it was called before.
+        """
+        holdings = self._holdings
+        with holdings.lock:
+            if holdings.disposed:
+                raise PoolClosed(f"pool {self.name!r} is already disposed")
+            holdings.disposed = True
+            tickets = holdings.cache.fail(PoolClosed(f"pool {self.name!r} was disposed of while waiting"))
+            closing = holdings.cache.drain(time.monotonic())
+            in_use = [lease for lease in holdings.cache.leases.values() if lease.phase is Phase.IN_USE]
+        for ticket in tickets:
+            ticket.wake()
+        holdings.close(closing)
+        for lease in in_use:
+            self._cut(lease)
+        if holdings.link is not None:
+            holdings.link.close()
+        forks.forget(self)
+
+    def _cut(self, lease: Lease) -> None:
+        """End a connection that is checked out: in order where it rests, by force where another thread may be in it."""
+        conn = cast("PooledConnection | None", lease.ref() if lease.ref else None)
+        if conn is not None and (conn.closed or lease.thread == threading.get_ident() or not conn.isexecuting()):
+            conn.sharedpool_lease = None
+            self._holdings.discard(lease, conn, ReleaseReason.CLOSED)
+            return
+        if conn is not None:
+            cut(conn)
+        self._holdings.give_back(lease, ReleaseReason.CLOSED, gone=False)
+
+    def retire(self) -> None:
+        """Keep nothing idle from now on: a newer pool has taken this one's name in this process."""
+        holdings = self._holdings
+        with holdings.lock:
+            self._retired = True
+            holdings.cache.keep_idle = False
+            closing = holdings.cache.drain(time.monotonic())
+        holdings.close(closing)
+
+    # --- what the pool says of itself
+
+    @property
+    def max_conn(self) -> int:
+        """The limit over all processes: what the broker enforces, once it has said so; until then what was asked."""
+        return self._holdings.limit
+
+    @property
+    def expiration(self) -> float:
+        """Seconds after which an idle connection is closed: what was asked, or the broker's own if that is shorter."""
+        return self._holdings.cache.expiration_s
+
+    def stats(self) -> PoolStats:
+        """Return a snapshot of this process's part of the pool. Takes the lock for a moment."""
+        holdings = self._holdings
+        with holdings.lock:
+            idle, waiting = len(holdings.cache.idle), len(holdings.cache.waiting)
+            busy = (Phase.IN_USE, Phase.CONNECTING)
+            in_use = sum(lease.phase in busy for lease in holdings.cache.leases.values())
+        released = holdings.released
+        return PoolStats(
+            name=self.name,
+            max_conn=holdings.limit,
+            idle=idle,
+            in_use=in_use,
+            waiting=waiting,
+            hits=holdings.hits,
+            handed_on=holdings.handed_on,
+            connects=holdings.connects,
+            released=sum(released.values()),
+            recalled=released[ReleaseReason.TAKEN] + released[ReleaseReason.OWED],
+            expired=released[ReleaseReason.EXPIRED] + released[ReleaseReason.RETIRED],
+            discarded=holdings.discarded,
+            errors=holdings.errors,
+        )
+
+    def __repr__(self) -> str:
+        if self.disposed:
+            return f"<{type(self).__name__} {self.name!r} disposed>"
+        stats = self.stats()
+        return (
+            f"<{type(self).__name__} {self.name!r}: {stats.in_use} in use and {stats.idle} idle in this process,"
+            f" limit {stats.max_conn} over all>"
+        )
+
+
+class SimpleConnectionPool(Pool):
+    """A shared pool for one thread of one process; another thread's call raises `PoolError`."""
+
+    _one_thread = True
+
+
+class ThreadedConnectionPool(Pool):
+    """A shared pool for all threads of a process."""

@@ -1,0 +1,40 @@
+"""The texts of errors: which pool, which numbers, what to do next."""
+
+from __future__ import annotations
+
+from sharedpool.errors import BrokerUnavailable, PoolError, PoolExhausted, PoolTimeout
+from sharedpool.wire.messages import Deny, DenyReason
+
+
+def refused(pool: str, deny: Deny, wait_s: float) -> PoolError:
+    """Return the error for a broker's refusal: who holds most, since when."""
+    held = ", ".join(
+        f"{holder.label} {holder.count}" + (f" (longest {holder.longest_ms / 1000:.1f} s)" if holder.longest_ms else "")
+        for holder in deny.holders
+    )
+    who = f"; held most by {held}" if held else ""
+    if deny.reason is DenyReason.TIMEOUT:
+        return PoolTimeout(
+            f"pool {pool!r}: no connection became free within {wait_s:g} s: the limit of {deny.max_conn} over all"
+            f" processes is in use{who}. Return connections sooner, wait longer or raise max_conn"
+        )
+    return PoolExhausted(
+        f"pool {pool!r} is exhausted: the limit of {deny.max_conn} connections over all processes is in use and none is"
+        f" idle{who}. Wait with get_conn(timeout=seconds), return connections sooner or raise max_conn"
+    )
+
+
+def timed_out(pool: str, limit: int, wait_s: float) -> PoolTimeout:
+    """Return the error for a wait that ended before the broker could say why."""
+    return PoolTimeout(
+        f"pool {pool!r}: no connection became free within {wait_s:g} s (limit {limit} over all processes)."
+        " Return connections sooner, wait longer or raise max_conn"
+    )
+
+
+def unanswered(pool: str, address: str, waited_s: float, trouble: str) -> BrokerUnavailable:
+    """Return the error for a broker that does not answer."""
+    return BrokerUnavailable(
+        f"pool {pool!r}: the broker at {address} did not answer within {waited_s:.1f} s ({trouble})."
+        " Is `sharedpool broker` running, and is SHAREDPOOL_BROKER (or broker=) its address?"
+    )
