@@ -1,17 +1,20 @@
 """Fixtures for all tests: a PostgreSQL server of our own, and nothing of the developer's environment."""
 
+import contextlib
 import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg2
 import psycopg2.extensions
 import pytest
 from psycopg2 import sql
 
+import sharedpool
 from sharedpool.cli.postgres import EphemeralPostgres
 
 _OURS = ("SHAREDPOOL_", "PG", "DATABASE_DSN", "DATABASE_URL")
@@ -64,3 +67,46 @@ def database(postgres: EphemeralPostgres, server_connection: psycopg2.extensions
     with connection.cursor() as cursor:
         cursor.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
     connection.close()
+
+
+@pytest.fixture(scope="module")
+def broker(postgres: EphemeralPostgres) -> Iterator[sharedpool.Broker]:
+    """A broker with a control connection, no cap that a test would meet, and a short TTL."""
+    path = tempfile.mkdtemp(prefix="spb-", dir="/tmp")
+    address = f"ipc://{path}/broker.sock"
+    with sharedpool.start_broker(60, address=address, dsn=postgres.dsn, ttl=3.0) as broker:
+        yield broker
+    shutil.rmtree(path)
+
+
+MakePool = Callable[..., sharedpool.Pool]
+_pool_numbers = itertools.count(1)
+
+
+@pytest.fixture
+def make_pool(broker: sharedpool.Broker, postgres: EphemeralPostgres) -> Iterator[MakePool]:
+    """`config_pool` on the module's broker, under a new name each time; disposed of afterwards."""
+    made: list[sharedpool.Pool] = []
+
+    def make(**settings: Any) -> sharedpool.Pool:
+        settings = {"dsn": postgres.dsn, "broker": broker.address, "name": f"pool{next(_pool_numbers)}"} | settings
+        pool = sharedpool.config_pool(**settings)
+        made.append(pool)
+        return pool
+
+    yield make
+    for pool in made:
+        with contextlib.suppress(sharedpool.PoolClosed):  # the test has disposed of it itself
+            pool.release_all()
+
+
+@pytest.fixture
+def backends(server_connection: psycopg2.extensions.connection) -> Callable[[sharedpool.Pool], set[int]]:
+    """The pids of a pool's backends, as the server lists them."""
+
+    def of(pool: sharedpool.Pool) -> set[int]:
+        with server_connection.cursor() as cursor:
+            cursor.execute("SELECT pid FROM pg_stat_activity WHERE application_name = %s", [f"sharedpool {pool.name}"])
+            return {pid for (pid,) in cursor.fetchall()}
+
+    return of

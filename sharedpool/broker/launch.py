@@ -210,11 +210,13 @@ def start_broker(
     """
     if max_conn < 1:
         raise ConfigError(f"max_conn: must be at least 1, not {max_conn}")
+    one_off = address is None
     if address is None:
         address = f"ipc://{addresses.runtime_dir()}/broker-{os.getpid()}-{os.urandom(4).hex()}.sock"
     settings = BrokerSettings(
-        addresses.check_address(address, "address"), max_conn, control_dsn(dsn), expiration, max_checkout or 0.0, ttl
-    )
+        addresses.check_address(address, "address"), max_conn, control_dsn(dsn), expiration, max_checkout or 0.0, ttl,
+        one_off=one_off,
+    )  # fmt: skip
     context = multiprocess.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_run_owned, args=(settings, theirs), name="sharedpool-broker", daemon=True)

@@ -37,11 +37,13 @@ class BrokerLock:
             time.sleep(0.01)
         fields = _fields(self._fd)
         self.epoch = int(fields[0]) + 1 if fields and fields[0].isdigit() else 1
-        # The file is never unlinked: a second inode under the same name would be a second lock.
+        # Unlinked only where no other broker can come: a second inode under the same name would be a second lock.
         os.pwrite(self._fd, f"{self.epoch} {os.getpid()}\n".encode().ljust(64), 0)
 
-    def release(self) -> None:
-        """Let another broker have the address."""
+    def release(self, *, for_good: bool = False) -> None:
+        """Let another broker have the address. `for_good`: nobody will, so the file goes too."""
+        if for_good:
+            self._path.unlink(missing_ok=True)
         os.close(self._fd)
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import zmq
+from msgspec import structs
 
 from sharedpool.broker.commands import Command, Fence, Forget, Log, Send, Watch
 from sharedpool.broker.control import Control
@@ -46,6 +47,7 @@ class BrokerSettings:
     max_checkout_s: float = 0.0
     ttl_s: float = 15.0
     linger_s: float | None = None
+    one_off: bool = False  # nobody will ever listen there again: leave no lock file behind
 
 
 class Server:
@@ -158,7 +160,9 @@ class Server:
                 logger.warning("dropped a HELLO from uid %d", peer.uid)
                 return
             # By tcp only a process of this very host, by loopback, can be found by the pid it claims.
-            self._peers[session] = peer.pid or (message.pid if peer.loopback and message.host == self._host else 0)
+            if message.host == self._host:
+                message = structs.replace(message, host="")  # in texts only other hosts are named
+            self._peers[session] = peer.pid or (message.pid if peer.loopback and not message.host else 0)
         self._execute(self._ledger.handle(session, message, now))
 
     def _wait(self, timeout: float | None) -> None:
@@ -268,7 +272,7 @@ class Server:
         self._wake_in.close()
         self._wake_out.close()
         assert self._lock is not None
-        self._lock.release()
+        self._lock.release(for_good=self.settings.one_off)
         logger.info("broker %d stopped", os.getpid())
 
 

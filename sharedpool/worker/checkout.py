@@ -17,7 +17,15 @@ from sharedpool.errors import PoolClosed, PoolError
 from sharedpool.wire.messages import Phase, ReleaseReason
 from sharedpool.worker import wording
 from sharedpool.worker.cache import Lease, Ticket
-from sharedpool.worker.connection import PooledConnection, close_confirmed, connect, describe, is_alive, session_of
+from sharedpool.worker.connection import (
+    PooledConnection,
+    bear_witness,
+    close_confirmed,
+    connect,
+    describe,
+    is_alive,
+    session_of,
+)
 from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.link import Link
 
@@ -112,9 +120,9 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
     """Connect for a lease; without success the lease is given back."""
     config = holdings.config
     timeout_s = None if deadline is None else max(0.0, deadline - time.monotonic())
-    conn: PooledConnection | None = None
+    made: list[PooledConnection] = []
     try:
-        conn = connect(config.conninfo, f"sharedpool {config.name}", timeout_s)
+        conn = connect(config.conninfo, f"sharedpool {config.name}", timeout_s, made)
         conn.sharedpool_holdings = holdings
         backend = describe(conn)
         now = time.monotonic()
@@ -133,10 +141,10 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
     except BaseException as error:
         if lease.phase is not Phase.CLOSING:
             reason = ReleaseReason.FAILED if isinstance(error, psycopg2.Error) else ReleaseReason.CLOSED
-            if conn is None:
-                holdings.give_back(lease, reason)
+            if made and not made[0].closed:
+                holdings.discard(lease, bear_witness(made[0]), reason)
             else:
-                holdings.discard(lease, conn, reason)
+                holdings.give_back(lease, reason)
         raise
 
 

@@ -23,10 +23,12 @@ from sharedpool.wire.messages import Backend
 
 # A backend exits within milliseconds of its client's close unless it is in the middle of a query.
 CLOSE_LIMIT_S = 1.0
+CUT_LIMIT_S = 0.2
 # libpq waits for ever by default; a pool must not.
 CONNECT_LIMIT_S = 10
 
-_HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR | select.POLLNVAL
+# Tells, without reading, that the other end is closed. 0 where poll cannot tell (macOS).
+_HUNG_UP: int = getattr(select, "POLLRDHUP", 0)
 
 # client_connection_check_interval (PostgreSQL 14+): a dead worker's backend notices even in the middle of a query.
 _DESCRIBE_SQL = """
@@ -50,6 +52,7 @@ class PooledConnection(extensions.connection):
     sharedpool_session: tuple[Any, ...] = ()
     sharedpool_pid = 0
     sharedpool_gone = False
+    sharedpool_finalized = False
 
     def close(self) -> None:
         """Close the connection and wait (at most a second) until its backend has exited."""
@@ -58,6 +61,7 @@ class PooledConnection(extensions.connection):
     def __del__(self) -> None:
         # Dropped while checked out: no lock may be taken here, so the link's thread brings it back.
         if self.sharedpool_lease is not None and self.sharedpool_pid == os.getpid():
+            self.sharedpool_finalized = True  # Python calls this once in an object's life: it is not lent out again
             self.sharedpool_holdings.orphans.append(self)
             self.sharedpool_holdings.signal()
 
@@ -70,8 +74,13 @@ def pooled_class(factory: type[extensions.connection] | None) -> type[PooledConn
     return cast(type[PooledConnection], type(f"Pooled{factory.__name__}", (PooledConnection, factory), {}))
 
 
-def connect(conninfo: ConnInfo, application_name: str, timeout_s: float | None) -> PooledConnection:
-    """Open a connection; blocks for its `connect_timeout`, by default `timeout_s` or 10 s. Raise what psycopg2 raises."""
+def connect(
+    conninfo: ConnInfo, application_name: str, timeout_s: float | None, made: list[PooledConnection]
+) -> PooledConnection:
+    """Open a connection; blocks for its `connect_timeout`, by default `timeout_s` or 10 s. Raise what psycopg2 raises.
+
+    The connection is in `made` even before it is connected: an interrupt anywhere does not lose it.
+    """
     keywords = dict(conninfo.python_kwargs)
     factory = pooled_class(keywords.pop("connection_factory", None))
     keywords.setdefault("fallback_application_name", application_name)
@@ -81,9 +90,22 @@ def connect(conninfo: ConnInfo, application_name: str, timeout_s: float | None) 
         keywords["connect_timeout"] = max(1, round(limit))
     if "fallback_application_name" in parameters:
         del keywords["fallback_application_name"]
-    conn = cast(PooledConnection, psycopg2.connect(conninfo.dsn, connection_factory=factory, **keywords))
-    conn.sharedpool_pid = os.getpid()
-    conn.sharedpool_witness = socket.socket(fileno=os.dup(conn.fileno()))
+
+    def make(dsn: str, **options: Any) -> PooledConnection:
+        conn = factory.__new__(factory)
+        made.append(conn)
+        conn.__init__(dsn, **options)  # type: ignore[misc] # connects
+        return conn
+
+    psycopg2.connect(conninfo.dsn, connection_factory=make, **keywords)
+    return bear_witness(made[0])
+
+
+def bear_witness(conn: PooledConnection) -> PooledConnection:
+    """Duplicate a connection's socket, once."""
+    if conn.sharedpool_witness is None:
+        conn.sharedpool_pid = os.getpid()
+        conn.sharedpool_witness = socket.socket(fileno=os.dup(conn.fileno()))
     return conn
 
 
@@ -147,35 +169,52 @@ def close_confirmed(conns: Iterable[PooledConnection], limit_s: float = CLOSE_LI
 
     Afterwards `conn.sharedpool_gone` tells of each whether it was seen to go.
     """
-    waiting: dict[int, PooledConnection] = {}
-    poller = select.poll()
-    for conn in conns:
+    closing = list(conns)
+    for conn in closing:
         super(PooledConnection, conn).close()
-        witness = conn.sharedpool_witness
-        if witness is None:
-            continue
-        try:
-            witness.shutdown(socket.SHUT_WR)  # a session that libpq has already given up is told as well
-        except OSError:
-            pass  # the other side was faster
-        poller.register(witness, _HUNG_UP if _HUNG_UP & getattr(select, "POLLRDHUP", 0) else select.POLLIN)
-        waiting[witness.fileno()] = conn
-    deadline = time.monotonic() + limit_s
-    while waiting and (left := deadline - time.monotonic()) > 0:
-        for fd, _ in poller.poll(left * 1000):
-            conn = waiting[fd]
-            if _at_end(conn):
-                poller.unregister(fd)
-                del waiting[fd]
-                conn.sharedpool_gone = True
-    for conn in waiting.values():
+    _see_off(closing, limit_s)
+    for conn in closing:
         _close_witness(conn)
 
 
-def _at_end(conn: PooledConnection) -> bool:
-    """Read what is left on a closed connection's socket; say whether the backend has closed its end."""
+def cut(conns: Iterable[PooledConnection], limit_s: float = CUT_LIMIT_S) -> None:
+    """End connections that other threads may be using, without waiting for those threads.
+
+    A backend that rests exits within `limit_s` (see `sharedpool_gone`); one in the middle of a query loses its client,
+    and the query's thread gets an error.
+    """
+    cutting = list(conns)
+    _see_off(cutting, limit_s)
+    for conn in cutting:
+        witness = conn.sharedpool_witness
+        if witness is not None and not conn.sharedpool_gone:
+            _shut(witness, socket.SHUT_RDWR)
+        _close_witness(conn)
+
+
+def _see_off(conns: list[PooledConnection], limit_s: float) -> None:
+    """Tell backends by their sockets that no more will come; note whose end of the socket is closed in time."""
+    waiting: dict[int, PooledConnection] = {}
+    poller = select.poll()
+    for conn in conns:
+        if conn.sharedpool_witness is not None:
+            # libpq has said goodbye already where it could; a session that it had given up is told here.
+            _shut(conn.sharedpool_witness, socket.SHUT_WR)
+            poller.register(conn.sharedpool_witness, _HUNG_UP or select.POLLIN)
+            waiting[conn.sharedpool_witness.fileno()] = conn
+    deadline = time.monotonic() + limit_s
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        for fd, _ in poller.poll(left * 1000):
+            if _HUNG_UP or _read_to_end(waiting[fd]):
+                poller.unregister(fd)
+                waiting.pop(fd).sharedpool_gone = True
+
+
+def _read_to_end(conn: PooledConnection) -> bool:
+    """Where poll cannot show the end of a stream: read what is left; say whether the end was there."""
     witness = conn.sharedpool_witness
-    assert witness is not None
+    if witness is None or not conn.closed:
+        return False  # another thread's libpq is reading it
     witness.setblocking(False)
     try:
         while witness.recv(65536):
@@ -184,25 +223,20 @@ def _at_end(conn: PooledConnection) -> bool:
         return False
     except OSError:
         pass  # reset: gone as well
-    _close_witness(conn)
     return True
+
+
+def _shut(witness: socket.socket, how: int) -> None:
+    try:
+        witness.shutdown(how)
+    except OSError:
+        pass  # the other side was faster
 
 
 def _close_witness(conn: PooledConnection) -> None:
     if conn.sharedpool_witness is not None:
         conn.sharedpool_witness.close()
         conn.sharedpool_witness = None
-
-
-def cut(conn: PooledConnection) -> None:
-    """End a connection that another thread may be using, without waiting for that thread or for the backend."""
-    witness = conn.sharedpool_witness
-    if witness is not None:
-        try:
-            witness.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # already down
-        _close_witness(conn)  # it would show our own shutdown, which proves nothing
 
 
 def disown(conn: PooledConnection) -> None:

@@ -145,8 +145,9 @@ class Holdings:
                 return  # another thread was faster
             lease = conn.__dict__.pop("sharedpool_lease", None)
             if lease is not None:
+                verdict = ReleaseReason.CLOSED if self.disposed or conn.sharedpool_finalized else None
                 try:
-                    self.take_back(lease, conn, ReleaseReason.CLOSED if self.disposed else None)
+                    self.take_back(lease, conn, verdict)
                 except Exception:
                     logger.exception("pool %r: reset() failed for a connection its user dropped", self.config.name)
 
@@ -167,6 +168,7 @@ class Holdings:
         if self.link is None:
             start, address = self._start_broker, self._address
             self.link = Link(self, address, self.cache.out, None if start is None else lambda: start(address))
+        if not self.link.running:  # an interrupt may have come between the two
             self.link.start()
         return self.link
 
@@ -254,7 +256,7 @@ class Holdings:
                 logger.warning("pool %r: the broker has taken lease %s away", self.config.name, token)
                 conn = lease.conn or (lease.ref() if lease.ref else None)
                 if conn is not None:
-                    cut(cast(PooledConnection, conn))
+                    cut([cast(PooledConnection, conn)], limit_s=0)
 
     def unreachable(self, error: Exception) -> None:
         """Tell the waiting threads that the broker refuses, or cannot be had."""

@@ -73,11 +73,14 @@ class Link:
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
-        self._thread = threading.Thread(target=self._run, name="sharedpool-link", daemon=True)
+        self._claim = threading.Lock()
+        self.running = False
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Start the thread. Called again after an interrupt, it starts a second one only if the first never ran."""
+        thread = threading.Thread(target=self._run, name="sharedpool-link", daemon=True)
+        thread.start()
 
     def wake(self) -> None:
         """Have the outbox sent. Takes no lock: safe in a finalizer."""
@@ -90,8 +93,9 @@ class Link:
         """Send what is in the outbox and say BYE; waits at most a second."""
         self._closing = True
         self.wake()
-        if self._thread is not threading.current_thread() and self._thread.is_alive():
-            self._thread.join(_FLUSH_LIMIT_S + 0.5)
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(_FLUSH_LIMIT_S + 0.5)
 
     def disown(self) -> None:
         """In a forked child: let go of the parent's line. Its thread does not exist here."""
@@ -101,6 +105,10 @@ class Link:
     # --- the thread
 
     def _run(self) -> None:
+        if not self._claim.acquire(blocking=False):
+            return
+        self._thread = threading.current_thread()
+        self.running = True
         context = zmq.Context()
         try:
             while not self._closing:

@@ -244,28 +244,32 @@ class Pool:
             if holdings.disposed:
                 raise PoolClosed(f"pool {self.name!r} is already disposed")
             holdings.disposed = True
+            holdings.cache.keep_idle = False  # a checkin that is under way closes too
             tickets = holdings.cache.fail(PoolClosed(f"pool {self.name!r} was disposed of while waiting"))
             closing = holdings.cache.drain(time.monotonic())
             in_use = [lease for lease in holdings.cache.leases.values() if lease.phase is Phase.IN_USE]
         for ticket in tickets:
             ticket.wake()
         holdings.close(closing)
-        for lease in in_use:
-            self._cut(lease)
+        self._cut(in_use)
         if holdings.link is not None:
             holdings.link.close()
         forks.forget(self)
 
-    def _cut(self, lease: Lease) -> None:
-        """End a connection that is checked out: in order where it rests, by force where another thread may be in it."""
-        conn = cast("PooledConnection | None", lease.ref() if lease.ref else None)
-        if conn is not None and (conn.closed or lease.thread == threading.get_ident() or not conn.isexecuting()):
-            conn.sharedpool_lease = None
-            self._holdings.discard(lease, conn, ReleaseReason.CLOSED)
-            return
-        if conn is not None:
-            cut(conn)
-        self._holdings.give_back(lease, ReleaseReason.CLOSED, gone=False)
+    def _cut(self, leases: list[Lease]) -> None:
+        """End what is checked out: in order where it is this thread's, else by its socket: its thread may be in it."""
+        cutting: list[tuple[Lease, PooledConnection]] = []
+        for lease in leases:
+            conn = cast("PooledConnection | None", lease.ref() if lease.ref else None)
+            if conn is None or conn.__dict__.pop("sharedpool_lease", None) is None:
+                continue  # another thread is returning it
+            if conn.closed or lease.thread == threading.get_ident():
+                self._holdings.discard(lease, conn, ReleaseReason.CLOSED)
+            else:
+                cutting.append((lease, conn))
+        cut(conn for _, conn in cutting)
+        for lease, conn in cutting:
+            self._holdings.give_back(lease, ReleaseReason.CLOSED, gone=conn.sharedpool_gone)
 
     def retire(self) -> None:
         """Keep nothing idle from now on: a newer pool has taken this one's name in this process."""

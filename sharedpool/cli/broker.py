@@ -1,0 +1,57 @@
+"""`sharedpool broker`: run a broker in the foreground."""
+
+from __future__ import annotations
+
+import click
+
+from sharedpool.broker.launch import serve
+from sharedpool.broker.lock import AlreadyRunning
+from sharedpool.broker.server import Server
+from sharedpool.cli.options import SECONDS, broker_options, log_to_stderr, settings_from
+from sharedpool.errors import ConfigError, SharedPoolError
+from sharedpool.wire.address import default_address
+
+
+@click.command()
+@broker_options
+@click.option(
+    "--bind",
+    envvar="SHAREDPOOL_BIND",
+    show_envvar=True,
+    help="Address: ipc:///path/to.sock or tcp://host:port.  [default: broker.sock in the user's runtime directory]",
+)
+@click.option(
+    "--linger",
+    type=SECONDS,
+    envvar="SHAREDPOOL_LINGER",
+    show_envvar=True,
+    help="Leave when nobody has used it for so many seconds.  [default: stay]",
+)
+def broker(
+    max_conn: int,
+    expiration: float | None,
+    max_checkout: float | None,
+    dsn: str | None,
+    ttl: float,
+    bind: str | None,
+    linger: float | None,
+) -> None:
+    """Run a broker in the foreground, logging to stderr, until SIGTERM or SIGINT.
+
+    Workers find it by SHAREDPOOL_BROKER=ADDRESS, or config_pool(broker=ADDRESS). Exit status 0 after a stop, 1 when
+    another broker has the address or it cannot be bound, 2 for a wrong option.
+    """
+    log_to_stderr()
+    try:
+        address = bind or default_address()
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
+    server = Server(settings_from(address, "--bind", max_conn, expiration, max_checkout, dsn, ttl, linger))
+    try:
+        server.bind()
+    except AlreadyRunning as error:
+        raise click.ClickException(f"{error}: use another --bind, or stop that one") from None
+    except SharedPoolError as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"workers find it with: export SHAREDPOOL_BROKER={address}", err=True)
+    serve(server)

@@ -1,0 +1,104 @@
+"""`sharedpool run`: a broker for the life of one command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable
+from dataclasses import replace
+
+import click
+
+from sharedpool.broker.server import Server
+from sharedpool.cli.options import broker_options, log_to_stderr, settings_from
+from sharedpool.errors import ConfigError, SharedPoolError
+from sharedpool.wire.address import BROKER_VARIABLE, runtime_dir
+
+_FORWARDED = {
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU", "SIGWINCH")
+    if hasattr(signal, name)
+}
+_NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as a shell says it
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@broker_options
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(
+    max_conn: int,
+    expiration: float | None,
+    max_checkout: float | None,
+    dsn: str | None,
+    ttl: float,
+    command: tuple[str, ...],
+) -> None:
+    """Start a broker, run COMMAND with SHAREDPOOL_BROKER set, and end as it ends.
+
+    Example: sharedpool run --max-conn 20 -- gunicorn app:app
+
+    Signals are passed on to the command. The exit status is the command's, 128 + N when signal N ended it, 127 when it
+    was not found.
+    """
+    log_to_stderr()
+    try:
+        address = f"ipc://{runtime_dir()}/run-{os.getpid()}.sock"
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
+    settings = settings_from(address, "run", max_conn, expiration, max_checkout, dsn, ttl)
+    server = Server(replace(settings, one_off=True))
+    try:
+        server.bind()
+    except SharedPoolError as error:
+        raise click.ClickException(str(error)) from None
+    # Blocked from before the command starts, so that none is lost; taken one by one below.
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED | {signal.SIGCHLD})
+    thread = threading.Thread(target=server.run, name="sharedpool-broker")
+    try:
+        pid = _spawn(command, address, unblocked)
+        thread.start()
+        status = _see_through(pid)
+    finally:
+        server.stop()
+        if thread.ident is not None:
+            thread.join()
+        else:
+            server.run()  # stopped already: unbinds and unlocks
+    sys.exit(status)
+
+
+def _spawn(command: tuple[str, ...], address: str, unblocked: Iterable[int]) -> int:
+    environment = dict(os.environ, **{BROKER_VARIABLE: address})
+    try:
+        # posix_spawn sets the child's signal mask without running Python between fork and exec.
+        return os.posix_spawnp(command[0], command, environment, setsigmask=unblocked)
+    except FileNotFoundError:
+        click.echo(f"Error: command not found: {command[0]}", err=True)
+        sys.exit(_NOT_FOUND)
+    except OSError as error:
+        click.echo(f"Error: cannot run {command[0]}: {error.strerror}", err=True)
+        sys.exit(_NOT_EXECUTABLE)
+
+
+def _see_through(pid: int) -> int:
+    """Pass signals on until the child ends; return its exit status."""
+    while True:
+        number, from_terminal = _next_signal()
+        if number == signal.SIGCHLD:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                code = os.waitstatus_to_exitcode(status)
+                return code if code >= 0 else 128 - code
+        elif not from_terminal:  # the terminal has sent it to the command as well
+            os.kill(pid, number)
+
+
+def _next_signal() -> tuple[int, bool]:
+    """Wait for a signal; say whether the kernel sent it on behalf of the terminal."""
+    if hasattr(signal, "sigwaitinfo"):
+        info = signal.sigwaitinfo(_FORWARDED | {signal.SIGCHLD})
+        return info.si_signo, info.si_code > 0 and info.si_signo != signal.SIGCHLD
+    number = signal.sigwait(_FORWARDED | {signal.SIGCHLD})
+    return number, number in (signal.SIGINT, signal.SIGQUIT) and sys.stdin.isatty()
