@@ -26,7 +26,7 @@ from sharedpool.worker.connection import (
     is_alive,
     session_of,
 )
-from sharedpool.worker.holdings import Holdings
+from sharedpool.worker.holdings import Holdings, thread_names
 from sharedpool.worker.link import Link
 
 CHECK_AFTER_S = 0.5  # idle longer than this: look whether the server is still there
@@ -85,6 +85,9 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
         if (lease := holdings.cache.take(ticket.since)) is not None:
             return lease
         link = holdings.ensure_link()
+        if not wait_s and any(held.phase is Phase.CLOSING for held in holdings.cache.leases.values()):
+            # A slot is on its way back: the broker must know, or it refuses at once.
+            holdings.cache.out.append(holdings.cache.renewal(ticket.since, thread_names()))
         holdings.cache.want(ticket, wait_s and max(0.001, deadline - ticket.since))
     link.wake()
     limit = deadline + _GRACE_S if wait_s else ticket.since + _patience_s(holdings, link)

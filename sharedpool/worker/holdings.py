@@ -59,6 +59,7 @@ class Holdings:
         self.hits = self.connects = self.handed_on = self.discarded = self.errors = 0
         self.released: dict[ReleaseReason, int] = dict.fromkeys(ReleaseReason, 0)
         self.link: Link | None = None
+        self._reclaiming = threading.RLock()  # held across I/O; a user's reset() may come back to it
         self._address = address
         self._start_broker = start_broker
         self._epoch: int | None = None
@@ -137,19 +138,17 @@ class Holdings:
         self.signal()
 
     def reclaim(self) -> None:
-        """Check in what its users dropped without a `put_conn`."""
-        while self.orphans:
-            try:
+        """Check in what its users dropped without a `put_conn`; when this returns, no other thread is at it either."""
+        with self._reclaiming:
+            while self.orphans:
                 conn = self.orphans.popleft()
-            except IndexError:
-                return  # another thread was faster
-            lease = conn.__dict__.pop("sharedpool_lease", None)
-            if lease is not None:
-                verdict = ReleaseReason.CLOSED if self.disposed or conn.sharedpool_finalized else None
-                try:
-                    self.take_back(lease, conn, verdict)
-                except Exception:
-                    logger.exception("pool %r: reset() failed for a connection its user dropped", self.config.name)
+                lease = conn.__dict__.pop("sharedpool_lease", None)
+                if lease is not None:
+                    verdict = ReleaseReason.CLOSED if self.disposed or conn.sharedpool_finalized else None
+                    try:
+                        self.take_back(lease, conn, verdict)
+                    except Exception:
+                        logger.exception("pool %r: reset() failed for a connection its user dropped", self.config.name)
 
     def purge(self) -> int:
         """Close what has been idle or has lived too long; return how many."""
@@ -194,7 +193,7 @@ class Holdings:
             str(config.conninfo.identity()),
         )
         with self.lock:
-            leases, seen = self.cache.register(now, _thread_names())
+            leases, seen = self.cache.register(now, thread_names())
         return Hello(PROTOCOL_VERSION, self.pid, socket.gethostname(), self._title, spec, leases, seen)
 
     def beat(self) -> None:
@@ -206,7 +205,7 @@ class Holdings:
             lost = self.cache.lost(now)
             for lease in lost:
                 self.cache.closed(lease, ReleaseReason.CLOSED, gone=lease.ref is None)
-            self.cache.out.append(self.cache.renewal(now, _thread_names()))
+            self.cache.out.append(self.cache.renewal(now, thread_names()))
         for lease in lost:
             logger.warning("pool %r: the connection of lease %s was lost unreturned", self.config.name, lease.token)
 
@@ -222,7 +221,7 @@ class Holdings:
                 case Deny():
                     ticket = self.cache.denied(message)
                 case Recall():
-                    closing = self.cache.recalled(message, now, _thread_names())
+                    closing = self.cache.recalled(message, now, thread_names())
         if ticket is not None:
             ticket.wake()
         if closing:
@@ -279,5 +278,6 @@ def is_clean(pool: str, callback: str, conn: PooledConnection) -> bool:
     return True
 
 
-def _thread_names() -> dict[int, str]:
+def thread_names() -> dict[int, str]:
+    """Return the names of this process's threads by identifier."""
     return {thread.ident: thread.name for thread in threading.enumerate() if thread.ident is not None}
