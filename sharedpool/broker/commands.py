@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sharedpool.wire.messages import Backend, ToWorker, Token
+from sharedpool.wire.messages import Backend, Token, ToWorker
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,8 @@ class PooledConnection(extensions.connection):
     # Set while it is checked out, taken off by the first checkin: a second one finds nothing.
     sharedpool_lease: Any = None
     sharedpool_holdings: Any = None
-    sharedpool_witness: socket.socket | None = None
+    # A bare descriptor: a socket object in one garbage cycle with us would be closed before our own finalizer ran.
+    sharedpool_witness = -1
     sharedpool_session: tuple[Any, ...] = ()
     sharedpool_pid = 0
     sharedpool_gone = False
@@ -60,7 +61,11 @@ class PooledConnection(extensions.connection):
 
     def __del__(self) -> None:
         # Dropped while checked out: no lock may be taken here, so the link's thread brings it back.
-        if self.sharedpool_lease is not None and self.sharedpool_pid == os.getpid():
+        if self.sharedpool_pid != os.getpid():
+            return  # never opened, or inherited
+        if self.sharedpool_lease is None:
+            _close_witness(self)
+        else:
             self.sharedpool_finalized = True  # Python calls this once in an object's life: it is not lent out again
             self.sharedpool_holdings.orphans.append(self)
             self.sharedpool_holdings.signal()
@@ -103,9 +108,9 @@ def connect(
 
 def bear_witness(conn: PooledConnection) -> PooledConnection:
     """Duplicate a connection's socket, once."""
-    if conn.sharedpool_witness is None:
+    if conn.sharedpool_witness < 0:
         conn.sharedpool_pid = os.getpid()
-        conn.sharedpool_witness = socket.socket(fileno=os.dup(conn.fileno()))
+        conn.sharedpool_witness = os.dup(conn.fileno())
     return conn
 
 
@@ -135,7 +140,7 @@ def is_alive(conn: PooledConnection) -> bool:
 
     One system call, about a microsecond; no query.
     """
-    if conn.closed or conn.sharedpool_witness is None:
+    if conn.closed or conn.sharedpool_witness < 0:
         return False
     poller = select.poll()
     poller.register(conn.sharedpool_witness, select.POLLIN)
@@ -186,9 +191,8 @@ def cut(conns: Iterable[PooledConnection], limit_s: float = CUT_LIMIT_S) -> None
     cutting = list(conns)
     _see_off(cutting, limit_s)
     for conn in cutting:
-        witness = conn.sharedpool_witness
-        if witness is not None and not conn.sharedpool_gone:
-            _shut(witness, socket.SHUT_RDWR)
+        if not conn.sharedpool_gone:
+            _shut(conn, socket.SHUT_RDWR)
         _close_witness(conn)
 
 
@@ -197,11 +201,11 @@ def _see_off(conns: list[PooledConnection], limit_s: float) -> None:
     waiting: dict[int, PooledConnection] = {}
     poller = select.poll()
     for conn in conns:
-        if conn.sharedpool_witness is not None:
+        if conn.sharedpool_witness >= 0:
             # libpq has said goodbye already where it could; a session that it had given up is told here.
-            _shut(conn.sharedpool_witness, socket.SHUT_WR)
+            _shut(conn, socket.SHUT_WR)
             poller.register(conn.sharedpool_witness, _HUNG_UP or select.POLLIN)
-            waiting[conn.sharedpool_witness.fileno()] = conn
+            waiting[conn.sharedpool_witness] = conn
     deadline = time.monotonic() + limit_s
     while waiting and (left := deadline - time.monotonic()) > 0:
         for fd, _ in poller.poll(left * 1000):
@@ -212,12 +216,11 @@ def _see_off(conns: list[PooledConnection], limit_s: float) -> None:
 
 def _read_to_end(conn: PooledConnection) -> bool:
     """Where poll cannot show the end of a stream: read what is left; say whether the end was there."""
-    witness = conn.sharedpool_witness
-    if witness is None or not conn.closed:
+    if not conn.closed:
         return False  # another thread's libpq is reading it
-    witness.setblocking(False)
+    os.set_blocking(conn.sharedpool_witness, False)
     try:
-        while witness.recv(65536):
+        while os.read(conn.sharedpool_witness, 65536):
             pass
     except BlockingIOError:
         return False
@@ -226,29 +229,33 @@ def _read_to_end(conn: PooledConnection) -> bool:
     return True
 
 
-def _shut(witness: socket.socket, how: int) -> None:
+def _shut(conn: PooledConnection, how: int) -> None:
+    if conn.sharedpool_witness < 0:
+        return
+    witness = socket.socket(fileno=conn.sharedpool_witness)
     try:
         witness.shutdown(how)
     except OSError:
         pass  # the other side was faster
+    finally:
+        witness.detach()
 
 
 def _close_witness(conn: PooledConnection) -> None:
-    if conn.sharedpool_witness is not None:
-        conn.sharedpool_witness.close()
-        conn.sharedpool_witness = None
+    fd, conn.sharedpool_witness = conn.sharedpool_witness, -1
+    if fd >= 0:
+        os.close(fd)
 
 
 def disown(conn: PooledConnection) -> None:
     """In a forked child: make an inherited connection harmless. The parent's session neither ends nor is used here."""
-    witness = conn.sharedpool_witness
-    if witness is None or conn.closed:
+    if conn.sharedpool_witness < 0 or conn.closed:
         return
     ours, theirs = socket.socketpair()
     theirs.close()
     fd = conn.fileno()
     # Another thread of the parent may have been closing it: the number may be somebody else's by now.
-    if os.path.sameopenfile(fd, witness.fileno()):
+    if os.path.sameopenfile(fd, conn.sharedpool_witness):
         os.dup2(ours.fileno(), fd)
     ours.close()
     _close_witness(conn)

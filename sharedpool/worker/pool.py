@@ -250,6 +250,7 @@ class Pool:
             in_use = [lease for lease in holdings.cache.leases.values() if lease.phase is Phase.IN_USE]
         for ticket in tickets:
             ticket.wake()
+        holdings.reclaim()
         holdings.close(closing)
         self._cut(in_use)
         if holdings.link is not None:
