@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import zmq
@@ -264,10 +265,11 @@ class Server:
         self._control.stop()
         for session in list(self._pidfds):
             self._unwatch(session)
-        # The socket's path is unlinked before the lock is let go: the next broker binds after it.
-        self._router.unbind(self.settings.address)
         self._router.close()
         self._context.term()
+        if self.settings.address.startswith("ipc://"):
+            # Before the lock is let go: afterwards the path may be the next broker's.
+            Path(self.settings.address.removeprefix("ipc://")).unlink(missing_ok=True)
         self._selector.close()
         self._wake_in.close()
         self._wake_out.close()

@@ -1,0 +1,305 @@
+"""How a broker is found, started, refused, left — automatic, owned by a script, or launched."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+from processes import Worker, alive, workers
+from psycopg2.extensions import make_dsn
+from waiting import wait_until
+
+import sharedpool
+from sharedpool.broker.lock import is_held
+from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.cli.status import fetch_report
+from sharedpool.wire.messages import Report
+
+
+@pytest.fixture(autouse=True)
+def short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHAREDPOOL_LINGER", "0.5")
+
+
+def living(directory: Path) -> list[Report]:
+    """The reports of all brokers in a runtime directory."""
+    reports = []
+    for path in sorted((directory / "sharedpool").glob("*.sock")):
+        if is_held(Path(f"{path}.lock")):
+            with contextlib.suppress(sharedpool.BrokerUnavailable):  # it left just now
+                reports.append(fetch_report(f"ipc://{path}", timeout_s=1))
+    return reports
+
+
+# --- automatic
+
+
+def test_unrelated_processes_find_one_broker_by_themselves(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+    with Worker(dsn=postgres.dsn, max_conn=1) as a, Worker(dsn=postgres.dsn, max_conn=1) as b:
+        a.ask("get", name="x")
+        assert b.ask("get", name="x")["error"] == "PoolExhausted"
+        wait_until(lambda: [report.control for report in living(runtime_dir)] == ["connected"])
+        (report,) = living(runtime_dir)
+        assert [session.pid for session in report.sessions] == [a.pid, b.pid]
+    wait_until(lambda: not living(runtime_dir), what="the broker to leave when nobody uses it")
+    wait_until(lambda: not alive(report.pid))
+
+
+def test_many_processes_that_start_at_once_get_one_broker(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+    with workers(30, dsn=postgres.dsn, max_conn=3, timeout=60) as crew:
+        for worker in crew:
+            worker.send("get", name="x", timeout=60)
+            worker.send("put", name="x")
+        answers = [[worker.answer(), worker.answer()] for worker in crew]
+        assert all("backend" in got for got, _ in answers)
+        (report,) = living(runtime_dir)
+        assert report.epoch == 1  # no other one ever held the lock
+        assert len(report.sessions) == 30
+
+
+def test_the_environment_makes_no_other_identity(
+    postgres: EphemeralPostgres, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same server by keyword, by URL and by libpq's environment: one broker, one limit."""
+    monkeypatch.setenv("PGHOST", str(postgres.host))
+    monkeypatch.setenv("PGPORT", str(postgres.port))
+    url = f"postgresql://postgres@/postgres?host={str(postgres.host).replace('/', '%2F')}&port={postgres.port}"
+    with (
+        Worker(dsn=postgres.dsn, max_conn=1) as a,
+        Worker(db_url=url, max_conn=1) as b,
+        Worker(user="postgres", max_conn=1) as c,
+    ):
+        a.ask("get", name="x")
+        assert [b.ask("get", name="x")["error"], c.ask("get", name="x")["error"]] == ["PoolExhausted"] * 2
+        assert len(living(runtime_dir)) == 1
+
+
+def test_pools_of_other_names_have_limits_of_their_own(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+    with Worker(dsn=postgres.dsn, max_conn=1) as a, Worker(dsn=postgres.dsn, max_conn=1, name="reports") as b:
+        assert "backend" in a.ask("get", name="x")
+        assert "backend" in b.ask("get", name="x")
+
+
+def test_an_automatic_broker_that_died_is_replaced_and_held_connections_live_on(
+    postgres: EphemeralPostgres, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHAREDPOOL_TTL", "1.5")
+    with Worker(dsn=postgres.dsn, max_conn=2) as a, Worker(dsn=postgres.dsn, max_conn=2) as b:
+        held = a.ask("get", name="x")["backend"]
+        b.ask("get", name="x")
+        b.ask("put", name="x")
+        (report,) = living(runtime_dir)
+        os.kill(report.pid, signal.SIGKILL)
+        assert a.ask("query", name="x", sql="SELECT pg_backend_pid()")["rows"] == [[held]]
+        b.ask("get", name="x")  # a cache hit needs no broker
+        # Both have told the new one what they hold: it is counted, and no third connection is granted.
+        wait_until(lambda: (found := living(runtime_dir)) and found[0].leases == 2, timeout_s=30)
+        assert living(runtime_dir)[0].epoch == report.epoch + 1
+        assert a.ask("get", name="y")["error"] == "PoolExhausted"
+        b.ask("put", name="x")
+        assert "backend" in a.ask("get", name="y", timeout=20)
+
+
+def test_the_password_is_on_no_command_line_and_in_no_log(runtime_dir: Path) -> None:
+    with EphemeralPostgres(password="s3cr3t-word") as server:
+        dsn = make_dsn(server.dsn, password="s3cr3t-word")
+        with Worker(dsn=dsn, max_conn=1) as worker:
+            assert "backend" in worker.ask("get", name="x")
+            # Its control connection needs the password: so it was handed down.
+            wait_until(lambda: [report.control for report in living(runtime_dir)] == ["connected"])
+            (report,) = living(runtime_dir)
+            command = Path(f"/proc/{report.pid}/cmdline").read_bytes()
+            assert b"sharedpool.broker" in command
+            assert b"s3cr3t" not in command
+            for path in (runtime_dir / "sharedpool").iterdir():
+                if path.is_file():
+                    assert "s3cr3t" not in path.read_text()
+            assert "s3cr3t" not in repr(report)
+
+
+def test_a_broker_that_cannot_start_says_why(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+    pool = sharedpool.config_pool(dsn=postgres.dsn)
+    address = Path(pool._address.removeprefix("ipc://"))
+    address.mkdir()  # libzmq cannot bind there
+    try:
+        with pytest.raises(sharedpool.BrokerUnavailable, match="did not start: cannot listen at"):
+            pool.get_conn()
+    finally:
+        pool.release_all()
+
+
+# --- a broker by its address
+
+
+def test_a_missing_broker_is_named_at_the_deadline(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+    pool = sharedpool.config_pool(dsn=postgres.dsn, broker=f"ipc://{runtime_dir}/nobody.sock")
+    with pytest.raises(
+        sharedpool.BrokerUnavailable, match=r"nobody\.sock did not answer within 0\.[23].*sharedpool broker"
+    ):
+        pool.get_conn(timeout=0.2)
+    pool.release_all()
+
+
+def test_a_broker_that_starts_late_is_found(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+    address = f"ipc://{runtime_dir}/late.sock"
+    with Worker(dsn=postgres.dsn, broker=address) as worker:
+        worker.send("get", name="x", timeout=60)
+        with sharedpool.start_broker(3, address=address, dsn=postgres.dsn):
+            assert "backend" in worker.answer()
+
+
+def test_the_environment_names_the_broker(
+    postgres: EphemeralPostgres, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with sharedpool.start_broker(1, dsn=postgres.dsn) as broker:
+        monkeypatch.setenv("SHAREDPOOL_BROKER", broker.address)
+        with Worker(dsn=postgres.dsn, max_conn=5) as worker:
+            worker.ask("get", name="x")
+            assert worker.ask("stats")["max_conn"] == 1
+            assert fetch_report(broker.address).sessions[0].pid == worker.pid
+
+
+def test_a_tcp_broker_serves_and_notices_a_death(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+    with sharedpool.start_broker(1, address=f"tcp://127.0.0.1:{free_port()}", dsn=postgres.dsn) as broker:
+        with Worker(dsn=postgres.dsn, broker=broker.address) as a, Worker(dsn=postgres.dsn, broker=broker.address) as b:
+            a.ask("get", name="x")
+            a.kill()
+            assert "backend" in b.ask("get", name="x", timeout=20)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def test_an_owned_broker_ends_with_its_block_and_leaves_nothing(runtime_dir: Path) -> None:
+    with sharedpool.start_broker(3) as broker:
+        assert broker.is_alive
+        assert fetch_report(broker.address).max_conn == 3
+        assert fetch_report(broker.address).control == "none"
+    assert not broker.is_alive
+    assert list((runtime_dir / "sharedpool").iterdir()) == []
+
+
+def test_an_owned_broker_ends_with_its_owner(runtime_dir: Path) -> None:
+    script = (
+        "import sharedpool, sys\n"
+        "if __name__ == '__main__':\n"
+        "    broker = sharedpool.start_broker(2)\n"
+        "    print(broker.pid, flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    path = runtime_dir / "owner.py"
+    path.write_text(script)
+    with subprocess.Popen(
+        [sys.executable, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdout is not None
+        pid = int(owner.stdout.readline())
+        owner.kill()
+    wait_until(lambda: not alive(pid), what="the broker to end")
+
+
+@pytest.mark.parametrize("wrong", [0, -1])
+def test_start_broker_names_a_wrong_argument(wrong: int) -> None:
+    with pytest.raises(sharedpool.ConfigError, match="max_conn"):
+        sharedpool.start_broker(wrong)
+
+
+def test_a_second_broker_is_refused_and_the_first_not_disturbed(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+    address = f"ipc://{runtime_dir}/one.sock"
+    with sharedpool.start_broker(1, address=address, dsn=postgres.dsn) as first:
+        for _ in range(3):
+            with pytest.raises(sharedpool.BrokerUnavailable, match="already holds"):
+                sharedpool.start_broker(9, address=address)
+        with Worker(dsn=postgres.dsn, broker=address) as worker:
+            assert "backend" in worker.ask("get", name="x")
+        assert fetch_report(address).pid == first.pid
+
+
+def test_the_broker_warns_when_the_server_has_less_room(
+    postgres: EphemeralPostgres, runtime_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with sharedpool.start_broker(100, dsn=postgres.dsn):
+        seen = ""
+
+        def warned() -> bool:
+            nonlocal seen
+            seen += capfd.readouterr().err
+            return "max_conn 100 and 1 control connection are more than the 97 connections" in seen
+
+        wait_until(warned)
+
+
+# --- messages that are not ours
+
+
+def test_garbage_neither_stops_nor_changes_anything(broker: sharedpool.Broker, make_pool: Callable[..., Any]) -> None:
+    import zmq
+
+    pool = make_pool(max_conn=1)
+    conn = pool.get_conn()
+    before = [p for p in fetch_report(broker.address).pools if p.name == pool.name]
+    context = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    dealer.setsockopt(zmq.LINGER, 1000)
+    dealer.connect(broker.address)
+    for frame in (b"", b"\xc1", b"\x93\x01\x02\x03", os.urandom(64), b"\x91\xa3bye", b"\x94\xa6renew"):
+        dealer.send(frame)
+    dealer.send_multipart([b"one", b"two", b"three"])
+    dealer.close()
+    context.term()
+    with pytest.raises(sharedpool.PoolExhausted):
+        pool.get_conn()
+    pool.put_conn(conn)
+    assert pool.get_conn() is conn
+    after = [p for p in fetch_report(broker.address).pools if p.name == pool.name]
+    assert [(p.leases, p.sessions) for p in before] == [(p.leases, p.sessions) for p in after]
+
+
+def test_a_worker_of_another_protocol_is_told_so(
+    runtime_dir: Path, postgres: EphemeralPostgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with sharedpool.start_broker(1, dsn=postgres.dsn) as broker:
+        monkeypatch.setattr("sharedpool.worker.holdings.PROTOCOL_VERSION", 99)
+        pool = sharedpool.config_pool(dsn=postgres.dsn, broker=broker.address)
+        with pytest.raises(sharedpool.BrokerUnavailable, match="install the same sharedpool version for both"):
+            pool.get_conn(timeout=10)
+        pool.release_all()
+
+
+# --- a connect that cannot be
+
+
+def test_refused_connects_free_their_slots(runtime_dir: Path, broker: sharedpool.Broker) -> None:
+    pool = sharedpool.config_pool(
+        max_conn=2, host=str(runtime_dir), user="nobody", name="nowhere", broker=broker.address,
+        pool_manager=sharedpool.ThreadedConnectionPool,
+    )  # fmt: skip
+    errors: list[BaseException] = []
+
+    def connect() -> None:
+        try:
+            pool.get_conn(timeout=10)
+        except psycopg2.OperationalError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=connect) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(errors) == 8
+    assert not [p for p in fetch_report(broker.address).pools if p.name == "nowhere" and p.leases]
+    pool.release_all()

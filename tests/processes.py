@@ -1,0 +1,151 @@
+"""Drive worker processes (`worker.py`), and watch the server while they work."""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psycopg2
+
+_WORKER = Path(__file__).with_name("worker.py")
+
+
+class Worker:
+    """One worker process. `ask` sends a command and waits for its answer; `send` and `answer` do it in two steps."""
+
+    def __init__(self, **settings: Any) -> None:
+        self._read = ""
+        self._process = subprocess.Popen(
+            [sys.executable, str(_WORKER), json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ready(self) -> "Worker":
+        assert self._line(60) == "ready"
+        return self
+
+    def send(self, do: str, **arguments: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+
+    def answer(self, timeout_s: float = 60) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(self._line(timeout_s))
+        return answer
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        self.send(do, **arguments)
+        return self.answer()
+
+    def _line(self, timeout_s: float) -> str:
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + timeout_s
+        while "\n" not in self._read:
+            if not select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise AssertionError(f"worker {self.pid} said nothing for {timeout_s} s")
+            chunk = os.read(self._process.stdout.fileno(), 65536)
+            if not chunk:
+                raise AssertionError(f"worker {self.pid} ended with status {self._process.wait()}")
+            self._read += chunk.decode()
+        line, self._read = self._read.split("\n", 1)
+        return line
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+
+    def end(self) -> int:
+        """Let it end in good order (end of its input); return its exit status."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        return self._process.wait(30)
+
+    def __enter__(self) -> "Worker":
+        return self.ready()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGCONT)
+            try:
+                self.end()
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+
+@contextlib.contextmanager
+def workers(count: int, **settings: Any) -> Iterator[list[Worker]]:
+    """Start workers at the same time; end them all."""
+    with contextlib.ExitStack() as stack:
+        started = [Worker(**settings) for _ in range(count)]
+        for worker in started:
+            stack.push(worker.__exit__)
+        for worker in started:
+            worker.ready()
+        yield started
+
+
+class Sampler(threading.Thread):
+    """Sample, as fast as the server answers, how many backends of a pool it has. `peak` is the most seen at once."""
+
+    def __init__(self, dsn: str, application_name: str) -> None:
+        super().__init__(name="sampler")
+        self._conn = psycopg2.connect(dsn, application_name="test sampler")
+        self._conn.autocommit = True
+        self._application_name = application_name
+        self._stop_asked = threading.Event()
+        self.peak = 0
+        self.samples = 0
+
+    def run(self) -> None:
+        with self._conn.cursor() as cursor:
+            while not self._stop_asked.is_set():
+                cursor.execute(
+                    "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s", [self._application_name]
+                )
+                row = cursor.fetchone()
+                assert row is not None
+                self.peak = max(self.peak, row[0])
+                self.samples += 1
+                time.sleep(0.001)  # leave the processor to those who are watched
+
+    def __enter__(self) -> "Sampler":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop_asked.set()
+        self.join()
+        self._conn.close()
+
+
+def alive(pid: int) -> bool:
+    """Say whether a process exists and is no zombie."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False

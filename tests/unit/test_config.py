@@ -1,0 +1,166 @@
+"""`config_pool`: what it takes, what it refuses, what it remembers. No server is needed: nothing connects."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sharedpool
+from sharedpool import ConfigError, config
+from sharedpool.wire import address as addresses
+
+DSN = "host=db.example user=app dbname=app password=s3cr3t"
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch, runtime_dir: Path) -> Iterator[None]:
+    monkeypatch.setattr(config, "_current", {})
+    yield
+    for pool in config._current.values():
+        if not pool.disposed:
+            pool.release_all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"max_conn": 0}, "max_conn"),
+        ({"max_conn": -3}, "max_conn"),
+        ({"max_conn": 2.5}, "max_conn"),
+        ({"max_conn": "5"}, "max_conn"),
+        ({"max_conn": True}, "max_conn"),
+        ({"expiration": -1}, "expiration"),
+        ({"expiration": float("nan")}, "expiration"),
+        ({"expiration": None}, "expiration"),
+        ({"timeout": -0.1}, "timeout"),
+        ({"max_lifetime": 0}, "max_lifetime"),
+        ({"max_checkout": -5}, "max_checkout"),
+        ({"configure": "SET x"}, "configure"),
+        ({"reset": 1}, "reset"),
+        ({"check": 1}, "check"),
+        ({"pool_manager": object}, "pool_manager"),
+        ({"pool_manager": "threaded"}, "pool_manager"),
+        ({"name": ""}, "name"),
+        ({"broker": "localhost:5555"}, "broker"),
+        ({"broker": "ipc://relative.sock"}, "broker"),
+        ({"db_url": "postgres://app@db/app"}, "dsn"),
+        ({"no_such_keyword": 1}, "no_such_keyword"),
+    ],
+)
+def test_a_wrong_argument_is_named_and_no_password_told(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as caught:
+        sharedpool.config_pool(**{"dsn": DSN} | settings)
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, sharedpool.PoolError)
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_a_url_of_another_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match="db_url"):
+        sharedpool.config_pool(db_url="mysql://app@db/app")
+
+
+def test_nothing_to_connect_to_is_said_clearly() -> None:
+    with pytest.raises(ConfigError, match="DATABASE_URL"):
+        sharedpool.config_pool()
+
+
+def test_the_environment_is_used_and_loses_to_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgres://url_user@url.example/app")
+    assert sharedpool.config_pool().config.conninfo.identity().host == "url.example"
+    monkeypatch.setenv("DATABASE_DSN", "host=dsn.example user=u")
+    assert sharedpool.config_pool().config.conninfo.identity().host == "dsn.example"
+    assert sharedpool.config_pool(host="mine.example", user="me").config.conninfo.identity().host == "mine.example"
+
+
+def test_the_last_pool_of_a_name_is_the_current_one() -> None:
+    first = sharedpool.config_pool(dsn=DSN)
+    reports = sharedpool.config_pool(dsn=DSN, name="reports")
+    assert sharedpool.get_pool() is first
+    assert sharedpool.get_pool("reports") is reports
+    second = sharedpool.config_pool(dsn=DSN)
+    assert sharedpool.get_pool() is second
+
+
+def test_the_kind_of_pool_is_the_callers() -> None:
+    class Mine(sharedpool.ThreadedConnectionPool):
+        pass
+
+    assert type(sharedpool.config_pool(dsn=DSN)) is sharedpool.SimpleConnectionPool
+    assert type(sharedpool.config_pool(dsn=DSN, pool_manager=Mine)) is Mine
+
+
+def test_a_pool_shows_its_state_and_no_password() -> None:
+    pool = sharedpool.config_pool(dsn=DSN, max_conn=7)
+    assert repr(pool) == "<SimpleConnectionPool 'default': 0 in use and 0 idle in this process, limit 7 over all>"
+    assert "s3cr3t" not in repr(pool.config)
+    pool.release_all()
+    assert repr(pool) == "<SimpleConnectionPool 'default' disposed>"
+
+
+# --- the private directory
+
+
+def test_the_runtime_directory_is_made_private(runtime_dir: Path) -> None:
+    path = addresses.runtime_dir()
+    assert path == runtime_dir / "sharedpool"
+    assert path.stat().st_mode & 0o777 == 0o700
+
+
+def test_without_xdg_it_is_the_users_own_under_the_temporary_directory(
+    monkeypatch: pytest.MonkeyPatch, runtime_dir: Path
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime_dir / "missing"))
+    monkeypatch.setattr("tempfile.tempdir", str(runtime_dir))
+    assert addresses.runtime_dir().parent == runtime_dir
+    assert addresses.runtime_dir().name.startswith("sharedpool-")
+
+
+def test_a_symlink_is_refused(runtime_dir: Path) -> None:
+    (runtime_dir / "elsewhere").mkdir(mode=0o700)
+    (runtime_dir / "sharedpool").symlink_to(runtime_dir / "elsewhere")
+    with pytest.raises(ConfigError, match="symlink"):
+        sharedpool.config_pool(dsn=DSN)
+
+
+def test_a_directory_open_to_others_is_refused(runtime_dir: Path) -> None:
+    (runtime_dir / "sharedpool").mkdir()
+    (runtime_dir / "sharedpool").chmod(0o755)
+    with pytest.raises(ConfigError, match="chmod 700"):
+        sharedpool.config_pool(dsn=DSN)
+
+
+def test_somebody_elses_directory_is_refused(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (runtime_dir / "sharedpool").mkdir(mode=0o700)
+    monkeypatch.setattr("os.getuid", lambda owner=(runtime_dir / "sharedpool").stat().st_uid: owner + 1)
+    with pytest.raises(ConfigError, match="belongs to uid"):
+        sharedpool.config_pool(dsn=DSN)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["tcp://*:5555", "tcp://host", "tcp://host:0", "tcp://host:99999", "udp://x:1", "ipc://", "inproc://x", ""],
+)
+def test_addresses_no_broker_can_have(address: str) -> None:
+    if address == "tcp://*:5555":
+        assert addresses.check_address(address, "here") == address  # every interface: a broker may
+    else:
+        with pytest.raises(ConfigError, match="here"):
+            addresses.check_address(address, "here")
+
+
+def test_the_automatic_address_is_the_servers_and_the_pools_name() -> None:
+    def address(**settings: Any) -> str:
+        return sharedpool.config_pool(**settings)._address
+
+    same = {address(dsn=DSN), address(db_url="postgres://app:other@db.example:5432/app"), address(dsn=DSN, max_conn=9)}
+    assert len(same) == 1
+    others = {
+        address(dsn=DSN, name="reports"),
+        address(dsn=DSN, port=5433),
+        address(dsn=DSN, user="other"),
+        address(dsn=DSN, dbname="other"),
+        address(dsn=DSN, host="other.example"),
+    }
+    assert len(others | same) == 6

@@ -1,0 +1,121 @@
+"""A worker process for the tests: `python worker.py SETTINGS` obeys one JSON command a line and answers each.
+
+It imports nothing of the tests: an unrelated process, as a user's would be.
+"""
+
+import json
+import os
+import random
+import sys
+import threading
+import time
+from typing import Any
+
+import psycopg2
+
+import sharedpool
+
+settings = json.loads(sys.argv[1])
+if settings.pop("threads", False):
+    settings["pool_manager"] = sharedpool.ThreadedConnectionPool
+pool = sharedpool.config_pool(**settings)
+held: dict[str, Any] = {}
+
+
+def get(name: str, timeout: float = 0.0) -> dict[str, Any]:
+    started = time.monotonic()
+    conn = held[name] = pool.get_conn(timeout=timeout)
+    waited = time.monotonic() - started
+    return {"backend": conn.info.backend_pid, "at": time.monotonic(), "waited": waited}
+
+
+def put(name: str, close: bool = False) -> dict[str, Any]:
+    pool.put_conn(held.pop(name), close=close)
+    return {"at": time.monotonic()}
+
+
+def query(name: str, sql: str) -> dict[str, Any]:
+    with held[name].cursor() as cursor:
+        cursor.execute(sql)
+        return {"rows": cursor.fetchall() if cursor.description else None}
+
+
+def stats() -> dict[str, Any]:
+    s = pool.stats()
+    return {"idle": s.idle, "in_use": s.in_use, "max_conn": pool.max_conn, "connects": s.connects}
+
+
+def hammer(seconds: float, threads: int, timeout: float, work_s: float = 0.002) -> dict[str, Any]:
+    """Use the pool as hard as `threads` threads can; tell what happened."""
+    outcome = {"done": 0, "errors": []}
+    until = time.monotonic() + seconds
+    lock = threading.Lock()
+
+    def run() -> None:
+        done = 0
+        try:
+            while time.monotonic() < until:
+                with pool.connection(timeout=timeout) as conn, conn.cursor() as cursor:
+                    cursor.execute("SELECT pg_sleep(%s)", [random.uniform(0, work_s)])
+                done += 1
+                time.sleep(random.uniform(0, work_s))  # think time, not synchronisation
+        except Exception as error:
+            with lock:
+                outcome["errors"].append(f"{type(error).__name__}: {error}")
+        with lock:
+            outcome["done"] += done
+
+    crew = [threading.Thread(target=run) for _ in range(threads)]
+    for thread in crew:
+        thread.start()
+    for thread in crew:
+        thread.join()
+    return outcome
+
+
+def fork(name: str | None = None) -> dict[str, Any]:
+    """Fork; the child uses the pool and what it inherited, and exits as Python programs do."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        report: dict[str, Any] = {}
+        try:
+            if name is not None:
+                inherited = held.pop(name)
+                try:
+                    inherited.cursor().execute("SELECT 1")
+                    report["inherited"] = "used"
+                except psycopg2.Error as error:
+                    report["inherited"] = type(error).__name__
+                try:
+                    pool.put_conn(inherited)
+                except sharedpool.PoolError as error:
+                    report["put"] = str(error)
+                inherited.close()
+            conn = pool.get_conn(timeout=10)
+            report["backend"] = conn.info.backend_pid
+            pool.put_conn(conn)
+        except BaseException as error:
+            report["error"] = f"{type(error).__name__}: {error}"
+        os.write(write_end, json.dumps(report).encode())
+        sys.exit(0)  # runs atexit, as a child that returns from its work would
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
+        report = json.loads(pipe.read())
+    os.waitpid(child, 0)
+    return report
+
+
+def leave() -> dict[str, Any]:
+    raise SystemExit(0)
+
+
+commands = {f.__name__: f for f in (get, put, query, stats, hammer, fork, leave)}
+print("ready", flush=True)
+for line in sys.stdin:
+    command = json.loads(line)
+    try:
+        answer = commands[command.pop("do")](**command)
+    except Exception as error:
+        answer = {"error": type(error).__name__, "text": str(error)}
+    print(json.dumps(answer), flush=True)
