@@ -1,0 +1,212 @@
+"""The worker processes of `sharedpool demo`, and their parent's hold on them.
+
+Each has one pipe. Orders go down: go, stop, leave. Up come a first word (ready), news while it works, and the last of
+it. Whichever side sees the pipe's end knows that the other is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import multiprocess
+import multiprocess.connection
+import multiprocess.resource_tracker
+from psycopg2.extensions import connection
+
+from sharedpool.config import config_pool
+
+ACCOUNTS = 100
+GET_CONN_LIMIT_S = 10.0
+_NEWS_EVERY_S = 0.2
+_LOOK_EVERY_S = 0.1
+_END_LIMIT_S = 3.0
+
+# In the order of the ids: two transfers that met crosswise would be a deadlock.
+_LOCK_SQL = "SELECT id, balance FROM accounts WHERE id IN (%s, %s) ORDER BY id FOR UPDATE"
+_MOVE_SQL = """
+UPDATE accounts SET balance = balance + CASE id WHEN %s THEN -%s ELSE %s END, moves = moves + 1 WHERE id IN (%s, %s)
+"""
+
+Order = Literal["go", "stop", "leave"]
+
+
+@dataclass(frozen=True, slots=True)
+class _News:
+    """What has happened since the last news; waits in seconds."""
+
+    committed: int
+    errors: Counter[str]
+    waits: array[float]
+    last: bool
+
+
+# --- in the worker process
+
+
+def work(pipe: Connection, address: str, dsn: str, max_conn: int) -> None:
+    """Be one worker: transfer money from "go" until "stop", then leave at "leave" or when the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to end
+    orders: dict[Order, threading.Event] = {
+        "go": threading.Event(),
+        "stop": threading.Event(),
+        "leave": threading.Event(),
+    }
+    threading.Thread(target=_obey, args=(pipe, orders), name="demo-orders", daemon=True).start()
+    pool = config_pool(max_conn, dsn=dsn, broker=address)
+    _send(pipe, _News(0, Counter(), array("d"), last=False))
+    orders["go"].wait()
+    stop, last = orders["stop"], False
+    while not last:
+        committed, errors, waits = 0, Counter[str](), array("d")
+        due = time.monotonic() + _NEWS_EVERY_S
+        while not (last := stop.is_set()) and time.monotonic() < due:
+            started = time.monotonic()
+            try:
+                with pool.connection(timeout=GET_CONN_LIMIT_S) as conn:
+                    waits.append(time.monotonic() - started)
+                    _transfer(conn)
+                committed += 1
+            except Exception as error:  # whatever it is, the summary counts it
+                errors[type(error).__name__] += 1
+            stop.wait(_think_s())
+        _send(pipe, _News(committed, errors, waits, last))
+    orders["leave"].wait()
+    pool.release_all()
+
+
+def _obey(pipe: Connection, orders: dict[Order, threading.Event]) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        while not orders["leave"].is_set():
+            orders[pipe.recv()].set()
+        return
+    os._exit(1)  # the parent is gone, and with it the server: nothing to put in order
+
+
+def _send(pipe: Connection, news: _News) -> None:
+    try:
+        pipe.send(news)
+    except OSError:
+        os._exit(1)  # as above
+
+
+def _transfer(conn: connection) -> None:
+    """Move money between two accounts; now and then hold the connection, and both rows, some milliseconds longer."""
+    payer, payee = random.sample(range(1, ACCOUNTS + 1), 2)
+    with conn.cursor() as cursor:
+        cursor.execute(_LOCK_SQL, (payer, payee))
+        amount = min(random.randint(1, 100), dict(cursor.fetchall())[payer])
+        if random.random() < 0.3:
+            cursor.execute("SELECT pg_sleep(%s)", (random.uniform(0.001, 0.005),))
+        cursor.execute(_MOVE_SQL, (payer, amount, amount, payer, payee))
+
+
+def _think_s() -> float:
+    # Half a dozen transfers, then silence: demand swings around the limit and wanders from process to process, so that
+    # connections lie idle in one while others wait.
+    return random.uniform(0, 0.004) if random.random() < 0.85 else random.uniform(0.2, 0.8)
+
+
+# --- in the parent
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One worker process as its parent knows it. `done`: it has sent its last news; `gone`: its pipe has ended."""
+
+    process: Any
+    pipe: Connection
+    ready: bool = False
+    done: bool = False
+    gone: bool = False
+    committed: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    waits: array[float] = field(default_factory=lambda: array("d"))
+
+    def hear(self) -> None:
+        """Take in one message, which must be there."""
+        try:
+            news: _News = self.pipe.recv()
+        except (EOFError, OSError):
+            self.gone = True
+            return
+        self.ready, self.done = True, news.last
+        self.committed += news.committed
+        self.errors += news.errors
+        self.waits += news.waits
+
+
+class Crew:
+    """All workers. `check` is called often while a method blocks, and may raise; `end` must be called in any case."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.members: list[Member] = []
+        self._check = check
+
+    def start(self, count: int, *arguments: object) -> None:
+        """Start processes that `work` with these arguments; blocks for each process's spawn, not until it is ready."""
+        context = multiprocess.get_context("spawn")
+        for number in range(count):
+            ours, theirs = context.Pipe()
+            with shielded_children():
+                name = f"sharedpool-demo-{number}"
+                process = context.Process(target=work, args=(theirs, *arguments), name=name, daemon=True)
+                process.start()
+            theirs.close()
+            self.members.append(Member(process, ours))
+            self._check()
+
+    def tell(self, order: Order) -> None:
+        """Send an order to all that are there."""
+        for member in self.members:
+            with contextlib.suppress(OSError):
+                member.pipe.send(order)
+
+    def listen(self, until: Callable[[Member], bool], limit_s: float) -> bool:
+        """Take in news until `until` holds for every member, or all others are gone; return False after `limit_s`."""
+        deadline = time.monotonic() + limit_s
+        while not all(member.gone or until(member) for member in self.members):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            pipes = {member.pipe: member for member in self.members if not member.gone}
+            for pipe in multiprocess.connection.wait(list(pipes), min(left, _LOOK_EVERY_S)):
+                pipes[pipe].hear()
+            self._check()
+        return True
+
+    def end(self) -> None:
+        """See every process gone: by the end of its pipe, else by SIGTERM, else by SIGKILL."""
+        for member in self.members:
+            member.pipe.close()
+        deadline = time.monotonic() + _END_LIMIT_S
+        for member in self.members:
+            member.process.join(max(0.0, deadline - time.monotonic()))
+        for end in ("terminate", "kill"):
+            left = [member.process for member in self.members if member.process.is_alive()]
+            for process in left:
+                getattr(process, end)()
+            deadline = time.monotonic() + 1
+            for process in left:
+                process.join(max(0.0, deadline - time.monotonic()))
+
+
+@contextlib.contextmanager
+def shielded_children() -> Iterator[None]:
+    """Start children that the terminal's Ctrl-C does not reach: they inherit the mask, from their first instant on."""
+    multiprocess.resource_tracker.ensure_running()  # starting later, it would lift the mask
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
