@@ -8,11 +8,12 @@ that is not a name: `fields=sql.SQL("count(*) AS n")`, `data={"modified": sql.SQ
 import contextlib
 import logging
 import operator
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import psycopg2
 from psycopg2.extensions import connection, cursor
@@ -20,6 +21,8 @@ from psycopg2.extras import DictCursor, NamedTupleCursor
 from psycopg2.sql import Composable, Identifier
 
 from sharedpool import config
+from sharedpool.worker.connection import PooledConnection
+from sharedpool.worker.pool import Pool
 
 _WORD = r"[^\W\d][\w$]*"
 _FIELD = re.compile(
@@ -30,14 +33,6 @@ Name = str | Composable
 Fields = str | Composable | Sequence[Name]
 Where = str | Composable | Sequence[Any] | None
 Order = str | Composable | Sequence[Name] | None
-
-
-class Pool(Protocol):
-    """What PgSimple needs of a pool."""
-
-    def get_conn(self) -> connection: ...
-
-    def put_conn(self, conn: connection, *, close: bool = ..., fail_silently: bool = ...) -> None: ...
 
 
 class Writer(Protocol):
@@ -217,11 +212,12 @@ class PgSimple:
             self._give_back(close=close, quietly=failed)
 
     def __del__(self) -> None:
-        # Runs inside garbage collection, in any thread, and at interpreter shutdown when even names may be gone.
+        # Runs inside garbage collection, in any thread, under any lock (so it may take none), and at interpreter
+        # shutdown, when even names may be gone.
         try:
             conn, self._conn = self._conn, None
             if conn is not None and self._pool is not None:
-                self._pool.put_conn(conn, fail_silently=True)
+                self._pool.put_conn_later(conn)
         except BaseException:
             pass
 
@@ -235,6 +231,8 @@ class PgSimple:
         conn, self._conn = self._conn, None  # first: whatever put_conn does, this handle is done with it
         if conn is None or self._pool is None:
             return
+        # A child that was forked inside a `with` block unwinds it too: the connection is not its to return.
+        quietly = quietly or cast(PooledConnection, conn).sharedpool_pid != os.getpid()
         with contextlib.suppress(Exception) if quietly else contextlib.nullcontext():
             self._pool.put_conn(conn, close=close, fail_silently=quietly)
 

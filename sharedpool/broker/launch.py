@@ -52,6 +52,7 @@ def ensure_running(settings: BrokerSettings) -> None:
     Blocks up to `START_LIMIT_S`. Of many processes that call this at once exactly one starts a broker. Raise
     `BrokerUnavailable` when it does not come up, with its own words.
     """
+    addresses.runtime_dir()  # somebody may have cleaned the temporary directory
     lock = addresses.lock_path(settings.address)
     if is_held(lock):
         return

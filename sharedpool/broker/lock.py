@@ -40,6 +40,14 @@ class BrokerLock:
         # Unlinked only where no other broker can come: a second inode under the same name would be a second lock.
         os.pwrite(self._fd, f"{self.epoch} {os.getpid()}\n".encode().ljust(64), 0)
 
+    def is_ours(self) -> bool:
+        """Say whether the file is still at its path, and keep cleaners of temporary directories from taking it."""
+        os.utime(self._fd)
+        try:
+            return os.path.samestat(os.fstat(self._fd), os.stat(self._path))
+        except FileNotFoundError:
+            return False
+
     def release(self, *, for_good: bool = False) -> None:
         """Let another broker have the address. `for_good`: nobody will, so the file goes too."""
         if for_good:

@@ -35,6 +35,8 @@ logger = logging.getLogger("sharedpool.broker")
 
 # Messages taken in one go before timers and process ends get their turn.
 _BATCH = 500
+# A lock file that somebody deleted locks nobody out any more.
+_LOOK_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class Server:
         self._stopping = False
         self._pidfds: dict[bytes, int] = {}
         self._peers: dict[bytes, int] = {}
-        self._started = time.monotonic()
+        self._started = self._look_at = time.monotonic()
         self._host = socket.gethostname()
 
     def bind(self) -> None:
@@ -102,6 +104,7 @@ class Server:
         """Serve until stopped, or until nobody has used the broker for `linger_s`."""
         self._selector.register(int(self._router.getsockopt(zmq.FD)), selectors.EVENT_READ, None)
         self._selector.register(self._wake_in, selectors.EVENT_READ, None)
+        assert self._lock is not None, "bind() first"
         self._announce()
         self._control.start()
         unused_since = self._started
@@ -112,6 +115,11 @@ class Server:
                 while self._calls:
                     self._execute(self._calls.popleft()(now))
                 self._execute(self._ledger.tick(now))
+                if now >= self._look_at:
+                    self._look_at = now + _LOOK_EVERY_S
+                    if not self._lock.is_ours():
+                        logger.error("the lock file of %s is gone: leaving it to another", self.settings.address)
+                        break
                 if self._ledger.sessions or self._ledger.leases:
                     unused_since = now
                 elif self.settings.linger_s is not None and now - unused_since >= self.settings.linger_s:
@@ -176,14 +184,16 @@ class Server:
             elif key.data is not None:
                 key.data()
 
-    def _timeout_s(self, now: float, unused_since: float) -> float | None:
+    def _timeout_s(self, now: float, unused_since: float) -> float:
         # libzmq's descriptor tells of news only once: what came while we were busy must be looked for.
         if self._calls or int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             return 0.0
-        deadlines = [] if (deadline := self._ledger.next_deadline()) is None else [deadline]
+        deadlines = [self._look_at]
+        if (deadline := self._ledger.next_deadline()) is not None:
+            deadlines.append(deadline)
         if self.settings.linger_s is not None and not (self._ledger.sessions or self._ledger.leases):
             deadlines.append(unused_since + self.settings.linger_s)
-        return max(0.0, min(deadlines) - now) if deadlines else None
+        return max(0.0, min(deadlines) - now)
 
     def _died(self, session: bytes) -> None:
         self._unwatch(session)
@@ -267,13 +277,13 @@ class Server:
             self._unwatch(session)
         self._router.close()
         self._context.term()
-        if self.settings.address.startswith("ipc://"):
+        assert self._lock is not None
+        if self.settings.address.startswith("ipc://") and self._lock.is_ours():
             # Before the lock is let go: afterwards the path may be the next broker's.
             Path(self.settings.address.removeprefix("ipc://")).unlink(missing_ok=True)
         self._selector.close()
         self._wake_in.close()
         self._wake_out.close()
-        assert self._lock is not None
         self._lock.release(for_good=self.settings.one_off)
         logger.info("broker %d stopped", os.getpid())
 

@@ -33,7 +33,6 @@ _pid = os.getpid()
 def register(pool: Forkable) -> None:
     """Have `pool` told of forks and of the interpreter's end."""
     _pools[id(pool)] = weakref.ref(pool)
-    _release_at_child_exit()
 
 
 def forget(pool: Forkable) -> None:
@@ -53,7 +52,6 @@ def reset_after_fork() -> None:
     _pid = os.getpid()
     for pool in _living():
         pool.after_fork_in_child()
-    _release_at_child_exit()
 
 
 def _living() -> list[Forkable]:
@@ -67,8 +65,11 @@ def _release_everything() -> None:
                 pool.release_all()
 
 
-def _release_at_child_exit() -> None:
-    # Children of multiprocessing leave by os._exit: atexit does not run there, their own finalizers do.
+def release_at_child_exit() -> None:
+    """Have everything returned when a multiprocessing child ends: it leaves by os._exit, and atexit does not run.
+
+    Called when a process first needs a broker: a child's finalizers of before its start are thrown away.
+    """
     for package in ("multiprocessing", "multiprocess"):
         util = sys.modules.get(f"{package}.util")
         if util is not None:

@@ -33,6 +33,7 @@ from sharedpool.wire.messages import (
     ToWorker,
     Welcome,
 )
+from sharedpool.worker import forks
 from sharedpool.worker.cache import Cache, Closing, Lease, Ticket
 from sharedpool.worker.connection import PooledConnection, clean, close_confirmed, cut, disown
 from sharedpool.worker.link import Link
@@ -167,6 +168,7 @@ class Holdings:
         if self.link is None:
             start, address = self._start_broker, self._address
             self.link = Link(self, address, self.cache.out, None if start is None else lambda: start(address))
+            forks.release_at_child_exit()
         if not self.link.running:  # an interrupt may have come between the two
             self.link.start()
         return self.link

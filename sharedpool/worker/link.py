@@ -114,19 +114,22 @@ class Link:
             while not self._closing:
                 try:
                     self._session(context)
-                except SharedPoolError as error:
-                    self.trouble = str(error)
-                    self._endpoint.unreachable(error)
-                    self._pause(random.uniform(0.5, 1.5))
-        except Exception:
-            logger.exception("bug: the link to %s has failed", self.address)
-            self.trouble = "the link has failed: see the log"
-            self._endpoint.unreachable(SharedPoolError(self.trouble))
+                except (SharedPoolError, OSError, zmq.ZMQError) as error:
+                    self._fail(error)
+                except Exception as error:
+                    logger.exception("bug: the link to %s has failed", self.address)
+                    self._fail(error)
         finally:
             self.established = False
             context.term()
             self._wake_in.close()
             self._wake_out.close()
+
+    def _fail(self, error: Exception) -> None:
+        """Tell those who wait, and try again a little later."""
+        self.trouble = str(error) or type(error).__name__
+        self._endpoint.unreachable(error)
+        self._pause(random.uniform(0.5, 1.5))
 
     def _session(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         """Be registered once: from HELLO until the broker falls silent or the pool closes."""

@@ -207,6 +207,9 @@ class Pool:
     def put_conn_later(self, conn: extensions.connection) -> None:
         """Check a connection in from a finalizer: takes no lock and does no I/O; the link's thread does the rest."""
         pooled = cast(PooledConnection, conn)
+        lease = cast("Lease | None", pooled.sharedpool_lease)
+        if lease is None or lease.ref is None or lease.ref() is None:
+            return  # collected in the same cycle: its own finalizer brings it back
         if pooled.sharedpool_pid == os.getpid() and pooled.sharedpool_holdings is not None:
             pooled.sharedpool_holdings.orphans.append(pooled)
             pooled.sharedpool_holdings.signal()

@@ -18,6 +18,7 @@ from waiting import wait_until
 
 import sharedpool
 from sharedpool.broker.lock import is_held
+from sharedpool.broker.server import BrokerSettings, Server
 from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.cli.status import fetch_report
 from sharedpool.wire.messages import Report
@@ -133,6 +134,23 @@ def test_a_broker_that_cannot_start_says_why(postgres: EphemeralPostgres, runtim
             pool.get_conn()
     finally:
         pool.release_all()
+
+
+def test_a_broker_whose_lock_file_was_deleted_makes_way(
+    postgres: EphemeralPostgres, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cleaner of temporary directories must not make two brokers of one."""
+    monkeypatch.setattr("sharedpool.broker.server._LOOK_EVERY_S", 0.1)
+    address = f"ipc://{runtime_dir}/cleaned.sock"
+    server = Server(BrokerSettings(address, 1))
+    server.bind()
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    (runtime_dir / "cleaned.sock.lock").unlink()
+    thread.join(20)
+    assert not thread.is_alive()
+    with sharedpool.start_broker(1, address=address, dsn=postgres.dsn):
+        pass
 
 
 # --- a broker by its address

@@ -3,44 +3,26 @@
 import datetime
 import gc
 import io
+import itertools
 import logging
-from collections.abc import Generator, Iterator
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import psycopg2
 import pytest
 from psycopg2 import sql
-from psycopg2.extensions import TRANSACTION_STATUS_IDLE, TRANSACTION_STATUS_INTRANS, connection, make_dsn
-from psycopg2.pool import PoolError, SimpleConnectionPool
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE, TRANSACTION_STATUS_INTRANS, make_dsn
+from waiting import wait_until
 
-from sharedpool import config
+import sharedpool
+from sharedpool import PgSimple, Pool, PoolClosed, PoolError, PoolExhausted
 from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.pgsimple import PgSimple
 
+TTL_S = 1.5  # heartbeats twice a second
 HOSTILE = ['we"ird; drop', "50%s", "Ünïcode 数", "select", "it's", "a%(b)s"]
-
-
-class TinyPool:
-    """psycopg2's pool under sharedpool's names, with a record of how connections came back."""
-
-    def __init__(self, dsn: str, limit: int = 2) -> None:
-        self.pool = SimpleConnectionPool(0, limit, dsn)
-        self.returned: list[dict[str, bool]] = []
-        self.put_error: BaseException | None = None
-
-    def get_conn(self) -> connection:
-        conn: connection = self.pool.getconn()
-        return conn
-
-    def put_conn(self, conn: connection, *, close: bool = False, fail_silently: bool = False) -> None:
-        self.returned.append({"close": close, "fail_silently": fail_silently})
-        self.pool.putconn(conn, close=close)
-        if self.put_error is not None:
-            raise self.put_error
-
-    @property
-    def in_use(self) -> int:
-        return len(self.pool._used)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +37,34 @@ def module_dsn(postgres: EphemeralPostgres) -> Iterator[str]:
     admin.close()
 
 
+@pytest.fixture(scope="module")
+def broker(postgres: EphemeralPostgres) -> Iterator[sharedpool.Broker]:
+    """A broker for all tests here: every test has a pool of its own name."""
+    with (
+        tempfile.TemporaryDirectory(prefix="spr-", dir="/tmp") as folder,  # short enough for a unix socket
+        sharedpool.start_broker(max_conn=8, address=f"ipc://{folder}/broker", dsn=postgres.dsn, ttl=TTL_S) as broker,
+    ):
+        yield broker
+
+
+MakePool = Callable[..., Pool]
+_numbers = itertools.count(1)
+
+
 @pytest.fixture
-def pool(module_dsn: str) -> Iterator[TinyPool]:
-    pool = TinyPool(module_dsn)
-    yield pool
-    pool.pool.closeall()
+def make_pool(module_dsn: str, broker: sharedpool.Broker) -> Iterator[MakePool]:
+    """Make pools, disposed of after the test; then the database is emptied."""
+    pools: list[Pool] = []
+
+    def make(max_conn: int = 2, **options: Any) -> Pool:
+        options = {"dsn": module_dsn, "broker": broker.address, "name": f"test {next(_numbers)}", **options}
+        pools.append(sharedpool.config_pool(max_conn, **options))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        if not pool.disposed:
+            pool.release_all()
     cleaner = psycopg2.connect(module_dsn)
     with cleaner, cleaner.cursor() as cursor:
         cursor.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
@@ -67,7 +72,12 @@ def pool(module_dsn: str) -> Iterator[TinyPool]:
 
 
 @pytest.fixture
-def db(pool: TinyPool) -> Iterator[PgSimple]:
+def pool(make_pool: MakePool) -> Pool:
+    return make_pool()
+
+
+@pytest.fixture
+def db(pool: Pool) -> Iterator[PgSimple]:
     handle = PgSimple(pool)
     yield handle
     handle.close()
@@ -386,7 +396,7 @@ def test_names_keep_their_case_and_dots_can_be_escaped(db: PgSimple) -> None:
     assert db.fetchall(sql.Identifier("a.b")) == []
 
 
-def test_dict_rows(pool: TinyPool) -> None:
+def test_dict_rows(pool: Pool) -> None:
     with PgSimple(pool, nt_cursor=False) as db:
         row = db.execute("SELECT 1 AS one, 2 AS two").fetchone()
         assert row is not None
@@ -396,7 +406,7 @@ def test_dict_rows(pool: TinyPool) -> None:
 # --- log --------------------------------------------------------------------------------------------------------------
 
 
-def test_log_writes_queries_and_errors(pool: TinyPool) -> None:
+def test_log_writes_queries_and_errors(pool: Pool) -> None:
     out = io.StringIO()
     with PgSimple(pool, log=out, log_fmt=lambda x: f">> {x if isinstance(x, str) else x.query}") as db:
         db.execute("SELECT %s", ["v"])
@@ -407,7 +417,7 @@ def test_log_writes_queries_and_errors(pool: TinyPool) -> None:
     assert second.startswith('>> execute() failed: relation "no_such" does not exist')
 
 
-def test_log_without_a_format_and_with_a_logger(pool: TinyPool, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_without_a_format_and_with_a_logger(pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG), PgSimple(pool, log=logging.getLogger("mine")) as db:
         db.execute("SELECT 'é%'")
         with pytest.raises(psycopg2.errors.SyntaxError):
@@ -416,12 +426,12 @@ def test_log_without_a_format_and_with_a_logger(pool: TinyPool, caplog: pytest.L
     assert caplog.records[0].getMessage() == "SELECT 'é%'"
 
 
-def test_without_a_log_the_format_is_not_called(pool: TinyPool) -> None:
+def test_without_a_log_the_format_is_not_called(pool: Pool) -> None:
     with PgSimple(pool, log_fmt=lambda x: pytest.fail("called")) as db:
         db.execute("SELECT 1")
 
 
-def test_a_format_may_skip_and_knows_when_the_query_began(pool: TinyPool) -> None:
+def test_a_format_may_skip_and_knows_when_the_query_began(pool: Pool) -> None:
     out, times = io.StringIO(), []
     with PgSimple(pool, log=out, log_fmt=lambda x: times.append(x.timestamp)) as db:
         db.execute("SELECT 1")
@@ -429,7 +439,7 @@ def test_a_format_may_skip_and_knows_when_the_query_began(pool: TinyPool) -> Non
     assert times[0] > 1e9
 
 
-def test_a_failing_log_does_not_hide_the_statements_error(pool: TinyPool) -> None:
+def test_a_failing_log_does_not_hide_the_statements_error(pool: Pool) -> None:
     def broken(what: Any) -> str:
         raise RuntimeError("log is full")
 
@@ -453,21 +463,26 @@ def count(db: PgSimple) -> int:
     return rows
 
 
-def test_with_commits_and_returns(pool: TinyPool, db: PgSimple, table: str) -> None:
+def in_use(pool: Pool) -> int:
+    return pool.stats().in_use
+
+
+def cached(pool: Pool) -> int:
+    return pool.stats().idle
+
+
+def test_with_commits_and_returns(pool: Pool, db: PgSimple, table: str) -> None:
     with PgSimple(pool) as inner:
         assert inner.is_open
-        assert pool.in_use == 2
+        assert in_use(pool) == 2
         inner.insert(table, {"id": 1})
     assert not inner.is_open
-    assert pool.in_use == 1
-    assert pool.returned == [{"close": False, "fail_silently": False}]
+    assert (in_use(pool), cached(pool)) == (1, 1)
     assert count(db) == 1
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, psycopg2.DataError])
-def test_with_rolls_back_for_any_exception(
-    pool: TinyPool, db: PgSimple, table: str, error: type[BaseException]
-) -> None:
+def test_with_rolls_back_for_any_exception(pool: Pool, db: PgSimple, table: str, error: type[BaseException]) -> None:
     def work() -> None:
         with PgSimple(pool) as inner:
             inner.insert(table, {"id": 1})
@@ -475,12 +490,11 @@ def test_with_rolls_back_for_any_exception(
 
     with pytest.raises(error, match="stop"):
         work()
-    assert pool.in_use == 1
-    assert pool.returned[0]["close"] is False
+    assert (in_use(pool), cached(pool)) == (1, 1)
     assert count(db) == 0
 
 
-def test_with_rolls_back_when_a_generator_is_dropped(pool: TinyPool, db: PgSimple, table: str) -> None:
+def test_with_rolls_back_when_a_generator_is_dropped(pool: Pool, db: PgSimple, table: str) -> None:
     def work() -> Generator[None]:
         with PgSimple(pool) as inner:
             inner.insert(table, {"id": 1})
@@ -489,11 +503,11 @@ def test_with_rolls_back_when_a_generator_is_dropped(pool: TinyPool, db: PgSimpl
     generator = work()
     next(generator)
     generator.close()
-    assert pool.in_use == 1
+    assert (in_use(pool), cached(pool)) == (1, 1)
     assert count(db) == 0
 
 
-def test_explicit_commit_and_rollback(pool: TinyPool, db: PgSimple, table: str) -> None:
+def test_explicit_commit_and_rollback(pool: Pool, db: PgSimple, table: str) -> None:
     def work() -> None:
         with PgSimple(pool) as inner:
             inner.insert(table, {"id": 1})
@@ -508,39 +522,68 @@ def test_explicit_commit_and_rollback(pool: TinyPool, db: PgSimple, table: str) 
     assert count(db) == 1
 
 
-def test_a_refused_commit_reaches_the_caller_and_returns_the_connection(
-    pool: TinyPool, db: PgSimple, table: str
-) -> None:
-    def work() -> None:
-        with PgSimple(pool) as inner:
-            inner.insert(table, {"id": 1})
-            inner.insert(table, {"id": 1})  # the constraint is deferred: refused at commit
+class ResetError(Exception):
+    """What a pool's `reset` callback raises."""
 
-    pool.put_error = PoolError("the pool is upset too")
+
+def refuse(conn: object) -> None:
+    raise ResetError("reset() is upset too")
+
+
+def insert_twice(pool: Pool, table: str) -> None:
+    with PgSimple(pool) as inner:
+        inner.insert(table, {"id": 1})
+        inner.insert(table, {"id": 1})  # the constraint is deferred: refused at commit
+
+
+def test_a_refused_commit_reaches_the_caller_and_keeps_the_connection(pool: Pool, db: PgSimple, table: str) -> None:
     with pytest.raises(psycopg2.errors.UniqueViolation):
-        work()
-    pool.put_error = None
-    assert pool.in_use == 1
-    assert pool.returned == [{"close": False, "fail_silently": True}]
+        insert_twice(pool, table)
+    assert (in_use(pool), cached(pool)) == (1, 1)
     assert count(db) == 0
 
 
-def test_an_error_of_the_pool_reaches_the_caller_after_success_only(pool: TinyPool) -> None:
-    pool.put_error = PoolError("no")
-    with pytest.raises(PoolError), PgSimple(pool):
-        pass
+def test_an_error_of_the_pool_hides_no_other(make_pool: MakePool, db: PgSimple, table: str) -> None:
+    pool = make_pool(reset=refuse)
+    with pytest.raises(psycopg2.errors.UniqueViolation):
+        insert_twice(pool, table)
     with pytest.raises(ZeroDivisionError), PgSimple(pool):
         raise ZeroDivisionError
-    pool.put_error = None
+    with pytest.raises(ResetError), PgSimple(pool) as inner:
+        inner.insert(table, {"id": 1})
+    assert count(db) == 1
+    with pytest.raises(ResetError):
+        PgSimple(pool).close()
+    assert (in_use(pool), cached(pool)) == (0, 0)
+
+
+def test_a_pool_disposed_of_meanwhile_reaches_the_caller_after_success_only(make_pool: MakePool) -> None:
+    def work(pool: Pool) -> None:
+        with PgSimple(pool):
+            pool.release_all()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work(make_pool())
+    pool = make_pool()
+    handle = PgSimple(pool)
+    pool.release_all()
+    assert not handle.is_open
+    with pytest.raises(PoolClosed):
+        handle.close()
+    handle.close()
+
+
+def pid_of(handle: PgSimple) -> int:
+    return handle._live().info.backend_pid
 
 
 def kill(handle: PgSimple, killer: PgSimple) -> None:
-    pid = handle.execute("SELECT pg_backend_pid() AS pid").fetchone()[0]  # type: ignore[index]
-    killer.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
+    killer.execute("SELECT pg_terminate_backend(%s, 10000)", [pid_of(handle)])
     killer.rollback()
 
 
-def test_a_dead_connection_reaches_the_caller_and_is_discarded(pool: TinyPool, db: PgSimple) -> None:
+def test_a_dead_connection_reaches_the_caller_and_is_discarded(pool: Pool, db: PgSimple) -> None:
     def work() -> None:
         with PgSimple(pool) as inner:
             kill(inner, db)
@@ -548,17 +591,23 @@ def test_a_dead_connection_reaches_the_caller_and_is_discarded(pool: TinyPool, d
 
     with pytest.raises(psycopg2.OperationalError, match=r"server closed|terminating connection"):
         work()
-    assert pool.in_use == 1
-    assert pool.returned == [{"close": True, "fail_silently": True}]
+    assert (in_use(pool), cached(pool)) == (1, 0)
+    with PgSimple(pool) as inner:  # its slot is free again
+        inner.execute("SELECT 1")
 
 
-def test_a_commit_on_a_dead_connection_reaches_the_caller(pool: TinyPool, db: PgSimple) -> None:
-    with pytest.raises(psycopg2.OperationalError), PgSimple(pool) as inner:
-        kill(inner, db)
-    assert pool.in_use == 1
+def test_a_commit_on_a_dead_connection_reaches_the_caller(pool: Pool, db: PgSimple) -> None:
+    def work() -> None:
+        with PgSimple(pool) as inner:
+            inner.execute("SELECT 1")
+            kill(inner, db)
+
+    with pytest.raises(psycopg2.OperationalError):
+        work()
+    assert (in_use(pool), cached(pool)) == (1, 0)
 
 
-def test_is_open_sees_a_connection_that_broke(pool: TinyPool, db: PgSimple) -> None:
+def test_is_open_sees_a_connection_that_broke(pool: Pool, db: PgSimple) -> None:
     inner = PgSimple(pool)
     kill(inner, db)
     with pytest.raises(psycopg2.OperationalError):
@@ -569,10 +618,10 @@ def test_is_open_sees_a_connection_that_broke(pool: TinyPool, db: PgSimple) -> N
     with pytest.raises(psycopg2.InterfaceError):
         inner.commit()
     inner.close()
-    assert pool.in_use == 1
+    assert (in_use(pool), cached(pool)) == (1, 0)
 
 
-def test_close_is_idempotent_and_final(pool: TinyPool) -> None:
+def test_close_is_idempotent_and_final(pool: Pool) -> None:
     handle = PgSimple(pool)
     assert handle.is_open
     assert "open" in repr(handle)
@@ -580,62 +629,173 @@ def test_close_is_idempotent_and_final(pool: TinyPool) -> None:
     handle.close()
     assert not handle.is_open
     assert "closed" in repr(handle)
-    assert len(pool.returned) == 1
     uses: list[Any] = [handle.commit, handle.rollback, lambda: handle.execute("SELECT 1"), handle.__enter__]
     uses += [lambda: handle.fetchall("t"), lambda: handle.insert("t", {}), lambda: handle.drop("t")]
     for use in uses:
         with pytest.raises(psycopg2.InterfaceError, match="closed"):
             use()
-    assert pool.in_use == 0
+    assert (in_use(pool), cached(pool)) == (0, 1)
 
 
-def test_close_inside_with_commits_nothing(pool: TinyPool, db: PgSimple, table: str) -> None:
+def test_close_inside_with_commits_nothing(pool: Pool, db: PgSimple, table: str) -> None:
     with PgSimple(pool) as inner:
         inner.insert(table, {"id": 1})
         inner.close()
-    assert len(pool.returned) == 1
+    assert (in_use(pool), cached(pool)) == (1, 1)
     assert count(db) == 0
 
 
-def test_garbage_collection_returns_quietly(pool: TinyPool) -> None:
-    handle = PgSimple(pool)
-    handle.execute("SELECT 1")
-    del handle
-    gc.collect()
-    assert pool.in_use == 0
-    assert pool.returned == [{"close": False, "fail_silently": True}]
-    with PgSimple(pool) as db:
-        assert db._live().info.transaction_status == TRANSACTION_STATUS_IDLE
+def test_exhaustion_surfaces_as_pool_error(pool: Pool) -> None:
+    with PgSimple(pool), PgSimple(pool):
+        with pytest.raises(PoolError):
+            PgSimple(pool)
+        with pytest.raises(psycopg2.pool.PoolError):
+            PgSimple(pool)
+    assert (in_use(pool), cached(pool)) == (0, 2)
 
 
-def test_garbage_in_a_cycle_returns_too(pool: TinyPool) -> None:
-    handle: Any = PgSimple(pool)
-    handle.myself = handle
-    del handle
-    gc.collect()
-    assert pool.in_use == 0
-
-
-def test_garbage_collection_never_raises(pool: TinyPool) -> None:
-    PgSimple.__new__(PgSimple).__del__()  # __init__ never ran
-    pool.put_error = KeyboardInterrupt()
-    PgSimple(pool).__del__()
-    PgSimple(pool)  # pytest turns an unraisable exception into an error
-    gc.collect()
-    pool.put_error = None
-    assert pool.in_use == 0
-
-
-def test_exhaustion_surfaces_as_pool_error(pool: TinyPool) -> None:
-    with PgSimple(pool), PgSimple(pool), pytest.raises(PoolError):
-        PgSimple(pool)
-    assert pool.in_use == 0
-
-
-def test_the_default_is_the_current_pool(pool: TinyPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "get_pool", lambda: pool)
+def test_the_default_is_the_current_pool(make_pool: MakePool) -> None:
+    pool = make_pool(name="default")
     with PgSimple() as db:
-        assert pool.in_use == 1
+        assert in_use(pool) == 1
         db.execute("SELECT 1")
         assert db._live().info.transaction_status == TRANSACTION_STATUS_INTRANS
-    assert pool.in_use == 0
+    assert in_use(pool) == 0
+
+
+# --- garbage collection -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def single(make_pool: MakePool) -> Pool:
+    """A pool of one connection: whoever does not bring it back is found out."""
+    return make_pool(max_conn=1)
+
+
+def test_garbage_collection_returns_the_connection_at_once(single: Pool) -> None:
+    pids = set()
+    for _ in range(20):
+        handle = PgSimple(single)
+        handle.execute("SELECT 1")  # leaves a transaction open
+        pids.add(pid_of(handle))
+        with pytest.raises(PoolExhausted):
+            PgSimple(single)
+        del handle
+    with PgSimple(single) as db:
+        assert db._live().info.transaction_status == TRANSACTION_STATUS_IDLE
+        pids.add(pid_of(db))
+    assert len(pids) == 1
+
+
+def test_garbage_is_returned_without_another_call_of_the_pool(single: Pool) -> None:
+    PgSimple(single)
+    wait_until(lambda: cached(single) == 1, timeout_s=3, what="the link's thread to bring it back")
+
+
+def test_a_cursor_that_outlives_its_handle_does_not_keep_the_connection(single: Pool) -> None:
+    cursor = PgSimple(single).execute("SELECT 42")
+    with PgSimple(single) as db:
+        assert db._live() is cursor.connection
+    assert cursor.fetchone() == (42,)
+
+
+class Node:
+    """Something to make a reference cycle of."""
+
+    def __init__(self, handle: PgSimple) -> None:
+        self.handle = handle
+        self.itself = self
+
+
+def test_garbage_in_a_cycle_is_returned_too(single: Pool) -> None:
+    for _ in range(5):
+        Node(PgSimple(single))
+        gc.collect()
+        PgSimple(single).close()
+    assert (in_use(single), cached(single)) == (0, 1)
+
+
+def next_heartbeat(pool: Pool) -> None:
+    link = pool._holdings.link
+    assert link is not None
+    heard_at = link.heard_at
+    wait_until(lambda: link.heard_at > heard_at, timeout_s=5 * TTL_S, what="the broker's answer to a heartbeat")
+
+
+def test_a_checkout_after_a_collected_cycle_is_not_taken_for_lost(
+    single: Pool, caplog: pytest.LogCaptureFixture
+) -> None:
+    Node(PgSimple(single))
+    gc.collect()
+    with PgSimple(single) as db:
+        for _ in range(2):  # at every heartbeat the worker looks for lost connections
+            next_heartbeat(single)
+        assert in_use(single) == 1
+        assert db.execute("SELECT 1").fetchone() == (1,)
+    assert not caplog.records
+
+
+def test_garbage_collection_never_raises(make_pool: MakePool) -> None:
+    # pytest turns an unraisable exception into an error.
+    PgSimple.__new__(PgSimple).__del__()  # __init__ never ran
+    with pytest.raises(PoolError):
+        PgSimple(make_pool(name="nothing there", broker="ipc:///nonexistent/broker", timeout=0.1))
+    pool = make_pool()
+    handle = PgSimple(pool)
+    handle.__del__()
+    handle.__del__()
+    handle.close()
+    handle = PgSimple(pool)
+    pool.release_all()
+    del handle
+    gc.collect()
+
+
+def in_a_child(work: Callable[[], None]) -> int:
+    """Run `work` in a forked child; return 0 if it raised nothing."""
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_what_a_forked_child_does_with_a_handle_leaves_the_parent_alone(single: Pool) -> None:
+    with PgSimple(single) as handle:
+        assert in_a_child(lambda: handle.__del__()) == 0
+        assert in_a_child(lambda: handle.close()) == 0
+        assert in_a_child(lambda: handle.__exit__(None, None, None)) == 0
+        assert handle.execute("SELECT 1").fetchone() == (1,)
+    assert (in_use(single), cached(single)) == (0, 1)
+
+
+def test_a_finalizer_takes_no_lock(single: Pool) -> None:
+    handle = PgSimple(single)
+    with single._holdings.lock:  # garbage collection may run in the very thread that holds it
+        worker = threading.Thread(target=handle.__del__, daemon=True)
+        worker.start()
+        worker.join(5)
+        assert not worker.is_alive()
+    PgSimple(single).close()
+
+
+def test_release_all_and_garbage_collection_do_not_deadlock(make_pool: MakePool) -> None:
+    for _ in range(5):
+        pool = make_pool(max_conn=4, pool_manager=sharedpool.ThreadedConnectionPool)
+        for _ in range(4):
+            Node(PgSimple(pool))
+        thresholds = gc.get_threshold()
+        gc.set_threshold(1, 1, 1)  # a collection at almost every allocation, within release_all() too
+        try:
+            ending = threading.Thread(target=pool.release_all, daemon=True)
+            ending.start()
+            ending.join(10)
+        finally:
+            gc.set_threshold(*thresholds)
+        assert not ending.is_alive()
+        gc.collect()
+        assert pool.disposed

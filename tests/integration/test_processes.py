@@ -1,9 +1,11 @@
 """Many processes, one limit: sharing, recall, order, death, forks — seen from the server."""
 
+import json
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from processes import Sampler, Worker, workers
@@ -246,6 +248,47 @@ def test_generations_of_forks_share_the_limit(start: StartWorker) -> None:
         a.ask("get", name="x")
         a.ask("put", name="x")
         assert "backend" in a.ask("fork")  # recalls the parent's idle one
+
+
+@pytest.mark.parametrize("package", ["multiprocessing", "multiprocess"])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_multiprocessing_child_returns_what_it_holds_at_its_end(
+    package: str,
+    method: str,
+    settings: dict[str, object],
+    broker: sharedpool.Broker,
+    server_connection: connection,
+    name: str,
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import json, sys, {package} as mp, sharedpool\n"
+        "settings = json.loads(sys.argv[1])\n"
+        "def work(n):\n"
+        "    pool = sharedpool.config_pool(max_conn=3, **settings)\n"
+        "    global kept\n"
+        "    pool.put_conn(pool.get_conn(timeout=30))\n"
+        "    kept = pool.get_conn(timeout=30)\n"
+        "if __name__ == '__main__':\n"
+        "    pool = sharedpool.config_pool(max_conn=3, **settings)\n"
+        "    conn = pool.get_conn()\n"
+        f"    context = mp.get_context({method!r})\n"
+        "    children = [context.Process(target=work, args=(n,)) for n in range(4)]\n"
+        "    [child.start() for child in children]; [child.join() for child in children]\n"
+        "    assert [child.exitcode for child in children] == [0] * 4\n"
+        "    conn.cursor().execute('SELECT 1')\n"
+        "    print('parent unharmed', flush=True); sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, str(script), json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "parent unharmed"
+        assert len(pids(server_connection, name)) == 1
+        assert report(broker, name).fences == 0  # returned by the children, not taken from them
+        process.communicate()
+    assert process.returncode == 0
 
 
 # --- one broker for all pools
