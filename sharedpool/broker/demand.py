@@ -1,4 +1,4 @@
-"""Match waiters with slots: grant, recall what lies idle, ask the busy for their next checkin, refuse who will not wait.
+"""Match waiters with slots: grant, recall what lies idle, press the busy for a checkin, refuse who will not wait.
 
 Decisions only, over the records; nothing here does I/O or reads a clock. `settle` runs after every change:
 
@@ -12,6 +12,7 @@ Decisions only, over the records; nothing here does I/O or reads a clock. `settl
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 
@@ -41,7 +42,7 @@ class Demand:
         self._serial = 0  # of leases
         self._ask_serial = 0  # of recalls and of what they say to owe
         self._round = 0
-        self._polling: dict[bytes, Session] = {}
+        self._polling: dict[bytes, int] = {}  # sessions asked in this round, and the recall they are to answer
         self._unpolled: list[Waiter] = []
 
     def settle(self, now: float) -> None:
@@ -90,18 +91,23 @@ class Demand:
             short = len(pool.waiters) - max(pool.room, 0) - pool.coming
             if short > 0:
                 short -= self._take([pool], short, now)
-                short -= self._fence_suspects([pool], min(short, self._patient(pool)))
+                short -= self._fence_suspects([pool], min(short, self._patient(pool)), now)
                 if short > 0:
                     self._press(pool, now)
-        servable = sum(min(len(p.waiters), max(p.room, 0)) for p in books.contended.values())
-        short = servable - books.room - sum(pool.coming for pool in books.pools.values())
+        short = self._short_of_cap()
         if short > 0:  # the cap over all pools is what keeps them waiting: any pool's slot will do
             pools = sorted(books.pools.values(), key=lambda pool: len(pool.waiters))
             short -= self._take(pools, short, now)
-            short -= self._fence_suspects(pools, min(short, sum(map(self._patient, pools))))
+            short -= self._fence_suspects(pools, min(short, sum(map(self._patient, pools))), now)
             if short > 0:
                 for pool in pools:
                     self._press(pool, now)
+
+    def _short_of_cap(self) -> int:
+        """How many waiters have room in their pool but none under the cap, and no slot on its way."""
+        books = self._books
+        servable = sum(min(len(pool.waiters), max(pool.room, 0)) for pool in books.contended.values())
+        return servable - books.room - sum(pool.coming for pool in books.pools.values())
 
     def _take(self, pools: Iterable[Pool], short: int, now: float) -> int:
         """Ask for up to `short` idle leases; return for how many."""
@@ -117,31 +123,49 @@ class Demand:
             self.ask(session, now, take=count)
         return sum(count for _, count in chosen.values())
 
-    def _fence_suspects(self, pools: Iterable[Pool], short: int) -> int:
-        fenced = 0
-        for lease in list(islice(chain.from_iterable(pool.suspects.values() for pool in pools), max(short, 0))):
-            self.fence(lease, "its worker is silent and somebody waits")
-            fenced += 1
-        return fenced
+    def _fence_suspects(self, pools: Iterable[Pool], short: int, now: float) -> int:
+        """Fence up to `short` suspect leases; return how many.
 
-    def fence(self, lease: Lease, why: str) -> None:
+        One without a known backend is left alone: there is nothing to look for, and its worker may yet connect.
+        """
+        suspects = chain.from_iterable(pool.suspects.values() for pool in pools)
+        chosen = list(islice((lease for lease in suspects if lease.backend is not None), max(short, 0)))
+        for lease in chosen:
+            self.fence(lease, "its worker is silent and somebody waits", now)
+        return len(chosen)
+
+    def fence(self, lease: Lease, why: str, now: float) -> None:
         """Have a suspect lease's backend ended and verified; its slot stays counted until then."""
         self._books.move(lease, SlotState.FENCING, why)
         lease.pool.fences += 1
+        if lease.backend is not None:
+            self.expect(lease, now)
         self._emit(Fence(lease.token, lease.pool.name, lease.backend, why))
+
+    def expect(self, lease: Lease, now: float) -> None:
+        """Count on a slot that is being closed or fenced, for a while."""
+        lease.pool.incoming[lease.token] = lease
+        self._arm(now + ANSWER_LIMIT_S, "closing", lease)
 
     @staticmethod
     def _patient(pool: Pool) -> int:
         return len(pool.waiters) - len(pool.nowaits)
 
+    def _helped(self, pool: Pool) -> list[Pool]:
+        """Return the pools whose waiters a slot of this one would serve: under an exhausted cap, others' too."""
+        books = self._books
+        if books.max_conn is None or books.room > 0:
+            return [pool]
+        return [pool, *(other for other in books.contended.values() if other is not pool and other.room > 0)]
+
     def _wanted(self, pool: Pool) -> int:
         """How many patient waiters a slot of this pool would help."""
-        if self._books.max_conn is not None and self._books.room <= 0:
-            return sum(map(self._patient, self._books.contended.values()))
-        return self._patient(pool)
+        return sum(map(self._patient, self._helped(pool)))
 
     def _first_patient(self, pool: Pool) -> Waiter | None:
-        return next((waiter for waiter in pool.waiters.values() if not waiter.nowait), None)
+        """Return the patient waiter who would get a slot of this pool."""
+        heads = (next((w for w in other.waiters.values() if not w.nowait), None) for other in self._helped(pool))
+        return min((head for head in heads if head is not None), key=lambda waiter: waiter.seq, default=None)
 
     def _pressure(self, pool: Pool, holder: Session) -> int:
         """How many of `holder`'s next checkins others wait for: none while its own waiter is the first."""
@@ -149,6 +173,8 @@ class Demand:
         return 0 if first is not None and first.session is holder else self._wanted(pool)
 
     def _press(self, pool: Pool, now: float) -> None:
+        if not self._wanted(pool):
+            return
         for session in list(pool.unpressed.values()):
             owed = min(len(session.leases), self._pressure(pool, session))
             if owed:
@@ -177,19 +203,35 @@ class Demand:
         self._ask_serial += 1
         session.asked = self._ask_serial
         self._emit(Send(session.id, Recall(session.asked, take, session.owed, expired)))
-        if not session.answer_armed:
-            session.answer_armed = True
+        self._watch_answer(session, now)
+
+    def _watch_answer(self, session: Session, now: float) -> None:
+        if not session.awaited:
+            session.awaited = session.asked
             self._arm(now + ANSWER_LIMIT_S, "answer", session)
 
     def answered(self, session: Session, serial: int) -> None:
         """Note that a session has said what it holds, knowing recall `serial`."""
-        session.answered = max(session.answered, serial)
+        session.answered = max(session.answered, min(serial, session.asked))
         if session.answered >= session.asked:
+            session.expiring = False
             self._books.mark_taking(session, 0)
-            self._polling.pop(session.id, None)
+        if session.answered >= self._polling.get(session.id, math.inf):
+            del self._polling[session.id]
+
+    def answer_due(self, session: Session, now: float) -> None:
+        """Doubt a session that has not answered in time, until it speaks."""
+        awaited, session.awaited = session.awaited, 0
+        if session.answered < awaited:
+            self.ignore(session)
+            self._books.mark_mute(session)
+        elif session.answered < session.asked:
+            self._watch_answer(session, now)
 
     def ignore(self, session: Session) -> None:
-        """Stop expecting answers from a session that gives none, or is gone."""
+        """Stop expecting answers from a session that gives none, starts over, or is gone."""
+        session.expiring = False
+        session.answered = session.asked
         self._books.mark_taking(session, 0)
         self._polling.pop(session.id, None)
         self._books.mark_owed(session, session.owed)
@@ -217,13 +259,10 @@ class Demand:
         capped = self._books.max_conn is not None and self._books.room <= 0
         pools = list(self._books.pools.values()) if capped else [waiter.session.pool for waiter in fresh]
         for pool in dict.fromkeys(pools):
-            for session in list(pool.pressed.values()):
-                if session.answered < session.asked:
-                    self._polling[session.id] = session
-            for session in list(pool.unpressed.values()):
+            for session in [*pool.pressed.values(), *pool.unpressed.values()]:
                 if askers != {session.id}:
-                    self._polling[session.id] = session
                     self.ask(session, now)
+                    self._polling[session.id] = session.asked
 
     def _refuse(self, now: float) -> None:
         if self._polling:
@@ -253,13 +292,18 @@ class Demand:
     def check_invariants(self) -> None:
         """Raise `AssertionError` when waiters are left without anything being done for them."""
         books = self._books
-        assert all(session.id in books.sessions for session in self._polling.values())
+        for session_id, serial in self._polling.items():
+            session = books.sessions[session_id]
+            assert not session.silent, session.label
+            assert session.answered < serial <= session.asked, session.label
         for pool in books.contended.values():
             assert not (pool.room > 0 and books.room > 0), f"{pool.name}: a free slot and a waiter"
             short = len(pool.waiters) - max(pool.room, 0) - pool.coming
             if short > 0:
                 assert not pool.idle, f"{pool.name}: an idle lease nobody recalled"
                 assert all(not self._pressure(pool, s) for s in pool.unpressed.values()), pool.name
+        if self._short_of_cap() > 0:
+            assert not any(pool.idle for pool in books.pools.values()), "an idle lease nobody recalled"
 
 
 def _longest_ms(session: Session, now: float) -> int:

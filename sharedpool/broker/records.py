@@ -8,6 +8,7 @@ FREE is not stored: a slot without a lease is free. Pure: no I/O, no clock; time
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from enum import Enum
@@ -39,7 +40,10 @@ TRANSITIONS: dict[SlotState, frozenset[SlotState]] = {
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """A slot held by a session. `idle_since` is set while it lies in the worker's cache, `used_since` while it is out."""
+    """A slot held by a session; `idle_since` is set while it lies in the worker's cache, `used_since` while it is out.
+
+    `reported_at` is when a checkout that is too long was last reported: one that began later has not been.
+    """
 
     token: Token
     session: Session
@@ -50,7 +54,7 @@ class Lease:
     idle_since: float | None = None
     used_since: float | None = None
     thread: str = ""
-    reported: bool = False
+    reported_at: float = -math.inf
     expiry_armed: bool = False
     checkout_armed: bool = False
 
@@ -69,7 +73,10 @@ class Waiter:
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """One worker process's registration. `owed` and `taking` mirror what the worker was last asked for."""
+    """One worker process's registration; `owed` and `taking` mirror what the worker was last asked for.
+
+    `asked` and `answered` are serials of recalls, `awaited` is the one whose answer a timer watches for (0: none).
+    """
 
     id: bytes
     pid: int
@@ -85,10 +92,16 @@ class Session:
     taking: int = 0
     asked: int = 0
     answered: int = 0
-    answer_armed: bool = False
+    awaited: int = 0
+    expiring: bool = False
     mute: bool = False
     suspect: bool = False
     ended: bool = False
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing can be asked of it."""
+        return self.mute or self.suspect or self.ended
 
     @property
     def label(self) -> str:
@@ -108,7 +121,7 @@ class Pool:
     nowaits: OrderedDict[int, Waiter] = field(default_factory=OrderedDict)
     # Idle leases nobody has been asked for yet, longest idle first (as far as reports tell).
     idle: OrderedDict[Token, Lease] = field(default_factory=OrderedDict)
-    # Slots on their way back: CLOSING, and not for so long that one must doubt it.
+    # Slots on their way back: CLOSING or FENCING, and not for so long that one must doubt it.
     incoming: dict[Token, Lease] = field(default_factory=dict)
     suspects: OrderedDict[Token, Lease] = field(default_factory=OrderedDict)
     # Holders told to give back checkins, and holders that were not.
@@ -167,7 +180,7 @@ class Books:
             self.mark_owed(session, session.owed)
         elif old is SlotState.GRANTED:
             session.granted.pop(lease.request, None)
-        elif old is SlotState.CLOSING:
+        elif old in (SlotState.CLOSING, SlotState.FENCING):
             pool.incoming.pop(token, None)
         elif old is SlotState.SUSPECT:
             del pool.suspects[token]
@@ -186,25 +199,37 @@ class Books:
     def mark_phase(self, lease: Lease, phase: Phase, since: float | None) -> None:
         """Note whether an OPEN lease lies idle or is in use, since when."""
         lease.idle_since = since if phase is Phase.IDLE else None
-        if phase is not Phase.IN_USE:
-            lease.used_since, lease.reported = None, False
-        else:
-            lease.used_since = since
+        lease.used_since = since if phase is Phase.IN_USE else None
         if phase is Phase.IDLE:
             lease.pool.idle.setdefault(lease.token, lease)
         else:
             lease.pool.idle.pop(lease.token, None)
 
     def mark_owed(self, session: Session, owed: int) -> None:
-        """Note what a session owes (nothing when it holds nothing) and file it as pressed or not."""
+        """Note what a session owes (nothing when it holds nothing or is silent) and file it as pressed or not."""
         pool = session.pool
-        session.owed = owed if session.leases else 0
+        session.owed = owed if session.leases and not session.silent else 0
         pool.pressed.pop(session.id, None)
         pool.unpressed.pop(session.id, None)
         if session.owed:
             pool.pressed[session.id] = session
-        elif session.leases and not (session.mute or session.suspect or session.ended):
+        elif session.leases and not session.silent:
             pool.unpressed[session.id] = session
+
+    def mark_mute(self, session: Session) -> None:
+        """Note that a session does not answer: what it has idle, or owes, is not counted on until it speaks."""
+        session.mute = True
+        for token in session.leases:
+            session.pool.idle.pop(token, None)
+        self.mark_owed(session, session.owed)
+
+    def mark_heard(self, session: Session) -> None:
+        """Note that a silent session speaks again; it is asked anew for what it may have missed."""
+        session.mute = session.suspect = False
+        for token, lease in session.leases.items():
+            if lease.idle_since is not None:
+                session.pool.idle.setdefault(token, lease)
+        self.mark_owed(session, session.owed)
 
     def mark_taking(self, session: Session, taking: int) -> None:
         """Note how many idle leases a session has been asked for and has not answered about."""
@@ -241,17 +266,23 @@ class Books:
         for pool in self.pools.values():
             assert pool.taking == sum(session.taking for session in pool.sessions.values())
             assert all(lease.state is SlotState.OPEN for lease in pool.idle.values())
-            assert all(lease.state is SlotState.CLOSING for lease in pool.incoming.values())
+            returning = (SlotState.CLOSING, SlotState.FENCING)
+            assert all(lease.state in returning and pool.leases[t] is lease for t, lease in pool.incoming.items())
             assert all(lease.state is SlotState.SUSPECT for lease in pool.suspects.values())
-            assert all(lease.idle_since is not None for lease in pool.idle.values())
+            assert all(lease.idle_since is not None and not lease.session.silent for lease in pool.idle.values())
+            for session in pool.sessions.values():
+                assert self.sessions[session.id] is session
+                assert all(x.state is SlotState.GRANTED for x in session.granted.values())
+                assert session.silent or session.awaited or session.answered >= session.asked, session.label
+                assert not session.taking or session.awaited, session.label
             suspects = {t for t, lease in pool.leases.items() if lease.state is SlotState.SUSPECT}
             assert suspects == set(pool.suspects)
             holders = {s.id for s in pool.sessions.values() if s.leases}
             assert all(s.owed > 0 for s in pool.pressed.values())
             assert all(s.owed == 0 for s in pool.unpressed.values())
             assert not set(pool.pressed) & set(pool.unpressed)
-            silent = {s.id for s in pool.sessions.values() if s.mute or s.suspect or s.ended}
-            assert holders - silent <= set(pool.pressed) | set(pool.unpressed) <= holders
+            silent = {s.id for s in pool.sessions.values() if s.silent}
+            assert holders - silent == set(pool.pressed) | set(pool.unpressed)
             assert (pool.name in self.contended) == bool(pool.waiters)
             assert set(pool.nowaits) == {seq for seq, waiter in pool.waiters.items() if waiter.nowait}
             for seq, waiter in pool.waiters.items():

@@ -12,6 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from sharedpool.errors import SharedPoolError
 from sharedpool.wire.messages import (
     Acquire,
     Backend,
@@ -35,11 +36,14 @@ _LONGEST_WAIT_MS = 2**52
 class Lease:
     """A slot this process holds, and its connection (opaque here).
 
-    `conn` is set while it lies idle, is handed on or is being closed; once out, only `ref` knows it, so that a connection
-    that its user has dropped can be seen. `since` is when its phase began, `idle_s` how long it had lain idle before.
+    `conn` is set while it lies idle, is handed on or is being closed; once out, only `ref` knows it, so that a
+    connection that its user has dropped can be seen. `since` is when its phase began, `idle_s` how long it had lain
+    idle before. `ticket` is the one it was given to, while that thread alone knows of it.
     """
 
-    __slots__ = ("backend", "conn", "idle_s", "key", "phase", "ref", "retire_at", "since", "thread", "ticket", "token")
+    __slots__ = (
+        "backend", "conn", "idle_s", "key", "missed", "phase", "ref", "retire_at", "since", "thread", "ticket", "token",
+    )  # fmt: skip
 
     def __init__(self, token: Token, ticket: Ticket | None, now: float) -> None:
         self.token = token
@@ -50,6 +54,7 @@ class Lease:
         self.idle_s = 0.0
         self.backend: Backend | None = None
         self.retire_at = float("inf")
+        self.missed = False  # looked lost at the last heartbeat
         self.thread = 0  # identifier of the thread that has it
         self.key: object = None
         self.ticket = None if ticket is None else weakref.ref(ticket)
@@ -104,6 +109,7 @@ class Cache:
         lease.phase = Phase.IN_USE
         lease.idle_s = now - lease.since
         lease.since = now
+        lease.ticket = None  # an earlier one, whose end means nothing any more
         return lease
 
     def want(self, ticket: Ticket, wait_s: float) -> None:
@@ -126,7 +132,7 @@ class Cache:
             self.out.append(Cancel(ticket.request))
             return None
         lease, ticket.lease = ticket.lease, None
-        if lease is None or self.leases.get(lease.token) is not lease or lease.phase is not Phase.CONNECTING:
+        if lease is None or not self._holds(lease) or lease.phase is not Phase.CONNECTING:
             return None
         return self._pass_on(lease, now)
 
@@ -149,8 +155,13 @@ class Cache:
         ticket.lease = lease
 
     def opened(self, lease: Lease, backend: Backend, retire_at: float, conn: object, now: float) -> None:
-        """Note that a lease's connection is open."""
-        lease.backend, lease.retire_at, lease.ref = backend, retire_at, weakref.ref(conn)
+        """Note that a lease's connection is open.
+
+        Raise `SharedPoolError` when the broker has taken the lease away meanwhile: the connection must be closed.
+        """
+        if not self._holds(lease):
+            raise SharedPoolError(f"the broker has taken lease {lease.token} away while it was being connected")
+        lease.backend, lease.retire_at, lease.ref = backend, retire_at, weakref.ref(conn, _collected)
         lease.phase, lease.since = Phase.IN_USE, now
         self.out.append(Confirm(lease.token, backend))
 
@@ -158,6 +169,8 @@ class Cache:
 
     def checkin(self, lease: Lease, conn: object, now: float, verdict: ReleaseReason | None) -> Closing | Ticket | None:
         """Take a connection back: close it (`verdict` says why, or it is owed or too old), hand it on, or cache it."""
+        if not self._holds(lease):
+            verdict = ReleaseReason.BROKEN  # taken away by the broker, or given up for lost
         if verdict is None:
             if now >= lease.retire_at:
                 verdict = ReleaseReason.RETIRED
@@ -174,11 +187,20 @@ class Cache:
         self._lay_idle(lease, now)
         return None
 
+    def _holds(self, lease: Lease) -> bool:
+        return self.leases.get(lease.token) is lease
+
     def _lay_idle(self, lease: Lease, now: float) -> None:
         lease.phase, lease.since = Phase.IDLE, now
         self.idle.append(lease)
+        self._own_up(now)
         if lease.retire_at < self._first_retires_at:
             self._first_retires_at = lease.retire_at
+
+    def _own_up(self, now: float) -> None:
+        """Tell the broker at once of what lies idle while it counts on our next checkin."""
+        if self.owed and self.idle:
+            self.out.append(self.renewal(now, {}))
 
     def _closing(self, lease: Lease, reason: ReleaseReason, now: float) -> Closing:
         lease.phase, lease.since = Phase.CLOSING, now
@@ -191,7 +213,7 @@ class Cache:
 
     def closed(self, lease: Lease, reason: ReleaseReason, *, gone: bool) -> None:
         """Give a lease back: its connection is closed. Does nothing the second time."""
-        if self.leases.get(lease.token) is lease:
+        if self._holds(lease):
             del self.leases[lease.token]
             lease.conn = None
             self.out.append(Release(lease.token, gone, reason, lease.backend))
@@ -233,16 +255,19 @@ class Cache:
                 gone = (
                     lease.phase is Phase.IN_USE and lease.conn is None and lease.ref is not None and lease.ref() is None
                 )
-            if gone:
+            # Twice in a row: a finalizer, or the thread that reclaims it, may be in the middle of bringing it back.
+            if gone and lease.missed:
                 found.append(lease)
+            lease.missed = gone
         return found
 
     # --- the broker's words
 
     def granted(self, grant: Grant, now: float) -> Ticket | None:
-        """Take in a lease: for the ticket that asked, else for the next one (returned, to be woken), else release it."""
+        """Take in a lease: for the ticket that asked, else the next one (returned, to be woken), else release it."""
         if grant.serial > self._newest:
             self._newest, self.owed = grant.serial, grant.owed
+            self._own_up(now)
         if grant.token in self.leases or grant.token.serial <= self._seen:
             return None  # a double
         self._seen = grant.token.serial
@@ -294,12 +319,20 @@ class Cache:
     def register(self, now: float, threads: Mapping[int, str]) -> tuple[list[LeaseReport], int]:
         """Start over with a broker: return what a HELLO says is held, and the newest serial seen.
 
-        That replaces whatever was not sent; every waiting ticket is asked for again.
+        That replaces whatever was not sent, but for leases given back: those are said to be closing, and their RELEASE
+        follows, since only that tells whether the backend is gone. Every waiting ticket is asked for again.
         """
+        unsent = [message for message in self.out if isinstance(message, Release)]
         self.out.clear()
         self.owed = self._newest = 0
+        self.out.extend(unsent)
         self.out.extend(Acquire(request, wait_ms) for request, wait_ms in self._waits_ms.items())
-        return self.reports(now, threads), self._seen
+        closing = [
+            LeaseReport(release.token, Phase.CLOSING, 0, "", release.backend)
+            for release in unsent
+            if release.backend is not None or not release.gone  # else there was never a connection
+        ]
+        return self.reports(now, threads) + closing, self._seen
 
     def new_epoch(self) -> None:
         """Forget serials of a broker that is gone."""
@@ -312,3 +345,11 @@ class Cache:
             self._settle(ticket)
             ticket.error = error
         return tickets
+
+
+def _collected(ref: object) -> None:
+    """Do nothing.
+
+    The garbage collector clears a reference that has a callback before it runs finalizers (from Python 3.14 on others
+    only afterwards): in a finalizer a dead `Lease.ref` tells that the connection is being collected too.
+    """

@@ -70,7 +70,7 @@ def release_at_child_exit() -> None:
 
     Called when a process first needs a broker: a child's finalizers of before its start are thrown away.
     """
-    for package in ("multiprocessing", "multiprocess"):
+    for package in ("multiprocessing", "multiprocess", "billiard"):
         util = sys.modules.get(f"{package}.util")
         if util is not None:
             util.Finalize(None, _release_everything, exitpriority=0)

@@ -1,0 +1,155 @@
+"""Leases as their workers report them: bring the books in line, fence what is doubtful, watch what lasts too long."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from sharedpool.broker.demand import Demand
+from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState
+from sharedpool.wire.messages import LeaseReport, Phase, Token
+
+
+class Logger(Protocol):
+    """Put one event into the log."""
+
+    def __call__(self, level: int, text: str, *args: object) -> None: ...
+
+
+class Leases:
+    """The leases' side of the ledger. `drop(session)` is called when one of a session's leases is gone."""
+
+    def __init__(
+        self,
+        books: Books,
+        epoch: int,
+        demand: Demand,
+        arm: Callable[[float, str, object], None],
+        log: Logger,
+        drop: Callable[[Session], None],
+        *,
+        max_checkout_s: float,
+        recheck_s: float,
+    ) -> None:
+        self._books = books
+        self._epoch = epoch
+        self._demand = demand
+        self._arm = arm
+        self._log = log
+        self._drop = drop
+        self._max_checkout_s = max_checkout_s
+        self._recheck_s = recheck_s
+        self._void: set[Token] = set()  # of older epochs, given back or fenced since: not to be claimed again
+
+    def free(self, lease: Lease, reason: str) -> None:
+        """Free a slot: its backend is gone, or there never was one."""
+        if lease.token.epoch != self._epoch:
+            self._void.add(lease.token)
+        self._books.move(lease, SlotState.FREE, reason)
+        self._drop(lease.session)
+
+    def fence(self, lease: Lease, why: str, now: float) -> None:
+        """Have a lease's backend ended and verified, whatever its worker does."""
+        if lease.state is not SlotState.SUSPECT:
+            self._books.move(lease, SlotState.SUSPECT, why)
+        self._demand.fence(lease, why, now)
+
+    def reconcile(
+        self, session: Session, reports: list[LeaseReport], now: float, *, seen: int = 0, claim: bool = False
+    ) -> list[Token]:
+        """Bring the books in line with a worker's word; return the tokens it has no right to."""
+        revoked = []
+        listed = set()
+        for report in reports:
+            listed.add(report.token)
+            lease = session.leases.get(report.token)
+            if lease is None and claim and self._claimable(report.token):
+                lease = Lease(report.token, session, session.pool, backend=report.backend)
+                opened = report.backend is not None or report.phase is not Phase.CONNECTING
+                self._books.move(lease, SlotState.OPEN if opened else SlotState.GRANTED, "claimed")
+            if lease is None or lease.state is SlotState.FENCING:
+                revoked.append(report.token)
+                continue
+            self._update(lease, report, now)
+        for lease in list(session.leases.values()):
+            known = lease.token.epoch != self._epoch or lease.token.serial <= seen
+            if not known or lease.token in listed or lease.state is SlotState.FENCING:
+                continue
+            if lease.backend is None:
+                self.free(lease, "not held any more")
+            else:
+                self.fence(lease, "its RELEASE was lost", now)  # it may have told that the close was not confirmed
+        return revoked
+
+    def _claimable(self, token: Token) -> bool:
+        """Say whether a lease may have been held since before this broker started."""
+        return token.epoch < self._epoch and token not in self._books.leases and token not in self._void
+
+    def _update(self, lease: Lease, report: LeaseReport, now: float) -> None:
+        lease.backend = report.backend or lease.backend
+        if report.phase is Phase.CONNECTING:
+            state = SlotState.OPEN if lease.backend else SlotState.GRANTED
+        else:
+            state = SlotState.CLOSING if report.phase is Phase.CLOSING else SlotState.OPEN
+        if state is SlotState.GRANTED and lease.state in (SlotState.OPEN, SlotState.CLOSING):
+            return  # older news than what is known
+        if lease.state is SlotState.GRANTED and state is SlotState.CLOSING:
+            self._books.move(lease, SlotState.OPEN, "confirmed by report")
+        if lease.state is not state:
+            self._books.move(lease, state, "reported")
+            if state is SlotState.CLOSING:
+                self._demand.expect(lease, now)
+        if state is SlotState.OPEN:
+            self.note(lease, report.phase, now - report.age_ms / 1000, report.thread)
+
+    def note(self, lease: Lease, phase: Phase, since: float, thread: str) -> None:
+        """Note that an OPEN lease is idle or in use since then, and watch how long."""
+        self._books.mark_phase(lease, phase, since)
+        lease.thread = thread
+        if lease.session.taking:
+            lease.pool.idle.pop(lease.token, None)  # spoken before it knew that it was asked: not asked for twice
+        if phase is Phase.IDLE and not lease.expiry_armed:
+            lease.expiry_armed = True
+            self._arm(since + lease.session.expiration_s, "expiry", lease)
+        if phase is Phase.IN_USE and self._max_checkout(lease.pool) and not lease.checkout_armed:
+            lease.checkout_armed = True
+            self._arm(since + self._max_checkout(lease.pool), "checkout", lease)
+
+    def _max_checkout(self, pool: Pool) -> float:
+        return pool.spec.max_checkout_ms / 1000 or self._max_checkout_s
+
+    # --- timers
+
+    def expiry_due(self, lease: Lease, now: float) -> None:
+        """Recall what has been idle for too long: also in a worker that never calls its pool again."""
+        lease.expiry_armed = False
+        if lease.state is SlotState.OPEN and lease.idle_since is not None:
+            due = lease.idle_since + lease.session.expiration_s
+            lease.expiry_armed = True
+            if due <= now and not lease.session.mute and not lease.session.expiring:
+                lease.session.expiring = True  # one question for all that expire together
+                self._demand.ask(lease.session, now, expired=True)
+            self._arm(max(due, now + self._recheck_s), "expiry", lease)
+
+    def checkout_due(self, lease: Lease, now: float) -> None:
+        """Report a checkout that lasts too long, once."""
+        lease.checkout_armed = False
+        limit = self._max_checkout(lease.pool)
+        if lease.state is not SlotState.OPEN or lease.used_since is None or lease.reported_at >= lease.used_since:
+            return
+        if lease.used_since + limit > now:
+            lease.checkout_armed = True
+            self._arm(lease.used_since + limit, "checkout", lease)
+            return
+        lease.reported_at = now
+        text = "pool %r: lease %s has been checked out for %.1f s (max_checkout %.1f s) by %s, thread %r, backend %s"
+        pid = lease.backend.pid if lease.backend else "?"
+        self._log(
+            logging.WARNING, text, lease.pool.name, lease.token, now - lease.used_since, limit,
+            lease.session.label, lease.thread, pid,
+        )  # fmt: skip
+
+    def closing_due(self, lease: Lease, now: float) -> None:
+        """Do not count any longer on a slot whose close or fence takes long."""
+        lease.pool.incoming.pop(lease.token, None)  # still counted, but no longer expected soon
