@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import chain, islice
 
 from sharedpool.broker.commands import Command, Fence, Send
@@ -278,16 +278,19 @@ class Demand:
                 self.deny(waiter, DenyReason.EXHAUSTED, now)
 
     def deny(self, waiter: Waiter, reason: DenyReason, now: float) -> None:
-        """Refuse a request, saying who holds most."""
-        pool = waiter.session.pool
-        self._books.dequeue(waiter)
-        holders = heapq.nlargest(HOLDERS_NAMED, self._holders(pool), key=lambda session: len(session.leases))
-        named = [Holder(s.label, len(s.leases), _longest_ms(s, now)) for s in holders]
-        self._emit(Send(waiter.session.id, Deny(waiter.request, reason, pool.max_conn, named)))
-
-    @staticmethod
-    def _holders(pool: Pool) -> Iterator[Session]:
-        return (session for session in {id(x.session): x.session for x in pool.leases.values()}.values())
+        """Refuse a request, saying what its limit is and who holds most of it."""
+        books, pool = self._books, waiter.session.pool
+        books.dequeue(waiter)
+        capped = pool.room > 0 and books.max_conn is not None  # its own limit would allow one more
+        leases = books.leases if capped else pool.leases
+        sessions = {lease.session.id: lease.session for lease in leases.values()}
+        most = heapq.nlargest(HOLDERS_NAMED, sessions.values(), key=lambda session: len(session.leases))
+        holders = [
+            Holder(f"{s.label} in {s.pool.name!r}" if capped else s.label, len(s.leases), _longest_ms(s, now))
+            for s in most
+        ]
+        limit = books.max_conn if capped and books.max_conn is not None else pool.max_conn
+        self._emit(Send(waiter.session.id, Deny(waiter.request, reason, limit, holders, capped)))
 
     def check_invariants(self) -> None:
         """Raise `AssertionError` when waiters are left without anything being done for them."""

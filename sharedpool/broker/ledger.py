@@ -230,6 +230,8 @@ class Ledger:
         lease = session.leases.get(release.token)
         if lease is None or (lease.state is SlotState.FENCING and not release.gone):
             return
+        if release.reason is ReleaseReason.OWED:
+            session.pool.recalls += 1
         if release.reason is ReleaseReason.OWED and session.owed:
             self._books.mark_owed(session, session.owed - 1)
         if release.gone:

@@ -212,12 +212,13 @@ class DenyReason(StrEnum):
 
 
 class Deny(Struct, frozen=True, tag="deny"):
-    """No lease; `holders` are those that hold most of the pool."""
+    """No lease; `holders` hold most of the limit that is reached: the pool's, or (`capped`) that over all pools."""
 
     request: int
     reason: DenyReason
     max_conn: int
     holders: list[Holder] = []
+    capped: bool = False
 
 
 class Recall(Struct, frozen=True, tag="recall"):

@@ -31,6 +31,7 @@ from sharedpool.wire.messages import (
 )
 
 _LONGEST_WAIT_MS = 2**52
+HANDING_OUT_LIMIT_S = 30.0
 
 
 class Lease:
@@ -54,7 +55,7 @@ class Lease:
         self.idle_s = 0.0
         self.backend: Backend | None = None
         self.retire_at = float("inf")
-        self.missed = False  # looked lost at the last heartbeat
+        self.missed: float | None = None  # `since`, when it looked lost at the last heartbeat
         self.thread = 0  # identifier of the thread that has it
         self.key: object = None
         self.ticket = None if ticket is None else weakref.ref(ticket)
@@ -246,20 +247,30 @@ class Cache:
         return closing
 
     def lost(self, now: float) -> list[Lease]:
-        """Return leases nobody can bring back: their thread gave up unseen, or their connection was collected."""
+        """Return leases nobody can bring back: their thread was interrupted, or their connection was collected.
+
+        Each must look so at two heartbeats: a finalizer, or the thread that reclaims it, may be bringing it back.
+        """
+        idle = set(self.idle)
         found = []
         for lease in self.leases.values():
-            if lease.phase is Phase.CONNECTING:
-                gone = lease.ticket is not None and lease.ticket() is None
-            else:
-                gone = (
-                    lease.phase is Phase.IN_USE and lease.conn is None and lease.ref is not None and lease.ref() is None
-                )
-            # Twice in a row: a finalizer, or the thread that reclaims it, may be in the middle of bringing it back.
-            if gone and lease.missed:
+            missing = self._ownerless(lease, idle, now)
+            if missing and lease.missed == lease.since:
                 found.append(lease)
-            lease.missed = gone
+            lease.missed = lease.since if missing else None
         return found
+
+    def _ownerless(self, lease: Lease, idle: set[Lease], now: float) -> bool:
+        nobody_waits = lease.ticket is None or lease.ticket() is None
+        if lease.phase is Phase.CONNECTING:
+            return lease.ticket is not None and nobody_waits
+        if lease.phase is Phase.IN_USE and lease.conn is None:
+            return lease.ref is not None and lease.ref() is None
+        # Between the deque and its user an interrupt has a few microseconds; no thread is that slow.
+        stuck = now - lease.since > HANDING_OUT_LIMIT_S
+        if lease.phase is Phase.IN_USE:
+            return nobody_waits and stuck
+        return lease.phase is Phase.IDLE and lease not in idle and stuck
 
     # --- the broker's words
 

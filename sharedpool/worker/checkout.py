@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import weakref
 from typing import cast
 
 import psycopg2
@@ -50,6 +51,7 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
             raise ValueError(f"timeout: must be 0 or more seconds, not {wait_s!r}")
         if lease is None:
             lease = _wait(holdings, ticket, wait_s, deadline)
+        lease.ticket = weakref.ref(ticket)  # whose it is until its user has it
         conn = cast("PooledConnection | None", lease.conn)
         if conn is not None and (now >= lease.retire_at or (lease.idle_s > CHECK_AFTER_S and not is_alive(conn))):
             _close_to_replace(holdings, lease, conn)

@@ -206,10 +206,13 @@ class Holdings:
         with self.lock:
             lost = self.cache.lost(now)
             for lease in lost:
-                self.cache.closed(lease, ReleaseReason.CLOSED, gone=lease.ref is None)
+                if lease.conn is None:
+                    self.cache.closed(lease, ReleaseReason.CLOSED, gone=lease.ref is None)
             self.cache.out.append(self.cache.renewal(now, thread_names()))
         for lease in lost:
             logger.warning("pool %r: the connection of lease %s was lost unreturned", self.config.name, lease.token)
+            if lease.conn is not None:
+                self.discard(lease, cast(PooledConnection, lease.conn), ReleaseReason.CLOSED)
 
     def receive(self, message: ToWorker) -> None:
         """Act on a message from the broker."""

@@ -13,13 +13,14 @@ def refused(pool: str, deny: Deny, wait_s: float) -> PoolError:
         for holder in deny.holders
     )
     who = f"; held most by {held}" if held else ""
+    scope = "all pools of the broker" if deny.capped else "all processes"
     if deny.reason is DenyReason.TIMEOUT:
         return PoolTimeout(
-            f"pool {pool!r}: no connection became free within {wait_s:g} s: the limit of {deny.max_conn} over all"
-            f" processes is in use{who}. Return connections sooner, wait longer or raise max_conn"
+            f"pool {pool!r}: no connection became free within {wait_s:g} s: the limit of {deny.max_conn} over"
+            f" {scope} is in use{who}. Return connections sooner, wait longer or raise max_conn"
         )
     return PoolExhausted(
-        f"pool {pool!r} is exhausted: the limit of {deny.max_conn} connections over all processes is in use and none is"
+        f"pool {pool!r} is exhausted: the limit of {deny.max_conn} connections over {scope} is in use and none is"
         f" idle{who}. Wait with get_conn(timeout=seconds), return connections sooner or raise max_conn"
     )
 

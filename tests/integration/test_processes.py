@@ -311,4 +311,6 @@ def test_the_cap_over_all_pools_moves_slots_between_them(
             assert "backend" in two.ask("get", name="y", timeout=20)
             assert two.ask("stats")["max_conn"] == 2
             assert pids(server_connection, "one") == set()
-            assert one.ask("get", name="x")["error"] == "PoolExhausted"
+            text = one.ask("get", name="x")["text"]
+            assert "limit of 2 connections over all pools of the broker" in text
+            assert f"worker.py[{two.pid}] in 'two' 2" in text
