@@ -10,6 +10,7 @@ from sharedpool.broker.launch import ensure_running, with_linger
 from sharedpool.broker.server import BrokerSettings
 from sharedpool.conninfo import resolve
 from sharedpool.errors import ConfigError, SharedPoolError
+from sharedpool.validate import check_number
 from sharedpool.wire import address as addresses
 from sharedpool.worker.pool import Pool, SimpleConnectionPool
 from sharedpool.worker.settings import Callback, PoolConfig
@@ -48,19 +49,20 @@ def config_pool(
     Where to connect: `dsn`, `db_url` or psycopg2's keywords; else DATABASE_DSN, DATABASE_URL, libpq's environment.
     Raise `ConfigError`, a `ValueError`, that names the argument.
     """
-    _check_number("max_conn", max_conn, least=1, whole=True)
-    _check_number("expiration", expiration, least=0)
-    _check_number("timeout", timeout, least=0)
+    check_number("max_conn", max_conn, least=1, whole=True)
+    check_number("expiration", expiration)
+    if timeout != math.inf:
+        check_number("timeout", timeout)
     for argument, value in (("max_lifetime", max_lifetime), ("max_checkout", max_checkout)):
         if value is not None:
-            _check_number(argument, value, least=0, above=True)
+            check_number(argument, value, above=True)
     for argument, callback in (("configure", configure), ("reset", reset), ("check", check)):
         if callback is not None and not callable(callback):
             raise ConfigError(f"{argument}: must be a function of one connection, not {callback!r}")
     if not (isinstance(pool_manager, type) and issubclass(pool_manager, Pool)):
         raise ConfigError(f"pool_manager: must be SimpleConnectionPool or ThreadedConnectionPool, not {pool_manager!r}")
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"name: must be a text that is not empty, not {name!r}")
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise ConfigError(f"name: must be a printable text that is not empty, not {name!r}")
     conninfo = resolve(dsn=dsn, db_url=db_url, **connect_kwargs)
     address, source = broker, "broker"
     if address is None:
@@ -69,7 +71,7 @@ def config_pool(
         conninfo=conninfo,
         name=name,
         max_conn=int(max_conn),
-        expiration=min(float(expiration), 1e9),
+        expiration=float(expiration),
         disable_pooling=bool(disable_pooling),
         broker=None if address is None else addresses.check_address(address, source),
         timeout=float(timeout),
@@ -104,12 +106,3 @@ def _make(pool_manager: type[Pool], config: PoolConfig) -> Pool:
         ensure_running(with_linger(BrokerSettings(address, dsn=config.conninfo.dsn)))
 
     return pool_manager(config, address, start)
-
-
-def _check_number(argument: str, value: object, *, least: float, whole: bool = False, above: bool = False) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
-    good = good and (not whole or isinstance(value, int))
-    if not good or (value <= least if above else value < least):  # type: ignore[operator]
-        kind = "whole number" if whole else "number"
-        bound = f"above {least:g}" if above else f"of at least {least:g}"
-        raise ConfigError(f"{argument}: must be a {kind} {bound}, not {value!r}")

@@ -12,8 +12,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import psycopg2
+from psycopg2.extensions import parse_dsn
 
 from sharedpool.broker.commands import Fence
 from sharedpool.wire.messages import Backend, Token
@@ -63,6 +65,7 @@ class Control:
         self._conn: psycopg2.extensions.connection | None = None
         self._boot_us = 0
         self._route = ""
+        self._powerless = False
         self._seen: set[tuple[str, int]] = set()  # (address, start) of every server this connection has been on
         self.state = "connecting" if dsn else "none"
         self._thread = threading.Thread(target=self._run, name="sharedpool-control", daemon=True)
@@ -90,9 +93,8 @@ class Control:
             if self._dsn and self._conn is None and time.monotonic() >= retry_at:
                 try:
                     self._connect()
-                    retry_s = 0.1
                 except psycopg2.Error as error:
-                    self.state = f"unreachable: {str(error).strip()}"
+                    self._drop(f"unreachable: {str(error).strip()}")
                     logger.warning("control connection: %s; next try in %.1f s", str(error).strip(), retry_s)
                     retry_at, retry_s = time.monotonic() + retry_s, min(retry_s * 2, 5.0)
             if not self._receive(self._wait_s(retry_at)):
@@ -100,10 +102,12 @@ class Control:
             if self._conn is not None:
                 try:
                     self._work(time.monotonic())
+                    retry_s = 0.1
                 except psycopg2.Error as error:
                     logger.warning("control connection lost: %s", str(error).strip())
-                    self._drop()
-        self._drop()
+                    self._drop("connecting")
+                    retry_at, retry_s = time.monotonic() + retry_s, min(retry_s * 2, 5.0)
+        self._drop("stopped")
 
     def _wait_s(self, retry_at: float) -> float | None:
         if self._dsn and self._conn is None:
@@ -128,7 +132,7 @@ class Control:
 
     def _connect(self) -> None:
         assert self._dsn is not None
-        self._conn = psycopg2.connect(self._dsn, fallback_application_name="sharedpool broker", connect_timeout=10)
+        self._conn = psycopg2.connect(self._dsn, **self._defaults())
         self._conn.autocommit = True
         with self._conn.cursor() as cursor:
             cursor.execute(_SERVER_SQL)
@@ -148,11 +152,17 @@ class Control:
             )
             logger.warning(text, self._max_conn, row[0])
 
-    def _drop(self) -> None:
+    def _defaults(self) -> dict[str, Any]:
+        given = parse_dsn(self._dsn or "")
+        wanted = {"fallback_application_name": "sharedpool broker", "connect_timeout": "10"}
+        return {name: value for name, value in wanted.items() if name not in given}
+
+    def _drop(self, state: str) -> None:
         if self._conn is not None:
             self._conn.close()
         self._conn = None
-        self.state = "none" if self._dsn is None else "connecting"
+        if self._dsn is not None:
+            self.state = state
 
     def _work(self, now: float) -> None:
         assert self._conn is not None
@@ -162,7 +172,15 @@ class Control:
         if backends:
             with self._conn.cursor() as cursor:
                 pids = [backend.pid for backend in backends]
-                cursor.execute(_FENCE_SQL, (pids, [backend.start_us for backend in backends]))
+                try:
+                    cursor.execute(_FENCE_SQL, (pids, [backend.start_us for backend in backends]))
+                except psycopg2.errors.InsufficientPrivilege as error:
+                    if not self._powerless:
+                        text = (
+                            "control connection: may not end backends (%s): their slots wait until they end themselves"
+                        )
+                        logger.warning(text, str(error).strip())
+                    self._powerless = True
                 cursor.execute(_LOOK_SQL, (pids,))
                 listed = dict(cursor.fetchall())
             for job in looked:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterable
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 
 from sharedpool.broker.commands import Command, Fence, Send
 from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState, Waiter
@@ -43,7 +43,7 @@ class Demand:
         self._ask_serial = 0  # of recalls and of what they say to owe
         self._round = 0
         self._polling: dict[bytes, int] = {}  # sessions asked in this round, and the recall they are to answer
-        self._unpolled: list[Waiter] = []
+        self._arrived = 0  # the newest recall when the last request came that does not wait
 
     def settle(self, now: float) -> None:
         """Do all that can be done for the waiters after a change."""
@@ -52,6 +52,7 @@ class Demand:
             self._serve(now)
         if books.contended:
             self._recall(now)
+            self._refuse(now)  # before the next round begins, or a stream of requests would put it off for ever
             self._poll(now)
             self._refuse(now)
         self._relax(now)
@@ -88,7 +89,7 @@ class Demand:
     def _recall(self, now: float) -> None:
         books = self._books
         for pool in list(books.contended.values()):
-            short = len(pool.waiters) - max(pool.room, 0) - pool.coming
+            short = self._short(pool)
             if short > 0:
                 short -= self._take([pool], short, now)
                 short -= self._fence_suspects([pool], min(short, self._patient(pool)), now)
@@ -102,6 +103,11 @@ class Demand:
             if short > 0:
                 for pool in pools:
                     self._press(pool, now)
+
+    @staticmethod
+    def _short(pool: Pool) -> int:
+        """How many waiters there are beyond the pool's free slots and those on their way."""
+        return len(pool.waiters) - max(pool.room, 0) - pool.coming
 
     def _short_of_cap(self) -> int:
         """How many waiters have room in their pool but none under the cap, and no slot on its way."""
@@ -242,13 +248,16 @@ class Demand:
         """Queue a request."""
         self._books.enqueue(waiter)
         if waiter.nowait:
-            self._unpolled.append(waiter)
+            self._arrived = self._ask_serial
 
     def _poll(self, now: float) -> None:
-        if self._polling or not self._unpolled:
+        if self._polling:
             return
-        fresh = [waiter for waiter in self._unpolled if waiter.request in waiter.session.waiters]
-        self._unpolled = []
+        fresh: list[Waiter] = []
+        short_of_cap = self._short_of_cap() > 0
+        for pool in self._books.contended.values():
+            if short_of_cap or self._short(pool) > 0:  # else enough is on its way: nobody need be asked
+                fresh += takewhile(lambda waiter: waiter.round is None, reversed(pool.nowaits.values()))
         if not fresh:
             return
         self._round += 1
@@ -260,8 +269,11 @@ class Demand:
         pools = list(self._books.pools.values()) if capped else [waiter.session.pool for waiter in fresh]
         for pool in dict.fromkeys(pools):
             for session in [*pool.pressed.values(), *pool.unpressed.values()]:
-                if askers != {session.id}:
+                if askers == {session.id}:
+                    continue
+                if session.asked <= self._arrived:
                     self.ask(session, now)
+                if session.answered < session.asked:
                     self._polling[session.id] = session.asked
 
     def _refuse(self, now: float) -> None:
@@ -301,8 +313,7 @@ class Demand:
             assert session.answered < serial <= session.asked, session.label
         for pool in books.contended.values():
             assert not (pool.room > 0 and books.room > 0), f"{pool.name}: a free slot and a waiter"
-            short = len(pool.waiters) - max(pool.room, 0) - pool.coming
-            if short > 0:
+            if self._short(pool) > 0:
                 assert not pool.idle, f"{pool.name}: an idle lease nobody recalled"
                 assert all(not self._pressure(pool, s) for s in pool.unpressed.values()), pool.name
         if self._short_of_cap() > 0:

@@ -24,11 +24,13 @@ from sharedpool.broker.lock import AlreadyRunning, is_held
 from sharedpool.broker.server import BrokerSettings, Server
 from sharedpool.conninfo import resolve
 from sharedpool.errors import BrokerUnavailable, ConfigError, SharedPoolError
+from sharedpool.validate import check_number
 from sharedpool.wire import address as addresses
 
 # How long a broker may take from its start to its first message, on a busy machine.
 START_LIMIT_S = 20.0
 DEFAULT_LINGER_S = 30.0
+_LOG_KEPT_BYTES = 1 << 20
 
 
 def serve(server: Server) -> None:
@@ -76,11 +78,16 @@ def _start_lock(path: Path, deadline: float) -> Any:
                 time.sleep(0.02)
         yield
     finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)  # a child forked meanwhile has a copy: closing ours would not unlock
         os.close(fd)
 
 
 def _start_detached(settings: BrokerSettings, deadline: float) -> None:
     # The settings, password included, go through a pipe: argv is public.
+    if not sys.executable:
+        raise BrokerUnavailable(
+            "sys.executable is not set: start `sharedpool broker` yourself and give broker= its address"
+        )
     log = addresses.lock_path(settings.address).with_suffix(".log")
     package_parent = str(Path(__file__).resolve().parents[2])
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, (package_parent, os.getenv("PYTHONPATH")))))
@@ -96,11 +103,14 @@ def _start_detached(settings: BrokerSettings, deadline: float) -> None:
     assert process.stdout is not None
     with process.stdin, process.stdout:
         try:
-            process.stdin.write(json.dumps(asdict(settings)).encode())
-            process.stdin.close()
+            # One line: a child forked meanwhile has a copy of this pipe, so its end would not be seen.
+            process.stdin.write(json.dumps(asdict(settings)).encode() + b"\n")
+            process.stdin.flush()
             word = _read_line(process.stdout.fileno(), deadline)
         except BrokenPipeError:
             word = ""
+    if word.startswith("no word"):
+        process.kill()
     process.wait()  # the broker itself is its grandchild
     if word not in ("ready", "already running"):
         detail = word or f"it ended with status {process.returncode}; see {log}"
@@ -122,11 +132,12 @@ def _read_line(fd: int, deadline: float) -> str:
 
 def run_detached(log: str) -> None:
     """Be the automatic broker: settings as JSON on stdin, one word on stdout when it is ready. Does not return."""
-    settings = BrokerSettings(**json.loads(sys.stdin.read()))
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whatever our starter had blocked
+    settings = BrokerSettings(**json.loads(sys.stdin.readline()))
     if os.fork():
         os._exit(0)  # our parent need not wait for us, and nobody becomes our parent's zombie
     os.chdir("/")
-    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     os.dup2(fd, 2)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     server = Server(settings)
@@ -138,6 +149,8 @@ def run_detached(log: str) -> None:
         word = str(error)
     else:
         word = "ready"
+        if os.fstat(fd).st_size > _LOG_KEPT_BYTES:
+            os.ftruncate(fd, 0)
     print(word, flush=True)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
@@ -158,6 +171,7 @@ class Broker:
 
     def __init__(self, process: Any, address: str) -> None:
         self._process = process
+        self._owner = os.getpid()
         self.address = address
 
     @property
@@ -172,6 +186,8 @@ class Broker:
 
     def stop(self) -> None:
         """End the broker and wait for it (at most 5 s). Connections that workers hold live on."""
+        if os.getpid() != self._owner:
+            return  # a forked child unwinds its parent's block
         if self._process.is_alive():
             self._process.terminate()
             self._process.join(5.0)
@@ -209,8 +225,10 @@ def start_broker(
     It is a spawned `multiprocess` process: call it under `if __name__ == "__main__":`, as with multiprocessing. Raise
     `BrokerUnavailable` when it does not come up, `ConfigError` for a wrong argument.
     """
-    if max_conn < 1:
-        raise ConfigError(f"max_conn: must be at least 1, not {max_conn}")
+    check_number("max_conn", max_conn, least=1, whole=True)
+    for argument, value in (("expiration", expiration), ("max_checkout", max_checkout), ("ttl", ttl)):
+        if value is not None:
+            check_number(argument, value, above=True)
     one_off = address is None
     if address is None:
         address = f"ipc://{addresses.runtime_dir()}/broker-{os.getpid()}-{os.urandom(4).hex()}.sock"
@@ -226,7 +244,9 @@ def start_broker(
     try:
         word = ours.recv() if ours.poll(START_LIMIT_S) else "no word from it"
     except EOFError:
-        word = "it ended at once: is start_broker() called under `if __name__ == '__main__':`?"
+        word = (
+            "it ended at once: is start_broker() called under `if __name__ == '__main__':`, in a script that is a file?"
+        )
     if word != "ready":
         process.kill()
         process.join()
@@ -263,7 +283,7 @@ def _run_owned(settings: BrokerSettings, pipe: Connection) -> None:
 def control_dsn(dsn: str | None) -> str | None:
     """Return the conninfo for a control connection: `dsn` (a conninfo string or URL), or the environment's, or None."""
     if dsn is not None:
-        return resolve(db_url=dsn).dsn if "://" in dsn else resolve(dsn=dsn).dsn
+        return resolve(dsn=dsn).dsn
     try:
         return resolve().dsn
     except ConfigError:

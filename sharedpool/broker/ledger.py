@@ -241,6 +241,7 @@ class Ledger:
         self._leases.fence(lease, "its worker could not see the backend end", now)
 
     def _bye(self, session: Session, bye: Bye, now: float) -> None:
+        # Who says BYE holds nothing and takes nothing any more: a grant still on its way will not be used.
         self._end(session, "its worker left without returning it", now)
 
     # --- sessions

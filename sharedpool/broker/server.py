@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
 import selectors
 import socket
 import time
@@ -91,6 +92,12 @@ class Server:
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker that reconnects replaces its old connection
         self._router.setsockopt(zmq.LINGER, 0)
         self._router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        if settings.address.startswith("ipc://"):
+            path = Path(settings.address.removeprefix("ipc://"))
+            if path.is_symlink() or (path.exists() and not path.is_socket()):
+                self._lock.release()
+                raise SharedPoolError(f"cannot listen at {settings.address}: there is a file that is no socket")
+        self._router.setsockopt(zmq.IPV6, 1)
         mask = os.umask(0o177)  # the socket is this user's alone, wherever it lies
         try:
             self._router.bind(settings.address)
@@ -105,6 +112,7 @@ class Server:
         self._selector.register(int(self._router.getsockopt(zmq.FD)), selectors.EVENT_READ, None)
         self._selector.register(self._wake_in, selectors.EVENT_READ, None)
         assert self._lock is not None, "bind() first"
+        _raise_descriptor_limit()
         self._announce()
         self._control.start()
         unused_since = self._started
@@ -164,7 +172,7 @@ class Server:
             self._execute([Send(session, self._report(now))])
             return
         if isinstance(message, Hello):
-            peer = _peer(last)
+            peer = _peer(last, ipc=self.settings.address.startswith("ipc://"))
             if peer.uid not in (None, os.getuid(), 0):
                 logger.warning("dropped a HELLO from uid %d", peer.uid)
                 return
@@ -173,6 +181,7 @@ class Server:
                 message = structs.replace(message, host="")  # in texts only other hosts are named
             self._peers[session] = peer.pid or (message.pid if peer.loopback and not message.host else 0)
         self._execute(self._ledger.handle(session, message, now))
+        self._peers.pop(session, None)
 
     def _wait(self, timeout: float | None) -> None:
         for key, _ in self._selector.select(timeout):
@@ -232,13 +241,16 @@ class Server:
             logger.debug("not sent to %s: %s", session.hex()[:12], error)
 
     def _watch(self, session: bytes) -> None:
-        pid = self._peers.pop(session, 0)
+        pid = self._peers.get(session)
         if not pid or not hasattr(os, "pidfd_open"):
             return  # another host or platform: heartbeats alone tell
         try:
             fd = os.pidfd_open(pid)
         except ProcessLookupError:
             self._calls.append(lambda now: self._ledger.session_died(session, now))
+            return
+        except OSError as error:
+            logger.warning("cannot watch process %d (%s): only its silence will tell of its death", pid, error)
             return
         self._pidfds[session] = fd
         self._selector.register(fd, selectors.EVENT_READ, session)
@@ -294,12 +306,24 @@ class _Peer(NamedTuple):
     loopback: bool = False
 
 
-def _peer(frame: zmq.Frame) -> _Peer:
+def _peer(frame: zmq.Frame, *, ipc: bool) -> _Peer:
     """Return who sent a frame: uid and pid as the kernel vouches for them (ipc on Linux), or how it came (tcp)."""
     try:
-        fields = str(frame.get("Peer-Address")).split(":")
+        address = str(frame.get("Peer-Address"))
     except zmq.ZMQError:
         return _Peer()
-    if len(fields) == 4 and fields[0] in ("localhost", ""):
-        return _Peer(int(fields[1]), int(fields[3]))
-    return _Peer(loopback=fields[0].startswith("127.") or fields == ["", "", "1"])
+    if not ipc:
+        return _Peer(loopback=address.removeprefix("::ffff:").startswith("127.") or address == "::1")
+    fields = address.rsplit(":", 3)
+    return _Peer(int(fields[1]), int(fields[3])) if len(fields) == 4 else _Peer()
+
+
+def _raise_descriptor_limit() -> None:
+    """Allow as many descriptors as we may have: every worker costs two, and libzmq aborts when there are none left."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = hard if hard != resource.RLIM_INFINITY else max(soft, 65536)
+    if soft != wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError) as error:
+            logger.warning("only %d descriptors, for about %d workers: %s", soft, soft // 2, error)

@@ -133,7 +133,7 @@ def as_text(summary: Summary) -> str:
         ("", f"{s.samples} samples of pg_stat_activity, at most {s.gap_ms:.0f} ms apart"),
         ("transactions", f"{s.committed} ({s.committed / s.elapsed_s:.0f} a second)"),
         ("wait for a connection", f"p50 {s.wait_p50_ms:.2f} ms, p99 {s.wait_p99_ms:.1f} ms"),
-        ("recalls", f"{s.recalls} idle connections taken back for a waiter"),
+        ("recalls", f"{s.recalls} connections given back because others waited"),
         ("errors", ", ".join(f"{count} x {name}" for name, count in sorted(s.errors.items())) or "none"),
         ("total balance", f"{s.balance_before} before, {s.balance_after} after"),
     ]

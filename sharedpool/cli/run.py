@@ -21,6 +21,7 @@ _FORWARDED = {
     for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU", "SIGWINCH")
     if hasattr(signal, name)
 }
+_IGNORED_BY_PYTHON = [signal.SIGPIPE, signal.SIGXFSZ]
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as a shell says it
 
 
@@ -53,6 +54,7 @@ def run(
         server.bind()
     except SharedPoolError as error:
         raise click.ClickException(str(error)) from None
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored ones are never waited for
     # Blocked from before the command starts, so that none is lost; taken one by one below.
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED | {signal.SIGCHLD})
     thread = threading.Thread(target=server.run, name="sharedpool-broker")
@@ -73,7 +75,7 @@ def _spawn(command: tuple[str, ...], address: str, unblocked: Iterable[int]) -> 
     environment = dict(os.environ, **{BROKER_VARIABLE: address})
     try:
         # posix_spawn sets the child's signal mask without running Python between fork and exec.
-        return os.posix_spawnp(command[0], command, environment, setsigmask=unblocked)
+        return os.posix_spawnp(command[0], command, environment, setsigmask=unblocked, setsigdef=_IGNORED_BY_PYTHON)
     except FileNotFoundError:
         click.echo(f"Error: command not found: {command[0]}", err=True)
         sys.exit(_NOT_FOUND)

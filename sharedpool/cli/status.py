@@ -11,7 +11,7 @@ import msgspec
 import zmq
 
 from sharedpool.broker.lock import is_held
-from sharedpool.errors import BrokerUnavailable, ConfigError
+from sharedpool.errors import BrokerUnavailable, ConfigError, ProtocolError
 from sharedpool.wire import address as addresses
 from sharedpool.wire.codec import decode_to_worker, encode
 from sharedpool.wire.messages import PROTOCOL_VERSION, Report, Status
@@ -26,6 +26,7 @@ def fetch_report(address: str, timeout_s: float = _ANSWER_LIMIT_S) -> Report:
     dealer = context.socket(zmq.DEALER)
     try:
         dealer.setsockopt(zmq.LINGER, 0)
+        dealer.setsockopt(zmq.IPV6, 1)
         dealer.connect(address)
         dealer.send(encode(Status(PROTOCOL_VERSION)))
         deadline = time.monotonic() + timeout_s
@@ -34,6 +35,8 @@ def fetch_report(address: str, timeout_s: float = _ANSWER_LIMIT_S) -> Report:
             if isinstance(message, Report):
                 return message
         raise BrokerUnavailable(f"no broker answers at {address} within {timeout_s:g} s")
+    except (zmq.ZMQError, ProtocolError) as error:
+        raise BrokerUnavailable(f"no broker of this version answers at {address}: {error}") from None
     finally:
         dealer.close()
         context.term()

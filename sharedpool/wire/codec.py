@@ -39,5 +39,5 @@ def _decode(decoder: msgspec.msgpack.Decoder[M], frame: bytes) -> M:
         raise ProtocolError(f"message of {len(frame)} bytes is over the limit of {MAX_FRAME_BYTES}")
     try:
         return decoder.decode(frame)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"undecodable message: {error}") from None

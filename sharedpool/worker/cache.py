@@ -32,6 +32,7 @@ from sharedpool.wire.messages import (
 
 _LONGEST_WAIT_MS = 2**52
 HANDING_OUT_LIMIT_S = 30.0
+CLOSING_LIMIT_S = 3.0
 
 
 class Lease:
@@ -89,6 +90,7 @@ class Cache:
     def __init__(self, expiration_s: float) -> None:
         self.expiration_s = expiration_s
         self.keep_idle = True
+        self.hand_on = True  # give a checked-in connection to a waiting thread
         self.out: deque[ToBroker] = deque()
         self.leases: dict[Token, Lease] = {}
         self.idle: deque[Lease] = deque()  # the most recently used at the right
@@ -178,7 +180,7 @@ class Cache:
             elif self.owed:
                 self.owed -= 1
                 verdict = ReleaseReason.OWED
-            elif not self.keep_idle and not self.waiting:
+            elif not self.keep_idle and not (self.hand_on and self.waiting):
                 verdict = ReleaseReason.CLOSED
         lease.conn = conn
         if verdict is not None:
@@ -222,7 +224,7 @@ class Cache:
     def forget(self, token: Token) -> Lease | None:
         """Drop a lease that the broker has taken away."""
         lease = self.leases.pop(token, None)
-        if lease is not None and lease.phase is Phase.IDLE:
+        if lease is not None and lease in self.idle:
             self.idle.remove(lease)
         return lease
 
@@ -259,6 +261,14 @@ class Cache:
                 found.append(lease)
             lease.missed = lease.since if missing else None
         return found
+
+    def unfinished(self, now: float) -> list[Closing]:
+        """Return closes that were begun long ago: whoever was at them was interrupted."""
+        return [
+            Closing(lease, ReleaseReason.CLOSED)
+            for lease in self.leases.values()
+            if lease.phase is Phase.CLOSING and lease.conn is not None and now - lease.since > CLOSING_LIMIT_S
+        ]
 
     def _ownerless(self, lease: Lease, idle: set[Lease], now: float) -> bool:
         nobody_waits = lease.ticket is None or lease.ticket() is None

@@ -20,6 +20,7 @@ from sharedpool.worker import wording
 from sharedpool.worker.cache import Lease, Ticket
 from sharedpool.worker.connection import (
     PooledConnection,
+    abort,
     bear_witness,
     close_confirmed,
     connect,
@@ -45,10 +46,10 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
     Raise what `Pool.get_conn` raises.
     """
     ticket = Ticket(_nobody, now)
-    deadline = now + wait_s
     try:
-        if not wait_s >= 0:
+        if not isinstance(wait_s, int | float) or not wait_s >= 0:
             raise ValueError(f"timeout: must be 0 or more seconds, not {wait_s!r}")
+        deadline = now + wait_s
         if lease is None:
             lease = _wait(holdings, ticket, wait_s, deadline)
         lease.ticket = weakref.ref(ticket)  # whose it is until its user has it
@@ -76,7 +77,7 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
 
 def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) -> Lease:
     """Return a lease: an idle one after all, one handed on by another thread, or one the broker grants."""
-    holdings.reclaim()
+    holdings.reclaim(min(wait_s, 1000.0) if wait_s else ANSWER_LIMIT_S)
     gate = threading.Lock()
     gate.acquire()
     ticket.wake = gate.release
@@ -135,6 +136,8 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
         lifetime = config.max_lifetime
         retire_at = now + lifetime * random.uniform(0.9, 1.1) if lifetime else float("inf")
         with holdings.lock:
+            if holdings.disposed:
+                raise PoolClosed(f"pool {config.name!r} was disposed of while connecting")
             holdings.cache.opened(lease, backend, retire_at, conn, now)
         holdings.signal()
         holdings.connects += 1
@@ -146,10 +149,13 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
     except BaseException as error:
         if lease.phase is not Phase.CLOSING:
             reason = ReleaseReason.FAILED if isinstance(error, psycopg2.Error) else ReleaseReason.CLOSED
-            if made and not made[0].closed:
+            if not made or made[0].closed:
+                holdings.give_back(lease, reason)
+            elif made[0].sharedpool_witness >= 0 or not isinstance(error, OSError):
                 holdings.discard(lease, bear_witness(made[0]), reason)
             else:
-                holdings.give_back(lease, reason)
+                abort(made[0])
+                holdings.give_back(lease, reason, gone=made[0].sharedpool_gone)
         raise
 
 

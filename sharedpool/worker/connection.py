@@ -118,10 +118,10 @@ def describe(conn: PooledConnection) -> Backend:
     """Ask the server which backend this is. Where it will not say (a proxy in between) only the pid is known."""
     conn.autocommit = True
     try:
-        with conn.cursor() as cursor:
+        with conn.cursor(cursor_factory=extensions.cursor) as cursor:
             prefix = _CHECK_INTERVAL_SQL if conn.server_version >= 140000 else ""
             cursor.execute(prefix + _DESCRIBE_SQL)
-            row = cast("tuple[int, int, int] | None", tuple(cursor.fetchone() or ()))
+            row = cast("tuple[int, int, int] | None", cursor.fetchone())
             return Backend(*row) if row else Backend(conn.info.backend_pid)
     except (psycopg2.ProgrammingError, psycopg2.NotSupportedError, psycopg2.DataError):
         return Backend(conn.info.backend_pid)
@@ -132,7 +132,7 @@ def describe(conn: PooledConnection) -> Backend:
 
 def session_of(conn: PooledConnection) -> tuple[Any, ...]:
     """Return the client-side session settings that a checkin restores."""
-    return (conn.autocommit, conn.isolation_level, conn.readonly, conn.deferrable)
+    return (conn.autocommit, conn.isolation_level, conn.readonly, conn.deferrable, conn.cursor_factory)
 
 
 def is_alive(conn: PooledConnection) -> bool:
@@ -158,7 +158,7 @@ def clean(conn: PooledConnection) -> bool:
         if status != extensions.TRANSACTION_STATUS_IDLE:
             conn.rollback()
         if session_of(conn) != conn.sharedpool_session:
-            autocommit, isolation_level, readonly, deferrable = conn.sharedpool_session
+            autocommit, isolation_level, readonly, deferrable, conn.cursor_factory = conn.sharedpool_session
             conn.set_session(isolation_level or "default", _or_default(readonly), _or_default(deferrable), autocommit)
     except psycopg2.Error:
         return False
@@ -214,6 +214,14 @@ def _see_off(conns: list[PooledConnection], limit_s: float) -> None:
                 waiting.pop(fd).sharedpool_gone = True
 
 
+def abort(conn: PooledConnection) -> None:
+    """Close a connection for which no witness can be had (no descriptor is free); `sharedpool_gone` as ever."""
+    conn.sharedpool_witness = conn.fileno()
+    _see_off([conn], CLOSE_LIMIT_S)
+    conn.sharedpool_witness = -1
+    super(PooledConnection, conn).close()
+
+
 def _read_to_end(conn: PooledConnection) -> bool:
     """Where poll cannot show the end of a stream: read what is left; say whether the end was there."""
     if not conn.closed:
@@ -247,15 +255,20 @@ def _close_witness(conn: PooledConnection) -> None:
         os.close(fd)
 
 
-def disown(conn: PooledConnection) -> None:
+@lru_cache(maxsize=1)
+def dead_end() -> int:
+    """Return a descriptor on which nothing can be sent, made before it is needed: a fork may find none free."""
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    return ours.detach()
+
+
+def disown(conn: PooledConnection, dead_end: int) -> None:
     """In a forked child: make an inherited connection harmless. The parent's session neither ends nor is used here."""
     if conn.sharedpool_witness < 0 or conn.closed:
         return
-    ours, theirs = socket.socketpair()
-    theirs.close()
     fd = conn.fileno()
     # Another thread of the parent may have been closing it: the number may be somebody else's by now.
     if os.path.sameopenfile(fd, conn.sharedpool_witness):
-        os.dup2(ours.fileno(), fd)
-    ours.close()
+        os.dup2(dead_end, fd)
     _close_witness(conn)

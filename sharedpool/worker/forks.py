@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import sys
 import weakref
@@ -14,30 +15,51 @@ from typing import Protocol
 
 from sharedpool.errors import PoolError
 
+logger = logging.getLogger("sharedpool.worker")
+
 
 class Forkable(Protocol):
     """A pool, as forks and exits see it."""
 
-    def after_fork_in_child(self) -> None:
-        """Start afresh."""
+    def start_afresh(self) -> None:
+        """Forget what the parent held."""
 
     def release_all(self) -> None:
         """Close and return everything."""
 
 
+class Disownable(Protocol):
+    """A pool's holdings in one process."""
+
+    def disown(self) -> None:
+        """Make inherited connections harmless."""
+
+
 # Looked at without a lock: a fork may come at any moment, in any thread.
 _pools: dict[int, weakref.ref[Forkable]] = {}
+_holders: dict[int, Disownable] = {}  # strongly: connections may be out of a pool that nobody refers to any more
 _pid = os.getpid()
 
 
 def register(pool: Forkable) -> None:
     """Have `pool` told of forks and of the interpreter's end."""
-    _pools[id(pool)] = weakref.ref(pool)
+    number = id(pool)
+    _pools[number] = weakref.ref(pool, lambda _: _pools.pop(number, None))
 
 
 def forget(pool: Forkable) -> None:
     """Stop that: the pool is disposed of."""
     _pools.pop(id(pool), None)
+
+
+def hold(holdings: Disownable) -> None:
+    """Have `holdings` disowned in forked children."""
+    _holders[id(holdings)] = holdings
+
+
+def let_go(holdings: Disownable) -> None:
+    """Stop that: nothing is held any more."""
+    _holders.pop(id(holdings), None)
 
 
 def reset_after_fork() -> None:
@@ -50,8 +72,15 @@ def reset_after_fork() -> None:
     if _pid == os.getpid():
         return
     _pid = os.getpid()
+    inherited = list(_holders.values())
+    _holders.clear()
     for pool in _living():
-        pool.after_fork_in_child()
+        pool.start_afresh()
+    for holdings in inherited:
+        try:
+            holdings.disown()
+        except Exception:  # the others must be disowned all the same
+            logger.exception("could not disown an inherited connection in process %d", _pid)
 
 
 def _living() -> list[Forkable]:

@@ -35,7 +35,7 @@ from sharedpool.wire.messages import (
 )
 from sharedpool.worker import forks
 from sharedpool.worker.cache import Cache, Closing, Lease, Ticket
-from sharedpool.worker.connection import PooledConnection, clean, close_confirmed, cut, disown
+from sharedpool.worker.connection import PooledConnection, clean, close_confirmed, cut, dead_end, disown
 from sharedpool.worker.link import Link
 from sharedpool.worker.settings import Callback, PoolConfig
 
@@ -45,26 +45,25 @@ logger = logging.getLogger("sharedpool.worker")
 class Holdings:
     """One process's part of a pool. Methods under "the link's thread" are called by the link."""
 
-    def __init__(
-        self, config: PoolConfig, address: str, start_broker: Callable[[str], None] | None, *, keep_idle: bool
-    ) -> None:
+    def __init__(self, config: PoolConfig, address: str, start_broker: Callable[[str], None] | None) -> None:
         self.config = config
         self.pid = os.getpid()
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # only so that a finalizer can tell that its own thread holds it
         self.cache = Cache(config.expiration)
-        self.cache.keep_idle = keep_idle
+        self.cache.keep_idle = self.cache.hand_on = not config.disable_pooling
         self.keys: dict[Hashable, Lease] = {}
         self.orphans: deque[PooledConnection] = deque()
         self.limit = config.max_conn
-        self.disposed = False
+        self.disposed = self.retired = False
         self.hits = self.connects = self.handed_on = self.discarded = self.errors = 0
         self.released: dict[ReleaseReason, int] = dict.fromkeys(ReleaseReason, 0)
         self.link: Link | None = None
         self._reclaiming = threading.RLock()  # held across I/O; a user's reset() may come back to it
+        self._dead_end = dead_end()
         self._address = address
         self._start_broker = start_broker
         self._epoch: int | None = None
-        self._title = (os.path.basename(sys.argv[0]) if sys.argv else "") or "python"
+        self._title = _utf8(os.path.basename(sys.argv[0]) if sys.argv else "") or "python"
 
     # --- I/O for the cache's decisions
 
@@ -87,7 +86,8 @@ class Holdings:
         closing: list[Closing] = []
         with self.lock:
             if lease.key is not None:
-                self.keys.pop(lease.key, None)
+                if self.keys.get(lease.key) is lease:
+                    del self.keys[lease.key]
                 lease.key = None
             outcome = self.cache.checkin(lease, conn, now, verdict)
             if self.cache.idle:
@@ -138,18 +138,30 @@ class Holdings:
             self.cache.closed(lease, reason, gone=gone)
         self.signal()
 
-    def reclaim(self) -> None:
-        """Check in what its users dropped without a `put_conn`; when this returns, no other thread is at it either."""
-        with self._reclaiming:
+    def reclaim(self, limit_s: float = -1, *, thorough: bool = True) -> None:
+        """Check in what its users dropped without a `put_conn`.
+
+        When this returns, no other thread is at it either, unless `limit_s` seconds were too short for that. Not
+        `thorough`: run no user's code and no rollback (the link must keep its heartbeat), close what would need them.
+        """
+        if not self._reclaiming.acquire(timeout=limit_s):
+            return
+        try:
             while self.orphans:
                 conn = self.orphans.popleft()
                 lease = conn.__dict__.pop("sharedpool_lease", None)
-                if lease is not None:
-                    verdict = ReleaseReason.CLOSED if self.disposed or conn.sharedpool_finalized else None
-                    try:
-                        self.take_back(lease, conn, verdict)
-                    except Exception:
-                        logger.exception("pool %r: reset() failed for a connection its user dropped", self.config.name)
+                if lease is None:
+                    continue
+                keep = not self.disposed and not conn.sharedpool_finalized and (thorough or self._rests(conn))
+                try:
+                    self.take_back(lease, conn, None if keep else ReleaseReason.CLOSED)
+                except Exception:
+                    logger.exception("pool %r: reset() failed for a connection its user dropped", self.config.name)
+        finally:
+            self._reclaiming.release()
+
+    def _rests(self, conn: PooledConnection) -> bool:
+        return self.config.reset is None and conn.get_transaction_status() == TRANSACTION_STATUS_IDLE
 
     def purge(self) -> int:
         """Close what has been idle or has lived too long; return how many."""
@@ -157,6 +169,15 @@ class Holdings:
             closing = self.cache.expire(time.monotonic())
         self.close(closing)
         return len(closing)
+
+    def retire(self) -> None:
+        """Keep nothing idle from now on; the link ends with the last lease."""
+        with self.lock:
+            self.retired = True
+            self.cache.keep_idle = False
+            closing = self.cache.drain(time.monotonic())
+        self.close(closing)
+        self.signal()
 
     def signal(self) -> None:
         """Have the link send what is in the outbox."""
@@ -168,6 +189,7 @@ class Holdings:
         if self.link is None:
             start, address = self._start_broker, self._address
             self.link = Link(self, address, self.cache.out, None if start is None else lambda: start(address))
+            forks.hold(self)
             forks.release_at_child_exit()
         if not self.link.running:  # an interrupt may have come between the two
             self.link.start()
@@ -178,7 +200,7 @@ class Holdings:
         for lease in list(self.cache.leases.values()):
             conn = lease.conn or (lease.ref() if lease.ref else None)
             if conn is not None:
-                disown(cast(PooledConnection, conn))
+                disown(cast(PooledConnection, conn), self._dead_end)
         if self.link is not None:
             self.link.disown()
 
@@ -200,11 +222,12 @@ class Holdings:
 
     def beat(self) -> None:
         """Scavenge and queue a heartbeat."""
-        self.reclaim()
+        self.reclaim(0, thorough=False)
         self.purge()
         now = time.monotonic()
         with self.lock:
             lost = self.cache.lost(now)
+            unfinished = self.cache.unfinished(now)
             for lease in lost:
                 if lease.conn is None:
                     self.cache.closed(lease, ReleaseReason.CLOSED, gone=lease.ref is None)
@@ -213,9 +236,12 @@ class Holdings:
             logger.warning("pool %r: the connection of lease %s was lost unreturned", self.config.name, lease.token)
             if lease.conn is not None:
                 self.discard(lease, cast(PooledConnection, lease.conn), ReleaseReason.CLOSED)
+        self.close(unfinished)
 
     def receive(self, message: ToWorker) -> None:
         """Act on a message from the broker."""
+        if isinstance(message, Recall):
+            self.reclaim(0, thorough=False)  # what its user has dropped may serve another
         now = time.monotonic()
         ticket: Ticket | None = None
         closing: list[Closing] = []
@@ -262,6 +288,19 @@ class Holdings:
                 if conn is not None:
                     cut([cast(PooledConnection, conn)], limit_s=0)
 
+    def done(self) -> bool:
+        """Say whether the pool is over and nothing is held or asked for: then this link is not its link any more."""
+        with self.lock:
+            over = (self.disposed or self.retired) and not self.cache.leases and not self.cache.waiting
+            if over:
+                self.link = None
+            return over
+
+    def ended(self) -> None:
+        """Note that the link's thread ends."""
+        if self.link is None:
+            forks.let_go(self)
+
     def unreachable(self, error: Exception) -> None:
         """Tell the waiting threads that the broker refuses, or cannot be had."""
         if not isinstance(error, BrokerUnavailable):
@@ -285,4 +324,9 @@ def is_clean(pool: str, callback: str, conn: PooledConnection) -> bool:
 
 def thread_names() -> dict[int, str]:
     """Return the names of this process's threads by identifier."""
-    return {thread.ident: thread.name for thread in threading.enumerate() if thread.ident is not None}
+    return {thread.ident: _utf8(thread.name) for thread in threading.enumerate() if thread.ident is not None}
+
+
+def _utf8(text: str) -> str:
+    """Return `text` as it can go on the wire: file names need not be UTF-8."""
+    return text.encode("utf-8", "replace").decode()

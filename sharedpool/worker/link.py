@@ -43,8 +43,11 @@ class Endpoint(Protocol):
     def receive(self, message: ToWorker) -> None:
         """Take in a message."""
 
-    def reclaim(self) -> None:
-        """Bring back connections that were dropped without a checkin."""
+    def done(self) -> bool:
+        """Say whether the pool is over and holds nothing any more: the link may end."""
+
+    def ended(self) -> None:
+        """The link's thread ends."""
 
     def unreachable(self, error: Exception) -> None:
         """The broker refuses for good, or cannot be started."""
@@ -66,8 +69,6 @@ class Link:
         self.trouble = "no answer from it"
         self._ttl_s = 15.0
         self._beat_s = 1.0
-        self._expiration_s = float("inf")
-        self._closing = False
         # Kept for life: the broker knows the session, and what it holds, by it.
         self._identity = b"w" + os.urandom(15)
         self._wake_in, self._wake_out = socket.socketpair()
@@ -90,8 +91,7 @@ class Link:
             pass  # full: it is awake already; closed: it is over
 
     def close(self) -> None:
-        """Send what is in the outbox and say BYE; waits at most a second."""
-        self._closing = True
+        """Let the thread end, saying BYE, as soon as the pool holds nothing; waits for it at most a second."""
         self.wake()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
@@ -111,7 +111,7 @@ class Link:
         self.running = True
         context = zmq.Context()
         try:
-            while not self._closing:
+            while not self._endpoint.done():
                 try:
                     self._session(context)
                 except (SharedPoolError, OSError, zmq.ZMQError) as error:
@@ -121,6 +121,7 @@ class Link:
                     self._fail(error)
         finally:
             self.established = False
+            self._endpoint.ended()
             context.term()
             self._wake_in.close()
             self._wake_out.close()
@@ -132,18 +133,21 @@ class Link:
         self._pause(random.uniform(0.5, 1.5))
 
     def _session(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        """Be registered once: from HELLO until the broker falls silent or the pool closes."""
+        """Be registered once: from HELLO until the broker falls silent or the pool is over."""
         if self._start_broker is not None:
             self._start_broker()
         dealer = context.socket(zmq.DEALER)
         try:
             dealer.setsockopt(zmq.IDENTITY, self._identity)
             dealer.setsockopt(zmq.LINGER, int(_FLUSH_LIMIT_S * 1000))
+            dealer.setsockopt(zmq.IPV6, 1)
             dealer.setsockopt(zmq.RECONNECT_IVL, 20)
             dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
             dealer.connect(self.address)
             self._serve(dealer)
         finally:
+            if not self.established:
+                dealer.setsockopt(zmq.LINGER, 0)  # unanswered HELLOs: the next session says its own
             self.established = False
             dealer.close()
 
@@ -153,13 +157,13 @@ class Link:
         poller.register(self._wake_in, zmq.POLLIN)
         started = time.monotonic()
         hello_at = beat_at = started
-        while not self._closing:
+        while not self._endpoint.done():
             now = time.monotonic()
             if not self.established and now >= hello_at:
                 dealer.send(encode(self._endpoint.hello()))
                 hello_at = now + _HELLO_RETRY_S * random.uniform(0.8, 1.2)
-                if self._start_broker is not None and now - started > _RESTART_AFTER_S:
-                    return  # it may have left just when we came
+                if now - started > _RESTART_AFTER_S:
+                    return  # it may have left just when we came; nor may HELLOs pile up for one that is away
             if self.established and now >= beat_at:
                 if now - self.heard_at > self._silence_limit_s:
                     logger.warning("the broker at %s is silent: registering again", self.address)
@@ -172,7 +176,6 @@ class Link:
             ready = dict(poller.poll(_ms_until(due)))
             if self._wake_in.fileno() in ready:
                 self._drain_wake()
-                self._endpoint.reclaim()
             if dealer in ready:
                 was = self.established
                 self._receive(dealer)
@@ -234,10 +237,9 @@ class Link:
         poller = zmq.Poller()
         poller.register(self._wake_in, zmq.POLLIN)
         deadline = time.monotonic() + seconds
-        while not self._closing and time.monotonic() < deadline:
+        while not self._endpoint.done() and time.monotonic() < deadline:
             if poller.poll(_ms_until(deadline)):
                 self._drain_wake()
-                self._endpoint.reclaim()
 
 
 def _ms_until(when: float) -> int:

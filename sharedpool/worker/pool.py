@@ -20,7 +20,7 @@ from sharedpool.errors import PoolClosed, PoolError, SharedPoolError
 from sharedpool.wire.messages import Phase, ReleaseReason
 from sharedpool.worker import forks
 from sharedpool.worker.cache import Lease
-from sharedpool.worker.checkout import CHECK_AFTER_S, checkout
+from sharedpool.worker.checkout import ANSWER_LIMIT_S, CHECK_AFTER_S, checkout
 from sharedpool.worker.connection import PooledConnection, close_confirmed, cut
 from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.settings import PoolConfig
@@ -60,21 +60,20 @@ class Pool:
         self.name = config.name
         self._address = address
         self._start_broker = start_broker
-        self._retired = False
-        self._start_afresh()
+        self._thread: int | None = None
+        self._holdings = self._new_holdings()
         forks.register(self)
 
-    def _start_afresh(self) -> None:
-        keep_idle = not (self.config.disable_pooling or self._retired)
-        self._holdings = Holdings(self.config, self._address, self._start_broker, keep_idle=keep_idle)
-        self._thread: int | None = None
+    def _new_holdings(self) -> Holdings:
+        return Holdings(self.config, self._address, self._start_broker)
 
-    def after_fork_in_child(self) -> None:
-        """Leave the parent's connections alone and start afresh (called by `forks`)."""
-        disposed = self._holdings.disposed
-        self._holdings.disown()
-        self._start_afresh()
-        self._holdings.disposed = disposed
+    def start_afresh(self) -> None:
+        """Forget, in a forked child, what the parent held (called by `forks`)."""
+        parents, self._holdings = self._holdings, self._new_holdings()
+        self._thread = None
+        self._holdings.disposed = parents.disposed
+        if parents.retired:
+            self._holdings.retire()
 
     # --- checkout
 
@@ -94,8 +93,13 @@ class Pool:
         now = time.monotonic()
         with holdings.lock:
             lease = holdings.cache.take(now)
-        if lease is not None and lease.idle_s <= CHECK_AFTER_S and now < lease.retire_at and not self.config.check:
-            conn = cast(PooledConnection, lease.conn)
+        if (
+            lease is not None
+            and lease.idle_s <= CHECK_AFTER_S
+            and now < lease.retire_at
+            and not self.config.check
+            and not (conn := cast(PooledConnection, lease.conn)).closed
+        ):
             conn.sharedpool_lease = lease
             holdings.hits += 1
         else:
@@ -108,6 +112,8 @@ class Pool:
     def _check_caller(self) -> Holdings:
         if self._holdings.pid != os.getpid():
             forks.reset_after_fork()  # a fork that Python did not see (uWSGI)
+            if self._holdings.pid != os.getpid():
+                self.start_afresh()
         if self._holdings.disposed:
             raise PoolClosed(f"pool {self.name!r} is disposed: release_all() was called; configure a new one")
         if self._one_thread:
@@ -122,18 +128,25 @@ class Pool:
         return self._holdings
 
     def _by_key(self, key: Hashable) -> PooledConnection | None:
+        self._holdings.reclaim(ANSWER_LIMIT_S)  # one that was dropped is not to be met again
         with self._holdings.lock:
-            lease = self._holdings.keys.get(key)
-        return None if lease is None or lease.ref is None else cast("PooledConnection | None", lease.ref())
+            return self._keyed(key)
+
+    def _keyed(self, key: Hashable) -> PooledConnection | None:
+        """Return the connection that is checked out under `key`. The lock must be held."""
+        lease = self._holdings.keys.get(key)
+        conn = cast("PooledConnection | None", lease.ref() if lease is not None and lease.ref is not None else None)
+        if conn is None or conn.sharedpool_finalized or conn.sharedpool_lease is not lease:
+            return None
+        return conn
 
     def _keep_key(self, key: Hashable, lease: Lease, conn: PooledConnection) -> PooledConnection:
         with self._holdings.lock:
-            first = self._holdings.keys.setdefault(key, lease)
-            if first is lease:
+            other = self._keyed(key)
+            if other is None:
+                self._holdings.keys[key] = lease
                 lease.key = key
-        other = conn if first is lease or first.ref is None else cast("PooledConnection | None", first.ref())
-        if other is None or other is conn:
-            return conn
+                return conn
         self.put_conn(conn)  # another thread was faster with the same key
         return other
 
@@ -151,6 +164,10 @@ class Pool:
         Raise `PoolError` for a connection that is not checked out of this pool, `PoolClosed` when the pool is disposed
         of (the connection is closed all the same); `fail_silently` swallows both. What `reset` raised is raised here.
         """
+        if self._holdings.lock._is_owned():  # type: ignore[attr-defined]
+            # Called by a finalizer while this very thread was at the books.
+            self.put_conn_later(conn)
+            return
         try:
             lease = self._claim(conn, key)
         except PoolError:
@@ -248,16 +265,17 @@ class Pool:
                 raise PoolClosed(f"pool {self.name!r} is already disposed")
             holdings.disposed = True
             holdings.cache.keep_idle = False  # a checkin that is under way closes too
+            link = holdings.link
             tickets = holdings.cache.fail(PoolClosed(f"pool {self.name!r} was disposed of while waiting"))
             closing = holdings.cache.drain(time.monotonic())
             in_use = [lease for lease in holdings.cache.leases.values() if lease.phase is Phase.IN_USE]
         for ticket in tickets:
             ticket.wake()
-        holdings.reclaim()
+        holdings.reclaim(ANSWER_LIMIT_S)
         holdings.close(closing)
         self._cut(in_use)
-        if holdings.link is not None:
-            holdings.link.close()
+        if link is not None:
+            link.close()
         forks.forget(self)
 
     def _cut(self, leases: list[Lease]) -> None:
@@ -267,7 +285,8 @@ class Pool:
             conn = cast("PooledConnection | None", lease.ref() if lease.ref else None)
             if conn is None or conn.__dict__.pop("sharedpool_lease", None) is None:
                 continue  # another thread is returning it
-            if conn.closed or lease.thread == threading.get_ident():
+            mine = lease.thread == threading.get_ident()
+            if conn.closed or (mine and conn.get_transaction_status() != extensions.TRANSACTION_STATUS_ACTIVE):
                 self._holdings.discard(lease, conn, ReleaseReason.CLOSED)
             else:
                 cutting.append((lease, conn))
@@ -277,12 +296,7 @@ class Pool:
 
     def retire(self) -> None:
         """Keep nothing idle from now on: a newer pool has taken this one's name in this process."""
-        holdings = self._holdings
-        with holdings.lock:
-            self._retired = True
-            holdings.cache.keep_idle = False
-            closing = holdings.cache.drain(time.monotonic())
-        holdings.close(closing)
+        self._holdings.retire()
 
     # --- what the pool says of itself
 

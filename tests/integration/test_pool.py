@@ -205,7 +205,7 @@ def test_the_limit_is_set_by_the_first_and_told_to_the_others(
     make_pool: MakePool, caplog: pytest.LogCaptureFixture
 ) -> None:
     pool = make_pool(max_conn=2)
-    pool.put_conn(pool.get_conn())
+    _kept = pool.get_conn()
     other = make_pool(max_conn=7, name=pool.name)
     _conn = other.get_conn()
     wait_until(lambda: other.max_conn == 2)
