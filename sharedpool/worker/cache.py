@@ -267,7 +267,7 @@ class Cache:
         return [
             Closing(lease, ReleaseReason.CLOSED)
             for lease in self.leases.values()
-            if lease.phase is Phase.CLOSING and lease.conn is not None and now - lease.since > CLOSING_LIMIT_S
+            if lease.phase is Phase.CLOSING and lease.conn is not None and now - lease.since >= CLOSING_LIMIT_S
         ]
 
     def _ownerless(self, lease: Lease, idle: set[Lease], now: float) -> bool:

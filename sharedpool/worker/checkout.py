@@ -54,7 +54,8 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
             lease = _wait(holdings, ticket, wait_s, deadline)
         lease.ticket = weakref.ref(ticket)  # whose it is until its user has it
         conn = cast("PooledConnection | None", lease.conn)
-        if conn is not None and (now >= lease.retire_at or (lease.idle_s > CHECK_AFTER_S and not is_alive(conn))):
+        aged = now >= lease.retire_at or (lease.idle_s > CHECK_AFTER_S and conn is not None and not is_alive(conn))
+        if conn is not None and (conn.closed or aged):
             _close_to_replace(holdings, lease, conn)
             if lease.phase is Phase.CLOSING:  # its backend may still be there: the broker will free that slot
                 lease = _wait(holdings, ticket, wait_s, deadline)
@@ -65,6 +66,8 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
             holdings.hits += 1
         if holdings.config.check:
             holdings.call_back(holdings.config.check, lease, conn, "check")
+        if holdings.disposed:
+            raise PoolClosed(f"pool {holdings.config.name!r} was disposed of meanwhile")
         lease.phase = Phase.IN_USE  # one that was handed on was still its giver's
         conn.sharedpool_lease = lease
         ticket.lease = None

@@ -270,5 +270,8 @@ def disown(conn: PooledConnection, dead_end: int) -> None:
     fd = conn.fileno()
     # Another thread of the parent may have been closing it: the number may be somebody else's by now.
     if os.path.sameopenfile(fd, conn.sharedpool_witness):
-        os.dup2(dead_end, fd)
+        try:
+            os.dup2(dead_end, fd)
+        except OSError:
+            os.close(fd)
     _close_witness(conn)

@@ -34,7 +34,7 @@ from sharedpool.wire.messages import (
     Welcome,
 )
 from sharedpool.worker import forks
-from sharedpool.worker.cache import Cache, Closing, Lease, Ticket
+from sharedpool.worker.cache import CLOSING_LIMIT_S, Cache, Closing, Lease, Ticket
 from sharedpool.worker.connection import PooledConnection, clean, close_confirmed, cut, dead_end, disown
 from sharedpool.worker.link import Link
 from sharedpool.worker.settings import Callback, PoolConfig
@@ -125,7 +125,12 @@ class Holdings:
         decided = [(each, cast(PooledConnection, each.lease.conn)) for each in closing]
         if not decided:
             return
-        close_confirmed([conn for _, conn in decided])
+        try:
+            close_confirmed([conn for _, conn in decided])
+        except BaseException:
+            for each, _ in decided:  # interrupted: the link finishes it at its next heartbeat
+                each.lease.since -= CLOSING_LIMIT_S
+            raise
         with self.lock:
             for each, conn in decided:
                 self.cache.closed(each.lease, each.reason, gone=conn.sharedpool_gone)

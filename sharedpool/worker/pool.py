@@ -164,9 +164,8 @@ class Pool:
         Raise `PoolError` for a connection that is not checked out of this pool, `PoolClosed` when the pool is disposed
         of (the connection is closed all the same); `fail_silently` swallows both. What `reset` raised is raised here.
         """
-        if self._holdings.lock._is_owned():  # type: ignore[attr-defined]
-            # Called by a finalizer while this very thread was at the books.
-            self.put_conn_later(conn)
+        if self._holdings.lock._is_owned() or _is_being_collected(conn):  # type: ignore[attr-defined]
+            self.put_conn_later(conn)  # called by a finalizer, perhaps while this very thread was at the books
             return
         try:
             lease = self._claim(conn, key)
@@ -187,8 +186,10 @@ class Pool:
             raise SharedPoolError(f"pool {self.name!r}: put_conn() of a connection that it did not lend out: {conn!r}")
         if holdings.disposed:
             pooled = cast(PooledConnection, conn)
-            pooled.sharedpool_lease = None
-            close_confirmed([pooled])
+            if (late := pooled.__dict__.pop("sharedpool_lease", None)) is None:
+                close_confirmed([pooled])
+            else:
+                holdings.discard(late, pooled, ReleaseReason.CLOSED)
             raise PoolClosed(f"pool {self.name!r} is disposed: the connection was closed")
         if self._one_thread:
             self._check_caller()
@@ -224,8 +225,7 @@ class Pool:
     def put_conn_later(self, conn: extensions.connection) -> None:
         """Check a connection in from a finalizer: takes no lock and does no I/O; the link's thread does the rest."""
         pooled = cast(PooledConnection, conn)
-        lease = cast("Lease | None", pooled.sharedpool_lease)
-        if lease is None or lease.ref is None or lease.ref() is None:
+        if pooled.sharedpool_lease is None or _is_being_collected(pooled):
             return  # collected in the same cycle: its own finalizer brings it back
         if pooled.sharedpool_pid == os.getpid() and pooled.sharedpool_holdings is not None:
             pooled.sharedpool_holdings.orphans.append(pooled)
@@ -342,6 +342,12 @@ class Pool:
             f"<{type(self).__name__} {self.name!r}: {stats.in_use} in use and {stats.idle} idle in this process,"
             f" limit {stats.max_conn} over all>"
         )
+
+
+def _is_being_collected(conn: extensions.connection) -> bool:
+    """Say whether the collector, having cleared all weak references to it, is about to run `conn`'s own finalizer."""
+    lease = cast("Lease | None", getattr(conn, "sharedpool_lease", None))
+    return lease is not None and lease.ref is not None and lease.ref() is None
 
 
 class SimpleConnectionPool(Pool):
