@@ -229,10 +229,14 @@ def test_an_owned_broker_ends_with_its_owner(runtime_dir: Path) -> None:
     wait_until(lambda: not alive(pid), what="the broker to end")
 
 
-@pytest.mark.parametrize("wrong", [0, -1])
-def test_start_broker_names_a_wrong_argument(wrong: int) -> None:
-    with pytest.raises(sharedpool.ConfigError, match="max_conn"):
-        sharedpool.start_broker(wrong)
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_conn": 0}, {"max_conn": 2.5}, {"max_conn": "5"}, {"ttl": 0}, {"ttl": float("nan")}, {"expiration": -5},
+     {"max_checkout": 0}, {"address": "nowhere"}, {"dsn": "nonsense"}],
+)  # fmt: skip
+def test_start_broker_names_a_wrong_argument(wrong: dict[str, Any]) -> None:
+    with pytest.raises(sharedpool.ConfigError, match=next(iter(wrong))):
+        sharedpool.start_broker(**{"max_conn": 3} | wrong)
 
 
 def test_a_second_broker_is_refused_and_the_first_not_disturbed(postgres: EphemeralPostgres, runtime_dir: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from processes import Worker, alive
+from psycopg2.extensions import connection
 from waiting import wait_until
 
 import sharedpool
@@ -150,6 +151,45 @@ def test_the_brokers_expiration_is_the_longest_a_pool_may_ask_for(
         process.communicate()
 
 
+def test_a_broker_takes_no_file_that_is_not_a_socket(runtime_dir: Path) -> None:
+    precious = runtime_dir / "precious.txt"
+    precious.write_text("mine")
+    done = sharedpool_command("broker", "--max-conn", "4", "--bind", f"ipc://{precious}")
+    assert done.returncode == 1
+    assert "a file that is no socket" in done.stderr
+    assert precious.read_text() == "mine"
+
+
+def test_a_control_connection_that_may_only_look_waits_for_the_backends_own_end(
+    postgres: EphemeralPostgres, server_connection: connection, runtime_dir: Path
+) -> None:
+    with server_connection.cursor() as cursor:
+        cursor.execute("DROP ROLE IF EXISTS looker")
+        cursor.execute("CREATE ROLE looker LOGIN IN ROLE pg_monitor")
+    with start("broker", "--max-conn", "1", "--dsn", f"{postgres.dsn} user=looker") as process:
+        address = wait_for(process, "export SHAREDPOOL_BROKER=").split("=", 1)[1].strip()
+        with (
+            Worker(dsn=postgres.dsn, broker=address, name="looked") as a,
+            Worker(dsn=postgres.dsn, broker=address, name="looked") as b,
+        ):
+            backend = a.ask("get", name="x")["backend"]
+            a.send("query", name="x", sql="SELECT pg_sleep(60)")
+
+            def active() -> bool:
+                with server_connection.cursor() as cursor:
+                    cursor.execute("SELECT state FROM pg_stat_activity WHERE pid = %s", [backend])
+                    return cursor.fetchone() == ("active",)
+
+            wait_until(active)
+            a.kill()
+            assert "backend" in b.ask("get", name="y", timeout=30)  # the server notices a client that is gone
+            assert not active()
+        process.terminate()
+        _, errors = process.communicate()
+    assert errors.count("may not end backends") == 1
+    assert "lost" not in errors
+
+
 # --- status
 
 
@@ -220,6 +260,30 @@ def test_run_gives_its_command_one_shared_limit(postgres: EphemeralPostgres, run
     done = sharedpool_command("run", "--max-conn", "2", "--", sys.executable, "-c", script, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["2", "exhausted"]
+
+
+def test_run_works_where_dead_children_are_ignored(runtime_dir: Path) -> None:
+    command = [
+        "sh",
+        "-c",
+        'trap "" CHLD; exec "$@"',
+        "sh",
+        *COMMAND,
+        "run",
+        "--max-conn",
+        "3",
+        "--",
+        "sh",
+        "-c",
+        "exit 5",
+    ]
+    assert subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 5
+
+
+def test_run_gives_its_command_the_usual_signals(runtime_dir: Path) -> None:
+    done = sharedpool_command("run", "--max-conn", "3", "--", "sh", "-c", "yes | head -1")
+    assert done.stdout == "y\n"
+    assert "Broken pipe" not in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
