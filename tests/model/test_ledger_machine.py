@@ -17,7 +17,7 @@ from sharedpool.wire.messages import ReleaseReason
 
 _EXAMPLES = int(os.environ.get("SHAREDPOOL_MODEL_EXAMPLES", "0"))
 PROFILE = settings(
-    max_examples=_EXAMPLES or 100,
+    max_examples=_EXAMPLES or 160,
     stateful_step_count=60,
     derandomize=not _EXAMPLES,
     deadline=None,
@@ -27,6 +27,7 @@ PROFILE = settings(
     suppress_health_check=list(HealthCheck),
 )
 MOST_WORKERS = 5
+MOST_TICKETS = 6
 
 waits = st.sampled_from([0.0, 2.0, 60.0, 60.0, 600.0])
 
@@ -66,7 +67,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), wait_s=waits, times=st.integers(2, 4))
     def checkout_in_threads(self, data: st.DataObject, wait_s: float, times: int) -> None:
-        if worker := self.one(data):
+        if (worker := self.one(data)) and len(worker.tickets) < MOST_TICKETS:
             for _ in range(times):
                 self.world.checkout(worker, wait_s)
 
@@ -176,17 +177,34 @@ class LedgerMachine(RuleBasedStateMachine):
         self.world.die(self.world.workers[data.draw(st.sampled_from(list(self.world.workers)))], linger=linger)
 
     @precondition(lambda self: len(self.world.workers) > 2)
-    @rule(data=st.data())
-    def leave(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), exits=st.booleans())
+    def leave(self, data: st.DataObject, exits: bool) -> None:
         worker = self.one(data)
         if worker and not worker.connecting and not worker.opening:
-            self.world.leave(worker)
+            self.world.leave(worker, exits=exits)
 
     @precondition(lambda self: len(self.world.awake()) > 2)
     @rule(data=st.data())
     def freeze(self, data: st.DataObject) -> None:
         if worker := self.one(data):
             worker.frozen = True
+
+    @precondition(lambda self: len(self.world.awake()) > 2)
+    @rule(data=st.data(), waiters=st.integers(0, 2), fenced=st.booleans())
+    def oversleep(self, data: st.DataObject, waiters: int, fenced: bool) -> None:
+        """A worker is frozen for longer than its TTL, and wakes up when others may have its slots."""
+        if not (sleeper := self.one(data)):
+            return
+        sleeper.frozen = True
+        self.world.pass_long(TTL_S + 1)
+        other = self.one(data)
+        for _ in range(waiters if other else 0):
+            self.world.checkout(other, 60.0)
+        self.world.deliver_all()
+        for token in sorted(self.world.fences) if fenced else ():
+            self.world.answer_fence(token)
+        sleeper.frozen = False
+        self.world.beat_if_due(sleeper)
 
     @precondition(lambda self: any(worker.frozen for worker in self.world.workers.values()))
     @rule(data=st.data(), again=st.booleans())

@@ -4,7 +4,8 @@
 real process (waiting, connecting, closing) is a step of its own here, so that anything can happen in between.
 
 Two things are taken for granted, as in the real broker: a backend whose CONFIRM has not reached the broker when its
-process dies ends with it (it is in start-up, or idle), and a worker says BYE only when it is not connecting.
+process dies ends with it (it is in start-up, or idle), and a worker says BYE only when it holds nothing and takes
+nothing any more, so that a grant still on its way will not be used.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ class World:
         self.now = 1000.0
         self.ledger = Ledger(7, max_conn=cap, ttl_s=TTL_S)
         self.workers: dict[bytes, Worker] = {}
-        self.dead: dict[bytes, deque[ToBroker]] = {}  # processes whose end the broker has not noticed: last words
+        self.dead: dict[bytes, deque[ToBroker]] = {}  # sessions whose end the broker has not noticed: last words
+        self.exited: set[bytes] = set()  # those of them whose process has ended too
         self.watched: set[bytes] = set()
         self.live: dict[Backend, Token] = {}  # the server: backends, and the lease each was opened under
         self.pool_of: dict[Backend, str] = {}
@@ -153,7 +155,7 @@ class World:
         """The pidfd fires; the broker reads what is there first."""
         for message in self.dead.pop(session):
             self._to_ledger(session, message)
-        if session in self.watched:
+        if session in self.exited and session in self.watched:
             self.watched.discard(session)
             self.execute(self.ledger.session_died(session, self.now))
 
@@ -293,6 +295,8 @@ class World:
             lease = worker.cache.take(self.now)
         ticket = Ticket(lambda: None, self.now)
         worker.tickets.append(ticket)
+        if not wait_s and any(held.phase is Phase.CLOSING for held in worker.cache.leases.values()):
+            worker.cache.out.append(worker.cache.renewal(self.now, {}))
         worker.cache.want(ticket, wait_s)
         worker.patience[ticket.request] = wait_s > 0
         self.flush(worker)
@@ -381,8 +385,8 @@ class World:
             worker.cache.out.append(worker.cache.renewal(self.now, {}))
             self.flush(worker)
 
-    def leave(self, worker: Worker) -> None:
-        """`release_all`, when nothing is being connected: everything is closed, then BYE."""
+    def leave(self, worker: Worker, *, exits: bool) -> None:
+        """`release_all`, when nothing is being connected: everything is closed, then BYE; the process may live on."""
         assert not worker.connecting
         assert not worker.opening
         worker.cache.fail(RuntimeError("disposed"))
@@ -397,15 +401,19 @@ class World:
                 worker.closing.append((worker.cache.close(ticket.lease, conn, ReleaseReason.CLOSED, self.now), conn))
         for closing, conn in list(worker.closing):
             self.finish_close(worker, closing, conn, seen=True)
+        assert not worker.cache.leases
         self.flush(worker)
         worker.up.append(Bye())
-        self._end_process(worker, linger=False)
+        self._end(worker, linger=False)
+        if exits:
+            self.exited.add(worker.id)
 
     def die(self, worker: Worker, *, linger: bool) -> None:
         """SIGKILL. Backends in the middle of a query may linger."""
-        self._end_process(worker, linger=linger)
+        self._end(worker, linger=linger)
+        self.exited.add(worker.id)
 
-    def _end_process(self, worker: Worker, *, linger: bool) -> None:
+    def _end(self, worker: Worker, *, linger: bool) -> None:
         del self.workers[worker.id]
         self.dead[worker.id] = worker.up
         told = set(self.known)
@@ -478,7 +486,7 @@ class World:
         """Faults stop: the frozen thaw, everybody beats and checks in, time passes."""
         for worker in self.workers.values():
             worker.frozen = False
-        for _ in range(60):
+        for _ in range(20 + sum(len(worker.tickets) for worker in self.workers.values())):
             for worker in list(self.workers.values()):
                 self.beat(worker)
             self.quiesce()

@@ -1,0 +1,560 @@
+"""The worker's cache: what one process holds, and whom of its threads it serves."""
+
+from __future__ import annotations
+
+import pytest
+
+from sharedpool.errors import SharedPoolError
+from sharedpool.wire.messages import (
+    Acquire,
+    Backend,
+    Cancel,
+    Confirm,
+    Deny,
+    DenyReason,
+    Grant,
+    Phase,
+    Recall,
+    Release,
+    ReleaseReason,
+    Renew,
+    ToBroker,
+    Token,
+)
+from sharedpool.worker.cache import HANDING_OUT_LIMIT_S, Cache, Closing, Lease, Ticket
+
+
+class Conn:
+    """A connection, as far as the cache looks."""
+
+
+class Rig:
+    """A cache, a clock that stands still unless moved, and the broker's side of the line."""
+
+    def __init__(self, expiration_s: float = 60.0) -> None:
+        self.cache = Cache(expiration_s)
+        self.now = 100.0
+        self.serial = 0
+        self.news = 0
+        self.kept: list[object] = []
+
+    def want(self, wait_s: float = 5.0) -> Ticket:
+        ticket = Ticket(lambda: None, self.now)
+        self.cache.want(ticket, wait_s)
+        return ticket
+
+    def grant(self, request: int, *, owed: int = 0, serial: int | None = None) -> Ticket | None:
+        self.serial += 1
+        self.news += 1
+        return self.cache.granted(Grant(request, Token(1, serial or self.serial), self.news, owed), self.now)
+
+    def recall(self, take: int = 0, owed: int = 0, *, expired: bool = False, answer: bool = True) -> list[Closing]:
+        self.news += 1
+        return self.cache.recalled(Recall(self.news, take, owed, expired, answer), self.now, {})
+
+    def lend(self, retire_at: float = float("inf")) -> tuple[Lease, Conn]:
+        """Check out a new connection."""
+        ticket = self.want()
+        assert self.grant(ticket.request) is ticket
+        lease, conn = ticket.lease, Conn()
+        assert lease is not None
+        self.cache.opened(lease, Backend(lease.token.serial), retire_at, conn, self.now)
+        self.kept += [ticket, conn]
+        return lease, conn
+
+    def idle(self, retire_at: float = float("inf")) -> Lease:
+        lease, conn = self.lend(retire_at)
+        assert self.cache.checkin(lease, conn, self.now, None) is None
+        self.now += 1
+        return lease
+
+    def sent(self) -> list[ToBroker]:
+        out = list(self.cache.out)
+        self.cache.out.clear()
+        return out
+
+
+@pytest.fixture
+def rig() -> Rig:
+    return Rig()
+
+
+def reason_of(outcome: Closing | Ticket | None) -> ReleaseReason:
+    assert isinstance(outcome, Closing)
+    return outcome.reason
+
+
+# --- checkout and checkin
+
+
+def test_the_most_recently_used_connection_is_handed_out_first(rig: Rig) -> None:
+    older, newer = rig.idle(), rig.idle()
+    assert rig.cache.take(rig.now) is newer
+    assert rig.cache.take(rig.now) is older
+    assert rig.cache.take(rig.now) is None
+
+
+def test_take_tells_how_long_the_connection_lay_idle(rig: Rig) -> None:
+    rig.idle()
+    rig.now += 6
+    lease = rig.cache.take(rig.now)
+    assert lease is not None
+    assert (lease.phase, lease.idle_s, lease.since) == (Phase.IN_USE, 7.0, rig.now)
+
+
+def test_a_cache_hit_tells_the_broker_nothing(rig: Rig) -> None:
+    rig.idle()
+    rig.sent()
+    lease = rig.cache.take(rig.now)
+    assert lease is not None
+    rig.cache.checkin(lease, Conn(), rig.now, None)
+    assert rig.sent() == []
+
+
+def test_want_asks_the_broker_in_whole_milliseconds(rig: Rig) -> None:
+    for wait_s in (0.0, 0.0001, 1.5, float("inf")):
+        rig.want(wait_s)
+    assert rig.sent() == [Acquire(1, 0), Acquire(2, 1), Acquire(3, 1500), Acquire(4, 2**52)]
+
+
+def test_an_opened_lease_is_confirmed(rig: Rig) -> None:
+    rig.lend()
+    assert rig.sent() == [Acquire(1, 5000), Confirm(Token(1, 1), Backend(1))]
+
+
+def test_a_checkin_is_handed_on_to_a_waiting_ticket_which_withdraws_its_request(rig: Rig) -> None:
+    lease, conn = rig.lend()
+    first, second = rig.want(), rig.want()
+    rig.sent()
+    assert rig.cache.checkin(lease, conn, rig.now, None) is first
+    assert first.lease is lease
+    assert lease.conn is conn
+    assert rig.sent() == [Cancel(first.request)]
+    assert list(rig.cache.waiting.values()) == [second]
+
+
+@pytest.mark.parametrize("verdict", [ReleaseReason.BROKEN, ReleaseReason.CLOSED])
+def test_a_rejected_connection_is_closed_even_while_somebody_waits(rig: Rig, verdict: ReleaseReason) -> None:
+    lease, conn = rig.lend()
+    rig.want()
+    assert reason_of(rig.cache.checkin(lease, conn, rig.now, verdict)) is verdict
+    assert lease.phase is Phase.CLOSING
+
+
+def test_an_aged_connection_is_closed_at_checkin(rig: Rig) -> None:
+    lease, conn = rig.lend(retire_at=rig.now + 1)
+    assert reason_of(rig.cache.checkin(lease, conn, rig.now + 1, None)) is ReleaseReason.RETIRED
+
+
+def test_without_pooling_a_checkin_closes_but_still_serves_a_waiting_ticket(rig: Rig) -> None:
+    rig.cache.keep_idle = False
+    lease, conn = rig.lend()
+    ticket = rig.want()
+    assert rig.cache.checkin(lease, conn, rig.now, None) is ticket
+    other, conn = rig.lend()
+    assert reason_of(rig.cache.checkin(other, conn, rig.now, None)) is ReleaseReason.CLOSED
+
+
+def test_closed_gives_the_lease_back_once(rig: Rig) -> None:
+    lease, _ = rig.lend()
+    rig.sent()
+    rig.cache.closed(lease, ReleaseReason.BROKEN, gone=False)
+    rig.cache.closed(lease, ReleaseReason.CLOSED, gone=True)
+    assert rig.sent() == [Release(lease.token, False, ReleaseReason.BROKEN, Backend(1))]
+    assert not rig.cache.leases
+
+
+# --- expiry
+
+
+def test_the_idle_clock_starts_at_checkin_not_at_checkout(rig: Rig) -> None:
+    lease, conn = rig.lend()
+    rig.now += 1000
+    rig.cache.checkin(lease, conn, rig.now, None)
+    assert rig.cache.expire(rig.now + 59.9) == []
+    assert rig.cache.expire(rig.now + 60) == [Closing(lease, ReleaseReason.EXPIRED)]
+
+
+def test_expire_takes_the_longest_idle_and_leaves_the_rest(rig: Rig) -> None:
+    older = rig.idle()
+    rig.now += 30
+    newer = rig.idle()
+    assert [each.lease for each in rig.cache.expire(rig.now + 30)] == [older]
+    assert list(rig.cache.idle) == [newer]
+
+
+def test_expire_takes_an_aged_connection_from_the_middle(rig: Rig) -> None:
+    first, aged, last = rig.idle(), rig.idle(retire_at=rig.now + 10), rig.idle()
+    assert rig.cache.expire(rig.now + 5) == []
+    assert rig.cache.expire(rig.now + 10) == [Closing(aged, ReleaseReason.RETIRED)]
+    assert list(rig.cache.idle) == [first, last]
+
+
+def test_drain_takes_out_everything_idle(rig: Rig) -> None:
+    rig.idle()
+    rig.idle()
+    assert [each.reason for each in rig.cache.drain(rig.now)] == [ReleaseReason.CLOSED] * 2
+    assert not rig.cache.idle
+
+
+# --- recalls and what is owed
+
+
+def test_a_recall_takes_the_longest_idle_and_answers_with_the_rest(rig: Rig) -> None:
+    oldest, middle, newest = rig.idle(), rig.idle(), rig.idle()
+    rig.sent()
+    assert [each.lease for each in rig.recall(take=2)] == [oldest, middle]
+    (answer,) = rig.sent()
+    assert isinstance(answer, Renew)
+    assert answer.answers == rig.news
+    assert [lease.phase for lease in answer.leases] == [Phase.CLOSING, Phase.CLOSING, Phase.IDLE]
+    assert list(rig.cache.idle) == [newest]
+
+
+def test_a_recall_of_more_than_there_is_takes_what_there_is(rig: Rig) -> None:
+    rig.idle()
+    rig.lend()
+    assert len(rig.recall(take=5)) == 1
+
+
+def test_a_recall_of_the_expired_closes_only_those(rig: Rig) -> None:
+    older = rig.idle()
+    rig.now += 59
+    rig.idle()
+    assert rig.recall(expired=True) == [Closing(older, ReleaseReason.EXPIRED)]
+
+
+def test_a_recall_that_wants_no_answer_gets_none(rig: Rig) -> None:
+    rig.lend()
+    rig.sent()
+    assert rig.recall(answer=False) == []
+    assert rig.sent() == []
+
+
+def test_a_double_or_late_recall_is_ignored(rig: Rig) -> None:
+    rig.idle()
+    rig.recall(owed=2)
+    rig.sent()
+    for serial in (rig.news, rig.news - 1):
+        assert rig.cache.recalled(Recall(serial, 1, 0), rig.now, {}) == []
+    assert rig.cache.owed == 2
+    assert rig.sent() == []
+
+
+def test_owed_checkins_are_given_back_and_the_next_one_is_cached(rig: Rig) -> None:
+    leases = [rig.lend() for _ in range(3)]
+    rig.recall(owed=2)
+    outcomes = [rig.cache.checkin(lease, conn, rig.now, None) for lease, conn in leases]
+    assert [reason_of(each) for each in outcomes[:2]] == [ReleaseReason.OWED] * 2
+    assert outcomes[2] is None
+    assert rig.cache.owed == 0
+
+
+def test_owed_is_absolute_a_newer_word_replaces_it(rig: Rig) -> None:
+    rig.lend()
+    rig.recall(owed=3)
+    rig.recall(owed=1)
+    assert rig.cache.owed == 1
+    rig.recall(owed=0, answer=False)
+    assert rig.cache.owed == 0
+
+
+def test_what_is_owed_goes_before_the_local_queue(rig: Rig) -> None:
+    lease, conn = rig.lend()
+    rig.want()
+    rig.recall(owed=1)
+    assert reason_of(rig.cache.checkin(lease, conn, rig.now, None)) is ReleaseReason.OWED
+
+
+def test_a_broken_checkin_does_not_count_as_owed(rig: Rig) -> None:
+    lease, conn = rig.lend()
+    rig.recall(owed=1)
+    rig.cache.checkin(lease, conn, rig.now, ReleaseReason.BROKEN)
+    assert rig.cache.owed == 1
+
+
+def test_an_idle_connection_is_owned_up_to_when_a_grant_says_that_others_wait(rig: Rig) -> None:
+    """The grant of a ticket served meanwhile: nothing else would tell the broker before the next heartbeat."""
+    idle = rig.idle()
+    rig.sent()
+    assert rig.grant(99, owed=1) is None
+    renew, release = rig.sent()
+    assert isinstance(renew, Renew)
+    assert [(lease.token, lease.phase) for lease in renew.leases] == [(idle.token, Phase.IDLE)]
+    assert isinstance(release, Release)
+
+
+# --- grants
+
+
+def test_a_grant_goes_to_the_ticket_that_asked(rig: Rig) -> None:
+    first, second = rig.want(), rig.want()
+    assert rig.grant(second.request) is second
+    assert list(rig.cache.waiting.values()) == [first]
+
+
+def test_a_late_grant_serves_the_next_ticket_which_withdraws_its_request(rig: Rig) -> None:
+    gone, waiting = rig.want(), rig.want()
+    rig.cache.give_up(gone, rig.now)
+    rig.sent()
+    assert rig.grant(gone.request) is waiting
+    assert rig.sent() == [Cancel(waiting.request)]
+
+
+def test_a_late_grant_that_nobody_wants_is_given_back_unused(rig: Rig) -> None:
+    ticket = rig.want()
+    rig.cache.give_up(ticket, rig.now)
+    rig.sent()
+    assert rig.grant(ticket.request) is None
+    assert rig.sent() == [Release(Token(1, 1), True, ReleaseReason.UNUSED)]
+    assert not rig.cache.leases
+
+
+def test_a_double_grant_is_ignored_also_after_the_lease_was_given_back(rig: Rig) -> None:
+    lease, _ = rig.lend()
+    other = rig.want()
+    assert rig.grant(other.request, serial=1) is None
+    rig.cache.closed(lease, ReleaseReason.BROKEN, gone=True)
+    assert rig.grant(other.request, serial=1) is None
+    assert not rig.cache.leases
+
+
+def test_a_grant_overtaken_by_a_newer_one_is_not_used(rig: Rig) -> None:
+    """The broker has learnt from `seen` that it did not arrive, and may have freed it."""
+    first, second = rig.want(), rig.want()
+    assert rig.grant(second.request, serial=2) is second
+    assert rig.grant(first.request, serial=1) is None
+    assert rig.cache.renewal(rig.now, {}).seen == 2
+
+
+def test_a_grant_of_a_new_epoch_counts_from_the_start(rig: Rig) -> None:
+    rig.lend()
+    rig.lend()
+    rig.cache.new_epoch()
+    ticket = rig.want()
+    assert rig.cache.granted(Grant(ticket.request, Token(2, 1), 99), rig.now) is ticket
+
+
+def test_a_refusal_ends_the_wait_once(rig: Rig) -> None:
+    ticket = rig.want(0)
+    deny = Deny(ticket.request, DenyReason.EXHAUSTED, 5)
+    assert rig.cache.denied(deny) is ticket
+    assert ticket.denial == deny
+    assert rig.cache.denied(deny) is None
+
+
+# --- giving up, in every phase
+
+
+def test_giving_up_while_waiting_cancels(rig: Rig) -> None:
+    ticket = rig.want()
+    rig.sent()
+    assert rig.cache.give_up(ticket, rig.now) is None
+    assert rig.sent() == [Cancel(ticket.request)]
+    assert not rig.cache.waiting
+
+
+def test_giving_up_before_anything_was_asked_does_nothing(rig: Rig) -> None:
+    assert rig.cache.give_up(Ticket(lambda: None, rig.now), rig.now) is None
+    assert rig.sent() == []
+
+
+def test_giving_up_a_granted_lease_passes_it_on(rig: Rig) -> None:
+    first, second = rig.want(), rig.want()
+    rig.grant(first.request)
+    lease = first.lease
+    assert rig.cache.give_up(first, rig.now) is second
+    assert second.lease is lease
+    assert first.lease is None
+
+
+def test_giving_up_a_granted_lease_with_nobody_waiting_gives_it_back(rig: Rig) -> None:
+    ticket = rig.want()
+    rig.grant(ticket.request)
+    rig.sent()
+    assert rig.cache.give_up(ticket, rig.now) is None
+    assert rig.sent() == [Release(Token(1, 1), True, ReleaseReason.UNUSED)]
+
+
+def test_giving_up_a_handed_on_connection_caches_it(rig: Rig) -> None:
+    lease, conn = rig.lend()
+    ticket = rig.want()
+    rig.cache.checkin(lease, conn, rig.now, None)
+    rig.sent()
+    assert rig.cache.give_up(ticket, rig.now) is None
+    assert list(rig.cache.idle) == [lease]
+    assert lease.conn is conn
+    assert rig.sent() == []
+
+
+def test_giving_up_a_handed_on_connection_while_others_wait_tells_the_broker_at_once(rig: Rig) -> None:
+    lease, conn = rig.lend()
+    ticket = rig.want()
+    rig.cache.checkin(lease, conn, rig.now, None)
+    rig.recall(owed=1)
+    rig.sent()
+    rig.cache.give_up(ticket, rig.now)
+    (renew,) = rig.sent()
+    assert isinstance(renew, Renew)
+    assert [report.phase for report in renew.leases] == [Phase.IDLE]
+
+
+def test_giving_up_after_the_connection_is_open_changes_nothing(rig: Rig) -> None:
+    ticket = rig.want()
+    rig.grant(ticket.request)
+    lease = ticket.lease
+    assert lease is not None
+    rig.cache.opened(lease, Backend(1), float("inf"), Conn(), rig.now)
+    rig.sent()
+    assert rig.cache.give_up(ticket, rig.now) is None
+    assert rig.sent() == []
+    assert lease.phase is Phase.IN_USE
+
+
+def test_giving_up_twice_does_nothing_the_second_time(rig: Rig) -> None:
+    ticket = rig.want()
+    rig.grant(ticket.request)
+    rig.cache.give_up(ticket, rig.now)
+    rig.sent()
+    assert rig.cache.give_up(ticket, rig.now) is None
+    assert rig.sent() == []
+
+
+def test_fail_ends_every_wait_with_the_error(rig: Rig) -> None:
+    tickets = [rig.want(), rig.want()]
+    error = RuntimeError("no broker")
+    assert rig.cache.fail(error) == tickets
+    assert [ticket.error for ticket in tickets] == [error, error]
+    assert not rig.cache.waiting
+
+
+# --- what nobody can bring back
+
+
+def lost_at_the_second_look(rig: Rig) -> list[Lease]:
+    assert rig.cache.lost(rig.now) == []
+    return rig.cache.lost(rig.now + 1)
+
+
+def test_lost_finds_a_lease_whose_thread_vanished_before_it_connected(rig: Rig) -> None:
+    ticket = rig.want()
+    rig.grant(ticket.request)
+    lease = ticket.lease
+    assert lost_at_the_second_look(rig) == []
+    del ticket
+    assert lost_at_the_second_look(rig) == [lease]
+
+
+def test_lost_finds_a_connection_that_was_collected(rig: Rig) -> None:
+    lease, conn = rig.lend()
+    assert lost_at_the_second_look(rig) == []
+    rig.kept.clear()
+    del conn
+    assert lost_at_the_second_look(rig) == [lease]
+
+
+def test_lost_forgives_what_was_brought_back_between_two_looks(rig: Rig) -> None:
+    lease, conn = rig.lend()
+    rig.kept.clear()
+    del conn
+    assert rig.cache.lost(rig.now) == []
+    rig.cache.checkin(lease, Conn(), rig.now + 1, None)
+    assert rig.cache.lost(rig.now + 1) == []
+    assert rig.cache.lost(rig.now + 2) == []
+
+
+def test_lost_finds_a_lease_whose_hand_out_was_interrupted(rig: Rig) -> None:
+    lease = rig.idle()
+    rig.cache.idle.clear()  # popped, and then a signal handler raised
+    assert rig.cache.lost(rig.now) == []
+    rig.now += HANDING_OUT_LIMIT_S + 1
+    assert lost_at_the_second_look(rig) == [lease]
+    assert rig.cache.forget(lease.token) is lease
+
+
+def test_a_cached_lease_that_is_connected_again_is_not_lost(rig: Rig) -> None:
+    """Its first ticket is long gone: the thread that replaces the connection has it from `take`."""
+    rig.idle()
+    rig.kept.clear()
+    lease = rig.cache.take(rig.now)
+    assert lease is not None
+    lease.conn, lease.phase = None, Phase.CONNECTING
+    assert lost_at_the_second_look(rig) == []
+
+
+# --- leases taken away
+
+
+def test_a_forgotten_idle_lease_is_not_handed_out(rig: Rig) -> None:
+    lease = rig.idle()
+    assert rig.cache.forget(lease.token) is lease
+    assert rig.cache.take(rig.now) is None
+    assert rig.cache.forget(lease.token) is None
+
+
+def test_a_forgotten_lease_is_closed_at_checkin_and_not_released(rig: Rig) -> None:
+    lease, conn = rig.lend()
+    rig.want()
+    rig.cache.forget(lease.token)
+    rig.sent()
+    assert reason_of(rig.cache.checkin(lease, conn, rig.now, None)) is ReleaseReason.BROKEN
+    rig.cache.closed(lease, ReleaseReason.BROKEN, gone=True)
+    assert rig.sent() == []
+
+
+def test_a_lease_forgotten_while_it_was_connected_cannot_be_opened(rig: Rig) -> None:
+    ticket = rig.want()
+    rig.grant(ticket.request)
+    lease = ticket.lease
+    assert lease is not None
+    rig.cache.forget(lease.token)
+    with pytest.raises(SharedPoolError, match="lease 1-1"):
+        rig.cache.opened(lease, Backend(1), float("inf"), Conn(), rig.now)
+
+
+# --- words to the broker
+
+
+def test_a_renewal_lists_everything_held_and_asked_for(rig: Rig) -> None:
+    idle = rig.idle()
+    used, _ = rig.lend()
+    used.thread = 7
+    ticket = rig.want()
+    rig.now += 2
+    renew = rig.cache.renewal(rig.now, {7: "Thread-7"})
+    assert [(report.token, report.phase, report.age_ms, report.thread) for report in renew.leases] == [
+        (idle.token, Phase.IDLE, 3000, ""),
+        (used.token, Phase.IN_USE, 2000, "Thread-7"),
+    ]
+    assert (renew.seen, renew.answers, renew.pending) == (2, 0, [ticket.request])
+
+
+def test_registering_again_replaces_what_was_not_sent_and_asks_again(rig: Rig) -> None:
+    lease, _ = rig.lend()
+    ticket = rig.want(2.5)
+    gone = rig.want()
+    rig.cache.give_up(gone, rig.now)
+    rig.recall(owed=1)
+    leases, seen = rig.cache.register(rig.now, {})
+    assert [report.token for report in leases] == [lease.token]
+    assert (seen, rig.cache.owed) == (1, 0)
+    assert rig.sent() == [Acquire(ticket.request, 2500)]
+
+
+def test_registering_again_keeps_unsent_releases_and_says_that_they_close(rig: Rig) -> None:
+    """A HELLO without them would free the slot of a backend that was not seen to end."""
+    lease, _ = rig.lend()
+    rig.cache.closed(lease, ReleaseReason.BROKEN, gone=False)
+    leases, _ = rig.cache.register(rig.now, {})
+    assert [(report.token, report.phase, report.backend) for report in leases] == [
+        (lease.token, Phase.CLOSING, Backend(1))
+    ]
+    assert rig.sent() == [Release(lease.token, False, ReleaseReason.BROKEN, Backend(1))]
+
+
+def test_recalls_of_a_new_broker_start_over(rig: Rig) -> None:
+    rig.lend()
+    rig.recall(owed=1)
+    rig.cache.register(rig.now, {})
+    rig.cache.recalled(Recall(1, 0, 1), rig.now, {})
+    assert rig.cache.owed == 1

@@ -1,0 +1,159 @@
+"""Bytes to messages and back: nothing but a message or a `ProtocolError` comes out."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Callable
+from typing import get_args
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sharedpool.errors import ProtocolError
+from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, decode_to_worker, encode
+from sharedpool.wire.messages import (
+    Backend,
+    Hello,
+    Holder,
+    LeaseReport,
+    Phase,
+    PoolReport,
+    PoolSpec,
+    Release,
+    ReleaseReason,
+    Renew,
+    SessionReport,
+    ToBroker,
+    Token,
+    ToWorker,
+)
+
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+# msgpack carries 64 bits, and text that is valid UTF-8.
+integers = st.integers(-(2**63), 2**64 - 1)
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+tokens = st.builds(Token, integers, integers)
+st.register_type_strategy(int, integers)
+st.register_type_strategy(str, texts)
+backends = st.builds(Backend, integers, integers, integers)
+for struct in (Backend, PoolSpec, LeaseReport, Holder, SessionReport, PoolReport):
+    hints = {field.name: st.from_type(field.type) for field in msgspec.structs.fields(struct)}
+    st.register_type_strategy(struct, st.builds(struct, **hints))
+
+
+def messages_of(union: object) -> st.SearchStrategy[object]:
+    return st.one_of(
+        st.builds(message, **{field.name: st.from_type(field.type) for field in msgspec.structs.fields(message)})
+        for message in get_args(union)
+    )
+
+
+@unhurried
+@given(message=messages_of(ToBroker))
+def test_every_message_to_the_broker_survives_the_wire(message: ToBroker) -> None:
+    again = decode_to_broker(encode(message))
+    assert again == message
+    assert type(again) is type(message)
+
+
+@unhurried
+@given(message=messages_of(ToWorker))
+def test_every_message_to_a_worker_survives_the_wire(message: ToWorker) -> None:
+    again = decode_to_worker(encode(message))
+    assert again == message
+    assert type(again) is type(message)
+
+
+def test_types_are_restored_not_just_values() -> None:
+    report = LeaseReport(Token(3, 4), Phase.IDLE, 5, "t", Backend(1, 2, 3))
+    hello = decode_to_broker(encode(Hello(1, 2, "h", "t", PoolSpec("p", 5, 60), [report], 9)))
+    assert isinstance(hello, Hello)
+    assert isinstance(hello.leases[0].token, Token)
+    assert hello.leases[0].phase is Phase.IDLE
+    release = decode_to_broker(encode(Release(Token(1, 1), True, ReleaseReason.OWED)))
+    assert isinstance(release, Release)
+    assert release.reason is ReleaseReason.OWED
+
+
+DECODERS = [decode_to_broker, decode_to_worker]
+
+
+@pytest.mark.parametrize("decode", DECODERS)
+@unhurried
+@given(frame=st.binary(max_size=200))
+def test_garbage_is_a_protocol_error_or_a_message(decode: Callable[[bytes], object], frame: bytes) -> None:
+    with contextlib.suppress(ProtocolError):
+        decode(frame)
+
+
+json_like = st.recursive(
+    st.none() | st.booleans() | integers | st.floats() | texts | st.binary(max_size=8),
+    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=12,
+)
+TAGS = [message.__struct_config__.tag for union in (ToBroker, ToWorker) for message in get_args(union)]
+
+
+@pytest.mark.parametrize("decode", DECODERS)
+@unhurried
+@given(fields=st.lists(json_like, max_size=8), tag=st.sampled_from(TAGS))
+def test_well_tagged_messages_of_wrong_types_are_protocol_errors_or_messages(
+    decode: Callable[[bytes], object], fields: list[object], tag: str
+) -> None:
+    with contextlib.suppress(ProtocolError):
+        decode(msgspec.msgpack.encode([tag, *fields]))
+
+
+@unhurried
+@given(message=messages_of(ToBroker), cut=st.integers(0, 50), flip=st.integers(0, 255))
+def test_a_damaged_message_is_a_protocol_error_or_another_message(message: ToBroker, cut: int, flip: int) -> None:
+    frame = bytearray(encode(message))
+    frame[cut % len(frame)] ^= flip
+    for damaged in (bytes(frame), bytes(frame[: cut % len(frame)])):
+        with contextlib.suppress(ProtocolError):
+            decode_to_broker(damaged)
+
+
+@pytest.mark.parametrize("decode", DECODERS)
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"",
+        b"\xc1",
+        b"not msgpack",
+        encode(Renew([], 0)) + b"\0",
+        msgspec.msgpack.encode([]),
+        msgspec.msgpack.encode(["nonsense"]),
+        msgspec.msgpack.encode(["acquire"]),
+        msgspec.msgpack.encode(["acquire", "1", 0]),
+        msgspec.msgpack.encode(["acquire", 1, 0.5]),
+        msgspec.msgpack.encode(["release", [1], True, "taken"]),
+        msgspec.msgpack.encode(["release", [1, 2], True, "because"]),
+        msgspec.msgpack.encode({"type": "bye"}),
+        b"\x91" * 100_000,
+        pickle.dumps(Token(1, 2)),
+    ],
+)
+def test_what_is_no_message_is_a_protocol_error(decode: Callable[[bytes], object], frame: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        decode(frame)
+
+
+def test_a_message_for_the_other_side_is_a_protocol_error() -> None:
+    with pytest.raises(ProtocolError):
+        decode_to_worker(encode(Renew([], 0)))
+
+
+def test_an_oversized_frame_is_refused_unread() -> None:
+    with pytest.raises(ProtocolError, match=f"over the limit of {MAX_FRAME_BYTES}"):
+        decode_to_broker(b"\x93" + bytes(MAX_FRAME_BYTES))
+
+
+def test_the_heartbeat_of_a_big_pool_fits_a_frame() -> None:
+    big = 2**53
+    lease = LeaseReport(Token(big, big), Phase.CONNECTING, big, "ThreadPoolExecutor-0_0", Backend(2**22, big, big))
+    assert len(encode(Renew([lease] * 5_000, big, big, list(range(1_000))))) < MAX_FRAME_BYTES
