@@ -22,6 +22,7 @@ _FORWARDED = {
     if hasattr(signal, name)
 }
 _IGNORED_BY_PYTHON = [signal.SIGPIPE, signal.SIGXFSZ]
+_LOOK_EVERY_S = 5.0  # whether the command has ended, should its signal be lost all the same
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as a shell says it
 
 
@@ -49,14 +50,14 @@ def run(
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
     settings = settings_from(address, "run", max_conn, expiration, max_checkout, dsn, ttl)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored ones are never waited for
+    # Blocked from before there are other threads, libzmq's included: a signal that one of them took would be lost.
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED | {signal.SIGCHLD})
     server = Server(replace(settings, one_off=True))
     try:
         server.bind()
     except SharedPoolError as error:
         raise click.ClickException(str(error)) from None
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored ones are never waited for
-    # Blocked from before the command starts, so that none is lost; taken one by one below.
-    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED | {signal.SIGCHLD})
     thread = threading.Thread(target=server.run, name="sharedpool-broker")
     try:
         pid = _spawn(command, address, unblocked)
@@ -87,20 +88,19 @@ def _spawn(command: tuple[str, ...], address: str, unblocked: Iterable[int]) -> 
 def _see_through(pid: int) -> int:
     """Pass signals on until the child ends; return its exit status."""
     while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
         number, from_terminal = _next_signal()
-        if number == signal.SIGCHLD:
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                code = os.waitstatus_to_exitcode(status)
-                return code if code >= 0 else 128 - code
-        elif not from_terminal:  # the terminal has sent it to the command as well
+        if number in _FORWARDED and not from_terminal:  # the terminal has sent it to the command as well
             os.kill(pid, number)
 
 
 def _next_signal() -> tuple[int, bool]:
-    """Wait for a signal; say whether the kernel sent it on behalf of the terminal."""
-    if hasattr(signal, "sigwaitinfo"):
-        info = signal.sigwaitinfo(_FORWARDED | {signal.SIGCHLD})
-        return info.si_signo, info.si_code > 0 and info.si_signo != signal.SIGCHLD
+    """Wait for a signal, for a while; say whether the kernel sent it on behalf of the terminal."""
+    if hasattr(signal, "sigtimedwait"):
+        info = signal.sigtimedwait(_FORWARDED | {signal.SIGCHLD}, _LOOK_EVERY_S)
+        return (0, False) if info is None else (info.si_signo, info.si_code > 0)
     number = signal.sigwait(_FORWARDED | {signal.SIGCHLD})
     return number, number in (signal.SIGINT, signal.SIGQUIT) and sys.stdin.isatty()

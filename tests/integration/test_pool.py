@@ -11,7 +11,7 @@ import psycopg2
 import psycopg2.extras
 import psycopg2.pool
 import pytest
-from psycopg2.extensions import STATUS_READY, TRANSACTION_STATUS_IDLE, connection
+from psycopg2.extensions import STATUS_READY, TRANSACTION_STATUS_ACTIVE, TRANSACTION_STATUS_IDLE, connection
 from waiting import wait_until
 
 import sharedpool
@@ -637,8 +637,11 @@ def test_release_all_ends_a_query_in_another_thread(make_pool: MakePool, backend
     pool = make_pool(max_conn=2, pool_manager=ThreadedConnectionPool)
     errors: list[BaseException] = []
 
+    conns: list[connection] = []
+
     def sleep() -> None:
         conn = pool.get_conn()
+        conns.append(conn)
         try:
             ask(conn, "SELECT pg_sleep(60)")
         except psycopg2.Error as error:
@@ -646,8 +649,7 @@ def test_release_all_ends_a_query_in_another_thread(make_pool: MakePool, backend
 
     thread = threading.Thread(target=sleep)
     thread.start()
-    wait_until(lambda: backends(pool) and pool.stats().in_use == 1)
-    wait_until(lambda: any(t.is_alive() for t in [thread]))
+    wait_until(lambda: conns and conns[0].get_transaction_status() == TRANSACTION_STATUS_ACTIVE)
     pool.release_all()
     thread.join(10)
     assert errors

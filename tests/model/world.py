@@ -508,7 +508,8 @@ class World:
             for _ in range(count):
                 self.checkout(worker, 60)
             self.quiesce()
-            assert len(worker.users) == count, f"{len(worker.users)} of {count} slots of pool {name} can be had"
+            held = [(str(x.token), x.state.value, x.session.label) for x in self.ledger._books.leases.values()]
+            assert len(worker.users) == count, f"{len(worker.users)} of {count} slots of {name} can be had: {held}"
             for conn in list(worker.users):
                 self.checkin(worker, conn)
             self.quiesce()
