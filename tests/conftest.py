@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ from psycopg2 import sql
 
 import sharedpool
 from sharedpool.cli.postgres import EphemeralPostgres
+
+# A shell starts background jobs with SIGINT ignored, and what is ignored is inherited: Ctrl-C is tested here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _OURS = ("SHAREDPOOL_", "PG", "DATABASE_DSN", "DATABASE_URL")
 _database_numbers = itertools.count(1)

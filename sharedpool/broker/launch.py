@@ -34,9 +34,11 @@ _LOG_KEPT_BYTES = 1 << 20
 
 
 def serve(server: Server) -> None:
-    """Run a bound server until SIGTERM or SIGINT. Call it in the main thread."""
+    """Run a bound server, in the main thread, until SIGTERM or SIGINT; not SIGINT where a shell has it ignored."""
     previous = {}
     for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            continue
         previous[number] = signal.signal(number, lambda *_: server.stop())
     try:
         server.run()

@@ -178,8 +178,6 @@ class Books:
         if old is SlotState.FREE:
             self.leases[token] = pool.leases[token] = session.leases[token] = lease
             self.mark_owed(session, session.owed)
-        elif old is SlotState.GRANTED:
-            session.granted.pop(lease.request, None)
         elif old in (SlotState.CLOSING, SlotState.FENCING):
             pool.incoming.pop(token, None)
         elif old is SlotState.SUSPECT:
@@ -188,7 +186,9 @@ class Books:
             self.mark_phase(lease, Phase.CONNECTING, None)
         if new is SlotState.GRANTED:
             session.granted[lease.request] = lease
-        elif new is SlotState.CLOSING:
+        elif new is not SlotState.SUSPECT and session.granted.get(lease.request) is lease:
+            del session.granted[lease.request]  # a suspect one may still be on its way
+        if new is SlotState.CLOSING:
             pool.incoming[token] = lease
         elif new is SlotState.SUSPECT:
             pool.suspects[token] = lease
@@ -272,7 +272,8 @@ class Books:
             assert all(lease.idle_since is not None and not lease.session.silent for lease in pool.idle.values())
             for session in pool.sessions.values():
                 assert self.sessions[session.id] is session
-                assert all(x.state is SlotState.GRANTED for x in session.granted.values())
+                early = (SlotState.GRANTED, SlotState.SUSPECT)
+                assert all(x.state in early and x.backend is None for x in session.granted.values())
                 assert session.silent or session.awaited or session.answered >= session.asked, session.label
                 assert not session.taking or session.awaited, session.label
             suspects = {t for t, lease in pool.leases.items() if lease.state is SlotState.SUSPECT}

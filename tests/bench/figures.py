@@ -75,11 +75,13 @@ def storm(
     server: EphemeralPostgres, processes: int = 40, threads: int = 4, limit: int = 6, seconds: float = 30
 ) -> None:
     """Let many processes fight for few connections."""
-    with workers(processes, dsn=server.dsn, max_conn=limit, threads=True) as crew:
-        with Sampler(server.dsn, "sharedpool default") as sampler:
-            for worker in crew:
-                worker.send("hammer", seconds=seconds, threads=threads, timeout=60)
-            outcomes = [worker.answer(seconds + 120) for worker in crew]
+    with (
+        workers(processes, dsn=server.dsn, max_conn=limit, threads=True) as crew,
+        Sampler(server.dsn, "sharedpool default") as sampler,
+    ):
+        for worker in crew:
+            worker.send("hammer", seconds=seconds, threads=threads, timeout=60)
+        outcomes = [worker.answer(seconds + 120) for worker in crew]
     done = [outcome["done"] for outcome in outcomes]
     errors = [error for outcome in outcomes for error in outcome["errors"]]
     print(

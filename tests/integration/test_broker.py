@@ -185,11 +185,14 @@ def test_the_environment_names_the_broker(
 
 
 def test_a_tcp_broker_serves_and_notices_a_death(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
-    with sharedpool.start_broker(1, address=f"tcp://127.0.0.1:{free_port()}", dsn=postgres.dsn) as broker:
-        with Worker(dsn=postgres.dsn, broker=broker.address) as a, Worker(dsn=postgres.dsn, broker=broker.address) as b:
-            a.ask("get", name="x")
-            a.kill()
-            assert "backend" in b.ask("get", name="x", timeout=20)
+    with (
+        sharedpool.start_broker(1, address=f"tcp://127.0.0.1:{free_port()}", dsn=postgres.dsn) as broker,
+        Worker(dsn=postgres.dsn, broker=broker.address) as a,
+        Worker(dsn=postgres.dsn, broker=broker.address) as b,
+    ):
+        a.ask("get", name="x")
+        a.kill()
+        assert "backend" in b.ask("get", name="x", timeout=20)
 
 
 def free_port() -> int:

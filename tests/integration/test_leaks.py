@@ -73,7 +73,12 @@ def test_a_connect_that_ends_after_release_all_is_closed_and_its_slot_returned(
 def test_a_connection_lent_to_another_thread_does_not_hold_release_all_up(make_pool: MakePool) -> None:
     pool = make_pool(max_conn=1, pool_manager=ThreadedConnectionPool)
     conn = pool.get_conn()
-    thread = threading.Thread(target=lambda: pytest.raises(psycopg2.Error, ask, conn, "SELECT pg_sleep(30)"))
+
+    def sleep() -> None:
+        with pytest.raises(psycopg2.Error):
+            ask(conn, "SELECT pg_sleep(30)")
+
+    thread = threading.Thread(target=sleep)
     thread.start()
     wait_until(lambda: conn.get_transaction_status() == psycopg2.extensions.TRANSACTION_STATUS_ACTIVE)
     started = time.monotonic()

@@ -582,7 +582,7 @@ def test_nothing_leaks_when_a_wait_is_interrupted_or_crosses_a_grant(make_pool: 
         conn = pool.get_conn(timeout=20)
         waiter = threading.Thread(target=lambda s=step: _try(pool, 0.0005 * s))
         waiter.start()
-        wait_until(lambda: pool.stats().waiting or not waiter.is_alive())
+        wait_until(lambda waiter=waiter: pool.stats().waiting or not waiter.is_alive())
         pool.put_conn(conn, close=step % 2 == 0)
         waiter.join(20)
     assert ask(pool.get_conn(timeout=20))
@@ -606,10 +606,15 @@ def test_the_block_commits_rolls_back_and_always_returns(make_pool: MakePool) ->
         cursor.execute("CREATE TEMP TABLE t (n int)")
     with pool.connection() as conn, conn.cursor() as cursor:
         cursor.execute("INSERT INTO t VALUES (1)")
-    for error in (ValueError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        with pytest.raises(error), pool.connection() as conn, conn.cursor() as cursor:
+
+    def fail(error: type[BaseException]) -> None:
+        with pool.connection() as conn, conn.cursor() as cursor:
             cursor.execute("INSERT INTO t VALUES (2)")
             raise error
+
+    for error in (ValueError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        with pytest.raises(error):
+            fail(error)
     with pool.connection() as conn:
         assert ask(conn, "SELECT sum(n) FROM t") == 1
     assert pool.stats().idle == 1

@@ -538,7 +538,7 @@ def test_registering_again_replaces_what_was_not_sent_and_asks_again(rig: Rig) -
     leases, seen = rig.cache.register(rig.now, {})
     assert [report.token for report in leases] == [lease.token]
     assert (seen, rig.cache.owed) == (1, 0)
-    assert rig.sent() == [Acquire(ticket.request, 2500)]
+    assert rig.sent() == [Cancel(gone.request), Acquire(ticket.request, 2500)]
 
 
 def test_registering_again_keeps_unsent_releases_and_says_that_they_close(rig: Rig) -> None:

@@ -136,7 +136,8 @@ def test_a_directory_open_to_others_is_refused(runtime_dir: Path) -> None:
 
 def test_somebody_elses_directory_is_refused(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (runtime_dir / "sharedpool").mkdir(mode=0o700)
-    monkeypatch.setattr("os.getuid", lambda owner=(runtime_dir / "sharedpool").stat().st_uid: owner + 1)
+    owner = (runtime_dir / "sharedpool").stat().st_uid
+    monkeypatch.setattr("os.getuid", lambda: owner + 1)
     with pytest.raises(ConfigError, match="belongs to uid"):
         sharedpool.config_pool(dsn=DSN)
 

@@ -637,6 +637,17 @@ def test_an_unconnected_lease_of_a_silent_worker_is_not_fenced(broker: Broker) -
     assert isinstance(b.outcome(request), Token)
 
 
+def test_a_resumed_worker_that_asks_again_for_a_grant_on_its_way_gets_that_one(broker: Broker) -> None:
+    """A second request in its name would stand in the queue for nobody, and keep it from being pressed."""
+    a = broker.worker("a")
+    request = a.ask(wait_s=600)
+    broker.pass_time(TTL_S)
+    a.hello()
+    broker.send(a.id, Acquire(request, 600_000))
+    assert {grant.token for grant in a.sent(Grant)} == {Token(EPOCH, 1)}
+    assert broker.ledger.report(broker.now)[0][0].waiting == 0
+
+
 def test_a_resumed_worker_whose_requests_were_dropped_is_told_to_ask_again(broker: Broker) -> None:
     a, b = broker.worker("a", max_conn=1), broker.worker("b")
     b.lend()
