@@ -341,19 +341,19 @@ class Cache:
         """Start over with a broker: return what a HELLO says is held, and the newest serial seen.
 
         That replaces whatever was not sent, but for leases given back: those are said to be closing, and their RELEASE
-        follows, since only that tells whether the backend is gone. Every waiting ticket is asked for again: one that the
-        broker has in its queue keeps its place there, so that one withdrawn must still be cancelled.
+        follows, since only that tells whether the backend is gone. Every waiting ticket is asked for again (one that is
+        in the broker's queue keeps its place), and a heartbeat rids the queue of those that were withdrawn.
         """
-        unsent = [message for message in self.out if isinstance(message, Release | Cancel)]
+        unsent = [message for message in self.out if isinstance(message, Release)]
         self.out.clear()
         self.owed = self._newest = 0
         self.out.extend(unsent)
         self.out.extend(Acquire(request, wait_ms) for request, wait_ms in self._waits_ms.items())
+        self.out.append(self.renewal(now, threads))
         closing = [
-            LeaseReport(message.token, Phase.CLOSING, 0, "", message.backend)
-            for message in unsent
-            if isinstance(message, Release)
-            if message.backend is not None or not message.gone  # else there was never a connection
+            LeaseReport(release.token, Phase.CLOSING, 0, "", release.backend)
+            for release in unsent
+            if release.backend is not None or not release.gone  # else there was never a connection
         ]
         return self.reports(now, threads) + closing, self._seen
 

@@ -187,11 +187,16 @@ def test_gunicorn_workers_share_the_limit(database_url: str, number: int, more: 
     with watched(database_url) as counts, serving(commands("gunicorn_app")[number], *more) as (port, process, log):
         with ThreadPoolExecutor(8) as executor:
             answers = list(executor.map(request, [port] * requests))
+
+            def several_workers_answered() -> bool:  # the kernel may give one worker everything for a while
+                answers.extend(executor.map(request, [port] * 16))
+                return len({answer["worker"] for answer in answers}) >= 2 and max(counts) >= 2
+
+            wait_until(several_workers_answered, timeout_s=60)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
-    assert len({answer["worker"] for answer in answers}) >= 2
-    assert 2 <= max(counts) <= 3
+    assert max(counts) <= 3
     assert 1 <= max(answer["connections"] for answer in answers) <= 3
     text = log.read_text()
     assert "Shutting down: Master" in text

@@ -538,7 +538,7 @@ def test_registering_again_replaces_what_was_not_sent_and_asks_again(rig: Rig) -
     leases, seen = rig.cache.register(rig.now, {})
     assert [report.token for report in leases] == [lease.token]
     assert (seen, rig.cache.owed) == (1, 0)
-    assert rig.sent() == [Cancel(gone.request), Acquire(ticket.request, 2500)]
+    assert rig.sent() == [Acquire(ticket.request, 2500), Renew(leases, seen, 0, [ticket.request])]
 
 
 def test_registering_again_keeps_unsent_releases_and_says_that_they_close(rig: Rig) -> None:
@@ -549,7 +549,7 @@ def test_registering_again_keeps_unsent_releases_and_says_that_they_close(rig: R
     assert [(report.token, report.phase, report.backend) for report in leases] == [
         (lease.token, Phase.CLOSING, Backend(1))
     ]
-    assert rig.sent() == [Release(lease.token, False, ReleaseReason.BROKEN, Backend(1))]
+    assert rig.sent() == [Release(lease.token, False, ReleaseReason.BROKEN, Backend(1)), Renew([], 1)]
 
 
 def test_recalls_of_a_new_broker_start_over(rig: Rig) -> None:
