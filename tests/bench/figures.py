@@ -13,7 +13,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 import timeit
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +20,13 @@ from pathlib import Path
 import psycopg2.pool
 
 import sharedpool
+from sharedpool.broker.lock import is_held
 from sharedpool.cli.postgres import EphemeralPostgres
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from processes import Sampler, Worker, workers
+from waiting import wait_until
 
 
 def hit(server: EphemeralPostgres, rounds: int = 15, calls: int = 20_000) -> None:
@@ -100,7 +101,8 @@ def main() -> None:
         print(json.dumps({"python": sys.version.split()[0], "cpus": os.cpu_count(), "postgres": str(server.bin_dir)}))
         for name in chosen:
             {"hit": hit, "recall": recall, "storm": storm}[name](server)
-        time.sleep(1.5)  # let the automatic broker leave before its directory goes
+        locks = list(Path(runtime, "sharedpool").glob("*.lock"))
+        wait_until(lambda: not any(map(is_held, locks)), what="the automatic brokers to leave")
 
 
 if __name__ == "__main__":
