@@ -120,7 +120,7 @@ class Server:
             while not self._stopping:
                 more = self._receive()
                 now = time.monotonic()
-                while self._calls:
+                while self._calls and not more:  # last words before a death
                     self._execute(self._calls.popleft()(now))
                 self._execute(self._ledger.tick(now))
                 if now >= self._look_at:

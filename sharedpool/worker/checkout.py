@@ -22,7 +22,6 @@ from sharedpool.worker.connection import (
     PooledConnection,
     abort,
     bear_witness,
-    close_confirmed,
     connect,
     describe,
     is_alive,
@@ -53,13 +52,12 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
         if lease is None:
             lease = _wait(holdings, ticket, wait_s, deadline)
         lease.ticket = weakref.ref(ticket)  # whose it is until its user has it
-        conn = cast("PooledConnection | None", lease.conn)
-        aged = now >= lease.retire_at or (lease.idle_s > CHECK_AFTER_S and conn is not None and not is_alive(conn))
-        if conn is not None and (conn.closed or aged):
-            _close_to_replace(holdings, lease, conn)
-            if lease.phase is Phase.CLOSING:  # its backend may still be there: the broker will free that slot
-                lease = _wait(holdings, ticket, wait_s, deadline)
-            conn = cast("PooledConnection | None", lease.conn)
+        while (conn := cast("PooledConnection | None", lease.conn)) is not None and (worn := _worn(lease, conn, now)):
+            # Never connected again under the old lease: its worker may have been frozen, the broker may have fenced it.
+            holdings.discarded += 1
+            holdings.discard(lease, conn, worn)
+            lease = _wait(holdings, ticket, wait_s, deadline)
+            lease.ticket = weakref.ref(ticket)
         if conn is None:
             conn = _open(holdings, lease, deadline if wait_s else None)
         else:
@@ -162,15 +160,12 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
         raise
 
 
-def _close_to_replace(holdings: Holdings, lease: Lease, conn: PooledConnection) -> None:
-    """Close a dead or aged connection. Its lease may be connected again only if the backend is seen to be gone."""
-    lease.phase = Phase.CLOSING
-    close_confirmed([conn])
-    holdings.discarded += 1
-    if conn.sharedpool_gone:
-        lease.conn, lease.phase = None, Phase.CONNECTING
-    else:
-        holdings.give_back(lease, ReleaseReason.BROKEN, gone=False)
+def _worn(lease: Lease, conn: PooledConnection, now: float) -> ReleaseReason | None:
+    """Say why an idle connection must not be lent out, if it must not."""
+    if now >= lease.retire_at:
+        return ReleaseReason.RETIRED
+    dead = conn.closed or (lease.idle_s > CHECK_AFTER_S and not is_alive(conn))
+    return ReleaseReason.BROKEN if dead else None
 
 
 def _abandon(holdings: Holdings, ticket: Ticket, lease: Lease | None) -> None:
