@@ -150,9 +150,11 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
     except BaseException as error:
         if lease.phase is not Phase.CLOSING:
             reason = ReleaseReason.FAILED if isinstance(error, psycopg2.Error) else ReleaseReason.CLOSED
-            if not made or made[0].closed:
+            if made and made[0].sharedpool_witness >= 0:  # it was open, even if it broke since: see it gone
+                holdings.discard(lease, made[0], reason)
+            elif not made or made[0].closed:
                 holdings.give_back(lease, reason)
-            elif made[0].sharedpool_witness >= 0 or not isinstance(error, OSError):
+            elif not isinstance(error, OSError):
                 holdings.discard(lease, bear_witness(made[0]), reason)
             else:
                 abort(made[0])

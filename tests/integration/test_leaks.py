@@ -219,6 +219,18 @@ def test_a_wrong_timeout_costs_no_slot(make_pool: MakePool, wrong: Any) -> None:
     assert ask(pool.get_conn())
 
 
+def test_a_dead_idle_connection_is_replaced_under_a_new_lease(make_pool: MakePool, backends: Backends) -> None:
+    """Its old lease may have been fenced and its slot granted to another while this process was frozen."""
+    pool = make_pool(max_conn=1)
+    conn: Any = pool.get_conn()
+    old = conn.sharedpool_lease.token
+    pool.put_conn(conn)
+    conn.close()
+    conn = pool.get_conn()
+    assert conn.sharedpool_lease.token.serial > old.serial
+    assert backends(pool) == {ask(conn)}
+
+
 # --- what users configure
 
 
