@@ -124,7 +124,7 @@ def test_a_script_prints_what_it_says(database_url: str, example: str, limit: in
     for line, pattern in zip(outcome.stdout.splitlines(), expected, strict=False):  # celery says more at its end
         assert re.fullmatch(pattern, line)
     assert len(outcome.stdout.splitlines()) >= len(expected)
-    assert 1 <= max(counts) <= limit
+    assert max(counts) <= limit  # a short script may have come and gone between two looks
 
 
 @pytest.mark.parametrize("example", ["quickstart", "multiprocessing_script", "celery_app"])
