@@ -10,7 +10,9 @@ from sharedpool.errors import (
     PoolExhausted,
     PoolTimeout,
     ProtocolError,
+    ServerUnavailable,
     SharedPoolError,
+    TooManyWaiting,
 )
 from sharedpool.pgsimple import PgSimple
 from sharedpool.worker.forks import reset_after_fork
@@ -32,9 +34,11 @@ __all__ = [
     "PoolStats",
     "PoolTimeout",
     "ProtocolError",
+    "ServerUnavailable",
     "SharedPoolError",
     "SimpleConnectionPool",
     "ThreadedConnectionPool",
+    "TooManyWaiting",
     "config_pool",
     "get_pool",
     "reset_after_fork",

@@ -31,6 +31,7 @@ def config_pool(
     db_url: str | None = None,
     max_lifetime: float | None = None,
     max_checkout: float | None = None,
+    max_waiting: int | None = None,
     configure: Callback | None = None,
     reset: Callback | None = None,
     check: Callback | None = None,
@@ -43,7 +44,8 @@ def config_pool(
     `SimpleConnectionPool` (one thread) or `ThreadedConnectionPool`. `name`: pools of one broker by name. `broker`: its
     address; else SHAREDPOOL_BROKER; else one is found or started for this user, server and name. `timeout`: seconds
     `get_conn` waits when it is not told. `max_lifetime`: seconds after which a connection is replaced (±10 %).
-    `max_checkout`: seconds after which the broker reports a connection that is still out. `configure(conn)` runs once
+    `max_checkout`: seconds after which the broker reports a connection that is still out. `max_waiting`: how many
+    callers of all processes may wait at a time; further ones get `TooManyWaiting`. `configure(conn)` runs once
     after connecting, `reset(conn)` at every checkin, `check(conn)` at every checkout.
 
     Where to connect: `dsn`, `db_url` or psycopg2's keywords; else DATABASE_DSN, DATABASE_URL, libpq's environment.
@@ -56,6 +58,8 @@ def config_pool(
     for argument, value in (("max_lifetime", max_lifetime), ("max_checkout", max_checkout)):
         if value is not None:
             check_number(argument, value, above=True)
+    if max_waiting is not None:
+        check_number("max_waiting", max_waiting, least=1, whole=True)
     for argument, callback in (("configure", configure), ("reset", reset), ("check", check)):
         if callback is not None and not callable(callback):
             raise ConfigError(f"{argument}: must be a function of one connection, not {callback!r}")
@@ -77,6 +81,7 @@ def config_pool(
         timeout=float(timeout),
         max_lifetime=max_lifetime,
         max_checkout=max_checkout,
+        max_waiting=max_waiting,
         configure=configure,
         reset=reset,
         check=check,

@@ -1,7 +1,5 @@
 """Where to connect: resolved once from arguments and environment, never logged with its password."""
 
-import ctypes
-import functools
 import hashlib
 import os
 import pwd
@@ -13,6 +11,7 @@ from typing import Any, NamedTuple
 import psycopg2
 from psycopg2.extensions import connection, make_dsn, parse_dsn
 
+from sharedpool import libpq
 from sharedpool.errors import ConfigError
 
 _URL_PREFIXES = ("postgres://", "postgresql://")
@@ -193,31 +192,6 @@ def _without_quotes(message: str) -> str:
     return message.removeprefix("invalid dsn: ") if message.isascii() and '"' not in message else "libpq refuses it"
 
 
-class _Option(ctypes.Structure):
-    """libpq's PQconninfoOption (libpq-fe.h)."""
-
-    _fields_ = [
-        *((name, ctypes.c_char_p) for name in ("keyword", "envvar", "compiled", "val", "label", "dispchar")),
-        ("dispsize", ctypes.c_int),
-    ]
-
-
-@functools.cache
-def _libpq() -> ctypes.CDLL | None:
-    """Return the libpq that psycopg2 itself is linked with, or None where its symbols cannot be reached."""
-    try:
-        # dlsym on the extension module searches its dependencies too, the wheel's bundled libpq among them.
-        lib = ctypes.CDLL(psycopg2._psycopg.__file__)
-        lib.PQconnectStart.argtypes, lib.PQconnectStart.restype = [ctypes.c_char_p], ctypes.c_void_p
-        lib.PQconninfo.argtypes, lib.PQconninfo.restype = [ctypes.c_void_p], ctypes.POINTER(_Option)
-        lib.PQerrorMessage.argtypes, lib.PQerrorMessage.restype = [ctypes.c_void_p], ctypes.c_char_p
-        lib.PQconninfoFree.argtypes, lib.PQconninfoFree.restype = [ctypes.POINTER(_Option)], None
-        lib.PQfinish.argtypes, lib.PQfinish.restype = [ctypes.c_void_p], None
-    except (AttributeError, OSError):
-        return None
-    return lib
-
-
 def _resolve_by_libpq(dsn: str) -> dict[str, str] | None:
     """Return libpq's own reading of `dsn` with its defaults, or None without access to libpq.
 
@@ -225,25 +199,17 @@ def _resolve_by_libpq(dsn: str) -> dict[str, str] | None:
     other threads. So a connection is started that libpq must refuse: it fills in every option, finds the sslmode
     impossible and stops before it looks up a name or opens a socket (fe-connect.c, PQconnectStart).
     """
-    lib = _libpq()
+    lib = libpq.library()
     if lib is None:
         return None
     # A password given here keeps libpq from reading ~/.pgpass.
     text = make_dsn(dsn, sslmode=_REFUSED_SSLMODE, password="-").encode("utf-8", "surrogateescape")
     conn = lib.PQconnectStart(text)
-    options = lib.PQconninfo(conn)
-    if not options:
-        lib.PQfinish(conn)
-        return None
-    found: dict[str, str] = {}
-    index = 0
-    while (option := options[index]).keyword is not None:
-        if option.val is not None:
-            found[option.keyword.decode()] = option.val.decode("utf-8", "surrogateescape")
-        index += 1
+    found = dict(libpq.options(lib, conn))
     message = lib.PQerrorMessage(conn).decode("utf-8", "replace")
-    lib.PQconninfoFree(options)
     lib.PQfinish(conn)
+    if not found:
+        return None
     # The port has a built-in value: without one libpq gave up before the defaults, over the service.
     if "port" not in found:
         service = parse_dsn(dsn).get("service") or os.environ.get("PGSERVICE", "")

@@ -1,5 +1,6 @@
 """The exceptions sharedpool raises; every one is a `psycopg2.pool.PoolError`, so existing handlers keep working."""
 
+from psycopg2 import OperationalError
 from psycopg2.pool import PoolError as PoolError
 
 
@@ -9,6 +10,14 @@ class SharedPoolError(PoolError):
 
 class PoolExhausted(SharedPoolError):
     """The limit is reached and no idle connection could be recalled, for a caller that did not want to wait."""
+
+
+class TooManyWaiting(PoolExhausted):
+    """As many callers as `max_waiting` allows wait for this pool already."""
+
+
+class ServerUnavailable(SharedPoolError, OperationalError):
+    """PostgreSQL accepts no connections just now, as another connect has found; the text is the server's own."""
 
 
 class PoolTimeout(SharedPoolError):

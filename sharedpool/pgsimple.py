@@ -197,6 +197,8 @@ class PgSimple:
         conn = self._conn
         if conn is None:  # closed inside the block
             return
+        if exc is not None and self._pool is not None:
+            self._pool.notice(conn, exc)
         close = failed = True
         try:
             # KeyboardInterrupt, SystemExit and GeneratorExit leave the work half done as well.

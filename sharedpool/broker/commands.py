@@ -1,10 +1,46 @@
-"""What the ledger decides; the server carries it out."""
+"""What the ledger decides; the server carries it out, in this order."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from sharedpool.wire.messages import Backend, Token, ToWorker
+import msgspec
+
+from sharedpool.wire.messages import Backend, PoolSpec, Token, ToWorker
+
+
+class Process(NamedTuple):
+    """A process of this host, as the kernel vouches for it. `started`, in clock ticks, tells a pid used again."""
+
+    pid: int
+    started: int = 0
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """All that a later broker must know of a lease."""
+
+    token: Token
+    session: bytes
+    process: Process | None
+    pid: int
+    host: str
+    title: str
+    pool: PoolSpec
+    max_conn: int
+    expiration_s: float
+    backend: Backend | None = None
+
+
+class Survey(NamedTuple):
+    """What the server lists: backends in start-up, and those whose application_name is this broker's, by that name.
+
+    `serial` is the number of the order; the look began after it was given.
+    """
+
+    serial: int
+    starting: frozenset[int]
+    tagged: dict[Backend, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,20 +52,51 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
+class Record:
+    """Have a lease outlive this broker: written before the grant is sent."""
+
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Erase:
+    """The slot is free."""
+
+    token: Token
+
+
+@dataclass(frozen=True, slots=True)
 class Watch:
-    """Tell the ledger (`session_died`) when the process behind `session` ends."""
+    """Tell the ledger (`session_died`) when `process` ends."""
 
     session: bytes
+    process: Process | None
 
 
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """Make this backend impossible, verify it, then tell the ledger (`fenced`)."""
+    """Make this backend impossible, verify it, then tell the ledger (`backend_gone`)."""
 
     token: Token
     pool: str
     backend: Backend | None
     why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Survey the server, then tell the ledger (`surveyed`). `barrier`: when it has accepted all earlier connects."""
+
+    serial: int
+    barrier: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """See whether the server is still the one it was, then tell the ledger (`answered_doubt`)."""
+
+    pool: str
+    generation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,4 +114,4 @@ class Log:
     text: str
 
 
-Command = Send | Watch | Fence | Forget | Log
+Command = Send | Record | Erase | Watch | Fence | Look | Doubt | Forget | Log

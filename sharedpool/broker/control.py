@@ -2,6 +2,10 @@
 
 It runs in a thread of its own, so that a slow server never stops the leases. A slot is freed only when
 `pg_stat_activity` of the very server the backend ran on does not list (pid, backend_start) any more.
+
+It also *surveys* the server for backends that nobody knows (see `quarantine.py`). The look of a barrier begins with a
+connection that is made anew: a postmaster accepts in the order of arrival, so whatever was tried before is a backend by
+then, or will never be one.
 """
 
 from __future__ import annotations
@@ -15,15 +19,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import psycopg2
-from psycopg2.extensions import parse_dsn
+from psycopg2.extensions import connection, parse_dsn
 
-from sharedpool.broker.commands import Fence
+from sharedpool.broker.commands import Command, Doubt, Fence, Look, Survey
+from sharedpool.broker.ledger import Ledger
 from sharedpool.wire.messages import Backend, Token
+from sharedpool.wire.tag import pattern_of
 
 logger = logging.getLogger("sharedpool.broker")
 
 _FIRST_RETRY_S = 0.005
 _LAST_RETRY_S = 1.0
+_FIRST_RECONNECT_S, _LAST_RECONNECT_S = 0.1, 1.0
 
 _SERVER_SQL = """
 SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,
@@ -43,6 +50,17 @@ WHERE (pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0)) 
 _LOOK_SQL = """
 SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0) FROM pg_stat_activity WHERE pid = ANY(%s)
 """
+# A backend holds the lock on its virtual transaction while it authenticates its client, before it is in
+# pg_stat_activity (PostgreSQL's InitPostgres). This is asked first: what starts meanwhile is in the second answer.
+_STARTING_SQL = "SELECT pid FROM pg_locks WHERE locktype = 'virtualxid' AND pid <> pg_backend_pid()"
+_ACTIVITY_SQL = """
+SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0), coalesce(application_name, ''),
+       coalesce(application_name LIKE %s, false)
+FROM pg_stat_activity
+"""
+
+# What is found out is told to the ledger, in the broker's own thread.
+Word = Callable[[Ledger, float], list[Command]]
 
 
 @dataclass(slots=True)
@@ -54,27 +72,37 @@ class _Job:
 
 
 class Control:
-    """Fences backends over one connection. `gone(token)` is called, in this thread, for each that is confirmed gone."""
+    """Fences backends and looks at the server, over one connection. `tell(word)` is called in this thread."""
 
-    def __init__(self, dsn: str | None, max_conn: int | None, gone: Callable[[Token], None]) -> None:
+    def __init__(self, dsn: str | None, max_conn: int | None, instance: str, tell: Callable[[Word], None]) -> None:
         self._dsn = dsn
         self._max_conn = max_conn
-        self._gone = gone
-        self._inbox: queue.SimpleQueue[Fence | None] = queue.SimpleQueue()
+        self._instance = instance
+        self._tell = tell
+        self._inbox: queue.SimpleQueue[_Job | Token | Look | Doubt | None] = queue.SimpleQueue()
         self._jobs: dict[Token, _Job] = {}
+        self._looks: list[Look] = []
         self._conn: psycopg2.extensions.connection | None = None
         self._boot_us = 0
         self._route = ""
+        self._room = 0
         self._powerless = False
         self._seen: set[tuple[str, int]] = set()  # (address, start) of every server this connection has been on
         self.state = "connecting" if dsn else "none"
         self._thread = threading.Thread(target=self._run, name="sharedpool-control", daemon=True)
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is a server to ask."""
+        return self._dsn is not None
+
     def start(self) -> None:
         """Connect in the background."""
         if self._dsn is None:
             logger.warning(
-                "no control connection (give --dsn): a killed worker's slots stay counted until the broker restarts"
+                "no control connection (give --dsn): a killed worker's query is not ended, and its slot stays counted"
+                " until it ends by itself; what cannot be seen from here (a worker on another host that was killed)"
+                " stays counted until the broker restarts"
             )
         self._thread.start()
 
@@ -83,12 +111,24 @@ class Control:
         self._inbox.put(None)
         self._thread.join(1.0)
 
-    def fence(self, fence: Fence) -> None:
-        """Queue a backend to be ended and confirmed gone. Does not block."""
-        self._inbox.put(fence)
+    def fence(self, fence: Fence, *, after_s: float = 0.0) -> None:
+        """Queue a backend to be ended and confirmed gone, unless it is `settled` within `after_s`. Does not block."""
+        self._inbox.put(_Job(fence, time.monotonic() + after_s))
+
+    def settled(self, token: Token) -> None:
+        """Forget a fence: other evidence has come. Does not block."""
+        self._inbox.put(token)
+
+    def look(self, look: Look) -> None:
+        """Queue a survey of the server. Does not block."""
+        self._inbox.put(look)
+
+    def doubt(self, doubt: Doubt) -> None:
+        """Queue the question whether the server is still the one it was. Does not block."""
+        self._inbox.put(doubt)
 
     def _run(self) -> None:
-        retry_s, retry_at = 0.1, 0.0
+        retry_s, retry_at = _FIRST_RECONNECT_S, 0.0
         while True:
             if self._dsn and self._conn is None and time.monotonic() >= retry_at:
                 try:
@@ -96,43 +136,108 @@ class Control:
                 except psycopg2.Error as error:
                     self._drop(f"unreachable: {str(error).strip()}")
                     logger.warning("control connection: %s; next try in %.1f s", str(error).strip(), retry_s)
-                    retry_at, retry_s = time.monotonic() + retry_s, min(retry_s * 2, 5.0)
+                    retry_at, retry_s = time.monotonic() + retry_s, min(retry_s * 2, _LAST_RECONNECT_S)
             if not self._receive(self._wait_s(retry_at)):
                 break
             if self._conn is not None:
                 try:
                     self._work(time.monotonic())
-                    retry_s = 0.1
+                    retry_s = _FIRST_RECONNECT_S
                 except psycopg2.Error as error:
                     logger.warning("control connection lost: %s", str(error).strip())
                     self._drop("connecting")
-                    retry_at, retry_s = time.monotonic() + retry_s, min(retry_s * 2, 5.0)
+                    retry_at, retry_s = time.monotonic() + retry_s, min(retry_s * 2, _LAST_RECONNECT_S)
         self._drop("stopped")
 
     def _wait_s(self, retry_at: float) -> float | None:
         if self._dsn and self._conn is None:
             return max(0.0, retry_at - time.monotonic())
-        if self._conn is None or not self._jobs:
+        if self._conn is None or not (self._jobs or self._looks):
             return None
+        if self._looks:
+            return 0.0
         return max(0.0, min(job.due for job in self._jobs.values()) - time.monotonic())
 
     def _receive(self, timeout: float | None) -> bool:
         """Take in new jobs, waiting up to `timeout` seconds for the first; return False at the end."""
         try:
-            fence = self._inbox.get(timeout=timeout)
+            item = self._inbox.get(timeout=timeout)
             while True:
-                if fence is None:
-                    return False
-                self._jobs[fence.token] = _Job(fence, time.monotonic())
-                if self._dsn is None:
-                    logger.warning("pool %r: lease %s stays counted: %s", fence.pool, fence.token, _NO_CONTROL)
-                fence = self._inbox.get_nowait()
+                match item:
+                    case None:
+                        return False
+                    case _Job(fence):
+                        self._jobs[fence.token] = item
+                        if self._dsn is None:
+                            logger.warning("pool %r: lease %s stays counted: %s", fence.pool, fence.token, _NO_CONTROL)
+                    case Look():
+                        self._looks.append(item)
+                    case Doubt():
+                        self._answer(item)
+                    case Token():
+                        self._jobs.pop(item, None)
+                item = self._inbox.get_nowait()
         except queue.Empty:
             return True
 
+    def _answer(self, doubt: Doubt) -> None:
+        """Say whether the server that we know still answers."""
+        same = self._conn is not None
+        if self._conn is not None:
+            try:
+                with self._conn.cursor() as cursor:
+                    cursor.execute(_SERVER_SQL)
+                    row = cursor.fetchone()
+                    same = row is not None and row[0] == self._boot_us
+            except psycopg2.Error as error:
+                logger.warning("control connection lost: %s", str(error).strip())
+                self._drop("connecting")
+                same = False
+        self._tell(lambda ledger, now: ledger.answered_doubt(doubt.pool, doubt.generation, same, now))
+
+    def _survey(self, look: Look) -> None:
+        """Look for backends of this broker's pools and for backends in start-up."""
+        if look.barrier:
+            self._pass_barrier()
+        assert self._conn is not None
+        with self._conn.cursor() as cursor:
+            cursor.execute(_STARTING_SQL)
+            started_or_not = {pid for (pid,) in cursor.fetchall()}
+            cursor.execute(_ACTIVITY_SQL, [pattern_of(self._instance)])
+            rows = cursor.fetchall()
+        starting = frozenset(started_or_not - {row[0] for row in rows})
+        tagged = {Backend(pid, start_us, self._boot_us): tag for pid, start_us, tag, ours in rows if ours}
+        survey = Survey(look.serial, starting, tagged)
+        self._tell(lambda ledger, now: ledger.surveyed(survey, now))
+
+    def _pass_barrier(self) -> None:
+        """Make the control connection anew. A server that answers, be it with a refusal, has accepted us."""
+        assert self._dsn is not None
+        try:
+            fresh = psycopg2.connect(self._dsn, **self._defaults())
+        except psycopg2.OperationalError as error:
+            if "FATAL" not in str(error):
+                raise
+            return
+        old, self._conn = self._conn, None
+        if old is not None:
+            old.close()
+        self._prepare(fresh)
+
     def _connect(self) -> None:
         assert self._dsn is not None
-        self._conn = psycopg2.connect(self._dsn, **self._defaults())
+        self._prepare(psycopg2.connect(self._dsn, **self._defaults()))
+        assert self._conn is not None
+        logger.info("control connection: backend %d, room for %d connections", self._conn.info.backend_pid, self._room)
+        if self._max_conn is not None and self._max_conn + 1 > self._room:
+            text = (
+                "max_conn %d and 1 control connection are more than the %d connections the server has for ordinary"
+                " users: raise max_connections or lower max_conn"
+            )
+            logger.warning(text, self._max_conn, self._room)
+
+    def _prepare(self, conn: connection) -> None:
+        self._conn = conn
         self._conn.autocommit = True
         with self._conn.cursor() as cursor:
             cursor.execute(_SERVER_SQL)
@@ -143,14 +248,8 @@ class Control:
             cursor.execute(_ROOM_SQL)
             row = cursor.fetchone()
             assert row is not None
+            self._room = int(row[0])
         self.state = "connected"
-        logger.info("control connection: backend %d, room for %d connections", self._conn.info.backend_pid, row[0])
-        if self._max_conn is not None and self._max_conn + 1 > row[0]:
-            text = (
-                "max_conn %d and 1 control connection are more than the %d connections the server has for ordinary"
-                " users: raise max_connections or lower max_conn"
-            )
-            logger.warning(text, self._max_conn, row[0])
 
     def _defaults(self) -> dict[str, Any]:
         given = parse_dsn(self._dsn or "")
@@ -166,6 +265,9 @@ class Control:
 
     def _work(self, now: float) -> None:
         assert self._conn is not None
+        while self._looks:
+            self._survey(self._looks[0])
+            del self._looks[0]
         due = [job for job in self._jobs.values() if job.due <= now]
         looked = [job for job in due if self._comparable(job)]
         backends = [job.fence.backend for job in looked if job.fence.backend is not None]
@@ -214,7 +316,7 @@ class Control:
         del self._jobs[fence.token]
         pid = fence.backend.pid if fence.backend else 0
         logger.info("pool %r: lease %s: backend %d %s (%s)", fence.pool, fence.token, pid, how, fence.why)
-        self._gone(fence.token)
+        self._tell(lambda ledger, now: ledger.backend_gone(fence.token, now))
 
 
 _NO_CONTROL = "there is no control connection to confirm that its backend is gone"

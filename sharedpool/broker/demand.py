@@ -7,6 +7,10 @@ Decisions only, over the records; nothing here does I/O or reads a clock. `settl
    that their next checkins come back instead of being cached.
 3. A waiter that does not want to wait is refused once every holder has answered, after that waiter's arrival, that it
    has nothing idle. Such a question to all holders is a *round*; later arrivals share the next one.
+4. While connections cannot be opened and the pool has none, every waiter is told the server's error at once.
+
+While `paused` (a restarted broker that does not know yet what is held) requests only queue; while `draining` everybody
+is asked for everything and nothing is granted.
 """
 
 from __future__ import annotations
@@ -44,12 +48,19 @@ class Demand:
         self._round = 0
         self._polling: dict[bytes, int] = {}  # sessions asked in this round, and the recall they are to answer
         self._arrived = 0  # the newest recall when the last request came that does not wait
+        self.paused = self.draining = False
 
     def settle(self, now: float) -> None:
         """Do all that can be done for the waiters after a change."""
         books = self._books
+        if self.draining:
+            self._drain(now)
+            return
+        if self.paused:
+            return
         if books.contended:
             self._serve(now)
+            self._fail(now)
         if books.contended:
             self._recall(now)
             self._refuse(now)  # before the next round begins, or a stream of requests would put it off for ever
@@ -69,13 +80,18 @@ class Demand:
     def _grant(self, waiter: Waiter, now: float) -> None:
         session, pool = waiter.session, waiter.session.pool
         self._books.dequeue(waiter)
-        self._serial += 1
-        lease = Lease(Token(self._epoch, self._serial), session, pool, request=waiter.request)
+        lease = Lease(self.new_token(), session, pool, request=waiter.request)
         self._books.move(lease, SlotState.GRANTED, "granted")
+        pool.backoff.granted(lease.token, len(pool.leases) - 1)
         pool.grants += 1
         pool.waits += now > waiter.since
         self._books.mark_owed(session, min(len(session.leases), self._pressure(pool, session)))
         self.send_grant(lease)
+
+    def new_token(self) -> Token:
+        """Return a lease's name that was never used."""
+        self._serial += 1
+        return Token(self._epoch, self._serial)
 
     def send_grant(self, lease: Lease) -> None:
         """Send a grant, or send it again for a request that was repeated."""
@@ -132,10 +148,10 @@ class Demand:
     def _fence_suspects(self, pools: Iterable[Pool], short: int, now: float) -> int:
         """Fence up to `short` suspect leases; return how many.
 
-        One without a known backend is left alone: there is nothing to look for, and its worker may yet connect.
+        One that has no connection yet is left alone: there is nothing to look for, and its worker may yet connect.
         """
         suspects = chain.from_iterable(pool.suspects.values() for pool in pools)
-        chosen = list(islice((lease for lease in suspects if lease.backend is not None), max(short, 0)))
+        chosen = list(islice((lease for lease in suspects if lease.findable), max(short, 0)))
         for lease in chosen:
             self.fence(lease, "its worker is silent and somebody waits", now)
         return len(chosen)
@@ -144,8 +160,11 @@ class Demand:
         """Have a suspect lease's backend ended and verified; its slot stays counted until then."""
         self._books.move(lease, SlotState.FENCING, why)
         lease.pool.fences += 1
-        if lease.backend is not None:
-            self.expect(lease, now)
+        self.expect(lease, now)
+        self.cut(lease, why)
+
+    def cut(self, lease: Lease, why: str) -> None:
+        """Order the end of a lease's backend."""
         self._emit(Fence(lease.token, lease.pool.name, lease.backend, why))
 
     def expect(self, lease: Lease, now: float) -> None:
@@ -203,6 +222,15 @@ class Demand:
                 self._books.mark_owed(session, 0)
                 self._ask_serial += 1
                 self._emit(Send(session.id, Recall(self._ask_serial, 0, 0, answer=False)))
+
+    def _drain(self, now: float) -> None:
+        """Ask for everything: what lies idle now, all else at its checkin."""
+        for pool in self._books.pools.values():
+            self._take([pool], len(pool.idle), now)
+            for session in [*pool.pressed.values(), *pool.unpressed.values()]:
+                if session.owed < len(session.leases):
+                    self._books.mark_owed(session, len(session.leases))
+                    self.ask(session, now)
 
     def ask(self, session: Session, now: float, *, take: int = 0, expired: bool = False) -> None:
         """Ask a session for `take` idle leases and for what it holds; watch for its answer."""
@@ -289,8 +317,15 @@ class Demand:
                 pool.denials += 1
                 self.deny(waiter, DenyReason.EXHAUSTED, now)
 
+    def _fail(self, now: float) -> None:
+        for pool in list(self._books.contended.values()):
+            if pool.backoff.error and pool.room <= 0 and not pool.connected:
+                for waiter in list(pool.waiters.values()):
+                    pool.denials += 1
+                    self.deny(waiter, DenyReason.FAILING, now)
+
     def deny(self, waiter: Waiter, reason: DenyReason, now: float) -> None:
-        """Refuse a request, saying what its limit is and who holds most of it."""
+        """Refuse a request, saying what its limit is and who holds most of it, or what the server said."""
         books, pool = self._books, waiter.session.pool
         books.dequeue(waiter)
         capped = pool.room > 0 and books.max_conn is not None  # its own limit would allow one more
@@ -302,7 +337,8 @@ class Demand:
             for s in most
         ]
         limit = books.max_conn if capped and books.max_conn is not None else pool.max_conn
-        self._emit(Send(waiter.session.id, Deny(waiter.request, reason, limit, holders, capped)))
+        error, retry_ms = pool.backoff.error, max(0, int((pool.backoff.probe_at - now) * 1000))
+        self._emit(Send(waiter.session.id, Deny(waiter.request, reason, limit, holders, capped, error, retry_ms)))
 
     def check_invariants(self) -> None:
         """Raise `AssertionError` when waiters are left without anything being done for them."""
@@ -311,6 +347,8 @@ class Demand:
             session = books.sessions[session_id]
             assert not session.silent, session.label
             assert session.answered < serial <= session.asked, session.label
+        if self.paused or self.draining:
+            return
         for pool in books.contended.values():
             assert not (pool.room > 0 and books.room > 0), f"{pool.name}: a free slot and a waiter"
             if self._short(pool) > 0:

@@ -34,12 +34,15 @@ _LOG_KEPT_BYTES = 1 << 20
 
 
 def serve(server: Server) -> None:
-    """Run a bound server, in the main thread, until SIGTERM or SIGINT; not SIGINT where a shell has it ignored."""
+    """Run a bound server, in the main thread, until SIGTERM or SIGINT has drained it; the second one ends it at once.
+
+    SIGINT does not count where a shell has it ignored.
+    """
     previous = {}
     for number in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(number) is signal.SIG_IGN:
             continue
-        previous[number] = signal.signal(number, lambda *_: server.stop())
+        previous[number] = signal.signal(number, lambda *_: server.drain())
     try:
         server.run()
     finally:

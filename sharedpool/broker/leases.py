@@ -7,8 +7,12 @@ from collections.abc import Callable
 from typing import Protocol
 
 from sharedpool.broker.demand import Demand
+from sharedpool.broker.quarantine import Quarantine
 from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState
-from sharedpool.wire.messages import LeaseReport, Phase, Token
+from sharedpool.wire.messages import NO_TOKEN, LeaseReport, Phase, Token
+
+# PostgreSQL ends a backend whose client has not logged in by then (authentication_timeout, 60 s by default).
+START_UP_LIMIT_S = 65.0
 
 
 class Logger(Protocol):
@@ -18,7 +22,11 @@ class Logger(Protocol):
 
 
 class Leases:
-    """The leases' side of the ledger. `drop(session)` is called when one of a session's leases is gone."""
+    """The leases' side of the ledger. `drop(session)` is called when one of a session's leases is gone.
+
+    `verifies`: there is a control connection to ask. `remembers`: what former brokers granted is in the books already,
+    so that an unknown lease is one that was taken away, never to be admitted again.
+    """
 
     def __init__(
         self,
@@ -31,6 +39,8 @@ class Leases:
         *,
         max_checkout_s: float,
         recheck_s: float,
+        verifies: bool,
+        remembers: bool,
     ) -> None:
         self._books = books
         self._epoch = epoch
@@ -40,23 +50,50 @@ class Leases:
         self._drop = drop
         self._max_checkout_s = max_checkout_s
         self._recheck_s = recheck_s
+        self._verifies = verifies
+        self._remembers = remembers
+        self.quarantine = Quarantine()
         self._void: set[Token] = set()  # of older epochs, given back or fenced since: not to be claimed again
 
     def free(self, lease: Lease, reason: str) -> None:
         """Free a slot: its backend is gone, or there never was one."""
         if lease.token.epoch != self._epoch:
             self._void.add(lease.token)
+        self.quarantine.discard(lease.token)
         self._books.move(lease, SlotState.FREE, reason)
         self._drop(lease.session)
 
     def fence(self, lease: Lease, why: str, now: float) -> None:
-        """Have a lease's backend ended and verified, whatever its worker does."""
+        """Have a lease's backend ended and verified, whatever its worker does.
+
+        Without a connection to look for, the slot goes into quarantine until the server shows nothing that may be it.
+        """
         if lease.state is not SlotState.SUSPECT:
             self._books.move(lease, SlotState.SUSPECT, why)
-        self._demand.fence(lease, why, now)
+        if lease.findable:
+            self._demand.fence(lease, why, now)
+            return
+        self._books.move(lease, SlotState.FENCING, why)
+        self._demand.expect(lease, now)
+        if self._verifies:
+            self.quarantine.add(lease.token)
+        else:
+            self._arm(now + START_UP_LIMIT_S, "start-up", lease)
+
+    def start_up_due(self, lease: Lease, now: float) -> None:
+        """Free a slot whose connect had no end that anybody saw, and that nobody can look for."""
+        if lease.state is SlotState.FENCING and not lease.findable:
+            self.free(lease, "the server gives no client longer to log in")
+
+    def deposited(self, lease: Lease, now: float) -> None:
+        """Note that the broker has the connection's socket in custody."""
+        lease.custody = True
+        if lease.state is SlotState.FENCING:  # it came late: there is something to end after all
+            self.quarantine.discard(lease.token)
+            self._demand.cut(lease, "its worker is gone")
 
     def reconcile(
-        self, session: Session, reports: list[LeaseReport], now: float, *, seen: int = 0, claim: bool = False
+        self, session: Session, reports: list[LeaseReport], now: float, *, seen: Token = NO_TOKEN, claim: bool = False
     ) -> list[Token]:
         """Bring the books in line with a worker's word; return the tokens it has no right to."""
         revoked = []
@@ -72,22 +109,25 @@ class Leases:
                 revoked.append(report.token)
                 continue
             self._update(lease, report, now)
+        session.vanished &= listed
         for lease in list(session.leases.values()):
-            known = lease.token.epoch != self._epoch or lease.token.serial <= seen
+            known = lease.token.epoch != self._epoch or lease.token <= seen
             if not known or lease.token in listed or lease.state is SlotState.FENCING:
                 continue
-            if lease.backend is None:
+            if not lease.findable:
                 self.free(lease, "not held any more")
             else:
                 self.fence(lease, "its RELEASE was lost", now)  # it may have told that the close was not confirmed
         return revoked
 
     def _claimable(self, token: Token) -> bool:
-        """Say whether a lease may have been held since before this broker started."""
-        return token.epoch < self._epoch and token not in self._books.leases and token not in self._void
+        """Say whether a lease may have been held since before this broker started, unknown to it."""
+        if self._remembers or token.epoch == self._epoch:
+            return False
+        return token not in self._books.leases and token not in self._void
 
     def _update(self, lease: Lease, report: LeaseReport, now: float) -> None:
-        lease.backend = report.backend or lease.backend
+        self._books.identify(lease, report.backend)
         if report.phase is Phase.CONNECTING:
             state = SlotState.OPEN if lease.backend else SlotState.GRANTED
         else:

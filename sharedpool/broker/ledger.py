@@ -3,20 +3,25 @@
 Scope: count slots to `max_conn`, queue requests first come first served, remember what every session says of its
 leases, and free a slot only on evidence that its backend is gone. It receives messages and the time, and returns
 commands (`commands.py`) for the server to carry out. `records.py` keeps the books, `demand.py` serves the queue,
-`leases.py` follows what workers report of their leases.
+`leases.py` follows what workers report of their leases, `health.py` what they report of the server, `recovery.py`
+takes over from a former broker.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from sharedpool.broker.commands import Command, Forget, Log, Send, Watch
+from sharedpool.broker.backoff import Backoff
+from sharedpool.broker.commands import Command, Entry, Forget, Log, Look, Process, Send, Survey, Watch
 from sharedpool.broker.demand import Demand
+from sharedpool.broker.health import Health
 from sharedpool.broker.leases import Leases
+from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState, Waiter
+from sharedpool.broker.recovery import GRACE_OVER, Recovery
 from sharedpool.broker.report import report
 from sharedpool.broker.timers import Timers
 from sharedpool.wire.messages import (
@@ -27,9 +32,11 @@ from sharedpool.wire.messages import (
     Cancel,
     Confirm,
     DenyReason,
+    Gone,
     Hello,
     Phase,
     PoolReport,
+    PoolSpec,
     Reject,
     Release,
     ReleaseReason,
@@ -37,8 +44,21 @@ from sharedpool.wire.messages import (
     SessionReport,
     ToBroker,
     Token,
+    Trouble,
     Welcome,
 )
+from sharedpool.wire.tag import tag_of
+
+# More threads than any process has: what asks for more is no worker.
+_MOST_REQUESTS = 10_000
+
+
+def other_version(version: int) -> str:
+    """Return what a worker of another protocol version is told."""
+    return (
+        f"the broker speaks protocol {PROTOCOL_VERSION}, this worker {version}:"
+        " install the same sharedpool version for both, and restart what is older"
+    )
 
 
 class Ledger:
@@ -46,7 +66,9 @@ class Ledger:
 
     `max_conn` caps the sum over all pools (None: only each pool's own limit); `ttl_s` is how long a session may be
     silent before its leases are suspect; `max_checkout_s` is reported on when a pool asks for nothing else (0: off);
-    `expiration_s` is the longest idle time any pool may ask for.
+    `expiration_s` is the longest idle time any pool may ask for. `verifies`: there is a control connection, so that
+    the server can be asked. `remembers`: all that former brokers granted is given to `restore`. `random` returns
+    numbers from 0 to 1. `instance` and `desk` are told to the workers (`Welcome`).
     """
 
     def __init__(
@@ -57,25 +79,38 @@ class Ledger:
         ttl_s: float = 15.0,
         max_checkout_s: float = 0.0,
         expiration_s: float = math.inf,
+        verifies: bool = True,
+        remembers: bool = False,
+        random: Callable[[], float] = lambda: 0.5,
+        instance: str = "",
+        desk: str = "",
     ) -> None:
         self.epoch = epoch
+        self._verifies = verifies
+        self._random = random
+        self._instance = instance
+        self._desk = desk
         self._ttl_s = ttl_s
         self._expiration_s = expiration_s
-        self._books = Books(max_conn)
         self._out: list[Command] = []
+        self._books = Books(max_conn, self._out.append)
         self._timers = Timers(self._over)
         self._waiter_serial = 0
         self._demand = Demand(self._books, epoch, self._out.append, self._timers.arm)
         self._leases = Leases(
             self._books, epoch, self._demand, self._timers.arm, self._log, self._drop_if_over,
-            max_checkout_s=max_checkout_s, recheck_s=ttl_s / 3,
+            max_checkout_s=max_checkout_s, recheck_s=ttl_s / 3, verifies=verifies, remembers=remembers,
         )  # fmt: skip
+        self._health = Health(self._books, self._out.append, self._timers.arm, self._log, verifies=verifies)
+        self._recovery = Recovery(self._books, self._demand, self._out.append, self._log, self._pool)
+        self._looking_again = False
         self._handlers: dict[type, Callable[[Session, Any, float], None]] = {
             Acquire: self._acquire,
             Cancel: self._cancel,
             Confirm: self._confirm,
             Renew: self._renew,
             Release: self._release,
+            Trouble: lambda session, trouble, _: self._health.trouble(session, trouble),
             Bye: self._bye,
         }
         self._alarms: dict[str, Callable[[Any, float], None]] = {
@@ -85,17 +120,23 @@ class Ledger:
             "checkout": self._leases.checkout_due,
             "answer": self._answer_due,
             "closing": self._leases.closing_due,
+            "start-up": self._leases.start_up_due,
+            "probe": self._health.probe_due,
+            "look": self._look_due,
+            "grace": self._grace_due,
         }
 
     # --- what the server calls
 
-    def handle(self, session_id: bytes, message: ToBroker, now: float) -> list[Command]:
-        """Take in one message; return what is to be done."""
+    def handle(self, session_id: bytes, message: ToBroker, now: float, process: Process | None = None) -> list[Command]:
+        """Take in one message, which the kernel says is from `process`; return what is to be done."""
         if isinstance(message, Hello):
-            self._hello(session_id, message, now)
+            self._hello(session_id, message, now, process)
         elif (session := self._books.sessions.get(session_id)) is None:
             if not isinstance(message, Bye):
                 self._out.append(Send(session_id, Reject("this broker does not know the session")))
+        elif session.restored and not isinstance(message, Release | Bye):
+            self._out.append(Send(session_id, Reject("this broker is a new one")))
         elif not session.ended or isinstance(message, Release):  # a dead worker's last word counts only as evidence
             self._hear(session, now)
             self._handlers[type(message)](session, message, now)
@@ -119,17 +160,81 @@ class Ledger:
             self._end(session, "its worker died", now)
         return self._settled(now)
 
-    def fenced(self, token: Token, now: float) -> list[Command]:
-        """Take in that a fenced lease's backend is gone: its slot is free."""
+    def backend_gone(self, token: Token, now: float) -> list[Command]:
+        """Take in that a lease's backend was seen to be gone, whoever ended it: its slot is free."""
         lease = self._books.leases.get(token)
-        if lease is not None and lease.state is SlotState.FENCING:
-            self._leases.free(lease, "backend confirmed gone")
+        if lease is not None:
+            session = lease.session
+            if not session.ended:
+                session.vanished.add(token)
+                # A worker that is closing it knows.
+                if lease.state in (SlotState.OPEN, SlotState.GRANTED):
+                    self._out.append(Send(session.id, Gone([token])))
+            self._leases.free(lease, "its backend is gone")
         return self._settled(now)
+
+    def expects(self, session_id: bytes, token: Token) -> bool:
+        """Say whether a session may deposit a socket for this lease."""
+        session = self._books.sessions.get(session_id)
+        return session is not None and token in session.leases
+
+    def deposited(self, token: Token, now: float) -> list[Command]:
+        """Take in that the broker has the socket of a lease's connection."""
+        self._leases.deposited(self._books.leases[token], now)
+        return self._settled(now)
+
+    def surveyed(self, survey: Survey, now: float) -> list[Command]:
+        """Take in what the server lists."""
+        strangers = self._books.strangers(survey.tagged)
+        if survey.serial == GRACE_OVER:
+            self._recovery.adopt(survey, strangers)
+            return self._settled(now)
+        for token in self._leases.quarantine.surveyed(survey, strangers, now):
+            self._leases.free(self._books.leases[token], "no backend of its connect is left")
+        if self._leases.quarantine:
+            self._looking_again = True  # a little later
+            self._timers.arm(now + SETTLE_S, "look", self)
+        return self._settled(now)
+
+    def answered_doubt(self, pool: str, generation: int, same: bool, now: float) -> list[Command]:
+        """Take in whether the server behind a pool is still the one it was."""
+        self._health.answered_doubt(pool, generation, same)
+        return self._settled(now)
+
+    def restore(self, entries: Iterable[Entry], now: float) -> list[Command]:
+        """Take over the leases of a former broker, before anything else."""
+        self._recovery.restore(entries, now)
+        return self._settled(now)
+
+    def hold(self, grace_s: float, now: float) -> list[Command]:
+        """Grant nothing for `grace_s`: former brokers may have granted what nobody here knows."""
+        self._demand.paused = True
+        self._timers.arm(now + grace_s, "grace", self)
+        self._log(logging.WARNING, "no journal of a former broker: granting nothing for %.1f s", grace_s)
+        return self._settled(now)
+
+    def drain(self, now: float) -> list[Command]:
+        """Grant nothing any more, and have everything brought back."""
+        self._demand.draining = True
+        for waiter in [waiter for pool in self._books.pools.values() for waiter in pool.waiters.values()]:
+            self._demand.deny(waiter, DenyReason.DRAINING, now)
+        return self._settled(now)
+
+    def paused(self, now: float) -> None:
+        """Take in that this process itself did not run for a while: nobody's silence in that time counts."""
+        for session in self._books.sessions.values():
+            if not session.suspect:
+                session.heard = now
 
     @property
     def sessions(self) -> int:
         """How many sessions are registered."""
         return sum(not (s.suspect or s.ended) for s in self._books.sessions.values())
+
+    @property
+    def state(self) -> str:
+        """What the broker is doing, in a word: serving, waiting (for the grace period's end) or draining."""
+        return "draining" if self._demand.draining else "waiting" if self._demand.paused else "serving"
 
     @property
     def leases(self) -> int:
@@ -140,7 +245,7 @@ class Ledger:
         """Raise `AssertionError` when something that must hold does not."""
         self._books.check_invariants()
         self._demand.check_invariants()
-        claimed = sum(token.epoch != self.epoch for token in self._books.leases)
+        claimed = sum(token.epoch != self.epoch or not lease.session.pid for token, lease in self._books.leases.items())
         for pool in self._books.pools.values():
             assert len(pool.leases) <= pool.max_conn + claimed
         if self._books.max_conn is not None:
@@ -148,21 +253,24 @@ class Ledger:
 
     # --- messages
 
-    def _hello(self, session_id: bytes, hello: Hello, now: float) -> None:
+    def _pool(self, spec: PoolSpec) -> Pool:
+        """Return the pool of that name, made when there is none."""
+        books = self._books
+        pool = books.pools.get(spec.name)
+        if pool is None or pool.unnamed:
+            limit = spec.max_conn if books.max_conn is None else min(books.max_conn, spec.max_conn)
+            if pool is None:
+                pool = books.pools[spec.name] = Pool(spec, limit, Backoff(self._random))
+            pool.spec, pool.max_conn, pool.unnamed = spec, limit, False
+        return pool
+
+    def _hello(self, session_id: bytes, hello: Hello, now: float, process: Process | None) -> None:
         if hello.version != PROTOCOL_VERSION:
-            text = (
-                f"the broker speaks protocol {PROTOCOL_VERSION}, this worker {hello.version}:"
-                " install the same sharedpool version for both"
-            )
-            self._out.append(Send(session_id, Reject(text, fatal=True)))
+            self._out.append(Send(session_id, Reject(other_version(hello.version), fatal=True)))
             return
         books = self._books
-        pool = books.pools.get(hello.pool.name)
-        if pool is None:
-            cap = books.max_conn
-            pool = Pool(hello.pool, hello.pool.max_conn if cap is None else min(cap, hello.pool.max_conn))
-            books.pools[pool.name] = pool
-        elif hello.pool.server != pool.spec.server and session_id not in books.sessions:
+        pool = self._pool(hello.pool)
+        if hello.pool.server != pool.spec.server and session_id not in books.sessions:
             text = "pool %r: process %d connects to %s, the pool's first process to %s; give one of them another name="
             self._log(logging.WARNING, text, pool.name, hello.pid, hello.pool.server, pool.spec.server)
         session = books.sessions.get(session_id)
@@ -170,17 +278,26 @@ class Ledger:
             return  # late: its process is gone
         if session is None:
             expiration_s = min(self._expiration_s, hello.pool.expiration_ms / 1000)
-            session = Session(session_id, hello.pid, hello.host, hello.title, pool, expiration_s, now)
+            session = Session(session_id, hello.pid, hello.host, hello.title, pool, expiration_s, now, process)
             books.sessions[session_id] = pool.sessions[session_id] = session
-            self._out.append(Watch(session_id))
+            self._out.append(Watch(session_id, process))
+            self._timers.arm(now + self._ttl_s, "session", session)
+        elif session.restored:
+            session.restored = False
             self._timers.arm(now + self._ttl_s, "session", session)
         # A worker that starts over has forgotten what it was asked for.
         self._demand.ignore(session)
         self._books.mark_owed(session, 0)
         self._hear(session, now)
+        for held in hello.leases:
+            if (orphan := self._recovery.claimed(held.backend)) is not None:
+                self._leases.free(orphan, "claimed")
         revoked = self._leases.reconcile(session, hello.leases, now, seen=hello.seen, claim=True)
         expiration_ms, ttl_ms = int(session.expiration_s * 1000), int(self._ttl_s * 1000)
-        welcome = Welcome(PROTOCOL_VERSION, self.epoch, pool.max_conn, expiration_ms, ttl_ms, revoked)
+        welcome = Welcome(
+            PROTOCOL_VERSION, self.epoch, pool.max_conn, expiration_ms, ttl_ms, revoked,
+            tag_of(pool.name, self._instance), self._desk, pool.generation,
+        )  # fmt: skip
         self._out.append(Send(session_id, welcome))
 
     def _acquire(self, session: Session, acquire: Acquire, now: float) -> None:
@@ -192,8 +309,13 @@ class Ledger:
         self._waiter_serial += 1
         nowait = acquire.wait_ms <= 0
         waiter = Waiter(session, acquire.request, self._waiter_serial, now, nowait)
+        pool = session.pool
+        crowded = 0 < pool.spec.max_waiting <= len(pool.waiters) or len(session.waiters) >= _MOST_REQUESTS
         self._demand.add(waiter)
-        if not nowait:
+        if crowded or self._demand.draining:
+            pool.denials += 1
+            self._demand.deny(waiter, DenyReason.DRAINING if self._demand.draining else DenyReason.CROWDED, now)
+        elif not nowait:
             self._timers.arm(now + acquire.wait_ms / 1000, "waiter", waiter)
 
     def _cancel(self, session: Session, cancel: Cancel, now: float) -> None:
@@ -204,9 +326,10 @@ class Ledger:
     def _confirm(self, session: Session, confirm: Confirm, now: float) -> None:
         lease = session.leases.get(confirm.token)
         if lease is not None and lease.state is not SlotState.FENCING:
-            lease.backend = confirm.backend
+            self._books.identify(lease, confirm.backend)
             if lease.state is not SlotState.OPEN:
                 self._books.move(lease, SlotState.OPEN, "confirmed")
+            self._health.opened(lease, confirm)
             self._leases.note(lease, Phase.IN_USE, now, "")
 
     def _renew(self, session: Session, renew: Renew, now: float) -> None:
@@ -214,13 +337,16 @@ class Ledger:
         pending = set(renew.pending)
         for waiter in [waiter for waiter in session.waiters.values() if waiter.request not in pending]:
             self._books.dequeue(waiter)  # its CANCEL was lost
+        for token in renew.gone:  # their RELEASE may have been lost
+            if (lease := session.leases.get(token)) is not None:
+                self._leases.free(lease, "given back")
         revoked = self._leases.reconcile(session, renew.leases, now, seen=renew.seen)
         if not renew.answers or revoked:
-            self._out.append(Send(session.id, Ack(revoked)))
+            self._out.append(Send(session.id, Ack(revoked, renew.gone, session.pool.generation)))
         if renew.answers:
             return
         for lease in session.granted.values():
-            if lease.token.serial > renew.seen:
+            if lease.token > renew.seen:
                 self._demand.send_grant(lease)  # the first one was lost, or is on its way
         if not pending <= session.waiters.keys() | session.granted.keys():
             # It waits for what nobody will answer: an ACQUIRE or DENY was lost, or it was silent for too long.
@@ -228,16 +354,22 @@ class Ledger:
 
     def _release(self, session: Session, release: Release, now: float) -> None:
         lease = session.leases.get(release.token)
-        if lease is None or (lease.state is SlotState.FENCING and not release.gone):
+        if release.token in session.vanished:
+            session.vanished.discard(release.token)  # the broker was the first to see its end
+        elif lease is None or (lease.state is SlotState.FENCING and not release.gone):
             return
         if release.reason is ReleaseReason.OWED:
             session.pool.recalls += 1
         if release.reason is ReleaseReason.OWED and session.owed:
             self._books.mark_owed(session, session.owed - 1)
+        if release.error:
+            self._health.failed(session, release, now)
+        if lease is None:
+            return
         if release.gone:
             self._leases.free(lease, release.reason)
             return
-        lease.backend = release.backend or lease.backend
+        self._books.identify(lease, release.backend)
         self._leases.fence(lease, "its worker could not see the backend end", now)
 
     def _bye(self, session: Session, bye: Bye, now: float) -> None:
@@ -259,10 +391,10 @@ class Ledger:
         for lease in list(session.leases.values()):
             if lease.state is SlotState.FENCING:
                 continue
-            if lease.backend is None:
-                self._leases.free(lease, why)  # nothing was confirmed: there is no backend to look for
-            else:
+            if lease.findable or self._verifies:
                 self._leases.fence(lease, why, now)
+            else:
+                self._leases.free(lease, why)  # in the middle of its connect: the backend, if any, has no client
         self._books.mark_owed(session, 0)
         self._drop_if_over(session)
 
@@ -285,6 +417,10 @@ class Ledger:
             return subject.session.waiters.get(subject.request) is not subject
         if isinstance(subject, Lease):
             return subject.state is SlotState.FREE
+        if isinstance(subject, Pool):
+            return self._books.pools.get(subject.name) is not subject
+        if subject is self:
+            return False
         return self._books.sessions.get(subject.id) is not subject
 
     def _waiter_due(self, waiter: Waiter, now: float) -> None:
@@ -316,6 +452,15 @@ class Ledger:
         if self._books.sessions.get(session.id) is session:
             self._demand.answer_due(session, now)
 
+    def _look_due(self, _: object, now: float) -> None:
+        self._looking_again = False
+
+    def _grace_due(self, _: object, now: float) -> None:
+        if self._verifies:
+            self._out.append(Look(GRACE_OVER, barrier=True))
+        else:
+            self._recovery.serve()
+
     # --- output
 
     def _log(self, level: int, text: str, *args: object) -> None:
@@ -323,6 +468,8 @@ class Ledger:
 
     def _settled(self, now: float) -> list[Command]:
         self._demand.settle(now)
+        if not self._looking_again and (order := self._leases.quarantine.order()) is not None:
+            self._out.append(Look(*order))
         out = self._out[:]
         self._out.clear()
         return out

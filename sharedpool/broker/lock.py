@@ -1,7 +1,8 @@
 """One broker per address: an advisory lock that the kernel drops with its holder.
 
 libzmq unlinks an ipc path that is already bound and takes it over, so the socket itself keeps nobody out. The lock file
-also remembers the last epoch, so that tokens of two brokers can never be the same.
+also remembers the last epoch, so that tokens of two brokers can never be the same, and the *instance*, by which the
+server shows whose connections are whose.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ class AlreadyRunning(SharedPoolError):
 
 
 class BrokerLock:
-    """The lock on one address, held while the broker lives. `epoch` is this broker's number."""
+    """The lock on one address, held while the broker lives.
+
+    `epoch` is this broker's number, `first` tells that no other had the file before, `instance` is the address's own.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -36,9 +40,12 @@ class BrokerLock:
                 raise AlreadyRunning(f"a broker{pid} already holds {path}")
             time.sleep(0.01)
         fields = _fields(self._fd)
-        self.epoch = int(fields[0]) + 1 if fields and fields[0].isdigit() else 1
+        self.first = not (fields and fields[0].isdigit())
+        # A first epoch that no broker had whose file is lost.
+        self.epoch = int(time.time()) if self.first else int(fields[0]) + 1
+        self.instance = fields[2] if len(fields) > 2 else os.urandom(4).hex()
         # Unlinked only where no other broker can come: a second inode under the same name would be a second lock.
-        os.pwrite(self._fd, f"{self.epoch} {os.getpid()}\n".encode().ljust(64), 0)
+        os.pwrite(self._fd, f"{self.epoch} {os.getpid()} {self.instance}\n".encode().ljust(64), 0)
 
     def is_ours(self) -> bool:
         """Say whether the file is still at its path, and keep cleaners of temporary directories from taking it."""

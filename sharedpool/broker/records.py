@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
+from sharedpool.broker.backoff import Backoff
+from sharedpool.broker.commands import Command, Entry, Erase, Process, Record
 from sharedpool.wire.messages import Backend, Phase, PoolSpec, Token
 
 
@@ -29,7 +32,8 @@ class SlotState(Enum):
 
 _S = SlotState
 TRANSITIONS: dict[SlotState, frozenset[SlotState]] = {
-    _S.FREE: frozenset({_S.GRANTED, _S.OPEN}),  # OPEN: claimed by HELLO after a broker restart
+    # OPEN: claimed by HELLO after a broker restart; SUSPECT: known from before it.
+    _S.FREE: frozenset({_S.GRANTED, _S.OPEN, _S.SUSPECT}),
     _S.GRANTED: frozenset({_S.OPEN, _S.FREE, _S.SUSPECT}),
     _S.OPEN: frozenset({_S.CLOSING, _S.FREE, _S.SUSPECT}),
     _S.CLOSING: frozenset({_S.OPEN, _S.FREE, _S.SUSPECT}),
@@ -42,7 +46,8 @@ TRANSITIONS: dict[SlotState, frozenset[SlotState]] = {
 class Lease:
     """A slot held by a session; `idle_since` is set while it lies in the worker's cache, `used_since` while it is out.
 
-    `reported_at` is when a checkout that is too long was last reported: one that began later has not been.
+    `reported_at` is when a checkout that is too long was last reported: one that began later has not been. `custody`:
+    the broker has a duplicate of the connection's socket, on which it sees the backend's end.
     """
 
     token: Token
@@ -51,12 +56,18 @@ class Lease:
     state: SlotState = SlotState.FREE
     request: int = 0
     backend: Backend | None = None
+    custody: bool = False
     idle_since: float | None = None
     used_since: float | None = None
     thread: str = ""
     reported_at: float = -math.inf
     expiry_armed: bool = False
     checkout_armed: bool = False
+
+    @property
+    def findable(self) -> bool:
+        """Whether there is something to end and to look for."""
+        return self.backend is not None or self.custody
 
 
 @dataclass(slots=True, eq=False)
@@ -76,6 +87,8 @@ class Session:
     """One worker process's registration; `owed` and `taking` mirror what the worker was last asked for.
 
     `asked` and `answered` are serials of recalls, `awaited` is the one whose answer a timer watches for (0: none).
+    `vanished` are leases whose backends ended before the worker gave them back. `restored`: known from a former
+    broker, and has not said HELLO since.
     """
 
     id: bytes
@@ -85,9 +98,12 @@ class Session:
     pool: Pool
     expiration_s: float
     heard: float
+    process: Process | None = None
     leases: dict[Token, Lease] = field(default_factory=dict)
     granted: dict[int, Lease] = field(default_factory=dict)  # by request, until confirmed
     waiters: dict[int, Waiter] = field(default_factory=dict)
+    vanished: set[Token] = field(default_factory=set)
+    restored: bool = False
     owed: int = 0
     taking: int = 0
     asked: int = 0
@@ -115,6 +131,10 @@ class Pool:
 
     spec: PoolSpec
     max_conn: int
+    backoff: Backoff
+    generation: int = 1
+    doubted: int = 0  # the generation about which the server is being asked
+    unnamed: bool = False  # known by its backends alone: no session has named it yet
     leases: dict[Token, Lease] = field(default_factory=dict)
     sessions: dict[bytes, Session] = field(default_factory=dict)
     waiters: OrderedDict[int, Waiter] = field(default_factory=OrderedDict)
@@ -141,8 +161,13 @@ class Pool:
 
     @property
     def room(self) -> int:
-        """Free slots under this pool's own limit (negative after a claim beyond it)."""
-        return self.max_conn - len(self.leases)
+        """Slots that may be granted under this pool's own limit (negative after a claim beyond it)."""
+        return self.backoff.allowance(self.max_conn) - len(self.leases)
+
+    @property
+    def connected(self) -> int:
+        """How many leases have a connection."""
+        return sum(lease.state is SlotState.OPEN for lease in self.leases.values())
 
     @property
     def coming(self) -> int:
@@ -151,10 +176,11 @@ class Pool:
 
 
 class Books:
-    """All records of one broker, kept consistent by `move`."""
+    """All records of one broker, kept consistent by `move`. `emit` gets what must outlive the broker."""
 
-    def __init__(self, max_conn: int | None) -> None:
+    def __init__(self, max_conn: int | None, emit: Callable[[Command], None]) -> None:
         self.max_conn = max_conn
+        self._emit = emit
         self.pools: dict[str, Pool] = {}
         self.sessions: dict[bytes, Session] = {}
         self.leases: dict[Token, Lease] = {}
@@ -178,6 +204,7 @@ class Books:
         if old is SlotState.FREE:
             self.leases[token] = pool.leases[token] = session.leases[token] = lease
             self.mark_owed(session, session.owed)
+            self._record(lease)
         elif old in (SlotState.CLOSING, SlotState.FENCING):
             pool.incoming.pop(token, None)
         elif old is SlotState.SUSPECT:
@@ -195,6 +222,37 @@ class Books:
         elif new is SlotState.FREE:
             del self.leases[token], pool.leases[token], session.leases[token]
             self.mark_owed(session, session.owed)
+            pool.backoff.ended(token)
+            self._emit(Erase(token))
+
+    def identify(self, lease: Lease, backend: Backend | None) -> None:
+        """Note which backend a lease's connection is on."""
+        if backend is not None and backend != lease.backend:
+            lease.backend = backend
+            self._record(lease)
+
+    def _record(self, lease: Lease) -> None:
+        session, pool = lease.session, lease.pool
+        self._emit(
+            Record(
+                Entry(
+                    lease.token, session.id, session.process, session.pid, session.host, session.title,
+                    pool.spec, pool.max_conn, session.expiration_s, lease.backend,
+                )
+            )
+        )  # fmt: skip
+
+    def strangers(self, backends: Iterable[Backend]) -> list[Backend]:
+        """Return those that no lease is known to be on. Start time 0 (not ours to see) makes a pid alone count."""
+        known = [lease.backend for lease in self.leases.values() if lease.backend is not None]
+        pids, exact = {b.pid for b in known}, {(b.pid, b.start_us) for b in known}
+        unsure = {b.pid for b in known if not b.start_us}
+        return [
+            backend
+            for backend in backends
+            if (backend.pid not in pids if not backend.start_us else (backend.pid, backend.start_us) not in exact)
+            and backend.pid not in unsure
+        ]
 
     def mark_phase(self, lease: Lease, phase: Phase, since: float | None) -> None:
         """Note whether an OPEN lease lies idle or is in use, since when."""

@@ -34,6 +34,9 @@ def _report_pool(pool: Pool) -> PoolReport:
         timeouts=pool.timeouts,
         recalls=pool.recalls,
         fences=pool.fences,
+        quarantined=sum(x.state is SlotState.FENCING and not x.findable for x in pool.leases.values()),
+        generation=pool.generation,
+        error=pool.backoff.error,
     )
 
 

@@ -1,8 +1,7 @@
 """The broker's loop: messages and process ends in, the ledger decides, its commands are carried out.
 
-One thread owns the ROUTER socket and the ledger. Every worker on this host is watched by a pidfd, which becomes
-readable the moment the process ends. What other threads have to say (the control connection, `stop`) comes through a
-queue and a wake-up socket.
+One thread owns the ROUTER socket, the desk, the journal and the ledger. What other threads have to say (the control
+connection, `stop`) comes through a queue and a wake-up socket.
 """
 
 from __future__ import annotations
@@ -10,32 +9,38 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import resource
 import selectors
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import zmq
 from msgspec import structs
 
-from sharedpool.broker.commands import Command, Fence, Forget, Log, Send, Watch
-from sharedpool.broker.control import Control
-from sharedpool.broker.ledger import Ledger
+from sharedpool.broker import desk as desks
+from sharedpool.broker.commands import Command, Doubt, Erase, Fence, Forget, Log, Look, Process, Record, Send, Watch
+from sharedpool.broker.control import Control, Word
+from sharedpool.broker.journal import Journal
+from sharedpool.broker.ledger import Ledger, other_version
 from sharedpool.broker.lock import BrokerLock
+from sharedpool.broker.processes import Watched, is_running, peer_of, process
 from sharedpool.errors import ProtocolError, SharedPoolError
 from sharedpool.wire import address as addresses
-from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, encode
-from sharedpool.wire.messages import PROTOCOL_VERSION, Hello, Report, Status, Token
+from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, encode, hello_version
+from sharedpool.wire.messages import PROTOCOL_VERSION, Hello, Reject, Report, Status, Token
 
 logger = logging.getLogger("sharedpool.broker")
 
 # Messages taken in one go before timers and process ends get their turn.
 _BATCH = 500
+# A loop that was away for so long did not run (SIGSTOP, a suspended machine): silence in that time is no sign.
+_AWAY_S = 1.0
+# What a cut does by itself, it does by then.
+_CUT_HEAD_START_S = 0.02
 # A lock file that somebody deleted locks nobody out any more.
 _LOOK_EVERY_S = 10.0
 
@@ -51,11 +56,12 @@ class BrokerSettings:
     max_checkout_s: float = 0.0
     ttl_s: float = 15.0
     linger_s: float | None = None
+    drain_timeout_s: float = 10.0
     one_off: bool = False  # nobody will ever listen there again: leave no lock file behind
 
 
 class Server:
-    """One broker. `bind`, then `run` until `stop` is called (from any thread or signal handler)."""
+    """One broker. `bind`, then `run` until `drain` or `stop` is called (from any thread or signal handler)."""
 
     def __init__(self, settings: BrokerSettings) -> None:
         self.settings = settings
@@ -66,11 +72,13 @@ class Server:
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
-        self._calls: deque[Callable[[float], list[Command]]] = deque()
-        self._stopping = False
-        self._pidfds: dict[bytes, int] = {}
-        self._peers: dict[bytes, int] = {}
-        self._started = self._look_at = time.monotonic()
+        self._calls: deque[Word] = deque()
+        self._stopping = self._drain_asked = False
+        self._drained_by: float | None = None
+        self._watched = Watched(self._selector)
+        self._desk: desks.Desk | None = None
+        self._ipc = settings.address.startswith("ipc://")
+        self._started = self._look_at = self._awake_at = time.monotonic()
         self._host = socket.gethostname()
 
     def bind(self) -> None:
@@ -80,14 +88,27 @@ class Server:
             self._lock = BrokerLock(addresses.lock_path(settings.address))
         except OSError as error:
             raise SharedPoolError(f"cannot lock {error.filename}: {error.strerror}") from error
+        try:
+            self._journal = Journal(addresses.journal_path(settings.address))
+        except OSError as error:
+            self._lock.release()
+            raise SharedPoolError(f"cannot write {error.filename}: {error.strerror}") from error
+        self._open_desk(addresses.desk_path(settings.address))
         self._ledger = Ledger(
             self._lock.epoch,
             max_conn=settings.max_conn,
             ttl_s=settings.ttl_s,
             max_checkout_s=settings.max_checkout_s,
+            verifies=settings.dsn is not None,
+            remembers=self._journal.intact,
+            random=random.random,
+            instance=self._lock.instance,
+            desk="" if self._desk is None else str(self._desk.path),
             **({} if settings.expiration_s is None else {"expiration_s": settings.expiration_s}),
         )
-        self._control = Control(settings.dsn, settings.max_conn, self._backend_gone)
+        self._control = Control(settings.dsn, settings.max_conn, self._lock.instance, self._tell)
+        # A crashed broker leaves its socket, should somebody have deleted the rest.
+        self._follows = not self._lock.first or (self._ipc and Path(settings.address.removeprefix("ipc://")).exists())
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unreachable peer is an error, not silence
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker that reconnects replaces its old connection
         self._router.setsockopt(zmq.LINGER, 0)
@@ -95,34 +116,64 @@ class Server:
         if settings.address.startswith("ipc://"):
             path = Path(settings.address.removeprefix("ipc://"))
             if path.is_symlink() or (path.exists() and not path.is_socket()):
-                self._lock.release()
+                self._unlock()
                 raise SharedPoolError(f"cannot listen at {settings.address}: there is a file that is no socket")
         self._router.setsockopt(zmq.IPV6, 1)
         mask = os.umask(0o177)  # the socket is this user's alone, wherever it lies
         try:
             self._router.bind(settings.address)
         except zmq.ZMQError as error:
-            self._lock.release()
+            self._unlock()
             raise SharedPoolError(f"cannot listen at {settings.address}: {error}") from error
         finally:
             os.umask(mask)
+
+    def _open_desk(self, path: Path | None) -> None:
+        """Open the desk where there can be one; without it workers see their backends' ends by themselves."""
+        if not desks.SUPPORTED or path is None:
+            return
+        try:
+            self._desk = desks.Desk(
+                path,
+                lambda session, token: self._ledger.expects(session, token),
+                lambda token: self._execute(self._ledger.deposited(token, time.monotonic())),
+                lambda token: self._ended(token),
+            )
+        except OSError as error:
+            logger.warning("no desk at %s (%s): a killed worker's slots come back later", path, error)
+
+    def _unlock(self) -> None:
+        assert self._lock is not None
+        if self._desk is not None:
+            self._desk.unlink()
+            self._desk.close()
+        self._journal.close(for_good=self._lock.first and not self._journal.entries)
+        self._lock.release()
 
     def run(self) -> None:
         """Serve until stopped, or until nobody has used the broker for `linger_s`."""
         self._selector.register(int(self._router.getsockopt(zmq.FD)), selectors.EVENT_READ, None)
         self._selector.register(self._wake_in, selectors.EVENT_READ, None)
+        if self._desk is not None:
+            self._selector.register(self._desk.lines, selectors.EVENT_READ, self._desk.receive)
+            self._selector.register(self._desk.custody, selectors.EVENT_READ, self._desk.see)
         assert self._lock is not None, "bind() first"
         _raise_descriptor_limit()
         self._announce()
         self._control.start()
-        unused_since = self._started
+        self._take_over()
+        unused_since = self._awake_at = time.monotonic()
         try:
             while not self._stopping:
                 more = self._receive()
                 now = time.monotonic()
+                if now - self._awake_at > _AWAY_S:
+                    self._ledger.paused(now)
                 while self._calls and not more:  # last words before a death
-                    self._execute(self._calls.popleft()(now))
+                    self._execute(self._calls.popleft()(self._ledger, now))
                 self._execute(self._ledger.tick(now))
+                if self._is_drained(now):
+                    break
                 if now >= self._look_at:
                     self._look_at = now + _LOOK_EVERY_S
                     if not self._lock.is_ours():
@@ -133,7 +184,9 @@ class Server:
                 elif self.settings.linger_s is not None and now - unused_since >= self.settings.linger_s:
                     logger.info("unused for %.0f s: leaving", self.settings.linger_s)
                     break
-                self._wait(0.0 if more else self._timeout_s(now, unused_since))
+                timeout_s = 0.0 if more else self._timeout_s(now, unused_since)
+                self._awake_at = time.monotonic() + timeout_s
+                self._wait(timeout_s)
         finally:
             self._close()
 
@@ -141,6 +194,45 @@ class Server:
         """Make `run` return soon. Safe in a signal handler and from any thread."""
         self._stopping = True
         self._wake()
+
+    def drain(self) -> None:
+        """Make `run` return when all leases are back, or after `drain_timeout_s`; at once when called again.
+
+        Safe in a signal handler and from any thread.
+        """
+        if self._drain_asked:
+            self._stopping = True
+        self._drain_asked = True
+        self._wake()
+
+    def _is_drained(self, now: float) -> bool:
+        if not self._drain_asked:
+            return False
+        if self._drained_by is None:
+            self._drained_by = now + self.settings.drain_timeout_s
+            text = "draining %d leases, for at most %.1f s; a second signal ends it at once"
+            logger.info(text, self._ledger.leases, self.settings.drain_timeout_s)
+            self._execute(self._ledger.drain(now))
+        if not self._ledger.leases:
+            return True
+        if now >= self._drained_by:
+            logger.warning("%d leases were not brought back: their connections live on", self._ledger.leases)
+            return True
+        return False
+
+    def _take_over(self) -> None:
+        """Begin where a former broker ended."""
+        assert self._lock is not None
+        now = time.monotonic()
+        entries = self._journal.entries
+        if self.settings.dsn is None:  # there is nobody to confirm the end of what the dead have left
+            entries = [entry for entry in entries if entry.process is None or is_running(entry.process)]
+            for entry in self._journal.entries:
+                if entry not in entries:
+                    self._journal.erase(entry.token)
+        self._execute(self._ledger.restore(entries, now))
+        if self._follows and not self._journal.intact:
+            self._execute(self._ledger.hold(self.settings.ttl_s, now))
 
     def stop_when_closed(self, fd: int) -> None:
         """Stop when the other end of this pipe is closed: its owner is gone. Call before `run`."""
@@ -160,28 +252,32 @@ class Server:
 
     def _take_in(self, frames: list[bytes], last: zmq.Frame) -> None:
         session = frames[0]
+        peer = peer_of(last, ipc=self._ipc)
+        if peer.uid not in (None, os.getuid(), 0):
+            logger.warning("dropped a message from uid %d", peer.uid)
+            return
         try:
             if len(frames) != 2:
                 raise ProtocolError(f"{len(frames)} frames instead of 2")
             message = decode_to_broker(frames[1])
         except ProtocolError as error:
-            logger.warning("dropped a message from %s: %s", session.hex()[:12], error)
+            if len(frames) == 2 and (version := hello_version(frames[1])) not in (None, PROTOCOL_VERSION):
+                self._send(session, encode(Reject(other_version(version), fatal=True)))
+            else:
+                logger.warning("dropped a message from %s: %s", session.hex()[:12], error)
             return
         now = time.monotonic()
+        sender: Process | None = None
         if isinstance(message, Status):
             self._execute([Send(session, self._report(now))])
             return
         if isinstance(message, Hello):
-            peer = _peer(last, ipc=self.settings.address.startswith("ipc://"))
-            if peer.uid not in (None, os.getuid(), 0):
-                logger.warning("dropped a HELLO from uid %d", peer.uid)
-                return
             # By tcp only a process of this very host, by loopback, can be found by the pid it claims.
             if message.host == self._host:
                 message = structs.replace(message, host="")  # in texts only other hosts are named
-            self._peers[session] = peer.pid or (message.pid if peer.loopback and not message.host else 0)
-        self._execute(self._ledger.handle(session, message, now))
-        self._peers.pop(session, None)
+            if pid := peer.pid or (message.pid if peer.loopback and not message.host else 0):
+                sender = process(pid)
+        self._execute(self._ledger.handle(session, message, now, sender))
 
     def _wait(self, timeout: float | None) -> None:
         for key, _ in self._selector.select(timeout):
@@ -205,12 +301,17 @@ class Server:
         return max(0.0, min(deadlines) - now)
 
     def _died(self, session: bytes) -> None:
-        self._unwatch(session)
+        self._watched.forget(session)
         # Last words first: a RELEASE that is already here is better evidence than a death.
-        self._calls.append(lambda now: self._ledger.session_died(session, now))
+        self._calls.append(lambda ledger, now: ledger.session_died(session, now))
 
-    def _backend_gone(self, token: Token) -> None:
-        self._calls.append(lambda now: self._ledger.fenced(token, now))
+    def _ended(self, token: Token) -> None:
+        """Take in that the backend of a socket in custody has ended."""
+        self._control.settled(token)
+        self._execute(self._ledger.backend_gone(token, time.monotonic()))
+
+    def _tell(self, word: Word) -> None:
+        self._calls.append(word)
         self._wake()
 
     def _wake(self) -> None:
@@ -224,14 +325,30 @@ class Server:
             match command:
                 case Send(session, message):
                     self._send(session, encode(message))
+                case Record(entry):
+                    self._journal.record(entry)
+                case Erase(token):
+                    self._journal.erase(token)
+                    if self._desk is not None:
+                        self._desk.drop(token)
                 case Fence():
-                    self._control.fence(command)
-                case Watch(session):
-                    self._watch(session)
+                    self._fence(command)
+                case Look():
+                    self._control.look(command)
+                case Doubt():
+                    self._control.doubt(command)
+                case Watch(session, watched):
+                    if not self._watched.watch(session, watched):
+                        self._died(session)
                 case Forget(session):
-                    self._unwatch(session)
+                    self._watched.forget(session)
                 case Log(level, text):
                     logger.log(level, "%s", text)
+
+    def _fence(self, fence: Fence) -> None:
+        cut = self._desk is not None and self._desk.cut(fence.token)
+        if fence.backend is not None and (self._control.exists or not cut):
+            self._control.fence(fence, after_s=_CUT_HEAD_START_S if cut else 0.0)
 
     def _send(self, session: bytes, frame: bytes) -> None:
         try:
@@ -239,27 +356,6 @@ class Server:
         except zmq.ZMQError as error:
             # Gone or not reading: the state stands, the session's next RENEW or its death repairs it.
             logger.debug("not sent to %s: %s", session.hex()[:12], error)
-
-    def _watch(self, session: bytes) -> None:
-        pid = self._peers.get(session)
-        if not pid or not hasattr(os, "pidfd_open"):
-            return  # another host or platform: heartbeats alone tell
-        try:
-            fd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            self._calls.append(lambda now: self._ledger.session_died(session, now))
-            return
-        except OSError as error:
-            logger.warning("cannot watch process %d (%s): only its silence will tell of its death", pid, error)
-            return
-        self._pidfds[session] = fd
-        self._selector.register(fd, selectors.EVENT_READ, session)
-
-    def _unwatch(self, session: bytes) -> None:
-        fd = self._pidfds.pop(session, None)
-        if fd is not None:
-            self._selector.unregister(fd)
-            os.close(fd)
 
     # --- words
 
@@ -281,18 +377,25 @@ class Server:
             self._control.state,
             pools,
             sessions,
+            len(self._desk) if self._desk is not None else 0,
+            self._ledger.state,
         )
 
     def _close(self) -> None:
         self._control.stop()
-        for session in list(self._pidfds):
-            self._unwatch(session)
+        self._watched.close()
         self._router.close()
         self._context.term()
         assert self._lock is not None
-        if self.settings.address.startswith("ipc://") and self._lock.is_ours():
+        ours = self._lock.is_ours()
+        if self._ipc and ours:
             # Before the lock is let go: afterwards the path may be the next broker's.
             Path(self.settings.address.removeprefix("ipc://")).unlink(missing_ok=True)
+        if self._desk is not None:
+            if ours:
+                self._desk.unlink()
+            self._desk.close()
+        self._journal.close(for_good=self.settings.one_off and ours)
         self._selector.close()
         self._wake_in.close()
         self._wake_out.close()
@@ -300,30 +403,12 @@ class Server:
         logger.info("broker %d stopped", os.getpid())
 
 
-class _Peer(NamedTuple):
-    uid: int | None = None
-    pid: int | None = None
-    loopback: bool = False
-
-
-def _peer(frame: zmq.Frame, *, ipc: bool) -> _Peer:
-    """Return who sent a frame: uid and pid as the kernel vouches for them (ipc on Linux), or how it came (tcp)."""
-    try:
-        address = str(frame.get("Peer-Address"))
-    except zmq.ZMQError:
-        return _Peer()
-    if not ipc:
-        return _Peer(loopback=address.removeprefix("::ffff:").startswith("127.") or address == "::1")
-    fields = address.rsplit(":", 3)
-    return _Peer(int(fields[1]), int(fields[3])) if len(fields) == 4 else _Peer()
-
-
 def _raise_descriptor_limit() -> None:
-    """Allow as many descriptors as we may have: every worker costs two, and libzmq aborts when there are none left."""
+    """Allow as many descriptors as we may have: every worker costs some, and libzmq aborts when there are none left."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = hard if hard != resource.RLIM_INFINITY else max(soft, 65536)
     if soft != wanted:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         except (OSError, ValueError) as error:
-            logger.warning("only %d descriptors, for about %d workers: %s", soft, soft // 2, error)
+            logger.warning("only %d descriptors, for about %d workers: %s", soft, soft // 4, error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import click
 
 from sharedpool.broker.launch import serve
@@ -27,6 +29,15 @@ from sharedpool.wire.address import default_address
     show_envvar=True,
     help="Leave when nobody has used it for so many seconds.  [default: stay]",
 )
+@click.option(
+    "--drain-timeout",
+    type=SECONDS,
+    default=10.0,
+    show_default=True,
+    envvar="SHAREDPOOL_DRAIN_TIMEOUT",
+    show_envvar=True,
+    help="How long to wait for leases to come back after SIGTERM or SIGINT.",
+)
 def broker(
     max_conn: int,
     expiration: float | None,
@@ -35,8 +46,12 @@ def broker(
     ttl: float,
     bind: str | None,
     linger: float | None,
+    drain_timeout: float,
 ) -> None:
     """Run a broker in the foreground, logging to stderr, until SIGTERM or SIGINT.
+
+    Then it drains: it lends nothing any more, has idle connections closed, and ends when the last lease is back, or
+    after --drain-timeout; a second signal ends it at once. No connection that a worker holds is broken by its end.
 
     Workers find it by SHAREDPOOL_BROKER=ADDRESS, or config_pool(broker=ADDRESS). Exit status 0 after a stop, 1 when
     another broker has the address or it cannot be bound, 2 for a wrong option.
@@ -46,7 +61,8 @@ def broker(
         address = bind or default_address()
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
-    server = Server(settings_from(address, "--bind", max_conn, expiration, max_checkout, dsn, ttl, linger))
+    settings = settings_from(address, "--bind", max_conn, expiration, max_checkout, dsn, ttl, linger)
+    server = Server(replace(settings, drain_timeout_s=drain_timeout))
     try:
         server.bind()
     except AlreadyRunning as error:

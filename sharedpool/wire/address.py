@@ -78,6 +78,21 @@ def check_address(address: str, source: str) -> str:
 
 def lock_path(address: str) -> Path:
     """Return the lock file of the broker at `address`: beside its socket, or in the runtime directory for tcp."""
+    return _beside(address, ".lock")
+
+
+def journal_path(address: str) -> Path:
+    """Return where the broker at `address` keeps its journal."""
+    return _beside(address, ".journal")
+
+
+def desk_path(address: str) -> Path | None:
+    """Return where the broker at `address` has its desk; None where the path would be too long for a socket."""
+    path = _beside(address, ".desk")
+    return path if len(os.fsencode(path)) <= _MAX_SOCKET_PATH else None
+
+
+def _beside(address: str, suffix: str) -> Path:
     if address.startswith("ipc://"):
-        return Path(address[len("ipc://") :] + ".lock")
-    return runtime_dir() / (re.sub(r"[^0-9A-Za-z.]+", "-", address) + ".lock")
+        return Path(address[len("ipc://") :] + suffix)
+    return runtime_dir() / (re.sub(r"[^0-9A-Za-z.]+", "-", address) + suffix)

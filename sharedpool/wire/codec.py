@@ -7,7 +7,7 @@ from typing import TypeVar
 import msgspec
 
 from sharedpool.errors import ProtocolError
-from sharedpool.wire.messages import ToBroker, ToWorker
+from sharedpool.wire.messages import Deposit, Hello, ToBroker, ToWorker
 
 # The largest honest message is a RENEW with every lease of a big pool; anything longer is not ours.
 MAX_FRAME_BYTES = 1 << 20
@@ -15,11 +15,13 @@ MAX_FRAME_BYTES = 1 << 20
 _encoder = msgspec.msgpack.Encoder()
 _to_broker: msgspec.msgpack.Decoder[ToBroker] = msgspec.msgpack.Decoder(ToBroker)
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_to_desk: msgspec.msgpack.Decoder[Deposit] = msgspec.msgpack.Decoder(Deposit)
+_HELLO_TAG = Hello.__struct_config__.tag
 
 M = TypeVar("M")
 
 
-def encode(message: ToBroker | ToWorker) -> bytes:
+def encode(message: ToBroker | ToWorker | Deposit) -> bytes:
     """Return the one frame that carries `message`."""
     return _encoder.encode(message)
 
@@ -32,6 +34,25 @@ def decode_to_broker(frame: bytes) -> ToBroker:
 def decode_to_worker(frame: bytes) -> ToWorker:
     """Read a broker's message; raise `ProtocolError` for anything else."""
     return _decode(_to_worker, frame)
+
+
+def decode_to_desk(packet: bytes) -> Deposit:
+    """Read what came with a socket; raise `ProtocolError` for anything else."""
+    return _decode(_to_desk, packet)
+
+
+def hello_version(frame: bytes) -> int | None:
+    """Return the protocol version of a frame that begins as a HELLO does, of whatever version; else None.
+
+    So that a worker of another version can be told, in a REJECT, which no version changes.
+    """
+    try:
+        fields = msgspec.msgpack.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    if isinstance(fields, list) and len(fields) > 1 and fields[0] == _HELLO_TAG and isinstance(fields[1], int):
+        return fields[1]
+    return None
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[M], frame: bytes) -> M:

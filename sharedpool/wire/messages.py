@@ -10,16 +10,26 @@ repeated, a lease is named by a token that is never used twice.
                                                 ◄─────  WELCOME(epoch, limit, ttl)   or REJECT(reason)
       ACQUIRE(request, wait)                    ─────►
                                                 ◄─────  GRANT(request, token)        or DENY(request, who holds)
-      [connects]  CONFIRM(token, backend)       ─────►
+      [connects]  DEPOSIT(token) + socket       ═════►                               at the desk
+                  CONFIRM(token, backend)       ─────►
                                                 ◄─────  RECALL(take, owed)           somebody else waits
       RENEW(leases, answers)  RELEASE(token)    ─────►                               what is idle now, what is given
       RENEW(leases)                             ─────►                               heartbeat, every third of the TTL
                                                 ◄─────  ACK(revoked)
+      TROUBLE(code)                             ─────►                               the server fails over, perhaps
+                                                ◄─────  STALE(generation)            drop what is older
+                                                ◄─────  GONE(tokens)                 these backends have ended
       BYE                                       ─────►
 
 `take` asks for idle leases now. `owed` is how many of the next checkins are to be given back instead of cached: an
 absolute number, so that a repeated or late RECALL does no harm (`serial` tells which is the newest).
 A command-line client sends STATUS without a HELLO and gets a REPORT.
+
+The *desk* (═) is a unix SEQPACKET socket beside the ZeroMQ one: each DEPOSIT carries a duplicate of a connection's
+socket. When it closes, the broker is gone.
+
+From a HELLO until its WELCOME a worker takes in nothing else: a grant of a former broker, or of this one before it
+knew what is held, counts as lost and is sent again.
 """
 
 from __future__ import annotations
@@ -29,7 +39,7 @@ from typing import NamedTuple
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Token(NamedTuple):
@@ -40,6 +50,9 @@ class Token(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.epoch}-{self.serial}"
+
+
+NO_TOKEN = Token(0, 0)
 
 
 class Struct(msgspec.Struct, frozen=True, array_like=True):
@@ -65,6 +78,7 @@ class PoolSpec(Struct, frozen=True):
     expiration_ms: int
     max_checkout_ms: int = 0
     server: str = ""
+    max_waiting: int = 0
 
 
 class Phase(StrEnum):
@@ -106,7 +120,7 @@ class Hello(Struct, frozen=True, tag="hello"):
     title: str
     pool: PoolSpec
     leases: list[LeaseReport] = []
-    seen: int = 0
+    seen: Token = NO_TOKEN
 
 
 class Acquire(Struct, frozen=True, tag="acquire"):
@@ -132,14 +146,15 @@ class Confirm(Struct, frozen=True, tag="confirm"):
 class Renew(Struct, frozen=True, tag="renew"):
     """All leases and pending requests of this session (heartbeat, or the answer to RECALL number `answers`).
 
-    `seen` is the highest serial of a grant that has arrived: a lease above it is still on its way, one at or below it
-    that is not listed is not held any more.
+    `seen` is the newest grant that has arrived: a lease above it is still on its way, one at or below it that is not
+    listed is not held any more. `gone` are leases given back whose backends were seen to end, until an ACK has come.
     """
 
     leases: list[LeaseReport]
-    seen: int
+    seen: Token
     answers: int = 0
     pending: list[int] = []
+    gone: list[Token] = []
 
 
 class ReleaseReason(StrEnum):
@@ -152,16 +167,29 @@ class ReleaseReason(StrEnum):
     BROKEN = "broken"  # the connection is dead, or a callback rejected it
     FAILED = "failed"  # it could not be opened
     UNUSED = "unused"  # the grant came too late
+    STALE = "stale"  # of an older generation
     CLOSED = "closed"  # the caller, `disable_pooling` or `release_all` closed it
 
 
 class Release(Struct, frozen=True, tag="release"):
-    """Give a lease back. `gone` is False when the worker could not see its backend's end: the broker must look."""
+    """Give a lease back. `gone` is False when the worker could not see its backend's end: the broker must look.
+
+    `error` is what kept the connection from being opened, when that may concern the whole pool (the server is down,
+    starts up or is full), not this worker alone (a wrong password).
+    """
 
     token: Token
     gone: bool
     reason: ReleaseReason
     backend: Backend | None = None
+    error: str = ""
+
+
+class Trouble(Struct, frozen=True, tag="trouble"):
+    """A connection of `generation` tells that the server fails over: by SQLSTATE, or (`code` "") since it is dead."""
+
+    generation: int
+    code: str
 
 
 class Bye(Struct, frozen=True, tag="bye"):
@@ -178,7 +206,11 @@ class Status(Struct, frozen=True, tag="status"):
 
 
 class Welcome(Struct, frozen=True, tag="welcome"):
-    """The session is registered; `max_conn` and `expiration_ms` are what the broker enforces for it."""
+    """The session is registered; `max_conn` and `expiration_ms` are what the broker enforces for it.
+
+    `tag` is the application_name by which the server shows the pool's connections as this broker's. `desk` is the
+    path of the desk's socket, empty where there is none.
+    """
 
     version: int
     epoch: int
@@ -186,6 +218,9 @@ class Welcome(Struct, frozen=True, tag="welcome"):
     expiration_ms: int
     ttl_ms: int
     revoked: list[Token] = []
+    tag: str = ""
+    desk: str = ""
+    generation: int = 0
 
 
 class Reject(Struct, frozen=True, tag="reject"):
@@ -209,16 +244,24 @@ class DenyReason(StrEnum):
 
     EXHAUSTED = "exhausted"
     TIMEOUT = "timeout"
+    CROWDED = "crowded"  # max_waiting others wait already
+    FAILING = "failing"  # connections cannot be opened just now
+    DRAINING = "draining"  # the broker is about to end
 
 
 class Deny(Struct, frozen=True, tag="deny"):
-    """No lease; `holders` hold most of the limit that is reached: the pool's, or (`capped`) that over all pools."""
+    """No lease; `holders` hold most of the limit that is reached: the pool's, or (`capped`) that over all pools.
+
+    `error` is the server's, when connections cannot be opened; the next try is in `retry_ms`.
+    """
 
     request: int
     reason: DenyReason
     max_conn: int
     holders: list[Holder] = []
     capped: bool = False
+    error: str = ""
+    retry_ms: int = 0
 
 
 class Recall(Struct, frozen=True, tag="recall"):
@@ -235,9 +278,26 @@ class Recall(Struct, frozen=True, tag="recall"):
 
 
 class Ack(Struct, frozen=True, tag="ack"):
-    """A RENEW arrived; `revoked` leases are not the session's any more: discard them."""
+    """A RENEW arrived; `revoked` leases are not the session's any more: discard them.
+
+    `gone` are those of RENEW's that need not be told again, `generation` is the newest.
+    """
 
     revoked: list[Token] = []
+    gone: list[Token] = []
+    generation: int = 0
+
+
+class Gone(Struct, frozen=True, tag="gone"):
+    """The broker has seen these backends end: their leases are over."""
+
+    tokens: list[Token]
+
+
+class Stale(Struct, frozen=True, tag="stale"):
+    """Replace every connection that was opened under an older generation."""
+
+    generation: int
 
 
 class SessionReport(Struct, frozen=True):
@@ -276,6 +336,9 @@ class PoolReport(Struct, frozen=True):
     timeouts: int
     recalls: int
     fences: int
+    quarantined: int = 0
+    generation: int = 0
+    error: str = ""
 
 
 class Report(Struct, frozen=True, tag="report"):
@@ -291,7 +354,19 @@ class Report(Struct, frozen=True, tag="report"):
     control: str
     pools: list[PoolReport]
     sessions: list[SessionReport]
+    custody: int = 0
+    state: str = "serving"
 
 
-ToBroker = Hello | Acquire | Cancel | Confirm | Renew | Release | Bye | Status
-ToWorker = Welcome | Reject | Grant | Deny | Recall | Ack | Report
+# --- at the desk
+
+
+class Deposit(Struct, frozen=True, tag="deposit"):
+    """The socket that comes with this packet belongs to the lease's connection."""
+
+    session: bytes
+    token: Token
+
+
+ToBroker = Hello | Acquire | Cancel | Confirm | Renew | Release | Trouble | Bye | Status
+ToWorker = Welcome | Reject | Grant | Deny | Recall | Ack | Gone | Stale | Report

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 
 from sharedpool.errors import SharedPoolError
 from sharedpool.wire.messages import (
+    NO_TOKEN,
     Acquire,
     Backend,
     Cancel,
@@ -28,60 +28,11 @@ from sharedpool.wire.messages import (
     Renew,
     ToBroker,
     Token,
+    Trouble,
 )
+from sharedpool.worker.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closing, Lease, Ticket, collected
 
 _LONGEST_WAIT_MS = 2**52
-HANDING_OUT_LIMIT_S = 30.0
-CLOSING_LIMIT_S = 3.0
-
-
-class Lease:
-    """A slot this process holds, and its connection (opaque here).
-
-    `conn` is set while it lies idle, is handed on or is being closed; once out, only `ref` knows it, so that a
-    connection that its user has dropped can be seen. `since` is when its phase began, `idle_s` how long it had lain
-    idle before. `ticket` is the one it was given to, while that thread alone knows of it.
-    """
-
-    __slots__ = (
-        "backend", "conn", "idle_s", "key", "missed", "phase", "ref", "retire_at", "since", "thread", "ticket", "token",
-    )  # fmt: skip
-
-    def __init__(self, token: Token, ticket: Ticket | None, now: float) -> None:
-        self.token = token
-        self.phase = Phase.CONNECTING
-        self.since = now
-        self.conn: object | None = None
-        self.ref: weakref.ref[object] | None = None
-        self.idle_s = 0.0
-        self.backend: Backend | None = None
-        self.retire_at = float("inf")
-        self.missed: float | None = None  # `since`, when it looked lost at the last heartbeat
-        self.thread = 0  # identifier of the thread that has it
-        self.key: object = None
-        self.ticket = None if ticket is None else weakref.ref(ticket)
-
-
-class Ticket:
-    """One thread's wait for a lease. Its end is a `lease`, a `denial` or an `error`; then `wake` is called, once."""
-
-    __slots__ = ("__weakref__", "denial", "error", "lease", "request", "since", "wake")
-
-    def __init__(self, wake: Callable[[], None], now: float) -> None:
-        self.wake = wake
-        self.since = now
-        self.request = 0
-        self.lease: Lease | None = None
-        self.denial: Deny | None = None
-        self.error: Exception | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Closing:
-    """A lease whose connection is to be closed, and why."""
-
-    lease: Lease
-    reason: ReleaseReason
 
 
 class Cache:
@@ -96,11 +47,14 @@ class Cache:
         self.idle: deque[Lease] = deque()  # the most recently used at the right
         self.waiting: OrderedDict[int, Ticket] = OrderedDict()
         self.owed = 0
+        self.generation = 0
+        self._epoch: int | None = None  # of the broker that was last registered with
+        self._gone: dict[Token, None] = {}  # given back, their backends seen to end; the broker may not know yet
         self._waits_ms: dict[int, int] = {}
         self._first_retires_at = float("inf")  # of the idle ones, at the earliest
         self._requests = 0
         self._newest = 0  # serial of the newest word on `owed`
-        self._seen = 0  # serial of the newest grant
+        self._seen = NO_TOKEN  # the newest grant
 
     # --- checkout
 
@@ -164,7 +118,7 @@ class Cache:
         """
         if not self._holds(lease):
             raise SharedPoolError(f"the broker has taken lease {lease.token} away while it was being connected")
-        lease.backend, lease.retire_at, lease.ref = backend, retire_at, weakref.ref(conn, _collected)
+        lease.backend, lease.retire_at, lease.ref = backend, retire_at, weakref.ref(conn, collected)
         lease.phase, lease.since = Phase.IN_USE, now
         self.out.append(Confirm(lease.token, backend))
 
@@ -175,7 +129,9 @@ class Cache:
         if not self._holds(lease):
             verdict = ReleaseReason.BROKEN  # taken away by the broker, or given up for lost
         if verdict is None:
-            if now >= lease.retire_at:
+            if lease.generation < self.generation:
+                verdict = ReleaseReason.STALE
+            elif now >= lease.retire_at:
                 verdict = ReleaseReason.RETIRED
             elif self.owed:
                 self.owed -= 1
@@ -214,12 +170,27 @@ class Cache:
         lease.conn = conn
         return self._closing(lease, reason, now)
 
-    def closed(self, lease: Lease, reason: ReleaseReason, *, gone: bool) -> None:
-        """Give a lease back: its connection is closed. Does nothing the second time."""
+    def closed(self, lease: Lease, reason: ReleaseReason, *, gone: bool, error: str = "") -> None:
+        """Give a lease back: its connection is closed. Does nothing the second time.
+
+        `gone`: its backend was seen to end. `error`: why it could not be opened, if that concerns every worker.
+        """
         if self._holds(lease):
             del self.leases[lease.token]
             lease.conn = None
-            self.out.append(Release(lease.token, gone, reason, lease.backend))
+            self.out.append(Release(lease.token, gone, reason, lease.backend, error))
+            if gone:
+                self._gone[lease.token] = None
+
+    def acknowledged(self, gone: Iterable[Token]) -> None:
+        """Note that the broker knows of these."""
+        for token in gone:
+            self._gone.pop(token, None)
+
+    def ended(self, token: Token) -> Lease | None:
+        """Drop a lease whose backend has ended; None if it is being closed here anyway."""
+        lease = self.leases.get(token)
+        return None if lease is None or lease.phase is Phase.CLOSING else self.forget(token)
 
     def forget(self, token: Token) -> Lease | None:
         """Drop a lease that the broker has taken away."""
@@ -227,6 +198,23 @@ class Cache:
         if lease is not None and lease in self.idle:
             self.idle.remove(lease)
         return lease
+
+    # --- generations
+
+    def trouble(self, lease: Lease, code: str) -> None:
+        """Tell the broker that a connection saw the server fail over (SQLSTATE `code`), or was found dead ("")."""
+        if lease.generation >= self.generation:
+            self.out.append(Trouble(lease.generation, code))
+
+    def renew_generation(self, generation: int, now: float) -> list[Closing]:
+        """Take out everything idle that is older; what is in use follows at its checkin."""
+        if generation <= self.generation:
+            return []
+        self.generation = generation
+        stale = [lease for lease in self.idle if lease.generation < generation]
+        for lease in stale:
+            self.idle.remove(lease)
+        return [self._closing(lease, ReleaseReason.STALE, now) for lease in stale]
 
     # --- scavenging
 
@@ -286,13 +274,16 @@ class Cache:
 
     def granted(self, grant: Grant, now: float) -> Ticket | None:
         """Take in a lease: for the ticket that asked, else the next one (returned, to be woken), else release it."""
+        if grant.token.epoch != self._epoch:
+            return None  # a former broker's
         if grant.serial > self._newest:
             self._newest, self.owed = grant.serial, grant.owed
             self._own_up(now)
-        if grant.token in self.leases or grant.token.serial <= self._seen:
+        if grant.token in self.leases or grant.token <= self._seen:
             return None  # a double
-        self._seen = grant.token.serial
+        self._seen = grant.token
         lease = self.leases[grant.token] = Lease(grant.token, None, now)
+        lease.generation = self.generation
         ticket = self.waiting.get(grant.request)
         if ticket is None:
             return self._pass_on(lease, now)
@@ -322,7 +313,7 @@ class Cache:
 
     def renewal(self, now: float, threads: Mapping[int, str], *, answers: int = 0) -> Renew:
         """Return the heartbeat: all that is held and asked for."""
-        return Renew(self.reports(now, threads), self._seen, answers, list(self.waiting))
+        return Renew(self.reports(now, threads), self._seen, answers, list(self.waiting), list(self._gone))
 
     def reports(self, now: float, threads: Mapping[int, str]) -> list[LeaseReport]:
         """Return every lease as the broker should see it; `threads` names threads by identifier."""
@@ -337,8 +328,8 @@ class Cache:
             for lease in self.leases.values()
         ]
 
-    def register(self, now: float, threads: Mapping[int, str]) -> tuple[list[LeaseReport], int]:
-        """Start over with a broker: return what a HELLO says is held, and the newest serial seen.
+    def register(self, now: float, threads: Mapping[int, str]) -> tuple[list[LeaseReport], Token]:
+        """Start over with a broker: return what a HELLO says is held, and the newest grant seen.
 
         That replaces whatever was not sent, but for leases given back: those are said to be closing, and their RELEASE
         follows, since only that tells whether the backend is gone. Every waiting ticket is asked for again (one that is
@@ -357,9 +348,15 @@ class Cache:
         ]
         return self.reports(now, threads) + closing, self._seen
 
-    def new_epoch(self) -> None:
-        """Forget serials of a broker that is gone."""
-        self._seen = 0
+    def welcomed(self, epoch: int, generation: int, now: float) -> list[Closing]:
+        """Note which broker this is: what an earlier one had granted and not got here is lost."""
+        if epoch == self._epoch:
+            return self.renew_generation(generation, now)
+        self._epoch, self._seen = epoch, NO_TOKEN
+        self.generation = generation  # it counts anew: what is held stays
+        for lease in self.leases.values():
+            lease.generation = generation
+        return []
 
     def fail(self, error: Exception) -> list[Ticket]:
         """End every wait with `error`; return the tickets to wake."""
@@ -368,11 +365,3 @@ class Cache:
             self._settle(ticket)
             ticket.error = error
         return tickets
-
-
-def _collected(ref: object) -> None:
-    """Do nothing.
-
-    The garbage collector clears a reference that has a callback before it runs finalizers (from Python 3.14 on others
-    only afterwards): in a finalizer a dead `Lease.ref` tells that the connection is being collected too.
-    """

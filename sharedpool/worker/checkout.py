@@ -17,17 +17,19 @@ import psycopg2
 from sharedpool.errors import PoolClosed, PoolError
 from sharedpool.wire.messages import Phase, ReleaseReason
 from sharedpool.worker import wording
-from sharedpool.worker.cache import Lease, Ticket
 from sharedpool.worker.connection import (
     PooledConnection,
     abort,
     bear_witness,
     connect,
     describe,
+    failure,
     is_alive,
+    server_of,
     session_of,
 )
 from sharedpool.worker.holdings import Holdings, thread_names
+from sharedpool.worker.lease import Lease, Ticket
 from sharedpool.worker.link import Link
 
 CHECK_AFTER_S = 0.5  # idle longer than this: look whether the server is still there
@@ -55,6 +57,8 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
         while (conn := cast("PooledConnection | None", lease.conn)) is not None and (worn := _worn(lease, conn, now)):
             # Never connected again under the old lease: its worker may have been frozen, the broker may have fenced it.
             holdings.discarded += 1
+            if worn is ReleaseReason.BROKEN:
+                holdings.trouble(lease, "")
             holdings.discard(lease, conn, worn)
             lease = _wait(holdings, ticket, wait_s, deadline)
             lease.ticket = weakref.ref(ticket)
@@ -129,8 +133,9 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
     timeout_s = None if deadline is None else max(0.0, deadline - time.monotonic())
     made: list[PooledConnection] = []
     try:
-        conn = connect(config.conninfo, f"sharedpool {config.name}", timeout_s, made)
+        conn = connect(config.conninfo, holdings.tag, timeout_s, made)
         conn.sharedpool_holdings = holdings
+        holdings.deposit(lease, conn)
         backend = describe(conn)
         now = time.monotonic()
         # Jitter, so that connections opened together are not renewed together.
@@ -145,15 +150,18 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
         lease.conn = conn
         if config.configure:
             holdings.call_back(config.configure, lease, conn, "configure")
-        conn.sharedpool_session = session_of(conn)
+        conn.sharedpool_session, conn.sharedpool_server = session_of(conn), server_of(conn)
         return conn
     except BaseException as error:
         if lease.phase is not Phase.CLOSING:
             reason = ReleaseReason.FAILED if isinstance(error, psycopg2.Error) else ReleaseReason.CLOSED
             if made and made[0].sharedpool_witness >= 0:  # it was open, even if it broke since: see it gone
                 holdings.discard(lease, made[0], reason)
-            elif not made or made[0].closed:
+            elif not made:
                 holdings.give_back(lease, reason)
+            elif made[0].closed:
+                gone, concerns_all = failure(made[0], error)
+                holdings.give_back(lease, reason, gone=gone, error=concerns_all)
             elif not isinstance(error, OSError):
                 holdings.discard(lease, bear_witness(made[0]), reason)
             else:

@@ -8,6 +8,7 @@ exited (`socket_close` in its pqcomm.c), so the end of file on the witness prove
 from __future__ import annotations
 
 import os
+import re
 import select
 import socket
 import time
@@ -19,6 +20,7 @@ import psycopg2
 from psycopg2 import extensions
 
 from sharedpool.conninfo import ConnInfo
+from sharedpool.libpq import socket_of_failed
 from sharedpool.wire.messages import Backend
 
 # A backend exits within milliseconds of its client's close unless it is in the middle of a query.
@@ -27,6 +29,12 @@ CUT_LIMIT_S = 0.2
 # libpq waits for ever by default; a pool must not.
 CONNECT_LIMIT_S = 10
 
+# What one worker alone may be to blame for: others need not hold back. (libpq gives no SQLSTATE of a failed connect.)
+_ONES_OWN = re.compile(
+    r"authentication|pg_hba|password|does not exist|not permitted|permission denied|certificate|no such user"
+    r"|invalid|unsupported|unrecognized|SSL|GSS",
+    re.IGNORECASE,
+)
 # Tells, without reading, that the other end is closed. 0 where poll cannot tell (macOS).
 _HUNG_UP: int = getattr(select, "POLLRDHUP", 0)
 
@@ -54,6 +62,10 @@ class PooledConnection(extensions.connection):
     sharedpool_pid = 0
     sharedpool_gone = False
     sharedpool_finalized = False
+    sharedpool_erred = False  # its last transaction failed
+    sharedpool_started = 0.0  # when its connect began
+    sharedpool_timeout_s: float | None = None  # libpq's own, if it is known
+    sharedpool_server: tuple[str | None, ...] = ()  # what it was when we connected: see `turned_read_only`
 
     def close(self) -> None:
         """Close the connection and wait (at most a second) until its backend has exited."""
@@ -93,17 +105,52 @@ def connect(
     if "connect_timeout" not in parameters and "PGCONNECT_TIMEOUT" not in os.environ:
         limit = CONNECT_LIMIT_S if timeout_s is None else min(CONNECT_LIMIT_S, timeout_s)
         keywords["connect_timeout"] = max(1, round(limit))
+    started = time.monotonic()
     if "fallback_application_name" in parameters:
         del keywords["fallback_application_name"]
 
     def make(dsn: str, **options: Any) -> PooledConnection:
         conn = factory.__new__(factory)
         made.append(conn)
+        conn.sharedpool_started = started
+        conn.sharedpool_timeout_s = _number(
+            keywords.get("connect_timeout") or parameters.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT")
+        )
         conn.__init__(dsn, **options)  # type: ignore[misc] # connects
         return conn
 
     psycopg2.connect(conninfo.dsn, connection_factory=make, **keywords)
     return bear_witness(made[0])
+
+
+def _number(text: object) -> float | None:
+    try:
+        return float(str(text))
+    except ValueError:
+        return None
+
+
+def failure(conn: PooledConnection, error: BaseException) -> tuple[bool, str]:
+    """Say of a connect that failed whether its backend is known to be gone, or never was, and whom it concerns.
+
+    The text is empty when the fault may be this worker's alone (a wrong password, no such database).
+    """
+    text = " ".join(str(error).split())[:500] if isinstance(error, psycopg2.Error) else ""
+    if _ONES_OWN.search(text):
+        text = ""
+    fd = socket_of_failed(conn)
+    if fd is None:
+        return False, text
+    if fd >= 0:  # the server has refused, and leaves
+        conn.sharedpool_witness = os.dup(fd)
+        _see_off([conn], CLOSE_LIMIT_S)
+        _close_witness(conn)
+        return conn.sharedpool_gone, text
+    # Never connected, unless libpq gave up waiting, or has tried several hosts.
+    took_s, limit_s = time.monotonic() - conn.sharedpool_started, conn.sharedpool_timeout_s
+    timed_out = "timeout expired" in text or (limit_s is not None and 0 < limit_s <= took_s + 0.1)
+    several = "," in extensions.parse_dsn(conn.dsn).get("host", "")
+    return not timed_out and not several, text
 
 
 def bear_witness(conn: PooledConnection) -> PooledConnection:
@@ -135,6 +182,17 @@ def session_of(conn: PooledConnection) -> tuple[Any, ...]:
     return (conn.autocommit, conn.isolation_level, conn.readonly, conn.deferrable, conn.cursor_factory)
 
 
+def server_of(conn: PooledConnection) -> tuple[str | None, ...]:
+    """Return what the server reports by itself of its role (PostgreSQL 14+)."""
+    status = conn.info.parameter_status
+    return (status("in_hot_standby"), status("default_transaction_read_only"))
+
+
+def turned_read_only(conn: PooledConnection) -> bool:
+    """Say whether the server has become read-only since the connection was opened. No query."""
+    return server_of(conn) != conn.sharedpool_server and "on" in server_of(conn)
+
+
 def is_alive(conn: PooledConnection) -> bool:
     """Say whether an idle connection's socket is quiet: a server that closed it, or said so, shows as readable.
 
@@ -156,6 +214,7 @@ def clean(conn: PooledConnection) -> bool:
         if status == extensions.TRANSACTION_STATUS_UNKNOWN:
             return False
         if status != extensions.TRANSACTION_STATUS_IDLE:
+            conn.sharedpool_erred = status == extensions.TRANSACTION_STATUS_INERROR
             conn.rollback()
         if session_of(conn) != conn.sharedpool_session:
             autocommit, isolation_level, readonly, deferrable, conn.cursor_factory = conn.sharedpool_session

@@ -24,22 +24,40 @@ from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
     Ack,
     Deny,
+    Gone,
     Grant,
     Hello,
+    Phase,
     PoolSpec,
     Recall,
     ReleaseReason,
+    Stale,
     Token,
     ToWorker,
     Welcome,
 )
 from sharedpool.worker import forks
-from sharedpool.worker.cache import CLOSING_LIMIT_S, Cache, Closing, Lease, Ticket
-from sharedpool.worker.connection import PooledConnection, clean, close_confirmed, cut, dead_end, disown
+from sharedpool.worker.cache import Cache
+from sharedpool.worker.connection import (
+    PooledConnection,
+    clean,
+    close_confirmed,
+    cut,
+    dead_end,
+    disown,
+    turned_read_only,
+)
+from sharedpool.worker.desk import Desk
+from sharedpool.worker.lease import CLOSING_LIMIT_S, Closing, Lease, Ticket
 from sharedpool.worker.link import Link
 from sharedpool.worker.settings import Callback, PoolConfig
 
 logger = logging.getLogger("sharedpool.worker")
+
+READ_ONLY = "25006"
+# SQLSTATEs by which a server says that it is read-only, goes down, or has just come up.
+FAILOVER = frozenset({READ_ONLY, "57P01", "57P02", "57P03"})
+BROKEN = 2  # psycopg2's `closed` of a connection that an error ended
 
 
 class Holdings:
@@ -58,6 +76,8 @@ class Holdings:
         self.hits = self.connects = self.handed_on = self.discarded = self.errors = 0
         self.released: dict[ReleaseReason, int] = dict.fromkeys(ReleaseReason, 0)
         self.link: Link | None = None
+        self.desk = Desk()
+        self.tag = f"sharedpool {config.name}"  # until the broker has said its own
         self._reclaiming = threading.RLock()  # held across I/O; a user's reset() may come back to it
         self._dead_end = dead_end()
         self._address = address
@@ -77,6 +97,11 @@ class Holdings:
             try:
                 if not clean(conn):
                     verdict = ReleaseReason.BROKEN
+                    if conn.closed == BROKEN:
+                        self.trouble(lease, "")
+                elif conn.sharedpool_erred and turned_read_only(conn):
+                    verdict = ReleaseReason.STALE
+                    self.trouble(lease, READ_ONLY)
                 elif self.config.reset:
                     self.config.reset(conn)
                     verdict = None if is_clean(self.config.name, "reset", conn) else ReleaseReason.BROKEN
@@ -137,11 +162,31 @@ class Holdings:
                 self.released[each.reason] += 1
         self.signal()
 
-    def give_back(self, lease: Lease, reason: ReleaseReason, *, gone: bool = True) -> None:
-        """Give back a lease that has no connection here; `gone` False when one may be left on the server."""
+    def give_back(self, lease: Lease, reason: ReleaseReason, *, gone: bool = True, error: str = "") -> None:
+        """Give back a lease that has no connection here; `gone` False when one may be left on the server.
+
+        `error`: why it could not be opened, if that concerns every worker.
+        """
         with self.lock:
-            self.cache.closed(lease, reason, gone=gone)
+            self.cache.closed(lease, reason, gone=gone, error=error)
         self.signal()
+
+    def deposit(self, lease: Lease, conn: PooledConnection) -> None:
+        """Hand in a duplicate of a connection's socket at the broker's desk, if that was not done."""
+        if not lease.deposited and self.link is not None:
+            lease.deposited = self.desk.deposit(self.link.identity, lease.token, conn)
+
+    def trouble(self, lease: Lease, code: str) -> None:
+        """Tell the broker that a connection saw the server fail over (SQLSTATE `code`), or was found dead ("")."""
+        with self.lock:
+            self.cache.trouble(lease, code)
+        self.signal()
+
+    def notice(self, conn: PooledConnection, error: BaseException) -> None:
+        """Look whether what a user's statement raised tells that the server fails over."""
+        code, lease = getattr(error, "pgcode", None), conn.sharedpool_lease
+        if code in FAILOVER and lease is not None:
+            self.trouble(lease, code)
 
     def reclaim(self, limit_s: float = -1, *, thorough: bool = True) -> None:
         """Check in what its users dropped without a `put_conn`.
@@ -206,6 +251,7 @@ class Holdings:
             conn = lease.conn or (lease.ref() if lease.ref else None)
             if conn is not None:
                 disown(cast(PooledConnection, conn), self._dead_end)
+        self.desk.close()
         if self.link is not None:
             self.link.disown()
 
@@ -220,6 +266,7 @@ class Holdings:
             int(config.expiration * 1000),
             int((config.max_checkout or 0) * 1000),
             str(config.conninfo.identity()),
+            config.max_waiting or 0,
         )
         with self.lock:
             leases, seen = self.cache.register(now, thread_names())
@@ -237,6 +284,7 @@ class Holdings:
                 if lease.conn is None:
                     self.cache.closed(lease, ReleaseReason.CLOSED, gone=lease.ref is None)
             self.cache.out.append(self.cache.renewal(now, thread_names()))
+        self._deposit_all()
         for lease in lost:
             logger.warning("pool %r: the connection of lease %s was lost unreturned", self.config.name, lease.token)
             if lease.conn is not None:
@@ -252,6 +300,13 @@ class Holdings:
         closing: list[Closing] = []
         with self.lock:
             match message:
+                case Welcome():
+                    closing = self.cache.welcomed(message.epoch, message.generation, now)
+                case Stale():
+                    closing = self.cache.renew_generation(message.generation, now)
+                case Ack():
+                    self.cache.acknowledged(message.gone)
+                    closing = self.cache.renew_generation(message.generation, now)
                 case Grant():
                     ticket = self.cache.granted(message, now)
                 case Deny():
@@ -267,6 +322,8 @@ class Holdings:
             self._welcomed(message)
         elif isinstance(message, Ack):
             self._revoke(message.revoked)
+        elif isinstance(message, Gone):
+            self._ended(message.tokens)
 
     def _welcomed(self, welcome: Welcome) -> None:
         name, asked = self.config.name, self.config.max_conn
@@ -275,12 +332,40 @@ class Holdings:
             logger.warning(text, name, asked, welcome.max_conn)
         if self._epoch not in (None, welcome.epoch):
             logger.info("pool %r: registered with a new broker (epoch %d)", name, welcome.epoch)
-            with self.lock:
-                self.cache.new_epoch()
         self._epoch = welcome.epoch
         self.limit = welcome.max_conn
         self.cache.expiration_s = min(self.config.expiration, welcome.expiration_ms / 1000)
+        self.tag = welcome.tag
         self._revoke(welcome.revoked)
+        self.desk.open(welcome.desk)
+        with self.lock:
+            for lease in self.cache.leases.values():
+                lease.deposited = False
+        self._deposit_all()
+
+    def _deposit_all(self) -> None:
+        """Hand in what is not at the desk: after a restart of the broker, or when the line was full."""
+        with self.lock:
+            held = [
+                (lease, conn)
+                for lease in self.cache.leases.values()
+                if not lease.deposited and (conn := lease.conn or (lease.ref() if lease.ref else None)) is not None
+            ]
+        for lease, conn in held:
+            self.deposit(lease, cast(PooledConnection, conn))
+
+    def _ended(self, tokens: list[Token]) -> None:
+        """Drop leases whose backends the broker has seen to end: what is idle will not be lent out."""
+        for token in tokens:
+            with self.lock:
+                lease = self.cache.ended(token)
+                if lease is not None and lease.phase is Phase.IDLE:
+                    self.cache.trouble(lease, "")
+            if lease is not None:
+                logger.info("pool %r: the backend of lease %s has ended", self.config.name, token)
+                if lease.conn is not None:
+                    close_confirmed([cast(PooledConnection, lease.conn)])
+                    self.discarded += 1
 
     def _revoke(self, tokens: list[Token]) -> None:
         """Drop leases that the broker has taken away: their backends are gone or going."""
@@ -293,6 +378,11 @@ class Holdings:
                 if conn is not None:
                     cut([cast(PooledConnection, conn)], limit_s=0)
 
+    @property
+    def line(self) -> socket.socket | None:
+        """The line to the desk."""
+        return self.desk.line
+
     def done(self) -> bool:
         """Say whether the pool is over and nothing is held or asked for: then this link is not its link any more."""
         with self.lock:
@@ -303,6 +393,7 @@ class Holdings:
 
     def ended(self) -> None:
         """Note that the link's thread ends."""
+        self.desk.close()
         if self.link is None:
             forks.let_go(self)
 

@@ -29,6 +29,7 @@ logger = logging.getLogger("sharedpool.worker")
 _HELLO_RETRY_S = 1.0
 _RESTART_AFTER_S = 3.0  # without a WELCOME: see whether the automatic broker must be started
 _FLUSH_LIMIT_S = 1.0
+_JITTER_S = 0.05
 
 
 class Endpoint(Protocol):
@@ -42,6 +43,10 @@ class Endpoint(Protocol):
 
     def receive(self, message: ToWorker) -> None:
         """Take in a message."""
+
+    @property
+    def line(self) -> socket.socket | None:
+        """Something that becomes readable when the broker is gone."""
 
     def done(self) -> bool:
         """Say whether the pool is over and holds nothing any more: the link may end."""
@@ -70,7 +75,7 @@ class Link:
         self._ttl_s = 15.0
         self._beat_s = 1.0
         # Kept for life: the broker knows the session, and what it holds, by it.
-        self._identity = b"w" + os.urandom(15)
+        self.identity = b"w" + os.urandom(15)
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
@@ -138,7 +143,7 @@ class Link:
             self._start_broker()
         dealer = context.socket(zmq.DEALER)
         try:
-            dealer.setsockopt(zmq.IDENTITY, self._identity)
+            dealer.setsockopt(zmq.IDENTITY, self.identity)
             dealer.setsockopt(zmq.LINGER, int(_FLUSH_LIMIT_S * 1000))
             dealer.setsockopt(zmq.IPV6, 1)
             dealer.setsockopt(zmq.RECONNECT_IVL, 20)
@@ -173,7 +178,18 @@ class Link:
                 beat_at = now + self._beat_s
             self._flush(dealer)
             due = beat_at if self.established else hello_at
-            ready = dict(poller.poll(_ms_until(due)))
+            line = self._endpoint.line if self.established else None
+            if line is not None:
+                poller.register(line, zmq.POLLIN)
+            try:
+                ready = dict(poller.poll(_ms_until(due)))
+            finally:
+                if line is not None:
+                    poller.unregister(line)
+            if line is not None and line.fileno() in ready:
+                self.trouble = "it has ended"
+                self._pause(random.uniform(0.0, _JITTER_S))  # not all at once
+                return
             if self._wake_in.fileno() in ready:
                 self._drain_wake()
             if dealer in ready:
@@ -206,10 +222,12 @@ class Link:
                     raise SharedPoolError(message.reason)
                 self.established = False  # a new broker: HELLO again
                 dealer.send(encode(self._endpoint.hello()))
-            else:
-                if isinstance(message, Welcome):
-                    self._welcomed(message)
+            elif isinstance(message, Welcome):
+                self._welcomed(message)
                 self._endpoint.receive(message)
+            elif self.established:
+                self._endpoint.receive(message)
+            # Else said before the HELLO that is under way, perhaps by a former broker: it knows by now what is held.
 
     def _welcomed(self, welcome: Welcome) -> None:
         self.established = True

@@ -19,10 +19,10 @@ from psycopg2 import extensions
 from sharedpool.errors import PoolClosed, PoolError, SharedPoolError
 from sharedpool.wire.messages import Phase, ReleaseReason
 from sharedpool.worker import forks
-from sharedpool.worker.cache import Lease
 from sharedpool.worker.checkout import ANSWER_LIMIT_S, CHECK_AFTER_S, checkout
 from sharedpool.worker.connection import PooledConnection, close_confirmed, cut
 from sharedpool.worker.holdings import Holdings
+from sharedpool.worker.lease import Lease
 from sharedpool.worker.settings import PoolConfig
 
 
@@ -213,7 +213,8 @@ class Pool:
         try:
             yield conn
             conn.commit()
-        except BaseException:
+        except BaseException as error:
+            self.notice(conn, error)
             if not conn.closed:
                 with contextlib.suppress(psycopg2.Error):  # the caller's own error says more
                     conn.rollback()
@@ -221,6 +222,12 @@ class Pool:
         finally:
             # A child that was forked inside the block unwinds it too: the connection is not its to return.
             self.put_conn(conn, fail_silently=cast(PooledConnection, conn).sharedpool_pid != os.getpid())
+
+    def notice(self, conn: extensions.connection, error: BaseException) -> None:
+        """Look whether an error of a statement tells that the server fails over: then every process replaces its
+        connections. `connection()` and `PgSimple` call this by themselves. Does not block.
+        """
+        self._holdings.notice(cast(PooledConnection, conn), error)
 
     def put_conn_later(self, conn: extensions.connection) -> None:
         """Check a connection in from a finalizer: takes no lock and does no I/O; the link's thread does the rest."""

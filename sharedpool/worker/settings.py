@@ -31,3 +31,4 @@ class PoolConfig:
     configure: Callback | None = None
     reset: Callback | None = None
     check: Callback | None = None
+    max_waiting: int | None = None

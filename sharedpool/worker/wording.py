@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from sharedpool.errors import BrokerUnavailable, PoolError, PoolExhausted, PoolTimeout
+from sharedpool.errors import (
+    BrokerUnavailable,
+    PoolError,
+    PoolExhausted,
+    PoolTimeout,
+    ServerUnavailable,
+    TooManyWaiting,
+)
 from sharedpool.wire.messages import Deny, DenyReason
 
 
 def refused(pool: str, deny: Deny, wait_s: float) -> PoolError:
-    """Return the error for a broker's refusal: who holds most, since when."""
+    """Return the error for a broker's refusal: who holds most, since when, or what the server said."""
+    if deny.reason is DenyReason.FAILING:
+        return ServerUnavailable(
+            f"pool {pool!r}: PostgreSQL accepts no connections (the next try is in {deny.retry_ms / 1000:.1f} s), as"
+            f" another caller has found: {deny.error}"
+        )
+    if deny.reason is DenyReason.DRAINING:
+        return BrokerUnavailable(f"pool {pool!r}: the broker is shutting down and lends nothing any more")
     held = ", ".join(
         f"{holder.label} {holder.count}" + (f" (longest {holder.longest_ms / 1000:.1f} s)" if holder.longest_ms else "")
         for holder in deny.holders
@@ -19,9 +33,15 @@ def refused(pool: str, deny: Deny, wait_s: float) -> PoolError:
             f"pool {pool!r}: no connection became free within {wait_s:g} s: the limit of {deny.max_conn} over"
             f" {scope} is in use{who}. Return connections sooner, wait longer or raise max_conn"
         )
+    if deny.reason is DenyReason.CROWDED:
+        return TooManyWaiting(
+            f"pool {pool!r}: the limit of {deny.max_conn} connections over {scope} is in use, and as many callers as"
+            f" max_waiting allows wait already{who}. Return connections sooner, or raise max_conn or max_waiting"
+        )
+    server = f" (and PostgreSQL opens no more: {deny.error})" if deny.error else ""
     return PoolExhausted(
         f"pool {pool!r} is exhausted: the limit of {deny.max_conn} connections over {scope} is in use and none is"
-        f" idle{who}. Wait with get_conn(timeout=seconds), return connections sooner or raise max_conn"
+        f" idle{server}{who}. Wait with get_conn(timeout=seconds), return connections sooner or raise max_conn"
     )
 
 

@@ -1,0 +1,65 @@
+"""How many connections a pool may have while the server refuses more. Pure: no I/O, no clock.
+
+When a connect fails for a reason that concerns everybody (the server is down, starts up, or is full), the pool may keep
+what it has and *probe*: one connect at a time, for the whole fleet, every half second or so. Each probe that succeeds
+allows the next one at once, until the limit is reached again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sharedpool.wire.messages import Token
+
+# At most two connects a second while they fail.
+PROBE_EVERY_S = 0.5
+_JITTER = 0.5
+
+
+@dataclass(slots=True)
+class Backoff:
+    """One pool's. `ceiling` None: connects succeed, nothing is held back."""
+
+    random: Callable[[], float]  # from 0 to 1
+    ceiling: int | None = None
+    error: str = ""
+    probe_at: float = 0.0
+    due: bool = False
+    probe: Token | None = None
+
+    def allowance(self, limit: int) -> int:
+        """Return how many leases there may be now, of `limit` at best."""
+        if self.ceiling is None:
+            return limit
+        return min(limit, self.ceiling + (1 if self.due and self.probe is None else 0))
+
+    def granted(self, token: Token, others: int) -> None:
+        """Note a grant beside `others` leases; one above the ceiling is the probe."""
+        if self.ceiling is not None and others >= self.ceiling:
+            self.due, self.probe = False, token
+
+    def failed(self, connected: int, error: str, now: float) -> float:
+        """Note a failed connect while `connected` others are open; return when the next may be tried."""
+        self.ceiling, self.error = connected, error
+        self.due, self.probe = False, None
+        self.probe_at = now + PROBE_EVERY_S * (1 + _JITTER * self.random())
+        return self.probe_at
+
+    def elapsed(self, now: float) -> None:
+        """Allow the next probe, when its time has come."""
+        if self.ceiling is not None and now >= self.probe_at:
+            self.due = True
+
+    def opened(self, token: Token, connected: int, limit: int) -> None:
+        """Note that a connect succeeded; `connected` are open now. The probe's success allows the next."""
+        if self.ceiling is None or token != self.probe:
+            return
+        self.ceiling, self.due, self.probe = max(self.ceiling, connected), True, None
+        if self.ceiling >= limit:
+            self.ceiling, self.error = None, ""
+
+    def ended(self, token: Token) -> None:
+        """Note that a lease is over: a probe without an outcome is not waited for."""
+        if token == self.probe:
+            self.due, self.probe = True, None

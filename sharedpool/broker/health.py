@@ -1,0 +1,85 @@
+"""What workers find out about PostgreSQL itself: connects that fail, connections to a server that fails over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from sharedpool.broker.commands import Command, Doubt, Send
+from sharedpool.broker.leases import Logger
+from sharedpool.broker.records import Books, Lease, Pool, Session
+from sharedpool.wire.messages import Confirm, Release, Stale, Trouble
+
+# SQLSTATEs that say of themselves that the server is another now, or read-only, or going down with everybody on it.
+_CERTAIN = frozenset({"25006", "57P02", "57P03"})
+
+
+class Health:
+    """One broker's view of its servers. `verifies`: there is a control connection to ask when a sign is doubtful."""
+
+    def __init__(
+        self,
+        books: Books,
+        emit: Callable[[Command], None],
+        arm: Callable[[float, str, object], None],
+        log: Logger,
+        *,
+        verifies: bool,
+    ) -> None:
+        self._books = books
+        self._emit = emit
+        self._arm = arm
+        self._log = log
+        self._verifies = verifies
+
+    # --- connects
+
+    def failed(self, session: Session, release: Release, now: float) -> None:
+        """Hold connects back: one could not be opened, for a reason that concerns everybody."""
+        pool = session.pool
+        if not pool.backoff.error:
+            text = "pool %r: %s cannot connect, so the pool keeps its %d connections and tries one at a time: %s"
+            self._log(logging.WARNING, text, pool.name, session.label, pool.connected, release.error)
+        self._arm(pool.backoff.failed(pool.connected, release.error, now), "probe", pool)
+
+    def opened(self, lease: Lease, confirm: Confirm) -> None:
+        """Allow more connects: one has succeeded."""
+        pool, backoff = lease.pool, lease.pool.backoff
+        backoff.opened(confirm.token, pool.connected, pool.max_conn)
+
+    def probe_due(self, pool: Pool, now: float) -> None:
+        """Let one connect be tried."""
+        pool.backoff.elapsed(now)
+
+    # --- generations
+
+    def trouble(self, session: Session, trouble: Trouble) -> None:
+        """Take in a sign that the server fails over.
+
+        A connection that was ended (57P01) or found dead may be just that one, ended by an administrator or by a fence:
+        where it can be asked, the server decides.
+        """
+        pool = session.pool
+        if trouble.generation < pool.generation:
+            return  # old news
+        if trouble.code in _CERTAIN or not self._verifies:
+            self._bump(pool, trouble.code or "a dead connection")
+        elif pool.doubted < pool.generation:
+            pool.doubted = pool.generation
+            self._emit(Doubt(pool.name, pool.generation))
+
+    def answered_doubt(self, name: str, generation: int, same: bool) -> None:
+        """Take in whether the server is still the one it was."""
+        pool = self._books.pools.get(name)
+        if pool is None or pool.generation != generation:
+            return
+        pool.doubted = 0
+        if not same:
+            self._bump(pool, "the server was restarted or is unreachable")
+
+    def _bump(self, pool: Pool, why: str) -> None:
+        pool.generation += 1
+        text = "pool %r: generation %d: every older connection is replaced (%s)"
+        self._log(logging.WARNING, text, pool.name, pool.generation, why)
+        for session in pool.sessions.values():
+            self._emit(Send(session.id, Stale(pool.generation)))

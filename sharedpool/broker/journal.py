@@ -1,0 +1,121 @@
+"""The broker's memory beyond its own death: every lease it has granted and not seen free, in a file beside its lock.
+
+One JSON line per event, appended before the grant is sent: a lease (again when its backend is known), or that a token's
+slot is free. A broker that is killed loses nothing that was written, since the page cache is the kernel's; a machine
+that goes down takes the workers along. A last line cut short is one whose grant never left.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import msgspec
+
+from sharedpool.broker.commands import Entry
+from sharedpool.wire.messages import Token
+
+logger = logging.getLogger("sharedpool.broker")
+
+# Rewritten when it has grown by this much: live leases are few.
+_COMPACT_BYTES = 1 << 20
+_VERSION = 1
+
+
+class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
+    version: int = 0
+    lease: Entry | None = None
+    free: Token | None = None
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(_Line)
+
+
+class Journal:
+    """One broker's journal. The address's lock must be held.
+
+    `entries` are the leases that the former broker left; `intact` is False when there is no telling whether that is
+    all: the file was missing or cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.intact = True
+        self._live: dict[Token, bytes] = {}
+        self.entries = self._load()
+        self._fd = -1
+        self._size = 0
+        self._compact()
+
+    def _load(self) -> list[Entry]:
+        try:
+            data = self._path.read_bytes()
+        except FileNotFoundError:
+            self.intact = False
+            return []
+        found: dict[Token, Entry] = {}
+        whole, _, _ = data.rpartition(b"\n")
+        lines = whole.split(b"\n")
+        try:
+            if _decoder.decode(lines[0]).version != _VERSION:
+                raise msgspec.DecodeError("another version's")
+            for text in lines[1:]:
+                line = _decoder.decode(text)
+                if line.lease is not None:
+                    found[line.lease.token] = line.lease
+                elif line.free is not None:
+                    found.pop(line.free, None)
+        except msgspec.DecodeError:
+            self.intact = False  # what was read is still true
+        self._live = {token: _encode(_Line(lease=entry)) for token, entry in found.items()}
+        return list(found.values())
+
+    def record(self, entry: Entry) -> None:
+        """Note a lease, or more about it."""
+        line = self._live[entry.token] = _encode(_Line(lease=entry))
+        self._append(line)
+
+    def erase(self, token: Token) -> None:
+        """Note that a slot is free."""
+        if self._live.pop(token, None) is not None:
+            self._append(_encode(_Line(free=token)))
+
+    def _append(self, line: bytes) -> None:
+        if self._fd < 0:
+            return
+        try:
+            if os.write(self._fd, line) != len(line):
+                raise OSError("the disk is full")
+            self._size += len(line)
+            if self._size > _COMPACT_BYTES:
+                self._compact()
+        except OSError as error:
+            # A broker that can grant but not remember: its successor must not believe what is there.
+            logger.error("cannot write %s (%s): a restarted broker will wait before it grants", self._path, error)
+            self._path.unlink(missing_ok=True)
+            os.close(self._fd)
+            self._fd = -1
+
+    def _compact(self) -> None:
+        """Write what counts into a new file and put that in the old one's place."""
+        fresh = self._path.with_suffix(".new")
+        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        os.write(fd, b"".join([_encode(_Line(version=_VERSION)), *self._live.values()]))
+        fresh.rename(self._path)
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._size = fd, 0
+
+    def close(self, *, for_good: bool = False) -> None:
+        """Let go of the file. `for_good`: no broker will come after."""
+        if for_good:
+            self._path.unlink(missing_ok=True)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _encode(line: _Line) -> bytes:
+    return _encoder.encode(line) + b"\n"

@@ -1,0 +1,98 @@
+"""Who sends, and whether that process lives: the kernel's word, not the worker's.
+
+Every worker on this host is watched by a pidfd, which becomes readable the moment the process ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+from pathlib import Path
+from typing import NamedTuple
+
+import zmq
+
+from sharedpool.broker.commands import Process
+
+logger = logging.getLogger("sharedpool.broker")
+
+
+class Peer(NamedTuple):
+    """Who sent a frame: uid and pid as the kernel vouches for them (ipc on Linux), or how it came (tcp)."""
+
+    uid: int | None = None
+    pid: int | None = None
+    loopback: bool = False
+
+
+def peer_of(frame: zmq.Frame, *, ipc: bool) -> Peer:
+    """Return who sent a frame."""
+    try:
+        address = str(frame.get("Peer-Address"))
+    except zmq.ZMQError:
+        return Peer()
+    if not ipc:
+        return Peer(loopback=address.removeprefix("::ffff:").startswith("127.") or address == "::1")
+    fields = address.rsplit(":", 3)
+    return Peer(int(fields[1]), int(fields[3])) if len(fields) == 4 else Peer()
+
+
+def process(pid: int) -> Process:
+    """Return the process that has this pid now."""
+    return Process(pid, _started(pid))
+
+
+def _started(pid: int) -> int:
+    """Return when a process started, in clock ticks since boot; 0 where there is no telling."""
+    try:
+        # The name, in parentheses, may hold anything; the 22nd field of proc(5) is the 20th after it.
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def is_running(process: Process) -> bool:
+    """Say whether a process lives that was seen before."""
+    started = _started(process.pid)
+    return started != 0 and process.started in (0, started)
+
+
+class Watched:
+    """The processes under watch, by session, in a selector: a session's id is the key's data."""
+
+    def __init__(self, selector: selectors.BaseSelector) -> None:
+        self._selector = selector
+        self._pidfds: dict[bytes, int] = {}
+
+    def watch(self, session: bytes, process: Process | None) -> bool:
+        """Watch a session's process; return False when it has ended already."""
+        if process is None or not hasattr(os, "pidfd_open"):
+            return True  # another host or platform: heartbeats alone tell
+        self.forget(session)
+        try:
+            fd = os.pidfd_open(process.pid)
+        except ProcessLookupError:
+            return False
+        except OSError as error:
+            text = "cannot watch process %d (%s): only its silence will tell of its death"
+            logger.warning(text, process.pid, error)
+            return True
+        if process.started and _started(process.pid) != process.started:
+            os.close(fd)
+            return False  # the pid is another's by now
+        self._pidfds[session] = fd
+        self._selector.register(fd, selectors.EVENT_READ, session)
+        return True
+
+    def forget(self, session: bytes) -> None:
+        """Stop watching."""
+        fd = self._pidfds.pop(session, None)
+        if fd is not None:
+            self._selector.unregister(fd)
+            os.close(fd)
+
+    def close(self) -> None:
+        """Stop watching everything."""
+        for session in list(self._pidfds):
+            self.forget(session)

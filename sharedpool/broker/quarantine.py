@@ -1,0 +1,74 @@
+"""Slots of connects whose end nobody saw: when may they be used again? Pure: no I/O, no clock.
+
+A worker that is killed in `connect()`, or whose connect timed out, may leave a backend in start-up, about which the
+books know nothing. The server tells: `pg_stat_activity` lists a backend once it has started, `pg_locks` already while
+it authenticates its client. What was there at the first look, after the postmaster had accepted every earlier connect
+(see `Control`), and is neither the books' nor gone, keeps the slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sharedpool.broker.commands import Survey
+from sharedpool.wire.messages import Backend, Token
+
+# Between the fork of a backend and the first lock that shows it: a clean look counts when another follows this later.
+SETTLE_S = 0.03
+
+
+@dataclass(slots=True)
+class _Case:
+    since: int  # surveys ordered up to this one began too early
+    pids: frozenset[int] | None = None  # those it may be, once there was a look
+    clean_at: float | None = None
+
+
+class Quarantine:
+    """All cases of one broker."""
+
+    def __init__(self) -> None:
+        self._cases: dict[Token, _Case] = {}
+        self._serial = 0
+        self._outstanding = False
+
+    def __len__(self) -> int:
+        return len(self._cases)
+
+    def __contains__(self, token: Token) -> bool:
+        return token in self._cases
+
+    def add(self, token: Token) -> None:
+        """Put a slot into quarantine."""
+        self._cases[token] = _Case(self._serial)
+
+    def discard(self, token: Token) -> None:
+        """Its slot was freed by other evidence."""
+        self._cases.pop(token, None)
+
+    def order(self) -> tuple[int, bool] | None:
+        """Return the (serial, barrier) of a look that is needed now, if none is under way."""
+        if self._outstanding or not self._cases:
+            return None
+        self._outstanding = True
+        self._serial += 1
+        return self._serial, any(case.pids is None for case in self._cases.values())
+
+    def surveyed(self, survey: Survey, strangers: Iterable[Backend], now: float) -> list[Token]:
+        """Take in what the server lists, `strangers` being those that the books do not know; return free slots."""
+        self._outstanding = False
+        strange = {backend.pid for backend in strangers} | survey.starting
+        free = []
+        for token, case in list(self._cases.items()):
+            if case.since >= survey.serial:
+                continue
+            case.pids = frozenset(strange if case.pids is None else case.pids & strange)
+            if case.pids:
+                case.clean_at = None
+            elif case.clean_at is None:
+                case.clean_at = now
+            elif now - case.clean_at >= SETTLE_S:
+                free.append(token)
+                del self._cases[token]
+        return free

@@ -1,0 +1,93 @@
+"""A broker's start after another's end: take over what is known, hold back while it is not.
+
+With an intact journal nothing need be waited for: every lease that may be held is in the books from the start, suspect
+until its worker says HELLO. Without one (deleted, or another version's) nothing is granted until the grace period has
+let the workers say what they hold; backends that carry this broker's tag and that nobody has claimed by then stay
+counted, as suspects of an unknown worker.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+from sharedpool.broker.commands import Command, Entry, Survey, Watch
+from sharedpool.broker.demand import Demand
+from sharedpool.broker.leases import Logger
+from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState
+from sharedpool.wire.messages import Backend, PoolSpec
+from sharedpool.wire.tag import pool_of_tag
+
+UNKNOWN = "unknown worker"
+GRACE_OVER = 0  # serial of the look with which the grace period ends
+
+
+class Recovery:
+    """The ledger's first moments. `make_pool(spec)` returns a pool of the books, made when it is not there."""
+
+    def __init__(
+        self,
+        books: Books,
+        demand: Demand,
+        emit: Callable[[Command], None],
+        log: Logger,
+        make_pool: Callable[[PoolSpec], Pool],
+    ) -> None:
+        self._books = books
+        self._demand = demand
+        self._emit = emit
+        self._log = log
+        self._make_pool = make_pool
+        self._orphans: dict[Backend, Lease] = {}
+
+    def restore(self, entries: Iterable[Entry], now: float) -> None:
+        """Put a former broker's leases into the books: counted, and fenced only when somebody waits."""
+        books = self._books
+        restored: dict[bytes, Session] = {}
+        for entry in entries:
+            pool = self._make_pool(entry.pool)
+            session = restored.get(entry.session)
+            if session is None:
+                session = Session(
+                    entry.session, entry.pid, entry.host, entry.title, pool, entry.expiration_s, now,
+                    entry.process, restored=True, suspect=True,
+                )  # fmt: skip
+                restored[session.id] = books.sessions[session.id] = pool.sessions[session.id] = session
+            lease = Lease(entry.token, session, session.pool, backend=entry.backend)
+            books.move(lease, SlotState.SUSPECT, "held when the former broker ended")
+        for session in restored.values():
+            self._emit(Watch(session.id, session.process))
+        if restored:
+            text = "taking over %d leases of %d workers from the former broker"
+            self._log(logging.INFO, text, len(books.leases), len(restored))
+
+    def adopt(self, survey: Survey, strangers: Iterable[Backend]) -> None:
+        """Count backends that nobody has claimed, and begin to serve."""
+        for backend in strangers:
+            name = pool_of_tag(survey.tagged[backend])
+            session_id = b"unknown:" + name.encode()
+            pool = self._books.pools.get(name)
+            if pool is None:
+                pool = self._make_pool(PoolSpec(name, 1, 0))
+                pool.unnamed = True
+            session = pool.sessions.get(session_id)
+            if session is None:
+                session = Session(session_id, 0, "", UNKNOWN, pool, 0.0, 0.0, suspect=True)
+                self._books.sessions[session_id] = pool.sessions[session_id] = session
+            lease = Lease(self._demand.new_token(), session, pool, backend=backend)
+            self._books.move(lease, SlotState.SUSPECT, "claimed by nobody")
+            self._orphans[backend] = lease
+        if self._orphans:
+            text = "%d connections of this broker's are claimed by nobody: they stay counted"
+            self._log(logging.WARNING, text, len(self._orphans))
+        self.serve()
+
+    def serve(self) -> None:
+        """Begin to grant."""
+        self._demand.paused = False
+        self._log(logging.INFO, "the grace period is over: serving")
+
+    def claimed(self, backend: Backend | None) -> Lease | None:
+        """Return the orphan that a late worker's lease turns out to be, unless it is being ended: free it for that."""
+        lease = self._orphans.pop(backend, None) if backend is not None else None
+        return lease if lease is not None and lease.state is SlotState.SUSPECT else None

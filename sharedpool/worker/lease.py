@@ -1,0 +1,73 @@
+"""What one process knows of a lease, and of a thread that waits for one."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sharedpool.wire.messages import Backend, Deny, Phase, ReleaseReason, Token
+
+HANDING_OUT_LIMIT_S = 30.0
+CLOSING_LIMIT_S = 3.0
+
+
+class Lease:
+    """A slot this process holds, and its connection (opaque here).
+
+    `conn` is set while it lies idle, is handed on or is being closed; once out, only `ref` knows it, so that a
+    connection that its user has dropped can be seen. `since` is when its phase began, `idle_s` how long it had lain
+    idle before. `ticket` is the one it was given to, while that thread alone knows of it. `deposited`: the broker has
+    been given the socket. `generation` is the newest that was known when it was granted.
+    """
+
+    __slots__ = (
+        "backend", "conn", "deposited", "generation", "idle_s", "key", "missed", "phase", "ref", "retire_at", "since",
+        "thread", "ticket", "token",
+    )  # fmt: skip
+
+    def __init__(self, token: Token, ticket: Ticket | None, now: float) -> None:
+        self.token = token
+        self.phase = Phase.CONNECTING
+        self.since = now
+        self.conn: object | None = None
+        self.ref: weakref.ref[object] | None = None
+        self.idle_s = 0.0
+        self.backend: Backend | None = None
+        self.retire_at = float("inf")
+        self.deposited = False
+        self.generation = 0
+        self.missed: float | None = None  # `since`, when it looked lost at the last heartbeat
+        self.thread = 0  # identifier of the thread that has it
+        self.key: object = None
+        self.ticket = None if ticket is None else weakref.ref(ticket)
+
+
+class Ticket:
+    """One thread's wait for a lease. Its end is a `lease`, a `denial` or an `error`; then `wake` is called, once."""
+
+    __slots__ = ("__weakref__", "denial", "error", "lease", "request", "since", "wake")
+
+    def __init__(self, wake: Callable[[], None], now: float) -> None:
+        self.wake = wake
+        self.since = now
+        self.request = 0
+        self.lease: Lease | None = None
+        self.denial: Deny | None = None
+        self.error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """A lease whose connection is to be closed, and why."""
+
+    lease: Lease
+    reason: ReleaseReason
+
+
+def collected(ref: object) -> None:
+    """Do nothing.
+
+    The garbage collector clears a reference that has a callback before it runs finalizers (from Python 3.14 on others
+    only afterwards): in a finalizer a dead `Lease.ref` tells that the connection is being collected too.
+    """
