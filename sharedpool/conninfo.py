@@ -205,10 +205,10 @@ def _resolve_by_libpq(dsn: str) -> dict[str, str] | None:
     # A password given here keeps libpq from reading ~/.pgpass.
     text = make_dsn(dsn, sslmode=_REFUSED_SSLMODE, password="-").encode("utf-8", "surrogateescape")
     conn = lib.PQconnectStart(text)
-    found = dict(libpq.options(lib, conn))
+    found = libpq.options(lib, conn)
     message = lib.PQerrorMessage(conn).decode("utf-8", "replace")
     lib.PQfinish(conn)
-    if not found:
+    if found is None:
         return None
     # The port has a built-in value: without one libpq gave up before the defaults, over the service.
     if "port" not in found:

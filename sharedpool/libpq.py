@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
 
 import psycopg2
 from psycopg2.extensions import connection
@@ -36,16 +35,19 @@ def library() -> ctypes.CDLL | None:
     return lib
 
 
-def options(lib: ctypes.CDLL, conn: int) -> Iterator[tuple[str, str]]:
-    """Yield the options of a PGconn that have a value."""
-    found = lib.PQconninfo(conn)
+def options(lib: ctypes.CDLL, conn: int) -> dict[str, str] | None:
+    """Return the options of a PGconn that have a value, or None when libpq gives none."""
+    options = lib.PQconninfo(conn)
+    if not options:
+        return None
+    found: dict[str, str] = {}
     index = 0
-    while found and (option := found[index]).keyword is not None:
+    while (option := options[index]).keyword is not None:
         if option.val is not None:
-            yield option.keyword.decode(), option.val.decode("utf-8", "surrogateescape")
+            found[option.keyword.decode()] = option.val.decode("utf-8", "surrogateescape")
         index += 1
-    if found:
-        lib.PQconninfoFree(found)
+    lib.PQconninfoFree(options)
+    return found
 
 
 def socket_of_failed(conn: connection) -> int | None:

@@ -151,7 +151,8 @@ class Demand:
         One that has no connection yet is left alone: there is nothing to look for, and its worker may yet connect.
         """
         suspects = chain.from_iterable(pool.suspects.values() for pool in pools)
-        chosen = list(islice((lease for lease in suspects if lease.findable), max(short, 0)))
+        ripe = (lease for lease in suspects if lease.findable and now >= lease.session.spared_until)
+        chosen = list(islice(ripe, max(short, 0)))
         for lease in chosen:
             self.fence(lease, "its worker is silent and somebody waits", now)
         return len(chosen)
@@ -319,7 +320,7 @@ class Demand:
 
     def _fail(self, now: float) -> None:
         for pool in list(self._books.contended.values()):
-            if pool.backoff.error and pool.room <= 0 and not pool.connected:
+            if pool.backoff.error and pool.room <= 0 and not pool.has_connections:
                 for waiter in list(pool.waiters.values()):
                     pool.denials += 1
                     self.deny(waiter, DenyReason.FAILING, now)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from sharedpool.broker.commands import Command, Doubt, Send
 from sharedpool.broker.leases import Logger
-from sharedpool.broker.records import Books, Lease, Pool, Session
+from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState
 from sharedpool.wire.messages import Confirm, Release, Stale, Trouble
 
 # SQLSTATEs that say of themselves that the server is another now, or read-only, or going down with everybody on it.
@@ -37,15 +37,19 @@ class Health:
     def failed(self, session: Session, release: Release, now: float) -> None:
         """Hold connects back: one could not be opened, for a reason that concerns everybody."""
         pool = session.pool
+        lease = pool.leases.get(release.token)
+        counted = lease is not None and lease.state is SlotState.GRANTED and release.token != pool.backoff.probe
+        others = pool.connected - counted
         if not pool.backoff.error:
             text = "pool %r: %s cannot connect, so the pool keeps its %d connections and tries one at a time: %s"
-            self._log(logging.WARNING, text, pool.name, session.label, pool.connected, release.error)
-        self._arm(pool.backoff.failed(pool.connected, release.error, now), "probe", pool)
+            self._log(logging.WARNING, text, pool.name, session.label, others, release.error)
+        self._arm(pool.backoff.failed(others, release.error, now), "probe", pool)
 
     def opened(self, lease: Lease, confirm: Confirm) -> None:
         """Allow more connects: one has succeeded."""
-        pool, backoff = lease.pool, lease.pool.backoff
-        backoff.opened(confirm.token, pool.connected, pool.max_conn)
+        pool = lease.pool
+        if pool.backoff.probe == confirm.token:
+            pool.backoff.opened(confirm.token, pool.connected + 1, pool.max_conn)
 
     def probe_due(self, pool: Pool, now: float) -> None:
         """Let one connect be tried."""

@@ -122,7 +122,7 @@ class Leases:
 
     def _claimable(self, token: Token) -> bool:
         """Say whether a lease may have been held since before this broker started, unknown to it."""
-        if self._remembers or token.epoch == self._epoch:
+        if self._remembers or token.epoch >= self._epoch:
             return False
         return token not in self._books.leases and token not in self._void
 

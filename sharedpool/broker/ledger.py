@@ -124,6 +124,7 @@ class Ledger:
             "probe": self._health.probe_due,
             "look": self._look_due,
             "grace": self._grace_due,
+            "spared": lambda _, now: None,  # suspects may be fenced from now on
         }
 
     # --- what the server calls
@@ -203,7 +204,8 @@ class Ledger:
 
     def restore(self, entries: Iterable[Entry], now: float) -> list[Command]:
         """Take over the leases of a former broker, before anything else."""
-        self._recovery.restore(entries, now)
+        self._recovery.restore(entries, now, now + self._ttl_s)
+        self._timers.arm(now + self._ttl_s, "spared", self)
         return self._settled(now)
 
     def hold(self, grace_s: float, now: float) -> list[Command]:
@@ -284,6 +286,7 @@ class Ledger:
             self._timers.arm(now + self._ttl_s, "session", session)
         elif session.restored:
             session.restored = False
+            session.spared_until = -math.inf
             self._timers.arm(now + self._ttl_s, "session", session)
         # A worker that starts over has forgotten what it was asked for.
         self._demand.ignore(session)
@@ -374,7 +377,7 @@ class Ledger:
 
     def _bye(self, session: Session, bye: Bye, now: float) -> None:
         # Who says BYE holds nothing and takes nothing any more: a grant still on its way will not be used.
-        self._end(session, "its worker left without returning it", now)
+        self._end(session, "its worker left without returning it", now, in_order=True)
 
     # --- sessions
 
@@ -383,7 +386,7 @@ class Ledger:
         if session.mute or session.suspect:
             self._books.mark_heard(session)
 
-    def _end(self, session: Session, why: str, now: float) -> None:
+    def _end(self, session: Session, why: str, now: float, *, in_order: bool = False) -> None:
         session.ended = True
         for waiter in list(session.waiters.values()):
             self._books.dequeue(waiter)
@@ -391,10 +394,11 @@ class Ledger:
         for lease in list(session.leases.values()):
             if lease.state is SlotState.FENCING:
                 continue
-            if lease.findable or self._verifies:
+            if lease.findable or (self._verifies and not in_order):
                 self._leases.fence(lease, why, now)
             else:
-                self._leases.free(lease, why)  # in the middle of its connect: the backend, if any, has no client
+                # Never connected. Killed in the middle of it and nobody to look: the backend, if any, has no client.
+                self._leases.free(lease, why)
         self._books.mark_owed(session, 0)
         self._drop_if_over(session)
 

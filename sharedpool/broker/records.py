@@ -88,7 +88,7 @@ class Session:
 
     `asked` and `answered` are serials of recalls, `awaited` is the one whose answer a timer watches for (0: none).
     `vanished` are leases whose backends ended before the worker gave them back. `restored`: known from a former
-    broker, and has not said HELLO since.
+    broker, and has not said HELLO since; it is not fenced before `spared_until`.
     """
 
     id: bytes
@@ -104,6 +104,7 @@ class Session:
     waiters: dict[int, Waiter] = field(default_factory=dict)
     vanished: set[Token] = field(default_factory=set)
     restored: bool = False
+    spared_until: float = -math.inf
     owed: int = 0
     taking: int = 0
     asked: int = 0
@@ -165,9 +166,15 @@ class Pool:
         return self.backoff.allowance(self.max_conn) - len(self.leases)
 
     @property
+    def has_connections(self) -> bool:
+        """Whether any lease has an open connection."""
+        return any(lease.state is SlotState.OPEN for lease in self.leases.values())
+
+    @property
     def connected(self) -> int:
-        """How many leases have a connection."""
-        return sum(lease.state is SlotState.OPEN for lease in self.leases.values())
+        """How many leases have a connection, give one back, or open one that is not the probe."""
+        states = (SlotState.OPEN, SlotState.CLOSING, SlotState.GRANTED)
+        return sum(lease.state in states and token != self.backoff.probe for token, lease in self.leases.items())
 
     @property
     def coming(self) -> int:

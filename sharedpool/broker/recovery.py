@@ -40,7 +40,7 @@ class Recovery:
         self._make_pool = make_pool
         self._orphans: dict[Backend, Lease] = {}
 
-    def restore(self, entries: Iterable[Entry], now: float) -> None:
+    def restore(self, entries: Iterable[Entry], now: float, spared_until: float) -> None:
         """Put a former broker's leases into the books: counted, and fenced only when somebody waits."""
         books = self._books
         restored: dict[bytes, Session] = {}
@@ -50,7 +50,7 @@ class Recovery:
             if session is None:
                 session = Session(
                     entry.session, entry.pid, entry.host, entry.title, pool, entry.expiration_s, now,
-                    entry.process, restored=True, suspect=True,
+                    entry.process, restored=True, suspect=True, spared_until=spared_until,
                 )  # fmt: skip
                 restored[session.id] = books.sessions[session.id] = pool.sessions[session.id] = session
             lease = Lease(entry.token, session, session.pool, backend=entry.backend)

@@ -21,7 +21,8 @@ from sharedpool.wire.messages import (
     ToBroker,
     Token,
 )
-from sharedpool.worker.cache import HANDING_OUT_LIMIT_S, Cache, Closing, Lease, Ticket
+from sharedpool.worker.cache import Cache
+from sharedpool.worker.lease import HANDING_OUT_LIMIT_S, Closing, Lease, Ticket
 
 
 class Conn:
@@ -34,6 +35,7 @@ class Rig:
     def __init__(self, expiration_s: float = 60.0) -> None:
         self.cache = Cache(expiration_s)
         self.now = 100.0
+        self.cache.welcomed(1, 1, self.now)
         self.serial = 0
         self.news = 0
         self.kept: list[object] = []
@@ -324,13 +326,13 @@ def test_a_grant_overtaken_by_a_newer_one_is_not_used(rig: Rig) -> None:
     first, second = rig.want(), rig.want()
     assert rig.grant(second.request, serial=2) is second
     assert rig.grant(first.request, serial=1) is None
-    assert rig.cache.renewal(rig.now, {}).seen == 2
+    assert rig.cache.renewal(rig.now, {}).seen == Token(1, 2)
 
 
 def test_a_grant_of_a_new_epoch_counts_from_the_start(rig: Rig) -> None:
     rig.lend()
     rig.lend()
-    rig.cache.new_epoch()
+    rig.cache.welcomed(2, 1, rig.now)
     ticket = rig.want()
     assert rig.cache.granted(Grant(ticket.request, Token(2, 1), 99), rig.now) is ticket
 
@@ -526,7 +528,7 @@ def test_a_renewal_lists_everything_held_and_asked_for(rig: Rig) -> None:
         (idle.token, Phase.IDLE, 3000, ""),
         (used.token, Phase.IN_USE, 2000, "Thread-7"),
     ]
-    assert (renew.seen, renew.answers, renew.pending) == (2, 0, [ticket.request])
+    assert (renew.seen, renew.answers, renew.pending) == (Token(1, 2), 0, [ticket.request])
 
 
 def test_registering_again_replaces_what_was_not_sent_and_asks_again(rig: Rig) -> None:
@@ -537,7 +539,7 @@ def test_registering_again_replaces_what_was_not_sent_and_asks_again(rig: Rig) -
     rig.recall(owed=1)
     leases, seen = rig.cache.register(rig.now, {})
     assert [report.token for report in leases] == [lease.token]
-    assert (seen, rig.cache.owed) == (1, 0)
+    assert (seen, rig.cache.owed) == (Token(1, 1), 0)
     assert rig.sent() == [Acquire(ticket.request, 2500), Renew(leases, seen, 0, [ticket.request])]
 
 
@@ -549,7 +551,7 @@ def test_registering_again_keeps_unsent_releases_and_says_that_they_close(rig: R
     assert [(report.token, report.phase, report.backend) for report in leases] == [
         (lease.token, Phase.CLOSING, Backend(1))
     ]
-    assert rig.sent() == [Release(lease.token, False, ReleaseReason.BROKEN, Backend(1)), Renew([], 1)]
+    assert rig.sent() == [Release(lease.token, False, ReleaseReason.BROKEN, Backend(1)), Renew([], Token(1, 1))]
 
 
 def test_recalls_of_a_new_broker_start_over(rig: Rig) -> None:

@@ -70,7 +70,7 @@ def test_every_message_to_a_worker_survives_the_wire(message: ToWorker) -> None:
 
 def test_types_are_restored_not_just_values() -> None:
     report = LeaseReport(Token(3, 4), Phase.IDLE, 5, "t", Backend(1, 2, 3))
-    hello = decode_to_broker(encode(Hello(1, 2, "h", "t", PoolSpec("p", 5, 60), [report], 9)))
+    hello = decode_to_broker(encode(Hello(1, 2, "h", "t", PoolSpec("p", 5, 60), [report], Token(3, 9))))
     assert isinstance(hello, Hello)
     assert isinstance(hello.leases[0].token, Token)
     assert hello.leases[0].phase is Phase.IDLE

@@ -15,7 +15,7 @@ from psycopg2.extensions import connection, parse_dsn
 from psycopg2.extras import DictConnection, NamedTupleCursor
 from psycopg2.pool import PoolError
 
-from sharedpool import conninfo
+from sharedpool import conninfo, libpq
 from sharedpool.conninfo import ConnInfo, ServerIdentity, resolve
 from sharedpool.errors import ConfigError
 
@@ -383,7 +383,7 @@ def test_conninfo_is_frozen_hashable_and_picklable() -> None:
 def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Resolve with libpq and, as on a build whose symbols cannot be reached, without it."""
     if request.param == "by hand":
-        monkeypatch.setattr(conninfo, "_libpq", lambda: None)
+        monkeypatch.setattr("sharedpool.libpq.library", lambda: None)
     return str(request.param)
 
 
@@ -392,7 +392,7 @@ def identity(**arguments: Any) -> ServerIdentity:
 
 
 def test_libpq_can_be_reached_here() -> None:
-    assert conninfo._libpq() is not None
+    assert libpq.library() is not None
 
 
 @pytest.mark.usefixtures("either_way")
@@ -476,7 +476,7 @@ def test_a_missing_service_is_named() -> None:
 
 
 def test_a_service_keeps_its_name_where_libpq_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conninfo, "_libpq", lambda: None)
+    monkeypatch.setattr("sharedpool.libpq.library", lambda: None)
     assert identity(service="reports", user="u").host == "service=reports"
     assert identity(service="reports", host="h", user="u").host == "h"
 

@@ -1,0 +1,82 @@
+"""What a broker that was killed leaves to its successor."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from sharedpool.broker import journal as journals
+from sharedpool.broker.commands import Entry, Process
+from sharedpool.broker.journal import Journal
+from sharedpool.wire.messages import Backend, PoolSpec, Token
+
+
+def entry(serial: int, backend: Backend | None = None) -> Entry:
+    process = Process(77, 123456)
+    spec = PoolSpec("päge", 5, 60_000)
+    return Entry(Token(3, serial), b"w\xff\0", process, 77, "", "app.py", spec, 5, 60.0, backend)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "broker.sock.journal"
+
+
+def test_what_was_recorded_and_not_erased_comes_back(path: Path) -> None:
+    journal = Journal(path)
+    assert not journal.intact
+    assert journal.entries == []
+    for serial in (1, 2, 3):
+        journal.record(entry(serial))
+    journal.record(entry(2, Backend(9, 8, 7)))
+    journal.erase(Token(3, 1))
+    journal.erase(Token(3, 99))  # not known: nothing
+    after = Journal(path)  # the first was never closed: it was killed
+    assert after.intact
+    assert after.entries == [entry(2, Backend(9, 8, 7)), entry(3)]
+
+
+def test_a_line_cut_short_is_one_that_never_counted(path: Path) -> None:
+    journal = Journal(path)
+    journal.record(entry(1))
+    journal.record(entry(2))
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 5)
+    after = Journal(path)
+    assert after.intact
+    assert after.entries == [entry(1)]
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense\n", b'{"version":99}\n', b'{"version":1}\n{"lease":5}\n'])
+def test_what_cannot_be_read_is_not_taken_for_all(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    assert not Journal(path).intact
+
+
+def test_it_does_not_grow_for_ever(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journals, "_COMPACT_BYTES", 5000)
+    journal = Journal(path)
+    journal.record(entry(0))
+    for serial in range(1, 500):
+        journal.record(entry(serial))
+        journal.erase(Token(3, serial))
+        assert path.stat().st_size < 10_000
+    assert Journal(path).entries == [entry(0)]
+
+
+def test_it_is_the_users_alone_and_is_removed_for_good(path: Path) -> None:
+    journal = Journal(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    journal.close(for_good=True)
+    assert not path.exists()
+
+
+def test_a_broker_that_cannot_write_leaves_nothing_to_believe(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = Journal(path)
+    os.close(journal._fd)
+    journal._fd = os.open("/dev/full", os.O_WRONLY)
+    journal.record(entry(1))
+    journal.record(entry(2))
+    assert "will wait before it grants" in caplog.text
+    assert not path.exists()
+    assert not Journal(path).intact

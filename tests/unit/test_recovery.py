@@ -1,0 +1,413 @@
+"""A broker after another's end, the quarantine, the server's trouble, the drain: the ledger, message by message."""
+
+from __future__ import annotations
+
+import pytest
+from test_ledger import EPOCH, TTL_S, Broker, Worker
+
+from sharedpool.broker.backoff import PROBE_EVERY_S
+from sharedpool.broker.commands import Doubt, Entry, Erase, Fence, Look, Process, Record, Send, Survey, Watch
+from sharedpool.broker.quarantine import SETTLE_S
+from sharedpool.wire.messages import (
+    PROTOCOL_VERSION,
+    Ack,
+    Acquire,
+    Backend,
+    Bye,
+    Deny,
+    DenyReason,
+    Gone,
+    Grant,
+    Hello,
+    Phase,
+    PoolSpec,
+    Recall,
+    Reject,
+    Release,
+    ReleaseReason,
+    Renew,
+    Stale,
+    Token,
+    Trouble,
+    Welcome,
+)
+
+TAG = "sharedpool p [inst]"
+
+
+def journal_of(broker: Broker) -> list[Entry]:
+    """What a journal would hold after all that was ordered."""
+    entries: dict[Token, Entry] = {}
+    for command in broker.commands:
+        if isinstance(command, Record):
+            entries[command.entry.token] = command.entry
+        elif isinstance(command, Erase):
+            entries.pop(command.token, None)
+    return list(entries.values())
+
+
+def successor(broker: Broker) -> Broker:
+    """A new broker with the journal of one that was killed."""
+    after = Broker(remembers=True)
+    after.ledger.epoch = after.ledger._leases._epoch = after.ledger._demand._epoch = EPOCH + 1
+    after.take_in(after.ledger.restore(journal_of(broker), after.now))
+    return after
+
+
+def moved(worker: Worker, after: Broker) -> Worker:
+    """The same worker process, at the new broker."""
+    again = Worker(after, worker.name, worker.spec)
+    again.held, again.seen, again.requests = dict(worker.held), worker.seen, worker.requests
+    return again
+
+
+# --- after a crash
+
+
+def test_a_lease_is_recorded_before_it_is_granted_and_erased_when_free() -> None:
+    broker = Broker()
+    a = broker.worker("a")
+    token = a.lend()
+    kinds = [type(c).__name__ for c in broker.commands if isinstance(c, Record | Erase)]
+    grants = [c for c in broker.commands if isinstance(c, Send) and isinstance(c.message, Grant)]
+    order = [c for c in broker.commands if isinstance(c, Record) or c in grants]
+    assert isinstance(order[0], Record)
+    assert kinds == ["Record", "Record"]  # granted, then with its backend
+    assert journal_of(broker)[0].backend == a.backend(token)
+    a.release(token)
+    assert journal_of(broker) == []
+
+
+def test_a_successor_counts_what_is_held_before_any_worker_has_spoken() -> None:
+    broker = Broker()
+    a = broker.worker("a", max_conn=2)
+    a.lend()
+    after = successor(broker)
+    b = after.worker("b", max_conn=2)
+    first, second = b.ask(wait_s=60), b.ask()
+    assert isinstance(b.outcome(first), Token)  # certain: one of two is free
+    assert isinstance(b.outcome(second), Deny)
+    assert after.ledger.leases == 2
+
+
+def test_workers_must_say_hello_to_a_successor_and_keep_what_they_hold() -> None:
+    broker = Broker()
+    a = broker.worker("a", max_conn=2)
+    token = a.lend()
+    after = successor(broker)
+    again = moved(a, after)
+    again.beat()
+    assert not again.last(Reject).fatal
+    again.hello()
+    assert again.last(Welcome).revoked == []
+    again.beat()
+    assert again.last(Ack).revoked == []
+    pool = after.ledger.report(after.now)[0][0]
+    assert (pool.leases, pool.suspect) == (1, 0)
+    again.release(token)
+    assert after.ledger.leases == 0
+
+
+def test_a_grant_lost_in_the_crash_is_free_once_its_worker_has_said_hello() -> None:
+    broker = Broker()
+    a = broker.worker("a", max_conn=1)
+    a.ask()  # granted; the message never arrived
+    after = successor(broker)
+    assert after.ledger.leases == 1
+    moved(a, after).hello()
+    assert after.ledger.leases == 0
+
+
+def test_a_lease_that_the_former_broker_had_taken_away_is_never_admitted_again() -> None:
+    broker = Broker()
+    a = broker.worker("a", max_conn=1)
+    token = a.lend()
+    broker.take_in(broker.ledger.backend_gone(token, broker.now))
+    after = successor(broker)
+    again = moved(a, after)
+    again.hello()
+    assert again.last(Welcome).revoked == [token]
+    assert after.ledger.leases == 0
+
+
+def test_a_worker_that_died_with_the_former_broker_is_watched_and_fenced() -> None:
+    broker = Broker()
+    a = broker.worker("a", max_conn=1)
+    token = a.lend()
+    after = successor(broker)
+    assert [watch.session for watch in after.all(Watch)] == [a.id]
+    after.take_in(after.ledger.session_died(a.id, after.now))
+    assert [fence.token for fence in after.all(Fence)] == [token]
+
+
+def test_a_frozen_workers_lease_is_fenced_by_a_successor_after_a_ttl_when_somebody_waits() -> None:
+    broker = Broker()
+    a = broker.worker("a", max_conn=1)
+    token = a.lend()
+    after = successor(broker)
+    after.pass_time(0.9 * TTL_S)
+    b = after.worker("b", max_conn=1)
+    b.ask(wait_s=60)
+    assert after.all(Fence) == []  # it may be well, and not have noticed yet
+    after.pass_time(0.2 * TTL_S)
+    assert [fence.token for fence in after.all(Fence)] == [token]
+
+
+def test_a_lost_release_is_told_again_until_it_is_acknowledged() -> None:
+    """Without a control connection nothing else would ever free the slot."""
+    broker = Broker(verifies=False)
+    a = broker.worker("a", max_conn=1)
+    token = a.lend()
+    a.held.clear()  # released; the message was lost
+    broker.send(a.id, Renew([], token, gone=[token]))
+    assert broker.ledger.leases == 0
+    assert a.last(Ack).gone == [token]
+
+
+def test_without_a_journal_nothing_is_granted_in_the_grace_period() -> None:
+    after = Broker(remembers=False)
+    after.take_in(after.ledger.hold(TTL_S, after.now))
+    b = after.worker("b", max_conn=3)
+    request, impatient = b.ask(wait_s=600), b.ask()
+    after.pass_time(TTL_S / 2)
+    b.beat()
+    assert b.outcome(request) is None
+    assert b.outcome(impatient) is None
+    after.pass_time(TTL_S / 2)
+    (look,) = after.all(Look)
+    assert b.outcome(request) is None  # until the server was asked
+    after.take_in(after.ledger.surveyed(Survey(look.serial, frozenset(), {}), after.now))
+    assert isinstance(b.outcome(request), Token)
+
+
+def test_backends_that_nobody_claims_after_a_lost_journal_stay_counted() -> None:
+    after = Broker(remembers=False)
+    after.take_in(after.ledger.hold(TTL_S, after.now))
+    a = Worker(after, "a", PoolSpec("p", 2, 60_000))
+    a.held = {Token(EPOCH - 1, 5): Phase.IN_USE}
+    a.hello()
+    after.pass_time(TTL_S / 2)
+    a.beat()
+    after.pass_time(TTL_S / 2)
+    orphan = Backend(4711, 5, 1)
+    listed = {a.backend(Token(EPOCH - 1, 5)): TAG, orphan: TAG}
+    after.take_in(after.ledger.surveyed(Survey(0, frozenset(), listed), after.now))
+    assert after.ledger.leases == 2
+    b = after.worker("b")
+    b.ask(wait_s=60)
+    (fence,) = after.all(Fence)
+    assert fence.backend == orphan
+
+
+def test_a_late_worker_claims_its_orphan_unless_that_is_being_ended() -> None:
+    after = Broker(remembers=False)
+    after.take_in(after.ledger.hold(TTL_S, after.now))
+    after.pass_time(TTL_S)
+    token = Token(EPOCH - 1, 5)
+    backend = Worker.backend(token)
+    after.take_in(after.ledger.surveyed(Survey(0, frozenset(), {backend: TAG}), after.now))
+    assert after.ledger.leases == 1
+    late = Worker(after, "late", PoolSpec("p", 4, 60_000))
+    late.held = {token: Phase.IDLE}
+    late.hello()
+    assert late.last(Welcome).revoked == []
+    assert late.last(Welcome).max_conn == 4  # the first session names the pool, not the orphan
+    assert after.ledger.leases == 1
+
+
+# --- custody and quarantine
+
+
+def test_a_dead_workers_deposited_connection_can_be_fenced_before_it_is_confirmed() -> None:
+    broker = Broker()
+    a = broker.worker("a", max_conn=1)
+    token = a.granted(a.ask())
+    assert broker.ledger.expects(a.id, token)
+    assert not broker.ledger.expects(b"other", token)
+    broker.take_in(broker.ledger.deposited(token, broker.now))
+    broker.take_in(broker.ledger.session_died(a.id, broker.now))
+    (fence,) = broker.all(Fence)
+    assert (fence.token, fence.backend) == (token, None)
+
+
+def test_a_worker_killed_in_its_connect_keeps_its_slot_until_the_server_shows_nothing() -> None:
+    broker = Broker()
+    a, b = broker.worker("a", max_conn=1), broker.worker("b")
+    a.ask()
+    request = b.ask(wait_s=60)
+    broker.take_in(broker.ledger.session_died(a.id, broker.now))
+    for starting in ({42}, set(), set()):
+        assert b.outcome(request) is None
+        look = broker.all(Look)[-1]
+        broker.take_in(broker.ledger.surveyed(Survey(look.serial, frozenset(starting), {}), broker.now))
+        broker.pass_time(SETTLE_S * 1.01)
+    assert isinstance(b.outcome(request), Token)
+    assert [look.barrier for look in broker.all(Look)] == [True, False, False]
+
+
+def test_a_deposit_that_was_on_its_way_ends_the_quarantine() -> None:
+    broker = Broker()
+    a = broker.worker("a", max_conn=1)
+    token = a.granted(a.ask())
+    broker.take_in(broker.ledger.session_died(a.id, broker.now))
+    assert broker.all(Fence) == []
+    broker.take_in(broker.ledger.deposited(token, broker.now))
+    assert [fence.token for fence in broker.all(Fence)] == [token]
+    broker.take_in(broker.ledger.backend_gone(token, broker.now))
+    assert broker.ledger.leases == 0
+
+
+def test_a_connect_that_timed_out_is_verified_and_without_a_control_connection_waits_for_the_servers_limit() -> None:
+    for verifies in (True, False):
+        broker = Broker(verifies=verifies)
+        a = broker.worker("a", max_conn=1)
+        token = a.granted(a.ask())
+        broker.send(a.id, Release(token, False, ReleaseReason.FAILED))
+        broker.pass_time(60)
+        a.beat()
+        assert broker.ledger.leases == 1
+        assert bool(broker.all(Look)) == verifies
+        broker.pass_time(6)
+        assert broker.ledger.leases == (1 if verifies else 0)
+
+
+# --- the server's trouble
+
+
+def fail(worker: Worker, token: Token, error: str = "the database system is starting up") -> None:
+    worker.held.pop(token, None)
+    worker.broker.send(worker.id, Release(token, True, ReleaseReason.FAILED, error=error))
+
+
+def test_while_connects_fail_one_is_tried_and_everybody_else_is_told_why() -> None:
+    broker = Broker()
+    a, b = broker.worker("a", max_conn=5), broker.worker("b")
+    fail(a, a.granted(a.ask()))
+    request = b.ask(wait_s=60)
+    denial = b.outcome(request)
+    assert isinstance(denial, Deny)
+    assert (denial.reason, denial.error) == (DenyReason.FAILING, "the database system is starting up")
+    assert 0 < denial.retry_ms <= 1000
+    broker.pass_time(2 * PROBE_EVERY_S)
+    probe = b.granted(b.ask())
+    assert isinstance(a.outcome(a.ask(wait_s=60)), Deny)  # one at a time
+    broker.send(b.id, Release(probe, True, ReleaseReason.FAILED, error="still"))
+    denial = a.outcome(a.ask())
+    assert isinstance(denial, Deny)
+    assert denial.error == "still"
+
+
+def test_when_the_server_is_back_the_pool_is_whole_again_one_by_one() -> None:
+    broker = Broker()
+    a = broker.worker("a", max_conn=3)
+    fail(a, a.granted(a.ask()))
+    broker.pass_time(2 * PROBE_EVERY_S)
+    for _ in range(3):
+        a.open(a.ask(wait_s=60))  # no time passes
+    assert broker.ledger.report(broker.now)[0][0].error == ""
+
+
+def test_a_full_server_keeps_what_there_is_in_use() -> None:
+    broker = Broker()
+    a, b = broker.worker("a", max_conn=5), broker.worker("b")
+    token = a.lend()
+    fail(b, b.granted(b.ask()), "too many clients")
+    request = b.ask(wait_s=60)
+    assert b.outcome(request) is None  # it waits for what there is
+    assert a.last(Recall).owed == 1
+    a.release(token, ReleaseReason.OWED)
+    assert isinstance(b.outcome(request), Token)
+
+
+def test_one_sign_of_a_failover_makes_every_worker_replace_its_connections_once() -> None:
+    broker = Broker()
+    a, b = broker.worker("a"), broker.worker("b")
+    a.lend()
+    for worker in (a, b):
+        broker.send(worker.id, Trouble(1, "25006"))
+    assert [len(worker.sent(Stale)) for worker in (a, b)] == [1, 1]
+    assert a.last(Stale).generation == 2
+    a.beat()
+    assert a.last(Ack).generation == 2  # should the message have been lost
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_dead_connection_alone_is_no_failover_if_the_server_says_so(same: bool) -> None:
+    broker = Broker()
+    a = broker.worker("a")
+    broker.send(a.id, Trouble(1, "57P01"))
+    broker.send(a.id, Trouble(1, ""))
+    (doubt,) = broker.all(Doubt)
+    assert a.sent(Stale) == []
+    broker.take_in(broker.ledger.answered_doubt(doubt.pool, doubt.generation, same, broker.now))
+    assert len(a.sent(Stale)) == (0 if same else 1)
+
+
+def test_without_a_control_connection_every_sign_counts() -> None:
+    broker = Broker(verifies=False)
+    a = broker.worker("a")
+    broker.send(a.id, Trouble(1, ""))
+    assert a.last(Stale).generation == 2
+
+
+# --- bounds and the end
+
+
+def test_no_more_may_wait_than_the_pool_allows() -> None:
+    broker = Broker()
+    a = broker.worker("a", max_conn=1, max_waiting=2)
+    b = broker.worker("b", max_conn=1)
+    a.lend()
+    waiting = [b.ask(wait_s=60) for _ in range(2)]
+    denial = b.outcome(b.ask(wait_s=60))
+    assert isinstance(denial, Deny)
+    assert denial.reason is DenyReason.CROWDED
+    assert [b.outcome(request) for request in waiting] == [None, None]
+
+
+def test_draining_refuses_recalls_what_is_idle_and_asks_for_the_rest() -> None:
+    broker = Broker()
+    a, b = broker.worker("a", max_conn=3), broker.worker("b")
+    busy, idle = a.lend(), a.lend()
+    a.held[idle] = Phase.IDLE
+    a.beat()
+    b.lend()
+    request = b.ask(wait_s=60)
+    broker.take_in(broker.ledger.drain(broker.now))
+    denial = b.outcome(request)
+    assert isinstance(denial, Deny)
+    assert denial.reason is DenyReason.DRAINING
+    recalls = a.sent(Recall)
+    assert sum(recall.take for recall in recalls) == 1
+    assert recalls[-1].owed == 2
+    assert isinstance(a.outcome(a.ask()), Deny)
+    a.release(idle, ReleaseReason.TAKEN)
+    a.release(busy, ReleaseReason.OWED)
+    assert a.last(Recall).owed  # never relaxed while draining
+    assert broker.ledger.leases == 1
+
+
+def test_silence_while_the_broker_itself_did_not_run_does_not_count() -> None:
+    broker = Broker()
+    a = broker.worker("a", max_conn=1)
+    a.lend()
+    b = broker.worker("b")
+    b.ask(wait_s=600)
+    broker.now += 3 * TTL_S
+    broker.ledger.paused(broker.now)
+    broker.pass_time(0.0)
+    assert broker.all(Fence) == []
+    assert broker.ledger.report(broker.now)[0][0].suspect == 0
+
+
+def test_a_sessions_process_is_recorded_for_the_successor_to_watch() -> None:
+    broker = Broker()
+    a = Worker(broker, "a", PoolSpec("p", 1, 1000))
+    broker.take_in(
+        broker.ledger.handle(a.id, Hello(PROTOCOL_VERSION, 5, "", "a", a.spec), broker.now, Process(55, 1234))
+    )
+    broker.send(a.id, Acquire(1, 0))
+    assert journal_of(broker)[0].process == Process(55, 1234)
+    assert broker.all(Gone) == []
+    broker.send(a.id, Bye())
+    assert journal_of(broker) == []
