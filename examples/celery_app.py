@@ -48,7 +48,8 @@ def look(number: int) -> tuple[int, int]:
     """Work a little in the database; return the process that did, and the pool's connections on the server."""
     with sharedpool.get_pool("celery example").connection(timeout=30) as conn, conn.cursor() as cursor:
         cursor.execute(
-            "SELECT count(*), pg_sleep(0.01) FROM pg_stat_activity WHERE application_name = 'sharedpool celery example'"
+            "SELECT count(*), pg_sleep(0.01) FROM pg_stat_activity WHERE application_name LIKE %s",
+            ["sharedpool celery example [%"],
         )
         return os.getpid(), cursor.fetchone()[0]
 

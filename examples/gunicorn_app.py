@@ -31,8 +31,8 @@ def index() -> dict[str, int]:
     # The connection is this request's alone until the block ends; then the transaction is committed.
     with sharedpool.get_pool("gunicorn example").connection(timeout=5) as conn, conn.cursor() as cursor:
         cursor.execute(
-            "SELECT pg_backend_pid(), count(*) FROM pg_stat_activity WHERE application_name = %s",
-            ["sharedpool gunicorn example"],
+            "SELECT pg_backend_pid(), count(*) FROM pg_stat_activity WHERE application_name LIKE %s",
+            ["sharedpool gunicorn example [%"],
         )
         backend, connections = cursor.fetchone()
     return {"worker": os.getpid(), "backend": backend, "connections": connections}

@@ -39,7 +39,7 @@ def watch(futures: list[concurrent.futures.Future[int]]) -> int:
         observer.autocommit = True  # within one transaction pg_stat_activity would not change
         while unfinished:
             cursor.execute(
-                "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s", [f"sharedpool {pool.name}"]
+                "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE %s", [f"sharedpool {pool.name} [%"]
             )
             peak = max(peak, cursor.fetchone()[0])
             unfinished = concurrent.futures.wait(unfinished, timeout=0.005).not_done

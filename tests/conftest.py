@@ -110,7 +110,8 @@ def backends(server_connection: psycopg2.extensions.connection) -> Callable[[sha
 
     def of(pool: sharedpool.Pool) -> set[int]:
         with server_connection.cursor() as cursor:
-            cursor.execute("SELECT pid FROM pg_stat_activity WHERE application_name = %s", [f"sharedpool {pool.name}"])
+            pattern = f"sharedpool {pool.name} [%"
+            cursor.execute("SELECT pid FROM pg_stat_activity WHERE application_name LIKE %s", [pattern])
             return {pid for (pid,) in cursor.fetchall()}
 
     return of

@@ -110,13 +110,16 @@ def workers(count: int, **settings: Any) -> Iterator[list[Worker]]:
 
 
 class Sampler(threading.Thread):
-    """Sample, as fast as the server answers, how many backends of a pool it has. `peak` is the most seen at once."""
+    """Sample, as fast as the server answers, how many backends have an application_name LIKE `pattern`.
 
-    def __init__(self, dsn: str, application_name: str) -> None:
+    `peak` is the most seen at once.
+    """
+
+    def __init__(self, dsn: str, pattern: str) -> None:
         super().__init__(name="sampler")
         self._conn = psycopg2.connect(dsn, application_name="test sampler")
         self._conn.autocommit = True
-        self._application_name = application_name
+        self._pattern = pattern
         self._stop_asked = threading.Event()
         self.peak = 0
         self.samples = 0
@@ -124,9 +127,7 @@ class Sampler(threading.Thread):
     def run(self) -> None:
         with self._conn.cursor() as cursor:
             while not self._stop_asked.is_set():
-                cursor.execute(
-                    "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s", [self._application_name]
-                )
+                cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE %s", [self._pattern])
                 row = cursor.fetchone()
                 assert row is not None
                 self.peak = max(self.peak, row[0])

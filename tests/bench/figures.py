@@ -78,7 +78,7 @@ def storm(
     """Let many processes fight for few connections."""
     with (
         workers(processes, dsn=server.dsn, max_conn=limit, threads=True) as crew,
-        Sampler(server.dsn, "sharedpool default") as sampler,
+        Sampler(server.dsn, "sharedpool default [%") as sampler,
     ):
         for worker in crew:
             worker.send("hammer", seconds=seconds, threads=threads, timeout=60)

@@ -89,7 +89,7 @@ def test_cursor_factory_and_options_reach_psycopg2(make_pool: MakePool) -> None:
 
 def test_backends_are_named_after_the_pool_unless_the_caller_names_them(make_pool: MakePool) -> None:
     pool = make_pool()
-    assert ask(pool.get_conn(), "SHOW application_name") == f"sharedpool {pool.name}"
+    assert ask(pool.get_conn(), "SHOW application_name").startswith(f"sharedpool {pool.name} [")
     assert ask(make_pool(application_name="mine").get_conn(), "SHOW application_name") == "mine"
 
 

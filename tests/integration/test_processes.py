@@ -48,7 +48,7 @@ def start(settings: dict[str, object]) -> Iterator[StartWorker]:
 
 def pids(server: connection, name: str) -> set[int]:
     with server.cursor() as cursor:
-        cursor.execute("SELECT pid FROM pg_stat_activity WHERE application_name = %s", [f"sharedpool {name}"])
+        cursor.execute("SELECT pid FROM pg_stat_activity WHERE application_name LIKE %s", [f"sharedpool {name} [%"])
         return {pid for (pid,) in cursor.fetchall()}
 
 
@@ -62,7 +62,7 @@ def test_processes_and_threads_share_one_limit(
 ) -> None:
     with (
         workers(6, **settings, max_conn=3, threads=True) as crew,
-        Sampler(postgres.dsn, f"sharedpool {name}") as sampler,
+        Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
     ):
         for worker in crew:
             worker.send("hammer", seconds=2, threads=2, timeout=30)
