@@ -114,8 +114,8 @@ class Leases:
             known = lease.token.epoch != self._epoch or lease.token <= seen
             if not known or lease.token in listed or lease.state is SlotState.FENCING:
                 continue
-            # Its RELEASE may have told that nobody saw the backend end, or that a connect timed out: what RENEW's `gone`
-            # does not name may be left on the server, known or not.
+            # Its RELEASE may have told that nobody saw the backend end, or that a connect timed out: what RENEW's
+            # `gone` does not name may be left on the server, known or not.
             self.fence(lease, "its RELEASE was lost", now)
         return revoked
 

@@ -3,8 +3,8 @@
 Scope: count slots to `max_conn`, queue requests first come first served, remember what every session says of its
 leases, and free a slot only on evidence that its backend is gone. It receives messages and the time, and returns
 commands (`commands.py`) for the server to carry out. `records.py` keeps the books, `demand.py` serves the queue,
-`leases.py` follows what workers report of their leases, `health.py` what they report of the server, `recovery.py`
-takes over from a former broker.
+`sessions.py` knows the workers, `leases.py` follows what they report of their leases, `health.py` what they report of
+the server, `recovery.py` takes over from a former broker.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sharedpool.broker.backoff import Backoff
-from sharedpool.broker.commands import Command, Entry, Forget, Log, Look, Process, Send, Survey, Watch
+from sharedpool.broker.commands import Command, Entry, Log, Look, Process, Send, Survey
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.health import Health
 from sharedpool.broker.leases import Leases
@@ -23,9 +22,9 @@ from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState, Waiter
 from sharedpool.broker.recovery import GRACE_OVER, Recovery
 from sharedpool.broker.report import report
+from sharedpool.broker.sessions import Sessions, Terms
 from sharedpool.broker.timers import Timers
 from sharedpool.wire.messages import (
-    PROTOCOL_VERSION,
     Ack,
     Acquire,
     Bye,
@@ -36,7 +35,6 @@ from sharedpool.wire.messages import (
     Hello,
     Phase,
     PoolReport,
-    PoolSpec,
     Reject,
     Release,
     ReleaseReason,
@@ -45,20 +43,10 @@ from sharedpool.wire.messages import (
     ToBroker,
     Token,
     Trouble,
-    Welcome,
 )
-from sharedpool.wire.tag import tag_of
 
 # More threads than any process has: what asks for more is no worker.
 _MOST_REQUESTS = 10_000
-
-
-def other_version(version: int) -> str:
-    """Return what a worker of another protocol version is told."""
-    return (
-        f"the broker speaks protocol {PROTOCOL_VERSION}, this worker {version}:"
-        " install the same sharedpool version for both, and restart what is older"
-    )
 
 
 class Ledger:
@@ -87,22 +75,24 @@ class Ledger:
     ) -> None:
         self.epoch = epoch
         self._verifies = verifies
-        self._random = random
-        self._instance = instance
-        self._desk = desk
         self._ttl_s = ttl_s
-        self._expiration_s = expiration_s
         self._out: list[Command] = []
         self._books = Books(max_conn, self._out.append)
         self._timers = Timers(self._over)
         self._waiter_serial = 0
         self._demand = Demand(self._books, epoch, self._out.append, self._timers.arm)
-        self._leases = Leases(
-            self._books, epoch, self._demand, self._timers.arm, self._log, self._drop_if_over,
+        terms = Terms(epoch, ttl_s, expiration_s, verifies, instance, desk)
+        self._sessions = Sessions(
+            terms, self._books, self._demand, self._out.append, self._timers.arm, self._log, random
+        )
+        self._leases = self._sessions.leases = Leases(
+            self._books, epoch, self._demand, self._timers.arm, self._log, self._sessions.drop_if_over,
             max_checkout_s=max_checkout_s, recheck_s=ttl_s / 3, verifies=verifies, remembers=remembers,
         )  # fmt: skip
         self._health = Health(self._books, self._out.append, self._timers.arm, self._log, verifies=verifies)
-        self._recovery = Recovery(self._books, self._demand, self._out.append, self._log, self._pool)
+        self._recovery = self._sessions.recovery = Recovery(
+            self._books, self._demand, self._out.append, self._log, self._sessions.pool
+        )
         self._looking_again = False
         self._handlers: dict[type, Callable[[Session, Any, float], None]] = {
             Acquire: self._acquire,
@@ -111,11 +101,11 @@ class Ledger:
             Renew: self._renew,
             Release: self._release,
             Trouble: lambda session, trouble, _: self._health.trouble(session, trouble),
-            Bye: self._bye,
+            Bye: self._sessions.bye,
         }
         self._alarms: dict[str, Callable[[Any, float], None]] = {
             "waiter": self._waiter_due,
-            "session": self._session_due,
+            "session": self._sessions.due,
             "expiry": self._leases.expiry_due,
             "checkout": self._leases.checkout_due,
             "answer": self._answer_due,
@@ -132,14 +122,14 @@ class Ledger:
     def handle(self, session_id: bytes, message: ToBroker, now: float, process: Process | None = None) -> list[Command]:
         """Take in one message, which the kernel says is from `process`; return what is to be done."""
         if isinstance(message, Hello):
-            self._hello(session_id, message, now, process)
+            self._sessions.hello(session_id, message, now, process)
         elif (session := self._books.sessions.get(session_id)) is None:
             if not isinstance(message, Bye):
                 self._out.append(Send(session_id, Reject("this broker does not know the session")))
         elif session.restored and not isinstance(message, Release | Bye):
             self._out.append(Send(session_id, Reject("this broker is a new one")))
         elif not session.ended or isinstance(message, Release):  # a dead worker's last word counts only as evidence
-            self._hear(session, now)
+            self._sessions.hear(session, now)
             self._handlers[type(message)](session, message, now)
         return self._settled(now)
 
@@ -158,7 +148,7 @@ class Ledger:
         """Take in that a session's process has ended (evidence, not a guess)."""
         session = self._books.sessions.get(session_id)
         if session is not None:
-            self._end(session, "its worker died", now)
+            self._sessions.end(session, "its worker died", now)
         return self._settled(now)
 
     def backend_gone(self, token: Token, now: float) -> list[Command]:
@@ -255,54 +245,6 @@ class Ledger:
 
     # --- messages
 
-    def _pool(self, spec: PoolSpec) -> Pool:
-        """Return the pool of that name, made when there is none."""
-        books = self._books
-        pool = books.pools.get(spec.name)
-        if pool is None or pool.unnamed:
-            limit = spec.max_conn if books.max_conn is None else min(books.max_conn, spec.max_conn)
-            if pool is None:
-                pool = books.pools[spec.name] = Pool(spec, limit, Backoff(self._random))
-            pool.spec, pool.max_conn, pool.unnamed = spec, limit, False
-        return pool
-
-    def _hello(self, session_id: bytes, hello: Hello, now: float, process: Process | None) -> None:
-        if hello.version != PROTOCOL_VERSION:
-            self._out.append(Send(session_id, Reject(other_version(hello.version), fatal=True)))
-            return
-        books = self._books
-        pool = self._pool(hello.pool)
-        if hello.pool.server != pool.spec.server and session_id not in books.sessions:
-            text = "pool %r: process %d connects to %s, the pool's first process to %s; give one of them another name="
-            self._log(logging.WARNING, text, pool.name, hello.pid, hello.pool.server, pool.spec.server)
-        session = books.sessions.get(session_id)
-        if session is not None and session.ended:
-            return  # late: its process is gone
-        if session is None:
-            expiration_s = min(self._expiration_s, hello.pool.expiration_ms / 1000)
-            session = Session(session_id, hello.pid, hello.host, hello.title, pool, expiration_s, now, process)
-            books.sessions[session_id] = pool.sessions[session_id] = session
-            self._out.append(Watch(session_id, process))
-            self._timers.arm(now + self._ttl_s, "session", session)
-        elif session.restored:
-            session.restored = False
-            session.spared_until = -math.inf
-            self._timers.arm(now + self._ttl_s, "session", session)
-        # A worker that starts over has forgotten what it was asked for.
-        self._demand.ignore(session)
-        self._books.mark_owed(session, 0)
-        self._hear(session, now)
-        for held in hello.leases:
-            if (orphan := self._recovery.claimed(held.backend)) is not None:
-                self._leases.free(orphan, "claimed")
-        revoked = self._leases.reconcile(session, hello.leases, now, seen=hello.seen, claim=True)
-        expiration_ms, ttl_ms = int(session.expiration_s * 1000), int(self._ttl_s * 1000)
-        welcome = Welcome(
-            PROTOCOL_VERSION, self.epoch, pool.max_conn, expiration_ms, ttl_ms, revoked,
-            tag_of(pool.name, self._instance), self._desk, pool.generation,
-        )  # fmt: skip
-        self._out.append(Send(session_id, welcome))
-
     def _acquire(self, session: Session, acquire: Acquire, now: float) -> None:
         if acquire.request in session.waiters:
             return
@@ -375,44 +317,6 @@ class Ledger:
         self._books.identify(lease, release.backend)
         self._leases.fence(lease, "its worker could not see the backend end", now)
 
-    def _bye(self, session: Session, bye: Bye, now: float) -> None:
-        # Who says BYE holds nothing and takes nothing any more: a grant still on its way will not be used.
-        self._end(session, "its worker left without returning it", now, in_order=True)
-
-    # --- sessions
-
-    def _hear(self, session: Session, now: float) -> None:
-        session.heard = now
-        if session.mute or session.suspect:
-            self._books.mark_heard(session)
-
-    def _end(self, session: Session, why: str, now: float, *, in_order: bool = False) -> None:
-        session.ended = True
-        for waiter in list(session.waiters.values()):
-            self._books.dequeue(waiter)
-        self._demand.ignore(session)
-        for lease in list(session.leases.values()):
-            if lease.state is SlotState.FENCING:
-                continue
-            if lease.findable or (self._verifies and not in_order):
-                self._leases.fence(lease, why, now)
-            else:
-                # Never connected. Killed in the middle of it and nobody to look: the backend, if any, has no client.
-                self._leases.free(lease, why)
-        self._books.mark_owed(session, 0)
-        self._drop_if_over(session)
-
-    def _drop_if_over(self, session: Session) -> None:
-        """Forget a session that is over, and a pool nobody uses, once no lease is counted for it any more."""
-        if session.leases or not (session.suspect or session.ended):
-            return
-        if self._books.sessions.pop(session.id, None) is None:
-            return
-        self._out.append(Forget(session.id))
-        del session.pool.sessions[session.id]
-        if not session.pool.sessions:
-            del self._books.pools[session.pool.name]
-
     # --- timers
 
     def _over(self, kind: str, subject: Any) -> bool:
@@ -431,26 +335,6 @@ class Ledger:
         if waiter.session.waiters.get(waiter.request) is waiter:
             waiter.session.pool.timeouts += 1
             self._demand.deny(waiter, DenyReason.TIMEOUT, now)
-
-    def _session_due(self, session: Session, now: float) -> None:
-        if self._books.sessions.get(session.id) is not session:
-            return
-        if session.heard + self._ttl_s > now:
-            self._timers.arm(session.heard + self._ttl_s, "session", session)
-            return
-        if not session.suspect and not session.ended:
-            text = "pool %r: %s has been silent for %.1f s: its %d leases are suspect"
-            self._log(logging.WARNING, text, session.pool.name, session.label, now - session.heard, len(session.leases))
-            session.suspect = True
-            self._demand.ignore(session)
-            for lease in list(session.leases.values()):
-                if lease.state not in (SlotState.SUSPECT, SlotState.FENCING):
-                    self._books.move(lease, SlotState.SUSPECT, "TTL passed")
-            for waiter in list(session.waiters.values()):
-                self._books.dequeue(waiter)
-        # Its waiters are gone; with its last lease it is forgotten (it says HELLO again when it comes back).
-        self._drop_if_over(session)
-        self._timers.arm(now + self._ttl_s, "session", session)
 
     def _answer_due(self, session: Session, now: float) -> None:
         if self._books.sessions.get(session.id) is session:

@@ -25,9 +25,10 @@ from sharedpool.broker import desk as desks
 from sharedpool.broker.commands import Command, Doubt, Erase, Fence, Forget, Log, Look, Process, Record, Send, Watch
 from sharedpool.broker.control import Control, Word
 from sharedpool.broker.journal import Journal
-from sharedpool.broker.ledger import Ledger, other_version
+from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.lock import BrokerLock
 from sharedpool.broker.processes import Watched, is_running, peer_of, process
+from sharedpool.broker.sessions import other_version
 from sharedpool.errors import ProtocolError, SharedPoolError
 from sharedpool.wire import address as addresses
 from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, encode, hello_version

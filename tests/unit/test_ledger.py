@@ -52,9 +52,9 @@ EPOCH = 5
 class Broker:
     """A ledger with a clock, and what it has ordered so far."""
 
-    def __init__(self, **options: float) -> None:
+    def __init__(self, epoch: int = EPOCH, **options: float) -> None:
         options.setdefault("ttl_s", TTL_S)
-        self.ledger = Ledger(EPOCH, **options)  # type: ignore[arg-type]
+        self.ledger = Ledger(epoch, **options)  # type: ignore[arg-type]
         self.now = 1000.0
         self.commands: list[Command] = []
 

@@ -1,0 +1,166 @@
+"""Sessions: a worker says HELLO, falls silent, leaves or dies."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sharedpool.broker.backoff import Backoff
+from sharedpool.broker.commands import Command, Forget, Process, Send, Watch
+from sharedpool.broker.demand import Demand
+from sharedpool.broker.leases import Leases, Logger
+from sharedpool.broker.records import Books, Pool, Session, SlotState
+from sharedpool.broker.recovery import Recovery
+from sharedpool.wire.messages import PROTOCOL_VERSION, Bye, Hello, PoolSpec, Reject, Welcome
+from sharedpool.wire.tag import tag_of
+
+
+def other_version(version: int) -> str:
+    """Return what a worker of another protocol version is told."""
+    return (
+        f"the broker speaks protocol {PROTOCOL_VERSION}, this worker {version}:"
+        " install the same sharedpool version for both, and restart what is older"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What every session is told, or held to. Times in seconds; see `Ledger`."""
+
+    epoch: int
+    ttl_s: float
+    expiration_s: float = math.inf
+    verifies: bool = True
+    instance: str = ""
+    desk: str = ""
+
+
+class Sessions:
+    """The sessions' side of the ledger; `leases` and `recovery` are set once they are made."""
+
+    leases: Leases
+    recovery: Recovery
+
+    def __init__(
+        self,
+        terms: Terms,
+        books: Books,
+        demand: Demand,
+        emit: Callable[[Command], None],
+        arm: Callable[[float, str, object], None],
+        log: Logger,
+        random: Callable[[], float],
+    ) -> None:
+        self._terms = terms
+        self._books = books
+        self._demand = demand
+        self._emit = emit
+        self._arm = arm
+        self._log = log
+        self._random = random
+
+    def pool(self, spec: PoolSpec) -> Pool:
+        """Return the pool of that name, made when there is none."""
+        books = self._books
+        pool = books.pools.get(spec.name)
+        if pool is None or pool.unnamed:
+            limit = spec.max_conn if books.max_conn is None else min(books.max_conn, spec.max_conn)
+            if pool is None:
+                pool = books.pools[spec.name] = Pool(spec, limit, Backoff(self._random))
+            pool.spec, pool.max_conn, pool.unnamed = spec, limit, False
+        return pool
+
+    def hello(self, session_id: bytes, hello: Hello, now: float, process: Process | None) -> None:
+        if hello.version != PROTOCOL_VERSION:
+            self._emit(Send(session_id, Reject(other_version(hello.version), fatal=True)))
+            return
+        books = self._books
+        pool = self.pool(hello.pool)
+        if hello.pool.server != pool.spec.server and session_id not in books.sessions:
+            text = "pool %r: process %d connects to %s, the pool's first process to %s; give one of them another name="
+            self._log(logging.WARNING, text, pool.name, hello.pid, hello.pool.server, pool.spec.server)
+        session = books.sessions.get(session_id)
+        if session is not None and session.ended:
+            return  # late: its process is gone
+        if session is None:
+            expiration_s = min(self._terms.expiration_s, hello.pool.expiration_ms / 1000)
+            session = Session(session_id, hello.pid, hello.host, hello.title, pool, expiration_s, now, process)
+            books.sessions[session_id] = pool.sessions[session_id] = session
+            self._emit(Watch(session_id, process))
+            self._arm(now + self._terms.ttl_s, "session", session)
+        elif session.restored:
+            session.restored = False
+            session.spared_until = -math.inf
+            self._arm(now + self._terms.ttl_s, "session", session)
+        # A worker that starts over has forgotten what it was asked for.
+        self._demand.ignore(session)
+        self._books.mark_owed(session, 0)
+        self.hear(session, now)
+        for held in hello.leases:
+            if (orphan := self.recovery.claimed(held.backend)) is not None:
+                self.leases.free(orphan, "claimed")
+        revoked = self.leases.reconcile(session, hello.leases, now, seen=hello.seen, claim=True)
+        expiration_ms, ttl_ms = int(session.expiration_s * 1000), int(self._terms.ttl_s * 1000)
+        welcome = Welcome(
+            PROTOCOL_VERSION, self._terms.epoch, pool.max_conn, expiration_ms, ttl_ms, revoked,
+            tag_of(pool.name, self._terms.instance), self._terms.desk, pool.generation,
+        )  # fmt: skip
+        self._emit(Send(session_id, welcome))
+
+    def hear(self, session: Session, now: float) -> None:
+        session.heard = now
+        if session.mute or session.suspect:
+            self._books.mark_heard(session)
+
+    def end(self, session: Session, why: str, now: float, *, in_order: bool = False) -> None:
+        session.ended = True
+        for waiter in list(session.waiters.values()):
+            self._books.dequeue(waiter)
+        self._demand.ignore(session)
+        for lease in list(session.leases.values()):
+            if lease.state is SlotState.FENCING:
+                continue
+            if lease.findable or (self._terms.verifies and not in_order):
+                self.leases.fence(lease, why, now)
+            else:
+                # Never connected. Killed in the middle of it and nobody to look: the backend, if any, has no client.
+                self.leases.free(lease, why)
+        self._books.mark_owed(session, 0)
+        self.drop_if_over(session)
+
+    def drop_if_over(self, session: Session) -> None:
+        """Forget a session that is over, and a pool nobody uses, once no lease is counted for it any more."""
+        if session.leases or not (session.suspect or session.ended):
+            return
+        if self._books.sessions.pop(session.id, None) is None:
+            return
+        self._emit(Forget(session.id))
+        del session.pool.sessions[session.id]
+        if not session.pool.sessions:
+            del self._books.pools[session.pool.name]
+
+    def bye(self, session: Session, bye: Bye, now: float) -> None:
+        # Who says BYE holds nothing and takes nothing any more: a grant still on its way will not be used.
+        self.end(session, "its worker left without returning it", now, in_order=True)
+
+    def due(self, session: Session, now: float) -> None:
+        if self._books.sessions.get(session.id) is not session:
+            return
+        if session.heard + self._terms.ttl_s > now:
+            self._arm(session.heard + self._terms.ttl_s, "session", session)
+            return
+        if not session.suspect and not session.ended:
+            text = "pool %r: %s has been silent for %.1f s: its %d leases are suspect"
+            self._log(logging.WARNING, text, session.pool.name, session.label, now - session.heard, len(session.leases))
+            session.suspect = True
+            self._demand.ignore(session)
+            for lease in list(session.leases.values()):
+                if lease.state not in (SlotState.SUSPECT, SlotState.FENCING):
+                    self._books.move(lease, SlotState.SUSPECT, "TTL passed")
+            for waiter in list(session.waiters.values()):
+                self._books.dequeue(waiter)
+        # Its waiters are gone; with its last lease it is forgotten (it says HELLO again when it comes back).
+        self.drop_if_over(session)
+        self._arm(now + self._terms.ttl_s, "session", session)
