@@ -71,7 +71,7 @@ def quiesce(world: World) -> None:
         steps = any([_settle_broker(world), _settle_server(world), _settle_workers(world)])
         check(world)
         broker = world.broker
-        if broker is not None and len(broker.ledger._leases.quarantine):
+        if broker is not None and world.server.up and len(broker.ledger._leases.quarantine):
             world.pass_time(SETTLE_S + 0.001)
         elif not steps and not _moving(world):
             return
@@ -210,13 +210,13 @@ def check_all_slots_can_be_had(world: World) -> None:
         worker = world.start(name)
         count = limit if world.cap is None else min(limit, world.cap)
         count -= _known_lost(world, broker, name)
-        for _ in range(count):
-            worker.checkout(600.0)
-        for _ in range(8):
+        for _ in range(2 * limit + 1):
+            for _ in range(count - len(worker.users) - len(worker.tickets)):
+                worker.checkout(600.0)
             quiesce(world)
             if len(worker.users) >= count:
                 break
-            world.pass_time(1.0)  # a probe a second, perhaps
+            world.pass_time(1.0)  # connects failed: a probe a second, perhaps
         held = [(str(x.token), x.state.value, x.session.label) for x in broker.ledger._books.leases.values()]
         assert len(worker.users) >= count, f"{len(worker.users)} of {count} slots of {name} can be had: {held}"
         for conn in list(worker.users):
