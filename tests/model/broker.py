@@ -23,6 +23,7 @@ from sharedpool.broker.commands import (
     Process,
     Record,
     Send,
+    Vouch,
     Watch,
 )
 from sharedpool.broker.ledger import Ledger
@@ -70,6 +71,9 @@ class Journal:
         self.lines = list(self.live.values())
         return list(self.live.values())
 
+    def vouch(self) -> None:
+        self.intact = True
+
 
 class Broker:
     """One incarnation. `words` are what other threads have to say, in order."""
@@ -97,7 +101,7 @@ class Broker:
             instance=INSTANCE,
             desk="desk" if has_desk else "",
         )
-        self._intact, journal.intact = journal.intact, True
+        self._intact = journal.intact
         self._entries = entries
         self._follows = follows
 
@@ -107,6 +111,8 @@ class Broker:
         self.execute(self.ledger.restore(self._entries, self.world.now))
         if self._follows and not self._intact:
             self.execute(self.ledger.hold(TTL_S, self.world.now))
+        else:
+            self.world.journal.vouch()
 
     # --- output
 
@@ -132,6 +138,8 @@ class Broker:
                 case Erase(token):
                     self.world.journal.erase(token)
                     self._drop(token)
+                case Vouch():
+                    self.world.journal.vouch()
                 case Watch(session, process):
                     self._watch(session, process)
                 case Forget(session):

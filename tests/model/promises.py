@@ -235,5 +235,3 @@ def _known_lost(world: World, broker: Broker, name: str) -> int:
         and (lease.pool.name == name or world.cap is not None)
         for lease in broker.ledger._books.leases.values()
     )
-
-

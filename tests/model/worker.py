@@ -97,13 +97,9 @@ class Worker:
         self.established = False
         now = self.hello_at = self.world.now
         leases, seen = self.cache.register(now, {})
-        spec = PoolSpec(
-            self.pool, LIMITS[self.pool], int(EXPIRATION_S * 1000), 0, "", MAX_WAITING[self.pool]
-        )
+        spec = PoolSpec(self.pool, LIMITS[self.pool], int(EXPIRATION_S * 1000), 0, "", MAX_WAITING[self.pool])
         host = "elsewhere" if self.remote else "here"
-        self.line.up.append(
-            Hello(PROTOCOL_VERSION, self.process.pid, host, self.id.decode(), spec, leases, seen)
-        )
+        self.line.up.append(Hello(PROTOCOL_VERSION, self.process.pid, host, self.id.decode(), spec, leases, seen))
 
     def start_over(self) -> None:
         """The link's session ends and the next begins."""

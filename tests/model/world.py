@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
 
 from sharedpool.broker.commands import Process
 from sharedpool.wire.messages import Grant, Token
@@ -160,5 +159,3 @@ class World:
         if self.broker is not None:
             self.broker.ledger.paused(self.now)
             self.broker.tick()
-
-
