@@ -66,6 +66,11 @@ class Erase:
 
 
 @dataclass(frozen=True, slots=True)
+class Vouch:
+    """From now on the journal tells of every lease there may be: a later broker need not wait."""
+
+
+@dataclass(frozen=True, slots=True)
 class Watch:
     """Tell the ledger (`session_died`) when `process` ends."""
 
@@ -114,4 +119,4 @@ class Log:
     text: str
 
 
-Command = Send | Record | Erase | Watch | Fence | Look | Doubt | Forget | Log
+Command = Send | Record | Erase | Vouch | Watch | Fence | Look | Doubt | Forget | Log

@@ -52,10 +52,11 @@ SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0) F
 """
 # A backend holds the lock on its virtual transaction while it authenticates its client, before it is in
 # pg_stat_activity (PostgreSQL's InitPostgres). This is asked first: what starts meanwhile is in the second answer.
+# Since PostgreSQL 18 it is listed all along, but until it has its name it has neither user nor database.
 _STARTING_SQL = "SELECT pid FROM pg_locks WHERE locktype = 'virtualxid' AND pid <> pg_backend_pid()"
 _ACTIVITY_SQL = """
 SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0), coalesce(application_name, ''),
-       coalesce(application_name LIKE %s, false)
+       coalesce(application_name LIKE %s, false), datid IS NULL AND usesysid IS NULL
 FROM pg_stat_activity
 """
 
@@ -205,8 +206,8 @@ class Control:
             started_or_not = {pid for (pid,) in cursor.fetchall()}
             cursor.execute(_ACTIVITY_SQL, [pattern_of(self._instance)])
             rows = cursor.fetchall()
-        starting = frozenset(started_or_not - {row[0] for row in rows})
-        tagged = {Backend(pid, start_us, self._boot_us): tag for pid, start_us, tag, ours in rows if ours}
+        starting = frozenset(started_or_not - {pid for pid, _, _, _, nobodys in rows if not nobodys})
+        tagged = {Backend(pid, start_us, self._boot_us): tag for pid, start_us, tag, ours, _ in rows if ours}
         survey = Survey(look.serial, starting, tagged)
         self._tell(lambda ledger, now: ledger.surveyed(survey, now))
 

@@ -3,6 +3,9 @@
 One JSON line per event, appended before the grant is sent: a lease (again when its backend is known), or that a token's
 slot is free. A broker that is killed loses nothing that was written, since the page cache is the kernel's; a machine
 that goes down takes the workers along. A last line cut short is one whose grant never left.
+
+A journal begun by a broker that found none is `partial` until that broker knows all that may be held: when it dies
+before, its successor must not believe it either.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ _VERSION = 1
 
 class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
     version: int = 0
+    partial: bool = False
     lease: Entry | None = None
     free: Token | None = None
 
@@ -45,6 +49,7 @@ class Journal:
         self.intact = True
         self._live: dict[Token, bytes] = {}
         self.entries = self._load()
+        self._partial = not self.intact
         self._fd = -1
         self._size = 0
         self._compact()
@@ -59,8 +64,10 @@ class Journal:
         whole, _, _ = data.rpartition(b"\n")
         lines = whole.split(b"\n")
         try:
-            if _decoder.decode(lines[0]).version != _VERSION:
+            first = _decoder.decode(lines[0])
+            if first.version != _VERSION:
                 raise msgspec.DecodeError("another version's")
+            self.intact = not first.partial
             for text in lines[1:]:
                 line = _decoder.decode(text)
                 if line.lease is not None:
@@ -71,6 +78,12 @@ class Journal:
             self.intact = False  # what was read is still true
         self._live = {token: _encode(_Line(lease=entry)) for token, entry in found.items()}
         return list(found.values())
+
+    def vouch(self) -> None:
+        """Note that all leases there may be are in the journal."""
+        if self._partial and self._fd >= 0:
+            self._partial = False
+            self._compact()
 
     def record(self, entry: Entry) -> None:
         """Note a lease, or more about it."""
@@ -102,7 +115,7 @@ class Journal:
         """Write what counts into a new file and put that in the old one's place."""
         fresh = self._path.with_suffix(".new")
         fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        os.write(fd, b"".join([_encode(_Line(version=_VERSION)), *self._live.values()]))
+        os.write(fd, b"".join([_encode(_Line(_VERSION, self._partial)), *self._live.values()]))
         fresh.rename(self._path)
         if self._fd >= 0:
             os.close(self._fd)

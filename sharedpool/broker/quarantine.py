@@ -3,7 +3,7 @@
 A worker that is killed in `connect()`, or whose connect timed out, may leave a backend in start-up, about which the
 books know nothing. The server tells: `pg_stat_activity` lists a backend once it has started, `pg_locks` already while
 it authenticates its client. What was there at the first look, after the postmaster had accepted every earlier connect
-(see `Control`), and is neither the books' nor gone, keeps the slot.
+(see `Control`), shows a moment later, and is neither the books' nor gone, keeps the slot.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from sharedpool.broker.commands import Survey
 from sharedpool.wire.messages import Backend, Token
 
-# Between the fork of a backend and the first lock that shows it: a clean look counts when another follows this later.
+# Between the fork of a backend and the first lock that shows it: what was forked by the first look, a second one that
+# much later shows, unless it is gone.
 SETTLE_S = 0.03
 
 
 @dataclass(slots=True)
 class _Case:
     since: int  # surveys ordered up to this one began too early
-    pids: frozenset[int] | None = None  # those it may be, once there was a look
-    clean_at: float | None = None
+    first_at: float | None = None  # when the first look was heard of: its backend, if any, was forked by then
+    pids: frozenset[int] | None = None  # those it may be, once there was a second look
 
 
 class Quarantine:
@@ -53,7 +54,7 @@ class Quarantine:
             return None
         self._outstanding = True
         self._serial += 1
-        return self._serial, any(case.pids is None for case in self._cases.values())
+        return self._serial, any(case.first_at is None for case in self._cases.values())
 
     def surveyed(self, survey: Survey, strangers: Iterable[Backend], now: float) -> list[Token]:
         """Take in what the server lists, `strangers` being those that the books do not know; return free slots."""
@@ -63,12 +64,14 @@ class Quarantine:
         for token, case in list(self._cases.items()):
             if case.since >= survey.serial:
                 continue
+            if case.first_at is None:
+                case.first_at = now
+                continue
+            if case.pids is None and now - case.first_at < SETTLE_S:
+                continue
+            # The second look shows it even if the first did not; what begins later is not it.
             case.pids = frozenset(strange if case.pids is None else case.pids & strange)
-            if case.pids:
-                case.clean_at = None
-            elif case.clean_at is None:
-                case.clean_at = now
-            elif now - case.clean_at >= SETTLE_S:
+            if not case.pids:
                 free.append(token)
                 del self._cases[token]
         return free

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 
-from sharedpool.broker.commands import Command, Entry, Survey, Watch
+from sharedpool.broker.commands import Command, Entry, Survey, Vouch, Watch
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.leases import Logger
 from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState
@@ -83,7 +83,8 @@ class Recovery:
         self.serve()
 
     def serve(self) -> None:
-        """Begin to grant."""
+        """Begin to grant. What is still unknown has a lease of its own by now."""
+        self._emit(Vouch())
         self._demand.paused = False
         self._log(logging.INFO, "the grace period is over: serving")
 

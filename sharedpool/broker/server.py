@@ -22,7 +22,20 @@ import zmq
 from msgspec import structs
 
 from sharedpool.broker import desk as desks
-from sharedpool.broker.commands import Command, Doubt, Erase, Fence, Forget, Log, Look, Process, Record, Send, Watch
+from sharedpool.broker.commands import (
+    Command,
+    Doubt,
+    Erase,
+    Fence,
+    Forget,
+    Log,
+    Look,
+    Process,
+    Record,
+    Send,
+    Vouch,
+    Watch,
+)
 from sharedpool.broker.control import Control, Word
 from sharedpool.broker.journal import Journal
 from sharedpool.broker.ledger import Ledger
@@ -234,6 +247,8 @@ class Server:
         self._execute(self._ledger.restore(entries, now))
         if self._follows and not self._journal.intact:
             self._execute(self._ledger.hold(self.settings.ttl_s, now))
+        else:
+            self._journal.vouch()
 
     def stop_when_closed(self, fd: int) -> None:
         """Stop when the other end of this pipe is closed: its owner is gone. Call before `run`."""
@@ -332,6 +347,8 @@ class Server:
                     self._journal.erase(token)
                     if self._desk is not None:
                         self._desk.drop(token)
+                case Vouch():
+                    self._journal.vouch()
                 case Fence():
                     self._fence(command)
                 case Look():

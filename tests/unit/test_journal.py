@@ -26,6 +26,7 @@ def test_what_was_recorded_and_not_erased_comes_back(path: Path) -> None:
     journal = Journal(path)
     assert not journal.intact
     assert journal.entries == []
+    journal.vouch()
     for serial in (1, 2, 3):
         journal.record(entry(serial))
     journal.record(entry(2, Backend(9, 8, 7)))
@@ -38,6 +39,7 @@ def test_what_was_recorded_and_not_erased_comes_back(path: Path) -> None:
 
 def test_a_line_cut_short_is_one_that_never_counted(path: Path) -> None:
     journal = Journal(path)
+    journal.vouch()
     journal.record(entry(1))
     journal.record(entry(2))
     with path.open("r+b") as file:
@@ -45,6 +47,16 @@ def test_a_line_cut_short_is_one_that_never_counted(path: Path) -> None:
     after = Journal(path)
     assert after.intact
     assert after.entries == [entry(1)]
+
+
+def test_one_that_was_not_vouched_for_is_not_believed_by_the_next_broker_either(path: Path) -> None:
+    journal = Journal(path)
+    journal.record(entry(1))
+    after = Journal(path)  # killed before it knew all
+    assert not after.intact
+    assert after.entries == [entry(1)]
+    after.vouch()
+    assert Journal(path).intact
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense\n", b'{"version":99}\n', b'{"version":1}\n{"lease":5}\n'])

@@ -33,15 +33,23 @@ def test_a_backend_in_start_up_or_unknown_keeps_it_until_it_is_gone() -> None:
     quarantine = quarantine_of_one()
     assert not look(quarantine, 1.0, starting=(7,))
     assert not look(quarantine, 2.0, strange=(7,))  # it has started
-    assert not look(quarantine, 3.0)
+    assert look(quarantine, 3.0)
+
+
+def test_a_backend_that_only_the_second_look_shows_keeps_it() -> None:
+    quarantine = quarantine_of_one()
+    assert not look(quarantine, 1.0)  # just forked
+    assert not look(quarantine, 2.0, starting=(7,))
+    assert not look(quarantine, 3.0, strange=(7,))
     assert look(quarantine, 4.0)
 
 
 def test_later_strangers_are_somebody_elses() -> None:
     quarantine = quarantine_of_one()
     assert not look(quarantine, 1.0, starting=(7,))
-    assert not look(quarantine, 2.0, starting=(8, 9))
-    assert look(quarantine, 3.0, starting=(10,), strange=(8,))
+    assert not look(quarantine, 2.0, starting=(7, 8))
+    assert not look(quarantine, 3.0, starting=(9, 10), strange=(8,))
+    assert look(quarantine, 4.0, starting=(10,), strange=(9,))
 
 
 def test_a_look_that_began_before_it_does_not_count_and_the_first_needs_a_barrier() -> None:

@@ -1,0 +1,317 @@
+"""A broker process around the real ledger: what `server.py`, `desk.py`, `control.py` and `journal.py` do.
+
+What the ledger's commands ask for is carried out by steps of the world, one by one. `fuse` kills the broker in the
+middle of a batch of commands: those before are carried out, those after are lost.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from sharedpool.broker.commands import (
+    Command,
+    Doubt,
+    Entry,
+    Erase,
+    Fence,
+    Forget,
+    Look,
+    Process,
+    Record,
+    Send,
+    Vouch,
+    Watch,
+)
+from sharedpool.broker.ledger import Ledger
+from sharedpool.broker.records import SlotState
+from sharedpool.broker.recovery import GRACE_OVER
+from sharedpool.wire.codec import decode_to_broker, decode_to_worker, encode
+from sharedpool.wire.messages import Acquire, Grant, Hello, ToBroker, Token
+
+from .scale import INSTANCE, TTL_S
+from .server import Proc
+
+if TYPE_CHECKING:
+    from .world import World
+
+
+class Journal:
+    """What outlives a broker."""
+
+    def __init__(self) -> None:
+        self.lines: list[Entry | Token] = []
+        self.live: dict[Token, Entry] = {}
+        self.intact = False  # nobody has written it yet
+
+    def record(self, entry: Entry) -> None:
+        self.lines.append(entry)
+        self.live[entry.token] = entry
+
+    def erase(self, token: Token) -> None:
+        if self.live.pop(token, None) is not None:
+            self.lines.append(token)
+
+    def damage(self, kept: int) -> None:
+        """Lose all but the first `kept` lines."""
+        self.lines = self.lines[: kept % (len(self.lines) + 1)]
+        self.intact = False
+
+    def reopen(self) -> list[Entry]:
+        """Read it as the next broker does."""
+        self.live = {}
+        for line in self.lines:
+            if isinstance(line, Entry):
+                self.live[line.token] = msgspec.json.decode(msgspec.json.encode(line), type=Entry)
+            else:
+                self.live.pop(line, None)
+        self.lines = list(self.live.values())
+        return list(self.live.values())
+
+    def vouch(self) -> None:
+        self.intact = True
+
+
+class Broker:
+    """One incarnation. `words` are what other threads have to say, in order."""
+
+    def __init__(self, world: World, epoch: int, *, cap: int | None, has_desk: bool, follows: bool) -> None:
+        self.world = world
+        self.has_desk = has_desk
+        self.fuse: int | None = None
+        self.watched: dict[bytes, Process] = {}
+        self.custody: dict[Token, Proc] = {}
+        self.fences: dict[Token, Fence] = {}
+        self.looks: deque[Look] = deque()
+        self.doubts: deque[Doubt] = deque()
+        self.words: deque[Callable[[Ledger, float], list[Command]]] = deque()
+        self.boot = 0  # of the server the control connection is on; 0: not connected yet
+        self.granted: dict[Token, tuple[bytes, int]] = {}
+        self.arrivals: dict[str, list[tuple[bytes, int]]] = {}
+        journal = world.journal
+        entries = journal.reopen()
+        self.ledger = Ledger(
+            epoch,
+            max_conn=cap,
+            ttl_s=TTL_S,
+            remembers=journal.intact,
+            instance=INSTANCE,
+            desk="desk" if has_desk else "",
+        )
+        self._intact = journal.intact
+        self._entries = entries
+        self._follows = follows
+
+    def take_over(self) -> None:
+        """Begin where the former one ended."""
+        self.reach_server()
+        self.execute(self.ledger.restore(self._entries, self.world.now))
+        if self._follows and not self._intact:
+            self.execute(self.ledger.hold(TTL_S, self.world.now))
+        else:
+            self.world.journal.vouch()
+
+    # --- output
+
+    def execute(self, commands: list[Command]) -> None:
+        grants: list[tuple[bytes, Grant]] = []
+        for command in commands:
+            if self.fuse is not None:
+                self.fuse -= 1
+                if self.fuse < 0:
+                    self.world.kill_broker(0)
+                    return
+            if self.world.broker is not self:
+                return
+            match command:
+                case Send(session, message):
+                    line = self.world.network.lines.get(session)
+                    if line is not None and session in self.world.workers:
+                        line.down.append(decode_to_worker(encode(message)))
+                    if isinstance(message, Grant):
+                        grants.append((session, message))
+                case Record(entry):
+                    self.world.journal.record(entry)
+                case Erase(token):
+                    self.world.journal.erase(token)
+                    self._drop(token)
+                case Vouch():
+                    self.world.journal.vouch()
+                case Watch(session, process):
+                    self._watch(session, process)
+                case Forget(session):
+                    self.watched.pop(session, None)
+                case Fence():
+                    self._fence(command)
+                case Look():
+                    self.looks.append(command)
+                case Doubt():
+                    self.doubts.append(command)
+        self.ledger.check_invariants()
+        assert self.world.journal.live.keys() == self.ledger._books.leases.keys(), "the journal differs from the books"
+        for session, grant in grants:
+            self._check_grant(session, grant)
+
+    def _watch(self, session: bytes, process: Process | None) -> None:
+        self.watched.pop(session, None)
+        if process is None:
+            return
+        if process in self.world.processes:
+            self.watched[session] = process
+        else:
+            self.words.append(lambda ledger, now: ledger.session_died(session, now))
+
+    def _fence(self, fence: Fence) -> None:
+        held = self.custody.get(fence.token)
+        if held is not None:
+            held.cut = True
+        if fence.backend is not None:
+            self.fences[fence.token] = fence
+        else:
+            assert held is not None, f"nobody can find the backend of {fence.token}"
+
+    def _check_grant(self, session: bytes, grant: Grant) -> None:
+        receiver = self.granted.setdefault(grant.token, (session, grant.request))
+        assert receiver == (session, grant.request), f"{grant.token} was granted twice"
+        for arrivals in self.arrivals.values():
+            if (session, grant.request) in arrivals:
+                ahead = arrivals[: arrivals.index((session, grant.request))]
+                overtaken = [each for each in ahead if self.queued(*each)]
+                assert not (self.world.in_order and overtaken), f"{overtaken} came before {session!r}"
+                arrivals.remove((session, grant.request))
+
+    def queued(self, session: bytes, request: int) -> bool:
+        books = self.ledger._books.sessions.get(session)
+        return books is not None and request in books.waiters
+
+    # --- input
+
+    def take_in(self, session: bytes, message: ToBroker) -> None:
+        """Handle a message."""
+        process = None
+        if isinstance(message, Hello) and message.host == "here":
+            process = self.world.process_of[session]
+        if isinstance(message, Acquire) and message.wait_ms and not self.queued(session, message.request):
+            books = self.ledger._books.sessions.get(session)
+            if books is not None and not books.restored and message.request not in books.granted:
+                arrivals = self.arrivals.setdefault(books.pool.name, [])
+                if (session, message.request) in arrivals:
+                    arrivals.remove((session, message.request))
+                arrivals.append((session, message.request))
+        self.execute(self.ledger.handle(session, decode_to_broker(encode(message)), self.world.now, process))
+
+    def take_parcel(self, session: bytes, token: Token, proc: Proc) -> None:
+        """A socket is handed in at the desk."""
+        proc.holders.discard("flight")
+        if token in self.custody or not self.ledger.expects(session, token):
+            return
+        proc.holders.add("custody")
+        self.custody[token] = proc
+        self.execute(self.ledger.deposited(token, self.world.now))
+
+    def see(self, token: Token) -> None:
+        """The end of a backend shows on its socket."""
+        assert self.custody[token].dead
+        self._drop(token)
+        self.fences.pop(token, None)
+        self.execute(self.ledger.backend_gone(token, self.world.now))
+
+    def _drop(self, token: Token) -> None:
+        held = self.custody.pop(token, None)
+        if held is not None:
+            held.holders.discard("custody")
+
+    @property
+    def endings(self) -> list[Token]:
+        """What `see` can see."""
+        return [token for token, proc in self.custody.items() if proc.dead]
+
+    def notice_death(self, session: bytes) -> None:
+        """A pidfd fires: told after what has been read already."""
+        del self.watched[session]
+        self.words.append(lambda ledger, now: ledger.session_died(session, now))
+
+    @property
+    def deaths(self) -> list[bytes]:
+        """The sessions whose pidfds have fired."""
+        return [session for session, process in self.watched.items() if process not in self.world.processes]
+
+    def hear_word(self) -> None:
+        self.execute(self.words.popleft()(self.ledger, self.world.now))
+
+    def tick(self) -> None:
+        self.execute(self.ledger.tick(self.world.now))
+
+    def close(self) -> None:
+        """It is dead: what it held open is open no longer."""
+        for proc in self.custody.values():
+            proc.holders.discard("custody")
+
+    # --- the control connection's thread
+
+    @property
+    def has_control_work(self) -> bool:
+        return bool(self.fences or self.looks or self.doubts)
+
+    def reach_server(self) -> bool:
+        """See whether the control connection works; remember every server it was on."""
+        server = self.world.server
+        if not server.up:
+            self.boot = 0
+            return False
+        self.boot = server.boot
+        self.world.seen_boots.add(server.boot)
+        return True
+
+    def work(self, pick: int) -> None:
+        """Do one of the control connection's jobs; what comes out is told to the ledger later."""
+        jobs: list[Fence | Look | Doubt] = [*self.fences.values()]
+        if self.looks:
+            jobs.append(self.looks[0])
+        if self.doubts:
+            jobs.append(self.doubts[0])
+        if not jobs:
+            return
+        match jobs[pick % len(jobs)]:
+            case Doubt() as doubt:
+                self._answer_doubt(doubt)
+            case Look() as look:
+                if self.reach_server():
+                    self._survey(look)
+            case Fence() as fence:
+                if self.reach_server():
+                    self._end(fence)
+
+    def _answer_doubt(self, doubt: Doubt) -> None:
+        self.doubts.popleft()
+        before = self.boot
+        same = self.reach_server() and before == self.boot
+        self.words.append(lambda ledger, now: ledger.answered_doubt(doubt.pool, doubt.generation, same, now))
+
+    def _survey(self, look: Look) -> None:
+        self.looks.popleft()
+        survey = self.world.server.survey(look.serial, look.barrier, self.world.now)
+        if look.serial == GRACE_OVER:
+            self.world.excuse_unknowable()
+        self.words.append(lambda ledger, now: ledger.surveyed(survey, now))
+
+    def _end(self, fence: Fence) -> None:
+        assert fence.backend is not None
+        if fence.backend.boot_us == self.boot:
+            proc = self.world.server.find(fence.backend)
+            if proc is not None:
+                self._check_fence(fence, proc)
+                self.world.server.end(proc)
+        elif fence.backend.boot_us not in self.world.seen_boots:
+            return  # it cannot tell
+        del self.fences[fence.token]
+        self.words.append(lambda ledger, now: ledger.backend_gone(fence.token, now))
+
+    def _check_fence(self, fence: Fence, proc: Proc) -> None:
+        """What is ended is what the fence's lease is on, not what another lease has in good use."""
+        other = self.ledger._books.leases.get(proc.token)
+        good = other is not None and other.token != fence.token and other.state is SlotState.OPEN
+        assert not good, f"{proc} is ended, but its lease {proc.token} is in good use, and another was meant: {fence}"

@@ -1,0 +1,361 @@
+"""What can happen, as rules. A step is one rule; `pick` chooses among what is there to be chosen.
+
+One small number for each step instead of several draws: Hypothesis spends more time on drawing than the world on
+stepping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from sharedpool.wire.messages import ReleaseReason
+
+from .network import Line
+from .promises import check, check_all_slots_can_be_had, check_nobody_waits_in_vain, heal, quiesce
+from .scale import LIMITS, TTL_S
+from .server import Stage
+from .worker import Worker
+from .world import World
+
+MOST_WORKERS = 5
+MOST_TICKETS = 6
+_WAITS = (0.0, 2.0, 60.0, 60.0, 600.0)
+_TROUBLE = ("", "57P01", "25006", "57P02")
+
+picks = st.integers(0, 1023)
+
+
+def some(attribute: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Allow a step only when an awake worker has something in `attribute`: no steps are wasted."""
+    return precondition(
+        lambda self: any(getattr(worker, attribute) for worker in self.world.workers.values() if not worker.frozen)
+    )
+
+
+class GoodNetwork(RuleBasedStateMachine):
+    """A network that delivers every message, in order for each session, at its own pace."""
+
+    bad_network = False
+    steps: ClassVar[int] = 0
+    world: World
+
+    @initialize(pick=picks)
+    def begin(self, pick: int) -> None:
+        cap = (None, None, 3, 4)[pick % 4]
+        self.world = World(cap, has_desk=pick // 4 % 4 != 0, in_order=not self.bad_network)
+        for pool in LIMITS:
+            self.world.start(pool)
+            self.world.start(pool, remote=pick // 16 % 4 == 0)
+        self.world.deliver_all()
+
+    # --- choosing
+
+    def one(self, pick: int, having: str = "") -> tuple[Worker, int]:
+        """Choose a worker that is not frozen and has something in its attribute `having`; and the rest of `pick`."""
+        found = [w for w in self.world.workers.values() if not w.frozen and (not having or getattr(w, having))]
+        return found[pick % len(found)], pick // len(found)
+
+    def line(self, pick: int, way: str) -> tuple[Line, int] | None:
+        """Choose a line with something under way."""
+        found = [line for line in self.world.network.lines.values() if getattr(line, way)]
+        return (found[pick % len(found)], pick // len(found)) if found else None
+
+    # --- threads
+
+    @rule(pick=picks)
+    def checkout(self, pick: int) -> None:
+        worker, pick = self.one(pick)
+        if len(worker.tickets) < MOST_TICKETS:
+            for _ in range(1 + pick // 8 % 3):
+                worker.checkout(_WAITS[pick % len(_WAITS)])
+
+    @some("users")
+    @rule(pick=picks)
+    def checkin(self, pick: int) -> None:
+        worker, pick = self.one(pick, "users")
+        conn = worker.users[pick % len(worker.users)]
+        match pick // len(worker.users) % 6:
+            case 0:
+                worker.checkin(conn, ReleaseReason.BROKEN)
+            case 1:
+                for each in list(worker.users):
+                    worker.checkin(each)
+            case _:
+                worker.checkin(conn)
+
+    @some("users")
+    @rule(pick=picks)
+    def use(self, pick: int) -> None:
+        """A query begins; or one fails in a way that tells of a failover."""
+        worker, pick = self.one(pick, "users")
+        conn = worker.users[pick % len(worker.users)]
+        if pick // 4 % 4:
+            conn.proc.busy = conn.works
+        elif conn.lease is not None:
+            worker.cache.trouble(conn.lease, _TROUBLE[pick // 16 % len(_TROUBLE)])
+            worker.flush()
+
+    @some("tickets")
+    @rule(pick=picks)
+    def collect(self, pick: int) -> None:
+        self.one(pick, "tickets")[0].collect()
+
+    @some("tickets")
+    @rule(pick=picks)
+    def give_up(self, pick: int) -> None:
+        worker, pick = self.one(pick, "tickets")
+        in_connect = [opening.lease for opening in worker.opening]
+        tickets = [ticket for ticket in worker.tickets if ticket.lease not in in_connect]
+        if tickets:
+            worker.give_up(tickets[pick % len(tickets)])
+
+    @some("connecting")
+    @rule(pick=picks)
+    def connect(self, pick: int) -> None:
+        worker, pick = self.one(pick, "connecting")
+        worker.connect(worker.connecting[pick % len(worker.connecting)])
+
+    @some("opening")
+    @rule(pick=picks)
+    def go_on_connecting(self, pick: int) -> None:
+        """The server or the worker takes the next step of a connect, or the connect fails."""
+        worker, pick = self.one(pick, "opening")
+        opening = worker.opening[pick % len(worker.opening)]
+        pick //= len(worker.opening)
+        proc = opening.proc
+        if pick % 8 == 0:
+            how = ("timeout", "timeout", "full", "password")[pick // 8 % 4]
+            if proc.stage is not Stage.OPEN:
+                worker.fail(opening, how)
+        elif proc.dead or proc.stage is Stage.OPEN:
+            if pick % 8 == 1:
+                worker.deposit_early(opening)
+            else:
+                worker.opened(opening, ("", "", "", "", "not deposited", "interrupted", "configure", "")[pick // 8 % 8])
+        else:
+            stage = Stage.OPEN if pick % 8 > 2 else Stage(proc.stage + 1)
+            self.world.server.advance(proc, stage, self.world.now)
+
+    @some("closing")
+    @rule(pick=picks)
+    def finish_close(self, pick: int) -> None:
+        worker, pick = self.one(pick, "closing")
+        closing, conn = worker.closing[pick % len(worker.closing)]
+        worker.finish_close(closing, conn, seen=pick // 8 % 4 != 0)
+
+    # --- network and clock
+
+    @rule(pick=picks)
+    def deliver_up(self, pick: int) -> None:
+        if found := self.line(pick, "up"):
+            for _ in range(1 + found[1] % 3):
+                if found[0].up:
+                    self.world.deliver_up(found[0])
+
+    @rule(pick=picks)
+    def deliver_down(self, pick: int) -> None:
+        if found := self.line(pick, "down"):
+            worker = self.world.workers.get(found[0].session)
+            for _ in range(1 + found[1] % 3):
+                if worker is not None and not worker.frozen and found[0].down:
+                    self.world.deliver_down(worker)
+
+    @rule(pick=picks)
+    def deliver_parcel(self, pick: int) -> None:
+        if found := self.line(pick, "desk"):
+            self.world.deliver_parcel(found[0])
+
+    @rule()
+    def deliver_all(self) -> None:
+        self.world.deliver_all()
+
+    @rule(pick=picks)
+    def beat(self, pick: int) -> None:
+        self.one(pick)[0].beat()
+
+    @rule(seconds=st.sampled_from([0.01, 0.05, 0.3, 1.1, 3.0, 6.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.world.pass_time(seconds)
+
+    @rule(seconds=st.sampled_from([3.0, TTL_S + 1, 50.0]))
+    def pass_long(self, seconds: float) -> None:
+        self.world.pass_long(seconds)
+
+    @rule()
+    def to_the_next_deadline(self) -> None:
+        if self.world.broker is not None:
+            deadline = self.world.broker.ledger.next_deadline()
+            if deadline is not None:
+                self.world.pass_time(max(0.0, deadline - self.world.now))
+
+    # --- processes
+
+    @precondition(lambda self: len(self.world.workers) < MOST_WORKERS)
+    @rule(pick=picks)
+    def start(self, pick: int) -> None:
+        self.world.start(sorted(LIMITS)[pick % len(LIMITS)], remote=pick // 2 % 4 == 0)
+
+    @precondition(lambda self: len(self.world.workers) > 2)
+    @rule(pick=picks)
+    def die(self, pick: int) -> None:
+        workers = list(self.world.workers.values())
+        worker = workers[pick % len(workers)]
+        if not worker.frozen and len(self.world.awake) < 2:
+            return
+        self.world.die(worker)
+
+    @precondition(lambda self: len(self.world.awake) > 2)
+    @rule(pick=picks)
+    def leave(self, pick: int) -> None:
+        worker, pick = self.one(pick)
+        if not worker.connecting and not worker.opening:
+            self.world.leave(worker, exits=bool(pick % 3))
+
+    @precondition(lambda self: len(self.world.awake) > 2)
+    @rule(pick=picks)
+    def freeze(self, pick: int) -> None:
+        self.one(pick)[0].frozen = True
+
+    @precondition(lambda self: len(self.world.awake) > 2)
+    @rule(pick=picks)
+    def oversleep(self, pick: int) -> None:
+        """A worker is frozen for longer than its TTL, and wakes up when others may have its slots."""
+        sleeper, pick = self.one(pick)
+        sleeper.frozen = True
+        self.world.pass_long(TTL_S + 1)
+        other, pick = self.one(pick)
+        for _ in range(pick % 3):
+            other.checkout(60.0)
+        self.world.deliver_all()
+        broker = self.world.broker
+        if broker is not None and pick // 4 % 2:
+            for _ in list(broker.fences):
+                broker.work(0)
+        self._thaw(sleeper)
+
+    @precondition(lambda self: any(worker.frozen for worker in self.world.workers.values()))
+    @rule(pick=picks)
+    def thaw(self, pick: int) -> None:
+        frozen = [worker for worker in self.world.workers.values() if worker.frozen]
+        self._thaw(frozen[pick % len(frozen)])
+
+    @staticmethod
+    def _thaw(worker: Worker) -> None:
+        worker.frozen = False
+        worker.keep_in_touch()
+
+    @rule(pick=picks)
+    def register_again(self, pick: int) -> None:
+        self.one(pick)[0].start_over()
+
+    # --- the server
+
+    @rule(pick=picks)
+    def backend_moves(self, pick: int) -> None:
+        """A backend exits by itself, ends its query, or goes on with its start-up."""
+        procs = self.world.server.procs
+        if not procs:
+            return
+        proc = procs[pick % len(procs)]
+        if proc.abandoned or pick // 8 % 8 == 0:
+            self.world.server.end(proc)
+        elif proc.stage is not Stage.OPEN:
+            self.world.server.advance(proc, Stage(proc.stage + 1), self.world.now)
+        elif "worker" not in proc.holders:
+            proc.busy = False
+
+    @rule(pick=picks)
+    def server_stops_or_starts(self, pick: int) -> None:
+        if not self.world.server.up:
+            self.world.server.start()
+        elif pick % 8 == 0:
+            self.world.server.stop()
+            if pick % 16 == 0:
+                self.world.server.start()
+
+    # --- the broker
+
+    @rule(pick=picks)
+    def broker_hears(self, pick: int) -> None:
+        """A death, a backend's end, or what the control connection has found out, reaches the ledger."""
+        broker = self.world.broker
+        if broker is None:
+            return
+        for _ in range(3):
+            pick += 1
+            if pick % 3 == 0 and (deaths := broker.deaths):
+                broker.notice_death(deaths[pick % len(deaths)])
+            elif pick % 3 == 1 and (endings := broker.endings):
+                broker.see(endings[pick % len(endings)])
+            elif pick % 3 == 2 and broker.words:
+                broker.hear_word()
+            else:
+                continue
+            return
+
+    @precondition(lambda self: self.world.broker is not None and self.world.broker.has_control_work)
+    @rule(pick=picks)
+    def control_works(self, pick: int) -> None:
+        assert self.world.broker is not None
+        self.world.broker.work(pick)
+
+    @rule(pick=picks)
+    def broker_dies_or_starts(self, pick: int) -> None:
+        world = self.world
+        if world.broker is None:
+            if pick % 4 == 0:
+                world.journal.damage(pick // 4)
+            world.start_broker()
+            return
+        match pick % 8:
+            case 0:
+                world.kill_broker(pick // 16)
+            case 1 | 2:
+                world.broker.fuse = pick // 8 % 12
+            case 3:
+                world.kill_broker(pick // 16)
+                world.start_broker()
+            case 4 if pick // 8 % 4 == 0:
+                world.broker.execute(world.broker.ledger.drain(world.now))
+            case 5:
+                world.stall_broker((0.5, 2.0, TTL_S + 1)[pick // 8 % 3])
+
+    # --- promises
+
+    @invariant()
+    def safe(self) -> None:
+        if hasattr(self, "world"):
+            type(self).steps += 1
+            check(self.world)
+
+    @precondition(lambda self: not self.bad_network)
+    @rule()
+    def quiet_moment(self) -> None:
+        world = self.world
+        quiesce(world)
+        serving = world.broker is not None and world.broker.ledger.state == "serving"
+        if serving and world.server.up and len(world.awake) == len(world.workers):
+            check_nobody_waits_in_vain(world)
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.world.in_order = False
+            heal(self.world)
+            check_nobody_waits_in_vain(self.world)
+            check_all_slots_can_be_had(self.world)
+
+
+class BadNetwork(GoodNetwork):
+    """A network that loses, doubles, delays and reorders messages: whatever it does, the promises hold."""
+
+    bad_network = True
+
+    @precondition(lambda self: self.world.network.busy or self.world.network.limbo)
+    @rule(pick=picks)
+    def mislead(self, pick: int) -> None:
+        network = self.world.network
+        (network.lose, network.double, network.delay, network.late)[pick % 4](pick // 4)

@@ -1,0 +1,237 @@
+"""What is promised: S1 to S4 at every moment, the rest when faults have stopped."""
+
+from __future__ import annotations
+
+from sharedpool.broker.quarantine import SETTLE_S
+from sharedpool.broker.records import SlotState
+
+from .broker import Broker
+from .scale import BEAT_S, LIMITS, TTL_S
+from .server import Proc, Stage
+from .worker import Worker
+from .world import World
+
+
+def check(world: World) -> None:
+    """S1 to S4."""
+    counts = dict.fromkeys(LIMITS, 0)
+    for proc in world.server.procs:
+        if proc.token in world.excused:
+            continue
+        if proc.stage is not Stage.QUEUED:
+            counts[proc.pool] += 1
+        _check_covered(world, proc)
+    for name, limit in LIMITS.items():
+        assert counts[name] <= limit, f"{counts[name]} backends in pool {name}, limit {limit}: {world.server.procs}"
+    if world.cap is not None:
+        assert sum(counts.values()) <= world.cap, f"more backends than {world.cap}: {world.server.procs}"
+    for worker in world.workers.values():
+        _check_worker(worker)
+
+
+def _check_covered(world: World, proc: Proc) -> None:
+    """A slot is counted as long as its backend lives, or may yet come; with the broker dead, its journal tells."""
+    broker = world.broker
+    if broker is None:
+        if not world.journal.intact:
+            return
+        leases = world.journal.live
+    elif broker.ledger.state == "waiting":
+        return  # nothing is granted before everybody had time to say what they hold
+    else:
+        leases = broker.ledger._books.leases
+    if proc.token not in leases:
+        covered = any(lease.backend == proc.backend for lease in leases.values())
+        assert covered, f"the slot of {proc!r} is free while it lives"
+
+
+def _check_worker(worker: Worker) -> None:
+    """Every lease has one owner: the cache, a thread, or a close that is under way."""
+    cache = worker.cache
+    if not cache.leases:
+        return
+    owners = [lease for lease in cache.idle]
+    owners += [conn.lease for conn in worker.users if conn.lease is not None]
+    owners += [closing.lease for closing, _ in worker.closing]
+    owners += [opening.lease for opening in worker.opening]
+    owners += worker.connecting
+    owners += [x.lease for x in worker.tickets if x.lease is not None and x.lease.conn is not None]
+    assert len(owners) == len(set(owners)), f"{worker}: a lease has two owners"
+    for lease in cache.leases.values():
+        assert lease in owners, f"{worker}: lease {lease.token} ({lease.phase.value}) is nobody's"
+
+
+# --- peace
+
+
+def quiesce(world: World) -> None:
+    """Everything under way arrives and ends, in almost no time; nobody checks anything in."""
+    for _ in range(200):
+        _settle_network(world)
+        steps = any([_settle_broker(world), _settle_server(world), _settle_workers(world)])
+        check(world)
+        broker = world.broker
+        if broker is not None and world.server.up and len(broker.ledger._leases.quarantine):
+            world.pass_time(SETTLE_S + 0.001)
+        elif not steps and not _moving(world):
+            return
+    raise AssertionError("no rest")
+
+
+def _moving(world: World) -> bool:
+    if any(worker.line.down for worker in world.awake):
+        return True
+    return world.broker is not None and any(line.up or line.desk for line in world.network.lines.values())
+
+
+def _settle_network(world: World) -> None:
+    for worker in world.awake:
+        worker.notice_line()
+    world.deliver_all()
+
+
+def _settle_broker(world: World) -> bool:
+    broker = world.broker
+    if broker is None:
+        return False
+    steps = False
+    for session in broker.deaths:
+        broker.notice_death(session)
+    while broker.words:
+        broker.hear_word()
+        steps = True
+    for token in broker.endings:
+        if token in broker.custody:
+            broker.see(token)
+            steps = True
+    waiting = len(broker.fences), len(broker.looks), len(broker.doubts)
+    for pick in range(len(broker.fences) + 2):
+        broker.work(pick)
+    return steps or waiting != (len(broker.fences), len(broker.looks), len(broker.doubts))
+
+
+def _settle_server(world: World) -> bool:
+    steps = False
+    for proc in list(world.server.procs):
+        if proc.stage is not Stage.OPEN:
+            world.server.advance(proc, Stage.OPEN, world.now)
+            steps = True
+        if proc.abandoned:
+            world.server.end(proc)
+            steps = True
+    return steps
+
+
+def _settle_workers(world: World) -> bool:
+    steps = False
+    for worker in world.awake:
+        worker.collect()
+        for closing, conn in list(worker.closing):
+            worker.finish_close(closing, conn, seen=True)
+            steps = True
+        for lease in list(worker.connecting):
+            worker.connect(lease)
+            steps = True
+        for opening in list(worker.opening):
+            if opening.proc.dead or opening.proc.stage is Stage.OPEN:
+                worker.opened(opening, "")
+                steps = True
+    return steps
+
+
+def check_nobody_waits_in_vain(world: World) -> None:
+    """L1, L4, in a quiet moment without frozen workers, a serving broker and a server that is up."""
+    broker = world.broker
+    assert broker is not None
+    books = broker.ledger._books
+    for worker in world.workers.values():
+        for ticket in worker.tickets:
+            assert ticket.lease is None
+            own = books.sessions.get(worker.id)
+            if not worker.established or own is None or own.silent:
+                continue  # it has not noticed yet that its broker is another, or that it was given up
+            assert worker.patience[ticket.request], "a caller that does not wait has no answer"
+            assert broker.queued(worker.id, ticket.request), "a ticket that is in no queue"
+            pool = books.pools[worker.pool]
+            assert pool.room <= 0 or books.room <= 0, "a waiter and a free slot"
+            capped = books.room <= 0
+            for other in world.workers.values():
+                known = books.sessions.get(other.id)
+                if known is None or known.silent:
+                    continue  # it has not spoken for longer than the TTL
+                if other.pool == worker.pool or (capped and pool.room > 0):
+                    idle = [lease for lease in other.cache.idle if lease.token in books.leases]
+                    assert not idle, "a waiter and an idle connection"
+
+
+def heal(world: World) -> None:
+    """Faults stop: the frozen thaw, the dead are restarted, all that was late arrives, time passes."""
+    while world.network.limbo:
+        world.network.late(0)
+    world.server.start()
+    if world.broker is not None and world.broker.ledger.state == "draining":
+        world.kill_broker(0)
+    if world.broker is not None:
+        world.broker.fuse = None
+    world.start_broker()
+    for worker in world.workers.values():
+        worker.frozen = False
+    for proc in world.server.procs:
+        proc.busy = False
+    _let_pass(world, TTL_S + 2 * BEAT_S)
+    for _ in range(20 + sum(len(worker.tickets) for worker in world.workers.values())):
+        for worker in list(world.workers.values()):
+            worker.beat()
+        quiesce(world)
+        for worker in list(world.workers.values()):
+            for conn in list(worker.users):
+                worker.checkin(conn)
+        quiesce(world)
+        _let_pass(world, 1.0)
+        if not any(worker.tickets or worker.users for worker in world.workers.values()):
+            return
+    waiting = {worker.id: len(worker.tickets) for worker in world.workers.values() if worker.tickets}
+    raise AssertionError(f"still waiting although everything was checked in: {waiting}")
+
+
+def _let_pass(world: World, seconds: float) -> None:
+    until = world.now + seconds
+    while world.now < until:
+        quiesce(world)
+        world.pass_time(min(BEAT_S / 2, until - world.now))
+    quiesce(world)
+
+
+def check_all_slots_can_be_had(world: World) -> None:
+    """L5: one session gets every slot of its pool."""
+    broker = world.broker
+    assert broker is not None
+    for name, limit in LIMITS.items():
+        worker = world.start(name)
+        count = limit if world.cap is None else min(limit, world.cap)
+        count -= _known_lost(world, broker, name)
+        for _ in range(2 * limit + 1):
+            for _ in range(count - len(worker.users) - len(worker.tickets)):
+                worker.checkout(600.0)
+            quiesce(world)
+            if len(worker.users) >= count:
+                break
+            world.pass_time(1.0)  # connects failed: a probe a second, perhaps
+        held = [(str(x.token), x.state.value, x.session.label) for x in broker.ledger._books.leases.values()]
+        assert len(worker.users) >= count, f"{len(worker.users)} of {count} slots of {name} can be had: {held}"
+        for conn in list(worker.users):
+            worker.checkin(conn)
+        quiesce(world)
+
+
+def _known_lost(world: World, broker: Broker, name: str) -> int:
+    """Return how many slots wait for the word of a worker on another host that was killed before it connected."""
+    living = world.processes
+    return sum(
+        lease.state is SlotState.SUSPECT
+        and not lease.findable
+        and lease.session.process is None
+        and world.process_of[lease.session.id] not in living
+        and (lease.pool.name == name or world.cap is not None)
+        for lease in broker.ledger._books.leases.values()
+    )

@@ -1,0 +1,41 @@
+"""The real ledger and the real caches in a world of random events.
+
+`SHAREDPOOL_MODEL_SEED=7 pytest tests/model` runs with another seed, `SHAREDPOOL_MODEL_EXAMPLES=2000` for longer.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from .machine import BadNetwork, GoodNetwork
+
+SEED = int(os.environ.get("SHAREDPOOL_MODEL_SEED", "1"))
+EXAMPLES = int(os.environ.get("SHAREDPOOL_MODEL_EXAMPLES", "60"))
+STEPS = 200
+PROFILE = settings(
+    max_examples=EXAMPLES,
+    stateful_step_count=STEPS,
+    deadline=None,
+    print_blob=True,
+    database=None,
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate, Phase.shrink],
+)
+
+
+@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("machine", [GoodNetwork, BadNetwork])
+def test_model(machine: type[GoodNetwork], part: int) -> None:
+    machine = type(f"{machine.__name__}{part}", (machine,), {"steps": 0})
+    number = SEED * 100 + part
+    try:
+        run_state_machine_as_test(seed(number)(machine), settings=PROFILE)
+    except Exception as error:
+        error.add_note(f"SHAREDPOOL_MODEL_SEED={SEED} does this again")
+        raise
+    print(f"{machine.__name__}: {machine.steps} steps")

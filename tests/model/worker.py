@@ -1,0 +1,432 @@
+"""Processes with a pool: what `holdings.py`, `checkout.py` and `link.py` do around a real cache.
+
+Every step that blocks in a real process (waiting, connecting, closing) is a step of its own here, so that anything can
+happen in between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sharedpool.broker.commands import Process
+from sharedpool.errors import SharedPoolError
+from sharedpool.wire.messages import (
+    PROTOCOL_VERSION,
+    Ack,
+    Bye,
+    Deny,
+    Gone,
+    Grant,
+    Hello,
+    Phase,
+    PoolSpec,
+    Recall,
+    Reject,
+    ReleaseReason,
+    Stale,
+    Token,
+    ToWorker,
+    Welcome,
+)
+from sharedpool.worker.cache import Cache
+from sharedpool.worker.checkout import CHECK_AFTER_S
+from sharedpool.worker.lease import Closing, Lease, Ticket
+
+from .network import Parcel
+from .scale import BEAT_S, EXPIRATION_S, HELLO_RETRY_S, LIMITS, MAX_WAITING, SILENCE_S
+from .server import Proc, Stage
+
+if TYPE_CHECKING:
+    from .broker import Broker
+    from .world import World
+
+
+@dataclass(eq=False)
+class Conn:
+    """A connection as its process sees it."""
+
+    proc: Proc
+    lease: Lease | None = None  # set while it is checked out
+    closed: bool = False
+
+    @property
+    def works(self) -> bool:
+        return not (self.closed or self.proc.dead or self.proc.cut)
+
+
+@dataclass(eq=False)
+class Opening:
+    """A thread inside `connect` or what follows."""
+
+    lease: Lease
+    proc: Proc
+    conn: Conn | None = None  # once the socket was handed in
+
+
+class Worker:
+    """One process with one pool, any number of threads, and a link. `remote`: on another host than the broker."""
+
+    def __init__(self, world: World, number: int, pool: str, *, remote: bool) -> None:
+        self.world = world
+        self.id = b"w%d" % number
+        self.pool = pool
+        self.remote = remote
+        self.process = Process(number, number)
+        self.cache = Cache(EXPIRATION_S)
+        self.line = world.network.line(self.id)
+        self.established = False
+        self.frozen = False
+        self.tag = ""
+        self.desk: Broker | None = None
+        self.tickets: list[Ticket] = []
+        self.connecting: list[Lease] = []
+        self.opening: list[Opening] = []
+        self.users: list[Conn] = []
+        self.closing: list[tuple[Closing, Conn]] = []
+        self.patience: dict[int, bool] = {}
+        self.beat_at = self.hello_at = self.heard_at = world.now
+        self.denied = 0
+
+    def __repr__(self) -> str:
+        return f"<{self.id.decode()} of pool {self.pool}{', frozen' if self.frozen else ''}>"
+
+    # --- the link
+
+    def hello(self) -> None:
+        self.established = False
+        now = self.hello_at = self.world.now
+        leases, seen = self.cache.register(now, {})
+        spec = PoolSpec(self.pool, LIMITS[self.pool], int(EXPIRATION_S * 1000), 0, "", MAX_WAITING[self.pool])
+        host = "elsewhere" if self.remote else "here"
+        self.line.up.append(Hello(PROTOCOL_VERSION, self.process.pid, host, self.id.decode(), spec, leases, seen))
+
+    def start_over(self) -> None:
+        """The link's session ends and the next begins."""
+        self.line.drop_hellos()
+        self.heard_at = self.world.now
+        self.hello()
+
+    def notice_line(self) -> None:
+        """The line to the desk is closed by its broker's death."""
+        if self.desk is not None and self.desk is not self.world.broker:
+            self.desk = None
+            if self.established:
+                self.start_over()
+
+    def keep_in_touch(self) -> None:
+        """Do what the link does by the clock."""
+        now = self.world.now
+        self.notice_line()
+        if not self.established:
+            if now - self.hello_at >= HELLO_RETRY_S:
+                self.start_over()
+        elif now - self.beat_at >= BEAT_S:
+            if now - self.heard_at > SILENCE_S:
+                self.start_over()
+            else:
+                self.beat()
+
+    def beat(self) -> None:
+        now = self.beat_at = self.world.now
+        if self.established:
+            self._to_close(self.cache.expire(now))
+            assert not self.cache.lost(now)
+            self.cache.out.append(self.cache.renewal(now, {}))
+            self._deposit_all()
+            self.flush()
+
+    def flush(self) -> None:
+        out = self.cache.out
+        while self.established and out:
+            self.line.up.append(out.popleft())
+
+    def receive(self, message: ToWorker) -> None:
+        """Take in a message as `Link._receive` and `Holdings.receive` do."""
+        now, cache = self.world.now, self.cache
+        self.heard_at = now
+        if isinstance(message, Reject):
+            assert not message.fatal
+            self.hello()
+            return
+        if isinstance(message, Welcome):
+            self.established = True
+        elif not self.established:
+            return
+        match message:
+            case Welcome():
+                self._to_close(cache.welcomed(message.epoch, message.generation, now))
+                self.tag = message.tag
+                self._revoke(message.revoked)
+                self._open_desk(message.desk)
+            case Stale():
+                self._to_close(cache.renew_generation(message.generation, now))
+            case Ack():
+                cache.acknowledged(message.gone)
+                self._to_close(cache.renew_generation(message.generation, now))
+                self._revoke(message.revoked)
+            case Grant():
+                self._wake(cache.granted(message, now))
+            case Deny():
+                ticket = cache.denied(message)
+                if ticket is not None:
+                    self.tickets.remove(ticket)
+                    self.denied += 1
+            case Recall():
+                self._to_close(cache.recalled(message, now, {}))
+            case Gone():
+                self._ended(message.tokens)
+        self.flush()
+
+    def _revoke(self, tokens: list[Token]) -> None:
+        for token in tokens:
+            lease = self.cache.forget(token)
+            conn = None if lease is None else self._conn_of(lease)
+            if conn is not None:
+                conn.proc.cut = True
+
+    def _ended(self, tokens: list[Token]) -> None:
+        for token in tokens:
+            lease = self.cache.ended(token)
+            if lease is not None and lease.phase is Phase.IDLE:
+                self.cache.trouble(lease, "")
+            if lease is not None and isinstance(lease.conn, Conn):
+                assert lease.conn.proc.dead, f"GONE names {lease.token}, whose backend lives"
+                lease.conn.closed = True
+
+    def _conn_of(self, lease: Lease) -> Conn | None:
+        conn = lease.conn or (lease.ref() if lease.ref else None)
+        return conn if isinstance(conn, Conn) else None
+
+    # --- the desk
+
+    def _open_desk(self, path: str) -> None:
+        broker = self.world.broker
+        reachable = path and not self.remote and broker is not None and broker.has_desk
+        self.desk = broker if reachable else None
+        for lease in self.cache.leases.values():
+            lease.deposited = False
+        self._deposit_all()
+
+    def deposit(self, lease: Lease, conn: Conn) -> None:
+        if lease.deposited or self.desk is None or self.desk is not self.world.broker:
+            return
+        lease.deposited = True
+        conn.proc.holders.add("flight")
+        self.line.desk.append(Parcel(lease.token, conn.proc))
+
+    def _deposit_all(self) -> None:
+        for lease in self.cache.leases.values():
+            conn = self._conn_of(lease)
+            if conn is not None and not conn.closed:
+                self.deposit(lease, conn)
+
+    # --- threads: checkout
+
+    def checkout(self, wait_s: float) -> None:
+        ticket = Ticket(_nobody, self.world.now)
+        if not self._from_cache():
+            self._ask(ticket, wait_s)
+
+    def _from_cache(self) -> bool:
+        """Hand out an idle connection, or see that there is none; dead ones that are noticed are given up."""
+        while (lease := self.cache.take(self.world.now)) is not None:
+            assert isinstance(lease.conn, Conn)
+            if self._worn(lease, lease.conn):
+                self._discard_dead(lease, lease.conn)
+            else:
+                self._hand_out(lease, lease.conn)
+                return True
+        return False
+
+    def _ask(self, ticket: Ticket, wait_s: float) -> None:
+        self.tickets.append(ticket)
+        if not wait_s and any(held.phase is Phase.CLOSING for held in self.cache.leases.values()):
+            self.cache.out.append(self.cache.renewal(self.world.now, {}))
+        self.cache.want(ticket, wait_s)
+        self.patience[ticket.request] = wait_s > 0
+        self.flush()
+
+    def _worn(self, lease: Lease, conn: Conn) -> bool:
+        return conn.closed or (lease.idle_s > CHECK_AFTER_S and conn.proc.dead)
+
+    def _discard_dead(self, lease: Lease, conn: Conn) -> None:
+        self.cache.trouble(lease, "")
+        self.cache.close(lease, conn, ReleaseReason.BROKEN, self.world.now)
+        conn.closed = True
+        self.cache.closed(lease, ReleaseReason.BROKEN, gone=True)
+        self.flush()
+
+    def _hand_out(self, lease: Lease, conn: Conn) -> None:
+        assert conn.lease is None, "a connection in two checkouts"
+        assert conn not in self.users, "a connection in two checkouts"
+        lease.phase, lease.conn, conn.lease = Phase.IN_USE, None, lease
+        self.users.append(conn)
+
+    def _wake(self, ticket: Ticket | None) -> None:
+        if ticket is None:
+            return
+        lease = ticket.lease
+        assert lease is not None
+        assert ticket in self.tickets
+        if lease.conn is None and lease not in self.connecting:
+            # The thread goes on to connect; its ticket stays, since it can still be interrupted.
+            self.connecting.append(lease)
+
+    def collect(self) -> None:
+        """Threads that were handed a connection take it."""
+        for ticket in list(self.tickets):
+            lease = ticket.lease
+            if lease is None or not isinstance(lease.conn, Conn) or lease.phase is not Phase.CONNECTING:
+                continue
+            self.tickets.remove(ticket)
+            ticket.lease = None
+            if self._worn(lease, lease.conn):
+                self._discard_dead(lease, lease.conn)
+                if not self._from_cache():
+                    self._ask(Ticket(_nobody, self.world.now), 60.0)
+            else:
+                self._hand_out(lease, lease.conn)
+
+    def give_up(self, ticket: Ticket) -> None:
+        """A thread is interrupted, or its time is over, before it connects."""
+        self.tickets.remove(ticket)
+        if ticket.lease in self.connecting:
+            self.connecting.remove(ticket.lease)
+        self._wake(self.cache.give_up(ticket, self.world.now))
+        self.flush()
+
+    # --- threads: connect
+
+    def connect(self, lease: Lease) -> None:
+        self.connecting.remove(lease)
+        proc = self.world.server.connect(self.pool, self.tag, self.id, lease.token)
+        if proc is None:
+            self._give_back(lease, gone=True, error="connection refused")
+        else:
+            self.opening.append(Opening(lease, proc))
+
+    def fail(self, opening: Opening, how: str) -> None:
+        """A connect fails: the server refuses ("full": everybody, "password": this worker), or there is no answer."""
+        self.opening.remove(opening)
+        if opening.proc.dead:
+            self._give_back(opening.lease, gone=True, error="the server closed the connection unexpectedly")
+        elif how == "timeout":
+            opening.proc.holders.discard("worker")
+            self._give_back(opening.lease, gone=False, error="timeout expired")
+        else:
+            self.world.server.end(opening.proc)
+            self._give_back(opening.lease, gone=True, error="too many clients" if how == "full" else "")
+
+    def _give_back(self, lease: Lease, *, gone: bool, error: str) -> None:
+        self.cache.closed(lease, ReleaseReason.FAILED, gone=gone, error=error)
+        for ticket in [ticket for ticket in self.tickets if ticket.lease is lease]:
+            self.tickets.remove(ticket)
+            self._wake(self.cache.give_up(ticket, self.world.now))
+        self.flush()
+
+    def deposit_early(self, opening: Opening) -> None:
+        """The socket is handed in; the server has not said yet which backend this is."""
+        if opening.conn is None:
+            opening.conn = Conn(opening.proc)
+            self.deposit(opening.lease, opening.conn)
+
+    def opened(self, opening: Opening, how: str) -> None:
+        """The new connection is deposited and described; or its thread is interrupted, or `configure` fails."""
+        self.opening.remove(opening)
+        if how != "not deposited":
+            self.deposit_early(opening)
+        lease, conn, now = opening.lease, opening.conn or Conn(opening.proc), self.world.now
+        if conn.works and how != "interrupted":
+            try:
+                self.cache.opened(lease, conn.proc.backend, float("inf"), conn, now)
+            except SharedPoolError:
+                self._to_close([self.cache.close(lease, conn, ReleaseReason.CLOSED, now)])
+            else:
+                if how == "configure":
+                    self._to_close([self.cache.close(lease, conn, ReleaseReason.BROKEN, now)])
+                else:
+                    self._hand_out(lease, conn)
+        else:
+            self._to_close([self.cache.close(lease, conn, ReleaseReason.FAILED, now)])
+        for ticket in [ticket for ticket in self.tickets if ticket.lease is lease]:
+            self.tickets.remove(ticket)
+            ticket.lease = None
+        self.flush()
+
+    # --- threads: checkin and close
+
+    def checkin(self, conn: Conn, verdict: ReleaseReason | None = None) -> None:
+        self.users.remove(conn)
+        lease, conn.lease = conn.lease, None
+        assert lease is not None
+        conn.proc.busy = False
+        if not conn.works:
+            verdict = ReleaseReason.BROKEN
+            self.cache.trouble(lease, "")
+        outcome = self.cache.checkin(lease, conn, self.world.now, verdict)
+        if isinstance(outcome, Closing):
+            self._to_close([outcome])
+        else:
+            self._wake(outcome)
+        self._to_close(self.cache.expire(self.world.now))
+        self.flush()
+
+    def _to_close(self, closing: list[Closing]) -> None:
+        for each in closing:
+            assert isinstance(each.lease.conn, Conn)
+            self.closing.append((each, each.lease.conn))
+
+    def finish_close(self, closing: Closing, conn: Conn, *, seen: bool) -> None:
+        """A close is over: the backend was seen to go, or it was not and lives on for a while."""
+        self.closing.remove((closing, conn))
+        conn.closed = conn.proc.cut = True
+        conn.proc.holders.discard("worker")
+        if seen:
+            self.world.server.end(conn.proc)
+        self.cache.closed(closing.lease, closing.reason, gone=conn.proc.dead)
+        self.flush()
+
+    # --- the end
+
+    def leave(self) -> None:
+        """`release_all`, when nothing is being connected: everything is closed, then BYE."""
+        assert not self.connecting
+        assert not self.opening
+        now = self.world.now
+        self.cache.fail(RuntimeError("disposed"))
+        self._to_close(self.cache.drain(now))
+        for conn in self.users:
+            assert conn.lease is not None
+            self._to_close([self.cache.close(conn.lease, conn, ReleaseReason.CLOSED, now)])
+        self.users.clear()
+        for ticket in self.tickets:
+            if ticket.lease is not None and isinstance(ticket.lease.conn, Conn):  # handed on, not yet taken
+                self._to_close([self.cache.close(ticket.lease, ticket.lease.conn, ReleaseReason.CLOSED, now)])
+        for closing, conn in list(self.closing):
+            conn.proc.busy = False
+            self.finish_close(closing, conn, seen=True)
+        assert not self.cache.leases
+        self.flush()
+        if self.established:
+            self.line.up.append(Bye())
+
+    def die(self) -> None:
+        """SIGKILL: what it held open is open no longer, unless the broker has it too."""
+        for proc in self.world.server.procs:
+            if proc.owner == self.id:
+                proc.holders.discard("worker")
+
+    @property
+    def in_connect(self) -> dict[Token, Stage | None]:
+        """Leases without a connection, and how far their connects have come."""
+        stages: dict[Token, Stage | None] = {
+            lease.token: None for lease in self.cache.leases.values() if lease.phase is Phase.CONNECTING
+        }
+        for opening in self.opening:
+            stages[opening.lease.token] = opening.proc.stage
+        return stages
+
+
+def _nobody() -> None:
+    """Nobody waits on a ticket here: threads are steps."""
