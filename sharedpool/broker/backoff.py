@@ -15,6 +15,8 @@ from sharedpool.wire.messages import Token
 # At most two connects a second while they fail.
 PROBE_EVERY_S = 0.5
 _JITTER = 0.5
+# The worker that probes may be frozen, or its connect unanswered.
+PROBE_LIMIT_S = 2.0
 
 
 @dataclass(slots=True)
@@ -28,28 +30,35 @@ class Backoff:
     due: bool = False
     probe: Token | None = None
 
-    def allowance(self, limit: int) -> int:
-        """Return how many leases there may be now, of `limit` at best."""
+    def allowance(self, limit: int, *, connecting: bool = False) -> int:
+        """Return how many leases there may be now, of `limit` at best; `connecting`: one is being connected."""
         if self.ceiling is None:
             return limit
-        return min(limit, self.ceiling + (1 if self.due and self.probe is None else 0))
+        if self.probe is not None:
+            return 0
+        return min(limit, self.ceiling + (1 if self.due and not connecting else 0))
 
-    def granted(self, token: Token, others: int) -> None:
-        """Note a grant beside `others` leases; one above the ceiling is the probe."""
-        if self.ceiling is not None and others >= self.ceiling:
-            self.due, self.probe = False, token
+    def granted(self, token: Token, others: int, now: float) -> bool:
+        """Note a grant beside `others` leases; say whether it is a probe, not to be waited for after `probe_at`."""
+        if self.ceiling is None or others < self.ceiling:
+            return False
+        self.due, self.probe = False, token
+        self.probe_at = now + PROBE_LIMIT_S
+        return True
 
-    def failed(self, connected: int, error: str, now: float) -> float:
+    def failed(self, token: Token, connected: int, error: str, now: float) -> float:
         """Note a failed connect while `connected` others are open; return when the next may be tried."""
         self.ceiling, self.error = connected, error
-        self.due, self.probe = False, None
+        self.due = False
+        if token == self.probe:
+            self.probe = None
         self.probe_at = now + PROBE_EVERY_S * (1 + _JITTER * self.random())
         return self.probe_at
 
     def elapsed(self, now: float) -> None:
-        """Allow the next probe, when its time has come."""
+        """Allow the next probe, when its time has come or the last one takes too long."""
         if self.ceiling is not None and now >= self.probe_at:
-            self.due = True
+            self.due, self.probe = True, None
 
     def opened(self, token: Token, connected: int, limit: int) -> None:
         """Note that a connect succeeded; `connected` are open now. The probe's success allows the next."""

@@ -82,7 +82,8 @@ class Demand:
         self._books.dequeue(waiter)
         lease = Lease(self.new_token(), session, pool, request=waiter.request)
         self._books.move(lease, SlotState.GRANTED, "granted")
-        pool.backoff.granted(lease.token, len(pool.leases) - 1)
+        if pool.backoff.granted(lease.token, len(pool.leases) - 1, now):
+            self._arm(pool.backoff.probe_at, "probe", pool)
         pool.grants += 1
         pool.waits += now > waiter.since
         self._books.mark_owed(session, min(len(session.leases), self._pressure(pool, session)))

@@ -43,7 +43,7 @@ class Health:
         if not pool.backoff.error:
             text = "pool %r: %s cannot connect, so the pool keeps its %d connections and tries one at a time: %s"
             self._log(logging.WARNING, text, pool.name, session.label, others, release.error)
-        self._arm(pool.backoff.failed(others, release.error, now), "probe", pool)
+        self._arm(pool.backoff.failed(release.token, others, release.error, now), "probe", pool)
 
     def opened(self, lease: Lease, confirm: Confirm) -> None:
         """Allow more connects: one has succeeded."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from sharedpool.errors import SharedPoolError
 
 # `is_held` takes the lock for some microseconds; a broker that starts just then must not take that for another broker.
-_PROBES_PASS_S = 0.5
+_PROBES_PASS_S = 0.2
 
 
 class AlreadyRunning(SharedPoolError):

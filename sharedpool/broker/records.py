@@ -163,16 +163,21 @@ class Pool:
     @property
     def room(self) -> int:
         """Slots that may be granted under this pool's own limit (negative after a claim beyond it)."""
-        return self.backoff.allowance(self.max_conn) - len(self.leases)
+        limit = self.max_conn
+        if self.backoff.ceiling is not None:
+            # A probe is alone: its start-up would take the place on a full server that another's connect needs.
+            connecting = any(lease.state is SlotState.GRANTED for lease in self.leases.values())
+            limit = self.backoff.allowance(limit, connecting=connecting)
+        return limit - len(self.leases)
 
     @property
     def has_connections(self) -> bool:
-        """Whether any lease has an open connection."""
-        return any(lease.state is SlotState.OPEN for lease in self.leases.values())
+        """Whether any lease has a connection, gives one back, or opens one that is not the probe."""
+        return self.connected > 0
 
     @property
     def connected(self) -> int:
-        """How many leases have a connection, give one back, or open one that is not the probe."""
+        """How many leases have a connection, give one back, or open one that is not the probe. O(n)."""
         states = (SlotState.OPEN, SlotState.CLOSING, SlotState.GRANTED)
         return sum(lease.state in states and token != self.backoff.probe for token, lease in self.leases.items())
 

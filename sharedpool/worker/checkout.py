@@ -38,7 +38,7 @@ ANSWER_LIMIT_S = 3.0
 START_LIMIT_S = 25.0
 CONNECT_LIMIT_S = 5.0
 # A refusal by the broker says who holds what; it may come this much after the deadline.
-_GRACE_S = 0.08
+_GRACE_S = 0.06
 
 
 def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float) -> PooledConnection:
