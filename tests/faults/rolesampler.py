@@ -1,0 +1,48 @@
+"""Sample, as fast as the server answers, how many backends one role has."""
+
+import threading
+
+import psycopg2
+
+
+class RoleSampler:
+    """`peak` is the most seen at once. It survives restarts of the server."""
+
+    def __init__(self, dsn: str, role: str, every_s: float = 0.002) -> None:
+        self._dsn = dsn
+        self._role = role
+        self._every_s = every_s
+        self._stop_asked = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sampler")
+        self.peak = 0
+        self.now = 0
+        self.samples = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop_asked.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop_asked.is_set():
+            try:
+                self._sample()
+            except psycopg2.Error:
+                self.now = 0
+                self._stop_asked.wait(0.01)  # the server is away
+
+    def _sample(self) -> None:
+        connection = psycopg2.connect(self._dsn, application_name="fault sampler", connect_timeout=5)
+        try:
+            connection.autocommit = True
+            with connection.cursor() as cursor:
+                while not self._stop_asked.wait(self._every_s):
+                    cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE usename = %s", [self._role])
+                    (self.now,) = cursor.fetchone() or (0,)
+                    self.peak = max(self.peak, self.now)
+                    self.samples += 1
+        finally:
+            connection.close()
