@@ -156,5 +156,6 @@ def arena(server: EphemeralPostgres, row: Row, *, role_limit: bool) -> Iterator[
         yield world
     finally:
         row.figures["duration_s"] = round(time.monotonic() - started, 1)
+        print(f"the broker's last words:\n{world.broker.words()[-6000:]}")  # pytest shows it when the test fails
         world.close()
         shutil.rmtree(directory, ignore_errors=True)

@@ -25,9 +25,9 @@ class BrokerProcess:
     def __init__(self, address: str, log: Path, **options: object) -> None:
         self.address = address
         self.log = log
-        self._command = [sys.executable, "-m", "sharedpool", "broker", "--bind", address]
+        self.command = [sys.executable, "-m", "sharedpool", "broker", "--bind", address]
         for name, value in options.items():
-            self._command += [f"--{name.replace('_', '-')}", str(value)]
+            self.command += [f"--{name.replace('_', '-')}", str(value)]
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -38,7 +38,7 @@ class BrokerProcess:
     def launch(self) -> None:
         """Start the process; do not wait for its first word."""
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self._process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def start(self) -> "BrokerProcess":
         """Start the process and wait until it answers."""
