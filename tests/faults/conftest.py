@@ -29,10 +29,12 @@ def logging_postgres() -> Iterator[EphemeralPostgres]:
     with EphemeralPostgres(max_connections=60, settings=serverlog.SETTINGS) as server:
         yield server
 
+
 @pytest.fixture(params=["", "role limit"], ids=["counted", "role-limit"])
 def variant(request: pytest.FixtureRequest) -> str:
     """Without and with PostgreSQL's own limit on the role."""
     return str(request.param)
+
 
 @pytest.fixture
 def row(request: pytest.FixtureRequest, variant: str) -> Iterator[Row]:
@@ -44,6 +46,7 @@ def row(request: pytest.FixtureRequest, variant: str) -> Iterator[Row]:
     record.passed = request.node.stash.get(_PASSED, False)
     record.write()
     print(f"{name} {variant}: {record.measured}; {record.errors}; {record.figures}")
+
 
 @pytest.fixture
 def field(logging_postgres: EphemeralPostgres, row: Row, variant: str) -> Iterator[Arena]:

@@ -1,6 +1,7 @@
 """Sample, as fast as the server answers, how many backends one role has."""
 
 import threading
+import time
 
 import psycopg2
 
@@ -14,6 +15,8 @@ class RoleSampler:
         self._every_s = every_s
         self._stop_asked = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sampler")
+        self._awaited = threading.Event()
+        self._count, self._seen = 0, 0.0
         self.peak = 0
         self.now = 0
         self.samples = 0
@@ -25,6 +28,13 @@ class RoleSampler:
         self._stop_asked.set()
         if self._thread.ident is not None:
             self._thread.join()
+
+    def wait_for(self, count: int, timeout_s: float) -> float:
+        """Wait until there are `count` backends at once; return when that was seen."""
+        self._awaited.clear()
+        self._count = count
+        assert self._awaited.wait(timeout_s), f"only {self.now} of {count} backends after {timeout_s:g} s"
+        return self._seen
 
     def _run(self) -> None:
         while not self._stop_asked.is_set():
@@ -44,5 +54,8 @@ class RoleSampler:
                     (self.now,) = cursor.fetchone() or (0,)
                     self.peak = max(self.peak, self.now)
                     self.samples += 1
+                    if self.now >= self._count and not self._awaited.is_set():
+                        self._seen = time.monotonic()
+                        self._awaited.set()
         finally:
             connection.close()

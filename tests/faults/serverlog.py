@@ -12,7 +12,9 @@ from pathlib import Path
 SETTINGS = {"log_connections": "on", "log_disconnections": "on", "log_line_prefix": "%n %p [%u] "}
 _LINE = re.compile(r"(?P<at>\d+\.\d+) (?P<pid>\d+) \[(?P<user>[^\]]*)\] (?P<level>[A-Z]+):  (?P<text>.*)")
 # A backend that was authorized, but did not come to note its disconnection.
-_REFUSED = re.compile(r"too many|remaining connection slots|is starting up|is shutting down|recovery mode|not accepting")
+_REFUSED = re.compile(
+    r"too many|remaining connection slots|is starting up|is shutting down|recovery mode|not accepting"
+)
 
 
 @dataclass(slots=True)

@@ -77,9 +77,7 @@ def test_get_conn_keeps_its_deadline_while_the_broker_is_frozen(field: Arena, ro
     assert max(late) <= scale(1.0, 0.1)
 
 
-@pytest.mark.row(
-    "second-broker", "second broker started on the same address, 100 times", "refused 100 % within 1 s"
-)
+@pytest.mark.row("second-broker", "second broker started on the same address, 100 times", "refused 100 % within 1 s")
 def test_a_second_broker_on_the_same_address_is_refused(field: Arena, row: Row) -> None:
     """Within: from the start of the `sharedpool broker` process to its exit with status 1, interpreter included."""
     crew = field.open()
