@@ -1,4 +1,4 @@
-"""A broker as a process of its own, `sharedpool broker`, to be killed, frozen and restarted; and a watch on its state."""
+"""A broker as a process of its own, to be killed, frozen and restarted; and a watch on its state."""
 
 import contextlib
 import os

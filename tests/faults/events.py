@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,7 +105,7 @@ def overlaps(found: Iterable[Checkout], killed: Mapping[str, float]) -> list[tup
     pairs = []
     for spans in by_backend.values():
         spans.sort(key=lambda span: span[:2])
-        for (_, end, one), (begin, _, other) in zip(spans, spans[1:], strict=False):
+        for (_, end, one), (begin, _, other) in pairwise(spans):
             if begin < end:
                 pairs.append((one, other))
     return pairs

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from arena import TTL_S, WORKERS, Arena
-from events import Checkout
+from events import Checkout, checkouts
 from record import Row, percentile, scale, spread
 from waiting import wait_until
 
@@ -35,8 +35,8 @@ def test_a_killed_broker_breaks_nothing_and_is_back_soon(field: Arena, row: Row)
         field.broker.launch()
 
         def served(since: float = at) -> Checkout | None:
-            mine = [c for c in field.checkouts() if c.worker == str(probe) and c.asked >= since]
-            return next((c for c in mine if c.backend is not None), None)
+            mine = checkouts({str(probe): crew.events(probe)})
+            return next((c for c in mine if c.asked >= since and c.backend is not None), None)
 
         checkout = wait_until(served, 30, "a checkout after the broker's restart")
         assert checkout.answered is not None
