@@ -31,8 +31,8 @@ class RoleSampler:
 
     def wait_for(self, count: int, timeout_s: float) -> float:
         """Wait until there are `count` backends at once; return when that was seen."""
-        self._awaited.clear()
         self._count = count
+        self._awaited.clear()
         assert self._awaited.wait(timeout_s), f"only {self.now} of {count} backends after {timeout_s:g} s"
         return self._seen
 
