@@ -1,0 +1,161 @@
+"""All that a fault test has: server, role, broker, workers, and the oracles that judge them in the end."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+from brokers import BrokerProcess
+from crew import Crew
+from events import Checkout, checkouts, failures, overlaps, read_all
+from psycopg2 import extensions, sql
+from record import Row, merge_counts, scale
+from rolesampler import RoleSampler
+from serverlog import ServerLog
+from waiting import wait_until
+
+from sharedpool.cli.postgres import EphemeralPostgres
+
+MAX_CONN = 10
+WORKERS = 16
+TTL_S = 3.0
+POOL = "fault"
+# How long after its deadline a `get_conn` may answer on a busy machine, in tests that do not measure it.
+LATE_S = scale(1.5, 1.0)
+_numbers = count(1)
+
+
+class Arena:
+    """One test's world. `judge` ends it; every oracle must have agreed by then."""
+
+    def __init__(self, server: EphemeralPostgres, row: Row, *, role_limit: bool, directory: Path) -> None:
+        self.server = server
+        self.row = row
+        self.directory = directory
+        self.role = f"app{next(_numbers)}"
+        self.dsn = extensions.make_dsn(server.dsn, user=self.role, dbname=self.role)
+        self._create(role_limit)
+        self.log = ServerLog(server.log_path)
+        self.sampler = RoleSampler(server.dsn, self.role)
+        self.address = f"ipc://{directory}/broker.sock"
+        self.broker = BrokerProcess(
+            self.address, directory / "broker.log", max_conn=MAX_CONN, ttl=TTL_S, dsn=server.dsn, drain_timeout=3
+        )
+        self.crew: Crew | None = None
+        self.max_conn = MAX_CONN
+
+    def _create(self, role_limit: bool) -> None:
+        limit = MAX_CONN if role_limit else -1
+        role = sql.Identifier(self.role)
+        with self.admin() as cursor:
+            cursor.execute(sql.SQL("CREATE ROLE {} LOGIN CONNECTION LIMIT {}").format(role, sql.Literal(limit)))
+            cursor.execute(sql.SQL("CREATE DATABASE {} OWNER {}").format(role, role))
+        with self.admin(self.role) as cursor:
+            cursor.execute("CREATE TABLE account (id int PRIMARY KEY, balance bigint NOT NULL DEFAULT 0)")
+            cursor.execute("INSERT INTO account SELECT generate_series(0, 99)")
+            cursor.execute(sql.SQL("GRANT ALL ON account TO {}").format(role))
+
+    @contextmanager
+    def admin(self, database: str = "postgres") -> Iterator[extensions.cursor]:
+        """Have a cursor of the superuser's, in autocommit mode."""
+        connection = psycopg2.connect(self.server.dsn, dbname=database, application_name="fault observer")
+        connection.autocommit = True
+        try:
+            with connection.cursor() as cursor:
+                yield cursor
+        finally:
+            connection.close()
+
+    def open(self, address: str | None = None, config: dict[str, Any] | None = None, **habits: Any) -> Crew:
+        """Start sampler, broker and the nursery of the workers; the workers themselves are the test's to start."""
+        self.sampler.start()
+        self.broker.start()
+        settings = {"broker": address or self.address, "dsn": self.dsn, "name": POOL, "max_conn": MAX_CONN}
+        self.crew = Crew(self.directory / "crew", self.row.seed, settings | (config or {}), **habits)
+        return self.crew
+
+    # --- what was seen
+
+    def checkouts(self) -> list[Checkout]:
+        assert self.crew is not None
+        return checkouts(read_all(self.crew.directory))
+
+    def backends(self) -> int:
+        """How many backends the pool has on the server."""
+        with self.admin() as cursor:
+            cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE usename = %s", [self.role])
+            (found,) = cursor.fetchone() or (0,)
+            return int(found)
+
+    # --- the verdict
+
+    def all_slots(self, within_s: float = 2.0) -> tuple[int, float]:
+        """Have a fresh worker take all slots at once, while the others do nothing; return how many, and how long."""
+        assert self.crew is not None
+        (fresh,) = self.crew.start(1, "a")
+        (took,) = self.crew.wait_for([fresh], "took")
+        self.crew.wait_for([fresh], "gave")
+        self.crew.dismiss([fresh])
+        return int(took.words[0]), float(took.words[1])
+
+    def judge(self, *, within_s: float = 2.0) -> list[Checkout]:
+        """Stop the load and apply every oracle; return all checkouts for the row's own figures."""
+        crew, row = self.crew, self.row
+        assert crew is not None
+        crew.quiet()
+        took, took_s = self.all_slots()
+        state = self.broker.report()
+        crew.dismiss()
+        found = self.checkouts()
+        wait_until(lambda: self.backends() == 0, 10, "the backends of the workers that have left to be gone")
+        self.sampler.stop()
+        depth = self.log.depth(self.role)
+        double = overlaps(found, {str(number): at for number, at in crew.killed.items()})
+        row.peak_by_log, row.peak_by_sampler, row.backends = depth.peak, self.sampler.peak, depth.backends
+        row.overshoot = max(0, max(depth.peak, self.sampler.peak) - self.max_conn)
+        row.leaked, row.all_within_s = self.max_conn - took, took_s
+        row.double_use = len(double)
+        row.checkouts = sum(checkout.backend is not None for checkout in found)
+        row.errors = merge_counts(failures(found))
+        dirty = [checkout for checkout in found if checkout.dirty]
+        hung = [c for c in found if c.answered is None and c.worker not in map(str, crew.killed)]
+        late = [c for c in found if c.answered is not None and c.timeout > 0 and c.lateness > LATE_S]
+        row.figures["late answers"] = len(late)
+        assert row.overshoot == 0, f"more than {self.max_conn} backends: {depth.at_peak}, sampler {self.sampler.peak}"
+        assert row.leaked == 0, f"only {took} of {self.max_conn} slots could be had: {state}"
+        assert took_s <= within_s * scale(2, 1), f"all slots only after {took_s:.2f} s: {state}"
+        assert not double, f"used twice at a time: {double[:3]}"
+        assert not dirty, f"handed out in a transaction: {dirty[:3]}"
+        assert not hung, f"never answered: {hung[:3]}"
+        assert row.checkouts > 0
+        assert "Traceback" not in self.broker.words(), self.broker.words()[-4000:]
+        assert "Traceback" not in crew.errors(), crew.errors()[-4000:]
+        return found
+
+    def close(self) -> None:
+        if self.crew is not None:
+            self.crew.close()
+        self.sampler.stop()
+        self.broker.stop()
+        with self.admin() as cursor:
+            cursor.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(self.role)))
+
+
+@contextmanager
+def arena(server: EphemeralPostgres, row: Row, *, role_limit: bool) -> Iterator[Arena]:
+    """Make an arena, and clear it away."""
+    directory = Path(tempfile.mkdtemp(prefix="spf-", dir="/tmp"))  # short enough for a unix socket
+    started = time.monotonic()
+    world = Arena(server, row, role_limit=role_limit, directory=directory)
+    try:
+        yield world
+    finally:
+        row.figures["duration_s"] = round(time.monotonic() - started, 1)
+        print(f"the broker's last words:\n{world.broker.words()[-6000:]}")  # pytest shows it when the test fails
+        world.close()
+        shutil.rmtree(directory, ignore_errors=True)

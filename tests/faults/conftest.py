@@ -1,0 +1,55 @@
+"""Fixtures of the fault tests: a server that logs every connection, and one arena a test."""
+
+from collections.abc import Generator, Iterator
+
+import pytest
+import serverlog
+from arena import Arena, arena
+from record import Row, new_seed
+
+from sharedpool.cli.postgres import EphemeralPostgres
+
+_PASSED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let the row's record know whether its test has passed."""
+    report = yield
+    if report.when == "call":
+        item.stash[_PASSED] = report.passed
+    return report
+
+
+@pytest.fixture(scope="session")
+def logging_postgres() -> Iterator[EphemeralPostgres]:
+    """A server for the fault tests of this session."""
+    with EphemeralPostgres(max_connections=60, settings=serverlog.SETTINGS) as server:
+        yield server
+
+
+@pytest.fixture(params=["", "role limit"], ids=["counted", "role-limit"])
+def variant(request: pytest.FixtureRequest) -> str:
+    """Without and with PostgreSQL's own limit on the role."""
+    return str(request.param)
+
+
+@pytest.fixture
+def row(request: pytest.FixtureRequest, variant: str) -> Iterator[Row]:
+    """The record of this test; the marker `row(name, fault, goal)` names it."""
+    (name, fault, goal) = request.node.get_closest_marker("row").args
+    record = Row(name, fault, goal, variant, new_seed())
+    print(f"seed: SHAREDPOOL_FAULTS_SEED={record.seed}")  # pytest shows it when the test fails
+    yield record
+    record.passed = request.node.stash.get(_PASSED, False)
+    record.write()
+    print(f"{name} {variant}: {record.measured}; {record.errors}; {record.figures}")
+
+
+@pytest.fixture
+def field(logging_postgres: EphemeralPostgres, row: Row, variant: str) -> Iterator[Arena]:
+    """The arena of this test."""
+    with arena(logging_postgres, row, role_limit=bool(variant)) as world:
+        yield world

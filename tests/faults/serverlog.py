@@ -1,0 +1,63 @@
+"""The server's own log as the oracle of the limit: how many backends of one role lived at the same time.
+
+Every backend appends its lines by itself, so their order in the file is the order of what happened. It notes its
+"disconnection" after it has left the books of the server and before it closes its socket.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# For EphemeralPostgres(settings=...): milliseconds, process, user.
+SETTINGS = {"log_connections": "on", "log_disconnections": "on", "log_line_prefix": "%n %p [%u] "}
+_LINE = re.compile(r"(?P<at>\d+\.\d+) (?P<pid>\d+) \[(?P<user>[^\]]*)\] (?P<level>[A-Z]+):  (?P<text>.*)")
+# A backend that was authorized, but did not come to note its disconnection.
+_REFUSED = re.compile(
+    r"too many|remaining connection slots|is starting up|is shutting down|recovery mode|not accepting"
+)
+
+
+@dataclass(slots=True)
+class Depth:
+    """How many of a role's backends there were, by the log. `refused` are the times of refused connects."""
+
+    peak: int = 0
+    backends: int = 0
+    alive: set[int] = field(default_factory=set)
+    refused: list[float] = field(default_factory=list)
+    at_peak: str = ""
+
+
+class ServerLog:
+    """The log of one server, from where it stands when this is made."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = path.stat().st_size
+
+    def depth(self, role: str) -> Depth:
+        """Follow the backends of `role` through the log."""
+        found = Depth()
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            lines = file.read().decode("utf-8", "replace").splitlines()
+        for line in lines:
+            match = _LINE.match(line)
+            if match is None:
+                continue
+            pid, text = int(match["pid"]), match["text"]
+            if text.startswith("starting PostgreSQL"):
+                found.alive.clear()  # a postmaster starts only when nothing of its predecessor is left
+            elif match["user"] != role:
+                continue
+            elif text.startswith("connection authorized:"):
+                found.alive.add(pid)
+                found.backends += 1
+                if len(found.alive) > found.peak:
+                    found.peak, found.at_peak = len(found.alive), line
+            elif text.startswith("disconnection:"):
+                found.alive.discard(pid)
+            elif match["level"] == "FATAL" and _REFUSED.search(text):
+                found.alive.discard(pid)
+                found.refused.append(float(match["at"]))
+        return found

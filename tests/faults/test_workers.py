@@ -1,0 +1,116 @@
+"""Faults of workers: killed, frozen, forked."""
+
+import random
+import signal
+import time
+
+import pytest
+from arena import MAX_CONN, TTL_S, WORKERS, Arena
+from brokers import ReportWatch
+from crew import Crew
+from record import Row, scale, spread
+from waiting import wait_until
+
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 600))]
+
+
+@pytest.mark.row(
+    "sigkill", "SIGKILL of a random worker every 0.5 s: idle, in a query, in the middle of connecting",
+    "slot back: p99 ≤ 0.5 s",
+)  # fmt: skip
+def test_the_slots_of_killed_workers_come_back(field: Arena, row: Row) -> None:
+    """Slot back: from the kill until a report of the broker shows no lease of that process any more.
+
+    A slot that is not counted for anybody is what the next waiter gets in the same turn of the broker's loop. Reports
+    are asked for every 10 ms; a kill counts when a report after it, or the last one before it, showed a lease.
+    """
+    rng = random.Random(row.seed)
+    crew = field.open()
+    crew.start(WORKERS)
+    kills: list[tuple[int, float]] = []
+    kinds: dict[str, int] = {}
+    started = time.monotonic()
+    with ReportWatch(field.address) as watch:
+        for step in range(scale(12, 240)):
+            # The schedule is the fault: no wait for any condition.
+            time.sleep(max(0.0, started + step * scale(0.25, 0.5) - time.monotonic()))
+            kind = rng.choice(["at random", "idle", "in a query", "connecting"])
+            number = rng.choice(sorted(crew.alive))
+            pid = crew.pid(number)
+            kills.append((pid, _kill(crew, number, kind, rng)))
+            kinds[kind] = kinds.get(kind, 0) + 1
+            crew.start(1)
+        wait_until(lambda: watch.newest() > kills[-1][1] + scale(1.0, 2.0), 20, "reports after the last kill")
+    back = []
+    for pid, at in kills:
+        last = watch.last_held(pid)
+        if last is not None and last > at - 0.05:
+            back.append(max(0.0, last - at))
+    row.faults = len(kills)
+    row.figures |= {"kills": kinds, "slot back": spread(back)}
+    row.measured = f"{len(kills)} kills; slot back {spread(back, 1e-3, 'ms')}"
+    field.judge()
+    assert len(back) >= len(kills) // 4, "hardly anybody held anything when it was killed"
+    assert max(back) <= scale(3.0, 1.5), f"slots back after {sorted(back)[-5:]} s"
+    if scale(False, True):
+        assert sorted(back)[int(len(back) * 0.99)] <= 0.5
+
+
+def _kill(crew: Crew, number: int, kind: str, rng: random.Random) -> float:
+    """Kill a worker in the ordered situation; return when."""
+    since = time.monotonic()
+    order, sign = {"idle": ("i", "idle"), "in a query": ("q", "queries")}.get(kind, ("r", ""))
+    if kind == "connecting":
+        crew.order([number], "d")
+        (dies,) = crew.wait_for([number], "dies", since)
+        crew.buried(number, dies.at)
+        return dies.at
+    crew.order([number], order)
+    if sign:
+        crew.wait_for([number], sign, since)
+        time.sleep(rng.uniform(0, 0.02))  # where in its query it is hit is to be random
+    return crew.kill(number)
+
+
+@pytest.mark.row(
+    "sigstop", "SIGSTOP for 3 TTL, then SIGCONT", "waiter served ≤ TTL + 0.5 s; stale connections handed out: 0"
+)
+def test_frozen_workers_lose_their_slots_to_waiters_and_find_out_loudly(field: Arena, row: Row) -> None:
+    """Freeze workers that hold all slots (half in a transaction, half idle), while the others wait for one.
+
+    A connection is stale when it is handed out after the thaw although its backend was ended: its first query fails.
+    """
+    crew = field.open(timeouts=[10, 20], discard=0.05)
+    crew.start(WORKERS, "p")
+    served: list[float] = []
+    stale = 0
+    for _ in range(scale(1, 8)):
+        crew.quiet()
+        frozen = sorted(crew.alive)[:MAX_CONN]
+        others = sorted(crew.alive)[MAX_CONN:]
+        begin = time.monotonic()
+        crew.order(frozen[::2], "h")
+        crew.wait_for(frozen[::2], "holds", begin)
+        crew.order(frozen[1::2], "i")
+        crew.wait_for(frozen[1::2], "idle", begin)
+        stopped = time.monotonic()
+        for number in frozen:
+            crew.signal(number, signal.SIGSTOP)
+        crew.order(others, "r")
+        served += [event.at - stopped for event in crew.wait_for(others, "out", stopped)]
+        # The schedule is the fault: frozen for three times the TTL.
+        time.sleep(max(0.0, stopped + scale(1.5, 3) * TTL_S - time.monotonic()))
+        thawed = time.monotonic()
+        crew.order(frozen, "r")
+        for number in frozen:
+            crew.signal(number, signal.SIGCONT)
+        crew.wait_for(frozen, "back", thawed)
+        time.sleep(scale(1.0, 3.0))  # the load goes on for so long: what is stale would be handed out now
+        row.faults += len(frozen)
+    found = field.judge()
+    for checkout in found:
+        stale += any(when == "first" for _, when, _ in checkout.errors)
+    row.figures |= {"served": spread(served), "stale": stale}
+    row.measured = f"{row.faults} frozen; waiters served {spread(served)}; stale {stale}"
+    assert stale == 0
+    assert max(served) <= TTL_S + scale(2.5, 0.5)
