@@ -1,0 +1,214 @@
+"""Plant known bugs one by one, and see that the tests catch each: `python tests/mutation_gate.py [NAME ...]`.
+
+Each bug is a small edit of a copy of this tree; the tests named beside it must fail there (and pass here). Prints a
+table; the exit status is 0 only if every bug is caught. `--list` names them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT_S = 600
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug: `edits` are (file, text, what it becomes); `tests` are pytest's arguments."""
+
+    name: str
+    edits: tuple[tuple[str, str, str], ...]
+    tests: tuple[str, ...]
+
+
+MUTANTS = (
+    Mutant(
+        "a slot is free when its TTL has passed",
+        (
+            (
+                "sharedpool/broker/sessions.py",
+                'self._books.move(lease, SlotState.SUSPECT, "TTL passed")',
+                'self.leases.free(lease, "TTL passed")',
+            ),
+        ),
+        ("tests/model",),
+    ),
+    Mutant(
+        "an unknown lease in a RENEW is admitted again",
+        (
+            (
+                "sharedpool/broker/leases.py",
+                "if lease is None and claim and self._claimable(report.token):",
+                "if lease is None:",
+            ),
+        ),
+        ("tests/model",),
+    ),
+    Mutant(
+        "a lease is released before its close is complete",
+        (
+            (
+                "sharedpool/worker/connection.py",
+                "        super(PooledConnection, conn).close()\n    _see_off(closing, limit_s)\n",
+                "        conn.sharedpool_gone = True\n        super(PooledConnection, conn).close()\n",
+            ),
+        ),
+        ("tests/faults", "-k", "recalled or killed"),
+    ),
+    Mutant(
+        "a restarted broker grants without knowing what is held",
+        (
+            (
+                "sharedpool/broker/journal.py",
+                "self.entries = self._load()",
+                "self.entries, self.intact = [], True",
+            ),
+        ),
+        ("tests/faults", "-k", "broker"),
+    ),
+    Mutant(
+        "without a journal there is no grace period",
+        (("sharedpool/broker/ledger.py", "self._demand.paused = True", "self._demand.paused = False"),),
+        ("tests/model", "tests/unit/test_recovery.py"),
+    ),
+    Mutant(
+        "a restarted broker fences before workers could say HELLO",
+        (("sharedpool/broker/demand.py", "and now >= lease.session.spared_until", ""),),
+        ("tests/unit/test_recovery.py",),
+    ),
+    Mutant(
+        "no lock file",
+        (("sharedpool/broker/lock.py", "while not _try_lock(self._fd, fcntl.LOCK_EX):", "while False:"),),
+        ("tests/faults", "-k", "second"),
+    ),
+    Mutant(
+        "slots are counted by numbers instead of ids",
+        (
+            (
+                "sharedpool/broker/records.py",
+                "@dataclass(slots=True, eq=False)\nclass Lease:",
+                "_COUNT: dict[int, int] = {}\n\n\n@dataclass(slots=True, eq=False)\nclass Lease:",
+            ),
+            (
+                "sharedpool/broker/records.py",
+                "return limit - len(self.leases)",
+                "return limit - _COUNT.get(id(self), 0)",
+            ),
+            (
+                "sharedpool/broker/records.py",
+                "            self.mark_owed(session, session.owed)\n            self._record(lease)\n",
+                "            self.mark_owed(session, session.owed)\n            self._record(lease)\n"
+                "            _COUNT[id(pool)] = _COUNT.get(id(pool), 0) + 1\n",
+            ),
+            (
+                "sharedpool/broker/ledger.py",
+                "        lease = session.leases.get(release.token)\n        if release.token in session.vanished:",
+                "        from sharedpool.broker.records import _COUNT\n\n"
+                "        _COUNT[id(session.pool)] = _COUNT.get(id(session.pool), 0) - 1\n"
+                "        lease = session.leases.get(release.token)\n        if release.token in session.vanished:",
+            ),
+        ),
+        ("tests/model",),
+    ),
+    Mutant(
+        "a forked child closes inherited connections",
+        (
+            (
+                "sharedpool/worker/holdings.py",
+                "disown(cast(PooledConnection, conn), self._dead_end)",
+                "super(PooledConnection, cast(PooledConnection, conn)).close()",
+            ),
+        ),
+        ("tests/integration/test_processes.py", "-k", "fork"),
+    ),
+    Mutant(
+        "a worker killed in its connect gives its slot back at once",
+        (
+            (
+                "sharedpool/broker/sessions.py",
+                "if lease.findable or (self._terms.verifies and not in_order):",
+                "if lease.findable:",
+            ),
+        ),
+        ("tests/model",),
+    ),
+    Mutant(
+        "a worker takes in a former broker's grant",
+        (
+            ("sharedpool/worker/cache.py", "if grant.token.epoch != self._epoch:", "if False:"),
+            ("sharedpool/worker/link.py", "            elif self.established:\n", "            else:\n"),
+        ),
+        ("tests/model", "tests/unit/test_cache.py"),
+    ),
+    Mutant(
+        "a dead idle connection is connected again under its old lease",
+        (
+            (
+                "sharedpool/worker/checkout.py",
+                "            holdings.discard(lease, conn, worn)\n            lease = _wait(holdings, ticket, wait_s, deadline)\n",
+                "            conn.close()\n            lease.conn = None\n",
+            ),
+        ),
+        ("tests/faults", "-k", "frozen"),
+    ),
+)
+
+
+def plant(mutant: Mutant, tree: Path) -> None:
+    """Edit the copy; raise when the code has moved on and the edit fits no more."""
+    for name, old, new in mutant.edits:
+        path = tree / name
+        text = path.read_text()
+        if text.count(old) != 1:
+            raise SystemExit(f"{mutant.name}: {name} has {text.count(old)} places like {old!r}, not one")
+        path.write_text(text.replace(old, new))
+
+
+def verdict(mutant: Mutant) -> tuple[bool, str]:
+    """Run the tests on a tree with the bug; say whether they caught it, and how."""
+    with tempfile.TemporaryDirectory(prefix="sharedpool-mutant-") as folder:
+        tree = Path(folder, "tree")
+        ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "dist", "build")
+        shutil.copytree(ROOT, tree, ignore=ignored)
+        plant(mutant, tree)
+        environment = dict(os.environ, PYTHONPATH=str(tree), PYTHONDONTWRITEBYTECODE="1")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *mutant.tests]
+        try:
+            outcome = subprocess.run(
+                command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT_S
+            )
+        except subprocess.TimeoutExpired:
+            return True, f"the tests did not end within {LIMIT_S} s"
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", outcome.stdout, re.MULTILINE)
+        return outcome.returncode == 1 and bool(failed), failed[0] if failed else outcome.stdout[-200:].strip()
+
+
+def main() -> int:
+    """Run all mutants, or those whose names contain an argument."""
+    if "--list" in sys.argv:
+        print("\n".join(mutant.name for mutant in MUTANTS))
+        return 0
+    chosen = [m for m in MUTANTS if len(sys.argv) < 2 or any(word in m.name for word in sys.argv[1:])]
+    missed = 0
+    for mutant in chosen:
+        started = time.monotonic()
+        caught, how = verdict(mutant)
+        missed += not caught
+        print(
+            f"{'caught' if caught else 'MISSED'}  {mutant.name}  ({how}, {time.monotonic() - started:.0f} s)",
+            flush=True,
+        )
+    print(f"{len(chosen) - missed} of {len(chosen)} caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
