@@ -28,11 +28,16 @@ class Backoff:
     due: bool = False
     probe: Token | None = None
 
-    def allowance(self, limit: int) -> int:
-        """Return how many leases there may be now, of `limit` at best."""
+    def allowance(self, limit: int, leases: int) -> int:
+        """Return how many leases there may be now, of `limit` at best, when there are `leases`.
+
+        A probe is one more than there are, whatever those do: a frozen worker's must not keep the others from trying.
+        """
         if self.ceiling is None:
             return limit
-        return min(limit, self.ceiling + (1 if self.due and self.probe is None else 0))
+        if self.due and self.probe is None:
+            return min(limit, max(self.ceiling, leases) + 1)
+        return min(limit, self.ceiling)
 
     def granted(self, token: Token, others: int) -> None:
         """Note a grant beside `others` leases; one above the ceiling is the probe."""

@@ -163,7 +163,7 @@ class Pool:
     @property
     def room(self) -> int:
         """Slots that may be granted under this pool's own limit (negative after a claim beyond it)."""
-        return self.backoff.allowance(self.max_conn) - len(self.leases)
+        return self.backoff.allowance(self.max_conn, len(self.leases)) - len(self.leases)
 
     @property
     def has_connections(self) -> bool:

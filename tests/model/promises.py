@@ -5,7 +5,6 @@ from __future__ import annotations
 from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.broker.records import SlotState
 
-from .broker import Broker
 from .scale import BEAT_S, LIMITS, TTL_S
 from .server import Proc, Stage
 from .worker import Worker
@@ -36,7 +35,7 @@ def _check_covered(world: World, proc: Proc) -> None:
         if not world.journal.intact:
             return
         leases = world.journal.live
-    elif broker.ledger.state == "waiting":
+    elif broker.ledger._demand.paused:
         return  # nothing is granted before everybody had time to say what they hold
     else:
         leases = broker.ledger._books.leases
@@ -144,13 +143,15 @@ def check_nobody_waits_in_vain(world: World) -> None:
     broker = world.broker
     assert broker is not None
     books = broker.ledger._books
+    # A holder that was killed on another host is waited for, for a moment.
+    deaf = any(not session.silent and id not in world.workers for id, session in books.sessions.items())
     for worker in world.workers.values():
         for ticket in worker.tickets:
             assert ticket.lease is None
             own = books.sessions.get(worker.id)
             if not worker.established or own is None or own.silent:
                 continue  # it has not noticed yet that its broker is another, or that it was given up
-            assert worker.patience[ticket.request], "a caller that does not wait has no answer"
+            assert deaf or worker.patience[ticket.request], "a caller that does not wait has no answer"
             assert broker.queued(worker.id, ticket.request), "a ticket that is in no queue"
             pool = books.pools[worker.pool]
             assert pool.room <= 0 or books.room <= 0, "a waiter and a free slot"
@@ -188,10 +189,23 @@ def heal(world: World) -> None:
                 worker.checkin(conn)
         quiesce(world)
         _let_pass(world, 1.0)
+        _give_up_hopeless(world)
         if not any(worker.tickets or worker.users for worker in world.workers.values()):
             return
     waiting = {worker.id: len(worker.tickets) for worker in world.workers.values() if worker.tickets}
     raise AssertionError(f"still waiting although everything was checked in: {waiting}")
+
+
+def _give_up_hopeless(world: World) -> None:
+    """Where every slot waits for the word of the dead, nobody can be served."""
+    for worker in world.workers.values():
+        if _limit(world, worker.pool) <= _known_lost(world, worker.pool):
+            for ticket in list(worker.tickets):
+                worker.give_up(ticket)
+
+
+def _limit(world: World, name: str) -> int:
+    return LIMITS[name] if world.cap is None else min(LIMITS[name], world.cap)
 
 
 def _let_pass(world: World, seconds: float) -> None:
@@ -206,11 +220,10 @@ def check_all_slots_can_be_had(world: World) -> None:
     """L5: one session gets every slot of its pool."""
     broker = world.broker
     assert broker is not None
-    for name, limit in LIMITS.items():
+    for name in LIMITS:
         worker = world.start(name)
-        count = limit if world.cap is None else min(limit, world.cap)
-        count -= _known_lost(world, broker, name)
-        for _ in range(2 * limit + 1):
+        count = max(0, _limit(world, name) - _known_lost(world, name))
+        for _ in range(2 * count + 1):
             for _ in range(count - len(worker.users) - len(worker.tickets)):
                 worker.checkout(600.0)
             quiesce(world)
@@ -224,9 +237,13 @@ def check_all_slots_can_be_had(world: World) -> None:
         quiesce(world)
 
 
-def _known_lost(world: World, broker: Broker, name: str) -> int:
-    """Return how many slots wait for the word of a worker on another host that was killed before it connected."""
-    living = world.processes
+def _known_lost(world: World, name: str) -> int:
+    """Return how many slots wait for the word of a worker on another host that was killed before it connected.
+
+    Nobody can tell that it is not merely frozen, and will not connect yet.
+    """
+    broker, living = world.broker, world.processes
+    assert broker is not None
     return sum(
         lease.state is SlotState.SUSPECT
         and not lease.findable
