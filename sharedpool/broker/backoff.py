@@ -65,6 +65,6 @@ class Backoff:
             self.ceiling, self.error = None, ""
 
     def ended(self, token: Token) -> None:
-        """Note that a lease is over: a probe without an outcome is not waited for."""
+        """Note that a lease is over, or that its worker is silent: a probe without an outcome is not waited for."""
         if token == self.probe:
             self.due, self.probe = True, None

@@ -226,6 +226,7 @@ class Books:
             pool.incoming[token] = lease
         elif new is SlotState.SUSPECT:
             pool.suspects[token] = lease
+            pool.backoff.ended(token)  # if it is the probe, its outcome may never be told
         elif new is SlotState.FREE:
             del self.leases[token], pool.leases[token], session.leases[token]
             self.mark_owed(session, session.owed)
