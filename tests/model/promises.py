@@ -96,11 +96,11 @@ def _settle_broker(world: World) -> bool:
     steps = False
     for session in broker.deaths:
         broker.notice_death(session)
-    while broker.words:
+    while broker.words and world.broker is broker:
         broker.hear_word()
         steps = True
     for token in broker.endings:
-        if token in broker.custody:
+        if token in broker.custody and world.broker is broker:
             broker.see(token)
             steps = True
     waiting = len(broker.fences), len(broker.looks), len(broker.doubts)
@@ -238,17 +238,18 @@ def check_all_slots_can_be_had(world: World) -> None:
 
 
 def _known_lost(world: World, name: str) -> int:
-    """Return how many slots wait for the word of a worker on another host that was killed before it connected.
+    """Return how many slots wait for the word of a worker that is over and had not connected, which nobody can see.
 
-    Nobody can tell that it is not merely frozen, and will not connect yet.
+    It was killed on another host: it might be merely frozen, and connect yet. Or it was disposed of while the broker
+    was away, on another host or in a process that lives on: its link ends without a BYE.
     """
-    broker, living = world.broker, world.processes
+    broker = world.broker
     assert broker is not None
     return sum(
         lease.state is SlotState.SUSPECT
         and not lease.findable
-        and lease.session.process is None
-        and world.process_of[lease.session.id] not in living
+        and lease.session.id not in world.workers
+        and (lease.session.process is None or lease.session.process in world.processes)
         and (lease.pool.name == name or world.cap is not None)
         for lease in broker.ledger._books.leases.values()
     )
