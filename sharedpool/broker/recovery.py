@@ -45,7 +45,7 @@ class Recovery:
         books = self._books
         restored: dict[bytes, Session] = {}
         for entry in entries:
-            pool = self._make_pool(entry.pool)
+            pool = self._make_pool(entry.pool) if entry.pid else self._unnamed(entry.pool.name)
             session = restored.get(entry.session)
             if session is None:
                 session = Session(
@@ -66,10 +66,7 @@ class Recovery:
         for backend in strangers:
             name = pool_of_tag(survey.tagged[backend])
             session_id = b"unknown:" + name.encode()
-            pool = self._books.pools.get(name)
-            if pool is None:
-                pool = self._make_pool(PoolSpec(name, 1, 0))
-                pool.unnamed = True
+            pool = self._unnamed(name)
             session = pool.sessions.get(session_id)
             if session is None:
                 session = Session(session_id, 0, "", UNKNOWN, pool, 0.0, 0.0, suspect=True)
@@ -81,6 +78,14 @@ class Recovery:
             text = "%d connections of this broker's are claimed by nobody: they stay counted"
             self._log(logging.WARNING, text, len(self._orphans))
         self.serve()
+
+    def _unnamed(self, name: str) -> Pool:
+        """Return the pool of that name; its limit is unknown when it is made here, until a session names it."""
+        pool = self._books.pools.get(name)
+        if pool is None:
+            pool = self._make_pool(PoolSpec(name, 1, 0))
+            pool.unnamed = True
+        return pool
 
     def serve(self) -> None:
         """Begin to grant. What is still unknown has a lease of its own by now."""
