@@ -1,0 +1,281 @@
+"""What comes to the broker and is not a good worker's word: dropped, logged, and without effect."""
+
+import os
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psycopg2
+import pytest
+import zmq
+from processes import Worker
+from waiting import wait_until
+
+import sharedpool
+from sharedpool.broker.server import BrokerSettings, Server
+from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.cli.status import fetch_report
+from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_worker, encode
+from sharedpool.wire.messages import (
+    PROTOCOL_VERSION,
+    Acquire,
+    Backend,
+    Confirm,
+    Deposit,
+    Hello,
+    PoolSpec,
+    Reject,
+    Release,
+    ReleaseReason,
+    Renew,
+    Token,
+    Welcome,
+)
+
+
+@contextmanager
+def line_to(address: str, identity: bytes = b"") -> Iterator["zmq.Socket[bytes]"]:
+    """A bare ZeroMQ line to the broker."""
+    context = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    try:
+        if identity:
+            dealer.setsockopt(zmq.IDENTITY, identity)
+        dealer.setsockopt(zmq.LINGER, 1000)
+        dealer.setsockopt(zmq.RCVTIMEO, 10_000)
+        dealer.connect(address)
+        yield dealer
+    finally:
+        dealer.close()
+        context.term()
+
+
+@contextmanager
+def server_in_a_thread(address: str, **settings: Any) -> Iterator[Server]:
+    """A broker whose log the test sees."""
+    server = Server(BrokerSettings(address, **settings))
+    server.bind()
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def hello(pool: str, version: int = PROTOCOL_VERSION) -> bytes:
+    return encode(Hello(version, os.getpid(), "", "bare", PoolSpec(pool, 3, 60_000)))
+
+
+def test_a_worker_of_protocol_1_is_told_what_to_install(broker: sharedpool.Broker) -> None:
+    """Its HELLO cannot be decoded any more, but it begins as ours does."""
+    first_version = ["hello", 1, os.getpid(), "host", "app.py", ["default", 5, 60000, 0, "server"], [], 0]
+    with line_to(broker.address) as dealer:
+        dealer.send(msgspec.msgpack.encode(first_version))
+        answer = decode_to_worker(dealer.recv())
+    assert isinstance(answer, Reject)
+    assert answer.fatal
+    assert f"the broker speaks protocol {PROTOCOL_VERSION}, this worker 1: install the same" in answer.reason
+
+
+def test_other_peoples_tokens_and_words_out_of_order_change_nothing(
+    broker: sharedpool.Broker, make_pool: Callable[..., sharedpool.Pool]
+) -> None:
+    pool = make_pool(max_conn=1)
+    conn = pool.get_conn()
+    (token,) = pool._holdings.cache.leases
+    with line_to(broker.address) as dealer:
+        for message in (
+            Acquire(1, 0),  # before any HELLO
+            Release(token, True, ReleaseReason.CLOSED),
+            Hello(PROTOCOL_VERSION, os.getpid(), "", "bare", PoolSpec(pool.name, 1, 60_000)),
+            Release(token, True, ReleaseReason.CLOSED),
+            Confirm(token, Backend(1, 2, 3)),
+            Confirm(Token(1, 1), Backend(1, 2, 3)),
+            Renew([], Token(2**40, 5), gone=[token]),
+            Renew([], token, answers=999, pending=[7]),
+        ):
+            dealer.send(encode(message))
+        while not isinstance(decode_to_worker(dealer.recv()), Welcome):
+            pass
+        (report,) = [p for p in fetch_report(broker.address).pools if p.name == pool.name]
+        assert (report.leases, report.in_use) == (1, 1)
+        with pytest.raises(sharedpool.PoolExhausted):
+            pool.get_conn()
+    pool.put_conn(conn)
+
+
+def test_an_oversized_message_costs_its_sender_the_line_and_nobody_else(
+    broker: sharedpool.Broker, make_pool: Callable[..., sharedpool.Pool]
+) -> None:
+    pool = make_pool()
+    with line_to(broker.address, b"too much") as dealer:
+        dealer.send(b"x" * (MAX_FRAME_BYTES + 1))
+        assert not any(s.title == "bare" and s.pool == "oversized" for s in fetch_report(broker.address).sessions)
+        pool.put_conn(pool.get_conn())
+
+
+def test_what_is_no_socket_is_not_taken_at_the_desk(
+    runtime_dir: Path, postgres: EphemeralPostgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = f"ipc://{runtime_dir}/desk.sock"
+    caplog.set_level("WARNING", "sharedpool.broker")
+    with (
+        server_in_a_thread(address, dsn=postgres.dsn),
+        Worker(dsn=postgres.dsn, broker=address) as worker,
+        tempfile.TemporaryFile() as file,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as desk,
+    ):
+        worker.ask("get", name="x")
+        wait_until(lambda: fetch_report(address).custody == 1)
+        ours, theirs = socket.socketpair()
+        desk.connect(f"{runtime_dir}/desk.sock.desk")
+        good = encode(Deposit(b"nobody", Token(1, 1)))
+        socket.send_fds(desk, [good], [file.fileno()])
+        socket.send_fds(desk, [b"garbage"], [ours.fileno()])
+        socket.send_fds(desk, [good], [ours.fileno(), theirs.fileno()])
+        desk.send(good)
+        socket.send_fds(desk, [good], [ours.fileno()])  # of a session and a lease that do not exist
+        wait_until(lambda: caplog.text.count("dropped what came to the desk") == 4, what="four words of warning")
+        assert fetch_report(address).custody == 1
+        # What it did not keep it has closed: the other end sees it.
+        ours.close()
+        theirs.settimeout(10)
+        assert theirs.recv(1) == b""
+        theirs.close()
+        assert worker.ask("query", name="x", sql="SELECT 1")["rows"] == [[1]]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_another_users_words_are_dropped(
+    runtime_dir: Path, postgres: EphemeralPostgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Even where the socket's mode lets them in: the kernel says who they are."""
+    address = f"ipc://{runtime_dir}/open.sock"
+    caplog.set_level("WARNING", "sharedpool.broker")
+    with server_in_a_thread(address, dsn=postgres.dsn):
+        runtime_dir.chmod(0o755)
+        for path in runtime_dir.glob("open.sock*"):
+            path.chmod(0o666)
+        child = os.fork()
+        if child == 0:
+            try:
+                os.setuid(65534)
+                with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as desk:
+                    desk.connect(f"{runtime_dir}/open.sock.desk")
+                    with line_to(address) as dealer:
+                        dealer.send(hello("intruder"))
+                        dealer.setsockopt(zmq.RCVTIMEO, 500)
+                        try:
+                            dealer.recv()
+                        except zmq.Again:
+                            os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert fetch_report(address).sessions == []
+    assert "dropped a message from uid 65534" in caplog.text
+    assert "dropped a line to the desk from uid 65534" in caplog.text
+
+
+def rss_kib(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1])
+    raise AssertionError("no VmRSS")
+
+
+def test_a_worker_that_stops_reading_cannot_grow_the_broker(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+    """It asks and asks, and never takes an answer."""
+    with (
+        sharedpool.start_broker(3, dsn=postgres.dsn) as broker,
+        line_to(broker.address, b"deaf") as deaf,
+        Worker(dsn=postgres.dsn, broker=broker.address) as worker,
+    ):
+        deaf.setsockopt(zmq.RCVHWM, 1)
+        deaf.send(hello("deaf"))
+
+        def ask(times: int) -> None:
+            for number in range(times):
+                deaf.send(encode(Renew([], Token(1, 1), pending=[number])))
+            assert fetch_report(broker.address, timeout_s=30).sessions  # it has taken them all in
+
+        ask(5_000)
+        before = rss_kib(broker.pid)
+        ask(40_000)
+        assert rss_kib(broker.pid) - before < 4096
+        assert "backend" in worker.ask("get", name="x", timeout=10)
+
+
+def test_no_more_may_wait_than_max_waiting(make_pool: Callable[..., sharedpool.Pool]) -> None:
+    pool = make_pool(max_conn=1, max_waiting=1, pool_manager=sharedpool.ThreadedConnectionPool)
+    conn = pool.get_conn()
+    waiting = threading.Thread(target=lambda: pool.put_conn(pool.get_conn(timeout=30)))
+    waiting.start()
+    wait_until(lambda: pool.stats().waiting == 1)
+
+    def crowded() -> bool:
+        """The first one's request may still be on its way."""
+        with pytest.raises((sharedpool.TooManyWaiting, sharedpool.PoolTimeout)) as caught:
+            pool.get_conn(timeout=0.01)
+        return isinstance(caught.value, sharedpool.TooManyWaiting) and "max_waiting" in str(caught.value)
+
+    wait_until(crowded)
+    pool.put_conn(conn)
+    waiting.join(20)
+    assert not waiting.is_alive()
+
+
+# --- connects that fail
+
+
+def test_a_connect_that_the_server_refuses_gives_its_slot_back_by_evidence(
+    broker: sharedpool.Broker, postgres: EphemeralPostgres
+) -> None:
+    pool = sharedpool.config_pool(
+        max_conn=1, dsn=postgres.dsn, dbname="no_such_database", broker=broker.address, name="refused"
+    )
+    for _ in range(5):  # each needs the only slot; no other caller is to blame, so nothing is held back
+        with pytest.raises(psycopg2.OperationalError, match="does not exist"):
+            pool.get_conn(timeout=10)
+    assert sum(p.quarantined for p in fetch_report(broker.address).pools) == 0
+    pool.release_all()
+
+
+def test_a_connect_that_nobody_answers_goes_into_quarantine_and_comes_back(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        sharedpool.start_broker(1, dsn=postgres.dsn) as broker,
+        Worker(
+            host="127.0.0.1", port=silent.getsockname()[1], user="x", dbname="x", broker=broker.address, name="silent"
+        ) as worker,
+    ):
+        refused = worker.ask("get", name="x", timeout=1)
+        assert refused["error"] == "OperationalError"
+        assert "timeout expired" in refused["text"]
+        wait_until(lambda: fetch_report(broker.address).leases == 0, what="the quarantine to end")
+
+
+def test_while_the_server_is_away_every_caller_gets_its_error_at_once(runtime_dir: Path) -> None:
+    with EphemeralPostgres() as server, sharedpool.start_broker(3, dsn=server.dsn) as broker:
+        settings: dict[str, Any] = {"dsn": server.dsn, "broker": broker.address, "max_conn": 3}
+        with Worker(**settings) as a, Worker(**settings) as b:
+            a.ask("get", name="x")
+            a.ask("put", name="x")
+            server.shutdown("immediate")
+            errors = [worker.ask("get", name="x", timeout=20)["error"] for worker in (a, b, a, b)]
+            assert set(errors) <= {"OperationalError", "ServerUnavailable"}
+            assert "ServerUnavailable" in errors
+            server.start()
+            wait_until(lambda: "backend" in a.ask("get", name="x", timeout=5), timeout_s=10)
+            for name in "yz":
+                assert "backend" in b.ask("get", name=name, timeout=5)

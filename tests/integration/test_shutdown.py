@@ -1,0 +1,259 @@
+"""Ends in good order: a broker that drains, processes that exit while something is wrong."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg2
+import pytest
+from processes import Worker, alive
+from waiting import wait_until
+
+import sharedpool
+from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.cli.status import fetch_report
+
+# A process that hangs at its exit would be killed, and seen, after this.
+EXIT_LIMIT_S = 30
+
+
+@contextlib.contextmanager
+def broker_process(address: str, dsn: str, *more: str) -> Iterator["subprocess.Popen[str]"]:
+    """`sharedpool broker`, as supervisors run it; it is ready when this yields."""
+    command = [sys.executable, "-m", "sharedpool", "broker", "--max-conn", "3", "--bind", address, "--dsn", dsn]
+    with subprocess.Popen([*command, "--ttl", "3", *more], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            for line in process.stderr:
+                if "workers find it" in line:
+                    break
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def address(runtime_dir: Path) -> str:
+    return f"ipc://{runtime_dir}/broker.sock"
+
+
+# --- the broker drains
+
+
+def test_sigterm_recalls_what_is_idle_waits_for_the_rest_and_refuses_the_new(
+    postgres: EphemeralPostgres, address: str
+) -> None:
+    with (
+        broker_process(address, postgres.dsn, "--drain-timeout", "60") as process,
+        Worker(dsn=postgres.dsn, broker=address, max_conn=3) as a,
+        Worker(dsn=postgres.dsn, broker=address, max_conn=3) as b,
+    ):
+        a.ask("get", name="busy")
+        a.ask("get", name="idle")
+        a.ask("put", name="idle")
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: fetch_report(address).leases == 1, what="the idle one to be recalled")
+        assert fetch_report(address).state == "draining"
+        refused = b.ask("get", name="x", timeout=5)
+        assert refused["error"] == "BrokerUnavailable"
+        assert "shutting down" in refused["text"]
+        assert a.ask("query", name="busy", sql="SELECT 1")["rows"] == [[1]]
+        assert process.poll() is None
+        a.ask("put", name="busy")
+        assert process.wait(10) == 0
+
+
+def test_a_drain_ends_at_its_timeout_or_with_a_second_signal_and_breaks_nothing(
+    postgres: EphemeralPostgres, address: str
+) -> None:
+    for more, signals in ((("--drain-timeout", "0.3"), 1), (("--drain-timeout", "600"), 2)):
+        with (
+            broker_process(address, postgres.dsn, *more) as process,
+            Worker(dsn=postgres.dsn, broker=address) as worker,
+        ):
+            backend = worker.ask("get", name="x")["backend"]
+            process.send_signal(signal.SIGTERM)
+            wait_until(lambda process=process: process.poll() is not None or fetch_state(address) == "draining")
+            if signals == 2:
+                process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
+            assert worker.ask("query", name="x", sql="SELECT pg_backend_pid()")["rows"] == [[backend]]
+            worker.ask("put", name="x", close=True)
+
+
+def fetch_state(address: str) -> str:
+    try:
+        return fetch_report(address, timeout_s=1).state
+    except sharedpool.BrokerUnavailable:
+        return "gone"
+
+
+def test_a_broker_restarted_with_leases_out_knows_them_at_once(postgres: EphemeralPostgres, address: str) -> None:
+    with Worker(dsn=postgres.dsn, broker=address, max_conn=3) as a, Worker(dsn=postgres.dsn, broker=address) as b:
+        with broker_process(address, postgres.dsn) as first:
+            held = a.ask("get", name="x")["backend"]
+            a.ask("get", name="y")
+            first.kill()
+            first.wait()
+            assert a.ask("query", name="x", sql="SELECT pg_backend_pid()")["rows"] == [[held]]
+            refused = b.ask("get", name="z", timeout=0.3)
+            assert refused["error"] == "BrokerUnavailable"
+        os.kill(a.pid, signal.SIGSTOP)  # it cannot say what it holds
+        with broker_process(address, postgres.dsn):
+            assert fetch_report(address).leases == 2
+            assert "backend" in b.ask("get", name="z", timeout=5)
+            assert b.ask("get", name="w")["error"] == "PoolExhausted"
+            os.kill(a.pid, signal.SIGCONT)
+            wait_until(lambda: [p.suspect for p in fetch_report(address).pools] == [0], what="the worker's HELLO")
+            assert a.ask("query", name="x", sql="SELECT pg_backend_pid()")["rows"] == [[held]]
+            assert fetch_report(address).custody == 3
+
+
+def test_leases_of_a_worker_that_died_with_the_broker_come_back(postgres: EphemeralPostgres, address: str) -> None:
+    with Worker(dsn=postgres.dsn, broker=address, max_conn=3) as b:
+        with (
+            broker_process(address, postgres.dsn) as first,
+            Worker(dsn=postgres.dsn, broker=address, max_conn=3) as a,
+        ):
+            for name in "xyz":
+                a.ask("get", name=name)
+            first.kill()
+            first.wait()
+            a.kill()
+        with broker_process(address, postgres.dsn):
+            for name in "xyz":
+                assert "backend" in b.ask("get", name=name, timeout=5)
+
+
+# --- processes exit
+
+
+SCRIPT = """
+import os, sys, threading, time, signal
+import sharedpool
+pool = sharedpool.config_pool(max_conn=1, pool_manager=sharedpool.ThreadedConnectionPool, dsn=sys.argv[1],
+                              broker=sys.argv[2], name=sys.argv[3])
+conn = pool.get_conn(timeout=20)
+{body}
+print("leaving", flush=True)
+"""
+
+BODIES = {
+    "threads waiting": """
+def wait():
+    try:
+        pool.get_conn(timeout=600)
+    except sharedpool.PoolError:
+        pass
+threads = [threading.Thread(target=wait, daemon=True) for _ in range(4)]
+for thread in threads:
+    thread.start()
+while pool.stats().waiting < 4:
+    time.sleep(0.005)
+""",
+    "broker dead": """
+print("ready", flush=True)
+sys.stdin.readline()
+""",
+    "postgres dead": """
+pool.put_conn(conn)
+print("ready", flush=True)
+sys.stdin.readline()
+""",
+    "after a fork": """
+child = os.fork()
+if child == 0:
+    sys.exit(0)
+os.waitpid(child, 0)
+conn.cursor().execute("SELECT 1")
+""",
+}
+
+
+@pytest.mark.parametrize("case", BODIES)
+def test_no_process_hangs_at_its_exit(case: str, address: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(body=BODIES[case]))
+    with EphemeralPostgres() as server, broker_process(address, server.dsn) as broker:
+        with subprocess.Popen(
+            [sys.executable, str(script), server.dsn, address, "exiting"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdin is not None
+            if case in ("broker dead", "postgres dead"):
+                assert process.stdout.readline() == "ready\n"
+                if case == "broker dead":
+                    broker.kill()
+                    broker.wait()
+                else:
+                    server.kill()
+                process.stdin.write("go\n")
+                process.stdin.flush()
+            started = time.monotonic()
+            try:
+                _, errors = process.communicate(timeout=EXIT_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+        assert process.returncode == 0, errors
+        assert "Traceback" not in errors
+        assert time.monotonic() - started < EXIT_LIMIT_S
+        if case not in ("broker dead", "postgres dead"):
+            wait_until(lambda: fetch_report(address).leases == 0, what="the lease to be back")
+
+
+def test_release_all_wakes_those_who_wait_and_returns_every_lease(postgres: EphemeralPostgres, address: str) -> None:
+    with broker_process(address, postgres.dsn):
+        pool = sharedpool.config_pool(
+            max_conn=1, pool_manager=sharedpool.ThreadedConnectionPool, dsn=postgres.dsn, broker=address
+        )
+        conn = pool.get_conn(timeout=10)
+        errors: list[BaseException] = []
+
+        def wait() -> None:
+            try:
+                pool.get_conn(timeout=600)
+            except sharedpool.PoolError as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=wait) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: pool.stats().waiting == 3)
+        pool.release_all()
+        for thread in threads:
+            thread.join(10)
+        assert [type(error) for error in errors] == [sharedpool.PoolClosed] * 3
+        with pytest.raises(psycopg2.InterfaceError):
+            conn.cursor()
+        assert fetch_report(address).leases == 0
+
+
+def test_cache_hits_need_no_broker_and_what_needs_one_says_so_by_its_deadline(
+    postgres: EphemeralPostgres, address: str
+) -> None:
+    with Worker(dsn=postgres.dsn, broker=address, max_conn=3) as worker:
+        with broker_process(address, postgres.dsn) as broker:
+            worker.ask("get", name="x")
+            worker.ask("put", name="x")
+            broker.kill()
+            broker.wait()
+        for _ in range(3):
+            assert "backend" in worker.ask("get", name="x")
+            worker.ask("put", name="x")
+        worker.ask("get", name="x")
+        started = time.monotonic()
+        refused = worker.ask("get", name="y", timeout=0.5)
+        assert refused["error"] == "BrokerUnavailable"
+        assert 0.4 < time.monotonic() - started < 5
+    assert not alive(worker.pid)
