@@ -90,7 +90,7 @@ class Ledger:
             max_checkout_s=max_checkout_s, recheck_s=ttl_s / 3, verifies=verifies, remembers=remembers,
         )  # fmt: skip
         self._health = Health(self._books, self._out.append, self._timers.arm, self._log, verifies=verifies)
-        self._recovery = self._sessions.recovery = Recovery(
+        self._recovery = Recovery(
             self._books, self._demand, self._out.append, self._log, self._sessions.pool
         )
         self._looking_again = False
@@ -271,7 +271,7 @@ class Ledger:
     def _confirm(self, session: Session, confirm: Confirm, now: float) -> None:
         lease = session.leases.get(confirm.token)
         if lease is not None and lease.state is not SlotState.FENCING:
-            self._books.identify(lease, confirm.backend)
+            self._leases.identify(lease, confirm.backend)
             if lease.state is not SlotState.OPEN:
                 self._books.move(lease, SlotState.OPEN, "confirmed")
             self._health.opened(lease, confirm)
@@ -314,7 +314,7 @@ class Ledger:
         if release.gone:
             self._leases.free(lease, release.reason)
             return
-        self._books.identify(lease, release.backend)
+        self._leases.identify(lease, release.backend)
         self._leases.fence(lease, "its worker could not see the backend end", now)
 
     # --- timers

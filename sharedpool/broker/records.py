@@ -192,6 +192,7 @@ class Books:
         self.sessions: dict[bytes, Session] = {}
         self.leases: dict[Token, Lease] = {}
         self.contended: dict[str, Pool] = {}  # pools with waiters
+        self.orphans: dict[Backend, Lease] = {}  # counted for no known worker
 
     @property
     def room(self) -> int:
@@ -229,6 +230,8 @@ class Books:
             pool.backoff.ended(token)  # if it is the probe, its outcome may never be told
         elif new is SlotState.FREE:
             del self.leases[token], pool.leases[token], session.leases[token]
+            if lease.backend is not None and self.orphans.get(lease.backend) is lease:
+                del self.orphans[lease.backend]
             self.mark_owed(session, session.owed)
             pool.backoff.ended(token)
             self._emit(Erase(token))

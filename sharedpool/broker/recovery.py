@@ -38,7 +38,6 @@ class Recovery:
         self._emit = emit
         self._log = log
         self._make_pool = make_pool
-        self._orphans: dict[Backend, Lease] = {}
 
     def restore(self, entries: Iterable[Entry], now: float, spared_until: float) -> None:
         """Put a former broker's leases into the books: counted, and fenced only when somebody waits."""
@@ -55,6 +54,8 @@ class Recovery:
                 restored[session.id] = books.sessions[session.id] = pool.sessions[session.id] = session
             lease = Lease(entry.token, session, session.pool, backend=entry.backend)
             books.move(lease, SlotState.SUSPECT, "held when the former broker ended")
+            if not entry.pid and entry.backend is not None:
+                books.orphans[entry.backend] = lease
         for session in restored.values():
             self._emit(Watch(session.id, session.process))
         if restored:
@@ -73,10 +74,10 @@ class Recovery:
                 self._books.sessions[session_id] = pool.sessions[session_id] = session
             lease = Lease(self._demand.new_token(), session, pool, backend=backend)
             self._books.move(lease, SlotState.SUSPECT, "claimed by nobody")
-            self._orphans[backend] = lease
-        if self._orphans:
+            self._books.orphans[backend] = lease
+        if self._books.orphans:
             text = "%d connections of this broker's are claimed by nobody: they stay counted"
-            self._log(logging.WARNING, text, len(self._orphans))
+            self._log(logging.WARNING, text, len(self._books.orphans))
         self.serve()
 
     def _unnamed(self, name: str) -> Pool:
@@ -92,8 +93,3 @@ class Recovery:
         self._emit(Vouch())
         self._demand.paused = False
         self._log(logging.INFO, "the grace period is over: serving")
-
-    def claimed(self, backend: Backend | None) -> Lease | None:
-        """Return the orphan that a late worker's lease turns out to be, unless it is being ended: free it for that."""
-        lease = self._orphans.pop(backend, None) if backend is not None else None
-        return lease if lease is not None and lease.state is SlotState.SUSPECT else None
