@@ -178,7 +178,10 @@ class Ledger:
         """Take in what the server lists."""
         strangers = self._books.strangers(survey.tagged)
         if survey.serial == GRACE_OVER:
-            self._recovery.adopt(survey, strangers)
+            if self._recovery.complete(survey, now):
+                self._recovery.adopt(survey, strangers)
+            else:
+                self._timers.arm(now + SETTLE_S, "grace", self)
             return self._settled(now)
         for token in self._leases.quarantine.surveyed(survey, strangers, now):
             self._leases.free(self._books.leases[token], "no backend of its connect is left")
@@ -345,7 +348,7 @@ class Ledger:
 
     def _grace_due(self, _: object, now: float) -> None:
         if self._verifies:
-            self._out.append(Look(GRACE_OVER, barrier=True))
+            self._out.append(Look(GRACE_OVER, barrier=not self._recovery.looked))
         else:
             self._recovery.serve()
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 from sharedpool.broker.commands import Command, Entry, Survey, Vouch, Watch
 from sharedpool.broker.demand import Demand
-from sharedpool.broker.leases import Logger
+from sharedpool.broker.leases import START_UP_LIMIT_S, Logger
 from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState
 from sharedpool.wire.messages import Backend, PoolSpec
 from sharedpool.wire.tag import pool_of_tag
@@ -38,6 +38,8 @@ class Recovery:
         self._emit = emit
         self._log = log
         self._make_pool = make_pool
+        self._first_look_at: float | None = None
+        self._starting: frozenset[int] | None = None
 
     def restore(self, entries: Iterable[Entry], now: float, spared_until: float) -> None:
         """Put a former broker's leases into the books: counted, and fenced only when somebody waits."""
@@ -61,6 +63,22 @@ class Recovery:
         if restored:
             text = "taking over %d leases of %d workers from the former broker"
             self._log(logging.INFO, text, len(books.leases), len(restored))
+
+    @property
+    def looked(self) -> bool:
+        """Whether the server was looked at since the grace period passed."""
+        return self._first_look_at is not None
+
+    def complete(self, survey: Survey, now: float) -> bool:
+        """Say whether all that former brokers' workers have begun to open is open by now, and tagged, or gone.
+
+        A backend has no tag while it starts up: those that a second look shows (see `quarantine.py`) are waited for.
+        """
+        if self._first_look_at is None:
+            self._first_look_at = now
+            return False
+        self._starting = survey.starting if self._starting is None else self._starting & survey.starting
+        return not self._starting or now - self._first_look_at >= START_UP_LIMIT_S
 
     def adopt(self, survey: Survey, strangers: Iterable[Backend]) -> None:
         """Count backends that nobody has claimed, and begin to serve."""
