@@ -294,7 +294,7 @@ class Ledger:
         if renew.answers:
             return
         for lease in session.granted.values():
-            if lease.token > renew.seen:
+            if lease.token > renew.seen and lease.token.epoch == self.epoch:
                 self._demand.send_grant(lease)  # the first one was lost, or is on its way
         if not pending <= session.waiters.keys() | session.granted.keys():
             # It waits for what nobody will answer: an ACQUIRE or DENY was lost, or it was silent for too long.
