@@ -105,9 +105,12 @@ def _settle_broker(world: World) -> bool:
         if token in broker.custody and world.broker is broker:
             broker.see(token)
             steps = True
+    if world.broker is not broker:
+        return True
     waiting = len(broker.fences), len(broker.looks), len(broker.doubts)
     for pick in range(len(broker.fences) + 2):
-        broker.work(pick)
+        if world.broker is broker:
+            broker.work(pick)
     return steps or waiting != (len(broker.fences), len(broker.looks), len(broker.doubts))
 
 
