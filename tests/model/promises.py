@@ -49,7 +49,7 @@ def _check_worker(worker: Worker) -> None:
     cache = worker.cache
     if not cache.leases:
         return
-    owners = [lease for lease in cache.idle]
+    owners = list(cache.idle)
     owners += [conn.lease for conn in worker.users if conn.lease is not None]
     owners += [closing.lease for closing, _ in worker.closing]
     owners += [opening.lease for opening in worker.opening]
