@@ -153,7 +153,8 @@ MUTANTS = (
         (
             (
                 "sharedpool/worker/checkout.py",
-                "            holdings.discard(lease, conn, worn)\n            lease = _wait(holdings, ticket, wait_s, deadline)\n",
+                "            holdings.discard(lease, conn, worn)\n"
+                "            lease = _wait(holdings, ticket, wait_s, deadline)\n",
                 "            conn.close()\n            lease.conn = None\n",
             ),
         ),

@@ -30,13 +30,19 @@ class Backoff:
     due: bool = False
     probe: Token | None = None
 
-    def allowance(self, limit: int, *, connecting: bool = False) -> int:
-        """Return how many leases there may be now, of `limit` at best; `connecting`: one is being connected."""
+    def allowance(self, limit: int, leases: int, *, connecting: bool = False) -> int:
+        """Return how many leases there may be now, of `limit` at best, when there are `leases`.
+
+        A probe is one more than there are, whatever those do: a frozen worker's must not keep the others from trying.
+        It is alone (`connecting`: one that is no probe is being connected).
+        """
         if self.ceiling is None:
             return limit
         if self.probe is not None:
             return 0
-        return min(limit, self.ceiling + (1 if self.due and not connecting else 0))
+        if self.due and not connecting:
+            return min(limit, max(self.ceiling, leases) + 1)
+        return min(limit, self.ceiling)
 
     def granted(self, token: Token, others: int, now: float) -> bool:
         """Note a grant beside `others` leases; say whether it is a probe, not to be waited for after `probe_at`."""
@@ -69,6 +75,6 @@ class Backoff:
             self.ceiling, self.error = None, ""
 
     def ended(self, token: Token) -> None:
-        """Note that a lease is over: a probe without an outcome is not waited for."""
+        """Note that a lease is over, or that its worker is silent: a probe without an outcome is not waited for."""
         if token == self.probe:
             self.due, self.probe = True, None

@@ -9,7 +9,7 @@ from typing import Protocol
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.quarantine import Quarantine
 from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState
-from sharedpool.wire.messages import NO_TOKEN, LeaseReport, Phase, Token
+from sharedpool.wire.messages import NO_TOKEN, Backend, LeaseReport, Phase, Token
 
 # PostgreSQL ends a backend whose client has not logged in by then (authentication_timeout, 60 s by default).
 START_UP_LIMIT_S = 65.0
@@ -62,6 +62,13 @@ class Leases:
         self.quarantine.discard(lease.token)
         self._books.move(lease, SlotState.FREE, reason)
         self._drop(lease.session)
+
+    def identify(self, lease: Lease, backend: Backend | None) -> None:
+        """Note which backend a lease's connection is on; one that was counted for nobody is this lease's now."""
+        self._books.identify(lease, backend)
+        orphan = self._books.orphans.get(backend) if backend is not None else None
+        if orphan is not None and orphan is not lease and orphan.state is SlotState.SUSPECT:
+            self.free(orphan, "claimed")
 
     def fence(self, lease: Lease, why: str, now: float) -> None:
         """Have a lease's backend ended and verified, whatever its worker does.
@@ -126,7 +133,7 @@ class Leases:
         return token not in self._books.leases and token not in self._void
 
     def _update(self, lease: Lease, report: LeaseReport, now: float) -> None:
-        self._books.identify(lease, report.backend)
+        self.identify(lease, report.backend)
         if report.phase is Phase.CONNECTING:
             state = SlotState.OPEN if lease.backend else SlotState.GRANTED
         else:

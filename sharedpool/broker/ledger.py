@@ -90,9 +90,7 @@ class Ledger:
             max_checkout_s=max_checkout_s, recheck_s=ttl_s / 3, verifies=verifies, remembers=remembers,
         )  # fmt: skip
         self._health = Health(self._books, self._out.append, self._timers.arm, self._log, verifies=verifies)
-        self._recovery = self._sessions.recovery = Recovery(
-            self._books, self._demand, self._out.append, self._log, self._sessions.pool
-        )
+        self._recovery = Recovery(self._books, self._demand, self._out.append, self._log, self._sessions.pool)
         self._looking_again = False
         self._handlers: dict[type, Callable[[Session, Any, float], None]] = {
             Acquire: self._acquire,
@@ -178,7 +176,10 @@ class Ledger:
         """Take in what the server lists."""
         strangers = self._books.strangers(survey.tagged)
         if survey.serial == GRACE_OVER:
-            self._recovery.adopt(survey, strangers)
+            if self._recovery.complete(survey, now):
+                self._recovery.adopt(survey, strangers)
+            else:
+                self._timers.arm(now + SETTLE_S, "grace", self)
             return self._settled(now)
         for token in self._leases.quarantine.surveyed(survey, strangers, now):
             self._leases.free(self._books.leases[token], "no backend of its connect is left")
@@ -271,7 +272,7 @@ class Ledger:
     def _confirm(self, session: Session, confirm: Confirm, now: float) -> None:
         lease = session.leases.get(confirm.token)
         if lease is not None and lease.state is not SlotState.FENCING:
-            self._books.identify(lease, confirm.backend)
+            self._leases.identify(lease, confirm.backend)
             if lease.state is not SlotState.OPEN:
                 self._books.move(lease, SlotState.OPEN, "confirmed")
             self._health.opened(lease, confirm)
@@ -291,7 +292,7 @@ class Ledger:
         if renew.answers:
             return
         for lease in session.granted.values():
-            if lease.token > renew.seen:
+            if lease.token > renew.seen and lease.token.epoch == self.epoch:
                 self._demand.send_grant(lease)  # the first one was lost, or is on its way
         if not pending <= session.waiters.keys() | session.granted.keys():
             # It waits for what nobody will answer: an ACQUIRE or DENY was lost, or it was silent for too long.
@@ -314,7 +315,7 @@ class Ledger:
         if release.gone:
             self._leases.free(lease, release.reason)
             return
-        self._books.identify(lease, release.backend)
+        self._leases.identify(lease, release.backend)
         self._leases.fence(lease, "its worker could not see the backend end", now)
 
     # --- timers
@@ -345,7 +346,7 @@ class Ledger:
 
     def _grace_due(self, _: object, now: float) -> None:
         if self._verifies:
-            self._out.append(Look(GRACE_OVER, barrier=True))
+            self._out.append(Look(GRACE_OVER, barrier=not self._recovery.looked))
         else:
             self._recovery.serve()
 

@@ -167,7 +167,7 @@ class Pool:
         if self.backoff.ceiling is not None:
             # A probe is alone: its start-up would take the place on a full server that another's connect needs.
             connecting = any(lease.state is SlotState.GRANTED for lease in self.leases.values())
-            limit = self.backoff.allowance(limit, connecting=connecting)
+            limit = self.backoff.allowance(limit, len(self.leases), connecting=connecting)
         return limit - len(self.leases)
 
     @property
@@ -197,6 +197,7 @@ class Books:
         self.sessions: dict[bytes, Session] = {}
         self.leases: dict[Token, Lease] = {}
         self.contended: dict[str, Pool] = {}  # pools with waiters
+        self.orphans: dict[Backend, Lease] = {}  # counted for no known worker
 
     @property
     def room(self) -> int:
@@ -231,8 +232,11 @@ class Books:
             pool.incoming[token] = lease
         elif new is SlotState.SUSPECT:
             pool.suspects[token] = lease
+            pool.backoff.ended(token)  # if it is the probe, its outcome may never be told
         elif new is SlotState.FREE:
             del self.leases[token], pool.leases[token], session.leases[token]
+            if lease.backend is not None and self.orphans.get(lease.backend) is lease:
+                del self.orphans[lease.backend]
             self.mark_owed(session, session.owed)
             pool.backoff.ended(token)
             self._emit(Erase(token))

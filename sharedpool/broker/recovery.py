@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 from sharedpool.broker.commands import Command, Entry, Survey, Vouch, Watch
 from sharedpool.broker.demand import Demand
-from sharedpool.broker.leases import Logger
+from sharedpool.broker.leases import START_UP_LIMIT_S, Logger
 from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState
 from sharedpool.wire.messages import Backend, PoolSpec
 from sharedpool.wire.tag import pool_of_tag
@@ -38,14 +38,15 @@ class Recovery:
         self._emit = emit
         self._log = log
         self._make_pool = make_pool
-        self._orphans: dict[Backend, Lease] = {}
+        self._first_look_at: float | None = None
+        self._starting: frozenset[int] | None = None
 
     def restore(self, entries: Iterable[Entry], now: float, spared_until: float) -> None:
         """Put a former broker's leases into the books: counted, and fenced only when somebody waits."""
         books = self._books
         restored: dict[bytes, Session] = {}
         for entry in entries:
-            pool = self._make_pool(entry.pool)
+            pool = self._make_pool(entry.pool) if entry.pid else self._unnamed(entry.pool.name)
             session = restored.get(entry.session)
             if session is None:
                 session = Session(
@@ -55,40 +56,58 @@ class Recovery:
                 restored[session.id] = books.sessions[session.id] = pool.sessions[session.id] = session
             lease = Lease(entry.token, session, session.pool, backend=entry.backend)
             books.move(lease, SlotState.SUSPECT, "held when the former broker ended")
+            if not entry.pid and entry.backend is not None:
+                books.orphans[entry.backend] = lease
         for session in restored.values():
             self._emit(Watch(session.id, session.process))
         if restored:
             text = "taking over %d leases of %d workers from the former broker"
             self._log(logging.INFO, text, len(books.leases), len(restored))
 
+    @property
+    def looked(self) -> bool:
+        """Whether the server was looked at since the grace period passed."""
+        return self._first_look_at is not None
+
+    def complete(self, survey: Survey, now: float) -> bool:
+        """Say whether all that former brokers' workers have begun to open is open by now, and tagged, or gone.
+
+        A backend has no tag while it starts up: those that a second look shows (see `quarantine.py`) are waited for.
+        """
+        if self._first_look_at is None:
+            self._first_look_at = now
+            return False
+        self._starting = survey.starting if self._starting is None else self._starting & survey.starting
+        return not self._starting or now - self._first_look_at >= START_UP_LIMIT_S
+
     def adopt(self, survey: Survey, strangers: Iterable[Backend]) -> None:
         """Count backends that nobody has claimed, and begin to serve."""
         for backend in strangers:
             name = pool_of_tag(survey.tagged[backend])
             session_id = b"unknown:" + name.encode()
-            pool = self._books.pools.get(name)
-            if pool is None:
-                pool = self._make_pool(PoolSpec(name, 1, 0))
-                pool.unnamed = True
+            pool = self._unnamed(name)
             session = pool.sessions.get(session_id)
             if session is None:
                 session = Session(session_id, 0, "", UNKNOWN, pool, 0.0, 0.0, suspect=True)
                 self._books.sessions[session_id] = pool.sessions[session_id] = session
             lease = Lease(self._demand.new_token(), session, pool, backend=backend)
             self._books.move(lease, SlotState.SUSPECT, "claimed by nobody")
-            self._orphans[backend] = lease
-        if self._orphans:
+            self._books.orphans[backend] = lease
+        if self._books.orphans:
             text = "%d connections of this broker's are claimed by nobody: they stay counted"
-            self._log(logging.WARNING, text, len(self._orphans))
+            self._log(logging.WARNING, text, len(self._books.orphans))
         self.serve()
+
+    def _unnamed(self, name: str) -> Pool:
+        """Return the pool of that name; its limit is unknown when it is made here, until a session names it."""
+        pool = self._books.pools.get(name)
+        if pool is None:
+            pool = self._make_pool(PoolSpec(name, 1, 0))
+            pool.unnamed = True
+        return pool
 
     def serve(self) -> None:
         """Begin to grant. What is still unknown has a lease of its own by now."""
         self._emit(Vouch())
         self._demand.paused = False
         self._log(logging.INFO, "the grace period is over: serving")
-
-    def claimed(self, backend: Backend | None) -> Lease | None:
-        """Return the orphan that a late worker's lease turns out to be, unless it is being ended: free it for that."""
-        lease = self._orphans.pop(backend, None) if backend is not None else None
-        return lease if lease is not None and lease.state is SlotState.SUSPECT else None

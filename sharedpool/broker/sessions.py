@@ -12,7 +12,6 @@ from sharedpool.broker.commands import Command, Forget, Process, Send, Watch
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.leases import Leases, Logger
 from sharedpool.broker.records import Books, Pool, Session, SlotState
-from sharedpool.broker.recovery import Recovery
 from sharedpool.wire.messages import PROTOCOL_VERSION, Bye, Hello, PoolSpec, Reject, Welcome
 from sharedpool.wire.tag import tag_of
 
@@ -38,10 +37,9 @@ class Terms:
 
 
 class Sessions:
-    """The sessions' side of the ledger; `leases` and `recovery` are set once they are made."""
+    """The sessions' side of the ledger; `leases` is set once it is made."""
 
     leases: Leases
-    recovery: Recovery
 
     def __init__(
         self,
@@ -98,9 +96,6 @@ class Sessions:
         self._demand.ignore(session)
         self._books.mark_owed(session, 0)
         self.hear(session, now)
-        for held in hello.leases:
-            if (orphan := self.recovery.claimed(held.backend)) is not None:
-                self.leases.free(orphan, "claimed")
         revoked = self.leases.reconcile(session, hello.leases, now, seen=hello.seen, claim=True)
         expiration_ms, ttl_ms = int(session.expiration_s * 1000), int(self._terms.ttl_s * 1000)
         welcome = Welcome(

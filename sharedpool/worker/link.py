@@ -222,6 +222,8 @@ class Link:
                     raise SharedPoolError(message.reason)
                 self.established = False  # a new broker: HELLO again
                 dealer.send(encode(self._endpoint.hello()))
+            elif isinstance(message, Welcome) and message.epoch < self.epoch:
+                logger.warning("dropped a late word from broker %d, of before broker %d", message.epoch, self.epoch)
             elif isinstance(message, Welcome):
                 self._welcomed(message)
                 self._endpoint.receive(message)

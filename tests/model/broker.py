@@ -170,8 +170,15 @@ class Broker:
             held.cut = True
         if fence.backend is not None:
             self.fences[fence.token] = fence
+            self._check_fence(fence)
         else:
             assert held is not None, f"nobody can find the backend of {fence.token}"
+
+    def _check_fence(self, fence: Fence) -> None:
+        """What is to be ended is not known to be what another lease has in good use."""
+        for other in self.ledger._books.leases.values():
+            good = other.state is SlotState.OPEN and other.backend == fence.backend and other.token != fence.token
+            assert not good, f"{other.token} is in good use, and {fence} would end its connection"
 
     def _check_grant(self, session: bytes, grant: Grant) -> None:
         receiver = self.granted.setdefault(grant.token, (session, grant.request))
@@ -294,7 +301,7 @@ class Broker:
     def _survey(self, look: Look) -> None:
         self.looks.popleft()
         survey = self.world.server.survey(look.serial, look.barrier, self.world.now)
-        if look.serial == GRACE_OVER:
+        if look.serial == GRACE_OVER and look.barrier:
             self.world.excuse_unknowable()
         self.words.append(lambda ledger, now: ledger.surveyed(survey, now))
 
@@ -303,15 +310,8 @@ class Broker:
         if fence.backend.boot_us == self.boot:
             proc = self.world.server.find(fence.backend)
             if proc is not None:
-                self._check_fence(fence, proc)
                 self.world.server.end(proc)
         elif fence.backend.boot_us not in self.world.seen_boots:
             return  # it cannot tell
         del self.fences[fence.token]
         self.words.append(lambda ledger, now: ledger.backend_gone(fence.token, now))
-
-    def _check_fence(self, fence: Fence, proc: Proc) -> None:
-        """What is ended is what the fence's lease is on, not what another lease has in good use."""
-        other = self.ledger._books.leases.get(proc.token)
-        good = other is not None and other.token != fence.token and other.state is SlotState.OPEN
-        assert not good, f"{proc} is ended, but its lease {proc.token} is in good use, and another was meant: {fence}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.broker.records import SlotState
 
-from .broker import Broker
 from .scale import BEAT_S, LIMITS, TTL_S
 from .server import Proc, Stage
 from .worker import Worker
@@ -36,7 +35,7 @@ def _check_covered(world: World, proc: Proc) -> None:
         if not world.journal.intact:
             return
         leases = world.journal.live
-    elif broker.ledger.state == "waiting":
+    elif broker.ledger._demand.paused:
         return  # nothing is granted before everybody had time to say what they hold
     else:
         leases = broker.ledger._books.leases
@@ -50,7 +49,7 @@ def _check_worker(worker: Worker) -> None:
     cache = worker.cache
     if not cache.leases:
         return
-    owners = [lease for lease in cache.idle]
+    owners = list(cache.idle)
     owners += [conn.lease for conn in worker.users if conn.lease is not None]
     owners += [closing.lease for closing, _ in worker.closing]
     owners += [opening.lease for opening in worker.opening]
@@ -66,12 +65,14 @@ def _check_worker(worker: Worker) -> None:
 
 def quiesce(world: World) -> None:
     """Everything under way arrives and ends, in almost no time; nobody checks anything in."""
+    looks = 0
     for _ in range(200):
         _settle_network(world)
         steps = any([_settle_broker(world), _settle_server(world), _settle_workers(world)])
         check(world)
         broker = world.broker
-        if broker is not None and world.server.up and len(broker.ledger._leases.quarantine):
+        if broker is not None and world.server.up and broker.ledger._leases.quarantine and looks < 5:
+            looks += 1  # a frozen worker's connection, of which nobody has heard, may keep it occupied for longer
             world.pass_time(SETTLE_S + 0.001)
         elif not steps and not _moving(world):
             return
@@ -97,16 +98,19 @@ def _settle_broker(world: World) -> bool:
     steps = False
     for session in broker.deaths:
         broker.notice_death(session)
-    while broker.words:
+    while broker.words and world.broker is broker:
         broker.hear_word()
         steps = True
     for token in broker.endings:
-        if token in broker.custody:
+        if token in broker.custody and world.broker is broker:
             broker.see(token)
             steps = True
+    if world.broker is not broker:
+        return True
     waiting = len(broker.fences), len(broker.looks), len(broker.doubts)
     for pick in range(len(broker.fences) + 2):
-        broker.work(pick)
+        if world.broker is broker:
+            broker.work(pick)
     return steps or waiting != (len(broker.fences), len(broker.looks), len(broker.doubts))
 
 
@@ -144,13 +148,15 @@ def check_nobody_waits_in_vain(world: World) -> None:
     broker = world.broker
     assert broker is not None
     books = broker.ledger._books
+    # A holder that was killed on another host is waited for, for a moment.
+    deaf = any(not session.silent and id not in world.workers for id, session in books.sessions.items())
     for worker in world.workers.values():
         for ticket in worker.tickets:
             assert ticket.lease is None
             own = books.sessions.get(worker.id)
             if not worker.established or own is None or own.silent:
                 continue  # it has not noticed yet that its broker is another, or that it was given up
-            assert worker.patience[ticket.request], "a caller that does not wait has no answer"
+            assert deaf or worker.patience[ticket.request], "a caller that does not wait has no answer"
             assert broker.queued(worker.id, ticket.request), "a ticket that is in no queue"
             pool = books.pools[worker.pool]
             assert pool.room <= 0 or books.room <= 0, "a waiter and a free slot"
@@ -188,10 +194,23 @@ def heal(world: World) -> None:
                 worker.checkin(conn)
         quiesce(world)
         _let_pass(world, 1.0)
+        _give_up_hopeless(world)
         if not any(worker.tickets or worker.users for worker in world.workers.values()):
             return
     waiting = {worker.id: len(worker.tickets) for worker in world.workers.values() if worker.tickets}
     raise AssertionError(f"still waiting although everything was checked in: {waiting}")
+
+
+def _give_up_hopeless(world: World) -> None:
+    """Where every slot waits for the word of the dead, nobody can be served."""
+    for worker in world.workers.values():
+        if _limit(world, worker.pool) <= _known_lost(world, worker.pool):
+            for ticket in list(worker.tickets):
+                worker.give_up(ticket)
+
+
+def _limit(world: World, name: str) -> int:
+    return LIMITS[name] if world.cap is None else min(LIMITS[name], world.cap)
 
 
 def _let_pass(world: World, seconds: float) -> None:
@@ -206,11 +225,10 @@ def check_all_slots_can_be_had(world: World) -> None:
     """L5: one session gets every slot of its pool."""
     broker = world.broker
     assert broker is not None
-    for name, limit in LIMITS.items():
+    for name in LIMITS:
         worker = world.start(name)
-        count = limit if world.cap is None else min(limit, world.cap)
-        count -= _known_lost(world, broker, name)
-        for _ in range(2 * limit + 1):
+        count = max(0, _limit(world, name) - _known_lost(world, name))
+        for _ in range(2 * count + 1):
             for _ in range(count - len(worker.users) - len(worker.tickets)):
                 worker.checkout(600.0)
             quiesce(world)
@@ -224,14 +242,19 @@ def check_all_slots_can_be_had(world: World) -> None:
         quiesce(world)
 
 
-def _known_lost(world: World, broker: Broker, name: str) -> int:
-    """Return how many slots wait for the word of a worker on another host that was killed before it connected."""
-    living = world.processes
+def _known_lost(world: World, name: str) -> int:
+    """Return how many slots wait for the word of a worker that is over and had not connected, which nobody can see.
+
+    It was killed on another host: it might be merely frozen, and connect yet. Or it was disposed of while the broker
+    was away, on another host or in a process that lives on: its link ends without a BYE.
+    """
+    broker = world.broker
+    assert broker is not None
     return sum(
         lease.state is SlotState.SUSPECT
         and not lease.findable
-        and lease.session.process is None
-        and world.process_of[lease.session.id] not in living
+        and lease.session.id not in world.workers
+        and (lease.session.process is None or lease.session.process in world.processes)
         and (lease.pool.name == name or world.cap is not None)
         for lease in broker.ledger._books.leases.values()
     )

@@ -35,7 +35,7 @@ from sharedpool.worker.lease import Closing, Lease, Ticket
 
 from .network import Parcel
 from .scale import BEAT_S, EXPIRATION_S, HELLO_RETRY_S, LIMITS, MAX_WAITING, SILENCE_S
-from .server import Proc, Stage
+from .server import Proc
 
 if TYPE_CHECKING:
     from .broker import Broker
@@ -76,6 +76,7 @@ class Worker:
         self.cache = Cache(EXPIRATION_S)
         self.line = world.network.line(self.id)
         self.established = False
+        self.epoch = 0
         self.frozen = False
         self.tag = ""
         self.desk: Broker | None = None
@@ -150,7 +151,9 @@ class Worker:
             self.hello()
             return
         if isinstance(message, Welcome):
-            self.established = True
+            if message.epoch < self.epoch:
+                return
+            self.established, self.epoch = True, message.epoch
         elif not self.established:
             return
         match message:
@@ -418,14 +421,10 @@ class Worker:
                 proc.holders.discard("worker")
 
     @property
-    def in_connect(self) -> dict[Token, Stage | None]:
-        """Leases without a connection, and how far their connects have come."""
-        stages: dict[Token, Stage | None] = {
-            lease.token: None for lease in self.cache.leases.values() if lease.phase is Phase.CONNECTING
-        }
-        for opening in self.opening:
-            stages[opening.lease.token] = opening.proc.stage
-        return stages
+    def unconnected(self) -> dict[Token, bool]:
+        """Leases without a connection, and whether their connects have begun."""
+        begun = {opening.lease.token for opening in self.opening}
+        return {x.token: x.token in begun for x in self.cache.leases.values() if x.phase is Phase.CONNECTING}
 
 
 def _nobody() -> None:

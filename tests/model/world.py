@@ -10,7 +10,7 @@ from sharedpool.wire.messages import Grant, Token
 from .broker import Broker, Journal
 from .network import Line, Network
 from .scale import BEAT_S
-from .server import Server, Stage
+from .server import Server
 from .worker import Worker
 
 
@@ -52,10 +52,10 @@ class World:
                 line.break_off(lost)
 
     def excuse_unknowable(self) -> None:
-        """The grace period of a broker without a journal ends with a survey: what can it not see?
+        """The grace period of a broker without a journal is over, it looks at the server: what can it not see?
 
-        The lease of a worker that has not spoken since (it is frozen, or cut off), and that has no connection yet:
-        granted and on its way, or in the middle of its connect. Whatever has a connection is seen by its tag.
+        The lease of a worker that has not spoken since (it is frozen, or cut off), and that has not begun to connect:
+        granted and on its way, or in the hands of a thread. Whatever was begun is seen, at the latest by its tag.
         """
         assert self.broker is not None
         books = self.broker.ledger._books
@@ -63,9 +63,7 @@ class World:
             known = books.sessions.get(worker.id)
             if known is not None and not known.restored:
                 continue
-            for token, stage in worker.in_connect.items():
-                if stage is not Stage.OPEN:
-                    self.excused.add(token)
+            self.excused.update(token for token, begun in worker.unconnected.items() if not begun)
             late = (message for line, way, message in self.network.limbo if line is worker.line and way == "down")
             for message in itertools.chain(worker.line.down, late):
                 if isinstance(message, Grant):

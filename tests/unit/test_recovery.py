@@ -164,6 +164,15 @@ def test_a_lost_release_is_told_again_until_it_is_acknowledged() -> None:
     assert a.last(Ack).gone == [token]
 
 
+def grace_over(after: Broker, listed: dict[Backend, str], *starting: set[int]) -> None:
+    """Two looks end it; `starting` is what the second and later ones show in start-up."""
+    for number, pids in enumerate([set(), *starting, set()]):
+        look = after.all(Look)[-1]
+        assert look == Look(0, barrier=number == 0)
+        after.take_in(after.ledger.surveyed(Survey(0, frozenset(pids), listed), after.now))
+        after.pass_time(SETTLE_S * 1.01)
+
+
 def test_without_a_journal_nothing_is_granted_in_the_grace_period() -> None:
     after = Broker(remembers=False)
     after.take_in(after.ledger.hold(TTL_S, after.now))
@@ -174,10 +183,23 @@ def test_without_a_journal_nothing_is_granted_in_the_grace_period() -> None:
     assert b.outcome(request) is None
     assert b.outcome(impatient) is None
     after.pass_time(TTL_S / 2)
-    (look,) = after.all(Look)
     assert b.outcome(request) is None  # until the server was asked
-    after.take_in(after.ledger.surveyed(Survey(look.serial, frozenset(), {}), after.now))
+    grace_over(after, {})
     assert isinstance(b.outcome(request), Token)
+
+
+def test_the_grace_period_lasts_until_every_start_up_has_come_to_an_end() -> None:
+    after = Broker(remembers=False)
+    after.take_in(after.ledger.hold(TTL_S, after.now))
+    b = after.worker("b", max_conn=1)
+    request = b.ask(wait_s=600)
+    after.pass_time(TTL_S / 2)
+    b.beat()
+    after.pass_time(TTL_S / 2)
+    grace_over(after, {Backend(42, 5, 1): TAG}, {42}, {42, 43})
+    assert b.outcome(request) is None  # what was in start-up is a dead worker's, and has its tag by now
+    assert after.ledger.state == "serving"
+    assert after.ledger.leases == 1
 
 
 def test_backends_that_nobody_claims_after_a_lost_journal_stay_counted() -> None:
@@ -191,7 +213,7 @@ def test_backends_that_nobody_claims_after_a_lost_journal_stay_counted() -> None
     after.pass_time(TTL_S / 2)
     orphan = Backend(4711, 5, 1)
     listed = {a.backend(Token(EPOCH - 1, 5)): TAG, orphan: TAG}
-    after.take_in(after.ledger.surveyed(Survey(0, frozenset(), listed), after.now))
+    grace_over(after, listed)
     assert after.ledger.leases == 2
     b = after.worker("b")
     b.ask(wait_s=60)
@@ -205,7 +227,7 @@ def test_a_late_worker_claims_its_orphan_unless_that_is_being_ended() -> None:
     after.pass_time(TTL_S)
     token = Token(EPOCH - 1, 5)
     backend = Worker.backend(token)
-    after.take_in(after.ledger.surveyed(Survey(0, frozenset(), {backend: TAG}), after.now))
+    grace_over(after, {backend: TAG})
     assert after.ledger.leases == 1
     late = Worker(after, "late", PoolSpec("p", 4, 60_000))
     late.held = {token: Phase.IDLE}
