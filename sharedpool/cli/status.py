@@ -88,8 +88,8 @@ def _document(value: object) -> object:
 def _text(report: Report) -> str:
     cap = f"{report.max_conn} over all pools" if report.max_conn else "each pool's own"
     lines = [
-        f"broker {report.pid} at {report.address}, up {_duration(report.uptime_ms)}",
-        f"limit {cap}, {report.leases} leases; control connection: {report.control}",
+        f"broker {report.pid} at {report.address}, up {_duration(report.uptime_ms)}, {report.state}",
+        f"limit {cap}, {report.leases} leases, {report.custody} in custody; control connection: {report.control}",
     ]
     pool_header = ("POOL", "LIMIT", "LEASES", "IN USE", "IDLE", "OTHER", "WAITING", "SESSIONS", "SERVER")
     pools = [
@@ -100,6 +100,14 @@ def _text(report: Report) -> str:
         for pool in report.pools
     ]  # fmt: skip
     lines += _table(pool_header, pools)
+    for pool in report.pools:
+        if pool.suspect or pool.fencing:
+            quarantined = (
+                f" ({pool.quarantined} of them connects that nobody saw the end of)" if pool.quarantined else ""
+            )
+            lines.append(f"pool {pool.name!r}: {pool.suspect} suspect, {pool.fencing} being ended{quarantined}")
+        if pool.error:
+            lines.append(f"pool {pool.name!r} cannot open connections: {pool.error}")
     session_header = ("PROCESS", "POOL", "LEASES", "IN USE", "IDLE", "WAITING", "SILENT", "")
     sessions = [
         (

@@ -109,6 +109,42 @@ def test_an_automatic_broker_that_died_is_replaced_and_held_connections_live_on(
         assert "backend" in a.ask("get", name="y", timeout=20)
 
 
+def test_of_many_workers_exactly_one_restarts_a_broker_that_died(
+    postgres: EphemeralPostgres, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHAREDPOOL_TTL", "3")
+    with workers(12, dsn=postgres.dsn, max_conn=4, timeout=60, threads=True) as crew:
+        for worker in crew:
+            worker.ask("get", name="x", timeout=30)
+            worker.ask("put", name="x")
+        for rounds in range(1, 4):
+            (report,) = living(runtime_dir)
+            os.kill(report.pid, signal.SIGKILL)
+            for worker in crew:
+                worker.send("hammer", seconds=0.2, threads=1, timeout=30)
+            assert [worker.answer()["errors"] for worker in crew] == [[]] * len(crew)
+            wait_until(lambda: [len(r.sessions) for r in living(runtime_dir)] == [len(crew)], timeout_s=30)
+            (log,) = (runtime_dir / "sharedpool").glob("*.log")
+            assert log.read_text().count("enforces") == 1 + rounds
+
+
+def test_without_a_control_connection_custody_gives_a_killed_workers_slots_back(
+    postgres: EphemeralPostgres, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        sharedpool.start_broker(2) as broker,  # it knows of no server
+        Worker(dsn=postgres.dsn, broker=broker.address, max_conn=2) as a,
+        Worker(dsn=postgres.dsn, broker=broker.address, max_conn=2) as b,
+    ):
+        assert fetch_report(broker.address).control == "none"
+        for name in "xy":
+            a.ask("get", name=name, timeout=10)
+        a.ask("query", name="x", sql="SELECT 1")  # in a transaction
+        a.kill()
+        for name in "xy":
+            assert "backend" in b.ask("get", name=name, timeout=10)
+
+
 def test_the_password_is_on_no_command_line_and_in_no_log(runtime_dir: Path) -> None:
     with EphemeralPostgres(password="s3cr3t-word") as server:
         dsn = make_dsn(server.dsn, password="s3cr3t-word")
