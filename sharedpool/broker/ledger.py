@@ -91,7 +91,7 @@ class Ledger:
         )  # fmt: skip
         self._health = Health(self._books, self._out.append, self._timers.arm, self._log, verifies=verifies)
         self._recovery = Recovery(
-            self._books, self._demand, self._out.append, self._log, self._sessions.pool
+            self._books, self._demand, self._out.append, self._log, self._sessions.pool, self._sessions.named
         )
         self._looking_again = False
         self._handlers: dict[type, Callable[[Session, Any, float], None]] = {

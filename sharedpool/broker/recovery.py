@@ -23,7 +23,10 @@ GRACE_OVER = 0  # serial of the look with which the grace period ends
 
 
 class Recovery:
-    """The ledger's first moments. `make_pool(spec)` returns a pool of the books, made when it is not there."""
+    """The ledger's first moments. `make_pool(spec)` returns a pool of the books, made when it is not there.
+
+    `find_pool(name)` returns the pool whose tags show that name.
+    """
 
     def __init__(
         self,
@@ -32,12 +35,14 @@ class Recovery:
         emit: Callable[[Command], None],
         log: Logger,
         make_pool: Callable[[PoolSpec], Pool],
+        find_pool: Callable[[str], Pool | None],
     ) -> None:
         self._books = books
         self._demand = demand
         self._emit = emit
         self._log = log
         self._make_pool = make_pool
+        self._find_pool = find_pool
         self._first_look_at: float | None = None
         self._starting: frozenset[int] | None = None
 
@@ -100,7 +105,7 @@ class Recovery:
 
     def _unnamed(self, name: str) -> Pool:
         """Return the pool of that name; its limit is unknown when it is made here, until a session names it."""
-        pool = self._books.pools.get(name)
+        pool = self._find_pool(name)
         if pool is None:
             pool = self._make_pool(PoolSpec(name, 1, 0))
             pool.unnamed = True

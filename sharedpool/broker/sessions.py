@@ -13,7 +13,7 @@ from sharedpool.broker.demand import Demand
 from sharedpool.broker.leases import Leases, Logger
 from sharedpool.broker.records import Books, Pool, Session, SlotState
 from sharedpool.wire.messages import PROTOCOL_VERSION, Bye, Hello, PoolSpec, Reject, Welcome
-from sharedpool.wire.tag import tag_of
+from sharedpool.wire.tag import shown, tag_of
 
 
 def other_version(version: int) -> str:
@@ -62,13 +62,28 @@ class Sessions:
     def pool(self, spec: PoolSpec) -> Pool:
         """Return the pool of that name, made when there is none."""
         books = self._books
-        pool = books.pools.get(spec.name)
+        pool = books.pools.get(spec.name) or self._unnamed(spec.name)
         if pool is None or pool.unnamed:
             limit = spec.max_conn if books.max_conn is None else min(books.max_conn, spec.max_conn)
             if pool is None:
                 pool = books.pools[spec.name] = Pool(spec, limit, Backoff(self._random))
             pool.spec, pool.max_conn, pool.unnamed = spec, limit, False
         return pool
+
+    def _unnamed(self, name: str) -> Pool | None:
+        """Return the pool whose backends alone were known so far, by what their tags show of its name."""
+        pools, alias = self._books.pools, shown(name, self._terms.instance)
+        pool = pools.get(alias)
+        if pool is None or not pool.unnamed:
+            return None
+        pools[name] = pools.pop(alias)
+        return pool
+
+    def named(self, alias: str) -> Pool | None:
+        """Return the pool of that name, or of which tags show that name."""
+        return next(
+            (p for p in self._books.pools.values() if alias in (p.name, shown(p.name, self._terms.instance))), None
+        )
 
     def hello(self, session_id: bytes, hello: Hello, now: float, process: Process | None) -> None:
         if hello.version != PROTOCOL_VERSION:
