@@ -353,6 +353,7 @@ class Cache:
         if epoch == self._epoch:
             return self.renew_generation(generation, now)
         self._epoch, self._seen = epoch, NO_TOKEN
+        self.owed = self._newest = 0  # an earlier broker's may have come in since our HELLO
         self.generation = generation  # it counts anew: what is held stays
         for lease in self.leases.values():
             lease.generation = generation
