@@ -129,7 +129,8 @@ class Ledger:
         elif session.restored and not isinstance(message, Release | Bye):
             self._out.append(Send(session_id, Reject("this broker is a new one")))
         elif not session.ended or isinstance(message, Release):  # a dead worker's last word counts only as evidence
-            self._sessions.hear(session, now)
+            if not session.restored:  # that one is heard when it says HELLO: only then its silence is watched
+                self._sessions.hear(session, now)
             self._handlers[type(message)](session, message, now)
         return self._settled(now)
 
