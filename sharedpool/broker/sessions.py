@@ -12,7 +12,7 @@ from sharedpool.broker.commands import Command, Forget, Process, Send, Watch
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.leases import Leases, Logger
 from sharedpool.broker.records import Books, Pool, Session, SlotState
-from sharedpool.wire.messages import PROTOCOL_VERSION, Bye, Hello, PoolSpec, Reject, Welcome
+from sharedpool.wire.messages import PROTOCOL_VERSION, Bye, Hello, PoolSpec, Reject, Token, Welcome
 from sharedpool.wire.tag import shown, tag_of
 
 
@@ -124,7 +124,8 @@ class Sessions:
         if session.mute or session.suspect:
             self._books.mark_heard(session)
 
-    def end(self, session: Session, why: str, now: float, *, in_order: bool = False) -> None:
+    def end(self, session: Session, why: str, now: float, *, unused_above: Token | None = None) -> None:
+        """End a session; leases above `unused_above`, if given, were never taken up by its worker."""
         session.ended = True
         for waiter in list(session.waiters.values()):
             self._books.dequeue(waiter)
@@ -132,7 +133,9 @@ class Sessions:
         for lease in list(session.leases.values()):
             if lease.state is SlotState.FENCING:
                 continue
-            if lease.findable or (self._terms.verifies and not in_order):
+            current = lease.token.epoch == self._terms.epoch
+            unused = unused_above is not None and current and lease.token > unused_above
+            if lease.findable or (self._terms.verifies and not unused):
                 self.leases.fence(lease, why, now)
             else:
                 # Never connected. Killed in the middle of it and nobody to look: the backend, if any, has no client.
@@ -152,8 +155,9 @@ class Sessions:
             del self._books.pools[session.pool.name]
 
     def bye(self, session: Session, bye: Bye, now: float) -> None:
-        # Who says BYE holds nothing and takes nothing any more: a grant still on its way will not be used.
-        self.end(session, "its worker left without returning it", now, in_order=True)
+        # Who says BYE holds nothing and takes nothing any more: a grant still on its way will not be used. But the
+        # RELEASE that told of a connect without an end may have been lost, with a former broker perhaps.
+        self.end(session, "its worker left without returning it", now, unused_above=bye.seen)
 
     def due(self, session: Session, now: float) -> None:
         if self._books.sessions.get(session.id) is not session:

@@ -16,6 +16,7 @@ from sharedpool.wire.messages import (
     NO_TOKEN,
     Acquire,
     Backend,
+    Bye,
     Cancel,
     Confirm,
     Deny,
@@ -358,6 +359,10 @@ class Cache:
         for lease in self.leases.values():
             lease.generation = generation
         return []
+
+    def farewell(self) -> Bye:
+        """Return the last message."""
+        return Bye(self._seen)
 
     def fail(self, error: Exception) -> list[Ticket]:
         """End every wait with `error`; return the tickets to wake."""
