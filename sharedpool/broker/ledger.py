@@ -349,7 +349,7 @@ class Ledger:
 
     def _grace_due(self, _: object, now: float) -> None:
         if self._verifies:
-            self._out.append(Look(GRACE_OVER, barrier=not self._recovery.looked))
+            self._recovery.look(now)
         else:
             self._recovery.serve()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 
-from sharedpool.broker.commands import Command, Entry, Survey, Vouch, Watch
+from sharedpool.broker.commands import Command, Entry, Look, Survey, Vouch, Watch
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.leases import START_UP_LIMIT_S, Logger
 from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState
@@ -45,6 +45,7 @@ class Recovery:
         self._find_pool = find_pool
         self._first_look_at: float | None = None
         self._starting: frozenset[int] | None = None
+        self._last_look = False
 
     def restore(self, entries: Iterable[Entry], now: float, spared_until: float) -> None:
         """Put a former broker's leases into the books: counted, and fenced only when somebody waits."""
@@ -69,10 +70,11 @@ class Recovery:
             text = "taking over %d leases of %d workers from the former broker"
             self._log(logging.INFO, text, len(books.leases), len(restored))
 
-    @property
-    def looked(self) -> bool:
-        """Whether the server was looked at since the grace period passed."""
-        return self._first_look_at is not None
+    def look(self, now: float) -> None:
+        """Order a look at the server."""
+        if self._first_look_at is not None:
+            self._last_look = now - self._first_look_at >= START_UP_LIMIT_S
+        self._emit(Look(GRACE_OVER, barrier=self._first_look_at is None))
 
     def complete(self, survey: Survey, now: float) -> bool:
         """Say whether all that former brokers' workers have begun to open is open by now, and tagged, or gone.
@@ -83,7 +85,7 @@ class Recovery:
             self._first_look_at = now
             return False
         self._starting = survey.starting if self._starting is None else self._starting & survey.starting
-        return not self._starting or now - self._first_look_at >= START_UP_LIMIT_S
+        return not self._starting or self._last_look
 
     def adopt(self, survey: Survey, strangers: Iterable[Backend]) -> None:
         """Count backends that nobody has claimed, and begin to serve."""
