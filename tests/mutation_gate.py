@@ -134,7 +134,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/broker/sessions.py",
-                "if lease.findable or (self._terms.verifies and not in_order):",
+                "if lease.findable or (self._terms.verifies and not unused):",
                 "if lease.findable:",
             ),
         ),

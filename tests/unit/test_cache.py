@@ -20,6 +20,7 @@ from sharedpool.wire.messages import (
     Renew,
     ToBroker,
     Token,
+    Trouble,
 )
 from sharedpool.worker.cache import Cache
 from sharedpool.worker.lease import HANDING_OUT_LIMIT_S, Closing, Lease, Ticket
@@ -335,6 +336,56 @@ def test_a_grant_of_a_new_epoch_counts_from_the_start(rig: Rig) -> None:
     rig.cache.welcomed(2, 1, rig.now)
     ticket = rig.want()
     assert rig.cache.granted(Grant(ticket.request, Token(2, 1), 99), rig.now) is ticket
+
+
+def test_a_former_brokers_grant_is_not_taken_in(rig: Rig) -> None:
+    """The new one has heard from our HELLO what is held: that grant was not among it."""
+    ticket = rig.want()
+    rig.cache.welcomed(2, 1, rig.now)
+    assert rig.cache.granted(Grant(ticket.request, Token(1, 7), 99), rig.now) is None
+    assert not rig.cache.leases
+    assert rig.cache.granted(Grant(ticket.request, Token(2, 1), 1), rig.now) is ticket
+
+
+def test_a_newer_generation_takes_out_what_is_idle_at_once_and_the_rest_at_its_checkin(rig: Rig) -> None:
+    idle = rig.idle()
+    busy, conn = rig.lend()
+    assert [c.lease for c in rig.cache.renew_generation(2, rig.now)] == [idle]
+    assert rig.cache.renew_generation(2, rig.now) == []
+    assert reason_of(rig.cache.checkin(busy, conn, rig.now, None)) is ReleaseReason.STALE
+    fresh, conn = rig.lend()
+    assert rig.cache.checkin(fresh, conn, rig.now, None) is None
+
+
+def test_a_lease_whose_backend_has_ended_is_dropped_unless_it_is_being_closed(rig: Rig) -> None:
+    idle, (busy, conn) = rig.idle(), rig.lend()
+    assert rig.cache.ended(idle.token) is idle
+    assert not rig.cache.idle
+    assert rig.cache.ended(busy.token) is busy
+    assert reason_of(rig.cache.checkin(busy, conn, rig.now, None)) is ReleaseReason.BROKEN
+    closing, conn = rig.lend()
+    rig.cache.close(closing, conn, ReleaseReason.CLOSED, rig.now)
+    assert rig.cache.ended(closing.token) is None
+
+
+def test_what_was_given_back_is_told_until_it_is_acknowledged(rig: Rig) -> None:
+    lease, _ = rig.lend()
+    rig.cache.closed(lease, ReleaseReason.CLOSED, gone=True)
+    unseen, _ = rig.lend()
+    rig.cache.closed(unseen, ReleaseReason.CLOSED, gone=False)
+    assert rig.cache.renewal(rig.now, {}).gone == [lease.token]
+    rig.cache.acknowledged([lease.token])
+    assert rig.cache.renewal(rig.now, {}).gone == []
+
+
+def test_trouble_of_an_older_generation_is_old_news(rig: Rig) -> None:
+    lease, _ = rig.lend()
+    rig.sent()
+    rig.cache.trouble(lease, "25006")
+    assert rig.sent() == [Trouble(1, "25006")]
+    rig.cache.renew_generation(2, rig.now)
+    rig.cache.trouble(lease, "25006")
+    assert rig.sent() == []
 
 
 def test_a_refusal_ends_the_wait_once(rig: Rig) -> None:
