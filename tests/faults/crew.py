@@ -162,10 +162,18 @@ class Crew:
 
     def events(self, name: int | str) -> list[Event]:
         """Return the newest events of a worker (its number), or of a child of one (`number-pid`)."""
+        return self._tail(name).read()
+
+    def tally(self, name: int | str, kind: str) -> int:
+        """Return how many events of a kind a worker has noted."""
+        self._tail(name).read()
+        return self._tail(name).tally[kind]
+
+    def _tail(self, name: int | str) -> Tail:
         key = str(name)
         if key not in self._tails:
             self._tails[key] = Tail(self.directory / f"{key}.events")
-        return self._tails[key].read()
+        return self._tails[key]
 
     def last(self, number: int) -> Event | None:
         events = self.events(number)

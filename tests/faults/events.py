@@ -59,12 +59,13 @@ def read_events(path: Path) -> Iterator[Event]:
 
 
 class Tail:
-    """The newest events of a file that grows, read once each."""
+    """The newest events of a file that grows, read once each; `tally` counts all there were by kind."""
 
     def __init__(self, path: Path, kept: int = 4000) -> None:
         self._path = path
         self._offset = 0
         self._events: deque[Event] = deque(maxlen=kept)
+        self.tally: Counter[str] = Counter()
 
     def read(self) -> list[Event]:
         """Take in what is new; return the newest events, oldest first."""
@@ -76,7 +77,10 @@ class Tail:
             return []
         whole = new[: new.rfind(b"\n") + 1]
         self._offset += len(whole)
-        self._events.extend(_parse(line) for line in whole.decode().splitlines())
+        for line in whole.decode().splitlines():
+            event = _parse(line)
+            self._events.append(event)
+            self.tally[event.kind] += 1
         return list(self._events)
 
 
