@@ -1,4 +1,4 @@
-"""A bad network between workers and broker: it loses messages, doubles them, and delivers them late and out of order."""
+"""A bad network between workers and broker: it loses messages, doubles them, and delivers them late, in any order."""
 
 import heapq
 import os
