@@ -90,7 +90,9 @@ class Ledger:
             max_checkout_s=max_checkout_s, recheck_s=ttl_s / 3, verifies=verifies, remembers=remembers,
         )  # fmt: skip
         self._health = Health(self._books, self._out.append, self._timers.arm, self._log, verifies=verifies)
-        self._recovery = Recovery(self._books, self._demand, self._out.append, self._log, self._sessions.pool)
+        self._recovery = Recovery(
+            self._books, self._demand, self._out.append, self._log, self._sessions.pool, self._sessions.named
+        )
         self._looking_again = False
         self._handlers: dict[type, Callable[[Session, Any, float], None]] = {
             Acquire: self._acquire,
@@ -127,7 +129,8 @@ class Ledger:
         elif session.restored and not isinstance(message, Release | Bye):
             self._out.append(Send(session_id, Reject("this broker is a new one")))
         elif not session.ended or isinstance(message, Release):  # a dead worker's last word counts only as evidence
-            self._sessions.hear(session, now)
+            if not session.restored:  # that one is heard when it says HELLO: only then its silence is watched
+                self._sessions.hear(session, now)
             self._handlers[type(message)](session, message, now)
         return self._settled(now)
 
@@ -346,7 +349,7 @@ class Ledger:
 
     def _grace_due(self, _: object, now: float) -> None:
         if self._verifies:
-            self._out.append(Look(GRACE_OVER, barrier=not self._recovery.looked))
+            self._recovery.look(now)
         else:
             self._recovery.serve()
 

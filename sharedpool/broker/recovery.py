@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 
-from sharedpool.broker.commands import Command, Entry, Survey, Vouch, Watch
+from sharedpool.broker.commands import Command, Entry, Look, Survey, Vouch, Watch
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.leases import START_UP_LIMIT_S, Logger
 from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState
@@ -23,7 +23,10 @@ GRACE_OVER = 0  # serial of the look with which the grace period ends
 
 
 class Recovery:
-    """The ledger's first moments. `make_pool(spec)` returns a pool of the books, made when it is not there."""
+    """The ledger's first moments. `make_pool(spec)` returns a pool of the books, made when it is not there.
+
+    `find_pool(name)` returns the pool whose tags show that name.
+    """
 
     def __init__(
         self,
@@ -32,14 +35,17 @@ class Recovery:
         emit: Callable[[Command], None],
         log: Logger,
         make_pool: Callable[[PoolSpec], Pool],
+        find_pool: Callable[[str], Pool | None],
     ) -> None:
         self._books = books
         self._demand = demand
         self._emit = emit
         self._log = log
         self._make_pool = make_pool
+        self._find_pool = find_pool
         self._first_look_at: float | None = None
         self._starting: frozenset[int] | None = None
+        self._last_look = False
 
     def restore(self, entries: Iterable[Entry], now: float, spared_until: float) -> None:
         """Put a former broker's leases into the books: counted, and fenced only when somebody waits."""
@@ -64,10 +70,11 @@ class Recovery:
             text = "taking over %d leases of %d workers from the former broker"
             self._log(logging.INFO, text, len(books.leases), len(restored))
 
-    @property
-    def looked(self) -> bool:
-        """Whether the server was looked at since the grace period passed."""
-        return self._first_look_at is not None
+    def look(self, now: float) -> None:
+        """Order a look at the server."""
+        if self._first_look_at is not None:
+            self._last_look = now - self._first_look_at >= START_UP_LIMIT_S
+        self._emit(Look(GRACE_OVER, barrier=self._first_look_at is None))
 
     def complete(self, survey: Survey, now: float) -> bool:
         """Say whether all that former brokers' workers have begun to open is open by now, and tagged, or gone.
@@ -78,7 +85,7 @@ class Recovery:
             self._first_look_at = now
             return False
         self._starting = survey.starting if self._starting is None else self._starting & survey.starting
-        return not self._starting or now - self._first_look_at >= START_UP_LIMIT_S
+        return not self._starting or self._last_look
 
     def adopt(self, survey: Survey, strangers: Iterable[Backend]) -> None:
         """Count backends that nobody has claimed, and begin to serve."""
@@ -100,7 +107,7 @@ class Recovery:
 
     def _unnamed(self, name: str) -> Pool:
         """Return the pool of that name; its limit is unknown when it is made here, until a session names it."""
-        pool = self._books.pools.get(name)
+        pool = self._find_pool(name)
         if pool is None:
             pool = self._make_pool(PoolSpec(name, 1, 0))
             pool.unnamed = True

@@ -12,8 +12,8 @@ from sharedpool.broker.commands import Command, Forget, Process, Send, Watch
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.leases import Leases, Logger
 from sharedpool.broker.records import Books, Pool, Session, SlotState
-from sharedpool.wire.messages import PROTOCOL_VERSION, Bye, Hello, PoolSpec, Reject, Welcome
-from sharedpool.wire.tag import tag_of
+from sharedpool.wire.messages import PROTOCOL_VERSION, Bye, Hello, PoolSpec, Reject, Token, Welcome
+from sharedpool.wire.tag import shown, tag_of
 
 
 def other_version(version: int) -> str:
@@ -62,13 +62,28 @@ class Sessions:
     def pool(self, spec: PoolSpec) -> Pool:
         """Return the pool of that name, made when there is none."""
         books = self._books
-        pool = books.pools.get(spec.name)
+        pool = books.pools.get(spec.name) or self._unnamed(spec.name)
         if pool is None or pool.unnamed:
             limit = spec.max_conn if books.max_conn is None else min(books.max_conn, spec.max_conn)
             if pool is None:
                 pool = books.pools[spec.name] = Pool(spec, limit, Backoff(self._random))
             pool.spec, pool.max_conn, pool.unnamed = spec, limit, False
         return pool
+
+    def _unnamed(self, name: str) -> Pool | None:
+        """Return the pool whose backends alone were known so far, by what their tags show of its name."""
+        pools, alias = self._books.pools, shown(name, self._terms.instance)
+        pool = pools.get(alias)
+        if pool is None or not pool.unnamed:
+            return None
+        pools[name] = pools.pop(alias)
+        return pool
+
+    def named(self, alias: str) -> Pool | None:
+        """Return the pool of that name, or of which tags show that name."""
+        return next(
+            (p for p in self._books.pools.values() if alias in (p.name, shown(p.name, self._terms.instance))), None
+        )
 
     def hello(self, session_id: bytes, hello: Hello, now: float, process: Process | None) -> None:
         if hello.version != PROTOCOL_VERSION:
@@ -109,7 +124,8 @@ class Sessions:
         if session.mute or session.suspect:
             self._books.mark_heard(session)
 
-    def end(self, session: Session, why: str, now: float, *, in_order: bool = False) -> None:
+    def end(self, session: Session, why: str, now: float, *, unused_above: Token | None = None) -> None:
+        """End a session; leases above `unused_above`, if given, were never taken up by its worker."""
         session.ended = True
         for waiter in list(session.waiters.values()):
             self._books.dequeue(waiter)
@@ -117,7 +133,9 @@ class Sessions:
         for lease in list(session.leases.values()):
             if lease.state is SlotState.FENCING:
                 continue
-            if lease.findable or (self._terms.verifies and not in_order):
+            current = lease.token.epoch == self._terms.epoch
+            unused = unused_above is not None and current and lease.token > unused_above
+            if lease.findable or (self._terms.verifies and not unused):
                 self.leases.fence(lease, why, now)
             else:
                 # Never connected. Killed in the middle of it and nobody to look: the backend, if any, has no client.
@@ -137,8 +155,9 @@ class Sessions:
             del self._books.pools[session.pool.name]
 
     def bye(self, session: Session, bye: Bye, now: float) -> None:
-        # Who says BYE holds nothing and takes nothing any more: a grant still on its way will not be used.
-        self.end(session, "its worker left without returning it", now, in_order=True)
+        # Who says BYE holds nothing and takes nothing any more: a grant still on its way will not be used. But the
+        # RELEASE that told of a connect without an end may have been lost, with a former broker perhaps.
+        self.end(session, "its worker left without returning it", now, unused_above=bye.seen)
 
     def due(self, session: Session, now: float) -> None:
         if self._books.sessions.get(session.id) is not session:

@@ -193,7 +193,9 @@ class Trouble(Struct, frozen=True, tag="trouble"):
 
 
 class Bye(Struct, frozen=True, tag="bye"):
-    """The session ends in good order."""
+    """The session ends in good order; a grant above `seen`, the newest that has arrived, is not used any more."""
+
+    seen: Token = NO_TOKEN
 
 
 class Status(Struct, frozen=True, tag="status"):

@@ -16,6 +16,7 @@ from sharedpool.wire.messages import (
     NO_TOKEN,
     Acquire,
     Backend,
+    Bye,
     Cancel,
     Confirm,
     Deny,
@@ -353,10 +354,15 @@ class Cache:
         if epoch == self._epoch:
             return self.renew_generation(generation, now)
         self._epoch, self._seen = epoch, NO_TOKEN
+        self.owed = self._newest = 0  # an earlier broker's may have come in since our HELLO
         self.generation = generation  # it counts anew: what is held stays
         for lease in self.leases.values():
             lease.generation = generation
         return []
+
+    def farewell(self) -> Bye:
+        """Return the last message."""
+        return Bye(self._seen)
 
     def fail(self, error: Exception) -> list[Ticket]:
         """End every wait with `error`; return the tickets to wake."""

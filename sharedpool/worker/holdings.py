@@ -23,6 +23,7 @@ from sharedpool.errors import BrokerUnavailable
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
     Ack,
+    Bye,
     Deny,
     Gone,
     Grant,
@@ -271,6 +272,11 @@ class Holdings:
         with self.lock:
             leases, seen = self.cache.register(now, thread_names())
         return Hello(PROTOCOL_VERSION, self.pid, socket.gethostname(), self._title, spec, leases, seen)
+
+    def bye(self) -> Bye:
+        """Compose the last message."""
+        with self.lock:
+            return self.cache.farewell()
 
     def beat(self) -> None:
         """Scavenge and queue a heartbeat."""

@@ -38,6 +38,9 @@ class Endpoint(Protocol):
     def hello(self) -> Hello:
         """Compose the registration."""
 
+    def bye(self) -> Bye:
+        """Compose the last message."""
+
     def beat(self) -> None:
         """Housekeeping: queue a RENEW, scavenge."""
 
@@ -199,7 +202,7 @@ class Link:
                     beat_at = time.monotonic() + self._beat_s * random.uniform(0.5, 1.0)
         self._flush(dealer)
         if self.established:
-            dealer.send(encode(Bye()))
+            dealer.send(encode(self._endpoint.bye()))
 
     @property
     def _silence_limit_s(self) -> float:

@@ -73,6 +73,25 @@ class GoodNetwork(RuleBasedStateMachine):
             for _ in range(1 + pick // 8 % 3):
                 worker.checkout(_WAITS[pick % len(_WAITS)])
 
+    @rule(pick=picks)
+    def crowd(self, pick: int) -> None:
+        """Everybody wants connections, and gets as many as there are."""
+        self._crowd(1 + pick % 3)
+
+    def _crowd(self, times: int) -> None:
+        world = self.world
+        for worker in world.awake:
+            for _ in range(times if len(worker.tickets) < MOST_TICKETS else 0):
+                worker.checkout(60.0)
+        world.deliver_all()
+        for worker in world.awake:
+            for lease in list(worker.connecting):
+                worker.connect(lease)
+            for opening in list(worker.opening):
+                world.server.advance(opening.proc, Stage.OPEN, world.now)
+                worker.opened(opening, "")
+        world.deliver_all()
+
     @some("users")
     @rule(pick=picks)
     def checkin(self, pick: int) -> None:
@@ -323,6 +342,29 @@ class GoodNetwork(RuleBasedStateMachine):
                 world.broker.execute(world.broker.ledger.drain(world.now))
             case 5:
                 world.stall_broker((0.5, 2.0, TTL_S + 1)[pick // 8 % 3])
+
+    @precondition(lambda self: len(self.world.awake) > 2)
+    @rule(pick=picks)
+    def bereave(self, pick: int) -> None:
+        """The broker dies and its journal is lost, while a worker is frozen or dies; time passes, everybody asks."""
+        world = self.world
+        sleeper, pick = self.one(pick)
+        sleeper.frozen = True
+        world.kill_broker(pick // 16)
+        if pick % 4 == 0:
+            world.die(sleeper)
+        world.journal.damage(0 if pick // 4 % 2 else pick)
+        world.start_broker()
+        world.pass_long((1.0, TTL_S + 1)[pick // 8 % 4 > 0])
+        for _ in range(pick // 8 % 4):
+            if (broker := world.broker) is not None:
+                broker.work(0)
+                if broker.words:
+                    broker.hear_word()
+                world.pass_time(0.05)
+        self._crowd(2)
+        if sleeper.id in world.workers and pick // 32 % 2:
+            self._thaw(sleeper)
 
     # --- promises
 

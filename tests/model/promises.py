@@ -154,9 +154,11 @@ def check_nobody_waits_in_vain(world: World) -> None:
         for ticket in worker.tickets:
             assert ticket.lease is None
             own = books.sessions.get(worker.id)
-            if not worker.established or own is None or own.silent:
+            if not worker.established or own is None or own.silent or own.restored:
                 continue  # it has not noticed yet that its broker is another, or that it was given up
             assert deaf or worker.patience[ticket.request], "a caller that does not wait has no answer"
+            if ticket.request in own.granted:
+                continue  # overtaken by a newer one after a HELLO, it counts as lost: the next heartbeat tells
             assert broker.queued(worker.id, ticket.request), "a ticket that is in no queue"
             pool = books.pools[worker.pool]
             assert pool.room <= 0 or books.room <= 0, "a waiter and a free slot"

@@ -15,6 +15,7 @@ from sharedpool.broker.commands import Survey
 from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.wire.messages import Backend, Token
 
+_LOGIN_LIMIT_S = 60.0
 _PIDS = 60  # few, so that they come again
 
 
@@ -82,6 +83,12 @@ class Server:
         if proc.stage is Stage.QUEUED < stage:
             proc.forked_at = now
         proc.stage = max(proc.stage, stage)
+
+    def time_out(self, now: float) -> None:
+        """End what has not logged in for too long (`authentication_timeout`)."""
+        for proc in list(self.procs):
+            if Stage.QUEUED < proc.stage < Stage.OPEN and now - proc.forked_at >= _LOGIN_LIMIT_S:
+                self.end(proc)
 
     def survey(self, serial: int, barrier: bool, now: float) -> Survey:
         """Return what the control connection sees; a barrier comes behind all earlier connects."""

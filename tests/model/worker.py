@@ -14,7 +14,6 @@ from sharedpool.errors import SharedPoolError
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
     Ack,
-    Bye,
     Deny,
     Gone,
     Grant,
@@ -412,7 +411,7 @@ class Worker:
         assert not self.cache.leases
         self.flush()
         if self.established:
-            self.line.up.append(Bye())
+            self.line.up.append(self.cache.farewell())
 
     def die(self) -> None:
         """SIGKILL: what it held open is open no longer, unless the broker has it too."""

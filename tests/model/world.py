@@ -137,6 +137,7 @@ class World:
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
+        self.server.time_out(self.now)
         if self.broker is not None:
             self.broker.tick()
         for worker in self.awake:
