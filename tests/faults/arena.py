@@ -98,7 +98,7 @@ class Arena:
 
     # --- the verdict
 
-    def all_slots(self, within_s: float = 2.0) -> tuple[int, float]:
+    def all_slots(self) -> tuple[int, float]:
         """Have a fresh worker take all slots at once, while the others do nothing; return how many, and how long."""
         assert self.crew is not None
         (fresh,) = self.crew.start(1, "a")

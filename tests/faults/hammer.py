@@ -237,11 +237,11 @@ class Worker:
         self.done()
 
     def tell_state(self) -> None:
-        """s: once: note how many descriptors are open beside those of the pool's idle connections, and the RSS."""
+        """s: once: note how many descriptors and idle connections there are, and the RSS."""
         gc.collect()
-        descriptors = len(os.listdir("/proc/self/fd")) - self.pool.stats().idle
+        descriptors = len(os.listdir("/proc/self/fd"))
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        self.note("state", descriptors, resident)
+        self.note("state", descriptors, resident, self.pool.stats().idle)
         self.done()
 
     def meet_expiry(self) -> None:

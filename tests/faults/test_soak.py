@@ -128,25 +128,31 @@ class Soak:
     # --- what may grow
 
     def measure(self) -> dict[str, tuple[int, int]]:
-        """Return, while nobody does anything, descriptors (less those of connections) and RSS of broker and veterans.
+        """Return the descriptors and the RSS of broker and veterans while nobody does or holds anything.
 
-        The broker's descriptors are the fewest of some readings: a report's own line is closed a little after it.
+        Nobody holds anything once a fresh worker has taken all slots and left. The broker's descriptors are the fewest
+        of some readings: a report's own line is closed a little after it.
         """
         crew, broker = self.crew, self.field.broker
         crew.quiet()
         broker.wait_until_it_answers()
+        took, _ = self.field.all_slots()
+        assert took == self.field.max_conn, f"only {took} slots could be had: {broker.report()}"
+        wait_until(lambda: broker.report().custody == 0, 30, "all sockets to be gone")
         wait_until(lambda: len(broker.report().sessions) == len(crew.alive), 30, "the broker to know who is there")
         wait_until(lambda: broker.report().control == "connected", 30, "the control connection to be back")
         directory = Path(f"/proc/{broker.pid}")
         readings: list[int] = []
         until = time.monotonic() + 1.0
         while time.monotonic() < until:
-            readings.append(len(os.listdir(directory / "fd")) - broker.report().custody)
+            readings.append(len(os.listdir(directory / "fd")))
+            time.sleep(0.02)  # some readings, over a second
         resident = int((directory / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         found = {"broker": (min(readings), resident)}
         since = time.monotonic()
         crew.order(self.veterans, "s")
         for number, state in zip(self.veterans, crew.wait_for(self.veterans, "state", since), strict=True):
+            assert state.words[2] == "0", f"worker {number} still has {state.words[2]} idle connections"
             found[f"worker {number}"] = (int(state.words[0]), int(state.words[1]))
         crew.wait_until_done(self.veterans)
         return found
