@@ -12,7 +12,7 @@ from typing import Any
 import psycopg2
 from brokers import BrokerProcess
 from crew import Crew
-from events import Checkout, checkouts, failures, overlaps, read_all
+from events import Checkout, Event, checkouts, failures, files, overlaps
 from psycopg2 import extensions, sql
 from record import Row, merge_counts, scale
 from rolesampler import RoleSampler
@@ -81,9 +81,13 @@ class Arena:
 
     # --- what was seen
 
-    def checkouts(self) -> list[Checkout]:
+    def events(self) -> dict[str, Iterator[Event]]:
+        """All that the workers have noted, file by file."""
         assert self.crew is not None
-        return checkouts(read_all(self.crew.directory))
+        return files(self.crew.directory)
+
+    def checkouts(self) -> list[Checkout]:
+        return checkouts(self.events())
 
     def backends(self) -> int:
         """How many backends the pool has on the server."""
@@ -94,7 +98,7 @@ class Arena:
 
     # --- the verdict
 
-    def all_slots(self, within_s: float = 2.0) -> tuple[int, float]:
+    def all_slots(self) -> tuple[int, float]:
         """Have a fresh worker take all slots at once, while the others do nothing; return how many, and how long."""
         assert self.crew is not None
         (fresh,) = self.crew.start(1, "a")

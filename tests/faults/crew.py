@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from events import Event, read_events
+from events import Event, Tail
 from waiting import wait_until
 
 _HAMMER = Path(__file__).with_name("hammer.py")
@@ -43,6 +43,8 @@ class Crew:
         self._next = 0
         self.alive: dict[int, int] = {}  # worker number -> pid
         self.killed: dict[int, float] = {}  # worker number -> when
+        self._orphans: set[int] = set()  # pids of children whose parents were killed
+        self._tails: dict[str, Tail] = {}
         self._line()
 
     # --- the nursery
@@ -86,6 +88,11 @@ class Crew:
         for number in numbers:
             self._orders[number] = ord(order)
 
+    def wait_until_done(self, numbers: Iterable[int], timeout_s: float = 30) -> None:
+        """Wait until workers have carried out an order that they follow once, and pause."""
+        for number in numbers:
+            wait_until(lambda n=number: self._orders[n] == ord("p"), timeout_s, f"worker {number} to be done")
+
     def pid(self, number: int) -> int:
         return self.alive[number]
 
@@ -103,6 +110,17 @@ class Crew:
         """Reap a worker that was killed, or kills itself."""
         self.killed[number] = at
         self._ask("reap", self.alive.pop(number))
+
+    def adopt(self, pid: int) -> None:
+        """Know of a worker's child that outlives it: the nursery is its parent then."""
+        self._orphans.add(pid)
+
+    def bid_farewell(self, number: int, pid: int) -> int:
+        """Have the child of a killed worker leave, and reap it; return its exit status."""
+        self.order([number], "x")
+        status = self._ask("reap", pid)
+        self._orphans.discard(pid)
+        return status
 
     def quiet(self, timeout_s: float = 45) -> None:
         """Have all workers do nothing."""
@@ -142,27 +160,39 @@ class Crew:
 
     # --- what they tell
 
-    def events(self, number: int) -> list[Event]:
-        return read_events(self.directory / f"{number}.events")
+    def events(self, name: int | str) -> list[Event]:
+        """Return the newest events of a worker (its number), or of a child of one (`number-pid`)."""
+        return self._tail(name).read()
+
+    def tally(self, name: int | str, kind: str) -> int:
+        """Return how many events of a kind a worker has noted."""
+        self._tail(name).read()
+        return self._tail(name).tally[kind]
+
+    def _tail(self, name: int | str) -> Tail:
+        key = str(name)
+        if key not in self._tails:
+            self._tails[key] = Tail(self.directory / f"{key}.events")
+        return self._tails[key]
 
     def last(self, number: int) -> Event | None:
         events = self.events(number)
         return events[-1] if events else None
 
-    def wait_for(self, numbers: Iterable[int], kind: str, since: float = 0.0, timeout_s: float = 30) -> list[Event]:
+    def wait_for(self, names: Iterable[int | str], kind: str, since: float = 0.0, timeout_s: float = 30) -> list[Event]:
         """Wait until each of the workers has noted an event of this kind after `since`; return these."""
         found = []
-        for number in numbers:
+        for name in names:
 
-            def happened(number: int = number) -> Event | None:
-                return next((e for e in self.events(number) if e.kind == kind and e.at >= since), None)
+            def happened(name: int | str = name) -> Event | None:
+                return next((e for e in self.events(name) if e.kind == kind and e.at >= since), None)
 
-            found.append(wait_until(happened, timeout_s, f"worker {number} to note {kind!r}"))
+            found.append(wait_until(happened, timeout_s, f"worker {name} to note {kind!r}"))
         return found
 
     def close(self) -> None:
         """End whatever is left."""
-        for pid in self.alive.values():
+        for pid in (*self.alive.values(), *self._orphans):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         assert self._nursery.stdin is not None

@@ -1,6 +1,6 @@
 """What the workers have noted: their events, the checkouts these make, and whether any two overlap."""
 
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -45,22 +45,51 @@ class Checkout:
         return self.waited - self.timeout
 
 
-def read_events(path: Path) -> list[Event]:
-    """Read a worker's file; a last line without its end is not there yet."""
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        return []
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    return [Event(float(at), kind, tuple(words)) for at, kind, *words in (line.split(" ") for line in lines)]
+def _parse(line: str) -> Event:
+    at, kind, *words = line.split(" ")
+    return Event(float(at), kind, tuple(words))
 
 
-def read_all(directory: Path) -> dict[str, list[Event]]:
-    """Read all workers' files."""
+def read_events(path: Path) -> Iterator[Event]:
+    """Read a worker's file event by event; a last line without its end is not there yet."""
+    with path.open() as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield _parse(line[:-1])
+
+
+class Tail:
+    """The newest events of a file that grows, read once each; `tally` counts all there were by kind."""
+
+    def __init__(self, path: Path, kept: int = 4000) -> None:
+        self._path = path
+        self._offset = 0
+        self._events: deque[Event] = deque(maxlen=kept)
+        self.tally: Counter[str] = Counter()
+
+    def read(self) -> list[Event]:
+        """Take in what is new; return the newest events, oldest first."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                new = file.read()
+        except FileNotFoundError:
+            return []
+        whole = new[: new.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.decode().splitlines():
+            event = _parse(line)
+            self._events.append(event)
+            self.tally[event.kind] += 1
+        return list(self._events)
+
+
+def files(directory: Path) -> dict[str, Iterator[Event]]:
+    """Have all workers' files, to be read once."""
     return {path.stem: read_events(path) for path in sorted(directory.glob("*.events"))}
 
 
-def checkouts(files: Mapping[str, list[Event]]) -> list[Checkout]:
+def checkouts(files: Mapping[str, Iterable[Event]]) -> list[Checkout]:
     """Return the checkouts of all workers."""
     return [checkout for worker, events in files.items() for checkout in _of_one(worker, events)]
 

@@ -6,6 +6,7 @@ file of its own, one line an event by one `os.write`: what was written outlives 
 """
 
 import ctypes
+import gc
 import json
 import mmap
 import os
@@ -78,7 +79,7 @@ class Worker:
     def obey(self) -> None:
         ways = {"r": self.transact, "d": self.transact, "p": self.pause, "h": self.hold, "i": self.lie_idle}
         ways |= {"q": self.query_long, "a": self.take_all, "f": self.fork, "F": self.fork, "c": self.probe}
-        ways |= {"e": self.meet_expiry, "k": self.fill, "1": self.ask_one}
+        ways |= {"e": self.meet_expiry, "k": self.fill, "1": self.ask_one, "s": self.tell_state}
         while os.getppid() == settings["nursery"] and (order := self.order) != "x":
             ways[order]()
         if self.random.random() < 0.5:
@@ -216,21 +217,32 @@ class Worker:
                 self.run(conn, "first", "SELECT 1")
         time.sleep(self.random.uniform(0, 0.02))  # thinks
 
+    def done(self) -> None:
+        """Tell that an order which is followed once has been: pause."""
+        self.orders[self.number] = ord("p")
+
     def fill(self) -> None:
-        """k: have all of the pool's connections lie idle in this process."""
+        """k: once: have all of the pool's connections lie idle in this process."""
         taken = [conn for _ in range(settings["config"]["max_conn"]) if (conn := self.get(30)) is not None]
         for conn in taken:
             self.put(conn)
         self.note("filled", len(taken))
-        self.wait_while("k")
+        self.done()
 
     def ask_one(self) -> None:
-        """1: ask for one connection, use it, close it."""
+        """1: once: ask for one connection, use it, close it."""
         with self.checkout(30, close=True) as conn:
             if conn is not None:
                 self.run(conn, "first", "SELECT 1")
-        self.note("asked")
-        self.wait_while("1")
+        self.done()
+
+    def tell_state(self) -> None:
+        """s: once: note how many descriptors and idle connections there are, and the RSS."""
+        gc.collect()
+        descriptors = len(os.listdir("/proc/self/fd"))
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        self.note("state", descriptors, resident, self.pool.stats().idle)
+        self.done()
 
     def meet_expiry(self) -> None:
         """e: check one in when another expires, check that one out when it does: both within 5 ms."""
@@ -255,21 +267,23 @@ class Worker:
             time.sleep(left)  # the schedule is the fault
 
     def fork(self) -> None:
-        """f, F: fork while holding a connection, or with an idle one; F: the child lives on until it is told to leave.
-
-        Without a holding parent the child inherits the idle one of the cache.
+        """f, F: fork while holding a connection, or with an idle one. f: the child uses the pool and leaves, again and
+        again; F: the child lives on until it is told to leave. That one may be one that Python does not know of: it
+        runs no fork hooks, and keeps every descriptor.
         """
         forever, holding = self.order == "F", self.random.random() < 0.5
+        bare = forever and self.random.random() < 0.4
         conn = self.get(10)
         if conn is None or not self.run(conn, "first", "SELECT 1"):
             return
         if not holding:
             self.put(conn)
             conn = None
-        child = os.fork()
+        # PyDLL keeps the interpreter's lock: in the child no other thread is there to give it back.
+        child = ctypes.PyDLL(None).fork() if bare else os.fork()
         if child == 0:
-            self.be_child(forever, conn)
-        self.note("forked", child, "holding" if holding else "idle")
+            self.be_bare_child() if bare else self.be_child(forever, conn)
+        self.note("forked", child, "bare" if bare else "hooked", "holding" if holding else "idle")
         if conn is not None:
             self.run(conn, "later", "SELECT 1")
         if not forever:
@@ -282,13 +296,27 @@ class Worker:
         self.wait_while("F")
         time.sleep(self.random.uniform(0, 0.02))  # thinks
 
-    def be_child(self, forever: bool, inherited: Any) -> None:
-        """Use the pool in a forked child, and what it must not use; then leave as any program does."""
-        parent = os.getppid()
+    def become(self) -> int:
+        """In a forked child: have a file of events of our own; return the parent's pid."""
         os.close(self.file)
         path = Path(settings["directory"], f"{self.number}-{os.getpid()}.events")
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self.note("born", os.getpid())
+        return os.getppid()
+
+    def be_bare_child(self) -> None:
+        """Do nothing, in a child that knows nothing of the pool but keeps its descriptors."""
+        self.live(self.become())
+        os._exit(0)
+
+    def live(self, parent: int) -> None:
+        self.note("lives")
+        while self.order != "x" and os.getppid() in (parent, settings["nursery"]):
+            time.sleep(POLL_S)  # polls its orders
+
+    def be_child(self, forever: bool, inherited: Any) -> None:
+        """Use the pool in a forked child, and what it must not use; then leave as any program does."""
+        parent = self.become()
         if inherited is not None:
             try:
                 inherited.cursor().execute("SELECT 1")
@@ -304,9 +332,8 @@ class Worker:
         with self.checkout(10) as conn:
             if conn is not None:
                 self.run(conn, "first", "SELECT 1")
-        self.note("lives" if forever else "leaves")
-        while forever and self.order != "x" and os.getppid() in (parent, settings["nursery"]):
-            time.sleep(POLL_S)  # polls its orders
+        if forever:
+            self.live(parent)
         sys.exit(0)
 
 

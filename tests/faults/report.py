@@ -1,0 +1,75 @@
+"""Turn what a run of the fault tests has measured into a table: `python tests/faults/report.py DIR`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+# As the rows are wanted in the table; one that is not named here comes last.
+ORDER = (
+    "sigkill", "sigstop", "broker-sigkill", "broker-sigstop", "proxy", "restart", "terminate", "fork", "second-broker",
+    "too-small", "expiry", "recall", "soak",
+)  # fmt: skip
+
+
+def load(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the variants of every row, in the table's order."""
+    found = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+    names = sorted({row["name"] for row in found}, key=lambda name: (*ORDER, name).index(name))
+    return {name: sorted((r for r in found if r["name"] == name), key=lambda r: r["variant"]) for name in names}
+
+
+def table(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the Markdown table: one line a row, the variants' figures one after the other."""
+    lines = ["| fault | goal | measured | overshoot | leaked |", "|---|---|---|---|---|"]
+    for variants in rows.values():
+        measured = "; with the role's limit: ".join(_measured(row) for row in variants)
+        overshoot, leaked = (" · ".join(_number(row[what]) for row in variants) for what in ("overshoot", "leaked"))
+        lines.append(f"| {variants[0]['fault']} | {variants[0]['goal']} | {measured} | {overshoot} | {leaked} |")
+    return "\n".join(lines)
+
+
+def footnotes(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """Return what the table does not say: the sums, what is missing, the seeds of whatever failed."""
+    every = [row for variants in rows.values() for row in variants]
+    short = sum(not row["long"] for row in every)
+    missing = [name for name in ORDER if name not in rows]
+    lines = [
+        f"{sum(row['passed'] for row in every)} of {len(every)} runs passed;"
+        f" {sum(row['faults'] for row in every)} faults, {sum(row['checkouts'] for row in every)} checkouts,"
+        f" {sum(row['backends'] for row in every)} backends; connections used twice at a time:"
+        f" {sum(row['double_use'] or 0 for row in every)}; most backends at once:"
+        f" {max((row['peak_by_log'] or 0 for row in every), default=0)} by the server's log,"
+        f" {max((row['peak_by_sampler'] or 0 for row in every), default=0)} by pg_stat_activity."
+    ]
+    if short:
+        lines.append(f"{short} of them were short runs: their figures are no measure.")
+    if missing:
+        lines.append(f"Not run: {', '.join(missing)}.")
+    lines += [
+        f"FAILED: {row['name']} {row['variant'] or 'without the limit'}: SHAREDPOOL_FAULTS_SEED={row['seed']}"
+        for row in every
+        if not row["passed"]
+    ]
+    return "\n".join(lines)
+
+
+def _measured(row: dict[str, Any]) -> str:
+    return row["measured"] + ("" if row["passed"] else " **(failed)**")
+
+
+def _number(value: object) -> str:
+    return "?" if value is None else str(value)
+
+
+def main() -> int:
+    """Print the report; the exit status is 0 if there is one and every run in it has passed."""
+    rows = load(Path(sys.argv[1]))
+    print(table(rows))
+    print()
+    print(footnotes(rows))
+    return 0 if rows and all(row["passed"] for variants in rows.values() for row in variants) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Forks of workers, in whatever state their pool is."""
+
+import random
+
+import pytest
+from arena import Arena
+from brokers import ReportWatch
+from processes import alive
+from record import Row, percentile, scale, spread
+from schedule import let_pass
+from waiting import wait_until
+
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 600))]
+
+FORKING = 4  # each has at most one connection in the parent and one in a child: nobody waits for a slot in vain
+ORDERS_IN_A_ROUND = 2
+
+
+@pytest.mark.row(
+    "fork", "fork while idle / while holding; parent killed, child lives on", "parent unharmed; slots back ≤ 0.5 s"
+)
+def test_forks_harm_no_parent_and_keep_no_slot_of_a_killed_one(field: Arena, row: Row) -> None:
+    """Slot back: from the parent's SIGKILL until a report of the broker shows no lease of it any more.
+
+    The child that lives on is one that has used the pool, or one forked behind Python's back (no fork hooks), which
+    keeps duplicates of all of the parent's sockets.
+    """
+    rng = random.Random(row.seed)
+    crew = field.open()
+    crew.start(FORKING, "f")
+    back: list[float] = []
+    kinds: dict[str, int] = {}
+    with ReportWatch(field.address) as watch:
+        for _ in range(scale(3, 30)):
+            parents = crew.start(ORDERS_IN_A_ROUND, "F")
+            forks = crew.wait_for(parents, "forked")
+            children = [int(fork.words[0]) for fork in forks]
+            for child in children:
+                crew.adopt(child)
+            crew.wait_for([f"{n}-{child}" for n, child in zip(parents, children, strict=True)], "lives")
+            let_pass(rng.uniform(0, 0.2))  # killed at a random moment
+            for number, fork, child in zip(parents, forks, children, strict=True):
+                pid = crew.pid(number)
+                wait_until(lambda p=pid: watch.last_held(p) is not None, 10, "the parent's lease in a report")
+                held = watch.last_held(pid) or 0.0
+                at = crew.kill(number)
+                wait_until(lambda since=at: watch.newest() > since + 0.6, 20, "reports after the kill")
+                last = watch.last_held(pid)
+                assert last is not None
+                if held > at - 0.05:
+                    back.append(max(0.0, last - at))
+                assert alive(child), "the child has died with its parent"
+                kind = f"{fork.words[1]}, {fork.words[2]}"
+                kinds[kind] = kinds.get(kind, 0) + 1
+                row.faults += 1
+            for number, child in zip(parents, children, strict=True):
+                assert crew.bid_farewell(number, child) == 0, crew.errors()
+    found = field.judge()
+    noted = [event for events in field.events().values() for event in events if event.kind in ("reaped", "stole")]
+    ends = [event for event in noted if event.kind == "reaped"]
+    stolen = [event for event in noted if event.kind == "stole"]
+    broken = [error for checkout in found for error in checkout.errors]
+    failed = [checkout for checkout in found if checkout.failure]
+    row.figures |= {"kinds": kinds, "slot back": spread(back), "broken": len(broken), "forks": len(ends) + row.faults}
+    row.measured = (
+        f"{len(ends)} forks of living parents, {row.faults} of killed ones; failed statements {len(broken)};"
+        f" slot back {spread(back, 1e-3, 'ms')}"
+    )
+    assert ends
+    assert all(event.words[1] == "0" for event in ends), ends
+    assert not stolen, stolen
+    assert not broken, broken[:5]
+    assert not failed, failed[:5]
+    assert len(back) >= row.faults // 2, "hardly any parent held a lease when it was killed"
+    assert percentile(back, 100) <= scale(2.5, 0.5)
