@@ -138,7 +138,7 @@ MUTANTS = (
                 "if lease.findable:",
             ),
         ),
-        ("tests/model",),
+        ("tests/model", "tests/unit/test_recovery.py"),
     ),
     Mutant(
         "a worker takes in a former broker's grant",
