@@ -15,7 +15,7 @@ from pathlib import Path
 from sharedpool.errors import SharedPoolError
 
 # `is_held` takes the lock for some microseconds; a broker that starts just then must not take that for another broker.
-_PROBES_PASS_S = 0.2
+_PROBES_PASS_S = 0.5
 
 
 class AlreadyRunning(SharedPoolError):
@@ -33,11 +33,13 @@ class BrokerLock:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         deadline = time.monotonic() + _PROBES_PASS_S
         while not _try_lock(self._fd, fcntl.LOCK_EX):
-            if time.monotonic() >= deadline:
+            # A shared lock can be had beside those who only look (`is_held`), never beside a broker.
+            if not _try_lock(self._fd, fcntl.LOCK_SH) or time.monotonic() >= deadline:
                 holder = _fields(self._fd)
                 os.close(self._fd)
                 pid = f" (process {holder[1]})" if len(holder) > 1 else ""
                 raise AlreadyRunning(f"a broker{pid} already holds {path}")
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
             time.sleep(0.01)
         fields = _fields(self._fd)
         self.first = not (fields and fields[0].isdigit())
