@@ -127,6 +127,18 @@ class Soak:
 
     # --- what may grow
 
+    def _wait_for_sessions(self) -> None:
+        """Wait until the broker's sessions are those of the workers that live, no more and no less."""
+        crew, broker = self.crew, self.field.broker
+        try:
+            wait_until(
+                lambda: sorted(s.pid for s in broker.report().sessions) == sorted(crew.alive.values()),
+                30, "the broker's sessions to be the workers that live",
+            )  # fmt: skip
+        except AssertionError as error:
+            error.add_note(f"workers: {crew.alive}; broker: {broker.report()}")
+            raise
+
     def measure(self) -> dict[str, tuple[int, int]]:
         """Return the descriptors and the RSS of broker and veterans while nobody does or holds anything.
 
@@ -134,12 +146,13 @@ class Soak:
         of some readings: a report's own line is closed a little after it.
         """
         crew, broker = self.crew, self.field.broker
+        crew.wait_for(crew.alive, "ask")  # a worker that has only just begun has no session yet
         crew.quiet()
         broker.wait_until_it_answers()
         took, _ = self.field.all_slots()
         assert took == self.field.max_conn, f"only {took} slots could be had: {broker.report()}"
         wait_until(lambda: broker.report().custody == 0, 30, "all sockets to be gone")
-        wait_until(lambda: len(broker.report().sessions) == len(crew.alive), 30, "the broker to know who is there")
+        self._wait_for_sessions()
         wait_until(lambda: broker.report().control == "connected", 30, "the control connection to be back")
         directory = Path(f"/proc/{broker.pid}")
         readings: list[int] = []
