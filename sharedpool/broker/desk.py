@@ -60,6 +60,7 @@ class Desk:
         finally:
             os.umask(mask)
         self._listener.listen(_BACKLOG)
+        self._spare = os.open(os.devnull, os.O_RDONLY)  # for the moment when there are no descriptors left
         self._lines_epoll, self._custody_epoll = select.epoll(), select.epoll()
         self._lines_epoll.register(self._listener, select.EPOLLIN)
 
@@ -93,7 +94,9 @@ class Desk:
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno not in (errno.ECONNABORTED, errno.EINTR):
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    self._turn_away(error)
+                elif error.errno != errno.ECONNABORTED:
                     logger.warning("the desk cannot take in a worker: %s", error)
                     return
                 continue
@@ -105,6 +108,18 @@ class Desk:
                 continue
             self._lines[line.fileno()] = line
             self._lines_epoll.register(line, select.EPOLLIN)
+
+    def _turn_away(self, error: OSError) -> None:
+        """Close a line for which there is no descriptor, else it would be offered again and again."""
+        logger.warning("the desk turns a worker away: %s", error)
+        os.close(self._spare)
+        try:
+            line, _ = self._listener.accept()
+            line.close()
+        except OSError:
+            pass  # it has left by itself
+        finally:
+            self._spare = os.open(os.devnull, os.O_RDONLY)
 
     def _read(self, line: socket.socket) -> None:
         try:
@@ -179,6 +194,7 @@ class Desk:
         for line in self._lines.values():
             line.close()
         self._listener.close()
+        os.close(self._spare)
         self._lines_epoll.close()
         self._custody_epoll.close()
 

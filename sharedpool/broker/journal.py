@@ -10,6 +10,7 @@ before, its successor must not believe it either.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from pathlib import Path
@@ -56,10 +57,14 @@ class Journal:
 
     def _load(self) -> list[Entry]:
         try:
-            data = self._path.read_bytes()
+            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             self.intact = False
             return []
+        with open(fd, "rb") as file:
+            if os.fstat(fd).st_uid != os.getuid():
+                raise PermissionError(errno.EPERM, "it belongs to somebody else", str(self._path))
+            data = file.read()
         found: dict[Token, Entry] = {}
         whole, _, _ = data.rpartition(b"\n")
         lines = whole.split(b"\n")

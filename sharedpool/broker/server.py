@@ -91,6 +91,7 @@ class Server:
         self._drained_by: float | None = None
         self._watched = Watched(self._selector)
         self._desk: desks.Desk | None = None
+        self._fenced: set[Token] = set()  # cut, and given to the control connection as well
         self._ipc = settings.address.startswith("ipc://")
         self._started = self._look_at = self._awake_at = time.monotonic()
         self._host = socket.gethostname()
@@ -323,7 +324,9 @@ class Server:
 
     def _ended(self, token: Token) -> None:
         """Take in that the backend of a socket in custody has ended."""
-        self._control.settled(token)
+        if token in self._fenced:
+            self._fenced.discard(token)
+            self._control.settled(token)
         self._execute(self._ledger.backend_gone(token, time.monotonic()))
 
     def _tell(self, word: Word) -> None:
@@ -345,6 +348,7 @@ class Server:
                     self._journal.record(entry)
                 case Erase(token):
                     self._journal.erase(token)
+                    self._fenced.discard(token)
                     if self._desk is not None:
                         self._desk.drop(token)
                 case Vouch():
@@ -366,6 +370,8 @@ class Server:
     def _fence(self, fence: Fence) -> None:
         cut = self._desk is not None and self._desk.cut(fence.token)
         if fence.backend is not None and (self._control.exists or not cut):
+            if cut:
+                self._fenced.add(fence.token)
             self._control.fence(fence, after_s=_CUT_HEAD_START_S if cut else 0.0)
 
     def _send(self, session: bytes, frame: bytes) -> None:

@@ -142,9 +142,9 @@ def failure(conn: PooledConnection, error: BaseException) -> tuple[bool, str]:
     if fd is None:
         return False, text
     if fd >= 0:  # the server has refused, and leaves
-        conn.sharedpool_witness = os.dup(fd)
+        conn.sharedpool_witness = fd  # libpq's own, open as long as `conn` lives: a duplicate might not be had
         _see_off([conn], CLOSE_LIMIT_S)
-        _close_witness(conn)
+        conn.sharedpool_witness = -1
         return conn.sharedpool_gone, text
     # Never connected, unless libpq gave up waiting, or has tried several hosts.
     took_s, limit_s = time.monotonic() - conn.sharedpool_started, conn.sharedpool_timeout_s

@@ -92,3 +92,19 @@ def test_a_broker_that_cannot_write_leaves_nothing_to_believe(path: Path, caplog
     assert "will wait before it grants" in caplog.text
     assert not path.exists()
     assert not Journal(path).intact
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_somebody_elses_file_is_not_believed(path: Path) -> None:
+    Journal(path).close()
+    os.chown(path, 65534, 65534)
+    with pytest.raises(PermissionError, match="somebody else"):
+        Journal(path)
+
+
+def test_a_symlink_is_not_followed(path: Path, tmp_path: Path) -> None:
+    Journal(path).close()
+    other = path.rename(tmp_path / "elsewhere")
+    path.symlink_to(other)
+    with pytest.raises(OSError, match="symbolic link"):
+        Journal(path)
