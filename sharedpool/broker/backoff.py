@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from sharedpool.wire.messages import Token
 
-# At most two connects a second while they fail.
-PROBE_EVERY_S = 0.5
-_JITTER = 0.5
+# At most two connects a second while they fail: the probe, and one in the place of a connection that has just gone.
+PROBE_EVERY_S = 0.7
+_JITTER = 0.3
 # The worker that probes may be frozen, or its connect unanswered.
 PROBE_LIMIT_S = 2.0
 

@@ -96,9 +96,10 @@ class ReportWatch:
         self._thread = threading.Thread(target=self._run, name="report watch")
         self.lock = threading.Lock()
         self.asked: list[float] = []  # when each report was asked for
-        self.holding: dict[int, tuple[float, float]] = {}  # pid -> when first and last seen holding
+        self.held: dict[int, list[list[float]]] = {}  # pid -> spans in which it was seen to hold: first, last
 
     def _run(self) -> None:
+        holding: set[int] = set()
         while not self._stop_asked.wait(self._every_s):
             asked = time.monotonic()
             try:
@@ -108,15 +109,17 @@ class ReportWatch:
             came = time.monotonic()
             with self.lock:
                 self.asked.append(asked)
-                for session in report.sessions:
-                    if session.leases:
-                        first, _ = self.holding.get(session.pid, (asked, came))
-                        self.holding[session.pid] = (first, came)
+                before, holding = holding, {session.pid for session in report.sessions if session.leases}
+                for pid in holding:
+                    if pid in before:
+                        self.held[pid][-1][1] = came
+                    else:  # a span of its own: pids are used again
+                        self.held.setdefault(pid, []).append([asked, came])
 
-    def last_held(self, pid: int) -> float | None:
-        """Return when the last report came by which this process held a lease."""
+    def last_held(self, pid: int, at: float) -> float | None:
+        """Return when the last report came by which the process that had this pid at that time held a lease."""
         with self.lock:
-            return self.holding[pid][1] if pid in self.holding else None
+            return max((last for first, last in self.held.get(pid, []) if first <= at), default=None)
 
     def newest(self) -> float:
         """Return when the newest report was asked for."""

@@ -43,7 +43,7 @@ def test_the_slots_of_killed_workers_come_back(field: Arena, row: Row) -> None:
         wait_until(lambda: watch.newest() > kills[-1][1] + scale(1.0, 2.0), 20, "reports after the last kill")
     back = []
     for pid, at in kills:
-        last = watch.last_held(pid)
+        last = watch.last_held(pid, at)
         if last is not None and last > at - 0.05:
             back.append(max(0.0, last - at))
     row.faults = len(kills)
