@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from sharedpool.broker.launch import ensure_running, with_linger
-from sharedpool.broker.server import BrokerSettings
+from sharedpool.broker.settings import BrokerSettings
 from sharedpool.conninfo import resolve
 from sharedpool.errors import ConfigError, SharedPoolError
 from sharedpool.validate import check_number

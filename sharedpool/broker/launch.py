@@ -21,7 +21,8 @@ from typing import Any
 import multiprocess
 
 from sharedpool.broker.lock import AlreadyRunning, is_held
-from sharedpool.broker.server import BrokerSettings, Server
+from sharedpool.broker.server import Server
+from sharedpool.broker.settings import BrokerSettings
 from sharedpool.conninfo import resolve
 from sharedpool.errors import BrokerUnavailable, ConfigError, SharedPoolError
 from sharedpool.validate import check_number

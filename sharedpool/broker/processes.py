@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import selectors
 from pathlib import Path
 from typing import NamedTuple
@@ -96,3 +97,14 @@ class Watched:
         """Stop watching everything."""
         for session in list(self._pidfds):
             self.forget(session)
+
+
+def raise_descriptor_limit() -> None:
+    """Allow as many descriptors as we may have: every worker costs some, and libzmq aborts when there are none left."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = hard if hard != resource.RLIM_INFINITY else max(soft, 65536)
+    if soft != wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError) as error:
+            logger.warning("only %d descriptors, for about %d workers: %s", soft, soft // 4, error)

@@ -10,12 +10,10 @@ import contextlib
 import logging
 import os
 import random
-import resource
 import selectors
 import socket
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import zmq
@@ -40,8 +38,9 @@ from sharedpool.broker.control import Control, Word
 from sharedpool.broker.journal import Journal
 from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.lock import BrokerLock
-from sharedpool.broker.processes import Watched, is_running, peer_of, process
+from sharedpool.broker.processes import Watched, is_running, peer_of, process, raise_descriptor_limit
 from sharedpool.broker.sessions import other_version
+from sharedpool.broker.settings import BrokerSettings
 from sharedpool.errors import ProtocolError, SharedPoolError
 from sharedpool.wire import address as addresses
 from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, encode, hello_version
@@ -57,21 +56,6 @@ _AWAY_S = 1.0
 _CUT_HEAD_START_S = 0.02
 # A lock file that somebody deleted locks nobody out any more.
 _LOOK_EVERY_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class BrokerSettings:
-    """How one broker runs. Times in seconds; `max_conn` None: each pool's own limit only; `linger_s` None: stay."""
-
-    address: str
-    max_conn: int | None = None
-    dsn: str | None = field(default=None, repr=False)
-    expiration_s: float | None = None
-    max_checkout_s: float = 0.0
-    ttl_s: float = 15.0
-    linger_s: float | None = None
-    drain_timeout_s: float = 10.0
-    one_off: bool = False  # nobody will ever listen there again: leave no lock file behind
 
 
 class Server:
@@ -173,7 +157,7 @@ class Server:
             self._selector.register(self._desk.lines, selectors.EVENT_READ, self._desk.receive)
             self._selector.register(self._desk.custody, selectors.EVENT_READ, self._desk.see)
         assert self._lock is not None, "bind() first"
-        _raise_descriptor_limit()
+        raise_descriptor_limit()
         self._announce()
         self._control.start()
         self._take_over()
@@ -425,14 +409,3 @@ class Server:
         self._wake_out.close()
         self._lock.release(for_good=self.settings.one_off)
         logger.info("broker %d stopped", os.getpid())
-
-
-def _raise_descriptor_limit() -> None:
-    """Allow as many descriptors as we may have: every worker costs some, and libzmq aborts when there are none left."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = hard if hard != resource.RLIM_INFINITY else max(soft, 65536)
-    if soft != wanted:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        except (OSError, ValueError) as error:
-            logger.warning("only %d descriptors, for about %d workers: %s", soft, soft // 4, error)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from sharedpool.broker.launch import control_dsn
-from sharedpool.broker.server import BrokerSettings
+from sharedpool.broker.settings import BrokerSettings
 from sharedpool.errors import ConfigError
 from sharedpool.wire import address as addresses
 

@@ -28,9 +28,10 @@ from sharedpool.worker.connection import (
     server_of,
     session_of,
 )
-from sharedpool.worker.holdings import Holdings, thread_names
+from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.lease import Lease, Ticket
 from sharedpool.worker.link import Link
+from sharedpool.worker.session import thread_names
 
 CHECK_AFTER_S = 0.5  # idle longer than this: look whether the server is still there
 # How long a caller who does not want to wait waits for the broker's answer: a running one's, and one that starts.

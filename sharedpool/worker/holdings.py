@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
-import sys
 import threading
 import time
 from collections import deque
@@ -19,23 +17,8 @@ from typing import cast
 import psycopg2
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
-from sharedpool.errors import BrokerUnavailable
 from sharedpool.wire.messages import (
-    PROTOCOL_VERSION,
-    Ack,
-    Bye,
-    Deny,
-    Gone,
-    Grant,
-    Hello,
-    Phase,
-    PoolSpec,
-    Recall,
     ReleaseReason,
-    Stale,
-    Token,
-    ToWorker,
-    Welcome,
 )
 from sharedpool.worker import forks
 from sharedpool.worker.cache import Cache
@@ -43,14 +26,14 @@ from sharedpool.worker.connection import (
     PooledConnection,
     clean,
     close_confirmed,
-    cut,
     dead_end,
     disown,
     turned_read_only,
 )
 from sharedpool.worker.desk import Desk
-from sharedpool.worker.lease import CLOSING_LIMIT_S, Closing, Lease, Ticket
+from sharedpool.worker.lease import CLOSING_LIMIT_S, Closing, Lease
 from sharedpool.worker.link import Link
+from sharedpool.worker.session import Session
 from sharedpool.worker.settings import Callback, PoolConfig
 
 logger = logging.getLogger("sharedpool.worker")
@@ -62,7 +45,7 @@ BROKEN = 2  # psycopg2's `closed` of a connection that an error ended
 
 
 class Holdings:
-    """One process's part of a pool. Methods under "the link's thread" are called by the link."""
+    """One process's part of a pool.."""
 
     def __init__(self, config: PoolConfig, address: str, start_broker: Callable[[str], None] | None) -> None:
         self.config = config
@@ -83,8 +66,6 @@ class Holdings:
         self._dead_end = dead_end()
         self._address = address
         self._start_broker = start_broker
-        self._epoch: int | None = None
-        self._title = _utf8(os.path.basename(sys.argv[0]) if sys.argv else "") or "python"
 
     # --- I/O for the cache's decisions
 
@@ -239,7 +220,8 @@ class Holdings:
         """Return the link, started. The lock is held; starting a thread is all this does."""
         if self.link is None:
             start, address = self._start_broker, self._address
-            self.link = Link(self, address, self.cache.out, None if start is None else lambda: start(address))
+            session = Session(self)
+            self.link = Link(session, address, self.cache.out, None if start is None else lambda: start(address))
             forks.hold(self)
             forks.release_at_child_exit()
         if not self.link.running:  # an interrupt may have come between the two
@@ -256,162 +238,6 @@ class Holdings:
         if self.link is not None:
             self.link.disown()
 
-    # --- the link's thread
-
-    def hello(self) -> Hello:
-        """Compose the registration."""
-        config, now = self.config, time.monotonic()
-        spec = PoolSpec(
-            config.name,
-            config.max_conn,
-            int(config.expiration * 1000),
-            int((config.max_checkout or 0) * 1000),
-            str(config.conninfo.identity()),
-            config.max_waiting or 0,
-        )
-        with self.lock:
-            leases, seen = self.cache.register(now, thread_names())
-        return Hello(PROTOCOL_VERSION, self.pid, socket.gethostname(), self._title, spec, leases, seen)
-
-    def bye(self) -> Bye:
-        """Compose the last message."""
-        with self.lock:
-            return self.cache.farewell()
-
-    def beat(self) -> None:
-        """Scavenge and queue a heartbeat."""
-        self.reclaim(0, thorough=False)
-        self.purge()
-        now = time.monotonic()
-        with self.lock:
-            lost = self.cache.lost(now)
-            unfinished = self.cache.unfinished(now)
-            for lease in lost:
-                if lease.conn is None:
-                    self.cache.closed(lease, ReleaseReason.CLOSED, gone=lease.ref is None)
-            self.cache.out.append(self.cache.renewal(now, thread_names()))
-        self._deposit_all()
-        for lease in lost:
-            logger.warning("pool %r: the connection of lease %s was lost unreturned", self.config.name, lease.token)
-            if lease.conn is not None:
-                self.discard(lease, cast(PooledConnection, lease.conn), ReleaseReason.CLOSED)
-        self.close(unfinished)
-
-    def receive(self, message: ToWorker) -> None:
-        """Act on a message from the broker."""
-        if isinstance(message, Recall):
-            self.reclaim(0, thorough=False)  # what its user has dropped may serve another
-        now = time.monotonic()
-        ticket: Ticket | None = None
-        closing: list[Closing] = []
-        with self.lock:
-            match message:
-                case Welcome():
-                    closing = self.cache.welcomed(message.epoch, message.generation, now)
-                case Stale():
-                    closing = self.cache.renew_generation(message.generation, now)
-                case Ack():
-                    self.cache.acknowledged(message.gone)
-                    closing = self.cache.renew_generation(message.generation, now)
-                case Grant():
-                    ticket = self.cache.granted(message, now)
-                case Deny():
-                    ticket = self.cache.denied(message)
-                case Recall():
-                    closing = self.cache.recalled(message, now, thread_names())
-        if ticket is not None:
-            ticket.wake()
-        if closing:
-            self.signal()
-            self.close(closing)
-        if isinstance(message, Welcome):
-            self._welcomed(message)
-        elif isinstance(message, Ack):
-            self._revoke(message.revoked)
-        elif isinstance(message, Gone):
-            self._ended(message.tokens)
-
-    def _welcomed(self, welcome: Welcome) -> None:
-        name, asked = self.config.name, self.config.max_conn
-        if self._epoch is None and welcome.max_conn != asked:
-            text = "pool %r: max_conn=%d was asked for, %d is enforced (set by the pool's first user or the launcher)"
-            logger.warning(text, name, asked, welcome.max_conn)
-        if self._epoch not in (None, welcome.epoch):
-            logger.info("pool %r: registered with a new broker (epoch %d)", name, welcome.epoch)
-        self._epoch = welcome.epoch
-        self.limit = welcome.max_conn
-        self.cache.expiration_s = min(self.config.expiration, welcome.expiration_ms / 1000)
-        self.tag = welcome.tag
-        self._revoke(welcome.revoked)
-        self.desk.open(welcome.desk)
-        with self.lock:
-            for lease in self.cache.leases.values():
-                lease.deposited = False
-        self._deposit_all()
-
-    def _deposit_all(self) -> None:
-        """Hand in what is not at the desk: after a restart of the broker, or when the line was full."""
-        with self.lock:
-            held = [
-                (lease, conn)
-                for lease in self.cache.leases.values()
-                if not lease.deposited and (conn := lease.conn or (lease.ref() if lease.ref else None)) is not None
-            ]
-        for lease, conn in held:
-            self.deposit(lease, cast(PooledConnection, conn))
-
-    def _ended(self, tokens: list[Token]) -> None:
-        """Drop leases whose backends the broker has seen to end: what is idle will not be lent out."""
-        for token in tokens:
-            with self.lock:
-                lease = self.cache.ended(token)
-                if lease is not None and lease.phase is Phase.IDLE:
-                    self.cache.trouble(lease, "")
-            if lease is not None:
-                logger.info("pool %r: the backend of lease %s has ended", self.config.name, token)
-                if lease.conn is not None:
-                    close_confirmed([cast(PooledConnection, lease.conn)])
-                    self.discarded += 1
-
-    def _revoke(self, tokens: list[Token]) -> None:
-        """Drop leases that the broker has taken away: their backends are gone or going."""
-        for token in tokens:
-            with self.lock:
-                lease = self.cache.forget(token)
-            if lease is not None:
-                logger.warning("pool %r: the broker has taken lease %s away", self.config.name, token)
-                conn = lease.conn or (lease.ref() if lease.ref else None)
-                if conn is not None:
-                    cut([cast(PooledConnection, conn)], limit_s=0)
-
-    @property
-    def line(self) -> socket.socket | None:
-        """The line to the desk."""
-        return self.desk.line
-
-    def done(self) -> bool:
-        """Say whether the pool is over and nothing is held or asked for: then this link is not its link any more."""
-        with self.lock:
-            over = (self.disposed or self.retired) and not self.cache.leases and not self.cache.waiting
-            if over:
-                self.link = None
-            return over
-
-    def ended(self) -> None:
-        """Note that the link's thread ends."""
-        self.desk.close()
-        if self.link is None:
-            forks.let_go(self)
-
-    def unreachable(self, error: Exception) -> None:
-        """Tell the waiting threads that the broker refuses, or cannot be had."""
-        if not isinstance(error, BrokerUnavailable):
-            error = BrokerUnavailable(f"pool {self.config.name!r}: {error}")
-        with self.lock:
-            tickets = self.cache.fail(error)
-        for ticket in tickets:
-            ticket.wake()
-
 
 def is_clean(pool: str, callback: str, conn: PooledConnection) -> bool:
     """Say whether a callback left the connection open; raise when it left a transaction open on it."""
@@ -422,13 +248,3 @@ def is_clean(pool: str, callback: str, conn: PooledConnection) -> bool:
             f"pool {pool!r}: {callback}() left a transaction open on the connection: commit or roll back in it"
         )
     return True
-
-
-def thread_names() -> dict[int, str]:
-    """Return the names of this process's threads by identifier."""
-    return {thread.ident: _utf8(thread.name) for thread in threading.enumerate() if thread.ident is not None}
-
-
-def _utf8(text: str) -> str:
-    """Return `text` as it can go on the wire: file names need not be UTF-8."""
-    return text.encode("utf-8", "replace").decode()

@@ -116,7 +116,7 @@ class ReportWatch:
                     else:  # a span of its own: pids are used again
                         self.held.setdefault(pid, []).append([asked, came])
 
-    def last_held(self, pid: int, at: float) -> float | None:
+    def last_held(self, pid: int, at: float = float("inf")) -> float | None:
         """Return when the last report came by which the process that had this pid at that time held a lease."""
         with self.lock:
             return max((last for first, last in self.held.get(pid, []) if first <= at), default=None)

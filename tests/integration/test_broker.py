@@ -18,7 +18,8 @@ from waiting import wait_until
 
 import sharedpool
 from sharedpool.broker.lock import is_held
-from sharedpool.broker.server import BrokerSettings, Server
+from sharedpool.broker.server import Server
+from sharedpool.broker.settings import BrokerSettings
 from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.cli.status import fetch_report
 from sharedpool.wire.messages import Report
@@ -334,7 +335,7 @@ def test_a_worker_of_another_protocol_is_told_so(
     runtime_dir: Path, postgres: EphemeralPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with sharedpool.start_broker(1, dsn=postgres.dsn) as broker:
-        monkeypatch.setattr("sharedpool.worker.holdings.PROTOCOL_VERSION", 99)
+        monkeypatch.setattr("sharedpool.worker.session.PROTOCOL_VERSION", 99)
         pool = sharedpool.config_pool(dsn=postgres.dsn, broker=broker.address)
         with pytest.raises(sharedpool.BrokerUnavailable, match="install the same sharedpool version for both"):
             pool.get_conn(timeout=10)

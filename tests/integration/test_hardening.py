@@ -17,7 +17,8 @@ from processes import Worker
 from waiting import wait_until
 
 import sharedpool
-from sharedpool.broker.server import BrokerSettings, Server
+from sharedpool.broker.server import Server
+from sharedpool.broker.settings import BrokerSettings
 from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.cli.status import fetch_report
 from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_worker, encode

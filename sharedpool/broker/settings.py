@@ -1,0 +1,20 @@
+"""How one broker runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerSettings:
+    """How one broker runs. Times in seconds; `max_conn` None: each pool's own limit only; `linger_s` None: stay."""
+
+    address: str
+    max_conn: int | None = None
+    dsn: str | None = field(default=None, repr=False)
+    expiration_s: float | None = None
+    max_checkout_s: float = 0.0
+    ttl_s: float = 15.0
+    linger_s: float | None = None
+    drain_timeout_s: float = 10.0
+    one_off: bool = False  # nobody will ever listen there again: leave no lock file behind

@@ -1,0 +1,220 @@
+"""One process's registration with the broker: what the link says and hears on behalf of the holdings.
+
+All of it runs in the link's thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, cast
+
+from sharedpool.errors import BrokerUnavailable
+from sharedpool.wire.messages import (
+    PROTOCOL_VERSION,
+    Ack,
+    Bye,
+    Deny,
+    Gone,
+    Grant,
+    Hello,
+    Phase,
+    PoolSpec,
+    Recall,
+    ReleaseReason,
+    Stale,
+    Token,
+    ToWorker,
+    Welcome,
+)
+from sharedpool.worker import forks
+from sharedpool.worker.connection import PooledConnection, close_confirmed, cut
+from sharedpool.worker.lease import Closing, Ticket
+
+if TYPE_CHECKING:
+    from sharedpool.worker.holdings import Holdings
+
+logger = logging.getLogger("sharedpool.worker")
+
+
+class Session:
+    """The link's endpoint (`link.Endpoint`): the holdings, as the broker knows them."""
+
+    def __init__(self, holdings: Holdings) -> None:
+        self._holdings = holdings
+        self._epoch: int | None = None
+        self._title = _utf8(os.path.basename(sys.argv[0]) if sys.argv else "") or "python"
+
+    def hello(self) -> Hello:
+        """Compose the registration."""
+        config, now = self._holdings.config, time.monotonic()
+        spec = PoolSpec(
+            config.name,
+            config.max_conn,
+            int(config.expiration * 1000),
+            int((config.max_checkout or 0) * 1000),
+            str(config.conninfo.identity()),
+            config.max_waiting or 0,
+        )
+        with self._holdings.lock:
+            leases, seen = self._holdings.cache.register(now, thread_names())
+        return Hello(PROTOCOL_VERSION, self._holdings.pid, socket.gethostname(), self._title, spec, leases, seen)
+
+    def bye(self) -> Bye:
+        """Compose the last message."""
+        with self._holdings.lock:
+            return self._holdings.cache.farewell()
+
+    def beat(self) -> None:
+        """Scavenge and queue a heartbeat."""
+        self._holdings.reclaim(0, thorough=False)
+        self._holdings.purge()
+        now = time.monotonic()
+        with self._holdings.lock:
+            lost = self._holdings.cache.lost(now)
+            unfinished = self._holdings.cache.unfinished(now)
+            for lease in lost:
+                if lease.conn is None:
+                    self._holdings.cache.closed(lease, ReleaseReason.CLOSED, gone=lease.ref is None)
+            self._holdings.cache.out.append(self._holdings.cache.renewal(now, thread_names()))
+        self._deposit_all()
+        for lease in lost:
+            logger.warning(
+                "pool %r: the connection of lease %s was lost unreturned", self._holdings.config.name, lease.token
+            )
+            if lease.conn is not None:
+                self._holdings.discard(lease, cast(PooledConnection, lease.conn), ReleaseReason.CLOSED)
+        self._holdings.close(unfinished)
+
+    def receive(self, message: ToWorker) -> None:
+        """Act on a message from the broker."""
+        if isinstance(message, Recall):
+            self._holdings.reclaim(0, thorough=False)  # what its user has dropped may serve another
+        now = time.monotonic()
+        ticket: Ticket | None = None
+        closing: list[Closing] = []
+        with self._holdings.lock:
+            match message:
+                case Welcome():
+                    closing = self._holdings.cache.welcomed(message.epoch, message.generation, now)
+                case Stale():
+                    closing = self._holdings.cache.renew_generation(message.generation, now)
+                case Ack():
+                    self._holdings.cache.acknowledged(message.gone)
+                    closing = self._holdings.cache.renew_generation(message.generation, now)
+                case Grant():
+                    ticket = self._holdings.cache.granted(message, now)
+                case Deny():
+                    ticket = self._holdings.cache.denied(message)
+                case Recall():
+                    closing = self._holdings.cache.recalled(message, now, thread_names())
+        if ticket is not None:
+            ticket.wake()
+        if closing:
+            self._holdings.signal()
+            self._holdings.close(closing)
+        if isinstance(message, Welcome):
+            self._welcomed(message)
+        elif isinstance(message, Ack):
+            self._revoke(message.revoked)
+        elif isinstance(message, Gone):
+            self._ended(message.tokens)
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        name, asked = self._holdings.config.name, self._holdings.config.max_conn
+        if self._epoch is None and welcome.max_conn != asked:
+            text = "pool %r: max_conn=%d was asked for, %d is enforced (set by the pool's first user or the launcher)"
+            logger.warning(text, name, asked, welcome.max_conn)
+        if self._epoch not in (None, welcome.epoch):
+            logger.info("pool %r: registered with a new broker (epoch %d)", name, welcome.epoch)
+        self._epoch = welcome.epoch
+        self._holdings.limit = welcome.max_conn
+        self._holdings.cache.expiration_s = min(self._holdings.config.expiration, welcome.expiration_ms / 1000)
+        self._holdings.tag = welcome.tag
+        self._revoke(welcome.revoked)
+        self._holdings.desk.open(welcome.desk)
+        with self._holdings.lock:
+            for lease in self._holdings.cache.leases.values():
+                lease.deposited = False
+        self._deposit_all()
+
+    def _deposit_all(self) -> None:
+        """Hand in what is not at the desk: after a restart of the broker, or when the line was full."""
+        with self._holdings.lock:
+            held = [
+                (lease, conn)
+                for lease in self._holdings.cache.leases.values()
+                if not lease.deposited and (conn := lease.conn or (lease.ref() if lease.ref else None)) is not None
+            ]
+        for lease, conn in held:
+            self._holdings.deposit(lease, cast(PooledConnection, conn))
+
+    def _ended(self, tokens: list[Token]) -> None:
+        """Drop leases whose backends the broker has seen to end: what is idle will not be lent out."""
+        for token in tokens:
+            with self._holdings.lock:
+                lease = self._holdings.cache.ended(token)
+                if lease is not None and lease.phase is Phase.IDLE:
+                    self._holdings.cache.trouble(lease, "")
+            if lease is not None:
+                logger.info("pool %r: the backend of lease %s has ended", self._holdings.config.name, token)
+                if lease.conn is not None:
+                    close_confirmed([cast(PooledConnection, lease.conn)])
+                    self._holdings.discarded += 1
+
+    def _revoke(self, tokens: list[Token]) -> None:
+        """Drop leases that the broker has taken away: their backends are gone or going."""
+        for token in tokens:
+            with self._holdings.lock:
+                lease = self._holdings.cache.forget(token)
+            if lease is not None:
+                logger.warning("pool %r: the broker has taken lease %s away", self._holdings.config.name, token)
+                conn = lease.conn or (lease.ref() if lease.ref else None)
+                if conn is not None:
+                    cut([cast(PooledConnection, conn)], limit_s=0)
+
+    @property
+    def line(self) -> socket.socket | None:
+        """The line to the desk."""
+        return self._holdings.desk.line
+
+    def done(self) -> bool:
+        """Say whether the pool is over and nothing is held or asked for: then this link is not its link any more."""
+        with self._holdings.lock:
+            over = (
+                (self._holdings.disposed or self._holdings.retired)
+                and not self._holdings.cache.leases
+                and not self._holdings.cache.waiting
+            )
+            if over:
+                self._holdings.link = None
+            return over
+
+    def ended(self) -> None:
+        """Note that the link's thread ends."""
+        self._holdings.desk.close()
+        if self._holdings.link is None:
+            forks.let_go(self._holdings)
+
+    def unreachable(self, error: Exception) -> None:
+        """Tell the waiting threads that the broker refuses, or cannot be had."""
+        if not isinstance(error, BrokerUnavailable):
+            error = BrokerUnavailable(f"pool {self._holdings.config.name!r}: {error}")
+        with self._holdings.lock:
+            tickets = self._holdings.cache.fail(error)
+        for ticket in tickets:
+            ticket.wake()
+
+
+def thread_names() -> dict[int, str]:
+    """Return the names of this process's threads by identifier."""
+    return {thread.ident: _utf8(thread.name) for thread in threading.enumerate() if thread.ident is not None}
+
+
+def _utf8(text: str) -> str:
+    """Return `text` as it can go on the wire: file names need not be UTF-8."""
+    return text.encode("utf-8", "replace").decode()
