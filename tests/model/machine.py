@@ -227,6 +227,19 @@ class GoodNetwork(RuleBasedStateMachine):
             return
         self.world.die(worker)
 
+    @precondition(lambda self: len(self.world.awake) > 2 and any(worker.opening for worker in self.world.awake))
+    @rule(pick=picks)
+    def die_in_a_connect(self, pick: int) -> None:
+        """Its backend starts up, and nobody has heard of it; what waits for the slot is served when that is over."""
+        world = self.world
+        connecting = [worker for worker in world.awake if worker.opening]
+        worker = connecting[pick % len(connecting)]
+        world.die(worker)
+        if (broker := world.broker) is not None and pick % 2 and worker.id in broker.deaths:
+            broker.notice_death(worker.id)
+            while broker.words and world.broker is broker:
+                broker.hear_word()
+
     @precondition(lambda self: len(self.world.awake) > 2)
     @rule(pick=picks)
     def leave(self, pick: int) -> None:

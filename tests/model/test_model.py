@@ -14,7 +14,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from .machine import BadNetwork, GoodNetwork
 
 SEED = int(os.environ.get("SHAREDPOOL_MODEL_SEED", "1"))
-EXAMPLES = int(os.environ.get("SHAREDPOOL_MODEL_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("SHAREDPOOL_MODEL_EXAMPLES", "90"))
 STEPS = 200
 PROFILE = settings(
     max_examples=EXAMPLES,
