@@ -131,6 +131,31 @@ def test_leases_of_a_worker_that_died_with_the_broker_come_back(postgres: Epheme
                 assert "backend" in b.ask("get", name=name, timeout=5)
 
 
+def test_without_its_journal_a_broker_waits_and_then_counts_what_the_server_shows(
+    postgres: EphemeralPostgres, address: str
+) -> None:
+    journal = Path(address.removeprefix("ipc://") + ".journal")
+    settings = {"dsn": postgres.dsn, "broker": address, "max_conn": 3, "name": "forgotten"}
+    with Worker(**settings) as a, Worker(**settings) as b:
+        with broker_process(address, postgres.dsn) as first:
+            held = a.ask("get", name="x")["backend"]
+            a.ask("get", name="y")
+            first.kill()
+            first.wait()
+        journal.unlink()
+        os.kill(a.pid, signal.SIGSTOP)  # nobody says what it holds
+        with broker_process(address, postgres.dsn):
+            assert fetch_report(address).state == "waiting"
+            asked = time.monotonic()
+            assert "backend" in b.ask("get", name="z", timeout=20)
+            assert time.monotonic() - asked > 2  # of the TTL of 3 seconds
+            assert fetch_report(address).leases == 3
+            assert b.ask("get", name="w")["error"] == "PoolExhausted"
+            os.kill(a.pid, signal.SIGCONT)
+            wait_until(lambda: [p.suspect for p in fetch_report(address).pools] == [0], what="the worker's HELLO")
+            assert a.ask("query", name="x", sql="SELECT pg_backend_pid()")["rows"] == [[held]]
+
+
 # --- processes exit
 
 
