@@ -321,7 +321,8 @@ class Demand:
 
     def _fail(self, now: float) -> None:
         for pool in list(self._books.contended.values()):
-            if pool.backoff.error and pool.room <= 0 and not pool.has_connections:
+            # A ceiling above 0 is a server that is full: a pool that had to make way for its probe is not without hope.
+            if pool.backoff.ceiling == 0 and pool.room <= 0 and not pool.has_connections:
                 # They are told at once, but they did want a slot: what is suspect must not fill the pool for ever.
                 self._fence_suspects([pool], self._patient(pool), now)
                 for waiter in list(pool.waiters.values()):

@@ -14,7 +14,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from .machine import BadNetwork, GoodNetwork
 
 SEED = int(os.environ.get("SHAREDPOOL_MODEL_SEED", "1"))
-EXAMPLES = int(os.environ.get("SHAREDPOOL_MODEL_EXAMPLES", "90"))
+EXAMPLES = int(os.environ.get("SHAREDPOOL_MODEL_EXAMPLES", "40"))
 STEPS = 200
 PROFILE = settings(
     max_examples=EXAMPLES,
@@ -28,7 +28,8 @@ PROFILE = settings(
 )
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("part", range(8))
 @pytest.mark.parametrize("machine", [GoodNetwork, BadNetwork])
 def test_model(machine: type[GoodNetwork], part: int) -> None:
     machine = type(f"{machine.__name__}{part}", (machine,), {"steps": 0})

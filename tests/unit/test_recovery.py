@@ -14,6 +14,7 @@ from sharedpool.wire.messages import (
     Acquire,
     Backend,
     Bye,
+    Confirm,
     Deny,
     DenyReason,
     Gone,
@@ -339,6 +340,21 @@ def test_a_full_server_keeps_what_there_is_in_use() -> None:
     assert a.last(Recall).owed == 1
     a.release(token, ReleaseReason.OWED)
     assert isinstance(b.outcome(request), Token)
+
+
+def test_while_a_probe_is_under_way_a_full_server_is_not_taken_for_one_that_is_down() -> None:
+    """The last connections are closed just then: whoever waits will have the next."""
+    broker = Broker()
+    a, b, c = (broker.worker(name, max_conn=5) for name in "abc")
+    token = a.lend()
+    fail(b, b.granted(b.ask()), "too many clients")
+    broker.pass_time(2 * PROBE_EVERY_S)
+    probe = b.granted(b.ask(wait_s=60))
+    request = c.ask(wait_s=60)
+    a.release(token, ReleaseReason.CLOSED)
+    assert c.outcome(request) is None
+    broker.send(b.id, Confirm(probe, b.backend(probe)))
+    assert isinstance(c.outcome(request), Token)
 
 
 def test_one_sign_of_a_failover_makes_every_worker_replace_its_connections_once() -> None:
