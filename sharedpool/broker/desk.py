@@ -52,6 +52,8 @@ class Desk:
         self._custody: dict[Token, socket.socket] = {}
         self._tokens: dict[int, Token] = {}
         self._lines: dict[int, socket.socket] = {}
+        if path.is_symlink() or (path.exists() and not path.is_socket()):
+            raise FileExistsError(errno.EEXIST, "there is a file that is no socket", str(path))
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         path.unlink(missing_ok=True)
         mask = os.umask(0o177)  # this user's alone

@@ -294,7 +294,7 @@ class Server:
         # libzmq's descriptor tells of news only once: what came while we were busy must be looked for.
         if self._calls or int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             return 0.0
-        deadlines = [self._look_at]
+        deadlines = [self._look_at] if self._drained_by is None else [self._look_at, self._drained_by]
         if (deadline := self._ledger.next_deadline()) is not None:
             deadlines.append(deadline)
         if self.settings.linger_s is not None and not (self._ledger.sessions or self._ledger.leases):

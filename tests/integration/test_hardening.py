@@ -154,6 +154,19 @@ def test_what_is_no_socket_is_not_taken_at_the_desk(
         assert worker.ask("query", name="x", sql="SELECT 1")["rows"] == [[1]]
 
 
+def test_a_file_in_the_desks_place_is_kept_and_the_broker_does_without(
+    runtime_dir: Path, postgres: EphemeralPostgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    (runtime_dir / "plain.sock.desk").write_text("precious")
+    address = f"ipc://{runtime_dir}/plain.sock"
+    with server_in_a_thread(address, dsn=postgres.dsn), Worker(dsn=postgres.dsn, broker=address) as worker:
+        assert "backend" in worker.ask("get", name="x", timeout=10)
+        worker.ask("put", name="x", close=True)
+        assert (fetch_report(address).leases, fetch_report(address).custody) == (0, 0)
+    assert (runtime_dir / "plain.sock.desk").read_text() == "precious"
+    assert "no desk at" in caplog.text
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_another_users_words_are_dropped(
     runtime_dir: Path, postgres: EphemeralPostgres, caplog: pytest.LogCaptureFixture
