@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,10 @@ class Worker:
         except Exception as error:
             self.note("fail", type(error).__name__, getattr(error, "pgcode", None), " ".join(str(error).split())[:300])
             return None
-        self.note("out", conn.info.backend_pid, getattr(conn, "started", 0), conn.get_transaction_status())
+        # psycopg2 has an opinion of its own on whether a transaction is open: with a wrong one it sends no BEGIN.
+        dirty = conn.get_transaction_status() != extensions.TRANSACTION_STATUS_IDLE
+        dirty = dirty or conn.status != extensions.STATUS_READY
+        self.note("out", conn.info.backend_pid, getattr(conn, "started", 0), int(dirty))
         return conn
 
     def put(self, conn: extensions.connection, close: bool = False) -> None:
@@ -122,9 +125,19 @@ class Worker:
 
     def run(self, conn: extensions.connection, when: str, statement: str) -> bool:
         """Run a statement; note and survive its failure."""
-        try:
+
+        def execute() -> None:
             with conn.cursor() as cursor:
                 cursor.execute(statement)
+
+        return self.survive(conn, when, execute)
+
+    def commit(self, conn: extensions.connection) -> bool:
+        return self.survive(conn, "later", conn.commit)
+
+    def survive(self, conn: extensions.connection, when: str, act: Callable[[], None]) -> bool:
+        try:
+            act()
         except psycopg2.Error as error:
             words = " ".join(str(error).split())[:300]
             self.note("error", when, type(error).__name__, error.pgcode, words)
@@ -155,7 +168,9 @@ class Worker:
             steps.append(f"SELECT pg_sleep({rng.uniform(0.05, 0.2):.4f})")
         if not all(self.run(conn, "later", step) for step in steps):
             return
-        if how < 0.7:
+        if how < 0.35:
+            self.commit(conn)
+        elif how < 0.7:
             self.run(conn, "later", "COMMIT")
         elif how < 0.85:
             self.run(conn, "later", "ROLLBACK")
@@ -167,13 +182,14 @@ class Worker:
         self.wait_while("p")
 
     def hold(self) -> None:
-        """h: hold a connection in a transaction, with a query now and then, until another order comes."""
+        """h: hold a connection, in a transaction or between two, and use it, until another order comes."""
+        between = self.random.random() < 0.5
         with self.checkout(30) as conn:
             if conn is not None and self.run(conn, "first", "SELECT 1"):
                 self.note("holds")
                 while self.order == "h" and os.getppid() == settings["nursery"]:
                     time.sleep(POLL_S)  # polls its orders
-                    if not self.run(conn, "later", "SELECT 1"):
+                    if not self.run(conn, "later", "SELECT 1") or (between and not self.commit(conn)):
                         break
         self.note("held")
         self.wait_while("h")

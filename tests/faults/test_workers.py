@@ -78,7 +78,7 @@ def _kill(crew: Crew, number: int, kind: str, rng: random.Random) -> float:
     "sigstop", "SIGSTOP for 3 TTL, then SIGCONT", "waiter served ≤ TTL + 0.5 s; stale connections handed out: 0"
 )
 def test_frozen_workers_lose_their_slots_to_waiters_and_find_out_loudly(field: Arena, row: Row) -> None:
-    """Freeze workers that hold all slots (half in a transaction, half idle), while the others wait for one.
+    """Freeze workers that have all slots (half lent out, half idle), while the others wait for one.
 
     A connection is stale when it is handed out although, by the server's log, its backend had ended for a while when
     the checkout began. One that is ended while it is being handed out (its worker has just woken, and the broker has
@@ -114,10 +114,13 @@ def test_frozen_workers_lose_their_slots_to_waiters_and_find_out_loudly(field: A
     failed_first = [c for c in found if c.errors and c.errors[0][1] == "first"]
     depth, wall = field.log.depth(field.role), time.time() - time.monotonic()
     after = [_gone_for(c, depth, wall) for c in failed_first]
-    stale = sum(gone_s is None or gone_s > CONFIRMED_S for gone_s in after)
-    row.figures |= {"served": spread(served), "stale": stale, "first queries failed; backend gone for": after}
-    row.measured = f"{row.faults} frozen; waiters served {spread(served)}; stale {stale}, ended in their checkout {len(after) - stale}"
-    assert stale == 0
+    stale = [c for c, s in zip(failed_first, after, strict=True) if s is None or s > CONFIRMED_S]
+    row.figures |= {"served": spread(served), "stale": len(stale), "first queries failed; backend gone for": after}
+    row.measured = (
+        f"{row.faults} frozen; waiters served {spread(served)}; stale {len(stale)};"
+        f" ended while being handed out {len(after) - len(stale)}"
+    )
+    assert not stale, stale
     assert max(served) <= TTL_S + scale(2.5, 0.5)
 
 
