@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -17,6 +18,7 @@ from sharedpool.errors import BrokerUnavailable
 from sharedpool.wire.messages import Report
 
 START_S = 30.0
+_SEEN_S = 0.2
 
 
 class BrokerProcess:
@@ -86,6 +88,14 @@ class BrokerProcess:
                 raise AssertionError(f"the broker did not end when it was told to: {self.words()[-2000:]}") from None
 
 
+@dataclass(slots=True)
+class Span:
+    """A process was seen to hold leases: in no report before `first`, and in none from `free` on."""
+
+    first: float
+    free: float | None = None
+
+
 class ReportWatch:
     """Ask the broker for its report every few milliseconds, and remember when each worker process held leases."""
 
@@ -94,12 +104,12 @@ class ReportWatch:
         self._every_s = every_s
         self._stop_asked = threading.Event()
         self._thread = threading.Thread(target=self._run, name="report watch")
-        self.lock = threading.Lock()
-        self.asked: list[float] = []  # when each report was asked for
-        self.held: dict[int, list[list[float]]] = {}  # pid -> spans in which it was seen to hold: first, last
+        self._lock = threading.Lock()
+        self._asked = 0.0
+        self._spans: dict[int, list[Span]] = {}  # by pid, which may be used again
 
     def _run(self) -> None:
-        holding: set[int] = set()
+        holding: dict[int, Span] = {}
         while not self._stop_asked.wait(self._every_s):
             asked = time.monotonic()
             try:
@@ -107,24 +117,34 @@ class ReportWatch:
             except BrokerUnavailable:
                 continue
             came = time.monotonic()
-            with self.lock:
-                self.asked.append(asked)
-                before, holding = holding, {session.pid for session in report.sessions if session.leases}
-                for pid in holding:
-                    if pid in before:
-                        self.held[pid][-1][1] = came
-                    else:  # a span of its own: pids are used again
-                        self.held.setdefault(pid, []).append([asked, came])
+            seen = {session.pid for session in report.sessions if session.leases}
+            with self._lock:
+                self._asked = asked
+                for pid in holding.keys() - seen:
+                    holding.pop(pid).free = came
+                for pid in seen - holding.keys():
+                    holding[pid] = Span(asked)
+                    self._spans.setdefault(pid, []).append(holding[pid])
 
-    def last_held(self, pid: int, at: float = float("inf")) -> float | None:
-        """Return when the last report came by which the process that had this pid at that time held a lease."""
-        with self.lock:
-            return max((last for first, last in self.held.get(pid, []) if first <= at), default=None)
+    def held(self, pid: int, at: float = float("inf")) -> Span | None:
+        """Return the time in which the process with this pid held leases, if it did at `at` (by default: now).
 
-    def newest(self) -> float:
-        """Return when the newest report was asked for."""
-        with self.lock:
-            return self.asked[-1] if self.asked else 0.0
+        What it was granted just before may be seen a little later.
+        """
+        with self._lock:
+            spans = self._spans.get(pid, [])
+            return next((s for s in spans if s.first <= at + _SEEN_S and (s.free is None or s.free > at)), None)
+
+    def freed(self, pid: int, at: float) -> float | None:
+        """Wait until a process that was killed at `at` holds nothing any more; return when the report came that told.
+
+        None if it held nothing when it was killed. An upper bound: the report's own way is in it.
+        """
+        wait_until(lambda: self._asked > at, 20, "a report after the kill")
+        span = self.held(pid, at)
+        if span is None:
+            return None
+        return wait_until(lambda: span.free, 20, f"the leases of the killed process {pid} to be free")
 
     def __enter__(self) -> "ReportWatch":
         self._thread.start()
