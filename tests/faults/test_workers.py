@@ -28,7 +28,7 @@ def test_the_slots_of_killed_workers_come_back(field: Arena, row: Row) -> None:
     rng = random.Random(row.seed)
     crew = field.open()
     crew.start(WORKERS)
-    kills: list[tuple[int, float]] = []
+    kills: list[tuple[int, float, str]] = []
     kinds: dict[str, int] = {}
     started = time.monotonic()
     with ReportWatch(field.address) as watch:
@@ -38,12 +38,13 @@ def test_the_slots_of_killed_workers_come_back(field: Arena, row: Row) -> None:
             kind = rng.choice(["at random", "idle", "in a query", "connecting"])
             number = rng.choice(sorted(crew.alive))
             pid = crew.pid(number)
-            kills.append((pid, _kill(crew, number, kind, rng)))
+            kills.append((pid, _kill(crew, number, kind, rng), kind))
             kinds[kind] = kinds.get(kind, 0) + 1
             crew.start(1)
-        back = [freed - at for pid, at in kills if (freed := watch.freed(pid, at)) is not None]
+        timed = [(freed - at, kind) for pid, at, kind in kills if (freed := watch.freed(pid, at)) is not None]
+    back = [after_s for after_s, _ in timed]
     row.faults = len(kills)
-    row.figures |= {"kills": kinds, "slot back": spread(back)}
+    row.figures |= {"kills": kinds, "slot back": spread(back), "slowest": sorted(timed)[-5:]}
     row.measured = f"{len(kills)} kills; slot back {spread(back, 1e-3, 'ms')}"
     field.judge()
     assert len(back) >= len(kills) // 4, "hardly anybody held anything when it was killed"
