@@ -19,13 +19,18 @@ _REFUSED = re.compile(
 
 @dataclass(slots=True)
 class Depth:
-    """How many of a role's backends there were, by the log. `refused` are the times of refused connects."""
+    """A role's backends by the log; times are the server's, since the epoch. `refused`: when connects were refused."""
 
     peak: int = 0
     backends: int = 0
     alive: set[int] = field(default_factory=set)
     refused: list[float] = field(default_factory=list)
+    ended: dict[int, list[float]] = field(default_factory=dict)  # pid -> when; a pid may be used again
     at_peak: str = ""
+
+    def ended_at(self, pid: int, start: float) -> float | None:
+        """Return when the backend ended that had this pid and start; None when the log does not say."""
+        return next((at for at in self.ended.get(pid, []) if at >= start), None)
 
 
 class ServerLog:
@@ -57,6 +62,7 @@ class ServerLog:
                     found.peak, found.at_peak = len(found.alive), line
             elif text.startswith("disconnection:"):
                 found.alive.discard(pid)
+                found.ended.setdefault(pid, []).append(float(match["at"]))
             elif match["level"] == "FATAL" and _REFUSED.search(text):
                 found.alive.discard(pid)
                 found.refused.append(float(match["at"]))

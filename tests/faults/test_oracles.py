@@ -25,6 +25,8 @@ def test_the_log_is_as_deep_as_backends_lived_at_the_same_time(tmp_path: Path) -
     )
     depth = log.depth("app")
     assert (depth.peak, depth.backends, depth.alive) == (2, 3, {11, 13})
+    assert depth.ended_at(10, start=2.05) == 2.4
+    assert depth.ended_at(10, start=2.45) is None  # that one came later
 
 
 def test_the_log_tells_an_overshoot_that_the_roles_limit_refused(tmp_path: Path) -> None:

@@ -8,15 +8,13 @@ import pytest
 import serverlog
 from arena import MAX_CONN, WORKERS, Arena, arena
 from events import Checkout
-from record import Row, percentile, scale, spread
+from record import CONFIRMED_S, Row, percentile, scale, spread
 from waiting import wait_until
 
 from sharedpool.cli.postgres import EphemeralPostgres
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 900))]
 
-# A connection is a dead one handed out when its backend had been gone for so long before the checkout began.
-CONFIRMED_S = 0.05
 _BUSY = {"PoolExhausted", "PoolTimeout"}
 
 
