@@ -117,7 +117,7 @@ def test_frozen_workers_lose_their_slots_to_waiters_and_find_out_loudly(field: A
     stale = sum(gone_s is None or gone_s > CONFIRMED_S for gone_s in after)
     row.figures |= {"served": spread(served), "stale": stale, "first queries failed; backend gone for": after}
     late = len(after) - stale
-    row.measured = f"{row.faults} frozen; waiters served {spread(served)}; stale {stale}, ended in their checkout {late}"
+    row.measured = f"{row.faults} frozen; waiters served {spread(served)}; stale {stale}, ended just then {late}"
     assert stale == 0
     assert max(served) <= TTL_S + scale(2.5, 0.5)
 
