@@ -57,8 +57,8 @@ MUTANTS = (
         (
             (
                 "sharedpool/worker/connection.py",
-                "        super(PooledConnection, conn).close()\n    _see_off(closing, limit_s)\n",
-                "        conn.sharedpool_gone = True\n        super(PooledConnection, conn).close()\n",
+                "            super(PooledConnection, conn).close()\n        _see_off(closing, limit_s)\n",
+                "            conn.sharedpool_gone = True\n            super(PooledConnection, conn).close()\n",
             ),
         ),
         ("tests/faults", "-k", "recalled or killed"),

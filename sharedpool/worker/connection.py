@@ -142,9 +142,8 @@ def failure(conn: PooledConnection, error: BaseException) -> tuple[bool, str]:
     if fd is None:
         return False, text
     if fd >= 0:  # the server has refused, and leaves
-        conn.sharedpool_witness = fd  # libpq's own, open as long as `conn` lives: a duplicate might not be had
-        _see_off([conn], CLOSE_LIMIT_S)
-        conn.sharedpool_witness = -1
+        # libpq's own is open as long as `conn` lives; a duplicate might not be had.
+        _see_off([(conn, fd)], CLOSE_LIMIT_S)
         return conn.sharedpool_gone, text
     # Never connected, unless libpq gave up waiting, or has tried several hosts.
     took_s, limit_s = time.monotonic() - conn.sharedpool_started, conn.sharedpool_timeout_s
@@ -198,10 +197,11 @@ def is_alive(conn: PooledConnection) -> bool:
 
     One system call, about a microsecond; no query.
     """
-    if conn.closed or conn.sharedpool_witness < 0:
+    witness = conn.sharedpool_witness
+    if conn.closed or witness < 0:
         return False
     poller = select.poll()
-    poller.register(conn.sharedpool_witness, select.POLLIN)
+    poller.register(witness, select.POLLIN)
     return not poller.poll(0)
 
 
@@ -233,61 +233,67 @@ def close_confirmed(conns: Iterable[PooledConnection], limit_s: float = CLOSE_LI
 
     Afterwards `conn.sharedpool_gone` tells of each whether it was seen to go.
     """
-    closing = list(conns)
-    for conn in closing:
-        super(PooledConnection, conn).close()
-    _see_off(closing, limit_s)
-    for conn in closing:
-        _close_witness(conn)
+    closing = [(conn, _take_witness(conn)) for conn in conns]
+    try:
+        for conn, _ in closing:
+            super(PooledConnection, conn).close()
+        _see_off(closing, limit_s)
+    finally:
+        _close(closing)
 
 
 def cut(conns: Iterable[PooledConnection], limit_s: float = CUT_LIMIT_S) -> None:
     """End connections that other threads may be using, without waiting for those threads.
 
     A backend that rests exits within `limit_s` (see `sharedpool_gone`); one in the middle of a query loses its client,
-    and the query's thread gets an error.
+    and the query's thread gets an error. One that another thread is closing is left to it.
     """
-    cutting = list(conns)
-    _see_off(cutting, limit_s)
-    for conn in cutting:
-        if not conn.sharedpool_gone:
-            _shut(conn, socket.SHUT_RDWR)
-        _close_witness(conn)
+    cutting = [(conn, _take_witness(conn)) for conn in conns]
+    try:
+        _see_off(cutting, limit_s)
+        for conn, witness in cutting:
+            if not conn.sharedpool_gone:
+                _shut(witness, socket.SHUT_RDWR)
+    finally:
+        _close(cutting)
 
 
-def _see_off(conns: list[PooledConnection], limit_s: float) -> None:
+def _take_witness(conn: PooledConnection) -> int:
+    """Take a connection's witness off it, in one step: of two threads that end it only one has it, and closes it."""
+    return int(conn.__dict__.pop("sharedpool_witness", -1))
+
+
+def _see_off(conns: list[tuple[PooledConnection, int]], limit_s: float) -> None:
     """Tell backends by their sockets that no more will come; note whose end of the socket is closed in time."""
     waiting: dict[int, PooledConnection] = {}
     poller = select.poll()
-    for conn in conns:
-        if conn.sharedpool_witness >= 0:
+    for conn, witness in conns:
+        if witness >= 0:
             # libpq has said goodbye already where it could; a session that it had given up is told here.
-            _shut(conn, socket.SHUT_WR)
-            poller.register(conn.sharedpool_witness, _HUNG_UP or select.POLLIN)
-            waiting[conn.sharedpool_witness] = conn
+            _shut(witness, socket.SHUT_WR)
+            poller.register(witness, _HUNG_UP or select.POLLIN)
+            waiting[witness] = conn
     deadline = time.monotonic() + limit_s
     while waiting and (left := deadline - time.monotonic()) > 0:
         for fd, _ in poller.poll(left * 1000):
-            if _HUNG_UP or _read_to_end(waiting[fd]):
+            if _HUNG_UP or _read_to_end(waiting[fd], fd):
                 poller.unregister(fd)
                 waiting.pop(fd).sharedpool_gone = True
 
 
 def abort(conn: PooledConnection) -> None:
     """Close a connection for which no witness can be had (no descriptor is free); `sharedpool_gone` as ever."""
-    conn.sharedpool_witness = conn.fileno()
-    _see_off([conn], CLOSE_LIMIT_S)
-    conn.sharedpool_witness = -1
+    _see_off([(conn, conn.fileno())], CLOSE_LIMIT_S)
     super(PooledConnection, conn).close()
 
 
-def _read_to_end(conn: PooledConnection) -> bool:
+def _read_to_end(conn: PooledConnection, witness: int) -> bool:
     """Where poll cannot show the end of a stream: read what is left; say whether the end was there."""
     if not conn.closed:
         return False  # another thread's libpq is reading it
-    os.set_blocking(conn.sharedpool_witness, False)
+    os.set_blocking(witness, False)
     try:
-        while os.read(conn.sharedpool_witness, 65536):
+        while os.read(witness, 65536):
             pass
     except BlockingIOError:
         return False
@@ -296,22 +302,26 @@ def _read_to_end(conn: PooledConnection) -> bool:
     return True
 
 
-def _shut(conn: PooledConnection, how: int) -> None:
-    if conn.sharedpool_witness < 0:
+def _shut(witness: int, how: int) -> None:
+    if witness < 0:
         return
-    witness = socket.socket(fileno=conn.sharedpool_witness)
+    sock = socket.socket(fileno=witness)
     try:
-        witness.shutdown(how)
+        sock.shutdown(how)
     except OSError:
         pass  # the other side was faster
     finally:
-        witness.detach()
+        sock.detach()
+
+
+def _close(conns: Iterable[tuple[PooledConnection, int]]) -> None:
+    for _, witness in conns:
+        if witness >= 0:
+            os.close(witness)
 
 
 def _close_witness(conn: PooledConnection) -> None:
-    fd, conn.sharedpool_witness = conn.sharedpool_witness, -1
-    if fd >= 0:
-        os.close(fd)
+    _close([(conn, _take_witness(conn))])
 
 
 @lru_cache(maxsize=1)

@@ -20,6 +20,7 @@ import sharedpool
 from sharedpool import PoolClosed, ThreadedConnectionPool
 from sharedpool.cli.status import fetch_report
 from sharedpool.wire.messages import PoolReport
+from sharedpool.worker.connection import close_confirmed, cut
 
 MakePool = Callable[..., sharedpool.Pool]
 Backends = Callable[[sharedpool.Pool], set[int]]
@@ -345,3 +346,28 @@ def test_a_forked_child_never_has_its_parents_sessions(case: str, postgres: Any,
         check=False,
     )
     assert done.stdout.strip() == "0", done.stderr
+
+
+def test_two_threads_that_end_one_connection_share_no_descriptor(make_pool: MakePool) -> None:
+    """The link cuts what the broker takes away while its user closes it: one has the witness, the other leaves it."""
+    pool = make_pool(max_conn=4, pool_manager=sharedpool.ThreadedConnectionPool)
+    for _ in range(150):
+        conn = pool.get_conn(timeout=20)
+        errors: list[BaseException] = []
+        start = threading.Barrier(2)
+
+        def end(how: Callable[[list[Any]], None], conn: Any = conn, start: Any = start, errors: Any = errors) -> None:
+            start.wait()
+            try:
+                how([conn])
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=end, args=[how]) for how in (cut, close_confirmed)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert errors == []
+        assert conn.sharedpool_witness == -1
+        pool.put_conn(conn)
