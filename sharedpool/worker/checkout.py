@@ -18,6 +18,7 @@ from sharedpool.errors import PoolClosed, PoolError
 from sharedpool.wire.messages import Phase, ReleaseReason
 from sharedpool.worker import wording
 from sharedpool.worker.connection import (
+    CHECK_AFTER_S,
     PooledConnection,
     abort,
     bear_witness,
@@ -33,7 +34,6 @@ from sharedpool.worker.lease import Lease, Ticket
 from sharedpool.worker.link import Link
 from sharedpool.worker.session import thread_names
 
-CHECK_AFTER_S = 0.5  # idle longer than this: look whether the server is still there
 # How long a caller who does not want to wait waits for the broker's answer: a running one's, and one that starts.
 ANSWER_LIMIT_S = 3.0
 START_LIMIT_S = 25.0

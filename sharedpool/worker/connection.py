@@ -23,6 +23,7 @@ from sharedpool.conninfo import ConnInfo
 from sharedpool.libpq import socket_of_failed
 from sharedpool.wire.messages import Backend
 
+CHECK_AFTER_S = 0.5  # idle, or lent out, for longer than this: look whether the server is still there
 # A backend exits within milliseconds of its client's close unless it is in the middle of a query.
 CLOSE_LIMIT_S = 1.0
 CUT_LIMIT_S = 0.2
@@ -205,6 +206,27 @@ def is_alive(conn: PooledConnection) -> bool:
     return not poller.poll(0)
 
 
+def settle(conn: PooledConnection) -> None:
+    """Have psycopg2 know that no transaction is open: it does not see a COMMIT or ROLLBACK that was sent as SQL.
+
+    Else it would send no BEGIN for the next user, who could roll nothing back. One round trip, and only then.
+    """
+    if conn.status != extensions.STATUS_READY:
+        conn.rollback()
+
+
+def has_hung_up(conn: PooledConnection) -> bool:
+    """Say whether the server has closed its end; unlike `is_alive`, what it has said meanwhile does not matter."""
+    if not _HUNG_UP:
+        return not is_alive(conn)
+    witness = conn.sharedpool_witness
+    if conn.closed or witness < 0:
+        return True
+    poller = select.poll()
+    poller.register(witness, _HUNG_UP)
+    return bool(poller.poll(0))
+
+
 def clean(conn: PooledConnection) -> bool:
     """Roll back what its user left open and restore its session settings; return False when it is broken."""
     if conn.closed:
@@ -216,6 +238,7 @@ def clean(conn: PooledConnection) -> bool:
         if status != extensions.TRANSACTION_STATUS_IDLE:
             conn.sharedpool_erred = status == extensions.TRANSACTION_STATUS_INERROR
             conn.rollback()
+        settle(conn)
         if session_of(conn) != conn.sharedpool_session:
             autocommit, isolation_level, readonly, deferrable, conn.cursor_factory = conn.sharedpool_session
             conn.set_session(isolation_level or "default", _or_default(readonly), _or_default(deferrable), autocommit)

@@ -23,11 +23,14 @@ from sharedpool.wire.messages import (
 from sharedpool.worker import forks
 from sharedpool.worker.cache import Cache
 from sharedpool.worker.connection import (
+    CHECK_AFTER_S,
     PooledConnection,
     clean,
     close_confirmed,
     dead_end,
     disown,
+    has_hung_up,
+    settle,
     turned_read_only,
 )
 from sharedpool.worker.desk import Desk
@@ -77,7 +80,9 @@ class Holdings:
         error: BaseException | None = None
         if verdict is None:
             try:
-                if not clean(conn):
+                # A worker that was frozen brings back what was taken away, before its link has heard of that.
+                long = time.monotonic() - lease.since > CHECK_AFTER_S
+                if not clean(conn) or (long and has_hung_up(conn)):
                     verdict = ReleaseReason.BROKEN
                     if conn.closed == BROKEN:
                         self.trouble(lease, "")
@@ -247,4 +252,5 @@ def is_clean(pool: str, callback: str, conn: PooledConnection) -> bool:
         raise psycopg2.ProgrammingError(
             f"pool {pool!r}: {callback}() left a transaction open on the connection: commit or roll back in it"
         )
+    settle(conn)
     return True

@@ -19,8 +19,8 @@ from psycopg2 import extensions
 from sharedpool.errors import PoolClosed, PoolError, SharedPoolError
 from sharedpool.wire.messages import Phase, ReleaseReason
 from sharedpool.worker import forks
-from sharedpool.worker.checkout import ANSWER_LIMIT_S, CHECK_AFTER_S, checkout
-from sharedpool.worker.connection import PooledConnection, close_confirmed, cut
+from sharedpool.worker.checkout import ANSWER_LIMIT_S, checkout
+from sharedpool.worker.connection import CHECK_AFTER_S, PooledConnection, close_confirmed, cut
 from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.lease import Lease
 from sharedpool.worker.settings import PoolConfig

@@ -226,6 +226,23 @@ def test_an_open_transaction_is_rolled_back(make_pool: MakePool) -> None:
     assert again is conn
 
 
+@pytest.mark.parametrize("end", ["COMMIT", "ROLLBACK", "END"])
+def test_the_next_user_can_roll_back_when_a_transaction_was_ended_by_sql(make_pool: MakePool, end: str) -> None:
+    """psycopg2 does not see that; it would take the next user's first statement for the middle of a transaction."""
+    pool = make_pool(max_conn=1)
+    conn = pool.get_conn()
+    conn.cursor().execute("CREATE TEMP TABLE mine AS SELECT 1 AS n")
+    conn.commit()
+    ask(conn, "SELECT count(*) FROM mine")
+    conn.cursor().execute(end)
+    pool.put_conn(conn)
+    again = pool.get_conn()
+    assert again is conn
+    again.cursor().execute("DELETE FROM mine")
+    again.rollback()
+    assert ask(again, "SELECT count(*) FROM mine") == 1
+
+
 def test_a_failed_transaction_is_rolled_back(make_pool: MakePool) -> None:
     pool = make_pool(max_conn=1)
     conn = pool.get_conn()

@@ -199,6 +199,28 @@ def test_a_frozen_worker_keeps_its_connection_when_nobody_needs_it(
     assert a.ask("query", name="x", sql="SELECT pg_backend_pid()")["rows"] == [[backend]]
 
 
+def test_a_frozen_worker_does_not_check_in_what_was_taken_away_meanwhile(
+    start: StartWorker, server_connection: connection, name: str
+) -> None:
+    """It wakes, checks in and out at once: before its link could hear that the backend has ended."""
+    a = start(max_conn=1)
+    for _ in range(5):
+        backend = a.ask("get", name="x")["backend"]
+        a.kill(signal.SIGSTOP)
+        with server_connection.cursor() as cursor:
+            cursor.execute("SELECT pg_terminate_backend(%s, 5000), pg_sleep(0.6)", [backend])  # long enough to matter
+        a.send("put", name="x")
+        a.send("get", name="y", timeout=10)
+        a.send("query", name="y", sql="SELECT pg_backend_pid()")
+        a.send("put", name="y")
+        a.kill(signal.SIGCONT)
+        assert "error" not in a.answer()
+        fresh = a.answer()["backend"]
+        assert fresh != backend
+        assert a.answer()["rows"] == [[fresh]]
+        assert "error" not in a.answer()
+
+
 def test_a_long_checkout_is_reported_with_its_holder(
     postgres: EphemeralPostgres, runtime_dir: object, name: str
 ) -> None:
