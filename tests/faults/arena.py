@@ -131,8 +131,8 @@ class Arena:
         row.figures["late answers"] = len(late)
         wrong = violations(seen, within_s * scale(2, 1))
         assert not wrong, f"{wrong}; the broker: {state}"
-        assert "Traceback" not in self.broker.words(), self.broker.words()[-4000:]
-        assert "Traceback" not in crew.errors(), crew.errors()[-4000:]
+        for said in (self.broker.words(), crew.errors()):
+            assert "Traceback" not in said, _first_traceback(said)
         return found
 
     def close(self) -> None:
@@ -142,6 +142,12 @@ class Arena:
         self.broker.stop()
         with self.admin() as cursor:
             cursor.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(self.role)))
+
+
+def _first_traceback(said: str) -> str:
+    """Return the first traceback, and a little of what came before it."""
+    at = said.index("Traceback")
+    return f"{said.count('Traceback')} tracebacks, the first: {said[max(0, at - 500) : at + 4000]}"
 
 
 @contextmanager

@@ -119,11 +119,10 @@ def test_frozen_workers_lose_their_slots_to_waiters_and_find_out_loudly(field: A
     after = [_gone_for(c, depth, wall) for c in failed_first]
     stale = sum(gone_s is None or gone_s > CONFIRMED_S for gone_s in after)
     row.figures |= {"served": spread(served), "stale": stale, "first queries failed; backend gone for": after}
+    late = len(after) - stale
     row.worst = max(served)
-    row.measured = (
-        f"{row.faults} frozen; waiters served {spread(served)}; stale {stale}, ended in their checkout"
-        f" {len(after) - stale}"
-    )
+    served_in = spread(served)
+    row.measured = f"{row.faults} frozen; waiters served {served_in}; stale {stale}, ended in their checkout {late}"
     assert stale == 0
     assert max(served) <= TTL_S + scale(2.5, 0.5)
 

@@ -98,7 +98,10 @@ class Server:
                 self.advance(proc, Stage.FORKED, now)
             if proc.stage is Stage.OPEN:
                 tagged[proc.backend] = proc.tag
-            elif proc.stage is Stage.STARTING or (proc.stage is Stage.FORKED and now - proc.forked_at >= SETTLE_S):
+            # To within rounding: the second look is ordered exactly so much later.
+            elif proc.stage is Stage.STARTING or (
+                proc.stage is Stage.FORKED and now - proc.forked_at > SETTLE_S - 1e-6
+            ):
                 starting.add(proc.backend.pid)
         return Survey(serial, frozenset(starting), tagged)
 
