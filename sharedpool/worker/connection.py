@@ -12,7 +12,7 @@ import re
 import select
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, cast
 
@@ -72,9 +72,9 @@ class PooledConnection(extensions.connection):
         """Close the connection and wait (at most a second) until its backend has exited."""
         close_confirmed([self])
 
-    def __del__(self) -> None:
+    def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:  # at the interpreter's end `os` may be gone
         # Dropped while checked out: no lock may be taken here, so the link's thread brings it back.
-        if self.sharedpool_pid != os.getpid():
+        if self.sharedpool_pid != getpid():
             return  # never opened, or inherited
         if self.sharedpool_lease is None:
             _close_witness(self)

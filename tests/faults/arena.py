@@ -12,11 +12,12 @@ from typing import Any
 import psycopg2
 from brokers import BrokerProcess
 from crew import Crew
-from events import Checkout, Event, checkouts, failures, files, overlaps
+from events import Checkout, Event, checkouts, failures, files
 from psycopg2 import extensions, sql
 from record import Row, merge_counts, scale
 from rolesampler import RoleSampler
 from serverlog import ServerLog
+from verdict import Evidence, violations
 from waiting import wait_until
 
 from sharedpool.cli.postgres import EphemeralPostgres
@@ -118,27 +119,20 @@ class Arena:
         found = self.checkouts()
         wait_until(lambda: self.backends() == 0, 10, "the backends of the workers that have left to be gone")
         self.sampler.stop()
+        killed = {str(number): at for number, at in crew.killed.items()}
         depth = self.log.depth(self.role)
-        double = overlaps(found, {str(number): at for number, at in crew.killed.items()})
+        seen = Evidence(self.max_conn, depth, self.sampler.peak, found, killed, took, took_s)
         row.peak_by_log, row.peak_by_sampler, row.backends = depth.peak, self.sampler.peak, depth.backends
-        row.overshoot = max(0, max(depth.peak, self.sampler.peak) - self.max_conn)
-        row.leaked, row.all_within_s = self.max_conn - took, took_s
-        row.double_use = len(double)
+        row.overshoot, row.leaked, row.double_use = seen.overshoot, seen.leaked, seen.double_use
+        row.all_within_s = took_s
         row.checkouts = sum(checkout.backend is not None for checkout in found)
         row.errors = merge_counts(failures(found))
-        dirty = [checkout for checkout in found if checkout.dirty]
-        hung = [c for c in found if c.answered is None and c.worker not in map(str, crew.killed)]
         late = [c for c in found if c.answered is not None and c.timeout > 0 and c.lateness > LATE_S]
         row.figures["late answers"] = len(late)
-        assert row.overshoot == 0, f"more than {self.max_conn} backends: {depth.at_peak}, sampler {self.sampler.peak}"
-        assert row.leaked == 0, f"only {took} of {self.max_conn} slots could be had: {state}"
-        assert took_s <= within_s * scale(2, 1), f"all slots only after {took_s:.2f} s: {state}"
-        assert not double, f"used twice at a time: {double[:3]}"
-        assert not dirty, f"handed out in a transaction: {dirty[:3]}"
-        assert not hung, f"never answered: {hung[:3]}"
-        assert row.checkouts > 0
-        assert "Traceback" not in self.broker.words(), self.broker.words()[-4000:]
-        assert "Traceback" not in crew.errors(), crew.errors()[-4000:]
+        wrong = violations(seen, within_s * scale(2, 1))
+        assert not wrong, f"{wrong}; the broker: {state}"
+        for said in (self.broker.words(), crew.errors()):
+            assert "Traceback" not in said, _first_traceback(said)
         return found
 
     def close(self) -> None:
@@ -148,6 +142,12 @@ class Arena:
         self.broker.stop()
         with self.admin() as cursor:
             cursor.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(self.role)))
+
+
+def _first_traceback(said: str) -> str:
+    """Return the first traceback, and a little of what came before it."""
+    at = said.index("Traceback")
+    return f"{said.count('Traceback')} tracebacks, the first: {said[max(0, at - 500) : at + 4000]}"
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterator
 import pytest
 import serverlog
 from arena import Arena, arena
-from record import Row, new_seed
+from record import LONG, LONG_MINUTES, SOAK_S, Row, new_seed
 
 from sharedpool.cli.postgres import EphemeralPostgres
 
@@ -30,9 +30,16 @@ def logging_postgres() -> Iterator[EphemeralPostgres]:
         yield server
 
 
-@pytest.fixture(params=["", "role limit"], ids=["counted", "role-limit"])
+def pytest_report_header() -> str | None:
+    """Tell how long the long version takes."""
+    if not LONG:
+        return None
+    return f"fault rows, long: about {LONG_MINUTES} minutes, and a soak of {SOAK_S / 60:.3g} minutes"
+
+
+@pytest.fixture
 def variant(request: pytest.FixtureRequest) -> str:
-    """Without and with PostgreSQL's own limit on the role."""
+    """Without or with PostgreSQL's own limit on the role: see `with_role_limit`."""
     return str(request.param)
 
 

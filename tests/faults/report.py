@@ -20,12 +20,12 @@ def load(directory: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """Return the Markdown table: one line a row, the variants' figures one after the other."""
-    lines = ["| fault | goal | measured | overshoot | leaked |", "|---|---|---|---|---|"]
+    """Return the Markdown table: one line a row, the worse of its variants."""
+    lines = ["| fault | goal | measured | overshoot | leaked slots |", "|---|---|---|---|---|"]
     for variants in rows.values():
-        measured = "; with the role's limit: ".join(_measured(row) for row in variants)
-        overshoot, leaked = (" · ".join(_number(row[what]) for row in variants) for what in ("overshoot", "leaked"))
-        lines.append(f"| {variants[0]['fault']} | {variants[0]['goal']} | {measured} | {overshoot} | {leaked} |")
+        worse = max(variants, key=lambda row: (not row["passed"], row["worst"]))
+        overshoot, leaked = (_worst([row[what] for row in variants]) for what in ("overshoot", "leaked"))
+        lines.append(f"| {worse['fault']} | {worse['goal']} | {_measured(worse)} | {overshoot} | {leaked} |")
     return "\n".join(lines)
 
 
@@ -42,6 +42,11 @@ def footnotes(rows: dict[str, list[dict[str, Any]]]) -> str:
         f" {max((row['peak_by_log'] or 0 for row in every), default=0)} by the server's log,"
         f" {max((row['peak_by_sampler'] or 0 for row in every), default=0)} by pg_stat_activity."
     ]
+    both = [name for name, variants in rows.items() if len(variants) > 1]
+    if both:
+        lines.append(f"Also with PostgreSQL's own limit on the role, the worse figure shown: {', '.join(both)}.")
+    seconds = sum(float(row["figures"].get("duration_s", 0)) for row in every)
+    lines.append(f"They took {seconds / 60:.1f} minutes.")
     if short:
         lines.append(f"{short} of them were short runs: their figures are no measure.")
     if missing:
@@ -55,11 +60,14 @@ def footnotes(rows: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _measured(row: dict[str, Any]) -> str:
-    return row["measured"] + ("" if row["passed"] else " **(failed)**")
+    """Return the row's figures. One that failed before it had any says so."""
+    return (row["measured"] or "nothing") + ("" if row["passed"] else " **(failed)**")
 
 
-def _number(value: object) -> str:
-    return "?" if value is None else str(value)
+def _worst(values: list[int | None]) -> str:
+    """Return the greatest; with a `?` when a variant did not come to count: it may have been worse."""
+    known = [value for value in values if value is not None]
+    return (str(max(known)) if known else "") + "?" * (len(known) < len(values))
 
 
 def main() -> int:

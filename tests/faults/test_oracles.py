@@ -1,9 +1,24 @@
 """The oracles themselves: each sees what it is there to see."""
 
+import json
+import subprocess
+import sys
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+import psycopg2
+import pytest
+import report
 from events import Event, checkouts, failures, files, overlaps
-from serverlog import ServerLog
+from record import Row
+from rolesampler import RoleSampler
+from serverlog import Depth, ServerLog
+from verdict import Evidence, violations
+from waiting import wait_until
+
+from sharedpool.cli.postgres import EphemeralPostgres
 
 
 def _log(path: Path, *lines: str) -> ServerLog:
@@ -73,3 +88,84 @@ def test_a_last_line_without_its_end_is_not_there_yet(tmp_path: Path) -> None:
     (found,) = checkouts(files(tmp_path))
     assert (found.worker, found.failure, found.waited) == ("3", "PoolTimeout", 0.5)
     assert failures([found]) == {"PoolTimeout": 1}
+
+
+def _evidence(**planted: Any) -> Evidence:
+    """A run that kept every promise, but for what is planted."""
+    lives = checkouts({"1": _life(1, 2), "2": _life(2, 4)})
+    log = Depth(peak=10, backends=12)
+    return replace(Evidence(10, log, 10, lives, {}, took=10, took_s=0.2), **planted)
+
+
+def test_a_run_that_kept_every_promise_is_found_good() -> None:
+    assert violations(_evidence(), 2.0) == []
+
+
+def test_an_eleventh_backend_in_the_log_is_an_overshoot(tmp_path: Path) -> None:
+    connects = [f"2.{pid} {pid} [app] LOG:  connection authorized: user=app" for pid in range(11, 22)]
+    seen = _evidence(log=_log(tmp_path / "log", *connects).depth("app"))
+    (wrong,) = violations(seen, 2.0)
+    assert seen.overshoot == 1
+    assert wrong.startswith("more than 10 backends: 2.21 21 [app]")
+
+
+@pytest.mark.parametrize(
+    ("planted", "words"),
+    [
+        ({"sampled_peak": 11}, "more than 10 backends"),
+        ({"took": 9}, "only 9 of 10 slots"),
+        ({"took_s": 2.1}, "all slots only after 2.10 s"),
+        ({"found": checkouts({"1": _life(1, 3), "2": _life(2, 4)})}, "used twice at a time"),
+        ({"found": checkouts({"1": [Event(1, "ask", ("1",)), Event(2, "out", ("50", "1.0", "2"))]})}, "transaction"),
+        ({"found": checkouts({"1": [*_life(1, 2), Event(3, "ask", ("1",))]})}, "never answered"),
+        ({"found": []}, "nobody was lent anything"),
+        ({"log": Depth()}, "the log tells of 0 backends"),
+        ({"sampled_peak": 0}, "the sampler has seen no backend"),
+    ],
+)
+def test_each_broken_promise_is_found(planted: dict[str, Any], words: str) -> None:
+    (wrong,) = violations(_evidence(**planted), 2.0)
+    assert words in wrong
+
+
+def test_a_question_of_a_killed_worker_need_not_be_answered() -> None:
+    found = checkouts({"1": [*_life(1, 2), Event(3, "ask", ("1",))]})
+    assert violations(_evidence(found=found, killed={"1": 3.5}), 2.0) == []
+
+
+def test_the_servers_own_log_and_list_show_one_backend_too_many(logging_postgres: EphemeralPostgres) -> None:
+    """The real server's words, that the log's oracle reads them as they are."""
+    log = ServerLog(logging_postgres.log_path)
+    sampler = RoleSampler(logging_postgres.dsn, "greedy")
+    with closing(psycopg2.connect(logging_postgres.dsn)) as admin, admin.cursor() as cursor:
+        cursor.execute("CREATE ROLE greedy LOGIN")
+        admin.commit()
+    sampler.start()
+    try:
+        with ExitStack() as stack:
+            for _ in range(11):
+                stack.enter_context(closing(psycopg2.connect(logging_postgres.dsn, user="greedy")))
+            sampler.wait_for(11, 10)
+        wait_until(lambda: not log.depth("greedy").alive, 10, "the disconnections to be in the log")
+    finally:
+        sampler.stop()
+    depth = log.depth("greedy")
+    seen = _evidence(log=depth, sampled_peak=sampler.peak)
+    assert (depth.peak, depth.backends, sampler.peak, seen.overshoot) == (11, 11, 11, 1)
+
+
+def _report(directory: Path, **row: Any) -> tuple[str, int]:
+    (directory / f"{row['variant']}.json").write_text(json.dumps(asdict(replace(Row("x", "f", "g", "", 1), **row))))
+    command = [sys.executable, report.__file__, str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    return done.stdout, done.returncode
+
+
+def test_the_report_shows_the_worse_variant(tmp_path: Path) -> None:
+    good = {"passed": True, "overshoot": 0, "leaked": 0}
+    text, status = _report(tmp_path, variant="", measured="in 1 s", worst=1.0, **good)
+    assert ("| f | g | in 1 s | 0 | 0 |" in text, status) == (True, 0)
+    text, status = _report(tmp_path, variant="role limit", measured="in 2 s", worst=2.0, **good)
+    assert ("| f | g | in 2 s | 0 | 0 |" in text, status) == (True, 0)
+    text, status = _report(tmp_path, variant="role limit", passed=False, overshoot=1)
+    assert ("| f | g | nothing **(failed)** | 1 | 0? |" in text, status) == (True, 1)

@@ -8,7 +8,7 @@ import pytest
 import serverlog
 from arena import MAX_CONN, WORKERS, Arena, arena
 from events import Checkout
-from record import CONFIRMED_S, Row, percentile, scale, spread
+from record import CONFIRMED_S, Row, percentile, scale, spread, with_role_limit
 from waiting import wait_until
 
 from sharedpool.cli.postgres import EphemeralPostgres
@@ -28,6 +28,7 @@ def dead_handed_out(found: list[Checkout], gone: dict[tuple[str, str], float]) -
     ]
 
 
+@with_role_limit(short=True, long=True)
 @pytest.mark.row(
     "restart", "PostgreSQL restarted fast / immediate, 20 times", "≤ 1 error per held connection; full capacity ≤ 2 s"
 )
@@ -63,6 +64,7 @@ def test_capacity_is_back_soon_after_the_server(field: Arena, row: Row) -> None:
     ]
     row.figures |= {"full": spread(full), "errors of one": max(errors.values(), default=0)}
     row.figures |= {"away": spread([up - down for down, up in away]), "first queries failed": len(handed_out)}
+    row.worst = max(full)
     row.measured = (
         f"{row.faults} restarts; at most {max(errors.values(), default=0)} errors per held connection,"
         f" {sum(errors.values())} in all; full capacity {spread(full)}"
@@ -75,6 +77,7 @@ def test_capacity_is_back_soon_after_the_server(field: Arena, row: Row) -> None:
     assert percentile(full, 100) <= scale(6.0, 2.0)
 
 
+@with_role_limit(short=False, long=False)
 @pytest.mark.row("terminate", "random `pg_terminate_backend` on idle connections", "dead connections handed out: 0")
 def test_connections_that_were_ended_while_idle_are_replaced_unseen(field: Arena, row: Row) -> None:
     """Dead: the first query of a checkout fails although the backend had been gone for 50 ms when it began.
@@ -103,6 +106,7 @@ def test_connections_that_were_ended_while_idle_are_replaced_unseen(field: Arena
     dead = dead_handed_out(found, gone)
     broken = [error for checkout in found for error in checkout.errors]
     row.figures |= {"dead": len(dead), "raced": len(broken)}
+    row.worst = len(dead)
     row.measured = (
         f"{len(gone)} ended; dead handed out {len(dead)}; {len(broken)} were ended in or just before their use"
     )
@@ -110,6 +114,7 @@ def test_connections_that_were_ended_while_idle_are_replaced_unseen(field: Arena
     assert not dead, dead[:3]
 
 
+@with_role_limit(short=False, long=False)
 @pytest.mark.row(
     "too-small", "server's `max_connections` below `max_conn`",
     "≤ 2 connect attempts a second for the pool; clear warning",
@@ -141,6 +146,7 @@ def test_a_server_that_is_too_small_is_not_flooded(row: Row, variant: str) -> No
         assert "max_conn 10 and 1 control connection are more than the 6 connections" in field.broker.words()
     rate = len(refused) / (ended - started - 2)
     row.figures |= {"busiest second": busiest, "a second": rate}
+    row.worst = rate
     row.measured = f"{rate:.2f} attempts a second, {busiest} in the busiest"
     assert refused, "nothing was tried"
     assert rate <= 2

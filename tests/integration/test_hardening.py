@@ -162,7 +162,8 @@ def test_a_file_in_the_desks_place_is_kept_and_the_broker_does_without(
     with server_in_a_thread(address, dsn=postgres.dsn), Worker(dsn=postgres.dsn, broker=address) as worker:
         assert "backend" in worker.ask("get", name="x", timeout=10)
         worker.ask("put", name="x", close=True)
-        assert (fetch_report(address).leases, fetch_report(address).custody) == (0, 0)
+        wait_until(lambda: fetch_report(address).leases == 0, 10, "the lease to be given back")
+        assert fetch_report(address).custody == 0
     assert (runtime_dir / "plain.sock.desk").read_text() == "precious"
     assert "no desk at" in caplog.text
 
