@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import Any, Literal
 
 from sharedpool.broker.launch import ensure_running, with_linger
 from sharedpool.broker.settings import BrokerSettings
@@ -33,7 +33,9 @@ def config_pool(
     max_checkout: float | None = None,
     max_waiting: int | None = None,
     configure: Callback | None = None,
-    reset: Callback | None = None,
+    reset: Callback | Literal["discard", "rollback"] = "discard",
+    handover: Literal["auto", "off"] = "auto",
+    slice: float = 0.002,
     check: Callback | None = None,
     **connect_kwargs: Any,
 ) -> Pool:
@@ -45,8 +47,13 @@ def config_pool(
     address; else SHAREDPOOL_BROKER; else one is found or started for this user, server and name. `timeout`: seconds
     `get_conn` waits when it is not told. `max_lifetime`: seconds after which a connection is replaced (±10 %).
     `max_checkout`: seconds after which the broker reports a connection that is still out. `max_waiting`: how many
-    callers of all processes may wait at a time; further ones get `TooManyWaiting`. `configure(conn)` runs once
-    after connecting, `reset(conn)` at every checkin, `check(conn)` at every checkout.
+    callers of all processes may wait at a time; further ones get `TooManyWaiting`. `configure(conn)` runs
+    after connecting, and again when a connection came from another process; `check(conn)` at every checkout.
+
+    `handover`: "auto" passes a live connection on to a process that waits, where that can be (same host, no TLS);
+    "off" always closes it here and opens one there. `reset`: what is done before it moves: "discard" (DISCARD ALL) or
+    "rollback" (no more than at every checkin), or a function that is called at every checkin. `slice`: seconds for
+    which a process that uses a connection all the time may keep it while others wait.
 
     Where to connect: `dsn`, `db_url` or psycopg2's keywords; else DATABASE_DSN, DATABASE_URL, libpq's environment.
     Raise `ConfigError`, a `ValueError`, that names the argument.
@@ -60,9 +67,14 @@ def config_pool(
             check_number(argument, value, above=True)
     if max_waiting is not None:
         check_number("max_waiting", max_waiting, least=1, whole=True)
-    for argument, callback in (("configure", configure), ("reset", reset), ("check", check)):
+    for argument, callback in (("configure", configure), ("check", check)):
         if callback is not None and not callable(callback):
             raise ConfigError(f"{argument}: must be a function of one connection, not {callback!r}")
+    if reset not in ("discard", "rollback") and not callable(reset):
+        raise ConfigError(f'reset: must be "discard", "rollback" or a function of one connection, not {reset!r}')
+    if handover not in ("auto", "off"):
+        raise ConfigError(f'handover: must be "auto" or "off", not {handover!r}')
+    check_number("slice", slice)
     if not (isinstance(pool_manager, type) and issubclass(pool_manager, Pool)):
         raise ConfigError(f"pool_manager: must be SimpleConnectionPool or ThreadedConnectionPool, not {pool_manager!r}")
     if not isinstance(name, str) or not name or not name.isprintable():
@@ -85,6 +97,8 @@ def config_pool(
         configure=configure,
         reset=reset,
         check=check,
+        handover=handover == "auto",
+        slice=float(slice),
     )
     pool = _make(pool_manager, config)
     previous = _current.get(name)

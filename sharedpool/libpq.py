@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import select
+import time
 
 import psycopg2
 from psycopg2.extensions import connection
+
+_COMMAND_OK = 1  # PGRES_COMMAND_OK
 
 
 class _Option(ctypes.Structure):
@@ -30,6 +34,13 @@ def library() -> ctypes.CDLL | None:
         lib.PQconninfoFree.argtypes, lib.PQconninfoFree.restype = [ctypes.POINTER(_Option)], None
         lib.PQfinish.argtypes, lib.PQfinish.restype = [ctypes.c_void_p], None
         lib.PQsocket.argtypes, lib.PQsocket.restype = [ctypes.c_void_p], ctypes.c_int
+        lib.PQgssEncInUse.argtypes, lib.PQgssEncInUse.restype = [ctypes.c_void_p], ctypes.c_int
+        lib.PQsendQuery.argtypes, lib.PQsendQuery.restype = [ctypes.c_void_p, ctypes.c_char_p], ctypes.c_int
+        lib.PQconsumeInput.argtypes, lib.PQconsumeInput.restype = [ctypes.c_void_p], ctypes.c_int
+        lib.PQisBusy.argtypes, lib.PQisBusy.restype = [ctypes.c_void_p], ctypes.c_int
+        lib.PQgetResult.argtypes, lib.PQgetResult.restype = [ctypes.c_void_p], ctypes.c_void_p
+        lib.PQresultStatus.argtypes, lib.PQresultStatus.restype = [ctypes.c_void_p], ctypes.c_int
+        lib.PQclear.argtypes, lib.PQclear.restype = [ctypes.c_void_p], None
     except (AttributeError, OSError):
         return None
     return lib
@@ -63,3 +74,39 @@ def socket_of_failed(conn: connection) -> int | None:
     except psycopg2.Error:
         return None
     return int(lib.PQsocket(pointer)) if pointer else -1
+
+
+def is_encrypted(conn: connection) -> bool:
+    """Say whether a session's state lies in this process: TLS or GSS encryption. True where it cannot be told."""
+    lib = library()
+    if lib is None or conn.info.ssl_in_use:
+        return True
+    return bool(lib.PQgssEncInUse(conn.pgconn_ptr))
+
+
+def execute(conn: connection, command: bytes, limit_s: float) -> bool:
+    """Run a command that returns no rows; say whether it succeeded within `limit_s` seconds.
+
+    psycopg2's own `execute` would wait for ever. After False the connection is good for nothing any more.
+    """
+    lib = library()
+    pointer = conn.pgconn_ptr
+    if lib is None or not pointer or not lib.PQsendQuery(pointer, command):
+        return False
+    deadline = time.monotonic() + limit_s
+    poller = select.poll()
+    poller.register(conn.fileno(), select.POLLIN)
+    while True:
+        if lib.PQisBusy(pointer):
+            # The command fits into any socket's buffer: nothing is left to be flushed.
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or not poller.poll(left_s * 1000) or not lib.PQconsumeInput(pointer):
+                return False
+            continue
+        result = lib.PQgetResult(pointer)
+        if not result:
+            return True
+        status = lib.PQresultStatus(result)
+        lib.PQclear(result)
+        if status != _COMMAND_OK:
+            return False

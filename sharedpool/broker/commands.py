@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from sharedpool.wire.messages import Backend, PoolSpec, Token, ToWorker
+from sharedpool.wire.messages import Backend, Pass, PoolSpec, Token, ToWorker
 
 
 class Process(NamedTuple):
@@ -66,6 +66,30 @@ class Erase:
 
 
 @dataclass(frozen=True, slots=True)
+class Entrust:
+    """The socket in custody for one lease is another's from now on."""
+
+    token: Token
+    heir: Token
+
+
+@dataclass(frozen=True, slots=True)
+class PassOn:
+    """Send this, with the socket in custody for its token, to who waits on a line of the desk."""
+
+    line: int
+    message: Pass
+
+
+@dataclass(frozen=True, slots=True)
+class Interfere:
+    """Cancel what a backend is executing, then tell the ledger (`interrupted`)."""
+
+    token: Token
+    backend: Backend
+
+
+@dataclass(frozen=True, slots=True)
 class Vouch:
     """From now on the journal tells of every lease there may be: a later broker need not wait."""
 
@@ -119,4 +143,4 @@ class Log:
     text: str
 
 
-Command = Send | Record | Erase | Vouch | Watch | Fence | Look | Doubt | Forget | Log
+Command = Send | Record | Erase | Entrust | PassOn | Interfere | Vouch | Watch | Fence | Look | Doubt | Forget | Log

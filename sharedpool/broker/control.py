@@ -21,7 +21,7 @@ from typing import Any
 import psycopg2
 from psycopg2.extensions import connection, parse_dsn
 
-from sharedpool.broker.commands import Command, Doubt, Fence, Look, Survey
+from sharedpool.broker.commands import Command, Doubt, Fence, Interfere, Look, Survey
 from sharedpool.broker.ledger import Ledger
 from sharedpool.wire.messages import Backend, Token
 from sharedpool.wire.tag import pattern_of
@@ -49,6 +49,10 @@ WHERE (pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0)) 
 """
 _LOOK_SQL = """
 SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0) FROM pg_stat_activity WHERE pid = ANY(%s)
+"""
+_CANCEL_SQL = """
+SELECT pg_cancel_backend(pid) FROM pg_stat_activity
+WHERE pid = %s AND coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0) = %s
 """
 # A backend holds the lock on its virtual transaction while it authenticates its client, before it is in
 # pg_stat_activity (PostgreSQL's InitPostgres). This is asked first: what starts meanwhile is in the second answer.
@@ -80,7 +84,7 @@ class Control:
         self._max_conn = max_conn
         self._instance = instance
         self._tell = tell
-        self._inbox: queue.SimpleQueue[_Job | Token | Look | Doubt | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Job | Token | Look | Doubt | Interfere | None] = queue.SimpleQueue()
         self._jobs: dict[Token, _Job] = {}
         self._looks: list[Look] = []
         self._conn: psycopg2.extensions.connection | None = None
@@ -127,6 +131,10 @@ class Control:
     def doubt(self, doubt: Doubt) -> None:
         """Queue the question whether the server is still the one it was. Does not block."""
         self._inbox.put(doubt)
+
+    def interfere(self, interfere: Interfere) -> None:
+        """Queue a cancel. Does not block."""
+        self._inbox.put(interfere)
 
     def _run(self) -> None:
         retry_s, retry_at = _FIRST_RECONNECT_S, 0.0
@@ -175,11 +183,28 @@ class Control:
                         self._looks.append(item)
                     case Doubt():
                         self._answer(item)
+                    case Interfere():
+                        self._cancel(item)
                     case Token():
                         self._jobs.pop(item, None)
                 item = self._inbox.get_nowait()
         except queue.Empty:
             return True
+
+    def _cancel(self, order: Interfere) -> None:
+        """Cancel what a backend is executing: now or never, later it may be at something else."""
+        if self._conn is None:
+            logger.warning("lease %s: its query is not cancelled: no control connection", order.token)
+        else:
+            try:
+                with self._conn.cursor() as cursor:
+                    cursor.execute(_CANCEL_SQL, (order.backend.pid, order.backend.start_us))
+            except psycopg2.errors.InsufficientPrivilege as error:
+                logger.warning("lease %s: its query is not cancelled: %s", order.token, str(error).strip())
+            except psycopg2.Error as error:
+                logger.warning("control connection lost: %s", str(error).strip())
+                self._drop("connecting")
+        self._tell(lambda ledger, now: ledger.interrupted(order.token, now))
 
     def _answer(self, doubt: Doubt) -> None:
         """Say whether the server that we know still answers."""

@@ -19,6 +19,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable
 from itertools import chain, islice, takewhile
+from typing import Protocol
 
 from sharedpool.broker.commands import Command, Fence, Send
 from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState, Waiter
@@ -29,8 +30,20 @@ ANSWER_LIMIT_S = 1.0
 HOLDERS_NAMED = 3
 
 
+class Parked(Protocol):
+    """The hand-over, as the queue sees it."""
+
+    def serve(self, now: float) -> None:
+        """Give what is parked to who waits."""
+
+    def end(self, pools: Iterable[Pool], most: int, now: float) -> int:
+        """End up to `most` parked connections; return how many."""
+
+
 class Demand:
-    """The queue's side of the ledger. `arm(when, kind, subject)` asks for a timer."""
+    """The queue's side of the ledger. `arm(when, kind, subject)` asks for a timer. `parked` is set once it is made."""
+
+    parked: Parked
 
     def __init__(
         self,
@@ -50,6 +63,11 @@ class Demand:
         self._arrived = 0  # the newest recall when the last request came that does not wait
         self.paused = self.draining = False
 
+    def next_serial(self) -> int:
+        """Return the number of the next word on what a session owes."""
+        self._ask_serial += 1
+        return self._ask_serial
+
     def settle(self, now: float) -> None:
         """Do all that can be done for the waiters after a change."""
         books = self._books
@@ -59,6 +77,7 @@ class Demand:
         if self.paused:
             return
         if books.contended:
+            self.parked.serve(now)
             self._serve(now)
             self._fail(now)
         if books.contended:
@@ -86,7 +105,7 @@ class Demand:
             self._arm(pool.backoff.probe_at, "probe", pool)
         pool.grants += 1
         pool.waits += now > waiter.since
-        self._books.mark_owed(session, min(len(session.leases), self._pressure(pool, session)))
+        self._books.mark_owed(session, min(len(session.leases), self.pressure(pool, session)))
         self.send_grant(lease)
 
     def new_token(self) -> Token:
@@ -96,9 +115,8 @@ class Demand:
 
     def send_grant(self, lease: Lease) -> None:
         """Send a grant, or send it again for a request that was repeated."""
-        self._ask_serial += 1
         self._emit(
-            Send(lease.session.id, Grant(lease.request, lease.token, self._ask_serial, lease.session.owed)),
+            Send(lease.session.id, Grant(lease.request, lease.token, self.next_serial(), lease.session.owed)),
         )
 
     # --- 2. recall
@@ -108,6 +126,7 @@ class Demand:
         for pool in list(books.contended.values()):
             short = self._short(pool)
             if short > 0:
+                short -= self.parked.end([pool], short, now)
                 short -= self._take([pool], short, now)
                 short -= self._fence_suspects([pool], min(short, self._patient(pool)), now)
                 if short > 0:
@@ -115,6 +134,7 @@ class Demand:
         short = self._short_of_cap()
         if short > 0:  # the cap over all pools is what keeps them waiting: any pool's slot will do
             pools = sorted(books.pools.values(), key=lambda pool: len(pool.waiters))
+            short -= self.parked.end(pools, short, now)
             short -= self._take(pools, short, now)
             short -= self._fence_suspects(pools, min(short, sum(map(self._patient, pools))), now)
             if short > 0:
@@ -194,7 +214,7 @@ class Demand:
         heads = (next((w for w in other.waiters.values() if not w.nowait), None) for other in self._helped(pool))
         return min((head for head in heads if head is not None), key=lambda waiter: waiter.seq, default=None)
 
-    def _pressure(self, pool: Pool, holder: Session) -> int:
+    def pressure(self, pool: Pool, holder: Session) -> int:
         """How many of `holder`'s next checkins others wait for: none while its own waiter is the first."""
         first = self._first_patient(pool)
         return 0 if first is not None and first.session is holder else self._wanted(pool)
@@ -203,7 +223,7 @@ class Demand:
         if not self._wanted(pool):
             return
         for session in list(pool.unpressed.values()):
-            owed = min(len(session.leases), self._pressure(pool, session))
+            owed = min(len(session.leases), self.pressure(pool, session))
             if owed:
                 self._books.mark_owed(session, owed)
                 self.ask(session, now)
@@ -221,13 +241,15 @@ class Demand:
             else:
                 continue
             for session in relaxed:
+                if session.passes:
+                    continue  # what it gives back for nobody is parked, and may be had again for a word
                 self._books.mark_owed(session, 0)
-                self._ask_serial += 1
-                self._emit(Send(session.id, Recall(self._ask_serial, 0, 0, answer=False)))
+                self._emit(Send(session.id, Recall(self.next_serial(), 0, 0, answer=False)))
 
     def _drain(self, now: float) -> None:
         """Ask for everything: what lies idle now, all else at its checkin."""
         for pool in self._books.pools.values():
+            self.parked.end([pool], len(pool.parked), now)
             self._take([pool], len(pool.idle), now)
             for session in [*pool.pressed.values(), *pool.unpressed.values()]:
                 if session.owed < len(session.leases):
@@ -236,8 +258,7 @@ class Demand:
 
     def ask(self, session: Session, now: float, *, take: int = 0, expired: bool = False) -> None:
         """Ask a session for `take` idle leases and for what it holds; watch for its answer."""
-        self._ask_serial += 1
-        session.asked = self._ask_serial
+        session.asked = self.next_serial()
         self._emit(Send(session.id, Recall(session.asked, take, session.owed, expired)))
         self._watch_answer(session, now)
 
@@ -358,7 +379,7 @@ class Demand:
             assert not (pool.room > 0 and books.room > 0), f"{pool.name}: a free slot and a waiter"
             if self._short(pool) > 0:
                 assert not pool.idle, f"{pool.name}: an idle lease nobody recalled"
-                assert all(not self._pressure(pool, s) for s in pool.unpressed.values()), pool.name
+                assert all(not self.pressure(pool, s) for s in pool.unpressed.values()), pool.name
         if books.contended and self._short_of_cap() > 0:
             assert not any(pool.idle for pool in books.pools.values()), "an idle lease nobody recalled"
 

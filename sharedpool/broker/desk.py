@@ -1,13 +1,15 @@
-"""Custody: the broker's duplicates of the workers' sockets, and the desk where they are handed in.
+"""Custody and hand-over: the broker's duplicates of the workers' sockets, and the desk where they are handed in.
 
 PostgreSQL holds its end of a connection's socket open until the backend has exited (`socket_close` in its pqcomm.c). A
 duplicate in an epoll set, watched for EPOLLRDHUP and nothing else, therefore tells the broker that a slot is free, with
 no SQL and no word from the worker, and is silent while the worker uses the connection. It is also how a dead worker's
-session is *cut*: the duplicate keeps the connection open, so the broker must shut it down.
+session is *cut*: the duplicate keeps the connection open, so the broker must shut it down; and how a connection moves
+from one worker to another (`handover.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -15,12 +17,12 @@ import select
 import socket
 import stat
 import struct
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from sharedpool.errors import ProtocolError
-from sharedpool.wire.codec import decode_to_desk
-from sharedpool.wire.messages import Deposit, Token
+from sharedpool.wire.codec import decode_to_desk, encode
+from sharedpool.wire.messages import Ask, Deposit, Give, Pass, Settled, Token, Withdraw
 
 logger = logging.getLogger("sharedpool.broker")
 
@@ -30,28 +32,51 @@ _PACKET_BYTES = 4096
 _UCRED = struct.Struct("3i")  # pid, uid, gid
 
 
+class Clerk(Protocol):
+    """What the desk tells: the server."""
+
+    def expects(self, session: bytes, token: Token) -> bool:
+        """Say whether a socket may be handed in for a lease."""
+
+    def deposited(self, token: Token) -> None:
+        """A lease's socket is in custody."""
+
+    def gone(self, token: Token) -> None:
+        """The backend of a socket in custody has ended."""
+
+    def asked(self, ask: Ask, line: int) -> None:
+        """Somebody waits on this line."""
+
+    def given(self, give: Give) -> None:
+        """A connection is to be passed on."""
+
+    def withdrawn(self, withdraw: Withdraw) -> None:
+        """Somebody waits no more."""
+
+    def line_ended(self, line: int) -> None:
+        """A line has ended."""
+
+
 class Desk:
     """The listener, the workers' lines to it, and what is in custody.
 
-    `expects(session, token)` says whether a socket may be handed in for a lease; `deposited(token)` and `gone(token)`
-    are called for what has come and what has ended.
+    `clerk` is told all that is said here and what becomes of the sockets. Lines are named by numbers never used twice.
     """
 
     def __init__(
         self,
         path: Path,
-        expects: Callable[[bytes, Token], bool],
-        deposited: Callable[[Token], None],
-        gone: Callable[[Token], None],
+        clerk: Clerk,
     ) -> None:
         """Listen at `path`; the address's lock must be held. Raise OSError when that cannot be."""
         self.path = path
-        self._expects = expects
-        self._deposited = deposited
-        self._gone = gone
+        self._clerk = clerk
         self._custody: dict[Token, socket.socket] = {}
         self._tokens: dict[int, Token] = {}
-        self._lines: dict[int, socket.socket] = {}
+        self._lines: dict[int, socket.socket] = {}  # by descriptor
+        self._numbers: dict[int, int] = {}  # their numbers, by descriptor
+        self._numbered: dict[int, socket.socket] = {}
+        self._newest = 0
         if path.is_symlink() or (path.exists() and not path.is_socket()):
             raise FileExistsError(errno.EEXIST, "there is a file that is no socket", str(path))
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
@@ -108,7 +133,9 @@ class Desk:
                 logger.warning("dropped a line to the desk from uid %d", uid)
                 line.close()
                 continue
-            self._lines[line.fileno()] = line
+            self._newest += 1
+            self._lines[line.fileno()] = self._numbered[self._newest] = line
+            self._numbers[line.fileno()] = self._newest
             self._lines_epoll.register(line, select.EPOLLIN)
 
     def _turn_away(self, error: OSError) -> None:
@@ -131,29 +158,60 @@ class Desk:
         except OSError:
             packet, fds, flags = b"", [], 0
         if not packet and not fds:
-            self._lines_epoll.unregister(line)
-            del self._lines[line.fileno()]
-            line.close()
+            self._hang_up(line)
             return
         taken = False
         try:
-            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) != 1 or not _is_socket(fds[0]):
-                raise ProtocolError(f"{len(packet)} bytes and {len(fds)} descriptors instead of one socket")
-            taken = self._take(decode_to_desk(packet), fds[0])
+            message = decode_to_desk(packet)
+            wanted = int(isinstance(message, Deposit))
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) != wanted or not all(map(_is_socket, fds)):
+                raise ProtocolError(f"{len(packet)} bytes and {len(fds)} descriptors instead of {wanted} sockets")
+            if isinstance(message, Deposit):
+                taken = self._take(message, fds[0])
+            elif isinstance(message, Ask):
+                self._clerk.asked(message, self._numbers[line.fileno()])
+            elif isinstance(message, Give):
+                self._clerk.given(message)
+            else:
+                self._clerk.withdrawn(message)
+                self._say(line, Settled(message.request))
         except ProtocolError as error:
             logger.warning("dropped what came to the desk: %s", error)
         finally:
             for fd in fds[1:] if taken else fds:
                 os.close(fd)
 
+    def _hang_up(self, line: socket.socket) -> None:
+        number = self._numbers.pop(line.fileno())
+        self._lines_epoll.unregister(line)
+        del self._lines[line.fileno()], self._numbered[number]
+        line.close()
+        self._clerk.line_ended(number)
+
+    def _say(self, line: socket.socket, message: Settled) -> None:
+        with contextlib.suppress(OSError):  # it has left, and is seen to have
+            line.send(encode(message))
+
+    def pass_on(self, number: int, message: Pass) -> None:
+        """Send a connection to who waits on a line. Without success the line is as good as ended."""
+        line, held = self._numbered.get(number), self._custody.get(message.token)
+        if line is not None and held is not None:
+            try:
+                socket.send_fds(line, [encode(message)], [held.fileno()])
+            except OSError as error:
+                logger.debug("lease %s was not passed on: %s", message.token, error)
+            else:
+                return
+        self._clerk.line_ended(number)
+
     def _take(self, deposit: Deposit, fd: int) -> bool:
-        if deposit.token in self._custody or not self._expects(deposit.session, deposit.token):
+        if deposit.token in self._custody or not self._clerk.expects(deposit.session, deposit.token):
             return False
         held = socket.socket(fileno=fd)
         self._custody[deposit.token] = held
         self._tokens[fd] = deposit.token
         self._custody_epoll.register(fd, select.EPOLLRDHUP)
-        self._deposited(deposit.token)
+        self._clerk.deposited(deposit.token)
         return True
 
     # --- custody
@@ -164,7 +222,7 @@ class Desk:
             token = self._tokens.get(fd)
             if token is not None:
                 self.drop(token)
-                self._gone(token)
+                self._clerk.gone(token)
 
     def cut(self, token: Token) -> bool:
         """Tell a backend that its client is gone; return whether its socket is in custody.
@@ -180,6 +238,13 @@ class Desk:
         except OSError:
             pass  # it was faster
         return True
+
+    def entrust(self, token: Token, heir: Token) -> None:
+        """Keep a lease's socket for another lease."""
+        held = self._custody.pop(token, None)
+        if held is not None:
+            self._custody[heir] = held
+            self._tokens[held.fileno()] = heir
 
     def drop(self, token: Token) -> None:
         """Let go of a socket: its slot is free."""

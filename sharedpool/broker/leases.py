@@ -21,12 +21,21 @@ class Logger(Protocol):
     def __call__(self, level: int, text: str, *args: object) -> None: ...
 
 
+class Parked(Protocol):
+    """The hand-over, as the leases see it."""
+
+    def expire(self, lease: Lease, now: float) -> None:
+        """End a parked connection that nobody has asked for."""
+
+
 class Leases:
     """The leases' side of the ledger. `drop(session)` is called when one of a session's leases is gone.
 
     `verifies`: there is a control connection to ask. `remembers`: what former brokers granted is in the books already,
-    so that an unknown lease is one that was taken away, never to be admitted again.
+    so that an unknown lease is one that was taken away, never to be admitted again. `parked` is set once it is made.
     """
+
+    parked: Parked
 
     def __init__(
         self,
@@ -108,6 +117,8 @@ class Leases:
         for report in reports:
             listed.add(report.token)
             lease = session.leases.get(report.token)
+            if lease is not None and lease.live is not None:
+                continue  # said before it was given
             if lease is None and claim and self._claimable(report.token):
                 lease = Lease(report.token, session, session.pool, backend=report.backend)
                 opened = report.backend is not None or report.phase is not Phase.CONNECTING
@@ -121,6 +132,8 @@ class Leases:
             known = lease.token.epoch != self._epoch or lease.token <= seen
             if not known or lease.token in listed or lease.state is SlotState.FENCING:
                 continue
+            if lease.line or lease.live is not None:
+                continue  # on its way to the worker, or given by it: the desk's lines lose nothing
             # Its RELEASE may have told that nobody saw the backend end, or that a connect timed out: what RENEW's
             # `gone` does not name may be left on the server, known or not.
             self.fence(lease, "its RELEASE was lost", now)
@@ -133,6 +146,7 @@ class Leases:
         return token not in self._books.leases and token not in self._void
 
     def _update(self, lease: Lease, report: LeaseReport, now: float) -> None:
+        lease.line = 0
         self.identify(lease, report.backend)
         if report.phase is Phase.CONNECTING:
             state = SlotState.OPEN if lease.backend else SlotState.GRANTED
@@ -172,6 +186,9 @@ class Leases:
         lease.expiry_armed = False
         if lease.state is SlotState.OPEN and lease.idle_since is not None:
             due = lease.idle_since + lease.session.expiration_s
+            if lease.live is not None and due <= now:
+                self.parked.expire(lease, now)
+                return
             lease.expiry_armed = True
             if due <= now and not lease.session.mute and not lease.session.expiring:
                 lease.session.expiring = True  # one question for all that expire together

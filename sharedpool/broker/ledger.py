@@ -3,8 +3,8 @@
 Scope: count slots to `max_conn`, queue requests first come first served, remember what every session says of its
 leases, and free a slot only on evidence that its backend is gone. It receives messages and the time, and returns
 commands (`commands.py`) for the server to carry out. `records.py` keeps the books, `demand.py` serves the queue,
-`sessions.py` knows the workers, `leases.py` follows what they report of their leases, `health.py` what they report of
-the server, `recovery.py` takes over from a former broker.
+`handover.py` passes connections on, `sessions.py` knows the workers, `leases.py` follows what they report of their
+leases, `health.py` what they report of the server, `recovery.py` takes over from a former broker.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from sharedpool.broker.commands import Command, Entry, Log, Look, Process, Send, Survey
 from sharedpool.broker.demand import Demand
+from sharedpool.broker.handover import Handover
 from sharedpool.broker.health import Health
 from sharedpool.broker.leases import Leases
 from sharedpool.broker.quarantine import SETTLE_S
@@ -27,12 +28,15 @@ from sharedpool.broker.timers import Timers
 from sharedpool.wire.messages import (
     Ack,
     Acquire,
+    Ask,
     Bye,
     Cancel,
     Confirm,
     DenyReason,
+    Give,
     Gone,
     Hello,
+    Interrupt,
     Phase,
     PoolReport,
     Reject,
@@ -43,6 +47,7 @@ from sharedpool.wire.messages import (
     ToBroker,
     Token,
     Trouble,
+    Withdraw,
 )
 
 # More threads than any process has: what asks for more is no worker.
@@ -56,7 +61,7 @@ class Ledger:
     silent before its leases are suspect; `max_checkout_s` is reported on when a pool asks for nothing else (0: off);
     `expiration_s` is the longest idle time any pool may ask for. `verifies`: there is a control connection, so that
     the server can be asked. `remembers`: all that former brokers granted is given to `restore`. `random` returns
-    numbers from 0 to 1. `instance` and `desk` are told to the workers (`Welcome`).
+    numbers from 0 to 1. `instance`, `desk` and `handover` are told to the workers (`Welcome`).
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class Ledger:
         random: Callable[[], float] = lambda: 0.5,
         instance: str = "",
         desk: str = "",
+        handover: bool = False,
     ) -> None:
         self.epoch = epoch
         self._verifies = verifies
@@ -81,7 +87,7 @@ class Ledger:
         self._timers = Timers(self._over)
         self._waiter_serial = 0
         self._demand = Demand(self._books, epoch, self._out.append, self._timers.arm)
-        terms = Terms(epoch, ttl_s, expiration_s, verifies, instance, desk)
+        terms = Terms(epoch, ttl_s, expiration_s, verifies, instance, desk, handover)
         self._sessions = Sessions(
             terms, self._books, self._demand, self._out.append, self._timers.arm, self._log, random
         )
@@ -89,6 +95,8 @@ class Ledger:
             self._books, epoch, self._demand, self._timers.arm, self._log, self._sessions.drop_if_over,
             max_checkout_s=max_checkout_s, recheck_s=ttl_s / 3, verifies=verifies, remembers=remembers,
         )  # fmt: skip
+        self._handover = Handover(self._books, self._demand, self._leases, self._out.append, self._timers.arm)
+        self._demand.parked = self._leases.parked = self._handover
         self._health = Health(self._books, self._out.append, self._timers.arm, self._log, verifies=verifies)
         self._recovery = Recovery(
             self._books, self._demand, self._out.append, self._log, self._sessions.pool, self._sessions.named
@@ -100,6 +108,7 @@ class Ledger:
             Confirm: self._confirm,
             Renew: self._renew,
             Release: self._release,
+            Interrupt: lambda session, interrupt, _: self._handover.interrupt(session, interrupt.token),
             Trouble: lambda session, trouble, _: self._health.trouble(session, trouble),
             Bye: self._sessions.bye,
         }
@@ -114,6 +123,7 @@ class Ledger:
             "probe": self._health.probe_due,
             "look": self._look_due,
             "grace": self._grace_due,
+            "nudge": self._handover.nudge_due,
             "spared": lambda _, now: None,  # suspects may be fenced from now on
         }
 
@@ -173,6 +183,41 @@ class Ledger:
     def deposited(self, token: Token, now: float) -> list[Command]:
         """Take in that the broker has the socket of a lease's connection."""
         self._leases.deposited(self._books.leases[token], now)
+        return self._settled(now)
+
+    def asked(self, ask: Ask, line: int, now: float) -> list[Command]:
+        """Take in a request that waits on a line of the desk. An unknown session's is left: it will say HELLO."""
+        session = self._books.sessions.get(ask.session)
+        if session is not None and not (session.ended or session.restored):
+            self._sessions.hear(session, now)
+            self._acquire(session, Acquire(ask.request, ask.wait_ms), now)
+            if (waiter := session.waiters.get(ask.request)) is not None:
+                self._handover.asked(waiter, line)
+        return self._settled(now)
+
+    def withdrawn(self, withdraw: Withdraw, now: float) -> list[Command]:
+        """Take in that nobody waits for this any more."""
+        session = self._books.sessions.get(withdraw.session)
+        if session is not None:
+            self._cancel(session, Cancel(withdraw.request), now)
+        return self._settled(now)
+
+    def given(self, give: Give, now: float) -> list[Command]:
+        """Take in a connection that is to be passed on."""
+        session = self._books.sessions.get(give.session)
+        if session is not None and not (session.ended or session.restored):
+            self._sessions.hear(session, now)
+            self._handover.given(session, give, now)
+        return self._settled(now)
+
+    def line_ended(self, line: int, now: float) -> list[Command]:
+        """Take in that a line to the desk has ended."""
+        self._handover.left(line, now)
+        return self._settled(now)
+
+    def interrupted(self, token: Token, now: float) -> list[Command]:
+        """Take in that a cancel was sent, or could not be."""
+        self._handover.interrupted(token)
         return self._settled(now)
 
     def surveyed(self, survey: Survey, now: float) -> list[Command]:
@@ -241,6 +286,7 @@ class Ledger:
         """Raise `AssertionError` when something that must hold does not."""
         self._books.check_invariants()
         self._demand.check_invariants()
+        self._handover.check_invariants()
         claimed = sum(token.epoch != self.epoch or not lease.session.pid for token, lease in self._books.leases.items())
         for pool in self._books.pools.values():
             assert len(pool.leases) <= pool.max_conn + claimed
@@ -284,7 +330,7 @@ class Ledger:
     def _renew(self, session: Session, renew: Renew, now: float) -> None:
         self._demand.answered(session, renew.answers)
         pending = set(renew.pending)
-        for waiter in [waiter for waiter in session.waiters.values() if waiter.request not in pending]:
+        for waiter in [w for w in session.waiters.values() if w.request not in pending and not w.line]:
             self._books.dequeue(waiter)  # its CANCEL was lost
         for token in renew.gone:  # their RELEASE may have been lost
             if (lease := session.leases.get(token)) is not None:
@@ -360,6 +406,8 @@ class Ledger:
 
     def _settled(self, now: float) -> list[Command]:
         self._demand.settle(now)
+        if self._books.contended:
+            self._handover.watch(now)
         if not self._looking_again and (order := self._leases.quarantine.order()) is not None:
             self._out.append(Look(*order))
         out = self._out[:]

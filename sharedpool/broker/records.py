@@ -16,7 +16,7 @@ from enum import Enum
 
 from sharedpool.broker.backoff import Backoff
 from sharedpool.broker.commands import Command, Entry, Erase, Process, Record
-from sharedpool.wire.messages import Backend, Phase, PoolSpec, Token
+from sharedpool.wire.messages import Backend, Live, Phase, PoolSpec, Token
 
 
 class SlotState(Enum):
@@ -47,7 +47,8 @@ class Lease:
     """A slot held by a session; `idle_since` is set while it lies in the worker's cache, `used_since` while it is out.
 
     `reported_at` is when a checkout that is too long was last reported: one that began later has not been. `custody`:
-    the broker has a duplicate of the connection's socket, on which it sees the backend's end.
+    the broker has a duplicate of the connection's socket, on which it sees the backend's end. `line`: it was passed
+    there and its worker has not spoken of it yet. `live` is set while it is parked. `interrupts`: cancels under way.
     """
 
     token: Token
@@ -63,6 +64,9 @@ class Lease:
     reported_at: float = -math.inf
     expiry_armed: bool = False
     checkout_armed: bool = False
+    line: int = 0
+    live: Live | None = None
+    interrupts: int = 0
 
     @property
     def findable(self) -> bool:
@@ -72,7 +76,10 @@ class Lease:
 
 @dataclass(slots=True, eq=False)
 class Waiter:
-    """A request in the queue. `round` is the poll that may decide that a `nowait` one cannot be served."""
+    """A request in the queue. `round` is the poll that may decide that a `nowait` one cannot be served.
+
+    `line` is the one to the desk on which it waits, 0 if it waits at the ZeroMQ socket.
+    """
 
     session: Session
     request: int
@@ -80,6 +87,7 @@ class Waiter:
     since: float
     nowait: bool
     round: int | None = None
+    line: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -87,8 +95,8 @@ class Session:
     """One worker process's registration; `owed` and `taking` mirror what the worker was last asked for.
 
     `asked` and `answered` are serials of recalls, `awaited` is the one whose answer a timer watches for (0: none).
-    `vanished` are leases whose backends ended before the worker gave them back. `restored`: known from a former
-    broker, and has not said HELLO since; it is not fenced before `spared_until`.
+    `vanished` are leases whose backends ended before the worker gave them back. `passes` counts what was handed over to
+    it. `restored`: known from a former broker, and has not said HELLO since; it is not fenced before `spared_until`.
     """
 
     id: bytes
@@ -111,6 +119,7 @@ class Session:
     answered: int = 0
     awaited: int = 0
     expiring: bool = False
+    passes: int = 0
     mute: bool = False
     suspect: bool = False
     ended: bool = False
@@ -148,6 +157,12 @@ class Pool:
     # Holders told to give back checkins, and holders that were not.
     pressed: dict[bytes, Session] = field(default_factory=dict)
     unpressed: dict[bytes, Session] = field(default_factory=dict)
+    # Given and not passed on yet, the most recent at the end.
+    parked: OrderedDict[Token, Lease] = field(default_factory=OrderedDict)
+    shared_until: float = -math.inf
+    nudging: bool = False
+    nudged: dict[bytes, int] = field(default_factory=dict)
+    handovers: int = 0
     taking: int = 0
     grants: int = 0
     waits: int = 0
@@ -235,6 +250,7 @@ class Books:
             pool.backoff.ended(token)  # if it is the probe, its outcome may never be told
         elif new is SlotState.FREE:
             del self.leases[token], pool.leases[token], session.leases[token]
+            pool.parked.pop(token, None)
             if lease.backend is not None and self.orphans.get(lease.backend) is lease:
                 del self.orphans[lease.backend]
             self.mark_owed(session, session.owed)
@@ -301,7 +317,7 @@ class Books:
         """Note that a silent session speaks again; it is asked anew for what it may have missed."""
         session.mute = session.suspect = False
         for token, lease in session.leases.items():
-            if lease.idle_since is not None:
+            if lease.idle_since is not None and lease.live is None:
                 session.pool.idle.setdefault(token, lease)
         self.mark_owed(session, session.owed)
 

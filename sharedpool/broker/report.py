@@ -37,6 +37,8 @@ def _report_pool(pool: Pool) -> PoolReport:
         quarantined=sum(x.state is SlotState.FENCING and not x.findable for x in pool.leases.values()),
         generation=pool.generation,
         error=pool.backoff.error,
+        handovers=pool.handovers,
+        parked=len(pool.parked),
     )
 
 

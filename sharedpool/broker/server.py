@@ -23,11 +23,14 @@ from sharedpool.broker import desk as desks
 from sharedpool.broker.commands import (
     Command,
     Doubt,
+    Entrust,
     Erase,
     Fence,
     Forget,
+    Interfere,
     Log,
     Look,
+    PassOn,
     Process,
     Record,
     Send,
@@ -44,7 +47,7 @@ from sharedpool.broker.settings import BrokerSettings
 from sharedpool.errors import ProtocolError, SharedPoolError
 from sharedpool.wire import address as addresses
 from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, encode, hello_version
-from sharedpool.wire.messages import PROTOCOL_VERSION, Hello, Reject, Report, Status, Token
+from sharedpool.wire.messages import PROTOCOL_VERSION, Ask, Give, Hello, Reject, Report, Status, Token, Withdraw
 
 logger = logging.getLogger("sharedpool.broker")
 
@@ -103,6 +106,8 @@ class Server:
             random=random.random,
             instance=self._lock.instance,
             desk="" if self._desk is None else str(self._desk.path),
+            # Without a control connection nobody could cancel a query of a connection that has moved.
+            handover=self._desk is not None and settings.dsn is not None,
             **({} if settings.expiration_s is None else {"expiration_s": settings.expiration_s}),
         )
         self._control = Control(settings.dsn, settings.max_conn, self._lock.instance, self._tell)
@@ -132,12 +137,7 @@ class Server:
         if not desks.SUPPORTED or path is None:
             return
         try:
-            self._desk = desks.Desk(
-                path,
-                lambda session, token: self._ledger.expects(session, token),
-                lambda token: self._execute(self._ledger.deposited(token, time.monotonic())),
-                lambda token: self._ended(token),
-            )
+            self._desk = desks.Desk(path, self)
         except OSError as error:
             logger.warning("no desk at %s (%s): a killed worker's slots come back later", path, error)
 
@@ -306,7 +306,33 @@ class Server:
         # Last words first: a RELEASE that is already here is better evidence than a death.
         self._calls.append(lambda ledger, now: ledger.session_died(session, now))
 
-    def _ended(self, token: Token) -> None:
+    # --- input from the desk (`desk.Clerk`)
+
+    def expects(self, session: bytes, token: Token) -> bool:
+        """Say whether a socket may be handed in for a lease."""
+        return self._ledger.expects(session, token)
+
+    def deposited(self, token: Token) -> None:
+        """Take in that a lease's socket is in custody."""
+        self._execute(self._ledger.deposited(token, time.monotonic()))
+
+    def asked(self, ask: Ask, line: int) -> None:
+        """Take in that somebody waits on this line."""
+        self._execute(self._ledger.asked(ask, line, time.monotonic()))
+
+    def given(self, give: Give) -> None:
+        """Take in a connection that is to be passed on."""
+        self._execute(self._ledger.given(give, time.monotonic()))
+
+    def withdrawn(self, withdraw: Withdraw) -> None:
+        """Take in that somebody waits no more."""
+        self._execute(self._ledger.withdrawn(withdraw, time.monotonic()))
+
+    def line_ended(self, line: int) -> None:
+        """Take in that a line has ended; not at once, what was decided before is still being carried out."""
+        self._calls.append(lambda ledger, now: ledger.line_ended(line, now))
+
+    def gone(self, token: Token) -> None:
         """Take in that the backend of a socket in custody has ended."""
         if token in self._fenced:
             self._fenced.discard(token)
@@ -335,6 +361,14 @@ class Server:
                     self._fenced.discard(token)
                     if self._desk is not None:
                         self._desk.drop(token)
+                case PassOn(line, passed):
+                    assert self._desk is not None
+                    self._desk.pass_on(line, passed)
+                case Entrust(token, heir):
+                    assert self._desk is not None
+                    self._desk.entrust(token, heir)
+                case Interfere():
+                    self._control.interfere(command)
                 case Vouch():
                     self._journal.vouch()
                 case Fence():

@@ -34,6 +34,7 @@ class Terms:
     verifies: bool = True
     instance: str = ""
     desk: str = ""
+    handover: bool = False
 
 
 class Sessions:
@@ -115,7 +116,7 @@ class Sessions:
         expiration_ms, ttl_ms = int(session.expiration_s * 1000), int(self._terms.ttl_s * 1000)
         welcome = Welcome(
             PROTOCOL_VERSION, self._terms.epoch, pool.max_conn, expiration_ms, ttl_ms, revoked,
-            tag_of(pool.name, self._terms.instance), self._terms.desk, pool.generation,
+            tag_of(pool.name, self._terms.instance), self._terms.desk, pool.generation, self._terms.handover,
         )  # fmt: skip
         self._emit(Send(session_id, welcome))
 
@@ -171,7 +172,7 @@ class Sessions:
             session.suspect = True
             self._demand.ignore(session)
             for lease in list(session.leases.values()):
-                if lease.state not in (SlotState.SUSPECT, SlotState.FENCING):
+                if lease.state not in (SlotState.SUSPECT, SlotState.FENCING) and lease.live is None:
                     self._books.move(lease, SlotState.SUSPECT, "TTL passed")
             for waiter in list(session.waiters.values()):
                 self._books.dequeue(waiter)

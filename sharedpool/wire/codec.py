@@ -7,7 +7,7 @@ from typing import TypeVar
 import msgspec
 
 from sharedpool.errors import ProtocolError
-from sharedpool.wire.messages import Deposit, Hello, ToBroker, ToWorker
+from sharedpool.wire.messages import FromDesk, Hello, ToBroker, ToDesk, ToWorker
 
 # The largest honest message is a RENEW with every lease of a big pool; anything longer is not ours.
 MAX_FRAME_BYTES = 1 << 20
@@ -15,14 +15,15 @@ MAX_FRAME_BYTES = 1 << 20
 _encoder = msgspec.msgpack.Encoder()
 _to_broker: msgspec.msgpack.Decoder[ToBroker] = msgspec.msgpack.Decoder(ToBroker)
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
-_to_desk: msgspec.msgpack.Decoder[Deposit] = msgspec.msgpack.Decoder(Deposit)
+_to_desk: msgspec.msgpack.Decoder[ToDesk] = msgspec.msgpack.Decoder(ToDesk)
+_from_desk: msgspec.msgpack.Decoder[FromDesk] = msgspec.msgpack.Decoder(FromDesk)
 _HELLO_TAG = Hello.__struct_config__.tag
 
 M = TypeVar("M")
 
 
-def encode(message: ToBroker | ToWorker | Deposit) -> bytes:
-    """Return the one frame that carries `message`."""
+def encode(message: ToBroker | ToWorker | ToDesk | FromDesk) -> bytes:
+    """Return the one frame or packet that carries `message`."""
     return _encoder.encode(message)
 
 
@@ -36,9 +37,14 @@ def decode_to_worker(frame: bytes) -> ToWorker:
     return _decode(_to_worker, frame)
 
 
-def decode_to_desk(packet: bytes) -> Deposit:
-    """Read what came with a socket; raise `ProtocolError` for anything else."""
+def decode_to_desk(packet: bytes) -> ToDesk:
+    """Read what came to the desk; raise `ProtocolError` for anything else."""
     return _decode(_to_desk, packet)
+
+
+def decode_from_desk(packet: bytes) -> FromDesk:
+    """Read what the desk has sent; raise `ProtocolError` for anything else."""
+    return _decode(_from_desk, packet)
 
 
 def hello_version(frame: bytes) -> int | None:

@@ -26,7 +26,14 @@ absolute number, so that a repeated or late RECALL does no harm (`serial` tells 
 A command-line client sends STATUS without a HELLO and gets a REPORT.
 
 The *desk* (═) is a unix SEQPACKET socket beside the ZeroMQ one: each DEPOSIT carries a duplicate of a connection's
-socket. When it closes, the broker is gone.
+socket. When it closes, the broker is gone. A thread that waits where connections can be handed over has a line of its
+own there, on which the kernel wakes it:
+
+      ASK(request, wait)                        ═════►                               instead of ACQUIRE
+      GIVE(token)                               ═════►                               from whoever was asked to
+                                                ◄═════  PASS(request, token) + socket, the connection goes on
+      WITHDRAW(request)                         ═════►                               it waits no more
+                                                ◄═════  SETTLED(request)             no PASS for it follows
 
 From a HELLO until its WELCOME a worker takes in nothing else: a grant of a former broker, or of this one before it
 knew what is held, counts as lost and is sent again.
@@ -39,7 +46,7 @@ from typing import NamedTuple
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Token(NamedTuple):
@@ -192,6 +199,12 @@ class Trouble(Struct, frozen=True, tag="trouble"):
     code: str
 
 
+class Interrupt(Struct, frozen=True, tag="interrupt"):
+    """Cancel what the lease's connection is executing: its worker, which did not open it, has no key for that."""
+
+    token: Token
+
+
 class Bye(Struct, frozen=True, tag="bye"):
     """The session ends in good order; a grant above `seen`, the newest that has arrived, is not used any more."""
 
@@ -211,7 +224,7 @@ class Welcome(Struct, frozen=True, tag="welcome"):
     """The session is registered; `max_conn` and `expiration_ms` are what the broker enforces for it.
 
     `tag` is the application_name by which the server shows the pool's connections as this broker's. `desk` is the
-    path of the desk's socket, empty where there is none.
+    path of the desk's socket, empty where there is none. `handover`: connections may be handed over there.
     """
 
     version: int
@@ -223,6 +236,7 @@ class Welcome(Struct, frozen=True, tag="welcome"):
     tag: str = ""
     desk: str = ""
     generation: int = 0
+    handover: bool = False
 
 
 class Reject(Struct, frozen=True, tag="reject"):
@@ -341,6 +355,8 @@ class PoolReport(Struct, frozen=True):
     quarantined: int = 0
     generation: int = 0
     error: str = ""
+    handovers: int = 0
+    parked: int = 0
 
 
 class Report(Struct, frozen=True, tag="report"):
@@ -370,5 +386,59 @@ class Deposit(Struct, frozen=True, tag="deposit"):
     token: Token
 
 
-ToBroker = Hello | Acquire | Cancel | Confirm | Renew | Release | Trouble | Bye | Status
+class Ask(Struct, frozen=True, tag="ask"):
+    """An ACQUIRE whose answer may be a PASS, on this line."""
+
+    session: bytes
+    request: int
+    wait_ms: int
+
+
+class Withdraw(Struct, frozen=True, tag="withdraw"):
+    """A CANCEL for what was asked on this line; SETTLED is the answer."""
+
+    session: bytes
+    request: int
+
+
+class Live(Struct, frozen=True):
+    """A connection that moves: what its next worker must know of it. `left_ms` is what is left of its lifetime.
+
+    `parameters` are the session's as libpq knows them (msgpack of a map); the broker does not read them.
+    """
+
+    backend: Backend
+    generation: int
+    parameters: bytes
+    left_ms: int | None = None
+
+
+class Give(Struct, frozen=True, tag="give"):
+    """The lease's connection, which is at the desk, is clean, and nobody's here any more."""
+
+    session: bytes
+    token: Token
+    reason: ReleaseReason
+    live: Live
+
+
+class Pass(Struct, frozen=True, tag="pass"):
+    """A lease whose connection is open: its socket comes with this packet. `serial` and `owed` are as in GRANT."""
+
+    request: int
+    token: Token
+    serial: int
+    owed: int
+    live: Live
+
+
+class Settled(Struct, frozen=True, tag="settled"):
+    """A request that was withdrawn will not be answered any more."""
+
+    request: int
+
+
+ToBroker = Hello | Acquire | Cancel | Confirm | Renew | Release | Trouble | Interrupt | Bye | Status
 ToWorker = Welcome | Reject | Grant | Deny | Recall | Ack | Gone | Stale | Report
+ToDesk = Deposit | Ask | Withdraw | Give
+FromDesk = Pass | Settled

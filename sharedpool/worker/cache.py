@@ -22,6 +22,7 @@ from sharedpool.wire.messages import (
     Deny,
     Grant,
     LeaseReport,
+    Pass,
     Phase,
     Recall,
     Release,
@@ -34,6 +35,8 @@ from sharedpool.wire.messages import (
 from sharedpool.worker.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closing, Lease, Ticket, collected
 
 _LONGEST_WAIT_MS = 2**52
+# Who asks again so soon after a checkin is at work all the time.
+STEADY_GAP_S = 0.0005
 
 
 class Cache:
@@ -48,6 +51,10 @@ class Cache:
         self.idle: deque[Lease] = deque()  # the most recently used at the right
         self.waiting: OrderedDict[int, Ticket] = OrderedDict()
         self.owed = 0
+        # While others wait, a connection in steady use is kept for so long: see `_keeps`.
+        self.slice_s = 0.0
+        self._gap_s = float("inf")  # between the last checkin and the checkout after it
+        self._gave_at = float("-inf")
         self.generation = 0
         self._epoch: int | None = None  # of the broker that was last registered with
         self._gone: dict[Token, None] = {}  # given back, their backends seen to end; the broker may not know yet
@@ -65,19 +72,32 @@ class Cache:
             return None
         lease = self.idle.pop()
         lease.phase = Phase.IN_USE
-        lease.idle_s = now - lease.since
+        lease.idle_s = self._gap_s = now - lease.since
         lease.since = now
         lease.ticket = None  # an earlier one, whose end means nothing any more
         return lease
 
-    def want(self, ticket: Ticket, wait_s: float) -> None:
-        """Queue a ticket, here and at the broker; `wait_s` 0 asks for an answer at once."""
+    def want(self, ticket: Ticket, wait_s: float, now: float, *, at_desk: bool = False) -> int:
+        """Queue a ticket, here and at the broker; `wait_s` 0 asks for an answer at once.
+
+        `at_desk`: the caller asks there itself, for the milliseconds that are returned.
+        """
         self._requests += 1
         ticket.request = self._requests
         wait_ms = 0 if wait_s <= 0 else int(min(max(wait_s * 1000, 1), _LONGEST_WAIT_MS))
         self.waiting[ticket.request] = ticket
         self._waits_ms[ticket.request] = wait_ms
-        self.out.append(Acquire(ticket.request, wait_ms))
+        ticket.at_desk = at_desk
+        self._gap_s = now - self._gave_at
+        if not at_desk:
+            self.out.append(Acquire(ticket.request, wait_ms))
+        return wait_ms
+
+    def ask_by_link(self, ticket: Ticket) -> None:
+        """Ask for a ticket in the ordinary way: its line to the desk is gone."""
+        if ticket.at_desk and self.waiting.get(ticket.request) is ticket:
+            ticket.at_desk = False
+            self.out.append(Acquire(ticket.request, self._waits_ms[ticket.request]))
 
     def _settle(self, ticket: Ticket) -> None:
         del self.waiting[ticket.request]
@@ -134,8 +154,9 @@ class Cache:
                 verdict = ReleaseReason.STALE
             elif now >= lease.retire_at:
                 verdict = ReleaseReason.RETIRED
-            elif self.owed:
+            elif self.owed and not self._keeps(lease, now):
                 self.owed -= 1
+                self._gave_at = now
                 verdict = ReleaseReason.OWED
             elif not self.keep_idle and not (self.hand_on and self.waiting):
                 verdict = ReleaseReason.CLOSED
@@ -146,6 +167,13 @@ class Cache:
             return self._pass_on(lease, now)
         self._lay_idle(lease, now)
         return None
+
+    def _keeps(self, lease: Lease, now: float) -> bool:
+        """Say whether a connection that others wait for is kept a little longer: this process is really using it.
+
+        A transfer costs more than a short transaction does; so a worker that asks again at once has a slice of time.
+        """
+        return now - lease.arrived < self.slice_s and self._gap_s < STEADY_GAP_S
 
     def _holds(self, lease: Lease) -> bool:
         return self.leases.get(lease.token) is lease
@@ -159,7 +187,7 @@ class Cache:
 
     def _own_up(self, now: float) -> None:
         """Tell the broker at once of what lies idle while it counts on our next checkin."""
-        if self.owed and self.idle:
+        if self.owed and self.idle and not self._keeps(self.idle[-1], now):
             self.out.append(self.renewal(now, {}))
 
     def _closing(self, lease: Lease, reason: ReleaseReason, now: float) -> Closing:
@@ -182,6 +210,12 @@ class Cache:
             self.out.append(Release(lease.token, gone, reason, lease.backend, error))
             if gone:
                 self._gone[lease.token] = None
+
+    def given(self, lease: Lease) -> None:
+        """Note that a lease's connection was given to the broker: both are over here."""
+        if self._holds(lease):
+            del self.leases[lease.token]
+            lease.conn = None
 
     def acknowledged(self, gone: Iterable[Token]) -> None:
         """Note that the broker knows of these."""
@@ -288,9 +322,36 @@ class Cache:
         ticket = self.waiting.get(grant.request)
         if ticket is None:
             return self._pass_on(lease, now)
+        ticket.answered = True
         self._settle(ticket)
         self._assign(lease, ticket, now)
         return ticket
+
+    def passed(self, message: Pass, conn: object, retire_at: float, now: float) -> Ticket | None:
+        """Take in a lease with its open connection; return the ticket to wake, if any.
+
+        Raise `SharedPoolError` when it is not to be used: a former broker's.
+        """
+        if message.token.epoch != self._epoch:
+            raise SharedPoolError(f"lease {message.token} was passed on by a former broker")
+        if message.serial > self._newest:
+            self._newest, self.owed = message.serial, message.owed
+        lease = self.leases[message.token] = Lease(message.token, None, now)
+        lease.backend, lease.generation, lease.retire_at = message.live.backend, message.live.generation, retire_at
+        lease.conn, lease.ref, lease.deposited, lease.fresh = conn, weakref.ref(conn, collected), True, True
+        ticket = self.waiting.get(message.request)
+        if ticket is None:
+            return self._pass_on(lease, now)
+        ticket.answered = True
+        self._settle(ticket)
+        self._assign(lease, ticket, now)
+        return ticket
+
+    def refuse(self, message: Pass) -> None:
+        """Have the broker end a connection that was passed and cannot be used here; ask for another, to be opened."""
+        self.out.append(Release(message.token, False, ReleaseReason.FAILED, message.live.backend))
+        if (ticket := self.waiting.get(message.request)) is not None:
+            self.ask_by_link(ticket)
 
     def denied(self, deny: Deny) -> Ticket | None:
         """Take in a refusal; return the ticket to wake."""
@@ -308,13 +369,17 @@ class Cache:
         closing = self.expire(now) if recall.expired else []
         for _ in range(min(recall.take, len(self.idle))):
             closing.append(self._closing(self.idle.popleft(), ReleaseReason.TAKEN, now))
+        while self.owed and self.idle and self.slice_s and not self._keeps(self.idle[0], now):
+            self.owed -= 1  # kept for a checkout that did not come
+            closing.append(self._closing(self.idle.popleft(), ReleaseReason.OWED, now))
         if recall.answer:
             self.out.append(self.renewal(now, threads, answers=recall.serial))
         return closing
 
     def renewal(self, now: float, threads: Mapping[int, str], *, answers: int = 0) -> Renew:
         """Return the heartbeat: all that is held and asked for."""
-        return Renew(self.reports(now, threads), self._seen, answers, list(self.waiting), list(self._gone))
+        pending = [request for request, ticket in self.waiting.items() if not ticket.at_desk]
+        return Renew(self.reports(now, threads), self._seen, answers, pending, list(self._gone))
 
     def reports(self, now: float, threads: Mapping[int, str]) -> list[LeaseReport]:
         """Return every lease as the broker should see it; `threads` names threads by identifier."""
@@ -341,6 +406,8 @@ class Cache:
         self.owed = self._newest = 0
         self.out.extend(unsent)
         self.out.extend(Acquire(request, wait_ms) for request, wait_ms in self._waits_ms.items())
+        for ticket in self.waiting.values():
+            ticket.at_desk = False
         self.out.append(self.renewal(now, threads))
         closing = [
             LeaseReport(release.token, Phase.CLOSING, 0, "", release.backend)

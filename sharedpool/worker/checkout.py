@@ -7,7 +7,6 @@ ticket, or a connection object whose loss is noticed.
 from __future__ import annotations
 
 import random
-import threading
 import time
 import weakref
 from typing import cast
@@ -17,6 +16,7 @@ import psycopg2
 from sharedpool.errors import PoolClosed, PoolError
 from sharedpool.wire.messages import Phase, ReleaseReason
 from sharedpool.worker import wording
+from sharedpool.worker.booth import Booth, Gate
 from sharedpool.worker.connection import (
     CHECK_AFTER_S,
     PooledConnection,
@@ -29,6 +29,7 @@ from sharedpool.worker.connection import (
     server_of,
     session_of,
 )
+from sharedpool.worker.handover import can_move
 from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.lease import Lease, Ticket
 from sharedpool.worker.link import Link
@@ -67,6 +68,8 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
             conn = _open(holdings, lease, deadline if wait_s else None)
         else:
             holdings.hits += 1
+            if lease.fresh:
+                _welcome(holdings, lease, conn)
         if holdings.config.check:
             holdings.call_back(holdings.config.check, lease, conn, "check")
         if holdings.disposed:
@@ -84,26 +87,37 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
 def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) -> Lease:
     """Return a lease: an idle one after all, one handed on by another thread, or one the broker grants."""
     holdings.reclaim(min(wait_s, 1000.0) if wait_s else ANSWER_LIMIT_S)
-    gate = threading.Lock()
-    gate.acquire()
-    ticket.wake = gate.release
-    ticket.since = time.monotonic()
-    with holdings.lock:
-        if holdings.disposed:
-            raise PoolClosed(f"pool {holdings.config.name!r} is disposed")
-        if (lease := holdings.cache.take(ticket.since)) is not None:
-            return lease
-        link = holdings.ensure_link()
-        if not wait_s and any(held.phase is Phase.CLOSING for held in holdings.cache.leases.values()):
-            # A slot is on its way back: the broker must know, or it refuses at once.
-            holdings.cache.out.append(holdings.cache.renewal(ticket.since, thread_names()))
-        holdings.cache.want(ticket, wait_s and max(0.001, deadline - ticket.since))
-    link.wake()
-    limit = deadline + _GRACE_S if wait_s else ticket.since + _patience_s(holdings, link)
-    # In slices: a lock's timeout has an upper bound.
-    while not gate.acquire(timeout=min(max(0.0, limit - time.monotonic()), 1000.0)):
-        if time.monotonic() >= limit:
-            raise _unanswered(holdings, ticket, link, wait_s)
+    place = holdings.booths.take() or Gate()
+    at_desk = False
+    try:
+        ticket.wake = place.ring
+        ticket.since = time.monotonic()
+        with holdings.lock:
+            if holdings.disposed:
+                raise PoolClosed(f"pool {holdings.config.name!r} is disposed")
+            if (lease := holdings.cache.take(ticket.since)) is not None:
+                return lease
+            link = holdings.ensure_link()
+            at_desk = isinstance(place, Booth) and link.established
+            if not wait_s and any(held.phase is Phase.CLOSING for held in holdings.cache.leases.values()):
+                # A slot is on its way back: the broker must know, or it refuses at once.
+                holdings.cache.out.append(holdings.cache.renewal(ticket.since, thread_names()))
+                at_desk = False
+            left_s = wait_s and max(0.001, deadline - ticket.since)
+            wait_ms = holdings.cache.want(ticket, left_s, ticket.since, at_desk=at_desk)
+        if not at_desk or not cast(Booth, place).ask(link.identity, ticket.request, wait_ms):
+            with holdings.lock:
+                holdings.cache.ask_by_link(ticket)
+            link.wake()
+        limit = deadline + _GRACE_S if wait_s else ticket.since + _patience_s(holdings, link)
+        while not ticket.settled:
+            left_s = limit - time.monotonic()
+            if left_s <= 0:
+                raise _unanswered(holdings, ticket, link, wait_s)
+            _look(holdings, ticket, place, left_s)
+    finally:
+        if isinstance(place, Booth):
+            _leave(holdings, ticket, place, asked=at_desk)
     if ticket.error is not None:
         raise ticket.error
     if ticket.denial is not None:
@@ -112,6 +126,32 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
         raise AssertionError("bug: a ticket was woken without an outcome")
     holdings.handed_on += ticket.lease.conn is not None
     return ticket.lease
+
+
+def _look(holdings: Holdings, ticket: Ticket, place: Gate | Booth, left_s: float) -> None:
+    """Wait for news."""
+    if isinstance(place, Gate):
+        place.wait(left_s)
+        return
+    was_open = place.open
+    if (passed := place.wait(left_s)) is not None:
+        if (other := holdings.receive(*passed)) is not None and other is not ticket:
+            other.wake()
+    elif was_open and not place.open:
+        with holdings.lock:
+            holdings.cache.ask_by_link(ticket)
+        holdings.signal()
+
+
+def _leave(holdings: Holdings, ticket: Ticket, booth: Booth, *, asked: bool) -> None:
+    """Give a booth back; where something may still be passed to it, the link reads on."""
+    link = holdings.link
+    certain = not asked or ticket.answered or ticket.denial is not None
+    if certain or link is None or not booth.withdraw(link.identity, ticket.request):
+        holdings.booths.put(booth)
+    else:
+        holdings.booths.watch(booth)
+        link.wake()
 
 
 def _patience_s(holdings: Holdings, link: Link) -> float:
@@ -152,6 +192,8 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
         if config.configure:
             holdings.call_back(config.configure, lease, conn, "configure")
         conn.sharedpool_session, conn.sharedpool_server = session_of(conn), server_of(conn)
+        conn.sharedpool_encoding = conn.get_parameter_status("client_encoding") or ""
+        conn.sharedpool_movable = holdings.handover and can_move(conn)
         return conn
     except BaseException as error:
         if lease.phase is not Phase.CLOSING:
@@ -169,6 +211,14 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
                 abort(made[0])
                 holdings.give_back(lease, reason, gone=made[0].sharedpool_gone)
         raise
+
+
+def _welcome(holdings: Holdings, lease: Lease, conn: PooledConnection) -> None:
+    """Make a connection that came from another process this pool's own."""
+    lease.fresh = False
+    if holdings.config.configure:
+        holdings.call_back(holdings.config.configure, lease, conn, "configure")
+        conn.sharedpool_session = session_of(conn)
 
 
 def _worn(lease: Lease, conn: PooledConnection, now: float) -> ReleaseReason | None:

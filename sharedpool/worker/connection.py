@@ -67,10 +67,36 @@ class PooledConnection(extensions.connection):
     sharedpool_started = 0.0  # when its connect began
     sharedpool_timeout_s: float | None = None  # libpq's own, if it is known
     sharedpool_server: tuple[str | None, ...] = ()  # what it was when we connected: see `turned_read_only`
+    # For the hand-over (`handover.py`).
+    sharedpool_movable = False
+    sharedpool_encoding = ""
+    sharedpool_native = True  # libpq itself has opened the session that it is on
+    sharedpool_adopted: Backend | None = None  # the backend, if it has not
 
     def close(self) -> None:
         """Close the connection and wait (at most a second) until its backend has exited."""
         close_confirmed([self])
+
+    def get_backend_pid(self) -> int:
+        """Return the process id of the server's process for this session."""
+        return super().get_backend_pid() if self.sharedpool_adopted is None else self.sharedpool_adopted.pid
+
+    @property
+    def info(self) -> extensions.ConnectionInfo:
+        """What psycopg2 knows of the connection."""
+        return super().info if self.sharedpool_adopted is None else AdoptedInfo(self)
+
+    def cancel(self) -> None:
+        """Cancel what the session is executing. For a connection that came from another process the broker does it.
+
+        Raise `psycopg2.InterfaceError` when the connection is not checked out: another may be using the session.
+        """
+        if self.sharedpool_native:
+            super().cancel()
+        elif self.sharedpool_lease is None:
+            raise psycopg2.InterfaceError("cannot cancel: the connection was returned to its pool")
+        else:
+            self.sharedpool_holdings.cancel(self.sharedpool_lease)
 
     def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:  # at the interpreter's end `os` may be gone
         # Dropped while checked out: no lock may be taken here, so the link's thread brings it back.
@@ -82,6 +108,19 @@ class PooledConnection(extensions.connection):
             self.sharedpool_finalized = True  # Python calls this once in an object's life: it is not lent out again
             self.sharedpool_holdings.orphans.append(self)
             self.sharedpool_holdings.signal()
+
+
+class AdoptedInfo(extensions.ConnectionInfo):
+    """What psycopg2 knows of a connection whose session another process has opened."""
+
+    def __init__(self, conn: PooledConnection) -> None:
+        super().__init__(conn)
+        self._conn = conn
+
+    @property
+    def backend_pid(self) -> int:
+        """The process id of the server's process for this session."""
+        return self._conn.get_backend_pid()
 
 
 @lru_cache(maxsize=32)
@@ -256,7 +295,7 @@ def close_confirmed(conns: Iterable[PooledConnection], limit_s: float = CLOSE_LI
 
     Afterwards `conn.sharedpool_gone` tells of each whether it was seen to go.
     """
-    closing = [(conn, _take_witness(conn)) for conn in conns]
+    closing = [(conn, take_witness(conn)) for conn in conns]
     try:
         for conn, _ in closing:
             super(PooledConnection, conn).close()
@@ -271,7 +310,7 @@ def cut(conns: Iterable[PooledConnection], limit_s: float = CUT_LIMIT_S) -> None
     A backend that rests exits within `limit_s` (see `sharedpool_gone`); one in the middle of a query loses its client,
     and the query's thread gets an error. One that another thread is closing is left to it.
     """
-    cutting = [(conn, _take_witness(conn)) for conn in conns]
+    cutting = [(conn, take_witness(conn)) for conn in conns]
     try:
         _see_off(cutting, limit_s)
         for conn, witness in cutting:
@@ -281,7 +320,7 @@ def cut(conns: Iterable[PooledConnection], limit_s: float = CUT_LIMIT_S) -> None
         _close(cutting)
 
 
-def _take_witness(conn: PooledConnection) -> int:
+def take_witness(conn: PooledConnection) -> int:
     """Take a connection's witness off it, in one step: of two threads that end it only one has it, and closes it."""
     return int(conn.__dict__.pop("sharedpool_witness", -1))
 
@@ -302,6 +341,11 @@ def _see_off(conns: list[tuple[PooledConnection, int]], limit_s: float) -> None:
             if _HUNG_UP or _read_to_end(waiting[fd], fd):
                 poller.unregister(fd)
                 waiting.pop(fd).sharedpool_gone = True
+
+
+def see_off(conn: PooledConnection, witness: int) -> None:
+    """End a session by its witness alone; `sharedpool_gone` as ever. The descriptor stays the caller's."""
+    _see_off([(conn, witness)], CLOSE_LIMIT_S)
 
 
 def abort(conn: PooledConnection) -> None:
@@ -344,7 +388,7 @@ def _close(conns: Iterable[tuple[PooledConnection, int]]) -> None:
 
 
 def _close_witness(conn: PooledConnection) -> None:
-    _close([(conn, _take_witness(conn))])
+    _close([(conn, take_witness(conn))])
 
 
 @lru_cache(maxsize=1)

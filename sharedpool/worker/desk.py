@@ -60,6 +60,17 @@ class Desk:
             os.close(fd)
         return True
 
+    def say(self, packet: bytes) -> bool:
+        """Send what needs no socket; return whether that was done. From any thread, not blocking."""
+        line = self._line
+        if line is None:
+            return False
+        try:
+            line.send(packet)
+        except OSError:
+            return False
+        return True
+
     def close(self) -> None:
         """Leave the desk; in a forked child: let go of the parent's line."""
         line, self._line = self._line, None

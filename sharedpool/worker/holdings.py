@@ -7,6 +7,7 @@ I/O or a user's callback.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -17,23 +18,29 @@ from typing import cast
 import psycopg2
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
-from sharedpool.wire.messages import (
-    ReleaseReason,
-)
+from sharedpool.errors import SharedPoolError
+from sharedpool.wire.codec import encode
+from sharedpool.wire.messages import Give, Interrupt, Live, Pass, ReleaseReason
 from sharedpool.worker import forks
+from sharedpool.worker.booth import Booths
 from sharedpool.worker.cache import Cache
 from sharedpool.worker.connection import (
     CHECK_AFTER_S,
     PooledConnection,
     clean,
     close_confirmed,
+    cut,
     dead_end,
     disown,
     has_hung_up,
+    see_off,
+    server_of,
     settle,
+    take_witness,
     turned_read_only,
 )
 from sharedpool.worker.desk import Desk
+from sharedpool.worker.handover import SUPPORTED, Shells, adopt, prepare, vacate
 from sharedpool.worker.lease import CLOSING_LIMIT_S, Closing, Lease
 from sharedpool.worker.link import Link
 from sharedpool.worker.session import Session
@@ -44,6 +51,8 @@ logger = logging.getLogger("sharedpool.worker")
 READ_ONLY = "25006"
 # SQLSTATEs by which a server says that it is read-only, goes down, or has just come up.
 FAILOVER = frozenset({READ_ONLY, "57P01", "57P02", "57P03"})
+# Connections that others want: they may go on, in another process.
+_ASKED_FOR = (ReleaseReason.TAKEN, ReleaseReason.OWED)
 BROKEN = 2  # psycopg2's `closed` of a connection that an error ended
 
 
@@ -60,10 +69,13 @@ class Holdings:
         self.orphans: deque[PooledConnection] = deque()
         self.limit = config.max_conn
         self.disposed = self.retired = False
-        self.hits = self.connects = self.handed_on = self.discarded = self.errors = 0
+        self.hits = self.connects = self.handed_on = self.given = self.adopted = self.discarded = self.errors = 0
         self.released: dict[ReleaseReason, int] = dict.fromkeys(ReleaseReason, 0)
         self.link: Link | None = None
         self.desk = Desk()
+        self.booths = Booths()
+        self.shells = Shells(config.conninfo.python_kwargs)
+        self.handover = config.handover and not config.disable_pooling and SUPPORTED  # until it is found not to work
         self.tag = f"sharedpool {config.name}"  # until the broker has said its own
         self._reclaiming = threading.RLock()  # held across I/O; a user's reset() may come back to it
         self._dead_end = dead_end()
@@ -89,8 +101,8 @@ class Holdings:
                 elif conn.sharedpool_erred and turned_read_only(conn):
                     verdict = ReleaseReason.STALE
                     self.trouble(lease, READ_ONLY)
-                elif self.config.reset:
-                    self.config.reset(conn)
+                elif self.config.at_checkin:
+                    self.config.at_checkin(conn)
                     verdict = None if is_clean(self.config.name, "reset", conn) else ReleaseReason.BROKEN
             except BaseException as caught:
                 verdict, error = ReleaseReason.BROKEN, caught
@@ -134,7 +146,9 @@ class Holdings:
 
     def close(self, closing: Iterable[Closing]) -> None:
         """Close connections, see them gone, give their leases back."""
-        decided = [(each, cast(PooledConnection, each.lease.conn)) for each in closing]
+        decided = [
+            (each, conn) for each in closing if not self._give(each, conn := cast(PooledConnection, each.lease.conn))
+        ]
         if not decided:
             return
         try:
@@ -147,6 +161,81 @@ class Holdings:
             for each, conn in decided:
                 self.cache.closed(each.lease, each.reason, gone=conn.sharedpool_gone)
                 self.released[each.reason] += 1
+        self.signal()
+
+    def _give(self, closing: Closing, conn: PooledConnection) -> bool:
+        """Give a connection that is asked for to the broker, for another process; return whether that was done."""
+        lease, link = closing.lease, self.link
+        if closing.reason not in _ASKED_FOR or not self.booths.path or not conn.sharedpool_movable or link is None:
+            return False
+        if not lease.deposited or lease.backend is None:
+            return False
+        parameters = prepare(conn, self.config.at_handover)
+        if parameters is None:
+            return False
+        now = time.monotonic()
+        left_ms = None if lease.retire_at == math.inf else max(0, int((lease.retire_at - now) * 1000))
+        live = Live(lease.backend, lease.generation, parameters, left_ms)
+        witness = take_witness(conn)
+        vacate(conn)
+        # From here on the broker's duplicate is the session's only socket: if it does not hear, it sees its end.
+        if self.desk.say(encode(Give(link.identity, lease.token, closing.reason, live))):
+            with self.lock:
+                self.cache.given(lease)
+                self.released[closing.reason] += 1
+                self.given += 1
+            self.shells.keep(conn, parameters)
+        else:
+            see_off(conn, witness)
+            self.give_back(lease, closing.reason, gone=conn.sharedpool_gone)
+        os.close(witness)
+        return True
+
+    def receive(self, passed: Pass, fd: int) -> Ticket | None:
+        """Take in a connection that was passed on: for the thread that asked, another that waits, or to lie idle.
+
+        Return the ticket of the thread, to be woken.
+        """
+        live = passed.live
+        try:
+            conn = adopt(self.shells.take(live.parameters), fd, live.backend)
+        except BaseException as error:
+            os.close(fd)
+            with self.lock:
+                self.cache.refuse(passed)
+            self.signal()
+            if not isinstance(error, psycopg2.Error | OSError):
+                raise
+            self._cannot(str(error))
+            return None
+        conn.sharedpool_holdings, conn.sharedpool_movable = self, True
+        conn.sharedpool_server = server_of(conn)
+        now = time.monotonic()
+        try:
+            with self.lock:
+                retire_at = math.inf if live.left_ms is None else now + live.left_ms / 1000
+                ticket = self.cache.passed(passed, conn, retire_at, now)
+        except SharedPoolError as error:
+            logger.info("pool %r: %s", self.config.name, error)
+            cut([conn], limit_s=0)
+            return None
+        self.adopted += 1
+        if ticket is None:
+            self.signal()
+        return ticket
+
+    def _cannot(self, why: str) -> None:
+        """Take part in the hand-over no longer."""
+        if self.handover:
+            text = "pool %r: no hand-over in this process (%s): connections are closed and opened instead"
+            logger.warning(text, self.config.name, " ".join(why.split()))
+        self.handover = False
+        self.booths.path = ""
+
+    def cancel(self, lease: Lease) -> None:
+        """Have the broker cancel what a lease's connection is executing."""
+        with self.lock:
+            self.cache.out.append(Interrupt(lease.token))
         self.signal()
 
     def give_back(self, lease: Lease, reason: ReleaseReason, *, gone: bool = True, error: str = "") -> None:
@@ -198,7 +287,7 @@ class Holdings:
             self._reclaiming.release()
 
     def _rests(self, conn: PooledConnection) -> bool:
-        return self.config.reset is None and conn.get_transaction_status() == TRANSACTION_STATUS_IDLE
+        return self.config.at_checkin is None and conn.get_transaction_status() == TRANSACTION_STATUS_IDLE
 
     def purge(self) -> int:
         """Close what has been idle or has lived too long; return how many."""
@@ -240,6 +329,7 @@ class Holdings:
             if conn is not None:
                 disown(cast(PooledConnection, conn), self._dead_end)
         self.desk.close()
+        self.booths.close()
         if self.link is not None:
             self.link.disown()
 

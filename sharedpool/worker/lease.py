@@ -16,26 +16,28 @@ class Lease:
     """A slot this process holds, and its connection (opaque here).
 
     `conn` is set while it lies idle, is handed on or is being closed; once out, only `ref` knows it, so that a
-    connection that its user has dropped can be seen. `since` is when its phase began, `idle_s` how long it had lain
-    idle before. `ticket` is the one it was given to, while that thread alone knows of it. `deposited`: the broker has
-    been given the socket. `generation` is the newest that was known when it was granted.
+    connection that its user has dropped can be seen. `arrived` is when this process got it, `since` when its phase
+    began, `idle_s` how long it had lain idle before. `ticket` is the one it was given to, while that thread alone knows
+    of it. `deposited`: the broker has been given the socket. `fresh`: it came with a connection from another process,
+    which has not been made this one's own yet. `generation` is the newest that was known when it was granted.
     """
 
     __slots__ = (
-        "backend", "conn", "deposited", "generation", "idle_s", "key", "missed", "phase", "ref", "retire_at", "since",
-        "thread", "ticket", "token",
+        "arrived", "backend", "conn", "deposited", "fresh", "generation", "idle_s", "key", "missed", "phase", "ref",
+        "retire_at", "since", "thread", "ticket", "token",
     )  # fmt: skip
 
     def __init__(self, token: Token, ticket: Ticket | None, now: float) -> None:
         self.token = token
         self.phase = Phase.CONNECTING
-        self.since = now
+        self.since = self.arrived = now
         self.conn: object | None = None
         self.ref: weakref.ref[object] | None = None
         self.idle_s = 0.0
         self.backend: Backend | None = None
         self.retire_at = float("inf")
         self.deposited = False
+        self.fresh = False
         self.generation = 0
         self.missed: float | None = None  # `since`, when it looked lost at the last heartbeat
         self.thread = 0  # identifier of the thread that has it
@@ -44,17 +46,27 @@ class Lease:
 
 
 class Ticket:
-    """One thread's wait for a lease. Its end is a `lease`, a `denial` or an `error`; then `wake` is called, once."""
+    """One thread's wait for a lease. Its end is a `lease`, a `denial` or an `error`; then `wake` is called, once.
 
-    __slots__ = ("__weakref__", "denial", "error", "lease", "request", "since", "wake")
+    `settled` tells that it has come.
+    """
+
+    __slots__ = ("__weakref__", "answered", "at_desk", "denial", "error", "lease", "request", "since", "wake")
 
     def __init__(self, wake: Callable[[], None], now: float) -> None:
         self.wake = wake
         self.since = now
         self.request = 0
+        self.at_desk = False  # asked for at a line of the desk, which loses nothing
+        self.answered = False  # by the broker itself: nothing more comes for it
         self.lease: Lease | None = None
         self.denial: Deny | None = None
         self.error: Exception | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the wait is over."""
+        return self.lease is not None or self.denial is not None or self.error is not None
 
 
 @dataclass(frozen=True, slots=True)

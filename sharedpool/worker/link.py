@@ -16,13 +16,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import zmq
 
 from sharedpool.errors import ProtocolError, SharedPoolError
 from sharedpool.wire.codec import decode_to_worker, encode
 from sharedpool.wire.messages import Bye, Hello, Reject, ToBroker, ToWorker, Welcome
+
+if TYPE_CHECKING:
+    from sharedpool.worker.booth import Booth, Booths
 
 logger = logging.getLogger("sharedpool.worker")
 
@@ -50,6 +53,13 @@ class Endpoint(Protocol):
     @property
     def line(self) -> socket.socket | None:
         """Something that becomes readable when the broker is gone."""
+
+    @property
+    def booths(self) -> Booths:
+        """Lines to the desk, of which some are to be read by the link."""
+
+    def read(self, booth: Booth) -> None:
+        """Read one of those."""
 
     def done(self) -> bool:
         """Say whether the pool is over and holds nothing any more: the link may end."""
@@ -182,13 +192,18 @@ class Link:
             self._flush(dealer)
             due = beat_at if self.established else hello_at
             line = self._endpoint.line if self.established else None
-            if line is not None:
-                poller.register(line, zmq.POLLIN)
+            unsettled = list(self._endpoint.booths.unsettled.values())
+            watched = [*unsettled, *([] if line is None else [line])]
+            for each in watched:
+                poller.register(each, zmq.POLLIN)
             try:
                 ready = dict(poller.poll(_ms_until(due)))
             finally:
-                if line is not None:
-                    poller.unregister(line)
+                for each in watched:
+                    poller.unregister(each)
+            for booth in unsettled:
+                if booth.fileno() in ready:
+                    self._endpoint.read(booth)
             if line is not None and line.fileno() in ready:
                 self.trouble = "it has ended"
                 self._pause(random.uniform(0.0, _JITTER_S))  # not all at once

@@ -32,6 +32,7 @@ from sharedpool.wire.messages import (
     Welcome,
 )
 from sharedpool.worker import forks
+from sharedpool.worker.booth import Booth, Booths
 from sharedpool.worker.connection import PooledConnection, close_confirmed, cut
 from sharedpool.worker.lease import Closing, Ticket
 
@@ -137,6 +138,9 @@ class Session:
         self._holdings.tag = welcome.tag
         self._revoke(welcome.revoked)
         self._holdings.desk.open(welcome.desk)
+        hands_over = welcome.handover and self._holdings.handover and self._holdings.desk.line is not None
+        self._holdings.booths.path = welcome.desk if hands_over else ""
+        self._holdings.cache.slice_s = self._holdings.config.slice if hands_over else 0.0
         with self._holdings.lock:
             for lease in self._holdings.cache.leases.values():
                 lease.deposited = False
@@ -182,6 +186,20 @@ class Session:
         """The line to the desk."""
         return self._holdings.desk.line
 
+    @property
+    def booths(self) -> Booths:
+        """The booths, of which some are to be read here."""
+        return self._holdings.booths
+
+    def read(self, booth: Booth) -> None:
+        """Read what came for one who waits no more."""
+        passed, settled = booth.read()
+        if passed is not None and (ticket := self._holdings.receive(*passed)) is not None:
+            ticket.wake()
+        if settled or not booth.open:
+            del self._holdings.booths.unsettled[booth.fileno()]
+            self._holdings.booths.put(booth)
+
     def done(self) -> bool:
         """Say whether the pool is over and nothing is held or asked for: then this link is not its link any more."""
         with self._holdings.lock:
@@ -197,6 +215,7 @@ class Session:
     def ended(self) -> None:
         """Note that the link's thread ends."""
         self._holdings.desk.close()
+        self._holdings.booths.close()
         if self._holdings.link is None:
             forks.let_go(self._holdings)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from psycopg2.extensions import connection
 
@@ -29,6 +30,18 @@ class PoolConfig:
     max_lifetime: float | None = None
     max_checkout: float | None = None
     configure: Callback | None = None
-    reset: Callback | None = None
+    reset: Callback | Literal["discard", "rollback"] = "discard"
     check: Callback | None = None
     max_waiting: int | None = None
+    handover: bool = True
+    slice: float = 0.002
+
+    @property
+    def at_checkin(self) -> Callback | None:
+        """The user's own reset, if there is one."""
+        return None if isinstance(self.reset, str) else self.reset
+
+    @property
+    def at_handover(self) -> bytes:
+        """What is executed before a connection moves to another process."""
+        return b"DISCARD ALL" if self.reset == "discard" else b"UNLISTEN *"

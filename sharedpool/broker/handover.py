@@ -1,0 +1,209 @@
+"""Pass live connections on: from who gives one to the first who waits, or keep it *parked* until somebody asks.
+
+A lease that is given ends, and its heir, with a token of its own, goes to the waiter: the slot stays occupied all
+along, by the same backend, whose socket is in custody. A waiter that has no line to the desk cannot take one in: for it
+the connection is ended, as every connection is that must not go on (of an older generation, with a cancel under way).
+
+While connections move between processes the pool is *shared*: what is passed comes with the wish to have it back at the
+next checkin, and nobody has to be asked for it. When one process has been alone for a while, it keeps what it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+
+from sharedpool.broker.commands import Command, Entrust, Interfere, PassOn
+from sharedpool.broker.demand import Demand
+from sharedpool.broker.leases import Leases
+from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState, Waiter
+from sharedpool.wire.messages import Give, Live, Pass, Phase, ReleaseReason, Token
+
+# A pool is shared for so long after a connection has last changed hands.
+SHARED_S = 1.0
+# A holder that has been pressed for so long, with others waiting, is asked whether it still uses what it keeps.
+NUDGE_S = 0.01
+_MOST_NUDGED = 64
+
+
+class Handover:
+    """The hand-over's side of the ledger. `arm(when, kind, subject)` asks for a timer."""
+
+    def __init__(
+        self,
+        books: Books,
+        demand: Demand,
+        leases: Leases,
+        emit: Callable[[Command], None],
+        arm: Callable[[float, str, object], None],
+    ) -> None:
+        self._books = books
+        self._demand = demand
+        self._leases = leases
+        self._emit = emit
+        self._arm = arm
+        # What was last asked for, or passed, on each line to the desk.
+        self._lines: dict[int, Waiter | Lease] = {}
+
+    # --- the lines
+
+    def asked(self, waiter: Waiter, line: int) -> None:
+        """Note on which line a request came: whatever was passed there before has been read."""
+        self._lines[line] = waiter
+        waiter.line = line
+
+    def left(self, line: int, now: float) -> None:
+        """Take in that a line has ended: what was passed there and nobody has spoken of since may not have arrived."""
+        last = self._lines.pop(line, None)
+        if isinstance(last, Waiter):
+            if last.session.waiters.get(last.request) is last:
+                self._books.dequeue(last)
+        elif last is not None and last.line == line and last.state not in (SlotState.FREE, SlotState.FENCING):
+            self._leases.fence(last, "its worker left the line on which it was passed", now)
+
+    # --- giving and passing
+
+    def given(self, session: Session, give: Give, now: float) -> None:
+        """Take in a connection that its worker does not use any more."""
+        lease = session.leases.get(give.token)
+        if lease is None or lease.live is not None or lease.state is SlotState.FENCING:
+            return
+        if give.reason is ReleaseReason.OWED:
+            lease.pool.recalls += 1
+            if session.owed:
+                self._books.mark_owed(session, session.owed - 1)
+        lease.line = 0
+        self._leases.identify(lease, give.live.backend)
+        if not lease.custody or lease.interrupts or give.live.generation != lease.pool.generation:
+            self._leases.fence(lease, "given, but not fit to go on", now)
+        elif (waiter := self._first(lease.pool)) is not None:
+            if waiter.line:
+                self._pass(lease, give.live, waiter, now)
+            else:
+                self._leases.fence(lease, "given, but it cannot be passed to who waits", now)
+        else:
+            self._park(lease, give.live, now)
+
+    def _first(self, pool: Pool) -> Waiter | None:
+        """Return the waiter who is to have a slot of this pool, of another pool under an exhausted cap."""
+        books = self._books
+        heads = [next(iter(pool.waiters.values()))] if pool.waiters else []
+        if books.max_conn is not None and books.room <= 0:
+            heads += [next(iter(p.waiters.values())) for p in books.contended.values() if p is not pool and p.room > 0]
+        waiter = min(heads, key=lambda head: head.seq, default=None)
+        if waiter is not None and waiter.session.pool is not pool:
+            waiter = Waiter(waiter.session, waiter.request, waiter.seq, waiter.since, waiter.nowait)  # without a line
+        return waiter
+
+    def _pass(self, lease: Lease, live: Live, waiter: Waiter, now: float) -> None:
+        books, pool, session = self._books, lease.pool, waiter.session
+        if waiter.since < now or session is not lease.session:
+            pool.shared_until = now + SHARED_S
+        self._unpark(lease)
+        books.dequeue(waiter)
+        heir = Lease(
+            self._demand.new_token(), session, pool,
+            request=waiter.request, backend=lease.backend, custody=True, line=waiter.line,
+        )  # fmt: skip
+        books.move(heir, SlotState.OPEN, "handed over")
+        self._emit(Entrust(lease.token, heir.token))
+        self._leases.free(lease, "handed over")
+        self._leases.note(heir, Phase.IN_USE, now, "")
+        pool.handovers += 1
+        pool.waits += now > waiter.since
+        owed = self._demand.pressure(pool, session) or int(now < pool.shared_until)
+        books.mark_owed(session, min(len(session.leases), owed))
+        session.passes += 1
+        self._lines[waiter.line] = heir
+        serial = self._demand.next_serial()
+        self._emit(PassOn(waiter.line, Pass(waiter.request, heir.token, serial, session.owed, live)))
+
+    # --- parking
+
+    def _park(self, lease: Lease, live: Live, now: float) -> None:
+        lease.live = live
+        if lease.state is not SlotState.OPEN:
+            self._books.move(lease, SlotState.OPEN, "parked")
+        self._leases.note(lease, Phase.IDLE, now, "")
+        lease.pool.idle.pop(lease.token, None)  # its worker need not be asked for it
+        lease.pool.parked[lease.token] = lease
+
+    @staticmethod
+    def _unpark(lease: Lease) -> None:
+        lease.live = None
+        lease.pool.parked.pop(lease.token, None)
+
+    def serve(self, now: float) -> None:
+        """Give what is parked to who waits."""
+        for pool in list(self._books.contended.values()):
+            while pool.parked and pool.waiters:
+                lease = pool.parked[next(reversed(pool.parked))]  # the most recently used
+                waiter = next(iter(pool.waiters.values()))
+                live = lease.live
+                assert live is not None
+                if live.generation != pool.generation:
+                    self.end([pool], 1, now)
+                elif waiter.line:
+                    self._pass(lease, live, waiter, now)
+                else:
+                    break
+
+    def end(self, pools: Iterable[Pool], most: int, now: float) -> int:
+        """End up to `most` parked connections, longest parked first; return how many."""
+        chosen = [lease for pool in pools for lease in islice(pool.parked.values(), max(0, most))][:most]
+        for lease in chosen:
+            self._unpark(lease)
+            self._leases.fence(lease, "parked, and its slot is wanted", now)
+        return len(chosen)
+
+    def expire(self, lease: Lease, now: float) -> None:
+        """End a parked connection that nobody has asked for."""
+        self._unpark(lease)
+        self._leases.fence(lease, "parked for too long", now)
+
+    # --- holders that keep what others wait for
+
+    def watch(self, now: float) -> None:
+        """Have those looked at who keep connections while others wait."""
+        for pool in self._books.contended.values():
+            if pool.pressed and not pool.nudging:
+                pool.nudging = True
+                pool.nudged = {session.id: session.passes for session in islice(pool.pressed.values(), _MOST_NUDGED)}
+                self._arm(now + NUDGE_S, "nudge", pool)
+
+    def nudge_due(self, pool: Pool, now: float) -> None:
+        """Ask those who were pressed before, and have given nothing since."""
+        pool.nudging = False
+        if not pool.waiters:
+            return
+        for session_id, passes in pool.nudged.items():
+            session = pool.pressed.get(session_id)
+            if session is not None and session.passes == passes and session.answered >= session.asked:
+                session.passes += 1  # once is enough, until it gets another
+                self._demand.ask(session, now)
+
+    # --- cancels
+
+    def interrupt(self, session: Session, token: Token) -> None:
+        """Have what a lease's connection is executing cancelled; until that is done it is passed to nobody."""
+        lease = session.leases.get(token)
+        if lease is not None and lease.backend is not None and lease.live is None:
+            lease.interrupts += 1
+            self._emit(Interfere(token, lease.backend))
+
+    def interrupted(self, token: Token) -> None:
+        """Take in that a cancel was sent, or could not be."""
+        lease = self._books.leases.get(token)
+        if lease is not None:
+            lease.interrupts -= 1
+
+    def check_invariants(self) -> None:
+        """Raise `AssertionError` when the records contradict each other."""
+        for pool in self._books.pools.values():
+            for token, lease in pool.parked.items():
+                assert pool.leases[token] is lease
+                assert lease.live is not None
+                assert lease.state is SlotState.OPEN, lease
+                assert token not in pool.idle
+            if pool.parked and pool.waiters and not (self._demand.paused or self._demand.draining):
+                assert not next(iter(pool.waiters.values())).line, f"{pool.name}: a parked connection and a waiter"

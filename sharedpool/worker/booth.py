@@ -1,0 +1,174 @@
+"""Where one thread waits for a lease: at a lock, or where connections can be handed over at a line to the desk.
+
+On its own line the kernel wakes the thread itself, with the connection in the packet. Other threads of the process (a
+checkin here, the link with a GRANT or a DENY) wake it by `ring`.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+
+from sharedpool.errors import ProtocolError
+from sharedpool.wire.codec import decode_from_desk, encode
+from sharedpool.wire.messages import Ask, Pass, Settled, Withdraw
+
+_PACKET_BYTES = 8192
+
+
+class Gate:
+    """A place to wait for other threads of this process alone."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self.ring = self._lock.release
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until `ring` was called, at most `timeout_s` seconds."""
+        self._lock.acquire(timeout=min(max(0.0, timeout_s), 1000.0))  # a lock's timeout has an upper bound
+
+
+class Booth:
+    """A place with a line to the desk at `path`. Raise OSError when that cannot be had.
+
+    `open` is False once the broker has gone: what was asked here is asked by the link then.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.open = True
+        self._line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._line.setblocking(False)
+            self._line.connect(path)
+            self._bell, self._button = socket.socketpair()
+        except BaseException:
+            self._line.close()
+            raise
+        self._bell.setblocking(False)
+        self._button.setblocking(False)
+        self._poller = select.poll()
+        self._poller.register(self._line, select.POLLIN)
+        self._poller.register(self._bell, select.POLLIN)
+
+    def fileno(self) -> int:
+        """Return the line's descriptor; -1 when closed."""
+        return self._line.fileno()
+
+    def ring(self) -> None:
+        """Wake who waits here. From any thread; too late is no harm."""
+        try:
+            self._button.send(b"\0")
+        except OSError:
+            pass  # full: awake already; closed: over
+
+    def ask(self, session: bytes, request: int, wait_ms: int) -> bool:
+        """Say that a thread waits here; return whether the broker will hear it."""
+        return self._say(encode(Ask(session, request, wait_ms)))
+
+    def withdraw(self, session: bytes, request: int) -> bool:
+        """Say that it does not wait any more; SETTLED will come."""
+        return self._say(encode(Withdraw(session, request)))
+
+    def _say(self, packet: bytes) -> bool:
+        try:
+            self._line.send(packet)
+        except OSError:
+            return False
+        return True
+
+    def wait(self, timeout_s: float) -> tuple[Pass, int] | None:
+        """Block until something comes, `ring` is called or `timeout_s` seconds are over.
+
+        Return what was passed, with the socket's descriptor, which is the caller's now.
+        """
+        for fd, _ in self._poller.poll(max(0.0, min(timeout_s, 1000.0)) * 1000):
+            if fd == self._bell.fileno():
+                self._bell.recv(4096)
+        return self.read()[0] if self.open else None
+
+    def read(self) -> tuple[tuple[Pass, int] | None, bool]:
+        """Read one packet, if there is one: what was passed, and whether the withdrawn request is settled."""
+        try:
+            packet, fds, _, _ = socket.recv_fds(self._line, _PACKET_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return None, False
+        except OSError:
+            packet, fds = b"", []
+        if not packet:
+            self.open = False
+            self._poller.unregister(self._line)
+            return None, False
+        try:
+            message = decode_from_desk(packet)
+            if isinstance(message, Settled):
+                return None, True
+            if len(fds) == 1:
+                return (message, fds.pop()), False
+            return None, False
+        except ProtocolError:
+            return None, False  # not of our version: its HELLO was refused
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def close(self) -> None:
+        """Leave."""
+        self.open = False
+        for each in (self._line, self._bell, self._button):
+            each.close()
+
+
+class Booths:
+    """One session's booths: those free to be used, and the `unsettled` ones, which the link reads until they are free."""
+
+    def __init__(self) -> None:
+        self.path = ""  # of the desk; empty where there is no hand-over
+        self._free: list[Booth] = []
+        self._all: set[Booth] = set()
+        self.unsettled: dict[int, Booth] = {}
+
+    def take(self) -> Booth | None:
+        """Return a booth, or None where there are none."""
+        path = self.path
+        while path:
+            try:
+                booth = self._free.pop()
+            except IndexError:
+                try:
+                    booth = Booth(path)
+                except OSError:
+                    return None
+                self._all.add(booth)
+                return booth
+            if booth.open and booth.path == path:
+                return booth
+            self.discard(booth)
+        return None
+
+    def put(self, booth: Booth) -> None:
+        """Give a booth back where nothing more will come."""
+        if booth.open:
+            self._free.append(booth)
+        else:
+            self.discard(booth)
+
+    def watch(self, booth: Booth) -> None:
+        """Have the link read on."""
+        self.unsettled[booth.fileno()] = booth
+
+    def discard(self, booth: Booth) -> None:
+        """Close a booth."""
+        self.unsettled.pop(booth.fileno(), None)
+        self._all.discard(booth)
+        booth.close()
+
+    def close(self) -> None:
+        """Close all; in a forked child: let go of the parent's."""
+        self.path = ""
+        for booth in list(self._all):
+            self.discard(booth)
+        self._free.clear()

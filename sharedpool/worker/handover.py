@@ -1,0 +1,222 @@
+"""Hand a live connection from one process to another, in place of closing it here and connecting there.
+
+libpq cannot adopt a socket, but it knows its own by the descriptor's number alone. The giver puts a dead socket in that
+number's place (`vacate`): its connection object is an empty *shell*, good for nothing until it is used again. The
+receiver puts the socket that it was passed (`worker/desk.py`) into a shell of its own (`adopt`). A process's first
+shells are built by connecting to a server of its own that says what PostgreSQL says at a start (`Stub`).
+
+A session under TLS or GSS encryption has its keys in the process: it cannot be passed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import struct
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import psycopg2
+from psycopg2 import extensions
+
+from sharedpool import libpq
+from sharedpool.wire.messages import Backend
+from sharedpool.worker.connection import (
+    PooledConnection,
+    dead_end,
+    is_alive,
+    pooled_class,
+    session_of,
+)
+
+SUPPORTED = hasattr(socket, "SOCK_SEQPACKET") and hasattr(socket, "send_fds") and hasattr(os, "eventfd")
+
+# What a server reports of itself and of the session (libpq's "Parameter Status"); later versions report more.
+_REPORTED = (
+    "server_version", "server_encoding", "client_encoding", "application_name", "default_transaction_read_only",
+    "in_hot_standby", "is_superuser", "session_authorization", "DateStyle", "IntervalStyle", "TimeZone",
+    "integer_datetimes", "standard_conforming_strings", "scram_iterations", "search_path",
+)  # fmt: skip
+# A reset that takes longer is not waited for: the connection is closed instead.
+_RESET_LIMIT_S = 1.0
+_BUILD_LIMIT_S = 5.0
+_SHELLS_KEPT = 64
+_NEGOTIATE, _REFUSE = b"v", b"N"
+_SSL_REQUEST, _GSS_REQUEST = 80877103, 80877104
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(dict[str, str]).decode
+
+
+def can_move(conn: PooledConnection) -> bool:
+    """Say whether a connection's session can be passed to another process at all."""
+    return SUPPORTED and not libpq.is_encrypted(conn)
+
+
+def prepare(conn: PooledConnection, command: bytes) -> bytes | None:
+    """Make a connection that is checked in ready to be given, `command` being its reset.
+
+    Return its parameters, for the receiver's shell, or None when it must be closed instead. Blocks for one round trip,
+    at most a second.
+    """
+    if conn.closed or conn.status != extensions.STATUS_READY or not is_alive(conn):
+        return None
+    if not libpq.execute(conn, command, _RESET_LIMIT_S):
+        return None
+    if conn.get_transaction_status() != extensions.TRANSACTION_STATUS_IDLE or not is_alive(conn):
+        return None
+    found = parameters(conn)
+    # psycopg2 has chosen its codec and its way to read dates by these; the receiver's shell is to choose the same.
+    if found.get("client_encoding") != conn.sharedpool_encoding or not found.get("DateStyle", "").startswith("ISO"):
+        return None
+    return _encode(found)
+
+
+def parameters(conn: extensions.connection) -> dict[str, str]:
+    """Return what the server has reported of a session."""
+    status = conn.get_parameter_status
+    return {name: value for name in _REPORTED if (value := status(name)) is not None}
+
+
+def vacate(conn: PooledConnection) -> None:
+    """Take a connection's socket from under it: nothing it does reaches the session any more, its close included."""
+    os.dup2(dead_end(), conn.fileno(), inheritable=False)
+    conn.sharedpool_adopted = None
+    conn.sharedpool_native = False
+
+
+def adopt(shell: PooledConnection, fd: int, backend: Backend) -> PooledConnection:
+    """Put a session's socket into a shell; `fd` becomes its witness. The shell is a connection to `backend` then."""
+    os.dup2(fd, shell.fileno(), inheritable=False)
+    shell.sharedpool_witness = fd
+    shell.sharedpool_pid = os.getpid()
+    shell.sharedpool_adopted = backend
+    shell.sharedpool_native = shell.sharedpool_gone = shell.sharedpool_erred = False
+    shell.notices.clear()
+    shell.notifies.clear()
+    return shell
+
+
+class Shells:
+    """One pool's empty connections in this process, by the parameters they were built with."""
+
+    def __init__(self, keywords: Mapping[str, Any]) -> None:
+        """`keywords` are those for Python's side of a connection: its classes."""
+        self._keywords = keywords
+        self._lock = threading.Lock()
+        self._stock: OrderedDict[bytes, list[PooledConnection]] = OrderedDict()
+        self._kept = 0
+
+    def take(self, parameters: bytes) -> PooledConnection:
+        """Return a shell for a session with these parameters; builds one, in less than a millisecond, if need be.
+
+        Raise `psycopg2.Error` or `OSError` when it cannot be built.
+        """
+        with self._lock:
+            while stock := self._stock.get(parameters):
+                shell = stock.pop()
+                self._kept -= 1
+                if not shell.closed:
+                    return shell
+        return self._build(_decode(parameters))
+
+    def keep(self, shell: PooledConnection, parameters: bytes) -> None:
+        """Keep a vacated connection for later."""
+        shell.string_types.clear()
+        shell.binary_types.clear()
+        with self._lock:
+            self._stock.setdefault(parameters, []).append(shell)
+            self._stock.move_to_end(parameters)
+            self._kept += 1
+            while self._kept > _SHELLS_KEPT:
+                oldest, stock = next(iter(self._stock.items()))
+                if stock:
+                    stock.pop()
+                    self._kept -= 1
+                else:
+                    del self._stock[oldest]
+
+    def _build(self, parameters: dict[str, str]) -> PooledConnection:
+        keywords = dict(self._keywords)
+        factory = pooled_class(keywords.pop("connection_factory", None))
+        with Stub(parameters) as stub:
+            # Nothing of this process's environment may make libpq ask the stub for more.
+            shell = psycopg2.connect(
+                host=stub.directory, port=stub.port, user="shell", dbname="shell",
+                connect_timeout=round(_BUILD_LIMIT_S),
+                target_session_attrs="any", sslmode="disable", gssencmode="disable", channel_binding="disable",
+                options="", connection_factory=factory, **keywords,
+            )  # fmt: skip
+        assert isinstance(shell, PooledConnection)
+        vacate(shell)
+        shell.sharedpool_encoding = parameters.get("client_encoding", "")
+        shell.sharedpool_session = session_of(shell)
+        return shell
+
+
+class Stub:
+    """A server for one start of one session, in a private directory, in a thread of its own."""
+
+    port = 5432
+
+    def __init__(self, parameters: Mapping[str, str]) -> None:
+        self._greeting = _greeting(parameters)
+        self.directory = ""
+
+    def __enter__(self) -> Stub:
+        self.directory = tempfile.mkdtemp(prefix="sharedpool-")
+        try:
+            self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._listener.settimeout(_BUILD_LIMIT_S)
+            self._listener.bind(f"{self.directory}/.s.PGSQL.{self.port}")
+            self._listener.listen(1)
+            self._thread = threading.Thread(target=self._serve, name="sharedpool-shell", daemon=True)
+            self._thread.start()
+        except BaseException:
+            self._clear_away()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join(_BUILD_LIMIT_S)
+        self._clear_away()
+
+    def _clear_away(self) -> None:
+        self._listener.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):  # the connect fails then, and says so
+            client, _ = self._listener.accept()
+            with client:
+                client.settimeout(_BUILD_LIMIT_S)
+                while (version := _startup(client)) in (_SSL_REQUEST, _GSS_REQUEST):
+                    client.sendall(_REFUSE)
+                newer = version & 0xFFFF
+                client.sendall((_message(_NEGOTIATE, struct.pack("!ii", 0, 0)) if newer else b"") + self._greeting)
+
+
+def _startup(client: socket.socket) -> int:
+    """Read one packet of a client's start; return its version, or what it asks for."""
+    size, version = struct.unpack("!ii", client.recv(8, socket.MSG_WAITALL))
+    if size > 8:
+        client.recv(size - 8, socket.MSG_WAITALL)
+    return int(version)
+
+
+def _greeting(parameters: Mapping[str, str]) -> bytes:
+    """Return what a server says to a client that it lets in (protocol 3.0: "Start-up")."""
+    status = [_message(b"S", f"{name}\0{value}\0".encode()) for name, value in parameters.items()]
+    return b"".join(
+        [_message(b"R", struct.pack("!i", 0)), *status, _message(b"K", struct.pack("!ii", 0, 0)), _message(b"Z", b"I")]
+    )
+
+
+def _message(kind: bytes, body: bytes) -> bytes:
+    return kind + struct.pack("!i", len(body) + 4) + body
