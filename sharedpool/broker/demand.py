@@ -82,9 +82,10 @@ class Demand:
             self._fail(now)
         if books.contended:
             self._recall(now)
-            self._refuse(now)  # before the next round begins, or a stream of requests would put it off for ever
-            self._poll(now)
-            self._refuse(now)
+            if any(pool.nowaits for pool in books.contended.values()):
+                self._refuse(now)  # before the next round begins, or a stream of requests would put it off for ever
+                self._poll(now)
+                self._refuse(now)
         self._relax(now)
 
     # --- 1. grant
@@ -126,11 +127,16 @@ class Demand:
         for pool in list(books.contended.values()):
             short = self._short(pool)
             if short > 0:
-                short -= self.parked.end([pool], short, now)
-                short -= self._take([pool], short, now)
-                short -= self._fence_suspects([pool], min(short, self._patient(pool)), now)
-                if short > 0:
+                if pool.parked:
+                    short -= self.parked.end([pool], short, now)
+                if pool.idle:
+                    short -= self._take([pool], short, now)
+                if pool.suspects:
+                    short -= self._fence_suspects([pool], min(short, self._patient(pool)), now)
+                if short > 0 and pool.unpressed:
                     self._press(pool, now)
+        if books.max_conn is None:
+            return
         short = self._short_of_cap()
         if short > 0:  # the cap over all pools is what keeps them waiting: any pool's slot will do
             pools = sorted(books.pools.values(), key=lambda pool: len(pool.waiters))
@@ -231,8 +237,8 @@ class Demand:
     def _relax(self, now: float) -> None:
         """Tell holders that owe for nothing: nobody waits any more, or the first waiter is their own."""
         for pool in self._books.pools.values():
-            if not pool.pressed:
-                continue
+            if not pool.pressed or all(session.passes for session in pool.pressed.values()):
+                continue  # what those give back for nobody is parked, and may be had again for a word
             first = self._first_patient(pool)
             if not self._wanted(pool):
                 relaxed = list(pool.pressed.values())
@@ -242,7 +248,7 @@ class Demand:
                 continue
             for session in relaxed:
                 if session.passes:
-                    continue  # what it gives back for nobody is parked, and may be had again for a word
+                    continue
                 self._books.mark_owed(session, 0)
                 self._emit(Send(session.id, Recall(self.next_serial(), 0, 0, answer=False)))
 

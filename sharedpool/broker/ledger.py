@@ -146,6 +146,8 @@ class Ledger:
 
     def tick(self, now: float) -> list[Command]:
         """Do what is due by the clock."""
+        if (deadline := self._timers.next_deadline()) is None or deadline > now:
+            return []  # every change was settled when it came
         while (due := self._timers.pop(now)) is not None:
             kind, subject = due
             self._alarms[kind](subject, now)

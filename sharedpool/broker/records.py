@@ -239,6 +239,8 @@ class Books:
             del pool.suspects[token]
         if new is not SlotState.OPEN:
             self.mark_phase(lease, Phase.CONNECTING, None)
+            lease.live = None
+            pool.parked.pop(token, None)
         if new is SlotState.GRANTED:
             session.granted[lease.request] = lease
         elif new is not SlotState.SUSPECT and session.granted.get(lease.request) is lease:
@@ -250,7 +252,6 @@ class Books:
             pool.backoff.ended(token)  # if it is the probe, its outcome may never be told
         elif new is SlotState.FREE:
             del self.leases[token], pool.leases[token], session.leases[token]
-            pool.parked.pop(token, None)
             if lease.backend is not None and self.orphans.get(lease.backend) is lease:
                 del self.orphans[lease.backend]
             self.mark_owed(session, session.owed)

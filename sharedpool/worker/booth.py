@@ -123,7 +123,7 @@ class Booth:
 
 
 class Booths:
-    """One session's booths: those free to be used, and the `unsettled` ones, which the link reads until they are free."""
+    """One session's booths: the free ones, and the `unsettled`, which the link reads until they are free."""
 
     def __init__(self) -> None:
         self.path = ""  # of the desk; empty where there is no hand-over

@@ -77,7 +77,7 @@ class Cache:
         lease.ticket = None  # an earlier one, whose end means nothing any more
         return lease
 
-    def want(self, ticket: Ticket, wait_s: float, now: float, *, at_desk: bool = False) -> int:
+    def want(self, ticket: Ticket, wait_s: float, *, at_desk: bool = False) -> int:
         """Queue a ticket, here and at the broker; `wait_s` 0 asks for an answer at once.
 
         `at_desk`: the caller asks there itself, for the milliseconds that are returned.
@@ -88,7 +88,7 @@ class Cache:
         self.waiting[ticket.request] = ticket
         self._waits_ms[ticket.request] = wait_ms
         ticket.at_desk = at_desk
-        self._gap_s = now - self._gave_at
+        self._gap_s = ticket.since - self._gave_at
         if not at_desk:
             self.out.append(Acquire(ticket.request, wait_ms))
         return wait_ms

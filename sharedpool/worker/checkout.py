@@ -104,7 +104,7 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
                 holdings.cache.out.append(holdings.cache.renewal(ticket.since, thread_names()))
                 at_desk = False
             left_s = wait_s and max(0.001, deadline - ticket.since)
-            wait_ms = holdings.cache.want(ticket, left_s, ticket.since, at_desk=at_desk)
+            wait_ms = holdings.cache.want(ticket, left_s, at_desk=at_desk)
         if not at_desk or not cast(Booth, place).ask(link.identity, ticket.request, wait_ms):
             with holdings.lock:
                 holdings.cache.ask_by_link(ticket)

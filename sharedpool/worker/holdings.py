@@ -41,7 +41,7 @@ from sharedpool.worker.connection import (
 )
 from sharedpool.worker.desk import Desk
 from sharedpool.worker.handover import SUPPORTED, Shells, adopt, prepare, vacate
-from sharedpool.worker.lease import CLOSING_LIMIT_S, Closing, Lease
+from sharedpool.worker.lease import CLOSING_LIMIT_S, Closing, Lease, Ticket
 from sharedpool.worker.link import Link
 from sharedpool.worker.session import Session
 from sharedpool.worker.settings import Callback, PoolConfig
