@@ -39,4 +39,4 @@ def test_model(machine: type[GoodNetwork], part: int) -> None:
     except Exception as error:
         error.add_note(f"SHAREDPOOL_MODEL_SEED={SEED} does this again")
         raise
-    print(f"{machine.__name__}: {machine.steps} steps")
+    print(f"{machine.__name__}: {machine.steps} steps, SHAREDPOOL_MODEL_SEED={SEED}")
