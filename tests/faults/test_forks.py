@@ -68,7 +68,7 @@ def test_forks_harm_no_parent_and_keep_no_slot_of_a_killed_one(field: Arena, row
         "broken": len(broken),
         "forks": len(ends) + row.faults,
     }
-    row.worst = max(back, default=0.0)
+    row.worst = max(took, default=0.0)
     row.measured = (
         f"{len(ends)} forks of living parents, {row.faults} of killed ones; failed statements {len(broken)};"
         f" slot back {spread(took, 1e-3, 'ms')}"
