@@ -42,7 +42,8 @@ def test_forks_harm_no_parent_and_keep_no_slot_of_a_killed_one(field: Arena, row
             let_pass(rng.uniform(0, 0.2))  # killed at a random moment
             for number, fork, child in zip(parents, forks, children, strict=True):
                 pid = crew.pid(number)
-                wait_until(lambda p=pid: watch.held(p), 10, "the parent's lease in a report")
+                if fork.words[2] == "holding":  # an idle one may have been recalled meanwhile: others wait
+                    wait_until(lambda p=pid: watch.held(p), 10, "the parent's lease in a report")
                 at = crew.kill(number)
                 freed = watch.freed(pid, at)
                 kind = f"{fork.words[1]}, {fork.words[2]}"
@@ -67,7 +68,7 @@ def test_forks_harm_no_parent_and_keep_no_slot_of_a_killed_one(field: Arena, row
         "broken": len(broken),
         "forks": len(ends) + row.faults,
     }
-    row.worst = max(back, default=0.0)
+    row.worst = max(took, default=0.0)
     row.measured = (
         f"{len(ends)} forks of living parents, {row.faults} of killed ones; failed statements {len(broken)};"
         f" slot back {spread(took, 1e-3, 'ms')}"
