@@ -3,6 +3,7 @@
 It imports nothing of the tests: an unrelated process, as a user's would be.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -73,6 +74,21 @@ def hammer(seconds: float, threads: int, timeout: float, work_s: float = 0.002) 
     return outcome
 
 
+def write_rows(worker: int, count: int) -> dict[str, Any]:
+    """Write rows that say whose they are, each in a checkout of its own; read each back in the next one."""
+    wrong, before = 0, ""
+    for n in range(count):
+        body = hashlib.sha256(f"{worker} {n}".encode()).hexdigest() * 4
+        with pool.connection(timeout=60) as conn, conn.cursor() as cursor:
+            if n:
+                cursor.execute("SELECT body FROM moves WHERE worker = %s AND n = %s", (worker, n - 1))
+                wrong += cursor.fetchone() != (before,)
+            cursor.execute("INSERT INTO moves VALUES (%s, %s, %s) RETURNING body, pg_backend_pid()", (worker, n, body))
+            wrong += cursor.fetchone() != (body, conn.info.backend_pid)
+        before = body
+    return {"wrong": wrong}
+
+
 def fork(name: str | None = None) -> dict[str, Any]:
     """Fork; the child uses the pool and what it inherited, and exits as Python programs do."""
     read_end, write_end = os.pipe()
@@ -110,7 +126,7 @@ def leave() -> dict[str, Any]:
     raise SystemExit(0)
 
 
-commands = {f.__name__: f for f in (get, put, query, stats, hammer, fork, leave)}
+commands = {f.__name__: f for f in (get, put, query, stats, hammer, write_rows, fork, leave)}
 print("ready", flush=True)
 for line in sys.stdin:
     command = json.loads(line)

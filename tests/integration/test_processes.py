@@ -73,17 +73,21 @@ def test_processes_and_threads_share_one_limit(
     assert sampler.peak == 3
 
 
+@pytest.mark.parametrize("handover", ["auto", "off"])
 def test_a_connection_idle_elsewhere_serves_who_will_not_wait(
-    start: StartWorker, server_connection: connection, name: str
+    start: StartWorker, server_connection: connection, name: str, handover: str
 ) -> None:
-    a, b = start(max_conn=2), start(max_conn=2)
+    a, b = start(max_conn=2, handover=handover), start(max_conn=2, handover=handover)
     first = a.ask("get", name="x")["backend"]
     second = a.ask("get", name="y")["backend"]
     assert b.ask("get", name="z")["error"] == "PoolExhausted"
     a.ask("put", name="x")
     a.ask("put", name="y")
     got = b.ask("get", name="z")
-    assert got["backend"] not in (first, second)
+    if handover == "auto":
+        assert got["backend"] == first  # itself, as it is
+    else:
+        assert got["backend"] not in (first, second)
     assert pids(server_connection, name) == {second, got["backend"]}  # the longest idle was given
     assert a.ask("get", name="x")["backend"] == second
 

@@ -1,0 +1,364 @@
+"""A live connection moves from one process to another: what its next user sees is a plain connection, and nothing else."""
+
+import dataclasses
+import hashlib
+import io
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg2
+import psycopg2.extras
+import pytest
+from processes import Sampler, Worker, workers
+from psycopg2 import extensions
+from waiting import wait_until
+
+import sharedpool
+from sharedpool import ThreadedConnectionPool
+from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.cli.status import fetch_report
+from sharedpool.wire.messages import PoolReport
+from sharedpool.worker.handover import SUPPORTED
+from sharedpool.worker.pool import Pool
+
+pytestmark = pytest.mark.skipif(not SUPPORTED, reason="connections cannot be handed over on this platform")
+
+_numbers = iter(range(1, 1000))
+MakePair = Callable[..., tuple[Pool, Pool]]
+
+
+@pytest.fixture
+def name() -> str:
+    return f"moving{next(_numbers)}"
+
+
+@pytest.fixture
+def pair(broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str) -> Iterator[MakePair]:
+    """Two sessions of one pool, as two processes would have them."""
+    made: list[Pool] = []
+
+    def make(**settings: Any) -> tuple[Pool, Pool]:
+        options = {"max_conn": 1, "timeout": 10, "pool_manager": ThreadedConnectionPool, **settings}
+        a = sharedpool.config_pool(name=name, dsn=postgres.dsn, broker=broker.address, **options)
+        b = type(a)(dataclasses.replace(a.config), broker.address, None)
+        made.extend((a, b))
+        for pool in (b, a):  # both know the broker, and the connection lies idle in the first
+            pool.put_conn(pool.get_conn())
+        return a, b
+
+    yield make
+    for pool in made:
+        if not pool.disposed:
+            pool.release_all()
+
+
+def report(broker: sharedpool.Broker, name: str) -> PoolReport:
+    (found,) = [pool for pool in fetch_report(broker.address).pools if pool.name == name]
+    return found
+
+
+def ask(conn: extensions.connection, sql: str, *values: object) -> Any:
+    with conn.cursor() as cursor:
+        cursor.execute(sql, values)
+        row = cursor.fetchone()
+        assert row is not None
+        return row[0]
+
+
+def moved(giver: Pool, taker: Pool, use: Callable[[extensions.connection], object]) -> extensions.connection:
+    """Return a connection that `giver` has used so and `taker` has got, by a hand-over."""
+    conn = giver.get_conn()
+    pid = conn.info.backend_pid
+    use(conn)
+    giver.put_conn(conn)
+    adopted = taker._holdings.adopted
+    got = taker.get_conn()
+    assert got.info.backend_pid == pid
+    assert taker._holdings.adopted == adopted + 1
+    return got
+
+
+def test_it_is_the_same_backend_and_a_plain_connection(
+    pair: MakePair, broker: sharedpool.Broker, name: str, postgres: EphemeralPostgres
+) -> None:
+    a, b = pair()
+    conn = moved(a, b, lambda conn: None)
+    assert isinstance(conn, extensions.connection)
+    assert conn.get_backend_pid() == conn.info.backend_pid == ask(conn, "SELECT pg_backend_pid()")
+    assert conn.info.transaction_status == extensions.TRANSACTION_STATUS_INTRANS
+    conn.rollback()
+    assert (conn.status, conn.closed, conn.autocommit) == (extensions.STATUS_READY, 0, False)
+    assert conn.server_version == conn.info.server_version > 100000
+    assert conn.encoding == "UTF8"
+    b.put_conn(conn)
+    assert report(broker, name).handovers > 0
+    assert b.stats().connects == 0 or a.stats().connects == 0 or b.stats().connects + a.stats().connects <= 2
+
+
+def test_nothing_of_one_users_session_reaches_the_next(pair: MakePair) -> None:
+    a, b = pair()
+
+    def use(conn: extensions.connection) -> None:
+        conn.autocommit = True
+        conn.cursor_factory = psycopg2.extras.DictCursor
+        with conn.cursor() as cursor:
+            cursor.execute("SET search_path TO nowhere; SET TIME ZONE 'Asia/Tokyo'; SET application_name TO 'mine'")
+            cursor.execute("CREATE TEMP TABLE left_over (n int); PREPARE mine AS SELECT 1; SELECT pg_advisory_lock(42)")
+            cursor.execute("LISTEN news; NOTIFY news; DO $$ BEGIN RAISE NOTICE 'said'; END $$")
+        psycopg2.extras.register_default_json(conn, loads=lambda text: "the giver's")
+        conn.commit()
+
+    conn = moved(a, b, use)
+    assert (conn.autocommit, conn.cursor_factory) == (False, None)
+    assert (conn.notices, conn.notifies) == ([], [])
+    assert ask(conn, "SHOW search_path") == '"$user", public'
+    assert ask(conn, "SHOW TimeZone") == conn.get_parameter_status("TimeZone") != "Asia/Tokyo"
+    assert ask(conn, "SHOW application_name") == conn.get_parameter_status("application_name") != "mine"
+    assert ask(conn, "SELECT to_regclass('left_over')") is None
+    assert ask(conn, "SELECT count(*) FROM pg_prepared_statements") == 0
+    assert ask(conn, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
+    assert ask(conn, "SELECT count(*) FROM pg_listening_channels()") == 0
+    assert ask(conn, """SELECT '{"a": 1}'::json""") == {"a": 1}
+
+
+@pytest.mark.parametrize("end", ["nothing", "an error", "COMMIT as SQL"])
+def test_no_half_transaction_is_committed(pair: MakePair, end: str, database: str, broker: sharedpool.Broker) -> None:
+    a, b = pair()
+    conn = a.get_conn()
+    ask(conn, "CREATE TABLE IF NOT EXISTS halves (n int); SELECT 1")
+    conn.commit()
+    a.put_conn(conn)
+
+    def use(conn: extensions.connection) -> None:
+        conn.cursor().execute("INSERT INTO halves VALUES (1)")
+        if end == "an error":
+            with pytest.raises(psycopg2.Error):
+                conn.cursor().execute("SELECT 1/0")
+        elif end == "COMMIT as SQL":
+            conn.cursor().execute("ROLLBACK")
+
+    conn = moved(a, b, use)
+    assert conn.info.transaction_status == extensions.TRANSACTION_STATUS_IDLE
+    assert ask(conn, "SELECT count(*) FROM halves") == 0
+    conn.cursor().execute("INSERT INTO halves VALUES (2)")
+    conn.rollback()
+    assert ask(conn, "SELECT count(*) FROM halves") == 0
+    ask(conn, "DROP TABLE halves; SELECT 1")
+    conn.commit()
+
+
+def test_everything_that_a_connection_does_works_after_a_move(pair: MakePair) -> None:
+    a, b = pair()
+    conn = moved(a, b, lambda conn: None)
+    with conn.cursor() as cursor:
+        cursor.execute("CREATE TEMP TABLE rows (n int, t text)")
+        cursor.copy_expert("COPY rows FROM STDIN", io.StringIO("1\tä€\n2\tb\n"))
+        out = io.StringIO()
+        cursor.copy_expert("COPY (SELECT * FROM rows ORDER BY n) TO STDOUT", out)
+        assert out.getvalue() == "1\tä€\n2\tb\n"
+        cursor.execute("SELECT repeat('x', 10000000)")
+        assert cursor.fetchone() == ("x" * 10_000_000,)
+    with conn.cursor("named") as named:
+        named.execute("SELECT * FROM generate_series(1, 5000)")
+        assert sum(n for (n,) in named) == 12502500
+    large = conn.lobject(0, "wb")
+    large.write(b"bytes")
+    large.unlink()
+    conn.commit()
+    conn.autocommit = True
+    with conn.cursor() as cursor:
+        cursor.execute("LISTEN here; NOTIFY here, 'word'; DO $$ BEGIN RAISE NOTICE 'said'; END $$")
+    assert [n.payload for n in conn.notifies] == ["word"]
+    assert "said" in conn.notices[-1]
+    assert conn.notifies[0].pid == conn.info.backend_pid
+    conn.autocommit = False
+    with pytest.raises(psycopg2.errors.DivisionByZero):
+        ask(conn, "SELECT 1/0")
+    conn.rollback()
+    conn.set_client_encoding("LATIN1")
+    assert ask(conn, "SELECT %s", "ä") == "ä"
+    conn.set_session(readonly=True, isolation_level="SERIALIZABLE")
+    assert ask(conn, "SHOW transaction_isolation") == "serializable"
+    b.put_conn(conn)
+    assert ask(b.get_conn(), "SHOW transaction_isolation") == "read committed"
+
+
+def test_a_connection_whose_encoding_has_changed_does_not_move(pair: MakePair) -> None:
+    """psycopg2 chose its codec by it, and here it is not what was reset."""
+    a, b = pair(reset="rollback")
+    conn = a.get_conn()
+    pid = conn.info.backend_pid
+    conn.set_client_encoding("LATIN1")
+    a.put_conn(conn)
+    got = b.get_conn()
+    assert got.info.backend_pid != pid
+    assert (got.encoding, ask(got, "SELECT %s", "ä")) == ("UTF8", "ä")
+
+
+def test_a_query_of_a_connection_that_has_moved_can_be_cancelled(pair: MakePair) -> None:
+    a, b = pair()
+    conn = moved(a, b, lambda conn: None)
+    raised: list[BaseException] = []
+
+    def sleep() -> None:
+        try:
+            ask(conn, "SELECT pg_sleep(60)")
+        except psycopg2.Error as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=sleep)
+    thread.start()
+    wait_until(lambda: conn.info.transaction_status == extensions.TRANSACTION_STATUS_ACTIVE, 5, "the query to run")
+    wait_until(lambda: conn.cancel() or not thread.is_alive() or thread.join(0.05), 10, "the cancel")
+    thread.join(5)
+    assert isinstance(raised[0], psycopg2.errors.QueryCanceled)
+    conn.rollback()
+    assert ask(conn, "SELECT 1") == 1
+
+
+def test_what_is_left_of_a_connection_that_was_given_is_dead(pair: MakePair) -> None:
+    a, b = pair()
+    old = a.get_conn()
+    a.put_conn(old)
+    got = b.get_conn()
+    ask(got, "SELECT 1")
+    with pytest.raises(psycopg2.InterfaceError, match="returned to its pool"):
+        old.cancel()
+    with pytest.raises(psycopg2.OperationalError):
+        ask(old, "SELECT 1")
+    old.close()
+    assert ask(got, "SELECT 1") == 1
+
+
+def test_configure_runs_again_and_its_settings_hold(pair: MakePair) -> None:
+    def configure(conn: extensions.connection) -> None:
+        with conn.cursor() as cursor:
+            cursor.execute("SET statement_timeout TO '7s'")
+        conn.commit()
+
+    a, b = pair(configure=configure)
+    conn = moved(a, b, lambda conn: None)
+    assert ask(conn, "SHOW statement_timeout") == "7s"
+
+
+def test_with_reset_rollback_settings_move_along_but_no_listening(pair: MakePair) -> None:
+    a, b = pair(reset="rollback")
+
+    def use(conn: extensions.connection) -> None:
+        conn.cursor().execute("SET statement_timeout TO '9s'; LISTEN news")
+        conn.commit()
+
+    conn = moved(a, b, use)
+    assert ask(conn, "SHOW statement_timeout") == "9s"
+    assert ask(conn, "SELECT count(*) FROM pg_listening_channels()") == 0
+
+
+def test_handover_off_closes_and_opens(pair: MakePair, broker: sharedpool.Broker, name: str) -> None:
+    a, b = pair(handover="off")
+    conn = a.get_conn()
+    pid = conn.info.backend_pid
+    a.put_conn(conn)
+    assert b.get_conn().info.backend_pid != pid
+    assert report(broker, name).handovers == 0
+
+
+def test_a_process_that_can_build_no_shell_goes_on_without(
+    pair: MakePair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = pair()
+    monkeypatch.setattr("sharedpool.worker.handover.Stub.port", 1 << 20)
+    b._holdings.shells._stock.clear()
+    conn = b.get_conn()
+    assert ask(conn, "SELECT 1") == 1
+    assert "no hand-over in this process" in caplog.text
+
+
+def test_a_parked_connection_expires(pair: MakePair, broker: sharedpool.Broker, name: str) -> None:
+    """Given while nobody waits any more: the broker keeps it, but no longer than a worker would."""
+    a, b = pair(expiration=0.5)
+    held = b.get_conn()
+    b.put_conn(held)
+    wait_until(lambda: report(broker, name).leases == 0, 10, "the connection to expire")
+
+
+def test_a_backend_that_ends_while_parked_or_moving_is_not_handed_out(
+    pair: MakePair, server_connection: extensions.connection
+) -> None:
+    a, b = pair()
+    rng = random.Random(1)
+    for _ in range(20):
+        giver, taker = rng.sample((a, b), 2)
+        conn = giver.get_conn()
+        pid = conn.info.backend_pid
+        giver.put_conn(conn)
+        with server_connection.cursor() as cursor:
+            cursor.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+        got = taker.get_conn()
+        assert ask(got, "SELECT pg_backend_pid()") != pid
+        taker.put_conn(got)
+
+
+def test_threads_of_several_processes_share_few_connections(
+    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str
+) -> None:
+    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 3, "threads": True}
+    with workers(4, **settings) as crew, Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
+        for worker in crew:
+            worker.send("hammer", seconds=2, threads=3, timeout=30)
+        outcomes = [worker.answer() for worker in crew]
+    assert [outcome["errors"] for outcome in outcomes] == [[]] * 4
+    assert min(outcome["done"] for outcome in outcomes) > 0
+    assert sampler.peak <= 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_no_slot_is_lost_with_a_process_that_ends_or_stops_in_the_middle_of_a_transfer(
+    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, number: int
+) -> None:
+    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 2}
+    rng = random.Random(number)
+    with workers(4, **settings) as crew, Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
+        for worker in crew:
+            worker.send("hammer", seconds=4, threads=1, timeout=30, work_s=0.001)
+        for _ in range(3):
+            victim = Worker(**settings).ready()
+            victim.send("hammer", seconds=60, threads=1, timeout=30, work_s=0.001)
+            wait_until(lambda: report(broker, name).sessions >= 5, 10, "the victim to take part")
+            threading.Event().wait(rng.uniform(0.1, 0.3))  # hit at a random moment
+            victim.kill(number)
+            threading.Event().wait(0.2)
+            victim.kill()
+            victim.end()
+        outcomes = [worker.answer() for worker in crew]
+    assert [outcome["errors"] for outcome in outcomes] == [[]] * 4
+    assert sampler.peak <= 2
+
+
+def test_what_is_read_and_written_over_thousands_of_moves_is_what_it_should_be(
+    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, server_connection: extensions.connection
+) -> None:
+    """Each process writes rows of its own and reads them back, by checksum; no row is another's, lost or doubled."""
+    with server_connection.cursor() as cursor:
+        cursor.execute("CREATE TABLE moves (worker int, n int, body text, PRIMARY KEY (worker, n))")
+    total = int(os.environ.get("SHAREDPOOL_MOVES", "3000"))
+    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 2, "slice": 0}
+    try:
+        with workers(5, **settings) as crew:
+            for number, worker in enumerate(crew):
+                worker.send("write_rows", worker=number, count=total // 5)
+            answers = [worker.answer(600) for worker in crew]
+            moves = report(broker, name).handovers
+        assert [answer.get("wrong", answer) for answer in answers] == [0] * 5
+        assert moves > total // 2
+        with server_connection.cursor() as cursor:
+            cursor.execute("SELECT worker, n, body FROM moves")
+            rows = cursor.fetchall()
+    finally:
+        with server_connection.cursor() as cursor:
+            cursor.execute("DROP TABLE moves")
+    assert len(rows) == total // 5 * 5
+    assert all(body == hashlib.sha256(f"{worker} {n}".encode()).hexdigest() * 4 for worker, n, body in rows)
