@@ -1,0 +1,85 @@
+"""One process lies idle on all slots, another asks."""
+
+import time
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from bench.contestants import US_OFF, broker
+from bench.crew import Crew, Member, crew
+from bench.peers import MakeClient, Shared, knows_handover
+from bench.report import P50_MS, P99_MS, US, Metric, Result, Sample
+from bench.runner import Bench, Contestant, Measure, Row, Unavailable, take_turns
+from bench.stats import percentile
+
+SLOTS = 5
+_MOST_MS = Metric("most", "ms")
+
+
+class Neighbour(Member):
+    """One of two processes that want all slots in turn."""
+
+    def __init__(self, make: MakeClient) -> None:
+        self._client = make()
+
+    def take(self) -> list[float]:
+        """Check all out, one after the other, and in again; return the ms that each checkout took."""
+        held: list[Any] = []
+        waits_ms = []
+        for _ in range(SLOTS):
+            began = time.perf_counter()
+            held.append(self._client.checkout())
+            waits_ms.append((time.perf_counter() - began) * 1000)
+        for conn in held:
+            self._client.checkin(conn)
+        return waits_ms
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _recall(bench: Bench, result: Result) -> None:
+    dsn = bench.server.dsn
+    turns = bench.scaled(1000, 150) // SLOTS // bench.rounds
+
+    def open(stack: ExitStack, handover: str) -> Measure:
+        if handover == "off" and not knows_handover():
+            raise Unavailable("this sharedpool has no hand-over")
+        make = Shared(dsn, broker(bench, stack, SLOTS, dsn).address, SLOTS, handover)
+        pair: list[Crew] = [stack.enter_context(crew([partial(Neighbour, make)])) for _ in range(2)]
+        pair[0].ask("take")
+        pair[1].ask("take")
+
+        def measure() -> Sample:
+            waits_ms: list[float] = []
+            for _ in range(turns):
+                waits_ms += pair[0].ask("take")[0]
+                pair.reverse()
+            figures = {
+                P50_MS: percentile(waits_ms, 50),
+                P99_MS: percentile(waits_ms, 99),
+                _MOST_MS: max(waits_ms),
+            }
+            return Sample(figures, waits_ms)
+
+        return measure
+
+    take_turns(
+        bench,
+        result,
+        [Contestant(US, partial(open, handover="auto")), Contestant(US_OFF, partial(open, handover="off"))],
+    )
+    for who, each in result.latencies_ms.items():
+        result.notes.append(f"{who}: p99 {percentile(each, 99):.2f} ms of all {len(each)} together")
+    if not knows_handover():
+        result.notes.append("this sharedpool has no hand-over: the slot moves by a close and a connect")
+
+
+ROWS = (
+    Row(
+        "recall",
+        f"recall latency: one process idle on all {SLOTS} slots, another asks",
+        "p99 ≤ 1 ms by hand-over, ≤ 20 ms by close",
+        _recall,
+    ),
+)
