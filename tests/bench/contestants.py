@@ -4,14 +4,15 @@ import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import sharedpool
 from bench.crew import Member, crew, window
 from bench.load import sample_of
-from bench.peers import MakeClient, Permanent, Shared, knows_handover
+from bench.peers import OFF, MakeClient, Permanent, Shared
 from bench.pgbouncer import PgBouncer
 from bench.report import US, Sample
-from bench.runner import Bench, Contestant, Measure, Unavailable
+from bench.runner import Bench, Contestant, Measure
 from bench.server import Route
 
 US_OFF = f"{US}, handover off"
@@ -40,18 +41,28 @@ def in_a_window(bench: Bench, stack: ExitStack, count: int, member: MakeMember, 
 
 
 def shared(
-    bench: Bench, route: Route, count: int, member: MakeMember, *, slots: int, off: bool = False, threads: bool = False
+    bench: Bench,
+    route: Route,
+    count: int,
+    member: MakeMember,
+    *,
+    slots: int,
+    threads: bool = False,
+    name: str = US,
+    options: tuple[tuple[str, Any], ...] = (),
 ) -> Contestant:
-    """sharedpool, `slots` connections in all; `off`: without the hand-over."""
+    """sharedpool, `slots` connections in all, with these options of `config_pool`."""
 
     def open(stack: ExitStack) -> Measure:
-        if off and not knows_handover():
-            raise Unavailable("this sharedpool has no hand-over")
         address = broker(bench, stack, slots, route.dsn).address
-        make = Shared(route.dsn, address, slots, "off" if off else "auto", threads)
-        return in_a_window(bench, stack, count, member, make)
+        return in_a_window(bench, stack, count, member, Shared(route.dsn, address, slots, threads, options))
 
-    return Contestant(US_OFF if off else US, open)
+    return Contestant(name, open)
+
+
+def without_handover(bench: Bench, route: Route, count: int, member: MakeMember, *, slots: int) -> Contestant:
+    """sharedpool as it is where connections cannot be handed over."""
+    return shared(bench, route, count, member, slots=slots, name=US_OFF, options=OFF)
 
 
 def bouncer(

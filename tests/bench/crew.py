@@ -5,7 +5,6 @@ before all are ready, and nobody measures before all work.
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import time
@@ -15,9 +14,10 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Protocol
 
+from bench.processes import die_with_parent
+
 _ANSWER_LIMIT_S = 120.0
 _END_LIMIT_S = 10.0
-_PR_SET_PDEATHSIG = 1
 # What it takes to tell 64 processes.
 _HEAD_START_S = 0.05
 
@@ -135,7 +135,8 @@ def crew(make: Sequence[Callable[[], Member]]) -> Iterator[Crew]:
 def _serve(pipe: Connection, make: Callable[[], Member], parent: int) -> None:
     """Be a member."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C: the parent decides
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    die_with_parent()
     if os.getppid() != parent:
         return
     member: Member | None = None

@@ -24,29 +24,38 @@ class Client:
     close: Callable[[], object]
 
 
+# The options of the contestant that goes without what its fellow has by default.
+OFF = (("handover", "off"),)
+
 MakeClient = Callable[[], Client]
 
 
-def knows_handover() -> bool:
-    """Say whether this sharedpool can hand connections over, and can be told not to."""
-    return "handover" in inspect.signature(sharedpool.config_pool).parameters
+class Unavailable(Exception):
+    """A contestant cannot be measured here; the text says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Shared:
-    """A client of sharedpool's pool behind `broker`. `handover` is passed on where sharedpool knows it."""
+    """A client of sharedpool's pool behind `broker`. `options` are `config_pool`'s.
+
+    Raises Unavailable when made with an option that this sharedpool does not know.
+    """
 
     dsn: str
     broker: str
     max_conn: int
-    handover: str = "auto"
     threads: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        known = inspect.signature(sharedpool.config_pool).parameters
+        if unknown := [name for name, _ in self.options if name not in known]:
+            raise Unavailable(f"this sharedpool's config_pool() has no {', '.join(unknown)}")
 
     def __call__(self) -> Client:
         manager = sharedpool.ThreadedConnectionPool if self.threads else sharedpool.SimpleConnectionPool
-        options: dict[str, Any] = {"handover": self.handover} if knows_handover() else {}
         pool = sharedpool.config_pool(
-            self.max_conn, pool_manager=manager, dsn=self.dsn, broker=self.broker, timeout=WAIT_S, **options
+            self.max_conn, pool_manager=manager, dsn=self.dsn, broker=self.broker, timeout=WAIT_S, **dict(self.options)
         )
         return Client(pool.get_conn, pool.put_conn, pool.release_all)
 

@@ -14,7 +14,8 @@ from typing import Self
 import psycopg2
 from psycopg2.extensions import make_dsn, parse_dsn
 
-from bench.runner import Unavailable
+from bench.peers import Unavailable
+from bench.processes import die_with_parent
 from bench.server import PASSWORD, BenchServer, Route
 
 _START_S = 20.0
@@ -107,6 +108,7 @@ class PgBouncer:
                 group=account.pw_gid if other else None,
                 extra_groups=[] if other else None,
                 start_new_session=True,
+                preexec_fn=die_with_parent,  # this process has no other threads
             )
         self._wait_until_it_answers()
 

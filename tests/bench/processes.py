@@ -1,11 +1,19 @@
-"""What /proc says of a process. Linux."""
+"""What /proc says of a process, and what the kernel does for one. Linux."""
 
+import ctypes
 import os
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _MB = 1024.0
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have this process killed when its parent ends, however that ends. To be called after a change of the account."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Memory(NamedTuple):

@@ -109,10 +109,9 @@ def _measured(result: Result) -> str:
             words.append(shown if contestant == US else f"{contestant}: {shown}")
     elif FAIRNESS in result.samples.get(US, {}):
         words.append(f"fairness {FAIRNESS.describe(result.values(US, FAIRNESS))}")
+    words += [f"{who}: not measured ({why})" for who, why in result.unmeasured.items()]
     if result.error:
-        words.append("**failed**")
-    elif not words:
-        words.append("not measured")
+        words.append(f"**failed**: {last_line(result.error)}")
     return "<br>".join(_cell(word) for word in words)
 
 

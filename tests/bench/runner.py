@@ -9,17 +9,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.peers import Unavailable
 from bench.report import Comparison, Result, Sample
 from bench.server import BenchServer
 
 
-class Unavailable(Exception):
-    """A contestant cannot be measured here; the text says why and what to do."""
-
-
 @dataclass(frozen=True)
 class Bench:
-    """What every row has: the server, a directory, and how long to take. Times in seconds."""
+    """What every row has: the server, a directory, and how long to take. Times in seconds.
+
+    `slices_s` are settings of `slice` that the contended rows are to try beside the default.
+    """
 
     server: BenchServer
     directory: Path
@@ -27,6 +27,7 @@ class Bench:
     window_s: float
     warm_s: float
     quick: bool
+    slices_s: tuple[float, ...] = ()
 
     def scaled(self, full: int, quick: int) -> int:
         """Return the count for a full or for a quick run."""
@@ -100,4 +101,5 @@ def run_row(bench: Bench, row: Row) -> Result:
         result.error = traceback.format_exc()
         say(f"{row.name}: FAILED: {error}")
     result.seconds = time.monotonic() - started
+    say(f"{row.name}: took {result.seconds:.1f} s")
     return result

@@ -2,9 +2,9 @@
 
 from functools import partial
 
-from bench.contestants import DIRECT, PGBOUNCER, bouncer, direct, shared
+from bench.contestants import DIRECT, PGBOUNCER, US_OFF, bouncer, direct, shared, without_handover
 from bench.load import Looper
-from bench.report import P99_MS, THROUGHPUT, Comparison, Result
+from bench.report import P99_MS, THROUGHPUT, US, Comparison, Result
 from bench.runner import Bench, Row, take_turns
 
 SLOTS = 8
@@ -39,13 +39,17 @@ def _contended(bench: Bench, result: Result, way: str = "unix", think_s: float =
     if way == "tls":
         contestants.append(bouncer(bench, route, PROCESSES, member, slots=SLOTS, near=True, name=NEAR))
     else:  # with TLS there is no hand-over anyway
-        contestants.append(shared(bench, route, PROCESSES, member, slots=SLOTS, off=True))
-    if way == "unix" or not bench.quick:
-        contestants.append(
-            direct(bench, route, PROCESSES, member, name=UNLIMITED)
-            if think_s
-            else direct(bench, route, SLOTS, member, name=IDEAL)
-        )
+        contestants.append(without_handover(bench, route, PROCESSES, member, slots=SLOTS))
+    if way != "unix" and bench.quick:
+        result.unmeasured[UNLIMITED if think_s else IDEAL] = "not in a quick run"
+    elif think_s:
+        contestants.append(direct(bench, route, PROCESSES, member, name=UNLIMITED))
+    else:
+        contestants.append(direct(bench, route, SLOTS, member, name=IDEAL))
+    for slice_s in bench.slices_s:
+        name = f"{US}, slice {slice_s * 1000:g} ms"
+        options = (("slice", slice_s),)
+        contestants.append(shared(bench, route, PROCESSES, member, slots=SLOTS, name=name, options=options))
     take_turns(bench, result, contestants)
 
 
@@ -59,7 +63,12 @@ def _row(way: str, think_s: float, goal: str) -> Row:
         f"{PROCESSES} processes, {SLOTS} slots, {loop}, {by}",
         goal,
         partial(_contended, way=way, think_s=think_s),
-        (Comparison(THROUGHPUT, PGBOUNCER), Comparison(P99_MS, PGBOUNCER), Comparison(THROUGHPUT, other)),
+        (
+            Comparison(THROUGHPUT, PGBOUNCER),
+            Comparison(P99_MS, PGBOUNCER),
+            Comparison(THROUGHPUT, other),
+            Comparison(THROUGHPUT, PGBOUNCER, US_OFF),
+        ),
     )
 
 

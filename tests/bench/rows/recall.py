@@ -7,9 +7,9 @@ from typing import Any
 
 from bench.contestants import US_OFF, broker
 from bench.crew import Crew, Member, crew
-from bench.peers import MakeClient, Shared, knows_handover
+from bench.peers import OFF, MakeClient, Shared
 from bench.report import P50_MS, P99_MS, US, Metric, Result, Sample
-from bench.runner import Bench, Contestant, Measure, Row, Unavailable, take_turns
+from bench.runner import Bench, Contestant, Measure, Row, take_turns
 from bench.stats import percentile
 
 SLOTS = 5
@@ -42,10 +42,8 @@ def _recall(bench: Bench, result: Result) -> None:
     dsn = bench.server.dsn
     turns = bench.scaled(1000, 150) // SLOTS // bench.rounds
 
-    def open(stack: ExitStack, handover: str) -> Measure:
-        if handover == "off" and not knows_handover():
-            raise Unavailable("this sharedpool has no hand-over")
-        make = Shared(dsn, broker(bench, stack, SLOTS, dsn).address, SLOTS, handover)
+    def open(stack: ExitStack, options: tuple[tuple[str, Any], ...] = ()) -> Measure:
+        make = Shared(dsn, broker(bench, stack, SLOTS, dsn).address, SLOTS, options=options)
         pair: list[Crew] = [stack.enter_context(crew([partial(Neighbour, make)])) for _ in range(2)]
         pair[0].ask("take")
         pair[1].ask("take")
@@ -67,12 +65,10 @@ def _recall(bench: Bench, result: Result) -> None:
     take_turns(
         bench,
         result,
-        [Contestant(US, partial(open, handover="auto")), Contestant(US_OFF, partial(open, handover="off"))],
+        [Contestant(US, open), Contestant(US_OFF, partial(open, options=OFF))],
     )
     for who, each in result.latencies_ms.items():
         result.notes.append(f"{who}: p99 {percentile(each, 99):.2f} ms of all {len(each)} together")
-    if not knows_handover():
-        result.notes.append("this sharedpool has no hand-over: the slot moves by a close and a connect")
 
 
 ROWS = (

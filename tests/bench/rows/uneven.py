@@ -3,14 +3,15 @@
 import time
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 from bench.contestants import PGBOUNCER, US_OFF, broker, in_a_window, shared
 from bench.crew import CrewError, Member, crew, sleep_until, window
 from bench.load import BookKeeping, ThreadedLooper
-from bench.peers import Late, MakeClient, Shared, SqlalchemyPool, knows_handover
+from bench.peers import OFF, Late, MakeClient, Shared, SqlalchemyPool
 from bench.pgbouncer import PgBouncer
 from bench.report import P50_MS, P99_MS, THROUGHPUT, US, Comparison, Metric, Result, Sample
-from bench.runner import Bench, Contestant, Measure, Row, Unavailable, take_turns
+from bench.runner import Bench, Contestant, Measure, Row, take_turns
 from bench.stats import percentile
 
 # --- the first checkout of many processes at once
@@ -61,10 +62,9 @@ def _first(bench: Bench, result: Result) -> None:
     dsn = bench.server.dsn
     route = bench.server.routes["unix"]
 
-    def ours(stack: ExitStack, handover: str) -> Measure:
-        if handover == "off" and not knows_handover():
-            raise Unavailable("this sharedpool has no hand-over")
-        return partial(_rush, Shared(dsn, broker(bench, stack, SLOTS, dsn).address, SLOTS, handover))
+    def ours(stack: ExitStack, options: tuple[tuple[str, Any], ...] = ()) -> Measure:
+        address = broker(bench, stack, SLOTS, dsn).address
+        return partial(_rush, Shared(dsn, address, SLOTS, options=options))
 
     def cold(stack: ExitStack) -> Measure:
         stack.enter_context(PgBouncer(bench.server, route))  # to see whether there is one
@@ -84,9 +84,9 @@ def _first(bench: Bench, result: Result) -> None:
         bench,
         result,
         [
-            Contestant(US, partial(ours, handover="auto")),
+            Contestant(US, ours),
             Contestant(PGBOUNCER, cold),
-            Contestant(US_OFF, partial(ours, handover="off")),
+            Contestant(US_OFF, partial(ours, options=OFF)),
             Contestant(WARM, warm),
         ],
     )
