@@ -56,7 +56,7 @@ def main(quick: bool, rows: list[Row], slices: tuple[float, ...], rounds: int | 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clear away as after Ctrl-C
     started = time.monotonic()
     with _clean_environment(), _directory() as directory, bench_server() as server:
-        window_s, warm_s = (0.5, 0.2) if quick else (2.0, 0.5)
+        window_s, warm_s = (0.4, 0.15) if quick else (2.0, 0.5)
         bench = Bench(server, directory, rounds or (3 if quick else 5), window_s, warm_s, quick, slices)
         about = machine.describe(server)
         say(", ".join(f"{name} {value}" for name, value in about.items()))

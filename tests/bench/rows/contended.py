@@ -13,6 +13,7 @@ THINK_S = 0.010
 IDEAL = "ideal: 8 processes, 8 connections"
 UNLIMITED = "no limit: 32 connections"
 NEAR = "PgBouncer, clients by its unix socket"
+_NOT_QUICK = "not in a quick run"
 
 
 def _transaction(bench: Bench, result: Result) -> None:
@@ -36,12 +37,14 @@ def _contended(bench: Bench, result: Result, way: str = "unix", think_s: float =
         shared(bench, route, PROCESSES, member, slots=SLOTS),
         bouncer(bench, route, PROCESSES, member, slots=SLOTS),
     ]
-    if way == "tls":
+    if way == "tls" and bench.quick:
+        result.unmeasured[NEAR] = _NOT_QUICK
+    elif way == "tls":
         contestants.append(bouncer(bench, route, PROCESSES, member, slots=SLOTS, near=True, name=NEAR))
     else:  # with TLS there is no hand-over anyway
         contestants.append(without_handover(bench, route, PROCESSES, member, slots=SLOTS))
     if way != "unix" and bench.quick:
-        result.unmeasured[UNLIMITED if think_s else IDEAL] = "not in a quick run"
+        result.unmeasured[UNLIMITED if think_s else IDEAL] = _NOT_QUICK
     elif think_s:
         contestants.append(direct(bench, route, PROCESSES, member, name=UNLIMITED))
     else:

@@ -50,7 +50,7 @@ class Bookkeeper(Member):
         self._taken = taken
         for session in self._sessions if taken else ():
             self._acquire(session)
-        self.run(sessions)  # the first request of each session finds empty tables
+        self.run(1000)
 
     def _take_in(self, commands: list[Command]) -> None:
         for command in commands:

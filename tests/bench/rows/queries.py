@@ -106,6 +106,7 @@ def _row(name: str, title: str, query: str) -> Row:
         partial(_queries, query=query),
         (
             Comparison(MEAN_US, DIRECT),
+            Comparison(_P50_US, DIRECT),
             Comparison(MEAN_US, DIRECT, PGBOUNCER),
             Comparison(MEAN_US, DIRECT, SESSION),
         ),
