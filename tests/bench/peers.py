@@ -1,5 +1,10 @@
-"""What clients connect through: sharedpool, and everybody else. Made in the process that uses it."""
+"""What clients connect through: sharedpool, and everybody else.
 
+They are described in the main process, where a package that is not installed raises ImportError, and called, to make
+the client, in the process that uses it.
+"""
+
+import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,6 +107,9 @@ class PsycopgPool:
     dsn: str
     size: int
 
+    def __post_init__(self) -> None:
+        importlib.import_module("psycopg_pool")  # once, before the processes are forked
+
     def __call__(self) -> Client:
         from psycopg_pool import ConnectionPool
 
@@ -116,6 +124,9 @@ class SqlalchemyPool:
 
     dsn: str
     size: int
+
+    def __post_init__(self) -> None:
+        importlib.import_module("sqlalchemy.pool")  # once, before the processes are forked
 
     def __call__(self) -> Client:
         from sqlalchemy.pool import QueuePool
@@ -133,6 +144,9 @@ class DbutilsPool:
 
     dsn: str
     size: int
+
+    def __post_init__(self) -> None:
+        importlib.import_module("dbutils.pooled_db")  # once, before the processes are forked
 
     def __call__(self) -> Client:
         from dbutils.pooled_db import PooledDB  # type: ignore[import-untyped]
