@@ -9,10 +9,11 @@ from pathlib import Path
 import psycopg2.extensions
 import zmq
 
+import sharedpool
 from bench import pgbouncer
 from bench.server import BenchServer
 
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(sharedpool.__file__).resolve().parents[1]
 _PEERS = ("psycopg2-binary", "psycopg", "psycopg-pool", "sqlalchemy", "dbutils")
 
 
@@ -34,7 +35,7 @@ def describe(server: BenchServer) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Return the commit of this tree, and whether there is more than that."""
+    """Return the commit of the sharedpool that is measured, and whether there is more than that."""
     try:
         git = ["git", "-C", str(_ROOT)]
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
