@@ -64,13 +64,12 @@ def main(quick: bool, rows: list[Row], slices: tuple[float, ...], rounds: int | 
         about["load at the end"] = f"{os.getloadavg()[0]:.2f}"
     for result in results:
         _plot(result, out)
-    chosen = "" if len(rows) == len(ROWS) else f" --rows {','.join(row.name for row in rows)}"
     run = (
-        f"`tox -e bench{' --' * bool(quick or chosen)}{' --quick' * quick}{chosen}`: {bench.rounds} rounds, windows of"
-        f" {bench.window_s:g} s, {time.monotonic() - started:.0f} s in all."
-        + " Quick figures show that it works; they are no measure."
-        * quick
+        f"`{_command(quick, rows, slices, rounds)}`: {bench.rounds} rounds, windows of {bench.window_s:g} s,"
+        f" {time.monotonic() - started:.0f} s in all."
     )
+    if quick:
+        run += " Quick figures show that it works; they are no measure."
     (out / "figures.json").write_text(as_json(about, run, results) + "\n")
     text = markdown(about, run, results)
     (out / "figures.md").write_text(text)
@@ -79,6 +78,18 @@ def main(quick: bool, rows: list[Row], slices: tuple[float, ...], rounds: int | 
     if failed := [result.name for result in results if result.error]:
         say(f"failed: {', '.join(failed)}")
         sys.exit(1)
+
+
+def _command(quick: bool, rows: list[Row], slices: tuple[float, ...], rounds: int | None) -> str:
+    """Return how to run the same again."""
+    words = ["--quick"] * quick
+    if len(rows) < len(ROWS):
+        words += ["--rows", ",".join(row.name for row in rows)]
+    if slices:
+        words += ["--slices", ",".join(f"{slice_s * 1000:g}" for slice_s in slices)]
+    if rounds:
+        words += ["--rounds", str(rounds)]
+    return " ".join(["tox -e bench", *(["--", *words] if words else [])])
 
 
 def _plot(result: Result, out: Path) -> None:
