@@ -1,8 +1,10 @@
 """What /proc says of a process, and what the kernel does for one. Linux."""
 
+import contextlib
 import ctypes
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +49,20 @@ def memory(pid: int) -> Memory:
         name, _, rest = line.partition(":")
         kb[name] = int(rest.split()[0])
     return Memory(kb["Rss"] / _MB, kb["Pss"] / _MB, (kb["Private_Clean"] + kb["Private_Dirty"]) / _MB)
+
+
+@contextlib.contextmanager
+def on_one_cpu(*pids: int) -> Iterator[int]:
+    """Keep this process, `pids` and all that any of them starts meanwhile on one processor; return which."""
+    found = {pid: os.sched_getaffinity(pid) for pid in (0, *pids)}
+    cpu = max(found[0])
+    try:
+        for pid in found:
+            os.sched_setaffinity(pid, {cpu})
+        yield cpu
+    finally:
+        for pid, cpus in found.items():
+            os.sched_setaffinity(pid, cpus)
 
 
 def threads(pid: int) -> int:
