@@ -1,0 +1,12 @@
+"""`python tests/bench`."""
+
+import sys
+from pathlib import Path
+
+# Run as a folder, this is no package: its parent has the package.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from bench.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())
