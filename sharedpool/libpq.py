@@ -27,7 +27,8 @@ def library() -> ctypes.CDLL | None:
     """Return the libpq that psycopg2 itself is linked with, or None where its symbols cannot be reached."""
     try:
         # dlsym on the extension module searches its dependencies too, the wheel's bundled libpq among them.
-        lib = ctypes.CDLL(psycopg2._psycopg.__file__)
+        # PyDLL keeps the interpreter's lock: nothing that is called here blocks.
+        lib = ctypes.PyDLL(psycopg2._psycopg.__file__)
         lib.PQconnectStart.argtypes, lib.PQconnectStart.restype = [ctypes.c_char_p], ctypes.c_void_p
         lib.PQconninfo.argtypes, lib.PQconninfo.restype = [ctypes.c_void_p], ctypes.POINTER(_Option)
         lib.PQerrorMessage.argtypes, lib.PQerrorMessage.restype = [ctypes.c_void_p], ctypes.c_char_p

@@ -135,8 +135,8 @@ class Demand:
                     short -= self._fence_suspects([pool], min(short, self._patient(pool)), now)
                 if short > 0 and pool.unpressed:
                     self._press(pool, now)
-        if books.max_conn is None:
-            return
+        if books.max_conn is None or all(pool.room <= 0 for pool in books.contended.values()):
+            return  # what keeps them waiting is their own pool's limit
         short = self._short_of_cap()
         if short > 0:  # the cap over all pools is what keeps them waiting: any pool's slot will do
             pools = sorted(books.pools.values(), key=lambda pool: len(pool.waiters))
@@ -237,8 +237,8 @@ class Demand:
     def _relax(self, now: float) -> None:
         """Tell holders that owe for nothing: nobody waits any more, or the first waiter is their own."""
         for pool in self._books.pools.values():
-            if not pool.pressed or all(session.passes for session in pool.pressed.values()):
-                continue  # what those give back for nobody is parked, and may be had again for a word
+            if not pool.pressed or now < pool.shared_until:
+                continue  # what is given back for nobody is parked then, and may be had again for a word
             first = self._first_patient(pool)
             if not self._wanted(pool):
                 relaxed = list(pool.pressed.values())
@@ -247,8 +247,6 @@ class Demand:
             else:
                 continue
             for session in relaxed:
-                if session.passes:
-                    continue
                 self._books.mark_owed(session, 0)
                 self._emit(Send(session.id, Recall(self.next_serial(), 0, 0, answer=False)))
 

@@ -29,6 +29,10 @@ logger = logging.getLogger("sharedpool.broker")
 SUPPORTED = hasattr(select, "EPOLLRDHUP") and hasattr(socket, "SO_PEERCRED")
 _BACKLOG = 4096
 _PACKET_BYTES = 4096
+_CUT_SHORT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
+_CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)
+# Looked for what comes meanwhile so often before timers and process ends get their turn.
+_ROUNDS = 8
 _UCRED = struct.Struct("3i")  # pid, uid, gid
 
 
@@ -87,6 +91,7 @@ class Desk:
         finally:
             os.umask(mask)
         self._listener.listen(_BACKLOG)
+        self._listener_fd = self._listener.fileno()
         self._spare = os.open(os.devnull, os.O_RDONLY)  # for the moment when there are no descriptors left
         self._lines_epoll, self._custody_epoll = select.epoll(), select.epoll()
         self._lines_epoll.register(self._listener, select.EPOLLIN)
@@ -108,11 +113,15 @@ class Desk:
 
     def receive(self) -> None:
         """Take in new lines and what is handed in on the others."""
-        for fd, _ in self._lines_epoll.poll(0):
-            if fd == self._listener.fileno():
-                self._accept()
-            elif fd in self._lines:
-                self._read(self._lines[fd])
+        for _ in range(_ROUNDS):
+            ready = self._lines_epoll.poll(0)
+            for fd, _ in ready:
+                if fd == self._listener_fd:
+                    self._accept()
+                elif fd in self._lines:
+                    self._read(self._lines[fd])
+            if not ready:
+                return
 
     def _accept(self) -> None:
         while True:
@@ -152,7 +161,7 @@ class Desk:
 
     def _read(self, line: socket.socket) -> None:
         try:
-            packet, fds, flags, _ = socket.recv_fds(line, _PACKET_BYTES, 8, socket.MSG_CMSG_CLOEXEC)
+            packet, fds, flags, _ = socket.recv_fds(line, _PACKET_BYTES, 8, _CLOSE_ON_EXEC)
         except BlockingIOError:
             return
         except OSError:
@@ -164,7 +173,7 @@ class Desk:
         try:
             message = decode_to_desk(packet)
             wanted = int(isinstance(message, Deposit))
-            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) != wanted or not all(map(_is_socket, fds)):
+            if flags & _CUT_SHORT or len(fds) != wanted or not all(map(_is_socket, fds)):
                 raise ProtocolError(f"{len(packet)} bytes and {len(fds)} descriptors instead of {wanted} sockets")
             if isinstance(message, Deposit):
                 taken = self._take(message, fds[0])

@@ -53,6 +53,7 @@ class Journal:
         self._partial = not self.intact
         self._fd = -1
         self._size = 0
+        self._unwritten: list[bytes] = []
         self._compact()
 
     def _load(self) -> list[Entry]:
@@ -91,16 +92,21 @@ class Journal:
             self._compact()
 
     def record(self, entry: Entry) -> None:
-        """Note a lease, or more about it."""
+        """Note a lease, or more about it; `flush` before anybody is told."""
         line = self._live[entry.token] = _encode(_Line(lease=entry))
-        self._append(line)
+        self._unwritten.append(line)
 
     def erase(self, token: Token) -> None:
-        """Note that a slot is free."""
+        """Note that a slot is free; `flush` before anybody is told."""
         if self._live.pop(token, None) is not None:
-            self._append(_encode(_Line(free=token)))
+            self._unwritten.append(_encode(_Line(free=token)))
 
-    def _append(self, line: bytes) -> None:
+    def flush(self) -> None:
+        """Write what was noted, in one go."""
+        if not self._unwritten:
+            return
+        line = b"".join(self._unwritten)
+        self._unwritten.clear()
         if self._fd < 0:
             return
         try:
@@ -128,6 +134,7 @@ class Journal:
 
     def close(self, *, for_good: bool = False) -> None:
         """Let go of the file. `for_good`: no broker will come after."""
+        self.flush()
         if for_good:
             self._path.unlink(missing_ok=True)
         if self._fd >= 0:

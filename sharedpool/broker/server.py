@@ -76,6 +76,7 @@ class Server:
         self._calls: deque[Word] = deque()
         self._stopping = self._drain_asked = False
         self._drained_by: float | None = None
+        self._mail = True
         self._watched = Watched(self._selector)
         self._desk: desks.Desk | None = None
         self._fenced: set[Token] = set()  # cut, and given to the control connection as well
@@ -151,7 +152,8 @@ class Server:
 
     def run(self) -> None:
         """Serve until stopped, or until nobody has used the broker for `linger_s`."""
-        self._selector.register(int(self._router.getsockopt(zmq.FD)), selectors.EVENT_READ, None)
+        self._post = int(self._router.getsockopt(zmq.FD))
+        self._selector.register(self._post, selectors.EVENT_READ, None)
         self._selector.register(self._wake_in, selectors.EVENT_READ, None)
         if self._desk is not None:
             self._selector.register(self._desk.lines, selectors.EVENT_READ, self._desk.receive)
@@ -164,7 +166,7 @@ class Server:
         unused_since = self._awake_at = time.monotonic()
         try:
             while not self._stopping:
-                more = self._receive()
+                more = self._mail and self._receive()
                 now = time.monotonic()
                 if now - self._awake_at > _AWAY_S:
                     self._ledger.paused(now)
@@ -178,9 +180,9 @@ class Server:
                     if not self._lock.is_ours():
                         logger.error("the lock file of %s is gone: leaving it to another", self.settings.address)
                         break
-                if self._ledger.sessions or self._ledger.leases:
+                if self.settings.linger_s is None or self._ledger.leases or self._ledger.sessions:
                     unused_since = now
-                elif self.settings.linger_s is not None and now - unused_since >= self.settings.linger_s:
+                elif now - unused_since >= self.settings.linger_s:
                     logger.info("unused for %.0f s: leaving", self.settings.linger_s)
                     break
                 timeout_s = 0.0 if more else self._timeout_s(now, unused_since)
@@ -282,7 +284,9 @@ class Server:
 
     def _wait(self, timeout: float | None) -> None:
         for key, _ in self._selector.select(timeout):
-            if key.fileobj is self._wake_in:
+            if key.fileobj is self._post:
+                self._mail = True
+            elif key.fileobj is self._wake_in:
                 with contextlib.suppress(BlockingIOError):
                     self._wake_in.recv(4096)
             elif isinstance(key.data, bytes):
@@ -292,12 +296,13 @@ class Server:
 
     def _timeout_s(self, now: float, unused_since: float) -> float:
         # libzmq's descriptor tells of news only once: what came while we were busy must be looked for.
-        if self._calls or int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        self._mail = bool(int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+        if self._calls or self._mail:
             return 0.0
         deadlines = [self._look_at] if self._drained_by is None else [self._look_at, self._drained_by]
         if (deadline := self._ledger.next_deadline()) is not None:
             deadlines.append(deadline)
-        if self.settings.linger_s is not None and not (self._ledger.sessions or self._ledger.leases):
+        if self.settings.linger_s is not None and not (self._ledger.leases or self._ledger.sessions):
             deadlines.append(unused_since + self.settings.linger_s)
         return max(0.0, min(deadlines) - now)
 
@@ -353,17 +358,19 @@ class Server:
         for command in commands:
             match command:
                 case Send(session, message):
+                    self._journal.flush()
                     self._send(session, encode(message))
                 case Record(entry):
                     self._journal.record(entry)
+                case PassOn(line, passed):
+                    assert self._desk is not None
+                    self._journal.flush()
+                    self._desk.pass_on(line, passed)
                 case Erase(token):
                     self._journal.erase(token)
                     self._fenced.discard(token)
                     if self._desk is not None:
                         self._desk.drop(token)
-                case PassOn(line, passed):
-                    assert self._desk is not None
-                    self._desk.pass_on(line, passed)
                 case Entrust(token, heir):
                     assert self._desk is not None
                     self._desk.entrust(token, heir)
@@ -384,6 +391,7 @@ class Server:
                     self._watched.forget(session)
                 case Log(level, text):
                     logger.log(level, "%s", text)
+        self._journal.flush()
 
     def _fence(self, fence: Fence) -> None:
         cut = self._desk is not None and self._desk.cut(fence.token)

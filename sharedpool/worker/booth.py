@@ -16,6 +16,7 @@ from sharedpool.wire.codec import decode_from_desk, encode
 from sharedpool.wire.messages import Ask, Pass, Settled, Withdraw
 
 _PACKET_BYTES = 8192
+_CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 
 
 class Gate:
@@ -93,7 +94,7 @@ class Booth:
     def read(self) -> tuple[tuple[Pass, int] | None, bool]:
         """Read one packet, if there is one: what was passed, and whether the withdrawn request is settled."""
         try:
-            packet, fds, _, _ = socket.recv_fds(self._line, _PACKET_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+            packet, fds, _, _ = socket.recv_fds(self._line, _PACKET_BYTES, 1, _CLOSE_ON_EXEC)
         except BlockingIOError:
             return None, False
         except OSError:

@@ -70,6 +70,7 @@ class PooledConnection(extensions.connection):
     # For the hand-over (`handover.py`).
     sharedpool_movable = False
     sharedpool_encoding = ""
+    sharedpool_parameters: bytes | None = None
     sharedpool_native = True  # libpq itself has opened the session that it is on
     sharedpool_adopted: Backend | None = None  # the backend, if it has not
 

@@ -26,7 +26,7 @@ import psycopg2
 from psycopg2 import extensions
 
 from sharedpool import libpq
-from sharedpool.wire.messages import Backend
+from sharedpool.wire.messages import Live
 from sharedpool.worker.connection import (
     PooledConnection,
     dead_end,
@@ -47,6 +47,7 @@ _REPORTED = (
 _RESET_LIMIT_S = 1.0
 _BUILD_LIMIT_S = 5.0
 _SHELLS_KEPT = 64
+DISCARD = b"DISCARD ALL"
 _NEGOTIATE, _REFUSE = b"v", b"N"
 _SSL_REQUEST, _GSS_REQUEST = 80877103, 80877104
 
@@ -60,22 +61,26 @@ def can_move(conn: PooledConnection) -> bool:
 
 
 def prepare(conn: PooledConnection, command: bytes) -> bytes | None:
-    """Make a connection that is checked in ready to be given, `command` being its reset.
+    """Make a connection that is checked in ready to be given, `command` being its reset ("" for none).
 
     Return its parameters, for the receiver's shell, or None when it must be closed instead. Blocks for one round trip,
     at most a second.
     """
-    if conn.closed or conn.status != extensions.STATUS_READY or not is_alive(conn):
+    if conn.closed or conn.status != extensions.STATUS_READY:
         return None
     if not libpq.execute(conn, command, _RESET_LIMIT_S):
         return None
     if conn.get_transaction_status() != extensions.TRANSACTION_STATUS_IDLE or not is_alive(conn):
         return None
-    found = parameters(conn)
+    status = conn.get_parameter_status
     # psycopg2 has chosen its codec and its way to read dates by these; the receiver's shell is to choose the same.
-    if found.get("client_encoding") != conn.sharedpool_encoding or not found.get("DateStyle", "").startswith("ISO"):
+    if status("client_encoding") != conn.sharedpool_encoding or not (status("DateStyle") or "").startswith("ISO"):
         return None
-    return _encode(found)
+    if command != DISCARD:
+        return _encode(parameters(conn))
+    if conn.sharedpool_parameters is None:  # from now on this command makes them the same again
+        conn.sharedpool_parameters = _encode(parameters(conn))
+    return conn.sharedpool_parameters
 
 
 def parameters(conn: extensions.connection) -> dict[str, str]:
@@ -91,15 +96,17 @@ def vacate(conn: PooledConnection) -> None:
     conn.sharedpool_native = False
 
 
-def adopt(shell: PooledConnection, fd: int, backend: Backend) -> PooledConnection:
-    """Put a session's socket into a shell; `fd` becomes its witness. The shell is a connection to `backend` then."""
+def adopt(shell: PooledConnection, fd: int, live: Live) -> PooledConnection:
+    """Put a session's socket into a shell; `fd` becomes its witness. The shell is a connection to the backend then."""
     os.dup2(fd, shell.fileno(), inheritable=False)
     shell.sharedpool_witness = fd
     shell.sharedpool_pid = os.getpid()
-    shell.sharedpool_adopted = backend
+    shell.sharedpool_adopted, shell.sharedpool_parameters = live.backend, live.parameters
     shell.sharedpool_native = shell.sharedpool_gone = shell.sharedpool_erred = False
-    shell.notices.clear()
-    shell.notifies.clear()
+    if shell.notices:
+        shell.notices.clear()
+    if shell.notifies:
+        shell.notifies.clear()
     return shell
 
 
@@ -128,8 +135,9 @@ class Shells:
 
     def keep(self, shell: PooledConnection, parameters: bytes) -> None:
         """Keep a vacated connection for later."""
-        shell.string_types.clear()
-        shell.binary_types.clear()
+        if shell.string_types or shell.binary_types:
+            shell.string_types.clear()
+            shell.binary_types.clear()
         with self._lock:
             self._stock.setdefault(parameters, []).append(shell)
             self._stock.move_to_end(parameters)

@@ -198,7 +198,7 @@ class Holdings:
         """
         live = passed.live
         try:
-            conn = adopt(self.shells.take(live.parameters), fd, live.backend)
+            conn = adopt(self.shells.take(live.parameters), fd, live)
         except BaseException as error:
             os.close(fd)
             with self.lock:

@@ -327,7 +327,7 @@ def test_no_slot_is_lost_with_a_process_that_ends_or_stops_in_the_middle_of_a_tr
             worker.send("hammer", seconds=4, threads=1, timeout=30, work_s=0.001)
         for _ in range(3):
             with Worker(**settings) as victim:
-                victim.ready().send("hammer", seconds=60, threads=1, timeout=30, work_s=0.001)
+                victim.send("hammer", seconds=60, threads=1, timeout=30, work_s=0.001)
                 wait_until(lambda: report(broker, name).sessions >= 5, 10, "the victim to take part")
                 handovers = report(broker, name).handovers + rng.randrange(1, 50)
                 wait_until(lambda n=handovers: report(broker, name).handovers >= n, 10, "some transfers")
