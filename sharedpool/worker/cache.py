@@ -1,8 +1,12 @@
 """One worker's leases: idle, in use, owed to others; and its threads that wait for one. Pure: no I/O, no clock.
 
-The caller holds the pool's lock around every method, and afterwards, without the lock, carries out what they return:
+The caller holds the pool's lock around every method but `take`, and afterwards, without the lock, carries out what they return:
 leases to close, tickets to wake. Messages for the broker are appended to `out` under that same lock, so that they
 leave in the order in which the state changed.
+
+`idle` alone changes without the lock as well: a checkout pops from its right end and a checkin appends there, each in
+one step of the interpreter (`pool.py`). So what was there a moment ago may be gone, and who appends must look
+afterwards at what would have kept him from it (`unsettled`); who changes that looks at `idle` afterwards.
 """
 
 from __future__ import annotations
@@ -68,14 +72,47 @@ class Cache:
 
     def take(self, now: float) -> Lease | None:
         """Hand out the most recently used idle lease, or None."""
-        if not self.idle:
+        try:
+            lease = self.idle.pop()
+        except IndexError:
             return None
-        lease = self.idle.pop()
         lease.phase = Phase.IN_USE
         lease.idle_s = self._gap_s = now - lease.since
         lease.since = now
         lease.ticket = None  # an earlier one, whose end means nothing any more
         return lease
+
+    def unsettled(self, now: float) -> bool:
+        """Say whether what lies idle should not just lie there: others wait, or it has expired. Needs no lock."""
+        if self.waiting or self.owed or not self.keep_idle or now >= self._first_retires_at:
+            return True
+        try:
+            return now - self.idle[0].since >= self.expiration_s
+        except IndexError:
+            return False
+
+    def checked_in(self, lease: Lease, now: float) -> Closing | Ticket | None:
+        """Take a connection back that was laid idle without the lock, when it should not just lie there."""
+        if lease.retire_at < self._first_retires_at:
+            self._first_retires_at = lease.retire_at
+        if not self._pull(lease):
+            return None  # another thread has it
+        return self.checkin(lease, lease.conn, now, None)
+
+    def _pull(self, lease: Lease) -> bool:
+        """Take one lease out of the idle ones, if it is still there."""
+        try:
+            self.idle.remove(lease)
+        except ValueError:
+            return False
+        return True
+
+    def _shift(self) -> Lease | None:
+        """Take out the lease that has been idle longest."""
+        try:
+            return self.idle.popleft()
+        except IndexError:
+            return None
 
     def want(self, ticket: Ticket, wait_s: float, *, at_desk: bool = False) -> int:
         """Queue a ticket, here and at the broker; `wait_s` 0 asks for an answer at once.
@@ -187,7 +224,7 @@ class Cache:
 
     def _own_up(self, now: float) -> None:
         """Tell the broker at once of what lies idle while it counts on our next checkin."""
-        if self.owed and self.idle and not self._keeps(self.idle[-1], now):
+        if self.owed and (idle := list(self.idle)) and not self._keeps(idle[-1], now):
             self.out.append(self.renewal(now, {}))
 
     def _closing(self, lease: Lease, reason: ReleaseReason, now: float) -> Closing:
@@ -230,8 +267,9 @@ class Cache:
     def forget(self, token: Token) -> Lease | None:
         """Drop a lease that the broker has taken away."""
         lease = self.leases.pop(token, None)
-        if lease is not None and lease in self.idle:
-            self.idle.remove(lease)
+        if lease is not None:
+            lease.lost = True
+            self._pull(lease)
         return lease
 
     # --- generations
@@ -246,9 +284,7 @@ class Cache:
         if generation <= self.generation:
             return []
         self.generation = generation
-        stale = [lease for lease in self.idle if lease.generation < generation]
-        for lease in stale:
-            self.idle.remove(lease)
+        stale = [lease for lease in list(self.idle) if lease.generation < generation and self._pull(lease)]
         return [self._closing(lease, ReleaseReason.STALE, now) for lease in stale]
 
     # --- scavenging
@@ -256,19 +292,23 @@ class Cache:
     def expire(self, now: float) -> list[Closing]:
         """Take out what has been idle longer than `expiration_s` or lived longer than its lifetime."""
         closing = []
-        while self.idle and now - self.idle[0].since >= self.expiration_s:
-            closing.append(self._closing(self.idle.popleft(), ReleaseReason.EXPIRED, now))
+        for lease in list(self.idle):
+            if now - lease.since < self.expiration_s:
+                break
+            if self._pull(lease):
+                closing.append(self._closing(lease, ReleaseReason.EXPIRED, now))
         if now >= self._first_retires_at:
-            for lease in [lease for lease in self.idle if now >= lease.retire_at]:
-                self.idle.remove(lease)
-                closing.append(self._closing(lease, ReleaseReason.RETIRED, now))
-            self._first_retires_at = min((lease.retire_at for lease in self.idle), default=float("inf"))
+            for lease in list(self.idle):
+                if now >= lease.retire_at and self._pull(lease):
+                    closing.append(self._closing(lease, ReleaseReason.RETIRED, now))
+            self._first_retires_at = min((lease.retire_at for lease in list(self.idle)), default=float("inf"))
         return closing
 
     def drain(self, now: float) -> list[Closing]:
         """Take out everything idle."""
-        closing = [self._closing(lease, ReleaseReason.CLOSED, now) for lease in self.idle]
-        self.idle.clear()
+        closing = []
+        while (lease := self._shift()) is not None:
+            closing.append(self._closing(lease, ReleaseReason.CLOSED, now))
         return closing
 
     def lost(self, now: float) -> list[Lease]:
@@ -367,11 +407,13 @@ class Cache:
             return []
         self._newest, self.owed = recall.serial, recall.owed
         closing = self.expire(now) if recall.expired else []
-        for _ in range(min(recall.take, len(self.idle))):
-            closing.append(self._closing(self.idle.popleft(), ReleaseReason.TAKEN, now))
-        while self.owed and self.idle and self.slice_s and not self._keeps(self.idle[0], now):
-            self.owed -= 1  # kept for a checkout that did not come
-            closing.append(self._closing(self.idle.popleft(), ReleaseReason.OWED, now))
+        for _ in range(recall.take):
+            if (lease := self._shift()) is not None:
+                closing.append(self._closing(lease, ReleaseReason.TAKEN, now))
+        for lease in list(self.idle):
+            if self.owed and self.slice_s and not self._keeps(lease, now) and self._pull(lease):
+                self.owed -= 1  # kept for a checkout that did not come
+                closing.append(self._closing(lease, ReleaseReason.OWED, now))
         if recall.answer:
             self.out.append(self.renewal(now, threads, answers=recall.serial))
         return closing

@@ -105,6 +105,10 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
                 at_desk = False
             left_s = wait_s and max(0.001, deadline - ticket.since)
             wait_ms = holdings.cache.want(ticket, left_s, at_desk=at_desk)
+            if (lease := holdings.cache.take(ticket.since)) is not None:  # laid there without the lock meanwhile
+                holdings.cache.give_up(ticket, ticket.since)
+                at_desk = False
+                return lease
         if not at_desk or not cast(Booth, place).ask(link.identity, ticket.request, wait_ms):
             with holdings.lock:
                 holdings.cache.ask_by_link(ticket)
@@ -192,6 +196,7 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
         if config.configure:
             holdings.call_back(config.configure, lease, conn, "configure")
         conn.sharedpool_session, conn.sharedpool_server = session_of(conn), server_of(conn)
+        conn.sharedpool_touched = False
         conn.sharedpool_encoding = conn.get_parameter_status("client_encoding") or ""
         conn.sharedpool_movable = holdings.handover and can_move(conn)
         return conn
@@ -218,7 +223,7 @@ def _welcome(holdings: Holdings, lease: Lease, conn: PooledConnection) -> None:
     lease.fresh = False
     if holdings.config.configure:
         holdings.call_back(holdings.config.configure, lease, conn, "configure")
-        conn.sharedpool_session = session_of(conn)
+        conn.sharedpool_session, conn.sharedpool_touched = session_of(conn), False
 
 
 def _worn(lease: Lease, conn: PooledConnection, now: float) -> ReleaseReason | None:

@@ -67,6 +67,7 @@ class PooledConnection(extensions.connection):
     sharedpool_started = 0.0  # when its connect began
     sharedpool_timeout_s: float | None = None  # libpq's own, if it is known
     sharedpool_server: tuple[str | None, ...] = ()  # what it was when we connected: see `turned_read_only`
+    sharedpool_touched = False  # its user has set what a checkin restores
     # For the hand-over (`handover.py`).
     sharedpool_movable = False
     sharedpool_encoding = ""
@@ -77,6 +78,21 @@ class PooledConnection(extensions.connection):
     def close(self) -> None:
         """Close the connection and wait (at most a second) until its backend has exited."""
         close_confirmed([self])
+
+    def set_session(self, *args: Any, **kwargs: Any) -> None:
+        """Set the session's characteristics: see psycopg2."""
+        self.sharedpool_touched = True
+        super().set_session(*args, **kwargs)
+
+    def set_isolation_level(self, level: int | None) -> None:
+        """Set the isolation level: see psycopg2."""
+        self.sharedpool_touched = True
+        super().set_isolation_level(level)
+
+    def reset(self) -> None:
+        """Return to the session's defaults: see psycopg2."""
+        self.sharedpool_touched = True
+        super().reset()
 
     def get_backend_pid(self) -> int:
         """Return the process id of the server's process for this session."""
@@ -109,6 +125,30 @@ class PooledConnection(extensions.connection):
             self.sharedpool_finalized = True  # Python calls this once in an object's life: it is not lent out again
             self.sharedpool_holdings.orphans.append(self)
             self.sharedpool_holdings.signal()
+
+
+def _watched(name: str) -> property:
+    """Return psycopg2's attribute of that name; setting it is noticed, so that most checkins need not look."""
+
+    def get(conn: PooledConnection) -> Any:
+        return getattr(super(PooledConnection, conn), name)
+
+    def set_(conn: PooledConnection, value: object) -> None:
+        conn.sharedpool_touched = True
+        _inherited(type(conn), name).__set__(conn, value)
+
+    return property(get, set_, doc=getattr(extensions.connection, name).__doc__)
+
+
+@lru_cache(maxsize=128)
+def _inherited(kind: type[PooledConnection], name: str) -> Any:
+    """Return the attribute that `PooledConnection`'s stands before: psycopg2's, or a user's own class's."""
+    after = kind.__mro__[kind.__mro__.index(PooledConnection) + 1 :]
+    return next(cls.__dict__[name] for cls in after if name in cls.__dict__)
+
+
+for _name in ("autocommit", "isolation_level", "readonly", "deferrable", "cursor_factory"):
+    setattr(PooledConnection, _name, _watched(_name))
 
 
 class AdoptedInfo(extensions.ConnectionInfo):
@@ -279,9 +319,10 @@ def clean(conn: PooledConnection) -> bool:
             conn.sharedpool_erred = status == extensions.TRANSACTION_STATUS_INERROR
             conn.rollback()
         settle(conn)
-        if session_of(conn) != conn.sharedpool_session:
+        if conn.sharedpool_touched and session_of(conn) != conn.sharedpool_session:
             autocommit, isolation_level, readonly, deferrable, conn.cursor_factory = conn.sharedpool_session
             conn.set_session(isolation_level or "default", _or_default(readonly), _or_default(deferrable), autocommit)
+        conn.sharedpool_touched = False
     except psycopg2.Error:
         return False
     return not conn.closed and conn.get_transaction_status() == extensions.TRANSACTION_STATUS_IDLE

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import mmap
 import os
 import sys
 import weakref
@@ -33,6 +34,32 @@ class Disownable(Protocol):
 
     def disown(self) -> None:
         """Make inherited connections harmless."""
+
+
+_WIPE_ON_FORK = 18  # MADV_WIPEONFORK (Linux 4.14)
+
+
+class Latch:
+    """A byte that a fork wipes, of whatever kind: `page[0]` is 1 in the process that opened it, and 0 in its children.
+
+    Reading it costs a tenth of what asking for the process id does. Where the system cannot do that it is never open.
+    """
+
+    def __init__(self) -> None:
+        self.page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            self.page.madvise(_WIPE_ON_FORK)
+            self._works = True
+        except (OSError, ValueError, AttributeError):
+            self._works = False
+
+    def open(self) -> None:
+        """Open it, in this process."""
+        self.page[0] = self._works
+
+    def shut(self) -> None:
+        """Shut it."""
+        self.page[0] = 0
 
 
 # Looked at without a lock: a fork may come at any moment, in any thread.

@@ -164,7 +164,7 @@ class Shells:
         assert isinstance(shell, PooledConnection)
         vacate(shell)
         shell.sharedpool_encoding = parameters.get("client_encoding", "")
-        shell.sharedpool_session = session_of(shell)
+        shell.sharedpool_session, shell.sharedpool_touched = session_of(shell), False
         return shell
 
 

@@ -69,6 +69,8 @@ class Holdings:
         self.orphans: deque[PooledConnection] = deque()
         self.limit = config.max_conn
         self.disposed = self.retired = False
+        # Open while a checkout or checkin may go the short way: see `Pool.get_conn`.
+        self.latch = forks.Latch()
         self.hits = self.connects = self.handed_on = self.given = self.adopted = self.discarded = self.errors = 0
         self.released: dict[ReleaseReason, int] = dict.fromkeys(ReleaseReason, 0)
         self.link: Link | None = None
@@ -127,6 +129,18 @@ class Holdings:
             self.close(closing)
         if error is not None:
             raise error
+
+    def settle(self, lease: Lease, now: float) -> None:
+        """See to a connection that was laid idle the short way while others wait for one, or something has expired."""
+        with self.lock:
+            outcome = self.cache.checked_in(lease, now)
+            closing = self.cache.expire(now)
+        if isinstance(outcome, Closing):
+            closing.append(outcome)
+        elif outcome is not None:
+            outcome.wake()
+        self.signal()
+        self.close(closing)
 
     def call_back(self, callback: Callback, lease: Lease, conn: PooledConnection, name: str) -> None:
         """Run a user's callback; one that raises, or leaves a transaction open, costs the connection."""
@@ -298,6 +312,7 @@ class Holdings:
 
     def retire(self) -> None:
         """Keep nothing idle from now on; the link ends with the last lease."""
+        self.latch.shut()
         with self.lock:
             self.retired = True
             self.cache.keep_idle = False

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
-import time
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from threading import get_ident
+from time import monotonic
+from typing import Any, cast
 
 import psycopg2
 from psycopg2 import extensions
@@ -24,6 +24,9 @@ from sharedpool.worker.connection import CHECK_AFTER_S, PooledConnection, close_
 from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.lease import Lease
 from sharedpool.worker.settings import PoolConfig
+
+IN_USE, IDLE = Phase.IN_USE, Phase.IDLE
+STATUS_READY = extensions.STATUS_READY
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +65,18 @@ class Pool:
         self._start_broker = start_broker
         self._thread: int | None = None
         self._holdings = self._new_holdings()
+        if not self._one_thread:
+            self._open_latch(self._holdings)
         forks.register(self)
 
     def _new_holdings(self) -> Holdings:
         return Holdings(self.config, self._address, self._start_broker)
+
+    def _open_latch(self, holdings: Holdings) -> None:
+        """Allow the short way, if nothing of the user's has to be called on it."""
+        config = self.config
+        if not (config.check or config.at_checkin or config.disable_pooling or holdings.disposed or holdings.retired):
+            holdings.latch.open()
 
     def start_afresh(self) -> None:
         """Forget, in a forked child, what the parent held (called by `forks`)."""
@@ -74,6 +85,8 @@ class Pool:
         self._holdings.disposed = parents.disposed
         if parents.retired:
             self._holdings.retire()
+        if not self._one_thread:
+            self._open_latch(self._holdings)
 
     # --- checkout
 
@@ -87,27 +100,43 @@ class Pool:
         Raise `PoolExhausted` (no wait asked for), `PoolTimeout`, `BrokerUnavailable`, `PoolClosed`, or what
         `psycopg2.connect` or a callback raised.
         """
+        # The short way, for most calls: an idle connection, and nothing to look after. Each step is safe without the
+        # lock (`cache.py`); the latch is shut in a forked child, after `release_all` and where a callback must run.
+        holdings = self._holdings
+        thread = get_ident()
+        lease: Any
+        if holdings.latch.page[0] and key is None and (self._thread is None or self._thread == thread):
+            try:
+                lease = holdings.cache.idle.pop()
+            except IndexError:
+                now, lease = monotonic(), None
+            else:
+                now = monotonic()
+                lease.idle_s = gap_s = now - lease.since
+                lease.phase, lease.since, lease.ticket = IN_USE, now, None
+                conn: Any = lease.conn
+                if gap_s <= CHECK_AFTER_S and now < lease.retire_at and not lease.fresh and not conn.closed:
+                    conn.sharedpool_lease = lease
+                    lease.conn = None  # from here on the caller's reference is the only one
+                    lease.thread = thread
+                    holdings.hits += 1
+                    return cast(PooledConnection, conn)
+            return self._check_out(holdings, lease, timeout, now)
         holdings = self._check_caller()
         if key is not None and (conn := self._by_key(key)) is not None:
             return conn
-        now = time.monotonic()
-        with holdings.lock:
-            lease = holdings.cache.take(now)
-        if (
-            lease is not None
-            and lease.idle_s <= CHECK_AFTER_S
-            and now < lease.retire_at
-            and not self.config.check
-            and not (conn := cast(PooledConnection, lease.conn)).closed
-        ):
-            conn.sharedpool_lease = lease
-            holdings.hits += 1
-        else:
-            conn = checkout(holdings, lease, self.config.timeout if timeout is None else timeout, now)
-            lease = cast(Lease, conn.sharedpool_lease)
+        now = monotonic()
+        conn = self._check_out(holdings, holdings.cache.take(now), timeout, now)
+        return conn if key is None else self._keep_key(key, conn)
+
+    def _check_out(
+        self, holdings: Holdings, lease: Lease | None, timeout: float | None, now: float
+    ) -> PooledConnection:
+        conn = checkout(holdings, lease, self.config.timeout if timeout is None else timeout, now)
+        lease = cast(Lease, conn.sharedpool_lease)
         lease.conn = None  # from here on the caller's reference is the only one
-        lease.thread = threading.get_ident()
-        return conn if key is None else self._keep_key(key, lease, conn)
+        lease.thread = get_ident()
+        return conn
 
     def _check_caller(self) -> Holdings:
         if self._holdings.pid != os.getpid():
@@ -117,9 +146,10 @@ class Pool:
         if self._holdings.disposed:
             raise PoolClosed(f"pool {self.name!r} is disposed: release_all() was called; configure a new one")
         if self._one_thread:
-            me = threading.get_ident()
+            me = get_ident()
             if self._thread is None:
                 self._thread = me
+                self._open_latch(self._holdings)
             elif self._thread != me:
                 raise SharedPoolError(
                     f"pool {self.name!r} is a SimpleConnectionPool and belongs to one thread: for more, use"
@@ -140,7 +170,8 @@ class Pool:
             return None
         return conn
 
-    def _keep_key(self, key: Hashable, lease: Lease, conn: PooledConnection) -> PooledConnection:
+    def _keep_key(self, key: Hashable, conn: PooledConnection) -> PooledConnection:
+        lease = cast(Lease, conn.sharedpool_lease)
         with self._holdings.lock:
             other = self._keyed(key)
             if other is None:
@@ -164,6 +195,16 @@ class Pool:
         Raise `PoolError` for a connection that is not checked out of this pool, `PoolClosed` when the pool is disposed
         of (the connection is closed all the same); `fail_silently` swallows both. What `reset` raised is raised here.
         """
+        holdings = self._holdings
+        if (
+            holdings.latch.page[0]
+            and key is None
+            and not close
+            and (self._thread is None or self._thread == get_ident())
+            and getattr(conn, "sharedpool_holdings", None) is holdings
+            and self._lay_idle(holdings, conn)
+        ):
+            return
         if self._holdings.lock._is_owned() or _is_being_collected(conn):  # type: ignore[attr-defined]
             self.put_conn_later(conn)  # called by a finalizer, perhaps while this very thread was at the books
             return
@@ -174,6 +215,35 @@ class Pool:
                 raise
             return
         self._holdings.take_back(lease, cast(PooledConnection, conn), ReleaseReason.CLOSED if close else None)
+
+    @staticmethod
+    def _lay_idle(holdings: Holdings, conn: Any) -> bool:
+        """Check a connection in the short way; return False when there is something to look after."""
+        lease = conn.sharedpool_lease
+        cache = holdings.cache
+        now = monotonic()
+        if (
+            lease is None
+            or lease.key is not None
+            or lease.lost
+            or lease.generation != cache.generation
+            or lease.ref() is None
+            or now - lease.since > CHECK_AFTER_S
+            or conn.closed
+            or conn.status != STATUS_READY
+            or conn.get_transaction_status()
+            or conn.sharedpool_touched
+            or now >= lease.retire_at
+            or cache.waiting
+            or cache.owed
+            or conn.__dict__.pop("sharedpool_lease", None) is None  # one step: of two threads only one gets it
+        ):
+            return False
+        lease.conn, lease.phase, lease.since = conn, IDLE, now
+        cache.idle.append(lease)
+        if cache.unsettled(now):
+            holdings.settle(lease, now)
+        return True
 
     def _claim(self, conn: extensions.connection, key: Hashable) -> Lease:
         """Take a checked-out connection's lease off it, so that no second checkin finds one; else say why not."""
@@ -270,11 +340,12 @@ class Pool:
         with holdings.lock:
             if holdings.disposed:
                 raise PoolClosed(f"pool {self.name!r} is already disposed")
+            holdings.latch.shut()
             holdings.disposed = True
             holdings.cache.keep_idle = False  # a checkin that is under way closes too
             link = holdings.link
             tickets = holdings.cache.fail(PoolClosed(f"pool {self.name!r} was disposed of while waiting"))
-            closing = holdings.cache.drain(time.monotonic())
+            closing = holdings.cache.drain(monotonic())
             in_use = [lease for lease in holdings.cache.leases.values() if lease.phase is Phase.IN_USE]
         for ticket in tickets:
             ticket.wake()
@@ -292,7 +363,7 @@ class Pool:
             conn = cast("PooledConnection | None", lease.ref() if lease.ref else None)
             if conn is None or conn.__dict__.pop("sharedpool_lease", None) is None:
                 continue  # another thread is returning it
-            mine = lease.thread == threading.get_ident()
+            mine = lease.thread == get_ident()
             if conn.closed or (mine and conn.get_transaction_status() != extensions.TRANSACTION_STATUS_ACTIVE):
                 self._holdings.discard(lease, conn, ReleaseReason.CLOSED)
             else:
