@@ -1,12 +1,12 @@
 """One worker's leases: idle, in use, owed to others; and its threads that wait for one. Pure: no I/O, no clock.
 
-The caller holds the pool's lock around every method but `take`, and afterwards, without the lock, carries out what they return:
-leases to close, tickets to wake. Messages for the broker are appended to `out` under that same lock, so that they
-leave in the order in which the state changed.
+The caller holds the pool's lock around every method but `take`, and afterwards, without the lock, carries out what they
+return: leases to close, tickets to wake. Messages for the broker are appended to `out` under that same lock, so that
+they leave in the order in which the state changed.
 
 `idle` alone changes without the lock as well: a checkout pops from its right end and a checkin appends there, each in
 one step of the interpreter (`pool.py`). So what was there a moment ago may be gone, and who appends must look
-afterwards at what would have kept him from it (`unsettled`); who changes that looks at `idle` afterwards.
+afterwards at what would have kept him from it (`owed`, `waiting`, `calm_until`); who changes that looks at `idle`.
 """
 
 from __future__ import annotations
@@ -57,13 +57,16 @@ class Cache:
         self.owed = 0
         # While others wait, a connection in steady use is kept for so long: see `_keeps`.
         self.slice_s = 0.0
-        self._gap_s = float("inf")  # between the last checkin and the checkout after it
+        self._gap_s = float("inf")  # between the last connection that was given and the next request
         self._gave_at = float("-inf")
         self.generation = 0
         self._epoch: int | None = None  # of the broker that was last registered with
         self._gone: dict[Token, None] = {}  # given back, their backends seen to end; the broker may not know yet
         self._waits_ms: dict[int, int] = {}
-        self._first_retires_at = float("inf")  # of the idle ones, at the earliest
+        # Until then nothing has to be scavenged.
+        self.calm_until = float("-inf")
+        self._first_retires_at = float("inf")
+        self.hits = 0  # that needed no more than the deque
         self._requests = 0
         self._newest = 0  # serial of the newest word on `owed`
         self._seen = NO_TOKEN  # the newest grant
@@ -77,27 +80,21 @@ class Cache:
         except IndexError:
             return None
         lease.phase = Phase.IN_USE
-        lease.idle_s = self._gap_s = now - lease.since
+        lease.idle_s = now - lease.since
         lease.since = now
         lease.ticket = None  # an earlier one, whose end means nothing any more
         return lease
 
-    def unsettled(self, now: float) -> bool:
-        """Say whether what lies idle should not just lie there: others wait, or it has expired. Needs no lock."""
-        if self.waiting or self.owed or not self.keep_idle or now >= self._first_retires_at:
-            return True
-        try:
-            return now - self.idle[0].since >= self.expiration_s
-        except IndexError:
-            return False
-
     def checked_in(self, lease: Lease, now: float) -> Closing | Ticket | None:
         """Take a connection back that was laid idle without the lock, when it should not just lie there."""
-        if lease.retire_at < self._first_retires_at:
-            self._first_retires_at = lease.retire_at
         if not self._pull(lease):
             return None  # another thread has it
         return self.checkin(lease, lease.conn, now, None)
+
+    def _retires(self, retire_at: float) -> None:
+        """Note that there is a lease to be closed by then."""
+        self._first_retires_at = min(self._first_retires_at, retire_at)
+        self.calm_until = min(self.calm_until, retire_at)
 
     def _pull(self, lease: Lease) -> bool:
         """Take one lease out of the idle ones, if it is still there."""
@@ -177,6 +174,7 @@ class Cache:
         if not self._holds(lease):
             raise SharedPoolError(f"the broker has taken lease {lease.token} away while it was being connected")
         lease.backend, lease.retire_at, lease.ref = backend, retire_at, weakref.ref(conn, collected)
+        self._retires(retire_at)
         lease.phase, lease.since = Phase.IN_USE, now
         self.out.append(Confirm(lease.token, backend))
 
@@ -210,7 +208,7 @@ class Cache:
 
         A transfer costs more than a short transaction does; so a worker that asks again at once has a slice of time.
         """
-        return now - lease.arrived < self.slice_s and self._gap_s < STEADY_GAP_S
+        return now - lease.arrived < self.slice_s and lease.idle_s < STEADY_GAP_S
 
     def _holds(self, lease: Lease) -> bool:
         return self.leases.get(lease.token) is lease
@@ -219,8 +217,6 @@ class Cache:
         lease.phase, lease.since = Phase.IDLE, now
         self.idle.append(lease)
         self._own_up(now)
-        if lease.retire_at < self._first_retires_at:
-            self._first_retires_at = lease.retire_at
 
     def _own_up(self, now: float) -> None:
         """Tell the broker at once of what lies idle while it counts on our next checkin."""
@@ -268,7 +264,7 @@ class Cache:
         """Drop a lease that the broker has taken away."""
         lease = self.leases.pop(token, None)
         if lease is not None:
-            lease.lost = True
+            lease.plain = False
             self._pull(lease)
         return lease
 
@@ -284,6 +280,8 @@ class Cache:
         if generation <= self.generation:
             return []
         self.generation = generation
+        for lease in self.leases.values():
+            lease.plain = False
         stale = [lease for lease in list(self.idle) if lease.generation < generation and self._pull(lease)]
         return [self._closing(lease, ReleaseReason.STALE, now) for lease in stale]
 
@@ -301,8 +299,22 @@ class Cache:
             for lease in list(self.idle):
                 if now >= lease.retire_at and self._pull(lease):
                     closing.append(self._closing(lease, ReleaseReason.RETIRED, now))
-            self._first_retires_at = min((lease.retire_at for lease in list(self.idle)), default=float("inf"))
+            ahead = [lease.retire_at for lease in self.leases.values() if lease.retire_at > now]
+            self._first_retires_at = min(ahead, default=float("inf"))  # what is due by now is closed at its checkin
+        try:
+            since = self.idle[0].since
+        except IndexError:
+            since = now
+        self.calm_until = min(since + self.expiration_s, self._first_retires_at) if self.keep_idle else float("-inf")
         return closing
+
+    def expires_after(self, expiration_s: float) -> None:
+        """Set how long a connection may lie idle."""
+        self.expiration_s, self.calm_until = expiration_s, float("-inf")
+
+    def stop_keeping(self) -> None:
+        """Let nothing lie idle from now on."""
+        self.keep_idle, self.calm_until = False, float("-inf")
 
     def drain(self, now: float) -> list[Closing]:
         """Take out everything idle."""
@@ -358,7 +370,7 @@ class Cache:
             return None  # a double
         self._seen = grant.token
         lease = self.leases[grant.token] = Lease(grant.token, None, now)
-        lease.generation = self.generation
+        lease.generation, lease.cache = self.generation, self
         ticket = self.waiting.get(grant.request)
         if ticket is None:
             return self._pass_on(lease, now)
@@ -377,6 +389,8 @@ class Cache:
         if message.serial > self._newest:
             self._newest, self.owed = message.serial, message.owed
         lease = self.leases[message.token] = Lease(message.token, None, now)
+        lease.cache, lease.idle_s = self, self._gap_s
+        self._retires(retire_at)
         lease.backend, lease.generation, lease.retire_at = message.live.backend, message.live.generation, retire_at
         lease.conn, lease.ref, lease.deposited, lease.fresh = conn, weakref.ref(conn, collected), True, True
         ticket = self.waiting.get(message.request)

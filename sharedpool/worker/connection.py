@@ -135,7 +135,7 @@ def _watched(name: str) -> property:
 
     def set_(conn: PooledConnection, value: object) -> None:
         conn.sharedpool_touched = True
-        _inherited(type(conn), name).__set__(conn, value)
+        _inherited(cast(Any, type(conn)), name).__set__(conn, value)
 
     return property(get, set_, doc=getattr(extensions.connection, name).__doc__)
 

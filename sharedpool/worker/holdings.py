@@ -114,7 +114,7 @@ class Holdings:
             if lease.key is not None:
                 if self.keys.get(lease.key) is lease:
                     del self.keys[lease.key]
-                lease.key = None
+                lease.key, lease.plain = None, lease.generation == self.cache.generation
             outcome = self.cache.checkin(lease, conn, now, verdict)
             if self.cache.idle:
                 closing = self.cache.expire(now)
@@ -315,7 +315,7 @@ class Holdings:
         self.latch.shut()
         with self.lock:
             self.retired = True
-            self.cache.keep_idle = False
+            self.cache.stop_keeping()
             closing = self.cache.drain(time.monotonic())
         self.close(closing)
         self.signal()

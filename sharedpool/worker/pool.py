@@ -19,6 +19,7 @@ from psycopg2 import extensions
 from sharedpool.errors import PoolClosed, PoolError, SharedPoolError
 from sharedpool.wire.messages import Phase, ReleaseReason
 from sharedpool.worker import forks
+from sharedpool.worker.cache import Cache
 from sharedpool.worker.checkout import ANSWER_LIMIT_S, checkout
 from sharedpool.worker.connection import CHECK_AFTER_S, PooledConnection, close_confirmed, cut
 from sharedpool.worker.holdings import Holdings
@@ -57,6 +58,9 @@ class Pool:
     """What both pools are. Use `config_pool` to make one."""
 
     _one_thread = False
+    # The short way's: see `get_conn`. Shut, until there are holdings for which it may be open.
+    _latch: Any = b"\0"
+    _cache: Cache
 
     def __init__(self, config: PoolConfig, address: str, start_broker: Callable[[str], None] | None) -> None:
         self.config = config
@@ -77,6 +81,7 @@ class Pool:
         config = self.config
         if not (config.check or config.at_checkin or config.disable_pooling or holdings.disposed or holdings.retired):
             holdings.latch.open()
+            self._latch, self._cache = holdings.latch.page, holdings.cache
 
     def start_afresh(self) -> None:
         """Forget, in a forked child, what the parent held (called by `forks`)."""
@@ -102,26 +107,23 @@ class Pool:
         """
         # The short way, for most calls: an idle connection, and nothing to look after. Each step is safe without the
         # lock (`cache.py`); the latch is shut in a forked child, after `release_all` and where a callback must run.
-        holdings = self._holdings
-        thread = get_ident()
-        lease: Any
-        if holdings.latch.page[0] and key is None and (self._thread is None or self._thread == thread):
+        if self._latch[0] and key is None and ((thread := get_ident()) == self._thread or self._thread is None):
+            lease: Any
+            cache = self._cache
             try:
-                lease = holdings.cache.idle.pop()
+                lease = cache.idle.pop()
             except IndexError:
-                now, lease = monotonic(), None
-            else:
-                now = monotonic()
-                lease.idle_s = gap_s = now - lease.since
-                lease.phase, lease.since, lease.ticket = IN_USE, now, None
-                conn: Any = lease.conn
-                if gap_s <= CHECK_AFTER_S and now < lease.retire_at and not lease.fresh and not conn.closed:
-                    conn.sharedpool_lease = lease
-                    lease.conn = None  # from here on the caller's reference is the only one
-                    lease.thread = thread
-                    holdings.hits += 1
-                    return cast(PooledConnection, conn)
-            return self._check_out(holdings, lease, timeout, now)
+                return self._check_out(self._holdings, None, timeout, monotonic())
+            now = monotonic()
+            lease.idle_s = gap_s = now - lease.since
+            lease.phase, lease.since, lease.thread = IN_USE, now, thread
+            conn: Any = lease.conn
+            if gap_s <= CHECK_AFTER_S and now < lease.retire_at and not conn.closed:
+                conn.sharedpool_lease = lease
+                lease.conn = None  # from here on the caller's reference is the only one
+                cache.hits += 1
+                return cast(PooledConnection, conn)
+            return self._check_out(self._holdings, lease, timeout, now)
         holdings = self._check_caller()
         if key is not None and (conn := self._by_key(key)) is not None:
             return conn
@@ -176,7 +178,7 @@ class Pool:
             other = self._keyed(key)
             if other is None:
                 self._holdings.keys[key] = lease
-                lease.key = key
+                lease.key, lease.plain = key, False
                 return conn
         self.put_conn(conn)  # another thread was faster with the same key
         return other
@@ -195,16 +197,28 @@ class Pool:
         Raise `PoolError` for a connection that is not checked out of this pool, `PoolClosed` when the pool is disposed
         of (the connection is closed all the same); `fail_silently` swallows both. What `reset` raised is raised here.
         """
-        holdings = self._holdings
-        if (
-            holdings.latch.page[0]
-            and key is None
-            and not close
-            and (self._thread is None or self._thread == get_ident())
-            and getattr(conn, "sharedpool_holdings", None) is holdings
-            and self._lay_idle(holdings, conn)
-        ):
-            return
+        # The short way, as in `get_conn`: it is clean. Whether somebody wants it is looked at when it lies there.
+        if self._latch[0] and key is None and not close and (self._thread is None or self._thread == get_ident()):
+            cache, pooled = self._cache, cast(Any, conn)
+            try:
+                lease: Any = pooled.sharedpool_lease
+                if (
+                    lease.cache is cache
+                    and lease.plain
+                    and (now := monotonic()) - lease.since <= CHECK_AFTER_S
+                    and not conn.get_transaction_status()  # idle
+                    and conn.status == STATUS_READY
+                    and not pooled.sharedpool_touched
+                    and lease.ref() is not None  # else it is being collected
+                ):
+                    del pooled.sharedpool_lease  # in one step: of two threads that put it only one gets on
+                    lease.conn, lease.phase, lease.since = conn, IDLE, now
+                    cache.idle.append(lease)
+                    if cache.owed or cache.waiting or now >= cache.calm_until:
+                        self._holdings.settle(lease, now)
+                    return
+            except AttributeError:
+                pass  # not checked out, or no pool's at all: said below
         if self._holdings.lock._is_owned() or _is_being_collected(conn):  # type: ignore[attr-defined]
             self.put_conn_later(conn)  # called by a finalizer, perhaps while this very thread was at the books
             return
@@ -215,35 +229,6 @@ class Pool:
                 raise
             return
         self._holdings.take_back(lease, cast(PooledConnection, conn), ReleaseReason.CLOSED if close else None)
-
-    @staticmethod
-    def _lay_idle(holdings: Holdings, conn: Any) -> bool:
-        """Check a connection in the short way; return False when there is something to look after."""
-        lease = conn.sharedpool_lease
-        cache = holdings.cache
-        now = monotonic()
-        if (
-            lease is None
-            or lease.key is not None
-            or lease.lost
-            or lease.generation != cache.generation
-            or lease.ref() is None
-            or now - lease.since > CHECK_AFTER_S
-            or conn.closed
-            or conn.status != STATUS_READY
-            or conn.get_transaction_status()
-            or conn.sharedpool_touched
-            or now >= lease.retire_at
-            or cache.waiting
-            or cache.owed
-            or conn.__dict__.pop("sharedpool_lease", None) is None  # one step: of two threads only one gets it
-        ):
-            return False
-        lease.conn, lease.phase, lease.since = conn, IDLE, now
-        cache.idle.append(lease)
-        if cache.unsettled(now):
-            holdings.settle(lease, now)
-        return True
 
     def _claim(self, conn: extensions.connection, key: Hashable) -> Lease:
         """Take a checked-out connection's lease off it, so that no second checkin finds one; else say why not."""
@@ -342,7 +327,7 @@ class Pool:
                 raise PoolClosed(f"pool {self.name!r} is already disposed")
             holdings.latch.shut()
             holdings.disposed = True
-            holdings.cache.keep_idle = False  # a checkin that is under way closes too
+            holdings.cache.stop_keeping()  # a checkin that is under way closes too
             link = holdings.link
             tickets = holdings.cache.fail(PoolClosed(f"pool {self.name!r} was disposed of while waiting"))
             closing = holdings.cache.drain(monotonic())
@@ -402,7 +387,7 @@ class Pool:
             idle=idle,
             in_use=in_use,
             waiting=waiting,
-            hits=holdings.hits,
+            hits=holdings.hits + holdings.cache.hits,
             handed_on=holdings.handed_on,
             connects=holdings.connects,
             released=sum(released.values()),

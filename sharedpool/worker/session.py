@@ -134,7 +134,7 @@ class Session:
             logger.info("pool %r: registered with a new broker (epoch %d)", name, welcome.epoch)
         self._epoch = welcome.epoch
         self._holdings.limit = welcome.max_conn
-        self._holdings.cache.expiration_s = min(self._holdings.config.expiration, welcome.expiration_ms / 1000)
+        self._holdings.cache.expires_after(min(self._holdings.config.expiration, welcome.expiration_ms / 1000))
         self._holdings.tag = welcome.tag
         self._revoke(welcome.revoked)
         self._holdings.desk.open(welcome.desk)
