@@ -192,6 +192,10 @@ class Ledger:
         session = self._books.sessions.get(ask.session)
         if session is not None and not (session.ended or session.restored):
             self._sessions.hear(session, now)
+            for token in ask.gone:  # said here first: their RELEASE must not come too late for this request
+                if (lease := session.leases.get(token)) is not None:
+                    session.vanished.add(token)
+                    self._leases.free(lease, "given back")
             self._acquire(session, Acquire(ask.request, ask.wait_ms), now)
             if (waiter := session.waiters.get(ask.request)) is not None:
                 self._handover.asked(waiter, line)

@@ -387,11 +387,12 @@ class Deposit(Struct, frozen=True, tag="deposit"):
 
 
 class Ask(Struct, frozen=True, tag="ask"):
-    """An ACQUIRE whose answer may be a PASS, on this line."""
+    """An ACQUIRE whose answer may be a PASS, on this line. `gone` is as in RENEW: their RELEASE may come later."""
 
     session: bytes
     request: int
     wait_ms: int
+    gone: list[Token] = []
 
 
 class Withdraw(Struct, frozen=True, tag="withdraw"):

@@ -13,7 +13,7 @@ import threading
 
 from sharedpool.errors import ProtocolError
 from sharedpool.wire.codec import decode_from_desk, encode
-from sharedpool.wire.messages import Ask, Pass, Settled, Withdraw
+from sharedpool.wire.messages import Ask, Pass, Settled, Token, Withdraw
 
 _PACKET_BYTES = 8192
 _CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
@@ -66,9 +66,9 @@ class Booth:
         except OSError:
             pass  # full: awake already; closed: over
 
-    def ask(self, session: bytes, request: int, wait_ms: int) -> bool:
-        """Say that a thread waits here; return whether the broker will hear it."""
-        return self._say(encode(Ask(session, request, wait_ms)))
+    def ask(self, session: bytes, request: int, wait_ms: int, gone: list[Token]) -> bool:
+        """Say that a thread waits here, and what was given back; return whether the broker will hear it."""
+        return self._say(encode(Ask(session, request, wait_ms, gone)))
 
     def withdraw(self, session: bytes, request: int) -> bool:
         """Say that it does not wait any more; SETTLED will come."""

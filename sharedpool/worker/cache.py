@@ -39,6 +39,7 @@ from sharedpool.wire.messages import (
 from sharedpool.worker.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closing, Lease, Ticket, collected
 
 _LONGEST_WAIT_MS = 2**52
+_MOST_GONE = 100  # in one packet
 # Who asks again so soon after a checkin is at work all the time.
 STEADY_GAP_S = 0.0005
 
@@ -249,6 +250,10 @@ class Cache:
         if self._holds(lease):
             del self.leases[lease.token]
             lease.conn = None
+
+    def gone(self) -> list[Token]:
+        """Return the leases that were given back, their backends seen to end, and of which the broker may not know."""
+        return list(self._gone)[:_MOST_GONE]
 
     def acknowledged(self, gone: Iterable[Token]) -> None:
         """Note that the broker knows of these."""

@@ -105,11 +105,12 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
                 at_desk = False
             left_s = wait_s and max(0.001, deadline - ticket.since)
             wait_ms = holdings.cache.want(ticket, left_s, at_desk=at_desk)
+            gone = holdings.cache.gone()
             if (lease := holdings.cache.take(ticket.since)) is not None:  # laid there without the lock meanwhile
                 holdings.cache.give_up(ticket, ticket.since)
                 at_desk = False
                 return lease
-        if not at_desk or not cast(Booth, place).ask(link.identity, ticket.request, wait_ms):
+        if not at_desk or not cast(Booth, place).ask(link.identity, ticket.request, wait_ms, gone):
             with holdings.lock:
                 holdings.cache.ask_by_link(ticket)
             link.wake()

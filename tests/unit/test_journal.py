@@ -29,9 +29,13 @@ def test_what_was_recorded_and_not_erased_comes_back(path: Path) -> None:
     journal.vouch()
     for serial in (1, 2, 3):
         journal.record(entry(serial))
+        journal.flush()
     journal.record(entry(2, Backend(9, 8, 7)))
+    journal.flush()
     journal.erase(Token(3, 1))
+    journal.flush()
     journal.erase(Token(3, 99))  # not known: nothing
+    journal.flush()
     after = Journal(path)  # the first was never closed: it was killed
     assert after.intact
     assert after.entries == [entry(2, Backend(9, 8, 7)), entry(3)]
@@ -41,7 +45,9 @@ def test_a_line_cut_short_is_one_that_never_counted(path: Path) -> None:
     journal = Journal(path)
     journal.vouch()
     journal.record(entry(1))
+    journal.flush()
     journal.record(entry(2))
+    journal.flush()
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 5)
     after = Journal(path)
@@ -52,6 +58,7 @@ def test_a_line_cut_short_is_one_that_never_counted(path: Path) -> None:
 def test_one_that_was_not_vouched_for_is_not_believed_by_the_next_broker_either(path: Path) -> None:
     journal = Journal(path)
     journal.record(entry(1))
+    journal.flush()
     after = Journal(path)  # killed before it knew all
     assert not after.intact
     assert after.entries == [entry(1)]
@@ -69,9 +76,12 @@ def test_it_does_not_grow_for_ever(path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(journals, "_COMPACT_BYTES", 5000)
     journal = Journal(path)
     journal.record(entry(0))
+    journal.flush()
     for serial in range(1, 500):
         journal.record(entry(serial))
+        journal.flush()
         journal.erase(Token(3, serial))
+        journal.flush()
         assert path.stat().st_size < 10_000
     assert Journal(path).entries == [entry(0)]
 
@@ -88,7 +98,9 @@ def test_a_broker_that_cannot_write_leaves_nothing_to_believe(path: Path, caplog
     os.close(journal._fd)
     journal._fd = os.open("/dev/full", os.O_WRONLY)
     journal.record(entry(1))
+    journal.flush()
     journal.record(entry(2))
+    journal.flush()
     assert "will wait before it grants" in caplog.text
     assert not path.exists()
     assert not Journal(path).intact
