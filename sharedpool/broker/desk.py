@@ -2,7 +2,8 @@
 
 PostgreSQL holds its end of a connection's socket open until the backend has exited (`socket_close` in its pqcomm.c). A
 duplicate in an epoll set, watched for EPOLLRDHUP and nothing else, therefore tells the broker that a slot is free, with
-no SQL and no word from the worker, and is silent while the worker uses the connection. It is also how a dead worker's
+no SQL and no word from the worker, and is silent while the worker uses the connection. (A TCP socket that has only died
+on this side, by a RST or a time-out, tells nothing: `hangup.py`.) It is also how a dead worker's
 session is *cut*: the duplicate keeps the connection open, so the broker must shut it down; and how a connection moves
 from one worker to another (`handover.py`).
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sharedpool.errors import ProtocolError
+from sharedpool.hangup import other_side_closed
 from sharedpool.wire.codec import decode_to_desk, encode
 from sharedpool.wire.messages import Ask, Deposit, Give, Pass, Settled, Token, Withdraw
 
@@ -47,6 +49,9 @@ class Clerk(Protocol):
 
     def gone(self, token: Token) -> None:
         """The backend of a socket in custody has ended."""
+
+    def lost(self, token: Token) -> None:
+        """A socket in custody has died; its backend may live on."""
 
     def asked(self, ask: Ask, line: int) -> None:
         """Somebody waits on this line."""
@@ -226,12 +231,16 @@ class Desk:
     # --- custody
 
     def see(self) -> None:
-        """Take in which backends have ended."""
+        """Take in which backends have ended, and which sockets are of no use as evidence any more."""
         for fd, _ in self._custody_epoll.poll(0):
             token = self._tokens.get(fd)
             if token is not None:
+                gone = other_side_closed(fd)
                 self.drop(token)
-                self._clerk.gone(token)
+                if gone:
+                    self._clerk.gone(token)
+                else:
+                    self._clerk.lost(token)
 
     def cut(self, token: Token) -> bool:
         """Tell a backend that its client is gone; return whether its socket is in custody.

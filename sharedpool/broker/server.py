@@ -344,6 +344,11 @@ class Server:
             self._control.settled(token)
         self._execute(self._ledger.backend_gone(token, time.monotonic()))
 
+    def lost(self, token: Token) -> None:
+        """Take in that a socket in custody has died: whether its backend lives on, only the server knows."""
+        self._fenced.discard(token)
+        self._execute(self._ledger.backend_lost(token, time.monotonic()))
+
     def _tell(self, word: Word) -> None:
         self._calls.append(word)
         self._wake()

@@ -1,8 +1,8 @@
 """All that touches psycopg2: open a connection, see that it is alive and clean, close it and see it gone.
 
 Every connection keeps a duplicate of its socket, the *witness*. PostgreSQL holds its end open until the backend has
-exited (`socket_close` in its pqcomm.c), so the end of file on the witness proves that the slot is free; a plain
-`close()` only asks for it.
+exited (`socket_close` in its pqcomm.c), so the end of file on the witness proves that the slot is free, if it was the
+server that sent it (`hangup.py`); a plain `close()` only asks for it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import psycopg2
 from psycopg2 import extensions
 
 from sharedpool.conninfo import ConnInfo
+from sharedpool.hangup import other_side_closed
 from sharedpool.libpq import socket_of_failed
 from sharedpool.wire.messages import Backend
 
@@ -350,14 +351,15 @@ def cut(conns: Iterable[PooledConnection], limit_s: float = CUT_LIMIT_S) -> None
     """End connections that other threads may be using, without waiting for those threads.
 
     A backend that rests exits within `limit_s` (see `sharedpool_gone`); one in the middle of a query loses its client,
-    and the query's thread gets an error. One that another thread is closing is left to it.
+    and the query's thread gets an error when it ends: the broker ends it, or else the server, when it next looks for
+    its client. One that another thread is closing is left to it.
+
+    Only our sending half is shut down. The other one shut as well would wake the query's thread at once, but would
+    look like the backend's end on the broker's duplicate of the socket.
     """
     cutting = [(conn, take_witness(conn)) for conn in conns]
     try:
         _see_off(cutting, limit_s)
-        for conn, witness in cutting:
-            if not conn.sharedpool_gone:
-                _shut(witness, socket.SHUT_RDWR)
     finally:
         _close(cutting)
 
@@ -368,21 +370,25 @@ def take_witness(conn: PooledConnection) -> int:
 
 
 def _see_off(conns: list[tuple[PooledConnection, int]], limit_s: float) -> None:
-    """Tell backends by their sockets that no more will come; note whose end of the socket is closed in time."""
+    """Tell backends by their sockets that no more will come; note whose end of the socket is closed in time.
+
+    A socket that has died here proves nothing: its backend may live on, and the broker is to see to it.
+    """
     waiting: dict[int, PooledConnection] = {}
     poller = select.poll()
     for conn, witness in conns:
         if witness >= 0:
             # libpq has said goodbye already where it could; a session that it had given up is told here.
-            _shut(witness, socket.SHUT_WR)
+            _shut(witness)
             poller.register(witness, _HUNG_UP or select.POLLIN)
             waiting[witness] = conn
     deadline = time.monotonic() + limit_s
     while waiting and (left := deadline - time.monotonic()) > 0:
         for fd, _ in poller.poll(left * 1000):
-            if _HUNG_UP or _read_to_end(waiting[fd], fd):
+            gone = other_side_closed(fd) if _HUNG_UP else _read_to_end(waiting[fd], fd)
+            if gone is not None:
                 poller.unregister(fd)
-                waiting.pop(fd).sharedpool_gone = True
+                waiting.pop(fd).sharedpool_gone = gone
 
 
 def see_off(conn: PooledConnection, witness: int) -> None:
@@ -396,27 +402,28 @@ def abort(conn: PooledConnection) -> None:
     super(PooledConnection, conn).close()
 
 
-def _read_to_end(conn: PooledConnection, witness: int) -> bool:
-    """Where poll cannot show the end of a stream: read what is left; say whether the end was there."""
+def _read_to_end(conn: PooledConnection, witness: int) -> bool | None:
+    """Where poll cannot show the end of a stream: read what is left.
+
+    Return None when there is no end yet, and whether the other side made it when there is.
+    """
     if not conn.closed:
-        return False  # another thread's libpq is reading it
+        return None  # another thread's libpq is reading it
     os.set_blocking(witness, False)
     try:
         while os.read(witness, 65536):
             pass
     except BlockingIOError:
-        return False
+        return None
     except OSError:
-        pass  # reset: gone as well
+        return False  # reset, or timed out
     return True
 
 
-def _shut(witness: int, how: int) -> None:
-    if witness < 0:
-        return
+def _shut(witness: int) -> None:
     sock = socket.socket(fileno=witness)
     try:
-        sock.shutdown(how)
+        sock.shutdown(socket.SHUT_WR)
     except OSError:
         pass  # the other side was faster
     finally:
