@@ -33,6 +33,7 @@ from sharedpool.broker.commands import (
     PassOn,
     Process,
     Record,
+    Saw,
     Send,
     Vouch,
     Watch,
@@ -110,7 +111,7 @@ class Server:
             handover=self._desk is not None and settings.dsn is not None,
             **({} if settings.expiration_s is None else {"expiration_s": settings.expiration_s}),
         )
-        self._control = Control(settings.dsn, settings.max_conn, self._lock.instance, self._tell)
+        self._control = Control(settings.dsn, settings.max_conn, self._lock.instance, self._tell, self._journal.places)
         # A crashed broker leaves its socket, should somebody have deleted the rest.
         self._follows = not self._lock.first or (self._ipc and Path(settings.address.removeprefix("ipc://")).exists())
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unreachable peer is an error, not silence
@@ -371,6 +372,8 @@ class Server:
                     self._control.interfere(command)
                 case Vouch():
                     self._journal.vouch()
+                case Saw(place):
+                    self._journal.saw(place)
                 case Fence():
                     self._fence(command)
                 case Look():
