@@ -32,6 +32,13 @@ class Entry(msgspec.Struct, frozen=True):
     backend: Backend | None = None
 
 
+class Place(NamedTuple):
+    """One incarnation of a server: the address by which the control connection came to it, and when it started."""
+
+    route: str
+    boot_us: int
+
+
 class Survey(NamedTuple):
     """What the server lists: backends in start-up, and those whose application_name is this broker's, by that name.
 
@@ -95,6 +102,13 @@ class Vouch:
 
 
 @dataclass(frozen=True, slots=True)
+class Saw:
+    """Have a later broker know that the control connection was here: what was there is gone when another answers."""
+
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
 class Watch:
     """Tell the ledger (`session_died`) when `process` ends."""
 
@@ -143,4 +157,6 @@ class Log:
     text: str
 
 
-Command = Send | Record | Erase | Entrust | PassOn | Interfere | Vouch | Watch | Fence | Look | Doubt | Forget | Log
+Command = (
+    Send | Record | Erase | Entrust | PassOn | Interfere | Vouch | Saw | Watch | Fence | Look | Doubt | Forget | Log
+)

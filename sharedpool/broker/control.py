@@ -14,14 +14,14 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import psycopg2
-from psycopg2.extensions import connection, parse_dsn
+from psycopg2.extensions import connection, cursor, parse_dsn
 
-from sharedpool.broker.commands import Command, Doubt, Fence, Interfere, Look, Survey
+from sharedpool.broker.commands import Command, Doubt, Fence, Interfere, Look, Place, Saw, Survey
 from sharedpool.broker.ledger import Ledger
 from sharedpool.wire.messages import Backend, Token
 from sharedpool.wire.tag import pattern_of
@@ -77,9 +77,19 @@ class _Job:
 
 
 class Control:
-    """Fences backends and looks at the server, over one connection. `tell(word)` is called in this thread."""
+    """Fences backends and looks at the server, over one connection. `tell(word)` is called in this thread.
 
-    def __init__(self, dsn: str | None, max_conn: int | None, instance: str, tell: Callable[[Word], None]) -> None:
+    `seen` are the servers that former brokers' control connections were on.
+    """
+
+    def __init__(
+        self,
+        dsn: str | None,
+        max_conn: int | None,
+        instance: str,
+        tell: Callable[[Word], None],
+        seen: Iterable[Place] = (),
+    ) -> None:
         self._dsn = dsn
         self._max_conn = max_conn
         self._instance = instance
@@ -92,7 +102,7 @@ class Control:
         self._route = ""
         self._room = 0
         self._powerless = False
-        self._seen: set[tuple[str, int]] = set()  # (address, start) of every server this connection has been on
+        self._seen = set(seen)  # every server this connection, or a former broker's, has been on
         self.state = "connecting" if dsn else "none"
         self._thread = threading.Thread(target=self._run, name="sharedpool-control", daemon=True)
 
@@ -104,11 +114,12 @@ class Control:
     def start(self) -> None:
         """Connect in the background."""
         if self._dsn is None:
-            logger.warning(
+            text = (
                 "no control connection (give --dsn): a killed worker's query is not ended, and its slot stays counted"
-                " until it ends by itself; what cannot be seen from here (a worker on another host that was killed)"
-                " stays counted until the broker restarts"
+                " until it ends by itself; what cannot be seen from here (the query of a worker on another host, or"
+                " of one that was killed with a former broker) stays counted. To free it %s"
             )
+            logger.warning(text, _WAY_OUT)
         self._thread.start()
 
     def stop(self) -> None:
@@ -142,9 +153,9 @@ class Control:
             if self._dsn and self._conn is None and time.monotonic() >= retry_at:
                 try:
                     self._connect()
-                except psycopg2.Error as error:
-                    self._drop(f"unreachable: {str(error).strip()}")
-                    logger.warning("control connection: %s; next try in %.1f s", str(error).strip(), retry_s)
+                except Exception as error:  # whatever it is: without this thread no slot of the dead comes back
+                    self._drop(f"unreachable: {_text(error)}")
+                    logger.warning("control connection: %s; next try in %.1f s", _text(error), retry_s)
                     retry_at, retry_s = time.monotonic() + retry_s, min(retry_s * 2, _LAST_RECONNECT_S)
             if not self._receive(self._wait_s(retry_at)):
                 break
@@ -152,9 +163,8 @@ class Control:
                 try:
                     self._work(time.monotonic())
                     retry_s = _FIRST_RECONNECT_S
-                except psycopg2.Error as error:
-                    logger.warning("control connection lost: %s", str(error).strip())
-                    self._drop("connecting")
+                except Exception as error:
+                    self._lose(error)
                     retry_at, retry_s = time.monotonic() + retry_s, min(retry_s * 2, _LAST_RECONNECT_S)
         self._drop("stopped")
 
@@ -201,9 +211,8 @@ class Control:
                     cursor.execute(_CANCEL_SQL, (order.backend.pid, order.backend.start_us))
             except psycopg2.errors.InsufficientPrivilege as error:
                 logger.warning("lease %s: its query is not cancelled: %s", order.token, str(error).strip())
-            except psycopg2.Error as error:
-                logger.warning("control connection lost: %s", str(error).strip())
-                self._drop("connecting")
+            except Exception as error:
+                self._lose(error)
         self._tell(lambda ledger, now: ledger.interrupted(order.token, now))
 
     def _answer(self, doubt: Doubt) -> None:
@@ -215,9 +224,8 @@ class Control:
                     cursor.execute(_SERVER_SQL)
                     row = cursor.fetchone()
                     same = row is not None and row[0] == self._boot_us
-            except psycopg2.Error as error:
-                logger.warning("control connection lost: %s", str(error).strip())
-                self._drop("connecting")
+            except Exception as error:
+                self._lose(error)
                 same = False
         self._tell(lambda ledger, now: ledger.answered_doubt(doubt.pool, doubt.generation, same, now))
 
@@ -270,7 +278,10 @@ class Control:
             row = cursor.fetchone()
             assert row is not None
             self._boot_us, self._route = row
-            self._seen.add((self._route, self._boot_us))
+            place = Place(self._route, self._boot_us)
+            if place not in self._seen:
+                self._seen.add(place)
+                self._tell(lambda ledger, now: [Saw(place)])
             cursor.execute(_ROOM_SQL)
             row = cursor.fetchone()
             assert row is not None
@@ -281,6 +292,10 @@ class Control:
         given = parse_dsn(self._dsn or "")
         wanted = {"fallback_application_name": "sharedpool broker", "connect_timeout": "10"}
         return {name: value for name, value in wanted.items() if name not in given}
+
+    def _lose(self, error: Exception) -> None:
+        logger.warning("control connection lost: %s", _text(error))
+        self._drop("connecting")
 
     def _drop(self, state: str) -> None:
         if self._conn is not None:
@@ -299,17 +314,8 @@ class Control:
         backends = [job.fence.backend for job in looked if job.fence.backend is not None]
         if backends:
             with self._conn.cursor() as cursor:
-                pids = [backend.pid for backend in backends]
-                try:
-                    cursor.execute(_FENCE_SQL, (pids, [backend.start_us for backend in backends]))
-                except psycopg2.errors.InsufficientPrivilege as error:
-                    if not self._powerless:
-                        text = (
-                            "control connection: may not end backends (%s): their slots wait until they end themselves"
-                        )
-                        logger.warning(text, str(error).strip())
-                    self._powerless = True
-                cursor.execute(_LOOK_SQL, (pids,))
+                self._end(cursor, backends)
+                cursor.execute(_LOOK_SQL, ([backend.pid for backend in backends],))
                 listed = dict(cursor.fetchall())
             for job in looked:
                 backend = job.fence.backend
@@ -319,6 +325,19 @@ class Control:
         for job in due:
             job.retry_s = min(job.retry_s * 2, _LAST_RETRY_S)
             job.due = now + job.retry_s
+
+    def _end(self, cursor: cursor, backends: list[Backend]) -> None:
+        """Signal backends; if one of them makes that fail, each alone: it must not keep the others alive."""
+        try:
+            cursor.execute(_FENCE_SQL, ([b.pid for b in backends], [b.start_us for b in backends]))
+        except (psycopg2.errors.InsufficientPrivilege, psycopg2.DataError) as error:
+            if len(backends) > 1:
+                for backend in backends:
+                    self._end(cursor, [backend])
+            elif not self._powerless:
+                self._powerless = True
+                text = "control connection: may not end backends (%s): their slots wait until they end themselves"
+                logger.warning(text, _text(error))
 
     def _comparable(self, job: _Job) -> bool:
         """Say whether this server can tell about the backend; settle the job if a restart already did."""
@@ -335,7 +354,7 @@ class Control:
 
     def _restarted_since(self, backend: Backend) -> bool:
         """We saw that server ourselves, by this route, and now another incarnation answers there."""
-        return backend.boot_us != self._boot_us and (self._route, backend.boot_us) in self._seen
+        return backend.boot_us != self._boot_us and Place(self._route, backend.boot_us) in self._seen
 
     def _done(self, job: _Job, how: str) -> None:
         fence = job.fence
@@ -345,4 +364,12 @@ class Control:
         self._tell(lambda ledger, now: ledger.backend_gone(fence.token, now))
 
 
-_NO_CONTROL = "there is no control connection to confirm that its backend is gone"
+_WAY_OUT = "start the broker again with --dsn, or without its .journal file while no broker and no worker runs"
+_NO_CONTROL = f"there is no control connection to confirm that its backend is gone: {_WAY_OUT}"
+
+
+def _text(error: Exception) -> str:
+    """Return what went wrong, in a line; a server in another language is not even readable to psycopg2."""
+    if isinstance(error, UnicodeDecodeError):
+        return error.object.decode("utf-8", "replace").strip()
+    return str(error).strip() or type(error).__name__

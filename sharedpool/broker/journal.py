@@ -1,8 +1,10 @@
 """The broker's memory beyond its own death: every lease it has granted and not seen free, in a file beside its lock.
 
-One JSON line per event, appended before the grant is sent: a lease (again when its backend is known), or that a token's
-slot is free. A broker that is killed loses nothing that was written, since the page cache is the kernel's; a machine
-that goes down takes the workers along. A last line cut short is one whose grant never left.
+One JSON line per event, written before the grant is sent: a lease (again when its backend is known), or that a token's
+slot is free. The incarnations of PostgreSQL that its control connection has seen are there too: without them a broker
+that is started after a server's restart could not tell what that has ended. A broker that is killed loses nothing that
+was written, since the page cache is the kernel's; a machine that goes down takes the workers along. A last line cut
+short is one whose grant never left.
 
 A journal begun by a broker that found none is `partial` until that broker knows all that may be held: when it dies
 before, its successor must not believe it either.
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from sharedpool.broker.commands import Entry
+from sharedpool.broker.commands import Entry, Place
 from sharedpool.wire.messages import Token
 
 logger = logging.getLogger("sharedpool.broker")
@@ -25,6 +27,8 @@ logger = logging.getLogger("sharedpool.broker")
 # Rewritten when it has grown by this much: live leases are few.
 _COMPACT_BYTES = 1 << 20
 _VERSION = 1
+# Of the servers seen before that many others, no lease is left.
+_PLACES_KEPT = 16
 
 
 class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -32,6 +36,7 @@ class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
     partial: bool = False
     lease: Entry | None = None
     free: Token | None = None
+    saw: Place | None = None
 
 
 _encoder = msgspec.json.Encoder()
@@ -42,13 +47,14 @@ class Journal:
     """One broker's journal. The address's lock must be held.
 
     `entries` are the leases that the former broker left; `intact` is False when there is no telling whether that is
-    all: the file was missing or cannot be read.
+    all: the file was missing or cannot be read. `places` are the servers that were seen, the newest last.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.intact = True
         self._live: dict[Token, bytes] = {}
+        self.places: list[Place] = []
         self.entries = self._load()
         self._partial = not self.intact
         self._fd = -1
@@ -80,6 +86,8 @@ class Journal:
                     found[line.lease.token] = line.lease
                 elif line.free is not None:
                     found.pop(line.free, None)
+                elif line.saw is not None:
+                    self._note(line.saw)
         except msgspec.DecodeError:
             self.intact = False  # what was read is still true
         self._live = {token: _encode(_Line(lease=entry)) for token, entry in found.items()}
@@ -89,7 +97,7 @@ class Journal:
         """Note that all leases there may be are in the journal."""
         if self._partial and self._fd >= 0:
             self._partial = False
-            self._compact()
+            self._rewrite()
 
     def record(self, entry: Entry) -> None:
         """Note a lease, or more about it; `flush` before anybody is told."""
@@ -101,6 +109,16 @@ class Journal:
         if self._live.pop(token, None) is not None:
             self._unwritten.append(_encode(_Line(free=token)))
 
+    def saw(self, place: Place) -> None:
+        """Note that the control connection was on this server."""
+        if self.places[-1:] != [place]:
+            self._note(place)
+            self._unwritten.append(_encode(_Line(saw=place)))
+            self.flush()
+
+    def _note(self, place: Place) -> None:
+        self.places = [*(known for known in self.places if known != place), place][-_PLACES_KEPT:]
+
     def flush(self) -> None:
         """Write what was noted, in one go."""
         if not self._unwritten:
@@ -111,23 +129,39 @@ class Journal:
             return
         try:
             if os.write(self._fd, line) != len(line):
-                raise OSError("the disk is full")
-            self._size += len(line)
-            if self._size > _COMPACT_BYTES:
-                self._compact()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             # A broker that can grant but not remember: its successor must not believe what is there.
             logger.error("cannot write %s (%s): a restarted broker will wait before it grants", self._path, error)
             self._path.unlink(missing_ok=True)
             os.close(self._fd)
             self._fd = -1
+            return
+        self._size += len(line)
+        if self._size > _COMPACT_BYTES:
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        try:
+            self._compact()
+        except OSError as error:
+            logger.warning("cannot rewrite %s (%s): what is there still counts", self._path, error)
+            self._size = 0  # the next try comes after as much again
 
     def _compact(self) -> None:
-        """Write what counts into a new file and put that in the old one's place."""
+        """Write what counts into a new file and put that in the old one's place; raise `OSError` when it is not all."""
         fresh = self._path.with_suffix(".new")
+        places = [_encode(_Line(saw=place)) for place in self.places]
+        data = b"".join([_encode(_Line(_VERSION, self._partial)), *places, *self._live.values()])
         fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        os.write(fd, b"".join([_encode(_Line(_VERSION, self._partial)), *self._live.values()]))
-        fresh.rename(self._path)
+        try:
+            if os.write(fd, data) != len(data):  # a full disk takes what it can, and says no more than this
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fresh.rename(self._path)
+        except OSError as error:
+            os.close(fd)
+            fresh.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(fresh)) from error
         if self._fd >= 0:
             os.close(self._fd)
         self._fd, self._size = fd, 0

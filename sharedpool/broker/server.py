@@ -33,6 +33,7 @@ from sharedpool.broker.commands import (
     PassOn,
     Process,
     Record,
+    Saw,
     Send,
     Vouch,
     Watch,
@@ -41,13 +42,14 @@ from sharedpool.broker.control import Control, Word
 from sharedpool.broker.journal import Journal
 from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.lock import BrokerLock
-from sharedpool.broker.processes import Watched, is_running, peer_of, process, raise_descriptor_limit
+from sharedpool.broker.processes import Watched, peer_of, process, raise_descriptor_limit
 from sharedpool.broker.sessions import other_version
 from sharedpool.broker.settings import BrokerSettings
 from sharedpool.errors import ProtocolError, SharedPoolError
 from sharedpool.wire import address as addresses
 from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, encode, hello_version
 from sharedpool.wire.messages import PROTOCOL_VERSION, Ask, Give, Hello, Reject, Report, Status, Token, Withdraw
+from sharedpool.wire.place import place
 
 logger = logging.getLogger("sharedpool.broker")
 
@@ -82,7 +84,7 @@ class Server:
         self._fenced: set[Token] = set()  # cut, and given to the control connection as well
         self._ipc = settings.address.startswith("ipc://")
         self._started = self._look_at = self._awake_at = time.monotonic()
-        self._host = socket.gethostname()
+        self._host, self._place = socket.gethostname(), place()
 
     def bind(self) -> None:
         """Take the address. Raise `AlreadyRunning` when another broker has it, `SharedPoolError` when it cannot be."""
@@ -111,7 +113,7 @@ class Server:
             handover=self._desk is not None and settings.dsn is not None,
             **({} if settings.expiration_s is None else {"expiration_s": settings.expiration_s}),
         )
-        self._control = Control(settings.dsn, settings.max_conn, self._lock.instance, self._tell)
+        self._control = Control(settings.dsn, settings.max_conn, self._lock.instance, self._tell, self._journal.places)
         # A crashed broker leaves its socket, should somebody have deleted the rest.
         self._follows = not self._lock.first or (self._ipc and Path(settings.address.removeprefix("ipc://")).exists())
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unreachable peer is an error, not silence
@@ -225,13 +227,8 @@ class Server:
         """Begin where a former broker ended."""
         assert self._lock is not None
         now = time.monotonic()
-        entries = self._journal.entries
-        if self.settings.dsn is None:  # there is nobody to confirm the end of what the dead have left
-            entries = [entry for entry in entries if entry.process is None or is_running(entry.process)]
-            for entry in self._journal.entries:
-                if entry not in entries:
-                    self._journal.erase(entry.token)
-        self._execute(self._ledger.restore(entries, now))
+        # Without a control connection there is nobody to confirm the end of what the dead have left: it stays counted.
+        self._execute(self._ledger.restore(self._journal.entries, now))
         if self._follows and not self._journal.intact:
             self._execute(self._ledger.hold(self.settings.ttl_s, now))
         else:
@@ -275,10 +272,12 @@ class Server:
             self._execute([Send(session, self._report(now))])
             return
         if isinstance(message, Hello):
-            # By tcp only a process of this very host, by loopback, can be found by the pid it claims.
+            # By tcp only a process of this very host, by loopback, can be found by the pid it claims; in another PID
+            # namespace (a pod, a container on the host's network) that is somebody else's, or nobody's.
             if message.host == self._host:
                 message = structs.replace(message, host="")  # in texts only other hosts are named
-            if pid := peer.pid or (message.pid if peer.loopback and not message.host else 0):
+            near = peer.loopback and not message.host and message.place == self._place
+            if pid := peer.pid or (message.pid if near else 0):
                 sender = process(pid)
         self._execute(self._ledger.handle(session, message, now, sender))
 
@@ -383,6 +382,8 @@ class Server:
                     self._control.interfere(command)
                 case Vouch():
                     self._journal.vouch()
+                case Saw(place):
+                    self._journal.saw(place)
                 case Fence():
                     self._fence(command)
                 case Look():

@@ -1,0 +1,107 @@
+"""A broker that comes after one that was killed, together with workers or with the server."""
+
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+from processes import Worker
+from test_control import backend_of
+from test_hardening import line_to
+from waiting import wait_until
+
+import sharedpool
+from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.cli.status import fetch_report
+from sharedpool.wire.codec import decode_to_worker, encode
+from sharedpool.wire.messages import PROTOCOL_VERSION, Acquire, Confirm, Grant, Hello, PoolSpec
+
+
+@pytest.fixture
+def address(runtime_dir: Path) -> str:
+    return f"ipc://{runtime_dir}/b.sock"
+
+
+def kill(broker: sharedpool.Broker) -> None:
+    os.kill(broker.pid, signal.SIGKILL)
+    broker.stop()
+
+
+def test_what_a_server_restart_has_ended_is_free_though_no_living_broker_saw_it_before(address: str) -> None:
+    """The machine goes down: broker, worker and server."""
+    with EphemeralPostgres() as server:
+        first = sharedpool.start_broker(1, address=address, dsn=server.dsn)
+        settings: dict[str, Any] = {"dsn": server.dsn, "broker": address, "max_conn": 1}
+        wait_until(lambda: fetch_report(address).control == "connected")
+        with Worker(**settings) as worker:
+            worker.ask("get", name="x", timeout=20)
+            kill(first)
+            worker.kill()
+        server.restart("immediate")
+        with sharedpool.start_broker(1, address=address, dsn=server.dsn), Worker(**settings) as worker:
+            assert "backend" in worker.ask("get", name="x", timeout=20)
+
+
+def test_a_dead_workers_query_is_counted_by_a_broker_that_cannot_look(
+    address: str, postgres: EphemeralPostgres, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its socket was in the former broker's custody; who comes after sees nothing of it until somebody gives a DSN."""
+    settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": address, "max_conn": 1}
+    first = sharedpool.start_broker(1, address=address)
+    with Worker(**settings) as worker:
+        worker.ask("get", name="x", timeout=20)
+        worker.send("query", name="x", sql="SELECT pg_sleep(600)")
+        wait_until(lambda: fetch_report(address).custody == 1)
+        kill(first)
+        worker.kill()
+    with sharedpool.start_broker(1, address=address), Worker(**settings) as worker:
+        wait_until(lambda: fetch_report(address).leases == 1)
+        refused = worker.ask("get", name="x", timeout=0.5)
+        assert refused["error"] == "PoolTimeout"
+        assert fetch_report(address).leases == 1
+    assert "start the broker again with --dsn, or without its .journal" in capfd.readouterr().err
+    with sharedpool.start_broker(1, address=address, dsn=postgres.dsn), Worker(**settings) as worker:
+        assert "backend" in worker.ask("get", name="x", timeout=20)
+
+
+def test_a_killed_worker_of_another_host_is_counted_until_somebody_can_look(
+    address: str, postgres: EphemeralPostgres, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": address, "max_conn": 1}
+    first = sharedpool.start_broker(1, address=address)
+    foreign = Hello(PROTOCOL_VERSION, os.getpid(), "elsewhere", "far.py", PoolSpec("default", 1, 60_000))
+    with line_to(address) as far:  # from here the broker could watch its process: the entry is made another host's
+        far.send(encode(foreign))
+        far.send(encode(Acquire(1, 0)))
+        while not isinstance(grant := decode_to_worker(far.recv()), Grant):
+            pass
+        with psycopg2.connect(postgres.dsn) as conn:
+            backend = backend_of(conn)
+        conn.close()
+        far.send(encode(Confirm(grant.token, backend)))
+        wait_until(lambda: fetch_report(address).pools[0].in_use == 1)
+    kill(first)
+    assert "start the broker again with --dsn, or without its .journal" in capfd.readouterr().err
+    journal = Path(f"{address.removeprefix('ipc://')}.journal")
+    text = journal.read_bytes()
+    journal.write_bytes(re.sub(rb'"process":\[[^]]*\]', b'"process":null', text))
+    with sharedpool.start_broker(1, address=address, ttl=0.3), Worker(**settings) as worker:
+        assert worker.ask("get", name="x", timeout=1)["error"] == "PoolTimeout"
+    with sharedpool.start_broker(1, address=address, dsn=postgres.dsn, ttl=0.3), Worker(**settings) as worker:
+        assert "backend" in worker.ask("get", name="x", timeout=20)
+
+
+def test_a_deleted_journal_forgets_the_dead(address: str, postgres: EphemeralPostgres) -> None:
+    """The way out where there is no DSN to give; nobody of the old crew is alive."""
+    settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": address, "max_conn": 1}
+    first = sharedpool.start_broker(1, address=address)
+    with Worker(**settings) as worker:
+        worker.ask("get", name="x", timeout=20)
+        kill(first)
+        worker.kill()
+    Path(f"{address.removeprefix('ipc://')}.journal").unlink()
+    with sharedpool.start_broker(1, address=address, ttl=0.5), Worker(**settings) as worker:
+        assert "backend" in worker.ask("get", name="x", timeout=20)
