@@ -179,7 +179,7 @@ class Session:
         """Drop leases that the broker has taken away: their backends are gone or going."""
         for token in tokens:
             with self._holdings.lock:
-                lease = self._holdings.cache.forget(token)
+                lease = self._holdings.cache.ended(token)
             if lease is not None:
                 logger.warning("pool %r: the broker has taken lease %s away", self._holdings.config.name, token)
                 conn = lease.conn or (lease.ref() if lease.ref else None)
