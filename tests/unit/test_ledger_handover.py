@@ -1,0 +1,282 @@
+"""The ledger's side of the hand-over: who gives, who gets, what is parked, and what must not go on."""
+
+from __future__ import annotations
+
+import pytest
+from test_ledger import Broker, Worker
+
+from sharedpool.broker.commands import Entrust, Fence, Interfere, PassOn
+from sharedpool.broker.handover import NUDGE_S, SHARED_S
+from sharedpool.broker.records import SlotState
+from sharedpool.wire.messages import (
+    Ack,
+    Ask,
+    Give,
+    Grant,
+    Interrupt,
+    Live,
+    Pass,
+    Phase,
+    Recall,
+    ReleaseReason,
+    Renew,
+    Token,
+    Withdraw,
+)
+
+
+class Desk:
+    """What workers say at their lines to the desk, and what comes back."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.generation = 1
+
+    def lend(self, worker: Worker) -> Token:
+        """Have a connection opened in the ordinary way and handed in."""
+        token = worker.lend()
+        self.broker.take_in(self.broker.ledger.deposited(token, self.broker.now))
+        return token
+
+    def ask(self, worker: Worker, line: int, wait_s: float = 9.0, gone: tuple[Token, ...] = ()) -> int:
+        worker.requests += 1
+        ask = Ask(worker.id, worker.requests, int(wait_s * 1000), list(gone))
+        self.broker.take_in(self.broker.ledger.asked(ask, line, self.broker.now))
+        return worker.requests
+
+    def give(self, worker: Worker, token: Token, reason: ReleaseReason = ReleaseReason.OWED) -> None:
+        worker.held.pop(token, None)
+        live = Live(worker.backend(token), self.generation, b"parameters")
+        self.broker.take_in(self.broker.ledger.given(Give(worker.id, token, reason, live), self.broker.now))
+
+    def passed(self) -> list[tuple[int, Pass]]:
+        return [(each.line, each.message) for each in self.broker.all(PassOn)]
+
+    def state(self, token: Token) -> SlotState:
+        lease = self.broker.ledger._books.leases.get(token)
+        return SlotState.FREE if lease is None else lease.state
+
+
+@pytest.fixture
+def broker() -> Broker:
+    return Broker()
+
+
+@pytest.fixture
+def desk(broker: Broker) -> Desk:
+    return Desk(broker)
+
+
+def test_a_connection_goes_to_who_has_waited_longest(broker: Broker, desk: Desk) -> None:
+    a, b, c = (broker.worker(name, max_conn=1) for name in "abc")
+    token = desk.lend(a)
+    first, second = desk.ask(b, line=7), desk.ask(c, line=8)
+    desk.give(a, token)
+    ((line, message),) = desk.passed()
+    assert (line, message.request) == (7, first)
+    assert message.token > token
+    assert message.live.backend == a.backend(token)
+    assert message.owed == 1  # c waits
+    assert broker.all(Entrust) == [Entrust(token, message.token)]
+    assert (desk.state(token), desk.state(message.token)) == (SlotState.FREE, SlotState.OPEN)
+    assert broker.ledger.leases == 1
+    desk.give(b, message.token)
+    assert desk.passed()[1][0] == 8
+    assert desk.passed()[1][1].request == second
+
+
+def test_what_nobody_waits_for_is_parked_and_had_for_a_word(broker: Broker, desk: Desk) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    desk.give(a, token)
+    assert desk.passed() == []
+    pools, _ = broker.ledger.report(broker.now)
+    assert (pools[0].parked, pools[0].idle, pools[0].leases) == (1, 1, 1)
+    before = len(broker.all(Recall))
+    desk.ask(b, line=3)
+    assert [line for line, _ in desk.passed()] == [3]
+    assert len(broker.all(Recall)) == before  # nobody was asked
+
+
+def test_what_is_parked_is_no_longer_its_givers(broker: Broker, desk: Desk) -> None:
+    """Heartbeats of before and after the giving change nothing."""
+    a = broker.worker("a", max_conn=1)
+    token = desk.lend(a)
+    before = Renew(a.reports(), a.seen)
+    desk.give(a, token)
+    broker.send(a.id, before)
+    a.beat()
+    assert desk.state(token) is SlotState.OPEN
+    assert a.last(Ack).revoked == []
+    pools, _ = broker.ledger.report(broker.now)
+    assert pools[0].parked == 1
+
+
+def test_what_is_on_its_way_is_not_taken_for_lost(broker: Broker, desk: Desk) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    request = desk.ask(b, line=7)
+    desk.give(a, token)
+    heir = desk.passed()[0][1].token
+    b.seen = heir
+    b.beat()  # it was said before the packet was read
+    assert desk.state(heir) is SlotState.OPEN
+    assert broker.all(Fence) == []
+    b.held[heir] = Phase.IN_USE
+    b.beat()
+    del b.held[heir]  # known now, and not held any more: that is a loss
+    b.beat()
+    assert desk.state(heir) is SlotState.FENCING
+    assert request
+
+
+def test_a_line_that_ends_with_a_connection_on_it_costs_the_connection_not_the_slot(broker: Broker, desk: Desk) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    desk.ask(b, line=7)
+    desk.give(a, token)
+    heir = desk.passed()[0][1].token
+    broker.take_in(broker.ledger.line_ended(7, broker.now))
+    assert [fence.token for fence in broker.all(Fence)] == [heir]
+    broker.take_in(broker.ledger.backend_gone(heir, broker.now))
+    assert broker.ledger.leases == 0
+
+
+def test_a_line_that_ends_with_a_known_connection_costs_nothing(broker: Broker, desk: Desk) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    desk.ask(b, line=7)
+    desk.give(a, token)
+    b.held[desk.passed()[0][1].token] = Phase.IN_USE
+    b.beat()
+    broker.take_in(broker.ledger.line_ended(7, broker.now))
+    assert broker.all(Fence) == []
+
+
+def test_a_line_that_ends_waits_no_more(broker: Broker, desk: Desk) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    desk.ask(b, line=7)
+    broker.take_in(broker.ledger.line_ended(7, broker.now))
+    desk.give(a, token)
+    assert desk.passed() == []
+
+
+def test_a_request_that_was_withdrawn_gets_nothing(broker: Broker, desk: Desk) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    request = desk.ask(b, line=7)
+    broker.take_in(broker.ledger.withdrawn(Withdraw(b.id, request), broker.now))
+    desk.give(a, token)
+    assert desk.passed() == []
+
+
+def test_a_heartbeat_does_not_withdraw_what_waits_at_the_desk(broker: Broker, desk: Desk) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    desk.ask(b, line=7)
+    b.beat()
+    desk.give(a, token)
+    assert [line for line, _ in desk.passed()] == [7]
+
+
+@pytest.mark.parametrize("why", ["an older generation", "a cancel under way", "not in custody"])
+def test_what_must_not_go_on_is_ended(broker: Broker, desk: Desk, why: str) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = a.lend() if why == "not in custody" else desk.lend(a)
+    if why == "a cancel under way":
+        broker.send(a.id, Interrupt(token))
+        assert broker.all(Interfere) == [Interfere(token, a.backend(token))]
+    if why == "an older generation":
+        desk.generation = 0
+    desk.ask(b, line=7)
+    desk.give(a, token)
+    assert desk.passed() == []
+    assert [fence.token for fence in broker.all(Fence)] == [token]
+    broker.take_in(broker.ledger.backend_gone(token, broker.now))
+    assert len(b.sent(Grant)) == 1  # the slot, instead
+
+
+def test_after_the_cancel_it_may_go_on(broker: Broker, desk: Desk) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    broker.send(a.id, Interrupt(token))
+    broker.take_in(broker.ledger.interrupted(token, broker.now))
+    desk.ask(b, line=7)
+    desk.give(a, token)
+    assert len(desk.passed()) == 1
+
+
+def test_for_a_waiter_without_a_line_the_connection_is_ended(broker: Broker, desk: Desk) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    desk.give(a, token)  # parked
+    b.ask(9.0)
+    assert [fence.token for fence in broker.all(Fence)] == [token]
+    broker.take_in(broker.ledger.backend_gone(token, broker.now))
+    assert len(b.sent(Grant)) == 1
+
+
+def test_a_parked_connection_ends_with_its_idle_time(broker: Broker, desk: Desk) -> None:
+    a = broker.worker("a", max_conn=1, expiration_ms=1000)
+    token = desk.lend(a)
+    desk.give(a, token)
+    broker.pass_time(0.9)
+    a.beat()
+    assert broker.all(Fence) == []
+    broker.pass_time(0.2)
+    assert [fence.token for fence in broker.all(Fence)] == [token]
+
+
+def test_a_parked_connection_ends_with_its_givers_session(broker: Broker, desk: Desk) -> None:
+    a = broker.worker("a", max_conn=1)
+    token = desk.lend(a)
+    desk.give(a, token)
+    broker.take_in(broker.ledger.session_died(a.id, broker.now))
+    assert [fence.token for fence in broker.all(Fence)] == [token]
+
+
+def test_while_connections_change_hands_they_are_wanted_back_and_later_kept(broker: Broker, desk: Desk) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    desk.give(a, desk.lend(a))
+    desk.ask(b, line=7)
+    heir = desk.passed()[-1][1]
+    assert heir.owed == 1  # it came from another process
+    desk.give(b, heir.token)
+    broker.pass_time(SHARED_S * 1.1)
+    desk.ask(b, line=7)
+    assert desk.passed()[-1][1].owed == 0  # b has been alone with it
+
+
+def test_what_was_given_back_counts_before_the_request_that_says_so(broker: Broker, desk: Desk) -> None:
+    """The RELEASE comes by another way, and later: a caller who does not want to wait must not be refused for that."""
+    a = broker.worker("a", max_conn=1)
+    token = desk.lend(a)
+    desk.ask(a, line=7, wait_s=0, gone=(token,))
+    assert len(a.sent(Grant)) == 2
+    a.release(token)
+    assert broker.ledger.leases == 1
+
+
+def test_who_keeps_what_others_wait_for_is_asked_again(broker: Broker, desk: Desk) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    desk.ask(b, line=7)
+    a.answer()
+    asked = len(a.sent(Recall))
+    broker.pass_time(NUDGE_S * 1.1)
+    assert len(a.sent(Recall)) == asked + 1
+    assert a.last(Recall).owed == 1
+    assert token
+
+
+def test_under_the_cap_of_all_pools_another_pools_waiter_gets_the_slot() -> None:
+    broker = Broker(max_conn=1)
+    desk = Desk(broker)
+    a, other = broker.worker("a", max_conn=1), broker.worker("o", "other", max_conn=1)
+    token = desk.lend(a)
+    desk.ask(other, line=7)
+    desk.give(a, token)
+    assert desk.passed() == []
+    broker.take_in(broker.ledger.backend_gone(token, broker.now))
+    assert len(other.sent(Grant)) == 1
