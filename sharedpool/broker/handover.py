@@ -63,11 +63,11 @@ class Handover:
 
     # --- giving and passing
 
-    def given(self, session: Session, give: Give, now: float) -> None:
-        """Take in a connection that its worker does not use any more."""
+    def given(self, session: Session, give: Give, now: float) -> bool:
+        """Take in a connection that its worker does not use any more; return whether all is done with that."""
         lease = session.leases.get(give.token)
         if lease is None or lease.live is not None or lease.state is SlotState.FENCING:
-            return
+            return False
         if give.reason is ReleaseReason.OWED:
             lease.pool.recalls += 1
             if session.owed:
@@ -79,10 +79,12 @@ class Handover:
         elif (waiter := self._first(lease.pool)) is not None:
             if waiter.line:
                 self._pass(lease, give.live, waiter, now)
-            else:
-                self._leases.fence(lease, "given, but it cannot be passed to who waits", now)
+                return not self._demand.draining
+            self._leases.fence(lease, "given, but it cannot be passed to who waits", now)
         else:
             self._park(lease, give.live, now)
+            return not (self._books.contended or self._demand.draining)
+        return False
 
     def _first(self, pool: Pool) -> Waiter | None:
         """Return the waiter who is to have a slot of this pool, of another pool under an exhausted cap."""

@@ -208,6 +208,9 @@ class Ledger:
             self._acquire(session, Acquire(ask.request, ask.wait_ms), now)
             if (waiter := session.waiters.get(ask.request)) is not None:
                 self._handover.asked(waiter, line)
+                if not ask.gone and self._demand.at_rest(session.pool):
+                    self._handover.watch(now)
+                    return self._orders()
         return self._settled(now)
 
     def withdrawn(self, withdraw: Withdraw, now: float) -> list[Command]:
@@ -222,7 +225,8 @@ class Ledger:
         session = self._books.sessions.get(give.session)
         if session is not None and not (session.ended or session.restored):
             self._sessions.hear(session, now)
-            self._handover.given(session, give, now)
+            if self._handover.given(session, give, now):
+                return self._orders()
         return self._settled(now)
 
     def line_ended(self, line: int, now: float) -> list[Command]:
@@ -425,6 +429,9 @@ class Ledger:
             self._handover.watch(now)
         if not self._looking_again and (order := self._leases.quarantine.order()) is not None:
             self._out.append(Look(*order))
+        return self._orders()
+
+    def _orders(self) -> list[Command]:
         out = self._out[:]
         self._out.clear()
         return out

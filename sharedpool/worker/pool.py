@@ -140,12 +140,16 @@ class Pool:
         lease.thread = get_ident()
         return conn
 
-    def _check_caller(self) -> Holdings:
+    def _own_holdings(self) -> Holdings:
+        """Return this process's holdings. A child whose fork Python did not see (uWSGI) must not touch its parent's."""
         if self._holdings.pid != os.getpid():
-            forks.reset_after_fork()  # a fork that Python did not see (uWSGI)
+            forks.reset_after_fork()
             if self._holdings.pid != os.getpid():
                 self.start_afresh()
-        if self._holdings.disposed:
+        return self._holdings
+
+    def _check_caller(self) -> Holdings:
+        if self._own_holdings().disposed:
             raise PoolClosed(f"pool {self.name!r} is disposed: release_all() was called; configure a new one")
         if self._one_thread:
             me = get_ident()
@@ -219,7 +223,7 @@ class Pool:
                     return
             except AttributeError:
                 pass  # not checked out, or no pool's at all: said below
-        if self._holdings.lock._is_owned() or _is_being_collected(conn):  # type: ignore[attr-defined]
+        if self._own_holdings().lock._is_owned() or _is_being_collected(conn):  # type: ignore[attr-defined]
             self.put_conn_later(conn)  # called by a finalizer, perhaps while this very thread was at the books
             return
         try:
@@ -267,6 +271,7 @@ class Pool:
         conn = self.get_conn(key, timeout=timeout)
         try:
             yield conn
+            self._own_holdings()  # before the commit: in a child it is the parent's transaction
             conn.commit()
         except BaseException as error:
             self.notice(conn, error)
@@ -282,7 +287,7 @@ class Pool:
         """Look whether an error of a statement tells that the server fails over: then every process replaces its
         connections. `connection()` and `PgSimple` call this by themselves. Does not block.
         """
-        self._holdings.notice(cast(PooledConnection, conn), error)
+        self._own_holdings().notice(cast(PooledConnection, conn), error)
 
     def put_conn_later(self, conn: extensions.connection) -> None:
         """Check a connection in from a finalizer: takes no lock and does no I/O; the link's thread does the rest."""
@@ -308,7 +313,7 @@ class Pool:
 
         Every `put_conn` does this too, and the broker sees to it in a process that never calls the pool again.
         """
-        return self._holdings.purge()
+        return self._own_holdings().purge()
 
     @property
     def disposed(self) -> bool:
@@ -321,7 +326,7 @@ class Pool:
         Waiting threads get `PoolClosed`. Blocks until the backends are gone, at most some seconds. Raise `PoolClosed`
         when it was called before.
         """
-        holdings = self._holdings
+        holdings = self._own_holdings()
         with holdings.lock:
             if holdings.disposed:
                 raise PoolClosed(f"pool {self.name!r} is already disposed")
@@ -359,7 +364,7 @@ class Pool:
 
     def retire(self) -> None:
         """Keep nothing idle from now on: a newer pool has taken this one's name in this process."""
-        self._holdings.retire()
+        self._own_holdings().retire()
 
     # --- what the pool says of itself
 
@@ -375,7 +380,7 @@ class Pool:
 
     def stats(self) -> PoolStats:
         """Return a snapshot of this process's part of the pool. Takes the lock for a moment."""
-        holdings = self._holdings
+        holdings = self._own_holdings()
         with holdings.lock:
             idle, waiting = len(holdings.cache.idle), len(holdings.cache.waiting)
             busy = (Phase.IN_USE, Phase.CONNECTING)
