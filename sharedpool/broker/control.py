@@ -98,7 +98,7 @@ class Control:
         self._instance = instance
         self._leadership = leadership
         self._tell = tell
-        self._inbox: queue.SimpleQueue[_Job | Token | Look | Doubt | Interfere | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Job | Token | Look | Doubt | Interfere | int | None] = queue.SimpleQueue()
         self._jobs: dict[Token, _Job] = {}
         self._looks: list[Look] = []
         self._conn: psycopg2.extensions.connection | None = None
@@ -107,6 +107,8 @@ class Control:
         self._room = 0
         self._powerless = False
         self._seen = set(seen)  # every server this connection, or a former broker's, has been on
+        self._met: set[int] = set()  # starts of servers that workers have been on
+        self._hurry = False
         self.state = "connecting" if dsn else "none"
         self._thread = threading.Thread(target=self._run, name="sharedpool-control", daemon=True)
 
@@ -139,6 +141,15 @@ class Control:
         """Forget a fence: other evidence has come. Does not block."""
         self._inbox.put(token)
 
+    def met(self, boot_us: int) -> None:
+        """Take in that a worker is on a server that was started then: see it too, while it is there. Does not block.
+
+        What was on a server that was never seen cannot be known to be gone with it.
+        """
+        if self.exists and boot_us not in self._met:
+            self._met.add(boot_us)
+            self._inbox.put(boot_us)
+
     def look(self, look: Look) -> None:
         """Queue a survey of the server. Does not block."""
         self._inbox.put(look)
@@ -165,6 +176,10 @@ class Control:
                         self._leadership.cannot_ask()
             if not self._receive(self._wait_s(retry_at)):
                 break
+            if self._hurry:
+                self._hurry = False
+                self._is_same()
+                retry_s, retry_at = _FIRST_RECONNECT_S, 0.0
             if self._conn is not None:
                 try:
                     self._work(time.monotonic())
@@ -206,6 +221,8 @@ class Control:
                         self._cancel(item)
                     case Token():
                         self._jobs.pop(item, None)
+                    case int():
+                        self._hurry = self._hurry or item != self._boot_us
                 item = self._inbox.get_nowait()
         except queue.Empty:
             return True
@@ -226,17 +243,20 @@ class Control:
 
     def _answer(self, doubt: Doubt) -> None:
         """Say whether the server that we know still answers."""
-        same = self._conn is not None
-        if self._conn is not None:
-            try:
-                with self._conn.cursor() as cursor:
-                    cursor.execute(_SERVER_SQL)
-                    row = cursor.fetchone()
-                    same = row is not None and row[0] == self._boot_us
-            except Exception as error:
-                self._lose(error)
-                same = False
+        same = self._is_same()
         self._tell(lambda ledger, now: ledger.answered_doubt(doubt.pool, doubt.generation, same, now))
+
+    def _is_same(self) -> bool:
+        if self._conn is None:
+            return False
+        try:
+            with self._conn.cursor() as cursor:
+                cursor.execute(_SERVER_SQL)
+                row = cursor.fetchone()
+                return row is not None and row[0] == self._boot_us
+        except Exception as error:
+            self._lose(error)
+            return False
 
     def _survey(self, look: Look) -> None:
         """Look for backends of this broker's pools and for backends in start-up."""

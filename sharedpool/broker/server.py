@@ -373,6 +373,8 @@ class Server:
                     self._send(session, encode(message))
                 case Record(entry):
                     self._journal.record(entry)
+                    if entry.backend is not None:
+                        self._control.met(entry.backend.boot_us)
                 case PassOn(line, passed):
                     assert self._desk is not None
                     self._journal.flush()

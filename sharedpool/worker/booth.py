@@ -132,6 +132,9 @@ class Booths:
         self._all: set[Booth] = set()
         self.unsettled: dict[int, Booth] = {}
 
+    def __len__(self) -> int:
+        return len(self._all)
+
     def take(self) -> Booth | None:
         """Return a booth, or None where there are none."""
         path = self.path

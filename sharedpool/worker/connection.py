@@ -398,6 +398,11 @@ def see_off(conn: PooledConnection, witness: int) -> None:
     _see_off([(conn, witness)], CLOSE_LIMIT_S)
 
 
+def abandon(shell: PooledConnection) -> None:
+    """Close a connection object from which the session was taken."""
+    super(PooledConnection, shell).close()
+
+
 def abort(conn: PooledConnection) -> None:
     """Close a connection for which no witness can be had (no descriptor is free); `sharedpool_gone` as ever."""
     _see_off([(conn, conn.fileno())], CLOSE_LIMIT_S)

@@ -29,6 +29,7 @@ from sharedpool import libpq
 from sharedpool.wire.messages import Live
 from sharedpool.worker.connection import (
     PooledConnection,
+    abandon,
     dead_end,
     is_alive,
     pooled_class,
@@ -46,7 +47,6 @@ _REPORTED = (
 # A reset that takes longer is not waited for: the connection is closed instead.
 _RESET_LIMIT_S = 1.0
 _BUILD_LIMIT_S = 5.0
-_SHELLS_KEPT = 64
 DISCARD = b"DISCARD ALL"
 _NEGOTIATE, _REFUSE = b"v", b"N"
 _SSL_REQUEST, _GSS_REQUEST = 80877103, 80877104
@@ -133,8 +133,8 @@ class Shells:
                     return shell
         return self._build(_decode(parameters))
 
-    def keep(self, shell: PooledConnection, parameters: bytes) -> None:
-        """Keep a vacated connection for later."""
+    def keep(self, shell: PooledConnection, parameters: bytes, most: int) -> None:
+        """Keep a vacated connection for later, but no more than `most` in all: that many threads have ever waited."""
         if shell.string_types or shell.binary_types:
             shell.string_types.clear()
             shell.binary_types.clear()
@@ -142,10 +142,10 @@ class Shells:
             self._stock.setdefault(parameters, []).append(shell)
             self._stock.move_to_end(parameters)
             self._kept += 1
-            while self._kept > _SHELLS_KEPT:
+            while self._kept > max(1, most):
                 oldest, stock = next(iter(self._stock.items()))
                 if stock:
-                    stock.pop()
+                    abandon(stock.pop())
                     self._kept -= 1
                 else:
                     del self._stock[oldest]

@@ -198,7 +198,7 @@ class Holdings:
                 self.cache.given(lease)
                 self.released[closing.reason] += 1
                 self.given += 1
-            self.shells.keep(conn, parameters)
+            self.shells.keep(conn, parameters, len(self.booths))
         else:
             see_off(conn, witness)
             self.give_back(lease, closing.reason, gone=conn.sharedpool_gone)
