@@ -36,6 +36,7 @@ def broker_process(address: str, dsn: str, *more: str) -> Iterator["subprocess.P
             yield process
         finally:
             process.kill()
+            print("the broker's words:", process.stderr.read())  # shown when the test fails
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_a_broker_restarted_with_leases_out_knows_them_at_once(postgres: Ephemer
             a.ask("get", name="y")
             first.kill()
             first.wait()
-            assert a.ask("query", name="x", sql="SELECT pg_backend_pid()")["rows"] == [[held]]
+            assert a.ask("query", name="x", sql="SELECT pg_backend_pid()") == {"rows": [[held]]}
             refused = b.ask("get", name="z", timeout=0.3)
             assert refused["error"] == "BrokerUnavailable"
         os.kill(a.pid, signal.SIGSTOP)  # it cannot say what it holds
@@ -111,7 +112,7 @@ def test_a_broker_restarted_with_leases_out_knows_them_at_once(postgres: Ephemer
             os.kill(a.pid, signal.SIGCONT)
             wait_until(lambda: [p.suspect for p in fetch_report(address).pools] == [0], what="the worker's HELLO")
             assert b.ask("get", name="w")["error"] == "PoolExhausted"
-            assert a.ask("query", name="x", sql="SELECT pg_backend_pid()")["rows"] == [[held]]
+            assert a.ask("query", name="x", sql="SELECT pg_backend_pid()") == {"rows": [[held]]}
             assert fetch_report(address).custody == 3
 
 
@@ -153,7 +154,7 @@ def test_without_its_journal_a_broker_waits_and_then_counts_what_the_server_show
             os.kill(a.pid, signal.SIGCONT)
             wait_until(lambda: [p.suspect for p in fetch_report(address).pools] == [0], what="the worker's HELLO")
             assert b.ask("get", name="w")["error"] == "PoolExhausted"
-            assert a.ask("query", name="x", sql="SELECT pg_backend_pid()")["rows"] == [[held]]
+            assert a.ask("query", name="x", sql="SELECT pg_backend_pid()") == {"rows": [[held]]}
 
 
 # --- processes exit
