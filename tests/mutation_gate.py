@@ -64,6 +64,11 @@ MUTANTS = (
         ("tests/faults", "-k", "recalled or killed"),
     ),
     Mutant(
+        "a worker's cut forges the evidence",
+        (("sharedpool/worker/connection.py", "sock.shutdown(socket.SHUT_WR)", "sock.shutdown(socket.SHUT_RDWR)"),),
+        ("tests/integration/test_evidence.py", "-k", "query"),
+    ),
+    Mutant(
         "a restarted broker grants without knowing what is held",
         (
             (

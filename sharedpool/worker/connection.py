@@ -269,14 +269,15 @@ def cut(conns: Iterable[PooledConnection], limit_s: float = CUT_LIMIT_S) -> None
     """End connections that other threads may be using, without waiting for those threads.
 
     A backend that rests exits within `limit_s` (see `sharedpool_gone`); one in the middle of a query loses its client,
-    and the query's thread gets an error. One that another thread is closing is left to it.
+    and the query's thread gets an error when it ends: the broker ends it, or else the server, when it next looks for
+    its client. One that another thread is closing is left to it.
+
+    Only our sending half is shut down. The other one shut as well would wake the query's thread at once, but would
+    look like the backend's end on the broker's duplicate of the socket.
     """
     cutting = [(conn, _take_witness(conn)) for conn in conns]
     try:
         _see_off(cutting, limit_s)
-        for conn, witness in cutting:
-            if not conn.sharedpool_gone:
-                _shut(witness, socket.SHUT_RDWR)
     finally:
         _close(cutting)
 
@@ -293,7 +294,7 @@ def _see_off(conns: list[tuple[PooledConnection, int]], limit_s: float) -> None:
     for conn, witness in conns:
         if witness >= 0:
             # libpq has said goodbye already where it could; a session that it had given up is told here.
-            _shut(witness, socket.SHUT_WR)
+            _shut(witness)
             poller.register(witness, _HUNG_UP or select.POLLIN)
             waiting[witness] = conn
     deadline = time.monotonic() + limit_s
@@ -325,12 +326,10 @@ def _read_to_end(conn: PooledConnection, witness: int) -> bool:
     return True
 
 
-def _shut(witness: int, how: int) -> None:
-    if witness < 0:
-        return
+def _shut(witness: int) -> None:
     sock = socket.socket(fileno=witness)
     try:
-        sock.shutdown(how)
+        sock.shutdown(socket.SHUT_WR)
     except OSError:
         pass  # the other side was faster
     finally:
