@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import psycopg2
-from psycopg2.extensions import connection, parse_dsn
+from psycopg2.extensions import connection, cursor, parse_dsn
 
 from sharedpool.broker.commands import Command, Doubt, Fence, Look, Survey
 from sharedpool.broker.ledger import Ledger
@@ -134,9 +134,9 @@ class Control:
             if self._dsn and self._conn is None and time.monotonic() >= retry_at:
                 try:
                     self._connect()
-                except psycopg2.Error as error:
-                    self._drop(f"unreachable: {str(error).strip()}")
-                    logger.warning("control connection: %s; next try in %.1f s", str(error).strip(), retry_s)
+                except Exception as error:  # whatever it is: without this thread no slot of the dead comes back
+                    self._drop(f"unreachable: {_text(error)}")
+                    logger.warning("control connection: %s; next try in %.1f s", _text(error), retry_s)
                     retry_at, retry_s = time.monotonic() + retry_s, min(retry_s * 2, _LAST_RECONNECT_S)
             if not self._receive(self._wait_s(retry_at)):
                 break
@@ -144,9 +144,8 @@ class Control:
                 try:
                     self._work(time.monotonic())
                     retry_s = _FIRST_RECONNECT_S
-                except psycopg2.Error as error:
-                    logger.warning("control connection lost: %s", str(error).strip())
-                    self._drop("connecting")
+                except Exception as error:
+                    self._lose(error)
                     retry_at, retry_s = time.monotonic() + retry_s, min(retry_s * 2, _LAST_RECONNECT_S)
         self._drop("stopped")
 
@@ -190,9 +189,8 @@ class Control:
                     cursor.execute(_SERVER_SQL)
                     row = cursor.fetchone()
                     same = row is not None and row[0] == self._boot_us
-            except psycopg2.Error as error:
-                logger.warning("control connection lost: %s", str(error).strip())
-                self._drop("connecting")
+            except Exception as error:
+                self._lose(error)
                 same = False
         self._tell(lambda ledger, now: ledger.answered_doubt(doubt.pool, doubt.generation, same, now))
 
@@ -257,6 +255,10 @@ class Control:
         wanted = {"fallback_application_name": "sharedpool broker", "connect_timeout": "10"}
         return {name: value for name, value in wanted.items() if name not in given}
 
+    def _lose(self, error: Exception) -> None:
+        logger.warning("control connection lost: %s", _text(error))
+        self._drop("connecting")
+
     def _drop(self, state: str) -> None:
         if self._conn is not None:
             self._conn.close()
@@ -274,17 +276,8 @@ class Control:
         backends = [job.fence.backend for job in looked if job.fence.backend is not None]
         if backends:
             with self._conn.cursor() as cursor:
-                pids = [backend.pid for backend in backends]
-                try:
-                    cursor.execute(_FENCE_SQL, (pids, [backend.start_us for backend in backends]))
-                except psycopg2.errors.InsufficientPrivilege as error:
-                    if not self._powerless:
-                        text = (
-                            "control connection: may not end backends (%s): their slots wait until they end themselves"
-                        )
-                        logger.warning(text, str(error).strip())
-                    self._powerless = True
-                cursor.execute(_LOOK_SQL, (pids,))
+                self._end(cursor, backends)
+                cursor.execute(_LOOK_SQL, ([backend.pid for backend in backends],))
                 listed = dict(cursor.fetchall())
             for job in looked:
                 backend = job.fence.backend
@@ -294,6 +287,19 @@ class Control:
         for job in due:
             job.retry_s = min(job.retry_s * 2, _LAST_RETRY_S)
             job.due = now + job.retry_s
+
+    def _end(self, cursor: cursor, backends: list[Backend]) -> None:
+        """Signal backends; if one of them makes that fail, each alone: it must not keep the others alive."""
+        try:
+            cursor.execute(_FENCE_SQL, ([b.pid for b in backends], [b.start_us for b in backends]))
+        except (psycopg2.errors.InsufficientPrivilege, psycopg2.DataError) as error:
+            if len(backends) > 1:
+                for backend in backends:
+                    self._end(cursor, [backend])
+            elif not self._powerless:
+                self._powerless = True
+                text = "control connection: may not end backends (%s): their slots wait until they end themselves"
+                logger.warning(text, _text(error))
 
     def _comparable(self, job: _Job) -> bool:
         """Say whether this server can tell about the backend; settle the job if a restart already did."""
@@ -321,3 +327,10 @@ class Control:
 
 
 _NO_CONTROL = "there is no control connection to confirm that its backend is gone"
+
+
+def _text(error: Exception) -> str:
+    """Return what went wrong, in a line; a server in another language is not even readable to psycopg2."""
+    if isinstance(error, UnicodeDecodeError):
+        return error.object.decode("utf-8", "replace").strip()
+    return str(error).strip() or type(error).__name__

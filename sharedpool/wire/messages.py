@@ -35,7 +35,7 @@ knew what is held, counts as lost and is sent again.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -55,6 +55,11 @@ class Token(NamedTuple):
 NO_TOKEN = Token(0, 0)
 
 
+# What PostgreSQL's int and bigint hold: a number beyond would make the broker's own queries fail.
+Int4 = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
+Int8 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+
 class Struct(msgspec.Struct, frozen=True, array_like=True):
     """Parent of everything on the wire."""
 
@@ -65,9 +70,9 @@ class Backend(Struct, frozen=True):
     `boot_us`, when its postmaster started, tells one server from another. 0 where the server would not say.
     """
 
-    pid: int
-    start_us: int = 0
-    boot_us: int = 0
+    pid: Int4
+    start_us: Int8 = 0
+    boot_us: Int8 = 0
 
 
 class PoolSpec(Struct, frozen=True):

@@ -16,6 +16,7 @@ from sharedpool.errors import ProtocolError
 from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, decode_to_worker, encode
 from sharedpool.wire.messages import (
     Backend,
+    Confirm,
     Hello,
     Holder,
     LeaseReport,
@@ -39,8 +40,9 @@ texts = st.text(st.characters(exclude_categories=["Cs"]))
 tokens = st.builds(Token, integers, integers)
 st.register_type_strategy(int, integers)
 st.register_type_strategy(str, texts)
-backends = st.builds(Backend, integers, integers, integers)
-for struct in (Backend, PoolSpec, LeaseReport, Holder, SessionReport, PoolReport):
+backends = st.builds(Backend, st.integers(-(2**31), 2**31 - 1), *[st.integers(-(2**63), 2**63 - 1)] * 2)
+st.register_type_strategy(Backend, backends)
+for struct in (PoolSpec, LeaseReport, Holder, SessionReport, PoolReport):
     hints = {field.name: st.from_type(field.type) for field in msgspec.structs.fields(struct)}
     st.register_type_strategy(struct, st.builds(struct, **hints))
 
@@ -66,6 +68,15 @@ def test_every_message_to_a_worker_survives_the_wire(message: ToWorker) -> None:
     again = decode_to_worker(encode(message))
     assert again == message
     assert type(again) is type(message)
+
+
+@pytest.mark.parametrize(
+    "backend", [Backend(2**31), Backend(1, 2**63), Backend(1, 1, 2**64 - 1), Backend(-(2**31) - 1)]
+)
+def test_a_backend_that_no_server_can_have_is_refused(backend: Backend) -> None:
+    """The broker asks PostgreSQL about it, together with others."""
+    with pytest.raises(ProtocolError):
+        decode_to_broker(encode(Confirm(Token(1, 1), backend)))
 
 
 def test_types_are_restored_not_just_values() -> None:

@@ -1,0 +1,122 @@
+"""The control connection by itself, on a real server: what it ends, what it sees, and what it survives."""
+
+import queue
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg2
+import pytest
+from psycopg2.extensions import connection, make_dsn
+from waiting import wait_until
+
+from sharedpool.broker.commands import Command, Fence
+from sharedpool.broker.control import Control
+from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.wire.messages import Backend, Token
+
+
+class Listener:
+    """Stands for the ledger: notes whose backends are said to be gone."""
+
+    def __init__(self) -> None:
+        self.gone: queue.SimpleQueue[Token] = queue.SimpleQueue()
+
+    def backend_gone(self, token: Token, now: float) -> list[Command]:
+        self.gone.put(token)
+        return []
+
+
+@contextmanager
+def running(dsn: str) -> Iterator[tuple[Control, Listener]]:
+    listener = Listener()
+
+    def tell(word: Callable[[Any, float], list[Command]]) -> None:
+        word(listener, 0.0)
+
+    control = Control(dsn, None, "0badcafe", tell)
+    control.start()
+    try:
+        yield control, listener
+    finally:
+        control.stop()
+
+
+def backend_of(conn: connection) -> Backend:
+    with conn.cursor() as cursor:
+        cursor.execute(
+            "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint,"
+            " (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint"
+            " FROM pg_stat_activity WHERE pid = pg_backend_pid()"
+        )
+        row = cursor.fetchone()
+        assert row is not None
+    return Backend(*row)
+
+
+@contextmanager
+def refusing(message: bytes) -> Iterator[int]:
+    """A server that refuses every client with this text; its port."""
+
+    def serve(client: socket.socket) -> None:
+        with client, client.makefile("rb") as words:
+            while True:
+                (length,) = struct.unpack("!i", words.read(4))
+                (code,) = struct.unpack("!i", words.read(length - 4)[:4])
+                if code not in (80877103, 80877104):  # asks for TLS, GSS
+                    break
+                client.sendall(b"N")
+            fields = b"SFATAL\0VFATAL\0C57P03\0M" + message + b"\0\0"
+            client.sendall(b"E" + struct.pack("!i", len(fields) + 4) + fields)
+
+    def listen() -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            serve(client)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=listen)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(10)
+
+
+def test_a_refusal_in_another_encoding_does_not_end_it(caplog: pytest.LogCaptureFixture) -> None:
+    """psycopg2 raises UnicodeDecodeError, which is none of its own errors."""
+    with (
+        refusing("das Datenbanksystem fährt herunter".encode("latin-1")) as port,
+        running(f"host=127.0.0.1 port={port} user=x dbname=x") as (control, _),
+    ):
+        wait_until(lambda: caplog.text.count("das Datenbanksystem f\ufffdhrt herunter; next try") >= 2)
+        assert control.state.startswith("unreachable: ")
+
+
+def test_one_that_may_not_be_ended_keeps_no_other_alive(
+    postgres: EphemeralPostgres, server_connection: connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    with server_connection.cursor() as cursor:
+        cursor.execute("DROP ROLE IF EXISTS fencer")
+        cursor.execute("CREATE ROLE fencer LOGIN IN ROLE pg_monitor, pg_signal_backend")
+    mighty = psycopg2.connect(postgres.dsn)  # a superuser's: only a superuser may end it
+    plain = psycopg2.connect(make_dsn(postgres.dsn, user="fencer"))
+    refused, ended = backend_of(mighty), backend_of(plain)
+    with running(make_dsn(postgres.dsn, user="fencer")) as (control, listener):
+        nonsense = Backend(2**40, 1, ended.boot_us)  # from a journal that nobody has validated
+        wait_until(lambda: control.state == "connected")
+        for serial, backend in enumerate((refused, nonsense, ended)):
+            control.fence(Fence(Token(1, serial), "p", backend, "a test"))
+        assert {listener.gone.get(timeout=10), listener.gone.get(timeout=10)} == {Token(1, 1), Token(1, 2)}
+        assert listener.gone.empty()
+        assert backend_of(mighty) == refused
+    assert "lost" not in caplog.text
+    mighty.close()
+    plain.close()
