@@ -88,7 +88,7 @@ class Journal:
         """Note that all leases there may be are in the journal."""
         if self._partial and self._fd >= 0:
             self._partial = False
-            self._compact()
+            self._rewrite()
 
     def record(self, entry: Entry) -> None:
         """Note a lease, or more about it."""
@@ -105,23 +105,38 @@ class Journal:
             return
         try:
             if os.write(self._fd, line) != len(line):
-                raise OSError("the disk is full")
-            self._size += len(line)
-            if self._size > _COMPACT_BYTES:
-                self._compact()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             # A broker that can grant but not remember: its successor must not believe what is there.
             logger.error("cannot write %s (%s): a restarted broker will wait before it grants", self._path, error)
             self._path.unlink(missing_ok=True)
             os.close(self._fd)
             self._fd = -1
+            return
+        self._size += len(line)
+        if self._size > _COMPACT_BYTES:
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        try:
+            self._compact()
+        except OSError as error:
+            logger.warning("cannot rewrite %s (%s): what is there still counts", self._path, error)
+            self._size = 0  # the next try comes after as much again
 
     def _compact(self) -> None:
-        """Write what counts into a new file and put that in the old one's place."""
+        """Write what counts into a new file and put that in the old one's place; raise `OSError` when it is not all."""
         fresh = self._path.with_suffix(".new")
+        data = b"".join([_encode(_Line(_VERSION, self._partial)), *self._live.values()])
         fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        os.write(fd, b"".join([_encode(_Line(_VERSION, self._partial)), *self._live.values()]))
-        fresh.rename(self._path)
+        try:
+            if os.write(fd, data) != len(data):  # a full disk takes what it can, and says no more than this
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fresh.rename(self._path)
+        except OSError as error:
+            os.close(fd)
+            fresh.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(fresh)) from error
         if self._fd >= 0:
             os.close(self._fd)
         self._fd, self._size = fd, 0

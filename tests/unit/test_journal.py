@@ -1,7 +1,12 @@
 """What a broker that was killed leaves to its successor."""
 
 import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +97,49 @@ def test_a_broker_that_cannot_write_leaves_nothing_to_believe(path: Path, caplog
     assert "will wait before it grants" in caplog.text
     assert not path.exists()
     assert not Journal(path).intact
+
+
+@contextmanager
+def file_size_limit(most: int) -> Iterator[None]:
+    """Files can grow no further than this: a write that would is cut short, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_one_that_cannot_be_rewritten_whole_is_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(path)
+    journal.vouch()
+    entries = [entry(serial) for serial in range(60)]
+    for each in entries:
+        journal.record(each)
+    monkeypatch.setattr(journals, "_COMPACT_BYTES", 0)
+    real_open = os.open
+
+    def open_limited(*arguments: Any, **more: Any) -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return real_open(*arguments, **more)
+
+    with file_size_limit(path.stat().st_size * 2):
+        monkeypatch.setattr(os, "open", open_limited)
+        journal.erase(entries[0].token)
+        monkeypatch.setattr(os, "open", real_open)
+    assert not path.with_suffix(".new").exists()
+    after = Journal(path)  # the first was never closed: it was killed
+    assert after.intact
+    assert after.entries == entries[1:]
+
+
+def test_a_broker_that_cannot_begin_a_journal_does_not_start(path: Path) -> None:
+    with file_size_limit(5), pytest.raises(OSError, match=r"too large|No space") as raised:
+        Journal(path)
+    assert raised.value.filename == str(path.with_suffix(".new"))
+    assert not path.exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
