@@ -32,6 +32,13 @@ class Entry(msgspec.Struct, frozen=True):
     backend: Backend | None = None
 
 
+class Place(NamedTuple):
+    """One incarnation of a server: the address by which the control connection came to it, and when it started."""
+
+    route: str
+    boot_us: int
+
+
 class Survey(NamedTuple):
     """What the server lists: backends in start-up, and those whose application_name is this broker's, by that name.
 
@@ -68,6 +75,13 @@ class Erase:
 @dataclass(frozen=True, slots=True)
 class Vouch:
     """From now on the journal tells of every lease there may be: a later broker need not wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saw:
+    """Have a later broker know that the control connection was here: what was there is gone when another answers."""
+
+    place: Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,4 +133,4 @@ class Log:
     text: str
 
 
-Command = Send | Record | Erase | Vouch | Watch | Fence | Look | Doubt | Forget | Log
+Command = Send | Record | Erase | Vouch | Saw | Watch | Fence | Look | Doubt | Forget | Log

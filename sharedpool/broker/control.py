@@ -14,14 +14,14 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import psycopg2
 from psycopg2.extensions import connection, cursor, parse_dsn
 
-from sharedpool.broker.commands import Command, Doubt, Fence, Look, Survey
+from sharedpool.broker.commands import Command, Doubt, Fence, Look, Place, Saw, Survey
 from sharedpool.broker.ledger import Ledger
 from sharedpool.wire.messages import Backend, Token
 from sharedpool.wire.tag import pattern_of
@@ -73,9 +73,19 @@ class _Job:
 
 
 class Control:
-    """Fences backends and looks at the server, over one connection. `tell(word)` is called in this thread."""
+    """Fences backends and looks at the server, over one connection. `tell(word)` is called in this thread.
 
-    def __init__(self, dsn: str | None, max_conn: int | None, instance: str, tell: Callable[[Word], None]) -> None:
+    `seen` are the servers that former brokers' control connections were on.
+    """
+
+    def __init__(
+        self,
+        dsn: str | None,
+        max_conn: int | None,
+        instance: str,
+        tell: Callable[[Word], None],
+        seen: Iterable[Place] = (),
+    ) -> None:
         self._dsn = dsn
         self._max_conn = max_conn
         self._instance = instance
@@ -88,7 +98,7 @@ class Control:
         self._route = ""
         self._room = 0
         self._powerless = False
-        self._seen: set[tuple[str, int]] = set()  # (address, start) of every server this connection has been on
+        self._seen = set(seen)  # every server this connection, or a former broker's, has been on
         self.state = "connecting" if dsn else "none"
         self._thread = threading.Thread(target=self._run, name="sharedpool-control", daemon=True)
 
@@ -243,7 +253,10 @@ class Control:
             row = cursor.fetchone()
             assert row is not None
             self._boot_us, self._route = row
-            self._seen.add((self._route, self._boot_us))
+            place = Place(self._route, self._boot_us)
+            if place not in self._seen:
+                self._seen.add(place)
+                self._tell(lambda ledger, now: [Saw(place)])
             cursor.execute(_ROOM_SQL)
             row = cursor.fetchone()
             assert row is not None
@@ -316,7 +329,7 @@ class Control:
 
     def _restarted_since(self, backend: Backend) -> bool:
         """We saw that server ourselves, by this route, and now another incarnation answers there."""
-        return backend.boot_us != self._boot_us and (self._route, backend.boot_us) in self._seen
+        return backend.boot_us != self._boot_us and Place(self._route, backend.boot_us) in self._seen
 
     def _done(self, job: _Job, how: str) -> None:
         fence = job.fence

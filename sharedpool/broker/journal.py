@@ -1,7 +1,8 @@
 """The broker's memory beyond its own death: every lease it has granted and not seen free, in a file beside its lock.
 
 One JSON line per event, appended before the grant is sent: a lease (again when its backend is known), or that a token's
-slot is free. A broker that is killed loses nothing that was written, since the page cache is the kernel's; a machine
+slot is free. The incarnations of PostgreSQL that its control connection has seen are there too: without them a broker
+that is started after a server's restart could not tell what that has ended. A broker that is killed loses nothing that was written, since the page cache is the kernel's; a machine
 that goes down takes the workers along. A last line cut short is one whose grant never left.
 
 A journal begun by a broker that found none is `partial` until that broker knows all that may be held: when it dies
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from sharedpool.broker.commands import Entry
+from sharedpool.broker.commands import Entry, Place
 from sharedpool.wire.messages import Token
 
 logger = logging.getLogger("sharedpool.broker")
@@ -25,6 +26,8 @@ logger = logging.getLogger("sharedpool.broker")
 # Rewritten when it has grown by this much: live leases are few.
 _COMPACT_BYTES = 1 << 20
 _VERSION = 1
+# Of the servers seen before that many others, no lease is left.
+_PLACES_KEPT = 16
 
 
 class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -32,6 +35,7 @@ class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
     partial: bool = False
     lease: Entry | None = None
     free: Token | None = None
+    saw: Place | None = None
 
 
 _encoder = msgspec.json.Encoder()
@@ -42,13 +46,14 @@ class Journal:
     """One broker's journal. The address's lock must be held.
 
     `entries` are the leases that the former broker left; `intact` is False when there is no telling whether that is
-    all: the file was missing or cannot be read.
+    all: the file was missing or cannot be read. `places` are the servers that were seen, the newest last.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.intact = True
         self._live: dict[Token, bytes] = {}
+        self.places: list[Place] = []
         self.entries = self._load()
         self._partial = not self.intact
         self._fd = -1
@@ -79,6 +84,8 @@ class Journal:
                     found[line.lease.token] = line.lease
                 elif line.free is not None:
                     found.pop(line.free, None)
+                elif line.saw is not None:
+                    self._note(line.saw)
         except msgspec.DecodeError:
             self.intact = False  # what was read is still true
         self._live = {token: _encode(_Line(lease=entry)) for token, entry in found.items()}
@@ -99,6 +106,15 @@ class Journal:
         """Note that a slot is free."""
         if self._live.pop(token, None) is not None:
             self._append(_encode(_Line(free=token)))
+
+    def saw(self, place: Place) -> None:
+        """Note that the control connection was on this server."""
+        if self.places[-1:] != [place]:
+            self._note(place)
+            self._append(_encode(_Line(saw=place)))
+
+    def _note(self, place: Place) -> None:
+        self.places = [*(known for known in self.places if known != place), place][-_PLACES_KEPT:]
 
     def _append(self, line: bytes) -> None:
         if self._fd < 0:
@@ -127,7 +143,8 @@ class Journal:
     def _compact(self) -> None:
         """Write what counts into a new file and put that in the old one's place; raise `OSError` when it is not all."""
         fresh = self._path.with_suffix(".new")
-        data = b"".join([_encode(_Line(_VERSION, self._partial)), *self._live.values()])
+        places = [_encode(_Line(saw=place)) for place in self.places]
+        data = b"".join([_encode(_Line(_VERSION, self._partial)), *places, *self._live.values()])
         fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             if os.write(fd, data) != len(data):  # a full disk takes what it can, and says no more than this

@@ -30,6 +30,7 @@ from sharedpool.broker.commands import (
     Look,
     Process,
     Record,
+    Saw,
     Send,
     Vouch,
     Watch,
@@ -105,7 +106,7 @@ class Server:
             desk="" if self._desk is None else str(self._desk.path),
             **({} if settings.expiration_s is None else {"expiration_s": settings.expiration_s}),
         )
-        self._control = Control(settings.dsn, settings.max_conn, self._lock.instance, self._tell)
+        self._control = Control(settings.dsn, settings.max_conn, self._lock.instance, self._tell, self._journal.places)
         # A crashed broker leaves its socket, should somebody have deleted the rest.
         self._follows = not self._lock.first or (self._ipc and Path(settings.address.removeprefix("ipc://")).exists())
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unreachable peer is an error, not silence
@@ -337,6 +338,8 @@ class Server:
                         self._desk.drop(token)
                 case Vouch():
                     self._journal.vouch()
+                case Saw(place):
+                    self._journal.saw(place)
                 case Fence():
                     self._fence(command)
                 case Look():

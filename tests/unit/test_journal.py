@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sharedpool.broker import journal as journals
-from sharedpool.broker.commands import Entry, Process
+from sharedpool.broker.commands import Entry, Place, Process
 from sharedpool.broker.journal import Journal
 from sharedpool.wire.messages import Backend, PoolSpec, Token
 
@@ -97,6 +97,18 @@ def test_a_broker_that_cannot_write_leaves_nothing_to_believe(path: Path, caplog
     assert "will wait before it grants" in caplog.text
     assert not path.exists()
     assert not Journal(path).intact
+
+
+def test_the_newest_servers_that_were_seen_outlive_it_and_its_rewriting(path: Path) -> None:
+    journal = Journal(path)
+    for boot_us in range(40):
+        journal.saw(Place("::1:5432", boot_us))
+        journal.saw(Place("::1:5432", boot_us))
+    journal.saw(Place("::1:5432", 30))  # after a failover and back
+    newest = [Place("::1:5432", boot_us) for boot_us in [*range(24, 30), *range(31, 40), 30]]
+    assert Journal(path).places == newest
+    assert Journal(path).places == newest  # the one before has rewritten it
+    assert path.read_bytes().count(b"saw") == len(newest)
 
 
 @contextmanager
