@@ -81,7 +81,7 @@ class Ledger:
         self._timers = Timers(self._over)
         self._waiter_serial = 0
         self._demand = Demand(self._books, epoch, self._out.append, self._timers.arm)
-        terms = Terms(epoch, ttl_s, expiration_s, verifies, instance, desk)
+        terms = Terms(epoch, ttl_s, expiration_s, instance, desk)
         self._sessions = Sessions(
             terms, self._books, self._demand, self._out.append, self._timers.arm, self._log, random
         )

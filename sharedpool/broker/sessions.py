@@ -31,7 +31,6 @@ class Terms:
     epoch: int
     ttl_s: float
     expiration_s: float = math.inf
-    verifies: bool = True
     instance: str = ""
     desk: str = ""
 
@@ -135,10 +134,9 @@ class Sessions:
                 continue
             current = lease.token.epoch == self._terms.epoch
             unused = unused_above is not None and current and lease.token > unused_above
-            if lease.findable or (self._terms.verifies and not unused):
+            if lease.findable or not unused:
                 self.leases.fence(lease, why, now)
             else:
-                # Never connected. Killed in the middle of it and nobody to look: the backend, if any, has no client.
                 self.leases.free(lease, why)
         self._books.mark_owed(session, 0)
         self.drop_if_over(session)
