@@ -339,7 +339,8 @@ class Control:
         self._tell(lambda ledger, now: ledger.backend_gone(fence.token, now))
 
 
-_NO_CONTROL = "there is no control connection to confirm that its backend is gone"
+_WAY_OUT = "start it again with --dsn, or without its .journal file while no broker and no worker runs"
+_NO_CONTROL = f"there is no control connection to confirm that its backend is gone: {_WAY_OUT}"
 
 
 def _text(error: Exception) -> str:

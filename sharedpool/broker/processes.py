@@ -53,12 +53,6 @@ def _started(pid: int) -> int:
         return 0
 
 
-def is_running(process: Process) -> bool:
-    """Say whether a process lives that was seen before."""
-    started = _started(process.pid)
-    return started != 0 and process.started in (0, started)
-
-
 class Watched:
     """The processes under watch, by session, in a selector: a session's id is the key's data."""
 

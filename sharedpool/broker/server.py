@@ -39,7 +39,7 @@ from sharedpool.broker.control import Control, Word
 from sharedpool.broker.journal import Journal
 from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.lock import BrokerLock
-from sharedpool.broker.processes import Watched, is_running, peer_of, process, raise_descriptor_limit
+from sharedpool.broker.processes import Watched, peer_of, process, raise_descriptor_limit
 from sharedpool.broker.sessions import other_version
 from sharedpool.broker.settings import BrokerSettings
 from sharedpool.errors import ProtocolError, SharedPoolError
@@ -224,13 +224,8 @@ class Server:
         """Begin where a former broker ended."""
         assert self._lock is not None
         now = time.monotonic()
-        entries = self._journal.entries
-        if self.settings.dsn is None:  # there is nobody to confirm the end of what the dead have left
-            entries = [entry for entry in entries if entry.process is None or is_running(entry.process)]
-            for entry in self._journal.entries:
-                if entry not in entries:
-                    self._journal.erase(entry.token)
-        self._execute(self._ledger.restore(entries, now))
+        # Without a control connection there is nobody to confirm the end of what the dead have left: it stays counted.
+        self._execute(self._ledger.restore(self._journal.entries, now))
         if self._follows and not self._journal.intact:
             self._execute(self._ledger.hold(self.settings.ttl_s, now))
         else:
