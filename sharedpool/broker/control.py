@@ -110,11 +110,12 @@ class Control:
     def start(self) -> None:
         """Connect in the background."""
         if self._dsn is None:
-            logger.warning(
+            text = (
                 "no control connection (give --dsn): a killed worker's query is not ended, and its slot stays counted"
-                " until it ends by itself; what cannot be seen from here (a worker on another host that was killed)"
-                " stays counted until the broker restarts"
+                " until it ends by itself; what cannot be seen from here (the query of a worker on another host, or"
+                " of one that was killed with a former broker) stays counted. To free it %s"
             )
+            logger.warning(text, _WAY_OUT)
         self._thread.start()
 
     def stop(self) -> None:
@@ -339,7 +340,7 @@ class Control:
         self._tell(lambda ledger, now: ledger.backend_gone(fence.token, now))
 
 
-_WAY_OUT = "start it again with --dsn, or without its .journal file while no broker and no worker runs"
+_WAY_OUT = "start the broker again with --dsn, or without its .journal file while no broker and no worker runs"
 _NO_CONTROL = f"there is no control connection to confirm that its backend is gone: {_WAY_OUT}"
 
 

@@ -1,17 +1,23 @@
 """A broker that comes after one that was killed, together with workers or with the server."""
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
+import psycopg2
 import pytest
 from processes import Worker
+from test_control import backend_of
+from test_hardening import line_to
 from waiting import wait_until
 
 import sharedpool
 from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.cli.status import fetch_report
+from sharedpool.wire.codec import decode_to_worker, encode
+from sharedpool.wire.messages import PROTOCOL_VERSION, Acquire, Confirm, Grant, Hello, PoolSpec
 
 
 @pytest.fixture
@@ -56,8 +62,35 @@ def test_a_dead_workers_query_is_counted_by_a_broker_that_cannot_look(
         refused = worker.ask("get", name="x", timeout=0.5)
         assert refused["error"] == "PoolTimeout"
         assert fetch_report(address).leases == 1
-    assert "start it again with --dsn, or without its .journal file while no broker and no" in capfd.readouterr().err
+    assert "start the broker again with --dsn, or without its .journal" in capfd.readouterr().err
     with sharedpool.start_broker(1, address=address, dsn=postgres.dsn), Worker(**settings) as worker:
+        assert "backend" in worker.ask("get", name="x", timeout=20)
+
+
+def test_a_killed_worker_of_another_host_is_counted_until_somebody_can_look(
+    address: str, postgres: EphemeralPostgres, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": address, "max_conn": 1}
+    first = sharedpool.start_broker(1, address=address)
+    foreign = Hello(PROTOCOL_VERSION, os.getpid(), "elsewhere", "far.py", PoolSpec("default", 1, 60_000))
+    with line_to(address) as far:  # from here the broker could watch its process: the entry is made another host's
+        far.send(encode(foreign))
+        far.send(encode(Acquire(1, 0)))
+        while not isinstance(grant := decode_to_worker(far.recv()), Grant):
+            pass
+        with psycopg2.connect(postgres.dsn) as conn:
+            backend = backend_of(conn)
+        conn.close()
+        far.send(encode(Confirm(grant.token, backend)))
+        wait_until(lambda: fetch_report(address).pools[0].in_use == 1)
+    kill(first)
+    assert "start the broker again with --dsn, or without its .journal" in capfd.readouterr().err
+    journal = Path(f"{address.removeprefix('ipc://')}.journal")
+    text = journal.read_bytes()
+    journal.write_bytes(re.sub(rb'"process":\[[^]]*\]', b'"process":null', text))
+    with sharedpool.start_broker(1, address=address, ttl=0.3), Worker(**settings) as worker:
+        assert worker.ask("get", name="x", timeout=1)["error"] == "PoolTimeout"
+    with sharedpool.start_broker(1, address=address, dsn=postgres.dsn, ttl=0.3), Worker(**settings) as worker:
         assert "backend" in worker.ask("get", name="x", timeout=20)
 
 
