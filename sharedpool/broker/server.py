@@ -46,6 +46,7 @@ from sharedpool.errors import ProtocolError, SharedPoolError
 from sharedpool.wire import address as addresses
 from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, encode, hello_version
 from sharedpool.wire.messages import PROTOCOL_VERSION, Hello, Reject, Report, Status, Token
+from sharedpool.wire.place import place
 
 logger = logging.getLogger("sharedpool.broker")
 
@@ -79,7 +80,7 @@ class Server:
         self._fenced: set[Token] = set()  # cut, and given to the control connection as well
         self._ipc = settings.address.startswith("ipc://")
         self._started = self._look_at = self._awake_at = time.monotonic()
-        self._host = socket.gethostname()
+        self._host, self._place = socket.gethostname(), place()
 
     def bind(self) -> None:
         """Take the address. Raise `AlreadyRunning` when another broker has it, `SharedPoolError` when it cannot be."""
@@ -269,10 +270,12 @@ class Server:
             self._execute([Send(session, self._report(now))])
             return
         if isinstance(message, Hello):
-            # By tcp only a process of this very host, by loopback, can be found by the pid it claims.
+            # By tcp only a process of this very host, by loopback, can be found by the pid it claims; in another PID
+            # namespace (a pod, a container on the host's network) that is somebody else's, or nobody's.
             if message.host == self._host:
                 message = structs.replace(message, host="")  # in texts only other hosts are named
-            if pid := peer.pid or (message.pid if peer.loopback and not message.host else 0):
+            near = peer.loopback and not message.host and message.place == self._place
+            if pid := peer.pid or (message.pid if near else 0):
                 sender = process(pid)
         self._execute(self._ledger.handle(session, message, now, sender))
 

@@ -117,7 +117,7 @@ class Holder(Struct, frozen=True):
 
 
 class Hello(Struct, frozen=True, tag="hello"):
-    """Register this session, or register it again; `leases` are those it still holds."""
+    """Register this session, or register it again; `leases` are those it still holds. `place`: see `place.py`."""
 
     version: int
     pid: int
@@ -126,6 +126,7 @@ class Hello(Struct, frozen=True, tag="hello"):
     pool: PoolSpec
     leases: list[LeaseReport] = []
     seen: Token = NO_TOKEN
+    place: str = ""
 
 
 class Acquire(Struct, frozen=True, tag="acquire"):

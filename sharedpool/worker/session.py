@@ -31,6 +31,7 @@ from sharedpool.wire.messages import (
     ToWorker,
     Welcome,
 )
+from sharedpool.wire.place import place
 from sharedpool.worker import forks
 from sharedpool.worker.connection import PooledConnection, close_confirmed, cut
 from sharedpool.worker.lease import Closing, Ticket
@@ -62,7 +63,9 @@ class Session:
         )
         with self._holdings.lock:
             leases, seen = self._holdings.cache.register(now, thread_names())
-        return Hello(PROTOCOL_VERSION, self._holdings.pid, socket.gethostname(), self._title, spec, leases, seen)
+        return Hello(
+            PROTOCOL_VERSION, self._holdings.pid, socket.gethostname(), self._title, spec, leases, seen, place()
+        )
 
     def bye(self) -> Bye:
         """Compose the last message."""

@@ -14,6 +14,7 @@ import psycopg2
 import pytest
 import zmq
 from processes import Worker
+from test_broker import free_port
 from waiting import wait_until
 
 import sharedpool
@@ -198,6 +199,26 @@ def test_another_users_words_are_dropped(
         assert fetch_report(address).sessions == []
     assert "dropped a message from uid 65534" in caplog.text
     assert "dropped a line to the desk from uid 65534" in caplog.text
+
+
+def test_by_tcp_a_pid_counts_only_where_it_means_the_same_process(
+    runtime_dir: Path, postgres: EphemeralPostgres
+) -> None:
+    """A worker in another PID namespace with this host's name, as in a pod: its pid is somebody else's here."""
+    spec = PoolSpec("far", 1, 60_000)
+    with (
+        sharedpool.start_broker(3, address=f"tcp://127.0.0.1:{free_port()}", ttl=60.0) as broker,
+        line_to(broker.address) as far,
+        line_to(broker.address) as nowhere,
+        Worker(dsn=postgres.dsn, broker=broker.address, name="near") as near,
+    ):
+        near.ask("get", name="x", timeout=10)
+        for line, pid in ((far, near.pid), (nowhere, 2**22)):  # pid_max: nobody has it
+            line.send(encode(Hello(PROTOCOL_VERSION, pid, socket.gethostname(), "bare", spec, place="another")))
+            assert isinstance(decode_to_worker(line.recv()), Welcome)
+        near.kill()
+        wait_until(lambda: not any(s.pool == "near" and not s.suspect for s in fetch_report(broker.address).sessions))
+        assert [s.title for s in fetch_report(broker.address).sessions if s.pool == "far"] == ["bare", "bare"]
 
 
 def rss_kib(pid: int) -> int:

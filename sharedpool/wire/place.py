@@ -1,0 +1,18 @@
+"""Where a process id means something: this boot of this machine, and this PID namespace."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def place() -> str:
+    """Return the same text in two processes only if they have the same pids; empty where the kernel does not say.
+
+    A host's name is no such proof: containers of one pod share it, and so does a machine with its clone.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
