@@ -43,8 +43,8 @@ class BrokerLock:
             time.sleep(0.01)
         fields = _fields(self._fd)
         self.first = not (fields and fields[0].isdigit())
-        # A first epoch that no broker had whose file is lost.
-        self.epoch = int(time.time()) if self.first else int(fields[0]) + 1
+        # A first epoch that no broker had whose file is lost: milliseconds, for it may have begun in this very second.
+        self.epoch = int(time.time() * 1000) if self.first else int(fields[0]) + 1
         self.instance = fields[2] if len(fields) > 2 else os.urandom(4).hex()
         # Unlinked only where no other broker can come: a second inode under the same name would be a second lock.
         os.pwrite(self._fd, f"{self.epoch} {os.getpid()} {self.instance}\n".encode().ljust(64), 0)

@@ -30,21 +30,29 @@ def runtime_dir() -> Path:
         path = Path(base, "sharedpool")
     else:
         path = Path(tempfile.gettempdir(), f"sharedpool-{os.getuid()}")
+    return _private(path, "set XDG_RUNTIME_DIR to your own")
+
+
+def fixed_dir() -> Path:
+    """Return a private directory that no environment variable moves: `/tmp/sharedpool-<uid>`, checked as the other is.
+
+    What a tcp broker knows lies here: its port is the same whatever XDG_RUNTIME_DIR and TMPDIR are at its next start.
+    """
+    return _private(Path("/tmp", f"sharedpool-{os.getuid()}"), "use an ipc:// address")
+
+
+def _private(path: Path, otherwise: str) -> Path:
     try:
         path.mkdir(mode=0o700)
     except FileExistsError:
         pass
     except OSError as error:
-        raise ConfigError(f"cannot make the runtime directory {path}: {error.strerror}; set XDG_RUNTIME_DIR") from error
+        raise ConfigError(f"cannot make the runtime directory {path}: {error.strerror}; {otherwise}") from error
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode):
-        raise ConfigError(
-            f"the runtime directory {path} is a symlink or no directory: remove it, or set XDG_RUNTIME_DIR"
-        )
+        raise ConfigError(f"the runtime directory {path} is a symlink or no directory: remove it, or {otherwise}")
     if status.st_uid != os.getuid():
-        raise ConfigError(
-            f"the runtime directory {path} belongs to uid {status.st_uid}: set XDG_RUNTIME_DIR to your own"
-        )
+        raise ConfigError(f"the runtime directory {path} belongs to uid {status.st_uid}: {otherwise}")
     if stat.S_IMODE(status.st_mode) & 0o077:
         mode = stat.S_IMODE(status.st_mode)
         raise ConfigError(f"the runtime directory {path} is open to others (mode {mode:o}): chmod 700 it")
@@ -77,7 +85,7 @@ def check_address(address: str, source: str) -> str:
 
 
 def lock_path(address: str) -> Path:
-    """Return the lock file of the broker at `address`: beside its socket, or in the runtime directory for tcp."""
+    """Return the lock file of the broker at `address`: beside its socket, or in `fixed_dir` for tcp."""
     return _beside(address, ".lock")
 
 
@@ -95,4 +103,4 @@ def desk_path(address: str) -> Path | None:
 def _beside(address: str, suffix: str) -> Path:
     if address.startswith("ipc://"):
         return Path(address[len("ipc://") :] + suffix)
-    return runtime_dir() / (re.sub(r"[^0-9A-Za-z.]+", "-", address) + suffix)
+    return fixed_dir() / (re.sub(r"[^0-9A-Za-z.]+", "-", address) + suffix)

@@ -8,6 +8,7 @@ import pytest
 
 import sharedpool
 from sharedpool import ConfigError, config
+from sharedpool.broker.lock import BrokerLock
 from sharedpool.wire import address as addresses
 
 DSN = "host=db.example user=app dbname=app password=s3cr3t"
@@ -140,6 +141,37 @@ def test_somebody_elses_directory_is_refused(runtime_dir: Path, monkeypatch: pyt
     monkeypatch.setattr("os.getuid", lambda: owner + 1)
     with pytest.raises(ConfigError, match="belongs to uid"):
         sharedpool.config_pool(dsn=DSN)
+
+
+def test_what_a_tcp_broker_knows_does_not_move_with_the_environment(
+    monkeypatch: pytest.MonkeyPatch, runtime_dir: Path
+) -> None:
+    """Else one restarted from another shell would know of no lease."""
+    places = set()
+    for base in (runtime_dir / "a", runtime_dir / "b", None):
+        if base is None:
+            monkeypatch.delenv("XDG_RUNTIME_DIR")
+            monkeypatch.setattr("tempfile.tempdir", str(runtime_dir))
+        else:
+            base.mkdir(mode=0o700)
+            monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
+        places.add((addresses.lock_path("tcp://[::1]:5555"), addresses.journal_path("tcp://[::1]:5555")))
+    ((lock, journal),) = places
+    assert lock.parent == journal.parent
+    assert lock.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_two_brokers_that_know_nothing_of_each_other_have_other_epochs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The later one's is the higher, though its predecessor's lock file was deleted within the same second."""
+    epochs = []
+    for now in (1_700_000_000.001, 1_700_000_000.002):
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        lock = BrokerLock(tmp_path / "lock")
+        epochs.append(lock.epoch)
+        lock.release(for_good=True)
+    assert epochs[0] < epochs[1]
 
 
 @pytest.mark.parametrize(
