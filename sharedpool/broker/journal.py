@@ -2,8 +2,9 @@
 
 One JSON line per event, appended before the grant is sent: a lease (again when its backend is known), or that a token's
 slot is free. The incarnations of PostgreSQL that its control connection has seen are there too: without them a broker
-that is started after a server's restart could not tell what that has ended. A broker that is killed loses nothing that was written, since the page cache is the kernel's; a machine
-that goes down takes the workers along. A last line cut short is one whose grant never left.
+that is started after a server's restart could not tell what that has ended. A broker that is killed loses nothing that
+was written, since the page cache is the kernel's; a machine that goes down takes the workers along. A last line cut
+short is one whose grant never left.
 
 A journal begun by a broker that found none is `partial` until that broker knows all that may be held: when it dies
 before, its successor must not believe it either.
