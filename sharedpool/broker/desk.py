@@ -2,8 +2,9 @@
 
 PostgreSQL holds its end of a connection's socket open until the backend has exited (`socket_close` in its pqcomm.c). A
 duplicate in an epoll set, watched for EPOLLRDHUP and nothing else, therefore tells the broker that a slot is free, with
-no SQL and no word from the worker, and is silent while the worker uses the connection. It is also how a dead worker's
-session is *cut*: the duplicate keeps the connection open, so the broker must shut it down.
+no SQL and no word from the worker, and is silent while the worker uses the connection. (A TCP socket that has only died
+on this side, by a RST or a time-out, tells nothing: `hangup.py`.) It is also how a dead worker's session is *cut*: the
+duplicate keeps the connection open, so the broker must shut it down.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sharedpool.errors import ProtocolError
+from sharedpool.hangup import other_side_closed
 from sharedpool.wire.codec import decode_to_desk
 from sharedpool.wire.messages import Deposit, Token
 
@@ -33,8 +35,9 @@ _UCRED = struct.Struct("3i")  # pid, uid, gid
 class Desk:
     """The listener, the workers' lines to it, and what is in custody.
 
-    `expects(session, token)` says whether a socket may be handed in for a lease; `deposited(token)` and `gone(token)`
-    are called for what has come and what has ended.
+    `expects(session, token)` says whether a socket may be handed in for a lease; `deposited(token)` is
+    called for what has come, `gone(token)` for what has ended, `lost(token)` for a socket that died while its backend may
+    live on.
     """
 
     def __init__(
@@ -43,12 +46,14 @@ class Desk:
         expects: Callable[[bytes, Token], bool],
         deposited: Callable[[Token], None],
         gone: Callable[[Token], None],
+        lost: Callable[[Token], None],
     ) -> None:
         """Listen at `path`; the address's lock must be held. Raise OSError when that cannot be."""
         self.path = path
         self._expects = expects
         self._deposited = deposited
         self._gone = gone
+        self._lost = lost
         self._custody: dict[Token, socket.socket] = {}
         self._tokens: dict[int, Token] = {}
         self._lines: dict[int, socket.socket] = {}
@@ -159,12 +164,16 @@ class Desk:
     # --- custody
 
     def see(self) -> None:
-        """Take in which backends have ended."""
+        """Take in which backends have ended, and which sockets are of no use as evidence any more."""
         for fd, _ in self._custody_epoll.poll(0):
             token = self._tokens.get(fd)
             if token is not None:
+                gone = other_side_closed(fd)
                 self.drop(token)
-                self._gone(token)
+                if gone:
+                    self._gone(token)
+                else:
+                    self._lost(token)
 
     def cut(self, token: Token) -> bool:
         """Tell a backend that its client is gone; return whether its socket is in custody.

@@ -99,6 +99,17 @@ class Leases:
             self.quarantine.discard(lease.token)
             self._demand.cut(lease, "its worker is gone")
 
+    def lost(self, lease: Lease, now: float) -> None:
+        """Have a lease's backend verified whose socket, in custody, is of no use as evidence any more."""
+        if lease.backend is not None or self._verifies:
+            lease.custody = False  # else there is nothing to look for, and nobody to look: it stays counted
+        if lease.state is not SlotState.FENCING:
+            self.fence(lease, "its connection broke", now)
+        elif lease.findable:
+            self._demand.cut(lease, "its connection broke")  # the first order may have relied on the socket
+        else:
+            self.quarantine.add(lease.token)
+
     def reconcile(
         self, session: Session, reports: list[LeaseReport], now: float, *, seen: Token = NO_TOKEN, claim: bool = False
     ) -> list[Token]:

@@ -165,6 +165,15 @@ class Ledger:
             self._leases.free(lease, "its backend is gone")
         return self._settled(now)
 
+    def backend_lost(self, token: Token, now: float) -> list[Command]:
+        """Take in that a lease's connection died on this side: its backend may live on, and is to be fenced."""
+        lease = self._books.leases.get(token)
+        if lease is not None:
+            if not lease.session.ended and lease.state in (SlotState.OPEN, SlotState.GRANTED):
+                self._out.append(Send(lease.session.id, Gone([token])))  # for the worker it comes to the same
+            self._leases.lost(lease, now)
+        return self._settled(now)
+
     def expects(self, session_id: bytes, token: Token) -> bool:
         """Say whether a session may deposit a socket for this lease."""
         session = self._books.sessions.get(session_id)

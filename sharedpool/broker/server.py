@@ -139,6 +139,7 @@ class Server:
                 lambda session, token: self._ledger.expects(session, token),
                 lambda token: self._execute(self._ledger.deposited(token, time.monotonic())),
                 lambda token: self._ended(token),
+                lambda token: self._lost(token),
             )
         except OSError as error:
             logger.warning("no desk at %s (%s): a killed worker's slots come back later", path, error)
@@ -311,6 +312,11 @@ class Server:
             self._fenced.discard(token)
             self._control.settled(token)
         self._execute(self._ledger.backend_gone(token, time.monotonic()))
+
+    def _lost(self, token: Token) -> None:
+        """Take in that a socket in custody has died: whether its backend lives on, only the server knows."""
+        self._fenced.discard(token)
+        self._execute(self._ledger.backend_lost(token, time.monotonic()))
 
     def _tell(self, word: Word) -> None:
         self._calls.append(word)

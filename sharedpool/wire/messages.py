@@ -18,7 +18,7 @@ repeated, a lease is named by a token that is never used twice.
                                                 ◄─────  ACK(revoked)
       TROUBLE(code)                             ─────►                               the server fails over, perhaps
                                                 ◄─────  STALE(generation)            drop what is older
-                                                ◄─────  GONE(tokens)                 these backends have ended
+                                                ◄─────  GONE(tokens)                 these connections have ended
       BYE                                       ─────►
 
 `take` asks for idle leases now. `owed` is how many of the next checkins are to be given back instead of cached: an
@@ -297,7 +297,7 @@ class Ack(Struct, frozen=True, tag="ack"):
 
 
 class Gone(Struct, frozen=True, tag="gone"):
-    """The broker has seen these backends end: their leases are over."""
+    """The broker has seen these connections end: their leases are over."""
 
     tokens: list[Token]
 

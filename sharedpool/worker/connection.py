@@ -1,8 +1,8 @@
 """All that touches psycopg2: open a connection, see that it is alive and clean, close it and see it gone.
 
 Every connection keeps a duplicate of its socket, the *witness*. PostgreSQL holds its end open until the backend has
-exited (`socket_close` in its pqcomm.c), so the end of file on the witness proves that the slot is free; a plain
-`close()` only asks for it.
+exited (`socket_close` in its pqcomm.c), so the end of file on the witness proves that the slot is free, if it was the
+server that sent it (`hangup.py`); a plain `close()` only asks for it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import psycopg2
 from psycopg2 import extensions
 
 from sharedpool.conninfo import ConnInfo
+from sharedpool.hangup import other_side_closed
 from sharedpool.libpq import socket_of_failed
 from sharedpool.wire.messages import Backend
 
@@ -288,7 +289,10 @@ def _take_witness(conn: PooledConnection) -> int:
 
 
 def _see_off(conns: list[tuple[PooledConnection, int]], limit_s: float) -> None:
-    """Tell backends by their sockets that no more will come; note whose end of the socket is closed in time."""
+    """Tell backends by their sockets that no more will come; note whose end of the socket is closed in time.
+
+    A socket that has died here proves nothing: its backend may live on, and the broker is to see to it.
+    """
     waiting: dict[int, PooledConnection] = {}
     poller = select.poll()
     for conn, witness in conns:
@@ -300,9 +304,10 @@ def _see_off(conns: list[tuple[PooledConnection, int]], limit_s: float) -> None:
     deadline = time.monotonic() + limit_s
     while waiting and (left := deadline - time.monotonic()) > 0:
         for fd, _ in poller.poll(left * 1000):
-            if _HUNG_UP or _read_to_end(waiting[fd], fd):
+            gone = other_side_closed(fd) if _HUNG_UP else _read_to_end(waiting[fd], fd)
+            if gone is not None:
                 poller.unregister(fd)
-                waiting.pop(fd).sharedpool_gone = True
+                waiting.pop(fd).sharedpool_gone = gone
 
 
 def abort(conn: PooledConnection) -> None:
@@ -311,18 +316,21 @@ def abort(conn: PooledConnection) -> None:
     super(PooledConnection, conn).close()
 
 
-def _read_to_end(conn: PooledConnection, witness: int) -> bool:
-    """Where poll cannot show the end of a stream: read what is left; say whether the end was there."""
+def _read_to_end(conn: PooledConnection, witness: int) -> bool | None:
+    """Where poll cannot show the end of a stream: read what is left.
+
+    Return None when there is no end yet, and whether the other side made it when there is.
+    """
     if not conn.closed:
-        return False  # another thread's libpq is reading it
+        return None  # another thread's libpq is reading it
     os.set_blocking(witness, False)
     try:
         while os.read(witness, 65536):
             pass
     except BlockingIOError:
-        return False
+        return None
     except OSError:
-        pass  # reset: gone as well
+        return False  # reset, or timed out
     return True
 
 

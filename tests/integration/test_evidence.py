@@ -1,8 +1,12 @@
 """What proves that a backend is gone, and what only looks like it."""
 
+import contextlib
+import socket
+import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg2
 import psycopg2.extensions
@@ -12,8 +16,11 @@ from waiting import wait_until
 import sharedpool
 from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.cli.status import fetch_report
+from sharedpool.conninfo import resolve
+from sharedpool.worker.connection import close_confirmed, connect
 
 Backends = Callable[[sharedpool.Pool], set[int]]
+MakePool = Callable[..., sharedpool.Pool]
 Observer = psycopg2.extensions.connection
 
 
@@ -53,13 +60,11 @@ class Querying:
 
 
 def test_a_slot_stays_counted_while_a_query_goes_on_after_release_all(
-    postgres: EphemeralPostgres, runtime_dir: Path, server_connection: Observer, backends: Backends
+    make_pool: MakePool, runtime_dir: Path, server_connection: Observer, backends: Backends
 ) -> None:
     """Without a control connection nobody ends the query: what the broker sees on the socket is all its evidence."""
     with sharedpool.start_broker(1) as broker:
-        pool = sharedpool.config_pool(
-            dsn=postgres.dsn, broker=broker.address, max_conn=1, pool_manager=sharedpool.ThreadedConnectionPool
-        )
+        pool = make_pool(broker=broker.address, max_conn=1, pool_manager=sharedpool.ThreadedConnectionPool)
         querying = Querying(pool, "1h", server_connection)
         pool.release_all()
         for _ in range(3):  # the broker looks at its sockets between two answers
@@ -74,16 +79,111 @@ def test_a_slot_stays_counted_while_a_query_goes_on_after_release_all(
 
 @pytest.mark.parametrize("control", [True, False], ids=["control connection", "none"])
 def test_a_query_in_another_thread_ends_with_an_error_after_release_all(
-    control: bool, postgres: EphemeralPostgres, runtime_dir: Path, server_connection: Observer, backends: Backends
+    control: bool,
+    postgres: EphemeralPostgres,
+    make_pool: MakePool,
+    runtime_dir: Path,
+    server_connection: Observer,
+    backends: Backends,
 ) -> None:
     """The broker ends it, or the server when it looks for its client: every two seconds if nothing else is set."""
     with sharedpool.start_broker(1, dsn=postgres.dsn if control else None) as broker:
-        pool = sharedpool.config_pool(
-            dsn=postgres.dsn, broker=broker.address, max_conn=1, pool_manager=sharedpool.ThreadedConnectionPool
-        )
+        pool = make_pool(broker=broker.address, max_conn=1, pool_manager=sharedpool.ThreadedConnectionPool)
         querying = Querying(pool, "1h" if control else "100ms", server_connection)
         pool.release_all()
         querying.join(10)
         assert isinstance(querying.error, psycopg2.Error)
         wait_until(lambda: fetch_report(broker.address).leases == 0, what="the slot to be free")
         assert not backends(pool)
+
+
+# --- the network between a worker and the server
+
+
+class Firewall:
+    """A way to the server by TCP that forgets its connections when it is told to: the client gets a RST, and the
+    server, which is told nothing, keeps the session.
+    """
+
+    def __init__(self, server: EphemeralPostgres) -> None:
+        self._path = f"{server.host}/.s.PGSQL.{server.port}"
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address: dict[str, Any] = {"host": "127.0.0.1", "port": self._listener.getsockname()[1]}
+        self._clients: list[socket.socket] = []
+        self._servers: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.socket(socket.AF_UNIX)
+                server.connect(self._path)
+                self._clients.append(client)
+                self._servers.append(server)
+                threading.Thread(target=self._pump, args=(client, server), daemon=True).start()
+                threading.Thread(target=self._pump, args=(server, client), daemon=True).start()
+
+    @staticmethod
+    def _pump(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+
+    def forget(self) -> None:
+        """Answer with a RST from now on."""
+        while self._clients:
+            client = self._clients.pop()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.shutdown(socket.SHUT_RD)  # wakes its pump, which holds it open
+            client.close()
+
+    def close(self) -> None:
+        self._listener.close()
+        for each in self._clients + self._servers:
+            each.close()
+
+
+@pytest.fixture
+def firewall(postgres: EphemeralPostgres) -> Iterator[Firewall]:
+    firewall = Firewall(postgres)
+    yield firewall
+    firewall.close()
+
+
+def test_a_backend_whose_connection_was_reset_on_the_way_is_ended_before_its_slot_is_free(
+    broker: sharedpool.Broker, make_pool: MakePool, firewall: Firewall, backends: Backends
+) -> None:
+    pool = make_pool(max_conn=1, **firewall.address)
+    conn = pool.get_conn(timeout=10)
+    assert fetch_report(broker.address).custody == 1
+    firewall.forget()
+    wait_until(lambda: fetch_report(broker.address).leases == 0, what="the slot to be free")
+    assert not backends(pool)
+    pool.put_conn(conn)
+    pool.put_conn(pool.get_conn(timeout=10))
+
+
+def test_a_backend_whose_connection_was_reset_on_the_way_stays_counted_when_nobody_can_look(
+    runtime_dir: Path, make_pool: MakePool, firewall: Firewall, backends: Backends
+) -> None:
+    with sharedpool.start_broker(1) as broker:
+        pool = make_pool(broker=broker.address, max_conn=1, **firewall.address)
+        conn = pool.get_conn(timeout=10)
+        assert fetch_report(broker.address).custody == 1
+        firewall.forget()
+        wait_until(lambda: fetch_report(broker.address).custody == 0, what="the broker to see it")
+        pool.put_conn(conn)
+        with pytest.raises(sharedpool.PoolTimeout):
+            pool.get_conn(timeout=0.05)
+        assert fetch_report(broker.address).leases == 1
+        assert len(backends(pool)) == 1
+        pool.release_all()
+
+
+def test_a_worker_takes_a_reset_for_no_proof(postgres: EphemeralPostgres, firewall: Firewall) -> None:
+    direct = connect(resolve(dsn=postgres.dsn), "evidence", None, [])
+    broken = connect(resolve(dsn=postgres.dsn, **firewall.address), "evidence", None, [])
+    firewall.forget()
+    close_confirmed([direct, broken])
+    assert (direct.sharedpool_gone, broken.sharedpool_gone) == (True, False)

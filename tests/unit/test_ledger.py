@@ -13,6 +13,7 @@ import pytest
 from sharedpool.broker.backoff import Backoff
 from sharedpool.broker.commands import Command, Fence, Forget, Log, Look, Send, Survey, Watch
 from sharedpool.broker.demand import ANSWER_LIMIT_S
+from sharedpool.broker.leases import START_UP_LIMIT_S
 from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.broker.records import Books, Pool, Session, SlotState
@@ -508,6 +509,41 @@ def test_a_backend_that_ended_by_itself_frees_its_slot_and_its_worker_is_told(br
     broker.take_in(broker.ledger.backend_gone(token, broker.now))  # twice: nothing
     a.release(token, ReleaseReason.BROKEN)  # the worker's own word comes too late
     assert broker.ledger.leases == 1
+
+
+@pytest.mark.parametrize("state", ["checked out", "being fenced", "worker dead"])
+def test_a_connection_that_broke_is_verified_before_its_slot_is_free(broker: Broker, state: str) -> None:
+    a, b = broker.worker("a", max_conn=1), broker.worker("b")
+    token = a.lend()
+    broker.take_in(broker.ledger.deposited(token, broker.now))
+    if state == "worker dead":
+        broker.take_in(broker.ledger.session_died(a.id, broker.now))
+    elif state == "being fenced":
+        a.release(token, ReleaseReason.BROKEN, gone=False)
+    request = b.ask(wait_s=60)
+    orders = broker.take_in(broker.ledger.backend_lost(token, broker.now))
+    assert [(f.token, f.backend) for f in orders if isinstance(f, Fence)] == [(token, a.backend(token))]
+    assert [gone.tokens for gone in a.sent(Gone)] == ([[token]] if state == "checked out" else [])
+    assert b.outcome(request) is None
+    broker.take_in(broker.ledger.backend_gone(token, broker.now))
+    assert isinstance(b.outcome(request), Token)
+    broker.take_in(broker.ledger.backend_lost(token, broker.now))  # nobody's any more: nothing
+    assert broker.ledger.leases == 1
+
+
+@pytest.mark.parametrize("verifies", [True, False])
+def test_a_connection_that_broke_before_it_was_confirmed_is_looked_for_if_somebody_can(verifies: bool) -> None:
+    broker = Broker(verifies=verifies)
+    a = broker.worker("a", max_conn=1)
+    token = a.granted(a.ask())
+    broker.take_in(broker.ledger.deposited(token, broker.now))
+    broker.take_in(broker.ledger.backend_lost(token, broker.now))
+    assert broker.ledger.leases == 1
+    if verifies:
+        broker.show_nothing()
+    else:
+        broker.pass_time(START_UP_LIMIT_S + 1)  # it has logged in: that limit is not its
+    assert broker.ledger.leases == (0 if verifies else 1)
 
 
 def test_a_release_after_its_backend_was_seen_to_end_still_settles_what_was_owed(broker: Broker) -> None:
