@@ -218,8 +218,9 @@ class Holdings:
 
     def signal(self) -> None:
         """Have the link send what is in the outbox."""
-        if self.link is not None:
-            self.link.wake()
+        link = self.link  # its own thread may take it away at any moment
+        if link is not None:
+            link.wake()
 
     def ensure_link(self) -> Link:
         """Return the link, started. The lock is held; starting a thread is all this does."""

@@ -52,7 +52,7 @@ class Endpoint(Protocol):
         """Something that becomes readable when the broker is gone."""
 
     def done(self) -> bool:
-        """Say whether the pool is over and holds nothing any more: the link may end."""
+        """Say whether the pool is over and holds nothing any more: the link ends, and is not asked again."""
 
     def ended(self) -> None:
         """The link's thread ends."""
@@ -84,6 +84,7 @@ class Link:
         self._wake_out.setblocking(False)
         self._claim = threading.Lock()
         self.running = False
+        self._over = False
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -112,6 +113,11 @@ class Link:
 
     # --- the thread
 
+    def _is_over(self) -> bool:
+        """Say whether this link is to end: once it is, it remains so, whatever the pool holds by another link then."""
+        self._over = self._over or self._endpoint.done()
+        return self._over
+
     def _run(self) -> None:
         if not self._claim.acquire(blocking=False):
             return
@@ -119,7 +125,7 @@ class Link:
         self.running = True
         context = zmq.Context()
         try:
-            while not self._endpoint.done():
+            while not self._is_over():
                 try:
                     self._session(context)
                 except (SharedPoolError, OSError, zmq.ZMQError) as error:
@@ -165,7 +171,7 @@ class Link:
         poller.register(self._wake_in, zmq.POLLIN)
         started = time.monotonic()
         hello_at = beat_at = started
-        while not self._endpoint.done():
+        while not self._is_over():
             now = time.monotonic()
             if not self.established and now >= hello_at:
                 dealer.send(encode(self._endpoint.hello()))
@@ -260,7 +266,7 @@ class Link:
         poller = zmq.Poller()
         poller.register(self._wake_in, zmq.POLLIN)
         deadline = time.monotonic() + seconds
-        while not self._endpoint.done() and time.monotonic() < deadline:
+        while not self._is_over() and time.monotonic() < deadline:
             if poller.poll(_ms_until(deadline)):
                 self._drain_wake()
 

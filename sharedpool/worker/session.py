@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from typing import TYPE_CHECKING, cast
 
 from sharedpool.errors import BrokerUnavailable
@@ -48,6 +49,7 @@ class Session:
     def __init__(self, holdings: Holdings) -> None:
         self._holdings = holdings
         self._epoch: int | None = None
+        self._over = False
         self._title = _utf8(os.path.basename(sys.argv[0]) if sys.argv else "") or "python"
 
     def hello(self) -> Hello:
@@ -195,13 +197,19 @@ class Session:
             )
             if over:
                 self._holdings.link = None
+                # What was said until now is this link's to send; what comes after it, the next one's.
+                self._holdings.cache.out = deque()
+                self._over = True
             return over
 
     def ended(self) -> None:
-        """Note that the link's thread ends."""
-        self._holdings.desk.close()
-        if self._holdings.link is None:
-            forks.let_go(self._holdings)
+        """Note that the link's thread ends. If another has taken its place already, all else is that one's."""
+        with self._holdings.lock:
+            if self._over and self._holdings.link is not None:
+                return
+            self._holdings.desk.close()
+            if self._over:
+                forks.let_go(self._holdings)
 
     def unreachable(self, error: Exception) -> None:
         """Tell the waiting threads that the broker refuses, or cannot be had."""
