@@ -6,7 +6,8 @@ Decisions only, over the records; nothing here does I/O or reads a clock. `settl
 2. If slots are short: recall idle leases, longest idle first; then fence suspect ones; then *press* the holders, so
    that their next checkins come back instead of being cached.
 3. A waiter that does not want to wait is refused once every holder has answered, after that waiter's arrival, that it
-   has nothing idle. Such a question to all holders is a *round*; later arrivals share the next one.
+   has nothing idle. Such a question to all holders is a *round*; later arrivals share the next one. A suspect lease is
+   fenced then, for the next caller.
 4. While connections cannot be opened and the pool has none, every waiter is told the server's error at once.
 
 While `paused` (a restarted broker that does not know yet what is held) requests only queue; while `draining` everybody
@@ -315,7 +316,12 @@ class Demand:
             coming = max(pool.room, 0) + pool.coming
             everywhere = self._books.room + sum(p.coming for p in self._books.pools.values())
             unserved = islice(pool.waiters.values(), max(0, min(coming, everywhere)), None)
-            for waiter in [waiter for waiter in unserved if waiter.nowait and waiter.round is not None]:
+            refused = [waiter for waiter in unserved if waiter.nowait and waiter.round is not None]
+            # They do not wait for the end of what is suspect, but the next caller is to find its slot free: with
+            # nobody but such callers it would fill the pool for ever.
+            capped = pool.room > 0  # any pool's slot would do
+            self._fence_suspects(list(self._books.pools.values()) if capped else [pool], len(refused), now)
+            for waiter in refused:
                 pool.denials += 1
                 self.deny(waiter, DenyReason.EXHAUSTED, now)
 
@@ -324,7 +330,7 @@ class Demand:
             # A ceiling above 0 is a server that is full: a pool that had to make way for its probe is not without hope.
             if pool.backoff.ceiling == 0 and pool.room <= 0 and not pool.has_connections:
                 # They are told at once, but they did want a slot: what is suspect must not fill the pool for ever.
-                self._fence_suspects([pool], self._patient(pool), now)
+                self._fence_suspects([pool], len(pool.waiters), now)
                 for waiter in list(pool.waiters.values()):
                     pool.denials += 1
                     self.deny(waiter, DenyReason.FAILING, now)

@@ -108,9 +108,9 @@ def test_a_broker_restarted_with_leases_out_knows_them_at_once(postgres: Ephemer
         with broker_process(address, postgres.dsn):
             assert fetch_report(address).leases == 2
             assert "backend" in b.ask("get", name="z", timeout=5)
-            assert b.ask("get", name="w")["error"] == "PoolExhausted"
             os.kill(a.pid, signal.SIGCONT)
             wait_until(lambda: [p.suspect for p in fetch_report(address).pools] == [0], what="the worker's HELLO")
+            assert b.ask("get", name="w")["error"] == "PoolExhausted"
             assert a.ask("query", name="x", sql="SELECT pg_backend_pid()")["rows"] == [[held]]
             assert fetch_report(address).custody == 3
 
@@ -150,9 +150,9 @@ def test_without_its_journal_a_broker_waits_and_then_counts_what_the_server_show
             assert "backend" in b.ask("get", name="z", timeout=20)
             assert time.monotonic() - asked > 2  # of the TTL of 3 seconds
             assert fetch_report(address).leases == 3
-            assert b.ask("get", name="w")["error"] == "PoolExhausted"
             os.kill(a.pid, signal.SIGCONT)
             wait_until(lambda: [p.suspect for p in fetch_report(address).pools] == [0], what="the worker's HELLO")
+            assert b.ask("get", name="w")["error"] == "PoolExhausted"
             assert a.ask("query", name="x", sql="SELECT pg_backend_pid()")["rows"] == [[held]]
 
 

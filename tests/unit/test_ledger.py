@@ -639,7 +639,6 @@ def test_a_silent_workers_leases_are_suspect_counted_and_come_back_with_renew(br
     b.beat()
     broker.pass_time(TTL_S / 2)
     assert broker.ledger.report(broker.now)[0][0].suspect == 1
-    assert isinstance(b.outcome(b.ask()), Deny)  # a caller who does not want to wait costs nobody a connection
     assert broker.all(Fence) == []
     a.beat()
     assert broker.ledger.report(broker.now)[0][0].suspect == 0
@@ -664,6 +663,32 @@ def test_a_silent_worker_is_fenced_when_somebody_patient_waits(broker: Broker) -
     assert b.outcome(request) is None
     broker.take_in(broker.ledger.backend_gone(token, broker.now))
     assert isinstance(b.outcome(request), Token)
+
+
+@pytest.mark.parametrize("pool", ["p", "q"], ids=["own limit", "cap over all pools"])
+def test_a_caller_who_does_not_wait_is_refused_and_has_a_silent_worker_fenced_for_the_next(pool: str) -> None:
+    """Else a pool whose callers all have timeout=0, the default, would never see that slot again."""
+    broker = Broker(max_conn=1)
+    a, b = broker.worker("a"), broker.worker("b", pool)
+    token = a.lend()
+    broker.pass_time(TTL_S / 2)
+    b.beat()
+    broker.pass_time(TTL_S / 2)
+    assert isinstance(b.outcome(b.ask()), Deny)
+    assert [fence.token for fence in broker.all(Fence)] == [token]
+    broker.take_in(broker.ledger.backend_gone(token, broker.now))
+    assert isinstance(b.outcome(b.ask()), Token)
+
+
+def test_who_does_not_wait_has_no_more_suspects_fenced_than_were_refused(broker: Broker) -> None:
+    a, b = broker.worker("a", max_conn=3), broker.worker("b")
+    for _ in range(3):
+        a.lend()
+    broker.pass_time(TTL_S / 2)
+    b.beat()
+    broker.pass_time(TTL_S / 2)
+    assert isinstance(b.outcome(b.ask()), Deny)
+    assert len(broker.all(Fence)) == 1
 
 
 def test_no_more_suspects_are_fenced_than_there_are_waiters(broker: Broker) -> None:

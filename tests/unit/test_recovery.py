@@ -154,6 +154,19 @@ def test_a_frozen_workers_lease_is_fenced_by_a_successor_after_a_ttl_when_somebo
     assert [fence.token for fence in after.all(Fence)] == [token]
 
 
+def test_a_caller_who_does_not_wait_has_nothing_fenced_before_workers_could_say_hello() -> None:
+    broker = Broker()
+    token = broker.worker("a", max_conn=1).lend()
+    after = successor(broker)
+    after.pass_time(0.9 * TTL_S)
+    b = after.worker("b", max_conn=1)
+    assert isinstance(b.outcome(b.ask()), Deny)
+    assert after.all(Fence) == []
+    after.pass_time(0.2 * TTL_S)
+    assert isinstance(b.outcome(b.ask()), Deny)
+    assert [fence.token for fence in after.all(Fence)] == [token]
+
+
 def test_a_lost_release_is_told_again_until_it_is_acknowledged() -> None:
     """Without a control connection nothing else would ever free the slot."""
     broker = Broker(verifies=False)
@@ -318,6 +331,20 @@ def test_while_connects_fail_one_is_tried_and_everybody_else_is_told_why() -> No
     denial = a.outcome(a.ask())
     assert isinstance(denial, Deny)
     assert denial.error == "still"
+
+
+def test_while_connects_fail_who_does_not_wait_has_a_silent_worker_fenced_as_well() -> None:
+    broker = Broker()
+    a, b = broker.worker("a", max_conn=2), broker.worker("b")
+    token = a.lend()
+    broker.pass_time(TTL_S / 2)
+    b.beat()
+    broker.pass_time(TTL_S / 2)
+    fail(b, b.granted(b.ask()))
+    denial = b.outcome(b.ask())
+    assert isinstance(denial, Deny)
+    assert denial.reason is DenyReason.FAILING
+    assert [fence.token for fence in broker.all(Fence)] == [token]
 
 
 def test_when_the_server_is_back_the_pool_is_whole_again_one_by_one() -> None:
