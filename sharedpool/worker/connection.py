@@ -71,6 +71,8 @@ class PooledConnection(extensions.connection):
 
     def close(self) -> None:
         """Close the connection and wait (at most a second) until its backend has exited."""
+        if self.sharedpool_pid not in (0, os.getpid()):
+            disown(self, dead_end())  # inherited by a fork that Python did not see: the session is the parent's
         close_confirmed([self])
 
     def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:  # at the interpreter's end `os` may be gone

@@ -109,12 +109,16 @@ class Pool:
         lease.thread = threading.get_ident()
         return conn if key is None else self._keep_key(key, lease, conn)
 
-    def _check_caller(self) -> Holdings:
+    def _own_holdings(self) -> Holdings:
+        """Return this process's holdings. A child whose fork Python did not see (uWSGI) must not touch its parent's."""
         if self._holdings.pid != os.getpid():
-            forks.reset_after_fork()  # a fork that Python did not see (uWSGI)
+            forks.reset_after_fork()
             if self._holdings.pid != os.getpid():
                 self.start_afresh()
-        if self._holdings.disposed:
+        return self._holdings
+
+    def _check_caller(self) -> Holdings:
+        if self._own_holdings().disposed:
             raise PoolClosed(f"pool {self.name!r} is disposed: release_all() was called; configure a new one")
         if self._one_thread:
             me = threading.get_ident()
@@ -164,7 +168,7 @@ class Pool:
         Raise `PoolError` for a connection that is not checked out of this pool, `PoolClosed` when the pool is disposed
         of (the connection is closed all the same); `fail_silently` swallows both. What `reset` raised is raised here.
         """
-        if self._holdings.lock._is_owned() or _is_being_collected(conn):  # type: ignore[attr-defined]
+        if self._own_holdings().lock._is_owned() or _is_being_collected(conn):  # type: ignore[attr-defined]
             self.put_conn_later(conn)  # called by a finalizer, perhaps while this very thread was at the books
             return
         try:
@@ -212,6 +216,7 @@ class Pool:
         conn = self.get_conn(key, timeout=timeout)
         try:
             yield conn
+            self._own_holdings()  # before the commit: in a child it is the parent's transaction
             conn.commit()
         except BaseException as error:
             self.notice(conn, error)
@@ -227,7 +232,7 @@ class Pool:
         """Look whether an error of a statement tells that the server fails over: then every process replaces its
         connections. `connection()` and `PgSimple` call this by themselves. Does not block.
         """
-        self._holdings.notice(cast(PooledConnection, conn), error)
+        self._own_holdings().notice(cast(PooledConnection, conn), error)
 
     def put_conn_later(self, conn: extensions.connection) -> None:
         """Check a connection in from a finalizer: takes no lock and does no I/O; the link's thread does the rest."""
@@ -253,7 +258,7 @@ class Pool:
 
         Every `put_conn` does this too, and the broker sees to it in a process that never calls the pool again.
         """
-        return self._holdings.purge()
+        return self._own_holdings().purge()
 
     @property
     def disposed(self) -> bool:
@@ -266,7 +271,7 @@ class Pool:
         Waiting threads get `PoolClosed`. Blocks until the backends are gone, at most some seconds. Raise `PoolClosed`
         when it was called before.
         """
-        holdings = self._holdings
+        holdings = self._own_holdings()
         with holdings.lock:
             if holdings.disposed:
                 raise PoolClosed(f"pool {self.name!r} is already disposed")
@@ -303,7 +308,7 @@ class Pool:
 
     def retire(self) -> None:
         """Keep nothing idle from now on: a newer pool has taken this one's name in this process."""
-        self._holdings.retire()
+        self._own_holdings().retire()
 
     # --- what the pool says of itself
 
@@ -319,7 +324,7 @@ class Pool:
 
     def stats(self) -> PoolStats:
         """Return a snapshot of this process's part of the pool. Takes the lock for a moment."""
-        holdings = self._holdings
+        holdings = self._own_holdings()
         with holdings.lock:
             idle, waiting = len(holdings.cache.idle), len(holdings.cache.waiting)
             busy = (Phase.IN_USE, Phase.CONNECTING)

@@ -1,0 +1,147 @@
+"""Forks that Python does not see, as uWSGI's: no hook runs in the child. The parent's connections stay the parent's."""
+
+import subprocess
+import sys
+
+import pytest
+
+import sharedpool
+from sharedpool.cli.postgres import EphemeralPostgres
+
+# The parent has one connection out, with a temporary table and an open transaction, and one idle. CHILD is run in a
+# child process.
+SCRIPT = """
+import ctypes, os, sys
+import psycopg2, sharedpool
+
+def fork():
+    child = ctypes.PyDLL(None).fork()
+    if child == 0:
+        status = 1
+        try:
+            in_the_child()
+            status = 0
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+        os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0, "the child failed"
+
+def raises(kind, call, *arguments):
+    try:
+        call(*arguments)
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"{call} raised nothing")
+
+def answer(conn, query):
+    with conn.cursor() as cursor:
+        cursor.execute(query)
+        return cursor.fetchone()[0]
+
+def in_the_child():
+    CHILD
+
+dsn, address = sys.argv[1:]
+settings = dict(max_conn=3, dsn=dsn, broker=address, name="blind", pool_manager=sharedpool.ThreadedConnectionPool)
+pool = sharedpool.config_pool(**settings)
+held, idle = pool.get_conn(timeout=10), pool.get_conn(timeout=10)
+pids = [conn.info.backend_pid for conn in (held, idle)]
+pool.put_conn(idle)
+del idle
+with held.cursor() as cursor:
+    cursor.execute("CREATE TEMPORARY TABLE kept AS SELECT 42 AS answer")
+held.commit()
+with held.cursor() as cursor:
+    cursor.execute("UPDATE kept SET answer = 43")
+before = sharedpool.reset_after_fork(), pool._holdings  # in the process that made the pools: nothing
+fork()
+assert pool._holdings is before[1]
+assert answer(held, "SELECT answer FROM kept") == 43
+held.rollback()
+assert answer(held, "SELECT answer FROM kept") == 42, "the child has committed the parent's work"
+pool.put_conn(held)
+conns = pool.get_conn(timeout=10), pool.get_conn(timeout=10)
+assert sorted(answer(conn, "SELECT pg_backend_pid()") for conn in conns) == sorted(pids), "the parent lost a session"
+pool.release_all()
+"""
+
+CASES = {
+    "get_conn": """
+    conn = pool.get_conn(timeout=10)
+    assert answer(conn, "SELECT pg_backend_pid()") not in pids
+    pool.put_conn(conn)
+    pool.release_all()
+""",
+    "put_conn": """
+    assert "belongs to process" in raises(sharedpool.PoolError, pool.put_conn, held)
+""",
+    "put_conn, close": """
+    raises(sharedpool.PoolError, pool.put_conn, held, None, True)
+""",
+    "close of a connection": """
+    held.close()
+""",
+    "release_all": """
+    pool.release_all()
+    raises(sharedpool.PoolClosed, pool.get_conn)
+""",
+    "purge_expired_connections": """
+    pool._holdings.cache.expiration_s = 0.0
+    assert pool.purge_expired_connections() == 0
+""",
+    "a new pool of the same name": """
+    other = sharedpool.config_pool(**settings)
+    conn = other.get_conn(timeout=10)
+    assert answer(conn, "SELECT pg_backend_pid()") not in pids
+    other.release_all()
+""",
+    "stats": """
+    assert (pool.stats().idle, pool.stats().in_use) == (0, 0)
+""",
+    "reset_after_fork": """
+    sharedpool.reset_after_fork()
+    raises(psycopg2.OperationalError, answer, held, "SELECT answer FROM kept")
+    conn = pool.get_conn(timeout=10)
+    sharedpool.reset_after_fork()  # the second time: nothing
+    assert answer(conn, "SELECT pg_backend_pid()") not in pids
+    pool.put_conn(conn)
+    assert pool.stats().idle == 1
+    pool.release_all()
+""",
+}
+
+
+def run(script: str, postgres: EphemeralPostgres, broker: sharedpool.Broker) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", script, postgres.dsn, broker.address],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_child_of_a_fork_that_nobody_saw_leaves_its_parents_sessions_alone(
+    case: str, postgres: EphemeralPostgres, broker: sharedpool.Broker
+) -> None:
+    run(SCRIPT.replace("    CHILD\n", CASES[case]), postgres, broker)
+
+
+@pytest.mark.parametrize(
+    "child",
+    [
+        "raises(psycopg2.Error, block.__exit__, None, None, None)",
+        "assert not block.__exit__(KeyError, KeyError(), None)  # its own error it keeps",
+    ],
+    ids=["without an error", "with one"],
+)
+def test_a_child_that_leaves_its_parents_block_neither_commits_nor_rolls_back(
+    child: str, postgres: EphemeralPostgres, broker: sharedpool.Broker
+) -> None:
+    script = SCRIPT.replace("CHILD", child).replace(
+        "held, idle = pool.get_conn(timeout=10), ",
+        "block = pool.connection(timeout=10)\nheld, idle = block.__enter__(), ",
+    )
+    run(script, postgres, broker)
