@@ -90,7 +90,7 @@ class Control:
         self._max_conn = max_conn
         self._instance = instance
         self._tell = tell
-        self._inbox: queue.SimpleQueue[_Job | Token | Look | Doubt | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Job | Token | Look | Doubt | int | None] = queue.SimpleQueue()
         self._jobs: dict[Token, _Job] = {}
         self._looks: list[Look] = []
         self._conn: psycopg2.extensions.connection | None = None
@@ -99,6 +99,8 @@ class Control:
         self._room = 0
         self._powerless = False
         self._seen = set(seen)  # every server this connection, or a former broker's, has been on
+        self._met: set[int] = set()  # starts of servers that workers have been on
+        self._hurry = False
         self.state = "connecting" if dsn else "none"
         self._thread = threading.Thread(target=self._run, name="sharedpool-control", daemon=True)
 
@@ -131,6 +133,15 @@ class Control:
         """Forget a fence: other evidence has come. Does not block."""
         self._inbox.put(token)
 
+    def met(self, boot_us: int) -> None:
+        """Take in that a worker is on a server that was started then: see it too, while it is there. Does not block.
+
+        What was on a server that was never seen cannot be known to be gone with it.
+        """
+        if self.exists and boot_us not in self._met:
+            self._met.add(boot_us)
+            self._inbox.put(boot_us)
+
     def look(self, look: Look) -> None:
         """Queue a survey of the server. Does not block."""
         self._inbox.put(look)
@@ -151,6 +162,10 @@ class Control:
                     retry_at, retry_s = time.monotonic() + retry_s, min(retry_s * 2, _LAST_RECONNECT_S)
             if not self._receive(self._wait_s(retry_at)):
                 break
+            if self._hurry:
+                self._hurry = False
+                self._is_same()
+                retry_s, retry_at = _FIRST_RECONNECT_S, 0.0
             if self._conn is not None:
                 try:
                     self._work(time.monotonic())
@@ -187,23 +202,28 @@ class Control:
                         self._answer(item)
                     case Token():
                         self._jobs.pop(item, None)
+                    case int():
+                        self._hurry = self._hurry or item != self._boot_us
                 item = self._inbox.get_nowait()
         except queue.Empty:
             return True
 
     def _answer(self, doubt: Doubt) -> None:
         """Say whether the server that we know still answers."""
-        same = self._conn is not None
-        if self._conn is not None:
-            try:
-                with self._conn.cursor() as cursor:
-                    cursor.execute(_SERVER_SQL)
-                    row = cursor.fetchone()
-                    same = row is not None and row[0] == self._boot_us
-            except Exception as error:
-                self._lose(error)
-                same = False
+        same = self._is_same()
         self._tell(lambda ledger, now: ledger.answered_doubt(doubt.pool, doubt.generation, same, now))
+
+    def _is_same(self) -> bool:
+        if self._conn is None:
+            return False
+        try:
+            with self._conn.cursor() as cursor:
+                cursor.execute(_SERVER_SQL)
+                row = cursor.fetchone()
+                return row is not None and row[0] == self._boot_us
+        except Exception as error:
+            self._lose(error)
+            return False
 
     def _survey(self, look: Look) -> None:
         """Look for backends of this broker's pools and for backends in start-up."""

@@ -335,6 +335,8 @@ class Server:
                     self._send(session, encode(message))
                 case Record(entry):
                     self._journal.record(entry)
+                    if entry.backend is not None:
+                        self._control.met(entry.backend.boot_us)
                 case Erase(token):
                     self._journal.erase(token)
                     self._fenced.discard(token)

@@ -14,6 +14,8 @@ import pytest
 from waiting import wait_until
 
 import sharedpool
+from sharedpool.broker.server import Server
+from sharedpool.broker.settings import BrokerSettings
 from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.cli.status import fetch_report
 from sharedpool.conninfo import resolve
@@ -187,3 +189,35 @@ def test_a_worker_takes_a_reset_for_no_proof(postgres: EphemeralPostgres, firewa
     firewall.forget()
     close_confirmed([direct, broken])
     assert (direct.sharedpool_gone, broken.sharedpool_gone) == (True, False)
+
+
+def test_the_broker_sees_every_server_that_its_workers_have_been_on(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what is lost with it, should it be restarted again soon, could never be known to be gone."""
+    address = f"ipc://{runtime_dir}/met.sock"
+    with EphemeralPostgres() as database:
+        broker = Server(BrokerSettings(address, dsn=database.dsn))
+        broker.bind()
+        thread = threading.Thread(target=broker.run)
+        thread.start()
+        pool = sharedpool.config_pool(dsn=database.dsn, broker=address, name="met")
+        try:
+            pool.put_conn(pool.get_conn(timeout=10), close=True)
+            wait_until(lambda: broker._control.state == "connected", what="the control connection")
+            # By itself it would not look for long.
+            monkeypatch.setattr("sharedpool.broker.control._FIRST_RECONNECT_S", 3600.0)
+            monkeypatch.setattr("sharedpool.broker.control._LAST_RECONNECT_S", 3600.0)
+            first = broker._control._boot_us
+            database.restart("immediate")
+            conn = pool.get_conn(timeout=10)
+            wait_until(lambda: broker._control._boot_us != first, what="the broker to see the new server")
+            (lease,) = pool._holdings.cache.leases.values()
+            assert lease.backend is not None
+            assert lease.backend.boot_us == broker._control._boot_us
+            pool.put_conn(conn)
+        finally:
+            with contextlib.suppress(sharedpool.PoolClosed):
+                pool.release_all()
+            broker.stop()
+            thread.join(20)
