@@ -35,9 +35,8 @@ _UCRED = struct.Struct("3i")  # pid, uid, gid
 class Desk:
     """The listener, the workers' lines to it, and what is in custody.
 
-    `expects(session, token)` says whether a socket may be handed in for a lease; `deposited(token)` is
-    called for what has come, `gone(token)` for what has ended, `lost(token)` for a socket that died while its backend may
-    live on.
+    `expects(session, token)` says whether a socket may be handed in for a lease. `deposited(token)` is called for what
+    has come, `gone(token)` when a backend has ended, `lost(token)` when only the socket has: its backend may live on.
     """
 
     def __init__(
