@@ -37,9 +37,9 @@ def pytest_report_header() -> str | None:
     return f"fault rows, long: about {LONG_MINUTES} minutes, and a soak of {SOAK_S / 60:.3g} minutes"
 
 
-@pytest.fixture
+@pytest.fixture(params=["", "role limit"], ids=["counted", "role-limit"])
 def variant(request: pytest.FixtureRequest) -> str:
-    """Without or with PostgreSQL's own limit on the role: see `with_role_limit`."""
+    """Without and with PostgreSQL's own limit on the role."""
     return str(request.param)
 
 

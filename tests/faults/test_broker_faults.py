@@ -8,13 +8,12 @@ import time
 import pytest
 from arena import TTL_S, WORKERS, Arena
 from events import Checkout, checkouts
-from record import Row, percentile, scale, spread, with_role_limit
+from record import Row, percentile, scale, spread
 from waiting import wait_until
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 900))]
 
 
-@with_role_limit(short=True, long=False)
 @pytest.mark.row(
     "broker-sigkill", "broker SIGKILLed and restarted 50 times under load",
     "failed statements on held connections: 0; service back p99 ≤ TTL + 1 s",
@@ -53,7 +52,6 @@ def test_a_killed_broker_breaks_nothing_and_is_back_soon(field: Arena, row: Row)
     assert percentile(back, 99) <= TTL_S + scale(3.0, 1.0)
 
 
-@with_role_limit(short=False, long=False)
 @pytest.mark.row("broker-sigstop", "broker SIGSTOPped for 10 s", "`get_conn` raises within 100 ms of its deadline")
 def test_get_conn_keeps_its_deadline_while_the_broker_is_frozen(field: Arena, row: Row) -> None:
     """Late: by how much an answer came after the caller's own deadline, of those due while the broker was frozen."""
@@ -81,7 +79,6 @@ def test_get_conn_keeps_its_deadline_while_the_broker_is_frozen(field: Arena, ro
     assert max(late) <= scale(1.0, 0.1)
 
 
-@with_role_limit(short=False, long=False)
 @pytest.mark.row("second-broker", "second broker started on the same address, 100 times", "refused 100 % within 1 s")
 def test_a_second_broker_on_the_same_address_is_refused(field: Arena, row: Row) -> None:
     """Within: from the start of the `sharedpool broker` process to its exit with status 1, interpreter included."""

@@ -6,7 +6,7 @@ import pytest
 from arena import Arena
 from brokers import ReportWatch
 from processes import alive
-from record import Row, percentile, scale, spread, with_role_limit
+from record import Row, percentile, scale, spread
 from schedule import let_pass
 from waiting import wait_until
 
@@ -16,7 +16,6 @@ FORKING = 4  # each has at most one connection in the parent and one in a child:
 ORDERS_IN_A_ROUND = 2
 
 
-@with_role_limit(short=False, long=False)
 @pytest.mark.row(
     "fork", "fork while idle / while holding; parent killed, child lives on", "parent unharmed; slots back ≤ 0.5 s"
 )

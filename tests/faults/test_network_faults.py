@@ -3,7 +3,7 @@
 import pytest
 from arena import WORKERS, Arena
 from proxy import Proxy
-from record import Row, scale, spread, with_role_limit
+from record import Row, scale, spread
 from schedule import let_pass
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 600))]
@@ -12,7 +12,6 @@ pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 600))]
 NO_WAIT_S = 5.0
 
 
-@with_role_limit(short=False, long=False)
 @pytest.mark.row(
     "proxy", "message proxy: 10 % dropped, 10 % doubled, 0-2 s late, reordered",
     "everything finishes or times out as asked",

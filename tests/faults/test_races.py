@@ -2,7 +2,7 @@
 
 import pytest
 from arena import Arena
-from record import Row, percentile, scale, spread, with_role_limit
+from record import Row, percentile, scale, spread
 from waiting import wait_until
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 900))]
@@ -12,7 +12,6 @@ EXPIRATION_S = 0.02
 MEETING = 5
 
 
-@with_role_limit(short=False, long=False)
 @pytest.mark.row("expiry", "checkin within ±5 ms of expiry, 10⁴ times", "double use 0")
 def test_a_connection_that_expires_at_its_checkout_is_closed_or_lent_not_both(field: Arena, row: Row) -> None:
     """One meeting: a checkin within 5 ms of another connection's expiry, then a checkout within 5 ms of its own.
@@ -35,7 +34,6 @@ def test_a_connection_that_expires_at_its_checkout_is_closed_or_lent_not_both(fi
     assert not failed, failed[:5]
 
 
-@with_role_limit(short=False, long=True)
 @pytest.mark.row("recall", "one process idle on all 10, another asks, 10³ times", "recall p99 ≤ 20 ms")
 def test_a_connection_idle_elsewhere_is_recalled_at_once(field: Arena, row: Row) -> None:
     """Recall: the whole `get_conn` of the one who asks: the request, the recall, the close, the grant and the connect.

@@ -8,7 +8,7 @@ import pytest
 import serverlog
 from arena import MAX_CONN, WORKERS, Arena, arena
 from events import Checkout
-from record import CONFIRMED_S, Row, percentile, scale, spread, with_role_limit
+from record import CONFIRMED_S, Row, percentile, scale, spread
 from waiting import wait_until
 
 from sharedpool.cli.postgres import EphemeralPostgres
@@ -28,7 +28,6 @@ def dead_handed_out(found: list[Checkout], gone: dict[tuple[str, str], float]) -
     ]
 
 
-@with_role_limit(short=True, long=True)
 @pytest.mark.row(
     "restart", "PostgreSQL restarted fast / immediate, 20 times", "≤ 1 error per held connection; full capacity ≤ 2 s"
 )
@@ -77,7 +76,6 @@ def test_capacity_is_back_soon_after_the_server(field: Arena, row: Row) -> None:
     assert percentile(full, 100) <= scale(6.0, 2.0)
 
 
-@with_role_limit(short=False, long=False)
 @pytest.mark.row("terminate", "random `pg_terminate_backend` on idle connections", "dead connections handed out: 0")
 def test_connections_that_were_ended_while_idle_are_replaced_unseen(field: Arena, row: Row) -> None:
     """Dead: the first query of a checkout fails although the backend had been gone for 50 ms when it began.
@@ -114,7 +112,6 @@ def test_connections_that_were_ended_while_idle_are_replaced_unseen(field: Arena
     assert not dead, dead[:3]
 
 
-@with_role_limit(short=False, long=False)
 @pytest.mark.row(
     "too-small", "server's `max_connections` below `max_conn`",
     "≤ 2 connect attempts a second for the pool; clear warning",

@@ -9,13 +9,12 @@ from arena import MAX_CONN, TTL_S, WORKERS, Arena
 from brokers import ReportWatch
 from crew import Crew
 from events import Checkout
-from record import CONFIRMED_S, Row, percentile, scale, spread, with_role_limit
+from record import CONFIRMED_S, Row, percentile, scale, spread
 from serverlog import Depth
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 600))]
 
 
-@with_role_limit(short=True, long=True)
 @pytest.mark.row(
     "sigkill", "SIGKILL of a random worker every 0.5 s: idle, in a query, in the middle of connecting",
     "slot back: p99 ≤ 0.5 s",
@@ -71,7 +70,6 @@ def _kill(crew: Crew, number: int, kind: str, rng: random.Random) -> float:
     return crew.kill(number)
 
 
-@with_role_limit(short=False, long=False)
 @pytest.mark.row(
     "sigstop", "SIGSTOP for 3 TTL, then SIGCONT", "waiter served ≤ TTL + 0.5 s; stale connections handed out: 0"
 )
