@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from sharedpool.broker.launch import ensure_running, with_linger
+from sharedpool.broker.leadership import automatic_scope
 from sharedpool.broker.settings import BrokerSettings
 from sharedpool.conninfo import resolve
 from sharedpool.errors import ConfigError, SharedPoolError
@@ -105,9 +106,11 @@ def get_pool(name: str = "default") -> Pool:
 def _make(pool_manager: type[Pool], config: PoolConfig) -> Pool:
     if config.broker is not None:
         return pool_manager(config, config.broker, None)
-    address = addresses.automatic_address(config.conninfo.identity().digest(config.name))
+    digest = config.conninfo.identity().digest(config.name)
+    address = addresses.automatic_address(digest)
 
     def start(address: str) -> None:
-        ensure_running(with_linger(BrokerSettings(address, dsn=config.conninfo.dsn)))
+        settings = BrokerSettings(address, dsn=config.conninfo.dsn, scope=automatic_scope(digest))
+        ensure_running(with_linger(settings))
 
     return pool_manager(config, address, start)

@@ -11,6 +11,7 @@ then, or will never be one.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -22,6 +23,7 @@ import psycopg2
 from psycopg2.extensions import connection, cursor, parse_dsn
 
 from sharedpool.broker.commands import Command, Doubt, Fence, Look, Place, Saw, Survey
+from sharedpool.broker.leadership import Leadership
 from sharedpool.broker.ledger import Ledger
 from sharedpool.wire.messages import Backend, Token
 from sharedpool.wire.tag import pattern_of
@@ -75,7 +77,7 @@ class _Job:
 class Control:
     """Fences backends and looks at the server, over one connection. `tell(word)` is called in this thread.
 
-    `seen` are the servers that former brokers' control connections were on.
+    `seen` are the servers that former brokers' control connections were on. `leadership`: what is to be claimed there.
     """
 
     def __init__(
@@ -85,10 +87,12 @@ class Control:
         instance: str,
         tell: Callable[[Word], None],
         seen: Iterable[Place] = (),
+        leadership: Leadership | None = None,
     ) -> None:
         self._dsn = dsn
         self._max_conn = max_conn
         self._instance = instance
+        self._leadership = leadership
         self._tell = tell
         self._inbox: queue.SimpleQueue[_Job | Token | Look | Doubt | int | None] = queue.SimpleQueue()
         self._jobs: dict[Token, _Job] = {}
@@ -160,6 +164,8 @@ class Control:
                     self._drop(f"unreachable: {_text(error)}")
                     logger.warning("control connection: %s; next try in %.1f s", _text(error), retry_s)
                     retry_at, retry_s = time.monotonic() + retry_s, min(retry_s * 2, _LAST_RECONNECT_S)
+                    if self._leadership is not None:
+                        self._leadership.cannot_ask()
             if not self._receive(self._wait_s(retry_at)):
                 break
             if self._hurry:
@@ -178,11 +184,14 @@ class Control:
     def _wait_s(self, retry_at: float) -> float | None:
         if self._dsn and self._conn is None:
             return max(0.0, retry_at - time.monotonic())
-        if self._conn is None or not (self._jobs or self._looks):
+        if self._conn is None:
             return None
         if self._looks:
             return 0.0
-        return max(0.0, min(job.due for job in self._jobs.values()) - time.monotonic())
+        due = min((job.due for job in self._jobs.values()), default=math.inf)
+        if self._leadership is not None:
+            due = min(due, self._leadership.due)
+        return None if due == math.inf else max(0.0, due - time.monotonic())
 
     def _receive(self, timeout: float | None) -> bool:
         """Take in new jobs, waiting up to `timeout` seconds for the first; return False at the end."""
@@ -249,10 +258,12 @@ class Control:
             if "FATAL" not in str(error):
                 raise
             return
-        old, self._conn = self._conn, None
-        if old is not None:
-            old.close()
-        self._prepare(fresh)
+        old = self._conn
+        try:
+            self._prepare(fresh)  # what is held by the old one can be kept
+        finally:
+            if old is not None:
+                old.close()
 
     def _connect(self) -> None:
         assert self._dsn is not None
@@ -283,11 +294,21 @@ class Control:
             assert row is not None
             self._room = int(row[0])
         self.state = "connected"
+        self._claim(time.monotonic())
+
+    def _claim(self, now: float) -> None:
+        """Take the limit's lock, or note who has it."""
+        if self._leadership is not None and self._conn is not None:
+            rival = self._leadership.claim(self._conn, now)
+            self.state = f"another broker counts to this limit: {rival}" if rival else "connected"
 
     def _defaults(self) -> dict[str, Any]:
         given = parse_dsn(self._dsn or "")
         wanted = {"fallback_application_name": "sharedpool broker", "connect_timeout": "10"}
-        return {name: value for name, value in wanted.items() if name not in given}
+        settings = {name: value for name, value in wanted.items() if name not in given}
+        if self._leadership is not None:  # by it other brokers see who has the lock, whatever the DSN says
+            settings["application_name"] = self._leadership.application_name
+        return settings
 
     def _lose(self, error: Exception) -> None:
         logger.warning("control connection lost: %s", _text(error))
@@ -302,6 +323,8 @@ class Control:
 
     def _work(self, now: float) -> None:
         assert self._conn is not None
+        if self._leadership is not None and self._leadership.due <= now:
+            self._claim(now)
         while self._looks:
             self._survey(self._looks[0])
             del self._looks[0]

@@ -55,6 +55,10 @@ class Leases:
         self.quarantine = Quarantine()
         self._void: set[Token] = set()  # of older epochs, given back or fenced since: not to be claimed again
 
+    def believe(self) -> None:
+        """Admit unknown leases from now on: another broker, whose journal we do not have, granted them."""
+        self._remembers = False
+
     def free(self, lease: Lease, reason: str) -> None:
         """Free a slot: its backend is gone, or there never was one."""
         if lease.token.epoch != self._epoch:

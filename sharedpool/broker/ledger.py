@@ -211,11 +211,25 @@ class Ledger:
         self._timers.arm(now + self._ttl_s, "spared", self)
         return self._settled(now)
 
-    def hold(self, grace_s: float, now: float) -> list[Command]:
+    def hold(self, grace_s: float, now: float, why: str = "no journal of a former broker") -> list[Command]:
         """Grant nothing for `grace_s`: former brokers may have granted what nobody here knows."""
         self._demand.paused = True
+        self._recovery.hold(now + grace_s)
         self._timers.arm(now + grace_s, "grace", self)
-        self._log(logging.WARNING, "no journal of a former broker: granting nothing for %.1f s", grace_s)
+        self._log(logging.WARNING, "%s: granting nothing for %.1f s", why, grace_s)
+        return self._settled(now)
+
+    def outranked(self, now: float) -> list[Command]:
+        """Grant nothing until `leads`: another broker counts to the same limit, or there is no telling yet."""
+        self._recovery.give_way()
+        return self._settled(now)
+
+    def leads(self, now: float, *, after_another: bool) -> list[Command]:
+        """Begin to grant; `after_another`: when its workers have had the time to say what they hold."""
+        self._recovery.lead()
+        if after_another:
+            self._leases.believe()
+            return self.hold(self._ttl_s, now, "the journal is another broker's")
         return self._settled(now)
 
     def drain(self, now: float) -> list[Command]:
@@ -357,6 +371,8 @@ class Ledger:
         self._looking_again = False
 
     def _grace_due(self, _: object, now: float) -> None:
+        if now < self._recovery.held_until:
+            return  # it has begun anew
         if self._verifies:
             self._recovery.look(now)
         else:

@@ -9,6 +9,7 @@ counted, as suspects of an unknown worker.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 
 from sharedpool.broker.commands import Command, Entry, Look, Survey, Vouch, Watch
@@ -46,6 +47,25 @@ class Recovery:
         self._first_look_at: float | None = None
         self._starting: frozenset[int] | None = None
         self._last_look = False
+        self.outranked = self.holding = False
+        self.held_until = -math.inf
+
+    def hold(self, until: float) -> None:
+        """Note that the grace period begins, or begins again: what was seen before does not count."""
+        self.holding, self.held_until = True, until
+        self._first_look_at = self._starting = None
+        self._last_look = False
+
+    def give_way(self) -> None:
+        """Grant nothing while another broker counts to the same limit, or may."""
+        self.outranked = self._demand.paused = True
+
+    def lead(self) -> None:
+        """Begin to grant, unless the grace period still runs."""
+        self.outranked = False
+        if not self.holding:
+            self._emit(Vouch())
+            self._demand.paused = False
 
     def restore(self, entries: Iterable[Entry], now: float, spared_until: float) -> None:
         """Put a former broker's leases into the books: counted, and fenced only when somebody waits."""
@@ -115,6 +135,8 @@ class Recovery:
 
     def serve(self) -> None:
         """Begin to grant. What is still unknown has a lease of its own by now."""
-        self._emit(Vouch())
-        self._demand.paused = False
-        self._log(logging.INFO, "the grace period is over: serving")
+        self.holding = False
+        if not self.outranked:
+            self._emit(Vouch())
+            self._demand.paused = False
+            self._log(logging.INFO, "the grace period is over: serving")

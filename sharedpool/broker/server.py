@@ -37,6 +37,7 @@ from sharedpool.broker.commands import (
 )
 from sharedpool.broker.control import Control, Word
 from sharedpool.broker.journal import Journal
+from sharedpool.broker.leadership import Leadership, scope_of
 from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.lock import BrokerLock
 from sharedpool.broker.processes import Watched, peer_of, process, raise_descriptor_limit
@@ -107,7 +108,11 @@ class Server:
             desk="" if self._desk is None else str(self._desk.path),
             **({} if settings.expiration_s is None else {"expiration_s": settings.expiration_s}),
         )
-        self._control = Control(settings.dsn, settings.max_conn, self._lock.instance, self._tell, self._journal.places)
+        scope = settings.scope or scope_of(settings.address)
+        self._leadership = Leadership(scope, self._lock.instance, self._tell) if scope and settings.dsn else None
+        self._control = Control(
+            settings.dsn, settings.max_conn, self._lock.instance, self._tell, self._journal.places, self._leadership
+        )
         # A crashed broker leaves its socket, should somebody have deleted the rest.
         self._follows = not self._lock.first or (self._ipc and Path(settings.address.removeprefix("ipc://")).exists())
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unreachable peer is an error, not silence
@@ -228,9 +233,11 @@ class Server:
         now = time.monotonic()
         # Without a control connection there is nobody to confirm the end of what the dead have left: it stays counted.
         self._execute(self._ledger.restore(self._journal.entries, now))
+        if self._leadership is not None:  # until the control connection has been tried
+            self._execute(self._ledger.outranked(now))
         if self._follows and not self._journal.intact:
             self._execute(self._ledger.hold(self.settings.ttl_s, now))
-        else:
+        elif self._leadership is None:
             self._journal.vouch()
 
     def stop_when_closed(self, fd: int) -> None:

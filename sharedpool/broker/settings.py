@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class BrokerSettings:
-    """How one broker runs. Times in seconds; `max_conn` None: each pool's own limit only; `linger_s` None: stay."""
+    """How one broker runs. Times in seconds; `max_conn` None: each pool's own limit only; `linger_s` None: stay.
+
+    `scope`: what no two brokers may count to at the same time (see `leadership.py`); empty: as the address tells.
+    """
 
     address: str
     max_conn: int | None = None
@@ -18,3 +21,4 @@ class BrokerSettings:
     linger_s: float | None = None
     drain_timeout_s: float = 10.0
     one_off: bool = False  # nobody will ever listen there again: leave no lock file behind
+    scope: str = ""

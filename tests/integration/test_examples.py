@@ -29,7 +29,8 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 BACKENDS_SQL = """
 SELECT count(*) FROM pg_stat_activity
-WHERE datname = current_database() AND application_name LIKE 'sharedpool %' AND application_name <> 'sharedpool broker'
+WHERE datname = current_database() AND application_name LIKE 'sharedpool %'
+  AND application_name NOT LIKE 'sharedpool broker%'
 """
 
 

@@ -6,7 +6,7 @@ import pytest
 from test_ledger import EPOCH, TTL_S, Broker, Worker
 
 from sharedpool.broker.backoff import PROBE_EVERY_S
-from sharedpool.broker.commands import Doubt, Entry, Erase, Fence, Look, Process, Record, Send, Survey, Watch
+from sharedpool.broker.commands import Doubt, Entry, Erase, Fence, Look, Process, Record, Send, Survey, Vouch, Watch
 from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
@@ -20,6 +20,7 @@ from sharedpool.wire.messages import (
     Gone,
     Grant,
     Hello,
+    LeaseReport,
     Phase,
     PoolSpec,
     Recall,
@@ -185,6 +186,68 @@ def grace_over(after: Broker, listed: dict[Backend, str], *starting: set[int]) -
         assert look == Look(0, barrier=number == 0)
         after.take_in(after.ledger.surveyed(Survey(0, frozenset(pids), listed), after.now))
         after.pass_time(SETTLE_S * 1.01)
+
+
+def test_while_another_broker_counts_nothing_is_granted_and_nothing_vouched_for() -> None:
+    broker = Broker(remembers=True)
+    broker.take_in(broker.ledger.outranked(broker.now))
+    a = broker.worker("a", max_conn=1)
+    request, impatient = a.ask(wait_s=60), a.ask()
+    assert a.outcome(request) is None
+    assert a.outcome(impatient) is None
+    assert broker.ledger.state == "waiting"
+    broker.take_in(broker.ledger.leads(broker.now, after_another=False))
+    assert isinstance(a.outcome(request), Token)
+    assert broker.ledger.state == "serving"
+
+
+def test_who_follows_another_broker_first_hears_what_that_ones_workers_hold() -> None:
+    """It has a journal of its own, intact, which knows nothing of them."""
+    broker = Broker(remembers=True)
+    broker.take_in(broker.ledger.outranked(broker.now))
+    a = broker.worker("a", max_conn=1)
+    request = a.ask(wait_s=600)
+    broker.take_in(broker.ledger.leads(broker.now, after_another=True))
+    assert a.outcome(request) is None
+    theirs = LeaseReport(Token(EPOCH - 1, 7), Phase.IN_USE, 0, backend=Backend(77, 7, 1))
+    spec = PoolSpec("p", 1, 60_000)
+    broker.send(b"theirs", Hello(PROTOCOL_VERSION, 5, "", "theirs", spec, [theirs], theirs.token))
+    assert broker.ledger.leases == 1
+    for _ in range(3):
+        broker.pass_time(TTL_S * 0.34)
+        a.beat()
+    grace_over(broker, {})
+    assert broker.ledger.state == "serving"
+    assert broker.ledger.leases == 1
+    assert a.outcome(request) is None
+    broker.send(b"theirs", Release(theirs.token, True, ReleaseReason.CLOSED))
+    assert isinstance(a.outcome(request), Token)
+
+
+def test_a_grace_period_that_begins_anew_lasts_its_whole_time() -> None:
+    broker = Broker(remembers=False)
+    broker.take_in(broker.ledger.hold(TTL_S, broker.now))
+    broker.pass_time(TTL_S * 0.9)
+    broker.take_in(broker.ledger.outranked(broker.now))
+    broker.take_in(broker.ledger.leads(broker.now, after_another=True))
+    broker.pass_time(TTL_S * 0.9)
+    assert broker.all(Look) == []
+    broker.pass_time(TTL_S * 0.2)
+    grace_over(broker, {})
+    assert broker.ledger.state == "serving"
+
+
+def test_the_end_of_the_grace_period_does_not_overrule_another_broker() -> None:
+    broker = Broker(remembers=False)
+    broker.take_in(broker.ledger.hold(TTL_S, broker.now))
+    broker.take_in(broker.ledger.outranked(broker.now))
+    broker.pass_time(TTL_S * 1.01)
+    grace_over(broker, {})
+    assert broker.ledger.state == "waiting"
+    assert broker.all(Vouch) == []
+    broker.take_in(broker.ledger.leads(broker.now, after_another=False))
+    assert broker.ledger.state == "serving"
+    assert broker.all(Vouch) == [Vouch()]
 
 
 def test_without_a_journal_nothing_is_granted_in_the_grace_period() -> None:

@@ -1,0 +1,153 @@
+"""Two brokers that cannot see each other's lock file: one of them counts."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+from processes import Worker
+from psycopg2.extensions import connection
+from waiting import wait_until
+
+from sharedpool.broker.control import Control
+from sharedpool.broker.leadership import Leadership, automatic_scope, scope_of
+from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.cli.status import fetch_report
+
+
+class Candidate:
+    """A broker's side of the lock; it notes what the ledger is told."""
+
+    def __init__(self, dsn: str, instance: str, scope: str = "a scope") -> None:
+        self._dsn = dsn
+        self.told: list[object] = []
+        self.leadership = Leadership(scope, instance, lambda word: self.told.append(word(self, 0.0)))  # type: ignore[arg-type]
+        self.conns: list[connection] = []
+
+    def outranked(self, now: float) -> Any:
+        return "outranked"
+
+    def leads(self, now: float, *, after_another: bool) -> Any:
+        return "leads after another" if after_another else "leads"
+
+    def connect(self) -> connection:
+        conn = psycopg2.connect(self._dsn, application_name=self.leadership.application_name)
+        conn.autocommit = True
+        self.conns.append(conn)
+        return conn
+
+    def claim(self, conn: connection) -> str:
+        return self.leadership.claim(conn, 0.0)
+
+    def close(self) -> None:
+        for conn in self.conns:
+            conn.close()
+
+
+@pytest.fixture
+def candidates(postgres: EphemeralPostgres) -> Iterator[list[Candidate]]:
+    made = [Candidate(postgres.dsn, instance) for instance in ("aaaaaaaa", "bbbbbbbb", "aaaaaaaa")]
+    yield made
+    for candidate in made:
+        candidate.close()
+
+
+def test_the_second_is_told_who_has_the_limit_and_follows_at_its_end(candidates: list[Candidate]) -> None:
+    first, second, _ = candidates
+    held, waits = first.connect(), second.connect()
+    assert first.claim(held) == ""
+    assert f"backend {held.info.backend_pid} (sharedpool broker aaaaaaaa" in second.claim(waits)
+    assert second.leadership.due == 1.0
+    second.claim(waits)
+    held.close()
+    wait_until(lambda: second.claim(waits) == "")
+    assert (first.told, second.told) == (["leads"], ["outranked", "leads after another"])
+    assert "sharedpool broker bbbbbbbb" in first.claim(first.connect())
+    assert first.told == ["leads", "outranked"]
+
+
+def test_it_is_kept_over_a_new_connection_with_no_gap(candidates: list[Candidate]) -> None:
+    """A barrier makes the connection anew, as often as a worker is killed in connect()."""
+    first, second, _ = candidates
+    waits, old = second.connect(), first.connect()
+    first.claim(old)
+    for _ in range(3):
+        new = first.connect()
+        assert first.claim(new) == ""
+        assert second.claim(waits)
+        old.close()
+        old = new
+        assert second.claim(waits)
+    assert first.told == ["leads"]
+
+
+def test_a_killed_predecessors_connection_is_nobody_else(candidates: list[Candidate]) -> None:
+    """Its file lock is ours, so it is dead; the server may not have noticed yet."""
+    first, _, successor = candidates
+    first.claim(first.connect())
+    assert successor.claim(successor.connect()) == ""
+    assert successor.told == ["leads"]
+
+
+def test_other_scopes_are_not_in_each_others_way(postgres: EphemeralPostgres) -> None:
+    with ExitStack() as stack:
+        for scope in ("tcp://db.example:5555", "tcp://db.example:5556", automatic_scope("aa"), automatic_scope("ab")):
+            candidate = Candidate(postgres.dsn, os.urandom(4).hex(), scope)
+            stack.callback(candidate.close)
+            assert candidate.claim(candidate.connect()) == ""
+
+
+def test_the_scope_of_an_address_is_where_others_can_find_it() -> None:
+    assert scope_of("ipc:///run/app/sharedpool.sock") == ""
+    assert scope_of("tcp://10.0.0.5:5555") == "tcp://10.0.0.5:5555"
+    for local in (
+        "tcp://127.0.0.1:5555",
+        "tcp://[::1]:5555",
+        "tcp://0.0.0.0:5555",
+        "tcp://*:5555",
+        "tcp://localhost:1",
+    ):
+        assert scope_of(local).startswith(f"{local} ")
+
+
+def test_where_the_server_cannot_be_asked_a_broker_begins_all_the_same(runtime_dir: Path) -> None:
+    """Its workers cannot connect either, and are to hear so from the server."""
+    nobody = Candidate("", "cccccccc")
+    control = Control(f"host={runtime_dir} user=x", None, "cccccccc", lambda _: None, (), nobody.leadership)
+    control.start()
+    wait_until(lambda: nobody.told == ["leads"])
+    control.stop()
+
+
+def log_of(directory: Path) -> str:
+    return "".join(path.read_text() for path in directory.glob("sharedpool/*.log"))
+
+
+def test_two_automatic_brokers_in_different_directories_never_lend_twice_the_limit(
+    database: str, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cron job and a login: the second one's broker serves when the first one's has ended."""
+    monkeypatch.setenv("SHAREDPOOL_LINGER", "0.3")
+    monkeypatch.setenv("SHAREDPOOL_TTL", "0.9")
+    crew = []
+    with ExitStack() as stack:
+        for name in ("cron", "login"):
+            directory = runtime_dir / name
+            directory.mkdir(mode=0o700)
+            monkeypatch.setenv("XDG_RUNTIME_DIR", str(directory))
+            crew.append(stack.enter_context(Worker(dsn=database, max_conn=1)))
+            if name == "cron":
+                crew[0].ask("get", name="x", timeout=20)
+        cron, login = crew
+        login.send("get", name="x", timeout=3)
+        wait_until(lambda: "another broker counts to this limit: backend" in log_of(runtime_dir / "login"))
+        (socket,) = (runtime_dir / "login" / "sharedpool").glob("auto-*.sock")
+        report = fetch_report(f"ipc://{socket}")
+        assert report.state == "waiting"
+        assert "another broker counts to this limit: backend" in report.control
+        assert login.answer()["error"] == "PoolTimeout"
+        assert cron.end() == 0
+        assert "backend" in login.ask("get", name="x", timeout=20)
