@@ -100,14 +100,13 @@ class Pool:
             and not self.config.check
             and not (conn := cast(PooledConnection, lease.conn)).closed
         ):
+            lease.thread = threading.get_ident()
             conn.sharedpool_lease = lease
+            lease.conn = None  # from here on the caller's reference is the only one
             holdings.hits += 1
         else:
             conn = checkout(holdings, lease, self.config.timeout if timeout is None else timeout, now)
-            lease = cast(Lease, conn.sharedpool_lease)
-        lease.conn = None  # from here on the caller's reference is the only one
-        lease.thread = threading.get_ident()
-        return conn if key is None else self._keep_key(key, lease, conn)
+        return conn if key is None else self._keep_key(key, conn)
 
     def _own_holdings(self) -> Holdings:
         """Return this process's holdings. A child whose fork Python did not see (uWSGI) must not touch its parent's."""
@@ -144,7 +143,8 @@ class Pool:
             return None
         return conn
 
-    def _keep_key(self, key: Hashable, lease: Lease, conn: PooledConnection) -> PooledConnection:
+    def _keep_key(self, key: Hashable, conn: PooledConnection) -> PooledConnection:
+        lease = cast(Lease, conn.sharedpool_lease)
         with self._holdings.lock:
             other = self._keyed(key)
             if other is None:
