@@ -139,7 +139,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/broker/sessions.py",
-                "if lease.findable or (self._terms.verifies and not unused):",
+                "if lease.findable or not unused:",
                 "if lease.findable:",
             ),
         ),

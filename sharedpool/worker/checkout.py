@@ -7,6 +7,7 @@ ticket, or a connection object whose loss is noticed.
 from __future__ import annotations
 
 import random
+import threading
 import time
 import weakref
 from typing import cast
@@ -75,8 +76,10 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
         if holdings.disposed:
             raise PoolClosed(f"pool {holdings.config.name!r} was disposed of meanwhile")
         lease.phase = Phase.IN_USE  # one that was handed on was still its giver's
+        lease.thread = threading.get_ident()
         conn.sharedpool_lease = lease
         ticket.lease = None
+        lease.conn = None  # from here on the caller's reference is the only one: dropped by an interrupt, it comes back
         return conn
     except BaseException:
         holdings.errors += 1
@@ -206,7 +209,7 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
             reason = ReleaseReason.FAILED if isinstance(error, psycopg2.Error) else ReleaseReason.CLOSED
             if made and made[0].sharedpool_witness >= 0:  # it was open, even if it broke since: see it gone
                 holdings.discard(lease, made[0], reason)
-            elif not made:
+            elif not made or not made[0].dsn:  # interrupted before libpq was called
                 holdings.give_back(lease, reason)
             elif made[0].closed:
                 gone, concerns_all = failure(made[0], error)

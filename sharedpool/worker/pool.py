@@ -134,11 +134,7 @@ class Pool:
     def _check_out(
         self, holdings: Holdings, lease: Lease | None, timeout: float | None, now: float
     ) -> PooledConnection:
-        conn = checkout(holdings, lease, self.config.timeout if timeout is None else timeout, now)
-        lease = cast(Lease, conn.sharedpool_lease)
-        lease.conn = None  # from here on the caller's reference is the only one
-        lease.thread = get_ident()
-        return conn
+        return checkout(holdings, lease, self.config.timeout if timeout is None else timeout, now)
 
     def _own_holdings(self) -> Holdings:
         """Return this process's holdings. A child whose fork Python did not see (uWSGI) must not touch its parent's."""

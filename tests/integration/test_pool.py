@@ -2,9 +2,11 @@
 
 import gc
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import psycopg2
@@ -590,7 +592,39 @@ def test_nothing_leaks_when_get_conn_is_interrupted_anywhere(make_pool: MakePool
     finally:
         signal.signal(signal.SIGALRM, previous)
     assert interrupted > 20  # else this shows nothing
+    # What was lost between two instructions of ours is found after HANDING_OUT_LIMIT_S.
+    assert ask(pool.get_conn(timeout=60))
+
+
+def test_an_interrupt_just_before_libpq_is_called_frees_the_slot(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(max_conn=1)
+
+    def interrupt(*_: object) -> None:
+        raise Interrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sharedpool.worker.connection._number", interrupt)
+        with pytest.raises(Interrupt):
+            pool.get_conn(timeout=20)
     assert ask(pool.get_conn(timeout=20))
+
+
+def test_an_interrupt_just_after_a_connection_was_handed_out_frees_the_slot(make_pool: MakePool) -> None:
+    pool = make_pool(max_conn=1)
+    pool.put_conn(pool.get_conn(timeout=20), close=True)
+
+    def interrupt_at_return(frame: FrameType, event: str, _: object) -> object:
+        if frame.f_code.co_name == "get_conn" and event == "line" and "conn" in frame.f_locals:
+            sys.settrace(None)
+            raise Interrupt
+        return interrupt_at_return if frame.f_code.co_name == "get_conn" else None
+
+    sys.settrace(interrupt_at_return)
+    with pytest.raises(Interrupt):
+        pool.get_conn(timeout=20)
+    assert ask(pool.get_conn(timeout=20))  # long before HANDING_OUT_LIMIT_S
 
 
 def test_nothing_leaks_when_a_wait_is_interrupted_or_crosses_a_grant(make_pool: MakePool) -> None:
