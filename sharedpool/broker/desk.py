@@ -23,6 +23,7 @@ from typing import Protocol
 
 from sharedpool.errors import ProtocolError
 from sharedpool.hangup import other_side_closed
+from sharedpool.wire import descriptors
 from sharedpool.wire.codec import decode_to_desk, encode
 from sharedpool.wire.messages import Ask, Deposit, Give, Pass, Settled, Token, Withdraw
 
@@ -31,8 +32,6 @@ logger = logging.getLogger("sharedpool.broker")
 SUPPORTED = hasattr(select, "EPOLLRDHUP") and hasattr(socket, "SO_PEERCRED")
 _BACKLOG = 4096
 _PACKET_BYTES = 4096
-_CUT_SHORT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
-_CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)
 # Looked for what comes meanwhile so often before timers and process ends get their turn.
 _ROUNDS = 8
 _UCRED = struct.Struct("3i")  # pid, uid, gid
@@ -166,11 +165,11 @@ class Desk:
 
     def _read(self, line: socket.socket) -> None:
         try:
-            packet, fds, flags, _ = socket.recv_fds(line, _PACKET_BYTES, 8, _CLOSE_ON_EXEC)
+            packet, fds, whole = descriptors.receive(line, _PACKET_BYTES)
         except BlockingIOError:
             return
         except OSError:
-            packet, fds, flags = b"", [], 0
+            packet, fds, whole = b"", [], True
         if not packet and not fds:
             self._hang_up(line)
             return
@@ -178,7 +177,7 @@ class Desk:
         try:
             message = decode_to_desk(packet)
             wanted = int(isinstance(message, Deposit))
-            if flags & _CUT_SHORT or len(fds) != wanted or not all(map(_is_socket, fds)):
+            if not whole or len(fds) != wanted or not all(map(_is_socket, fds)):
                 raise ProtocolError(f"{len(packet)} bytes and {len(fds)} descriptors instead of {wanted} sockets")
             if isinstance(message, Deposit):
                 taken = self._take(message, fds[0])
@@ -211,7 +210,7 @@ class Desk:
         line, held = self._numbered.get(number), self._custody.get(message.token)
         if line is not None and held is not None:
             try:
-                socket.send_fds(line, [encode(message)], [held.fileno()])
+                descriptors.send_with(line, encode(message), held.fileno())
             except OSError as error:
                 logger.debug("lease %s was not passed on: %s", message.token, error)
             else:

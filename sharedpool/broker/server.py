@@ -79,7 +79,7 @@ class Server:
         self._calls: deque[Word] = deque()
         self._stopping = self._drain_asked = False
         self._drained_by: float | None = None
-        self._mail = True
+        self._mail = self._used = True
         self._watched = Watched(self._selector)
         self._desk: desks.Desk | None = None
         self._fenced: set[Token] = set()  # cut, and given to the control connection as well
@@ -249,6 +249,7 @@ class Server:
 
     def _receive(self) -> bool:
         """Take in what has arrived; return whether there may be more."""
+        self._mail, self._used = False, True
         for _ in range(_BATCH):
             try:
                 frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
@@ -301,8 +302,11 @@ class Server:
                 key.data()
 
     def _timeout_s(self, now: float, unused_since: float) -> float:
-        # libzmq's descriptor tells of news only once: what came while we were busy must be looked for.
-        self._mail = bool(int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+        # libzmq's descriptor tells of news only once, and to any call: what came while we were at the socket must be
+        # looked for.
+        if self._used:
+            self._used = False
+            self._mail = bool(int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
         if self._calls or self._mail:
             return 0.0
         deadlines = [self._look_at] if self._drained_by is None else [self._look_at, self._drained_by]
@@ -416,6 +420,7 @@ class Server:
             self._control.fence(fence, after_s=_CUT_HEAD_START_S if cut else 0.0)
 
     def _send(self, session: bytes, frame: bytes) -> None:
+        self._used = True
         try:
             self._router.send_multipart((session, frame), zmq.NOBLOCK)
         except zmq.ZMQError as error:

@@ -12,11 +12,11 @@ import socket
 import threading
 
 from sharedpool.errors import ProtocolError
+from sharedpool.wire import descriptors
 from sharedpool.wire.codec import decode_from_desk, encode
 from sharedpool.wire.messages import Ask, Pass, Settled, Token, Withdraw
 
 _PACKET_BYTES = 8192
-_CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 
 
 class Gate:
@@ -94,7 +94,7 @@ class Booth:
     def read(self) -> tuple[tuple[Pass, int] | None, bool]:
         """Read one packet, if there is one: what was passed, and whether the withdrawn request is settled."""
         try:
-            packet, fds, _, _ = socket.recv_fds(self._line, _PACKET_BYTES, 1, _CLOSE_ON_EXEC)
+            packet, fds, _ = descriptors.receive(self._line, _PACKET_BYTES)
         except BlockingIOError:
             return None, False
         except OSError:

@@ -267,7 +267,7 @@ def session_of(conn: PooledConnection) -> tuple[Any, ...]:
 
 def server_of(conn: PooledConnection) -> tuple[str | None, ...]:
     """Return what the server reports by itself of its role (PostgreSQL 14+)."""
-    status = conn.info.parameter_status
+    status = conn.get_parameter_status
     return (status("in_hot_standby"), status("default_transaction_read_only"))
 
 

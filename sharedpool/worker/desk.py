@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 
+from sharedpool.wire import descriptors
 from sharedpool.wire.codec import encode
 from sharedpool.wire.messages import Deposit, Token
 from sharedpool.worker.connection import PooledConnection
@@ -52,7 +53,7 @@ class Desk:
             # Another thread may have closed it meanwhile: the number may have been somebody else's already.
             if conn.sharedpool_witness != witness:
                 return False
-            socket.send_fds(line, [encode(Deposit(session, token))], [fd])
+            descriptors.send_with(line, encode(Deposit(session, token)), fd)
         except OSError as error:
             logger.debug("lease %s was not deposited: %s", token, error)
             return False

@@ -124,7 +124,7 @@ class Holdings:
                 self.discarded += outcome.reason is ReleaseReason.BROKEN
             else:
                 outcome.wake()
-            self.signal()
+            self.send()
         if closing:
             self.close(closing)
         if error is not None:
@@ -139,8 +139,9 @@ class Holdings:
             closing.append(outcome)
         elif outcome is not None:
             outcome.wake()
-        self.signal()
-        self.close(closing)
+        self.send()
+        if closing:
+            self.close(closing)
 
     def call_back(self, callback: Callback, lease: Lease, conn: PooledConnection, name: str) -> None:
         """Run a user's callback; one that raises, or leaves a transaction open, costs the connection."""
@@ -199,6 +200,8 @@ class Holdings:
                 self.released[closing.reason] += 1
                 self.given += 1
             self.shells.keep(conn, parameters, len(self.booths))
+            if self.retired or self.disposed:
+                self.signal()  # it may have been the last
         else:
             see_off(conn, witness)
             self.give_back(lease, closing.reason, gone=conn.sharedpool_gone)
@@ -320,8 +323,13 @@ class Holdings:
         self.close(closing)
         self.signal()
 
+    def send(self) -> None:
+        """Have the link send what is in the outbox; its thread is left alone when that is empty."""
+        if self.cache.out:
+            self.signal()
+
     def signal(self) -> None:
-        """Have the link send what is in the outbox."""
+        """Have the link look what there is to do."""
         link = self.link  # its own thread may take it away at any moment
         if link is not None:
             link.wake()
