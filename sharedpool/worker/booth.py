@@ -25,7 +25,13 @@ class Gate:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._lock.acquire()
-        self.ring = self._lock.release
+
+    def ring(self) -> None:
+        """Wake who waits here, or the next who comes to wait."""
+        try:
+            self._lock.release()
+        except RuntimeError:
+            pass  # rung already
 
     def wait(self, timeout_s: float) -> None:
         """Block until `ring` was called, at most `timeout_s` seconds."""

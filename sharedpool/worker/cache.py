@@ -15,6 +15,8 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 
+from msgspec import structs
+
 from sharedpool.errors import SharedPoolError
 from sharedpool.wire.messages import (
     NO_TOKEN,
@@ -42,6 +44,11 @@ _LONGEST_WAIT_MS = 2**52
 _MOST_GONE = 100  # in one packet
 # Who asks again so soon after a checkin is at work all the time.
 STEADY_GAP_S = 0.0005
+
+
+def wait_ms(wait_s: float) -> int:
+    """Return a wait as a request carries it: milliseconds, at least 1 for who wants to wait at all."""
+    return 0 if wait_s <= 0 else int(min(max(wait_s * 1000, 1), _LONGEST_WAIT_MS))
 
 
 class Cache:
@@ -112,21 +119,38 @@ class Cache:
         except IndexError:
             return None
 
-    def want(self, ticket: Ticket, wait_s: float, *, at_desk: bool = False) -> int:
+    def want(self, ticket: Ticket, wait_s: float, *, at_desk: bool = False) -> None:
         """Queue a ticket, here and at the broker; `wait_s` 0 asks for an answer at once.
 
-        `at_desk`: the caller asks there itself, for the milliseconds that are returned.
+        `at_desk`: the caller asks there itself.
         """
         self._requests += 1
         ticket.request = self._requests
-        wait_ms = 0 if wait_s <= 0 else int(min(max(wait_s * 1000, 1), _LONGEST_WAIT_MS))
         self.waiting[ticket.request] = ticket
-        self._waits_ms[ticket.request] = wait_ms
+        self._waits_ms[ticket.request] = wait_ms(wait_s)
         ticket.at_desk = at_desk
         self._gap_s = ticket.since - self._gave_at
         if not at_desk:
-            self.out.append(Acquire(ticket.request, wait_ms))
-        return wait_ms
+            self.out.append(Acquire(ticket.request, self._waits_ms[ticket.request]))
+
+    def move_to_desk(self) -> list[Ticket]:
+        """Have those who wait ask at the desk instead; return their tickets, to be woken for that.
+
+        Only there a connection can be passed to them. Who does not want to wait is answered by link all the same.
+        """
+        moved = [ticket for request, ticket in self.waiting.items() if self._waits_ms[request] and not ticket.at_desk]
+        requests = {ticket.request for ticket in moved}
+        unsent = [each for each in self.out if not (isinstance(each, Acquire) and each.request in requests)]
+        self.out.clear()
+        for each in unsent:
+            if isinstance(each, Renew):  # there the broker is not to miss what it has not been asked for yet
+                pending = [request for request in each.pending if request not in requests]
+                self.out.append(structs.replace(each, pending=pending))
+            else:
+                self.out.append(each)
+        for ticket in moved:
+            ticket.at_desk = True
+        return moved
 
     def ask_by_link(self, ticket: Ticket) -> None:
         """Ask for a ticket in the ordinary way: its line to the desk is gone."""

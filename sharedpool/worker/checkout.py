@@ -18,6 +18,7 @@ from sharedpool.errors import PoolClosed, PoolError
 from sharedpool.wire.messages import Phase, ReleaseReason
 from sharedpool.worker import wording
 from sharedpool.worker.booth import Booth, Gate
+from sharedpool.worker.cache import wait_ms
 from sharedpool.worker.connection import (
     CHECK_AFTER_S,
     PooledConnection,
@@ -91,7 +92,7 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
     """Return a lease: an idle one after all, one handed on by another thread, or one the broker grants."""
     holdings.reclaim(min(wait_s, 1000.0) if wait_s else ANSWER_LIMIT_S)
     place = holdings.booths.take() or Gate()
-    at_desk = False
+    asked: Booth | None = None  # where the request was last made, if it was at the desk
     try:
         ticket.wake = place.ring
         ticket.since = time.monotonic()
@@ -106,26 +107,24 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
                 # A slot is on its way back: the broker must know, or it refuses at once.
                 holdings.cache.out.append(holdings.cache.renewal(ticket.since, thread_names()))
                 at_desk = False
-            left_s = wait_s and max(0.001, deadline - ticket.since)
-            wait_ms = holdings.cache.want(ticket, left_s, at_desk=at_desk)
-            gone = holdings.cache.gone()
+            holdings.cache.want(ticket, wait_s and max(0.001, deadline - ticket.since), at_desk=at_desk)
             if (lease := holdings.cache.take(ticket.since)) is not None:  # laid there without the lock meanwhile
                 holdings.cache.give_up(ticket, ticket.since)
-                at_desk = False
                 return lease
-        if not at_desk or not cast(Booth, place).ask(link.identity, ticket.request, wait_ms, gone):
-            with holdings.lock:
-                holdings.cache.ask_by_link(ticket)
+        if not at_desk:
             link.wake()
         limit = deadline + _GRACE_S if wait_s else ticket.since + _patience_s(holdings, link)
         while not ticket.settled:
             left_s = limit - time.monotonic()
             if left_s <= 0:
                 raise _unanswered(holdings, ticket, link, wait_s)
+            if ticket.at_desk and (asked is None or not asked.open):
+                place, asked = _go_to_desk(holdings, ticket, place, link, wait_s and left_s)
+                continue
             _look(holdings, ticket, place, left_s)
     finally:
         if isinstance(place, Booth):
-            _leave(holdings, ticket, place, asked=at_desk)
+            _leave(holdings, ticket, place, asked=place is asked)
     if ticket.error is not None:
         raise ticket.error
     if ticket.denial is not None:
@@ -134,6 +133,30 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
         raise AssertionError("bug: a ticket was woken without an outcome")
     holdings.handed_on += ticket.lease.conn is not None
     return ticket.lease
+
+
+def _go_to_desk(
+    holdings: Holdings, ticket: Ticket, place: Gate | Booth, link: Link, wait_s: float
+) -> tuple[Gate | Booth, Booth | None]:
+    """Ask at a line of the desk, where a connection can be passed to this thread; without one by the link.
+
+    Return where to wait, and the line on which the request was made.
+    """
+    booth = place if isinstance(place, Booth) and place.open else holdings.booths.take()
+    if booth is not None and booth is not place and isinstance(place, Booth):
+        holdings.booths.discard(place)
+    with holdings.lock:
+        if booth is not None:
+            ticket.wake = booth.ring
+        if ticket.settled:  # whoever has done that may have rung at the old place
+            return booth or place, None
+        gone = holdings.cache.gone()
+    if booth is not None and booth.ask(link.identity, ticket.request, wait_ms(wait_s), gone):
+        return booth, booth
+    with holdings.lock:
+        holdings.cache.ask_by_link(ticket)
+    link.wake()
+    return booth or place, None
 
 
 def _look(holdings: Holdings, ticket: Ticket, place: Gate | Booth, left_s: float) -> None:

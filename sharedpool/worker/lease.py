@@ -49,9 +49,9 @@ class Lease:
 
 
 class Ticket:
-    """One thread's wait for a lease. Its end is a `lease`, a `denial` or an `error`; then `wake` is called, once.
+    """One thread's wait for a lease. Its end is a `lease`, a `denial` or an `error`: `settled` tells that it has come.
 
-    `settled` tells that it has come.
+    `wake` is called then, and when the thread is to ask at the desk (`at_desk`) in place of the link.
     """
 
     __slots__ = ("__weakref__", "answered", "at_desk", "denial", "error", "lease", "request", "since", "wake")

@@ -149,7 +149,10 @@ class Session:
         with self._holdings.lock:
             for lease in self._holdings.cache.leases.values():
                 lease.deposited = False
+            moved = self._holdings.cache.move_to_desk() if hands_over else []
         self._deposit_all()
+        for ticket in moved:
+            ticket.wake()
 
     def _deposit_all(self) -> None:
         """Hand in what is not at the desk: after a restart of the broker, or when the line was full."""

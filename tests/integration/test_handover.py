@@ -258,6 +258,18 @@ def test_with_reset_rollback_settings_move_along_but_no_listening(pair: MakePair
     assert ask(conn, "SELECT count(*) FROM pg_listening_channels()") == 0
 
 
+def test_a_process_that_waits_before_it_knows_the_broker_is_passed_a_connection(
+    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str
+) -> None:
+    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 1}
+    with workers(2, **settings) as (first, second):
+        held = first.ask("get", name="x", timeout=20)["backend"]
+        second.send("get", name="x", timeout=20)
+        wait_until(lambda: report(broker, name).waiting == 1)
+        first.ask("put", name="x")
+        assert second.answer()["backend"] == held
+
+
 def test_handover_off_closes_and_opens(pair: MakePair, broker: sharedpool.Broker, name: str) -> None:
     a, b = pair(handover="off")
     conn = a.get_conn()

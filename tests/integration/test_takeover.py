@@ -105,3 +105,17 @@ def test_a_deleted_journal_forgets_the_dead(address: str, postgres: EphemeralPos
     Path(f"{address.removeprefix('ipc://')}.journal").unlink()
     with sharedpool.start_broker(1, address=address, ttl=0.5), Worker(**settings) as worker:
         assert "backend" in worker.ask("get", name="x", timeout=20)
+
+
+def test_who_has_waited_through_a_brokers_end_is_passed_a_connection(address: str, postgres: EphemeralPostgres) -> None:
+    settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": address, "max_conn": 1}
+    first = sharedpool.start_broker(1, address=address, dsn=postgres.dsn)
+    with Worker(**settings) as a, Worker(**settings) as b:
+        held = a.ask("get", name="x", timeout=20)["backend"]
+        b.send("get", name="x", timeout=60)
+        wait_until(lambda: fetch_report(address).pools[0].waiting == 1)
+        kill(first)
+        with sharedpool.start_broker(1, address=address, dsn=postgres.dsn):
+            wait_until(lambda: [(p.in_use, p.waiting) for p in fetch_report(address).pools] == [(1, 1)])
+            a.ask("put", name="x")
+            assert b.answer()["backend"] == held
