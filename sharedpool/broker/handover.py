@@ -113,12 +113,12 @@ class Handover:
         self._leases.note(heir, Phase.IN_USE, now, "")
         pool.handovers += 1
         pool.waits += now > waiter.since
-        owed = self._demand.pressure(pool, session) or int(now < pool.shared_until)
-        books.mark_owed(session, min(len(session.leases), owed))
+        pressure = self._demand.pressure(pool, session)
+        books.mark_owed(session, min(len(session.leases), pressure or int(now < pool.shared_until)))
         session.passes += 1
         self._lines[waiter.line] = heir
         serial = self._demand.next_serial()
-        self._emit(PassOn(waiter.line, Pass(waiter.request, heir.token, serial, session.owed, live)))
+        self._emit(PassOn(waiter.line, Pass(waiter.request, heir.token, serial, session.owed, pressure > 0, live)))
 
     # --- parking
 

@@ -430,12 +430,16 @@ class Give(Struct, frozen=True, tag="give"):
 
 
 class Pass(Struct, frozen=True, tag="pass"):
-    """A lease whose connection is open: its socket comes with this packet. `serial` and `owed` are as in GRANT."""
+    """A lease whose connection is open: its socket comes with this packet. `serial` and `owed` are as in GRANT.
+
+    `pressed`: others wait for what is owed; else it is owed because the pool is shared, and anybody may ask for it.
+    """
 
     request: int
     token: Token
     serial: int
     owed: int
+    pressed: bool
     live: Live
 
 

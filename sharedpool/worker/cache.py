@@ -44,6 +44,8 @@ _LONGEST_WAIT_MS = 2**52
 _MOST_GONE = 100  # in one packet
 # Who asks again so soon after a checkin is at work all the time.
 STEADY_GAP_S = 0.0005
+# The broker tells of a waiter within `NUDGE_S`; a transfer every so many slices costs next to nothing.
+_LONE_SLICES = 10
 
 
 def wait_ms(wait_s: float) -> int:
@@ -63,8 +65,9 @@ class Cache:
         self.idle: deque[Lease] = deque()  # the most recently used at the right
         self.waiting: OrderedDict[int, Ticket] = OrderedDict()
         self.owed = 0
-        # While others wait, a connection in steady use is kept for so long: see `_keeps`.
+        # While others wait (`pressed`), a connection in steady use is kept for so long: see `_keeps`.
         self.slice_s = 0.0
+        self.pressed = False
         self._gap_s = float("inf")  # between the last connection that was given and the next request
         self._gave_at = float("-inf")
         self.generation = 0
@@ -231,9 +234,11 @@ class Cache:
     def _keeps(self, lease: Lease, now: float) -> bool:
         """Say whether a connection that others wait for is kept a little longer: this process is really using it.
 
-        A transfer costs more than a short transaction does; so a worker that asks again at once has a slice of time.
+        A transfer costs more than a short transaction does: a worker that asks again at once has a slice of time, and a
+        longer one while nobody is known to wait.
         """
-        return now - lease.arrived < self.slice_s and lease.idle_s < STEADY_GAP_S
+        slice_s = self.slice_s if self.pressed else self.slice_s * _LONE_SLICES
+        return now - lease.arrived < slice_s and lease.idle_s < STEADY_GAP_S
 
     def _holds(self, lease: Lease) -> bool:
         return self.leases.get(lease.token) is lease
@@ -393,7 +398,7 @@ class Cache:
         if grant.token.epoch != self._epoch:
             return None  # a former broker's
         if grant.serial > self._newest:
-            self._newest, self.owed = grant.serial, grant.owed
+            self._newest, self.owed, self.pressed = grant.serial, grant.owed, grant.owed > 0
             self._own_up(now)
         if grant.token in self.leases or grant.token <= self._seen:
             return None  # a double
@@ -416,7 +421,7 @@ class Cache:
         if message.token.epoch != self._epoch:
             raise SharedPoolError(f"lease {message.token} was passed on by a former broker")
         if message.serial > self._newest:
-            self._newest, self.owed = message.serial, message.owed
+            self._newest, self.owed, self.pressed = message.serial, message.owed, message.pressed
         lease = self.leases[message.token] = Lease(message.token, None, now)
         lease.cache, lease.idle_s = self, self._gap_s
         self._retires(retire_at)
@@ -448,7 +453,7 @@ class Cache:
         """Take in a recall: reserve idle leases to be closed, longest idle first, and answer with what is held."""
         if recall.serial <= self._newest:
             return []
-        self._newest, self.owed = recall.serial, recall.owed
+        self._newest, self.owed, self.pressed = recall.serial, recall.owed, recall.owed > 0
         closing = self.expire(now) if recall.expired else []
         for _ in range(recall.take):
             if (lease := self._shift()) is not None:

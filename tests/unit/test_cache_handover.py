@@ -1,0 +1,84 @@
+"""The cache's side of the hand-over: for how long a connection that others want is kept."""
+
+from __future__ import annotations
+
+import pytest
+from test_cache import Conn, Rig, reason_of
+
+from sharedpool.wire.messages import Acquire, Backend, Live, Pass, ReleaseReason, Renew, Token
+from sharedpool.worker.cache import STEADY_GAP_S
+from sharedpool.worker.lease import Closing, Lease, Ticket
+
+SLICE_S = 0.002
+
+
+@pytest.fixture
+def rig() -> Rig:
+    rig = Rig()
+    rig.cache.slice_s = SLICE_S
+    return rig
+
+
+def pass_on(rig: Rig, *, owed: int, pressed: bool) -> tuple[Lease, Conn]:
+    """Have a thread that asks again at once get a connection from another process."""
+    rig.cache._gave_at = rig.now
+    ticket = rig.want()
+    rig.serial += 1
+    rig.news += 1
+    conn = Conn()
+    live = Live(Backend(rig.serial), 1, b"")
+    message = Pass(ticket.request, Token(1, rig.serial), rig.news, owed, pressed, live)
+    assert rig.cache.passed(message, conn, float("inf"), rig.now) is ticket
+    assert ticket.lease is not None
+    rig.kept += [ticket, conn]
+    return ticket.lease, conn
+
+
+def use(rig: Rig, lease: Lease, conn: Conn, for_s: float, gap_s: float = 0.0) -> Closing | Ticket | None:
+    """Use a connection again and again, with pauses, until `for_s` seconds after it came; return its last checkin's."""
+    outcome = None
+    while outcome is None and rig.now - lease.arrived < for_s:
+        rig.now += 0.0003
+        outcome = rig.cache.checkin(lease, conn, rig.now, None)
+        if outcome is None:
+            rig.now += gap_s
+            assert rig.cache.take(rig.now) is lease
+    return outcome
+
+
+def test_while_others_wait_a_worker_in_steady_use_has_one_slice(rig: Rig) -> None:
+    lease, conn = pass_on(rig, owed=1, pressed=True)
+    assert use(rig, lease, conn, for_s=SLICE_S - 0.0004) is None
+    assert reason_of(use(rig, lease, conn, for_s=SLICE_S + 0.0004)) is ReleaseReason.OWED
+
+
+def test_while_nobody_is_known_to_wait_it_has_many_until_it_is_asked(rig: Rig) -> None:
+    lease, conn = pass_on(rig, owed=1, pressed=False)
+    assert use(rig, lease, conn, for_s=5 * SLICE_S) is None
+    rig.recall(owed=1)
+    assert reason_of(use(rig, lease, conn, for_s=6 * SLICE_S)) is ReleaseReason.OWED
+
+
+def test_in_the_end_it_is_given_all_the_same(rig: Rig) -> None:
+    lease, conn = pass_on(rig, owed=1, pressed=False)
+    assert reason_of(use(rig, lease, conn, for_s=11 * SLICE_S)) is ReleaseReason.OWED
+
+
+@pytest.mark.parametrize("pressed", [True, False])
+def test_who_pauses_gives_at_the_next_checkin(rig: Rig, pressed: bool) -> None:
+    lease, conn = pass_on(rig, owed=1, pressed=pressed)
+    outcome = use(rig, lease, conn, for_s=SLICE_S, gap_s=STEADY_GAP_S * 1.5)
+    assert reason_of(outcome) is ReleaseReason.OWED
+    assert rig.now - lease.arrived < SLICE_S
+
+
+def test_who_waits_by_link_can_be_moved_to_the_desk_unnoticed(rig: Rig) -> None:
+    """What says so to the broker must not have it missed in the next heartbeat."""
+    patient, impatient = rig.want(), rig.want(wait_s=0)
+    rig.cache.register(rig.now, {})
+    assert rig.cache.move_to_desk() == [patient]
+    assert (patient.at_desk, impatient.at_desk) == (True, False)
+    sent = rig.sent()
+    assert [each.request for each in sent if isinstance(each, Acquire)] == [impatient.request]
+    assert [each.pending for each in sent if isinstance(each, Renew)] == [[impatient.request]]
+    assert rig.cache.move_to_desk() == []
