@@ -1,6 +1,7 @@
 """One PostgreSQL connection limit, shared by every worker process."""
 
-from sharedpool.broker.launch import Broker, start_broker
+from typing import TYPE_CHECKING, Any
+
 from sharedpool.config import config_pool, get_pool
 from sharedpool.errors import (
     BrokerUnavailable,
@@ -18,6 +19,9 @@ from sharedpool.pgsimple import PgSimple
 from sharedpool.worker.forks import reset_after_fork
 from sharedpool.worker.pool import Pool, PoolStats, SimpleConnectionPool, ThreadedConnectionPool
 from sharedpool.worker.settings import PoolConfig
+
+if TYPE_CHECKING:
+    from sharedpool.broker.launch import Broker, start_broker
 
 __version__ = "0.1.0"
 
@@ -44,3 +48,12 @@ __all__ = [
     "reset_after_fork",
     "start_broker",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The broker's modules, 3 MB of memory, are loaded by who starts one.
+    if name in ("Broker", "start_broker"):
+        from sharedpool.broker import launch
+
+        return getattr(launch, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

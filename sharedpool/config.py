@@ -6,8 +6,8 @@ import math
 import os
 from typing import Any, Literal
 
-from sharedpool.broker.launch import ensure_running, with_linger
-from sharedpool.broker.leadership import automatic_scope
+from sharedpool.broker.automatic import ensure_running, with_linger
+from sharedpool.broker.scope import automatic_scope
 from sharedpool.broker.settings import BrokerSettings
 from sharedpool.conninfo import resolve
 from sharedpool.errors import ConfigError, SharedPoolError

@@ -40,10 +40,11 @@ from sharedpool.broker.commands import (
 )
 from sharedpool.broker.control import Control, Word
 from sharedpool.broker.journal import Journal
-from sharedpool.broker.leadership import Leadership, scope_of
+from sharedpool.broker.leadership import Leadership
 from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.lock import BrokerLock
 from sharedpool.broker.processes import Watched, peer_of, process, raise_descriptor_limit
+from sharedpool.broker.scope import scope_of
 from sharedpool.broker.sessions import other_version
 from sharedpool.broker.settings import BrokerSettings
 from sharedpool.errors import ProtocolError, SharedPoolError

@@ -13,7 +13,8 @@ from psycopg2.extensions import connection
 from waiting import wait_until
 
 from sharedpool.broker.control import Control
-from sharedpool.broker.leadership import Leadership, automatic_scope, scope_of
+from sharedpool.broker.leadership import Leadership
+from sharedpool.broker.scope import automatic_scope, scope_of
 from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.cli.status import fetch_report
 

@@ -1,5 +1,7 @@
 """`config_pool`: what it takes, what it refuses, what it remembers. No server is needed: nothing connects."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -200,3 +202,18 @@ def test_the_automatic_address_is_the_servers_and_the_pools_name() -> None:
         address(dsn=DSN, host="other.example"),
     }
     assert len(others | same) == 6
+
+
+def test_a_worker_does_not_load_the_brokers_modules() -> None:
+    """They are 3 MB of memory in every process, and the start-up time of a script."""
+    code = "import sys, sharedpool; print([m for m in sys.modules if m.startswith(('sharedpool.broker.', 'multip'))])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "sharedpool.broker.automatic" in printed
+    assert "sharedpool.broker.server" not in printed
+    assert "multiprocess" not in printed
+
+
+def test_what_starts_a_broker_is_there_all_the_same() -> None:
+    assert sharedpool.start_broker.__module__ == sharedpool.Broker.__module__ == "sharedpool.broker.launch"
+    with pytest.raises(AttributeError, match="no attribute 'start_brocker'"):
+        sharedpool.start_brocker  # noqa: B018
