@@ -80,6 +80,7 @@ class Cache:
         self.hits = 0  # that needed no more than the deque
         self._requests = 0
         self._newest = 0  # serial of the newest word on `owed`
+        self._recalled = 0  # and of the newest recall
         self._seen = NO_TOKEN  # the newest grant
 
     # --- checkout
@@ -451,9 +452,11 @@ class Cache:
 
     def recalled(self, recall: Recall, now: float, threads: Mapping[int, str]) -> list[Closing]:
         """Take in a recall: reserve idle leases to be closed, longest idle first, and answer with what is held."""
-        if recall.serial <= self._newest:
-            return []
-        self._newest, self.owed, self.pressed = recall.serial, recall.owed, recall.owed > 0
+        if recall.serial <= self._recalled:
+            return []  # a double
+        self._recalled = recall.serial
+        if recall.serial > self._newest:  # else a connection that was passed has overtaken it: all but that counts
+            self._newest, self.owed, self.pressed = recall.serial, recall.owed, recall.owed > 0
         closing = self.expire(now) if recall.expired else []
         for _ in range(recall.take):
             if (lease := self._shift()) is not None:
@@ -493,7 +496,7 @@ class Cache:
         """
         unsent = [message for message in self.out if isinstance(message, Release)]
         self.out.clear()
-        self.owed = self._newest = 0
+        self.owed = self._newest = self._recalled = 0
         self.out.extend(unsent)
         self.out.extend(Acquire(request, wait_ms) for request, wait_ms in self._waits_ms.items())
         for ticket in self.waiting.values():
@@ -511,7 +514,7 @@ class Cache:
         if epoch == self._epoch:
             return self.renew_generation(generation, now)
         self._epoch, self._seen = epoch, NO_TOKEN
-        self.owed = self._newest = 0  # an earlier broker's may have come in since our HELLO
+        self.owed = self._newest = self._recalled = 0  # an earlier broker's may have come in since our HELLO
         self.generation = generation  # it counts anew: what is held stays
         for lease in self.leases.values():
             lease.generation = generation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from test_cache import Conn, Rig, reason_of
 
-from sharedpool.wire.messages import Acquire, Backend, Live, Pass, ReleaseReason, Renew, Token
+from sharedpool.wire.messages import Acquire, Backend, Live, Pass, Recall, ReleaseReason, Renew, Token
 from sharedpool.worker.cache import STEADY_GAP_S
 from sharedpool.worker.lease import Closing, Lease, Ticket
 
@@ -82,3 +82,17 @@ def test_who_waits_by_link_can_be_moved_to_the_desk_unnoticed(rig: Rig) -> None:
     assert [each.request for each in sent if isinstance(each, Acquire)] == [impatient.request]
     assert [each.pending for each in sent if isinstance(each, Renew)] == [[impatient.request]]
     assert rig.cache.move_to_desk() == []
+
+
+def test_a_recall_that_a_passed_connection_has_overtaken_is_obeyed_and_answered(rig: Rig) -> None:
+    """They come on two lines. Else the broker would count on an idle connection that nobody gives."""
+    idle = rig.idle()
+    rig.news += 1
+    late = Recall(rig.news, take=1, owed=0, expired=False, answer=True)
+    pass_on(rig, owed=1, pressed=True)
+    rig.sent()
+    (closing,) = rig.cache.recalled(late, rig.now, {})
+    assert (closing.lease, closing.reason) == (idle, ReleaseReason.TAKEN)
+    assert [each.answers for each in rig.sent() if isinstance(each, Renew)] == [late.serial]
+    assert rig.cache.owed == 1  # what the later word says
+    assert rig.cache.recalled(late, rig.now, {}) == []
