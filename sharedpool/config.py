@@ -54,7 +54,8 @@ def config_pool(
     `handover`: "auto" passes a live connection on to a process that waits, where that can be (same host, no TLS);
     "off" always closes it here and opens one there. `reset`: what is done before it moves: "discard" (DISCARD ALL) or
     "rollback" (no more than at every checkin), or a function that is called at every checkin. `slice`: seconds for
-    which a process that uses a connection all the time may keep it while others wait.
+    which a process that uses a connection all the time may keep it while others wait; ten times as long where it would
+    have to be closed.
 
     Where to connect: `dsn`, `db_url` or psycopg2's keywords; else DATABASE_DSN, DATABASE_URL, libpq's environment.
     Raise `ConfigError`, a `ValueError`, that names the argument.

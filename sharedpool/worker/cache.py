@@ -204,7 +204,7 @@ class Cache:
             raise SharedPoolError(f"the broker has taken lease {lease.token} away while it was being connected")
         lease.backend, lease.retire_at, lease.ref = backend, retire_at, weakref.ref(conn, collected)
         self._retires(retire_at)
-        lease.phase, lease.since = Phase.IN_USE, now
+        lease.phase, lease.since, lease.arrived = Phase.IN_USE, now, now
         self.out.append(Confirm(lease.token, backend))
 
     # --- checkin
@@ -405,7 +405,7 @@ class Cache:
             return None  # a double
         self._seen = grant.token
         lease = self.leases[grant.token] = Lease(grant.token, None, now)
-        lease.generation, lease.cache = self.generation, self
+        lease.generation, lease.cache, lease.idle_s = self.generation, self, self._gap_s
         ticket = self.waiting.get(grant.request)
         if ticket is None:
             return self._pass_on(lease, now)
@@ -462,7 +462,8 @@ class Cache:
             if (lease := self._shift()) is not None:
                 closing.append(self._closing(lease, ReleaseReason.TAKEN, now))
         for lease in list(self.idle):
-            if self.owed and self.slice_s and not self._keeps(lease, now) and self._pull(lease):
+            unused = now - lease.since >= STEADY_GAP_S or not self._keeps(lease, now)
+            if self.owed and self.slice_s and unused and self._pull(lease):
                 self.owed -= 1  # kept for a checkout that did not come
                 closing.append(self._closing(lease, ReleaseReason.OWED, now))
         if recall.answer:

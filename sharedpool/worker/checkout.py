@@ -119,7 +119,8 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
             if left_s <= 0:
                 raise _unanswered(holdings, ticket, link, wait_s)
             if ticket.at_desk and (asked is None or not asked.open):
-                place, asked = _go_to_desk(holdings, ticket, place, link, wait_s and left_s)
+                left_s = wait_s and max(0.001, deadline - time.monotonic())
+                place, asked = _go_to_desk(holdings, ticket, place, link, left_s)
                 continue
             _look(holdings, ticket, place, left_s)
     finally:

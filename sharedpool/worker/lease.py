@@ -16,7 +16,7 @@ class Lease:
     """A slot this process holds, and its connection (opaque here).
 
     `conn` is set while it lies idle, is handed on or is being closed; once out, only `ref` knows it, so that a
-    connection that its user has dropped can be seen. `arrived` is when this process got it, `since` when its phase
+    connection that its user has dropped can be seen. `arrived` is when this process got it open, `since` when its phase
     began, `idle_s` how long it had lain idle before. `ticket` is the one it was given to, while that thread alone knows
     of it. `deposited`: the broker has been given the socket. `fresh`: it came with a connection from another process,
     which has not been made this one's own yet. `generation` is the newest that was known when it was granted. `plain`:

@@ -18,6 +18,7 @@ from waiting import wait_until
 
 import sharedpool
 from sharedpool import PoolClosed, PoolError, PoolExhausted, PoolTimeout, ThreadedConnectionPool
+from sharedpool.worker.checkout import checkout
 
 MakePool = Callable[..., sharedpool.Pool]
 Backends = Callable[[sharedpool.Pool], set[int]]
@@ -615,15 +616,20 @@ def test_an_interrupt_just_after_a_connection_was_handed_out_frees_the_slot(make
     pool = make_pool(max_conn=1)
     pool.put_conn(pool.get_conn(timeout=20), close=True)
 
-    def interrupt_at_return(frame: FrameType, event: str, _: object) -> object:
-        if frame.f_code.co_name == "get_conn" and event == "line" and "conn" in frame.f_locals:
+    def interrupt_at_return(frame: FrameType, event: str, value: object) -> object:
+        if frame.f_code is not checkout.__code__:
+            return None
+        if event == "return" and value is not None:
             sys.settrace(None)
             raise Interrupt
-        return interrupt_at_return if frame.f_code.co_name == "get_conn" else None
+        return interrupt_at_return
 
     sys.settrace(interrupt_at_return)
-    with pytest.raises(Interrupt):
-        pool.get_conn(timeout=20)
+    try:
+        with pytest.raises(Interrupt):
+            pool.get_conn(timeout=20)
+    finally:
+        sys.settrace(None)
     assert ask(pool.get_conn(timeout=20))  # long before HANDING_OUT_LIMIT_S
 
 

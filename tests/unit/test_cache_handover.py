@@ -96,3 +96,23 @@ def test_a_recall_that_a_passed_connection_has_overtaken_is_obeyed_and_answered(
     assert [each.answers for each in rig.sent() if isinstance(each, Renew)] == [late.serial]
     assert rig.cache.owed == 1  # what the later word says
     assert rig.cache.recalled(late, rig.now, {}) == []
+
+
+def test_what_is_kept_for_a_user_who_does_not_come_is_given_when_the_broker_asks_again(rig: Rig) -> None:
+    lease, conn = pass_on(rig, owed=1, pressed=True)
+    assert rig.cache.checkin(lease, conn, rig.now + 0.0001, None) is None
+    rig.now += STEADY_GAP_S * 1.5
+    (closing,) = rig.recall(owed=1)
+    assert (closing.lease, closing.reason) == (lease, ReleaseReason.OWED)
+
+
+def test_where_it_must_be_opened_the_slice_begins_when_that_is_done(rig: Rig) -> None:
+    rig.cache._gave_at = rig.now
+    ticket = rig.want()
+    rig.grant(ticket.request, owed=1)
+    assert ticket.lease is not None
+    rig.now += 5 * SLICE_S
+    conn = Conn()
+    rig.cache.opened(ticket.lease, Backend(1), float("inf"), conn, rig.now)
+    assert use(rig, ticket.lease, conn, for_s=SLICE_S / 2) is None
+    assert reason_of(use(rig, ticket.lease, conn, for_s=2 * SLICE_S)) is ReleaseReason.OWED
