@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 import struct
-import tempfile
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -36,7 +35,8 @@ from sharedpool.worker.connection import (
     session_of,
 )
 
-SUPPORTED = hasattr(socket, "SOCK_SEQPACKET") and hasattr(socket, "send_fds") and hasattr(os, "eventfd")
+# An abstract address for the stub is libpq 14's.
+SUPPORTED = sys.platform == "linux" and extensions.libpq_version() >= 140000
 
 # What a server reports of itself and of the session (libpq's "Parameter Status"); later versions report more.
 _REPORTED = (
@@ -50,6 +50,7 @@ _BUILD_LIMIT_S = 5.0
 DISCARD = b"DISCARD ALL"
 _NEGOTIATE, _REFUSE = b"v", b"N"
 _SSL_REQUEST, _GSS_REQUEST = 80877103, 80877104
+_UCRED = struct.Struct("3i")  # pid, uid, gid
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(dict[str, str]).decode
@@ -156,7 +157,7 @@ class Shells:
         with Stub(parameters) as stub:
             # Nothing of this process's environment may make libpq ask the stub for more.
             shell = psycopg2.connect(
-                host=stub.directory, port=stub.port, user="shell", dbname="shell",
+                host=stub.host, port=stub.port, user="shell", dbname="shell",
                 connect_timeout=round(_BUILD_LIMIT_S),
                 target_session_attrs="any", sslmode="disable", gssencmode="disable", channel_binding="disable",
                 options="", connection_factory=factory, **keywords,
@@ -169,45 +170,48 @@ class Shells:
 
 
 class Stub:
-    """A server for one start of one session, in a private directory, in a thread of its own."""
+    """A server for one start of one session, in a thread of its own, at an abstract address: there is no file."""
 
     port = 5432
 
     def __init__(self, parameters: Mapping[str, str]) -> None:
         self._greeting = _greeting(parameters)
-        self.directory = ""
+        self.host = f"@sharedpool-{os.getpid()}-{os.urandom(8).hex()}"
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._thread = threading.Thread(target=self._serve, name="sharedpool-shell", daemon=True)
 
     def __enter__(self) -> Stub:
-        self.directory = tempfile.mkdtemp(prefix="sharedpool-")
         try:
-            self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._listener.settimeout(_BUILD_LIMIT_S)
-            self._listener.bind(f"{self.directory}/.s.PGSQL.{self.port}")
+            self._listener.bind(f"\0{self.host[1:]}/.s.PGSQL.{self.port}")
             self._listener.listen(1)
-            self._thread = threading.Thread(target=self._serve, name="sharedpool-shell", daemon=True)
             self._thread.start()
         except BaseException:
-            self._clear_away()
+            self._listener.close()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self._thread.join(_BUILD_LIMIT_S)
-        self._clear_away()
-
-    def _clear_away(self) -> None:
         self._listener.close()
-        shutil.rmtree(self.directory, ignore_errors=True)
 
     def _serve(self) -> None:
         with contextlib.suppress(OSError):  # the connect fails then, and says so
             client, _ = self._listener.accept()
+            while not _is_ours(client):  # whoever else found the address
+                client.close()
+                client, _ = self._listener.accept()
             with client:
                 client.settimeout(_BUILD_LIMIT_S)
                 while (version := _startup(client)) in (_SSL_REQUEST, _GSS_REQUEST):
                     client.sendall(_REFUSE)
                 newer = version & 0xFFFF
                 client.sendall((_message(_NEGOTIATE, struct.pack("!ii", 0, 0)) if newer else b"") + self._greeting)
+
+
+def _is_ours(client: socket.socket) -> bool:
+    pid, _, _ = _UCRED.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return bool(pid == os.getpid())
 
 
 def _startup(client: socket.socket) -> int:

@@ -6,6 +6,8 @@ import io
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +24,7 @@ from sharedpool import ThreadedConnectionPool
 from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.cli.status import fetch_report
 from sharedpool.wire.messages import PoolReport
-from sharedpool.worker.handover import SUPPORTED
+from sharedpool.worker.handover import SUPPORTED, Stub
 from sharedpool.worker.pool import Pool
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="connections cannot be handed over on this platform")
@@ -288,6 +290,16 @@ def test_a_process_that_can_build_no_shell_goes_on_without(
     conn = b.get_conn()
     assert ask(conn, "SELECT 1") == 1
     assert "no hand-over in this process" in caplog.text
+
+
+def test_a_shell_is_built_for_this_process_alone() -> None:
+    script = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect('\\0' + sys.argv[1]); print(s.recv(1))"
+    with Stub({"server_version": "15.1", "client_encoding": "UTF8", "DateStyle": "ISO"}) as stub:
+        name = f"{stub.host[1:]}/.s.PGSQL.{stub.port}"
+        other = subprocess.run([sys.executable, "-c", script, name], capture_output=True, text=True, check=False)
+        ours = psycopg2.connect(host=stub.host, port=stub.port, user="shell", dbname="shell", sslmode="disable")
+    assert other.stdout == "b''\n", other.stderr
+    assert ours.server_version == 150001
 
 
 def test_a_parked_connection_expires(pair: MakePair, broker: sharedpool.Broker, name: str) -> None:
