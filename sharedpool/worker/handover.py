@@ -192,6 +192,8 @@ class Stub:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # who never came is not waited for
         self._thread.join(_BUILD_LIMIT_S)
         self._listener.close()
 
