@@ -192,8 +192,9 @@ class Stub:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # who never came is not waited for
+        if self._thread.is_alive():  # it waits for who has not come: it is told so
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as nobody:
+                nobody.connect(self._listener.getsockname())
         self._thread.join(_BUILD_LIMIT_S)
         self._listener.close()
 
@@ -218,7 +219,10 @@ def _is_ours(client: socket.socket) -> bool:
 
 def _startup(client: socket.socket) -> int:
     """Read one packet of a client's start; return its version, or what it asks for."""
-    size, version = struct.unpack("!ii", client.recv(8, socket.MSG_WAITALL))
+    head = client.recv(8, socket.MSG_WAITALL)
+    if len(head) < 8:
+        raise ConnectionError("it has left")
+    size, version = struct.unpack("!ii", head)
     if size > 8:
         client.recv(size - 8, socket.MSG_WAITALL)
     return int(version)
