@@ -154,8 +154,8 @@ class Demand:
                     short -= self._fence_suspects([pool], min(short, self._patient(pool)), now)
                 if short > 0 and pool.unpressed:
                     self._press(pool, now)
-        if books.max_conn is None or all(pool.room <= 0 for pool in books.contended.values()):
-            return  # what keeps them waiting is their own pool's limit
+        if books.max_conn is None:
+            return
         short = self._short_of_cap()
         if short > 0:  # the cap over all pools is what keeps them waiting: any pool's slot will do
             pools = sorted(books.pools.values(), key=lambda pool: len(pool.waiters))
@@ -175,6 +175,8 @@ class Demand:
         """How many waiters have room in their pool but none under the cap, and no slot on its way."""
         books = self._books
         servable = sum(min(len(pool.waiters), max(pool.room, 0)) for pool in books.contended.values())
+        if not servable:
+            return 0  # what keeps them waiting is their own pool's limit
         return servable - books.room - sum(pool.coming for pool in books.pools.values())
 
     def _take(self, pools: Iterable[Pool], short: int, now: float) -> int:

@@ -680,6 +680,17 @@ def test_a_caller_who_does_not_wait_is_refused_and_has_a_silent_worker_fenced_fo
     assert isinstance(b.outcome(b.ask()), Token)
 
 
+def test_who_is_kept_waiting_by_his_own_pools_limit_has_no_other_pools_connections_recalled() -> None:
+    """Not even when claims have gone beyond the cap over all pools."""
+    broker = Broker(max_conn=1)
+    a, b = broker.worker("a", max_conn=1), Worker(broker, "b", PoolSpec("q", 2, 60_000))
+    a.lend()
+    b.held = dict.fromkeys((Token(EPOCH - 1, 1), Token(EPOCH - 1, 2)), Phase.IDLE)
+    b.hello()
+    a.ask(wait_s=9.0)
+    assert b.sent(Recall) == []
+
+
 def test_who_does_not_wait_has_no_more_suspects_fenced_than_were_refused(broker: Broker) -> None:
     a, b = broker.worker("a", max_conn=3), broker.worker("b")
     for _ in range(3):
