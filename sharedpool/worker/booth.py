@@ -136,6 +136,7 @@ class Booths:
         self.path = ""  # of the desk; empty where there is no hand-over
         self._free: list[Booth] = []
         self._all: set[Booth] = set()
+        self._needed = 0  # at a time, since the last `trim`
         self.unsettled: dict[int, Booth] = {}
 
     def __len__(self) -> int:
@@ -144,6 +145,7 @@ class Booths:
     def take(self) -> Booth | None:
         """Return a booth, or None where there are none."""
         path = self.path
+        self._needed = max(self._needed, len(self._all) - len(self._free) + 1)
         while path:
             try:
                 booth = self._free.pop()
@@ -165,6 +167,15 @@ class Booths:
             self._free.append(booth)
         else:
             self.discard(booth)
+
+    def trim(self) -> None:
+        """Close free booths that were not needed since the last call: what a crowd has taken is not kept for ever."""
+        while len(self._all) > self._needed:
+            try:
+                self.discard(self._free.pop(0))
+            except IndexError:
+                break  # needed after all
+        self._needed = len(self._all) - len(self._free)
 
     def watch(self, booth: Booth) -> None:
         """Have the link read on."""

@@ -143,13 +143,21 @@ class Shells:
             self._stock.setdefault(parameters, []).append(shell)
             self._stock.move_to_end(parameters)
             self._kept += 1
-            while self._kept > max(1, most):
-                oldest, stock = next(iter(self._stock.items()))
-                if stock:
-                    abandon(stock.pop())
-                    self._kept -= 1
-                else:
-                    del self._stock[oldest]
+            self._trim(max(1, most))
+
+    def trim(self, most: int) -> None:
+        """Keep no more than `most`."""
+        with self._lock:
+            self._trim(most)
+
+    def _trim(self, most: int) -> None:
+        while self._kept > most:
+            oldest, stock = next(iter(self._stock.items()))
+            if stock:
+                abandon(stock.pop())
+                self._kept -= 1
+            else:
+                del self._stock[oldest]
 
     def _build(self, parameters: dict[str, str]) -> PooledConnection:
         keywords = dict(self._keywords)

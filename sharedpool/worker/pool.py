@@ -118,7 +118,7 @@ class Pool:
             lease.idle_s = gap_s = now - lease.since
             lease.phase, lease.since, lease.thread = IN_USE, now, thread
             conn: Any = lease.conn
-            if gap_s <= CHECK_AFTER_S and now < lease.retire_at and not conn.closed:
+            if gap_s <= CHECK_AFTER_S and now < lease.retire_at and not conn.closed and not lease.fresh:
                 conn.sharedpool_lease = lease
                 lease.conn = None  # from here on the caller's reference is the only one
                 cache.hits += 1

@@ -82,6 +82,8 @@ class Session:
         """Scavenge and queue a heartbeat."""
         self._holdings.reclaim(0, thorough=False)
         self._holdings.purge()
+        self._holdings.booths.trim()
+        self._holdings.shells.trim(len(self._holdings.booths))
         now = time.monotonic()
         with self._holdings.lock:
             lost = self._holdings.cache.lost(now)

@@ -248,6 +248,30 @@ def test_configure_runs_again_and_its_settings_hold(pair: MakePair) -> None:
     assert ask(conn, "SHOW statement_timeout") == "7s"
 
 
+def test_configure_runs_on_what_came_for_one_who_had_left(
+    pair: MakePair, broker: sharedpool.Broker, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lies idle then, and the next checkout is a short one."""
+
+    def configure(conn: extensions.connection) -> None:
+        with conn.cursor() as cursor:
+            cursor.execute("SET statement_timeout TO '7s'")
+        conn.commit()
+
+    def leave(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    _, b = pair(configure=configure)
+    wait_until(lambda: report(broker, name).parked == 1, what="it to lie at the broker")
+    with monkeypatch.context() as patch:
+        patch.setattr("sharedpool.worker.checkout._look", leave)
+        with pytest.raises(KeyboardInterrupt):
+            b.get_conn()
+    wait_until(lambda: b.stats().idle == 1)
+    conn = b.get_conn()
+    assert ask(conn, "SHOW statement_timeout") == "7s"
+
+
 def test_with_reset_rollback_settings_move_along_but_no_listening(pair: MakePair) -> None:
     a, b = pair(reset="rollback")
 
