@@ -43,7 +43,7 @@ from sharedpool.worker.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closin
 _LONGEST_WAIT_MS = 2**52
 _MOST_GONE = 100  # in one packet
 # Who asks again so soon after a checkin is at work all the time.
-STEADY_GAP_S = 0.0005
+STEADY_GAP_S = 0.001
 # The broker tells of a waiter within `NUDGE_S`; a transfer every so many slices costs next to nothing.
 _LONE_SLICES = 10
 
@@ -68,8 +68,8 @@ class Cache:
         # While others wait (`pressed`), a connection in steady use is kept for so long: see `_keeps`.
         self.slice_s = 0.0
         self.pressed = False
-        self._gap_s = float("inf")  # between the last connection that was given and the next request
-        self._gave_at = float("-inf")
+        self._gap_s = float("inf")  # between the last connection that was given up and the next request
+        self._parted_at = float("-inf")
         self.generation = 0
         self._epoch: int | None = None  # of the broker that was last registered with
         self._gone: dict[Token, None] = {}  # given back, their backends seen to end; the broker may not know yet
@@ -133,7 +133,7 @@ class Cache:
         self.waiting[ticket.request] = ticket
         self._waits_ms[ticket.request] = wait_ms(wait_s)
         ticket.at_desk = at_desk
-        self._gap_s = ticket.since - self._gave_at
+        self._gap_s = ticket.since - self._parted_at
         if not at_desk:
             self.out.append(Acquire(ticket.request, self._waits_ms[ticket.request]))
 
@@ -220,7 +220,6 @@ class Cache:
                 verdict = ReleaseReason.RETIRED
             elif self.owed and not self._keeps(lease, now):
                 self.owed -= 1
-                self._gave_at = now
                 verdict = ReleaseReason.OWED
             elif not self.keep_idle and not (self.hand_on and self.waiting):
                 verdict = ReleaseReason.CLOSED
@@ -280,6 +279,10 @@ class Cache:
         if self._holds(lease):
             del self.leases[lease.token]
             lease.conn = None
+
+    def parted(self, now: float) -> None:
+        """Note that something which others wait for was given up, closed or given: its user goes on now."""
+        self._parted_at = now
 
     def gone(self) -> list[Token]:
         """Return the leases that were given back, their backends seen to end, and of which the broker may not know."""

@@ -21,7 +21,7 @@ def rig() -> Rig:
 
 def pass_on(rig: Rig, *, owed: int, pressed: bool) -> tuple[Lease, Conn]:
     """Have a thread that asks again at once get a connection from another process."""
-    rig.cache._gave_at = rig.now
+    rig.cache.parted(rig.now)
     ticket = rig.want()
     rig.serial += 1
     rig.news += 1
@@ -67,7 +67,7 @@ def test_in_the_end_it_is_given_all_the_same(rig: Rig) -> None:
 @pytest.mark.parametrize("pressed", [True, False])
 def test_who_pauses_gives_at_the_next_checkin(rig: Rig, pressed: bool) -> None:
     lease, conn = pass_on(rig, owed=1, pressed=pressed)
-    outcome = use(rig, lease, conn, for_s=SLICE_S, gap_s=STEADY_GAP_S * 1.5)
+    outcome = use(rig, lease, conn, for_s=SLICE_S, gap_s=STEADY_GAP_S * 1.2)
     assert reason_of(outcome) is ReleaseReason.OWED
     assert rig.now - lease.arrived < SLICE_S
 
@@ -107,7 +107,7 @@ def test_what_is_kept_for_a_user_who_does_not_come_is_given_when_the_broker_asks
 
 
 def test_where_it_must_be_opened_the_slice_begins_when_that_is_done(rig: Rig) -> None:
-    rig.cache._gave_at = rig.now
+    rig.cache.parted(rig.now)
     ticket = rig.want()
     rig.grant(ticket.request, owed=1)
     assert ticket.lease is not None
