@@ -134,7 +134,7 @@ class Holdings:
         """See to a connection that was laid idle the short way while others wait for one, or something has expired."""
         with self.lock:
             outcome = self.cache.checked_in(lease, now)
-            closing = self.cache.expire(now)
+            closing = self.cache.expire(now) if now >= self.cache.calm_until else []
         if isinstance(outcome, Closing):
             closing.append(outcome)
         elif outcome is not None:
