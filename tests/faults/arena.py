@@ -12,9 +12,9 @@ from typing import Any
 import psycopg2
 from brokers import BrokerProcess
 from crew import Crew
-from events import Checkout, Event, checkouts, failures, files
+from events import Checkout, Event, checkouts, failures, files, moves
 from psycopg2 import extensions, sql
-from record import Row, merge_counts, scale
+from record import HANDOVER, Row, merge_counts, scale
 from rolesampler import RoleSampler
 from serverlog import ServerLog
 from verdict import Evidence, violations
@@ -77,6 +77,7 @@ class Arena:
         self.sampler.start()
         self.broker.start()
         settings = {"broker": address or self.address, "dsn": self.dsn, "name": POOL, "max_conn": MAX_CONN}
+        settings["handover"] = HANDOVER
         self.crew = Crew(self.directory / "crew", self.row.seed, settings | (config or {}), **habits)
         return self.crew
 
@@ -125,10 +126,13 @@ class Arena:
         row.peak_by_log, row.peak_by_sampler, row.backends = depth.peak, self.sampler.peak, depth.backends
         row.overshoot, row.leaked, row.double_use = seen.overshoot, seen.leaked, seen.double_use
         row.all_within_s = took_s
+        row.moves = moves(found)
         row.checkouts = sum(checkout.backend is not None for checkout in found)
         row.errors = merge_counts(failures(found))
         late = [c for c in found if c.answered is not None and c.timeout > 0 and c.lateness > LATE_S]
         row.figures["late answers"] = len(late)
+        if HANDOVER == "off":
+            assert not row.moves, "a connection has moved between workers"
         wrong = violations(seen, within_s * scale(2, 1))
         assert not wrong, f"{wrong}; the broker: {state}"
         for said in (self.broker.words(), crew.errors()):

@@ -140,6 +140,17 @@ def overlaps(found: Iterable[Checkout], killed: Mapping[str, float]) -> list[tup
     return pairs
 
 
+def moves(found: Iterable[Checkout]) -> int:
+    """Count how often a backend went from one worker to another: a hand-over, and nothing else, does that."""
+    users: dict[tuple[str, str], str] = {}
+    moved = 0
+    for checkout in sorted((c for c in found if c.answered is not None), key=lambda c: c.answered or 0.0):
+        if checkout.backend is not None:
+            moved += users.get(checkout.backend, checkout.worker) != checkout.worker
+            users[checkout.backend] = checkout.worker
+    return moved
+
+
 def failures(found: Iterable[Checkout]) -> Counter[str]:
     """Count the failed checkouts and statements by their exceptions."""
     count: Counter[str] = Counter()

@@ -19,6 +19,7 @@ SOAK_S = float(os.environ.get("SHAREDPOOL_FAULTS_SOAK_S") or 1800)
 _REPORT = os.environ.get("SHAREDPOOL_FAULTS_REPORT")
 # What all rows but the soak take on two cores that have nothing else to do.
 LONG_MINUTES = 26
+HANDOVER = os.environ.get("SHAREDPOOL_FAULTS_HANDOVER") or "auto"
 REPORT = Path(_REPORT).absolute() if _REPORT else None
 _SEED = os.environ.get("SHAREDPOOL_FAULTS_SEED")
 
@@ -54,6 +55,8 @@ class Row:
     checkouts: int = 0
     backends: int = 0
     faults: int = 0
+    moves: int = 0
+    handover: str = HANDOVER
     all_within_s: float | None = None
     errors: dict[str, int] = field(default_factory=dict)
     figures: dict[str, object] = field(default_factory=dict)

@@ -45,6 +45,10 @@ def footnotes(rows: dict[str, list[dict[str, Any]]]) -> str:
     both = [name for name, variants in rows.items() if len(variants) > 1]
     if both:
         lines.append(f"Also with PostgreSQL's own limit on the role, the worse figure shown: {', '.join(both)}.")
+    modes = " and ".join(sorted({row["handover"] for row in every}))
+    lines.append(
+        f"Hand-over {modes}: a backend went from one worker to another {sum(r['moves'] for r in every)} times."
+    )
     seconds = sum(float(row["figures"].get("duration_s", 0)) for row in every)
     lines.append(f"They took {seconds / 60:.1f} minutes.")
     if short:

@@ -11,7 +11,7 @@ from typing import Any
 import psycopg2
 import pytest
 import report
-from events import Event, checkouts, failures, files, overlaps
+from events import Event, checkouts, failures, files, moves, overlaps
 from record import Row
 from rolesampler import RoleSampler
 from serverlog import Depth, ServerLog
@@ -74,6 +74,15 @@ def test_two_checkouts_of_one_backend_at_a_time_overlap() -> None:
     assert len(overlaps(checkouts({"1": _life(1, 3), "2": _life(2, 4)}), {})) == 1
     assert not overlaps(checkouts({"1": _life(1, 2), "2": _life(2, 4)}), {})
     assert not overlaps(checkouts({"1": _life(1, 3), "2": _life(2, 4, start="9.0")}), {})  # the pid came again
+
+
+def test_a_backend_that_two_workers_used_has_moved() -> None:
+    found = [
+        Checkout(worker, 0.0, 1.0, answered=at, backend=("7", "1"), end=at + 0.5)
+        for worker, at in (("a", 1.0), ("b", 2.0), ("b", 3.0), ("a", 4.0))
+    ]
+    assert moves(found) == 2
+    assert moves(found[1:3]) == 0
 
 
 def test_a_checkout_lasts_until_its_worker_was_killed() -> None:
