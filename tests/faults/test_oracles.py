@@ -11,7 +11,7 @@ from typing import Any
 import psycopg2
 import pytest
 import report
-from events import Event, checkouts, failures, files, moves, overlaps
+from events import Checkout, Event, checkouts, failures, files, moves, overlaps
 from record import Row
 from rolesampler import RoleSampler
 from serverlog import Depth, ServerLog
