@@ -56,16 +56,16 @@ MUTANTS = (
         "a lease is released before its close is complete",
         (
             (
-                "sharedpool/worker/connection.py",
-                "            super(PooledConnection, conn).close()\n        _see_off(closing, limit_s)\n",
-                "            conn.sharedpool_gone = True\n            super(PooledConnection, conn).close()\n",
+                "sharedpool/worker/ending.py",
+                "            conn.sharedpool_close()\n        _see_off(closing, limit_s)\n",
+                "            conn.sharedpool_gone = True\n            conn.sharedpool_close()\n",
             ),
         ),
         ("tests/faults", "-k", "recalled or killed"),
     ),
     Mutant(
         "a worker's cut forges the evidence",
-        (("sharedpool/worker/connection.py", "sock.shutdown(socket.SHUT_WR)", "sock.shutdown(socket.SHUT_RDWR)"),),
+        (("sharedpool/worker/ending.py", "sock.shutdown(socket.SHUT_WR)", "sock.shutdown(socket.SHUT_RDWR)"),),
         ("tests/integration/test_evidence.py", "-k", "query"),
     ),
     Mutant(

@@ -22,7 +22,6 @@ from sharedpool.worker.cache import wait_ms
 from sharedpool.worker.connection import (
     CHECK_AFTER_S,
     PooledConnection,
-    abort,
     bear_witness,
     connect,
     describe,
@@ -31,6 +30,7 @@ from sharedpool.worker.connection import (
     server_of,
     session_of,
 )
+from sharedpool.worker.ending import abort
 from sharedpool.worker.handover import can_move
 from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.lease import Lease, Ticket

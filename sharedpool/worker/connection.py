@@ -1,4 +1,4 @@
-"""All that touches psycopg2: open a connection, see that it is alive and clean, close it and see it gone.
+"""A pool's connections: open one, see that it is alive and clean. (`ending.py` closes it and sees it gone.)
 
 Every connection keeps a duplicate of its socket, the *witness*. PostgreSQL holds its end open until the backend has
 exited (`socket_close` in its pqcomm.c), so the end of file on the witness proves that the slot is free, if it was the
@@ -10,9 +10,8 @@ from __future__ import annotations
 import os
 import re
 import select
-import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, cast
 
@@ -20,14 +19,11 @@ import psycopg2
 from psycopg2 import extensions
 
 from sharedpool.conninfo import ConnInfo
-from sharedpool.hangup import other_side_closed
 from sharedpool.libpq import socket_of_failed
 from sharedpool.wire.messages import Backend
+from sharedpool.worker.ending import HUNG_UP, close_confirmed, close_witness, dead_end, disown, see_off
 
 CHECK_AFTER_S = 0.5  # idle, or lent out, for longer than this: look whether the server is still there
-# A backend exits within milliseconds of its client's close unless it is in the middle of a query.
-CLOSE_LIMIT_S = 1.0
-CUT_LIMIT_S = 0.2
 # libpq waits for ever by default; a pool must not.
 CONNECT_LIMIT_S = 10
 
@@ -37,8 +33,6 @@ _ONES_OWN = re.compile(
     r"|invalid|unsupported|unrecognized|SSL|GSS",
     re.IGNORECASE,
 )
-# Tells, without reading, that the other end is closed. 0 where poll cannot tell (macOS).
-_HUNG_UP: int = getattr(select, "POLLRDHUP", 0)
 
 # client_connection_check_interval (PostgreSQL 14+): a dead worker's backend notices even in the middle of a query.
 _DESCRIBE_SQL = """
@@ -82,6 +76,10 @@ class PooledConnection(extensions.connection):
             disown(self, dead_end())  # inherited by a fork that Python did not see: the session is the parent's
         close_confirmed([self])
 
+    def sharedpool_close(self) -> None:
+        """Close it as psycopg2 does, which only asks its backend to leave."""
+        super().close()
+
     def set_session(self, *args: Any, **kwargs: Any) -> None:
         """Set the session's characteristics: see psycopg2."""
         self.sharedpool_touched = True
@@ -123,7 +121,7 @@ class PooledConnection(extensions.connection):
         if self.sharedpool_pid != getpid():
             return  # never opened, or inherited
         if self.sharedpool_lease is None:
-            _close_witness(self)
+            close_witness(self)
         else:
             self.sharedpool_finalized = True  # Python calls this once in an object's life: it is not lent out again
             self.sharedpool_holdings.orphans.append(self)
@@ -227,7 +225,7 @@ def failure(conn: PooledConnection, error: BaseException) -> tuple[bool, str]:
         return False, text
     if fd >= 0:  # the server has refused, and leaves
         # libpq's own is open as long as `conn` lives; a duplicate might not be had.
-        _see_off([(conn, fd)], CLOSE_LIMIT_S)
+        see_off(conn, fd)
         return conn.sharedpool_gone, text
     # Never connected, unless libpq gave up waiting, or has tried several hosts.
     took_s, limit_s = time.monotonic() - conn.sharedpool_started, conn.sharedpool_timeout_s
@@ -300,13 +298,13 @@ def settle(conn: PooledConnection) -> None:
 
 def has_hung_up(conn: PooledConnection) -> bool:
     """Say whether the server has closed its end; unlike `is_alive`, what it has said meanwhile does not matter."""
-    if not _HUNG_UP:
+    if not HUNG_UP:
         return not is_alive(conn)
     witness = conn.sharedpool_witness
     if conn.closed or witness < 0:
         return True
     poller = select.poll()
-    poller.register(witness, _HUNG_UP)
+    poller.register(witness, HUNG_UP)
     return bool(poller.poll(0))
 
 
@@ -333,137 +331,3 @@ def clean(conn: PooledConnection) -> bool:
 
 def _or_default(value: object) -> Any:
     return "default" if value is None else value
-
-
-def close_confirmed(conns: Iterable[PooledConnection], limit_s: float = CLOSE_LIMIT_S) -> None:
-    """Close connections and wait, for all together at most `limit_s` seconds, until their backends have exited.
-
-    Afterwards `conn.sharedpool_gone` tells of each whether it was seen to go.
-    """
-    closing = [(conn, take_witness(conn)) for conn in conns]
-    try:
-        for conn, _ in closing:
-            super(PooledConnection, conn).close()
-        _see_off(closing, limit_s)
-    finally:
-        _close(closing)
-
-
-def cut(conns: Iterable[PooledConnection], limit_s: float = CUT_LIMIT_S) -> None:
-    """End connections that other threads may be using, without waiting for those threads.
-
-    A backend that rests exits within `limit_s` (see `sharedpool_gone`); one in the middle of a query loses its client,
-    and the query's thread gets an error when it ends: the broker ends it, or else the server, when it next looks for
-    its client. One that another thread is closing is left to it.
-
-    Only our sending half is shut down. The other one shut as well would wake the query's thread at once, but would
-    look like the backend's end on the broker's duplicate of the socket.
-    """
-    cutting = [(conn, take_witness(conn)) for conn in conns]
-    try:
-        _see_off(cutting, limit_s)
-    finally:
-        _close(cutting)
-
-
-def take_witness(conn: PooledConnection) -> int:
-    """Take a connection's witness off it, in one step: of two threads that end it only one has it, and closes it."""
-    return int(conn.__dict__.pop("sharedpool_witness", -1))
-
-
-def _see_off(conns: list[tuple[PooledConnection, int]], limit_s: float) -> None:
-    """Tell backends by their sockets that no more will come; note whose end of the socket is closed in time.
-
-    A socket that has died here proves nothing: its backend may live on, and the broker is to see to it.
-    """
-    waiting: dict[int, PooledConnection] = {}
-    poller = select.poll()
-    for conn, witness in conns:
-        if witness >= 0:
-            # libpq has said goodbye already where it could; a session that it had given up is told here.
-            _shut(witness)
-            poller.register(witness, _HUNG_UP or select.POLLIN)
-            waiting[witness] = conn
-    deadline = time.monotonic() + limit_s
-    while waiting and (left := deadline - time.monotonic()) > 0:
-        for fd, _ in poller.poll(left * 1000):
-            gone = other_side_closed(fd) if _HUNG_UP else _read_to_end(waiting[fd], fd)
-            if gone is not None:
-                poller.unregister(fd)
-                waiting.pop(fd).sharedpool_gone = gone
-
-
-def see_off(conn: PooledConnection, witness: int) -> None:
-    """End a session by its witness alone; `sharedpool_gone` as ever. The descriptor stays the caller's."""
-    _see_off([(conn, witness)], CLOSE_LIMIT_S)
-
-
-def abandon(shell: PooledConnection) -> None:
-    """Close a connection object from which the session was taken."""
-    super(PooledConnection, shell).close()
-
-
-def abort(conn: PooledConnection) -> None:
-    """Close a connection for which no witness can be had (no descriptor is free); `sharedpool_gone` as ever."""
-    _see_off([(conn, conn.fileno())], CLOSE_LIMIT_S)
-    super(PooledConnection, conn).close()
-
-
-def _read_to_end(conn: PooledConnection, witness: int) -> bool | None:
-    """Where poll cannot show the end of a stream: read what is left.
-
-    Return None when there is no end yet, and whether the other side made it when there is.
-    """
-    if not conn.closed:
-        return None  # another thread's libpq is reading it
-    os.set_blocking(witness, False)
-    try:
-        while os.read(witness, 65536):
-            pass
-    except BlockingIOError:
-        return None
-    except OSError:
-        return False  # reset, or timed out
-    return True
-
-
-def _shut(witness: int) -> None:
-    sock = socket.socket(fileno=witness)
-    try:
-        sock.shutdown(socket.SHUT_WR)
-    except OSError:
-        pass  # the other side was faster
-    finally:
-        sock.detach()
-
-
-def _close(conns: Iterable[tuple[PooledConnection, int]]) -> None:
-    for _, witness in conns:
-        if witness >= 0:
-            os.close(witness)
-
-
-def _close_witness(conn: PooledConnection) -> None:
-    _close([(conn, take_witness(conn))])
-
-
-@lru_cache(maxsize=1)
-def dead_end() -> int:
-    """Return a descriptor on which nothing can be sent, made before it is needed: a fork may find none free."""
-    ours, theirs = socket.socketpair()
-    theirs.close()
-    return ours.detach()
-
-
-def disown(conn: PooledConnection, dead_end: int) -> None:
-    """In a forked child: make an inherited connection harmless. The parent's session neither ends nor is used here."""
-    if conn.sharedpool_witness < 0 or conn.closed:
-        return
-    fd = conn.fileno()
-    # Another thread of the parent may have been closing it: the number may be somebody else's by now.
-    if os.path.sameopenfile(fd, conn.sharedpool_witness):
-        try:
-            os.dup2(dead_end, fd)
-        except OSError:
-            os.close(fd)
-    _close_witness(conn)

@@ -26,14 +26,8 @@ from psycopg2 import extensions
 
 from sharedpool import libpq
 from sharedpool.wire.messages import Live
-from sharedpool.worker.connection import (
-    PooledConnection,
-    abandon,
-    dead_end,
-    is_alive,
-    pooled_class,
-    session_of,
-)
+from sharedpool.worker.connection import PooledConnection, is_alive, pooled_class, session_of
+from sharedpool.worker.ending import abandon, dead_end
 
 # An abstract address for the stub is libpq 14's.
 SUPPORTED = sys.platform == "linux" and extensions.libpq_version() >= 140000

@@ -28,18 +28,13 @@ from sharedpool.worker.connection import (
     CHECK_AFTER_S,
     PooledConnection,
     clean,
-    close_confirmed,
-    cut,
-    dead_end,
-    disown,
     has_hung_up,
-    see_off,
     server_of,
     settle,
-    take_witness,
     turned_read_only,
 )
 from sharedpool.worker.desk import Desk
+from sharedpool.worker.ending import close_confirmed, cut, dead_end, disown, see_off, take_witness
 from sharedpool.worker.handover import SUPPORTED, Shells, adopt, prepare, vacate
 from sharedpool.worker.lease import CLOSING_LIMIT_S, Closing, Lease, Ticket
 from sharedpool.worker.link import Link

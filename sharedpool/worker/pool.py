@@ -21,7 +21,8 @@ from sharedpool.wire.messages import Phase, ReleaseReason
 from sharedpool.worker import forks
 from sharedpool.worker.cache import Cache
 from sharedpool.worker.checkout import ANSWER_LIMIT_S, checkout
-from sharedpool.worker.connection import CHECK_AFTER_S, PooledConnection, close_confirmed, cut
+from sharedpool.worker.connection import CHECK_AFTER_S, PooledConnection
+from sharedpool.worker.ending import close_confirmed, cut
 from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.lease import Lease
 from sharedpool.worker.settings import PoolConfig

@@ -35,7 +35,8 @@ from sharedpool.wire.messages import (
 from sharedpool.wire.place import place
 from sharedpool.worker import forks
 from sharedpool.worker.booth import Booth, Booths
-from sharedpool.worker.connection import PooledConnection, close_confirmed, cut
+from sharedpool.worker.connection import PooledConnection
+from sharedpool.worker.ending import close_confirmed, cut
 from sharedpool.worker.lease import Closing, Ticket
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from sharedpool.broker.settings import BrokerSettings
 from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.cli.status import fetch_report
 from sharedpool.conninfo import resolve
-from sharedpool.worker.connection import close_confirmed, connect
+from sharedpool.worker.connection import connect
+from sharedpool.worker.ending import close_confirmed
 
 Backends = Callable[[sharedpool.Pool], set[int]]
 MakePool = Callable[..., sharedpool.Pool]

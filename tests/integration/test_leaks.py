@@ -20,7 +20,7 @@ import sharedpool
 from sharedpool import PoolClosed, ThreadedConnectionPool
 from sharedpool.cli.status import fetch_report
 from sharedpool.wire.messages import PoolReport
-from sharedpool.worker.connection import close_confirmed, cut
+from sharedpool.worker.ending import close_confirmed, cut
 
 MakePool = Callable[..., sharedpool.Pool]
 Backends = Callable[[sharedpool.Pool], set[int]]
