@@ -79,7 +79,8 @@ class Handover:
         elif (waiter := self._first(lease.pool)) is not None:
             if waiter.line:
                 self._pass(lease, give.live, waiter, now)
-                return not self._demand.draining
+                # Who gave all that was asked of him may have more, for those who wait still.
+                return not (self._demand.draining or (self._books.contended and lease.pool.unpressed))
             self._leases.fence(lease, "given, but it cannot be passed to who waits", now)
         else:
             self._park(lease, give.live, now)

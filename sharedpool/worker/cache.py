@@ -40,6 +40,8 @@ from sharedpool.worker.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closin
 
 _LONGEST_WAIT_MS = 2**52
 _MOST_GONE = 100  # in one packet
+# What was asked at the desk so long ago is listed in the heartbeat: the broker knows of it by now, or not any more.
+ASKED_S = 1.0
 # Who asks again so soon after a checkin is at work all the time.
 STEADY_GAP_S = 0.0005
 
@@ -439,7 +441,9 @@ class Cache:
 
     def renewal(self, now: float, threads: Mapping[int, str], *, answers: int = 0) -> Renew:
         """Return the heartbeat: all that is held and asked for."""
-        pending = [request for request, ticket in self.waiting.items() if not ticket.at_desk]
+        pending = [
+            request for request, ticket in self.waiting.items() if not ticket.at_desk or now - ticket.since >= ASKED_S
+        ]
         return Renew(self.reports(now, threads), self._seen, answers, pending, list(self._gone))
 
     def reports(self, now: float, threads: Mapping[int, str]) -> list[LeaseReport]:

@@ -22,7 +22,7 @@ from sharedpool.wire.messages import (
     Token,
     Trouble,
 )
-from sharedpool.worker.cache import Cache
+from sharedpool.worker.cache import ASKED_S, Cache
 from sharedpool.worker.lease import HANDING_OUT_LIMIT_S, Closing, Lease, Ticket
 
 
@@ -611,3 +611,11 @@ def test_recalls_of_a_new_broker_start_over(rig: Rig) -> None:
     rig.cache.register(rig.now, {})
     rig.cache.recalled(Recall(1, 0, 1), rig.now, {})
     assert rig.cache.owed == 1
+
+
+def test_a_heartbeat_lists_what_has_waited_at_the_desk_for_long(rig: Rig) -> None:
+    """The broker may have forgotten it. At first it is not listed: the heartbeat may be faster than the ASK."""
+    ticket = Ticket(lambda: None, rig.now)
+    rig.cache.want(ticket, 600.0, at_desk=True)
+    assert rig.cache.renewal(rig.now + ASKED_S * 0.9, {}).pending == []
+    assert rig.cache.renewal(rig.now + ASKED_S, {}).pending == [ticket.request]
