@@ -200,8 +200,10 @@ class Broker:
         assert not proc.dirty, f"{proc!r} is passed on with an open transaction"
         wire = next((wire for wire in self.world.network.wires if wire.number == number), None)
         fails, self.cannot_pass = self.cannot_pass, False
-        if wire is None or fails or not wire.answer(message, proc):
+        if wire is None:
             self._line_ended(number)
+        elif fails or not wire.answer(message, proc):
+            self.hang_up(wire)
 
     def _line_ended(self, number: int) -> None:
         self.words.append(lambda ledger, now: ledger.line_ended(number, now))
