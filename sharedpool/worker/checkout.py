@@ -154,8 +154,7 @@ def _look(holdings: Holdings, ticket: Ticket, place: Gate | Booth, left_s: float
 def _leave(holdings: Holdings, ticket: Ticket, booth: Booth, *, asked: bool) -> None:
     """Give a booth back; where something may still be passed to it, the link reads on."""
     link = holdings.link
-    certain = not asked or ticket.answered or ticket.denial is not None
-    if certain or link is None or not booth.withdraw(link.identity, ticket.request):
+    if not asked or ticket.finished or link is None or not booth.withdraw(link.identity, ticket.request):
         holdings.booths.put(booth)
     else:
         holdings.booths.watch(booth)

@@ -155,8 +155,7 @@ class AtTheDesk:
         booth = self.places.pop(ticket, None)
         if booth is None:
             return
-        certain = not booth.asked or ticket.answered or ticket.denial is not None
-        if certain or not booth.wire.say(Withdraw(self.id, ticket.request)):
+        if not booth.asked or ticket.finished or not booth.wire.say(Withdraw(self.id, ticket.request)):
             self.put(booth)
         else:
             self.unsettled.append(booth)

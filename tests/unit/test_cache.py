@@ -619,3 +619,16 @@ def test_a_heartbeat_lists_what_has_waited_at_the_desk_for_long(rig: Rig) -> Non
     rig.cache.want(ticket, 600.0, at_desk=True)
     assert rig.cache.renewal(rig.now + ASKED_S * 0.9, {}).pending == []
     assert rig.cache.renewal(rig.now + ASKED_S, {}).pending == [ticket.request]
+
+
+def test_what_was_asked_for_twice_may_be_answered_once_more(rig: Rig) -> None:
+    """Its thread was about to ask at its line when the link registered again; nobody would read a free booth."""
+    slow, quick = Ticket(lambda: None, rig.now), Ticket(lambda: None, rig.now)
+    rig.cache.want(slow, 9.0, at_desk=True)
+    rig.cache.register(rig.now, {})
+    rig.cache.want(quick, 9.0, at_desk=True)
+    for ticket in (slow, quick):
+        assert not ticket.finished
+        assert rig.cache.denied(Deny(ticket.request, DenyReason.CROWDED, 1)) is ticket
+    assert quick.finished
+    assert not slow.finished
