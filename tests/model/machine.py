@@ -49,11 +49,12 @@ class GoodNetwork(RuleBasedStateMachine):
     @initialize(pick=picks)
     def begin(self, pick: int) -> None:
         cap = (None, None, 3, 4)[pick % 4]
-        has_desk, handover = pick // 4 % 8 > 0, pick // 32 % 4 > 0
+        # Small numbers are drawn most often: they stand for what is usual.
+        has_desk, handover = pick // 4 % 8 != 7, pick // 32 % 4 != 3
         self.world = World(cap, has_desk=has_desk, handover=handover, in_order=not self.bad_network)
         for pool in LIMITS:
             self.world.start(pool)
-            self.world.start(pool, remote=pick // 128 % 4 == 0, handover=pick // 512 > 0)
+            self.world.start(pool, remote=pick // 128 % 4 == 3, handover=pick // 512 == 0)
         self.world.deliver_all()
 
     # --- choosing
@@ -132,7 +133,7 @@ class GoodNetwork(RuleBasedStateMachine):
     @rule(pick=picks)
     def collect(self, pick: int) -> None:
         worker, pick = self.one(pick, "tickets")
-        worker.collect(configure_fails=pick % 16 == 0)
+        worker.collect(configure_fails=pick % 16 == 7)
 
     @some("tickets")
     @rule(pick=picks)
@@ -182,7 +183,7 @@ class GoodNetwork(RuleBasedStateMachine):
     def finish_close(self, pick: int) -> None:
         worker, pick = self.one(pick, "closing")
         closing, conn = worker.closing[pick % len(worker.closing)]
-        worker.finish_close(closing, conn, seen=pick // 8 % 4 != 0, fit=pick // 32 % 8 != 0, halt=pick // 4 % 4)
+        worker.finish_close(closing, conn, seen=pick // 8 % 4 != 0, fit=pick // 32 % 8 != 7, halt=2 - pick // 4 % 3)
 
     # --- the desk
 
@@ -214,22 +215,25 @@ class GoodNetwork(RuleBasedStateMachine):
     def take_turns(self, pick: int) -> None:
         """More want connections than there are, and hand them on; it stops somewhere in the middle."""
         world = self.world
+        world.start_broker()
         self._crowd(2)
-        for _ in range(pick % 8):
-            pick = pick * 5 // 4 + 1
-            worker, _ = self.one(pick)
-            if worker.closing:
-                closing, conn = worker.closing[0]
-                worker.finish_close(closing, conn, seen=True, halt=2 if pick % 8 else pick // 8 % 3)
-            elif worker.users:
-                worker.checkin(worker.users[0])
-            elif len(worker.tickets) < MOST_TICKETS:
-                worker.checkout(60.0)
-            if pick % 3:
+        for turn in range(6 + pick % 8):
+            pick = (pick * 5 + 3) % 1021
+            asker, _ = self.one(pick)
+            if len(asker.tickets) < 2:
+                asker.checkout(60.0)
+            if holders := [worker for worker in world.awake if worker.users or worker.closing]:
+                holder = holders[turn % len(holders)]
+                if not holder.closing:
+                    holder.checkin(holder.users[0])
+                elif pick % 8:
+                    closing, conn = holder.closing[0]
+                    holder.finish_close(closing, conn, seen=True, halt=2 if pick % 9 else pick // 9 % 2)
+            if pick % 7:
                 for wire in list(world.network.wires):
                     while wire.up and not wire.torn:
                         world.deliver_packet(wire)
-            if pick % 5 > 1:
+            if pick % 11 > 1:
                 for each in world.awake:
                     each.look_everywhere()
                     each.collect()
@@ -244,7 +248,7 @@ class GoodNetwork(RuleBasedStateMachine):
                 self.world.network.tear(new[pick // 4 % len(new)])
             case 2 if self.world.broker is not None:
                 self.world.broker.cannot_pass = True
-            case 3 if pick // 4 % 8 == 0:
+            case 3 if pick // 4 % 8 == 5:
                 self.one(pick // 32)[0].broken_shells = True
 
     # --- network and clock
@@ -293,7 +297,7 @@ class GoodNetwork(RuleBasedStateMachine):
     @rule(pick=picks)
     def start(self, pick: int) -> None:
         pool = sorted(LIMITS)[pick % len(LIMITS)]
-        self.world.start(pool, remote=pick // 2 % 4 == 0, handover=pick // 8 % 4 != 0)
+        self.world.start(pool, remote=pick // 2 % 4 == 3, handover=pick // 8 % 4 != 3)
 
     @precondition(lambda self: len(self.world.workers) > 2)
     @rule(pick=picks)
