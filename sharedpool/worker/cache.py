@@ -247,6 +247,13 @@ class Cache:
             if gone:
                 self._gone[lease.token] = None
 
+    def giving(self, lease: Lease) -> None:
+        """Note that the connection of a lease that is being closed is given instead: it is its thread's alone now.
+
+        Nobody finishes its close meanwhile, and no HELLO claims it: by then it may be in use elsewhere.
+        """
+        lease.conn = None
+
     def given(self, lease: Lease) -> None:
         """Note that a lease's connection was given to the broker: both are over here."""
         if self._holds(lease):
@@ -479,7 +486,8 @@ class Cache:
             for release in unsent
             if release.backend is not None or not release.gone  # else there was never a connection
         ]
-        return self.reports(now, threads) + closing, self._seen
+        given = {token for token, x in self.leases.items() if x.phase is Phase.CLOSING and x.conn is None}
+        return [x for x in self.reports(now, threads) if x.token not in given] + closing, self._seen
 
     def welcomed(self, epoch: int, generation: int, now: float) -> list[Closing]:
         """Note which broker this is: what an earlier one had granted and not got here is lost."""

@@ -249,6 +249,7 @@ class AtTheDesk:
     def give(self, closing: Closing, conn: Conn) -> Giving:
         """Take the session from under a connection that was reset."""
         lease, proc = closing.lease, conn.proc
+        self.cache.giving(lease)
         assert not proc.busy, "a reset in the middle of a query"
         assert lease.backend is not None
         left_s = lease.retire_at - self.world.now

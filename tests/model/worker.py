@@ -123,10 +123,7 @@ class Worker(AtTheDesk):
             assert not self.cache.lost(now)
             self.cache.out.append(self.cache.renewal(now, {}))
             self.deposit_all()
-            given = {giving.closing.lease for giving in self.giving}
-            for closing in self.cache.unfinished(now):
-                if closing.lease in given:  # the link takes its thread for interrupted; it has no witness of it
-                    self.cache.closed(closing.lease, closing.reason, gone=False)
+            assert not {x.lease for x in self.cache.unfinished(now)} & {giving.closing.lease for giving in self.giving}
             self.flush()
 
     def flush(self) -> None:

@@ -23,7 +23,7 @@ from sharedpool.wire.messages import (
     Trouble,
 )
 from sharedpool.worker.cache import ASKED_S, Cache
-from sharedpool.worker.lease import HANDING_OUT_LIMIT_S, Closing, Lease, Ticket
+from sharedpool.worker.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closing, Lease, Ticket
 
 
 class Conn:
@@ -632,3 +632,17 @@ def test_what_was_asked_for_twice_may_be_answered_once_more(rig: Rig) -> None:
         assert rig.cache.denied(Deny(ticket.request, DenyReason.CROWDED, 1)) is ticket
     assert quick.finished
     assert not slow.finished
+
+
+def test_a_connection_that_is_being_given_is_its_threads_alone(rig: Rig) -> None:
+    """A broker without a journal would count it twice, and end it where it is in use by then."""
+    lease, conn = rig.lend()
+    rig.cache.close(lease, conn, ReleaseReason.OWED, rig.now)
+    rig.cache.giving(lease)
+    rig.now += 10 * CLOSING_LIMIT_S
+    assert rig.cache.unfinished(rig.now) == []
+    assert [report.token for report in rig.cache.renewal(rig.now, {}).leases] == [lease.token]
+    leases, _ = rig.cache.register(rig.now, {})
+    assert leases == []
+    rig.cache.given(lease)
+    assert rig.cache.leases == {}
