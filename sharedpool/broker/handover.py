@@ -167,8 +167,9 @@ class Handover:
     # --- holders that keep what others wait for
 
     def watch(self, now: float) -> None:
-        """Have those looked at who keep connections while others wait."""
-        for pool in self._books.contended.values():
+        """Have those looked at who keep connections while others wait: under a cap over all pools, in any pool."""
+        books = self._books
+        for pool in books.contended.values() if books.max_conn is None else books.pools.values():
             if pool.pressed and not pool.nudging:
                 pool.nudging = True
                 pool.nudged = {session.id: session.passes for session in islice(pool.pressed.values(), _MOST_NUDGED)}
@@ -177,7 +178,7 @@ class Handover:
     def nudge_due(self, pool: Pool, now: float) -> None:
         """Ask those who were pressed before, and have given nothing since."""
         pool.nudging = False
-        if not pool.waiters:
+        if not self._demand.wanted(pool):
             return
         for session_id, passes in pool.nudged.items():
             session = pool.pressed.get(session_id)

@@ -322,3 +322,16 @@ def test_a_connection_on_its_way_is_an_answer(broker: Broker, desk: Desk) -> Non
     broker.take_in(broker.ledger.line_ended(7, broker.now))
     b.beat()  # it will not arrive
     assert len(b.sent(Reject)) == 1
+
+
+def test_who_keeps_what_another_pools_waiter_needs_is_asked_again() -> None:
+    """Under a cap over all pools; what is kept idle for its slice is not reported by itself."""
+    broker = Broker(max_conn=1)
+    desk = Desk(broker)
+    a, other = broker.worker("a", max_conn=1), broker.worker("o", "other", max_conn=1)
+    desk.lend(a)
+    desk.ask(other, line=7)
+    a.answer()
+    asked = len(a.sent(Recall))
+    broker.pass_time(NUDGE_S * 1.1)
+    assert len(a.sent(Recall)) == asked + 1
