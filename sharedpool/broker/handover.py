@@ -79,8 +79,8 @@ class Handover:
         elif (waiter := self._first(lease.pool)) is not None:
             if waiter.line:
                 self._pass(lease, give.live, waiter, now)
-                # Who gave all that was asked of him may have more, for those who wait still.
-                return not (self._demand.draining or (self._books.contended and lease.pool.unpressed))
+                # Who gave all that was asked of him may have more; a lease that was closing is not coming any more.
+                return bool(lease.pool.waiters) and self._demand.at_rest(lease.pool)
             self._leases.fence(lease, "given, but it cannot be passed to who waits", now)
         else:
             self._park(lease, give.live, now)
