@@ -130,9 +130,12 @@ class Cache:
             self.out.append(Acquire(ticket.request, wait_ms))
         return wait_ms
 
-    def ask_by_link(self, ticket: Ticket) -> None:
-        """Ask for a ticket in the ordinary way: its line to the desk is gone."""
-        if ticket.at_desk and self.waiting.get(ticket.request) is ticket:
+    def ask_by_link(self, ticket: Ticket, *, again: bool = False) -> None:
+        """Ask for a ticket in the ordinary way: its line to the desk is gone.
+
+        `again`: even if that was done before, since what was passed on the line may have been the answer to it.
+        """
+        if (ticket.at_desk or again) and self.waiting.get(ticket.request) is ticket:
             ticket.at_desk = False
             self.out.append(Acquire(ticket.request, self._waits_ms[ticket.request]))
 
@@ -419,7 +422,7 @@ class Cache:
         """Have the broker end a connection that was passed and cannot be used here; ask for another, to be opened."""
         self.out.append(Release(message.token, False, ReleaseReason.FAILED, message.live.backend))
         if (ticket := self.waiting.get(message.request)) is not None:
-            self.ask_by_link(ticket)
+            self.ask_by_link(ticket, again=True)
 
     def denied(self, deny: Deny) -> Ticket | None:
         """Take in a refusal; return the ticket to wake."""

@@ -147,7 +147,7 @@ def _look(holdings: Holdings, ticket: Ticket, place: Gate | Booth, left_s: float
             other.wake()
     elif was_open and not place.open:
         with holdings.lock:
-            holdings.cache.ask_by_link(ticket)
+            holdings.cache.ask_by_link(ticket, again=True)
         holdings.signal()
 
 

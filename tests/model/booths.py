@@ -169,7 +169,7 @@ class AtTheDesk:
                 self.wake(self.adopt(packet))
         elif booth.wire.torn and booth.open:
             booth.open = False
-            self.cache.ask_by_link(ticket)
+            self.cache.ask_by_link(ticket, again=True)
         else:
             return False
         self.flush()

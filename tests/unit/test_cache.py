@@ -646,3 +646,15 @@ def test_a_connection_that_is_being_given_is_its_threads_alone(rig: Rig) -> None
     assert leases == []
     rig.cache.given(lease)
     assert rig.cache.leases == {}
+
+
+def test_what_was_asked_for_in_both_ways_is_asked_for_again_when_its_line_ends(rig: Rig) -> None:
+    """The broker has one waiter for both; its answer may have been on the line."""
+    ticket = Ticket(lambda: None, rig.now)
+    rig.cache.want(ticket, 9.0, at_desk=True)
+    rig.cache.register(rig.now, {})
+    rig.sent()
+    rig.cache.ask_by_link(ticket)
+    assert rig.sent() == []
+    rig.cache.ask_by_link(ticket, again=True)
+    assert rig.sent() == [Acquire(ticket.request, 9000)]
