@@ -91,6 +91,8 @@ class Recovery:
                 restored[session.id] = books.sessions[session.id] = pool.sessions[session.id] = session
             lease = Lease(entry.token, session, session.pool, backend=entry.backend)
             books.move(lease, SlotState.SUSPECT, "held when the former broker ended")
+            if entry.backend is not None and entry.backend.start_us:
+                books.restored[entry.backend] = lease
             if not entry.pid and entry.backend is not None:
                 books.orphans[entry.backend] = lease
         for session in restored.values():

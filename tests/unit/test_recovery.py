@@ -556,3 +556,19 @@ def test_of_a_hand_over_that_the_journal_knows_half_only_the_heir_is_taken_over(
     a.held.clear()
     moved(a, after).hello()
     assert after.all(Fence) == []
+
+
+def test_of_a_hand_over_that_the_journal_does_not_know_the_heirs_claim_counts() -> None:
+    before = Broker()
+    a, b = (before.worker(name, max_conn=1) for name in "ab")
+    token = a.lend()
+    (entry,) = journal_of(before)
+    after = Broker(EPOCH + 1)
+    after.take_in(after.ledger.restore([entry], after.now))
+    after.take_in(after.ledger.hold(TTL_S, after.now))
+    heir = LeaseReport(Token(EPOCH, 2), Phase.IN_USE, 0, "", a.backend(token))
+    after.send(b.id, Hello(PROTOCOL_VERSION, 2, "", "b", b.spec, [heir], heir.token))
+    a.held.clear()
+    moved(a, after).hello()
+    assert after.all(Fence) == []
+    assert after.ledger.leases == 1
