@@ -198,6 +198,8 @@ class Broker:
         proc = self.custody[message.token]
         assert not proc.workers, f"{proc!r} is passed on while {proc.workers} have it"
         assert not proc.dirty, f"{proc!r} is passed on with an open transaction"
+        cancelled = [order for order in self.interferes if order.backend == proc.backend]
+        assert not cancelled, f"{proc!r} is passed on: {cancelled} would hit its next user"
         wire = next((wire for wire in self.world.network.wires if wire.number == number), None)
         fails, self.cannot_pass = self.cannot_pass, False
         if wire is None:

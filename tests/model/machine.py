@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sharedpool.broker.handover import NUDGE_S
-from sharedpool.wire.messages import Interrupt, ReleaseReason
+from sharedpool.wire.messages import ReleaseReason
 
 from .booths import Booth, Giving
 from .network import Line
@@ -118,10 +118,7 @@ class GoodNetwork(RuleBasedStateMachine):
         worker, pick = self.one(pick, "users")
         conn = worker.users[pick % len(worker.users)]
         if pick // 4 % 4 == 1:
-            conn.proc.busy = conn.works
-            if conn.lease is not None and conn.lease.backend is not None:  # and is to be cancelled
-                worker.cache.out.append(Interrupt(conn.lease.token))
-                worker.flush()
+            worker.cancel(conn)
         elif pick // 4 % 4:
             conn.proc.busy = conn.works and pick // 16 % 2 == 0
             conn.proc.dirty = conn.works
@@ -225,6 +222,10 @@ class GoodNetwork(RuleBasedStateMachine):
             if holders := [worker for worker in world.awake if worker.users or worker.closing]:
                 holder = holders[turn % len(holders)]
                 if not holder.closing:
+                    if pick % 5 == 0:
+                        holder.cancel(holder.users[0])
+                        while holder.line.up and world.broker is not None:
+                            world.deliver_up(holder.line)
                     holder.checkin(holder.users[0])
                 elif pick % 8:
                     closing, conn = holder.closing[0]

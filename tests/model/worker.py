@@ -20,6 +20,7 @@ from sharedpool.wire.messages import (
     Gone,
     Grant,
     Hello,
+    Interrupt,
     Phase,
     PoolSpec,
     Recall,
@@ -355,6 +356,13 @@ class Worker(AtTheDesk):
         for ticket in [ticket for ticket in self.tickets if ticket.lease is lease]:
             self.tickets.remove(ticket)
             ticket.lease = None
+        self.flush()
+
+    def cancel(self, conn: Conn) -> None:
+        """A query runs, and another thread cancels it."""
+        conn.proc.busy = conn.works
+        assert conn.lease is not None
+        self.cache.out.append(Interrupt(conn.lease.token))
         self.flush()
 
     # --- threads: checkin and close
