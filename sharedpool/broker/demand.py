@@ -232,7 +232,7 @@ class Demand:
             return [pool]
         return [pool, *(other for other in books.contended.values() if other is not pool and other.room > 0)]
 
-    def _wanted(self, pool: Pool) -> int:
+    def wanted(self, pool: Pool) -> int:
         """How many patient waiters a slot of this pool would help."""
         return sum(map(self._patient, self._helped(pool)))
 
@@ -244,10 +244,10 @@ class Demand:
     def pressure(self, pool: Pool, holder: Session) -> int:
         """How many of `holder`'s next checkins others wait for: none while its own waiter is the first."""
         first = self._first_patient(pool)
-        return 0 if first is not None and first.session is holder else self._wanted(pool)
+        return 0 if first is not None and first.session is holder else self.wanted(pool)
 
     def _press(self, pool: Pool, now: float) -> None:
-        if not self._wanted(pool):
+        if not self.wanted(pool):
             return
         for session in list(pool.unpressed.values()):
             owed = min(len(session.leases), self.pressure(pool, session))
@@ -261,7 +261,7 @@ class Demand:
             if not pool.pressed or now < pool.shared_until:
                 continue  # what is given back for nobody is parked then, and may be had again for a word
             first = self._first_patient(pool)
-            if not self._wanted(pool):
+            if not self.wanted(pool):
                 relaxed = list(pool.pressed.values())
             elif first is not None and first.session.id in pool.pressed:
                 relaxed = [first.session]
@@ -410,7 +410,8 @@ class Demand:
             if self._short(pool) > 0:
                 assert not pool.idle, f"{pool.name}: an idle lease nobody recalled"
                 assert all(not self.pressure(pool, s) for s in pool.unpressed.values()), pool.name
-        if books.contended and self._short_of_cap() > 0:
+        # Without a journal more may be held than the cap allows: then a full pool's waiters gain nothing by a recall.
+        if any(pool.room > 0 for pool in books.contended.values()) and self._short_of_cap() > 0:
             assert not any(pool.idle for pool in books.pools.values()), "an idle lease nobody recalled"
 
 

@@ -206,15 +206,15 @@ class Desk:
             line.send(encode(message))
 
     def pass_on(self, number: int, message: Pass) -> None:
-        """Send a connection to who waits on a line. Without success the line is as good as ended."""
+        """Send a connection to who waits on a line; without success the line ends, so that he asks otherwise."""
         line, held = self._numbered.get(number), self._custody.get(message.token)
         if line is not None and held is not None:
             try:
                 descriptors.send_with(line, encode(message), held.fileno())
             except OSError as error:
                 logger.debug("lease %s was not passed on: %s", message.token, error)
-            else:
-                return
+                self._hang_up(line)
+            return
         self._clerk.line_ended(number)
 
     def _take(self, deposit: Deposit, fd: int) -> bool:

@@ -79,7 +79,8 @@ class Handover:
         elif (waiter := self._first(lease.pool)) is not None:
             if waiter.line:
                 self._pass(lease, give.live, waiter, now)
-                return not self._demand.draining
+                # Who gave all that was asked of him may have more; a lease that was closing is not coming any more.
+                return bool(lease.pool.waiters) and self._demand.at_rest(lease.pool)
             self._leases.fence(lease, "given, but it cannot be passed to who waits", now)
         else:
             self._park(lease, give.live, now)
@@ -166,8 +167,9 @@ class Handover:
     # --- holders that keep what others wait for
 
     def watch(self, now: float) -> None:
-        """Have those looked at who keep connections while others wait."""
-        for pool in self._books.contended.values():
+        """Have those looked at who keep connections while others wait: under a cap over all pools, in any pool."""
+        books = self._books
+        for pool in books.contended.values() if books.max_conn is None else books.pools.values():
             if pool.pressed and not pool.nudging:
                 pool.nudging = True
                 pool.nudged = {session.id: session.passes for session in islice(pool.pressed.values(), _MOST_NUDGED)}
@@ -176,7 +178,7 @@ class Handover:
     def nudge_due(self, pool: Pool, now: float) -> None:
         """Ask those who were pressed before, and have given nothing since."""
         pool.nudging = False
-        if not pool.waiters:
+        if not self._demand.wanted(pool):
             return
         for session_id, passes in pool.nudged.items():
             session = pool.pressed.get(session_id)

@@ -77,11 +77,17 @@ class Leases:
         self._drop(lease.session)
 
     def identify(self, lease: Lease, backend: Backend | None) -> None:
-        """Note which backend a lease's connection is on; one that was counted for nobody is this lease's now."""
+        """Note which backend a lease's connection is on.
+
+        One that was counted for nobody is this lease's now; so is one that was handed over unknown to this broker.
+        """
         self._books.identify(lease, backend)
-        orphan = self._books.orphans.get(backend) if backend is not None else None
-        if orphan is not None and orphan is not lease and orphan.state is SlotState.SUSPECT:
-            self.free(orphan, "claimed")
+        if backend is None:
+            return
+        for index in (self._books.orphans, self._books.restored):
+            other = index.get(backend)
+            if other is not None and other is not lease and other.state is SlotState.SUSPECT:
+                self.free(other, "claimed")
 
     def fence(self, lease: Lease, why: str, now: float) -> None:
         """Have a lease's backend ended and verified, whatever its worker does.

@@ -376,7 +376,8 @@ class Ledger:
         for lease in session.granted.values():
             if lease.token > renew.seen and lease.token.epoch == self.epoch:
                 self._demand.send_grant(lease)  # the first one was lost, or is on its way
-        if not pending <= session.waiters.keys() | session.granted.keys():
+        passed = {x.request for x in session.leases.values() if x.line and x.state is SlotState.OPEN}  # on its way
+        if not pending <= session.waiters.keys() | session.granted.keys() | passed:
             # It waits for what nobody will answer: an ACQUIRE or DENY was lost, or it was silent for too long.
             self._out.append(Send(session.id, Reject("this broker does not know all requests: ask again")))
 

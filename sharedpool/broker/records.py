@@ -213,6 +213,7 @@ class Books:
         self.leases: dict[Token, Lease] = {}
         self.contended: dict[str, Pool] = {}  # pools with waiters
         self.orphans: dict[Backend, Lease] = {}  # counted for no known worker
+        self.restored: dict[Backend, Lease] = {}  # held when the former broker ended
 
     @property
     def room(self) -> int:
@@ -252,8 +253,9 @@ class Books:
             pool.backoff.ended(token)  # if it is the probe, its outcome may never be told
         elif new is SlotState.FREE:
             del self.leases[token], pool.leases[token], session.leases[token]
-            if lease.backend is not None and self.orphans.get(lease.backend) is lease:
-                del self.orphans[lease.backend]
+            for index in (self.orphans, self.restored):
+                if lease.backend is not None and index.get(lease.backend) is lease:
+                    del index[lease.backend]
             self.mark_owed(session, session.owed)
             pool.backoff.ended(token)
             self._emit(Erase(token))

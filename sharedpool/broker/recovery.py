@@ -12,11 +12,11 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 
-from sharedpool.broker.commands import Command, Entry, Look, Survey, Vouch, Watch
+from sharedpool.broker.commands import Command, Entry, Erase, Look, Survey, Vouch, Watch
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.leases import START_UP_LIMIT_S, Logger
 from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState
-from sharedpool.wire.messages import Backend, PoolSpec
+from sharedpool.wire.messages import Backend, PoolSpec, Token
 from sharedpool.wire.tag import pool_of_tag
 
 UNKNOWN = "unknown worker"
@@ -71,7 +71,16 @@ class Recovery:
         """Put a former broker's leases into the books: counted, and fenced only when somebody waits."""
         books = self._books
         restored: dict[bytes, Session] = {}
+        entries = list(entries)
+        # Handed over, but the journal ends before the giver's lease does: it must not be fenced in its heir's hands.
+        heirs: dict[Backend, Token] = {}
         for entry in entries:
+            if entry.backend is not None and entry.backend.start_us:
+                heirs[entry.backend] = max(entry.token, heirs.get(entry.backend, entry.token))
+        for entry in entries:
+            if entry.backend is not None and heirs.get(entry.backend, entry.token) != entry.token:
+                self._emit(Erase(entry.token))
+                continue
             pool = self._make_pool(entry.pool) if entry.pid else self._unnamed(entry.pool.name)
             session = restored.get(entry.session)
             if session is None:
@@ -82,6 +91,8 @@ class Recovery:
                 restored[session.id] = books.sessions[session.id] = pool.sessions[session.id] = session
             lease = Lease(entry.token, session, session.pool, backend=entry.backend)
             books.move(lease, SlotState.SUSPECT, "held when the former broker ended")
+            if entry.backend is not None and entry.backend.start_us:
+                books.restored[entry.backend] = lease
             if not entry.pid and entry.backend is not None:
                 books.orphans[entry.backend] = lease
         for session in restored.values():

@@ -42,6 +42,8 @@ from sharedpool.worker.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closin
 
 _LONGEST_WAIT_MS = 2**52
 _MOST_GONE = 100  # in one packet
+# What was asked at the desk so long ago is listed in the heartbeat: the broker knows of it by now, or not any more.
+ASKED_S = 1.0
 # Who asks again so soon after a checkin is at work all the time.
 STEADY_GAP_S = 0.001
 # The broker tells of a waiter within `NUDGE_S`; a transfer every so many slices costs next to nothing.
@@ -156,9 +158,12 @@ class Cache:
             ticket.at_desk = True
         return moved
 
-    def ask_by_link(self, ticket: Ticket) -> None:
-        """Ask for a ticket in the ordinary way: its line to the desk is gone."""
-        if ticket.at_desk and self.waiting.get(ticket.request) is ticket:
+    def ask_by_link(self, ticket: Ticket, *, again: bool = False) -> None:
+        """Ask for a ticket in the ordinary way: its line to the desk is gone.
+
+        `again`: even if that was done before, since what was passed on the line may have been the answer to it.
+        """
+        if (ticket.at_desk or again) and self.waiting.get(ticket.request) is ticket:
             ticket.at_desk = False
             self.out.append(Acquire(ticket.request, self._waits_ms[ticket.request]))
 
@@ -273,6 +278,13 @@ class Cache:
             self.out.append(Release(lease.token, gone, reason, lease.backend, error))
             if gone:
                 self._gone[lease.token] = None
+
+    def giving(self, lease: Lease) -> None:
+        """Note that the connection of a lease that is being closed is given instead: it is its thread's alone now.
+
+        Nobody finishes its close meanwhile, and no HELLO claims it: by then it may be in use elsewhere.
+        """
+        lease.conn = None
 
     def given(self, lease: Lease) -> None:
         """Note that a lease's connection was given to the broker: both are over here."""
@@ -443,7 +455,7 @@ class Cache:
         """Have the broker end a connection that was passed and cannot be used here; ask for another, to be opened."""
         self.out.append(Release(message.token, False, ReleaseReason.FAILED, message.live.backend))
         if (ticket := self.waiting.get(message.request)) is not None:
-            self.ask_by_link(ticket)
+            self.ask_by_link(ticket, again=True)
 
     def denied(self, deny: Deny) -> Ticket | None:
         """Take in a refusal; return the ticket to wake."""
@@ -475,7 +487,9 @@ class Cache:
 
     def renewal(self, now: float, threads: Mapping[int, str], *, answers: int = 0) -> Renew:
         """Return the heartbeat: all that is held and asked for."""
-        pending = [request for request, ticket in self.waiting.items() if not ticket.at_desk]
+        pending = [
+            request for request, ticket in self.waiting.items() if not ticket.at_desk or now - ticket.since >= ASKED_S
+        ]
         return Renew(self.reports(now, threads), self._seen, answers, pending, list(self._gone))
 
     def reports(self, now: float, threads: Mapping[int, str]) -> list[LeaseReport]:
@@ -511,7 +525,8 @@ class Cache:
             for release in unsent
             if release.backend is not None or not release.gone  # else there was never a connection
         ]
-        return self.reports(now, threads) + closing, self._seen
+        given = {token for token, x in self.leases.items() if x.phase is Phase.CLOSING and x.conn is None}
+        return [x for x in self.reports(now, threads) if x.token not in given] + closing, self._seen
 
     def welcomed(self, epoch: int, generation: int, now: float) -> list[Closing]:
         """Note which broker this is: what an earlier one had granted and not got here is lost."""

@@ -171,15 +171,14 @@ def _look(holdings: Holdings, ticket: Ticket, place: Gate | Booth, left_s: float
             other.wake()
     elif was_open and not place.open:
         with holdings.lock:
-            holdings.cache.ask_by_link(ticket)
+            holdings.cache.ask_by_link(ticket, again=True)
         holdings.signal()
 
 
 def _leave(holdings: Holdings, ticket: Ticket, booth: Booth, *, asked: bool) -> None:
     """Give a booth back; where something may still be passed to it, the link reads on."""
     link = holdings.link
-    certain = not asked or ticket.answered or ticket.denial is not None
-    if certain or link is None or not booth.withdraw(link.identity, ticket.request):
+    if not asked or ticket.finished or link is None or not booth.withdraw(link.identity, ticket.request):
         holdings.booths.put(booth)
     else:
         holdings.booths.watch(booth)

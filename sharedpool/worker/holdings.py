@@ -20,7 +20,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
 from sharedpool.errors import SharedPoolError
 from sharedpool.wire.codec import encode
-from sharedpool.wire.messages import Give, Interrupt, Live, Pass, ReleaseReason
+from sharedpool.wire.messages import Backend, Give, Interrupt, Live, Pass, ReleaseReason
 from sharedpool.worker import forks
 from sharedpool.worker.booth import Booths
 from sharedpool.worker.cache import Cache
@@ -182,12 +182,27 @@ class Holdings:
             return False
         if not lease.deposited or lease.backend is None:
             return False
-        parameters = prepare(conn, self.config.at_handover)
+        with self.lock:
+            self.cache.giving(lease)
+        try:
+            parameters = prepare(conn, self.config.at_handover)
+            if parameters is not None:
+                self._hand_in(closing, conn, lease.backend, parameters, link)
+        except BaseException:
+            lease.conn = conn  # interrupted: the link finishes it
+            raise
         if parameters is None:
-            return False
+            lease.conn = conn
+        return parameters is not None
+
+    def _hand_in(
+        self, closing: Closing, conn: PooledConnection, backend: Backend, parameters: bytes, link: Link
+    ) -> None:
+        """Take the session from under a connection and tell the broker; if it does not hear, end the session."""
+        lease = closing.lease
         now = time.monotonic()
         left_ms = None if lease.retire_at == math.inf else max(0, int((lease.retire_at - now) * 1000))
-        live = Live(lease.backend, lease.generation, parameters, left_ms)
+        live = Live(backend, lease.generation, parameters, left_ms)
         witness = take_witness(conn)
         vacate(conn)
         # From here on the broker's duplicate is the session's only socket: if it does not hear, it sees its end.
@@ -204,7 +219,6 @@ class Holdings:
             see_off(conn, witness)
             self.give_back(lease, closing.reason, gone=conn.sharedpool_gone)
         os.close(witness)
-        return True
 
     def receive(self, passed: Pass, fd: int) -> Ticket | None:
         """Take in a connection that was passed on: for the thread that asked, another that waits, or to lie idle.

@@ -67,6 +67,11 @@ class Ticket:
         self.error: Exception | None = None
 
     @property
+    def finished(self) -> bool:
+        """Whether nothing more can come for it at its line: it was asked for there alone, and that is answered."""
+        return self.at_desk and (self.answered or self.denial is not None)
+
+    @property
     def settled(self) -> bool:
         """Whether the wait is over."""
         return self.lease is not None or self.denial is not None or self.error is not None

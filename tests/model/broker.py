@@ -15,11 +15,14 @@ import msgspec
 from sharedpool.broker.commands import (
     Command,
     Doubt,
+    Entrust,
     Entry,
     Erase,
     Fence,
     Forget,
+    Interfere,
     Look,
+    PassOn,
     Process,
     Record,
     Send,
@@ -30,8 +33,10 @@ from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.records import SlotState
 from sharedpool.broker.recovery import GRACE_OVER
 from sharedpool.wire.codec import decode_to_broker, decode_to_worker, encode
-from sharedpool.wire.messages import Acquire, Grant, Hello, ToBroker, Token
+from sharedpool.wire.messages import Acquire, Ask, Deposit, Give, Grant, Hello, Pass, Settled, ToBroker, Token
 
+from .booths import checked
+from .network import Wire
 from .scale import INSTANCE, TTL_S
 from .server import Proc
 
@@ -78,15 +83,16 @@ class Journal:
 class Broker:
     """One incarnation. `words` are what other threads have to say, in order."""
 
-    def __init__(self, world: World, epoch: int, *, cap: int | None, has_desk: bool, follows: bool) -> None:
+    def __init__(self, world: World, epoch: int, *, follows: bool) -> None:
         self.world = world
-        self.has_desk = has_desk
         self.fuse: int | None = None
+        self.cannot_pass = False  # what is to be passed on next: too many descriptors are under way
         self.watched: dict[bytes, Process] = {}
         self.custody: dict[Token, Proc] = {}
         self.fences: dict[Token, Fence] = {}
         self.looks: deque[Look] = deque()
         self.doubts: deque[Doubt] = deque()
+        self.interferes: deque[Interfere] = deque()
         self.words: deque[Callable[[Ledger, float], list[Command]]] = deque()
         self.boot = 0  # of the server the control connection is on; 0: not connected yet
         self.granted: dict[Token, tuple[bytes, int]] = {}
@@ -95,11 +101,12 @@ class Broker:
         entries = journal.reopen()
         self.ledger = Ledger(
             epoch,
-            max_conn=cap,
+            max_conn=world.cap,
             ttl_s=TTL_S,
             remembers=journal.intact,
             instance=INSTANCE,
-            desk="desk" if has_desk else "",
+            desk="desk" if world.has_desk else "",
+            handover=world.handover,
         )
         self._intact = journal.intact
         self._entries = entries
@@ -117,7 +124,7 @@ class Broker:
     # --- output
 
     def execute(self, commands: list[Command]) -> None:
-        grants: list[tuple[bytes, Grant]] = []
+        grants: list[tuple[bytes, Grant | Pass]] = []
         for command in commands:
             if self.fuse is not None:
                 self.fuse -= 1
@@ -138,6 +145,13 @@ class Broker:
                 case Erase(token):
                     self.world.journal.erase(token)
                     self._drop(token)
+                case Entrust(token, heir):
+                    self.custody[heir] = self.custody.pop(token)
+                case PassOn(number, message):
+                    self._pass_on(number, message)
+                    grants.append((self.ledger._books.leases[message.token].session.id, message))
+                case Interfere():
+                    self.interferes.append(command)
                 case Vouch():
                     self.world.journal.vouch()
                 case Watch(session, process):
@@ -180,7 +194,23 @@ class Broker:
             good = other.state is SlotState.OPEN and other.backend == fence.backend and other.token != fence.token
             assert not good, f"{other.token} is in good use, and {fence} would end its connection"
 
-    def _check_grant(self, session: bytes, grant: Grant) -> None:
+    def _pass_on(self, number: int, message: Pass) -> None:
+        proc = self.custody[message.token]
+        assert not proc.workers, f"{proc!r} is passed on while {proc.workers} have it"
+        assert not proc.dirty, f"{proc!r} is passed on with an open transaction"
+        cancelled = [order for order in self.interferes if order.backend == proc.backend]
+        assert not cancelled, f"{proc!r} is passed on: {cancelled} would hit its next user"
+        wire = next((wire for wire in self.world.network.wires if wire.number == number), None)
+        fails, self.cannot_pass = self.cannot_pass, False
+        if wire is None:
+            self._line_ended(number)
+        elif fails or not wire.answer(message, proc):
+            self.hang_up(wire)
+
+    def _line_ended(self, number: int) -> None:
+        self.words.append(lambda ledger, now: ledger.line_ended(number, now))
+
+    def _check_grant(self, session: bytes, grant: Grant | Pass) -> None:
         receiver = self.granted.setdefault(grant.token, (session, grant.request))
         assert receiver == (session, grant.request), f"{grant.token} was granted twice"
         for arrivals in self.arrivals.values():
@@ -201,18 +231,46 @@ class Broker:
         process = None
         if isinstance(message, Hello) and message.host == "here":
             process = self.world.process_of[session]
-        if isinstance(message, Acquire) and message.wait_ms and not self.queued(session, message.request):
+        if isinstance(message, Acquire):
+            self._note_arrival(session, message)
+        self.execute(self.ledger.handle(session, decode_to_broker(encode(message)), self.world.now, process))
+
+    def _note_arrival(self, session: bytes, message: Acquire | Ask) -> None:
+        if message.wait_ms and not self.queued(session, message.request):
             books = self.ledger._books.sessions.get(session)
             if books is not None and not books.restored and message.request not in books.granted:
                 arrivals = self.arrivals.setdefault(books.pool.name, [])
                 if (session, message.request) in arrivals:
                     arrivals.remove((session, message.request))
                 arrivals.append((session, message.request))
-        self.execute(self.ledger.handle(session, decode_to_broker(encode(message)), self.world.now, process))
 
-    def take_parcel(self, session: bytes, token: Token, proc: Proc) -> None:
-        """A socket is handed in at the desk."""
-        proc.holders.discard("flight")
+    def read(self, wire: Wire) -> None:
+        """Read one packet at the desk, or see that a line has ended."""
+        wire.accepted = True
+        if not wire.up:
+            self.hang_up(wire)
+            return
+        packet = wire.up.popleft()
+        proc, message, now = packet.take(), checked(packet), self.world.now
+        match message:
+            case Deposit(session, token):
+                assert proc is not None
+                self._take(session, token, proc)
+            case Ask(session):
+                self._note_arrival(session, message)
+                self.execute(self.ledger.asked(message, wire.number, now))
+            case Give():
+                self.execute(self.ledger.given(message, now))
+            case _:
+                self.execute(self.ledger.withdrawn(message, now))
+                wire.answer(Settled(message.request))  # does nothing if that was the broker's end
+
+    def hang_up(self, wire: Wire) -> None:
+        """Close a line to the desk."""
+        self.world.network.tear(wire)
+        self._line_ended(wire.number)
+
+    def _take(self, session: bytes, token: Token, proc: Proc) -> None:
         if token in self.custody or not self.ledger.expects(session, token):
             return
         proc.holders.add("custody")
@@ -261,7 +319,7 @@ class Broker:
 
     @property
     def has_control_work(self) -> bool:
-        return bool(self.fences or self.looks or self.doubts)
+        return bool(self.fences or self.looks or self.doubts or self.interferes)
 
     def reach_server(self) -> bool:
         """See whether the control connection works; remember every server it was on."""
@@ -275,7 +333,9 @@ class Broker:
 
     def work(self, pick: int) -> None:
         """Do one of the control connection's jobs; what comes out is told to the ledger later."""
-        jobs: list[Fence | Look | Doubt] = [*self.fences.values()]
+        jobs: list[Fence | Look | Doubt | Interfere] = [*self.fences.values()]
+        if self.interferes:
+            jobs.append(self.interferes[0])
         if self.looks:
             jobs.append(self.looks[0])
         if self.doubts:
@@ -285,12 +345,25 @@ class Broker:
         match jobs[pick % len(jobs)]:
             case Doubt() as doubt:
                 self._answer_doubt(doubt)
+            case Interfere() as order:
+                self._cancel(order)
             case Look() as look:
                 if self.reach_server():
                     self._survey(look)
             case Fence() as fence:
                 if self.reach_server():
                     self._end(fence)
+
+    def _cancel(self, order: Interfere) -> None:
+        """Now or never."""
+        self.interferes.popleft()
+        proc = self.world.server.find(order.backend) if self.reach_server() else None
+        if proc is not None and proc.busy:
+            lease = self.ledger._books.leases.get(order.token)
+            assert lease is not None, f"a cancel for {order.token} hits another lease's query"
+            assert lease.session.id in proc.workers or not proc.workers, "a cancel hits another worker's query"
+            proc.busy = False
+        self.words.append(lambda ledger, now: ledger.interrupted(order.token, now))
 
     def _answer_doubt(self, doubt: Doubt) -> None:
         self.doubts.popleft()

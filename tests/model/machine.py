@@ -12,8 +12,10 @@ from typing import ClassVar
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from sharedpool.broker.handover import NUDGE_S
 from sharedpool.wire.messages import ReleaseReason
 
+from .booths import Booth, Giving
 from .network import Line
 from .promises import check, check_all_slots_can_be_had, check_nobody_waits_in_vain, heal, quiesce
 from .scale import LIMITS, TTL_S
@@ -24,6 +26,7 @@ from .world import World
 MOST_WORKERS = 5
 MOST_TICKETS = 6
 _WAITS = (0.0, 2.0, 60.0, 60.0, 600.0)
+_OPENED = ("", "", "", "", "not deposited", "interrupted", "configure", "encrypted")
 _TROUBLE = ("", "57P01", "25006", "57P02")
 
 picks = st.integers(0, 1023)
@@ -46,10 +49,12 @@ class GoodNetwork(RuleBasedStateMachine):
     @initialize(pick=picks)
     def begin(self, pick: int) -> None:
         cap = (None, None, 3, 4)[pick % 4]
-        self.world = World(cap, has_desk=pick // 4 % 4 != 0, in_order=not self.bad_network)
+        # Small numbers are drawn most often: they stand for what is usual.
+        has_desk, handover = pick // 4 % 8 != 7, pick // 32 % 4 != 3
+        self.world = World(cap, has_desk=has_desk, handover=handover, in_order=not self.bad_network)
         for pool in LIMITS:
             self.world.start(pool)
-            self.world.start(pool, remote=pick // 16 % 4 == 0)
+            self.world.start(pool, remote=pick // 128 % 4 == 3, handover=pick // 512 == 0)
         self.world.deliver_all()
 
     # --- choosing
@@ -71,7 +76,7 @@ class GoodNetwork(RuleBasedStateMachine):
         worker, pick = self.one(pick)
         if len(worker.tickets) < MOST_TICKETS:
             for _ in range(1 + pick // 8 % 3):
-                worker.checkout(_WAITS[pick % len(_WAITS)])
+                worker.checkout(_WAITS[pick % len(_WAITS)], slowly=pick // 32 % 4 == 0)
 
     @rule(pick=picks)
     def crowd(self, pick: int) -> None:
@@ -112,8 +117,11 @@ class GoodNetwork(RuleBasedStateMachine):
         """A query begins; or one fails in a way that tells of a failover."""
         worker, pick = self.one(pick, "users")
         conn = worker.users[pick % len(worker.users)]
-        if pick // 4 % 4:
-            conn.proc.busy = conn.works
+        if pick // 4 % 4 == 1:
+            worker.cancel(conn)
+        elif pick // 4 % 4:
+            conn.proc.busy = conn.works and pick // 16 % 2 == 0
+            conn.proc.dirty = conn.works
         elif conn.lease is not None:
             worker.cache.trouble(conn.lease, _TROUBLE[pick // 16 % len(_TROUBLE)])
             worker.flush()
@@ -121,16 +129,24 @@ class GoodNetwork(RuleBasedStateMachine):
     @some("tickets")
     @rule(pick=picks)
     def collect(self, pick: int) -> None:
-        self.one(pick, "tickets")[0].collect()
+        worker, pick = self.one(pick, "tickets")
+        worker.collect(configure_fails=pick % 16 == 7)
 
     @some("tickets")
     @rule(pick=picks)
     def give_up(self, pick: int) -> None:
         worker, pick = self.one(pick, "tickets")
         in_connect = [opening.lease for opening in worker.opening]
-        tickets = [ticket for ticket in worker.tickets if ticket.lease not in in_connect]
-        if tickets:
-            worker.give_up(tickets[pick % len(tickets)])
+        tickets = [x for x in worker.tickets if x.lease not in in_connect or x.lease is None]
+        if not tickets:
+            return
+        ticket = tickets[pick % len(tickets)]
+        if ticket in worker.quitting:
+            worker.quit(ticket)
+        elif pick // len(tickets) % 2:
+            worker.stop_waiting(ticket)
+        else:
+            worker.give_up(ticket)
 
     @some("connecting")
     @rule(pick=picks)
@@ -154,7 +170,7 @@ class GoodNetwork(RuleBasedStateMachine):
             if pick % 8 == 1:
                 worker.deposit_early(opening)
             else:
-                worker.opened(opening, ("", "", "", "", "not deposited", "interrupted", "configure", "")[pick // 8 % 8])
+                worker.opened(opening, _OPENED[pick // 8 % len(_OPENED)])
         else:
             stage = Stage.OPEN if pick % 8 > 2 else Stage(proc.stage + 1)
             self.world.server.advance(proc, stage, self.world.now)
@@ -164,7 +180,77 @@ class GoodNetwork(RuleBasedStateMachine):
     def finish_close(self, pick: int) -> None:
         worker, pick = self.one(pick, "closing")
         closing, conn = worker.closing[pick % len(worker.closing)]
-        worker.finish_close(closing, conn, seen=pick // 8 % 4 != 0)
+        worker.finish_close(closing, conn, seen=pick // 8 % 4 != 0, fit=pick // 32 % 8 != 7, halt=2 - pick // 4 % 3)
+
+    # --- the desk
+
+    @rule(pick=picks)
+    def go_on_at_the_desk(self, pick: int) -> None:
+        """A thread that asks or gives takes its next step; or somebody reads what came on a line."""
+        worker, pick = self.one(pick)
+        steps = [*worker.asking, *worker.giving, *worker.readable]
+        if steps:
+            step = steps[pick % len(steps)]
+            if isinstance(step, Giving):
+                worker.go_on_giving(step)
+            elif isinstance(step, Booth):
+                worker.read(step)
+            elif step in worker.asking:
+                worker.go_on_asking(step)
+            else:
+                worker.look(step)
+
+    @rule(pick=picks)
+    def deliver_packet(self, pick: int) -> None:
+        """The broker reads at the desk, from one line or from all."""
+        if found := [wire for wire in self.world.network.wires if wire.ready]:
+            for wire in found if pick % 4 == 0 else [found[pick // 4 % len(found)]]:
+                if not wire.torn:
+                    self.world.deliver_packet(wire)
+
+    @rule(pick=picks)
+    def take_turns(self, pick: int) -> None:
+        """More want connections than there are, and hand them on; it stops somewhere in the middle."""
+        world = self.world
+        world.start_broker()
+        self._crowd(2)
+        for turn in range(6 + pick % 8):
+            pick = (pick * 5 + 3) % 1021
+            asker, _ = self.one(pick)
+            if len(asker.tickets) < 2:
+                asker.checkout(60.0)
+            if holders := [worker for worker in world.awake if worker.users or worker.closing]:
+                holder = holders[turn % len(holders)]
+                if not holder.closing:
+                    if pick % 5 == 0:
+                        holder.cancel(holder.users[0])
+                        while holder.line.up and world.broker is not None:
+                            world.deliver_up(holder.line)
+                    holder.checkin(holder.users[0])
+                elif pick % 8:
+                    closing, conn = holder.closing[0]
+                    holder.finish_close(closing, conn, seen=True, halt=2 if pick % 9 else pick // 9 % 2)
+            if pick % 7:
+                for wire in list(world.network.wires):
+                    while wire.up and not wire.torn:
+                        world.deliver_packet(wire)
+            if pick % 11 > 1:
+                for each in world.awake:
+                    each.look_everywhere()
+                    each.collect()
+
+    @precondition(lambda self: self.world.network.wires)
+    @rule(pick=picks)
+    def desk_fails(self, pick: int) -> None:
+        """The broker turns a line away, or cannot pass the next connection on; or a worker can build no shell."""
+        new = [wire for wire in self.world.network.wires if not wire.accepted]
+        match pick % 4:
+            case 0 | 1 if new:
+                self.world.network.tear(new[pick // 4 % len(new)])
+            case 2 if self.world.broker is not None:
+                self.world.broker.cannot_pass = True
+            case 3 if pick // 4 % 8 == 5:
+                self.one(pick // 32)[0].broken_shells = True
 
     # --- network and clock
 
@@ -182,11 +268,6 @@ class GoodNetwork(RuleBasedStateMachine):
             for _ in range(1 + found[1] % 3):
                 if worker is not None and not worker.frozen and found[0].down:
                     self.world.deliver_down(worker)
-
-    @rule(pick=picks)
-    def deliver_parcel(self, pick: int) -> None:
-        if found := self.line(pick, "desk"):
-            self.world.deliver_parcel(found[0])
 
     @rule()
     def deliver_all(self) -> None:
@@ -216,7 +297,8 @@ class GoodNetwork(RuleBasedStateMachine):
     @precondition(lambda self: len(self.world.workers) < MOST_WORKERS)
     @rule(pick=picks)
     def start(self, pick: int) -> None:
-        self.world.start(sorted(LIMITS)[pick % len(LIMITS)], remote=pick // 2 % 4 == 0)
+        pool = sorted(LIMITS)[pick % len(LIMITS)]
+        self.world.start(pool, remote=pick // 2 % 4 == 3, handover=pick // 8 % 4 != 3)
 
     @precondition(lambda self: len(self.world.workers) > 2)
     @rule(pick=picks)
@@ -244,7 +326,7 @@ class GoodNetwork(RuleBasedStateMachine):
     @rule(pick=picks)
     def leave(self, pick: int) -> None:
         worker, pick = self.one(pick)
-        if not worker.connecting and not worker.opening:
+        if not (worker.connecting or worker.opening or worker.quitting):
             self.world.leave(worker, exits=bool(pick % 3))
 
     @precondition(lambda self: len(self.world.awake) > 2)
@@ -297,7 +379,7 @@ class GoodNetwork(RuleBasedStateMachine):
             self.world.server.end(proc)
         elif proc.stage is not Stage.OPEN:
             self.world.server.advance(proc, Stage(proc.stage + 1), self.world.now)
-        elif "worker" not in proc.holders:
+        elif not proc.workers:
             proc.busy = False
 
     @rule(pick=picks)
@@ -391,6 +473,8 @@ class GoodNetwork(RuleBasedStateMachine):
     @rule()
     def quiet_moment(self) -> None:
         world = self.world
+        quiesce(world)
+        world.pass_time(2 * NUDGE_S)  # who keeps a connection for its slice is asked by then
         quiesce(world)
         serving = world.broker is not None and world.broker.ledger.state == "serving"
         if serving and world.server.up and len(world.awake) == len(world.workers):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.broker.records import SlotState
 
+from .broker import Broker
 from .scale import BEAT_S, LIMITS, TTL_S
 from .server import Proc, Stage
 from .worker import Worker
@@ -20,12 +21,27 @@ def check(world: World) -> None:
         if proc.stage is not Stage.QUEUED:
             counts[proc.pool] += 1
         _check_covered(world, proc)
+        assert len(proc.workers) <= 1, f"{proc!r} is in the hands of {proc.workers}"
     for name, limit in LIMITS.items():
         assert counts[name] <= limit, f"{counts[name]} backends in pool {name}, limit {limit}: {world.server.procs}"
     if world.cap is not None:
         assert sum(counts.values()) <= world.cap, f"more backends than {world.cap}: {world.server.procs}"
+    used = [conn.proc for worker in world.workers.values() for conn in worker.users if conn.works]
+    assert len(used) == len(set(used)), "a backend is in two checkouts"
     for worker in world.workers.values():
         _check_worker(worker)
+    if world.broker is not None:
+        _check_custody(world.broker)
+
+
+def _check_custody(broker: Broker) -> None:
+    """The books say of which leases the broker has the socket, and it is the right one."""
+    leases = broker.ledger._books.leases
+    for token, proc in broker.custody.items():
+        assert leases[token].custody or leases[token].state is SlotState.FENCING, token
+        assert leases[token].backend in (None, proc.backend), f"{token} has the socket of {proc!r}"
+    for token, lease in leases.items():
+        assert not lease.custody or token in broker.custody, f"the socket of {token} is gone"
 
 
 def _check_covered(world: World, proc: Proc) -> None:
@@ -52,6 +68,8 @@ def _check_worker(worker: Worker) -> None:
     owners = list(cache.idle)
     owners += [conn.lease for conn in worker.users if conn.lease is not None]
     owners += [closing.lease for closing, _ in worker.closing]
+    owners += [giving.closing.lease for giving in worker.giving]
+    owners += [x.lease for x in worker.quitting if x.lease is not None and x.lease.conn is None]
     owners += [opening.lease for opening in worker.opening]
     owners += worker.connecting
     owners += [x.lease for x in worker.tickets if x.lease is not None and x.lease.conn is not None]
@@ -80,9 +98,11 @@ def quiesce(world: World) -> None:
 
 
 def _moving(world: World) -> bool:
-    if any(worker.line.down for worker in world.awake):
+    if any(worker.line.down or worker.readable for worker in world.awake):
         return True
-    return world.broker is not None and any(line.up or line.desk for line in world.network.lines.values())
+    network = world.network
+    moving = any(line.up for line in network.lines.values()) or any(wire.ready for wire in network.wires)
+    return world.broker is not None and moving
 
 
 def _settle_network(world: World) -> None:
@@ -107,11 +127,15 @@ def _settle_broker(world: World) -> bool:
             steps = True
     if world.broker is not broker:
         return True
-    waiting = len(broker.fences), len(broker.looks), len(broker.doubts)
-    for pick in range(len(broker.fences) + 2):
+    waiting = _jobs(broker)
+    for pick in range(len(broker.fences) + 3):
         if world.broker is broker:
             broker.work(pick)
-    return steps or waiting != (len(broker.fences), len(broker.looks), len(broker.doubts))
+    return steps or waiting != _jobs(broker)
+
+
+def _jobs(broker: Broker) -> list[int]:
+    return [len(jobs) for jobs in (broker.fences, broker.looks, broker.doubts, broker.interferes)]
 
 
 def _settle_server(world: World) -> bool:
@@ -129,7 +153,16 @@ def _settle_server(world: World) -> bool:
 def _settle_workers(world: World) -> bool:
     steps = False
     for worker in world.awake:
+        for ticket in list(worker.quitting):
+            worker.quit(ticket)
+            steps = True
+        for ticket in list(worker.asking):
+            worker.go_on_asking(ticket)
+            steps = True
         worker.collect()
+        for giving in list(worker.giving):
+            worker.go_on_giving(giving)
+            steps = True
         for closing, conn in list(worker.closing):
             worker.finish_close(closing, conn, seen=True)
             steps = True
@@ -185,7 +218,7 @@ def heal(world: World) -> None:
     for worker in world.workers.values():
         worker.frozen = False
     for proc in world.server.procs:
-        proc.busy = False
+        proc.busy = proc.dirty = False
     _let_pass(world, TTL_S + 2 * BEAT_S)
     for _ in range(20 + sum(len(worker.tickets) for worker in world.workers.values())):
         for worker in list(world.workers.values()):
@@ -229,6 +262,8 @@ def check_all_slots_can_be_had(world: World) -> None:
     assert broker is not None
     for name in LIMITS:
         worker = world.start(name)
+        if name == "a":
+            quiesce(world)  # so that it waits at the desk, where there is a hand-over; in the other pool it does not
         count = max(0, _limit(world, name) - _known_lost(world, name))
         for _ in range(2 * count + 1):
             for _ in range(count - len(worker.users) - len(worker.tickets)):

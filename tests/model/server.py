@@ -32,8 +32,8 @@ class Stage(IntEnum):
 class Proc:
     """One connect and the backend it becomes. `token` is the lease it was begun under: what the broker cannot know.
 
-    `holders` are those who keep the client's end of the socket open: "worker", "flight" (its duplicate is on the way
-    to the desk), "custody". `cut`: one of them has shut it down.
+    `holders` are those who keep the client's end of the socket open: the worker (its session's id), packets with a
+    duplicate, and "custody". `cut`: one of them has shut it down. `dirty`: a transaction is open.
     """
 
     backend: Backend
@@ -43,10 +43,16 @@ class Proc:
     token: Token
     stage: Stage = Stage.QUEUED
     forked_at: float = 0.0
-    holders: set[str] = field(default_factory=lambda: {"worker"})
+    holders: set[object] = field(default_factory=set)
     cut: bool = False
     busy: bool = False
+    dirty: bool = False
     dead: bool = False
+
+    @property
+    def workers(self) -> list[object]:
+        """The workers that have it."""
+        return [holder for holder in self.holders if isinstance(holder, bytes)]
 
     @property
     def abandoned(self) -> bool:
@@ -74,7 +80,7 @@ class Server:
         self._serial += 1
         used = {proc.backend.pid for proc in self.procs}
         pid = next(p for n in range(_PIDS) if (p := 1 + (self._serial + n) % _PIDS) not in used)
-        proc = Proc(Backend(pid, self._serial, self.boot), pool, tag, owner, token)
+        proc = Proc(Backend(pid, self._serial, self.boot), pool, tag, owner, token, holders={owner})
         self.procs.append(proc)
         return proc
 

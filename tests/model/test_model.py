@@ -1,5 +1,15 @@
 """The real ledger and the real caches in a world of random events.
 
+Modelled: processes that are killed, frozen, on another host; a broker that dies in the middle of what it was to do, and
+its journal; a server (`server.py`); messages by ZeroMQ, on a bad network lost, doubled, late (`network.py`); custody of
+sockets; and the hand-over of live connections (`booths.py`): threads that wait at lines of the desk, which lose nothing
+until an end of theirs closes, giving step by step, passing, parking, withdrawing, cancels, sessions with and without
+it in one pool. Not modelled: what psycopg2 and libpq do (a reset succeeds or fails), and sockets that died on one side.
+
+What is promised, and looked at after every step, is in `promises.py`: never more backends than `max_conn`, each counted
+by a lease as long as it lives, in at most one worker's hands, passed on by nobody who still has it nor with an open
+transaction; the ledger's own invariants. When faults have stopped, everybody is served and every slot can be had.
+
 `SHAREDPOOL_MODEL_SEED=7 pytest tests/model` runs with another seed, `SHAREDPOOL_MODEL_EXAMPLES=2000` for longer.
 """
 
@@ -14,7 +24,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from .machine import BadNetwork, GoodNetwork
 
 SEED = int(os.environ.get("SHAREDPOOL_MODEL_SEED", "1"))
-EXAMPLES = int(os.environ.get("SHAREDPOOL_MODEL_EXAMPLES", "50"))
+EXAMPLES = int(os.environ.get("SHAREDPOOL_MODEL_EXAMPLES", "56"))
 STEPS = 200
 PARTS = 8
 # In all at least 100,000 steps that did something, of both machines.
@@ -43,5 +53,5 @@ def test_model(machine: type[GoodNetwork], part: int) -> None:
         error.add_note(f"SHAREDPOOL_MODEL_SEED={SEED} does this again")
         raise
     print(f"{machine.__name__}: {machine.steps} steps, SHAREDPOOL_MODEL_SEED={SEED}")
-    if SEED == 1 and EXAMPLES >= 50:  # other seeds may find fewer
+    if SEED == 1 and EXAMPLES >= 56:  # other seeds may find fewer
         assert machine.steps >= FEWEST_STEPS

@@ -1,4 +1,5 @@
-"""Processes with a pool: what `holdings.py`, `checkout.py` and `link.py` do around a real cache.
+"""Processes with a pool: what `holdings.py`, `checkout.py` and `link.py` do around a real cache (the desk's part of it:
+`booths.py`).
 
 Every step that blocks in a real process (waiting, connecting, closing) is a step of its own here, so that anything can
 happen in between.
@@ -14,10 +15,12 @@ from sharedpool.errors import SharedPoolError
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
     Ack,
+    Ask,
     Deny,
     Gone,
     Grant,
     Hello,
+    Interrupt,
     Phase,
     PoolSpec,
     Recall,
@@ -32,26 +35,12 @@ from sharedpool.worker.cache import Cache
 from sharedpool.worker.checkout import CHECK_AFTER_S
 from sharedpool.worker.lease import Closing, Lease, Ticket
 
-from .network import Parcel
+from .booths import AtTheDesk, Conn
 from .scale import BEAT_S, EXPIRATION_S, HELLO_RETRY_S, LIMITS, MAX_WAITING, SILENCE_S
 from .server import Proc
 
 if TYPE_CHECKING:
-    from .broker import Broker
     from .world import World
-
-
-@dataclass(eq=False)
-class Conn:
-    """A connection as its process sees it."""
-
-    proc: Proc
-    lease: Lease | None = None  # set while it is checked out
-    closed: bool = False
-
-    @property
-    def works(self) -> bool:
-        return not (self.closed or self.proc.dead or self.proc.cut)
 
 
 @dataclass(eq=False)
@@ -63,10 +52,12 @@ class Opening:
     conn: Conn | None = None  # once the socket was handed in
 
 
-class Worker:
+class Worker(AtTheDesk):
     """One process with one pool, any number of threads, and a link. `remote`: on another host than the broker."""
 
-    def __init__(self, world: World, number: int, pool: str, *, remote: bool) -> None:
+    def __init__(self, world: World, number: int, pool: str, *, remote: bool, handover: bool) -> None:
+        # Some keep what others want for longer than a holder is left alone (`NUDGE_S`).
+        super().__init__(handover=handover, slice_s=(0.002, 0.05, 0.0)[number % 3])
         self.world = world
         self.id = b"w%d" % number
         self.pool = pool
@@ -78,7 +69,6 @@ class Worker:
         self.epoch = 0
         self.frozen = False
         self.tag = ""
-        self.desk: Broker | None = None
         self.tickets: list[Ticket] = []
         self.connecting: list[Lease] = []
         self.opening: list[Opening] = []
@@ -108,8 +98,8 @@ class Worker:
         self.hello()
 
     def notice_line(self) -> None:
-        """The line to the desk is closed by its broker's death."""
-        if self.desk is not None and self.desk is not self.world.broker:
+        """The session's line to the desk is closed, by its broker's death as a rule."""
+        if self.desk is not None and self.desk.torn:
             self.desk = None
             if self.established:
                 self.start_over()
@@ -133,7 +123,8 @@ class Worker:
             self._to_close(self.cache.expire(now))
             assert not self.cache.lost(now)
             self.cache.out.append(self.cache.renewal(now, {}))
-            self._deposit_all()
+            self.deposit_all()
+            assert not {x.lease for x in self.cache.unfinished(now)} & {giving.closing.lease for giving in self.giving}
             self.flush()
 
     def flush(self) -> None:
@@ -160,7 +151,7 @@ class Worker:
                 self._to_close(cache.welcomed(message.epoch, message.generation, now))
                 self.tag = message.tag
                 self._revoke(message.revoked)
-                self._open_desk(message.desk)
+                self.open_desk(message.desk, message.handover)
             case Stale():
                 self._to_close(cache.renew_generation(message.generation, now))
             case Ack():
@@ -168,11 +159,12 @@ class Worker:
                 self._to_close(cache.renew_generation(message.generation, now))
                 self._revoke(message.revoked)
             case Grant():
-                self._wake(cache.granted(message, now))
+                self.wake(cache.granted(message, now))
             case Deny():
                 ticket = cache.denied(message)
                 if ticket is not None:
                     self.tickets.remove(ticket)
+                    self.leave_booth(ticket)
                     self.denied += 1
             case Recall():
                 self._to_close(cache.recalled(message, now, {}))
@@ -182,9 +174,10 @@ class Worker:
 
     def _revoke(self, tokens: list[Token]) -> None:
         for token in tokens:
-            lease = self.cache.forget(token)
-            conn = None if lease is None else self._conn_of(lease)
+            lease = self.cache.ended(token)
+            conn = None if lease is None else self.conn_of(lease)
             if conn is not None:
+                assert not conn.vacated
                 conn.proc.cut = True
 
     def _ended(self, tokens: list[Token]) -> None:
@@ -196,39 +189,12 @@ class Worker:
                 assert lease.conn.proc.dead, f"GONE names {lease.token}, whose backend lives"
                 lease.conn.closed = True
 
-    def _conn_of(self, lease: Lease) -> Conn | None:
-        conn = lease.conn or (lease.ref() if lease.ref else None)
-        return conn if isinstance(conn, Conn) else None
-
-    # --- the desk
-
-    def _open_desk(self, path: str) -> None:
-        broker = self.world.broker
-        reachable = path and not self.remote and broker is not None and broker.has_desk
-        self.desk = broker if reachable else None
-        for lease in self.cache.leases.values():
-            lease.deposited = False
-        self._deposit_all()
-
-    def deposit(self, lease: Lease, conn: Conn) -> None:
-        if lease.deposited or self.desk is None or self.desk is not self.world.broker:
-            return
-        lease.deposited = True
-        conn.proc.holders.add("flight")
-        self.line.desk.append(Parcel(lease.token, conn.proc))
-
-    def _deposit_all(self) -> None:
-        for lease in self.cache.leases.values():
-            conn = self._conn_of(lease)
-            if conn is not None and not conn.closed:
-                self.deposit(lease, conn)
-
     # --- threads: checkout
 
-    def checkout(self, wait_s: float) -> None:
+    def checkout(self, wait_s: float, *, slowly: bool = False) -> None:
         ticket = Ticket(_nobody, self.world.now)
         if not self._from_cache():
-            self._ask(ticket, wait_s)
+            self._ask(ticket, wait_s, slowly=slowly)
 
     def _from_cache(self) -> bool:
         """Hand out an idle connection, or see that there is none; dead ones that are noticed are given up."""
@@ -241,12 +207,24 @@ class Worker:
                 return True
         return False
 
-    def _ask(self, ticket: Ticket, wait_s: float) -> None:
+    def _ask(self, ticket: Ticket, wait_s: float, *, slowly: bool = False) -> None:
+        """Wait; `slowly`: there is a step between taking a place in the cache and asking at the desk."""
         self.tickets.append(ticket)
+        ticket.since = self.world.now
+        booth = self.take_booth()
+        at_desk = booth is not None and self.established
         if not wait_s and any(held.phase is Phase.CLOSING for held in self.cache.leases.values()):
             self.cache.out.append(self.cache.renewal(self.world.now, {}))
-        self.cache.want(ticket, wait_s)
+            at_desk = False
+        wait_ms = self.cache.want(ticket, wait_s, at_desk=at_desk)
         self.patience[ticket.request] = wait_s > 0
+        if booth is not None:
+            self.places[ticket] = booth
+            booth.asked = at_desk
+        if at_desk:
+            self.asking[ticket] = Ask(self.id, ticket.request, wait_ms, self.cache.gone())
+            if not slowly:
+                self.go_on_asking(ticket)
         self.flush()
 
     def _worn(self, lease: Lease, conn: Conn) -> bool:
@@ -262,24 +240,30 @@ class Worker:
     def _hand_out(self, lease: Lease, conn: Conn) -> None:
         assert conn.lease is None, "a connection in two checkouts"
         assert conn not in self.users, "a connection in two checkouts"
+        assert not conn.vacated, "a connection that was given is lent out"
+        assert conn.proc.dead or conn.proc.cut or not conn.proc.dirty, "a connection with an open transaction is lent"
+        lease.fresh = False
         lease.phase, lease.conn, conn.lease = Phase.IN_USE, None, lease
         self.users.append(conn)
 
-    def _wake(self, ticket: Ticket | None) -> None:
+    def wake(self, ticket: Ticket | None) -> None:
         if ticket is None:
             return
         lease = ticket.lease
         assert lease is not None
         assert ticket in self.tickets
-        if lease.conn is None and lease not in self.connecting:
+        self.leave_booth(ticket)
+        if lease.conn is None and lease not in self.connecting and ticket not in self.quitting:
             # The thread goes on to connect; its ticket stays, since it can still be interrupted.
             self.connecting.append(lease)
 
-    def collect(self) -> None:
+    def collect(self, *, configure_fails: bool = False) -> None:
         """Threads that were handed a connection take it."""
         for ticket in list(self.tickets):
             lease = ticket.lease
             if lease is None or not isinstance(lease.conn, Conn) or lease.phase is not Phase.CONNECTING:
+                continue
+            if ticket in self.quitting:
                 continue
             self.tickets.remove(ticket)
             ticket.lease = None
@@ -287,15 +271,32 @@ class Worker:
                 self._discard_dead(lease, lease.conn)
                 if not self._from_cache():
                     self._ask(Ticket(_nobody, self.world.now), 60.0)
+            elif lease.fresh and configure_fails:
+                self._to_close([self.cache.close(lease, lease.conn, ReleaseReason.BROKEN, self.world.now)])
             else:
                 self._hand_out(lease, lease.conn)
 
     def give_up(self, ticket: Ticket) -> None:
         """A thread is interrupted, or its time is over, before it connects."""
-        self.tickets.remove(ticket)
+        self.stop_waiting(ticket)
+        self.quit(ticket)
+
+    def stop_waiting(self, ticket: Ticket) -> None:
+        """The first half of that: it leaves its booth; what comes now is still for its ticket."""
+        if ticket in self.asking:
+            self.go_on_asking(ticket)
+        self.leave_booth(ticket)
         if ticket.lease in self.connecting:
             self.connecting.remove(ticket.lease)
-        self._wake(self.cache.give_up(ticket, self.world.now))
+        self.quitting.append(ticket)
+
+    def quit(self, ticket: Ticket) -> None:
+        """The second half."""
+        self.quitting.remove(ticket)
+        if ticket not in self.tickets:
+            return  # refused meanwhile
+        self.tickets.remove(ticket)
+        self.wake(self.cache.give_up(ticket, self.world.now))
         self.flush()
 
     # --- threads: connect
@@ -314,7 +315,7 @@ class Worker:
         if opening.proc.dead:
             self._give_back(opening.lease, gone=True, error="the server closed the connection unexpectedly")
         elif how == "timeout":
-            opening.proc.holders.discard("worker")
+            opening.proc.holders.discard(self.id)
             self._give_back(opening.lease, gone=False, error="timeout expired")
         else:
             self.world.server.end(opening.proc)
@@ -324,7 +325,7 @@ class Worker:
         self.cache.closed(lease, ReleaseReason.FAILED, gone=gone, error=error)
         for ticket in [ticket for ticket in self.tickets if ticket.lease is lease]:
             self.tickets.remove(ticket)
-            self._wake(self.cache.give_up(ticket, self.world.now))
+            self.wake(self.cache.give_up(ticket, self.world.now))
         self.flush()
 
     def deposit_early(self, opening: Opening) -> None:
@@ -348,6 +349,7 @@ class Worker:
                 if how == "configure":
                     self._to_close([self.cache.close(lease, conn, ReleaseReason.BROKEN, now)])
                 else:
+                    conn.movable = self.handover and how != "encrypted"
                     self._hand_out(lease, conn)
         else:
             self._to_close([self.cache.close(lease, conn, ReleaseReason.FAILED, now)])
@@ -356,13 +358,20 @@ class Worker:
             ticket.lease = None
         self.flush()
 
+    def cancel(self, conn: Conn) -> None:
+        """A query runs, and another thread cancels it."""
+        conn.proc.busy = conn.works
+        assert conn.lease is not None
+        self.cache.out.append(Interrupt(conn.lease.token))
+        self.flush()
+
     # --- threads: checkin and close
 
     def checkin(self, conn: Conn, verdict: ReleaseReason | None = None) -> None:
         self.users.remove(conn)
         lease, conn.lease = conn.lease, None
         assert lease is not None
-        conn.proc.busy = False
+        conn.proc.busy = conn.proc.dirty = False
         if not conn.works:
             verdict = ReleaseReason.BROKEN
             self.cache.trouble(lease, "")
@@ -370,7 +379,7 @@ class Worker:
         if isinstance(outcome, Closing):
             self._to_close([outcome])
         else:
-            self._wake(outcome)
+            self.wake(outcome)
         self._to_close(self.cache.expire(self.world.now))
         self.flush()
 
@@ -379,11 +388,21 @@ class Worker:
             assert isinstance(each.lease.conn, Conn)
             self.closing.append((each, each.lease.conn))
 
-    def finish_close(self, closing: Closing, conn: Conn, *, seen: bool) -> None:
-        """A close is over: the backend was seen to go, or it was not and lives on for a while."""
+    def finish_close(self, closing: Closing, conn: Conn, *, seen: bool, fit: bool = True, halt: int = 2) -> None:
+        """What is to be closed is given to others, if it may be, or its close is over.
+
+        `seen`: the backend was seen to go, else it lives on for a while. `fit`: its reset succeeds. `halt`: the thread
+        stops after so many steps of giving.
+        """
         self.closing.remove((closing, conn))
+        if fit and self.may_give(closing, conn):
+            giving = self.give(closing, conn)
+            for _ in range(halt):
+                if giving in self.giving:
+                    self.go_on_giving(giving)
+            return
         conn.closed = conn.proc.cut = True
-        conn.proc.holders.discard("worker")
+        conn.proc.holders.discard(self.id)
         if seen:
             self.world.server.end(conn.proc)
         self.cache.closed(closing.lease, closing.reason, gone=conn.proc.dead)
@@ -395,8 +414,13 @@ class Worker:
         """`release_all`, when nothing is being connected: everything is closed, then BYE."""
         assert not self.connecting
         assert not self.opening
+        assert not self.quitting
         now = self.world.now
+        for ticket in list(self.asking):
+            self.go_on_asking(ticket)
         self.cache.fail(RuntimeError("disposed"))
+        for ticket in list(self.places):
+            self.leave_booth(ticket)
         self._to_close(self.cache.drain(now))
         for conn in self.users:
             assert conn.lease is not None
@@ -406,18 +430,22 @@ class Worker:
             if ticket.lease is not None and isinstance(ticket.lease.conn, Conn):  # handed on, not yet taken
                 self._to_close([self.cache.close(ticket.lease, ticket.lease.conn, ReleaseReason.CLOSED, now)])
         for closing, conn in list(self.closing):
-            conn.proc.busy = False
+            conn.proc.busy = conn.proc.dirty = False
             self.finish_close(closing, conn, seen=True)
+        for giving in list(self.giving):
+            while giving in self.giving:
+                self.go_on_giving(giving)
         assert not self.cache.leases
         self.flush()
         if self.established:
             self.line.up.append(self.cache.farewell())
+        self.leave_desk()
 
     def die(self) -> None:
         """SIGKILL: what it held open is open no longer, unless the broker has it too."""
         for proc in self.world.server.procs:
-            if proc.owner == self.id:
-                proc.holders.discard("worker")
+            proc.holders.discard(self.id)
+        self.leave_desk()
 
     @property
     def unconnected(self) -> dict[Token, bool]:

@@ -8,7 +8,7 @@ from sharedpool.broker.commands import Process
 from sharedpool.wire.messages import Grant, Token
 
 from .broker import Broker, Journal
-from .network import Line, Network
+from .network import Line, Network, Wire
 from .scale import BEAT_S
 from .server import Server
 from .worker import Worker
@@ -17,9 +17,10 @@ from .worker import Worker
 class World:
     """The world. `excused` are leases about which a broker without its predecessor's journal cannot know."""
 
-    def __init__(self, cap: int | None, *, has_desk: bool, in_order: bool) -> None:
+    def __init__(self, cap: int | None, *, has_desk: bool, handover: bool, in_order: bool) -> None:
         self.cap = cap
         self.has_desk = has_desk
+        self.handover = handover and has_desk
         self.in_order = in_order
         self.now = 1000.0
         self.network = Network()
@@ -40,7 +41,7 @@ class World:
     def start_broker(self) -> None:
         if self.broker is None:
             self._epoch += 1
-            self.broker = Broker(self, self._epoch, cap=self.cap, has_desk=self.has_desk, follows=self._epoch > 7)
+            self.broker = Broker(self, self._epoch, follows=self._epoch > 7)
             self.broker.take_over()
 
     def kill_broker(self, lost: int) -> None:
@@ -50,6 +51,8 @@ class World:
             self.broker = None
             for line in self.network.lines.values():
                 line.break_off(lost)
+            for wire in list(self.network.wires):
+                self.network.tear(wire)
 
     def excuse_unknowable(self) -> None:
         """The grace period of a broker without a journal is over, it looks at the server: what can it not see?
@@ -71,8 +74,8 @@ class World:
 
     # --- processes
 
-    def start(self, pool: str, *, remote: bool = False) -> Worker:
-        worker = Worker(self, next(self._numbers), pool, remote=remote)
+    def start(self, pool: str, *, remote: bool = False, handover: bool = True) -> Worker:
+        worker = Worker(self, next(self._numbers), pool, remote=remote, handover=handover)
         self.workers[worker.id] = worker
         self.processes.add(worker.process)
         self.process_of[worker.id] = worker.process
@@ -104,11 +107,18 @@ class World:
     def deliver_down(self, worker: Worker) -> None:
         worker.receive(worker.line.down.popleft())
 
-    def deliver_parcel(self, line: Line) -> None:
-        if self.broker is None:
-            return
-        parcel = line.desk.popleft()
-        self.broker.take_parcel(line.session, *parcel)
+    def connect(self, worker: Worker) -> Wire | None:
+        """A worker goes to the desk; None where there is none."""
+        if self.broker is None or not self.has_desk or worker.remote:
+            return None
+        wire = Wire(worker.id, next(self._numbers))
+        self.network.wires.append(wire)
+        return wire
+
+    def deliver_packet(self, wire: Wire) -> None:
+        """The broker reads one packet, or sees that the worker's end is closed."""
+        if self.broker is not None:
+            self.broker.read(wire)
 
     def deliver_all(self) -> None:
         """All that is on its way arrives, from everybody and to those awake; so do the answers to it."""
@@ -119,19 +129,21 @@ class World:
                 while line.up and self.broker is not None:
                     self.deliver_up(line)
                     moved = True
-                while line.desk and self.broker is not None:
-                    self.deliver_parcel(line)
-                    moved = True
                 worker = self.workers.get(line.session)
                 if worker is None:
                     line.down.clear()
-                    if not line and worker is None:
+                    if not line:
                         del self.network.lines[line.session]
                 elif not worker.frozen:
                     worker.notice_line()
                     while line.down:
                         self.deliver_down(worker)
                         moved = True
+                    moved |= worker.look_everywhere()
+            for wire in list(self.network.wires):
+                while wire.ready and not wire.torn:
+                    self.deliver_packet(wire)
+                    moved = True
 
     # --- the clock
 

@@ -22,8 +22,8 @@ from sharedpool.wire.messages import (
     Token,
     Trouble,
 )
-from sharedpool.worker.cache import Cache
-from sharedpool.worker.lease import HANDING_OUT_LIMIT_S, Closing, Lease, Ticket
+from sharedpool.worker.cache import ASKED_S, Cache
+from sharedpool.worker.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closing, Lease, Ticket
 
 
 class Conn:
@@ -611,3 +611,50 @@ def test_recalls_of_a_new_broker_start_over(rig: Rig) -> None:
     rig.cache.register(rig.now, {})
     rig.cache.recalled(Recall(1, 0, 1), rig.now, {})
     assert rig.cache.owed == 1
+
+
+def test_a_heartbeat_lists_what_has_waited_at_the_desk_for_long(rig: Rig) -> None:
+    """The broker may have forgotten it. At first it is not listed: the heartbeat may be faster than the ASK."""
+    ticket = Ticket(lambda: None, rig.now)
+    rig.cache.want(ticket, 600.0, at_desk=True)
+    assert rig.cache.renewal(rig.now + ASKED_S * 0.9, {}).pending == []
+    assert rig.cache.renewal(rig.now + ASKED_S, {}).pending == [ticket.request]
+
+
+def test_what_was_asked_for_twice_may_be_answered_once_more(rig: Rig) -> None:
+    """Its thread was about to ask at its line when the link registered again; nobody would read a free booth."""
+    slow, quick = Ticket(lambda: None, rig.now), Ticket(lambda: None, rig.now)
+    rig.cache.want(slow, 9.0, at_desk=True)
+    rig.cache.register(rig.now, {})
+    rig.cache.want(quick, 9.0, at_desk=True)
+    for ticket in (slow, quick):
+        assert not ticket.finished
+        assert rig.cache.denied(Deny(ticket.request, DenyReason.CROWDED, 1)) is ticket
+    assert quick.finished
+    assert not slow.finished
+
+
+def test_a_connection_that_is_being_given_is_its_threads_alone(rig: Rig) -> None:
+    """A broker without a journal would count it twice, and end it where it is in use by then."""
+    lease, conn = rig.lend()
+    rig.cache.close(lease, conn, ReleaseReason.OWED, rig.now)
+    rig.cache.giving(lease)
+    rig.now += 10 * CLOSING_LIMIT_S
+    assert rig.cache.unfinished(rig.now) == []
+    assert [report.token for report in rig.cache.renewal(rig.now, {}).leases] == [lease.token]
+    leases, _ = rig.cache.register(rig.now, {})
+    assert leases == []
+    rig.cache.given(lease)
+    assert rig.cache.leases == {}
+
+
+def test_what_was_asked_for_in_both_ways_is_asked_for_again_when_its_line_ends(rig: Rig) -> None:
+    """The broker has one waiter for both; its answer may have been on the line."""
+    ticket = Ticket(lambda: None, rig.now)
+    rig.cache.want(ticket, 9.0, at_desk=True)
+    rig.cache.register(rig.now, {})
+    rig.sent()
+    rig.cache.ask_by_link(ticket)
+    assert rig.sent() == []
+    rig.cache.ask_by_link(ticket, again=True)
+    assert rig.sent() == [Acquire(ticket.request, 9000)]

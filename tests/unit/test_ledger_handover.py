@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_ledger import Broker, Worker
+from test_ledger import TTL_S, Broker, Worker
 
 from sharedpool.broker.commands import Entrust, Fence, Interfere, PassOn
 from sharedpool.broker.handover import NUDGE_S, SHARED_S
@@ -18,6 +18,7 @@ from sharedpool.wire.messages import (
     Pass,
     Phase,
     Recall,
+    Reject,
     ReleaseReason,
     Renew,
     Token,
@@ -280,3 +281,57 @@ def test_under_the_cap_of_all_pools_another_pools_waiter_gets_the_slot() -> None
     assert desk.passed() == []
     broker.take_in(broker.ledger.backend_gone(token, broker.now))
     assert len(other.sent(Grant)) == 1
+
+
+def test_who_gave_what_was_asked_for_is_asked_for_the_rest_while_others_wait(broker: Broker, desk: Desk) -> None:
+    """Nothing else need happen for that: else the next waiter would wait for a heartbeat."""
+    a, b, c = (broker.worker(name, max_conn=2) for name in "abc")
+    first, second = desk.lend(a), desk.lend(a)
+    desk.ask(b, line=7)
+    assert a.last(Recall).owed == 1
+    a.answer()
+    request = desk.ask(c, line=8)
+    desk.give(a, first)
+    assert [line for line, _ in desk.passed()] == [7]
+    assert a.last(Recall).owed == 1
+    assert len(a.sent(Recall)) == 2
+    desk.give(a, second)
+    assert desk.passed()[1][1].request == request
+
+
+def test_what_waited_at_the_desk_for_too_long_a_silence_is_asked_for_again(broker: Broker, desk: Desk) -> None:
+    """Frozen for longer than the TTL, the worker has lost its place: its line tells it nothing of that."""
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    desk.lend(a)
+    request = desk.ask(b, line=7, wait_s=600.0)
+    broker.pass_time(TTL_S * 0.7)
+    a.beat()
+    broker.pass_time(TTL_S * 0.7)
+    b.pending.append(request)  # it has waited for long
+    b.beat()
+    assert len(b.sent(Reject)) == 1
+
+
+def test_a_connection_on_its_way_is_an_answer(broker: Broker, desk: Desk) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    b.pending.append(desk.ask(b, line=7))
+    desk.give(a, token)
+    b.beat()
+    assert b.sent(Reject) == []
+    broker.take_in(broker.ledger.line_ended(7, broker.now))
+    b.beat()  # it will not arrive
+    assert len(b.sent(Reject)) == 1
+
+
+def test_who_keeps_what_another_pools_waiter_needs_is_asked_again() -> None:
+    """Under a cap over all pools; what is kept idle for its slice is not reported by itself."""
+    broker = Broker(max_conn=1)
+    desk = Desk(broker)
+    a, other = broker.worker("a", max_conn=1), broker.worker("o", "other", max_conn=1)
+    desk.lend(a)
+    desk.ask(other, line=7)
+    a.answer()
+    asked = len(a.sent(Recall))
+    broker.pass_time(NUDGE_S * 1.1)
+    assert len(a.sent(Recall)) == asked + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from test_ledger import EPOCH, TTL_S, Broker, Worker
 
@@ -539,3 +540,35 @@ def test_a_sessions_process_is_recorded_for_the_successor_to_watch() -> None:
     assert broker.all(Gone) == []
     broker.send(a.id, Bye())
     assert journal_of(broker) == []
+
+
+def test_of_a_hand_over_that_the_journal_knows_half_only_the_heir_is_taken_over() -> None:
+    """Its giver does not claim its lease any more; fenced for that, it would end the connection in its heir's hands."""
+    before = Broker()
+    a, b = (before.worker(name, max_conn=1) for name in "ab")
+    a.lend()
+    (entry,) = journal_of(before)
+    heir = msgspec.structs.replace(entry, token=Token(EPOCH, 2), session=b.id)
+    after = Broker(EPOCH + 1, remembers=True)
+    after.take_in(after.ledger.restore([entry, heir], after.now))
+    assert after.ledger.leases == 1
+    assert after.all(Erase) == [Erase(entry.token)]
+    a.held.clear()
+    moved(a, after).hello()
+    assert after.all(Fence) == []
+
+
+def test_of_a_hand_over_that_the_journal_does_not_know_the_heirs_claim_counts() -> None:
+    before = Broker()
+    a, b = (before.worker(name, max_conn=1) for name in "ab")
+    token = a.lend()
+    (entry,) = journal_of(before)
+    after = Broker(EPOCH + 1)
+    after.take_in(after.ledger.restore([entry], after.now))
+    after.take_in(after.ledger.hold(TTL_S, after.now))
+    heir = LeaseReport(Token(EPOCH, 2), Phase.IN_USE, 0, "", a.backend(token))
+    after.send(b.id, Hello(PROTOCOL_VERSION, 2, "", "b", b.spec, [heir], heir.token))
+    a.held.clear()
+    moved(a, after).hello()
+    assert after.all(Fence) == []
+    assert after.ledger.leases == 1
