@@ -410,8 +410,7 @@ class Demand:
             if self._short(pool) > 0:
                 assert not pool.idle, f"{pool.name}: an idle lease nobody recalled"
                 assert all(not self.pressure(pool, s) for s in pool.unpressed.values()), pool.name
-        # Without a journal more may be held than the cap allows: then a full pool's waiters gain nothing by a recall.
-        if any(pool.room > 0 for pool in books.contended.values()) and self._short_of_cap() > 0:
+        if books.contended and self._short_of_cap() > 0:
             assert not any(pool.idle for pool in books.pools.values()), "an idle lease nobody recalled"
 
 
