@@ -474,8 +474,9 @@ class GoodNetwork(RuleBasedStateMachine):
     def quiet_moment(self) -> None:
         world = self.world
         quiesce(world)
-        world.pass_time(2 * NUDGE_S)  # who keeps a connection for its slice is asked by then
-        quiesce(world)
+        for _ in range(2):  # who keeps a connection for its slice is asked by then, if pressed only after the first
+            world.pass_time(1.1 * NUDGE_S)
+            quiesce(world)
         serving = world.broker is not None and world.broker.ledger.state == "serving"
         if serving and world.server.up and len(world.awake) == len(world.workers):
             check_nobody_waits_in_vain(world)

@@ -335,3 +335,22 @@ def test_who_keeps_what_another_pools_waiter_needs_is_asked_again() -> None:
     asked = len(a.sent(Recall))
     broker.pass_time(NUDGE_S * 1.1)
     assert len(a.sent(Recall)) == asked + 1
+
+
+def test_a_slot_that_did_not_come_after_all_is_looked_for_elsewhere() -> None:
+    """Under a cap: what its worker said it closes was counted on for another pool's waiter; then it was given."""
+    broker = Broker(max_conn=3)
+    desk = Desk(broker)
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    o, x = (broker.worker(name, "other", max_conn=3) for name in "ox")
+    token, idle, _ = desk.lend(a), desk.lend(o), desk.lend(o)
+    desk.ask(b, line=7)
+    desk.ask(x, line=8)
+    a.held[token] = Phase.CLOSING
+    a.answer()
+    o.checkin(idle)
+    o.beat()
+    assert o.last(Recall).take == 0
+    desk.give(a, token)
+    assert [line for line, _ in desk.passed()] == [7]
+    assert o.last(Recall).take == 1
