@@ -134,7 +134,8 @@ class Cache:
         ticket.request = self._requests
         self.waiting[ticket.request] = ticket
         self._waits_ms[ticket.request] = wait_ms(wait_s)
-        ticket.at_desk = at_desk
+        ticket.at_desk = ticket.to_ask = at_desk
+        ticket.asks = 1
         self._gap_s = ticket.since - self._parted_at
         if not at_desk:
             self.out.append(Acquire(ticket.request, self._waits_ms[ticket.request]))
@@ -155,7 +156,8 @@ class Cache:
             else:
                 self.out.append(each)
         for ticket in moved:
-            ticket.at_desk = True
+            ticket.at_desk = ticket.to_ask = True
+            ticket.asks += 1
         return moved
 
     def ask_by_link(self, ticket: Ticket, *, again: bool = False) -> None:
@@ -164,7 +166,8 @@ class Cache:
         `again`: even if that was done before, since what was passed on the line may have been the answer to it.
         """
         if (ticket.at_desk or again) and self.waiting.get(ticket.request) is ticket:
-            ticket.at_desk = False
+            ticket.at_desk = ticket.to_ask = False
+            ticket.asks += 1
             self.out.append(Acquire(ticket.request, self._waits_ms[ticket.request]))
 
     def _settle(self, ticket: Ticket) -> None:
@@ -518,7 +521,8 @@ class Cache:
         self.out.extend(unsent)
         self.out.extend(Acquire(request, wait_ms) for request, wait_ms in self._waits_ms.items())
         for ticket in self.waiting.values():
-            ticket.at_desk = False
+            ticket.at_desk = ticket.to_ask = False
+            ticket.asks += 1
         self.out.append(self.renewal(now, threads))
         closing = [
             LeaseReport(release.token, Phase.CLOSING, 0, "", release.backend)

@@ -118,9 +118,10 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
             left_s = limit - time.monotonic()
             if left_s <= 0:
                 raise _unanswered(holdings, ticket, link, wait_s)
-            if ticket.at_desk and (asked is None or not asked.open):
+            if ticket.to_ask:
                 left_s = wait_s and max(0.001, deadline - time.monotonic())
-                place, asked = _go_to_desk(holdings, ticket, place, link, left_s)
+                place, said = _go_to_desk(holdings, ticket, place, link, left_s)
+                asked = place if said and isinstance(place, Booth) else asked
                 continue
             _look(holdings, ticket, place, left_s)
     finally:
@@ -138,10 +139,10 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
 
 def _go_to_desk(
     holdings: Holdings, ticket: Ticket, place: Gate | Booth, link: Link, wait_s: float
-) -> tuple[Gate | Booth, Booth | None]:
+) -> tuple[Gate | Booth, bool]:
     """Ask at a line of the desk, where a connection can be passed to this thread; without one by the link.
 
-    Return where to wait, and the line on which the request was made.
+    Return where to wait, and whether it was said there.
     """
     booth = place if isinstance(place, Booth) and place.open else holdings.booths.take()
     if booth is not None and booth is not place and isinstance(place, Booth):
@@ -149,15 +150,16 @@ def _go_to_desk(
     with holdings.lock:
         if booth is not None:
             ticket.wake = booth.ring
-        if ticket.settled:  # whoever has done that may have rung at the old place
-            return booth or place, None
+        if ticket.settled or not ticket.to_ask:  # whoever has done that may have rung at the old place
+            return booth or place, False
+        ticket.to_ask = False
         gone = holdings.cache.gone()
     if booth is not None and booth.ask(link.identity, ticket.request, wait_ms(wait_s), gone):
-        return booth, booth
+        return booth, True
     with holdings.lock:
         holdings.cache.ask_by_link(ticket)
     link.wake()
-    return booth or place, None
+    return booth or place, False
 
 
 def _look(holdings: Holdings, ticket: Ticket, place: Gate | Booth, left_s: float) -> None:

@@ -51,16 +51,20 @@ class Lease:
 class Ticket:
     """One thread's wait for a lease. Its end is a `lease`, a `denial` or an `error`: `settled` tells that it has come.
 
-    `wake` is called then, and when the thread is to ask at the desk (`at_desk`) in place of the link.
+    `wake` is called then, and when the thread is `to_ask` at the desk, in place of the link.
     """
 
-    __slots__ = ("__weakref__", "answered", "at_desk", "denial", "error", "lease", "request", "since", "wake")
+    __slots__ = (
+        "__weakref__", "answered", "asks", "at_desk", "denial", "error", "lease", "request", "since", "to_ask", "wake",
+    )  # fmt: skip
 
     def __init__(self, wake: Callable[[], None], now: float) -> None:
         self.wake = wake
         self.since = now
         self.request = 0
         self.at_desk = False  # asked for at a line of the desk, which loses nothing
+        self.to_ask = False  # there, by its thread
+        self.asks = 0  # how often it was, there or by the link
         self.answered = False  # by the broker itself: nothing more comes for it
         self.lease: Lease | None = None
         self.denial: Deny | None = None
@@ -68,8 +72,11 @@ class Ticket:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more can come for it at its line: it was asked for there alone, and that is answered."""
-        return self.at_desk and (self.answered or self.denial is not None)
+        """Whether nothing more can come for it at its line: it was asked for once, there, and that is answered.
+
+        Asked for twice it may be queued anew while the answer to the first is on its way.
+        """
+        return self.at_desk and self.asks == 1 and (self.answered or self.denial is not None)
 
     @property
     def settled(self) -> bool:

@@ -76,6 +76,7 @@ class AtTheDesk:
     cache: Cache
     established: bool
     tickets: list[Ticket]
+    patience: dict[int, bool]
 
     def __init__(self, *, handover: bool, slice_s: float) -> None:
         self.desk: Wire | None = None
@@ -99,7 +100,7 @@ class AtTheDesk:
             self.desk.leave()
         self.desk = self.world.connect(self) if path else None  # type: ignore[arg-type]
         self.hands_over = handover and self.handover and self.desk is not None
-        self.cache.slice_s = self.slice_s if self.hands_over else 0.0
+        self.cache.slice_s = self.slice_s * (1 if self.hands_over else 10)
         for lease in self.cache.leases.values():
             lease.deposited = False
         self.deposit_all()
@@ -138,6 +139,24 @@ class AtTheDesk:
             self.free.append(booth)
         else:
             booth.wire.leave()
+
+    def go_to_desk(self, ticket: Ticket) -> None:
+        """A thread that had asked by link, and hears that there is a desk, goes there; it has yet to ask."""
+        if ticket in self.asking or ticket not in self.tickets or ticket in self.quitting:
+            return
+        booth = self.places.get(ticket)
+        if booth is None or not booth.open:
+            if booth is not None:
+                booth.wire.leave()
+            booth = self.take_booth()
+            if booth is None:
+                self.places.pop(ticket, None)
+                self.cache.ask_by_link(ticket)
+                return
+            self.places[ticket] = booth
+        booth.asked = True
+        left_ms = 60_000 if self.patience[ticket.request] else 0
+        self.asking[ticket] = Ask(self.id, ticket.request, left_ms, self.cache.gone())
 
     def go_on_asking(self, ticket: Ticket) -> None:
         """The thread that has its place in the cache says so at the desk; it may have been served meanwhile."""
@@ -274,6 +293,7 @@ class AtTheDesk:
         else:
             self.giving.remove(giving)
             self.cache.given(lease)
+            self.cache.parted(self.world.now)
             self.flush()
 
     # --- the end

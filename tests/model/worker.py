@@ -31,7 +31,7 @@ from sharedpool.wire.messages import (
     ToWorker,
     Welcome,
 )
-from sharedpool.worker.cache import Cache
+from sharedpool.worker.cache import Cache, wait_ms
 from sharedpool.worker.checkout import CHECK_AFTER_S
 from sharedpool.worker.lease import Closing, Lease, Ticket
 
@@ -152,6 +152,9 @@ class Worker(AtTheDesk):
                 self.tag = message.tag
                 self._revoke(message.revoked)
                 self.open_desk(message.desk, message.handover)
+                if self.hands_over:
+                    for ticket in cache.move_to_desk():
+                        self.go_to_desk(ticket)
             case Stale():
                 self._to_close(cache.renew_generation(message.generation, now))
             case Ack():
@@ -216,13 +219,13 @@ class Worker(AtTheDesk):
         if not wait_s and any(held.phase is Phase.CLOSING for held in self.cache.leases.values()):
             self.cache.out.append(self.cache.renewal(self.world.now, {}))
             at_desk = False
-        wait_ms = self.cache.want(ticket, wait_s, at_desk=at_desk)
+        self.cache.want(ticket, wait_s, at_desk=at_desk)
         self.patience[ticket.request] = wait_s > 0
         if booth is not None:
             self.places[ticket] = booth
             booth.asked = at_desk
         if at_desk:
-            self.asking[ticket] = Ask(self.id, ticket.request, wait_ms, self.cache.gone())
+            self.asking[ticket] = Ask(self.id, ticket.request, wait_ms(wait_s), self.cache.gone())
             if not slowly:
                 self.go_on_asking(ticket)
         self.flush()
@@ -263,8 +266,8 @@ class Worker(AtTheDesk):
             lease = ticket.lease
             if lease is None or not isinstance(lease.conn, Conn) or lease.phase is not Phase.CONNECTING:
                 continue
-            if ticket in self.quitting:
-                continue
+            if ticket in self.quitting or ticket in self.asking:
+                continue  # its thread is not there yet
             self.tickets.remove(ticket)
             ticket.lease = None
             if self._worn(lease, lease.conn):
@@ -406,6 +409,8 @@ class Worker(AtTheDesk):
         if seen:
             self.world.server.end(conn.proc)
         self.cache.closed(closing.lease, closing.reason, gone=conn.proc.dead)
+        if closing.reason is ReleaseReason.OWED:
+            self.cache.parted(self.world.now)
         self.flush()
 
     # --- the end

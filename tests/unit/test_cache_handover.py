@@ -116,3 +116,16 @@ def test_where_it_must_be_opened_the_slice_begins_when_that_is_done(rig: Rig) ->
     rig.cache.opened(ticket.lease, Backend(1), float("inf"), conn, rig.now)
     assert use(rig, ticket.lease, conn, for_s=SLICE_S / 2) is None
     assert reason_of(use(rig, ticket.lease, conn, for_s=2 * SLICE_S)) is ReleaseReason.OWED
+
+
+def test_what_was_asked_for_twice_is_not_over_with_one_answer(rig: Rig) -> None:
+    """The broker may have queued it anew while the first answer was on its way: its line is to be settled first."""
+    ticket = Ticket(lambda: None, rig.now)
+    rig.cache.want(ticket, 5.0, at_desk=True)
+    rig.cache.register(rig.now, {})
+    assert rig.cache.move_to_desk() == [ticket]
+    assert ticket.to_ask
+    live = Live(Backend(1), 1, b"")
+    rig.cache.passed(Pass(ticket.request, Token(1, 1), 1, 0, False, live), Conn(), float("inf"), rig.now)
+    assert ticket.settled
+    assert not ticket.finished

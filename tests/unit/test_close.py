@@ -10,7 +10,8 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from sharedpool.worker.connection import PooledConnection, bear_witness, close_confirmed, cut
+from sharedpool.worker.connection import PooledConnection, bear_witness
+from sharedpool.worker.ending import close_confirmed, cut
 from sharedpool.worker.handover import _greeting, _startup
 
 _PATIENCE_S = 30.0

@@ -17,7 +17,7 @@ from sharedpool.wire.messages import Ask, Backend, Deposit, Give, Live, Pass, To
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="no desk on this platform")
 
 TOKEN = Token(5, 1)
-MESSAGE = Pass(1, TOKEN, 1, 0, Live(Backend(7), 1, b"parameters"))
+MESSAGE = Pass(1, TOKEN, 1, 0, False, Live(Backend(7), 1, b"parameters"))
 
 
 class Clerk:
