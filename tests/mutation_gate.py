@@ -169,7 +169,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/worker/lease.py",
-                "return self.at_desk and (self.answered or self.denial is not None)",
+                "return self.at_desk and self.asks == 1 and (self.answered or self.denial is not None)",
                 "return self.answered or self.denial is not None",
             ),
         ),
