@@ -124,6 +124,7 @@ class Demand:
         if pool.backoff.granted(lease.token, len(pool.leases) - 1, now):
             self._arm(pool.backoff.probe_at, "probe", pool)
         pool.grants += 1
+        session.passes += 1
         pool.waits += now > waiter.since
         self._books.mark_owed(session, min(len(session.leases), self.pressure(pool, session)))
         self.send_grant(lease)

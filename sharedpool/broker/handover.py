@@ -21,8 +21,10 @@ from sharedpool.wire.messages import Give, Live, Pass, Phase, ReleaseReason, Tok
 
 # A pool is shared for so long after a connection has last changed hands.
 SHARED_S = 1.0
-# A holder that has been pressed for so long, with others waiting, is asked whether it still uses what it keeps.
+# A holder that has been pressed for so long, with others waiting, is asked whether it still uses what it keeps; then
+# after twice the time, and so on.
 NUDGE_S = 0.01
+_NUDGE_LIMIT_S = 1.0
 _MOST_NUDGED = 64
 
 
@@ -182,9 +184,16 @@ class Handover:
             return
         for session_id, passes in pool.nudged.items():
             session = pool.pressed.get(session_id)
-            if session is not None and session.passes == passes and session.answered >= session.asked:
-                session.passes += 1  # once is enough, until it gets another
-                self._demand.ask(session, now)
+            if session is None or session.passes != passes or session.answered < session.asked:
+                continue
+            if session.nudged != passes:
+                session.nudged, session.nudge_s = passes, NUDGE_S
+            elif now >= session.nudge_at:  # it may have used it then, and have kept it for its slice since
+                session.nudge_s = min(2 * session.nudge_s, _NUDGE_LIMIT_S)
+            else:
+                continue
+            session.nudge_at = now + session.nudge_s
+            self._demand.ask(session, now)
 
     # --- cancels
 

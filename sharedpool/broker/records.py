@@ -95,8 +95,9 @@ class Session:
     """One worker process's registration; `owed` and `taking` mirror what the worker was last asked for.
 
     `asked` and `answered` are serials of recalls, `awaited` is the one whose answer a timer watches for (0: none).
-    `vanished` are leases whose backends ended before the worker gave them back. `passes` counts what was handed over to
-    it. `restored`: known from a former broker, and has not said HELLO since; it is not fenced before `spared_until`.
+    `vanished` are leases whose backends ended before the worker gave them back. `passes` counts what was granted or
+    handed over to it; `nudged` is that count when it was last asked for what it keeps, `nudge_at` when it may be asked
+    again. `restored`: known from a former broker, and has not said HELLO since; it is not fenced before `spared_until`.
     """
 
     id: bytes
@@ -120,6 +121,9 @@ class Session:
     awaited: int = 0
     expiring: bool = False
     passes: int = 0
+    nudged: int = -1
+    nudge_s: float = 0.0
+    nudge_at: float = -math.inf
     mute: bool = False
     suspect: bool = False
     ended: bool = False

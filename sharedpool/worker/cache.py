@@ -46,6 +46,8 @@ _MOST_GONE = 100  # in one packet
 ASKED_S = 1.0
 # Who asks again so soon after a checkin is at work all the time.
 STEADY_GAP_S = 0.001
+# A close and a connect take so many times what a hand-over does, and more.
+_SLICES_BY_CLOSE = 10
 # The broker tells of a waiter within `NUDGE_S`; a transfer every so many slices costs next to nothing.
 _LONE_SLICES = 10
 
@@ -70,6 +72,7 @@ class Cache:
         # While others wait (`pressed`), a connection in steady use is kept for so long: see `_keeps`.
         self.slice_s = 0.0
         self.pressed = False
+        self.hands_over = False  # what can move is given in place of being closed
         self._gap_s = float("inf")  # between the last connection that was given up and the next request
         self._parted_at = float("-inf")
         self.generation = 0
@@ -245,7 +248,9 @@ class Cache:
         A transfer costs more than a short transaction does: a worker that asks again at once has a slice of time, and a
         longer one while nobody is known to wait.
         """
-        slice_s = self.slice_s if self.pressed else self.slice_s * _LONE_SLICES
+        slice_s = self.slice_s * (1 if lease.movable and self.hands_over else _SLICES_BY_CLOSE)
+        if not self.pressed:
+            slice_s *= _LONE_SLICES
         return now - lease.arrived < slice_s and lease.idle_s < STEADY_GAP_S
 
     def _holds(self, lease: Lease) -> bool:
@@ -446,6 +451,7 @@ class Cache:
         self._retires(retire_at)
         lease.backend, lease.generation, lease.retire_at = message.live.backend, message.live.generation, retire_at
         lease.conn, lease.ref, lease.deposited, lease.fresh = conn, weakref.ref(conn, collected), True, True
+        lease.movable = True
         ticket = self.waiting.get(message.request)
         if ticket is None:
             return self._pass_on(lease, now)

@@ -19,13 +19,14 @@ class Lease:
     connection that its user has dropped can be seen. `arrived` is when this process got it open, `since` when its phase
     began, `idle_s` how long it had lain idle before. `ticket` is the one it was given to, while that thread alone knows
     of it. `deposited`: the broker has been given the socket. `fresh`: it came with a connection from another process,
-    which has not been made this one's own yet. `generation` is the newest that was known when it was granted. `plain`:
-    its next checkin need not look at its key, at the generation, nor whether it was taken away. `cache` is whose it is.
+    which has not been made this one's own yet. `movable`: its session can be passed to another. `generation` is the
+    newest that was known when it was granted. `plain`: its next checkin need not look at its key, at the generation,
+    nor whether it was taken away. `cache` is whose it is.
     """
 
     __slots__ = (
-        "arrived", "backend", "cache", "conn", "deposited", "fresh", "generation", "idle_s", "key", "missed", "phase",
-        "plain", "ref", "retire_at", "since", "thread", "ticket", "token",
+        "arrived", "backend", "cache", "conn", "deposited", "fresh", "generation", "idle_s", "key", "missed", "movable",
+        "phase", "plain", "ref", "retire_at", "since", "thread", "ticket", "token",
     )  # fmt: skip
 
     def __init__(self, token: Token, ticket: Ticket | None, now: float) -> None:
@@ -39,6 +40,7 @@ class Lease:
         self.retire_at = float("inf")
         self.deposited = False
         self.fresh = False
+        self.movable = False
         self.plain = True
         self.cache: object = None
         self.generation = 0

@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sharedpool.worker")
 
-# A close and a connect take so many times what a hand-over does, and more.
-_SLICES_BY_CLOSE = 10
-
 
 class Session:
     """The link's endpoint (`link.Endpoint`): the holdings, as the broker knows them."""
@@ -151,7 +148,7 @@ class Session:
         self._holdings.desk.open(welcome.desk)
         hands_over = welcome.handover and self._holdings.handover and self._holdings.desk.line is not None
         self._holdings.booths.path = welcome.desk if hands_over else ""
-        self._holdings.cache.slice_s = self._holdings.config.slice * (1 if hands_over else _SLICES_BY_CLOSE)
+        self._holdings.cache.slice_s, self._holdings.cache.hands_over = self._holdings.config.slice, hands_over
         with self._holdings.lock:
             for lease in self._holdings.cache.leases.values():
                 lease.deposited = False

@@ -352,7 +352,7 @@ class Worker(AtTheDesk):
                 if how == "configure":
                     self._to_close([self.cache.close(lease, conn, ReleaseReason.BROKEN, now)])
                 else:
-                    conn.movable = self.handover and how != "encrypted"
+                    conn.movable = lease.movable = self.handover and how != "encrypted"
                     self._hand_out(lease, conn)
         else:
             self._to_close([self.cache.close(lease, conn, ReleaseReason.FAILED, now)])

@@ -15,7 +15,7 @@ SLICE_S = 0.002
 @pytest.fixture
 def rig() -> Rig:
     rig = Rig()
-    rig.cache.slice_s = SLICE_S
+    rig.cache.slice_s, rig.cache.hands_over = SLICE_S, True
     return rig
 
 
@@ -114,8 +114,8 @@ def test_where_it_must_be_opened_the_slice_begins_when_that_is_done(rig: Rig) ->
     rig.now += 5 * SLICE_S
     conn = Conn()
     rig.cache.opened(ticket.lease, Backend(1), float("inf"), conn, rig.now)
-    assert use(rig, ticket.lease, conn, for_s=SLICE_S / 2) is None
-    assert reason_of(use(rig, ticket.lease, conn, for_s=2 * SLICE_S)) is ReleaseReason.OWED
+    assert use(rig, ticket.lease, conn, for_s=9 * SLICE_S) is None  # it cannot move: a close and a connect cost more
+    assert reason_of(use(rig, ticket.lease, conn, for_s=11 * SLICE_S)) is ReleaseReason.OWED
 
 
 def test_what_was_asked_for_twice_is_not_over_with_one_answer(rig: Rig) -> None:

@@ -271,6 +271,19 @@ def test_who_keeps_what_others_wait_for_is_asked_again(broker: Broker, desk: Des
     assert token
 
 
+def test_who_is_in_the_middle_of_something_long_is_asked_less_and_less(broker: Broker, desk: Desk) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    desk.lend(a)
+    desk.ask(b, line=7)
+    a.answer()
+    asked = len(a.sent(Recall))
+    for _ in range(100):
+        broker.pass_time(NUDGE_S * 1.01)
+        if (recall := a.last(Recall)).serial > broker.ledger._books.sessions[a.id].answered:
+            a.beat(recall.serial)
+    assert 5 <= len(a.sent(Recall)) - asked <= 8  # of a hundred times
+
+
 def test_under_the_cap_of_all_pools_another_pools_waiter_gets_the_slot() -> None:
     broker = Broker(max_conn=1)
     desk = Desk(broker)
