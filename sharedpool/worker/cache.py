@@ -39,17 +39,12 @@ from sharedpool.wire.messages import (
     Trouble,
 )
 from sharedpool.worker.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closing, Lease, Ticket, collected
+from sharedpool.worker.slices import Slices
 
 _LONGEST_WAIT_MS = 2**52
 _MOST_GONE = 100  # in one packet
 # What was asked at the desk so long ago is listed in the heartbeat: the broker knows of it by now, or not any more.
 ASKED_S = 1.0
-# Who asks again so soon after a checkin is at work all the time.
-STEADY_GAP_S = 0.001
-# A close and a connect take so many times what a hand-over does, and more.
-_SLICES_BY_CLOSE = 10
-# The broker tells of a waiter within `NUDGE_S`; a transfer every so many slices costs next to nothing.
-_LONE_SLICES = 10
 
 
 def wait_ms(wait_s: float) -> int:
@@ -69,12 +64,7 @@ class Cache:
         self.idle: deque[Lease] = deque()  # the most recently used at the right
         self.waiting: OrderedDict[int, Ticket] = OrderedDict()
         self.owed = 0
-        # While others wait (`pressed`), a connection in steady use is kept for so long: see `_keeps`.
-        self.slice_s = 0.0
-        self.pressed = False
-        self.hands_over = False  # what can move is given in place of being closed
-        self._gap_s = float("inf")  # between the last connection that was given up and the next request
-        self._parted_at = float("-inf")
+        self.slices = Slices()
         self.generation = 0
         self._epoch: int | None = None  # of the broker that was last registered with
         self._gone: dict[Token, None] = {}  # given back, their backends seen to end; the broker may not know yet
@@ -139,7 +129,7 @@ class Cache:
         self._waits_ms[ticket.request] = wait_ms(wait_s)
         ticket.at_desk = ticket.to_ask = at_desk
         ticket.asks = 1
-        self._gap_s = ticket.since - self._parted_at
+        self.slices.asked(ticket.since)
         if not at_desk:
             self.out.append(Acquire(ticket.request, self._waits_ms[ticket.request]))
 
@@ -229,7 +219,7 @@ class Cache:
                 verdict = ReleaseReason.STALE
             elif now >= lease.retire_at:
                 verdict = ReleaseReason.RETIRED
-            elif self.owed and not self._keeps(lease, now):
+            elif self.owed and not self.slices.keeps(lease, now):
                 self.owed -= 1
                 verdict = ReleaseReason.OWED
             elif not self.keep_idle and not (self.hand_on and self.waiting):
@@ -242,17 +232,6 @@ class Cache:
         self._lay_idle(lease, now)
         return None
 
-    def _keeps(self, lease: Lease, now: float) -> bool:
-        """Say whether a connection that others wait for is kept a little longer: this process is really using it.
-
-        A transfer costs more than a short transaction does: a worker that asks again at once has a slice of time, and a
-        longer one while nobody is known to wait.
-        """
-        slice_s = self.slice_s * (1 if lease.movable and self.hands_over else _SLICES_BY_CLOSE)
-        if not self.pressed:
-            slice_s *= _LONE_SLICES
-        return now - lease.arrived < slice_s and lease.idle_s < STEADY_GAP_S
-
     def _holds(self, lease: Lease) -> bool:
         return self.leases.get(lease.token) is lease
 
@@ -263,7 +242,7 @@ class Cache:
 
     def _own_up(self, now: float) -> None:
         """Tell the broker at once of what lies idle while it counts on our next checkin."""
-        if self.owed and (idle := list(self.idle)) and not self._keeps(idle[-1], now):
+        if self.owed and (idle := list(self.idle)) and not self.slices.keeps(idle[-1], now):
             self.out.append(self.renewal(now, {}))
 
     def _closing(self, lease: Lease, reason: ReleaseReason, now: float) -> Closing:
@@ -299,10 +278,6 @@ class Cache:
         if self._holds(lease):
             del self.leases[lease.token]
             lease.conn = None
-
-    def parted(self, now: float) -> None:
-        """Note that something which others wait for was given up, closed or given: its user goes on now."""
-        self._parted_at = now
 
     def gone(self) -> list[Token]:
         """Return the leases that were given back, their backends seen to end, and of which the broker may not know."""
@@ -422,13 +397,13 @@ class Cache:
         if grant.token.epoch != self._epoch:
             return None  # a former broker's
         if grant.serial > self._newest:
-            self._newest, self.owed, self.pressed = grant.serial, grant.owed, grant.owed > 0
+            self._newest, self.owed, self.slices.pressed = grant.serial, grant.owed, grant.owed > 0
             self._own_up(now)
         if grant.token in self.leases or grant.token <= self._seen:
             return None  # a double
         self._seen = grant.token
         lease = self.leases[grant.token] = Lease(grant.token, None, now)
-        lease.generation, lease.cache, lease.idle_s = self.generation, self, self._gap_s
+        lease.generation, lease.cache, lease.idle_s = self.generation, self, self.slices.gap_s
         ticket = self.waiting.get(grant.request)
         if ticket is None:
             return self._pass_on(lease, now)
@@ -445,9 +420,9 @@ class Cache:
         if message.token.epoch != self._epoch:
             raise SharedPoolError(f"lease {message.token} was passed on by a former broker")
         if message.serial > self._newest:
-            self._newest, self.owed, self.pressed = message.serial, message.owed, message.pressed
+            self._newest, self.owed, self.slices.pressed = message.serial, message.owed, message.pressed
         lease = self.leases[message.token] = Lease(message.token, None, now)
-        lease.cache, lease.idle_s = self, self._gap_s
+        lease.cache, lease.idle_s = self, self.slices.gap_s
         self._retires(retire_at)
         lease.backend, lease.generation, lease.retire_at = message.live.backend, message.live.generation, retire_at
         lease.conn, lease.ref, lease.deposited, lease.fresh = conn, weakref.ref(conn, collected), True, True
@@ -480,15 +455,14 @@ class Cache:
             return []  # a double
         self._recalled = recall.serial
         if recall.serial > self._newest:  # else a connection that was passed has overtaken it: all but that counts
-            self._newest, self.owed, self.pressed = recall.serial, recall.owed, recall.owed > 0
+            self._newest, self.owed, self.slices.pressed = recall.serial, recall.owed, recall.owed > 0
         closing = self.expire(now) if recall.expired else []
         for _ in range(recall.take):
             if (lease := self._shift()) is not None:
                 closing.append(self._closing(lease, ReleaseReason.TAKEN, now))
         for lease in list(self.idle):
-            unused = now - lease.since >= STEADY_GAP_S or not self._keeps(lease, now)
-            if self.owed and self.slice_s and unused and self._pull(lease):
-                self.owed -= 1  # kept for a checkout that did not come
+            if self.owed and self.slices.wastes(lease, now) and self._pull(lease):
+                self.owed -= 1
                 closing.append(self._closing(lease, ReleaseReason.OWED, now))
         if recall.answer:
             self.out.append(self.renewal(now, threads, answers=recall.serial))

@@ -172,7 +172,7 @@ class Holdings:
                 self.cache.closed(each.lease, each.reason, gone=conn.sharedpool_gone)
                 self.released[each.reason] += 1
                 if each.reason is ReleaseReason.OWED:
-                    self.cache.parted(time.monotonic())
+                    self.cache.slices.parted(time.monotonic())
         self.signal()
 
     def _give(self, closing: Closing, conn: PooledConnection) -> bool:
@@ -209,7 +209,7 @@ class Holdings:
         if self.desk.say(encode(Give(link.identity, lease.token, closing.reason, live))):
             with self.lock:
                 self.cache.given(lease)
-                self.cache.parted(time.monotonic())
+                self.cache.slices.parted(time.monotonic())
                 self.released[closing.reason] += 1
                 self.given += 1
             self.shells.keep(conn, parameters, len(self.booths))

@@ -148,7 +148,8 @@ class Session:
         self._holdings.desk.open(welcome.desk)
         hands_over = welcome.handover and self._holdings.handover and self._holdings.desk.line is not None
         self._holdings.booths.path = welcome.desk if hands_over else ""
-        self._holdings.cache.slice_s, self._holdings.cache.hands_over = self._holdings.config.slice, hands_over
+        slices = self._holdings.cache.slices
+        slices.slice_s, slices.hands_over = self._holdings.config.slice, hands_over
         with self._holdings.lock:
             for lease in self._holdings.cache.leases.values():
                 lease.deposited = False

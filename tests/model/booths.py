@@ -100,7 +100,7 @@ class AtTheDesk:
             self.desk.leave()
         self.desk = self.world.connect(self) if path else None  # type: ignore[arg-type]
         self.hands_over = handover and self.handover and self.desk is not None
-        self.cache.slice_s, self.cache.hands_over = self.slice_s, self.hands_over
+        self.cache.slices.slice_s, self.cache.slices.hands_over = self.slice_s, self.hands_over
         for lease in self.cache.leases.values():
             lease.deposited = False
         self.deposit_all()
@@ -293,7 +293,7 @@ class AtTheDesk:
         else:
             self.giving.remove(giving)
             self.cache.given(lease)
-            self.cache.parted(self.world.now)
+            self.cache.slices.parted(self.world.now)
             self.flush()
 
     # --- the end

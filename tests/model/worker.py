@@ -410,7 +410,7 @@ class Worker(AtTheDesk):
             self.world.server.end(conn.proc)
         self.cache.closed(closing.lease, closing.reason, gone=conn.proc.dead)
         if closing.reason is ReleaseReason.OWED:
-            self.cache.parted(self.world.now)
+            self.cache.slices.parted(self.world.now)
         self.flush()
 
     # --- the end

@@ -6,8 +6,8 @@ import pytest
 from test_cache import Conn, Rig, reason_of
 
 from sharedpool.wire.messages import Acquire, Backend, Live, Pass, Recall, ReleaseReason, Renew, Token
-from sharedpool.worker.cache import STEADY_GAP_S
 from sharedpool.worker.lease import Closing, Lease, Ticket
+from sharedpool.worker.slices import STEADY_GAP_S
 
 SLICE_S = 0.002
 
@@ -15,13 +15,13 @@ SLICE_S = 0.002
 @pytest.fixture
 def rig() -> Rig:
     rig = Rig()
-    rig.cache.slice_s, rig.cache.hands_over = SLICE_S, True
+    rig.cache.slices.slice_s, rig.cache.slices.hands_over = SLICE_S, True
     return rig
 
 
 def pass_on(rig: Rig, *, owed: int, pressed: bool) -> tuple[Lease, Conn]:
     """Have a thread that asks again at once get a connection from another process."""
-    rig.cache.parted(rig.now)
+    rig.cache.slices.parted(rig.now)
     ticket = rig.want()
     rig.serial += 1
     rig.news += 1
@@ -107,7 +107,7 @@ def test_what_is_kept_for_a_user_who_does_not_come_is_given_when_the_broker_asks
 
 
 def test_where_it_must_be_opened_the_slice_begins_when_that_is_done(rig: Rig) -> None:
-    rig.cache.parted(rig.now)
+    rig.cache.slices.parted(rig.now)
     ticket = rig.want()
     rig.grant(ticket.request, owed=1)
     assert ticket.lease is not None
