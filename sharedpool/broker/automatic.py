@@ -1,6 +1,6 @@
 """See to it that a broker runs that nobody owns: detached, found by its address, started by whoever needs it first.
 
-A worker imports this: nothing here needs the broker's own modules.
+A worker imports this: nothing here may load the server and what it needs.
 """
 
 from __future__ import annotations
