@@ -203,7 +203,7 @@ class Pool:
             cache, pooled = self._cache, cast(Any, conn)
             try:
                 lease: Any = pooled.sharedpool_lease
-                short = (
+                laid = (
                     lease.cache is cache
                     and lease.plain
                     and (now := monotonic()) - lease.since <= CHECK_AFTER_S
@@ -212,15 +212,16 @@ class Pool:
                     and not pooled.sharedpool_touched
                     and lease.ref() is not None  # else it is being collected
                 )
-                if short:
+                if laid:
                     del pooled.sharedpool_lease  # in one step: of two threads that put it only one gets on
+                    lease.conn, lease.phase, lease.since = conn, IDLE, now
+                    cache.idle.append(lease)
+                    if not (cache.owed or cache.waiting or now >= cache.calm_until):
+                        return
             except AttributeError:
-                short = False  # not checked out, or no pool's at all: said below
-            if short:
-                lease.conn, lease.phase, lease.since = conn, IDLE, now
-                cache.idle.append(lease)
-                if cache.owed or cache.waiting or now >= cache.calm_until:
-                    self._holdings.settle(lease, now)
+                laid = False  # not checked out, or no pool's at all: said below
+            if laid:
+                self._holdings.settle(lease, now)
                 return
         if self._own_holdings().lock._is_owned() or _is_being_collected(conn):  # type: ignore[attr-defined]
             self.put_conn_later(conn)  # called by a finalizer, perhaps while this very thread was at the books
