@@ -19,12 +19,21 @@ _TCP_INQ = 36  # both the option and the ancillary message (include/uapi/linux/t
 _INT = struct.Struct("i")
 
 
+class Borrowed(socket.socket):
+    """A socket object on a descriptor that belongs to somebody else: used, but never closed.
+
+    `detach()` alone would not do: an interrupt just before it leaves the object to its finalizer, which closes.
+    """
+
+    __del__ = socket.SocketType.detach  # the finalizer; C, so that no interrupt falls into it
+
+
 def other_side_closed(fd: int) -> bool:
     """Say of a socket on which POLLRDHUP was seen whether the other side has closed it. Linux; does not block.
 
     For TCP only a FIN proves that. False where the kernel cannot tell (before Linux 5.1, once both sides are closed).
     """
-    sock = socket.socket(fileno=fd)
+    sock = Borrowed(fileno=fd)
     try:
         if sock.family not in (socket.AF_INET, socket.AF_INET6):
             return True  # within one kernel nothing is lost
@@ -32,8 +41,6 @@ def other_side_closed(fd: int) -> bool:
         return state in _FIN_RECEIVED or (state == _CLOSE and _has_fin(sock))
     except OSError:
         return False
-    finally:
-        sock.detach()
 
 
 def _has_fin(sock: socket.socket) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from sharedpool.hangup import other_side_closed
+from sharedpool.hangup import Borrowed, other_side_closed
 
 if TYPE_CHECKING:
     from sharedpool.worker.connection import PooledConnection
@@ -118,13 +118,10 @@ def _read_to_end(conn: PooledConnection, witness: int) -> bool | None:
 
 
 def _shut(witness: int) -> None:
-    sock = socket.socket(fileno=witness)
     try:
-        sock.shutdown(socket.SHUT_WR)
+        Borrowed(fileno=witness).shutdown(socket.SHUT_WR)
     except OSError:
         pass  # the other side was faster
-    finally:
-        sock.detach()
 
 
 def _close(conns: Iterable[tuple[PooledConnection, int]]) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import psycopg2
 import pytest
 
+from sharedpool.hangup import other_side_closed
 from sharedpool.worker.connection import PooledConnection, bear_witness
-from sharedpool.worker.ending import close_confirmed, cut
+from sharedpool.worker.ending import _shut, close_confirmed, cut
 from sharedpool.worker.handover import _greeting, _startup
 
 _PATIENCE_S = 30.0
@@ -84,3 +89,41 @@ def test_a_backend_that_exits_is_waited_for(backend: Backend, end: object) -> No
     end([conn], limit_s=_PATIENCE_S)  # type: ignore[operator]
     assert conn.sharedpool_gone
     assert backend.may_exit.is_set()
+
+
+class Interrupt(BaseException):
+    pass
+
+
+def interrupt_at(step: int, function: Callable[[], object]) -> bool:
+    """Run a function, raise an interrupt before its nth instruction, and return whether it came so far."""
+    left = step
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal left
+        frame.f_trace_opcodes = True
+        left -= event == "opcode"
+        if left < 0:
+            raise Interrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        function()
+    except Interrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+@pytest.mark.parametrize("use", [_shut, other_side_closed])
+def test_an_interrupt_anywhere_closes_no_descriptor_of_another_owner(use: Callable[[int], object]) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        step = 0
+        while interrupt_at(step, lambda: use(ours.fileno())):
+            os.fstat(ours.fileno())
+            step += 1
+        assert step > 10
+        os.fstat(ours.fileno())
