@@ -66,7 +66,7 @@ MUTANTS = (
     ),
     Mutant(
         "a worker's cut forges the evidence",
-        (("sharedpool/worker/ending.py", "sock.shutdown(socket.SHUT_WR)", "sock.shutdown(socket.SHUT_RDWR)"),),
+        (("sharedpool/worker/ending.py", ".shutdown(socket.SHUT_WR)", ".shutdown(socket.SHUT_RDWR)"),),
         ("tests/integration/test_evidence.py", "-k", "query"),
     ),
     Mutant(

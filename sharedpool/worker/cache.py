@@ -68,7 +68,6 @@ class Cache:
         self.generation = 0
         self._epoch: int | None = None  # of the broker that was last registered with
         self._gone: dict[Token, None] = {}  # given back, their backends seen to end; the broker may not know yet
-        self._waits_ms: dict[int, int] = {}
         # Until then nothing has to be scavenged.
         self.calm_until = float("-inf")
         self._first_retires_at = float("inf")
@@ -96,7 +95,8 @@ class Cache:
         """Take a connection back that was laid idle without the lock, when it should not just lie there."""
         if not self._pull(lease):
             return None  # another thread has it
-        return self.checkin(lease, lease.conn, now, None)
+        conn, lease.conn, lease.phase = lease.conn, None, Phase.IN_USE
+        return self.checkin(lease, conn, now, None)
 
     def _retires(self, retire_at: float) -> None:
         """Note that there is a lease to be closed by then."""
@@ -125,20 +125,20 @@ class Cache:
         """
         self._requests += 1
         ticket.request = self._requests
-        self.waiting[ticket.request] = ticket
-        self._waits_ms[ticket.request] = wait_ms(wait_s)
+        ticket.wait_ms = wait_ms(wait_s)
         ticket.at_desk = ticket.to_ask = at_desk
         ticket.asks = 1
         self.slices.asked(ticket.since)
+        self.waiting[ticket.request] = ticket
         if not at_desk:
-            self.out.append(Acquire(ticket.request, self._waits_ms[ticket.request]))
+            self.out.append(Acquire(ticket.request, ticket.wait_ms))
 
     def move_to_desk(self) -> list[Ticket]:
         """Have those who wait ask at the desk instead; return their tickets, to be woken for that.
 
         Only there a connection can be passed to them. Who does not want to wait is answered by link all the same.
         """
-        moved = [ticket for request, ticket in self.waiting.items() if self._waits_ms[request] and not ticket.at_desk]
+        moved = [ticket for ticket in self.waiting.values() if ticket.wait_ms and not ticket.at_desk]
         requests = {ticket.request for ticket in moved}
         unsent = [each for each in self.out if not (isinstance(each, Acquire) and each.request in requests)]
         self.out.clear()
@@ -161,11 +161,10 @@ class Cache:
         if (ticket.at_desk or again) and self.waiting.get(ticket.request) is ticket:
             ticket.at_desk = ticket.to_ask = False
             ticket.asks += 1
-            self.out.append(Acquire(ticket.request, self._waits_ms[ticket.request]))
+            self.out.append(Acquire(ticket.request, ticket.wait_ms))
 
     def _settle(self, ticket: Ticket) -> None:
         del self.waiting[ticket.request]
-        del self._waits_ms[ticket.request]
 
     def give_up(self, ticket: Ticket, now: float) -> Ticket | None:
         """Withdraw a ticket whose thread will not use it. A lease it was given goes to the next ticket (returned)."""
@@ -176,24 +175,25 @@ class Cache:
         lease, ticket.lease = ticket.lease, None
         if lease is None or not self._holds(lease) or lease.phase is not Phase.CONNECTING:
             return None
-        return self._pass_on(lease, now)
+        return self._pass_on(lease, lease.conn, now)
 
-    def _pass_on(self, lease: Lease, now: float) -> Ticket | None:
+    def _pass_on(self, lease: Lease, conn: object, now: float) -> Ticket | None:
         """Give a lease to the first waiting ticket, which need not ask the broker any more; else keep or release it."""
         if not self.waiting:
-            if lease.conn is not None:
-                self._lay_idle(lease, now)
+            if conn is not None:
+                self._lay_idle(lease, conn, now)
             else:
                 self.closed(lease, ReleaseReason.UNUSED, gone=True)
             return None
         _, ticket = next(iter(self.waiting.items()))
         self._settle(ticket)
         self.out.append(Cancel(ticket.request))
-        self._assign(lease, ticket, now)
+        self._assign(lease, conn, ticket, now)
         return ticket
 
-    def _assign(self, lease: Lease, ticket: Ticket, now: float) -> None:
-        lease.phase, lease.since, lease.ticket = Phase.CONNECTING, now, weakref.ref(ticket)
+    def _assign(self, lease: Lease, conn: object, ticket: Ticket, now: float) -> None:
+        whose = weakref.ref(ticket)
+        lease.conn, lease.phase, lease.since, lease.ticket = conn, Phase.CONNECTING, now, whose
         ticket.lease = lease
 
     def opened(self, lease: Lease, backend: Backend, retire_at: float, conn: object, now: float) -> None:
@@ -224,19 +224,19 @@ class Cache:
                 verdict = ReleaseReason.OWED
             elif not self.keep_idle and not (self.hand_on and self.waiting):
                 verdict = ReleaseReason.CLOSED
-        lease.conn = conn
+        # Until it has found its place it stays its user's, who drops it when an interrupt falls in between.
         if verdict is not None:
-            return self._closing(lease, verdict, now)
+            return self._closing(lease, conn, verdict, now)
         if self.waiting:
-            return self._pass_on(lease, now)
-        self._lay_idle(lease, now)
+            return self._pass_on(lease, conn, now)
+        self._lay_idle(lease, conn, now)
         return None
 
     def _holds(self, lease: Lease) -> bool:
         return self.leases.get(lease.token) is lease
 
-    def _lay_idle(self, lease: Lease, now: float) -> None:
-        lease.phase, lease.since = Phase.IDLE, now
+    def _lay_idle(self, lease: Lease, conn: object, now: float) -> None:
+        lease.conn, lease.phase, lease.since = conn, Phase.IDLE, now
         self.idle.append(lease)
         self._own_up(now)
 
@@ -245,14 +245,13 @@ class Cache:
         if self.owed and (idle := list(self.idle)) and not self.slices.keeps(idle[-1], now):
             self.out.append(self.renewal(now, {}))
 
-    def _closing(self, lease: Lease, reason: ReleaseReason, now: float) -> Closing:
-        lease.phase, lease.since = Phase.CLOSING, now
+    def _closing(self, lease: Lease, conn: object, reason: ReleaseReason, now: float) -> Closing:
+        lease.conn, lease.phase, lease.since = conn, Phase.CLOSING, now
         return Closing(lease, reason)
 
     def close(self, lease: Lease, conn: object, reason: ReleaseReason, now: float) -> Closing:
         """Take a lease out of use for good, whatever it was doing."""
-        lease.conn = conn
-        return self._closing(lease, reason, now)
+        return self._closing(lease, conn, reason, now)
 
     def closed(self, lease: Lease, reason: ReleaseReason, *, gone: bool, error: str = "") -> None:
         """Give a lease back: its connection is closed. Does nothing the second time.
@@ -316,7 +315,7 @@ class Cache:
         for lease in self.leases.values():
             lease.plain = False
         stale = [lease for lease in list(self.idle) if lease.generation < generation and self._pull(lease)]
-        return [self._closing(lease, ReleaseReason.STALE, now) for lease in stale]
+        return [self._closing(lease, lease.conn, ReleaseReason.STALE, now) for lease in stale]
 
     # --- scavenging
 
@@ -327,11 +326,11 @@ class Cache:
             if now - lease.since < self.expiration_s:
                 break
             if self._pull(lease):
-                closing.append(self._closing(lease, ReleaseReason.EXPIRED, now))
+                closing.append(self._closing(lease, lease.conn, ReleaseReason.EXPIRED, now))
         if now >= self._first_retires_at:
             for lease in list(self.idle):
                 if now >= lease.retire_at and self._pull(lease):
-                    closing.append(self._closing(lease, ReleaseReason.RETIRED, now))
+                    closing.append(self._closing(lease, lease.conn, ReleaseReason.RETIRED, now))
             ahead = [lease.retire_at for lease in self.leases.values() if lease.retire_at > now]
             self._first_retires_at = min(ahead, default=float("inf"))  # what is due by now is closed at its checkin
         try:
@@ -353,7 +352,7 @@ class Cache:
         """Take out everything idle."""
         closing = []
         while (lease := self._shift()) is not None:
-            closing.append(self._closing(lease, ReleaseReason.CLOSED, now))
+            closing.append(self._closing(lease, lease.conn, ReleaseReason.CLOSED, now))
         return closing
 
     def lost(self, now: float) -> list[Lease]:
@@ -406,10 +405,10 @@ class Cache:
         lease.generation, lease.cache, lease.idle_s = self.generation, self, self.slices.gap_s
         ticket = self.waiting.get(grant.request)
         if ticket is None:
-            return self._pass_on(lease, now)
+            return self._pass_on(lease, None, now)
         ticket.answered = True
         self._settle(ticket)
-        self._assign(lease, ticket, now)
+        self._assign(lease, None, ticket, now)
         return ticket
 
     def passed(self, message: Pass, conn: object, retire_at: float, now: float) -> Ticket | None:
@@ -429,10 +428,10 @@ class Cache:
         lease.movable = True
         ticket = self.waiting.get(message.request)
         if ticket is None:
-            return self._pass_on(lease, now)
+            return self._pass_on(lease, conn, now)
         ticket.answered = True
         self._settle(ticket)
-        self._assign(lease, ticket, now)
+        self._assign(lease, conn, ticket, now)
         return ticket
 
     def refuse(self, message: Pass) -> None:
@@ -459,11 +458,11 @@ class Cache:
         closing = self.expire(now) if recall.expired else []
         for _ in range(recall.take):
             if (lease := self._shift()) is not None:
-                closing.append(self._closing(lease, ReleaseReason.TAKEN, now))
+                closing.append(self._closing(lease, lease.conn, ReleaseReason.TAKEN, now))
         for lease in list(self.idle):
             if self.owed and self.slices.wastes(lease, now) and self._pull(lease):
                 self.owed -= 1
-                closing.append(self._closing(lease, ReleaseReason.OWED, now))
+                closing.append(self._closing(lease, lease.conn, ReleaseReason.OWED, now))
         if recall.answer:
             self.out.append(self.renewal(now, threads, answers=recall.serial))
         return closing
@@ -499,7 +498,7 @@ class Cache:
         self.out.clear()
         self.owed = self._newest = self._recalled = 0
         self.out.extend(unsent)
-        self.out.extend(Acquire(request, wait_ms) for request, wait_ms in self._waits_ms.items())
+        self.out.extend(Acquire(request, ticket.wait_ms) for request, ticket in self.waiting.items())
         for ticket in self.waiting.values():
             ticket.at_desk = ticket.to_ask = False
             ticket.asks += 1

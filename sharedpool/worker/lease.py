@@ -57,13 +57,15 @@ class Ticket:
     """
 
     __slots__ = (
-        "__weakref__", "answered", "asks", "at_desk", "denial", "error", "lease", "request", "since", "to_ask", "wake",
+        "__weakref__", "answered", "asks", "at_desk", "denial", "error", "lease", "request", "since", "to_ask",
+        "wait_ms", "wake",
     )  # fmt: skip
 
     def __init__(self, wake: Callable[[], None], now: float) -> None:
         self.wake = wake
         self.since = now
         self.request = 0
+        self.wait_ms = 0  # 0: an answer at once
         self.at_desk = False  # asked for at a line of the desk, which loses nothing
         self.to_ask = False  # there, by its thread
         self.asks = 0  # how often it was, there or by the link

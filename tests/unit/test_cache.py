@@ -82,6 +82,14 @@ def rig() -> Rig:
     return Rig()
 
 
+class Interrupt(BaseException):
+    """What a signal handler raises."""
+
+
+def interrupt(*_: object) -> None:
+    raise Interrupt
+
+
 def reason_of(outcome: Closing | Ticket | None) -> ReleaseReason:
     assert isinstance(outcome, Closing)
     return outcome.reason
@@ -412,6 +420,19 @@ def test_giving_up_before_anything_was_asked_does_nothing(rig: Rig) -> None:
     assert rig.sent() == []
 
 
+@pytest.mark.parametrize("where", ["wait_ms", "Acquire"])
+def test_giving_up_while_asking_was_interrupted_leaves_nothing_behind(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    ticket = Ticket(lambda: None, rig.now)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"sharedpool.worker.cache.{where}", interrupt)
+        with pytest.raises(Interrupt):
+            rig.cache.want(ticket, 5.0)
+    assert rig.cache.give_up(ticket, rig.now) is None
+    assert not rig.cache.waiting
+
+
 def test_giving_up_a_granted_lease_passes_it_on(rig: Rig) -> None:
     first, second = rig.want(), rig.want()
     rig.grant(first.request)
@@ -523,6 +544,23 @@ def test_lost_finds_a_lease_whose_hand_out_was_interrupted(rig: Rig) -> None:
     rig.now += HANDING_OUT_LIMIT_S + 1
     assert lost_at_the_second_look(rig) == [lease]
     assert rig.cache.forget(lease.token) is lease
+
+
+@pytest.mark.parametrize("laid", [False, True])
+def test_lost_finds_soon_what_an_interrupted_checkin_has_dropped(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, laid: bool
+) -> None:
+    """The connection is nobody's then but the interrupted thread's, which drops it."""
+    lease, conn = rig.lend()
+    if laid:  # the short way
+        rig.cache.checkin(lease, conn, rig.now, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.cache, "_holds", interrupt)
+        with pytest.raises(Interrupt):
+            rig.cache.checked_in(lease, rig.now) if laid else rig.cache.checkin(lease, conn, rig.now, None)
+    rig.kept.clear()
+    del conn
+    assert lost_at_the_second_look(rig) == [lease]
 
 
 def test_a_cached_lease_that_is_connected_again_is_not_lost(rig: Rig) -> None:
