@@ -10,7 +10,7 @@ import time
 import psycopg2
 from psycopg2.extensions import connection
 
-_COMMAND_OK = 1  # PGRES_COMMAND_OK
+_COMMAND_OK, _TUPLES_OK = 1, 2  # PGRES_COMMAND_OK, PGRES_TUPLES_OK
 
 
 class _Option(ctypes.Structure):
@@ -41,6 +41,7 @@ def library() -> ctypes.CDLL | None:
         lib.PQisBusy.argtypes, lib.PQisBusy.restype = [ctypes.c_void_p], ctypes.c_int
         lib.PQgetResult.argtypes, lib.PQgetResult.restype = [ctypes.c_void_p], ctypes.c_void_p
         lib.PQresultStatus.argtypes, lib.PQresultStatus.restype = [ctypes.c_void_p], ctypes.c_int
+        lib.PQgetvalue.argtypes, lib.PQgetvalue.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int], ctypes.c_char_p
         lib.PQclear.argtypes, lib.PQclear.restype = [ctypes.c_void_p], None
     except (AttributeError, OSError):
         return None
@@ -90,24 +91,40 @@ def execute(conn: connection, command: bytes, limit_s: float) -> bool:
 
     psycopg2's own `execute` would wait for ever. After False the connection is good for nothing any more.
     """
+    return _run(conn, command, limit_s, _COMMAND_OK) is not None
+
+
+def ask(conn: connection, query: bytes, limit_s: float) -> bytes | None:
+    """Run a query that returns one value; return it, or None when it did not come within `limit_s` seconds.
+
+    After None the connection is good for nothing any more.
+    """
+    return _run(conn, query, limit_s, _TUPLES_OK)
+
+
+def _run(conn: connection, command: bytes, limit_s: float, wanted: int) -> bytes | None:
+    """Run a command; return the first value of its last result (b"" when it has none), None without success."""
     lib = library()
     pointer = conn.pgconn_ptr
     if lib is None or not pointer or not lib.PQsendQuery(pointer, command):
-        return False
+        return None
     deadline = time.monotonic() + limit_s
     poller = select.poll()
     poller.register(conn.fileno(), select.POLLIN)
+    value = b""
     while True:
         if lib.PQisBusy(pointer):
             # The command fits into any socket's buffer: nothing is left to be flushed.
             left_s = deadline - time.monotonic()
             if left_s <= 0 or not poller.poll(left_s * 1000) or not lib.PQconsumeInput(pointer):
-                return False
+                return None
             continue
         result = lib.PQgetResult(pointer)
         if not result:
-            return True
+            return value
         status = lib.PQresultStatus(result)
+        if status == _TUPLES_OK:
+            value = lib.PQgetvalue(result, 0, 0) or b""
         lib.PQclear(result)
-        if status != _COMMAND_OK:
-            return False
+        if status != wanted:
+            return None

@@ -105,6 +105,15 @@ def adopt(shell: PooledConnection, fd: int, live: Live) -> PooledConnection:
     return shell
 
 
+def works(conn: PooledConnection) -> bool:
+    """Say whether a connection that was just adopted reaches the backend that it should: the technique's self-test.
+
+    What rests on it (cancel, the broker's evidence) goes by that backend's pid. Blocks for one round trip, at most a
+    second.
+    """
+    return libpq.ask(conn, b"SELECT pg_catalog.pg_backend_pid()", _RESET_LIMIT_S) == b"%d" % conn.get_backend_pid()
+
+
 class Shells:
     """One pool's empty connections in this process, by the parameters they were built with."""
 

@@ -35,7 +35,7 @@ from sharedpool.worker.connection import (
 )
 from sharedpool.worker.desk import Desk
 from sharedpool.worker.ending import close_confirmed, cut, dead_end, disown, see_off, take_witness
-from sharedpool.worker.handover import SUPPORTED, Shells, adopt, prepare, vacate
+from sharedpool.worker.handover import SUPPORTED, Shells, adopt, prepare, vacate, works
 from sharedpool.worker.lease import CLOSING_LIMIT_S, Closing, Lease, Ticket
 from sharedpool.worker.link import Link
 from sharedpool.worker.session import Session
@@ -73,6 +73,7 @@ class Holdings:
         self.booths = Booths()
         self.shells = Shells(config.conninfo.python_kwargs)
         self.handover = config.handover and not config.disable_pooling and SUPPORTED  # until it is found not to work
+        self._tested = False  # whether it was found to work here
         self.tag = f"sharedpool {config.name}"  # until the broker has said its own
         self._reclaiming = threading.RLock()  # held across I/O; a user's reset() may come back to it
         self._dead_end = dead_end()
@@ -230,12 +231,13 @@ class Holdings:
             conn = adopt(self.shells.take(live.parameters), fd, live)
         except BaseException as error:
             os.close(fd)
-            with self.lock:
-                self.cache.refuse(passed)
-            self.signal()
+            self._refuse(passed)
             if not isinstance(error, psycopg2.Error | OSError):
                 raise
             self._cannot(str(error))
+            return None
+        if not self._tested and not self._test(conn):
+            self._refuse(passed)
             return None
         conn.sharedpool_holdings, conn.sharedpool_movable = self, True
         conn.sharedpool_server = server_of(conn)
@@ -252,6 +254,23 @@ class Holdings:
         if ticket is None:
             self.signal()
         return ticket
+
+    def _test(self, conn: PooledConnection) -> bool:
+        """Try the first connection that was passed to this process; one that does not work is cut."""
+        try:
+            self._tested = works(conn)
+        finally:
+            if not self._tested:
+                ended = has_hung_up(conn)
+                cut([conn], limit_s=0)
+        if not self._tested and not ended:
+            self._cannot("the first connection that was passed to it does not work here")
+        return self._tested
+
+    def _refuse(self, passed: Pass) -> None:
+        with self.lock:
+            self.cache.refuse(passed)
+        self.signal()
 
     def _cannot(self, why: str) -> None:
         """Take part in the hand-over no longer."""

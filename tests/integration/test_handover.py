@@ -23,8 +23,9 @@ import sharedpool
 from sharedpool import ThreadedConnectionPool
 from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.cli.status import fetch_report
-from sharedpool.wire.messages import PoolReport
-from sharedpool.worker.handover import SUPPORTED, Stub
+from sharedpool.wire.messages import Live, PoolReport
+from sharedpool.worker.connection import PooledConnection
+from sharedpool.worker.handover import SUPPORTED, Stub, adopt
 from sharedpool.worker.pool import Pool
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="connections cannot be handed over on this platform")
@@ -316,6 +317,32 @@ def test_a_process_that_can_build_no_shell_goes_on_without(
     assert "no hand-over in this process" in caplog.text
 
 
+def test_a_process_where_an_adopted_connection_does_not_work_goes_on_without(
+    pair: MakePair,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    server_connection: extensions.connection,
+    broker: sharedpool.Broker,
+    name: str,
+) -> None:
+    """The self-test finds it: here a shell that speaks with another backend than it says."""
+    a, b = pair()
+
+    def go_wrong(shell: PooledConnection, fd: int, live: Live) -> PooledConnection:
+        os.dup2(server_connection.fileno(), fd)
+        return adopt(shell, fd, live)
+
+    monkeypatch.setattr("sharedpool.worker.holdings.adopt", go_wrong)
+    for _ in range(3):
+        conn = b.get_conn()
+        assert ask(conn, "SELECT pg_backend_pid()") == conn.info.backend_pid
+        b.put_conn(conn)
+        a.put_conn(a.get_conn())
+    assert "no hand-over in this process" in caplog.text
+    assert (b._holdings.adopted, b._holdings.connects) == (0, 4)
+    wait_until(lambda: report(broker, name).leases == 1, 10, "the connection that was passed in vain to be ended")
+
+
 def test_a_shell_is_built_for_this_process_alone() -> None:
     script = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect('\\0' + sys.argv[1]); print(s.recv(1))"
     with Stub({"server_version": "15.1", "client_encoding": "UTF8", "DateStyle": "ISO"}) as stub:
@@ -349,6 +376,8 @@ def test_a_backend_that_ends_while_parked_or_moving_is_not_handed_out(
         got = taker.get_conn()
         assert ask(got, "SELECT pg_backend_pid()") != pid
         taker.put_conn(got)
+    assert a._holdings.handover  # that is no reason to do without
+    assert b._holdings.handover
 
 
 def test_threads_of_several_processes_share_few_connections(
