@@ -73,7 +73,7 @@ def broker_options(command: F) -> F:
             show_default=True,
             envvar="SHAREDPOOL_TTL",
             show_envvar=True,
-            help="Silence after which a worker's connections are suspect; it sends a heartbeat every third of it.",
+            help="Silence after which a worker's connections are suspect; heartbeats come at least twice in it.",
         ),
     ]
     for option in reversed(options):

@@ -44,8 +44,8 @@ class Endpoint(Protocol):
     def bye(self) -> Bye:
         """Compose the last message."""
 
-    def beat(self) -> None:
-        """Housekeeping: queue a RENEW, scavenge."""
+    def beat(self) -> bool:
+        """Housekeeping: queue a RENEW, scavenge. Return whether anything is held or asked for."""
 
     def receive(self, message: ToWorker) -> None:
         """Take in a message."""
@@ -86,7 +86,7 @@ class Link:
         self.epoch = 0
         self.trouble = "no answer from it"
         self._ttl_s = 15.0
-        self._beat_s = 1.0
+        self._beat_s = self._rest_s = 1.0
         # Kept for life: the broker knows the session, and what it holds, by it.
         self.identity = b"w" + os.urandom(15)
         self._wake_in, self._wake_out = socket.socketpair()
@@ -181,6 +181,7 @@ class Link:
         poller.register(self._wake_in, zmq.POLLIN)
         started = time.monotonic()
         hello_at = beat_at = started
+        pause_s = self._beat_s
         while not self._is_over():
             now = time.monotonic()
             if not self.established and now >= hello_at:
@@ -189,12 +190,12 @@ class Link:
                 if now - started > _RESTART_AFTER_S:
                     return  # it may have left just when we came; nor may HELLOs pile up for one that is away
             if self.established and now >= beat_at:
-                if now - self.heard_at > self._silence_limit_s:
+                if now - self.heard_at > 2.5 * pause_s + 1.0:
                     logger.warning("the broker at %s is silent: registering again", self.address)
                     self.trouble = "it has fallen silent"
                     return
-                self._endpoint.beat()
-                beat_at = now + self._beat_s
+                pause_s = self._beat_s if self._endpoint.beat() else self._rest_s
+                beat_at = now + pause_s
             self._flush(dealer)
             due = beat_at if self.established else hello_at
             line = self._endpoint.line if self.established else None
@@ -220,14 +221,11 @@ class Link:
                 was = self.established
                 self._receive(dealer)
                 if self.established and not was:
-                    beat_at = time.monotonic() + self._beat_s * random.uniform(0.5, 1.0)
+                    pause_s = self._beat_s
+                    beat_at = time.monotonic() + pause_s * random.uniform(0.5, 1.0)
         self._flush(dealer)
         if self.established:
             dealer.send(encode(self._endpoint.bye()))
-
-    @property
-    def _silence_limit_s(self) -> float:
-        return 2.5 * self._beat_s + 1.0
 
     def _receive(self, dealer: zmq.Socket[bytes]) -> None:
         while True:
@@ -259,8 +257,10 @@ class Link:
         self.established = True
         self.epoch = welcome.epoch
         self._ttl_s = welcome.ttl_ms / 1000
-        # Often enough for the TTL, and for the broker to know what has expired soon after it has.
-        self._beat_s = min(self._ttl_s / 3, max(0.25, welcome.expiration_ms / 2000))
+        # Often enough for the TTL, and for the broker to know what has expired soon after it has. A session that holds
+        # nothing may be late once: that costs nobody anything.
+        often_s = max(0.25, welcome.expiration_ms / 2000)
+        self._beat_s, self._rest_s = min(self._ttl_s / 3, often_s), min(self._ttl_s / 2, often_s)
 
     def _flush(self, dealer: zmq.Socket[bytes]) -> None:
         while self.established and self._outbox:

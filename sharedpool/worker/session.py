@@ -76,8 +76,8 @@ class Session:
         with self._holdings.lock:
             return self._holdings.cache.farewell()
 
-    def beat(self) -> None:
-        """Scavenge and queue a heartbeat."""
+    def beat(self) -> bool:
+        """Scavenge and queue a heartbeat. Return whether anything is held or asked for."""
         self._holdings.reclaim(0, thorough=False)
         self._holdings.purge()
         self._holdings.booths.trim()
@@ -90,6 +90,7 @@ class Session:
                 if lease.conn is None:
                     self._holdings.cache.closed(lease, ReleaseReason.CLOSED, gone=lease.ref is None)
             self._holdings.cache.out.append(self._holdings.cache.renewal(now, thread_names()))
+            busy = bool(self._holdings.cache.leases or self._holdings.cache.waiting)
         self._deposit_all()
         for lease in lost:
             logger.warning(
@@ -98,6 +99,7 @@ class Session:
             if lease.conn is not None:
                 self._holdings.discard(lease, cast(PooledConnection, lease.conn), ReleaseReason.CLOSED)
         self._holdings.close(unfinished)
+        return busy
 
     def receive(self, message: ToWorker) -> None:
         """Act on a message from the broker."""

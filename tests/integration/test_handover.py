@@ -30,6 +30,8 @@ from sharedpool.worker.pool import Pool
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="connections cannot be handed over on this platform")
 
+# Read before the tests hide the environment from themselves.
+_MOVES = int(os.environ.get("SHAREDPOOL_MOVES", "3000"))
 _numbers = iter(range(1, 1000))
 MakePair = Callable[..., tuple[Pool, Pool]]
 
@@ -423,7 +425,7 @@ def test_what_is_read_and_written_over_thousands_of_moves_is_what_it_should_be(
     """Each process writes rows of its own and reads them back, by checksum; no row is another's, lost or doubled."""
     with server_connection.cursor() as cursor:
         cursor.execute("CREATE TABLE moves (worker int, n int, body text, PRIMARY KEY (worker, n))")
-    total = int(os.environ.get("SHAREDPOOL_MOVES", "3000"))
+    total = _MOVES
     settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 2, "slice": 0}
     try:
         with workers(5, **settings) as crew:
