@@ -9,6 +9,7 @@ Decisions only, over the records; nothing here does I/O or reads a clock. `settl
    has nothing idle. Such a question to all holders is a *round*; later arrivals share the next one. A suspect lease is
    fenced then, for the next caller.
 4. While connections cannot be opened and the pool has none, every waiter is told the server's error at once.
+5. Where an operator has lowered a limit or paused a pool, what is too much is recalled in the same ways, for nobody.
 
 While `paused` (a restarted broker that does not know yet what is held) requests only queue; while `draining` everybody
 is asked for everything and nothing is granted.
@@ -77,6 +78,8 @@ class Demand:
             return
         if self.paused:
             return
+        if books.shrinking:
+            self._shrink(now)
         if books.contended:
             self.parked.serve(now)
             self._serve(now)
@@ -103,6 +106,7 @@ class Demand:
             or self.draining
             or self.paused
             or pool.backoff.ceiling is not None
+            or self._books.shrinking
             or len(self._books.pools) > 1
             or len(pool.leases) < pool.max_conn
         )
@@ -170,7 +174,7 @@ class Demand:
     @staticmethod
     def _short(pool: Pool) -> int:
         """How many waiters there are beyond the pool's free slots and those on their way."""
-        return len(pool.waiters) - max(pool.room, 0) - pool.coming
+        return 0 if pool.held else len(pool.waiters) - max(pool.room, 0) - pool.coming
 
     def _short_of_cap(self) -> int:
         """How many waiters have room in their pool but none under the cap, and no slot on its way."""
@@ -224,7 +228,7 @@ class Demand:
 
     @staticmethod
     def _patient(pool: Pool) -> int:
-        return len(pool.waiters) - len(pool.nowaits)
+        return 0 if pool.held else len(pool.waiters) - len(pool.nowaits)
 
     def _helped(self, pool: Pool) -> list[Pool]:
         """Return the pools whose waiters a slot of this one would serve: under an exhausted cap, others' too."""
@@ -234,18 +238,19 @@ class Demand:
         return [pool, *(other for other in books.contended.values() if other is not pool and other.room > 0)]
 
     def wanted(self, pool: Pool) -> int:
-        """How many patient waiters a slot of this pool would help."""
-        return sum(map(self._patient, self._helped(pool)))
+        """How many patient waiters a slot of this pool would help; or how many slots an operator wants back."""
+        return sum(map(self._patient, self._helped(pool))) + self.excess(pool)
 
     def _first_patient(self, pool: Pool) -> Waiter | None:
         """Return the patient waiter who would get a slot of this pool."""
-        heads = (next((w for w in other.waiters.values() if not w.nowait), None) for other in self._helped(pool))
+        helped = [other for other in self._helped(pool) if not other.held]
+        heads = (next((w for w in other.waiters.values() if not w.nowait), None) for other in helped)
         return min((head for head in heads if head is not None), key=lambda waiter: waiter.seq, default=None)
 
     def pressure(self, pool: Pool, holder: Session) -> int:
         """How many of `holder`'s next checkins others wait for: none while its own waiter is the first."""
         first = self._first_patient(pool)
-        return 0 if first is not None and first.session is holder else self.wanted(pool)
+        return self.excess(pool) if first is not None and first.session is holder else self.wanted(pool)
 
     def _press(self, pool: Pool, now: float) -> None:
         if not self.wanted(pool):
@@ -269,8 +274,39 @@ class Demand:
             else:
                 continue
             for session in relaxed:
-                self._books.mark_owed(session, 0)
-                self._emit(Send(session.id, Recall(self.next_serial(), 0, 0, answer=False)))
+                owed = session.owed
+                self._books.mark_owed(session, min(owed, self.excess(pool)))
+                if session.owed != owed:
+                    self._emit(Send(session.id, Recall(self.next_serial(), 0, session.owed, answer=False)))
+
+    def excess(self, pool: Pool) -> int:
+        """How many slots an operator wants back beyond those on their way: the pool is paused, or a limit was lowered.
+
+        Not what a session is to bring back (`Session.debts`).
+        """
+        books = self._books
+        if pool.name not in books.shrinking:
+            return 0
+        too_many = max(len(pool.leases) - pool.target - pool.coming, 0)
+        if books.room < 0:
+            too_many = max(too_many, -books.room - sum(other.coming for other in books.pools.values()))
+        return too_many
+
+    def _shrink(self, now: float) -> None:
+        """Ask for what an operator wants back."""
+        books = self._books
+        for pool in list(books.shrinking.values()):
+            if (excess := self.excess(pool)) > 0:
+                excess -= self.parked.end([pool], excess, now)
+                excess -= self._take([pool], excess, now)
+                excess -= self._fence_suspects([pool], excess, now)
+                for session in [*pool.pressed.values(), *pool.unpressed.values()]:
+                    if session.owed < (owed := min(len(session.leases) - session.taking, excess)):
+                        self._books.mark_owed(session, owed)
+                        self.ask(session, now)
+            owing = any(session.debts for session in pool.sessions.values())
+            if not (pool.held or owing or len(pool.leases) > pool.target or books.room < 0):
+                del books.shrinking[pool.name]
 
     def _drain(self, now: float) -> None:
         """Ask for everything: what lies idle now, all else at its checkin."""
@@ -315,6 +351,7 @@ class Demand:
         """Stop expecting answers from a session that gives none, starts over, or is gone."""
         session.expiring = False
         session.answered = session.asked
+        session.debts.clear()
         self._books.mark_taking(session, 0)
         self._polling.pop(session.id, None)
         self._books.mark_owed(session, session.owed)
@@ -374,7 +411,8 @@ class Demand:
     def _fail(self, now: float) -> None:
         for pool in list(self._books.contended.values()):
             # A ceiling above 0 is a server that is full: a pool that had to make way for its probe is not without hope.
-            if pool.backoff.ceiling == 0 and pool.room <= 0 and not pool.has_connections:
+            # Nor is one that an operator has paused, perhaps for this very failover: he will resume it.
+            if pool.backoff.ceiling == 0 and pool.room <= 0 and not pool.has_connections and not pool.held:
                 # They are told at once, but they did want a slot: what is suspect must not fill the pool for ever.
                 self._fence_suspects([pool], len(pool.waiters), now)
                 for waiter in list(pool.waiters.values()):
@@ -410,7 +448,8 @@ class Demand:
             assert not (pool.room > 0 and books.room > 0), f"{pool.name}: a free slot and a waiter"
             if self._short(pool) > 0:
                 assert not pool.idle, f"{pool.name}: an idle lease nobody recalled"
-                assert all(not self.pressure(pool, s) for s in pool.unpressed.values()), pool.name
+                keep = [s for s in pool.unpressed.values() if len(s.leases) > s.taking]
+                assert all(not self.pressure(pool, s) for s in keep), pool.name
         if books.contended and self._short_of_cap() > 0:
             assert not any(pool.idle for pool in books.pools.values()), "an idle lease nobody recalled"
 

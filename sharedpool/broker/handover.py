@@ -76,7 +76,8 @@ class Handover:
                 self._books.mark_owed(session, session.owed - 1)
         lease.line = 0
         self._leases.identify(lease, give.live.backend)
-        if not lease.custody or lease.interrupts or give.live.generation != lease.pool.generation:
+        stays = lease.custody and not lease.interrupts and give.live.generation == lease.pool.generation
+        if not stays or self._demand.excess(lease.pool) > 0:
             self._leases.fence(lease, "given, but not fit to go on", now)
         elif (waiter := self._first(lease.pool)) is not None:
             if waiter.line:
@@ -86,13 +87,13 @@ class Handover:
             self._leases.fence(lease, "given, but it cannot be passed to who waits", now)
         else:
             self._park(lease, give.live, now)
-            return not (self._books.contended or self._demand.draining)
+            return not (self._books.contended or self._books.shrinking or self._demand.draining)
         return False
 
     def _first(self, pool: Pool) -> Waiter | None:
         """Return the waiter who is to have a slot of this pool, of another pool under an exhausted cap."""
         books = self._books
-        heads = [next(iter(pool.waiters.values()))] if pool.waiters else []
+        heads = [next(iter(pool.waiters.values()))] if pool.waiters and not pool.held else []
         if books.max_conn is not None and books.room <= 0:
             heads += [next(iter(p.waiters.values())) for p in books.contended.values() if p is not pool and p.room > 0]
         waiter = min(heads, key=lambda head: head.seq, default=None)
@@ -141,7 +142,7 @@ class Handover:
     def serve(self, now: float) -> None:
         """Give what is parked to who waits."""
         for pool in list(self._books.contended.values()):
-            while pool.parked and pool.waiters:
+            while pool.parked and pool.waiters and not pool.held:
                 lease = pool.parked[next(reversed(pool.parked))]  # the most recently used
                 waiter = next(iter(pool.waiters.values()))
                 live = lease.live
@@ -171,7 +172,8 @@ class Handover:
     def watch(self, now: float) -> None:
         """Have those looked at who keep connections while others wait: under a cap over all pools, in any pool."""
         books = self._books
-        for pool in books.contended.values() if books.max_conn is None else books.pools.values():
+        contended = books.contended if not books.shrinking else books.contended | books.shrinking
+        for pool in contended.values() if books.max_conn is None else books.pools.values():
             if pool.pressed and not pool.nudging:
                 pool.nudging = True
                 pool.nudged = {session.id: session.passes for session in islice(pool.pressed.values(), _MOST_NUDGED)}
@@ -180,7 +182,7 @@ class Handover:
     def nudge_due(self, pool: Pool, now: float) -> None:
         """Ask those who were pressed before, and have given nothing since."""
         pool.nudging = False
-        if not self._demand.wanted(pool):
+        if not self._demand.wanted(pool) and pool.name not in self._books.shrinking:
             return
         for session_id, passes in pool.nudged.items():
             session = pool.pressed.get(session_id)
@@ -218,5 +220,5 @@ class Handover:
                 assert lease.live is not None
                 assert lease.state is SlotState.OPEN, lease
                 assert token not in pool.idle
-            if pool.parked and pool.waiters and not (self._demand.paused or self._demand.draining):
+            if pool.parked and pool.waiters and not (pool.held or self._demand.paused or self._demand.draining):
                 assert not next(iter(pool.waiters.values())).line, f"{pool.name}: a parked connection and a waiter"

@@ -19,6 +19,7 @@ from sharedpool.broker.demand import Demand
 from sharedpool.broker.handover import Handover
 from sharedpool.broker.health import Health
 from sharedpool.broker.leases import Leases
+from sharedpool.broker.orders import Orders
 from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState, Waiter
 from sharedpool.broker.recovery import GRACE_OVER, Recovery
@@ -49,6 +50,7 @@ from sharedpool.wire.messages import (
     Trouble,
     Withdraw,
 )
+from sharedpool.wire.orders import Done, Order
 
 # More threads than any process has: what asks for more is no worker.
 _MOST_REQUESTS = 10_000
@@ -97,6 +99,7 @@ class Ledger:
         )  # fmt: skip
         self._handover = Handover(self._books, self._demand, self._leases, self._out.append, self._timers.arm)
         self._demand.parked = self._leases.parked = self._handover
+        self._orders = Orders(self._books, self._demand, self._leases, self._out.append, cuts=verifies)
         self._health = Health(self._books, self._out.append, self._timers.arm, self._log, verifies=verifies)
         self._recovery = Recovery(
             self._books, self._demand, self._out.append, self._log, self._sessions.pool, self._sessions.named
@@ -210,7 +213,7 @@ class Ledger:
                 self._handover.asked(waiter, line)
                 if not ask.gone and self._demand.at_rest(session.pool):
                     self._handover.watch(now)
-                    return self._orders()
+                    return self._decided()
         return self._settled(now)
 
     def withdrawn(self, withdraw: Withdraw, now: float) -> list[Command]:
@@ -226,7 +229,7 @@ class Ledger:
         if session is not None and not (session.ended or session.restored):
             self._sessions.hear(session, now)
             if self._handover.given(session, give, now):
-                return self._orders()
+                return self._decided()
         return self._settled(now)
 
     def line_ended(self, line: int, now: float) -> list[Command]:
@@ -287,6 +290,13 @@ class Ledger:
             return self.hold(self._ttl_s, now, "the journal is another broker's")
         return self._settled(now)
 
+    def order(self, order: Order, now: float) -> tuple[Done, list[Command]]:
+        """Carry an operator's order out; return what he is to be told, and what is to be done."""
+        done = self._orders.carry_out(order, now)
+        for line in done.said:
+            self._log(logging.INFO, "by order: %s", line)
+        return done, self._settled(now)
+
     def drain(self, now: float) -> list[Command]:
         """Grant nothing any more, and have everything brought back."""
         self._demand.draining = True
@@ -311,6 +321,11 @@ class Ledger:
         return "draining" if self._demand.draining else "waiting" if self._demand.paused else "serving"
 
     @property
+    def max_conn(self) -> int | None:
+        """The limit over all pools, if there is one."""
+        return self._books.max_conn
+
+    @property
     def leases(self) -> int:
         """How many slots are not free."""
         return len(self._books.leases)
@@ -322,8 +337,8 @@ class Ledger:
         self._handover.check_invariants()
         claimed = sum(token.epoch != self.epoch or not lease.session.pid for token, lease in self._books.leases.items())
         for pool in self._books.pools.values():
-            assert len(pool.leases) <= pool.max_conn + claimed
-        if self._books.max_conn is not None:
+            assert len(pool.leases) <= pool.max_conn + claimed or pool.name in self._books.shrinking
+        if self._books.max_conn is not None and not self._books.shrinking:
             assert len(self._books.leases) <= self._books.max_conn + claimed
 
     # --- messages
@@ -343,6 +358,9 @@ class Ledger:
         if crowded or self._demand.draining:
             pool.denials += 1
             self._demand.deny(waiter, DenyReason.DRAINING if self._demand.draining else DenyReason.CROWDED, now)
+        elif nowait and pool.held:
+            pool.denials += 1
+            self._demand.deny(waiter, DenyReason.PAUSED, now)
         elif not nowait:
             self._timers.arm(now + acquire.wait_ms / 1000, "waiter", waiter)
 
@@ -370,7 +388,8 @@ class Ledger:
                 self._leases.free(lease, "given back")
         revoked = self._leases.reconcile(session, renew.leases, now, seen=renew.seen)
         if not renew.answers or revoked:
-            self._out.append(Send(session.id, Ack(revoked, renew.gone, session.pool.generation)))
+            pool = session.pool
+            self._out.append(Send(session.id, Ack(revoked, renew.gone, pool.generation, pool.max_conn)))
         if renew.answers:
             return
         for lease in session.granted.values():
@@ -418,7 +437,7 @@ class Ledger:
     def _waiter_due(self, waiter: Waiter, now: float) -> None:
         if waiter.session.waiters.get(waiter.request) is waiter:
             waiter.session.pool.timeouts += 1
-            self._demand.deny(waiter, DenyReason.TIMEOUT, now)
+            self._demand.deny(waiter, DenyReason.PAUSED if waiter.session.pool.held else DenyReason.TIMEOUT, now)
 
     def _answer_due(self, session: Session, now: float) -> None:
         if self._books.sessions.get(session.id) is session:
@@ -442,13 +461,13 @@ class Ledger:
 
     def _settled(self, now: float) -> list[Command]:
         self._demand.settle(now)
-        if self._books.contended:
+        if self._books.contended or self._books.shrinking:
             self._handover.watch(now)
         if not self._looking_again and (order := self._leases.quarantine.order()) is not None:
             self._out.append(Look(*order))
-        return self._orders()
+        return self._decided()
 
-    def _orders(self) -> list[Command]:
+    def _decided(self) -> list[Command]:
         out = self._out[:]
         self._out.clear()
         return out

@@ -98,6 +98,7 @@ class Session:
     `vanished` are leases whose backends ended before the worker gave them back. `passes` counts what was granted or
     handed over to it; `nudged` is that count when it was last asked for what it keeps, `nudge_at` when it may be asked
     again. `restored`: known from a former broker, and has not said HELLO since; it is not fenced before `spared_until`.
+    `debts` are leases that an operator wants back: it owes as many checkins at least.
     """
 
     id: bytes
@@ -112,6 +113,7 @@ class Session:
     granted: dict[int, Lease] = field(default_factory=dict)  # by request, until confirmed
     waiters: dict[int, Waiter] = field(default_factory=dict)
     vanished: set[Token] = field(default_factory=set)
+    debts: set[Token] = field(default_factory=set)
     restored: bool = False
     spared_until: float = -math.inf
     owed: int = 0
@@ -141,13 +143,17 @@ class Session:
 
 @dataclass(slots=True, eq=False)
 class Pool:
-    """One limit. `idle`, `incoming`, `pressed` and `unpressed` are indexes over its leases and sessions."""
+    """One limit. `idle`, `incoming`, `pressed` and `unpressed` are indexes over its leases and sessions.
+
+    `held`: an operator has paused it, nothing is granted and everything comes back.
+    """
 
     spec: PoolSpec
     max_conn: int
     backoff: Backoff
     generation: int = 1
     doubted: int = 0  # the generation about which the server is being asked
+    held: bool = False
     unnamed: bool = False  # known by its backends alone: no session has named it yet
     leases: dict[Token, Lease] = field(default_factory=dict)
     sessions: dict[bytes, Session] = field(default_factory=dict)
@@ -182,12 +188,17 @@ class Pool:
     @property
     def room(self) -> int:
         """Slots that may be granted under this pool's own limit (negative after a claim beyond it)."""
-        limit = self.max_conn
+        limit = self.target
         if self.backoff.ceiling is not None:
             # A probe is alone: its start-up would take the place on a full server that another's connect needs.
             connecting = any(lease.state is SlotState.GRANTED for lease in self.leases.values())
             limit = self.backoff.allowance(limit, len(self.leases), connecting=connecting)
         return limit - len(self.leases)
+
+    @property
+    def target(self) -> int:
+        """How many slots may be in use."""
+        return 0 if self.held else self.max_conn
 
     @property
     def has_connections(self) -> bool:
@@ -216,6 +227,11 @@ class Books:
         self.sessions: dict[bytes, Session] = {}
         self.leases: dict[Token, Lease] = {}
         self.contended: dict[str, Pool] = {}  # pools with waiters
+        # Pools of which an operator wants connections back, whether or not anybody waits.
+        self.shrinking: dict[str, Pool] = {}
+        # What operators have said, also of pools that nobody uses at the moment ("" in `paused`: of all).
+        self.paused: set[str] = set()
+        self.limits: dict[str, int] = {}
         self.orphans: dict[Backend, Lease] = {}  # counted for no known worker
         self.restored: dict[Backend, Lease] = {}  # held when the former broker ended
 
@@ -223,6 +239,17 @@ class Books:
     def room(self) -> int:
         """Free slots under the cap over all pools; practically endless without one."""
         return (1 << 30 if self.max_conn is None else self.max_conn) - len(self.leases)
+
+    def limit(self, spec: PoolSpec) -> int:
+        """Return what a pool's own limit is to be."""
+        limit = self.limits.get(spec.name, spec.max_conn)
+        return limit if self.max_conn is None else min(self.max_conn, limit)
+
+    def shrink(self, pool: Pool) -> None:
+        """Bring a pool in line with what an operator has said of it; what is too much is to come back."""
+        pool.held = not self.paused.isdisjoint(("", pool.name))
+        if pool.held or self.room < 0 or len(pool.leases) > pool.target or any(s.debts for s in pool.sessions.values()):
+            self.shrinking[pool.name] = pool
 
     def move(self, lease: Lease, new: SlotState, reason: str) -> None:
         """Change a slot's state: the only place that does. Keeps every index right.
@@ -257,6 +284,7 @@ class Books:
             pool.backoff.ended(token)  # if it is the probe, its outcome may never be told
         elif new is SlotState.FREE:
             del self.leases[token], pool.leases[token], session.leases[token]
+            session.debts.discard(token)
             for index in (self.orphans, self.restored):
                 if lease.backend is not None and index.get(lease.backend) is lease:
                     del index[lease.backend]
@@ -305,6 +333,8 @@ class Books:
     def mark_owed(self, session: Session, owed: int) -> None:
         """Note what a session owes (nothing when it holds nothing or is silent) and file it as pressed or not."""
         pool = session.pool
+        if session.debts:
+            owed = max(owed, len(session.debts))
         session.owed = owed if session.leases and not session.silent else 0
         pool.pressed.pop(session.id, None)
         pool.unpressed.pop(session.id, None)
@@ -382,6 +412,8 @@ class Books:
             silent = {s.id for s in pool.sessions.values() if s.silent}
             assert holders - silent == set(pool.pressed) | set(pool.unpressed)
             assert (pool.name in self.contended) == bool(pool.waiters)
+            assert pool.name in self.shrinking or not pool.held
+            assert all(s.debts <= set(s.leases) for s in pool.sessions.values())
             assert set(pool.nowaits) == {seq for seq, waiter in pool.waiters.items() if waiter.nowait}
             for seq, waiter in pool.waiters.items():
                 assert waiter.seq == seq

@@ -64,10 +64,12 @@ class Sessions:
         books = self._books
         pool = books.pools.get(spec.name) or self._unnamed(spec.name)
         if pool is None or pool.unnamed:
-            limit = spec.max_conn if books.max_conn is None else min(books.max_conn, spec.max_conn)
+            limit = books.limit(spec)
             if pool is None:
                 pool = books.pools[spec.name] = Pool(spec, limit, Backoff(self._random))
             pool.spec, pool.max_conn, pool.unnamed = spec, limit, False
+            if books.paused:
+                books.shrink(pool)
         return pool
 
     def _unnamed(self, name: str) -> Pool | None:
@@ -152,6 +154,7 @@ class Sessions:
         del session.pool.sessions[session.id]
         if not session.pool.sessions:
             del self._books.pools[session.pool.name]
+            self._books.shrinking.pop(session.pool.name, None)
 
     def bye(self, session: Session, bye: Bye, now: float) -> None:
         # Who says BYE holds nothing and takes nothing any more: a grant still on its way will not be used. But the

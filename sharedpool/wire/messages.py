@@ -269,6 +269,7 @@ class DenyReason(StrEnum):
     CROWDED = "crowded"  # max_waiting others wait already
     FAILING = "failing"  # connections cannot be opened just now
     DRAINING = "draining"  # the broker is about to end
+    PAUSED = "paused"  # by an operator
 
 
 class Deny(Struct, frozen=True, tag="deny"):
@@ -302,12 +303,13 @@ class Recall(Struct, frozen=True, tag="recall"):
 class Ack(Struct, frozen=True, tag="ack"):
     """A RENEW arrived; `revoked` leases are not the session's any more: discard them.
 
-    `gone` are those of RENEW's that need not be told again, `generation` is the newest.
+    `gone` are those of RENEW's that need not be told again, `generation` is the newest, `max_conn` the limit by now.
     """
 
     revoked: list[Token] = []
     gone: list[Token] = []
     generation: int = 0
+    max_conn: int = 0
 
 
 class Gone(Struct, frozen=True, tag="gone"):

@@ -131,6 +131,7 @@ class Session:
         if isinstance(message, Welcome):
             self._welcomed(message)
         elif isinstance(message, Ack):
+            self._holdings.limit = message.max_conn or self._holdings.limit
             self._revoke(message.revoked)
         elif isinstance(message, Gone):
             self._ended(message.tokens)

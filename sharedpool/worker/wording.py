@@ -22,6 +22,9 @@ def refused(pool: str, deny: Deny, wait_s: float) -> PoolError:
         )
     if deny.reason is DenyReason.DRAINING:
         return BrokerUnavailable(f"pool {pool!r}: the broker is shutting down and lends nothing any more")
+    if deny.reason is DenyReason.PAUSED:
+        paused = f"pool {pool!r} is paused (`sharedpool pause`) and lends nothing until it is resumed"
+        return PoolTimeout(f"{paused}: waited {wait_s:g} s") if wait_s else PoolExhausted(paused)
     held = ", ".join(
         f"{holder.label} {holder.count}" + (f" (longest {holder.longest_ms / 1000:.1f} s)" if holder.longest_ms else "")
         for holder in deny.holders

@@ -34,10 +34,11 @@ from sharedpool.broker.records import SlotState
 from sharedpool.broker.recovery import GRACE_OVER
 from sharedpool.wire.codec import decode_to_broker, decode_to_worker, encode
 from sharedpool.wire.messages import Acquire, Ask, Deposit, Give, Grant, Hello, Pass, Settled, ToBroker, Token
+from sharedpool.wire.orders import Order, OrderKind
 
 from .booths import checked
 from .network import Wire
-from .scale import INSTANCE, TTL_S
+from .scale import INSTANCE, LIMITS, TTL_S
 from .server import Proc
 
 if TYPE_CHECKING:
@@ -120,6 +121,20 @@ class Broker:
             self.execute(self.ledger.hold(TTL_S, self.world.now))
         else:
             self.world.journal.vouch()
+
+    # --- orders
+
+    def order(self, order: Order) -> None:
+        _, commands = self.ledger.order(order, self.world.now)
+        self.execute(commands)
+
+    def restore_limits(self) -> None:
+        orders = [Order(0, OrderKind.LIMIT, name, limit) for name, limit in LIMITS.items()]
+        if self.world.cap is not None:
+            orders.insert(0, Order(0, OrderKind.LIMIT, "", self.world.cap))
+        for order in orders:
+            if self.world.broker is self:  # its fuse may have killed it
+                self.order(order)
 
     # --- output
 
@@ -211,12 +226,14 @@ class Broker:
         self.words.append(lambda ledger, now: ledger.line_ended(number, now))
 
     def _check_grant(self, session: bytes, grant: Grant | Pass) -> None:
+        books = self.ledger._books.sessions
+        assert grant.token in self.granted or not books[session].pool.held, f"{grant.token}: its pool is paused"
         receiver = self.granted.setdefault(grant.token, (session, grant.request))
         assert receiver == (session, grant.request), f"{grant.token} was granted twice"
         for arrivals in self.arrivals.values():
             if (session, grant.request) in arrivals:
                 ahead = arrivals[: arrivals.index((session, grant.request))]
-                overtaken = [each for each in ahead if self.queued(*each)]
+                overtaken = [each for each in ahead if self.queued(*each) and not books[each[0]].pool.held]
                 assert not (self.world.in_order and overtaken), f"{overtaken} came before {session!r}"
                 arrivals.remove((session, grant.request))
 

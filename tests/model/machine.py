@@ -14,10 +14,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from sharedpool.broker.handover import NUDGE_S
 from sharedpool.wire.messages import ReleaseReason
+from sharedpool.wire.orders import Order, OrderKind
 
 from .booths import Booth, Giving
 from .network import Line
-from .promises import check, check_all_slots_can_be_had, check_nobody_waits_in_vain, heal, quiesce
+from .promises import (
+    check,
+    check_all_slots_can_be_had,
+    check_nobody_waits_in_vain,
+    check_nothing_is_kept_back,
+    heal,
+    quiesce,
+)
 from .scale import LIMITS, TTL_S
 from .server import Stage
 from .worker import Worker
@@ -438,6 +446,30 @@ class GoodNetwork(RuleBasedStateMachine):
             case 5:
                 world.stall_broker((0.5, 2.0, TTL_S + 1)[pick // 8 % 3])
 
+    @rule(pick=picks)
+    def operate(self, pick: int) -> None:
+        """An operator's order. Limits are only lowered, and raised again to what they were."""
+        broker = self.world.broker
+        if broker is None:
+            return
+        pool, rest = (*LIMITS, "")[pick // 8 % 3], pick // 24
+        match pick % 8:
+            case 0 if rest % 3 == 0:
+                broker.order(Order(0, OrderKind.PAUSE, pool))
+            case 1 | 2 | 3:
+                broker.order(Order(0, OrderKind.RESUME, pool if pick % 8 == 1 else ""))
+            case 4:
+                most = LIMITS[pool] if pool else self.world.cap or 1
+                broker.order(Order(0, OrderKind.LIMIT, pool, 1 + rest % most))
+            case 5:
+                broker.restore_limits()
+            case 6:
+                worker, _ = self.one(pick)
+                broker.order(Order(0, OrderKind.DRAIN, number=worker.process.pid))
+            case 7:
+                for token in list(broker.ledger._books.leases)[rest % 4 : rest % 4 + 1]:
+                    broker.order(Order(0, OrderKind.KILL, token=token))
+
     @precondition(lambda self: len(self.world.awake) > 2)
     @rule(pick=picks)
     def bereave(self, pick: int) -> None:
@@ -480,6 +512,7 @@ class GoodNetwork(RuleBasedStateMachine):
         serving = world.broker is not None and world.broker.ledger.state == "serving"
         if serving and world.server.up and len(world.awake) == len(world.workers):
             check_nobody_waits_in_vain(world)
+            check_nothing_is_kept_back(world)
 
     def teardown(self) -> None:
         if hasattr(self, "world"):

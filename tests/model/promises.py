@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.broker.records import SlotState
+from sharedpool.wire.orders import Order, OrderKind
 
 from .broker import Broker
 from .scale import BEAT_S, LIMITS, TTL_S
@@ -205,6 +206,21 @@ def check_nobody_waits_in_vain(world: World) -> None:
                     assert not idle, "a waiter and an idle connection"
 
 
+def check_nothing_is_kept_back(world: World) -> None:
+    """In such a moment: what an operator wants back lies idle nowhere."""
+    broker = world.broker
+    assert broker is not None
+    books = broker.ledger._books
+    for pool in books.shrinking.values():
+        if broker.ledger._demand.excess(pool) > 0:
+            assert not pool.parked, f"{pool.name}: an operator wants back what is parked"
+            for worker in world.workers.values():
+                known = books.sessions.get(worker.id)
+                if worker.pool == pool.name and known is not None and not known.silent:
+                    idle = [lease for lease in worker.cache.idle if lease.token in books.leases]
+                    assert not idle, f"{worker}: an operator wants back what lies idle"
+
+
 def heal(world: World) -> None:
     """Faults stop: the frozen thaw, the dead are restarted, all that was late arrives, time passes."""
     while world.network.limbo:
@@ -215,6 +231,9 @@ def heal(world: World) -> None:
     if world.broker is not None:
         world.broker.fuse = None
     world.start_broker()
+    assert world.broker is not None
+    world.broker.order(Order(0, OrderKind.RESUME))
+    world.broker.restore_limits()
     for worker in world.workers.values():
         worker.frozen = False
     for proc in world.server.procs:

@@ -2,7 +2,7 @@
 
 TTL_S = 15.0
 BEAT_S = 5.0
-SILENCE_S = 2.5 * BEAT_S + 1.0  # as `Link._silence_limit_s`
+SILENCE_S = 2.5 * BEAT_S + 1.0  # as `Link._serve`
 HELLO_RETRY_S = 1.0
 EXPIRATION_S = 40.0
 LIMITS = {"a": 3, "bé": 2}  # the second is shown otherwise in a tag
