@@ -161,7 +161,7 @@ MUTANTS = (
     ),
     Mutant(
         "a connection is passed on with a cancel under way",
-        (("sharedpool/broker/handover.py", "if not lease.custody or lease.interrupts or", "if not lease.custody or"),),
+        (("sharedpool/broker/handover.py", "lease.custody and not lease.interrupts and", "lease.custody and"),),
         ("tests/model",),
     ),
     Mutant(

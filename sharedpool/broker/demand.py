@@ -107,6 +107,7 @@ class Demand:
             or self.paused
             or pool.backoff.ceiling is not None
             or self._books.shrinking
+            or self._books.groups
             or len(self._books.pools) > 1
             or len(pool.leases) < pool.max_conn
         )
@@ -114,11 +115,12 @@ class Demand:
     # --- 1. grant
 
     def _serve(self, now: float) -> None:
-        while self._books.room > 0:
-            ready = [next(iter(p.waiters.values())) for p in self._books.contended.values() if p.room > 0]
-            if not ready:
+        books = self._books
+        while books.room > 0:
+            pools = [pool for pool in books.contended.values() if pool.room > 0 and books.available(pool) > 0]
+            if not pools:
                 return
-            self._grant(min(ready, key=lambda waiter: waiter.seq), now)
+            self._grant(min((next(iter(pool.waiters.values())) for pool in pools), key=books.rank), now)
 
     def _grant(self, waiter: Waiter, now: float) -> None:
         session, pool = waiter.session, waiter.session.pool
@@ -159,17 +161,49 @@ class Demand:
                     short -= self._fence_suspects([pool], min(short, self._patient(pool)), now)
                 if short > 0 and pool.unpressed:
                     self._press(pool, now)
-        if books.max_conn is None:
-            return
-        short = self._short_of_cap()
-        if short > 0:  # the cap over all pools is what keeps them waiting: any pool's slot will do
+        if books.groups:
+            self._recall_for_groups(now)
+        elif books.max_conn is not None and (short := self._short_of_cap()) > 0:
+            # The cap over all pools is what keeps them waiting: any pool's slot will do.
             pools = sorted(books.pools.values(), key=lambda pool: len(pool.waiters))
-            short -= self.parked.end(pools, short, now)
-            short -= self._take(pools, short, now)
-            short -= self._fence_suspects(pools, min(short, sum(map(self._patient, pools))), now)
+            short -= self._bring(pools, short, sum(map(self._patient, pools)), now)
             if short > 0:
                 for pool in pools:
                     self._press(pool, now)
+
+    def _bring(self, pools: list[Pool], short: int, patient: int, now: float) -> int:
+        """Have up to `short` slots of these pools come back that nobody uses; return how many.
+
+        What is suspect is ended only for those who wait, `patient` in number.
+        """
+        most = short
+        short -= self.parked.end(pools, short, now)
+        short -= self._take(pools, short, now)
+        return most - short + self._fence_suspects(pools, min(short, patient), now)
+
+    def _recall_for_groups(self, now: float) -> None:
+        """The same for each pool that is kept waiting by others: by the cap, or by its group's limit.
+
+        What lies idle is taken of whom it is least important, but not what is reserved for him; who is more important
+        than who waits is not pressed for what he uses.
+        """
+        books = self._books
+        by_rank = sorted(books.contended.values(), key=lambda pool: books.rank(next(iter(pool.waiters.values()))))
+        coming = sum(pool.coming for pool in books.pools.values())  # whoever it will be for
+        for waiting in by_rank:
+            givers = [pool for pool in books.pools.values() if books.serves(pool, waiting)]
+            short = min(len(waiting.waiters), waiting.own_room) - coming
+            for pool in sorted(givers, key=lambda pool: (pool.priority, len(pool.waiters))):
+                spare = short if pool.group is None or pool.group is waiting.group else pool.group.spare
+                if short > 0 and spare > 0:
+                    short -= self._bring([pool], min(short, spare), self._patient(waiting), now)
+            if short > 0:
+                for pool in givers:
+                    if pool.priority <= waiting.priority:
+                        self._press(pool, now)
+                    else:
+                        self._inquire(pool, next(reversed(waiting.waiters)), now)
+            coming = max(0, coming - len(waiting.waiters))
 
     @staticmethod
     def _short(pool: Pool) -> int:
@@ -233,6 +267,9 @@ class Demand:
     def _helped(self, pool: Pool) -> list[Pool]:
         """Return the pools whose waiters a slot of this one would serve: under an exhausted cap, others' too."""
         books = self._books
+        if books.groups:
+            others = [other for other in books.contended.values() if other.priority >= pool.priority]
+            return [pool, *(other for other in others if books.serves(pool, other))]
         if books.max_conn is None or books.room > 0:
             return [pool]
         return [pool, *(other for other in books.contended.values() if other is not pool and other.room > 0)]
@@ -245,12 +282,19 @@ class Demand:
         """Return the patient waiter who would get a slot of this pool."""
         helped = [other for other in self._helped(pool) if not other.held]
         heads = (next((w for w in other.waiters.values() if not w.nowait), None) for other in helped)
-        return min((head for head in heads if head is not None), key=lambda waiter: waiter.seq, default=None)
+        return min((head for head in heads if head is not None), key=self._books.rank, default=None)
 
     def pressure(self, pool: Pool, holder: Session) -> int:
         """How many of `holder`'s next checkins others wait for: none while its own waiter is the first."""
         first = self._first_patient(pool)
         return self.excess(pool) if first is not None and first.session is holder else self.wanted(pool)
+
+    def _inquire(self, pool: Pool, newest: int, now: float) -> None:
+        """Ask holders, once for each waiter that comes, what lies idle; later they tell of it with their heartbeats."""
+        for session in [*pool.pressed.values(), *pool.unpressed.values()]:
+            if session.inquired < newest:
+                session.inquired = newest
+                self.ask(session, now)
 
     def _press(self, pool: Pool, now: float) -> None:
         if not self.wanted(pool):
@@ -288,6 +332,8 @@ class Demand:
         if pool.name not in books.shrinking:
             return 0
         too_many = max(len(pool.leases) - pool.target - pool.coming, 0)
+        if pool.group is not None and pool.group.room < 0:
+            too_many = max(too_many, -pool.group.room - sum(other.coming for other in pool.group.pools))
         if books.room < 0:
             too_many = max(too_many, -books.room - sum(other.coming for other in books.pools.values()))
         return too_many
@@ -304,9 +350,8 @@ class Demand:
                     if session.owed < (owed := min(len(session.leases) - session.taking, excess)):
                         self._books.mark_owed(session, owed)
                         self.ask(session, now)
-            owing = any(session.debts for session in pool.sessions.values())
-            if not (pool.held or owing or len(pool.leases) > pool.target or books.room < 0):
-                del books.shrinking[pool.name]
+            del books.shrinking[pool.name]
+            books.shrink(pool)  # until it is done
 
     def _drain(self, now: float) -> None:
         """Ask for everything: what lies idle now, all else at its checkin."""
@@ -368,7 +413,7 @@ class Demand:
         if self._polling:
             return
         fresh: list[Waiter] = []
-        short_of_cap = self._short_of_cap() > 0
+        short_of_cap = self._short_of_cap() > 0 or bool(self._books.groups)
         for pool in self._books.contended.values():
             if short_of_cap or self._short(pool) > 0:  # else enough is on its way: nobody need be asked
                 fresh += takewhile(lambda waiter: waiter.round is None, reversed(pool.nowaits.values()))
@@ -379,7 +424,7 @@ class Demand:
             waiter.round = self._round
         # A session knows its own cache: when only it asks, it need not be asked.
         askers = {waiter.session.id for waiter in fresh}
-        capped = self._books.max_conn is not None and self._books.room <= 0
+        capped = self._books.max_conn is not None and (self._books.room <= 0 or bool(self._books.groups))
         pools = list(self._books.pools.values()) if capped else [waiter.session.pool for waiter in fresh]
         for pool in dict.fromkeys(pools):
             for session in [*pool.pressed.values(), *pool.unpressed.values()]:
@@ -396,13 +441,14 @@ class Demand:
         for pool in list(self._books.contended.values()):
             if not pool.nowaits:
                 continue
-            coming = max(pool.room, 0) + pool.coming
-            everywhere = self._books.room + sum(p.coming for p in self._books.pools.values())
+            kin = [pool] if pool.group is None else pool.group.pools
+            coming = max(pool.room, 0) + sum(each.coming for each in kin)
+            everywhere = self._books.available(pool) + sum(p.coming for p in self._books.pools.values())
             unserved = islice(pool.waiters.values(), max(0, min(coming, everywhere)), None)
             refused = [waiter for waiter in unserved if waiter.nowait and waiter.round is not None]
             # They do not wait for the end of what is suspect, but the next caller is to find its slot free: with
             # nobody but such callers it would fill the pool for ever.
-            capped = pool.room > 0  # any pool's slot would do
+            capped = pool.own_room > 0  # any pool's slot would do
             self._fence_suspects(list(self._books.pools.values()) if capped else [pool], len(refused), now)
             for waiter in refused:
                 pool.denials += 1
@@ -412,7 +458,7 @@ class Demand:
         for pool in list(self._books.contended.values()):
             # A ceiling above 0 is a server that is full: a pool that had to make way for its probe is not without hope.
             # Nor is one that an operator has paused, perhaps for this very failover: he will resume it.
-            if pool.backoff.ceiling == 0 and pool.room <= 0 and not pool.has_connections and not pool.held:
+            if pool.backoff.ceiling == 0 and pool.own_room <= 0 and not pool.has_connections and not pool.held:
                 # They are told at once, but they did want a slot: what is suspect must not fill the pool for ever.
                 self._fence_suspects([pool], len(pool.waiters), now)
                 for waiter in list(pool.waiters.values()):
@@ -423,7 +469,7 @@ class Demand:
         """Refuse a request, saying what its limit is and who holds most of it, or what the server said."""
         books, pool = self._books, waiter.session.pool
         books.dequeue(waiter)
-        capped = pool.room > 0 and books.max_conn is not None  # its own limit would allow one more
+        capped = pool.own_room > 0 and books.max_conn is not None  # its own limit would allow one more
         leases = books.leases if capped else pool.leases
         sessions = {lease.session.id: lease.session for lease in leases.values()}
         most = heapq.nlargest(HOLDERS_NAMED, sessions.values(), key=lambda session: len(session.leases))
@@ -432,8 +478,14 @@ class Demand:
             for s in most
         ]
         limit = books.max_conn if capped and books.max_conn is not None else pool.max_conn
+        group, reserved = "", 0
+        if pool.group is not None:
+            reserved = books.groups.reserved - pool.group.terms.reserved if capped else 0
+            if pool.group.room <= 0 and pool.group.terms.max_conn is not None:
+                group, limit = pool.group.name, pool.group.terms.max_conn
         error, retry_ms = pool.backoff.error, max(0, int((pool.backoff.probe_at - now) * 1000))
-        self._emit(Send(waiter.session.id, Deny(waiter.request, reason, limit, holders, capped, error, retry_ms)))
+        denial = Deny(waiter.request, reason, limit, holders, capped, error, retry_ms, group, reserved)
+        self._emit(Send(waiter.session.id, denial))
 
     def check_invariants(self) -> None:
         """Raise `AssertionError` when waiters are left without anything being done for them."""
@@ -445,12 +497,12 @@ class Demand:
         if self.paused or self.draining:
             return
         for pool in books.contended.values():
-            assert not (pool.room > 0 and books.room > 0), f"{pool.name}: a free slot and a waiter"
+            assert not (pool.room > 0 and books.available(pool) > 0), f"{pool.name}: a free slot and a waiter"
             if self._short(pool) > 0:
                 assert not pool.idle, f"{pool.name}: an idle lease nobody recalled"
                 keep = [s for s in pool.unpressed.values() if len(s.leases) > s.taking]
                 assert all(not self.pressure(pool, s) for s in keep), pool.name
-        if books.contended and self._short_of_cap() > 0:
+        if books.contended and not books.groups and self._short_of_cap() > 0:
             assert not any(pool.idle for pool in books.pools.values()), "an idle lease nobody recalled"
 
 

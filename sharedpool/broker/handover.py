@@ -94,9 +94,11 @@ class Handover:
         """Return the waiter who is to have a slot of this pool, of another pool under an exhausted cap."""
         books = self._books
         heads = [next(iter(pool.waiters.values()))] if pool.waiters and not pool.held else []
-        if books.max_conn is not None and books.room <= 0:
+        if books.groups:
+            heads += [next(iter(p.waiters.values())) for p in books.contended.values() if books.serves(pool, p)]
+        elif books.max_conn is not None and books.room <= 0:
             heads += [next(iter(p.waiters.values())) for p in books.contended.values() if p is not pool and p.room > 0]
-        waiter = min(heads, key=lambda head: head.seq, default=None)
+        waiter = min(heads, key=books.rank, default=None)
         if waiter is not None and waiter.session.pool is not pool:
             waiter = Waiter(waiter.session, waiter.request, waiter.seq, waiter.since, waiter.nowait)  # without a line
         return waiter

@@ -16,6 +16,7 @@ from typing import Any
 
 from sharedpool.broker.commands import Command, Entry, Log, Look, Process, Send, Survey
 from sharedpool.broker.demand import Demand
+from sharedpool.broker.groups import GroupTerms
 from sharedpool.broker.handover import Handover
 from sharedpool.broker.health import Health
 from sharedpool.broker.leases import Leases
@@ -80,12 +81,14 @@ class Ledger:
         instance: str = "",
         desk: str = "",
         handover: bool = False,
+        groups: dict[str, GroupTerms] | None = None,
     ) -> None:
         self.epoch = epoch
         self._verifies = verifies
         self._ttl_s = ttl_s
         self._out: list[Command] = []
         self._books = Books(max_conn, self._out.append)
+        self._books.configure(groups or {})
         self._timers = Timers(self._over)
         self._waiter_serial = 0
         self._demand = Demand(self._books, epoch, self._out.append, self._timers.arm)
@@ -340,6 +343,7 @@ class Ledger:
             assert len(pool.leases) <= pool.max_conn + claimed or pool.name in self._books.shrinking
         if self._books.max_conn is not None and not self._books.shrinking:
             assert len(self._books.leases) <= self._books.max_conn + claimed
+            self._books.groups.check_invariants(self._books.room + claimed)
 
     # --- messages
 

@@ -87,6 +87,8 @@ class Orders:
         if not name:
             if books.max_conn is None:
                 raise OrderError("this broker has no limit over all pools, only the pools' own: name one with --pool")
+            if max_conn < books.groups.reserved:
+                raise OrderError(f"{books.groups.reserved} connections are reserved for groups: no less can be allowed")
             before, books.max_conn = books.max_conn, max_conn
             said = [f"limit over all pools: {before} before, {max_conn} now, {len(books.leases)} in use"]
         else:

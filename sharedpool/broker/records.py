@@ -16,6 +16,7 @@ from enum import Enum
 
 from sharedpool.broker.backoff import Backoff
 from sharedpool.broker.commands import Command, Entry, Erase, Process, Record
+from sharedpool.broker.groups import Group, Groups, GroupTerms
 from sharedpool.wire.messages import Backend, Live, Phase, PoolSpec, Token
 
 
@@ -98,7 +99,8 @@ class Session:
     `vanished` are leases whose backends ended before the worker gave them back. `passes` counts what was granted or
     handed over to it; `nudged` is that count when it was last asked for what it keeps, `nudge_at` when it may be asked
     again. `restored`: known from a former broker, and has not said HELLO since; it is not fenced before `spared_until`.
-    `debts` are leases that an operator wants back: it owes as many checkins at least.
+    `debts` are leases that an operator wants back: it owes as many checkins at least. `inquired`: the newest waiter, of
+    a less important group, for whom it was asked what lies idle.
     """
 
     id: bytes
@@ -121,6 +123,7 @@ class Session:
     asked: int = 0
     answered: int = 0
     awaited: int = 0
+    inquired: int = 0
     expiring: bool = False
     passes: int = 0
     nudged: int = -1
@@ -151,6 +154,7 @@ class Pool:
     spec: PoolSpec
     max_conn: int
     backoff: Backoff
+    group: Group | None = None
     generation: int = 1
     doubted: int = 0  # the generation about which the server is being asked
     held: bool = False
@@ -187,13 +191,23 @@ class Pool:
 
     @property
     def room(self) -> int:
-        """Slots that may be granted under this pool's own limit (negative after a claim beyond it)."""
+        """Slots that may be granted under this pool's limit and its group's (negative after a claim beyond it)."""
+        return self.own_room if self.group is None else min(self.own_room, self.group.room)
+
+    @property
+    def own_room(self) -> int:
+        """The same under this pool's own limit."""
         limit = self.target
         if self.backoff.ceiling is not None:
             # A probe is alone: its start-up would take the place on a full server that another's connect needs.
             connecting = any(lease.state is SlotState.GRANTED for lease in self.leases.values())
             limit = self.backoff.allowance(limit, len(self.leases), connecting=connecting)
         return limit - len(self.leases)
+
+    @property
+    def priority(self) -> int:
+        """Whose waiters come first, where slots are short over all pools."""
+        return 0 if self.group is None else self.group.terms.priority
 
     @property
     def target(self) -> int:
@@ -232,6 +246,7 @@ class Books:
         # What operators have said, also of pools that nobody uses at the moment ("" in `paused`: of all).
         self.paused: set[str] = set()
         self.limits: dict[str, int] = {}
+        self.groups = Groups()
         self.orphans: dict[Backend, Lease] = {}  # counted for no known worker
         self.restored: dict[Backend, Lease] = {}  # held when the former broker ended
 
@@ -239,6 +254,52 @@ class Books:
     def room(self) -> int:
         """Free slots under the cap over all pools; practically endless without one."""
         return (1 << 30 if self.max_conn is None else self.max_conn) - len(self.leases)
+
+    def available(self, pool: Pool) -> int:
+        """Free slots under the cap over all pools that this one may have: what others have reserved is not."""
+        if pool.group is None or self.max_conn is None:
+            return self.room
+        return min(self.room, self.groups.available(pool.group, self.max_conn))
+
+    def serves(self, pool: Pool, other: Pool) -> bool:
+        """Say whether a slot that this pool gives up is the other's to have, when that is kept waiting by others.
+
+        What others are is the cap over all pools, or a group's limit. A slot of a reservation is kept for its group.
+        """
+        if pool is other or other.held or other.own_room <= 0:
+            return False
+        if pool.group is not None and pool.group is other.group:
+            return other.group.room <= 0 or self.available(other) <= 0
+        if self.max_conn is None or other.room <= 0 or self.available(other) > 0:
+            return False
+        return pool.group is None or pool.group.beyond > 0
+
+    @staticmethod
+    def rank(waiter: Waiter) -> tuple[int, int]:
+        """Return a waiter's place among all: by its group's priority, then first come first served."""
+        return (-waiter.session.pool.priority, waiter.seq)
+
+    def configure(self, terms: dict[str, GroupTerms]) -> None:
+        """Have groups, or others, or none. What a group has too much comes back."""
+        self.groups.configure(terms)
+        for pool in self.pools.values():
+            self.assign(pool)
+            self.shrink(pool)
+
+    def assign(self, pool: Pool) -> None:
+        """Put a pool into its group."""
+        if pool.group is not None:
+            pool.group.pools.remove(pool)
+        pool.group = self.groups.of(pool.spec.group)
+        if pool.group is not None:
+            pool.group.pools.append(pool)
+
+    def discard(self, pool: Pool) -> None:
+        """Forget a pool that nobody uses."""
+        del self.pools[pool.name]
+        self.shrinking.pop(pool.name, None)
+        if pool.group is not None:
+            pool.group.pools.remove(pool)
 
     def limit(self, spec: PoolSpec) -> int:
         """Return what a pool's own limit is to be."""
@@ -248,7 +309,8 @@ class Books:
     def shrink(self, pool: Pool) -> None:
         """Bring a pool in line with what an operator has said of it; what is too much is to come back."""
         pool.held = not self.paused.isdisjoint(("", pool.name))
-        if pool.held or self.room < 0 or len(pool.leases) > pool.target or any(s.debts for s in pool.sessions.values()):
+        crowded = self.room < 0 or len(pool.leases) > pool.target or (pool.group is not None and pool.group.room < 0)
+        if pool.held or crowded or any(s.debts for s in pool.sessions.values()):
             self.shrinking[pool.name] = pool
 
     def move(self, lease: Lease, new: SlotState, reason: str) -> None:

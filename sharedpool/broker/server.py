@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import random
 import selectors
@@ -113,7 +114,8 @@ class Server:
             desk="" if self._desk is None else str(self._desk.path),
             # Without a control connection nobody could cancel a query of a connection that has moved.
             handover=self._desk is not None and settings.dsn is not None,
-            **({} if settings.expiration_s is None else {"expiration_s": settings.expiration_s}),
+            groups=settings.groups,
+            expiration_s=math.inf if settings.expiration_s is None else settings.expiration_s,
         )
         scope = settings.scope or scope_of(settings.address)
         self._leadership = Leadership(scope, self._lock.instance, self._tell) if scope and settings.dsn else None
@@ -443,7 +445,7 @@ class Server:
             os.getpid(),
             self.settings.address,
             int((now - self._started) * 1000),
-            self.settings.max_conn or 0,
+            self._ledger.max_conn or 0,
             self._ledger.leases,
             self._control.state,
             pools,

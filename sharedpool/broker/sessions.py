@@ -68,6 +68,7 @@ class Sessions:
             if pool is None:
                 pool = books.pools[spec.name] = Pool(spec, limit, Backoff(self._random))
             pool.spec, pool.max_conn, pool.unnamed = spec, limit, False
+            books.assign(pool)
             if books.paused:
                 books.shrink(pool)
         return pool
@@ -153,8 +154,7 @@ class Sessions:
         self._emit(Forget(session.id))
         del session.pool.sessions[session.id]
         if not session.pool.sessions:
-            del self._books.pools[session.pool.name]
-            self._books.shrinking.pop(session.pool.name, None)
+            self._books.discard(session.pool)
 
     def bye(self, session: Session, bye: Bye, now: float) -> None:
         # Who says BYE holds nothing and takes nothing any more: a grant still on its way will not be used. But the

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from sharedpool.broker.groups import GroupTerms
+
 
 @dataclass(frozen=True, slots=True)
 class BrokerSettings:
@@ -22,3 +24,4 @@ class BrokerSettings:
     drain_timeout_s: float = 10.0
     one_off: bool = False  # nobody will ever listen there again: leave no lock file behind
     scope: str = ""
+    groups: dict[str, GroupTerms] = field(default_factory=dict)

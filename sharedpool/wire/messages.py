@@ -83,7 +83,10 @@ class Backend(Struct, frozen=True):
 
 
 class PoolSpec(Struct, frozen=True):
-    """What a session asks of its pool; the first session that names a pool sets its limit."""
+    """What a session asks of its pool; the first session that names a pool sets its limit.
+
+    A pool's processes of another `group` are another pool, by another name: they share a server, and the broker's cap.
+    """
 
     name: str
     max_conn: int
@@ -91,6 +94,7 @@ class PoolSpec(Struct, frozen=True):
     max_checkout_ms: int = 0
     server: str = ""
     max_waiting: int = 0
+    group: str = ""
 
 
 class Phase(StrEnum):
@@ -275,7 +279,8 @@ class DenyReason(StrEnum):
 class Deny(Struct, frozen=True, tag="deny"):
     """No lease; `holders` hold most of the limit that is reached: the pool's, or (`capped`) that over all pools.
 
-    `error` is the server's, when connections cannot be opened; the next try is in `retry_ms`.
+    `error` is the server's, when connections cannot be opened; the next try is in `retry_ms`. `group`: the limit is its
+    own. `reserved`: so many of the limit over all pools are for other groups.
     """
 
     request: int
@@ -285,6 +290,8 @@ class Deny(Struct, frozen=True, tag="deny"):
     capped: bool = False
     error: str = ""
     retry_ms: int = 0
+    group: str = ""
+    reserved: int = 0
 
 
 class Recall(Struct, frozen=True, tag="recall"):

@@ -31,6 +31,10 @@ def refused(pool: str, deny: Deny, wait_s: float) -> PoolError:
     )
     who = f"; held most by {held}" if held else ""
     scope = "all pools of the broker" if deny.capped else "all processes"
+    if deny.group:
+        scope = f"all processes of group {deny.group!r}"
+    elif deny.reserved:
+        scope += f", {deny.reserved} of it reserved for other groups,"
     if deny.reason is DenyReason.TIMEOUT:
         return PoolTimeout(
             f"pool {pool!r}: no connection became free within {wait_s:g} s: the limit of {deny.max_conn} over"

@@ -108,6 +108,7 @@ class Broker:
             instance=INSTANCE,
             desk="desk" if world.has_desk else "",
             handover=world.handover,
+            groups=world.groups,
         )
         self._intact = journal.intact
         self._entries = entries

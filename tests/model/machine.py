@@ -59,7 +59,8 @@ class GoodNetwork(RuleBasedStateMachine):
         cap = (None, None, 3, 4)[pick % 4]
         # Small numbers are drawn most often: they stand for what is usual.
         has_desk, handover = pick // 4 % 8 != 7, pick // 32 % 4 != 3
-        self.world = World(cap, has_desk=has_desk, handover=handover, in_order=not self.bad_network)
+        grouping = (None, None, None, 0, 1, 2)[pick // 4 % 6] if cap is not None else None
+        self.world = World(cap, has_desk=has_desk, handover=handover, in_order=not self.bad_network, grouping=grouping)
         for pool in LIMITS:
             self.world.start(pool)
             self.world.start(pool, remote=pick // 128 % 4 == 3, handover=pick // 512 == 0)

@@ -27,6 +27,9 @@ def check(world: World) -> None:
         assert counts[name] <= limit, f"{counts[name]} backends in pool {name}, limit {limit}: {world.server.procs}"
     if world.cap is not None:
         assert sum(counts.values()) <= world.cap, f"more backends than {world.cap}: {world.server.procs}"
+    for group, terms in world.groups.items():
+        count = sum(counts[name] for name in LIMITS if world.group_of[name] == group)
+        assert terms.max_conn is None or count <= terms.max_conn, f"{count} backends in group {group}"
     used = [conn.proc for worker in world.workers.values() for conn in worker.users if conn.works]
     assert len(used) == len(set(used)), "a backend is in two checkouts"
     for worker in world.workers.values():
@@ -195,13 +198,18 @@ def check_nobody_waits_in_vain(world: World) -> None:
                 continue  # overtaken by a newer one after a HELLO, it counts as lost: the next heartbeat tells
             assert broker.queued(worker.id, ticket.request), "a ticket that is in no queue"
             pool = books.pools[worker.pool]
-            assert pool.room <= 0 or books.room <= 0, "a waiter and a free slot"
+            assert pool.room <= 0 or books.available(pool) <= 0, "a waiter and a free slot"
             capped = books.room <= 0
             for other in world.workers.values():
                 known = books.sessions.get(other.id)
                 if known is None or known.silent:
                     continue  # it has not spoken for longer than the TTL
-                if other.pool == worker.pool or (capped and pool.room > 0):
+                others = books.pools[other.pool]
+                if books.groups:  # who is more important tells of it with his next heartbeat
+                    reaches = books.serves(others, pool) and others.priority <= pool.priority
+                else:
+                    reaches = capped and pool.room > 0
+                if others is pool or reaches:
                     idle = [lease for lease in other.cache.idle if lease.token in books.leases]
                     assert not idle, "a waiter and an idle connection"
 
@@ -264,7 +272,12 @@ def _give_up_hopeless(world: World) -> None:
 
 
 def _limit(world: World, name: str) -> int:
-    return LIMITS[name] if world.cap is None else min(LIMITS[name], world.cap)
+    if world.cap is None:
+        return LIMITS[name]
+    group = world.group_of.get(name, "")
+    reserved = sum(terms.reserved for other, terms in world.groups.items() if other != group)
+    own = world.groups[group].max_conn if group else None
+    return min(LIMITS[name], world.cap - reserved, *([] if own is None else [own]))
 
 
 def _let_pass(world: World, seconds: float) -> None:

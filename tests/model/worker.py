@@ -87,7 +87,8 @@ class Worker(AtTheDesk):
         self.established = False
         now = self.hello_at = self.world.now
         leases, seen = self.cache.register(now, {})
-        spec = PoolSpec(self.pool, LIMITS[self.pool], int(EXPIRATION_S * 1000), 0, "", MAX_WAITING[self.pool])
+        expiration_ms, group = int(EXPIRATION_S * 1000), self.world.group_of.get(self.pool, "")
+        spec = PoolSpec(self.pool, LIMITS[self.pool], expiration_ms, 0, "", MAX_WAITING[self.pool], group)
         host = "elsewhere" if self.remote else "here"
         self.line.up.append(Hello(PROTOCOL_VERSION, self.process.pid, host, self.id.decode(), spec, leases, seen))
 

@@ -9,7 +9,7 @@ from sharedpool.wire.messages import Grant, Token
 
 from .broker import Broker, Journal
 from .network import Line, Network, Wire
-from .scale import BEAT_S
+from .scale import BEAT_S, GROUP_OF, GROUPS
 from .server import Server
 from .worker import Worker
 
@@ -17,8 +17,12 @@ from .worker import Worker
 class World:
     """The world. `excused` are leases about which a broker without its predecessor's journal cannot know."""
 
-    def __init__(self, cap: int | None, *, has_desk: bool, handover: bool, in_order: bool) -> None:
+    def __init__(
+        self, cap: int | None, *, has_desk: bool, handover: bool, in_order: bool, grouping: int | None = None
+    ) -> None:
         self.cap = cap
+        self.groups = {} if grouping is None else GROUPS[grouping]
+        self.group_of = {} if grouping is None else GROUP_OF[grouping]
         self.has_desk = has_desk
         self.handover = handover and has_desk
         self.in_order = in_order
