@@ -16,6 +16,7 @@ from sharedpool.wire import address as addresses
 from sharedpool.worker.pool import Pool, SimpleConnectionPool
 from sharedpool.worker.settings import Callback, PoolConfig
 
+_GROUP_VARIABLE = "SHAREDPOOL_GROUP"
 _current: dict[str, Pool] = {}
 
 
@@ -26,6 +27,7 @@ def config_pool(
     pool_manager: type[Pool] = SimpleConnectionPool,
     *,
     name: str = "default",
+    group: str | None = None,
     broker: str | None = None,
     timeout: float = 0.0,
     dsn: str | None = None,
@@ -44,7 +46,8 @@ def config_pool(
 
     `max_conn`: the limit over all processes that share the pool. `expiration`: seconds after which an idle connection
     is closed. `disable_pooling`: every get connects and every put closes, still under the limit. `pool_manager`:
-    `SimpleConnectionPool` (one thread) or `ThreadedConnectionPool`. `name`: pools of one broker by name. `broker`: its
+    `SimpleConnectionPool` (one thread) or `ThreadedConnectionPool`. `name`: pools of one broker by name. `group`:
+    whose share of the broker's limit it uses, where its configuration has groups; else SHAREDPOOL_GROUP. `broker`: its
     address; else SHAREDPOOL_BROKER; else one is found or started for this user, server and name. `timeout`: seconds
     `get_conn` waits when it is not told. `max_lifetime`: seconds after which a connection is replaced (±10 %).
     `max_checkout`: seconds after which the broker reports a connection that is still out. `max_waiting`: how many
@@ -81,6 +84,10 @@ def config_pool(
         raise ConfigError(f"pool_manager: must be SimpleConnectionPool or ThreadedConnectionPool, not {pool_manager!r}")
     if not isinstance(name, str) or not name or not name.isprintable():
         raise ConfigError(f"name: must be a printable text that is not empty, not {name!r}")
+    if group is None:
+        group = os.environ.get(_GROUP_VARIABLE, "")
+    if not isinstance(group, str) or not group.isprintable() or "@" in group:
+        raise ConfigError(f"group: must be a printable text without an @, not {group!r}")
     conninfo = resolve(dsn=dsn, db_url=db_url, **connect_kwargs)
     address, source = broker, "broker"
     if address is None:
@@ -88,6 +95,7 @@ def config_pool(
     config = PoolConfig(
         conninfo=conninfo,
         name=name,
+        group=group,
         max_conn=int(max_conn),
         expiration=float(expiration),
         disable_pooling=bool(disable_pooling),

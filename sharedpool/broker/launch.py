@@ -25,16 +25,18 @@ from sharedpool.wire import address as addresses
 _LOG_KEPT_BYTES = 1 << 20
 
 
-def serve(server: Server) -> None:
+def serve(server: Server, *, reloads: bool = False) -> None:
     """Run a bound server, in the main thread, until SIGTERM or SIGINT has drained it; the second one ends it at once.
 
-    SIGINT does not count where a shell has it ignored.
+    SIGINT does not count where a shell has it ignored. `reloads`: SIGHUP has the settings read again.
     """
     previous = {}
     for number in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(number) is signal.SIG_IGN:
             continue
         previous[number] = signal.signal(number, lambda *_: server.drain())
+    if reloads:
+        previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: server.reload())
     try:
         server.run()
     finally:

@@ -64,7 +64,8 @@ class Ledger:
     silent before its leases are suspect; `max_checkout_s` is reported on when a pool asks for nothing else (0: off);
     `expiration_s` is the longest idle time any pool may ask for. `verifies`: there is a control connection, so that
     the server can be asked. `remembers`: all that former brokers granted is given to `restore`. `random` returns
-    numbers from 0 to 1. `instance`, `desk` and `handover` are told to the workers (`Welcome`).
+    numbers from 0 to 1. `instance`, `desk` and `handover` are told to the workers (`Welcome`). `groups`, with
+    `max_conn` only, and `limits` (of pools, by name) go before what the pools' users ask for.
     """
 
     def __init__(
@@ -82,13 +83,13 @@ class Ledger:
         desk: str = "",
         handover: bool = False,
         groups: dict[str, GroupTerms] | None = None,
+        limits: dict[str, int] | None = None,
     ) -> None:
         self.epoch = epoch
         self._verifies = verifies
         self._ttl_s = ttl_s
         self._out: list[Command] = []
         self._books = Books(max_conn, self._out.append)
-        self._books.configure(groups or {})
         self._timers = Timers(self._over)
         self._waiter_serial = 0
         self._demand = Demand(self._books, epoch, self._out.append, self._timers.arm)
@@ -103,6 +104,7 @@ class Ledger:
         self._handover = Handover(self._books, self._demand, self._leases, self._out.append, self._timers.arm)
         self._demand.parked = self._leases.parked = self._handover
         self._orders = Orders(self._books, self._demand, self._leases, self._out.append, cuts=verifies)
+        self._orders.configure(max_conn, groups or {}, limits or {})
         self._health = Health(self._books, self._out.append, self._timers.arm, self._log, verifies=verifies)
         self._recovery = Recovery(
             self._books, self._demand, self._out.append, self._log, self._sessions.pool, self._sessions.named
@@ -299,6 +301,13 @@ class Ledger:
         for line in done.said:
             self._log(logging.INFO, "by order: %s", line)
         return done, self._settled(now)
+
+    def configure(
+        self, max_conn: int | None, groups: dict[str, GroupTerms], limits: dict[str, int], now: float
+    ) -> list[Command]:
+        """Take in other terms, that were checked; see `Ledger`."""
+        self._orders.configure(max_conn, groups, limits)
+        return self._settled(now)
 
     def drain(self, now: float) -> list[Command]:
         """Grant nothing any more, and have everything brought back."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 from sharedpool.broker.commands import Command, Send
 from sharedpool.broker.demand import Demand
+from sharedpool.broker.groups import GroupTerms
 from sharedpool.broker.leases import Leases
 from sharedpool.broker.records import Books, Pool, SlotState
 from sharedpool.wire.messages import Ack, DenyReason, Token
@@ -31,6 +32,7 @@ class Orders:
         self._leases = leases
         self._emit = emit
         self._cuts = cuts
+        self._configured: set[str] = set()  # pools whose limits came with `configure`
 
     def carry_out(self, order: Order, now: float) -> Done:
         """Do what is ordered; return what was done, or why it cannot be."""
@@ -102,6 +104,18 @@ class Orders:
                 if pool.max_conn < max_conn:
                     said.append(f"no more than {books.max_conn} are allowed over all pools")
         return said or [f"pool {name!r}: limit {max_conn} when it is used again"]
+
+    def configure(self, max_conn: int | None, groups: dict[str, GroupTerms], limits: dict[str, int]) -> None:
+        """Have these terms in place of those of the last time; what is beyond them comes back as it becomes free."""
+        books = self._books
+        books.max_conn = max_conn
+        for name in self._configured - limits.keys():
+            books.limits.pop(name, None)
+        self._configured = set(limits)
+        books.limits.update(limits)
+        for pool in books.pools.values():
+            pool.max_conn = books.limit(pool.spec)
+        books.configure(groups)
 
     def drain(self, pid: int, now: float) -> list[str]:
         """Have a process give back all that it holds now: what lies idle at once, what is in use at its checkin."""

@@ -15,6 +15,8 @@ import selectors
 import socket
 import time
 from collections import deque
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import zmq
@@ -48,7 +50,7 @@ from sharedpool.broker.processes import Watched, peer_of, process, raise_descrip
 from sharedpool.broker.scope import scope_of
 from sharedpool.broker.sessions import other_version
 from sharedpool.broker.settings import BrokerSettings
-from sharedpool.errors import ProtocolError, SharedPoolError
+from sharedpool.errors import ConfigError, ProtocolError, SharedPoolError
 from sharedpool.wire import address as addresses
 from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, encode, hello_version
 from sharedpool.wire.messages import PROTOCOL_VERSION, Ask, Give, Hello, Reject, Report, Status, Token, Withdraw
@@ -69,8 +71,11 @@ _LOOK_EVERY_S = 10.0
 class Server:
     """One broker. `bind`, then `run` until `drain` or `stop` is called (from any thread or signal handler)."""
 
-    def __init__(self, settings: BrokerSettings) -> None:
+    def __init__(self, settings: BrokerSettings, reread: Callable[[], BrokerSettings] | None = None) -> None:
+        """`reread` returns the settings as they are to be from a `reload` on, or raises `ConfigError`."""
         self.settings = settings
+        self._reread = reread
+        self._reload_asked = False
         self._lock: BrokerLock | None = None
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
@@ -115,6 +120,7 @@ class Server:
             # Without a control connection nobody could cancel a query of a connection that has moved.
             handover=self._desk is not None and settings.dsn is not None,
             groups=settings.groups,
+            limits=settings.limits,
             expiration_s=math.inf if settings.expiration_s is None else settings.expiration_s,
         )
         scope = settings.scope or scope_of(settings.address)
@@ -183,6 +189,8 @@ class Server:
                 while self._calls and not more:  # last words before a death
                     self._execute(self._calls.popleft()(self._ledger, now))
                 self._execute(self._ledger.tick(now))
+                if self._reload_asked:
+                    self._reload(now)
                 if self._is_drained(now):
                     break
                 if now >= self._look_at:
@@ -205,6 +213,30 @@ class Server:
         """Make `run` return soon. Safe in a signal handler and from any thread."""
         self._stopping = True
         self._wake()
+
+    def reload(self) -> None:
+        """Have the settings read again soon. Safe in a signal handler and from any thread."""
+        self._reload_asked = True
+        self._wake()
+
+    def _reload(self, now: float) -> None:
+        self._reload_asked = False
+        if self._reread is None:
+            logger.warning("there is no configuration file to read again")
+            return
+        try:
+            new = self._reread()
+        except ConfigError as error:
+            for line in str(error).splitlines():
+                logger.error("not reloaded: %s", line)
+            return
+        old, live = self.settings, replace(self.settings, max_conn=new.max_conn, groups=new.groups, limits=new.limits)
+        self.settings = live
+        self._execute(self._ledger.configure(new.max_conn, new.groups, new.limits, now))
+        changed, waiting = _different(old, live), _different(live, new)
+        logger.info("reloaded: %s", "new " + ", ".join(changed) if changed else "nothing has changed")
+        if waiting:
+            logger.warning("only a restart changes %s", ", ".join(waiting))
 
     def drain(self) -> None:
         """Make `run` return when all leases are back, or after `drain_timeout_s`; at once when called again.
@@ -474,3 +506,7 @@ class Server:
         self._wake_out.close()
         self._lock.release(for_good=self.settings.one_off)
         logger.info("broker %d stopped", os.getpid())
+
+
+def _different(one: BrokerSettings, other: BrokerSettings) -> list[str]:
+    return [each.name for each in fields(one) if getattr(one, each.name) != getattr(other, each.name)]

@@ -12,6 +12,7 @@ class BrokerSettings:
     """How one broker runs. Times in seconds; `max_conn` None: each pool's own limit only; `linger_s` None: stay.
 
     `scope`: what no two brokers may count to at the same time (see `leadership.py`); empty: as the address tells.
+    `limits`: of pools, by name, whatever their users ask for.
     """
 
     address: str
@@ -25,3 +26,4 @@ class BrokerSettings:
     one_off: bool = False  # nobody will ever listen there again: leave no lock file behind
     scope: str = ""
     groups: dict[str, GroupTerms] = field(default_factory=dict)
+    limits: dict[str, int] = field(default_factory=dict)

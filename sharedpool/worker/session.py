@@ -58,12 +58,13 @@ class Session:
         """Compose the registration."""
         config, now = self._holdings.config, time.monotonic()
         spec = PoolSpec(
-            config.name,
+            f"{config.name}@{config.group}" if config.group else config.name,
             config.max_conn,
             int(config.expiration * 1000),
             int((config.max_checkout or 0) * 1000),
             str(config.conninfo.identity()),
             config.max_waiting or 0,
+            config.group,
         )
         with self._holdings.lock:
             leases, seen = self._holdings.cache.register(now, thread_names())

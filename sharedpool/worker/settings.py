@@ -33,6 +33,7 @@ class PoolConfig:
     reset: Callback | Literal["discard", "rollback"] = "discard"
     check: Callback | None = None
     max_waiting: int | None = None
+    group: str = ""
     handover: bool = True
     slice: float = 0.002
 
