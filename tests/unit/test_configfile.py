@@ -79,5 +79,5 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         read(tmp_path / "none.toml")
     (tmp_path / "latin.toml").write_bytes(b'dsn = "\xe9"')
-    with pytest.raises(ConfigError, match="latin.toml"):
+    with pytest.raises(ConfigError, match=r"latin\.toml"):
         read(tmp_path / "latin.toml")
