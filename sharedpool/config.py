@@ -38,6 +38,7 @@ def config_pool(
     handover: Literal["auto", "off"] = "auto",
     slice: float = 0.002,
     check: Callback | None = None,
+    debug_checkouts: bool = False,
     **connect_kwargs: Any,
 ) -> Pool:
     """Make a pool, and make it the one that `get_pool(name)` returns. Connects to nothing yet.
@@ -55,7 +56,8 @@ def config_pool(
     "off" always closes it here and opens one there. `reset`: what is done before it moves: "discard" (DISCARD ALL) or
     "rollback" (no more than at every checkin), or a function that is called at every checkin. `slice`: seconds for
     which a process that uses a connection all the time may keep it while others wait; ten times as long where it would
-    have to be closed.
+    have to be closed. `debug_checkouts`: note where each connection is checked out, for `sharedpool who`, for
+    `max_checkout`'s report and for the texts of `PoolExhausted` and `PoolTimeout`; costs some microseconds a checkout.
 
     Where to connect: `dsn`, `db_url` or psycopg2's keywords; else DATABASE_DSN, DATABASE_URL, libpq's environment.
     Raise `ConfigError`, a `ValueError`, that names the argument.
@@ -101,6 +103,7 @@ def config_pool(
         check=check,
         handover=handover == "auto",
         slice=float(slice),
+        debug_checkouts=bool(debug_checkouts),
     )
     pool = _make(pool_manager, config)
     previous = _current.get(name)

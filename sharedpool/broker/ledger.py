@@ -22,7 +22,7 @@ from sharedpool.broker.leases import Leases
 from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState, Waiter
 from sharedpool.broker.recovery import GRACE_OVER, Recovery
-from sharedpool.broker.report import report
+from sharedpool.broker.report import lease_lines, report
 from sharedpool.broker.sessions import Sessions, Terms
 from sharedpool.broker.timers import Timers
 from sharedpool.wire.messages import (
@@ -38,17 +38,16 @@ from sharedpool.wire.messages import (
     Hello,
     Interrupt,
     Phase,
-    PoolReport,
     Reject,
     Release,
     ReleaseReason,
     Renew,
-    SessionReport,
     ToBroker,
     Token,
     Trouble,
     Withdraw,
 )
+from sharedpool.wire.reports import Generation, LeaseLine, PoolReport, Reconnected, SessionReport
 
 # More threads than any process has: what asks for more is no worker.
 _MOST_REQUESTS = 10_000
@@ -287,6 +286,17 @@ class Ledger:
             return self.hold(self._ttl_s, now, "the journal is another broker's")
         return self._settled(now)
 
+    def reconnect(self, asker: bytes, name: str, now: float) -> list[Command]:
+        """Begin a new generation of a pool ("": of all), and tell the command that asked for it."""
+        pools = [pool for pool in self._books.pools.values() if name in ("", pool.name)]
+        done = []
+        for pool in pools:
+            self._health.bump(pool, "asked for by `sharedpool reconnect`")
+            done.append(Generation(pool.name, pool.generation, len(pool.leases)))
+            self._handover.end([pool], len(pool.parked), now)  # nobody else would replace them
+        self._out.append(Send(asker, Reconnected(done, sorted(self._books.pools))))
+        return self._settled(now)
+
     def drain(self, now: float) -> list[Command]:
         """Grant nothing any more, and have everything brought back."""
         self._demand.draining = True
@@ -437,8 +447,8 @@ class Ledger:
 
     # --- output
 
-    def _log(self, level: int, text: str, *args: object) -> None:
-        self._out.append(Log(level, text % args))
+    def _log(self, level: int, text: str, *args: object, **fields: object) -> None:
+        self._out.append(Log(level, text % args, {"epoch": self.epoch, **fields}))
 
     def _settled(self, now: float) -> list[Command]:
         self._demand.settle(now)
@@ -456,3 +466,12 @@ class Ledger:
     def report(self, now: float) -> tuple[list[PoolReport], list[SessionReport]]:
         """Return the state of every pool and session."""
         return report(self._books, now)
+
+    def oldest(self, most: int, now: float) -> list[LeaseLine]:
+        """Return the leases that have been doing what they do for longest."""
+        return lease_lines(self._books, most, now)
+
+    def sample(self) -> None:
+        """Note how many slots are in use: see `PoolReport.history`."""
+        for pool in self._books.pools.values():
+            pool.history.append(sum(lease.idle_since is None for lease in pool.leases.values()))

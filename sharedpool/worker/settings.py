@@ -35,6 +35,7 @@ class PoolConfig:
     max_waiting: int | None = None
     handover: bool = True
     slice: float = 0.002
+    debug_checkouts: bool = False
 
     @property
     def at_checkin(self) -> Callback | None:

@@ -14,6 +14,7 @@ from psycopg2.extensions import connection
 from waiting import wait_until
 
 import sharedpool
+from sharedpool.cli import _COMMANDS
 from sharedpool.cli.postgres import EphemeralPostgres
 
 COMMAND = [sys.executable, "-m", "sharedpool"]
@@ -37,7 +38,7 @@ def wait_for(process: subprocess.Popen[str], text: str) -> str:
 # --- every command
 
 
-@pytest.mark.parametrize("command", [[], ["broker"], ["run"], ["status"], ["demo"], ["completion"]])
+@pytest.mark.parametrize("command", [[], *[[name] for name in _COMMANDS]])
 def test_every_command_explains_itself(command: list[str]) -> None:
     done = sharedpool_command(*command, "--help")
     assert done.returncode == 0
@@ -61,6 +62,8 @@ def test_the_version_is_the_packages() -> None:
         (["run", "--max-conn", "3"], "COMMAND"),
         (["run", "--", "true"], "--max-conn"),
         (["status", "--broker", "nonsense"], "--broker"),
+        (["who", "--broker", "nonsense"], "--broker"),
+        (["reconnect", "--broker", "nonsense"], "--broker"),
         (["frobnicate"], "frobnicate"),
     ],
 )

@@ -21,9 +21,9 @@ from waiting import wait_until
 
 import sharedpool
 from sharedpool import ThreadedConnectionPool
+from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.cli.status import fetch_report
-from sharedpool.wire.messages import PoolReport
+from sharedpool.wire.reports import PoolReport
 from sharedpool.worker.handover import SUPPORTED, Stub
 from sharedpool.worker.pool import Pool
 
