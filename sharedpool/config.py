@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any, Literal
 
 from sharedpool.broker.automatic import ensure_running, with_linger
@@ -28,7 +29,7 @@ def config_pool(
     name: str = "default",
     broker: str | None = None,
     timeout: float = 0.0,
-    dsn: str | None = None,
+    dsn: str | Callable[[], str] | None = None,
     db_url: str | None = None,
     max_lifetime: float | None = None,
     max_checkout: float | None = None,
@@ -60,6 +61,8 @@ def config_pool(
     `max_checkout`'s report and for the texts of `PoolExhausted` and `PoolTimeout`; costs some microseconds a checkout.
 
     Where to connect: `dsn`, `db_url` or psycopg2's keywords; else DATABASE_DSN, DATABASE_URL, libpq's environment.
+    `dsn`, `password` and other keywords that do not name the server may be functions without arguments, asked at every
+    connect, in the thread of `get_conn`'s caller (`dsn` here, too, for the server's name); what they raise is raised.
     Raise `ConfigError`, a `ValueError`, that names the argument.
     """
     check_number("max_conn", max_conn, least=1, whole=True)
@@ -128,7 +131,9 @@ def _make(pool_manager: type[Pool], config: PoolConfig) -> Pool:
     address = addresses.automatic_address(digest)
 
     def start(address: str) -> None:
-        settings = BrokerSettings(address, dsn=config.conninfo.dsn, scope=automatic_scope(digest))
-        ensure_running(with_linger(settings))
+        def settings() -> BrokerSettings:
+            return with_linger(BrokerSettings(address, dsn=config.conninfo.current(), scope=automatic_scope(digest)))
+
+        ensure_running(address, settings)
 
     return pool_manager(config, address, start)

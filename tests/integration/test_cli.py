@@ -24,8 +24,17 @@ def sharedpool_command(*arguments: str, **more: Any) -> subprocess.CompletedProc
     return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60, check=False, **more)
 
 
-def start(*arguments: str, **more: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **more)
+class Command(subprocess.Popen[str]):
+    """A command that does not outlive a test that has failed: else that would wait for its end."""
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, error, trace)
+
+
+def start(*arguments: str, **more: Any) -> Command:
+    return Command([*COMMAND, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **more)
 
 
 def wait_for(process: subprocess.Popen[str], text: str) -> str:
