@@ -276,7 +276,8 @@ class Server:
             if len(frames) == 2 and (version := hello_version(frames[1])) not in (None, PROTOCOL_VERSION):
                 self._send(session, encode(Reject(other_version(version), fatal=True)))
             else:
-                logger.warning("dropped a message from %s: %s", session.hex()[:12], error)
+                name = session.hex()[:12]
+                logger.warning("dropped a message from %s: %s", name, error, extra={"sharedpool": {"session": name}})
             return
         now = time.monotonic()
         sender: Process | None = None

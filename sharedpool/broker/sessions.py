@@ -130,6 +130,13 @@ class Sessions:
     def end(self, session: Session, why: str, now: float, *, unused_above: Token | None = None) -> None:
         """End a session; leases above `unused_above`, if given, were never taken up by its worker."""
         session.ended = True
+        held = [lease for lease in session.leases.values() if lease.live is None]  # else given back, and parked here
+        if held:
+            text = "pool %r: %s: %s; its %d leases are ended"
+            self._log(
+                logging.INFO, text, session.pool.name, session.label, why, len(held),
+                pool=session.pool.name, session=session.label, reason=why,
+            )  # fmt: skip
         for waiter in list(session.waiters.values()):
             self._books.dequeue(waiter)
         self._demand.ignore(session)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import click
@@ -9,9 +10,12 @@ import click
 from sharedpool.broker.launch import serve
 from sharedpool.broker.lock import AlreadyRunning
 from sharedpool.broker.server import Server
-from sharedpool.cli.options import SECONDS, broker_options, log_to_stderr, settings_from
+from sharedpool.cli.logs import log_option, log_to_stderr
+from sharedpool.cli.options import SECONDS, broker_options, settings_from
 from sharedpool.errors import ConfigError, SharedPoolError
 from sharedpool.wire.address import default_address
+
+logger = logging.getLogger("sharedpool.broker")
 
 
 @click.command()
@@ -38,6 +42,7 @@ from sharedpool.wire.address import default_address
     show_envvar=True,
     help="How long to wait for leases to come back after SIGTERM or SIGINT.",
 )
+@log_option
 def broker(
     max_conn: int,
     expiration: float | None,
@@ -47,6 +52,7 @@ def broker(
     bind: str | None,
     linger: float | None,
     drain_timeout: float,
+    log_format: str,
 ) -> None:
     """Run a broker in the foreground, logging to stderr, until SIGTERM or SIGINT.
 
@@ -56,7 +62,7 @@ def broker(
     Workers find it by SHAREDPOOL_BROKER=ADDRESS, or config_pool(broker=ADDRESS). Exit status 0 after a stop, 1 when
     another broker has the address or it cannot be bound, 2 for a wrong option.
     """
-    log_to_stderr()
+    log_to_stderr(log_format)
     try:
         address = bind or default_address()
     except ConfigError as error:
@@ -69,5 +75,9 @@ def broker(
         raise click.ClickException(f"{error}: use another --bind, or stop that one") from None
     except SharedPoolError as error:
         raise click.ClickException(str(error)) from None
-    click.echo(f"workers find it with: export SHAREDPOOL_BROKER={address}", err=True)
+    hint = f"workers find it with: export SHAREDPOOL_BROKER={address}"
+    if log_format == "text":
+        click.echo(hint, err=True)
+    else:
+        logger.info("%s", hint)
     serve(server)
