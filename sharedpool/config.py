@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any, Literal
 
 from sharedpool.broker.automatic import ensure_running, with_linger
@@ -30,7 +31,7 @@ def config_pool(
     group: str | None = None,
     broker: str | None = None,
     timeout: float = 0.0,
-    dsn: str | None = None,
+    dsn: str | Callable[[], str] | None = None,
     db_url: str | None = None,
     max_lifetime: float | None = None,
     max_checkout: float | None = None,
@@ -40,6 +41,7 @@ def config_pool(
     handover: Literal["auto", "off"] = "auto",
     slice: float = 0.002,
     check: Callback | None = None,
+    debug_checkouts: bool = False,
     **connect_kwargs: Any,
 ) -> Pool:
     """Make a pool, and make it the one that `get_pool(name)` returns. Connects to nothing yet.
@@ -58,9 +60,12 @@ def config_pool(
     "off" always closes it here and opens one there. `reset`: what is done before it moves: "discard" (DISCARD ALL) or
     "rollback" (no more than at every checkin), or a function that is called at every checkin. `slice`: seconds for
     which a process that uses a connection all the time may keep it while others wait; ten times as long where it would
-    have to be closed.
+    have to be closed. `debug_checkouts`: note where each connection is checked out, for `sharedpool who`, for
+    `max_checkout`'s report and for the texts of `PoolExhausted` and `PoolTimeout`; costs some microseconds a checkout.
 
     Where to connect: `dsn`, `db_url` or psycopg2's keywords; else DATABASE_DSN, DATABASE_URL, libpq's environment.
+    `dsn`, `password` and other keywords that do not name the server may be functions without arguments, asked at every
+    connect, in the thread of `get_conn`'s caller (`dsn` here, too, for the server's name); what they raise is raised.
     Raise `ConfigError`, a `ValueError`, that names the argument.
     """
     check_number("max_conn", max_conn, least=1, whole=True)
@@ -109,6 +114,7 @@ def config_pool(
         check=check,
         handover=handover == "auto",
         slice=float(slice),
+        debug_checkouts=bool(debug_checkouts),
     )
     pool = _make(pool_manager, config)
     previous = _current.get(name)
@@ -133,7 +139,9 @@ def _make(pool_manager: type[Pool], config: PoolConfig) -> Pool:
     address = addresses.automatic_address(digest)
 
     def start(address: str) -> None:
-        settings = BrokerSettings(address, dsn=config.conninfo.dsn, scope=automatic_scope(digest))
-        ensure_running(with_linger(settings))
+        def settings() -> BrokerSettings:
+            return with_linger(BrokerSettings(address, dsn=config.conninfo.current(), scope=automatic_scope(digest)))
+
+        ensure_running(address, settings)
 
     return pool_manager(config, address, start)

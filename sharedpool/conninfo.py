@@ -4,7 +4,7 @@ import hashlib
 import os
 import pwd
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ _KEYWORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 # Whoever names one of these has said where to connect; DATABASE_* then belongs to something else.
 _LOCATION = frozenset({"host", "hostaddr", "port", "dbname", "user", "password", "service"})
 _LOCATION_VARIABLES = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE")
+# What tells one server and database from another: a function here would give each process a broker of its own.
+_SERVER = frozenset({"host", "hostaddr", "port", "dbname", "database", "service"})
 _SECRET = re.compile(r"password|secret|scram_\w+_key")
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
 _PORTS = re.compile(r"[0-9, ]*")
@@ -46,10 +48,22 @@ class ServerIdentity(NamedTuple):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class ConnInfo:
-    """What `psycopg2.connect(dsn, **python_kwargs)` needs; its repr hides secrets, its `dsn` does not."""
+    """What `psycopg2.connect(current(), **python_kwargs)` needs; its repr hides secrets, its `dsn` does not.
+
+    `dsn` is what was known when it was resolved. `ask`, if there is something that changes, returns what it is now.
+    """
 
     dsn: str
     python_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    ask: Callable[[], str] | None = None
+
+    def current(self) -> str:
+        """Return the conninfo string for one connect.
+
+        Calls what was given as a function, which may block. Raise what it raises, and `ConfigError` for what it returns
+        if libpq cannot take it; neither names a secret unless the function's own error does.
+        """
+        return self.dsn if self.ask is None else self.ask()
 
     def identity(self) -> ServerIdentity:
         """Return the server as libpq resolves it now: arguments, service file, `PG*` of this process, built-in values.
@@ -72,7 +86,7 @@ class ConnInfo:
 
 
 def resolve(
-    dsn: str | None = None,
+    dsn: str | Callable[[], str] | None = None,
     db_url: str | None = None,
     environ: Mapping[str, str] | None = None,
     **connect_kwargs: Any,
@@ -82,16 +96,20 @@ def resolve(
     Explicit arguments win over `DATABASE_DSN`, then `DATABASE_URL`, then libpq's own environment, which libpq reads
     itself when it connects. A keyword that says where (host, port, dbname, user, ...) sets `DATABASE_*` aside; others
     (sslmode, cursor_factory, ...) are laid over it. Raises ConfigError, which names the argument and never a secret.
+
+    `dsn`, and the value of a keyword that does not say which server it is (password, sslkey, ...), may be a function
+    without arguments, asked at every connect. That of `dsn` is called here, too: it names the server.
     """
     environ = os.environ if environ is None else environ
     if dsn is not None and db_url is not None:
         raise ConfigError("dsn= and db_url= were both given; pass one of them")
-    keywords, python_kwargs = _split_keywords(connect_kwargs)
-    explicit = dsn is not None or db_url is not None or not _LOCATION.isdisjoint(keywords)
+    keywords, python_kwargs, asked = _split_keywords(connect_kwargs)
+    located = not _LOCATION.isdisjoint(keywords.keys() | asked.keys())
+    explicit = dsn is not None or db_url is not None or located
 
     origin, base = "", dict[str, str]()
     if dsn is not None:
-        origin, base = "dsn=", _parse_dsn("dsn=", dsn)
+        origin, base = "dsn=", _parse_dsn("dsn=", dsn() if callable(dsn) else dsn)
     elif db_url is not None:
         origin, base = "db_url=", _parse_url("db_url=", db_url)
     elif not explicit and (text := environ.get("DATABASE_DSN")):
@@ -103,19 +121,31 @@ def resolve(
     # libpq would say so only when it connects; a URL without its @host has the password in this place.
     if not _PORTS.fullmatch(merged.get("port", "")):
         raise ConfigError(f"{'port=' if 'port' in keywords else origin} has a port that is not a number")
-    somewhere = base or not _LOCATION.isdisjoint(keywords) or any(environ.get(name) for name in _LOCATION_VARIABLES)
+    somewhere = base or located or any(environ.get(name) for name in _LOCATION_VARIABLES)
     if not somewhere:
         raise ConfigError(
             "nothing to connect to: pass dsn=, db_url= or keywords such as host= and dbname=, or set DATABASE_DSN,"
             f" DATABASE_URL or one of {', '.join(_LOCATION_VARIABLES)}"
         )
-    return ConnInfo(make_dsn(**merged), python_kwargs)
+
+    def ask() -> str:
+        fresh = (_parse_dsn("dsn=", dsn()) if callable(dsn) else base) | keywords
+        for name, function in asked.items():
+            answer: dict[str, str] = {}
+            _add_keyword(answer, name, _text_of(name, function()))
+            fresh |= answer
+        return make_dsn(**fresh)
+
+    return ConnInfo(make_dsn(**merged), python_kwargs, ask if asked or callable(dsn) else None)
 
 
-def _split_keywords(given: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Check the keywords; return libpq's (as text) and psycopg2's own."""
+def _split_keywords(
+    given: Mapping[str, Any],
+) -> tuple[dict[str, str], dict[str, Any], dict[str, Callable[[], object]]]:
+    """Check the keywords; return libpq's (as text), psycopg2's own, and libpq's that are asked for at every connect."""
     keywords: dict[str, str] = {}
     python_kwargs: dict[str, Any] = {}
+    asked: dict[str, Callable[[], object]] = {}
     for name, value in given.items():
         if value is None:
             continue
@@ -127,9 +157,23 @@ def _split_keywords(given: Mapping[str, Any]) -> tuple[dict[str, str], dict[str,
             raise ConfigError("cursor_factory= must be a cursor class or another callable")
         if name in ("connection_factory", "cursor_factory"):
             python_kwargs[name] = value
-        else:
+        elif not callable(value):
             _add_keyword(keywords, name, str(value))
-    return keywords, python_kwargs
+        elif name in _SERVER:
+            raise ConfigError(f"{name}= cannot be a function: by it processes find their broker; dsn= can be one")
+        elif name == "user":
+            raise ConfigError("user= cannot be a function: it would not fit the password; dsn= can be one, for both")
+        else:
+            _add_keyword({}, name, "")
+            asked[name] = value
+    return keywords, python_kwargs, asked
+
+
+def _text_of(name: str, answer: object) -> str:
+    """Return what a function returned, if it is text: of anything else, None for one, libpq would make a password."""
+    if not isinstance(answer, str):
+        raise ConfigError(f"{name}= must be a function that returns a string, not {type(answer).__name__}")
+    return answer
 
 
 def _add_keyword(keywords: dict[str, str], name: str, value: str) -> None:

@@ -10,6 +10,7 @@ import random
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import psycopg2
@@ -19,6 +20,8 @@ import sharedpool
 settings = json.loads(sys.argv[1])
 if settings.pop("threads", False):
     settings["pool_manager"] = sharedpool.ThreadedConnectionPool
+if secret := settings.pop("password_file", ""):
+    settings["password"] = Path(secret).read_text
 pool = sharedpool.config_pool(**settings)
 held: dict[str, Any] = {}
 

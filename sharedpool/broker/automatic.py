@@ -13,13 +13,14 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from sharedpool.broker.lock import is_held
 from sharedpool.broker.settings import BrokerSettings
-from sharedpool.errors import BrokerUnavailable, ConfigError
+from sharedpool.errors import BrokerUnavailable, ConfigError, SharedPoolError
 from sharedpool.wire import address as addresses
 
 # How long a broker may take from its start to its first message, on a busy machine.
@@ -27,20 +28,27 @@ START_LIMIT_S = 20.0
 DEFAULT_LINGER_S = 30.0
 
 
-def ensure_running(settings: BrokerSettings) -> None:
-    """Make sure that a broker lives at `settings.address`: return when one does, starting it when none does.
+def ensure_running(address: str, settings: Callable[[], BrokerSettings]) -> None:
+    """Make sure that a broker lives at `address`: return when one does, starting it with `settings()` when none does.
 
     Blocks up to `START_LIMIT_S`. Of many processes that call this at once exactly one starts a broker. Raise
     `BrokerUnavailable` when it does not come up, with its own words.
     """
     addresses.runtime_dir()  # somebody may have cleaned the temporary directory
-    lock = addresses.lock_path(settings.address)
+    lock = addresses.lock_path(address)
     if is_held(lock):
         return
+    try:
+        found = settings()
+    except SharedPoolError:
+        raise
+    except Exception as error:  # a user's function, asked for the password
+        text = f"the automatic broker at {address} was not started: {type(error).__name__}: {error}"
+        raise BrokerUnavailable(text) from error
     deadline = time.monotonic() + START_LIMIT_S
     with _start_lock(lock.with_suffix(".start"), deadline):
         if not is_held(lock):
-            _start_detached(settings, deadline)
+            _start_detached(found, deadline)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import msgspec
 
 from sharedpool.wire.messages import Backend, Pass, PoolSpec, Token, ToWorker
+from sharedpool.wire.reports import ToOperator
 
 
 class Process(NamedTuple):
@@ -52,10 +54,10 @@ class Survey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send `message` to `session`."""
+    """Send `message` to `session`, or to a command that has none."""
 
     session: bytes
-    message: ToWorker
+    message: ToWorker | ToOperator
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,14 @@ class Doubt:
 
 
 @dataclass(frozen=True, slots=True)
+class Peek:
+    """Tell a command what the server says of these backends."""
+
+    asker: bytes
+    backends: tuple[Backend, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Forget:
     """The session is over: stop watching its process."""
 
@@ -151,10 +161,11 @@ class Forget:
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """One event for the log; `level` is a `logging` level."""
+    """One event for the log; `level` is a `logging` level, `fields` say for programs whom it concerns."""
 
     level: int
     text: str
+    fields: Mapping[str, object] = field(default_factory=dict)
 
 
 Command = (

@@ -56,6 +56,7 @@ class _PoolTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ConfigFile:
     """What a file says: `options` by the command's names, and what only a file can say."""
 
+    path: Path
     options: dict[str, Any]
     groups: dict[str, GroupTerms] = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)  # of pools, by name
@@ -84,7 +85,7 @@ def read(path: str | Path) -> ConfigFile:
             wrong.append(str(error))
     if wrong:
         raise ConfigError("\n".join(f"{path}: {each}" for each in sorted(wrong)))
-    return ConfigFile(options, terms, {name: table.max_conn for name, table in pools.items()})
+    return ConfigFile(Path(path).absolute(), options, terms, {name: table.max_conn for name, table in pools.items()})
 
 
 def _tables(value: object, where: str, kind: Any, wrong: list[str]) -> dict[str, Any]:

@@ -22,10 +22,12 @@ from typing import Any
 import psycopg2
 from psycopg2.extensions import connection, cursor, parse_dsn
 
-from sharedpool.broker.commands import Command, Doubt, Fence, Interfere, Look, Place, Saw, Survey
+from sharedpool.broker.activity import activity_of
+from sharedpool.broker.commands import Command, Doubt, Fence, Interfere, Look, Peek, Place, Saw, Send, Survey
 from sharedpool.broker.leadership import Leadership
 from sharedpool.broker.ledger import Ledger
 from sharedpool.wire.messages import Backend, Token
+from sharedpool.wire.reports import Activity
 from sharedpool.wire.tag import pattern_of
 
 logger = logging.getLogger("sharedpool.broker")
@@ -78,6 +80,10 @@ class _Job:
     warned: bool = False
 
 
+# What other threads put into the inbox; None is the end.
+_Item = _Job | Token | Look | Doubt | Interfere | Peek | int | None
+
+
 class Control:
     """Fences backends and looks at the server, over one connection. `tell(word)` is called in this thread.
 
@@ -98,7 +104,7 @@ class Control:
         self._instance = instance
         self._leadership = leadership
         self._tell = tell
-        self._inbox: queue.SimpleQueue[_Job | Token | Look | Doubt | Interfere | int | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._jobs: dict[Token, _Job] = {}
         self._looks: list[Look] = []
         self._conn: psycopg2.extensions.connection | None = None
@@ -162,6 +168,10 @@ class Control:
         """Queue a cancel. Does not block."""
         self._inbox.put(interfere)
 
+    def peek(self, peek: Peek) -> None:
+        """Queue a command's question what backends are doing. Does not block."""
+        self._inbox.put(peek)
+
     def _run(self) -> None:
         retry_s, retry_at = _FIRST_RECONNECT_S, 0.0
         while True:
@@ -212,13 +222,17 @@ class Control:
                     case _Job(fence):
                         self._jobs[fence.token] = item
                         if self._dsn is None:
-                            logger.warning("pool %r: lease %s stays counted: %s", fence.pool, fence.token, _NO_CONTROL)
+                            fields = {"pool": fence.pool, "lease": str(fence.token), "reason": fence.why}
+                            text = "pool %r: lease %s stays counted: %s"
+                            logger.warning(text, fence.pool, fence.token, _NO_CONTROL, extra={"sharedpool": fields})
                     case Look():
                         self._looks.append(item)
                     case Doubt():
                         self._answer(item)
                     case Interfere():
                         self._cancel(item)
+                    case Peek():
+                        self._peek(item)
                     case Token():
                         self._jobs.pop(item, None)
                     case int():
@@ -240,6 +254,18 @@ class Control:
             except Exception as error:
                 self._lose(error)
         self._tell(lambda ledger, now: ledger.interrupted(order.token, now))
+
+    def _peek(self, peek: Peek) -> None:
+        """Tell a command what the server says. A question that cannot be put is not put later: nobody waits for it."""
+        activity = Activity([], "no control connection just now")
+        if self._conn is not None:
+            here = [backend for backend in peek.backends if backend.boot_us == self._boot_us]
+            try:
+                activity = Activity(activity_of(self._conn, here))
+            except Exception as error:
+                activity = Activity([], _text(error))
+                self._lose(error)
+        self._tell(lambda ledger, now: [Send(peek.asker, activity)])
 
     def _answer(self, doubt: Doubt) -> None:
         """Say whether the server that we know still answers."""
@@ -392,7 +418,9 @@ class Control:
         elif not job.warned:
             job.warned = True
             text = "pool %r: lease %s stays counted: the control connection cannot tell whether backend %s is gone"
-            logger.warning(text, job.fence.pool, job.fence.token, backend.pid if backend else "(unknown)")
+            pool, token, pid = job.fence.pool, job.fence.token, backend.pid if backend else "(unknown)"
+            fields = {"pool": pool, "lease": str(token), "reason": job.fence.why}
+            logger.warning(text, pool, token, pid, extra={"sharedpool": fields})
         return False
 
     def _restarted_since(self, backend: Backend) -> bool:
@@ -403,7 +431,9 @@ class Control:
         fence = job.fence
         del self._jobs[fence.token]
         pid = fence.backend.pid if fence.backend else 0
-        logger.info("pool %r: lease %s: backend %d %s (%s)", fence.pool, fence.token, pid, how, fence.why)
+        fields = {"pool": fence.pool, "lease": str(fence.token), "epoch": fence.token.epoch, "reason": fence.why}
+        text = "pool %r: lease %s: backend %d %s (%s)"
+        logger.info(text, fence.pool, fence.token, pid, how, fence.why, extra={"sharedpool": fields})
         self._tell(lambda ledger, now: ledger.backend_gone(fence.token, now))
 
 

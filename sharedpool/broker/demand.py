@@ -125,13 +125,14 @@ class Demand:
     def _grant(self, waiter: Waiter, now: float) -> None:
         session, pool = waiter.session, waiter.session.pool
         self._books.dequeue(waiter)
-        lease = Lease(self.new_token(), session, pool, request=waiter.request)
+        lease = Lease(self.new_token(), session, pool, request=waiter.request, since=now)
         self._books.move(lease, SlotState.GRANTED, "granted")
         if pool.backoff.granted(lease.token, len(pool.leases) - 1, now):
             self._arm(pool.backoff.probe_at, "probe", pool)
         pool.grants += 1
         session.passes += 1
         pool.waits += now > waiter.since
+        pool.waited.append(now - waiter.since)
         self._books.mark_owed(session, min(len(session.leases), self.pressure(pool, session)))
         self.send_grant(lease)
 
@@ -248,6 +249,7 @@ class Demand:
         """Have a suspect lease's backend ended and verified; its slot stays counted until then."""
         self._books.move(lease, SlotState.FENCING, why)
         lease.pool.fences += 1
+        lease.since = now
         self.expect(lease, now)
         self.cut(lease, why)
 
@@ -473,10 +475,7 @@ class Demand:
         leases = books.leases if capped else pool.leases
         sessions = {lease.session.id: lease.session for lease in leases.values()}
         most = heapq.nlargest(HOLDERS_NAMED, sessions.values(), key=lambda session: len(session.leases))
-        holders = [
-            Holder(f"{s.label} in {s.pool.name!r}" if capped else s.label, len(s.leases), _longest_ms(s, now))
-            for s in most
-        ]
+        holders = [_holder(session, f" in {session.pool.name!r}" if capped else "", now) for session in most]
         limit = books.max_conn if capped and books.max_conn is not None else pool.max_conn
         group, reserved = "", 0
         if pool.group is not None:
@@ -506,6 +505,11 @@ class Demand:
             assert not any(pool.idle for pool in books.pools.values()), "an idle lease nobody recalled"
 
 
-def _longest_ms(session: Session, now: float) -> int:
-    since = [lease.used_since for lease in session.leases.values() if lease.used_since is not None]
-    return int((now - min(since)) * 1000) if since else 0
+def _holder(session: Session, where: str, now: float) -> Holder:
+    """Return what the text of an error says of a session: how much it holds, and what is out for longest."""
+    since, stack = min(
+        ((x.used_since, x.stack) for x in session.leases.values() if x.used_since is not None),
+        key=lambda used: used[0],
+        default=(now, ()),
+    )
+    return Holder(session.label + where, len(session.leases), int((now - since) * 1000), stack[0] if stack else "")

@@ -119,6 +119,7 @@ class Handover:
         self._leases.note(heir, Phase.IN_USE, now, "")
         pool.handovers += 1
         pool.waits += now > waiter.since
+        pool.waited.append(now - waiter.since)
         pressure = self._demand.pressure(pool, session)
         books.mark_owed(session, min(len(session.leases), pressure or int(now < pool.shared_until)))
         session.passes += 1

@@ -42,7 +42,10 @@ class Health:
         others = pool.connected - counted
         if not pool.backoff.error:
             text = "pool %r: %s cannot connect, so the pool keeps its %d connections and tries one at a time: %s"
-            self._log(logging.WARNING, text, pool.name, session.label, others, release.error)
+            self._log(
+                logging.WARNING, text, pool.name, session.label, others, release.error,
+                pool=pool.name, lease=str(release.token), session=session.label, reason=release.error,
+            )  # fmt: skip
         self._arm(pool.backoff.failed(release.token, others, release.error, now), "probe", pool)
 
     def opened(self, lease: Lease, confirm: Confirm) -> None:
@@ -67,7 +70,7 @@ class Health:
         if trouble.generation < pool.generation:
             return  # old news
         if trouble.code in _CERTAIN or not self._verifies:
-            self._bump(pool, trouble.code or "a dead connection")
+            self.bump(pool, trouble.code or "a dead connection")
         elif pool.doubted < pool.generation:
             pool.doubted = pool.generation
             self._emit(Doubt(pool.name, pool.generation))
@@ -79,11 +82,12 @@ class Health:
             return
         pool.doubted = 0
         if not same:
-            self._bump(pool, "the server was restarted or is unreachable")
+            self.bump(pool, "the server was restarted or is unreachable")
 
-    def _bump(self, pool: Pool, why: str) -> None:
+    def bump(self, pool: Pool, why: str) -> None:
+        """Begin a new generation: have every worker replace what is older."""
         pool.generation += 1
         text = "pool %r: generation %d: every older connection is replaced (%s)"
-        self._log(logging.WARNING, text, pool.name, pool.generation, why)
+        self._log(logging.WARNING, text, pool.name, pool.generation, why, pool=pool.name, reason=why)
         for session in pool.sessions.values():
             self._emit(Send(session.id, Stale(pool.generation)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from sharedpool.broker.demand import Demand
@@ -16,9 +16,9 @@ START_UP_LIMIT_S = 65.0
 
 
 class Logger(Protocol):
-    """Put one event into the log."""
+    """Put one event into the log: a text, and apart from it whom it concerns, as fields for programs."""
 
-    def __call__(self, level: int, text: str, *args: object) -> None: ...
+    def __call__(self, level: int, text: str, *args: object, **fields: object) -> None: ...
 
 
 class Parked(Protocol):
@@ -100,6 +100,7 @@ class Leases:
             self._demand.fence(lease, why, now)
             return
         self._books.move(lease, SlotState.FENCING, why)
+        lease.since = now
         self._demand.expect(lease, now)
         if self._verifies:
             self.quarantine.add(lease.token)
@@ -180,14 +181,15 @@ class Leases:
         if lease.state is not state:
             self._books.move(lease, state, "reported")
             if state is SlotState.CLOSING:
+                lease.since = now - report.age_ms / 1000
                 self._demand.expect(lease, now)
         if state is SlotState.OPEN:
-            self.note(lease, report.phase, now - report.age_ms / 1000, report.thread)
+            self.note(lease, report.phase, now - report.age_ms / 1000, report.thread, report.stack)
 
-    def note(self, lease: Lease, phase: Phase, since: float, thread: str) -> None:
+    def note(self, lease: Lease, phase: Phase, since: float, thread: str, stack: Sequence[str] = ()) -> None:
         """Note that an OPEN lease is idle or in use since then, and watch how long."""
         self._books.mark_phase(lease, phase, since)
-        lease.thread = thread
+        lease.since, lease.thread, lease.stack = since, thread, stack
         if lease.session.taking:
             lease.pool.idle.pop(lease.token, None)  # spoken before it knew that it was asked: not asked for twice
         if phase is Phase.IDLE and not lease.expiry_armed:
@@ -227,11 +229,13 @@ class Leases:
             self._arm(lease.used_since + limit, "checkout", lease)
             return
         lease.reported_at = now
-        text = "pool %r: lease %s has been checked out for %.1f s (max_checkout %.1f s) by %s, thread %r, backend %s"
+        text = "pool %r: lease %s has been checked out for %.1f s (max_checkout %.1f s) by %s, thread %r, backend %s%s"
         pid = lease.backend.pid if lease.backend else "?"
+        where = f", at {' < '.join(lease.stack)}" if lease.stack else ""
+        session, pool = lease.session, lease.pool
         self._log(
-            logging.WARNING, text, lease.pool.name, lease.token, now - lease.used_since, limit,
-            lease.session.label, lease.thread, pid,
+            logging.WARNING, text, pool.name, lease.token, now - lease.used_since, limit, session.label, lease.thread,
+            pid, where, pool=pool.name, lease=str(lease.token), session=session.label, reason="max_checkout",
         )  # fmt: skip
 
     def closing_due(self, lease: Lease, now: float) -> None:

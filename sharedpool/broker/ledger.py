@@ -24,7 +24,7 @@ from sharedpool.broker.orders import Orders
 from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState, Waiter
 from sharedpool.broker.recovery import GRACE_OVER, Recovery
-from sharedpool.broker.report import report
+from sharedpool.broker.report import lease_lines, report
 from sharedpool.broker.sessions import Sessions, Terms
 from sharedpool.broker.timers import Timers
 from sharedpool.wire.messages import (
@@ -40,18 +40,17 @@ from sharedpool.wire.messages import (
     Hello,
     Interrupt,
     Phase,
-    PoolReport,
     Reject,
     Release,
     ReleaseReason,
     Renew,
-    SessionReport,
     ToBroker,
     Token,
     Trouble,
     Withdraw,
 )
 from sharedpool.wire.orders import Done, Order
+from sharedpool.wire.reports import LeaseLine, PoolReport, SessionReport
 
 # More threads than any process has: what asks for more is no worker.
 _MOST_REQUESTS = 10_000
@@ -103,9 +102,11 @@ class Ledger:
         )  # fmt: skip
         self._handover = Handover(self._books, self._demand, self._leases, self._out.append, self._timers.arm)
         self._demand.parked = self._leases.parked = self._handover
-        self._orders = Orders(self._books, self._demand, self._leases, self._out.append, cuts=verifies)
-        self._orders.configure(max_conn, groups or {}, limits or {})
         self._health = Health(self._books, self._out.append, self._timers.arm, self._log, verifies=verifies)
+        self._orders = Orders(
+            self._books, self._demand, self._leases, self._out.append, self._health.bump, cuts=verifies
+        )
+        self._orders.configure(max_conn, groups or {}, limits or {})
         self._recovery = Recovery(
             self._books, self._demand, self._out.append, self._log, self._sessions.pool, self._sessions.named
         )
@@ -469,8 +470,8 @@ class Ledger:
 
     # --- output
 
-    def _log(self, level: int, text: str, *args: object) -> None:
-        self._out.append(Log(level, text % args))
+    def _log(self, level: int, text: str, *args: object, **fields: object) -> None:
+        self._out.append(Log(level, text % args, {"epoch": self.epoch, **fields}))
 
     def _settled(self, now: float) -> list[Command]:
         self._demand.settle(now)
@@ -488,3 +489,12 @@ class Ledger:
     def report(self, now: float) -> tuple[list[PoolReport], list[SessionReport]]:
         """Return the state of every pool and session."""
         return report(self._books, now)
+
+    def oldest(self, most: int, now: float) -> list[LeaseLine]:
+        """Return the leases that have been doing what they do for longest."""
+        return lease_lines(self._books, most, now)
+
+    def sample(self) -> None:
+        """Note how many slots are in use: see `PoolReport.history`."""
+        for pool in self._books.pools.values():
+            pool.history.append(sum(lease.idle_since is None for lease in pool.leases.values()))

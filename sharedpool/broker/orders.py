@@ -24,13 +24,21 @@ class Orders:
     """The operator's side of the ledger. A pool's name "" stands for all pools, those to come included."""
 
     def __init__(
-        self, books: Books, demand: Demand, leases: Leases, emit: Callable[[Command], None], *, cuts: bool
+        self,
+        books: Books,
+        demand: Demand,
+        leases: Leases,
+        emit: Callable[[Command], None],
+        bump: Callable[[Pool, str], None],
+        *,
+        cuts: bool,
     ) -> None:
-        """`cuts`: there is a control connection, so that any backend can be ended."""
+        """`bump` begins a pool's next generation. `cuts`: a control connection is there to end any backend."""
         self._books = books
         self._demand = demand
         self._leases = leases
         self._emit = emit
+        self._bump = bump
         self._cuts = cuts
         self._configured: set[str] = set()  # pools whose limits came with `configure`
 
@@ -48,6 +56,8 @@ class Orders:
                     said = self.drain(order.number, now)
                 case OrderKind.KILL:
                     said = self.kill(order.token, now)
+                case OrderKind.RECONNECT:
+                    said = self.reconnect(order.pool, now)
         except OrderError as error:
             return Done([], str(error))
         return Done(said)
@@ -157,12 +167,24 @@ class Orders:
         pid = f" (backend {lease.backend.pid})" if lease.backend is not None else ""
         return [f"lease {token} of {lease.session.label} in pool {lease.pool.name!r}{pid} is being ended"]
 
+    def reconnect(self, name: str, now: float) -> list[str]:
+        """Begin a new generation: what is open now is replaced at its next checkout or checkin."""
+        said = []
+        for pool in self._pools(name):
+            self._bump(pool, "asked for by `sharedpool reconnect`")
+            said.append(
+                f"pool {pool.name!r}: generation {pool.generation}: {len(pool.leases)} connections are replaced at"
+                " their next checkout or checkin"
+            )
+            self._demand.parked.end([pool], len(pool.parked), now)  # nobody else would replace them
+        return said or ["no pool is in use: nothing to replace"]
+
     def _pools(self, name: str) -> list[Pool]:
         books = self._books
         pools: Iterable[Pool] = books.pools.values()
         if name and name not in books.pools and name not in books.limits and name not in books.paused:
-            known = ", ".join(repr(pool.name) for pool in pools) or "none is in use"
-            raise OrderError(f"no pool {name!r} (pools: {known})")
+            known = ", ".join(repr(pool.name) for pool in pools) or "none"
+            raise OrderError(f"no pool {name!r} at this broker; there are: {known}")
         return [pool for pool in pools if name in ("", pool.name)]
 
 

@@ -9,8 +9,8 @@ FREE is not stored: a slot without a lease is free. Pure: no I/O, no clock; time
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -18,6 +18,9 @@ from sharedpool.broker.backoff import Backoff
 from sharedpool.broker.commands import Command, Entry, Erase, Process, Record
 from sharedpool.broker.groups import Group, Groups, GroupTerms
 from sharedpool.wire.messages import Backend, Live, Phase, PoolSpec, Token
+
+_WAITS_KEPT = 500  # of the last requests that got a slot: how long they waited
+_SAMPLES_KEPT = 60
 
 
 class SlotState(Enum):
@@ -50,6 +53,7 @@ class Lease:
     `reported_at` is when a checkout that is too long was last reported: one that began later has not been. `custody`:
     the broker has a duplicate of the connection's socket, on which it sees the backend's end. `line`: it was passed
     there and its worker has not spoken of it yet. `live` is set while it is parked. `interrupts`: cancels under way.
+    `since` is when what it does now began, if that is known; `stack` where it was checked out, if its worker tells.
     """
 
     token: Token
@@ -61,7 +65,9 @@ class Lease:
     custody: bool = False
     idle_since: float | None = None
     used_since: float | None = None
+    since: float | None = None
     thread: str = ""
+    stack: Sequence[str] = ()
     reported_at: float = -math.inf
     expiry_armed: bool = False
     checkout_armed: bool = False
@@ -184,6 +190,8 @@ class Pool:
     timeouts: int = 0
     recalls: int = 0
     fences: int = 0
+    waited: deque[float] = field(default_factory=lambda: deque(maxlen=_WAITS_KEPT))
+    history: deque[int] = field(default_factory=lambda: deque(maxlen=_SAMPLES_KEPT))  # slots in use, now and then
 
     @property
     def name(self) -> str:

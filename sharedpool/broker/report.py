@@ -1,9 +1,20 @@
-"""What `sharedpool status` shows: every pool and session as the books have them."""
+"""What `sharedpool status`, `who` and `top` show: every pool, session and lease as the books have them."""
 
 from __future__ import annotations
 
-from sharedpool.broker.records import Books, Pool, Session, SlotState
-from sharedpool.wire.messages import PoolReport, SessionReport
+import heapq
+from collections.abc import Sequence
+
+from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState
+from sharedpool.wire.reports import MOST_LISTED, LeaseLine, PoolReport, SessionReport
+
+_WORDS = {
+    SlotState.GRANTED: "connecting",
+    SlotState.OPEN: "in use",
+    SlotState.CLOSING: "closing",
+    SlotState.SUSPECT: "suspect",
+    SlotState.FENCING: "being ended",
+}
 
 
 def report(books: Books, now: float) -> tuple[list[PoolReport], list[SessionReport]]:
@@ -12,7 +23,40 @@ def report(books: Books, now: float) -> tuple[list[PoolReport], list[SessionRepo
     return pools, [_report_session(session, now) for session in books.sessions.values()]
 
 
+def lease_lines(books: Books, most: int, now: float) -> list[LeaseLine]:
+    """Return up to `most` leases, the longest in use first, then the others, the oldest first."""
+    chosen = heapq.nsmallest(
+        max(0, min(most, MOST_LISTED)),
+        books.leases.values(),
+        key=lambda lease: (lease.idle_since is not None, now if lease.since is None else lease.since),
+    )
+    return [_line(lease, now) for lease in chosen]
+
+
+def _line(lease: Lease, now: float) -> LeaseLine:
+    session = lease.session
+    state = "parked" if lease.live is not None else "idle" if lease.idle_since is not None else _WORDS[lease.state]
+    return LeaseLine(
+        token=lease.token,
+        pool=lease.pool.name,
+        pid=session.pid,
+        host=session.host,
+        title=session.title,
+        thread=lease.thread,
+        state=state,
+        age_ms=-1 if lease.since is None else max(0, int((now - lease.since) * 1000)),
+        backend=lease.backend,
+        stack=list(lease.stack),
+    )
+
+
+def _percentile_ms(waited: Sequence[float], share: float) -> float:
+    """Return the wait that `share` of those sorted waits did not exceed; -1 without any."""
+    return round(waited[min(len(waited) - 1, int(share * len(waited)))] * 1000, 3) if waited else -1.0
+
+
 def _report_pool(pool: Pool) -> PoolReport:
+    waited = sorted(pool.waited)
     states = [lease.state for lease in pool.leases.values()]
     idle = sum(lease.idle_since is not None for lease in pool.leases.values())
     return PoolReport(
@@ -39,6 +83,9 @@ def _report_pool(pool: Pool) -> PoolReport:
         error=pool.backoff.error,
         handovers=pool.handovers,
         parked=len(pool.parked),
+        wait_p50_ms=_percentile_ms(waited, 0.5),
+        wait_p99_ms=_percentile_ms(waited, 0.99),
+        history=list(pool.history),
     )
 
 

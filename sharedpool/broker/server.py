@@ -34,6 +34,7 @@ from sharedpool.broker.commands import (
     Log,
     Look,
     PassOn,
+    Peek,
     Process,
     Record,
     Saw,
@@ -46,15 +47,17 @@ from sharedpool.broker.journal import Journal
 from sharedpool.broker.leadership import Leadership
 from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.lock import BrokerLock
-from sharedpool.broker.processes import Watched, peer_of, process, raise_descriptor_limit
+from sharedpool.broker.processes import Peer, Watched, peer_of, process, raise_descriptor_limit
 from sharedpool.broker.scope import scope_of
 from sharedpool.broker.sessions import other_version
 from sharedpool.broker.settings import BrokerSettings
 from sharedpool.errors import ConfigError, ProtocolError, SharedPoolError
 from sharedpool.wire import address as addresses
 from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, encode, hello_version
-from sharedpool.wire.messages import PROTOCOL_VERSION, Ask, Give, Hello, Reject, Report, Status, Token, Withdraw
+from sharedpool.wire.messages import PROTOCOL_VERSION, Ask, Give, Hello, Reject, Token, Withdraw
+from sharedpool.wire.orders import Done, Order
 from sharedpool.wire.place import place
+from sharedpool.wire.reports import Report, Status
 
 logger = logging.getLogger("sharedpool.broker")
 
@@ -64,7 +67,7 @@ _BATCH = 500
 _AWAY_S = 1.0
 # What a cut does by itself, it does by then.
 _CUT_HEAD_START_S = 0.02
-# A lock file that somebody deleted locks nobody out any more.
+# A lock file that somebody deleted locks nobody out any more. Reports say of these samples that they are 10 s apart.
 _LOOK_EVERY_S = 10.0
 
 
@@ -195,6 +198,7 @@ class Server:
                     break
                 if now >= self._look_at:
                     self._look_at = now + _LOOK_EVERY_S
+                    self._ledger.sample()
                     if not self._lock.is_ours():
                         logger.error("the lock file of %s is gone: leaving it to another", self.settings.address)
                         break
@@ -307,12 +311,16 @@ class Server:
             if len(frames) == 2 and (version := hello_version(frames[1])) not in (None, PROTOCOL_VERSION):
                 self._send(session, encode(Reject(other_version(version), fatal=True)))
             else:
-                logger.warning("dropped a message from %s: %s", session.hex()[:12], error)
+                name = session.hex()[:12]
+                logger.warning("dropped a message from %s: %s", name, error, extra={"sharedpool": {"session": name}})
             return
         now = time.monotonic()
         sender: Process | None = None
         if isinstance(message, Status):
-            self._execute([Send(session, self._report(now))])
+            self._tell_state(session, message, now)
+            return
+        if isinstance(message, Order):
+            self._take_order(session, message, peer, now)
             return
         if isinstance(message, Hello):
             # By tcp only a process of this very host, by loopback, can be found by the pid it claims; in another PID
@@ -323,6 +331,14 @@ class Server:
             if pid := peer.pid or (message.pid if near else 0):
                 sender = process(pid)
         self._execute(self._ledger.handle(session, message, now, sender))
+
+    def _take_order(self, operator: bytes, order: Order, peer: Peer, now: float) -> None:
+        if not (self._ipc or peer.loopback):
+            self._send(operator, encode(Done([], "orders are taken only from the broker's own host")))
+            return
+        done, commands = self._ledger.order(order, now)
+        self._execute(commands)
+        self._send(operator, encode(done))
 
     def _wait(self, timeout: float | None) -> None:
         for key, _ in self._selector.select(timeout):
@@ -443,8 +459,8 @@ class Server:
                         self._died(session)
                 case Forget(session):
                     self._watched.forget(session)
-                case Log(level, text):
-                    logger.log(level, "%s", text)
+                case Log(level, text, fields):
+                    logger.log(level, "%s", text, extra={"sharedpool": fields})
         self._journal.flush()
 
     def _fence(self, fence: Fence) -> None:
@@ -467,11 +483,17 @@ class Server:
     def _announce(self) -> None:
         settings = self.settings
         limit = f"{settings.max_conn} connections over all pools" if settings.max_conn else "each pool's own max_conn"
-        logger.info("broker %d at %s enforces %s (epoch %d)", os.getpid(), settings.address, limit, self._ledger.epoch)
+        epoch = self._ledger.epoch
+        text = "broker %d at %s enforces %s (epoch %d)"
+        logger.info(text, os.getpid(), settings.address, limit, epoch, extra={"sharedpool": {"epoch": epoch}})
 
-    def _report(self, now: float) -> Report:
+    def _tell_state(self, asker: bytes, status: Status, now: float) -> None:
+        """Tell a command what the books say, and have it told what the server says of the same leases."""
         pools, sessions = self._ledger.report(now)
-        return Report(
+        oldest = self._ledger.oldest(status.leases, now)
+        peek = Peek(asker, tuple(line.backend for line in oldest if line.backend is not None))
+        asks = bool(peek.backends) and self._control.state != "none"
+        report = Report(
             PROTOCOL_VERSION,
             self._ledger.epoch,
             os.getpid(),
@@ -484,7 +506,12 @@ class Server:
             sessions,
             len(self._desk) if self._desk is not None else 0,
             self._ledger.state,
+            oldest,
+            asks,
         )
+        self._execute([Send(asker, report)])
+        if asks:
+            self._control.peek(peek)
 
     def _close(self) -> None:
         self._control.stop()

@@ -96,7 +96,10 @@ class Sessions:
         pool = self.pool(hello.pool)
         if hello.pool.server != pool.spec.server and session_id not in books.sessions:
             text = "pool %r: process %d connects to %s, the pool's first process to %s; give one of them another name="
-            self._log(logging.WARNING, text, pool.name, hello.pid, hello.pool.server, pool.spec.server)
+            self._log(
+                logging.WARNING, text, pool.name, hello.pid, hello.pool.server, pool.spec.server,
+                pool=pool.name, session=f"{hello.title}[{hello.pid}]", reason="another server",
+            )  # fmt: skip
         session = books.sessions.get(session_id)
         if session is not None and session.ended:
             return  # late: its process is gone
@@ -130,6 +133,13 @@ class Sessions:
     def end(self, session: Session, why: str, now: float, *, unused_above: Token | None = None) -> None:
         """End a session; leases above `unused_above`, if given, were never taken up by its worker."""
         session.ended = True
+        held = [lease for lease in session.leases.values() if lease.live is None]  # else given back, and parked here
+        if held:
+            text = "pool %r: %s: %s; its %d leases are ended"
+            self._log(
+                logging.INFO, text, session.pool.name, session.label, why, len(held),
+                pool=session.pool.name, session=session.label, reason=why,
+            )  # fmt: skip
         for waiter in list(session.waiters.values()):
             self._books.dequeue(waiter)
         self._demand.ignore(session)
@@ -169,7 +179,10 @@ class Sessions:
             return
         if not session.suspect and not session.ended:
             text = "pool %r: %s has been silent for %.1f s: its %d leases are suspect"
-            self._log(logging.WARNING, text, session.pool.name, session.label, now - session.heard, len(session.leases))
+            self._log(
+                logging.WARNING, text, session.pool.name, session.label, now - session.heard, len(session.leases),
+                pool=session.pool.name, session=session.label, reason="silent",
+            )  # fmt: skip
             session.suspect = True
             self._demand.ignore(session)
             for lease in list(session.leases.values()):

@@ -6,7 +6,22 @@ from importlib import import_module
 
 import click
 
-_COMMANDS = ("broker", "run", "status", "demo", "completion")
+# The command's name, its module, and what it is called there if not the same.
+_COMMANDS = {
+    "broker": "broker",
+    "check-config": "broker:check_config",
+    "run": "run",
+    "status": "status",
+    "who": "who",
+    "pause": "orders",
+    "resume": "orders",
+    "set": "orders:set_",
+    "drain": "orders",
+    "kill": "orders",
+    "reconnect": "orders",
+    "demo": "demo",
+    "completion": "completion",
+}
 
 
 class _Lazy(click.Group):
@@ -16,7 +31,8 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command = getattr(import_module(f"sharedpool.cli.{cmd_name}"), cmd_name)
+        module, _, name = _COMMANDS[cmd_name].partition(":")
+        command = getattr(import_module(f"sharedpool.cli.{module}"), name or cmd_name)
         assert isinstance(command, click.Command)
         return command
 

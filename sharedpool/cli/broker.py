@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from sharedpool.broker import configfile
+from sharedpool.broker.configfile import ConfigFile
+from sharedpool.broker.groups import check_terms
 from sharedpool.broker.launch import serve
 from sharedpool.broker.lock import AlreadyRunning
 from sharedpool.broker.server import Server
-from sharedpool.cli.options import SECONDS, broker_options, log_to_stderr, settings_from
+from sharedpool.broker.settings import BrokerSettings
+from sharedpool.cli.logs import log_option, log_to_stderr
+from sharedpool.cli.options import SECONDS, broker_options, settings_from
 from sharedpool.errors import ConfigError, SharedPoolError
 from sharedpool.wire.address import default_address
 
+logger = logging.getLogger("sharedpool.broker")
+
+_STRONGER = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+
+
+def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -> ConfigFile | None:
+    if path is None:
+        return None
+    try:
+        file = configfile.read(path)
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
+    ctx.default_map = file.options
+    return file
+
 
 @click.command()
+@click.option(
+    "--config",
+    metavar="FILE",
+    envvar="SHAREDPOOL_CONFIG",
+    show_envvar=True,
+    is_eager=True,
+    callback=_read_config,
+    help="A TOML file with these options, by their names with _ for -, and with groups and pools. SIGHUP has it read"
+    " again. What is given here or in the environment goes before it.",
+)
 @broker_options
 @click.option(
     "--bind",
@@ -38,16 +71,9 @@ from sharedpool.wire.address import default_address
     show_envvar=True,
     help="How long to wait for leases to come back after SIGTERM or SIGINT.",
 )
-def broker(
-    max_conn: int,
-    expiration: float | None,
-    max_checkout: float | None,
-    dsn: str | None,
-    ttl: float,
-    bind: str | None,
-    linger: float | None,
-    drain_timeout: float,
-) -> None:
+@log_option
+@click.pass_context
+def broker(ctx: click.Context, /, config: ConfigFile | None, log_format: str, **given: Any) -> None:
     """Run a broker in the foreground, logging to stderr, until SIGTERM or SIGINT.
 
     Then it drains: it lends nothing any more, has idle connections closed, and ends when the last lease is back, or
@@ -56,18 +82,67 @@ def broker(
     Workers find it by SHAREDPOOL_BROKER=ADDRESS, or config_pool(broker=ADDRESS). Exit status 0 after a stop, 1 when
     another broker has the address or it cannot be bound, 2 for a wrong option.
     """
-    log_to_stderr()
-    try:
-        address = bind or default_address()
-    except ConfigError as error:
-        raise click.UsageError(str(error)) from None
-    settings = settings_from(address, "--bind", max_conn, expiration, max_checkout, dsn, ttl, linger)
-    server = Server(replace(settings, drain_timeout_s=drain_timeout))
+    log_to_stderr(log_format)
+    settings = _settings(ctx, config, given)
+    address = settings.address
+
+    def reread() -> BrokerSettings:
+        assert config is not None
+        try:
+            return _settings(ctx, configfile.read(config.path), given)
+        except click.UsageError as error:
+            raise ConfigError(error.message) from None
+
+    server = Server(settings, reread if config is not None else None)
     try:
         server.bind()
     except AlreadyRunning as error:
         raise click.ClickException(f"{error}: use another --bind, or stop that one") from None
     except SharedPoolError as error:
         raise click.ClickException(str(error)) from None
-    click.echo(f"workers find it with: export SHAREDPOOL_BROKER={address}", err=True)
-    serve(server)
+    hint = f"workers find it with: export SHAREDPOOL_BROKER={address}"
+    if log_format == "text":
+        click.echo(hint, err=True)
+    else:
+        logger.info("%s", hint)
+    serve(server, reloads=config is not None)
+
+
+def _settings(ctx: click.Context, file: ConfigFile | None, given: dict[str, Any]) -> BrokerSettings:
+    """Return what the file says, but for what the command line or the environment does. Raise click's usage error."""
+    if file is not None:
+        ours = {name for name in given if ctx.get_parameter_source(name) not in _STRONGER}
+        defaults = {each.name: each.get_default(ctx) for each in ctx.command.params if each.name in ours}
+        given = given | {name: file.options.get(name, defaults[name]) for name in ours}
+    if given["max_conn"] is None:
+        raise click.UsageError(f"max_conn: not in {file.path if file else 'the options'} any more")
+    groups, limits = (file.groups, file.limits) if file is not None else ({}, {})
+    try:
+        address = given["bind"] or default_address()
+        check_terms(groups, given["max_conn"])
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
+    settings = settings_from(
+        address, "--bind", given["max_conn"], given["expiration"], given["max_checkout"], given["dsn"], given["ttl"],
+        given["linger"],
+    )  # fmt: skip
+    return replace(settings, drain_timeout_s=given["drain_timeout"], groups=groups, limits=limits)
+
+
+@click.command(name="check-config")
+@click.argument("file", metavar="FILE")
+def check_config(file: str) -> None:
+    """Read a broker's configuration FILE and say what it means, or all that is wrong with it (exit status 2)."""
+    try:
+        found = configfile.read(file)
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
+    for name, value in found.options.items():
+        click.echo(f"{name}: {'(given)' if name == 'dsn' else value}")  # it may hold a password
+    if "max_conn" not in found.options:
+        click.echo("max_conn: not in the file: the command line must give it")
+    for name, group in found.groups.items():
+        most = "no limit of its own" if group.max_conn is None else f"at most {group.max_conn}"
+        click.echo(f"group {name!r}: {group.reserved} reserved, {most}, priority {group.priority}")
+    for name, limit in found.limits.items():
+        click.echo(f"pool {name!r}: at most {limit}")

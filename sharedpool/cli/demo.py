@@ -25,12 +25,12 @@ import click
 import psycopg2
 
 from sharedpool.broker.launch import start_broker
+from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.demo_crew import ACCOUNTS, GET_CONN_LIMIT_S, Crew, shielded_children
 from sharedpool.cli.demo_view import Moment, Rate, Summary, View, as_document, as_text, choose_view, judge
 from sharedpool.cli.postgres import EphemeralPostgres, PostgresFailed, PostgresNotFound
-from sharedpool.cli.status import fetch_report
 from sharedpool.errors import SharedPoolError
-from sharedpool.wire.messages import PoolReport
+from sharedpool.wire.reports import PoolReport
 
 _OPENING_BALANCE = 1000
 _FRAME_S = 0.1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -97,8 +96,3 @@ def settings_from(
         return BrokerSettings(address, max_conn, control_dsn(dsn), expiration, max_checkout or 0.0, ttl, linger)
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
-
-
-def log_to_stderr() -> None:
-    """Send the broker's log to stderr, one event a line."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -12,7 +12,8 @@ from dataclasses import replace
 import click
 
 from sharedpool.broker.server import Server
-from sharedpool.cli.options import broker_options, log_to_stderr, settings_from
+from sharedpool.cli.logs import log_option, log_to_stderr
+from sharedpool.cli.options import broker_options, settings_from
 from sharedpool.errors import ConfigError, SharedPoolError
 from sharedpool.wire.address import BROKER_VARIABLE, runtime_dir
 
@@ -28,6 +29,7 @@ _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as a shell says it
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @broker_options
+@log_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
     max_conn: int,
@@ -35,6 +37,7 @@ def run(
     max_checkout: float | None,
     dsn: str | None,
     ttl: float,
+    log_format: str,
     command: tuple[str, ...],
 ) -> None:
     """Start a broker, run COMMAND with SHAREDPOOL_BROKER set, and end as it ends.
@@ -44,7 +47,7 @@ def run(
     Signals are passed on to the command. The exit status is the command's, 128 + N when signal N ended it, 127 when it
     was not found.
     """
-    log_to_stderr()
+    log_to_stderr(log_format)
     try:
         address = f"ipc://{runtime_dir()}/run-{os.getpid()}.sock"
     except ConfigError as error:

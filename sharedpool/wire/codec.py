@@ -8,13 +8,15 @@ import msgspec
 
 from sharedpool.errors import ProtocolError
 from sharedpool.wire.messages import FromDesk, Hello, ToBroker, ToDesk, ToWorker
+from sharedpool.wire.reports import FromOperator, ToOperator
 
 # The largest honest message is a RENEW with every lease of a big pool; anything longer is not ours.
 MAX_FRAME_BYTES = 1 << 20
 
 _encoder = msgspec.msgpack.Encoder()
-_to_broker: msgspec.msgpack.Decoder[ToBroker] = msgspec.msgpack.Decoder(ToBroker)
+_to_broker: msgspec.msgpack.Decoder[ToBroker | FromOperator] = msgspec.msgpack.Decoder(ToBroker | FromOperator)
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_to_operator: msgspec.msgpack.Decoder[ToOperator] = msgspec.msgpack.Decoder(ToOperator)
 _to_desk: msgspec.msgpack.Decoder[ToDesk] = msgspec.msgpack.Decoder(ToDesk)
 _from_desk: msgspec.msgpack.Decoder[FromDesk] = msgspec.msgpack.Decoder(FromDesk)
 _HELLO_TAG = Hello.__struct_config__.tag
@@ -22,19 +24,24 @@ _HELLO_TAG = Hello.__struct_config__.tag
 M = TypeVar("M")
 
 
-def encode(message: ToBroker | ToWorker | ToDesk | FromDesk) -> bytes:
+def encode(message: ToBroker | ToWorker | ToDesk | FromDesk | FromOperator | ToOperator) -> bytes:
     """Return the one frame or packet that carries `message`."""
     return _encoder.encode(message)
 
 
-def decode_to_broker(frame: bytes) -> ToBroker:
-    """Read a worker's message; raise `ProtocolError` for anything else."""
+def decode_to_broker(frame: bytes) -> ToBroker | FromOperator:
+    """Read a worker's or a command's message; raise `ProtocolError` for anything else."""
     return _decode(_to_broker, frame)
 
 
 def decode_to_worker(frame: bytes) -> ToWorker:
     """Read a broker's message; raise `ProtocolError` for anything else."""
     return _decode(_to_worker, frame)
+
+
+def decode_to_operator(frame: bytes) -> ToOperator:
+    """Read a broker's answer to a command; raise `ProtocolError` for anything else."""
+    return _decode(_to_operator, frame)
 
 
 def decode_to_desk(packet: bytes) -> ToDesk:

@@ -23,7 +23,7 @@ repeated, a lease is named by a token that is never used twice.
 
 `take` asks for idle leases now. `owed` is how many of the next checkins are to be given back instead of cached: an
 absolute number, so that a repeated or late RECALL does no harm (`serial` tells which is the newest).
-A command-line client sends STATUS without a HELLO and gets a REPORT.
+What the command line asks a broker, without a HELLO, is in `reports.py`.
 
 The *desk* (═) is a unix SEQPACKET socket beside the ZeroMQ one: each DEPOSIT carries a duplicate of a connection's
 socket. When it closes, the broker is gone. A thread that waits where connections can be handed over has a line of its
@@ -107,21 +107,26 @@ class Phase(StrEnum):
 
 
 class LeaseReport(Struct, frozen=True):
-    """One lease as its worker sees it; `age_ms` is the time in this phase."""
+    """One lease as its worker sees it; `age_ms` is the time in this phase.
+
+    `stack` is where it was checked out, innermost first, if the pool has `debug_checkouts`.
+    """
 
     token: Token
     phase: Phase
     age_ms: int
     thread: str = ""
     backend: Backend | None = None
+    stack: list[str] = []
 
 
 class Holder(Struct, frozen=True):
-    """Who holds connections, for the text of an error."""
+    """Who holds connections, for the text of an error; `site` is where the longest was checked out, if known."""
 
     label: str
     count: int
     longest_ms: int
+    site: str = ""
 
 
 # --- worker -> broker
@@ -219,12 +224,6 @@ class Bye(Struct, frozen=True, tag="bye"):
     """The session ends in good order; a grant above `seen`, the newest that has arrived, is not used any more."""
 
     seen: Token = NO_TOKEN
-
-
-class Status(Struct, frozen=True, tag="status"):
-    """Ask for a REPORT; needs no session."""
-
-    version: int
 
 
 # --- broker -> worker
@@ -331,66 +330,6 @@ class Stale(Struct, frozen=True, tag="stale"):
     generation: int
 
 
-class SessionReport(Struct, frozen=True):
-    """One session, for `sharedpool status`."""
-
-    pid: int
-    host: str
-    title: str
-    pool: str
-    leases: int
-    in_use: int
-    idle: int
-    waiting: int
-    silent_ms: int
-    suspect: bool
-
-
-class PoolReport(Struct, frozen=True):
-    """One pool, for `sharedpool status`; the counters count since the broker started."""
-
-    name: str
-    server: str
-    max_conn: int
-    sessions: int
-    leases: int
-    granted: int
-    in_use: int
-    idle: int
-    closing: int
-    suspect: int
-    fencing: int
-    waiting: int
-    grants: int
-    waits: int
-    denials: int
-    timeouts: int
-    recalls: int
-    fences: int
-    quarantined: int = 0
-    generation: int = 0
-    error: str = ""
-    handovers: int = 0
-    parked: int = 0
-
-
-class Report(Struct, frozen=True, tag="report"):
-    """The broker's state, for `sharedpool status`."""
-
-    version: int
-    epoch: int
-    pid: int
-    address: str
-    uptime_ms: int
-    max_conn: int
-    leases: int
-    control: str
-    pools: list[PoolReport]
-    sessions: list[SessionReport]
-    custody: int = 0
-    state: str = "serving"
-
-
 # --- at the desk
 
 
@@ -458,7 +397,7 @@ class Settled(Struct, frozen=True, tag="settled"):
     request: int
 
 
-ToBroker = Hello | Acquire | Cancel | Confirm | Renew | Release | Trouble | Interrupt | Bye | Status
-ToWorker = Welcome | Reject | Grant | Deny | Recall | Ack | Gone | Stale | Report
+ToBroker = Hello | Acquire | Cancel | Confirm | Renew | Release | Trouble | Interrupt | Bye
+ToWorker = Welcome | Reject | Grant | Deny | Recall | Ack | Gone | Stale
 ToDesk = Deposit | Ask | Withdraw | Give
 FromDesk = Pass | Settled

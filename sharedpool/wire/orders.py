@@ -1,4 +1,7 @@
-"""What an operator orders a broker to do (`sharedpool pause`, `set`, ...), and its answer; needs no session."""
+"""What an operator orders a broker to do (`sharedpool pause`, `set`, ...), and its answer; needs no session.
+
+Taken only of who is on the broker's host.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ class OrderKind(StrEnum):
     LIMIT = "limit"  # number: the new max_conn
     DRAIN = "drain"  # number: a process
     KILL = "kill"  # token: a lease
+    RECONNECT = "reconnect"
 
 
 class Order(Struct, frozen=True, tag="order"):

@@ -38,11 +38,13 @@ from sharedpool.wire.messages import (
     Token,
     Trouble,
 )
+from sharedpool.worker.callsite import wording
 from sharedpool.worker.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closing, Lease, Ticket, collected
 from sharedpool.worker.slices import Slices
 
 _LONGEST_WAIT_MS = 2**52
 _MOST_GONE = 100  # in one packet
+_MOST_STACKS = 200  # in one packet, in full
 # What was asked at the desk so long ago is listed in the heartbeat: the broker knows of it by now, or not any more.
 ASKED_S = 1.0
 
@@ -476,6 +478,7 @@ class Cache:
 
     def reports(self, now: float, threads: Mapping[int, str]) -> list[LeaseReport]:
         """Return every lease as the broker should see it; `threads` names threads by identifier."""
+        deepest = None if len(self.leases) <= _MOST_STACKS else 1  # a frame is not endless
         return [
             LeaseReport(
                 lease.token,
@@ -483,6 +486,7 @@ class Cache:
                 max(0, int((now - lease.since) * 1000)),
                 threads.get(lease.thread, "") if lease.phase is Phase.IN_USE else "",
                 lease.backend,
+                wording(lease.stack[:deepest]) if lease.phase is Phase.IN_USE else [],
             )
             for lease in self.leases.values()
         ]

@@ -16,7 +16,7 @@ import psycopg2
 
 from sharedpool.errors import PoolClosed, PoolError
 from sharedpool.wire.messages import Phase, ReleaseReason
-from sharedpool.worker import wording
+from sharedpool.worker import callsite, wording
 from sharedpool.worker.booth import Booth, Gate
 from sharedpool.worker.cache import wait_ms
 from sharedpool.worker.connection import (
@@ -78,6 +78,8 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
             raise PoolClosed(f"pool {holdings.config.name!r} was disposed of meanwhile")
         lease.phase = Phase.IN_USE  # one that was handed on was still its giver's
         lease.thread = threading.get_ident()
+        if holdings.config.debug_checkouts:
+            lease.stack = callsite.capture()
         conn.sharedpool_lease = lease
         ticket.lease = None
         lease.conn = None  # from here on the caller's reference is the only one: dropped by an interrupt, it comes back
@@ -107,11 +109,14 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
                 # A slot is on its way back: the broker must know, or it refuses at once.
                 holdings.cache.out.append(holdings.cache.renewal(ticket.since, thread_names()))
                 at_desk = False
+            elif holdings.config.debug_checkouts:  # a refusal is to name the line, of this process's checkouts too
+                holdings.cache.out.append(holdings.cache.renewal(ticket.since, thread_names()))
+                at_desk = at_desk and wait_s > 0
             holdings.cache.want(ticket, wait_s and max(0.001, deadline - ticket.since), at_desk=at_desk)
             if (lease := holdings.cache.take(ticket.since)) is not None:  # laid there without the lock meanwhile
                 holdings.cache.give_up(ticket, ticket.since)
                 return lease
-        if not at_desk:
+        if not at_desk or holdings.config.debug_checkouts:
             link.wake()
         limit = deadline + _GRACE_S if wait_s else ticket.since + _patience_s(holdings, link)
         while not ticket.settled:

@@ -176,14 +176,16 @@ def pooled_class(factory: type[extensions.connection] | None) -> type[PooledConn
 def connect(
     conninfo: ConnInfo, application_name: str, timeout_s: float | None, made: list[PooledConnection]
 ) -> PooledConnection:
-    """Open a connection; blocks for its `connect_timeout`, by default `timeout_s` or 10 s. Raise what psycopg2 raises.
+    """Open a connection; blocks for its `connect_timeout`, by default `timeout_s` or 10 s. Raise what psycopg2 raises,
+    and what a function raises that is asked for the password.
 
     The connection is in `made` even before it is connected: an interrupt anywhere does not lose it.
     """
     keywords = dict(conninfo.python_kwargs)
     factory = pooled_class(keywords.pop("connection_factory", None))
     keywords.setdefault("fallback_application_name", application_name)
-    parameters = extensions.parse_dsn(conninfo.dsn)
+    dsn = conninfo.current()
+    parameters = extensions.parse_dsn(dsn)
     if "connect_timeout" not in parameters and "PGCONNECT_TIMEOUT" not in os.environ:
         limit = CONNECT_LIMIT_S if timeout_s is None else min(CONNECT_LIMIT_S, timeout_s)
         keywords["connect_timeout"] = max(1, round(limit))
@@ -201,7 +203,7 @@ def connect(
         conn.__init__(dsn, **options)  # type: ignore[misc] # connects
         return conn
 
-    psycopg2.connect(conninfo.dsn, connection_factory=make, **keywords)
+    psycopg2.connect(dsn, connection_factory=make, **keywords)
     return bear_witness(made[0])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sharedpool.wire.messages import Backend, Deny, Phase, ReleaseReason, Token
+from sharedpool.worker.callsite import Stack
 
 HANDING_OUT_LIMIT_S = 30.0
 CLOSING_LIMIT_S = 3.0
@@ -21,12 +22,12 @@ class Lease:
     of it. `deposited`: the broker has been given the socket. `fresh`: it came with a connection from another process,
     which has not been made this one's own yet. `movable`: its session can be passed to another. `generation` is the
     newest that was known when it was granted. `plain`: its next checkin need not look at its key, at the generation,
-    nor whether it was taken away. `cache` is whose it is.
+    nor whether it was taken away. `cache` is whose it is. `stack` is where it was last checked out (`debug_checkouts`).
     """
 
     __slots__ = (
         "arrived", "backend", "cache", "conn", "deposited", "fresh", "generation", "idle_s", "key", "missed", "movable",
-        "phase", "plain", "ref", "retire_at", "since", "thread", "ticket", "token",
+        "phase", "plain", "ref", "retire_at", "since", "stack", "thread", "ticket", "token",
     )  # fmt: skip
 
     def __init__(self, token: Token, ticket: Ticket | None, now: float) -> None:
@@ -46,6 +47,7 @@ class Lease:
         self.generation = 0
         self.missed: float | None = None  # `since`, when it looked lost at the last heartbeat
         self.thread = 0  # identifier of the thread that has it
+        self.stack: Stack = ()
         self.key: object = None
         self.ticket = None if ticket is None else weakref.ref(ticket)
 

@@ -78,9 +78,10 @@ class Pool:
         return Holdings(self.config, self._address, self._start_broker)
 
     def _open_latch(self, holdings: Holdings) -> None:
-        """Allow the short way, if nothing of the user's has to be called on it."""
+        """Allow the short way, if nothing of the user's has to be called on it, and nothing noted."""
         config = self.config
-        if not (config.check or config.at_checkin or config.disable_pooling or holdings.disposed or holdings.retired):
+        noted = config.debug_checkouts or config.disable_pooling
+        if not (config.check or config.at_checkin or noted or holdings.disposed or holdings.retired):
             holdings.latch.open()
             self._latch, self._cache = holdings.latch.page, holdings.cache
 

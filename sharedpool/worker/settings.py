@@ -36,6 +36,7 @@ class PoolConfig:
     group: str = ""
     handover: bool = True
     slice: float = 0.002
+    debug_checkouts: bool = False
 
     @property
     def at_checkin(self) -> Callback | None:

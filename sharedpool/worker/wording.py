@@ -10,7 +10,7 @@ from sharedpool.errors import (
     ServerUnavailable,
     TooManyWaiting,
 )
-from sharedpool.wire.messages import Deny, DenyReason
+from sharedpool.wire.messages import Deny, DenyReason, Holder
 
 
 def refused(pool: str, deny: Deny, wait_s: float) -> PoolError:
@@ -25,10 +25,7 @@ def refused(pool: str, deny: Deny, wait_s: float) -> PoolError:
     if deny.reason is DenyReason.PAUSED:
         paused = f"pool {pool!r} is paused (`sharedpool pause`) and lends nothing until it is resumed"
         return PoolTimeout(f"{paused}: waited {wait_s:g} s") if wait_s else PoolExhausted(paused)
-    held = ", ".join(
-        f"{holder.label} {holder.count}" + (f" (longest {holder.longest_ms / 1000:.1f} s)" if holder.longest_ms else "")
-        for holder in deny.holders
-    )
+    held = ", ".join(map(_holding, deny.holders))
     who = f"; held most by {held}" if held else ""
     scope = "all pools of the broker" if deny.capped else "all processes"
     if deny.group:
@@ -50,6 +47,14 @@ def refused(pool: str, deny: Deny, wait_s: float) -> PoolError:
         f"pool {pool!r} is exhausted: the limit of {deny.max_conn} connections over {scope} is in use and none is"
         f" idle{server}{who}. Wait with get_conn(timeout=seconds), return connections sooner or raise max_conn"
     )
+
+
+def _holding(holder: Holder) -> str:
+    """Return how much somebody holds, since when, and where that was checked out."""
+    longest = f"longest {holder.longest_ms / 1000:.1f} s" if holder.longest_ms else ""
+    site = f"checked out at {holder.site}" if holder.site else ""
+    details = ", ".join(filter(None, (longest, site)))
+    return f"{holder.label} {holder.count}" + (f" ({details})" if details else "")
 
 
 def timed_out(pool: str, limit: int, wait_s: float) -> PoolTimeout:

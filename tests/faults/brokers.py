@@ -13,9 +13,9 @@ from types import TracebackType
 
 from waiting import wait_until
 
-from sharedpool.cli.status import fetch_report
+from sharedpool.cli.asking import fetch_report
 from sharedpool.errors import BrokerUnavailable
-from sharedpool.wire.messages import Report
+from sharedpool.wire.reports import Report
 
 START_S = 30.0
 _SEEN_S = 0.2

@@ -20,9 +20,9 @@ import sharedpool
 from sharedpool.broker.lock import is_held
 from sharedpool.broker.server import Server
 from sharedpool.broker.settings import BrokerSettings
+from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.cli.status import fetch_report
-from sharedpool.wire.messages import Report
+from sharedpool.wire.reports import Report
 
 
 @pytest.fixture(autouse=True)

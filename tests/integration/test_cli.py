@@ -14,6 +14,7 @@ from psycopg2.extensions import connection
 from waiting import wait_until
 
 import sharedpool
+from sharedpool.cli import _COMMANDS
 from sharedpool.cli.postgres import EphemeralPostgres
 
 COMMAND = [sys.executable, "-m", "sharedpool"]
@@ -23,8 +24,17 @@ def sharedpool_command(*arguments: str, **more: Any) -> subprocess.CompletedProc
     return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60, check=False, **more)
 
 
-def start(*arguments: str, **more: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **more)
+class Command(subprocess.Popen[str]):
+    """A command that does not outlive a test that has failed: else that would wait for its end."""
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, error, trace)
+
+
+def start(*arguments: str, **more: Any) -> Command:
+    return Command([*COMMAND, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **more)
 
 
 def wait_for(process: subprocess.Popen[str], text: str) -> str:
@@ -37,7 +47,7 @@ def wait_for(process: subprocess.Popen[str], text: str) -> str:
 # --- every command
 
 
-@pytest.mark.parametrize("command", [[], ["broker"], ["run"], ["status"], ["demo"], ["completion"]])
+@pytest.mark.parametrize("command", [[], *[[name] for name in _COMMANDS]])
 def test_every_command_explains_itself(command: list[str]) -> None:
     done = sharedpool_command(*command, "--help")
     assert done.returncode == 0
@@ -61,6 +71,8 @@ def test_the_version_is_the_packages() -> None:
         (["run", "--max-conn", "3"], "COMMAND"),
         (["run", "--", "true"], "--max-conn"),
         (["status", "--broker", "nonsense"], "--broker"),
+        (["who", "--broker", "nonsense"], "--broker"),
+        (["reconnect", "--broker", "nonsense"], "--broker"),
         (["frobnicate"], "frobnicate"),
     ],
 )

@@ -16,8 +16,8 @@ from waiting import wait_until
 import sharedpool
 from sharedpool.broker.server import Server
 from sharedpool.broker.settings import BrokerSettings
+from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.cli.status import fetch_report
 from sharedpool.conninfo import resolve
 from sharedpool.worker.connection import connect
 from sharedpool.worker.ending import close_confirmed

@@ -10,8 +10,8 @@ from processes import Worker
 from waiting import wait_until
 
 import sharedpool
+from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.cli.status import fetch_report
 
 
 @pytest.fixture

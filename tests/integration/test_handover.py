@@ -21,9 +21,10 @@ from waiting import wait_until
 
 import sharedpool
 from sharedpool import ThreadedConnectionPool
+from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.cli.status import fetch_report
-from sharedpool.wire.messages import Live, PoolReport
+from sharedpool.wire.messages import Live
+from sharedpool.wire.reports import PoolReport
 from sharedpool.worker.connection import PooledConnection
 from sharedpool.worker.handover import SUPPORTED, Stub, adopt
 from sharedpool.worker.pool import Pool

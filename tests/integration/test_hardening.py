@@ -20,8 +20,8 @@ from waiting import wait_until
 import sharedpool
 from sharedpool.broker.server import Server
 from sharedpool.broker.settings import BrokerSettings
+from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.cli.status import fetch_report
 from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_worker, encode
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,

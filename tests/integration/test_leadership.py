@@ -15,8 +15,8 @@ from waiting import wait_until
 from sharedpool.broker.control import Control
 from sharedpool.broker.leadership import Leadership
 from sharedpool.broker.scope import automatic_scope, scope_of
+from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.cli.status import fetch_report
 
 
 class Candidate:

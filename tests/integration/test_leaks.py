@@ -18,8 +18,8 @@ from waiting import wait_until
 
 import sharedpool
 from sharedpool import PoolClosed, ThreadedConnectionPool
-from sharedpool.cli.status import fetch_report
-from sharedpool.wire.messages import PoolReport
+from sharedpool.cli.asking import fetch_report
+from sharedpool.wire.reports import PoolReport
 from sharedpool.worker.ending import close_confirmed, cut
 
 MakePool = Callable[..., sharedpool.Pool]

@@ -13,9 +13,9 @@ from psycopg2.extensions import connection
 from waiting import wait_until
 
 import sharedpool
+from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.cli.status import fetch_report
-from sharedpool.wire.messages import PoolReport
+from sharedpool.wire.reports import PoolReport
 
 MakePool = Callable[..., sharedpool.Pool]
 StartWorker = Callable[..., Worker]

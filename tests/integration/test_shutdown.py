@@ -16,8 +16,8 @@ from processes import Worker, alive
 from waiting import wait_until
 
 import sharedpool
+from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.cli.status import fetch_report
 
 # A process that hangs at its exit would be killed, and seen, after this.
 EXIT_LIMIT_S = 30

@@ -14,8 +14,8 @@ from test_hardening import line_to
 from waiting import wait_until
 
 import sharedpool
+from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.cli.status import fetch_report
 from sharedpool.wire.codec import decode_to_worker, encode
 from sharedpool.wire.messages import PROTOCOL_VERSION, Acquire, Confirm, Grant, Hello, PoolSpec
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sharedpool.errors import ProtocolError
-from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, decode_to_worker, encode
+from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, decode_to_operator, decode_to_worker, encode
 from sharedpool.wire.messages import (
     Backend,
     Confirm,
@@ -21,15 +21,24 @@ from sharedpool.wire.messages import (
     Holder,
     LeaseReport,
     Phase,
-    PoolReport,
     PoolSpec,
     Release,
     ReleaseReason,
     Renew,
-    SessionReport,
     ToBroker,
     Token,
     ToWorker,
+)
+from sharedpool.wire.orders import Order, OrderKind
+from sharedpool.wire.reports import (
+    MOST_LISTED,
+    BackendActivity,
+    FromOperator,
+    LeaseLine,
+    PoolReport,
+    Report,
+    SessionReport,
+    ToOperator,
 )
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -40,23 +49,28 @@ texts = st.text(st.characters(exclude_categories=["Cs"]))
 tokens = st.builds(Token, integers, integers)
 st.register_type_strategy(int, integers)
 st.register_type_strategy(str, texts)
+st.register_type_strategy(float, st.floats(allow_nan=False))
 backends = st.builds(Backend, st.integers(-(2**31), 2**31 - 1), *[st.integers(-(2**63), 2**63 - 1)] * 2)
 st.register_type_strategy(Backend, backends)
-for struct in (PoolSpec, LeaseReport, Holder, SessionReport, PoolReport):
+orders = st.builds(Order, integers, st.sampled_from(OrderKind), texts, st.integers(0, 2**31 - 1), tokens)
+structs = (PoolSpec, LeaseReport, Holder, SessionReport, PoolReport, LeaseLine, BackendActivity)
+for struct in structs:
     hints = {field.name: st.from_type(field.type) for field in msgspec.structs.fields(struct)}
     st.register_type_strategy(struct, st.builds(struct, **hints))
 
 
 def messages_of(union: object) -> st.SearchStrategy[object]:
     return st.one_of(
-        st.builds(message, **{field.name: st.from_type(field.type) for field in msgspec.structs.fields(message)})
+        orders
+        if message is Order
+        else st.builds(message, **{field.name: st.from_type(field.type) for field in msgspec.structs.fields(message)})
         for message in get_args(union)
     )
 
 
 @unhurried
-@given(message=messages_of(ToBroker))
-def test_every_message_to_the_broker_survives_the_wire(message: ToBroker) -> None:
+@given(message=messages_of(ToBroker | FromOperator))
+def test_every_message_to_the_broker_survives_the_wire(message: ToBroker | FromOperator) -> None:
     again = decode_to_broker(encode(message))
     assert again == message
     assert type(again) is type(message)
@@ -68,6 +82,24 @@ def test_every_message_to_a_worker_survives_the_wire(message: ToWorker) -> None:
     again = decode_to_worker(encode(message))
     assert again == message
     assert type(again) is type(message)
+
+
+@unhurried
+@given(message=messages_of(ToOperator))
+def test_every_answer_to_a_command_survives_the_wire(message: ToOperator) -> None:
+    again = decode_to_operator(encode(message))
+    assert again == message
+    assert type(again) is type(message)
+
+
+def test_the_longest_list_of_leases_fits_into_a_frame() -> None:
+    entry = "x" * 100  # as long as `callsite.wording` makes it, as often as `capture` takes
+    line = LeaseLine(
+        Token(2**63, 2**63), "p" * 63, 2**22, "h" * 64, "t" * 100, "n" * 100, "being ended", 2**40,
+        Backend(2**22, 2**60, 2**60), [entry] * 12,
+    )  # fmt: skip
+    report = Report(3, 1, 1, "a" * 107, 1, 1, MOST_LISTED, "connected", [], [], oldest=[line] * MOST_LISTED)
+    assert decode_to_operator(encode(report)) == report
 
 
 @pytest.mark.parametrize(
@@ -90,7 +122,7 @@ def test_types_are_restored_not_just_values() -> None:
     assert release.reason is ReleaseReason.OWED
 
 
-DECODERS = [decode_to_broker, decode_to_worker]
+DECODERS = [decode_to_broker, decode_to_operator, decode_to_worker]
 
 
 @pytest.mark.parametrize("decode", DECODERS)
@@ -106,7 +138,11 @@ json_like = st.recursive(
     lambda inner: st.lists(inner, max_size=6) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=12,
 )
-TAGS = [message.__struct_config__.tag for union in (ToBroker, ToWorker) for message in get_args(union)]
+TAGS = [
+    message.__struct_config__.tag
+    for union in (ToBroker | FromOperator, ToWorker, ToOperator)
+    for message in get_args(union)
+]
 
 
 @pytest.mark.parametrize("decode", DECODERS)

@@ -17,6 +17,7 @@ from sharedpool.wire.messages import (
     Phase,
     Recall,
     ReleaseReason,
+    Stale,
     Token,
 )
 from sharedpool.wire.orders import Done, Order, OrderKind
@@ -213,7 +214,7 @@ def test_the_limit_over_all_pools() -> None:
 def test_a_broker_without_a_limit_over_all_pools_wants_a_pools_name(broker: Broker) -> None:
     broker.worker("a")
     assert "--pool" in order(broker, OrderKind.LIMIT, "", 5).error
-    assert "no pool 'x' (pools: 'p')" in order(broker, OrderKind.LIMIT, "x", 5).error
+    assert "no pool 'x' at this broker; there are: 'p'" in order(broker, OrderKind.LIMIT, "x", 5).error
 
 
 # --- one process
@@ -274,3 +275,24 @@ def test_what_cannot_be_ended_from_here_is_not_touched() -> None:
     token = a.lend()
     assert "no control connection" in order(broker, OrderKind.KILL, token=token).error
     assert broker.all(Fence) == []
+
+
+# --- new connections
+
+
+def test_reconnect_begins_a_new_generation_of_one_pool_or_of_all(broker: Broker, desk: Desk) -> None:
+    a = broker.worker("a", "p")
+    token = desk.lend(a)
+    broker.worker("b", "q")
+    replaced = "connections are replaced at their next checkout or checkin"
+    assert order(broker, OrderKind.RECONNECT, "p").said == [f"pool 'p': generation 2: 1 {replaced}"]
+    assert a.last(Stale).generation == 2
+    assert order(broker, OrderKind.RECONNECT).said == [
+        f"pool 'p': generation 3: 1 {replaced}",
+        f"pool 'q': generation 2: 0 {replaced}",
+    ]
+    desk.generation = 3
+    desk.give(a, token)  # parked
+    order(broker, OrderKind.RECONNECT, "p")
+    assert desk.state(token) is SlotState.FENCING
+    assert "no pool 'x'" in order(broker, OrderKind.RECONNECT, "x").error

@@ -1,0 +1,55 @@
+"""How `sharedpool broker` and `sharedpool run` write their log: to stderr, one event a line."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time (UTC), level, logger, message; and whom it concerns, where that is one of ours.
+
+    That is any of pool, lease, session, epoch, reason: what the record has as `extra={"sharedpool": ...}`.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as a line."""
+        event: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "sharedpool", {}),
+        }
+        if record.exc_info:
+            event["exception"] = self.formatException(record.exc_info)
+        return json.dumps(event, default=str)
+
+
+def log_option(command: F) -> F:
+    """Add the option that chooses the log's format."""
+    option = click.option(
+        "--log-format",
+        type=click.Choice(["text", "json"]),
+        default="text",
+        show_default=True,
+        envvar="SHAREDPOOL_LOG_FORMAT",
+        show_envvar=True,
+        help="How the log on stderr is written, one event a line.",
+    )
+    return option(command)
+
+
+def log_to_stderr(log_format: str) -> None:
+    """Send the log to stderr, one event a line."""
+    handler = logging.StreamHandler()
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(JsonLines() if log_format == "json" else text)
+    logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -1,0 +1,104 @@
+"""The broker's log: quiet in good times, one event a line, as text or JSON."""
+
+import json
+import logging
+import os
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import Worker
+from test_cli import sharedpool_command, start, wait_for
+
+from sharedpool.cli.logs import JsonLines
+from sharedpool.cli.postgres import EphemeralPostgres
+
+
+def event(line: str) -> dict[str, Any]:
+    found = json.loads(line)
+    assert isinstance(found, dict), line
+    return found
+
+
+def test_a_json_log_tells_whom_an_event_concerns(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+    options = ["--max-conn", "2", "--dsn", postgres.dsn, "--ttl", "0.9", "--max-checkout", "0.2"]
+    begun = datetime.now(UTC)
+    with start("broker", *options, "--log-format", "json") as process:
+        first = wait_for(process, "export SHAREDPOOL_BROKER=")
+        address = event(first)["message"].split("=", 1)[1]
+        lines = [first]
+        with Worker(dsn=postgres.dsn, broker=address, name="told") as worker:
+            worker.ask("get", name="x", timeout=10)
+            lines.append(wait_for(process, "has been checked out for"))
+            worker.kill()
+            lines.append(wait_for(process, "its worker died"))
+        process.terminate()
+        _, rest = process.communicate(timeout=20)
+    events = [event(line) for line in [*lines, *rest.splitlines()]]
+    for each in events:
+        assert timedelta() <= datetime.fromisoformat(each["time"]) - begun + timedelta(milliseconds=1)
+        assert each["logger"] == "sharedpool.broker"
+        assert each["level"] in ("info", "warning")
+        assert each["message"]
+    _, long, death, *_ = events
+    who = {"pool": "told", "session": f"worker.py[{worker.pid}]"}
+    assert who.items() <= long.items()
+    assert who.items() <= death.items()
+    assert (long["level"], long["reason"]) == ("warning", "max_checkout")
+    assert long["lease"] == f"{long['epoch']}-1"
+    assert (death["level"], death["reason"]) == ("info", "its worker died")
+    assert death["epoch"] == long["epoch"]
+
+
+def test_in_good_times_a_broker_says_only_that_it_begins_and_ends(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
+    with start("broker", "--max-conn", "2", "--dsn", postgres.dsn, "--ttl", "1.5") as process:
+        address = wait_for(process, "export SHAREDPOOL_BROKER=").split("=", 1)[1].strip()
+        said = [wait_for(process, "enforces"), wait_for(process, "control connection: backend")]
+        with Worker(dsn=postgres.dsn, broker=address) as one, Worker(dsn=postgres.dsn, broker=address) as other:
+            for worker in (one, other) * 5:
+                worker.ask("get", name="x", timeout=10)
+                worker.ask("get", name="y", timeout=10)
+                worker.ask("put", name="x")
+                worker.ask("put", name="y", close=True)
+        process.terminate()
+        _, rest = process.communicate(timeout=20)
+    said += rest.splitlines()
+    assert len(said) == 4, "".join(said)
+    parts = ("enforces", "control connection: backend", "draining 0 leases", "stopped")
+    for line, part in zip(said, parts, strict=True):
+        assert part in line
+        assert " INFO sharedpool.broker: " in line
+
+
+def test_run_and_the_environment_choose_the_format_too(runtime_dir: Path) -> None:
+    done = sharedpool_command("run", "--max-conn", "3", "--log-format", "json", "--", "true")
+    assert [event(line)["level"] for line in done.stderr.splitlines()]
+    environment = os.environ | {"SHAREDPOOL_LOG_FORMAT": "json"}
+    done = sharedpool_command("broker", "--max-conn", "3", "--linger", "0.1", env=environment)
+    assert any("enforces 3" in event(line)["message"] for line in done.stderr.splitlines())
+    done = sharedpool_command("broker", "--max-conn", "3", "--log-format", "xml")
+    assert done.returncode == 2
+    assert "--log-format" in done.stderr
+
+
+def test_a_traceback_stays_on_its_line() -> None:
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        record = logging.LogRecord("sharedpool.broker", logging.ERROR, "", 1, "it %s\n", ("failed",), sys.exc_info())
+    line = JsonLines().format(record)
+    assert "\n" not in line
+    found = event(line)
+    assert (found["message"], found["level"]) == ("it failed\n", "error")
+    assert "ValueError: two\nlines" in found["exception"]
+
+
+@pytest.mark.parametrize("value", [object(), b"\xff"])
+def test_no_field_can_keep_an_event_from_being_written(value: object) -> None:
+    record = logging.LogRecord("sharedpool.broker", logging.INFO, "", 1, "x", (), None)
+    record.sharedpool = {"reason": value}
+    assert event(JsonLines().format(record))["reason"] == str(value)

@@ -1,0 +1,63 @@
+"""Where a connection was checked out: the user's line, in a form that fits anywhere."""
+
+import sys
+from types import CodeType
+
+from sharedpool.wire.messages import Grant, Phase, Token
+from sharedpool.worker.cache import Cache
+from sharedpool.worker.callsite import capture, wording
+from sharedpool.worker.lease import Ticket
+
+
+def test_the_innermost_line_comes_first() -> None:
+    def inner() -> list[str]:
+        return wording(capture())
+
+    here = sys._getframe().f_lineno
+    stack = inner()
+    assert stack[0] == f"{__file__}:{here - 2} in {inner.__qualname__}"[-100:]
+    assert f":{here + 1} in test_the_innermost_line_comes_first" in stack[1]
+
+
+def test_layers_between_the_pool_and_its_user_are_left_out() -> None:
+    layer: dict[str, object] = {"__name__": "sqlalchemy.pool.base", "capture": capture}
+    exec("def between():\n    return capture()", layer)
+    between = layer["between"]
+    stack = wording(between())  # type: ignore[operator]
+    assert "in test_layers_between_the_pool_and_its_user_are_left_out" in stack[0]
+
+
+def test_a_stack_is_bounded() -> None:
+    def deep(n: int) -> list[str]:
+        return deep(n - 1) if n else wording(capture())
+
+    assert len(deep(50)) == 12
+
+
+def code(name: str) -> CodeType:
+    return compile("", name, "exec")
+
+
+def test_an_entry_is_short_printable_utf_8_and_keeps_its_end() -> None:
+    stack = tuple((code(name), 7) for name in ("é" * 300, "a\x1b[2J\nb.py", "x\udcff.py", "short.py"))
+    long, control, lone, short = wording(stack)
+    assert long.endswith("é:7 in <module>")
+    assert long.startswith("…")
+    assert len(long.encode()) <= 100
+    assert control == "a?[2J?b.py:7 in <module>"
+    assert lone == "x?.py:7 in <module>"
+    assert short == "short.py:7 in <module>"
+
+
+def test_a_worker_with_very_many_leases_tells_of_each_only_the_line() -> None:
+    """Its heartbeat must fit into a frame."""
+    cache = Cache(60.0)
+    cache.welcomed(1, 1, 0.0)
+    stack = ((code("inner.py"), 1), (code("outer.py"), 2))
+    for serial in range(1, 202):
+        cache.want(ticket := Ticket(lambda: None, 0.0), 0)
+        cache.granted(Grant(ticket.request, Token(1, serial), serial), 0.0)
+        assert ticket.lease is not None
+        ticket.lease.phase, ticket.lease.stack = Phase.IN_USE, stack
+        reported = cache.reports(0.0, {})
+        assert {len(each.stack) for each in reported} == ({2} if serial <= 200 else {1})
