@@ -6,7 +6,7 @@ from importlib import import_module
 
 import click
 
-_COMMANDS = ("broker", "run", "status", "who", "reconnect", "demo", "completion")
+_COMMANDS = ("broker", "run", "status", "who", "top", "reconnect", "demo", "completion")
 
 
 class _Lazy(click.Group):
