@@ -38,7 +38,7 @@ def top(address: str | None, interval: float) -> None:
     Where stdout is no terminal, one snapshot is printed. Exit status 3 when no broker answers.
     """
     found = find_brokers(address)
-    if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+    if not found or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
         for answer in from_each(found, lambda each: fetch_leases(each, _OLDEST)):
             for line in picture(answer, "", *_SNAPSHOT_SIZE):
                 click.echo(line.text.rstrip())

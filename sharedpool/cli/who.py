@@ -41,7 +41,7 @@ def who(address: str | None, name: str | None, as_json: bool) -> None:
 
     Without an address: of every broker in the user's runtime directory. Exit status 3 when none answers.
     """
-    found = from_each(find_brokers(address), fetch_leases)
+    found = from_each(find_brokers(address), fetch_leases, as_json=as_json)
     rows = [row for report in found for row in report.rows if name in (None, row[0].pool)]
     rows.sort(key=lambda row: -row[0].age_ms)
     if as_json:
