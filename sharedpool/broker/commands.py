@@ -146,10 +146,11 @@ class Doubt:
 
 @dataclass(frozen=True, slots=True)
 class Peek:
-    """Tell a command what the server says of these backends."""
+    """Tell a command what the server says of these backends, unless that is possible only after `until`."""
 
     asker: bytes
     backends: tuple[Backend, ...]
+    until: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -257,6 +257,8 @@ class Control:
 
     def _peek(self, peek: Peek) -> None:
         """Tell a command what the server says. A question that cannot be put is not put later: nobody waits for it."""
+        if time.monotonic() > peek.until:
+            return
         activity = Activity([], "no control connection just now")
         if self._conn is not None:
             here = [backend for backend in peek.backends if backend.boot_us == self._boot_us]

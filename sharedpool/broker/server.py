@@ -65,6 +65,8 @@ logger = logging.getLogger("sharedpool.broker")
 _BATCH = 500
 # A loop that was away for so long did not run (SIGSTOP, a suspended machine): silence in that time is no sign.
 _AWAY_S = 1.0
+# A command does not wait longer for what the server says.
+_PATIENCE_S = 2.0
 # What a cut does by itself, it does by then.
 _CUT_HEAD_START_S = 0.02
 # A lock file that somebody deleted locks nobody out any more. Reports say of these samples that they are 10 s apart.
@@ -491,7 +493,8 @@ class Server:
         """Tell a command what the books say, and have it told what the server says of the same leases."""
         pools, sessions = self._ledger.report(now)
         oldest = self._ledger.oldest(status.leases, now)
-        peek = Peek(asker, tuple(line.backend for line in oldest if line.backend is not None))
+        backends = tuple(line.backend for line in oldest if line.backend is not None)
+        peek = Peek(asker, backends, now + _PATIENCE_S)
         asks = bool(peek.backends) and self._control.state != "none"
         report = Report(
             PROTOCOL_VERSION,

@@ -13,6 +13,7 @@ _COMMANDS = {
     "run": "run",
     "status": "status",
     "who": "who",
+    "top": "top",
     "pause": "orders",
     "resume": "orders",
     "set": "orders:set_",

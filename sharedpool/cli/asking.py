@@ -87,21 +87,17 @@ def broker_option(command: F) -> F:
 
 
 def find_brokers(address: str | None) -> list[str]:
-    """Return the broker that was named, else every one in the user's runtime directory.
+    """Return the broker that was named, else every one in the user's runtime directory, perhaps none.
 
-    Without any say so and exit with `NOT_RUNNING`; raise click's usage error for an address that is none.
+    Raise click's usage error for an address that is none.
     """
     try:
-        found = [addresses.check_address(address, "--broker")] if address else _living()
+        return [addresses.check_address(address, "--broker")] if address else _living()
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
-    if not found:
-        click.echo(f"no broker is running in {addresses.runtime_dir()}", err=True)
-        raise SystemExit(NOT_RUNNING)
-    return found
 
 
-def from_each(found: Sequence[str], ask: Callable[[str], A]) -> list[A]:
+def from_each(found: Sequence[str], ask: Callable[[str], A], *, as_json: bool = False) -> list[A]:
     """Ask each of these brokers; complain of those that do not answer, and exit with `NOT_RUNNING` if none does."""
     answers = []
     for address in found:
@@ -110,6 +106,10 @@ def from_each(found: Sequence[str], ask: Callable[[str], A]) -> list[A]:
         except BrokerUnavailable as error:
             click.echo(f"Error: {error}", err=True)
     if not answers:
+        if as_json:
+            click.echo("[]")
+        if not found:
+            click.echo(f"no broker is running in {addresses.runtime_dir()}", err=True)
         raise SystemExit(NOT_RUNNING)
     return answers
 

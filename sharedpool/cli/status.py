@@ -27,7 +27,7 @@ def status(address: str | None, as_json: bool) -> None:
 
     Without an address: of every broker in the user's runtime directory. Exit status 3 when none answers.
     """
-    reports = from_each(find_brokers(address), fetch_report)
+    reports = from_each(find_brokers(address), fetch_report, as_json=as_json)
     if as_json:
         documents = [document(report) for report in reports]
         click.echo(json.dumps(documents[0] if address else documents, indent=2))

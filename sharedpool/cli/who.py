@@ -41,7 +41,7 @@ def who(address: str | None, name: str | None, as_json: bool) -> None:
 
     Without an address: of every broker in the user's runtime directory. Exit status 3 when none answers.
     """
-    found = from_each(find_brokers(address), fetch_leases)
+    found = from_each(find_brokers(address), fetch_leases, as_json=as_json)
     rows = [row for report in found for row in report.rows if name in (None, row[0].pool)]
     rows.sort(key=lambda row: -row[0].age_ms)
     if as_json:
@@ -66,14 +66,16 @@ class Answer:
         self.remarks = list(_remarks(report, activity))
 
 
-def fetch_leases(address: str, most: int = MOST_LISTED) -> Answer:
+def fetch_leases(
+    address: str, most: int = MOST_LISTED, limit_s: float = ANSWER_LIMIT_S, activity_limit_s: float = _ACTIVITY_LIMIT_S
+) -> Answer:
     """Ask the broker at `address`, and through it the server; wait for the second only a moment.
 
     Raise `BrokerUnavailable`.
     """
     with line_to(address) as line:
-        report = line.ask(Status(PROTOCOL_VERSION, most), Report, ANSWER_LIMIT_S)
-        return Answer(report, line.receive(Activity, _ACTIVITY_LIMIT_S) if report.activity else None)
+        report = line.ask(Status(PROTOCOL_VERSION, most), Report, limit_s)
+        return Answer(report, line.receive(Activity, activity_limit_s) if report.activity else None)
 
 
 def _remarks(report: Report, activity: Activity | None) -> Iterable[str]:

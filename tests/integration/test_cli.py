@@ -229,6 +229,8 @@ def test_status_without_a_broker_says_so_with_3(runtime_dir: Path) -> None:
     done = sharedpool_command("status")
     assert done.returncode == 3
     assert "no broker is running" in done.stderr
+    for command in ("status", "who"):  # programs get JSON all the same
+        assert sharedpool_command(command, "--json").stdout == "[]\n"
     done = sharedpool_command("status", "--broker", f"ipc://{runtime_dir}/nobody.sock")
     assert done.returncode == 3
     assert "no broker answers" in done.stderr

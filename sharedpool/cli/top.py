@@ -1,0 +1,148 @@
+"""`sharedpool top`: a live view of one broker."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import select
+import signal
+import sys
+import termios
+import time
+from collections.abc import Iterator
+
+import click
+
+from sharedpool.cli.asking import broker_option, find_brokers, from_each
+from sharedpool.cli.options import SECONDS
+from sharedpool.cli.top_view import picture
+from sharedpool.cli.who import Answer, fetch_leases
+from sharedpool.errors import BrokerUnavailable
+
+_OLDEST = 100  # checkouts asked for: more than any terminal has rows
+_ANSWER_LIMIT_S, _ACTIVITY_LIMIT_S = 1.0, 0.3
+_SNAPSHOT_SIZE = (160, 60)
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+@click.command()
+@broker_option
+@click.option("--interval", type=SECONDS, default=1.0, show_default=True, help="Seconds from one look to the next.")
+def top(address: str | None, interval: float) -> None:
+    """Watch a broker: limits, connections in use, who waits and how long, the oldest checkouts. q ends it.
+
+    Waits (P50, P99) are those of the last 500 requests that the broker has served; a connection that a process finds
+    idle in its own cache is none. The chart shows how much of the limit was in use in the last ten minutes.
+
+    Where stdout is no terminal, one snapshot is printed. Exit status 3 when no broker answers.
+    """
+    found = find_brokers(address)
+    if not found or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+        for answer in from_each(found, lambda each: fetch_leases(each, _OLDEST)):
+            for line in picture(answer, "", *_SNAPSHOT_SIZE):
+                click.echo(line.text.rstrip())
+        return
+    if len(found) > 1:
+        raise click.UsageError(f"several brokers are running: give --broker one of {', '.join(found)}")
+    if importlib.util.find_spec("rich") is None:
+        raise click.ClickException(
+            "the live view needs rich: pip install 'sharedpool[top]' (without it: sharedpool top | cat)"
+        )
+    _Screen(found[0], interval).run()
+
+
+class _Screen:
+    """The terminal while `top` has it. Whatever ends it, the terminal is as it was."""
+
+    def __init__(self, address: str, interval_s: float) -> None:
+        self._address = address
+        self._interval_s = interval_s
+        self._answer: Answer | None = None
+        self._answered_at = time.monotonic()
+        self._ended_by = 0
+
+    def run(self) -> None:
+        """Show the broker until somebody ends it; exit with 128 + N when that was signal N."""
+        from rich.console import Console
+        from rich.live import Live
+        from rich.text import Text
+
+        console = Console()
+        unicode = console.encoding.lower().startswith("utf")
+        # No refresh thread: it would draw while the screen is being given back.
+        live = Live(console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+        with self._signals() as woken, _keys() as keys, live:
+            while not self._ended_by:
+                trouble = self._look()
+                size = console.size
+                lines = picture(self._answer, trouble, *size, hint="q quits", unicode=unicode)
+                view = Text("\n").join(Text(line.text, line.style, no_wrap=True) for line in lines)
+                live.update(view, refresh=True)
+                if self._quits(woken, keys):
+                    break
+        if self._ended_by:
+            sys.exit(128 + self._ended_by)
+
+    def _look(self) -> str:
+        """Ask the broker; return what went wrong."""
+        try:
+            self._answer = fetch_leases(self._address, _OLDEST, _ANSWER_LIMIT_S, _ACTIVITY_LIMIT_S)
+        except BrokerUnavailable as error:
+            return f"no answer for {time.monotonic() - self._answered_at:.0f} s: {error}"
+        self._answered_at = time.monotonic()
+        return ""
+
+    def _quits(self, woken: int, keys: int | None) -> bool:
+        """Wait for the next look; return whether there will be none."""
+        due = time.monotonic() + self._interval_s
+        watched = [woken] if keys is None else [woken, keys]
+        while not self._ended_by and (left_s := due - time.monotonic()) > 0:
+            ready, _, _ = select.select(watched, [], [], left_s)
+            if woken in ready:
+                os.read(woken, 4096)
+            if keys is not None and keys in ready:
+                typed = os.read(keys, 4096)
+                if not typed or b"q" in typed.lower():  # nothing: the terminal is gone
+                    return True
+        return bool(self._ended_by)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[int]:
+        """Only note signals, so that none can cut the way back short; yield what is readable when one has come."""
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        previous = {number: signal.signal(number, self._note) for number in _ENDING}
+        wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        try:
+            yield read_end
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            os.close(read_end)
+            os.close(write_end)
+
+    def _note(self, number: int, _: object) -> None:
+        self._ended_by = number
+
+
+@contextlib.contextmanager
+def _keys() -> Iterator[int | None]:
+    """Have the terminal give each key at once, unseen; yield its descriptor, None where nobody can type.
+
+    Ctrl-Z does nothing: a stopped process would leave its screen behind.
+    """
+    fd = sys.stdin.fileno()
+    if not os.isatty(fd):
+        yield None
+        return
+    before = termios.tcgetattr(fd)
+    during = termios.tcgetattr(fd)
+    during[3] &= ~(termios.ICANON | termios.ECHO)
+    during[6][termios.VSUSP] = b"\0"
+    termios.tcsetattr(fd, termios.TCSADRAIN, during)
+    try:
+        yield fd
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)

@@ -1,0 +1,120 @@
+"""What `sharedpool top` shows, as lines of text with a style each. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from sharedpool.cli.asking import duration, process
+from sharedpool.cli.who import Answer, server_says
+from sharedpool.wire.reports import PoolReport, Report
+
+_SPARK = "▁▂▃▄▅▆▇█"
+_ASCII_SPARK = "_.-=+*%#"
+_HEADER_ROWS = 5  # the title's two and a blank; the table's title, and how many pools are not in it
+_CHECKOUT_ROWS = 6  # kept for the checkouts, however many pools there are: blank, title and four of them
+_POOL_HEADER = ("POOL", "LIMIT", "USED", "IDLE", "OTHER", "WAIT", "P50 ms", "P99 ms", "RECALLS", "FENCES")
+_LONGEST_NAME = 16
+
+
+class Line(NamedTuple):
+    """A line and its style, as rich calls it."""
+
+    text: str
+    style: str = ""
+
+
+def picture(
+    answer: Answer | None, trouble: str, width: int, height: int, *, hint: str = "", unicode: bool = True
+) -> list[Line]:
+    """Return at most `height` lines of at most `width` characters.
+
+    `answer` is the broker's last one, `trouble` why there is no newer one; `hint` stands at the upper right.
+    """
+    lines = [] if answer is None else list(_title(answer.report))
+    if trouble:
+        lines[1:2] = [Line(trouble, "bold red")]
+    if lines and hint:
+        lines[0] = Line(lines[0].text[: max(0, width - len(hint) - 2)].ljust(width - len(hint)) + hint, lines[0].style)
+    if answer is not None:
+        lines.append(Line(""))
+        lines += _pools(answer.report.pools, max(1, (height - _HEADER_ROWS - _CHECKOUT_ROWS) // 2), unicode)
+        lines += _checkouts(answer, height - len(lines), width)
+    return [Line(_cropped(line.text, width, unicode), line.style) for line in lines[:height]]
+
+
+def _title(report: Report) -> Iterable[Line]:
+    cap = f"{report.max_conn} over all pools" if report.max_conn else "each pool's own"
+    yield Line(f"sharedpool broker {report.pid}, up {duration(report.uptime_ms)}, {report.state}", "bold")
+    yield Line(f"limit {cap}, {report.leases} leases; control connection: {report.control}; {report.address}", "dim")
+
+
+def _pools(pools: Sequence[PoolReport], most: int, unicode: bool) -> Iterable[Line]:
+    """Return a table with two lines a pool, those that are short of connections first."""
+    urgent = sorted(pools, key=lambda pool: (-pool.waiting, -(pool.leases - pool.idle) / pool.max_conn))
+    shown = urgent[:most]
+    cells = [[_cropped(pool.name, _LONGEST_NAME, unicode), *map(str, _figures(pool))] for pool in shown]
+    widths = [max(len(row[i]) for row in [_POOL_HEADER, *cells]) for i in range(len(_POOL_HEADER))]
+
+    def row_of(row: Sequence[str]) -> str:
+        (name, *numbers), (wide, *others) = row, widths
+        return "  ".join([name.ljust(wide), *(cell.rjust(width) for cell, width in zip(numbers, others, strict=True))])
+
+    yield Line(row_of(_POOL_HEADER), "reverse")
+    for pool, row in zip(shown, cells, strict=True):
+        used = pool.leases - pool.idle
+        yield Line(row_of(row), "bold red" if pool.waiting else "bold yellow" if used >= pool.max_conn else "bold")
+        if pool.error:
+            yield Line(f"  cannot open connections: {pool.error}", "red")
+        else:
+            yield Line("  10 min " + sparkline([*pool.history, used], pool.max_conn, unicode), "cyan")
+    if len(pools) > most:
+        yield Line(f"and {len(pools) - most} more pools", "dim")
+
+
+def _figures(pool: PoolReport) -> tuple[object, ...]:
+    other = pool.leases - pool.in_use - pool.idle
+    waits = [_milliseconds(wait) for wait in (pool.wait_p50_ms, pool.wait_p99_ms)]
+    return (pool.max_conn, pool.in_use, pool.idle, other, pool.waiting, *waits, pool.recalls, pool.fences)
+
+
+def _milliseconds(wait: float) -> str:
+    return "-" if wait < 0 else f"{wait:.1f}" if wait < 100 else f"{wait:.0f}"
+
+
+def sparkline(history: Sequence[int], limit: int, unicode: bool = True) -> str:
+    """Draw how much of the limit was in use, a character a sample, the newest at the right."""
+    levels = _SPARK if unicode else _ASCII_SPARK
+    top = len(levels) - 1
+    # The lowest is for none at all.
+    return "".join(levels[min(top, 1 + (value * top - 1) // max(1, limit)) if value > 0 else 0] for value in history)
+
+
+def _checkouts(answer: Answer, rows: int, width: int) -> Iterable[Line]:
+    """Return a table of the oldest checkouts that fills what room there is."""
+    using = [row for row in answer.rows if row[0].state == "in use"][: max(0, rows - 2)]
+    if rows < 3:
+        return
+    several = len(answer.report.pools) > 1
+    cells = [
+        [
+            duration(line.age_ms),
+            process(line.title, line.pid, line.host),
+            *([line.pool[:_LONGEST_NAME]] if several else []),
+            server_says(activity),
+            # Of the file only its name: there is no room for more.
+            line.stack[0].rpartition("/")[2] if line.stack else activity.query if activity else "",
+        ]
+        for line, activity in using
+    ]
+    header = ["AGE", "PROCESS", *(["POOL"] if several else []), "SERVER", "CHECKED OUT AT, OR QUERY"]
+    widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header) - 1)]
+    yield Line("")
+    for i, row in enumerate([header, *cells]):
+        text = "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]])
+        yield Line(text.ljust(width) if i == 0 else text, "reverse" if i == 0 else "")
+
+
+def _cropped(text: str, width: int, unicode: bool) -> str:
+    plain = text if text.isprintable() else repr(text)[1:-1]
+    return plain if len(plain) <= width else plain[: max(0, width - 1)] + ("…" if unicode else "~")
