@@ -70,6 +70,7 @@ class Handover:
         lease = session.leases.get(give.token)
         if lease is None or lease.live is not None or lease.state is SlotState.FENCING:
             return False
+        session.debts.discard(lease.token)
         if give.reason is ReleaseReason.OWED:
             lease.pool.recalls += 1
             if session.owed:

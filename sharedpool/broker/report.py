@@ -90,14 +90,15 @@ def _report_pool(pool: Pool) -> PoolReport:
 
 
 def _report_session(session: Session, now: float) -> SessionReport:
-    idle = sum(lease.idle_since is not None for lease in session.leases.values())
+    held = [lease for lease in session.leases.values() if lease.live is None]  # what is parked is nobody's
+    idle = sum(lease.idle_since is not None for lease in held)
     return SessionReport(
         pid=session.pid,
         host=session.host,
         title=session.title,
         pool=session.pool.name,
-        leases=len(session.leases),
-        in_use=len(session.leases) - idle,
+        leases=len(held),
+        in_use=len(held) - idle,
         idle=idle,
         waiting=len(session.waiters),
         silent_ms=int((now - session.heard) * 1000),

@@ -23,6 +23,7 @@ from sharedpool.wire.address import default_address
 
 logger = logging.getLogger("sharedpool.broker")
 
+_DEFAULTS = {"ttl": 15.0, "drain_timeout": 10.0}  # as the options have them
 _STRONGER = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 
 
@@ -112,8 +113,7 @@ def _settings(ctx: click.Context, file: ConfigFile | None, given: dict[str, Any]
     """Return what the file says, but for what the command line or the environment does. Raise click's usage error."""
     if file is not None:
         ours = {name for name in given if ctx.get_parameter_source(name) not in _STRONGER}
-        defaults = {each.name: each.get_default(ctx) for each in ctx.command.params if each.name in ours}
-        given = given | {name: file.options.get(name, defaults[name]) for name in ours}
+        given = given | {name: file.options.get(name, _DEFAULTS.get(name)) for name in ours}
     if given["max_conn"] is None:
         raise click.UsageError(f"max_conn: not in {file.path if file else 'the options'} any more")
     groups, limits = (file.groups, file.limits) if file is not None else ({}, {})

@@ -241,6 +241,18 @@ def test_a_process_gives_back_what_it_holds_and_may_ask_again(broker: Broker) ->
     assert broker.ledger._books.shrinking == {}
 
 
+def test_what_a_drained_process_has_given_is_not_its_own_any_more(broker: Broker, desk: Desk) -> None:
+    a = broker.worker("a", max_conn=3)
+    first, second = desk.lend(a), desk.lend(a)
+    order(broker, OrderKind.DRAIN, number=100 + sum(a.id))
+    desk.give(a, first)  # parked: the pool keeps it
+    assert a.last(Recall).owed == 2
+    assert [(s.leases, s.in_use) for s in broker.ledger.report(broker.now)[1]] == [(1, 1)]
+    desk.give(a, second)
+    assert broker.ledger._books.sessions[a.id].debts == set()
+    assert broker.ledger._books.shrinking == {}
+
+
 def test_a_process_that_nobody_knows_cannot_be_drained(broker: Broker) -> None:
     assert "no process 7" in order(broker, OrderKind.DRAIN, number=7).error
 
