@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from test_cli import sharedpool_command, start, wait_for
 from waiting import wait_until
 
 import sharedpool
+from sharedpool.broker import configfile
 from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
 
@@ -188,6 +191,18 @@ def test_check_config_says_what_a_file_means(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert f"{file}: max_conn: " in done.stderr
     assert f"{file}: foo: " in done.stderr
+
+
+def test_the_example_is_right_and_the_readme_has_the_same_groups() -> None:
+    root = Path(__file__).parents[2]
+    example = configfile.read(root / "examples" / "sharedpool.toml")
+    (told,) = re.findall(r"^# sharedpool\.toml: .*?(?=^```$)", (root / "README.md").read_text(), re.M | re.S)
+    file = tomllib.loads(told)
+    assert file["groups"].keys() == example.groups.keys()
+    assert {name: (g.reserved, g.max_conn, g.priority) for name, g in example.groups.items()} == {
+        name: (table.get("min", 0), table.get("max"), table.get("priority", 0))
+        for name, table in file["groups"].items()
+    }
 
 
 def test_the_command_line_goes_before_the_file(postgres: EphemeralPostgres, runtime_dir: Path, tmp_path: Path) -> None:
