@@ -10,7 +10,9 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
+from limits import all_slots, stuck
 from processes import Sampler, alive
+from psycopg2.extensions import connection
 from waiting import wait_until
 from web_servers import Server, load, request, serving, traffic
 
@@ -62,21 +64,6 @@ def sampler(postgres: EphemeralPostgres, name: str) -> Iterator[Sampler]:
         yield sampler
 
 
-@pytest.fixture
-def slots(make_pool: MakePool, name: str) -> Callable[[], int]:
-    """Have all slots of the application's pool at once, in this process; return how many that are."""
-
-    def take() -> int:
-        pool = make_pool(name=name, max_conn=LIMIT, pool_manager=sharedpool.ThreadedConnectionPool)
-        conns = [pool.get_conn(timeout=5) for _ in range(LIMIT)]
-        backends = {conn.info.backend_pid for conn in conns}
-        for conn in conns:
-            pool.put_conn(conn, close=True)
-        return len(backends)
-
-    return take
-
-
 def ended_well(server: Server, broker: sharedpool.Broker, name: str) -> None:
     assert server.process.poll() is None, "gunicorn ended before it was told to"
     assert server.stop() == 0
@@ -117,7 +104,7 @@ def test_every_request_is_answered_by_three_connections(
         wait_until(more_workers_than_connections)
         ended_well(server, broker, name)
         assert "ERROR" not in server.words()
-    assert sampler.peak == LIMIT
+    assert 1 < sampler.peak <= LIMIT
     assert sampler.samples > 50
 
 
@@ -134,7 +121,7 @@ def test_a_reload_doubles_the_workers_and_loses_no_request(
                 wait_until(lambda before=before: not any(map(alive, before)), what="the old workers' end")
         assert seen.lost == []
         ended_well(server, broker, name)
-    assert sampler.peak == LIMIT
+    assert 1 < sampler.peak <= LIMIT
 
 
 @pytest.mark.parametrize("conf", ["", HOOKS], ids=["no hooks", "hooks"])
@@ -145,12 +132,12 @@ def test_workers_that_are_recycled_all_the_time_lose_no_request(
         answers = load(server, 300)
         ended_well(server, broker, name)
     assert len({answer["worker"] for answer in answers}) >= 300 / (25 + 10)
-    assert sampler.peak == LIMIT
+    assert 1 < sampler.peak <= LIMIT
 
 
 @pytest.mark.parametrize("conf", ["", HOOKS], ids=["no hooks", "hooks"])
 def test_killed_workers_cost_their_own_requests_and_no_slot(
-    gunicorn: Gunicorn, sampler: Sampler, slots: Callable[[], int], conf: str
+    gunicorn: Gunicorn, sampler: Sampler, make_pool: MakePool, name: str, conf: str
 ) -> None:
     kills = 4
     with gunicorn("-w", "4", conf=conf) as server:
@@ -161,35 +148,32 @@ def test_killed_workers_cost_their_own_requests_and_no_slot(
                 os.kill(victim, signal.SIGKILL)
                 wait_until(lambda known=known: seen.workers - known, what="an answer of the successor")
         assert len(seen.lost) <= kills  # a sync worker has one request at a time
-        assert slots() == LIMIT
+        assert all_slots(make_pool, name, LIMIT) == LIMIT
         assert server.stop() == 0
-    assert sampler.peak == LIMIT
+    assert 1 < sampler.peak <= LIMIT
 
 
 @pytest.mark.parametrize(
     ("how", "conf"), [("recycled", HOOKS), ("reloaded", OWN_HOOK)], ids=["recycled", "reloaded, own hook"]
 )
 def test_a_worker_that_leaves_with_a_query_under_way_is_not_held_up_by_it(
-    gunicorn: Gunicorn, broker: sharedpool.Broker, name: str, slots: Callable[[], int], how: str, conf: str
+    gunicorn: Gunicorn, server_connection: connection, name: str, make_pool: MakePool, how: str, conf: str
 ) -> None:
-    def in_use() -> bool:
-        return any(pool.name == name and pool.in_use for pool in fetch_report(broker.address).pools)
-
     options = ["-w", "1", "-k", "gthread", "--threads", "2", "--graceful-timeout", "1", "--timeout", "60"]
     if how == "recycled":
         options += ["--max-requests", "2"]
     with gunicorn(*options, conf=conf) as server:
         worker = request(server.port)["worker"]
-        stuck = HTTPConnection("127.0.0.1", server.port, timeout=60)
-        stuck.request("GET", "/stuck")
-        wait_until(in_use, what="the query that does not end")
+        waiting = HTTPConnection("127.0.0.1", server.port, timeout=60)
+        waiting.request("GET", "/stuck")
+        wait_until(lambda: stuck(server_connection, name) == 1, what="the query that does not end")
         if how == "reloaded":
             server.process.send_signal(signal.SIGHUP)
         # Without the hook its thread is waited for until gunicorn kills the worker, after the 60 seconds of --timeout.
         wait_until(lambda: not alive(worker), timeout_s=15, what="the worker's end")
-        assert stuck.getresponse().status == 500
-        stuck.close()
-        assert slots() == LIMIT
+        assert waiting.getresponse().status == 500
+        waiting.close()
+        assert all_slots(make_pool, name, LIMIT) == LIMIT
         assert request(server.port)["worker"] != worker
         assert server.stop() == 0
         assert ("a hook of the user's own" in server.words()) == (conf == OWN_HOOK)
