@@ -9,14 +9,26 @@ There is no `child_exit`: the master could tell the broker nothing that it has n
 
 from __future__ import annotations
 
+import os
+from typing import Protocol
+
 from sharedpool.worker import forks
 
 __all__ = ["worker_exit"]
 
 
-def worker_exit(server: object, worker: object) -> None:
+class Worker(Protocol):
+    """gunicorn's worker."""
+
+    pid: int
+
+
+def worker_exit(server: object, worker: Worker) -> None:
     """Dispose of the worker's pools: close every connection, those in use included, and return all leases.
 
-    Runs in the worker, when it serves no more. Blocks until the backends are gone, at most some seconds.
+    Blocks until the backends are gone, at most some seconds.
     """
-    forks.release_everything()
+    # gunicorn calls it in the master too, for a worker that was gone when it was to be told to end. With --preload the
+    # pools there are those that the next workers inherit.
+    if worker.pid == os.getpid():
+        forks.release_everything()

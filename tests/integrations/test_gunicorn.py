@@ -23,11 +23,22 @@ from sharedpool.cli.status import fetch_report
 LIMIT = 3
 HOOKS = "from sharedpool.integrations.gunicorn import *"
 OWN_HOOK = """
+import os
+import signal
 import sharedpool.integrations.gunicorn
 
 def worker_exit(server, worker):
     sharedpool.integrations.gunicorn.worker_exit(server, worker)
-    server.log.info("seen off by a hook of the user's own")
+    server.log.info("a hook of the user's own in the %s", "master" if os.getpid() == server.pid else "worker")
+"""
+# gunicorn's hook runs in the master when a worker is not there any more that it wants to signal.
+REAPED_BY_ANOTHER = """
+def on_reload(server):
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    for pid in server.WORKERS:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
 """
 
 MakePool = Callable[..., sharedpool.Pool]
@@ -46,11 +57,11 @@ def gunicorn(broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, 
     """Serve the application by gunicorn with these options and this gunicorn.conf.py."""
 
     @contextmanager
-    def start(*options: str, conf: str = "") -> Iterator[Server]:
+    def start(*options: str, conf: str = "", **environment: str) -> Iterator[Server]:
         configuration = tmp_path / "gunicorn.conf.py"
         configuration.write_text(conf)
         command = [sys.executable, "-m", "gunicorn", "--bind", "fd://{fd}", "--config", str(configuration), *options]
-        environment = {"TARGET_POOL": name, "DATABASE_DSN": postgres.dsn, "SHAREDPOOL_BROKER": broker.address}
+        environment |= {"TARGET_POOL": name, "DATABASE_DSN": postgres.dsn, "SHAREDPOOL_BROKER": broker.address}
         with serving([*command, "wsgi_target:app"], tmp_path / "gunicorn.log", environment) as server:
             yield server
 
@@ -176,4 +187,19 @@ def test_a_worker_that_leaves_with_a_query_under_way_is_not_held_up_by_it(
         assert all_slots(make_pool, name, LIMIT) == LIMIT
         assert request(server.port)["worker"] != worker
         assert server.stop() == 0
-        assert ("a hook of the user's own" in server.words()) == (conf == OWN_HOOK)
+        assert ("own in the worker" in server.words()) == (conf == OWN_HOOK)
+
+
+def test_the_hook_leaves_the_pool_of_a_preloading_master_alone(gunicorn: Gunicorn, sampler: Sampler) -> None:
+    conf = OWN_HOOK + REAPED_BY_ANOTHER
+    with gunicorn("-w", "2", "--preload", conf=conf, TARGET_AT_IMPORT="1") as server:
+        before = {answer["worker"] for answer in load(server, 20)}
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "own in the master" in server.words(), what="the hook in the master")
+        with traffic(server) as seen:
+            victim = wait_until(lambda: next(iter(seen.workers - before), None), what="an answer of a new worker")
+            known = seen.workers
+            os.kill(victim, signal.SIGKILL)  # the next one is forked from the master as it is now
+            wait_until(lambda: seen.workers - known - before, what="an answer of the successor")
+        assert server.stop() == 0
+    assert 1 <= sampler.peak <= LIMIT

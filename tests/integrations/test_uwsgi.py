@@ -22,7 +22,7 @@ from sharedpool.cli.status import fetch_report
 
 LIMIT = 3
 POSTFORK = {"TARGET_POSTFORK": "1"}
-IN_MASTER = {"TARGET_IN_MASTER": "1"}
+IN_MASTER = {"TARGET_AT_IMPORT": "1"}
 
 MakePool = Callable[..., sharedpool.Pool]
 StartUwsgi = Callable[..., AbstractContextManager[Server]]

@@ -1,19 +1,13 @@
-"""The WSGI application under uWSGI: with its hook, or with a pool that the master has used before it forks."""
+"""The WSGI application under uWSGI, with or without its hook."""
 
 import os
 
-import uwsgi
 import uwsgidecorators
-import wsgi_target
+from wsgi_target import app
 
 import sharedpool
 
-app = wsgi_target.app
+__all__ = ["app"]
 
 if "TARGET_POSTFORK" in os.environ:
     uwsgidecorators.postfork(sharedpool.reset_after_fork)
-
-if "TARGET_IN_MASTER" in os.environ:
-    assert uwsgi.worker_id() == 0
-    with wsgi_target.pool.connection() as conn, conn.cursor() as cursor:
-        cursor.execute("SELECT 1")

@@ -15,6 +15,10 @@ pool = sharedpool.config_pool(
     max_conn=3, name=os.environ["TARGET_POOL"], timeout=30, pool_manager=sharedpool.ThreadedConnectionPool
 )
 
+if "TARGET_AT_IMPORT" in os.environ:  # in the master, if that loads the application
+    with pool.connection() as conn, conn.cursor() as cursor:
+        cursor.execute("SELECT 1")
+
 
 def app(environ: dict[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:
     seconds = 600 if environ["PATH_INFO"] == "/stuck" else 0.002
