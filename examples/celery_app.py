@@ -22,6 +22,7 @@ from pathlib import Path
 import celery
 
 import sharedpool
+from sharedpool.integrations.celery import connect_signals
 
 LIMIT, TASKS = 2, 40
 
@@ -41,6 +42,7 @@ app.conf.broker_transport_options = {
 # opens its own connections when its tasks ask for them. Prefork runs one task at a time in a process; with -P threads
 # pass pool_manager=sharedpool.ThreadedConnectionPool.
 sharedpool.config_pool(max_conn=LIMIT, name="celery example")
+connect_signals()  # may be left out; it has the processes close their connections a second sooner at the end
 
 
 @app.task

@@ -114,7 +114,8 @@ def _living() -> list[Forkable]:
     return [pool for ref in list(_pools.values()) if (pool := ref()) is not None]
 
 
-def _release_everything() -> None:
+def release_everything() -> None:
+    """Dispose of every pool that this process uses: it is about to end. Blocks as `Pool.release_all` does."""
     if _pid == os.getpid():
         for pool in _living():
             with contextlib.suppress(PoolError):  # disposed of meanwhile
@@ -129,8 +130,8 @@ def release_at_child_exit() -> None:
     for package in ("multiprocessing", "multiprocess", "billiard"):
         util = sys.modules.get(f"{package}.util")
         if util is not None:
-            util.Finalize(None, _release_everything, exitpriority=0)
+            util.Finalize(None, release_everything, exitpriority=0)
 
 
-atexit.register(_release_everything)
+atexit.register(release_everything)
 os.register_at_fork(after_in_child=reset_after_fork)

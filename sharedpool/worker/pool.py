@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from threading import get_ident
 from time import monotonic
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import psycopg2
 from psycopg2 import extensions
@@ -401,6 +401,12 @@ class Pool:
             expired=released[ReleaseReason.EXPIRED] + released[ReleaseReason.RETIRED],
             discarded=holdings.discarded,
             errors=holdings.errors,
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"pool {self.name!r} cannot be pickled for another process: call config_pool() there too, as a module does"
+            " that both import, and use get_pool()"
         )
 
     def __repr__(self) -> str:

@@ -102,7 +102,9 @@ def run(command: list[str]) -> "subprocess.CompletedProcess[str]":
 
 
 def test_every_example_is_tested_here() -> None:
-    assert EXAMPLES == ["celery_app", "gunicorn_app", "multiprocessing_script", "quickstart"]
+    modules = ["process_pools_task"]  # imported by one that is tested
+    tested = ["celery_app", "flask_app", "gunicorn_app", "multiprocessing_script", "process_pools", "quickstart"]
+    assert sorted(modules + tested) == EXAMPLES
 
 
 @pytest.mark.parametrize(
@@ -114,6 +116,23 @@ def test_every_example_is_tested_here() -> None:
             "multiprocessing_script",
             3,
             ["300 queries by [2-8] processes", "most connections at a time: [1-3], limit: 3"],
+        ),
+        (
+            "process_pools",
+            2,
+            [
+                f"{way}: 40 queries by [1-4] processes, at most [12] connections at a time"
+                for way in (
+                    "multiprocessing, fork",
+                    "multiprocessing, spawn",
+                    "concurrent.futures, fork",
+                    "concurrent.futures, spawn",
+                    "multiprocess, fork",
+                    "multiprocess, spawn",
+                    "joblib, multiprocessing",
+                    "joblib, loky",
+                )
+            ],
         ),
         ("celery_app", 2, ["40 tasks done by [1-4] processes", "most connections at a time: [12], limit: 2"]),
     ],
@@ -128,7 +147,7 @@ def test_a_script_prints_what_it_says(database_url: str, example: str, limit: in
     assert max(counts) <= limit  # a short script may have come and gone between two looks
 
 
-@pytest.mark.parametrize("example", ["quickstart", "multiprocessing_script", "celery_app"])
+@pytest.mark.parametrize("example", ["quickstart", "multiprocessing_script", "process_pools", "celery_app"])
 def test_a_script_without_a_server_says_what_to_set(environment: None, example: str) -> None:
     outcome = run(commands(example)[0])
     assert outcome.returncode != 0
@@ -163,14 +182,18 @@ def serving(command: list[str], *more: str) -> Iterator[tuple[int, "subprocess.P
                 raise
 
 
-def request(port: int) -> dict[str, int]:
+def get(port: int, path: str) -> tuple[int, bytes]:
     with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
-        connection.request("GET", "/")
+        connection.request("GET", path)
         response = connection.getresponse()
-        body = response.read()
-        assert response.status == 200, body
-        answer: dict[str, int] = json.loads(body)
-        return answer
+        return response.status, response.read()
+
+
+def request(port: int) -> dict[str, int]:
+    status, body = get(port, "/")
+    assert status == 200, body
+    answer: dict[str, int] = json.loads(body)
+    return answer
 
 
 @pytest.mark.parametrize(
@@ -212,3 +235,35 @@ def test_gunicorn_workers_share_the_limit(database_url: str, number: int, more: 
                 return int((cursor.fetchone() or [0])[0])
 
             wait_until(lambda: connections() == 0, what="the end of gunicorn's connections")
+
+
+def test_the_flask_app_commits_what_succeeds_and_returns_every_connection(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init, serve, drop = commands("flask_app")
+    assert run(init).returncode == 0
+    monkeypatch.setenv("FLASK_RUN_PORT", "0")
+    log = tmp_path / "flask.log"
+    with (
+        log.open("w") as output,
+        watched(database_url) as counts,
+        subprocess.Popen(serve, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output) as process,
+    ):
+        try:
+            running = wait_until(lambda: re.search(r"Running on http://127.0.0.1:(\d+)", log.read_text()), 30)
+            port = int(running[1])
+            with ThreadPoolExecutor(8) as executor:  # threads of one process, each with a request of its own
+                failed = list(executor.map(get, [port] * 40, ["/fail"] * 40))
+                answers = list(executor.map(request, [port] * 40))
+            assert {status for status, _ in failed} == {500}
+            assert request(port)["visits"] == 41  # only those that succeeded
+        finally:
+            process.terminate()
+            process.wait(20)
+    assert 1 <= len({answer["backend"] for answer in answers}) <= 3
+    assert max(counts) <= 3
+    assert "does not count" in log.read_text()
+    assert run(drop).returncode == 0
+    with closing(psycopg2.connect(database_url)) as conn, conn.cursor() as cursor:
+        cursor.execute("SELECT to_regclass('sharedpool_visits')")
+        assert cursor.fetchone() == (None,)

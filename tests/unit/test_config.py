@@ -1,5 +1,6 @@
 """`config_pool`: what it takes, what it refuses, what it remembers. No server is needed: nothing connects."""
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -106,6 +107,11 @@ def test_a_pool_shows_its_state_and_no_password() -> None:
 
 
 # --- the private directory
+
+
+def test_a_pool_that_is_pickled_for_another_process_says_what_to_do() -> None:
+    with pytest.raises(TypeError, match=r"'spawned' cannot be pickled .* call config_pool\(\) there too"):
+        pickle.dumps(sharedpool.config_pool(dsn="dbname=app password=secret", name="spawned"))
 
 
 def test_the_runtime_directory_is_made_private(runtime_dir: Path) -> None:

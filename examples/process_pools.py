@@ -1,0 +1,75 @@
+"""Four processes, two connections, by every usual library and start method; joblib's if it is installed.
+
+    $ python examples/process_pools.py
+
+DATABASE_URL says where PostgreSQL is: export DATABASE_URL=postgresql://user:password@localhost:5432/app
+
+Prints for each how many queries were done, by how many processes, and the most connections that the server had while
+one looked. Ends with status 1 if that was more than the limit.
+"""
+
+import concurrent.futures
+import importlib.util
+import multiprocessing
+import sys
+from collections.abc import Callable
+
+import multiprocess
+from process_pools_task import look, pool
+
+PROCESSES, QUERIES = 4, 40
+
+Outcomes = list[tuple[int, int]]
+
+
+def by_multiprocessing(method: str) -> Outcomes:
+    with multiprocessing.get_context(method).Pool(PROCESSES) as workers:
+        return workers.map(look, range(QUERIES), chunksize=1)
+
+
+def by_futures(method: str) -> Outcomes:
+    with concurrent.futures.ProcessPoolExecutor(PROCESSES, multiprocessing.get_context(method)) as executor:
+        return list(executor.map(look, range(QUERIES)))
+
+
+def by_multiprocess(method: str) -> Outcomes:
+    with multiprocess.get_context(method).Pool(PROCESSES) as workers:
+        return workers.map(look, range(QUERIES), chunksize=1)
+
+
+def by_joblib(backend: str) -> Outcomes:
+    import joblib
+
+    # loky, the default, carries functions of the main script to its processes as a copy, with all that they refer to.
+    # One that uses a pool must be in a module, as `look` is.
+    return joblib.Parallel(PROCESSES, backend=backend)(joblib.delayed(look)(number) for number in range(QUERIES))
+
+
+WAYS: list[tuple[str, Callable[[str], Outcomes], tuple[str, ...]]] = [
+    ("multiprocessing", by_multiprocessing, ("fork", "spawn")),
+    ("concurrent.futures", by_futures, ("fork", "spawn")),
+    ("multiprocess", by_multiprocess, ("fork", "spawn")),
+    ("joblib", by_joblib, ("multiprocessing", "loky")),
+]
+
+
+def main() -> int:
+    peak = 0
+    for library, run, methods in WAYS:
+        if importlib.util.find_spec(library) is None:
+            print(f"{library}: not installed")
+            continue
+        for method in methods:
+            processes, connections = zip(*run(method), strict=True)
+            most = max(connections)
+            print(
+                f"{library}, {method}: {len(processes)} queries by {len(set(processes))} processes,"
+                f" at most {most} connections at a time",
+                flush=True,
+            )
+            peak = max(peak, most)
+    return 0 if peak <= pool.max_conn else 1
+
+
+if __name__ == "__main__":  # a spawned process imports this file too
+    sys.exit(main())

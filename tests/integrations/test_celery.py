@@ -1,0 +1,181 @@
+"""A real Celery worker and one limit: prefork and threads, processes that are recycled, killed or orphaned."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import celery.result
+import pytest
+from celery.exceptions import TimeLimitExceeded
+from limits import all_slots, stuck
+from processes import Sampler, alive
+from psycopg2.extensions import connection
+from waiting import wait_until
+
+import sharedpool
+from sharedpool.cli.postgres import EphemeralPostgres
+
+LIMIT = 3
+HERE = Path(__file__).parent
+
+MakePool = Callable[..., sharedpool.Pool]
+StartWorker = Callable[..., "AbstractContextManager[subprocess.Popen[bytes]]"]
+Look = Callable[..., "celery.result.AsyncResult[tuple[int, int]]"]
+_numbers = itertools.count(1)
+
+
+@pytest.fixture
+def name() -> str:
+    """The pool that the tasks use."""
+    return f"celery{next(_numbers)}"
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    """The app's settings: messages and results go through files."""
+    folders = {part: tmp_path / part for part in ("messages", "control", "results", "ends")}
+    for folder in folders.values():
+        folder.mkdir()
+    return {
+        "broker_url": "filesystem://",
+        "broker_transport_options": {
+            "data_folder_in": str(folders["messages"]),
+            "data_folder_out": str(folders["messages"]),
+            "control_folder": str(folders["control"]),
+            "polling_interval": 0.02,
+        },
+        "result_backend": folders["results"].as_uri(),
+        "worker_prefetch_multiplier": 1,
+    }
+
+
+@pytest.fixture
+def start_worker(
+    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, settings: dict[str, Any], tmp_path: Path
+) -> StartWorker:
+    """Run a Celery worker with these options; kill it in the end, if the test has not ended it."""
+
+    @contextmanager
+    def start(*options: str, **environment: str) -> Iterator["subprocess.Popen[bytes]"]:
+        environment |= {"TARGET_POOL": name, "DATABASE_DSN": postgres.dsn, "SHAREDPOOL_BROKER": broker.address}
+        environment |= {"TARGET_CELERY": json.dumps(settings), "TARGET_ENDS": str(tmp_path / "ends")}
+        quick = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+        log = tmp_path / "worker.log"
+        with (
+            log.open("w") as output,
+            subprocess.Popen(
+                [sys.executable, "-m", "celery", "-A", "celery_target", "worker", "-l", "INFO", *quick, *options],
+                cwd=HERE,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=os.environ | environment,
+                start_new_session=True,
+            ) as process,
+        ):
+            try:
+                yield process
+            finally:
+                print(log.read_text()[-5000:])  # pytest shows it when the test fails
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # Celery's own end takes five seconds
+
+    return start
+
+
+@pytest.fixture
+def look(settings: dict[str, Any]) -> Iterator[Look]:
+    """Send a task that does a query of so many seconds; return its promise."""
+    app = celery.Celery("client")
+    app.conf.update(settings)
+
+    def send(seconds: float, **options: Any) -> "celery.result.AsyncResult[tuple[int, int]]":
+        return app.send_task("look", [seconds], **options)
+
+    yield send
+    app.close()
+
+
+def outcomes(promises: list["celery.result.AsyncResult[tuple[int, int]]"]) -> list[tuple[int, int]]:
+    """Wait for all; return each one's process and backend."""
+    return [tuple(promise.get(timeout=60, interval=0.02)) for promise in promises]
+
+
+@pytest.mark.parametrize(
+    ("options", "least", "most"),
+    [
+        (["-c", "8"], 2, 8),
+        (["-c", "8", "-P", "threads"], 1, 1),
+        (["-c", "4", "--max-tasks-per-child", "10"], 15, 150),
+    ],
+    ids=["prefork", "threads", "recycled"],
+)
+def test_all_tasks_are_done_by_three_connections(
+    start_worker: StartWorker,
+    look: Look,
+    postgres: EphemeralPostgres,
+    name: str,
+    options: list[str],
+    least: int,
+    most: int,
+) -> None:
+    with Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler, start_worker(*options):
+        done = outcomes([look(0.005) for _ in range(150)])
+    assert least <= len({process for process, _ in done}) <= most
+    assert 2 <= sampler.peak <= LIMIT
+    assert sampler.samples > 50
+
+
+def test_with_signals_connected_the_processes_dispose_of_their_pools_when_the_worker_ends(
+    start_worker: StartWorker, look: Look, make_pool: MakePool, name: str, tmp_path: Path
+) -> None:
+    with start_worker("-c", "2", TARGET_SIGNALS="1") as worker:
+        done = outcomes([look(0.1) for _ in range(4)])
+        worker.terminate()
+        assert worker.wait(30) == 0
+    ends = {int(path.name): path.read_text() for path in (tmp_path / "ends").iterdir()}
+    assert {process for process, _ in done} <= set(ends)
+    assert set(ends.values()) == {"disposed"}
+    assert all_slots(make_pool, name, LIMIT) == LIMIT
+
+
+def test_a_hard_time_limit_in_the_middle_of_a_query_gives_the_slot_back(
+    start_worker: StartWorker, look: Look, make_pool: MakePool, name: str
+) -> None:
+    with start_worker("-c", "3"):
+        stuck = [look(600, time_limit=1) for _ in range(LIMIT)]
+        for promise in stuck:
+            with pytest.raises(TimeLimitExceeded):
+                promise.get(timeout=30, interval=0.02)
+        assert len(outcomes([look(0)])) == 1
+        assert all_slots(make_pool, name, LIMIT) == LIMIT
+
+
+def test_a_killed_process_and_then_a_killed_worker_leave_no_slot_taken(
+    start_worker: StartWorker,
+    look: Look,
+    server_connection: connection,
+    make_pool: MakePool,
+    name: str,
+    settings: dict[str, Any],
+) -> None:
+    settings["worker_prefetch_multiplier"] = 4  # Celery takes ten seconds to count the lost task as lost
+    with start_worker("-c", "2") as worker:
+        ((process, _),) = outcomes([look(0)])
+        look(600), look(600)
+        wait_until(lambda: stuck(server_connection, name) == 2, what="queries that do not end")
+        os.kill(process, signal.SIGKILL)
+        wait_until(lambda: stuck(server_connection, name) == 1, what="the end of the killed one's query")
+        ((successor, _),) = outcomes([look(0)])
+        assert successor != process
+        worker.kill()  # the kernel then kills its children
+        worker.wait()
+        wait_until(lambda: not alive(successor), what="the orphan's end")
+        assert all_slots(make_pool, name, LIMIT) == LIMIT
