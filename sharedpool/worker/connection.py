@@ -20,7 +20,7 @@ from psycopg2 import extensions
 
 from sharedpool.conninfo import ConnInfo
 from sharedpool.libpq import socket_of_failed
-from sharedpool.wire.messages import Backend
+from sharedpool.wire.messages import Backend, Phase
 from sharedpool.worker.ending import HUNG_UP, close_confirmed, close_witness, dead_end, disown, see_off
 
 CHECK_AFTER_S = 0.5  # idle, or lent out, for longer than this: look whether the server is still there
@@ -52,6 +52,7 @@ class PooledConnection(extensions.connection):
     # Set while it is checked out, taken off by the first checkin: a second one finds nothing.
     sharedpool_lease: Any = None
     sharedpool_holdings: Any = None
+    sharedpool_returned: Any = None  # the lease in which its user's `close()` checked it in last
     # A bare descriptor: a socket object in one garbage cycle with us would be closed before our own finalizer ran.
     sharedpool_witness = -1
     sharedpool_session: tuple[Any, ...] = ()
@@ -71,9 +72,19 @@ class PooledConnection(extensions.connection):
     sharedpool_adopted: Backend | None = None  # the backend, if it has not
 
     def close(self) -> None:
-        """Close the connection and wait (at most a second) until its backend has exited."""
+        """Close the connection and wait (at most a second) until its backend has exited.
+
+        One that `Pool.connect` has returned is checked in instead; closing it again does nothing.
+        """
+        lease, returned = self.sharedpool_lease, self.sharedpool_returned
         if self.sharedpool_pid not in (0, os.getpid()):
             disown(self, dead_end())  # inherited by a fork that Python did not see: the session is the parent's
+        elif lease is not None and lease.at_close is not None:
+            self.sharedpool_returned = lease
+            lease.at_close(self)
+            return
+        elif lease is None and returned is not None and returned.phase is Phase.IDLE:
+            return  # it is the pool's, for the next user
         close_confirmed([self])
 
     def sharedpool_close(self) -> None:
