@@ -102,7 +102,7 @@ def run(command: list[str]) -> "subprocess.CompletedProcess[str]":
 
 
 def test_every_example_is_tested_here() -> None:
-    assert EXAMPLES == ["celery_app", "gunicorn_app", "multiprocessing_script", "quickstart"]
+    assert EXAMPLES == ["celery_app", "gunicorn_app", "multiprocessing_script", "quickstart", "sqlalchemy_app"]
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,7 @@ def test_every_example_is_tested_here() -> None:
             ["300 queries by [2-8] processes", "most connections at a time: [1-3], limit: 3"],
         ),
         ("celery_app", 2, ["40 tasks done by [1-4] processes", "most connections at a time: [12], limit: 2"]),
+        ("sqlalchemy_app", 3, ["200 orders stored by 4 processes", "most connections at a time: [1-3], limit: 3"]),
     ],
 )
 def test_a_script_prints_what_it_says(database_url: str, example: str, limit: int, expected: list[str]) -> None:
@@ -128,7 +129,7 @@ def test_a_script_prints_what_it_says(database_url: str, example: str, limit: in
     assert max(counts) <= limit  # a short script may have come and gone between two looks
 
 
-@pytest.mark.parametrize("example", ["quickstart", "multiprocessing_script", "celery_app"])
+@pytest.mark.parametrize("example", ["quickstart", "multiprocessing_script", "celery_app", "sqlalchemy_app"])
 def test_a_script_without_a_server_says_what_to_set(environment: None, example: str) -> None:
     outcome = run(commands(example)[0])
     assert outcome.returncode != 0
