@@ -21,6 +21,7 @@ from psycopg2 import extensions
 from sharedpool.conninfo import ConnInfo
 from sharedpool.libpq import socket_of_failed
 from sharedpool.wire.messages import Backend, Phase
+from sharedpool.worker import green
 from sharedpool.worker.ending import HUNG_UP, close_confirmed, close_witness, dead_end, disown, see_off
 
 CHECK_AFTER_S = 0.5  # idle, or lent out, for longer than this: look whether the server is still there
@@ -293,7 +294,7 @@ def is_alive(conn: PooledConnection) -> bool:
     witness = conn.sharedpool_witness
     if conn.closed or witness < 0:
         return False
-    poller = select.poll()
+    poller = green.poller()
     poller.register(witness, select.POLLIN)
     return not poller.poll(0)
 
@@ -314,7 +315,7 @@ def has_hung_up(conn: PooledConnection) -> bool:
     witness = conn.sharedpool_witness
     if conn.closed or witness < 0:
         return True
-    poller = select.poll()
+    poller = green.poller()
     poller.register(witness, HUNG_UP)
     return bool(poller.poll(0))
 

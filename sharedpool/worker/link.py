@@ -16,13 +16,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import zmq
 
 from sharedpool.errors import ProtocolError, SharedPoolError
 from sharedpool.wire.codec import decode_to_worker, encode
 from sharedpool.wire.messages import Bye, Hello, Reject, ToBroker, ToWorker, Welcome
+from sharedpool.worker import green
 
 if TYPE_CHECKING:
     from sharedpool.worker.booth import Booth, Booths
@@ -96,6 +98,8 @@ class Link:
         self.running = False
         self._over = False
         self._thread: threading.Thread | None = None
+        self._zmq: ModuleType = zmq
+        self._greenlet: Any = None
 
     def start(self) -> None:
         """Start the thread. Called again after an interrupt, it starts a second one only if the first never ran."""
@@ -117,9 +121,11 @@ class Link:
             thread.join(_FLUSH_LIMIT_S + 0.5)
 
     def disown(self) -> None:
-        """In a forked child: let go of the parent's line. Its thread does not exist here."""
+        """In a forked child: let go of the parent's line. Its thread does not exist here, unless it is a greenlet."""
         self._wake_in.close()
         self._wake_out.close()
+        if self._greenlet is not None:
+            self._greenlet.kill(block=False)  # before it can touch the parent's ZeroMQ socket
 
     # --- the thread
 
@@ -133,7 +139,8 @@ class Link:
             return
         self._thread = threading.current_thread()
         self.running = True
-        context = zmq.Context()
+        self._zmq, self._greenlet = green.zmq_library(), green.current()
+        context = self._zmq.Context()
         try:
             while not self._is_over():
                 try:
@@ -176,7 +183,7 @@ class Link:
             dealer.close()
 
     def _serve(self, dealer: zmq.Socket[bytes]) -> None:
-        poller = zmq.Poller()
+        poller = self._zmq.Poller()
         poller.register(dealer, zmq.POLLIN)
         poller.register(self._wake_in, zmq.POLLIN)
         started = time.monotonic()
@@ -278,7 +285,7 @@ class Link:
             pass
 
     def _pause(self, seconds: float) -> None:
-        poller = zmq.Poller()
+        poller = self._zmq.Poller()
         poller.register(self._wake_in, zmq.POLLIN)
         deadline = time.monotonic() + seconds
         while not self._is_over() and time.monotonic() < deadline:
