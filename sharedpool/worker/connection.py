@@ -199,6 +199,9 @@ def connect(
     if "connect_timeout" not in parameters and "PGCONNECT_TIMEOUT" not in os.environ:
         limit = CONNECT_LIMIT_S if timeout_s is None else min(CONNECT_LIMIT_S, timeout_s)
         keywords["connect_timeout"] = max(1, round(limit))
+    limit_s = _number(
+        keywords.get("connect_timeout") or parameters.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT")
+    )
     started = time.monotonic()
     if "fallback_application_name" in parameters:
         del keywords["fallback_application_name"]
@@ -207,13 +210,12 @@ def connect(
         conn = factory.__new__(factory)
         made.append(conn)
         conn.sharedpool_started = started
-        conn.sharedpool_timeout_s = _number(
-            keywords.get("connect_timeout") or parameters.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT")
-        )
+        conn.sharedpool_timeout_s = limit_s
         conn.__init__(dsn, **options)  # type: ignore[misc] # connects
         return conn
 
-    psycopg2.connect(conninfo.dsn, connection_factory=make, **keywords)
+    with green.connect_limit(limit_s):
+        psycopg2.connect(conninfo.dsn, connection_factory=make, **keywords)
     return bear_witness(made[0])
 
 

@@ -6,13 +6,18 @@ at import: a gunicorn worker is patched after its fork, and may have this packag
 
 from __future__ import annotations
 
+import contextlib
 import select
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+import psycopg2
 import zmq
+from psycopg2 import extensions
 
 _STEP_S = 0.001
 
@@ -23,10 +28,20 @@ def patched(module: str = "threading") -> bool:
     return monkey is not None and bool(monkey.is_module_patched(module))
 
 
-def current() -> Any:
-    """Return the greenlet that runs as this thread, None if it is a real one."""
+def start_thread(target: Callable[[], None], name: str) -> None:
+    """Start a daemon thread, or a greenlet, which leaves no trace in `threading` when it is killed after a fork."""
     if not patched():
-        return None
+        threading.Thread(target=target, name=name, daemon=True).start()
+        return
+    import gevent
+
+    gevent.spawn(target)
+
+
+def current_thread() -> Any:
+    """Return this thread, or greenlet."""
+    if not patched():
+        return threading.current_thread()
     import gevent
 
     return gevent.getcurrent()
@@ -39,6 +54,21 @@ def zmq_library() -> ModuleType:
     from zmq import green
 
     return green
+
+
+@contextlib.contextmanager
+def connect_limit(limit_s: float | None) -> Iterator[None]:
+    """Give a connect up after `limit_s` seconds (None or 0: never), as libpq does by itself when it may block.
+
+    Raise `psycopg2.OperationalError` then. psycopg2 does not block, and libpq counts nothing, with a wait callback.
+    """
+    if not limit_s or not patched() or extensions.get_wait_callback() is None:
+        yield
+        return
+    import gevent
+
+    with gevent.Timeout(limit_s, psycopg2.OperationalError("timeout expired: the server did not answer in time")):
+        yield
 
 
 def poller() -> select.poll:

@@ -97,14 +97,12 @@ class Link:
         self._claim = threading.Lock()
         self.running = False
         self._over = False
-        self._thread: threading.Thread | None = None
+        self._thread: Any = None  # or greenlet
         self._zmq: ModuleType = zmq
-        self._greenlet: Any = None
 
     def start(self) -> None:
         """Start the thread. Called again after an interrupt, it starts a second one only if the first never ran."""
-        thread = threading.Thread(target=self._run, name="sharedpool-link", daemon=True)
-        thread.start()
+        green.start_thread(self._run, "sharedpool-link")
 
     def wake(self) -> None:
         """Have the outbox sent. Takes no lock: safe in a finalizer."""
@@ -117,15 +115,15 @@ class Link:
         """Let the thread end, saying BYE, as soon as the pool holds nothing; waits for it at most a second."""
         self.wake()
         thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        if thread is not None and thread is not green.current_thread():
             thread.join(_FLUSH_LIMIT_S + 0.5)
 
     def disown(self) -> None:
         """In a forked child: let go of the parent's line. Its thread does not exist here, unless it is a greenlet."""
         self._wake_in.close()
         self._wake_out.close()
-        if self._greenlet is not None:
-            self._greenlet.kill(block=False)  # before it can touch the parent's ZeroMQ socket
+        if self._thread is not None and not isinstance(self._thread, threading.Thread):
+            self._thread.kill(block=False)  # before it can touch the parent's ZeroMQ socket
 
     # --- the thread
 
@@ -137,9 +135,9 @@ class Link:
     def _run(self) -> None:
         if not self._claim.acquire(blocking=False):
             return
-        self._thread = threading.current_thread()
+        self._thread = green.current_thread()
         self.running = True
-        self._zmq, self._greenlet = green.zmq_library(), green.current()
+        self._zmq = green.zmq_library()
         context = self._zmq.Context()
         try:
             while not self._is_over():

@@ -43,7 +43,7 @@ def running(scenario: str, settings: dict[str, Any]) -> Iterator["subprocess.Pop
             raise
     assert said.endswith("done\n"), complaints
     assert process.returncode == 0, complaints
-    assert complaints == ""
+    assert complaints == "", complaints
 
 
 @pytest.mark.parametrize(
