@@ -1,17 +1,20 @@
 """gevent: in a monkey-patched process a wait for a lease lets the other greenlets run. All in real such processes."""
 
+import http.client
 import json
+import os
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psycopg2.extensions
 import pytest
-from processes import workers
+from processes import Sampler, workers
 from waiting import wait_until
 
 import sharedpool
@@ -122,3 +125,81 @@ def test_the_automatic_broker_is_started_from_a_patched_process(
     monkeypatch.setenv("SHAREDPOOL_LINGER", "0.5")
     with running("waiting_within_the_process", settings | {"broker": None}):
         pass
+
+
+# --- gunicorn's gevent worker
+
+GUNICORN_CONF = """
+worker_class = "gevent"
+
+
+def post_fork(server, worker):
+    from psycogreen.gevent import patch_psycopg
+
+    patch_psycopg()
+"""
+
+
+@contextmanager
+def gunicorn(tmp_path: Path, settings: dict[str, Any], *options: str) -> Iterator[int]:
+    """Serve `green_app.py`; yield the port."""
+    conf, log = tmp_path / "gunicorn.conf.py", tmp_path / "gunicorn.log"
+    conf.write_text(GUNICORN_CONF)
+    command = [sys.executable, "-m", "gunicorn", "-c", str(conf), "--chdir", str(SCRIPT.parent), "green_app:app"]
+    with log.open("w") as output, socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
+        process = subprocess.Popen(
+            [*command, "--bind", f"fd://{listener.fileno()}", *options],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=os.environ | {"SETTINGS": json.dumps(settings), "PYTHONPATH": str(SCRIPT.parents[2])},
+            pass_fds=[listener.fileno()],
+        )
+        port: int = listener.getsockname()[1]
+    with process:
+        try:
+            yield port
+            process.terminate()
+            assert process.wait(20) == 0, log.read_text()
+        finally:
+            if process.poll() is None:
+                process.kill()
+    assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def get(port: int, path: str) -> dict[str, Any]:
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        body = response.read()
+        assert response.status == 200, body
+        answer: dict[str, Any] = json.loads(body)
+        return answer
+
+
+@pytest.mark.parametrize("options", [[], ["--preload"]], ids=["plain", "preload"])
+def test_a_gunicorn_worker_answers_while_one_of_its_requests_waits_for_a_lease(
+    settings: dict[str, Any], tmp_path: Path, options: list[str]
+) -> None:
+    with gunicorn(tmp_path, settings, "-w", "1", *options) as port, ThreadPoolExecutor(2) as executor:
+        holding = executor.submit(get, port, "/hold")
+        wait_until(lambda: get(port, "/state") == {"in_use": 1, "waiting": 0})
+        waiting = executor.submit(get, port, "/sleep")
+        wait_until(lambda: get(port, "/state") == {"in_use": 1, "waiting": 1})
+        get(port, "/release")
+        assert waiting.result(30) == holding.result(30)
+
+
+def test_gunicorn_workers_share_the_limit(settings: dict[str, Any], tmp_path: Path) -> None:
+    watching = Sampler(settings["dsn"], f"sharedpool {settings['name']} [%")
+    settings["max_conn"] = 3
+    with watching as seen, gunicorn(tmp_path, settings, "-w", "2") as port, ThreadPoolExecutor(16) as executor:
+        workers_seen: set[int] = set()
+
+        def both_have_answered() -> bool:  # the kernel may give one worker everything for a while
+            answers = executor.map(get, [port] * 100, ["/sleep"] * 100)
+            workers_seen.update(answer["worker"] for answer in answers)
+            return len(workers_seen) == 2
+
+        wait_until(both_have_answered, timeout_s=60)
+    assert 1 <= seen.peak <= 3
