@@ -56,6 +56,13 @@ def zmq_library() -> ModuleType:
     return green
 
 
+def may_connect_to_itself() -> bool:
+    """Say whether libpq, while it connects, lets another thread of this process answer: a greenlet only if it waits
+    by psycogreen's callback. (A shell is built so: `handover.py`.)
+    """
+    return not patched() or extensions.get_wait_callback() is not None
+
+
 @contextlib.contextmanager
 def connect_limit(limit_s: float | None) -> Iterator[None]:
     """Give a connect up after `limit_s` seconds (None or 0: never), as libpq does by itself when it may block.

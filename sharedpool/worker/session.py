@@ -147,8 +147,7 @@ class Session:
         self._revoke(welcome.revoked)
         self._holdings.desk.open(welcome.desk)
         hands_over = welcome.handover and self._holdings.handover and self._holdings.desk.line is not None
-        # A shell is built by connecting to a thread of our own, for which a greenlet will not do.
-        hands_over = hands_over and not green.patched()
+        hands_over = hands_over and green.may_connect_to_itself()
         self._holdings.booths.path = welcome.desk if hands_over else ""
         slices = self._holdings.cache.slices
         slices.slice_s, slices.hands_over = self._holdings.config.slice, hands_over

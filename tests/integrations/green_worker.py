@@ -4,6 +4,7 @@ Each scenario proves that the hub ran by what only another greenlet of the same 
 """
 
 import json
+import os
 import sys
 
 if sys.argv[1] != "patched_late":
@@ -12,6 +13,7 @@ if sys.argv[1] != "patched_late":
     monkey.patch_all()
 
 import gevent
+import gevent.socket
 import psycogreen.gevent
 import psycopg2
 from gevent import event
@@ -19,7 +21,7 @@ from gevent import event
 import sharedpool
 
 scenario, settings = sys.argv[1], json.loads(sys.argv[2])
-if scenario not in ("patched_late", "without_psycogreen"):
+if scenario != "patched_late" and not scenario.startswith("without_psycogreen"):
     psycogreen.gevent.patch_psycopg()
 pool = sharedpool.config_pool(pool_manager=sharedpool.ThreadedConnectionPool, **settings)
 
@@ -39,6 +41,11 @@ def others_run(turns=20):
 def use():
     with pool.connection(timeout=20) as conn:
         return ask(conn)
+
+
+def until_told():
+    gevent.socket.wait_read(sys.stdin.fileno())  # to read from a pipe would block the hub
+    sys.stdin.readline()
 
 
 def waiting_within_the_process():
@@ -70,13 +77,13 @@ def waiting_for_another_process():
         gevent.sleep(0.002)
     others_run()
     print("waiting", flush=True)
-    print(waiter.get(timeout=30), flush=True)
+    waiter.get(timeout=30)
 
 
 def idle_until_told():
     """Have an idle connection, and leave the pool alone: it is taken by the link's greenlet."""
     print(use(), flush=True)
-    sys.stdin.readline()
+    until_told()
 
 
 def queries_overlap():
@@ -159,8 +166,6 @@ def a_killed_query_costs_its_connection_and_no_slot():
 
 
 def a_fork():
-    import os
-
     pid = use()
     held = pool.get_conn(timeout=20)
     child = os.fork()
@@ -179,6 +184,27 @@ def a_fork():
     assert use() == pid
 
 
+def live_connections_move():
+    """Write rows that say whose they are, each in a transaction of its own; wait for who else uses the slots."""
+    me = os.getpid()
+
+    def write(greenlet):
+        for n in range(40):
+            body = f"{me} {greenlet} {n} " * 50
+            with pool.connection(timeout=30) as conn, conn.cursor() as cursor:
+                cursor.execute("INSERT INTO moves VALUES (%s) RETURNING body, pg_backend_pid()", [body])
+                assert cursor.fetchone() == (body, conn.info.backend_pid)
+                gevent.sleep(0)
+                cursor.execute("SELECT count(*) FROM moves WHERE body = %s", [body])
+                assert cursor.fetchone() == (1,)
+
+    print("ready", flush=True)
+    until_told()
+    jobs = [gevent.spawn(write, greenlet) for greenlet in range(5)]
+    gevent.joinall(jobs, timeout=60, raise_error=True)
+    print(pool._holdings.adopted, flush=True)
+
+
 def patched_late():
     """As in a gunicorn worker with --preload: imported and configured first, patched afterwards."""
     from gevent import monkey
@@ -191,6 +217,10 @@ def patched_late():
 def without_psycogreen():
     """Queries block the hub then, but a wait for a lease does not."""
     waiting_within_the_process()
+
+
+def without_psycogreen_from_another_process():
+    print(use(), flush=True)
 
 
 def ending():

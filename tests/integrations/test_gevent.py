@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -28,25 +29,44 @@ def settings(broker: sharedpool.Broker, database: str) -> dict[str, Any]:
     return {"dsn": database, "broker": broker.address, "name": f"green{next(_numbers)}", "max_conn": 1}
 
 
-def start(scenario: str, settings: dict[str, Any]) -> "subprocess.Popen[str]":
-    pipe = subprocess.PIPE
-    command = [sys.executable, str(SCRIPT), scenario, json.dumps(settings)]
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+class Scenario:
+    """A process that plays a scenario of `green_worker.py`."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self.said, self._told = process.stdout, process.stdin
+
+    def hears(self) -> str:
+        return self.said.readline().rstrip()
+
+    def go_on(self) -> None:
+        self._told.write("\n")
+        self._told.flush()
 
 
 @contextmanager
-def running(scenario: str, settings: dict[str, Any]) -> Iterator["subprocess.Popen[str]"]:
+def running(scenario: str, settings: dict[str, Any]) -> Iterator[Scenario]:
     """Start a scenario, and see at the end of the block that it went well."""
-    with start(scenario, settings) as process:
+    pipe = subprocess.PIPE
+    command = [sys.executable, str(SCRIPT), scenario, json.dumps(settings)]
+    with (
+        tempfile.TemporaryFile("w+") as stderr,
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=stderr, text=True) as process,
+    ):
         try:
-            yield process
-            said, complaints = process.communicate(timeout=60)
+            playing = Scenario(process)
+            yield playing
+            rest = playing.said.read()
+            status = process.wait(30)
         except BaseException:
             process.kill()
             raise
-    assert said.endswith("done\n"), complaints
-    assert process.returncode == 0, complaints
-    assert complaints == "", complaints
+        finally:
+            stderr.seek(0)
+            complaints = stderr.read()
+            sys.stderr.write(complaints)
+    assert (status, rest, complaints) == (0, "done\n", "")
 
 
 @pytest.mark.parametrize(
@@ -75,30 +95,50 @@ def test_with_two_connections(settings: dict[str, Any], scenario: str) -> None:
 def test_the_hub_goes_on_while_another_process_has_the_slot(settings: dict[str, Any]) -> None:
     with workers(1, **settings) as (other,):
         other.ask("get", name="it", timeout=10)
-        with running("waiting_for_another_process", settings) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "waiting\n"
+        with running("waiting_for_another_process", settings) as playing:
+            assert playing.hears() == "waiting"
             assert other.ask("stats")["in_use"] == 1
             other.ask("put", name="it")
 
 
 def test_an_idle_connection_is_given_up_to_another_process(settings: dict[str, Any]) -> None:
-    with running("idle_until_told", settings) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        pid = int(process.stdout.readline())
+    with running("idle_until_told", settings) as playing:
+        pid = int(playing.hears())
         with workers(1, **settings) as (other,):
-            assert other.ask("get", name="it", timeout=10)["backend"] != pid
+            assert other.ask("get", name="it", timeout=10)["backend"] == pid  # handed over as it is
             other.ask("put", name="it")
-        process.stdin.write("\n")
-        process.stdin.flush()
+        playing.go_on()
+
+
+def test_without_psycogreen_connections_are_closed_and_opened_in_place_of_moved(settings: dict[str, Any]) -> None:
+    with workers(1, **settings) as (other,):
+        pid = other.ask("get", name="it", timeout=10)["backend"]
+        other.ask("put", name="it")
+        with running("without_psycogreen_from_another_process", settings) as playing:
+            assert int(playing.hears()) != pid
+
+
+def test_live_connections_move_between_patched_processes(settings: dict[str, Any]) -> None:
+    with closing(psycopg2.connect(settings["dsn"])) as conn, conn, conn.cursor() as cursor:
+        cursor.execute("CREATE TABLE moves (body text)")
+    settings |= {"max_conn": 2, "slice": 0}
+    with running("live_connections_move", settings) as one, running("live_connections_move", settings) as two:
+        for each in (one, two):
+            assert each.hears() == "ready"
+        for each in (one, two):
+            each.go_on()
+        moved = [int(each.hears()) for each in (one, two)]
+    assert min(moved) > 0
+    with closing(psycopg2.connect(settings["dsn"])) as conn, conn.cursor() as cursor:
+        cursor.execute("SELECT count(DISTINCT body), count(*) FROM moves")
+        assert cursor.fetchone() == (400, 400)
 
 
 def test_a_process_that_ends_returns_everything(
     settings: dict[str, Any], server_connection: psycopg2.extensions.connection
 ) -> None:
-    with running("ending", settings | {"max_conn": 2}):
-        pass
+    with running("ending", settings | {"max_conn": 2}) as playing:
+        assert playing.hears()
     with server_connection.cursor() as cursor:
 
         def left() -> list[Any]:
