@@ -86,6 +86,15 @@ def test_close_returns_the_connection_and_the_next_use_gets_it_back(make_connect
     assert pool_of(connection).max_conn == 1
 
 
+def test_the_pools_name_and_timeout(make_connections: MakeConnections) -> None:
+    connection = make_connections({"name": "mine"})["default"]
+    del connection.settings_dict["OPTIONS"]["timeout"]
+    ask(connection)
+    pool = sharedpool.get_pool(f"mine {connection.settings_dict['NAME']}")
+    assert pool.stats().in_use == 1
+    assert pool.config.timeout == 30
+
+
 @pytest.mark.parametrize("session", ["new", "used before", "of another process"])
 def test_it_is_set_up_as_django_wants_it(
     make_connections: MakeConnections, broker: sharedpool.Broker, database: str, session: str
