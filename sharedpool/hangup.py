@@ -6,6 +6,7 @@ RST, be it from a firewall between the two, or a time-out. A backend may live on
 
 from __future__ import annotations
 
+import _socket
 import array
 import fcntl
 import socket
@@ -19,13 +20,13 @@ _TCP_INQ = 36  # both the option and the ancillary message (include/uapi/linux/t
 _INT = struct.Struct("i")
 
 
-class Borrowed(socket.socket):
+class Borrowed(_socket.socket):  # not `socket.socket`, for which gevent puts one of its own
     """A socket object on a descriptor that belongs to somebody else: used, but never closed.
 
     `detach()` alone would not do: an interrupt just before it leaves the object to its finalizer, which closes.
     """
 
-    __del__ = socket.SocketType.detach  # the finalizer; C, so that no interrupt falls into it
+    __del__ = _socket.socket.detach  # the finalizer; C, so that no interrupt falls into it
 
 
 def other_side_closed(fd: int) -> bool:
@@ -43,7 +44,7 @@ def other_side_closed(fd: int) -> bool:
         return False
 
 
-def _has_fin(sock: socket.socket) -> bool:
+def _has_fin(sock: Borrowed) -> bool:
     """Say of a TCP socket in its last state how it came there: with the other side's FIN, or by a RST or a time-out.
 
     An error would tell, but is told only once, perhaps to another duplicate's reader. A FIN counts as one byte that is

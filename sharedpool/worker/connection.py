@@ -20,7 +20,8 @@ from psycopg2 import extensions
 
 from sharedpool.conninfo import ConnInfo
 from sharedpool.libpq import socket_of_failed
-from sharedpool.wire.messages import Backend
+from sharedpool.wire.messages import Backend, Phase
+from sharedpool.worker import green
 from sharedpool.worker.ending import HUNG_UP, close_confirmed, close_witness, dead_end, disown, see_off
 
 CHECK_AFTER_S = 0.5  # idle, or lent out, for longer than this: look whether the server is still there
@@ -52,6 +53,7 @@ class PooledConnection(extensions.connection):
     # Set while it is checked out, taken off by the first checkin: a second one finds nothing.
     sharedpool_lease: Any = None
     sharedpool_holdings: Any = None
+    sharedpool_returned: Any = None  # the lease in which its user's `close()` checked it in last
     # A bare descriptor: a socket object in one garbage cycle with us would be closed before our own finalizer ran.
     sharedpool_witness = -1
     sharedpool_session: tuple[Any, ...] = ()
@@ -71,9 +73,19 @@ class PooledConnection(extensions.connection):
     sharedpool_adopted: Backend | None = None  # the backend, if it has not
 
     def close(self) -> None:
-        """Close the connection and wait (at most a second) until its backend has exited."""
+        """Close the connection and wait (at most a second) until its backend has exited.
+
+        One that `Pool.connect` has returned is checked in instead; closing it again does nothing.
+        """
+        lease, returned = self.sharedpool_lease, self.sharedpool_returned
         if self.sharedpool_pid not in (0, os.getpid()):
             disown(self, dead_end())  # inherited by a fork that Python did not see: the session is the parent's
+        elif lease is not None and lease.at_close is not None:
+            self.sharedpool_returned = lease
+            lease.at_close(self)
+            return
+        elif lease is None and returned is not None and returned.phase is Phase.IDLE:
+            return  # it is the pool's, for the next user
         close_confirmed([self])
 
     def sharedpool_close(self) -> None:
@@ -189,6 +201,9 @@ def connect(
     if "connect_timeout" not in parameters and "PGCONNECT_TIMEOUT" not in os.environ:
         limit = CONNECT_LIMIT_S if timeout_s is None else min(CONNECT_LIMIT_S, timeout_s)
         keywords["connect_timeout"] = max(1, round(limit))
+    limit_s = _number(
+        keywords.get("connect_timeout") or parameters.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT")
+    )
     started = time.monotonic()
     if "fallback_application_name" in parameters:
         del keywords["fallback_application_name"]
@@ -197,13 +212,12 @@ def connect(
         conn = factory.__new__(factory)
         made.append(conn)
         conn.sharedpool_started = started
-        conn.sharedpool_timeout_s = _number(
-            keywords.get("connect_timeout") or parameters.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT")
-        )
+        conn.sharedpool_timeout_s = limit_s
         conn.__init__(dsn, **options)  # type: ignore[misc] # connects
         return conn
 
-    psycopg2.connect(dsn, connection_factory=make, **keywords)
+    with green.connect_limit(limit_s):
+        psycopg2.connect(dsn, connection_factory=make, **keywords)
     return bear_witness(made[0])
 
 
@@ -284,7 +298,7 @@ def is_alive(conn: PooledConnection) -> bool:
     witness = conn.sharedpool_witness
     if conn.closed or witness < 0:
         return False
-    poller = select.poll()
+    poller = green.poller()
     poller.register(witness, select.POLLIN)
     return not poller.poll(0)
 
@@ -305,7 +319,7 @@ def has_hung_up(conn: PooledConnection) -> bool:
     witness = conn.sharedpool_witness
     if conn.closed or witness < 0:
         return True
-    poller = select.poll()
+    poller = green.poller()
     poller.register(witness, HUNG_UP)
     return bool(poller.poll(0))
 

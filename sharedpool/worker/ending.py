@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from sharedpool.hangup import Borrowed, other_side_closed
+from sharedpool.worker import green
 
 if TYPE_CHECKING:
     from sharedpool.worker.connection import PooledConnection
@@ -67,7 +68,7 @@ def _see_off(conns: list[tuple[PooledConnection, int]], limit_s: float) -> None:
     A socket that has died here proves nothing: its backend may live on, and the broker is to see to it.
     """
     waiting: dict[int, PooledConnection] = {}
-    poller = select.poll()
+    poller = green.poller()
     for conn, witness in conns:
         if witness >= 0:
             # libpq has said goodbye already where it could; a session that it had given up is told here.
@@ -76,7 +77,7 @@ def _see_off(conns: list[tuple[PooledConnection, int]], limit_s: float) -> None:
             waiting[witness] = conn
     deadline = time.monotonic() + limit_s
     while waiting and (left := deadline - time.monotonic()) > 0:
-        for fd, _ in poller.poll(left * 1000):
+        for fd, _ in green.wait(poller, left):
             gone = other_side_closed(fd) if HUNG_UP else _read_to_end(waiting[fd], fd)
             if gone is not None:
                 poller.unregister(fd)

@@ -107,10 +107,11 @@ class Holdings:
         now = time.monotonic()
         closing: list[Closing] = []
         with self.lock:
-            if lease.key is not None:
+            if lease.key is not None or lease.at_close is not None:
                 if self.keys.get(lease.key) is lease:
                     del self.keys[lease.key]
-                lease.key, lease.plain = None, lease.generation == self.cache.generation
+                lease.key = lease.at_close = None
+                lease.plain = lease.generation == self.cache.generation
             outcome = self.cache.checkin(lease, conn, now, verdict)
             if self.cache.idle:
                 closing = self.cache.expire(now)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from sharedpool.wire.messages import Backend, Deny, Phase, ReleaseReason, Token
 from sharedpool.worker.callsite import Stack
@@ -23,11 +24,13 @@ class Lease:
     which has not been made this one's own yet. `movable`: its session can be passed to another. `generation` is the
     newest that was known when it was granted. `plain`: its next checkin need not look at its key, at the generation,
     nor whether it was taken away. `cache` is whose it is. `stack` is where it was last checked out (`debug_checkouts`).
+    `at_close`: what its user's `close()` does in place of closing. `kept` is what an integration keeps with the session
+    for as long as it stays in this process.
     """
 
     __slots__ = (
-        "arrived", "backend", "cache", "conn", "deposited", "fresh", "generation", "idle_s", "key", "missed", "movable",
-        "phase", "plain", "ref", "retire_at", "since", "stack", "thread", "ticket", "token",
+        "arrived", "at_close", "backend", "cache", "conn", "deposited", "fresh", "generation", "idle_s", "kept", "key",
+        "missed", "movable", "phase", "plain", "ref", "retire_at", "since", "stack", "thread", "ticket", "token",
     )  # fmt: skip
 
     def __init__(self, token: Token, ticket: Ticket | None, now: float) -> None:
@@ -49,6 +52,8 @@ class Lease:
         self.thread = 0  # identifier of the thread that has it
         self.stack: Stack = ()
         self.key: object = None
+        self.at_close: Callable[[Any], None] | None = None
+        self.kept: Any = None
         self.ticket = None if ticket is None else weakref.ref(ticket)
 
 

@@ -16,13 +16,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import zmq
 
 from sharedpool.errors import ProtocolError, SharedPoolError
 from sharedpool.wire.codec import decode_to_worker, encode
 from sharedpool.wire.messages import Bye, Hello, Reject, ToBroker, ToWorker, Welcome
+from sharedpool.worker import green
 
 if TYPE_CHECKING:
     from sharedpool.worker.booth import Booth, Booths
@@ -95,12 +97,12 @@ class Link:
         self._claim = threading.Lock()
         self.running = False
         self._over = False
-        self._thread: threading.Thread | None = None
+        self._thread: Any = None  # or greenlet
+        self._zmq: ModuleType = zmq
 
     def start(self) -> None:
         """Start the thread. Called again after an interrupt, it starts a second one only if the first never ran."""
-        thread = threading.Thread(target=self._run, name="sharedpool-link", daemon=True)
-        thread.start()
+        green.start_thread(self._run, "sharedpool-link")
 
     def wake(self) -> None:
         """Have the outbox sent. Takes no lock: safe in a finalizer."""
@@ -113,13 +115,15 @@ class Link:
         """Let the thread end, saying BYE, as soon as the pool holds nothing; waits for it at most a second."""
         self.wake()
         thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        if thread is not None and thread is not green.current_thread():
             thread.join(_FLUSH_LIMIT_S + 0.5)
 
     def disown(self) -> None:
-        """In a forked child: let go of the parent's line. Its thread does not exist here."""
+        """In a forked child: let go of the parent's line. Its thread does not exist here, unless it is a greenlet."""
         self._wake_in.close()
         self._wake_out.close()
+        if self._thread is not None and not isinstance(self._thread, threading.Thread):
+            self._thread.kill(block=False)  # before it can touch the parent's ZeroMQ socket
 
     # --- the thread
 
@@ -131,9 +135,10 @@ class Link:
     def _run(self) -> None:
         if not self._claim.acquire(blocking=False):
             return
-        self._thread = threading.current_thread()
+        self._thread = green.current_thread()
         self.running = True
-        context = zmq.Context()
+        self._zmq = green.zmq_library()
+        context = self._zmq.Context()
         try:
             while not self._is_over():
                 try:
@@ -176,7 +181,7 @@ class Link:
             dealer.close()
 
     def _serve(self, dealer: zmq.Socket[bytes]) -> None:
-        poller = zmq.Poller()
+        poller = self._zmq.Poller()
         poller.register(dealer, zmq.POLLIN)
         poller.register(self._wake_in, zmq.POLLIN)
         started = time.monotonic()
@@ -278,7 +283,7 @@ class Link:
             pass
 
     def _pause(self, seconds: float) -> None:
-        poller = zmq.Poller()
+        poller = self._zmq.Poller()
         poller.register(self._wake_in, zmq.POLLIN)
         deadline = time.monotonic() + seconds
         while not self._is_over() and time.monotonic() < deadline:

@@ -133,6 +133,20 @@ class Pool:
         conn = self._check_out(holdings, holdings.cache.take(now), timeout, now)
         return conn if key is None else self._keep_key(key, conn)
 
+    def connect(self, *, timeout: float | None = None) -> extensions.connection:
+        """Check out a connection whose `close()` checks it in: for what wants a function that connects.
+
+        After that `close()` it is the next user's: keep no reference to it. Blocks and raises as `get_conn` does.
+        """
+        conn = self.get_conn(timeout=timeout)
+        lease = cast(Lease, cast(PooledConnection, conn).sharedpool_lease)
+        lease.at_close, lease.plain = self._put_closed, False
+        return conn
+
+    def _put_closed(self, conn: extensions.connection) -> None:
+        with contextlib.suppress(PoolClosed):  # it is closed, as was wanted
+            self.put_conn(conn)
+
     def _check_out(
         self, holdings: Holdings, lease: Lease | None, timeout: float | None, now: float
     ) -> PooledConnection:
@@ -315,6 +329,14 @@ class Pool:
         Every `put_conn` does this too, and the broker sees to it in a process that never calls the pool again.
         """
         return self._own_holdings().purge()
+
+    def close_idle(self) -> int:
+        """Close all that lies idle in this process and return its leases; return how many. What is in use stays."""
+        holdings = self._own_holdings()
+        with holdings.lock:
+            closing = holdings.cache.drain(monotonic())
+        holdings.close(closing)
+        return len(closing)
 
     @property
     def disposed(self) -> bool:

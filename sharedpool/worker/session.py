@@ -33,7 +33,7 @@ from sharedpool.wire.messages import (
     Welcome,
 )
 from sharedpool.wire.place import place
-from sharedpool.worker import forks
+from sharedpool.worker import forks, green
 from sharedpool.worker.booth import Booth, Booths
 from sharedpool.worker.connection import PooledConnection
 from sharedpool.worker.ending import close_confirmed, cut
@@ -151,6 +151,7 @@ class Session:
         self._revoke(welcome.revoked)
         self._holdings.desk.open(welcome.desk)
         hands_over = welcome.handover and self._holdings.handover and self._holdings.desk.line is not None
+        hands_over = hands_over and green.may_connect_to_itself()
         self._holdings.booths.path = welcome.desk if hands_over else ""
         slices = self._holdings.cache.slices
         slices.slice_s, slices.hands_over = self._holdings.config.slice, hands_over

@@ -101,10 +101,13 @@ def run(command: list[str]) -> "subprocess.CompletedProcess[str]":
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
+SCRIPTS = ["quickstart", "multiprocessing_script", "process_pools", "celery_app", "sqlalchemy_app"]
+
+
 def test_every_example_is_tested_here() -> None:
     modules = ["process_pools_task"]  # imported by one that is tested
-    tested = ["celery_app", "flask_app", "gunicorn_app", "multiprocessing_script", "process_pools", "quickstart"]
-    assert sorted(modules + tested) == EXAMPLES
+    servers = ["flask_app", "gunicorn_app"]
+    assert sorted(modules + servers + SCRIPTS) == EXAMPLES
 
 
 @pytest.mark.parametrize(
@@ -135,6 +138,7 @@ def test_every_example_is_tested_here() -> None:
             ],
         ),
         ("celery_app", 2, ["40 tasks done by [1-4] processes", "most connections at a time: [12], limit: 2"]),
+        ("sqlalchemy_app", 3, ["200 orders stored by 4 processes", "most connections at a time: [1-3], limit: 3"]),
     ],
 )
 def test_a_script_prints_what_it_says(database_url: str, example: str, limit: int, expected: list[str]) -> None:
@@ -147,7 +151,7 @@ def test_a_script_prints_what_it_says(database_url: str, example: str, limit: in
     assert max(counts) <= limit  # a short script may have come and gone between two looks
 
 
-@pytest.mark.parametrize("example", ["quickstart", "multiprocessing_script", "process_pools", "celery_app"])
+@pytest.mark.parametrize("example", SCRIPTS)
 def test_a_script_without_a_server_says_what_to_set(environment: None, example: str) -> None:
     outcome = run(commands(example)[0])
     assert outcome.returncode != 0

@@ -444,3 +444,19 @@ def test_what_is_read_and_written_over_thousands_of_moves_is_what_it_should_be(
             cursor.execute("DROP TABLE moves")
     assert len(rows) == total // 5 * 5
     assert all(body == hashlib.sha256(f"{worker} {n}".encode()).hexdigest() * 4 for worker, n, body in rows)
+
+
+def test_nothing_is_handed_over_between_processes_that_connect_to_different_databases(
+    broker: sharedpool.Broker, database: str, postgres: EphemeralPostgres
+) -> None:
+    settings = {"broker": broker.address, "name": "one name, two databases", "max_conn": 1}
+    names = {}
+    with workers(1, dsn=database, **settings) as (first,), workers(1, dsn=postgres.dsn, **settings) as (second,):
+        for _ in range(3):  # to and fro
+            for each in (first, second):
+                assert "backend" in each.ask("get", name="it", timeout=10)
+                rows = each.ask("query", name="it", sql="SELECT current_database()")["rows"]
+                names.setdefault(each, set()).add(rows[0][0])
+                assert "at" in each.ask("put", name="it")
+    found = extensions.parse_dsn(database)["dbname"]
+    assert names == {first: {found}, second: {"postgres"}}

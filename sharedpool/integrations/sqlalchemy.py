@@ -1,0 +1,141 @@
+"""SQLAlchemy 2: an engine whose connections come from a sharedpool pool.
+
+    pool = sharedpool.config_pool(max_conn=20, pool_manager=sharedpool.ThreadedConnectionPool, timeout=30)
+    engine = create_engine("postgresql+psycopg2://", creator=pool.connect, poolclass=SharedPool)
+
+`SharedPool` keeps SQLAlchemy's record of a session with the session's lease: `connect` events run once for each session
+that this process opens or is handed, not at every checkout as with `NullPool` (which works as well).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, cast
+
+from sqlalchemy import event, exc
+from sqlalchemy.engine import Dialect, ExceptionContext
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.pool import Pool as EnginePool
+from sqlalchemy.pool.base import _ConnectionRecord
+
+from sharedpool.errors import PoolClosed, PoolExhausted, PoolTimeout
+from sharedpool.worker.connection import PooledConnection, session_of
+from sharedpool.worker.lease import Lease
+from sharedpool.worker.pool import Pool
+
+
+class _Record(_ConnectionRecord):
+    """SQLAlchemy's record of a session; while the session lies idle the record does not refer to its connection."""
+
+    lent: PooledConnection | None = None  # checked out already, for the record to connect with
+
+
+class SharedPool(EnginePool):
+    """A `poolclass` for `create_engine`; `creator` must be the `connect` method of a sharedpool pool.
+
+    `pool_timeout`: seconds to wait for a connection; without it the pool's own `timeout`. All other options of
+    `sqlalchemy.pool.Pool` mean what they do there. A checkout blocks and raises as `get_conn` does, but for
+    `sqlalchemy.exc.TimeoutError` in place of `PoolTimeout` and `PoolExhausted`. `engine.dispose()` closes what lies
+    idle in this process. Give an engine a pool of its own: what its events set remains on the connections.
+    """
+
+    def __init__(self, creator: Any, timeout: float | None = None, **options: Any) -> None:
+        shared = getattr(creator, "__self__", None)
+        if not isinstance(shared, Pool) or creator != shared.connect:
+            raise exc.ArgumentError(f"SharedPool: creator= must be the connect method of a pool, not {creator!r}")
+        self._shared = shared
+        self._timeout = timeout
+        self._disposed = False
+        super().__init__(cast(Any, self._connect_record), **options)
+        dialect = options.get("dialect")
+        if isinstance(dialect, Dialect) and not event.contains(dialect, "handle_error", _notice):
+            event.listen(dialect, "handle_error", _notice)
+
+    def connect(self) -> PoolProxiedConnection:
+        """Check a connection out; see the class."""
+        proxy = super().connect()
+        conn = cast(PooledConnection, proxy.dbapi_connection)
+        record = cast(Any, proxy)._connection_record
+        lease = cast(Lease, conn.sharedpool_lease)
+        if lease.kept is None or lease.kept[1] is not record:
+            # Connected just now, and all its events have run: a checkin is to leave what they have set.
+            lease.kept = (self, record)
+            conn.sharedpool_session, conn.sharedpool_touched = session_of(conn), False
+        return proxy
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        conn = self._check_out()
+        kept = cast(Lease, conn.sharedpool_lease).kept
+        if kept is not None and kept[0] is self:
+            record: _Record = kept[1]
+            record.dbapi_connection = cast(Any, conn)
+        else:
+            record = _Record(self, connect=False)
+            record.lent = conn
+        return record
+
+    def _connect_record(self, record: ConnectionPoolEntry) -> Any:
+        """Connect: called by a record that has no connection, or that has closed the one that it had."""
+        conn, cast(_Record, record).lent = cast(_Record, record).lent, None
+        while conn is None:
+            conn = self._check_out()
+            if cast(Lease, conn.sharedpool_lease).kept is not None:
+                # A new one is wanted, since the others are too old, or were found dead: so may be this one.
+                self._shared.put_conn(conn, close=True)
+                conn = None
+        return conn
+
+    def _check_out(self) -> PooledConnection:
+        try:
+            return cast(PooledConnection, self._shared.get_conn(timeout=self._timeout))
+        except (PoolTimeout, PoolExhausted) as error:
+            raise exc.TimeoutError(str(error)) from error
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        conn = cast("PooledConnection | None", record.dbapi_connection)
+        cast(_Record, record).dbapi_connection = None
+        if conn is None:
+            return  # it was closed, or detached
+        inherited = conn.sharedpool_pid != os.getpid()  # by a forked child, whose to return it is not
+        try:
+            self._shared.put_conn(conn, close=self._disposed, fail_silently=inherited)
+        except PoolClosed:
+            pass  # `release_all` has closed it
+
+    def _close_connection(self, connection: Any, **options: Any) -> None:
+        super()._close_connection(connection, **options)
+        # Closed it is; in a forked child, or after `release_all`, there is no lease to be returned.
+        self._shared.put_conn(connection, close=True, fail_silently=True)
+
+    def recreate(self) -> SharedPool:
+        """Return a pool like this one, for the engine to use after `dispose`."""
+        self.logger.info("Pool recreating")
+        return self.__class__(
+            self._shared.connect,
+            timeout=self._timeout,
+            recycle=self._recycle,
+            echo=self.echo,
+            logging_name=self._orig_logging_name,
+            reset_on_return=self._reset_on_return,
+            pre_ping=self._pre_ping,
+            _dispatch=self.dispatch,
+            dialect=self._dialect,
+        )
+
+    def dispose(self) -> None:
+        """Close what lies idle in this process; what is in use is closed at its checkin."""
+        self._disposed = True
+        self._shared.close_idle()
+        self.logger.info("Pool disposed. %s", self.status())
+
+    def status(self) -> str:
+        """Describe the state of the pool."""
+        return repr(self._shared)
+
+
+def _notice(context: ExceptionContext) -> None:
+    """Have a failover noticed: see `sharedpool.Pool.notice`."""
+    if context.connection is not None and not context.connection.invalidated:
+        conn = context.connection.connection.dbapi_connection
+        if isinstance(conn, PooledConnection) and conn.sharedpool_holdings is not None:
+            conn.sharedpool_holdings.notice(conn, context.original_exception)

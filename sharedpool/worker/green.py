@@ -1,0 +1,96 @@
+"""Under gevent's monkey-patching: threads are greenlets, and nothing may block the one thread that they share.
+
+Locks, sleeps and sockets are patched as they are: what is here does what they cannot. Looked at when it is needed, not
+at import: a gunicorn worker is patched after its fork, and may have this package from its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import psycopg2
+import zmq
+from psycopg2 import extensions
+
+_STEP_S = 0.001
+
+
+def patched(module: str = "threading") -> bool:
+    """Say whether gevent has patched a module of the standard library in this process."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and bool(monkey.is_module_patched(module))
+
+
+def start_thread(target: Callable[[], None], name: str) -> None:
+    """Start a daemon thread, or a greenlet, which leaves no trace in `threading` when it is killed after a fork."""
+    if not patched():
+        threading.Thread(target=target, name=name, daemon=True).start()
+        return
+    import gevent
+
+    gevent.spawn(target)
+
+
+def current_thread() -> Any:
+    """Return this thread, or greenlet."""
+    if not patched():
+        return threading.current_thread()
+    import gevent
+
+    return gevent.getcurrent()
+
+
+def zmq_library() -> ModuleType:
+    """Return pyzmq, or what it has for gevent: the same names."""
+    if not patched():
+        return zmq
+    from zmq import green
+
+    return green
+
+
+def may_connect_to_itself() -> bool:
+    """Say whether libpq, while it connects, lets another thread of this process answer: a greenlet only if it waits
+    by psycogreen's callback. (A shell is built so: `handover.py`.)
+    """
+    return not patched() or extensions.get_wait_callback() is not None
+
+
+@contextlib.contextmanager
+def connect_limit(limit_s: float | None) -> Iterator[None]:
+    """Give a connect up after `limit_s` seconds (None or 0: never), as libpq does by itself when it may block.
+
+    Raise `psycopg2.OperationalError` then. psycopg2 does not block, and libpq counts nothing, with a wait callback.
+    """
+    if not limit_s or not patched() or extensions.get_wait_callback() is None:
+        yield
+        return
+    import gevent
+
+    with gevent.Timeout(limit_s, psycopg2.OperationalError("timeout expired: the server did not answer in time")):
+        yield
+
+
+def poller() -> select.poll:
+    """Return the system's own poll object: gevent's knows neither POLLRDHUP nor a poll that does not switch."""
+    if not patched("select"):
+        return select.poll()
+    made: select.poll = sys.modules["gevent.monkey"].get_original("select", "poll")()
+    return made
+
+
+def wait(poller: select.poll, timeout_s: float) -> list[tuple[int, int]]:
+    """Wait for what the system's own `poller` watches; other greenlets go on meanwhile."""
+    if not patched("select"):
+        return poller.poll(timeout_s * 1000)
+    deadline = time.monotonic() + timeout_s
+    while not (ready := poller.poll(0)) and (left_s := deadline - time.monotonic()) > 0:
+        time.sleep(min(_STEP_S, left_s))  # gevent's
+    return ready

@@ -1,0 +1,39 @@
+"""An app for gunicorn's gevent worker: SETTINGS (environment) are the pool's. A page can keep a connection busy."""
+
+import json
+import os
+
+import flask
+from gevent import event
+
+import sharedpool
+
+pool = sharedpool.config_pool(pool_manager=sharedpool.ThreadedConnectionPool, **json.loads(os.environ["SETTINGS"]))
+app = flask.Flask(__name__)
+let_go = event.Event()
+
+
+@app.get("/hold")
+def hold():
+    """Keep a connection until /release is asked for."""
+    with pool.connection(timeout=20) as conn:
+        let_go.wait(30)
+        return {"worker": os.getpid(), "backend": conn.info.backend_pid}
+
+
+@app.get("/release")
+def release():
+    let_go.set()
+    return {}
+
+
+@app.get("/state")
+def state():
+    return {"in_use": pool.stats().in_use, "waiting": pool.stats().waiting}
+
+
+@app.get("/sleep")
+def sleep():
+    with pool.connection(timeout=20) as conn, conn.cursor() as cursor:
+        cursor.execute("SELECT pg_sleep(0.01), pg_backend_pid()")
+        return {"worker": os.getpid(), "backend": cursor.fetchone()[1]}
