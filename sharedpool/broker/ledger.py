@@ -19,6 +19,7 @@ from sharedpool.broker.demand import Demand
 from sharedpool.broker.handover import Handover
 from sharedpool.broker.health import Health
 from sharedpool.broker.leases import Leases
+from sharedpool.broker.observe import Observation, observe
 from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState, Waiter
 from sharedpool.broker.recovery import GRACE_OVER, Recovery
@@ -43,6 +44,7 @@ from sharedpool.wire.messages import (
     Release,
     ReleaseReason,
     Renew,
+    Report,
     SessionReport,
     ToBroker,
     Token,
@@ -361,6 +363,7 @@ class Ledger:
             self._leases.note(lease, Phase.IN_USE, now, "")
 
     def _renew(self, session: Session, renew: Renew, now: float) -> None:
+        self._books.note_times(session, renew.times)
         self._demand.answered(session, renew.answers)
         pending = set(renew.pending)
         for waiter in [w for w in session.waiters.values() if w.request not in pending and not w.line]:
@@ -456,3 +459,7 @@ class Ledger:
     def report(self, now: float) -> tuple[list[PoolReport], list[SessionReport]]:
         """Return the state of every pool and session."""
         return report(self._books, now)
+
+    def observe(self, report: Report, now: float) -> Observation:
+        """Return `report` with all that the metrics and the status page want besides."""
+        return observe(self._books, report, now)

@@ -8,11 +8,12 @@ from sharedpool.wire.messages import PoolReport, SessionReport
 
 def report(books: Books, now: float) -> tuple[list[PoolReport], list[SessionReport]]:
     """Return the state of every pool and session."""
-    pools = [_report_pool(pool) for pool in books.pools.values()]
+    pools = [report_pool(pool) for pool in books.pools.values()]
     return pools, [_report_session(session, now) for session in books.sessions.values()]
 
 
-def _report_pool(pool: Pool) -> PoolReport:
+def report_pool(pool: Pool) -> PoolReport:
+    """Return the state of one pool."""
     states = [lease.state for lease in pool.leases.values()]
     idle = sum(lease.idle_since is not None for lease in pool.leases.values())
     return PoolReport(

@@ -13,11 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sharedpool.errors import ProtocolError
+from sharedpool.wire.buckets import BUCKETS
 from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, decode_to_worker, encode
 from sharedpool.wire.messages import (
     Backend,
     Confirm,
     Hello,
+    Histogram,
     Holder,
     LeaseReport,
     Phase,
@@ -27,6 +29,7 @@ from sharedpool.wire.messages import (
     ReleaseReason,
     Renew,
     SessionReport,
+    Times,
     ToBroker,
     Token,
     ToWorker,
@@ -42,7 +45,10 @@ st.register_type_strategy(int, integers)
 st.register_type_strategy(str, texts)
 backends = st.builds(Backend, st.integers(-(2**31), 2**31 - 1), *[st.integers(-(2**63), 2**63 - 1)] * 2)
 st.register_type_strategy(Backend, backends)
-for struct in (PoolSpec, LeaseReport, Holder, SessionReport, PoolReport):
+counts = st.integers(0, 2**63 - 1)
+histograms = st.builds(Histogram, st.lists(counts, min_size=BUCKETS, max_size=BUCKETS), counts)
+st.register_type_strategy(Histogram, histograms)
+for struct in (PoolSpec, LeaseReport, Holder, SessionReport, PoolReport, Times):
     hints = {field.name: st.from_type(field.type) for field in msgspec.structs.fields(struct)}
     st.register_type_strategy(struct, st.builds(struct, **hints))
 
@@ -77,6 +83,13 @@ def test_a_backend_that_no_server_can_have_is_refused(backend: Backend) -> None:
     """The broker asks PostgreSQL about it, together with others."""
     with pytest.raises(ProtocolError):
         decode_to_broker(encode(Confirm(Token(1, 1), backend)))
+
+
+@pytest.mark.parametrize("counts", [[1] * (BUCKETS - 1), [1] * (BUCKETS + 1), [*[1] * (BUCKETS - 1), -1], []])
+def test_a_histogram_of_other_buckets_or_less_than_nothing_is_refused(counts: list[int]) -> None:
+    good, bad = Histogram([0] * BUCKETS, 0), Histogram(counts, 1)
+    with pytest.raises(ProtocolError):
+        decode_to_broker(encode(Renew([], Token(1, 1), times=Times(1, good, good, bad))))
 
 
 def test_types_are_restored_not_just_values() -> None:
