@@ -15,6 +15,7 @@ import socket
 import time
 from collections import deque
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import zmq
 from msgspec import structs
@@ -43,6 +44,7 @@ from sharedpool.broker.journal import Journal
 from sharedpool.broker.leadership import Leadership
 from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.lock import BrokerLock
+from sharedpool.broker.notify import notify
 from sharedpool.broker.processes import Watched, peer_of, process, raise_descriptor_limit
 from sharedpool.broker.scope import scope_of
 from sharedpool.broker.sessions import other_version
@@ -52,6 +54,9 @@ from sharedpool.wire import address as addresses
 from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, encode, hello_version
 from sharedpool.wire.messages import PROTOCOL_VERSION, Ask, Give, Hello, Reject, Report, Status, Token, Withdraw
 from sharedpool.wire.place import place
+
+if TYPE_CHECKING:
+    from sharedpool.broker.lookout import Lookout
 
 logger = logging.getLogger("sharedpool.broker")
 
@@ -83,6 +88,7 @@ class Server:
         self._mail = self._used = True
         self._watched = Watched(self._selector)
         self._desk: desks.Desk | None = None
+        self._lookout: Lookout | None = None
         self._fenced: set[Token] = set()  # cut, and given to the control connection as well
         self._ipc = settings.address.startswith("ipc://")
         self._started = self._look_at = self._awake_at = time.monotonic()
@@ -132,6 +138,7 @@ class Server:
                 self._unlock()
                 raise SharedPoolError(f"cannot listen at {settings.address}: there is a file that is no socket")
         self._router.setsockopt(zmq.IPV6, 1)
+        self._open_lookout()
         mask = os.umask(0o177)  # the socket is this user's alone, wherever it lies
         try:
             self._router.bind(settings.address)
@@ -150,8 +157,21 @@ class Server:
         except OSError as error:
             logger.warning("no desk at %s (%s): a killed worker's slots come back later", path, error)
 
+    def _open_lookout(self) -> None:
+        if not self.settings.metrics:
+            return
+        from sharedpool.broker.lookout import Lookout
+
+        try:
+            self._lookout = Lookout(self.settings.metrics, self._tell, self._report)
+        except SharedPoolError:
+            self._unlock()
+            raise
+
     def _unlock(self) -> None:
         assert self._lock is not None
+        if self._lookout is not None:
+            self._lookout.stop()
         if self._desk is not None:
             self._desk.unlink()
             self._desk.close()
@@ -171,6 +191,9 @@ class Server:
         self._announce()
         self._control.start()
         self._take_over()
+        if self._lookout is not None:
+            self._lookout.start()
+        notify(self.settings.notify, "READY=1")
         unused_since = self._awake_at = time.monotonic()
         try:
             while not self._stopping:
@@ -221,6 +244,7 @@ class Server:
             self._drained_by = now + self.settings.drain_timeout_s
             text = "draining %d leases, for at most %.1f s; a second signal ends it at once"
             logger.info(text, self._ledger.leases, self.settings.drain_timeout_s)
+            notify(self.settings.notify, "STOPPING=1")
             self._execute(self._ledger.drain(now))
         if not self._ledger.leases:
             return True
@@ -453,6 +477,9 @@ class Server:
         )
 
     def _close(self) -> None:
+        notify(self.settings.notify, "STOPPING=1")
+        if self._lookout is not None:
+            self._lookout.stop()
         self._control.stop()
         self._watched.close()
         self._router.close()

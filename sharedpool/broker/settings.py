@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 class BrokerSettings:
     """How one broker runs. Times in seconds; `max_conn` None: each pool's own limit only; `linger_s` None: stay.
 
+    `metrics`: where they are served (`host:port`), empty: nowhere. `notify`: systemd's socket, or nobody's.
     `scope`: what no two brokers may count to at the same time (see `leadership.py`); empty: as the address tells.
     """
 
@@ -22,3 +23,5 @@ class BrokerSettings:
     drain_timeout_s: float = 10.0
     one_off: bool = False  # nobody will ever listen there again: leave no lock file behind
     scope: str = ""
+    metrics: str = ""
+    notify: str = ""

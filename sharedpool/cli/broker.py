@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import click
@@ -44,6 +45,7 @@ def broker(
     max_checkout: float | None,
     dsn: str | None,
     ttl: float,
+    metrics: str | None,
     bind: str | None,
     linger: float | None,
     drain_timeout: float,
@@ -61,8 +63,9 @@ def broker(
         address = bind or default_address()
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
-    settings = settings_from(address, "--bind", max_conn, expiration, max_checkout, dsn, ttl, linger)
-    server = Server(replace(settings, drain_timeout_s=drain_timeout))
+    settings = settings_from(address, "--bind", max_conn, expiration, max_checkout, dsn, ttl, metrics, linger)
+    notify = os.environ.get("NOTIFY_SOCKET", "")
+    server = Server(replace(settings, drain_timeout_s=drain_timeout, notify=notify))
     try:
         server.bind()
     except AlreadyRunning as error:

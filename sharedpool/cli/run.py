@@ -35,6 +35,7 @@ def run(
     max_checkout: float | None,
     dsn: str | None,
     ttl: float,
+    metrics: str | None,
     command: tuple[str, ...],
 ) -> None:
     """Start a broker, run COMMAND with SHAREDPOOL_BROKER set, and end as it ends.
@@ -49,7 +50,7 @@ def run(
         address = f"ipc://{runtime_dir()}/run-{os.getpid()}.sock"
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
-    settings = settings_from(address, "run", max_conn, expiration, max_checkout, dsn, ttl)
+    settings = settings_from(address, "run", max_conn, expiration, max_checkout, dsn, ttl, metrics)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored ones are never waited for
     # Blocked from before there are other threads, libzmq's included: a signal that one of them took would be lost.
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED | {signal.SIGCHLD})

@@ -7,13 +7,13 @@ import time
 from collections.abc import Sequence
 
 import click
-import msgspec
 import zmq
 
 from sharedpool.broker.lock import is_held
 from sharedpool.errors import BrokerUnavailable, ConfigError, ProtocolError
 from sharedpool.wire import address as addresses
 from sharedpool.wire.codec import decode_to_worker, encode
+from sharedpool.wire.document import document
 from sharedpool.wire.messages import PROTOCOL_VERSION, Report, Status
 
 _ANSWER_LIMIT_S = 3.0
@@ -61,7 +61,7 @@ def status(address: str | None, as_json: bool) -> None:
         except BrokerUnavailable as error:
             click.echo(f"Error: {error}", err=True)
     if as_json:
-        documents = [_document(report) for report in reports]
+        documents = [document(report) for report in reports]
         click.echo(json.dumps(documents[0] if address and documents else documents, indent=2))
     else:
         for report in reports:
@@ -76,13 +76,6 @@ def _living() -> list[str]:
     """Return the addresses of this user's brokers that hold their lock."""
     sockets = sorted(addresses.runtime_dir().glob("*.sock"))
     return [f"ipc://{path}" for path in sockets if is_held(addresses.lock_path(f"ipc://{path}"))]
-
-
-def _document(value: object) -> object:
-    """Return what goes into JSON: on the wire the fields have no names."""
-    if isinstance(value, msgspec.Struct):
-        return {name: _document(getattr(value, name)) for name in value.__struct_fields__}
-    return [_document(each) for each in value] if isinstance(value, list) else value
 
 
 def _text(report: Report) -> str:
