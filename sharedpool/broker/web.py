@@ -1,7 +1,7 @@
 """Metrics and status page by HTTP: reads only, beside the broker's loop and never in its way.
 
 A thread of its own accepts connections and keeps the history, one more answers each connection. What they show is
-copied by the loop, at its own time, at most a few times a second however many ask. A client that hangs costs a thread
+copied by the loop, at its own time, at most ten times a second however many ask. A client that hangs costs a thread
 until it must make room for a newer one.
 """
 
@@ -30,7 +30,7 @@ logger = logging.getLogger("sharedpool.broker")
 
 _MOST_CLIENTS = 16
 _CLIENT_LIMIT_S = 10.0  # without a byte from it, or taken by it
-_FRESH_S = 0.25  # what was seen so lately is shown again
+_FRESH_S = 0.1  # what was seen so lately is shown again
 _HISTORY_EVERY_S = 5.0
 _PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
