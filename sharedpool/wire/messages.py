@@ -14,7 +14,7 @@ repeated, a lease is named by a token that is never used twice.
                   CONFIRM(token, backend)       ─────►
                                                 ◄─────  RECALL(take, owed)           somebody else waits
       RENEW(leases, answers)  RELEASE(token)    ─────►                               what is idle now, what is given
-      RENEW(leases)                             ─────►                               heartbeat, every third of the TTL
+      RENEW(leases, times)                      ─────►                               heartbeat, every third of the TTL
                                                 ◄─────  ACK(revoked)
       TROUBLE(code)                             ─────►                               the server fails over, perhaps
                                                 ◄─────  STALE(generation)            drop what is older

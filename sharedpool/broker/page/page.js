@@ -3,6 +3,7 @@
 
 const EVERY_MS = 2000;
 const GAP_S = 15; // points farther apart than this are not joined
+const MOST_ROWS = 500;
 const WIDTH = 1000, HEIGHT = 100;
 
 function make(tag, attributes = {}, ...children) {
@@ -37,7 +38,7 @@ function fillTable(table, rows) {
   const numeric = new Set(columns.filter((column) => rows.every((row) => row[column] === null || typeof row[column] === "number")));
   const cells = (tag, text) => columns.map((column) => make(tag, numeric.has(column) ? { class: "number" } : {}, text(column)));
   const head = make("tr", {}, ...cells("th", (column) => column.replace(/_ms$/, "").replaceAll("_", " ")));
-  const body = rows.map((row) => make("tr", {}, ...cells("td", (column) => cellText(column, row[column]))));
+  const body = rows.slice(0, MOST_ROWS).map((row) => make("tr", {}, ...cells("td", (column) => cellText(column, row[column]))));
   table.replaceChildren(make("thead", {}, head), make("tbody", {}, ...body));
 }
 
@@ -113,8 +114,9 @@ function show(status) {
     ` ${cap}; control connection: ${report.control}`;
   document.title = `sharedpool: ${report.leases} leases`;
   byId("pools").replaceChildren(...report.pools.map((pool) => poolSection(pool, status.history[pool.name])));
-  byId("lease-count").textContent = status.leases.length;
-  byId("session-count").textContent = report.sessions.length;
+  const counted = (rows) => rows.length + (rows.length > MOST_ROWS ? `, the first ${MOST_ROWS} of which are shown` : "");
+  byId("lease-count").textContent = counted(status.leases);
+  byId("session-count").textContent = counted(report.sessions);
   fillTable(byId("leases"), status.leases);
   fillTable(byId("sessions"), report.sessions);
 }
