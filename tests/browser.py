@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -99,8 +100,10 @@ class Browser:
 def browsing(directory: Path) -> Iterator[Browser]:
     """Run a browser with its profile in `directory`."""
     assert PROGRAM is not None
-    their_in, our_out = os.pipe()
-    our_in, their_out = os.pipe()
+    low_in, our_out = os.pipe()
+    our_in, low_out = os.pipe()
+    # Out of the way of the descriptors that they are to become.
+    their_in, their_out = (fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 10) for low in (low_in, low_out))
     arguments = [
         PROGRAM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe",
@@ -110,9 +113,8 @@ def browsing(directory: Path) -> Iterator[Browser]:
     # It reads from descriptor 3 and writes to 4.
     places = [(os.POSIX_SPAWN_DUP2, null, 1), (os.POSIX_SPAWN_DUP2, null, 2)]
     places += [(os.POSIX_SPAWN_DUP2, their_in, 3), (os.POSIX_SPAWN_DUP2, their_out, 4)]
-    assert min(their_in, their_out) > 4
     pid = os.posix_spawn(PROGRAM, arguments, os.environ, file_actions=places, setpgroup=0)
-    for each in (their_in, their_out, null):
+    for each in (low_in, low_out, their_in, their_out, null):
         os.close(each)
     browser = Browser(our_out, our_in)
     try:
