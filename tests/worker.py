@@ -44,6 +44,13 @@ def query(name: str, sql: str) -> dict[str, Any]:
         return {"rows": cursor.fetchall() if cursor.description else None}
 
 
+def cycle(count: int) -> dict[str, Any]:
+    """Check out and in, one after the other."""
+    for _ in range(count):
+        pool.put_conn(pool.get_conn(timeout=30))
+    return {}
+
+
 def stats() -> dict[str, Any]:
     s = pool.stats()
     return {"idle": s.idle, "in_use": s.in_use, "max_conn": pool.max_conn, "connects": s.connects}
@@ -129,7 +136,7 @@ def leave() -> dict[str, Any]:
     raise SystemExit(0)
 
 
-commands = {f.__name__: f for f in (get, put, query, stats, hammer, write_rows, fork, leave)}
+commands = {f.__name__: f for f in (get, put, query, cycle, stats, hammer, write_rows, fork, leave)}
 print("ready", flush=True)
 for line in sys.stdin:
     command = json.loads(line)

@@ -36,6 +36,7 @@ OPTIONS: dict[str, Any] = {
     "max_checkout": _Seconds,
     "dsn": str,
     "ttl": _Seconds,
+    "metrics": str,
     "bind": str,
     "linger": _Seconds,
     "drain_timeout": _Seconds,

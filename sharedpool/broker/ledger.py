@@ -20,6 +20,7 @@ from sharedpool.broker.groups import GroupTerms
 from sharedpool.broker.handover import Handover
 from sharedpool.broker.health import Health
 from sharedpool.broker.leases import Leases
+from sharedpool.broker.observe import Observation, observe
 from sharedpool.broker.orders import Orders
 from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState, Waiter
@@ -50,7 +51,7 @@ from sharedpool.wire.messages import (
     Withdraw,
 )
 from sharedpool.wire.orders import Done, Order
-from sharedpool.wire.reports import LeaseLine, PoolReport, SessionReport
+from sharedpool.wire.reports import LeaseLine, PoolReport, Report, SessionReport
 
 # More threads than any process has: what asks for more is no worker.
 _MOST_REQUESTS = 10_000
@@ -393,6 +394,7 @@ class Ledger:
             self._leases.note(lease, Phase.IN_USE, now, "")
 
     def _renew(self, session: Session, renew: Renew, now: float) -> None:
+        self._books.note_times(session, renew.times)
         self._demand.answered(session, renew.answers)
         pending = set(renew.pending)
         for waiter in [w for w in session.waiters.values() if w.request not in pending and not w.line]:
@@ -498,3 +500,7 @@ class Ledger:
         """Note how many slots are in use: see `PoolReport.history`."""
         for pool in self._books.pools.values():
             pool.history.append(sum(lease.idle_since is None for lease in pool.leases.values()))
+
+    def observe(self, report: Report, now: float) -> Observation:
+        """Return `report` with all that the metrics and the status page want besides."""
+        return observe(self._books, report, now)

@@ -17,7 +17,12 @@ from enum import Enum
 from sharedpool.broker.backoff import Backoff
 from sharedpool.broker.commands import Command, Entry, Erase, Process, Record
 from sharedpool.broker.groups import Group, Groups, GroupTerms
-from sharedpool.wire.messages import Backend, Live, Phase, PoolSpec, Token
+from sharedpool.broker.totals import Totals
+from sharedpool.wire.messages import Backend, Live, Phase, PoolSpec, Times, Token
+
+# What counts for as long as the broker lives; and of how many unused pools that is kept.
+_COUNTERS = ("handovers", "grants", "waits", "denials", "timeouts", "recalls", "fences", "totals")
+_MOST_PAST = 100
 
 _WAITS_KEPT = 500  # of the last requests that got a slot: how long they waited
 _SAMPLES_KEPT = 60
@@ -135,6 +140,7 @@ class Session:
     nudged: int = -1
     nudge_s: float = 0.0
     nudge_at: float = -math.inf
+    times: Times | None = None  # the newest that it has told
     mute: bool = False
     suspect: bool = False
     ended: bool = False
@@ -192,6 +198,12 @@ class Pool:
     fences: int = 0
     waited: deque[float] = field(default_factory=lambda: deque(maxlen=_WAITS_KEPT))
     history: deque[int] = field(default_factory=lambda: deque(maxlen=_SAMPLES_KEPT))  # slots in use, now and then
+    totals: Totals = field(default_factory=Totals)
+
+    def succeed(self, past: Pool) -> None:
+        """Go on counting where a pool of the same name, which nobody used for a while, has ended."""
+        for counter in _COUNTERS:
+            setattr(self, counter, getattr(past, counter))
 
     @property
     def name(self) -> str:
@@ -246,6 +258,7 @@ class Books:
         self.max_conn = max_conn
         self._emit = emit
         self.pools: dict[str, Pool] = {}
+        self.past: dict[str, Pool] = {}  # that nobody uses any more, for what was counted
         self.sessions: dict[bytes, Session] = {}
         self.leases: dict[Token, Lease] = {}
         self.contended: dict[str, Pool] = {}  # pools with waiters
@@ -303,11 +316,15 @@ class Books:
             pool.group.pools.append(pool)
 
     def discard(self, pool: Pool) -> None:
-        """Forget a pool that nobody uses."""
+        """Forget a pool that nobody uses, but for what was counted."""
         del self.pools[pool.name]
         self.shrinking.pop(pool.name, None)
         if pool.group is not None:
             pool.group.pools.remove(pool)
+            pool.group = None
+        self.past[pool.name] = pool
+        if len(self.past) > _MOST_PAST:
+            del self.past[next(iter(self.past))]
 
     def limit(self, spec: PoolSpec) -> int:
         """Return what a pool's own limit is to be."""
@@ -390,6 +407,11 @@ class Books:
             if (backend.pid not in pids if not backend.start_us else (backend.pid, backend.start_us) not in exact)
             and backend.pid not in unsure
         ]
+
+    def note_times(self, session: Session, times: Times | None) -> None:
+        """Add what a session tells of its times to its pool's."""
+        if times is not None and session.pool.totals.note(session.times, times):
+            session.times = times
 
     def mark_phase(self, lease: Lease, phase: Phase, since: float | None) -> None:
         """Note whether an OPEN lease lies idle or is in use, since when."""

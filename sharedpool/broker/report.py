@@ -19,7 +19,7 @@ _WORDS = {
 
 def report(books: Books, now: float) -> tuple[list[PoolReport], list[SessionReport]]:
     """Return the state of every pool and session."""
-    pools = [_report_pool(pool) for pool in books.pools.values()]
+    pools = [report_pool(pool) for pool in books.pools.values()]
     return pools, [_report_session(session, now) for session in books.sessions.values()]
 
 
@@ -55,7 +55,8 @@ def _percentile_ms(waited: Sequence[float], share: float) -> float:
     return round(waited[min(len(waited) - 1, int(share * len(waited)))] * 1000, 3) if waited else -1.0
 
 
-def _report_pool(pool: Pool) -> PoolReport:
+def report_pool(pool: Pool) -> PoolReport:
+    """Return the state of one pool."""
     waited = sorted(pool.waited)
     states = [lease.state for lease in pool.leases.values()]
     idle = sum(lease.idle_since is not None for lease in pool.leases.values())

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import zmq
 from msgspec import structs
@@ -47,6 +48,7 @@ from sharedpool.broker.journal import Journal
 from sharedpool.broker.leadership import Leadership
 from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.lock import BrokerLock
+from sharedpool.broker.notify import notify
 from sharedpool.broker.processes import Peer, Watched, peer_of, process, raise_descriptor_limit
 from sharedpool.broker.scope import scope_of
 from sharedpool.broker.sessions import other_version
@@ -58,6 +60,9 @@ from sharedpool.wire.messages import PROTOCOL_VERSION, Ask, Give, Hello, Reject,
 from sharedpool.wire.orders import Done, Order
 from sharedpool.wire.place import place
 from sharedpool.wire.reports import Report, Status
+
+if TYPE_CHECKING:
+    from sharedpool.broker.lookout import Lookout
 
 logger = logging.getLogger("sharedpool.broker")
 
@@ -94,6 +99,7 @@ class Server:
         self._mail = self._used = True
         self._watched = Watched(self._selector)
         self._desk: desks.Desk | None = None
+        self._lookout: Lookout | None = None
         self._fenced: set[Token] = set()  # cut, and given to the control connection as well
         self._ipc = settings.address.startswith("ipc://")
         self._started = self._look_at = self._awake_at = time.monotonic()
@@ -145,6 +151,7 @@ class Server:
                 self._unlock()
                 raise SharedPoolError(f"cannot listen at {settings.address}: there is a file that is no socket")
         self._router.setsockopt(zmq.IPV6, 1)
+        self._open_lookout()
         mask = os.umask(0o177)  # the socket is this user's alone, wherever it lies
         try:
             self._router.bind(settings.address)
@@ -163,8 +170,21 @@ class Server:
         except OSError as error:
             logger.warning("no desk at %s (%s): a killed worker's slots come back later", path, error)
 
+    def _open_lookout(self) -> None:
+        if not self.settings.metrics:
+            return
+        from sharedpool.broker.lookout import Lookout
+
+        try:
+            self._lookout = Lookout(self.settings.metrics, self._tell, self._report)
+        except SharedPoolError:
+            self._unlock()
+            raise
+
     def _unlock(self) -> None:
         assert self._lock is not None
+        if self._lookout is not None:
+            self._lookout.stop()
         if self._desk is not None:
             self._desk.unlink()
             self._desk.close()
@@ -184,6 +204,9 @@ class Server:
         self._announce()
         self._control.start()
         self._take_over()
+        if self._lookout is not None:
+            self._lookout.start()
+        notify(self.settings.notify, "READY=1")
         unused_since = self._awake_at = time.monotonic()
         try:
             while not self._stopping:
@@ -261,6 +284,7 @@ class Server:
             self._drained_by = now + self.settings.drain_timeout_s
             text = "draining %d leases, for at most %.1f s; a second signal ends it at once"
             logger.info(text, self._ledger.leases, self.settings.drain_timeout_s)
+            notify(self.settings.notify, "STOPPING=1")
             self._execute(self._ledger.drain(now))
         if not self._ledger.leases:
             return True
@@ -491,12 +515,17 @@ class Server:
 
     def _tell_state(self, asker: bytes, status: Status, now: float) -> None:
         """Tell a command what the books say, and have it told what the server says of the same leases."""
-        pools, sessions = self._ledger.report(now)
         oldest = self._ledger.oldest(status.leases, now)
         backends = tuple(line.backend for line in oldest if line.backend is not None)
         peek = Peek(asker, backends, now + _PATIENCE_S)
         asks = bool(peek.backends) and self._control.state != "none"
-        report = Report(
+        self._execute([Send(asker, structs.replace(self._report(now), oldest=oldest, activity=asks))])
+        if asks:
+            self._control.peek(peek)
+
+    def _report(self, now: float) -> Report:
+        pools, sessions = self._ledger.report(now)
+        return Report(
             PROTOCOL_VERSION,
             self._ledger.epoch,
             os.getpid(),
@@ -509,14 +538,12 @@ class Server:
             sessions,
             len(self._desk) if self._desk is not None else 0,
             self._ledger.state,
-            oldest,
-            asks,
         )
-        self._execute([Send(asker, report)])
-        if asks:
-            self._control.peek(peek)
 
     def _close(self) -> None:
+        notify(self.settings.notify, "STOPPING=1")
+        if self._lookout is not None:
+            self._lookout.stop()
         self._control.stop()
         self._watched.close()
         self._router.close()

@@ -67,6 +67,8 @@ class Sessions:
             limit = books.limit(spec)
             if pool is None:
                 pool = books.pools[spec.name] = Pool(spec, limit, Backoff(self._random))
+                if (past := books.past.pop(spec.name, None)) is not None:
+                    pool.succeed(past)
             pool.spec, pool.max_conn, pool.unnamed = spec, limit, False
             books.assign(pool)
             if books.paused:
@@ -169,6 +171,7 @@ class Sessions:
             self._books.discard(session.pool)
 
     def bye(self, session: Session, bye: Bye, now: float) -> None:
+        self._books.note_times(session, bye.times)
         # Who says BYE holds nothing and takes nothing any more: a grant still on its way will not be used. But the
         # RELEASE that told of a connect without an end may have been lost, with a former broker perhaps.
         self.end(session, "its worker left without returning it", now, unused_above=bye.seen)

@@ -11,6 +11,7 @@ from sharedpool.broker.groups import GroupTerms
 class BrokerSettings:
     """How one broker runs. Times in seconds; `max_conn` None: each pool's own limit only; `linger_s` None: stay.
 
+    `metrics`: where they are served (`host:port`), empty: nowhere. `notify`: systemd's socket, or nobody's.
     `scope`: what no two brokers may count to at the same time (see `leadership.py`); empty: as the address tells.
     `limits`: of pools, by name, whatever their users ask for.
     """
@@ -25,5 +26,7 @@ class BrokerSettings:
     drain_timeout_s: float = 10.0
     one_off: bool = False  # nobody will ever listen there again: leave no lock file behind
     scope: str = ""
+    metrics: str = ""
+    notify: str = ""
     groups: dict[str, GroupTerms] = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)

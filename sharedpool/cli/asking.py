@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import click
-import msgspec
 import zmq
 
 from sharedpool.broker.lock import is_held
 from sharedpool.errors import BrokerUnavailable, ConfigError, ProtocolError
 from sharedpool.wire import address as addresses
 from sharedpool.wire.codec import decode_to_operator, encode
-from sharedpool.wire.messages import PROTOCOL_VERSION, Token
+from sharedpool.wire.messages import PROTOCOL_VERSION
 from sharedpool.wire.reports import FromOperator, Report, Status, ToOperator
 
 ANSWER_LIMIT_S = 3.0
@@ -121,15 +120,6 @@ def _living() -> list[str]:
 
 
 # --- showing
-
-
-def document(value: object) -> object:
-    """Return what goes into JSON: on the wire the fields have no names."""
-    if isinstance(value, msgspec.Struct):
-        return {name: document(getattr(value, name)) for name in value.__struct_fields__}
-    if isinstance(value, Token):
-        return str(value)
-    return [document(each) for each in value] if isinstance(value, list) else value
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

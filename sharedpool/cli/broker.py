@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -124,9 +125,15 @@ def _settings(ctx: click.Context, file: ConfigFile | None, given: dict[str, Any]
         raise click.UsageError(str(error)) from None
     settings = settings_from(
         address, "--bind", given["max_conn"], given["expiration"], given["max_checkout"], given["dsn"], given["ttl"],
-        given["linger"],
+        given["metrics"], given["linger"],
     )  # fmt: skip
-    return replace(settings, drain_timeout_s=given["drain_timeout"], groups=groups, limits=limits)
+    return replace(
+        settings,
+        drain_timeout_s=given["drain_timeout"],
+        groups=groups,
+        limits=limits,
+        notify=os.environ.get("NOTIFY_SOCKET", ""),
+    )
 
 
 @click.command(name="check-config")

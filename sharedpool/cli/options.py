@@ -74,6 +74,12 @@ def broker_options(command: F) -> F:
             show_envvar=True,
             help="Silence after which a worker's connections are suspect; heartbeats come at least twice in it.",
         ),
+        click.option(
+            "--metrics",
+            envvar="SHAREDPOOL_METRICS",
+            show_envvar=True,
+            help="Serve Prometheus metrics and a status page there: 127.0.0.1:9187.  [default: nowhere]",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -88,11 +94,16 @@ def settings_from(
     max_checkout: float | None,
     dsn: str | None,
     ttl: float,
+    metrics: str | None,
     linger: float | None = None,
 ) -> BrokerSettings:
     """Return the settings; raise click's usage error where `ConfigError` tells of a wrong value."""
     try:
         addresses.check_address(address, source)
-        return BrokerSettings(address, max_conn, control_dsn(dsn), expiration, max_checkout or 0.0, ttl, linger)
+        if metrics:
+            addresses.check_metrics_address(metrics, "--metrics")
+        return BrokerSettings(
+            address, max_conn, control_dsn(dsn), expiration, max_checkout or 0.0, ttl, linger, metrics=metrics or ""
+        )
     except ConfigError as error:
         raise click.UsageError(str(error)) from None

@@ -37,6 +37,7 @@ def run(
     max_checkout: float | None,
     dsn: str | None,
     ttl: float,
+    metrics: str | None,
     log_format: str,
     command: tuple[str, ...],
 ) -> None:
@@ -52,7 +53,7 @@ def run(
         address = f"ipc://{runtime_dir()}/run-{os.getpid()}.sock"
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
-    settings = settings_from(address, "run", max_conn, expiration, max_checkout, dsn, ttl)
+    settings = settings_from(address, "run", max_conn, expiration, max_checkout, dsn, ttl, metrics)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored ones are never waited for
     # Blocked from before there are other threads, libzmq's included: a signal that one of them took would be lost.
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED | {signal.SIGCHLD})

@@ -8,7 +8,6 @@ import click
 
 from sharedpool.cli.asking import (
     broker_option,
-    document,
     duration,
     fetch_report,
     find_brokers,
@@ -16,6 +15,7 @@ from sharedpool.cli.asking import (
     process,
     table,
 )
+from sharedpool.wire.document import document
 from sharedpool.wire.reports import Report
 
 

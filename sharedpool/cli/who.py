@@ -10,7 +10,6 @@ import click
 from sharedpool.cli.asking import (
     ANSWER_LIMIT_S,
     broker_option,
-    document,
     duration,
     find_brokers,
     from_each,
@@ -18,6 +17,7 @@ from sharedpool.cli.asking import (
     process,
     table,
 )
+from sharedpool.wire.document import document
 from sharedpool.wire.messages import PROTOCOL_VERSION
 from sharedpool.wire.reports import MOST_LISTED, Activity, BackendActivity, LeaseLine, Report, Status
 

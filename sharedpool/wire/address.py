@@ -84,6 +84,14 @@ def check_address(address: str, source: str) -> str:
     return address
 
 
+def check_metrics_address(text: str, source: str) -> tuple[str, int]:
+    """Return host and port of `host:port`, `[::1]:port` or just a port (loopback); else raise `ConfigError`."""
+    match = re.fullmatch(r"(?:(?P<host>\[[0-9a-fA-F:.]+\]|[^:/\[\]\s]*):)?(?P<port>\d{1,5})", text)
+    if match is None or int(match["port"]) > 65535:
+        raise ConfigError(f"{source}: {text!r} is no address to serve metrics at: use 127.0.0.1:9187")
+    return (match["host"] or "127.0.0.1").strip("[]"), int(match["port"])
+
+
 def lock_path(address: str) -> Path:
     """Return the lock file of the broker at `address`: beside its socket, or in `fixed_dir` for tcp."""
     return _beside(address, ".lock")

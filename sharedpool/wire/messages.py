@@ -14,7 +14,7 @@ repeated, a lease is named by a token that is never used twice.
                   CONFIRM(token, backend)       ─────►
                                                 ◄─────  RECALL(take, owed)           somebody else waits
       RENEW(leases, answers)  RELEASE(token)    ─────►                               what is idle now, what is given
-      RENEW(leases)                             ─────►                               heartbeat, every third of the TTL
+      RENEW(leases, times)                      ─────►                               heartbeat, every third of the TTL
                                                 ◄─────  ACK(revoked)
       TROUBLE(code)                             ─────►                               the server fails over, perhaps
                                                 ◄─────  STALE(generation)            drop what is older
@@ -46,6 +46,8 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
+from sharedpool.wire.buckets import BUCKETS
+
 PROTOCOL_VERSION = 3
 
 
@@ -65,6 +67,8 @@ NO_TOKEN = Token(0, 0)
 # What PostgreSQL's int and bigint hold: a number beyond would make the broker's own queries fail.
 Int4 = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 Int8 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class Struct(msgspec.Struct, frozen=True, array_like=True):
@@ -129,6 +133,22 @@ class Holder(Struct, frozen=True):
     site: str = ""
 
 
+class Histogram(Struct, frozen=True):
+    """Counts by bucket (`buckets.py`), and the sum of what was counted."""
+
+    counts: Annotated[list[Count], msgspec.Meta(min_length=BUCKETS, max_length=BUCKETS)]
+    total_us: Count
+
+
+class Times(Struct, frozen=True):
+    """How long things took in one session since its registration number `serial`: absolute, so that none is lost."""
+
+    serial: int
+    created: Histogram
+    waited: Histogram
+    used: Histogram
+
+
 # --- worker -> broker
 
 
@@ -170,6 +190,7 @@ class Renew(Struct, frozen=True, tag="renew"):
 
     `seen` is the newest grant that has arrived: a lease above it is still on its way, one at or below it that is not
     listed is not held any more. `gone` are leases given back whose backends were seen to end, until an ACK has come.
+    `times` comes when it has changed.
     """
 
     leases: list[LeaseReport]
@@ -177,6 +198,7 @@ class Renew(Struct, frozen=True, tag="renew"):
     answers: int = 0
     pending: list[int] = []
     gone: list[Token] = []
+    times: Times | None = None
 
 
 class ReleaseReason(StrEnum):
@@ -224,6 +246,7 @@ class Bye(Struct, frozen=True, tag="bye"):
     """The session ends in good order; a grant above `seen`, the newest that has arrived, is not used any more."""
 
     seen: Token = NO_TOKEN
+    times: Times | None = None
 
 
 # --- broker -> worker

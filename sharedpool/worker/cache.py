@@ -41,6 +41,7 @@ from sharedpool.wire.messages import (
 from sharedpool.worker.callsite import wording
 from sharedpool.worker.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closing, Lease, Ticket, collected
 from sharedpool.worker.slices import Slices
+from sharedpool.worker.times import Times
 
 _LONGEST_WAIT_MS = 2**52
 _MOST_GONE = 100  # in one packet
@@ -67,6 +68,7 @@ class Cache:
         self.waiting: OrderedDict[int, Ticket] = OrderedDict()
         self.owed = 0
         self.slices = Slices()
+        self.times = Times()
         self.generation = 0
         self._epoch: int | None = None  # of the broker that was last registered with
         self._gone: dict[Token, None] = {}  # given back, their backends seen to end; the broker may not know yet
@@ -97,6 +99,8 @@ class Cache:
         """Take a connection back that was laid idle without the lock, when it should not just lie there."""
         if not self._pull(lease):
             return None  # another thread has it
+        if self.times.choose(now):
+            lease.plain = False
         conn, lease.conn, lease.phase = lease.conn, None, Phase.IN_USE
         return self.checkin(lease, conn, now, None)
 
@@ -234,6 +238,16 @@ class Cache:
         self._lay_idle(lease, conn, now)
         return None
 
+    def used(self, lease: Lease, seconds: float, now: float, *, typical: bool) -> None:
+        """Note for how long a connection was checked out, before its `checkin`.
+
+        `typical`: but for its being timed it would have been laid idle without the lock.
+        """
+        others = [each for each in self.leases.values() if each is not lease]
+        out = sum(each.phase is Phase.IN_USE and each.conn is None for each in others)
+        self.times.checked_in(seconds, self.hits, out, typical=typical)
+        lease.plain = lease.generation == self.generation and not self.times.choose(now)
+
     def _holds(self, lease: Lease) -> bool:
         return self.leases.get(lease.token) is lease
 
@@ -339,7 +353,8 @@ class Cache:
             since = self.idle[0].since
         except IndexError:
             since = now
-        self.calm_until = min(since + self.expiration_s, self._first_retires_at) if self.keep_idle else float("-inf")
+        calm_until = min(since + self.expiration_s, self._first_retires_at, self.times.due_at)
+        self.calm_until = calm_until if self.keep_idle else float("-inf")
         return closing
 
     def expires_after(self, expiration_s: float) -> None:
@@ -476,6 +491,10 @@ class Cache:
         ]
         return Renew(self.reports(now, threads), self._seen, answers, pending, list(self._gone))
 
+    def heartbeat(self, now: float, threads: Mapping[int, str]) -> Renew:
+        """Return what is held and asked for, and what took how long."""
+        return structs.replace(self.renewal(now, threads), times=self.times.news(self.hits))
+
     def reports(self, now: float, threads: Mapping[int, str]) -> list[LeaseReport]:
         """Return every lease as the broker should see it; `threads` names threads by identifier."""
         deepest = None if len(self.leases) <= _MOST_STACKS else 1  # a frame is not endless
@@ -528,7 +547,7 @@ class Cache:
 
     def farewell(self) -> Bye:
         """Return the last message."""
-        return Bye(self._seen)
+        return Bye(self._seen, self.times.news(self.hits))
 
     def fail(self, error: Exception) -> list[Ticket]:
         """End every wait with `error`; return the tickets to wake."""

@@ -76,8 +76,12 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
             holdings.call_back(holdings.config.check, lease, conn, "check")
         if holdings.disposed:
             raise PoolClosed(f"pool {holdings.config.name!r} was disposed of meanwhile")
-        lease.phase = Phase.IN_USE  # one that was handed on was still its giver's
-        lease.thread = threading.get_ident()
+        with holdings.lock:
+            lease.phase = Phase.IN_USE  # one that was handed on was still its giver's
+            lease.thread, lease.since = threading.get_ident(), time.monotonic()
+            holdings.cache.times.checked_out(lease.since - now)
+            if holdings.cache.times.choose(lease.since):
+                lease.plain = False
         if holdings.config.debug_checkouts:
             lease.stack = callsite.capture()
         conn.sharedpool_lease = lease
@@ -211,6 +215,7 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
     config = holdings.config
     timeout_s = None if deadline is None else max(0.0, deadline - time.monotonic())
     made: list[PooledConnection] = []
+    began = time.monotonic()
     try:
         conn = connect(config.conninfo, holdings.tag, timeout_s, made)
         conn.sharedpool_holdings = holdings
@@ -224,6 +229,7 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
             if holdings.disposed:
                 raise PoolClosed(f"pool {config.name!r} was disposed of while connecting")
             holdings.cache.opened(lease, backend, retire_at, conn, now)
+            holdings.cache.times.created.add(now - began)
         holdings.signal()
         holdings.connects += 1
         lease.conn = conn

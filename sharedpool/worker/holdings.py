@@ -88,10 +88,12 @@ class Holdings:
         Raise what `reset` raised, after everything is in order.
         """
         error: BaseException | None = None
+        used_s, lent = time.monotonic() - lease.since, lease.conn is None
+        typical = used_s <= CHECK_AFTER_S and conn.get_transaction_status() == TRANSACTION_STATUS_IDLE
         if verdict is None:
             try:
                 # A worker that was frozen brings back what was taken away, before its link has heard of that.
-                long = time.monotonic() - lease.since > CHECK_AFTER_S
+                long = used_s > CHECK_AFTER_S
                 if not clean(conn) or (long and has_hung_up(conn)):
                     verdict = ReleaseReason.BROKEN
                     if conn.closed == BROKEN:
@@ -111,7 +113,9 @@ class Holdings:
                 if self.keys.get(lease.key) is lease:
                     del self.keys[lease.key]
                 lease.key = lease.at_close = None
-                lease.plain = lease.generation == self.cache.generation
+                lease.plain, typical = lease.generation == self.cache.generation, False
+            if lent:
+                self.cache.used(lease, used_s, now, typical=typical)
             outcome = self.cache.checkin(lease, conn, now, verdict)
             if self.cache.idle:
                 closing = self.cache.expire(now)

@@ -90,7 +90,7 @@ class Session:
             for lease in lost:
                 if lease.conn is None:
                     self._holdings.cache.closed(lease, ReleaseReason.CLOSED, gone=lease.ref is None)
-            self._holdings.cache.out.append(self._holdings.cache.renewal(now, thread_names()))
+            self._holdings.cache.out.append(self._holdings.cache.heartbeat(now, thread_names()))
             busy = bool(self._holdings.cache.leases or self._holdings.cache.waiting)
         self._deposit_all()
         for lease in lost:
@@ -156,6 +156,7 @@ class Session:
         slices = self._holdings.cache.slices
         slices.slice_s, slices.hands_over = self._holdings.config.slice, hands_over
         with self._holdings.lock:
+            self._holdings.cache.times.registered()
             for lease in self._holdings.cache.leases.values():
                 lease.deposited = False
             moved = self._holdings.cache.move_to_desk() if hands_over else []

@@ -17,8 +17,8 @@ from waiting import wait_until
 from web_servers import Server, load, request, serving, traffic
 
 import sharedpool
+from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.cli.status import fetch_report
 
 LIMIT = 3
 HOOKS = "from sharedpool.integrations.gunicorn import *"

@@ -17,8 +17,8 @@ from waiting import wait_until
 from web_servers import Server, load, serving, traffic
 
 import sharedpool
+from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.cli.status import fetch_report
 
 LIMIT = 3
 POSTFORK = {"TARGET_POSTFORK": "1"}

@@ -13,11 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sharedpool.errors import ProtocolError
+from sharedpool.wire.buckets import BUCKETS
 from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, decode_to_operator, decode_to_worker, encode
 from sharedpool.wire.messages import (
     Backend,
     Confirm,
     Hello,
+    Histogram,
     Holder,
     LeaseReport,
     Phase,
@@ -25,6 +27,7 @@ from sharedpool.wire.messages import (
     Release,
     ReleaseReason,
     Renew,
+    Times,
     ToBroker,
     Token,
     ToWorker,
@@ -53,7 +56,10 @@ st.register_type_strategy(float, st.floats(allow_nan=False))
 backends = st.builds(Backend, st.integers(-(2**31), 2**31 - 1), *[st.integers(-(2**63), 2**63 - 1)] * 2)
 st.register_type_strategy(Backend, backends)
 orders = st.builds(Order, integers, st.sampled_from(OrderKind), texts, st.integers(0, 2**31 - 1), tokens)
-structs = (PoolSpec, LeaseReport, Holder, SessionReport, PoolReport, LeaseLine, BackendActivity)
+counts = st.integers(0, 2**63 - 1)
+histograms = st.builds(Histogram, st.lists(counts, min_size=BUCKETS, max_size=BUCKETS), counts)
+st.register_type_strategy(Histogram, histograms)
+structs = (PoolSpec, LeaseReport, Holder, SessionReport, PoolReport, LeaseLine, BackendActivity, Times)
 for struct in structs:
     hints = {field.name: st.from_type(field.type) for field in msgspec.structs.fields(struct)}
     st.register_type_strategy(struct, st.builds(struct, **hints))
@@ -109,6 +115,13 @@ def test_a_backend_that_no_server_can_have_is_refused(backend: Backend) -> None:
     """The broker asks PostgreSQL about it, together with others."""
     with pytest.raises(ProtocolError):
         decode_to_broker(encode(Confirm(Token(1, 1), backend)))
+
+
+@pytest.mark.parametrize("counts", [[1] * (BUCKETS - 1), [1] * (BUCKETS + 1), [*[1] * (BUCKETS - 1), -1], []])
+def test_a_histogram_of_other_buckets_or_less_than_nothing_is_refused(counts: list[int]) -> None:
+    good, bad = Histogram([0] * BUCKETS, 0), Histogram(counts, 1)
+    with pytest.raises(ProtocolError):
+        decode_to_broker(encode(Renew([], Token(1, 1), times=Times(1, good, good, bad))))
 
 
 def test_types_are_restored_not_just_values() -> None:

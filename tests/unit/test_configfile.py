@@ -20,6 +20,7 @@ def test_everything_a_file_may_say(tmp_path: Path) -> None:
         max_checkout = 30.5
         dsn = "dbname=app"
         ttl = 15
+        metrics = "127.0.0.1:9187"
         bind = "ipc:///run/sharedpool/broker.sock"
         linger = 10
         drain_timeout = 5
@@ -38,7 +39,7 @@ def test_everything_a_file_may_say(tmp_path: Path) -> None:
     found = read(path)
     assert found.options == {
         "max_conn": 20, "expiration": 60.0, "max_checkout": 30.5, "dsn": "dbname=app", "ttl": 15.0,
-        "bind": "ipc:///run/sharedpool/broker.sock", "linger": 10.0, "drain_timeout": 5.0,
+        "metrics": "127.0.0.1:9187", "bind": "ipc:///run/sharedpool/broker.sock", "linger": 10.0, "drain_timeout": 5.0,
     }  # fmt: skip
     assert found.groups == {"web": GroupTerms(8, None, 10), "celery": GroupTerms(0, 10, 0)}
     assert found.limits == {"reports": 5}

@@ -1,0 +1,49 @@
+"""What a pool's sessions have told of their times, added up: past sessions' too. Pure.
+
+A session counts absolutely since its last registration, so that a message may be lost, doubled or late.
+"""
+
+from __future__ import annotations
+
+from sharedpool.wire.buckets import BUCKETS
+from sharedpool.wire.messages import Histogram, Times
+
+KINDS = ("created", "waited", "used")
+
+
+class Totals:
+    """One pool's histograms: counts by bucket and microseconds, by kind."""
+
+    __slots__ = ("counts", "total_us")
+
+    def __init__(self) -> None:
+        self.counts = {kind: [0] * BUCKETS for kind in KINDS}
+        self.total_us = dict.fromkeys(KINDS, 0)
+
+    def note(self, before: Times | None, times: Times) -> bool:
+        """Add what is new in a session's word since the one `before`; return False for one that is late."""
+        if before is not None and times.serial < before.serial:
+            return False
+        since = before if before is not None and before.serial == times.serial else None
+        news = {kind: _news(None if since is None else getattr(since, kind), getattr(times, kind)) for kind in KINDS}
+        if any(count < 0 for counts, _ in news.values() for count in counts):
+            return False
+        for kind, (counts, total_us) in news.items():
+            mine = self.counts[kind]
+            for index, count in enumerate(counts):
+                mine[index] += count
+            self.total_us[kind] += total_us
+        return True
+
+    def copy(self) -> Totals:
+        """Return another of the same content."""
+        other = Totals()
+        other.counts = {kind: counts[:] for kind, counts in self.counts.items()}
+        other.total_us = dict(self.total_us)
+        return other
+
+
+def _news(before: Histogram | None, now: Histogram) -> tuple[list[int], int]:
+    if before is None:
+        return now.counts, now.total_us
+    return [new - old for old, new in zip(before.counts, now.counts, strict=True)], now.total_us - before.total_us

@@ -1,0 +1,61 @@
+"""The text that Prometheus reads, by Prometheus's own parser."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from sharedpool.broker.metrics import render
+from sharedpool.broker.observe import Observation
+from sharedpool.broker.totals import Totals
+from sharedpool.wire.buckets import BOUNDS_S, BUCKETS
+from sharedpool.wire.messages import Histogram, Times
+from sharedpool.wire.reports import PoolReport, Report
+
+
+def observation(*pools: tuple[str, Totals]) -> Observation:
+    reports = [PoolReport(name, "server", 5, *range(1, 16)) for name, _ in pools]
+    report = Report(3, 17, 4711, "ipc:///x", 61_500, 20, 9, "connected", reports, [])
+    return Observation(report, [(one, totals) for one, (_, totals) in zip(reports, pools, strict=True)], [])
+
+
+def samples(seen: Observation) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    found = {}
+    for family in text_string_to_metric_families(render(seen)):
+        for sample in family.samples:
+            key = (sample.name, frozenset(sample.labels.items()))
+            assert key not in found
+            found[key] = sample.value
+    return found
+
+
+# What `config_pool` refuses, a worker that is not ours might still send.
+@given(names=st.lists(st.text(st.characters(exclude_categories=["Cs"])), unique=True, max_size=4))
+def test_whatever_a_pool_is_called_it_is_one_label(names: list[str]) -> None:
+    found = samples(observation(*[(name, Totals()) for name in names]))
+    limits = {dict(labels)["db_client_connection_pool_name"] for name, labels in found if name.endswith("ection_max")}
+    assert limits == set(names)
+
+
+def test_a_histogram_is_cumulative_and_in_seconds() -> None:
+    totals = Totals()
+    counts = list(range(1, BUCKETS + 1))
+    nothing = Histogram([0] * BUCKETS, 0)
+    totals.note(None, Times(1, nothing, Histogram(counts, 2_500_000), nothing))
+    found = samples(observation(("p", totals)))
+    pool = ("db_client_connection_pool_name", "p")
+    name = "db_client_connection_wait_time_seconds"
+    for number, bound in enumerate(BOUNDS_S):
+        assert found[name + "_bucket", frozenset({pool, ("le", str(bound))})] == sum(counts[: number + 1])
+    assert found[name + "_bucket", frozenset({pool, ("le", "+Inf")})] == sum(counts)
+    assert found[name + "_count", frozenset({pool})] == sum(counts)
+    assert found[name + "_sum", frozenset({pool})] == 2.5
+
+
+def test_a_broker_that_nobody_uses_tells_of_itself() -> None:
+    found = samples(observation())
+    assert found["sharedpool_broker_epoch", frozenset()] == 17
+    assert found["sharedpool_broker_uptime_seconds", frozenset()] == 61.5
+    assert found["sharedpool_broker_serving", frozenset()] == 1
+    assert not any(labels for _, labels in found)
