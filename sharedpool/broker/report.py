@@ -84,6 +84,7 @@ def report_pool(pool: Pool) -> PoolReport:
         error=pool.backoff.error,
         handovers=pool.handovers,
         parked=len(pool.parked),
+        paused=pool.held,
         wait_p50_ms=_percentile_ms(waited, 0.5),
         wait_p99_ms=_percentile_ms(waited, 0.99),
         history=list(pool.history),

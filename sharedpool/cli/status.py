@@ -57,6 +57,8 @@ def _text(report: Report) -> str:
                 f" ({pool.quarantined} of them connects that nobody saw the end of)" if pool.quarantined else ""
             )
             lines.append(f"pool {pool.name!r}: {pool.suspect} suspect, {pool.fencing} being ended{quarantined}")
+        if pool.paused:
+            lines.append(f"pool {pool.name!r} is paused: it lends nothing until `sharedpool resume`")
         if pool.error:
             lines.append(f"pool {pool.name!r} cannot open connections: {pool.error}")
     session_header = ("PROCESS", "POOL", "LEASES", "IN USE", "IDLE", "WAITING", "SILENT", "")

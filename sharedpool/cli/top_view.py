@@ -64,6 +64,8 @@ def _pools(pools: Sequence[PoolReport], most: int, unicode: bool) -> Iterable[Li
     for pool, row in zip(shown, cells, strict=True):
         used = pool.leases - pool.idle
         yield Line(row_of(row), "bold red" if pool.waiting else "bold yellow" if used >= pool.max_conn else "bold")
+        if pool.paused:
+            yield Line("  paused: it lends nothing until `sharedpool resume`", "yellow")
         if pool.error:
             yield Line(f"  cannot open connections: {pool.error}", "red")
         else:

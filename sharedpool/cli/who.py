@@ -23,7 +23,7 @@ from sharedpool.wire.reports import MOST_LISTED, Activity, BackendActivity, Leas
 
 _ACTIVITY_LIMIT_S = 1.0  # what the books say is there already, and may be wanted all the more when the server hangs
 
-_ALWAYS = ("AGE", "STATE", "POOL", "PROCESS")
+_ALWAYS = ("AGE", "STATE", "POOL", "LEASE", "PROCESS")
 
 Row = tuple[LeaseLine, BackendActivity | None]
 
@@ -82,6 +82,8 @@ def _remarks(report: Report, activity: Activity | None) -> Iterable[str]:
     if len(report.oldest) < report.leases:
         yield f"{report.leases - len(report.oldest)} younger leases are not shown"
     for pool in report.pools:
+        if pool.paused:
+            yield f"pool {pool.name!r} is paused: it lends nothing until `sharedpool resume`"
         if pool.waiting:
             yield f"pool {pool.name!r}: {pool.waiting} wait for a connection"
     if report.activity and activity is None:
@@ -98,6 +100,7 @@ def lines(rows: Iterable[Row]) -> list[str]:
         "AGE",
         "STATE",
         "POOL",
+        "LEASE",
         "PROCESS",
         "THREAD",
         "BACKEND",
@@ -108,8 +111,8 @@ def lines(rows: Iterable[Row]) -> list[str]:
     )
     cells = [
         (
-            duration(line.age_ms), line.state, line.pool, process(line.title, line.pid, line.host), line.thread,
-            str(line.backend.pid) if line.backend else "", application(activity), server_says(activity),
+            duration(line.age_ms), line.state, line.pool, str(line.token), process(line.title, line.pid, line.host),
+            line.thread, str(line.backend.pid) if line.backend else "", application(activity), server_says(activity),
             activity.query if activity else "", line.stack[0] if line.stack else "",
         )
         for line, activity in rows

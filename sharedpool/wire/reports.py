@@ -95,6 +95,7 @@ class PoolReport(Struct, frozen=True):
     wait_p50_ms: float = -1.0
     wait_p99_ms: float = -1.0
     history: list[int] = field(default_factory=list)
+    paused: bool = False
 
 
 class Report(Struct, frozen=True, tag="report"):

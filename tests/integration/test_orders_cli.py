@@ -72,6 +72,8 @@ def test_pause_waits_until_the_server_has_none_of_our_backends(
         worker.ask("put", name="b")
         assert pausing.wait(10) == 0
     assert backends(postgres, name) == 0
+    status = sharedpool_command("status", "--broker", broker.address)
+    assert f"pool {name!r} is paused" in status.stdout
     refused = worker.ask("get", name="c", timeout=0)
     assert "is paused" in refused["text"]
     worker.send("get", name="c", timeout=20)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -31,6 +31,7 @@ def samples(seen: Observation) -> dict[tuple[str, frozenset[tuple[str, str]]], f
 
 
 # What `config_pool` refuses, a worker that is not ours might still send.
+@settings(deadline=None)
 @given(names=st.lists(st.text(st.characters(exclude_categories=["Cs"])), unique=True, max_size=4))
 def test_whatever_a_pool_is_called_it_is_one_label(names: list[str]) -> None:
     found = samples(observation(*[(name, Totals()) for name in names]))
