@@ -194,6 +194,22 @@ def test_a_worker_that_leaves_with_a_query_under_way_is_not_held_up_by_it(
         assert ("own in the worker" in server.words()) == (conf == OWN_HOOK)
 
 
+def test_a_worker_that_gunicorn_kills_for_its_timeout_leaves_no_slot_taken(
+    gunicorn: Gunicorn, server_connection: connection, make_pool: MakePool, name: str
+) -> None:
+    with gunicorn("-w", "1", "--timeout", "1") as server:
+        worker = request(server.port)["worker"]
+        waiting = HTTPConnection("127.0.0.1", server.port, timeout=60)
+        waiting.request("GET", "/stuck")
+        wait_until(lambda: stuck(server_connection, name) == 1, what="the query that does not end")
+        # It is in libpq and heeds no SIGABRT: SIGKILL follows, and its query must be ended for it.
+        wait_until(lambda: not alive(worker), timeout_s=15, what="the worker's end")
+        wait_until(lambda: stuck(server_connection, name) == 0, what="the query's end")
+        waiting.close()
+        assert request(server.port)["worker"] != worker
+        assert all_slots(make_pool, name, LIMIT) == LIMIT
+
+
 def test_the_hook_leaves_the_pool_of_a_preloading_master_alone(gunicorn: Gunicorn, sampler: Sampler) -> None:
     conf = OWN_HOOK + REAPED_BY_ANOTHER
     with gunicorn("-w", "2", "--preload", conf=conf, TARGET_AT_IMPORT="1") as server:
