@@ -203,6 +203,33 @@ MUTANTS = (
         ),
         ("tests/faults", "-k", "frozen"),
     ),
+    Mutant(
+        "a connection to one database is handed to a process that wants another",
+        (
+            (
+                "sharedpool/broker/sessions.py",
+                "self._terms.handover and hello.pool.server == pool.spec.server",
+                "self._terms.handover",
+            ),
+        ),
+        ("tests/integration/test_handover.py", "-k", "different_databases"),
+    ),
+    Mutant(
+        "under gevent the link blocks the hub",
+        (("sharedpool/worker/green.py", "    return green\n", "    return zmq\n"),),
+        ("tests/integrations/test_gevent.py", "-k", "waiting_within", "--timeout", "30"),
+    ),
+    Mutant(
+        "a second close ends what the pool may have lent again",
+        (
+            (
+                "sharedpool/worker/connection.py",
+                "elif lease is None and returned is not None and returned.phase is Phase.IDLE:",
+                "elif False:",
+            ),
+        ),
+        ("tests/integrations/test_connect_method.py",),
+    ),
 )
 
 

@@ -15,8 +15,11 @@ from sharedpool.errors import ProtocolError
 from sharedpool.wire import descriptors
 from sharedpool.wire.codec import decode_from_desk, encode
 from sharedpool.wire.messages import Ask, Pass, Settled, Token, Withdraw
+from sharedpool.worker import green
 
 _PACKET_BYTES = 8192
+# A booth has three descriptors here and one at the broker; greenlets may wait by the thousand.
+_MOST_OF_GREENLETS = 32
 
 
 class Gate:
@@ -150,6 +153,8 @@ class Booths:
             try:
                 booth = self._free.pop()
             except IndexError:
+                if len(self._all) >= _MOST_OF_GREENLETS and green.patched():
+                    return None
                 try:
                     booth = Booth(path)
                 except OSError:

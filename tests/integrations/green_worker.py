@@ -70,6 +70,23 @@ def many_greenlets():
     assert pool.stats().connects <= pool.max_conn
 
 
+def many_greenlets_need_few_descriptors():
+    """Hundreds wait at once, here and in another process."""
+    before = len(os.listdir("/proc/self/fd"))
+    held = pool.get_conn(timeout=20)  # the other process has the other one
+    print("has one", flush=True)
+    until_told()
+    jobs = [gevent.spawn(use) for _ in range(300)]
+    while pool.stats().waiting < 300:
+        gevent.sleep(0.002)
+    others_run()
+    taken = len(os.listdir("/proc/self/fd")) - before
+    assert taken < 150, taken
+    pool.put_conn(held)
+    gevent.joinall(jobs, timeout=60, raise_error=True)
+    assert pool.stats().in_use == 0
+
+
 def waiting_for_another_process():
     """The other process holds the slot until it reads that this one's hub goes on."""
     waiter = gevent.spawn(use)

@@ -92,6 +92,17 @@ def test_with_two_connections(settings: dict[str, Any], scenario: str) -> None:
         pass
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="descriptors are counted there")
+def test_hundreds_of_greenlets_may_wait(settings: dict[str, Any]) -> None:
+    settings["max_conn"] = 2
+    scenario = "many_greenlets_need_few_descriptors"
+    with running(scenario, settings) as one, running(scenario, settings) as two:
+        for each in (one, two):
+            assert each.hears() == "has one"
+        for each in (one, two):
+            each.go_on()
+
+
 def test_the_hub_goes_on_while_another_process_has_the_slot(settings: dict[str, Any]) -> None:
     with workers(1, **settings) as (other,):
         other.ask("get", name="it", timeout=10)
