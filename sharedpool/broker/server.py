@@ -452,7 +452,7 @@ class Server:
         oldest = self._ledger.oldest(status.leases, now)
         backends = tuple(line.backend for line in oldest if line.backend is not None)
         peek = Peek(asker, backends, now + _PATIENCE_S)
-        asks = bool(peek.backends) and self._control.state != "none"
+        asks = bool(backends) and self._control.exists
         report = Report(
             PROTOCOL_VERSION,
             self._ledger.epoch,

@@ -3,13 +3,12 @@
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psycopg2
 import pytest
-from conftest import MakePool
 from processes import Worker, workers
 from psycopg2.extensions import make_dsn
 from test_cli import sharedpool_command, start, wait_for
@@ -18,6 +17,7 @@ from waiting import wait_until
 import sharedpool
 from sharedpool.cli.postgres import EphemeralPostgres
 
+MakePool = Callable[..., sharedpool.Pool]
 OLD, NEW = "zold-secret", "znew-secret"
 
 
