@@ -266,7 +266,8 @@ class Control:
                 activity = Activity(activity_of(self._conn, here))
             except Exception as error:
                 activity = Activity([], _text(error))
-                self._lose(error)
+                if self._conn.closed:
+                    self._lose(error)
         self._tell(lambda ledger, now: [Send(peek.asker, activity)])
 
     def _answer(self, doubt: Doubt) -> None:

@@ -518,7 +518,7 @@ class Server:
         oldest = self._ledger.oldest(status.leases, now)
         backends = tuple(line.backend for line in oldest if line.backend is not None)
         peek = Peek(asker, backends, now + _PATIENCE_S)
-        asks = bool(peek.backends) and self._control.state != "none"
+        asks = bool(backends) and self._control.exists
         self._execute([Send(asker, structs.replace(self._report(now), oldest=oldest, activity=asks))])
         if asks:
             self._control.peek(peek)

@@ -72,15 +72,19 @@ class _Screen:
         unicode = console.encoding.lower().startswith("utf")
         # No refresh thread: it would draw while the screen is being given back.
         live = Live(console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
-        with self._signals() as woken, _keys() as keys, live:
-            while not self._ended_by:
-                trouble = self._look()
-                size = console.size
-                lines = picture(self._answer, trouble, *size, hint="q quits", unicode=unicode)
-                view = Text("\n").join(Text(line.text, line.style, no_wrap=True) for line in lines)
-                live.update(view, refresh=True)
-                if self._quits(woken, keys):
-                    break
+        try:
+            with self._signals() as woken, _keys() as keys, live:
+                while not self._ended_by:
+                    trouble = self._look()
+                    lines = picture(self._answer, trouble, *console.size, hint="q quits", unicode=unicode)
+                    view = Text("\n").join(Text(line.text, line.style, no_wrap=True) for line in lines)
+                    live.update(view, refresh=True)
+                    if self._quits(woken, keys):
+                        break
+        except (OSError, termios.error):
+            if self._ended_by != signal.SIGHUP:
+                raise
+            # The terminal is gone: there is nothing to give back.
         if self._ended_by:
             sys.exit(128 + self._ended_by)
 

@@ -113,7 +113,9 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
                 # A slot is on its way back: the broker must know, or it refuses at once.
                 holdings.cache.out.append(holdings.cache.renewal(ticket.since, thread_names()))
                 at_desk = False
-            elif holdings.config.debug_checkouts:  # a refusal is to name the line, of this process's checkouts too
+            elif holdings.config.debug_checkouts:
+                # A refusal is to name the line, of this process's checkouts too: at the desk a request that does not
+                # wait would overtake what tells of them.
                 holdings.cache.out.append(holdings.cache.renewal(ticket.since, thread_names()))
                 at_desk = at_desk and wait_s > 0
             holdings.cache.want(ticket, wait_s and max(0.001, deadline - ticket.since), at_desk=at_desk)

@@ -264,7 +264,8 @@ def describe(conn: PooledConnection) -> Backend:
     try:
         with conn.cursor(cursor_factory=extensions.cursor) as cursor:
             prefix = _CHECK_INTERVAL_SQL if conn.server_version >= 140000 else ""
-            cursor.execute(prefix + _DESCRIBE_SQL)
+            # Whoever finds a connection that was never used sees whose statement its last one was.
+            cursor.execute("/* sharedpool */" + prefix + _DESCRIBE_SQL)
             row = cast("tuple[int, int, int] | None", cursor.fetchone())
             return Backend(*row) if row else Backend(conn.info.backend_pid)
     except (psycopg2.ProgrammingError, psycopg2.NotSupportedError, psycopg2.DataError):

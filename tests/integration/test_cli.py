@@ -89,6 +89,18 @@ def test_completion_prints_a_script(shell: str) -> None:
     assert "_SHAREDPOOL_COMPLETE" in sharedpool_command("completion", shell).stdout
 
 
+def test_the_shell_completes_commands_and_options() -> None:
+    for words, expected in (("sharedpool w", "who"), ("sharedpool top --int", "--interval")):
+        environment = os.environ | {
+            "_SHAREDPOOL_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")),
+        }  # fmt: skip
+        text = "from sharedpool.cli import main; main(prog_name='sharedpool')"
+        done = subprocess.run(
+            [sys.executable, "-c", text], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.stdout.split() == [f"plain,{expected}"]
+
+
 # --- broker
 
 

@@ -3,13 +3,12 @@
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psycopg2
 import pytest
-from conftest import MakePool
 from processes import Worker, workers
 from psycopg2.extensions import make_dsn
 from test_cli import sharedpool_command, start, wait_for
@@ -18,6 +17,7 @@ from waiting import wait_until
 import sharedpool
 from sharedpool.cli.postgres import EphemeralPostgres
 
+MakePool = Callable[..., sharedpool.Pool]
 OLD, NEW = "zold-secret", "znew-secret"
 
 
@@ -75,11 +75,14 @@ def test_the_fleet_moves_to_a_new_password_without_an_error(
             done = sharedpool_command("reconnect", "--broker", address)
             assert done.returncode == 0
             assert "pool 'default': generation 2: 3 connections are replaced" in done.stdout
-            wait_until(lambda: run_on(scram, ages.format(rotated)) == [(0, 3)], what="every connection to be new")
+            wait_until(lambda: run_on(scram, ages.format(rotated))[0][0] == 0, what="every old connection to go")
             for worker in crew:
                 outcome = worker.answer()
                 assert outcome["errors"] == []
                 assert outcome["done"] > 10
+            for worker in crew:
+                assert "backend" in worker.ask("get", name="last", timeout=10)
+            assert run_on(scram, ages.format(rotated)) == [(0, 3)]
             seen = str([sharedpool_command(name, "--json", "--broker", address).stdout for name in ("who", "status")])
         process.terminate()
         _, log = process.communicate()

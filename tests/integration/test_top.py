@@ -180,6 +180,7 @@ def test_it_ends_with_its_terminal(broker: sharedpool.Broker) -> None:
         wait_until(lambda: terminal.shows("q quits"))
         terminal.hang_up()
         wait_until(lambda: terminal.process.poll() is not None, what="the command to end")
+        assert terminal.process.returncode == 128 + signal.SIGHUP
 
 
 def test_it_fits_whatever_size_the_terminal_becomes(broker: sharedpool.Broker, holder: Worker) -> None:

@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psycopg2
 import pytest
-from conftest import MakePool
 from processes import Worker
 from psycopg2.extensions import connection
 from test_cli import sharedpool_command, start, wait_for
@@ -19,6 +19,7 @@ from waiting import wait_until
 import sharedpool
 from sharedpool.cli.postgres import EphemeralPostgres
 
+MakePool = Callable[..., sharedpool.Pool]
 WORKER = str(Path(__file__).parents[1] / "worker.py")
 
 
