@@ -29,6 +29,7 @@ from sharedpool.worker.connection import (
     PooledConnection,
     clean,
     has_hung_up,
+    is_alive,
     server_of,
     settle,
     turned_read_only,
@@ -241,8 +242,14 @@ class Holdings:
                 raise
             self._cannot(str(error))
             return None
-        if not self._tested and not self._test(conn):
-            self._refuse(passed)
+        fit = False
+        try:
+            fit = self._is_fit(conn)
+        finally:
+            if not fit:
+                cut([conn], limit_s=0)
+                self._refuse(passed)
+        if not fit:
             return None
         conn.sharedpool_holdings, conn.sharedpool_movable = self, True
         conn.sharedpool_server = server_of(conn)
@@ -260,16 +267,14 @@ class Holdings:
             self.signal()
         return ticket
 
-    def _test(self, conn: PooledConnection) -> bool:
-        """Try the first connection that was passed to this process; one that does not work is cut."""
-        try:
+    def _is_fit(self, conn: PooledConnection) -> bool:
+        """Say whether a connection that was passed can be used here. The first one is tried."""
+        if not is_alive(conn):
+            return False  # its backend has ended on the way
+        if not self._tested:
             self._tested = works(conn)
-        finally:
-            if not self._tested:
-                ended = has_hung_up(conn)
-                cut([conn], limit_s=0)
-        if not self._tested and not ended:
-            self._cannot("the first connection that was passed to it does not work here")
+            if not self._tested and not has_hung_up(conn):
+                self._cannot("the first connection that was passed to it does not work here")
         return self._tested
 
     def _refuse(self, passed: Pass) -> None:

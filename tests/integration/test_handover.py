@@ -346,6 +346,25 @@ def test_a_process_where_an_adopted_connection_does_not_work_goes_on_without(
     wait_until(lambda: report(broker, name).leases == 1, 10, "the connection that was passed in vain to be ended")
 
 
+def test_a_backend_that_ends_on_the_way_is_not_handed_out(
+    pair: MakePair, monkeypatch: pytest.MonkeyPatch, server_connection: extensions.connection
+) -> None:
+    _, b = pair()
+    ended: list[int] = []
+
+    def adopt_too_late(shell: PooledConnection, fd: int, live: Live) -> PooledConnection:
+        with server_connection.cursor() as cursor:
+            cursor.execute("SELECT pg_terminate_backend(%s, 5000)", [live.backend.pid])
+        ended.append(live.backend.pid)
+        return adopt(shell, fd, live)
+
+    monkeypatch.setattr("sharedpool.worker.holdings.adopt", adopt_too_late)
+    conn = b.get_conn()
+    assert ask(conn, "SELECT pg_backend_pid()") not in ended
+    assert len(ended) == 1
+    assert b._holdings.handover
+
+
 def test_a_shell_is_built_for_this_process_alone() -> None:
     script = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect('\\0' + sys.argv[1]); print(s.recv(1))"
     with Stub({"server_version": "15.1", "client_encoding": "UTF8", "DateStyle": "ISO"}) as stub:
