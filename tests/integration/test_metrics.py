@@ -29,6 +29,7 @@ from sharedpool.broker.lookout import Lookout
 from sharedpool.broker.observe import Observation
 from sharedpool.broker.web import Web
 from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.cli.status import fetch_report
 
 # OpenTelemetry's instruments, as Prometheus names them, and their kinds.
 CONVENTIONS = {
@@ -239,6 +240,7 @@ def test_clients_that_hang_keep_nobody_out(served: Broker) -> None:
         started = time.monotonic()
         assert "sharedpool_broker_epoch" in served.fetch("/metrics")
         assert time.monotonic() - started < 5
+        assert fetch_report(served.address, 3.0).state == "serving"  # and the broker has not noticed
         hanging[0].settimeout(5)
         assert hanging[0].recv(100) == b""  # it had to make room
 
@@ -295,6 +297,23 @@ def test_the_status_names_every_lease(served: Broker, postgres: EphemeralPostgre
         assert row["thread"] == "MainThread"
         assert row["for_ms"] >= 0
         pool.put_conn(conn)
+
+
+def test_a_broker_for_one_command_has_metrics_too(runtime_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    fetch = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=20).read().decode())"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "sharedpool", "run", "--max-conn", "7", "--metrics", f"127.0.0.1:{port}", "--"),
+            *(sys.executable, "-c", fetch, f"http://127.0.0.1:{port}/metrics"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "sharedpool_broker_max 7" in done.stdout.splitlines(), done.stderr
 
 
 @pytest.mark.parametrize(

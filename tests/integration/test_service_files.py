@@ -11,10 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 import yaml
@@ -262,3 +265,45 @@ def test_the_dashboard_asks_only_for_metrics_that_there_are(postgres: EphemeralP
     assert asked - labels <= names
     assert {label for query in queries for label in re.findall(r"(\w+)=~?\"", query)} <= labels
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+PROMETHEUS = shutil.which("prometheus")
+
+
+@pytest.mark.skipif(PROMETHEUS is None, reason="no Prometheus: apt-get install prometheus")
+def test_prometheus_has_an_answer_to_every_query_of_the_dashboard(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
+    assert PROMETHEUS is not None
+    dashboard = json.loads((EXAMPLES / "grafana-dashboard.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    values = {"$__rate_interval": "20s", "$pool": ".*", "$job": ".*"}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def answer(query: str) -> list[Any]:
+        for name, value in values.items():
+            query = query.replace(name, value)
+        url = f"http://127.0.0.1:{port}/api/v1/query?{urlencode({'query': query})}"
+        try:
+            with urllib.request.urlopen(url, timeout=10) as response:
+                found: list[Any] = json.loads(response.read())["data"]["result"]
+        except urllib.error.HTTPError as error:
+            if error.code == 503:
+                return []  # it is still starting
+            raise AssertionError(f"{query}: {error.read().decode()}") from None
+        except urllib.error.URLError:
+            return []  # it does not listen yet
+        return found
+
+    with running(postgres.dsn, runtime_dir) as broker, Worker(dsn=postgres.dsn, broker=broker.address) as worker:
+        config = runtime_dir / "prometheus.yml"
+        targets = f"[{{targets: ['127.0.0.1:{broker.port}']}}]"
+        config.write_text(
+            f"global: {{scrape_interval: 1s}}\nscrape_configs: [{{job_name: sharedpool, static_configs: {targets}}}]\n"
+        )
+        worker.ask("cycle", count=10)
+        command = [PROMETHEUS, "--config.file", str(config), "--storage.tsdb.path", str(runtime_dir / "tsdb")]
+        with started([*command, "--web.listen-address", f"127.0.0.1:{port}"]):
+            for query in queries:  # a rate wants two scrapes
+                wait_until(lambda query=query: answer(query), timeout_s=30, what=query)
