@@ -10,6 +10,7 @@ class BrokerSettings:
     """How one broker runs. Times in seconds; `max_conn` None: each pool's own limit only; `linger_s` None: stay.
 
     `metrics`: where they are served (`host:port`), empty: nowhere. `notify`: systemd's socket, or nobody's.
+    `listener`: the descriptor of a socket that somebody else made and keeps, listening at `address` already.
     `scope`: what no two brokers may count to at the same time (see `leadership.py`); empty: as the address tells.
     """
 
@@ -25,3 +26,4 @@ class BrokerSettings:
     scope: str = ""
     metrics: str = ""
     notify: str = ""
+    listener: int | None = None

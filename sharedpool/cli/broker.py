@@ -10,6 +10,7 @@ import click
 from sharedpool.broker.launch import serve
 from sharedpool.broker.lock import AlreadyRunning
 from sharedpool.broker.server import Server
+from sharedpool.broker.systemd import activated
 from sharedpool.cli.options import SECONDS, broker_options, log_to_stderr, settings_from
 from sharedpool.errors import ConfigError, SharedPoolError
 from sharedpool.wire.address import default_address
@@ -55,17 +56,22 @@ def broker(
     Then it drains: it lends nothing any more, has idle connections closed, and ends when the last lease is back, or
     after --drain-timeout; a second signal ends it at once. No connection that a worker holds is broken by its end.
 
+    Under systemd it says when it serves (Type=notify), and listens at the socket it was started with, if any.
+
     Workers find it by SHAREDPOOL_BROKER=ADDRESS, or config_pool(broker=ADDRESS). Exit status 0 after a stop, 1 when
     another broker has the address or it cannot be bound, 2 for a wrong option.
     """
     log_to_stderr()
     try:
-        address = bind or default_address()
+        listener, given = activated() or (None, "")
+        if bind and given not in ("", bind):
+            raise ConfigError(f"--bind {bind}: the socket that the broker was started with is {given}")
+        address = bind or given or default_address()
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
     settings = settings_from(address, "--bind", max_conn, expiration, max_checkout, dsn, ttl, metrics, linger)
     notify = os.environ.get("NOTIFY_SOCKET", "")
-    server = Server(replace(settings, drain_timeout_s=drain_timeout, notify=notify))
+    server = Server(replace(settings, drain_timeout_s=drain_timeout, notify=notify, listener=listener))
     try:
         server.bind()
     except AlreadyRunning as error:

@@ -131,12 +131,13 @@ def unit(name: str, **replaced: str) -> str:
     return text
 
 
-@pytest.mark.parametrize("name", ["sharedpool.service", "gunicorn.service"])
+@pytest.mark.parametrize("name", ["sharedpool.service", "sharedpool.socket", "gunicorn.service"])
 def test_systemd_finds_nothing_wrong_with_the_units(name: str, tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
     for each in ("sharedpool.service", "gunicorn.service"):
         (tmp_path / each).write_text(unit(each))
+    (tmp_path / "sharedpool.socket").write_text((EXAMPLES / "systemd" / "sharedpool.socket").read_text())
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(tmp_path / name)],
         capture_output=True,
@@ -161,6 +162,54 @@ def test_the_units_command_starts_the_broker_and_says_so(environment: None, runt
         assert serves(f"ipc://{runtime_dir}/broker.sock")
         process.send_signal(signal.SIGTERM)
         assert process.wait(int(settings["TimeoutStopSec"])) == 0
+
+
+ACTIVATE = shutil.which("systemd-socket-activate")
+
+
+@pytest.mark.skipif(ACTIVATE is None, reason="systemd-socket-activate is not installed")
+@pytest.mark.parametrize("kind", ["ipc", "tcp"])
+def test_a_broker_is_started_by_who_wants_it_at_a_socket_that_is_not_its_own(
+    kind: str, postgres: EphemeralPostgres, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ACTIVATE is not None
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = f"{runtime_dir}/broker.sock" if kind == "ipc" else f"127.0.0.1:{free.getsockname()[1]}"
+    # It waits for the first connection, then becomes the broker.
+    command = [ACTIVATE, "-l", place, *COMMAND, "broker", "--max-conn", "2", "--dsn", postgres.dsn, "--ttl", "3"]
+    with started(command, env=os.environ) as process:
+        address = f"{kind}://{place}"
+        with Worker(dsn=postgres.dsn, broker=address) as worker:
+            assert "backend" in worker.ask("get", name="x", timeout=20)
+            (session,) = fetch_report(address).sessions
+            assert session.pid == worker.pid
+            worker.ask("put", name="x")
+        process.terminate()
+        assert process.wait(20) == 0
+    if kind == "ipc":
+        assert Path(place).is_socket()  # not the broker's to remove
+
+
+@pytest.mark.parametrize(("count", "complaint"), [("2", "one socket"), ("1", "--bind")])
+def test_a_socket_that_cannot_be_used_is_said_so(count: str, complaint: str, runtime_dir: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{runtime_dir}/other.sock")
+        listener.listen()
+        start = (
+            "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid());"
+            " os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+        )
+        broker = ["-m", "sharedpool", "broker", "--max-conn", "1", "--bind", f"ipc://{runtime_dir}/broker.sock"]
+        done = subprocess.run(
+            [sys.executable, "-c", start, str(listener.fileno()), *broker],
+            env=dict(os.environ, LISTEN_FDS=count),
+            pass_fds=[listener.fileno()],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert (done.returncode, complaint in done.stderr) == (2, True), done.stderr
 
 
 # --- supervisor
