@@ -245,6 +245,34 @@ def test_clients_that_hang_keep_nobody_out(served: Broker) -> None:
         assert hanging[0].recv(100) == b""  # it had to make room
 
 
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"\x00\xff\xfe\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET /metrics\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET http://[ HTTP/1.0\r\n\r\n",
+        b"FROBNICATE / HTTP/1.0\r\n\r\n",
+        b"GET / HTTP/1.0\r\nHost: \xff\xfe\r\n\r\n",
+        b"GET / HTTP/1.0\r\n" + b"X: y\r\n" * 500 + b"\r\n",
+        b"GET /" + b"a" * 100_000 + b" HTTP/1.0\r\n\r\n",
+        b"GET /metrics HTTP/1.0\r\n\r\n" + b"more" * 100_000,
+    ],
+    ids=lambda text: repr(text[:24]),
+)
+def test_no_request_disturbs_the_next(served: Broker, request_bytes: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as client:
+        try:
+            client.sendall(request_bytes)
+            while client.recv(65536):
+                pass
+        except (ConnectionResetError, BrokenPipeError):
+            pass  # it has had enough
+    assert "sharedpool_broker_epoch" in served.fetch("/metrics")
+    assert "Traceback" not in served.log.read_text()
+
+
 def test_a_broker_that_does_not_answer_is_said_so() -> None:
     def late(limit_s: float) -> Observation:
         raise TimeoutError

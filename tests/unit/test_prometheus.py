@@ -14,7 +14,18 @@ from sharedpool.wire.messages import Histogram, PoolReport, Report, Times
 
 
 def observation(*pools: tuple[str, Totals]) -> Observation:
-    reports = [PoolReport(name, "server", 5, *range(1, 16)) for name, _ in pools]
+    counts = {
+        "sessions": 1,
+        "leases": 9,
+        "granted": 1,
+        "in_use": 4,
+        "idle": 2,
+        "closing": 1,
+        "suspect": 1,
+        "fencing": 0,
+    }
+    counters = dict.fromkeys(("grants", "waits", "denials", "timeouts", "recalls", "fences"), 7)
+    reports = [PoolReport(name=name, server="server", max_conn=5, waiting=3, **counts, **counters) for name, _ in pools]
     report = Report(3, 17, 4711, "ipc:///x", 61_500, 20, 9, "connected", reports, [])
     return Observation(report, [(one, totals) for one, (_, totals) in zip(reports, pools, strict=True)], [])
 
@@ -65,7 +76,7 @@ def test_the_history_has_half_an_hour_of_the_pools_there_are() -> None:
     for n in range(400):
         history.add(observation(("a", Totals()), ("b", Totals())), n * 5.0)
     assert {name: len(points) for name, points in history.ages(2000.0).items()} == {"a": 360, "b": 360}
-    assert history.ages(2000.0)["a"][-1] == (5.0, 4, 2, 9, 5)  # seconds ago, in use, leases, waiting, limit
+    assert history.ages(2000.0)["a"][-1] == (5.0, 4, 9, 3, 5)  # seconds ago, in use, leases, waiting, limit
     assert history.ages(2000.0)["a"][0][0] == 1800.0
     history.add(observation(("a", Totals())), 2000.0)
     assert list(history.ages(2000.0)) == ["a"]
