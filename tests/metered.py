@@ -23,7 +23,7 @@ class Broker:
 
     def __init__(self, directory: Path, dsn: str) -> None:
         self.address = f"ipc://{directory}/broker.sock"
-        log = directory / "broker.log"
+        self.log = log = directory / "broker.log"
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 [

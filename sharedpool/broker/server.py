@@ -48,11 +48,11 @@ from sharedpool.broker.journal import Journal
 from sharedpool.broker.leadership import Leadership
 from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.lock import BrokerLock
-from sharedpool.broker.notify import notify
 from sharedpool.broker.processes import Peer, Watched, peer_of, process, raise_descriptor_limit
 from sharedpool.broker.scope import scope_of
 from sharedpool.broker.sessions import other_version
 from sharedpool.broker.settings import BrokerSettings
+from sharedpool.broker.systemd import notify
 from sharedpool.errors import ConfigError, ProtocolError, SharedPoolError
 from sharedpool.wire import address as addresses
 from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, encode, hello_version
@@ -140,7 +140,8 @@ class Server:
             settings.dsn, settings.max_conn, self._lock.instance, self._tell, self._journal.places, self._leadership
         )
         # A crashed broker leaves its socket, should somebody have deleted the rest.
-        self._follows = not self._lock.first or (self._ipc and Path(settings.address.removeprefix("ipc://")).exists())
+        left = self._ipc and settings.listener is None and Path(settings.address.removeprefix("ipc://")).exists()
+        self._follows = not self._lock.first or left
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unreachable peer is an error, not silence
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker that reconnects replaces its old connection
         self._router.setsockopt(zmq.LINGER, 0)
@@ -151,6 +152,8 @@ class Server:
                 self._unlock()
                 raise SharedPoolError(f"cannot listen at {settings.address}: there is a file that is no socket")
         self._router.setsockopt(zmq.IPV6, 1)
+        if settings.listener is not None:
+            self._router.setsockopt(zmq.USE_FD, settings.listener)
         self._open_lookout()
         mask = os.umask(0o177)  # the socket is this user's alone, wherever it lies
         try:
@@ -550,7 +553,7 @@ class Server:
         self._context.term()
         assert self._lock is not None
         ours = self._lock.is_ours()
-        if self._ipc and ours:
+        if self._ipc and ours and self.settings.listener is None:
             # Before the lock is let go: afterwards the path may be the next broker's.
             Path(self.settings.address.removeprefix("ipc://")).unlink(missing_ok=True)
         if self._desk is not None:

@@ -12,6 +12,7 @@ class BrokerSettings:
     """How one broker runs. Times in seconds; `max_conn` None: each pool's own limit only; `linger_s` None: stay.
 
     `metrics`: where they are served (`host:port`), empty: nowhere. `notify`: systemd's socket, or nobody's.
+    `listener`: the descriptor of a socket that somebody else made and keeps, listening at `address` already.
     `scope`: what no two brokers may count to at the same time (see `leadership.py`); empty: as the address tells.
     `limits`: of pools, by name, whatever their users ask for.
     """
@@ -28,5 +29,6 @@ class BrokerSettings:
     scope: str = ""
     metrics: str = ""
     notify: str = ""
+    listener: int | None = None
     groups: dict[str, GroupTerms] = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from sharedpool.broker.launch import serve
 from sharedpool.broker.lock import AlreadyRunning
 from sharedpool.broker.server import Server
 from sharedpool.broker.settings import BrokerSettings
+from sharedpool.broker.systemd import activated
 from sharedpool.cli.logs import log_option, log_to_stderr
 from sharedpool.cli.options import SECONDS, broker_options, settings_from
 from sharedpool.errors import ConfigError, SharedPoolError
@@ -81,17 +82,23 @@ def broker(ctx: click.Context, /, config: ConfigFile | None, log_format: str, **
     Then it drains: it lends nothing any more, has idle connections closed, and ends when the last lease is back, or
     after --drain-timeout; a second signal ends it at once. No connection that a worker holds is broken by its end.
 
+    Under systemd it says when it serves (Type=notify), and listens at the socket it was started with, if any.
+
     Workers find it by SHAREDPOOL_BROKER=ADDRESS, or config_pool(broker=ADDRESS). Exit status 0 after a stop, 1 when
     another broker has the address or it cannot be bound, 2 for a wrong option.
     """
     log_to_stderr(log_format)
-    settings = _settings(ctx, config, given)
+    try:
+        listener = activated()
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
+    settings = _settings(ctx, config, given, listener)
     address = settings.address
 
     def reread() -> BrokerSettings:
         assert config is not None
         try:
-            return _settings(ctx, configfile.read(config.path), given)
+            return _settings(ctx, configfile.read(config.path), given, listener)
         except click.UsageError as error:
             raise ConfigError(error.message) from None
 
@@ -110,8 +117,13 @@ def broker(ctx: click.Context, /, config: ConfigFile | None, log_format: str, **
     serve(server, reloads=config is not None)
 
 
-def _settings(ctx: click.Context, file: ConfigFile | None, given: dict[str, Any]) -> BrokerSettings:
-    """Return what the file says, but for what the command line or the environment does. Raise click's usage error."""
+def _settings(
+    ctx: click.Context, file: ConfigFile | None, given: dict[str, Any], listener: tuple[int, str] | None
+) -> BrokerSettings:
+    """Return what the file says, but for what the command line or the environment does. Raise click's usage error.
+
+    `listener` is the socket that the broker was started with, and its address.
+    """
     if file is not None:
         ours = {name for name in given if ctx.get_parameter_source(name) not in _STRONGER}
         given = given | {name: file.options.get(name, _DEFAULTS.get(name)) for name in ours}
@@ -119,7 +131,9 @@ def _settings(ctx: click.Context, file: ConfigFile | None, given: dict[str, Any]
         raise click.UsageError(f"max_conn: not in {file.path if file else 'the options'} any more")
     groups, limits = (file.groups, file.limits) if file is not None else ({}, {})
     try:
-        address = given["bind"] or default_address()
+        if given["bind"] and listener is not None and listener[1] != given["bind"]:
+            raise ConfigError(f"--bind {given['bind']}: the socket that the broker was started with is {listener[1]}")
+        address = given["bind"] or (listener[1] if listener is not None else default_address())
         check_terms(groups, given["max_conn"])
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
@@ -133,6 +147,7 @@ def _settings(ctx: click.Context, file: ConfigFile | None, given: dict[str, Any]
         groups=groups,
         limits=limits,
         notify=os.environ.get("NOTIFY_SOCKET", ""),
+        listener=None if listener is None else listener[0],
     )
 
 

@@ -29,6 +29,7 @@ from sharedpool.broker.lookout import Lookout
 from sharedpool.broker.observe import Observation
 from sharedpool.broker.web import Web
 from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.cli.status import fetch_report
 
 # OpenTelemetry's instruments, as Prometheus names them, and their kinds.
 CONVENTIONS = {
@@ -239,8 +240,37 @@ def test_clients_that_hang_keep_nobody_out(served: Broker) -> None:
         started = time.monotonic()
         assert "sharedpool_broker_epoch" in served.fetch("/metrics")
         assert time.monotonic() - started < 5
+        assert fetch_report(served.address, 3.0).state == "serving"  # and the broker has not noticed
         hanging[0].settimeout(5)
         assert hanging[0].recv(100) == b""  # it had to make room
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"\x00\xff\xfe\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET /metrics\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET http://[ HTTP/1.0\r\n\r\n",
+        b"FROBNICATE / HTTP/1.0\r\n\r\n",
+        b"GET / HTTP/1.0\r\nHost: \xff\xfe\r\n\r\n",
+        b"GET / HTTP/1.0\r\n" + b"X: y\r\n" * 500 + b"\r\n",
+        b"GET /" + b"a" * 100_000 + b" HTTP/1.0\r\n\r\n",
+        b"GET /metrics HTTP/1.0\r\n\r\n" + b"more" * 100_000,
+    ],
+    ids=lambda text: repr(text[:24]),
+)
+def test_no_request_disturbs_the_next(served: Broker, request_bytes: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as client:
+        try:
+            client.sendall(request_bytes)
+            while client.recv(65536):
+                pass
+        except (ConnectionResetError, BrokenPipeError):
+            pass  # it has had enough
+    assert "sharedpool_broker_epoch" in served.fetch("/metrics")
+    assert "Traceback" not in served.log.read_text()
 
 
 def test_a_broker_that_does_not_answer_is_said_so() -> None:
@@ -295,6 +325,23 @@ def test_the_status_names_every_lease(served: Broker, postgres: EphemeralPostgre
         assert row["thread"] == "MainThread"
         assert row["for_ms"] >= 0
         pool.put_conn(conn)
+
+
+def test_a_broker_for_one_command_has_metrics_too(runtime_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    fetch = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=20).read().decode())"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "sharedpool", "run", "--max-conn", "7", "--metrics", f"127.0.0.1:{port}", "--"),
+            *(sys.executable, "-c", fetch, f"http://127.0.0.1:{port}/metrics"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "sharedpool_broker_max 7" in done.stdout.splitlines(), done.stderr
 
 
 @pytest.mark.parametrize(

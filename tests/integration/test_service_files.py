@@ -11,10 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 import yaml
@@ -128,12 +131,13 @@ def unit(name: str, **replaced: str) -> str:
     return text
 
 
-@pytest.mark.parametrize("name", ["sharedpool.service", "gunicorn.service"])
+@pytest.mark.parametrize("name", ["sharedpool.service", "sharedpool.socket", "gunicorn.service"])
 def test_systemd_finds_nothing_wrong_with_the_units(name: str, tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
     for each in ("sharedpool.service", "gunicorn.service"):
         (tmp_path / each).write_text(unit(each))
+    (tmp_path / "sharedpool.socket").write_text((EXAMPLES / "systemd" / "sharedpool.socket").read_text())
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(tmp_path / name)],
         capture_output=True,
@@ -158,6 +162,54 @@ def test_the_units_command_starts_the_broker_and_says_so(environment: None, runt
         assert serves(f"ipc://{runtime_dir}/broker.sock")
         process.send_signal(signal.SIGTERM)
         assert process.wait(int(settings["TimeoutStopSec"])) == 0
+
+
+ACTIVATE = shutil.which("systemd-socket-activate")
+
+
+@pytest.mark.skipif(ACTIVATE is None, reason="systemd-socket-activate is not installed")
+@pytest.mark.parametrize("kind", ["ipc", "tcp"])
+def test_a_broker_is_started_by_who_wants_it_at_a_socket_that_is_not_its_own(
+    kind: str, postgres: EphemeralPostgres, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ACTIVATE is not None
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = f"{runtime_dir}/broker.sock" if kind == "ipc" else f"127.0.0.1:{free.getsockname()[1]}"
+    # It waits for the first connection, then becomes the broker.
+    command = [ACTIVATE, "-l", place, *COMMAND, "broker", "--max-conn", "2", "--dsn", postgres.dsn, "--ttl", "3"]
+    with started(command, env=os.environ) as process:
+        address = f"{kind}://{place}"
+        with Worker(dsn=postgres.dsn, broker=address) as worker:
+            assert "backend" in worker.ask("get", name="x", timeout=20)
+            (session,) = fetch_report(address).sessions
+            assert session.pid == worker.pid
+            worker.ask("put", name="x")
+        process.terminate()
+        assert process.wait(20) == 0
+    if kind == "ipc":
+        assert Path(place).is_socket()  # not the broker's to remove
+
+
+@pytest.mark.parametrize(("count", "complaint"), [("2", "one socket"), ("1", "--bind")])
+def test_a_socket_that_cannot_be_used_is_said_so(count: str, complaint: str, runtime_dir: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{runtime_dir}/other.sock")
+        listener.listen()
+        start = (
+            "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid());"
+            " os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+        )
+        broker = ["-m", "sharedpool", "broker", "--max-conn", "1", "--bind", f"ipc://{runtime_dir}/broker.sock"]
+        done = subprocess.run(
+            [sys.executable, "-c", start, str(listener.fileno()), *broker],
+            env=dict(os.environ, LISTEN_FDS=count),
+            pass_fds=[listener.fileno()],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert (done.returncode, complaint in done.stderr) == (2, True), done.stderr
 
 
 # --- supervisor
@@ -262,3 +314,45 @@ def test_the_dashboard_asks_only_for_metrics_that_there_are(postgres: EphemeralP
     assert asked - labels <= names
     assert {label for query in queries for label in re.findall(r"(\w+)=~?\"", query)} <= labels
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+PROMETHEUS = shutil.which("prometheus")
+
+
+@pytest.mark.skipif(PROMETHEUS is None, reason="no Prometheus: apt-get install prometheus")
+def test_prometheus_has_an_answer_to_every_query_of_the_dashboard(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
+    assert PROMETHEUS is not None
+    dashboard = json.loads((EXAMPLES / "grafana-dashboard.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    values = {"$__rate_interval": "20s", "$pool": ".*", "$job": ".*"}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def answer(query: str) -> list[Any]:
+        for name, value in values.items():
+            query = query.replace(name, value)
+        url = f"http://127.0.0.1:{port}/api/v1/query?{urlencode({'query': query})}"
+        try:
+            with urllib.request.urlopen(url, timeout=10) as response:
+                found: list[Any] = json.loads(response.read())["data"]["result"]
+        except urllib.error.HTTPError as error:
+            if error.code == 503:
+                return []  # it is still starting
+            raise AssertionError(f"{query}: {error.read().decode()}") from None
+        except urllib.error.URLError:
+            return []  # it does not listen yet
+        return found
+
+    with running(postgres.dsn, runtime_dir) as broker, Worker(dsn=postgres.dsn, broker=broker.address) as worker:
+        config = runtime_dir / "prometheus.yml"
+        targets = f"[{{targets: ['127.0.0.1:{broker.port}']}}]"
+        config.write_text(
+            f"global: {{scrape_interval: 1s}}\nscrape_configs: [{{job_name: sharedpool, static_configs: {targets}}}]\n"
+        )
+        worker.ask("cycle", count=10)
+        command = [PROMETHEUS, "--config.file", str(config), "--storage.tsdb.path", str(runtime_dir / "tsdb")]
+        with started([*command, "--web.listen-address", f"127.0.0.1:{port}"]):
+            for query in queries:  # a rate wants two scrapes
+                wait_until(lambda query=query: answer(query), timeout_s=30, what=query)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from sharedpool.broker.metrics import render
-from sharedpool.broker.observe import Observation
+from sharedpool.broker.observe import History, Observation
 from sharedpool.broker.totals import Totals
 from sharedpool.wire.buckets import BOUNDS_S, BUCKETS
 from sharedpool.wire.messages import Histogram, Times
@@ -15,7 +15,18 @@ from sharedpool.wire.reports import PoolReport, Report
 
 
 def observation(*pools: tuple[str, Totals]) -> Observation:
-    reports = [PoolReport(name, "server", 5, *range(1, 16)) for name, _ in pools]
+    counts = {
+        "sessions": 1,
+        "leases": 9,
+        "granted": 1,
+        "in_use": 4,
+        "idle": 2,
+        "closing": 1,
+        "suspect": 1,
+        "fencing": 0,
+    }
+    counters = dict.fromkeys(("grants", "waits", "denials", "timeouts", "recalls", "fences"), 7)
+    reports = [PoolReport(name=name, server="server", max_conn=5, waiting=3, **counts, **counters) for name, _ in pools]
     report = Report(3, 17, 4711, "ipc:///x", 61_500, 20, 9, "connected", reports, [])
     return Observation(report, [(one, totals) for one, (_, totals) in zip(reports, pools, strict=True)], [])
 
@@ -60,3 +71,14 @@ def test_a_broker_that_nobody_uses_tells_of_itself() -> None:
     assert found["sharedpool_broker_uptime_seconds", frozenset()] == 61.5
     assert found["sharedpool_broker_serving", frozenset()] == 1
     assert not any(labels for _, labels in found)
+
+
+def test_the_history_has_half_an_hour_of_the_pools_there_are() -> None:
+    history = History()
+    for n in range(400):
+        history.add(observation(("a", Totals()), ("b", Totals())), n * 5.0)
+    assert {name: len(points) for name, points in history.ages(2000.0).items()} == {"a": 360, "b": 360}
+    assert history.ages(2000.0)["a"][-1] == (5.0, 4, 9, 3, 5)  # seconds ago, in use, leases, waiting, limit
+    assert history.ages(2000.0)["a"][0][0] == 1800.0
+    history.add(observation(("a", Totals())), 2000.0)
+    assert list(history.ages(2000.0)) == ["a"]
