@@ -71,7 +71,7 @@ class LeaseLine(Struct, frozen=True):
 class PoolReport(Struct, frozen=True):
     """One pool; the counters count since the broker started.
 
-    `wait_p50_ms` and `wait_p99_ms` are of the last hundreds of requests that got a slot: from their arrival until then;
+    `wait_p50_us` and `wait_p99_us` are of the last hundreds of requests that got a slot: from their arrival until then;
     -1 while there were none. `history` is how many slots were in use at every tenth second, the newest last.
     """
 
@@ -98,8 +98,8 @@ class PoolReport(Struct, frozen=True):
     error: str = ""
     handovers: int = 0
     parked: int = 0
-    wait_p50_ms: float = -1.0
-    wait_p99_ms: float = -1.0
+    wait_p50_us: int = -1
+    wait_p99_us: int = -1
     history: list[int] = field(default_factory=list)
 
 

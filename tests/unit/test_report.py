@@ -106,7 +106,7 @@ def test_the_report_of_a_long_checkout_carries_its_stack(broker: Broker) -> None
 
 def test_waits_are_from_the_request_to_the_grant(broker: Broker) -> None:
     a, b = broker.worker("a", max_conn=1), broker.worker("b", max_conn=1)
-    assert (pool_of(broker).wait_p50_ms, pool_of(broker).wait_p99_ms) == (-1, -1)
+    assert (pool_of(broker).wait_p50_us, pool_of(broker).wait_p99_us) == (-1, -1)
     for wait_s in [0.0] * 50 + [0.25] * 49 + [2.0]:
         token = a.lend()
         request = b.ask(wait_s=10)
@@ -114,7 +114,7 @@ def test_waits_are_from_the_request_to_the_grant(broker: Broker) -> None:
         a.release(token)
         b.release(b.granted(request))
     # Half of all requests, the holders' own, found a free slot.
-    assert (pool_of(broker).wait_p50_ms, pool_of(broker).wait_p99_ms) == (0, 250)
+    assert (pool_of(broker).wait_p50_us, pool_of(broker).wait_p99_us) == (0, 250_000)
 
 
 def test_of_the_waits_only_the_latest_count(broker: Broker) -> None:
