@@ -42,6 +42,7 @@ from sharedpool.wire.messages import (
     Release,
     ReleaseReason,
     Renew,
+    Tell,
     ToBroker,
     Token,
     Trouble,
@@ -51,6 +52,7 @@ from sharedpool.wire.reports import Generation, LeaseLine, PoolReport, Reconnect
 
 # More threads than any process has: what asks for more is no worker.
 _MOST_REQUESTS = 10_000
+_MOST_ASKED = 500  # at once, for a command that wants to see
 
 
 class Ledger:
@@ -101,6 +103,7 @@ class Ledger:
             self._books, self._demand, self._out.append, self._log, self._sessions.pool, self._sessions.named
         )
         self._looking_again = False
+        self.awaited: set[bytes] = set()
         self._handlers: dict[type, Callable[[Session, Any, float], None]] = {
             Acquire: self._acquire,
             Cancel: self._cancel,
@@ -286,6 +289,14 @@ class Ledger:
             return self.hold(self._ttl_s, now, "the journal is another broker's")
         return self._settled(now)
 
+    def inquire(self) -> list[Command]:
+        """Have the workers that hold something say what it is doing now; `awaited` are those that have not yet."""
+        asked = [session for session in self._books.sessions.values() if session.leases and not session.silent]
+        if len(asked) <= _MOST_ASKED:  # else what their heartbeats have told must do
+            self.awaited |= {session.id for session in asked}
+            self._out += [Send(session.id, Tell()) for session in asked]
+        return self._orders()
+
     def reconnect(self, asker: bytes, name: str, now: float) -> list[Command]:
         """Begin a new generation of a pool ("": of all), and tell the command that asked for it."""
         pools = [pool for pool in self._books.pools.values() if name in ("", pool.name)]
@@ -371,6 +382,7 @@ class Ledger:
             self._leases.note(lease, Phase.IN_USE, now, "")
 
     def _renew(self, session: Session, renew: Renew, now: float) -> None:
+        self.awaited.discard(session.id)
         self._demand.answered(session, renew.answers)
         pending = set(renew.pending)
         for waiter in [w for w in session.waiters.values() if w.request not in pending and not w.line]:

@@ -7,7 +7,7 @@ from test_ledger import Broker
 
 from sharedpool.broker.commands import Log
 from sharedpool.broker.report import report
-from sharedpool.wire.messages import Deny, LeaseReport, Phase, Renew
+from sharedpool.wire.messages import Deny, LeaseReport, Phase, Renew, Tell
 from sharedpool.wire.reports import MOST_LISTED, Generation, PoolReport, Reconnected
 
 
@@ -151,3 +151,26 @@ def test_reconnect_begins_a_new_generation_of_one_pool_or_of_all(broker: Broker)
     broker.take_in(broker.ledger.reconnect(b"asker", "nobody's", broker.now))
     assert broker.all(Reconnected)[-1] == Reconnected([], ["p", "q"])
     assert [pool.generation for pool in report(broker.ledger._books, broker.now)[0]] == [3, 2]
+
+
+def test_only_workers_that_hold_something_and_are_heard_are_asked_to_tell(broker: Broker) -> None:
+    a, b, c = broker.worker("a"), broker.worker("b", "q"), broker.worker("c", "r")
+    a.lend()
+    c.lend()
+    broker.pass_time(10)
+    for worker in (a, b):
+        worker.beat()
+    broker.pass_time(6)  # c is suspect
+    broker.take_in(broker.ledger.inquire())
+    assert [len(worker.sent(Tell)) for worker in (a, b, c)] == [1, 0, 0]
+    assert broker.ledger.awaited == {a.id}
+    a.beat()
+    assert not broker.ledger.awaited
+
+
+def test_a_great_many_workers_are_left_in_peace(broker: Broker) -> None:
+    for i in range(501):
+        broker.worker(f"w{i}", f"p{i}").lend()
+    broker.take_in(broker.ledger.inquire())
+    assert broker.all(Tell) == []
+    assert not broker.ledger.awaited
