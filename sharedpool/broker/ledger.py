@@ -45,6 +45,7 @@ from sharedpool.wire.messages import (
     Release,
     ReleaseReason,
     Renew,
+    Tell,
     ToBroker,
     Token,
     Trouble,
@@ -55,6 +56,7 @@ from sharedpool.wire.reports import LeaseLine, PoolReport, Report, SessionReport
 
 # More threads than any process has: what asks for more is no worker.
 _MOST_REQUESTS = 10_000
+_MOST_ASKED = 500  # at once, for a command that wants to see
 
 
 class Ledger:
@@ -112,6 +114,7 @@ class Ledger:
             self._books, self._demand, self._out.append, self._log, self._sessions.pool, self._sessions.named
         )
         self._looking_again = False
+        self.awaited: set[bytes] = set()
         self._handlers: dict[type, Callable[[Session, Any, float], None]] = {
             Acquire: self._acquire,
             Cancel: self._cancel,
@@ -311,6 +314,14 @@ class Ledger:
         self._orders.configure(max_conn, groups, limits)
         return self._settled(now)
 
+    def inquire(self) -> list[Command]:
+        """Have the workers that hold something say what it is doing now; `awaited` are those that have not yet."""
+        asked = [session for session in self._books.sessions.values() if session.leases and not session.silent]
+        if len(asked) <= _MOST_ASKED:  # else what their heartbeats have told must do
+            self.awaited |= {session.id for session in asked}
+            self._out += [Send(session.id, Tell()) for session in asked]
+        return self._decided()
+
     def drain(self, now: float) -> list[Command]:
         """Grant nothing any more, and have everything brought back."""
         self._demand.draining = True
@@ -395,6 +406,7 @@ class Ledger:
 
     def _renew(self, session: Session, renew: Renew, now: float) -> None:
         self._books.note_times(session, renew.times)
+        self.awaited.discard(session.id)
         self._demand.answered(session, renew.answers)
         pending = set(renew.pending)
         for waiter in [w for w in session.waiters.values() if w.request not in pending and not w.line]:

@@ -50,9 +50,9 @@ def _line(lease: Lease, now: float) -> LeaseLine:
     )
 
 
-def _percentile_ms(waited: Sequence[float], share: float) -> float:
+def _percentile_us(waited: Sequence[float], share: float) -> int:
     """Return the wait that `share` of those sorted waits did not exceed; -1 without any."""
-    return round(waited[min(len(waited) - 1, int(share * len(waited)))] * 1000, 3) if waited else -1.0
+    return round(waited[min(len(waited) - 1, int(share * len(waited)))] * 1e6) if waited else -1
 
 
 def report_pool(pool: Pool) -> PoolReport:
@@ -85,8 +85,8 @@ def report_pool(pool: Pool) -> PoolReport:
         handovers=pool.handovers,
         parked=len(pool.parked),
         paused=pool.held,
-        wait_p50_ms=_percentile_ms(waited, 0.5),
-        wait_p99_ms=_percentile_ms(waited, 0.99),
+        wait_p50_us=_percentile_us(waited, 0.5),
+        wait_p99_us=_percentile_us(waited, 0.99),
         history=list(pool.history),
     )
 

@@ -70,7 +70,8 @@ logger = logging.getLogger("sharedpool.broker")
 _BATCH = 500
 # A loop that was away for so long did not run (SIGSTOP, a suspended machine): silence in that time is no sign.
 _AWAY_S = 1.0
-# A command does not wait longer for what the server says.
+# A command does not wait longer for what the workers tell, and for what the server says.
+_TELL_LIMIT_S = 0.2
 _PATIENCE_S = 2.0
 # What a cut does by itself, it does by then.
 _CUT_HEAD_START_S = 0.02
@@ -94,6 +95,7 @@ class Server:
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
         self._calls: deque[Word] = deque()
+        self._askers: deque[tuple[bytes, Status, float]] = deque()
         self._stopping = self._drain_asked = False
         self._drained_by: float | None = None
         self._mail = self._used = True
@@ -222,6 +224,8 @@ class Server:
                 self._execute(self._ledger.tick(now))
                 if self._reload_asked:
                     self._reload(now)
+                if self._askers:
+                    self._answer_askers(now)
                 if self._is_drained(now):
                     break
                 if now >= self._look_at:
@@ -346,7 +350,9 @@ class Server:
         now = time.monotonic()
         sender: Process | None = None
         if isinstance(message, Status):
-            self._tell_state(session, message, now)
+            if message.leases:
+                self._execute(self._ledger.inquire())
+            self._askers.append((session, message, now + _TELL_LIMIT_S))
             return
         if isinstance(message, Order):
             self._take_order(session, message, peer, now)
@@ -390,6 +396,8 @@ class Server:
         if self._calls or self._mail:
             return 0.0
         deadlines = [self._look_at] if self._drained_by is None else [self._look_at, self._drained_by]
+        if self._askers:
+            deadlines.append(self._askers[0][2])
         if (deadline := self._ledger.next_deadline()) is not None:
             deadlines.append(deadline)
         if self.settings.linger_s is not None and not (self._ledger.leases or self._ledger.sessions):
@@ -515,6 +523,14 @@ class Server:
         epoch = self._ledger.epoch
         text = "broker %d at %s enforces %s (epoch %d)"
         logger.info(text, os.getpid(), settings.address, limit, epoch, extra={"sharedpool": {"epoch": epoch}})
+
+    def _answer_askers(self, now: float) -> None:
+        """Answer commands: those that want to see leases when the workers have told of them, or have had the time."""
+        while self._askers and (now >= self._askers[0][2] or not self._ledger.awaited or not self._askers[0][1].leases):
+            asker, status, _ = self._askers.popleft()
+            self._tell_state(asker, status, now)
+        if not self._askers:
+            self._ledger.awaited.clear()
 
     def _tell_state(self, asker: bytes, status: Status, now: float) -> None:
         """Tell a command what the books say, and have it told what the server says of the same leases."""

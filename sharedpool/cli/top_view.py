@@ -76,12 +76,12 @@ def _pools(pools: Sequence[PoolReport], most: int, unicode: bool) -> Iterable[Li
 
 def _figures(pool: PoolReport) -> tuple[object, ...]:
     other = pool.leases - pool.in_use - pool.idle
-    waits = [_milliseconds(wait) for wait in (pool.wait_p50_ms, pool.wait_p99_ms)]
+    waits = [_milliseconds(wait) for wait in (pool.wait_p50_us, pool.wait_p99_us)]
     return (pool.max_conn, pool.in_use, pool.idle, other, pool.waiting, *waits, pool.recalls, pool.fences)
 
 
-def _milliseconds(wait: float) -> str:
-    return "-" if wait < 0 else f"{wait:.1f}" if wait < 100 else f"{wait:.0f}"
+def _milliseconds(us: int) -> str:
+    return "-" if us < 0 else f"{us / 1000:.1f}" if us < 100_000 else f"{us / 1000:.0f}"
 
 
 def sparkline(history: Sequence[int], limit: int, unicode: bool = True) -> str:

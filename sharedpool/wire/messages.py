@@ -19,6 +19,7 @@ repeated, a lease is named by a token that is never used twice.
       TROUBLE(code)                             ─────►                               the server fails over, perhaps
                                                 ◄─────  STALE(generation)            drop what is older
                                                 ◄─────  GONE(tokens)                 these connections have ended
+                                                ◄─────  TELL                         say now what is held (a RENEW)
       BYE                                       ─────►
 
 `take` asks for idle leases now. `owed` is how many of the next checkins are to be given back instead of cached: an
@@ -347,6 +348,10 @@ class Gone(Struct, frozen=True, tag="gone"):
     tokens: list[Token]
 
 
+class Tell(Struct, frozen=True, tag="tell"):
+    """Send a heartbeat now: somebody asks who holds what."""
+
+
 class Stale(Struct, frozen=True, tag="stale"):
     """Replace every connection that was opened under an older generation."""
 
@@ -421,6 +426,6 @@ class Settled(Struct, frozen=True, tag="settled"):
 
 
 ToBroker = Hello | Acquire | Cancel | Confirm | Renew | Release | Trouble | Interrupt | Bye
-ToWorker = Welcome | Reject | Grant | Deny | Recall | Ack | Gone | Stale
+ToWorker = Welcome | Reject | Grant | Deny | Recall | Ack | Gone | Tell | Stale
 ToDesk = Deposit | Ask | Withdraw | Give
 FromDesk = Pass | Settled

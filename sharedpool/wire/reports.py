@@ -2,13 +2,14 @@
 
     command                                            broker
       STATUS(leases)                            ─────►
-                                                ◄─────  REPORT                       the books, at once
+                                                ◄─────  REPORT                       the books
                                                 ◄─────  ACTIVITY                     if the report announces it
       ORDER(kind, ...)                          ─────►                               see `orders.py`
                                                 ◄─────  DONE(what was done)
 
-No HELLO is needed. ACTIVITY is what PostgreSQL says of the leases' backends: it comes when the control connection has
-an answer, so that a server that hangs keeps nobody from seeing the books.
+No HELLO is needed. Before it tells of leases the broker has the workers TELL of them, and waits a moment for that.
+ACTIVITY is what PostgreSQL says of the leases' backends: it comes when the control connection has an answer, so that a
+server that hangs keeps nobody from seeing the books.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class LeaseLine(Struct, frozen=True):
 class PoolReport(Struct, frozen=True):
     """One pool; the counters count since the broker started.
 
-    `wait_p50_ms` and `wait_p99_ms` are of the last hundreds of requests that got a slot: from their arrival until then;
+    `wait_p50_us` and `wait_p99_us` are of the last hundreds of requests that got a slot: from their arrival until then;
     -1 while there were none. `history` is how many slots were in use at every tenth second, the newest last.
     """
 
@@ -92,8 +93,8 @@ class PoolReport(Struct, frozen=True):
     error: str = ""
     handovers: int = 0
     parked: int = 0
-    wait_p50_ms: float = -1.0
-    wait_p99_ms: float = -1.0
+    wait_p50_us: int = -1
+    wait_p99_us: int = -1
     history: list[int] = field(default_factory=list)
     paused: bool = False
 

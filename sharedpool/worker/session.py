@@ -28,6 +28,7 @@ from sharedpool.wire.messages import (
     Recall,
     ReleaseReason,
     Stale,
+    Tell,
     Token,
     ToWorker,
     Welcome,
@@ -122,6 +123,8 @@ class Session:
                     ticket = self._holdings.cache.granted(message, now)
                 case Deny():
                     ticket = self._holdings.cache.denied(message)
+                case Tell():
+                    self._holdings.cache.out.append(self._holdings.cache.renewal(now, thread_names()))
                 case Recall():
                     closing = self._holdings.cache.recalled(message, now, thread_names())
         if ticket is not None:

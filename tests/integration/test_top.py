@@ -295,14 +295,16 @@ def test_however_many_pools_there_are_the_oldest_checkouts_are_shown() -> None:
 @pytest.mark.parametrize("height", [1, 2, 5, 10, 24, 60])
 def test_no_size_is_too_small(width: int, height: int) -> None:
     lines = shown(
-        [pool("p", error="no\x1b[2J\nspace"), pool("q", wait_p50_ms=0.25, wait_p99_ms=1234.5)], [], width, height
+        [pool("p", error="no\x1b[2J\nspace"), pool("q", wait_p50_us=250, wait_p99_us=1_234_500)], [], width, height
     )
     assert 0 < len(lines) <= height
     assert all(len(line.text) <= width and line.text.isprintable() for line in lines)
 
 
 def test_the_figures_of_a_pool_stand_under_their_names() -> None:
-    busy = pool("p", leases=7, idle=1, in_use=4, waiting=2, recalls=11, fences=3, wait_p50_ms=0.25, wait_p99_ms=1234.5)
+    busy = pool(
+        "p", leases=7, idle=1, in_use=4, waiting=2, recalls=11, fences=3, wait_p50_us=250, wait_p99_us=1_234_500
+    )
     header, row = (line.text for line in shown([busy], [])[3:5])
     names = ["POOL", "LIMIT", "USED", "IDLE", "OTHER", "WAIT", "P50", "ms", "P99", "ms", "RECALLS", "FENCES"]
     assert header.split() == names

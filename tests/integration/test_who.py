@@ -72,6 +72,36 @@ def test_who_shows_the_holder_its_line_of_code_and_what_the_server_says(
         worker.kill()
 
 
+def test_who_shows_what_is_so_now_not_what_the_last_heartbeat_said(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
+    """With this TTL a heartbeat comes every twenty seconds."""
+    with start("broker", "--max-conn", "2", "--dsn", postgres.dsn, "--ttl", "60") as process:
+        address = wait_for(process, "export SHAREDPOOL_BROKER=").split("=", 1)[1].strip()
+        with Worker(dsn=postgres.dsn, broker=address, debug_checkouts=True) as worker:
+
+            def is_shown(state: str, site: bool) -> bool:
+                (row,) = who(address)
+                assert row["pid"] == worker.pid
+                return row["state"] == state and bool(row["thread"]) == bool(row["stack"]) == site
+
+            def shows(state: str, site: bool) -> None:
+                wait_until(lambda: is_shown(state, site), 8, f"{state}, long before a heartbeat")
+
+            for _ in range(2):
+                worker.ask("get", name="x", timeout=10)
+                shows("in use", site=True)
+                worker.ask("put", name="x")
+                shows("idle", site=False)
+            worker.ask("get", name="x")
+            worker.kill(signal.SIGSTOP)
+            assert is_shown("idle", site=False)  # who cannot answer is shown as it was
+            worker.kill(signal.SIGCONT)
+            shows("in use", site=True)
+        process.terminate()
+        process.communicate()
+
+
 def test_who_is_sorted_by_age_and_tells_who_waits(postgres: EphemeralPostgres, broker: sharedpool.Broker) -> None:
     settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": broker.address, "name": "aged", "max_conn": 2}
     with Worker(**settings) as first, Worker(**settings) as second, Worker(**settings) as third:

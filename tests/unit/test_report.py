@@ -6,7 +6,7 @@ import pytest
 from test_ledger import Broker
 
 from sharedpool.broker.commands import Log
-from sharedpool.wire.messages import Deny, LeaseReport, Phase, Renew
+from sharedpool.wire.messages import Deny, LeaseReport, Phase, Renew, Tell
 from sharedpool.wire.reports import MOST_LISTED, PoolReport
 
 
@@ -105,7 +105,7 @@ def test_the_report_of_a_long_checkout_carries_its_stack(broker: Broker) -> None
 
 def test_waits_are_from_the_request_to_the_grant(broker: Broker) -> None:
     a, b = broker.worker("a", max_conn=1), broker.worker("b", max_conn=1)
-    assert (pool_of(broker).wait_p50_ms, pool_of(broker).wait_p99_ms) == (-1, -1)
+    assert (pool_of(broker).wait_p50_us, pool_of(broker).wait_p99_us) == (-1, -1)
     for wait_s in [0.0] * 50 + [0.25] * 49 + [2.0]:
         token = a.lend()
         request = b.ask(wait_s=10)
@@ -113,7 +113,7 @@ def test_waits_are_from_the_request_to_the_grant(broker: Broker) -> None:
         a.release(token)
         b.release(b.granted(request))
     # Half of all requests, the holders' own, found a free slot.
-    assert (pool_of(broker).wait_p50_ms, pool_of(broker).wait_p99_ms) == (0, 250)
+    assert (pool_of(broker).wait_p50_us, pool_of(broker).wait_p99_us) == (0, 250_000)
 
 
 def test_of_the_waits_only_the_latest_count(broker: Broker) -> None:
@@ -138,3 +138,26 @@ def test_samples_tell_how_many_slots_are_in_use(broker: Broker) -> None:
     for _ in range(100):
         broker.ledger.sample()
     assert len(pool_of(broker).history) == 60
+
+
+def test_only_workers_that_hold_something_and_are_heard_are_asked_to_tell(broker: Broker) -> None:
+    a, b, c = broker.worker("a"), broker.worker("b", "q"), broker.worker("c", "r")
+    a.lend()
+    c.lend()
+    broker.pass_time(10)
+    for worker in (a, b):
+        worker.beat()
+    broker.pass_time(6)  # c is suspect
+    broker.take_in(broker.ledger.inquire())
+    assert [len(worker.sent(Tell)) for worker in (a, b, c)] == [1, 0, 0]
+    assert broker.ledger.awaited == {a.id}
+    a.beat()
+    assert not broker.ledger.awaited
+
+
+def test_a_great_many_workers_are_left_in_peace(broker: Broker) -> None:
+    for i in range(501):
+        broker.worker(f"w{i}", f"p{i}").lend()
+    broker.take_in(broker.ledger.inquire())
+    assert broker.all(Tell) == []
+    assert not broker.ledger.awaited
