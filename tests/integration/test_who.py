@@ -329,6 +329,7 @@ def test_the_transcript_in_readme_is_what_happens(
             guilty = next(n for n, line in enumerate(program.splitlines(), 1) if "get_conn" in line)
             assert "is exhausted" in said
             assert f"shop.py:{guilty} in price_of" in said
+            assert section.count(f"shop.py:{guilty} in price_of") == 3  # as README has it
             rows = who(address)
             assert [row["stack"][0].split("/")[-1] for row in rows] == [f"shop.py:{guilty} in price_of"] * 2
             assert {row["server_state"] for row in rows} == {"idle in transaction"}
