@@ -336,8 +336,9 @@ class Demand:
         too_many = max(len(pool.leases) - pool.target - pool.coming, 0)
         if pool.group is not None and pool.group.room < 0:
             too_many = max(too_many, -pool.group.room - sum(other.coming for other in pool.group.pools))
-        if books.room < 0:
-            too_many = max(too_many, -books.room - sum(other.coming for other in books.pools.values()))
+        if (overdrawn := books.overdrawn) and (pool.group is None or pool.group.beyond > 0):
+            givers = [other for other in books.pools.values() if other.group is None or other.group.beyond > 0]
+            too_many = max(too_many, overdrawn - sum(other.coming for other in givers))
         return too_many
 
     def _shrink(self, now: float) -> None:

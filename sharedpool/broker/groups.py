@@ -26,9 +26,10 @@ class GroupTerms:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """One group and its pools."""
+    """One group and its pools. `unknown` are pools of which nobody knows the group: they may be this one's."""
 
     name: str
+    unknown: list[Pool]
     terms: GroupTerms = GroupTerms()
     pools: list[Pool] = field(default_factory=list)
 
@@ -40,7 +41,9 @@ class Group:
     @property
     def room(self) -> int:
         """Slots that it may have yet under its own limit."""
-        return 1 << 30 if self.terms.max_conn is None else self.terms.max_conn - self.count
+        if self.terms.max_conn is None:
+            return 1 << 30
+        return self.terms.max_conn - self.count - sum(len(pool.leases) for pool in self.unknown)
 
     @property
     def unused(self) -> int:
@@ -63,6 +66,7 @@ class Groups:
 
     def __init__(self) -> None:
         self._groups: dict[str, Group] = {}
+        self.unknown: list[Pool] = []  # known by their backends alone
 
     def __bool__(self) -> bool:
         return bool(self._groups)
@@ -73,22 +77,27 @@ class Groups:
             self._groups.clear()
             return
         for name in {*self._groups, *terms, ""}:
-            self._groups.setdefault(name, Group(name)).terms = terms.get(name, GroupTerms())
+            self._groups.setdefault(name, Group(name, self.unknown)).terms = terms.get(name, GroupTerms())
 
     def of(self, name: str) -> Group | None:
         """Return a group; one that was not configured has the terms of the rest. None while there are no groups."""
         if not self._groups:
             return None
-        return self._groups.setdefault(name, Group(name))
+        return self._groups.setdefault(name, Group(name, self.unknown))
 
     @property
     def reserved(self) -> int:
         """Slots reserved for all groups."""
         return sum(group.terms.reserved for group in self._groups.values())
 
+    @property
+    def beyond(self) -> int:
+        """Slots in use beyond the reservations."""
+        return sum(group.beyond for group in self._groups.values())
+
     def available(self, group: Group, cap: int) -> int:
         """Return how many slots a group may be granted of a limit `cap` over all, its own limit apart."""
-        return cap - self.reserved - sum(each.beyond for each in self._groups.values()) + group.unused
+        return cap - self.reserved - self.beyond + group.unused
 
     def check_invariants(self, room: int) -> None:
         """Raise `AssertionError` when of so many free slots not all can be had that are reserved."""

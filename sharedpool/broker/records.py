@@ -276,6 +276,13 @@ class Books:
         """Free slots under the cap over all pools; practically endless without one."""
         return (1 << 30 if self.max_conn is None else self.max_conn) - len(self.leases)
 
+    @property
+    def overdrawn(self) -> int:
+        """Slots in use that the cap over all pools, or what is reserved of it, does not allow: it was lowered."""
+        if self.max_conn is None:
+            return 0
+        return max(0, self.groups.beyond + self.groups.reserved - self.max_conn if self.groups else -self.room)
+
     def available(self, pool: Pool) -> int:
         """Free slots under the cap over all pools that this one may have: what others have reserved is not."""
         if pool.group is None or self.max_conn is None:
@@ -309,19 +316,25 @@ class Books:
 
     def assign(self, pool: Pool) -> None:
         """Put a pool into its group."""
-        if pool.group is not None:
-            pool.group.pools.remove(pool)
+        self._leave_group(pool)
         pool.group = self.groups.of(pool.spec.group)
         if pool.group is not None:
             pool.group.pools.append(pool)
+        if pool.unnamed:
+            self.groups.unknown.append(pool)
+
+    def _leave_group(self, pool: Pool) -> None:
+        if pool.group is not None:
+            pool.group.pools.remove(pool)
+            pool.group = None
+        if pool in self.groups.unknown:
+            self.groups.unknown.remove(pool)
 
     def discard(self, pool: Pool) -> None:
         """Forget a pool that nobody uses, but for what was counted."""
         del self.pools[pool.name]
         self.shrinking.pop(pool.name, None)
-        if pool.group is not None:
-            pool.group.pools.remove(pool)
-            pool.group = None
+        self._leave_group(pool)
         self.past[pool.name] = pool
         if len(self.past) > _MOST_PAST:
             del self.past[next(iter(self.past))]
@@ -334,8 +347,15 @@ class Books:
     def shrink(self, pool: Pool) -> None:
         """Bring a pool in line with what an operator has said of it; what is too much is to come back."""
         pool.held = not self.paused.isdisjoint(("", pool.name))
-        crowded = self.room < 0 or len(pool.leases) > pool.target or (pool.group is not None and pool.group.room < 0)
-        if pool.held or crowded or any(s.debts for s in pool.sessions.values()):
+        group = pool.group
+        wanted_back = (
+            pool.held,
+            len(pool.leases) > pool.target,
+            group is not None and group.room < 0,
+            self.overdrawn > 0 and (group is None or group.beyond > 0),
+            any(session.debts for session in pool.sessions.values()),
+        )
+        if any(wanted_back):
             self.shrinking[pool.name] = pool
 
     def move(self, lease: Lease, new: SlotState, reason: str) -> None:

@@ -142,6 +142,7 @@ class Recovery:
         if pool is None:
             pool = self._make_pool(PoolSpec(name, 1, 0))
             pool.unnamed = True
+            self._books.assign(pool)
         return pool
 
     def serve(self) -> None:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -35,6 +36,8 @@ if not django.conf.settings.configured:
     django.setup()
 
 MakeConnections = Callable[..., ConnectionHandler]
+# Where the benchmark's requirements are installed too.
+pytestmark = pytest.mark.skipif(find_spec("psycopg") is not None, reason="psycopg 3 is installed: Django takes that")
 
 
 # --- the backend itself

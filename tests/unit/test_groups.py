@@ -114,6 +114,18 @@ def test_who_is_less_important_is_pressed() -> None:
     assert jobs.last(Recall).owed == 1
 
 
+def test_a_lower_limit_makes_room_for_what_is_reserved() -> None:
+    broker = grouped(4, web=GroupTerms(reserved=1))
+    jobs = member(broker, "jobs", "jobs")
+    tokens = [jobs.lend() for _ in range(3)]
+    order(broker, OrderKind.LIMIT, "", 3)
+    assert jobs.last(Recall).owed == 1
+    jobs.release(tokens[0], ReleaseReason.OWED)
+    assert broker.ledger._books.shrinking == {}
+    web = member(broker, "web", "web")
+    web.lend()
+
+
 def test_the_limit_over_all_pools_cannot_go_below_what_is_reserved() -> None:
     broker = grouped(5, web=GroupTerms(reserved=3))
     assert "3 connections are reserved" in order(broker, OrderKind.LIMIT, "", 2).error
