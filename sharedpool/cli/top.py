@@ -68,6 +68,8 @@ class _Screen:
         from rich.live import Live
         from rich.text import Text
 
+        for name in ("COLUMNS", "LINES"):  # of a shell that exports them: they do not change with the terminal
+            os.environ.pop(name, None)
         console = Console()
         unicode = console.encoding.lower().startswith("utf")
         # No refresh thread: it would draw while the screen is being given back.

@@ -184,7 +184,7 @@ def test_it_ends_with_its_terminal(broker: sharedpool.Broker) -> None:
 
 
 def test_it_fits_whatever_size_the_terminal_becomes(broker: sharedpool.Broker, holder: Worker) -> None:
-    with top(broker.address, rows=10, columns=40) as terminal:
+    with top(broker.address, rows=10, columns=40, COLUMNS="80", LINES="24") as terminal:
         wait_until(lambda: terminal.shows("q quits") and len(terminal.screen()) == 10)
         terminal.size(30, 120)
         wait_until(lambda: len(terminal.screen()) == 30)
