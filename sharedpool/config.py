@@ -35,6 +35,7 @@ def config_pool(
     db_url: str | None = None,
     max_lifetime: float | None = None,
     max_checkout: float | None = None,
+    max_checkout_action: Literal["report", "end"] = "report",
     max_waiting: int | None = None,
     configure: Callback | None = None,
     reset: Callback | Literal["discard", "rollback"] = "discard",
@@ -52,7 +53,8 @@ def config_pool(
     whose share of the broker's limit it uses, where its configuration has groups; else SHAREDPOOL_GROUP. `broker`: its
     address; else SHAREDPOOL_BROKER; else one is found or started for this user, server and name. `timeout`: seconds
     `get_conn` waits when it is not told. `max_lifetime`: seconds after which a connection is replaced (±10 %).
-    `max_checkout`: seconds after which the broker reports a connection that is still out. `max_waiting`: how many
+    `max_checkout`: seconds after which the broker reports a connection that is still out; with `max_checkout_action`
+    "end" it ends it too, and its user gets an `OperationalError`. `max_waiting`: how many
     callers of all processes may wait at a time; further ones get `TooManyWaiting`. `configure(conn)` runs
     after connecting, and again when a connection came from another process; `check(conn)` at every checkout.
 
@@ -82,6 +84,8 @@ def config_pool(
             raise ConfigError(f"{argument}: must be a function of one connection, not {callback!r}")
     if reset not in ("discard", "rollback") and not callable(reset):
         raise ConfigError(f'reset: must be "discard", "rollback" or a function of one connection, not {reset!r}')
+    if max_checkout_action not in ("report", "end"):
+        raise ConfigError(f'max_checkout_action: must be "report" or "end", not {max_checkout_action!r}')
     if handover not in ("auto", "off"):
         raise ConfigError(f'handover: must be "auto" or "off", not {handover!r}')
     check_number("slice", slice)
@@ -108,6 +112,7 @@ def config_pool(
         timeout=float(timeout),
         max_lifetime=max_lifetime,
         max_checkout=max_checkout,
+        ends_overdue=max_checkout_action == "end",
         max_waiting=max_waiting,
         configure=configure,
         reset=reset,

@@ -25,7 +25,7 @@ from typing import Protocol
 
 from sharedpool.broker.commands import Command, Fence, Send
 from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState, Waiter
-from sharedpool.wire.messages import Deny, DenyReason, Grant, Holder, Recall, Token
+from sharedpool.wire.messages import Ack, Deny, DenyReason, Grant, Holder, Recall, Tell, Token
 
 # A worker that has not answered a recall, or finished a close, for so long is not waited for any more.
 ANSWER_LIMIT_S = 1.0
@@ -203,7 +203,7 @@ class Demand:
                     if pool.priority <= waiting.priority:
                         self._press(pool, now)
                     else:
-                        self._inquire(pool, next(reversed(waiting.waiters)), now)
+                        self._inquire_of(pool, next(reversed(waiting.waiters)), now)
             coming = max(0, coming - len(waiting.waiters))
 
     @staticmethod
@@ -253,6 +253,15 @@ class Demand:
         self.expect(lease, now)
         self.cut(lease, why)
 
+    def inquire(self, session: Session) -> None:
+        """Have a session say now what its leases are doing."""
+        self._emit(Send(session.id, Tell()))
+
+    def revoke(self, lease: Lease) -> None:
+        """Tell a session that a lease is not its own any more."""
+        pool = lease.pool
+        self._emit(Send(lease.session.id, Ack([lease.token], [], pool.generation, pool.max_conn)))
+
     def cut(self, lease: Lease, why: str) -> None:
         """Order the end of a lease's backend."""
         self._emit(Fence(lease.token, lease.pool.name, lease.backend, why))
@@ -291,7 +300,7 @@ class Demand:
         first = self._first_patient(pool)
         return self.excess(pool) if first is not None and first.session is holder else self.wanted(pool)
 
-    def _inquire(self, pool: Pool, newest: int, now: float) -> None:
+    def _inquire_of(self, pool: Pool, newest: int, now: float) -> None:
         """Ask holders, once for each waiter that comes, what lies idle; later they tell of it with their heartbeats."""
         for session in [*pool.pressed.values(), *pool.unpressed.values()]:
             if session.inquired < newest:

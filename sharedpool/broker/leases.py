@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from sharedpool.broker.demand import Demand
+from sharedpool.broker.demand import ANSWER_LIMIT_S, Demand
 from sharedpool.broker.quarantine import Quarantine
 from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState
 from sharedpool.wire.messages import NO_TOKEN, Backend, LeaseReport, Phase, Token
@@ -219,24 +219,38 @@ class Leases:
             self._arm(max(due, now + self._recheck_s), "expiry", lease)
 
     def checkout_due(self, lease: Lease, now: float) -> None:
-        """Report a checkout that lasts too long, once."""
+        """Report a checkout that lasts too long, once, and end it if its pool wants that."""
         lease.checkout_armed = False
-        limit = self._max_checkout(lease.pool)
+        limit, session, pool = self._max_checkout(lease.pool), lease.session, lease.pool
         if lease.state is not SlotState.OPEN or lease.used_since is None or lease.reported_at >= lease.used_since:
             return
         if lease.used_since + limit > now:
             lease.checkout_armed = True
             self._arm(lease.used_since + limit, "checkout", lease)
             return
-        lease.reported_at = now
+        if lease.inquired_at < lease.used_since + limit:
+            # A worker checks in and out without a word: it is asked whether this is the same checkout still.
+            lease.inquired_at, lease.checkout_armed = now, True
+            self._demand.inquire(session)
+            self._arm(now + ANSWER_LIMIT_S, "checkout", lease)
+            return
+        lease.reported_at = lease.inquired_at
+        pool.overdue += 1
         text = "pool %r: lease %s has been checked out for %.1f s (max_checkout %.1f s) by %s, thread %r, backend %s%s"
         pid = lease.backend.pid if lease.backend else "?"
         where = f", at {' < '.join(lease.stack)}" if lease.stack else ""
-        session, pool = lease.session, lease.pool
         self._log(
             logging.WARNING, text, pool.name, lease.token, now - lease.used_since, limit, session.label, lease.thread,
             pid, where, pool=pool.name, lease=str(lease.token), session=session.label, reason="max_checkout",
         )  # fmt: skip
+        if pool.spec.ends_overdue and session.told_at >= lease.inquired_at:
+            self.end(lease, "checked out for longer than max_checkout", now)
+
+    def end(self, lease: Lease, why: str, now: float) -> None:
+        """End a connection that its worker holds; that is told now, so that it does not lend it out meanwhile."""
+        if lease.live is None and not lease.session.ended:
+            self._demand.revoke(lease)
+        self.fence(lease, why, now)
 
     def closing_due(self, lease: Lease, now: float) -> None:
         """Do not count any longer on a slot whose close or fence takes long."""

@@ -38,6 +38,7 @@ _POOL_METRICS: list[tuple[str, str, str, Callable[[PoolReport], int]]] = [
     ("sharedpool_recalls_total", "counter", "Leases asked back since others waited.", lambda pool: pool.recalls),
     ("sharedpool_handovers_total", "counter", "Connections passed to another process.", lambda pool: pool.handovers),
     ("sharedpool_fences_total", "counter", "Backends that the broker had to end.", lambda pool: pool.fences),
+    ("sharedpool_overdue_total", "counter", "Checkouts beyond max_checkout.", lambda pool: pool.overdue),
     ("sharedpool_sessions", "gauge", "Processes that use the pool.", lambda pool: pool.sessions),
     ("sharedpool_parked", "gauge", "Idle connections that lie at the broker.", lambda pool: pool.parked),
     ("sharedpool_quarantined", "gauge", "Slots of connects whose end nobody saw.", lambda pool: pool.quarantined),

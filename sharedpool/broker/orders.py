@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from sharedpool.broker.commands import Command, Send
+from sharedpool.broker.commands import Command
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.groups import GroupTerms
 from sharedpool.broker.leases import Leases
 from sharedpool.broker.records import Books, Pool, SlotState
-from sharedpool.wire.messages import Ack, DenyReason, Token
+from sharedpool.wire.messages import DenyReason, Token
 from sharedpool.wire.orders import Done, Order, OrderKind
 
 
@@ -160,10 +160,7 @@ class Orders:
             raise OrderError(f"lease {token} has no connection yet")
         if not (self._cuts or lease.custody):
             raise OrderError(f"lease {token} cannot be ended from here: the broker has no control connection (--dsn)")
-        if lease.live is None and not lease.session.ended:
-            pool = lease.pool  # said now, so that it is not lent out meanwhile
-            self._emit(Send(lease.session.id, Ack([token], [], pool.generation, pool.max_conn)))
-        self._leases.fence(lease, "ended by an operator", now)
+        self._leases.end(lease, "ended by an operator", now)
         pid = f" (backend {lease.backend.pid})" if lease.backend is not None else ""
         return [f"lease {token} of {lease.session.label} in pool {lease.pool.name!r}{pid} is being ended"]
 

@@ -21,7 +21,7 @@ from sharedpool.broker.totals import Totals
 from sharedpool.wire.messages import Backend, Live, Phase, PoolSpec, Times, Token
 
 # What counts for as long as the broker lives; and of how many unused pools that is kept.
-_COUNTERS = ("handovers", "grants", "waits", "denials", "timeouts", "recalls", "fences", "totals")
+_COUNTERS = ("handovers", "grants", "waits", "denials", "timeouts", "recalls", "fences", "overdue", "totals")
 _MOST_PAST = 100
 
 _WAITS_KEPT = 500  # of the last requests that got a slot: how long they waited
@@ -55,7 +55,8 @@ TRANSITIONS: dict[SlotState, frozenset[SlotState]] = {
 class Lease:
     """A slot held by a session; `idle_since` is set while it lies in the worker's cache, `used_since` while it is out.
 
-    `reported_at` is when a checkout that is too long was last reported: one that began later has not been. `custody`:
+    `reported_at` is when a checkout that is too long was last reported: one that began later has not been;
+    `inquired_at` when its worker was last asked whether it lasts. `custody`:
     the broker has a duplicate of the connection's socket, on which it sees the backend's end. `line`: it was passed
     there and its worker has not spoken of it yet. `live` is set while it is parked. `interrupts`: cancels under way.
     `since` is when what it does now began, if that is known; `stack` where it was checked out, if its worker tells.
@@ -74,6 +75,7 @@ class Lease:
     thread: str = ""
     stack: Sequence[str] = ()
     reported_at: float = -math.inf
+    inquired_at: float = -math.inf
     expiry_armed: bool = False
     checkout_armed: bool = False
     line: int = 0
@@ -127,6 +129,7 @@ class Session:
     waiters: dict[int, Waiter] = field(default_factory=dict)
     vanished: set[Token] = field(default_factory=set)
     debts: set[Token] = field(default_factory=set)
+    told_at: float = -math.inf  # when it last said what its leases are doing
     restored: bool = False
     spared_until: float = -math.inf
     owed: int = 0
@@ -196,6 +199,7 @@ class Pool:
     timeouts: int = 0
     recalls: int = 0
     fences: int = 0
+    overdue: int = 0
     waited: deque[float] = field(default_factory=lambda: deque(maxlen=_WAITS_KEPT))
     history: deque[int] = field(default_factory=lambda: deque(maxlen=_SAMPLES_KEPT))  # slots in use, now and then
     totals: Totals = field(default_factory=Totals)

@@ -85,6 +85,7 @@ def report_pool(pool: Pool) -> PoolReport:
         handovers=pool.handovers,
         parked=len(pool.parked),
         paused=pool.held,
+        overdue=pool.overdue,
         wait_p50_us=_percentile_us(waited, 0.5),
         wait_p99_us=_percentile_us(waited, 0.99),
         history=list(pool.history),

@@ -91,6 +91,7 @@ class PoolSpec(Struct, frozen=True):
     """What a session asks of its pool; the first session that names a pool sets its limit.
 
     A pool's processes of another `group` are another pool, by another name: they share a server, and the broker's cap.
+    `ends_overdue`: what is checked out for longer than `max_checkout_ms` is to be ended, not only reported.
     """
 
     name: str
@@ -100,6 +101,7 @@ class PoolSpec(Struct, frozen=True):
     server: str = ""
     max_waiting: int = 0
     group: str = ""
+    ends_overdue: bool = False
 
 
 class Phase(StrEnum):

@@ -97,6 +97,7 @@ class PoolReport(Struct, frozen=True):
     wait_p99_us: int = -1
     history: list[int] = field(default_factory=list)
     paused: bool = False
+    overdue: int = 0
 
 
 class Report(Struct, frozen=True, tag="report"):

@@ -66,6 +66,7 @@ class Session:
             str(config.conninfo.identity()),
             config.max_waiting or 0,
             config.group,
+            config.ends_overdue,
         )
         with self._holdings.lock:
             leases, seen = self._holdings.cache.register(now, thread_names())

@@ -29,6 +29,7 @@ class PoolConfig:
     timeout: float = 0.0
     max_lifetime: float | None = None
     max_checkout: float | None = None
+    ends_overdue: bool = False
     configure: Callback | None = None
     reset: Callback | Literal["discard", "rollback"] = "discard"
     check: Callback | None = None

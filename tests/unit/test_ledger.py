@@ -41,6 +41,7 @@ from sharedpool.wire.messages import (
     Release,
     ReleaseReason,
     Renew,
+    Tell,
     ToBroker,
     Token,
     Welcome,
@@ -938,8 +939,40 @@ def test_a_checkout_that_lasts_too_long_is_reported_once_with_its_holder_and_thr
         broker.pass_time(0)
     (log,) = broker.all(Log)
     assert log.level == logging.WARNING
+    assert broker.ledger.report(broker.now)[0][0].overdue == 1
     for part in (f"a[{100 + ord('a')}]", "'T1'", str(token), "max_checkout 5.0 s", "1001"):
         assert part in log.text
+
+
+def test_a_worker_is_asked_before_its_checkout_is_called_too_long(broker: Broker) -> None:
+    """It may have checked in and out since without a word."""
+    a = broker.worker("a", max_checkout_ms=5000)
+    token = a.lend()
+    broker.pass_time(5)
+    assert len(a.sent(Tell)) == 1
+    a.ages[token] = 100
+    a.beat()
+    broker.pass_time(1.1)
+    assert broker.all(Log) == []
+    broker.pass_time(4)
+    broker.pass_time(1.1)  # no answer this time: it is what is known
+    assert len(broker.all(Log)) == 1
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_checkout_that_is_too_long_is_ended_if_its_pool_wants_that_and_it_is_certain(
+    broker: Broker, answers: bool
+) -> None:
+    a = broker.worker("a", max_checkout_ms=5000, ends_overdue=True)
+    token = a.lend()
+    broker.pass_time(5)
+    if answers:
+        a.ages[token] = 5000
+        a.beat()
+    broker.pass_time(1.1)
+    assert len(broker.all(Log)) == 1
+    assert [fence.token for fence in broker.all(Fence)] == ([token] if answers else [])
+    assert [ack.revoked for ack in a.sent(Ack) if ack.revoked] == ([[token]] if answers else [])
 
 
 def test_the_next_long_checkout_of_the_same_lease_is_reported_too(broker: Broker) -> None:
@@ -950,6 +983,7 @@ def test_the_next_long_checkout_of_the_same_lease_is_reported_too(broker: Broker
     a.ages[token] = 1000  # in between it was back for a moment, which no heartbeat showed
     a.beat()
     broker.pass_time(4.1)
+    broker.pass_time(1.1)
     assert len(broker.all(Log)) == 2
 
 

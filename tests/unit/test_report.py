@@ -94,6 +94,7 @@ def test_the_report_of_a_long_checkout_carries_its_stack(broker: Broker) -> None
     stack = ["views.py:3 in show", "app.py:1 in <module>"]
     broker.send(a.id, Renew([LeaseReport(token, Phase.IN_USE, 0, "T1", a.backend(token), stack)], a.seen))
     broker.pass_time(5.1)
+    broker.pass_time(1.1)  # its worker was asked
     (log,) = broker.all(Log)
     assert "at views.py:3 in show < app.py:1 in <module>" in log.text
     assert "\n" not in log.text
