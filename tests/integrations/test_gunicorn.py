@@ -143,7 +143,9 @@ def test_a_reload_doubles_the_workers_and_loses_no_request(
 def test_workers_that_are_recycled_all_the_time_lose_no_request(
     gunicorn: Gunicorn, sampler: Sampler, broker: sharedpool.Broker, name: str, options: list[str], conf: str
 ) -> None:
-    with gunicorn("-w", "4", "--max-requests", "25", "--max-requests-jitter", "10", *options, conf=conf) as server:
+    recycling = ["--max-requests", "25", "--max-requests-jitter", "10"]
+    # A worker that is just being forked when gunicorn is told to end does not hear of it: it is killed after that time.
+    with gunicorn("-w", "4", *recycling, "--graceful-timeout", "5", *options, conf=conf) as server:
         answers = load(server, 300)
         ended_well(server, broker, name)
     assert len({answer["worker"] for answer in answers}) > 4
