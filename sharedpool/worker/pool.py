@@ -124,7 +124,7 @@ class Pool:
                 conn.sharedpool_lease = lease
                 lease.conn = None  # from here on the caller's reference is the only one
                 cache.hits += 1
-                return cast(PooledConnection, conn)
+                return conn  # type: ignore[no-any-return] # `cast` is a call
             return self._check_out(self._holdings, lease, timeout, now)
         holdings = self._check_caller()
         if key is not None and (conn := self._by_key(key)) is not None:
@@ -215,7 +215,8 @@ class Pool:
         """
         # The short way, as in `get_conn`: it is clean. Whether somebody wants it is looked at when it lies there.
         if self._latch[0] and key is None and not close and (self._thread is None or self._thread == get_ident()):
-            cache, pooled = self._cache, cast(Any, conn)
+            cache = self._cache
+            pooled: Any = conn
             try:
                 lease: Any = pooled.sharedpool_lease
                 laid = (
