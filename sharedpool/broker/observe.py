@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from sharedpool.broker.records import Books, Lease, SlotState
-from sharedpool.broker.report import report_pool
+from sharedpool.broker.records import Books
+from sharedpool.broker.report import lease_lines, report_pool
 from sharedpool.broker.totals import Totals
-from sharedpool.wire.reports import PoolReport, Report
+from sharedpool.wire.reports import MOST_LISTED, LeaseLine, PoolReport, Report
 
 _KEPT = 360
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseRow:
-    """One lease, for the page's table; `for_ms` is how long it has been in use or idle, as far as is known."""
+    """One lease, for the page's table, as `sharedpool who` has it; `for_ms` is None where nobody knows."""
 
     pool: str
     process: str
@@ -24,6 +24,7 @@ class LeaseRow:
     for_ms: int | None
     backend: int | None
     lease: str
+    checked_out_at: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,30 +39,21 @@ class Observation:
 def observe(books: Books, report: Report, now: float) -> Observation:
     """Return a copy of the books; O(n) of sessions and leases."""
     pools = [*books.pools.values(), *books.past.values()]
-    rows = [_row(lease, now) for lease in books.leases.values()]
-    rows.sort(key=lambda row: (row.state != "in use", -(row.for_ms or 0)))
+    rows = [_row(line) for line in lease_lines(books, MOST_LISTED, now)]
     return Observation(report, [(report_pool(pool), pool.totals.copy()) for pool in pools], rows)
 
 
-def _row(lease: Lease, now: float) -> LeaseRow:
-    state, since = _state(lease)
+def _row(line: LeaseLine) -> LeaseRow:
     return LeaseRow(
-        lease.pool.name,
-        lease.session.label,
-        lease.thread,
-        state,
-        None if since is None else max(0, int((now - since) * 1000)),
-        None if lease.backend is None else lease.backend.pid,
-        str(lease.token),
+        line.pool,
+        f"{line.title}[{line.pid}]" + (f"@{line.host}" if line.host else ""),
+        line.thread,
+        line.state,
+        None if line.age_ms < 0 else line.age_ms,
+        None if line.backend is None else line.backend.pid,
+        str(line.token),
+        line.stack[0] if line.stack else None,
     )
-
-
-def _state(lease: Lease) -> tuple[str, float | None]:
-    if lease.live is not None:
-        return "parked", lease.idle_since
-    if lease.state is SlotState.OPEN:
-        return ("idle", lease.idle_since) if lease.idle_since is not None else ("in use", lease.used_since)
-    return {SlotState.GRANTED: "connecting"}.get(lease.state, lease.state.value), None
 
 
 class History:

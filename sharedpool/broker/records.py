@@ -234,6 +234,12 @@ class Pool:
         return 0 if self.group is None else self.group.terms.priority
 
     @property
+    def most(self) -> int:
+        """How many slots it may have, by its own limit and its group's."""
+        most = None if self.group is None else self.group.terms.max_conn
+        return self.max_conn if most is None else min(self.max_conn, most)
+
+    @property
     def target(self) -> int:
         """How many slots may be in use."""
         return 0 if self.held else self.max_conn

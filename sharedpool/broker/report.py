@@ -63,7 +63,7 @@ def report_pool(pool: Pool) -> PoolReport:
     return PoolReport(
         name=pool.name,
         server=pool.spec.server,
-        max_conn=pool.max_conn,
+        max_conn=pool.most,
         sessions=len(pool.sessions),
         leases=len(states),
         granted=states.count(SlotState.GRANTED),

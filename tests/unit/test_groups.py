@@ -37,6 +37,7 @@ def test_a_reservation_is_kept_free_for_its_group() -> None:
 def test_a_group_has_no_more_than_its_limit_over_all_its_pools() -> None:
     broker = grouped(9, jobs=GroupTerms(max_conn=2))
     one, other = member(broker, "one", "jobs", "p"), member(broker, "other", "jobs", "q")
+    assert [pool.max_conn for pool in broker.ledger.report(broker.now)[0]] == [2, 2]
     one.lend()
     other.lend()
     request = one.ask()
