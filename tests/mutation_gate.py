@@ -165,6 +165,21 @@ MUTANTS = (
         ("tests/model",),
     ),
     Mutant(
+        "a paused pool goes on lending",
+        (("sharedpool/broker/records.py", "return 0 if self.held else self.max_conn", "return self.max_conn"),),
+        ("tests/unit/test_orders.py",),
+    ),
+    Mutant(
+        "what is reserved for a group is lent to others",
+        (("sharedpool/broker/groups.py", "cap - self.reserved - self.beyond + group.unused", "cap - self.beyond"),),
+        ("tests/unit/test_groups.py",),
+    ),
+    Mutant(
+        "connections of an unknown group count in none",
+        (("sharedpool/broker/groups.py", " - sum(len(pool.leases) for pool in self.unknown)", ""),),
+        ("tests/unit/test_groups.py",),
+    ),
+    Mutant(
         "a booth is free while an answer may still come",
         (
             (

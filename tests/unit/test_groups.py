@@ -6,7 +6,10 @@ import pytest
 from test_ledger import Broker, Worker
 from test_orders import give_up_idle, order
 
+from sharedpool.broker.backoff import Backoff
 from sharedpool.broker.groups import GroupTerms, check_terms
+from sharedpool.broker.records import Books, Pool, Session, SlotState
+from sharedpool.broker.records import Lease as Slot
 from sharedpool.errors import ConfigError
 from sharedpool.wire.messages import Deny, PoolSpec, Recall, ReleaseReason, Token
 from sharedpool.wire.orders import OrderKind
@@ -125,6 +128,23 @@ def test_a_lower_limit_makes_room_for_what_is_reserved() -> None:
     assert broker.ledger._books.shrinking == {}
     web = member(broker, "web", "web")
     web.lend()
+
+
+def test_connections_of_an_unknown_group_count_in_every_one() -> None:
+    """Known by their backends alone, after a journal was lost: they may be the group's that is nearly full."""
+    books = Books(9, lambda command: None)
+    books.configure({"jobs": GroupTerms(max_conn=2)})
+    jobs = books.pools["p"] = Pool(PoolSpec("p", 9, 0, group="jobs"), 9, Backoff(lambda: 0.5))
+    stranger = books.pools["q"] = Pool(PoolSpec("q", 1, 0), 1, Backoff(lambda: 0.5), unnamed=True)
+    books.assign(jobs)
+    books.assign(stranger)
+    session = Session(b"s", 0, "", "?", stranger, 0.0, 0.0)
+    books.sessions[b"s"] = stranger.sessions[b"s"] = session
+    books.move(Slot(Token(1, 1), session, stranger), SlotState.SUSPECT, "claimed by nobody")
+    assert jobs.room == 1
+    stranger.spec, stranger.unnamed = PoolSpec("q", 1, 0, group="web"), False
+    books.assign(stranger)  # its first session has said whose it is
+    assert jobs.room == 2
 
 
 def test_the_limit_over_all_pools_cannot_go_below_what_is_reserved() -> None:
