@@ -109,9 +109,10 @@ MUTANTS = (
                 "return limit - _COUNT.get(id(self), 0)",
             ),
             (
-                "sharedpool/broker/records.py",
+                "sharedpool/broker/books.py",
                 "            self.mark_owed(session, session.owed)\n            self._record(lease)\n",
                 "            self.mark_owed(session, session.owed)\n            self._record(lease)\n"
+                "            from sharedpool.broker.records import _COUNT\n\n"
                 "            _COUNT[id(pool)] = _COUNT.get(id(pool), 0) + 1\n",
             ),
             (

@@ -23,8 +23,9 @@ from collections.abc import Callable, Iterable
 from itertools import chain, islice, takewhile
 from typing import Protocol
 
+from sharedpool.broker.books import Books
 from sharedpool.broker.commands import Command, Fence, Send
-from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState, Waiter
+from sharedpool.broker.records import Lease, Pool, Session, SlotState, Waiter
 from sharedpool.wire.messages import Ack, Deny, DenyReason, Grant, Holder, Recall, Tell, Token
 
 # A worker that has not answered a recall, or finished a close, for so long is not waited for any more.

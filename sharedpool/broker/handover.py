@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import islice
 
+from sharedpool.broker.books import Books
 from sharedpool.broker.commands import Command, Entrust, Interfere, PassOn
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.leases import Leases
-from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState, Waiter
+from sharedpool.broker.records import Lease, Pool, Session, SlotState, Waiter
 from sharedpool.wire.messages import Give, Live, Pass, Phase, ReleaseReason, Token
 
 # A pool is shared for so long after a connection has last changed hands.

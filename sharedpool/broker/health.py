@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from sharedpool.broker.books import Books
 from sharedpool.broker.commands import Command, Doubt, Send
 from sharedpool.broker.leases import Logger
-from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState
+from sharedpool.broker.records import Lease, Pool, Session, SlotState
 from sharedpool.wire.messages import Confirm, Release, Stale, Trouble
 
 # SQLSTATEs that say of themselves that the server is another now, or read-only, or going down with everybody on it.

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from sharedpool.broker.books import Books
 from sharedpool.broker.demand import ANSWER_LIMIT_S, Demand
 from sharedpool.broker.quarantine import Quarantine
-from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState
+from sharedpool.broker.records import Lease, Pool, Session, SlotState
 from sharedpool.wire.messages import NO_TOKEN, Backend, LeaseReport, Phase, Token
 
 # PostgreSQL ends a backend whose client has not logged in by then (authentication_timeout, 60 s by default).

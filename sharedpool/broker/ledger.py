@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from sharedpool.broker.books import Books
 from sharedpool.broker.commands import Command, Entry, Log, Look, Process, Send, Survey
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.groups import GroupTerms
@@ -23,7 +24,7 @@ from sharedpool.broker.leases import Leases
 from sharedpool.broker.observe import Observation, observe
 from sharedpool.broker.orders import Orders
 from sharedpool.broker.quarantine import SETTLE_S
-from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState, Waiter
+from sharedpool.broker.records import Lease, Pool, Session, SlotState, Waiter
 from sharedpool.broker.recovery import GRACE_OVER, Recovery
 from sharedpool.broker.report import lease_lines, report
 from sharedpool.broker.sessions import Sessions, Terms

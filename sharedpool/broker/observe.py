@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from sharedpool.broker.records import Books
+from sharedpool.broker.books import Books
 from sharedpool.broker.report import lease_lines, report_pool
 from sharedpool.broker.totals import Totals
 from sharedpool.wire.reports import MOST_LISTED, LeaseLine, PoolReport, Report

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from sharedpool.broker.books import Books
 from sharedpool.broker.commands import Command
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.groups import GroupTerms
 from sharedpool.broker.leases import Leases
-from sharedpool.broker.records import Books, Pool, SlotState
+from sharedpool.broker.records import Pool, SlotState
 from sharedpool.wire.messages import DenyReason, Token
 from sharedpool.wire.orders import Done, Order, OrderKind
 

@@ -12,10 +12,11 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 
+from sharedpool.broker.books import Books
 from sharedpool.broker.commands import Command, Entry, Erase, Look, Survey, Vouch, Watch
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.leases import START_UP_LIMIT_S, Logger
-from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState
+from sharedpool.broker.records import Lease, Pool, Session, SlotState
 from sharedpool.wire.messages import Backend, PoolSpec, Token
 from sharedpool.wire.tag import pool_of_tag
 

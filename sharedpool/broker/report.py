@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from sharedpool.broker.records import Books, Lease, Pool, Session, SlotState
+from sharedpool.broker.books import Books
+from sharedpool.broker.records import Lease, Pool, Session, SlotState
 from sharedpool.wire.reports import MOST_LISTED, LeaseLine, PoolReport, SessionReport
 
 _WORDS = {

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sharedpool.broker.backoff import Backoff
+from sharedpool.broker.books import Books
 from sharedpool.broker.commands import Command, Forget, Process, Send, Watch
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.leases import Leases, Logger
-from sharedpool.broker.records import Books, Pool, Session, SlotState
+from sharedpool.broker.records import Pool, Session, SlotState
 from sharedpool.wire.messages import PROTOCOL_VERSION, Bye, Hello, PoolSpec, Reject, Token, Welcome
 from sharedpool.wire.tag import shown, tag_of
 

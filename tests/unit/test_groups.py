@@ -7,9 +7,10 @@ from test_ledger import Broker, Worker
 from test_orders import give_up_idle, order
 
 from sharedpool.broker.backoff import Backoff
+from sharedpool.broker.books import Books
 from sharedpool.broker.groups import GroupTerms, check_terms
-from sharedpool.broker.records import Books, Pool, Session, SlotState
 from sharedpool.broker.records import Lease as Slot
+from sharedpool.broker.records import Pool, Session, SlotState
 from sharedpool.errors import ConfigError
 from sharedpool.wire.messages import Deny, PoolSpec, Recall, ReleaseReason, Token
 from sharedpool.wire.orders import OrderKind

@@ -11,13 +11,14 @@ from typing import TypeVar
 import pytest
 
 from sharedpool.broker.backoff import Backoff
+from sharedpool.broker.books import Books
 from sharedpool.broker.commands import Command, Fence, Forget, Log, Look, Send, Survey, Watch
 from sharedpool.broker.demand import ANSWER_LIMIT_S
 from sharedpool.broker.leases import START_UP_LIMIT_S
 from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.quarantine import SETTLE_S
-from sharedpool.broker.records import Books, Pool, Session, SlotState
 from sharedpool.broker.records import Lease as Slot
+from sharedpool.broker.records import Pool, Session, SlotState
 from sharedpool.wire.messages import (
     NO_TOKEN,
     PROTOCOL_VERSION,

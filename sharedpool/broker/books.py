@@ -1,0 +1,310 @@
+"""The books: all records of one broker, and the one function that changes a slot's state.
+
+    FREE ──► GRANTED ──► OPEN ──► CLOSING ──► FREE        a slot's life on a good day
+    any occupied state ──► SUSPECT ──► FENCING ──► FREE   its worker is silent, dead or unsure
+
+FREE is not stored: a slot without a lease is free. Pure: no I/O, no clock; times are whatever the caller's clock says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from sharedpool.broker.commands import Command, Entry, Erase, Record
+from sharedpool.broker.groups import Groups, GroupTerms
+from sharedpool.broker.records import Lease, Pool, Session, SlotState, Waiter
+from sharedpool.wire.messages import Backend, Phase, PoolSpec, Times, Token
+
+_MOST_PAST = 100  # unused pools of which the counts are kept
+
+_S = SlotState
+TRANSITIONS: dict[SlotState, frozenset[SlotState]] = {
+    # OPEN: claimed by HELLO after a broker restart; SUSPECT: known from before it.
+    _S.FREE: frozenset({_S.GRANTED, _S.OPEN, _S.SUSPECT}),
+    _S.GRANTED: frozenset({_S.OPEN, _S.FREE, _S.SUSPECT}),
+    _S.OPEN: frozenset({_S.CLOSING, _S.FREE, _S.SUSPECT}),
+    _S.CLOSING: frozenset({_S.OPEN, _S.FREE, _S.SUSPECT}),
+    _S.SUSPECT: frozenset({_S.GRANTED, _S.OPEN, _S.CLOSING, _S.FREE, _S.FENCING}),
+    _S.FENCING: frozenset({_S.FREE}),
+}
+
+
+class Books:
+    """All records of one broker, kept consistent by `move`. `emit` gets what must outlive the broker."""
+
+    def __init__(self, max_conn: int | None, emit: Callable[[Command], None]) -> None:
+        self.max_conn = max_conn
+        self._emit = emit
+        self.pools: dict[str, Pool] = {}
+        self.past: dict[str, Pool] = {}  # that nobody uses any more, for what was counted
+        self.sessions: dict[bytes, Session] = {}
+        self.leases: dict[Token, Lease] = {}
+        self.contended: dict[str, Pool] = {}  # pools with waiters
+        # Pools of which an operator wants connections back, whether or not anybody waits.
+        self.shrinking: dict[str, Pool] = {}
+        # What operators have said, also of pools that nobody uses at the moment ("" in `paused`: of all).
+        self.paused: set[str] = set()
+        self.limits: dict[str, int] = {}
+        self.groups = Groups()
+        self.orphans: dict[Backend, Lease] = {}  # counted for no known worker
+        self.restored: dict[Backend, Lease] = {}  # held when the former broker ended
+
+    @property
+    def room(self) -> int:
+        """Free slots under the cap over all pools; practically endless without one."""
+        return (1 << 30 if self.max_conn is None else self.max_conn) - len(self.leases)
+
+    @property
+    def overdrawn(self) -> int:
+        """Slots in use that the cap over all pools, or what is reserved of it, does not allow: it was lowered."""
+        if self.max_conn is None:
+            return 0
+        return max(0, self.groups.beyond + self.groups.reserved - self.max_conn if self.groups else -self.room)
+
+    def available(self, pool: Pool) -> int:
+        """Free slots under the cap over all pools that this one may have: what others have reserved is not."""
+        if pool.group is None or self.max_conn is None:
+            return self.room
+        return min(self.room, self.groups.available(pool.group, self.max_conn))
+
+    def serves(self, pool: Pool, other: Pool) -> bool:
+        """Say whether a slot that this pool gives up is the other's to have, when that is kept waiting by others.
+
+        What others are is the cap over all pools, or a group's limit. A slot of a reservation is kept for its group.
+        """
+        if pool is other or other.held or other.own_room <= 0:
+            return False
+        if pool.group is not None and pool.group is other.group:
+            return other.group.room <= 0 or self.available(other) <= 0
+        if self.max_conn is None or other.room <= 0 or self.available(other) > 0:
+            return False
+        return pool.group is None or pool.group.beyond > 0
+
+    @staticmethod
+    def rank(waiter: Waiter) -> tuple[int, int]:
+        """Return a waiter's place among all: by its group's priority, then first come first served."""
+        return (-waiter.session.pool.priority, waiter.seq)
+
+    def configure(self, terms: dict[str, GroupTerms]) -> None:
+        """Have groups, or others, or none. What a group has too much comes back."""
+        self.groups.configure(terms)
+        for pool in self.pools.values():
+            self.assign(pool)
+            self.shrink(pool)
+
+    def assign(self, pool: Pool) -> None:
+        """Put a pool into its group."""
+        self._leave_group(pool)
+        pool.group = self.groups.of(pool.spec.group)
+        if pool.group is not None:
+            pool.group.pools.append(pool)
+        if pool.unnamed:
+            self.groups.unknown.append(pool)
+
+    def _leave_group(self, pool: Pool) -> None:
+        if pool.group is not None:
+            pool.group.pools.remove(pool)
+            pool.group = None
+        if pool in self.groups.unknown:
+            self.groups.unknown.remove(pool)
+
+    def discard(self, pool: Pool) -> None:
+        """Forget a pool that nobody uses, but for what was counted."""
+        del self.pools[pool.name]
+        self.shrinking.pop(pool.name, None)
+        self._leave_group(pool)
+        self.past[pool.name] = pool
+        if len(self.past) > _MOST_PAST:
+            del self.past[next(iter(self.past))]
+
+    def limit(self, spec: PoolSpec) -> int:
+        """Return what a pool's own limit is to be."""
+        limit = self.limits.get(spec.name, spec.max_conn)
+        return limit if self.max_conn is None else min(self.max_conn, limit)
+
+    def shrink(self, pool: Pool) -> None:
+        """Bring a pool in line with what an operator has said of it; what is too much is to come back."""
+        pool.held = not self.paused.isdisjoint(("", pool.name))
+        group = pool.group
+        wanted_back = (
+            pool.held,
+            len(pool.leases) > pool.target,
+            group is not None and group.room < 0,
+            self.overdrawn > 0 and (group is None or group.beyond > 0),
+            any(session.debts for session in pool.sessions.values()),
+        )
+        if any(wanted_back):
+            self.shrinking[pool.name] = pool
+
+    def move(self, lease: Lease, new: SlotState, reason: str) -> None:
+        """Change a slot's state: the only place that does. Keeps every index right.
+
+        Raise `AssertionError` for a transition that the design does not know.
+        """
+        old = lease.state
+        if new not in TRANSITIONS[old]:
+            raise AssertionError(f"bug: lease {lease.token}: {old.value} -> {new.value} ({reason})")
+        session, pool, token = lease.session, lease.pool, lease.token
+        lease.state = new
+        if old is SlotState.FREE:
+            self.leases[token] = pool.leases[token] = session.leases[token] = lease
+            self.mark_owed(session, session.owed)
+            self._record(lease)
+        elif old in (SlotState.CLOSING, SlotState.FENCING):
+            pool.incoming.pop(token, None)
+        elif old is SlotState.SUSPECT:
+            del pool.suspects[token]
+        if new is not SlotState.OPEN:
+            self.mark_phase(lease, Phase.CONNECTING, None)
+            lease.live = None
+            pool.parked.pop(token, None)
+        if new is SlotState.GRANTED:
+            session.granted[lease.request] = lease
+        elif new is not SlotState.SUSPECT and session.granted.get(lease.request) is lease:
+            del session.granted[lease.request]  # a suspect one may still be on its way
+        if new is SlotState.CLOSING:
+            pool.incoming[token] = lease
+        elif new is SlotState.SUSPECT:
+            pool.suspects[token] = lease
+            pool.backoff.ended(token)  # if it is the probe, its outcome may never be told
+        elif new is SlotState.FREE:
+            del self.leases[token], pool.leases[token], session.leases[token]
+            session.debts.discard(token)
+            for index in (self.orphans, self.restored):
+                if lease.backend is not None and index.get(lease.backend) is lease:
+                    del index[lease.backend]
+            self.mark_owed(session, session.owed)
+            pool.backoff.ended(token)
+            self._emit(Erase(token))
+
+    def identify(self, lease: Lease, backend: Backend | None) -> None:
+        """Note which backend a lease's connection is on."""
+        if backend is not None and backend != lease.backend:
+            lease.backend = backend
+            self._record(lease)
+
+    def _record(self, lease: Lease) -> None:
+        session, pool = lease.session, lease.pool
+        self._emit(
+            Record(
+                Entry(
+                    lease.token, session.id, session.process, session.pid, session.host, session.title,
+                    pool.spec, pool.max_conn, session.expiration_s, lease.backend,
+                )
+            )
+        )  # fmt: skip
+
+    def strangers(self, backends: Iterable[Backend]) -> list[Backend]:
+        """Return those that no lease is known to be on. Start time 0 (not ours to see) makes a pid alone count."""
+        known = [lease.backend for lease in self.leases.values() if lease.backend is not None]
+        pids, exact = {b.pid for b in known}, {(b.pid, b.start_us) for b in known}
+        unsure = {b.pid for b in known if not b.start_us}
+        return [
+            backend
+            for backend in backends
+            if (backend.pid not in pids if not backend.start_us else (backend.pid, backend.start_us) not in exact)
+            and backend.pid not in unsure
+        ]
+
+    def note_times(self, session: Session, times: Times | None) -> None:
+        """Add what a session tells of its times to its pool's."""
+        if times is not None and session.pool.totals.note(session.times, times):
+            session.times = times
+
+    def mark_phase(self, lease: Lease, phase: Phase, since: float | None) -> None:
+        """Note whether an OPEN lease lies idle or is in use, since when."""
+        lease.idle_since = since if phase is Phase.IDLE else None
+        lease.used_since = since if phase is Phase.IN_USE else None
+        if phase is Phase.IDLE:
+            lease.pool.idle.setdefault(lease.token, lease)
+        else:
+            lease.pool.idle.pop(lease.token, None)
+
+    def mark_owed(self, session: Session, owed: int) -> None:
+        """Note what a session owes (nothing when it holds nothing or is silent) and file it as pressed or not."""
+        pool = session.pool
+        if session.debts:
+            owed = max(owed, len(session.debts))
+        session.owed = owed if session.leases and not session.silent else 0
+        pool.pressed.pop(session.id, None)
+        pool.unpressed.pop(session.id, None)
+        if session.owed:
+            pool.pressed[session.id] = session
+        elif session.leases and not session.silent:
+            pool.unpressed[session.id] = session
+
+    def mark_mute(self, session: Session) -> None:
+        """Note that a session does not answer: what it has idle, or owes, is not counted on until it speaks."""
+        session.mute = True
+        for token in session.leases:
+            session.pool.idle.pop(token, None)
+        self.mark_owed(session, session.owed)
+
+    def mark_heard(self, session: Session) -> None:
+        """Note that a silent session speaks again; it is asked anew for what it may have missed."""
+        session.mute = session.suspect = False
+        for token, lease in session.leases.items():
+            if lease.idle_since is not None and lease.live is None:
+                session.pool.idle.setdefault(token, lease)
+        self.mark_owed(session, session.owed)
+
+    def mark_taking(self, session: Session, taking: int) -> None:
+        """Note how many idle leases a session has been asked for and has not answered about."""
+        session.pool.taking += taking - session.taking
+        session.taking = taking
+
+    def enqueue(self, waiter: Waiter) -> None:
+        """Put a request at the end of its pool's queue."""
+        pool = waiter.session.pool
+        waiter.session.waiters[waiter.request] = waiter
+        pool.waiters[waiter.seq] = waiter
+        if waiter.nowait:
+            pool.nowaits[waiter.seq] = waiter
+        self.contended[pool.name] = pool
+
+    def dequeue(self, waiter: Waiter) -> None:
+        """Take a request out of its queue, wherever it stands."""
+        pool = waiter.session.pool
+        del waiter.session.waiters[waiter.request]
+        del pool.waiters[waiter.seq]
+        pool.nowaits.pop(waiter.seq, None)
+        if not pool.waiters:
+            del self.contended[pool.name]
+
+    def check_invariants(self) -> None:
+        """Raise `AssertionError` when the records contradict each other."""
+        for token, lease in self.leases.items():
+            assert lease.token == token
+            assert lease.state is not SlotState.FREE, lease
+            assert lease.pool.leases[token] is lease.session.leases[token] is lease
+            assert lease.session.pool is lease.pool
+        assert len(self.leases) == sum(len(pool.leases) for pool in self.pools.values())
+        assert len(self.leases) == sum(len(session.leases) for session in self.sessions.values())
+        for pool in self.pools.values():
+            assert pool.taking == sum(session.taking for session in pool.sessions.values())
+            assert all(lease.state is SlotState.OPEN for lease in pool.idle.values())
+            returning = (SlotState.CLOSING, SlotState.FENCING)
+            assert all(lease.state in returning and pool.leases[t] is lease for t, lease in pool.incoming.items())
+            assert all(lease.state is SlotState.SUSPECT for lease in pool.suspects.values())
+            assert all(lease.idle_since is not None and not lease.session.silent for lease in pool.idle.values())
+            for session in pool.sessions.values():
+                assert self.sessions[session.id] is session
+                early = (SlotState.GRANTED, SlotState.SUSPECT)
+                assert all(x.state in early and x.backend is None for x in session.granted.values())
+                assert session.silent or session.awaited or session.answered >= session.asked, session.label
+                assert not session.taking or session.awaited, session.label
+            suspects = {t for t, lease in pool.leases.items() if lease.state is SlotState.SUSPECT}
+            assert suspects == set(pool.suspects)
+            holders = {s.id for s in pool.sessions.values() if s.leases}
+            assert all(s.owed > 0 for s in pool.pressed.values())
+            assert all(s.owed == 0 for s in pool.unpressed.values())
+            assert not set(pool.pressed) & set(pool.unpressed)
+            silent = {s.id for s in pool.sessions.values() if s.silent}
+            assert holders - silent == set(pool.pressed) | set(pool.unpressed)
+            assert (pool.name in self.contended) == bool(pool.waiters)
+            assert pool.name in self.shrinking or not pool.held
+            assert all(s.debts <= set(s.leases) for s in pool.sessions.values())
+            assert set(pool.nowaits) == {seq for seq, waiter in pool.waiters.items() if waiter.nowait}
+            for seq, waiter in pool.waiters.items():
+                assert waiter.seq == seq
+                assert self.sessions[waiter.session.id].waiters[waiter.request] is waiter
