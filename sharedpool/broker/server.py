@@ -35,7 +35,6 @@ from sharedpool.broker.commands import (
     Log,
     Look,
     PassOn,
-    Peek,
     Process,
     Record,
     Saw,
@@ -48,7 +47,8 @@ from sharedpool.broker.journal import Journal
 from sharedpool.broker.leadership import Leadership
 from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.lock import BrokerLock
-from sharedpool.broker.processes import Peer, Watched, peer_of, process, raise_descriptor_limit
+from sharedpool.broker.operators import Operators
+from sharedpool.broker.processes import Watched, peer_of, process, raise_descriptor_limit
 from sharedpool.broker.scope import scope_of
 from sharedpool.broker.sessions import other_version
 from sharedpool.broker.settings import BrokerSettings
@@ -57,7 +57,7 @@ from sharedpool.errors import ConfigError, ProtocolError, SharedPoolError
 from sharedpool.wire import address as addresses
 from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, encode, hello_version
 from sharedpool.wire.messages import PROTOCOL_VERSION, Ask, Give, Hello, Reject, Token, Withdraw
-from sharedpool.wire.orders import Done, Order
+from sharedpool.wire.orders import Order
 from sharedpool.wire.place import place
 from sharedpool.wire.reports import Report, Status
 
@@ -70,9 +70,6 @@ logger = logging.getLogger("sharedpool.broker")
 _BATCH = 500
 # A loop that was away for so long did not run (SIGSTOP, a suspended machine): silence in that time is no sign.
 _AWAY_S = 1.0
-# A command does not wait longer for what the workers tell, and for what the server says.
-_TELL_LIMIT_S = 0.2
-_PATIENCE_S = 2.0
 # What a cut does by itself, it does by then.
 _CUT_HEAD_START_S = 0.02
 # A lock file that somebody deleted locks nobody out any more. Reports say of these samples that they are 10 s apart.
@@ -95,7 +92,6 @@ class Server:
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
         self._calls: deque[Word] = deque()
-        self._askers: deque[tuple[bytes, Status, float]] = deque()
         self._stopping = self._drain_asked = False
         self._drained_by: float | None = None
         self._mail = self._used = True
@@ -141,6 +137,7 @@ class Server:
         self._control = Control(
             settings.dsn, settings.max_conn, self._lock.instance, self._tell, self._journal.places, self._leadership
         )
+        self._operators = Operators(self._ledger, self._control, self._execute, self._report)
         # A crashed broker leaves its socket, should somebody have deleted the rest.
         left = self._ipc and settings.listener is None and Path(settings.address.removeprefix("ipc://")).exists()
         self._follows = not self._lock.first or left
@@ -224,8 +221,7 @@ class Server:
                 self._execute(self._ledger.tick(now))
                 if self._reload_asked:
                     self._reload(now)
-                if self._askers:
-                    self._answer_askers(now)
+                self._operators.answer(now)
                 if self._is_drained(now):
                     break
                 if now >= self._look_at:
@@ -350,12 +346,10 @@ class Server:
         now = time.monotonic()
         sender: Process | None = None
         if isinstance(message, Status):
-            if message.leases:
-                self._execute(self._ledger.inquire())
-            self._askers.append((session, message, now + _TELL_LIMIT_S))
+            self._operators.ask(session, message, now)
             return
         if isinstance(message, Order):
-            self._take_order(session, message, peer, now)
+            self._operators.order(session, message, now, near=self._ipc or peer.loopback)
             return
         if isinstance(message, Hello):
             # By tcp only a process of this very host, by loopback, can be found by the pid it claims; in another PID
@@ -366,14 +360,6 @@ class Server:
             if pid := peer.pid or (message.pid if near else 0):
                 sender = process(pid)
         self._execute(self._ledger.handle(session, message, now, sender))
-
-    def _take_order(self, operator: bytes, order: Order, peer: Peer, now: float) -> None:
-        if not (self._ipc or peer.loopback):
-            self._send(operator, encode(Done([], "orders are taken only from the broker's own host")))
-            return
-        done, commands = self._ledger.order(order, now)
-        self._execute(commands)
-        self._send(operator, encode(done))
 
     def _wait(self, timeout: float | None) -> None:
         for key, _ in self._selector.select(timeout):
@@ -396,8 +382,8 @@ class Server:
         if self._calls or self._mail:
             return 0.0
         deadlines = [self._look_at] if self._drained_by is None else [self._look_at, self._drained_by]
-        if self._askers:
-            deadlines.append(self._askers[0][2])
+        if (deadline := self._operators.next_deadline()) is not None:
+            deadlines.append(deadline)
         if (deadline := self._ledger.next_deadline()) is not None:
             deadlines.append(deadline)
         if self.settings.linger_s is not None and not (self._ledger.leases or self._ledger.sessions):
@@ -523,24 +509,6 @@ class Server:
         epoch = self._ledger.epoch
         text = "broker %d at %s enforces %s (epoch %d)"
         logger.info(text, os.getpid(), settings.address, limit, epoch, extra={"sharedpool": {"epoch": epoch}})
-
-    def _answer_askers(self, now: float) -> None:
-        """Answer commands: those that want to see leases when the workers have told of them, or have had the time."""
-        while self._askers and (now >= self._askers[0][2] or not self._ledger.awaited or not self._askers[0][1].leases):
-            asker, status, _ = self._askers.popleft()
-            self._tell_state(asker, status, now)
-        if not self._askers:
-            self._ledger.awaited.clear()
-
-    def _tell_state(self, asker: bytes, status: Status, now: float) -> None:
-        """Tell a command what the books say, and have it told what the server says of the same leases."""
-        oldest = self._ledger.oldest(status.leases, now)
-        backends = tuple(line.backend for line in oldest if line.backend is not None)
-        peek = Peek(asker, backends, now + _PATIENCE_S)
-        asks = bool(backends) and self._control.exists
-        self._execute([Send(asker, structs.replace(self._report(now), oldest=oldest, activity=asks))])
-        if asks:
-            self._control.peek(peek)
 
     def _report(self, now: float) -> Report:
         pools, sessions = self._ledger.report(now)
