@@ -40,6 +40,8 @@ _REPORTED = (
 )  # fmt: skip
 # A reset that takes longer is not waited for: the connection is closed instead.
 _RESET_LIMIT_S = 1.0
+# Nor is a trial; it is made once, and what it would cost to be wrong is the hand-over.
+_TRIAL_LIMIT_S = 3.0
 _BUILD_LIMIT_S = 5.0
 DISCARD = b"DISCARD ALL"
 _NEGOTIATE, _REFUSE = b"v", b"N"
@@ -108,10 +110,10 @@ def adopt(shell: PooledConnection, fd: int, live: Live) -> PooledConnection:
 def works(conn: PooledConnection) -> bool:
     """Say whether a connection that was just adopted reaches the backend that it should: the technique's self-test.
 
-    What rests on it (cancel, the broker's evidence) goes by that backend's pid. Blocks for one round trip, at most a
-    second.
+    What rests on it (cancel, the broker's evidence) goes by that backend's pid. Blocks for one round trip, at most
+    three seconds.
     """
-    return libpq.ask(conn, b"SELECT pg_catalog.pg_backend_pid()", _RESET_LIMIT_S) == b"%d" % conn.get_backend_pid()
+    return libpq.ask(conn, b"SELECT pg_catalog.pg_backend_pid()", _TRIAL_LIMIT_S) == b"%d" % conn.get_backend_pid()
 
 
 class Shells:

@@ -49,6 +49,8 @@ READ_ONLY = "25006"
 FAILOVER = frozenset({READ_ONLY, "57P01", "57P02", "57P03"})
 # Connections that others want: they may go on, in another process.
 _ASKED_FOR = (ReleaseReason.TAKEN, ReleaseReason.OWED)
+# A hand-over that fails so often before it has worked once is not tried again: a slow server may spoil one trial.
+_TRIALS = 3
 BROKEN = 2  # psycopg2's `closed` of a connection that an error ended
 
 
@@ -74,7 +76,7 @@ class Holdings:
         self.booths = Booths()
         self.shells = Shells(config.conninfo.python_kwargs)
         self.handover = config.handover and not config.disable_pooling and SUPPORTED  # until it is found not to work
-        self._tested = False  # whether it was found to work here
+        self._tested, self._trials = False, _TRIALS  # whether it was found to work here
         self.tag = f"sharedpool {config.name}"  # until the broker has said its own
         self._reclaiming = threading.RLock()  # held across I/O; a user's reset() may come back to it
         self._dead_end = dead_end()
@@ -268,13 +270,15 @@ class Holdings:
         return ticket
 
     def _is_fit(self, conn: PooledConnection) -> bool:
-        """Say whether a connection that was passed can be used here. The first one is tried."""
+        """Say whether a connection that was passed can be used here. They are tried until one has worked."""
         if not is_alive(conn):
             return False  # its backend has ended on the way
         if not self._tested:
             self._tested = works(conn)
             if not self._tested and not has_hung_up(conn):
-                self._cannot("the first connection that was passed to it does not work here")
+                self._trials -= 1
+                if not self._trials:
+                    self._cannot("connections that are passed to it do not work here")
         return self._tested
 
     def _refuse(self, passed: Pass) -> None:

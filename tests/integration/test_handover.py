@@ -324,25 +324,31 @@ def test_a_process_where_an_adopted_connection_does_not_work_goes_on_without(
     pair: MakePair,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    server_connection: extensions.connection,
+    postgres: EphemeralPostgres,
     broker: sharedpool.Broker,
     name: str,
 ) -> None:
     """The self-test finds it: here a shell that speaks with another backend than it says."""
     a, b = pair()
+    others: list[extensions.connection] = []
 
     def go_wrong(shell: PooledConnection, fd: int, live: Live) -> PooledConnection:
-        os.dup2(server_connection.fileno(), fd)
+        others.append(psycopg2.connect(postgres.dsn))
+        os.dup2(others[-1].fileno(), fd)
         return adopt(shell, fd, live)
 
     monkeypatch.setattr("sharedpool.worker.holdings.adopt", go_wrong)
-    for _ in range(3):
+    rounds = 0
+    while b._holdings.handover:
+        rounds += 1
+        assert rounds < 20
         conn = b.get_conn()
         assert ask(conn, "SELECT pg_backend_pid()") == conn.info.backend_pid
         b.put_conn(conn)
         a.put_conn(a.get_conn())
+    assert rounds >= 3  # once or twice it may have been a slow server
     assert "no hand-over in this process" in caplog.text
-    assert (b._holdings.adopted, b._holdings.connects) == (0, 4)
+    assert b._holdings.adopted == 0
     wait_until(lambda: report(broker, name).leases == 1, 10, "the connection that was passed in vain to be ended")
 
 
