@@ -21,6 +21,9 @@ from urllib.parse import urlencode
 
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 from metered import running
 from processes import Worker
 from prometheus_client.parser import text_string_to_metric_families
@@ -297,6 +300,22 @@ def test_all_containers_of_the_sidecars_pod_see_one_socket() -> None:
 
 
 # --- Grafana
+
+
+def test_the_dashboard_is_one_to_grafanas_own_library() -> None:
+    """Grafana's types, made from its schema, take it in and give it back with every panel and query."""
+    register_default_plugins()
+    raw = json.loads((EXAMPLES / "grafana-dashboard.json").read_text())
+    again = json.loads(JSONEncoder().encode(Dashboard.from_json(raw)))
+    assert again["title"] == raw["title"]
+    assert [(panel["type"], panel["title"]) for panel in again["panels"]] == [
+        (panel["type"], panel["title"]) for panel in raw["panels"]
+    ]
+    assert _queries(again) == _queries(raw) != []
+
+
+def _queries(dashboard: dict[str, Any]) -> list[str]:
+    return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
 
 
 def test_the_dashboard_asks_only_for_metrics_that_there_are(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
