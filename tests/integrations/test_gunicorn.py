@@ -60,7 +60,9 @@ def gunicorn(broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, 
     def start(*options: str, conf: str = "", **environment: str) -> Iterator[Server]:
         configuration = tmp_path / "gunicorn.conf.py"
         configuration.write_text(conf)
-        command = [sys.executable, "-m", "gunicorn", "--bind", "fd://{fd}", "--config", str(configuration), *options]
+        command = [sys.executable, "-m", "gunicorn", "--bind", "fd://{fd}", "--config", str(configuration)]
+        # A worker that is just being forked when gunicorn is told to end does not hear of it, and is killed after that.
+        command += ["--graceful-timeout", "8", *options]
         environment |= {"TARGET_POOL": name, "DATABASE_DSN": postgres.dsn, "SHAREDPOOL_BROKER": broker.address}
         with serving([*command, "wsgi_target:app"], tmp_path / "gunicorn.log", environment) as server:
             yield server
@@ -143,9 +145,7 @@ def test_a_reload_doubles_the_workers_and_loses_no_request(
 def test_workers_that_are_recycled_all_the_time_lose_no_request(
     gunicorn: Gunicorn, sampler: Sampler, broker: sharedpool.Broker, name: str, options: list[str], conf: str
 ) -> None:
-    recycling = ["--max-requests", "25", "--max-requests-jitter", "10"]
-    # A worker that is just being forked when gunicorn is told to end does not hear of it: it is killed after that time.
-    with gunicorn("-w", "4", *recycling, "--graceful-timeout", "5", *options, conf=conf) as server:
+    with gunicorn("-w", "4", "--max-requests", "25", "--max-requests-jitter", "10", *options, conf=conf) as server:
         answers = load(server, 300)
         ended_well(server, broker, name)
     assert len({answer["worker"] for answer in answers}) > 4
