@@ -90,6 +90,7 @@ class Books:
         self.groups.configure(terms)
         for pool in self.pools.values():
             self.assign(pool)
+        for pool in self.pools.values():  # only now all that is in use counts
             self.shrink(pool)
 
     def assign(self, pool: Pool) -> None:

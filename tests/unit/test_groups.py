@@ -131,6 +131,18 @@ def test_a_lower_limit_makes_room_for_what_is_reserved() -> None:
     web.lend()
 
 
+def test_groups_that_come_with_a_reload_make_room_for_what_is_reserved() -> None:
+    """Whatever the order in which the pools were known."""
+    broker = Broker(max_conn=4)
+    jobs, reports = member(broker, "jobs", "jobs"), member(broker, "reports", "reports")
+    busy = [jobs.lend(), jobs.lend(), reports.lend(), reports.lend()]
+    broker.take_in(broker.ledger.configure(4, {"web": GroupTerms(reserved=1)}, {}, broker.now))
+    assert jobs.last(Recall).owed == 1
+    assert reports.last(Recall).owed == 1
+    jobs.release(busy[0], ReleaseReason.OWED)
+    member(broker, "web", "web").lend()
+
+
 def test_connections_of_an_unknown_group_count_in_every_one() -> None:
     """Known by their backends alone, after a journal was lost: they may be the group's that is nearly full."""
     books = Books(9, lambda command: None)
