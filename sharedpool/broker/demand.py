@@ -261,7 +261,7 @@ class Demand:
     def revoke(self, lease: Lease) -> None:
         """Tell a session that a lease is not its own any more."""
         pool = lease.pool
-        self._emit(Send(lease.session.id, Ack([lease.token], [], pool.generation, pool.max_conn)))
+        self._emit(Send(lease.session.id, Ack([lease.token], [], pool.generation, pool.most)))
 
     def cut(self, lease: Lease, why: str) -> None:
         """Order the end of a lease's backend."""

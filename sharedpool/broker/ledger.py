@@ -419,7 +419,7 @@ class Ledger:
         revoked = self._leases.reconcile(session, renew.leases, now, seen=renew.seen)
         if not renew.answers or revoked:
             pool = session.pool
-            self._out.append(Send(session.id, Ack(revoked, renew.gone, pool.generation, pool.max_conn)))
+            self._out.append(Send(session.id, Ack(revoked, renew.gone, pool.generation, pool.most)))
         if renew.answers:
             return
         for lease in session.granted.values():

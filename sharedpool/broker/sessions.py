@@ -125,7 +125,7 @@ class Sessions:
         # One that connects elsewhere, or as somebody else, must neither be given the others' connections nor give its.
         handover = self._terms.handover and hello.pool.server == pool.spec.server
         welcome = Welcome(
-            PROTOCOL_VERSION, self._terms.epoch, pool.max_conn, expiration_ms, ttl_ms, revoked,
+            PROTOCOL_VERSION, self._terms.epoch, pool.most, expiration_ms, ttl_ms, revoked,
             tag_of(pool.name, self._terms.instance), self._terms.desk, pool.generation, handover,
         )  # fmt: skip
         self._emit(Send(session_id, welcome))

@@ -70,13 +70,6 @@ def gunicorn(broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, 
     return start
 
 
-@pytest.fixture
-def sampler(postgres: EphemeralPostgres, name: str) -> Iterator[Sampler]:
-    """The most backends that the server has at a time."""
-    with Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
-        yield sampler
-
-
 def ended_well(server: Server, broker: sharedpool.Broker, name: str) -> None:
     assert server.process.poll() is None, "gunicorn ended before it was told to"
     assert server.stop() == 0

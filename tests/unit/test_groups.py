@@ -12,7 +12,7 @@ from sharedpool.broker.groups import GroupTerms, check_terms
 from sharedpool.broker.records import Lease as Slot
 from sharedpool.broker.records import Pool, Session, SlotState
 from sharedpool.errors import ConfigError
-from sharedpool.wire.messages import Deny, PoolSpec, Recall, ReleaseReason, Token
+from sharedpool.wire.messages import Ack, Deny, PoolSpec, Recall, ReleaseReason, Token, Welcome
 from sharedpool.wire.orders import OrderKind
 
 
@@ -42,6 +42,9 @@ def test_a_group_has_no_more_than_its_limit_over_all_its_pools() -> None:
     broker = grouped(9, jobs=GroupTerms(max_conn=2))
     one, other = member(broker, "one", "jobs", "p"), member(broker, "other", "jobs", "q")
     assert [pool.max_conn for pool in broker.ledger.report(broker.now)[0]] == [2, 2]
+    assert one.last(Welcome).max_conn == 2
+    one.beat()
+    assert one.last(Ack).max_conn == 2
     one.lend()
     other.lend()
     request = one.ask()
