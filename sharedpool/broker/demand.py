@@ -26,7 +26,7 @@ from typing import Protocol
 from sharedpool.broker.books import Books
 from sharedpool.broker.commands import Command, Fence, Send
 from sharedpool.broker.records import Lease, Pool, Session, SlotState, Waiter
-from sharedpool.wire.messages import Ack, Deny, DenyReason, Grant, Holder, Recall, Tell, Token
+from sharedpool.wire.messages import Ack, Deny, DenyReason, Grant, Holder, Recall, Token
 
 # A worker that has not answered a recall, or finished a close, for so long is not waited for any more.
 ANSWER_LIMIT_S = 1.0
@@ -253,10 +253,6 @@ class Demand:
         lease.since = now
         self.expect(lease, now)
         self.cut(lease, why)
-
-    def inquire(self, session: Session) -> None:
-        """Have a session say now what its leases are doing."""
-        self._emit(Send(session.id, Tell()))
 
     def revoke(self, lease: Lease) -> None:
         """Tell a session that a lease is not its own any more."""

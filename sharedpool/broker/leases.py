@@ -232,7 +232,9 @@ class Leases:
         if lease.inquired_at < lease.used_since + limit:
             # A worker checks in and out without a word: it is asked whether this is the same checkout still.
             lease.inquired_at, lease.checkout_armed = now, True
-            self._demand.inquire(session)
+            if not session.silent:
+                self._demand.ask(session, now)
+                lease.inquiry = session.asked
             self._arm(now + ANSWER_LIMIT_S, "checkout", lease)
             return
         lease.reported_at = lease.inquired_at
@@ -244,7 +246,7 @@ class Leases:
             logging.WARNING, text, pool.name, lease.token, now - lease.used_since, limit, session.label, lease.thread,
             pid, where, pool=pool.name, lease=str(lease.token), session=session.label, reason="max_checkout",
         )  # fmt: skip
-        if pool.spec.ends_overdue and session.told_at >= lease.inquired_at:
+        if pool.spec.ends_overdue and 0 < lease.inquiry <= session.told:
             self.end(lease, "checked out for longer than max_checkout", now)
 
     def end(self, lease: Lease, why: str, now: float) -> None:

@@ -46,6 +46,7 @@ from sharedpool.wire.messages import (
     Release,
     ReleaseReason,
     Renew,
+    Tell,
     ToBroker,
     Token,
     Trouble,
@@ -319,8 +320,7 @@ class Ledger:
         asked = [session for session in self._books.sessions.values() if session.leases and not session.silent]
         if len(asked) <= _MOST_ASKED:  # else what their heartbeats have told must do
             self.awaited |= {session.id for session in asked}
-            for session in asked:
-                self._demand.inquire(session)
+            self._out += [Send(session.id, Tell()) for session in asked]
         return self._decided()
 
     def drain(self, now: float) -> list[Command]:
@@ -408,7 +408,7 @@ class Ledger:
     def _renew(self, session: Session, renew: Renew, now: float) -> None:
         self._books.note_times(session, renew.times)
         self.awaited.discard(session.id)
-        session.told_at = now
+        session.told = max(session.told, renew.answers)
         self._demand.answered(session, renew.answers)
         pending = set(renew.pending)
         for waiter in [w for w in session.waiters.values() if w.request not in pending and not w.line]:

@@ -39,7 +39,7 @@ class Lease:
     """A slot held by a session; `idle_since` is set while it lies in the worker's cache, `used_since` while it is out.
 
     `reported_at` is when a checkout that is too long was last reported: one that began later has not been;
-    `inquired_at` when its worker was last asked whether it lasts. `custody`:
+    `inquired_at` when its worker was last asked whether it lasts, by recall number `inquiry`. `custody`:
     the broker has a duplicate of the connection's socket, on which it sees the backend's end. `line`: it was passed
     there and its worker has not spoken of it yet. `live` is set while it is parked. `interrupts`: cancels under way.
     `since` is when what it does now began, if that is known; `stack` where it was checked out, if its worker tells.
@@ -59,6 +59,7 @@ class Lease:
     stack: Sequence[str] = ()
     reported_at: float = -math.inf
     inquired_at: float = -math.inf
+    inquiry: int = 0
     expiry_armed: bool = False
     checkout_armed: bool = False
     line: int = 0
@@ -112,7 +113,7 @@ class Session:
     waiters: dict[int, Waiter] = field(default_factory=dict)
     vanished: set[Token] = field(default_factory=set)
     debts: set[Token] = field(default_factory=set)
-    told_at: float = -math.inf  # when it last said what its leases are doing
+    told: int = 0  # the newest recall that it has answered itself; `answered` may be a guess
     restored: bool = False
     spared_until: float = -math.inf
     owed: int = 0
