@@ -156,7 +156,8 @@ class Soak:
         wait_until(lambda: broker.report().control == "connected", 30, "the control connection to be back")
         directory = Path(f"/proc/{broker.pid}")
         readings: list[int] = []
-        until = time.monotonic() + 2.5 * TTL_S / 3  # at the second heartbeat what only a crowd needed is closed
+        # At the second heartbeat, two a TTL of who holds nothing, what only a crowd needed is closed.
+        until = time.monotonic() + 2.5 * TTL_S / 2
         while time.monotonic() < until:
             readings.append(len(os.listdir(directory / "fd")))
             time.sleep(0.02)  # some readings, all over that time
