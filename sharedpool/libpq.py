@@ -6,11 +6,14 @@ import ctypes
 import functools
 import select
 import time
+from collections.abc import Callable
 
 import psycopg2
 from psycopg2.extensions import connection
 
 _COMMAND_OK, _TUPLES_OK = 1, 2  # PGRES_COMMAND_OK, PGRES_TUPLES_OK
+_NONE = -1  # no result
+_SQLSTATE = ord("C")  # PG_DIAG_SQLSTATE
 
 
 class _Option(ctypes.Structure):
@@ -42,6 +45,8 @@ def library() -> ctypes.CDLL | None:
         lib.PQgetResult.argtypes, lib.PQgetResult.restype = [ctypes.c_void_p], ctypes.c_void_p
         lib.PQresultStatus.argtypes, lib.PQresultStatus.restype = [ctypes.c_void_p], ctypes.c_int
         lib.PQgetvalue.argtypes, lib.PQgetvalue.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int], ctypes.c_char_p
+        lib.PQresultErrorField.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        lib.PQresultErrorField.restype = ctypes.c_char_p
         lib.PQclear.argtypes, lib.PQclear.restype = [ctypes.c_void_p], None
     except (AttributeError, OSError):
         return None
@@ -91,7 +96,8 @@ def execute(conn: connection, command: bytes, limit_s: float) -> bool:
 
     psycopg2's own `execute` would wait for ever. After False the connection is good for nothing any more.
     """
-    return _run(conn, command, limit_s, _COMMAND_OK) is not None
+    status, _ = _run(conn, command, limit_s)
+    return status == _COMMAND_OK
 
 
 def ask(conn: connection, query: bytes, limit_s: float) -> bytes | None:
@@ -99,32 +105,47 @@ def ask(conn: connection, query: bytes, limit_s: float) -> bytes | None:
 
     After None the connection is good for nothing any more.
     """
-    return _run(conn, query, limit_s, _TUPLES_OK)
+    status, value = _run(conn, query, limit_s)
+    return value if status == _TUPLES_OK else None
 
 
-def _run(conn: connection, command: bytes, limit_s: float, wanted: int) -> bytes | None:
-    """Run a command; return the first value of its last result (b"" when it has none), None without success."""
+def refused(conn: connection, query: bytes, meanwhile: Callable[[], None], limit_s: float) -> bytes | None:
+    """Run a query that is to fail, and call `meanwhile` while it does; return the SQLSTATE with which it has.
+
+    None when it did not fail within `limit_s` seconds; the connection is good for nothing any more then.
+    """
+    status, code = _run(conn, query, limit_s, meanwhile)
+    return None if status in (_NONE, _COMMAND_OK, _TUPLES_OK) else code
+
+
+def _run(
+    conn: connection, command: bytes, limit_s: float, meanwhile: Callable[[], None] | None = None
+) -> tuple[int, bytes]:
+    """Run a command; return its last result's status with its first value or its SQLSTATE, if it has one."""
     lib = library()
     pointer = conn.pgconn_ptr
     if lib is None or not pointer or not lib.PQsendQuery(pointer, command):
-        return None
+        return _NONE, b""
+    if meanwhile is not None:
+        meanwhile()
     deadline = time.monotonic() + limit_s
     poller = select.poll()
     poller.register(conn.fileno(), select.POLLIN)
-    value = b""
+    status, value = _NONE, b""
     while True:
         if lib.PQisBusy(pointer):
             # The command fits into any socket's buffer: nothing is left to be flushed.
             left_s = deadline - time.monotonic()
             if left_s <= 0 or not poller.poll(left_s * 1000) or not lib.PQconsumeInput(pointer):
-                return None
+                return _NONE, b""
             continue
         result = lib.PQgetResult(pointer)
         if not result:
-            return value
+            return status, value
         status = lib.PQresultStatus(result)
+        value = b""
         if status == _TUPLES_OK:
             value = lib.PQgetvalue(result, 0, 0) or b""
+        elif status != _COMMAND_OK:
+            value = lib.PQresultErrorField(result, _SQLSTATE) or b""
         lib.PQclear(result)
-        if status != wanted:
-            return None

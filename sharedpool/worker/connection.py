@@ -126,7 +126,7 @@ class PooledConnection(extensions.connection):
         elif self.sharedpool_lease is None:
             raise psycopg2.InterfaceError("cannot cancel: the connection was returned to its pool")
         else:
-            self.sharedpool_holdings.cancel(self.sharedpool_lease)
+            self.sharedpool_holdings.cancel(self.sharedpool_lease.token)
 
     def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:  # at the interpreter's end `os` may be gone
         # Dropped while checked out: no lock may be taken here, so the link's thread brings it back.

@@ -17,7 +17,7 @@ import struct
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -40,10 +40,11 @@ _REPORTED = (
 )  # fmt: skip
 # A reset that takes longer is not waited for: the connection is closed instead.
 _RESET_LIMIT_S = 1.0
-# Nor is a trial; it is made once, and what it would cost to be wrong is the hand-over.
+# Nor is a trial's answer; it is made once, and what it would cost to be wrong is the hand-over.
 _TRIAL_LIMIT_S = 3.0
 _BUILD_LIMIT_S = 5.0
 DISCARD = b"DISCARD ALL"
+_CANCELED = b"57014"
 _NEGOTIATE, _REFUSE = b"v", b"N"
 _SSL_REQUEST, _GSS_REQUEST = 80877103, 80877104
 _UCRED = struct.Struct("3i")  # pid, uid, gid
@@ -107,13 +108,21 @@ def adopt(shell: PooledConnection, fd: int, live: Live) -> PooledConnection:
     return shell
 
 
-def works(conn: PooledConnection) -> bool:
-    """Say whether a connection that was just adopted reaches the backend that it should: the technique's self-test.
+def works(conn: PooledConnection, cancel: Callable[[], None] | None) -> bool:
+    """Say whether a connection that was just adopted does what a connection does: the technique's self-test.
 
-    What rests on it (cancel, the broker's evidence) goes by that backend's pid. Blocks for one round trip, at most
-    three seconds.
+    It must reach the backend that it should, and what it executes must end by `cancel()`, which goes by that backend
+    too; where that cannot be called, None, it is not tried. Blocks for some round trips, at most three seconds each.
+    After False the connection is not to be used: a late cancel might meet its user's query.
     """
-    return libpq.ask(conn, b"SELECT pg_catalog.pg_backend_pid()", _TRIAL_LIMIT_S) == b"%d" % conn.get_backend_pid()
+    asked = b"SELECT pg_catalog.pg_backend_pid()"
+    expected = b"%d" % conn.get_backend_pid()
+    if libpq.ask(conn, asked, _TRIAL_LIMIT_S) != expected:
+        return False
+    if cancel is None:
+        return True
+    ended = libpq.refused(conn, b"SELECT pg_catalog.pg_sleep(1)", cancel, _TRIAL_LIMIT_S)
+    return ended == _CANCELED and libpq.ask(conn, asked, _TRIAL_LIMIT_S) == expected
 
 
 class Shells:

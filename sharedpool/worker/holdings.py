@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 from typing import cast
 
 import psycopg2
@@ -20,7 +21,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
 from sharedpool.errors import SharedPoolError
 from sharedpool.wire.codec import encode
-from sharedpool.wire.messages import Backend, Give, Interrupt, Live, Pass, ReleaseReason
+from sharedpool.wire.messages import Backend, Give, Interrupt, Live, Pass, ReleaseReason, Token
 from sharedpool.worker import forks
 from sharedpool.worker.booth import Booths
 from sharedpool.worker.cache import Cache
@@ -246,7 +247,7 @@ class Holdings:
             return None
         fit = False
         try:
-            fit = self._is_fit(conn)
+            fit = self._is_fit(conn, passed.token)
         finally:
             if not fit:
                 cut([conn], limit_s=0)
@@ -269,17 +270,21 @@ class Holdings:
             self.signal()
         return ticket
 
-    def _is_fit(self, conn: PooledConnection) -> bool:
+    def _is_fit(self, conn: PooledConnection, token: Token) -> bool:
         """Say whether a connection that was passed can be used here. They are tried until one has worked."""
         if not is_alive(conn):
             return False  # its backend has ended on the way
-        if not self._tested:
-            self._tested = works(conn)
-            if not self._tested and not has_hung_up(conn):
-                self._trials -= 1
-                if not self._trials:
-                    self._cannot("connections that are passed to it do not work here")
-        return self._tested
+        if self._tested:
+            return True
+        link = self.link
+        whole = link is not None and not link.is_here  # its thread is what sends the cancel
+        fit = works(conn, partial(self.cancel, token) if whole else None)
+        self._tested = self._tested or (fit and whole)
+        if not fit and not has_hung_up(conn):
+            self._trials -= 1
+            if not self._trials:
+                self._cannot("connections that are passed to it, or their cancels, do not work here")
+        return fit
 
     def _refuse(self, passed: Pass) -> None:
         with self.lock:
@@ -294,10 +299,10 @@ class Holdings:
         self.handover = False
         self.booths.path = ""
 
-    def cancel(self, lease: Lease) -> None:
+    def cancel(self, token: Token) -> None:
         """Have the broker cancel what a lease's connection is executing."""
         with self.lock:
-            self.cache.out.append(Interrupt(lease.token))
+            self.cache.out.append(Interrupt(token))
         self.signal()
 
     def give_back(self, lease: Lease, reason: ReleaseReason, *, gone: bool = True, error: str = "") -> None:

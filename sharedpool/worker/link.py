@@ -100,6 +100,11 @@ class Link:
         self._thread: Any = None  # or greenlet
         self._zmq: ModuleType = zmq
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the link's own thread."""
+        return self._thread is green.current_thread()
+
     def start(self) -> None:
         """Start the thread. Called again after an interrupt, it starts a second one only if the first never ran."""
         green.start_thread(self._run, "sharedpool-link")
@@ -115,7 +120,7 @@ class Link:
         """Let the thread end, saying BYE, as soon as the pool holds nothing; waits for it at most a second."""
         self.wake()
         thread = self._thread
-        if thread is not None and thread is not green.current_thread():
+        if thread is not None and not self.is_here:
             thread.join(_FLUSH_LIMIT_S + 0.5)
 
     def disown(self) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg2
@@ -23,10 +24,11 @@ import sharedpool
 from sharedpool import ThreadedConnectionPool
 from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.wire.messages import Live
+from sharedpool.wire.messages import Live, Token
 from sharedpool.wire.reports import PoolReport
 from sharedpool.worker.connection import PooledConnection
 from sharedpool.worker.handover import SUPPORTED, Stub, adopt
+from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.pool import Pool
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="connections cannot be handed over on this platform")
@@ -352,6 +354,55 @@ def test_a_process_where_an_adopted_connection_does_not_work_goes_on_without(
     wait_until(lambda: report(broker, name).leases == 1, 10, "the connection that was passed in vain to be ended")
 
 
+def test_the_first_connection_that_is_passed_is_tried_with_a_cancel_before_it_is_used(
+    pair: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[Holdings, Token]] = []
+    cancel = Holdings.cancel
+
+    def note(holdings: Holdings, token: Token) -> None:
+        sent.append((holdings, token))
+        cancel(holdings, token)
+
+    monkeypatch.setattr(Holdings, "cancel", note)
+    a, b = pair()  # which moves it from the second to the first
+    assert [holdings for holdings, _ in sent] == [a._holdings]
+    conn = moved(a, b, lambda conn: None)
+    assert sent[1:] == [(b._holdings, conn.sharedpool_lease.token)]  # type: ignore[attr-defined]
+    assert ask(conn, "SELECT pg_sleep(0.05)") == ""  # it was for the trial alone
+    b.put_conn(conn)
+    for giver, taker in ((b, a), (a, b)):
+        taker.put_conn(moved(giver, taker, lambda conn: None))
+    assert len(sent) == 2  # once has to do
+
+
+def test_where_the_broker_may_not_cancel_connections_are_not_handed_over(
+    server_connection: extensions.connection,
+    postgres: EphemeralPostgres,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its role is not the workers', and no member of it: nobody could cancel a query of a connection that has moved."""
+    with server_connection.cursor() as cursor:
+        cursor.execute("CREATE ROLE watcher LOGIN")
+    dsn = extensions.make_dsn(postgres.dsn, user="watcher")
+    with sharedpool.start_broker(5, address=f"ipc://{tmp_path}/b.sock", dsn=dsn) as broker:
+        config = sharedpool.config_pool(name="watched", dsn=postgres.dsn, broker=broker.address, max_conn=1).config
+        pools = [ThreadedConnectionPool(config, broker.address, None) for _ in range(2)]
+        rounds = 0
+        while all(pool._holdings.handover for pool in pools):
+            rounds += 1
+            assert rounds < 20
+            for pool in pools:
+                conn = pool.get_conn()
+                assert ask(conn, "SELECT pg_backend_pid()") == conn.info.backend_pid
+                pool.put_conn(conn)
+        for pool in pools:
+            assert pool._holdings.adopted == 0
+            pool.release_all()
+    assert "no hand-over in this process" in caplog.text
+
+
 def test_a_backend_that_ends_on_the_way_is_not_handed_out(
     pair: MakePair, monkeypatch: pytest.MonkeyPatch, server_connection: extensions.connection
 ) -> None:
@@ -433,7 +484,7 @@ def test_no_slot_is_lost_with_a_process_that_ends_or_stops_in_the_middle_of_a_tr
             worker.send("hammer", seconds=seconds, threads=1, timeout=30, work_s=0.001)
         for _ in range(victims):
             with Worker(**settings) as victim:
-                victim.send("hammer", seconds=60, threads=1, timeout=30, work_s=0.001)
+                victim.send("hammer", seconds=12, threads=1, timeout=30, work_s=0.001)
                 wait_until(lambda: report(broker, name).sessions >= 5, 10, "the victim to take part")
                 handovers = report(broker, name).handovers + rng.randrange(1, 50)
                 wait_until(lambda n=handovers: report(broker, name).handovers >= n, 10, "some transfers")

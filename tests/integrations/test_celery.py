@@ -40,7 +40,7 @@ def name() -> str:
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, Any]:
     """The app's settings: messages and results go through files."""
-    folders = {part: tmp_path / part for part in ("messages", "control", "results", "ends")}
+    folders = {part: tmp_path / part for part in ("messages", "unsent", "control", "results", "ends")}
     for folder in folders.values():
         folder.mkdir()
     return {
@@ -95,9 +95,15 @@ def look(settings: dict[str, Any]) -> Iterator[Look]:
     """Send a task that does a query of so many seconds; return its promise."""
     app = celery.Celery("client")
     app.conf.update(settings)
+    sent = Path(settings["broker_transport_options"]["data_folder_in"])
+    unsent = sent.with_name("unsent")
+    app.conf.broker_transport_options = settings["broker_transport_options"] | {"data_folder_out": str(unsent)}
 
     def send(seconds: float, **options: Any) -> "celery.result.AsyncResult[tuple[int, int]]":
-        return app.send_task("look", [seconds], **options)
+        promise = app.send_task("look", [seconds], **options)
+        for message in unsent.iterdir():  # a worker that finds one half written ends
+            message.rename(sent / message.name)
+        return promise
 
     yield send
     app.close()
