@@ -126,7 +126,10 @@ def works(conn: PooledConnection, cancel: Callable[[], None] | None) -> bool:
 
 
 class Shells:
-    """One pool's empty connections in this process, by the parameters they were built with."""
+    """One pool's empty connections in this process, by the parameters they were built with.
+
+    As many are kept as connections were held at once since the last `trim`: each may go, and one come in its place.
+    """
 
     def __init__(self, keywords: Mapping[str, Any]) -> None:
         """`keywords` are those for Python's side of a connection: its classes."""
@@ -134,13 +137,16 @@ class Shells:
         self._lock = threading.Lock()
         self._stock: OrderedDict[bytes, list[PooledConnection]] = OrderedDict()
         self._kept = 0
+        self._needed = 1
 
-    def take(self, parameters: bytes) -> PooledConnection:
+    def take(self, parameters: bytes, held: int) -> PooledConnection:
         """Return a shell for a session with these parameters; builds one, in less than a millisecond, if need be.
 
-        Raise `psycopg2.Error` or `OSError` when it cannot be built.
+        `held`: how many connections the process has with this one. Raise `psycopg2.Error` or `OSError` when it cannot
+        be built.
         """
         with self._lock:
+            self._needed = max(self._needed, held)
             while stock := self._stock.get(parameters):
                 shell = stock.pop()
                 self._kept -= 1
@@ -148,8 +154,8 @@ class Shells:
                     return shell
         return self._build(_decode(parameters))
 
-    def keep(self, shell: PooledConnection, parameters: bytes, most: int) -> None:
-        """Keep a vacated connection for later, but no more than `most` in all: that many threads have ever waited."""
+    def keep(self, shell: PooledConnection, parameters: bytes) -> None:
+        """Keep a vacated connection for later."""
         if shell.string_types or shell.binary_types:
             shell.string_types.clear()
             shell.binary_types.clear()
@@ -157,12 +163,13 @@ class Shells:
             self._stock.setdefault(parameters, []).append(shell)
             self._stock.move_to_end(parameters)
             self._kept += 1
-            self._trim(max(1, most))
+            self._trim(self._needed)
 
-    def trim(self, most: int) -> None:
-        """Keep no more than `most`."""
+    def trim(self, held: int) -> None:
+        """Let go of what was not needed since the last call; `held` are needed now."""
         with self._lock:
-            self._trim(most)
+            self._trim(self._needed)
+            self._needed = max(1, held)
 
     def _trim(self, most: int) -> None:
         while self._kept > most:

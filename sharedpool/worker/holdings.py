@@ -222,7 +222,7 @@ class Holdings:
                 self.cache.slices.parted(time.monotonic())
                 self.released[closing.reason] += 1
                 self.given += 1
-            self.shells.keep(conn, parameters, len(self.booths))
+            self.shells.keep(conn, parameters)
             if self.retired or self.disposed:
                 self.signal()  # it may have been the last
         else:
@@ -237,7 +237,7 @@ class Holdings:
         """
         live = passed.live
         try:
-            conn = adopt(self.shells.take(live.parameters), fd, live)
+            conn = adopt(self.shells.take(live.parameters, len(self.cache.leases) + 1), fd, live)
         except BaseException as error:
             os.close(fd)
             self._refuse(passed)

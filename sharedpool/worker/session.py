@@ -84,7 +84,7 @@ class Session:
         self._holdings.reclaim(0, thorough=False)
         self._holdings.purge()
         self._holdings.booths.trim()
-        self._holdings.shells.trim(len(self._holdings.booths))
+        self._holdings.shells.trim(len(self._holdings.cache.leases))
         now = time.monotonic()
         with self._holdings.lock:
             lost = self._holdings.cache.lost(now)
