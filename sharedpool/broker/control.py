@@ -54,9 +54,11 @@ WHERE (pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0)) 
 _LOOK_SQL = """
 SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0) FROM pg_stat_activity WHERE pid = ANY(%s)
 """
+# No row: it has ended; (null, true): another has its pid; (null, false): its start is hidden from this role.
 _CANCEL_SQL = """
-SELECT pg_cancel_backend(pid) FROM pg_stat_activity
-WHERE pid = %s AND coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0) = %s
+SELECT CASE coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0) WHEN %s THEN pg_cancel_backend(pid) END,
+       backend_start IS NOT NULL
+FROM pg_stat_activity WHERE pid = %s
 """
 # A backend holds the lock on its virtual transaction while it authenticates its client, before it is in
 # pg_stat_activity (PostgreSQL's InitPostgres). This is asked first: what starts meanwhile is in the second answer.
@@ -243,17 +245,22 @@ class Control:
 
     def _cancel(self, order: Interfere) -> None:
         """Cancel what a backend is executing: now or never, later it may be at something else."""
+        sent: bool | None = None
         if self._conn is None:
             logger.warning("lease %s: its query is not cancelled: no control connection", order.token)
         else:
             try:
                 with self._conn.cursor() as cursor:
-                    cursor.execute(_CANCEL_SQL, (order.backend.pid, order.backend.start_us))
-            except psycopg2.errors.InsufficientPrivilege as error:
-                logger.warning("lease %s: its query is not cancelled: %s", order.token, str(error).strip())
+                    cursor.execute(_CANCEL_SQL, (order.backend.start_us, order.backend.pid))
+                    done, visible = cursor.fetchone() or (None, True)
+                    sent = done if visible else bool(done)
+            except psycopg2.errors.InsufficientPrivilege:
+                sent = False
             except Exception as error:
                 self._lose(error)
-        self._tell(lambda ledger, now: ledger.interrupted(order.token, now))
+        if sent is False:
+            logger.warning("lease %s: its query is not cancelled: the broker's role may not", order.token)
+        self._tell(lambda ledger, now: ledger.interrupted(order.token, sent, now))
 
     def _peek(self, peek: Peek) -> None:
         """Tell a command what the server says. A question that cannot be put is not put later: nobody waits for it."""

@@ -79,6 +79,7 @@ class Handover:
         lease.line = 0
         self._leases.identify(lease, give.live.backend)
         stays = lease.custody and not lease.interrupts and give.live.generation == lease.pool.generation
+        stays = stays and lease.pool.cancels is not False
         if not stays or self._demand.excess(lease.pool) > 0:
             self._leases.fence(lease, "given, but not fit to go on", now)
         elif (waiter := self._first(lease.pool)) is not None:
@@ -127,7 +128,9 @@ class Handover:
         session.passes += 1
         self._lines[waiter.line] = heir
         serial = self._demand.next_serial()
-        self._emit(PassOn(waiter.line, Pass(waiter.request, heir.token, serial, session.owed, pressure > 0, live)))
+        trial = pool.cancels is None
+        passed = Pass(waiter.request, heir.token, serial, session.owed, pressure > 0, live, trial)
+        self._emit(PassOn(waiter.line, passed))
 
     # --- parking
 
@@ -211,11 +214,24 @@ class Handover:
             lease.interrupts += 1
             self._emit(Interfere(token, lease.backend))
 
-    def interrupted(self, token: Token) -> None:
-        """Take in that a cancel was sent, or could not be."""
+    def interrupted(self, token: Token, sent: bool | None, now: float) -> Pool | None:
+        """Take in that a cancel was sent, must not be, or (None) was not needed, or not possible just now.
+
+        Where it must not be nothing is passed on from now on: nobody could cancel what is executed on a connection that
+        has moved. Return the pool of which that has just become known.
+        """
         lease = self._books.leases.get(token)
-        if lease is not None:
-            lease.interrupts -= 1
+        if lease is None:
+            return None
+        lease.interrupts -= 1
+        pool = lease.pool
+        if sent is None or pool.cancels is not None:
+            return None
+        pool.cancels = sent
+        if sent:
+            return None
+        self.end([pool], len(pool.parked), now)
+        return pool
 
     def check_invariants(self) -> None:
         """Raise `AssertionError` when the records contradict each other."""

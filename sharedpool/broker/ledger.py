@@ -248,9 +248,13 @@ class Ledger:
         self._handover.left(line, now)
         return self._settled(now)
 
-    def interrupted(self, token: Token, now: float) -> list[Command]:
-        """Take in that a cancel was sent, or could not be."""
-        self._handover.interrupted(token)
+    def interrupted(self, token: Token, sent: bool | None, now: float) -> list[Command]:
+        """Take in that a cancel was sent, must not be, or (None) was not needed, or not possible just now."""
+        if (pool := self._handover.interrupted(token, sent, now)) is not None:
+            text = (
+                "pool %r: no hand-over: the broker's role is no member of the workers' and may not cancel their queries"
+            )
+            self._log(logging.WARNING, text, pool.name, pool=pool.name)
         return self._settled(now)
 
     def surveyed(self, survey: Survey, now: float) -> list[Command]:

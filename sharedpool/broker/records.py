@@ -175,6 +175,8 @@ class Pool:
     shared_until: float = -math.inf
     nudging: bool = False
     nudged: dict[bytes, int] = field(default_factory=dict)
+    # Whether the broker may cancel what this pool's backends execute; None until it was tried.
+    cancels: bool | None = None
     handovers: int = 0
     taking: int = 0
     grants: int = 0

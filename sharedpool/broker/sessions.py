@@ -123,7 +123,7 @@ class Sessions:
         revoked = self.leases.reconcile(session, hello.leases, now, seen=hello.seen, claim=True)
         expiration_ms, ttl_ms = int(session.expiration_s * 1000), int(self._terms.ttl_s * 1000)
         # One that connects elsewhere, or as somebody else, must neither be given the others' connections nor give its.
-        handover = self._terms.handover and hello.pool.server == pool.spec.server
+        handover = self._terms.handover and hello.pool.server == pool.spec.server and pool.cancels is not False
         welcome = Welcome(
             PROTOCOL_VERSION, self._terms.epoch, pool.most, expiration_ms, ttl_ms, revoked,
             tag_of(pool.name, self._terms.instance), self._terms.desk, pool.generation, handover,

@@ -411,6 +411,7 @@ class Pass(Struct, frozen=True, tag="pass"):
     """A lease whose connection is open: its socket comes with this packet. `serial` and `owed` are as in GRANT.
 
     `pressed`: others wait for what is owed; else it is owed because the pool is shared, and anybody may ask for it.
+    `trial`: no cancel was seen to work on a connection of this pool that has moved; try one before it is used.
     """
 
     request: int
@@ -419,6 +420,7 @@ class Pass(Struct, frozen=True, tag="pass"):
     owed: int
     pressed: bool
     live: Live
+    trial: bool = False
 
 
 class Settled(Struct, frozen=True, tag="settled"):

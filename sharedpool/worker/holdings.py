@@ -247,7 +247,7 @@ class Holdings:
             return None
         fit = False
         try:
-            fit = self._is_fit(conn, passed.token)
+            fit = self._is_fit(conn, passed)
         finally:
             if not fit:
                 cut([conn], limit_s=0)
@@ -270,16 +270,16 @@ class Holdings:
             self.signal()
         return ticket
 
-    def _is_fit(self, conn: PooledConnection, token: Token) -> bool:
+    def _is_fit(self, conn: PooledConnection, passed: Pass) -> bool:
         """Say whether a connection that was passed can be used here. They are tried until one has worked."""
         if not is_alive(conn):
             return False  # its backend has ended on the way
-        if self._tested:
-            return True
         link = self.link
-        whole = link is not None and not link.is_here  # its thread is what sends the cancel
-        fit = works(conn, partial(self.cancel, token) if whole else None)
-        self._tested = self._tested or (fit and whole)
+        cancel = passed.trial and link is not None and not link.is_here  # its thread is what sends a cancel
+        if self._tested and not cancel:
+            return True
+        fit = works(conn, partial(self.cancel, passed.token) if cancel else None)
+        self._tested = self._tested or fit
         if not fit and not has_hung_up(conn):
             self._trials -= 1
             if not self._trials:

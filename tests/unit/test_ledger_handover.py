@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from test_ledger import TTL_S, Broker, Worker
 
-from sharedpool.broker.commands import Entrust, Fence, Interfere, PassOn
+from sharedpool.broker.commands import Entrust, Fence, Interfere, Log, PassOn
 from sharedpool.broker.handover import NUDGE_S, SHARED_S
 from sharedpool.broker.records import SlotState
 from sharedpool.wire.messages import (
@@ -22,6 +22,7 @@ from sharedpool.wire.messages import (
     ReleaseReason,
     Renew,
     Token,
+    Welcome,
     Withdraw,
 )
 
@@ -202,10 +203,44 @@ def test_after_the_cancel_it_may_go_on(broker: Broker, desk: Desk) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
     broker.send(a.id, Interrupt(token))
-    broker.take_in(broker.ledger.interrupted(token, broker.now))
+    broker.take_in(broker.ledger.interrupted(token, True, broker.now))
     desk.ask(b, line=7)
     desk.give(a, token)
     assert len(desk.passed()) == 1
+
+
+@pytest.mark.parametrize(("sent", "trials"), [(None, [True, True]), (True, [True, False])])
+def test_a_cancel_is_tried_with_what_is_passed_until_one_was_sent(
+    broker: Broker, desk: Desk, sent: bool | None, trials: list[bool]
+) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    for giver, taker in ((a, b), (b, a)):
+        desk.ask(taker, line=7)
+        desk.give(giver, token)
+        token = desk.passed()[-1][1].token
+        broker.send(taker.id, Interrupt(token))
+        broker.take_in(broker.ledger.interrupted(token, sent, broker.now))
+    assert [passed.trial for _, passed in desk.passed()] == trials
+
+
+def test_where_the_broker_may_not_cancel_nothing_is_passed_on_any_more() -> None:
+    broker = Broker(handover=True)
+    desk = Desk(broker)
+    a, b, c = (broker.worker(name, max_conn=3) for name in "abc")
+    first, second, parked = (desk.lend(a) for _ in range(3))
+    desk.give(a, parked)
+    desk.ask(b, line=7)
+    passed = desk.passed()[0][1].token
+    desk.give(a, second)  # parked
+    broker.send(b.id, Interrupt(passed))
+    broker.take_in(broker.ledger.interrupted(passed, False, broker.now))
+    assert [fence.token for fence in broker.all(Fence)] == [second]  # that, too
+    assert any("may not cancel" in log.text for log in broker.all(Log))
+    desk.give(a, first)
+    assert [fence.token for fence in broker.all(Fence)] == [second, first]
+    assert broker.worker("late", max_conn=3).sent(Welcome)[-1].handover is False
+    assert c.sent(Welcome)[-1].handover is True
 
 
 def test_for_a_waiter_without_a_line_the_connection_is_ended(broker: Broker, desk: Desk) -> None:
