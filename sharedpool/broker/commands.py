@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from sharedpool.wire.messages import Backend, Pass, PoolSpec, Token, ToWorker
+from sharedpool.wire.desk import Pass
+from sharedpool.wire.messages import Backend, PoolSpec, Token, ToWorker
 from sharedpool.wire.reports import ToOperator
 
 

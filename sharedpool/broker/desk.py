@@ -25,7 +25,8 @@ from sharedpool.errors import ProtocolError
 from sharedpool.hangup import other_side_closed
 from sharedpool.wire import descriptors
 from sharedpool.wire.codec import decode_to_desk, encode
-from sharedpool.wire.messages import Ask, Deposit, Give, Pass, Settled, Token, Withdraw
+from sharedpool.wire.desk import Ask, Deposit, Give, Pass, Settled, Withdraw
+from sharedpool.wire.messages import Token
 
 logger = logging.getLogger("sharedpool.broker")
 

@@ -18,7 +18,8 @@ from sharedpool.broker.commands import Command, Entrust, Interfere, PassOn
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.leases import Leases
 from sharedpool.broker.records import Lease, Pool, Session, SlotState, Waiter
-from sharedpool.wire.messages import Give, Live, Pass, Phase, ReleaseReason, Token
+from sharedpool.wire.desk import Give, Live, Pass
+from sharedpool.wire.messages import Phase, ReleaseReason, Token
 
 # A pool is shared for so long after a connection has last changed hands.
 SHARED_S = 1.0

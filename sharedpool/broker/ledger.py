@@ -29,15 +29,14 @@ from sharedpool.broker.recovery import GRACE_OVER, Recovery
 from sharedpool.broker.report import lease_lines, report
 from sharedpool.broker.sessions import Sessions, Terms
 from sharedpool.broker.timers import Timers
+from sharedpool.wire.desk import Ask, Give, Withdraw
 from sharedpool.wire.messages import (
     Ack,
     Acquire,
-    Ask,
     Bye,
     Cancel,
     Confirm,
     DenyReason,
-    Give,
     Gone,
     Hello,
     Interrupt,
@@ -50,7 +49,6 @@ from sharedpool.wire.messages import (
     ToBroker,
     Token,
     Trouble,
-    Withdraw,
 )
 from sharedpool.wire.orders import Done, Order
 from sharedpool.wire.reports import LeaseLine, PoolReport, Report, SessionReport

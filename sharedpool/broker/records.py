@@ -15,7 +15,8 @@ from sharedpool.broker.backoff import Backoff
 from sharedpool.broker.commands import Process
 from sharedpool.broker.groups import Group
 from sharedpool.broker.totals import Totals
-from sharedpool.wire.messages import Backend, Live, PoolSpec, Times, Token
+from sharedpool.wire.desk import Live
+from sharedpool.wire.messages import Backend, PoolSpec, Times, Token
 
 # What counts for as long as the broker lives.
 _COUNTERS = ("handovers", "grants", "waits", "denials", "timeouts", "recalls", "fences", "overdue", "totals")

@@ -56,7 +56,8 @@ from sharedpool.broker.systemd import notify
 from sharedpool.errors import ConfigError, ProtocolError, SharedPoolError
 from sharedpool.wire import address as addresses
 from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, encode, hello_version
-from sharedpool.wire.messages import PROTOCOL_VERSION, Ask, Give, Hello, Reject, Token, Withdraw
+from sharedpool.wire.desk import Ask, Give, Withdraw
+from sharedpool.wire.messages import PROTOCOL_VERSION, Hello, Reject, Token
 from sharedpool.wire.orders import Order
 from sharedpool.wire.place import place
 from sharedpool.wire.reports import Report, Status

@@ -7,7 +7,8 @@ from typing import TypeVar
 import msgspec
 
 from sharedpool.errors import ProtocolError
-from sharedpool.wire.messages import FromDesk, Hello, ToBroker, ToDesk, ToWorker
+from sharedpool.wire.desk import FromDesk, ToDesk
+from sharedpool.wire.messages import Hello, ToBroker, ToWorker
 from sharedpool.wire.reports import FromOperator, ToOperator
 
 # The largest honest message is a RENEW with every lease of a big pool; anything longer is not ours.

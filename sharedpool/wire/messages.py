@@ -26,15 +26,7 @@ repeated, a lease is named by a token that is never used twice.
 absolute number, so that a repeated or late RECALL does no harm (`serial` tells which is the newest).
 What the command line asks a broker, without a HELLO, is in `reports.py`.
 
-The *desk* (═) is a unix SEQPACKET socket beside the ZeroMQ one: each DEPOSIT carries a duplicate of a connection's
-socket. When it closes, the broker is gone. A thread that waits where connections can be handed over has a line of its
-own there, on which the kernel wakes it:
-
-      ASK(request, wait)                        ═════►                               instead of ACQUIRE
-      GIVE(token)                               ═════►                               from whoever was asked to
-                                                ◄═════  PASS(request, token) + socket, the connection goes on
-      WITHDRAW(request)                         ═════►                               it waits no more
-                                                ◄═════  SETTLED(request)             no PASS for it follows
+What is said at the desk (═) is in `desk.py`.
 
 From a HELLO until its WELCOME a worker takes in nothing else: a grant of a former broker, or of this one before it
 knew what is held, counts as lost and is sent again.
@@ -360,76 +352,5 @@ class Stale(Struct, frozen=True, tag="stale"):
     generation: int
 
 
-# --- at the desk
-
-
-class Deposit(Struct, frozen=True, tag="deposit"):
-    """The socket that comes with this packet belongs to the lease's connection."""
-
-    session: bytes
-    token: Token
-
-
-class Ask(Struct, frozen=True, tag="ask"):
-    """An ACQUIRE whose answer may be a PASS, on this line. `gone` is as in RENEW: their RELEASE may come later."""
-
-    session: bytes
-    request: int
-    wait_ms: int
-    gone: list[Token] = []
-
-
-class Withdraw(Struct, frozen=True, tag="withdraw"):
-    """A CANCEL for what was asked on this line; SETTLED is the answer."""
-
-    session: bytes
-    request: int
-
-
-class Live(Struct, frozen=True):
-    """A connection that moves: what its next worker must know of it. `left_ms` is what is left of its lifetime.
-
-    `parameters` are the session's as libpq knows them (msgpack of a map); the broker does not read them.
-    """
-
-    backend: Backend
-    generation: int
-    parameters: bytes
-    left_ms: int | None = None
-
-
-class Give(Struct, frozen=True, tag="give"):
-    """The lease's connection, which is at the desk, is clean, and nobody's here any more."""
-
-    session: bytes
-    token: Token
-    reason: ReleaseReason
-    live: Live
-
-
-class Pass(Struct, frozen=True, tag="pass"):
-    """A lease whose connection is open: its socket comes with this packet. `serial` and `owed` are as in GRANT.
-
-    `pressed`: others wait for what is owed; else it is owed because the pool is shared, and anybody may ask for it.
-    `trial`: no cancel was seen to work on a connection of this pool that has moved; try one before it is used.
-    """
-
-    request: int
-    token: Token
-    serial: int
-    owed: int
-    pressed: bool
-    live: Live
-    trial: bool = False
-
-
-class Settled(Struct, frozen=True, tag="settled"):
-    """A request that was withdrawn will not be answered any more."""
-
-    request: int
-
-
 ToBroker = Hello | Acquire | Cancel | Confirm | Renew | Release | Trouble | Interrupt | Bye
 ToWorker = Welcome | Reject | Grant | Deny | Recall | Ack | Gone | Tell | Stale
-ToDesk = Deposit | Ask | Withdraw | Give
-FromDesk = Pass | Settled

@@ -14,7 +14,8 @@ import threading
 from sharedpool.errors import ProtocolError
 from sharedpool.wire import descriptors
 from sharedpool.wire.codec import decode_from_desk, encode
-from sharedpool.wire.messages import Ask, Pass, Settled, Token, Withdraw
+from sharedpool.wire.desk import Ask, Pass, Settled, Withdraw
+from sharedpool.wire.messages import Token
 from sharedpool.worker import green
 
 _PACKET_BYTES = 8192

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from msgspec import structs
 
 from sharedpool.errors import SharedPoolError
+from sharedpool.wire.desk import Pass
 from sharedpool.wire.messages import (
     NO_TOKEN,
     Acquire,
@@ -28,7 +29,6 @@ from sharedpool.wire.messages import (
     Deny,
     Grant,
     LeaseReport,
-    Pass,
     Phase,
     Recall,
     Release,

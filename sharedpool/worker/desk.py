@@ -8,7 +8,8 @@ import socket
 
 from sharedpool.wire import descriptors
 from sharedpool.wire.codec import encode
-from sharedpool.wire.messages import Deposit, Token
+from sharedpool.wire.desk import Deposit
+from sharedpool.wire.messages import Token
 from sharedpool.worker.connection import PooledConnection
 
 logger = logging.getLogger("sharedpool.worker")

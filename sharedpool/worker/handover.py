@@ -25,7 +25,7 @@ import psycopg2
 from psycopg2 import extensions
 
 from sharedpool import libpq
-from sharedpool.wire.messages import Live
+from sharedpool.wire.desk import Live
 from sharedpool.worker.connection import PooledConnection, is_alive, pooled_class, session_of
 from sharedpool.worker.ending import abandon, dead_end
 

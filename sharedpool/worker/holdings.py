@@ -21,7 +21,8 @@ from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
 from sharedpool.errors import SharedPoolError
 from sharedpool.wire.codec import encode
-from sharedpool.wire.messages import Backend, Give, Interrupt, Live, Pass, ReleaseReason, Token
+from sharedpool.wire.desk import Give, Live, Pass
+from sharedpool.wire.messages import Backend, Interrupt, ReleaseReason, Token
 from sharedpool.worker import forks
 from sharedpool.worker.booth import Booths
 from sharedpool.worker.cache import Cache

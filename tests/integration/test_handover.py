@@ -24,7 +24,8 @@ import sharedpool
 from sharedpool import ThreadedConnectionPool
 from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.wire.messages import Live, Token
+from sharedpool.wire.desk import Live
+from sharedpool.wire.messages import Token
 from sharedpool.wire.reports import PoolReport
 from sharedpool.worker.connection import PooledConnection
 from sharedpool.worker.handover import SUPPORTED, Stub, adopt

@@ -23,12 +23,12 @@ from sharedpool.broker.settings import BrokerSettings
 from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_worker, encode
+from sharedpool.wire.desk import Deposit
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
     Acquire,
     Backend,
     Confirm,
-    Deposit,
     Hello,
     PoolSpec,
     Reject,

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from sharedpool.errors import SharedPoolError
 from sharedpool.wire.codec import decode_from_desk, decode_to_desk, encode
-from sharedpool.wire.messages import Ask, Deposit, Give, Live, Pass, ReleaseReason, Settled, Withdraw
+from sharedpool.wire.desk import Ask, Deposit, Give, Live, Pass, Settled, Withdraw
+from sharedpool.wire.messages import ReleaseReason
 from sharedpool.worker.cache import Cache
 from sharedpool.worker.lease import Closing, Lease, Ticket
 

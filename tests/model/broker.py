@@ -33,7 +33,8 @@ from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.records import SlotState
 from sharedpool.broker.recovery import GRACE_OVER
 from sharedpool.wire.codec import decode_to_broker, decode_to_worker, encode
-from sharedpool.wire.messages import Acquire, Ask, Deposit, Give, Grant, Hello, Pass, Settled, ToBroker, Token
+from sharedpool.wire.desk import Ask, Deposit, Give, Pass, Settled
+from sharedpool.wire.messages import Acquire, Grant, Hello, ToBroker, Token
 from sharedpool.wire.orders import Order, OrderKind
 
 from .booths import checked

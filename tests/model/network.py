@@ -11,7 +11,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from sharedpool.wire.messages import FromDesk, Hello, ToBroker, ToDesk, ToWorker
+from sharedpool.wire.desk import FromDesk, ToDesk
+from sharedpool.wire.messages import Hello, ToBroker, ToWorker
 
 from .server import Proc
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from sharedpool.broker.commands import Process
 from sharedpool.errors import SharedPoolError
+from sharedpool.wire.desk import Ask
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
     Ack,
-    Ask,
     Deny,
     Gone,
     Grant,

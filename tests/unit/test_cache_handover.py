@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from test_cache import Conn, Rig, reason_of
 
-from sharedpool.wire.messages import Acquire, Backend, Live, Pass, Recall, ReleaseReason, Renew, Token
+from sharedpool.wire.desk import Live, Pass
+from sharedpool.wire.messages import Acquire, Backend, Recall, ReleaseReason, Renew, Token
 from sharedpool.worker.lease import Closing, Lease, Ticket
 from sharedpool.worker.slices import STEADY_GAP_S
 

@@ -12,7 +12,8 @@ import pytest
 from sharedpool.broker.desk import SUPPORTED, Desk
 from sharedpool.wire import descriptors
 from sharedpool.wire.codec import decode_from_desk, encode
-from sharedpool.wire.messages import Ask, Backend, Deposit, Give, Live, Pass, Token, Withdraw
+from sharedpool.wire.desk import Ask, Deposit, Give, Live, Pass, Withdraw
+from sharedpool.wire.messages import Backend, Token
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="no desk on this platform")
 

@@ -8,14 +8,11 @@ from test_ledger import TTL_S, Broker, Worker
 from sharedpool.broker.commands import Entrust, Fence, Interfere, Log, PassOn
 from sharedpool.broker.handover import NUDGE_S, SHARED_S
 from sharedpool.broker.records import SlotState
+from sharedpool.wire.desk import Ask, Give, Live, Pass, Withdraw
 from sharedpool.wire.messages import (
     Ack,
-    Ask,
-    Give,
     Grant,
     Interrupt,
-    Live,
-    Pass,
     Phase,
     Recall,
     Reject,
@@ -23,7 +20,6 @@ from sharedpool.wire.messages import (
     Renew,
     Token,
     Welcome,
-    Withdraw,
 )
 
 

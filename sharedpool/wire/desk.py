@@ -1,0 +1,88 @@
+"""What is said at the desk.
+
+The *desk* (═) is a unix SEQPACKET socket beside the ZeroMQ one: each DEPOSIT carries a duplicate of a connection's
+socket. When it closes, the broker is gone. A thread that waits where connections can be handed over has a line of its
+own there, on which the kernel wakes it:
+
+      ASK(request, wait)                        ═════►                               instead of ACQUIRE
+      GIVE(token)                               ═════►                               from whoever was asked to
+                                                ◄═════  PASS(request, token) + socket, the connection goes on
+      WITHDRAW(request)                         ═════►                               it waits no more
+                                                ◄═════  SETTLED(request)             no PASS for it follows
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from sharedpool.wire.messages import Backend, ReleaseReason, Struct, Token
+
+
+class Deposit(Struct, frozen=True, tag="deposit"):
+    """The socket that comes with this packet belongs to the lease's connection."""
+
+    session: bytes
+    token: Token
+
+
+class Ask(Struct, frozen=True, tag="ask"):
+    """An ACQUIRE whose answer may be a PASS, on this line. `gone` is as in RENEW: their RELEASE may come later."""
+
+    session: bytes
+    request: int
+    wait_ms: int
+    gone: list[Token] = msgspec.field(default_factory=list)
+
+
+class Withdraw(Struct, frozen=True, tag="withdraw"):
+    """A CANCEL for what was asked on this line; SETTLED is the answer."""
+
+    session: bytes
+    request: int
+
+
+class Live(Struct, frozen=True):
+    """A connection that moves: what its next worker must know of it. `left_ms` is what is left of its lifetime.
+
+    `parameters` are the session's as libpq knows them (msgpack of a map); the broker does not read them.
+    """
+
+    backend: Backend
+    generation: int
+    parameters: bytes
+    left_ms: int | None = None
+
+
+class Give(Struct, frozen=True, tag="give"):
+    """The lease's connection, which is at the desk, is clean, and nobody's here any more."""
+
+    session: bytes
+    token: Token
+    reason: ReleaseReason
+    live: Live
+
+
+class Pass(Struct, frozen=True, tag="pass"):
+    """A lease whose connection is open: its socket comes with this packet. `serial` and `owed` are as in GRANT.
+
+    `pressed`: others wait for what is owed; else it is owed because the pool is shared, and anybody may ask for it.
+    `trial`: no cancel was seen to work on a connection of this pool that has moved; try one before it is used.
+    """
+
+    request: int
+    token: Token
+    serial: int
+    owed: int
+    pressed: bool
+    live: Live
+    trial: bool = False
+
+
+class Settled(Struct, frozen=True, tag="settled"):
+    """A request that was withdrawn will not be answered any more."""
+
+    request: int
+
+
+ToDesk = Deposit | Ask | Withdraw | Give
+FromDesk = Pass | Settled
