@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import psycopg2
-from psycopg2.extensions import connection, cursor, parse_dsn
+from psycopg2.extensions import connection, parse_dsn
 
+from sharedpool.broker import catalog
 from sharedpool.broker.activity import activity_of
 from sharedpool.broker.commands import Command, Doubt, Fence, Interfere, Look, Peek, Place, Saw, Send, Survey
 from sharedpool.broker.leadership import Leadership
@@ -35,40 +36,6 @@ logger = logging.getLogger("sharedpool.broker")
 _FIRST_RETRY_S = 0.005
 _LAST_RETRY_S = 1.0
 _FIRST_RECONNECT_S, _LAST_RECONNECT_S = 0.1, 1.0
-
-_SERVER_SQL = """
-SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,
-       coalesce(host(inet_server_addr()), '') || ':' || coalesce(inet_server_port(), 0)
-"""
-_ROOM_SQL = """
-SELECT sum(CASE name WHEN 'max_connections' THEN setting::int ELSE -setting::int END)
-FROM pg_settings WHERE name IN ('max_connections', 'superuser_reserved_connections', 'reserved_connections')
-"""
-# One statement, so that the pid cannot be another process's between the look and the signal.
-_FENCE_SQL = """
-SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint, pg_terminate_backend(pid)
-FROM pg_stat_activity
-WHERE (pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0)) IN
-      (SELECT * FROM unnest(%s::int[], %s::bigint[]))
-"""
-_LOOK_SQL = """
-SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0) FROM pg_stat_activity WHERE pid = ANY(%s)
-"""
-# No row: it has ended; (null, true): another has its pid; (null, false): its start is hidden from this role.
-_CANCEL_SQL = """
-SELECT CASE coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0) WHEN %s THEN pg_cancel_backend(pid) END,
-       backend_start IS NOT NULL
-FROM pg_stat_activity WHERE pid = %s
-"""
-# A backend holds the lock on its virtual transaction while it authenticates its client, before it is in
-# pg_stat_activity (PostgreSQL's InitPostgres). This is asked first: what starts meanwhile is in the second answer.
-# Since PostgreSQL 18 it is listed all along, but until it has its name it has neither user nor database.
-_STARTING_SQL = "SELECT pid FROM pg_locks WHERE locktype = 'virtualxid' AND pid <> pg_backend_pid()"
-_ACTIVITY_SQL = """
-SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0), coalesce(application_name, ''),
-       coalesce(application_name LIKE %s, false), datid IS NULL AND usesysid IS NULL
-FROM pg_stat_activity
-"""
 
 # What is found out is told to the ledger, in the broker's own thread.
 Word = Callable[[Ledger, float], list[Command]]
@@ -250,12 +217,7 @@ class Control:
             logger.warning("lease %s: its query is not cancelled: no control connection", order.token)
         else:
             try:
-                with self._conn.cursor() as cursor:
-                    cursor.execute(_CANCEL_SQL, (order.backend.start_us, order.backend.pid))
-                    done, visible = cursor.fetchone() or (None, True)
-                    sent = done if visible else bool(done)
-            except psycopg2.errors.InsufficientPrivilege:
-                sent = False
+                sent = catalog.cancel(self._conn, order.backend)
             except Exception as error:
                 self._lose(error)
         if sent is False:
@@ -286,10 +248,7 @@ class Control:
         if self._conn is None:
             return False
         try:
-            with self._conn.cursor() as cursor:
-                cursor.execute(_SERVER_SQL)
-                row = cursor.fetchone()
-                return row is not None and row[0] == self._boot_us
+            return catalog.server_of(self._conn)[0] == self._boot_us
         except Exception as error:
             self._lose(error)
             return False
@@ -299,13 +258,8 @@ class Control:
         if look.barrier:
             self._pass_barrier()
         assert self._conn is not None
-        with self._conn.cursor() as cursor:
-            cursor.execute(_STARTING_SQL)
-            started_or_not = {pid for (pid,) in cursor.fetchall()}
-            cursor.execute(_ACTIVITY_SQL, [pattern_of(self._instance)])
-            rows = cursor.fetchall()
-        starting = frozenset(started_or_not - {pid for pid, _, _, _, nobodys in rows if not nobodys})
-        tagged = {Backend(pid, start_us, self._boot_us): tag for pid, start_us, tag, ours, _ in rows if ours}
+        starting, found = catalog.survey(self._conn, pattern_of(self._instance))
+        tagged = {Backend(pid, start_us, self._boot_us): tag for (pid, start_us), tag in found.items()}
         survey = Survey(look.serial, starting, tagged)
         self._tell(lambda ledger, now: ledger.surveyed(survey, now))
 
@@ -340,19 +294,12 @@ class Control:
     def _prepare(self, conn: connection) -> None:
         self._conn = conn
         self._conn.autocommit = True
-        with self._conn.cursor() as cursor:
-            cursor.execute(_SERVER_SQL)
-            row = cursor.fetchone()
-            assert row is not None
-            self._boot_us, self._route = row
-            place = Place(self._route, self._boot_us)
-            if place not in self._seen:
-                self._seen.add(place)
-                self._tell(lambda ledger, now: [Saw(place)])
-            cursor.execute(_ROOM_SQL)
-            row = cursor.fetchone()
-            assert row is not None
-            self._room = int(row[0])
+        self._boot_us, self._route = catalog.server_of(conn)
+        place = Place(self._route, self._boot_us)
+        if place not in self._seen:
+            self._seen.add(place)
+            self._tell(lambda ledger, now: [Saw(place)])
+        self._room = catalog.room_of(conn)
         self.state = "connected"
         self._claim(time.monotonic())
 
@@ -392,10 +339,8 @@ class Control:
         looked = [job for job in due if self._comparable(job)]
         backends = [job.fence.backend for job in looked if job.fence.backend is not None]
         if backends:
-            with self._conn.cursor() as cursor:
-                self._end(cursor, backends)
-                cursor.execute(_LOOK_SQL, ([backend.pid for backend in backends],))
-                listed = dict(cursor.fetchall())
+            self._end(self._conn, backends)
+            listed = catalog.starts_of(self._conn, [backend.pid for backend in backends])
             for job in looked:
                 backend = job.fence.backend
                 # Start time 0: we may not see it, so it may be the same one.
@@ -405,14 +350,14 @@ class Control:
             job.retry_s = min(job.retry_s * 2, _LAST_RETRY_S)
             job.due = now + job.retry_s
 
-    def _end(self, cursor: cursor, backends: list[Backend]) -> None:
+    def _end(self, conn: connection, backends: list[Backend]) -> None:
         """Signal backends; if one of them makes that fail, each alone: it must not keep the others alive."""
         try:
-            cursor.execute(_FENCE_SQL, ([b.pid for b in backends], [b.start_us for b in backends]))
+            catalog.end(conn, backends)
         except (psycopg2.errors.InsufficientPrivilege, psycopg2.DataError) as error:
             if len(backends) > 1:
                 for backend in backends:
-                    self._end(cursor, [backend])
+                    self._end(conn, [backend])
             elif not self._powerless:
                 self._powerless = True
                 text = "control connection: may not end backends (%s): their slots wait until they end themselves"

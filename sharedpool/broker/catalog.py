@@ -1,0 +1,100 @@
+"""What PostgreSQL is asked over the control connection, and told to end: one function for each statement.
+
+All of them block for a round trip or two and raise psycopg2's errors. `activity.py` has what operators ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import psycopg2
+from psycopg2.extensions import connection
+
+from sharedpool.wire.messages import Backend
+
+_SERVER_SQL = """
+SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,
+       coalesce(host(inet_server_addr()), '') || ':' || coalesce(inet_server_port(), 0)
+"""
+_ROOM_SQL = """
+SELECT sum(CASE name WHEN 'max_connections' THEN setting::int ELSE -setting::int END)
+FROM pg_settings WHERE name IN ('max_connections', 'superuser_reserved_connections', 'reserved_connections')
+"""
+# One statement, so that the pid cannot be another process's between the look and the signal.
+_FENCE_SQL = """
+SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint, pg_terminate_backend(pid)
+FROM pg_stat_activity
+WHERE (pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0)) IN
+      (SELECT * FROM unnest(%s::int[], %s::bigint[]))
+"""
+_LOOK_SQL = """
+SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0) FROM pg_stat_activity WHERE pid = ANY(%s)
+"""
+# No row: it has ended; (null, true): another has its pid; (null, false): its start is hidden from this role.
+_CANCEL_SQL = """
+SELECT CASE coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0) WHEN %s THEN pg_cancel_backend(pid) END,
+       backend_start IS NOT NULL
+FROM pg_stat_activity WHERE pid = %s
+"""
+# A backend holds the lock on its virtual transaction while it authenticates its client, before it is in
+# pg_stat_activity (PostgreSQL's InitPostgres). This is asked first: what starts meanwhile is in the second answer.
+# Since PostgreSQL 18 it is listed all along, but until it has its name it has neither user nor database.
+_STARTING_SQL = "SELECT pid FROM pg_locks WHERE locktype = 'virtualxid' AND pid <> pg_backend_pid()"
+_ACTIVITY_SQL = """
+SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0), coalesce(application_name, ''),
+       coalesce(application_name LIKE %s, false), datid IS NULL AND usesysid IS NULL
+FROM pg_stat_activity
+"""
+
+
+def server_of(conn: connection) -> tuple[int, str]:
+    """Return when the server was started (microseconds since 1970) and its address as it sees it."""
+    with conn.cursor() as cursor:
+        cursor.execute(_SERVER_SQL)
+        row = cursor.fetchone()
+        assert row is not None
+        return row[0], row[1]
+
+
+def room_of(conn: connection) -> int:
+    """Return how many connections the server has for ordinary users."""
+    with conn.cursor() as cursor:
+        cursor.execute(_ROOM_SQL)
+        row = cursor.fetchone()
+        assert row is not None
+        return int(row[0])
+
+
+def end(conn: connection, backends: Sequence[Backend]) -> None:
+    """Signal these backends to end, if they are there still. Nothing is signalled when one of them may not be."""
+    with conn.cursor() as cursor:
+        cursor.execute(_FENCE_SQL, ([b.pid for b in backends], [b.start_us for b in backends]))
+
+
+def cancel(conn: connection, backend: Backend) -> bool | None:
+    """Cancel what a backend is executing; return whether that was done: False if it must not be, None if it is gone."""
+    try:
+        with conn.cursor() as cursor:
+            cursor.execute(_CANCEL_SQL, (backend.start_us, backend.pid))
+            done, visible = cursor.fetchone() or (None, True)
+    except psycopg2.errors.InsufficientPrivilege:
+        return False
+    return done if visible else bool(done)
+
+
+def starts_of(conn: connection, pids: Iterable[int]) -> dict[int, int]:
+    """Return of those of these pids that are backends when they were started; 0 where this role may not see it."""
+    with conn.cursor() as cursor:
+        cursor.execute(_LOOK_SQL, (list(pids),))
+        return dict(cursor.fetchall())
+
+
+def survey(conn: connection, pattern: str) -> tuple[frozenset[int], dict[tuple[int, int], str]]:
+    """Return the pids of backends in start-up; and by pid and start the tags of those that have one LIKE `pattern`."""
+    with conn.cursor() as cursor:
+        cursor.execute(_STARTING_SQL)
+        started_or_not = {pid for (pid,) in cursor.fetchall()}
+        cursor.execute(_ACTIVITY_SQL, [pattern])
+        rows = cursor.fetchall()
+    starting = frozenset(started_or_not - {pid for pid, _, _, _, nobodys in rows if not nobodys})
+    return starting, {(pid, start_us): tag for pid, start_us, tag, ours, _ in rows if ours}
