@@ -39,7 +39,7 @@ _UCRED = struct.Struct("3i")  # pid, uid, gid
 
 
 class Clerk(Protocol):
-    """What the desk tells: the server."""
+    """What the desk tells: see `custody.py`."""
 
     def expects(self, session: bytes, token: Token) -> bool:
         """Say whether a socket may be handed in for a lease."""
@@ -69,17 +69,15 @@ class Clerk(Protocol):
 class Desk:
     """The listener, the workers' lines to it, and what is in custody.
 
-    `clerk` is told all that is said here and what becomes of the sockets. Lines are named by numbers never used twice.
+    `clerk`, set once it is made, is told all that is said here and what becomes of the sockets. Lines are named by
+    numbers never used twice.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        clerk: Clerk,
-    ) -> None:
+    clerk: Clerk
+
+    def __init__(self, path: Path) -> None:
         """Listen at `path`; the address's lock must be held. Raise OSError when that cannot be."""
         self.path = path
-        self._clerk = clerk
         self._custody: dict[Token, socket.socket] = {}
         self._tokens: dict[int, Token] = {}
         self._lines: dict[int, socket.socket] = {}  # by descriptor
@@ -183,11 +181,11 @@ class Desk:
             if isinstance(message, Deposit):
                 taken = self._take(message, fds[0])
             elif isinstance(message, Ask):
-                self._clerk.asked(message, self._numbers[line.fileno()])
+                self.clerk.asked(message, self._numbers[line.fileno()])
             elif isinstance(message, Give):
-                self._clerk.given(message)
+                self.clerk.given(message)
             else:
-                self._clerk.withdrawn(message)
+                self.clerk.withdrawn(message)
                 self._say(line, Settled(message.request))
         except ProtocolError as error:
             logger.warning("dropped what came to the desk: %s", error)
@@ -200,7 +198,7 @@ class Desk:
         self._lines_epoll.unregister(line)
         del self._lines[line.fileno()], self._numbered[number]
         line.close()
-        self._clerk.line_ended(number)
+        self.clerk.line_ended(number)
 
     def _say(self, line: socket.socket, message: Settled) -> None:
         with contextlib.suppress(OSError):  # it has left, and is seen to have
@@ -216,16 +214,16 @@ class Desk:
                 logger.debug("lease %s was not passed on: %s", message.token, error)
                 self._hang_up(line)
             return
-        self._clerk.line_ended(number)
+        self.clerk.line_ended(number)
 
     def _take(self, deposit: Deposit, fd: int) -> bool:
-        if deposit.token in self._custody or not self._clerk.expects(deposit.session, deposit.token):
+        if deposit.token in self._custody or not self.clerk.expects(deposit.session, deposit.token):
             return False
         held = socket.socket(fileno=fd)
         self._custody[deposit.token] = held
         self._tokens[fd] = deposit.token
         self._custody_epoll.register(fd, select.EPOLLRDHUP)
-        self._clerk.deposited(deposit.token)
+        self.clerk.deposited(deposit.token)
         return True
 
     # --- custody
@@ -238,9 +236,9 @@ class Desk:
                 gone = other_side_closed(fd)
                 self.drop(token)
                 if gone:
-                    self._clerk.gone(token)
+                    self.clerk.gone(token)
                 else:
-                    self._clerk.lost(token)
+                    self.clerk.lost(token)
 
     def cut(self, token: Token) -> bool:
         """Tell a backend that its client is gone; return whether its socket is in custody.

@@ -20,7 +20,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import zmq
 from msgspec import structs
 
 from sharedpool.broker import desk as desks
@@ -43,21 +42,22 @@ from sharedpool.broker.commands import (
     Watch,
 )
 from sharedpool.broker.control import Control, Word
+from sharedpool.broker.custody import Custody
 from sharedpool.broker.journal import Journal
 from sharedpool.broker.leadership import Leadership
 from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.lock import BrokerLock
 from sharedpool.broker.operators import Operators
-from sharedpool.broker.processes import Watched, peer_of, process, raise_descriptor_limit
+from sharedpool.broker.post import Letter, Post
+from sharedpool.broker.processes import Watched, process, raise_descriptor_limit
 from sharedpool.broker.scope import scope_of
 from sharedpool.broker.sessions import other_version
 from sharedpool.broker.settings import BrokerSettings
 from sharedpool.broker.systemd import notify
 from sharedpool.errors import ConfigError, ProtocolError, SharedPoolError
 from sharedpool.wire import address as addresses
-from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, encode, hello_version
-from sharedpool.wire.desk import Ask, Give, Withdraw
-from sharedpool.wire.messages import PROTOCOL_VERSION, Hello, Reject, Token
+from sharedpool.wire.codec import decode_to_broker, encode, hello_version
+from sharedpool.wire.messages import PROTOCOL_VERSION, Hello, Reject
 from sharedpool.wire.orders import Order
 from sharedpool.wire.place import place
 from sharedpool.wire.reports import Report, Status
@@ -71,8 +71,6 @@ logger = logging.getLogger("sharedpool.broker")
 _BATCH = 500
 # A loop that was away for so long did not run (SIGSTOP, a suspended machine): silence in that time is no sign.
 _AWAY_S = 1.0
-# What a cut does by itself, it does by then.
-_CUT_HEAD_START_S = 0.02
 # A lock file that somebody deleted locks nobody out any more. Reports say of these samples that they are 10 s apart.
 _LOOK_EVERY_S = 10.0
 
@@ -86,8 +84,7 @@ class Server:
         self._reread = reread
         self._reload_asked = False
         self._lock: BrokerLock | None = None
-        self._context = zmq.Context()
-        self._router = self._context.socket(zmq.ROUTER)
+        self._post = Post(settings.address, settings.listener)
         self._selector = selectors.DefaultSelector()
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -95,12 +92,9 @@ class Server:
         self._calls: deque[Word] = deque()
         self._stopping = self._drain_asked = False
         self._drained_by: float | None = None
-        self._mail = self._used = True
         self._watched = Watched(self._selector)
         self._desk: desks.Desk | None = None
         self._lookout: Lookout | None = None
-        self._fenced: set[Token] = set()  # cut, and given to the control connection as well
-        self._ipc = settings.address.startswith("ipc://")
         self._started = self._look_at = self._awake_at = time.monotonic()
         self._host, self._place = socket.gethostname(), place()
 
@@ -139,37 +133,22 @@ class Server:
             settings.dsn, settings.max_conn, self._lock.instance, self._tell, self._journal.places, self._leadership
         )
         self._operators = Operators(self._ledger, self._control, self._execute, self._report)
+        self._custody = Custody(self._desk, self._ledger, self._control, self._execute, self._calls.append)
         # A crashed broker leaves its socket, should somebody have deleted the rest.
-        left = self._ipc and settings.listener is None and Path(settings.address.removeprefix("ipc://")).exists()
-        self._follows = not self._lock.first or left
-        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unreachable peer is an error, not silence
-        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker that reconnects replaces its old connection
-        self._router.setsockopt(zmq.LINGER, 0)
-        self._router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        if settings.address.startswith("ipc://"):
-            path = Path(settings.address.removeprefix("ipc://"))
-            if path.is_symlink() or (path.exists() and not path.is_socket()):
-                self._unlock()
-                raise SharedPoolError(f"cannot listen at {settings.address}: there is a file that is no socket")
-        self._router.setsockopt(zmq.IPV6, 1)
-        if settings.listener is not None:
-            self._router.setsockopt(zmq.USE_FD, settings.listener)
+        self._follows = not self._lock.first or self._post.left_behind
         self._open_lookout()
-        mask = os.umask(0o177)  # the socket is this user's alone, wherever it lies
         try:
-            self._router.bind(settings.address)
-        except zmq.ZMQError as error:
+            self._post.bind()
+        except SharedPoolError:
             self._unlock()
-            raise SharedPoolError(f"cannot listen at {settings.address}: {error}") from error
-        finally:
-            os.umask(mask)
+            raise
 
     def _open_desk(self, path: Path | None) -> None:
         """Open the desk where there can be one; without it workers see their backends' ends by themselves."""
         if not desks.SUPPORTED or path is None:
             return
         try:
-            self._desk = desks.Desk(path, self)
+            self._desk = desks.Desk(path)
         except OSError as error:
             logger.warning("no desk at %s (%s): a killed worker's slots come back later", path, error)
 
@@ -196,8 +175,7 @@ class Server:
 
     def run(self) -> None:
         """Serve until stopped, or until nobody has used the broker for `linger_s`."""
-        self._post = int(self._router.getsockopt(zmq.FD))
-        self._selector.register(self._post, selectors.EVENT_READ, None)
+        self._selector.register(self._post, selectors.EVENT_READ, self._post.rang)
         self._selector.register(self._wake_in, selectors.EVENT_READ, None)
         if self._desk is not None:
             self._selector.register(self._desk.lines, selectors.EVENT_READ, self._desk.receive)
@@ -213,7 +191,10 @@ class Server:
         unused_since = self._awake_at = time.monotonic()
         try:
             while not self._stopping:
-                more = self._mail and self._receive()
+                if self._post.mail:
+                    for letter in self._post.read(_BATCH):
+                        self._take_in(letter)
+                more = self._post.mail
                 now = time.monotonic()
                 if now - self._awake_at > _AWAY_S:
                     self._ledger.paused(now)
@@ -316,30 +297,13 @@ class Server:
 
     # --- input
 
-    def _receive(self) -> bool:
-        """Take in what has arrived; return whether there may be more."""
-        self._mail, self._used = False, True
-        for _ in range(_BATCH):
-            try:
-                frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return False
-            self._take_in([frame.bytes for frame in frames], frames[-1])
-        return True
-
-    def _take_in(self, frames: list[bytes], last: zmq.Frame) -> None:
-        session = frames[0]
-        peer = peer_of(last, ipc=self._ipc)
-        if peer.uid not in (None, os.getuid(), 0):
-            logger.warning("dropped a message from uid %d", peer.uid)
-            return
+    def _take_in(self, letter: Letter) -> None:
+        session, frame, peer = letter
         try:
-            if len(frames) != 2:
-                raise ProtocolError(f"{len(frames)} frames instead of 2")
-            message = decode_to_broker(frames[1])
+            message = decode_to_broker(frame)
         except ProtocolError as error:
-            if len(frames) == 2 and (version := hello_version(frames[1])) not in (None, PROTOCOL_VERSION):
-                self._send(session, encode(Reject(other_version(version), fatal=True)))
+            if (version := hello_version(frame)) not in (None, PROTOCOL_VERSION):
+                self._post.send(session, encode(Reject(other_version(version), fatal=True)))
             else:
                 name = session.hex()[:12]
                 logger.warning("dropped a message from %s: %s", name, error, extra={"sharedpool": {"session": name}})
@@ -350,7 +314,7 @@ class Server:
             self._operators.ask(session, message, now)
             return
         if isinstance(message, Order):
-            self._operators.order(session, message, now, near=self._ipc or peer.loopback)
+            self._operators.order(session, message, now, near=self._post.near or peer.loopback)
             return
         if isinstance(message, Hello):
             # By tcp only a process of this very host, by loopback, can be found by the pid it claims; in another PID
@@ -364,9 +328,7 @@ class Server:
 
     def _wait(self, timeout: float | None) -> None:
         for key, _ in self._selector.select(timeout):
-            if key.fileobj is self._post:
-                self._mail = True
-            elif key.fileobj is self._wake_in:
+            if key.fileobj is self._wake_in:
                 with contextlib.suppress(BlockingIOError):
                     self._wake_in.recv(4096)
             elif isinstance(key.data, bytes):
@@ -375,12 +337,7 @@ class Server:
                 key.data()
 
     def _timeout_s(self, now: float, unused_since: float) -> float:
-        # libzmq's descriptor tells of news only once, and to any call: what came while we were at the socket must be
-        # looked for.
-        if self._used:
-            self._used = False
-            self._mail = bool(int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
-        if self._calls or self._mail:
+        if self._post.look() or self._calls:
             return 0.0
         deadlines = [self._look_at] if self._drained_by is None else [self._look_at, self._drained_by]
         if (deadline := self._operators.next_deadline()) is not None:
@@ -395,44 +352,6 @@ class Server:
         self._watched.forget(session)
         # Last words first: a RELEASE that is already here is better evidence than a death.
         self._calls.append(lambda ledger, now: ledger.session_died(session, now))
-
-    # --- input from the desk (`desk.Clerk`)
-
-    def expects(self, session: bytes, token: Token) -> bool:
-        """Say whether a socket may be handed in for a lease."""
-        return self._ledger.expects(session, token)
-
-    def deposited(self, token: Token) -> None:
-        """Take in that a lease's socket is in custody."""
-        self._execute(self._ledger.deposited(token, time.monotonic()))
-
-    def asked(self, ask: Ask, line: int) -> None:
-        """Take in that somebody waits on this line."""
-        self._execute(self._ledger.asked(ask, line, time.monotonic()))
-
-    def given(self, give: Give) -> None:
-        """Take in a connection that is to be passed on."""
-        self._execute(self._ledger.given(give, time.monotonic()))
-
-    def withdrawn(self, withdraw: Withdraw) -> None:
-        """Take in that somebody waits no more."""
-        self._execute(self._ledger.withdrawn(withdraw, time.monotonic()))
-
-    def line_ended(self, line: int) -> None:
-        """Take in that a line has ended; not at once, what was decided before is still being carried out."""
-        self._calls.append(lambda ledger, now: ledger.line_ended(line, now))
-
-    def gone(self, token: Token) -> None:
-        """Take in that the backend of a socket in custody has ended."""
-        if token in self._fenced:
-            self._fenced.discard(token)
-            self._control.settled(token)
-        self._execute(self._ledger.backend_gone(token, time.monotonic()))
-
-    def lost(self, token: Token) -> None:
-        """Take in that a socket in custody has died: whether its backend lives on, only the server knows."""
-        self._fenced.discard(token)
-        self._execute(self._ledger.backend_lost(token, time.monotonic()))
 
     def _tell(self, word: Word) -> None:
         self._calls.append(word)
@@ -449,23 +368,19 @@ class Server:
             match command:
                 case Send(session, message):
                     self._journal.flush()
-                    self._send(session, encode(message))
+                    self._post.send(session, encode(message))
                 case Record(entry):
                     self._journal.record(entry)
                     if entry.backend is not None:
                         self._control.met(entry.backend.boot_us)
                 case PassOn(line, passed):
-                    assert self._desk is not None
                     self._journal.flush()
-                    self._desk.pass_on(line, passed)
+                    self._custody.pass_on(line, passed)
                 case Erase(token):
                     self._journal.erase(token)
-                    self._fenced.discard(token)
-                    if self._desk is not None:
-                        self._desk.drop(token)
+                    self._custody.erase(token)
                 case Entrust(token, heir):
-                    assert self._desk is not None
-                    self._desk.entrust(token, heir)
+                    self._custody.entrust(token, heir)
                 case Interfere():
                     self._control.interfere(command)
                 case Vouch():
@@ -473,7 +388,7 @@ class Server:
                 case Saw(place):
                     self._journal.saw(place)
                 case Fence():
-                    self._fence(command)
+                    self._custody.fence(command)
                 case Look():
                     self._control.look(command)
                 case Doubt():
@@ -486,21 +401,6 @@ class Server:
                 case Log(level, text, fields):
                     logger.log(level, "%s", text, extra={"sharedpool": fields})
         self._journal.flush()
-
-    def _fence(self, fence: Fence) -> None:
-        cut = self._desk is not None and self._desk.cut(fence.token)
-        if fence.backend is not None and (self._control.exists or not cut):
-            if cut:
-                self._fenced.add(fence.token)
-            self._control.fence(fence, after_s=_CUT_HEAD_START_S if cut else 0.0)
-
-    def _send(self, session: bytes, frame: bytes) -> None:
-        self._used = True
-        try:
-            self._router.send_multipart((session, frame), zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            # Gone or not reading: the state stands, the session's next RENEW or its death repairs it.
-            logger.debug("not sent to %s: %s", session.hex()[:12], error)
 
     # --- words
 
@@ -524,7 +424,7 @@ class Server:
             self._control.state,
             pools,
             sessions,
-            len(self._desk) if self._desk is not None else 0,
+            len(self._custody),
             self._ledger.state,
         )
 
@@ -534,13 +434,11 @@ class Server:
             self._lookout.stop()
         self._control.stop()
         self._watched.close()
-        self._router.close()
-        self._context.term()
+        self._post.close()
         assert self._lock is not None
         ours = self._lock.is_ours()
-        if self._ipc and ours and self.settings.listener is None:
-            # Before the lock is let go: afterwards the path may be the next broker's.
-            Path(self.settings.address.removeprefix("ipc://")).unlink(missing_ok=True)
+        if ours:
+            self._post.unlink()  # before the lock is let go: afterwards the path may be the next broker's
         if self._desk is not None:
             if ours:
                 self._desk.unlink()

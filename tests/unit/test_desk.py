@@ -60,7 +60,8 @@ def clerk() -> Clerk:
 
 @pytest.fixture
 def desk(runtime_dir: Path, clerk: Clerk) -> Iterator[Desk]:
-    desk = Desk(runtime_dir / "desk", clerk)
+    desk = Desk(runtime_dir / "desk")
+    desk.clerk = clerk
     yield desk
     desk.close()
 

@@ -1,0 +1,107 @@
+"""Between the desk and the ledger: what is said and seen there, and what is to be done with the sockets in custody."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from sharedpool.broker.commands import Command, Fence
+from sharedpool.broker.control import Control, Word
+from sharedpool.broker.desk import Desk
+from sharedpool.broker.ledger import Ledger
+from sharedpool.wire.desk import Ask, Give, Pass, Withdraw
+from sharedpool.wire.messages import Token
+
+# What a cut does by itself, it does by then.
+_CUT_HEAD_START_S = 0.02
+
+
+class Custody:
+    """The desk's clerk; `desk` is None where there can be no desk.
+
+    `execute` carries out what the ledger decides, `later` has the ledger told once that is done.
+    """
+
+    def __init__(
+        self,
+        desk: Desk | None,
+        ledger: Ledger,
+        control: Control,
+        execute: Callable[[list[Command]], None],
+        later: Callable[[Word], None],
+    ) -> None:
+        self.desk = desk
+        self._ledger = ledger
+        self._control = control
+        self._execute = execute
+        self._later = later
+        self._fenced: set[Token] = set()  # cut, and given to the control connection as well
+        if desk is not None:
+            desk.clerk = self
+
+    def __len__(self) -> int:
+        return 0 if self.desk is None else len(self.desk)
+
+    # --- from the desk (`desk.Clerk`)
+
+    def expects(self, session: bytes, token: Token) -> bool:
+        """Say whether a socket may be handed in for a lease."""
+        return self._ledger.expects(session, token)
+
+    def deposited(self, token: Token) -> None:
+        """Take in that a lease's socket is in custody."""
+        self._execute(self._ledger.deposited(token, time.monotonic()))
+
+    def asked(self, ask: Ask, line: int) -> None:
+        """Take in that somebody waits on this line."""
+        self._execute(self._ledger.asked(ask, line, time.monotonic()))
+
+    def given(self, give: Give) -> None:
+        """Take in a connection that is to be passed on."""
+        self._execute(self._ledger.given(give, time.monotonic()))
+
+    def withdrawn(self, withdraw: Withdraw) -> None:
+        """Take in that somebody waits no more."""
+        self._execute(self._ledger.withdrawn(withdraw, time.monotonic()))
+
+    def line_ended(self, line: int) -> None:
+        """Take in that a line has ended; not at once, what was decided before is still being carried out."""
+        self._later(lambda ledger, now: ledger.line_ended(line, now))
+
+    def gone(self, token: Token) -> None:
+        """Take in that the backend of a socket in custody has ended."""
+        if token in self._fenced:
+            self._fenced.discard(token)
+            self._control.settled(token)
+        self._execute(self._ledger.backend_gone(token, time.monotonic()))
+
+    def lost(self, token: Token) -> None:
+        """Take in that a socket in custody has died: whether its backend lives on, only the server knows."""
+        self._fenced.discard(token)
+        self._execute(self._ledger.backend_lost(token, time.monotonic()))
+
+    # --- from the ledger
+
+    def pass_on(self, line: int, passed: Pass) -> None:
+        """Send a connection to who waits on a line."""
+        assert self.desk is not None
+        self.desk.pass_on(line, passed)
+
+    def entrust(self, token: Token, heir: Token) -> None:
+        """Keep a lease's socket for another lease."""
+        assert self.desk is not None
+        self.desk.entrust(token, heir)
+
+    def erase(self, token: Token) -> None:
+        """Let go of what there is of a lease: its slot is free."""
+        self._fenced.discard(token)
+        if self.desk is not None:
+            self.desk.drop(token)
+
+    def fence(self, fence: Fence) -> None:
+        """Have a backend ended: by its socket, if that is here, and by the control connection."""
+        cut = self.desk is not None and self.desk.cut(fence.token)
+        if fence.backend is not None and (self._control.exists or not cut):
+            if cut:
+                self._fenced.add(fence.token)
+            self._control.fence(fence, after_s=_CUT_HEAD_START_S if cut else 0.0)

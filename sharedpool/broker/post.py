@@ -1,0 +1,123 @@
+"""The broker's ROUTER socket: whom a message is from, and one frame each way."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import zmq
+
+from sharedpool.broker.processes import Peer, peer_of
+from sharedpool.errors import SharedPoolError
+from sharedpool.wire.codec import MAX_FRAME_BYTES
+
+logger = logging.getLogger("sharedpool.broker")
+
+
+class Letter(NamedTuple):
+    """A message as it has come: from which session, over whose connection."""
+
+    session: bytes
+    frame: bytes
+    peer: Peer
+
+
+class Post:
+    """`mail` is whether there may be something to `read`. libzmq's descriptor tells of news only once, and to any call:
+    after each use it must be asked whether something came meanwhile (`look`).
+    """
+
+    def __init__(self, address: str, listener: int | None) -> None:
+        """`listener`: a socket that listens at the address already (systemd's)."""
+        self._address = address
+        self._inherited = listener is not None
+        self._path = Path(address.removeprefix("ipc://")) if address.startswith("ipc://") else None
+        self._context = zmq.Context()
+        self._router = self._context.socket(zmq.ROUTER)
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unreachable peer is an error, not silence
+        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker that reconnects replaces its old connection
+        self._router.setsockopt(zmq.LINGER, 0)
+        self._router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._router.setsockopt(zmq.IPV6, 1)
+        if listener is not None:
+            self._router.setsockopt(zmq.USE_FD, listener)
+        self.mail = self._used = True
+
+    @property
+    def near(self) -> bool:
+        """Whether everybody who writes is on this host."""
+        return self._path is not None
+
+    @property
+    def left_behind(self) -> bool:
+        """Whether a broker that has crashed has left its socket. Before `bind`."""
+        return self._path is not None and not self._inherited and self._path.exists()
+
+    def bind(self) -> None:
+        """Listen. Raise `SharedPoolError` when that cannot be."""
+        if self._path is not None and (self._path.is_symlink() or (self._path.exists() and not self._path.is_socket())):
+            raise SharedPoolError(f"cannot listen at {self._address}: there is a file that is no socket")
+        mask = os.umask(0o177)  # the socket is this user's alone, wherever it lies
+        try:
+            self._router.bind(self._address)
+        except zmq.ZMQError as error:
+            raise SharedPoolError(f"cannot listen at {self._address}: {error}") from error
+        finally:
+            os.umask(mask)
+
+    def fileno(self) -> int:
+        """Return the descriptor that becomes readable when there is news, perhaps."""
+        return int(self._router.getsockopt(zmq.FD))
+
+    def rang(self) -> None:
+        """Take in that the descriptor was readable."""
+        self.mail = True
+
+    def look(self) -> bool:
+        """Say whether there is something to read."""
+        if self._used:
+            self._used = False
+            self.mail = bool(int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+        return self.mail
+
+    def read(self, most: int) -> Iterator[Letter]:
+        """Yield up to `most` messages, without those that are not to be looked at. Does not block."""
+        self._used = True
+        for _ in range(most):
+            try:
+                frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                self.mail = False
+                return
+            peer = peer_of(frames[-1], ipc=self.near)
+            session, *rest = (frame.bytes for frame in frames)
+            if peer.uid not in (None, os.getuid(), 0):
+                logger.warning("dropped a message from uid %d", peer.uid)
+            elif len(rest) != 1:
+                name = session.hex()[:12]
+                text = "dropped a message from %s: %d frames instead of 2"
+                logger.warning(text, name, len(frames), extra={"sharedpool": {"session": name}})
+            else:
+                yield Letter(session, rest[0], peer)
+
+    def send(self, session: bytes, frame: bytes) -> None:
+        """Send one frame. One who is gone, or does not read, misses it. Does not block."""
+        self._used = True
+        try:
+            self._router.send_multipart((session, frame), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            # The state stands: the session's next RENEW, or its death, repairs it.
+            logger.debug("not sent to %s: %s", session.hex()[:12], error)
+
+    def close(self) -> None:
+        """Send nothing any more."""
+        self._router.close()
+        self._context.term()
+
+    def unlink(self) -> None:
+        """Remove the path, unless it is systemd's. The address's lock must be held."""
+        if self._path is not None and not self._inherited:
+            self._path.unlink(missing_ok=True)
