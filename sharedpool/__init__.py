@@ -17,8 +17,9 @@ from sharedpool.errors import (
 )
 from sharedpool.pgsimple import PgSimple
 from sharedpool.worker.forks import reset_after_fork
-from sharedpool.worker.pool import Pool, PoolStats, SimpleConnectionPool, ThreadedConnectionPool
+from sharedpool.worker.pool import Pool, SimpleConnectionPool, ThreadedConnectionPool
 from sharedpool.worker.settings import PoolConfig
+from sharedpool.worker.stats import PoolStats
 
 if TYPE_CHECKING:
     from sharedpool.broker.launch import Broker, start_broker

@@ -110,7 +110,7 @@ def ask(conn: connection, query: bytes, limit_s: float) -> bytes | None:
 
 
 def refused(conn: connection, query: bytes, meanwhile: Callable[[], None], limit_s: float) -> bytes | None:
-    """Run a query that is to fail, and call `meanwhile` while it does; return the SQLSTATE with which it has.
+    """Run a query that is to fail, calling `meanwhile` once it has begun to answer; return the SQLSTATE of its end.
 
     None when it did not fail within `limit_s` seconds; the connection is good for nothing any more then.
     """
@@ -126,11 +126,11 @@ def _run(
     pointer = conn.pgconn_ptr
     if lib is None or not pointer or not lib.PQsendQuery(pointer, command):
         return _NONE, b""
-    if meanwhile is not None:
-        meanwhile()
     deadline = time.monotonic() + limit_s
     poller = select.poll()
     poller.register(conn.fileno(), select.POLLIN)
+    if meanwhile is not None and poller.poll(limit_s * 1000):
+        meanwhile()
     status, value = _NONE, b""
     while True:
         if lib.PQisBusy(pointer):

@@ -93,10 +93,11 @@ class PassOn:
 
 @dataclass(frozen=True, slots=True)
 class Interfere:
-    """Cancel what a backend is executing, then tell the ledger (`interrupted`)."""
+    """Cancel what a backend is executing, then tell the ledger (`interrupted`). `trial`: to see whether that works."""
 
     token: Token
     backend: Backend
+    trial: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,7 +222,7 @@ class Control:
                 self._lose(error)
         if sent is False:
             logger.warning("lease %s: its query is not cancelled: the broker's role may not", order.token)
-        self._tell(lambda ledger, now: ledger.interrupted(order.token, sent, now))
+        self._tell(lambda ledger, now: ledger.interrupted(order, sent, now))
 
     def _peek(self, peek: Peek) -> None:
         """Tell a command what the server says. A question that cannot be put is not put later: nobody waits for it."""

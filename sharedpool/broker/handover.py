@@ -19,7 +19,7 @@ from sharedpool.broker.demand import Demand
 from sharedpool.broker.leases import Leases
 from sharedpool.broker.records import Lease, Pool, Session, SlotState, Waiter
 from sharedpool.wire.desk import Give, Live, Pass
-from sharedpool.wire.messages import Phase, ReleaseReason, Token
+from sharedpool.wire.messages import Interrupt, Phase, ReleaseReason
 
 # A pool is shared for so long after a connection has last changed hands.
 SHARED_S = 1.0
@@ -208,24 +208,29 @@ class Handover:
 
     # --- cancels
 
-    def interrupt(self, session: Session, token: Token) -> None:
-        """Have what a lease's connection is executing cancelled; until that is done it is passed to nobody."""
-        lease = session.leases.get(token)
-        if lease is not None and lease.backend is not None and lease.live is None:
-            lease.interrupts += 1
-            self._emit(Interfere(token, lease.backend))
+    def interrupt(self, session: Session, interrupt: Interrupt) -> None:
+        """Have what a lease's connection is executing cancelled; until that is done it is passed to nobody.
 
-    def interrupted(self, token: Token, sent: bool | None, now: float) -> Pool | None:
+        But for a trial: its worker sees the cancel hit, or does not give that connection.
+        """
+        lease = session.leases.get(interrupt.token)
+        if lease is not None and lease.backend is not None and lease.live is None:
+            lease.interrupts += not interrupt.trial
+            self._emit(Interfere(lease.token, lease.backend, interrupt.trial))
+
+    def interrupted(self, order: Interfere, sent: bool | None, now: float) -> Pool | None:
         """Take in that a cancel was sent, must not be, or (None) was not needed, or not possible just now.
 
-        Where it must not be nothing is passed on from now on: nobody could cancel what is executed on a connection that
-        has moved. Return the pool of which that has just become known.
+        Where a trial's must not be nothing is passed on from now on: nobody could cancel what is executed on a
+        connection that has moved. Return the pool of which that has just become known.
         """
-        lease = self._books.leases.get(token)
+        lease = self._books.leases.get(order.token)
         if lease is None:
             return None
-        lease.interrupts -= 1
         pool = lease.pool
+        if not order.trial:
+            lease.interrupts -= 1
+            return None
         if sent is None or pool.cancels is not None:
             return None
         pool.cancels = sent

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sharedpool.broker.books import Books
-from sharedpool.broker.commands import Command, Entry, Log, Look, Process, Send, Survey
+from sharedpool.broker.commands import Command, Entry, Interfere, Log, Look, Process, Send, Survey
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.groups import GroupTerms
 from sharedpool.broker.handover import Handover
@@ -120,7 +120,7 @@ class Ledger:
             Confirm: self._confirm,
             Renew: self._renew,
             Release: self._release,
-            Interrupt: lambda session, interrupt, _: self._handover.interrupt(session, interrupt.token),
+            Interrupt: lambda session, interrupt, _: self._handover.interrupt(session, interrupt),
             Trouble: lambda session, trouble, _: self._health.trouble(session, trouble),
             Bye: self._sessions.bye,
         }
@@ -246,9 +246,9 @@ class Ledger:
         self._handover.left(line, now)
         return self._settled(now)
 
-    def interrupted(self, token: Token, sent: bool | None, now: float) -> list[Command]:
+    def interrupted(self, order: Interfere, sent: bool | None, now: float) -> list[Command]:
         """Take in that a cancel was sent, must not be, or (None) was not needed, or not possible just now."""
-        if (pool := self._handover.interrupted(token, sent, now)) is not None:
+        if (pool := self._handover.interrupted(order, sent, now)) is not None:
             text = (
                 "pool %r: no hand-over: the broker's role is no member of the workers' and may not cancel their queries"
             )

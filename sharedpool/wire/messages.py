@@ -232,9 +232,13 @@ class Trouble(Struct, frozen=True, tag="trouble"):
 
 
 class Interrupt(Struct, frozen=True, tag="interrupt"):
-    """Cancel what the lease's connection is executing: its worker, which did not open it, has no key for that."""
+    """Cancel what the lease's connection is executing: its worker, which did not open it, has no key for that.
+
+    `trial`: nobody uses it yet, and its worker gives it only once the cancel has hit (see PASS).
+    """
 
     token: Token
+    trial: bool = False
 
 
 class Bye(Struct, frozen=True, tag="bye"):

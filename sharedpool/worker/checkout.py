@@ -68,10 +68,12 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
             lease.ticket = weakref.ref(ticket)
         if conn is None:
             conn = _open(holdings, lease, deadline if wait_s else None)
+        elif lease.fresh:
+            _welcome(holdings, lease, conn)
+        elif lease is ticket.lease:
+            holdings.handed_on += 1
         else:
             holdings.hits += 1
-            if lease.fresh:
-                _welcome(holdings, lease, conn)
         if holdings.config.check:
             holdings.call_back(holdings.config.check, lease, conn, "check")
         if holdings.disposed:
@@ -144,7 +146,6 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
         raise wording.refused(holdings.config.name, ticket.denial, wait_s)
     if ticket.lease is None:
         raise AssertionError("bug: a ticket was woken without an outcome")
-    holdings.handed_on += ticket.lease.conn is not None
     return ticket.lease
 
 
@@ -288,6 +289,7 @@ def _abandon(holdings: Holdings, ticket: Ticket, lease: Lease | None) -> None:
         conn = cast(PooledConnection, lease.conn)
         conn.sharedpool_lease = None
         holdings.take_back(lease, conn, None)
+    holdings.rest()
 
 
 def _nobody() -> None:

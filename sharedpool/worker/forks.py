@@ -12,7 +12,7 @@ import mmap
 import os
 import sys
 import weakref
-from typing import Protocol
+from typing import Any, Protocol
 
 from sharedpool.errors import PoolError
 
@@ -108,6 +108,18 @@ def reset_after_fork() -> None:
             holdings.disown()
         except Exception:  # the others must be disowned all the same
             logger.exception("could not disown an inherited connection in process %d", _pid)
+
+
+def is_before_uwsgis_forks() -> bool:
+    """Say whether uWSGI is loading the application in the process that it will fork.
+
+    It does so whatever other threads do. Of one that runs Python at that moment the children inherit the interpreter's
+    lock, taken, and never get it; and at a reload uWSGI closes the descriptors under a ZeroMQ that is still there.
+    """
+    uwsgi: Any = sys.modules.get("uwsgi")
+    if not hasattr(uwsgi, "worker_id"):
+        return False
+    return not (uwsgi.worker_id() or uwsgi.mule_id() or uwsgi.i_am_the_spooler())
 
 
 def _living() -> list[Forkable]:

@@ -44,6 +44,9 @@ _RESET_LIMIT_S = 1.0
 _TRIAL_LIMIT_S = 3.0
 _BUILD_LIMIT_S = 5.0
 DISCARD = b"DISCARD ALL"
+# The first row does not fit into the server's buffer: it is sent, and tells that the query is being executed. A cancel
+# that came before would be lost.
+_LONG_QUERY = b"SELECT pg_catalog.repeat('x', 20000) UNION ALL SELECT pg_catalog.pg_sleep(1)::text"
 _CANCELED = b"57014"
 _NEGOTIATE, _REFUSE = b"v", b"N"
 _SSL_REQUEST, _GSS_REQUEST = 80877103, 80877104
@@ -121,7 +124,7 @@ def works(conn: PooledConnection, cancel: Callable[[], None] | None) -> bool:
         return False
     if cancel is None:
         return True
-    ended = libpq.refused(conn, b"SELECT pg_catalog.pg_sleep(1)", cancel, _TRIAL_LIMIT_S)
+    ended = libpq.refused(conn, _LONG_QUERY, cancel, _TRIAL_LIMIT_S)
     return ended == _CANCELED and libpq.ask(conn, asked, _TRIAL_LIMIT_S) == expected
 
 
@@ -138,6 +141,10 @@ class Shells:
         self._stock: OrderedDict[bytes, list[PooledConnection]] = OrderedDict()
         self._kept = 0
         self._needed = 1
+
+    def __len__(self) -> int:
+        """Return how many are kept."""
+        return self._kept
 
     def take(self, parameters: bytes, held: int) -> PooledConnection:
         """Return a shell for a session with these parameters; builds one, in less than a millisecond, if need be.

@@ -69,6 +69,10 @@ class Holdings:
         self.orphans: deque[PooledConnection] = deque()
         self.limit = config.max_conn
         self.disposed = self.retired = False
+        # Where nothing may go on between two uses of the pool: no thread, no connection.
+        self.transient = forks.is_before_uwsgis_forks()
+        if self.transient:
+            self.cache.stop_keeping()
         # Open while a checkout or checkin may go the short way: see `Pool.get_conn`.
         self.latch = forks.Latch()
         self.hits = self.connects = self.handed_on = self.given = self.adopted = self.discarded = self.errors = 0
@@ -133,6 +137,7 @@ class Holdings:
             self.send()
         if closing:
             self.close(closing)
+        self.rest()
         if error is not None:
             raise error
 
@@ -279,7 +284,7 @@ class Holdings:
         cancel = passed.trial and link is not None and not link.is_here  # its thread is what sends a cancel
         if self._tested and not cancel:
             return True
-        fit = works(conn, partial(self.cancel, passed.token) if cancel else None)
+        fit = works(conn, partial(self.cancel, passed.token, trial=True) if cancel else None)
         self._tested = self._tested or fit
         if not fit and not has_hung_up(conn):
             self._trials -= 1
@@ -300,10 +305,10 @@ class Holdings:
         self.handover = False
         self.booths.path = ""
 
-    def cancel(self, token: Token) -> None:
+    def cancel(self, token: Token, *, trial: bool = False) -> None:
         """Have the broker cancel what a lease's connection is executing."""
         with self.lock:
-            self.cache.out.append(Interrupt(token))
+            self.cache.out.append(Interrupt(token, trial))
         self.signal()
 
     def give_back(self, lease: Lease, reason: ReleaseReason, *, gone: bool = True, error: str = "") -> None:
@@ -373,6 +378,11 @@ class Holdings:
             closing = self.cache.drain(time.monotonic())
         self.close(closing)
         self.signal()
+
+    def rest(self) -> None:
+        """End the link, where nothing may go on, if nothing is held; blocks until that is done, at most 1.5 s."""
+        if self.transient and (link := self.link) is not None and not (self.cache.leases or self.cache.waiting):
+            link.close()
 
     def send(self) -> None:
         """Have the link send what is in the outbox; its thread is left alone when that is empty."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
 from threading import get_ident
 from time import monotonic
 from typing import Any, NoReturn, cast
@@ -26,33 +25,10 @@ from sharedpool.worker.ending import close_confirmed, cut
 from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.lease import Lease
 from sharedpool.worker.settings import PoolConfig
+from sharedpool.worker.stats import PoolStats, stats_of
 
 IN_USE, IDLE = Phase.IN_USE, Phase.IDLE
 STATUS_READY = extensions.STATUS_READY
-
-
-@dataclass(frozen=True, slots=True)
-class PoolStats:
-    """A snapshot of one pool in this process; counters count since the process (or its fork) made the pool.
-
-    `max_conn` is over all processes, all else is of this one. `hits` are checkouts served from the cache, `handed_on`
-    those served by another thread's checkin, `connects` those that opened a connection. `released` leases were given
-    back; of these `recalled` because others waited, `expired` by idle time or age.
-    """
-
-    name: str
-    max_conn: int
-    idle: int
-    in_use: int
-    waiting: int
-    hits: int
-    handed_on: int
-    connects: int
-    released: int
-    recalled: int
-    expired: int
-    discarded: int
-    errors: int
 
 
 class Pool:
@@ -80,7 +56,7 @@ class Pool:
     def _open_latch(self, holdings: Holdings) -> None:
         """Allow the short way, if nothing of the user's has to be called on it, and nothing noted."""
         config = self.config
-        noted = config.debug_checkouts or config.disable_pooling
+        noted = config.debug_checkouts or config.disable_pooling or holdings.transient
         if not (config.check or config.at_checkin or noted or holdings.disposed or holdings.retired):
             holdings.latch.open()
             self._latch, self._cache = holdings.latch.page, holdings.cache
@@ -158,6 +134,8 @@ class Pool:
             forks.reset_after_fork()
             if self._holdings.pid != os.getpid():
                 self.start_afresh()
+        elif self._holdings.transient and not self._holdings.link and not forks.is_before_uwsgis_forks():
+            self.start_afresh()  # the application is loaded, and served by this very process
         return self._holdings
 
     def _check_caller(self) -> Holdings:
@@ -404,27 +382,7 @@ class Pool:
 
     def stats(self) -> PoolStats:
         """Return a snapshot of this process's part of the pool. Takes the lock for a moment."""
-        holdings = self._own_holdings()
-        with holdings.lock:
-            idle, waiting = len(holdings.cache.idle), len(holdings.cache.waiting)
-            busy = (Phase.IN_USE, Phase.CONNECTING)
-            in_use = sum(lease.phase in busy for lease in holdings.cache.leases.values())
-        released = holdings.released
-        return PoolStats(
-            name=self.name,
-            max_conn=holdings.limit,
-            idle=idle,
-            in_use=in_use,
-            waiting=waiting,
-            hits=holdings.hits + holdings.cache.hits,
-            handed_on=holdings.handed_on,
-            connects=holdings.connects,
-            released=sum(released.values()),
-            recalled=released[ReleaseReason.TAKEN] + released[ReleaseReason.OWED],
-            expired=released[ReleaseReason.EXPIRED] + released[ReleaseReason.RETIRED],
-            discarded=holdings.discarded,
-            errors=holdings.errors,
-        )
+        return stats_of(self._own_holdings())
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

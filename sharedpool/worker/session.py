@@ -226,7 +226,7 @@ class Session:
         """Say whether the pool is over and nothing is held or asked for: then this link is not its link any more."""
         with self._holdings.lock:
             over = (
-                (self._holdings.disposed or self._holdings.retired)
+                (self._holdings.disposed or self._holdings.retired or self._holdings.transient)
                 and not self._holdings.cache.leases
                 and not self._holdings.cache.waiting
             )

@@ -84,10 +84,13 @@ def moved(giver: Pool, taker: Pool, use: Callable[[extensions.connection], objec
     pid = conn.info.backend_pid
     use(conn)
     giver.put_conn(conn)
-    adopted = taker._holdings.adopted
+    given, before = giver.stats().given, taker.stats()
     got = taker.get_conn()
     assert got.info.backend_pid == pid
-    assert taker._holdings.adopted == adopted + 1
+    assert giver.stats().given == given + 1
+    after = taker.stats()
+    assert after.adopted == before.adopted + 1
+    assert (after.hits, after.handed_on, after.connects) == (before.hits, before.handed_on, before.connects)
     return got
 
 
@@ -334,8 +337,14 @@ def test_a_process_where_an_adopted_connection_does_not_work_goes_on_without(
     """The self-test finds it: here a shell that speaks with another backend than it says."""
     a, b = pair()
     others: list[extensions.connection] = []
+    shells = b._holdings.shells
+    build, built = shells._build, set[PooledConnection]()
+    monkeypatch.setattr(shells, "_build", lambda parameters: built.add(shell := build(parameters)) or shell)
+    shells._stock.clear()
 
     def go_wrong(shell: PooledConnection, fd: int, live: Live) -> PooledConnection:
+        if shell not in built:
+            return adopt(shell, fd, live)
         others.append(psycopg2.connect(postgres.dsn))
         os.dup2(others[-1].fileno(), fd)
         return adopt(shell, fd, live)
@@ -361,9 +370,9 @@ def test_the_first_connection_that_a_broker_passes_is_tried_with_a_cancel(
     sent: list[tuple[Holdings, Token]] = []
     cancel = Holdings.cancel
 
-    def note(holdings: Holdings, token: Token) -> None:
+    def note(holdings: Holdings, token: Token, **options: bool) -> None:
         sent.append((holdings, token))
-        cancel(holdings, token)
+        cancel(holdings, token, **options)
 
     monkeypatch.setattr(Holdings, "cancel", note)
     a, b = pair()  # which moves it from the second to the first

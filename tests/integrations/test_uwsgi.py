@@ -89,20 +89,30 @@ def test_every_request_is_answered_by_three_connections(
     assert 1 < sampler.peak <= LIMIT
 
 
+def test_nothing_of_the_pool_is_left_in_the_master_when_it_forks(uwsgi: StartUwsgi) -> None:
+    """A thread that runs Python at that moment would leave the children the interpreter's lock, taken."""
+    with uwsgi(**IN_MASTER) as server:
+        load(server, 1)
+        assert os.listdir(f"/proc/{server.process.pid}/task") == [str(server.process.pid)]
+
+
 def test_recycled_workers_lose_no_request(
     uwsgi: StartUwsgi, sampler: Sampler, broker: sharedpool.Broker, name: str
 ) -> None:
     with uwsgi("--max-requests", "25", "--min-worker-lifetime", "0", **POSTFORK) as server:
         answers = load(server, 200)
+        # uWSGI waits for ever for a worker that it starts again while it ends.
+        wait_until(lambda: server.words().count("Respawned uWSGI worker") == server.words().count("Seeya!"))
         ended_well(server, broker, name)
     assert len({answer["worker"] for answer in answers}) > 4
     assert 1 < sampler.peak <= LIMIT
 
 
+@pytest.mark.parametrize("environment", [POSTFORK, IN_MASTER], ids=["postfork", "used in the master"])
 def test_reloads_and_killed_workers_leave_no_slot_taken(
-    uwsgi: StartUwsgi, sampler: Sampler, make_pool: MakePool, name: str
+    uwsgi: StartUwsgi, sampler: Sampler, make_pool: MakePool, name: str, environment: dict[str, str]
 ) -> None:
-    with uwsgi(**POSTFORK) as server:
+    with uwsgi(**environment) as server:
         with traffic(server) as seen:
             before = wait_until(lambda: seen.workers)
             server.process.send_signal(signal.SIGHUP)

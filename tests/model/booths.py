@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from sharedpool.errors import SharedPoolError
 from sharedpool.wire.codec import decode_from_desk, decode_to_desk, encode
 from sharedpool.wire.desk import Ask, Deposit, Give, Live, Pass, Settled, Withdraw
-from sharedpool.wire.messages import ReleaseReason
+from sharedpool.wire.messages import Interrupt, ReleaseReason
 from sharedpool.worker.cache import Cache
 from sharedpool.worker.lease import Closing, Lease, Ticket
 
@@ -247,6 +247,8 @@ class AtTheDesk:
             self.cache.refuse(message)
             self.handover = self.hands_over = False
             return None
+        if message.trial:
+            self.cache.out.append(Interrupt(message.token, trial=True))
         conn = Conn(proc, movable=True)
         left_ms, now = message.live.left_ms, self.world.now
         retire_at = float("inf") if left_ms is None else now + left_ms / 1000

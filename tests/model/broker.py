@@ -215,7 +215,8 @@ class Broker:
         proc = self.custody[message.token]
         assert not proc.workers, f"{proc!r} is passed on while {proc.workers} have it"
         assert not proc.dirty, f"{proc!r} is passed on with an open transaction"
-        cancelled = [order for order in self.interferes if order.backend == proc.backend]
+        # A trial's has hit before its worker gives.
+        cancelled = [order for order in self.interferes if order.backend == proc.backend and not order.trial]
         assert not cancelled, f"{proc!r} is passed on: {cancelled} would hit its next user"
         wire = next((wire for wire in self.world.network.wires if wire.number == number), None)
         fails, self.cannot_pass = self.cannot_pass, False
@@ -377,13 +378,13 @@ class Broker:
         """Now or never."""
         self.interferes.popleft()
         proc = self.world.server.find(order.backend) if self.reach_server() else None
-        if proc is not None and proc.busy:
+        if proc is not None and proc.busy and not order.trial:
             lease = self.ledger._books.leases.get(order.token)
             assert lease is not None, f"a cancel for {order.token} hits another lease's query"
             assert lease.session.id in proc.workers or not proc.workers, "a cancel hits another worker's query"
             proc.busy = False
         sent = None if proc is None else order.backend.pid % 5 > 0  # to some it may not
-        self.words.append(lambda ledger, now: ledger.interrupted(order.token, sent, now))
+        self.words.append(lambda ledger, now: ledger.interrupted(order, sent, now))
 
     def _answer_doubt(self, doubt: Doubt) -> None:
         self.doubts.popleft()

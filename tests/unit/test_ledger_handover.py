@@ -199,7 +199,8 @@ def test_after_the_cancel_it_may_go_on(broker: Broker, desk: Desk) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
     broker.send(a.id, Interrupt(token))
-    broker.take_in(broker.ledger.interrupted(token, True, broker.now))
+    (order,) = broker.all(Interfere)
+    broker.take_in(broker.ledger.interrupted(order, True, broker.now))
     desk.ask(b, line=7)
     desk.give(a, token)
     assert len(desk.passed()) == 1
@@ -215,9 +216,29 @@ def test_a_cancel_is_tried_with_what_is_passed_until_one_was_sent(
         desk.ask(taker, line=7)
         desk.give(giver, token)
         token = desk.passed()[-1][1].token
-        broker.send(taker.id, Interrupt(token))
-        broker.take_in(broker.ledger.interrupted(token, sent, broker.now))
+        broker.send(taker.id, Interrupt(token, trial=True))
+        broker.take_in(broker.ledger.interrupted(broker.all(Interfere)[-1], sent, broker.now))
     assert [passed.trial for _, passed in desk.passed()] == trials
+
+
+def test_while_a_trials_cancel_is_under_way_it_may_go_on(broker: Broker, desk: Desk) -> None:
+    """Its worker gives it only when the cancel has hit: the broker hears of that later."""
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    broker.send(a.id, Interrupt(token, trial=True))
+    desk.ask(b, line=7)
+    desk.give(a, token)
+    assert len(desk.passed()) == 1
+
+
+def test_a_users_cancel_is_no_trial(broker: Broker, desk: Desk) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    broker.send(a.id, Interrupt(token))
+    broker.take_in(broker.ledger.interrupted(broker.all(Interfere)[-1], False, broker.now))
+    desk.ask(b, line=7)
+    desk.give(a, token)
+    assert [passed.trial for _, passed in desk.passed()] == [True]
 
 
 def test_where_the_broker_may_not_cancel_nothing_is_passed_on_any_more() -> None:
@@ -229,8 +250,8 @@ def test_where_the_broker_may_not_cancel_nothing_is_passed_on_any_more() -> None
     desk.ask(b, line=7)
     passed = desk.passed()[0][1].token
     desk.give(a, second)  # parked
-    broker.send(b.id, Interrupt(passed))
-    broker.take_in(broker.ledger.interrupted(passed, False, broker.now))
+    broker.send(b.id, Interrupt(passed, trial=True))
+    broker.take_in(broker.ledger.interrupted(broker.all(Interfere)[-1], False, broker.now))
     assert [fence.token for fence in broker.all(Fence)] == [second]  # that, too
     assert any("may not cancel" in log.text for log in broker.all(Log))
     desk.give(a, first)
