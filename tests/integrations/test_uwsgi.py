@@ -99,9 +99,11 @@ def test_nothing_of_the_pool_is_left_in_the_master_when_it_forks(uwsgi: StartUws
 def test_recycled_workers_lose_no_request(
     uwsgi: StartUwsgi, sampler: Sampler, broker: sharedpool.Broker, name: str
 ) -> None:
-    with uwsgi("--max-requests", "25", "--min-worker-lifetime", "0", **POSTFORK) as server:
+    # A worker that it has just forked takes the order to end for its master's: uWSGI kills it after five seconds, but
+    # waits for ever for one that it starts again while it ends.
+    recycled = ("--max-requests", "25", "--min-worker-lifetime", "0", "--worker-reload-mercy", "5")
+    with uwsgi(*recycled, **POSTFORK) as server:
         answers = load(server, 200)
-        # uWSGI waits for ever for a worker that it starts again while it ends.
         wait_until(lambda: server.words().count("Respawned uWSGI worker") == server.words().count("Seeya!"))
         ended_well(server, broker, name)
     assert len({answer["worker"] for answer in answers}) > 4
