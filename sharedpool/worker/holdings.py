@@ -78,6 +78,7 @@ class Holdings:
         self.hits = self.connects = self.handed_on = self.given = self.adopted = self.discarded = self.errors = 0
         self.released: dict[ReleaseReason, int] = dict.fromkeys(ReleaseReason, 0)
         self.link: Link | None = None
+        self._latest: Link | None = None  # which may have left, and not ended yet
         self.desk = Desk()
         self.booths = Booths()
         self.shells = Shells(config.conninfo.python_kwargs)
@@ -381,8 +382,8 @@ class Holdings:
 
     def rest(self) -> None:
         """End the link, where nothing may go on, if nothing is held; blocks until that is done, at most 1.5 s."""
-        if self.transient and (link := self.link) is not None and not (self.cache.leases or self.cache.waiting):
-            link.close()
+        if self.transient and self._latest is not None and not (self.cache.leases or self.cache.waiting):
+            self._latest.close()
 
     def send(self) -> None:
         """Have the link send what is in the outbox; its thread is left alone when that is empty."""
@@ -401,6 +402,7 @@ class Holdings:
             start, address = self._start_broker, self._address
             session = Session(self)
             self.link = Link(session, address, self.cache.out, None if start is None else lambda: start(address))
+            self._latest = self.link
             forks.hold(self)
             forks.release_at_child_exit()
         if not self.link.running:  # an interrupt may have come between the two
