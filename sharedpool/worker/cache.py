@@ -12,7 +12,7 @@ afterwards at what would have kept him from it (`owed`, `waiting`, `calm_until`)
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Mapping
 
 from msgspec import structs
@@ -21,12 +21,10 @@ from sharedpool.errors import SharedPoolError
 from sharedpool.wire.desk import Pass
 from sharedpool.wire.messages import (
     NO_TOKEN,
-    Acquire,
     Backend,
     Bye,
     Cancel,
     Confirm,
-    Deny,
     Grant,
     LeaseReport,
     Phase,
@@ -38,21 +36,13 @@ from sharedpool.wire.messages import (
     Token,
     Trouble,
 )
-from sharedpool.worker.callsite import wording
-from sharedpool.worker.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closing, Lease, Ticket, collected
+from sharedpool.worker.lease import Closing, Lease, Ticket, collected
+from sharedpool.worker.leases import reports
 from sharedpool.worker.slices import Slices
+from sharedpool.worker.tickets import Tickets
 from sharedpool.worker.times import Times
 
-_LONGEST_WAIT_MS = 2**52
 _MOST_GONE = 100  # in one packet
-_MOST_STACKS = 200  # in one packet, in full
-# What was asked at the desk so long ago is listed in the heartbeat: the broker knows of it by now, or not any more.
-ASKED_S = 1.0
-
-
-def wait_ms(wait_s: float) -> int:
-    """Return a wait as a request carries it: milliseconds, at least 1 for who wants to wait at all."""
-    return 0 if wait_s <= 0 else int(min(max(wait_s * 1000, 1), _LONGEST_WAIT_MS))
 
 
 class Cache:
@@ -65,9 +55,10 @@ class Cache:
         self.out: deque[ToBroker] = deque()
         self.leases: dict[Token, Lease] = {}
         self.idle: deque[Lease] = deque()  # the most recently used at the right
-        self.waiting: OrderedDict[int, Ticket] = OrderedDict()
         self.owed = 0
         self.slices = Slices()
+        self.tickets = Tickets(self.out, self.slices)
+        self.waiting = self.tickets.waiting
         self.times = Times()
         self.generation = 0
         self._epoch: int | None = None  # of the broker that was last registered with
@@ -76,10 +67,13 @@ class Cache:
         self.calm_until = float("-inf")
         self._first_retires_at = float("inf")
         self.hits = 0  # that needed no more than the deque
-        self._requests = 0
         self._newest = 0  # serial of the newest word on `owed`
         self._recalled = 0  # and of the newest recall
         self._seen = NO_TOKEN  # the newest grant
+
+    def leave_outbox(self) -> None:
+        """Leave what is in the outbox to the link that has it; what follows is the next one's to send."""
+        self.out = self.tickets.out = deque()
 
     # --- checkout
 
@@ -124,58 +118,10 @@ class Cache:
         except IndexError:
             return None
 
-    def want(self, ticket: Ticket, wait_s: float, *, at_desk: bool = False) -> None:
-        """Queue a ticket, here and at the broker; `wait_s` 0 asks for an answer at once.
-
-        `at_desk`: the caller asks there itself.
-        """
-        self._requests += 1
-        ticket.request = self._requests
-        ticket.wait_ms = wait_ms(wait_s)
-        ticket.at_desk = ticket.to_ask = at_desk
-        ticket.asks = 1
-        self.slices.asked(ticket.since)
-        self.waiting[ticket.request] = ticket
-        if not at_desk:
-            self.out.append(Acquire(ticket.request, ticket.wait_ms))
-
-    def move_to_desk(self) -> list[Ticket]:
-        """Have those who wait ask at the desk instead; return their tickets, to be woken for that.
-
-        Only there a connection can be passed to them. Who does not want to wait is answered by link all the same.
-        """
-        moved = [ticket for ticket in self.waiting.values() if ticket.wait_ms and not ticket.at_desk]
-        requests = {ticket.request for ticket in moved}
-        unsent = [each for each in self.out if not (isinstance(each, Acquire) and each.request in requests)]
-        self.out.clear()
-        for each in unsent:
-            if isinstance(each, Renew):  # there the broker is not to miss what it has not been asked for yet
-                pending = [request for request in each.pending if request not in requests]
-                self.out.append(structs.replace(each, pending=pending))
-            else:
-                self.out.append(each)
-        for ticket in moved:
-            ticket.at_desk = ticket.to_ask = True
-            ticket.asks += 1
-        return moved
-
-    def ask_by_link(self, ticket: Ticket, *, again: bool = False) -> None:
-        """Ask for a ticket in the ordinary way: its line to the desk is gone.
-
-        `again`: even if that was done before, since what was passed on the line may have been the answer to it.
-        """
-        if (ticket.at_desk or again) and self.waiting.get(ticket.request) is ticket:
-            ticket.at_desk = ticket.to_ask = False
-            ticket.asks += 1
-            self.out.append(Acquire(ticket.request, ticket.wait_ms))
-
-    def _settle(self, ticket: Ticket) -> None:
-        del self.waiting[ticket.request]
-
     def give_up(self, ticket: Ticket, now: float) -> Ticket | None:
         """Withdraw a ticket whose thread will not use it. A lease it was given goes to the next ticket (returned)."""
         if self.waiting.get(ticket.request) is ticket:
-            self._settle(ticket)
+            self.tickets.settle(ticket)
             self.out.append(Cancel(ticket.request))
             return None
         lease, ticket.lease = ticket.lease, None
@@ -192,7 +138,7 @@ class Cache:
                 self.closed(lease, ReleaseReason.UNUSED, gone=True)
             return None
         _, ticket = next(iter(self.waiting.items()))
-        self._settle(ticket)
+        self.tickets.settle(ticket)
         self.out.append(Cancel(ticket.request))
         self._assign(lease, conn, ticket, now)
         return ticket
@@ -372,40 +318,6 @@ class Cache:
             closing.append(self._closing(lease, lease.conn, ReleaseReason.CLOSED, now))
         return closing
 
-    def lost(self, now: float) -> list[Lease]:
-        """Return leases nobody can bring back: their thread was interrupted, or their connection was collected.
-
-        Each must look so at two heartbeats: a finalizer, or the thread that reclaims it, may be bringing it back.
-        """
-        idle = set(self.idle)
-        found = []
-        for lease in self.leases.values():
-            missing = self._ownerless(lease, idle, now)
-            if missing and lease.missed == lease.since:
-                found.append(lease)
-            lease.missed = lease.since if missing else None
-        return found
-
-    def unfinished(self, now: float) -> list[Closing]:
-        """Return closes that were begun long ago: whoever was at them was interrupted."""
-        return [
-            Closing(lease, ReleaseReason.CLOSED)
-            for lease in self.leases.values()
-            if lease.phase is Phase.CLOSING and lease.conn is not None and now - lease.since >= CLOSING_LIMIT_S
-        ]
-
-    def _ownerless(self, lease: Lease, idle: set[Lease], now: float) -> bool:
-        nobody_waits = lease.ticket is None or lease.ticket() is None
-        if lease.phase is Phase.CONNECTING:
-            return lease.ticket is not None and nobody_waits
-        if lease.phase is Phase.IN_USE and lease.conn is None:
-            return lease.ref is not None and lease.ref() is None
-        # Between the deque and its user an interrupt has a few microseconds; no thread is that slow.
-        stuck = now - lease.since > HANDING_OUT_LIMIT_S
-        if lease.phase is Phase.IN_USE:
-            return nobody_waits and stuck
-        return lease.phase is Phase.IDLE and lease not in idle and stuck
-
     # --- the broker's words
 
     def granted(self, grant: Grant, now: float) -> Ticket | None:
@@ -424,7 +336,7 @@ class Cache:
         if ticket is None:
             return self._pass_on(lease, None, now)
         ticket.answered = True
-        self._settle(ticket)
+        self.tickets.settle(ticket)
         self._assign(lease, None, ticket, now)
         return ticket
 
@@ -447,7 +359,7 @@ class Cache:
         if ticket is None:
             return self._pass_on(lease, conn, now)
         ticket.answered = True
-        self._settle(ticket)
+        self.tickets.settle(ticket)
         self._assign(lease, conn, ticket, now)
         return ticket
 
@@ -455,15 +367,7 @@ class Cache:
         """Have the broker end a connection that was passed and cannot be used here; ask for another, to be opened."""
         self.out.append(Release(message.token, False, ReleaseReason.FAILED, message.live.backend))
         if (ticket := self.waiting.get(message.request)) is not None:
-            self.ask_by_link(ticket, again=True)
-
-    def denied(self, deny: Deny) -> Ticket | None:
-        """Take in a refusal; return the ticket to wake."""
-        ticket = self.waiting.get(deny.request)
-        if ticket is not None:
-            self._settle(ticket)
-            ticket.denial = deny
-        return ticket
+            self.tickets.ask_by_link(ticket, again=True)
 
     def recalled(self, recall: Recall, now: float, threads: Mapping[int, str]) -> list[Closing]:
         """Take in a recall: reserve idle leases to be closed, longest idle first, and answer with what is held."""
@@ -486,29 +390,12 @@ class Cache:
 
     def renewal(self, now: float, threads: Mapping[int, str], *, answers: int = 0) -> Renew:
         """Return the heartbeat: all that is held and asked for."""
-        pending = [
-            request for request, ticket in self.waiting.items() if not ticket.at_desk or now - ticket.since >= ASKED_S
-        ]
-        return Renew(self.reports(now, threads), self._seen, answers, pending, list(self._gone))
+        reported = reports(self.leases.values(), now, threads)
+        return Renew(reported, self._seen, answers, self.tickets.pending(now), list(self._gone))
 
     def heartbeat(self, now: float, threads: Mapping[int, str]) -> Renew:
         """Return what is held and asked for, and what took how long."""
         return structs.replace(self.renewal(now, threads), times=self.times.news(self.hits))
-
-    def reports(self, now: float, threads: Mapping[int, str]) -> list[LeaseReport]:
-        """Return every lease as the broker should see it; `threads` names threads by identifier."""
-        deepest = None if len(self.leases) <= _MOST_STACKS else 1  # a frame is not endless
-        return [
-            LeaseReport(
-                lease.token,
-                lease.phase,
-                max(0, int((now - lease.since) * 1000)),
-                threads.get(lease.thread, "") if lease.phase is Phase.IN_USE else "",
-                lease.backend,
-                wording(lease.stack[:deepest]) if lease.phase is Phase.IN_USE else [],
-            )
-            for lease in self.leases.values()
-        ]
 
     def register(self, now: float, threads: Mapping[int, str]) -> tuple[list[LeaseReport], Token]:
         """Start over with a broker: return what a HELLO says is held, and the newest grant seen.
@@ -521,10 +408,7 @@ class Cache:
         self.out.clear()
         self.owed = self._newest = self._recalled = 0
         self.out.extend(unsent)
-        self.out.extend(Acquire(request, ticket.wait_ms) for request, ticket in self.waiting.items())
-        for ticket in self.waiting.values():
-            ticket.at_desk = ticket.to_ask = False
-            ticket.asks += 1
+        self.tickets.ask_again()
         self.out.append(self.renewal(now, threads))
         closing = [
             LeaseReport(release.token, Phase.CLOSING, 0, "", release.backend)
@@ -532,7 +416,7 @@ class Cache:
             if release.backend is not None or not release.gone  # else there was never a connection
         ]
         given = {token for token, x in self.leases.items() if x.phase is Phase.CLOSING and x.conn is None}
-        return [x for x in self.reports(now, threads) if x.token not in given] + closing, self._seen
+        return [x for x in reports(self.leases.values(), now, threads) if x.token not in given] + closing, self._seen
 
     def welcomed(self, epoch: int, generation: int, now: float) -> list[Closing]:
         """Note which broker this is: what an earlier one had granted and not got here is lost."""
@@ -548,11 +432,3 @@ class Cache:
     def farewell(self) -> Bye:
         """Return the last message."""
         return Bye(self._seen, self.times.news(self.hits))
-
-    def fail(self, error: Exception) -> list[Ticket]:
-        """End every wait with `error`; return the tickets to wake."""
-        tickets = list(self.waiting.values())
-        for ticket in tickets:
-            self._settle(ticket)
-            ticket.error = error
-        return tickets

@@ -18,7 +18,6 @@ from sharedpool.errors import PoolClosed, PoolError
 from sharedpool.wire.messages import Phase, ReleaseReason
 from sharedpool.worker import callsite, wording
 from sharedpool.worker.booth import Booth, Gate
-from sharedpool.worker.cache import wait_ms
 from sharedpool.worker.connection import (
     CHECK_AFTER_S,
     PooledConnection,
@@ -36,6 +35,7 @@ from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.lease import Lease, Ticket
 from sharedpool.worker.link import Link
 from sharedpool.worker.session import thread_names
+from sharedpool.worker.tickets import wait_ms
 
 # How long a caller who does not want to wait waits for the broker's answer: a running one's, and one that starts.
 ANSWER_LIMIT_S = 3.0
@@ -120,7 +120,7 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
                 # wait would overtake what tells of them.
                 holdings.cache.out.append(holdings.cache.renewal(ticket.since, thread_names()))
                 at_desk = at_desk and wait_s > 0
-            holdings.cache.want(ticket, wait_s and max(0.001, deadline - ticket.since), at_desk=at_desk)
+            holdings.cache.tickets.want(ticket, wait_s and max(0.001, deadline - ticket.since), at_desk=at_desk)
             if (lease := holdings.cache.take(ticket.since)) is not None:  # laid there without the lock meanwhile
                 holdings.cache.give_up(ticket, ticket.since)
                 return lease
@@ -169,7 +169,7 @@ def _go_to_desk(
     if booth is not None and booth.ask(link.identity, ticket.request, wait_ms(wait_s), gone):
         return booth, True
     with holdings.lock:
-        holdings.cache.ask_by_link(ticket)
+        holdings.cache.tickets.ask_by_link(ticket)
     link.wake()
     return booth or place, False
 
@@ -185,7 +185,7 @@ def _look(holdings: Holdings, ticket: Ticket, place: Gate | Booth, left_s: float
             other.wake()
     elif was_open and not place.open:
         with holdings.lock:
-            holdings.cache.ask_by_link(ticket, again=True)
+            holdings.cache.tickets.ask_by_link(ticket, again=True)
         holdings.signal()
 
 

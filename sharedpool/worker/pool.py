@@ -336,7 +336,7 @@ class Pool:
             holdings.disposed = True
             holdings.cache.stop_keeping()  # a checkin that is under way closes too
             link = holdings.link
-            tickets = holdings.cache.fail(PoolClosed(f"pool {self.name!r} was disposed of while waiting"))
+            tickets = holdings.cache.tickets.fail(PoolClosed(f"pool {self.name!r} was disposed of while waiting"))
             closing = holdings.cache.drain(monotonic())
             in_use = [lease for lease in holdings.cache.leases.values() if lease.phase is Phase.IN_USE]
         for ticket in tickets:

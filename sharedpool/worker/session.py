@@ -11,7 +11,6 @@ import socket
 import sys
 import threading
 import time
-from collections import deque
 from typing import TYPE_CHECKING, cast
 
 from sharedpool.errors import BrokerUnavailable
@@ -39,6 +38,7 @@ from sharedpool.worker.booth import Booth, Booths
 from sharedpool.worker.connection import PooledConnection
 from sharedpool.worker.ending import close_confirmed, cut
 from sharedpool.worker.lease import Closing, Ticket
+from sharedpool.worker.leases import lost, unfinished
 
 if TYPE_CHECKING:
     from sharedpool.worker.holdings import Holdings
@@ -87,21 +87,22 @@ class Session:
         self._holdings.shells.trim(len(self._holdings.cache.leases))
         now = time.monotonic()
         with self._holdings.lock:
-            lost = self._holdings.cache.lost(now)
-            unfinished = self._holdings.cache.unfinished(now)
-            for lease in lost:
+            held = self._holdings.cache.leases
+            missing = lost(held.values(), set(self._holdings.cache.idle), now)
+            interrupted = unfinished(held.values(), now)
+            for lease in missing:
                 if lease.conn is None:
                     self._holdings.cache.closed(lease, ReleaseReason.CLOSED, gone=lease.ref is None)
             self._holdings.cache.out.append(self._holdings.cache.heartbeat(now, thread_names()))
             busy = bool(self._holdings.cache.leases or self._holdings.cache.waiting)
         self._deposit_all()
-        for lease in lost:
+        for lease in missing:
             logger.warning(
                 "pool %r: the connection of lease %s was lost unreturned", self._holdings.config.name, lease.token
             )
             if lease.conn is not None:
                 self._holdings.discard(lease, cast(PooledConnection, lease.conn), ReleaseReason.CLOSED)
-        self._holdings.close(unfinished)
+        self._holdings.close(interrupted)
         return busy
 
     def receive(self, message: ToWorker) -> None:
@@ -123,7 +124,7 @@ class Session:
                 case Grant():
                     ticket = self._holdings.cache.granted(message, now)
                 case Deny():
-                    ticket = self._holdings.cache.denied(message)
+                    ticket = self._holdings.cache.tickets.denied(message)
                 case Tell():
                     self._holdings.cache.out.append(self._holdings.cache.renewal(now, thread_names()))
                 case Recall():
@@ -163,7 +164,7 @@ class Session:
             self._holdings.cache.times.registered()
             for lease in self._holdings.cache.leases.values():
                 lease.deposited = False
-            moved = self._holdings.cache.move_to_desk() if hands_over else []
+            moved = self._holdings.cache.tickets.move_to_desk() if hands_over else []
         self._deposit_all()
         for ticket in moved:
             ticket.wake()
@@ -233,7 +234,7 @@ class Session:
             if over:
                 self._holdings.link = None
                 # What was said until now is this link's to send; what comes after it, the next one's.
-                self._holdings.cache.out = deque()
+                self._holdings.cache.leave_outbox()
                 self._over = True
             return over
 
@@ -252,7 +253,7 @@ class Session:
         if not isinstance(error, BrokerUnavailable):
             error = BrokerUnavailable(f"pool {self._holdings.config.name!r}: {error}")
         with self._holdings.lock:
-            tickets = self._holdings.cache.fail(error)
+            tickets = self._holdings.cache.tickets.fail(error)
         for ticket in tickets:
             ticket.wake()
 

@@ -18,6 +18,7 @@ from waiting import wait_until
 
 import sharedpool
 from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.worker.leases import reports
 
 MakePool = Callable[..., sharedpool.Pool]
 WORKER = str(Path(__file__).parents[1] / "worker.py")
@@ -247,7 +248,7 @@ def test_every_way_of_checking_out_is_known_by_its_users_line(make_pool: MakePoo
 
 def sites(pool: sharedpool.Pool) -> list[str]:
     """What the next heartbeat says."""
-    return [report.stack[0] for report in pool._holdings.cache.reports(0.0, {}) if report.stack]
+    return [report.stack[0] for report in reports(pool._holdings.cache.leases.values(), 0.0, {}) if report.stack]
 
 
 def test_without_debug_checkouts_the_short_way_is_open_and_nothing_is_noted(make_pool: MakePool) -> None:

@@ -152,7 +152,7 @@ class AtTheDesk:
             booth = self.take_booth()
             if booth is None:
                 self.places.pop(ticket, None)
-                self.cache.ask_by_link(ticket)
+                self.cache.tickets.ask_by_link(ticket)
                 return
             self.places[ticket] = booth
         booth.asked = True
@@ -163,7 +163,7 @@ class AtTheDesk:
         """The thread that has its place in the cache says so at the desk; it may have been served meanwhile."""
         ask = self.asking.pop(ticket)
         if not self.places[ticket].wire.say(ask):
-            self.cache.ask_by_link(ticket)
+            self.cache.tickets.ask_by_link(ticket)
             self.flush()
         if ticket.settled:
             self.leave_booth(ticket)
@@ -189,7 +189,7 @@ class AtTheDesk:
                 self.wake(self.adopt(packet))
         elif booth.wire.torn and booth.open:
             booth.open = False
-            self.cache.ask_by_link(ticket, again=True)
+            self.cache.tickets.ask_by_link(ticket, again=True)
         else:
             return False
         self.flush()

@@ -31,9 +31,11 @@ from sharedpool.wire.messages import (
     ToWorker,
     Welcome,
 )
-from sharedpool.worker.cache import Cache, wait_ms
+from sharedpool.worker.cache import Cache
 from sharedpool.worker.checkout import CHECK_AFTER_S
 from sharedpool.worker.lease import Closing, Lease, Ticket
+from sharedpool.worker.leases import lost, unfinished
+from sharedpool.worker.tickets import wait_ms
 
 from .booths import AtTheDesk, Conn
 from .scale import BEAT_S, EXPIRATION_S, HELLO_RETRY_S, LIMITS, MAX_WAITING, SILENCE_S
@@ -122,10 +124,11 @@ class Worker(AtTheDesk):
         now = self.beat_at = self.world.now
         if self.established:
             self._to_close(self.cache.expire(now))
-            assert not self.cache.lost(now)
+            assert not lost(self.cache.leases.values(), set(self.cache.idle), now)
             self.cache.out.append(self.cache.renewal(now, {}))
             self.deposit_all()
-            assert not {x.lease for x in self.cache.unfinished(now)} & {giving.closing.lease for giving in self.giving}
+            begun = {x.lease for x in unfinished(self.cache.leases.values(), now)}
+            assert not begun & {giving.closing.lease for giving in self.giving}
             self.flush()
 
     def flush(self) -> None:
@@ -154,7 +157,7 @@ class Worker(AtTheDesk):
                 self._revoke(message.revoked)
                 self.open_desk(message.desk, message.handover)
                 if self.hands_over:
-                    for ticket in cache.move_to_desk():
+                    for ticket in cache.tickets.move_to_desk():
                         self.go_to_desk(ticket)
             case Stale():
                 self._to_close(cache.renew_generation(message.generation, now))
@@ -165,7 +168,7 @@ class Worker(AtTheDesk):
             case Grant():
                 self.wake(cache.granted(message, now))
             case Deny():
-                ticket = cache.denied(message)
+                ticket = cache.tickets.denied(message)
                 if ticket is not None:
                     self.tickets.remove(ticket)
                     self.leave_booth(ticket)
@@ -220,7 +223,7 @@ class Worker(AtTheDesk):
         if not wait_s and any(held.phase is Phase.CLOSING for held in self.cache.leases.values()):
             self.cache.out.append(self.cache.renewal(self.world.now, {}))
             at_desk = False
-        self.cache.want(ticket, wait_s, at_desk=at_desk)
+        self.cache.tickets.want(ticket, wait_s, at_desk=at_desk)
         self.patience[ticket.request] = wait_s > 0
         if booth is not None:
             self.places[ticket] = booth
@@ -424,7 +427,7 @@ class Worker(AtTheDesk):
         now = self.world.now
         for ticket in list(self.asking):
             self.go_on_asking(ticket)
-        self.cache.fail(RuntimeError("disposed"))
+        self.cache.tickets.fail(RuntimeError("disposed"))
         for ticket in list(self.places):
             self.leave_booth(ticket)
         self._to_close(self.cache.drain(now))

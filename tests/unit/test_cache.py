@@ -22,8 +22,10 @@ from sharedpool.wire.messages import (
     Token,
     Trouble,
 )
-from sharedpool.worker.cache import ASKED_S, Cache
+from sharedpool.worker.cache import Cache
 from sharedpool.worker.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closing, Lease, Ticket
+from sharedpool.worker.leases import lost, unfinished
+from sharedpool.worker.tickets import ASKED_S
 
 
 class Conn:
@@ -43,7 +45,7 @@ class Rig:
 
     def want(self, wait_s: float = 5.0) -> Ticket:
         ticket = Ticket(lambda: None, self.now)
-        self.cache.want(ticket, wait_s)
+        self.cache.tickets.want(ticket, wait_s)
         return ticket
 
     def grant(self, request: int, *, owed: int = 0, serial: int | None = None) -> Ticket | None:
@@ -399,9 +401,9 @@ def test_trouble_of_an_older_generation_is_old_news(rig: Rig) -> None:
 def test_a_refusal_ends_the_wait_once(rig: Rig) -> None:
     ticket = rig.want(0)
     deny = Deny(ticket.request, DenyReason.EXHAUSTED, 5)
-    assert rig.cache.denied(deny) is ticket
+    assert rig.cache.tickets.denied(deny) is ticket
     assert ticket.denial == deny
-    assert rig.cache.denied(deny) is None
+    assert rig.cache.tickets.denied(deny) is None
 
 
 # --- giving up, in every phase
@@ -426,9 +428,9 @@ def test_giving_up_while_asking_was_interrupted_leaves_nothing_behind(
 ) -> None:
     ticket = Ticket(lambda: None, rig.now)
     with monkeypatch.context() as patch:
-        patch.setattr(f"sharedpool.worker.cache.{where}", interrupt)
+        patch.setattr(f"sharedpool.worker.tickets.{where}", interrupt)
         with pytest.raises(Interrupt):
-            rig.cache.want(ticket, 5.0)
+            rig.cache.tickets.want(ticket, 5.0)
     assert rig.cache.give_up(ticket, rig.now) is None
     assert not rig.cache.waiting
 
@@ -497,7 +499,7 @@ def test_giving_up_twice_does_nothing_the_second_time(rig: Rig) -> None:
 def test_fail_ends_every_wait_with_the_error(rig: Rig) -> None:
     tickets = [rig.want(), rig.want()]
     error = RuntimeError("no broker")
-    assert rig.cache.fail(error) == tickets
+    assert rig.cache.tickets.fail(error) == tickets
     assert [ticket.error for ticket in tickets] == [error, error]
     assert not rig.cache.waiting
 
@@ -506,8 +508,8 @@ def test_fail_ends_every_wait_with_the_error(rig: Rig) -> None:
 
 
 def lost_at_the_second_look(rig: Rig) -> list[Lease]:
-    assert rig.cache.lost(rig.now) == []
-    return rig.cache.lost(rig.now + 1)
+    assert lost(rig.cache.leases.values(), set(rig.cache.idle), rig.now) == []
+    return lost(rig.cache.leases.values(), set(rig.cache.idle), rig.now + 1)
 
 
 def test_lost_finds_a_lease_whose_thread_vanished_before_it_connected(rig: Rig) -> None:
@@ -531,16 +533,16 @@ def test_lost_forgives_what_was_brought_back_between_two_looks(rig: Rig) -> None
     lease, conn = rig.lend()
     rig.kept.clear()
     del conn
-    assert rig.cache.lost(rig.now) == []
+    assert lost(rig.cache.leases.values(), set(rig.cache.idle), rig.now) == []
     rig.cache.checkin(lease, Conn(), rig.now + 1, None)
-    assert rig.cache.lost(rig.now + 1) == []
-    assert rig.cache.lost(rig.now + 2) == []
+    assert lost(rig.cache.leases.values(), set(rig.cache.idle), rig.now + 1) == []
+    assert lost(rig.cache.leases.values(), set(rig.cache.idle), rig.now + 2) == []
 
 
 def test_lost_finds_a_lease_whose_hand_out_was_interrupted(rig: Rig) -> None:
     lease = rig.idle()
     rig.cache.idle.clear()  # popped, and then a signal handler raised
-    assert rig.cache.lost(rig.now) == []
+    assert lost(rig.cache.leases.values(), set(rig.cache.idle), rig.now) == []
     rig.now += HANDING_OUT_LIMIT_S + 1
     assert lost_at_the_second_look(rig) == [lease]
     assert rig.cache.forget(lease.token) is lease
@@ -654,7 +656,7 @@ def test_recalls_of_a_new_broker_start_over(rig: Rig) -> None:
 def test_a_heartbeat_lists_what_has_waited_at_the_desk_for_long(rig: Rig) -> None:
     """The broker may have forgotten it. At first it is not listed: the heartbeat may be faster than the ASK."""
     ticket = Ticket(lambda: None, rig.now)
-    rig.cache.want(ticket, 600.0, at_desk=True)
+    rig.cache.tickets.want(ticket, 600.0, at_desk=True)
     assert rig.cache.renewal(rig.now + ASKED_S * 0.9, {}).pending == []
     assert rig.cache.renewal(rig.now + ASKED_S, {}).pending == [ticket.request]
 
@@ -662,12 +664,12 @@ def test_a_heartbeat_lists_what_has_waited_at_the_desk_for_long(rig: Rig) -> Non
 def test_what_was_asked_for_twice_may_be_answered_once_more(rig: Rig) -> None:
     """Its thread was about to ask at its line when the link registered again; nobody would read a free booth."""
     slow, quick = Ticket(lambda: None, rig.now), Ticket(lambda: None, rig.now)
-    rig.cache.want(slow, 9.0, at_desk=True)
+    rig.cache.tickets.want(slow, 9.0, at_desk=True)
     rig.cache.register(rig.now, {})
-    rig.cache.want(quick, 9.0, at_desk=True)
+    rig.cache.tickets.want(quick, 9.0, at_desk=True)
     for ticket in (slow, quick):
         assert not ticket.finished
-        assert rig.cache.denied(Deny(ticket.request, DenyReason.CROWDED, 1)) is ticket
+        assert rig.cache.tickets.denied(Deny(ticket.request, DenyReason.CROWDED, 1)) is ticket
     assert quick.finished
     assert not slow.finished
 
@@ -678,7 +680,7 @@ def test_a_connection_that_is_being_given_is_its_threads_alone(rig: Rig) -> None
     rig.cache.close(lease, conn, ReleaseReason.OWED, rig.now)
     rig.cache.giving(lease)
     rig.now += 10 * CLOSING_LIMIT_S
-    assert rig.cache.unfinished(rig.now) == []
+    assert unfinished(rig.cache.leases.values(), rig.now) == []
     assert [report.token for report in rig.cache.renewal(rig.now, {}).leases] == [lease.token]
     leases, _ = rig.cache.register(rig.now, {})
     assert leases == []
@@ -689,10 +691,10 @@ def test_a_connection_that_is_being_given_is_its_threads_alone(rig: Rig) -> None
 def test_what_was_asked_for_in_both_ways_is_asked_for_again_when_its_line_ends(rig: Rig) -> None:
     """The broker has one waiter for both; its answer may have been on the line."""
     ticket = Ticket(lambda: None, rig.now)
-    rig.cache.want(ticket, 9.0, at_desk=True)
+    rig.cache.tickets.want(ticket, 9.0, at_desk=True)
     rig.cache.register(rig.now, {})
     rig.sent()
-    rig.cache.ask_by_link(ticket)
+    rig.cache.tickets.ask_by_link(ticket)
     assert rig.sent() == []
-    rig.cache.ask_by_link(ticket, again=True)
+    rig.cache.tickets.ask_by_link(ticket, again=True)
     assert rig.sent() == [Acquire(ticket.request, 9000)]

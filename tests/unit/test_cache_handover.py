@@ -77,12 +77,12 @@ def test_who_waits_by_link_can_be_moved_to_the_desk_unnoticed(rig: Rig) -> None:
     """What says so to the broker must not have it missed in the next heartbeat."""
     patient, impatient = rig.want(), rig.want(wait_s=0)
     rig.cache.register(rig.now, {})
-    assert rig.cache.move_to_desk() == [patient]
+    assert rig.cache.tickets.move_to_desk() == [patient]
     assert (patient.at_desk, impatient.at_desk) == (True, False)
     sent = rig.sent()
     assert [each.request for each in sent if isinstance(each, Acquire)] == [impatient.request]
     assert [each.pending for each in sent if isinstance(each, Renew)] == [[impatient.request]]
-    assert rig.cache.move_to_desk() == []
+    assert rig.cache.tickets.move_to_desk() == []
 
 
 def test_a_recall_that_a_passed_connection_has_overtaken_is_obeyed_and_answered(rig: Rig) -> None:
@@ -122,9 +122,9 @@ def test_where_it_must_be_opened_the_slice_begins_when_that_is_done(rig: Rig) ->
 def test_what_was_asked_for_twice_is_not_over_with_one_answer(rig: Rig) -> None:
     """The broker may have queued it anew while the first answer was on its way: its line is to be settled first."""
     ticket = Ticket(lambda: None, rig.now)
-    rig.cache.want(ticket, 5.0, at_desk=True)
+    rig.cache.tickets.want(ticket, 5.0, at_desk=True)
     rig.cache.register(rig.now, {})
-    assert rig.cache.move_to_desk() == [ticket]
+    assert rig.cache.tickets.move_to_desk() == [ticket]
     assert ticket.to_ask
     live = Live(Backend(1), 1, b"")
     rig.cache.passed(Pass(ticket.request, Token(1, 1), 1, 0, False, live), Conn(), float("inf"), rig.now)

@@ -8,6 +8,7 @@ from sharedpool.wire.messages import Grant, Phase, Token
 from sharedpool.worker.cache import Cache
 from sharedpool.worker.callsite import capture, wording
 from sharedpool.worker.lease import Ticket
+from sharedpool.worker.leases import reports
 
 
 def test_the_innermost_line_comes_first() -> None:
@@ -57,9 +58,9 @@ def test_a_worker_with_very_many_leases_tells_of_each_only_the_line() -> None:
     cache.welcomed(1, 1, 0.0)
     stack = ((code("inner.py"), 1), (code("outer.py"), 2))
     for serial in range(1, 202):
-        cache.want(ticket := Ticket(lambda: None, 0.0), 0)
+        cache.tickets.want(ticket := Ticket(lambda: None, 0.0), 0)
         cache.granted(Grant(ticket.request, Token(1, serial), serial), 0.0)
         assert ticket.lease is not None
         ticket.lease.phase, ticket.lease.stack = Phase.IN_USE, stack
-        reported = cache.reports(0.0, {})
+        reported = reports(cache.leases.values(), 0.0, {})
         assert {len(each.stack) for each in reported} == ({2} if serial <= 200 else {1})

@@ -1,0 +1,63 @@
+"""A process's leases as a whole: what a heartbeat says of them, and which of them nobody can bring back. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from sharedpool.wire.messages import LeaseReport, Phase, ReleaseReason
+from sharedpool.worker.callsite import wording
+from sharedpool.worker.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closing, Lease
+
+_MOST_STACKS = 200  # in one packet, in full
+
+
+def reports(leases: Collection[Lease], now: float, threads: Mapping[int, str]) -> list[LeaseReport]:
+    """Return every lease as the broker should see it; `threads` names threads by identifier."""
+    deepest = None if len(leases) <= _MOST_STACKS else 1  # a frame is not endless
+    return [
+        LeaseReport(
+            lease.token,
+            lease.phase,
+            max(0, int((now - lease.since) * 1000)),
+            threads.get(lease.thread, "") if lease.phase is Phase.IN_USE else "",
+            lease.backend,
+            wording(lease.stack[:deepest]) if lease.phase is Phase.IN_USE else [],
+        )
+        for lease in leases
+    ]
+
+
+def lost(leases: Iterable[Lease], idle: set[Lease], now: float) -> list[Lease]:
+    """Return leases nobody can bring back: their thread was interrupted, or their connection was collected.
+
+    Each must look so at two heartbeats: a finalizer, or the thread that reclaims it, may be bringing it back.
+    """
+    found = []
+    for lease in leases:
+        missing = _ownerless(lease, idle, now)
+        if missing and lease.missed == lease.since:
+            found.append(lease)
+        lease.missed = lease.since if missing else None
+    return found
+
+
+def unfinished(leases: Iterable[Lease], now: float) -> list[Closing]:
+    """Return closes that were begun long ago: whoever was at them was interrupted."""
+    return [
+        Closing(lease, ReleaseReason.CLOSED)
+        for lease in leases
+        if lease.phase is Phase.CLOSING and lease.conn is not None and now - lease.since >= CLOSING_LIMIT_S
+    ]
+
+
+def _ownerless(lease: Lease, idle: set[Lease], now: float) -> bool:
+    nobody_waits = lease.ticket is None or lease.ticket() is None
+    if lease.phase is Phase.CONNECTING:
+        return lease.ticket is not None and nobody_waits
+    if lease.phase is Phase.IN_USE and lease.conn is None:
+        return lease.ref is not None and lease.ref() is None
+    # Between the deque and its user an interrupt has a few microseconds; no thread is that slow.
+    stuck = now - lease.since > HANDING_OUT_LIMIT_S
+    if lease.phase is Phase.IN_USE:
+        return nobody_waits and stuck
+    return lease.phase is Phase.IDLE and lease not in idle and stuck

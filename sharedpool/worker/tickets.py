@@ -1,0 +1,111 @@
+"""The threads of one process that wait for a lease, and where each was asked for: by the link or at the desk. Pure.
+
+The caller holds the pool's lock. Messages go into the cache's outbox.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+
+from msgspec import structs
+
+from sharedpool.wire.messages import Acquire, Deny, Renew, ToBroker
+from sharedpool.worker.lease import Ticket
+from sharedpool.worker.slices import Slices
+
+_LONGEST_WAIT_MS = 2**52
+# What was asked at the desk so long ago is listed in the heartbeat: the broker knows of it by now, or not any more.
+ASKED_S = 1.0
+
+
+def wait_ms(wait_s: float) -> int:
+    """Return a wait as a request carries it: milliseconds, at least 1 for who wants to wait at all."""
+    return 0 if wait_s <= 0 else int(min(max(wait_s * 1000, 1), _LONGEST_WAIT_MS))
+
+
+class Tickets:
+    """Tickets by the number of their request, in the order in which they came. `out` is the cache's outbox."""
+
+    def __init__(self, out: deque[ToBroker], slices: Slices) -> None:
+        self.waiting: OrderedDict[int, Ticket] = OrderedDict()
+        self.out = out
+        self._slices = slices
+        self._requests = 0
+
+    def want(self, ticket: Ticket, wait_s: float, *, at_desk: bool = False) -> None:
+        """Queue a ticket, here and at the broker; `wait_s` 0 asks for an answer at once.
+
+        `at_desk`: the caller asks there itself.
+        """
+        self._requests += 1
+        ticket.request = self._requests
+        ticket.wait_ms = wait_ms(wait_s)
+        ticket.at_desk = ticket.to_ask = at_desk
+        ticket.asks = 1
+        self._slices.asked(ticket.since)
+        self.waiting[ticket.request] = ticket
+        if not at_desk:
+            self.out.append(Acquire(ticket.request, ticket.wait_ms))
+
+    def move_to_desk(self) -> list[Ticket]:
+        """Have those who wait ask at the desk instead; return their tickets, to be woken for that.
+
+        Only there a connection can be passed to them. Who does not want to wait is answered by link all the same.
+        """
+        moved = [ticket for ticket in self.waiting.values() if ticket.wait_ms and not ticket.at_desk]
+        requests = {ticket.request for ticket in moved}
+        unsent = [each for each in self.out if not (isinstance(each, Acquire) and each.request in requests)]
+        self.out.clear()
+        for each in unsent:
+            if isinstance(each, Renew):  # there the broker is not to miss what it has not been asked for yet
+                pending = [request for request in each.pending if request not in requests]
+                self.out.append(structs.replace(each, pending=pending))
+            else:
+                self.out.append(each)
+        for ticket in moved:
+            ticket.at_desk = ticket.to_ask = True
+            ticket.asks += 1
+        return moved
+
+    def ask_by_link(self, ticket: Ticket, *, again: bool = False) -> None:
+        """Ask for a ticket in the ordinary way: its line to the desk is gone.
+
+        `again`: even if that was done before, since what was passed on the line may have been the answer to it.
+        """
+        if (ticket.at_desk or again) and self.waiting.get(ticket.request) is ticket:
+            ticket.at_desk = ticket.to_ask = False
+            ticket.asks += 1
+            self.out.append(Acquire(ticket.request, ticket.wait_ms))
+
+    def settle(self, ticket: Ticket) -> None:
+        """Take a ticket out: its wait is over."""
+        del self.waiting[ticket.request]
+
+    def ask_again(self) -> None:
+        """Ask for every ticket by the link: the broker knows of none."""
+        self.out.extend(Acquire(request, ticket.wait_ms) for request, ticket in self.waiting.items())
+        for ticket in self.waiting.values():
+            ticket.at_desk = ticket.to_ask = False
+            ticket.asks += 1
+
+    def pending(self, now: float) -> list[int]:
+        """Return the requests of which the broker should know by now."""
+        return [
+            request for request, ticket in self.waiting.items() if not ticket.at_desk or now - ticket.since >= ASKED_S
+        ]
+
+    def denied(self, deny: Deny) -> Ticket | None:
+        """Take in a refusal; return the ticket to wake."""
+        ticket = self.waiting.get(deny.request)
+        if ticket is not None:
+            self.settle(ticket)
+            ticket.denial = deny
+        return ticket
+
+    def fail(self, error: Exception) -> list[Ticket]:
+        """End every wait with `error`; return the tickets to wake."""
+        tickets = list(self.waiting.values())
+        for ticket in tickets:
+            self.settle(ticket)
+            ticket.error = error
+        return tickets
