@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -32,6 +33,8 @@ class Line:
         self.address = address
         self._context = zmq.Context()
         self._dealer = self._context.socket(zmq.DEALER)
+        # Without a name of its own libzmq gives it one, which a peer may have taken: then the broker would abort.
+        self._dealer.setsockopt(zmq.IDENTITY, b"c" + os.urandom(15))
         self._dealer.setsockopt(zmq.LINGER, 0)
         self._dealer.setsockopt(zmq.IPV6, 1)
         self._dealer.connect(address)

@@ -5,7 +5,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,17 @@ def server_in_a_thread(address: str, **settings: Any) -> Iterator[Server]:
 
 def hello(pool: str, version: int = PROTOCOL_VERSION) -> bytes:
     return encode(Hello(version, os.getpid(), "", "bare", PoolSpec(pool, 3, 60_000)))
+
+
+def test_who_has_taken_the_names_that_libzmq_gives_is_met_by_no_command(runtime_dir: Path) -> None:
+    """The broker would abort: libzmq counts from the same number in every process, and takes any name from a peer."""
+    with sharedpool.start_broker(5, address=f"ipc://{runtime_dir}/b.sock") as broker, ExitStack() as lines:
+        for number in range(20):
+            line = lines.enter_context(line_to(broker.address, b"\0" + (0x6B8B4567 + number).to_bytes(4)))
+            line.send(hello("x", version=99))
+            line.recv()
+        for _ in range(3):
+            assert fetch_report(broker.address).pid == broker.pid
 
 
 def test_a_worker_of_protocol_1_is_told_what_to_install(broker: sharedpool.Broker) -> None:
