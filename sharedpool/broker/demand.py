@@ -18,13 +18,14 @@ is asked for everything and nothing is granted.
 from __future__ import annotations
 
 import heapq
+import logging
 import math
 from collections.abc import Callable, Iterable
 from itertools import chain, islice, takewhile
 from typing import Protocol
 
 from sharedpool.broker.books import Books
-from sharedpool.broker.commands import Command, Fence, Send
+from sharedpool.broker.commands import Command, Fence, Log, Send
 from sharedpool.broker.records import Lease, Pool, Session, SlotState, Waiter
 from sharedpool.wire.messages import Ack, Deny, DenyReason, Grant, Holder, Recall, Token
 
@@ -246,8 +247,12 @@ class Demand:
             self.fence(lease, "its worker is silent and somebody waits", now)
         return len(chosen)
 
-    def fence(self, lease: Lease, why: str, now: float) -> None:
+    def fence(self, lease: Lease, why: str, now: float, *, level: int = logging.INFO) -> None:
         """Have a suspect lease's backend ended and verified; its slot stays counted until then."""
+        pool, token, whose, pid = lease.pool.name, lease.token, lease.session.label, lease.backend and lease.backend.pid
+        fields = {"pool": pool, "lease": str(token), "epoch": self._epoch, "session": whose, "reason": why}
+        text = f"pool {pool!r}: lease {token} of {whose}: backend {pid or '(unknown)'} is to end ({why})"
+        self._emit(Log(level, text, fields))
         self._books.move(lease, SlotState.FENCING, why)
         lease.pool.fences += 1
         lease.since = now

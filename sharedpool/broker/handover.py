@@ -10,6 +10,7 @@ next checkin, and nobody has to be asked for it. When one process has been alone
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from itertools import islice
 
@@ -82,13 +83,13 @@ class Handover:
         stays = lease.custody and not lease.interrupts and give.live.generation == lease.pool.generation
         stays = stays and lease.pool.cancels is not False
         if not stays or self._demand.excess(lease.pool) > 0:
-            self._leases.fence(lease, "given, but not fit to go on", now)
+            self._leases.fence(lease, "given, but not fit to go on", now, level=logging.DEBUG)
         elif (waiter := self._first(lease.pool)) is not None:
             if waiter.line:
                 self._pass(lease, give.live, waiter, now)
                 # Who gave all that was asked of him may have more; a lease that was closing is not coming any more.
                 return bool(lease.pool.waiters) and self._demand.at_rest(lease.pool)
-            self._leases.fence(lease, "given, but it cannot be passed to who waits", now)
+            self._leases.fence(lease, "given, but it cannot be passed to who waits", now, level=logging.DEBUG)
         else:
             self._park(lease, give.live, now)
             return not (self._books.contended or self._books.shrinking or self._demand.draining)
@@ -168,13 +169,13 @@ class Handover:
         chosen = [lease for pool in pools for lease in islice(pool.parked.values(), max(0, most))][:most]
         for lease in chosen:
             self._unpark(lease)
-            self._leases.fence(lease, "parked, and its slot is wanted", now)
+            self._leases.fence(lease, "parked, and its slot is wanted", now, level=logging.DEBUG)
         return len(chosen)
 
     def expire(self, lease: Lease, now: float) -> None:
         """End a parked connection that nobody has asked for."""
         self._unpark(lease)
-        self._leases.fence(lease, "parked for too long", now)
+        self._leases.fence(lease, "parked for too long", now, level=logging.DEBUG)
 
     # --- holders that keep what others wait for
 

@@ -90,15 +90,15 @@ class Leases:
             if other is not None and other is not lease and other.state is SlotState.SUSPECT:
                 self.free(other, "claimed")
 
-    def fence(self, lease: Lease, why: str, now: float) -> None:
-        """Have a lease's backend ended and verified, whatever its worker does.
+    def fence(self, lease: Lease, why: str, now: float, *, level: int = logging.INFO) -> None:
+        """Have a lease's backend ended and verified, whatever its worker does. `level`: the log's.
 
         Without a connection to look for, the slot goes into quarantine until the server shows nothing that may be it.
         """
         if lease.state is not SlotState.SUSPECT:
             self._books.move(lease, SlotState.SUSPECT, why)
         if lease.findable:
-            self._demand.fence(lease, why, now)
+            self._demand.fence(lease, why, now, level=level)
             return
         self._books.move(lease, SlotState.FENCING, why)
         lease.since = now

@@ -154,7 +154,8 @@ class Sessions:
             current = lease.token.epoch == self._terms.epoch
             unused = unused_above is not None and current and lease.token > unused_above
             if lease.findable or not unused:
-                self.leases.fence(lease, why, now)
+                parked = lease.live is not None  # which is no fault of anybody's
+                self.leases.fence(lease, why, now, level=logging.DEBUG if parked else logging.INFO)
             else:
                 self.leases.free(lease, why)
         self._books.mark_owed(session, 0)
