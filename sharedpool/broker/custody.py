@@ -64,6 +64,10 @@ class Custody:
         """Take in that somebody waits no more."""
         self._execute(self._ledger.withdrawn(withdraw, time.monotonic()))
 
+    def left(self, line: int) -> None:
+        """Take in that all that was passed on this line has been read."""
+        self._ledger.left(line)
+
     def line_ended(self, line: int) -> None:
         """Take in that a line has ended; not at once, what was decided before is still being carried out."""
         self._later(lambda ledger, now: ledger.line_ended(line, now))

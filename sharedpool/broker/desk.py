@@ -25,7 +25,7 @@ from sharedpool.errors import ProtocolError
 from sharedpool.hangup import other_side_closed
 from sharedpool.wire import descriptors
 from sharedpool.wire.codec import decode_to_desk, encode
-from sharedpool.wire.desk import Ask, Deposit, Give, Pass, Settled, Withdraw
+from sharedpool.wire.desk import Ask, Deposit, Give, Leave, Pass, Settled, Withdraw
 from sharedpool.wire.messages import Token
 
 logger = logging.getLogger("sharedpool.broker")
@@ -61,6 +61,9 @@ class Clerk(Protocol):
 
     def withdrawn(self, withdraw: Withdraw) -> None:
         """Somebody waits no more."""
+
+    def left(self, line: int) -> None:
+        """All that was passed on this line has been read."""
 
     def line_ended(self, line: int) -> None:
         """A line has ended."""
@@ -184,6 +187,8 @@ class Desk:
                 self.clerk.asked(message, self._numbers[line.fileno()])
             elif isinstance(message, Give):
                 self.clerk.given(message)
+            elif isinstance(message, Leave):
+                self.clerk.left(self._numbers[line.fileno()])
             else:
                 self.clerk.withdrawn(message)
                 self._say(line, Settled(message.request))

@@ -57,6 +57,11 @@ class Handover:
         self._lines[line] = waiter
         waiter.line = line
 
+    def has_read(self, line: int) -> None:
+        """Note that all that was passed on a line has arrived."""
+        if isinstance(self._lines.get(line), Lease):
+            del self._lines[line]
+
     def left(self, line: int, now: float) -> None:
         """Take in that a line has ended: what was passed there and nobody has spoken of since may not have arrived."""
         last = self._lines.pop(line, None)

@@ -241,6 +241,10 @@ class Ledger:
                 return self._decided()
         return self._settled(now)
 
+    def left(self, line: int) -> None:
+        """Take in that all that was passed on this line has been read, before it ends."""
+        self._handover.has_read(line)
+
     def line_ended(self, line: int, now: float) -> list[Command]:
         """Take in that a line to the desk has ended."""
         self._handover.left(line, now)

@@ -9,6 +9,7 @@ own there, on which the kernel wakes it:
                                                 ◄═════  PASS(request, token) + socket, the connection goes on
       WITHDRAW(request)                         ═════►                               it waits no more
                                                 ◄═════  SETTLED(request)             no PASS for it follows
+      LEAVE                                     ═════►                               before the end: all is read
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class Withdraw(Struct, frozen=True, tag="withdraw"):
 
     session: bytes
     request: int
+
+
+class Leave(Struct, frozen=True, tag="leave"):
+    """This line will be closed, and all that was passed on it has been read."""
 
 
 class Live(Struct, frozen=True):
@@ -84,5 +89,5 @@ class Settled(Struct, frozen=True, tag="settled"):
     request: int
 
 
-ToDesk = Deposit | Ask | Withdraw | Give
+ToDesk = Deposit | Ask | Withdraw | Leave | Give
 FromDesk = Pass | Settled

@@ -14,7 +14,7 @@ import threading
 from sharedpool.errors import ProtocolError
 from sharedpool.wire import descriptors
 from sharedpool.wire.codec import decode_from_desk, encode
-from sharedpool.wire.desk import Ask, Pass, Settled, Withdraw
+from sharedpool.wire.desk import Ask, Leave, Pass, Settled, Withdraw
 from sharedpool.wire.messages import Token
 from sharedpool.worker import green
 
@@ -83,6 +83,10 @@ class Booth:
     def withdraw(self, session: bytes, request: int) -> bool:
         """Say that it does not wait any more; SETTLED will come."""
         return self._say(encode(Withdraw(session, request)))
+
+    def leave(self) -> bool:
+        """Say that nothing is to be read here any more, before it is closed; return whether the broker will hear it."""
+        return self._say(encode(Leave()))
 
     def _say(self, packet: bytes) -> bool:
         try:
@@ -178,9 +182,11 @@ class Booths:
         """Close free booths that were not needed since the last call: what a crowd has taken is not kept for ever."""
         while len(self._all) > self._needed:
             try:
-                self.discard(self._free.pop(0))
+                booth = self._free.pop(0)
             except IndexError:
                 break  # needed after all
+            booth.leave()  # else the broker would end what was passed here, if it has not heard of that yet
+            self.discard(booth)
         self._needed = len(self._all) - len(self._free)
 
     def watch(self, booth: Booth) -> None:

@@ -437,6 +437,21 @@ def test_a_shell_is_built_for_this_process_alone() -> None:
     assert ours.server_version == 150001
 
 
+def test_a_line_that_is_not_needed_any_more_takes_no_connection_along(
+    pair: MakePair, broker: sharedpool.Broker, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the broker has not heard yet that what it has passed there has arrived."""
+    a, b = pair()
+    monkeypatch.setattr(b._holdings.link, "_flush", lambda dealer: None)
+    conn = moved(a, b, lambda conn: None)
+    for _ in range(2):
+        b._holdings.booths.trim()
+    assert len(b._holdings.booths) == 0
+    for _ in range(3):  # it has looked at its lines meanwhile
+        assert report(broker, name).fences == 0
+    assert ask(conn, "SELECT 1") == 1
+
+
 def test_a_parked_connection_expires(pair: MakePair, broker: sharedpool.Broker, name: str) -> None:
     """Given while nobody waits any more: the broker keeps it, but no longer than a worker would."""
     _, b = pair(expiration=0.5)

@@ -49,6 +49,9 @@ class Clerk:
     def withdrawn(self, withdraw: Withdraw) -> None:
         pass
 
+    def left(self, line: int) -> None:
+        pass
+
     def line_ended(self, line: int) -> None:
         self.ended.append(line)
 

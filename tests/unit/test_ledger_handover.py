@@ -151,6 +151,16 @@ def test_a_line_that_ends_with_a_known_connection_costs_nothing(broker: Broker, 
     assert broker.all(Fence) == []
 
 
+def test_a_line_that_was_read_to_its_end_costs_nothing(broker: Broker, desk: Desk) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    desk.ask(b, line=7)
+    desk.give(a, token)
+    broker.ledger.left(7)
+    broker.take_in(broker.ledger.line_ended(7, broker.now))
+    assert broker.all(Fence) == []
+
+
 def test_a_line_that_ends_waits_no_more(broker: Broker, desk: Desk) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
