@@ -24,6 +24,8 @@ from sharedpool.wire.messages import Interrupt, Phase, ReleaseReason
 
 # A pool is shared for so long after a connection has last changed hands.
 SHARED_S = 1.0
+# A trial that could not be made is made again after so long. It costs its caller a second, and the connection.
+TRY_AGAIN_S = 30.0
 # A holder that has been pressed for so long, with others waiting, is asked whether it still uses what it keeps; then
 # after twice the time, and so on.
 NUDGE_S = 0.01
@@ -135,7 +137,7 @@ class Handover:
         session.passes += 1
         self._lines[waiter.line] = heir
         serial = self._demand.next_serial()
-        trial = pool.cancels is None
+        trial = pool.cancels is None and now >= pool.try_at
         passed = Pass(waiter.request, heir.token, serial, session.owed, pressure > 0, live, trial)
         self._emit(PassOn(waiter.line, passed))
 
@@ -237,6 +239,8 @@ class Handover:
         if not order.trial:
             lease.interrupts -= 1
             return None
+        if sent is None:  # the control connection is away, perhaps: not every caller is to pay for that
+            pool.try_at = now + TRY_AGAIN_S
         if sent is None or pool.cancels is not None:
             return None
         pool.cancels = sent

@@ -176,8 +176,9 @@ class Pool:
     shared_until: float = -math.inf
     nudging: bool = False
     nudged: dict[bytes, int] = field(default_factory=dict)
-    # Whether the broker may cancel what this pool's backends execute; None until it was tried.
+    # Whether the broker may cancel what this pool's backends execute; None until it was tried. Not to be tried before.
     cancels: bool | None = None
+    try_at: float = -math.inf
     handovers: int = 0
     taking: int = 0
     grants: int = 0

@@ -6,7 +6,7 @@ import pytest
 from test_ledger import TTL_S, Broker, Worker
 
 from sharedpool.broker.commands import Entrust, Fence, Interfere, Log, PassOn
-from sharedpool.broker.handover import NUDGE_S, SHARED_S
+from sharedpool.broker.handover import NUDGE_S, SHARED_S, TRY_AGAIN_S
 from sharedpool.broker.records import SlotState
 from sharedpool.wire.desk import Ask, Give, Live, Pass, Withdraw
 from sharedpool.wire.messages import (
@@ -216,10 +216,8 @@ def test_after_the_cancel_it_may_go_on(broker: Broker, desk: Desk) -> None:
     assert len(desk.passed()) == 1
 
 
-@pytest.mark.parametrize(("sent", "trials"), [(None, [True, True]), (True, [True, False])])
-def test_a_cancel_is_tried_with_what_is_passed_until_one_was_sent(
-    broker: Broker, desk: Desk, sent: bool | None, trials: list[bool]
-) -> None:
+def tried(broker: Broker, desk: Desk, sent: bool | None, pause_s: float) -> list[bool]:
+    """Move a connection twice, each time with a trial's cancel of that outcome; say which was to be a trial."""
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
     for giver, taker in ((a, b), (b, a)):
@@ -228,7 +226,19 @@ def test_a_cancel_is_tried_with_what_is_passed_until_one_was_sent(
         token = desk.passed()[-1][1].token
         broker.send(taker.id, Interrupt(token, trial=True))
         broker.take_in(broker.ledger.interrupted(broker.all(Interfere)[-1], sent, broker.now))
-    assert [passed.trial for _, passed in desk.passed()] == trials
+        broker.now += pause_s
+    return [passed.trial for _, passed in desk.passed()]
+
+
+def test_a_cancel_is_tried_once(broker: Broker, desk: Desk) -> None:
+    assert tried(broker, desk, True, TRY_AGAIN_S) == [True, False]
+
+
+@pytest.mark.parametrize(("pause_s", "again"), [(0.0, False), (TRY_AGAIN_S, True)])
+def test_a_cancel_that_could_not_be_sent_is_tried_again_a_while_later(
+    broker: Broker, desk: Desk, pause_s: float, again: bool
+) -> None:
+    assert tried(broker, desk, None, pause_s) == [True, again]
 
 
 def test_while_a_trials_cancel_is_under_way_it_may_go_on(broker: Broker, desk: Desk) -> None:
