@@ -56,6 +56,12 @@ def uwsgi(broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp
     return start
 
 
+def catches(pid: int, number: int) -> bool:
+    """Say whether a process has a handler for a signal."""
+    (mask,) = [line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "SigCgt" in line]
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 def ended_well(server: Server, broker: sharedpool.Broker, name: str) -> None:
     assert server.process.poll() is None, "uWSGI ended before it was told to"
     assert server.stop() == 0
@@ -117,6 +123,7 @@ def test_reloads_and_killed_workers_leave_no_slot_taken(
     with uwsgi(**environment) as server:
         with traffic(server) as seen:
             before = wait_until(lambda: seen.workers)
+            wait_until(lambda: catches(server.process.pid, signal.SIGHUP))  # the first workers serve before it does
             server.process.send_signal(signal.SIGHUP)
             wait_until(lambda: seen.workers - before, what="the new workers' answers")
             wait_until(lambda: not any(map(alive, before)), what="the old workers' end")
