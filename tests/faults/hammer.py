@@ -290,6 +290,8 @@ class Worker:
         """
         forever, holding = self.order == "F", self.random.random() < 0.5
         bare = forever and self.random.random() < 0.4
+        if forever:
+            holding = self.number % 2 == 0  # half of those that are killed
         conn = self.get(10)
         if conn is None or not self.run(conn, "first", "SELECT 1"):
             return
