@@ -42,6 +42,8 @@ _REPORTED = (
 _RESET_LIMIT_S = 1.0
 # Nor is a trial's answer; it is made once, and what it would cost to be wrong is the hand-over.
 _TRIAL_LIMIT_S = 3.0
+# A trial whose cancel is lost takes a second: it is made for who has the time.
+PATIENT_S = 1.5
 _BUILD_LIMIT_S = 5.0
 DISCARD = b"DISCARD ALL"
 # The first row does not fit into the server's buffer: it is sent, and tells that the query is being executed. A cancel

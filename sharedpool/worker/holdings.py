@@ -38,7 +38,7 @@ from sharedpool.worker.connection import (
 )
 from sharedpool.worker.desk import Desk
 from sharedpool.worker.ending import close_confirmed, cut, dead_end, disown, see_off, take_witness
-from sharedpool.worker.handover import SUPPORTED, Shells, adopt, prepare, vacate, works
+from sharedpool.worker.handover import PATIENT_S, SUPPORTED, Shells, adopt, prepare, vacate, works
 from sharedpool.worker.lease import CLOSING_LIMIT_S, Closing, Lease, Ticket
 from sharedpool.worker.link import Link
 from sharedpool.worker.session import Session
@@ -281,8 +281,7 @@ class Holdings:
         """Say whether a connection that was passed can be used here. They are tried until one has worked."""
         if not is_alive(conn):
             return False  # its backend has ended on the way
-        link = self.link
-        cancel = passed.trial and link is not None and not link.is_here  # its thread is what sends a cancel
+        cancel = passed.trial and self._may_cancel(passed.request)
         if self._tested and not cancel:
             return True
         fit = works(conn, partial(self.cancel, passed.token, trial=True) if cancel else None)
@@ -292,6 +291,13 @@ class Holdings:
             if not self._trials:
                 self._cannot("connections that are passed to it, or their cancels, do not work here")
         return fit
+
+    def _may_cancel(self, request: int) -> bool:
+        """Say whether a cancel can be tried here and now, for who has made that request."""
+        link, ticket = self.link, self.cache.waiting.get(request)
+        if link is None or link.is_here or ticket is None:  # the link's thread is what sends a cancel
+            return False
+        return ticket.since + ticket.wait_ms / 1000 - time.monotonic() >= PATIENT_S
 
     def _refuse(self, passed: Pass) -> None:
         with self.lock:

@@ -83,8 +83,8 @@ def moved(giver: Pool, taker: Pool, use: Callable[[extensions.connection], objec
     conn = giver.get_conn()
     pid = conn.info.backend_pid
     use(conn)
-    giver.put_conn(conn)
     given, before = giver.stats().given, taker.stats()
+    giver.put_conn(conn)  # perhaps it goes at once
     got = taker.get_conn()
     assert got.info.backend_pid == pid
     assert giver.stats().given == given + 1
@@ -375,10 +375,13 @@ def test_the_first_connection_that_a_broker_passes_is_tried_with_a_cancel(
         cancel(holdings, token, **options)
 
     monkeypatch.setattr(Holdings, "cancel", note)
-    a, b = pair()  # which moves it from the second to the first
-    assert [holdings for holdings, _ in sent] == [a._holdings]
+    a, b = pair(timeout=1)  # which moves it from the second to the first
     assert a._holdings.adopted == 1
-    for giver, taker in ((a, b), (b, a)):
+    assert sent == []  # a cancel that is lost would cost its caller a second
+    b.put_conn(b.get_conn(timeout=10))
+    assert [holdings for holdings, _ in sent] == [b._holdings]
+    assert b._holdings.adopted == 1
+    for giver, taker in ((b, a), (a, b)):
         conn = moved(giver, taker, lambda conn: None)
         assert ask(conn, "SELECT pg_sleep(0.05)") == ""
         taker.put_conn(conn)
