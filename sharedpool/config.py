@@ -7,9 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any, Literal
 
-from sharedpool.broker.automatic import ensure_running, with_linger
-from sharedpool.broker.scope import automatic_scope
-from sharedpool.broker.settings import BrokerSettings
+from sharedpool.automatic import AutomaticBroker, GivenBroker
 from sharedpool.conninfo import resolve
 from sharedpool.errors import ConfigError, SharedPoolError
 from sharedpool.validate import check_number
@@ -98,6 +96,7 @@ def config_pool(
     if not isinstance(group, str) or not group.isprintable() or "@" in group:
         raise ConfigError(f"group: must be a printable text without an @, not {group!r}")
     conninfo = resolve(dsn=dsn, db_url=db_url, **connect_kwargs)
+    conninfo.identity()  # a service that libpq cannot find is an error here, not at the first checkout
     address, source = broker, "broker"
     if address is None:
         address, source = os.environ.get(addresses.BROKER_VARIABLE) or None, addresses.BROKER_VARIABLE
@@ -121,7 +120,7 @@ def config_pool(
         slice=float(slice),
         debug_checkouts=bool(debug_checkouts),
     )
-    pool = _make(pool_manager, config)
+    pool = pool_manager(config, AutomaticBroker(conninfo) if config.broker is None else GivenBroker(config.broker))
     previous = _current.get(name)
     _current[name] = pool
     if previous is not None and not previous.disposed:
@@ -135,18 +134,3 @@ def get_pool(name: str = "default") -> Pool:
         return _current[name]
     except KeyError:
         raise SharedPoolError(f"no pool {name!r} is configured: call sharedpool.config_pool() first") from None
-
-
-def _make(pool_manager: type[Pool], config: PoolConfig) -> Pool:
-    if config.broker is not None:
-        return pool_manager(config, config.broker, None)
-    digest = config.conninfo.identity().digest(config.name)
-    address = addresses.automatic_address(digest)
-
-    def start(address: str) -> None:
-        def settings() -> BrokerSettings:
-            return with_linger(BrokerSettings(address, dsn=config.conninfo.current(), scope=automatic_scope(digest)))
-
-        ensure_running(address, settings)
-
-    return pool_manager(config, address, start)

@@ -29,17 +29,19 @@ _REFUSED_SSLMODE = "resolve-only"
 
 
 class ServerIdentity(NamedTuple):
-    """One database as one role sees it, as libpq resolves it: processes that agree on it share a broker."""
+    """One database as one role sees it, as libpq resolves it."""
 
     host: str
     port: str
     dbname: str
     user: str
 
-    def digest(self, pool_name: str) -> str:
-        """Return 16 hex digits for this server and `pool_name`, safe in a file name."""
-        # libpq's values cannot contain NUL and the free text comes last: no two inputs run together.
-        text = "\0".join((*self, pool_name))
+    def digest(self) -> str:
+        """Return 16 hex digits for the server and the role, safe in a file name: processes that agree share a broker.
+
+        The database is not in it: one broker serves all databases of a server.
+        """
+        text = "\0".join((self.host, self.port, self.user))  # libpq's values cannot contain NUL
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
     def __str__(self) -> str:

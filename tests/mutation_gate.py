@@ -151,7 +151,7 @@ MUTANTS = (
         "a worker takes in a former broker's grant",
         (
             ("sharedpool/worker/cache.py", "if grant.token.epoch != self._epoch:", "if False:"),
-            ("sharedpool/worker/link.py", "            elif self.established:\n", "            else:\n"),
+            ("sharedpool/worker/link.py", "        elif registration.established:\n", "        else:\n"),
         ),
         ("tests/model", "tests/unit/test_cache.py"),
     ),

@@ -8,7 +8,8 @@ FREE is not stored: a slot without a lease is free. Pure: no I/O, no clock; time
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 from sharedpool.broker.commands import Command, Entry, Erase, Record
 from sharedpool.broker.groups import Groups, GroupTerms
@@ -118,9 +119,21 @@ class Books:
         if len(self.past) > _MOST_PAST:
             del self.past[next(iter(self.past))]
 
-    def limit(self, spec: PoolSpec) -> int:
+    def find(self, spec: PoolSpec) -> Pool | None:
+        """Return the pool that a session means, if there is one."""
+        pool = self.pools.get(spec.name)
+        if not spec.database or (pool is not None and pool.spec.is_pool_of(spec)):
+            return pool
+        return next((pool for pool in self.pools.values() if pool.spec.is_pool_of(spec)), None)
+
+    def add(self, pool: Pool) -> None:
+        """Take in a pool that `find` does not know, by a name that no other has."""
+        pool.known_as = next(name for name in _names(pool.spec) if name not in self.pools)
+        self.pools[pool.name] = pool
+
+    def limit(self, pool_name: str, spec: PoolSpec) -> int:
         """Return what a pool's own limit is to be."""
-        limit = self.limits.get(spec.name, spec.max_conn)
+        limit = self.limits.get(pool_name, spec.max_conn)
         return limit if self.max_conn is None else min(self.max_conn, limit)
 
     def shrink(self, pool: Pool) -> None:
@@ -309,3 +322,11 @@ class Books:
             for seq, waiter in pool.waiters.items():
                 assert waiter.seq == seq
                 assert self.sessions[waiter.session.id].waiters[waiter.request] is waiter
+
+
+def _names(spec: PoolSpec) -> Iterator[str]:
+    """Yield the names that a pool may have, the first choice first: its own, then with its database's."""
+    yield spec.name
+    yield f"{spec.name}/{spec.database}"
+    # Another pool may really be called so.
+    yield from (f"{spec.name}/{spec.database}/{number}" for number in itertools.count(2))

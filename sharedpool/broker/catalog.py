@@ -42,7 +42,7 @@ FROM pg_stat_activity WHERE pid = %s
 _STARTING_SQL = "SELECT pid FROM pg_locks WHERE locktype = 'virtualxid' AND pid <> pg_backend_pid()"
 _ACTIVITY_SQL = """
 SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0), coalesce(application_name, ''),
-       coalesce(application_name LIKE %s, false), datid IS NULL AND usesysid IS NULL
+       coalesce(application_name LIKE %s, false), datid IS NULL AND usesysid IS NULL, coalesce(datname, '')
 FROM pg_stat_activity
 """
 
@@ -89,12 +89,12 @@ def starts_of(conn: connection, pids: Iterable[int]) -> dict[int, int]:
         return dict(cursor.fetchall())
 
 
-def survey(conn: connection, pattern: str) -> tuple[frozenset[int], dict[tuple[int, int], str]]:
-    """Return the pids of backends in start-up; and by pid and start the tags of those that have one LIKE `pattern`."""
+def survey(conn: connection, pattern: str) -> tuple[frozenset[int], list[tuple[int, int, str, str]]]:
+    """Return the pids of backends in start-up; and pid, start, tag and database of those with a tag LIKE `pattern`."""
     with conn.cursor() as cursor:
         cursor.execute(_STARTING_SQL)
         started_or_not = {pid for (pid,) in cursor.fetchall()}
         cursor.execute(_ACTIVITY_SQL, [pattern])
         rows = cursor.fetchall()
-    starting = frozenset(started_or_not - {pid for pid, _, _, _, nobodys in rows if not nobodys})
-    return starting, {(pid, start_us): tag for pid, start_us, tag, ours, _ in rows if ours}
+    starting = frozenset(started_or_not - {pid for pid, _, _, _, nobodys, _ in rows if not nobodys})
+    return starting, [(pid, start_us, tag, database) for pid, start_us, tag, ours, _, database in rows if ours]

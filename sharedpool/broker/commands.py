@@ -45,12 +45,13 @@ class Place(NamedTuple):
 class Survey(NamedTuple):
     """What the server lists: backends in start-up, and those whose application_name is this broker's, by that name.
 
-    `serial` is the number of the order; the look began after it was given.
+    `serial` is the number of the order; the look began after it was given. `databases` are those of the tagged ones.
     """
 
     serial: int
     starting: frozenset[int]
     tagged: dict[Backend, str]
+    databases: Mapping[Backend, str] = {}
 
 
 @dataclass(frozen=True, slots=True)

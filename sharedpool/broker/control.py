@@ -259,8 +259,9 @@ class Control:
             self._pass_barrier()
         assert self._conn is not None
         starting, found = catalog.survey(self._conn, pattern_of(self._instance))
-        tagged = {Backend(pid, start_us, self._boot_us): tag for (pid, start_us), tag in found.items()}
-        survey = Survey(look.serial, starting, tagged)
+        listed = {Backend(pid, start_us, self._boot_us): (tag, database) for pid, start_us, tag, database in found}
+        tagged = {backend: tag for backend, (tag, _) in listed.items()}
+        survey = Survey(look.serial, starting, tagged, {backend: name for backend, (_, name) in listed.items()})
         self._tell(lambda ledger, now: ledger.surveyed(survey, now))
 
     def _pass_barrier(self) -> None:

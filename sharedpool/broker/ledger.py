@@ -65,8 +65,9 @@ class Ledger:
     silent before its leases are suspect; `max_checkout_s` is reported on when a pool asks for nothing else (0: off);
     `expiration_s` is the longest idle time any pool may ask for. `verifies`: there is a control connection, so that
     the server can be asked. `remembers`: all that former brokers granted is given to `restore`. `random` returns
-    numbers from 0 to 1. `instance`, `desk` and `handover` are told to the workers (`Welcome`). `groups`, with
-    `max_conn` only, and `limits` (of pools, by name) go before what the pools' users ask for.
+    numbers from 0 to 1. `instance`, `desk` and `handover` are told to the workers (`Welcome`). `by_database`: pools of
+    one name in two databases are two pools. `groups`, with `max_conn` only, and `limits` (of pools, by name) go before
+    what the pools' users ask for.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Ledger:
         instance: str = "",
         desk: str = "",
         handover: bool = False,
+        by_database: bool = False,
         groups: dict[str, GroupTerms] | None = None,
         limits: dict[str, int] | None = None,
     ) -> None:
@@ -94,7 +96,7 @@ class Ledger:
         self._timers = Timers(self._over)
         self._waiter_serial = 0
         self._demand = Demand(self._books, epoch, self._out.append, self._timers.arm)
-        terms = Terms(epoch, ttl_s, expiration_s, instance, desk, handover)
+        terms = Terms(epoch, ttl_s, expiration_s, instance, desk, handover, by_database)
         self._sessions = Sessions(
             terms, self._books, self._demand, self._out.append, self._timers.arm, self._log, random
         )

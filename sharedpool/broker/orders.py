@@ -108,7 +108,7 @@ class Orders:
             books.limits[name] = max_conn
             said = []
         for pool in pools:
-            before, pool.max_conn = pool.max_conn, books.limit(pool.spec)
+            before, pool.max_conn = pool.max_conn, books.limit(pool.name, pool.spec)
             books.shrink(pool)
             if name:
                 said.append(f"pool {name!r}: limit {before} before, {pool.max_conn} now, {len(pool.leases)} in use")
@@ -125,7 +125,7 @@ class Orders:
         self._configured = set(limits)
         books.limits.update(limits)
         for pool in books.pools.values():
-            pool.max_conn = books.limit(pool.spec)
+            pool.max_conn = books.limit(pool.name, pool.spec)
         books.configure(groups)
 
     def drain(self, pid: int, now: float) -> list[str]:

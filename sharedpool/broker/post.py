@@ -12,6 +12,7 @@ import zmq
 
 from sharedpool.broker.processes import Peer, peer_of
 from sharedpool.errors import SharedPoolError
+from sharedpool.wire.channel import from_session, to_session
 from sharedpool.wire.codec import MAX_FRAME_BYTES
 
 logger = logging.getLogger("sharedpool.broker")
@@ -93,21 +94,21 @@ class Post:
                 self.mail = False
                 return
             peer = peer_of(frames[-1], ipc=self.near)
-            session, *rest = (frame.bytes for frame in frames)
+            routing_id, *rest = (frame.bytes for frame in frames)
             if peer.uid not in (None, os.getuid(), 0):
                 logger.warning("dropped a message from uid %d", peer.uid)
             elif len(rest) != 1:
-                name = session.hex()[:12]
+                name = routing_id.hex()[:12]
                 text = "dropped a message from %s: %d frames instead of 2"
                 logger.warning(text, name, len(frames), extra={"sharedpool": {"session": name}})
             else:
-                yield Letter(session, rest[0], peer)
+                yield Letter(*to_session(routing_id, rest[0]), peer)
 
     def send(self, session: bytes, frame: bytes) -> None:
         """Send one frame. One who is gone, or does not read, misses it. Does not block."""
         self._used = True
         try:
-            self._router.send_multipart((session, frame), zmq.NOBLOCK)
+            self._router.send_multipart(from_session(session, frame), zmq.NOBLOCK)
         except zmq.ZMQError as error:
             # The state stands: the session's next RENEW, or its death, repairs it.
             logger.debug("not sent to %s: %s", session.hex()[:12], error)

@@ -9,6 +9,7 @@ import logging
 import os
 import resource
 import selectors
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,43 +54,68 @@ def _started(pid: int) -> int:
         return 0
 
 
+@dataclass(slots=True)
+class WatchedProcess:
+    """A process under watch: its pidfd, and the sessions that it has registered."""
+
+    process: Process
+    fd: int
+    sessions: set[bytes] = field(default_factory=set)
+
+
 class Watched:
-    """The processes under watch, by session, in a selector: a session's id is the key's data."""
+    """The processes under watch, in a selector: a `WatchedProcess` is the key's data."""
 
     def __init__(self, selector: selectors.BaseSelector) -> None:
         self._selector = selector
-        self._pidfds: dict[bytes, int] = {}
+        self._processes: dict[Process, WatchedProcess] = {}
+        self._by_session: dict[bytes, WatchedProcess] = {}
 
     def watch(self, session: bytes, process: Process | None) -> bool:
         """Watch a session's process; return False when it has ended already."""
         if process is None or not hasattr(os, "pidfd_open"):
             return True  # another host or platform: heartbeats alone tell
         self.forget(session)
-        try:
-            fd = os.pidfd_open(process.pid)
-        except ProcessLookupError:
-            return False
-        except OSError as error:
-            text = "cannot watch process %d (%s): only its silence will tell of its death"
-            logger.warning(text, process.pid, error)
-            return True
-        if process.started and _started(process.pid) != process.started:
-            os.close(fd)
-            return False  # the pid is another's by now
-        self._pidfds[session] = fd
-        self._selector.register(fd, selectors.EVENT_READ, session)
+        watched = self._processes.get(process)
+        if watched is None:
+            try:
+                watched = self._open(process)
+            except ProcessLookupError:
+                return False
+            except OSError as error:
+                text = "cannot watch process %d (%s): only its silence will tell of its death"
+                logger.warning(text, process.pid, error)
+                return True
+        watched.sessions.add(session)
+        self._by_session[session] = watched
         return True
 
-    def forget(self, session: bytes) -> None:
-        """Stop watching."""
-        fd = self._pidfds.pop(session, None)
-        if fd is not None:
-            self._selector.unregister(fd)
+    def _open(self, process: Process) -> WatchedProcess:
+        """Begin to watch a process. Raise `OSError`; `ProcessLookupError` when it has ended."""
+        fd = os.pidfd_open(process.pid)
+        if process.started and _started(process.pid) != process.started:
             os.close(fd)
+            raise ProcessLookupError(f"process {process.pid} is another by now")
+        watched = WatchedProcess(process, fd)
+        self._selector.register(fd, selectors.EVENT_READ, watched)
+        if process.started:  # else its pid may be used again, and it cannot be told from the next one
+            self._processes[process] = watched
+        return watched
+
+    def forget(self, session: bytes) -> None:
+        """Stop watching for a session; its process is watched as long as another session needs it."""
+        watched = self._by_session.pop(session, None)
+        if watched is None:
+            return
+        watched.sessions.discard(session)
+        if not watched.sessions:
+            self._processes.pop(watched.process, None)
+            self._selector.unregister(watched.fd)
+            os.close(watched.fd)
 
     def close(self) -> None:
         """Stop watching everything."""
-        for session in list(self._pidfds):
+        for session in list(self._by_session):
             self.forget(session)
 
 

@@ -148,12 +148,14 @@ class Session:
 class Pool:
     """One limit. `idle`, `incoming`, `pressed` and `unpressed` are indexes over its leases and sessions.
 
+    `known_as` is its name at this broker: with the database's, where another database has a pool of that name.
     `held`: an operator has paused it, nothing is granted and everything comes back.
     """
 
     spec: PoolSpec
     max_conn: int
     backoff: Backoff
+    known_as: str = ""
     group: Group | None = None
     generation: int = 1
     doubted: int = 0  # the generation about which the server is being asked
@@ -199,7 +201,8 @@ class Pool:
 
     @property
     def name(self) -> str:
-        return self.spec.name
+        """The name by which this broker knows it: no other pool here has it."""
+        return self.known_as or self.spec.name
 
     @property
     def room(self) -> int:

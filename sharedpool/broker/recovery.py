@@ -27,7 +27,7 @@ GRACE_OVER = 0  # serial of the look with which the grace period ends
 class Recovery:
     """The ledger's first moments. `make_pool(spec)` returns a pool of the books, made when it is not there.
 
-    `find_pool(name)` returns the pool whose tags show that name.
+    `find_pool(name, database)` returns the pool whose tags show that name.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Recovery:
         emit: Callable[[Command], None],
         log: Logger,
         make_pool: Callable[[PoolSpec], Pool],
-        find_pool: Callable[[str], Pool | None],
+        find_pool: Callable[[str, str], Pool | None],
     ) -> None:
         self._books = books
         self._demand = demand
@@ -82,7 +82,7 @@ class Recovery:
             if entry.backend is not None and heirs.get(entry.backend, entry.token) != entry.token:
                 self._emit(Erase(entry.token))
                 continue
-            pool = self._make_pool(entry.pool) if entry.pid else self._unnamed(entry.pool.name)
+            pool = self._make_pool(entry.pool) if entry.pid else self._unnamed(entry.pool)
             session = restored.get(entry.session)
             if session is None:
                 session = Session(
@@ -122,9 +122,9 @@ class Recovery:
     def adopt(self, survey: Survey, strangers: Iterable[Backend]) -> None:
         """Count backends that nobody has claimed, and begin to serve."""
         for backend in strangers:
-            name = pool_of_tag(survey.tagged[backend])
-            session_id = b"unknown:" + name.encode()
-            pool = self._unnamed(name)
+            spec = PoolSpec(pool_of_tag(survey.tagged[backend]), 1, 0, database=survey.databases.get(backend, ""))
+            pool = self._unnamed(spec)
+            session_id = b"unknown:" + pool.name.encode()
             session = pool.sessions.get(session_id)
             if session is None:
                 session = Session(session_id, 0, "", UNKNOWN, pool, 0.0, 0.0, suspect=True)
@@ -137,11 +137,11 @@ class Recovery:
             self._log(logging.WARNING, text, len(self._books.orphans))
         self.serve()
 
-    def _unnamed(self, name: str) -> Pool:
+    def _unnamed(self, spec: PoolSpec) -> Pool:
         """Return the pool of that name; its limit is unknown when it is made here, until a session names it."""
-        pool = self._find_pool(name)
+        pool = self._find_pool(spec.name, spec.database)
         if pool is None:
-            pool = self._make_pool(PoolSpec(name, 1, 0))
+            pool = self._make_pool(PoolSpec(spec.name, 1, 0, database=spec.database))
             pool.unnamed = True
             self._books.assign(pool)
         return pool

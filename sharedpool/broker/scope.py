@@ -27,7 +27,7 @@ def scope_of(address: str) -> str:
 
 
 def automatic_scope(digest: str) -> str:
-    """Return the scope of the automatic broker of one server identity and pool: this user's, on this machine.
+    """Return the scope of the automatic broker of one server and role: this user's, on this machine.
 
     In another container there is another one: they have no directory in common in which to find each other.
     """

@@ -49,7 +49,7 @@ from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.lock import BrokerLock
 from sharedpool.broker.operators import Operators
 from sharedpool.broker.post import Letter, Post
-from sharedpool.broker.processes import Watched, process, raise_descriptor_limit
+from sharedpool.broker.processes import Watched, WatchedProcess, process, raise_descriptor_limit
 from sharedpool.broker.scope import scope_of
 from sharedpool.broker.sessions import other_version
 from sharedpool.broker.settings import BrokerSettings
@@ -123,6 +123,7 @@ class Server:
             desk="" if self._desk is None else str(self._desk.path),
             # Without a control connection nobody could cancel a query of a connection that has moved.
             handover=self._desk is not None and settings.dsn is not None,
+            by_database=settings.automatic,
             groups=settings.groups,
             limits=settings.limits,
             expiration_s=math.inf if settings.expiration_s is None else settings.expiration_s,
@@ -331,8 +332,9 @@ class Server:
             if key.fileobj is self._wake_in:
                 with contextlib.suppress(BlockingIOError):
                     self._wake_in.recv(4096)
-            elif isinstance(key.data, bytes):
-                self._died(key.data)
+            elif isinstance(key.data, WatchedProcess):
+                for session in list(key.data.sessions):
+                    self._died(session)
             elif key.data is not None:
                 key.data()
 

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from msgspec import structs
+
 from sharedpool.broker.backoff import Backoff
 from sharedpool.broker.books import Books
 from sharedpool.broker.commands import Command, Forget, Process, Send, Watch
@@ -35,6 +37,7 @@ class Terms:
     instance: str = ""
     desk: str = ""
     handover: bool = False
+    by_database: bool = False
 
 
 class Sessions:
@@ -63,33 +66,40 @@ class Sessions:
     def pool(self, spec: PoolSpec) -> Pool:
         """Return the pool of that name, made when there is none."""
         books = self._books
-        pool = books.pools.get(spec.name) or self._unnamed(spec.name)
-        if pool is None or pool.unnamed:
-            limit = books.limit(spec)
-            if pool is None:
-                pool = books.pools[spec.name] = Pool(spec, limit, Backoff(self._random))
-                if (past := books.past.pop(spec.name, None)) is not None:
-                    pool.succeed(past)
-            pool.spec, pool.max_conn, pool.unnamed = spec, limit, False
-            books.assign(pool)
-            if books.paused:
-                books.shrink(pool)
+        if not self._terms.by_database:
+            spec = structs.replace(spec, database="")
+        pool = books.find(spec) or self._unnamed(spec)
+        if pool is None:
+            pool = Pool(spec, spec.max_conn, Backoff(self._random))
+            books.add(pool)
+            if (past := books.past.pop(pool.name, None)) is not None:
+                pool.succeed(past)
+        elif not pool.unnamed:
+            return pool
+        else:
+            del books.pools[pool.name]
+            pool.spec, pool.unnamed = spec, False
+            books.add(pool)
+        pool.max_conn = books.limit(pool.name, spec)
+        books.assign(pool)
+        if books.paused:
+            books.shrink(pool)
         return pool
 
-    def _unnamed(self, name: str) -> Pool | None:
+    def _unnamed(self, spec: PoolSpec) -> Pool | None:
         """Return the pool whose backends alone were known so far, by what their tags show of its name."""
-        pools, alias = self._books.pools, shown(name, self._terms.instance)
-        pool = pools.get(alias)
-        if pool is None or not pool.unnamed:
-            return None
-        pools[name] = pools.pop(alias)
-        return pool
+        pool = self._books.find(structs.replace(spec, name=shown(spec.name, self._terms.instance)))
+        return pool if pool is not None and pool.unnamed else None
 
-    def named(self, alias: str) -> Pool | None:
+    def named(self, alias: str, database: str) -> Pool | None:
         """Return the pool of that name, or of which tags show that name."""
-        return next(
-            (p for p in self._books.pools.values() if alias in (p.name, shown(p.name, self._terms.instance))), None
-        )
+        if not self._terms.by_database:
+            database = ""
+        for pool in self._books.pools.values():
+            spec = pool.spec
+            if spec.database == database and alias in (spec.name, shown(spec.name, self._terms.instance)):
+                return pool
+        return None
 
     def hello(self, session_id: bytes, hello: Hello, now: float, process: Process | None) -> None:
         if hello.version != PROTOCOL_VERSION:
@@ -126,7 +136,7 @@ class Sessions:
         handover = self._terms.handover and hello.pool.server == pool.spec.server and pool.cancels is not False
         welcome = Welcome(
             PROTOCOL_VERSION, self._terms.epoch, pool.most, expiration_ms, ttl_ms, revoked,
-            tag_of(pool.name, self._terms.instance), self._terms.desk, pool.generation, handover,
+            tag_of(pool.spec.name, self._terms.instance), self._terms.desk, pool.generation, handover,
         )  # fmt: skip
         self._emit(Send(session_id, welcome))
 

@@ -14,7 +14,8 @@ class BrokerSettings:
     `metrics`: where they are served (`host:port`), empty: nowhere. `notify`: systemd's socket, or nobody's.
     `listener`: the descriptor of a socket that somebody else made and keeps, listening at `address` already.
     `scope`: what no two brokers may count to at the same time (see `leadership.py`); empty: as the address tells.
-    `limits`: of pools, by name, whatever their users ask for.
+    `limits`: of pools, by name, whatever their users ask for. `automatic`: nobody owns it; it serves all databases of
+    its server, and pools of one name in two of them are two pools.
     """
 
     address: str
@@ -24,6 +25,7 @@ class BrokerSettings:
     max_checkout_s: float = 0.0
     ttl_s: float = 15.0
     linger_s: float | None = None
+    automatic: bool = False
     drain_timeout_s: float = 10.0
     one_off: bool = False  # nobody will ever listen there again: leave no lock file behind
     scope: str = ""

@@ -65,7 +65,7 @@ def default_address() -> str:
 
 
 def automatic_address(digest: str) -> str:
-    """Return where the automatic broker of one server identity and pool listens."""
+    """Return where the automatic broker of one server and role listens."""
     return check_address(f"ipc://{runtime_dir()}/auto-{digest}.sock", "XDG_RUNTIME_DIR")
 
 

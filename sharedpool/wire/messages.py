@@ -1,9 +1,9 @@
 """The protocol between a worker's pool and the broker.
 
-One ZeroMQ DEALER per pool and process (a *session*, named by its random routing id) talks to the broker's ROUTER.
-Every message is one frame: msgpack of one tagged array below. Durations cross the wire, in milliseconds; clocks never
-do. Everything is idempotent: a request carries the client's own number and is answered the same way when it is
-repeated, a lease is named by a token that is never used twice.
+A pool in one process is a *session*; the sessions of a process share a ZeroMQ DEALER, which talks to the broker's
+ROUTER (`channel.py`). Every message is one frame: msgpack of one tagged array below. Durations cross the wire, in
+milliseconds; clocks never do. Everything is idempotent: a request carries the client's own number and is answered the
+same way when it is repeated, a lease is named by a token that is never used twice.
 
     worker                                             broker
       HELLO(version, pool, leases still held)   ─────►
@@ -41,7 +41,7 @@ import msgspec
 
 from sharedpool.wire.buckets import BUCKETS
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 class Token(NamedTuple):
@@ -82,6 +82,7 @@ class Backend(Struct, frozen=True):
 class PoolSpec(Struct, frozen=True):
     """What a session asks of its pool; the first session that names a pool sets its limit.
 
+    `database` is given to an automatic broker, which serves all of a server: by one name there is a pool for each.
     A pool's processes of another `group` are another pool, by another name: they share a server, and the broker's cap.
     `ends_overdue`: what is checked out for longer than `max_checkout_ms` is to be ended, not only reported.
     """
@@ -94,6 +95,11 @@ class PoolSpec(Struct, frozen=True):
     max_waiting: int = 0
     group: str = ""
     ends_overdue: bool = False
+    database: str = ""
+
+    def is_pool_of(self, other: PoolSpec) -> bool:
+        """Say whether both are of one pool."""
+        return (self.name, self.database) == (other.name, other.database)
 
 
 class Phase(StrEnum):

@@ -10,6 +10,7 @@ import os
 import select
 import socket
 import threading
+from collections.abc import Callable
 
 from sharedpool.errors import ProtocolError
 from sharedpool.wire import descriptors
@@ -17,6 +18,10 @@ from sharedpool.wire.codec import decode_from_desk, encode
 from sharedpool.wire.desk import Ask, Leave, Pass, Settled, Withdraw
 from sharedpool.wire.messages import Token
 from sharedpool.worker import green
+from sharedpool.worker.lease import Ticket
+
+# Takes in what was passed, with the socket's descriptor; returns the ticket to be woken, if any.
+Receive = Callable[[Pass, int], Ticket | None]
 
 _PACKET_BYTES = 8192
 # A booth has three descriptors here and one at the broker; greenlets may wait by the thousand.
@@ -138,14 +143,14 @@ class Booth:
 
 
 class Booths:
-    """One session's booths: the free ones, and the `unsettled`, which the link reads until they are free."""
+    """One link's booths: the free ones, and the `unsettled`, which the link reads until they are free."""
 
     def __init__(self) -> None:
-        self.path = ""  # of the desk; empty where there is no hand-over
+        self.path = ""  # of the desk; empty where there is none
         self._free: list[Booth] = []
         self._all: set[Booth] = set()
         self._needed = 0  # at a time, since the last `trim`
-        self.unsettled: dict[int, Booth] = {}
+        self.unsettled: dict[int, tuple[Booth, Receive]] = {}
 
     def __len__(self) -> int:
         return len(self._all)
@@ -189,9 +194,19 @@ class Booths:
             self.discard(booth)
         self._needed = len(self._all) - len(self._free)
 
-    def watch(self, booth: Booth) -> None:
-        """Have the link read on."""
-        self.unsettled[booth.fileno()] = booth
+    def watch(self, booth: Booth, receive: Receive) -> None:
+        """Have the link read on; `receive` takes in what is still passed there."""
+        self.unsettled[booth.fileno()] = booth, receive
+
+    def read(self, fd: int) -> None:
+        """Read, in the link's thread, what came for one who waits no more."""
+        booth, receive = self.unsettled[fd]
+        passed, settled = booth.read()
+        if passed is not None and (ticket := receive(*passed)) is not None:
+            ticket.wake()
+        if settled or not booth.open:
+            self.unsettled.pop(fd, None)
+            self.put(booth)
 
     def discard(self, booth: Booth) -> None:
         """Close a booth."""

@@ -34,6 +34,7 @@ from sharedpool.worker.handover import can_move
 from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.lease import Lease, Ticket
 from sharedpool.worker.link import Link
+from sharedpool.worker.registration import Registration
 from sharedpool.worker.session import thread_names
 from sharedpool.worker.tickets import wait_ms
 
@@ -99,7 +100,8 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
 def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) -> Lease:
     """Return a lease: an idle one after all, one handed on by another thread, or one the broker grants."""
     holdings.reclaim(min(wait_s, 1000.0) if wait_s else ANSWER_LIMIT_S)
-    place = holdings.booths.take() or Gate()
+    holdings.locate_broker()
+    place = holdings.take_booth() or Gate()
     asked: Booth | None = None  # where the request was last made, if it was at the desk
     try:
         ticket.wake = place.ring
@@ -109,8 +111,8 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
                 raise PoolClosed(f"pool {holdings.config.name!r} is disposed")
             if (lease := holdings.cache.take(ticket.since)) is not None:
                 return lease
-            link = holdings.ensure_link()
-            at_desk = isinstance(place, Booth) and link.established
+            link, registration = holdings.ensure_link()
+            at_desk = isinstance(place, Booth) and registration.established
             if not wait_s and any(held.phase is Phase.CLOSING for held in holdings.cache.leases.values()):
                 # A slot is on its way back: the broker must know, or it refuses at once.
                 holdings.cache.out.append(holdings.cache.renewal(ticket.since, thread_names()))
@@ -126,14 +128,14 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
                 return lease
         if not at_desk or holdings.config.debug_checkouts:
             link.wake()
-        limit = deadline + _GRACE_S if wait_s else ticket.since + _patience_s(holdings, link)
+        limit = deadline + _GRACE_S if wait_s else ticket.since + _patience_s(holdings, registration)
         while not ticket.settled:
             left_s = limit - time.monotonic()
             if left_s <= 0:
-                raise _unanswered(holdings, ticket, link, wait_s)
+                raise _unanswered(holdings, ticket, link, registration, wait_s)
             if ticket.to_ask:
                 left_s = wait_s and max(0.001, deadline - time.monotonic())
-                place, said = _go_to_desk(holdings, ticket, place, link, left_s)
+                place, said = _go_to_desk(holdings, ticket, place, registration.identity, left_s)
                 asked = place if said and isinstance(place, Booth) else asked
                 continue
             _look(holdings, ticket, place, left_s)
@@ -150,15 +152,15 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
 
 
 def _go_to_desk(
-    holdings: Holdings, ticket: Ticket, place: Gate | Booth, link: Link, wait_s: float
+    holdings: Holdings, ticket: Ticket, place: Gate | Booth, session: bytes, wait_s: float
 ) -> tuple[Gate | Booth, bool]:
     """Ask at a line of the desk, where a connection can be passed to this thread; without one by the link.
 
     Return where to wait, and whether it was said there.
     """
-    booth = place if isinstance(place, Booth) and place.open else holdings.booths.take()
-    if booth is not None and booth is not place and isinstance(place, Booth):
-        holdings.booths.discard(place)
+    booth = place if isinstance(place, Booth) and place.open else holdings.take_booth()
+    if booth is not place and isinstance(place, Booth):
+        holdings.put_booth(place)  # closed by now
     with holdings.lock:
         if booth is not None:
             ticket.wake = booth.ring
@@ -166,11 +168,11 @@ def _go_to_desk(
             return booth or place, False
         ticket.to_ask = False
         gone = holdings.cache.gone()
-    if booth is not None and booth.ask(link.identity, ticket.request, wait_ms(wait_s), gone):
+    if booth is not None and booth.ask(session, ticket.request, wait_ms(wait_s), gone):
         return booth, True
     with holdings.lock:
         holdings.cache.tickets.ask_by_link(ticket)
-    link.wake()
+    holdings.signal()
     return booth or place, False
 
 
@@ -191,26 +193,29 @@ def _look(holdings: Holdings, ticket: Ticket, place: Gate | Booth, left_s: float
 
 def _leave(holdings: Holdings, ticket: Ticket, booth: Booth, *, asked: bool) -> None:
     """Give a booth back; where something may still be passed to it, the link reads on."""
-    link = holdings.link
-    if not asked or ticket.finished or link is None or not booth.withdraw(link.identity, ticket.request):
-        holdings.booths.put(booth)
-    else:
-        holdings.booths.watch(booth)
+    link, registration = holdings.link, holdings.registration
+    if link is None or registration is None or not asked or ticket.finished:
+        holdings.put_booth(booth)
+        return
+    if booth.withdraw(registration.identity, ticket.request):
+        link.booths.watch(booth, holdings.receive)
         link.wake()
+    else:
+        holdings.put_booth(booth)
 
 
-def _patience_s(holdings: Holdings, link: Link) -> float:
+def _patience_s(holdings: Holdings, registration: Registration) -> float:
     """How long to wait for a broker's answer on behalf of a caller who does not want to wait for a slot."""
-    if link.established:
+    if registration.established:
         return ANSWER_LIMIT_S
     return CONNECT_LIMIT_S if holdings.config.broker else START_LIMIT_S
 
 
-def _unanswered(holdings: Holdings, ticket: Ticket, link: Link, wait_s: float) -> PoolError:
-    if wait_s and link.established and link.heard_at >= ticket.since:
+def _unanswered(holdings: Holdings, ticket: Ticket, link: Link, registration: Registration, wait_s: float) -> PoolError:
+    if wait_s and registration.established and link.heard_at >= ticket.since:
         return wording.timed_out(holdings.config.name, holdings.limit, wait_s)
     waited_s = time.monotonic() - ticket.since
-    return wording.unanswered(holdings.config.name, link.address, waited_s, link.trouble)
+    return wording.unanswered(holdings.config.name, link.address, waited_s, registration.trouble)
 
 
 def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledConnection:

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from functools import partial
 from typing import cast
 
@@ -23,8 +23,8 @@ from sharedpool.errors import SharedPoolError
 from sharedpool.wire.codec import encode
 from sharedpool.wire.desk import Give, Live, Pass
 from sharedpool.wire.messages import Backend, Interrupt, ReleaseReason, Token
-from sharedpool.worker import forks
-from sharedpool.worker.booth import Booths
+from sharedpool.worker import forks, links
+from sharedpool.worker.booth import Booth
 from sharedpool.worker.cache import Cache
 from sharedpool.worker.connection import (
     CHECK_AFTER_S,
@@ -36,11 +36,12 @@ from sharedpool.worker.connection import (
     settle,
     turned_read_only,
 )
-from sharedpool.worker.desk import Desk
 from sharedpool.worker.ending import close_confirmed, cut, dead_end, disown, see_off, take_witness
 from sharedpool.worker.handover import PATIENT_S, SUPPORTED, Shells, adopt, prepare, vacate, works
 from sharedpool.worker.lease import CLOSING_LIMIT_S, Closing, Lease, Ticket
 from sharedpool.worker.link import Link
+from sharedpool.worker.location import BrokerLocation
+from sharedpool.worker.registration import Registration
 from sharedpool.worker.session import Session
 from sharedpool.worker.settings import Callback, PoolConfig
 
@@ -59,7 +60,7 @@ BROKEN = 2  # psycopg2's `closed` of a connection that an error ended
 class Holdings:
     """One process's part of a pool.."""
 
-    def __init__(self, config: PoolConfig, address: str, start_broker: Callable[[str], None] | None) -> None:
+    def __init__(self, config: PoolConfig, broker: BrokerLocation) -> None:
         self.config = config
         self.pid = os.getpid()
         self.lock = threading.RLock()  # only so that a finalizer can tell that its own thread holds it
@@ -77,18 +78,18 @@ class Holdings:
         self.latch = forks.Latch()
         self.hits = self.connects = self.handed_on = self.given = self.adopted = self.discarded = self.errors = 0
         self.released: dict[ReleaseReason, int] = dict.fromkeys(ReleaseReason, 0)
-        self.link: Link | None = None
-        self._latest: Link | None = None  # which may have left, and not ended yet
-        self.desk = Desk()
-        self.booths = Booths()
+        self.link: Link | None = None  # set and taken away together with `registration`
+        self.registration: Registration | None = None
+        self._latest: tuple[Link, Registration] | None = None  # which may have left, and not ended yet
+        self.hands_over = False  # the broker passes connections on, and this process takes them
         self.shells = Shells(config.conninfo.python_kwargs)
         self.handover = config.handover and not config.disable_pooling and SUPPORTED  # until it is found not to work
         self._tested, self._trials = False, _TRIALS  # whether it was found to work here
         self.tag = f"sharedpool {config.name}"  # until the broker has said its own
         self._reclaiming = threading.RLock()  # held across I/O; a user's reset() may come back to it
         self._dead_end = dead_end()
-        self._address = address
-        self._start_broker = start_broker
+        self._broker = broker
+        self._address = ""  # of the broker, once it was first needed
 
     # --- I/O for the cache's decisions
 
@@ -194,8 +195,8 @@ class Holdings:
 
     def _give(self, closing: Closing, conn: PooledConnection) -> bool:
         """Give a connection that is asked for to the broker, for another process; return whether that was done."""
-        lease, link = closing.lease, self.link
-        if closing.reason not in _ASKED_FOR or not self.booths.path or not conn.sharedpool_movable or link is None:
+        lease = closing.lease
+        if closing.reason not in _ASKED_FOR or not self.hands_over or not conn.sharedpool_movable:
             return False
         if not lease.deposited or lease.backend is None:
             return False
@@ -204,7 +205,7 @@ class Holdings:
         try:
             parameters = prepare(conn, self.config.at_handover)
             if parameters is not None:
-                self._hand_in(closing, conn, lease.backend, parameters, link)
+                self._hand_in(closing, conn, lease.backend, parameters)
         except BaseException:
             lease.conn = conn  # interrupted: the link finishes it
             raise
@@ -212,9 +213,7 @@ class Holdings:
             lease.conn = conn
         return parameters is not None
 
-    def _hand_in(
-        self, closing: Closing, conn: PooledConnection, backend: Backend, parameters: bytes, link: Link
-    ) -> None:
+    def _hand_in(self, closing: Closing, conn: PooledConnection, backend: Backend, parameters: bytes) -> None:
         """Take the session from under a connection and tell the broker; if it does not hear, end the session."""
         lease = closing.lease
         now = time.monotonic()
@@ -223,7 +222,7 @@ class Holdings:
         witness = take_witness(conn)
         vacate(conn)
         # From here on the broker's duplicate is the session's only socket: if it does not hear, it sees its end.
-        if self.desk.say(encode(Give(link.identity, lease.token, closing.reason, live))):
+        if self._say_given(closing, live):
             with self.lock:
                 self.cache.given(lease)
                 self.cache.slices.parted(time.monotonic())
@@ -236,6 +235,13 @@ class Holdings:
             see_off(conn, witness)
             self.give_back(lease, closing.reason, gone=conn.sharedpool_gone)
         os.close(witness)
+
+    def _say_given(self, closing: Closing, live: Live) -> bool:
+        """Tell the broker of a connection that was taken from under its object; return whether it will hear."""
+        link, registration = self.link, self.registration
+        if link is None or registration is None:
+            return False
+        return link.desk.say(encode(Give(registration.identity, closing.lease.token, closing.reason, live)))
 
     def receive(self, passed: Pass, fd: int) -> Ticket | None:
         """Take in a connection that was passed on: for the thread that asked, another that waits, or to lie idle.
@@ -309,8 +315,7 @@ class Holdings:
         if self.handover:
             text = "pool %r: no hand-over in this process (%s): connections are closed and opened instead"
             logger.warning(text, self.config.name, " ".join(why.split()))
-        self.handover = False
-        self.booths.path = ""
+        self.handover = self.hands_over = False
 
     def cancel(self, token: Token, *, trial: bool = False) -> None:
         """Have the broker cancel what a lease's connection is executing."""
@@ -329,8 +334,9 @@ class Holdings:
 
     def deposit(self, lease: Lease, conn: PooledConnection) -> None:
         """Hand in a duplicate of a connection's socket at the broker's desk, if that was not done."""
-        if not lease.deposited and self.link is not None:
-            lease.deposited = self.desk.deposit(self.link.identity, lease.token, conn)
+        link, registration = self.link, self.registration
+        if not lease.deposited and link is not None and registration is not None:
+            lease.deposited = link.desk.deposit(registration.identity, lease.token, conn)
 
     def trouble(self, lease: Lease, code: str) -> None:
         """Tell the broker that a connection saw the server fail over (SQLSTATE `code`), or was found dead ("")."""
@@ -389,7 +395,8 @@ class Holdings:
     def rest(self) -> None:
         """End the link, where nothing may go on, if nothing is held; blocks until that is done, at most 1.5 s."""
         if self.transient and self._latest is not None and not (self.cache.leases or self.cache.waiting):
-            self._latest.close()
+            link, registration = self._latest
+            link.leave(registration)
 
     def send(self) -> None:
         """Have the link send what is in the outbox; its thread is left alone when that is empty."""
@@ -402,18 +409,41 @@ class Holdings:
         if link is not None:
             link.wake()
 
-    def ensure_link(self) -> Link:
-        """Return the link, started. The lock is held; starting a thread is all this does."""
-        if self.link is None:
-            start, address = self._start_broker, self._address
-            session = Session(self)
-            self.link = Link(session, address, self.cache.out, None if start is None else lambda: start(address))
-            self._latest = self.link
+    def locate_broker(self) -> None:
+        """Find out where the broker is, when that is first needed: by who this process runs as by then.
+
+        May read files and make the runtime directory. Raise `ConfigError` when that is not possible.
+        """
+        if not self._address:
+            self._address = self._broker.address()
+
+    def ensure_link(self) -> tuple[Link, Registration]:
+        """Return the link and the registration there, started. The lock is held; starting a thread is all this does.
+
+        `locate_broker` was called before.
+        """
+        if self.link is None or self.registration is None:
+            address, broker = self._address, self._broker
+            start = partial(broker.start, address) if broker.is_automatic else None
+            self.link, self.registration = links.current().attach(address, Session(self), self.cache.out, start)
+            self._latest = self.link, self.registration
             forks.hold(self)
             forks.release_at_child_exit()
-        if not self.link.running:  # an interrupt may have come between the two
-            self.link.start()
-        return self.link
+        self.link.ensure_running()  # an interrupt may have come between the two
+        return self.link, self.registration
+
+    def take_booth(self) -> Booth | None:
+        """Return a place to wait where connections can be handed over, or None."""
+        link = self.link
+        return link.booths.take() if link is not None and self.hands_over else None
+
+    def put_booth(self, booth: Booth) -> None:
+        """Give a place back where nothing more will come."""
+        link = self.link
+        if link is None:
+            booth.close()
+        else:
+            link.booths.put(booth)
 
     def disown(self) -> None:
         """In a forked child: make every inherited connection harmless. Takes no lock: its holder is not here."""
@@ -421,8 +451,6 @@ class Holdings:
             conn = lease.conn or (lease.ref() if lease.ref else None)
             if conn is not None:
                 disown(cast(PooledConnection, conn), self._dead_end)
-        self.desk.close()
-        self.booths.close()
         if self.link is not None:
             self.link.disown()
 

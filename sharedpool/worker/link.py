@@ -1,8 +1,8 @@
-"""A pool's line to the broker: one I/O thread that owns the ZeroMQ socket.
+"""A process's line to one broker: one I/O thread that owns the ZeroMQ socket, for all pools that use this broker.
 
-It registers (HELLO) and does so again when the broker falls silent, sends what the cache has decided, keeps the
-heartbeat, and hands every message to the pool. Whatever the broker asks for happens in this thread, so that a process
-that never calls its pool again still gives back what is recalled or expired.
+It registers every pool (HELLO) and does so again when the broker falls silent, sends what their caches have decided,
+keeps the heartbeat, and hands every message to the pool that it is for. Whatever the broker asks for happens in this
+thread, so that a process that never calls its pools again still gives back what is recalled or expired.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import zmq
 
 from sharedpool.errors import ProtocolError, SharedPoolError
+from sharedpool.wire.channel import PROCESS_PREFIX, add_channel, channel_number, split_channel
 from sharedpool.wire.codec import decode_to_worker, encode
-from sharedpool.wire.messages import Bye, Hello, Reject, ToBroker, ToWorker, Welcome
+from sharedpool.wire.messages import Reject, ToBroker, ToWorker, Welcome
 from sharedpool.worker import green
-
-if TYPE_CHECKING:
-    from sharedpool.worker.booth import Booth, Booths
+from sharedpool.worker.booth import Booths
+from sharedpool.worker.desk import Desk
+from sharedpool.worker.registration import Endpoint, Registration
 
 logger = logging.getLogger("sharedpool.worker")
 
@@ -35,68 +36,45 @@ _HELLO_RETRY_S = 1.0
 _RESTART_AFTER_S = 3.0  # without a WELCOME: see whether the automatic broker must be started
 _FLUSH_LIMIT_S = 1.0
 _JITTER_S = 0.05
+_TRIM_EVERY_S = 5.0
 
 
-class Endpoint(Protocol):
-    """What the link serves: the pool."""
+class Context(Protocol):
+    """Where the link has its ZeroMQ context from (`links.SharedContext`)."""
 
-    def hello(self) -> Hello:
-        """Compose the registration."""
+    def acquire(self, library: ModuleType) -> Any:
+        """Return the context, for one more link."""
 
-    def bye(self) -> Bye:
-        """Compose the last message."""
-
-    def beat(self) -> bool:
-        """Housekeeping: queue a RENEW, scavenge. Return whether anything is held or asked for."""
-
-    def receive(self, message: ToWorker) -> None:
-        """Take in a message."""
-
-    @property
-    def line(self) -> socket.socket | None:
-        """Something that becomes readable when the broker is gone."""
-
-    @property
-    def booths(self) -> Booths:
-        """Lines to the desk, of which some are to be read by the link."""
-
-    def read(self, booth: Booth) -> None:
-        """Read one of those."""
-
-    def done(self) -> bool:
-        """Say whether the pool is over and holds nothing any more: the link ends, and is not asked again."""
-
-    def ended(self) -> None:
-        """The link's thread ends."""
-
-    def unreachable(self, error: Exception) -> None:
-        """The broker refuses for good, or cannot be started."""
+    def release(self) -> None:
+        """Have one link less."""
 
 
 class Link:
-    """The I/O thread of one pool. `outbox` is the cache's: append under the pool's lock, then `wake`."""
+    """The I/O thread for one broker, with the lines to its desk. It ends with the last registration."""
 
-    def __init__(
-        self, endpoint: Endpoint, address: str, outbox: deque[ToBroker], start_broker: Callable[[], None] | None
-    ) -> None:
-        self._endpoint = endpoint
+    def __init__(self, address: str, context: Context) -> None:
         self.address = address
-        self._outbox = outbox
-        self._start_broker = start_broker
-        self.established = False
+        self.desk = Desk()
+        self.booths = Booths()
         self.heard_at = float("-inf")
         self.epoch = 0
-        self.trouble = "no answer from it"
-        self._ttl_s = 15.0
-        self._beat_s = self._rest_s = 1.0
-        # Kept for life: the broker knows the session, and what it holds, by it.
-        self.identity = b"w" + os.urandom(15)
+        # Kept for life: the broker knows the sessions, and what they hold, by it.
+        self.identity = PROCESS_PREFIX + os.urandom(15)
+        self._context = context
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
-        self._claim = threading.Lock()
-        self.running = False
+        # Guards the three below; no method of an endpoint is called under it.
+        self._lock = threading.Lock()
+        self._registrations: dict[bytes, Registration] = {}
+        self._count = 0
         self._over = False
+        self._claim = threading.Lock()
+        self._running = False
+        self._established = False
+        self._trim_at = 0.0
+        self._attempts = 0
+        self._late = False  # it was waited for in vain, and has not come round since
         self._thread: Any = None  # or greenlet
         self._zmq: ModuleType = zmq
 
@@ -105,71 +83,131 @@ class Link:
         """Whether this is the link's own thread."""
         return self._thread is green.current_thread()
 
-    def start(self) -> None:
-        """Start the thread. Called again after an interrupt, it starts a second one only if the first never ran."""
-        green.start_thread(self._run, "sharedpool-link")
+    def attach(
+        self, endpoint: Endpoint, outbox: deque[ToBroker], start_broker: Callable[[], None] | None
+    ) -> Registration | None:
+        """Register a pool, as soon as the thread gets to it; None when the link is over."""
+        with self._lock:
+            if self._over:
+                return None
+            self._count += 1
+            channel = channel_number(self._count)
+            registration = Registration(self.identity, channel, endpoint, outbox, start_broker)
+            self._registrations[registration.channel] = registration
+            return registration
+
+    def ensure_running(self) -> None:
+        """Start the thread, unless it runs. Called again after an interrupt, it starts no second one that goes on."""
+        if not self._running:
+            green.start_thread(self._run, "sharedpool-link")
 
     def wake(self) -> None:
-        """Have the outbox sent. Takes no lock: safe in a finalizer."""
+        """Have the outboxes sent. Takes no lock: safe in a finalizer."""
         try:
             self._wake_out.send(b"\0")
         except OSError:
             pass  # full: it is awake already; closed: it is over
 
-    def close(self) -> None:
-        """Let the thread end, saying BYE, as soon as the pool holds nothing; waits for it at most a second."""
+    def leave(self, registration: Registration) -> None:
+        """Let a registration end, saying BYE, as soon as its pool holds nothing; waits for it at most 1.5 seconds.
+
+        With the last one the thread ends: that is waited for, too.
+        """
         self.wake()
         thread = self._thread
-        if thread is not None and not self.is_here:
-            thread.join(_FLUSH_LIMIT_S + 0.5)
+        if thread is None or self.is_here:
+            return
+        deadline = time.monotonic() + (0.0 if self._late else _FLUSH_LIMIT_S + 0.5)
+        if not registration.over.wait(max(0.0, deadline - time.monotonic())):
+            self._late = True  # a program that ends with many pools does not wait for each of them
+        elif self._over:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def disown(self) -> None:
-        """In a forked child: let go of the parent's line. Its thread does not exist here, unless it is a greenlet."""
+        """In a forked child: let go of the parent's lines. Its thread does not exist here, unless it is a greenlet."""
         self._wake_in.close()
         self._wake_out.close()
+        self.desk.close()
+        self.booths.close()
         if self._thread is not None and not isinstance(self._thread, threading.Thread):
             self._thread.kill(block=False)  # before it can touch the parent's ZeroMQ socket
 
     # --- the thread
 
-    def _is_over(self) -> bool:
-        """Say whether this link is to end: once it is, it remains so, whatever the pool holds by another link then."""
-        self._over = self._over or self._endpoint.done()
-        return self._over
-
     def _run(self) -> None:
         if not self._claim.acquire(blocking=False):
             return
         self._thread = green.current_thread()
-        self.running = True
+        self._running = True
         self._zmq = green.zmq_library()
-        context = self._zmq.Context()
+        context = self._context.acquire(self._zmq)
         try:
-            while not self._is_over():
+            while self._sweep(None):
                 try:
-                    self._session(context)
+                    self._start_broker()
+                    self._connect(context)
                 except (SharedPoolError, OSError, zmq.ZMQError) as error:
                     self._fail(error)
                 except Exception as error:
                     logger.exception("bug: the link to %s has failed", self.address)
                     self._fail(error)
         finally:
-            self.established = False
-            self._endpoint.ended()
-            context.term()
-            self._wake_in.close()
-            self._wake_out.close()
+            self._close()
+            self._context.release()
+
+    def _close(self) -> None:
+        """End: whoever attaches from now on does so to another link."""
+        with self._lock:
+            self._over = True
+            left = list(self._registrations.values())
+            self._registrations.clear()
+        for registration in left:
+            registration.established = False
+            registration.endpoint.ended()
+            registration.over.set()
+        self.desk.close()
+        self.booths.close()
+        self._wake_in.close()
+        self._wake_out.close()
+
+    def _living(self) -> list[Registration]:
+        with self._lock:
+            return list(self._registrations.values())
+
+    def _sweep(self, dealer: Any) -> list[Registration]:
+        """End the registrations whose pools are over; return those that go on. Without any the link is over."""
+        self._late = False
+        for registration in self._living():
+            endpoint = registration.endpoint
+            if not endpoint.ending or not endpoint.done():
+                continue
+            if registration.established and dealer is not None:
+                self._flush(registration, dealer)
+                self._send(registration, dealer, endpoint.bye())
+            registration.established = False
+            with self._lock:
+                del self._registrations[registration.channel]
+                self._over = not self._registrations
+            endpoint.ended()
+            registration.over.set()
+        return self._living()
+
+    def _start_broker(self) -> None:
+        """Have the automatic broker started with one pool's settings; where those fail, another's are tried next."""
+        starters = [each.start_broker for each in self._living() if each.start_broker is not None]
+        if starters:
+            self._attempts += 1
+            starters[self._attempts % len(starters)]()
 
     def _fail(self, error: Exception) -> None:
         """Tell those who wait, and try again a little later."""
-        self.trouble = str(error) or type(error).__name__
-        self._endpoint.unreachable(error)
+        for registration in self._living():
+            registration.interrupted(str(error) or type(error).__name__)
+            registration.endpoint.unreachable(error)
         self._pause(random.uniform(0.5, 1.5))
 
-    def _session(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        """Be registered once: from HELLO until the broker falls silent or the pool is over."""
-        if self._start_broker is not None:
-            self._start_broker()
+    def _connect(self, context: Any) -> None:
+        """Be connected once: until the broker falls silent or the link is over."""
         dealer = context.socket(zmq.DEALER)
         try:
             dealer.setsockopt(zmq.IDENTITY, self.identity)
@@ -178,107 +216,130 @@ class Link:
             dealer.setsockopt(zmq.RECONNECT_IVL, 20)
             dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
             dealer.connect(self.address)
-            self._serve(dealer)
+            trouble = self._serve(dealer)
+            for registration in self._living():
+                registration.interrupted(trouble or registration.trouble)
         finally:
-            if not self.established:
-                dealer.setsockopt(zmq.LINGER, 0)  # unanswered HELLOs: the next session says its own
-            self.established = False
+            if not self._established:
+                dealer.setsockopt(zmq.LINGER, 0)  # unanswered HELLOs: the next connection says its own
+            self._established = False
             dealer.close()
 
-    def _serve(self, dealer: zmq.Socket[bytes]) -> None:
+    def _serve(self, dealer: Any) -> str:
+        """Serve the registrations until the broker is gone, and return why it is ("": unknown), or the link is over."""
         poller = self._zmq.Poller()
         poller.register(dealer, zmq.POLLIN)
         poller.register(self._wake_in, zmq.POLLIN)
         started = time.monotonic()
-        hello_at = beat_at = started
-        pause_s = self._beat_s
-        while not self._is_over():
+        while living := self._sweep(dealer):
             now = time.monotonic()
-            if not self.established and now >= hello_at:
-                dealer.send(encode(self._endpoint.hello()))
-                hello_at = now + _HELLO_RETRY_S * random.uniform(0.8, 1.2)
-                if now - started > _RESTART_AFTER_S:
-                    return  # it may have left just when we came; nor may HELLOs pile up for one that is away
-            if self.established and now >= beat_at:
-                if now - self.heard_at > 2.5 * pause_s + 1.0:
-                    logger.warning("the broker at %s is silent: registering again", self.address)
-                    self.trouble = "it has fallen silent"
-                    return
-                pause_s = self._beat_s if self._endpoint.beat() else self._rest_s
-                beat_at = now + pause_s
-            self._flush(dealer)
-            due = beat_at if self.established else hello_at
-            line = self._endpoint.line if self.established else None
-            unsettled = list(self._endpoint.booths.unsettled.values())
-            watched = [*unsettled, *([] if line is None else [line])]
-            for each in watched:
-                poller.register(each, zmq.POLLIN)
-            try:
-                ready = dict(poller.poll(_ms_until(due)))
-            finally:
-                for each in watched:
-                    poller.unregister(each)
-            for booth in unsettled:
-                if booth.fileno() in ready:
-                    self._endpoint.read(booth)
-            if line is not None and line.fileno() in ready:
-                self.trouble = "it has ended"
+            for registration in living:
+                if registration.established:
+                    if now >= registration.due and not self._beat(registration, now):
+                        return "it has fallen silent"
+                    self._flush(registration, dealer)
+                elif now >= registration.due:
+                    self._hello(registration, dealer, now)
+                    if not self._established and now - started > _RESTART_AFTER_S:
+                        return ""  # it may have left just when we came; nor may HELLOs pile up for one that is away
+            if not self._wait(poller, dealer, min(each.due for each in living)):
+                self.desk.close()
                 self._pause(random.uniform(0.0, _JITTER_S))  # not all at once
-                return
-            if self._wake_in.fileno() in ready:
-                self._drain_wake()
-            if dealer in ready:
-                was = self.established
-                self._receive(dealer)
-                if self.established and not was:
-                    pause_s = self._beat_s
-                    beat_at = time.monotonic() + pause_s * random.uniform(0.5, 1.0)
-        self._flush(dealer)
-        if self.established:
-            dealer.send(encode(self._endpoint.bye()))
+                return "it has ended"
+        return ""
 
-    def _receive(self, dealer: zmq.Socket[bytes]) -> None:
+    def _beat(self, registration: Registration, now: float) -> bool:
+        """Queue a heartbeat, unless the broker has not answered for too long: then return False."""
+        if now - self.heard_at > 2.5 * registration.pause_s + 1.0:
+            logger.warning("the broker at %s is silent: registering again", self.address)
+            return False
+        registration.beat(now)
+        if now >= self._trim_at:
+            self._trim_at = now + _TRIM_EVERY_S
+            self.booths.trim()
+        return True
+
+    def _hello(self, registration: Registration, dealer: Any, now: float) -> None:
+        self._send(registration, dealer, registration.endpoint.hello())
+        registration.due = now + _HELLO_RETRY_S * random.uniform(0.8, 1.2)
+
+    def _wait(self, poller: Any, dealer: Any, due: float) -> bool:
+        """Wait for news and take it in; return False when the line to the desk tells that the broker has ended."""
+        line = self.desk.line if self._established else None
+        unsettled = list(self.booths.unsettled)
+        watched = [*unsettled, *([] if line is None else [line.fileno()])]
+        for each in watched:
+            poller.register(each, zmq.POLLIN)
+        try:
+            ready = dict(poller.poll(_ms_until(due)))
+        finally:
+            for each in watched:
+                poller.unregister(each)
+        for fd in unsettled:
+            if fd in ready:
+                self.booths.read(fd)
+        if line is not None and watched[-1] in ready:
+            return False
+        if self._wake_in.fileno() in ready:
+            self._drain_wake()
+        if dealer in ready:
+            self._receive(dealer)
+        return True
+
+    def _receive(self, dealer: Any) -> None:
         while True:
             try:
                 frame = dealer.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            channel, body = split_channel(frame)
+            with self._lock:
+                registration = self._registrations.get(channel)
+            if registration is None:
+                continue  # it has said BYE
             try:
-                message = decode_to_worker(frame)
+                message = decode_to_worker(body)
             except ProtocolError as error:
                 logger.warning("dropped a message from the broker: %s", error)
                 continue
             self.heard_at = time.monotonic()
-            if isinstance(message, Reject):
-                if message.fatal:
-                    raise SharedPoolError(message.reason)
-                self.established = False  # a new broker: HELLO again
-                dealer.send(encode(self._endpoint.hello()))
-            elif isinstance(message, Welcome) and message.epoch < self.epoch:
-                logger.warning("dropped a late word from broker %d, of before broker %d", message.epoch, self.epoch)
-            elif isinstance(message, Welcome):
-                self._welcomed(message)
-                self._endpoint.receive(message)
-            elif self.established:
-                self._endpoint.receive(message)
-            # Else said before the HELLO that is under way, perhaps by a former broker: it knows by now what is held.
+            self._take_in(registration, message, dealer)
 
-    def _welcomed(self, welcome: Welcome) -> None:
-        self.established = True
-        self.epoch = welcome.epoch
-        self._ttl_s = welcome.ttl_ms / 1000
-        # Often enough for the TTL, and for the broker to know what has expired soon after it has. A session that holds
-        # nothing may be late once: that costs nobody anything.
-        often_s = max(0.25, welcome.expiration_ms / 2000)
-        self._beat_s, self._rest_s = min(self._ttl_s / 3, often_s), min(self._ttl_s / 2, often_s)
+    def _take_in(self, registration: Registration, message: ToWorker, dealer: Any) -> None:
+        endpoint = registration.endpoint
+        if isinstance(message, Reject):
+            registration.established = False
+            if message.fatal:
+                registration.trouble = message.reason
+                registration.due = self.heard_at + random.uniform(0.5, 1.5)
+                endpoint.unreachable(SharedPoolError(message.reason))
+            else:
+                self._hello(registration, dealer, self.heard_at)  # a new broker
+        elif isinstance(message, Welcome) and message.epoch < self.epoch:
+            logger.warning("dropped a late word from broker %d, of before broker %d", message.epoch, self.epoch)
+        elif isinstance(message, Welcome):
+            if message.epoch != self.epoch or self.desk.line is None:
+                self.desk.open(message.desk)
+                self.booths.path = message.desk if self.desk.line is not None else ""
+            self.epoch, self._established = message.epoch, True
+            registration.welcomed(message, self.heard_at, random.uniform(0.5, 1.0))
+            endpoint.receive(message)
+        elif registration.established:
+            endpoint.receive(message)
+        # Else said before the HELLO that is under way, perhaps by a former broker: it knows by now what is held.
 
-    def _flush(self, dealer: zmq.Socket[bytes]) -> None:
-        while self.established and self._outbox:
-            try:
-                dealer.send(encode(self._outbox[0]), zmq.NOBLOCK)
-            except zmq.Again:
-                return  # the broker does not read: RENEW will tell it all
-            self._outbox.popleft()
+    def _send(self, registration: Registration, dealer: Any, message: ToBroker) -> bool:
+        """Send a message; return whether there was room for it."""
+        try:
+            dealer.send(add_channel(registration.channel, encode(message)), zmq.NOBLOCK)
+        except zmq.Again:
+            return False  # the broker does not read: RENEW will tell it all
+        return True
+
+    def _flush(self, registration: Registration, dealer: Any) -> None:
+        outbox = registration.outbox
+        while registration.established and outbox and self._send(registration, dealer, outbox[0]):
+            outbox.popleft()
 
     def _drain_wake(self) -> None:
         try:
@@ -291,7 +352,7 @@ class Link:
         poller = self._zmq.Poller()
         poller.register(self._wake_in, zmq.POLLIN)
         deadline = time.monotonic() + seconds
-        while not self._is_over() and time.monotonic() < deadline:
+        while self._sweep(None) and time.monotonic() < deadline:
             if poller.poll(_ms_until(deadline)):
                 self._drain_wake()
 

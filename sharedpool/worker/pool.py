@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from threading import get_ident
 from time import monotonic
 from typing import Any, NoReturn, cast
@@ -24,6 +24,7 @@ from sharedpool.worker.connection import CHECK_AFTER_S, PooledConnection
 from sharedpool.worker.ending import close_confirmed, cut
 from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.lease import Lease
+from sharedpool.worker.location import BrokerLocation
 from sharedpool.worker.settings import PoolConfig
 from sharedpool.worker.stats import PoolStats, stats_of
 
@@ -39,11 +40,10 @@ class Pool:
     _latch: Any = b"\0"
     _cache: Cache
 
-    def __init__(self, config: PoolConfig, address: str, start_broker: Callable[[str], None] | None) -> None:
+    def __init__(self, config: PoolConfig, broker: BrokerLocation) -> None:
         self.config = config
         self.name = config.name
-        self._address = address
-        self._start_broker = start_broker
+        self._broker = broker
         self._thread: int | None = None
         self._holdings = self._new_holdings()
         if not self._one_thread:
@@ -51,7 +51,7 @@ class Pool:
         forks.register(self)
 
     def _new_holdings(self) -> Holdings:
-        return Holdings(self.config, self._address, self._start_broker)
+        return Holdings(self.config, self._broker)
 
     def _open_latch(self, holdings: Holdings) -> None:
         """Allow the short way, if nothing of the user's has to be called on it, and nothing noted."""
@@ -335,7 +335,7 @@ class Pool:
             holdings.latch.shut()
             holdings.disposed = True
             holdings.cache.stop_keeping()  # a checkin that is under way closes too
-            link = holdings.link
+            link, registration = holdings.link, holdings.registration
             tickets = holdings.cache.tickets.fail(PoolClosed(f"pool {self.name!r} was disposed of while waiting"))
             closing = holdings.cache.drain(monotonic())
             in_use = [lease for lease in holdings.cache.leases.values() if lease.phase is Phase.IN_USE]
@@ -344,8 +344,8 @@ class Pool:
         holdings.reclaim(ANSWER_LIMIT_S)
         holdings.close(closing)
         self._cut(in_use)
-        if link is not None:
-            link.close()
+        if link is not None and registration is not None:
+            link.leave(registration)
         forks.forget(self)
 
     def _cut(self, leases: list[Lease]) -> None:

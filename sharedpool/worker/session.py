@@ -1,4 +1,4 @@
-"""One process's registration with the broker: what the link says and hears on behalf of the holdings.
+"""One pool's registration with the broker: what the link says and hears on behalf of the holdings.
 
 All of it runs in the link's thread.
 """
@@ -34,7 +34,6 @@ from sharedpool.wire.messages import (
 )
 from sharedpool.wire.place import place
 from sharedpool.worker import forks, green
-from sharedpool.worker.booth import Booth, Booths
 from sharedpool.worker.connection import PooledConnection
 from sharedpool.worker.ending import close_confirmed, cut
 from sharedpool.worker.lease import Closing, Ticket
@@ -47,7 +46,7 @@ logger = logging.getLogger("sharedpool.worker")
 
 
 class Session:
-    """The link's endpoint (`link.Endpoint`): the holdings, as the broker knows them."""
+    """The registration's endpoint: the holdings, as the broker knows them."""
 
     def __init__(self, holdings: Holdings) -> None:
         self._holdings = holdings
@@ -58,15 +57,17 @@ class Session:
     def hello(self) -> Hello:
         """Compose the registration."""
         config, now = self._holdings.config, time.monotonic()
+        identity = config.conninfo.identity()
         spec = PoolSpec(
             f"{config.name}@{config.group}" if config.group else config.name,
             config.max_conn,
             int(config.expiration * 1000),
             int((config.max_checkout or 0) * 1000),
-            str(config.conninfo.identity()),
+            str(identity),
             config.max_waiting or 0,
             config.group,
             config.ends_overdue,
+            identity.dbname,
         )
         with self._holdings.lock:
             leases, seen = self._holdings.cache.register(now, thread_names())
@@ -83,7 +84,6 @@ class Session:
         """Scavenge and queue a heartbeat. Return whether anything is held or asked for."""
         self._holdings.reclaim(0, thorough=False)
         self._holdings.purge()
-        self._holdings.booths.trim()
         self._holdings.shells.trim(len(self._holdings.cache.leases))
         now = time.monotonic()
         with self._holdings.lock:
@@ -154,10 +154,9 @@ class Session:
         self._holdings.cache.expires_after(min(self._holdings.config.expiration, welcome.expiration_ms / 1000))
         self._holdings.tag = welcome.tag
         self._revoke(welcome.revoked)
-        self._holdings.desk.open(welcome.desk)
-        hands_over = welcome.handover and self._holdings.handover and self._holdings.desk.line is not None
-        hands_over = hands_over and green.may_connect_to_itself()
-        self._holdings.booths.path = welcome.desk if hands_over else ""
+        link = self._holdings.link
+        hands_over = welcome.handover and self._holdings.handover and link is not None and link.desk.line is not None
+        hands_over = self._holdings.hands_over = hands_over and green.may_connect_to_itself()
         slices = self._holdings.cache.slices
         slices.slice_s, slices.hands_over = self._holdings.config.slice, hands_over
         with self._holdings.lock:
@@ -205,48 +204,32 @@ class Session:
                     cut([cast(PooledConnection, conn)], limit_s=0)
 
     @property
-    def line(self) -> socket.socket | None:
-        """The line to the desk."""
-        return self._holdings.desk.line
-
-    @property
-    def booths(self) -> Booths:
-        """The booths, of which some are to be read here."""
-        return self._holdings.booths
-
-    def read(self, booth: Booth) -> None:
-        """Read what came for one who waits no more."""
-        passed, settled = booth.read()
-        if passed is not None and (ticket := self._holdings.receive(*passed)) is not None:
-            ticket.wake()
-        if settled or not booth.open:
-            del self._holdings.booths.unsettled[booth.fileno()]
-            self._holdings.booths.put(booth)
+    def ending(self) -> bool:
+        """Whether the registration is to end once nothing is held."""
+        return self._holdings.disposed or self._holdings.retired or self._holdings.transient
 
     def done(self) -> bool:
-        """Say whether the pool is over and nothing is held or asked for: then this link is not its link any more."""
+        """Say whether the pool is over and nothing is held or asked for: then this registration is not its any more."""
         with self._holdings.lock:
-            over = (
-                (self._holdings.disposed or self._holdings.retired or self._holdings.transient)
-                and not self._holdings.cache.leases
-                and not self._holdings.cache.waiting
-            )
-            if over:
-                self._holdings.link = None
-                # What was said until now is this link's to send; what comes after it, the next one's.
-                self._holdings.cache.leave_outbox()
-                self._over = True
-            return over
+            cache = self._holdings.cache
+            self._over = self._over or (self.ending and not cache.leases and not cache.waiting)
+            if self._over:
+                self._let_go()
+                # What was said until now is this registration's to send; what comes after it, the next one's.
+                cache.leave_outbox()
+            return self._over
 
     def ended(self) -> None:
-        """Note that the link's thread ends. If another has taken its place already, all else is that one's."""
+        """Note that the registration has ended; a pool that goes on makes another when it needs one."""
         with self._holdings.lock:
-            if self._over and self._holdings.link is not None:
-                return
-            self._holdings.desk.close()
-            self._holdings.booths.close()
-            if self._over:
+            self._let_go()
+            if self._over and self._holdings.registration is None:
                 forks.let_go(self._holdings)
+
+    def _let_go(self) -> None:
+        registration = self._holdings.registration
+        if registration is not None and registration.endpoint is self:
+            self._holdings.link = self._holdings.registration = None
 
     def unreachable(self, error: Exception) -> None:
         """Tell the waiting threads that the broker refuses, or cannot be had."""

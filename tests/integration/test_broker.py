@@ -165,7 +165,7 @@ def test_the_password_is_on_no_command_line_and_in_no_log(runtime_dir: Path) -> 
 
 def test_a_broker_that_cannot_start_says_why(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
     pool = sharedpool.config_pool(dsn=postgres.dsn)
-    address = Path(pool._address.removeprefix("ipc://"))
+    address = Path(pool._broker.address().removeprefix("ipc://"))
     address.mkdir()  # libzmq cannot bind there
     try:
         with pytest.raises(sharedpool.BrokerUnavailable, match="did not start: cannot listen at"):

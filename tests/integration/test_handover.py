@@ -22,6 +22,7 @@ from waiting import wait_until
 
 import sharedpool
 from sharedpool import ThreadedConnectionPool
+from sharedpool.automatic import GivenBroker
 from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.wire.desk import Live
@@ -31,6 +32,7 @@ from sharedpool.worker.connection import PooledConnection
 from sharedpool.worker.handover import SUPPORTED, Stub, adopt
 from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.pool import Pool
+from sharedpool.worker.registration import Registration
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="connections cannot be handed over on this platform")
 
@@ -53,7 +55,7 @@ def pair(broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str) -> I
     def make(**settings: Any) -> tuple[Pool, Pool]:
         options = {"max_conn": 1, "timeout": 10, "pool_manager": ThreadedConnectionPool, **settings}
         a = sharedpool.config_pool(name=name, dsn=postgres.dsn, broker=broker.address, **options)
-        b = type(a)(dataclasses.replace(a.config), broker.address, None)
+        b = type(a)(dataclasses.replace(a.config), a._broker)
         made.extend((a, b))
         for pool in (b, a):  # both know the broker, and the connection lies idle in the first
             pool.put_conn(pool.get_conn())
@@ -397,16 +399,16 @@ def test_where_the_broker_may_not_cancel_connections_are_not_handed_over(
     dsn = extensions.make_dsn(postgres.dsn, user="watcher")
     with sharedpool.start_broker(5, address=f"ipc://{tmp_path}/b.sock", dsn=dsn) as broker:
         config = sharedpool.config_pool(name="watched", dsn=postgres.dsn, broker=broker.address, max_conn=1).config
-        pools = [ThreadedConnectionPool(config, broker.address, None) for _ in range(2)]
+        pools = [ThreadedConnectionPool(config, GivenBroker(broker.address)) for _ in range(2)]
         for pool in pools * 5:
             conn = pool.get_conn(timeout=10)
             assert ask(conn, "SELECT pg_backend_pid()") == conn.info.backend_pid
             pool.put_conn(conn)
-        late = ThreadedConnectionPool(config, broker.address, None)
+        late = ThreadedConnectionPool(config, GivenBroker(broker.address))
         late.put_conn(late.get_conn(timeout=10))
         assert report(broker, "watched").handovers == 1  # the trial
         assert [pool._holdings.adopted for pool in pools] == [0, 0]
-        assert [bool(pool._holdings.booths.path) for pool in (*pools, late)] == [True, True, False]
+        assert [pool._holdings.hands_over for pool in (*pools, late)] == [True, True, False]
         for pool in (*pools, late):
             pool.release_all()
 
@@ -445,11 +447,19 @@ def test_a_line_that_is_not_needed_any_more_takes_no_connection_along(
 ) -> None:
     """Even if the broker has not heard yet that what it has passed there has arrived."""
     a, b = pair()
-    monkeypatch.setattr(b._holdings.link, "_flush", lambda dealer: None)
+    link = b._holdings.link
+    assert link is not None
+    flush = link._flush
+
+    def flush_others(registration: Registration, dealer: object) -> None:
+        if registration is not b._holdings.registration:
+            flush(registration, dealer)
+
+    monkeypatch.setattr(link, "_flush", flush_others)
     conn = moved(a, b, lambda conn: None)
     for _ in range(2):
-        b._holdings.booths.trim()
-    assert len(b._holdings.booths) == 0
+        link.booths.trim()
+    assert len(link.booths) == 0
     for _ in range(3):  # it has looked at its lines meanwhile
         assert report(broker, name).fences == 0
     assert ask(conn, "SELECT 1") == 1

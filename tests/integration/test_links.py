@@ -1,13 +1,17 @@
-"""A link that ends while its pool goes on by another one."""
+"""The link that the pools of a process share, and registrations that end while their pools go on."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from waiting import wait_until
 
 import sharedpool
+from sharedpool.cli.asking import fetch_report
 from sharedpool.worker.link import Link
 from sharedpool.worker.session import Session
 
@@ -47,31 +51,75 @@ def thread_of(link: Link) -> threading.Thread:
     return link._thread
 
 
-def test_a_link_that_has_ended_leaves_the_pool_to_its_successor(make_pool: MakePool, gate: Gate) -> None:
-    """A retired pool that is used on: its link ends with each last lease, the next checkout needs another."""
-    pool = make_pool()
+def test_a_registration_that_has_ended_leaves_the_pool_to_its_successor(make_pool: MakePool, gate: Gate) -> None:
+    """A retired pool that is used on: its registration ends with each last lease, the next checkout needs another."""
+    pool = make_pool(pool_manager=sharedpool.ThreadedConnectionPool)
     pool.retire()
     holdings = pool._holdings
     conn = pool.get_conn(timeout=10)
-    first = holdings.link
+    first, link = holdings.registration, holdings.link
     assert first is not None
+    assert link is not None
     pool.put_conn(conn)
     assert gate.reached.wait(10)
-    held = pool.get_conn(timeout=10)  # while the first link is between its last look and its farewell
-    second = holdings.link
-    assert second is not None
-    assert second is not first
-    (lease,) = holdings.cache.leases.values()
-    wait_until(lambda: lease.deposited, what="the second link to have a line to the desk")
-    assert holdings.cache.out is not first._outbox, "the first would send the second's words as its own"
-    gate.opened.set()
-    thread_of(first).join(10)
-    assert not thread_of(first).is_alive(), "there are two links"
-    assert holdings.link is second
-    assert thread_of(second).is_alive()
-    assert holdings.desk.line is not None
-    pool.put_conn(held)
-    thread_of(second).join(10)
-    assert not thread_of(second).is_alive()
-    assert holdings.link is None
-    assert holdings.desk.line is None
+    with ThreadPoolExecutor(1) as executor:
+        held = executor.submit(pool.get_conn, timeout=10)  # while the first is between its last look and its farewell
+        second = wait_until(lambda: holdings.registration, what="another registration")
+        assert second is not first
+        assert holdings.cache.out is not first.outbox, "the first would send the second's words as its own"
+        gate.opened.set()
+        conn = held.result()
+        assert first.over.wait(10)
+        assert holdings.registration is second
+        assert holdings.link is link
+        (lease,) = holdings.cache.leases.values()
+        wait_until(lambda: lease.deposited, what="the broker to have the socket")
+    pool.put_conn(conn)
+    thread_of(link).join(10)
+    assert not thread_of(link).is_alive()
+    assert holdings.link is holdings.registration is None
+    assert link.desk.line is None
+    with pool.connection(timeout=10):
+        assert holdings.link is not link, "a link that is over serves nobody"
+
+
+def test_the_pools_of_a_process_share_one_thread_one_context_and_one_line(make_pool: MakePool) -> None:
+    pools = [make_pool(max_conn=1) for number in range(20)]
+    threads: set[int] = set()
+    descriptors: list[int] = []
+    for pool in pools:
+        with pool.connection(timeout=10) as conn, conn.cursor() as cursor:
+            cursor.execute("SELECT 1")
+        pool.close_idle()
+        threads.add(len(os.listdir("/proc/self/task")))
+        descriptors.append(len(os.listdir("/proc/self/fd")))
+    assert len({pool._holdings.link for pool in pools}) == 1
+    assert len({pool._holdings.registration for pool in pools}) == len(pools)
+    assert len(threads) == 1
+    assert descriptors[-1] <= descriptors[0] + 1  # a connection that is ended in this moment
+    link = pools[0]._holdings.link
+    assert link is not None
+    for pool in pools[1:]:
+        pool.release_all()
+    assert thread_of(link).is_alive()
+    with pools[0].connection(timeout=10):
+        pass
+    pools[0].release_all()
+    assert not thread_of(link).is_alive()
+
+
+def test_after_a_restart_of_the_broker_every_pool_is_registered_again(tmp_path: Path, database: str) -> None:
+    address = f"ipc://{tmp_path}/b.sock"
+    with sharedpool.start_broker(10, address=address):
+        pools = [sharedpool.config_pool(2, dsn=database, name=f"p{n}", broker=address, timeout=10) for n in range(5)]
+        conns = [pool.get_conn() for pool in pools]
+    try:
+        with sharedpool.start_broker(10, address=address):
+            for pool in pools:
+                pool.put_conn(pool.get_conn(timeout=10))
+            assert fetch_report(address).leases == 10
+            for pool, conn in zip(pools, conns, strict=True):
+                pool.put_conn(conn)
+    finally:
+        for pool in pools:
+            pool.release_all()

@@ -132,23 +132,26 @@ def test_without_xdg_it_is_the_users_own_under_the_temporary_directory(
 def test_a_symlink_is_refused(runtime_dir: Path) -> None:
     (runtime_dir / "elsewhere").mkdir(mode=0o700)
     (runtime_dir / "sharedpool").symlink_to(runtime_dir / "elsewhere")
+    pool = sharedpool.config_pool(dsn=DSN)  # whoever uses it may be somebody else, and have another directory
     with pytest.raises(ConfigError, match="symlink"):
-        sharedpool.config_pool(dsn=DSN)
+        pool.get_conn()
 
 
 def test_a_directory_open_to_others_is_refused(runtime_dir: Path) -> None:
     (runtime_dir / "sharedpool").mkdir()
     (runtime_dir / "sharedpool").chmod(0o755)
+    pool = sharedpool.config_pool(dsn=DSN)  # whoever uses it may be somebody else, and have another directory
     with pytest.raises(ConfigError, match="chmod 700"):
-        sharedpool.config_pool(dsn=DSN)
+        pool.get_conn()
 
 
 def test_somebody_elses_directory_is_refused(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (runtime_dir / "sharedpool").mkdir(mode=0o700)
     owner = (runtime_dir / "sharedpool").stat().st_uid
     monkeypatch.setattr("os.getuid", lambda: owner + 1)
+    pool = sharedpool.config_pool(dsn=DSN)  # whoever uses it may be somebody else, and have another directory
     with pytest.raises(ConfigError, match="belongs to uid"):
-        sharedpool.config_pool(dsn=DSN)
+        pool.get_conn()
 
 
 def test_what_a_tcp_broker_knows_does_not_move_with_the_environment(
@@ -194,20 +197,36 @@ def test_addresses_no_broker_can_have(address: str) -> None:
             addresses.check_address(address, "here")
 
 
-def test_the_automatic_address_is_the_servers_and_the_pools_name() -> None:
+def test_the_automatic_broker_is_one_for_all_pools_of_a_server_and_role() -> None:
     def address(**settings: Any) -> str:
-        return sharedpool.config_pool(**settings)._address
+        return sharedpool.config_pool(**settings)._broker.address()
 
-    same = {address(dsn=DSN), address(db_url="postgres://app:other@db.example:5432/app"), address(dsn=DSN, max_conn=9)}
-    assert len(same) == 1
-    others = {
+    same = {
+        address(dsn=DSN),
+        address(db_url="postgres://app:other@db.example:5432/app"),
+        address(dsn=DSN, max_conn=9),
         address(dsn=DSN, name="reports"),
-        address(dsn=DSN, port=5433),
-        address(dsn=DSN, user="other"),
         address(dsn=DSN, dbname="other"),
-        address(dsn=DSN, host="other.example"),
     }
-    assert len(others | same) == 6
+    assert len(same) == 1
+    others = {address(dsn=DSN, port=5433), address(dsn=DSN, user="other"), address(dsn=DSN, host="other.example")}
+    assert len(others | same) == 4
+
+
+def test_where_the_automatic_broker_is_depends_on_who_uses_it(
+    monkeypatch: pytest.MonkeyPatch, runtime_dir: Path
+) -> None:
+    """Not on who configured the pool: programs are started as root, and work as somebody else."""
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    monkeypatch.setattr("tempfile.tempdir", str(runtime_dir / "roots"))
+    pool = sharedpool.config_pool(dsn=DSN)  # in a folder that is not even there
+    monkeypatch.setattr("tempfile.tempdir", str(runtime_dir))
+    assert pool._broker.address().startswith(f"ipc://{runtime_dir}/sharedpool-")
+
+
+def test_a_service_that_is_not_there_is_an_error_of_config_pool() -> None:
+    with pytest.raises(ConfigError, match="service 'nosuch'"):
+        sharedpool.config_pool(service="nosuch")
 
 
 def test_a_worker_does_not_load_the_brokers_modules() -> None:

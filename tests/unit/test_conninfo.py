@@ -573,17 +573,16 @@ def test_identity_connects_to_nothing_and_changes_no_environment(monkeypatch: py
             server.accept()
 
 
-def test_digest_depends_on_every_part_and_on_the_pool_name() -> None:
+def test_the_digest_is_the_servers_and_the_roles_not_the_databases() -> None:
     base = ServerIdentity("h", "1", "d", "u")
-    digests = {base.digest("default"), base.digest("reports")}
-    digests |= {base._replace(**{name: "x"}).digest("default") for name in base._fields}
-    digests.add(ServerIdentity("h1", "", "d", "u").digest("default"))
-    assert len(digests) == 7
+    digests = {base._replace(**{name: "x"}).digest() for name in ("host", "port", "user")}
+    digests |= {base.digest(), ServerIdentity("h1", "", "d", "u").digest()}
+    assert len(digests) == 5
     assert all(len(digest) == 16 and int(digest, 16) >= 0 for digest in digests)
-    assert base.digest("default") == ServerIdentity("h", "1", "d", "u").digest("default")
+    assert base.digest() == ServerIdentity("h", "1", "d", "u").digest() == base._replace(dbname="other").digest()
 
 
 @unhurried
-@given(pool_name=st.text(st.characters(exclude_categories=["Cs"])))
-def test_any_pool_name_has_a_digest(pool_name: str) -> None:
-    assert len(ServerIdentity("h", "1", "d", "u\udcff").digest(pool_name)) == 16
+@given(user=st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_role_has_a_digest(user: str) -> None:
+    assert len(ServerIdentity("h\udcff", "1", "d", user).digest()) == 16
