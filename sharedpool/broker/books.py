@@ -122,7 +122,7 @@ class Books:
     def find(self, spec: PoolSpec) -> Pool | None:
         """Return the pool that a session means, if there is one."""
         pool = self.pools.get(spec.name)
-        if not spec.database or (pool is not None and pool.spec.is_pool_of(spec)):
+        if pool is not None and pool.spec.is_pool_of(spec):
             return pool
         return next((pool for pool in self.pools.values() if pool.spec.is_pool_of(spec)), None)
 
