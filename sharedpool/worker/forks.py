@@ -35,6 +35,16 @@ class Disownable(Protocol):
     def disown(self) -> None:
         """Make inherited connections harmless."""
 
+    @property
+    def busy(self) -> bool:
+        """Whether a connection is in use, or waited for."""
+
+    def part_before_fork(self) -> None:
+        """Close what lies idle, and end the registration; the last one takes the link's thread along."""
+
+    def go_on_after_fork(self) -> None:
+        """Go on, in the process that has forked."""
+
 
 _WIPE_ON_FORK = 18  # MADV_WIPEONFORK (Linux 4.14)
 
@@ -145,5 +155,24 @@ def release_at_child_exit() -> None:
             util.Finalize(None, release_everything, exitpriority=0)
 
 
+def _part_before_fork() -> None:
+    """End the threads of a process that is about to fork, if none of its connections is in use.
+
+    A child gets the locks that the other threads of its parent hold, and nobody who lets go of them. Python 3.12 and
+    newer warn of such a fork.
+    """
+    held = list(_holders.values())
+    if not any(holdings.busy for holdings in held):
+        for holdings in held:
+            holdings.part_before_fork()
+
+
+def _go_on_after_fork() -> None:
+    for holdings in list(_holders.values()):
+        holdings.go_on_after_fork()
+
+
 atexit.register(release_everything)
 os.register_at_fork(after_in_child=reset_after_fork)
+if sys.version_info >= (3, 12):  # before that nobody minds, and a parent keeps its idle connections
+    os.register_at_fork(before=_part_before_fork, after_in_parent=_go_on_after_fork)

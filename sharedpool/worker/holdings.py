@@ -74,6 +74,7 @@ class Holdings:
         self.transient = forks.is_before_uwsgis_forks()
         if self.transient:
             self.cache.stop_keeping()
+        self.before_fork = False  # the process is about to fork
         # Open while a checkout or checkin may go the short way: see `Pool.get_conn`.
         self.latch = forks.Latch()
         self.hits = self.connects = self.handed_on = self.given = self.adopted = self.discarded = self.errors = 0
@@ -397,6 +398,28 @@ class Holdings:
         if self.transient and self._latest is not None and not (self.cache.leases or self.cache.waiting):
             link, registration = self._latest
             link.leave(registration)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a connection is in use, or waited for."""
+        return len(self.cache.leases) > len(self.cache.idle) or bool(self.cache.waiting)
+
+    def part_before_fork(self) -> None:
+        """Close what lies idle, and end the registration. Blocks until that is done, at most some seconds.
+
+        With the last one the link's thread ends.
+        """
+        self.before_fork = True
+        with self.lock:
+            closing = self.cache.drain(time.monotonic())
+        self.close(closing)
+        link, registration = self.link, self.registration
+        if link is not None and registration is not None:
+            link.leave(registration)
+
+    def go_on_after_fork(self) -> None:
+        """Go on, in the process that has forked."""
+        self.before_fork = False
 
     def send(self) -> None:
         """Have the link send what is in the outbox; its thread is left alone when that is empty."""

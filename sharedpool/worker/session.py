@@ -206,7 +206,8 @@ class Session:
     @property
     def ending(self) -> bool:
         """Whether the registration is to end once nothing is held."""
-        return self._holdings.disposed or self._holdings.retired or self._holdings.transient
+        holdings = self._holdings
+        return holdings.disposed or holdings.retired or holdings.transient or holdings.before_fork
 
     def done(self) -> bool:
         """Say whether the pool is over and nothing is held or asked for: then this registration is not its any more."""

@@ -1,6 +1,8 @@
 """The link that the pools of a process share, and registrations that end while their pools go on."""
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -123,3 +125,39 @@ def test_after_a_restart_of_the_broker_every_pool_is_registered_again(tmp_path: 
     finally:
         for pool in pools:
             pool.release_all()
+
+
+FORKING = """
+import os, sys, warnings
+warnings.simplefilter("error")
+import sharedpool
+pools = [sharedpool.config_pool(2, dsn=sys.argv[1], broker=sys.argv[2], name=f"forks{n}", timeout=10) for n in (1, 2)]
+for _ in range(3):
+    for pool in pools:
+        with pool.connection() as conn, conn.cursor() as cursor:
+            cursor.execute("SELECT 1")
+    child = os.fork()
+    if not child:
+        with pools[0].connection() as conn, conn.cursor() as cursor:
+            cursor.execute("SELECT 1")
+            os._exit(cursor.fetchone()[0])
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+held = pools[0].get_conn()
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # a fork in the middle of a checkout is what Python warns of
+    child = os.fork()
+if not child:
+    os._exit(0)
+os.waitpid(child, 0)
+with held.cursor() as cursor:
+    cursor.execute("SELECT 1")
+    print(cursor.fetchone()[0])
+"""
+
+
+def test_a_process_forks_without_threads_when_nothing_is_in_use(broker: sharedpool.Broker, database: str) -> None:
+    """Python 3.12 and newer warn of the threads otherwise, which is an error here."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING, database, broker.address], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("1\n1\n1\n1\n", "")
