@@ -13,6 +13,7 @@ from typing import Any
 
 import multiprocess
 
+from sharedpool.broker import interpreter
 from sharedpool.broker.automatic import START_LIMIT_S
 from sharedpool.broker.lock import AlreadyRunning
 from sharedpool.broker.server import Server
@@ -48,9 +49,12 @@ def serve(server: Server, *, reloads: bool = False) -> None:
 
 
 def run_detached(log: str) -> None:
-    """Be the automatic broker: settings as JSON on stdin, one word on stdout when it is ready. Does not return."""
+    """Be the automatic broker: greet on stdout, take settings as JSON from stdin, say "ready". Does not return."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whatever our starter had blocked
-    settings = BrokerSettings(**json.loads(sys.stdin.readline()))
+    print(interpreter.greeting(), flush=True)
+    if not (line := sys.stdin.readline()):
+        os._exit(0)  # who has started us wants another one
+    settings = BrokerSettings(**json.loads(line))
     if os.fork():
         os._exit(0)  # our parent need not wait for us, and nobody becomes our parent's zombie
     os.chdir("/")
