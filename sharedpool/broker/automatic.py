@@ -6,6 +6,7 @@ A worker imports this: nothing here may load the server and what it needs.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -26,6 +27,7 @@ from sharedpool.wire import address as addresses
 # How long a broker may take from its start to its first message, on a busy machine.
 START_LIMIT_S = 20.0
 DEFAULT_LINGER_S = 30.0
+_NO_PLACE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 
 
 def ensure_running(address: str, settings: Callable[[], BrokerSettings]) -> None:
@@ -46,9 +48,15 @@ def ensure_running(address: str, settings: Callable[[], BrokerSettings]) -> None
         text = f"the automatic broker at {address} was not started: {type(error).__name__}: {error}"
         raise BrokerUnavailable(text) from error
     deadline = time.monotonic() + START_LIMIT_S
-    with _start_lock(lock.with_suffix(".start"), deadline):
-        if not is_held(lock):
-            _start_detached(found, deadline)
+    try:
+        with _start_lock(lock.with_suffix(".start"), deadline):
+            if not is_held(lock):
+                _start_detached(found, deadline)
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        text = f"the automatic broker at {address} was not started: {error.filename}: {error.strerror}"
+        raise BrokerUnavailable(f"{text}; set XDG_RUNTIME_DIR or TMPDIR, or {interpreter.ADVICE}") from None
 
 
 @contextlib.contextmanager

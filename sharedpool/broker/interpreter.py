@@ -17,7 +17,7 @@ from pathlib import Path
 
 GREETING = "sharedpool.broker "  # followed by the version
 
-_ADVICE = "start `sharedpool broker` yourself, and give its address to config_pool(broker=) or SHAREDPOOL_BROKER"
+ADVICE = "start `sharedpool broker` yourself, and give its address to config_pool(broker=) or SHAREDPOOL_BROKER"
 _PYTHON = re.compile(r"(python|pypy)(\d+(\.\d+)?)?[a-z]?(\.exe)?", re.IGNORECASE)  # python3.13t, python3.11d
 # What the broker needs beside the standard library and sharedpool; each may lie somewhere else.
 _NEEDED = ("zmq", "psycopg2", "msgspec", "multiprocess", "dill")
@@ -53,9 +53,9 @@ def environment() -> dict[str, str]:
 def none_found(tried: list[str]) -> str:
     """Return what to do where no broker can be started; `tried` are the candidates with what became of them."""
     if frozen():
-        return f"this is a frozen application ({sys.executable}), which has no Python to run one: {_ADVICE}"
+        return f"this is a frozen application ({sys.executable}), which has no Python to run one: {ADVICE}"
     shown = "; ".join(tried) or f"sys.executable is {sys.executable!r} and sys.prefix {sys.prefix!r}"
-    return f"no Python was found that has this sharedpool ({shown}): {_ADVICE}"
+    return f"no Python was found that has this sharedpool ({shown}): {ADVICE}"
 
 
 def _places() -> Iterator[str]:
