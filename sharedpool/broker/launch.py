@@ -50,7 +50,10 @@ def serve(server: Server, *, reloads: bool = False) -> None:
 
 def run_detached(log: str) -> None:
     """Be the automatic broker: greet on stdout, take settings as JSON from stdin, say "ready". Does not return."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whatever our starter had blocked
+    # Whatever our starter had blocked, or ignores: uWSGI's master, while it loads the application, does SIGTERM.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
     print(interpreter.greeting(), flush=True)
     if not (line := sys.stdin.readline()):
         os._exit(0)  # who has started us wants another one
