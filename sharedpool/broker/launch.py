@@ -160,7 +160,12 @@ def start_broker(
         addresses.check_address(address, "address"), max_conn, control_dsn(dsn), expiration, max_checkout or 0.0, ttl,
         one_off=one_off,
     )  # fmt: skip
+    programs = interpreter.candidates()
+    if not programs:
+        raise BrokerUnavailable(f"the broker at {address} was not started: {interpreter.none_found([])}")
     context = multiprocess.get_context("spawn")
+    if sys.executable not in programs:  # which would be started
+        context.set_executable(programs[0])
     ours, theirs = context.Pipe()
     process = context.Process(target=_run_owned, args=(settings, theirs), name="sharedpool-broker", daemon=True)
     process.start()
