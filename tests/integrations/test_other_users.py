@@ -117,7 +117,8 @@ def test_gunicorn_that_gives_up_root_shares_the_limit(
             assert served.stop() == 0
             assert "Traceback" not in served.words()
     assert {answer["uid"] for answer in answers} == {account.uid}
-    assert 1 <= sampler.peak <= LIMIT
+    # What root has connected while it loaded the application is root's, in a broker of its own.
+    assert 1 <= sampler.peak <= LIMIT + used
 
 
 def test_celery_that_gives_up_root_does_its_tasks(account: Account, server: EphemeralPostgres) -> None:
@@ -139,18 +140,21 @@ def test_celery_that_gives_up_root_does_its_tasks(account: Account, server: Ephe
         "TARGET_POOL": "as nobody", "DATABASE_DSN": server.dsn, "TARGET_CELERY": json.dumps(settings),
         "TARGET_ENDS": str(folders["ends"]), "TARGET_SIGNALS": "1",
     }  # fmt: skip
-    ask = "from celery_target import look; print([look.delay(0.01) for _ in range(8)][-1].get(timeout=50)[0])"
+    ask = "from celery_target import look\nsent = [look.delay(0.01) for _ in range(8)]\nprint('sent', flush=True)\n"
+    ask += "print(len([each.get(timeout=50) for each in sent]))"
     asked = subprocess.Popen(
         [account.python, "-c", ask], cwd=HERE, env=environment, stdout=subprocess.PIPE, text=True,
         user=account.uid, group=account.gid, extra_groups=[],
     )  # fmt: skip
+    assert asked.stdout is not None
+    assert asked.stdout.readline() == "sent\n"  # a worker that finds a message half written ends
     command = [account.python, "-m", "celery", "-A", "celery_target", "worker", "-c", "2", "-l", "INFO"]
     command += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
     command += ["--uid", str(account.uid), "--gid", str(account.gid)]
     with (account.folder / "log").open("w") as log:
         worker = subprocess.Popen(command, cwd=HERE, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        assert asked.communicate(timeout=60)[0].strip().isdigit()
+        assert asked.communicate(timeout=60)[0] == "8\n"
         worker.terminate()
         assert worker.wait(30) == 0
     finally:

@@ -301,9 +301,9 @@ def test_where_the_automatic_broker_is_depends_on_who_uses_it(
 ) -> None:
     """Not on who configured the pool: programs are started as root, and work as somebody else."""
     monkeypatch.delenv("XDG_RUNTIME_DIR")
-    monkeypatch.setattr("tempfile.tempdir", str(runtime_dir / "roots"))
+    monkeypatch.setenv("TMPDIR", str(runtime_dir / "roots"))
     pool = sharedpool.config_pool(dsn=DSN)  # in a folder that is not even there
-    monkeypatch.setattr("tempfile.tempdir", str(runtime_dir))
+    monkeypatch.setenv("TMPDIR", str(runtime_dir))
     assert pool._broker.address().startswith(f"ipc://{runtime_dir}/sharedpool-")
 
 
