@@ -6,18 +6,19 @@ A worker imports this: nothing here may load the server and what it needs.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import select
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from sharedpool.broker import interpreter
 from sharedpool.broker.lock import is_held
 from sharedpool.broker.settings import BrokerSettings
 from sharedpool.errors import BrokerUnavailable, ConfigError, SharedPoolError
@@ -26,6 +27,7 @@ from sharedpool.wire import address as addresses
 # How long a broker may take from its start to its first message, on a busy machine.
 START_LIMIT_S = 20.0
 DEFAULT_LINGER_S = 30.0
+_NO_PLACE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 
 
 def ensure_running(address: str, settings: Callable[[], BrokerSettings]) -> None:
@@ -46,9 +48,15 @@ def ensure_running(address: str, settings: Callable[[], BrokerSettings]) -> None
         text = f"the automatic broker at {address} was not started: {type(error).__name__}: {error}"
         raise BrokerUnavailable(text) from error
     deadline = time.monotonic() + START_LIMIT_S
-    with _start_lock(lock.with_suffix(".start"), deadline):
-        if not is_held(lock):
-            _start_detached(found, deadline)
+    try:
+        with _start_lock(lock.with_suffix(".start"), deadline):
+            if not is_held(lock):
+                _start_detached(found, deadline)
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        text = f"the automatic broker at {address} was not started: {error.filename}: {error.strerror}"
+        raise BrokerUnavailable(f"{text}; set XDG_RUNTIME_DIR or TMPDIR, or {interpreter.ADVICE}") from None
 
 
 @contextlib.contextmanager
@@ -70,51 +78,108 @@ def _start_lock(path: Path, deadline: float) -> Any:
 
 
 def _start_detached(settings: BrokerSettings, deadline: float) -> None:
-    # The settings, password included, go through a pipe: argv is public.
-    if not sys.executable:
-        raise BrokerUnavailable(
-            "sys.executable is not set: start `sharedpool broker` yourself and give broker= its address"
-        )
+    """Start a broker by the first Python that has this sharedpool; raise `BrokerUnavailable` with what went wrong."""
     log = addresses.lock_path(settings.address).with_suffix(".log")
-    package_parent = str(Path(__file__).resolve().parents[2])
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, (package_parent, os.getenv("PYTHONPATH")))))
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "sharedpool.broker", str(log)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-        start_new_session=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    with process.stdin, process.stdout:
+    tried = []
+    for program in interpreter.candidates():
         try:
-            # One line: a child forked meanwhile has a copy of this pipe, so its end would not be seen.
-            process.stdin.write(json.dumps(asdict(settings)).encode() + b"\n")
-            process.stdin.flush()
-            word = _read_line(process.stdout.fileno(), deadline)
-        except BrokenPipeError:
-            word = ""
-    if word.startswith("no word"):
-        process.kill()
+            word = _start(program, settings, log, deadline)
+        except _NoPython as error:
+            tried.append(f"{program}: {error}")
+            continue
+        if word not in ("ready", "already running"):
+            raise BrokerUnavailable(f"the automatic broker at {settings.address} did not start: {word}")
+        return
+    raise BrokerUnavailable(
+        f"the automatic broker at {settings.address} was not started: {interpreter.none_found(tried)}"
+    )
+
+
+class _NoPython(Exception):
+    """A program is no Python with this sharedpool; the text is what it has shown instead."""
+
+
+def _start(program: str, settings: BrokerSettings, log: Path, deadline: float) -> str:
+    """Start a broker by `program` and return its word. It is told nothing until it has greeted: see `interpreter`."""
+    command = [program, "-P", "-m", "sharedpool.broker", str(log)]
+    with open(log, "ab+", opener=_open_log) as errors:
+        before = os.fstat(errors.fileno()).st_size
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=interpreter.environment(),
+                start_new_session=True,
+            )
+        except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
+            raise _NoPython(error.strerror) from None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        lines = _Lines(process.stdout.fileno(), deadline)
+        with process.stdin, process.stdout:
+            try:
+                greeting = lines.next_with(interpreter.GREETING, lambda: process.poll() is not None)
+                if greeting is None:
+                    process.wait()
+                    said = os.pread(errors.fileno(), 65536, before).decode("utf-8", "replace").split("\n")
+                    raise _NoPython(next(filter(None, map(str.strip, reversed(said))), f"status {process.returncode}"))
+                if greeting != interpreter.greeting():
+                    raise _NoPython(f"it has {greeting}, not {interpreter.greeting()}")
+                # The settings, password included, go through a pipe: argv is public. In one line: a child forked
+                # meanwhile has a copy of this pipe, so its end would not be seen.
+                process.stdin.write(json.dumps(asdict(settings)).encode() + b"\n")
+                process.stdin.flush()
+                word = lines.next()
+            except TimeoutError as error:
+                process.kill()
+                word = str(error)
+            except BrokenPipeError:
+                word = None
     process.wait()  # the broker itself is its grandchild
-    if word not in ("ready", "already running"):
-        detail = word or f"it ended with status {process.returncode}; see {log}"
-        raise BrokerUnavailable(f"the automatic broker at {settings.address} did not start: {detail}")
+    return word or f"it ended with status {process.returncode}; see {log}"
 
 
-def _read_line(fd: int, deadline: float) -> str:
-    data = b""
-    while b"\n" not in data:
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([fd], [], [], left)[0]:
-            return f"no word from it in {START_LIMIT_S:.0f} s"
-        chunk = os.read(fd, 4096)
-        if not chunk:
-            break
-        data += chunk
-    return data.decode("utf-8", "replace").strip()
+def _open_log(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+class _Lines:
+    """The lines that come through a pipe until `deadline`."""
+
+    def __init__(self, fd: int, deadline: float) -> None:
+        self._fd = fd
+        self._deadline = deadline
+        self._read = b""
+
+    def next(self, ended: Callable[[], bool] = lambda: False) -> str | None:
+        """Return the next line, None at the end; raise `TimeoutError` at the deadline.
+
+        `ended` tells that nobody writes any more, which a pipe does not show while a child forked meanwhile has it too.
+        """
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        while b"\n" not in self._read:
+            if time.monotonic() >= self._deadline:
+                raise TimeoutError(f"no word from it in {START_LIMIT_S:.0f} s")
+            over = ended()  # asked first: what it wrote before its end is there by now
+            if not poll.poll(100):
+                if over:
+                    return None
+                continue
+            chunk = os.read(self._fd, 4096)
+            if not chunk:
+                return None
+            self._read += chunk
+        line, self._read = self._read.split(b"\n", 1)
+        return line.decode("utf-8", "replace").strip()
+
+    def next_with(self, beginning: str, ended: Callable[[], bool]) -> str | None:
+        """Return the next line that begins so; a user's `sitecustomize` may print what it likes before it."""
+        while (line := self.next(ended)) is not None and not line.startswith(beginning):
+            pass
+        return line
 
 
 def with_linger(settings: BrokerSettings) -> BrokerSettings:

@@ -144,7 +144,7 @@ class Desk:
                 continue
             line.setblocking(False)
             _, uid, _ = _UCRED.unpack(line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-            if uid not in (os.getuid(), 0):
+            if uid not in (os.geteuid(), 0):
                 logger.warning("dropped a line to the desk from uid %d", uid)
                 line.close()
                 continue

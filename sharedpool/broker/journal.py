@@ -69,7 +69,7 @@ class Journal:
             self.intact = False
             return []
         with open(fd, "rb") as file:
-            if os.fstat(fd).st_uid != os.getuid():
+            if os.fstat(fd).st_uid != os.geteuid():
                 raise PermissionError(errno.EPERM, "it belongs to somebody else", str(self._path))
             data = file.read()
         found: dict[Token, Entry] = {}

@@ -13,6 +13,7 @@ from typing import Any
 
 import multiprocess
 
+from sharedpool.broker import interpreter
 from sharedpool.broker.automatic import START_LIMIT_S
 from sharedpool.broker.lock import AlreadyRunning
 from sharedpool.broker.server import Server
@@ -48,9 +49,15 @@ def serve(server: Server, *, reloads: bool = False) -> None:
 
 
 def run_detached(log: str) -> None:
-    """Be the automatic broker: settings as JSON on stdin, one word on stdout when it is ready. Does not return."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whatever our starter had blocked
-    settings = BrokerSettings(**json.loads(sys.stdin.readline()))
+    """Be the automatic broker: greet on stdout, take settings as JSON from stdin, say "ready". Does not return."""
+    # Whatever our starter had blocked, or ignores: uWSGI's master, while it loads the application, does SIGTERM.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    print(interpreter.greeting(), flush=True)
+    if not (line := sys.stdin.readline()):
+        os._exit(0)  # who has started us wants another one
+    settings = BrokerSettings(**json.loads(line))
     if os.fork():
         os._exit(0)  # our parent need not wait for us, and nobody becomes our parent's zombie
     os.chdir("/")
@@ -153,7 +160,12 @@ def start_broker(
         addresses.check_address(address, "address"), max_conn, control_dsn(dsn), expiration, max_checkout or 0.0, ttl,
         one_off=one_off,
     )  # fmt: skip
+    programs = interpreter.candidates()
+    if not programs:
+        raise BrokerUnavailable(f"the broker at {address} was not started: {interpreter.none_found([])}")
     context = multiprocess.get_context("spawn")
+    if sys.executable not in programs:  # which would be started
+        context.set_executable(programs[0])
     ours, theirs = context.Pipe()
     process = context.Process(target=_run_owned, args=(settings, theirs), name="sharedpool-broker", daemon=True)
     process.start()

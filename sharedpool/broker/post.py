@@ -95,7 +95,7 @@ class Post:
                 return
             peer = peer_of(frames[-1], ipc=self.near)
             routing_id, *rest = (frame.bytes for frame in frames)
-            if peer.uid not in (None, os.getuid(), 0):
+            if peer.uid not in (None, os.geteuid(), 0):
                 logger.warning("dropped a message from uid %d", peer.uid)
             elif len(rest) != 1:
                 name = routing_id.hex()[:12]

@@ -31,7 +31,7 @@ def automatic_scope(digest: str) -> str:
 
     In another container there is another one: they have no directory in common in which to find each other.
     """
-    return f"automatic {digest} uid {os.getuid()} {_here()}"
+    return f"automatic {digest} uid {os.geteuid()} {_here()}"
 
 
 def _here() -> str:

@@ -5,32 +5,39 @@ An address is a ZeroMQ endpoint: `ipc:///path/to.sock` (this host) or `tcp://hos
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import stat
 import sys
-import tempfile
 from pathlib import Path
 
 from sharedpool.errors import ConfigError
 
+logger = logging.getLogger("sharedpool.worker")
+
 BROKER_VARIABLE = "SHAREDPOOL_BROKER"
 # sockaddr_un.sun_path, less its closing zero byte.
 _MAX_SOCKET_PATH = 103 if sys.platform == "darwin" else 107
+_told: set[str] = set()
 
 
 def runtime_dir() -> Path:
     """Return the user's private directory for sockets and lock files, made when it is not there.
 
-    `$XDG_RUNTIME_DIR/sharedpool`, else `sharedpool-<uid>` under the system's temporary directory. Raise `ConfigError`
-    when it is a symlink, somebody else's, or open to others: whoever can write there could pose as the broker.
+    `$XDG_RUNTIME_DIR/sharedpool`, else `sharedpool-<uid>` under the temporary directory: where the variable is not set,
+    or is another user's (as after `su` and `sudo -E`), for whom a directory of ours there would be in the way. Raise
+    `ConfigError` when it cannot be had, is a symlink, somebody else's, or open to others: whoever can write there could
+    pose as the broker.
     """
     base = os.environ.get("XDG_RUNTIME_DIR")
-    if base and os.path.isabs(base) and os.path.isdir(base):
+    if base and os.path.isabs(base):
         path = Path(base, "sharedpool")
-    else:
-        path = Path(tempfile.gettempdir(), f"sharedpool-{os.getuid()}")
-    return _private(path, "set XDG_RUNTIME_DIR to your own")
+        hindrance = _hindrance(base, path.name, shared=False) or _owner_hindrance(path)
+        if not hindrance:
+            return _private(path, "set XDG_RUNTIME_DIR to your own")
+        _tell_once(f"XDG_RUNTIME_DIR is not used: {hindrance}")
+    return _private(_temporary(f"sharedpool-{os.geteuid()}"), "set XDG_RUNTIME_DIR to your own")
 
 
 def fixed_dir() -> Path:
@@ -38,7 +45,7 @@ def fixed_dir() -> Path:
 
     What a tcp broker knows lies here: its port is the same whatever XDG_RUNTIME_DIR and TMPDIR are at its next start.
     """
-    return _private(Path("/tmp", f"sharedpool-{os.getuid()}"), "use an ipc:// address")
+    return _private(Path("/tmp", f"sharedpool-{os.geteuid()}"), "use an ipc:// address")
 
 
 def _private(path: Path, otherwise: str) -> Path:
@@ -51,12 +58,64 @@ def _private(path: Path, otherwise: str) -> Path:
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode):
         raise ConfigError(f"the runtime directory {path} is a symlink or no directory: remove it, or {otherwise}")
-    if status.st_uid != os.getuid():
+    if status.st_uid != os.geteuid():
         raise ConfigError(f"the runtime directory {path} belongs to uid {status.st_uid}: {otherwise}")
     if stat.S_IMODE(status.st_mode) & 0o077:
         mode = stat.S_IMODE(status.st_mode)
         raise ConfigError(f"the runtime directory {path} is open to others (mode {mode:o}): chmod 700 it")
     return path
+
+
+def _temporary(name: str) -> Path:
+    """Return `name` in the temporary directory, which is the same one whatever becomes of it: full, or out of quota.
+
+    (`tempfile.gettempdir` tries to write, and takes the current directory in the end: processes would not meet.)
+    """
+    hindrances = []
+    for base in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp"):
+        if base and os.path.isabs(base):
+            if not (hindrance := _hindrance(base, name, shared=True)):
+                return Path(base, name)
+            hindrances.append(hindrance)
+    raise ConfigError(
+        f"there is no directory for the broker's socket: {', '.join(hindrances)}. Set XDG_RUNTIME_DIR or TMPDIR to one"
+        " that this user may write to, or start `sharedpool broker` elsewhere and give its address to"
+        f" config_pool(broker=) or {BROKER_VARIABLE}"
+    )
+
+
+def _hindrance(base: str, name: str, *, shared: bool) -> str:
+    """Return why this user cannot have the directory `name` in `base`, which may be `shared`; nothing where he can."""
+    try:
+        status = os.stat(base)
+    except OSError as error:
+        return f"{base}: {error.strerror}"
+    if not stat.S_ISDIR(status.st_mode):
+        return f"{base} is no directory"
+    if status.st_uid not in (os.geteuid(), 0) and not (shared and status.st_mode & stat.S_IWOTH):
+        return f"{base} belongs to uid {status.st_uid}"
+    if not _may(base, os.X_OK) or not (os.path.isdir(os.path.join(base, name)) or _may(base, os.W_OK)):
+        return f"{base} cannot be written to by uid {os.geteuid()}"
+    return ""
+
+
+def _owner_hindrance(path: Path) -> str:
+    """Return that somebody else has made a directory where ours would be (root, as long as it had our environment)."""
+    try:
+        owner = path.lstat().st_uid
+    except OSError:
+        return ""  # it will be made, or that will say why not
+    return f"{path} belongs to uid {owner}" if owner != os.geteuid() else ""
+
+
+def _may(path: str, mode: int) -> bool:
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _tell_once(text: str) -> None:
+    if text not in _told:
+        _told.add(text)
+        logger.info("%s", text)
 
 
 def default_address() -> str:

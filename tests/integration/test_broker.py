@@ -146,6 +146,24 @@ def test_without_a_control_connection_custody_gives_a_killed_workers_slots_back(
             assert "backend" in b.ask("get", name=name, timeout=10)
 
 
+def test_an_automatic_broker_heeds_the_signals_that_its_starter_ignores(
+    postgres: EphemeralPostgres, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As uWSGI's master does while it loads an application."""
+    monkeypatch.setenv("SHAREDPOOL_LINGER", "60")
+    ignored = (signal.SIGTERM, signal.SIGCHLD)
+    before = [signal.signal(number, signal.SIG_IGN) for number in ignored]
+    try:
+        with Worker(dsn=postgres.dsn, max_conn=1) as worker:
+            assert "backend" in worker.ask("get", name="x")
+            (report,) = living(runtime_dir)
+    finally:
+        for number, handler in zip(ignored, before, strict=True):
+            signal.signal(number, handler)
+    os.kill(report.pid, signal.SIGTERM)
+    wait_until(lambda: not alive(report.pid), 20, "its end")
+
+
 def test_the_password_is_on_no_command_line_and_in_no_log(runtime_dir: Path) -> None:
     with EphemeralPostgres(password="s3cr3t-word") as server:
         dsn = make_dsn(server.dsn, password="s3cr3t-word")

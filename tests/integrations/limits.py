@@ -1,10 +1,6 @@
-"""What can be seen from outside: who is in a query, and that no slot was lost."""
-
-from collections.abc import Callable
+"""What can be seen from outside: who is in a query."""
 
 from psycopg2.extensions import connection
-
-import sharedpool
 
 
 def stuck(server: connection, name: str) -> int:
@@ -17,12 +13,3 @@ def stuck(server: connection, name: str) -> int:
         )
         (count,) = cursor.fetchone() or (0,)
         return int(count)
-
-
-def all_slots(make_pool: Callable[..., sharedpool.Pool], name: str, limit: int) -> int:
-    """Have all slots of a pool at once, in this process; return how many that were."""
-    pool = make_pool(name=name, max_conn=limit, pool_manager=sharedpool.ThreadedConnectionPool)
-    conns = [pool.get_conn(timeout=5) for _ in range(limit)]
-    backends = {conn.info.backend_pid for conn in conns}
-    pool.release_all()
-    return len(backends)

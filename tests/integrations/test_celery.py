@@ -14,20 +14,19 @@ from typing import Any
 import celery.result
 import pytest
 from celery.exceptions import TimeLimitExceeded
-from limits import all_slots, stuck
+from limits import stuck
 from processes import Sampler, alive
 from psycopg2.extensions import connection
 from waiting import wait_until
 
-import sharedpool
 from sharedpool.cli.postgres import EphemeralPostgres
 
 LIMIT = 3
 HERE = Path(__file__).parent
 
-MakePool = Callable[..., sharedpool.Pool]
 StartWorker = Callable[..., "AbstractContextManager[subprocess.Popen[bytes]]"]
 Look = Callable[..., "celery.result.AsyncResult[tuple[int, int]]"]
+AllSlots = Callable[[int], int]
 _numbers = itertools.count(1)
 
 
@@ -58,13 +57,13 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def start_worker(
-    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, settings: dict[str, Any], tmp_path: Path
+    automatic_broker: None, postgres: EphemeralPostgres, name: str, settings: dict[str, Any], tmp_path: Path
 ) -> StartWorker:
     """Run a Celery worker with these options; kill it in the end, if the test has not ended it."""
 
     @contextmanager
     def start(*options: str, **environment: str) -> Iterator["subprocess.Popen[bytes]"]:
-        environment |= {"TARGET_POOL": name, "DATABASE_DSN": postgres.dsn, "SHAREDPOOL_BROKER": broker.address}
+        environment |= {"TARGET_POOL": name, "DATABASE_DSN": postgres.dsn}
         environment |= {"TARGET_CELERY": json.dumps(settings), "TARGET_ENDS": str(tmp_path / "ends")}
         quick = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
         log = tmp_path / "worker.log"
@@ -140,7 +139,7 @@ def test_all_tasks_are_done_by_three_connections(
 
 
 def test_with_signals_connected_the_processes_dispose_of_their_pools_when_the_worker_ends(
-    start_worker: StartWorker, look: Look, make_pool: MakePool, name: str, tmp_path: Path
+    start_worker: StartWorker, look: Look, name: str, tmp_path: Path, all_slots: AllSlots
 ) -> None:
     with start_worker("-c", "2", TARGET_SIGNALS="1") as worker:
         done = outcomes([look(0.1) for _ in range(4)])
@@ -149,11 +148,11 @@ def test_with_signals_connected_the_processes_dispose_of_their_pools_when_the_wo
     ends = {int(path.name): path.read_text() for path in (tmp_path / "ends").iterdir()}
     assert {process for process, _ in done} <= set(ends)
     assert set(ends.values()) == {"disposed"}
-    assert all_slots(make_pool, name, LIMIT) == LIMIT
+    assert all_slots(LIMIT) == LIMIT
 
 
 def test_a_hard_time_limit_in_the_middle_of_a_query_gives_the_slot_back(
-    start_worker: StartWorker, look: Look, make_pool: MakePool, name: str
+    start_worker: StartWorker, look: Look, name: str, all_slots: AllSlots
 ) -> None:
     with start_worker("-c", "3"):
         stuck = [look(600, time_limit=1) for _ in range(LIMIT)]
@@ -161,16 +160,16 @@ def test_a_hard_time_limit_in_the_middle_of_a_query_gives_the_slot_back(
             with pytest.raises(TimeLimitExceeded):
                 promise.get(timeout=30, interval=0.02)
         assert len(outcomes([look(0)])) == 1
-        assert all_slots(make_pool, name, LIMIT) == LIMIT
+        assert all_slots(LIMIT) == LIMIT
 
 
 def test_a_killed_process_and_then_a_killed_worker_leave_no_slot_taken(
     start_worker: StartWorker,
     look: Look,
     server_connection: connection,
-    make_pool: MakePool,
     name: str,
     settings: dict[str, Any],
+    all_slots: AllSlots,
 ) -> None:
     settings["worker_prefetch_multiplier"] = 4  # Celery takes ten seconds to count the lost task as lost
     with start_worker("-c", "2") as worker:
@@ -184,4 +183,4 @@ def test_a_killed_process_and_then_a_killed_worker_leave_no_slot_taken(
         worker.kill()  # the kernel then kills its children
         worker.wait()
         wait_until(lambda: not alive(successor), what="the orphan's end")
-        assert all_slots(make_pool, name, LIMIT) == LIMIT
+        assert all_slots(LIMIT) == LIMIT

@@ -9,15 +9,14 @@ from contextlib import AbstractContextManager, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 
+import automatic
 import pytest
-from limits import all_slots, stuck
+from limits import stuck
 from processes import Sampler, alive
 from psycopg2.extensions import connection
 from waiting import wait_until
 from web_servers import Server, load, request, serving, traffic
 
-import sharedpool
-from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
 
 LIMIT = 3
@@ -41,8 +40,8 @@ def on_reload(server):
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
 """
 
-MakePool = Callable[..., sharedpool.Pool]
 Gunicorn = Callable[..., AbstractContextManager[Server]]
+AllSlots = Callable[[int], int]
 _numbers = itertools.count(1)
 
 
@@ -53,7 +52,7 @@ def name() -> str:
 
 
 @pytest.fixture
-def gunicorn(broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path) -> Gunicorn:
+def gunicorn(automatic_broker: None, postgres: EphemeralPostgres, name: str, tmp_path: Path) -> Gunicorn:
     """Serve the application by gunicorn with these options and this gunicorn.conf.py."""
 
     @contextmanager
@@ -63,21 +62,21 @@ def gunicorn(broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, 
         command = [sys.executable, "-m", "gunicorn", "--bind", "fd://{fd}", "--config", str(configuration)]
         # A worker that is just being forked when gunicorn is told to end does not hear of it, and is killed after that.
         command += ["--graceful-timeout", "8", *options]
-        environment |= {"TARGET_POOL": name, "DATABASE_DSN": postgres.dsn, "SHAREDPOOL_BROKER": broker.address}
+        environment |= {"TARGET_POOL": name, "DATABASE_DSN": postgres.dsn}
         with serving([*command, "wsgi_target:app"], tmp_path / "gunicorn.log", environment) as server:
             yield server
 
     return start
 
 
-def ended_well(server: Server, broker: sharedpool.Broker, name: str) -> None:
+def ended_well(server: Server, name: str) -> None:
     assert server.process.poll() is None, "gunicorn ended before it was told to"
     assert server.stop() == 0
     words = server.words()
     assert "Shutting down: Master" in words
     assert "Traceback" not in words
     # Workers leave in good order: when gunicorn has ended, so have their sessions and leases.
-    assert [pool for pool in fetch_report(broker.address).pools if pool.name == name and pool.leases] == []
+    assert automatic.leases(name) == 0
 
 
 @pytest.mark.parametrize(
@@ -93,7 +92,6 @@ def ended_well(server: Server, broker: sharedpool.Broker, name: str) -> None:
 def test_every_request_is_answered_by_three_connections(
     gunicorn: Gunicorn,
     sampler: Sampler,
-    broker: sharedpool.Broker,
     name: str,
     options: list[str],
     conf: str,
@@ -108,7 +106,7 @@ def test_every_request_is_answered_by_three_connections(
             return len({answer["worker"] for answer in answers}) > LIMIT
 
         wait_until(more_workers_than_connections)
-        ended_well(server, broker, name)
+        ended_well(server, name)
         assert "ERROR" not in server.words()
     assert 1 < sampler.peak <= LIMIT
     assert sampler.samples > 50
@@ -116,7 +114,7 @@ def test_every_request_is_answered_by_three_connections(
 
 @pytest.mark.parametrize("conf", ["", HOOKS], ids=["no hooks", "hooks"])
 def test_a_reload_doubles_the_workers_and_loses_no_request(
-    gunicorn: Gunicorn, sampler: Sampler, broker: sharedpool.Broker, name: str, conf: str
+    gunicorn: Gunicorn, sampler: Sampler, name: str, conf: str
 ) -> None:
     with gunicorn("-w", "4", conf=conf) as server:
         with traffic(server) as seen:
@@ -126,7 +124,7 @@ def test_a_reload_doubles_the_workers_and_loses_no_request(
                 wait_until(lambda before=before: len(seen.workers - before) >= 2, what="the new workers' answers")
                 wait_until(lambda before=before: not any(map(alive, before)), what="the old workers' end")
         assert seen.lost == []
-        ended_well(server, broker, name)
+        ended_well(server, name)
     assert 1 < sampler.peak <= LIMIT
 
 
@@ -136,18 +134,18 @@ def test_a_reload_doubles_the_workers_and_loses_no_request(
     ids=["no hooks", "gthread, preload, hooks"],
 )
 def test_workers_that_are_recycled_all_the_time_lose_no_request(
-    gunicorn: Gunicorn, sampler: Sampler, broker: sharedpool.Broker, name: str, options: list[str], conf: str
+    gunicorn: Gunicorn, sampler: Sampler, name: str, options: list[str], conf: str
 ) -> None:
     with gunicorn("-w", "4", "--max-requests", "25", "--max-requests-jitter", "10", *options, conf=conf) as server:
         answers = load(server, 300)
-        ended_well(server, broker, name)
+        ended_well(server, name)
     assert len({answer["worker"] for answer in answers}) > 4
     assert 1 < sampler.peak <= LIMIT
 
 
 @pytest.mark.parametrize("conf", ["", HOOKS], ids=["no hooks", "hooks"])
 def test_killed_workers_cost_their_own_requests_and_no_slot(
-    gunicorn: Gunicorn, sampler: Sampler, make_pool: MakePool, name: str, conf: str
+    gunicorn: Gunicorn, sampler: Sampler, name: str, conf: str, all_slots: AllSlots
 ) -> None:
     kills = 4
     with gunicorn("-w", "4", conf=conf) as server:
@@ -158,7 +156,7 @@ def test_killed_workers_cost_their_own_requests_and_no_slot(
                 os.kill(victim, signal.SIGKILL)
                 wait_until(lambda known=known: seen.workers - known, what="an answer of the successor")
         assert len(seen.lost) <= kills  # a sync worker has one request at a time
-        assert all_slots(make_pool, name, LIMIT) == LIMIT
+        assert all_slots(LIMIT) == LIMIT
         assert server.stop() == 0
     assert 1 < sampler.peak <= LIMIT
 
@@ -167,7 +165,7 @@ def test_killed_workers_cost_their_own_requests_and_no_slot(
     ("how", "conf"), [("recycled", HOOKS), ("reloaded", OWN_HOOK)], ids=["recycled", "reloaded, own hook"]
 )
 def test_a_worker_that_leaves_with_a_query_under_way_is_not_held_up_by_it(
-    gunicorn: Gunicorn, server_connection: connection, name: str, make_pool: MakePool, how: str, conf: str
+    gunicorn: Gunicorn, server_connection: connection, name: str, how: str, conf: str, all_slots: AllSlots
 ) -> None:
     options = ["-w", "1", "-k", "gthread", "--threads", "2", "--graceful-timeout", "1", "--timeout", "60"]
     if how == "recycled":
@@ -183,14 +181,14 @@ def test_a_worker_that_leaves_with_a_query_under_way_is_not_held_up_by_it(
         wait_until(lambda: not alive(worker), timeout_s=15, what="the worker's end")
         assert waiting.getresponse().status == 500
         waiting.close()
-        assert all_slots(make_pool, name, LIMIT) == LIMIT
+        assert all_slots(LIMIT) == LIMIT
         assert request(server.port)["worker"] != worker
         assert server.stop() == 0
         assert ("own in the worker" in server.words()) == (conf == OWN_HOOK)
 
 
 def test_a_worker_that_gunicorn_kills_for_its_timeout_leaves_no_slot_taken(
-    gunicorn: Gunicorn, server_connection: connection, make_pool: MakePool, name: str
+    gunicorn: Gunicorn, server_connection: connection, name: str, all_slots: AllSlots
 ) -> None:
     with gunicorn("-w", "1", "--timeout", "1") as server:
         worker = request(server.port)["worker"]
@@ -202,7 +200,7 @@ def test_a_worker_that_gunicorn_kills_for_its_timeout_leaves_no_slot_taken(
         wait_until(lambda: stuck(server_connection, name) == 0, what="the query's end")
         waiting.close()
         assert request(server.port)["worker"] != worker
-        assert all_slots(make_pool, name, LIMIT) == LIMIT
+        assert all_slots(LIMIT) == LIMIT
 
 
 def test_the_hook_leaves_the_pool_of_a_preloading_master_alone(gunicorn: Gunicorn, sampler: Sampler) -> None:

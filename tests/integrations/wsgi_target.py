@@ -26,4 +26,4 @@ def app(environ: dict[str, Any], start_response: Callable[..., object]) -> Itera
         cursor.execute("SELECT pg_sleep(%s), pg_backend_pid()", [seconds])
         backend = cursor.fetchone()[1]
     start_response("200 OK", [("Content-Type", "application/json")])
-    return [json.dumps({"worker": os.getpid(), "backend": backend}).encode()]
+    return [json.dumps({"worker": os.getpid(), "backend": backend, "uid": os.getuid()}).encode()]
