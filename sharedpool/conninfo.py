@@ -53,11 +53,14 @@ class ConnInfo:
     """What `psycopg2.connect(current(), **python_kwargs)` needs; its repr hides secrets, its `dsn` does not.
 
     `dsn` is what was known when it was resolved. `ask`, if there is something that changes, returns what it is now.
+    `named` are the keywords with which it was given, beside, if it is `based` on one, a conninfo string or a URL.
     """
 
     dsn: str
     python_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
     ask: Callable[[], str] | None = None
+    named: tuple[str, ...] = ()
+    based: bool = True
 
     def current(self) -> str:
         """Return the conninfo string for one connect.
@@ -66,6 +69,20 @@ class ConnInfo:
         if libpq cannot take it; neither names a secret unless the function's own error does.
         """
         return self.dsn if self.ask is None else self.ask()
+
+    def arguments(self, current: str) -> tuple[str | None, dict[str, str]]:
+        """Return psycopg2's arguments for `current`, the string as well as the keywords as they were given.
+
+        Who wraps `psycopg2.connect` may look at either.
+        """
+        if not self.named:
+            return current, {}
+        found = parse_dsn(current)
+        keywords: dict[str, str] = {}
+        for name in self.named:
+            if (value := found.pop("dbname" if name == "database" else name, None)) is not None:
+                keywords[name] = value
+        return current if self.based else make_dsn(**found) or None, keywords
 
     def identity(self) -> ServerIdentity:
         """Return the server as libpq resolves it now: arguments, service file, `PG*` of this process, built-in values.
@@ -138,7 +155,15 @@ def resolve(
             fresh |= answer
         return make_dsn(**fresh)
 
-    return ConnInfo(make_dsn(**merged), python_kwargs, ask if asked or callable(dsn) else None)
+    named = tuple(name for name in connect_kwargs if connect_kwargs[name] is not None and name not in python_kwargs)
+    return ConnInfo(
+        make_dsn(**merged), python_kwargs, ask if asked or callable(dsn) else None, named=named, based=bool(origin)
+    )
+
+
+def connect_directly(dsn: str, **keywords: object) -> connection:
+    """Connect, past whatever wraps `psycopg2.connect`: a session of our own is no user's to trace."""
+    return connection(make_dsn(dsn, **keywords))
 
 
 def _split_keywords(

@@ -23,6 +23,7 @@ from psycopg2.sql import Composable, Identifier
 from sharedpool import config
 from sharedpool.worker.connection import PooledConnection
 from sharedpool.worker.pool import Pool
+from sharedpool.worker.wrapper import bare
 
 _WORD = r"[^\W\d][\w$]*"
 _FIELD = re.compile(
@@ -228,6 +229,11 @@ class PgSimple:
             raise psycopg2.InterfaceError("this PgSimple is closed; its connection is back in the pool")
         return self._conn
 
+    def _psycopg2s_own(self) -> connection:
+        """Return the connection without what wraps it: psycopg2's own functions may take nothing else."""
+        conn = self._live()
+        return bare(conn) or conn
+
     def _give_back(self, close: bool = False, quietly: bool = False) -> None:
         """Return the connection; `quietly` while another exception is under way, which the pool's must not hide."""
         conn, self._conn = self._conn, None  # first: whatever put_conn does, this handle is done with it
@@ -252,7 +258,7 @@ class PgSimple:
     # --- SQL text: parameters are always passed, so every % that is no placeholder is doubled -------------------------
 
     def _literal(self, part: str | Composable) -> str:
-        text = part if isinstance(part, str) else part.as_string(self._live())
+        text = part if isinstance(part, str) else part.as_string(self._psycopg2s_own())
         return text.replace("%", "%%")
 
     def _table(self, table: Name) -> str:
@@ -303,7 +309,7 @@ class PgSimple:
         if isinstance(rest[0], Mapping):
             raise ValueError("where takes its parameters as a list or tuple for %s, not by name")
         values.extend(_listed(rest[0]))
-        return f" WHERE {condition if isinstance(condition, str) else condition.as_string(self._live())}"
+        return f" WHERE {condition if isinstance(condition, str) else condition.as_string(self._psycopg2s_own())}"
 
     def _order(self, order: Order) -> str:
         if not order:

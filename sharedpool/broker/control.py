@@ -27,6 +27,7 @@ from sharedpool.broker.activity import activity_of
 from sharedpool.broker.commands import Command, Doubt, Fence, Interfere, Look, Peek, Place, Saw, Send, Survey
 from sharedpool.broker.leadership import Leadership
 from sharedpool.broker.ledger import Ledger
+from sharedpool.conninfo import connect_directly
 from sharedpool.wire.messages import Backend, Token
 from sharedpool.wire.reports import Activity
 from sharedpool.wire.tag import pattern_of
@@ -268,7 +269,7 @@ class Control:
         """Make the control connection anew. A server that answers, be it with a refusal, has accepted us."""
         assert self._dsn is not None
         try:
-            fresh = psycopg2.connect(self._dsn, **self._defaults())
+            fresh = connect_directly(self._dsn, **self._defaults())
         except psycopg2.OperationalError as error:
             if "FATAL" not in str(error):
                 raise
@@ -282,7 +283,7 @@ class Control:
 
     def _connect(self) -> None:
         assert self._dsn is not None
-        self._prepare(psycopg2.connect(self._dsn, **self._defaults()))
+        self._prepare(connect_directly(self._dsn, **self._defaults()))
         assert self._conn is not None
         logger.info("control connection: backend %d, room for %d connections", self._conn.info.backend_pid, self._room)
         if self._max_conn is not None and self._max_conn + 1 > self._room:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from typing import Any, cast
 
+from psycopg2.extensions import connection
 from sqlalchemy import event, exc
 from sqlalchemy.engine import Dialect, ExceptionContext
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
@@ -19,15 +20,16 @@ from sqlalchemy.pool import Pool as EnginePool
 from sqlalchemy.pool.base import _ConnectionRecord
 
 from sharedpool.errors import PoolClosed, PoolExhausted, PoolTimeout
-from sharedpool.worker.connection import PooledConnection, session_of
+from sharedpool.worker.connection import session_of
 from sharedpool.worker.lease import Lease
 from sharedpool.worker.pool import Pool
+from sharedpool.worker.wrapper import bare
 
 
 class _Record(_ConnectionRecord):
     """SQLAlchemy's record of a session; while the session lies idle the record does not refer to its connection."""
 
-    lent: PooledConnection | None = None  # checked out already, for the record to connect with
+    lent: connection | None = None  # checked out already, for the record to connect with
 
 
 class SharedPool(EnginePool):
@@ -54,7 +56,8 @@ class SharedPool(EnginePool):
     def connect(self) -> PoolProxiedConnection:
         """Check a connection out; see the class."""
         proxy = super().connect()
-        conn = cast(PooledConnection, proxy.dbapi_connection)
+        conn = bare(cast(Any, proxy).dbapi_connection)
+        assert conn is not None
         record = cast(Any, proxy)._connection_record
         lease = cast(Lease, conn.sharedpool_lease)
         if lease.kept is None or lease.kept[1] is not record:
@@ -65,7 +68,7 @@ class SharedPool(EnginePool):
 
     def _do_get(self) -> ConnectionPoolEntry:
         conn = self._check_out()
-        kept = cast(Lease, conn.sharedpool_lease).kept
+        kept = _lease(conn).kept
         if kept is not None and kept[0] is self:
             record: _Record = kept[1]
             record.dbapi_connection = cast(Any, conn)
@@ -79,20 +82,20 @@ class SharedPool(EnginePool):
         conn, cast(_Record, record).lent = cast(_Record, record).lent, None
         while conn is None:
             conn = self._check_out()
-            if cast(Lease, conn.sharedpool_lease).kept is not None:
+            if _lease(conn).kept is not None:
                 # A new one is wanted, since the others are too old, or were found dead: so may be this one.
                 self._shared.put_conn(conn, close=True)
                 conn = None
         return conn
 
-    def _check_out(self) -> PooledConnection:
+    def _check_out(self) -> connection:
         try:
-            return cast(PooledConnection, self._shared.get_conn(timeout=self._timeout))
+            return self._shared.get_conn(timeout=self._timeout)
         except (PoolTimeout, PoolExhausted) as error:
             raise exc.TimeoutError(str(error)) from error
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        conn = cast("PooledConnection | None", record.dbapi_connection)
+        conn: Any = record.dbapi_connection
         cast(_Record, record).dbapi_connection = None
         if conn is None:
             return  # it was closed, or detached
@@ -133,9 +136,13 @@ class SharedPool(EnginePool):
         return repr(self._shared)
 
 
+def _lease(conn: connection) -> Lease:
+    return cast(Lease, cast(Any, conn).sharedpool_lease)
+
+
 def _notice(context: ExceptionContext) -> None:
     """Have a failover noticed: see `sharedpool.Pool.notice`."""
     if context.connection is not None and not context.connection.invalidated:
-        conn = context.connection.connection.dbapi_connection
-        if isinstance(conn, PooledConnection) and conn.sharedpool_holdings is not None:
+        conn = bare(cast(Any, context.connection.connection).dbapi_connection)
+        if conn is not None and conn.sharedpool_holdings is not None:
             conn.sharedpool_holdings.notice(conn, context.original_exception)

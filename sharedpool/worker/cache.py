@@ -354,7 +354,7 @@ class Cache:
         self._retires(retire_at)
         lease.backend, lease.generation, lease.retire_at = message.live.backend, message.live.generation, retire_at
         lease.conn, lease.ref, lease.deposited, lease.fresh = conn, weakref.ref(conn, collected), True, True
-        lease.movable = True
+        lease.movable, lease.direct = True, False
         ticket = self.waiting.get(message.request)
         if ticket is None:
             return self._pass_on(lease, conn, now)

@@ -13,6 +13,7 @@ import weakref
 from typing import cast
 
 import psycopg2
+from psycopg2.extensions import connection
 
 from sharedpool.errors import PoolClosed, PoolError
 from sharedpool.wire.messages import Phase, ReleaseReason
@@ -37,6 +38,7 @@ from sharedpool.worker.link import Link
 from sharedpool.worker.registration import Registration
 from sharedpool.worker.session import thread_names
 from sharedpool.worker.tickets import wait_ms
+from sharedpool.worker.wrapper import is_as_opened, lost, take_off, wrap
 
 # How long a caller who does not want to wait waits for the broker's answer: a running one's, and one that starts.
 ANSWER_LIMIT_S = 3.0
@@ -46,10 +48,10 @@ CONNECT_LIMIT_S = 5.0
 _GRACE_S = 0.06
 
 
-def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float) -> PooledConnection:
+def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float) -> connection:
     """Return a connection that is ready for its user: in the idle `lease`'s slot, or in one that is waited for.
 
-    Raise what `Pool.get_conn` raises.
+    It is the connection's wrapper, if it has one. Raise what `Pool.get_conn` raises.
     """
     ticket = Ticket(_nobody, now)
     try:
@@ -75,6 +77,8 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
             holdings.handed_on += 1
         else:
             holdings.hits += 1
+        if lost(conn):
+            wrap(conn, holdings.config.conninfo)
         if holdings.config.check:
             holdings.call_back(holdings.config.check, lease, conn, "check")
         if holdings.disposed:
@@ -87,10 +91,11 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
                 lease.plain = False
         if holdings.config.debug_checkouts:
             lease.stack = callsite.capture()
+        users = take_off(conn)
         conn.sharedpool_lease = lease
         ticket.lease = None
         lease.conn = None  # from here on the caller's reference is the only one: dropped by an interrupt, it comes back
-        return conn
+        return users
     except BaseException:
         holdings.errors += 1
         _abandon(holdings, ticket, lease)
@@ -240,7 +245,7 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
             holdings.cache.times.created.add(now - began)
         holdings.signal()
         holdings.connects += 1
-        lease.conn = conn
+        lease.conn, lease.direct = conn, conn.sharedpool_wrapper is None
         if config.configure:
             holdings.call_back(config.configure, lease, conn, "configure")
         conn.sharedpool_session, conn.sharedpool_server = session_of(conn), server_of(conn)
@@ -268,9 +273,12 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
 
 def _welcome(holdings: Holdings, lease: Lease, conn: PooledConnection) -> None:
     """Make a connection that came from another process this pool's own."""
-    lease.fresh = False
+    if not is_as_opened(conn):
+        wrap(conn, holdings.config.conninfo)
+    lease.fresh, lease.direct = False, conn.sharedpool_wrapper is None
     if holdings.config.configure:
         holdings.call_back(holdings.config.configure, lease, conn, "configure")
+    if conn.sharedpool_touched:  # by either of them
         conn.sharedpool_session, conn.sharedpool_touched = session_of(conn), False
 
 

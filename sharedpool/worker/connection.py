@@ -19,9 +19,10 @@ import psycopg2
 from psycopg2 import extensions
 
 from sharedpool.conninfo import ConnInfo
+from sharedpool.errors import SharedPoolError
 from sharedpool.libpq import socket_of_failed
 from sharedpool.wire.messages import Backend, Phase
-from sharedpool.worker import green
+from sharedpool.worker import green, wrapper
 from sharedpool.worker.ending import HUNG_UP, close_confirmed, close_witness, dead_end, disown, see_off
 
 CHECK_AFTER_S = 0.5  # idle, or lent out, for longer than this: look whether the server is still there
@@ -50,6 +51,8 @@ WHERE current_setting('client_connection_check_interval') = '0';
 class PooledConnection(extensions.connection):
     """A psycopg2 connection that a pool lends out; in all else a plain one."""
 
+    __module__ = extensions.connection.__module__  # by which agents know what database it is
+
     # Set while it is checked out, taken off by the first checkin: a second one finds nothing.
     sharedpool_lease: Any = None
     sharedpool_holdings: Any = None
@@ -65,12 +68,21 @@ class PooledConnection(extensions.connection):
     sharedpool_timeout_s: float | None = None  # libpq's own, if it is known
     sharedpool_server: tuple[str | None, ...] = ()  # what it was when we connected: see `turned_read_only`
     sharedpool_touched = False  # its user has set what a checkin restores
+    # What its user gets in place of it, while it is not checked out, and who made that: see `wrapper.py`.
+    sharedpool_wrapper: Any = None
+    sharedpool_wrapper_ref: Callable[[], Any] | None = None
+    sharedpool_connect: object = None
     # For the hand-over (`handover.py`).
     sharedpool_movable = False
     sharedpool_encoding = ""
     sharedpool_parameters: bytes | None = None
     sharedpool_native = True  # libpq itself has opened the session that it is on
     sharedpool_adopted: Backend | None = None  # the backend, if it has not
+
+    @property
+    def sharedpool_self(self) -> PooledConnection:
+        """The connection itself, also when it is asked of what wraps it."""
+        return self
 
     def close(self) -> None:
         """Close the connection and wait (at most a second) until its backend has exited.
@@ -90,6 +102,7 @@ class PooledConnection(extensions.connection):
 
     def sharedpool_close(self) -> None:
         """Close it as psycopg2 does, which only asks its backend to leave."""
+        self.sharedpool_wrapper = None  # it refers to us
         super().close()
 
     def set_session(self, *args: Any, **kwargs: Any) -> None:
@@ -182,7 +195,8 @@ def pooled_class(factory: type[extensions.connection] | None) -> type[PooledConn
     """Return the class of a pool's connections: `PooledConnection`, mixed into the user's connection factory."""
     if factory is None or factory is extensions.connection:
         return PooledConnection
-    return cast(type[PooledConnection], type(f"Pooled{factory.__name__}", (PooledConnection, factory), {}))
+    names = {"__module__": factory.__module__}
+    return cast(type[PooledConnection], type(f"Pooled{factory.__name__}", (PooledConnection, factory), names))
 
 
 def connect(
@@ -193,10 +207,10 @@ def connect(
 
     The connection is in `made` even before it is connected: an interrupt anywhere does not lose it.
     """
-    keywords = dict(conninfo.python_kwargs)
-    factory = pooled_class(keywords.pop("connection_factory", None))
-    keywords.setdefault("fallback_application_name", application_name)
     dsn = conninfo.current()
+    given, named = conninfo.arguments(dsn)
+    keywords = {**conninfo.python_kwargs, **named}
+    factory = pooled_class(keywords.pop("connection_factory", None))
     parameters = extensions.parse_dsn(dsn)
     if "connect_timeout" not in parameters and "PGCONNECT_TIMEOUT" not in os.environ:
         limit = CONNECT_LIMIT_S if timeout_s is None else min(CONNECT_LIMIT_S, timeout_s)
@@ -205,10 +219,12 @@ def connect(
         keywords.get("connect_timeout") or parameters.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT")
     )
     started = time.monotonic()
-    if "fallback_application_name" in parameters:
-        del keywords["fallback_application_name"]
+    if "fallback_application_name" not in parameters:
+        keywords["fallback_application_name"] = application_name
 
     def make(dsn: str, **options: Any) -> PooledConnection:
+        if made:
+            raise SharedPoolError("psycopg2.connect() is wrapped by what connects twice: a pool has to count each")
         conn = factory.__new__(factory)
         made.append(conn)
         conn.sharedpool_started = started
@@ -217,8 +233,15 @@ def connect(
         return conn
 
     with green.connect_limit(limit_s):
-        psycopg2.connect(dsn, connection_factory=make, **keywords)
-    return bear_witness(made[0])
+        returned = psycopg2.connect(given, connection_factory=make, **keywords)
+    if not made:
+        returned.close()
+        raise SharedPoolError(
+            f"psycopg2.connect() is wrapped by what does not heed connection_factory=, and returned {type(returned)!r}:"
+            " a pool cannot lend it out"
+        )
+    wrapper.put_on(bear_witness(made[0]), returned)
+    return made[0]
 
 
 def _number(text: object) -> float | None:
@@ -335,7 +358,7 @@ def clean(conn: PooledConnection) -> bool:
             return False
         if status != extensions.TRANSACTION_STATUS_IDLE:
             conn.sharedpool_erred = status == extensions.TRANSACTION_STATUS_INERROR
-            conn.rollback()
+            wrapper.outside(conn).rollback()  # its user's: psycopg2.pool does it so, and who traces that sees it
         settle(conn)
         if conn.sharedpool_touched and session_of(conn) != conn.sharedpool_session:
             autocommit, isolation_level, readonly, deferrable, conn.cursor_factory = conn.sharedpool_session

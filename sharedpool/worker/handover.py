@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
-import psycopg2
 from psycopg2 import extensions
 
 from sharedpool import libpq
@@ -194,13 +193,15 @@ class Shells:
         factory = pooled_class(keywords.pop("connection_factory", None))
         with Stub(parameters) as stub:
             # Nothing of this process's environment may make libpq ask the stub for more.
-            shell = psycopg2.connect(
+            # Not by `psycopg2.connect`: who wraps it would take this for a connect to a server of that name.
+            shell = factory(extensions.make_dsn(
                 host=stub.host, port=stub.port, user="shell", dbname="shell",
                 connect_timeout=round(_BUILD_LIMIT_S),
                 target_session_attrs="any", sslmode="disable", gssencmode="disable", channel_binding="disable",
-                options="", connection_factory=factory, **keywords,
-            )  # fmt: skip
-        assert isinstance(shell, PooledConnection)
+                options="",
+            ))  # fmt: skip
+        if (cursor_factory := keywords.get("cursor_factory")) is not None:
+            shell.cursor_factory = cursor_factory
         vacate(shell)
         shell.sharedpool_encoding = parameters.get("client_encoding", "")
         shell.sharedpool_session, shell.sharedpool_touched = session_of(shell), False

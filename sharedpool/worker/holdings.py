@@ -44,6 +44,7 @@ from sharedpool.worker.location import BrokerLocation
 from sharedpool.worker.registration import Registration
 from sharedpool.worker.session import Session
 from sharedpool.worker.settings import Callback, PoolConfig
+from sharedpool.worker.wrapper import outside
 
 logger = logging.getLogger("sharedpool.worker")
 
@@ -114,7 +115,7 @@ class Holdings:
                     verdict = ReleaseReason.STALE
                     self.trouble(lease, READ_ONLY)
                 elif self.config.at_checkin:
-                    self.config.at_checkin(conn)
+                    self.config.at_checkin(outside(conn))
                     verdict = None if is_clean(self.config.name, "reset", conn) else ReleaseReason.BROKEN
             except BaseException as caught:
                 verdict, error = ReleaseReason.BROKEN, caught
@@ -160,7 +161,7 @@ class Holdings:
     def call_back(self, callback: Callback, lease: Lease, conn: PooledConnection, name: str) -> None:
         """Run a user's callback; one that raises, or leaves a transaction open, costs the connection."""
         try:
-            callback(conn)
+            callback(outside(conn))
             is_clean(self.config.name, name, conn)
         except BaseException:
             self.discarded += 1

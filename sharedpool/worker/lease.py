@@ -21,7 +21,8 @@ class Lease:
     connection that its user has dropped can be seen. `arrived` is when this process got it open, `since` when its phase
     began, `idle_s` how long it had lain idle before. `ticket` is the one it was given to, while that thread alone knows
     of it. `deposited`: the broker has been given the socket. `fresh`: it came with a connection from another process,
-    which has not been made this one's own yet. `movable`: its session can be passed to another. `generation` is the
+    which has not been made this one's own yet. `direct`: its next checkout is of the connection as it is, neither fresh
+    nor wrapped. `movable`: its session can be passed to another. `generation` is the
     newest that was known when it was granted. `plain`: its next checkin need not look at its key, at the generation,
     nor whether it was taken away. `cache` is whose it is. `stack` is where it was last checked out (`debug_checkouts`).
     `at_close`: what its user's `close()` does in place of closing. `kept` is what an integration keeps with the session
@@ -29,8 +30,9 @@ class Lease:
     """
 
     __slots__ = (
-        "arrived", "at_close", "backend", "cache", "conn", "deposited", "fresh", "generation", "idle_s", "kept", "key",
-        "missed", "movable", "phase", "plain", "ref", "retire_at", "since", "stack", "thread", "ticket", "token",
+        "arrived", "at_close", "backend", "cache", "conn", "deposited", "direct", "fresh", "generation", "idle_s",
+        "kept", "key", "missed", "movable", "phase", "plain", "ref", "retire_at", "since", "stack", "thread", "ticket",
+        "token",
     )  # fmt: skip
 
     def __init__(self, token: Token, ticket: Ticket | None, now: float) -> None:
@@ -44,6 +46,7 @@ class Lease:
         self.retire_at = float("inf")
         self.deposited = False
         self.fresh = False
+        self.direct = True
         self.movable = False
         self.plain = True
         self.cache: object = None

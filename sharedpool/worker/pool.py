@@ -27,6 +27,7 @@ from sharedpool.worker.lease import Lease
 from sharedpool.worker.location import BrokerLocation
 from sharedpool.worker.settings import PoolConfig
 from sharedpool.worker.stats import PoolStats, stats_of
+from sharedpool.worker.wrapper import bare, keep, outside
 
 IN_USE, IDLE = Phase.IN_USE, Phase.IDLE
 STATUS_READY = extensions.STATUS_READY
@@ -96,15 +97,15 @@ class Pool:
             lease.idle_s = gap_s = now - lease.since
             lease.phase, lease.since, lease.thread = IN_USE, now, thread
             conn: Any = lease.conn
-            if gap_s <= CHECK_AFTER_S and now < lease.retire_at and not conn.closed and not lease.fresh:
+            if gap_s <= CHECK_AFTER_S and now < lease.retire_at and not conn.closed and lease.direct:
                 conn.sharedpool_lease = lease
                 lease.conn = None  # from here on the caller's reference is the only one
                 cache.hits += 1
                 return conn  # type: ignore[no-any-return] # `cast` is a call
             return self._check_out(self._holdings, lease, timeout, now)
         holdings = self._check_caller()
-        if key is not None and (conn := self._by_key(key)) is not None:
-            return conn
+        if key is not None and (lent := self._by_key(key)) is not None:
+            return outside(lent)
         now = monotonic()
         conn = self._check_out(holdings, holdings.cache.take(now), timeout, now)
         return conn if key is None else self._keep_key(key, conn)
@@ -115,7 +116,7 @@ class Pool:
         After that `close()` it is the next user's: keep no reference to it. Blocks and raises as `get_conn` does.
         """
         conn = self.get_conn(timeout=timeout)
-        lease = cast(Lease, cast(PooledConnection, conn).sharedpool_lease)
+        lease: Lease = cast(Any, conn).sharedpool_lease
         lease.at_close, lease.plain = self._put_closed, False
         return conn
 
@@ -125,7 +126,7 @@ class Pool:
 
     def _check_out(
         self, holdings: Holdings, lease: Lease | None, timeout: float | None, now: float
-    ) -> PooledConnection:
+    ) -> extensions.connection:
         return checkout(holdings, lease, self.config.timeout if timeout is None else timeout, now)
 
     def _own_holdings(self) -> Holdings:
@@ -166,8 +167,8 @@ class Pool:
             return None
         return conn
 
-    def _keep_key(self, key: Hashable, conn: PooledConnection) -> PooledConnection:
-        lease = cast(Lease, conn.sharedpool_lease)
+    def _keep_key(self, key: Hashable, conn: extensions.connection) -> extensions.connection:
+        lease: Lease = cast(Any, conn).sharedpool_lease
         with self._holdings.lock:
             other = self._keyed(key)
             if other is None:
@@ -175,7 +176,7 @@ class Pool:
                 lease.key, lease.plain = key, False
                 return conn
         self.put_conn(conn)  # another thread was faster with the same key
-        return other
+        return outside(other)
 
     # --- checkin
 
@@ -204,7 +205,7 @@ class Pool:
                     and not conn.get_transaction_status()  # idle
                     and conn.status == STATUS_READY
                     and not pooled.sharedpool_touched
-                    and lease.ref() is not None  # else it is being collected
+                    and lease.ref() is conn  # else it has a wrapper, or is being collected
                 )
                 if laid:
                     del pooled.sharedpool_lease  # in one step: of two threads that put it only one gets on
@@ -221,24 +222,24 @@ class Pool:
             self.put_conn_later(conn)  # called by a finalizer, perhaps while this very thread was at the books
             return
         try:
-            lease = self._claim(conn, key)
+            pooled, lease = self._claim(conn, key)
         except PoolError:
             if not fail_silently:
                 raise
             return
-        self._holdings.take_back(lease, cast(PooledConnection, conn), ReleaseReason.CLOSED if close else None)
+        self._holdings.take_back(lease, pooled, ReleaseReason.CLOSED if close else None)
 
-    def _claim(self, conn: extensions.connection, key: Hashable) -> Lease:
+    def _claim(self, conn: extensions.connection, key: Hashable) -> tuple[PooledConnection, Lease]:
         """Take a checked-out connection's lease off it, so that no second checkin finds one; else say why not."""
-        holdings = getattr(conn, "sharedpool_holdings", None)
-        if holdings is not self._holdings:
+        pooled = bare(conn)
+        holdings = None if pooled is None else pooled.sharedpool_holdings
+        if pooled is None or holdings is not self._holdings:
             if holdings is not None and holdings.pid != os.getpid():
                 raise SharedPoolError(
                     f"pool {self.name!r}: this connection belongs to process {holdings.pid}, which opened it"
                 )
             raise SharedPoolError(f"pool {self.name!r}: put_conn() of a connection that it did not lend out: {conn!r}")
         if holdings.disposed:
-            pooled = cast(PooledConnection, conn)
             if (late := pooled.__dict__.pop("sharedpool_lease", None)) is None:
                 close_confirmed([pooled])
             else:
@@ -246,15 +247,16 @@ class Pool:
             raise PoolClosed(f"pool {self.name!r} is disposed: the connection was closed")
         if self._one_thread:
             self._check_caller()
-        lease = cast("Lease | None", getattr(conn, "sharedpool_lease", None))
+        lease = cast("Lease | None", pooled.sharedpool_lease)
         if lease is not None and key is not None and lease.key != key:
             raise SharedPoolError(
                 f"pool {self.name!r}: the connection was checked out with key {lease.key!r}, not {key!r}"
             )
         # `pop` is one step: of two threads that put the same connection only one gets the lease.
-        if lease is None or conn.__dict__.pop("sharedpool_lease", None) is None:
+        if lease is None or pooled.__dict__.pop("sharedpool_lease", None) is None:
             raise SharedPoolError(f"pool {self.name!r}: this connection was already put back")
-        return lease
+        keep(pooled, conn)
+        return pooled, lease
 
     @contextlib.contextmanager
     def connection(self, key: Hashable = None, *, timeout: float | None = None) -> Iterator[extensions.connection]:
@@ -285,8 +287,8 @@ class Pool:
 
     def put_conn_later(self, conn: extensions.connection) -> None:
         """Check a connection in from a finalizer: takes no lock and does no I/O; the link's thread does the rest."""
-        pooled = cast(PooledConnection, conn)
-        if pooled.sharedpool_lease is None or _is_being_collected(pooled):
+        pooled = bare(conn)
+        if pooled is None or pooled.sharedpool_lease is None or _is_being_collected(pooled):
             return  # collected in the same cycle: its own finalizer brings it back
         if pooled.sharedpool_pid == os.getpid() and pooled.sharedpool_holdings is not None:
             pooled.sharedpool_holdings.orphans.append(pooled)

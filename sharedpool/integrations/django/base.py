@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import psycopg2
@@ -42,6 +43,16 @@ DEFAULT_TIMEOUT_S = 30.0
 _OPTIONS = frozenset(inspect.signature(config_pool).parameters) - {"pool_manager", "dsn", "db_url", "connect_kwargs"}
 _pools: dict[str, tuple[dict[str, Any], Pool]] = {}  # by name, with the settings that they were made of
 _lock = threading.Lock()
+
+
+class _Database:
+    """psycopg2, to Django, with another `connect`."""
+
+    def __init__(self, connect: Callable[[], Any]) -> None:
+        self.connect = connect
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(psycopg2, name)
 
 
 class DatabaseWrapper(postgresql.DatabaseWrapper):
@@ -77,7 +88,7 @@ class DatabaseWrapper(postgresql.DatabaseWrapper):
 
         pool = self._shared_pool(conn_params)
 
-        def lend(dsn: str, **_: object) -> Any:
+        def lend() -> Any:
             try:
                 return pool.connect()
             except PoolError as error:
@@ -85,8 +96,13 @@ class DatabaseWrapper(postgresql.DatabaseWrapper):
                     raise
                 raise psycopg2.OperationalError(str(error)) from error
 
-        # All that Django sets on a new connection is set on this one too.
-        return super().get_new_connection({"dsn": "", "connection_factory": lend})
+        # All that Django sets on a new connection is set on this one too. What wraps `psycopg2.connect` is left out: it
+        # has wrapped this connection when it was opened, and a checkout is no connect.
+        self.Database = _Database(lend)
+        try:
+            return super().get_new_connection({})
+        finally:
+            del self.Database
 
     def _shared_pool(self, conn_params: dict[str, Any]) -> Pool:
         options = {name: value for name, value in self.settings_dict["OPTIONS"].items() if name in _OPTIONS}
