@@ -259,10 +259,14 @@ def bear_witness(conn: PooledConnection) -> PooledConnection:
 
 
 def describe(conn: PooledConnection) -> Backend:
-    """Ask the server which backend this is. Where it will not say (a proxy in between) only the pid is known."""
-    conn.autocommit = True
+    """Ask the server which backend this is. Where it will not say (a proxy in between) only the pid is known.
+
+    By psycopg2's own class: a user's may want to be set up first, or note what is executed.
+    """
+    plain = cast(Any, extensions.connection)
+    plain.autocommit.__set__(conn, True)
     try:
-        with conn.cursor(cursor_factory=extensions.cursor) as cursor:
+        with plain.cursor(conn, cursor_factory=extensions.cursor) as cursor:
             prefix = _CHECK_INTERVAL_SQL if conn.server_version >= 140000 else ""
             # Whoever finds a connection that was never used sees whose statement its last one was.
             cursor.execute("/* sharedpool */" + prefix + _DESCRIBE_SQL)
@@ -272,7 +276,7 @@ def describe(conn: PooledConnection) -> Backend:
         return Backend(conn.info.backend_pid)
     finally:
         if not conn.closed:
-            conn.autocommit = False
+            plain.autocommit.__set__(conn, False)
 
 
 def session_of(conn: PooledConnection) -> tuple[Any, ...]:
