@@ -22,7 +22,7 @@ _LOCATION = frozenset({"host", "hostaddr", "port", "dbname", "user", "password",
 _LOCATION_VARIABLES = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE")
 # What tells one server and database from another: a function here would give each process a broker of its own.
 _SERVER = frozenset({"host", "hostaddr", "port", "dbname", "database", "service"})
-_SECRET = re.compile(r"password|secret|scram_\w+_key")
+SECRET = re.compile(r"password|secret|scram_\w+_key")
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
 _PORTS = re.compile(r"[0-9, ]*")
 _REFUSED_SSLMODE = "resolve-only"
@@ -99,7 +99,7 @@ class ConnInfo:
         found = _try_parse(self.dsn)
         if isinstance(found, str):  # not from resolve(); a repr must not raise, least of all with the input quoted
             return "ConnInfo(<unusable>)"
-        shown = {key: "***" if _SECRET.search(key) else value for key, value in found.items()}
+        shown = {key: "***" if SECRET.search(key) else value for key, value in found.items()}
         extra = "".join(f", {name}=..." for name in self.python_kwargs)
         return f"ConnInfo({make_dsn(**shown)!r}{extra})"
 

@@ -83,6 +83,19 @@ def socket_of_failed(conn: connection) -> int | None:
     return int(lib.PQsocket(pointer)) if pointer else -1
 
 
+def parameters_of(conn: connection) -> dict[str, str]:
+    """Return the parameters that an open connection was opened with, the password among them."""
+    lib, pointer = library(), conn.pgconn_ptr
+    return {} if lib is None or not pointer else options(lib, pointer) or {}
+
+
+def socket_of(conn: connection) -> int:
+    """Return an open connection's socket, even if psycopg2 takes it for closed (`worker/gate.py`)."""
+    lib = library()
+    assert lib is not None
+    return int(lib.PQsocket(conn.pgconn_ptr))
+
+
 def is_encrypted(conn: connection) -> bool:
     """Say whether a session's state lies in this process: TLS or GSS encryption. True where it cannot be told."""
     lib = library()
@@ -128,7 +141,7 @@ def _run(
         return _NONE, b""
     deadline = time.monotonic() + limit_s
     poller = select.poll()
-    poller.register(conn.fileno(), select.POLLIN)
+    poller.register(socket_of(conn), select.POLLIN)
     if meanwhile is not None and poller.poll(limit_s * 1000):
         meanwhile()
     status, value = _NONE, b""

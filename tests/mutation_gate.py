@@ -57,8 +57,8 @@ MUTANTS = (
         (
             (
                 "sharedpool/worker/ending.py",
-                "            conn.sharedpool_close()\n        _see_off(closing, limit_s)\n",
-                "            conn.sharedpool_gone = True\n            conn.sharedpool_close()\n",
+                "            abandon(conn)\n        _see_off(closing, limit_s)\n",
+                "            conn.sharedpool_gone = True\n            abandon(conn)\n",
             ),
         ),
         # Faults alone do not show it where connections are handed over: what is recalled is given then, not closed.
@@ -240,8 +240,8 @@ MUTANTS = (
         (
             (
                 "sharedpool/worker/connection.py",
-                "elif lease is None and returned is not None and returned.phase is Phase.IDLE:",
-                "elif False:",
+                "self.closed == gate.SHUT or (returned is not None and returned.phase is Phase.IDLE)",
+                "False",
             ),
         ),
         ("tests/integrations/test_connect_method.py",),

@@ -49,13 +49,15 @@ class Leave(Struct, frozen=True, tag="leave"):
 class Live(Struct, frozen=True):
     """A connection that moves: what its next worker must know of it. `left_ms` is what is left of its lifetime.
 
-    `parameters` are the session's as libpq knows them (msgpack of a map); the broker does not read them.
+    `parameters` are the session's as libpq knows them (msgpack of a map), `names` what it says of its server
+    (`worker/names.py`); the broker does not read them.
     """
 
     backend: Backend
     generation: int
     parameters: bytes
     left_ms: int | None = None
+    names: bytes = b""
 
 
 class Give(Struct, frozen=True, tag="give"):

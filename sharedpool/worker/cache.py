@@ -238,7 +238,7 @@ class Cache:
         """Note that a lease's connection was given to the broker: both are over here."""
         if self._holds(lease):
             del self.leases[lease.token]
-            lease.conn = None
+            lease.conn = lease.ref = None
 
     def gone(self) -> list[Token]:
         """Return the leases that were given back, their backends seen to end, and of which the broker may not know."""

@@ -17,7 +17,7 @@ from psycopg2.extensions import connection
 
 from sharedpool.errors import PoolClosed, PoolError
 from sharedpool.wire.messages import Phase, ReleaseReason
-from sharedpool.worker import callsite, wording
+from sharedpool.worker import callsite, gate, wording
 from sharedpool.worker.booth import Booth, Gate
 from sharedpool.worker.connection import (
     CHECK_AFTER_S,
@@ -27,6 +27,7 @@ from sharedpool.worker.connection import (
     describe,
     failure,
     is_alive,
+    rests,
     server_of,
     session_of,
 )
@@ -69,6 +70,8 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
             holdings.discard(lease, conn, worn)
             lease = _wait(holdings, ticket, wait_s, deadline)
             lease.ticket = weakref.ref(ticket)
+        if conn is not None:
+            conn.sharedpool_gate = gate.OPEN
         if conn is None:
             conn = _open(holdings, lease, deadline if wait_s else None)
         elif lease.fresh:
@@ -286,8 +289,9 @@ def _worn(lease: Lease, conn: PooledConnection, now: float) -> ReleaseReason | N
     """Say why an idle connection must not be lent out, if it must not."""
     if now >= lease.retire_at:
         return ReleaseReason.RETIRED
-    dead = conn.closed or (lease.idle_s > CHECK_AFTER_S and not is_alive(conn))
-    return ReleaseReason.BROKEN if dead else None
+    if gate.is_over(conn) or (lease.idle_s > CHECK_AFTER_S and not is_alive(conn)):
+        return ReleaseReason.BROKEN
+    return None if rests(conn) else ReleaseReason.CLOSED  # somebody has gone on with it after its checkin
 
 
 def _abandon(holdings: Holdings, ticket: Ticket, lease: Lease | None) -> None:

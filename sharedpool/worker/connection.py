@@ -22,7 +22,7 @@ from sharedpool.conninfo import ConnInfo
 from sharedpool.errors import SharedPoolError
 from sharedpool.libpq import socket_of_failed
 from sharedpool.wire.messages import Backend, Phase
-from sharedpool.worker import green, wrapper
+from sharedpool.worker import gate, green, names, wrapper
 from sharedpool.worker.ending import HUNG_UP, close_confirmed, close_witness, dead_end, disown, see_off
 
 CHECK_AFTER_S = 0.5  # idle, or lent out, for longer than this: look whether the server is still there
@@ -75,9 +75,10 @@ class PooledConnection(extensions.connection):
     # For the hand-over (`handover.py`).
     sharedpool_movable = False
     sharedpool_encoding = ""
-    sharedpool_parameters: bytes | None = None
+    sharedpool_names: bytes | None = None  # what it says of its server, once that has to be known elsewhere
     sharedpool_native = True  # libpq itself has opened the session that it is on
     sharedpool_adopted: Backend | None = None  # the backend, if it has not
+    sharedpool_gate: int = gate.MEMBER
 
     @property
     def sharedpool_self(self) -> PooledConnection:
@@ -96,13 +97,14 @@ class PooledConnection(extensions.connection):
             self.sharedpool_returned = lease
             lease.at_close(self)
             return
-        elif lease is None and returned is not None and returned.phase is Phase.IDLE:
+        elif lease is None and (self.closed == gate.SHUT or (returned is not None and returned.phase is Phase.IDLE)):
             return  # it is the pool's, for the next user
         close_confirmed([self])
 
     def sharedpool_close(self) -> None:
         """Close it as psycopg2 does, which only asks its backend to leave."""
         self.sharedpool_wrapper = None  # it refers to us
+        gate.reopen(self)
         super().close()
 
     def set_session(self, *args: Any, **kwargs: Any) -> None:
@@ -115,6 +117,11 @@ class PooledConnection(extensions.connection):
         self.sharedpool_touched = True
         super().set_isolation_level(level)
 
+    def set_client_encoding(self, encoding: str) -> None:
+        """Change the encoding of what is sent and received: see psycopg2."""
+        self.sharedpool_touched = True
+        super().set_client_encoding(encoding)
+
     def reset(self) -> None:
         """Return to the session's defaults: see psycopg2."""
         self.sharedpool_touched = True
@@ -124,10 +131,30 @@ class PooledConnection(extensions.connection):
         """Return the process id of the server's process for this session."""
         return super().get_backend_pid() if self.sharedpool_adopted is None else self.sharedpool_adopted.pid
 
+    def _adopted_names(self) -> names.Names | None:
+        encoded = None if self.sharedpool_adopted is None else self.sharedpool_names
+        return None if encoded is None else names.decode(encoded)
+
     @property
     def info(self) -> extensions.ConnectionInfo:
         """What psycopg2 knows of the connection."""
-        return super().info if self.sharedpool_adopted is None else AdoptedInfo(self)
+        known = self._adopted_names()
+        return super().info if known is None else names.AdoptedInfo(self, known)
+
+    @property
+    def dsn(self) -> str:
+        """The connection string, without the password."""
+        known = self._adopted_names()
+        return super().dsn if known is None else known.dsn
+
+    def get_dsn_parameters(self) -> dict[str, str]:
+        """Return the parameters of the connection, defaults included: see psycopg2."""
+        known = self._adopted_names()
+        return super().get_dsn_parameters() if known is None or self.closed else dict(known.parameters)
+
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        return text if self.sharedpool_adopted is None else text.replace(super().dsn, self.dsn)
 
     def cancel(self) -> None:
         """Cancel what the session is executing. For a connection that came from another process the broker does it.
@@ -136,16 +163,18 @@ class PooledConnection(extensions.connection):
         """
         if self.sharedpool_native:
             super().cancel()
-        elif self.sharedpool_lease is None:
+            return
+        names.refuse_cancel(self)
+        if self.sharedpool_lease is None:
             raise psycopg2.InterfaceError("cannot cancel: the connection was returned to its pool")
-        else:
-            self.sharedpool_holdings.cancel(self.sharedpool_lease.token)
+        self.sharedpool_holdings.cancel(self.sharedpool_lease.token)
 
     def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:  # at the interpreter's end `os` may be gone
         # Dropped while checked out: no lock may be taken here, so the link's thread brings it back.
         if self.sharedpool_pid != getpid():
             return  # never opened, or inherited
         if self.sharedpool_lease is None:
+            gate.reopen(self)  # else psycopg2 takes it for closed, and leaves the descriptor open
             close_witness(self)
         else:
             self.sharedpool_finalized = True  # Python calls this once in an object's life: it is not lent out again
@@ -175,19 +204,6 @@ def _inherited(kind: type[PooledConnection], name: str) -> Any:
 
 for _name in ("autocommit", "isolation_level", "readonly", "deferrable", "cursor_factory"):
     setattr(PooledConnection, _name, _watched(_name))
-
-
-class AdoptedInfo(extensions.ConnectionInfo):
-    """What psycopg2 knows of a connection whose session another process has opened."""
-
-    def __init__(self, conn: PooledConnection) -> None:
-        super().__init__(conn)
-        self._conn = conn
-
-    @property
-    def backend_pid(self) -> int:
-        """The process id of the server's process for this session."""
-        return self._conn.get_backend_pid()
 
 
 @lru_cache(maxsize=32)
@@ -282,10 +298,14 @@ def bear_witness(conn: PooledConnection) -> PooledConnection:
 
 
 def describe(conn: PooledConnection) -> Backend:
-    """Ask the server which backend this is. Where it will not say (a proxy in between) only the pid is known."""
-    conn.autocommit = True
+    """Ask the server which backend this is. Where it will not say (a proxy in between) only the pid is known.
+
+    By psycopg2's own class: a user's may want to be set up first, or note what is executed.
+    """
+    plain = cast(Any, extensions.connection)
+    plain.autocommit.__set__(conn, True)
     try:
-        with conn.cursor(cursor_factory=extensions.cursor) as cursor:
+        with plain.cursor(conn, cursor_factory=extensions.cursor) as cursor:
             prefix = _CHECK_INTERVAL_SQL if conn.server_version >= 140000 else ""
             # Whoever finds a connection that was never used sees whose statement its last one was.
             cursor.execute("/* sharedpool */" + prefix + _DESCRIBE_SQL)
@@ -295,17 +315,18 @@ def describe(conn: PooledConnection) -> Backend:
         return Backend(conn.info.backend_pid)
     finally:
         if not conn.closed:
-            conn.autocommit = False
+            plain.autocommit.__set__(conn, False)
 
 
 def session_of(conn: PooledConnection) -> tuple[Any, ...]:
     """Return the client-side session settings that a checkin restores."""
-    return (conn.autocommit, conn.isolation_level, conn.readonly, conn.deferrable, conn.cursor_factory)
+    settings = (conn.autocommit, conn.isolation_level, conn.readonly, conn.deferrable)
+    return (*settings, conn.cursor_factory, conn.encoding)
 
 
 def server_of(conn: PooledConnection) -> tuple[str | None, ...]:
     """Return what the server reports by itself of its role (PostgreSQL 14+)."""
-    status = conn.get_parameter_status
+    status = extensions.ConnectionInfo(conn).parameter_status  # also of one that is closed to its former user
     return (status("in_hot_standby"), status("default_transaction_read_only"))
 
 
@@ -320,11 +341,16 @@ def is_alive(conn: PooledConnection) -> bool:
     One system call, about a microsecond; no query.
     """
     witness = conn.sharedpool_witness
-    if conn.closed or witness < 0:
+    if witness < 0 or gate.is_over(conn):
         return False
     poller = green.poller()
     poller.register(witness, select.POLLIN)
     return not poller.poll(0)
+
+
+def rests(conn: PooledConnection) -> bool:
+    """Say whether nobody uses a connection, nor has left a transaction open on it. No system call."""
+    return conn.status == extensions.STATUS_READY and not conn.get_transaction_status()
 
 
 def settle(conn: PooledConnection) -> None:
@@ -341,7 +367,7 @@ def has_hung_up(conn: PooledConnection) -> bool:
     if not HUNG_UP:
         return not is_alive(conn)
     witness = conn.sharedpool_witness
-    if conn.closed or witness < 0:
+    if witness < 0 or gate.is_over(conn):
         return True
     poller = green.poller()
     poller.register(witness, HUNG_UP)
@@ -354,14 +380,16 @@ def clean(conn: PooledConnection) -> bool:
         return False
     status = conn.get_transaction_status()
     try:
-        if status == extensions.TRANSACTION_STATUS_UNKNOWN:
+        # In the middle of a statement another thread is in it: a rollback would wait for that thread.
+        if status in (extensions.TRANSACTION_STATUS_UNKNOWN, extensions.TRANSACTION_STATUS_ACTIVE):
             return False
         if status != extensions.TRANSACTION_STATUS_IDLE:
             conn.sharedpool_erred = status == extensions.TRANSACTION_STATUS_INERROR
             wrapper.outside(conn).rollback()  # its user's: psycopg2.pool does it so, and who traces that sees it
         settle(conn)
         if conn.sharedpool_touched and session_of(conn) != conn.sharedpool_session:
-            autocommit, isolation_level, readonly, deferrable, conn.cursor_factory = conn.sharedpool_session
+            autocommit, isolation_level, readonly, deferrable, conn.cursor_factory, encoding = conn.sharedpool_session
+            conn.set_client_encoding(encoding)
             conn.set_session(isolation_level or "default", _or_default(readonly), _or_default(deferrable), autocommit)
         conn.sharedpool_touched = False
     except psycopg2.Error:

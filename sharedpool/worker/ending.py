@@ -13,8 +13,10 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from psycopg2.extensions import TRANSACTION_STATUS_ACTIVE
+
 from sharedpool.hangup import Borrowed, other_side_closed
-from sharedpool.worker import green
+from sharedpool.worker import gate, green
 
 if TYPE_CHECKING:
     from sharedpool.worker.connection import PooledConnection
@@ -29,12 +31,14 @@ HUNG_UP: int = getattr(select, "POLLRDHUP", 0)
 def close_confirmed(conns: Iterable[PooledConnection], limit_s: float = CLOSE_LIMIT_S) -> None:
     """Close connections and wait, for all together at most `limit_s` seconds, until their backends have exited.
 
+    One that another thread is in is cut (see there): psycopg2's close would wait for that thread's statement.
+
     Afterwards `conn.sharedpool_gone` tells of each whether it was seen to go.
     """
     closing = [(conn, take_witness(conn)) for conn in conns]
     try:
         for conn, _ in closing:
-            conn.sharedpool_close()
+            abandon(conn)
         _see_off(closing, limit_s)
     finally:
         _close(closing)
@@ -90,8 +94,11 @@ def see_off(conn: PooledConnection, witness: int) -> None:
 
 
 def abandon(shell: PooledConnection) -> None:
-    """Close a connection object from which the session was taken."""
-    shell.sharedpool_close()
+    """Close a connection object, unless another thread is in the middle of a statement on it: that one drops it."""
+    if shell.get_transaction_status() != TRANSACTION_STATUS_ACTIVE:
+        shell.sharedpool_close()
+    else:
+        shell.sharedpool_gate = gate.SHUT
 
 
 def abort(conn: PooledConnection) -> None:
@@ -105,7 +112,7 @@ def _read_to_end(conn: PooledConnection, witness: int) -> bool | None:
 
     Return None when there is no end yet, and whether the other side made it when there is.
     """
-    if not conn.closed:
+    if not gate.is_over(conn):
         return None  # another thread's libpq is reading it
     os.set_blocking(witness, False)
     try:
@@ -145,6 +152,7 @@ def dead_end() -> int:
 
 def disown(conn: PooledConnection, dead_end: int) -> None:
     """In a forked child: make an inherited connection harmless. The parent's session neither ends nor is used here."""
+    gate.reopen(conn)
     if conn.sharedpool_witness < 0 or conn.closed:
         return
     fd = conn.fileno()

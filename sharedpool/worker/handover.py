@@ -21,12 +21,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
-from psycopg2 import extensions
+import psycopg2
+from psycopg2 import extensions, extras
 
 from sharedpool import libpq
 from sharedpool.wire.desk import Live
-from sharedpool.worker.connection import PooledConnection, is_alive, pooled_class, session_of
+from sharedpool.worker import gate, renewal
+from sharedpool.worker.connection import PooledConnection, is_alive, pooled_class
 from sharedpool.worker.ending import abandon, dead_end
+from sharedpool.worker.names import decode, names_of
 
 # An abstract address for the stub is libpq 14's.
 SUPPORTED = sys.platform == "linux" and extensions.libpq_version() >= 140000
@@ -68,47 +71,39 @@ def prepare(conn: PooledConnection, command: bytes) -> bytes | None:
     Return its parameters, for the receiver's shell, or None when it must be closed instead. Blocks for one round trip,
     at most a second.
     """
-    if conn.closed or conn.status != extensions.STATUS_READY:
+    if gate.is_over(conn) or conn.status != extensions.STATUS_READY:
         return None
     if not libpq.execute(conn, command, _RESET_LIMIT_S):
         return None
     if conn.get_transaction_status() != extensions.TRANSACTION_STATUS_IDLE or not is_alive(conn):
         return None
-    status = conn.get_parameter_status
+    found = parameters(conn)
     # psycopg2 has chosen its codec and its way to read dates by these; the receiver's shell is to choose the same.
-    if status("client_encoding") != conn.sharedpool_encoding or not (status("DateStyle") or "").startswith("ISO"):
-        return None
-    if command != DISCARD:
-        return _encode(parameters(conn))
-    if conn.sharedpool_parameters is None:  # from now on this command makes them the same again
-        conn.sharedpool_parameters = _encode(parameters(conn))
-    return conn.sharedpool_parameters
+    same = found.get("client_encoding") == conn.sharedpool_encoding and found.get("DateStyle", "").startswith("ISO")
+    if conn.sharedpool_names is None:
+        conn.sharedpool_names = names_of(conn)
+    return _encode(found) if same else None
 
 
 def parameters(conn: extensions.connection) -> dict[str, str]:
     """Return what the server has reported of a session."""
-    status = conn.get_parameter_status
+    status = extensions.ConnectionInfo(conn).parameter_status  # it is closed to its former user
     return {name: value for name in _REPORTED if (value := status(name)) is not None}
 
 
 def vacate(conn: PooledConnection) -> None:
     """Take a connection's socket from under it: nothing it does reaches the session any more, its close included."""
-    os.dup2(dead_end(), conn.fileno(), inheritable=False)
+    os.dup2(dead_end(), libpq.socket_of(conn), inheritable=False)
     conn.sharedpool_adopted = None
     conn.sharedpool_native = False
 
 
 def adopt(shell: PooledConnection, fd: int, live: Live) -> PooledConnection:
     """Put a session's socket into a shell; `fd` becomes its witness. The shell is a connection to the backend then."""
-    os.dup2(fd, shell.fileno(), inheritable=False)
+    os.dup2(fd, libpq.socket_of(shell), inheritable=False)
     shell.sharedpool_witness = fd
     shell.sharedpool_pid = os.getpid()
-    shell.sharedpool_adopted, shell.sharedpool_parameters = live.backend, live.parameters
-    shell.sharedpool_native = shell.sharedpool_gone = shell.sharedpool_erred = False
-    if shell.notices:
-        shell.notices.clear()
-    if shell.notifies:
-        shell.notifies.clear()
+    shell.sharedpool_adopted, shell.sharedpool_names = live.backend, live.names
     return shell
 
 
@@ -129,6 +124,17 @@ def works(conn: PooledConnection, cancel: Callable[[], None] | None) -> bool:
     return ended == _CANCELED and libpq.ask(conn, asked, _TRIAL_LIMIT_S) == expected
 
 
+# What a user may have set, here or in the environment, that the stub does not offer; by the libpq that knows it.
+_KEYWORDS = {
+    "connect_timeout": str(round(_BUILD_LIMIT_S)), "hostaddr": "", "requirepeer": "", "target_session_attrs": "any",
+    "sslmode": "disable", "sslrootcert": "", "gssencmode": "disable", "channel_binding": "disable",
+    **({"require_auth": ""} if extensions.libpq_version() >= 160000 else {}),
+    **({"sslnegotiation": "postgres"} if extensions.libpq_version() >= 170000 else {}),
+}  # fmt: skip
+# Classes that keep nothing: their objects are used again, as plain ones are.
+_KNOWN = (None, extensions.connection, extras.DictConnection, extras.RealDictConnection, extras.NamedTupleConnection)
+
+
 class Shells:
     """One pool's empty connections in this process, by the parameters they were built with.
 
@@ -137,7 +143,9 @@ class Shells:
 
     def __init__(self, keywords: Mapping[str, Any]) -> None:
         """`keywords` are those for Python's side of a connection: its classes."""
-        self._keywords = keywords
+        self._cursor_factory = keywords.get("cursor_factory")
+        self._factory = pooled_class(keywords.get("connection_factory"))
+        self.are_known = keywords.get("connection_factory") in _KNOWN  # else a user's code runs where one is built
         self._lock = threading.Lock()
         self._stock: OrderedDict[bytes, list[PooledConnection]] = OrderedDict()
         self._kept = 0
@@ -147,26 +155,35 @@ class Shells:
         """Return how many are kept."""
         return self._kept
 
-    def take(self, parameters: bytes, held: int) -> PooledConnection:
-        """Return a shell for a session with these parameters; builds one, in less than a millisecond, if need be.
+    def take(self, live: Live, held: int) -> PooledConnection:
+        """Return a shell for a session, as new; builds one, in less than a millisecond, if need be.
 
         `held`: how many connections the process has with this one. Raise `psycopg2.Error` or `OSError` when it cannot
         be built.
         """
+        parameters = _decode(live.parameters)
+        while (shell := self._pop(live.parameters, held)) is not None:
+            if renewal.renew(shell, parameters, self._cursor_factory):
+                break
+            abandon(shell)
+        else:
+            shell = self._build(parameters, live)
+        shell.sharedpool_encoding = parameters.get("client_encoding", "")
+        renewal.at_start(shell)
+        return shell
+
+    def _pop(self, parameters: bytes, held: int) -> PooledConnection | None:
         with self._lock:
             self._needed = max(self._needed, held)
-            while stock := self._stock.get(parameters):
-                shell = stock.pop()
-                self._kept -= 1
-                if not shell.closed:
-                    return shell
-        return self._build(_decode(parameters))
+            stock = self._stock.get(parameters)
+            self._kept -= bool(stock)
+            return stock.pop() if stock else None
 
     def keep(self, shell: PooledConnection, parameters: bytes) -> None:
-        """Keep a vacated connection for later."""
-        if shell.string_types or shell.binary_types:
-            shell.string_types.clear()
-            shell.binary_types.clear()
+        """Keep a vacated connection for later, unless it is of a user's own class."""
+        if not self.are_known:
+            abandon(shell)
+            return
         with self._lock:
             self._stock.setdefault(parameters, []).append(shell)
             self._stock.move_to_end(parameters)
@@ -188,24 +205,32 @@ class Shells:
             else:
                 del self._stock[oldest]
 
-    def _build(self, parameters: dict[str, str]) -> PooledConnection:
-        keywords = dict(self._keywords)
-        factory = pooled_class(keywords.pop("connection_factory", None))
+    def _build(self, parameters: dict[str, str], live: Live) -> PooledConnection:
+        names = decode(live.names)
+        shell = self._factory.__new__(self._factory)
+        # A user's class may ask, when it is set up.
+        shell.sharedpool_adopted, shell.sharedpool_names = live.backend, live.names
         with Stub(parameters) as stub:
-            # Nothing of this process's environment may make libpq ask the stub for more.
-            # Not by `psycopg2.connect`: who wraps it would take this for a connect to a server of that name.
-            shell = factory(extensions.make_dsn(
-                host=stub.host, port=stub.port, user="shell", dbname="shell",
-                connect_timeout=round(_BUILD_LIMIT_S),
-                target_session_attrs="any", sslmode="disable", gssencmode="disable", channel_binding="disable",
-                options="",
-            ))  # fmt: skip
-        if (cursor_factory := keywords.get("cursor_factory")) is not None:
-            shell.cursor_factory = cursor_factory
+            server = {"host": stub.host, "port": str(stub.port), "options": names.options, **_KEYWORDS}
+            # Not by `psycopg2.connect`: nobody is to see, or trace, that something connects.
+            try:
+                shell.__init__(extensions.make_dsn(user=names.user, dbname=names.dbname, **server))  # type: ignore[misc]
+                self._inspect(shell, stub)
+            except BaseException:
+                shell.sharedpool_close()
+                raise
+        if self._cursor_factory is not None:
+            shell.cursor_factory = self._cursor_factory
         vacate(shell)
-        shell.sharedpool_encoding = parameters.get("client_encoding", "")
-        shell.sharedpool_session, shell.sharedpool_touched = session_of(shell), False
         return shell
+
+    def _inspect(self, shell: PooledConnection, stub: Stub) -> None:
+        """Raise when a user's class did what only a server can answer: its object is not what it should be."""
+        what = f"the connection class {self._factory.__name__.removeprefix('Pooled')}"
+        if shell.closed or shell.status != extensions.STATUS_READY:
+            raise psycopg2.InterfaceError(f"{what} executes statements while it connects: configure= is for that")
+        if extensions.ConnectionInfo(shell).host != stub.host:
+            raise psycopg2.InterfaceError(f"{what} connects elsewhere than it is told to")
 
 
 class Stub:

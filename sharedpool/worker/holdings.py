@@ -23,7 +23,7 @@ from sharedpool.errors import SharedPoolError
 from sharedpool.wire.codec import encode
 from sharedpool.wire.desk import Give, Live, Pass
 from sharedpool.wire.messages import Backend, Interrupt, ReleaseReason, Token
-from sharedpool.worker import forks, links
+from sharedpool.worker import forks, gate, links
 from sharedpool.worker.booth import Booth
 from sharedpool.worker.cache import Cache
 from sharedpool.worker.connection import (
@@ -32,6 +32,7 @@ from sharedpool.worker.connection import (
     clean,
     has_hung_up,
     is_alive,
+    rests,
     server_of,
     settle,
     turned_read_only,
@@ -101,6 +102,7 @@ class Holdings:
         Raise what `reset` raised, after everything is in order.
         """
         error: BaseException | None = None
+        gate.reopen(conn)
         used_s, lent = time.monotonic() - lease.since, lease.conn is None
         typical = used_s <= CHECK_AFTER_S and conn.get_transaction_status() == TRANSACTION_STATUS_IDLE
         if verdict is None:
@@ -119,6 +121,10 @@ class Holdings:
                     verdict = None if is_clean(self.config.name, "reset", conn) else ReleaseReason.BROKEN
             except BaseException as caught:
                 verdict, error = ReleaseReason.BROKEN, caught
+        if verdict is None:
+            conn.sharedpool_gate = gate.SHUT
+            if not rests(conn):  # another thread has gone on with it meanwhile
+                verdict = ReleaseReason.BROKEN
         now = time.monotonic()
         closing: list[Closing] = []
         with self.lock:
@@ -220,7 +226,7 @@ class Holdings:
         lease = closing.lease
         now = time.monotonic()
         left_ms = None if lease.retire_at == math.inf else max(0, int((lease.retire_at - now) * 1000))
-        live = Live(backend, lease.generation, parameters, left_ms)
+        live = Live(backend, lease.generation, parameters, left_ms, conn.sharedpool_names or b"")
         witness = take_witness(conn)
         vacate(conn)
         # From here on the broker's duplicate is the session's only socket: if it does not hear, it sees its end.
@@ -252,13 +258,14 @@ class Holdings:
         """
         live = passed.live
         try:
-            conn = adopt(self.shells.take(live.parameters, len(self.cache.leases) + 1), fd, live)
+            conn = adopt(self._shell(live), fd, live)
         except BaseException as error:
             os.close(fd)
             self._refuse(passed)
             if not isinstance(error, psycopg2.Error | OSError):
                 raise
-            self._cannot(str(error))
+            if not isinstance(error, BlockingIOError):
+                self._cannot(str(error))
             return None
         fit = False
         try:
@@ -284,6 +291,11 @@ class Holdings:
         if ticket is None:
             self.signal()
         return ticket
+
+    def _shell(self, live: Live) -> PooledConnection:
+        if not self.shells.are_known and self.link is not None and self.link.is_here:
+            raise BlockingIOError("no user's code runs in the link's thread")
+        return self.shells.take(live, len(self.cache.leases) + 1)
 
     def _is_fit(self, conn: PooledConnection, passed: Pass) -> bool:
         """Say whether a connection that was passed can be used here. They are tried until one has worked."""

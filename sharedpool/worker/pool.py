@@ -22,6 +22,7 @@ from sharedpool.worker.cache import Cache
 from sharedpool.worker.checkout import ANSWER_LIMIT_S, checkout
 from sharedpool.worker.connection import CHECK_AFTER_S, PooledConnection
 from sharedpool.worker.ending import close_confirmed, cut
+from sharedpool.worker.gate import OPEN, SHUT
 from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.lease import Lease
 from sharedpool.worker.location import BrokerLocation
@@ -97,7 +98,14 @@ class Pool:
             lease.idle_s = gap_s = now - lease.since
             lease.phase, lease.since, lease.thread = IN_USE, now, thread
             conn: Any = lease.conn
-            if gap_s <= CHECK_AFTER_S and now < lease.retire_at and not conn.closed and lease.direct:
+            if (
+                gap_s <= CHECK_AFTER_S
+                and now < lease.retire_at
+                and conn.status == STATUS_READY
+                and not conn.get_transaction_status()  # idle, and not closed
+                and lease.direct
+            ):
+                conn.sharedpool_gate = OPEN
                 conn.sharedpool_lease = lease
                 lease.conn = None  # from here on the caller's reference is the only one
                 cache.hits += 1
@@ -209,6 +217,7 @@ class Pool:
                 )
                 if laid:
                     del pooled.sharedpool_lease  # in one step: of two threads that put it only one gets on
+                    pooled.sharedpool_gate = SHUT
                     lease.conn, lease.phase, lease.since = conn, IDLE, now
                     cache.idle.append(lease)
                     if not (cache.owed or cache.waiting or now >= cache.calm_until):
@@ -291,6 +300,7 @@ class Pool:
         if pooled is None or pooled.sharedpool_lease is None or _is_being_collected(pooled):
             return  # collected in the same cycle: its own finalizer brings it back
         if pooled.sharedpool_pid == os.getpid() and pooled.sharedpool_holdings is not None:
+            pooled.sharedpool_gate = SHUT
             pooled.sharedpool_holdings.orphans.append(pooled)
             pooled.sharedpool_holdings.signal()
 

@@ -207,7 +207,8 @@ def test_a_connection_whose_encoding_has_changed_does_not_move(pair: MakePair) -
     a, b = pair(reset="rollback")
     conn = a.get_conn()
     pid = conn.info.backend_pid
-    conn.set_client_encoding("LATIN1")
+    conn.cursor().execute("SET client_encoding TO 'LATIN1'")
+    conn.commit()
     a.put_conn(conn)
     got = b.get_conn()
     assert got.info.backend_pid != pid
@@ -241,10 +242,9 @@ def test_what_is_left_of_a_connection_that_was_given_is_dead(pair: MakePair) -> 
     a.put_conn(old)
     got = b.get_conn()
     ask(got, "SELECT 1")
-    with pytest.raises(psycopg2.InterfaceError, match="returned to its pool"):
-        old.cancel()
-    with pytest.raises(psycopg2.OperationalError):
-        ask(old, "SELECT 1")
+    for use in (old.cancel, old.commit, lambda: ask(old, "SELECT 1")):
+        with pytest.raises(psycopg2.InterfaceError, match="already closed"):
+            use()
     old.close()
     assert ask(got, "SELECT 1") == 1
 
@@ -341,7 +341,7 @@ def test_a_process_where_an_adopted_connection_does_not_work_goes_on_without(
     others: list[extensions.connection] = []
     shells = b._holdings.shells
     build, built = shells._build, set[PooledConnection]()
-    monkeypatch.setattr(shells, "_build", lambda parameters: built.add(shell := build(parameters)) or shell)
+    monkeypatch.setattr(shells, "_build", lambda *of: built.add(shell := build(*of)) or shell)
     shells._stock.clear()
 
     def go_wrong(shell: PooledConnection, fd: int, live: Live) -> PooledConnection:

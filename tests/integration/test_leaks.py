@@ -227,7 +227,7 @@ def test_a_dead_idle_connection_is_replaced_under_a_new_lease(make_pool: MakePoo
     conn: Any = pool.get_conn()
     old = conn.sharedpool_lease.token
     pool.put_conn(conn)
-    conn.close()
+    conn.sharedpool_close()  # its session ends under it
     conn = pool.get_conn()
     assert conn.sharedpool_lease.token.serial > old.serial
     assert backends(pool) == {ask(conn)}

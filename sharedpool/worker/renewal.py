@@ -1,0 +1,76 @@
+"""Make an empty shell equal to a connection just opened, whatever it was used for before, or say that it cannot be.
+
+What psycopg2 keeps of a connection on the client's side (struct connectionObject in its connection.h), and what makes
+each as new:
+
+  encoding, codecs (cdecoder, pyencoder, pydecoder)   compared: `set_client_encoding` changes them, no reset does
+  equote (how strings are quoted)                     compared, by quoting one
+  autocommit, isolevel, readonly, deferrable          `set_session`; where that would send SQL the shell is refused
+  entered (in a `with` block)                         `__exit__`
+  tpc_xid, status                                     compared: `__exit__` commits, which such a transaction forbids
+  notices, notifies; what is pending of both, libpq's `set_session` takes in what is pending, then new lists
+  cursor_factory                                      set
+  string_types, binary_types (typecasters)            emptied
+  attributes of the Python object                     forgotten
+  closed, async                                       compared
+  dsn, and libpq's own idea of the server             `names.py`
+  cancel (the key)                                    the broker cancels: `PooledConnection.cancel`
+  server_version, protocol                            a shell is used again for a session with the same parameters only
+  mark (counts transactions)                          only a cursor of before looks at it: it is refused (`gate.py`)
+
+The object of a user's own class is never used again: what that keeps cannot be known.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, cast
+
+import psycopg2
+from psycopg2 import extensions
+
+from sharedpool.worker import gate
+from sharedpool.worker.connection import PooledConnection, session_of
+
+
+def renew(shell: PooledConnection, parameters: Mapping[str, str], cursor_factory: Any) -> bool:
+    """Make a shell as new for a session with these parameters; return False when it is to be thrown away.
+
+    No I/O: its socket leads nowhere. What it has of the pool is left to the caller.
+    """
+    if weakref.getweakrefcount(shell):
+        return False  # somebody keeps something about this very object
+    shell.__dict__.clear()
+    shell.sharedpool_native = False
+    gate.reopen(shell)
+    plain = cast(Any, extensions.connection)
+    try:
+        plain.__exit__(shell, None, None, None)
+        plain.set_session(shell, "default", "default", "default", False)
+        plain.cursor_factory.__set__(shell, cursor_factory)
+        shell.notices, shell.notifies = [], []
+        shell.string_types.clear()
+        shell.binary_types.clear()
+        fit = is_new(shell, parameters)
+    except psycopg2.Error:
+        return False
+    if fit:
+        shell.sharedpool_gate = gate.SHUT  # until it is checked out
+    return fit
+
+
+def is_new(shell: PooledConnection, parameters: Mapping[str, str]) -> bool:
+    """Say whether what cannot be set, or could not be, is as a server with these parameters makes it at a start."""
+    if shell.closed or shell.async_ or shell.status != extensions.STATUS_READY:
+        return False
+    clean = "".join(filter(str.isalnum, parameters.get("client_encoding", ""))).upper()  # psycopg2's way
+    escapes = parameters.get("standard_conforming_strings") == "off"
+    quoted = extensions.QuotedString("\\")
+    quoted.prepare(shell)
+    return shell.encoding == clean and quoted.getquoted().startswith(b"'") != escapes
+
+
+def at_start(shell: PooledConnection) -> None:
+    """Note the settings that a checkin restores."""
+    shell.sharedpool_session, shell.sharedpool_touched = session_of(shell), False
