@@ -211,14 +211,11 @@ def test_settings_that_cannot_work_are_refused(
 
 
 @pytest.fixture
-def site(
-    broker: sharedpool.Broker, database: str, monkeypatch: pytest.MonkeyPatch, runtime_dir: Path, tmp_path: Path
-) -> str:
+def site(automatic_broker: None, database: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """The environment of the example project; returns its database."""
     found = psycopg2.extensions.parse_dsn(database)
     url = f"postgresql://{found['user']}@/{found['dbname']}?host={quote(found['host'], safe='')}&port={found['port']}"
     monkeypatch.setenv("DATABASE_URL", url)
-    monkeypatch.setenv("SHAREDPOOL_BROKER", broker.address)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
@@ -314,16 +311,44 @@ def test_management_commands_leave_no_connection(site: str, server_connection: p
         wait_until(lambda: left() == 0, what="the end of its connections")
 
 
+def databases(server: psycopg2.extensions.connection, pattern: str) -> list[str]:
+    with server.cursor() as cursor:
+        cursor.execute("SELECT datname FROM pg_database WHERE datname LIKE %s ORDER BY 1", [pattern])
+        return [name for (name,) in cursor.fetchall()]
+
+
 @pytest.mark.parametrize("more", [[], ["--parallel", "2"]], ids=["one process", "parallel"])
 def test_the_test_runner_makes_and_drops_its_database(
     site: str, more: list[str], server_connection: psycopg2.extensions.connection
 ) -> None:
-    said = manage("test", "notes", "-v", "2", *more)
-    assert "Ran 2 tests" in said
-    assert f"Creating test database for alias 'default' ('test_{site}')" in said
-    with server_connection.cursor() as cursor:
-        cursor.execute("SELECT datname FROM pg_database WHERE datname LIKE %s", [f"test_{site}%"])
-        assert cursor.fetchall() == []
+    """Twice, as people do: the broker of the first run is still there."""
+    for _ in range(2):
+        said = manage("test", "notes", "-v", "2", *more)
+        assert "Ran 2 tests" in said
+        assert f"Creating test database for alias 'default' ('test_{site}')" in said
+        assert databases(server_connection, f"test_{site}%") == []
+
+
+def test_the_test_runner_uses_a_database_that_was_kept_and_drops_it_later(
+    site: str, server_connection: psycopg2.extensions.connection
+) -> None:
+    assert "Creating test database" in manage("test", "notes", "--keepdb")
+    assert databases(server_connection, f"test_{site}%") == [f"test_{site}"]
+    assert "Using existing test database" in manage("test", "notes", "--keepdb")
+    assert "Destroying old test database" in manage("test", "notes", "--noinput")
+    assert databases(server_connection, f"test_{site}%") == []
+
+
+def test_tests_run_beside_the_site_that_they_are_of(
+    site: str, tmp_path: Path, server_connection: psycopg2.extensions.connection
+) -> None:
+    """The pool of the site's database is not in the way of the one of the copy."""
+    manage("migrate")
+    with serving([*GUNICORN, "-w", "2"], tmp_path / "server.log") as port:
+        assert get(port)["connections"] >= 1
+        assert "OK" in manage("test", "notes", "--parallel", "2")
+        assert get(port)["connections"] >= 1
+    assert databases(server_connection, f"test_{site}%") == []
 
 
 def test_psycopg_3_is_refused_with_a_word_of_what_to_do(
