@@ -332,7 +332,7 @@ def test_the_test_runner_makes_and_drops_its_database(
 def test_the_test_runner_uses_a_database_that_was_kept_and_drops_it_later(
     site: str, server_connection: psycopg2.extensions.connection
 ) -> None:
-    assert "Creating test database" in manage("test", "notes", "--keepdb")
+    assert "Preserving test database" in manage("test", "notes", "--keepdb")
     assert databases(server_connection, f"test_{site}%") == [f"test_{site}"]
     assert "Using existing test database" in manage("test", "notes", "--keepdb")
     assert "Destroying old test database" in manage("test", "notes", "--noinput")
