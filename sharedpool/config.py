@@ -133,4 +133,6 @@ def get_pool(name: str = "default") -> Pool:
     try:
         return _current[name]
     except KeyError:
-        raise SharedPoolError(f"no pool {name!r} is configured: call sharedpool.config_pool() first") from None
+        others = ", ".join(f"get_pool({other!r})" for other in sorted(_current))
+        text = f"no pool {name!r} is configured: call sharedpool.config_pool() first"
+        raise SharedPoolError(f"{text}, or take one that is: {others}" if others else text) from None

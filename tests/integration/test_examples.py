@@ -18,6 +18,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+import automatic
 import psycopg2
 import psycopg2.extensions
 import pytest
@@ -46,13 +47,14 @@ def commands(example: str) -> list[list[str]]:
 
 
 @pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch, runtime_dir: Path, tmp_path: Path) -> None:
-    """What the user of an example has, but everything that it leaves behind is ours."""
+def environment(monkeypatch: pytest.MonkeyPatch, runtime_dir: Path, tmp_path: Path) -> Iterator[None]:
+    """What the user of an example has, but all that it leaves behind is ours; in the end nobody uses a broker."""
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     package = str(Path(sharedpool.__file__).parents[1])  # the one that is tested, installed or not
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setenv("SHAREDPOOL_LINGER", "1")
+    with automatic.seen_off():
+        yield
 
 
 @pytest.fixture

@@ -1,11 +1,20 @@
 """README's tables of options are complete: they name what `config_pool` and the commands take, and their defaults."""
 
+import functools
 import inspect
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import automatic
 import click
+import psycopg2
 import pytest
+from processes import Sampler
 
 import sharedpool
 from sharedpool.cli import _COMMANDS, main
@@ -63,3 +72,47 @@ def test_every_command_and_option_is_in_readme(command: str) -> None:
         for option in found.params:
             if isinstance(option, click.Option):
                 assert option.opts[0] in README, option.opts[0]
+
+
+def code(heading: str) -> list[str]:
+    """The Python in a section of README, block by block."""
+    section = re.split(r"^#+ ", README.split(f"# {heading}\n")[1], flags=re.MULTILINE)[0]
+    return re.findall(r"^```python\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def books(database: str, runtime_dir: Path) -> Iterator[str]:
+    """A database with the table that README's pieces use, and no broker."""
+    with closing(psycopg2.connect(database)) as conn, conn, conn.cursor() as cursor:
+        cursor.execute("CREATE TABLE books (id serial, name text, price int)")
+    with automatic.seen_off():
+        yield database
+
+
+def test_the_quick_start_is_one_pool_however_often_it_is_started(books: str, runtime_dir: Path) -> None:
+    (script,) = code("Quick start")
+    url = 'db_url="postgres://app:secret@localhost/app"'
+    assert url in script
+    script = script.replace(url, f"dsn={books!r}").replace("timeout=5", "timeout=60")  # forty at once, on any machine
+    start = functools.partial(subprocess.Popen, [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    with Sampler(books, "sharedpool default [%") as sampler:
+        started = [start() for _ in range(40)]
+        said = [process.communicate(timeout=100)[0] for process in started]
+    assert said == ["(0,)\n"] * 40
+    assert 1 <= sampler.peak <= 20
+    (log,) = (runtime_dir / "sharedpool").glob("*.log")
+    assert log.read_text().count("enforces") == 1
+
+
+def test_the_lines_on_pgsimple_work_as_they_stand(books: str) -> None:
+    pieces = code("Checking connections out and in")
+    (lines,) = (piece for piece in pieces if "PgSimple" in piece)
+    pool = sharedpool.config_pool(dsn=books)
+    found: dict[str, Any] = {"pool": pool, "sharedpool": sharedpool}
+    try:
+        exec(lines, found)
+        assert [tuple(book) for book in found["books"]] == [(found["row"].id, "x")]
+        with sharedpool.PgSimple() as db:  # takes get_pool()
+            assert tuple(db.fetchone("books")) == (found["row"].id, "y", 3)
+    finally:
+        pool.release_all()

@@ -131,7 +131,8 @@ def test_all_tasks_are_done_by_three_connections(
     least: int,
     most: int,
 ) -> None:
-    with Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler, start_worker(*options):
+    threads = {"TARGET_THREADS": "1"} if "threads" in options else {}
+    with Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler, start_worker(*options, **threads):
         done = outcomes([look(0.005) for _ in range(150)])
     assert least <= len({process for process, _ in done}) <= most
     assert 2 <= sampler.peak <= LIMIT

@@ -29,6 +29,12 @@ def settings(broker: sharedpool.Broker, database: str) -> dict[str, Any]:
     return {"dsn": database, "broker": broker.address, "name": f"green{next(_numbers)}", "max_conn": 1}
 
 
+@pytest.fixture
+def as_in_readme(settings: dict[str, Any], automatic_broker: None) -> dict[str, Any]:
+    """The settings of a pool without a word of a broker."""
+    return {name: value for name, value in settings.items() if name != "broker"}
+
+
 class Scenario:
     """A process that plays a scenario of `green_worker.py`."""
 
@@ -170,11 +176,8 @@ def test_a_connect_can_be_given_up(settings: dict[str, Any]) -> None:
             pass
 
 
-def test_the_automatic_broker_is_started_from_a_patched_process(
-    settings: dict[str, Any], runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SHAREDPOOL_LINGER", "0.5")
-    with running("waiting_within_the_process", settings | {"broker": None}):
+def test_the_automatic_broker_is_started_from_a_patched_process(as_in_readme: dict[str, Any]) -> None:
+    with running("waiting_within_the_process", as_in_readme):
         pass
 
 
@@ -230,9 +233,9 @@ def get(port: int, path: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("options", [[], ["--preload"]], ids=["plain", "preload"])
 def test_a_gunicorn_worker_answers_while_one_of_its_requests_waits_for_a_lease(
-    settings: dict[str, Any], tmp_path: Path, options: list[str]
+    as_in_readme: dict[str, Any], tmp_path: Path, options: list[str]
 ) -> None:
-    with gunicorn(tmp_path, settings, "-w", "1", *options) as port, ThreadPoolExecutor(2) as executor:
+    with gunicorn(tmp_path, as_in_readme, "-w", "1", *options) as port, ThreadPoolExecutor(2) as executor:
         holding = executor.submit(get, port, "/hold")
         wait_until(lambda: get(port, "/state") == {"in_use": 1, "waiting": 0})
         waiting = executor.submit(get, port, "/sleep")
@@ -241,10 +244,10 @@ def test_a_gunicorn_worker_answers_while_one_of_its_requests_waits_for_a_lease(
         assert waiting.result(30) == holding.result(30)
 
 
-def test_gunicorn_workers_share_the_limit(settings: dict[str, Any], tmp_path: Path) -> None:
-    watching = Sampler(settings["dsn"], f"sharedpool {settings['name']} [%")
-    settings["max_conn"] = 3
-    with watching as seen, gunicorn(tmp_path, settings, "-w", "2") as port, ThreadPoolExecutor(16) as executor:
+def test_gunicorn_workers_share_the_limit(as_in_readme: dict[str, Any], tmp_path: Path) -> None:
+    watching = Sampler(as_in_readme["dsn"], f"sharedpool {as_in_readme['name']} [%")
+    as_in_readme["max_conn"] = 3
+    with watching as seen, gunicorn(tmp_path, as_in_readme, "-w", "2") as port, ThreadPoolExecutor(16) as executor:
         workers_seen: set[int] = set()
 
         def both_have_answered() -> bool:  # the kernel may give one worker everything for a while

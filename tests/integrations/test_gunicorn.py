@@ -97,7 +97,8 @@ def test_every_request_is_answered_by_three_connections(
     conf: str,
     requests: int,
 ) -> None:
-    with gunicorn(*options, conf=conf) as server:
+    simple = {} if "--threads" in options else {"TARGET_SIMPLE": "1"}  # the default
+    with gunicorn(*options, conf=conf, **simple) as server:
         answers = load(server, requests)
         assert len(answers) == requests
 

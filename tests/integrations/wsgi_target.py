@@ -11,9 +11,8 @@ from typing import Any
 
 import sharedpool
 
-pool = sharedpool.config_pool(
-    max_conn=3, name=os.environ["TARGET_POOL"], timeout=30, pool_manager=sharedpool.ThreadedConnectionPool
-)
+simple = {} if "TARGET_SIMPLE" in os.environ else {"pool_manager": sharedpool.ThreadedConnectionPool}
+pool = sharedpool.config_pool(max_conn=3, name=os.environ["TARGET_POOL"], timeout=30, **simple)
 
 if "TARGET_AT_IMPORT" in os.environ:  # in the master, if that loads the application
     with pool.connection() as conn, conn.cursor() as cursor:

@@ -92,6 +92,18 @@ def test_the_last_pool_of_a_name_is_the_current_one() -> None:
     assert sharedpool.get_pool() is second
 
 
+def test_a_pool_with_a_name_is_not_the_one_without() -> None:
+    with pytest.raises(
+        sharedpool.PoolError, match=r"no pool 'default' is configured: call sharedpool.config_pool\(\) first$"
+    ):
+        sharedpool.get_pool()
+    sharedpool.config_pool(dsn=DSN, name="reports")
+    with pytest.raises(sharedpool.PoolError, match=r"first, or take one that is: get_pool\('reports'\)$"):
+        sharedpool.get_pool()
+    with pytest.raises(sharedpool.PoolError, match="no pool 'default'"):
+        sharedpool.PgSimple()
+
+
 def test_the_kind_of_pool_is_the_callers() -> None:
     class Mine(sharedpool.ThreadedConnectionPool):
         pass
