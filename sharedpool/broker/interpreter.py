@@ -30,7 +30,10 @@ def greeting() -> str:
 
 def frozen() -> bool:
     """Say whether this program has Python inside and is none (PyInstaller, cx_Freeze, Nuitka, PyOxidizer)."""
-    return bool(getattr(sys, "frozen", False) or getattr(sys, "oxidized", False) or "__compiled__" in globals())
+    compiled = globals().get("__compiled__")  # Nuitka's; it can leave Python outside, too
+    if compiled is not None and getattr(compiled, "standalone", True):
+        return True
+    return bool(getattr(sys, "frozen", False) or getattr(sys, "oxidized", False))
 
 
 def candidates() -> list[str]:
