@@ -121,19 +121,22 @@ def record(what: str) -> list[Span]:
     return recorder.record(run)
 
 
+def open_pool() -> list[Span]:
+    global pool
+    pool = make_pool()
+    return []
+
+
 def start() -> list[Span]:
     """Make the pool, and use it once."""
-    global pool
-    if recorder is None:
-        pool = make_pool()
-        three_checkouts()
-        return []
 
     def begin() -> None:
-        global pool
-        pool = make_pool()
+        open_pool()
         three_checkouts()
 
+    if recorder is None:
+        begin()
+        return []
     return recorder.record(begin)
 
 
@@ -162,8 +165,8 @@ print("ready", flush=True)
 for line in sys.stdin:
     command = json.loads(line)
     function = {
-        "activate": activate, "configure_django": configure_django, "fork": fork, "record": record, "start": start,
-        "stats": stats,
+        "activate": activate, "configure_django": configure_django, "fork": fork, "open": open_pool, "record": record,
+        "start": start, "stats": stats,
     }[command.pop("do")]  # fmt: skip
     print(json.dumps(function(**command) or [], default=str), flush=True)
 os._exit(0)  # whatever an agent's threads are at
