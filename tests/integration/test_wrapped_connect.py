@@ -199,6 +199,8 @@ def test_its_user_gets_what_connect_has_returned(make_pool: MakePool, around: No
     pool.put_conn(conn)
     with pytest.raises(SharedPoolError, match="already put back"):
         pool.put_conn(conn)
+    with pytest.raises(psycopg2.InterfaceError):
+        ask(conn)
     with pool.connection() as again:
         assert again is conn
 
