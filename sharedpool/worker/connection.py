@@ -51,7 +51,8 @@ WHERE current_setting('client_connection_check_interval') = '0';
 class PooledConnection(extensions.connection):
     """A psycopg2 connection that a pool lends out; in all else a plain one."""
 
-    __module__ = extensions.connection.__module__  # by which agents know what database it is
+    # By these agents know what database it is, and name its methods.
+    __module__, __qualname__ = extensions.connection.__module__, extensions.connection.__qualname__
 
     # Set while it is checked out, taken off by the first checkin: a second one finds nothing.
     sharedpool_lease: Any = None
@@ -211,7 +212,7 @@ def pooled_class(factory: type[extensions.connection] | None) -> type[PooledConn
     """Return the class of a pool's connections: `PooledConnection`, mixed into the user's connection factory."""
     if factory is None or factory is extensions.connection:
         return PooledConnection
-    names = {"__module__": factory.__module__}
+    names = {"__module__": factory.__module__, "__qualname__": factory.__qualname__}
     return cast(type[PooledConnection], type(f"Pooled{factory.__name__}", (PooledConnection, factory), names))
 
 

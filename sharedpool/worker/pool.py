@@ -110,6 +110,8 @@ class Pool:
                 lease.conn = None  # from here on the caller's reference is the only one
                 cache.hits += 1
                 return conn  # type: ignore[no-any-return] # `cast` is a call
+            if not lease.direct and (user_s := self._lend_wrapped(lease, conn, now)) is not None:
+                return user_s
             return self._check_out(self._holdings, lease, timeout, now)
         holdings = self._check_caller()
         if key is not None and (lent := self._by_key(key)) is not None:
@@ -117,6 +119,20 @@ class Pool:
         now = monotonic()
         conn = self._check_out(holdings, holdings.cache.take(now), timeout, now)
         return conn if key is None else self._keep_key(key, conn)
+
+    def _lend_wrapped(self, lease: Lease, conn: PooledConnection, now: float) -> extensions.connection | None:
+        """Lend a wrapped connection the short way: return what its user gets, or None when it must go the long one."""
+        user_s = conn.sharedpool_wrapper
+        if user_s is None or lease.fresh or lease.idle_s > CHECK_AFTER_S or now >= lease.retire_at:
+            return None
+        if conn.status != STATUS_READY or conn.get_transaction_status():
+            return None
+        conn.sharedpool_wrapper = None  # it refers to the connection, which is to go with it when it is dropped
+        conn.sharedpool_gate = OPEN
+        conn.sharedpool_lease = lease
+        lease.conn = None
+        self._cache.hits += 1
+        return cast(extensions.connection, user_s)
 
     def connect(self, *, timeout: float | None = None) -> extensions.connection:
         """Check out a connection whose `close()` checks it in: for what wants a function that connects.
@@ -203,22 +219,24 @@ class Pool:
         # The short way, as in `get_conn`: it is clean. Whether somebody wants it is looked at when it lies there.
         if self._latch[0] and key is None and not close and (self._thread is None or self._thread == get_ident()):
             cache = self._cache
-            pooled: Any = conn
+            user_s: Any = conn
             try:
-                lease: Any = pooled.sharedpool_lease
+                lease: Any = user_s.sharedpool_lease
+                pooled = lease.ref()  # in a wrapper, if it has one; None when it is being collected
                 laid = (
                     lease.cache is cache
                     and lease.plain
                     and (now := monotonic()) - lease.since <= CHECK_AFTER_S
-                    and not conn.get_transaction_status()  # idle
-                    and conn.status == STATUS_READY
+                    and not pooled.get_transaction_status()  # idle
+                    and pooled.status == STATUS_READY
                     and not pooled.sharedpool_touched
-                    and lease.ref() is conn  # else it has a wrapper, or is being collected
                 )
                 if laid:
                     del pooled.sharedpool_lease  # in one step: of two threads that put it only one gets on
                     pooled.sharedpool_gate = SHUT
-                    lease.conn, lease.phase, lease.since = conn, IDLE, now
+                    if pooled is not conn:
+                        keep(pooled, conn)
+                    lease.conn, lease.phase, lease.since = pooled, IDLE, now
                     cache.idle.append(lease)
                     if not (cache.owed or cache.waiting or now >= cache.calm_until):
                         return

@@ -133,13 +133,14 @@ def around(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def pair(make_pool: MakePool) -> tuple[Pool, Pool]:
+def pair(make_pool: MakePool) -> Iterator[tuple[Pool, Pool]]:
     """Two sessions of one pool, as two processes would have them; the connection lies idle in the first."""
     a = make_pool(max_conn=1, timeout=10, pool_manager=ThreadedConnectionPool)
-    b = type(a)(dataclasses.replace(a.config), a._address, None)
+    b = type(a)(dataclasses.replace(a.config), a._broker)
     for pool in (b, a):  # both know the broker
         pool.put_conn(pool.get_conn())
-    return a, b
+    yield a, b
+    b.release_all()
 
 
 def traced(run: Callable[[], object]) -> list[tuple[Any, ...]]:
@@ -198,6 +199,8 @@ def test_its_user_gets_what_connect_has_returned(make_pool: MakePool, around: No
     pool.put_conn(conn)
     with pytest.raises(SharedPoolError, match="already put back"):
         pool.put_conn(conn)
+    with pytest.raises(psycopg2.InterfaceError):
+        ask(conn)
     with pool.connection() as again:
         assert again is conn
 
