@@ -241,9 +241,8 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
         lease.conn = conn
         if config.configure:
             holdings.call_back(config.configure, lease, conn, "configure")
-        conn.sharedpool_session, conn.sharedpool_server = session_of(conn), server_of(conn)
-        conn.sharedpool_touched = False
-        conn.sharedpool_encoding = conn.get_parameter_status("client_encoding") or ""
+        _note(conn)
+        conn.sharedpool_server = server_of(conn)
         conn.sharedpool_movable = lease.movable = holdings.handover and can_move(conn)
         return conn
     except BaseException as error:
@@ -269,7 +268,13 @@ def _welcome(holdings: Holdings, lease: Lease, conn: PooledConnection) -> None:
     lease.fresh = False
     if holdings.config.configure:
         holdings.call_back(holdings.config.configure, lease, conn, "configure")
-        conn.sharedpool_session, conn.sharedpool_touched = session_of(conn), False
+        _note(conn)
+
+
+def _note(conn: PooledConnection) -> None:
+    """Note what a checkin restores, and what must be the same when it moves."""
+    conn.sharedpool_session, conn.sharedpool_touched = session_of(conn), False
+    conn.sharedpool_encoding = conn.get_parameter_status("client_encoding") or ""
 
 
 def _worn(lease: Lease, conn: PooledConnection, now: float) -> ReleaseReason | None:

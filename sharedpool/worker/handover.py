@@ -78,11 +78,12 @@ def prepare(conn: PooledConnection, command: bytes) -> bytes | None:
     if conn.get_transaction_status() != extensions.TRANSACTION_STATUS_IDLE or not is_alive(conn):
         return None
     found = parameters(conn)
-    # psycopg2 has chosen its codec and its way to read dates by these; the receiver's shell is to choose the same.
-    same = found.get("client_encoding") == conn.sharedpool_encoding and found.get("DateStyle", "").startswith("ISO")
+    # The receiver's shell chooses its codec and its way to read dates by these. Where they are not reset, what a user
+    # has set is not to be another's.
+    reset = command == DISCARD or found.get("client_encoding") == conn.sharedpool_encoding
     if conn.sharedpool_names is None:
         conn.sharedpool_names = names_of(conn)
-    return _encode(found) if same else None
+    return _encode(found) if reset and found.get("DateStyle", "").startswith("ISO") else None
 
 
 def parameters(conn: extensions.connection) -> dict[str, str]:
