@@ -27,7 +27,7 @@ from psycopg2 import extensions, extras
 from sharedpool import libpq
 from sharedpool.wire.desk import Live
 from sharedpool.worker import gate, renewal
-from sharedpool.worker.connection import PooledConnection, is_alive, pooled_class
+from sharedpool.worker.connection import PooledConnection, is_alive, pooled_class, rests
 from sharedpool.worker.ending import abandon, dead_end
 from sharedpool.worker.names import decode, names_of
 
@@ -71,7 +71,7 @@ def prepare(conn: PooledConnection, command: bytes) -> bytes | None:
     Return its parameters, for the receiver's shell, or None when it must be closed instead. Blocks for one round trip,
     at most a second.
     """
-    if gate.is_over(conn) or conn.status != extensions.STATUS_READY:
+    if gate.is_over(conn) or not rests(conn):
         return None
     if not libpq.execute(conn, command, _RESET_LIMIT_S):
         return None
