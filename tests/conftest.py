@@ -45,7 +45,7 @@ def runtime_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[EphemeralPostgres]:
     """A PostgreSQL server for the whole session; under xdist each worker has its own."""
-    with EphemeralPostgres(max_connections=100) as server:
+    with EphemeralPostgres(max_connections=100, settings={"max_prepared_transactions": "5"}) as server:
         yield server
 
 

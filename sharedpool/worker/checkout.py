@@ -251,9 +251,8 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
         lease.conn, lease.direct = conn, conn.sharedpool_wrapper is None
         if config.configure:
             holdings.call_back(config.configure, lease, conn, "configure")
-        conn.sharedpool_session, conn.sharedpool_server = session_of(conn), server_of(conn)
-        conn.sharedpool_touched = False
-        conn.sharedpool_encoding = conn.get_parameter_status("client_encoding") or ""
+        _note(conn)
+        conn.sharedpool_server = server_of(conn)
         conn.sharedpool_movable = lease.movable = holdings.handover and can_move(conn)
         return conn
     except BaseException as error:
@@ -281,8 +280,14 @@ def _welcome(holdings: Holdings, lease: Lease, conn: PooledConnection) -> None:
     lease.fresh, lease.direct = False, conn.sharedpool_wrapper is None
     if holdings.config.configure:
         holdings.call_back(holdings.config.configure, lease, conn, "configure")
-    if conn.sharedpool_touched:  # by either of them
-        conn.sharedpool_session, conn.sharedpool_touched = session_of(conn), False
+    if holdings.config.configure or conn.sharedpool_touched:
+        _note(conn)
+
+
+def _note(conn: PooledConnection) -> None:
+    """Note what a checkin restores, and what must be the same when it moves."""
+    conn.sharedpool_session, conn.sharedpool_touched = session_of(conn), False
+    conn.sharedpool_encoding = conn.get_parameter_status("client_encoding") or ""
 
 
 def _worn(lease: Lease, conn: PooledConnection, now: float) -> ReleaseReason | None:

@@ -105,7 +105,7 @@ class PooledConnection(extensions.connection):
     def sharedpool_close(self) -> None:
         """Close it as psycopg2 does, which only asks its backend to leave."""
         self.sharedpool_wrapper = None  # it refers to us
-        gate.reopen(self)
+        gate.doom(self)
         super().close()
 
     def set_session(self, *args: Any, **kwargs: Any) -> None:
@@ -175,7 +175,7 @@ class PooledConnection(extensions.connection):
         if self.sharedpool_pid != getpid():
             return  # never opened, or inherited
         if self.sharedpool_lease is None:
-            gate.reopen(self)  # else psycopg2 takes it for closed, and leaves the descriptor open
+            gate.doom(self)  # else psycopg2 takes it for closed, and leaves the descriptor open
             close_witness(self)
         else:
             self.sharedpool_finalized = True  # Python calls this once in an object's life: it is not lent out again
@@ -351,7 +351,7 @@ def is_alive(conn: PooledConnection) -> bool:
 
 def rests(conn: PooledConnection) -> bool:
     """Say whether nobody uses a connection, nor has left a transaction open on it. No system call."""
-    return conn.status == extensions.STATUS_READY and not conn.get_transaction_status()
+    return conn.status == extensions.STATUS_READY and not conn.get_transaction_status() and not gate.is_busy(conn)
 
 
 def settle(conn: PooledConnection) -> None:
@@ -381,8 +381,7 @@ def clean(conn: PooledConnection) -> bool:
         return False
     status = conn.get_transaction_status()
     try:
-        # In the middle of a statement another thread is in it: a rollback would wait for that thread.
-        if status in (extensions.TRANSACTION_STATUS_UNKNOWN, extensions.TRANSACTION_STATUS_ACTIVE):
+        if status == extensions.TRANSACTION_STATUS_UNKNOWN or gate.is_busy(conn):
             return False
         if status != extensions.TRANSACTION_STATUS_IDLE:
             conn.sharedpool_erred = status == extensions.TRANSACTION_STATUS_INERROR

@@ -13,8 +13,6 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from psycopg2.extensions import TRANSACTION_STATUS_ACTIVE
-
 from sharedpool.hangup import Borrowed, other_side_closed
 from sharedpool.worker import gate, green
 
@@ -95,10 +93,9 @@ def see_off(conn: PooledConnection, witness: int) -> None:
 
 def abandon(shell: PooledConnection) -> None:
     """Close a connection object, unless another thread is in the middle of a statement on it: that one drops it."""
-    if shell.get_transaction_status() != TRANSACTION_STATUS_ACTIVE:
+    gate.doom(shell)
+    if not gate.is_busy(shell):
         shell.sharedpool_close()
-    else:
-        shell.sharedpool_gate = gate.SHUT
 
 
 def abort(conn: PooledConnection) -> None:

@@ -27,7 +27,7 @@ from psycopg2 import extensions, extras
 from sharedpool import libpq
 from sharedpool.wire.desk import Live
 from sharedpool.worker import gate, renewal
-from sharedpool.worker.connection import PooledConnection, is_alive, pooled_class
+from sharedpool.worker.connection import PooledConnection, is_alive, pooled_class, rests
 from sharedpool.worker.ending import abandon, dead_end
 from sharedpool.worker.names import decode, names_of
 
@@ -71,18 +71,19 @@ def prepare(conn: PooledConnection, command: bytes) -> bytes | None:
     Return its parameters, for the receiver's shell, or None when it must be closed instead. Blocks for one round trip,
     at most a second.
     """
-    if gate.is_over(conn) or conn.status != extensions.STATUS_READY:
+    if gate.is_over(conn) or not rests(conn):
         return None
     if not libpq.execute(conn, command, _RESET_LIMIT_S):
         return None
     if conn.get_transaction_status() != extensions.TRANSACTION_STATUS_IDLE or not is_alive(conn):
         return None
     found = parameters(conn)
-    # psycopg2 has chosen its codec and its way to read dates by these; the receiver's shell is to choose the same.
-    same = found.get("client_encoding") == conn.sharedpool_encoding and found.get("DateStyle", "").startswith("ISO")
+    # The receiver's shell chooses its codec and its way to read dates by these. Where they are not reset, what a user
+    # has set is not to be another's.
+    reset = command == DISCARD or found.get("client_encoding") == conn.sharedpool_encoding
     if conn.sharedpool_names is None:
         conn.sharedpool_names = names_of(conn)
-    return _encode(found) if same else None
+    return _encode(found) if reset and found.get("DateStyle", "").startswith("ISO") else None
 
 
 def parameters(conn: extensions.connection) -> dict[str, str]:

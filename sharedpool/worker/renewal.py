@@ -30,8 +30,9 @@ from typing import Any, cast
 import psycopg2
 from psycopg2 import extensions
 
+from sharedpool import libpq
 from sharedpool.worker import gate
-from sharedpool.worker.connection import PooledConnection, session_of
+from sharedpool.worker.connection import PooledConnection, rests, session_of
 
 
 def renew(shell: PooledConnection, parameters: Mapping[str, str], cursor_factory: Any) -> bool:
@@ -52,17 +53,15 @@ def renew(shell: PooledConnection, parameters: Mapping[str, str], cursor_factory
         shell.notices, shell.notifies = [], []
         shell.string_types.clear()
         shell.binary_types.clear()
-        fit = is_new(shell, parameters)
     except psycopg2.Error:
         return False
-    if fit:
-        shell.sharedpool_gate = gate.SHUT  # until it is checked out
-    return fit
+    shell.sharedpool_gate = gate.SHUT  # until it is checked out
+    return is_new(shell, parameters)  # looked at last: a reference that is kept may have been used meanwhile
 
 
 def is_new(shell: PooledConnection, parameters: Mapping[str, str]) -> bool:
     """Say whether what cannot be set, or could not be, is as a server with these parameters makes it at a start."""
-    if shell.closed or shell.async_ or shell.status != extensions.STATUS_READY:
+    if shell.async_ or not rests(shell) or libpq.socket_of(shell) < 0:
         return False
     clean = "".join(filter(str.isalnum, parameters.get("client_encoding", ""))).upper()  # psycopg2's way
     escapes = parameters.get("standard_conforming_strings") == "off"

@@ -1,6 +1,5 @@
 """A live connection moves from one process to another: its next user sees a plain connection, and nothing else."""
 
-import dataclasses
 import hashlib
 import io
 import os
@@ -9,13 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psycopg2
 import psycopg2.extras
 import pytest
+from moving import MakePair, ask, moved, report
 from processes import Sampler, Worker, workers
 from psycopg2 import extensions
 from waiting import wait_until
@@ -23,77 +21,18 @@ from waiting import wait_until
 import sharedpool
 from sharedpool import ThreadedConnectionPool
 from sharedpool.automatic import GivenBroker
-from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.wire.desk import Live
 from sharedpool.wire.messages import Token
-from sharedpool.wire.reports import PoolReport
 from sharedpool.worker.connection import PooledConnection
 from sharedpool.worker.handover import SUPPORTED, Stub, adopt
 from sharedpool.worker.holdings import Holdings
-from sharedpool.worker.pool import Pool
 from sharedpool.worker.registration import Registration
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="connections cannot be handed over on this platform")
 
 # Read before the tests hide the environment from themselves.
 _MOVES = int(os.environ.get("SHAREDPOOL_MOVES", "3000"))
-_numbers = iter(range(1, 1000))
-MakePair = Callable[..., tuple[Pool, Pool]]
-
-
-@pytest.fixture
-def name() -> str:
-    return f"moving{next(_numbers)}"
-
-
-@pytest.fixture
-def pair(broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str) -> Iterator[MakePair]:
-    """Two sessions of one pool, as two processes would have them."""
-    made: list[Pool] = []
-
-    def make(**settings: Any) -> tuple[Pool, Pool]:
-        options = {"max_conn": 1, "timeout": 10, "pool_manager": ThreadedConnectionPool, **settings}
-        a = sharedpool.config_pool(name=name, dsn=postgres.dsn, broker=broker.address, **options)
-        b = type(a)(dataclasses.replace(a.config), a._broker)
-        made.extend((a, b))
-        for pool in (b, a):  # both know the broker, and the connection lies idle in the first
-            pool.put_conn(pool.get_conn())
-        return a, b
-
-    yield make
-    for pool in made:
-        if not pool.disposed:
-            pool.release_all()
-
-
-def report(broker: sharedpool.Broker, name: str) -> PoolReport:
-    (found,) = [pool for pool in fetch_report(broker.address).pools if pool.name == name]
-    return found
-
-
-def ask(conn: extensions.connection, sql: str, *values: object) -> Any:
-    with conn.cursor() as cursor:
-        cursor.execute(sql, values)
-        row = cursor.fetchone()
-        assert row is not None
-        return row[0]
-
-
-def moved(giver: Pool, taker: Pool, use: Callable[[extensions.connection], object]) -> extensions.connection:
-    """Return a connection that `giver` has used so and `taker` has got, by a hand-over."""
-    conn = giver.get_conn()
-    pid = conn.info.backend_pid
-    use(conn)
-    given, before = giver.stats().given, taker.stats()
-    giver.put_conn(conn)  # perhaps it goes at once
-    got = taker.get_conn()
-    assert got.info.backend_pid == pid
-    wait_until(lambda: giver.stats().given == given + 1)  # counted a little later
-    after = taker.stats()
-    assert after.adopted == before.adopted + 1
-    assert (after.hits, after.handed_on, after.connects) == (before.hits, before.handed_on, before.connects)
-    return got
 
 
 def test_it_is_the_same_backend_and_a_plain_connection(
