@@ -27,6 +27,7 @@ from sharedpool.broker.activity import activity_of
 from sharedpool.broker.commands import Command, Doubt, Fence, Interfere, Look, Peek, Place, Saw, Send, Survey
 from sharedpool.broker.leadership import Leadership
 from sharedpool.broker.ledger import Ledger
+from sharedpool.libpq import socket_of_failed
 from sharedpool.wire.messages import Backend, Token
 from sharedpool.wire.reports import Activity
 from sharedpool.wire.tag import pattern_of
@@ -266,10 +267,18 @@ class Control:
     def _pass_barrier(self) -> None:
         """Make the control connection anew. A server that answers, be it with a refusal, has accepted us."""
         assert self._dsn is not None
+        made: list[connection] = []
+
+        def make(dsn: str, **options: Any) -> connection:
+            made.append(connection.__new__(connection))
+            made[0].__init__(dsn, **options)  # type: ignore[misc] # connects
+            return made[0]
+
         try:
-            fresh = psycopg2.connect(self._dsn, **self._defaults())
-        except psycopg2.OperationalError as error:
-            if "FATAL" not in str(error):
+            fresh = psycopg2.connect(self._dsn, connection_factory=make, **self._defaults())
+        except (psycopg2.OperationalError, UnicodeDecodeError):
+            # libpq keeps the socket on which it was refused, and none of one that never answered.
+            if not made or (socket_of_failed(made[0]) or -1) < 0:
                 raise
             return
         old = self._conn

@@ -408,7 +408,7 @@ class Ledger:
             self._leases.identify(lease, confirm.backend)
             if lease.state is not SlotState.OPEN:
                 self._books.move(lease, SlotState.OPEN, "confirmed")
-            self._health.opened(lease, confirm)
+            self._health.opened(lease, confirm, now)
             self._leases.note(lease, Phase.IN_USE, now, "")
 
     def _renew(self, session: Session, renew: Renew, now: float) -> None:

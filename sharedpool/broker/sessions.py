@@ -13,6 +13,7 @@ from sharedpool.broker.commands import Command, Forget, Process, Send, Watch
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.leases import Leases, Logger
 from sharedpool.broker.records import Pool, Session, SlotState
+from sharedpool.broker.refusal import Refusals
 from sharedpool.wire.messages import PROTOCOL_VERSION, Bye, Hello, PoolSpec, Reject, Token, Welcome
 from sharedpool.wire.tag import shown, tag_of
 
@@ -67,7 +68,9 @@ class Sessions:
         if pool is None or pool.unnamed:
             limit = books.limit(spec)
             if pool is None:
-                pool = books.pools[spec.name] = Pool(spec, limit, Backoff(self._random))
+                pool = books.pools[spec.name] = Pool(
+                    spec, limit, Backoff(self._random), refusals=Refusals(self._random)
+                )
                 if (past := books.past.pop(spec.name, None)) is not None:
                     pool.succeed(past)
             pool.spec, pool.max_conn, pool.unnamed = spec, limit, False

@@ -213,8 +213,8 @@ class ReleaseReason(StrEnum):
 class Release(Struct, frozen=True, tag="release"):
     """Give a lease back. `gone` is False when the worker could not see its backend's end: the broker must look.
 
-    `error` is what kept the connection from being opened, when that may concern the whole pool (the server is down,
-    starts up or is full), not this worker alone (a wrong password).
+    `error` is what kept the connection from being opened, to be shown; `code` the server's SQLSTATE, where it has
+    refused and the worker could learn that; `unreachable`: no server has answered.
     """
 
     token: Token
@@ -222,6 +222,8 @@ class Release(Struct, frozen=True, tag="release"):
     reason: ReleaseReason
     backend: Backend | None = None
     error: str = ""
+    code: str = ""
+    unreachable: bool = False
 
 
 class Trouble(Struct, frozen=True, tag="trouble"):
@@ -293,6 +295,7 @@ class DenyReason(StrEnum):
     TIMEOUT = "timeout"
     CROWDED = "crowded"  # max_waiting others wait already
     FAILING = "failing"  # connections cannot be opened just now
+    REFUSED = "refused"  # this session's cannot
     DRAINING = "draining"  # the broker is about to end
     PAUSED = "paused"  # by an operator
 

@@ -16,7 +16,7 @@ import psycopg2
 
 from sharedpool.errors import PoolClosed, PoolError
 from sharedpool.wire.messages import Phase, ReleaseReason
-from sharedpool.worker import callsite, wording
+from sharedpool.worker import callsite, green, wording
 from sharedpool.worker.booth import Booth, Gate
 from sharedpool.worker.connection import (
     CHECK_AFTER_S,
@@ -24,11 +24,11 @@ from sharedpool.worker.connection import (
     bear_witness,
     connect,
     describe,
-    failure,
     is_alive,
     server_of,
     session_of,
 )
+from sharedpool.worker.diagnosis import Failure
 from sharedpool.worker.ending import abort
 from sharedpool.worker.handover import can_move
 from sharedpool.worker.holdings import Holdings
@@ -251,8 +251,10 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
             elif not made or not made[0].dsn:  # interrupted before libpq was called
                 holdings.give_back(lease, reason)
             elif made[0].closed:
-                gone, concerns_all = failure(made[0], error)
-                holdings.give_back(lease, reason, gone=gone, error=concerns_all)
+                holdings.not_opened(lease, reason, holdings.diagnosis.of(made[0], error, deadline))
+            elif isinstance(error, green.ConnectTimeout):
+                abort(made[0], limit_s=0)
+                holdings.not_opened(lease, reason, Failure(made[0].sharedpool_gone, str(error), unreachable=True))
             elif not isinstance(error, OSError):
                 holdings.discard(lease, bear_witness(made[0]), reason)
             else:

@@ -94,9 +94,9 @@ def abandon(shell: PooledConnection) -> None:
     shell.sharedpool_close()
 
 
-def abort(conn: PooledConnection) -> None:
+def abort(conn: PooledConnection, limit_s: float = CLOSE_LIMIT_S) -> None:
     """Close a connection for which no witness can be had (no descriptor is free); `sharedpool_gone` as ever."""
-    _see_off([(conn, conn.fileno())], CLOSE_LIMIT_S)
+    _see_off([(conn, conn.fileno())], limit_s)
     conn.sharedpool_close()
 
 

@@ -37,6 +37,7 @@ from sharedpool.worker.connection import (
     turned_read_only,
 )
 from sharedpool.worker.desk import Desk
+from sharedpool.worker.diagnosis import Diagnosis, Failure
 from sharedpool.worker.ending import close_confirmed, cut, dead_end, disown, see_off, take_witness
 from sharedpool.worker.handover import PATIENT_S, SUPPORTED, Shells, adopt, prepare, vacate, works
 from sharedpool.worker.lease import CLOSING_LIMIT_S, Closing, Lease, Ticket
@@ -79,6 +80,7 @@ class Holdings:
         self.released: dict[ReleaseReason, int] = dict.fromkeys(ReleaseReason, 0)
         self.link: Link | None = None
         self._latest: Link | None = None  # which may have left, and not ended yet
+        self.diagnosis = Diagnosis()
         self.desk = Desk()
         self.booths = Booths()
         self.shells = Shells(config.conninfo.python_kwargs)
@@ -318,13 +320,23 @@ class Holdings:
             self.cache.out.append(Interrupt(token, trial))
         self.signal()
 
-    def give_back(self, lease: Lease, reason: ReleaseReason, *, gone: bool = True, error: str = "") -> None:
-        """Give back a lease that has no connection here; `gone` False when one may be left on the server.
-
-        `error`: why it could not be opened, if that concerns every worker.
-        """
+    def give_back(self, lease: Lease, reason: ReleaseReason, *, gone: bool = True) -> None:
+        """Give back a lease that has no connection here; `gone` False when one may be left on the server."""
         with self.lock:
-            self.cache.closed(lease, reason, gone=gone, error=error)
+            self.cache.closed(lease, reason, gone=gone)
+        self.signal()
+
+    def not_opened(self, lease: Lease, reason: ReleaseReason, failure: Failure) -> None:
+        """Give back a lease for which no connection could be opened."""
+        with self.lock:
+            self.cache.closed(
+                lease,
+                reason,
+                gone=failure.gone,
+                error=failure.error,
+                code=failure.code,
+                unreachable=failure.unreachable,
+            )
         self.signal()
 
     def deposit(self, lease: Lease, conn: PooledConnection) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sharedpool.errors import (
     BrokerUnavailable,
+    ConnectRefused,
     PoolError,
     PoolExhausted,
     PoolTimeout,
@@ -19,6 +20,11 @@ def refused(pool: str, deny: Deny, wait_s: float) -> PoolError:
         return ServerUnavailable(
             f"pool {pool!r}: PostgreSQL accepts no connections (the next try is in {deny.retry_ms / 1000:.1f} s), as"
             f" another caller has found: {deny.error}"
+        )
+    if deny.reason is DenyReason.REFUSED:
+        return ConnectRefused(
+            f"pool {pool!r}: PostgreSQL has refused this process (the next try is in {deny.retry_ms / 1000:.1f} s):"
+            f" {deny.error}"
         )
     if deny.reason is DenyReason.DRAINING:
         return BrokerUnavailable(f"pool {pool!r}: the broker is shutting down and lends nothing any more")
