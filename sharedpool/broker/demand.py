@@ -68,6 +68,7 @@ class Demand:
         self._newcomers: list[Waiter] = []  # against whose sessions there is a refusal
         self._arrived = 0  # the newest recall when the last request came that does not wait
         self.paused = self.draining = False
+        self.why = ""  # it is paused
 
     def next_serial(self) -> int:
         """Return the number of the next word on what a session owes."""
@@ -505,6 +506,11 @@ class Demand:
                     pool.denials += 1
                     self.deny(waiter, DenyReason.FAILING, now)
 
+    def time_out(self, waiter: Waiter, now: float) -> None:
+        """Refuse who has waited for as long as he wanted."""
+        held = DenyReason.PAUSED if waiter.session.pool.held else None
+        self.deny(waiter, held or (DenyReason.WAITING if self.paused else DenyReason.TIMEOUT), now)
+
     def deny(self, waiter: Waiter, reason: DenyReason, now: float) -> None:
         """Refuse a request, saying what its limit is and who holds most of it, or what the server said."""
         books, pool = self._books, waiter.session.pool
@@ -520,7 +526,7 @@ class Demand:
             reserved = books.groups.reserved - pool.group.terms.reserved if capped else 0
             if pool.group.room <= 0 and pool.group.terms.max_conn is not None:
                 group, limit = pool.group.name, pool.group.terms.max_conn
-        error, retry_at = pool.backoff.error, pool.backoff.probe_at
+        error, retry_at = self.why if self.paused else pool.backoff.error, pool.backoff.probe_at
         session = waiter.session
         if reason is DenyReason.REFUSED and session.refusal is not None:
             error = session.refusal.error

@@ -296,6 +296,7 @@ class DenyReason(StrEnum):
     CROWDED = "crowded"  # max_waiting others wait already
     FAILING = "failing"  # connections cannot be opened just now
     REFUSED = "refused"  # this session's cannot
+    WAITING = "waiting"  # the broker cannot grant anything yet
     DRAINING = "draining"  # the broker is about to end
     PAUSED = "paused"  # by an operator
 
@@ -303,8 +304,8 @@ class DenyReason(StrEnum):
 class Deny(Struct, frozen=True, tag="deny"):
     """No lease; `holders` hold most of the limit that is reached: the pool's, or (`capped`) that over all pools.
 
-    `error` is the server's, when connections cannot be opened; the next try is in `retry_ms`. `group`: the limit is its
-    own. `reserved`: so many of the limit over all pools are for other groups.
+    `error` is the server's, when connections cannot be opened; the next try is in `retry_ms`. Or it is why the broker
+    grants nothing yet. `group`: the limit is its own. `reserved`: so many of the limit over all pools are for other groups.
     """
 
     request: int

@@ -34,6 +34,7 @@ from sharedpool.worker.handover import can_move
 from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.lease import Lease, Ticket
 from sharedpool.worker.link import Link
+from sharedpool.worker.logs import logger
 from sharedpool.worker.session import thread_names
 from sharedpool.worker.tickets import wait_ms
 
@@ -98,6 +99,10 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
 
 def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) -> Lease:
     """Return a lease: an idle one after all, one handed on by another thread, or one the broker grants."""
+    if logger.is_kept:  # a finalizer, for instance, which runs wherever there is garbage to collect
+        raise wording.in_the_link(holdings.config.name)
+    if green.is_eventlets():
+        raise wording.unsupported(holdings.config.name)
     holdings.reclaim(min(wait_s, 1000.0) if wait_s else ANSWER_LIMIT_S)
     place = holdings.booths.take() or Gate()
     asked: Booth | None = None  # where the request was last made, if it was at the desk

@@ -179,8 +179,9 @@ def pooled_class(factory: type[extensions.connection] | None) -> type[PooledConn
 def connect(
     conninfo: ConnInfo, application_name: str, timeout_s: float | None, made: list[PooledConnection]
 ) -> PooledConnection:
-    """Open a connection; blocks for its `connect_timeout`, by default `timeout_s` or 10 s. Raise what psycopg2 raises,
-    and what a function raises that is asked for the password.
+    """Open a connection; blocks for its `connect_timeout`, by default 10 s, or for `timeout_s` if that is shorter.
+
+    Raise what psycopg2 raises, and what a function raises that is asked for the password.
 
     The connection is in `made` even before it is connected: an interrupt anywhere does not lose it.
     """
@@ -189,12 +190,12 @@ def connect(
     keywords.setdefault("fallback_application_name", application_name)
     dsn = conninfo.current()
     parameters = extensions.parse_dsn(dsn)
-    if "connect_timeout" not in parameters and "PGCONNECT_TIMEOUT" not in os.environ:
-        limit = CONNECT_LIMIT_S if timeout_s is None else min(CONNECT_LIMIT_S, timeout_s)
-        keywords["connect_timeout"] = max(1, round(limit))
-    limit_s = _number(
-        keywords.get("connect_timeout") or parameters.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT")
-    )
+    given = keywords.get("connect_timeout") or parameters.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT")
+    limit_s = _number(given) if given is not None else CONNECT_LIMIT_S
+    if timeout_s is not None and limit_s is not None and not 0 < limit_s <= timeout_s:
+        limit_s = max(0.1, timeout_s)
+    if limit_s is not None and limit_s != _number(given):
+        keywords["connect_timeout"] = max(1, round(limit_s))
     started = time.monotonic()
     if "fallback_application_name" in parameters:
         del keywords["fallback_application_name"]

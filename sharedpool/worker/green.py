@@ -29,6 +29,12 @@ def patched(module: str = "threading") -> bool:
     return monkey is not None and bool(monkey.is_module_patched(module))
 
 
+def is_eventlets() -> bool:
+    """Say whether eventlet has patched this process: its greenlets would wait for ever for a thread that is one."""
+    patcher = sys.modules.get("eventlet.patcher")
+    return patcher is not None and any(map(patcher.is_monkey_patched, ("thread", "socket", "select")))
+
+
 def start_thread(target: Callable[[], None], name: str) -> None:
     """Start a daemon thread, or a greenlet, which leaves no trace in `threading` when it is killed after a fork."""
     if not patched():
@@ -117,8 +123,14 @@ def _too_late(limit_s: float) -> ConnectTimeout:
 def poller() -> select.poll:
     """Return the system's own poll object: gevent's knows neither POLLRDHUP nor a poll that does not switch."""
     if not patched("select"):
-        return select.poll()
+        return select.poll() if hasattr(select, "poll") else _eventlets_poller()
     made: select.poll = sys.modules["gevent.monkey"].get_original("select", "poll")()
+    return made
+
+
+def _eventlets_poller() -> select.poll:
+    """Return the system's poll object where eventlet has taken it away: connections of before must end all the same."""
+    made: select.poll = sys.modules["eventlet.patcher"].original("select").poll()
     return made
 
 

@@ -6,7 +6,6 @@ I/O or a user's callback.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import threading
@@ -42,10 +41,9 @@ from sharedpool.worker.ending import close_confirmed, cut, dead_end, disown, see
 from sharedpool.worker.handover import PATIENT_S, SUPPORTED, Shells, adopt, prepare, vacate, works
 from sharedpool.worker.lease import CLOSING_LIMIT_S, Closing, Lease, Ticket
 from sharedpool.worker.link import Link
+from sharedpool.worker.logs import logger
 from sharedpool.worker.session import Session
 from sharedpool.worker.settings import Callback, PoolConfig
-
-logger = logging.getLogger("sharedpool.worker")
 
 READ_ONLY = "25006"
 # SQLSTATEs by which a server says that it is read-only, goes down, or has just come up.
@@ -54,6 +52,7 @@ FAILOVER = frozenset({READ_ONLY, "57P01", "57P02", "57P03"})
 _ASKED_FOR = (ReleaseReason.TAKEN, ReleaseReason.OWED)
 # A hand-over that fails so often before it has worked once is not tried again: a slow server may spoil one trial.
 _TRIALS = 3
+_LOGS_LIMIT_S = 1.0
 BROKEN = 2  # psycopg2's `closed` of a connection that an error ended
 
 
@@ -402,6 +401,7 @@ class Holdings:
         """End the link, where nothing may go on, if nothing is held; blocks until that is done, at most 1.5 s."""
         if self.transient and self._latest is not None and not (self.cache.leases or self.cache.waiting):
             self._latest.close()
+            logger.flush(_LOGS_LIMIT_S)
 
     def send(self) -> None:
         """Have the link send what is in the outbox; its thread is left alone when that is empty."""

@@ -7,7 +7,6 @@ that never calls its pool again still gives back what is recalled or expired.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import random
@@ -25,11 +24,10 @@ from sharedpool.errors import ProtocolError, SharedPoolError
 from sharedpool.wire.codec import decode_to_worker, encode
 from sharedpool.wire.messages import Bye, Hello, Reject, ToBroker, ToWorker, Welcome
 from sharedpool.worker import green
+from sharedpool.worker.logs import logger
 
 if TYPE_CHECKING:
     from sharedpool.worker.booth import Booth, Booths
-
-logger = logging.getLogger("sharedpool.worker")
 
 _HELLO_RETRY_S = 1.0
 _RESTART_AFTER_S = 3.0  # without a WELCOME: see whether the automatic broker must be started
@@ -140,6 +138,10 @@ class Link:
     def _run(self) -> None:
         if not self._claim.acquire(blocking=False):
             return
+        with logger.kept():
+            self._live()
+
+    def _live(self) -> None:
         self._thread = green.current_thread()
         self.running = True
         self._zmq = green.zmq_library()
