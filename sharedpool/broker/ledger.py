@@ -288,7 +288,8 @@ class Ledger:
 
     def hold(self, grace_s: float, now: float, why: str = "no journal of a former broker") -> list[Command]:
         """Grant nothing for `grace_s`: former brokers may have granted what nobody here knows."""
-        self._demand.paused, self._demand.why = True, f"{why}, so it waits until all workers have said what they hold"
+        self._demand.paused = True
+        self._demand.why = f"{why}, so it waits until all workers have said what they hold"
         self._recovery.hold(now + grace_s)
         self._timers.arm(now + grace_s, "grace", self)
         self._log(logging.WARNING, "%s: granting nothing for %.1f s", why, grace_s)

@@ -305,7 +305,8 @@ class Deny(Struct, frozen=True, tag="deny"):
     """No lease; `holders` hold most of the limit that is reached: the pool's, or (`capped`) that over all pools.
 
     `error` is the server's, when connections cannot be opened; the next try is in `retry_ms`. Or it is why the broker
-    grants nothing yet. `group`: the limit is its own. `reserved`: so many of the limit over all pools are for other groups.
+    grants nothing yet. `group`: the limit is its own. `reserved`: so many of the limit over all pools are for other
+    groups.
     """
 
     request: int

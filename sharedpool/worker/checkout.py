@@ -28,7 +28,6 @@ from sharedpool.worker.connection import (
     server_of,
     session_of,
 )
-from sharedpool.worker.diagnosis import Failure
 from sharedpool.worker.ending import abort
 from sharedpool.worker.handover import can_move
 from sharedpool.worker.holdings import Holdings
@@ -257,9 +256,6 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
                 holdings.give_back(lease, reason)
             elif made[0].closed:
                 holdings.not_opened(lease, reason, holdings.diagnosis.of(made[0], error, deadline))
-            elif isinstance(error, green.ConnectTimeout):
-                abort(made[0], limit_s=0)
-                holdings.not_opened(lease, reason, Failure(made[0].sharedpool_gone, str(error), unreachable=True))
             elif not isinstance(error, OSError):
                 holdings.discard(lease, bear_witness(made[0]), reason)
             else:

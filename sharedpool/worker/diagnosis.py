@@ -62,6 +62,9 @@ class Diagnosis:
             late = timed_out(conn)
             several = "," in extensions.parse_dsn(conn.dsn).get("host", "")
             return Failure(not late and not several, text, "", late or nobody_at(tried))
+        if isinstance(error, green.ConnectTimeout):
+            see_off(conn, fd, limit_s=0)  # it is silent, and the caller's time is over
+            return Failure(False, text, unreachable=True)
         # The server has refused, and leaves. libpq's own socket is open as long as `conn` lives; a duplicate might not
         # be had.
         see_off(conn, fd)
