@@ -19,6 +19,8 @@ import psycopg2
 import zmq
 from psycopg2 import extensions
 
+from sharedpool import libpq
+
 _STEP_S = 0.001
 _EVENTS = {extensions.POLL_READ: select.POLLIN, extensions.POLL_WRITE: select.POLLOUT}
 
@@ -85,7 +87,7 @@ def connect_limit(limit_s: float | None) -> Iterator[None]:
         return
     import gevent
 
-    with gevent.Timeout(limit_s, _too_late(limit_s)):
+    with gevent.Timeout(limit_s, ConnectTimeout(f"the server did not answer within {limit_s:g} s")):
         yield
 
 
@@ -106,7 +108,7 @@ def connects_patiently(conn: extensions.connection, limit_s: float | None) -> It
             waiting = select.poll()
             waiting.register(conn.fileno(), events)
             if not waiting.poll(max(0.0, (deadline - time.monotonic()) * 1000)) and time.monotonic() >= deadline:
-                raise _too_late(limit_s)
+                raise ConnectTimeout(f"{_server_of(conn)} did not answer within {limit_s:g} s")
         return state
 
     conn.__dict__["poll"] = patient
@@ -116,8 +118,9 @@ def connects_patiently(conn: extensions.connection, limit_s: float | None) -> It
         del conn.__dict__["poll"]
 
 
-def _too_late(limit_s: float) -> ConnectTimeout:
-    return ConnectTimeout(f"timeout expired: the server did not answer within {limit_s:g} s")
+def _server_of(conn: extensions.connection) -> str:
+    tried = libpq.tried(conn)
+    return "the server" if tried is None else f"the server at {tried.host}, port {tried.port},"
 
 
 def poller() -> select.poll:
