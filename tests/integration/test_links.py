@@ -75,3 +75,25 @@ def test_a_link_that_has_ended_leaves_the_pool_to_its_successor(make_pool: MakeP
     assert not thread_of(second).is_alive()
     assert holdings.link is None
     assert holdings.desk.line is None
+
+
+def test_a_checkout_in_the_links_own_thread_is_refused_at_once(make_pool: MakePool) -> None:
+    said: list[str] = []
+
+    class Curious(psycopg2.extensions.connection):
+        """Its close, of an idle connection that expires, runs where the link does."""
+
+        def close(self) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                try:
+                    pool.get_conn(timeout=30)
+                except sharedpool.PoolError as error:
+                    said.append(str(error))
+            super().close()
+
+    pool = make_pool(max_conn=2, expiration=0.1, connection_factory=Curious)
+    pool.put_conn(pool.get_conn(timeout=10))
+    wait_until(lambda: said, what="the idle connection to be closed")
+    assert f"pool {pool.name!r}: get_conn() was called in sharedpool's own thread" in said[0]
+    wait_until(lambda: pool.stats().idle == 0, what="the link to go on")
+    pool.put_conn(pool.get_conn(timeout=10))
