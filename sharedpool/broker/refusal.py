@@ -2,8 +2,10 @@
 
 A connect that fails for a reason of its worker's own (a wrong password) holds nobody else back. But who was refused may
 not try again at once, again and again: a *refusal* is what stands against a session until it has waited, and longer
-each time. Where many are refused for a reason of their role's or their database's, they take *turns*: one of them tries
-for all, and when it succeeds, all may. A session that was not refused itself never waits.
+each time (not the first time: it may have been given a new password by then).
+
+Where many are refused for a reason of their role's or their database's, they take *turns*: one of them tries for all,
+and when it succeeds, all may. A session that was not refused itself never waits.
 """
 
 from __future__ import annotations
@@ -62,9 +64,9 @@ class Refusals:
             turns.last = turns.last or session
         elif again and before is not None:
             turns = before.turns
-            turns.wait_s = min(2 * turns.wait_s, _LONGEST_S)
+            turns.wait_s = min(2 * turns.wait_s or RETRY_S, _LONGEST_S)
         else:
-            turns = Turns(RETRY_S, now)
+            turns = Turns(0.0, now)
         turns.retry_at = max(turns.retry_at, self._after(turns, now))
         return Refusal(code, error, turns)
 

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import psycopg2.extensions
 import pytest
 from waiting import wait_until
 
@@ -91,7 +92,8 @@ def test_a_checkout_in_the_links_own_thread_is_refused_at_once(make_pool: MakePo
                     said.append(str(error))
             super().close()
 
-    pool = make_pool(max_conn=2, expiration=0.1, connection_factory=Curious)
+    kind = sharedpool.ThreadedConnectionPool
+    pool = make_pool(max_conn=2, expiration=0.1, connection_factory=Curious, pool_manager=kind)
     pool.put_conn(pool.get_conn(timeout=10))
     wait_until(lambda: said, what="the idle connection to be closed")
     assert f"pool {pool.name!r}: get_conn() was called in sharedpool's own thread" in said[0]
