@@ -95,6 +95,22 @@ def test_what_libpq_itself_refuses_is_nobody_elses_affair(postgres: EphemeralPos
     assert not failed("host=no..such..host user=app")[0].unreachable
 
 
+def test_who_is_let_in_when_asking_for_the_reason_leaves_nobody_behind(
+    postgres: EphemeralPostgres, server_connection: psycopg2.extensions.connection
+) -> None:
+    with server_connection.cursor() as cursor:
+        cursor.execute("CREATE ROLE hesitant NOLOGIN")
+        made: list[PooledConnection] = []
+        with pytest.raises(psycopg2.OperationalError) as caught:
+            connect(resolve(postgres.dsn, user="hesitant"), "test", None, made)
+        cursor.execute("ALTER ROLE hesitant LOGIN")
+        found = Diagnosis().of(made[0], caught.value, None)
+        cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE usename = 'hesitant'")
+        assert cursor.fetchone() == (0,)
+        cursor.execute("DROP ROLE hesitant")
+    assert found[:1] + found[2:] == (True, "", False)
+
+
 # --- a fleet
 
 
