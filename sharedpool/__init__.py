@@ -6,6 +6,7 @@ from sharedpool.config import config_pool, get_pool
 from sharedpool.errors import (
     BrokerUnavailable,
     ConfigError,
+    ConnectRefused,
     PoolClosed,
     PoolError,
     PoolExhausted,
@@ -30,6 +31,7 @@ __all__ = [
     "Broker",
     "BrokerUnavailable",
     "ConfigError",
+    "ConnectRefused",
     "PgSimple",
     "Pool",
     "PoolClosed",

@@ -20,6 +20,10 @@ class ServerUnavailable(SharedPoolError, OperationalError):
     """PostgreSQL accepts no connections just now, as another connect has found; the text is the server's own."""
 
 
+class ConnectRefused(SharedPoolError, OperationalError):
+    """PostgreSQL has refused this process's last connect, and the next one is not due yet; the text is the server's."""
+
+
 class PoolTimeout(SharedPoolError):
     """No connection became free within the caller's `timeout`."""
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import psycopg2
 from psycopg2.extensions import connection
@@ -14,6 +16,11 @@ from psycopg2.extensions import connection
 _COMMAND_OK, _TUPLES_OK = 1, 2  # PGRES_COMMAND_OK, PGRES_TUPLES_OK
 _NONE = -1  # no result
 _SQLSTATE = ord("C")  # PG_DIAG_SQLSTATE
+_BAD = 1  # CONNECTION_BAD
+_FAILED, _READING, _WRITING = 0, 1, 2  # PGRES_POLLING_*
+_SQLSTATE_ALONE = 3  # PQERRORS_SQLSTATE
+# How libpq writes a server's error then (fe-protocol3.c, pqBuildErrorMessage3): "severity:  code", and no text.
+_CODE_ALONE = re.compile(rb":  ([0-9A-Z]{5})$", re.MULTILINE)
 
 
 class _Option(ctypes.Structure):
@@ -38,6 +45,7 @@ def library() -> ctypes.CDLL | None:
         lib.PQconninfoFree.argtypes, lib.PQconninfoFree.restype = [ctypes.POINTER(_Option)], None
         lib.PQfinish.argtypes, lib.PQfinish.restype = [ctypes.c_void_p], None
         lib.PQsocket.argtypes, lib.PQsocket.restype = [ctypes.c_void_p], ctypes.c_int
+        _declare_connects(lib)
         lib.PQgssEncInUse.argtypes, lib.PQgssEncInUse.restype = [ctypes.c_void_p], ctypes.c_int
         lib.PQsendQuery.argtypes, lib.PQsendQuery.restype = [ctypes.c_void_p, ctypes.c_char_p], ctypes.c_int
         lib.PQconsumeInput.argtypes, lib.PQconsumeInput.restype = [ctypes.c_void_p], ctypes.c_int
@@ -51,6 +59,17 @@ def library() -> ctypes.CDLL | None:
     except (AttributeError, OSError):
         return None
     return lib
+
+
+def _declare_connects(lib: ctypes.CDLL) -> None:
+    """Declare what tells of a connect, and makes one."""
+    texts, conn = ctypes.POINTER(ctypes.c_char_p), [ctypes.c_void_p]
+    lib.PQconnectStartParams.argtypes, lib.PQconnectStartParams.restype = [texts, texts, ctypes.c_int], ctypes.c_void_p
+    lib.PQsetErrorVerbosity.argtypes, lib.PQsetErrorVerbosity.restype = [ctypes.c_void_p, ctypes.c_int], ctypes.c_int
+    for name in ("PQconnectPoll", "PQstatus", "PQconnectionUsedPassword"):
+        getattr(lib, name).argtypes, getattr(lib, name).restype = conn, ctypes.c_int
+    for name in ("PQhost", "PQhostaddr", "PQport"):
+        getattr(lib, name).argtypes, getattr(lib, name).restype = conn, ctypes.c_char_p
 
 
 def options(lib: ctypes.CDLL, conn: int) -> dict[str, str] | None:
@@ -94,6 +113,79 @@ def socket_of(conn: connection) -> int:
     lib = library()
     assert lib is not None
     return int(lib.PQsocket(conn.pgconn_ptr))
+
+
+class Tried(NamedTuple):
+    """How far libpq came with a connect that failed: the address it tried last, and whether a password was asked for.
+
+    `hostaddr` is empty for a unix socket, and where nothing was tried at all: no address was found, or an option is
+    not valid.
+    """
+
+    host: str
+    hostaddr: str
+    port: str
+    asked_password: bool
+
+
+def tried(conn: connection) -> Tried | None:
+    """Return how far a connect that failed has come; None where there is no telling."""
+    lib = library()
+    if lib is None:
+        return None
+    try:
+        pointer = conn.pgconn_ptr
+    except psycopg2.Error:
+        return None
+    if not pointer:
+        return None
+    host, hostaddr, port = (
+        (getattr(lib, name)(pointer) or b"").decode("utf-8", "replace") for name in ("PQhost", "PQhostaddr", "PQport")
+    )
+    return Tried(host, hostaddr, port, bool(lib.PQconnectionUsedPassword(pointer)))
+
+
+class Attempt:
+    """A connect of our own, step by step, as one that failed was made: to learn the SQLSTATE of the server's refusal.
+
+    libpq keeps that code of a failed connect to itself, but it writes it in the place of the server's text when it is
+    told so (PQERRORS_SQLSTATE, libpq 12). `finish` must be called.
+    """
+
+    def __init__(self, lib: ctypes.CDLL, options: Mapping[str, str]) -> None:
+        self._lib = lib
+        keywords, values = (
+            (ctypes.c_char_p * (len(options) + 1))(*(text.encode("utf-8", "surrogateescape") for text in texts), None)
+            for texts in (options.keys(), options.values())
+        )
+        self._conn: int | None = lib.PQconnectStartParams(keywords, values, 0)
+        self.state = _WRITING if lib.PQstatus(self._conn) != _BAD else _FAILED
+        lib.PQsetErrorVerbosity(self._conn, _SQLSTATE_ALONE)
+
+    @property
+    def fd(self) -> int:
+        """The socket, which changes when libpq tries another way; -1 for none."""
+        return int(self._lib.PQsocket(self._conn))
+
+    @property
+    def events(self) -> int:
+        """What the socket is to be polled for before the next step; 0 at the end."""
+        return {_READING: select.POLLIN, _WRITING: select.POLLOUT}.get(self.state, 0)
+
+    def step(self) -> None:
+        """Go on; the socket is ready. Does not block."""
+        self.state = self._lib.PQconnectPoll(self._conn)
+
+    def codes(self) -> list[str]:
+        """Return the SQLSTATEs with which servers have refused."""
+        message: bytes = self._lib.PQerrorMessage(self._conn) or b""
+        return [code.decode() for code in _CODE_ALONE.findall(message)]
+
+    def finish(self) -> None:
+        """Close it, and forget it."""
+        conn, self._conn = self._conn, None
+        if conn is not None:
+            self._lib.PQfinish(conn)
 
 
 def is_encrypted(conn: connection) -> bool:

@@ -84,6 +84,24 @@ def hammer(seconds: float, threads: int, timeout: float, work_s: float = 0.002) 
     return outcome
 
 
+def insist(seconds: float, timeout: float) -> dict[str, Any]:
+    """Check out and in, whatever that raises; tell how often it did what, its texts, and how long the longest took."""
+    outcomes: dict[str, int] = {}
+    texts: dict[str, str] = {}
+    longest, until = 0.0, time.monotonic() + seconds
+    while (began := time.monotonic()) < until:
+        try:
+            pool.put_conn(pool.get_conn(timeout=timeout))
+            kind = "done"
+        except psycopg2.Error as error:
+            kind = type(error).__name__
+            texts.setdefault(kind, str(error))
+        outcomes[kind] = outcomes.get(kind, 0) + 1
+        longest = max(longest, time.monotonic() - began)
+        time.sleep(0.005)  # other work
+    return {"outcomes": outcomes, "texts": texts, "longest": longest}
+
+
 def write_rows(worker: int, count: int) -> dict[str, Any]:
     """Write rows that say whose they are, each in a checkout of its own; read each back in the next one."""
     wrong, before = 0, ""
@@ -136,7 +154,7 @@ def leave() -> dict[str, Any]:
     raise SystemExit(0)
 
 
-commands = {f.__name__: f for f in (get, put, query, cycle, stats, hammer, write_rows, fork, leave)}
+commands = {f.__name__: f for f in (get, put, query, cycle, stats, hammer, insist, write_rows, fork, leave)}
 print("ready", flush=True)
 for line in sys.stdin:
     command = json.loads(line)

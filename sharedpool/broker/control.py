@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import psycopg2
-from psycopg2.extensions import connection, parse_dsn
+from psycopg2.extensions import connection, make_dsn, parse_dsn
 
 from sharedpool.broker import catalog
 from sharedpool.broker.activity import activity_of
@@ -28,6 +28,7 @@ from sharedpool.broker.commands import Command, Doubt, Fence, Interfere, Look, P
 from sharedpool.broker.leadership import Leadership
 from sharedpool.broker.ledger import Ledger
 from sharedpool.conninfo import connect_directly
+from sharedpool.libpq import socket_of_failed
 from sharedpool.wire.messages import Backend, Token
 from sharedpool.wire.reports import Activity
 from sharedpool.wire.tag import pattern_of
@@ -268,10 +269,12 @@ class Control:
     def _pass_barrier(self) -> None:
         """Make the control connection anew. A server that answers, be it with a refusal, has accepted us."""
         assert self._dsn is not None
+        fresh = connection.__new__(connection)
         try:
-            fresh = connect_directly(self._dsn, **self._defaults())
-        except psycopg2.OperationalError as error:
-            if "FATAL" not in str(error):
+            fresh.__init__(make_dsn(self._dsn, **self._defaults()))  # type: ignore[misc] # connects
+        except (psycopg2.OperationalError, UnicodeDecodeError):
+            # libpq keeps the socket on which it was refused, and none of one that never answered.
+            if (socket_of_failed(fresh) or -1) < 0:
                 raise
             return
         old = self._conn

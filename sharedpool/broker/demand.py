@@ -8,7 +8,8 @@ Decisions only, over the records; nothing here does I/O or reads a clock. `settl
 3. A waiter that does not want to wait is refused once every holder has answered, after that waiter's arrival, that it
    has nothing idle. Such a question to all holders is a *round*; later arrivals share the next one. A suspect lease is
    fenced then, for the next caller.
-4. While connections cannot be opened and the pool has none, every waiter is told the server's error at once.
+4. While connections cannot be opened and the pool has none, every waiter is told the server's error at once. So is
+   who would have to open one, but was refused by the server and may not try again yet (`refusal.py`).
 5. Where an operator has lowered a limit or paused a pool, what is too much is recalled in the same ways, for nobody.
 
 While `paused` (a restarted broker that does not know yet what is held) requests only queue; while `draining` everybody
@@ -64,8 +65,10 @@ class Demand:
         self._ask_serial = 0  # of recalls and of what they say to owe
         self._round = 0
         self._polling: dict[bytes, int] = {}  # sessions asked in this round, and the recall they are to answer
+        self._newcomers: list[Waiter] = []  # against whose sessions there is a refusal
         self._arrived = 0  # the newest recall when the last request came that does not wait
         self.paused = self.draining = False
+        self.why = ""  # it is paused
 
     def next_serial(self) -> int:
         """Return the number of the next word on what a session owes."""
@@ -80,6 +83,8 @@ class Demand:
             return
         if self.paused:
             return
+        if self._newcomers:
+            self._turn_away(now)
         if books.shrinking:
             self._shrink(now)
         if books.contended:
@@ -105,6 +110,7 @@ class Demand:
             or pool.suspects
             or pool.unpressed
             or pool.nowaits
+            or self._newcomers
             or self.draining
             or self.paused
             or pool.backoff.ceiling is not None
@@ -122,13 +128,32 @@ class Demand:
             pools = [pool for pool in books.contended.values() if pool.room > 0 and books.available(pool) > 0]
             if not pools:
                 return
-            self._grant(min((next(iter(pool.waiters.values())) for pool in pools), key=books.rank), now)
+            waiter = min((next(iter(pool.waiters.values())) for pool in pools), key=books.rank)
+            if not self._turned_away(waiter, now):
+                self._grant(waiter, now)
+
+    def _turn_away(self, now: float) -> None:
+        """Refuse who would only make others give up a connection, and may not open one in its place."""
+        newcomers, self._newcomers = self._newcomers, []
+        for waiter in newcomers:
+            # On a line of the desk it may be given a connection that is open.
+            if not waiter.line and waiter.session.waiters.get(waiter.request) is waiter:
+                self._turned_away(waiter, now)
+
+    def _turned_away(self, waiter: Waiter, now: float) -> bool:
+        session, pool = waiter.session, waiter.session.pool
+        if pool.refusals.held_until(session.id, session.refusal, now) is None:
+            return False
+        pool.denials += 1
+        self.deny(waiter, DenyReason.REFUSED, now)
+        return True
 
     def _grant(self, waiter: Waiter, now: float) -> None:
         session, pool = waiter.session, waiter.session.pool
         self._books.dequeue(waiter)
         lease = Lease(self.new_token(), session, pool, request=waiter.request, since=now)
         self._books.move(lease, SlotState.GRANTED, "granted")
+        pool.refusals.tries(session.id, session.refusal, now)
         if pool.backoff.granted(lease.token, len(pool.leases) - 1, now):
             self._arm(pool.backoff.probe_at, "probe", pool)
         pool.grants += 1
@@ -420,6 +445,8 @@ class Demand:
     def add(self, waiter: Waiter) -> None:
         """Queue a request."""
         self._books.enqueue(waiter)
+        if waiter.session.refusal is not None:
+            self._newcomers.append(waiter)
         if waiter.nowait:
             self._arrived = self._ask_serial
 
@@ -479,6 +506,11 @@ class Demand:
                     pool.denials += 1
                     self.deny(waiter, DenyReason.FAILING, now)
 
+    def time_out(self, waiter: Waiter, now: float) -> None:
+        """Refuse who has waited for as long as he wanted."""
+        held = DenyReason.PAUSED if waiter.session.pool.held else None
+        self.deny(waiter, held or (DenyReason.WAITING if self.paused else DenyReason.TIMEOUT), now)
+
     def deny(self, waiter: Waiter, reason: DenyReason, now: float) -> None:
         """Refuse a request, saying what its limit is and who holds most of it, or what the server said."""
         books, pool = self._books, waiter.session.pool
@@ -494,7 +526,12 @@ class Demand:
             reserved = books.groups.reserved - pool.group.terms.reserved if capped else 0
             if pool.group.room <= 0 and pool.group.terms.max_conn is not None:
                 group, limit = pool.group.name, pool.group.terms.max_conn
-        error, retry_ms = pool.backoff.error, max(0, int((pool.backoff.probe_at - now) * 1000))
+        error, retry_at = self.why if self.paused else pool.backoff.error, pool.backoff.probe_at
+        session = waiter.session
+        if reason is DenyReason.REFUSED and session.refusal is not None:
+            error = session.refusal.error
+            retry_at = pool.refusals.held_until(session.id, session.refusal, now) or now
+        retry_ms = max(0, int((retry_at - now) * 1000))
         denial = Deny(waiter.request, reason, limit, holders, capped, error, retry_ms, group, reserved)
         self._emit(Send(waiter.session.id, denial))
 

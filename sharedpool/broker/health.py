@@ -9,6 +9,7 @@ from sharedpool.broker.books import Books
 from sharedpool.broker.commands import Command, Doubt, Send
 from sharedpool.broker.leases import Logger
 from sharedpool.broker.records import Lease, Pool, Session, SlotState
+from sharedpool.broker.refusal import concerns_all
 from sharedpool.wire.messages import Confirm, Release, Stale, Trouble
 
 # SQLSTATEs that say of themselves that the server is another now, or read-only, or going down with everybody on it.
@@ -36,10 +37,20 @@ class Health:
     # --- connects
 
     def failed(self, session: Session, release: Release, now: float) -> None:
-        """Hold connects back: one could not be opened, for a reason that concerns everybody."""
+        """Take in that a connection could not be opened: hold connects back, everybody's or only this session's."""
         pool = session.pool
         lease = pool.leases.get(release.token)
-        counted = lease is not None and lease.state is SlotState.GRANTED and release.token != pool.backoff.probe
+        if not concerns_all(release.code, unreachable=release.unreachable):
+            self._refused(session, release, now)
+            return
+        granted_at = None if lease is None or lease.state is not SlotState.GRANTED else lease.since
+        if granted_at is not None and granted_at < pool.opened_at and pool.opener != session.id:
+            # Another has found the server meanwhile. What that says of itself counts all the same.
+            session.astray = session.astray or release.unreachable
+        if session.astray and release.unreachable:
+            self._refused(session, release, now)
+            return
+        counted = granted_at is not None and release.token != pool.backoff.probe
         others = pool.connected - counted
         if not pool.backoff.error:
             text = "pool %r: %s cannot connect, so the pool keeps its %d connections and tries one at a time: %s"
@@ -47,13 +58,34 @@ class Health:
                 logging.WARNING, text, pool.name, session.label, others, release.error,
                 pool=pool.name, lease=str(release.token), session=session.label, reason=release.error,
             )  # fmt: skip
+        pool.blamed = session.id if release.unreachable else b""
         self._arm(pool.backoff.failed(release.token, others, release.error, now), "probe", pool)
 
-    def opened(self, lease: Lease, confirm: Confirm) -> None:
+    def _refused(self, session: Session, release: Release, now: float) -> None:
+        """Hold one session's connects back: it is refused for a reason of its own, or of its role's."""
+        before = session.refusal
+        session.refusal = session.pool.refusals.failed(session.id, before, release.code, release.error, now)
+        if before is None or before.code != release.code:
+            text = "pool %r: %s is refused%s and may only try now and then, until it is let in: %s"
+            code = f" ({release.code})" if release.code else ""
+            self._log(
+                logging.WARNING, text, session.pool.name, session.label, code, release.error,
+                pool=session.pool.name, lease=str(release.token), session=session.label, reason=release.error,
+            )  # fmt: skip
+
+    def opened(self, lease: Lease, confirm: Confirm, now: float) -> None:
         """Allow more connects: one has succeeded."""
-        pool = lease.pool
+        pool, session = lease.pool, lease.session
+        pool.opened_at, pool.opener = now, session.id
+        session.astray = False
+        if session.refusal is not None:
+            pool.refusals.opened(session.refusal)
+            session.refusal = None
         if pool.backoff.probe == confirm.token:
             pool.backoff.opened(confirm.token, pool.connected + 1, pool.max_conn)
+            if pool.blamed != session.id and (blamed := pool.sessions.get(pool.blamed)) is not None:
+                blamed.astray = True  # it alone may not find the server; if it does, that is forgotten
+            pool.blamed = b""
 
     def probe_due(self, pool: Pool, now: float) -> None:
         """Let one connect be tried."""

@@ -64,7 +64,7 @@ def run_detached(log: str) -> None:
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     os.dup2(fd, 2)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    server = Server(settings)
+    server, bound = Server(settings), False
     try:
         server.bind()
     except AlreadyRunning:
@@ -72,14 +72,14 @@ def run_detached(log: str) -> None:
     except SharedPoolError as error:
         word = str(error)
     else:
-        word = "ready"
+        word, bound = "ready", True
         if os.fstat(fd).st_size > _LOG_KEPT_BYTES:
             os.ftruncate(fd, 0)
     print(word, flush=True)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
-    if word == "ready":
+    if bound:
         serve(server)
     os._exit(0)
 

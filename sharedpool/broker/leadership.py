@@ -67,7 +67,7 @@ class Leadership:
                 " XDG_RUNTIME_DIR, TMPDIR or lock files? Give all workers one broker=, or each group its own name=)"
             )
             logger.error(text, rival)
-            self._tell(lambda ledger, now: ledger.outranked(now))
+            self._tell(lambda ledger, now: ledger.outranked(now, f"another broker counts to this limit: {rival}"))
         elif self._rival and not rival:
             logger.warning("the other broker has ended: this one counts to the limit from now on")
             self._tell(lambda ledger, now: ledger.leads(now, after_another=True))

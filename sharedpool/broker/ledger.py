@@ -291,14 +291,16 @@ class Ledger:
     def hold(self, grace_s: float, now: float, why: str = "no journal of a former broker") -> list[Command]:
         """Grant nothing for `grace_s`: former brokers may have granted what nobody here knows."""
         self._demand.paused = True
+        self._demand.why = f"{why}, so it waits until all workers have said what they hold"
         self._recovery.hold(now + grace_s)
         self._timers.arm(now + grace_s, "grace", self)
         self._log(logging.WARNING, "%s: granting nothing for %.1f s", why, grace_s)
         return self._settled(now)
 
-    def outranked(self, now: float) -> list[Command]:
-        """Grant nothing until `leads`: another broker counts to the same limit, or there is no telling yet."""
+    def outranked(self, now: float, why: str) -> list[Command]:
+        """Grant nothing until `leads`: another broker counts to the same limit, or there is no telling yet (`why`)."""
         self._recovery.give_way()
+        self._demand.why = why
         return self._settled(now)
 
     def leads(self, now: float, *, after_another: bool) -> list[Command]:
@@ -410,7 +412,7 @@ class Ledger:
             self._leases.identify(lease, confirm.backend)
             if lease.state is not SlotState.OPEN:
                 self._books.move(lease, SlotState.OPEN, "confirmed")
-            self._health.opened(lease, confirm)
+            self._health.opened(lease, confirm, now)
             self._leases.note(lease, Phase.IN_USE, now, "")
 
     def _renew(self, session: Session, renew: Renew, now: float) -> None:
@@ -475,7 +477,7 @@ class Ledger:
     def _waiter_due(self, waiter: Waiter, now: float) -> None:
         if waiter.session.waiters.get(waiter.request) is waiter:
             waiter.session.pool.timeouts += 1
-            self._demand.deny(waiter, DenyReason.PAUSED if waiter.session.pool.held else DenyReason.TIMEOUT, now)
+            self._demand.time_out(waiter, now)
 
     def _answer_due(self, session: Session, now: float) -> None:
         if self._books.sessions.get(session.id) is session:

@@ -14,6 +14,7 @@ from enum import Enum
 from sharedpool.broker.backoff import Backoff
 from sharedpool.broker.commands import Process
 from sharedpool.broker.groups import Group
+from sharedpool.broker.refusal import Refusal, Refusals
 from sharedpool.broker.totals import Totals
 from sharedpool.wire.desk import Live
 from sharedpool.wire.messages import Backend, PoolSpec, Times, Token
@@ -98,7 +99,8 @@ class Session:
     handed over to it; `nudged` is that count when it was last asked for what it keeps, `nudge_at` when it may be asked
     again. `restored`: known from a former broker, and has not said HELLO since; it is not fenced before `spared_until`.
     `debts` are leases that an operator wants back: it owes as many checkins at least. `inquired`: the newest waiter, of
-    a less important group, for whom it was asked what lies idle.
+    a less important group, for whom it was asked what lies idle. `refusal`: what stands against its connects.
+    `astray`: it finds no server where others do.
     """
 
     id: bytes
@@ -123,6 +125,8 @@ class Session:
     answered: int = 0
     awaited: int = 0
     inquired: int = 0
+    refusal: Refusal | None = None
+    astray: bool = False
     expiring: bool = False
     passes: int = 0
     nudged: int = -1
@@ -192,7 +196,11 @@ class Pool:
     overdue: int = 0
     waited: deque[float] = field(default_factory=lambda: deque(maxlen=_WAITS_KEPT))
     history: deque[int] = field(default_factory=lambda: deque(maxlen=_SAMPLES_KEPT))  # slots in use, now and then
+    opened_at: float = -math.inf  # when a connect last succeeded, and in which session
+    opener: bytes = b""
+    blamed: bytes = b""  # the session that found no server last
     totals: Totals = field(default_factory=Totals)
+    refusals: Refusals = field(default_factory=Refusals)
 
     def succeed(self, past: Pool) -> None:
         """Go on counting where a pool of the same name, which nobody used for a while, has ended."""

@@ -54,6 +54,7 @@ from sharedpool.broker.scope import scope_of
 from sharedpool.broker.sessions import other_version
 from sharedpool.broker.settings import BrokerSettings
 from sharedpool.broker.systemd import notify
+from sharedpool.conninfo import ConnInfo
 from sharedpool.errors import ConfigError, ProtocolError, SharedPoolError
 from sharedpool.wire import address as addresses
 from sharedpool.wire.codec import decode_to_broker, encode, hello_version
@@ -286,7 +287,8 @@ class Server:
         # Without a control connection there is nobody to confirm the end of what the dead have left: it stays counted.
         self._execute(self._ledger.restore(self._journal.entries, now))
         if self._leadership is not None:  # until the control connection has been tried
-            self._execute(self._ledger.outranked(now))
+            server = ConnInfo(self.settings.dsn or "").identity()
+            self._execute(self._ledger.outranked(now, f"PostgreSQL has not answered its first connect to {server}"))
         if self._follows and not self._journal.intact:
             self._execute(self._ledger.hold(self.settings.ttl_s, now))
         elif self._leadership is None:

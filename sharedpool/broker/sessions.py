@@ -15,6 +15,7 @@ from sharedpool.broker.commands import Command, Forget, Process, Send, Watch
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.leases import Leases, Logger
 from sharedpool.broker.records import Pool, Session, SlotState
+from sharedpool.broker.refusal import Refusals
 from sharedpool.wire.messages import PROTOCOL_VERSION, Bye, Hello, PoolSpec, Reject, Token, Welcome
 from sharedpool.wire.tag import shown, tag_of
 
@@ -70,7 +71,7 @@ class Sessions:
             spec = structs.replace(spec, database="")
         pool = books.find(spec) or self._unnamed(spec)
         if pool is None:
-            pool = Pool(spec, spec.max_conn, Backoff(self._random))
+            pool = Pool(spec, spec.max_conn, Backoff(self._random), refusals=Refusals(self._random))
             books.add(pool)
             if (past := books.past.pop(pool.name, None)) is not None:
                 pool.succeed(past)

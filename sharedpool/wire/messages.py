@@ -219,8 +219,8 @@ class ReleaseReason(StrEnum):
 class Release(Struct, frozen=True, tag="release"):
     """Give a lease back. `gone` is False when the worker could not see its backend's end: the broker must look.
 
-    `error` is what kept the connection from being opened, when that may concern the whole pool (the server is down,
-    starts up or is full), not this worker alone (a wrong password).
+    `error` is what kept the connection from being opened, to be shown; `code` the server's SQLSTATE, where it has
+    refused and the worker could learn that; `unreachable`: no server has answered.
     """
 
     token: Token
@@ -228,6 +228,8 @@ class Release(Struct, frozen=True, tag="release"):
     reason: ReleaseReason
     backend: Backend | None = None
     error: str = ""
+    code: str = ""
+    unreachable: bool = False
 
 
 class Trouble(Struct, frozen=True, tag="trouble"):
@@ -299,6 +301,8 @@ class DenyReason(StrEnum):
     TIMEOUT = "timeout"
     CROWDED = "crowded"  # max_waiting others wait already
     FAILING = "failing"  # connections cannot be opened just now
+    REFUSED = "refused"  # this session's cannot
+    WAITING = "waiting"  # the broker cannot grant anything yet
     DRAINING = "draining"  # the broker is about to end
     PAUSED = "paused"  # by an operator
 
@@ -306,8 +310,9 @@ class DenyReason(StrEnum):
 class Deny(Struct, frozen=True, tag="deny"):
     """No lease; `holders` hold most of the limit that is reached: the pool's, or (`capped`) that over all pools.
 
-    `error` is the server's, when connections cannot be opened; the next try is in `retry_ms`. `group`: the limit is its
-    own. `reserved`: so many of the limit over all pools are for other groups.
+    `error` is the server's, when connections cannot be opened; the next try is in `retry_ms`. Or it is why the broker
+    grants nothing yet. `group`: the limit is its own. `reserved`: so many of the limit over all pools are for other
+    groups.
     """
 
     request: int

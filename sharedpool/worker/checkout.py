@@ -17,7 +17,7 @@ from psycopg2.extensions import connection
 
 from sharedpool.errors import PoolClosed, PoolError
 from sharedpool.wire.messages import Phase, ReleaseReason
-from sharedpool.worker import callsite, gate, wording
+from sharedpool.worker import callsite, gate, green, wording
 from sharedpool.worker.booth import Booth, Gate
 from sharedpool.worker.connection import (
     CHECK_AFTER_S,
@@ -25,7 +25,6 @@ from sharedpool.worker.connection import (
     bear_witness,
     connect,
     describe,
-    failure,
     is_alive,
     rests,
     server_of,
@@ -36,6 +35,7 @@ from sharedpool.worker.handover import can_move
 from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.lease import Lease, Ticket
 from sharedpool.worker.link import Link
+from sharedpool.worker.logs import logger
 from sharedpool.worker.registration import Registration
 from sharedpool.worker.session import thread_names
 from sharedpool.worker.tickets import wait_ms
@@ -107,6 +107,10 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
 
 def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) -> Lease:
     """Return a lease: an idle one after all, one handed on by another thread, or one the broker grants."""
+    if logger.is_kept:  # a finalizer, for instance, which runs wherever there is garbage to collect
+        raise wording.in_the_link(holdings.config.name)
+    if green.is_eventlets():
+        raise wording.unsupported(holdings.config.name)
     holdings.reclaim(min(wait_s, 1000.0) if wait_s else ANSWER_LIMIT_S)
     holdings.locate_broker()
     place = holdings.take_booth() or Gate()
@@ -263,8 +267,7 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
             elif not made or not made[0].dsn:  # interrupted before libpq was called
                 holdings.give_back(lease, reason)
             elif made[0].closed:
-                gone, concerns_all = failure(made[0], error)
-                holdings.give_back(lease, reason, gone=gone, error=concerns_all)
+                holdings.not_opened(lease, reason, holdings.diagnosis.of(made[0], error, deadline))
             elif not isinstance(error, OSError):
                 holdings.discard(lease, bear_witness(made[0]), reason)
             else:

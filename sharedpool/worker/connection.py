@@ -8,7 +8,6 @@ server that sent it (`hangup.py`); a plain `close()` only asks for it.
 from __future__ import annotations
 
 import os
-import re
 import select
 import time
 from collections.abc import Callable
@@ -20,21 +19,13 @@ from psycopg2 import extensions
 
 from sharedpool.conninfo import ConnInfo
 from sharedpool.errors import SharedPoolError
-from sharedpool.libpq import socket_of_failed
 from sharedpool.wire.messages import Backend, Phase
 from sharedpool.worker import gate, green, names, wrapper
-from sharedpool.worker.ending import HUNG_UP, close_confirmed, close_witness, dead_end, disown, see_off
+from sharedpool.worker.ending import HUNG_UP, close_confirmed, close_witness, dead_end, disown
 
 CHECK_AFTER_S = 0.5  # idle, or lent out, for longer than this: look whether the server is still there
 # libpq waits for ever by default; a pool must not.
 CONNECT_LIMIT_S = 10
-
-# What one worker alone may be to blame for: others need not hold back. (libpq gives no SQLSTATE of a failed connect.)
-_ONES_OWN = re.compile(
-    r"authentication|pg_hba|password|does not exist|not permitted|permission denied|certificate|no such user"
-    r"|invalid|unsupported|unrecognized|SSL|GSS",
-    re.IGNORECASE,
-)
 
 # client_connection_check_interval (PostgreSQL 14+): a dead worker's backend notices even in the middle of a query.
 _DESCRIBE_SQL = """
@@ -219,8 +210,9 @@ def pooled_class(factory: type[extensions.connection] | None) -> type[PooledConn
 def connect(
     conninfo: ConnInfo, application_name: str, timeout_s: float | None, made: list[PooledConnection]
 ) -> PooledConnection:
-    """Open a connection; blocks for its `connect_timeout`, by default `timeout_s` or 10 s. Raise what psycopg2 raises,
-    and what a function raises that is asked for the password.
+    """Open a connection; blocks for its `connect_timeout`, by default 10 s, or for `timeout_s` if that is shorter.
+
+    Raise what psycopg2 raises, and what a function raises that is asked for the password.
 
     The connection is in `made` even before it is connected: an interrupt anywhere does not lose it.
     """
@@ -229,12 +221,12 @@ def connect(
     keywords = {**conninfo.python_kwargs, **named}
     factory = pooled_class(keywords.pop("connection_factory", None))
     parameters = extensions.parse_dsn(dsn)
-    if "connect_timeout" not in parameters and "PGCONNECT_TIMEOUT" not in os.environ:
-        limit = CONNECT_LIMIT_S if timeout_s is None else min(CONNECT_LIMIT_S, timeout_s)
-        keywords["connect_timeout"] = max(1, round(limit))
-    limit_s = _number(
-        keywords.get("connect_timeout") or parameters.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT")
-    )
+    asked = keywords.get("connect_timeout") or parameters.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT")
+    limit_s = _number(asked) if asked is not None else CONNECT_LIMIT_S
+    if timeout_s is not None and limit_s is not None and not 0 < limit_s <= timeout_s:
+        limit_s = max(0.1, timeout_s)
+    if limit_s is not None and limit_s != _number(asked):
+        keywords["connect_timeout"] = max(1, round(limit_s))
     started = time.monotonic()
     if "fallback_application_name" not in parameters:
         keywords["fallback_application_name"] = application_name
@@ -246,11 +238,18 @@ def connect(
         made.append(conn)
         conn.sharedpool_started = started
         conn.sharedpool_timeout_s = limit_s
-        conn.__init__(dsn, **options)  # type: ignore[misc] # connects
+        with green.connects_patiently(conn, limit_s):
+            conn.__init__(dsn, **options)  # type: ignore[misc] # connects
         return conn
 
-    with green.connect_limit(limit_s):
-        returned = psycopg2.connect(given, connection_factory=make, **keywords)
+    try:
+        with green.connect_limit(limit_s):
+            returned = psycopg2.connect(given, connection_factory=make, **keywords)
+    except UnicodeDecodeError as error:
+        if not made or not made[0].closed:
+            raise
+        # What the server says before it knows the client's encoding comes in its own, which psycopg2 does not expect.
+        raise psycopg2.OperationalError(error.object.decode("utf-8", "replace").strip()) from None
     if not made:
         returned.close()
         raise SharedPoolError(
@@ -266,28 +265,6 @@ def _number(text: object) -> float | None:
         return float(str(text))
     except ValueError:
         return None
-
-
-def failure(conn: PooledConnection, error: BaseException) -> tuple[bool, str]:
-    """Say of a connect that failed whether its backend is known to be gone, or never was, and whom it concerns.
-
-    The text is empty when the fault may be this worker's alone (a wrong password, no such database).
-    """
-    text = " ".join(str(error).split())[:500] if isinstance(error, psycopg2.Error) else ""
-    if _ONES_OWN.search(text):
-        text = ""
-    fd = socket_of_failed(conn)
-    if fd is None:
-        return False, text
-    if fd >= 0:  # the server has refused, and leaves
-        # libpq's own is open as long as `conn` lives; a duplicate might not be had.
-        see_off(conn, fd)
-        return conn.sharedpool_gone, text
-    # Never connected, unless libpq gave up waiting, or has tried several hosts.
-    took_s, limit_s = time.monotonic() - conn.sharedpool_started, conn.sharedpool_timeout_s
-    timed_out = "timeout expired" in text or (limit_s is not None and 0 < limit_s <= took_s + 0.1)
-    several = "," in extensions.parse_dsn(conn.dsn).get("host", "")
-    return not timed_out and not several, text
 
 
 def bear_witness(conn: PooledConnection) -> PooledConnection:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 
@@ -11,8 +10,7 @@ from sharedpool.wire.codec import encode
 from sharedpool.wire.desk import Deposit
 from sharedpool.wire.messages import Token
 from sharedpool.worker.connection import PooledConnection
-
-logger = logging.getLogger("sharedpool.worker")
+from sharedpool.worker.logs import logger
 
 
 class Desk:

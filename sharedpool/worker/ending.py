@@ -86,9 +86,9 @@ def _see_off(conns: list[tuple[PooledConnection, int]], limit_s: float) -> None:
                 waiting.pop(fd).sharedpool_gone = gone
 
 
-def see_off(conn: PooledConnection, witness: int) -> None:
+def see_off(conn: PooledConnection, witness: int, limit_s: float = CLOSE_LIMIT_S) -> None:
     """End a session by its witness alone; `sharedpool_gone` as ever. The descriptor stays the caller's."""
-    _see_off([(conn, witness)], CLOSE_LIMIT_S)
+    _see_off([(conn, witness)], limit_s)
 
 
 def abandon(shell: PooledConnection) -> None:

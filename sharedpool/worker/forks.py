@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import mmap
 import os
 import sys
@@ -15,8 +14,7 @@ import weakref
 from typing import Any, Protocol
 
 from sharedpool.errors import PoolError
-
-logger = logging.getLogger("sharedpool.worker")
+from sharedpool.worker.logs import logger  # whose `atexit` is registered first, and so runs after ours
 
 
 class Forkable(Protocol):

@@ -19,13 +19,22 @@ import psycopg2
 import zmq
 from psycopg2 import extensions
 
+from sharedpool import libpq
+
 _STEP_S = 0.001
+_EVENTS = {extensions.POLL_READ: select.POLLIN, extensions.POLL_WRITE: select.POLLOUT}
 
 
 def patched(module: str = "threading") -> bool:
     """Say whether gevent has patched a module of the standard library in this process."""
     monkey = sys.modules.get("gevent.monkey")
     return monkey is not None and bool(monkey.is_module_patched(module))
+
+
+def is_eventlets() -> bool:
+    """Say whether eventlet has patched this process: its greenlets would wait for ever for a thread that is one."""
+    patcher = sys.modules.get("eventlet.patcher")
+    return patcher is not None and any(map(patcher.is_monkey_patched, ("thread", "socket", "select")))
 
 
 def start_thread(target: Callable[[], None], name: str) -> None:
@@ -63,26 +72,68 @@ def may_connect_to_itself() -> bool:
     return not patched() or extensions.get_wait_callback() is not None
 
 
+class ConnectTimeout(psycopg2.OperationalError):
+    """The server did not answer in time; libpq itself counts no time when psycopg2 waits by a callback."""
+
+
 @contextlib.contextmanager
 def connect_limit(limit_s: float | None) -> Iterator[None]:
-    """Give a connect up after `limit_s` seconds (None or 0: never), as libpq does by itself when it may block.
+    """Give a connect up after `limit_s` seconds (None or 0: never), where greenlets wait; raise `ConnectTimeout` then.
 
-    Raise `psycopg2.OperationalError` then. psycopg2 does not block, and libpq counts nothing, with a wait callback.
+    See `connects_patiently` for where threads do.
     """
     if not limit_s or not patched() or extensions.get_wait_callback() is None:
         yield
         return
     import gevent
 
-    with gevent.Timeout(limit_s, psycopg2.OperationalError("timeout expired: the server did not answer in time")):
+    with gevent.Timeout(limit_s, ConnectTimeout(f"the server did not answer within {limit_s:g} s")):
         yield
+
+
+@contextlib.contextmanager
+def connects_patiently(conn: extensions.connection, limit_s: float | None) -> Iterator[None]:
+    """Give a connect of `conn` up after `limit_s` seconds (None or 0: never); raise `ConnectTimeout` then.
+
+    A wait callback cannot be interrupted, whatever it is. But all it can do is to call `conn.poll()` and to wait for
+    what that says: so, while it connects, it waits inside, with a limit.
+    """
+    if not limit_s or patched() or extensions.get_wait_callback() is None:
+        yield
+        return
+    poll, deadline = conn.poll, time.monotonic() + limit_s
+
+    def patient() -> int:
+        while (events := _EVENTS.get(state := poll())) is not None:
+            waiting = select.poll()
+            waiting.register(conn.fileno(), events)
+            if not waiting.poll(max(0.0, (deadline - time.monotonic()) * 1000)) and time.monotonic() >= deadline:
+                raise ConnectTimeout(f"{_server_of(conn)} did not answer within {limit_s:g} s")
+        return state
+
+    conn.__dict__["poll"] = patient
+    try:
+        yield
+    finally:
+        del conn.__dict__["poll"]
+
+
+def _server_of(conn: extensions.connection) -> str:
+    tried = libpq.tried(conn)
+    return "the server" if tried is None else f"the server at {tried.host}, port {tried.port},"
 
 
 def poller() -> select.poll:
     """Return the system's own poll object: gevent's knows neither POLLRDHUP nor a poll that does not switch."""
     if not patched("select"):
-        return select.poll()
+        return select.poll() if hasattr(select, "poll") else _eventlets_poller()
     made: select.poll = sys.modules["gevent.monkey"].get_original("select", "poll")()
+    return made
+
+
+def _eventlets_poller() -> select.poll:
+    """Return the system's poll object where eventlet has taken it away: connections of before must end all the same."""
+    made: select.poll = sys.modules["eventlet.patcher"].original("select").poll()
     return made
 
 

@@ -6,7 +6,6 @@ I/O or a user's callback.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import threading
@@ -37,17 +36,17 @@ from sharedpool.worker.connection import (
     settle,
     turned_read_only,
 )
+from sharedpool.worker.diagnosis import Diagnosis, Failure
 from sharedpool.worker.ending import close_confirmed, cut, dead_end, disown, see_off, take_witness
 from sharedpool.worker.handover import PATIENT_S, SUPPORTED, Shells, adopt, prepare, vacate, works
 from sharedpool.worker.lease import CLOSING_LIMIT_S, Closing, Lease, Ticket
 from sharedpool.worker.link import Link
 from sharedpool.worker.location import BrokerLocation
+from sharedpool.worker.logs import logger
 from sharedpool.worker.registration import Registration
 from sharedpool.worker.session import Session
 from sharedpool.worker.settings import Callback, PoolConfig
 from sharedpool.worker.wrapper import outside
-
-logger = logging.getLogger("sharedpool.worker")
 
 READ_ONLY = "25006"
 # SQLSTATEs by which a server says that it is read-only, goes down, or has just come up.
@@ -56,6 +55,7 @@ FAILOVER = frozenset({READ_ONLY, "57P01", "57P02", "57P03"})
 _ASKED_FOR = (ReleaseReason.TAKEN, ReleaseReason.OWED)
 # A hand-over that fails so often before it has worked once is not tried again: a slow server may spoil one trial.
 _TRIALS = 3
+_LOGS_LIMIT_S = 1.0
 BROKEN = 2  # psycopg2's `closed` of a connection that an error ended
 
 
@@ -85,6 +85,7 @@ class Holdings:
         self.registration: Registration | None = None
         self._latest: tuple[Link, Registration] | None = None  # which may have left, and not ended yet
         self.hands_over = False  # the broker passes connections on, and this process takes them
+        self.diagnosis = Diagnosis()
         self.shells = Shells(config.conninfo.python_kwargs)
         self.handover = config.handover and not config.disable_pooling and SUPPORTED  # until it is found not to work
         self._tested, self._trials = False, _TRIALS  # whether it was found to work here
@@ -337,13 +338,23 @@ class Holdings:
             self.cache.out.append(Interrupt(token, trial))
         self.signal()
 
-    def give_back(self, lease: Lease, reason: ReleaseReason, *, gone: bool = True, error: str = "") -> None:
-        """Give back a lease that has no connection here; `gone` False when one may be left on the server.
-
-        `error`: why it could not be opened, if that concerns every worker.
-        """
+    def give_back(self, lease: Lease, reason: ReleaseReason, *, gone: bool = True) -> None:
+        """Give back a lease that has no connection here; `gone` False when one may be left on the server."""
         with self.lock:
-            self.cache.closed(lease, reason, gone=gone, error=error)
+            self.cache.closed(lease, reason, gone=gone)
+        self.signal()
+
+    def not_opened(self, lease: Lease, reason: ReleaseReason, failure: Failure) -> None:
+        """Give back a lease for which no connection could be opened."""
+        with self.lock:
+            self.cache.closed(
+                lease,
+                reason,
+                gone=failure.gone,
+                error=failure.error,
+                code=failure.code,
+                unreachable=failure.unreachable,
+            )
         self.signal()
 
     def deposit(self, lease: Lease, conn: PooledConnection) -> None:
@@ -411,6 +422,7 @@ class Holdings:
         if self.transient and self._latest is not None and not (self.cache.leases or self.cache.waiting):
             link, registration = self._latest
             link.leave(registration)
+            logger.flush(_LOGS_LIMIT_S)
 
     @property
     def busy(self) -> bool:

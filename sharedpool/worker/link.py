@@ -7,7 +7,6 @@ thread, so that a process that never calls its pools again still gives back what
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import random
@@ -28,9 +27,8 @@ from sharedpool.wire.messages import Reject, ToBroker, ToWorker, Welcome
 from sharedpool.worker import green
 from sharedpool.worker.booth import Booths
 from sharedpool.worker.desk import Desk
+from sharedpool.worker.logs import logger
 from sharedpool.worker.registration import Endpoint, Registration
-
-logger = logging.getLogger("sharedpool.worker")
 
 _HELLO_RETRY_S = 1.0
 _RESTART_AFTER_S = 3.0  # without a WELCOME: see whether the automatic broker must be started
@@ -137,6 +135,10 @@ class Link:
     def _run(self) -> None:
         if not self._claim.acquire(blocking=False):
             return
+        with logger.kept():
+            self._live()
+
+    def _live(self) -> None:
         self._thread = green.current_thread()
         self._running = True
         self._zmq = green.zmq_library()

@@ -5,7 +5,6 @@ All of it runs in the link's thread.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import sys
@@ -38,11 +37,10 @@ from sharedpool.worker.connection import PooledConnection
 from sharedpool.worker.ending import close_confirmed, cut
 from sharedpool.worker.lease import Closing, Ticket
 from sharedpool.worker.leases import lost, unfinished
+from sharedpool.worker.logs import logger
 
 if TYPE_CHECKING:
     from sharedpool.worker.holdings import Holdings
-
-logger = logging.getLogger("sharedpool.worker")
 
 
 class Session:

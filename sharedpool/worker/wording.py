@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from sharedpool.errors import (
     BrokerUnavailable,
+    ConnectRefused,
     PoolError,
     PoolExhausted,
     PoolTimeout,
     ServerUnavailable,
+    SharedPoolError,
     TooManyWaiting,
 )
 from sharedpool.wire.messages import Deny, DenyReason, Holder
@@ -20,11 +22,18 @@ def refused(pool: str, deny: Deny, wait_s: float) -> PoolError:
             f"pool {pool!r}: PostgreSQL accepts no connections (the next try is in {deny.retry_ms / 1000:.1f} s), as"
             f" another caller has found: {deny.error}"
         )
+    if deny.reason is DenyReason.REFUSED:
+        return ConnectRefused(
+            f"pool {pool!r}: PostgreSQL has refused this process (the next try is in {deny.retry_ms / 1000:.1f} s):"
+            f" {deny.error}"
+        )
     if deny.reason is DenyReason.DRAINING:
         return BrokerUnavailable(f"pool {pool!r}: the broker is shutting down and lends nothing any more")
     if deny.reason is DenyReason.PAUSED:
         paused = f"pool {pool!r} is paused (`sharedpool pause`) and lends nothing until it is resumed"
         return PoolTimeout(f"{paused}: waited {wait_s:g} s") if wait_s else PoolExhausted(paused)
+    if deny.reason is DenyReason.WAITING:
+        return PoolTimeout(f"pool {pool!r}: waited {wait_s:g} s; the broker lends nothing yet: {deny.error}")
     held = ", ".join(map(_holding, deny.holders))
     who = f"; held most by {held}" if held else ""
     scope = "all pools of the broker" if deny.capped else "all processes"
@@ -70,4 +79,20 @@ def unanswered(pool: str, address: str, waited_s: float, trouble: str) -> Broker
     return BrokerUnavailable(
         f"pool {pool!r}: the broker at {address} did not answer within {waited_s:.1f} s ({trouble})."
         " Is `sharedpool broker` running, and is SHAREDPOOL_BROKER (or broker=) its address?"
+    )
+
+
+def in_the_link(pool: str) -> PoolError:
+    """Return the error for a checkout in the thread that is to serve it."""
+    return SharedPoolError(
+        f"pool {pool!r}: get_conn() was called in sharedpool's own thread, which would wait for itself. Called from a"
+        " __del__ method or a weakref callback, which run in any thread: hand that work to a thread of your own"
+    )
+
+
+def unsupported(pool: str) -> PoolError:
+    """Return the error for a process in which nothing would ever be answered."""
+    return SharedPoolError(
+        f"pool {pool!r}: sharedpool does not work in a process that eventlet has monkey-patched. Use threads"
+        " (gunicorn -k gthread, celery -P threads), processes (celery -P prefork) or gevent"
     )

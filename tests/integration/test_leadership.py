@@ -28,7 +28,7 @@ class Candidate:
         self.leadership = Leadership(scope, instance, lambda word: self.told.append(word(self, 0.0)))  # type: ignore[arg-type]
         self.conns: list[connection] = []
 
-    def outranked(self, now: float) -> Any:
+    def outranked(self, now: float, why: str) -> Any:
         return "outranked"
 
     def leads(self, now: float, *, after_another: bool) -> Any:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psycopg2.extensions
 import pytest
 from waiting import wait_until
 
@@ -161,3 +162,26 @@ def test_a_process_forks_without_threads_when_nothing_is_in_use(broker: sharedpo
         [sys.executable, "-c", FORKING, database, broker.address], capture_output=True, text=True, check=False
     )
     assert (done.stdout, done.stderr) == ("1\n1\n1\n1\n", "")
+
+
+def test_a_checkout_in_the_links_own_thread_is_refused_at_once(make_pool: MakePool) -> None:
+    said: list[str] = []
+
+    class Curious(psycopg2.extensions.connection):
+        """Its close, of an idle connection that expires, runs where the link does."""
+
+        def close(self) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                try:
+                    pool.get_conn(timeout=30)
+                except sharedpool.PoolError as error:
+                    said.append(str(error))
+            super().close()
+
+    kind = sharedpool.ThreadedConnectionPool
+    pool = make_pool(max_conn=2, expiration=0.1, connection_factory=Curious, pool_manager=kind)
+    pool.put_conn(pool.get_conn(timeout=10))
+    wait_until(lambda: said, what="the idle connection to be closed")
+    assert f"pool {pool.name!r}: get_conn() was called in sharedpool's own thread" in said[0]
+    wait_until(lambda: pool.stats().idle == 0, what="the link to go on")
+    pool.put_conn(pool.get_conn(timeout=10))

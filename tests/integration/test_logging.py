@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from processes import Worker
 from test_cli import sharedpool_command, start, wait_for
 
+import sharedpool
 from sharedpool.cli.logs import JsonLines
 from sharedpool.cli.postgres import EphemeralPostgres
 
@@ -102,3 +104,69 @@ def test_no_field_can_keep_an_event_from_being_written(value: object) -> None:
     record = logging.LogRecord("sharedpool.broker", logging.INFO, "", 1, "x", (), None)
     record.sharedpool = {"reason": value}
     assert event(JsonLines().format(record))["reason"] == str(value)
+
+
+# --- a worker's log, and handlers that use the pool themselves
+
+_TO_THE_DATABASE = """
+import logging, sys, threading, time
+import sharedpool
+
+dsn, broker, at_exit = sys.argv[1:]
+pool = sharedpool.config_pool(
+    max_conn=2, dsn=dsn, broker=broker, name="told", timeout=20, pool_manager=sharedpool.ThreadedConnectionPool
+)
+
+class ToTheDatabase(logging.Handler):
+    def emit(self, record):
+        with pool.connection() as conn, conn.cursor() as cursor:
+            cursor.execute("SELECT %s", [self.format(record)])
+            (written,) = cursor.fetchone()
+        print("written by", threading.current_thread().name, written, file=sys.stderr, flush=True)
+
+class Slow(logging.Handler):
+    def emit(self, record):
+        time.sleep(0.3)
+        print("told", record.threadName, record.funcName, record.getMessage(), file=sys.stderr, flush=True)
+
+logging.getLogger().addHandler(Slow() if at_exit else ToTheDatabase())
+began = time.monotonic()
+with pool.connection() as conn, conn.cursor() as cursor:
+    cursor.execute("SELECT 1")
+print("checked out after", time.monotonic() - began, file=sys.stderr, flush=True)
+if not at_exit:
+    sys.stdin.read()
+"""
+
+
+def with_handler(postgres: EphemeralPostgres, broker: sharedpool.Broker, at_exit: str = "") -> "subprocess.Popen[str]":
+    """Start a process whose limit is not the one that is enforced: its link logs a warning at the first checkout."""
+    command = [sys.executable, "-c", _TO_THE_DATABASE, postgres.dsn, broker.address, at_exit]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_handler_that_writes_to_the_database_by_the_pool_keeps_nobody_waiting(
+    postgres: EphemeralPostgres, broker: sharedpool.Broker
+) -> None:
+    with Worker(dsn=postgres.dsn, broker=broker.address, name="told", max_conn=3) as worker:
+        worker.ask("get", name="x", timeout=10)
+        worker.ask("put", name="x")
+        with with_handler(postgres, broker) as process:
+            said = [wait_for(process, " "), wait_for(process, " ")]  # in either order
+            _, rest = process.communicate(timeout=20)
+        by_subject = {line.split()[0]: line for line in said}
+        assert float(by_subject["checked"].split()[-1]) < 5
+        assert "max_conn=2 was asked for, 3 is enforced" in by_subject["written"]
+        assert rest == ""
+
+
+def test_no_record_is_lost_when_the_process_ends_at_once(
+    postgres: EphemeralPostgres, broker: sharedpool.Broker
+) -> None:
+    with Worker(dsn=postgres.dsn, broker=broker.address, name="told", max_conn=3) as worker:
+        worker.ask("get", name="x", timeout=10)
+        worker.ask("put", name="x")
+        with with_handler(postgres, broker, "at exit") as process:
+            _, said = process.communicate(timeout=20)
+        assert "told sharedpool-link _welcomed pool 'told': max_conn=2 was asked for" in said
+        assert "Traceback" not in said

@@ -312,7 +312,7 @@ class Worker(AtTheDesk):
         self.connecting.remove(lease)
         proc = self.world.server.connect(self.pool, self.tag, self.id, lease.token)
         if proc is None:
-            self._give_back(lease, gone=True, error="connection refused")
+            self._give_back(lease, gone=True, error="connection refused", unreachable=True)
         else:
             self.opening.append(Opening(lease, proc))
 
@@ -320,16 +320,17 @@ class Worker(AtTheDesk):
         """A connect fails: the server refuses ("full": everybody, "password": this worker), or there is no answer."""
         self.opening.remove(opening)
         if opening.proc.dead:
-            self._give_back(opening.lease, gone=True, error="the server closed the connection unexpectedly")
+            self._give_back(opening.lease, gone=True, error="the server has gone", unreachable=True)
         elif how == "timeout":
             opening.proc.holders.discard(self.id)
-            self._give_back(opening.lease, gone=False, error="timeout expired")
+            self._give_back(opening.lease, gone=False, error="timeout expired", unreachable=True)
         else:
             self.world.server.end(opening.proc)
-            self._give_back(opening.lease, gone=True, error="too many clients" if how == "full" else "")
+            self._give_back(opening.lease, gone=True, error=how, code="53300" if how == "full" else "28P01")
 
-    def _give_back(self, lease: Lease, *, gone: bool, error: str) -> None:
-        self.cache.closed(lease, ReleaseReason.FAILED, gone=gone, error=error)
+    def _give_back(self, lease: Lease, *, gone: bool, error: str, code: str = "", unreachable: bool = False) -> None:
+        reason = ReleaseReason.FAILED
+        self.cache.closed(lease, reason, gone=gone, error=error, code=code, unreachable=unreachable)
         for ticket in [ticket for ticket in self.tickets if ticket.lease is lease]:
             self.tickets.remove(ticket)
             self.wake(self.cache.give_up(ticket, self.world.now))

@@ -191,7 +191,7 @@ def grace_over(after: Broker, listed: dict[Backend, str], *starting: set[int]) -
 
 def test_while_another_broker_counts_nothing_is_granted_and_nothing_vouched_for() -> None:
     broker = Broker(remembers=True)
-    broker.take_in(broker.ledger.outranked(broker.now))
+    broker.take_in(broker.ledger.outranked(broker.now, "another broker"))
     a = broker.worker("a", max_conn=1)
     request, impatient = a.ask(wait_s=60), a.ask()
     assert a.outcome(request) is None
@@ -205,7 +205,7 @@ def test_while_another_broker_counts_nothing_is_granted_and_nothing_vouched_for(
 def test_who_follows_another_broker_first_hears_what_that_ones_workers_hold() -> None:
     """It has a journal of its own, intact, which knows nothing of them."""
     broker = Broker(remembers=True)
-    broker.take_in(broker.ledger.outranked(broker.now))
+    broker.take_in(broker.ledger.outranked(broker.now, "another broker"))
     a = broker.worker("a", max_conn=1)
     request = a.ask(wait_s=600)
     broker.take_in(broker.ledger.leads(broker.now, after_another=True))
@@ -229,7 +229,7 @@ def test_a_grace_period_that_begins_anew_lasts_its_whole_time() -> None:
     broker = Broker(remembers=False)
     broker.take_in(broker.ledger.hold(TTL_S, broker.now))
     broker.pass_time(TTL_S * 0.9)
-    broker.take_in(broker.ledger.outranked(broker.now))
+    broker.take_in(broker.ledger.outranked(broker.now, "another broker"))
     broker.take_in(broker.ledger.leads(broker.now, after_another=True))
     broker.pass_time(TTL_S * 0.9)
     assert broker.all(Look) == []
@@ -241,7 +241,7 @@ def test_a_grace_period_that_begins_anew_lasts_its_whole_time() -> None:
 def test_the_end_of_the_grace_period_does_not_overrule_another_broker() -> None:
     broker = Broker(remembers=False)
     broker.take_in(broker.ledger.hold(TTL_S, broker.now))
-    broker.take_in(broker.ledger.outranked(broker.now))
+    broker.take_in(broker.ledger.outranked(broker.now, "another broker"))
     broker.pass_time(TTL_S * 1.01)
     grace_over(broker, {})
     assert broker.ledger.state == "waiting"
@@ -376,7 +376,7 @@ def test_a_connect_that_timed_out_is_verified_and_without_a_control_connection_w
 
 def fail(worker: Worker, token: Token, error: str = "the database system is starting up") -> None:
     worker.held.pop(token, None)
-    worker.broker.send(worker.id, Release(token, True, ReleaseReason.FAILED, error=error))
+    worker.broker.send(worker.id, Release(token, True, ReleaseReason.FAILED, error=error, code="57P03"))
 
 
 def test_while_connects_fail_one_is_tried_and_everybody_else_is_told_why() -> None:
@@ -391,7 +391,7 @@ def test_while_connects_fail_one_is_tried_and_everybody_else_is_told_why() -> No
     broker.pass_time(2 * PROBE_EVERY_S)
     probe = b.granted(b.ask())
     assert isinstance(a.outcome(a.ask(wait_s=60)), Deny)  # one at a time
-    broker.send(b.id, Release(probe, True, ReleaseReason.FAILED, error="still"))
+    broker.send(b.id, Release(probe, True, ReleaseReason.FAILED, error="still", unreachable=True))
     denial = a.outcome(a.ask())
     assert isinstance(denial, Deny)
     assert denial.error == "still"

@@ -1,0 +1,152 @@
+"""The worker's logger, for the link's thread: what is logged there reaches the handlers in another thread.
+
+Handlers are the application's. One that writes to the database by this very pool would wait for the link, in the link's
+thread, and with it would everybody. So a thread that must not wait (`is_kept`) only queues its records; a thread that
+lives as long as there are any gives them to the logger. All other threads log as ever.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from sharedpool.worker import green
+
+_MOST = 1000  # records that wait; a handler that hangs must not fill the memory
+_EXIT_LIMIT_S = 2.0  # to wait for a handler that is at it when the interpreter ends
+
+
+class _Record(NamedTuple):
+    """What a record is made of, but for what the application may add: its factory runs where its handlers do."""
+
+    level: int
+    text: str
+    args: tuple[object, ...]
+    exc_info: Any
+    place: tuple[str, int, str]
+    thread: int
+    thread_name: str
+    created: float
+
+
+class Logs:
+    """A logger, of which it has those methods that the worker uses."""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+        self._start_afresh()
+        atexit.register(self.flush, _EXIT_LIMIT_S)
+        os.register_at_fork(after_in_child=self._start_afresh)
+
+    def _start_afresh(self) -> None:
+        """Forget what is the parent's to tell, in a forked child: neither its threads nor its locks' holders exist."""
+        self._pid = os.getpid()
+        self._kept: set[Any] = set()
+        self._queue: deque[_Record] = deque()
+        self._left_out = 0
+        self._draining = threading.Lock()
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Have this thread, or greenlet, run no handler until the block ends."""
+        if self._pid != os.getpid():
+            self._start_afresh()  # forked by who runs no hooks
+        me, kept = green.current_thread(), self._kept
+        kept.add(me)
+        try:
+            yield
+        finally:
+            kept.discard(me)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether this thread is one that must not wait for anything that needs the link."""
+        return bool(self._kept) and self._pid == os.getpid() and green.current_thread() in self._kept
+
+    def debug(self, text: str, *args: object) -> None:
+        """Log, see `logging`."""
+        self._log(logging.DEBUG, text, args)
+
+    def info(self, text: str, *args: object) -> None:
+        """Log, see `logging`."""
+        self._log(logging.INFO, text, args)
+
+    def warning(self, text: str, *args: object) -> None:
+        """Log, see `logging`."""
+        self._log(logging.WARNING, text, args)
+
+    def exception(self, text: str, *args: object) -> None:
+        """Log, with the exception that is being handled: see `logging`."""
+        self._log(logging.ERROR, text, args, sys.exc_info())
+
+    def _log(self, level: int, text: str, args: tuple[object, ...], exc_info: Any = None) -> None:
+        """Log, or have it done. Called by the methods above alone: their callers are named as the place."""
+        if not self._logger.isEnabledFor(level):
+            return
+        if not self.is_kept:
+            self._logger.log(level, text, *args, exc_info=exc_info, stacklevel=3)
+            return
+        if len(self._queue) >= _MOST:
+            self._left_out += 1
+            return
+        caller = sys._getframe(2)
+        place = (caller.f_code.co_filename, caller.f_lineno, caller.f_code.co_name)
+        me = threading.current_thread()
+        self._queue.append(_Record(level, text, args, exc_info, place, me.ident or 0, me.name, time.time()))
+        if not self._draining.locked():
+            try:
+                green.start_thread(self._drain, "sharedpool-logs")
+            except RuntimeError:
+                pass  # the interpreter is about to end, or has no thread left: `flush`, or the next record, sees to it
+
+    def _drain(self) -> None:
+        while self._queue and self._draining.acquire(blocking=False):
+            try:
+                self._emit()
+            finally:
+                self._draining.release()
+            # Looked at again: what came before the release found the lock taken.
+
+    def _emit(self) -> None:
+        while self._queue:
+            self._hand_over(self._queue.popleft())
+            if self._left_out and not self._queue:
+                left_out, self._left_out = self._left_out, 0
+                self._logger.warning("%d records were left out: the handlers are slower than they came", left_out)
+
+    def _hand_over(self, kept: _Record) -> None:
+        path, line, function = kept.place
+        record = self._logger.makeRecord(
+            self._logger.name, kept.level, path, line, kept.text, kept.args, kept.exc_info, function
+        )
+        record.created, record.thread, record.threadName = kept.created, kept.thread, kept.thread_name
+        record.msecs = int(kept.created % 1 * 1000) + 0.0
+        try:
+            self._logger.handle(record)
+        except Exception:  # a handler's, which ends no thread of ours: the others' records are told all the same
+            kind, error, trace = sys.exc_info()
+            threading.excepthook(threading.ExceptHookArgs((kind, error, trace, threading.current_thread())))
+
+    def flush(self, limit_s: float) -> None:
+        """Return once all is told that was queued; waits at most `limit_s` seconds for a handler that is at it."""
+        if self._pid != os.getpid() or self.is_kept:
+            return
+        deadline = time.monotonic() + limit_s
+        while self._queue or self._draining.locked():
+            if not self._draining.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                return
+            try:
+                self._emit()
+            finally:
+                self._draining.release()
+
+
+logger = Logs("sharedpool.worker")
