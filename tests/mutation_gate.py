@@ -214,7 +214,7 @@ MUTANTS = (
                 "sharedpool/worker/checkout.py",
                 "            holdings.discard(lease, conn, worn)\n"
                 "            lease = _wait(holdings, ticket, wait_s, deadline)\n",
-                "            conn.close()\n            lease.conn = None\n",
+                "            conn.sharedpool_close()\n            lease.conn = None\n",
             ),
         ),
         ("tests/faults", "-k", "frozen"),
@@ -245,6 +245,21 @@ MUTANTS = (
             ),
         ),
         ("tests/integrations/test_connect_method.py",),
+    ),
+    Mutant(
+        "a shell keeps the codec of its former session",
+        (("sharedpool/worker/renewal.py", "return shell.encoding == clean and ", "return "),),
+        ("tests/integration/test_shells.py", "-k", "one_just_opened"),
+    ),
+    Mutant(
+        "the object of a user's own class is used for another session",
+        (("sharedpool/worker/handover.py", "        if not self.are_known:\n", "        if False:\n"),),
+        ("tests/integration/test_shells.py", "-k", "own_class"),
+    ),
+    Mutant(
+        "a connection that was put back stays open to its user",
+        (("sharedpool/worker/pool.py", "                    pooled.sharedpool_gate = SHUT\n", ""),),
+        ("tests/integration/test_shells.py", "-k", "put_back"),
     ),
 )
 

@@ -258,15 +258,18 @@ class Holdings:
         Return the ticket of the thread, to be woken.
         """
         live = passed.live
+        if not self.shells.are_known and self.link is not None and self.link.is_here:
+            os.close(fd)  # building the user's object would run his code in the link's thread
+            self._refuse(passed)
+            return None
         try:
-            conn = adopt(self._shell(live), fd, live)
+            conn = adopt(self.shells.take(live, len(self.cache.leases) + 1), fd, live)
         except BaseException as error:
             os.close(fd)
             self._refuse(passed)
             if not isinstance(error, psycopg2.Error | OSError):
                 raise
-            if not isinstance(error, BlockingIOError):
-                self._cannot(str(error))
+            self._cannot(str(error))
             return None
         fit = False
         try:
@@ -292,11 +295,6 @@ class Holdings:
         if ticket is None:
             self.signal()
         return ticket
-
-    def _shell(self, live: Live) -> PooledConnection:
-        if not self.shells.are_known and self.link is not None and self.link.is_here:
-            raise BlockingIOError("no user's code runs in the link's thread")
-        return self.shells.take(live, len(self.cache.leases) + 1)
 
     def _is_fit(self, conn: PooledConnection, passed: Pass) -> bool:
         """Say whether a connection that was passed can be used here. They are tried until one has worked."""

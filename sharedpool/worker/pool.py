@@ -137,7 +137,8 @@ class Pool:
     def connect(self, *, timeout: float | None = None) -> extensions.connection:
         """Check out a connection whose `close()` checks it in: for what wants a function that connects.
 
-        After that `close()` it is the next user's: keep no reference to it. Blocks and raises as `get_conn` does.
+        After that `close()` it is closed to its user, and then the next one's: keep no reference to it. Blocks and
+        raises as `get_conn` does.
         """
         conn = self.get_conn(timeout=timeout)
         lease: Lease = cast(Any, conn).sharedpool_lease

@@ -10,7 +10,7 @@ from typing import Any
 import psycopg2
 import psycopg2.extras
 import pytest
-from moving import MakePair, ask, moved
+from moving import MakePair, ask, moved, report
 from psycopg2 import extensions
 from waiting import wait_until
 
@@ -359,6 +359,31 @@ def test_a_pool_whose_class_asks_the_server_while_it_connects_opens_connections_
         pool.put_conn(conn)
     assert "Asking executes statements while it connects: configure= is for that" in caplog.text
     assert a.stats().adopted == b.stats().adopted == 0
+
+
+def test_no_users_object_is_built_in_the_links_thread(
+    pair: MakePair, broker: sharedpool.Broker, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes for one who has left is ended there: its slot is free again."""
+    threads: set[str] = set()
+
+    class Noting(extensions.connection):
+        def __init__(self, dsn: str) -> None:
+            super().__init__(dsn)
+            threads.add(threading.current_thread().name)
+
+    def leave(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    _, b = pair(connection_factory=Noting)
+    wait_until(lambda: report(broker, name).parked == 1, what="it to lie at the broker")
+    with monkeypatch.context() as patch:
+        patch.setattr("sharedpool.worker.checkout._look", leave)
+        with pytest.raises(KeyboardInterrupt):
+            b.get_conn()
+    wait_until(lambda: report(broker, name).leases == 0, what="it to be ended")
+    assert ask(b.get_conn(), "SELECT 1") == 1
+    assert threads == {threading.current_thread().name}
 
 
 def test_logging_connections_move_and_can_be_cancelled(pair: MakePair) -> None:
