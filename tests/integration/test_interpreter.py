@@ -26,6 +26,9 @@ given = json.loads(os.environ["GIVEN"])
 sys.path[:0] = given.get("path", [])
 for name, value in given.get("sys", {}).items():
     setattr(sys, name, value)
+if given.get("sys", {}).get("prefix"):
+    import sysconfig
+    sysconfig.get_config_var = {}.get  # the build's folder
 import sharedpool
 pool = sharedpool.config_pool(max_conn=2, dsn=os.environ["DSN"], broker=given.get("broker"))
 begun = time.monotonic()
@@ -133,20 +136,13 @@ def test_where_no_python_is_found_the_error_says_at_once_what_to_do(
 ) -> None:
     nowhere = dict.fromkeys(("prefix", "exec_prefix", "base_prefix", "base_exec_prefix"), "/nonexistent")
     config = {"executable": str(server), "_base_executable": str(server), **nowhere}
-    running = run(environment | {"PYTHONPATH": blinded(server.parent)}, sys=config)
+    running = run(environment, sys=config)
     assert "no Python was found that has this sharedpool" in running.said
     assert str(server) in running.said
     assert "start `sharedpool broker` yourself, and give its address to config_pool(broker=)" in running.said
     assert running.seconds < 5
     running.end()
     assert len(starts.read_text().splitlines()) == 1
-
-
-def blinded(folder: Path) -> str:
-    """A folder whose `sitecustomize` has sysconfig know no folder of programs: the build's is known to the module."""
-    text = "import sysconfig\nsysconfig.get_config_vars()['BINDIR'] = ''\n"
-    (folder / "sitecustomize.py").write_text(text)
-    return str(folder)
 
 
 @pytest.mark.parametrize("what", ["another version", "no sharedpool"])
@@ -163,7 +159,7 @@ def test_what_is_called_python_must_show_that_it_has_this_sharedpool(
     fake.chmod(0o755)
     nowhere = dict.fromkeys(("prefix", "exec_prefix", "base_prefix", "base_exec_prefix"), "/nonexistent")
     config = {"executable": str(fake), "_base_executable": str(fake), **nowhere}
-    running = run(environment | {"PYTHONPATH": blinded(server.parent)}, sys=config)
+    running = run(environment, sys=config)
     reasons = {
         "another version": f"{fake}: it has sharedpool.broker 9.9, not {interpreter.greeting()}",
         "no sharedpool": f"{fake}: No module named sharedpool",
