@@ -232,16 +232,23 @@ def connect(
         keywords["fallback_application_name"] = application_name
 
     def make(dsn: str, **options: Any) -> PooledConnection:
-        if made:
+        if made:  # by what tries again, or by what connects twice
+            if failed:
+                raise failed[0]
             raise SharedPoolError("psycopg2.connect() is wrapped by what connects twice: a pool has to count each")
         conn = factory.__new__(factory)
         made.append(conn)
         conn.sharedpool_started = started
         conn.sharedpool_timeout_s = limit_s
-        with green.connects_patiently(conn, limit_s):
-            conn.__init__(dsn, **options)  # type: ignore[misc] # connects
+        try:
+            with green.connects_patiently(conn, limit_s):
+                conn.__init__(dsn, **options)  # type: ignore[misc] # connects
+        except BaseException as error:
+            failed.append(error)
+            raise
         return conn
 
+    failed: list[BaseException] = []
     try:
         with green.connect_limit(limit_s):
             returned = psycopg2.connect(given, connection_factory=make, **keywords)
@@ -250,6 +257,8 @@ def connect(
             raise
         # What the server says before it knows the client's encoding comes in its own, which psycopg2 does not expect.
         raise psycopg2.OperationalError(error.object.decode("utf-8", "replace").strip()) from None
+    finally:
+        failed.clear()  # it refers to this very frame
     if not made:
         returned.close()
         raise SharedPoolError(

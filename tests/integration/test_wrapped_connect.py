@@ -412,6 +412,30 @@ def test_a_wrapper_that_connects_twice_is_refused(
     assert_all_is_there_again(pool, backends, monkeypatch)
 
 
+def test_a_wrapper_that_tries_again_gets_the_first_error_again(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+
+    def connect(*args: Any, **kwargs: Any) -> Any:
+        while True:
+            try:
+                tries.append(len(tries))
+                return _own(*args, **kwargs)
+            except psycopg2.OperationalError:
+                if len(tries) == 3:
+                    raise
+
+    wrong = make_pool(max_conn=1, dbname="there_is_none")
+    monkeypatch.setattr(psycopg2, "connect", connect)
+    with pytest.raises(psycopg2.OperationalError, match="there_is_none"):
+        wrong.get_conn()
+    assert tries == [0, 1, 2]
+    monkeypatch.setattr(psycopg2, "connect", _own)
+    with pytest.raises(psycopg2.OperationalError, match="there_is_none"):
+        wrong.get_conn(timeout=10)  # the slot is there
+
+
 def test_a_wrapper_that_fails_after_the_connect_costs_the_connection_alone(
     make_pool: MakePool, backends: Backends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
