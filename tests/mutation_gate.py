@@ -261,6 +261,48 @@ MUTANTS = (
         (("sharedpool/worker/pool.py", "                    pooled.sharedpool_gate = SHUT\n", ""),),
         ("tests/integration/test_shells.py", "-k", "put_back"),
     ),
+    Mutant(
+        "a worker with a wrong password holds everybody back",
+        (
+            (
+                "sharedpool/broker/health.py",
+                "if not concerns_all(release.code, unreachable=release.unreachable):",
+                "if not release.error:",
+            ),
+        ),
+        ("tests/unit/test_refusal.py",),
+    ),
+    Mutant(
+        "who is refused may try again at once, again and again",
+        (("sharedpool/broker/demand.py", "if not self._turned_away(waiter, now):", "if waiter.session:"),),
+        ("tests/unit/test_refusal.py",),
+    ),
+    Mutant(
+        "who is refused makes others give up their connections",
+        (("sharedpool/broker/demand.py", "        if self._newcomers:\n            self._turn_away(now)\n", ""),),
+        ("tests/unit/test_refusal.py",),
+    ),
+    Mutant(
+        "the application's log handlers run in the link's thread",
+        (("sharedpool/worker/logs.py", "        if not self.is_kept:\n", "        if self._logger:\n"),),
+        ("tests/unit/test_logs.py",),
+    ),
+    Mutant(
+        "a refused connect's code is read where another server's text stands",
+        (("sharedpool/libpq.py", "_SQLSTATE_ALONE = 3  # PQERRORS_SQLSTATE", "_SQLSTATE_ALONE = 1"),),
+        ("tests/integration/test_refused.py",),
+    ),
+    Mutant(
+        "a wait callback knows no limit while it connects",
+        (
+            (
+                "sharedpool/worker/green.py",
+                '    conn.__dict__["poll"] = patient\n',
+                '    conn.__dict__["poll"] = poll\n',
+            ),
+        ),
+        ("tests/integration/test_refused.py", "--timeout=30", "-k", "wait_callback"),
+    ),
 )
 
 

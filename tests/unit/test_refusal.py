@@ -122,6 +122,17 @@ def test_it_tries_again_when_its_time_has_come() -> None:
     assert {type(bad.outcome(bad.ask(wait_s=60))) for _ in range(3)} == {Token}
 
 
+def test_threads_that_wait_beside_the_one_that_is_refused_are_told_instead_of_sent_after_it() -> None:
+    broker = Broker()
+    bad = broker.worker("bad", max_conn=1)
+    first, second, third = (bad.ask(wait_s=60) for _ in range(3))
+    refuse(bad, bad.granted(first))
+    refuse(bad, bad.granted(second))
+    denial = bad.outcome(third)
+    assert isinstance(denial, Deny)
+    assert denial.reason is DenyReason.REFUSED
+
+
 def test_who_is_refused_makes_nobody_give_up_a_connection() -> None:
     broker = Broker()
     good, bad = broker.worker("good", max_conn=1), broker.worker("bad")
