@@ -11,8 +11,8 @@ Decisions only, over the records; nothing here does I/O or reads a clock. `settl
 4. While connections cannot be opened and the pool has none, every waiter is told the server's error at once.
 5. Where an operator has lowered a limit or paused a pool, what is too much is recalled in the same ways, for nobody.
 
-While `paused` (a restarted broker that does not know yet what is held) requests only queue; while `draining` everybody
-is asked for everything and nothing is granted.
+While `paused` (a restarted broker that does not know yet what is held) requests only queue; while `draining` too, and
+everybody is asked for everything: who waits is served by the successor, if one comes in time.
 """
 
 from __future__ import annotations

@@ -330,9 +330,10 @@ class Ledger:
         return self._decided()
 
     def drain(self, now: float) -> list[Command]:
-        """Grant nothing any more, and have everything brought back."""
+        """Grant nothing any more, and have everything brought back. Who waits goes on waiting: a successor may come."""
         self._demand.draining = True
-        for waiter in [waiter for pool in self._books.pools.values() for waiter in pool.waiters.values()]:
+        for waiter in [waiter for pool in self._books.pools.values() for waiter in pool.nowaits.values()]:
+            waiter.session.pool.denials += 1
             self._demand.deny(waiter, DenyReason.DRAINING, now)
         return self._settled(now)
 
@@ -388,14 +389,18 @@ class Ledger:
         pool = session.pool
         crowded = 0 < pool.spec.max_waiting <= len(pool.waiters) or len(session.waiters) >= _MOST_REQUESTS
         self._demand.add(waiter)
-        if crowded or self._demand.draining:
+        refusal = DenyReason.CROWDED if crowded else self._standstill(pool) if nowait else None
+        if refusal is not None:
             pool.denials += 1
-            self._demand.deny(waiter, DenyReason.DRAINING if self._demand.draining else DenyReason.CROWDED, now)
-        elif nowait and pool.held:
-            pool.denials += 1
-            self._demand.deny(waiter, DenyReason.PAUSED, now)
+            self._demand.deny(waiter, refusal, now)
         elif not nowait:
             self._timers.arm(now + acquire.wait_ms / 1000, "waiter", waiter)
+
+    def _standstill(self, pool: Pool) -> DenyReason | None:
+        """Say why nothing is lent, if that may last."""
+        if self._demand.draining:
+            return DenyReason.DRAINING
+        return DenyReason.PAUSED if pool.held else None
 
     def _cancel(self, session: Session, cancel: Cancel, now: float) -> None:
         waiter = session.waiters.get(cancel.request)
@@ -473,7 +478,7 @@ class Ledger:
     def _waiter_due(self, waiter: Waiter, now: float) -> None:
         if waiter.session.waiters.get(waiter.request) is waiter:
             waiter.session.pool.timeouts += 1
-            self._demand.deny(waiter, DenyReason.PAUSED if waiter.session.pool.held else DenyReason.TIMEOUT, now)
+            self._demand.deny(waiter, self._standstill(waiter.session.pool) or DenyReason.TIMEOUT, now)
 
     def _answer_due(self, session: Session, now: float) -> None:
         if self._books.sessions.get(session.id) is session:

@@ -21,7 +21,8 @@ def refused(pool: str, deny: Deny, wait_s: float) -> PoolError:
             f" another caller has found: {deny.error}"
         )
     if deny.reason is DenyReason.DRAINING:
-        return BrokerUnavailable(f"pool {pool!r}: the broker is shutting down and lends nothing any more")
+        ending = f"pool {pool!r}: the broker is shutting down and lends nothing any more"
+        return BrokerUnavailable(f"{ending}; no other has come within {wait_s:g} s" if wait_s else ending)
     if deny.reason is DenyReason.PAUSED:
         paused = f"pool {pool!r} is paused (`sharedpool pause`) and lends nothing until it is resumed"
         return PoolTimeout(f"{paused}: waited {wait_s:g} s") if wait_s else PoolExhausted(paused)

@@ -494,18 +494,19 @@ def test_no_more_may_wait_than_the_pool_allows() -> None:
     assert [b.outcome(request) for request in waiting] == [None, None]
 
 
-def test_draining_refuses_recalls_what_is_idle_and_asks_for_the_rest() -> None:
+def test_draining_recalls_what_is_idle_asks_for_the_rest_and_refuses_who_does_not_wait() -> None:
     broker = Broker()
     a, b = broker.worker("a", max_conn=3), broker.worker("b")
     busy, idle = a.lend(), a.lend()
     a.held[idle] = Phase.IDLE
     a.beat()
     b.lend()
-    request = b.ask(wait_s=60)
+    waits = b.ask(wait_s=60)
     broker.take_in(broker.ledger.drain(broker.now))
-    denial = b.outcome(request)
+    denial = b.outcome(b.ask())
     assert isinstance(denial, Deny)
     assert denial.reason is DenyReason.DRAINING
+    also_waits = b.ask(wait_s=30)
     recalls = a.sent(Recall)
     assert sum(recall.take for recall in recalls) == 1
     assert recalls[-1].owed == 2
@@ -514,6 +515,14 @@ def test_draining_refuses_recalls_what_is_idle_and_asks_for_the_rest() -> None:
     a.release(busy, ReleaseReason.OWED)
     assert a.last(Recall).owed  # never relaxed while draining
     assert broker.ledger.leases == 1
+    assert (b.outcome(waits), b.outcome(also_waits)) == (None, None)  # a successor may come
+    for _ in range(31):
+        b.beat()
+        broker.pass_time(1.0)
+    late = b.outcome(also_waits)
+    assert isinstance(late, Deny)
+    assert late.reason is DenyReason.DRAINING
+    assert b.outcome(waits) is None
 
 
 def test_silence_while_the_broker_itself_did_not_run_does_not_count() -> None:
