@@ -121,6 +121,7 @@ def with_linger(settings: BrokerSettings) -> BrokerSettings:
     """Return `settings` for an automatic broker, with TTL and linger from SHAREDPOOL_TTL and SHAREDPOOL_LINGER."""
     return replace(
         settings,
+        maintenance=True,
         ttl_s=_seconds("SHAREDPOOL_TTL", settings.ttl_s),
         linger_s=_seconds("SHAREDPOOL_LINGER", DEFAULT_LINGER_S),
     )

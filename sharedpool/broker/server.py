@@ -92,6 +92,7 @@ class Server:
         self._calls: deque[Word] = deque()
         self._stopping = self._drain_asked = False
         self._drained_by: float | None = None
+        self._was_used = self._resting = False
         self._watched = Watched(self._selector)
         self._desk: desks.Desk | None = None
         self._lookout: Lookout | None = None
@@ -130,8 +131,9 @@ class Server:
         scope = settings.scope or scope_of(settings.address)
         self._leadership = Leadership(scope, self._lock.instance, self._tell) if scope and settings.dsn else None
         self._control = Control(
-            settings.dsn, settings.max_conn, self._lock.instance, self._tell, self._journal.places, self._leadership
-        )
+            settings.dsn, settings.max_conn, self._lock.instance, self._tell, self._journal.places, self._leadership,
+            maintenance=settings.maintenance,
+        )  # fmt: skip
         self._operators = Operators(self._ledger, self._control, self._execute, self._report)
         self._custody = Custody(self._desk, self._ledger, self._control, self._execute, self._calls.append)
         # A crashed broker leaves its socket, should somebody have deleted the rest.
@@ -207,12 +209,15 @@ class Server:
                 if self._is_drained(now):
                     break
                 if now >= self._look_at:
-                    self._look_at = now + _LOOK_EVERY_S
+                    self._look_at, self._was_used = now + _LOOK_EVERY_S, True
                     self._ledger.sample()
                     if not self._lock.is_ours():
                         logger.error("the lock file of %s is gone: leaving it to another", self.settings.address)
                         break
-                if self.settings.linger_s is None or self._ledger.leases or self._ledger.sessions:
+                used = bool(self._ledger.leases or self._ledger.sessions)
+                if self.settings.maintenance:
+                    self._rest(now, used=used)
+                if used or self.settings.linger_s is None:
                     unused_since = now
                 elif now - unused_since >= self.settings.linger_s:
                     logger.info("unused for %.0f s: leaving", self.settings.linger_s)
@@ -222,6 +227,21 @@ class Server:
                 self._wait(timeout_s)
         finally:
             self._close()
+
+    def _rest(self, now: float, *, used: bool) -> None:
+        """Keep the control connection in nobody's way while nobody uses the broker.
+
+        Whoever comes then is granted nothing before the limit's lock was claimed again.
+        """
+        self._was_used = self._was_used or used
+        if used and self._resting:
+            self._resting = False
+            self._control.need(True)
+        elif self._was_used and not (used or self._resting) and self._ledger.state == "serving":
+            self._resting = True
+            if self._leadership is not None:
+                self._execute(self._ledger.outranked(now))
+            self._control.need(False)
 
     def stop(self) -> None:
         """Make `run` return soon. Safe in a signal handler and from any thread."""
@@ -425,7 +445,7 @@ class Server:
             pools,
             sessions,
             len(self._custody),
-            self._ledger.state,
+            "serving" if self._resting else self._ledger.state,
         )
 
     def _close(self) -> None:

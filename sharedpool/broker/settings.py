@@ -14,7 +14,8 @@ class BrokerSettings:
     `metrics`: where they are served (`host:port`), empty: nowhere. `notify`: systemd's socket, or nobody's.
     `listener`: the descriptor of a socket that somebody else made and keeps, listening at `address` already.
     `scope`: what no two brokers may count to at the same time (see `leadership.py`); empty: as the address tells.
-    `limits`: of pools, by name, whatever their users ask for.
+    `maintenance`: the control connection is in no pool's database where it can be helped, nor anywhere while nobody
+    uses the broker (see `database.py`). `limits`: of pools, by name, whatever their users ask for.
     """
 
     address: str
@@ -32,3 +33,4 @@ class BrokerSettings:
     listener: int | None = None
     groups: dict[str, GroupTerms] = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)
+    maintenance: bool = False
