@@ -127,7 +127,10 @@ class Demand:
     def _grant(self, waiter: Waiter, now: float) -> None:
         session, pool = waiter.session, waiter.session.pool
         self._books.dequeue(waiter)
-        lease = Lease(self.new_token(), session, pool, request=waiter.request, since=now)
+        lease = Lease(
+            self.new_token(), session, pool,
+            request=waiter.request, granted_at=now, waited_s=now - waiter.since, since=now,
+        )  # fmt: skip
         self._books.move(lease, SlotState.GRANTED, "granted")
         if pool.backoff.granted(lease.token, len(pool.leases) - 1, now):
             self._arm(pool.backoff.probe_at, "probe", pool)
@@ -145,9 +148,8 @@ class Demand:
 
     def send_grant(self, lease: Lease) -> None:
         """Send a grant, or send it again for a request that was repeated."""
-        self._emit(
-            Send(lease.session.id, Grant(lease.request, lease.token, self.next_serial(), lease.session.owed)),
-        )
+        serial, owed, waited_ms = self.next_serial(), lease.session.owed, int(lease.waited_s * 1000)
+        self._emit(Send(lease.session.id, Grant(lease.request, lease.token, serial, owed, waited_ms)))
 
     # --- 2. recall
 
@@ -238,7 +240,8 @@ class Demand:
     def _fence_suspects(self, pools: Iterable[Pool], short: int, now: float) -> int:
         """Fence up to `short` suspect leases; return how many.
 
-        One that has no connection yet is left alone: there is nothing to look for, and its worker may yet connect.
+        One that has no connection yet is left alone: there is nothing to look for, and its worker may yet connect
+        (see `Leases.mistrust`).
         """
         suspects = chain.from_iterable(pool.suspects.values() for pool in pools)
         ripe = (lease for lease in suspects if lease.findable and now >= lease.session.spared_until)

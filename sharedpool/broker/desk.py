@@ -25,7 +25,7 @@ from sharedpool.errors import ProtocolError
 from sharedpool.hangup import other_side_closed
 from sharedpool.wire import descriptors
 from sharedpool.wire.codec import decode_to_desk, encode
-from sharedpool.wire.desk import Ask, Deposit, Give, Leave, Pass, Settled, Withdraw
+from sharedpool.wire.desk import Ask, Deposit, Give, Leave, Pass, Settled, Stay, Withdraw
 from sharedpool.wire.messages import Token
 
 logger = logging.getLogger("sharedpool.broker")
@@ -63,7 +63,10 @@ class Clerk(Protocol):
         """Somebody waits no more."""
 
     def left(self, line: int) -> None:
-        """All that was passed on this line has been read."""
+        """All that was passed on this line has been read, and it is to end."""
+
+    def stays(self, session: bytes, line: int) -> None:
+        """This line ends with the session's program, unless it is left before."""
 
     def line_ended(self, line: int) -> None:
         """A line has ended."""
@@ -189,6 +192,8 @@ class Desk:
                 self.clerk.given(message)
             elif isinstance(message, Leave):
                 self.clerk.left(self._numbers[line.fileno()])
+            elif isinstance(message, Stay):
+                self.clerk.stays(message.session, self._numbers[line.fileno()])
             else:
                 self.clerk.withdrawn(message)
                 self._say(line, Settled(message.request))

@@ -100,7 +100,7 @@ class Ledger:
         )
         self._leases = self._sessions.leases = Leases(
             self._books, epoch, self._demand, self._timers.arm, self._log, self._sessions.drop_if_over,
-            max_checkout_s=max_checkout_s, recheck_s=ttl_s / 3, verifies=verifies, remembers=remembers,
+            max_checkout_s=max_checkout_s, ttl_s=ttl_s, verifies=verifies, remembers=remembers,
         )  # fmt: skip
         self._handover = Handover(self._books, self._demand, self._leases, self._out.append, self._timers.arm)
         self._demand.parked = self._leases.parked = self._handover
@@ -113,6 +113,7 @@ class Ledger:
             self._books, self._demand, self._out.append, self._log, self._sessions.pool, self._sessions.named
         )
         self._looking_again = False
+        self._programs: dict[int, bytes] = {}  # sessions, by the line that ends with their program
         self.awaited: set[bytes] = set()
         self._handlers: dict[type, Callable[[Session, Any, float], None]] = {
             Acquire: self._acquire,
@@ -132,6 +133,7 @@ class Ledger:
             "answer": self._answer_due,
             "closing": self._leases.closing_due,
             "start-up": self._leases.start_up_due,
+            "unconnected": self._leases.unconnected_due,
             "probe": self._health.probe_due,
             "look": self._look_due,
             "grace": self._grace_due,
@@ -243,10 +245,18 @@ class Ledger:
 
     def left(self, line: int) -> None:
         """Take in that all that was passed on this line has been read, before it ends."""
+        self._programs.pop(line, None)
         self._handover.has_read(line)
 
+    def stays(self, session_id: bytes, line: int) -> None:
+        """Take in that this line ends with the session's program, unless it is left before."""
+        self._programs[line] = session_id
+
     def line_ended(self, line: int, now: float) -> list[Command]:
-        """Take in that a line to the desk has ended."""
+        """Take in that a line to the desk has ended: with its program perhaps, though its process may run another."""
+        session = self._books.sessions.get(self._programs.pop(line, b""))
+        if session is not None and not session.ended:
+            self._sessions.end(session, "its worker ended", now)
         self._handover.left(line, now)
         return self._settled(now)
 
@@ -283,6 +293,8 @@ class Ledger:
     def restore(self, entries: Iterable[Entry], now: float) -> list[Command]:
         """Take over the leases of a former broker, before anything else."""
         self._recovery.restore(entries, now, now + self._ttl_s)
+        for lease in self._books.leases.values():
+            self._leases.mistrust(lease)
         self._timers.arm(now + self._ttl_s, "spared", self)
         return self._settled(now)
 

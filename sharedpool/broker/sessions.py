@@ -83,6 +83,8 @@ class Sessions:
         if pool is None or not pool.unnamed:
             return None
         pools[name] = pools.pop(alias)
+        if self._books.shrinking.pop(alias, None) is not None:
+            self._books.shrinking[name] = pool
         return pool
 
     def named(self, alias: str) -> Pool | None:
@@ -195,6 +197,7 @@ class Sessions:
             for lease in list(session.leases.values()):
                 if lease.state not in (SlotState.SUSPECT, SlotState.FENCING) and lease.live is None:
                     self._books.move(lease, SlotState.SUSPECT, "TTL passed")
+                    self.leases.mistrust(lease)
             for waiter in list(session.waiters.values()):
                 self._books.dequeue(waiter)
         # Its waiters are gone; with its last lease it is forgotten (it says HELLO again when it comes back).

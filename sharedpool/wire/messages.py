@@ -56,6 +56,8 @@ class Token(NamedTuple):
 
 NO_TOKEN = Token(0, 0)
 
+# PostgreSQL ends a backend whose client has not logged in by then (authentication_timeout, 60 s by default).
+START_UP_LIMIT_S = 65.0
 
 # What PostgreSQL's int and bigint hold: a number beyond would make the broker's own queries fail.
 Int4 = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
@@ -278,12 +280,16 @@ class Reject(Struct, frozen=True, tag="reject"):
 
 
 class Grant(Struct, frozen=True, tag="grant"):
-    """A lease: the worker may now open one connection."""
+    """A lease: the worker may now open one connection, within the TTL.
+
+    `waited_ms`: for so long the request had been in the queue. So one who knows when he asked knows how old this is.
+    """
 
     request: int
     token: Token
     serial: int
     owed: int = 0
+    waited_ms: int = 0
 
 
 class DenyReason(StrEnum):

@@ -421,7 +421,7 @@ class Holdings:
             conn = lease.conn or (lease.ref() if lease.ref else None)
             if conn is not None:
                 disown(cast(PooledConnection, conn), self._dead_end)
-        self.desk.close()
+        self.desk.disown()
         self.booths.close()
         if self.link is not None:
             self.link.disown()

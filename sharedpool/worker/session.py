@@ -152,9 +152,11 @@ class Session:
         self._epoch = welcome.epoch
         self._holdings.limit = welcome.max_conn
         self._holdings.cache.expires_after(min(self._holdings.config.expiration, welcome.expiration_ms / 1000))
+        self._holdings.cache.connects_within_s = welcome.ttl_ms / 1000
         self._holdings.tag = welcome.tag
         self._revoke(welcome.revoked)
-        self._holdings.desk.open(welcome.desk)
+        assert self._holdings.link is not None, "bug: a link hears a broker after its end"
+        self._holdings.desk.open(welcome.desk, self._holdings.link.identity)
         hands_over = welcome.handover and self._holdings.handover and self._holdings.desk.line is not None
         hands_over = hands_over and green.may_connect_to_itself()
         self._holdings.booths.path = welcome.desk if hands_over else ""

@@ -14,7 +14,6 @@ from sharedpool.broker.backoff import Backoff
 from sharedpool.broker.books import Books
 from sharedpool.broker.commands import Command, Fence, Forget, Log, Look, Send, Survey, Watch
 from sharedpool.broker.demand import ANSWER_LIMIT_S
-from sharedpool.broker.leases import START_UP_LIMIT_S
 from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.broker.records import Lease as Slot
@@ -22,6 +21,7 @@ from sharedpool.broker.records import Pool, Session, SlotState
 from sharedpool.wire.messages import (
     NO_TOKEN,
     PROTOCOL_VERSION,
+    START_UP_LIMIT_S,
     Ack,
     Acquire,
     Backend,
