@@ -5,6 +5,7 @@ Every worker on this host is watched by a pidfd, which becomes readable the mome
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import resource
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import zmq
 
 from sharedpool.broker.commands import Process
+from sharedpool.wire.place import place
 
 logger = logging.getLogger("sharedpool.broker")
 
@@ -41,7 +43,10 @@ def peer_of(frame: zmq.Frame, *, ipc: bool) -> Peer:
 
 def process(pid: int) -> Process:
     """Return the process that has this pid now."""
-    return Process(pid, _started(pid))
+    return Process(pid, _started(pid), _here())
+
+
+_here = functools.cache(place)
 
 
 def _started(pid: int) -> int:
@@ -64,6 +69,8 @@ class Watched:
         """Watch a session's process; return False when it has ended already."""
         if process is None or not hasattr(os, "pidfd_open"):
             return True  # another host or platform: heartbeats alone tell
+        if process.place and process.place != _here():
+            return True  # known from a broker to which that pid meant another process
         self.forget(session)
         try:
             fd = os.pidfd_open(process.pid)

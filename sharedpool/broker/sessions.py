@@ -117,6 +117,8 @@ class Sessions:
         elif session.restored:
             session.restored = False
             session.spared_until = -math.inf
+            session.process = process  # as it is known here, not to the former broker
+            self._emit(Watch(session_id, process))
             self._arm(now + self._terms.ttl_s, "session", session)
         # A worker that starts over has forgotten what it was asked for.
         self._demand.ignore(session)
