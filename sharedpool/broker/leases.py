@@ -142,6 +142,8 @@ class Leases:
         self, session: Session, reports: list[LeaseReport], now: float, *, seen: Token = NO_TOKEN, claim: bool = False
     ) -> list[Token]:
         """Bring the books in line with a worker's word; return the tokens it has no right to."""
+        if seen.epoch != self._epoch:
+            seen = NO_TOKEN  # a former broker's, whose numbers may have been higher
         revoked = []
         listed = set()
         for report in reports:
@@ -171,7 +173,7 @@ class Leases:
 
     def _claimable(self, token: Token) -> bool:
         """Say whether a lease may have been held since before this broker started, unknown to it."""
-        if self._remembers or token.epoch >= self._epoch:
+        if self._remembers or token.epoch == self._epoch:
             return False
         return token not in self._books.leases and token not in self._void
 

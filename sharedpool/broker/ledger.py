@@ -31,6 +31,7 @@ from sharedpool.broker.sessions import Sessions, Terms
 from sharedpool.broker.timers import Timers
 from sharedpool.wire.desk import Ask, Give, Withdraw
 from sharedpool.wire.messages import (
+    NO_TOKEN,
     Ack,
     Acquire,
     Bye,
@@ -445,8 +446,9 @@ class Ledger:
             self._out.append(Send(session.id, Ack(revoked, renew.gone, pool.generation, pool.most)))
         if renew.answers:
             return
+        seen = renew.seen if renew.seen.epoch == self.epoch else NO_TOKEN
         for lease in session.granted.values():
-            if lease.token > renew.seen and lease.token.epoch == self.epoch:
+            if lease.token > seen and lease.token.epoch == self.epoch:
                 self._demand.send_grant(lease)  # the first one was lost, or is on its way
         passed = {x.request for x in session.leases.values() if x.line and x.state is SlotState.OPEN}  # on its way
         if not pending <= session.waiters.keys() | session.granted.keys() | passed:

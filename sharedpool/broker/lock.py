@@ -46,6 +46,15 @@ class BrokerLock:
         # A first epoch that no broker had whose file is lost: milliseconds, for it may have begun in this very second.
         self.epoch = int(time.time() * 1000) if self.first else int(fields[0]) + 1
         self.instance = fields[2] if len(fields) > 2 else os.urandom(4).hex()
+        self._write()
+
+    def outgrow(self, epoch: int) -> None:
+        """Have a number above this one, a former broker's: the file may be lost, and the clock may have gone back."""
+        if epoch >= self.epoch:
+            self.epoch = epoch + 1
+            self._write()
+
+    def _write(self) -> None:
         # Unlinked only where no other broker can come: a second inode under the same name would be a second lock.
         os.pwrite(self._fd, f"{self.epoch} {os.getpid()} {self.instance}\n".encode().ljust(64), 0)
 

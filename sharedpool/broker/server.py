@@ -111,6 +111,7 @@ class Server:
         except OSError as error:
             self._lock.release()
             raise SharedPoolError(f"cannot write {error.filename}: {error.strerror}") from error
+        self._lock.outgrow(max((entry.token.epoch for entry in self._journal.entries), default=0))
         self._open_desk(addresses.desk_path(settings.address))
         self._ledger = Ledger(
             self._lock.epoch,

@@ -13,7 +13,7 @@ from sharedpool.broker.commands import Command, Forget, Process, Send, Watch
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.leases import Leases, Logger
 from sharedpool.broker.records import Pool, Session, SlotState
-from sharedpool.wire.messages import PROTOCOL_VERSION, Bye, Hello, PoolSpec, Reject, Token, Welcome
+from sharedpool.wire.messages import NO_TOKEN, PROTOCOL_VERSION, Bye, Hello, PoolSpec, Reject, Token, Welcome
 from sharedpool.wire.tag import shown, tag_of
 
 
@@ -130,7 +130,7 @@ class Sessions:
         handover = self._terms.handover and hello.pool.server == pool.spec.server and pool.cancels is not False
         welcome = Welcome(
             PROTOCOL_VERSION, self._terms.epoch, pool.most, expiration_ms, ttl_ms, revoked,
-            tag_of(pool.name, self._terms.instance), self._terms.desk, pool.generation, handover,
+            tag_of(pool.name, self._terms.instance), self._terms.desk, pool.generation, handover, hello.nonce,
         )  # fmt: skip
         self._emit(Send(session_id, welcome))
 
@@ -180,7 +180,8 @@ class Sessions:
         self._books.note_times(session, bye.times)
         # Who says BYE holds nothing and takes nothing any more: a grant still on its way will not be used. But the
         # RELEASE that told of a connect without an end may have been lost, with a former broker perhaps.
-        self.end(session, "its worker left without returning it", now, unused_above=bye.seen)
+        seen = bye.seen if bye.seen.epoch == self._terms.epoch else NO_TOKEN
+        self.end(session, "its worker left without returning it", now, unused_above=seen)
 
     def due(self, session: Session, now: float) -> None:
         if self._books.sessions.get(session.id) is not session:

@@ -150,7 +150,10 @@ class Times(Struct, frozen=True):
 
 
 class Hello(Struct, frozen=True, tag="hello"):
-    """Register this session, or register it again; `leases` are those it still holds. `place`: see `place.py`."""
+    """Register this session, or register it again; `leases` are those it still holds. `place`: see `place.py`.
+
+    `nonce` comes back in the WELCOME that answers this.
+    """
 
     version: int
     pid: int
@@ -160,6 +163,7 @@ class Hello(Struct, frozen=True, tag="hello"):
     leases: list[LeaseReport] = []
     seen: Token = NO_TOKEN
     place: str = ""
+    nonce: int = 0
 
 
 class Acquire(Struct, frozen=True, tag="acquire"):
@@ -270,6 +274,7 @@ class Welcome(Struct, frozen=True, tag="welcome"):
     desk: str = ""
     generation: int = 0
     handover: bool = False
+    nonce: int = 0
 
 
 class Reject(Struct, frozen=True, tag="reject"):

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import zmq
+from msgspec import structs
 
 from sharedpool.errors import ProtocolError, SharedPoolError
 from sharedpool.wire.codec import decode_to_worker, encode
@@ -99,6 +100,7 @@ class Link:
         self._over = False
         self._thread: Any = None  # or greenlet
         self._zmq: ModuleType = zmq
+        self._nonce = 0  # of this line's HELLOs
 
     @property
     def is_here(self) -> bool:
@@ -171,6 +173,7 @@ class Link:
         if self._start_broker is not None:
             self._start_broker()
         dealer = context.socket(zmq.DEALER)
+        self._nonce = random.getrandbits(62)
         try:
             dealer.setsockopt(zmq.IDENTITY, self.identity)
             dealer.setsockopt(zmq.LINGER, int(_FLUSH_LIMIT_S * 1000))
@@ -195,7 +198,7 @@ class Link:
         while not self._is_over():
             now = time.monotonic()
             if not self.established and now >= hello_at:
-                dealer.send(encode(self._endpoint.hello()))
+                self._register(dealer)
                 hello_at = now + _HELLO_RETRY_S * random.uniform(0.8, 1.2)
                 if now - started > _RESTART_AFTER_S:
                     return  # it may have left just when we came; nor may HELLOs pile up for one that is away
@@ -253,8 +256,8 @@ class Link:
                 if message.fatal:
                     raise SharedPoolError(message.reason)
                 self.established = False  # a new broker: HELLO again
-                dealer.send(encode(self._endpoint.hello()))
-            elif isinstance(message, Welcome) and message.epoch < self.epoch:
+                self._register(dealer)
+            elif isinstance(message, Welcome) and self._is_late(message):
                 logger.warning("dropped a late word from broker %d, of before broker %d", message.epoch, self.epoch)
             elif isinstance(message, Welcome):
                 self._welcomed(message)
@@ -262,6 +265,17 @@ class Link:
             elif self.established:
                 self._endpoint.receive(message)
             # Else said before the HELLO that is under way, perhaps by a former broker: it knows by now what is held.
+
+    def _register(self, dealer: zmq.Socket[bytes]) -> None:
+        dealer.send(encode(structs.replace(self._endpoint.hello(), nonce=self._nonce)))
+
+    def _is_late(self, welcome: Welcome) -> bool:
+        """Say whether a WELCOME is a former broker's.
+
+        A lower number alone does not tell: a broker that has lost its files begins with what the clock says. One that
+        answers on this line, where nobody has yet, is there now.
+        """
+        return welcome.epoch < self.epoch and (self.established or welcome.nonce != self._nonce)
 
     def _welcomed(self, welcome: Welcome) -> None:
         self.established = True

@@ -1,13 +1,16 @@
 """A link that ends while its pool goes on by another one."""
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
+from msgspec import structs
 from waiting import wait_until
 
 import sharedpool
+from sharedpool.wire.messages import PROTOCOL_VERSION, Welcome
 from sharedpool.worker.link import Link
 from sharedpool.worker.session import Session
 
@@ -75,3 +78,18 @@ def test_a_link_that_has_ended_leaves_the_pool_to_its_successor(make_pool: MakeP
     assert not thread_of(second).is_alive()
     assert holdings.link is None
     assert holdings.desk.line is None
+
+
+def test_a_former_brokers_welcome_is_told_from_a_successors_with_a_lower_number(make_pool: MakePool) -> None:
+    pool = make_pool()
+    pool.put_conn(pool.get_conn(timeout=10))
+    link = pool._holdings.link
+    assert link is not None
+    answer = Welcome(PROTOCOL_VERSION, link.epoch - 1, 1, 1000, 1000, nonce=link._nonce)
+    assert link._is_late(answer)  # this line has a broker already
+    other = Link(link._endpoint, "ipc:///nowhere.sock", deque(), None)
+    other.epoch, other._nonce = link.epoch, 7
+    assert other._is_late(answer)  # it answers what was said elsewhere
+    assert not other._is_late(structs.replace(answer, nonce=7))
+    assert not other._is_late(structs.replace(answer, epoch=link.epoch))
+    other.disown()
