@@ -17,6 +17,17 @@ from sharedpool.wire.codec import MAX_FRAME_BYTES
 logger = logging.getLogger("sharedpool.broker")
 
 
+def is_at(path: Path, ours: os.stat_result) -> bool:
+    """Say whether a socket's file is still at its path; if so make it young."""
+    try:
+        if not os.path.samestat(ours, path.lstat()):
+            return False
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 class Letter(NamedTuple):
     """A message as it has come: from which session, over whose connection."""
 
@@ -44,6 +55,7 @@ class Post:
         self._router.setsockopt(zmq.IPV6, 1)
         if listener is not None:
             self._router.setsockopt(zmq.USE_FD, listener)
+        self._ours: os.stat_result | None = None  # our socket's file
         self.mail = self._used = True
 
     @property
@@ -67,6 +79,18 @@ class Post:
             raise SharedPoolError(f"cannot listen at {self._address}: {error}") from error
         finally:
             os.umask(mask)
+        if self._path is not None and not self._inherited:
+            self._ours = self._path.stat()
+
+    def mend(self) -> bool:
+        """Listen at the path anew if somebody has deleted it, and keep it young; return whether that was so.
+
+        Who is connected remains so. systemd's socket is systemd's. Raise OSError, `SharedPoolError` when it cannot be.
+        """
+        if self._path is None or self._ours is None or is_at(self._path, self._ours):
+            return False
+        self.bind()
+        return True
 
     def fileno(self) -> int:
         """Return the descriptor that becomes readable when there is news, perhaps."""

@@ -44,6 +44,7 @@ from sharedpool.broker.commands import (
 from sharedpool.broker.control import Control, Word
 from sharedpool.broker.custody import Custody
 from sharedpool.broker.journal import Journal
+from sharedpool.broker.keeper import Keeper
 from sharedpool.broker.leadership import Leadership
 from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.lock import BrokerLock
@@ -71,8 +72,10 @@ logger = logging.getLogger("sharedpool.broker")
 _BATCH = 500
 # A loop that was away for so long did not run (SIGSTOP, a suspended machine): silence in that time is no sign.
 _AWAY_S = 1.0
-# A lock file that somebody deleted locks nobody out any more. Reports say of these samples that they are 10 s apart.
+# Reports say of these samples that they are 10 s apart.
 _LOOK_EVERY_S = 10.0
+# Sooner than a worker that does not want to wait gives a broker up.
+_KEEP_EVERY_S = 2.0
 
 
 class Server:
@@ -96,7 +99,7 @@ class Server:
         self._watched = Watched(self._selector)
         self._desk: desks.Desk | None = None
         self._lookout: Lookout | None = None
-        self._started = self._look_at = self._awake_at = time.monotonic()
+        self._started = self._look_at = self._keep_at = self._awake_at = time.monotonic()
         self._host, self._place = socket.gethostname(), place()
 
     def bind(self) -> None:
@@ -129,7 +132,7 @@ class Server:
             limits=settings.limits,
             expiration_s=math.inf if settings.expiration_s is None else settings.expiration_s,
         )
-        scope = settings.scope or scope_of(settings.address)
+        scope = settings.scope or ("" if settings.one_off else scope_of(settings.address))
         self._leadership = Leadership(scope, self._lock.instance, self._tell) if scope and settings.dsn else None
         self._control = Control(
             settings.dsn, settings.max_conn, self._lock.instance, self._tell, self._journal.places, self._leadership,
@@ -137,6 +140,7 @@ class Server:
         )  # fmt: skip
         self._operators = Operators(self._ledger, self._control, self._execute, self._report)
         self._custody = Custody(self._desk, self._ledger, self._control, self._execute, self._calls.append)
+        self._keeper = Keeper(settings.address, self._lock, self._journal, self._post, self._desk)
         # A crashed broker leaves its socket, should somebody have deleted the rest.
         self._follows = not self._lock.first or self._post.left_behind
         self._open_lookout()
@@ -212,12 +216,13 @@ class Server:
                 if now >= self._look_at:
                     self._look_at, self._was_used = now + _LOOK_EVERY_S, True
                     self._ledger.sample()
-                    if not self._lock.is_ours():
-                        logger.error("the lock file of %s is gone: leaving it to another", self.settings.address)
-                        break
                 used = bool(self._ledger.leases or self._ledger.sessions)
                 if self.settings.maintenance:
                     self._rest(now, used=used)
+                if now >= self._keep_at:
+                    self._keep_at = now + _KEEP_EVERY_S
+                    if not self._keeper.look(wanted=used or self.settings.linger_s is None):
+                        break
                 if used or self.settings.linger_s is None:
                     unused_since = now
                 elif now - unused_since >= self.settings.linger_s:
@@ -360,7 +365,7 @@ class Server:
     def _timeout_s(self, now: float, unused_since: float) -> float:
         if self._post.look() or self._calls:
             return 0.0
-        deadlines = [self._look_at] if self._drained_by is None else [self._look_at, self._drained_by]
+        deadlines = [self._look_at, self._keep_at, *([] if self._drained_by is None else [self._drained_by])]
         if (deadline := self._operators.next_deadline()) is not None:
             deadlines.append(deadline)
         if (deadline := self._ledger.next_deadline()) is not None:
