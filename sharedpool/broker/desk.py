@@ -21,6 +21,7 @@ import struct
 from pathlib import Path
 from typing import Protocol
 
+from sharedpool.broker.garbage import Garbage
 from sharedpool.broker.post import is_at
 from sharedpool.errors import ProtocolError
 from sharedpool.hangup import other_side_closed
@@ -91,6 +92,7 @@ class Desk:
         self._numbers: dict[int, int] = {}  # their numbers, by descriptor
         self._numbered: dict[int, socket.socket] = {}
         self._newest = 0
+        self._garbage = Garbage()
         self._listener = self._listen()
         self._ours = path.stat()
         self._spare = os.open(os.devnull, os.O_RDONLY)  # for the moment when there are no descriptors left
@@ -171,7 +173,7 @@ class Desk:
             line.setblocking(False)
             _, uid, _ = _UCRED.unpack(line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
             if uid not in (os.getuid(), 0):
-                logger.warning("dropped a line to the desk from uid %d", uid)
+                self._garbage.dropped("dropped a line to the desk from uid %d", uid)
                 line.close()
                 continue
             self._newest += 1
@@ -221,7 +223,7 @@ class Desk:
                 self.clerk.withdrawn(message)
                 self._say(line, Settled(message.request))
         except ProtocolError as error:
-            logger.warning("dropped what came to the desk: %s", error)
+            self._garbage.dropped("dropped what came to the desk: %s", error)
         finally:
             for fd in fds[1:] if taken else fds:
                 os.close(fd)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import zmq
 
+from sharedpool.broker.garbage import Garbage
 from sharedpool.broker.processes import Peer, peer_of
 from sharedpool.errors import SharedPoolError
 from sharedpool.wire.codec import MAX_FRAME_BYTES
@@ -55,6 +56,7 @@ class Post:
         self._router.setsockopt(zmq.IPV6, 1)
         if listener is not None:
             self._router.setsockopt(zmq.USE_FD, listener)
+        self._garbage = Garbage()
         self._ours: os.stat_result | None = None  # our socket's file
         self.mail = self._used = True
 
@@ -119,11 +121,11 @@ class Post:
             peer = peer_of(frames[-1], ipc=self.near)
             session, *rest = (frame.bytes for frame in frames)
             if peer.uid not in (None, os.getuid(), 0):
-                logger.warning("dropped a message from uid %d", peer.uid)
+                self._garbage.dropped("dropped a message from uid %d", peer.uid)
             elif len(rest) != 1:
                 name = session.hex()[:12]
                 text = "dropped a message from %s: %d frames instead of 2"
-                logger.warning(text, name, len(frames), extra={"sharedpool": {"session": name}})
+                self._garbage.dropped(text, name, len(frames), session=name)
             else:
                 yield Letter(session, rest[0], peer)
 

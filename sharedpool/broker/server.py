@@ -43,6 +43,7 @@ from sharedpool.broker.commands import (
 )
 from sharedpool.broker.control import Control, Word
 from sharedpool.broker.custody import Custody
+from sharedpool.broker.garbage import Garbage
 from sharedpool.broker.journal import Journal
 from sharedpool.broker.keeper import Keeper
 from sharedpool.broker.leadership import Leadership
@@ -74,6 +75,7 @@ _BATCH = 500
 _AWAY_S = 1.0
 # Reports say of these samples that they are 10 s apart.
 _LOOK_EVERY_S = 10.0
+_SHOWN = 200  # characters of what is wrong with garbage
 # Sooner than a worker that does not want to wait gives a broker up.
 _KEEP_EVERY_S = 2.0
 
@@ -96,6 +98,7 @@ class Server:
         self._stopping = self._drain_asked = False
         self._drained_by: float | None = None
         self._was_used = self._resting = False
+        self._garbage = Garbage()
         self._watched = Watched(self._selector)
         self._desk: desks.Desk | None = None
         self._lookout: Lookout | None = None
@@ -332,7 +335,7 @@ class Server:
                 self._post.send(session, encode(Reject(other_version(version), fatal=True)))
             else:
                 name = session.hex()[:12]
-                logger.warning("dropped a message from %s: %s", name, error, extra={"sharedpool": {"session": name}})
+                self._garbage.dropped("dropped a message from %s: %s", name, str(error)[:_SHOWN], session=name)
             return
         now = time.monotonic()
         sender: Process | None = None

@@ -16,6 +16,8 @@ from sharedpool.broker.records import Pool, Session, SlotState
 from sharedpool.wire.messages import NO_TOKEN, PROTOCOL_VERSION, Bye, Hello, PoolSpec, Reject, Token, Welcome
 from sharedpool.wire.tag import shown, tag_of
 
+_SHOWN = 255  # characters of what a worker calls itself and its host: they are in every report
+
 
 def other_version(version: int) -> str:
     """Return what a worker of another protocol version is told."""
@@ -110,7 +112,8 @@ class Sessions:
             return  # late: its process is gone
         if session is None:
             expiration_s = min(self._terms.expiration_s, hello.pool.expiration_ms / 1000)
-            session = Session(session_id, hello.pid, hello.host, hello.title, pool, expiration_s, now, process)
+            host, title = hello.host[:_SHOWN], hello.title[:_SHOWN]
+            session = Session(session_id, hello.pid, host, title, pool, expiration_s, now, process)
             books.sessions[session_id] = pool.sessions[session_id] = session
             self._emit(Watch(session_id, process))
             self._arm(now + self._terms.ttl_s, "session", session)
