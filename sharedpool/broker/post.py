@@ -13,7 +13,8 @@ import zmq
 from sharedpool.broker.garbage import Garbage
 from sharedpool.broker.processes import Peer, peer_of
 from sharedpool.errors import SharedPoolError
-from sharedpool.wire.codec import MAX_FRAME_BYTES
+from sharedpool.wire.codec import MAX_FRAME_BYTES, encode
+from sharedpool.wire.messages import Reject
 
 logger = logging.getLogger("sharedpool.broker")
 
@@ -122,6 +123,8 @@ class Post:
             session, *rest = (frame.bytes for frame in frames)
             if peer.uid not in (None, os.getuid(), 0):
                 self._garbage.dropped("dropped a message from uid %d", peer.uid)
+                refusal = f"the broker is uid {os.getuid()}'s and serves nobody else (but root), not uid {peer.uid}"
+                self.send(session, encode(Reject(refusal, fatal=True)))
             elif len(rest) != 1:
                 name = session.hex()[:12]
                 text = "dropped a message from %s: %d frames instead of 2"

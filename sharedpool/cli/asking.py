@@ -47,7 +47,10 @@ class Line:
             question = structs.replace(question, read=self._read)
         self._dealer.send(encode(question))
         if (answer := self.receive(kind, timeout_s)) is None:
-            raise BrokerUnavailable(f"no broker answers at {self.address} within {timeout_s:g} s")
+            why = addresses.obstacle(self.address)
+            raise BrokerUnavailable(
+                f"no broker answers at {self.address} within {timeout_s:g} s" + (f": {why}" if why else "")
+            )
         return answer
 
     def receive(self, kind: type[M], timeout_s: float) -> M | None:

@@ -10,6 +10,7 @@ from sharedpool.errors import (
     ServerUnavailable,
     TooManyWaiting,
 )
+from sharedpool.wire.address import obstacle
 from sharedpool.wire.messages import Deny, DenyReason, Holder
 
 
@@ -69,6 +70,7 @@ def timed_out(pool: str, limit: int, wait_s: float) -> PoolTimeout:
 def unanswered(pool: str, address: str, waited_s: float, trouble: str) -> BrokerUnavailable:
     """Return the error for a broker that does not answer."""
     return BrokerUnavailable(
-        f"pool {pool!r}: the broker at {address} did not answer within {waited_s:.1f} s ({trouble})."
+        f"pool {pool!r}: the broker at {address} did not answer within {waited_s:.1f} s"
+        f" ({obstacle(address) or trouble})."
         " Is `sharedpool broker` running, and is SHAREDPOOL_BROKER (or broker=) its address?"
     )

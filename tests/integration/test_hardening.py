@@ -200,17 +200,47 @@ def test_another_users_words_are_dropped(
                     desk.connect(f"{runtime_dir}/open.sock.desk")
                     with line_to(address) as dealer:
                         dealer.send(hello("intruder"))
-                        dealer.setsockopt(zmq.RCVTIMEO, 500)
-                        try:
-                            dealer.recv()
-                        except zmq.Again:
-                            os._exit(0)
+                        refusal = decode_to_worker(dealer.recv())
+                        assert isinstance(refusal, Reject)
+                        assert refusal.fatal
+                        assert refusal.reason.endswith("serves nobody else (but root), not uid 65534")
+                        os._exit(0)
             finally:
                 os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert fetch_report(address).sessions == []
     assert "dropped a message from uid 65534" in caplog.text
     assert "dropped a line to the desk from uid 65534" in caplog.text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize("closed", ["socket", "directory"])
+def test_another_user_is_told_whose_broker_it_is(closed: str, runtime_dir: Path, postgres: EphemeralPostgres) -> None:
+    address = f"ipc://{runtime_dir}/b.sock"
+    blamed = runtime_dir / "b.sock" if closed == "socket" else runtime_dir
+    with sharedpool.start_broker(1, address=address):
+        if closed == "socket":
+            runtime_dir.chmod(0o755)
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.setuid(65534)
+                pool = sharedpool.config_pool(dsn=postgres.dsn, broker=address)
+                for ask in (lambda: pool.get_conn(timeout=0.3), lambda: fetch_report(address, timeout_s=0.3)):
+                    try:
+                        ask()
+                    except sharedpool.BrokerUnavailable as error:
+                        os.write(writing, f"{error}\n".encode())
+            finally:
+                os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as said:
+            texts = said.read().splitlines()
+        os.waitpid(child, 0)
+        assert len(texts) == 2
+        for text in texts:
+            assert f"{blamed} is uid 0's, who lets nobody else in, and this process is uid 65534" in text
 
 
 def test_by_tcp_a_pid_counts_only_where_it_means_the_same_process(
