@@ -12,6 +12,7 @@ from sharedpool.errors import (
     PoolTimeout,
     ProtocolError,
     ServerUnavailable,
+    SessionsNotKept,
     SharedPoolError,
     TooManyWaiting,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "PoolTimeout",
     "ProtocolError",
     "ServerUnavailable",
+    "SessionsNotKept",
     "SharedPoolError",
     "SimpleConnectionPool",
     "ThreadedConnectionPool",

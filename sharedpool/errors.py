@@ -20,6 +20,10 @@ class ServerUnavailable(SharedPoolError, OperationalError):
     """PostgreSQL accepts no connections just now, as another connect has found; the text is the server's own."""
 
 
+class SessionsNotKept(SharedPoolError):
+    """The pool's connections go through a pooler that gives one session's backend to another between transactions."""
+
+
 class PoolTimeout(SharedPoolError):
     """No connection became free within the caller's `timeout`."""
 

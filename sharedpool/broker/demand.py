@@ -479,8 +479,8 @@ class Demand:
                     pool.denials += 1
                     self.deny(waiter, DenyReason.FAILING, now)
 
-    def deny(self, waiter: Waiter, reason: DenyReason, now: float) -> None:
-        """Refuse a request, saying what its limit is and who holds most of it, or what the server said."""
+    def deny(self, waiter: Waiter, reason: DenyReason, now: float, why: str = "") -> None:
+        """Refuse a request, saying what its limit is and who holds most of it, or `why`, or what the server said."""
         books, pool = self._books, waiter.session.pool
         books.dequeue(waiter)
         capped = pool.own_room > 0 and books.max_conn is not None  # its own limit would allow one more
@@ -494,7 +494,7 @@ class Demand:
             reserved = books.groups.reserved - pool.group.terms.reserved if capped else 0
             if pool.group.room <= 0 and pool.group.terms.max_conn is not None:
                 group, limit = pool.group.name, pool.group.terms.max_conn
-        error, retry_ms = pool.backoff.error, max(0, int((pool.backoff.probe_at - now) * 1000))
+        error, retry_ms = why or pool.backoff.error, max(0, int((pool.backoff.probe_at - now) * 1000))
         denial = Deny(waiter.request, reason, limit, holders, capped, error, retry_ms, group, reserved)
         self._emit(Send(waiter.session.id, denial))
 

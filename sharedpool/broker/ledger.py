@@ -27,6 +27,7 @@ from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.broker.records import Lease, Pool, Session, SlotState, Waiter
 from sharedpool.broker.recovery import GRACE_OVER, Recovery
 from sharedpool.broker.report import lease_lines, report
+from sharedpool.broker.routes import unkept
 from sharedpool.broker.sessions import Sessions, Terms
 from sharedpool.broker.timers import Timers
 from sharedpool.wire.desk import Ask, Give, Withdraw
@@ -66,7 +67,7 @@ class Ledger:
     `expiration_s` is the longest idle time any pool may ask for. `verifies`: there is a control connection, so that
     the server can be asked. `remembers`: all that former brokers granted is given to `restore`. `random` returns
     numbers from 0 to 1. `instance`, `desk` and `handover` are told to the workers (`Welcome`). `groups`, with
-    `max_conn` only, and `limits` (of pools, by name) go before what the pools' users ask for.
+    `max_conn` only, and `limits` (of pools, by name) go before what the pools' users ask for. `server`: see `Routes`.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Ledger:
         handover: bool = False,
         groups: dict[str, GroupTerms] | None = None,
         limits: dict[str, int] | None = None,
+        server: str = "",
     ) -> None:
         self.epoch = epoch
         self._verifies = verifies
@@ -100,7 +102,7 @@ class Ledger:
         )
         self._leases = self._sessions.leases = Leases(
             self._books, epoch, self._demand, self._timers.arm, self._log, self._sessions.drop_if_over,
-            max_checkout_s=max_checkout_s, recheck_s=ttl_s / 3, verifies=verifies, remembers=remembers,
+            max_checkout_s=max_checkout_s, recheck_s=ttl_s / 3, verifies=verifies, remembers=remembers, server=server,
         )  # fmt: skip
         self._handover = Handover(self._books, self._demand, self._leases, self._out.append, self._timers.arm)
         self._demand.parked = self._leases.parked = self._handover
@@ -137,6 +139,7 @@ class Ledger:
             "grace": self._grace_due,
             "nudge": self._handover.nudge_due,
             "spared": lambda _, now: None,  # suspects may be fenced from now on
+            "queue": lambda _, now: None,  # the server may be looked at from now on
         }
 
     # --- what the server calls
@@ -189,14 +192,40 @@ class Ledger:
             self._leases.free(lease, "its backend is gone")
         return self._settled(now)
 
-    def backend_lost(self, token: Token, now: float) -> list[Command]:
-        """Take in that a lease's connection died on this side: its backend may live on, and is to be fenced."""
+    def backend_lost(self, token: Token, now: float, *, closed: bool = False) -> list[Command]:
+        """Take in that a lease's connection is over on this side: its backend may live on, and is to be fenced.
+
+        `closed`: the other side has closed it, which may be a proxy.
+        """
         lease = self._books.leases.get(token)
         if lease is not None:
             if not lease.session.ended and lease.state in (SlotState.OPEN, SlotState.GRANTED):
                 self._out.append(Send(lease.session.id, Gone([token])))  # for the worker it comes to the same
-            self._leases.lost(lease, now)
+            self._leases.lost(lease, now, closed=closed)
         return self._settled(now)
+
+    def believes(self, token: Token) -> bool:
+        """Say whether the end of a lease's connection is its backend's end: nobody is in between."""
+        lease = self._books.leases.get(token)
+        return lease is None or self._leases.routes.believes(lease)
+
+    def reached(self, now: float, *, direct: bool, fault: str) -> list[Command]:
+        """Take in how the control connection reaches the server, and what makes that way unsuitable, if anything."""
+        self._leases.routes.reached(direct=direct, fault=fault)
+        for pool in self._books.pools.values():
+            self._refuse_unsuitable(pool, now)
+        return self._settled(now)
+
+    def _refuse_unsuitable(self, pool: Pool, now: float) -> None:
+        """Refuse all who wait, where the server turns out not to do what a pool needs."""
+        if self._leases.routes.unsuitable(pool):
+            for waiter in list(pool.waiters.values()):
+                self._refuse(waiter, now)
+
+    def _refuse(self, waiter: Waiter, now: float) -> None:
+        pool = waiter.session.pool
+        pool.denials += 1
+        self._demand.deny(waiter, DenyReason.UNSUITABLE, now, self._leases.routes.unsuitable(pool))
 
     def expects(self, session_id: bytes, token: Token) -> bool:
         """Say whether a session may deposit a socket for this lease."""
@@ -270,7 +299,7 @@ class Ledger:
             return self._settled(now)
         for token in self._leases.quarantine.surveyed(survey, strangers, now):
             self._leases.free(self._books.leases[token], "no backend of its connect is left")
-        if self._leases.quarantine:
+        if self._leases.quarantine.due(now):
             self._looking_again = True  # a little later
             self._timers.arm(now + SETTLE_S, "look", self)
         return self._settled(now)
@@ -391,6 +420,8 @@ class Ledger:
         if crowded or self._demand.draining:
             pool.denials += 1
             self._demand.deny(waiter, DenyReason.DRAINING if self._demand.draining else DenyReason.CROWDED, now)
+        elif self._leases.routes.unsuitable(pool):
+            self._refuse(waiter, now)
         elif nowait and pool.held:
             pool.denials += 1
             self._demand.deny(waiter, DenyReason.PAUSED, now)
@@ -405,7 +436,7 @@ class Ledger:
     def _confirm(self, session: Session, confirm: Confirm, now: float) -> None:
         lease = session.leases.get(confirm.token)
         if lease is not None and lease.state is not SlotState.FENCING:
-            self._leases.identify(lease, confirm.backend)
+            self._leases.identify(lease, confirm.backend, now)
             if lease.state is not SlotState.OPEN:
                 self._books.move(lease, SlotState.OPEN, "confirmed")
             self._health.opened(lease, confirm)
@@ -423,6 +454,8 @@ class Ledger:
             if (lease := session.leases.get(token)) is not None:
                 self._leases.free(lease, "given back")
         revoked = self._leases.reconcile(session, renew.leases, now, seen=renew.seen)
+        if (twin := self._leases.routes.answered(session, renew.answers)) is not None:
+            self._find_unsuitable(twin, now)
         if not renew.answers or revoked:
             pool = session.pool
             self._out.append(Send(session.id, Ack(revoked, renew.gone, pool.generation, pool.most)))
@@ -436,11 +469,22 @@ class Ledger:
             # It waits for what nobody will answer: an ACQUIRE or DENY was lost, or it was silent for too long.
             self._out.append(Send(session.id, Reject("this broker does not know all requests: ask again")))
 
+    def _proves_end(self, release: Release, lease: Lease) -> bool:
+        return release.gone or (release.closed and self._leases.routes.believes(lease))
+
+    def _find_unsuitable(self, lease: Lease, now: float) -> None:
+        """Use a pool no longer: a lease's backend is another one's at the same time. What is held is replaced."""
+        pool, pid = lease.pool, lease.backend.pid if lease.backend else 0
+        pool.unsuitable = unkept(f"two connections that are open at the same time have the same backend, {pid}")
+        self._log(logging.ERROR, "pool %r: %s", pool.name, pool.unsuitable, pool=pool.name, reason="sessions not kept")
+        self._health.bump(pool, "its server is unsuitable")
+        self._refuse_unsuitable(pool, now)
+
     def _release(self, session: Session, release: Release, now: float) -> None:
         lease = session.leases.get(release.token)
         if release.token in session.vanished:
             session.vanished.discard(release.token)  # the broker was the first to see its end
-        elif lease is None or (lease.state is SlotState.FENCING and not release.gone):
+        elif lease is None or (lease.state is SlotState.FENCING and not self._proves_end(release, lease)):
             return
         if release.reason is ReleaseReason.OWED:
             session.pool.recalls += 1
@@ -450,11 +494,14 @@ class Ledger:
             self._health.failed(session, release, now)
         if lease is None:
             return
-        if release.gone:
+        if self._proves_end(release, lease):
             self._leases.free(lease, release.reason)
             return
-        self._leases.identify(lease, release.backend)
-        self._leases.fence(lease, "its worker could not see the backend end", now)
+        self._leases.identify(lease, release.backend, now)
+        ordinary = lease.backend is not None and not lease.backend.direct  # with every close behind a proxy
+        level = logging.DEBUG if ordinary else logging.INFO
+        why = "its worker could not see the backend end"
+        self._leases.fence(lease, why, now, level=level, closed=release.closed)
 
     # --- timers
 
@@ -499,7 +546,7 @@ class Ledger:
         self._demand.settle(now)
         if self._books.contended or self._books.shrinking:
             self._handover.watch(now)
-        if not self._looking_again and (order := self._leases.quarantine.order()) is not None:
+        if not self._looking_again and (order := self._leases.quarantine.order(now)) is not None:
             self._out.append(Look(*order))
         return self._decided()
 

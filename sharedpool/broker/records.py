@@ -148,7 +148,9 @@ class Session:
 class Pool:
     """One limit. `idle`, `incoming`, `pressed` and `unpressed` are indexes over its leases and sessions.
 
-    `held`: an operator has paused it, nothing is granted and everything comes back.
+    `held`: an operator has paused it, nothing is granted and everything comes back. `direct`: whether nobody was found
+    between its workers and the server, in no connection so far; None before the first. `unsuitable`: what its
+    connections have shown that makes it useless.
     """
 
     spec: PoolSpec
@@ -159,6 +161,8 @@ class Pool:
     doubted: int = 0  # the generation about which the server is being asked
     held: bool = False
     unnamed: bool = False  # known by its backends alone: no session has named it yet
+    direct: bool | None = None
+    unsuitable: str = ""
     leases: dict[Token, Lease] = field(default_factory=dict)
     sessions: dict[bytes, Session] = field(default_factory=dict)
     waiters: OrderedDict[int, Waiter] = field(default_factory=OrderedDict)
@@ -196,6 +200,10 @@ class Pool:
         """Go on counting where a pool of the same name, which nobody used for a while, has ended."""
         for counter in _COUNTERS:
             setattr(self, counter, getattr(past, counter))
+
+    def met(self, backend: Backend) -> None:
+        """Note how one more connection reaches the server."""
+        self.direct = backend.direct and self.direct is not False
 
     @property
     def name(self) -> str:

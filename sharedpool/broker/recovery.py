@@ -94,6 +94,7 @@ class Recovery:
             books.move(lease, SlotState.SUSPECT, "held when the former broker ended")
             if entry.backend is not None and entry.backend.start_us:
                 books.restored[entry.backend] = lease
+                pool.met(entry.backend)
             if not entry.pid and entry.backend is not None:
                 books.orphans[entry.backend] = lease
         for session in restored.values():

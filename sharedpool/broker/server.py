@@ -54,6 +54,7 @@ from sharedpool.broker.scope import scope_of
 from sharedpool.broker.sessions import other_version
 from sharedpool.broker.settings import BrokerSettings
 from sharedpool.broker.systemd import notify
+from sharedpool.conninfo import ConnInfo
 from sharedpool.errors import ConfigError, ProtocolError, SharedPoolError
 from sharedpool.wire import address as addresses
 from sharedpool.wire.codec import decode_to_broker, encode, hello_version
@@ -125,6 +126,7 @@ class Server:
             handover=self._desk is not None and settings.dsn is not None,
             groups=settings.groups,
             limits=settings.limits,
+            server=_server_of(settings.dsn),
             expiration_s=math.inf if settings.expiration_s is None else settings.expiration_s,
         )
         scope = settings.scope or scope_of(settings.address)
@@ -449,6 +451,17 @@ class Server:
         self._wake_out.close()
         self._lock.release(for_good=self.settings.one_off)
         logger.info("broker %d stopped", os.getpid())
+
+
+def _server_of(dsn: str | None) -> str:
+    """Return what the description of a server (`conninfo.ServerIdentity`) contains that is at the address of `dsn`."""
+    if dsn is None:
+        return ""
+    try:
+        identity = ConnInfo(dsn).identity()
+    except ConfigError:
+        return "\0"  # the connect will say what is wrong
+    return f"@{identity.host}:{identity.port}/"
 
 
 def _different(one: BrokerSettings, other: BrokerSettings) -> list[str]:

@@ -215,15 +215,16 @@ class Cache:
         """Take a lease out of use for good, whatever it was doing."""
         return self._closing(lease, conn, reason, now)
 
-    def closed(self, lease: Lease, reason: ReleaseReason, *, gone: bool, error: str = "") -> None:
+    def closed(self, lease: Lease, reason: ReleaseReason, *, gone: bool, closed: bool = False, error: str = "") -> None:
         """Give a lease back: its connection is closed. Does nothing the second time.
 
-        `gone`: its backend was seen to end. `error`: why it could not be opened, if that concerns every worker.
+        `gone`: its backend was seen to end; `closed`: somebody's end of the connection was, perhaps not the backend's.
+        `error`: why it could not be opened, if that concerns every worker.
         """
         if self._holds(lease):
             del self.leases[lease.token]
             lease.conn = None
-            self.out.append(Release(lease.token, gone, reason, lease.backend, error))
+            self.out.append(Release(lease.token, gone, reason, lease.backend, error, closed))
             if gone:
                 self._gone[lease.token] = None
 

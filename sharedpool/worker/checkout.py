@@ -252,12 +252,12 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
                 holdings.give_back(lease, reason)
             elif made[0].closed:
                 gone, concerns_all = failure(made[0], error)
-                holdings.give_back(lease, reason, gone=gone, error=concerns_all)
+                holdings.give_back(lease, reason, gone=gone, closed=made[0].sharedpool_closed, error=concerns_all)
             elif not isinstance(error, OSError):
                 holdings.discard(lease, bear_witness(made[0]), reason)
             else:
                 abort(made[0])
-                holdings.give_back(lease, reason, gone=made[0].sharedpool_gone)
+                holdings.give_back(lease, reason, gone=False, closed=made[0].sharedpool_closed)
         raise
 
 

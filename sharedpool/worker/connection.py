@@ -2,7 +2,7 @@
 
 Every connection keeps a duplicate of its socket, the *witness*. PostgreSQL holds its end open until the backend has
 exited (`socket_close` in its pqcomm.c), so the end of file on the witness proves that the slot is free, if it was the
-server that sent it (`hangup.py`); a plain `close()` only asks for it.
+server that sent it (`hangup.py`, `route.py`); a plain `close()` only asks for it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from psycopg2 import extensions
 
 from sharedpool.conninfo import ConnInfo
 from sharedpool.libpq import socket_of_failed
+from sharedpool.route import is_direct
 from sharedpool.wire.messages import Backend, Phase
 from sharedpool.worker import green
 from sharedpool.worker.ending import HUNG_UP, close_confirmed, close_witness, dead_end, disown, see_off
@@ -38,7 +39,8 @@ _ONES_OWN = re.compile(
 # client_connection_check_interval (PostgreSQL 14+): a dead worker's backend notices even in the middle of a query.
 _DESCRIBE_SQL = """
 SELECT a.pid, (extract(epoch FROM a.backend_start) * 1000000)::bigint,
-       (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint
+       (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,
+       host(inet_client_addr()), inet_client_port(), host(inet_server_addr()), inet_server_port(), application_name
 FROM pg_stat_get_activity(pg_backend_pid()) AS a
 """
 _CHECK_INTERVAL_SQL = """
@@ -58,7 +60,8 @@ class PooledConnection(extensions.connection):
     sharedpool_witness = -1
     sharedpool_session: tuple[Any, ...] = ()
     sharedpool_pid = 0
-    sharedpool_gone = False
+    sharedpool_gone = sharedpool_closed = False
+    sharedpool_direct: bool | None = None  # whether nobody is between it and the backend; None until it is described
     sharedpool_finalized = False
     sharedpool_erred = False  # its last transaction failed
     sharedpool_started = 0.0  # when its connect began
@@ -231,6 +234,8 @@ def _number(text: object) -> float | None:
 def failure(conn: PooledConnection, error: BaseException) -> tuple[bool, str]:
     """Say of a connect that failed whether its backend is known to be gone, or never was, and whom it concerns.
 
+    `conn.sharedpool_closed` tells that the other side has closed it: whether that is the server, or a proxy in front of
+    it that may still be connecting, the broker may know from others.
     The text is empty when the fault may be this worker's alone (a wrong password, no such database).
     """
     text = " ".join(str(error).split())[:500] if isinstance(error, psycopg2.Error) else ""
@@ -242,7 +247,7 @@ def failure(conn: PooledConnection, error: BaseException) -> tuple[bool, str]:
     if fd >= 0:  # the server has refused, and leaves
         # libpq's own is open as long as `conn` lives; a duplicate might not be had.
         see_off(conn, fd)
-        return conn.sharedpool_gone, text
+        return False, text
     # Never connected, unless libpq gave up waiting, or has tried several hosts.
     took_s, limit_s = time.monotonic() - conn.sharedpool_started, conn.sharedpool_timeout_s
     timed_out = "timeout expired" in text or (limit_s is not None and 0 < limit_s <= took_s + 0.1)
@@ -259,20 +264,35 @@ def bear_witness(conn: PooledConnection) -> PooledConnection:
 
 
 def describe(conn: PooledConnection) -> Backend:
-    """Ask the server which backend this is. Where it will not say (a proxy in between) only the pid is known."""
+    """Ask the server which backend this is, and find out whether anybody is in between.
+
+    Where it will not say only the pid is known.
+    """
     conn.autocommit = True
     try:
         with conn.cursor(cursor_factory=extensions.cursor) as cursor:
             prefix = _CHECK_INTERVAL_SQL if conn.server_version >= 140000 else ""
             # Whoever finds a connection that was never used sees whose statement its last one was.
             cursor.execute("/* sharedpool */" + prefix + _DESCRIBE_SQL)
-            row = cast("tuple[int, int, int] | None", cursor.fetchone())
-            return Backend(*row) if row else Backend(conn.info.backend_pid)
+            row = cursor.fetchone()
+            if row is None:
+                return _unknown(conn)
+            pid, start_us, boot_us, client, client_port, server, server_port, name = row
+            # A pooler has its own key for the cancel of whatever it will have the session on.
+            pooled = pid != conn.info.backend_pid
+            ends = None if client is None else ((client, client_port), (server, server_port))
+            conn.sharedpool_direct = not pooled and is_direct(conn.fileno(), pid, ends)
+            return Backend(pid, start_us, boot_us, conn.sharedpool_direct, (name or "") if pooled else None)
     except (psycopg2.ProgrammingError, psycopg2.NotSupportedError, psycopg2.DataError):
-        return Backend(conn.info.backend_pid)
+        return _unknown(conn)
     finally:
         if not conn.closed:
             conn.autocommit = False
+
+
+def _unknown(conn: PooledConnection) -> Backend:
+    conn.sharedpool_direct = False
+    return Backend(conn.info.backend_pid)
 
 
 def session_of(conn: PooledConnection) -> tuple[Any, ...]:

@@ -106,6 +106,7 @@ def adopt(shell: PooledConnection, fd: int, live: Live) -> PooledConnection:
     shell.sharedpool_pid = os.getpid()
     shell.sharedpool_adopted, shell.sharedpool_parameters = live.backend, live.parameters
     shell.sharedpool_native = shell.sharedpool_gone = shell.sharedpool_erred = False
+    shell.sharedpool_closed, shell.sharedpool_direct = False, live.backend.direct
     if shell.notices:
         shell.notices.clear()
     if shell.notifies:

@@ -186,7 +186,7 @@ class Holdings:
             raise
         with self.lock:
             for each, conn in decided:
-                self.cache.closed(each.lease, each.reason, gone=conn.sharedpool_gone)
+                self.cache.closed(each.lease, each.reason, gone=conn.sharedpool_gone, closed=conn.sharedpool_closed)
                 self.released[each.reason] += 1
                 if each.reason is ReleaseReason.OWED:
                     self.cache.slices.parted(time.monotonic())
@@ -318,13 +318,16 @@ class Holdings:
             self.cache.out.append(Interrupt(token, trial))
         self.signal()
 
-    def give_back(self, lease: Lease, reason: ReleaseReason, *, gone: bool = True, error: str = "") -> None:
+    def give_back(
+        self, lease: Lease, reason: ReleaseReason, *, gone: bool = True, closed: bool = False, error: str = ""
+    ) -> None:
         """Give back a lease that has no connection here; `gone` False when one may be left on the server.
 
-        `error`: why it could not be opened, if that concerns every worker.
+        `closed`: not if the other side is the server. `error`: why it could not be opened, if that concerns every
+        worker.
         """
         with self.lock:
-            self.cache.closed(lease, reason, gone=gone, error=error)
+            self.cache.closed(lease, reason, gone=gone, closed=closed, error=error)
         self.signal()
 
     def deposit(self, lease: Lease, conn: PooledConnection) -> None:

@@ -8,6 +8,7 @@ from sharedpool.errors import (
     PoolExhausted,
     PoolTimeout,
     ServerUnavailable,
+    SessionsNotKept,
     TooManyWaiting,
 )
 from sharedpool.wire.messages import Deny, DenyReason, Holder
@@ -20,6 +21,8 @@ def refused(pool: str, deny: Deny, wait_s: float) -> PoolError:
             f"pool {pool!r}: PostgreSQL accepts no connections (the next try is in {deny.retry_ms / 1000:.1f} s), as"
             f" another caller has found: {deny.error}"
         )
+    if deny.reason is DenyReason.UNSUITABLE:
+        return SessionsNotKept(f"pool {pool!r}: {deny.error}")
     if deny.reason is DenyReason.DRAINING:
         return BrokerUnavailable(f"pool {pool!r}: the broker is shutting down and lends nothing any more")
     if deny.reason is DenyReason.PAUSED:
