@@ -34,7 +34,7 @@ WHERE (pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0)) 
 _FENCE_LENT_SQL = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE pid = %s AND (extract(epoch FROM backend_start) * 1000000)::bigint = %s AND application_name = %s
-      AND coalesce((extract(epoch FROM query_start) * 1000000)::bigint, 0) <= %s
+      AND coalesce((extract(epoch FROM query_start) * 1000000)::bigint, 0) <= %s AND (state <> 'idle' OR %s)
 """
 _LOOK_SQL = """
 SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0), coalesce(application_name, ''),
@@ -130,10 +130,10 @@ def cancel(conn: connection, backend: Backend) -> bool | None:
     return done if visible else bool(done)
 
 
-def end_lent(conn: connection, backend: Backend, since_us: int) -> None:
-    """Signal a backend that a pooler has lent, unless it has lent it to others since then."""
+def end_lent(conn: connection, backend: Backend, since_us: int, *, idle: bool) -> None:
+    """Signal a backend that a pooler has lent, unless it has lent it to others since then; `idle`: one that rests, too."""
     with conn.cursor() as cursor:
-        cursor.execute(_FENCE_LENT_SQL, (backend.pid, backend.start_us, backend.pooled, since_us))
+        cursor.execute(_FENCE_LENT_SQL, (backend.pid, backend.start_us, backend.pooled, since_us, idle))
 
 
 def sights_of(conn: connection, pids: Iterable[int]) -> dict[int, Sight]:

@@ -31,8 +31,9 @@ logger = logging.getLogger("sharedpool.broker")
 # A slot is to be back soon after its backend has ended, however long that takes.
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.005, 0.05
 _TOGETHER_S = 0.005  # what is due so soon is looked for in the same query
-# How long a backend that was told by its client to leave may take, or a pooler to clean it.
-_LEAVES_S, _CLEANED_S = 0.02, 0.05
+# How long a backend that was told by its client to leave may take, or a pooler to clean it. One that rests may be a
+# worker's who has just been lent it, and has not told yet.
+_LEAVES_S, _CLEANED_S, _RESTS_S = 0.02, 0.1, 1.0
 
 
 @dataclass(slots=True)
@@ -84,7 +85,7 @@ class Fencing:
             self._end(conn, [backend for _, backend in ripe if backend.pooled is None])
             for job, backend in ripe:
                 if backend.pooled is not None and job.since_us is not None:
-                    self._end(conn, [backend], job.since_us)
+                    self._end(conn, [backend], job.since_us, idle=now >= job.ends_at + _RESTS_S)
             listed = catalog.sights_of(conn, [backend.pid for _, backend in looked])
             for job, backend in looked:
                 if (how := _how_over(job, backend, listed.get(backend.pid))) is not None:
@@ -93,10 +94,13 @@ class Fencing:
             job.due = now + job.retry_s
             job.retry_s = min(job.retry_s * 2, _LAST_RETRY_S)
 
-    def _end(self, conn: connection, backends: list[Backend], since_us: int | None = None) -> None:
+    def _end(
+        self, conn: connection, backends: list[Backend], since_us: int | None = None, *, idle: bool = True
+    ) -> None:
         """Signal backends; if one of them makes that fail, each alone: it must not keep the others alive.
 
-        Only those that have begun no query after `since_us`, if given, and are under the session's own name.
+        Of those behind a pooler only one that has begun no query after `since_us`, and is under the session's own name;
+        `idle`: if it rests, too.
         """
         if not backends:
             return
@@ -104,7 +108,7 @@ class Fencing:
             if since_us is None:
                 catalog.end(conn, backends)
             else:
-                catalog.end_lent(conn, backends[0], since_us)
+                catalog.end_lent(conn, backends[0], since_us, idle=idle)
         except (psycopg2.errors.InsufficientPrivilege, psycopg2.DataError) as error:
             if len(backends) > 1:
                 for backend in backends:
@@ -150,6 +154,8 @@ def _how_over(job: _Job, backend: Backend, sight: Sight | None) -> str | None:
         return None
     if job.since_us is None:
         job.since_us = sight.now_us
-    if sight.query_us > job.since_us or (sight.idle and sight.name != backend.pooled):
-        return "is its pooler's again"
-    return None
+    if sight.idle:
+        over = sight.query_us > job.since_us or sight.name != backend.pooled
+    else:  # else it may be the pooler's own, which cleans it
+        over = sight.query_us > job.since_us and sight.now_us - sight.query_us > _CLEANED_S * 1_000_000
+    return "is its pooler's again" if over else None

@@ -176,7 +176,9 @@ class Leases:
         if lease.backend is not None or self._verifies:
             lease.custody = False  # else there is nothing to look for, and nobody to look: it stays counted
         if lease.state is not SlotState.FENCING:
-            self.fence(lease, "its connection broke", now, closed=closed)
+            proxied = closed and lease.backend is not None  # its worker closes it, as a rule, and says so later
+            level = logging.DEBUG if proxied else logging.INFO
+            self.fence(lease, "its connection broke", now, level=level, closed=closed)
         elif lease.findable:
             if lease.backend is None or lease.backend.direct:
                 self._demand.cut(lease, "its connection broke")  # the first order may have relied on the socket

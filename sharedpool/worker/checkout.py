@@ -241,7 +241,8 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
         conn.sharedpool_session, conn.sharedpool_server = session_of(conn), server_of(conn)
         conn.sharedpool_touched = False
         conn.sharedpool_encoding = conn.get_parameter_status("client_encoding") or ""
-        conn.sharedpool_movable = lease.movable = holdings.handover and can_move(conn)
+        # A pooler's is not passed on: what makes it clean for others would take its name from it (`broker/fencing.py`).
+        conn.sharedpool_movable = lease.movable = holdings.handover and backend.pooled is None and can_move(conn)
         return conn
     except BaseException as error:
         if lease.phase is not Phase.CLOSING:
