@@ -101,6 +101,7 @@ class LateCloser:
         self._late_s, self._accept_late_s = late_s, accept_late_s
         self._listener = socket.create_server((HOST, 0), backlog=128)
         self.dsn = by(server, self._listener.getsockname()[1])
+        self.accepted = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._accept, name="late closer")
         self._sessions: list[threading.Thread] = []
@@ -109,6 +110,7 @@ class LateCloser:
         with contextlib.suppress(OSError):  # closed
             while True:
                 client, _ = self._listener.accept()
+                self.accepted += 1
                 self._sessions.append(threading.Thread(target=self._serve, args=[client]))
                 self._sessions[-1].start()
 
@@ -201,14 +203,18 @@ def _file(name: str, text: str) -> Iterator[Path]:
 
 @contextmanager
 def running(*command: str, port: int, uid: int | None = None) -> Iterator[None]:
-    """Run a program that listens at a port, until it is not needed any more; as `uid`, if we may choose."""
+    """Run a program that listens at a port, until it is not needed any more; as `uid`, if we may choose.
+
+    Port 0: it listens somewhere else.
+    """
     options: dict[str, object] = {}
     if uid is not None and os.geteuid() == 0:
         options = {"user": uid, "extra_groups": []}
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, stdout=said, stderr=said, **options)  # type: ignore[call-overload]
         try:
-            wait_until(_listens(process, port), 20, f"{command[0]} to listen")
+            if port:
+                wait_until(_listens(process, port), 20, f"{command[0]} to listen")
             yield
         finally:
             process.terminate()

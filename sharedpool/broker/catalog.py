@@ -131,7 +131,7 @@ def cancel(conn: connection, backend: Backend) -> bool | None:
 
 
 def end_lent(conn: connection, backend: Backend, since_us: int, *, idle: bool) -> None:
-    """Signal a backend that a pooler has lent, unless it has lent it to others since then; `idle`: one that rests, too."""
+    """Signal a backend that a pooler has lent, unless it has lent it to others since; `idle`: one that rests, too."""
     with conn.cursor() as cursor:
         cursor.execute(_FENCE_LENT_SQL, (backend.pid, backend.start_us, backend.pooled, since_us, idle))
 

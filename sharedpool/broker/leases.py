@@ -173,6 +173,9 @@ class Leases:
 
         `closed`: its other side has closed it, but that need not be the server.
         """
+        if closed and lease.backend is None and lease.pool.direct is None and not self._verifies:
+            self.routes.unproven.add(lease)
+            return
         if lease.backend is not None or self._verifies:
             lease.custody = False  # else there is nothing to look for, and nobody to look: it stays counted
         if lease.state is not SlotState.FENCING:
@@ -186,6 +189,23 @@ class Leases:
             self.quarantine.hurry(lease.token)
         else:
             self._seclude(lease, now, closed=closed)
+
+    def found(self, lease: Lease, backend: Backend, now: float) -> None:
+        """Take in on which backend a lease is that is being ended already."""
+        self.identify(lease, backend, now)
+        if not self._verifies:
+            return
+        self.quarantine.discard(lease.token)
+        self._demand.cut(lease, "its connection broke")
+
+    def prove(self, now: float) -> None:
+        """See to connections that have ended, as it becomes known what that proves."""
+        for lease in list(self.routes.unproven):
+            if self.routes.believes(lease):
+                self.free(lease, "its backend is gone")
+            elif lease.backend is not None:
+                self.routes.unproven.discard(lease)
+                self.lost(lease, now, closed=True)
 
     def reconcile(
         self, session: Session, reports: list[LeaseReport], now: float, *, seen: Token = NO_TOKEN, claim: bool = False

@@ -441,6 +441,8 @@ class Ledger:
                 self._books.move(lease, SlotState.OPEN, "confirmed")
             self._health.opened(lease, confirm)
             self._leases.note(lease, Phase.IN_USE, now, "")
+        elif lease is not None and lease.backend is None:  # its end was seen first
+            self._leases.found(lease, confirm.backend, now)
 
     def _renew(self, session: Session, renew: Renew, now: float) -> None:
         self._books.note_times(session, renew.times)
@@ -470,7 +472,7 @@ class Ledger:
             self._out.append(Send(session.id, Reject("this broker does not know all requests: ask again")))
 
     def _proves_end(self, release: Release, lease: Lease) -> bool:
-        return release.gone or (release.closed and self._leases.routes.believes(lease))
+        return release.gone or (release.closed and self._leases.routes.believes_refusal(lease))
 
     def _find_unsuitable(self, lease: Lease, now: float) -> None:
         """Use a pool no longer: a lease's backend is another one's at the same time. What is held is replaced."""
@@ -543,6 +545,8 @@ class Ledger:
         self._out.append(Log(level, text % args, {"epoch": self.epoch, **fields}))
 
     def _settled(self, now: float) -> list[Command]:
+        if self._leases.routes.unproven:
+            self._leases.prove(now)
         self._demand.settle(now)
         if self._books.contended or self._books.shrinking:
             self._handover.watch(now)

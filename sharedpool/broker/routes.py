@@ -46,6 +46,8 @@ class Routes:
         self._fault = ""  # of the control connection's way
         self._lent: dict[Backend, Lease] = {}  # by a pooler: to whom last
         self._twins: list[_Twins] = []
+        # Their connections have ended, and what that proves their workers may say, or others.
+        self.unproven: set[Lease] = set()
 
     # --- nobody in between?
 
@@ -54,14 +56,15 @@ class Routes:
         self._control_is_direct, self._fault = direct, fault
 
     def believes(self, lease: Lease) -> bool:
-        """Say whether the end of a lease's connection is its backend's end.
+        """Say whether the end of a lease's connection is its backend's end. Of one not described yet others tell."""
+        return self.is_direct(lease.pool) if lease.backend is None else lease.backend.direct
 
-        Of one that is not described yet others tell. Where nobody can be asked, and no proxy has been met, it is
-        believed: a connect that the server itself refuses would keep its slot.
+    def believes_refusal(self, lease: Lease) -> bool:
+        """The same of a connect that has failed.
+
+        Where nobody can be asked, and no proxy has been met, the server itself has refused: else its slot were lost.
         """
-        if lease.backend is not None:
-            return lease.backend.direct
-        return self.is_direct(lease.pool) or (lease.pool.direct is None and not self._verifies)
+        return self.believes(lease) or (lease.backend is None and lease.pool.direct is None and not self._verifies)
 
     def is_direct(self, pool: Pool) -> bool:
         """Say whether it is known that nobody is between a pool's workers and the server."""
@@ -90,6 +93,7 @@ class Routes:
 
     def over(self, lease: Lease) -> None:
         """Note that a lease is over."""
+        self.unproven.discard(lease)
         if lease.backend is not None and self._lent.get(lease.backend) is lease:
             del self._lent[lease.backend]
 

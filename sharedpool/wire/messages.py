@@ -92,6 +92,9 @@ class Backend(Struct, frozen=True, eq=False):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Backend) and self.identity == other.identity
 
+    def __ne__(self, other: object) -> bool:  # else it is msgspec's, which compares objects
+        return not self == other
+
     def __hash__(self) -> int:
         return hash(self.identity)
 
