@@ -20,7 +20,7 @@ from sharedpool.broker.demand import Demand
 from sharedpool.broker.groups import GroupTerms
 from sharedpool.broker.handover import Handover
 from sharedpool.broker.health import Health
-from sharedpool.broker.leases import Leases
+from sharedpool.broker.leases import QUEUE_LIMIT_S, Leases
 from sharedpool.broker.observe import Observation, observe
 from sharedpool.broker.orders import Orders
 from sharedpool.broker.quarantine import SETTLE_S
@@ -318,7 +318,7 @@ class Ledger:
     def hold(self, grace_s: float, now: float, why: str = "no journal of a former broker") -> list[Command]:
         """Grant nothing for `grace_s`: former brokers may have granted what nobody here knows."""
         self._demand.paused = True
-        self._recovery.hold(now + grace_s)
+        self._recovery.hold(now, now + grace_s)
         self._timers.arm(now + grace_s, "grace", self)
         self._log(logging.WARNING, "%s: granting nothing for %.1f s", why, grace_s)
         return self._settled(now)
@@ -534,6 +534,9 @@ class Ledger:
     def _grace_due(self, _: object, now: float) -> None:
         if now < self._recovery.held_until:
             return  # it has begun anew
+        if not self._leases.routes.control_is_direct and now < (least := self._recovery.held_since + QUEUE_LIMIT_S):
+            self._timers.arm(least, "grace", self)  # a connect may be in a proxy's queue until then
+            return
         if self._verifies:
             self._recovery.look(now)
         else:

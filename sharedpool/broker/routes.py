@@ -42,7 +42,7 @@ class Routes:
     def __init__(self, server: str, *, verifies: bool) -> None:
         self._server = server
         self._verifies = verifies
-        self._control_is_direct = False
+        self.control_is_direct = False
         self._fault = ""  # of the control connection's way
         self._lent: dict[Backend, Lease] = {}  # by a pooler: to whom last
         self._twins: list[_Twins] = []
@@ -53,7 +53,7 @@ class Routes:
 
     def reached(self, *, direct: bool, fault: str) -> None:
         """Note how the control connection reaches the server, and what makes that way unsuitable, if anything."""
-        self._control_is_direct, self._fault = direct, fault
+        self.control_is_direct, self._fault = direct, fault
 
     def believes(self, lease: Lease) -> bool:
         """Say whether the end of a lease's connection is its backend's end. Of one not described yet others tell."""
@@ -68,14 +68,14 @@ class Routes:
 
     def is_direct(self, pool: Pool) -> bool:
         """Say whether it is known that nobody is between a pool's workers and the server."""
-        return pool.direct is True or (pool.direct is None and self._control_is_direct and self._is_same(pool))
+        return pool.direct is True or (pool.direct is None and self.control_is_direct and self._is_same(pool))
 
     def _is_same(self, pool: Pool) -> bool:
         return self._server in pool.spec.server
 
     def unsuitable(self, pool: Pool) -> str:
         """Say what makes a pool's server unsuitable, if anything does."""
-        return pool.unsuitable or (self._fault if self._is_same(pool) else "")
+        return pool.unsuitable or (self._fault if self._fault and self._is_same(pool) else "")
 
     # --- poolers
 

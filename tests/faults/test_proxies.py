@@ -28,7 +28,7 @@ def _kind(name: str, fault: str, start: Proxy) -> object:
 KINDS = [
     _kind(
         "haproxy", "behind HAProxy, which ends sessions in the middle of their queries; SIGKILL of workers",
-        lambda server, role: proxies.haproxy(server, silence_s=1.0),
+        lambda server, role: proxies.haproxy(server, silence_s=0.7),
     ),
     _kind("stunnel", "behind stunnel; SIGKILL of workers", lambda server, role: proxies.stunnel(server)),
     _kind("socat", "behind socat; SIGKILL of workers", lambda server, role: proxies.socat(server)),
@@ -67,11 +67,13 @@ def test_the_limit_holds_behind_a_proxy(start: Proxy, field: Arena, row: Row, va
         control = dsn if variant.endswith("proxy") else field.server.dsn
         options = {"max_conn": MAX_CONN, "ttl": TTL_S, "dsn": control, "drain_timeout": 3}
         field.broker = BrokerProcess(field.address, field.directory / "broker.log", **options)
-        crew = field.open(config={"dsn": make_dsn(dsn, user=field.role, dbname=field.role)}, discard=0.4, think=0.02)
+        crew = field.open(
+            config={"dsn": make_dsn(dsn, user=field.role, dbname=field.role)}, discard=0.4, think=0.02, long_query=1.5
+        )
         crew.start(WORKERS)
         kills: list[tuple[int, float]] = []
         with ReportWatch(field.address) as watch:
-            for step in range(scale(8, 60)):
+            for step in range(scale(5, 32)):
                 number = rng.choice(sorted(crew.alive))
                 since, pid = time.monotonic(), crew.pid(number)
                 order, sign = ("q", "queries") if step % 4 else ("i", "idle")

@@ -2,6 +2,8 @@
 
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -70,6 +72,19 @@ def test_a_forwarder_from_one_unix_socket_to_another_is_found_out(
     with proxies.running(proxies.program("socat"), listen, f"UNIX-CONNECT:{proxies.unix_path(postgres)}", port=0):
         wait_until(path.exists, what="the forwarder to listen")
         assert not is_direct(make_dsn(postgres.dsn, host=str(runtime_dir), port=5432))
+
+
+def test_a_worker_that_cannot_see_the_servers_processes_takes_nothing_for_granted(postgres: EphemeralPostgres) -> None:
+    """In a PID namespace of its own, as in another container: then only the server's word counts."""
+    code = (
+        "import sys; from sharedpool.conninfo import resolve; from sharedpool.worker.connection import connect, describe;"
+        " print(describe(connect(resolve(dsn=sys.argv[1]), 'x', None, [])).direct)"
+    )
+    command = [proxies.program("unshare"), "--pid", "--fork", sys.executable, "-c", code, postgres.dsn]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if "unshare failed" in run.stderr:
+        pytest.skip("no PID namespace may be made here")
+    assert run.stdout.strip() == "False", run.stderr
 
 
 # --- slots

@@ -70,6 +70,16 @@ def test_the_end_of_a_connection_through_a_proxy_has_the_server_asked() -> None:
     assert isinstance(b.outcome(request), Token)
 
 
+def test_what_is_being_ended_already_is_not_ordered_again_when_the_proxy_closes_too() -> None:
+    broker = proxied_broker()
+    a = broker.worker("a", max_conn=1)
+    token = lend(a, backend(1))
+    deposit(broker, token)
+    a.broker.send(a.id, Release(token, False, ReleaseReason.CLOSED, backend(1)))
+    broker.take_in(broker.ledger.backend_lost(token, broker.now, closed=True))
+    assert [fence.backend for fence in broker.all(Fence)] == [backend(1)]
+
+
 def test_a_connection_that_nobody_has_described_is_judged_by_the_others_of_its_pool() -> None:
     broker = proxied_broker()
     a = broker.worker("a", max_conn=5)
