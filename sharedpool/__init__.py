@@ -13,6 +13,7 @@ from sharedpool.errors import (
     PoolTimeout,
     ProtocolError,
     ServerUnavailable,
+    SessionsNotKept,
     SharedPoolError,
     TooManyWaiting,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "PoolTimeout",
     "ProtocolError",
     "ServerUnavailable",
+    "SessionsNotKept",
     "SharedPoolError",
     "SimpleConnectionPool",
     "ThreadedConnectionPool",

@@ -24,6 +24,10 @@ class ConnectRefused(SharedPoolError, OperationalError):
     """PostgreSQL has refused this process's last connect, and the next one is not due yet; the text is the server's."""
 
 
+class SessionsNotKept(SharedPoolError):
+    """The pool's connections go through a pooler that gives one session's backend to another between transactions."""
+
+
 class PoolTimeout(SharedPoolError):
     """No connection became free within the caller's `timeout`."""
 

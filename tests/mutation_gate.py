@@ -70,6 +70,28 @@ MUTANTS = (
         ("tests/integration/test_evidence.py", "-k", "query"),
     ),
     Mutant(
+        "a proxy's end is taken for the backend's",
+        (
+            (
+                "sharedpool/broker/routes.py",
+                "return self.is_direct(lease.pool) if lease.backend is None else lease.backend.direct",
+                "return True",
+            ),
+        ),
+        ("tests/unit/test_ledger_proxies.py",),
+    ),
+    Mutant(
+        "a proxy is not found out",
+        (
+            (
+                "sharedpool/route.py",
+                "return ours == (_address(*ends[0]), _address(*ends[1]))",
+                "return True",
+            ),
+        ),
+        ("tests/integration/test_proxies.py", "-k", "found_out or socket_to_nobody"),
+    ),
+    Mutant(
         "a restarted broker grants without knowing what is held",
         (
             (

@@ -48,6 +48,11 @@ class Worker:
         answer: dict[str, Any] = json.loads(self._line(timeout_s))
         return answer
 
+    def has_answered(self) -> bool:
+        """Say whether `answer` need not wait."""
+        assert self._process.stdout is not None
+        return "\n" in self._read or bool(select.select([self._process.stdout], [], [], 0)[0])
+
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         self.send(do, **arguments)
         return self.answer()

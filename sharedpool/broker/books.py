@@ -193,7 +193,7 @@ class Books:
 
     def identify(self, lease: Lease, backend: Backend | None) -> None:
         """Note which backend a lease's connection is on."""
-        if backend is not None and backend != lease.backend:
+        if backend is not None and (backend != lease.backend or backend.direct is not lease.backend.direct):
             lease.backend = backend
             self._record(lease)
 

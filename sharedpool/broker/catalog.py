@@ -6,10 +6,13 @@ All of them block for a round trip or two and raise psycopg2's errors. `activity
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import psycopg2
 from psycopg2.extensions import connection
 
+from sharedpool import libpq
+from sharedpool.route import is_direct
 from sharedpool.wire.messages import Backend
 
 _SERVER_SQL = """
@@ -33,9 +36,23 @@ FROM pg_stat_activity
 WHERE (pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0)) IN
       (SELECT * FROM unnest(%s::int[], %s::bigint[]))
 """
-_LOOK_SQL = """
-SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0) FROM pg_stat_activity WHERE pid = ANY(%s)
+# The same for one that a pooler may have lent to others.
+_FENCE_LENT_SQL = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE pid = %s AND (extract(epoch FROM backend_start) * 1000000)::bigint = %s AND application_name = %s
+      AND coalesce((extract(epoch FROM query_start) * 1000000)::bigint, 0) <= %s AND (state <> 'idle' OR %s)
 """
+_LOOK_SQL = """
+SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0), coalesce(application_name, ''),
+       coalesce(state = 'idle', false), coalesce((extract(epoch FROM query_start) * 1000000)::bigint, 0),
+       (extract(epoch FROM clock_timestamp()) * 1000000)::bigint
+FROM pg_stat_activity WHERE pid = ANY(%s)
+"""
+_ENDS_SQL = """
+SELECT pg_backend_pid(), host(inet_client_addr()), inet_client_port(), host(inet_server_addr()), inet_server_port()
+"""
+_ITSELF_SQL = b"SELECT pid || ' ' || backend_start FROM pg_stat_get_activity(pg_backend_pid())"
+_ANSWER_LIMIT_S = 2.0
 # No row: it has ended; (null, true): another has its pid; (null, false): its start is hidden from this role.
 _CANCEL_SQL = """
 SELECT CASE coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0) WHEN %s THEN pg_cancel_backend(pid) END,
@@ -51,6 +68,37 @@ SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0), 
        coalesce(application_name LIKE %s, false), datid IS NULL AND usesysid IS NULL, coalesce(datname, '')
 FROM pg_stat_activity
 """
+
+
+class Sight(NamedTuple):
+    """A backend as it is listed: when it was started (0 where this role may not see it), its application_name, whether
+    it rests outside a transaction, when its last query began, and the server's clock. Microseconds since 1970.
+    """
+
+    start_us: int
+    name: str
+    idle: bool
+    query_us: int
+    now_us: int
+
+
+def route_of(conn: connection) -> tuple[bool, bool]:
+    """Return whether nobody is between a connection and its backend, and whether a pooler is."""
+    with conn.cursor() as cursor:
+        cursor.execute(_ENDS_SQL)
+        row = cursor.fetchone()
+        assert row is not None
+    pid, client, client_port, server, server_port = row
+    if pid != conn.info.backend_pid:  # a pooler has its own key for the cancel of whatever it will have the session on
+        return False, True
+    return is_direct(
+        conn.fileno(), pid, None if client is None else ((client, client_port), (server, server_port))
+    ), False
+
+
+def itself(conn: connection) -> bytes | None:
+    """Return which backend a connection is on at the moment; None when there is none for it within two seconds."""
+    return libpq.ask(conn, _ITSELF_SQL, _ANSWER_LIMIT_S)
 
 
 def server_of(conn: connection) -> tuple[int, str]:
@@ -94,11 +142,17 @@ def cancel(conn: connection, backend: Backend) -> bool | None:
     return done if visible else bool(done)
 
 
-def starts_of(conn: connection, pids: Iterable[int]) -> dict[int, int]:
-    """Return of those of these pids that are backends when they were started; 0 where this role may not see it."""
+def end_lent(conn: connection, backend: Backend, since_us: int, *, idle: bool) -> None:
+    """Signal a backend that a pooler has lent, unless it has lent it to others since; `idle`: one that rests, too."""
+    with conn.cursor() as cursor:
+        cursor.execute(_FENCE_LENT_SQL, (backend.pid, backend.start_us, backend.pooled, since_us, idle))
+
+
+def sights_of(conn: connection, pids: Iterable[int]) -> dict[int, Sight]:
+    """Return those of these pids that are backends, as they are listed."""
     with conn.cursor() as cursor:
         cursor.execute(_LOOK_SQL, (list(pids),))
-        return dict(cursor.fetchall())
+        return {pid: Sight(*seen) for pid, *seen in cursor.fetchall()}
 
 
 def survey(conn: connection, pattern: str) -> tuple[frozenset[int], list[tuple[int, int, str, str]]]:

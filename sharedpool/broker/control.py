@@ -1,7 +1,7 @@
 """The broker's one connection to PostgreSQL: see that a backend is gone, and end what is left of a dead worker.
 
-It runs in a thread of its own, so that a slow server never stops the leases. A slot is freed only when
-`pg_stat_activity` of the very server the backend ran on does not list (pid, backend_start) any more.
+It runs in a thread of its own, so that a slow server never stops the leases. What is to be ended, and what proves that
+it has, is in `fencing.py`.
 
 It also *surveys* the server for backends that nobody knows (see `quarantine.py`). The look of a barrier begins with a
 connection that is made anew: a postmaster accepts in the order of arrival, so whatever was tried before is a backend by
@@ -26,8 +26,10 @@ from sharedpool.broker import catalog
 from sharedpool.broker.activity import activity_of
 from sharedpool.broker.commands import Command, Doubt, Fence, Interfere, Look, Peek, Place, Saw, Send, Survey
 from sharedpool.broker.database import Database
+from sharedpool.broker.fencing import Fencing
 from sharedpool.broker.leadership import Leadership
 from sharedpool.broker.ledger import Ledger
+from sharedpool.broker.routes import unkept
 from sharedpool.libpq import socket_of_failed
 from sharedpool.wire.messages import Backend, Token
 from sharedpool.wire.reports import Activity
@@ -35,20 +37,11 @@ from sharedpool.wire.tag import pattern_of
 
 logger = logging.getLogger("sharedpool.broker")
 
-_FIRST_RETRY_S = 0.005
-_LAST_RETRY_S = 1.0
+_ROUNDS = 3  # of looks whether a pooler keeps two sessions apart
 _FIRST_RECONNECT_S, _LAST_RECONNECT_S = 0.1, 1.0
 
 # What is found out is told to the ledger, in the broker's own thread.
 Word = Callable[[Ledger, float], list[Command]]
-
-
-@dataclass(slots=True)
-class _Job:
-    fence: Fence
-    due: float
-    retry_s: float = _FIRST_RETRY_S
-    warned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +51,8 @@ class _Need:
     needed: bool
 
 
-# What other threads put into the inbox; None is the end.
-_Item = _Job | Token | Look | Doubt | Interfere | Peek | _Need | int | None
+# What other threads put into the inbox: an order and when it is due, what follows; None is the end.
+_Item = tuple[Fence, float] | Token | Look | Doubt | Interfere | Peek | _Need | int | None
 
 
 class Control:
@@ -88,17 +81,17 @@ class Control:
         self._leadership = leadership
         self._tell = tell
         self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
-        self._jobs: dict[Token, _Job] = {}
+        self._fencing = Fencing(self._free, self._restarted_since)
         self._looks: list[Look] = []
         self._conn: psycopg2.extensions.connection | None = None
         self._boot_us = 0
         self._route = ""
         self._room = 0
-        self._powerless = False
         self._seen = set(seen)  # every server this connection, or a former broker's, has been on
         self._met: set[int] = set()  # starts of servers that workers have been on
         self._hurry = False
         self._lost = ""  # what ended the last connection, until there is a new one
+        self._fault = ""  # what makes our way to the server unsuitable
         self.state = "connecting" if dsn else "none"
         self._thread = threading.Thread(target=self._run, name="sharedpool-control", daemon=True)
 
@@ -125,7 +118,7 @@ class Control:
 
     def fence(self, fence: Fence, *, after_s: float = 0.0) -> None:
         """Queue a backend to be ended and confirmed gone, unless it is `settled` within `after_s`. Does not block."""
-        self._inbox.put(_Job(fence, time.monotonic() + after_s))
+        self._inbox.put((fence, time.monotonic() + after_s))
 
     def settled(self, token: Token) -> None:
         """Forget a fence: other evidence has come. Does not block."""
@@ -195,7 +188,7 @@ class Control:
             return None
         if self._looks:
             return 0.0
-        due = min((job.due for job in self._jobs.values()), default=math.inf)
+        due = self._fencing.due
         if self._leadership is not None:
             due = min(due, self._leadership.due)
         return None if due == math.inf else max(0.0, due - time.monotonic())
@@ -208,8 +201,8 @@ class Control:
                 match item:
                     case None:
                         return False
-                    case _Job(fence):
-                        self._jobs[fence.token] = item
+                    case (Fence() as fence, float(due)):
+                        self._fencing.add(fence, due)
                         if self._dsn is None:
                             fields = {"pool": fence.pool, "lease": str(fence.token), "reason": fence.why}
                             text = "pool %r: lease %s stays counted: %s"
@@ -228,7 +221,7 @@ class Control:
                         if not needed:
                             self._rest()
                     case Token():
-                        self._jobs.pop(item, None)
+                        self._fencing.discard(item)
                     case int():
                         self._hurry = self._hurry or item != self._boot_us
                 item = self._inbox.get_nowait()
@@ -316,7 +309,13 @@ class Control:
     def _connect(self) -> None:
         assert self._database is not None
         known, lost, self._lost = self._boot_us, self._lost, ""
-        self._prepare(self._database.connect(self._defaults()))
+        fresh = self._database.connect(self._defaults())
+        try:
+            self._look_at_route(fresh)
+        except BaseException:
+            fresh.close()
+            raise
+        self._prepare(fresh)
         assert self._conn is not None
         pid, database = self._conn.info.backend_pid, self._conn.info.dbname
         if lost and self._boot_us == known:  # a server that ends one session is the same one still
@@ -330,6 +329,40 @@ class Control:
                 " users: raise max_connections or lower max_conn"
             )
             logger.warning(text, self._max_conn, self._room)
+
+    def _look_at_route(self, conn: connection) -> None:
+        """Find out who is between us and the server, and tell."""
+        conn.autocommit = True
+        direct, pooled = catalog.route_of(conn)
+        fault = self._sign_of_sharing(conn) if pooled else ""
+        if fault:
+            fault = unkept(fault)
+            logger.error("control connection: %s", fault)
+        self._fault = fault
+        self._tell(lambda ledger, now: ledger.reached(now, direct=direct, fault=fault))
+
+    def _sign_of_sharing(self, conn: connection) -> str:
+        """Open a second session behind a pooler for a moment: say what shows that it does not keep the two apart."""
+        assert self._dsn is not None
+        try:
+            other = psycopg2.connect(self._dsn, **self._defaults())
+        except psycopg2.OperationalError as error:
+            logger.info("no second session behind the pooler: %s", _text(error))
+            return ""
+        try:
+            other.autocommit = True
+            first = catalog.itself(conn)
+            for _ in range(_ROUNDS):
+                theirs = catalog.itself(other)
+                if theirs is None:
+                    break  # it waits for a backend of its own
+                if theirs == first:
+                    return "two sessions of one moment have the same backend"
+                if catalog.itself(conn) != first:
+                    return "one session has had two backends"
+            return ""
+        finally:
+            other.close()
 
     def _prepare(self, conn: connection) -> None:
         self._conn = conn
@@ -345,8 +378,12 @@ class Control:
         self._claim(time.monotonic())
 
     def _claim(self, now: float) -> None:
-        """Take the limit's lock, or note who has it."""
-        if self._leadership is not None and self._conn is not None:
+        """Take the limit's lock, or note who has it. No session holds it behind a pooler that keeps none."""
+        if self._fault:
+            self.state = "connected, through a pooler that does not keep sessions"
+            if self._leadership is not None:
+                self._leadership.cannot_ask()
+        elif self._leadership is not None and self._conn is not None:
             rival = self._leadership.claim(self._conn, now)
             self.state = f"another broker counts to this limit: {rival}" if rival else "connected"
 
@@ -382,61 +419,14 @@ class Control:
         while self._looks:
             self._survey(self._looks[0])
             del self._looks[0]
-        due = [job for job in self._jobs.values() if job.due <= now]
-        looked = [job for job in due if self._comparable(job)]
-        backends = [job.fence.backend for job in looked if job.fence.backend is not None]
-        if backends:
-            self._end(self._conn, backends)
-            listed = catalog.starts_of(self._conn, [backend.pid for backend in backends])
-            for job in looked:
-                backend = job.fence.backend
-                # Start time 0: we may not see it, so it may be the same one.
-                if backend is not None and listed.get(backend.pid, -1) not in (backend.start_us, 0):
-                    self._done(job, "gone")
-        for job in due:
-            job.retry_s = min(job.retry_s * 2, _LAST_RETRY_S)
-            job.due = now + job.retry_s
-
-    def _end(self, conn: connection, backends: list[Backend]) -> None:
-        """Signal backends; if one of them makes that fail, each alone: it must not keep the others alive."""
-        try:
-            catalog.end(conn, backends)
-        except (psycopg2.errors.InsufficientPrivilege, psycopg2.DataError) as error:
-            if len(backends) > 1:
-                for backend in backends:
-                    self._end(conn, [backend])
-            elif not self._powerless:
-                self._powerless = True
-                text = "control connection: may not end backends (%s): their slots wait until they end themselves"
-                logger.warning(text, _text(error))
-
-    def _comparable(self, job: _Job) -> bool:
-        """Say whether this server can tell about the backend; settle the job if a restart already did."""
-        backend = job.fence.backend
-        if backend is not None and backend.start_us and backend.boot_us == self._boot_us:
-            return True
-        if backend is not None and self._restarted_since(backend):
-            self._done(job, "server restarted")
-        elif not job.warned:
-            job.warned = True
-            text = "pool %r: lease %s stays counted: the control connection cannot tell whether backend %s is gone"
-            pool, token, pid = job.fence.pool, job.fence.token, backend.pid if backend else "(unknown)"
-            fields = {"pool": pool, "lease": str(token), "reason": job.fence.why}
-            logger.warning(text, pool, token, pid, extra={"sharedpool": fields})
-        return False
+        self._fencing.work(self._conn, self._boot_us, now)
 
     def _restarted_since(self, backend: Backend) -> bool:
         """We saw that server ourselves, by this route, and now another incarnation answers there."""
         return backend.boot_us != self._boot_us and Place(self._route, backend.boot_us) in self._seen
 
-    def _done(self, job: _Job, how: str) -> None:
-        fence = job.fence
-        del self._jobs[fence.token]
-        pid = fence.backend.pid if fence.backend else 0
-        fields = {"pool": fence.pool, "lease": str(fence.token), "epoch": fence.token.epoch, "reason": fence.why}
-        text = "pool %r: lease %s: backend %d %s (%s)"
-        logger.info(text, fence.pool, fence.token, pid, how, fence.why, extra={"sharedpool": fields})
-        self._tell(lambda ledger, now: ledger.backend_gone(fence.token, now))
+    def _free(self, token: Token) -> None:
+        self._tell(lambda ledger, now: ledger.backend_gone(token, now))
 
 
 _WAY_OUT = "start the broker again with --dsn, or without its .journal file while no broker and no worker runs"

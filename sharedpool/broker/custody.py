@@ -35,7 +35,7 @@ class Custody:
         self._control = control
         self._execute = execute
         self._later = later
-        self._fenced: set[Token] = set()  # cut, and given to the control connection as well
+        self._fenced: set[Token] = set()  # given to the control connection
         if desk is not None:
             desk.clerk = self
 
@@ -77,15 +77,15 @@ class Custody:
         self._later(lambda ledger, now: ledger.line_ended(line, now))
 
     def gone(self, token: Token) -> None:
-        """Take in that the backend of a socket in custody has ended."""
-        if token in self._fenced:
-            self._fenced.discard(token)
-            self._control.settled(token)
-        self._execute(self._ledger.backend_gone(token, time.monotonic()))
+        """Take in that the other side of a socket in custody has closed it: the backend, if nobody is in between."""
+        now = time.monotonic()
+        if self._ledger.believes(token):
+            self._execute(self._ledger.backend_gone(token, now))
+        else:
+            self._execute(self._ledger.backend_lost(token, now, closed=True))
 
     def lost(self, token: Token) -> None:
         """Take in that a socket in custody has died: whether its backend lives on, only the server knows."""
-        self._fenced.discard(token)
         self._execute(self._ledger.backend_lost(token, time.monotonic()))
 
     # --- from the ledger
@@ -102,14 +102,18 @@ class Custody:
 
     def erase(self, token: Token) -> None:
         """Let go of what there is of a lease: its slot is free."""
-        self._fenced.discard(token)
+        if token in self._fenced:
+            self._fenced.discard(token)
+            self._control.settled(token)
         if self.desk is not None:
             self.desk.drop(token)
 
     def fence(self, fence: Fence) -> None:
         """Have a backend ended: by its socket, if that is here, and by the control connection."""
         cut = self.desk is not None and self.desk.cut(fence.token)
-        if fence.backend is not None and (self._control.exists or not cut):
-            if cut:
-                self._fenced.add(fence.token)
-            self._control.fence(fence, after_s=_CUT_HEAD_START_S if cut else 0.0)
+        if fence.backend is None:
+            return
+        seen = cut and fence.backend.direct  # its end will show
+        if self._control.exists or not seen:
+            self._fenced.add(fence.token)
+            self._control.fence(fence, after_s=_CUT_HEAD_START_S if seen else 0.0)

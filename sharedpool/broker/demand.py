@@ -28,6 +28,7 @@ from typing import Protocol
 from sharedpool.broker.books import Books
 from sharedpool.broker.commands import Command, Fence, Log, Send
 from sharedpool.broker.records import Lease, Pool, Session, SlotState, Waiter
+from sharedpool.broker.routes import Routes
 from sharedpool.wire.messages import Ack, Deny, DenyReason, Grant, Holder, Recall, Token
 
 # A worker that has not answered a recall, or finished a close, for so long is not waited for any more.
@@ -54,11 +55,13 @@ class Demand:
         self,
         books: Books,
         epoch: int,
+        routes: Routes,
         emit: Callable[[Command], None],
         arm: Callable[[float, str, object], None],
     ) -> None:
         self._books = books
         self._epoch = epoch
+        self._routes = routes
         self._emit = emit
         self._arm = arm
         self._serial = 0  # of leases
@@ -174,7 +177,8 @@ class Demand:
     def send_grant(self, lease: Lease) -> None:
         """Send a grant, or send it again for a request that was repeated."""
         serial, owed, waited_ms = self.next_serial(), lease.session.owed, int(lease.waited_s * 1000)
-        self._emit(Send(lease.session.id, Grant(lease.request, lease.token, serial, owed, waited_ms)))
+        direct = self._routes.believes_refusal(lease)
+        self._emit(Send(lease.session.id, Grant(lease.request, lease.token, serial, owed, waited_ms, direct)))
 
     # --- 2. recall
 
@@ -520,8 +524,8 @@ class Demand:
             return DenyReason.DRAINING
         return DenyReason.PAUSED if pool.held else None
 
-    def deny(self, waiter: Waiter, reason: DenyReason, now: float) -> None:
-        """Refuse a request, saying what its limit is and who holds most of it, or what the server said."""
+    def deny(self, waiter: Waiter, reason: DenyReason, now: float, why: str = "") -> None:
+        """Refuse a request, saying what its limit is and who holds most of it, or `why`, or what the server said."""
         books, pool = self._books, waiter.session.pool
         books.dequeue(waiter)
         capped = pool.own_room > 0 and books.max_conn is not None  # its own limit would allow one more
@@ -535,7 +539,7 @@ class Demand:
             reserved = books.groups.reserved - pool.group.terms.reserved if capped else 0
             if pool.group.room <= 0 and pool.group.terms.max_conn is not None:
                 group, limit = pool.group.name, pool.group.terms.max_conn
-        error, retry_at = self.why if self.paused else pool.backoff.error, pool.backoff.probe_at
+        error, retry_at = why or (self.why if self.paused else pool.backoff.error), pool.backoff.probe_at
         session = waiter.session
         if reason is DenyReason.REFUSED and session.refusal is not None:
             error = session.refusal.error

@@ -86,7 +86,7 @@ class Handover:
             if session.owed:
                 self._books.mark_owed(session, session.owed - 1)
         lease.line = 0
-        self._leases.identify(lease, give.live.backend)
+        self._leases.identify(lease, give.live.backend, now)
         stays = lease.custody and not lease.interrupts and give.live.generation == lease.pool.generation
         stays = stays and lease.pool.cancels is not False
         if not stays or self._demand.draining or self._demand.excess(lease.pool) > 0:

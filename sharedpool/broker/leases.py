@@ -10,7 +10,12 @@ from sharedpool.broker.books import Books
 from sharedpool.broker.demand import ANSWER_LIMIT_S, Demand
 from sharedpool.broker.quarantine import Quarantine
 from sharedpool.broker.records import Lease, Pool, Session, SlotState
+from sharedpool.broker.routes import Routes
 from sharedpool.wire.messages import NO_TOKEN, START_UP_LIMIT_S, Backend, LeaseReport, Phase, Token
+
+# For so long a proxy may keep a connect in a queue of its own, before the server hears of it: as long as a worker waits
+# for it, as a rule. Afterwards what the server shows is all there is.
+QUEUE_LIMIT_S = 10.0
 
 
 class Logger(Protocol):
@@ -48,6 +53,7 @@ class Leases:
         ttl_s: float,
         verifies: bool,
         remembers: bool,
+        routes: Routes,
     ) -> None:
         self._books = books
         self._epoch = epoch
@@ -60,6 +66,7 @@ class Leases:
         self._verifies = verifies
         self._remembers = remembers
         self.quarantine = Quarantine()
+        self.routes = routes
         self._void: set[Token] = set()  # of older epochs, given back or fenced since: not to be claimed again
 
     def believe(self) -> None:
@@ -71,39 +78,80 @@ class Leases:
         if lease.token.epoch != self._epoch:
             self._void.add(lease.token)
         self.quarantine.discard(lease.token)
+        self.routes.over(lease)
         self._books.move(lease, SlotState.FREE, reason)
         self._drop(lease.session)
 
-    def identify(self, lease: Lease, backend: Backend | None) -> None:
+    def identify(self, lease: Lease, backend: Backend | None, now: float) -> None:
         """Note which backend a lease's connection is on.
 
         One that was counted for nobody is this lease's now; so is one that was handed over unknown to this broker.
         """
+        new = lease.backend != backend
         self._books.identify(lease, backend)
         if backend is None:
             return
+        if new:
+            self._note_route(lease, backend, now)
         for index in (self._books.orphans, self._books.restored):
             other = index.get(backend)
             if other is not None and other is not lease and other.state is SlotState.SUSPECT:
                 self.free(other, "claimed")
 
-    def fence(self, lease: Lease, why: str, now: float, *, level: int = logging.INFO) -> None:
+    def _note_route(self, lease: Lease, backend: Backend, now: float) -> None:
+        """Note what a new connection tells of the way to the server, and of a pooler there."""
+        pool = lease.pool
+        if pool.direct is None and backend.direct:
+            for token in pool.leases:
+                self.quarantine.hurry(token)  # there is no queue but the server's own
+        if pool.direct is None and not backend.direct and not self._verifies:
+            text = (
+                "pool %r: there is a proxy between its workers and the server, or no telling, and no control connection"
+                " to ask when a connection has ended: its slot stays counted (start the broker with --dsn)"
+            )
+            self._log(logging.WARNING, text, pool.name, pool=pool.name, reason="proxy")
+        pool.met(backend)
+        other = self.routes.lend(lease, backend)
+        if other is None:
+            return
+        if other.state is SlotState.FENCING:
+            self.free(other, "its pooler has lent the backend again")
+        elif other.state is SlotState.OPEN and not (other.session.silent or lease.session.silent):
+            for session in {other.session.id: other.session, lease.session.id: lease.session}.values():
+                self._demand.ask(session, now)
+            self.routes.doubt([other, lease], [other.session.asked, lease.session.asked])
+
+    def fence(self, lease: Lease, why: str, now: float, *, level: int = logging.INFO, closed: bool = False) -> None:
         """Have a lease's backend ended and verified, whatever its worker does. `level`: the log's.
 
         Without a connection to look for, the slot goes into quarantine until the server shows nothing that may be it.
+        `closed`: the other side of that connection has closed it, so that it is in no queue any more.
         """
         if lease.state is not SlotState.SUSPECT:
             self._books.move(lease, SlotState.SUSPECT, why)
-        if lease.findable:
+        if self.routes.is_lent_again(lease):
+            self.free(lease, "its pooler has lent the backend again")
+        elif lease.findable:
             self._demand.fence(lease, why, now, level=level)
-            return
-        self._books.move(lease, SlotState.FENCING, why)
-        lease.since = now
-        self._demand.expect(lease, now)
-        if self._verifies:
-            self.quarantine.add(lease.token)
+            if lease.backend is None and self._verifies and not self.routes.believes(lease):
+                self._seclude(lease, now)  # its socket, cut, will prove nothing
         else:
-            self._arm(now + START_UP_LIMIT_S, "start-up", lease)
+            self._books.move(lease, SlotState.FENCING, why)
+            lease.since = now
+            self._demand.expect(lease, now)
+            if self._verifies:
+                self._seclude(lease, now, closed=closed)
+            else:
+                self._arm(now + START_UP_LIMIT_S, "start-up", lease)
+
+    def _seclude(self, lease: Lease, now: float, *, closed: bool = False) -> None:
+        """Put a slot into quarantine: at once, if nothing can be waiting in a proxy's queue."""
+        if lease.token in self.quarantine:
+            return
+        until = now if closed or self.routes.is_direct(lease.pool) else now + QUEUE_LIMIT_S
+        self.quarantine.add(lease.token, until)
+        if until > now:
+            self._arm(until, "queue", lease)
 
     def start_up_due(self, lease: Lease, now: float) -> None:
         """Free a slot whose connect had no end that anybody saw, and that nobody can look for."""
@@ -124,19 +172,48 @@ class Leases:
         """Note that the broker has the connection's socket in custody."""
         lease.custody = True
         if lease.state is SlotState.FENCING:  # it came late: there is something to end after all
-            self.quarantine.discard(lease.token)
+            if self.routes.believes(lease):
+                self.quarantine.discard(lease.token)
             self._demand.cut(lease, "its worker is gone")
 
-    def lost(self, lease: Lease, now: float) -> None:
-        """Have a lease's backend verified whose socket, in custody, is of no use as evidence any more."""
+    def lost(self, lease: Lease, now: float, *, closed: bool = False) -> None:
+        """Have a lease's backend verified whose socket, in custody, is of no use as evidence any more.
+
+        `closed`: its other side has closed it, but that need not be the server.
+        """
+        if closed and lease.backend is None and lease.pool.direct is None and not self._verifies:
+            self.routes.unproven.add(lease)
+            return
         if lease.backend is not None or self._verifies:
             lease.custody = False  # else there is nothing to look for, and nobody to look: it stays counted
         if lease.state is not SlotState.FENCING:
-            self.fence(lease, "its connection broke", now)
+            proxied = closed and lease.backend is not None  # its worker closes it, as a rule, and says so later
+            level = logging.DEBUG if proxied else logging.INFO
+            self.fence(lease, "its connection broke", now, level=level, closed=closed)
         elif lease.findable:
-            self._demand.cut(lease, "its connection broke")  # the first order may have relied on the socket
+            if lease.backend is None or lease.backend.direct:
+                self._demand.cut(lease, "its connection broke")  # the first order may have relied on the socket
+        elif closed and lease.token in self.quarantine:
+            self.quarantine.hurry(lease.token)
         else:
-            self.quarantine.add(lease.token)
+            self._seclude(lease, now, closed=closed)
+
+    def found(self, lease: Lease, backend: Backend, now: float) -> None:
+        """Take in on which backend a lease is that is being ended already."""
+        self.identify(lease, backend, now)
+        if not self._verifies:
+            return
+        self.quarantine.discard(lease.token)
+        self._demand.cut(lease, "its connection broke")
+
+    def prove(self, now: float) -> None:
+        """See to connections that have ended, as it becomes known what that proves."""
+        for lease in list(self.routes.unproven):
+            if self.routes.believes(lease):
+                self.free(lease, "its backend is gone")
+            elif lease.backend is not None:
+                self.routes.unproven.discard(lease)
+                self.lost(lease, now, closed=True)
 
     def reconcile(
         self, session: Session, reports: list[LeaseReport], now: float, *, seen: Token = NO_TOKEN, claim: bool = False
@@ -152,7 +229,7 @@ class Leases:
             if lease is not None and lease.live is not None:
                 continue  # said before it was given
             if lease is None and claim and self._claimable(report.token):
-                lease = Lease(report.token, session, session.pool, backend=report.backend, granted_at=now)
+                lease = Lease(report.token, session, session.pool, granted_at=now)
                 opened = report.backend is not None or report.phase is not Phase.CONNECTING
                 self._books.move(lease, SlotState.OPEN if opened else SlotState.GRANTED, "claimed")
             if lease is None or lease.state is SlotState.FENCING:
@@ -179,7 +256,7 @@ class Leases:
 
     def _update(self, lease: Lease, report: LeaseReport, now: float) -> None:
         lease.line = 0
-        self.identify(lease, report.backend)
+        self.identify(lease, report.backend, now)
         if report.phase is Phase.CONNECTING:
             state = SlotState.OPEN if lease.backend else SlotState.GRANTED
         else:

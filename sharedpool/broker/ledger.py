@@ -20,13 +20,14 @@ from sharedpool.broker.demand import Demand
 from sharedpool.broker.groups import GroupTerms
 from sharedpool.broker.handover import Handover
 from sharedpool.broker.health import Health
-from sharedpool.broker.leases import Leases
+from sharedpool.broker.leases import QUEUE_LIMIT_S, Leases
 from sharedpool.broker.observe import Observation, observe
 from sharedpool.broker.orders import Orders
 from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.broker.records import Lease, Pool, Session, SlotState, Waiter
 from sharedpool.broker.recovery import GRACE_OVER, Recovery
 from sharedpool.broker.report import lease_lines, report
+from sharedpool.broker.routes import Routes, unkept
 from sharedpool.broker.sessions import Sessions, Terms
 from sharedpool.broker.timers import Timers
 from sharedpool.wire.desk import Ask, Give, Withdraw
@@ -68,7 +69,7 @@ class Ledger:
     the server can be asked. `remembers`: all that former brokers granted is given to `restore`. `random` returns
     numbers from 0 to 1. `instance`, `desk` and `handover` are told to the workers (`Welcome`). `by_database`: pools of
     one name in two databases are two pools. `groups`, with `max_conn` only, and `limits` (of pools, by name) go before
-    what the pools' users ask for.
+    what the pools' users ask for. `server`: see `Routes`.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Ledger:
         by_database: bool = False,
         groups: dict[str, GroupTerms] | None = None,
         limits: dict[str, int] | None = None,
+        server: str = "",
     ) -> None:
         self.epoch = epoch
         self._verifies = verifies
@@ -96,14 +98,15 @@ class Ledger:
         self._books = Books(max_conn, self._out.append)
         self._timers = Timers(self._over)
         self._waiter_serial = 0
-        self._demand = Demand(self._books, epoch, self._out.append, self._timers.arm)
+        routes = Routes(server, verifies=verifies)
+        self._demand = Demand(self._books, epoch, routes, self._out.append, self._timers.arm)
         terms = Terms(epoch, ttl_s, expiration_s, instance, desk, handover, by_database)
         self._sessions = Sessions(
             terms, self._books, self._demand, self._out.append, self._timers.arm, self._log, random
         )
         self._leases = self._sessions.leases = Leases(
             self._books, epoch, self._demand, self._timers.arm, self._log, self._sessions.drop_if_over,
-            max_checkout_s=max_checkout_s, ttl_s=ttl_s, verifies=verifies, remembers=remembers,
+            max_checkout_s=max_checkout_s, ttl_s=ttl_s, verifies=verifies, remembers=remembers, routes=routes,
         )  # fmt: skip
         self._handover = Handover(self._books, self._demand, self._leases, self._out.append, self._timers.arm)
         self._demand.parked = self._leases.parked = self._handover
@@ -142,6 +145,7 @@ class Ledger:
             "grace": self._grace_due,
             "nudge": self._handover.nudge_due,
             "spared": lambda _, now: None,  # suspects may be fenced from now on
+            "queue": lambda _, now: None,  # the server may be looked at from now on
         }
 
     # --- what the server calls
@@ -194,14 +198,40 @@ class Ledger:
             self._leases.free(lease, "its backend is gone")
         return self._settled(now)
 
-    def backend_lost(self, token: Token, now: float) -> list[Command]:
-        """Take in that a lease's connection died on this side: its backend may live on, and is to be fenced."""
+    def backend_lost(self, token: Token, now: float, *, closed: bool = False) -> list[Command]:
+        """Take in that a lease's connection is over on this side: its backend may live on, and is to be fenced.
+
+        `closed`: the other side has closed it, which may be a proxy.
+        """
         lease = self._books.leases.get(token)
         if lease is not None:
             if not lease.session.ended and lease.state in (SlotState.OPEN, SlotState.GRANTED):
                 self._out.append(Send(lease.session.id, Gone([token])))  # for the worker it comes to the same
-            self._leases.lost(lease, now)
+            self._leases.lost(lease, now, closed=closed)
         return self._settled(now)
+
+    def believes(self, token: Token) -> bool:
+        """Say whether the end of a lease's connection is its backend's end: nobody is in between."""
+        lease = self._books.leases.get(token)
+        return lease is None or self._leases.routes.believes(lease)
+
+    def reached(self, now: float, *, direct: bool, fault: str) -> list[Command]:
+        """Take in how the control connection reaches the server, and what makes that way unsuitable, if anything."""
+        self._leases.routes.reached(direct=direct, fault=fault)
+        for pool in self._books.pools.values():
+            self._refuse_unsuitable(pool, now)
+        return self._settled(now)
+
+    def _refuse_unsuitable(self, pool: Pool, now: float) -> None:
+        """Refuse all who wait, where the server turns out not to do what a pool needs."""
+        if self._leases.routes.unsuitable(pool):
+            for waiter in list(pool.waiters.values()):
+                self._refuse(waiter, now)
+
+    def _refuse(self, waiter: Waiter, now: float) -> None:
+        pool = waiter.session.pool
+        pool.denials += 1
+        self._demand.deny(waiter, DenyReason.UNSUITABLE, now, self._leases.routes.unsuitable(pool))
 
     def expects(self, session_id: bytes, token: Token) -> bool:
         """Say whether a session may deposit a socket for this lease."""
@@ -284,7 +314,7 @@ class Ledger:
             return self._settled(now)
         for token in self._leases.quarantine.surveyed(survey, strangers, now):
             self._leases.free(self._books.leases[token], "no backend of its connect is left")
-        if self._leases.quarantine:
+        if self._leases.quarantine.due(now):
             self._looking_again = True  # a little later
             self._timers.arm(now + SETTLE_S, "look", self)
         return self._settled(now)
@@ -306,7 +336,7 @@ class Ledger:
         """Grant nothing for `grace_s`: former brokers may have granted what nobody here knows."""
         self._demand.paused = True
         self._demand.why = f"{why}, so it waits until all workers have said what they hold"
-        self._recovery.hold(now + grace_s)
+        self._recovery.hold(now, now + grace_s)
         self._timers.arm(now + grace_s, "grace", self)
         self._log(logging.WARNING, "%s: granting nothing for %.1f s", why, grace_s)
         return self._settled(now)
@@ -411,6 +441,8 @@ class Ledger:
         if refusal is not None:
             pool.denials += 1
             self._demand.deny(waiter, refusal, now)
+        elif self._leases.routes.unsuitable(pool):
+            self._refuse(waiter, now)
         elif not nowait:
             self._timers.arm(now + acquire.wait_ms / 1000, "waiter", waiter)
 
@@ -422,11 +454,13 @@ class Ledger:
     def _confirm(self, session: Session, confirm: Confirm, now: float) -> None:
         lease = session.leases.get(confirm.token)
         if lease is not None and lease.state is not SlotState.FENCING:
-            self._leases.identify(lease, confirm.backend)
+            self._leases.identify(lease, confirm.backend, now)
             if lease.state is not SlotState.OPEN:
                 self._books.move(lease, SlotState.OPEN, "confirmed")
             self._health.opened(lease, confirm, now)
             self._leases.note(lease, Phase.IN_USE, now, "")
+        elif lease is not None and lease.backend is None:  # its end was seen first
+            self._leases.found(lease, confirm.backend, now)
 
     def _renew(self, session: Session, renew: Renew, now: float) -> None:
         self._books.note_times(session, renew.times)
@@ -440,6 +474,8 @@ class Ledger:
             if (lease := session.leases.get(token)) is not None:
                 self._leases.free(lease, "given back")
         revoked = self._leases.reconcile(session, renew.leases, now, seen=renew.seen)
+        if (twin := self._leases.routes.answered(session, renew.answers)) is not None:
+            self._find_unsuitable(twin, now)
         if not renew.answers or revoked:
             pool = session.pool
             self._out.append(Send(session.id, Ack(revoked, renew.gone, pool.generation, pool.most)))
@@ -454,11 +490,22 @@ class Ledger:
             # It waits for what nobody will answer: an ACQUIRE or DENY was lost, or it was silent for too long.
             self._out.append(Send(session.id, Reject("this broker does not know all requests: ask again")))
 
+    def _proves_end(self, release: Release, lease: Lease) -> bool:
+        return release.gone or (release.closed and self._leases.routes.believes_refusal(lease))
+
+    def _find_unsuitable(self, lease: Lease, now: float) -> None:
+        """Use a pool no longer: a lease's backend is another one's at the same time. What is held is replaced."""
+        pool, pid = lease.pool, lease.backend.pid if lease.backend else 0
+        pool.unsuitable = unkept(f"two connections that are open at the same time have the same backend, {pid}")
+        self._log(logging.ERROR, "pool %r: %s", pool.name, pool.unsuitable, pool=pool.name, reason="sessions not kept")
+        self._health.bump(pool, "its server is unsuitable")
+        self._refuse_unsuitable(pool, now)
+
     def _release(self, session: Session, release: Release, now: float) -> None:
         lease = session.leases.get(release.token)
         if release.token in session.vanished:
             session.vanished.discard(release.token)  # the broker was the first to see its end
-        elif lease is None or (lease.state is SlotState.FENCING and not release.gone):
+        elif lease is None or (lease.state is SlotState.FENCING and not self._proves_end(release, lease)):
             return
         if release.reason is ReleaseReason.OWED:
             session.pool.recalls += 1
@@ -468,11 +515,14 @@ class Ledger:
             self._health.failed(session, release, now)
         if lease is None:
             return
-        if release.gone:
+        if self._proves_end(release, lease):
             self._leases.free(lease, release.reason)
             return
-        self._leases.identify(lease, release.backend)
-        self._leases.fence(lease, "its worker could not see the backend end", now)
+        self._leases.identify(lease, release.backend, now)
+        ordinary = lease.backend is not None and not lease.backend.direct  # with every close behind a proxy
+        level = logging.DEBUG if ordinary else logging.INFO
+        why = "its worker could not see the backend end"
+        self._leases.fence(lease, why, now, level=level, closed=release.closed)
 
     # --- timers
 
@@ -503,6 +553,9 @@ class Ledger:
     def _grace_due(self, _: object, now: float) -> None:
         if now < self._recovery.held_until:
             return  # it has begun anew
+        if not self._leases.routes.control_is_direct and now < (least := self._recovery.held_since + QUEUE_LIMIT_S):
+            self._timers.arm(least, "grace", self)  # a connect may be in a proxy's queue until then
+            return
         if self._verifies:
             self._recovery.look(now)
         else:
@@ -514,10 +567,12 @@ class Ledger:
         self._out.append(Log(level, text % args, {"epoch": self.epoch, **fields}))
 
     def _settled(self, now: float) -> list[Command]:
+        if self._leases.routes.unproven:
+            self._leases.prove(now)
         self._demand.settle(now)
         if self._books.contended or self._books.shrinking:
             self._handover.watch(now)
-        if not self._looking_again and (order := self._leases.quarantine.order()) is not None:
+        if not self._looking_again and (order := self._leases.quarantine.order(now)) is not None:
             self._out.append(Look(*order))
         return self._decided()
 

@@ -8,6 +8,7 @@ it authenticates its client. What was there at the first look, after the postmas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ SETTLE_S = 0.03
 @dataclass(slots=True)
 class _Case:
     since: int  # surveys ordered up to this one began too early
+    not_before: float  # a connect may be in a proxy's queue until then
     first_at: float | None = None  # when the first look was heard of: its backend, if any, was forked by then
     pids: frozenset[int] | None = None  # those it may be, once there was a second look
 
@@ -40,21 +42,34 @@ class Quarantine:
     def __contains__(self, token: Token) -> bool:
         return token in self._cases
 
-    def add(self, token: Token) -> None:
-        """Put a slot into quarantine."""
-        self._cases[token] = _Case(self._serial)
+    def add(self, token: Token, not_before: float = -math.inf) -> None:
+        """Put a slot into quarantine; the looks begin at `not_before`, when its connect has reached the server."""
+        self._cases[token] = _Case(self._serial, not_before)
+
+    def hurry(self, token: Token) -> None:
+        """Let the looks begin at once."""
+        if token in self._cases:
+            self._cases[token].not_before = -math.inf
 
     def discard(self, token: Token) -> None:
         """Its slot was freed by other evidence."""
         self._cases.pop(token, None)
 
-    def order(self) -> tuple[int, bool] | None:
+    def due(self, now: float) -> bool:
+        """Say whether a look is needed, now or when the one that is under way is over."""
+        return any(case.not_before <= now for case in self._cases.values())
+
+    def order(self, now: float) -> tuple[int, bool] | None:
         """Return the (serial, barrier) of a look that is needed now, if none is under way."""
-        if self._outstanding or not self._cases:
+        if self._outstanding or not self._cases or not self.due(now):
             return None
         self._outstanding = True
         self._serial += 1
-        return self._serial, any(case.first_at is None for case in self._cases.values())
+        waiting = [case for case in self._cases.values() if case.first_at is None and case.not_before <= now]
+        for case in self._cases.values():
+            if case.not_before > now:
+                case.since = self._serial
+        return self._serial, bool(waiting)
 
     def surveyed(self, survey: Survey, strangers: Iterable[Backend], now: float) -> list[Token]:
         """Take in what the server lists, `strangers` being those that the books do not know; return free slots."""

@@ -156,7 +156,9 @@ class Pool:
     """One limit. `idle`, `incoming`, `pressed` and `unpressed` are indexes over its leases and sessions.
 
     `known_as` is its name at this broker: with the database's, where another database has a pool of that name.
-    `held`: an operator has paused it, nothing is granted and everything comes back.
+    `held`: an operator has paused it, nothing is granted and everything comes back. `direct`: whether nobody was found
+    between its workers and the server, in no connection so far; None before the first. `unsuitable`: what its
+    connections have shown that makes it useless.
     """
 
     spec: PoolSpec
@@ -168,6 +170,8 @@ class Pool:
     doubted: int = 0  # the generation about which the server is being asked
     held: bool = False
     unnamed: bool = False  # known by its backends alone: no session has named it yet
+    direct: bool | None = None
+    unsuitable: str = ""
     leases: dict[Token, Lease] = field(default_factory=dict)
     sessions: dict[bytes, Session] = field(default_factory=dict)
     waiters: OrderedDict[int, Waiter] = field(default_factory=OrderedDict)
@@ -209,6 +213,10 @@ class Pool:
         """Go on counting where a pool of the same name, which nobody used for a while, has ended."""
         for counter in _COUNTERS:
             setattr(self, counter, getattr(past, counter))
+
+    def met(self, backend: Backend) -> None:
+        """Note how one more connection reaches the server."""
+        self.direct = backend.direct and self.direct is not False
 
     @property
     def name(self) -> str:

@@ -49,11 +49,11 @@ class Recovery:
         self._starting: frozenset[int] | None = None
         self._last_look = False
         self.outranked = self.holding = False
-        self.held_until = -math.inf
+        self.held_since = self.held_until = -math.inf
 
-    def hold(self, until: float) -> None:
+    def hold(self, since: float, until: float) -> None:
         """Note that the grace period begins, or begins again: what was seen before does not count."""
-        self.holding, self.held_until = True, until
+        self.holding, self.held_since, self.held_until = True, since, until
         self._first_look_at = self._starting = None
         self._last_look = False
 
@@ -94,6 +94,7 @@ class Recovery:
             books.move(lease, SlotState.SUSPECT, "held when the former broker ended")
             if entry.backend is not None and entry.backend.start_us:
                 books.restored[entry.backend] = lease
+                pool.met(entry.backend)
             if not entry.pid and entry.backend is not None:
                 books.orphans[entry.backend] = lease
         for session in restored.values():

@@ -135,6 +135,7 @@ class Server:
             by_database=settings.automatic,
             groups=settings.groups,
             limits=settings.limits,
+            server=_server_of(settings.dsn),
             expiration_s=math.inf if settings.expiration_s is None else settings.expiration_s,
         )
         scope = settings.scope or ("" if settings.one_off else scope_of(settings.address))
@@ -485,6 +486,17 @@ class Server:
         self._wake_out.close()
         self._lock.release(for_good=self.settings.one_off)
         logger.info("broker %d stopped", os.getpid())
+
+
+def _server_of(dsn: str | None) -> str:
+    """Return what the description of a server (`conninfo.ServerIdentity`) contains that is at the address of `dsn`."""
+    if dsn is None:
+        return ""
+    try:
+        identity = ConnInfo(dsn).identity()
+    except ConfigError:
+        return "\0"  # the connect will say what is wrong
+    return f"@{identity.host}:{identity.port}/"
 
 
 def _different(one: BrokerSettings, other: BrokerSettings) -> list[str]:

@@ -70,15 +70,35 @@ class Struct(msgspec.Struct, frozen=True, array_like=True):
     """Parent of everything on the wire."""
 
 
-class Backend(Struct, frozen=True):
+class Backend(Struct, frozen=True, eq=False):
     """A PostgreSQL server process: a pid alone may be used again, a pid and its start time may not.
 
     `boot_us`, when its postmaster started, tells one server from another. 0 where the server would not say.
+
+    What follows is how the connection reaches it, and no part of its identity. `direct`: nobody is in between, so the
+    end of the connection's socket is the backend's end. `pooled`: a pooler is, which may lend the backend to others
+    when this session is over; then this was the session's application_name.
     """
 
     pid: Int4
     start_us: Int8 = 0
     boot_us: Int8 = 0
+    direct: bool = False
+    pooled: str | None = None
+
+    @property
+    def identity(self) -> tuple[int, int, int]:
+        """What tells it from every other backend."""
+        return (self.pid, self.start_us, self.boot_us)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Backend) and self.identity == other.identity
+
+    def __ne__(self, other: object) -> bool:  # else it is msgspec's, which compares objects
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
 
 
 class PoolSpec(Struct, frozen=True):
@@ -225,6 +245,7 @@ class ReleaseReason(StrEnum):
 class Release(Struct, frozen=True, tag="release"):
     """Give a lease back. `gone` is False when the worker could not see its backend's end: the broker must look.
 
+    `closed`: the other side has closed the connection, but whether that is the server itself was never found out.
     `error` is what kept the connection from being opened, to be shown; `code` the server's SQLSTATE, where it has
     refused and the worker could learn that; `unreachable`: no server has answered.
     """
@@ -236,6 +257,7 @@ class Release(Struct, frozen=True, tag="release"):
     error: str = ""
     code: str = ""
     unreachable: bool = False
+    closed: bool = False
 
 
 class Trouble(Struct, frozen=True, tag="trouble"):
@@ -296,6 +318,8 @@ class Grant(Struct, frozen=True, tag="grant"):
     """A lease: the worker may now open one connection, within the TTL.
 
     `waited_ms`: for so long the request had been in the queue. So one who knows when he asked knows how old this is.
+    `direct`: nobody is between the pool's workers and the server, as far as the broker knows: of a connect that fails,
+    the socket's end is the backend's.
     """
 
     request: int
@@ -303,6 +327,7 @@ class Grant(Struct, frozen=True, tag="grant"):
     serial: int
     owed: int = 0
     waited_ms: int = 0
+    direct: bool = False
 
 
 class DenyReason(StrEnum):
@@ -316,14 +341,15 @@ class DenyReason(StrEnum):
     WAITING = "waiting"  # the broker cannot grant anything yet
     DRAINING = "draining"  # the broker is about to end
     PAUSED = "paused"  # by an operator
+    UNSUITABLE = "unsuitable"  # what is connected to does not do what the pool needs
 
 
 class Deny(Struct, frozen=True, tag="deny"):
     """No lease; `holders` hold most of the limit that is reached: the pool's, or (`capped`) that over all pools.
 
     `error` is the server's, when connections cannot be opened; the next try is in `retry_ms`. Or it is why the broker
-    grants nothing yet. `group`: the limit is its own. `reserved`: so many of the limit over all pools are for other
-    groups.
+    grants nothing yet, or what makes the server unsuitable. `group`: the limit is its own. `reserved`: so many of the
+    limit over all pools are for other groups.
     """
 
     request: int

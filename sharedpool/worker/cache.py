@@ -222,18 +222,20 @@ class Cache:
         reason: ReleaseReason,
         *,
         gone: bool,
+        closed: bool = False,
         error: str = "",
         code: str = "",
         unreachable: bool = False,
     ) -> None:
         """Give a lease back: its connection is closed. Does nothing the second time.
 
-        `gone`: its backend was seen to end. The rest is why it could not be opened: see `Release`.
+        `gone`: its backend was seen to end; `closed`: somebody's end of the connection was, perhaps not the backend's.
+        The rest is why it could not be opened: see `Release`.
         """
         if self._holds(lease):
             del self.leases[lease.token]
             lease.conn = None
-            self.out.append(Release(lease.token, gone, reason, lease.backend, error, code, unreachable))
+            self.out.append(Release(lease.token, gone, reason, lease.backend, error, code, unreachable, closed))
             if gone:
                 self._gone[lease.token] = None
 
@@ -342,6 +344,7 @@ class Cache:
         self._seen = grant.token
         lease = self.leases[grant.token] = Lease(grant.token, None, now)
         lease.generation, lease.cache, lease.idle_s = self.generation, self, self.slices.gap_s
+        lease.reached_directly = grant.direct
         granted_at = self.tickets.granted_at(grant.request, grant.waited_ms / 1000, now)
         lease.connect_by = granted_at + self.connects_within_s
         ticket = self.waiting.get(grant.request)

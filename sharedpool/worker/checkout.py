@@ -262,7 +262,8 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
             holdings.call_back(config.configure, lease, conn, "configure")
         _note(conn)
         conn.sharedpool_server = server_of(conn)
-        conn.sharedpool_movable = lease.movable = holdings.handover and can_move(conn)
+        # A pooler's is not passed on: what makes it clean for others would take its name from it (`broker/fencing.py`).
+        conn.sharedpool_movable = lease.movable = holdings.handover and backend.pooled is None and can_move(conn)
         return conn
     except BaseException as error:
         if lease.phase is not Phase.CLOSING:
@@ -272,12 +273,13 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
             elif not made or not made[0].dsn:  # interrupted before libpq was called
                 holdings.give_back(lease, reason)
             elif made[0].closed:
+                made[0].sharedpool_direct = lease.reached_directly
                 holdings.not_opened(lease, reason, holdings.diagnosis.of(made[0], error, deadline))
             elif not isinstance(error, OSError):
                 holdings.discard(lease, bear_witness(made[0]), reason)
             else:
                 abort(made[0])
-                holdings.give_back(lease, reason, gone=made[0].sharedpool_gone)
+                holdings.give_back(lease, reason, gone=False, closed=made[0].sharedpool_closed)
         raise
 
 

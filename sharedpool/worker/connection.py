@@ -2,7 +2,7 @@
 
 Every connection keeps a duplicate of its socket, the *witness*. PostgreSQL holds its end open until the backend has
 exited (`socket_close` in its pqcomm.c), so the end of file on the witness proves that the slot is free, if it was the
-server that sent it (`hangup.py`); a plain `close()` only asks for it.
+server that sent it (`hangup.py`, `route.py`); a plain `close()` only asks for it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from psycopg2 import extensions
 
 from sharedpool.conninfo import ConnInfo
 from sharedpool.errors import SharedPoolError
+from sharedpool.route import is_direct
 from sharedpool.wire.messages import Backend, Phase
 from sharedpool.worker import gate, green, names, wrapper
 from sharedpool.worker.ending import HUNG_UP, close_confirmed, close_witness, dead_end, disown
@@ -30,7 +31,8 @@ CONNECT_LIMIT_S = 10
 # client_connection_check_interval (PostgreSQL 14+): a dead worker's backend notices even in the middle of a query.
 _DESCRIBE_SQL = """
 SELECT a.pid, (extract(epoch FROM a.backend_start) * 1000000)::bigint,
-       (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint
+       (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,
+       host(inet_client_addr()), inet_client_port(), host(inet_server_addr()), inet_server_port(), application_name
 FROM pg_stat_get_activity(pg_backend_pid()) AS a
 """
 _CHECK_INTERVAL_SQL = """
@@ -53,7 +55,8 @@ class PooledConnection(extensions.connection):
     sharedpool_witness = -1
     sharedpool_session: tuple[Any, ...] = ()
     sharedpool_pid = 0
-    sharedpool_gone = False
+    sharedpool_gone = sharedpool_closed = False
+    sharedpool_direct: bool | None = None  # whether nobody is between it and the backend; None until it is described
     sharedpool_finalized = False
     sharedpool_erred = False  # its last transaction failed
     sharedpool_started = 0.0  # when its connect began
@@ -285,9 +288,10 @@ def bear_witness(conn: PooledConnection) -> PooledConnection:
 
 
 def describe(conn: PooledConnection) -> Backend:
-    """Ask the server which backend this is. Where it will not say (a proxy in between) only the pid is known.
+    """Ask the server which backend this is, and find out whether anybody is in between.
 
-    By psycopg2's own class: a user's may want to be set up first, or note what is executed.
+    Where it will not say only the pid is known. By psycopg2's own class: a user's may want to be set up first, or note
+    what is executed.
     """
     plain = cast(Any, extensions.connection)
     plain.autocommit.__set__(conn, True)
@@ -296,13 +300,25 @@ def describe(conn: PooledConnection) -> Backend:
             prefix = _CHECK_INTERVAL_SQL if conn.server_version >= 140000 else ""
             # Whoever finds a connection that was never used sees whose statement its last one was.
             cursor.execute("/* sharedpool */" + prefix + _DESCRIBE_SQL)
-            row = cast("tuple[int, int, int] | None", cursor.fetchone())
-            return Backend(*row) if row else Backend(conn.info.backend_pid)
+            row = cursor.fetchone()
+            if row is None:
+                return _unknown(conn)
+            pid, start_us, boot_us, client, client_port, server, server_port, name = row
+            # A pooler has its own key for the cancel of whatever it will have the session on.
+            pooled = pid != conn.info.backend_pid
+            ends = None if client is None else ((client, client_port), (server, server_port))
+            conn.sharedpool_direct = not pooled and is_direct(conn.fileno(), pid, ends)
+            return Backend(pid, start_us, boot_us, conn.sharedpool_direct, (name or "") if pooled else None)
     except (psycopg2.ProgrammingError, psycopg2.NotSupportedError, psycopg2.DataError):
-        return Backend(conn.info.backend_pid)
+        return _unknown(conn)
     finally:
         if not conn.closed:
             plain.autocommit.__set__(conn, False)
+
+
+def _unknown(conn: PooledConnection) -> Backend:
+    conn.sharedpool_direct = False
+    return Backend(conn.info.backend_pid)
 
 
 def session_of(conn: PooledConnection) -> tuple[Any, ...]:

@@ -33,14 +33,15 @@ _OF_THE_SERVER = ("53", "57", "58")
 class Failure(NamedTuple):
     """A connect that failed. `gone`: its backend is known to be gone, or never was.
 
-    `error` is the text that its caller gets, `code` the server's SQLSTATE, if there is one; `unreachable`: no server
-    has answered.
+    `closed`: somebody's end of it was seen, which may be a proxy's. `error` is the text that its caller gets, `code`
+    the server's SQLSTATE, if there is one; `unreachable`: no server has answered.
     """
 
     gone: bool
     error: str = ""
     code: str = ""
     unreachable: bool = False
+    closed: bool = False
 
 
 class Diagnosis:
@@ -68,8 +69,8 @@ class Diagnosis:
         # The server has refused, and leaves. libpq's own socket is open as long as `conn` lives; a duplicate might not
         # be had.
         see_off(conn, fd)
-        if not text or not conn.sharedpool_gone:
-            return Failure(conn.sharedpool_gone, text)
+        if not text or not conn.sharedpool_gone:  # one more connect might be one too many
+            return Failure(conn.sharedpool_gone, text, closed=conn.sharedpool_closed)
         now = time.monotonic()
         if now >= self._known_until or tried.asked_password != self._asked_password:
             limit_s = _LIMIT_S if deadline is None else min(_LIMIT_S, deadline - now)
@@ -78,7 +79,7 @@ class Diagnosis:
             # How a server is may change at any moment.
             lasts = self._code and not self._code.startswith(_OF_THE_SERVER)
             self._known_until = now + _KNOWN_S if lasts else now
-        return Failure(conn.sharedpool_gone, text, self._code)
+        return Failure(conn.sharedpool_gone, text, self._code, closed=conn.sharedpool_closed)
 
 
 def one_line(error: BaseException) -> str:
@@ -133,7 +134,7 @@ def _ask(conn: PooledConnection, tried: libpq.Tried, limit_s: float) -> str:
                 attempt.step()
         if attempt.fd >= 0:
             witness = os.dup(attempt.fd)
-            conn.sharedpool_gone = False
+            conn.sharedpool_gone = conn.sharedpool_closed = False
     finally:
         codes = attempt.codes()
         attempt.finish()

@@ -1,6 +1,7 @@
 """End sessions, and see their backends gone: of a connection that is closed, cut, given away or inherited.
 
-The *witness* tells: the connection's duplicate of its socket (`connection.py`).
+The *witness* tells: the connection's duplicate of its socket (`connection.py`). It tells of the backend only where
+nobody is in between (`route.py`); behind a proxy the broker asks the server.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def close_confirmed(conns: Iterable[PooledConnection], limit_s: float = CLOSE_LI
 
     One that another thread is in is cut (see there): psycopg2's close would wait for that thread's statement.
 
-    Afterwards `conn.sharedpool_gone` tells of each whether it was seen to go.
+    Afterwards `conn.sharedpool_gone` tells of each whether it was seen to go; `conn.sharedpool_closed` only that the
+    other side has closed it. Behind a proxy there is nothing to be seen, nor to be waited for.
     """
     closing = [(conn, take_witness(conn)) for conn in conns]
     try:
@@ -75,15 +77,18 @@ def _see_off(conns: list[tuple[PooledConnection, int]], limit_s: float) -> None:
         if witness >= 0:
             # libpq has said goodbye already where it could; a session that it had given up is told here.
             _shut(witness)
-            poller.register(witness, HUNG_UP or select.POLLIN)
-            waiting[witness] = conn
+            if conn.sharedpool_direct is not False:
+                poller.register(witness, HUNG_UP or select.POLLIN)
+                waiting[witness] = conn
     deadline = time.monotonic() + limit_s
     while waiting and (left := deadline - time.monotonic()) > 0:
         for fd, _ in green.wait(poller, left):
-            gone = other_side_closed(fd) if HUNG_UP else _read_to_end(waiting[fd], fd)
-            if gone is not None:
+            closed = other_side_closed(fd) if HUNG_UP else _read_to_end(waiting[fd], fd)
+            if closed is not None:
                 poller.unregister(fd)
-                waiting.pop(fd).sharedpool_gone = gone
+                conn = waiting.pop(fd)
+                conn.sharedpool_closed = closed
+                conn.sharedpool_gone = closed and conn.sharedpool_direct is True
 
 
 def see_off(conn: PooledConnection, witness: int, limit_s: float = CLOSE_LIMIT_S) -> None:

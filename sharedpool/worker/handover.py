@@ -105,6 +105,7 @@ def adopt(shell: PooledConnection, fd: int, live: Live) -> PooledConnection:
     shell.sharedpool_witness = fd
     shell.sharedpool_pid = os.getpid()
     shell.sharedpool_adopted, shell.sharedpool_names = live.backend, live.names
+    shell.sharedpool_closed, shell.sharedpool_direct = False, live.backend.direct
     return shell
 
 

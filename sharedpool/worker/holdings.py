@@ -196,7 +196,7 @@ class Holdings:
             raise
         with self.lock:
             for each, conn in decided:
-                self.cache.closed(each.lease, each.reason, gone=conn.sharedpool_gone)
+                self.cache.closed(each.lease, each.reason, gone=conn.sharedpool_gone, closed=conn.sharedpool_closed)
                 self.released[each.reason] += 1
                 if each.reason is ReleaseReason.OWED:
                     self.cache.slices.parted(time.monotonic())
@@ -336,10 +336,13 @@ class Holdings:
             self.cache.out.append(Interrupt(token, trial))
         self.signal()
 
-    def give_back(self, lease: Lease, reason: ReleaseReason, *, gone: bool = True) -> None:
-        """Give back a lease that has no connection here; `gone` False when one may be left on the server."""
+    def give_back(self, lease: Lease, reason: ReleaseReason, *, gone: bool = True, closed: bool = False) -> None:
+        """Give back a lease that has no connection here; `gone` False when one may be left on the server.
+
+        `closed`: not if the other side is the server.
+        """
         with self.lock:
-            self.cache.closed(lease, reason, gone=gone)
+            self.cache.closed(lease, reason, gone=gone, closed=closed)
         self.signal()
 
     def not_opened(self, lease: Lease, reason: ReleaseReason, failure: Failure) -> None:
@@ -349,6 +352,7 @@ class Holdings:
                 lease,
                 reason,
                 gone=failure.gone,
+                closed=failure.closed,
                 error=failure.error,
                 code=failure.code,
                 unreachable=failure.unreachable,

@@ -9,6 +9,7 @@ from sharedpool.errors import (
     PoolExhausted,
     PoolTimeout,
     ServerUnavailable,
+    SessionsNotKept,
     SharedPoolError,
     TooManyWaiting,
 )
@@ -28,6 +29,8 @@ def refused(pool: str, deny: Deny, wait_s: float) -> PoolError:
             f"pool {pool!r}: PostgreSQL has refused this process (the next try is in {deny.retry_ms / 1000:.1f} s):"
             f" {deny.error}"
         )
+    if deny.reason is DenyReason.UNSUITABLE:
+        return SessionsNotKept(f"pool {pool!r}: {deny.error}")
     if deny.reason is DenyReason.DRAINING:
         ending = f"pool {pool!r}: the broker is shutting down and lends nothing any more"
         return BrokerUnavailable(f"{ending}; no other has come within {wait_s:g} s" if wait_s else ending)

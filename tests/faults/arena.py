@@ -49,6 +49,7 @@ class Arena:
         )
         self.crew: Crew | None = None
         self.max_conn = MAX_CONN
+        self.pools_elsewhere = False  # a pooler has backends of its own, and lends them to one worker after another
 
     def _create(self, role_limit: bool) -> None:
         limit = MAX_CONN if role_limit else -1
@@ -131,7 +132,7 @@ class Arena:
         row.errors = merge_counts(failures(found))
         late = [c for c in found if c.answered is not None and c.timeout > 0 and c.lateness > LATE_S]
         row.figures["late answers"] = len(late)
-        if HANDOVER == "off":
+        if HANDOVER == "off" and not self.pools_elsewhere:
             assert not row.moves, "a connection has moved between workers"
         wrong = violations(seen, within_s * scale(2, 1))
         assert not wrong, f"{wrong}; the broker: {state}"

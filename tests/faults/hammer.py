@@ -112,11 +112,11 @@ class Worker:
         # psycopg2 has an opinion of its own on whether a transaction is open: with a wrong one it sends no BEGIN.
         dirty = conn.get_transaction_status() != extensions.TRANSACTION_STATUS_IDLE
         dirty = dirty or conn.status != extensions.STATUS_READY
-        self.note("out", conn.info.backend_pid, getattr(conn, "started", 0), int(dirty))
+        self.note("out", server_pid(conn), getattr(conn, "started", 0), int(dirty))
         return conn
 
     def put(self, conn: extensions.connection, close: bool = False) -> None:
-        self.note("in", conn.info.backend_pid if not conn.closed else 0)
+        self.note("in", server_pid(conn) if not conn.closed else 0)
         try:
             self.pool.put_conn(conn, close=close)
         except Exception as error:
@@ -357,11 +357,18 @@ class Worker:
 
 
 def note_start(conn: Any) -> None:
-    """Ask, once a connection, when its backend started: a pid alone may be used again."""
+    """Ask, once a connection, when its backend started: a pid alone may be used again.
+
+    And what pid it has: behind a pooler libpq has been told another.
+    """
     with conn.cursor() as cursor:
-        cursor.execute("SELECT extract(epoch FROM backend_start) FROM pg_stat_get_activity(pg_backend_pid())")
-        conn.started = cursor.fetchone()[0]
+        cursor.execute("SELECT pid, extract(epoch FROM backend_start) FROM pg_stat_get_activity(pg_backend_pid())")
+        conn.server_pid, conn.started = cursor.fetchone()
     conn.rollback()
+
+
+def server_pid(conn: Any) -> int:
+    return int(getattr(conn, "server_pid", 0) or conn.info.backend_pid)
 
 
 def be_worker(number: int) -> None:

@@ -18,7 +18,7 @@ LONG = os.environ.get("SHAREDPOOL_FAULTS") == "long"
 SOAK_S = float(os.environ.get("SHAREDPOOL_FAULTS_SOAK_S") or 1800)
 _REPORT = os.environ.get("SHAREDPOOL_FAULTS_REPORT")
 # What all rows but the soak take on two cores that have nothing else to do.
-LONG_MINUTES = 26
+LONG_MINUTES = 32
 HANDOVER = os.environ.get("SHAREDPOOL_FAULTS_HANDOVER") or "auto"
 REPORT = Path(_REPORT).absolute() if _REPORT else None
 _SEED = os.environ.get("SHAREDPOOL_FAULTS_SEED")

@@ -8,7 +8,8 @@ from typing import Any
 # As the rows are wanted in the table; one that is not named here comes last.
 ORDER = (
     "sigkill", "sigstop", "broker-sigkill", "broker-sigstop", "proxy", "restart", "terminate", "fork", "second-broker",
-    "too-small", "expiry", "recall", "soak",
+    "too-small", "expiry", "recall", "behind-haproxy", "behind-stunnel", "behind-socat", "behind-late-closer",
+    "behind-pgbouncer", "soak",
 )  # fmt: skip
 
 

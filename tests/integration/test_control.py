@@ -25,6 +25,9 @@ class Listener:
     def __init__(self) -> None:
         self.gone: queue.SimpleQueue[Token] = queue.SimpleQueue()
 
+    def reached(self, now: float, *, direct: bool, fault: str) -> list[Command]:
+        return []
+
     def backend_gone(self, token: Token, now: float) -> list[Command]:
         self.gone.put(token)
         return []
@@ -54,7 +57,7 @@ def backend_of(conn: connection) -> Backend:
         )
         row = cursor.fetchone()
         assert row is not None
-    return Backend(*row)
+    return Backend(*row, direct=True)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from sharedpool.broker.settings import BrokerSettings
 from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.conninfo import resolve
-from sharedpool.worker.connection import connect
+from sharedpool.worker.connection import connect, describe
 from sharedpool.worker.ending import close_confirmed
 
 Backends = Callable[[sharedpool.Pool], set[int]]
@@ -187,6 +187,8 @@ def test_a_backend_whose_connection_was_reset_on_the_way_stays_counted_when_nobo
 def test_a_worker_takes_a_reset_for_no_proof(postgres: EphemeralPostgres, firewall: Firewall) -> None:
     direct = connect(resolve(dsn=postgres.dsn), "evidence", None, [])
     broken = connect(resolve(dsn=postgres.dsn, **firewall.address), "evidence", None, [])
+    assert describe(direct).direct
+    broken.sharedpool_direct = True  # else it would believe in nothing that it sees there
     firewall.forget()
     close_confirmed([direct, broken])
     assert (direct.sharedpool_gone, broken.sharedpool_gone) == (True, False)

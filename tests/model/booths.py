@@ -291,7 +291,7 @@ class AtTheDesk:
             if not said:
                 proc.cut = True
                 self.giving.remove(giving)
-                self.cache.closed(lease, giving.closing.reason, gone=proc.dead)
+                self.cache.closed(lease, giving.closing.reason, gone=proc.seen_dead)
                 self.flush()
         else:
             self.giving.remove(giving)

@@ -119,6 +119,7 @@ class Broker:
         """Begin where the former one ended."""
         self.reach_server()
         self.execute(self.ledger.restore(self._entries, self.world.now))
+        self.execute(self.ledger.reached(self.world.now, direct=not self.world.proxied, fault=""))
         if self._follows and not self._intact:
             self.execute(self.ledger.hold(TTL_S, self.world.now))
         else:
@@ -161,6 +162,7 @@ class Broker:
                     self.world.journal.record(entry)
                 case Erase(token):
                     self.world.journal.erase(token)
+                    self.fences.pop(token, None)
                     self._drop(token)
                 case Entrust(token, heir):
                     self.custody[heir] = self.custody.pop(token)
@@ -203,7 +205,8 @@ class Broker:
             self.fences[fence.token] = fence
             self._check_fence(fence)
         else:
-            assert held is not None, f"nobody can find the backend of {fence.token}"
+            found = held is not None or fence.token in self.ledger._leases.quarantine
+            assert found, f"nobody can find the backend of {fence.token}"
 
     def _check_fence(self, fence: Fence) -> None:
         """What is to be ended is not known to be what another lease has in good use."""
@@ -298,11 +301,15 @@ class Broker:
         self.execute(self.ledger.deposited(token, self.world.now))
 
     def see(self, token: Token) -> None:
-        """The end of a backend shows on its socket."""
-        assert self.custody[token].dead
+        """The end of a backend, or of the proxy's side, shows on its socket."""
+        proc = self.custody[token]
+        believed = self.ledger.believes(token)
+        assert proc.dead or not believed, f"{proc!r} is believed to be gone"
         self._drop(token)
-        self.fences.pop(token, None)
-        self.execute(self.ledger.backend_gone(token, self.world.now))
+        if believed:
+            self.execute(self.ledger.backend_gone(token, self.world.now))
+        else:
+            self.execute(self.ledger.backend_lost(token, self.world.now, closed=True))
 
     def _drop(self, token: Token) -> None:
         held = self.custody.pop(token, None)
@@ -312,7 +319,7 @@ class Broker:
     @property
     def endings(self) -> list[Token]:
         """What `see` can see."""
-        return [token for token, proc in self.custody.items() if proc.dead]
+        return [token for token, proc in self.custody.items() if proc.dead or (proc.cut and self.world.proxied)]
 
     def notice_death(self, session: bytes) -> None:
         """A pidfd fires: told after what has been read already."""
@@ -407,5 +414,5 @@ class Broker:
                 self.world.server.end(proc)
         elif fence.backend.boot_us not in self.world.seen_boots:
             return  # it cannot tell
-        del self.fences[fence.token]
+        self.fences.pop(fence.token, None)
         self.words.append(lambda ledger, now: ledger.backend_gone(fence.token, now))

@@ -60,7 +60,10 @@ class GoodNetwork(RuleBasedStateMachine):
         # Small numbers are drawn most often: they stand for what is usual.
         has_desk, handover = pick // 4 % 8 != 7, pick // 32 % 4 != 3
         grouping = (None, None, None, 0, 1, 2)[pick // 4 % 6] if cap is not None else None
-        self.world = World(cap, has_desk=has_desk, handover=handover, in_order=not self.bad_network, grouping=grouping)
+        self.world = World(
+            cap, has_desk=has_desk, handover=handover, in_order=not self.bad_network, grouping=grouping,
+            proxied=pick // 8 % 3 == 2,
+        )  # fmt: skip
         for pool in LIMITS:
             self.world.start(pool)
             self.world.start(pool, remote=pick // 128 % 4 == 3, handover=pick // 512 == 0)
@@ -190,6 +193,14 @@ class GoodNetwork(RuleBasedStateMachine):
         worker, pick = self.one(pick, "closing")
         closing, conn = worker.closing[pick % len(worker.closing)]
         worker.finish_close(closing, conn, seen=pick // 8 % 4 != 0, fit=pick // 32 % 8 != 7, halt=2 - pick // 4 % 3)
+
+    @precondition(lambda self: self.world.proxied and self.world.server.procs)
+    @rule(pick=picks)
+    def proxy_closes(self, pick: int) -> None:
+        """The proxy ends a session on its client's side, whatever the backend does."""
+        procs = [proc for proc in self.world.server.procs if proc.stage is Stage.OPEN]
+        if procs:
+            procs[pick % len(procs)].cut = True
 
     # --- the desk
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from sharedpool.broker.commands import Survey
+from sharedpool.broker.leases import QUEUE_LIMIT_S
 from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.wire.messages import Backend, Token
 
@@ -42,12 +43,18 @@ class Proc:
     owner: bytes
     token: Token
     stage: Stage = Stage.QUEUED
+    began_at: float = 0.0
     forked_at: float = 0.0
     holders: set[object] = field(default_factory=set)
     cut: bool = False
     busy: bool = False
     dirty: bool = False
     dead: bool = False
+
+    @property
+    def seen_dead(self) -> bool:
+        """Whether it is dead and that can be seen at the client's end of its connection."""
+        return self.dead and self.backend.direct
 
     @property
     def workers(self) -> list[object]:
@@ -67,20 +74,22 @@ class Proc:
 class Server:
     """The server; `procs` are in the order of their connects."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, direct: bool = True) -> None:
+        self.direct = direct
         self.up = True
         self.boot = 1
         self.procs: list[Proc] = []
         self._serial = 0
 
-    def connect(self, pool: str, tag: str, owner: bytes, token: Token) -> Proc | None:
+    def connect(self, pool: str, tag: str, owner: bytes, token: Token, now: float = 0.0) -> Proc | None:
         """Begin a connect; None when it is refused at once."""
         if not self.up:
             return None
         self._serial += 1
         used = {proc.backend.pid for proc in self.procs}
         pid = next(p for n in range(_PIDS) if (p := 1 + (self._serial + n) % _PIDS) not in used)
-        proc = Proc(Backend(pid, self._serial, self.boot), pool, tag, owner, token, holders={owner})
+        backend = Backend(pid, self._serial, self.boot, self.direct)
+        proc = Proc(backend, pool, tag, owner, token, began_at=now, holders={owner})
         self.procs.append(proc)
         return proc
 
@@ -97,10 +106,13 @@ class Server:
                 self.end(proc)
 
     def survey(self, serial: int, barrier: bool, now: float) -> Survey:
-        """Return what the control connection sees; a barrier comes behind all earlier connects."""
+        """Return what the control connection sees; a barrier comes behind all earlier connects.
+
+        But for those in a proxy's queue.
+        """
         starting, tagged = set(), {}
         for proc in self.procs:
-            if barrier:
+            if barrier and (self.direct or now - proc.began_at >= QUEUE_LIMIT_S - 1e-6):
                 self.advance(proc, Stage.FORKED, now)
             if proc.stage is Stage.OPEN:
                 tagged[proc.backend] = proc.tag

@@ -194,8 +194,9 @@ class Worker(AtTheDesk):
             if lease is not None and lease.phase is Phase.IDLE:
                 self.cache.trouble(lease, "")
             if lease is not None and isinstance(lease.conn, Conn):
-                assert lease.conn.proc.dead, f"GONE names {lease.token}, whose backend lives"
-                lease.conn.closed = True
+                proc = lease.conn.proc
+                assert proc.dead or self.world.proxied, f"GONE names {lease.token}, whose backend lives"
+                lease.conn.closed = proc.cut = True
 
     # --- threads: checkout
 
@@ -242,7 +243,8 @@ class Worker(AtTheDesk):
         self.cache.trouble(lease, "")
         self.cache.close(lease, conn, ReleaseReason.BROKEN, self.world.now)
         conn.closed = True
-        self.cache.closed(lease, ReleaseReason.BROKEN, gone=True)
+        conn.proc.cut = True
+        self.cache.closed(lease, ReleaseReason.BROKEN, gone=conn.proc.seen_dead)
         self.flush()
 
     def _hand_out(self, lease: Lease, conn: Conn) -> None:
@@ -314,7 +316,7 @@ class Worker(AtTheDesk):
         if self.world.now > lease.connect_by:
             self._give_back(lease, gone=True, reason=ReleaseReason.UNUSED)
             return
-        proc = self.world.server.connect(self.pool, self.tag, self.id, lease.token)
+        proc = self.world.server.connect(self.pool, self.tag, self.id, lease.token, self.world.now)
         if proc is None:
             self._give_back(lease, gone=True, error="connection refused", unreachable=True)
         else:
@@ -324,19 +326,21 @@ class Worker(AtTheDesk):
         """A connect fails: the server refuses ("full": everybody, "password": this worker), or there is no answer."""
         self.opening.remove(opening)
         if opening.proc.dead:
-            self._give_back(opening.lease, gone=True, error="the server has gone", unreachable=True)
+            self._give_back(opening.lease, gone=False, closed=True, error="the server has gone", unreachable=True)
         elif how == "timeout":
             opening.proc.holders.discard(self.id)
             self._give_back(opening.lease, gone=False, error="timeout expired", unreachable=True)
         else:
             self.world.server.end(opening.proc)
-            self._give_back(opening.lease, gone=True, error=how, code="53300" if how == "full" else "28P01")
+            self._give_back(
+                opening.lease, gone=False, closed=True, error=how, code="53300" if how == "full" else "28P01"
+            )
 
     def _give_back(
-        self, lease: Lease, *, gone: bool, error: str = "", code: str = "", unreachable: bool = False,
-        reason: ReleaseReason = ReleaseReason.FAILED,
+        self, lease: Lease, *, gone: bool, closed: bool = False, error: str = "", code: str = "",
+        unreachable: bool = False, reason: ReleaseReason = ReleaseReason.FAILED,
     ) -> None:  # fmt: skip
-        self.cache.closed(lease, reason, gone=gone, error=error, code=code, unreachable=unreachable)
+        self.cache.closed(lease, reason, gone=gone, closed=closed, error=error, code=code, unreachable=unreachable)
         for ticket in [ticket for ticket in self.tickets if ticket.lease is lease]:
             self.tickets.remove(ticket)
             self.wake(self.cache.give_up(ticket, self.world.now))
@@ -419,7 +423,7 @@ class Worker(AtTheDesk):
         conn.proc.holders.discard(self.id)
         if seen:
             self.world.server.end(conn.proc)
-        self.cache.closed(closing.lease, closing.reason, gone=conn.proc.dead)
+        self.cache.closed(closing.lease, closing.reason, gone=conn.proc.seen_dead)
         if closing.reason is ReleaseReason.OWED:
             self.cache.slices.parted(self.world.now)
         self.flush()

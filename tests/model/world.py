@@ -15,10 +15,21 @@ from .worker import Worker
 
 
 class World:
-    """The world. `excused` are leases about which a broker without its predecessor's journal cannot know."""
+    """The world. `excused` are leases about which a broker without its predecessor's journal cannot know.
+
+    `proxied`: a proxy is in front of the server. It closes its clients' sides when it likes, and as soon as they have
+    closed theirs; the server's side lives on. A connect may be in its queue for `QUEUE_LIMIT_S`.
+    """
 
     def __init__(
-        self, cap: int | None, *, has_desk: bool, handover: bool, in_order: bool, grouping: int | None = None
+        self,
+        cap: int | None,
+        *,
+        has_desk: bool,
+        handover: bool,
+        in_order: bool,
+        grouping: int | None = None,
+        proxied: bool = False,
     ) -> None:
         self.cap = cap
         self.groups = {} if grouping is None else GROUPS[grouping]
@@ -28,7 +39,8 @@ class World:
         self.in_order = in_order
         self.now = 1000.0
         self.network = Network()
-        self.server = Server()
+        self.proxied = proxied
+        self.server = Server(direct=not proxied)
         self.journal = Journal()
         self.workers: dict[bytes, Worker] = {}  # running, with a pool
         self.processes: set[Process] = set()  # running

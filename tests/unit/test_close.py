@@ -51,6 +51,7 @@ class Backend:
             sslmode="disable", gssencmode="disable",
         )  # fmt: skip
         assert isinstance(conn, PooledConnection)
+        conn.sharedpool_direct = True
         return bear_witness(conn)
 
     def end(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import pickle
 from collections.abc import Callable
 from typing import get_args
@@ -217,3 +218,13 @@ def test_the_heartbeat_of_a_big_pool_fits_a_frame() -> None:
     big = 2**53
     lease = LeaseReport(Token(big, big), Phase.CONNECTING, big, "ThreadPoolExecutor-0_0", Backend(2**22, big, big))
     assert len(encode(Renew([lease] * 5_000, big, big, list(range(1_000))))) < MAX_FRAME_BYTES
+
+
+def test_a_backend_is_the_same_however_it_is_reached() -> None:
+    one, other = Backend(1, 2, 3), Backend(1, 2, 3, True, "app")
+    assert one == other
+    assert not operator.ne(one, other)
+    assert hash(one) == hash(other)
+    assert one != Backend(1, 2, 4)
+    report = LeaseReport(Token(3, 4), Phase.IDLE, 5, "t", other)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(report), type=LeaseReport).backend.direct  # type: ignore[union-attr]

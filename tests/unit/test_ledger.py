@@ -60,6 +60,8 @@ class Broker:
         self.ledger = Ledger(epoch, **options)  # type: ignore[arg-type]
         self.now = 1000.0
         self.commands: list[Command] = []
+        if options.get("verifies", True):
+            self.take_in(self.ledger.reached(self.now, direct=True, fault=""))
 
     def take_in(self, commands: list[Command]) -> list[Command]:
         self.ledger.check_invariants()
@@ -121,7 +123,7 @@ class Worker:
 
     @staticmethod
     def backend(token: Token) -> Backend:
-        return Backend(1000 + token.serial, 1, 1)
+        return Backend(1000 + token.serial, 1, 1, direct=True)
 
     def hello(self, version: int = PROTOCOL_VERSION) -> list[Command]:
         pid = 100 + sum(self.id)

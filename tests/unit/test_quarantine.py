@@ -9,7 +9,7 @@ SLOT = Token(1, 1)
 
 def look(quarantine: Quarantine, now: float, *, starting: tuple[int, ...] = (), strange: tuple[int, ...] = ()) -> bool:
     """One survey; say whether the slot is free after it."""
-    order = quarantine.order()
+    order = quarantine.order(0.0)
     assert order is not None
     survey = Survey(order[0], frozenset(starting), {})
     return quarantine.surveyed(survey, [Backend(pid, 1) for pid in strange], now) == [SLOT]
@@ -55,18 +55,18 @@ def test_later_strangers_are_somebody_elses() -> None:
 def test_a_look_that_began_before_it_does_not_count_and_the_first_needs_a_barrier() -> None:
     quarantine = Quarantine()
     quarantine.add(Token(1, 5))
-    order = quarantine.order()
+    order = quarantine.order(0.0)
     assert order == (1, True)
     quarantine.add(SLOT)
-    assert quarantine.order() is None  # one at a time
+    assert quarantine.order(0.0) is None  # one at a time
     quarantine.surveyed(Survey(1, frozenset(), {}), [], 1.0)
-    assert quarantine.order() == (2, True)
+    assert quarantine.order(0.0) == (2, True)
     assert quarantine.surveyed(Survey(2, frozenset(), {}), [], 2.0) == [Token(1, 5)]
-    assert quarantine.order() == (3, False)
+    assert quarantine.order(0.0) == (3, False)
     assert quarantine.surveyed(Survey(3, frozenset(), {}), [], 3.0) == [SLOT]
 
 
 def test_other_evidence_ends_it() -> None:
     quarantine = quarantine_of_one()
     quarantine.discard(SLOT)
-    assert quarantine.order() is None
+    assert quarantine.order(0.0) is None

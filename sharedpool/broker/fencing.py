@@ -1,0 +1,161 @@
+"""Backends that are to be gone: look for them, end them, and say when their slots are free.
+
+A slot is freed only when `pg_stat_activity` of the very server the backend ran on does not list (pid, backend_start)
+any more. Where nobody is between a worker and the server the broker sees most of that on its sockets, and this comes
+later; behind a proxy this is all there is, so it is looked at once, and again and again, until it is settled. What its
+worker has closed is given a moment to leave by itself before it is told to.
+
+A *pooler* that keeps sessions (PgBouncer in session mode) does not end the backend when its client leaves: it cleans it
+and lends it to others, who must not lose it by our hand. Such a backend is not ours any more once it has begun a query
+after our client's end, or rests under another application_name. Only what is still under our session's, and has begun
+no query since, is ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psycopg2
+from psycopg2.extensions import connection
+
+from sharedpool.broker import catalog
+from sharedpool.broker.catalog import Sight
+from sharedpool.broker.commands import Fence
+from sharedpool.wire.messages import Backend, Token
+
+logger = logging.getLogger("sharedpool.broker")
+
+# A slot is to be back soon after its backend has ended, however long that takes.
+_FIRST_RETRY_S, _LAST_RETRY_S = 0.005, 0.05
+_TOGETHER_S = 0.005  # what is due so soon is looked for in the same query
+# How long a backend that was told by its client to leave may take, or a pooler to clean it. One that rests may be a
+# worker's who has just been lent it, and has not told yet.
+_LEAVES_S, _CLEANED_S, _RESTS_S = 0.02, 0.1, 1.0
+
+
+@dataclass(slots=True)
+class _Job:
+    fence: Fence
+    due: float
+    ends_at: float
+    retry_s: float = _FIRST_RETRY_S
+    since_us: int | None = None  # the server's clock at the first look: what begins later is another's, behind a pooler
+    warned: bool = False
+
+
+class Fencing:
+    """One control connection's orders. `done(token)` is called when a slot is free.
+
+    `restarted(backend)` says whether the server that the backend was on is known to be another by now.
+    """
+
+    def __init__(self, done: Callable[[Token], None], restarted: Callable[[Backend], bool]) -> None:
+        self._done = done
+        self._restarted = restarted
+        self._jobs: dict[Token, _Job] = {}
+        self._powerless = False
+
+    def add(self, fence: Fence, due: float) -> None:
+        """Take in an order; nothing is done before `due`."""
+        patience_s = 0.0
+        if fence.backend is not None and not fence.backend.direct:
+            patience_s = _LEAVES_S if fence.backend.pooled is None else _CLEANED_S
+        self._jobs[fence.token] = _Job(fence, due, due + patience_s)
+
+    def discard(self, token: Token) -> None:
+        """Forget an order: other evidence has come."""
+        self._jobs.pop(token, None)
+
+    @property
+    def due(self) -> float:
+        """When there is something to do."""
+        return min((job.due for job in self._jobs.values()), default=math.inf)
+
+    def work(self, conn: connection, boot_us: int, now: float) -> None:
+        """Do what is due, on the server that was started at `boot_us`. Raise psycopg2's errors."""
+        due = [job for job in self._jobs.values() if job.due <= now + _TOGETHER_S]
+        if not due or (due and min(job.due for job in due) > now):
+            return
+        looked = [(job, backend) for job in due if (backend := self._comparable(job, boot_us)) is not None]
+        if looked:
+            ripe = [(job, backend) for job, backend in looked if job.ends_at <= now]
+            self._end(conn, [backend for _, backend in ripe if backend.pooled is None])
+            for job, backend in ripe:
+                if backend.pooled is not None and job.since_us is not None:
+                    self._end(conn, [backend], job.since_us, idle=now >= job.ends_at + _RESTS_S)
+            listed = catalog.sights_of(conn, [backend.pid for _, backend in looked])
+            for job, backend in looked:
+                if (how := _how_over(job, backend, listed.get(backend.pid))) is not None:
+                    self._finish(job, how)
+        for job in due:
+            job.due = now + job.retry_s
+            job.retry_s = min(job.retry_s * 2, _LAST_RETRY_S)
+
+    def _end(
+        self, conn: connection, backends: list[Backend], since_us: int | None = None, *, idle: bool = True
+    ) -> None:
+        """Signal backends; if one of them makes that fail, each alone: it must not keep the others alive.
+
+        Of those behind a pooler only one that has begun no query after `since_us`, and is under the session's own name;
+        `idle`: if it rests, too.
+        """
+        if not backends:
+            return
+        try:
+            if since_us is None:
+                catalog.end(conn, backends)
+            else:
+                catalog.end_lent(conn, backends[0], since_us, idle=idle)
+        except (psycopg2.errors.InsufficientPrivilege, psycopg2.DataError) as error:
+            if len(backends) > 1:
+                for backend in backends:
+                    self._end(conn, [backend])
+            elif not self._powerless:
+                self._powerless = True
+                text = "control connection: may not end backends (%s): their slots wait until they end themselves"
+                logger.warning(text, str(error).strip())
+
+    def _comparable(self, job: _Job, boot_us: int) -> Backend | None:
+        """Return the backend if this server can tell about it; settle the job if a restart already did."""
+        backend = job.fence.backend
+        if backend is not None and backend.start_us and backend.boot_us == boot_us:
+            return backend
+        if backend is not None and self._restarted(backend):
+            self._finish(job, "server restarted")
+        elif not job.warned:
+            job.warned = True
+            text = "pool %r: lease %s stays counted: the control connection cannot tell whether backend %s is gone"
+            pool, token, pid = job.fence.pool, job.fence.token, backend.pid if backend else "(unknown)"
+            fields = {"pool": pool, "lease": str(token), "reason": job.fence.why}
+            logger.warning(text, pool, token, pid, extra={"sharedpool": fields})
+        return None
+
+    def _finish(self, job: _Job, how: str) -> None:
+        fence = job.fence
+        del self._jobs[fence.token]
+        pid = fence.backend.pid if fence.backend else 0
+        fields = {"pool": fence.pool, "lease": str(fence.token), "epoch": fence.token.epoch, "reason": fence.why}
+        text = "pool %r: lease %s: backend %d %s (%s)"
+        # Behind a proxy this is how every close ends.
+        level = logging.DEBUG if fence.backend and not fence.backend.direct else logging.INFO
+        logger.log(level, text, fence.pool, fence.token, pid, how, fence.why, extra={"sharedpool": fields})
+        self._done(fence.token)
+
+
+def _how_over(job: _Job, backend: Backend, sight: Sight | None) -> str | None:
+    """Say how it comes that a lease's backend is not its own any more, or None if it is."""
+    # Start time 0: we may not see it, so it may be the same one.
+    if sight is None or sight.start_us not in (backend.start_us, 0):
+        return "gone"
+    if backend.pooled is None or not sight.start_us:
+        return None
+    if job.since_us is None:
+        job.since_us = sight.now_us
+    if sight.idle:
+        over = sight.query_us > job.since_us or sight.name != backend.pooled
+    else:  # else it may be the pooler's own, which cleans it
+        over = sight.query_us > job.since_us and sight.now_us - sight.query_us > _CLEANED_S * 1_000_000
+    return "is its pooler's again" if over else None

@@ -1,0 +1,95 @@
+"""Whether anybody is between a connection and its backend: a proxy, a pooler, an address translation.
+
+The end of a socket is the backend's end only where the other end of it is the backend's own. A proxy's end may come
+long before that: HAProxy closes both sides while a query goes on, others close the server's side later.
+
+What the server says of the connection is compared with the socket:
+
+- TCP: both addresses and both ports must be the same at either end. Two connections of one network cannot have all four
+  in common, so a proxy cannot; an address translation (a container's published port, a cluster's service) changes one,
+  and is taken for a proxy. A proxy that forges its client's address and its server's is not found out.
+- A unix socket has no addresses, but the kernel tells who listens: the postmaster, whose child the backend is. That is
+  looked for in /proc. Where it cannot be seen (another container that shares the socket's directory, processes hidden
+  by `hidepid`, other systems than Linux), nobody knows.
+
+What is not known counts as "somebody is in between": then the broker asks the server.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import struct
+from pathlib import Path
+
+from sharedpool.hangup import Borrowed
+
+_UCRED = struct.Struct("3i")  # pid, uid, gid
+_SO_PEERCRED: int = getattr(socket, "SO_PEERCRED", 0)
+# What a backend calls itself in its process title (PostgreSQL's ps_status.c): no proxy's child is taken for one.
+_TITLE = b"postgres: "
+_PROC = Path("/proc")
+
+Address = tuple[str, int]
+
+
+def is_direct(fd: int, pid: int, ends: tuple[Address, Address] | None) -> bool:
+    """Say whether the other end of a socket is held by backend `pid`, and nobody else is in between.
+
+    `ends` are the client's and the server's address and port as the server knows them; None for a unix socket.
+    """
+    sock = Borrowed(fileno=fd)
+    try:
+        if sock.family == socket.AF_UNIX:
+            return ends is None and _is_child_of_listener(sock, pid)
+        if ends is None:
+            return False
+        ours = (_address(*sock.getsockname()[:2]), _address(*sock.getpeername()[:2]))
+        return ours == (_address(*ends[0]), _address(*ends[1]))
+    except (OSError, ValueError):
+        return False
+
+
+def _address(host: str, port: int) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]:
+    """Return an address to be compared: a host may listen for IPv4 on an IPv6 socket, and name the interface."""
+    ip = ipaddress.ip_address(host.partition("%")[0])
+    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
+    return mapped or ip, port
+
+
+def _is_child_of_listener(sock: Borrowed, pid: int) -> bool:
+    """Say whether `pid` is a backend and a child of the process that listens at a unix socket's other end.
+
+    The server may count its processes in a PID namespace below ours: then the child has that pid there.
+    """
+    if not _SO_PEERCRED:
+        return False
+    listener, _, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERCRED, _UCRED.size))
+    if listener <= 0:
+        return False  # in a namespace that we do not see into
+    if len(_pids(listener)) == 1:
+        return _parent(pid) == listener and _is_backend(pid)
+    children = (_PROC / f"{listener}/task/{listener}/children").read_text().split()
+    return any(_is(int(child), pid) for child in children)
+
+
+def _is(child: int, pid: int) -> bool:
+    try:
+        return _pids(child)[-1] == pid and _is_backend(child)
+    except OSError:
+        return False  # another one, that has ended meanwhile
+
+
+def _parent(pid: int) -> int:
+    return int((_PROC / f"{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+
+
+def _pids(pid: int) -> list[int]:
+    """Return a process's pids, from our namespace inwards."""
+    status = (_PROC / f"{pid}/status").read_bytes()
+    line = next((line for line in status.splitlines() if line.startswith(b"NSpid:")), b"")
+    return [int(number) for number in line.split()[1:]] or [pid]
+
+
+def _is_backend(pid: int) -> bool:
+    return (_PROC / f"{pid}/cmdline").read_bytes().startswith(_TITLE)
