@@ -266,7 +266,7 @@ class Demand:
 
     def cut(self, lease: Lease, why: str) -> None:
         """Order the end of a lease's backend."""
-        self._emit(Fence(lease.token, lease.pool.name, lease.backend, why))
+        self._emit(Fence(lease.token, lease.pool.name, lease.backend, why, lease.closed or lease.session.ended))
 
     def expect(self, lease: Lease, now: float) -> None:
         """Count on a slot that is being closed or fenced, for a while."""

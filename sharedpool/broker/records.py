@@ -44,6 +44,7 @@ class Lease:
     the broker has a duplicate of the connection's socket, on which it sees the backend's end. `line`: it was passed
     there and its worker has not spoken of it yet. `live` is set while it is parked. `interrupts`: cancels under way.
     `since` is when what it does now began, if that is known; `stack` where it was checked out, if its worker tells.
+    `closed`: the connection is over on its worker's side, or on a proxy's.
     """
 
     token: Token
@@ -53,6 +54,7 @@ class Lease:
     request: int = 0
     backend: Backend | None = None
     custody: bool = False
+    closed: bool = False
     idle_since: float | None = None
     used_since: float | None = None
     since: float | None = None
