@@ -127,12 +127,13 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """Make this backend impossible, verify it, then tell the ledger (`backend_gone`)."""
+    """Make this backend impossible, verify it, then tell the ledger (`backend_gone`). `left`: its client has left."""
 
     token: Token
     pool: str
     backend: Backend | None
     why: str
+    left: bool = False
 
 
 @dataclass(frozen=True, slots=True)

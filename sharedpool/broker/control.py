@@ -91,6 +91,7 @@ class Control:
         self._met: set[int] = set()  # starts of servers that workers have been on
         self._hurry = False
         self._lost = ""  # what ended the last connection, until there is a new one
+        self._connected_at = -math.inf
         self._fault = ""  # what makes our way to the server unsuitable
         self.state = "connecting" if dsn else "none"
         self._thread = threading.Thread(target=self._run, name="sharedpool-control", daemon=True)
@@ -178,7 +179,11 @@ class Control:
                     retry_s = _FIRST_RECONNECT_S
                 except Exception as error:
                     self._lose(error)
-                    retry_at, retry_s = time.monotonic() + retry_s, min(retry_s * 2, _LAST_RECONNECT_S)
+                    now = time.monotonic()
+                    if now - self._connected_at > _LAST_RECONNECT_S:
+                        retry_at = now  # it has worked: a proxy ends what was silent for a while, somebody waits
+                    else:
+                        retry_at, retry_s = now + retry_s, min(retry_s * 2, _LAST_RECONNECT_S)
         self._drop("stopped")
 
     def _wait_s(self, retry_at: float) -> float | None:
@@ -316,6 +321,7 @@ class Control:
             fresh.close()
             raise
         self._prepare(fresh)
+        self._connected_at = time.monotonic()
         assert self._conn is not None
         pid, database = self._conn.info.backend_pid, self._conn.info.dbname
         if lost and self._boot_us == known:  # a server that ends one session is the same one still

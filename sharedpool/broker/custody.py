@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from sharedpool.broker.commands import Command, Fence
 from sharedpool.broker.control import Control, Word
@@ -116,4 +117,4 @@ class Custody:
         seen = cut and fence.backend.direct  # its end will show
         if self._control.exists or not seen:
             self._fenced.add(fence.token)
-            self._control.fence(fence, after_s=_CUT_HEAD_START_S if seen else 0.0)
+            self._control.fence(replace(fence, left=fence.left or cut), after_s=_CUT_HEAD_START_S if seen else 0.0)

@@ -298,7 +298,7 @@ class Demand:
 
     def cut(self, lease: Lease, why: str) -> None:
         """Order the end of a lease's backend."""
-        self._emit(Fence(lease.token, lease.pool.name, lease.backend, why))
+        self._emit(Fence(lease.token, lease.pool.name, lease.backend, why, lease.closed or lease.session.ended))
 
     def expect(self, lease: Lease, now: float) -> None:
         """Count on a slot that is being closed or fenced, for a while."""
@@ -515,8 +515,10 @@ class Demand:
 
     def time_out(self, waiter: Waiter, now: float) -> None:
         """Refuse who has waited for as long as he wanted."""
-        standstill = self.standstill(waiter.session.pool)
-        self.deny(waiter, standstill or (DenyReason.WAITING if self.paused else DenyReason.TIMEOUT), now)
+        reason = DenyReason.WAITING if self.paused else DenyReason.TIMEOUT
+        if waiter.session.refusal is not None and not self.paused:  # that is what it could not be served for
+            reason = DenyReason.REFUSED
+        self.deny(waiter, self.standstill(waiter.session.pool) or reason, now)
 
     def standstill(self, pool: Pool) -> DenyReason | None:
         """Say why nothing is lent, if that may last."""

@@ -34,6 +34,7 @@ _TOGETHER_S = 0.005  # what is due so soon is looked for in the same query
 # How long a backend that was told by its client to leave may take, or a pooler to clean it. One that rests may be a
 # worker's who has just been lent it, and has not told yet.
 _LEAVES_S, _CLEANED_S, _RESTS_S = 0.02, 0.1, 1.0
+_EVER_US = 2**62
 
 
 @dataclass(slots=True)
@@ -61,7 +62,7 @@ class Fencing:
     def add(self, fence: Fence, due: float) -> None:
         """Take in an order; nothing is done before `due`."""
         patience_s = 0.0
-        if fence.backend is not None and not fence.backend.direct:
+        if fence.left and fence.backend is not None and not fence.backend.direct:
             patience_s = _LEAVES_S if fence.backend.pooled is None else _CLEANED_S
         self._jobs[fence.token] = _Job(fence, due, due + patience_s)
 
@@ -84,7 +85,9 @@ class Fencing:
             ripe = [(job, backend) for job, backend in looked if job.ends_at <= now]
             self._end(conn, [backend for _, backend in ripe if backend.pooled is None])
             for job, backend in ripe:
-                if backend.pooled is not None and job.since_us is not None:
+                if backend.pooled is not None and not job.fence.left:
+                    self._end(conn, [backend], _EVER_US)  # whatever it does is its client's
+                elif backend.pooled is not None and job.since_us is not None:
                     self._end(conn, [backend], job.since_us, idle=now >= job.ends_at + _RESTS_S)
             listed = catalog.sights_of(conn, [backend.pid for _, backend in looked])
             for job, backend in looked:
@@ -154,7 +157,9 @@ def _how_over(job: _Job, backend: Backend, sight: Sight | None) -> str | None:
         return None
     if job.since_us is None:
         job.since_us = sight.now_us
-    if sight.idle:
+    if not job.fence.left:  # a query is no sign of another client
+        over = sight.idle and sight.name != backend.pooled
+    elif sight.idle:
         over = sight.query_us > job.since_us or sight.name != backend.pooled
     else:  # else it may be the pooler's own, which cleans it
         over = sight.query_us > job.since_us and sight.now_us - sight.query_us > _CLEANED_S * 1_000_000

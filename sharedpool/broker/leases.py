@@ -181,6 +181,7 @@ class Leases:
 
         `closed`: its other side has closed it, but that need not be the server.
         """
+        lease.closed = True
         if closed and lease.backend is None and lease.pool.direct is None and not self._verifies:
             self.routes.unproven.add(lease)
             return

@@ -519,6 +519,7 @@ class Ledger:
             self._leases.free(lease, release.reason)
             return
         self._leases.identify(lease, release.backend, now)
+        lease.closed = True
         ordinary = lease.backend is not None and not lease.backend.direct  # with every close behind a proxy
         level = logging.DEBUG if ordinary else logging.INFO
         why = "its worker could not see the backend end"

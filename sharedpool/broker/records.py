@@ -46,6 +46,7 @@ class Lease:
     there and its worker has not spoken of it yet. `live` is set while it is parked. `interrupts`: cancels under way.
     `since` is when what it does now began, if that is known; `stack` where it was checked out, if its worker tells.
     `granted_at` is when it was granted, or later; its request had waited for `waited_s`.
+    `closed`: the connection is over on its worker's side, or on a proxy's.
     """
 
     token: Token
@@ -57,6 +58,7 @@ class Lease:
     waited_s: float = 0.0
     backend: Backend | None = None
     custody: bool = False
+    closed: bool = False
     idle_since: float | None = None
     used_since: float | None = None
     since: float | None = None

@@ -77,9 +77,8 @@ def test_a_forwarder_from_one_unix_socket_to_another_is_found_out(
 def test_a_worker_that_cannot_see_the_servers_processes_takes_nothing_for_granted(postgres: EphemeralPostgres) -> None:
     """In a PID namespace of its own, as in another container: then only the server's word counts."""
     code = (
-        "import sys; from sharedpool.conninfo import resolve;"
-        " from sharedpool.worker.connection import connect, describe;"
-        " print(describe(connect(resolve(dsn=sys.argv[1]), 'x', None, [])).direct)"
+        "import sys; from sharedpool.conninfo import resolve; from sharedpool.worker import connection as c;"
+        " print(c.describe(c.connect(resolve(dsn=sys.argv[1]), 'x', None, [])).direct)"
     )
     command = [proxies.program("unshare"), "--pid", "--fork", sys.executable, "-c", code, postgres.dsn]
     run = subprocess.run(command, capture_output=True, text=True)
@@ -187,6 +186,30 @@ def test_a_session_that_the_proxy_ends_in_a_query_keeps_its_slot_as_long_as_the_
         pool.put_conn(conn)
         pool.put_conn(pool.get_conn(timeout=10))
         assert len(backends(pool)) == 1
+
+
+def test_a_control_connection_that_the_proxy_ends_when_it_is_silent_is_made_anew(runtime_dir: Path) -> None:
+    with (
+        EphemeralPostgres() as server,
+        proxies.haproxy(server, silence_s=0.3) as dsn,
+        sharedpool.start_broker(1, dsn=dsn) as broker,
+        Worker(broker=broker.address, dsn=dsn, max_conn=1) as worker,
+    ):
+        observer = psycopg2.connect(server.dsn)
+        observer.autocommit = True
+
+        def controls() -> int:
+            with observer.cursor() as cursor:
+                cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'sharedpool broker'")
+                (found,) = cursor.fetchone() or (0,)
+                return int(found)
+
+        for _ in range(3):
+            wait_until(lambda: controls() == 0, what="the proxy to end the control connection")
+            assert "backend" in worker.ask("get", name="c", timeout=10)
+            worker.ask("put", name="c", close=True)
+            wait_until(lambda: fetch_report(broker.address).leases == 0, what="the slot to be free")
+        observer.close()
 
 
 def test_without_a_control_connection_the_slot_stays_counted_and_that_is_said(
