@@ -20,6 +20,12 @@ _ROOM_SQL = """
 SELECT sum(CASE name WHEN 'max_connections' THEN setting::int ELSE -setting::int END)
 FROM pg_settings WHERE name IN ('max_connections', 'superuser_reserved_connections', 'reserved_connections')
 """
+# Of the role or the server, for clients that misbehave: each would end this session, or what it asks, at any time.
+_LIMITS = (
+    "idle_session_timeout", "idle_in_transaction_session_timeout", "statement_timeout", "lock_timeout",
+    "transaction_timeout",
+)  # fmt: skip
+_UNLIMITED_SQL = "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = ANY(%s) AND setting <> '0'"
 # One statement, so that the pid cannot be another process's between the look and the signal.
 _FENCE_SQL = """
 SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint, pg_terminate_backend(pid)
@@ -54,6 +60,12 @@ def server_of(conn: connection) -> tuple[int, str]:
         row = cursor.fetchone()
         assert row is not None
         return row[0], row[1]
+
+
+def lift_limits(conn: connection) -> None:
+    """Have no time limit end this session."""
+    with conn.cursor() as cursor:
+        cursor.execute(_UNLIMITED_SQL, (list(_LIMITS),))
 
 
 def room_of(conn: connection) -> int:

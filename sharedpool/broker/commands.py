@@ -14,10 +14,14 @@ from sharedpool.wire.reports import ToOperator
 
 
 class Process(NamedTuple):
-    """A process of this host, as the kernel vouches for it. `started`, in clock ticks, tells a pid used again."""
+    """A process of this host, as the kernel vouches for it. `started`, in clock ticks, tells a pid used again.
+
+    `place` is whose pid that is (`wire/place.py`): a later broker's may be another's.
+    """
 
     pid: int
     started: int = 0
+    place: str = ""
 
 
 class Entry(msgspec.Struct, frozen=True):

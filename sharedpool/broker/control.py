@@ -25,9 +25,9 @@ from psycopg2.extensions import connection, make_dsn, parse_dsn
 from sharedpool.broker import catalog
 from sharedpool.broker.activity import activity_of
 from sharedpool.broker.commands import Command, Doubt, Fence, Interfere, Look, Peek, Place, Saw, Send, Survey
+from sharedpool.broker.database import Database
 from sharedpool.broker.leadership import Leadership
 from sharedpool.broker.ledger import Ledger
-from sharedpool.conninfo import connect_directly
 from sharedpool.libpq import socket_of_failed
 from sharedpool.wire.messages import Backend, Token
 from sharedpool.wire.reports import Activity
@@ -51,14 +51,22 @@ class _Job:
     warned: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """Whether anybody uses the broker."""
+
+    needed: bool
+
+
 # What other threads put into the inbox; None is the end.
-_Item = _Job | Token | Look | Doubt | Interfere | Peek | int | None
+_Item = _Job | Token | Look | Doubt | Interfere | Peek | _Need | int | None
 
 
 class Control:
     """Fences backends and looks at the server, over one connection. `tell(word)` is called in this thread.
 
     `seen` are the servers that former brokers' control connections were on. `leadership`: what is to be claimed there.
+    `maintenance`: see `BrokerSettings`.
     """
 
     def __init__(
@@ -69,8 +77,12 @@ class Control:
         tell: Callable[[Word], None],
         seen: Iterable[Place] = (),
         leadership: Leadership | None = None,
+        *,
+        maintenance: bool = False,
     ) -> None:
         self._dsn = dsn
+        self._database = Database(dsn, maintenance=maintenance) if dsn is not None else None
+        self._needed = True
         self._max_conn = max_conn
         self._instance = instance
         self._leadership = leadership
@@ -86,6 +98,7 @@ class Control:
         self._seen = set(seen)  # every server this connection, or a former broker's, has been on
         self._met: set[int] = set()  # starts of servers that workers have been on
         self._hurry = False
+        self._lost = ""  # what ended the last connection, until there is a new one
         self.state = "connecting" if dsn else "none"
         self._thread = threading.Thread(target=self._run, name="sharedpool-control", daemon=True)
 
@@ -118,6 +131,10 @@ class Control:
         """Forget a fence: other evidence has come. Does not block."""
         self._inbox.put(token)
 
+    def need(self, needed: bool) -> None:
+        """Be connected, or let go of the server, and of the limit's lock, while nobody uses the broker."""
+        self._inbox.put(_Need(needed))
+
     def met(self, boot_us: int) -> None:
         """Take in that a worker is on a server that was started then: see it too, while it is there. Does not block.
 
@@ -146,7 +163,7 @@ class Control:
     def _run(self) -> None:
         retry_s, retry_at = _FIRST_RECONNECT_S, 0.0
         while True:
-            if self._dsn and self._conn is None and time.monotonic() >= retry_at:
+            if self._dsn and self._needed and self._conn is None and time.monotonic() >= retry_at:
                 try:
                     self._connect()
                 except Exception as error:  # whatever it is: without this thread no slot of the dead comes back
@@ -159,7 +176,8 @@ class Control:
                 break
             if self._hurry:
                 self._hurry = False
-                self._is_same()
+                if self._conn is not None:
+                    self._is_same()
                 retry_s, retry_at = _FIRST_RECONNECT_S, 0.0
             if self._conn is not None:
                 try:
@@ -171,7 +189,7 @@ class Control:
         self._drop("stopped")
 
     def _wait_s(self, retry_at: float) -> float | None:
-        if self._dsn and self._conn is None:
+        if self._dsn and self._needed and self._conn is None:
             return max(0.0, retry_at - time.monotonic())
         if self._conn is None:
             return None
@@ -204,6 +222,11 @@ class Control:
                         self._cancel(item)
                     case Peek():
                         self._peek(item)
+                    case _Need(needed):
+                        self._hurry = needed
+                        self._needed = needed
+                        if not needed:
+                            self._rest()
                     case Token():
                         self._jobs.pop(item, None)
                     case int():
@@ -247,13 +270,19 @@ class Control:
         self._tell(lambda ledger, now: ledger.answered_doubt(doubt.pool, doubt.generation, same, now))
 
     def _is_same(self) -> bool:
-        if self._conn is None:
-            return False
+        """Say whether the server that we know still answers: to a new connection, if only ours has ended."""
+        known = self._boot_us
         try:
-            return catalog.server_of(self._conn)[0] == self._boot_us
+            if self._conn is not None:
+                return catalog.server_of(self._conn)[0] == known
         except Exception as error:
             self._lose(error)
-            return False
+        try:
+            if self._needed:
+                self._connect()
+        except Exception as error:
+            self._drop(f"unreachable: {_text(error)}")
+        return self._conn is not None and self._boot_us == known
 
     def _survey(self, look: Look) -> None:
         """Look for backends of this broker's pools and for backends in start-up."""
@@ -268,10 +297,10 @@ class Control:
 
     def _pass_barrier(self) -> None:
         """Make the control connection anew. A server that answers, be it with a refusal, has accepted us."""
-        assert self._dsn is not None
+        assert self._database is not None
         fresh = connection.__new__(connection)
         try:
-            fresh.__init__(make_dsn(self._dsn, **self._defaults()))  # type: ignore[misc] # connects
+            fresh.__init__(make_dsn(self._database.current, **self._defaults()))  # type: ignore[misc] # connects
         except (psycopg2.OperationalError, UnicodeDecodeError):
             # libpq keeps the socket on which it was refused, and none of one that never answered.
             if (socket_of_failed(fresh) or -1) < 0:
@@ -285,10 +314,16 @@ class Control:
                 old.close()
 
     def _connect(self) -> None:
-        assert self._dsn is not None
-        self._prepare(connect_directly(self._dsn, **self._defaults()))
+        assert self._database is not None
+        known, lost, self._lost = self._boot_us, self._lost, ""
+        self._prepare(self._database.connect(self._defaults()))
         assert self._conn is not None
-        logger.info("control connection: backend %d, room for %d connections", self._conn.info.backend_pid, self._room)
+        pid, database = self._conn.info.backend_pid, self._conn.info.dbname
+        if lost and self._boot_us == known:  # a server that ends one session is the same one still
+            logger.debug("control connection: backend %d in the place of one that has ended (%s)", pid, lost)
+            return
+        text = "control connection: backend %d in database %r, room for %d connections"
+        logger.info(text, pid, database, self._room)
         if self._max_conn is not None and self._max_conn + 1 > self._room:
             text = (
                 "max_conn %d and 1 control connection are more than the %d connections the server has for ordinary"
@@ -299,6 +334,7 @@ class Control:
     def _prepare(self, conn: connection) -> None:
         self._conn = conn
         self._conn.autocommit = True
+        catalog.lift_limits(conn)
         self._boot_us, self._route = catalog.server_of(conn)
         place = Place(self._route, self._boot_us)
         if place not in self._seen:
@@ -323,8 +359,14 @@ class Control:
         return settings
 
     def _lose(self, error: Exception) -> None:
-        logger.warning("control connection lost: %s", _text(error))
+        self._lost = _text(error)  # a warning is worth only what becomes of the next one
+        logger.debug("control connection lost: %s", self._lost)
         self._drop("connecting")
+
+    def _rest(self) -> None:
+        self._drop("at rest: nobody uses the broker")
+        if self._leadership is not None:
+            self._leadership.resign()
 
     def _drop(self, state: str) -> None:
         if self._conn is not None:

@@ -68,6 +68,10 @@ class Custody:
         """Take in that all that was passed on this line has been read."""
         self._ledger.left(line)
 
+    def stays(self, program: bytes, line: int) -> None:
+        """Take in that this line ends with a program."""
+        self._ledger.stays(program, line)
+
     def line_ended(self, line: int) -> None:
         """Take in that a line has ended; not at once, what was decided before is still being carried out."""
         self._later(lambda ledger, now: ledger.line_ended(line, now))

@@ -12,8 +12,8 @@ Decisions only, over the records; nothing here does I/O or reads a clock. `settl
    who would have to open one, but was refused by the server and may not try again yet (`refusal.py`).
 5. Where an operator has lowered a limit or paused a pool, what is too much is recalled in the same ways, for nobody.
 
-While `paused` (a restarted broker that does not know yet what is held) requests only queue; while `draining` everybody
-is asked for everything and nothing is granted.
+While `paused` (a restarted broker that does not know yet what is held) requests only queue; while `draining` too, and
+everybody is asked for everything: who waits is served by the successor, if one comes in time.
 """
 
 from __future__ import annotations
@@ -151,7 +151,10 @@ class Demand:
     def _grant(self, waiter: Waiter, now: float) -> None:
         session, pool = waiter.session, waiter.session.pool
         self._books.dequeue(waiter)
-        lease = Lease(self.new_token(), session, pool, request=waiter.request, since=now)
+        lease = Lease(
+            self.new_token(), session, pool,
+            request=waiter.request, granted_at=now, waited_s=now - waiter.since, since=now,
+        )  # fmt: skip
         self._books.move(lease, SlotState.GRANTED, "granted")
         pool.refusals.tries(session.id, session.refusal, now)
         if pool.backoff.granted(lease.token, len(pool.leases) - 1, now):
@@ -170,9 +173,8 @@ class Demand:
 
     def send_grant(self, lease: Lease) -> None:
         """Send a grant, or send it again for a request that was repeated."""
-        self._emit(
-            Send(lease.session.id, Grant(lease.request, lease.token, self.next_serial(), lease.session.owed)),
-        )
+        serial, owed, waited_ms = self.next_serial(), lease.session.owed, int(lease.waited_s * 1000)
+        self._emit(Send(lease.session.id, Grant(lease.request, lease.token, serial, owed, waited_ms)))
 
     # --- 2. recall
 
@@ -263,7 +265,8 @@ class Demand:
     def _fence_suspects(self, pools: Iterable[Pool], short: int, now: float) -> int:
         """Fence up to `short` suspect leases; return how many.
 
-        One that has no connection yet is left alone: there is nothing to look for, and its worker may yet connect.
+        One that has no connection yet is left alone: there is nothing to look for, and its worker may yet connect
+        (see `Leases.mistrust`).
         """
         suspects = chain.from_iterable(pool.suspects.values() for pool in pools)
         ripe = (lease for lease in suspects if lease.findable and now >= lease.session.spared_until)
@@ -508,8 +511,14 @@ class Demand:
 
     def time_out(self, waiter: Waiter, now: float) -> None:
         """Refuse who has waited for as long as he wanted."""
-        held = DenyReason.PAUSED if waiter.session.pool.held else None
-        self.deny(waiter, held or (DenyReason.WAITING if self.paused else DenyReason.TIMEOUT), now)
+        standstill = self.standstill(waiter.session.pool)
+        self.deny(waiter, standstill or (DenyReason.WAITING if self.paused else DenyReason.TIMEOUT), now)
+
+    def standstill(self, pool: Pool) -> DenyReason | None:
+        """Say why nothing is lent, if that may last."""
+        if self.draining:
+            return DenyReason.DRAINING
+        return DenyReason.PAUSED if pool.held else None
 
     def deny(self, waiter: Waiter, reason: DenyReason, now: float) -> None:
         """Refuse a request, saying what its limit is and who holds most of it, or what the server said."""

@@ -21,11 +21,13 @@ import struct
 from pathlib import Path
 from typing import Protocol
 
+from sharedpool.broker.garbage import Garbage
+from sharedpool.broker.post import is_at
 from sharedpool.errors import ProtocolError
 from sharedpool.hangup import other_side_closed
 from sharedpool.wire import descriptors
 from sharedpool.wire.codec import decode_to_desk, encode
-from sharedpool.wire.desk import Ask, Deposit, Give, Leave, Pass, Settled, Withdraw
+from sharedpool.wire.desk import Ask, Deposit, Give, Leave, Pass, Settled, Stay, Withdraw
 from sharedpool.wire.messages import Token
 
 logger = logging.getLogger("sharedpool.broker")
@@ -63,7 +65,10 @@ class Clerk(Protocol):
         """Somebody waits no more."""
 
     def left(self, line: int) -> None:
-        """All that was passed on this line has been read."""
+        """All that was passed on this line has been read, and it is to end."""
+
+    def stays(self, program: bytes, line: int) -> None:
+        """This line ends with a program, unless it is left before."""
 
     def line_ended(self, line: int) -> None:
         """A line has ended."""
@@ -87,20 +92,43 @@ class Desk:
         self._numbers: dict[int, int] = {}  # their numbers, by descriptor
         self._numbered: dict[int, socket.socket] = {}
         self._newest = 0
-        if path.is_symlink() or (path.exists() and not path.is_socket()):
-            raise FileExistsError(errno.EEXIST, "there is a file that is no socket", str(path))
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        path.unlink(missing_ok=True)
-        mask = os.umask(0o177)  # this user's alone
-        try:
-            self._listener.bind(str(path))
-        finally:
-            os.umask(mask)
-        self._listener.listen(_BACKLOG)
-        self._listener_fd = self._listener.fileno()
+        self._garbage = Garbage()
+        self._listener = self._listen()
+        self._ours = path.stat()
         self._spare = os.open(os.devnull, os.O_RDONLY)  # for the moment when there are no descriptors left
         self._lines_epoll, self._custody_epoll = select.epoll(), select.epoll()
         self._lines_epoll.register(self._listener, select.EPOLLIN)
+
+    def _listen(self) -> socket.socket:
+        if self.path.is_symlink() or (self.path.exists() and not self.path.is_socket()):
+            raise FileExistsError(errno.EEXIST, "there is a file that is no socket", str(self.path))
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        self.path.unlink(missing_ok=True)
+        mask = os.umask(0o177)  # this user's alone
+        try:
+            listener.bind(str(self.path))
+        except OSError:
+            listener.close()
+            raise
+        finally:
+            os.umask(mask)
+        listener.listen(_BACKLOG)
+        return listener
+
+    def mend(self) -> bool:
+        """Listen at the path anew if somebody has deleted it, and keep it young; return whether that was so.
+
+        Raise OSError when it cannot be.
+        """
+        if is_at(self.path, self._ours):
+            return False
+        fresh = self._listen()
+        self._accept()  # who came before it was deleted
+        self._lines_epoll.unregister(self._listener)
+        self._listener.close()
+        self._listener, self._ours = fresh, self.path.stat()
+        self._lines_epoll.register(fresh, select.EPOLLIN)
+        return True
 
     def __len__(self) -> int:
         return len(self._custody)
@@ -122,7 +150,7 @@ class Desk:
         for _ in range(_ROUNDS):
             ready = self._lines_epoll.poll(0)
             for fd, _ in ready:
-                if fd == self._listener_fd:
+                if fd == self._listener.fileno():
                     self._accept()
                 elif fd in self._lines:
                     self._read(self._lines[fd])
@@ -145,7 +173,7 @@ class Desk:
             line.setblocking(False)
             _, uid, _ = _UCRED.unpack(line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
             if uid not in (os.geteuid(), 0):
-                logger.warning("dropped a line to the desk from uid %d", uid)
+                self._garbage.dropped("dropped a line to the desk from uid %d", uid)
                 line.close()
                 continue
             self._newest += 1
@@ -189,11 +217,13 @@ class Desk:
                 self.clerk.given(message)
             elif isinstance(message, Leave):
                 self.clerk.left(self._numbers[line.fileno()])
+            elif isinstance(message, Stay):
+                self.clerk.stays(message.program, self._numbers[line.fileno()])
             else:
                 self.clerk.withdrawn(message)
                 self._say(line, Settled(message.request))
         except ProtocolError as error:
-            logger.warning("dropped what came to the desk: %s", error)
+            self._garbage.dropped("dropped what came to the desk: %s", error)
         finally:
             for fd in fds[1:] if taken else fds:
                 os.close(fd)

@@ -89,7 +89,7 @@ class Handover:
         self._leases.identify(lease, give.live.backend)
         stays = lease.custody and not lease.interrupts and give.live.generation == lease.pool.generation
         stays = stays and lease.pool.cancels is not False
-        if not stays or self._demand.excess(lease.pool) > 0:
+        if not stays or self._demand.draining or self._demand.excess(lease.pool) > 0:
             self._leases.fence(lease, "given, but not fit to go on", now, level=logging.DEBUG)
         elif (waiter := self._first(lease.pool)) is not None:
             if waiter.line:
@@ -99,7 +99,7 @@ class Handover:
             self._leases.fence(lease, "given, but it cannot be passed to who waits", now, level=logging.DEBUG)
         else:
             self._park(lease, give.live, now)
-            return not (self._books.contended or self._books.shrinking or self._demand.draining)
+            return not (self._books.contended or self._books.shrinking)
         return False
 
     def _first(self, pool: Pool) -> Waiter | None:

@@ -119,6 +119,23 @@ class Journal:
     def _note(self, place: Place) -> None:
         self.places = [*(known for known in self.places if known != place), place][-_PLACES_KEPT:]
 
+    def mend(self) -> bool:
+        """Write all anew if somebody has deleted the file, and keep it young; return whether that was so.
+
+        Raise OSError when it cannot be.
+        """
+        if self._fd < 0:
+            return False  # it could not be written, and was given up
+        os.utime(self._fd)
+        try:
+            if os.path.samestat(os.fstat(self._fd), os.stat(self._path)):
+                return False
+        except FileNotFoundError:
+            pass
+        self.flush()
+        self._compact()
+        return True
+
     def flush(self) -> None:
         """Write what was noted, in one go."""
         if not self._unwritten:

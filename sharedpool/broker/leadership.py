@@ -5,6 +5,9 @@ broker holds a session advisory lock there, on its control connection, whose key
 not count to at the same time. It is taken exclusively, by which one sees that nobody else has it, and held shared, so
 that a new control connection can join before the old one is closed: at no moment could another broker take it.
 
+Such a lock is a database's, and two brokers may be in different ones (`database.py`). But all of them are listed
+everywhere: so each looks again once it has the lock, and steps back if it is not alone.
+
 The holder shows by its application_name, which carries the instance: one of this very address, whose file lock we
 hold, is our own former connection or a dead predecessor's, which the server has not noticed yet.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import random
 from collections.abc import Callable
 
 from psycopg2.extensions import connection
@@ -34,7 +38,6 @@ _HOLDERS_SQL = """
 SELECT lock.pid, coalesce(application_name, ''), coalesce(host(client_addr), 'this host')
 FROM pg_locks AS lock LEFT JOIN pg_stat_activity USING (pid)
 WHERE locktype = 'advisory' AND granted AND lock.pid <> pg_backend_pid()
-  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
   AND classid = %s AND objid = %s AND objsubid = 2
 """
 
@@ -60,7 +63,8 @@ class Leadership:
         What that means for the ledger is told to it. Raise psycopg2's errors.
         """
         rival = self._take(conn)
-        self.due = now + _RETRY_S if rival else math.inf
+        # Two that came at the same time have both stepped back: not again at the same time.
+        self.due = now + _RETRY_S * random.uniform(0.7, 1.3) if rival else math.inf
         if rival and rival != self._rival:
             text = (
                 "another broker counts to this limit: %s; granting nothing until it ends (do they have different"
@@ -75,6 +79,10 @@ class Leadership:
             self._tell(lambda ledger, now: ledger.leads(now, after_another=False))
         self._rival, self._decided = rival, True
         return rival
+
+    def resign(self) -> None:
+        """Note that the connection with the lock was closed: it is to be claimed before anything is granted again."""
+        self._decided, self.due = False, math.inf
 
     def cannot_ask(self) -> None:
         """Let the ledger begin without the lock when the server is not there at all: nobody can connect to it."""
@@ -95,13 +103,12 @@ class Leadership:
                 rows = [row for row in cursor.fetchall() if row[1] != self.application_name]
                 return ", ".join(f"backend {pid} ({name or 'no name'}, from {address})" for pid, name, address in rows)
 
+            if rival := others():
+                return rival
             if lock(_TRY_SQL):
                 lock(_SHARE_SQL)
                 lock(_UNLOCK_SQL)
-                return ""
-            if rival := others():
-                return rival
-            if not lock(_SHARE_SQL):
+            elif not lock(_SHARE_SQL):
                 return self._rival or "one that has just come"
             if rival := others():  # it came between the two looks
                 lock(_UNSHARE_SQL)

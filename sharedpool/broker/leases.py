@@ -10,10 +10,7 @@ from sharedpool.broker.books import Books
 from sharedpool.broker.demand import ANSWER_LIMIT_S, Demand
 from sharedpool.broker.quarantine import Quarantine
 from sharedpool.broker.records import Lease, Pool, Session, SlotState
-from sharedpool.wire.messages import NO_TOKEN, Backend, LeaseReport, Phase, Token
-
-# PostgreSQL ends a backend whose client has not logged in by then (authentication_timeout, 60 s by default).
-START_UP_LIMIT_S = 65.0
+from sharedpool.wire.messages import NO_TOKEN, START_UP_LIMIT_S, Backend, LeaseReport, Phase, Token
 
 
 class Logger(Protocol):
@@ -48,7 +45,7 @@ class Leases:
         drop: Callable[[Session], None],
         *,
         max_checkout_s: float,
-        recheck_s: float,
+        ttl_s: float,
         verifies: bool,
         remembers: bool,
     ) -> None:
@@ -59,7 +56,7 @@ class Leases:
         self._log = log
         self._drop = drop
         self._max_checkout_s = max_checkout_s
-        self._recheck_s = recheck_s
+        self._ttl_s = ttl_s
         self._verifies = verifies
         self._remembers = remembers
         self.quarantine = Quarantine()
@@ -113,6 +110,16 @@ class Leases:
         if lease.state is SlotState.FENCING and not lease.findable:
             self.free(lease, "the server gives no client longer to log in")
 
+    def mistrust(self, lease: Lease) -> None:
+        """Watch for the moment when a silent worker cannot have begun to connect, nor still be logging in."""
+        if self._verifies and not lease.findable:
+            self._arm(lease.granted_at + self._ttl_s + START_UP_LIMIT_S, "unconnected", lease)
+
+    def unconnected_due(self, lease: Lease, now: float) -> None:
+        """Look for what is left of a connect of which nobody has spoken for so long."""
+        if lease.state is SlotState.SUSPECT and not lease.findable:
+            self.fence(lease, "its worker was silent for longer than a connect takes", now)
+
     def deposited(self, lease: Lease, now: float) -> None:
         """Note that the broker has the connection's socket in custody."""
         lease.custody = True
@@ -135,6 +142,8 @@ class Leases:
         self, session: Session, reports: list[LeaseReport], now: float, *, seen: Token = NO_TOKEN, claim: bool = False
     ) -> list[Token]:
         """Bring the books in line with a worker's word; return the tokens it has no right to."""
+        if seen.epoch != self._epoch:
+            seen = NO_TOKEN  # a former broker's, whose numbers may have been higher
         revoked = []
         listed = set()
         for report in reports:
@@ -143,7 +152,7 @@ class Leases:
             if lease is not None and lease.live is not None:
                 continue  # said before it was given
             if lease is None and claim and self._claimable(report.token):
-                lease = Lease(report.token, session, session.pool, backend=report.backend)
+                lease = Lease(report.token, session, session.pool, backend=report.backend, granted_at=now)
                 opened = report.backend is not None or report.phase is not Phase.CONNECTING
                 self._books.move(lease, SlotState.OPEN if opened else SlotState.GRANTED, "claimed")
             if lease is None or lease.state is SlotState.FENCING:
@@ -164,7 +173,7 @@ class Leases:
 
     def _claimable(self, token: Token) -> bool:
         """Say whether a lease may have been held since before this broker started, unknown to it."""
-        if self._remembers or token.epoch >= self._epoch:
+        if self._remembers or token.epoch == self._epoch:
             return False
         return token not in self._books.leases and token not in self._void
 
@@ -217,7 +226,7 @@ class Leases:
             if due <= now and not lease.session.mute and not lease.session.expiring:
                 lease.session.expiring = True  # one question for all that expire together
                 self._demand.ask(lease.session, now, expired=True)
-            self._arm(max(due, now + self._recheck_s), "expiry", lease)
+            self._arm(max(due, now + self._ttl_s / 3), "expiry", lease)
 
     def checkout_due(self, lease: Lease, now: float) -> None:
         """Report a checkout that lasts too long, once, and end it if its pool wants that."""

@@ -31,6 +31,7 @@ from sharedpool.broker.sessions import Sessions, Terms
 from sharedpool.broker.timers import Timers
 from sharedpool.wire.desk import Ask, Give, Withdraw
 from sharedpool.wire.messages import (
+    NO_TOKEN,
     Ack,
     Acquire,
     Bye,
@@ -102,7 +103,7 @@ class Ledger:
         )
         self._leases = self._sessions.leases = Leases(
             self._books, epoch, self._demand, self._timers.arm, self._log, self._sessions.drop_if_over,
-            max_checkout_s=max_checkout_s, recheck_s=ttl_s / 3, verifies=verifies, remembers=remembers,
+            max_checkout_s=max_checkout_s, ttl_s=ttl_s, verifies=verifies, remembers=remembers,
         )  # fmt: skip
         self._handover = Handover(self._books, self._demand, self._leases, self._out.append, self._timers.arm)
         self._demand.parked = self._leases.parked = self._handover
@@ -115,6 +116,7 @@ class Ledger:
             self._books, self._demand, self._out.append, self._log, self._sessions.pool, self._sessions.named
         )
         self._looking_again = False
+        self._programs: dict[int, bytes] = {}  # by the line that ends with them; see `stays`
         self.awaited: set[bytes] = set()
         self._handlers: dict[type, Callable[[Session, Any, float], None]] = {
             Acquire: self._acquire,
@@ -134,6 +136,7 @@ class Ledger:
             "answer": self._answer_due,
             "closing": self._leases.closing_due,
             "start-up": self._leases.start_up_due,
+            "unconnected": self._leases.unconnected_due,
             "probe": self._health.probe_due,
             "look": self._look_due,
             "grace": self._grace_due,
@@ -245,10 +248,19 @@ class Ledger:
 
     def left(self, line: int) -> None:
         """Take in that all that was passed on this line has been read, before it ends."""
+        self._programs.pop(line, None)
         self._handover.has_read(line)
 
+    def stays(self, program: bytes, line: int) -> None:
+        """Take in that this line ends with a program, unless it is left before; its sessions' ids begin like that."""
+        self._programs[line] = program
+
     def line_ended(self, line: int, now: float) -> list[Command]:
-        """Take in that a line to the desk has ended."""
+        """Take in that a line to the desk has ended: with its program perhaps, though its process may run another."""
+        program = self._programs.pop(line, None)
+        if program is not None:
+            for session in [x for x in self._books.sessions.values() if x.id.startswith(program) and not x.ended]:
+                self._sessions.end(session, "its worker ended", now)
         self._handover.left(line, now)
         return self._settled(now)
 
@@ -285,6 +297,8 @@ class Ledger:
     def restore(self, entries: Iterable[Entry], now: float) -> list[Command]:
         """Take over the leases of a former broker, before anything else."""
         self._recovery.restore(entries, now, now + self._ttl_s)
+        for lease in self._books.leases.values():
+            self._leases.mistrust(lease)
         self._timers.arm(now + self._ttl_s, "spared", self)
         return self._settled(now)
 
@@ -334,9 +348,10 @@ class Ledger:
         return self._decided()
 
     def drain(self, now: float) -> list[Command]:
-        """Grant nothing any more, and have everything brought back."""
+        """Grant nothing any more, and have everything brought back. Who waits goes on waiting: a successor may come."""
         self._demand.draining = True
-        for waiter in [waiter for pool in self._books.pools.values() for waiter in pool.waiters.values()]:
+        for waiter in [waiter for pool in self._books.pools.values() for waiter in pool.nowaits.values()]:
+            waiter.session.pool.denials += 1
             self._demand.deny(waiter, DenyReason.DRAINING, now)
         return self._settled(now)
 
@@ -392,12 +407,10 @@ class Ledger:
         pool = session.pool
         crowded = 0 < pool.spec.max_waiting <= len(pool.waiters) or len(session.waiters) >= _MOST_REQUESTS
         self._demand.add(waiter)
-        if crowded or self._demand.draining:
+        refusal = DenyReason.CROWDED if crowded else self._demand.standstill(pool) if nowait else None
+        if refusal is not None:
             pool.denials += 1
-            self._demand.deny(waiter, DenyReason.DRAINING if self._demand.draining else DenyReason.CROWDED, now)
-        elif nowait and pool.held:
-            pool.denials += 1
-            self._demand.deny(waiter, DenyReason.PAUSED, now)
+            self._demand.deny(waiter, refusal, now)
         elif not nowait:
             self._timers.arm(now + acquire.wait_ms / 1000, "waiter", waiter)
 
@@ -432,8 +445,9 @@ class Ledger:
             self._out.append(Send(session.id, Ack(revoked, renew.gone, pool.generation, pool.most)))
         if renew.answers:
             return
+        seen = renew.seen if renew.seen.epoch == self.epoch else NO_TOKEN
         for lease in session.granted.values():
-            if lease.token > renew.seen and lease.token.epoch == self.epoch:
+            if lease.token > seen and lease.token.epoch == self.epoch:
                 self._demand.send_grant(lease)  # the first one was lost, or is on its way
         passed = {x.request for x in session.leases.values() if x.line and x.state is SlotState.OPEN}  # on its way
         if not pending <= session.waiters.keys() | session.granted.keys() | passed:

@@ -29,23 +29,27 @@ class BrokerLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        deadline = time.monotonic() + _PROBES_PASS_S
-        while not _try_lock(self._fd, fcntl.LOCK_EX):
-            # A shared lock can be had beside those who only look (`is_held`), never beside a broker.
-            if not _try_lock(self._fd, fcntl.LOCK_SH) or time.monotonic() >= deadline:
-                holder = _fields(self._fd)
-                os.close(self._fd)
-                pid = f" (process {holder[1]})" if len(holder) > 1 else ""
-                raise AlreadyRunning(f"a broker{pid} already holds {path}")
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
-            time.sleep(0.01)
+        self.path = path
+        self._fd = _open(path)
+        if not _take(self._fd):
+            holder = _fields(self._fd)
+            os.close(self._fd)
+            pid = f" (process {holder[1]})" if len(holder) > 1 else ""
+            raise AlreadyRunning(f"a broker{pid} already holds {path}")
         fields = _fields(self._fd)
         self.first = not (fields and fields[0].isdigit())
         # A first epoch that no broker had whose file is lost: milliseconds, for it may have begun in this very second.
         self.epoch = int(time.time() * 1000) if self.first else int(fields[0]) + 1
         self.instance = fields[2] if len(fields) > 2 else os.urandom(4).hex()
+        self._write()
+
+    def outgrow(self, epoch: int) -> None:
+        """Have a number above this one, a former broker's: the file may be lost, and the clock may have gone back."""
+        if epoch >= self.epoch:
+            self.epoch = epoch + 1
+            self._write()
+
+    def _write(self) -> None:
         # Unlinked only where no other broker can come: a second inode under the same name would be a second lock.
         os.pwrite(self._fd, f"{self.epoch} {os.getpid()} {self.instance}\n".encode().ljust(64), 0)
 
@@ -53,14 +57,28 @@ class BrokerLock:
         """Say whether the file is still at its path, and keep cleaners of temporary directories from taking it."""
         os.utime(self._fd)
         try:
-            return os.path.samestat(os.fstat(self._fd), os.stat(self._path))
+            return os.path.samestat(os.fstat(self._fd), os.stat(self.path))
         except FileNotFoundError:
             return False
+
+    def mend(self) -> bool:
+        """Put the file back where it was deleted; return False if another broker has the address by now.
+
+        Blocks for up to half a second. Raise OSError when it cannot be.
+        """
+        fd = _open(self.path)
+        if not _take(fd):
+            os.close(fd)
+            return False
+        os.close(self._fd)
+        self._fd = fd
+        self._write()
+        return True
 
     def release(self, *, for_good: bool = False) -> None:
         """Let another broker have the address. `for_good`: nobody will, so the file goes too."""
         if for_good:
-            self._path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
         os.close(self._fd)
 
 
@@ -75,6 +93,22 @@ def is_held(path: Path) -> bool:
     finally:
         fcntl.flock(fd, fcntl.LOCK_UN)  # a child forked just now has a copy: closing ours would not unlock
         os.close(fd)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def _take(fd: int) -> bool:
+    """Lock a file for a broker, unless another has it."""
+    deadline = time.monotonic() + _PROBES_PASS_S
+    while not _try_lock(fd, fcntl.LOCK_EX):
+        # A shared lock can be had beside those who only look (`is_held`), never beside a broker.
+        if not _try_lock(fd, fcntl.LOCK_SH) or time.monotonic() >= deadline:
+            return False
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        time.sleep(0.01)
+    return True
 
 
 def _try_lock(fd: int, kind: int) -> bool:

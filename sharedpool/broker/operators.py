@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 
 from msgspec import structs
@@ -16,6 +16,9 @@ from sharedpool.wire.reports import Report, Status
 # A command does not wait longer for what the workers tell, and for what the server says.
 _TELL_LIMIT_S = 0.2
 _PATIENCE_S = 2.0
+# Answers to one line, of which it has not said that it has read them: they are big, and lie here until it does.
+_MOST_UNREAD = 8
+_MOST_KNOWN = 1000
 
 
 class Operators:
@@ -33,9 +36,17 @@ class Operators:
         self._execute = execute
         self._report = report
         self._waiting: deque[tuple[bytes, Status, float]] = deque()
+        self._answered: OrderedDict[bytes, int] = OrderedDict()  # how often, by line
 
     def ask(self, asker: bytes, status: Status, now: float) -> None:
         """Take in a question; `answer` answers it. Whoever wants to see leases has the workers told to tell of them."""
+        answered = self._answered.get(asker, 0)
+        if answered - status.read >= _MOST_UNREAD:
+            return
+        self._answered[asker] = answered + 1
+        self._answered.move_to_end(asker)
+        if len(self._answered) > _MOST_KNOWN:
+            self._answered.popitem(last=False)
         if status.leases:
             self._execute(self._ledger.inquire())
         self._waiting.append((asker, status, now + _TELL_LIMIT_S))

@@ -155,10 +155,14 @@ class Orders:
         lease = self._books.leases.get(token)
         if lease is None:
             return [f"lease {token} is over"]
+        if not lease.findable and (lease.session.suspect or lease.session.ended):
+            # Nothing to end, and nobody to ask. That its worker is gone, where this cannot see it, an operator knows.
+            self._leases.free(lease, "freed by an operator")
+            return [f"lease {token} of {lease.session.label} had no connection that is known of: its slot is free"]
         if lease.state is SlotState.FENCING:
             return [f"lease {token} is being ended already"]
         if not lease.findable:
-            raise OrderError(f"lease {token} has no connection yet")
+            raise OrderError(f"lease {token} has no connection yet, and its worker is there: try again")
         if not (self._cuts or lease.custody):
             raise OrderError(f"lease {token} cannot be ended from here: the broker has no control connection (--dsn)")
         self._leases.end(lease, "ended by an operator", now)

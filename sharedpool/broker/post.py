@@ -10,12 +10,25 @@ from typing import NamedTuple
 
 import zmq
 
+from sharedpool.broker.garbage import Garbage
 from sharedpool.broker.processes import Peer, peer_of
 from sharedpool.errors import SharedPoolError
 from sharedpool.wire.channel import from_session, to_session
-from sharedpool.wire.codec import MAX_FRAME_BYTES
+from sharedpool.wire.codec import MAX_FRAME_BYTES, encode
+from sharedpool.wire.messages import Reject
 
 logger = logging.getLogger("sharedpool.broker")
+
+
+def is_at(path: Path, ours: os.stat_result) -> bool:
+    """Say whether a socket's file is still at its path; if so make it young."""
+    try:
+        if not os.path.samestat(ours, path.lstat()):
+            return False
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 class Letter(NamedTuple):
@@ -45,6 +58,8 @@ class Post:
         self._router.setsockopt(zmq.IPV6, 1)
         if listener is not None:
             self._router.setsockopt(zmq.USE_FD, listener)
+        self._garbage = Garbage()
+        self._ours: os.stat_result | None = None  # our socket's file
         self.mail = self._used = True
 
     @property
@@ -68,6 +83,18 @@ class Post:
             raise SharedPoolError(f"cannot listen at {self._address}: {error}") from error
         finally:
             os.umask(mask)
+        if self._path is not None and not self._inherited:
+            self._ours = self._path.stat()
+
+    def mend(self) -> bool:
+        """Listen at the path anew if somebody has deleted it, and keep it young; return whether that was so.
+
+        Who is connected remains so. systemd's socket is systemd's. Raise OSError, `SharedPoolError` when it cannot be.
+        """
+        if self._path is None or self._ours is None or is_at(self._path, self._ours):
+            return False
+        self.bind()
+        return True
 
     def fileno(self) -> int:
         """Return the descriptor that becomes readable when there is news, perhaps."""
@@ -96,11 +123,13 @@ class Post:
             peer = peer_of(frames[-1], ipc=self.near)
             routing_id, *rest = (frame.bytes for frame in frames)
             if peer.uid not in (None, os.geteuid(), 0):
-                logger.warning("dropped a message from uid %d", peer.uid)
+                self._garbage.dropped("dropped a message from uid %d", peer.uid)
+                refusal = f"the broker is uid {os.geteuid()}'s and serves nobody else (but root), not uid {peer.uid}"
+                self.send(to_session(routing_id, rest[0] if rest else b"")[0], encode(Reject(refusal, fatal=True)))
             elif len(rest) != 1:
                 name = routing_id.hex()[:12]
                 text = "dropped a message from %s: %d frames instead of 2"
-                logger.warning(text, name, len(frames), extra={"sharedpool": {"session": name}})
+                self._garbage.dropped(text, name, len(frames), session=name)
             else:
                 yield Letter(*to_session(routing_id, rest[0]), peer)
 

@@ -5,6 +5,7 @@ Every worker on this host is watched by a pidfd, which becomes readable the mome
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import resource
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import zmq
 
 from sharedpool.broker.commands import Process
+from sharedpool.wire.place import place
 
 logger = logging.getLogger("sharedpool.broker")
 
@@ -42,7 +44,10 @@ def peer_of(frame: zmq.Frame, *, ipc: bool) -> Peer:
 
 def process(pid: int) -> Process:
     """Return the process that has this pid now."""
-    return Process(pid, _started(pid))
+    return Process(pid, _started(pid), _here())
+
+
+_here = functools.cache(place)
 
 
 def _started(pid: int) -> int:
@@ -75,6 +80,8 @@ class Watched:
         """Watch a session's process; return False when it has ended already."""
         if process is None or not hasattr(os, "pidfd_open"):
             return True  # another host or platform: heartbeats alone tell
+        if process.place and process.place != _here():
+            return True  # known from a broker to which that pid meant another process
         self.forget(session)
         watched = self._processes.get(process)
         if watched is None:

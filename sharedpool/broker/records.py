@@ -45,6 +45,7 @@ class Lease:
     the broker has a duplicate of the connection's socket, on which it sees the backend's end. `line`: it was passed
     there and its worker has not spoken of it yet. `live` is set while it is parked. `interrupts`: cancels under way.
     `since` is when what it does now began, if that is known; `stack` where it was checked out, if its worker tells.
+    `granted_at` is when it was granted, or later; its request had waited for `waited_s`.
     """
 
     token: Token
@@ -52,6 +53,8 @@ class Lease:
     pool: Pool
     state: SlotState = SlotState.FREE
     request: int = 0
+    granted_at: float = -math.inf
+    waited_s: float = 0.0
     backend: Backend | None = None
     custody: bool = False
     idle_since: float | None = None

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable
 from sharedpool.broker.books import Books
 from sharedpool.broker.commands import Command, Entry, Erase, Look, Survey, Vouch, Watch
 from sharedpool.broker.demand import Demand
-from sharedpool.broker.leases import START_UP_LIMIT_S, Logger
+from sharedpool.broker.leases import Logger
 from sharedpool.broker.records import Lease, Pool, Session, SlotState
-from sharedpool.wire.messages import Backend, PoolSpec, Token
+from sharedpool.wire.messages import START_UP_LIMIT_S, Backend, PoolSpec, Token
 from sharedpool.wire.tag import pool_of_tag
 
 UNKNOWN = "unknown worker"
@@ -90,7 +90,7 @@ class Recovery:
                     entry.process, restored=True, suspect=True, spared_until=spared_until,
                 )  # fmt: skip
                 restored[session.id] = books.sessions[session.id] = pool.sessions[session.id] = session
-            lease = Lease(entry.token, session, session.pool, backend=entry.backend)
+            lease = Lease(entry.token, session, session.pool, backend=entry.backend, granted_at=now)
             books.move(lease, SlotState.SUSPECT, "held when the former broker ended")
             if entry.backend is not None and entry.backend.start_us:
                 books.restored[entry.backend] = lease

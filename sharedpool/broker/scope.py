@@ -12,11 +12,11 @@ from sharedpool.wire.place import place
 def scope_of(address: str) -> str:
     """Return the scope of a broker that somebody has given this address.
 
-    An ipc address needs none: its lock file lies beside it. By tcp an address that others reach is the same broker
-    wherever it runs; one that only this host knows by this name is this host's.
+    By tcp an address that others reach is the same broker wherever it runs; one that only this host knows by this name
+    is this host's. So is a path: a lock file lies beside it, but somebody may delete that.
     """
     if not address.startswith("tcp://"):
-        return ""
+        return f"{address} {_here()}"
     host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
     try:
         ip = ipaddress.ip_address(host)

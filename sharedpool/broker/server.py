@@ -43,7 +43,9 @@ from sharedpool.broker.commands import (
 )
 from sharedpool.broker.control import Control, Word
 from sharedpool.broker.custody import Custody
+from sharedpool.broker.garbage import Garbage
 from sharedpool.broker.journal import Journal
+from sharedpool.broker.keeper import Keeper
 from sharedpool.broker.leadership import Leadership
 from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.lock import BrokerLock
@@ -72,8 +74,11 @@ logger = logging.getLogger("sharedpool.broker")
 _BATCH = 500
 # A loop that was away for so long did not run (SIGSTOP, a suspended machine): silence in that time is no sign.
 _AWAY_S = 1.0
-# A lock file that somebody deleted locks nobody out any more. Reports say of these samples that they are 10 s apart.
+# Reports say of these samples that they are 10 s apart.
 _LOOK_EVERY_S = 10.0
+_SHOWN = 200  # characters of what is wrong with garbage
+# Sooner than a worker that does not want to wait gives a broker up.
+_KEEP_EVERY_S = 2.0
 
 
 class Server:
@@ -93,10 +98,12 @@ class Server:
         self._calls: deque[Word] = deque()
         self._stopping = self._drain_asked = False
         self._drained_by: float | None = None
+        self._was_used = self._resting = False
+        self._garbage = Garbage()
         self._watched = Watched(self._selector)
         self._desk: desks.Desk | None = None
         self._lookout: Lookout | None = None
-        self._started = self._look_at = self._awake_at = time.monotonic()
+        self._started = self._look_at = self._keep_at = self._awake_at = time.monotonic()
         self._host, self._place = socket.gethostname(), place()
 
     def bind(self) -> None:
@@ -111,6 +118,7 @@ class Server:
         except OSError as error:
             self._lock.release()
             raise SharedPoolError(f"cannot write {error.filename}: {error.strerror}") from error
+        self._lock.outgrow(max((entry.token.epoch for entry in self._journal.entries), default=0))
         self._open_desk(addresses.desk_path(settings.address))
         self._ledger = Ledger(
             self._lock.epoch,
@@ -129,13 +137,15 @@ class Server:
             limits=settings.limits,
             expiration_s=math.inf if settings.expiration_s is None else settings.expiration_s,
         )
-        scope = settings.scope or scope_of(settings.address)
+        scope = settings.scope or ("" if settings.one_off else scope_of(settings.address))
         self._leadership = Leadership(scope, self._lock.instance, self._tell) if scope and settings.dsn else None
         self._control = Control(
-            settings.dsn, settings.max_conn, self._lock.instance, self._tell, self._journal.places, self._leadership
-        )
+            settings.dsn, settings.max_conn, self._lock.instance, self._tell, self._journal.places, self._leadership,
+            maintenance=settings.automatic,
+        )  # fmt: skip
         self._operators = Operators(self._ledger, self._control, self._execute, self._report)
         self._custody = Custody(self._desk, self._ledger, self._control, self._execute, self._calls.append)
+        self._keeper = Keeper(settings.address, self._lock, self._journal, self._post, self._desk)
         # A crashed broker leaves its socket, should somebody have deleted the rest.
         self._follows = not self._lock.first or self._post.left_behind
         self._open_lookout()
@@ -209,12 +219,16 @@ class Server:
                 if self._is_drained(now):
                     break
                 if now >= self._look_at:
-                    self._look_at = now + _LOOK_EVERY_S
+                    self._look_at, self._was_used = now + _LOOK_EVERY_S, True
                     self._ledger.sample()
-                    if not self._lock.is_ours():
-                        logger.error("the lock file of %s is gone: leaving it to another", self.settings.address)
+                used = bool(self._ledger.leases or self._ledger.sessions)
+                if self.settings.automatic:
+                    self._rest(now, used=used)
+                if now >= self._keep_at:
+                    self._keep_at = now + _KEEP_EVERY_S
+                    if not self._keeper.look(wanted=used or self.settings.linger_s is None):
                         break
-                if self.settings.linger_s is None or self._ledger.leases or self._ledger.sessions:
+                if used or self.settings.linger_s is None:
                     unused_since = now
                 elif now - unused_since >= self.settings.linger_s:
                     logger.info("unused for %.0f s: leaving", self.settings.linger_s)
@@ -224,6 +238,21 @@ class Server:
                 self._wait(timeout_s)
         finally:
             self._close()
+
+    def _rest(self, now: float, *, used: bool) -> None:
+        """Keep the control connection in nobody's way while nobody uses the broker.
+
+        Whoever comes then is granted nothing before the limit's lock was claimed again.
+        """
+        self._was_used = self._was_used or used
+        if used and self._resting:
+            self._resting = False
+            self._control.need(True)
+        elif self._was_used and not (used or self._resting) and self._ledger.state == "serving":
+            self._resting = True
+            if self._leadership is not None:
+                self._execute(self._ledger.outranked(now, self._unanswered()))
+            self._control.need(False)
 
     def stop(self) -> None:
         """Make `run` return soon. Safe in a signal handler and from any thread."""
@@ -287,12 +316,15 @@ class Server:
         # Without a control connection there is nobody to confirm the end of what the dead have left: it stays counted.
         self._execute(self._ledger.restore(self._journal.entries, now))
         if self._leadership is not None:  # until the control connection has been tried
-            server = ConnInfo(self.settings.dsn or "").identity()
-            self._execute(self._ledger.outranked(now, f"PostgreSQL has not answered its first connect to {server}"))
+            self._execute(self._ledger.outranked(now, self._unanswered()))
         if self._follows and not self._journal.intact:
             self._execute(self._ledger.hold(self.settings.ttl_s, now))
         elif self._leadership is None:
             self._journal.vouch()
+
+    def _unanswered(self) -> str:
+        server = ConnInfo(self.settings.dsn or "").identity()
+        return f"PostgreSQL has not answered its first connect to {server}"
 
     def stop_when_closed(self, fd: int) -> None:
         """Stop when the other end of this pipe is closed: its owner is gone. Call before `run`."""
@@ -309,7 +341,7 @@ class Server:
                 self._post.send(session, encode(Reject(other_version(version), fatal=True)))
             else:
                 name = session.hex()[:12]
-                logger.warning("dropped a message from %s: %s", name, error, extra={"sharedpool": {"session": name}})
+                self._garbage.dropped("dropped a message from %s: %s", name, str(error)[:_SHOWN], session=name)
             return
         now = time.monotonic()
         sender: Process | None = None
@@ -343,7 +375,7 @@ class Server:
     def _timeout_s(self, now: float, unused_since: float) -> float:
         if self._post.look() or self._calls:
             return 0.0
-        deadlines = [self._look_at] if self._drained_by is None else [self._look_at, self._drained_by]
+        deadlines = [self._look_at, self._keep_at, *([] if self._drained_by is None else [self._drained_by])]
         if (deadline := self._operators.next_deadline()) is not None:
             deadlines.append(deadline)
         if (deadline := self._ledger.next_deadline()) is not None:
@@ -429,7 +461,7 @@ class Server:
             pools,
             sessions,
             len(self._custody),
-            self._ledger.state,
+            "serving" if self._resting else self._ledger.state,
         )
 
     def _close(self) -> None:

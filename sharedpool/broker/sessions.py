@@ -16,8 +16,10 @@ from sharedpool.broker.demand import Demand
 from sharedpool.broker.leases import Leases, Logger
 from sharedpool.broker.records import Pool, Session, SlotState
 from sharedpool.broker.refusal import Refusals
-from sharedpool.wire.messages import PROTOCOL_VERSION, Bye, Hello, PoolSpec, Reject, Token, Welcome
+from sharedpool.wire.messages import NO_TOKEN, PROTOCOL_VERSION, Bye, Hello, PoolSpec, Reject, Token, Welcome
 from sharedpool.wire.tag import shown, tag_of
+
+_SHOWN = 255  # characters of what a worker calls itself and its host: they are in every report
 
 
 def other_version(version: int) -> str:
@@ -119,13 +121,16 @@ class Sessions:
             return  # late: its process is gone
         if session is None:
             expiration_s = min(self._terms.expiration_s, hello.pool.expiration_ms / 1000)
-            session = Session(session_id, hello.pid, hello.host, hello.title, pool, expiration_s, now, process)
+            host, title = hello.host[:_SHOWN], hello.title[:_SHOWN]
+            session = Session(session_id, hello.pid, host, title, pool, expiration_s, now, process)
             books.sessions[session_id] = pool.sessions[session_id] = session
             self._emit(Watch(session_id, process))
             self._arm(now + self._terms.ttl_s, "session", session)
         elif session.restored:
             session.restored = False
             session.spared_until = -math.inf
+            session.process = process  # as it is known here, not to the former broker
+            self._emit(Watch(session_id, process))
             self._arm(now + self._terms.ttl_s, "session", session)
         # A worker that starts over has forgotten what it was asked for.
         self._demand.ignore(session)
@@ -137,7 +142,7 @@ class Sessions:
         handover = self._terms.handover and hello.pool.server == pool.spec.server and pool.cancels is not False
         welcome = Welcome(
             PROTOCOL_VERSION, self._terms.epoch, pool.most, expiration_ms, ttl_ms, revoked,
-            tag_of(pool.spec.name, self._terms.instance), self._terms.desk, pool.generation, handover,
+            tag_of(pool.spec.name, self._terms.instance), self._terms.desk, pool.generation, handover, hello.nonce,
         )  # fmt: skip
         self._emit(Send(session_id, welcome))
 
@@ -187,7 +192,8 @@ class Sessions:
         self._books.note_times(session, bye.times)
         # Who says BYE holds nothing and takes nothing any more: a grant still on its way will not be used. But the
         # RELEASE that told of a connect without an end may have been lost, with a former broker perhaps.
-        self.end(session, "its worker left without returning it", now, unused_above=bye.seen)
+        seen = bye.seen if bye.seen.epoch == self._terms.epoch else NO_TOKEN
+        self.end(session, "its worker left without returning it", now, unused_above=seen)
 
     def due(self, session: Session, now: float) -> None:
         if self._books.sessions.get(session.id) is not session:
@@ -206,6 +212,7 @@ class Sessions:
             for lease in list(session.leases.values()):
                 if lease.state not in (SlotState.SUSPECT, SlotState.FENCING) and lease.live is None:
                     self._books.move(lease, SlotState.SUSPECT, "TTL passed")
+                    self.leases.mistrust(lease)
             for waiter in list(session.waiters.values()):
                 self._books.dequeue(waiter)
         # Its waiters are gone; with its last lease it is forgotten (it says HELLO again when it comes back).

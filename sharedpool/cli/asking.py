@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 import zmq
+from msgspec import structs
 
 from sharedpool.broker.lock import is_held
 from sharedpool.errors import BrokerUnavailable, ConfigError, ProtocolError
@@ -31,6 +32,7 @@ class Line:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self._read = 0
         self._context = zmq.Context()
         self._dealer = self._context.socket(zmq.DEALER)
         # Without a name of its own libzmq gives it one, which a peer may have taken: then the broker would abort.
@@ -41,9 +43,14 @@ class Line:
 
     def ask(self, question: FromOperator, kind: type[M], timeout_s: float = ANSWER_LIMIT_S) -> M:
         """Return the broker's answer; wait up to `timeout_s`, then raise `BrokerUnavailable`."""
+        if isinstance(question, Status):
+            question = structs.replace(question, read=self._read)
         self._dealer.send(encode(question))
         if (answer := self.receive(kind, timeout_s)) is None:
-            raise BrokerUnavailable(f"no broker answers at {self.address} within {timeout_s:g} s")
+            why = addresses.obstacle(self.address)
+            raise BrokerUnavailable(
+                f"no broker answers at {self.address} within {timeout_s:g} s" + (f": {why}" if why else "")
+            )
         return answer
 
     def receive(self, kind: type[M], timeout_s: float) -> M | None:
@@ -51,6 +58,7 @@ class Line:
         deadline = time.monotonic() + timeout_s
         while self._dealer.poll(max(0, int((deadline - time.monotonic()) * 1000))):
             message = decode_to_operator(self._dealer.recv())
+            self._read += isinstance(message, Report)
             if isinstance(message, kind):
                 return message
         return None

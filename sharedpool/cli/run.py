@@ -92,13 +92,25 @@ def _spawn(command: tuple[str, ...], address: str, unblocked: Iterable[int]) -> 
 def _see_through(pid: int) -> int:
     """Pass signals on until the child ends; return its exit status."""
     while True:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
+        if (status := _reap(pid)) is not None:
             code = os.waitstatus_to_exitcode(status)
             return code if code >= 0 else 128 - code
         number, from_terminal = _next_signal()
         if number in _FORWARDED and not from_terminal:  # the terminal has sent it to the command as well
             os.kill(pid, number)
+
+
+def _reap(pid: int) -> int | None:
+    """Take in which children have ended; return the wait status of the one that is our command, if it has.
+
+    As PID 1 of a container this process is given everybody's orphans.
+    """
+    while True:
+        ended, status = os.waitpid(-1, os.WNOHANG)
+        if ended == pid:
+            return status
+        if not ended:
+            return None
 
 
 def _next_signal() -> tuple[int, bool]:

@@ -151,6 +151,24 @@ def check_metrics_address(text: str, source: str) -> tuple[str, int]:
     return (match["host"] or "127.0.0.1").strip("[]"), int(match["port"])
 
 
+def obstacle(address: str) -> str:
+    """Say what keeps this process from the socket at an ipc address; empty when the file system does not."""
+    if not address.startswith("ipc://"):
+        return ""
+    path = Path(address.removeprefix("ipc://"))
+    for each in [*reversed(path.parents), path]:
+        needed = os.W_OK if each == path else os.X_OK
+        try:
+            owner = each.stat().st_uid
+        except FileNotFoundError:
+            return f"there is no {each}"
+        except OSError as error:
+            return f"{each}: {error.strerror}"
+        if not os.access(each, needed, effective_ids=os.access in os.supports_effective_ids):
+            return f"{each} is uid {owner}'s, who lets nobody else in, and this process is uid {os.geteuid()}"
+    return ""
+
+
 def lock_path(address: str) -> Path:
     """Return the lock file of the broker at `address`: beside its socket, or in `fixed_dir` for tcp."""
     return _beside(address, ".lock")

@@ -10,6 +10,7 @@ own there, on which the kernel wakes it:
       WITHDRAW(request)                         ═════►                               it waits no more
                                                 ◄═════  SETTLED(request)             no PASS for it follows
       LEAVE                                     ═════►                               before the end: all is read
+      STAY                                      ═════►                               here until the program ends
 """
 
 from __future__ import annotations
@@ -44,6 +45,15 @@ class Withdraw(Struct, frozen=True, tag="withdraw"):
 
 class Leave(Struct, frozen=True, tag="leave"):
     """This line will be closed, and all that was passed on it has been read."""
+
+
+class Stay(Struct, frozen=True, tag="stay"):
+    """This line is the program's own: without a LEAVE it ends with it, also when its process goes on with another.
+
+    `program`: what the names of all its sessions begin with.
+    """
+
+    program: bytes
 
 
 class Live(Struct, frozen=True):
@@ -91,5 +101,5 @@ class Settled(Struct, frozen=True, tag="settled"):
     request: int
 
 
-ToDesk = Deposit | Ask | Withdraw | Leave | Give
+ToDesk = Deposit | Ask | Withdraw | Leave | Stay | Give
 FromDesk = Pass | Settled

@@ -56,6 +56,8 @@ class Token(NamedTuple):
 
 NO_TOKEN = Token(0, 0)
 
+# PostgreSQL ends a backend whose client has not logged in by then (authentication_timeout, 60 s by default).
+START_UP_LIMIT_S = 65.0
 
 # What PostgreSQL's int and bigint hold: a number beyond would make the broker's own queries fail.
 Int4 = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
@@ -154,7 +156,10 @@ class Times(Struct, frozen=True):
 
 
 class Hello(Struct, frozen=True, tag="hello"):
-    """Register this session, or register it again; `leases` are those it still holds. `place`: see `place.py`."""
+    """Register this session, or register it again; `leases` are those it still holds. `place`: see `place.py`.
+
+    `nonce` comes back in the WELCOME that answers this.
+    """
 
     version: int
     pid: int
@@ -164,6 +169,7 @@ class Hello(Struct, frozen=True, tag="hello"):
     leases: list[LeaseReport] = []
     seen: Token = NO_TOKEN
     place: str = ""
+    nonce: int = 0
 
 
 class Acquire(Struct, frozen=True, tag="acquire"):
@@ -276,6 +282,7 @@ class Welcome(Struct, frozen=True, tag="welcome"):
     desk: str = ""
     generation: int = 0
     handover: bool = False
+    nonce: int = 0
 
 
 class Reject(Struct, frozen=True, tag="reject"):
@@ -286,12 +293,16 @@ class Reject(Struct, frozen=True, tag="reject"):
 
 
 class Grant(Struct, frozen=True, tag="grant"):
-    """A lease: the worker may now open one connection."""
+    """A lease: the worker may now open one connection, within the TTL.
+
+    `waited_ms`: for so long the request had been in the queue. So one who knows when he asked knows how old this is.
+    """
 
     request: int
     token: Token
     serial: int
     owed: int = 0
+    waited_ms: int = 0
 
 
 class DenyReason(StrEnum):

@@ -23,10 +23,14 @@ MOST_LISTED = 500  # leases in one report: it must fit into a frame
 
 
 class Status(Struct, frozen=True, tag="status"):
-    """Ask for a REPORT with the `leases` oldest leases (at most `MOST_LISTED`)."""
+    """Ask for a REPORT with the `leases` oldest leases (at most `MOST_LISTED`).
+
+    `read` is how many have been read on this line: one that does not read gets no more.
+    """
 
     version: int
     leases: int = 0
+    read: int = 0
 
 
 class SessionReport(Struct, frozen=True):

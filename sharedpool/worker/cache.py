@@ -56,6 +56,7 @@ class Cache:
         self.leases: dict[Token, Lease] = {}
         self.idle: deque[Lease] = deque()  # the most recently used at the right
         self.owed = 0
+        self.connects_within_s = float("inf")  # of the grant: later its slot may be another's
         self.slices = Slices()
         self.tickets = Tickets(self.out, self.slices)
         self.waiting = self.tickets.waiting
@@ -341,6 +342,8 @@ class Cache:
         self._seen = grant.token
         lease = self.leases[grant.token] = Lease(grant.token, None, now)
         lease.generation, lease.cache, lease.idle_s = self.generation, self, self.slices.gap_s
+        granted_at = self.tickets.granted_at(grant.request, grant.waited_ms / 1000, now)
+        lease.connect_by = granted_at + self.connects_within_s
         ticket = self.waiting.get(grant.request)
         if ticket is None:
             return self._pass_on(lease, None, now)
@@ -432,6 +435,7 @@ class Cache:
         if epoch == self._epoch:
             return self.renew_generation(generation, now)
         self._epoch, self._seen = epoch, NO_TOKEN
+        self.tickets.start_over(now)
         self.owed = self._newest = self._recalled = 0  # an earlier broker's may have come in since our HELLO
         self.generation = generation  # it counts anew: what is held stays
         for lease in self.leases.values():

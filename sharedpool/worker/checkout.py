@@ -16,7 +16,7 @@ import psycopg2
 from psycopg2.extensions import connection
 
 from sharedpool.errors import PoolClosed, PoolError
-from sharedpool.wire.messages import Phase, ReleaseReason
+from sharedpool.wire.messages import START_UP_LIMIT_S, Phase, ReleaseReason
 from sharedpool.worker import callsite, gate, green, wording
 from sharedpool.worker.booth import Booth, Gate
 from sharedpool.worker.connection import (
@@ -62,12 +62,15 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
         if lease is None:
             lease = _wait(holdings, ticket, wait_s, deadline)
         lease.ticket = weakref.ref(ticket)  # whose it is until its user has it
-        while (conn := cast("PooledConnection | None", lease.conn)) is not None and (worn := _worn(lease, conn, now)):
+        while (worn := _worn(lease, conn := cast("PooledConnection | None", lease.conn), now)) is not None:
             # Never connected again under the old lease: its worker may have been frozen, the broker may have fenced it.
-            holdings.discarded += 1
-            if worn is ReleaseReason.BROKEN:
-                holdings.trouble(lease, "")
-            holdings.discard(lease, conn, worn)
+            if conn is None:
+                holdings.give_back(lease, worn)
+            else:
+                holdings.discarded += 1
+                if worn is ReleaseReason.BROKEN:
+                    holdings.trouble(lease, "")
+                holdings.discard(lease, conn, worn)
             lease = _wait(holdings, ticket, wait_s, deadline)
             lease.ticket = weakref.ref(ticket)
         if conn is not None:
@@ -242,6 +245,8 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
         holdings.deposit(lease, conn)
         backend = describe(conn)
         now = time.monotonic()
+        if now > lease.connect_by + START_UP_LIMIT_S:
+            raise PoolError(f"pool {config.name!r}: connecting took too long: its slot may be in use elsewhere by now")
         # Jitter, so that connections opened together are not renewed together.
         lifetime = config.max_lifetime
         retire_at = now + lifetime * random.uniform(0.9, 1.1) if lifetime else float("inf")
@@ -293,8 +298,10 @@ def _note(conn: PooledConnection) -> None:
     conn.sharedpool_encoding = conn.get_parameter_status("client_encoding") or ""
 
 
-def _worn(lease: Lease, conn: PooledConnection, now: float) -> ReleaseReason | None:
-    """Say why an idle connection must not be lent out, if it must not."""
+def _worn(lease: Lease, conn: PooledConnection | None, now: float) -> ReleaseReason | None:
+    """Say why an idle connection must not be lent out, or a lease not be connected, if it must not."""
+    if conn is None:  # the grant may have been on its way, or this process frozen, for any time
+        return ReleaseReason.UNUSED if time.monotonic() > lease.connect_by else None
     if now >= lease.retire_at:
         return ReleaseReason.RETIRED
     if gate.is_over(conn) or (lease.idle_s > CHECK_AFTER_S and not is_alive(conn)):

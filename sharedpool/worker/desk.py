@@ -7,7 +7,7 @@ import socket
 
 from sharedpool.wire import descriptors
 from sharedpool.wire.codec import encode
-from sharedpool.wire.desk import Deposit
+from sharedpool.wire.desk import Deposit, Leave, Stay
 from sharedpool.wire.messages import Token
 from sharedpool.worker.connection import PooledConnection
 from sharedpool.worker.logs import logger
@@ -18,14 +18,18 @@ class Desk:
 
     def __init__(self) -> None:
         self._line: socket.socket | None = None
+        self._leaving: list[socket.socket] = []  # the broker did not read: it is still to be told
 
     @property
     def line(self) -> socket.socket | None:
         """The line; it becomes readable when the broker has gone."""
         return self._line
 
-    def open(self, path: str) -> None:
-        """Go to the desk at `path` of this host, if there is one. Does not block."""
+    def open(self, path: str, program: bytes) -> None:
+        """Go to the desk at `path` of this host, if there is one. Does not block.
+
+        `program`: what the names of all sessions begin with that end with this program.
+        """
         self.close()
         if not path or not hasattr(socket, "SOCK_SEQPACKET"):
             return
@@ -33,6 +37,7 @@ class Desk:
         try:
             line.setblocking(False)
             line.connect(path)
+            line.send(encode(Stay(program)))
         except OSError as error:
             logger.info("no desk at %s (%s): connections are closed by this process's own word", path, error)
             line.close()
@@ -72,7 +77,26 @@ class Desk:
         return True
 
     def close(self) -> None:
-        """Leave the desk; in a forked child: let go of the parent's line."""
+        """Leave the desk, saying so: a line that just ends tells that this program has ended."""
         line, self._line = self._line, None
-        if line is not None:
-            line.close()
+        leaving = [*self._leaving, *([] if line is None else [line])]
+        self._leaving = [each for each in leaving if not _has_left(each)]
+
+    def disown(self) -> None:
+        """In a forked child: let go of the parent's line."""
+        line, self._line = self._line, None
+        for each in [*self._leaving, *([] if line is None else [line])]:
+            each.close()
+        self._leaving = []
+
+
+def _has_left(line: socket.socket) -> bool:
+    """Say goodbye and close a line, unless the broker does not read just now."""
+    try:
+        line.send(encode(Leave()))
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # the broker has gone
+    line.close()
+    return True

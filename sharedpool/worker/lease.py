@@ -25,14 +25,14 @@ class Lease:
     nor wrapped. `movable`: its session can be passed to another. `generation` is the
     newest that was known when it was granted. `plain`: its next checkin need not look at its key, at the generation,
     nor whether it was taken away. `cache` is whose it is. `stack` is where it was last checked out (`debug_checkouts`).
-    `at_close`: what its user's `close()` does in place of closing. `kept` is what an integration keeps with the session
-    for as long as it stays in this process.
+    `connect_by`: what is not being connected by then must not be. `at_close`: what its user's `close()` does in place
+    of closing. `kept` is what an integration keeps with the session for as long as it stays in this process.
     """
 
     __slots__ = (
-        "arrived", "at_close", "backend", "cache", "conn", "deposited", "direct", "fresh", "generation", "idle_s",
-        "kept", "key", "missed", "movable", "phase", "plain", "ref", "retire_at", "since", "stack", "thread", "ticket",
-        "token",
+        "arrived", "at_close", "backend", "cache", "conn", "connect_by", "deposited", "direct", "fresh", "generation",
+        "idle_s", "kept", "key", "missed", "movable", "phase", "plain", "ref", "retire_at", "since", "stack", "thread",
+        "ticket", "token",
     )  # fmt: skip
 
     def __init__(self, token: Token, ticket: Ticket | None, now: float) -> None:
@@ -44,6 +44,7 @@ class Lease:
         self.idle_s = 0.0
         self.backend: Backend | None = None
         self.retire_at = float("inf")
+        self.connect_by = float("inf")
         self.deposited = False
         self.fresh = False
         self.direct = True

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import zmq
+from msgspec import structs
 
 from sharedpool.errors import ProtocolError, SharedPoolError
 from sharedpool.wire.channel import PROCESS_PREFIX, add_channel, channel_number, split_channel
@@ -75,6 +76,7 @@ class Link:
         self._late = False  # it was waited for in vain, and has not come round since
         self._thread: Any = None  # or greenlet
         self._zmq: ModuleType = zmq
+        self._nonce = 0  # of this line's HELLOs
 
     @property
     def is_here(self) -> bool:
@@ -125,7 +127,7 @@ class Link:
         """In a forked child: let go of the parent's lines. Its thread does not exist here, unless it is a greenlet."""
         self._wake_in.close()
         self._wake_out.close()
-        self.desk.close()
+        self.desk.disown()
         self.booths.close()
         if self._thread is not None and not isinstance(self._thread, threading.Thread):
             self._thread.kill(block=False)  # before it can touch the parent's ZeroMQ socket
@@ -211,6 +213,7 @@ class Link:
     def _connect(self, context: Any) -> None:
         """Be connected once: until the broker falls silent or the link is over."""
         dealer = context.socket(zmq.DEALER)
+        self._nonce = random.getrandbits(62)
         try:
             dealer.setsockopt(zmq.IDENTITY, self.identity)
             dealer.setsockopt(zmq.LINGER, int(_FLUSH_LIMIT_S * 1000))
@@ -262,7 +265,7 @@ class Link:
         return True
 
     def _hello(self, registration: Registration, dealer: Any, now: float) -> None:
-        self._send(registration, dealer, registration.endpoint.hello())
+        self._send(registration, dealer, structs.replace(registration.endpoint.hello(), nonce=self._nonce))
         registration.due = now + _HELLO_RETRY_S * random.uniform(0.8, 1.2)
 
     def _wait(self, poller: Any, dealer: Any, due: float) -> bool:
@@ -317,11 +320,11 @@ class Link:
                 endpoint.unreachable(SharedPoolError(message.reason))
             else:
                 self._hello(registration, dealer, self.heard_at)  # a new broker
-        elif isinstance(message, Welcome) and message.epoch < self.epoch:
+        elif isinstance(message, Welcome) and self._is_late(message):
             logger.warning("dropped a late word from broker %d, of before broker %d", message.epoch, self.epoch)
         elif isinstance(message, Welcome):
             if message.epoch != self.epoch or self.desk.line is None:
-                self.desk.open(message.desk)
+                self.desk.open(message.desk, self.identity)
                 self.booths.path = message.desk if self.desk.line is not None else ""
             self.epoch, self._established = message.epoch, True
             registration.welcomed(message, self.heard_at, random.uniform(0.5, 1.0))
@@ -329,6 +332,14 @@ class Link:
         elif registration.established:
             endpoint.receive(message)
         # Else said before the HELLO that is under way, perhaps by a former broker: it knows by now what is held.
+
+    def _is_late(self, welcome: Welcome) -> bool:
+        """Say whether a WELCOME is a former broker's.
+
+        A lower number alone does not tell: a broker that has lost its files begins with what the clock says. One that
+        answers on this line, where nobody has yet, is there now.
+        """
+        return welcome.epoch < self.epoch and (self._established or welcome.nonce != self._nonce)
 
     def _send(self, registration: Registration, dealer: Any, message: ToBroker) -> bool:
         """Send a message; return whether there was room for it."""

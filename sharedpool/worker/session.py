@@ -150,6 +150,7 @@ class Session:
         self._epoch = welcome.epoch
         self._holdings.limit = welcome.max_conn
         self._holdings.cache.expires_after(min(self._holdings.config.expiration, welcome.expiration_ms / 1000))
+        self._holdings.cache.connects_within_s = welcome.ttl_ms / 1000
         self._holdings.tag = welcome.tag
         self._revoke(welcome.revoked)
         link = self._holdings.link

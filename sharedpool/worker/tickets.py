@@ -16,6 +16,7 @@ from sharedpool.worker.slices import Slices
 _LONGEST_WAIT_MS = 2**52
 # What was asked at the desk so long ago is listed in the heartbeat: the broker knows of it by now, or not any more.
 ASKED_S = 1.0
+_MOST_ASKED = 10_000
 
 
 def wait_ms(wait_s: float) -> int:
@@ -31,6 +32,7 @@ class Tickets:
         self.out = out
         self._slices = slices
         self._requests = 0
+        self._asked_at: OrderedDict[int, float] = OrderedDict()  # by request, also of tickets that were given up
 
     def want(self, ticket: Ticket, wait_s: float, *, at_desk: bool = False) -> None:
         """Queue a ticket, here and at the broker; `wait_s` 0 asks for an answer at once.
@@ -44,6 +46,9 @@ class Tickets:
         ticket.asks = 1
         self._slices.asked(ticket.since)
         self.waiting[ticket.request] = ticket
+        self._asked_at[ticket.request] = ticket.since
+        if len(self._asked_at) > _MOST_ASKED:
+            self._asked_at.popitem(last=False)
         if not at_desk:
             self.out.append(Acquire(ticket.request, ticket.wait_ms))
 
@@ -88,6 +93,14 @@ class Tickets:
             ticket.at_desk = ticket.to_ask = False
             ticket.asks += 1
 
+    def granted_at(self, request: int, waited_s: float, now: float) -> float:
+        """Return when a request was granted, or an earlier moment: it had waited for so long then."""
+        return min(now, self._asked_at.pop(request, float("-inf")) + waited_s)
+
+    def start_over(self, now: float) -> None:
+        """Note that another broker is asked from now on."""
+        self._asked_at = OrderedDict.fromkeys(self.waiting, now)
+
     def pending(self, now: float) -> list[int]:
         """Return the requests of which the broker should know by now."""
         return [
@@ -96,6 +109,7 @@ class Tickets:
 
     def denied(self, deny: Deny) -> Ticket | None:
         """Take in a refusal; return the ticket to wake."""
+        self._asked_at.pop(deny.request, None)
         ticket = self.waiting.get(deny.request)
         if ticket is not None:
             self.settle(ticket)

@@ -12,6 +12,7 @@ from sharedpool.errors import (
     SharedPoolError,
     TooManyWaiting,
 )
+from sharedpool.wire.address import obstacle
 from sharedpool.wire.messages import Deny, DenyReason, Holder
 
 
@@ -28,7 +29,8 @@ def refused(pool: str, deny: Deny, wait_s: float) -> PoolError:
             f" {deny.error}"
         )
     if deny.reason is DenyReason.DRAINING:
-        return BrokerUnavailable(f"pool {pool!r}: the broker is shutting down and lends nothing any more")
+        ending = f"pool {pool!r}: the broker is shutting down and lends nothing any more"
+        return BrokerUnavailable(f"{ending}; no other has come within {wait_s:g} s" if wait_s else ending)
     if deny.reason is DenyReason.PAUSED:
         paused = f"pool {pool!r} is paused (`sharedpool pause`) and lends nothing until it is resumed"
         return PoolTimeout(f"{paused}: waited {wait_s:g} s") if wait_s else PoolExhausted(paused)
@@ -77,7 +79,8 @@ def timed_out(pool: str, limit: int, wait_s: float) -> PoolTimeout:
 def unanswered(pool: str, address: str, waited_s: float, trouble: str) -> BrokerUnavailable:
     """Return the error for a broker that does not answer."""
     return BrokerUnavailable(
-        f"pool {pool!r}: the broker at {address} did not answer within {waited_s:.1f} s ({trouble})."
+        f"pool {pool!r}: the broker at {address} did not answer within {waited_s:.1f} s"
+        f" ({obstacle(address) or trouble})."
         " Is `sharedpool broker` running, and is SHAREDPOOL_BROKER (or broker=) its address?"
     )
 

@@ -17,7 +17,7 @@ from psycopg2.extensions import make_dsn
 from waiting import wait_until
 
 import sharedpool
-from sharedpool.broker.lock import is_held
+from sharedpool.broker.lock import BrokerLock, is_held
 from sharedpool.broker.server import Server
 from sharedpool.broker.settings import BrokerSettings
 from sharedpool.cli.asking import fetch_report
@@ -192,21 +192,24 @@ def test_a_broker_that_cannot_start_says_why(postgres: EphemeralPostgres, runtim
         pool.release_all()
 
 
-def test_a_broker_whose_lock_file_was_deleted_makes_way(
-    postgres: EphemeralPostgres, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_broker_whose_address_another_has_taken_makes_way(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A cleaner of temporary directories must not make two brokers of one."""
-    monkeypatch.setattr("sharedpool.broker.server._LOOK_EVERY_S", 0.1)
+    """Its lock file was deleted, and somebody was faster than it: a cleaner must not make two brokers of one."""
+    monkeypatch.setattr("sharedpool.broker.server._KEEP_EVERY_S", 0.1)
     address = f"ipc://{runtime_dir}/cleaned.sock"
     server = Server(BrokerSettings(address, 1))
     server.bind()
     thread = threading.Thread(target=server.run)
     thread.start()
-    (runtime_dir / "cleaned.sock.lock").unlink()
+    other = BrokerLock(runtime_dir / "other.lock")
+    (runtime_dir / "other.lock").rename(runtime_dir / "cleaned.sock.lock")
     thread.join(20)
     assert not thread.is_alive()
-    with sharedpool.start_broker(1, address=address, dsn=postgres.dsn):
-        pass
+    assert "is another broker's: leaving it to that one" in caplog.text
+    assert is_held(runtime_dir / "cleaned.sock.lock")
+    assert (runtime_dir / "cleaned.sock").exists()  # it may be the other's
+    other.release()
 
 
 # --- a broker by its address

@@ -306,6 +306,31 @@ def test_run_works_where_dead_children_are_ignored(runtime_dir: Path) -> None:
     assert subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 5
 
 
+def test_run_reaps_the_orphans_that_pid_1_of_a_container_is_given(runtime_dir: Path) -> None:
+    """PR_SET_CHILD_SUBREAPER (36) makes a process the one that orphans fall to, as PID 1 is; an exec keeps it."""
+    orphan = "import os; print(os.getpid(), flush=True)"
+    command = (
+        "import subprocess, sys; parent = 'import subprocess, sys; subprocess.Popen([sys.executable, *sys.argv[1:]])';"
+        f"subprocess.run([sys.executable, '-c', parent, '-c', {orphan!r}]); sys.stdin.read()"
+    )
+    first = (
+        "import ctypes, os, sys; assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0;"
+        "os.execv(sys.executable, [sys.executable, '-m', 'sharedpool', 'run', '--max-conn', '3', '--', *sys.argv[1:]])"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", first, sys.executable, "-c", command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        wait_until(lambda: not Path(f"/proc/{pid}").exists(), what="the orphan to be reaped")
+        process.stdin.close()
+        assert process.wait(20) == 0
+
+
 def test_run_gives_its_command_the_usual_signals(runtime_dir: Path) -> None:
     done = sharedpool_command("run", "--max-conn", "3", "--", "sh", "-c", "yes | head -1")
     assert done.stdout == "y\n"

@@ -5,7 +5,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from sharedpool.broker.server import Server
 from sharedpool.broker.settings import BrokerSettings
 from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_worker, encode
+from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_operator, decode_to_worker, encode
 from sharedpool.wire.desk import Deposit
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
@@ -38,6 +38,7 @@ from sharedpool.wire.messages import (
     Token,
     Welcome,
 )
+from sharedpool.wire.reports import Status
 
 
 @contextmanager
@@ -199,17 +200,47 @@ def test_another_users_words_are_dropped(
                     desk.connect(f"{runtime_dir}/open.sock.desk")
                     with line_to(address) as dealer:
                         dealer.send(hello("intruder"))
-                        dealer.setsockopt(zmq.RCVTIMEO, 500)
-                        try:
-                            dealer.recv()
-                        except zmq.Again:
-                            os._exit(0)
+                        refusal = decode_to_worker(dealer.recv())
+                        assert isinstance(refusal, Reject)
+                        assert refusal.fatal
+                        assert refusal.reason.endswith("serves nobody else (but root), not uid 65534")
+                        os._exit(0)
             finally:
                 os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert fetch_report(address).sessions == []
     assert "dropped a message from uid 65534" in caplog.text
     assert "dropped a line to the desk from uid 65534" in caplog.text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize("closed", ["socket", "directory"])
+def test_another_user_is_told_whose_broker_it_is(closed: str, runtime_dir: Path, postgres: EphemeralPostgres) -> None:
+    address = f"ipc://{runtime_dir}/b.sock"
+    blamed = runtime_dir / "b.sock" if closed == "socket" else runtime_dir
+    with sharedpool.start_broker(1, address=address):
+        if closed == "socket":
+            runtime_dir.chmod(0o755)
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.setuid(65534)
+                pool = sharedpool.config_pool(dsn=postgres.dsn, broker=address)
+                for ask in (lambda: pool.get_conn(timeout=0.3), lambda: fetch_report(address, timeout_s=0.3)):
+                    try:
+                        ask()
+                    except sharedpool.BrokerUnavailable as error:
+                        os.write(writing, f"{error}\n".encode())
+            finally:
+                os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as said:
+            texts = said.read().splitlines()
+        os.waitpid(child, 0)
+        assert len(texts) == 2
+        for text in texts:
+            assert f"{blamed} is uid 0's, who lets nobody else in, and this process is uid 65534" in text
 
 
 def test_by_tcp_a_pid_counts_only_where_it_means_the_same_process(
@@ -259,6 +290,50 @@ def test_a_worker_that_stops_reading_cannot_grow_the_broker(postgres: EphemeralP
         ask(40_000)
         assert rss_kib(broker.pid) - before < 4096
         assert "backend" in worker.ask("get", name="x", timeout=10)
+
+
+def test_who_reads_no_answer_is_given_no_more_of_them(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+    """A report of many pools is big, and libzmq keeps a thousand for each line."""
+    with (
+        sharedpool.start_broker(3, dsn=postgres.dsn) as broker,
+        line_to(broker.address, b"deaf") as deaf,
+        ExitStack() as stack,
+    ):
+        for number in range(40):
+            line = stack.enter_context(line_to(broker.address))
+            name = f"{number} {'p' * 5000}"
+            line.send(encode(Hello(PROTOCOL_VERSION, 1, "h" * 5000, "t" * 5000, PoolSpec(name, 1, 1000))))
+        wait_until(lambda: len(fetch_report(broker.address).sessions) == 40)
+        report = fetch_report(broker.address)
+        assert {(len(session.host), len(session.title)) for session in report.sessions} == {(255, 255)}
+        assert len(encode(report)) > 200_000
+        deaf.setsockopt(zmq.RCVHWM, 1)
+        before = rss_kib(broker.pid)
+        for _ in range(2_000):
+            deaf.send(encode(Status(PROTOCOL_VERSION, 500)))
+        assert fetch_report(broker.address, timeout_s=30).sessions  # it has taken them all in
+        assert rss_kib(broker.pid) - before < 32_000  # 2,000 answers would be 800 MB, a thousand half of that
+        for number in range(20):  # who reads goes on being answered
+            assert decode_to_operator(deaf.recv())
+            deaf.send(encode(Status(PROTOCOL_VERSION, read=number + 1)))
+
+
+def test_garbage_does_not_fill_the_log(
+    postgres: EphemeralPostgres, runtime_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with sharedpool.start_broker(3, dsn=postgres.dsn) as broker, line_to(broker.address) as line:
+        for number in range(5_000):
+            line.send(b"garbage %d" % number)
+            if number % 10 == 0:
+                line.send_multipart([b"three", b"frames"])
+        assert fetch_report(broker.address, timeout_s=30).sessions == []
+        with closing(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) as packets:
+            packets.connect(f"{broker.address.removeprefix('ipc://')}.desk")
+            for _ in range(1_000):
+                packets.send(b"garbage")
+        assert fetch_report(broker.address, timeout_s=30).sessions == []
+    lines = capfd.readouterr().err.splitlines()
+    assert 0 < sum("dropped" in each for each in lines) <= 30  # by kind, and a few in every ten seconds
 
 
 def test_no_more_may_wait_than_max_waiting(make_pool: Callable[..., sharedpool.Pool]) -> None:

@@ -61,7 +61,7 @@ def test_the_second_is_told_who_has_the_limit_and_follows_at_its_end(candidates:
     held, waits = first.connect(), second.connect()
     assert first.claim(held) == ""
     assert f"backend {held.info.backend_pid} (sharedpool broker aaaaaaaa" in second.claim(waits)
-    assert second.leadership.due == 1.0
+    assert 0.5 < second.leadership.due < 1.5  # not at the same moments as others that wait for it
     second.claim(waits)
     held.close()
     wait_until(lambda: second.claim(waits) == "")
@@ -102,7 +102,7 @@ def test_other_scopes_are_not_in_each_others_way(postgres: EphemeralPostgres) ->
 
 
 def test_the_scope_of_an_address_is_where_others_can_find_it() -> None:
-    assert scope_of("ipc:///run/app/sharedpool.sock") == ""
+    assert scope_of("ipc:///run/app/sharedpool.sock").startswith("ipc:///run/app/sharedpool.sock ")
     assert scope_of("tcp://10.0.0.5:5555") == "tcp://10.0.0.5:5555"
     for local in (
         "tcp://127.0.0.1:5555",

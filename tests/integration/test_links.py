@@ -11,11 +11,14 @@ from pathlib import Path
 
 import psycopg2.extensions
 import pytest
+from msgspec import structs
 from waiting import wait_until
 
 import sharedpool
 from sharedpool.cli.asking import fetch_report
+from sharedpool.wire.messages import PROTOCOL_VERSION, Welcome
 from sharedpool.worker.link import Link
+from sharedpool.worker.links import SharedContext
 from sharedpool.worker.session import Session
 
 MakePool = Callable[..., sharedpool.Pool]
@@ -185,3 +188,18 @@ def test_a_checkout_in_the_links_own_thread_is_refused_at_once(make_pool: MakePo
     assert f"pool {pool.name!r}: get_conn() was called in sharedpool's own thread" in said[0]
     wait_until(lambda: pool.stats().idle == 0, what="the link to go on")
     pool.put_conn(pool.get_conn(timeout=10))
+
+
+def test_a_former_brokers_welcome_is_told_from_a_successors_with_a_lower_number(make_pool: MakePool) -> None:
+    pool = make_pool()
+    pool.put_conn(pool.get_conn(timeout=10))
+    link = pool._holdings.link
+    assert link is not None
+    answer = Welcome(PROTOCOL_VERSION, link.epoch - 1, 1, 1000, 1000, nonce=link._nonce)
+    assert link._is_late(answer)  # this line has a broker already
+    other = Link("ipc:///nowhere.sock", SharedContext())
+    other.epoch, other._nonce = link.epoch, 7
+    assert other._is_late(answer)  # it answers what was said elsewhere
+    assert not other._is_late(structs.replace(answer, nonce=7))
+    assert not other._is_late(structs.replace(answer, epoch=link.epoch))
+    other.disown()

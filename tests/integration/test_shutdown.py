@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-from processes import Worker, alive
+from processes import Worker, alive, workers
 from waiting import wait_until
 
 import sharedpool
@@ -47,7 +47,7 @@ def address(runtime_dir: Path) -> str:
 # --- the broker drains
 
 
-def test_sigterm_recalls_what_is_idle_waits_for_the_rest_and_refuses_the_new(
+def test_sigterm_recalls_what_is_idle_waits_for_the_rest_and_lends_nothing_more(
     postgres: EphemeralPostgres, address: str
 ) -> None:
     with (
@@ -61,13 +61,38 @@ def test_sigterm_recalls_what_is_idle_waits_for_the_rest_and_refuses_the_new(
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: fetch_report(address).leases == 1, what="the idle one to be recalled")
         assert fetch_report(address).state == "draining"
-        refused = b.ask("get", name="x", timeout=5)
-        assert refused["error"] == "BrokerUnavailable"
-        assert "shutting down" in refused["text"]
+        started = time.monotonic()
+        for timeout_s, text in ((0, "lends nothing any more"), (1, "no other has come within 1 s")):
+            refused = b.ask("get", name="x", timeout=timeout_s)
+            assert refused["error"] == "BrokerUnavailable"
+            assert text in refused["text"]
+        assert 1 <= time.monotonic() - started < 5  # who does not wait is told at once
         assert a.ask("query", name="busy", sql="SELECT 1")["rows"] == [[1]]
         assert process.poll() is None
         a.ask("put", name="busy")
         assert process.wait(10) == 0
+
+
+def test_a_planned_restart_costs_nobody_an_error_who_waits(postgres: EphemeralPostgres, address: str) -> None:
+    settings = {"dsn": postgres.dsn, "broker": address, "max_conn": 3, "threads": True}
+    with workers(4, **settings) as crew, Worker(**settings) as a, Worker(**settings) as b:
+        with broker_process(address, postgres.dsn) as first:
+            a.ask("get", name="x")
+            for worker in crew:  # some wait at the broker, some are just using what it lent
+                worker.send("hammer", seconds=4, threads=3, timeout=30)
+            b.ask("get", name="y", timeout=30)
+            first.send_signal(signal.SIGTERM)
+            wait_until(lambda: fetch_report(address).state == "draining")
+            b.ask("put", name="y")
+            b.send("get", name="y", timeout=30)  # asked for while the broker ends
+            a.ask("put", name="x")
+            assert first.wait(10) == 0
+        with broker_process(address, postgres.dsn):
+            assert "backend" in b.answer()
+            assert "backend" in a.ask("get", name="x", timeout=30)
+            outcomes = [worker.answer() for worker in crew]
+            assert [outcome["errors"] for outcome in outcomes] == [[]] * 4
+            assert all(outcome["done"] for outcome in outcomes)
 
 
 def test_a_drain_ends_at_its_timeout_or_with_a_second_signal_and_breaks_nothing(

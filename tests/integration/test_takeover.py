@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.wire.codec import decode_to_worker, encode
 from sharedpool.wire.messages import PROTOCOL_VERSION, Acquire, Confirm, Grant, Hello, PoolSpec
+
+_PROCESS = re.compile(rb'"process":\[\d+,\d+,"[^"]*"\]')
 
 
 @pytest.fixture
@@ -87,7 +90,7 @@ def test_a_killed_worker_of_another_host_is_counted_until_somebody_can_look(
     assert "start the broker again with --dsn, or without its .journal" in capfd.readouterr().err
     journal = Path(f"{address.removeprefix('ipc://')}.journal")
     text = journal.read_bytes()
-    journal.write_bytes(re.sub(rb'"process":\[[^]]*\]', b'"process":null', text))
+    journal.write_bytes(_PROCESS.sub(b'"process":null', text))
     with sharedpool.start_broker(1, address=address, ttl=0.3), Worker(**settings) as worker:
         assert worker.ask("get", name="x", timeout=1)["error"] == "PoolTimeout"
     with sharedpool.start_broker(1, address=address, dsn=postgres.dsn, ttl=0.3), Worker(**settings) as worker:
@@ -119,3 +122,70 @@ def test_who_has_waited_through_a_brokers_end_is_passed_a_connection(address: st
             wait_until(lambda: [(p.in_use, p.waiting) for p in fetch_report(address).pools] == [(1, 1)])
             a.ask("put", name="x")
             assert b.answer()["backend"] == held
+
+
+def test_a_successor_in_another_pid_namespace_does_not_judge_by_pids_that_are_not_its_own(
+    address: str, postgres: EphemeralPostgres
+) -> None:
+    """Broker and worker shared a container; the next broker runs outside, where their pids are nobody's."""
+    settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": address, "max_conn": 1}
+    first = sharedpool.start_broker(1, address=address, dsn=postgres.dsn)
+    with Worker(**settings) as worker:
+        backend = worker.ask("get", name="x", timeout=20)["backend"]
+        wait_until(lambda: fetch_report(address).custody == 1)
+        os.kill(worker.pid, signal.SIGSTOP)  # it cannot say HELLO before it is judged
+        kill(first)
+        journal = Path(f"{address.removeprefix('ipc://')}.journal")
+        text, count = _PROCESS.subn(b'"process":[%d,1,"another"]' % 2**22, journal.read_bytes())
+        assert count  # 2**22 is pid_max: nobody has it
+        journal.write_bytes(text)
+        with sharedpool.start_broker(1, address=address, dsn=postgres.dsn):
+            assert fetch_report(address).leases == 1
+            os.kill(worker.pid, signal.SIGCONT)
+            wait_until(lambda: [s.pid for s in fetch_report(address).sessions if not s.suspect] == [worker.pid])
+            assert worker.ask("query", name="x", sql="SELECT pg_backend_pid()") == {"rows": [[backend]]}
+            worker.kill()  # from its HELLO on it is watched as what it is here
+            with Worker(**settings) as other:
+                assert "backend" in other.ask("get", name="x", timeout=10)
+
+
+def test_a_broker_with_a_lower_number_is_accepted_after_one_whose_clock_was_ahead(
+    address: str, postgres: EphemeralPostgres
+) -> None:
+    """Its files are lost, so that its successor begins with what the clock says by now."""
+    path = Path(address.removeprefix("ipc://"))
+    ahead = int((time.time() + 2 * 86400) * 1000)
+    Path(f"{path}.lock").write_text(f"{ahead} 1 0badcafe\n")
+    settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": address, "max_conn": 2}
+    first = sharedpool.start_broker(2, address=address, dsn=postgres.dsn, ttl=2.0)
+    with Worker(**settings) as worker, Worker(**settings) as other:
+        backend = worker.ask("get", name="x", timeout=20)["backend"]
+        other.ask("get", name="y", timeout=20)
+        assert fetch_report(address).epoch > ahead
+        kill(first)
+        for each in path.parent.glob(f"{path.name}*"):
+            each.unlink()
+        with sharedpool.start_broker(2, address=address, dsn=postgres.dsn, ttl=2.0):
+            wait_until(lambda: fetch_report(address).leases == 2, what="both to say what they hold")
+            assert fetch_report(address).epoch < ahead
+            assert worker.ask("get", name="z")["error"] == "PoolExhausted"
+            assert worker.ask("query", name="x", sql="SELECT pg_backend_pid()") == {"rows": [[backend]]}
+            other.ask("put", name="y", close=True)
+            assert "backend" in worker.ask("get", name="z", timeout=10)
+            assert worker.ask("query", name="x", sql="SELECT pg_backend_pid()") == {"rows": [[backend]]}
+
+
+def test_a_broker_is_numbered_above_what_its_journal_holds(address: str, postgres: EphemeralPostgres) -> None:
+    """The lock file alone is lost: a lease's name is never used twice, and the newer one is told by its number."""
+    path = Path(address.removeprefix("ipc://"))
+    ahead = int((time.time() + 2 * 86400) * 1000)
+    Path(f"{path}.lock").write_text(f"{ahead} 1 0badcafe\n")
+    settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": address, "max_conn": 1}
+    first = sharedpool.start_broker(1, address=address, dsn=postgres.dsn, ttl=2.0)
+    with Worker(**settings) as worker:
+        worker.ask("get", name="x", timeout=20)
+        kill(first)
+        Path(f"{path}.lock").unlink()
+        with sharedpool.start_broker(1, address=address, dsn=postgres.dsn, ttl=2.0):
+            assert fetch_report(address).epoch > ahead + 1
+            assert int(Path(f"{path}.lock").read_text().split()[0]) == fetch_report(address).epoch

@@ -151,7 +151,7 @@ def test_a_server_that_hangs_keeps_nobody_from_seeing_the_books(
 ) -> None:
     with start("broker", "--max-conn", "2", "--dsn", postgres.dsn) as process:
         address = wait_for(process, "export SHAREDPOOL_BROKER=").split("=", 1)[1].strip()
-        control = int(wait_for(process, "control connection: backend").split("backend ")[1].split(",")[0])
+        control = int(wait_for(process, "control connection: backend").split("backend ")[1].split()[0])
         with Worker(dsn=postgres.dsn, broker=address) as worker:
             worker.ask("get", name="x", timeout=10)
             os.kill(control, signal.SIGSTOP)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sharedpool.broker.handover import NUDGE_S
-from sharedpool.wire.messages import ReleaseReason
+from sharedpool.wire.messages import START_UP_LIMIT_S, ReleaseReason
 from sharedpool.wire.orders import Order, OrderKind
 
 from .booths import Booth, Giving
@@ -346,10 +346,10 @@ class GoodNetwork(RuleBasedStateMachine):
     @precondition(lambda self: len(self.world.awake) > 2)
     @rule(pick=picks)
     def oversleep(self, pick: int) -> None:
-        """A worker is frozen for longer than its TTL, and wakes up when others may have its slots."""
+        """A worker is frozen for longer than its TTL, or any connect, and wakes up when others may have its slots."""
         sleeper, pick = self.one(pick)
         sleeper.frozen = True
-        self.world.pass_long(TTL_S + 1)
+        self.world.pass_long(TTL_S + 1 + (pick // 8 % 2) * START_UP_LIMIT_S)
         other, pick = self.one(pick)
         for _ in range(pick % 3):
             other.checkout(60.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.broker.records import SlotState
+from sharedpool.wire.messages import START_UP_LIMIT_S
 from sharedpool.wire.orders import Order, OrderKind
 
 from .broker import Broker
@@ -247,6 +248,9 @@ def heal(world: World) -> None:
     for proc in world.server.procs:
         proc.busy = proc.dirty = False
     _let_pass(world, TTL_S + 2 * BEAT_S)
+    # What was granted to those who are dead, or gone without a word, on other hosts is free by then.
+    world.pass_long(START_UP_LIMIT_S)
+    quiesce(world)
     for _ in range(20 + sum(len(worker.tickets) for worker in world.workers.values())):
         for worker in list(world.workers.values()):
             worker.beat()
@@ -256,19 +260,10 @@ def heal(world: World) -> None:
                 worker.checkin(conn)
         quiesce(world)
         _let_pass(world, 1.0)
-        _give_up_hopeless(world)
         if not any(worker.tickets or worker.users for worker in world.workers.values()):
             return
     waiting = {worker.id: len(worker.tickets) for worker in world.workers.values() if worker.tickets}
     raise AssertionError(f"still waiting although everything was checked in: {waiting}")
-
-
-def _give_up_hopeless(world: World) -> None:
-    """Where every slot waits for the word of the dead, nobody can be served."""
-    for worker in world.workers.values():
-        if _limit(world, worker.pool) <= _known_lost(world, worker.pool):
-            for ticket in list(worker.tickets):
-                worker.give_up(ticket)
 
 
 def _limit(world: World, name: str) -> int:
@@ -296,7 +291,7 @@ def check_all_slots_can_be_had(world: World) -> None:
         worker = world.start(name)
         if name == "a":
             quiesce(world)  # so that it waits at the desk, where there is a hand-over; in the other pool it does not
-        count = max(0, _limit(world, name) - _known_lost(world, name))
+        count = max(0, _limit(world, name))
         for _ in range(2 * count + 1):
             for _ in range(count - len(worker.users) - len(worker.tickets)):
                 worker.checkout(600.0)
@@ -309,21 +304,3 @@ def check_all_slots_can_be_had(world: World) -> None:
         for conn in list(worker.users):
             worker.checkin(conn)
         quiesce(world)
-
-
-def _known_lost(world: World, name: str) -> int:
-    """Return how many slots wait for the word of a worker that is over and had not connected, which nobody can see.
-
-    It was killed on another host: it might be merely frozen, and connect yet. Or it was disposed of while the broker
-    was away, on another host or in a process that lives on: its link ends without a BYE.
-    """
-    broker = world.broker
-    assert broker is not None
-    return sum(
-        lease.state is SlotState.SUSPECT
-        and not lease.findable
-        and lease.session.id not in world.workers
-        and (lease.session.process is None or lease.session.process in world.processes)
-        and (lease.pool.name == name or world.cap is not None)
-        for lease in broker.ledger._books.leases.values()
-    )

@@ -153,6 +153,7 @@ class Worker(AtTheDesk):
         match message:
             case Welcome():
                 self._to_close(cache.welcomed(message.epoch, message.generation, now))
+                cache.connects_within_s = message.ttl_ms / 1000
                 self.tag = message.tag
                 self._revoke(message.revoked)
                 self.open_desk(message.desk, message.handover)
@@ -310,6 +311,9 @@ class Worker(AtTheDesk):
 
     def connect(self, lease: Lease) -> None:
         self.connecting.remove(lease)
+        if self.world.now > lease.connect_by:
+            self._give_back(lease, gone=True, reason=ReleaseReason.UNUSED)
+            return
         proc = self.world.server.connect(self.pool, self.tag, self.id, lease.token)
         if proc is None:
             self._give_back(lease, gone=True, error="connection refused", unreachable=True)
@@ -328,8 +332,10 @@ class Worker(AtTheDesk):
             self.world.server.end(opening.proc)
             self._give_back(opening.lease, gone=True, error=how, code="53300" if how == "full" else "28P01")
 
-    def _give_back(self, lease: Lease, *, gone: bool, error: str, code: str = "", unreachable: bool = False) -> None:
-        reason = ReleaseReason.FAILED
+    def _give_back(
+        self, lease: Lease, *, gone: bool, error: str = "", code: str = "", unreachable: bool = False,
+        reason: ReleaseReason = ReleaseReason.FAILED,
+    ) -> None:  # fmt: skip
         self.cache.closed(lease, reason, gone=gone, error=error, code=code, unreachable=unreachable)
         for ticket in [ticket for ticket in self.tickets if ticket.lease is lease]:
             self.tickets.remove(ticket)

@@ -698,3 +698,48 @@ def test_what_was_asked_for_in_both_ways_is_asked_for_again_when_its_line_ends(r
     assert rig.sent() == []
     rig.cache.tickets.ask_by_link(ticket, again=True)
     assert rig.sent() == [Acquire(ticket.request, 9000)]
+
+
+# --- grants that are old
+
+
+def test_a_grant_is_as_old_as_its_request_less_the_time_it_had_waited(rig: Rig) -> None:
+    """Clocks of two hosts are never compared."""
+    rig.cache.connects_within_s = 15.0
+    asked_at = rig.now
+    ticket = rig.want(600.0)
+    rig.now += 100  # of which it was in the broker's queue for 90 s; then the grant was on its way
+    rig.cache.granted(Grant(ticket.request, Token(1, 1), 1, waited_ms=90_000), rig.now)
+    assert ticket.lease is not None
+    assert ticket.lease.connect_by == asked_at + 90 + 15
+
+
+def test_a_grant_that_came_at_once_counts_from_now(rig: Rig) -> None:
+    rig.cache.connects_within_s = 15.0
+    ticket = rig.want()
+    rig.cache.granted(Grant(ticket.request, Token(1, 1), 1, waited_ms=3_000), rig.now)  # its clock runs faster
+    assert ticket.lease is not None
+    assert ticket.lease.connect_by == rig.now + 15
+
+
+def test_a_grant_for_a_request_that_was_given_up_keeps_its_age(rig: Rig) -> None:
+    rig.cache.connects_within_s = 15.0
+    gone, waits = rig.want(), rig.want()
+    asked_at = rig.now
+    rig.cache.give_up(gone, rig.now)
+    rig.now += 10
+    rig.cache.granted(Grant(gone.request, Token(1, 1), 1, waited_ms=4_000), rig.now)
+    assert waits.lease is not None
+    assert waits.lease.connect_by == asked_at + 4 + 15
+
+
+def test_another_brokers_grants_count_from_its_welcome(rig: Rig) -> None:
+    """What waited in a former broker's queue says nothing of how long this one's grant was on its way."""
+    rig.cache.connects_within_s = 15.0
+    ticket = rig.want(600.0)
+    rig.now += 60
+    rig.cache.welcomed(2, 1, rig.now)
+    rig.now += 2
+    rig.cache.granted(Grant(ticket.request, Token(2, 1), 1, waited_ms=1_000), rig.now)
+    assert ticket.lease is not None
+    assert ticket.lease.connect_by == rig.now - 1 + 15

@@ -52,6 +52,9 @@ class Clerk:
     def left(self, line: int) -> None:
         pass
 
+    def stays(self, session: bytes, line: int) -> None:
+        pass
+
     def line_ended(self, line: int) -> None:
         self.ended.append(line)
 

@@ -17,7 +17,7 @@ from sharedpool.wire.messages import Backend, PoolSpec, Token
 
 
 def entry(serial: int, backend: Backend | None = None) -> Entry:
-    process = Process(77, 123456)
+    process = Process(77, 123456, "a boot, a namespace")
     spec = PoolSpec("päge", 5, 60_000)
     return Entry(Token(3, serial), b"w\xff\0", process, 77, "", "app.py", spec, 5, 60.0, backend)
 

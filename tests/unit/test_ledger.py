@@ -14,7 +14,6 @@ from sharedpool.broker.backoff import Backoff
 from sharedpool.broker.books import Books
 from sharedpool.broker.commands import Command, Fence, Forget, Log, Look, Send, Survey, Watch
 from sharedpool.broker.demand import ANSWER_LIMIT_S
-from sharedpool.broker.leases import START_UP_LIMIT_S
 from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.broker.records import Lease as Slot
@@ -22,6 +21,7 @@ from sharedpool.broker.records import Pool, Session, SlotState
 from sharedpool.wire.messages import (
     NO_TOKEN,
     PROTOCOL_VERSION,
+    START_UP_LIMIT_S,
     Ack,
     Acquire,
     Backend,
@@ -1061,7 +1061,7 @@ def test_a_lease_from_before_a_restart_belongs_to_the_first_who_claims_it(broker
 
 def test_a_lease_that_was_being_connected_can_be_claimed(broker: Broker) -> None:
     report = LeaseReport(old(1), Phase.CONNECTING, 0)
-    broker.send(b"a", Hello(PROTOCOL_VERSION, 1, "", "a", PoolSpec("p", 2, 1000), [report], 1))
+    broker.send(b"a", Hello(PROTOCOL_VERSION, 1, "", "a", PoolSpec("p", 2, 1000), [report], old(1)))
     assert broker.ledger.report(broker.now)[0][0].granted == 1
     broker.send(b"a", Confirm(old(1), Backend(1)))
     assert broker.ledger.report(broker.now)[0][0].in_use == 1
@@ -1079,12 +1079,30 @@ def test_a_claimed_lease_that_was_given_back_cannot_be_claimed_again(broker: Bro
 
 def test_unknown_leases_of_this_epoch_are_revoked_not_admitted(broker: Broker) -> None:
     a = broker.worker("a")
-    a.held = {Token(EPOCH, 77): Phase.IN_USE, Token(EPOCH + 1, 1): Phase.IDLE}
+    a.held = {Token(EPOCH, 77): Phase.IN_USE, Token(EPOCH, 78): Phase.IDLE}
     a.hello()
     assert a.last(Welcome).revoked == list(a.held)
     a.beat()
     assert a.last(Ack).revoked == list(a.held)
     assert broker.ledger.leases == 0
+
+
+def test_a_former_brokers_leases_count_though_its_number_was_higher(broker: Broker) -> None:
+    """Its clock was ahead, and its files are lost. Numbers of different brokers say nothing of what came first."""
+    a = broker.worker("a", max_conn=3)
+    theirs = Token(EPOCH + 1, 9)
+    a.held, a.seen = {theirs: Phase.IN_USE}, theirs
+    a.hello()
+    assert a.last(Welcome).revoked == []
+    assert broker.ledger.leases == 1
+    request = a.ask(wait_s=5)
+    a.beat()  # its heartbeat was written before our WELCOME came: it knows of nothing that we have granted
+    assert isinstance(a.outcome(request), Token)
+    assert len(a.sent(Grant)) == 2  # sent again
+    assert broker.ledger.leases == 2
+    broker.send(a.id, Bye(theirs))
+    assert {fence.token for fence in broker.all(Fence)} == {theirs}
+    assert broker.ledger.leases == 1  # what was granted and never seen is free
 
 
 def test_leases_from_before_a_restart_are_admitted_by_hello_only(broker: Broker) -> None:

@@ -11,6 +11,7 @@ from sharedpool.broker.commands import Doubt, Entry, Erase, Fence, Look, Process
 from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
+    START_UP_LIMIT_S,
     Ack,
     Acquire,
     Backend,
@@ -34,6 +35,7 @@ from sharedpool.wire.messages import (
     Trouble,
     Welcome,
 )
+from sharedpool.wire.orders import Done, Order, OrderKind
 
 TAG = "sharedpool p [inst]"
 
@@ -494,18 +496,19 @@ def test_no_more_may_wait_than_the_pool_allows() -> None:
     assert [b.outcome(request) for request in waiting] == [None, None]
 
 
-def test_draining_refuses_recalls_what_is_idle_and_asks_for_the_rest() -> None:
+def test_draining_recalls_what_is_idle_asks_for_the_rest_and_refuses_who_does_not_wait() -> None:
     broker = Broker()
     a, b = broker.worker("a", max_conn=3), broker.worker("b")
     busy, idle = a.lend(), a.lend()
     a.held[idle] = Phase.IDLE
     a.beat()
     b.lend()
-    request = b.ask(wait_s=60)
+    waits = b.ask(wait_s=60)
     broker.take_in(broker.ledger.drain(broker.now))
-    denial = b.outcome(request)
+    denial = b.outcome(b.ask())
     assert isinstance(denial, Deny)
     assert denial.reason is DenyReason.DRAINING
+    also_waits = b.ask(wait_s=30)
     recalls = a.sent(Recall)
     assert sum(recall.take for recall in recalls) == 1
     assert recalls[-1].owed == 2
@@ -514,6 +517,14 @@ def test_draining_refuses_recalls_what_is_idle_and_asks_for_the_rest() -> None:
     a.release(busy, ReleaseReason.OWED)
     assert a.last(Recall).owed  # never relaxed while draining
     assert broker.ledger.leases == 1
+    assert (b.outcome(waits), b.outcome(also_waits)) == (None, None)  # a successor may come
+    for _ in range(31):
+        b.beat()
+        broker.pass_time(1.0)
+    late = b.outcome(also_waits)
+    assert isinstance(late, Deny)
+    assert late.reason is DenyReason.DRAINING
+    assert b.outcome(waits) is None
 
 
 def test_silence_while_the_broker_itself_did_not_run_does_not_count() -> None:
@@ -572,3 +583,84 @@ def test_of_a_hand_over_that_the_journal_does_not_know_the_heirs_claim_counts() 
     moved(a, after).hello()
     assert after.all(Fence) == []
     assert after.ledger.leases == 1
+
+
+# --- granted to who is silent
+
+
+def silent_with_a_grant(broker: Broker) -> tuple[Worker, Token]:
+    """A worker that nobody can watch was granted a slot, and has said nothing since; its TTL has passed."""
+    a = broker.worker("a", max_conn=1)
+    token = a.granted(a.ask())
+    broker.pass_time(TTL_S + 0.1)
+    assert broker.ledger.leases == 1
+    return a, token
+
+
+def test_a_slot_granted_to_who_is_silent_is_looked_for_once_no_connect_can_be_under_way() -> None:
+    broker = Broker()
+    a, token = silent_with_a_grant(broker)
+    b = broker.worker("b")
+    request = b.ask(wait_s=600)
+    for _ in range(int(START_UP_LIMIT_S) - 1):
+        broker.pass_time(1.0)
+        b.beat()
+    assert broker.all(Look) == []  # it may have begun to connect at the end of its TTL, and log in yet
+    broker.pass_time(2.0)
+    assert len(broker.all(Look)) == 1
+    assert b.outcome(request) is None
+    broker.show_nothing()
+    assert isinstance(b.outcome(request), Token)
+    a.held[token], a.seen = Phase.CONNECTING, token
+    a.hello()
+    assert a.last(Welcome).revoked == [token]
+
+
+def test_who_speaks_again_in_time_keeps_what_was_granted() -> None:
+    broker = Broker()
+    a, token = silent_with_a_grant(broker)
+    a.held[token], a.seen = Phase.CONNECTING, token
+    for _ in range(int(START_UP_LIMIT_S) + 5):
+        a.beat()
+        broker.pass_time(1.0)
+    assert broker.all(Look) == []
+    assert broker.ledger.leases == 1
+
+
+def test_without_a_control_connection_it_stays_counted_until_an_operator_says_otherwise() -> None:
+    broker = Broker(verifies=False)
+    _, token = silent_with_a_grant(broker)
+    for _ in range(10):
+        broker.pass_time(START_UP_LIMIT_S)
+    assert broker.ledger.leases == 1
+    order = Order(PROTOCOL_VERSION, OrderKind.KILL, "", 0, token)
+    done, _ = broker.ledger.order(order, broker.now)
+    assert done == Done([f"lease {token} of a[197] had no connection that is known of: its slot is free"])
+    assert broker.ledger.leases == 0
+
+
+def test_a_successor_looks_for_what_was_granted_to_who_never_says_hello() -> None:
+    before = Broker()
+    a = before.worker("a", max_conn=1)
+    a.granted(a.ask())
+    after = Broker(EPOCH + 1, remembers=True)
+    after.take_in(after.ledger.restore(journal_of(before), after.now))
+    b = after.worker("b")
+    request = b.ask(wait_s=600)
+    for _ in range(int(TTL_S + START_UP_LIMIT_S) + 1):
+        after.pass_time(1.0)
+        b.beat()
+    after.show_nothing()
+    assert isinstance(b.outcome(request), Token)
+
+
+def test_a_grant_tells_for_how_long_its_request_had_waited_also_when_it_is_sent_again() -> None:
+    broker = Broker()
+    a, b = broker.worker("a", max_conn=1), broker.worker("b")
+    token = a.lend()
+    request = b.ask(wait_s=600)
+    broker.pass_time(2.5)
+    a.release(token)
+    broker.pass_time(4.0)
+    b.beat()  # it says that the grant has not come
+    assert [(grant.request, grant.waited_ms) for grant in b.sent(Grant)] == [(request, 2500)] * 2
