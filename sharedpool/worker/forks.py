@@ -44,6 +44,7 @@ class Disownable(Protocol):
         """Go on, in the process that has forked."""
 
 
+_LOGS_LIMIT_S = 1.0  # to wait for a log handler that is slow
 _WIPE_ON_FORK = 18  # MADV_WIPEONFORK (Linux 4.14)
 
 
@@ -163,6 +164,8 @@ def _part_before_fork() -> None:
     if not any(holdings.busy for holdings in held):
         for holdings in held:
             holdings.part_before_fork()
+        if held:
+            logger.flush(_LOGS_LIMIT_S)
 
 
 def _go_on_after_fork() -> None:

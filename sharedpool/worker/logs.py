@@ -53,6 +53,7 @@ class Logs:
         self._queue: deque[_Record] = deque()
         self._left_out = 0
         self._draining = threading.Lock()
+        self._drainer: Any = None
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
@@ -108,6 +109,7 @@ class Logs:
                 pass  # the interpreter is about to end, or has no thread left: `flush`, or the next record, sees to it
 
     def _drain(self) -> None:
+        self._drainer = green.current_thread()
         while self._queue and self._draining.acquire(blocking=False):
             try:
                 self._emit()
@@ -136,7 +138,10 @@ class Logs:
             threading.excepthook(threading.ExceptHookArgs((kind, error, trace, threading.current_thread())))
 
     def flush(self, limit_s: float) -> None:
-        """Return once all is told that was queued; waits at most `limit_s` seconds for a handler that is at it."""
+        """Return once all is told that was queued, and its thread has ended.
+
+        Waits at most `limit_s` seconds for a handler that is at it.
+        """
         if self._pid != os.getpid() or self.is_kept:
             return
         deadline = time.monotonic() + limit_s
@@ -147,6 +152,9 @@ class Logs:
                 self._emit()
             finally:
                 self._draining.release()
+        drainer = self._drainer
+        if isinstance(drainer, threading.Thread) and drainer is not threading.current_thread():
+            drainer.join(max(0.0, deadline - time.monotonic()))
 
 
 logger = Logs("sharedpool.worker")

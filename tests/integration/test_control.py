@@ -11,6 +11,7 @@ from typing import Any
 import psycopg2
 import pytest
 from psycopg2.extensions import connection, make_dsn
+from refusing import RefusingServer
 from waiting import wait_until
 
 from sharedpool.broker.commands import Command, Fence
@@ -123,3 +124,15 @@ def test_one_that_may_not_be_ended_keeps_no_other_alive(
     assert "lost" not in caplog.text
     mighty.close()
     plain.close()
+
+
+@pytest.mark.parametrize(("encoding", "text"), [("utf-8", "слишком много клиентов"), ("latin-1", "für »app« verboten")])
+def test_a_refusal_passes_a_barrier_in_every_language(encoding: str, text: str) -> None:
+    with RefusingServer("start", "53300", text, "ВАЖНО" if encoding == "utf-8" else "FATAL", encoding) as server:
+        Control(server.dsn, None, "0badcafe", lambda _: None)._pass_barrier()
+        assert server.connects == 1
+
+
+def test_a_server_that_hangs_up_without_a_word_has_accepted_nobody() -> None:
+    with RefusingServer("hangs up") as server, pytest.raises(psycopg2.OperationalError):
+        Control(server.dsn, None, "0badcafe", lambda _: None)._pass_barrier()

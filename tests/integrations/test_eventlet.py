@@ -1,5 +1,6 @@
 """eventlet is not supported: who tries is told at once, and not left to wait for ever."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -7,7 +8,8 @@ import pytest
 
 from sharedpool.cli.postgres import EphemeralPostgres
 
-pytest.importorskip("eventlet", reason="eventlet is not installed")
+# Not imported here: from then on it warns of every fork.
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("eventlet") is None, reason="eventlet is not installed")
 
 _APPLICATION = """
 import eventlet

@@ -104,6 +104,7 @@ def test_a_flush_tells_what_is_left_and_does_not_wait_for_a_handler_that_hangs(l
     handler.may_go_on.set()
     logs.flush(30)
     assert handler.texts() == ["one", "two"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "sharedpool-logs"]
 
 
 def test_a_handler_that_hangs_does_not_fill_the_memory(logs: Logs, handler: Handler) -> None:
