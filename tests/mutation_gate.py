@@ -271,7 +271,7 @@ MUTANTS = (
     Mutant(
         "a shell keeps the codec of its former session",
         (("sharedpool/worker/renewal.py", "return shell.encoding == clean and ", "return "),),
-        ("tests/integration/test_shells.py", "-k", "one_just_opened"),
+        ("tests/integration/test_shells.py", "-k", "codec"),
     ),
     Mutant(
         "the object of a user's own class is used for another session",
@@ -281,7 +281,7 @@ MUTANTS = (
     Mutant(
         "a connection that was put back stays open to its user",
         (("sharedpool/worker/pool.py", "                    pooled.sharedpool_gate = SHUT\n", ""),),
-        ("tests/integration/test_shells.py", "-k", "put_back"),
+        ("tests/integration/test_shells.py", "-k", "short_way"),
     ),
     Mutant(
         "a worker with a wrong password holds everybody back",

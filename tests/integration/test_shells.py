@@ -288,6 +288,21 @@ def test_configure_finds_a_connection_just_opened(pair: MakePair) -> None:
     assert len(found) >= 5
 
 
+def test_a_codec_that_configure_sets_is_not_met_by_it(pair: MakePair) -> None:
+    found: list[str] = []
+
+    def configure(conn: extensions.connection) -> None:
+        found.append(conn.encoding)
+        conn.set_client_encoding("LATIN1")
+
+    a, b = pair(configure=configure)
+    for giver, taker in ((a, b), (b, a), (a, b)):
+        conn = moved(giver, taker, lambda conn: None)
+        assert (conn.encoding, ask(conn, "SELECT %s", "é")) == ("LATIN1", "é")
+        taker.put_conn(conn)
+    assert set(found) == {"UTF8"}
+
+
 def test_who_keeps_something_about_an_object_does_not_find_it_again(pair: MakePair) -> None:
     a, b = pair()
     caches: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
@@ -531,6 +546,17 @@ def test_a_connection_that_was_put_back_is_closed_to_its_user(pool: Pool) -> Non
     assert told == [told[0]] * 4
     assert pool.stats().idle == 1
     assert ask(pool.get_conn(), "SELECT 1") == 1
+
+
+def test_it_is_closed_by_the_short_way_too(pool: Pool) -> None:
+    for _ in range(50):  # all but the few that are timed go it
+        conn = pool.get_conn()
+        assert not conn.closed
+        cursor = conn.cursor()
+        pool.put_conn(conn)
+        for use in (conn.cursor, conn.commit, lambda cursor=cursor: cursor.execute("SELECT 1")):
+            with pytest.raises(psycopg2.InterfaceError, match="already closed"):
+                use()
 
 
 class PutsBack:
