@@ -28,6 +28,7 @@ _UCRED = struct.Struct("3i")  # pid, uid, gid
 _SO_PEERCRED: int = getattr(socket, "SO_PEERCRED", 0)
 # What a backend calls itself in its process title (PostgreSQL's ps_status.c): no proxy's child is taken for one.
 _TITLE = b"postgres: "
+_POSTMASTER = (b"postgres", b"postmaster")
 _PROC = Path("/proc")
 
 Address = tuple[str, int]
@@ -55,6 +56,22 @@ def _address(host: str, port: int) -> tuple[ipaddress.IPv4Address | ipaddress.IP
     ip = ipaddress.ip_address(host.partition("%")[0])
     mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
     return mapped or ip, port
+
+
+def is_to_postmaster(fd: int) -> bool:
+    """Say whether PostgreSQL itself listens at the other end of a unix socket; False for any other, and if unknown.
+
+    For a connect that was refused: there is no backend to ask who its client is.
+    """
+    sock = Borrowed(fileno=fd)
+    try:
+        if sock.family != socket.AF_UNIX or not _SO_PEERCRED:
+            return False
+        listener, _, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERCRED, _UCRED.size))
+        program = (_PROC / f"{listener}/cmdline").read_bytes().partition(b"\0")[0]
+    except OSError:
+        return False
+    return program.rpartition(b"/")[2] in _POSTMASTER
 
 
 def _is_child_of_listener(sock: Borrowed, pid: int) -> bool:

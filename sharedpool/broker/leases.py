@@ -16,6 +16,8 @@ from sharedpool.wire.messages import NO_TOKEN, START_UP_LIMIT_S, Backend, LeaseR
 # For so long a proxy may keep a connect in a queue of its own, before the server hears of it: as long as a worker waits
 # for it, as a rule. Afterwards what the server shows is all there is.
 QUEUE_LIMIT_S = 10.0
+# What a worker tells of times is told to others: a number beyond could not be sent.
+LONGEST_MS = 2**53
 
 
 class Logger(Protocol):
@@ -257,6 +259,7 @@ class Leases:
 
     def _update(self, lease: Lease, report: LeaseReport, now: float) -> None:
         lease.line = 0
+        since = now - max(0, min(report.age_ms, LONGEST_MS)) / 1000
         self.identify(lease, report.backend, now)
         if report.phase is Phase.CONNECTING:
             state = SlotState.OPEN if lease.backend else SlotState.GRANTED
@@ -269,10 +272,10 @@ class Leases:
         if lease.state is not state:
             self._books.move(lease, state, "reported")
             if state is SlotState.CLOSING:
-                lease.since = now - report.age_ms / 1000
+                lease.since = since
                 self._demand.expect(lease, now)
         if state is SlotState.OPEN:
-            self.note(lease, report.phase, now - report.age_ms / 1000, report.thread, report.stack)
+            self.note(lease, report.phase, since, report.thread, report.stack)
 
     def note(self, lease: Lease, phase: Phase, since: float, thread: str, stack: Sequence[str] = ()) -> None:
         """Note that an OPEN lease is idle or in use since then, and watch how long."""

@@ -189,6 +189,7 @@ class Pool:
     # Given and not passed on yet, the most recent at the end.
     parked: OrderedDict[Token, Lease] = field(default_factory=OrderedDict)
     shared_until: float = -math.inf
+    strangers: set[str] = field(default_factory=set)  # servers, not the pool's own, that processes connect to
     nudging: bool = False
     nudged: dict[bytes, int] = field(default_factory=dict)
     # Whether the broker may cancel what this pool's backends execute; None until it was tried. Not to be tried before.

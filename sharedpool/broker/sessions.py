@@ -13,12 +13,13 @@ from sharedpool.broker.backoff import Backoff
 from sharedpool.broker.books import Books
 from sharedpool.broker.commands import Command, Forget, Process, Send, Watch
 from sharedpool.broker.demand import Demand
-from sharedpool.broker.leases import Leases, Logger
+from sharedpool.broker.leases import LONGEST_MS, Leases, Logger
 from sharedpool.broker.records import Pool, Session, SlotState
 from sharedpool.broker.refusal import Refusals
 from sharedpool.wire.messages import NO_TOKEN, PROTOCOL_VERSION, Bye, Hello, PoolSpec, Reject, Token, Welcome
 from sharedpool.wire.tag import shown, tag_of
 
+_MOST_STRANGERS = 10  # servers of which the log tells that a pool's processes connect to them too
 _SHOWN = 255  # characters of what a worker calls itself and its host: they are in every report
 
 
@@ -110,7 +111,9 @@ class Sessions:
             return
         books = self._books
         pool = self.pool(hello.pool)
-        if hello.pool.server != pool.spec.server and session_id not in books.sessions:
+        strange = hello.pool.server != pool.spec.server and hello.pool.server not in pool.strangers
+        if strange and len(pool.strangers) < _MOST_STRANGERS:
+            pool.strangers.add(hello.pool.server)
             text = "pool %r: process %d connects to %s, the pool's first process to %s; give one of them another name="
             self._log(
                 logging.WARNING, text, pool.name, hello.pid, hello.pool.server, pool.spec.server,
@@ -120,7 +123,7 @@ class Sessions:
         if session is not None and session.ended:
             return  # late: its process is gone
         if session is None:
-            expiration_s = min(self._terms.expiration_s, hello.pool.expiration_ms / 1000)
+            expiration_s = min(self._terms.expiration_s, min(hello.pool.expiration_ms, LONGEST_MS) / 1000)
             host, title = hello.host[:_SHOWN], hello.title[:_SHOWN]
             session = Session(session_id, hello.pid, host, title, pool, expiration_s, now, process)
             books.sessions[session_id] = pool.sessions[session_id] = session

@@ -16,6 +16,7 @@ import psycopg2
 from psycopg2 import extensions
 
 from sharedpool import libpq
+from sharedpool.route import is_to_postmaster
 from sharedpool.worker import green
 from sharedpool.worker.connection import PooledConnection
 from sharedpool.worker.ending import see_off
@@ -68,6 +69,7 @@ class Diagnosis:
             return Failure(False, text, unreachable=True)
         # The server has refused, and leaves. libpq's own socket is open as long as `conn` lives; a duplicate might not
         # be had.
+        conn.sharedpool_direct = conn.sharedpool_direct or is_to_postmaster(fd)
         see_off(conn, fd)
         if not text or not conn.sharedpool_gone:  # one more connect might be one too many
             return Failure(conn.sharedpool_gone, text, closed=conn.sharedpool_closed)

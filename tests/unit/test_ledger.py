@@ -18,6 +18,7 @@ from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.broker.records import Lease as Slot
 from sharedpool.broker.records import Pool, Session, SlotState
+from sharedpool.wire.codec import encode
 from sharedpool.wire.messages import (
     NO_TOKEN,
     PROTOCOL_VERSION,
@@ -1243,3 +1244,34 @@ def cost_with(sessions: int) -> dict[str, int]:
 
 def test_the_work_for_a_request_does_not_grow_with_the_number_of_sessions() -> None:
     assert cost_with(10_000) == cost_with(10)
+
+
+def test_times_that_no_clock_shows_can_be_told_to_others(broker: Broker) -> None:
+    """They are any 64 bits on the wire, and go on as seconds and back."""
+    most = 2**64 - 1
+    a, b = broker.worker("a", max_conn=1, expiration_ms=most), broker.worker("b", expiration_ms=most)
+    token = a.lend()
+    a.ages[token] = most
+    a.beat()
+    request = b.ask()
+    a.answer()
+    denial = b.outcome(request)
+    assert isinstance(denial, Deny)
+    encode(denial)
+    for session in (a, b):
+        for welcome in session.sent(Welcome):
+            encode(welcome)
+    for report in [*broker.ledger.report(broker.now), broker.ledger.oldest(9, broker.now)]:
+        for each in report:
+            encode(each)  # type: ignore[arg-type]
+
+
+def test_a_pools_other_servers_are_each_told_of_once(broker: Broker) -> None:
+    """Whoever comes and goes must not fill the log."""
+    broker.worker("a")
+    for number in range(50):
+        worker = Worker(broker, f"b{number}", PoolSpec("p", 2, 1000, server=f"elsewhere{number % 2}"))
+        worker.hello()
+        broker.send(worker.id, Bye())
+    said = [each.text for each in broker.all(Log) if "the pool's first process" in each.text]
+    assert len(said) == 2
