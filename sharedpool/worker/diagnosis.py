@@ -69,7 +69,7 @@ class Diagnosis:
             return Failure(False, text, unreachable=True)
         # The server has refused, and leaves. libpq's own socket is open as long as `conn` lives; a duplicate might not
         # be had.
-        conn.sharedpool_direct = conn.sharedpool_direct or is_to_postmaster(fd)
+        conn.sharedpool_direct = conn.sharedpool_direct or is_to_postmaster(fd) or None
         see_off(conn, fd)
         if not text or not conn.sharedpool_gone:  # one more connect might be one too many
             return Failure(conn.sharedpool_gone, text, closed=conn.sharedpool_closed)
