@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import json
 import os
-import select
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import Any
 from sharedpool.broker.lock import is_held
 from sharedpool.broker.settings import BrokerSettings
 from sharedpool.errors import BrokerUnavailable, ConfigError, SharedPoolError
+from sharedpool.readable import readable
 from sharedpool.wire import address as addresses
 
 # How long a broker may take from its start to its first message, on a busy machine.
@@ -108,7 +108,7 @@ def _read_line(fd: int, deadline: float) -> str:
     data = b""
     while b"\n" not in data:
         left = deadline - time.monotonic()
-        if left <= 0 or not select.select([fd], [], [], left)[0]:
+        if left <= 0 or not readable([fd], left):
             return f"no word from it in {START_LIMIT_S:.0f} s"
         chunk = os.read(fd, 4096)
         if not chunk:

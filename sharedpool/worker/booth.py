@@ -6,21 +6,22 @@ checkin here, the link with a GRANT or a DENY) wake it by `ring`.
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 import threading
 
 from sharedpool.errors import ProtocolError
+from sharedpool.owned import Owned, identity, is_still, let_go
 from sharedpool.wire import descriptors
 from sharedpool.wire.codec import decode_from_desk, encode
 from sharedpool.wire.desk import Ask, Leave, Pass, Settled, Withdraw
 from sharedpool.wire.messages import Token
-from sharedpool.worker import green
+from sharedpool.worker.bell import Bell
 
 _PACKET_BYTES = 8192
-# A booth has three descriptors here and one at the broker; greenlets may wait by the thousand.
-_MOST_OF_GREENLETS = 32
+# In one session. A booth has two descriptors here and one at the broker, and threads may wait by the hundred, greenlets
+# by the thousand: more of them than this have no line, and wait at a gate, which has none.
+_MOST = 32
 
 
 class Gate:
@@ -55,12 +56,11 @@ class Booth:
         try:
             self._line.setblocking(False)
             self._line.connect(path)
-            self._bell, self._button = socket.socketpair()
+            self._known = (identity(self._line.fileno()),)
+            self._bell = Bell()
         except BaseException:
             self._line.close()
             raise
-        self._bell.setblocking(False)
-        self._button.setblocking(False)
         self._poller = select.poll()
         self._poller.register(self._line, select.POLLIN)
         self._poller.register(self._bell, select.POLLIN)
@@ -71,10 +71,7 @@ class Booth:
 
     def ring(self) -> None:
         """Wake who waits here. From any thread; too late is no harm."""
-        try:
-            self._button.send(b"\0")
-        except OSError:
-            pass  # full: awake already; closed: over
+        self._bell.ring()
 
     def ask(self, session: bytes, request: int, wait_ms: int, gone: list[Token]) -> bool:
         """Say that a thread waits here, and what was given back; return whether the broker will hear it."""
@@ -90,29 +87,31 @@ class Booth:
 
     def _say(self, packet: bytes) -> bool:
         try:
-            self._line.send(packet)
+            if is_still(self._line.fileno(), self._known):
+                self._line.send(packet)
+                return True
         except OSError:
-            return False
-        return True
+            pass
+        return False
 
-    def wait(self, timeout_s: float) -> tuple[Pass, int] | None:
+    def wait(self, timeout_s: float) -> tuple[Pass, Owned] | None:
         """Block until something comes, `ring` is called or `timeout_s` seconds are over.
 
-        Return what was passed, with the socket's descriptor, which is the caller's now.
+        Return what was passed, with its socket.
         """
         for fd, _ in self._poller.poll(max(0.0, min(timeout_s, 1000.0)) * 1000):
             if fd == self._bell.fileno():
-                self._bell.recv(4096)
+                self._bell.hush()
         return self.read()[0] if self.open else None
 
-    def read(self) -> tuple[tuple[Pass, int] | None, bool]:
+    def read(self) -> tuple[tuple[Pass, Owned] | None, bool]:
         """Read one packet, if there is one: what was passed, and whether the withdrawn request is settled."""
         try:
-            packet, fds, _ = descriptors.receive(self._line, _PACKET_BYTES)
+            packet, socks = descriptors.receive_sockets(self._line, _PACKET_BYTES)
         except BlockingIOError:
             return None, False
         except OSError:
-            packet, fds = b"", []
+            packet, socks = b"", []
         if not packet:
             self.open = False
             self._poller.unregister(self._line)
@@ -121,20 +120,20 @@ class Booth:
             message = decode_from_desk(packet)
             if isinstance(message, Settled):
                 return None, True
-            if len(fds) == 1:
-                return (message, fds.pop()), False
+            if len(socks) == 1:
+                return (message, socks.pop()), False
             return None, False
         except ProtocolError:
             return None, False  # not of our version: its HELLO was refused
         finally:
-            for fd in fds:
-                os.close(fd)
+            for sock in socks:
+                sock.close()
 
     def close(self) -> None:
         """Leave."""
         self.open = False
-        for each in (self._line, self._bell, self._button):
-            each.close()
+        let_go(self._line, self._known)
+        self._bell.close()
 
 
 class Booths:
@@ -158,7 +157,7 @@ class Booths:
             try:
                 booth = self._free.pop()
             except IndexError:
-                if len(self._all) >= _MOST_OF_GREENLETS and green.patched():
+                if len(self._all) >= _MOST:
                     return None
                 try:
                     booth = Booth(path)

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 
+from sharedpool.owned import Identity, Owned, identity, is_still, let_go
 from sharedpool.wire import descriptors
 from sharedpool.wire.codec import encode
 from sharedpool.wire.desk import Deposit
@@ -20,6 +21,7 @@ class Desk:
 
     def __init__(self) -> None:
         self._line: socket.socket | None = None
+        self._known: tuple[Identity, ...] = ()
 
     @property
     def line(self) -> socket.socket | None:
@@ -39,33 +41,32 @@ class Desk:
             logger.info("no desk at %s (%s): connections are closed by this process's own word", path, error)
             line.close()
         else:
+            self._known = (identity(line.fileno()),)
             self._line = line
 
     def deposit(self, session: bytes, token: Token, conn: PooledConnection) -> bool:
         """Hand in a duplicate of a connection's socket; return whether that was done. From any thread, not blocking."""
         line, witness = self._line, conn.sharedpool_witness
-        if line is None or witness < 0:
+        if line is None or witness < 0 or not is_still(line.fileno(), self._known):
             return False
         try:
-            fd = os.dup(witness)
-        except OSError:
-            return False
-        try:
-            # Another thread may have closed it meanwhile: the number may have been somebody else's already.
-            if conn.sharedpool_witness != witness:
-                return False
-            descriptors.send_with(line, encode(Deposit(session, token)), fd)
+            copy = Owned(fileno=os.dup(witness))
+            try:
+                # Another thread may have closed it meanwhile: the number may have been somebody else's already.
+                if not is_still(copy.fileno(), conn.sharedpool_known):
+                    return False
+                descriptors.send_with(line, encode(Deposit(session, token)), copy.fileno())
+            finally:
+                copy.close()
         except OSError as error:
             logger.debug("lease %s was not deposited: %s", token, error)
             return False
-        finally:
-            os.close(fd)
         return True
 
     def say(self, packet: bytes) -> bool:
         """Send what needs no socket; return whether that was done. From any thread, not blocking."""
         line = self._line
-        if line is None:
+        if line is None or not is_still(line.fileno(), self._known):
             return False
         try:
             line.send(packet)
@@ -77,4 +78,4 @@ class Desk:
         """Leave the desk; in a forked child: let go of the parent's line."""
         line, self._line = self._line, None
         if line is not None:
-            line.close()
+            let_go(line, self._known)

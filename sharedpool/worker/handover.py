@@ -25,9 +25,11 @@ import psycopg2
 from psycopg2 import extensions
 
 from sharedpool import libpq
+from sharedpool.owned import Owned, identity
 from sharedpool.wire.desk import Live
+from sharedpool.worker import ending
 from sharedpool.worker.connection import PooledConnection, is_alive, pooled_class, session_of
-from sharedpool.worker.ending import abandon, dead_end
+from sharedpool.worker.ending import abandon, expect, forsake, holds_own
 
 # An abstract address for the stub is libpq 14's.
 SUPPORTED = sys.platform == "linux" and extensions.libpq_version() >= 140000
@@ -69,7 +71,7 @@ def prepare(conn: PooledConnection, command: bytes) -> bytes | None:
     Return its parameters, for the receiver's shell, or None when it must be closed instead. Blocks for one round trip,
     at most a second.
     """
-    if conn.closed or conn.status != extensions.STATUS_READY:
+    if conn.closed or conn.status != extensions.STATUS_READY or not holds_own(conn):
         return None
     if not libpq.execute(conn, command, _RESET_LIMIT_S):
         return None
@@ -93,17 +95,21 @@ def parameters(conn: extensions.connection) -> dict[str, str]:
 
 
 def vacate(conn: PooledConnection) -> None:
-    """Take a connection's socket from under it: nothing it does reaches the session any more, its close included."""
-    os.dup2(dead_end(), conn.fileno(), inheritable=False)
+    """Make a connection an empty shell: nothing it does reaches its session any more, its close included."""
+    ending.vacate(conn)
     conn.sharedpool_adopted = None
     conn.sharedpool_native = False
 
 
-def adopt(shell: PooledConnection, fd: int, live: Live) -> PooledConnection:
-    """Put a session's socket into a shell; `fd` becomes its witness. The shell is a connection to the backend then."""
-    os.dup2(fd, shell.fileno(), inheritable=False)
-    shell.sharedpool_witness = fd
+def adopt(shell: PooledConnection, sock: Owned, live: Live) -> PooledConnection:
+    """Put a session's socket into a shell, which is a connection to the backend then; `sock` becomes its witness.
+
+    When this raises, the socket is the shell's or still `sock`'s: whoever drops both has closed it, once.
+    """
     shell.sharedpool_pid = os.getpid()
+    expect(shell, identity(sock.fileno()))
+    os.dup2(sock.fileno(), shell.fileno(), inheritable=False)
+    shell.sharedpool_witness = sock.detach()
     shell.sharedpool_adopted, shell.sharedpool_parameters = live.backend, live.parameters
     shell.sharedpool_native = shell.sharedpool_gone = shell.sharedpool_erred = False
     if shell.notices:
@@ -159,7 +165,9 @@ class Shells:
             while stock := self._stock.get(parameters):
                 shell = stock.pop()
                 self._kept -= 1
-                if not shell.closed:
+                if not holds_own(shell):
+                    forsake(shell)
+                elif not shell.closed:
                     return shell
         return self._build(_decode(parameters))
 

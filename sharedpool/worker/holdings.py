@@ -20,6 +20,7 @@ import psycopg2
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
 from sharedpool.errors import SharedPoolError
+from sharedpool.owned import Owned, let_go
 from sharedpool.wire.codec import encode
 from sharedpool.wire.desk import Give, Live, Pass
 from sharedpool.wire.messages import Backend, Interrupt, ReleaseReason, Token
@@ -86,7 +87,7 @@ class Holdings:
         self._tested, self._trials = False, _TRIALS  # whether it was found to work here
         self.tag = f"sharedpool {config.name}"  # until the broker has said its own
         self._reclaiming = threading.RLock()  # held across I/O; a user's reset() may come back to it
-        self._dead_end = dead_end()
+        dead_end()
         self._address = address
         self._start_broker = start_broker
 
@@ -235,18 +236,19 @@ class Holdings:
         else:
             see_off(conn, witness)
             self.give_back(lease, closing.reason, gone=conn.sharedpool_gone)
-        os.close(witness)
+        if witness is not None:
+            let_go(witness, conn.sharedpool_known)
 
-    def receive(self, passed: Pass, fd: int) -> Ticket | None:
+    def receive(self, passed: Pass, sock: Owned) -> Ticket | None:
         """Take in a connection that was passed on: for the thread that asked, another that waits, or to lie idle.
 
         Return the ticket of the thread, to be woken.
         """
         live = passed.live
         try:
-            conn = adopt(self.shells.take(live.parameters, len(self.cache.leases) + 1), fd, live)
+            conn = adopt(self.shells.take(live.parameters, len(self.cache.leases) + 1), sock, live)
         except BaseException as error:
-            os.close(fd)
+            sock.close()  # unless the shell has it
             self._refuse(passed)
             if not isinstance(error, psycopg2.Error | OSError):
                 raise
@@ -420,7 +422,7 @@ class Holdings:
         for lease in list(self.cache.leases.values()):
             conn = lease.conn or (lease.ref() if lease.ref else None)
             if conn is not None:
-                disown(cast(PooledConnection, conn), self._dead_end)
+                disown(cast(PooledConnection, conn))
         self.desk.close()
         self.booths.close()
         if self.link is not None:
