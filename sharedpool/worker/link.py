@@ -25,6 +25,7 @@ from sharedpool.errors import ProtocolError, SharedPoolError
 from sharedpool.wire.codec import decode_to_worker, encode
 from sharedpool.wire.messages import Bye, Hello, Reject, ToBroker, ToWorker, Welcome
 from sharedpool.worker import green
+from sharedpool.worker.bell import Bell
 
 if TYPE_CHECKING:
     from sharedpool.worker.booth import Booth, Booths
@@ -91,9 +92,7 @@ class Link:
         self._beat_s = self._rest_s = 1.0
         # Kept for life: the broker knows the session, and what it holds, by it.
         self.identity = b"w" + os.urandom(15)
-        self._wake_in, self._wake_out = socket.socketpair()
-        self._wake_in.setblocking(False)
-        self._wake_out.setblocking(False)
+        self._bell = Bell()
         self._claim = threading.Lock()
         self.running = False
         self._over = False
@@ -111,10 +110,7 @@ class Link:
 
     def wake(self) -> None:
         """Have the outbox sent. Takes no lock: safe in a finalizer."""
-        try:
-            self._wake_out.send(b"\0")
-        except OSError:
-            pass  # full: it is awake already; closed: it is over
+        self._bell.ring()
 
     def close(self) -> None:
         """Let the thread end, saying BYE, as soon as the pool holds nothing; waits for it at most a second."""
@@ -125,8 +121,7 @@ class Link:
 
     def disown(self) -> None:
         """In a forked child: let go of the parent's line. Its thread does not exist here, unless it is a greenlet."""
-        self._wake_in.close()
-        self._wake_out.close()
+        self._bell.close()
         if self._thread is not None and not isinstance(self._thread, threading.Thread):
             self._thread.kill(block=False)  # before it can touch the parent's ZeroMQ socket
 
@@ -157,8 +152,7 @@ class Link:
             self.established = False
             self._endpoint.ended()
             context.term()
-            self._wake_in.close()
-            self._wake_out.close()
+            self._bell.close()
 
     def _fail(self, error: Exception) -> None:
         """Tell those who wait, and try again a little later."""
@@ -188,7 +182,7 @@ class Link:
     def _serve(self, dealer: zmq.Socket[bytes]) -> None:
         poller = self._zmq.Poller()
         poller.register(dealer, zmq.POLLIN)
-        poller.register(self._wake_in, zmq.POLLIN)
+        poller.register(self._bell, zmq.POLLIN)
         started = time.monotonic()
         hello_at = beat_at = started
         pause_s = self._beat_s
@@ -225,8 +219,8 @@ class Link:
                 self.trouble = "it has ended"
                 self._pause(random.uniform(0.0, _JITTER_S))  # not all at once
                 return
-            if self._wake_in.fileno() in ready:
-                self._drain_wake()
+            if self._bell.fileno() in ready:
+                self._bell.hush()
             if dealer in ready:
                 was = self.established
                 self._receive(dealer)
@@ -280,20 +274,13 @@ class Link:
                 return  # the broker does not read: RENEW will tell it all
             self._outbox.popleft()
 
-    def _drain_wake(self) -> None:
-        try:
-            while self._wake_in.recv(4096):
-                pass
-        except BlockingIOError:
-            pass
-
     def _pause(self, seconds: float) -> None:
         poller = self._zmq.Poller()
-        poller.register(self._wake_in, zmq.POLLIN)
+        poller.register(self._bell, zmq.POLLIN)
         deadline = time.monotonic() + seconds
         while not self._is_over() and time.monotonic() < deadline:
             if poller.poll(_ms_until(deadline)):
-                self._drain_wake()
+                self._bell.hush()
 
 
 def _ms_until(when: float) -> int:
