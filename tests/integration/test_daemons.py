@@ -12,7 +12,7 @@ from sharedpool.cli.postgres import EphemeralPostgres
 # DAEMONIZE closes all descriptors, in whatever process; `Foreign` takes the numbers that have become free.
 SCRIPT = """
 import ctypes, gc, os, socket, sys
-import psycopg2, sharedpool
+import psycopg2, sharedpool, sharedpool.worker.handover
 
 class Foreign:
     '''Sockets of the application, under the numbers that the pool had: nothing may come in, nothing may end.'''
@@ -52,33 +52,45 @@ def raises(call, *arguments):
     raise AssertionError(f"{call} raised nothing")
 
 def use(pool):
-    conns = [pool.get_conn(timeout=20) for _ in range(2)]
-    for conn in conns:
-        with conn.cursor() as cursor:
-            cursor.execute("SELECT pg_backend_pid()")
-            assert cursor.fetchone()[0] == conn.info.backend_pid
-        pool.put_conn(conn)
+    conn = pool.get_conn(timeout=20)
+    with conn.cursor() as cursor:
+        cursor.execute("SELECT pg_backend_pid()")
+        assert cursor.fetchone()[0] == conn.info.backend_pid
+    pool.put_conn(conn)
 
 dsn, address = sys.argv[1:]
 pool = sharedpool.config_pool(
-    max_conn=8, dsn=dsn, broker=address, name="daemon", pool_manager=sharedpool.ThreadedConnectionPool
+    max_conn=3, dsn=dsn, broker=address, name="daemon", pool_manager=sharedpool.ThreadedConnectionPool
 )
-block = None
+block, free = None, 3
 BEFORE
 DAEMONIZE
 foreign = Foreign()
 AFTER
 use(pool)
 foreign.check()
-use(pool)
-pool.put_conn(pool.get_conn(timeout=20), close=True)
-gc.collect()
+# Another session, as another daemon would have it: connections move between the two.
+other = type(pool)(pool.config, address, None)
+held = [pool.get_conn(timeout=20) for _ in range(free)]
+for _ in range(5):
+    pool.put_conn(held.pop(0))
+    held.append(other.get_conn(timeout=20))
+    other.put_conn(held.pop())
+    held.append(pool.get_conn(timeout=20))
+foreign.check()
+for conn in held:
+    pool.put_conn(conn, close=True)
+assert pool.stats().adopted or not sharedpool.worker.handover.SUPPORTED
+other.release_all()
 pool.release_all()
+for each in (pool, other):
+    each._holdings.shells._trim(0)  # as time would: what is left of connections that have moved is closed
+gc.collect()
 foreign.check()
 print("done", flush=True)
 """
 
-USED = "use(pool); inherited = pool.get_conn(timeout=20); inherited.cursor().execute('SELECT 1')"
+USED = "use(pool); free = 2; inherited = pool.get_conn(timeout=20); inherited.cursor().execute('SELECT 1')"
 CASES = {
     "configured, closed": ("", "close_all()", ""),
     "configured, two forks": ("", "fork(); os.setsid(); fork(); close_all()", ""),
@@ -89,18 +101,21 @@ CASES = {
     "an inherited connection is put": (USED, "blind_fork(); close_all()", "raises(pool.put_conn, inherited)"),
     "an inherited connection is dropped": (USED, "fork(); close_all()", "del inherited; gc.collect()"),
     "within a block": (
-        USED + "; block = pool.connection(timeout=20); block.__enter__().cursor().execute('SELECT 1')",
+        USED + "; free = 1; block = pool.connection(timeout=20); block.__enter__().cursor().execute('SELECT 1')",
         "fork(); close_all()",
         "raises(block.__exit__, None, None, None)",
     ),
     "within a block that fails": (
-        USED + "; block = pool.connection(timeout=20); block.__enter__().cursor().execute('SELECT 1')",
+        USED + "; free = 1; block = pool.connection(timeout=20); block.__enter__().cursor().execute('SELECT 1')",
         "fork(); close_all()",
         "assert not block.__exit__(KeyError, KeyError(), None)",
     ),
-    "disposed of before": (USED + "; pool.put_conn(inherited); pool.release_all()", "close_all()", "pool = sharedpool"
-        ".config_pool(max_conn=8, dsn=dsn, broker=address, pool_manager=sharedpool.ThreadedConnectionPool)"),
-}  # fmt: skip
+    "disposed of before": (
+        USED + "; pool.put_conn(inherited); pool.release_all(); free = 3",
+        "close_all()",
+        "pool = type(pool)(pool.config, address, None)",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
