@@ -15,6 +15,7 @@ from typing import cast
 import psycopg2
 
 from sharedpool.errors import PoolClosed, PoolError
+from sharedpool.spare import FOR_A_CONNECTION, make_sure_of
 from sharedpool.wire.messages import Phase, ReleaseReason
 from sharedpool.worker import callsite, wording
 from sharedpool.worker.booth import Booth, Gate
@@ -220,6 +221,7 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
     made: list[PooledConnection] = []
     began = time.monotonic()
     try:
+        make_sure_of(FOR_A_CONNECTION, f"pool {config.name!r}: a connection")
         conn = connect(config.conninfo, holdings.tag, timeout_s, made)
         conn.sharedpool_holdings = holdings
         holdings.deposit(lease, conn)

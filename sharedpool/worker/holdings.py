@@ -6,6 +6,7 @@ I/O or a user's callback.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -21,6 +22,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
 from sharedpool.errors import SharedPoolError
 from sharedpool.owned import Owned, let_go
+from sharedpool.spare import FOR_A_CONTEXT, make_sure_of
 from sharedpool.wire.codec import encode
 from sharedpool.wire.desk import Give, Live, Pass
 from sharedpool.wire.messages import Backend, Interrupt, ReleaseReason, Token
@@ -87,7 +89,8 @@ class Holdings:
         self._tested, self._trials = False, _TRIALS  # whether it was found to work here
         self.tag = f"sharedpool {config.name}"  # until the broker has said its own
         self._reclaiming = threading.RLock()  # held across I/O; a user's reset() may come back to it
-        dead_end()
+        with contextlib.suppress(OSError):  # it is made when it is needed, then
+            dead_end()
         self._address = address
         self._start_broker = start_broker
 
@@ -407,6 +410,7 @@ class Holdings:
     def ensure_link(self) -> Link:
         """Return the link, started. The lock is held; starting a thread is all this does."""
         if self.link is None:
+            make_sure_of(FOR_A_CONTEXT + 2, f"pool {self.config.name!r}: the line to the broker")
             start, address = self._start_broker, self._address
             session = Session(self)
             self.link = Link(session, address, self.cache.out, None if start is None else lambda: start(address))

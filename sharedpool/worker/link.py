@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import zmq
 
 from sharedpool.errors import ProtocolError, SharedPoolError
+from sharedpool.spare import FOR_A_CONTEXT, FOR_A_SOCKET, make_sure_of
 from sharedpool.wire.codec import decode_to_worker, encode
 from sharedpool.wire.messages import Bye, Hello, Reject, ToBroker, ToWorker, Welcome
 from sharedpool.worker import green
@@ -162,6 +163,7 @@ class Link:
 
     def _session(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         """Be registered once: from HELLO until the broker falls silent or the pool is over."""
+        make_sure_of(FOR_A_SOCKET if self.epoch else FOR_A_CONTEXT, "the line to the broker")
         if self._start_broker is not None:
             self._start_broker()
         dealer = context.socket(zmq.DEALER)
