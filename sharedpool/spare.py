@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import _socket
 import errno
-import os
 import resource
 
 from sharedpool.errors import SharedPoolError
@@ -21,10 +21,10 @@ def make_sure_of(count: int, who: str) -> None:
 
     Raise `SharedPoolError`, which says what to do.
     """
-    taken: list[int] = []
+    taken: list[_socket.socket] = []
     try:
         while len(taken) < count:
-            taken += os.pipe()
+            taken += _socket.socketpair()
     except OSError as error:
         if error.errno not in (errno.EMFILE, errno.ENFILE):
             raise
@@ -36,4 +36,4 @@ def make_sure_of(count: int, who: str) -> None:
         ) from error
     finally:
         for each in taken:
-            os.close(each)
+            each.close()

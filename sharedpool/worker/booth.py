@@ -9,6 +9,7 @@ from __future__ import annotations
 import select
 import socket
 import threading
+import weakref
 
 from sharedpool.errors import ProtocolError
 from sharedpool.owned import Owned, identity, is_still, let_go
@@ -17,6 +18,7 @@ from sharedpool.wire.codec import decode_from_desk, encode
 from sharedpool.wire.desk import Ask, Leave, Pass, Settled, Withdraw
 from sharedpool.wire.messages import Token
 from sharedpool.worker.bell import Bell
+from sharedpool.worker.lease import Ticket
 
 _PACKET_BYTES = 8192
 # In one session. A booth has two descriptors here and one at the broker, and threads may wait by the hundred, greenlets
@@ -52,6 +54,8 @@ class Booth:
     def __init__(self, path: str) -> None:
         self.path = path
         self.open = True
+        self.request = 0  # the last that was made here
+        self.owner: weakref.ref[object] | None = None  # as its ticket's; None while it is free
         self._line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._line.setblocking(False)
@@ -75,6 +79,7 @@ class Booth:
 
     def ask(self, session: bytes, request: int, wait_ms: int, gone: list[Token]) -> bool:
         """Say that a thread waits here, and what was given back; return whether the broker will hear it."""
+        self.request = request
         return self._say(encode(Ask(session, request, wait_ms, gone)))
 
     def withdraw(self, session: bytes, request: int) -> bool:
@@ -145,12 +150,13 @@ class Booths:
         self._all: set[Booth] = set()
         self._needed = 0  # at a time, since the last `trim`
         self.unsettled: dict[int, Booth] = {}
+        self._suspected: set[Booth] = set()
 
     def __len__(self) -> int:
         return len(self._all)
 
-    def take(self) -> Booth | None:
-        """Return a booth, or None where there are none."""
+    def take(self, ticket: Ticket) -> Booth | None:
+        """Return a booth for a ticket's thread, or None where there are none."""
         path = self.path
         self._needed = max(self._needed, len(self._all) - len(self._free) + 1)
         while path:
@@ -163,8 +169,10 @@ class Booths:
                     booth = Booth(path)
                 except OSError:
                     return None
+                booth.owner = ticket.owner
                 self._all.add(booth)
                 return booth
+            booth.owner = ticket.owner
             if booth.open and booth.path == path:
                 return booth
             self.discard(booth)
@@ -172,10 +180,22 @@ class Booths:
 
     def put(self, booth: Booth) -> None:
         """Give a booth back where nothing more will come."""
+        booth.owner, booth.request = None, 0
         if booth.open:
             self._free.append(booth)
         else:
             self.discard(booth)
+
+    def strays(self) -> list[Booth]:
+        """Return booths that nobody is in and that were not given back: their threads were interrupted.
+
+        Each must look so at two calls: a thread may be taking or leaving it.
+        """
+        out = self._all - set(self._free) - set(self.unsettled.values())
+        missing = {booth for booth in out if booth.owner is None or booth.owner() is None}
+        found = missing & self._suspected
+        self._suspected = missing - found
+        return list(found)
 
     def trim(self) -> None:
         """Close free booths that were not needed since the last call: what a crowd has taken is not kept for ever."""

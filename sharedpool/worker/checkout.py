@@ -46,12 +46,17 @@ CONNECT_LIMIT_S = 5.0
 _GRACE_S = 0.06
 
 
+class Call:
+    """One checkout under way: what it has taken and not given back when it is over is found (`Session.beat`)."""
+
+
 def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float) -> PooledConnection:
     """Return a connection that is ready for its user: in the idle `lease`'s slot, or in one that is waited for.
 
     Raise what `Pool.get_conn` raises.
     """
-    ticket = Ticket(_nobody, now)
+    call = Call()
+    ticket = Ticket(_nobody, now, call)
     try:
         if not isinstance(wait_s, int | float) or not wait_s >= 0:
             raise ValueError(f"timeout: must be 0 or more seconds, not {wait_s!r}")
@@ -100,7 +105,7 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
 def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) -> Lease:
     """Return a lease: an idle one after all, one handed on by another thread, or one the broker grants."""
     holdings.reclaim(min(wait_s, 1000.0) if wait_s else ANSWER_LIMIT_S)
-    place = holdings.booths.take() or Gate()
+    place = holdings.booths.take(ticket) or Gate()
     asked: Booth | None = None  # where the request was last made, if it was at the desk
     try:
         ticket.wake = place.ring
@@ -157,7 +162,7 @@ def _go_to_desk(
 
     Return where to wait, and whether it was said there.
     """
-    booth = place if isinstance(place, Booth) and place.open else holdings.booths.take()
+    booth = place if isinstance(place, Booth) and place.open else holdings.booths.take(ticket)
     if booth is not None and booth is not place and isinstance(place, Booth):
         holdings.booths.discard(place)
     with holdings.lock:
