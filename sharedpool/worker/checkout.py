@@ -295,7 +295,8 @@ def _abandon(holdings: Holdings, ticket: Ticket, lease: Lease | None) -> None:
         # Open, but never handed out: back it goes.
         conn = cast(PooledConnection, lease.conn)
         conn.sharedpool_lease = None
-        holdings.take_back(lease, conn, None)
+        # One that was interrupted before all was noted of it is not to be used.
+        holdings.take_back(lease, conn, None if conn.sharedpool_session else ReleaseReason.CLOSED)
     holdings.rest()
 
 

@@ -30,6 +30,7 @@ from sharedpool.worker.ending import (
     disown,
     forsake,
     holds_own,
+    register_witness,
     see_off,
 )
 
@@ -272,6 +273,7 @@ def bear_witness(conn: PooledConnection) -> PooledConnection:
         conn.sharedpool_pid = os.getpid()
         conn.sharedpool_known = (identity(conn.fileno()),)
         conn.sharedpool_witness = os.dup(conn.fileno())
+        register_witness(conn)
     return conn
 
 

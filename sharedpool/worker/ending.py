@@ -10,6 +10,7 @@ import os
 import select
 import socket
 import time
+import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,27 @@ def take_witness(conn: PooledConnection) -> Owned | None:
         return Owned(fileno=conn.__dict__.pop("sharedpool_witness"))  # one line: it always has an owner
     except KeyError:
         return None
+
+
+# By number: whose witness it is. A connection's finalizer may be interrupted, and is not called again.
+_witnesses: dict[int, tuple[weakref.ref[PooledConnection], tuple[Identity, ...]]] = {}
+_ownerless: set[int] = set()
+
+
+def register_witness(conn: PooledConnection) -> None:
+    """Have a connection's witness closed some time after its end, should nobody have done that."""
+    _witnesses[conn.sharedpool_witness] = weakref.ref(conn), conn.sharedpool_known[-1:]
+
+
+def close_ownerless() -> None:
+    """Close the witnesses of connections that are no more; they must be so at two calls. For the heartbeat."""
+    dead = {number for number, (whose, _) in list(_witnesses.items()) if whose() is None}
+    for number in dead & _ownerless:
+        entry = _witnesses.pop(number, None)
+        if entry is not None and entry[0]() is None and is_still(number, entry[1]):
+            os.close(number)
+    _ownerless.clear()
+    _ownerless.update(dead)
 
 
 def _see_off(conns: Iterable[tuple[PooledConnection, Owned | int | None]], limit_s: float) -> None:

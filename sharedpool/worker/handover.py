@@ -29,7 +29,7 @@ from sharedpool.owned import Owned, identity
 from sharedpool.wire.desk import Live
 from sharedpool.worker import ending
 from sharedpool.worker.connection import PooledConnection, is_alive, pooled_class, session_of
-from sharedpool.worker.ending import abandon, expect, forsake, holds_own
+from sharedpool.worker.ending import abandon, expect, forsake, holds_own, register_witness
 
 # An abstract address for the stub is libpq 14's.
 SUPPORTED = sys.platform == "linux" and extensions.libpq_version() >= 140000
@@ -110,6 +110,7 @@ def adopt(shell: PooledConnection, sock: Owned, live: Live) -> PooledConnection:
     expect(shell, identity(sock.fileno()))
     os.dup2(sock.fileno(), shell.fileno(), inheritable=False)
     shell.sharedpool_witness = sock.detach()
+    register_witness(shell)
     shell.sharedpool_adopted, shell.sharedpool_parameters = live.backend, live.parameters
     shell.sharedpool_native = shell.sharedpool_gone = shell.sharedpool_erred = False
     if shell.notices:

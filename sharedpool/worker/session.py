@@ -36,7 +36,7 @@ from sharedpool.wire.place import place
 from sharedpool.worker import forks, green
 from sharedpool.worker.booth import Booth, Booths
 from sharedpool.worker.connection import PooledConnection
-from sharedpool.worker.ending import close_confirmed, cut
+from sharedpool.worker.ending import close_confirmed, close_ownerless, cut
 from sharedpool.worker.frames import leases_in_hand
 from sharedpool.worker.lease import Closing, Ticket
 from sharedpool.worker.leases import lost, unfinished
@@ -85,6 +85,7 @@ class Session:
         self._holdings.reclaim(0, thorough=False)
         self._holdings.purge()
         self._find_abandoned()
+        close_ownerless()
         self._holdings.booths.trim()
         self._holdings.shells.trim(len(self._holdings.cache.leases))
         now = time.monotonic()

@@ -11,21 +11,16 @@ import linecache
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
 import pytest
-from psycopg2 import extensions
 from waiting import wait_until
 
 import sharedpool
-from sharedpool import ThreadedConnectionPool
-from sharedpool.cli.asking import fetch_report
-from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.owned import Identity, identity
-from sharedpool.worker.handover import SUPPORTED
 from sharedpool.worker.pool import Pool
 
 pytestmark = pytest.mark.filterwarnings(
@@ -45,15 +40,17 @@ class Interrupt(BaseException):
 class Interrupted:
     """A call of ours in which an exception is raised before the nth line; `place` is where, "" if it came through."""
 
-    def __init__(self, line: int, call: Callable[[], object]) -> None:
+    def __init__(self, line: int, call: Callable[[], object], *, again: int = 0) -> None:
+        """`again`: raise another so many lines later, in the clean-up of the first."""
         self.place = ""
-        self._left = line
+        self._left, self._again = line, again
         sys.settrace(self._trace)
         try:
             call()
         except Interrupt:
             pass
         finally:
+            sys.setprofile(None)
             sys.settrace(None)
 
     def _trace(self, frame: FrameType, event: str, _: object) -> Any:
@@ -61,10 +58,22 @@ class Interrupted:
             return None
         if event == "line" and not _leaves_with(frame):
             self._left -= 1
-            if self._left < 0 and not self.place:
-                self.place = f"{os.path.relpath(frame.f_code.co_filename, _PACKAGE)}:{frame.f_lineno}"
+            if self._left < 0:
+                place = f"{os.path.relpath(frame.f_code.co_filename, _PACKAGE)}:{frame.f_lineno}"
+                self.place += f" and {place}" if self.place else place
+                self._left, self._again = self._again or sys.maxsize, 0
+                sys.setprofile(self._resume)
                 raise Interrupt
         return self._trace
+
+    def _resume(self, frame: FrameType | None, event: str, _: object) -> None:
+        """Trace on: the interpreter stops when a trace function raises."""
+        sys.setprofile(None)
+        while frame is not None:
+            if frame.f_code.co_filename.startswith(_PACKAGE):
+                frame.f_trace = self._trace
+            frame = frame.f_back
+        sys.settrace(self._trace)
 
 
 @functools.cache
