@@ -6,7 +6,6 @@ import base64
 import fcntl
 import json
 import os
-import select
 import shutil
 import signal
 import time
@@ -14,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from sharedpool.readable import readable
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 _LIMIT_S = 30.0
@@ -85,7 +86,7 @@ class Browser:
     def _receive(self) -> dict[str, Any]:
         deadline = time.monotonic() + _LIMIT_S
         while b"\0" not in self._read:
-            if not select.select([self._out], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not readable([self._out], deadline - time.monotonic()):
                 raise AssertionError(f"the browser said nothing for {_LIMIT_S:g} s")
             chunk = os.read(self._out, 1 << 16)
             if not chunk:

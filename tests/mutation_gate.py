@@ -152,7 +152,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/worker/holdings.py",
-                "disown(cast(PooledConnection, conn), self._dead_end)",
+                "disown(cast(PooledConnection, conn))",
                 "super(PooledConnection, cast(PooledConnection, conn)).close()",
             ),
         ),

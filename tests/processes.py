@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from types import TracebackType
 from typing import Any
 
 import psycopg2
+
+from sharedpool.readable import readable
 
 _WORKER = Path(__file__).with_name("worker.py")
 
@@ -51,7 +52,7 @@ class Worker:
     def has_answered(self) -> bool:
         """Say whether `answer` need not wait."""
         assert self._process.stdout is not None
-        return "\n" in self._read or bool(select.select([self._process.stdout], [], [], 0)[0])
+        return "\n" in self._read or bool(readable([self._process.stdout.fileno()], 0))
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         self.send(do, **arguments)
@@ -61,7 +62,7 @@ class Worker:
         assert self._process.stdout is not None
         deadline = time.monotonic() + timeout_s
         while "\n" not in self._read:
-            if not select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not readable([self._process.stdout], deadline - time.monotonic()):
                 raise AssertionError(f"worker {self.pid} said nothing for {timeout_s} s")
             chunk = os.read(self._process.stdout.fileno(), 65536)
             if not chunk:

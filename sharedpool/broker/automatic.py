@@ -10,7 +10,6 @@ import errno
 import fcntl
 import json
 import os
-import select
 import subprocess
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from sharedpool.broker import interpreter
 from sharedpool.broker.lock import is_held
 from sharedpool.broker.settings import BrokerSettings
 from sharedpool.errors import BrokerUnavailable, ConfigError, SharedPoolError
+from sharedpool.readable import readable
 from sharedpool.wire import address as addresses
 
 # How long a broker may take from its start to its first message, on a busy machine.
@@ -158,13 +158,11 @@ class _Lines:
 
         `ended` tells that nobody writes any more, which a pipe does not show while a child forked meanwhile has it too.
         """
-        poll = select.poll()
-        poll.register(self._fd, select.POLLIN)
         while b"\n" not in self._read:
             if time.monotonic() >= self._deadline:
                 raise TimeoutError(f"no word from it in {START_LIMIT_S:.0f} s")
             over = ended()  # asked first: what it wrote before its end is there by now
-            if not poll.poll(100):
+            if not readable([self._fd], 0.1):
                 if over:
                     return None
                 continue

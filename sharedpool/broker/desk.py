@@ -18,6 +18,7 @@ import select
 import socket
 import stat
 import struct
+import time
 from pathlib import Path
 from typing import Protocol
 
@@ -37,6 +38,7 @@ _BACKLOG = 4096
 _PACKET_BYTES = 4096
 # Looked for what comes meanwhile so often before timers and process ends get their turn.
 _ROUNDS = 8
+_TELL_EVERY_S = 10.0  # of those who are turned away
 _UCRED = struct.Struct("3i")  # pid, uid, gid
 
 
@@ -96,6 +98,7 @@ class Desk:
         self._listener = self._listen()
         self._ours = path.stat()
         self._spare = os.open(os.devnull, os.O_RDONLY)  # for the moment when there are no descriptors left
+        self._told_at = float("-inf")
         self._lines_epoll, self._custody_epoll = select.epoll(), select.epoll()
         self._lines_epoll.register(self._listener, select.EPOLLIN)
 
@@ -165,7 +168,8 @@ class Desk:
                 return
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
-                    self._turn_away(error)
+                    if not self._turn_away(error):
+                        return
                 elif error.errno != errno.ECONNABORTED:
                     logger.warning("the desk cannot take in a worker: %s", error)
                     return
@@ -181,17 +185,25 @@ class Desk:
             self._numbers[line.fileno()] = self._newest
             self._lines_epoll.register(line, select.EPOLLIN)
 
-    def _turn_away(self, error: OSError) -> None:
-        """Close a line for which there is no descriptor, else it would be offered again and again."""
-        logger.warning("the desk turns a worker away: %s", error)
-        os.close(self._spare)
+    def _turn_away(self, error: OSError) -> bool:
+        """Close a line for which there is no descriptor, else it would be offered again and again.
+
+        Return False when libzmq's thread has taken even the one that was kept for that.
+        """
+        now = time.monotonic()
+        if now - self._told_at >= _TELL_EVERY_S:
+            self._told_at = now
+            logger.warning("the desk turns workers away: %s: raise the limit (`ulimit -n`, LimitNOFILE=)", error)
+        if self._spare >= 0:
+            os.close(self._spare)
+            self._spare = -1
         try:
             line, _ = self._listener.accept()
             line.close()
-        except OSError:
-            pass  # it has left by itself
-        finally:
             self._spare = os.open(os.devnull, os.O_RDONLY)
+        except OSError:
+            pass
+        return self._spare >= 0
 
     def _read(self, line: socket.socket) -> None:
         try:
@@ -312,7 +324,8 @@ class Desk:
         for line in self._lines.values():
             line.close()
         self._listener.close()
-        os.close(self._spare)
+        if self._spare >= 0:
+            os.close(self._spare)
         self._lines_epoll.close()
         self._custody_epoll.close()
 

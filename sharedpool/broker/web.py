@@ -11,7 +11,6 @@ import ipaddress
 import json
 import logging
 import re
-import select
 import socket
 import threading
 import time
@@ -24,6 +23,7 @@ from typing import Any
 from sharedpool.broker import metrics
 from sharedpool.broker.observe import History, Observation
 from sharedpool.errors import SharedPoolError
+from sharedpool.readable import readable
 from sharedpool.wire.document import document
 
 logger = logging.getLogger("sharedpool.broker")
@@ -107,7 +107,7 @@ class Web:
         history_at = time.monotonic()
         while True:
             timeout_s = max(0.0, history_at - time.monotonic())
-            ready = select.select([self._listener, self._wake_in], [], [], timeout_s)[0]
+            ready = readable([self._listener, self._wake_in], timeout_s)
             if self._wake_in in ready:
                 return
             if self._listener in ready:

@@ -288,7 +288,9 @@ def _watch(directory: Path, parent: int) -> None:
     """Wait until the parent says so or dies, then sweep; this is the watchdog."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)  # it leaves soon enough, and leaving early would leave a mess
-    while not select.select([0], [], [], 0.25)[0] and os.getppid() == parent:
+    pipe = select.poll()  # this file runs alone: nothing of the package can be imported
+    pipe.register(0, select.POLLIN)
+    while not pipe.poll(250) and os.getppid() == parent:
         pass  # the pipe alone does not tell when the parent's forked children hold it too
     _sweep(directory)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import select
 import signal
 import sys
 import termios
@@ -19,6 +18,7 @@ from sharedpool.cli.options import SECONDS
 from sharedpool.cli.top_view import picture
 from sharedpool.cli.who import Answer, fetch_leases
 from sharedpool.errors import BrokerUnavailable
+from sharedpool.readable import readable
 
 _OLDEST = 100  # checkouts asked for: more than any terminal has rows
 _ANSWER_LIMIT_S, _ACTIVITY_LIMIT_S = 1.0, 0.3
@@ -104,7 +104,7 @@ class _Screen:
         due = time.monotonic() + self._interval_s
         watched = [woken] if keys is None else [woken, keys]
         while not self._ended_by and (left_s := due - time.monotonic()) > 0:
-            ready, _, _ = select.select(watched, [], [], left_s)
+            ready = readable(watched, left_s)
             if woken in ready:
                 os.read(woken, 4096)
             if keys is not None and keys in ready:

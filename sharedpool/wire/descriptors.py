@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import socket
 import struct
+from functools import partial
+from itertools import chain, starmap
+from operator import itemgetter
+
+from sharedpool.owned import Owned
 
 _INT = struct.Struct("i")
 _MOST = 8  # in one packet; our own have one at most
+_SPACE = socket.CMSG_SPACE(_MOST * _INT.size)
 _CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 CUT_SHORT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 
@@ -21,9 +27,23 @@ def receive(line: socket.socket, limit_bytes: int) -> tuple[bytes, list[int], bo
 
     Raise OSError. Blocks unless the socket is not to.
     """
-    packet, ancillary, flags, _ = line.recvmsg(limit_bytes, socket.CMSG_SPACE(_MOST * _INT.size), _CLOSE_ON_EXEC)
+    packet, ancillary, flags, _ = line.recvmsg(limit_bytes, _SPACE, _CLOSE_ON_EXEC)
     fds = []
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds += [fd for (fd,) in _INT.iter_unpack(data[: len(data) - len(data) % _INT.size])]
     return packet, fds, not flags & CUT_SHORT
+
+
+# Of what recvmsg returns: the data of each ancillary message; the numbers in it; their owners.
+_data, _numbers = partial(map, itemgetter(2)), partial(map, _INT.iter_unpack)
+_joined, _owned = chain.from_iterable, partial(starmap, partial(Owned, -1, -1, -1))
+
+
+def receive_sockets(line: socket.socket, limit_bytes: int) -> tuple[bytes, list[Owned]]:
+    """Return a packet that another process has sent and the sockets that came with it. Raise OSError.
+
+    One line, all of it C: an interrupt finds a socket in the packet or with its owner.
+    """
+    socks = [*_owned(_joined(_numbers(_data((got := line.recvmsg(limit_bytes, _SPACE, _CLOSE_ON_EXEC))[1]))))]
+    return got[0], socks

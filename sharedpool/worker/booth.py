@@ -6,26 +6,28 @@ checkin here, the link with a GRANT or a DENY) wake it by `ring`.
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 import threading
+import weakref
 from collections.abc import Callable
 
 from sharedpool.errors import ProtocolError
+from sharedpool.owned import Owned, identity, is_still, let_go
 from sharedpool.wire import descriptors
 from sharedpool.wire.codec import decode_from_desk, encode
 from sharedpool.wire.desk import Ask, Leave, Pass, Settled, Withdraw
 from sharedpool.wire.messages import Token
-from sharedpool.worker import green
+from sharedpool.worker.bell import Bell
 from sharedpool.worker.lease import Ticket
 
-# Takes in what was passed, with the socket's descriptor; returns the ticket to be woken, if any.
-Receive = Callable[[Pass, int], Ticket | None]
+# Takes in what was passed, with its socket; returns the ticket to be woken, if any.
+Receive = Callable[[Pass, Owned], Ticket | None]
 
 _PACKET_BYTES = 8192
-# A booth has three descriptors here and one at the broker; greenlets may wait by the thousand.
-_MOST_OF_GREENLETS = 32
+# In one session. A booth has two descriptors here and one at the broker, and threads may wait by the hundred, greenlets
+# by the thousand: more of them than this have no line, and wait at a gate, which has none.
+_MOST = 32
 
 
 class Gate:
@@ -56,16 +58,18 @@ class Booth:
     def __init__(self, path: str) -> None:
         self.path = path
         self.open = True
+        self.session, self.request = b"", 0  # whose request was last made here, and which; 0: none
+        self.receive: Receive | None = None
+        self.owner: weakref.ref[object] | None = None  # as its ticket's; None while it is free
         self._line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._line.setblocking(False)
             self._line.connect(path)
-            self._bell, self._button = socket.socketpair()
+            self._known = (identity(self._line.fileno()),)
+            self._bell = Bell()
         except BaseException:
             self._line.close()
             raise
-        self._bell.setblocking(False)
-        self._button.setblocking(False)
         self._poller = select.poll()
         self._poller.register(self._line, select.POLLIN)
         self._poller.register(self._bell, select.POLLIN)
@@ -76,18 +80,16 @@ class Booth:
 
     def ring(self) -> None:
         """Wake who waits here. From any thread; too late is no harm."""
-        try:
-            self._button.send(b"\0")
-        except OSError:
-            pass  # full: awake already; closed: over
+        self._bell.ring()
 
     def ask(self, session: bytes, request: int, wait_ms: int, gone: list[Token]) -> bool:
         """Say that a thread waits here, and what was given back; return whether the broker will hear it."""
+        self.session, self.request = session, request
         return self._say(encode(Ask(session, request, wait_ms, gone)))
 
-    def withdraw(self, session: bytes, request: int) -> bool:
+    def withdraw(self) -> bool:
         """Say that it does not wait any more; SETTLED will come."""
-        return self._say(encode(Withdraw(session, request)))
+        return self._say(encode(Withdraw(self.session, self.request)))
 
     def leave(self) -> bool:
         """Say that nothing is to be read here any more, before it is closed; return whether the broker will hear it."""
@@ -95,29 +97,31 @@ class Booth:
 
     def _say(self, packet: bytes) -> bool:
         try:
-            self._line.send(packet)
+            if is_still(self._line.fileno(), self._known):
+                self._line.send(packet)
+                return True
         except OSError:
-            return False
-        return True
+            pass
+        return False
 
-    def wait(self, timeout_s: float) -> tuple[Pass, int] | None:
+    def wait(self, timeout_s: float) -> tuple[Pass, Owned] | None:
         """Block until something comes, `ring` is called or `timeout_s` seconds are over.
 
-        Return what was passed, with the socket's descriptor, which is the caller's now.
+        Return what was passed, with its socket.
         """
         for fd, _ in self._poller.poll(max(0.0, min(timeout_s, 1000.0)) * 1000):
             if fd == self._bell.fileno():
-                self._bell.recv(4096)
+                self._bell.hush()
         return self.read()[0] if self.open else None
 
-    def read(self) -> tuple[tuple[Pass, int] | None, bool]:
+    def read(self) -> tuple[tuple[Pass, Owned] | None, bool]:
         """Read one packet, if there is one: what was passed, and whether the withdrawn request is settled."""
         try:
-            packet, fds, _ = descriptors.receive(self._line, _PACKET_BYTES)
+            packet, socks = descriptors.receive_sockets(self._line, _PACKET_BYTES)
         except BlockingIOError:
             return None, False
         except OSError:
-            packet, fds = b"", []
+            packet, socks = b"", []
         if not packet:
             self.open = False
             self._poller.unregister(self._line)
@@ -126,20 +130,20 @@ class Booth:
             message = decode_from_desk(packet)
             if isinstance(message, Settled):
                 return None, True
-            if len(fds) == 1:
-                return (message, fds.pop()), False
+            if len(socks) == 1:
+                return (message, socks.pop()), False
             return None, False
         except ProtocolError:
             return None, False  # not of our version: its HELLO was refused
         finally:
-            for fd in fds:
-                os.close(fd)
+            for sock in socks:
+                sock.close()
 
     def close(self) -> None:
         """Leave."""
         self.open = False
-        for each in (self._line, self._bell, self._button):
-            each.close()
+        let_go(self._line, self._known)
+        self._bell.close()
 
 
 class Booths:
@@ -150,27 +154,30 @@ class Booths:
         self._free: list[Booth] = []
         self._all: set[Booth] = set()
         self._needed = 0  # at a time, since the last `trim`
-        self.unsettled: dict[int, tuple[Booth, Receive]] = {}
+        self.unsettled: dict[int, Booth] = {}
+        self._suspected: set[Booth] = set()
 
     def __len__(self) -> int:
         return len(self._all)
 
-    def take(self) -> Booth | None:
-        """Return a booth, or None where there are none."""
+    def take(self, ticket: Ticket, receive: Receive) -> Booth | None:
+        """Return a booth for a ticket's thread, or None where there are none; `receive` takes in what comes there."""
         path = self.path
         self._needed = max(self._needed, len(self._all) - len(self._free) + 1)
         while path:
             try:
                 booth = self._free.pop()
             except IndexError:
-                if len(self._all) >= _MOST_OF_GREENLETS and green.patched():
+                if len(self._all) >= _MOST:
                     return None
                 try:
                     booth = Booth(path)
                 except OSError:
                     return None
+                booth.owner, booth.receive = ticket.owner, receive
                 self._all.add(booth)
                 return booth
+            booth.owner, booth.receive = ticket.owner, receive
             if booth.open and booth.path == path:
                 return booth
             self.discard(booth)
@@ -178,10 +185,26 @@ class Booths:
 
     def put(self, booth: Booth) -> None:
         """Give a booth back where nothing more will come."""
+        booth.owner, booth.request, booth.receive = None, 0, None
         if booth.open:
             self._free.append(booth)
         else:
             self.discard(booth)
+
+    def take_strays(self) -> None:
+        """Take back booths that nobody is in and that were not given back: their threads were interrupted.
+
+        Each must look so at two calls: a thread may be taking or leaving it. In the link's thread.
+        """
+        out = self._all - set(self._free) - set(self.unsettled.values())
+        missing = {booth for booth in out if booth.owner is None or booth.owner() is None}
+        found = missing & self._suspected
+        self._suspected = missing - found
+        for booth in found:
+            if booth.request and booth.withdraw():
+                self.watch(booth)
+            else:
+                self.put(booth)
 
     def trim(self) -> None:
         """Close free booths that were not needed since the last call: what a crowd has taken is not kept for ever."""
@@ -194,15 +217,15 @@ class Booths:
             self.discard(booth)
         self._needed = len(self._all) - len(self._free)
 
-    def watch(self, booth: Booth, receive: Receive) -> None:
-        """Have the link read on; `receive` takes in what is still passed there."""
-        self.unsettled[booth.fileno()] = booth, receive
+    def watch(self, booth: Booth) -> None:
+        """Have the link read on."""
+        self.unsettled[booth.fileno()] = booth
 
     def read(self, fd: int) -> None:
         """Read, in the link's thread, what came for one who waits no more."""
-        booth, receive = self.unsettled[fd]
+        booth = self.unsettled[fd]
         passed, settled = booth.read()
-        if passed is not None and (ticket := receive(*passed)) is not None:
+        if passed is not None and booth.receive is not None and (ticket := booth.receive(*passed)) is not None:
             ticket.wake()
         if settled or not booth.open:
             self.unsettled.pop(fd, None)

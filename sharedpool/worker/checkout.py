@@ -16,6 +16,7 @@ import psycopg2
 from psycopg2.extensions import connection
 
 from sharedpool.errors import PoolClosed, PoolError
+from sharedpool.spare import FOR_A_CONNECTION, make_sure_of
 from sharedpool.wire.messages import START_UP_LIMIT_S, Phase, ReleaseReason
 from sharedpool.worker import callsite, gate, green, wording
 from sharedpool.worker.booth import Booth, Gate
@@ -49,12 +50,17 @@ CONNECT_LIMIT_S = 5.0
 _GRACE_S = 0.06
 
 
+class Call:
+    """One checkout under way: what it has taken and not given back when it is over is found (`Session.beat`)."""
+
+
 def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float) -> connection:
     """Return a connection that is ready for its user: in the idle `lease`'s slot, or in one that is waited for.
 
     It is the connection's wrapper, if it has one. Raise what `Pool.get_conn` raises.
     """
-    ticket = Ticket(_nobody, now)
+    call = Call()
+    ticket = Ticket(_nobody, now, call)
     try:
         if not isinstance(wait_s, int | float) or not wait_s >= 0:
             raise ValueError(f"timeout: must be 0 or more seconds, not {wait_s!r}")
@@ -116,7 +122,7 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
         raise wording.unsupported(holdings.config.name)
     holdings.reclaim(min(wait_s, 1000.0) if wait_s else ANSWER_LIMIT_S)
     holdings.locate_broker()
-    place = holdings.take_booth() or Gate()
+    place = holdings.take_booth(ticket) or Gate()
     asked: Booth | None = None  # where the request was last made, if it was at the desk
     try:
         ticket.wake = place.ring
@@ -173,7 +179,7 @@ def _go_to_desk(
 
     Return where to wait, and whether it was said there.
     """
-    booth = place if isinstance(place, Booth) and place.open else holdings.take_booth()
+    booth = place if isinstance(place, Booth) and place.open else holdings.take_booth(ticket)
     if booth is not place and isinstance(place, Booth):
         holdings.put_booth(place)  # closed by now
     with holdings.lock:
@@ -212,8 +218,8 @@ def _leave(holdings: Holdings, ticket: Ticket, booth: Booth, *, asked: bool) -> 
     if link is None or registration is None or not asked or ticket.finished:
         holdings.put_booth(booth)
         return
-    if booth.withdraw(registration.identity, ticket.request):
-        link.booths.watch(booth, holdings.receive)
+    if booth.withdraw():
+        link.booths.watch(booth)
         link.wake()
     else:
         holdings.put_booth(booth)
@@ -240,6 +246,7 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
     made: list[PooledConnection] = []
     began = time.monotonic()
     try:
+        make_sure_of(FOR_A_CONNECTION, f"pool {config.name!r}: a connection")
         conn = connect(config.conninfo, holdings.tag, timeout_s, made)
         conn.sharedpool_holdings = holdings
         holdings.deposit(lease, conn)
@@ -322,7 +329,8 @@ def _abandon(holdings: Holdings, ticket: Ticket, lease: Lease | None) -> None:
         # Open, but never handed out: back it goes.
         conn = cast(PooledConnection, lease.conn)
         conn.sharedpool_lease = None
-        holdings.take_back(lease, conn, None)
+        # One that was interrupted before all was noted of it is not to be used.
+        holdings.take_back(lease, conn, None if conn.sharedpool_session else ReleaseReason.CLOSED)
     holdings.rest()
 
 

@@ -19,10 +19,20 @@ from psycopg2 import extensions
 
 from sharedpool.conninfo import ConnInfo
 from sharedpool.errors import SharedPoolError
+from sharedpool.libpq import socket_of
+from sharedpool.owned import Identity, identity, is_still
 from sharedpool.route import is_direct
 from sharedpool.wire.messages import Backend, Phase
 from sharedpool.worker import gate, green, names, wrapper
-from sharedpool.worker.ending import HUNG_UP, close_confirmed, close_witness, dead_end, disown
+from sharedpool.worker.ending import (
+    HUNG_UP,
+    close_confirmed,
+    close_witness,
+    disown,
+    forsake,
+    holds_own,
+    register_witness,
+)
 
 CHECK_AFTER_S = 0.5  # idle, or lent out, for longer than this: look whether the server is still there
 # libpq waits for ever by default; a pool must not.
@@ -53,6 +63,8 @@ class PooledConnection(extensions.connection):
     sharedpool_returned: Any = None  # the lease in which its user's `close()` checked it in last
     # A bare descriptor: a socket object in one garbage cycle with us would be closed before our own finalizer ran.
     sharedpool_witness = -1
+    # What libpq's descriptor and the witness are, and what they were before: a number may become somebody else's.
+    sharedpool_known: tuple[Identity, ...] = ()
     sharedpool_session: tuple[Any, ...] = ()
     sharedpool_pid = 0
     sharedpool_gone = sharedpool_closed = False
@@ -87,7 +99,7 @@ class PooledConnection(extensions.connection):
         """
         lease, returned = self.sharedpool_lease, self.sharedpool_returned
         if self.sharedpool_pid not in (0, os.getpid()):
-            disown(self, dead_end())  # inherited by a fork that Python did not see: the session is the parent's
+            disown(self)  # inherited by a fork that Python did not see: the session is the parent's
         elif lease is not None and lease.at_close is not None:
             self.sharedpool_returned = lease
             lease.at_close(self)
@@ -97,10 +109,13 @@ class PooledConnection(extensions.connection):
         close_confirmed([self])
 
     def sharedpool_close(self) -> None:
-        """Close it as psycopg2 does, which only asks its backend to leave."""
+        """Close it as psycopg2 does, which only asks its backend to leave, if its descriptor is still its own."""
         self.sharedpool_wrapper = None  # it refers to us
-        gate.doom(self)
-        super().close()
+        if holds_own(self):
+            gate.doom(self)
+            super().close()
+        else:
+            forsake(self)
 
     def set_session(self, *args: Any, **kwargs: Any) -> None:
         """Set the session's characteristics: see psycopg2."""
@@ -169,8 +184,11 @@ class PooledConnection(extensions.connection):
         if self.sharedpool_pid != getpid():
             return  # never opened, or inherited
         if self.sharedpool_lease is None:
-            gate.doom(self)  # else psycopg2 takes it for closed, and leaves the descriptor open
             close_witness(self)
+            if holds_own(self):
+                gate.doom(self)  # else psycopg2 takes it for closed, and leaves the descriptor open
+            else:
+                forsake(self)
         else:
             self.sharedpool_finalized = True  # Python calls this once in an object's life: it is not lent out again
             self.sharedpool_holdings.orphans.append(self)
@@ -283,7 +301,9 @@ def bear_witness(conn: PooledConnection) -> PooledConnection:
     """Duplicate a connection's socket, once."""
     if conn.sharedpool_witness < 0:
         conn.sharedpool_pid = os.getpid()
+        conn.sharedpool_known = (identity(conn.fileno()),)
         conn.sharedpool_witness = os.dup(conn.fileno())
+        register_witness(conn)
     return conn
 
 
@@ -341,13 +361,14 @@ def turned_read_only(conn: PooledConnection) -> bool:
 def is_alive(conn: PooledConnection) -> bool:
     """Say whether an idle connection's socket is quiet: a server that closed it, or said so, shows as readable.
 
-    One system call, about a microsecond; no query.
+    So does one whose descriptor has become somebody else's. Two system calls, about two microseconds; no query.
     """
-    witness = conn.sharedpool_witness
-    if witness < 0 or gate.is_over(conn):
+    if conn.sharedpool_witness < 0 or gate.is_over(conn):
+        return False
+    if not is_still(fd := socket_of(conn), conn.sharedpool_known):
         return False
     poller = green.poller()
-    poller.register(witness, select.POLLIN)
+    poller.register(fd, select.POLLIN)
     return not poller.poll(0)
 
 
@@ -369,17 +390,18 @@ def has_hung_up(conn: PooledConnection) -> bool:
     """Say whether the server has closed its end; unlike `is_alive`, what it has said meanwhile does not matter."""
     if not HUNG_UP:
         return not is_alive(conn)
-    witness = conn.sharedpool_witness
-    if witness < 0 or gate.is_over(conn):
+    if conn.sharedpool_witness < 0 or gate.is_over(conn):
+        return True
+    if not is_still(fd := socket_of(conn), conn.sharedpool_known):
         return True
     poller = green.poller()
-    poller.register(witness, HUNG_UP)
+    poller.register(fd, HUNG_UP)
     return bool(poller.poll(0))
 
 
 def clean(conn: PooledConnection) -> bool:
     """Roll back what its user left open and restore its session settings; return False when it is broken."""
-    if conn.closed:
+    if conn.closed or not holds_own(conn):
         return False
     status = conn.get_transaction_status()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
+from sharedpool.owned import Identity, Owned, identity, is_still, let_go
 from sharedpool.wire import descriptors
 from sharedpool.wire.codec import encode
 from sharedpool.wire.desk import Deposit, Leave, Stay
@@ -18,7 +19,10 @@ class Desk:
 
     def __init__(self) -> None:
         self._line: socket.socket | None = None
-        self._leaving: list[socket.socket] = []  # the broker did not read: it is still to be told
+        self._leaving: list[
+            tuple[socket.socket, tuple[Identity, ...]]
+        ] = []  # the broker did not read: it is still to be told
+        self._known: tuple[Identity, ...] = ()
 
     @property
     def line(self) -> socket.socket | None:
@@ -42,33 +46,32 @@ class Desk:
             logger.info("no desk at %s (%s): connections are closed by this process's own word", path, error)
             line.close()
         else:
+            self._known = (identity(line.fileno()),)
             self._line = line
 
     def deposit(self, session: bytes, token: Token, conn: PooledConnection) -> bool:
         """Hand in a duplicate of a connection's socket; return whether that was done. From any thread, not blocking."""
         line, witness = self._line, conn.sharedpool_witness
-        if line is None or witness < 0:
+        if line is None or witness < 0 or not is_still(line.fileno(), self._known):
             return False
         try:
-            fd = os.dup(witness)
-        except OSError:
-            return False
-        try:
-            # Another thread may have closed it meanwhile: the number may have been somebody else's already.
-            if conn.sharedpool_witness != witness:
-                return False
-            descriptors.send_with(line, encode(Deposit(session, token)), fd)
+            copy = Owned(fileno=os.dup(witness))
+            try:
+                # Another thread may have closed it meanwhile: the number may have been somebody else's already.
+                if not is_still(copy.fileno(), conn.sharedpool_known):
+                    return False
+                descriptors.send_with(line, encode(Deposit(session, token)), copy.fileno())
+            finally:
+                copy.close()
         except OSError as error:
             logger.debug("lease %s was not deposited: %s", token, error)
             return False
-        finally:
-            os.close(fd)
         return True
 
     def say(self, packet: bytes) -> bool:
         """Send what needs no socket; return whether that was done. From any thread, not blocking."""
         line = self._line
-        if line is None:
+        if line is None or not is_still(line.fileno(), self._known):
             return False
         try:
             line.send(packet)
@@ -79,24 +82,25 @@ class Desk:
     def close(self) -> None:
         """Leave the desk, saying so: a line that just ends tells that this program has ended."""
         line, self._line = self._line, None
-        leaving = [*self._leaving, *([] if line is None else [line])]
-        self._leaving = [each for each in leaving if not _has_left(each)]
+        leaving = [*self._leaving, *([] if line is None else [(line, self._known)])]
+        self._leaving = [(each, known) for each, known in leaving if not _has_left(each, known)]
 
     def disown(self) -> None:
         """In a forked child: let go of the parent's line."""
         line, self._line = self._line, None
-        for each in [*self._leaving, *([] if line is None else [line])]:
-            each.close()
+        for each, known in [*self._leaving, *([] if line is None else [(line, self._known)])]:
+            let_go(each, known)
         self._leaving = []
 
 
-def _has_left(line: socket.socket) -> bool:
+def _has_left(line: socket.socket, known: tuple[Identity, ...]) -> bool:
     """Say goodbye and close a line, unless the broker does not read just now."""
     try:
-        line.send(encode(Leave()))
+        if is_still(line.fileno(), known):
+            line.send(encode(Leave()))
     except BlockingIOError:
         return False
     except OSError:
         pass  # the broker has gone
-    line.close()
+    let_go(line, known)
     return True

@@ -6,15 +6,18 @@ nobody is in between (`route.py`); behind a proxy the broker asks the server.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import socket
 import time
+import weakref
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from sharedpool.hangup import Borrowed, other_side_closed
+from sharedpool.libpq import socket_of, socket_of_failed
+from sharedpool.owned import NOBODYS, Identity, Owned, identity, is_still, let_go
 from sharedpool.worker import gate, green
 
 if TYPE_CHECKING:
@@ -61,19 +64,47 @@ def cut(conns: Iterable[PooledConnection], limit_s: float = CUT_LIMIT_S) -> None
         _close(cutting)
 
 
-def take_witness(conn: PooledConnection) -> int:
+def take_witness(conn: PooledConnection) -> Owned | None:
     """Take a connection's witness off it, in one step: of two threads that end it only one has it, and closes it."""
-    return int(conn.__dict__.pop("sharedpool_witness", -1))
+    if not is_still(conn.sharedpool_witness, conn.sharedpool_known):
+        conn.__dict__.pop("sharedpool_witness", None)
+        return None
+    try:
+        return Owned(fileno=conn.__dict__.pop("sharedpool_witness"))  # one line: it always has an owner
+    except KeyError:
+        return None
 
 
-def _see_off(conns: list[tuple[PooledConnection, int]], limit_s: float) -> None:
+# By number: whose witness it is. A connection's finalizer may be interrupted, and is not called again.
+_witnesses: dict[int, tuple[weakref.ref[PooledConnection], tuple[Identity, ...]]] = {}
+_ownerless: set[int] = set()
+
+
+def register_witness(conn: PooledConnection) -> None:
+    """Have a connection's witness closed some time after its end, should nobody have done that."""
+    _witnesses[conn.sharedpool_witness] = weakref.ref(conn), conn.sharedpool_known[-1:]
+
+
+def close_ownerless() -> None:
+    """Close the witnesses of connections that are no more; they must be so at two calls. For the heartbeat."""
+    dead = {number for number, (whose, _) in list(_witnesses.items()) if whose() is None}
+    for number in dead & _ownerless:
+        entry = _witnesses.pop(number, None)
+        if entry is not None and entry[0]() is None and is_still(number, entry[1]):
+            os.close(number)
+    _ownerless.clear()
+    _ownerless.update(dead)
+
+
+def _see_off(conns: Iterable[tuple[PooledConnection, Owned | int | None]], limit_s: float) -> None:
     """Tell backends by their sockets that no more will come; note whose end of the socket is closed in time.
 
     A socket that has died here proves nothing: its backend may live on, and the broker is to see to it.
     """
     waiting: dict[int, PooledConnection] = {}
     poller = green.poller()
-    for conn, witness in conns:
+    for conn, sock in conns:
+        witness = -1 if sock is None else sock if isinstance(sock, int) else sock.fileno()
         if witness >= 0:
             # libpq has said goodbye already where it could; a session that it had given up is told here.
             _shut(witness)
@@ -91,7 +122,7 @@ def _see_off(conns: list[tuple[PooledConnection, int]], limit_s: float) -> None:
                 conn.sharedpool_gone = closed and conn.sharedpool_direct is True
 
 
-def see_off(conn: PooledConnection, witness: int, limit_s: float = CLOSE_LIMIT_S) -> None:
+def see_off(conn: PooledConnection, witness: Owned | int | None, limit_s: float = CLOSE_LIMIT_S) -> None:
     """End a session by its witness alone; `sharedpool_gone` as ever. The descriptor stays the caller's."""
     _see_off([(conn, witness)], limit_s)
 
@@ -134,34 +165,72 @@ def _shut(witness: int) -> None:
         pass  # the other side was faster
 
 
-def _close(conns: Iterable[tuple[PooledConnection, int]]) -> None:
-    for _, witness in conns:
-        if witness >= 0:
-            os.close(witness)
+def _close(conns: Iterable[tuple[PooledConnection, Owned | None]]) -> None:
+    for conn, witness in conns:
+        if witness is not None:
+            let_go(witness, conn.sharedpool_known)
 
 
 def close_witness(conn: PooledConnection) -> None:
+    """Close a connection's witness, if it has one."""
     _close([(conn, take_witness(conn))])
 
 
-@lru_cache(maxsize=1)
+_dead_end: tuple[int, Identity] = (-1, NOBODYS)
+
+
 def dead_end() -> int:
-    """Return a descriptor on which nothing can be sent, made before it is needed: a fork may find none free."""
-    ours, theirs = socket.socketpair()
-    theirs.close()
-    return ours.detach()
+    """Return a descriptor on which nothing can be sent. Raise OSError when none can be had.
+
+    Made before it is needed: a fork may find none free. Made anew when its number has become somebody else's.
+    """
+    global _dead_end
+    if not is_still(_dead_end[0], _dead_end[1:]):
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        known = identity(ours.fileno())
+        _dead_end = (ours.detach(), known)
+    return _dead_end[0]
 
 
-def disown(conn: PooledConnection, dead_end: int) -> None:
+def vacate(conn: PooledConnection) -> None:
+    """Take a connection's socket from under it: nothing it does reaches the session any more, its close included.
+
+    Raise OSError when nothing can be put in its place.
+    """
+    number = dead_end()
+    expect(conn, identity(number))
+    os.dup2(number, socket_of(conn), inheritable=False)
+
+
+def expect(conn: PooledConnection, known: Identity) -> None:
+    """Note what libpq's descriptor is to be from now on; until it is, it may be what it was."""
+    conn.sharedpool_known = (*conn.sharedpool_known[-1:], known)
+
+
+def holds_own(conn: PooledConnection) -> bool:
+    """Say whether libpq's descriptor is what it was: else nothing may be written to it, nor may it be closed."""
+    if not conn.sharedpool_known:
+        return True  # just made
+    number = socket_of_failed(conn)
+    return number is None or number < 0 or is_still(number, conn.sharedpool_known)
+
+
+def forsake(conn: PooledConnection) -> None:
+    """Keep a connection object for ever: at its end libpq writes to its descriptor's number, and closes that."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(conn))
+
+
+def disown(conn: PooledConnection) -> None:
     """In a forked child: make an inherited connection harmless. The parent's session neither ends nor is used here."""
     gate.reopen(conn)
     if conn.sharedpool_witness < 0 or conn.closed:
         return
-    fd = conn.fileno()
     # Another thread of the parent may have been closing it: the number may be somebody else's by now.
-    if os.path.sameopenfile(fd, conn.sharedpool_witness):
+    if holds_own(conn):
+        fd = socket_of(conn)
         try:
-            os.dup2(dead_end, fd)
+            vacate(conn)
         except OSError:
             os.close(fd)
     close_witness(conn)

@@ -25,10 +25,11 @@ import psycopg2
 from psycopg2 import extensions, extras
 
 from sharedpool import libpq
+from sharedpool.owned import Owned, identity
 from sharedpool.wire.desk import Live
-from sharedpool.worker import gate, renewal
+from sharedpool.worker import ending, gate, renewal
 from sharedpool.worker.connection import PooledConnection, is_alive, pooled_class, rests
-from sharedpool.worker.ending import abandon, dead_end
+from sharedpool.worker.ending import abandon, expect, forsake, holds_own, register_witness
 from sharedpool.worker.names import decode, names_of
 
 # An abstract address for the stub is libpq 14's.
@@ -71,7 +72,7 @@ def prepare(conn: PooledConnection, command: bytes) -> bytes | None:
     Return its parameters, for the receiver's shell, or None when it must be closed instead. Blocks for one round trip,
     at most a second.
     """
-    if gate.is_over(conn) or not rests(conn):
+    if gate.is_over(conn) or not rests(conn) or not holds_own(conn):
         return None
     if not libpq.execute(conn, command, _RESET_LIMIT_S):
         return None
@@ -93,17 +94,22 @@ def parameters(conn: extensions.connection) -> dict[str, str]:
 
 
 def vacate(conn: PooledConnection) -> None:
-    """Take a connection's socket from under it: nothing it does reaches the session any more, its close included."""
-    os.dup2(dead_end(), libpq.socket_of(conn), inheritable=False)
+    """Make a connection an empty shell: nothing it does reaches its session any more, its close included."""
+    ending.vacate(conn)
     conn.sharedpool_adopted = None
     conn.sharedpool_native = False
 
 
-def adopt(shell: PooledConnection, fd: int, live: Live) -> PooledConnection:
-    """Put a session's socket into a shell; `fd` becomes its witness. The shell is a connection to the backend then."""
-    os.dup2(fd, libpq.socket_of(shell), inheritable=False)
-    shell.sharedpool_witness = fd
+def adopt(shell: PooledConnection, sock: Owned, live: Live) -> PooledConnection:
+    """Put a session's socket into a shell, which is a connection to the backend then; `sock` becomes its witness.
+
+    When this raises, the socket is the shell's or still `sock`'s: whoever drops both has closed it, once.
+    """
     shell.sharedpool_pid = os.getpid()
+    expect(shell, identity(sock.fileno()))
+    os.dup2(sock.fileno(), libpq.socket_of(shell), inheritable=False)
+    shell.sharedpool_witness = sock.detach()
+    register_witness(shell)
     shell.sharedpool_adopted, shell.sharedpool_names = live.backend, live.names
     shell.sharedpool_closed, shell.sharedpool_direct = False, live.backend.direct
     return shell
@@ -165,6 +171,9 @@ class Shells:
         """
         parameters = _decode(live.parameters)
         while (shell := self._pop(live.parameters, held)) is not None:
+            if not holds_own(shell):
+                forsake(shell)
+                continue
             if renewal.renew(shell, parameters, self._cursor_factory):
                 break
             abandon(shell)

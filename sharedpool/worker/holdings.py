@@ -6,6 +6,7 @@ I/O or a user's callback.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
@@ -19,6 +20,8 @@ import psycopg2
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
 from sharedpool.errors import SharedPoolError
+from sharedpool.owned import Owned, let_go
+from sharedpool.spare import FOR_A_CONTEXT, make_sure_of
 from sharedpool.wire.codec import encode
 from sharedpool.wire.desk import Give, Live, Pass
 from sharedpool.wire.messages import Backend, Interrupt, ReleaseReason, Token
@@ -91,7 +94,8 @@ class Holdings:
         self._tested, self._trials = False, _TRIALS  # whether it was found to work here
         self.tag = f"sharedpool {config.name}"  # until the broker has said its own
         self._reclaiming = threading.RLock()  # held across I/O; a user's reset() may come back to it
-        self._dead_end = dead_end()
+        with contextlib.suppress(OSError):  # it is made when it is needed, then
+            dead_end()
         self._broker = broker
         self._address = ""  # of the broker, once it was first needed
 
@@ -243,7 +247,8 @@ class Holdings:
         else:
             see_off(conn, witness)
             self.give_back(lease, closing.reason, gone=conn.sharedpool_gone)
-        os.close(witness)
+        if witness is not None:
+            let_go(witness, conn.sharedpool_known)
 
     def _say_given(self, closing: Closing, live: Live) -> bool:
         """Tell the broker of a connection that was taken from under its object; return whether it will hear."""
@@ -252,20 +257,20 @@ class Holdings:
             return False
         return link.desk.say(encode(Give(registration.identity, closing.lease.token, closing.reason, live)))
 
-    def receive(self, passed: Pass, fd: int) -> Ticket | None:
+    def receive(self, passed: Pass, sock: Owned) -> Ticket | None:
         """Take in a connection that was passed on: for the thread that asked, another that waits, or to lie idle.
 
         Return the ticket of the thread, to be woken.
         """
         live = passed.live
         if not self.shells.are_known and self.link is not None and self.link.is_here:
-            os.close(fd)  # building the user's object would run his code in the link's thread
+            sock.close()  # building the user's object would run his code in the link's thread
             self._refuse(passed)
             return None
         try:
-            conn = adopt(self.shells.take(live, len(self.cache.leases) + 1), fd, live)
+            conn = adopt(self.shells.take(live, len(self.cache.leases) + 1), sock, live)
         except BaseException as error:
-            os.close(fd)
+            sock.close()  # unless the shell has it
             self._refuse(passed)
             if not isinstance(error, psycopg2.Error | OSError):
                 raise
@@ -473,6 +478,8 @@ class Holdings:
         `locate_broker` was called before.
         """
         if self.link is None or self.registration is None:
+            if not links.current().have(self._address):
+                make_sure_of(FOR_A_CONTEXT + 2, f"pool {self.config.name!r}: the line to the broker")
             address, broker = self._address, self._broker
             start = partial(broker.start, address) if broker.is_automatic else None
             self.link, self.registration = links.current().attach(address, Session(self), self.cache.out, start)
@@ -482,10 +489,10 @@ class Holdings:
         self.link.ensure_running()  # an interrupt may have come between the two
         return self.link, self.registration
 
-    def take_booth(self) -> Booth | None:
+    def take_booth(self, ticket: Ticket) -> Booth | None:
         """Return a place to wait where connections can be handed over, or None."""
         link = self.link
-        return link.booths.take() if link is not None and self.hands_over else None
+        return link.booths.take(ticket, self.receive) if link is not None and self.hands_over else None
 
     def put_booth(self, booth: Booth) -> None:
         """Give a place back where nothing more will come."""
@@ -500,7 +507,7 @@ class Holdings:
         for lease in list(self.cache.leases.values()):
             conn = lease.conn or (lease.ref() if lease.ref else None)
             if conn is not None:
-                disown(cast(PooledConnection, conn), self._dead_end)
+                disown(cast(PooledConnection, conn))
         if self.link is not None:
             self.link.disown()
 

@@ -65,15 +65,17 @@ class Lease:
 class Ticket:
     """One thread's wait for a lease. Its end is a `lease`, a `denial` or an `error`: `settled` tells that it has come.
 
-    `wake` is called then, and when the thread is `to_ask` at the desk, in place of the link.
+    `wake` is called then, and when the thread is `to_ask` at the desk, in place of the link. `owner` is a reference to
+    what lives as long as the thread's call: without it the ticket is `abandoned`.
     """
 
     __slots__ = (
-        "__weakref__", "answered", "asks", "at_desk", "denial", "error", "lease", "request", "since", "to_ask",
+        "__weakref__", "answered", "asks", "at_desk", "denial", "error", "lease", "owner", "request", "since", "to_ask",
         "wait_ms", "wake",
     )  # fmt: skip
 
-    def __init__(self, wake: Callable[[], None], now: float) -> None:
+    def __init__(self, wake: Callable[[], None], now: float, owner: object | None = None) -> None:
+        self.owner = None if owner is None else weakref.ref(owner)
         self.wake = wake
         self.since = now
         self.request = 0
@@ -93,6 +95,11 @@ class Ticket:
         Asked for twice it may be queued anew while the answer to the first is on its way.
         """
         return self.at_desk and self.asks == 1 and (self.answered or self.denial is not None)
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether its thread's call is over: an interrupt has kept it from saying so."""
+        return self.owner is not None and self.owner() is None
 
     @property
     def settled(self) -> bool:

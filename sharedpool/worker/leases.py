@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from sharedpool.wire.messages import LeaseReport, Phase, ReleaseReason
 from sharedpool.worker.callsite import wording
@@ -27,14 +27,23 @@ def reports(leases: Collection[Lease], now: float, threads: Mapping[int, str]) -
     ]
 
 
-def lost(leases: Iterable[Lease], idle: set[Lease], now: float) -> list[Lease]:
+def lost(
+    leases: Iterable[Lease], idle: set[Lease], now: float, in_hand: Callable[[], set[Lease] | None] = lambda: None
+) -> list[Lease]:
     """Return leases nobody can bring back: their thread was interrupted, or their connection was collected.
 
     Each must look so at two heartbeats: a finalizer, or the thread that reclaims it, may be bringing it back.
+    `in_hand` tells which leases threads are handling just now, if that can be told.
     """
     found = []
+    handled: set[Lease] | None = None
     for lease in leases:
-        missing = _ownerless(lease, idle, now)
+        missing = _ownerless(lease, idle)
+        if missing and not _is_dropped(lease):
+            # Between the deque and its user a thread needs a few microseconds; none is slower than the limit.
+            if handled is None:
+                handled = in_hand()
+            missing = now - lease.since > HANDING_OUT_LIMIT_S if handled is None else lease not in handled
         if missing and lease.missed == lease.since:
             found.append(lease)
         lease.missed = lease.since if missing else None
@@ -50,14 +59,16 @@ def unfinished(leases: Iterable[Lease], now: float) -> list[Closing]:
     ]
 
 
-def _ownerless(lease: Lease, idle: set[Lease], now: float) -> bool:
-    nobody_waits = lease.ticket is None or lease.ticket() is None
+def _is_dropped(lease: Lease) -> bool:
+    """Say whether a lease's connection was collected, or its thread is gone that was to open one."""
     if lease.phase is Phase.CONNECTING:
-        return lease.ticket is not None and nobody_waits
-    if lease.phase is Phase.IN_USE and lease.conn is None:
-        return lease.ref is not None and lease.ref() is None
-    # Between the deque and its user an interrupt has a few microseconds; no thread is that slow.
-    stuck = now - lease.since > HANDING_OUT_LIMIT_S
+        return lease.ticket is not None and lease.ticket() is None
+    return lease.phase is not Phase.IDLE and lease.conn is None and lease.ref is not None and lease.ref() is None
+
+
+def _ownerless(lease: Lease, idle: set[Lease]) -> bool:
+    if lease.conn is None or lease.phase is Phase.CONNECTING:
+        return _is_dropped(lease)
     if lease.phase is Phase.IN_USE:
-        return nobody_waits and stuck
-    return lease.phase is Phase.IDLE and lease not in idle and stuck
+        return lease.ticket is None or lease.ticket() is None
+    return lease.phase is Phase.IDLE and lease not in idle

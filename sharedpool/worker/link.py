@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import random
-import socket
 import threading
 import time
 from collections import deque
@@ -22,12 +21,15 @@ import zmq
 from msgspec import structs
 
 from sharedpool.errors import ProtocolError, SharedPoolError
+from sharedpool.spare import FOR_A_CONTEXT, FOR_A_SOCKET, make_sure_of
 from sharedpool.wire.channel import PROCESS_PREFIX, add_channel, channel_number, split_channel
 from sharedpool.wire.codec import decode_to_worker, encode
 from sharedpool.wire.messages import Reject, ToBroker, ToWorker, Welcome
 from sharedpool.worker import green
+from sharedpool.worker.bell import Bell
 from sharedpool.worker.booth import Booths
 from sharedpool.worker.desk import Desk
+from sharedpool.worker.ending import close_ownerless
 from sharedpool.worker.logs import logger
 from sharedpool.worker.registration import Endpoint, Registration
 
@@ -36,6 +38,7 @@ _RESTART_AFTER_S = 3.0  # without a WELCOME: see whether the automatic broker mu
 _FLUSH_LIMIT_S = 1.0
 _JITTER_S = 0.05
 _TRIM_EVERY_S = 5.0
+_LOOK_EVERY_S = 0.5  # for what interrupts have left behind
 
 
 class Context(Protocol):
@@ -60,9 +63,7 @@ class Link:
         # Kept for life: the broker knows the sessions, and what they hold, by it.
         self.identity = PROCESS_PREFIX + os.urandom(15)
         self._context = context
-        self._wake_in, self._wake_out = socket.socketpair()
-        self._wake_in.setblocking(False)
-        self._wake_out.setblocking(False)
+        self._bell = Bell()
         # Guards the three below; no method of an endpoint is called under it.
         self._lock = threading.Lock()
         self._registrations: dict[bytes, Registration] = {}
@@ -71,7 +72,7 @@ class Link:
         self._claim = threading.Lock()
         self._running = False
         self._established = False
-        self._trim_at = 0.0
+        self._trim_at = self._look_at = 0.0
         self._attempts = 0
         self._late = False  # it was waited for in vain, and has not come round since
         self._thread: Any = None  # or greenlet
@@ -103,10 +104,7 @@ class Link:
 
     def wake(self) -> None:
         """Have the outboxes sent. Takes no lock: safe in a finalizer."""
-        try:
-            self._wake_out.send(b"\0")
-        except OSError:
-            pass  # full: it is awake already; closed: it is over
+        self._bell.ring()
 
     def leave(self, registration: Registration) -> None:
         """Let a registration end, saying BYE, as soon as its pool holds nothing; waits for it at most 1.5 seconds.
@@ -125,8 +123,7 @@ class Link:
 
     def disown(self) -> None:
         """In a forked child: let go of the parent's lines. Its thread does not exist here, unless it is a greenlet."""
-        self._wake_in.close()
-        self._wake_out.close()
+        self._bell.close()
         self.desk.disown()
         self.booths.close()
         if self._thread is not None and not isinstance(self._thread, threading.Thread):
@@ -171,8 +168,7 @@ class Link:
             registration.over.set()
         self.desk.close()
         self.booths.close()
-        self._wake_in.close()
-        self._wake_out.close()
+        self._bell.close()
 
     def _living(self) -> list[Registration]:
         with self._lock:
@@ -212,6 +208,7 @@ class Link:
 
     def _connect(self, context: Any) -> None:
         """Be connected once: until the broker falls silent or the link is over."""
+        make_sure_of(FOR_A_SOCKET if self.epoch else FOR_A_CONTEXT, "the line to the broker")
         dealer = context.socket(zmq.DEALER)
         self._nonce = random.getrandbits(62)
         try:
@@ -234,7 +231,7 @@ class Link:
         """Serve the registrations until the broker is gone, and return why it is ("": unknown), or the link is over."""
         poller = self._zmq.Poller()
         poller.register(dealer, zmq.POLLIN)
-        poller.register(self._wake_in, zmq.POLLIN)
+        poller.register(self._bell, zmq.POLLIN)
         started = time.monotonic()
         while living := self._sweep(dealer):
             now = time.monotonic()
@@ -259,6 +256,10 @@ class Link:
             logger.warning("the broker at %s is silent: registering again", self.address)
             return False
         registration.beat(now)
+        if now >= self._look_at:
+            self._look_at = now + _LOOK_EVERY_S
+            self.booths.take_strays()
+            close_ownerless()
         if now >= self._trim_at:
             self._trim_at = now + _TRIM_EVERY_S
             self.booths.trim()
@@ -285,8 +286,8 @@ class Link:
                 self.booths.read(fd)
         if line is not None and watched[-1] in ready:
             return False
-        if self._wake_in.fileno() in ready:
-            self._drain_wake()
+        if self._bell.fileno() in ready:
+            self._bell.hush()
         if dealer in ready:
             self._receive(dealer)
         return True
@@ -354,20 +355,13 @@ class Link:
         while registration.established and outbox and self._send(registration, dealer, outbox[0]):
             outbox.popleft()
 
-    def _drain_wake(self) -> None:
-        try:
-            while self._wake_in.recv(4096):
-                pass
-        except BlockingIOError:
-            pass
-
     def _pause(self, seconds: float) -> None:
         poller = self._zmq.Poller()
-        poller.register(self._wake_in, zmq.POLLIN)
+        poller.register(self._bell, zmq.POLLIN)
         deadline = time.monotonic() + seconds
         while self._sweep(None) and time.monotonic() < deadline:
             if poller.poll(_ms_until(deadline)):
-                self._drain_wake()
+                self._bell.hush()
 
 
 def _ms_until(when: float) -> int:

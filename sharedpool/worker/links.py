@@ -49,6 +49,10 @@ class Links:
         self._links: dict[str, Link] = {}
         self._context = SharedContext()
 
+    def have(self, address: str) -> bool:
+        """Say whether there is a link to the broker at `address` already."""
+        return address in self._links
+
     def attach(
         self, address: str, endpoint: Endpoint, outbox: deque[ToBroker], start_broker: Callable[[], None] | None
     ) -> tuple[Link, Registration]:

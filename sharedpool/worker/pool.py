@@ -295,11 +295,15 @@ class Pool:
         conn = self.get_conn(key, timeout=timeout)
         try:
             yield conn
-            self._own_holdings()  # before the commit: in a child it is the parent's transaction
+            if (owner := cast(PooledConnection, conn).sharedpool_pid) != os.getpid():
+                raise psycopg2.InterfaceError(
+                    f"pool {self.name!r}: the connection belongs to process {owner}, which opened it"
+                )
             conn.commit()
         except BaseException as error:
             self.notice(conn, error)
-            if not conn.closed:
+            # A child leaves its parent's transaction alone.
+            if not conn.closed and cast(PooledConnection, conn).sharedpool_pid == os.getpid():
                 with contextlib.suppress(psycopg2.Error):  # the caller's own error says more
                     conn.rollback()
             raise

@@ -42,7 +42,9 @@ def renew(shell: PooledConnection, parameters: Mapping[str, str], cursor_factory
     """
     if weakref.getweakrefcount(shell):
         return False  # somebody keeps something about this very object
+    known = shell.sharedpool_known
     shell.__dict__.clear()
+    shell.sharedpool_known = known
     shell.sharedpool_native = False
     gate.reopen(shell)
     plain = cast(Any, extensions.connection)

@@ -35,6 +35,7 @@ from sharedpool.wire.place import place
 from sharedpool.worker import forks, green
 from sharedpool.worker.connection import PooledConnection
 from sharedpool.worker.ending import close_confirmed, cut
+from sharedpool.worker.frames import leases_in_hand
 from sharedpool.worker.lease import Closing, Ticket
 from sharedpool.worker.leases import lost, unfinished
 from sharedpool.worker.logs import logger
@@ -82,11 +83,12 @@ class Session:
         """Scavenge and queue a heartbeat. Return whether anything is held or asked for."""
         self._holdings.reclaim(0, thorough=False)
         self._holdings.purge()
+        self._find_abandoned()
         self._holdings.shells.trim(len(self._holdings.cache.leases))
         now = time.monotonic()
         with self._holdings.lock:
             held = self._holdings.cache.leases
-            missing = lost(held.values(), set(self._holdings.cache.idle), now)
+            missing = lost(held.values(), set(self._holdings.cache.idle), now, leases_in_hand)
             interrupted = unfinished(held.values(), now)
             for lease in missing:
                 if lease.conn is None:
@@ -102,6 +104,16 @@ class Session:
                 self._holdings.discard(lease, cast(PooledConnection, lease.conn), ReleaseReason.CLOSED)
         self._holdings.close(interrupted)
         return busy
+
+    def _find_abandoned(self) -> None:
+        """Give up what was taken for a checkout that an interrupt has ended, its clean-up too."""
+        now = time.monotonic()
+        with self._holdings.lock:
+            abandoned = [ticket for ticket in self._holdings.cache.waiting.values() if ticket.abandoned]
+            served = [self._holdings.cache.give_up(ticket, now) for ticket in abandoned]
+        for ticket in served:
+            if ticket is not None:
+                ticket.wake()
 
     def receive(self, message: ToWorker) -> None:
         """Act on a message from the broker."""

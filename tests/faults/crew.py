@@ -4,7 +4,6 @@ import contextlib
 import json
 import mmap
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from typing import Any
 
 from events import Event, Tail
 from waiting import wait_until
+
+from sharedpool.readable import readable
 
 _HAMMER = Path(__file__).with_name("hammer.py")
 _MOST_WORKERS = 8192
@@ -54,7 +55,7 @@ class Crew:
         deadline = time.monotonic() + ANSWER_S
         while b"\n" not in self._read:
             left = max(0.0, deadline - time.monotonic())
-            if not select.select([self._nursery.stdout], [], [], left)[0]:
+            if not readable([self._nursery.stdout], left):
                 raise AssertionError(f"the nursery said nothing for {ANSWER_S:g} s: {self.errors()}")
             chunk = os.read(self._nursery.stdout.fileno(), 4096)
             if not chunk:

@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import pytest
 from waiting import wait_until
 
 from sharedpool.cli.demo_view import Moment, Summary, as_document, as_text, judge, panel, plain_line
+from sharedpool.readable import readable
 
 SHORT = ("--workers", "4", "--max-conn", "2", "--seconds", "1.5")
 GOOD = Summary(
@@ -97,7 +97,7 @@ def read_until(process: "subprocess.Popen[str]", pattern: str) -> str:
     assert process.stderr is not None
     text = ""
     while not re.search(pattern, text):
-        assert select.select([process.stderr], [], [], 40)[0], f"no {pattern!r} in {text!r}"
+        assert readable([process.stderr], 40), f"no {pattern!r} in {text!r}"
         chunk = os.read(process.stderr.fileno(), 4096).decode()
         assert chunk, f"no {pattern!r} in {text!r}"
         text += chunk
@@ -189,7 +189,7 @@ def test_live_view_gives_the_terminal_back_after_ctrl_c(run: Run, place: Path) -
         os.close(theirs)
         text, stopped = "", False
         with contextlib.suppress(OSError):  # how Linux says that nobody holds the terminal any more
-            while select.select([ours], [], [], 40)[0] and (chunk := os.read(ours, 65536)):
+            while readable([ours], 40) and (chunk := os.read(ours, 65536)):
                 text += chunk.decode(errors="replace")
                 if not stopped and "peak 1" in text:
                     stopped = True

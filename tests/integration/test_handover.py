@@ -22,6 +22,7 @@ import sharedpool
 from sharedpool import ThreadedConnectionPool
 from sharedpool.automatic import GivenBroker
 from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.owned import Owned
 from sharedpool.wire.desk import Live
 from sharedpool.wire.messages import Token
 from sharedpool.worker.connection import PooledConnection
@@ -283,12 +284,12 @@ def test_a_process_where_an_adopted_connection_does_not_work_goes_on_without(
     monkeypatch.setattr(shells, "_build", lambda *of: built.add(shell := build(*of)) or shell)
     shells._stock.clear()
 
-    def go_wrong(shell: PooledConnection, fd: int, live: Live) -> PooledConnection:
+    def go_wrong(shell: PooledConnection, sock: Owned, live: Live) -> PooledConnection:
         if shell not in built:
-            return adopt(shell, fd, live)
+            return adopt(shell, sock, live)
         others.append(psycopg2.connect(postgres.dsn))
-        os.dup2(others[-1].fileno(), fd)
-        return adopt(shell, fd, live)
+        os.dup2(others[-1].fileno(), sock.fileno())
+        return adopt(shell, sock, live)
 
     monkeypatch.setattr("sharedpool.worker.holdings.adopt", go_wrong)
     rounds = 0
@@ -358,11 +359,11 @@ def test_a_backend_that_ends_on_the_way_is_not_handed_out(
     _, b = pair()
     ended: list[int] = []
 
-    def adopt_too_late(shell: PooledConnection, fd: int, live: Live) -> PooledConnection:
+    def adopt_too_late(shell: PooledConnection, sock: Owned, live: Live) -> PooledConnection:
         with server_connection.cursor() as cursor:
             cursor.execute("SELECT pg_terminate_backend(%s, 5000)", [live.backend.pid])
         ended.append(live.backend.pid)
-        return adopt(shell, fd, live)
+        return adopt(shell, sock, live)
 
     monkeypatch.setattr("sharedpool.worker.holdings.adopt", adopt_too_late)
     conn = b.get_conn()

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 from waiting import wait_until
 
 from sharedpool.cli.postgres import EphemeralPostgres, PostgresFailed, PostgresNotFound, find_binaries
+from sharedpool.readable import readable
 
 Script = Callable[..., "subprocess.Popen[str]"]
 
@@ -91,7 +91,7 @@ def script() -> Iterator[Script]:
 
 def read_line(process: "subprocess.Popen[str]") -> str:
     assert process.stdout is not None
-    assert select.select([process.stdout], [], [], 20)[0], "the script prints nothing"
+    assert readable([process.stdout], 20), "the script prints nothing"
     line = process.stdout.readline().strip()
     assert line, process.communicate()[1]
     return line

@@ -5,7 +5,6 @@ import fcntl
 import os
 import pty
 import re
-import select
 import signal
 import struct
 import subprocess
@@ -25,6 +24,7 @@ import sharedpool
 from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.cli.top_view import Line, picture, sparkline
 from sharedpool.cli.who import Answer
+from sharedpool.readable import readable
 from sharedpool.wire.messages import Token
 from sharedpool.wire.reports import LeaseLine, PoolReport, Report
 
@@ -54,7 +54,7 @@ class Terminal:
 
     def read(self) -> str:
         """Take in what there is."""
-        while select.select([self._ours], [], [], 0)[0]:
+        while readable([self._ours], 0):
             try:
                 self.output += os.read(self._ours, 65536).decode()
             except OSError:

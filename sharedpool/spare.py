@@ -1,0 +1,39 @@
+"""Whether a process may open as many descriptors as it needs: libzmq ends the process when it finds none free."""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import resource
+
+from sharedpool.errors import SharedPoolError
+
+# libzmq's own, of one context with one socket, and what the first moments of a connection take.
+FOR_A_CONTEXT = 14
+# Of one more socket, and its connection.
+FOR_A_SOCKET = 6
+# A connection to the server and its witness.
+FOR_A_CONNECTION = 2
+
+
+def make_sure_of(count: int, who: str) -> None:
+    """Make sure that so many descriptors can be opened now; a few microseconds each.
+
+    Raise `SharedPoolError`, which says what to do.
+    """
+    taken: list[_socket.socket] = []
+    try:
+        while len(taken) < count:
+            taken += _socket.socketpair()
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        whose = f"{limit} that this process may have open" if error.errno == errno.EMFILE else "whole system's"
+        raise SharedPoolError(
+            f"{who} needs {count} descriptors, and fewer are free of the {whose}: close files, or raise the limit"
+            " (`ulimit -n`, LimitNOFILE=)"
+        ) from error
+    finally:
+        for each in taken:
+            each.close()
