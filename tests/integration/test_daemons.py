@@ -70,7 +70,7 @@ AFTER
 use(pool)
 foreign.check()
 # Another session, as another daemon would have it: connections move between the two.
-other = type(pool)(pool.config, address, None)
+other = type(pool)(pool.config, pool._broker)
 held = [pool.get_conn(timeout=20) for _ in range(free)]
 for _ in range(5):
     pool.put_conn(held.pop(0))
@@ -113,7 +113,7 @@ CASES = {
     "disposed of before": (
         USED + "; pool.put_conn(inherited); pool.release_all(); free = 3",
         "close_all()",
-        "pool = type(pool)(pool.config, address, None)",
+        "pool = type(pool)(pool.config, pool._broker)",
     ),
 }
 
