@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,9 @@ def ensure_running(address: str, settings: Callable[[], BrokerSettings]) -> None
     """
     addresses.runtime_dir()  # somebody may have cleaned the temporary directory
     lock = addresses.lock_path(address)
-    if is_held(lock):
-        return
+    with _explained(address):
+        if is_held(lock):
+            return
     try:
         found = settings()
     except SharedPoolError:
@@ -48,10 +49,16 @@ def ensure_running(address: str, settings: Callable[[], BrokerSettings]) -> None
         text = f"the automatic broker at {address} was not started: {type(error).__name__}: {error}"
         raise BrokerUnavailable(text) from error
     deadline = time.monotonic() + START_LIMIT_S
+    with _explained(address), _start_lock(lock.with_suffix(".start"), deadline):
+        if not is_held(lock):
+            _start_detached(found, deadline)
+
+
+@contextlib.contextmanager
+def _explained(address: str) -> Iterator[None]:
+    """Have an error of the files beside `address` say what to do."""
     try:
-        with _start_lock(lock.with_suffix(".start"), deadline):
-            if not is_held(lock):
-                _start_detached(found, deadline)
+        yield
     except OSError as error:
         if error.errno not in _NO_PLACE:
             raise

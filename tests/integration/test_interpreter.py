@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,15 +50,20 @@ class Running:
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         pipe = subprocess.PIPE
+        # A file: they may be more than a pipe takes before somebody reads.
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by end()
         self._process = subprocess.Popen(
-            command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd="/"
+            command, env=environment, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, cwd="/"
         )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         self.said, self.seconds = json.loads(line) if line else (self.end(), 0.0)
 
     def end(self) -> str:
-        return self._process.communicate(timeout=30)[1]
+        self._process.communicate(timeout=30)
+        with self._errors:
+            self._errors.seek(0)
+            return self._errors.read()
 
 
 @pytest.fixture
