@@ -35,6 +35,9 @@ _TOGETHER_S = 0.005  # what is due so soon is looked for in the same query
 # worker's who has just been lent it, and has not told yet.
 _LEAVES_S, _CLEANED_S, _RESTS_S = 0.02, 0.1, 1.0
 _EVER_US = 2**62
+# A backend leaves the list before it leaves the server: then it gives its place back, notes in the log that it is gone
+# and exits. No query shows that; a process that has no more to do than this has done it by then.
+_EXITS_S = 0.02
 
 
 @dataclass(slots=True)
@@ -44,6 +47,7 @@ class _Job:
     ends_at: float
     retry_s: float = _FIRST_RETRY_S
     since_us: int | None = None  # the server's clock at the first look: what begins later is another's, behind a pooler
+    unlisted: bool = False
     warned: bool = False
 
 
@@ -78,24 +82,33 @@ class Fencing:
     def work(self, conn: connection, boot_us: int, now: float) -> None:
         """Do what is due, on the server that was started at `boot_us`. Raise psycopg2's errors."""
         due = [job for job in self._jobs.values() if job.due <= now + _TOGETHER_S]
-        if not due or (due and min(job.due for job in due) > now):
+        if not any(job.due <= now for job in due):
             return
+        for job in [job for job in due if job.unlisted and job.due <= now]:
+            self._finish(job, "gone")
+        due = [job for job in due if not job.unlisted]
         looked = [(job, backend) for job in due if (backend := self._comparable(job, boot_us)) is not None]
         if looked:
-            ripe = [(job, backend) for job, backend in looked if job.ends_at <= now]
-            self._end(conn, [backend for _, backend in ripe if backend.pooled is None])
-            for job, backend in ripe:
-                if backend.pooled is not None and not job.fence.left:
-                    self._end(conn, [backend], _EVER_US)  # whatever it does is its client's
-                elif backend.pooled is not None and job.since_us is not None:
-                    self._end(conn, [backend], job.since_us, idle=now >= job.ends_at + _RESTS_S)
+            self._end_ripe(conn, [(job, backend) for job, backend in looked if job.ends_at <= now], now)
             listed = catalog.sights_of(conn, [backend.pid for _, backend in looked])
             for job, backend in looked:
-                if (how := _how_over(job, backend, listed.get(backend.pid))) is not None:
-                    self._finish(job, how)
+                sight = listed.get(backend.pid)
+                # Start time 0: we may not see it, so it may be the same one.
+                job.unlisted = sight is None or sight.start_us not in (backend.start_us, 0)
+                if sight is not None and not job.unlisted and _is_lent_again(job, backend, sight):
+                    self._finish(job, "is its pooler's again")
         for job in due:
-            job.due = now + job.retry_s
+            job.due = now + (_EXITS_S if job.unlisted else job.retry_s)
             job.retry_s = min(job.retry_s * 2, _LAST_RETRY_S)
+
+    def _end_ripe(self, conn: connection, ripe: list[tuple[_Job, Backend]], now: float) -> None:
+        """End backends that were given the time to leave by themselves."""
+        self._end(conn, [backend for _, backend in ripe if backend.pooled is None])
+        for job, backend in ripe:
+            if backend.pooled is not None and not job.fence.left:
+                self._end(conn, [backend], _EVER_US)  # whatever it does is its client's
+            elif backend.pooled is not None and job.since_us is not None:
+                self._end(conn, [backend], job.since_us, idle=now >= job.ends_at + _RESTS_S)
 
     def _end(
         self, conn: connection, backends: list[Backend], since_us: int | None = None, *, idle: bool = True
@@ -148,19 +161,15 @@ class Fencing:
         self._done(fence.token)
 
 
-def _how_over(job: _Job, backend: Backend, sight: Sight | None) -> str | None:
-    """Say how it comes that a lease's backend is not its own any more, or None if it is."""
-    # Start time 0: we may not see it, so it may be the same one.
-    if sight is None or sight.start_us not in (backend.start_us, 0):
-        return "gone"
+def _is_lent_again(job: _Job, backend: Backend, sight: Sight) -> bool:
+    """Say whether a backend that is there still is its pooler's, not the lease's, any more."""
     if backend.pooled is None or not sight.start_us:
-        return None
+        return False
     if job.since_us is None:
         job.since_us = sight.now_us
     if not job.fence.left:  # a query is no sign of another client
-        over = sight.idle and sight.name != backend.pooled
-    elif sight.idle:
-        over = sight.query_us > job.since_us or sight.name != backend.pooled
-    else:  # else it may be the pooler's own, which cleans it
-        over = sight.query_us > job.since_us and sight.now_us - sight.query_us > _CLEANED_S * 1_000_000
-    return "is its pooler's again" if over else None
+        return sight.idle and sight.name != backend.pooled
+    if sight.idle:
+        return sight.query_us > job.since_us or sight.name != backend.pooled
+    # Else it may be the pooler's own, which cleans it.
+    return sight.query_us > job.since_us and sight.now_us - sight.query_us > _CLEANED_S * 1_000_000
