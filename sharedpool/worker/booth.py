@@ -55,6 +55,9 @@ class Booth:
         self.path = path
         self.open = True
         self.request = 0  # the last that was made here
+        # False while what was read has not been taken in: if that is interrupted the line must end without a word, so
+        # that the broker ends what it has passed here last.
+        self.sure = True
         self.owner: weakref.ref[object] | None = None  # as its ticket's; None while it is free
         self._line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -111,9 +114,11 @@ class Booth:
 
     def read(self) -> tuple[tuple[Pass, Owned] | None, bool]:
         """Read one packet, if there is one: what was passed, and whether the withdrawn request is settled."""
+        self.sure = False  # until `took_in`, if something was passed
         try:
             packet, socks = descriptors.receive_sockets(self._line, _PACKET_BYTES)
         except BlockingIOError:
+            self.sure = True
             return None, False
         except OSError:
             packet, socks = b"", []
@@ -124,6 +129,7 @@ class Booth:
         try:
             message = decode_from_desk(packet)
             if isinstance(message, Settled):
+                self.sure = True
                 return None, True
             if len(socks) == 1:
                 return (message, socks.pop()), False
@@ -133,6 +139,10 @@ class Booth:
         finally:
             for sock in socks:
                 sock.close()
+
+    def took_in(self) -> None:
+        """Note that nothing of what was read can be lost any more."""
+        self.sure = True
 
     def close(self) -> None:
         """Leave."""
@@ -181,7 +191,7 @@ class Booths:
     def put(self, booth: Booth) -> None:
         """Give a booth back where nothing more will come."""
         booth.owner, booth.request = None, 0
-        if booth.open:
+        if booth.open and booth.sure:
             self._free.append(booth)
         else:
             self.discard(booth)

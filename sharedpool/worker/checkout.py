@@ -187,7 +187,9 @@ def _look(holdings: Holdings, ticket: Ticket, place: Gate | Booth, left_s: float
         return
     was_open = place.open
     if (passed := place.wait(left_s)) is not None:
-        if (other := holdings.receive(*passed)) is not None and other is not ticket:
+        other = holdings.receive(*passed)
+        place.took_in()
+        if other is not None and other is not ticket:
             other.wake()
     elif was_open and not place.open:
         with holdings.lock:
@@ -198,7 +200,8 @@ def _look(holdings: Holdings, ticket: Ticket, place: Gate | Booth, left_s: float
 def _leave(holdings: Holdings, ticket: Ticket, booth: Booth, *, asked: bool) -> None:
     """Give a booth back; where something may still be passed to it, the link reads on."""
     link = holdings.link
-    if not asked or ticket.finished or link is None or not booth.withdraw(link.identity, ticket.request):
+    asked = asked and booth.sure and not ticket.finished
+    if not asked or link is None or not booth.withdraw(link.identity, ticket.request):
         holdings.booths.put(booth)
     else:
         holdings.booths.watch(booth)

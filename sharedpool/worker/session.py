@@ -119,7 +119,7 @@ class Session:
                 ticket.wake()
         for booth in self._holdings.booths.strays():
             link = self._holdings.link
-            if booth.request and link is not None and booth.withdraw(link.identity, booth.request):
+            if booth.sure and booth.request and link is not None and booth.withdraw(link.identity, booth.request):
                 self._holdings.booths.watch(booth)
             else:
                 self._holdings.booths.put(booth)
@@ -236,8 +236,11 @@ class Session:
     def read(self, booth: Booth) -> None:
         """Read what came for one who waits no more."""
         passed, settled = booth.read()
-        if passed is not None and (ticket := self._holdings.receive(*passed)) is not None:
-            ticket.wake()
+        if passed is not None:
+            ticket = self._holdings.receive(*passed)
+            booth.took_in()
+            if ticket is not None:
+                ticket.wake()
         if settled or not booth.open:
             del self._holdings.booths.unsettled[booth.fileno()]
             self._holdings.booths.put(booth)
