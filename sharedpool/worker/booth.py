@@ -55,11 +55,15 @@ class Booth:
     `open` is False once the broker has gone: what was asked here is asked by the link then.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, home: Booths) -> None:
         self.path = path
+        self.home = home  # where it is given back
         self.open = True
         self.session, self.request = b"", 0  # whose request was last made here, and which; 0: none
         self.receive: Receive | None = None
+        # False while what was read has not been taken in: if that is interrupted the line must end without a word, so
+        # that the broker ends what it has passed here last.
+        self.sure = True
         self.owner: weakref.ref[object] | None = None  # as its ticket's; None while it is free
         self._line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -116,9 +120,11 @@ class Booth:
 
     def read(self) -> tuple[tuple[Pass, Owned] | None, bool]:
         """Read one packet, if there is one: what was passed, and whether the withdrawn request is settled."""
+        self.sure = False  # until `took_in`, if something was passed
         try:
             packet, socks = descriptors.receive_sockets(self._line, _PACKET_BYTES)
         except BlockingIOError:
+            self.sure = True
             return None, False
         except OSError:
             packet, socks = b"", []
@@ -129,6 +135,7 @@ class Booth:
         try:
             message = decode_from_desk(packet)
             if isinstance(message, Settled):
+                self.sure = True
                 return None, True
             if len(socks) == 1:
                 return (message, socks.pop()), False
@@ -138,6 +145,10 @@ class Booth:
         finally:
             for sock in socks:
                 sock.close()
+
+    def took_in(self) -> None:
+        """Note that nothing of what was read can be lost any more."""
+        self.sure = True
 
     def close(self) -> None:
         """Leave."""
@@ -171,7 +182,7 @@ class Booths:
                 if len(self._all) >= _MOST:
                     return None
                 try:
-                    booth = Booth(path)
+                    booth = Booth(path, self)
                 except OSError:
                     return None
                 booth.owner, booth.receive = ticket.owner, receive
@@ -186,7 +197,7 @@ class Booths:
     def put(self, booth: Booth) -> None:
         """Give a booth back where nothing more will come."""
         booth.owner, booth.request, booth.receive = None, 0, None
-        if booth.open:
+        if booth.open and booth.sure:
             self._free.append(booth)
         else:
             self.discard(booth)
@@ -201,7 +212,7 @@ class Booths:
         found = missing & self._suspected
         self._suspected = missing - found
         for booth in found:
-            if booth.request and booth.withdraw():
+            if booth.sure and booth.request and booth.withdraw():
                 self.watch(booth)
             else:
                 self.put(booth)
@@ -225,8 +236,11 @@ class Booths:
         """Read, in the link's thread, what came for one who waits no more."""
         booth = self.unsettled[fd]
         passed, settled = booth.read()
-        if passed is not None and booth.receive is not None and (ticket := booth.receive(*passed)) is not None:
-            ticket.wake()
+        if passed is not None and booth.receive is not None:
+            ticket = booth.receive(*passed)
+            booth.took_in()
+            if ticket is not None:
+                ticket.wake()
         if settled or not booth.open:
             self.unsettled.pop(fd, None)
             self.put(booth)

@@ -181,7 +181,7 @@ def _go_to_desk(
     """
     booth = place if isinstance(place, Booth) and place.open else holdings.take_booth(ticket)
     if booth is not place and isinstance(place, Booth):
-        holdings.put_booth(place)  # closed by now
+        place.home.put(place)  # closed by now
     with holdings.lock:
         if booth is not None:
             ticket.wake = booth.ring
@@ -204,7 +204,9 @@ def _look(holdings: Holdings, ticket: Ticket, place: Gate | Booth, left_s: float
         return
     was_open = place.open
     if (passed := place.wait(left_s)) is not None:
-        if (other := holdings.receive(*passed)) is not None and other is not ticket:
+        other = holdings.receive(*passed)
+        place.took_in()
+        if other is not None and other is not ticket:
             other.wake()
     elif was_open and not place.open:
         with holdings.lock:
@@ -214,15 +216,11 @@ def _look(holdings: Holdings, ticket: Ticket, place: Gate | Booth, left_s: float
 
 def _leave(holdings: Holdings, ticket: Ticket, booth: Booth, *, asked: bool) -> None:
     """Give a booth back; where something may still be passed to it, the link reads on."""
-    link, registration = holdings.link, holdings.registration
-    if link is None or registration is None or not asked or ticket.finished:
-        holdings.put_booth(booth)
-        return
-    if booth.withdraw():
-        link.booths.watch(booth)
-        link.wake()
+    if asked and booth.sure and not ticket.finished and booth.withdraw():
+        booth.home.watch(booth)
+        holdings.signal()
     else:
-        holdings.put_booth(booth)
+        booth.home.put(booth)
 
 
 def _patience_s(holdings: Holdings, registration: Registration) -> float:

@@ -494,14 +494,6 @@ class Holdings:
         link = self.link
         return link.booths.take(ticket, self.receive) if link is not None and self.hands_over else None
 
-    def put_booth(self, booth: Booth) -> None:
-        """Give a place back where nothing more will come."""
-        link = self.link
-        if link is None:
-            booth.close()
-        else:
-            link.booths.put(booth)
-
     def disown(self) -> None:
         """In a forked child: make every inherited connection harmless. Takes no lock: its holder is not here."""
         for lease in list(self.cache.leases.values()):
