@@ -171,5 +171,6 @@ def _is_lent_again(job: _Job, backend: Backend, sight: Sight) -> bool:
         return sight.idle and sight.name != backend.pooled
     if sight.idle:
         return sight.query_us > job.since_us or sight.name != backend.pooled
-    # Else it may be the pooler's own, which cleans it.
-    return sight.query_us > job.since_us and sight.now_us - sight.query_us > _CLEANED_S * 1_000_000
+    # Else, soon after our client has left and under its name still, it may be the pooler's own query, which cleans it.
+    others = sight.name != backend.pooled or sight.now_us - job.since_us > _CLEANED_S * 1_000_000
+    return sight.query_us > job.since_us and others

@@ -104,6 +104,17 @@ def test_one_that_has_begun_a_query_since_is_anothers(lent: Lent) -> None:
     assert lent.alive
 
 
+@pytest.mark.parametrize("name", [OURS, THEIRS])
+def test_one_that_is_never_seen_at_rest_is_anothers_too(lent: Lent, name: str) -> None:
+    """It executes one short query after another; our own client's was over before the first look."""
+    lent.fence(left=True)
+    assert not lent.work()
+    lent.execute(f"SET application_name = '{name}'")
+    lent.query()
+    wait_until(lent.work, what="the slot")
+    assert lent.alive
+
+
 def test_one_that_goes_on_with_our_query_is_ended(lent: Lent) -> None:
     lent.query()
     lent.fence(left=True)
