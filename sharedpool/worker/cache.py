@@ -348,6 +348,11 @@ class Cache:
         granted_at = self.tickets.granted_at(grant.request, grant.waited_ms / 1000, now)
         lease.connect_by = granted_at + self.connects_within_s
         ticket = self.waiting.get(grant.request)
+        if now > lease.connect_by:  # nobody is to connect on it
+            self.closed(lease, ReleaseReason.UNUSED, gone=True)
+            if ticket is not None:
+                self.tickets.ask_anew(ticket, now)
+            return None
         if ticket is None:
             return self._pass_on(lease, None, now)
         ticket.answered = True

@@ -126,7 +126,7 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
     asked: Booth | None = None  # where the request was last made, if it was at the desk
     try:
         ticket.wake = place.ring
-        ticket.since = time.monotonic()
+        ticket.begin_anew(time.monotonic())
         with holdings.lock:
             if holdings.disposed:
                 raise PoolClosed(f"pool {holdings.config.name!r} is disposed")

@@ -88,6 +88,12 @@ class Ticket:
         self.denial: Deny | None = None
         self.error: Exception | None = None
 
+    def begin_anew(self, now: float) -> None:
+        """Forget how the last wait has ended: what it brought could not be used."""
+        self.since = now
+        self.answered = False
+        self.lease = self.denial = self.error = None
+
     @property
     def finished(self) -> bool:
         """Whether nothing more can come for it at its line: it was asked for once, there, and that is answered.

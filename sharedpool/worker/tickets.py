@@ -82,6 +82,11 @@ class Tickets:
             ticket.asks += 1
             self.out.append(Acquire(ticket.request, ticket.wait_ms))
 
+    def ask_anew(self, ticket: Ticket, now: float) -> None:
+        """Ask once more for a ticket: what it was granted could not be used."""
+        self._asked_at[ticket.request] = now
+        self.ask_by_link(ticket, again=True)
+
     def settle(self, ticket: Ticket) -> None:
         """Take a ticket out: its wait is over."""
         del self.waiting[ticket.request]

@@ -18,7 +18,11 @@ from waiting import wait_until
 
 import sharedpool
 from sharedpool import PoolClosed, PoolError, PoolExhausted, PoolTimeout, ThreadedConnectionPool
+from sharedpool.wire.messages import ReleaseReason
+from sharedpool.worker import checkout as checkouts
 from sharedpool.worker.checkout import checkout
+from sharedpool.worker.connection import PooledConnection
+from sharedpool.worker.lease import Lease
 
 MakePool = Callable[..., sharedpool.Pool]
 Backends = Callable[[sharedpool.Pool], set[int]]
@@ -756,3 +760,23 @@ def test_a_pool_of_the_same_name_takes_over_and_the_old_one_keeps_nothing_idle(
 def test_get_pool_says_what_is_missing() -> None:
     with pytest.raises(PoolError, match=r"no pool 'nobody' is configured: call sharedpool\.config_pool\(\) first"):
         sharedpool.get_pool("nobody")
+
+
+def test_a_lease_that_is_too_old_to_be_connected_is_given_back_and_another_is_waited_for(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread may have been frozen between the grant and the connect, for any time."""
+    worn = checkouts._worn
+    too_old: list[object] = []
+
+    def first_is_too_old(lease: Lease, conn: PooledConnection | None, now: float) -> ReleaseReason | None:
+        if conn is None and not too_old:
+            too_old.append(lease)
+            return ReleaseReason.UNUSED
+        return worn(lease, conn, now)
+
+    monkeypatch.setattr(checkouts, "_worn", first_is_too_old)
+    pool = make_pool(max_conn=1)
+    pool.put_conn(pool.get_conn(timeout=10))
+    assert too_old[0] not in pool._holdings.cache.leases.values()
+    assert len(pool._holdings.cache.leases) == 1

@@ -733,6 +733,20 @@ def test_a_grant_for_a_request_that_was_given_up_keeps_its_age(rig: Rig) -> None
     assert waits.lease.connect_by == asked_at + 4 + 15
 
 
+def test_a_grant_that_is_too_old_is_given_back_and_asked_for_again(rig: Rig) -> None:
+    rig.cache.connects_within_s = 15.0
+    ticket = rig.want(600.0)
+    rig.now += 100
+    assert rig.cache.granted(Grant(ticket.request, Token(1, 1), 1, waited_ms=1_000), rig.now) is None
+    assert not ticket.settled
+    assert not rig.cache.leases
+    *_, released, asked = rig.cache.out
+    assert (released, asked) == (Release(Token(1, 1), True, ReleaseReason.UNUSED), Acquire(ticket.request, 600_000))
+    rig.now += 1
+    rig.cache.granted(Grant(ticket.request, Token(1, 2), 2, waited_ms=500), rig.now)
+    assert ticket.lease is not None
+
+
 def test_another_brokers_grants_count_from_its_welcome(rig: Rig) -> None:
     """What waited in a former broker's queue says nothing of how long this one's grant was on its way."""
     rig.cache.connects_within_s = 15.0
