@@ -204,7 +204,7 @@ def test_an_interrupt_in_any_line_loses_nothing(
         name=f"{way.__name__}{again}", dsn=postgres.dsn, broker=broker.address, max_conn=most, timeout=30,
         pool_manager=sharedpool.ThreadedConnectionPool,
     )  # fmt: skip
-    b = type(a)(dataclasses.replace(a.config), broker.address, None)
+    b = type(a)(dataclasses.replace(a.config), a._broker)
     for pool in (a, b):
         pool.put_conn(pool.get_conn(), close=True)
     watch = Watch(a, b)
