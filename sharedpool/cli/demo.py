@@ -46,7 +46,7 @@ INSERT INTO accounts SELECT id, %s, 0 FROM generate_series(1, %s) AS id;
 # By exclusion: this also counts a backend that is still starting and has no name yet.
 _COUNT_SQL = """
 SELECT count(*) FROM pg_stat_activity
-WHERE backend_type = 'client backend' AND application_name NOT IN ('sharedpool broker', %s)
+WHERE backend_type = 'client backend' AND application_name NOT LIKE 'sharedpool broker%%' AND application_name <> %s
 """
 
 

@@ -28,10 +28,10 @@ from sharedpool.worker.ending import (
     HUNG_UP,
     close_confirmed,
     close_witness,
+    dies,
     disown,
     forsake,
     holds_own,
-    register_witness,
 )
 
 CHECK_AFTER_S = 0.5  # idle, or lent out, for longer than this: look whether the server is still there
@@ -184,6 +184,7 @@ class PooledConnection(extensions.connection):
         if self.sharedpool_pid != getpid():
             return  # never opened, or inherited
         if self.sharedpool_lease is None:
+            dies(self)
             close_witness(self)
             if holds_own(self):
                 gate.doom(self)  # else psycopg2 takes it for closed, and leaves the descriptor open
@@ -303,7 +304,6 @@ def bear_witness(conn: PooledConnection) -> PooledConnection:
         conn.sharedpool_pid = os.getpid()
         conn.sharedpool_known = (identity(conn.fileno()),)
         conn.sharedpool_witness = os.dup(conn.fileno())
-        register_witness(conn)
     return conn
 
 

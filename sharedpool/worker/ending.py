@@ -66,6 +66,8 @@ def cut(conns: Iterable[PooledConnection], limit_s: float = CUT_LIMIT_S) -> None
 
 def take_witness(conn: PooledConnection) -> Owned | None:
     """Take a connection's witness off it, in one step: of two threads that end it only one has it, and closes it."""
+    # Once it is closed its number may be another connection's, and to the same backend: a session may come back.
+    _dying.pop(conn.sharedpool_witness, None)
     if not is_still(conn.sharedpool_witness, conn.sharedpool_known):
         conn.__dict__.pop("sharedpool_witness", None)
         return None
@@ -75,25 +77,29 @@ def take_witness(conn: PooledConnection) -> Owned | None:
         return None
 
 
-# By number: whose witness it is. A connection's finalizer may be interrupted, and is not called again.
-_witnesses: dict[int, tuple[weakref.ref[PooledConnection], tuple[Identity, ...]]] = {}
-_ownerless: set[int] = set()
+# Witnesses of connections whose finalizer has begun, by number: it may be interrupted, and is not called again.
+_dying: dict[int, tuple[weakref.ref[PooledConnection], tuple[Identity, ...]]] = {}
+_left: set[int] = set()
 
 
-def register_witness(conn: PooledConnection) -> None:
-    """Have a connection's witness closed some time after its end, should nobody have done that."""
-    _witnesses[conn.sharedpool_witness] = weakref.ref(conn), conn.sharedpool_known[-1:]
+def dies(conn: PooledConnection) -> None:
+    """Have a connection's witness closed some time after its end, should its finalizer be interrupted from here on.
+
+    Not of one that its finalizer keeps: weak references to it are gone as well.
+    """
+    if conn.sharedpool_witness >= 0:
+        _dying[conn.sharedpool_witness] = weakref.ref(conn), conn.sharedpool_known[-1:]
 
 
-def close_ownerless() -> None:
+def close_left() -> None:
     """Close the witnesses of connections that are no more; they must be so at two calls. For the heartbeat."""
-    dead = {number for number, (whose, _) in list(_witnesses.items()) if whose() is None}
-    for number in dead & _ownerless:
-        entry = _witnesses.pop(number, None)
+    dead = {number for number, (whose, _) in list(_dying.items()) if whose() is None}
+    for number in dead & _left:
+        entry = _dying.pop(number, None)
         if entry is not None and entry[0]() is None and is_still(number, entry[1]):
             os.close(number)
-    _ownerless.clear()
-    _ownerless.update(dead)
+    _left.clear()
+    _left.update(dead)
 
 
 def _see_off(conns: Iterable[tuple[PooledConnection, Owned | int | None]], limit_s: float) -> None:

@@ -29,7 +29,7 @@ from sharedpool.worker import green
 from sharedpool.worker.bell import Bell
 from sharedpool.worker.booth import Booths
 from sharedpool.worker.desk import Desk
-from sharedpool.worker.ending import close_ownerless
+from sharedpool.worker.ending import close_left
 from sharedpool.worker.logs import logger
 from sharedpool.worker.registration import Endpoint, Registration
 
@@ -259,7 +259,7 @@ class Link:
         if now >= self._look_at:
             self._look_at = now + _LOOK_EVERY_S
             self.booths.take_strays()
-            close_ownerless()
+            close_left()
         if now >= self._trim_at:
             self._trim_at = now + _TRIM_EVERY_S
             self.booths.trim()
