@@ -26,6 +26,7 @@ class Backoff:
     random: Callable[[], float]  # from 0 to 1
     ceiling: int | None = None
     error: str = ""
+    code: str = ""  # the server's SQLSTATE, if it has answered
     probe_at: float = 0.0
     due: bool = False
     probe: Token | None = None
@@ -52,9 +53,9 @@ class Backoff:
         self.probe_at = now + PROBE_LIMIT_S
         return True
 
-    def failed(self, token: Token, connected: int, error: str, now: float) -> float:
+    def failed(self, token: Token, connected: int, error: str, now: float, code: str = "") -> float:
         """Note a failed connect while `connected` others are open; return when the next may be tried."""
-        self.ceiling, self.error = connected, error
+        self.ceiling, self.error, self.code = connected, error, code
         self.due = False
         if token == self.probe:
             self.probe = None
@@ -72,7 +73,7 @@ class Backoff:
             return
         self.ceiling, self.due, self.probe = max(self.ceiling, connected), True, None
         if self.ceiling >= limit:
-            self.ceiling, self.error = None, ""
+            self.ceiling, self.error, self.code = None, "", ""
 
     def ended(self, token: Token) -> None:
         """Note that a lease is over, or that its worker is silent: a probe without an outcome is not waited for."""

@@ -178,7 +178,8 @@ class Demand:
         """Send a grant, or send it again for a request that was repeated."""
         serial, owed, waited_ms = self.next_serial(), lease.session.owed, int(lease.waited_s * 1000)
         direct = self._routes.believes_refusal(lease)
-        self._emit(Send(lease.session.id, Grant(lease.request, lease.token, serial, owed, waited_ms, direct)))
+        code = lease.pool.backoff.code
+        self._emit(Send(lease.session.id, Grant(lease.request, lease.token, serial, owed, waited_ms, direct, code)))
 
     # --- 2. recall
 

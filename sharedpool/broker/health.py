@@ -59,7 +59,7 @@ class Health:
                 pool=pool.name, lease=str(release.token), session=session.label, reason=release.error,
             )  # fmt: skip
         pool.blamed = session.id if release.unreachable else b""
-        self._arm(pool.backoff.failed(release.token, others, release.error, now), "probe", pool)
+        self._arm(pool.backoff.failed(release.token, others, release.error, now, release.code), "probe", pool)
 
     def _refused(self, session: Session, release: Release, now: float) -> None:
         """Hold one session's connects back: it is refused for a reason of its own, or of its role's."""

@@ -319,7 +319,8 @@ class Grant(Struct, frozen=True, tag="grant"):
 
     `waited_ms`: for so long the request had been in the queue. So one who knows when he asked knows how old this is.
     `direct`: nobody is between the pool's workers and the server, as far as the broker knows: of a connect that fails,
-    the socket's end is the backend's.
+    the socket's end is the backend's. `code`: with this SQLSTATE the server refuses everybody just now; one that is
+    refused need not connect once more to learn why.
     """
 
     request: int
@@ -328,6 +329,7 @@ class Grant(Struct, frozen=True, tag="grant"):
     owed: int = 0
     waited_ms: int = 0
     direct: bool = False
+    code: str = ""
 
 
 class DenyReason(StrEnum):

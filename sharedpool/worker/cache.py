@@ -344,7 +344,7 @@ class Cache:
         self._seen = grant.token
         lease = self.leases[grant.token] = Lease(grant.token, None, now)
         lease.generation, lease.cache, lease.idle_s = self.generation, self, self.slices.gap_s
-        lease.reached_directly = grant.direct
+        lease.reached_directly, lease.refused_with = grant.direct, grant.code
         granted_at = self.tickets.granted_at(grant.request, grant.waited_ms / 1000, now)
         lease.connect_by = granted_at + self.connects_within_s
         ticket = self.waiting.get(grant.request)

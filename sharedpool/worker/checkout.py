@@ -279,7 +279,7 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
                 holdings.give_back(lease, reason)
             elif made[0].closed:
                 made[0].sharedpool_direct = lease.reached_directly or None  # else nobody knows
-                holdings.not_opened(lease, reason, holdings.diagnosis.of(made[0], error, deadline))
+                holdings.not_opened(lease, reason, holdings.diagnosis.of(made[0], error, deadline, lease.refused_with))
             elif not isinstance(error, OSError):
                 holdings.discard(lease, bear_witness(made[0]), reason)
             else:

@@ -53,8 +53,11 @@ class Diagnosis:
         self._code = ""
         self._known_until = float("-inf")
 
-    def of(self, conn: PooledConnection, error: BaseException, deadline: float | None) -> Failure:
-        """Say what is known of a connect that failed; may connect again, for a second at most, not past `deadline`."""
+    def of(self, conn: PooledConnection, error: BaseException, deadline: float | None, known: str = "") -> Failure:
+        """Say what is known of a connect that failed; may connect again, for a second at most, not past `deadline`.
+
+        `known`: the SQLSTATE with which the server refuses everybody, if it does; then that is taken for the reason.
+        """
         text = one_line(error) if isinstance(error, psycopg2.Error) else ""
         fd, tried = libpq.socket_of_failed(conn), libpq.tried(conn)
         if fd is None or tried is None:
@@ -73,6 +76,8 @@ class Diagnosis:
         see_off(conn, fd)
         if not text or not conn.sharedpool_gone:  # one more connect might be one too many
             return Failure(conn.sharedpool_gone, text, closed=conn.sharedpool_closed)
+        if known:
+            return Failure(conn.sharedpool_gone, text, known, closed=conn.sharedpool_closed)
         now = time.monotonic()
         if now >= self._known_until or tried.asked_password != self._asked_password:
             limit_s = _LIMIT_S if deadline is None else min(_LIMIT_S, deadline - now)

@@ -25,14 +25,15 @@ class Lease:
     nor wrapped. `movable`: its session can be passed to another. `generation` is the newest that was known when it was
     granted. `plain`: its next checkin need not look at its key, at the generation, nor whether it was taken away.
     `cache` is whose it is. `stack` is where it was last checked out (`debug_checkouts`). `connect_by`: what is not
-    being connected by then must not be. `reached_directly`: see GRANT's `direct`. `at_close`: what its user's `close()`
-    does in place of closing. `kept` is what an integration keeps with the session while that stays in this process.
+    being connected by then must not be. `reached_directly`, `refused_with`: GRANT's `direct` and `code`. `at_close`:
+    what its user's `close()` does in place of closing. `kept` is what an integration keeps with the session while that
+    stays in this process.
     """
 
     __slots__ = (
         "arrived", "at_close", "backend", "cache", "conn", "connect_by", "deposited", "direct", "fresh", "generation",
-        "idle_s", "kept", "key", "missed", "movable", "phase", "plain", "reached_directly", "ref", "retire_at", "since",
-        "stack", "thread", "ticket", "token",
+        "idle_s", "kept", "key", "missed", "movable", "phase", "plain", "reached_directly", "ref", "refused_with",
+        "retire_at", "since", "stack", "thread", "ticket", "token",
     )  # fmt: skip
 
     def __init__(self, token: Token, ticket: Ticket | None, now: float) -> None:
@@ -46,6 +47,7 @@ class Lease:
         self.retire_at = float("inf")
         self.connect_by = float("inf")
         self.reached_directly = False
+        self.refused_with = ""
         self.deposited = False
         self.fresh = False
         self.direct = True

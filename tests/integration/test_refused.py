@@ -69,6 +69,18 @@ def test_who_is_refused_again_is_not_asked_for_the_reason_every_time() -> None:
         assert server.connects == 6
 
 
+def test_who_tries_whether_a_full_server_has_room_again_tries_once() -> None:
+    """The broker has said with what the server refuses everybody: a second connect would be one more refused one."""
+    with RefusingServer("login", "53300") as server:
+        made: list[PooledConnection] = []
+        with pytest.raises(psycopg2.OperationalError) as caught:
+            connect(resolve(server.dsn), "test", None, made)
+        made[0].sharedpool_direct = True
+        found = Diagnosis().of(made[0], caught.value, None, "53300")
+        assert server.connects == 1
+    assert (found.code, found.gone) == ("53300", True)
+
+
 @pytest.mark.parametrize("stage", ["hangs up", "silent"])
 def test_a_server_that_says_nothing_is_not_reached(stage: Stage) -> None:
     with RefusingServer(stage) as server:

@@ -7,7 +7,7 @@ from test_ledger import Broker, Worker
 
 from sharedpool.broker.commands import Log
 from sharedpool.broker.refusal import RETRY_S, Refusal, Refusals, concerns_all
-from sharedpool.wire.messages import Deny, DenyReason, Recall, Release, ReleaseReason, Token
+from sharedpool.wire.messages import Deny, DenyReason, Grant, Recall, Release, ReleaseReason, Token
 
 LONGEST_RETRY_S = 8.0
 
@@ -177,3 +177,14 @@ def test_a_full_server_is_everybodys_affair_whoever_else_has_got_in() -> None:
     broker.pass_time(0.1)
     refuse(late, trying, "53300")
     assert good.outcome(good.ask(wait_s=60)) is None  # it waits for what there is
+
+
+def test_a_grant_says_with_what_the_server_refuses_everybody() -> None:
+    broker = Broker()
+    a, b = broker.worker("a", max_conn=3), broker.worker("b", max_conn=3)
+    token = a.granted(a.ask())
+    assert a.last(Grant).code == ""
+    broker.send(a.id, Release(token, True, ReleaseReason.FAILED, error="too many clients", code="53300"))
+    broker.pass_time(2.0)
+    b.granted(b.ask())
+    assert b.last(Grant).code == "53300"
