@@ -473,12 +473,15 @@ class Ledger:
         for token in renew.gone:  # their RELEASE may have been lost
             if (lease := session.leases.get(token)) is not None:
                 self._leases.free(lease, "given back")
+        for release in renew.unproven:  # the same
+            self._release(session, release, now)
         revoked = self._leases.reconcile(session, renew.leases, now, seen=renew.seen)
         if (twin := self._leases.routes.answered(session, renew.answers)) is not None:
             self._find_unsuitable(twin, now)
         if not renew.answers or revoked:
             pool = session.pool
-            self._out.append(Send(session.id, Ack(revoked, renew.gone, pool.generation, pool.most)))
+            known = [*renew.gone, *(release.token for release in renew.unproven)]
+            self._out.append(Send(session.id, Ack(revoked, known, pool.generation, pool.most)))
         if renew.answers:
             return
         seen = renew.seen if renew.seen.epoch == self.epoch else NO_TOKEN

@@ -216,8 +216,9 @@ class Renew(Struct, frozen=True, tag="renew"):
     """All leases and pending requests of this session (heartbeat, or the answer to RECALL number `answers`).
 
     `seen` is the newest grant that has arrived: a lease above it is still on its way, one at or below it that is not
-    listed is not held any more. `gone` are leases given back whose backends were seen to end, until an ACK has come.
-    `times` comes when it has changed.
+    listed is not held any more. `gone` are leases given back whose backends were seen to end, until an ACK has come;
+    `unproven` is what was said of the others: of one whose connection had been passed nothing else would tell. `times`
+    comes when it has changed.
     """
 
     leases: list[LeaseReport]
@@ -226,6 +227,7 @@ class Renew(Struct, frozen=True, tag="renew"):
     pending: list[int] = []
     gone: list[Token] = []
     times: Times | None = None
+    unproven: list[Release] = []
 
 
 class ReleaseReason(StrEnum):

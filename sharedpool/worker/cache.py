@@ -64,6 +64,7 @@ class Cache:
         self.generation = 0
         self._epoch: int | None = None  # of the broker that was last registered with
         self._gone: dict[Token, None] = {}  # given back, their backends seen to end; the broker may not know yet
+        self._unproven: dict[Token, Release] = {}  # given back otherwise; the same
         # Until then nothing has to be scavenged.
         self.calm_until = float("-inf")
         self._first_retires_at = float("inf")
@@ -235,9 +236,12 @@ class Cache:
         if self._holds(lease):
             del self.leases[lease.token]
             lease.conn = None
-            self.out.append(Release(lease.token, gone, reason, lease.backend, error, code, unreachable, closed))
+            release = Release(lease.token, gone, reason, lease.backend, error, code, unreachable, closed)
+            self.out.append(release)
             if gone:
                 self._gone[lease.token] = None
+            else:
+                self._unproven[lease.token] = release
 
     def giving(self, lease: Lease) -> None:
         """Note that the connection of a lease that is being closed is given instead: it is its thread's alone now.
@@ -260,6 +264,7 @@ class Cache:
         """Note that the broker knows of these."""
         for token in gone:
             self._gone.pop(token, None)
+            self._unproven.pop(token, None)
 
     def ended(self, token: Token) -> Lease | None:
         """Drop a lease whose backend has ended; None if it is being closed here anyway."""
@@ -411,7 +416,8 @@ class Cache:
     def renewal(self, now: float, threads: Mapping[int, str], *, answers: int = 0) -> Renew:
         """Return the heartbeat: all that is held and asked for."""
         reported = reports(self.leases.values(), now, threads)
-        return Renew(reported, self._seen, answers, self.tickets.pending(now), list(self._gone))
+        unproven = list(self._unproven.values())[:_MOST_GONE]
+        return Renew(reported, self._seen, answers, self.tickets.pending(now), list(self._gone), unproven=unproven)
 
     def heartbeat(self, now: float, threads: Mapping[int, str]) -> Renew:
         """Return what is held and asked for, and what took how long."""

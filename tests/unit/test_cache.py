@@ -642,7 +642,8 @@ def test_registering_again_keeps_unsent_releases_and_says_that_they_close(rig: R
     assert [(report.token, report.phase, report.backend) for report in leases] == [
         (lease.token, Phase.CLOSING, Backend(1))
     ]
-    assert rig.sent() == [Release(lease.token, False, ReleaseReason.BROKEN, Backend(1)), Renew([], Token(1, 1))]
+    release = Release(lease.token, False, ReleaseReason.BROKEN, Backend(1))
+    assert rig.sent() == [release, Renew([], Token(1, 1), unproven=[release])]
 
 
 def test_recalls_of_a_new_broker_start_over(rig: Rig) -> None:
@@ -757,3 +758,14 @@ def test_another_brokers_grants_count_from_its_welcome(rig: Rig) -> None:
     rig.cache.granted(Grant(ticket.request, Token(2, 1), 1, waited_ms=1_000), rig.now)
     assert ticket.lease is not None
     assert ticket.lease.connect_by == rig.now - 1 + 15
+
+
+def test_what_was_given_back_with_its_backend_unseen_is_told_until_the_broker_knows(rig: Rig) -> None:
+    """Of a connection that had been passed nothing else would tell: its RELEASE may be lost with a line."""
+    lease = rig.use()
+    rig.cache.closed(lease, ReleaseReason.BROKEN, gone=False)
+    release = Release(lease.token, False, ReleaseReason.BROKEN, lease.backend)
+    for _ in range(2):
+        assert rig.cache.renewal(rig.now, {}).unproven == [release]
+    rig.cache.acknowledged([lease.token])
+    assert rig.cache.renewal(rig.now, {}).unproven == []
