@@ -31,7 +31,7 @@ from sharedpool.worker.ending import (
     disown,
     forsake,
     holds_own,
-    register_witness,
+    register,
 )
 
 CHECK_AFTER_S = 0.5  # idle, or lent out, for longer than this: look whether the server is still there
@@ -302,8 +302,9 @@ def bear_witness(conn: PooledConnection) -> PooledConnection:
     if conn.sharedpool_witness < 0:
         conn.sharedpool_pid = os.getpid()
         conn.sharedpool_known = (identity(conn.fileno()),)
+        register(conn, conn.fileno())
         conn.sharedpool_witness = os.dup(conn.fileno())
-        register_witness(conn)
+        register(conn, conn.sharedpool_witness)
     return conn
 
 

@@ -75,21 +75,22 @@ def take_witness(conn: PooledConnection) -> Owned | None:
         return None
 
 
-# By number: whose witness it is. A connection's finalizer may be interrupted, and is not called again.
-_witnesses: dict[int, tuple[weakref.ref[PooledConnection], tuple[Identity, ...]]] = {}
+# By number: whose it is, libpq's or the witness. A connection's finalizer may be interrupted, and is not called again;
+# psycopg2 itself does not close one that is shut to its user (`gate.py`).
+_numbers: dict[int, tuple[weakref.ref[PooledConnection], tuple[Identity, ...]]] = {}
 _ownerless: set[int] = set()
 
 
-def register_witness(conn: PooledConnection) -> None:
-    """Have a connection's witness closed some time after its end, should nobody have done that."""
-    _witnesses[conn.sharedpool_witness] = weakref.ref(conn), conn.sharedpool_known[-1:]
+def register(conn: PooledConnection, number: int) -> None:
+    """Have a connection's descriptor closed some time after its end, should nobody have done that."""
+    _numbers[number] = weakref.ref(conn), conn.sharedpool_known
 
 
 def close_ownerless() -> None:
-    """Close the witnesses of connections that are no more; they must be so at two calls. For the heartbeat."""
-    dead = {number for number, (whose, _) in list(_witnesses.items()) if whose() is None}
+    """Close the descriptors of connections that are no more; they must be so at two calls. For the heartbeat."""
+    dead = {number for number, (whose, _) in list(_numbers.items()) if whose() is None}
     for number in dead & _ownerless:
-        entry = _witnesses.pop(number, None)
+        entry = _numbers.pop(number, None)
         if entry is not None and entry[0]() is None and is_still(number, entry[1]):
             os.close(number)
     _ownerless.clear()
@@ -206,6 +207,7 @@ def vacate(conn: PooledConnection) -> None:
 def expect(conn: PooledConnection, known: Identity) -> None:
     """Note what libpq's descriptor is to be from now on; until it is, it may be what it was."""
     conn.sharedpool_known = (*conn.sharedpool_known[-1:], known)
+    register(conn, socket_of(conn))
 
 
 def holds_own(conn: PooledConnection) -> bool:
