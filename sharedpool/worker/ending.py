@@ -78,7 +78,8 @@ def take_witness(conn: PooledConnection) -> Owned | None:
 # By number: whose it is, libpq's or the witness. A connection's finalizer may be interrupted, and is not called again;
 # psycopg2 itself does not close one that is shut to its user (`gate.py`).
 _numbers: dict[int, tuple[weakref.ref[PooledConnection], tuple[Identity, ...]]] = {}
-_ownerless: set[int] = set()
+_ownerless: dict[int, tuple[object, float]] = {}  # which of them, and since when it is known to be nobody's
+FINALIZING_S = 0.1  # no finalizer that goes on takes longer
 
 
 def register(conn: PooledConnection, number: int) -> None:
@@ -86,15 +87,26 @@ def register(conn: PooledConnection, number: int) -> None:
     _numbers[number] = weakref.ref(conn), conn.sharedpool_known
 
 
-def close_ownerless() -> None:
-    """Close the descriptors of connections that are no more; they must be so at two calls. For the heartbeat."""
-    dead = {number for number, (whose, _) in list(_numbers.items()) if whose() is None}
-    for number in dead & _ownerless:
-        entry = _numbers.pop(number, None)
-        if entry is not None and entry[0]() is None and is_still(number, entry[1]):
-            os.close(number)
-    _ownerless.clear()
-    _ownerless.update(dead)
+def close_ownerless() -> bool:
+    """Close the descriptors of connections that have been no more for `FINALIZING_S`. For the heartbeat.
+
+    Return whether there are others, to be closed by a later call.
+    """
+    now, left = time.monotonic(), False
+    for number, entry in list(_numbers.items()):
+        whose, known = entry
+        if whose() is not None:
+            continue
+        found, since = _ownerless.setdefault(number, (entry, now))
+        if found is not entry:
+            _ownerless[number] = entry, now
+        elif now - since >= FINALIZING_S:
+            del _ownerless[number]
+            if _numbers.pop(number, None) is entry and is_still(number, known):
+                os.close(number)
+            continue
+        left = left or is_still(number, known)
+    return left
 
 
 def _see_off(conns: Iterable[tuple[PooledConnection, Owned | int | None]], limit_s: float) -> None:
