@@ -49,6 +49,7 @@ from sharedpool.worker.logs import logger
 from sharedpool.worker.registration import Registration
 from sharedpool.worker.session import Session
 from sharedpool.worker.settings import Callback, PoolConfig
+from sharedpool.worker.turns import Turns
 from sharedpool.worker.wrapper import outside
 
 READ_ONLY = "25006"
@@ -93,7 +94,7 @@ class Holdings:
         self.handover = config.handover and not config.disable_pooling and SUPPORTED  # until it is found not to work
         self._tested, self._trials = False, _TRIALS  # whether it was found to work here
         self.tag = f"sharedpool {config.name}"  # until the broker has said its own
-        self._reclaiming = threading.RLock()  # held across I/O; a user's reset() may come back to it
+        self.reclaiming = Turns()  # across I/O; a user's reset() may come back to it
         with contextlib.suppress(OSError):  # it is made when it is needed, then
             dead_end()
         self._broker = broker
@@ -392,13 +393,14 @@ class Holdings:
         if code in FAILOVER and lease is not None:
             self.trouble(lease, code)
 
-    def reclaim(self, limit_s: float = -1, *, thorough: bool = True) -> None:
+    def reclaim(self, limit_s: float, *, thorough: bool = True) -> None:
         """Check in what its users dropped without a `put_conn`.
 
         When this returns, no other thread is at it either, unless `limit_s` seconds were too short for that. Not
         `thorough`: run no user's code and no rollback (the link must keep its heartbeat), close what would need them.
         """
-        if not self._reclaiming.acquire(timeout=limit_s):
+        turn = self.reclaiming.take(limit_s)
+        if turn is None:
             return
         try:
             while self.orphans:
@@ -412,7 +414,7 @@ class Holdings:
                 except Exception:
                     logger.exception("pool %r: reset() failed for a connection its user dropped", self.config.name)
         finally:
-            self._reclaiming.release()
+            turn.end()
 
     def _rests(self, conn: PooledConnection) -> bool:
         return self.config.at_checkin is None and conn.get_transaction_status() == TRANSACTION_STATUS_IDLE
