@@ -34,8 +34,8 @@ def other_side_closed(fd: int) -> bool:
 
     For TCP only a FIN proves that. False where the kernel cannot tell (before Linux 5.1, once both sides are closed).
     """
-    sock = Borrowed(fileno=fd)
     try:
+        sock = Borrowed(fileno=fd)
         if sock.family not in (socket.AF_INET, socket.AF_INET6):
             return True  # within one kernel nothing is lost
         state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]

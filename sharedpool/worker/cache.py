@@ -374,12 +374,13 @@ class Cache:
             raise SharedPoolError(f"lease {message.token} was passed on by a former broker")
         if message.serial > self._newest:
             self._newest, self.owed, self.slices.pressed = message.serial, message.owed, message.pressed
-        lease = self.leases[message.token] = Lease(message.token, None, now)
+        lease = Lease(message.token, None, now)
         lease.cache, lease.idle_s = self, self.slices.gap_s
         self._retires(retire_at)
         lease.backend, lease.generation, lease.retire_at = message.live.backend, message.live.generation, retire_at
         lease.conn, lease.ref, lease.deposited, lease.fresh = conn, weakref.ref(conn, collected), True, True
         lease.movable, lease.direct = True, False
+        self.leases[message.token] = lease  # an interrupt finds it with all that is needed to see the connection gone
         ticket = self.waiting.get(message.request)
         if ticket is None:
             return self._pass_on(lease, conn, now)

@@ -19,7 +19,7 @@ from psycopg2 import extensions
 
 from sharedpool.conninfo import ConnInfo
 from sharedpool.errors import SharedPoolError
-from sharedpool.libpq import socket_of
+from sharedpool.libpq import socket_of, socket_of_failed
 from sharedpool.owned import Identity, identity, is_still
 from sharedpool.route import is_direct
 from sharedpool.wire.messages import Backend, Phase
@@ -28,10 +28,12 @@ from sharedpool.worker.ending import (
     HUNG_UP,
     close_confirmed,
     close_witness,
-    dies,
     disown,
     forsake,
     holds_own,
+    register,
+    unregister,
+    unregister_all,
 )
 
 CHECK_AFTER_S = 0.5  # idle, or lent out, for longer than this: look whether the server is still there
@@ -112,8 +114,10 @@ class PooledConnection(extensions.connection):
         """Close it as psycopg2 does, which only asks its backend to leave, if its descriptor is still its own."""
         self.sharedpool_wrapper = None  # it refers to us
         if holds_own(self):
+            number = socket_of_failed(self) or -1
             gate.doom(self)
             super().close()
+            unregister(number)
         else:
             forsake(self)
 
@@ -184,13 +188,14 @@ class PooledConnection(extensions.connection):
         if self.sharedpool_pid != getpid():
             return  # never opened, or inherited
         if self.sharedpool_lease is None:
-            dies(self)
             close_witness(self)
             if holds_own(self):
                 gate.doom(self)  # else psycopg2 takes it for closed, and leaves the descriptor open
             else:
                 forsake(self)
+            unregister_all(self)
         else:
+            unregister_all(self)
             self.sharedpool_finalized = True  # Python calls this once in an object's life: it is not lent out again
             self.sharedpool_holdings.orphans.append(self)
             self.sharedpool_holdings.signal()
@@ -303,7 +308,9 @@ def bear_witness(conn: PooledConnection) -> PooledConnection:
     if conn.sharedpool_witness < 0:
         conn.sharedpool_pid = os.getpid()
         conn.sharedpool_known = (identity(conn.fileno()),)
+        register(conn, conn.fileno())
         conn.sharedpool_witness = os.dup(conn.fileno())
+        register(conn, conn.sharedpool_witness)
     return conn
 
 

@@ -67,7 +67,7 @@ def cut(conns: Iterable[PooledConnection], limit_s: float = CUT_LIMIT_S) -> None
 def take_witness(conn: PooledConnection) -> Owned | None:
     """Take a connection's witness off it, in one step: of two threads that end it only one has it, and closes it."""
     # Once it is closed its number may be another connection's, and to the same backend: a session may come back.
-    _dying.pop(conn.sharedpool_witness, None)
+    unregister(conn.sharedpool_witness)
     if not is_still(conn.sharedpool_witness, conn.sharedpool_known):
         conn.__dict__.pop("sharedpool_witness", None)
         return None
@@ -77,29 +77,52 @@ def take_witness(conn: PooledConnection) -> Owned | None:
         return None
 
 
-# Witnesses of connections whose finalizer has begun, by number: it may be interrupted, and is not called again.
-_dying: dict[int, tuple[weakref.ref[PooledConnection], tuple[Identity, ...]]] = {}
-_left: set[int] = set()
+# By number: whose it is, libpq's or the witness. A connection's finalizer may be interrupted, and is not called again;
+# psycopg2 itself does not close one that is shut to its user (`gate.py`).
+_numbers: dict[int, tuple[weakref.ref[PooledConnection], tuple[Identity, ...]]] = {}
+_ownerless: dict[int, tuple[object, float]] = {}  # which of them, and since when it is known to be nobody's
+FINALIZING_S = 0.1  # no finalizer that goes on takes longer
 
 
-def dies(conn: PooledConnection) -> None:
-    """Have a connection's witness closed some time after its end, should its finalizer be interrupted from here on.
+def register(conn: PooledConnection, number: int) -> None:
+    """Have a connection's descriptor closed some time after its end, should nobody have done that."""
+    _numbers[number] = weakref.ref(conn), conn.sharedpool_known
 
-    Not of one that its finalizer keeps: weak references to it are gone as well.
+
+def unregister(number: int) -> None:
+    """Leave a descriptor to whoever has it now.
+
+    Once it is closed its number may be given to another one of the same socket, as sessions come back to a process.
     """
-    if conn.sharedpool_witness >= 0:
-        _dying[conn.sharedpool_witness] = weakref.ref(conn), conn.sharedpool_known[-1:]
+    _numbers.pop(number, None)
 
 
-def close_left() -> None:
-    """Close the witnesses of connections that are no more; they must be so at two calls. For the heartbeat."""
-    dead = {number for number, (whose, _) in list(_dying.items()) if whose() is None}
-    for number in dead & _left:
-        entry = _dying.pop(number, None)
-        if entry is not None and entry[0]() is None and is_still(number, entry[1]):
-            os.close(number)
-    _left.clear()
-    _left.update(dead)
+def unregister_all(conn: PooledConnection) -> None:
+    """Leave a connection its descriptors: it lives on without its weak references, or psycopg2 is about to end it."""
+    unregister(conn.sharedpool_witness)
+    unregister(socket_of_failed(conn) or -1)
+
+
+def close_ownerless() -> bool:
+    """Close the descriptors of connections that have been no more for `FINALIZING_S`. For the heartbeat.
+
+    Return whether there are others, to be closed by a later call.
+    """
+    now, left = time.monotonic(), False
+    for number, entry in list(_numbers.items()):
+        whose, known = entry
+        if whose() is not None:
+            continue
+        found, since = _ownerless.setdefault(number, (entry, now))
+        if found is not entry:
+            _ownerless[number] = entry, now
+        elif now - since >= FINALIZING_S:
+            del _ownerless[number]
+            if _numbers.pop(number, None) is entry and is_still(number, known):
+                os.close(number)
+            continue
+        left = left or is_still(number, known)
+    return left
 
 
 def _see_off(conns: Iterable[tuple[PooledConnection, Owned | int | None]], limit_s: float) -> None:
@@ -212,6 +235,7 @@ def vacate(conn: PooledConnection) -> None:
 def expect(conn: PooledConnection, known: Identity) -> None:
     """Note what libpq's descriptor is to be from now on; until it is, it may be what it was."""
     conn.sharedpool_known = (*conn.sharedpool_known[-1:], known)
+    register(conn, socket_of(conn))
 
 
 def holds_own(conn: PooledConnection) -> bool:

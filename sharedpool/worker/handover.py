@@ -29,7 +29,7 @@ from sharedpool.owned import Owned, identity
 from sharedpool.wire.desk import Live
 from sharedpool.worker import ending, gate, renewal
 from sharedpool.worker.connection import PooledConnection, is_alive, pooled_class, rests
-from sharedpool.worker.ending import abandon, expect, forsake, holds_own
+from sharedpool.worker.ending import abandon, expect, forsake, holds_own, register
 from sharedpool.worker.names import decode, names_of
 
 # An abstract address for the stub is libpq 14's.
@@ -109,6 +109,7 @@ def adopt(shell: PooledConnection, sock: Owned, live: Live) -> PooledConnection:
     expect(shell, identity(sock.fileno()))
     os.dup2(sock.fileno(), libpq.socket_of(shell), inheritable=False)
     shell.sharedpool_witness = sock.detach()
+    register(shell, shell.sharedpool_witness)
     shell.sharedpool_adopted, shell.sharedpool_names = live.backend, live.names
     shell.sharedpool_closed, shell.sharedpool_direct = False, live.backend.direct
     return shell

@@ -49,6 +49,7 @@ from sharedpool.worker.logs import logger
 from sharedpool.worker.registration import Registration
 from sharedpool.worker.session import Session
 from sharedpool.worker.settings import Callback, PoolConfig
+from sharedpool.worker.turns import Turns
 from sharedpool.worker.wrapper import outside
 
 READ_ONLY = "25006"
@@ -93,7 +94,7 @@ class Holdings:
         self.handover = config.handover and not config.disable_pooling and SUPPORTED  # until it is found not to work
         self._tested, self._trials = False, _TRIALS  # whether it was found to work here
         self.tag = f"sharedpool {config.name}"  # until the broker has said its own
-        self._reclaiming = threading.RLock()  # held across I/O; a user's reset() may come back to it
+        self.reclaiming = Turns()  # across I/O; a user's reset() may come back to it
         with contextlib.suppress(OSError):  # it is made when it is needed, then
             dead_end()
         self._broker = broker
@@ -106,40 +107,52 @@ class Holdings:
 
         Raise what `reset` raised, after everything is in order.
         """
-        error: BaseException | None = None
         gate.reopen(conn)
         used_s, lent = time.monotonic() - lease.since, lease.conn is None
         typical = used_s <= CHECK_AFTER_S and conn.get_transaction_status() == TRANSACTION_STATUS_IDLE
-        if verdict is None:
-            try:
-                # A worker that was frozen brings back what was taken away, before its link has heard of that.
-                long = used_s > CHECK_AFTER_S
-                if not clean(conn) or (long and has_hung_up(conn)):
-                    verdict = ReleaseReason.BROKEN
-                    if conn.closed == BROKEN:
-                        self.trouble(lease, "")
-                elif conn.sharedpool_erred and turned_read_only(conn):
-                    verdict = ReleaseReason.STALE
-                    self.trouble(lease, READ_ONLY)
-                elif self.config.at_checkin:
-                    self.config.at_checkin(outside(conn))
-                    verdict = None if is_clean(self.config.name, "reset", conn) else ReleaseReason.BROKEN
-            except BaseException as caught:
-                verdict, error = ReleaseReason.BROKEN, caught
-        if verdict is None:
-            conn.sharedpool_gate = gate.SHUT
-            if not rests(conn):  # another thread has gone on with it meanwhile
-                verdict = ReleaseReason.BROKEN
+        used = (used_s, typical) if lent else None
+        try:
+            if verdict is None:
+                verdict = self._tidy(lease, conn, used_s)
+        except BaseException:
+            # No variable refers to it: it refers to this frame, and in a cycle a connection that the next interrupt
+            # makes lost would not be noticed before garbage is collected.
+            self._find_place(lease, conn, ReleaseReason.BROKEN, used)
+            raise
+        self._find_place(lease, conn, verdict, used)
+
+    def _tidy(self, lease: Lease, conn: PooledConnection, used_s: float) -> ReleaseReason | None:
+        """Clean and reset a connection for its next user; return why it has to be closed, if it has to."""
+        # A worker that was frozen brings back what was taken away, before its link has heard of that.
+        if not clean(conn) or (used_s > CHECK_AFTER_S and has_hung_up(conn)):
+            if conn.closed == BROKEN:
+                self.trouble(lease, "")
+            return ReleaseReason.BROKEN
+        if conn.sharedpool_erred and turned_read_only(conn):
+            self.trouble(lease, READ_ONLY)
+            return ReleaseReason.STALE
+        if self.config.at_checkin:
+            self.config.at_checkin(outside(conn))
+            if not is_clean(self.config.name, "reset", conn):
+                return ReleaseReason.BROKEN
+        conn.sharedpool_gate = gate.SHUT
+        return None if rests(conn) else ReleaseReason.BROKEN  # another thread has gone on with it meanwhile
+
+    def _find_place(
+        self, lease: Lease, conn: PooledConnection, verdict: ReleaseReason | None, used: tuple[float, bool] | None
+    ) -> None:
+        """Cache a connection, hand it on or close it; scavenge. `used`: for how long it was lent, and if typically."""
         now = time.monotonic()
         closing: list[Closing] = []
         with self.lock:
+            typical = True
             if lease.key is not None or lease.at_close is not None:
                 if self.keys.get(lease.key) is lease:
                     del self.keys[lease.key]
                 lease.key = lease.at_close = None
                 lease.plain, typical = lease.generation == self.cache.generation, False
-            if lent:
-                self.cache.used(lease, used_s, now, typical=typical)
+            if used is not None:
+                self.cache.used(lease, used[0], now, typical=typical and used[1])
             outcome = self.cache.checkin(lease, conn, now, verdict)
             if self.cache.idle:
                 closing = self.cache.expire(now)
@@ -153,8 +166,6 @@ class Holdings:
         if closing:
             self.close(closing)
         self.rest()
-        if error is not None:
-            raise error
 
     def settle(self, lease: Lease, now: float) -> None:
         """See to a connection that was laid idle the short way while others wait for one, or something has expired."""
@@ -382,13 +393,14 @@ class Holdings:
         if code in FAILOVER and lease is not None:
             self.trouble(lease, code)
 
-    def reclaim(self, limit_s: float = -1, *, thorough: bool = True) -> None:
+    def reclaim(self, limit_s: float, *, thorough: bool = True) -> None:
         """Check in what its users dropped without a `put_conn`.
 
         When this returns, no other thread is at it either, unless `limit_s` seconds were too short for that. Not
         `thorough`: run no user's code and no rollback (the link must keep its heartbeat), close what would need them.
         """
-        if not self._reclaiming.acquire(timeout=limit_s):
+        turn = self.reclaiming.take(limit_s)
+        if turn is None:
             return
         try:
             while self.orphans:
@@ -402,7 +414,7 @@ class Holdings:
                 except Exception:
                     logger.exception("pool %r: reset() failed for a connection its user dropped", self.config.name)
         finally:
-            self._reclaiming.release()
+            turn.end()
 
     def _rests(self, conn: PooledConnection) -> bool:
         return self.config.at_checkin is None and conn.get_transaction_status() == TRANSACTION_STATUS_IDLE

@@ -60,9 +60,9 @@ def unfinished(leases: Iterable[Lease], now: float) -> list[Closing]:
 
 
 def _is_dropped(lease: Lease) -> bool:
-    """Say whether a lease's connection was collected, or its thread is gone that was to open one."""
+    """Say whether a lease's connection was collected, or its thread is gone that was to open one, or was never told."""
     if lease.phase is Phase.CONNECTING:
-        return lease.ticket is not None and lease.ticket() is None
+        return lease.conn is not None if lease.ticket is None else lease.ticket() is None
     return lease.phase is not Phase.IDLE and lease.conn is None and lease.ref is not None and lease.ref() is None
 
 
@@ -70,5 +70,5 @@ def _ownerless(lease: Lease, idle: set[Lease]) -> bool:
     if lease.conn is None or lease.phase is Phase.CONNECTING:
         return _is_dropped(lease)
     if lease.phase is Phase.IN_USE:
-        return lease.ticket is None or lease.ticket() is None
+        return lease.conn is not None if lease.ticket is None else lease.ticket() is None
     return lease.phase is Phase.IDLE and lease not in idle

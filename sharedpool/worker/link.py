@@ -29,7 +29,7 @@ from sharedpool.worker import green
 from sharedpool.worker.bell import Bell
 from sharedpool.worker.booth import Booths
 from sharedpool.worker.desk import Desk
-from sharedpool.worker.ending import close_left
+from sharedpool.worker.ending import FINALIZING_S, close_ownerless
 from sharedpool.worker.logs import logger
 from sharedpool.worker.registration import Endpoint, Registration
 
@@ -169,6 +169,9 @@ class Link:
         self.desk.close()
         self.booths.close()
         self._bell.close()
+        if close_ownerless():  # nobody looks again
+            time.sleep(FINALIZING_S)
+            close_ownerless()
 
     def _living(self) -> list[Registration]:
         with self._lock:
@@ -259,7 +262,7 @@ class Link:
         if now >= self._look_at:
             self._look_at = now + _LOOK_EVERY_S
             self.booths.take_strays()
-            close_left()
+            close_ownerless()
         if now >= self._trim_at:
             self._trim_at = now + _TRIM_EVERY_S
             self.booths.trim()

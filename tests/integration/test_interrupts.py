@@ -1,7 +1,8 @@
 """An exception that is raised in any line of ours loses nothing: no descriptor, no lease, no waiting ticket.
 
 A signal's handler may raise anywhere. Here an exception is raised before the first line that a call executes, then
-before the second, and so on until the call comes through.
+before the second, and so on until the call comes through: before every one with SHAREDPOOL_LINES=1, else before every
+so manyth, from one on that SHAREDPOOL_LINES_SEED chooses.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import os
 import random
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -24,7 +25,8 @@ from waiting import wait_until
 
 import sharedpool
 from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.owned import Identity, identity
+from sharedpool.owned import NOBODYS, Identity, identity
+from sharedpool.worker import ending, links
 from sharedpool.worker.pool import Pool
 
 pytestmark = pytest.mark.filterwarnings(
@@ -33,8 +35,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 _PACKAGE = str(Path(sharedpool.__file__).parent)
-# All of them with SHAREDPOOL_LINES=1; read before the tests hide the environment from themselves.
-_EACH = int(os.environ.get("SHAREDPOOL_LINES", "7"))
+# Read before the tests hide the environment from themselves.
+_STEP = int(os.environ.get("SHAREDPOOL_LINES", "53"))
+_SEED = int(os.environ.get("SHAREDPOOL_LINES_SEED") or random.SystemRandom().randrange(1 << 32))
 
 
 class Interrupt(BaseException):
@@ -93,7 +96,8 @@ def _leaves_with(frame: FrameType) -> bool:
 
 
 def open_files() -> dict[int, Identity]:
-    return {number: identity(number) for each in os.listdir("/proc/self/fd") if (number := int(each)) > 2}
+    found = {number: identity(number) for each in os.listdir("/proc/self/fd") if (number := int(each)) > 2}
+    return {number: known for number, known in found.items() if known != NOBODYS}  # without the folder itself
 
 
 Way = Callable[[Pool, Pool], Callable[[], object]]
@@ -102,17 +106,21 @@ Way = Callable[[Pool, Pool], Callable[[], object]]
 class Watch:
     """What is open, held and waited for, and after which interrupt it came to be so."""
 
-    def __init__(self, *pools: Pool) -> None:
-        self._pools = pools
+    def __init__(self) -> None:
+        self.pools: tuple[Pool, ...] = ()
         self._guilty: dict[object, str] = {}
         self._foreign: dict[int, Identity] = {}
+        self._before = open_files()
 
     def look(self, place: str) -> None:
         """Look at everything after an interrupt at `place`; take the numbers that have become free."""
         self.close_foreign(place)
-        for pool in self._pools:
-            for each in (*pool._holdings.cache.leases, *pool._holdings.cache.waiting.values()):
-                self._guilty.setdefault(each, place)
+        for pool in self.pools:
+            # By their numbers: a ticket that is referred to here would not be seen to be abandoned.
+            for each in (*pool._holdings.cache.leases, *pool._holdings.cache.waiting):
+                self._guilty.setdefault((pool, each), place)
+        for each in open_files().items():
+            self._guilty.setdefault(each, place)
         for _ in range(10):
             reading, writing = os.pipe()
             os.close(writing)
@@ -127,14 +135,22 @@ class Watch:
     def lost(self) -> list[str]:
         """Return the places after which something is still held, or waited for, by nobody."""
         found: list[object] = []
-        for pool in self._pools:
+        for pool in self.pools:
             cache = pool._holdings.cache
-            found += [lease.token for lease in list(cache.leases.values()) if lease not in set(cache.idle)]
-            found += list(cache.waiting.values())
-            booths = pool._holdings.booths
-            found += [booth for booth in booths._all if booth not in booths._free]
+            held = [lease.token for lease in list(cache.leases.values()) if lease not in set(cache.idle)]
+            found += [(pool, each) for each in (*held, *cache.waiting)]
+            found += ["dropped connections are being reclaimed"] if pool._holdings.reclaiming.busy else []
+        for link in links.current()._links.values():
+            found += [booth for booth in link.booths._all if booth not in link.booths._free]
         gc.collect()
         return [f"{each}: {self._guilty.get(each, '?')}" for each in found]
+
+    def still_open(self) -> list[str]:
+        """Return the descriptors that are open, were not at the start, and after which places each came to be."""
+        gc.collect()
+        # One is made once and kept: on which nothing can be sent.
+        found = {each for each in open_files().items() if each not in self._before.items() and each != ending._dead_end}
+        return [f"{number}: {self._guilty.get((number, known), '?')}" for number, known in found]
 
 
 def hit(a: Pool, b: Pool) -> Callable[[], object]:
@@ -187,39 +203,49 @@ def given(a: Pool, b: Pool) -> Callable[[], object]:
     return give
 
 
+@pytest.fixture(scope="module")
+def quick_broker(postgres: EphemeralPostgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[sharedpool.Broker]:
+    """A broker whose workers look four times a second for what was lost."""
+    address = f"ipc://{tmp_path_factory.mktemp('broker')}/broker.sock"
+    with sharedpool.start_broker(60, address=address, dsn=postgres.dsn, ttl=1.0) as broker:
+        yield broker
+
+
 @pytest.mark.parametrize("again", [0, 1, 3], ids=["once", "the clean-up at once", "the clean-up a little later"])
 @pytest.mark.parametrize("way", [hit, opened, rolled_back, adopted, given])
 def test_an_interrupt_in_any_line_loses_nothing(
     way: Callable[[Pool, Pool], Callable[[], object]],
     again: int,
-    broker: sharedpool.Broker,
+    quick_broker: sharedpool.Broker,
     postgres: EphemeralPostgres,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # What is raised in a finalizer has been seen to: pytest would keep it, and with it what its frames hold.
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    # A close that was interrupted is finished sooner than it would be.
+    monkeypatch.setattr("sharedpool.worker.leases.CLOSING_LIMIT_S", 0.5)
     most = 3 if way is given else 20
-    before = len(open_files())
+    watch = Watch()
     a = sharedpool.config_pool(
-        name=f"{way.__name__}{again}", dsn=postgres.dsn, broker=broker.address, max_conn=most, timeout=30,
+        name=f"{way.__name__}{again}", dsn=postgres.dsn, broker=quick_broker.address, max_conn=most, timeout=30,
         pool_manager=sharedpool.ThreadedConnectionPool,
     )  # fmt: skip
     b = type(a)(dataclasses.replace(a.config), a._broker)
     for pool in (a, b):
         pool.put_conn(pool.get_conn(), close=True)
-    watch = Watch(a, b)
-    # Not every line each time: which ones is a matter of chance, and each is the right one to fail at.
-    each = 1 if way is hit else _EACH
-    line = random.randrange(each)
+    watch.pools = a, b
+    step = _STEP if way in (opened, adopted) else min(_STEP, 11)  # the others have few lines
+    line = random.Random(f"{_SEED} {way.__name__} {again}").randrange(step)
+    print(f"SHAREDPOOL_LINES_SEED={_SEED} does this again")
     while True:
         done = Interrupted(line, way(a, b), again=again)
         watch.look(done.place)
         if not done.place:
             break
-        line += each
+        line += step
     assert line > 20
     watch.close_foreign()
-    wait_until(lambda: not watch.lost(), 30, "what was interrupted to be found")
+    wait_for_none(watch.lost, 20)
     a.close_idle()
     b.close_idle()
     wait_until(lambda: can_have(a, most), 30, "all slots to be had")
@@ -227,9 +253,21 @@ def test_an_interrupt_in_any_line_loses_nothing(
         pool.release_all()
         pool._holdings.shells._trim(0)
     wait_until(lambda: all(thread.name != "sharedpool-link" for thread in threading.enumerate()))
-    gc.collect()
-    # One is made once and kept: on which nothing can be sent.
-    wait_until(lambda: len(open_files()) <= before + 1, 10, "all descriptors to be closed")
+    wait_for_none(watch.still_open, 5)
+
+
+def wait_for_none(find: Callable[[], list[str]], timeout_s: float) -> None:
+    """Wait until nothing is found; else say what was."""
+    found: list[str] = []
+
+    def none() -> bool:
+        found[:] = find()
+        return not found
+
+    try:
+        wait_until(none, timeout_s)
+    except AssertionError:
+        raise AssertionError(f"{find.__name__}, {timeout_s:g} s later: {found}") from None
 
 
 def can_have(pool: Pool, count: int) -> bool:

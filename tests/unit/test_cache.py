@@ -565,6 +565,16 @@ def test_lost_finds_soon_what_an_interrupted_checkin_has_dropped(
     assert lost_at_the_second_look(rig) == [lease]
 
 
+def test_lost_finds_what_was_passed_while_its_thread_was_interrupted(rig: Rig) -> None:
+    """Nobody was told of the connection: it has no ticket yet."""
+    rig.idle()
+    lease = rig.cache.take(rig.now)
+    assert lease is not None
+    lease.phase = Phase.CONNECTING
+    assert lease.conn is not None
+    assert lost_at_the_second_look(rig) == [lease]
+
+
 def test_a_cached_lease_that_is_connected_again_is_not_lost(rig: Rig) -> None:
     """Its first ticket is long gone: the thread that replaces the connection has it from `take`."""
     rig.idle()
