@@ -772,7 +772,7 @@ def test_another_brokers_grants_count_from_its_welcome(rig: Rig) -> None:
 
 def test_what_was_given_back_with_its_backend_unseen_is_told_until_the_broker_knows(rig: Rig) -> None:
     """Of a connection that had been passed nothing else would tell: its RELEASE may be lost with a line."""
-    lease = rig.use()
+    lease, _ = rig.lend()
     rig.cache.closed(lease, ReleaseReason.BROKEN, gone=False)
     release = Release(lease.token, False, ReleaseReason.BROKEN, lease.backend)
     for _ in range(2):
