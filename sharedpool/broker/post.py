@@ -60,6 +60,7 @@ class Post:
             self._router.setsockopt(zmq.USE_FD, listener)
         self._garbage = Garbage()
         self._ours: os.stat_result | None = None  # our socket's file
+        self._hidden = False
         self.mail = self._used = True
 
     @property
@@ -71,6 +72,10 @@ class Post:
     def left_behind(self) -> bool:
         """Whether a broker that has crashed has left its socket. Before `bind`."""
         return self._path is not None and not self._inherited and self._path.exists()
+
+    def limit_queue(self, backlog: int) -> None:
+        """Have at most so many wait to be let in. Before `bind`."""
+        self._router.setsockopt(zmq.BACKLOG, backlog)
 
     def bind(self) -> None:
         """Listen. Raise `SharedPoolError` when that cannot be."""
@@ -91,9 +96,38 @@ class Post:
 
         Who is connected remains so. systemd's socket is systemd's. Raise OSError, `SharedPoolError` when it cannot be.
         """
-        if self._path is None or self._ours is None or is_at(self._path, self._ours):
+        if self._path is None or self._ours is None:
             return False
+        if is_at(self._hiding_place if self._hidden else self._path, self._ours):
+            return False
+        self._hidden = False
         self.bind()
+        return True
+
+    @property
+    def _hiding_place(self) -> Path:
+        assert self._path is not None
+        return self._path.with_name(self._path.name + ".full")
+
+    def hide(self) -> bool:
+        """Let nobody in any more; return whether that can be done: at a path of our own.
+
+        Who is connected remains so, which he would not if the socket were unbound.
+        """
+        if self._path is None or self._ours is None or not is_at(self._path, self._ours):
+            return False
+        os.rename(self._path, self._hiding_place)
+        self._hidden = True
+        return True
+
+    def show(self) -> bool:
+        """Let others in again; return whether that can be done."""
+        assert self._path is not None
+        try:
+            os.rename(self._hiding_place, self._path)
+        except FileNotFoundError:
+            pass  # somebody has deleted it: `mend` makes it anew
+        self._hidden = False
         return True
 
     def fileno(self) -> int:
@@ -151,3 +185,4 @@ class Post:
         """Remove the path, unless it is systemd's. The address's lock must be held."""
         if self._path is not None and not self._inherited:
             self._path.unlink(missing_ok=True)
+            self._hiding_place.unlink(missing_ok=True)
