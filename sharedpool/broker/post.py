@@ -58,6 +58,8 @@ class Post:
         self._router.setsockopt(zmq.IPV6, 1)
         if listener is not None:
             self._router.setsockopt(zmq.USE_FD, listener)
+        # Tells of who has come in before he says a word, and though he never does.
+        self._monitor = self._router.get_monitor_socket(zmq.EVENT_ACCEPTED)
         self._garbage = Garbage()
         self._ours: os.stat_result | None = None  # our socket's file
         self._hidden = False
@@ -138,6 +140,19 @@ class Post:
         """Take in that the descriptor was readable."""
         self.mail = True
 
+    @property
+    def arrivals(self) -> int:
+        """The descriptor that tells when somebody has come in: ask `arrived` until it denies, and once before."""
+        return int(self._monitor.getsockopt(zmq.FD))
+
+    def arrived(self) -> bool:
+        """Say whether somebody has come in whom this has not told of yet."""
+        try:
+            self._monitor.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
     def look(self) -> bool:
         """Say whether there is something to read."""
         if self._used:
@@ -178,6 +193,8 @@ class Post:
 
     def close(self) -> None:
         """Send nothing any more."""
+        self._router.disable_monitor()
+        self._monitor.close(0)
         self._router.close()
         self._context.term()
 

@@ -4,7 +4,7 @@ libzmq accepts in a thread of its own, and ends the process when it gets no desc
 some are always kept for it. Whoever comes is let in as long as `door` are free; below that the address is hidden, and
 only those who stood in its queue come in (`backlog`, a quarter of it). What the broker opens itself, it opens as long
 as `reserve` are free, half of `door`. So a quarter of `door` is left for those who come in between two looks; there is
-one in each round of the broker's loop, that is, with the first word of each who came in.
+one in each round of the broker's loop, for which each who comes in wakes it.
 (By tcp nobody gets in then, and libzmq goes on.)
 """
 

@@ -196,6 +196,8 @@ class Server:
     def run(self) -> None:
         """Serve until stopped, or until nobody has used the broker for `linger_s`."""
         self._selector.register(self._post, selectors.EVENT_READ, self._post.rang)
+        self._selector.register(self._post.arrivals, selectors.EVENT_READ, self._came_in)
+        self._came_in()  # else the descriptor tells of nothing
         self._selector.register(self._wake_in, selectors.EVENT_READ, None)
         if self._desk is not None:
             self._selector.register(self._desk.lines, selectors.EVENT_READ, self._desk.receive)
@@ -379,6 +381,10 @@ class Server:
                     self._died(session)
             elif key.data is not None:
                 key.data()
+
+    def _came_in(self) -> None:
+        while self._post.arrived():  # of a crowd, some come in while we look at others
+            self._usher.look(time.monotonic())
 
     def _timeout_s(self, now: float, unused_since: float) -> float:
         if self._post.look() or self._calls:

@@ -29,7 +29,7 @@ class Usher:
         if now < self._look_at and not self._crowded:
             return
         room, free = self._room, self._room.free()
-        self._look_at = now + _SELDOM_S if free > 4 * room.door else -math.inf
+        self._look_at = now + _SELDOM_S if free > 16 * room.door else -math.inf
         if free < room.door and not self._crowded:
             self._crowded = self._post.hide()
             if self._crowded and not self._told:
