@@ -2,9 +2,9 @@
 
 libzmq accepts in a thread of its own, and ends the process when it gets no descriptor for one who connects by ipc. So
 some are always kept for it. Whoever comes is let in as long as `door` are free; below that the address is hidden, and
-only those who stood in its queue come in (`backlog`, a quarter of it). What the broker opens itself, it opens as long
-as `reserve` are free, half of `door`. So a quarter of `door` is left for those who come in between two looks; there is
-one in each round of the broker's loop, for which each who comes in wakes it.
+only those who stood in its queue come in (`backlog`). What the broker opens itself, it opens as long as `reserve` are
+free, half of `door`. The rest is left for those who come in between two looks; there is one in each round of the
+broker's loop, and each who comes in wakes it. A short queue slows a crowd down: who finds it full tries again.
 (By tcp nobody gets in then, and libzmq goes on.)
 """
 
@@ -18,8 +18,8 @@ from collections.abc import Callable
 from sharedpool.errors import SharedPoolError
 
 # Of one broker by itself: its files, its control connection, libzmq's.
-_OWN = 32
-_LEAST, _MOST = 16, 256
+_OWN = 24
+_LEAST, _MOST = 24, 256
 
 
 def counted() -> int:
@@ -36,7 +36,7 @@ class Room:
         self._count = count
         self.door = min(_MOST, max(_LEAST, self.limit // 8))
         self.reserve = self.door // 2
-        self.backlog = self.door // 4
+        self.backlog = self.door // (2 if self.door == _MOST else 8)
 
     def free(self) -> int:
         """Return how many may still be opened; as many as are allowed where that cannot be told."""
