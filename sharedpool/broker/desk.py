@@ -19,7 +19,6 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -86,14 +85,9 @@ class Desk:
 
     clerk: Clerk
 
-    def __init__(self, path: Path, roomy: Callable[[], bool] = lambda: True) -> None:
-        """Listen at `path`; the address's lock must be held. Raise OSError when that cannot be.
-
-        `roomy` says whether one more descriptor may be opened: who comes while it does not waits to be let in.
-        """
+    def __init__(self, path: Path) -> None:
+        """Listen at `path`; the address's lock must be held. Raise OSError when that cannot be."""
         self.path = path
-        self.full = False
-        self._roomy = roomy
         self._custody: dict[Token, socket.socket] = {}
         self._tokens: dict[int, Token] = {}
         self._lines: dict[int, socket.socket] = {}  # by descriptor
@@ -137,13 +131,7 @@ class Desk:
         self._listener.close()
         self._listener, self._ours = fresh, self.path.stat()
         self._lines_epoll.register(fresh, select.EPOLLIN)
-        self.full = False
         return True
-
-    def admit(self) -> None:
-        """Let those in who wait."""
-        self.full = False
-        self._lines_epoll.modify(self._listener, select.EPOLLIN)
 
     def __len__(self) -> int:
         return len(self._custody)
@@ -174,10 +162,6 @@ class Desk:
 
     def _accept(self) -> None:
         while True:
-            if not self._roomy():
-                self.full = True  # a line that was closed would tell its worker that the broker has ended
-                self._lines_epoll.modify(self._listener, 0)
-                return
             try:
                 line, _ = self._listener.accept()
             except BlockingIOError:
@@ -282,8 +266,6 @@ class Desk:
     def _take(self, deposit: Deposit, fd: int) -> bool:
         if deposit.token in self._custody or not self.clerk.expects(deposit.session, deposit.token):
             return False
-        if not self._roomy():
-            return False  # without this evidence there is still the worker's word, and the server's
         held = socket.socket(fileno=fd)
         self._custody[deposit.token] = held
         self._tokens[fd] = deposit.token

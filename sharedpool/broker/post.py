@@ -58,11 +58,8 @@ class Post:
         self._router.setsockopt(zmq.IPV6, 1)
         if listener is not None:
             self._router.setsockopt(zmq.USE_FD, listener)
-        # Tells of who has come in before he says a word, and though he never does.
-        self._monitor = self._router.get_monitor_socket(zmq.EVENT_ACCEPTED)
         self._garbage = Garbage()
         self._ours: os.stat_result | None = None  # our socket's file
-        self._hidden = False
         self.mail = self._used = True
 
     @property
@@ -74,10 +71,6 @@ class Post:
     def left_behind(self) -> bool:
         """Whether a broker that has crashed has left its socket. Before `bind`."""
         return self._path is not None and not self._inherited and self._path.exists()
-
-    def limit_queue(self, backlog: int) -> None:
-        """Have at most so many wait to be let in. Before `bind`."""
-        self._router.setsockopt(zmq.BACKLOG, backlog)
 
     def bind(self) -> None:
         """Listen. Raise `SharedPoolError` when that cannot be."""
@@ -98,38 +91,9 @@ class Post:
 
         Who is connected remains so. systemd's socket is systemd's. Raise OSError, `SharedPoolError` when it cannot be.
         """
-        if self._path is None or self._ours is None:
+        if self._path is None or self._ours is None or is_at(self._path, self._ours):
             return False
-        if is_at(self._hiding_place if self._hidden else self._path, self._ours):
-            return False
-        self._hidden = False
         self.bind()
-        return True
-
-    @property
-    def _hiding_place(self) -> Path:
-        assert self._path is not None
-        return self._path.with_name(self._path.name + ".full")
-
-    def hide(self) -> bool:
-        """Let nobody in any more; return whether that can be done: at a path of our own.
-
-        Who is connected remains so, which he would not if the socket were unbound.
-        """
-        if self._path is None or self._ours is None or not is_at(self._path, self._ours):
-            return False
-        os.rename(self._path, self._hiding_place)
-        self._hidden = True
-        return True
-
-    def show(self) -> bool:
-        """Let others in again; return whether that can be done."""
-        assert self._path is not None
-        try:
-            os.rename(self._hiding_place, self._path)
-        except FileNotFoundError:
-            pass  # somebody has deleted it: `mend` makes it anew
-        self._hidden = False
         return True
 
     def fileno(self) -> int:
@@ -139,19 +103,6 @@ class Post:
     def rang(self) -> None:
         """Take in that the descriptor was readable."""
         self.mail = True
-
-    @property
-    def arrivals(self) -> int:
-        """The descriptor that tells when somebody has come in: ask `arrived` until it denies, and once before."""
-        return int(self._monitor.getsockopt(zmq.FD))
-
-    def arrived(self) -> bool:
-        """Say whether somebody has come in whom this has not told of yet."""
-        try:
-            self._monitor.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        return True
 
     def look(self) -> bool:
         """Say whether there is something to read."""
@@ -193,8 +144,6 @@ class Post:
 
     def close(self) -> None:
         """Send nothing any more."""
-        self._router.disable_monitor()
-        self._monitor.close(0)
         self._router.close()
         self._context.term()
 
@@ -202,4 +151,3 @@ class Post:
         """Remove the path, unless it is systemd's. The address's lock must be held."""
         if self._path is not None and not self._inherited:
             self._path.unlink(missing_ok=True)
-            self._hiding_place.unlink(missing_ok=True)

@@ -5,13 +5,11 @@ Every worker on this host is watched by a pidfd, which becomes readable the mome
 
 from __future__ import annotations
 
-import errno
 import functools
 import logging
 import os
 import resource
 import selectors
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -73,10 +71,8 @@ class WatchedProcess:
 class Watched:
     """The processes under watch, in a selector: a `WatchedProcess` is the key's data."""
 
-    def __init__(self, selector: selectors.BaseSelector, roomy: Callable[[], bool] = lambda: True) -> None:
-        """`roomy` says whether one more descriptor may be opened."""
+    def __init__(self, selector: selectors.BaseSelector) -> None:
         self._selector = selector
-        self._roomy = roomy
         self._processes: dict[Process, WatchedProcess] = {}
         self._by_session: dict[bytes, WatchedProcess] = {}
 
@@ -103,8 +99,6 @@ class Watched:
 
     def _open(self, process: Process) -> WatchedProcess:
         """Begin to watch a process. Raise `OSError`; `ProcessLookupError` when it has ended."""
-        if not self._roomy():
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         fd = os.pidfd_open(process.pid)
         if process.started and _started(process.pid) != process.started:
             os.close(fd)

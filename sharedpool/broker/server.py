@@ -52,12 +52,10 @@ from sharedpool.broker.lock import BrokerLock
 from sharedpool.broker.operators import Operators
 from sharedpool.broker.post import Letter, Post
 from sharedpool.broker.processes import Watched, WatchedProcess, process, raise_descriptor_limit
-from sharedpool.broker.room import Room
 from sharedpool.broker.scope import scope_of
 from sharedpool.broker.sessions import other_version
 from sharedpool.broker.settings import BrokerSettings
 from sharedpool.broker.systemd import notify
-from sharedpool.broker.usher import Usher
 from sharedpool.conninfo import ConnInfo
 from sharedpool.errors import ConfigError, ProtocolError, SharedPoolError
 from sharedpool.wire import address as addresses
@@ -102,9 +100,7 @@ class Server:
         self._drained_by: float | None = None
         self._was_used = self._resting = False
         self._garbage = Garbage()
-        raise_descriptor_limit()
-        self._room = Room()
-        self._watched = Watched(self._selector, self._room.spare)
+        self._watched = Watched(self._selector)
         self._desk: desks.Desk | None = None
         self._lookout: Lookout | None = None
         self._started = self._look_at = self._keep_at = self._awake_at = time.monotonic()
@@ -113,8 +109,6 @@ class Server:
     def bind(self) -> None:
         """Take the address. Raise `AlreadyRunning` when another broker has it, `SharedPoolError` when it cannot be."""
         settings = self.settings
-        self._room.make_sure()
-        self._post.limit_queue(self._room.backlog)
         try:
             self._lock = BrokerLock(addresses.lock_path(settings.address))
         except OSError as error:
@@ -153,7 +147,6 @@ class Server:
         self._operators = Operators(self._ledger, self._control, self._execute, self._report)
         self._custody = Custody(self._desk, self._ledger, self._control, self._execute, self._calls.append)
         self._keeper = Keeper(settings.address, self._lock, self._journal, self._post, self._desk)
-        self._usher = Usher(self._room, self._post, self._desk)
         # A crashed broker leaves its socket, should somebody have deleted the rest.
         self._follows = not self._lock.first or self._post.left_behind
         self._open_lookout()
@@ -168,7 +161,7 @@ class Server:
         if not desks.SUPPORTED or path is None:
             return
         try:
-            self._desk = desks.Desk(path, self._room.spare)
+            self._desk = desks.Desk(path)
         except OSError as error:
             logger.warning("no desk at %s (%s): a killed worker's slots come back later", path, error)
 
@@ -196,13 +189,12 @@ class Server:
     def run(self) -> None:
         """Serve until stopped, or until nobody has used the broker for `linger_s`."""
         self._selector.register(self._post, selectors.EVENT_READ, self._post.rang)
-        self._selector.register(self._post.arrivals, selectors.EVENT_READ, self._came_in)
-        self._came_in()  # else the descriptor tells of nothing
         self._selector.register(self._wake_in, selectors.EVENT_READ, None)
         if self._desk is not None:
             self._selector.register(self._desk.lines, selectors.EVENT_READ, self._desk.receive)
             self._selector.register(self._desk.custody, selectors.EVENT_READ, self._desk.see)
         assert self._lock is not None, "bind() first"
+        raise_descriptor_limit()
         self._announce()
         self._control.start()
         self._take_over()
@@ -212,7 +204,6 @@ class Server:
         unused_since = self._awake_at = time.monotonic()
         try:
             while not self._stopping:
-                self._usher.look(time.monotonic())
                 if self._post.mail:
                     for letter in self._post.read(_BATCH):
                         self._take_in(letter)
@@ -382,10 +373,6 @@ class Server:
             elif key.data is not None:
                 key.data()
 
-    def _came_in(self) -> None:
-        while self._post.arrived():  # of a crowd, some come in while we look at others
-            self._usher.look(time.monotonic())
-
     def _timeout_s(self, now: float, unused_since: float) -> float:
         if self._post.look() or self._calls:
             return 0.0
@@ -394,7 +381,6 @@ class Server:
             deadlines.append(deadline)
         if (deadline := self._ledger.next_deadline()) is not None:
             deadlines.append(deadline)
-        deadlines.append(self._usher.next_look(now))
         if self.settings.linger_s is not None and not (self._ledger.leases or self._ledger.sessions):
             deadlines.append(unused_since + self.settings.linger_s)
         return max(0.0, min(deadlines) - now)
