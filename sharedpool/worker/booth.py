@@ -215,6 +215,7 @@ class Booths:
             if booth.sure and booth.request and booth.withdraw():
                 self.watch(booth)
             else:
+                booth.sure = booth.sure and not booth.request
                 self.put(booth)
 
     def trim(self) -> None:

@@ -391,7 +391,9 @@ class Cache:
 
     def refuse(self, message: Pass) -> None:
         """Have the broker end a connection that was passed and cannot be used here; ask for another, to be opened."""
-        self.out.append(Release(message.token, False, ReleaseReason.FAILED, message.live.backend))
+        release = Release(message.token, False, ReleaseReason.FAILED, message.live.backend)
+        self.out.append(release)
+        self._unproven[message.token] = release
         if (ticket := self.waiting.get(message.request)) is not None:
             self.tickets.ask_by_link(ticket, again=True)
 

@@ -216,10 +216,13 @@ def _look(holdings: Holdings, ticket: Ticket, place: Gate | Booth, left_s: float
 
 def _leave(holdings: Holdings, ticket: Ticket, booth: Booth, *, asked: bool) -> None:
     """Give a booth back; where something may still be passed to it, the link reads on."""
-    if asked and booth.sure and not ticket.finished and booth.withdraw():
+    unsettled = asked and not ticket.finished
+    if unsettled and booth.sure and booth.withdraw():
         booth.home.watch(booth)
         holdings.signal()
     else:
+        # The broker does not read just now: what it may still pass there has to end with the line.
+        booth.sure = booth.sure and not unsettled
         booth.home.put(booth)
 
 

@@ -226,6 +226,7 @@ def test_an_interrupt_in_any_line_loses_nothing(
     monkeypatch.setattr("sharedpool.worker.leases.CLOSING_LIMIT_S", 0.5)
     most = 3 if way is given else 20
     watch = Watch()
+    others = set(threading.enumerate())
     a = sharedpool.config_pool(
         name=f"{way.__name__}{again}", dsn=postgres.dsn, broker=quick_broker.address, max_conn=most, timeout=30,
         pool_manager=sharedpool.ThreadedConnectionPool,
@@ -252,7 +253,7 @@ def test_an_interrupt_in_any_line_loses_nothing(
     for pool in (a, b):
         pool.release_all()
         pool._holdings.shells._trim(0)
-    wait_until(lambda: all(thread.name != "sharedpool-link" for thread in threading.enumerate()))
+    wait_until(lambda: all(thread in others for thread in threading.enumerate()), what="the link's end")
     wait_for_none(watch.still_open, 5)
 
 
