@@ -11,7 +11,7 @@ from sharedpool.cli.postgres import EphemeralPostgres
 
 # DAEMONIZE closes all descriptors, in whatever process; `Foreign` takes the numbers that have become free.
 SCRIPT = """
-import ctypes, gc, os, socket, sys
+import ctypes, gc, os, socket, sys, threading, time
 import psycopg2, sharedpool, sharedpool.worker.handover
 
 class Foreign:
@@ -38,8 +38,17 @@ def fork():
         os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
 
 def blind_fork():
+    # What another thread holds at that moment, the child waits for: a program that forks so has to see to it itself.
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    deadline = time.monotonic() + 5  # a kernel may not tell
+    while not all(map(rests, others)) and time.monotonic() < deadline:
+        os.sched_yield()
     if (child := ctypes.PyDLL(None).fork()):
         os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+def rests(thread):
+    with open(f"/proc/self/task/{thread.native_id}/wchan") as where:
+        return "poll" in where.read()
 
 def close_all():
     os.closerange(3, 1000)
