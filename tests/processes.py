@@ -154,5 +154,5 @@ def alive(pid: int) -> bool:
     """Say whether a process exists and is no zombie."""
     try:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter: it was reaped between opening and reading
         return False

@@ -91,7 +91,7 @@ def catches(pid: int, number: int) -> bool:
     """Say whether a process has a handler for a signal."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:  # it has ended
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
         return False
     return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
 
