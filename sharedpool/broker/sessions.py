@@ -156,9 +156,9 @@ class Sessions:
 
     def end(self, session: Session, why: str, now: float, *, unused_above: Token | None = None) -> None:
         """End a session; leases above `unused_above`, if given, were never taken up by its worker."""
-        session.ended = True
+        told, session.ended = session.ended, True  # its line and its process are both seen to end: told of once
         held = [lease for lease in session.leases.values() if lease.live is None]  # else given back, and parked here
-        if held:
+        if held and not told:
             text = "pool %r: %s: %s; its %d leases are ended"
             self._log(
                 logging.INFO, text, session.pool.name, session.label, why, len(held),

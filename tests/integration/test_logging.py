@@ -52,6 +52,7 @@ def test_a_json_log_tells_whom_an_event_concerns(postgres: EphemeralPostgres, ru
     assert (long["level"], long["reason"]) == ("warning", "max_checkout")
     assert long["lease"] == f"{long['epoch']}-1"
     assert (death["level"], death["reason"]) in [("info", "its worker died"), ("info", "its worker ended")]
+    assert len([each for each in events if each["message"].endswith("leases are ended")]) == 1
     assert death["epoch"] == long["epoch"]
 
 
