@@ -114,6 +114,9 @@ _TO_THE_DATABASE = """
 import logging, sys, threading, time
 import sharedpool
 
+def tell(line):  # in one piece: two threads do, and print() writes a line's end by itself
+    sys.stderr.write(line + "\\n")
+
 dsn, broker, at_exit = sys.argv[1:]
 pool = sharedpool.config_pool(
     max_conn=2, dsn=dsn, broker=broker, name="told", timeout=20, pool_manager=sharedpool.ThreadedConnectionPool
@@ -124,18 +127,18 @@ class ToTheDatabase(logging.Handler):
         with pool.connection() as conn, conn.cursor() as cursor:
             cursor.execute("SELECT %s", [self.format(record)])
             (written,) = cursor.fetchone()
-        print("written by", threading.current_thread().name, written, file=sys.stderr, flush=True)
+        tell(f"written by {threading.current_thread().name} {written}")
 
 class Slow(logging.Handler):
     def emit(self, record):
         time.sleep(0.3)
-        print("told", record.threadName, record.funcName, record.getMessage(), file=sys.stderr, flush=True)
+        tell(f"told {record.threadName} {record.funcName} {record.getMessage()}")
 
 logging.getLogger().addHandler(Slow() if at_exit else ToTheDatabase())
 began = time.monotonic()
 with pool.connection() as conn, conn.cursor() as cursor:
     cursor.execute("SELECT 1")
-print("checked out after", time.monotonic() - began, file=sys.stderr, flush=True)
+tell(f"checked out after {time.monotonic() - began}")
 if not at_exit:
     sys.stdin.read()
 """

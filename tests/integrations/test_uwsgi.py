@@ -106,8 +106,9 @@ def started(server: Server) -> set[int]:
 
     def workers() -> set[int]:
         found = set(map(int, Path(f"/proc/{master}/task/{master}/children").read_text().split()))
-        # SIGUSR1 is among the last that a worker, and no master, learns to catch.
-        ready = len(found) == 4 and all(catches(pid, signal.SIGUSR1) for pid in found)
+        # A worker inherits its master's handlers and puts its own in their place one by one. SIGUSR2, for which a
+        # master has none, comes after SIGTERM.
+        ready = len(found) == 4 and all(catches(pid, signal.SIGUSR2) for pid in found)
         return found if ready and catches(master, signal.SIGHUP) else set()
 
     return wait_until(workers, what="uWSGI and four workers to take orders")
