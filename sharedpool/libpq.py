@@ -93,13 +93,17 @@ def socket_of_failed(conn: connection) -> int | None:
     libpq leaves it open until PQfinish (fe-connect.c, PQconnectPoll's error_return), psycopg2 says "closed" already.
     """
     lib = library()
-    if lib is None:
-        return None
-    try:
-        pointer = conn.pgconn_ptr
-    except psycopg2.Error:
+    if lib is None or (pointer := _pointer_of_failed(conn)) is None:
         return None
     return int(lib.PQsocket(pointer)) if pointer else -1
+
+
+def _pointer_of_failed(conn: connection) -> int | None:
+    """Return a connection's PGconn: 0 if there is none yet, None if psycopg2 does not tell."""
+    try:
+        return conn.pgconn_ptr or 0
+    except psycopg2.Error:
+        return None
 
 
 def parameters_of(conn: connection) -> dict[str, str]:
@@ -131,13 +135,7 @@ class Tried(NamedTuple):
 def tried(conn: connection) -> Tried | None:
     """Return how far a connect that failed has come; None where there is no telling."""
     lib = library()
-    if lib is None:
-        return None
-    try:
-        pointer = conn.pgconn_ptr
-    except psycopg2.Error:
-        return None
-    if not pointer:
+    if lib is None or not (pointer := _pointer_of_failed(conn)):
         return None
     host, hostaddr, port = (
         (getattr(lib, name)(pointer) or b"").decode("utf-8", "replace") for name in ("PQhost", "PQhostaddr", "PQport")

@@ -379,7 +379,7 @@ class Cache:
         self._retires(retire_at)
         lease.backend, lease.generation, lease.retire_at = message.live.backend, message.live.generation, retire_at
         lease.conn, lease.ref, lease.deposited, lease.fresh = conn, weakref.ref(conn, collected), True, True
-        lease.movable, lease.direct = True, False
+        lease.movable = True
         self.leases[message.token] = lease  # an interrupt finds it with all that is needed to see the connection gone
         ticket = self.waiting.get(message.request)
         if ticket is None:

@@ -99,7 +99,7 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
             lease.phase = Phase.IN_USE  # one that was handed on was still its giver's
             lease.thread, lease.since = threading.get_ident(), time.monotonic()
             holdings.cache.times.checked_out(lease.since - now)
-            if holdings.cache.times.choose(lease.since):
+            if holdings.cache.times.choose(lease.since) or conn.sharedpool_touched:
                 lease.plain = False
         if holdings.config.debug_checkouts:
             lease.stack = callsite.capture()
@@ -265,7 +265,8 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
             holdings.cache.times.created.add(now - began)
         holdings.signal()
         holdings.connects += 1
-        lease.conn, lease.direct = conn, conn.sharedpool_wrapper is None
+        lease.conn = conn
+        lease.lend_as_is(conn.sharedpool_wrapper is None)
         if config.configure:
             holdings.call_back(config.configure, lease, conn, "configure")
         _note(conn)
@@ -295,7 +296,8 @@ def _welcome(holdings: Holdings, lease: Lease, conn: PooledConnection) -> None:
     """Make a connection that came from another process this pool's own."""
     if not is_as_opened(conn):
         wrap(conn, holdings.config.conninfo)
-    lease.fresh, lease.direct = False, conn.sharedpool_wrapper is None
+    lease.fresh = False
+    lease.lend_as_is(conn.sharedpool_wrapper is None)
     if holdings.config.configure:
         holdings.call_back(holdings.config.configure, lease, conn, "configure")
     if holdings.config.configure or conn.sharedpool_touched:

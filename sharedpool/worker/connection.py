@@ -121,24 +121,32 @@ class PooledConnection(extensions.connection):
         else:
             forsake(self)
 
+    def sharedpool_touch(self) -> None:
+        """Note that its user sets what a checkin restores. Raise `psycopg2.InterfaceError` when it is another's."""
+        if self.closed == gate.SHUT and self.sharedpool_holdings is not None:
+            raise psycopg2.InterfaceError("connection already closed")
+        self.sharedpool_touched = True
+        if self.sharedpool_lease is not None:
+            self.sharedpool_lease.plain = False
+
     def set_session(self, *args: Any, **kwargs: Any) -> None:
         """Set the session's characteristics: see psycopg2."""
-        self.sharedpool_touched = True
+        self.sharedpool_touch()
         super().set_session(*args, **kwargs)
 
     def set_isolation_level(self, level: int | None) -> None:
         """Set the isolation level: see psycopg2."""
-        self.sharedpool_touched = True
+        self.sharedpool_touch()
         super().set_isolation_level(level)
 
     def set_client_encoding(self, encoding: str) -> None:
         """Change the encoding of what is sent and received: see psycopg2."""
-        self.sharedpool_touched = True
+        self.sharedpool_touch()
         super().set_client_encoding(encoding)
 
     def reset(self) -> None:
         """Return to the session's defaults: see psycopg2."""
-        self.sharedpool_touched = True
+        self.sharedpool_touch()
         super().reset()
 
     def get_backend_pid(self) -> int:
@@ -208,7 +216,7 @@ def _watched(name: str) -> property:
         return getattr(super(PooledConnection, conn), name)
 
     def set_(conn: PooledConnection, value: object) -> None:
-        conn.sharedpool_touched = True
+        conn.sharedpool_touch()
         _inherited(cast(Any, type(conn)), name).__set__(conn, value)
 
     return property(get, set_, doc=getattr(extensions.connection, name).__doc__)

@@ -87,7 +87,8 @@ class Pool:
         """
         # The short way, for most calls: an idle connection, and nothing to look after. Each step is safe without the
         # lock (`cache.py`); the latch is shut in a forked child, after `release_all` and where a callback must run.
-        if self._latch[0] and key is None and ((thread := get_ident()) == self._thread or self._thread is None):
+        thread = get_ident()
+        if self._latch[0] and key is None and (self._thread is None or self._thread == thread):
             lease: Any
             cache = self._cache
             try:
@@ -100,17 +101,16 @@ class Pool:
             conn: Any = lease.conn
             if (
                 gap_s <= CHECK_AFTER_S
-                and now < lease.retire_at
+                and now < lease.as_is_until
                 and conn.status == STATUS_READY
-                and not conn.get_transaction_status()  # idle, and not closed
-                and lease.direct
+                and not conn.get_transaction_status()  # idle: no statement that was under way has gone on since
             ):
                 conn.sharedpool_gate = OPEN
                 conn.sharedpool_lease = lease
                 lease.conn = None  # from here on the caller's reference is the only one
                 cache.hits += 1
                 return conn  # type: ignore[no-any-return] # `cast` is a call
-            if not lease.direct and (user_s := self._lend_wrapped(lease, conn, now)) is not None:
+            if (user_s := self._lend_wrapped(lease, conn, now)) is not None:
                 return user_s
             return self._check_out(self._holdings, lease, timeout, now)
         holdings = self._check_caller()
@@ -230,7 +230,6 @@ class Pool:
                     and (now := monotonic()) - lease.since <= CHECK_AFTER_S
                     and not pooled.get_transaction_status()  # idle
                     and pooled.status == STATUS_READY
-                    and not pooled.sharedpool_touched
                 )
                 if laid:
                     del pooled.sharedpool_lease  # in one step: of two threads that put it only one gets on

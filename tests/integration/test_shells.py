@@ -575,6 +575,32 @@ class PutsBack:
         return b"42"
 
 
+def test_a_statement_that_goes_on_leaves_no_transaction_that_psycopg2_believes_in(pool: Pool) -> None:
+    """It would send no BEGIN for the next user, who could roll nothing back."""
+    cursor = pool.get_conn().cursor()
+    cursor.execute("COMMIT /* %s */", [PutsBack(pool)])
+    assert pool.get_conn().status == extensions.STATUS_READY
+
+
+def test_what_is_set_on_a_connection_that_was_put_back_is_not_the_next_users(pool: Pool) -> None:
+    before = pool.get_conn()
+    pool.put_conn(before)
+    with pytest.raises(psycopg2.InterfaceError, match="already closed"):
+        before.cursor_factory = psycopg2.extras.DictCursor
+    assert pool.get_conn().cursor_factory is None
+
+
+def test_what_is_set_is_restored_by_the_short_way_too(pool: Pool) -> None:
+    for _ in range(50):  # all but the few that are timed would go it
+        conn = pool.get_conn()
+        assert (conn.autocommit, conn.cursor_factory) == (False, None)
+        conn.autocommit, conn.cursor_factory = True, psycopg2.extras.DictCursor
+        pool.put_conn(conn)
+        conn = pool.get_conn()
+        assert not conn.autocommit
+        pool.put_conn(conn)
+
+
 @pytest.mark.parametrize("autocommit", [False, True])
 def test_what_is_not_idle_is_not_handed_out(pool: Pool, autocommit: bool) -> None:
     conn = pool.get_conn()
