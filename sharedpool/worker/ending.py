@@ -77,16 +77,25 @@ def take_witness(conn: PooledConnection) -> Owned | None:
         return None
 
 
+class _Holder(weakref.ref["PooledConnection"]):
+    """A connection that has a descriptor. No user's reference is of this class, nor shared with one that is."""
+
+
 # By number: whose it is, libpq's or the witness. A connection's finalizer may be interrupted, and is not called again;
 # psycopg2 itself does not close one that is shut to its user (`gate.py`).
-_numbers: dict[int, tuple[weakref.ref[PooledConnection], tuple[Identity, ...]]] = {}
+_numbers: dict[int, tuple[_Holder, tuple[Identity, ...]]] = {}
 _ownerless: dict[int, tuple[object, float]] = {}  # which of them, and since when it is known to be nobody's
 FINALIZING_S = 0.1  # no finalizer that goes on takes longer
 
 
 def register(conn: PooledConnection, number: int) -> None:
     """Have a connection's descriptor closed some time after its end, should nobody have done that."""
-    _numbers[number] = weakref.ref(conn), conn.sharedpool_known
+    _numbers[number] = _Holder(conn), conn.sharedpool_known
+
+
+def is_referred_to(conn: PooledConnection) -> bool:
+    """Say whether there is a weak reference to a connection, besides this module's own."""
+    return any(type(each) is not _Holder for each in weakref.getweakrefs(conn))
 
 
 def unregister(number: int) -> None:

@@ -21,20 +21,19 @@ class Lease:
     connection that its user has dropped can be seen. `arrived` is when this process got it open, `since` when its phase
     began, `idle_s` how long it had lain idle before. `ticket` is the one it was given to, while that thread alone knows
     of it. `deposited`: the broker has been given the socket. `fresh`: it came with a connection from another process,
-    which has not been made this one's own yet. `as_is_until`: until when a checkout may lend its connection as it is; for
-    ever ago if it is fresh or wrapped. `movable`: its session can be passed to another. `generation` is the newest that was known when it was
-    granted. `plain`: its next checkin need not look at its key, at the generation, at its settings, nor whether it was
-    taken away.
-    `cache` is whose it is. `stack` is where it was last checked out (`debug_checkouts`). `connect_by`: what is not
-    being connected by then must not be. `reached_directly`, `refused_with`: GRANT's `direct` and `code`. `at_close`:
-    what its user's `close()` does in place of closing. `kept` is what an integration keeps with the session while that
-    stays in this process.
+    which has not been made this one's own yet. `as_is_until`: until when a checkout may lend its connection as it is,
+    neither fresh nor wrapped. `movable`: its session can be passed to another. `generation` is the newest that was
+    known when it was granted. `plain`: its next checkin need not look at its key, at the generation, at its settings,
+    nor whether it was taken away. `cache` is whose it is. `stack` is where it was last checked out (`debug_checkouts`).
+    `connect_by`: what is not being connected by then must not be. `reached_directly`, `refused_with`: GRANT's `direct`
+    and `code`. `at_close`: what its user's `close()` does in place of closing. `kept` is what an integration keeps with
+    the session while that stays in this process.
     """
 
     __slots__ = (
-        "arrived", "as_is_until", "at_close", "backend", "cache", "conn", "connect_by", "deposited", "fresh", "generation",
-        "idle_s", "kept", "key", "missed", "movable", "phase", "plain", "reached_directly", "ref", "refused_with",
-        "retire_at", "since", "stack", "thread", "ticket", "token",
+        "arrived", "as_is_until", "at_close", "backend", "cache", "conn", "connect_by", "deposited", "fresh",
+        "generation", "idle_s", "kept", "key", "missed", "movable", "phase", "plain", "reached_directly", "ref",
+        "refused_with", "retire_at", "since", "stack", "thread", "ticket", "token",
     )  # fmt: skip
 
     def __init__(self, token: Token, ticket: Ticket | None, now: float) -> None:

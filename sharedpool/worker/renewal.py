@@ -23,7 +23,6 @@ The object of a user's own class is never used again: what that keeps cannot be 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -33,6 +32,7 @@ from psycopg2 import extensions
 from sharedpool import libpq
 from sharedpool.worker import gate
 from sharedpool.worker.connection import PooledConnection, rests, session_of
+from sharedpool.worker.ending import is_referred_to
 
 
 def renew(shell: PooledConnection, parameters: Mapping[str, str], cursor_factory: Any) -> bool:
@@ -40,7 +40,7 @@ def renew(shell: PooledConnection, parameters: Mapping[str, str], cursor_factory
 
     No I/O: its socket leads nowhere. What it has of the pool is left to the caller.
     """
-    if weakref.getweakrefcount(shell):
+    if is_referred_to(shell):
         return False  # somebody keeps something about this very object
     known = shell.sharedpool_known
     shell.__dict__.clear()

@@ -4,7 +4,7 @@ import io
 import re
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import psycopg2
@@ -17,6 +17,7 @@ from waiting import wait_until
 import sharedpool
 from sharedpool import ThreadedConnectionPool
 from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.worker import handover
 from sharedpool.worker.handover import SUPPORTED
 from sharedpool.worker.pool import Pool
 
@@ -315,6 +316,23 @@ def test_who_keeps_something_about_an_object_does_not_find_it_again(pair: MakePa
         conn = moved(giver, taker, note)
         note(conn)
         taker.put_conn(conn)
+
+
+def test_what_a_connection_leaves_behind_is_used_for_the_next_one(
+    pair: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Mapping[str, str]] = []
+
+    class Counted(handover.Stub):
+        def __init__(self, parameters: Mapping[str, str]) -> None:
+            built.append(parameters)
+            super().__init__(parameters)
+
+    monkeypatch.setattr(handover, "Stub", Counted)
+    a, b = pair()
+    for giver, taker in ((a, b), (b, a)) * 5:
+        taker.put_conn(moved(giver, taker, lambda conn: ask(conn, "SELECT 1")))
+    assert len(built) <= 2  # the first of each process
 
 
 # --- a class of the user's own
