@@ -194,19 +194,10 @@ def is_encrypted(conn: connection) -> bool:
     return bool(lib.PQgssEncInUse(conn.pgconn_ptr))
 
 
-def execute(conn: connection, command: bytes, limit_s: float) -> bool:
-    """Run a command that returns no rows; say whether it succeeded within `limit_s` seconds.
-
-    psycopg2's own `execute` would wait for ever. After False the connection is good for nothing any more.
-    """
-    status, _ = _run(conn, command, limit_s)
-    return status == _COMMAND_OK
-
-
 def ask(conn: connection, query: bytes, limit_s: float) -> bytes | None:
     """Run a query that returns one value; return it, or None when it did not come within `limit_s` seconds.
 
-    After None the connection is good for nothing any more.
+    psycopg2's own `execute` would wait for ever. After None the connection is good for nothing any more.
     """
     status, value = _run(conn, query, limit_s)
     return value if status == _TUPLES_OK else None

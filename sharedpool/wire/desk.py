@@ -59,8 +59,9 @@ class Stay(Struct, frozen=True, tag="stay"):
 class Live(Struct, frozen=True):
     """A connection that moves: what its next worker must know of it. `left_ms` is what is left of its lifetime.
 
-    `parameters` are the session's as libpq knows them (msgpack of a map), `names` what it says of its server
-    (`worker/names.py`); the broker does not read them.
+    Its reset was sent, and the answer is to be read first (`worker/reset.py`). `parameters` are the session's of before
+    that, as libpq knows them (msgpack of a map), `names` what it says of its server (`worker/names.py`); the broker
+    does not read them.
     """
 
     backend: Backend

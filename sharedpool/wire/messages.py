@@ -41,7 +41,7 @@ import msgspec
 
 from sharedpool.wire.buckets import BUCKETS
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 class Token(NamedTuple):

@@ -27,7 +27,7 @@ from psycopg2 import extensions, extras
 from sharedpool import libpq
 from sharedpool.owned import Owned, identity
 from sharedpool.wire.desk import Live
-from sharedpool.worker import ending, gate, renewal
+from sharedpool.worker import ending, gate, renewal, reset
 from sharedpool.worker.connection import PooledConnection, is_alive, pooled_class, rests
 from sharedpool.worker.ending import abandon, expect, forsake, holds_own, register
 from sharedpool.worker.names import decode, names_of
@@ -41,9 +41,7 @@ _REPORTED = (
     "in_hot_standby", "is_superuser", "session_authorization", "DateStyle", "IntervalStyle", "TimeZone",
     "integer_datetimes", "standard_conforming_strings", "scram_iterations", "search_path",
 )  # fmt: skip
-# A reset that takes longer is not waited for: the connection is closed instead.
-_RESET_LIMIT_S = 1.0
-# Nor is a trial's answer; it is made once, and what it would cost to be wrong is the hand-over.
+# A trial's answer is not waited for longer; it is made once, and what it would cost to be wrong is the hand-over.
 _TRIAL_LIMIT_S = 3.0
 # A trial whose cancel is lost takes a second: it is made for who has the time.
 PATIENT_S = 1.5
@@ -67,24 +65,25 @@ def can_move(conn: PooledConnection) -> bool:
 
 
 def prepare(conn: PooledConnection, command: bytes) -> bytes | None:
-    """Make a connection that is checked in ready to be given, `command` being its reset ("" for none).
+    """Make a connection that is checked in ready to be given, and send its reset, `command`. Does not block.
 
-    Return its parameters, for the receiver's shell, or None when it must be closed instead. Blocks for one round trip,
-    at most a second.
+    Return its parameters of before the reset, for the receiver, or None when it must be closed instead. Afterwards it
+    must be taken off its session (`vacate`), or closed: libpq does not know of the reset.
     """
-    if gate.is_over(conn) or not rests(conn) or not holds_own(conn):
-        return None
-    if not libpq.execute(conn, command, _RESET_LIMIT_S):
-        return None
-    if conn.get_transaction_status() != extensions.TRANSACTION_STATUS_IDLE or not is_alive(conn):
+    if gate.is_over(conn) or not rests(conn) or not is_alive(conn):
         return None
     found = parameters(conn)
-    # The receiver's shell chooses its codec and its way to read dates by these. Where they are not reset, what a user
-    # has set is not to be another's.
-    reset = command == DISCARD or found.get("client_encoding") == conn.sharedpool_encoding
+    # Where they are not reset, what a user has set is not to be another's.
+    if command != DISCARD and not (found.get("client_encoding") == conn.sharedpool_encoding and reads_dates(found)):
+        return None
     if conn.sharedpool_names is None:
         conn.sharedpool_names = names_of(conn)
-    return _encode(found) if reset and found.get("DateStyle", "").startswith("ISO") else None
+    return _encode(found) if reset.send(conn, command) else None
+
+
+def reads_dates(parameters: Mapping[str, str]) -> bool:
+    """Say whether psycopg2 can read a session's dates."""
+    return parameters.get("DateStyle", "").startswith("ISO")
 
 
 def parameters(conn: extensions.connection) -> dict[str, str]:
@@ -170,6 +169,8 @@ class Shells:
         be built.
         """
         parameters = _decode(live.parameters)
+        if not reads_dates(parameters):
+            raise psycopg2.OperationalError(f"the session's DateStyle is {parameters.get('DateStyle')!r}")
         while (shell := self._pop(live.parameters, held)) is not None:
             if not holds_own(shell):
                 forsake(shell)

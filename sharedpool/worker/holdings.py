@@ -17,6 +17,7 @@ from functools import partial
 from typing import cast
 
 import psycopg2
+from msgspec import structs
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
 from sharedpool.errors import SharedPoolError
@@ -47,6 +48,7 @@ from sharedpool.worker.link import Link
 from sharedpool.worker.location import BrokerLocation
 from sharedpool.worker.logs import logger
 from sharedpool.worker.registration import Registration
+from sharedpool.worker.reset import parameters_after
 from sharedpool.worker.session import Session
 from sharedpool.worker.settings import Callback, PoolConfig
 from sharedpool.worker.turns import Turns
@@ -279,6 +281,12 @@ class Holdings:
             self._refuse(passed)
             return None
         try:
+            parameters = parameters_after(sock, live.parameters)
+            if parameters is None:
+                sock.close()
+                self._refuse(passed)
+                return None
+            live = live if parameters == live.parameters else structs.replace(live, parameters=parameters)
             conn = adopt(self.shells.take(live, len(self.cache.leases) + 1), sock, live)
         except BaseException as error:
             sock.close()  # unless the shell has it

@@ -17,6 +17,7 @@ from waiting import wait_until
 import sharedpool
 from sharedpool import ThreadedConnectionPool
 from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.readable import readable
 from sharedpool.worker import handover
 from sharedpool.worker.handover import SUPPORTED
 from sharedpool.worker.pool import Pool
@@ -151,12 +152,9 @@ def hear(conn: extensions.connection) -> None:
     execute(conn, "LISTEN news; NOTIFY news; DO $$ BEGIN RAISE NOTICE 'said'; END $$")
 
 
-def leave_news_unread(conn: extensions.connection) -> None:
-    """The server says this while the connection is reset."""
+def have_the_reset_make_noise(conn: extensions.connection) -> None:
+    """The server says much while the connection is reset."""
     execute(conn, "LISTEN news; SET client_min_messages TO debug5; CREATE TEMP TABLE noise (n int PRIMARY KEY)")
-    with psycopg2.connect(conn.dsn) as other:
-        other.cursor().execute("NOTIFY news")
-    other.close()
 
 
 def set_attributes(conn: Any) -> None:
@@ -227,7 +225,7 @@ def autocommit(conn: extensions.connection) -> None:
 
 USES = [
     autocommit, commit_two_phases, copy, end_as_sql, enter_and_stay, escape, fail, hear, leave_cursors,
-    leave_large_object, leave_news_unread, prepare, register_types, replace_lists, reset, set_attributes,
+    leave_large_object, have_the_reset_make_noise, prepare, register_types, replace_lists, reset, set_attributes,
     set_characteristics, set_codec, set_codec_and_restore_it_as_sql, set_cursor_factory, set_date_style,
     set_encoding_as_sql, set_role, set_session, set_session_and_autocommit,
 ]  # fmt: skip
@@ -316,6 +314,23 @@ def test_who_keeps_something_about_an_object_does_not_find_it_again(pair: MakePa
         conn = moved(giver, taker, note)
         note(conn)
         taker.put_conn(conn)
+
+
+def test_what_was_not_read_yet_is_not_the_next_users(pair: MakePair) -> None:
+    """Half a message may have been read: the session cannot go on elsewhere."""
+    a, b = pair()
+    conn = a.get_conn()
+    execute(conn, "LISTEN news")
+    conn.commit()
+    with psycopg2.connect(conn.dsn) as other, other.cursor() as cursor:
+        cursor.execute("NOTIFY news")
+    other.close()
+    wait_until(lambda: readable([conn], 0))
+    given = a.stats().given
+    a.put_conn(conn)
+    got = b.get_conn()
+    assert (ask(got, "SELECT 1"), got.notifies) == (1, [])
+    assert a.stats().given == given
 
 
 def test_what_a_connection_leaves_behind_is_used_for_the_next_one(

@@ -1,0 +1,91 @@
+"""The reset of a session that moves: its giver sends it and waits for nothing, its receiver reads the answer.
+
+So the server is at it while the receiver is being woken. libpq has no part in that: the giver's would wait for the
+answer, and the receiver's would not expect one. The messages are those of a simple query (PostgreSQL's documentation,
+"Frontend/Backend Protocol").
+"""
+
+from __future__ import annotations
+
+import select
+import struct
+import time
+
+import msgspec
+from psycopg2 import extensions
+
+from sharedpool.hangup import Borrowed
+from sharedpool.libpq import socket_of
+from sharedpool.owned import Owned
+from sharedpool.worker import green
+
+# A reset that takes longer is not waited for: the connection is closed instead.
+LIMIT_S = 1.0
+# The answer is some twenty bytes and what the server reports of settings that have changed.
+_MOST_BYTES = 65536
+_HEAD = struct.Struct("!ci")  # a message's kind; its length, without the kind
+_INT_BYTES = 4
+_QUERY, _ERROR, _PARAMETER_STATUS, _READY = b"Q", b"E", b"S", b"Z"
+# What else may come: CommandComplete, NoticeResponse; NotificationResponse, of what the giver's user has listened to.
+_EXPECTED = (b"C", b"N", b"A")
+_IDLE = b"I"
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(dict[str, str]).decode
+
+
+def send(conn: extensions.connection, command: bytes) -> bool:
+    """Send a command on a connection that rests; return whether that was done. Does not block.
+
+    libpq does not know of it: the connection object must be taken off the session, or closed.
+    """
+    message = _HEAD.pack(_QUERY, len(command) + 5) + command + b"\0"
+    try:
+        return Borrowed(fileno=socket_of(conn)).send(message) == len(message)
+    except OSError:
+        return False
+
+
+def parameters_after(sock: Owned, parameters: bytes) -> bytes | None:
+    """Read the answer to a reset that was sent; return what the session's parameters are after it.
+
+    `parameters` are those of before (msgpack of a map). Return None when the reset has failed, or was not done within a
+    second: the session is not to be used. Blocks for that long at most.
+    """
+    try:
+        changed = _read(sock, time.monotonic() + LIMIT_S)
+    except (OSError, ValueError):
+        return None
+    if not changed:
+        return None if changed is None else parameters
+    before = _decode(parameters)
+    # Others are reported by a server of another version than the giver's libpq knew: nobody asks for them.
+    return _encode(before | {name: value for name, value in changed.items() if name in before})
+
+
+def _read(sock: Owned, deadline: float) -> dict[str, str] | None:
+    """Return what the server reports until it is ready for the next command; None when that is not as it should be."""
+    poller = green.poller()
+    poller.register(sock.fileno(), select.POLLIN)
+    received, changed = b"", dict[str, str]()
+    while len(received) < _MOST_BYTES:
+        if not green.wait(poller, max(0.0, deadline - time.monotonic())):
+            return None
+        if not (more := sock.recv(_MOST_BYTES)):
+            return None  # the backend has ended
+        received += more
+        while len(received) >= _HEAD.size:
+            kind, length = _HEAD.unpack_from(received)
+            if len(received) <= length:
+                break
+            if length < _INT_BYTES:
+                return None
+            body, received = received[_HEAD.size : length + 1], received[length + 1 :]
+            if kind == _READY:
+                return changed if body == _IDLE and not received else None
+            if kind == _PARAMETER_STATUS:
+                name, value, _ = body.decode().split("\0")
+                changed[name] = value
+            elif kind not in _EXPECTED:
+                return None
+    return None
