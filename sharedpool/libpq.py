@@ -7,7 +7,7 @@ import functools
 import re
 import select
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import psycopg2
@@ -44,6 +44,8 @@ def library() -> ctypes.CDLL | None:
         lib.PQerrorMessage.argtypes, lib.PQerrorMessage.restype = [ctypes.c_void_p], ctypes.c_char_p
         lib.PQconninfoFree.argtypes, lib.PQconninfoFree.restype = [ctypes.POINTER(_Option)], None
         lib.PQfinish.argtypes, lib.PQfinish.restype = [ctypes.c_void_p], None
+        lib.PQparameterStatus.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+        lib.PQparameterStatus.restype = ctypes.c_char_p
         lib.PQsocket.argtypes, lib.PQsocket.restype = [ctypes.c_void_p], ctypes.c_int
         _declare_connects(lib)
         lib.PQgssEncInUse.argtypes, lib.PQgssEncInUse.restype = [ctypes.c_void_p], ctypes.c_int
@@ -110,6 +112,14 @@ def parameters_of(conn: connection) -> dict[str, str]:
     """Return the parameters that an open connection was opened with, the password among them."""
     lib, pointer = library(), conn.pgconn_ptr
     return {} if lib is None or not pointer else options(lib, pointer) or {}
+
+
+def parameter_statuses(conn: connection, names: Iterable[bytes]) -> tuple[bytes | None, ...]:
+    """Return what the server has reported of an open connection; None for what it has not."""
+    lib = library()
+    assert lib is not None
+    status, pointer = lib.PQparameterStatus, conn.pgconn_ptr
+    return tuple([status(pointer, name) for name in names])
 
 
 def socket_of(conn: connection) -> int:
@@ -194,10 +204,19 @@ def is_encrypted(conn: connection) -> bool:
     return bool(lib.PQgssEncInUse(conn.pgconn_ptr))
 
 
+def execute(conn: connection, command: bytes, limit_s: float) -> bool:
+    """Run a command that returns no rows; say whether it succeeded within `limit_s` seconds.
+
+    psycopg2's own `execute` would wait for ever. After False the connection is good for nothing any more.
+    """
+    status, _ = _run(conn, command, limit_s)
+    return status == _COMMAND_OK
+
+
 def ask(conn: connection, query: bytes, limit_s: float) -> bytes | None:
     """Run a query that returns one value; return it, or None when it did not come within `limit_s` seconds.
 
-    psycopg2's own `execute` would wait for ever. After None the connection is good for nothing any more.
+    After None the connection is good for nothing any more.
     """
     status, value = _run(conn, query, limit_s)
     return value if status == _TUPLES_OK else None

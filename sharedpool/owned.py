@@ -25,8 +25,11 @@ def identity(number: int) -> Identity:
 
 def is_still(number: int, known: tuple[Identity, ...]) -> bool:
     """Say whether what is open under a number is one of those that were known."""
-    found = identity(number)
-    return found != NOBODYS and found in known
+    try:
+        status = os.fstat(number)
+    except OSError:
+        return False
+    return (status.st_dev, status.st_ino) in known
 
 
 class Owned(_socket.socket):  # not `socket.socket`, for which gevent puts one of its own

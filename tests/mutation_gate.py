@@ -270,13 +270,31 @@ MUTANTS = (
     ),
     Mutant(
         "a shell keeps the codec of its former session",
-        (("sharedpool/worker/renewal.py", "return shell.encoding == clean and ", "return "),),
+        (("sharedpool/worker/renewal.py", "return bool(shell.encoding == clean)", "return True"),),
         ("tests/integration/test_shells.py", "-k", "codec"),
     ),
     Mutant(
         "the object of a user's own class is used for another session",
-        (("sharedpool/worker/handover.py", "        if not self.are_known:\n", "        if False:\n"),),
+        (("sharedpool/worker/handover.py", "        if not self.are_known or ", "        if "),),
         ("tests/integration/test_shells.py", "-k", "own_class"),
+    ),
+    Mutant(
+        "the answer to a reset is not read",
+        (("sharedpool/worker/reset.py", "changed = _read(sock, time.monotonic() + LIMIT_S)", "changed = {}"),),
+        ("tests/unit/test_reset.py",),
+    ),
+    Mutant(
+        "what is reset is given before the reset is sent",
+        (("sharedpool/worker/handover.py", "return encoded if reset.send(conn, command) else None", "return encoded"),),
+        ("tests/integration/test_shells.py", "-k", "as_one_just_opened"),
+    ),
+    Mutant(
+        "an object is used again whose libpq knows another session's parameters",
+        (
+            ("sharedpool/worker/handover.py", " or parameters != shell.sharedpool_made_with", ""),
+            ("sharedpool/worker/handover.py", "if encoded != conn.sharedpool_made_with:", "if False:"),
+        ),
+        ("tests/integration/test_shells.py", "-k", "leaves_behind"),
     ),
     Mutant(
         "a connection that was put back stays open to its user",

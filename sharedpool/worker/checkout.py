@@ -32,7 +32,7 @@ from sharedpool.worker.connection import (
     session_of,
 )
 from sharedpool.worker.ending import abort
-from sharedpool.worker.handover import can_move
+from sharedpool.worker.handover import can_move, parameters
 from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.lease import Lease, Ticket
 from sharedpool.worker.link import Link
@@ -252,6 +252,7 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
         conn.sharedpool_holdings = holdings
         holdings.deposit(lease, conn)
         backend = describe(conn)
+        conn.sharedpool_made_with = parameters(conn)
         now = time.monotonic()
         if now > lease.connect_by + START_UP_LIMIT_S:
             raise PoolError(f"pool {config.name!r}: connecting took too long: its slot may be in use elsewhere by now")

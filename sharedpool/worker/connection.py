@@ -19,7 +19,7 @@ from psycopg2 import extensions
 
 from sharedpool.conninfo import ConnInfo
 from sharedpool.errors import SharedPoolError
-from sharedpool.libpq import socket_of, socket_of_failed
+from sharedpool.libpq import parameter_statuses, socket_of, socket_of_failed
 from sharedpool.owned import Identity, identity, is_still
 from sharedpool.route import is_direct
 from sharedpool.wire.messages import Backend, Phase
@@ -75,7 +75,7 @@ class PooledConnection(extensions.connection):
     sharedpool_erred = False  # its last transaction failed
     sharedpool_started = 0.0  # when its connect began
     sharedpool_timeout_s: float | None = None  # libpq's own, if it is known
-    sharedpool_server: tuple[str | None, ...] = ()  # what it was when we connected: see `turned_read_only`
+    sharedpool_server: tuple[bytes | None, ...] = ()  # what it was when we connected: see `turned_read_only`
     sharedpool_touched = False  # its user has set what a checkin restores
     # What its user gets in place of it, while it is not checked out, and who made that: see `wrapper.py`.
     sharedpool_wrapper: Any = None
@@ -84,6 +84,7 @@ class PooledConnection(extensions.connection):
     # For the hand-over (`handover.py`).
     sharedpool_movable = False
     sharedpool_encoding = ""
+    sharedpool_made_with = b""  # the parameters of the session that its object was made for: see `handover.parameters`
     sharedpool_names: bytes | None = None  # what it says of its server, once that has to be known elsewhere
     sharedpool_native = True  # libpq itself has opened the session that it is on
     sharedpool_adopted: Backend | None = None  # the backend, if it has not
@@ -362,15 +363,14 @@ def session_of(conn: PooledConnection) -> tuple[Any, ...]:
     return (*settings, conn.cursor_factory, conn.encoding)
 
 
-def server_of(conn: PooledConnection) -> tuple[str | None, ...]:
+def server_of(conn: PooledConnection) -> tuple[bytes | None, ...]:
     """Return what the server reports by itself of its role (PostgreSQL 14+)."""
-    status = extensions.ConnectionInfo(conn).parameter_status  # also of one that is closed to its former user
-    return (status("in_hot_standby"), status("default_transaction_read_only"))
+    return parameter_statuses(conn, (b"in_hot_standby", b"default_transaction_read_only"))
 
 
 def turned_read_only(conn: PooledConnection) -> bool:
     """Say whether the server has become read-only since the connection was opened. No query."""
-    return server_of(conn) != conn.sharedpool_server and "on" in server_of(conn)
+    return server_of(conn) != conn.sharedpool_server and b"on" in server_of(conn)
 
 
 def is_alive(conn: PooledConnection) -> bool:
@@ -389,7 +389,7 @@ def is_alive(conn: PooledConnection) -> bool:
 
 def rests(conn: PooledConnection) -> bool:
     """Say whether nobody uses a connection, nor has left a transaction open on it. No system call."""
-    return conn.status == extensions.STATUS_READY and not conn.get_transaction_status() and not gate.is_busy(conn)
+    return conn.status == extensions.STATUS_READY and not conn.get_transaction_status() and not gate.is_locked(conn)
 
 
 def settle(conn: PooledConnection) -> None:

@@ -217,8 +217,8 @@ def close_witness(conn: PooledConnection) -> None:
 _dead_end: tuple[int, Identity] = (-1, NOBODYS)
 
 
-def dead_end() -> int:
-    """Return a descriptor on which nothing can be sent. Raise OSError when none can be had.
+def dead_end() -> tuple[int, Identity]:
+    """Return a descriptor on which nothing can be sent, and what it is. Raise OSError when none can be had.
 
     Made before it is needed: a fork may find none free. Made anew when its number has become somebody else's.
     """
@@ -228,7 +228,7 @@ def dead_end() -> int:
         theirs.close()
         known = identity(ours.fileno())
         _dead_end = (ours.detach(), known)
-    return _dead_end[0]
+    return _dead_end
 
 
 def vacate(conn: PooledConnection) -> None:
@@ -236,8 +236,8 @@ def vacate(conn: PooledConnection) -> None:
 
     Raise OSError when nothing can be put in its place.
     """
-    number = dead_end()
-    expect(conn, identity(number))
+    number, known = dead_end()
+    expect(conn, known)
     os.dup2(number, socket_of(conn), inheritable=False)
 
 

@@ -100,6 +100,9 @@ def is_busy(conn: PooledConnection) -> bool:
 
     Seen from outside, without taking psycopg2's lock: an interrupt could not let go of it.
     """
-    if conn.get_transaction_status() == extensions.TRANSACTION_STATUS_ACTIVE:
-        return True
+    return conn.get_transaction_status() == extensions.TRANSACTION_STATUS_ACTIVE or is_locked(conn)
+
+
+def is_locked(conn: PooledConnection) -> bool:
+    """Say whether another thread has psycopg2's lock of a connection."""
     return _HAS_LOCK and ctypes.c_int.from_address(id(conn) + object.__basicsize__).value != 0

@@ -11,6 +11,7 @@ A session under TLS or GSS encryption has its keys in the process: it cannot be 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import struct
@@ -55,8 +56,11 @@ _NEGOTIATE, _REFUSE = b"v", b"N"
 _SSL_REQUEST, _GSS_REQUEST = 80877103, 80877104
 _UCRED = struct.Struct("3i")  # pid, uid, gid
 
+_REPORTED_C = tuple(name.encode() for name in _REPORTED)
+
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(dict[str, str]).decode
+# There are as many different ones as databases and roles: hardly any.
+_decode = functools.lru_cache(maxsize=256)(msgspec.msgpack.Decoder(dict[str, str]).decode)
 
 
 def can_move(conn: PooledConnection) -> bool:
@@ -65,20 +69,27 @@ def can_move(conn: PooledConnection) -> bool:
 
 
 def prepare(conn: PooledConnection, command: bytes) -> bytes | None:
-    """Make a connection that is checked in ready to be given, and send its reset, `command`. Does not block.
+    """Make a connection that is checked in ready to be given, and send its reset, `command`.
 
     Return its parameters of before the reset, for the receiver, or None when it must be closed instead. Afterwards it
-    must be taken off its session (`vacate`), or closed: libpq does not know of the reset.
+    must be taken off its session (`vacate`), or closed: libpq does not know of the reset. Blocks for a round trip, at
+    most a second, when its user has changed what the server reports.
     """
     if gate.is_over(conn) or not rests(conn) or not is_alive(conn):
         return None
-    found = parameters(conn)
-    # Where they are not reset, what a user has set is not to be another's.
-    if command != DISCARD and not (found.get("client_encoding") == conn.sharedpool_encoding and reads_dates(found)):
-        return None
+    encoded = parameters(conn)
+    if encoded != conn.sharedpool_made_with:
+        # libpq is to read what a first reset reports, else the object would be of no use for the next session here.
+        if not libpq.execute(conn, command, reset.LIMIT_S) or not rests(conn) or not is_alive(conn):
+            return None
+        encoded = parameters(conn)
+    if command != DISCARD:  # where they are not reset, what a user has set is not to be another's
+        found = _decode(encoded)
+        if found.get("client_encoding") != conn.sharedpool_encoding or not reads_dates(found):
+            return None
     if conn.sharedpool_names is None:
         conn.sharedpool_names = names_of(conn)
-    return _encode(found) if reset.send(conn, command) else None
+    return encoded if reset.send(conn, command) else None
 
 
 def reads_dates(parameters: Mapping[str, str]) -> bool:
@@ -86,10 +97,15 @@ def reads_dates(parameters: Mapping[str, str]) -> bool:
     return parameters.get("DateStyle", "").startswith("ISO")
 
 
-def parameters(conn: extensions.connection) -> dict[str, str]:
-    """Return what the server has reported of a session."""
-    status = extensions.ConnectionInfo(conn).parameter_status  # it is closed to its former user
-    return {name: value for name in _REPORTED if (value := status(name)) is not None}
+def parameters(conn: extensions.connection) -> bytes:
+    """Return what the server has reported of a session: msgpack of a map."""
+    return _encoded(libpq.parameter_statuses(conn, _REPORTED_C))
+
+
+@functools.lru_cache(maxsize=256)
+def _encoded(values: tuple[bytes | None, ...]) -> bytes:
+    found = zip(_REPORTED, values, strict=True)
+    return _encode({name: value.decode("utf-8", "replace") for name, value in found if value is not None})
 
 
 def vacate(conn: PooledConnection) -> None:
@@ -143,7 +159,7 @@ _KNOWN = (None, extensions.connection, extras.DictConnection, extras.RealDictCon
 
 
 class Shells:
-    """One pool's empty connections in this process, by the parameters they were built with.
+    """One pool's empty connections in this process, by the parameters they were made with.
 
     As many are kept as connections were held at once since the last `trim`: each may go, and one come in its place.
     """
@@ -180,8 +196,9 @@ class Shells:
             abandon(shell)
         else:
             shell = self._build(parameters, live)
+            renewal.at_start(shell)
+        shell.sharedpool_made_with = live.parameters
         shell.sharedpool_encoding = parameters.get("client_encoding", "")
-        renewal.at_start(shell)
         return shell
 
     def _pop(self, parameters: bytes, held: int) -> PooledConnection | None:
@@ -192,8 +209,10 @@ class Shells:
             return stock.pop() if stock else None
 
     def keep(self, shell: PooledConnection, parameters: bytes) -> None:
-        """Keep a vacated connection for later, unless it is of a user's own class."""
-        if not self.are_known:
+        """Keep a vacated connection for later, unless it is of a user's own class, or libpq's `parameters` are others
+        than those that it was made with.
+        """
+        if not self.are_known or parameters != shell.sharedpool_made_with:
             abandon(shell)
             return
         with self._lock:

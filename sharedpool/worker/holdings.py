@@ -34,7 +34,6 @@ from sharedpool.worker.connection import (
     PooledConnection,
     clean,
     has_hung_up,
-    is_alive,
     rests,
     server_of,
     settle,
@@ -322,8 +321,6 @@ class Holdings:
 
     def _is_fit(self, conn: PooledConnection, passed: Pass) -> bool:
         """Say whether a connection that was passed can be used here. They are tried until one has worked."""
-        if not is_alive(conn):
-            return False  # its backend has ended on the way
         cancel = passed.trial and self._may_cancel(passed.request)
         if self._tested and not cancel:
             return True
@@ -407,6 +404,8 @@ class Holdings:
         When this returns, no other thread is at it either, unless `limit_s` seconds were too short for that. Not
         `thorough`: run no user's code and no rollback (the link must keep its heartbeat), close what would need them.
         """
+        if not self.orphans and not self.reclaiming.busy:
+            return
         turn = self.reclaiming.take(limit_s)
         if turn is None:
             return

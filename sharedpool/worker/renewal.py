@@ -4,7 +4,7 @@ What psycopg2 keeps of a connection on the client's side (struct connectionObjec
 each as new:
 
   encoding, codecs (cdecoder, pyencoder, pydecoder)   compared: `set_client_encoding` changes them, no reset does
-  equote (how strings are quoted)                     compared, by quoting one
+  equote (how strings are quoted)                     fixed when it connects: made with the same parameters
   autocommit, isolevel, readonly, deferrable          `set_session`; where that would send SQL the shell is refused
   entered (in a `with` block)                         `__exit__`
   tpc_xid, status                                     compared: `__exit__` commits, which such a transaction forbids
@@ -15,7 +15,7 @@ each as new:
   closed, async                                       compared
   dsn, and libpq's own idea of the server             `names.py`
   cancel (the key)                                    the broker cancels: `PooledConnection.cancel`
-  server_version, protocol                            a shell is used again for a session with the same parameters only
+  server_version, protocol                            the same: `Shells` keeps each by what it was made with
   mark (counts transactions)                          only a cursor of before looks at it: it is refused (`gate.py`)
 
 The object of a user's own class is never used again: what that keeps cannot be known.
@@ -58,6 +58,7 @@ def renew(shell: PooledConnection, parameters: Mapping[str, str], cursor_factory
     except psycopg2.Error:
         return False
     shell.sharedpool_gate = gate.SHUT  # until it is checked out
+    shell.sharedpool_session = (False, None, None, None, cursor_factory, shell.encoding)
     return is_new(shell, parameters)  # looked at last: a reference that is kept may have been used meanwhile
 
 
@@ -66,10 +67,7 @@ def is_new(shell: PooledConnection, parameters: Mapping[str, str]) -> bool:
     if shell.async_ or not rests(shell) or libpq.socket_of(shell) < 0:
         return False
     clean = "".join(filter(str.isalnum, parameters.get("client_encoding", ""))).upper()  # psycopg2's way
-    escapes = parameters.get("standard_conforming_strings") == "off"
-    quoted = extensions.QuotedString("\\")
-    quoted.prepare(shell)
-    return shell.encoding == clean and quoted.getquoted().startswith(b"'") != escapes
+    return bool(shell.encoding == clean)
 
 
 def at_start(shell: PooledConnection) -> None:

@@ -29,6 +29,11 @@ _QUERY, _ERROR, _PARAMETER_STATUS, _READY = b"Q", b"E", b"S", b"Z"
 # What else may come: CommandComplete, NoticeResponse; NotificationResponse, of what the giver's user has listened to.
 _EXPECTED = (b"C", b"N", b"A")
 _IDLE = b"I"
+# What needs no second look: nothing but that it is done (CommandComplete, ReadyForQuery).
+_USUAL = frozenset(
+    _HEAD.pack(b"C", len(tag) + 5) + tag + b"\0" + _HEAD.pack(_READY, 5) + _IDLE
+    for tag in (b"DISCARD ALL", b"UNLISTEN")
+)
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(dict[str, str]).decode
@@ -74,6 +79,8 @@ def _read(sock: Owned, deadline: float) -> dict[str, str] | None:
         if not (more := sock.recv(_MOST_BYTES)):
             return None  # the backend has ended
         received += more
+        if received in _USUAL:
+            return changed
         while len(received) >= _HEAD.size:
             kind, length = _HEAD.unpack_from(received)
             if len(received) <= length:
@@ -84,7 +91,7 @@ def _read(sock: Owned, deadline: float) -> dict[str, str] | None:
             if kind == _READY:
                 return changed if body == _IDLE and not received else None
             if kind == _PARAMETER_STATUS:
-                name, value, _ = body.decode().split("\0")
+                name, value, _ = body.decode("utf-8", "replace").split("\0")
                 changed[name] = value
             elif kind not in _EXPECTED:
                 return None

@@ -333,8 +333,9 @@ def test_what_was_not_read_yet_is_not_the_next_users(pair: MakePair) -> None:
     assert a.stats().given == given
 
 
+@pytest.mark.parametrize("sql", ["SELECT 1", "SET TIME ZONE 'Asia/Tokyo'"])
 def test_what_a_connection_leaves_behind_is_used_for_the_next_one(
-    pair: MakePair, monkeypatch: pytest.MonkeyPatch
+    pair: MakePair, monkeypatch: pytest.MonkeyPatch, sql: str
 ) -> None:
     built: list[Mapping[str, str]] = []
 
@@ -346,7 +347,9 @@ def test_what_a_connection_leaves_behind_is_used_for_the_next_one(
     monkeypatch.setattr(handover, "Stub", Counted)
     a, b = pair()
     for giver, taker in ((a, b), (b, a)) * 5:
-        taker.put_conn(moved(giver, taker, lambda conn: ask(conn, "SELECT 1")))
+        conn = moved(giver, taker, lambda conn: execute(conn, sql))
+        assert conn.get_parameter_status("TimeZone") == ask(conn, "SHOW TimeZone") != "Asia/Tokyo"
+        taker.put_conn(conn)
     assert len(built) <= 2  # the first of each process
 
 
