@@ -180,6 +180,11 @@ class Attempt:
         """What the socket is to be polled for before the next step; 0 at the end."""
         return {_READING: select.POLLIN, _WRITING: select.POLLOUT}.get(self.state, 0)
 
+    @property
+    def failed(self) -> bool:
+        """Whether it has come to nothing."""
+        return bool(self.state == _FAILED)
+
     def step(self) -> None:
         """Go on; the socket is ready. Does not block."""
         self.state = self._lib.PQconnectPoll(self._conn)

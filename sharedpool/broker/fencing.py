@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,8 +37,9 @@ _TOGETHER_S = 0.005  # what is due so soon is looked for in the same query
 _LEAVES_S, _CLEANED_S, _RESTS_S = 0.02, 0.1, 1.0
 _EVER_US = 2**62
 # A backend leaves the list before it leaves the server: then it gives its place back, notes in the log that it is gone
-# and exits. No query shows that; a process that has no more to do than this has done it by then.
-_EXITS_S = 0.02
+# and exits. No query shows that; a process that has no more to do than this has done it by then. On a busy server it
+# has to wait for a processor, as the query did that has shown it gone: so many times what that took, if that is longer.
+_EXITS_S, _EXITS_QUERIES = 0.02, 8
 
 
 @dataclass(slots=True)
@@ -88,6 +90,7 @@ class Fencing:
             self._finish(job, "gone")
         due = [job for job in due if not job.unlisted]
         looked = [(job, backend) for job in due if (backend := self._comparable(job, boot_us)) is not None]
+        began = time.monotonic()
         if looked:
             self._end_ripe(conn, [(job, backend) for job, backend in looked if job.ends_at <= now], now)
             listed = catalog.sights_of(conn, [backend.pid for _, backend in looked])
@@ -97,8 +100,9 @@ class Fencing:
                 job.unlisted = sight is None or sight.start_us not in (backend.start_us, 0)
                 if sight is not None and not job.unlisted and _is_lent_again(job, backend, sight):
                     self._finish(job, "is its pooler's again")
+        exits_s = max(_EXITS_S, _EXITS_QUERIES * (time.monotonic() - began))
         for job in due:
-            job.due = now + (_EXITS_S if job.unlisted else job.retry_s)
+            job.due = now + (exits_s if job.unlisted else job.retry_s)
             job.retry_s = min(job.retry_s * 2, _LAST_RETRY_S)
 
     def _end_ripe(self, conn: connection, ripe: list[tuple[_Job, Backend]], now: float) -> None:

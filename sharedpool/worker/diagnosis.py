@@ -81,7 +81,9 @@ class Diagnosis:
         now = time.monotonic()
         if now >= self._known_until or tried.asked_password != self._asked_password:
             limit_s = _LIMIT_S if deadline is None else min(_LIMIT_S, deadline - now)
-            self._code = _ask(conn, tried, limit_s) if limit_s > 0 else ""
+            self._code, reached = _ask(conn, tried, limit_s) if limit_s > 0 else ("", True)
+            if not reached:
+                return Failure(conn.sharedpool_gone, text, unreachable=True, closed=conn.sharedpool_closed)
             self._asked_password = tried.asked_password
             # How a server is may change at any moment.
             lasts = self._code and not self._code.startswith(_OF_THE_SERVER)
@@ -118,13 +120,16 @@ def nobody_at(tried: libpq.Tried) -> bool:
     return False
 
 
-def _ask(conn: PooledConnection, tried: libpq.Tried, limit_s: float) -> str:
-    """Connect again, to be refused with a code; `conn.sharedpool_gone` tells of this backend's end then."""
+def _ask(conn: PooledConnection, tried: libpq.Tried, limit_s: float) -> tuple[str, bool]:
+    """Connect again, to be refused with a code; `conn.sharedpool_gone` tells of this backend's end then.
+
+    Return the code, if there is one, and False when nobody is there any more.
+    """
     lib, pointer = libpq.library(), conn.pgconn_ptr
     if lib is None or not pointer or extensions.libpq_version() < 120000:
-        return ""
+        return "", True
     if (options := libpq.options(lib, pointer)) is None:
-        return ""
+        return "", True
     for name in ("service", "hostaddr", "target_session_attrs"):  # this very server
         options.pop(name, None)
     options |= {"host": tried.host, "port": tried.port}
@@ -143,11 +148,12 @@ def _ask(conn: PooledConnection, tried: libpq.Tried, limit_s: float) -> str:
             witness = os.dup(attempt.fd)
             conn.sharedpool_gone = conn.sharedpool_closed = False
     finally:
-        codes = attempt.codes()
+        codes, reached = attempt.codes(), attempt.fd >= 0 or not attempt.failed
         attempt.finish()
         if witness >= 0:
             try:
                 see_off(conn, witness)
             finally:
                 os.close(witness)
-    return next((code for code in codes if code.startswith(_OF_THE_SERVER)), codes[0] if codes else "")
+    code = next((code for code in codes if code.startswith(_OF_THE_SERVER)), codes[0] if codes else "")
+    return code, bool(code) or reached

@@ -81,6 +81,16 @@ def test_who_tries_whether_a_full_server_has_room_again_tries_once() -> None:
     assert (found.code, found.gone) == ("53300", True)
 
 
+def test_a_server_that_is_gone_when_it_is_asked_for_the_reason_is_not_reached() -> None:
+    """It was shutting down: that is everybody's affair."""
+    made: list[PooledConnection] = []
+    with RefusingServer("start", "57P03") as server, pytest.raises(psycopg2.OperationalError) as caught:
+        connect(resolve(server.dsn), "test", None, made)
+    made[0].sharedpool_direct = True
+    found = Diagnosis().of(made[0], caught.value, None)
+    assert (found.code, found.unreachable, found.gone) == ("", True, True)
+
+
 @pytest.mark.parametrize("stage", ["hangs up", "silent"])
 def test_a_server_that_says_nothing_is_not_reached(stage: Stage) -> None:
     with RefusingServer(stage) as server:
