@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import select
 import shutil
 import socket
@@ -10,17 +11,21 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import psycopg2
 import pytest
 from psycopg2.extensions import make_dsn
 from waiting import wait_until
 
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.cli.postgres import EphemeralPostgres, PostgresFailed
 
 # Debian's are not on everybody's PATH.
 _PLACES = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin", "/usr/bin"])
 HOST = "127.0.0.1"
+PASSWORD = "zsecret"
+_NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
 
 
 @contextmanager
@@ -69,6 +74,87 @@ def stunnel(server: EphemeralPostgres) -> Iterator[str]:
             _file("near.conf", client) as near_end, running(program("stunnel4"), str(near_end), port=near),
         ):  # fmt: skip
             yield by(server, near)
+
+
+@contextmanager
+def tls_endpoint(config: str, **settings: object) -> Iterator[None]:
+    """stunnel as `config` says, with other values for these of its settings, `accept` among them."""
+    for name, value in settings.items():
+        config, found = re.subn(rf"^{name} = .*$", f"{name} = {value}", config, flags=re.MULTILINE)
+        assert found == 1, f"{name} is set {found} times"
+    accept = settings["accept"]
+    where = accept if isinstance(accept, Path) else int(str(accept).rpartition(":")[2])
+    with _file("endpoint.conf", config) as path, running(program("stunnel4"), str(path), port=where):
+        yield
+
+
+@dataclass(frozen=True)
+class Certified:
+    """A PostgreSQL whose certificate says `name`, with a role and a database `app`. By TCP it wants TLS of everybody.
+
+    `keys` has ca.crt, its CA's certificate, stranger.crt, that of another one, and app.crt with app.key, the role's.
+    The superuser logs in by SCRAM.
+    """
+
+    server: EphemeralPostgres
+    name: str
+    keys: Path
+
+    @property
+    def near_dsn(self) -> str:
+        """The superuser's, by the unix socket, where nobody asks for TLS or a password."""
+        return make_dsn(self.server.dsn, host=str(self.server.directory))
+
+    @property
+    def verified_dsn(self) -> str:
+        """The superuser's, by TCP, under TLS that sees who the server is."""
+        whom = {"host": self.name, "hostaddr": HOST, "sslmode": "verify-full", "sslrootcert": str(self.keys / "ca.crt")}
+        return make_dsn(self.server.dsn, **whom)
+
+
+@contextmanager
+def certified(name: str, method: str) -> Iterator[Certified]:
+    """Have such a server; `app` logs in by this method, its password being that of the superuser."""
+    with tempfile.TemporaryDirectory(prefix="spx-") as place, EphemeralPostgres(tcp=True, password=PASSWORD) as server:
+        keys, data = Path(place), server.data_dir
+        for authority in ("ca", "stranger"):
+            _openssl("req", "-x509", *_NEW_KEY, "-days", "9", "-subj", f"/CN={authority}",
+                     "-keyout", keys / f"{authority}.key", "-out", keys / f"{authority}.crt")  # fmt: skip
+        _certify(keys, "app", "app")
+        _certify(keys, "server", name)
+        for file in ("server.crt", "server.key", "ca.crt"):
+            shutil.copy(keys / file, data)
+            os.chown(data / file, _owner(server), -1)
+        entries = (f"hostssl app app {HOST}/32 {method}", f"hostssl all all {HOST}/32 scram-sha-256")
+        (data / "pg_hba.conf").write_text("\n".join(["local all all trust", *entries, ""]))
+        with (data / "postgresql.conf").open("a") as settings:
+            settings.write("ssl = on\nssl_ca_file = 'ca.crt'\n")
+        try:
+            server.restart()
+        except PostgresFailed as error:
+            if "SSL is not supported by this build" not in str(error):
+                raise
+            pytest.skip("this PostgreSQL was built without TLS")
+        with contextlib.closing(psycopg2.connect(server.dsn)) as conn:
+            conn.autocommit = True
+            with conn.cursor() as cursor:
+                cursor.execute("CREATE ROLE app LOGIN PASSWORD %s", [PASSWORD])
+                cursor.execute("CREATE DATABASE app OWNER app")
+        yield Certified(server, name, keys)
+
+
+def _certify(keys: Path, whom: str, name: str) -> None:
+    """Make a key, and have the CA certify that it is `name`'s."""
+    key, request, names = (keys / f"{whom}.{kind}" for kind in ("key", "request", "names"))
+    names.write_text(f"subjectAltName = DNS:{name}\n")
+    _openssl("req", "-new", *_NEW_KEY, "-subj", f"/CN={name}", "-keyout", key, "-out", request)
+    _openssl("x509", "-req", "-in", request, "-extfile", names, "-days", "9", "-out", keys / f"{whom}.crt",
+             "-CA", keys / "ca.crt", "-CAkey", keys / "ca.key", "-CAcreateserial")  # fmt: skip
+    key.chmod(0o600)
+
+
+def _openssl(*arguments: str | Path) -> None:
+    subprocess.run([program("openssl"), *arguments], check=True, capture_output=True)
 
 
 @contextmanager
@@ -179,7 +265,7 @@ def unix_path(server: EphemeralPostgres) -> str:
 
 def _owner(server: EphemeralPostgres) -> int:
     """Who may go to the server's directory, and is not root: PgBouncer does not run as root."""
-    return Path(server.host).stat().st_uid
+    return server.directory.stat().st_uid
 
 
 @contextmanager
@@ -202,8 +288,8 @@ def _file(name: str, text: str) -> Iterator[Path]:
 
 
 @contextmanager
-def running(*command: str, port: int, uid: int | None = None) -> Iterator[None]:
-    """Run a program that listens at a port, until it is not needed any more; as `uid`, if we may choose.
+def running(*command: str, port: int | Path, uid: int | None = None) -> Iterator[None]:
+    """Run a program that listens at a port or a path, until it is not needed any more; as `uid`, if we may choose.
 
     Port 0: it listens somewhere else.
     """
@@ -227,10 +313,11 @@ def running(*command: str, port: int, uid: int | None = None) -> Iterator[None]:
             print(f"{Path(command[0]).name} said:\n{said.read()[-2000:]}")  # pytest shows it when the test fails
 
 
-def _listens(process: "subprocess.Popen[bytes]", port: int) -> Callable[[], bool]:
+def _listens(process: "subprocess.Popen[bytes]", port: int | Path) -> Callable[[], bool]:
     def listens() -> bool:
         assert process.poll() is None, "it has ended"
-        with socket.socket() as sock:
-            return sock.connect_ex((HOST, port)) == 0
+        by_path = isinstance(port, Path)
+        with socket.socket(socket.AF_UNIX if by_path else socket.AF_INET) as sock:
+            return sock.connect_ex(str(port) if by_path else (HOST, port)) == 0
 
     return listens

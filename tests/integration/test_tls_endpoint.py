@@ -1,0 +1,162 @@
+"""README's way to have connections move although the server wants TLS: its stunnel, with a test's paths and ports."""
+
+import re
+import signal
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing
+from pathlib import Path
+
+import automatic
+import proxies
+import psycopg2
+import pytest
+from processes import Sampler, workers
+from psycopg2.extensions import make_dsn
+from waiting import wait_until
+
+import sharedpool
+from sharedpool.cli.asking import fetch_report
+from sharedpool.wire.reports import PoolReport
+from sharedpool.worker.handover import SUPPORTED
+
+pytestmark = pytest.mark.skipif(not SUPPORTED, reason="connections cannot be handed over on this platform")
+
+_README = (Path(__file__).parents[2] / "README.md").read_text()
+_SECTION = re.split(r"^#", _README.split("### Under TLS")[1], flags=re.MULTILINE)[0]
+# By loopback with a password; what is different by a unix socket with a certificate.
+CONFIG, BY_CERTIFICATE = (
+    textwrap.dedent(block) for block in re.findall(r"^ *```ini\n(.*?)^ *```", _SECTION, flags=re.MULTILINE | re.DOTALL)
+)
+(DSN,) = re.findall(r'^dsn = "(.*)"$', _SECTION, flags=re.MULTILINE)
+(NAME_OF_SERVER,) = re.findall(r"^checkHost = (.*)$", CONFIG, flags=re.MULTILINE)
+
+POOL = "endpoint"
+OURS = f"sharedpool {POOL} [%"
+BACK_S = 3.0  # from a death until the slot is another's, a connect included, with room for a busy machine
+
+
+@pytest.fixture(params=["password", "cert"], scope="module")
+def method(request: pytest.FixtureRequest) -> str:
+    """How `app` logs in."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def far(method: str) -> Iterator[proxies.Certified]:
+    assert f"`hostssl app app 10.0.0.0/8 {method}`" in _SECTION
+    with proxies.certified(NAME_OF_SERVER, method) as server:
+        yield server
+
+
+@pytest.fixture
+def accept(method: str, runtime_dir: Path) -> str | Path:
+    port = proxies.free_port()
+    return f"{proxies.HOST}:{port}" if method == "password" else runtime_dir / f".s.PGSQL.{port}"
+
+
+def endpoint(far: proxies.Certified, accept: str | Path, **more: object) -> AbstractContextManager[None]:
+    """README's endpoint, in front of this server."""
+    here = {"accept": accept, "connect": f"{proxies.HOST}:{far.server.port}", "CAfile": far.keys / "ca.crt"}
+    if isinstance(accept, str):
+        return proxies.tls_endpoint(CONFIG, **here | more)
+    _, _, keys = BY_CERTIFICATE.partition("\n")
+    here |= {"cert": far.keys / "app.crt", "key": far.keys / "app.key"}
+    return proxies.tls_endpoint(CONFIG + keys, **here | more)
+
+
+def by(accept: str | Path, **more: str) -> str:
+    """README's DSN, by this endpoint."""
+    if isinstance(accept, str):
+        return make_dsn(DSN, port=accept.rpartition(":")[2], password=proxies.PASSWORD, **more)
+    return make_dsn(DSN, host=str(accept.parent), port=accept.suffix.removeprefix("."), **more)
+
+
+@pytest.fixture
+def dsn(far: proxies.Certified, accept: str | Path) -> Iterator[str]:
+    with endpoint(far, accept):
+        yield by(accept)
+
+
+@pytest.fixture(params=["automatic", "past the endpoint"])
+def broker(request: pytest.FixtureRequest, far: proxies.Certified, dsn: str, runtime_dir: Path) -> Iterator[str | None]:
+    """The address of a broker whose control connection goes past the endpoint; None: nobody names one, so by it."""
+    if request.param == "automatic":
+        with automatic.seen_off():
+            yield None
+    else:
+        with sharedpool.start_broker(3, dsn=far.verified_dsn) as started:
+            yield started.address
+
+
+def report(broker: str | None) -> PoolReport:
+    (found,) = automatic.reports() if broker is None else [fetch_report(broker)]
+    (pool,) = found.pools
+    return pool
+
+
+def look(far: proxies.Certified, sql: str, *values: object) -> list[object]:
+    """The first column of what the server says."""
+    with closing(psycopg2.connect(far.near_dsn)) as conn, conn.cursor() as cursor:
+        cursor.execute(sql, values)
+        return [row[0] for row in cursor.fetchall()]
+
+
+def test_connections_move_between_processes_and_the_server_sees_them_encrypted(
+    far: proxies.Certified, dsn: str, broker: str | None
+) -> None:
+    with (
+        workers(6, dsn=dsn, broker=broker, max_conn=3, name=POOL, threads=True) as crew,
+        Sampler(far.near_dsn, OURS) as sampler,
+    ):
+        for worker in crew:
+            worker.send("hammer", seconds=2, threads=2, timeout=30)
+        outcomes = [worker.answer() for worker in crew]
+        encrypted = look(
+            far, "SELECT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE application_name LIKE %s", OURS
+        )
+        pool = report(broker)
+        connects = sum(worker.ask("stats")["connects"] for worker in crew)
+    assert [outcome["errors"] for outcome in outcomes] == [[]] * 6
+    assert all(outcome["done"] > 0 for outcome in outcomes)
+    assert sampler.samples > 50
+    assert sampler.peak == 3
+    assert encrypted == [True] * 3
+    assert pool.handovers > 10 * connects
+
+
+@pytest.mark.parametrize("doing", ["idle", "in a query"])
+def test_a_killed_workers_slot_comes_back(doing: str, far: proxies.Certified, dsn: str, broker: str | None) -> None:
+    with (
+        workers(2, dsn=dsn, broker=broker, max_conn=1, name=POOL) as (victim, waiter),
+        Sampler(far.near_dsn, OURS) as sampler,
+    ):
+        lost = victim.ask("get", name="c", timeout=10)["backend"]
+        if doing == "in a query":
+            victim.send("query", name="c", sql="SELECT pg_sleep(60)")
+            active = "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND state = 'active'"
+            wait_until(lambda: look(far, active, lost), what="the query to run")
+        waiter.send("get", name="c", timeout=20)
+        wait_until(lambda: report(broker).waiting == 1, what="somebody to wait")
+        killed = time.monotonic()
+        victim.kill(signal.SIGKILL)
+        answer = waiter.answer()
+    assert answer["backend"] != lost
+    assert answer["at"] - killed < BACK_S
+    assert sampler.peak == 1
+
+
+def test_the_endpoint_connects_to_nobody_else(far: proxies.Certified, accept: str | Path) -> None:
+    """Whose certificate another CA has signed, or that names another host."""
+    for wrong in ({"CAfile": far.keys / "stranger.crt"}, {"checkHost": "other.example.com"}):
+        with endpoint(far, accept, **wrong), pytest.raises(psycopg2.OperationalError, match="closed the connection"):
+            psycopg2.connect(by(accept))
+
+
+def test_libpq_itself_refuses_scram_through_an_endpoint(far: proxies.Certified, accept: str | Path) -> None:
+    """As README says; should a libpq do it one day, README can be shorter."""
+    said = "server offered SCRAM-SHA-256-PLUS authentication over a non-SSL connection"
+    assert said in " ".join(_SECTION.split())
+    with endpoint(far, accept), pytest.raises(psycopg2.OperationalError, match=said):
+        psycopg2.connect(by(accept, user="postgres", dbname="postgres"))
