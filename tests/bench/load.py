@@ -97,9 +97,9 @@ class Looper(Member):
 class ThreadedLooper(Member):
     """A process whose threads share a client, each in its closed loop; with no threads it is idle, but attached."""
 
-    def __init__(self, make: MakeClient, number: int, threads: int, wait_s: float) -> None:
+    def __init__(self, make: MakeClient, number: int, threads: int, wait_s: float = 0.0) -> None:
         self._client = make()
-        self._works = [BookKeeping(number, wait_s) for _ in range(threads)]
+        self._works = [BookKeeping(number * threads + thread, wait_s) for thread in range(threads)]
         self._client.checkin(self._client.checkout())
 
     def run(self, window: Window) -> Outcome | None:

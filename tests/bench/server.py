@@ -15,7 +15,7 @@ from sharedpool.cli.postgres import EphemeralPostgres
 
 PASSWORD = "benchmark"
 ROWS_OF_ONE = 1000  # each client has rows of its own: nobody waits for a row lock
-_CLIENTS = 128
+_CLIENTS = 160
 _HBA = """
 local all all trust
 host all all 127.0.0.1/32 scram-sha-256
