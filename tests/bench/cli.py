@@ -41,7 +41,7 @@ def _slices(context: click.Context, option: click.Parameter, value: str) -> tupl
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--quick", is_flag=True, help="Short turns, in less than two minutes for all: to see that it works.")
+@click.option("--quick", is_flag=True, help="Short turns, in two or three minutes for all: to see that it works.")
 @click.option("--rows", callback=_chosen, help=f"Comma-separated: {', '.join(row.name for row in ROWS)}.")
 @click.option("--slices", default="", callback=_slices, help="Also try these, in ms, in the contended rows: 1,2,5.")
 @click.option("--rounds", type=click.IntRange(1), help="How often each contestant has its turn.  [5; quick: 3]")

@@ -9,13 +9,15 @@ from typing import Any
 import sharedpool
 from bench.crew import Member, crew, window
 from bench.load import sample_of
-from bench.peers import OFF, MakeClient, Permanent, Shared
+from bench.peers import OFF, MakeClient, Permanent, Psycopg2Pool, Shared
 from bench.pgbouncer import PgBouncer
 from bench.report import US, Sample
 from bench.runner import Bench, Contestant, Measure
 from bench.server import Route
+from bench.stunnel import endpoint
 
 US_OFF = f"{US}, handover off"
+US_ROLLBACK = f"{US}, reset rollback"
 PGBOUNCER = "PgBouncer"
 DIRECT = "direct"
 
@@ -65,6 +67,24 @@ def without_handover(bench: Bench, route: Route, count: int, member: MakeMember,
     return shared(bench, route, count, member, slots=slots, name=US_OFF, options=OFF)
 
 
+def behind_endpoint(
+    bench: Bench,
+    count: int,
+    member: MakeMember,
+    *,
+    slots: int,
+    name: str = US,
+    options: tuple[tuple[str, Any], ...] = (),
+) -> Contestant:
+    """sharedpool, by a TLS endpoint on this machine."""
+
+    def open(stack: ExitStack) -> Measure:
+        route = stack.enter_context(endpoint(bench.server))
+        return shared(bench, route, count, member, slots=slots, options=options).open(stack)
+
+    return Contestant(name, open)
+
+
 def bouncer(
     bench: Bench,
     route: Route,
@@ -74,13 +94,18 @@ def bouncer(
     slots: int,
     mode: str = "transaction",
     near: bool = False,
+    threads: int = 1,
     name: str = PGBOUNCER,
 ) -> Contestant:
-    """Clients that each keep a connection to one PgBouncer, which has `slots` connections to the server."""
+    """Clients that each keep a connection to one PgBouncer, which has `slots` connections to the server.
+
+    With more `threads` than one a client keeps as many.
+    """
 
     def open(stack: ExitStack) -> Measure:
         proxy = stack.enter_context(PgBouncer(bench.server, route, mode=mode, size=slots, near=near))
-        return in_a_window(bench, stack, count, member, Permanent(proxy.dsn))
+        make = Psycopg2Pool(proxy.dsn, threads) if threads > 1 else Permanent(proxy.dsn)
+        return in_a_window(bench, stack, count, member, make)
 
     return Contestant(name, open)
 

@@ -10,7 +10,7 @@ import psycopg2.extensions
 import zmq
 
 import sharedpool
-from bench import pgbouncer
+from bench import pgbouncer, stunnel
 from bench.server import BenchServer
 
 _ROOT = Path(sharedpool.__file__).resolve().parents[1]
@@ -28,6 +28,7 @@ def describe(server: BenchServer) -> dict[str, str]:
         "Python": platform.python_version(),
         "PostgreSQL": server.version,
         "PgBouncer": pgbouncer.version(),
+        "stunnel": stunnel.version(),
         "libpq": _dotted(psycopg2.extensions.libpq_version()),
         "libzmq": zmq.zmq_version(),
         **{name: _version(name) for name in _PEERS},

@@ -29,8 +29,10 @@ class Client:
     close: Callable[[], object]
 
 
-# The options of the contestant that goes without what its fellow has by default.
+# The options of contestants that go without what their fellow has by default. PgBouncer in transaction mode resets
+# nothing between two clients: "rollback" is what comes nearest to it.
 OFF = (("handover", "off"),)
+ROLLBACK = (("reset", "rollback"),)
 
 MakeClient = Callable[[], Client]
 

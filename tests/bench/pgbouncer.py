@@ -15,11 +15,10 @@ import psycopg2
 from psycopg2.extensions import make_dsn, parse_dsn
 
 from bench.peers import Unavailable
-from bench.processes import die_with_parent
+from bench.processes import die_with_parent, end
 from bench.server import PASSWORD, BenchServer, Route
 
 _START_S = 20.0
-_STOP_S = 5.0
 
 
 def find() -> str:
@@ -163,11 +162,6 @@ class PgBouncer:
 
     def _stop(self) -> None:
         if self._process is not None:
-            self._process.terminate()
-            try:
-                self._process.wait(_STOP_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            end(self._process)
             self._process = None
         shutil.rmtree(self._directory, ignore_errors=True)

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,11 +12,22 @@ from typing import NamedTuple
 _TICKS = os.sysconf("SC_CLK_TCK")
 _MB = 1024.0
 _PR_SET_PDEATHSIG = 1
+_END_S = 5.0
 
 
 def die_with_parent() -> None:
     """Have this process killed when its parent ends, however that ends. To be called after a change of the account."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """End a process, by SIGKILL if it takes too long."""
+    process.terminate()
+    try:
+        process.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 class Memory(NamedTuple):

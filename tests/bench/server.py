@@ -14,10 +14,12 @@ from psycopg2.extensions import make_dsn
 from sharedpool.cli.postgres import EphemeralPostgres
 
 PASSWORD = "benchmark"
+TYPIST = "typist"  # logs in by the password itself, under TLS
 ROWS_OF_ONE = 1000  # each client has rows of its own: nobody waits for a row lock
 _CLIENTS = 160
-_HBA = """
+_HBA = f"""
 local all all trust
+hostssl all {TYPIST} 127.0.0.1/32 password
 host all all 127.0.0.1/32 scram-sha-256
 """
 # Dead rows are pruned page by page as they are met; a vacuum would fall into somebody's turn.
@@ -69,6 +71,7 @@ class BenchServer:
             with conn.cursor() as cursor:
                 cursor.execute("ALTER SYSTEM SET ssl = on")
                 cursor.execute("SELECT pg_reload_conf()")
+                cursor.execute(f"CREATE ROLE {TYPIST} SUPERUSER LOGIN PASSWORD %s", [PASSWORD])
                 cursor.execute(
                     "CREATE TABLE bench (id int PRIMARY KEY, counter bigint NOT NULL DEFAULT 0, filler text NOT NULL)"
                     " WITH (fillfactor = 50)"
