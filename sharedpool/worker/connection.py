@@ -37,6 +37,9 @@ from sharedpool.worker.ending import (
 )
 
 CHECK_AFTER_S = 0.5  # idle, or lent out, for longer than this: look whether the server is still there
+# What tells whether a server is a primary one.
+ROLE_PARAMETERS = ("in_hot_standby", "default_transaction_read_only")
+_ROLE_PARAMETERS_C = tuple(name.encode() for name in ROLE_PARAMETERS)
 # libpq waits for ever by default; a pool must not.
 CONNECT_LIMIT_S = 10
 
@@ -365,7 +368,7 @@ def session_of(conn: PooledConnection) -> tuple[Any, ...]:
 
 def server_of(conn: PooledConnection) -> tuple[bytes | None, ...]:
     """Return what the server reports by itself of its role (PostgreSQL 14+)."""
-    return parameter_statuses(conn, (b"in_hot_standby", b"default_transaction_read_only"))
+    return parameter_statuses(conn, _ROLE_PARAMETERS_C)
 
 
 def turned_read_only(conn: PooledConnection) -> bool:

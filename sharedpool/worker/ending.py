@@ -237,14 +237,15 @@ def vacate(conn: PooledConnection) -> None:
     Raise OSError when nothing can be put in its place.
     """
     number, known = dead_end()
-    expect(conn, known)
-    os.dup2(number, socket_of(conn), inheritable=False)
+    os.dup2(number, expect(conn, known), inheritable=False)
 
 
-def expect(conn: PooledConnection, known: Identity) -> None:
-    """Note what libpq's descriptor is to be from now on; until it is, it may be what it was."""
+def expect(conn: PooledConnection, known: Identity) -> int:
+    """Note what libpq's descriptor is to be from now on, and return it; until it is that, it may be what it was."""
     conn.sharedpool_known = (*conn.sharedpool_known[-1:], known)
-    register(conn, socket_of(conn))
+    number = socket_of(conn)
+    register(conn, number)
+    return number
 
 
 def holds_own(conn: PooledConnection) -> bool:

@@ -29,7 +29,7 @@ from sharedpool import libpq
 from sharedpool.owned import Owned, identity
 from sharedpool.wire.desk import Live
 from sharedpool.worker import ending, gate, renewal, reset
-from sharedpool.worker.connection import PooledConnection, is_alive, pooled_class, rests
+from sharedpool.worker.connection import ROLE_PARAMETERS, PooledConnection, is_alive, pooled_class, rests
 from sharedpool.worker.ending import abandon, expect, forsake, holds_own, register
 from sharedpool.worker.names import decode, names_of
 
@@ -103,6 +103,13 @@ def parameters(conn: extensions.connection) -> bytes:
 
 
 @functools.lru_cache(maxsize=256)
+def _server_in(parameters: bytes) -> tuple[bytes | None, ...]:
+    """Return what `server_of` does, of a session with these parameters."""
+    found = _decode(parameters)
+    return tuple([None if (value := found.get(name)) is None else value.encode() for name in ROLE_PARAMETERS])
+
+
+@functools.lru_cache(maxsize=256)
 def _encoded(values: tuple[bytes | None, ...]) -> bytes:
     found = zip(_REPORTED, values, strict=True)
     return _encode({name: value.decode("utf-8", "replace") for name, value in found if value is not None})
@@ -121,8 +128,7 @@ def adopt(shell: PooledConnection, sock: Owned, live: Live) -> PooledConnection:
     When this raises, the socket is the shell's or still `sock`'s: whoever drops both has closed it, once.
     """
     shell.sharedpool_pid = os.getpid()
-    expect(shell, identity(sock.fileno()))
-    os.dup2(sock.fileno(), libpq.socket_of(shell), inheritable=False)
+    os.dup2(sock.fileno(), expect(shell, identity(sock.fileno())), inheritable=False)
     shell.sharedpool_witness = sock.detach()
     register(shell, shell.sharedpool_witness)
     shell.sharedpool_adopted, shell.sharedpool_names = live.backend, live.names
@@ -199,6 +205,7 @@ class Shells:
             renewal.at_start(shell)
         shell.sharedpool_made_with = live.parameters
         shell.sharedpool_encoding = parameters.get("client_encoding", "")
+        shell.sharedpool_server = _server_in(live.parameters)
         return shell
 
     def _pop(self, parameters: bytes, held: int) -> PooledConnection | None:

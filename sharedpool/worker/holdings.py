@@ -35,7 +35,6 @@ from sharedpool.worker.connection import (
     clean,
     has_hung_up,
     rests,
-    server_of,
     settle,
     turned_read_only,
 )
@@ -244,7 +243,7 @@ class Holdings:
         now = time.monotonic()
         left_ms = None if lease.retire_at == math.inf else max(0, int((lease.retire_at - now) * 1000))
         live = Live(backend, lease.generation, parameters, left_ms, conn.sharedpool_names or b"")
-        witness = take_witness(conn)
+        witness = take_witness(conn)  # first: what finishes this after an interrupt must not end the session by it
         vacate(conn)
         # From here on the broker's duplicate is the session's only socket: if it does not hear, it sees its end.
         if self._say_given(closing, live):
@@ -304,7 +303,6 @@ class Holdings:
         if not fit:
             return None
         conn.sharedpool_holdings, conn.sharedpool_movable = self, True
-        conn.sharedpool_server = server_of(conn)
         now = time.monotonic()
         try:
             with self.lock:

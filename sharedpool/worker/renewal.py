@@ -29,7 +29,6 @@ from typing import Any, cast
 import psycopg2
 from psycopg2 import extensions
 
-from sharedpool import libpq
 from sharedpool.worker import gate
 from sharedpool.worker.connection import PooledConnection, rests, session_of
 from sharedpool.worker.ending import is_referred_to
@@ -64,7 +63,7 @@ def renew(shell: PooledConnection, parameters: Mapping[str, str], cursor_factory
 
 def is_new(shell: PooledConnection, parameters: Mapping[str, str]) -> bool:
     """Say whether what cannot be set, or could not be, is as a server with these parameters makes it at a start."""
-    if shell.async_ or not rests(shell) or libpq.socket_of(shell) < 0:
+    if shell.async_ or not rests(shell):  # nor does one whose libpq has lost its socket
         return False
     clean = "".join(filter(str.isalnum, parameters.get("client_encoding", ""))).upper()  # psycopg2's way
     return bool(shell.encoding == clean)
