@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import _socket
 import os
+import socket
 
 # A file's device and inode. The kernel gives every socket one of its own.
 Identity = tuple[int, int]
 NOBODYS: Identity = (-1, -1)
+# For every send on a stream in a user's process: where SIGPIPE is not ignored the end of the other side would kill it.
+NO_SIGNAL = int(getattr(socket, "MSG_NOSIGNAL", 0))
 
 
 def identity(number: int) -> Identity:

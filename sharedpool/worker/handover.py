@@ -26,7 +26,7 @@ import psycopg2
 from psycopg2 import extensions, extras
 
 from sharedpool import libpq
-from sharedpool.owned import Owned, identity
+from sharedpool.owned import NO_SIGNAL, Owned, identity
 from sharedpool.wire.desk import Live
 from sharedpool.worker import ending, gate, renewal, reset
 from sharedpool.worker.connection import ROLE_PARAMETERS, PooledConnection, is_alive, pooled_class, rests
@@ -309,9 +309,10 @@ class Stub:
             with client:
                 client.settimeout(_BUILD_LIMIT_S)
                 while (version := _startup(client)) in (_SSL_REQUEST, _GSS_REQUEST):
-                    client.sendall(_REFUSE)
+                    client.sendall(_REFUSE, NO_SIGNAL)
                 newer = version & 0xFFFF
-                client.sendall((_message(_NEGOTIATE, struct.pack("!ii", 0, 0)) if newer else b"") + self._greeting)
+                said = (_message(_NEGOTIATE, struct.pack("!ii", 0, 0)) if newer else b"") + self._greeting
+                client.sendall(said, NO_SIGNAL)
 
 
 def _is_ours(client: socket.socket) -> bool:

@@ -16,7 +16,7 @@ from psycopg2 import extensions
 
 from sharedpool.hangup import Borrowed
 from sharedpool.libpq import socket_of
-from sharedpool.owned import Owned
+from sharedpool.owned import NO_SIGNAL, Owned
 from sharedpool.worker import green
 
 # A reset that takes longer is not waited for: the connection is closed instead.
@@ -47,7 +47,7 @@ def send(conn: extensions.connection, command: bytes) -> bool:
     """
     message = _HEAD.pack(_QUERY, len(command) + 5) + command + b"\0"
     try:
-        return Borrowed(fileno=socket_of(conn)).send(message) == len(message)
+        return Borrowed(fileno=socket_of(conn)).send(message, NO_SIGNAL) == len(message)
     except OSError:
         return False
 

@@ -79,6 +79,26 @@ def test_nothing_of_one_users_session_reaches_the_next(pair: MakePair) -> None:
     assert ask(conn, """SELECT '{"a": 1}'::json""") == {"a": 1}
 
 
+_SIGPIPE = """
+import signal, sys
+import psycopg2
+from sharedpool.readable import readable
+from sharedpool.worker import reset
+
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+conn, other = (psycopg2.connect(sys.argv[1]) for _ in range(2))
+other.cursor().execute("SELECT pg_terminate_backend(%s, 5000)", [conn.info.backend_pid])
+readable([conn], 5)
+print(reset.send(conn, b"DISCARD ALL"))
+"""
+
+
+def test_a_program_that_does_not_ignore_sigpipe_outlives_a_backend_that_is_reset(postgres: EphemeralPostgres) -> None:
+    command = [sys.executable, "-c", _SIGPIPE, postgres.dsn]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
+
+
 @pytest.mark.parametrize("end", ["nothing", "an error", "COMMIT as SQL"])
 def test_no_half_transaction_is_committed(pair: MakePair, end: str, database: str, broker: sharedpool.Broker) -> None:
     a, b = pair()
