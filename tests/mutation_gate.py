@@ -270,7 +270,7 @@ MUTANTS = (
     ),
     Mutant(
         "a shell keeps the codec of its former session",
-        (("sharedpool/worker/renewal.py", "return bool(shell.encoding == clean)", "return True"),),
+        (("sharedpool/worker/renewal.py", "return bool(shell.encoding == encoding) and ", "return "),),
         ("tests/integration/test_shells.py", "-k", "codec"),
     ),
     Mutant(

@@ -56,8 +56,8 @@ def stats() -> dict[str, Any]:
     return {"idle": s.idle, "in_use": s.in_use, "max_conn": pool.max_conn, "connects": s.connects}
 
 
-def hammer(seconds: float, threads: int, timeout: float, work_s: float = 0.002) -> dict[str, Any]:
-    """Use the pool as hard as `threads` threads can; tell what happened."""
+def hammer(seconds: float, threads: int, timeout: float, work_s: float = 0.002, stop: str = "") -> dict[str, Any]:
+    """Use the pool as hard as `threads` threads can, until there is a file `stop`; tell what happened."""
     outcome = {"done": 0, "errors": []}
     until = time.monotonic() + seconds
     lock = threading.Lock()
@@ -65,7 +65,7 @@ def hammer(seconds: float, threads: int, timeout: float, work_s: float = 0.002) 
     def run() -> None:
         done = 0
         try:
-            while time.monotonic() < until:
+            while time.monotonic() < until and not (stop and os.path.exists(stop)):
                 with pool.connection(timeout=timeout) as conn, conn.cursor() as cursor:
                     cursor.execute("SELECT pg_sleep(%s)", [random.uniform(0, work_s)])
                 done += 1

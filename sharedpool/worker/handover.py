@@ -28,7 +28,7 @@ from psycopg2 import extensions, extras
 from sharedpool import libpq
 from sharedpool.owned import NO_SIGNAL, Owned, identity
 from sharedpool.wire.desk import Live
-from sharedpool.worker import ending, gate, renewal, reset
+from sharedpool.worker import ending, renewal, reset
 from sharedpool.worker.connection import ROLE_PARAMETERS, PooledConnection, is_alive, pooled_class, rests
 from sharedpool.worker.ending import abandon, expect, forsake, holds_own, register
 from sharedpool.worker.names import decode, names_of
@@ -75,7 +75,7 @@ def prepare(conn: PooledConnection, command: bytes) -> bytes | None:
     must be taken off its session (`vacate`), or closed: libpq does not know of the reset. Blocks for a round trip, at
     most a second, when its user has changed what the server reports.
     """
-    if gate.is_over(conn) or not rests(conn) or not is_alive(conn):
+    if not rests(conn) or not is_alive(conn):
         return None
     encoded = parameters(conn)
     if encoded != conn.sharedpool_made_with:

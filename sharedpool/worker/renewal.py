@@ -24,6 +24,7 @@ The object of a user's own class is never used again: what that keeps cannot be 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, cast
 
 import psycopg2
@@ -47,6 +48,7 @@ def renew(shell: PooledConnection, parameters: Mapping[str, str], cursor_factory
     shell.sharedpool_native = False
     gate.reopen(shell)
     plain = cast(Any, extensions.connection)
+    encoding = encoding_for(parameters.get("client_encoding", ""))
     try:
         plain.__exit__(shell, None, None, None)
         plain.set_session(shell, "default", "default", "default", False)
@@ -57,16 +59,16 @@ def renew(shell: PooledConnection, parameters: Mapping[str, str], cursor_factory
     except psycopg2.Error:
         return False
     shell.sharedpool_gate = gate.SHUT  # until it is checked out
-    shell.sharedpool_session = (False, None, None, None, cursor_factory, shell.encoding)
-    return is_new(shell, parameters)  # looked at last: a reference that is kept may have been used meanwhile
+    shell.sharedpool_session = (False, None, None, None, cursor_factory, encoding)
+    # What cannot be set, or could not be; looked at last: a reference that is kept may have been used meanwhile. Nor
+    # does one rest whose libpq has lost its socket.
+    return bool(shell.encoding == encoding) and rests(shell) and not shell.async_
 
 
-def is_new(shell: PooledConnection, parameters: Mapping[str, str]) -> bool:
-    """Say whether what cannot be set, or could not be, is as a server with these parameters makes it at a start."""
-    if shell.async_ or not rests(shell):  # nor does one whose libpq has lost its socket
-        return False
-    clean = "".join(filter(str.isalnum, parameters.get("client_encoding", ""))).upper()  # psycopg2's way
-    return bool(shell.encoding == clean)
+@lru_cache(maxsize=64)
+def encoding_for(parameter: str) -> str:
+    """Return what psycopg2 makes of a server's `client_encoding`."""
+    return "".join(filter(str.isalnum, parameter)).upper()
 
 
 def at_start(shell: PooledConnection) -> None:

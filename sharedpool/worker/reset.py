@@ -7,6 +7,7 @@ answer, and the receiver's would not expect one. The messages are those of a sim
 
 from __future__ import annotations
 
+import functools
 import select
 import struct
 import time
@@ -23,7 +24,7 @@ from sharedpool.worker import green
 LIMIT_S = 1.0
 _USUALLY_MS = 1
 # The answer is some twenty bytes and what the server reports of settings that have changed.
-_MOST_BYTES = 65536
+_MOST_BYTES, _PIECE_BYTES = 65536, 4096
 _HEAD = struct.Struct("!ci")  # a message's kind; its length, without the kind
 _INT_BYTES = 4
 _QUERY, _ERROR, _PARAMETER_STATUS, _READY = b"Q", b"E", b"S", b"Z"
@@ -45,11 +46,16 @@ def send(conn: extensions.connection, command: bytes) -> bool:
 
     libpq does not know of it: the connection object must be taken off the session, or closed.
     """
-    message = _HEAD.pack(_QUERY, len(command) + 5) + command + b"\0"
+    message = _query(command)
     try:
         return Borrowed(fileno=socket_of(conn)).send(message, NO_SIGNAL) == len(message)
     except OSError:
         return False
+
+
+@functools.lru_cache(maxsize=16)
+def _query(command: bytes) -> bytes:
+    return _HEAD.pack(_QUERY, len(command) + 5) + command + b"\0"
 
 
 def parameters_after(sock: Owned, parameters: bytes) -> bytes | None:
@@ -78,7 +84,7 @@ def _read(sock: Owned, deadline: float) -> dict[str, str] | None:
         # Most are done within a millisecond, for which a greenlet would be put aside for longer.
         if not (poller.poll(_USUALLY_MS) or green.wait(poller, max(0.0, deadline - time.monotonic()))):
             return None
-        if not (more := sock.recv(_MOST_BYTES)):
+        if not (more := sock.recv(_PIECE_BYTES)):
             return None  # the backend has ended
         received += more
         if received in _USUAL:

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from sharedpool.worker.connection import PooledConnection
 
 
+def _is_function_of_psycopg2() -> bool:
+    connect = psycopg2.connect
+    return type(connect) is FunctionType and connect.__globals__ is vars(psycopg2)
+
+
 def bare(conn: extensions.connection) -> PooledConnection | None:
     """Return the pool's connection that `conn` is, or wraps; None when it is no pool's."""
     return getattr(conn, "sharedpool_self", None)
@@ -112,9 +117,11 @@ def wrap(conn: PooledConnection, conninfo: ConnInfo) -> None:
         raise cast(BaseException, ended[0])
 
 
+_OWN = psycopg2.connect if _is_function_of_psycopg2() else None
+
+
 def _is_psycopg2s_own() -> bool:
-    connect = psycopg2.connect
-    return type(connect) is FunctionType and connect.__globals__ is vars(psycopg2)
+    return psycopg2.connect is _OWN or _is_function_of_psycopg2()
 
 
 def _lost() -> None:

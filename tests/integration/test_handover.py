@@ -467,23 +467,24 @@ def test_threads_of_several_processes_share_few_connections(
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_no_slot_is_lost_with_a_process_that_ends_or_stops_in_the_middle_of_a_transfer(
-    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, number: int
+    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, number: int, tmp_path: Path
 ) -> None:
     settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 2}
+    stop = tmp_path / "stop"
     rng = random.Random(number)
     with workers(4, **settings) as crew, Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
-        seconds, victims = (4, 3) if number == signal.SIGKILL else (8, 1)  # a frozen one holds up the rest for a TTL
         for worker in crew:
-            worker.send("hammer", seconds=seconds, threads=1, timeout=30, work_s=0.001)
-        for _ in range(victims):
+            worker.send("hammer", seconds=60, threads=1, timeout=30, work_s=0.001, stop=str(stop))
+        for _ in range(3 if number == signal.SIGKILL else 1):  # a frozen one holds up the rest for a TTL
             with Worker(**settings) as victim:
-                victim.send("hammer", seconds=12, threads=1, timeout=30, work_s=0.001)
+                victim.send("hammer", seconds=60, threads=1, timeout=30, work_s=0.001, stop=str(stop))
                 wait_until(lambda: report(broker, name).sessions >= 5, 10, "the victim to take part")
                 handovers = report(broker, name).handovers + rng.randrange(1, 50)
                 wait_until(lambda n=handovers: report(broker, name).handovers >= n, 10, "some transfers")
                 victim.kill(number)
                 handovers = report(broker, name).handovers
                 wait_until(lambda n=handovers: report(broker, name).handovers > n, 10, "the others to go on")
+        stop.touch()
         outcomes = [worker.answer() for worker in crew]
     assert [outcome["errors"] for outcome in outcomes] == [[]] * 4
     assert sampler.peak <= 2
