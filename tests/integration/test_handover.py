@@ -475,15 +475,17 @@ def test_no_slot_is_lost_with_a_process_that_ends_or_stops_in_the_middle_of_a_tr
     with workers(4, **settings) as crew, Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
         for worker in crew:
             worker.send("hammer", seconds=60, threads=1, timeout=30, work_s=0.001, stop=str(stop))
-        for _ in range(3 if number == signal.SIGKILL else 1):  # a frozen one holds up the rest for a TTL
+        for each in range(3 if number == signal.SIGKILL else 1):  # a frozen one holds up the rest for a TTL
+            enough = tmp_path / f"enough of {each}"
             with Worker(**settings) as victim:
-                victim.send("hammer", seconds=60, threads=1, timeout=30, work_s=0.001, stop=str(stop))
+                victim.send("hammer", seconds=60, threads=1, timeout=30, work_s=0.001, stop=str(enough))
                 wait_until(lambda: report(broker, name).sessions >= 5, 10, "the victim to take part")
                 handovers = report(broker, name).handovers + rng.randrange(1, 50)
                 wait_until(lambda n=handovers: report(broker, name).handovers >= n, 10, "some transfers")
                 victim.kill(number)
                 handovers = report(broker, name).handovers
                 wait_until(lambda n=handovers: report(broker, name).handovers > n, 10, "the others to go on")
+                enough.touch()
         stop.touch()
         outcomes = [worker.answer() for worker in crew]
     assert [outcome["errors"] for outcome in outcomes] == [[]] * 4
