@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import re
 import select
 import time
@@ -119,7 +120,7 @@ def parameter_statuses(conn: connection, names: Iterable[bytes]) -> tuple[bytes 
     lib = library()
     assert lib is not None
     status, pointer = lib.PQparameterStatus, conn.pgconn_ptr
-    return tuple([status(pointer, name) for name in names])
+    return tuple(map(status, itertools.repeat(pointer), names))
 
 
 def socket_of(conn: connection) -> int:

@@ -52,7 +52,10 @@ def decode_to_desk(packet: bytes) -> ToDesk:
 
 def decode_from_desk(packet: bytes) -> FromDesk:
     """Read what the desk has sent; raise `ProtocolError` for anything else."""
-    return _decode(_from_desk, packet)
+    try:
+        return _from_desk.decode(packet)  # no longer than what a packet is read into
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"undecodable message: {error}") from None
 
 
 def hello_version(frame: bytes) -> int | None:

@@ -71,6 +71,7 @@ class Booth:
             self._line.connect(path)
             self._known = (identity(self._line.fileno()),)
             self._bell = Bell()
+            self._bell_number = self._bell.fileno()
         except BaseException:
             self._line.close()
             raise
@@ -114,13 +115,13 @@ class Booth:
         Return what was passed, with its socket.
         """
         for fd, _ in self._poller.poll(max(0.0, min(timeout_s, 1000.0)) * 1000):
-            if fd == self._bell.fileno():
+            if fd == self._bell_number:
                 self._bell.hush()
         return self.read()[0] if self.open else None
 
     def read(self) -> tuple[tuple[Pass, Owned] | None, bool]:
         """Read one packet, if there is one: what was passed, and whether the withdrawn request is settled."""
-        self.sure = False  # until `took_in`, if something was passed
+        self.sure = False  # until all that was passed is taken in
         try:
             packet, socks = descriptors.receive_sockets(self._line, _PACKET_BYTES)
         except BlockingIOError:
@@ -145,10 +146,6 @@ class Booth:
         finally:
             for sock in socks:
                 sock.close()
-
-    def took_in(self) -> None:
-        """Note that nothing of what was read can be lost any more."""
-        self.sure = True
 
     def close(self) -> None:
         """Leave."""
@@ -239,7 +236,7 @@ class Booths:
         passed, settled = booth.read()
         if passed is not None and booth.receive is not None:
             ticket = booth.receive(*passed)
-            booth.took_in()
+            booth.sure = True
             if ticket is not None:
                 ticket.wake()
         if settled or not booth.open:

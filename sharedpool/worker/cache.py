@@ -11,6 +11,7 @@ afterwards at what would have kept him from it (`owed`, `waiting`, `calm_until`)
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -63,7 +64,7 @@ class Cache:
         self.times = Times()
         self.generation = 0
         self._epoch: int | None = None  # of the broker that was last registered with
-        self._gone: dict[Token, None] = {}  # given back, their backends seen to end; the broker may not know yet
+        self.given_back: dict[Token, None] = {}  # leases, their backends seen to end; the broker may not know yet
         self._unproven: dict[Token, Release] = {}  # given back otherwise; the same
         # Until then nothing has to be scavenged.
         self.calm_until = float("-inf")
@@ -239,7 +240,7 @@ class Cache:
             release = Release(lease.token, gone, reason, lease.backend, error, code, unreachable, closed)
             self.out.append(release)
             if gone:
-                self._gone[lease.token] = None
+                self.given_back[lease.token] = None
             else:
                 self._unproven[lease.token] = release
 
@@ -258,12 +259,12 @@ class Cache:
 
     def gone(self) -> list[Token]:
         """Return the leases that were given back, their backends seen to end, and of which the broker may not know."""
-        return list(self._gone)[:_MOST_GONE]
+        return list(self.given_back)[:_MOST_GONE]
 
     def acknowledged(self, gone: Iterable[Token]) -> None:
         """Note that the broker knows of these."""
         for token in gone:
-            self._gone.pop(token, None)
+            self.given_back.pop(token, None)
             self._unproven.pop(token, None)
 
     def ended(self, token: Token) -> Lease | None:
@@ -376,7 +377,8 @@ class Cache:
             self._newest, self.owed, self.slices.pressed = message.serial, message.owed, message.pressed
         lease = Lease(message.token, None, now)
         lease.cache, lease.idle_s = self, self.slices.gap_s
-        self._retires(retire_at)
+        if retire_at != math.inf:
+            self._retires(retire_at)
         lease.backend, lease.generation, lease.retire_at = message.live.backend, message.live.generation, retire_at
         lease.conn, lease.ref, lease.deposited, lease.fresh = conn, weakref.ref(conn, collected), True, True
         lease.movable = True
@@ -420,7 +422,7 @@ class Cache:
         """Return the heartbeat: all that is held and asked for."""
         reported = reports(self.leases.values(), now, threads)
         unproven = list(self._unproven.values())[:_MOST_GONE]
-        return Renew(reported, self._seen, answers, self.tickets.pending(now), list(self._gone), unproven=unproven)
+        return Renew(reported, self._seen, answers, self.tickets.pending(now), list(self.given_back), unproven=unproven)
 
     def heartbeat(self, now: float, threads: Mapping[int, str]) -> Renew:
         """Return what is held and asked for, and what took how long."""

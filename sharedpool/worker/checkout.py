@@ -68,7 +68,7 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
         if lease is None:
             lease = _wait(holdings, ticket, wait_s, deadline)
         lease.ticket = weakref.ref(ticket)  # whose it is until its user has it
-        while (worn := _worn(lease, conn := cast("PooledConnection | None", lease.conn), now)) is not None:
+        while (worn := _worn(ticket, lease, conn := cast("PooledConnection | None", lease.conn), now)) is not None:
             # Never connected again under the old lease: its worker may have been frozen, the broker may have fenced it.
             if conn is None:
                 holdings.give_back(lease, worn)
@@ -89,7 +89,8 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
             holdings.handed_on += 1
         else:
             holdings.hits += 1
-        if lost(conn):
+        wrapped = conn.sharedpool_wrapper_ref is not None
+        if wrapped and lost(conn):
             wrap(conn, holdings.config.conninfo)
         if holdings.config.check:
             holdings.call_back(holdings.config.check, lease, conn, "check")
@@ -103,7 +104,7 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
                 lease.plain = False
         if holdings.config.debug_checkouts:
             lease.stack = callsite.capture()
-        users = take_off(conn)
+        users = take_off(conn) if wrapped or conn.sharedpool_wrapper is not None else conn
         conn.sharedpool_lease = lease
         ticket.lease = None
         lease.conn = None  # from here on the caller's reference is the only one: dropped by an interrupt, it comes back
@@ -120,7 +121,8 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
         raise wording.in_the_link(holdings.config.name)
     if green.is_eventlets():
         raise wording.unsupported(holdings.config.name)
-    holdings.reclaim(min(wait_s, 1000.0) if wait_s else ANSWER_LIMIT_S)
+    if holdings.orphans or holdings.reclaiming.busy:
+        holdings.reclaim(min(wait_s, 1000.0) if wait_s else ANSWER_LIMIT_S)
     holdings.locate_broker()
     place = holdings.take_booth(ticket) or Gate()
     asked: Booth | None = None  # where the request was last made, if it was at the desk
@@ -144,7 +146,8 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
                 holdings.cache.out.append(holdings.cache.renewal(ticket.since, thread_names()))
                 at_desk = at_desk and wait_s > 0
             holdings.cache.tickets.want(ticket, wait_s and max(0.001, deadline - ticket.since), at_desk=at_desk)
-            if (lease := holdings.cache.take(ticket.since)) is not None:  # laid there without the lock meanwhile
+            # Laid there without the lock meanwhile.
+            if holdings.cache.idle and (lease := holdings.cache.take(ticket.since)) is not None:
                 holdings.cache.give_up(ticket, ticket.since)
                 return lease
         if not at_desk or holdings.config.debug_checkouts:
@@ -188,7 +191,7 @@ def _go_to_desk(
         if ticket.settled or not ticket.to_ask:  # whoever has done that may have rung at the old place
             return booth or place, False
         ticket.to_ask = False
-        gone = holdings.cache.gone()
+        gone = holdings.cache.gone() if holdings.cache.given_back else []
     if booth is not None and booth.ask(session, ticket.request, wait_ms(wait_s), gone):
         return booth, True
     with holdings.lock:
@@ -205,7 +208,7 @@ def _look(holdings: Holdings, ticket: Ticket, place: Gate | Booth, left_s: float
     was_open = place.open
     if (passed := place.wait(left_s)) is not None:
         other = holdings.receive(*passed)
-        place.took_in()
+        place.sure = True  # nothing of what was read can be lost any more
         if other is not None and other is not ticket:
             other.wake()
     elif was_open and not place.open:
@@ -311,12 +314,14 @@ def _note(conn: PooledConnection) -> None:
     conn.sharedpool_encoding = conn.get_parameter_status("client_encoding") or ""
 
 
-def _worn(lease: Lease, conn: PooledConnection | None, now: float) -> ReleaseReason | None:
+def _worn(ticket: Ticket, lease: Lease, conn: PooledConnection | None, now: float) -> ReleaseReason | None:
     """Say why an idle connection must not be lent out, or a lease not be connected, if it must not."""
     if conn is None:  # the grant may have been on its way, or this process frozen, for any time
         return ReleaseReason.UNUSED if time.monotonic() > lease.connect_by else None
     if now >= lease.retire_at:
         return ReleaseReason.RETIRED
+    if lease.fresh and lease is ticket.lease:
+        return None  # it has come this moment, and nobody has met its object yet
     if gate.is_over(conn) or (lease.idle_s > CHECK_AFTER_S and not is_alive(conn)):
         return ReleaseReason.BROKEN
     return None if rests(conn) else ReleaseReason.CLOSED  # somebody has gone on with it after its checkin

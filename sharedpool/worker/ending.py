@@ -67,7 +67,7 @@ def cut(conns: Iterable[PooledConnection], limit_s: float = CUT_LIMIT_S) -> None
 def take_witness(conn: PooledConnection) -> Owned | None:
     """Take a connection's witness off it, in one step: of two threads that end it only one has it, and closes it."""
     # Once it is closed its number may be another connection's, and to the same backend: a session may come back.
-    unregister(conn.sharedpool_witness)
+    _numbers.pop(conn.sharedpool_witness, None)
     if not is_still(conn.sharedpool_witness, conn.sharedpool_known):
         conn.__dict__.pop("sharedpool_witness", None)
         return None
@@ -95,7 +95,7 @@ def register(conn: PooledConnection, number: int) -> None:
 
 def is_referred_to(conn: PooledConnection) -> bool:
     """Say whether there is a weak reference to a connection, besides this module's own."""
-    return any(type(each) is not _Holder for each in weakref.getweakrefs(conn))
+    return not set(map(type, weakref.getweakrefs(conn))) <= {_Holder}
 
 
 def unregister(number: int) -> None:

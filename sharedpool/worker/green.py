@@ -125,9 +125,10 @@ def _server_of(conn: extensions.connection) -> str:
 
 def poller() -> select.poll:
     """Return the system's own poll object: gevent's knows neither POLLRDHUP nor a poll that does not switch."""
-    if not patched("select"):
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is None or not monkey.is_module_patched("select"):
         return select.poll() if hasattr(select, "poll") else _eventlets_poller()
-    made: select.poll = sys.modules["gevent.monkey"].get_original("select", "poll")()
+    made: select.poll = monkey.get_original("select", "poll")()
     return made
 
 

@@ -26,11 +26,11 @@ import psycopg2
 from psycopg2 import extensions, extras
 
 from sharedpool import libpq
-from sharedpool.owned import NO_SIGNAL, Owned, identity
+from sharedpool.owned import NO_SIGNAL, Owned, identity, is_still
 from sharedpool.wire.desk import Live
 from sharedpool.worker import ending, renewal, reset
 from sharedpool.worker.connection import ROLE_PARAMETERS, PooledConnection, is_alive, pooled_class, rests
-from sharedpool.worker.ending import abandon, expect, forsake, holds_own, register
+from sharedpool.worker.ending import abandon, expect, forsake, register
 from sharedpool.worker.names import decode, names_of
 
 # An abstract address for the stub is libpq 14's.
@@ -85,16 +85,17 @@ def prepare(conn: PooledConnection, command: bytes) -> bytes | None:
         encoded = parameters(conn)
     if command != DISCARD:  # where they are not reset, what a user has set is not to be another's
         found = _decode(encoded)
-        if found.get("client_encoding") != conn.sharedpool_encoding or not reads_dates(found):
+        if found.get("client_encoding") != conn.sharedpool_encoding or not reads_dates(encoded):
             return None
     if conn.sharedpool_names is None:
         conn.sharedpool_names = names_of(conn)
     return encoded if reset.send(conn, command) else None
 
 
-def reads_dates(parameters: Mapping[str, str]) -> bool:
+@functools.lru_cache(maxsize=256)
+def reads_dates(parameters: bytes) -> bool:
     """Say whether psycopg2 can read a session's dates."""
-    return parameters.get("DateStyle", "").startswith("ISO")
+    return _decode(parameters).get("DateStyle", "").startswith("ISO")
 
 
 def parameters(conn: extensions.connection) -> bytes:
@@ -191,10 +192,10 @@ class Shells:
         be built.
         """
         parameters = _decode(live.parameters)
-        if not reads_dates(parameters):
+        if not reads_dates(live.parameters):
             raise psycopg2.OperationalError(f"the session's DateStyle is {parameters.get('DateStyle')!r}")
         while (shell := self._pop(live.parameters, held)) is not None:
-            if not holds_own(shell):
+            if not is_still(libpq.socket_of(shell), shell.sharedpool_known):
                 forsake(shell)
                 continue
             if renewal.renew(shell, parameters, self._cursor_factory):
@@ -226,7 +227,8 @@ class Shells:
             self._stock.setdefault(parameters, []).append(shell)
             self._stock.move_to_end(parameters)
             self._kept += 1
-            self._trim(self._needed)
+            if self._kept > self._needed:
+                self._trim(self._needed)
 
     def trim(self, held: int) -> None:
         """Let go of what was not needed since the last call; `held` are needed now."""

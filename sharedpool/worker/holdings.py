@@ -176,7 +176,8 @@ class Holdings:
             closing.append(outcome)
         elif outcome is not None:
             outcome.wake()
-        self.send()
+        if self.cache.out:
+            self.signal()
         if closing:
             self.close(closing)
 
@@ -295,7 +296,7 @@ class Holdings:
             return None
         fit = False
         try:
-            fit = self._is_fit(conn, passed)
+            fit = (self._tested and not passed.trial) or self._is_fit(conn, passed)
         finally:
             if not fit:
                 cut([conn], limit_s=0)

@@ -49,7 +49,7 @@ class Logs:
     def _start_afresh(self) -> None:
         """Forget what is the parent's to tell, in a forked child: neither its threads nor its locks' holders exist."""
         self._pid = os.getpid()
-        self._kept: set[Any] = set()
+        self._kept: set[int] = set()
         self._queue: deque[_Record] = deque()
         self._left_out = 0
         self._draining = threading.Lock()
@@ -60,7 +60,7 @@ class Logs:
         """Have this thread, or greenlet, run no handler until the block ends."""
         if self._pid != os.getpid():
             self._start_afresh()  # forked by who runs no hooks
-        me, kept = green.current_thread(), self._kept
+        me, kept = threading.get_ident(), self._kept  # under gevent a greenlet's, as patched
         kept.add(me)
         try:
             yield
@@ -70,7 +70,7 @@ class Logs:
     @property
     def is_kept(self) -> bool:
         """Whether this thread is one that must not wait for anything that needs the link."""
-        return bool(self._kept) and self._pid == os.getpid() and green.current_thread() in self._kept
+        return bool(self._kept) and self._pid == os.getpid() and threading.get_ident() in self._kept
 
     def debug(self, text: str, *args: object) -> None:
         """Log, see `logging`."""

@@ -40,13 +40,13 @@ def renew(shell: PooledConnection, parameters: Mapping[str, str], cursor_factory
 
     No I/O: its socket leads nowhere. What it has of the pool is left to the caller.
     """
-    if is_referred_to(shell):
+    if gate.is_over(shell) or is_referred_to(shell):
         return False  # somebody keeps something about this very object
     known = shell.sharedpool_known
     shell.__dict__.clear()
     shell.sharedpool_known = known
     shell.sharedpool_native = False
-    gate.reopen(shell)
+    shell.sharedpool_gate = gate.OPEN
     plain = cast(Any, extensions.connection)
     encoding = encoding_for(parameters.get("client_encoding", ""))
     try:

@@ -85,9 +85,9 @@ def lost(conn: PooledConnection) -> bool:
 
 def is_as_opened(conn: PooledConnection) -> bool:
     """Say whether a connection from another process has what `psycopg2.connect`, as it is now, would give it."""
-    if conn.sharedpool_connect is psycopg2.connect:
-        return not lost(conn)
-    return conn.sharedpool_connect is None and _is_psycopg2s_own()
+    if conn.sharedpool_connect is None:
+        return psycopg2.connect is _OWN or _is_function_of_psycopg2()
+    return conn.sharedpool_connect is psycopg2.connect and not lost(conn)
 
 
 def wrap(conn: PooledConnection, conninfo: ConnInfo) -> None:
@@ -118,10 +118,6 @@ def wrap(conn: PooledConnection, conninfo: ConnInfo) -> None:
 
 
 _OWN = psycopg2.connect if _is_function_of_psycopg2() else None
-
-
-def _is_psycopg2s_own() -> bool:
-    return psycopg2.connect is _OWN or _is_function_of_psycopg2()
 
 
 def _lost() -> None:

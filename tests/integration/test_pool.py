@@ -22,7 +22,7 @@ from sharedpool.wire.messages import ReleaseReason
 from sharedpool.worker import checkout as checkouts
 from sharedpool.worker.checkout import checkout
 from sharedpool.worker.connection import PooledConnection
-from sharedpool.worker.lease import Lease
+from sharedpool.worker.lease import Lease, Ticket
 
 MakePool = Callable[..., sharedpool.Pool]
 Backends = Callable[[sharedpool.Pool], set[int]]
@@ -769,11 +769,13 @@ def test_a_lease_that_is_too_old_to_be_connected_is_given_back_and_another_is_wa
     worn = checkouts._worn
     too_old: list[object] = []
 
-    def first_is_too_old(lease: Lease, conn: PooledConnection | None, now: float) -> ReleaseReason | None:
+    def first_is_too_old(
+        ticket: Ticket, lease: Lease, conn: PooledConnection | None, now: float
+    ) -> ReleaseReason | None:
         if conn is None and not too_old:
             too_old.append(lease)
             return ReleaseReason.UNUSED
-        return worn(lease, conn, now)
+        return worn(ticket, lease, conn, now)
 
     monkeypatch.setattr(checkouts, "_worn", first_is_too_old)
     pool = make_pool(max_conn=1)
