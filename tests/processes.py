@@ -10,51 +10,86 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE, CompletedProcess
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import psycopg2
 
 from sharedpool.readable import readable
 
-_WORKER = Path(__file__).with_name("worker.py")
+
+def run_python(code: str, *arguments: str, timeout_s: float = 60, **environment: str) -> "CompletedProcess[str]":
+    """Run code in a Python of its own, to its end; `environment` comes on top of this process's.
+
+    Raises subprocess.TimeoutExpired.
+    """
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+class Piped(subprocess.Popen[str]):
+    """A program with which a test talks by its stdin and stdout; the end of a `with` block closes both.
+
+    One whose test has failed is killed: else that would wait for its end.
+    """
+
+    def __init__(self, *command: str, **more: Any) -> None:
+        super().__init__(command, **{"stdin": PIPE, "stdout": PIPE, "text": True, **more})
+
+    def line(self) -> str:
+        """Wait for the next line that it prints; return that without its end, or "" if there is none."""
+        assert self.stdout is not None
+        return self.stdout.readline().removesuffix("\n")
+
+    def tell(self, line: str) -> None:
+        assert self.stdin is not None
+        self.stdin.write(f"{line}\n")
+        self.stdin.flush()
+
+    def tell_no_more(self) -> None:
+        """Close its input: most programs end by that."""
+        assert self.stdin is not None
+        self.stdin.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, error, trace)
 
 
 class Worker:
     """One worker process. `ask` sends a command and waits for its answer; `send` and `answer` do it in two steps."""
 
+    program = Path(__file__).with_name("worker.py")
+
     def __init__(self, **settings: Any) -> None:
         self._read = ""
-        self._process = subprocess.Popen(
-            [sys.executable, str(_WORKER), json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
+        self._process = Piped(sys.executable, str(self.program), json.dumps(settings))
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def ready(self) -> "Worker":
+    def ready(self) -> Self:
         assert self._line(60) == "ready"
         return self
 
     def send(self, do: str, **arguments: Any) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+        self._process.tell(json.dumps({"do": do, **arguments}))
 
-    def answer(self, timeout_s: float = 60) -> dict[str, Any]:
-        answer: dict[str, Any] = json.loads(self._line(timeout_s))
-        return answer
+    def answer(self, timeout_s: float = 60) -> Any:
+        return json.loads(self._line(timeout_s))
 
-    def has_answered(self) -> bool:
-        """Say whether `answer` need not wait."""
-        assert self._process.stdout is not None
-        return "\n" in self._read or bool(readable([self._process.stdout.fileno()], 0))
-
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+    def ask(self, do: str, **arguments: Any) -> Any:
         self.send(do, **arguments)
         return self.answer()
 
@@ -76,12 +111,11 @@ class Worker:
 
     def end(self) -> int:
         """Let it end in good order (end of its input); return its exit status."""
-        assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._process.tell_no_more()
         return self._process.wait(30)
 
-    def __enter__(self) -> "Worker":
+    def __enter__(self) -> Self:
         return self.ready()
 
     def __exit__(
@@ -95,10 +129,9 @@ class Worker:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._process.tell_no_more()
         self._process.stdout.close()
         self._process.wait()
 

@@ -1,14 +1,13 @@
 """Agents, from their own packages, see every connect and statement as they do with psycopg2.pool: `tox -e agents`."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import Worker
 from psycopg2 import extensions
 from recorders import RECORDERS
 
@@ -19,7 +18,6 @@ from sharedpool.worker.handover import SUPPORTED
 if find_spec("ddtrace") is None:
     pytest.skip("the agents' packages are not installed: tox -e agents has them", allow_module_level=True)
 
-_PROGRAM = Path(__file__).with_name("program.py")
 _numbers = iter(range(1, 1000))
 Span = dict[str, Any]
 # Sentry looks at frameworks alone.
@@ -28,33 +26,12 @@ AT_PSYCOPG2 = sorted(RECORDERS.keys() - {"sentry-sdk"})
 _CONNECTS = ("psycopg2.connect", "psycopg2:connect", "connect")
 
 
-class Program:
-    def __init__(self, **settings: Any) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(_PROGRAM), json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline() == "ready\n"
+class Program(Worker):
+    program = Path(__file__).with_name("program.py")
 
     def __call__(self, do: str, **arguments: Any) -> list[Span]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-        answer = self._process.stdout.readline()
-        assert answer, f"it ended with status {self._process.wait(10)}"
-        spans: list[Span] = json.loads(answer)
+        spans: list[Span] = self.ask(do, **arguments)
         return spans
-
-    def end(self) -> None:
-        try:
-            self._process.communicate(timeout=20)
-        finally:
-            self._process.kill()
-            self._process.communicate()
 
 
 Start = Callable[..., Program]
@@ -63,7 +40,6 @@ Start = Callable[..., Program]
 @pytest.fixture
 def start(broker: sharedpool.Broker, postgres: EphemeralPostgres) -> Iterator[Start]:
     """A program with psycopg2.pool, or with a pool of ours; all of one test share the latter."""
-    started: list[Program] = []
     options = {"broker": broker.address, "name": f"traced{next(_numbers)}", "max_conn": 3}
 
     def make(pool: str, agent: str, *, activate: str = "first", by_dsn: bool = False, **more: Any) -> Program:
@@ -71,13 +47,11 @@ def start(broker: sharedpool.Broker, postgres: EphemeralPostgres) -> Iterator[St
             "arguments": [postgres.dsn] if by_dsn else [],
             "keywords": {} if by_dsn else extensions.parse_dsn(postgres.dsn),
         }
-        program = Program(agent=agent, pool=pool, activate=activate, options={**options, **more}, **place)
-        started.append(program)
-        return program
+        settings = {"agent": agent, "pool": pool, "activate": activate, "options": {**options, **more}}
+        return stack.enter_context(Program(**settings, **place))
 
-    yield make
-    for program in started:
-        program.end()
+    with ExitStack() as stack:
+        yield make
 
 
 def without_connects(spans: list[Span]) -> list[Span]:

@@ -1,9 +1,7 @@
 """Forks that Python does not see, as uWSGI's: no hook runs in the child. The parent's connections stay the parent's."""
 
-import subprocess
-import sys
-
 import pytest
+from processes import run_python
 
 import sharedpool
 from sharedpool.cli.postgres import EphemeralPostgres
@@ -112,13 +110,7 @@ CASES = {
 
 
 def run(script: str, postgres: EphemeralPostgres, broker: sharedpool.Broker) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", script, postgres.dsn, broker.address],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(script, postgres.dsn, broker.address)
     assert done.returncode == 0, done.stderr
 
 

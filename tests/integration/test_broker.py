@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 
 import psycopg2
 import pytest
-from processes import Worker, alive, workers
+from processes import Piped, Worker, alive, workers
 from psycopg2.extensions import make_dsn
 from waiting import wait_until
 
@@ -282,11 +281,8 @@ def test_an_owned_broker_ends_with_its_owner(runtime_dir: Path) -> None:
     )
     path = runtime_dir / "owner.py"
     path.write_text(script)
-    with subprocess.Popen(
-        [sys.executable, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as owner:
-        assert owner.stdout is not None
-        pid = int(owner.stdout.readline())
+    with Piped(sys.executable, str(path)) as owner:
+        pid = int(owner.line())
         owner.kill()
     wait_until(lambda: not alive(pid), what="the broker to end")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Worker, alive
+from processes import Piped, Worker, alive, run_python
 from psycopg2.extensions import connection
 from waiting import wait_until
 
@@ -24,17 +24,8 @@ def sharedpool_command(*arguments: str, **more: Any) -> subprocess.CompletedProc
     return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60, check=False, **more)
 
 
-class Command(subprocess.Popen[str]):
-    """A command that does not outlive a test that has failed: else that would wait for its end."""
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is not None:
-            self.kill()
-        super().__exit__(kind, error, trace)
-
-
-def start(*arguments: str, **more: Any) -> Command:
-    return Command([*COMMAND, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **more)
+def start(*arguments: str, **more: Any) -> Piped:
+    return Piped(*COMMAND, *arguments, **{"stdin": None, "stderr": subprocess.PIPE, **more})
 
 
 def wait_for(process: subprocess.Popen[str], text: str) -> str:
@@ -91,13 +82,8 @@ def test_completion_prints_a_script(shell: str) -> None:
 
 def test_the_shell_completes_commands_and_options() -> None:
     for words, expected in (("sharedpool w", "who"), ("sharedpool top --int", "--interval")):
-        environment = os.environ | {
-            "_SHAREDPOOL_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")),
-        }  # fmt: skip
-        text = "from sharedpool.cli import main; main(prog_name='sharedpool')"
-        done = subprocess.run(
-            [sys.executable, "-c", text], env=environment, capture_output=True, text=True, check=False
-        )
+        typed = {"_SHAREDPOOL_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        done = run_python("from sharedpool.cli import main; main(prog_name='sharedpool')", **typed)
         assert done.stdout.split() == [f"plain,{expected}"]
 
 
@@ -317,17 +303,10 @@ def test_run_reaps_the_orphans_that_pid_1_of_a_container_is_given(runtime_dir: P
         "import ctypes, os, sys; assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0;"
         "os.execv(sys.executable, [sys.executable, '-m', 'sharedpool', 'run', '--max-conn', '3', '--', *sys.argv[1:]])"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", first, sys.executable, "-c", command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        pid = int(process.stdout.readline())
+    with Piped(sys.executable, "-c", first, sys.executable, "-c", command) as process:
+        pid = int(process.line())
         wait_until(lambda: not Path(f"/proc/{pid}").exists(), what="the orphan to be reaped")
-        process.stdin.close()
+        process.tell_no_more()
         assert process.wait(20) == 0
 
 
@@ -346,8 +325,7 @@ def test_run_passes_signals_on(number: signal.Signals, runtime_dir: Path) -> Non
         "while True:\n    signal.pause()\n"
     )
     with start("run", "--max-conn", "3", "--", sys.executable, "-c", script) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline().strip() == "ready"
+        assert process.line() == "ready"
         process.send_signal(number)
         process.communicate(timeout=20)
         assert process.returncode == 42

@@ -1,10 +1,7 @@
 """Programs that close descriptors which are not their own, as daemons do: what they open next is left alone."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+from processes import run_python
 
 import sharedpool
 from sharedpool.cli.postgres import EphemeralPostgres
@@ -134,12 +131,5 @@ def test_what_a_daemon_opens_under_our_numbers_is_left_alone(
     script = SCRIPT
     for name, code in zip(("BEFORE", "DAEMONIZE", "AFTER"), CASES[case], strict=True):
         script = script.replace(name + "\n", code + "\n")
-    done = subprocess.run(
-        [sys.executable, "-c", script, postgres.dsn, broker.address],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env=dict(os.environ, PYTHONDEVMODE="0"),
-    )
+    done = run_python(script, postgres.dsn, broker.address, PYTHONDEVMODE="0")
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

@@ -1,12 +1,11 @@
 """A process that replaces itself by exec: its pid lives on, its program and all that it held are gone."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from processes import Worker
+from processes import Piped, Worker
 from waiting import wait_until
 
 import sharedpool
@@ -54,20 +53,13 @@ def test_what_a_process_held_comes_back_when_it_runs_another_program(
     with (
         sharedpool.start_broker(1, address=address, dsn=postgres.dsn, ttl=TTL_S),
         Worker(dsn=postgres.dsn, broker=address, max_conn=1) as worker,
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, postgres.dsn, address, how],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as process,
+        Piped(sys.executable, "-c", PROGRAM, postgres.dsn, address, how) as process,
     ):
-        assert process.stdout is not None
-        assert process.stdin is not None
-        assert process.stdout.readline() == "other\n"
+        assert process.line() == "other"
         if how == "again":
             sessions = [session.pid for session in fetch_report(address).sessions]
             assert sessions.count(process.pid) == 1
-            process.stdin.close()
+            process.tell_no_more()
         answer = worker.ask("get", name="x", timeout=20)
         assert "backend" in answer, answer
         assert answer["waited"] < 10

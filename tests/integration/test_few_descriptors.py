@@ -1,11 +1,10 @@
 """Few descriptors are left in a process, or many of its threads wait: errors that say what to do, and no abort."""
 
 import os
-import subprocess
-import sys
 import threading
 
 import pytest
+from processes import run_python
 from waiting import wait_until
 
 import sharedpool
@@ -45,13 +44,7 @@ print(said)
 def test_a_process_with_few_descriptors_left_gets_a_connection_or_an_error(
     left: int, used: str, postgres: EphemeralPostgres, broker: sharedpool.Broker
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(left), used, postgres.dsn, broker.address],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(SCRIPT, str(left), used, postgres.dsn, broker.address)
     assert done.returncode == 0, done.stderr
     if left >= (16 if used == "new" else 2):
         assert done.stdout == "works\n"

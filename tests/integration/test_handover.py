@@ -5,17 +5,15 @@ import io
 import os
 import random
 import signal
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import psycopg2
 import psycopg2.extras
 import pytest
 from moving import MakePair, ask, moved, report
-from processes import Sampler, Worker, workers
+from processes import Sampler, Worker, run_python, workers
 from psycopg2 import extensions
+from querying import Query
 from waiting import wait_until
 
 import sharedpool
@@ -178,20 +176,9 @@ def test_a_connection_whose_encoding_has_changed_does_not_move(pair: MakePair) -
 def test_a_query_of_a_connection_that_has_moved_can_be_cancelled(pair: MakePair) -> None:
     a, b = pair()
     conn = moved(a, b, lambda conn: None)
-    raised: list[BaseException] = []
-
-    def sleep() -> None:
-        try:
-            ask(conn, "SELECT pg_sleep(60)")
-        except psycopg2.Error as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=sleep)
-    thread.start()
-    wait_until(lambda: conn.info.transaction_status == extensions.TRANSACTION_STATUS_ACTIVE, 5, "the query to run")
-    wait_until(lambda: conn.cancel() or not thread.is_alive() or thread.join(0.05), 10, "the cancel")
-    thread.join(5)
-    assert isinstance(raised[0], psycopg2.errors.QueryCanceled)
+    query = Query(conn)
+    query.cancel()
+    assert isinstance(query.end(), psycopg2.errors.QueryCanceled)
     conn.rollback()
     assert ask(conn, "SELECT 1") == 1
 
@@ -396,7 +383,7 @@ def test_a_shell_is_built_for_this_process_alone() -> None:
     script = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect('\\0' + sys.argv[1]); print(s.recv(1))"
     with Stub({"server_version": "15.1", "client_encoding": "UTF8", "DateStyle": "ISO"}) as stub:
         name = f"{stub.host[1:]}/.s.PGSQL.{stub.port}"
-        other = subprocess.run([sys.executable, "-c", script, name], capture_output=True, text=True, check=False)
+        other = run_python(script, name)
         ours = psycopg2.connect(host=stub.host, port=stub.port, user="shell", dbname="shell", sslmode="disable")
     assert other.stdout == "b''\n", other.stderr
     assert ours.server_version == 150001

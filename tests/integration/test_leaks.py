@@ -3,8 +3,6 @@
 import gc
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +11,9 @@ from typing import Any
 import psycopg2
 import psycopg2.extras
 import pytest
+from processes import run_python
 from psycopg2.extensions import connection
+from querying import Query
 from waiting import wait_until
 
 import sharedpool
@@ -74,19 +74,11 @@ def test_a_connect_that_ends_after_release_all_is_closed_and_its_slot_returned(
 def test_a_connection_lent_to_another_thread_does_not_hold_release_all_up(make_pool: MakePool) -> None:
     pool = make_pool(max_conn=1, pool_manager=ThreadedConnectionPool)
     conn = pool.get_conn()
-
-    def sleep() -> None:
-        with pytest.raises(psycopg2.Error):
-            ask(conn, "SELECT pg_sleep(30)")
-
-    thread = threading.Thread(target=sleep)
-    thread.start()
-    wait_until(lambda: conn.get_transaction_status() == psycopg2.extensions.TRANSACTION_STATUS_ACTIVE)
+    query = Query(conn)
     started = time.monotonic()
     pool.release_all()
     assert time.monotonic() - started < 10
-    thread.join(20)
-    assert not thread.is_alive()
+    query.end(20)
 
 
 def test_config_pool_called_again_and_again_leaves_no_threads_and_descriptors(
@@ -337,15 +329,7 @@ print(os.waitstatus_to_exitcode(status))
     ids=["plain", "no descriptor free", "limit lowered", "pool replaced"],
 )
 def test_a_forked_child_never_has_its_parents_sessions(case: str, postgres: Any, broker: sharedpool.Broker) -> None:
-
-    script = FORK.replace("CASE", case)
-    done = subprocess.run(
-        [sys.executable, "-c", script, postgres.dsn, broker.address],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(FORK.replace("CASE", case), postgres.dsn, broker.address)
     assert done.stdout.strip() == "0", done.stderr
 
 

@@ -1,8 +1,6 @@
 """The link that the pools of a process share, and registrations that end while their pools go on."""
 
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +10,7 @@ from pathlib import Path
 import psycopg2.extensions
 import pytest
 from msgspec import structs
+from processes import run_python
 from waiting import wait_until
 
 import sharedpool
@@ -161,9 +160,7 @@ with held.cursor() as cursor:
 
 def test_a_process_forks_without_threads_when_nothing_is_in_use(broker: sharedpool.Broker, database: str) -> None:
     """Python 3.12 and newer warn of the threads otherwise, which is an error here."""
-    done = subprocess.run(
-        [sys.executable, "-c", FORKING, database, broker.address], capture_output=True, text=True, check=False
-    )
+    done = run_python(FORKING, database, broker.address)
     assert (done.stdout, done.stderr) == ("1\n1\n1\n1\n", "")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from processes import Sampler, Worker, workers
+from processes import Piped, Sampler, Worker, workers
 from psycopg2.extensions import connection
 from waiting import wait_until
 
@@ -303,10 +303,8 @@ def test_a_multiprocessing_child_returns_what_it_holds_at_its_end(
     )
     with sharedpool.start_broker(9) as broker:
         settings = json.dumps({"dsn": postgres.dsn, "broker": broker.address, "name": name})
-        command = [sys.executable, str(script), settings]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline().strip() == "parent unharmed"
+        with Piped(sys.executable, str(script), settings) as process:
+            assert process.line() == "parent unharmed"
             assert len(pids(server_connection, name)) == 1
             wait_until(lambda: report(broker, name).leases == 1)
             process.communicate()

@@ -12,6 +12,7 @@ import psycopg2.extras
 import pytest
 from moving import MakePair, ask, moved, report
 from psycopg2 import extensions
+from querying import Query
 from waiting import wait_until
 
 import sharedpool
@@ -447,24 +448,10 @@ def test_logging_connections_move_and_can_be_cancelled(pair: MakePair) -> None:
     a, b = pair(connection_factory=psycopg2.extras.LoggingConnection, configure=configure)
     conn = moved(a, b, lambda conn: None)
     assert log.getvalue() == ""
-    assert_cancellable(conn)
+    query = Query(conn)
+    query.cancel()
+    assert isinstance(query.end(), psycopg2.errors.QueryCanceled)
     assert "pg_sleep" in log.getvalue()
-
-
-def assert_cancellable(conn: extensions.connection) -> None:
-    raised: list[BaseException] = []
-
-    def sleep() -> None:
-        try:
-            ask(conn, "SELECT pg_sleep(60)")
-        except psycopg2.Error as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=sleep)
-    thread.start()
-    wait_until(lambda: conn.info.transaction_status == extensions.TRANSACTION_STATUS_ACTIVE, 5, "the query to run")
-    wait_until(lambda: conn.cancel() or not thread.is_alive() or thread.join(0.05), 10, "the cancel")
-    assert isinstance(raised[0], psycopg2.errors.QueryCanceled)
 
 
 # --- what it says of its server, and refuses
@@ -658,17 +645,7 @@ def test_no_checkin_waits_for_a_thread_that_goes_on(pair: MakePair, asked_for: b
     """Nor does the link's thread, when another process wants the connection."""
     a, b = pair()
     conn = a.get_conn()
-    raised: list[BaseException] = []
-
-    def go_on() -> None:
-        try:
-            ask(conn, "SELECT pg_sleep(60)")
-        except psycopg2.Error as error:
-            raised.append(error)
-
-    stale = threading.Thread(target=go_on)
-    stale.start()
-    wait_until(lambda: conn.info.transaction_status == extensions.TRANSACTION_STATUS_ACTIVE, 5, "the query to run")
+    query = Query(conn)
     if asked_for:
         got: list[extensions.connection] = []
         other = threading.Thread(target=lambda: got.append(b.get_conn()))
@@ -680,7 +657,6 @@ def test_no_checkin_waits_for_a_thread_that_goes_on(pair: MakePair, asked_for: b
     else:
         a.put_conn(conn)
         assert ask(a.get_conn(timeout=5), "SELECT 1") == 1
-    stale.join(5)
-    assert isinstance(raised[0], psycopg2.Error)
+    query.end()
     with pytest.raises(psycopg2.InterfaceError):
         conn.cursor()

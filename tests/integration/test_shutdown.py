@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-from processes import Worker, alive, workers
+from processes import Piped, Worker, alive, workers
 from waiting import wait_until
 
 import sharedpool
@@ -232,30 +232,18 @@ def test_no_process_hangs_at_its_exit(case: str, address: str, tmp_path: Path) -
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(body=BODIES[case]))
     with EphemeralPostgres() as server, broker_process(address, server.dsn) as broker:
-        with subprocess.Popen(
-            [sys.executable, str(script), server.dsn, address, "exiting"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            assert process.stdout is not None
-            assert process.stdin is not None
+        command = [sys.executable, str(script), server.dsn, address, "exiting"]
+        with Piped(*command, stderr=subprocess.PIPE) as process:
             if case in ("broker dead", "postgres dead"):
-                assert process.stdout.readline() == "ready\n"
+                assert process.line() == "ready"
                 if case == "broker dead":
                     broker.kill()
                     broker.wait()
                 else:
                     server.kill()
-                process.stdin.write("go\n")
-                process.stdin.flush()
+                process.tell("go")
             started = time.monotonic()
-            try:
-                _, errors = process.communicate(timeout=EXIT_LIMIT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
+            _, errors = process.communicate(timeout=EXIT_LIMIT_S)
         assert process.returncode == 0, errors
         assert "Traceback" not in errors
         assert time.monotonic() - started < EXIT_LIMIT_S

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 from browser import PROGRAM, Page, browsing
 from metered import Broker, running
-from processes import Worker
+from processes import Piped, Worker
 from waiting import wait_until
 
 from sharedpool.cli.postgres import EphemeralPostgres
@@ -91,17 +90,9 @@ def test_what_others_call_themselves_is_text(
     script = tmp_path / f"{MARKUP}.py"
     script.write_text(STRANGER)
     with ExitStack() as stack:
-        stranger = stack.enter_context(
-            subprocess.Popen(
-                [sys.executable, str(script), postgres.dsn, served.address, MARKUP],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        )
+        stranger = stack.enter_context(Piped(sys.executable, str(script), postgres.dsn, served.address, MARKUP))
         stack.callback(stranger.communicate)
-        assert stranger.stdout is not None
-        assert stranger.stdout.readline() == "held\n"
+        assert stranger.line() == "held"
         for place in ("#pools", "#leases", "#sessions"):
             wait_until(lambda place=place: MARKUP in text(page, place), timeout_s=20, what=f"the name in {place}")
         wait_until(lambda: text(page, "#leases").count(MARKUP) == 3, timeout_s=20, what="pool, process and thread")

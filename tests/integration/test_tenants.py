@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psycopg2
 import pytest
+from processes import Piped, run_python
 from psycopg2.extensions import connection, make_dsn
 from waiting import wait_until
 
@@ -100,13 +100,9 @@ sys.stdin.read()
     holders = []
     with contextlib.ExitStack() as stack:
         for name in TENANTS[:2]:
-            command = [sys.executable, "-c", script, tenants(name)]
-            holder = stack.enter_context(
-                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            )
+            holder = stack.enter_context(Piped(sys.executable, "-c", script, tenants(name)))
             stack.callback(holder.kill)
-            assert holder.stdout is not None
-            assert holder.stdout.readline() == "held\n"
+            assert holder.line() == "held"
             holders.append(holder)
         (address,) = lingering()
         for holder in holders:
@@ -152,9 +148,7 @@ print(sum(pool.stats().connects for pool in pools))
 def test_two_hundred_pools_in_a_process_need_three_threads_and_few_descriptors(
     postgres: EphemeralPostgres, lingering: Callable[[], list[str]]
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, postgres.dsn], capture_output=True, text=True, timeout=100, check=False
-    )
+    done = run_python(PROGRAM, postgres.dsn, timeout_s=100)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     threads, descriptors = map(int, first.split())

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import psycopg2
 import pytest
-from processes import Worker
+from processes import Piped, Worker
 from psycopg2.extensions import connection
 from test_cli import sharedpool_command, start, wait_for
 from waiting import wait_until
@@ -321,12 +320,8 @@ def test_the_transcript_in_readme_is_what_happens(
     with start("broker", "--max-conn", "2", "--dsn", postgres.dsn, "--ttl", "1.5") as process:
         address = wait_for(process, "export SHAREDPOOL_BROKER=").split("=", 1)[1].strip()
         environment = os.environ | {"SHAREDPOOL_BROKER": address, "DATABASE_URL": url}
-        with subprocess.Popen(
-            [sys.executable, str(script)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as shop:
-            assert shop.stdin is not None
-            assert shop.stdout is not None
-            said = shop.stdout.readline()
+        with Piped(sys.executable, str(script), env=environment) as shop:
+            said = shop.line()
             guilty = next(n for n, line in enumerate(program.splitlines(), 1) if "get_conn" in line)
             assert "is exhausted" in said
             assert f"shop.py:{guilty} in price_of" in said
@@ -335,6 +330,6 @@ def test_the_transcript_in_readme_is_what_happens(
             assert [row["stack"][0].split("/")[-1] for row in rows] == [f"shop.py:{guilty} in price_of"] * 2
             assert {row["server_state"] for row in rows} == {"idle in transaction"}
             assert {row["query"] for row in rows} == {"SELECT 7 AS price"}
-            shop.stdin.close()
+            shop.tell_no_more()
         process.terminate()
         process.communicate()

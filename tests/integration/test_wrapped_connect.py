@@ -5,8 +5,6 @@ import dataclasses
 import gc
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import psycopg2
 import psycopg2.extras
 import psycopg2.pool
 import pytest
+from processes import run_python
 from psycopg2 import extensions, sql
 from waiting import wait_until
 
@@ -501,7 +500,6 @@ def test_the_automatic_brokers_own_session_is_nobodys_to_trace(postgres: Ephemer
     (runtime_dir / "sitecustomize.py").write_text(_CUSTOMIZED)  # as agents' starters do: children have it too
     log = runtime_dir / "connects"
     environment = {"PYTHONPATH": str(runtime_dir), "CONNECTS": str(log), "SHAREDPOOL_LINGER": "0.1"}
-    command = [sys.executable, "-c", _WORKER, postgres.dsn]
-    run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
+    run = run_python(_WORKER, postgres.dsn, **environment)
     assert run.returncode == 0, run.stderr
     assert log.read_text().split() == run.stdout.split()
