@@ -45,6 +45,11 @@ def deposit(broker: Broker, token: Token) -> None:
     broker.take_in(broker.ledger.deposited(token, broker.now))
 
 
+def die_connecting(worker: Worker) -> None:
+    worker.granted(worker.ask())
+    worker.broker.take_in(worker.broker.ledger.session_died(worker.id, worker.broker.now))
+
+
 # --- the end of a socket
 
 
@@ -172,8 +177,7 @@ def test_a_connect_that_the_other_side_has_closed_is_over_if_that_is_the_server(
 def test_a_connect_may_be_in_a_proxys_queue_for_a_while() -> None:
     broker = proxied_broker()
     a = broker.worker("a", max_conn=1)
-    a.granted(a.ask())
-    broker.take_in(broker.ledger.session_died(a.id, broker.now))
+    die_connecting(a)
     broker.pass_time(QUEUE_LIMIT_S - 1)
     assert broker.all(Look) == []
     broker.pass_time(1)
@@ -184,8 +188,7 @@ def test_a_connect_may_be_in_a_proxys_queue_for_a_while() -> None:
 def test_where_nobody_turns_out_to_be_in_between_there_is_no_queue() -> None:
     broker = proxied_broker()
     a, b = broker.worker("a", max_conn=2), broker.worker("b")
-    a.granted(a.ask())
-    broker.take_in(broker.ledger.session_died(a.id, broker.now))
+    die_connecting(a)
     assert broker.all(Look) == []
     lend(b, backend(1, direct=True))
     broker.show_nothing()
@@ -195,8 +198,7 @@ def test_where_nobody_turns_out_to_be_in_between_there_is_no_queue() -> None:
 def test_a_look_for_one_slot_says_nothing_of_another_whose_connect_may_be_queued() -> None:
     broker = proxied_broker()
     a, b = broker.worker("a", max_conn=2), broker.worker("b")
-    a.granted(a.ask())
-    broker.take_in(broker.ledger.session_died(a.id, broker.now))
+    die_connecting(a)
     refused = b.granted(b.ask())
     b.broker.send(b.id, Release(refused, False, ReleaseReason.FAILED, closed=True))
     broker.show_nothing()

@@ -157,26 +157,17 @@ def test_a_worker_that_alone_finds_no_server_does_not_hold_the_others_back_for_l
     assert good.granted(good.ask(wait_s=60))
 
 
-def test_what_another_has_reached_meanwhile_is_not_down() -> None:
-    broker = Broker()
-    good, lost = broker.worker("good", max_conn=4), broker.worker("lost")
-    trying = lost.granted(lost.ask(wait_s=60))
-    broker.pass_time(0.1)
-    good.open(good.ask(wait_s=60))
-    broker.pass_time(0.1)
-    refuse(lost, trying, "", unreachable=True)
-    assert good.granted(good.ask(wait_s=60))
-
-
-def test_a_full_server_is_everybodys_affair_whoever_else_has_got_in() -> None:
+@pytest.mark.parametrize(("code", "goes_on"), [("", True), ("53300", False)], ids=["down", "full"])
+def test_what_another_has_reached_meanwhile_is_not_down_but_may_be_full(code: str, goes_on: bool) -> None:
     broker = Broker()
     good, late = broker.worker("good", max_conn=4), broker.worker("late")
     trying = late.granted(late.ask(wait_s=60))
     broker.pass_time(0.1)
     good.open(good.ask(wait_s=60))
     broker.pass_time(0.1)
-    refuse(late, trying, "53300")
-    assert good.outcome(good.ask(wait_s=60)) is None  # it waits for what there is
+    refuse(late, trying, code, unreachable=not code)
+    outcome = good.outcome(good.ask(wait_s=60))
+    assert isinstance(outcome, Token) if goes_on else outcome is None  # it waits for what there is
 
 
 def test_a_grant_says_with_what_the_server_refuses_everybody() -> None:
