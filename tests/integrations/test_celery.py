@@ -14,6 +14,7 @@ from typing import Any
 import celery.result
 import pytest
 from celery.exceptions import TimeLimitExceeded
+from celery_files import through_files
 from limits import stuck
 from processes import Sampler, alive
 from psycopg2.extensions import connection
@@ -39,20 +40,9 @@ def name() -> str:
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, Any]:
     """The app's settings: messages and results go through files."""
-    folders = {part: tmp_path / part for part in ("messages", "unsent", "control", "results", "ends")}
-    for folder in folders.values():
-        folder.mkdir()
-    return {
-        "broker_url": "filesystem://",
-        "broker_transport_options": {
-            "data_folder_in": str(folders["messages"]),
-            "data_folder_out": str(folders["messages"]),
-            "control_folder": str(folders["control"]),
-            "polling_interval": 0.02,
-        },
-        "result_backend": folders["results"].as_uri(),
-        "worker_prefetch_multiplier": 1,
-    }
+    for part in ("unsent", "ends"):
+        (tmp_path / part).mkdir()
+    return through_files(tmp_path) | {"worker_prefetch_multiplier": 1}
 
 
 @pytest.fixture

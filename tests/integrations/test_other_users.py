@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import automatic
 import pytest
+from celery_files import through_files
 from processes import Sampler
 from web_servers import HERE, load, serving
 
@@ -122,23 +123,12 @@ def test_gunicorn_that_gives_up_root_shares_the_limit(
 
 
 def test_celery_that_gives_up_root_does_its_tasks(account: Account, server: EphemeralPostgres) -> None:
-    folders = {part: account.folder / part for part in ("messages", "control", "results", "ends")}
-    for folder in folders.values():
-        folder.mkdir()
-        folder.chmod(0o777)
-    settings = {
-        "broker_url": "filesystem://",
-        "broker_transport_options": {
-            "data_folder_in": str(folders["messages"]),
-            "data_folder_out": str(folders["messages"]),
-            "control_folder": str(folders["control"]),
-            "polling_interval": 0.02,
-        },
-        "result_backend": folders["results"].as_uri(),
-    }
+    ends = account.folder / "ends"
+    ends.mkdir()
+    ends.chmod(0o777)
     environment = os.environ | {
-        "TARGET_POOL": "as nobody", "DATABASE_DSN": server.dsn, "TARGET_CELERY": json.dumps(settings),
-        "TARGET_ENDS": str(folders["ends"]), "TARGET_SIGNALS": "1",
+        "TARGET_POOL": "as nobody", "DATABASE_DSN": server.dsn, "TARGET_SIGNALS": "1",
+        "TARGET_CELERY": json.dumps(through_files(account.folder)), "TARGET_ENDS": str(ends),
     }  # fmt: skip
     ask = "from celery_target import look\nsent = [look.delay(0.01) for _ in range(8)]\nprint('sent', flush=True)\n"
     ask += "print(len([each.get(timeout=50) for each in sent]))"
