@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,10 @@ from sharedpool.cli.postgres import EphemeralPostgres
 
 # A shell starts background jobs with SIGINT ignored, and what is ignored is inherited: Ctrl-C is tested here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The tests start hundreds of Pythons, and without bytecode each would compile the package anew, in half its time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 _OURS = ("SHAREDPOOL_", "PG", "DATABASE_DSN", "DATABASE_URL")
 _database_numbers = itertools.count(1)
