@@ -14,7 +14,7 @@ from typing import Any
 import proxies
 import psycopg2
 import pytest
-from processes import Worker
+from processes import Sampler, Worker
 from psycopg2.extensions import connection, make_dsn
 from waiting import wait_until
 
@@ -247,9 +247,7 @@ def test_a_connect_that_a_proxy_refuses_gives_its_slot_back(
     wait_until(lambda: fetch_report(own_broker.address).leases == 0, what="the slot to be free")
 
 
-def test_a_connect_that_waits_in_a_proxys_queue_is_waited_for(
-    postgres: EphemeralPostgres, runtime_dir: Path, server_connection: connection
-) -> None:
+def test_a_connect_that_waits_in_a_proxys_queue_is_waited_for(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
     """Its worker is killed; a second later the proxy hands the connect to the server, all the same."""
     with (
         proxies.LateCloser(postgres, late_s=3.0, accept_late_s=1.0) as slow,
@@ -261,21 +259,9 @@ def test_a_connect_that_waits_in_a_proxys_queue_is_waited_for(
             wait_until(lambda: slow.accepted == 1, what="the connect to be queued")
             victim.kill(signal.SIGKILL)
             waiter.send("get", name="c", timeout=40)
-            most = 0
-
-            def seen() -> bool:
-                nonlocal most
-                with server_connection.cursor() as cursor:
-                    cursor.execute(
-                        "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'sharedpool queued%'"
-                    )
-                    (found,) = cursor.fetchone() or (0,)
-                most = max(most, found)
-                return waiter.has_answered()
-
-            wait_until(seen, 40, "the slot")
-            assert "backend" in waiter.answer()
-            assert most == 1
+            with Sampler(postgres.dsn, "sharedpool queued%") as sampler:
+                assert "backend" in waiter.answer()
+            assert sampler.peak == 1
 
 
 # --- poolers
