@@ -70,7 +70,12 @@ def test_a_forwarder_from_one_unix_socket_to_another_is_found_out(
     path = runtime_dir / ".s.PGSQL.5432"
     listen = f"UNIX-LISTEN:{path},fork,backlog=16"
     with proxies.running(proxies.program("socat"), listen, f"UNIX-CONNECT:{proxies.unix_path(postgres)}", port=0):
-        wait_until(path.exists, what="the forwarder to listen")
+
+        def listens() -> bool:  # a moment after its socket is there
+            with socket.socket(socket.AF_UNIX) as probe:
+                return probe.connect_ex(str(path)) == 0
+
+        wait_until(listens, what="the forwarder to listen")
         assert not is_direct(make_dsn(postgres.dsn, host=str(runtime_dir), port=5432))
 
 
