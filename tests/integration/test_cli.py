@@ -94,7 +94,9 @@ def test_the_shell_completes_commands_and_options() -> None:
 def test_a_broker_says_what_it_enforces_and_stops_cleanly(
     number: signal.Signals, postgres: EphemeralPostgres, runtime_dir: Path
 ) -> None:
-    with start("broker", "--max-conn", "4", "--dsn", postgres.dsn) as process:
+    # It waits for what the worker holds: no longer than this.
+    options = ["--max-conn", "4", "--dsn", postgres.dsn, "--drain-timeout", "0.2"]
+    with start("broker", *options) as process:
         address = wait_for(process, "export SHAREDPOOL_BROKER=").split("=", 1)[1].strip()
         wait_for(process, "enforces 4 connections over all pools")
         with Worker(dsn=postgres.dsn, broker=address) as worker:
