@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +39,45 @@ def wait_for(process: subprocess.Popen[str], text: str) -> str:
 # --- every command
 
 
-@pytest.mark.parametrize("command", [[], *[[name] for name in _COMMANDS]])
-def test_every_command_explains_itself(command: list[str]) -> None:
-    done = sharedpool_command(*command, "--help")
-    assert done.returncode == 0
+_ONE_AFTER_THE_OTHER = """
+import io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from sharedpool.cli import main
+
+def outcome(command):
+    with redirect_stdout(io.StringIO()) as stdout, redirect_stderr(io.StringIO()) as stderr:
+        try:
+            main(command, prog_name="sharedpool")
+        except SystemExit as end:
+            return end.code, stdout.getvalue(), stderr.getvalue()
+
+print(json.dumps(list(map(outcome, json.loads(sys.argv[1])))))
+"""
+
+
+def outcomes(*commands: list[str]) -> Iterator[tuple[str, int, str, str]]:
+    """Run commands in one process, whose start costs most; yield each one's words, status, stdout and stderr."""
+    done = run_python(_ONE_AFTER_THE_OTHER, json.dumps(commands))
+    assert done.returncode == 0, done.stderr  # what is no exit would show users a traceback
+    for command, (status, stdout, stderr) in zip(commands, json.loads(done.stdout), strict=True):
+        yield " ".join(command), status, stdout, stderr
+
+
+def test_every_command_explains_itself() -> None:
+    done = sharedpool_command("--help")
+    assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("Usage: ")
-    assert done.stderr == ""
+    for command, status, stdout, stderr in outcomes(*([name, "--help"] for name in _COMMANDS)):
+        assert (status, stderr) == (0, ""), command
+        assert stdout.startswith("Usage: "), command
 
 
 def test_the_version_is_the_packages() -> None:
     assert sharedpool_command("--version").stdout.strip() == f"sharedpool, version {sharedpool.__version__}"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
+def test_a_wrong_option_is_named_and_exits_with_2(runtime_dir: Path) -> None:
+    wrong = [
         (["broker"], "--max-conn"),
         (["broker", "--max-conn", "0"], "--max-conn"),
         (["broker", "--max-conn", "3", "--ttl", "-1"], "--ttl"),
@@ -65,14 +90,11 @@ def test_the_version_is_the_packages() -> None:
         (["who", "--broker", "nonsense"], "--broker"),
         (["reconnect", "--broker", "nonsense"], "--broker"),
         (["frobnicate"], "frobnicate"),
-    ],
-)
-def test_a_wrong_option_is_named_and_exits_with_2(arguments: list[str], complaint: str, runtime_dir: Path) -> None:
-    done = sharedpool_command(*arguments)
-    assert done.returncode == 2
-    assert complaint in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+    ]
+    commands, complaints = zip(*wrong, strict=True)
+    for (command, status, stdout, stderr), complaint in zip(outcomes(*commands), complaints, strict=True):
+        assert (status, stdout) == (2, ""), command
+        assert complaint in stderr, command
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
