@@ -14,10 +14,18 @@ from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
 
 
-@pytest.fixture
-def server(runtime_dir: Path) -> Iterator[EphemeralPostgres]:
+@pytest.fixture(scope="module")
+def own_server() -> Iterator[EphemeralPostgres]:
     with EphemeralPostgres() as server:
+        run_on(server, "CREATE TABLE t (x int)")
         yield server
+
+
+@pytest.fixture
+def server(own_server: EphemeralPostgres, runtime_dir: Path) -> Iterator[EphemeralPostgres]:
+    """A server that may be made read-only and restarted; afterwards it takes writes again."""
+    yield own_server
+    turn_read_only(own_server, "off")
 
 
 def run_on(server: EphemeralPostgres, *statements: str) -> None:
@@ -70,7 +78,6 @@ INSERTS = {"block": insert_in_a_block, "pgsimple": insert_by_pgsimple, "put_conn
 
 @pytest.mark.parametrize("how", INSERTS)
 def test_one_read_only_error_replaces_the_connections_of_every_worker(server: EphemeralPostgres, how: str) -> None:
-    run_on(server, "CREATE TABLE t (x int)")
     with sharedpool.start_broker(4, dsn=server.dsn) as broker:
         settings: dict[str, Any] = {"dsn": server.dsn, "broker": broker.address, "max_conn": 4}
         pool = sharedpool.config_pool(**settings)

@@ -228,10 +228,11 @@ conn.cursor().execute("SELECT 1")
 
 
 @pytest.mark.parametrize("case", BODIES)
-def test_no_process_hangs_at_its_exit(case: str, address: str, tmp_path: Path) -> None:
+def test_no_process_hangs_at_its_exit(case: str, postgres: EphemeralPostgres, address: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(body=BODIES[case]))
-    with EphemeralPostgres() as server, broker_process(address, server.dsn) as broker:
+    own = EphemeralPostgres() if case == "postgres dead" else contextlib.nullcontext(postgres)
+    with own as server, broker_process(address, server.dsn) as broker:
         command = [sys.executable, str(script), server.dsn, address, "exiting"]
         with Piped(*command, stderr=subprocess.PIPE) as process:
             if case in ("broker dead", "postgres dead"):
