@@ -18,6 +18,9 @@ import psycopg2
 
 from sharedpool.readable import readable
 
+# Read before the tests hide the environment from themselves: `tox -e long`.
+LONG = os.environ.get("SHAREDPOOL_FAULTS") == "long"
+
 
 def run_python(code: str, *arguments: str, timeout_s: float = 60, **environment: str) -> "CompletedProcess[str]":
     """Run code in a Python of its own, to its end; `environment` comes on top of this process's.

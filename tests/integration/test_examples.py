@@ -205,8 +205,8 @@ def request(port: int) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("number", "more", "requests"),
     [
-        (0, [], 300),
-        (0, ["--preload"], 300),
+        (0, [], 100),
+        (0, ["--preload"], 100),
         (0, ["-k", "gthread", "--threads", "4"], 100),
         (0, ["--preload", "-k", "gthread", "--threads", "2", "-w", "8"], 100),
         (1, [], 100),

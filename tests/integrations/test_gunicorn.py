@@ -12,7 +12,7 @@ from pathlib import Path
 import automatic
 import pytest
 from limits import stuck
-from processes import Sampler, alive
+from processes import LONG, Sampler, alive
 from psycopg2.extensions import connection
 from waiting import wait_until
 from web_servers import Server, load, request, serving, traffic
@@ -80,12 +80,12 @@ def ended_well(server: Server, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "conf", "requests"),
+    ("options", "conf"),
     [
-        (["-w", "8"], "", 2000),
-        (["-w", "8", "--preload"], HOOKS, 500),
-        (["-w", "4", "-k", "gthread", "--threads", "3"], HOOKS, 500),
-        (["-w", "4", "-k", "gthread", "--threads", "3", "--preload"], "", 500),
+        (["-w", "8"], ""),
+        (["-w", "8", "--preload"], HOOKS),
+        (["-w", "4", "-k", "gthread", "--threads", "3"], HOOKS),
+        (["-w", "4", "-k", "gthread", "--threads", "3", "--preload"], ""),
     ],
     ids=["sync", "sync, preload, hooks", "gthread, hooks", "gthread, preload"],
 )
@@ -95,8 +95,8 @@ def test_every_request_is_answered_by_three_connections(
     name: str,
     options: list[str],
     conf: str,
-    requests: int,
 ) -> None:
+    requests = 2000 if LONG else 300
     simple = {} if "--threads" in options else {"TARGET_SIMPLE": "1"}  # the default
     with gunicorn(*options, conf=conf, **simple) as server:
         answers = load(server, requests)

@@ -1,5 +1,6 @@
 """Started as root, working as somebody else; in another user's environment; without a directory. Needs root."""
 
+import itertools
 import json
 import os
 import pwd
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import automatic
 import pytest
 from celery_files import through_files
-from processes import Sampler
+from processes import LONG, Sampler
 from web_servers import HERE, load, serving
 
 import sharedpool
@@ -99,12 +100,16 @@ def runtime_dir_of(uid: int, mode: int = 0o700) -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-@pytest.mark.parametrize("options", [["--preload"], []], ids=["preload", "no preload"])
-@pytest.mark.parametrize("xdg", [False, True], ids=["no XDG_RUNTIME_DIR", "root's XDG_RUNTIME_DIR"])
-@pytest.mark.parametrize("used", [False, True], ids=["", "used while loading"])
+# Half of the eight have every two of the three together and apart.
+WAYS = [each for each in itertools.product([False, True], repeat=3) if LONG or sum(each) % 2 == 0]
+
+
+@pytest.mark.parametrize(("preload", "xdg", "used"), WAYS)
 def test_gunicorn_that_gives_up_root_shares_the_limit(
-    account: Account, server: EphemeralPostgres, tmp_path: Path, options: list[str], xdg: bool, used: bool
+    account: Account, server: EphemeralPostgres, tmp_path: Path, preload: bool, xdg: bool, used: bool
 ) -> None:
+    """With root's XDG_RUNTIME_DIR or without, and the pool used while the application is loaded or not."""
+    options = ["--preload"] if preload else []
     environment = {"TARGET_POOL": "as nobody", "DATABASE_DSN": server.dsn}
     if used:
         environment["TARGET_AT_IMPORT"] = "1"
