@@ -18,7 +18,6 @@ from test_broker import free_port
 from waiting import wait_until
 
 import sharedpool
-from sharedpool.broker.leases import QUEUE_LIMIT_S
 from sharedpool.broker.server import Server
 from sharedpool.broker.settings import BrokerSettings
 from sharedpool.cli.asking import fetch_report
@@ -373,20 +372,22 @@ def test_a_connect_that_the_server_refuses_gives_its_slot_back_by_evidence(
 
 
 def test_a_connect_that_nobody_answers_goes_into_quarantine_and_comes_back(
-    postgres: EphemeralPostgres, runtime_dir: Path
+    postgres: EphemeralPostgres, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sharedpool.broker.leases.QUEUE_LIMIT_S", 1.0)  # ten seconds
+    address = f"ipc://{runtime_dir}/quarantine.sock"
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,
-        sharedpool.start_broker(1, dsn=postgres.dsn) as broker,
+        server_in_a_thread(address, max_conn=1, dsn=postgres.dsn),
         Worker(
-            host="127.0.0.1", port=silent.getsockname()[1], user="x", dbname="x", broker=broker.address, name="silent"
+            host="127.0.0.1", port=silent.getsockname()[1], user="x", dbname="x", broker=address, name="silent"
         ) as worker,
     ):
         refused = worker.ask("get", name="x", timeout=1)
         assert refused["error"] == "OperationalError"
         assert "timeout expired" in refused["text"]
         # Something may be in between, with a queue of its own.
-        wait_until(lambda: fetch_report(broker.address).leases == 0, QUEUE_LIMIT_S + 10, "the quarantine to end")
+        wait_until(lambda: fetch_report(address).leases == 0, 20, "the quarantine to end")
 
 
 def test_while_the_server_is_away_every_caller_gets_its_error_at_once(runtime_dir: Path) -> None:

@@ -11,7 +11,7 @@ import psycopg2
 import pytest
 from processes import Worker
 from test_control import backend_of
-from test_hardening import line_to
+from test_hardening import line_to, server_in_a_thread
 from waiting import wait_until
 
 import sharedpool
@@ -97,8 +97,11 @@ def test_a_killed_worker_of_another_host_is_counted_until_somebody_can_look(
         assert "backend" in worker.ask("get", name="x", timeout=20)
 
 
-def test_a_deleted_journal_forgets_the_dead(address: str, postgres: EphemeralPostgres) -> None:
+def test_a_deleted_journal_forgets_the_dead(
+    address: str, postgres: EphemeralPostgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The way out where there is no DSN to give; nobody of the old crew is alive."""
+    monkeypatch.setattr("sharedpool.broker.ledger.QUEUE_LIMIT_S", 1.0)  # ten seconds
     settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": address, "max_conn": 1}
     first = sharedpool.start_broker(1, address=address)
     with Worker(**settings) as worker:
@@ -106,7 +109,7 @@ def test_a_deleted_journal_forgets_the_dead(address: str, postgres: EphemeralPos
         kill(first)
         worker.kill()
     Path(f"{address.removeprefix('ipc://')}.journal").unlink()
-    with sharedpool.start_broker(1, address=address, ttl=0.5), Worker(**settings) as worker:
+    with server_in_a_thread(address, max_conn=1, ttl_s=0.5), Worker(**settings) as worker:
         assert "backend" in worker.ask("get", name="x", timeout=20)
 
 
