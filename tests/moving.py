@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from psycopg2 import extensions
 from waiting import wait_until
 
@@ -25,6 +26,19 @@ def ask(conn: extensions.connection, sql: str, *values: object) -> Any:
         row = cursor.fetchone()
         assert row is not None
         return row[0]
+
+
+def leave_what_comes(pool: Pool, broker: sharedpool.Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask for the connection that lies at the broker, and be gone when it comes."""
+
+    def leave(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    wait_until(lambda: report(broker, pool.name).parked == 1, what="it to lie at the broker")
+    with monkeypatch.context() as patch:
+        patch.setattr("sharedpool.worker.checkout._look", leave)
+        with pytest.raises(KeyboardInterrupt):
+            pool.get_conn()
 
 
 def moved(giver: Pool, taker: Pool, use: Callable[[extensions.connection], object]) -> extensions.connection:

@@ -36,6 +36,11 @@ def wait_for(process: subprocess.Popen[str], text: str) -> str:
     return line
 
 
+def address_of(process: subprocess.Popen[str]) -> str:
+    """Wait until a broker says where its workers find it."""
+    return wait_for(process, "export SHAREDPOOL_BROKER=").split("=", 1)[1].strip()
+
+
 # --- every command
 
 
@@ -119,7 +124,7 @@ def test_a_broker_says_what_it_enforces_and_stops_cleanly(
     # It waits for what the worker holds: no longer than this.
     options = ["--max-conn", "4", "--dsn", postgres.dsn, "--drain-timeout", "0.2"]
     with start("broker", *options) as process:
-        address = wait_for(process, "export SHAREDPOOL_BROKER=").split("=", 1)[1].strip()
+        address = address_of(process)
         wait_for(process, "enforces 4 connections over all pools")
         with Worker(dsn=postgres.dsn, broker=address) as worker:
             backend = worker.ask("get", name="x")["backend"]
@@ -176,7 +181,7 @@ def test_the_brokers_expiration_is_the_longest_a_pool_may_ask_for(
     postgres: EphemeralPostgres, runtime_dir: Path
 ) -> None:
     with start("broker", "--max-conn", "4", "--expiration", "0.3", "--dsn", postgres.dsn) as process:
-        address = wait_for(process, "export SHAREDPOOL_BROKER=").split("=", 1)[1].strip()
+        address = address_of(process)
         with Worker(dsn=postgres.dsn, broker=address, expiration=600) as worker:
             worker.ask("get", name="x")
             worker.ask("put", name="x")
@@ -201,7 +206,7 @@ def test_a_control_connection_that_may_only_look_waits_for_the_backends_own_end(
         cursor.execute("DROP ROLE IF EXISTS looker")
         cursor.execute("CREATE ROLE looker LOGIN IN ROLE pg_monitor")
     with start("broker", "--max-conn", "1", "--dsn", f"{postgres.dsn} user=looker") as process:
-        address = wait_for(process, "export SHAREDPOOL_BROKER=").split("=", 1)[1].strip()
+        address = address_of(process)
         with (
             Worker(dsn=postgres.dsn, broker=address, name="looked") as a,
             Worker(dsn=postgres.dsn, broker=address, name="looked") as b,

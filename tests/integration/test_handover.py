@@ -10,7 +10,7 @@ from pathlib import Path
 import psycopg2
 import psycopg2.extras
 import pytest
-from moving import MakePair, ask, moved, report
+from moving import MakePair, ask, leave_what_comes, moved, report
 from processes import Sampler, Worker, run_python, workers
 from psycopg2 import extensions
 from querying import Query
@@ -208,7 +208,7 @@ def test_configure_runs_again_and_its_settings_hold(pair: MakePair) -> None:
 
 
 def test_configure_runs_on_what_came_for_one_who_had_left(
-    pair: MakePair, broker: sharedpool.Broker, name: str, monkeypatch: pytest.MonkeyPatch
+    pair: MakePair, broker: sharedpool.Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It lies idle then, and the next checkout is a short one."""
 
@@ -217,15 +217,8 @@ def test_configure_runs_on_what_came_for_one_who_had_left(
             cursor.execute("SET statement_timeout TO '7s'")
         conn.commit()
 
-    def leave(*_: object) -> None:
-        raise KeyboardInterrupt
-
     _, b = pair(configure=configure)
-    wait_until(lambda: report(broker, name).parked == 1, what="it to lie at the broker")
-    with monkeypatch.context() as patch:
-        patch.setattr("sharedpool.worker.checkout._look", leave)
-        with pytest.raises(KeyboardInterrupt):
-            b.get_conn()
+    leave_what_comes(b, broker, monkeypatch)
     wait_until(lambda: b.stats().idle == 1)
     conn = b.get_conn()
     assert ask(conn, "SHOW statement_timeout") == "7s"

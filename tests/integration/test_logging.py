@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from processes import Worker
-from test_cli import sharedpool_command, start, wait_for
+from test_cli import address_of, sharedpool_command, start, wait_for
 
 import sharedpool
 from sharedpool.cli.logs import JsonLines
@@ -60,7 +60,7 @@ def test_in_good_times_a_broker_says_only_that_it_begins_and_ends(
     postgres: EphemeralPostgres, runtime_dir: Path
 ) -> None:
     with start("broker", "--max-conn", "2", "--dsn", postgres.dsn, "--ttl", "1.5") as process:
-        address = wait_for(process, "export SHAREDPOOL_BROKER=").split("=", 1)[1].strip()
+        address = address_of(process)
         said = [wait_for(process, "enforces"), wait_for(process, "control connection: backend")]
         with Worker(dsn=postgres.dsn, broker=address) as one, Worker(dsn=postgres.dsn, broker=address) as other:
             for worker in (one, other) * 5:

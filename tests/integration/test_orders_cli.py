@@ -12,7 +12,7 @@ from pathlib import Path
 import psycopg2
 import pytest
 from processes import Worker
-from test_cli import sharedpool_command, start, wait_for
+from test_cli import address_of, sharedpool_command, start, wait_for
 from waiting import wait_until
 
 import sharedpool
@@ -152,7 +152,7 @@ def test_a_configuration_file_is_read_at_start_and_again_on_sighup(
     file.write_text("max_conn = 2\n[groups.web]\nmin = 1\n")
     environment = {name: value for name, value in os.environ.items() if name != "SHAREDPOOL_MAX_CONN"}
     with start("broker", "--config", str(file), "--dsn", postgres.dsn, env=environment) as process:
-        address = wait_for(process, "export SHAREDPOOL_BROKER=").split("=", 1)[1].strip()
+        address = address_of(process)
         wait_for(process, "enforces 2 connections over all pools")
         with (
             Worker(dsn=postgres.dsn, broker=address, max_conn=9, group="web") as web,

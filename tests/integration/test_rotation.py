@@ -11,7 +11,7 @@ import psycopg2
 import pytest
 from processes import Worker, workers
 from psycopg2.extensions import make_dsn
-from test_cli import sharedpool_command, start, wait_for
+from test_cli import address_of, sharedpool_command, start
 from waiting import wait_until
 
 import sharedpool
@@ -59,7 +59,7 @@ def test_the_fleet_moves_to_a_new_password_without_an_error(
 ) -> None:
     ages = "SELECT count(*) FILTER (WHERE backend_start < '{}'), count(*) FROM pg_stat_activity WHERE usename = 'app'"
     with start("broker", "--max-conn", "3", "--dsn", scram.dsn) as process:
-        address = wait_for(process, "export SHAREDPOOL_BROKER=").split("=", 1)[1].strip()
+        address = address_of(process)
         settings = as_app(scram) | {"broker": address, "max_conn": 3, "threads": True, "password_file": str(secret)}
         with workers(3, **settings) as crew:
             for worker in crew:
@@ -95,7 +95,7 @@ def test_a_connect_in_the_gap_fails_by_itself_and_leaks_nothing(
 ) -> None:
     """Between ALTER ROLE and the new password's arrival a new connection cannot be had; the next try can."""
     with start("broker", "--max-conn", "1", "--dsn", scram.dsn) as process:
-        address = wait_for(process, "export SHAREDPOOL_BROKER=").split("=", 1)[1].strip()
+        address = address_of(process)
         with Worker(**as_app(scram), broker=address, max_conn=1, password_file=str(secret)) as worker:
             run_on(scram, f"ALTER ROLE app PASSWORD '{NEW}'")
             refused = worker.ask("get", name="x", timeout=10)

@@ -10,7 +10,7 @@ from typing import Any
 import psycopg2
 import psycopg2.extras
 import pytest
-from moving import MakePair, ask, moved, report
+from moving import MakePair, ask, leave_what_comes, moved, report
 from psycopg2 import extensions
 from querying import Query
 from waiting import wait_until
@@ -424,15 +424,8 @@ def test_no_users_object_is_built_in_the_links_thread(
             super().__init__(dsn)
             threads.add(threading.current_thread().name)
 
-    def leave(*_: object) -> None:
-        raise KeyboardInterrupt
-
     _, b = pair(connection_factory=Noting)
-    wait_until(lambda: report(broker, name).parked == 1, what="it to lie at the broker")
-    with monkeypatch.context() as patch:
-        patch.setattr("sharedpool.worker.checkout._look", leave)
-        with pytest.raises(KeyboardInterrupt):
-            b.get_conn()
+    leave_what_comes(b, broker, monkeypatch)
     wait_until(lambda: report(broker, name).leases == 0, what="it to be ended")
     assert ask(b.get_conn(), "SELECT 1") == 1
     assert threads == {threading.current_thread().name}

@@ -12,7 +12,7 @@ import psycopg2
 import pytest
 from processes import Piped, Worker
 from psycopg2.extensions import connection
-from test_cli import sharedpool_command, start, wait_for
+from test_cli import address_of, sharedpool_command, start, wait_for
 from waiting import wait_until
 
 import sharedpool
@@ -77,7 +77,7 @@ def test_who_shows_what_is_so_now_not_what_the_last_heartbeat_said(
 ) -> None:
     """With this TTL a heartbeat comes every twenty seconds."""
     with start("broker", "--max-conn", "2", "--dsn", postgres.dsn, "--ttl", "60") as process:
-        address = wait_for(process, "export SHAREDPOOL_BROKER=").split("=", 1)[1].strip()
+        address = address_of(process)
         with Worker(dsn=postgres.dsn, broker=address, debug_checkouts=True) as worker:
 
             def is_shown(state: str, site: bool) -> bool:
@@ -132,7 +132,7 @@ def test_what_the_control_connection_may_not_see_is_not_guessed(
         cursor.execute("DROP ROLE IF EXISTS stranger")
         cursor.execute("CREATE ROLE stranger LOGIN")
     with start("broker", "--max-conn", "2", "--dsn", f"{postgres.dsn} user=stranger") as process:
-        address = wait_for(process, "export SHAREDPOOL_BROKER=").split("=", 1)[1].strip()
+        address = address_of(process)
         wait_for(process, "control connection: backend")
         with Worker(dsn=postgres.dsn, broker=address, application_name="hidden") as worker:
             worker.ask("get", name="x", timeout=10)
@@ -149,7 +149,7 @@ def test_a_server_that_hangs_keeps_nobody_from_seeing_the_books(
     postgres: EphemeralPostgres, server_connection: connection, runtime_dir: Path
 ) -> None:
     with start("broker", "--max-conn", "2", "--dsn", postgres.dsn) as process:
-        address = wait_for(process, "export SHAREDPOOL_BROKER=").split("=", 1)[1].strip()
+        address = address_of(process)
         control = int(wait_for(process, "control connection: backend").split("backend ")[1].split()[0])
         with Worker(dsn=postgres.dsn, broker=address) as worker:
             worker.ask("get", name="x", timeout=10)
@@ -168,7 +168,7 @@ def test_a_server_that_hangs_keeps_nobody_from_seeing_the_books(
 
 def test_without_a_control_connection_the_books_are_shown(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
     with start("broker", "--max-conn", "2") as process:
-        address = wait_for(process, "export SHAREDPOOL_BROKER=").split("=", 1)[1].strip()
+        address = address_of(process)
         with Worker(dsn=postgres.dsn, broker=address) as worker:
             worker.ask("get", name="x", timeout=10)
             (row,) = who(address)
@@ -294,7 +294,7 @@ def test_a_connection_handed_over_is_known_by_its_new_users_line(
 def test_the_report_of_a_long_checkout_carries_its_stack(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
     options = ["--max-conn", "2", "--dsn", postgres.dsn, "--ttl", "0.9", "--max-checkout", "0.6"]
     with start("broker", *options) as process:
-        address = wait_for(process, "export SHAREDPOOL_BROKER=").split("=", 1)[1].strip()
+        address = address_of(process)
         with Worker(dsn=postgres.dsn, broker=address, debug_checkouts=True) as worker:
             worker.ask("get", name="x", timeout=10)
             text = wait_for(process, "has been checked out for")
@@ -318,7 +318,7 @@ def test_the_transcript_in_readme_is_what_happens(
     script.write_text(program)
     url = "postgresql:///?" + "&".join(f"{k}={v}" for k, v in psycopg2.extensions.parse_dsn(postgres.dsn).items())
     with start("broker", "--max-conn", "2", "--dsn", postgres.dsn, "--ttl", "1.5") as process:
-        address = wait_for(process, "export SHAREDPOOL_BROKER=").split("=", 1)[1].strip()
+        address = address_of(process)
         environment = os.environ | {"SHAREDPOOL_BROKER": address, "DATABASE_URL": url}
         with Piped(sys.executable, str(script), env=environment) as shop:
             said = shop.line()
