@@ -20,6 +20,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import struct
+from io import FileIO
 from pathlib import Path
 
 from sharedpool.hangup import Borrowed
@@ -29,7 +30,8 @@ _SO_PEERCRED: int = getattr(socket, "SO_PEERCRED", 0)
 # What a backend calls itself in its process title (PostgreSQL's ps_status.c): no proxy's child is taken for one.
 _TITLE = b"postgres: "
 _POSTMASTER = (b"postgres", b"postmaster")
-_PROC = Path("/proc")
+# More than a process's status has, and more than what matters of its command line.
+_MOST_BYTES = 16384
 
 Address = tuple[str, int]
 
@@ -68,7 +70,7 @@ def is_to_postmaster(fd: int) -> bool:
         if sock.family != socket.AF_UNIX or not _SO_PEERCRED:
             return False
         listener, _, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERCRED, _UCRED.size))
-        program = (_PROC / f"{listener}/cmdline").read_bytes().partition(b"\0")[0]
+        program = _read(f"/proc/{listener}/cmdline").partition(b"\0")[0]
     except OSError:
         return False
     return program.rpartition(b"/")[2] in _POSTMASTER
@@ -84,29 +86,37 @@ def _is_child_of_listener(sock: Borrowed, pid: int) -> bool:
     listener, _, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERCRED, _UCRED.size))
     if listener <= 0:
         return False  # in a namespace that we do not see into
-    if len(_pids(listener)) == 1:
-        return _parent(pid) == listener and _is_backend(pid)
-    children = (_PROC / f"{listener}/task/{listener}/children").read_text().split()
+    if _is(pid, pid, parent=listener):
+        return True
+    if len(_family(listener)[1]) == 1:
+        return False  # it counts as we do, and that is no child of it
+    children = Path(f"/proc/{listener}/task/{listener}/children").read_text().split()
     return any(_is(int(child), pid) for child in children)
 
 
-def _is(child: int, pid: int) -> bool:
+def _is(process: int, pid: int, parent: int | None = None) -> bool:
+    """Say whether our process of that number is the backend that its server knows as `pid`.
+
+    With `parent`: and its child, the server counting as we do. No child's namespace is above its parent's.
+    """
     try:
-        return _pids(child)[-1] == pid and _is_backend(child)
+        above, pids = _family(process)
+        if parent is not None and (above != parent or len(pids) != 1):
+            return False
+        return pids[-1] == pid and _read(f"/proc/{process}/cmdline").startswith(_TITLE)
     except OSError:
         return False  # another one, that has ended meanwhile
 
 
-def _parent(pid: int) -> int:
-    return int((_PROC / f"{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+def _family(pid: int) -> tuple[int, list[int]]:
+    """Return the pid of a process's parent, and its own pids, from our namespace inwards."""
+    status = _read(f"/proc/{pid}/status")
+    parent = status.partition(b"\nPPid:")[2].partition(b"\n")[0]
+    own = status.partition(b"\nNSpid:")[2].partition(b"\n")[0]
+    return int(parent), [int(number) for number in own.split()] or [pid]
 
 
-def _pids(pid: int) -> list[int]:
-    """Return a process's pids, from our namespace inwards."""
-    status = (_PROC / f"{pid}/status").read_bytes()
-    line = next((line for line in status.splitlines() if line.startswith(b"NSpid:")), b"")
-    return [int(number) for number in line.split()[1:]] or [pid]
-
-
-def _is_backend(pid: int) -> bool:
-    return (_PROC / f"{pid}/cmdline").read_bytes().startswith(_TITLE)
+def _read(path: str) -> bytes:
+    """Return the beginning of a file of /proc; with half the system calls of `Path.read_bytes`."""
+    with FileIO(path) as file:
+        return file.read(_MOST_BYTES)

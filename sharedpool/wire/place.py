@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from io import FileIO
+
+_BOOT = "/proc/sys/kernel/random/boot_id"
 
 
 def place() -> str:
@@ -12,7 +14,8 @@ def place() -> str:
     A host's name is no such proof: containers of one pod share it, and so does a machine with its clone.
     """
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        with FileIO(_BOOT) as file:
+            boot = file.read(100).decode().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
