@@ -61,6 +61,7 @@ class ConnInfo:
     ask: Callable[[], str] | None = None
     named: tuple[str, ...] = ()
     based: bool = True
+    _known: dict[tuple[object, ...], ServerIdentity] = field(default_factory=dict, init=False, compare=False)
 
     def current(self) -> str:
         """Return the conninfo string for one connect.
@@ -89,6 +90,17 @@ class ConnInfo:
 
         Reads files (service file), never the network. Raises ConfigError for a service that libpq cannot find.
         """
+        # By libpq it costs a tenth of a process's first checkout, which asks once more.
+        source = (os.geteuid(), *map(os.environ.get, _LOCATION_VARIABLES))
+        identity = self._known.get(source)
+        if identity is None:
+            identity = self._identity()
+            self._known.clear()
+            if not (os.environ.get("PGSERVICE") or "service" in parse_dsn(self.dsn)):  # its file may change
+                self._known[source] = identity
+        return identity
+
+    def _identity(self) -> ServerIdentity:
         found = _resolve_by_libpq(self.dsn) or _resolve_by_hand(parse_dsn(self.dsn))
         user = found.get("user") or ""
         # Where both are given libpq connects to hostaddr; host only names it.

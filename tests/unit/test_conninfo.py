@@ -540,6 +540,21 @@ def test_a_service_is_resolved_between_explicit_values_and_the_environment(monke
     assert identity(db_url="postgres:///?service=other").host == "oh"
 
 
+def test_what_an_identity_comes_from_may_change(monkeypatch: pytest.MonkeyPatch, service_file: Path) -> None:
+    info, by_service = resolve(dsn="dbname=d user=u"), resolve(dsn="service=reports user=u")
+    for host in ("one", "two"):
+        monkeypatch.setenv("PGHOST", host)
+        assert info.identity() == info.identity() == (host, "5432", "d", "u")
+    for host in ("sh", "moved"):
+        service_file.write_text(f"[reports]\nhost={host}\n")
+        assert by_service.identity().host == host
+    monkeypatch.setenv("PGSERVICE", "other")
+    service_file.write_text("[other]\nport=1\n")
+    assert info.identity().port == "1"
+    service_file.write_text("[other]\nport=2\n")
+    assert info.identity().port == "2"
+
+
 @pytest.mark.usefixtures("service_file")
 def test_an_explicit_service_wins_over_pgservice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGSERVICE", "other")
