@@ -38,6 +38,7 @@ _RESTART_AFTER_S = 3.0  # without a WELCOME: see whether the automatic broker mu
 _FLUSH_LIMIT_S = 1.0
 _JITTER_S = 0.05
 _TRIM_EVERY_S = 5.0
+_POLLIN = int(zmq.POLLIN)  # an enumeration's own `&` takes a microsecond
 _LOOK_EVERY_S = 0.5  # for what interrupts have left behind
 
 
@@ -72,6 +73,7 @@ class Link:
         self._claim = threading.Lock()
         self._running = False
         self._established = False
+        self._listens = False  # else its thread has yet to look for the first time what there is to do
         self._trim_at = self._look_at = 0.0
         self._attempts = 0
         self._late = False  # it was waited for in vain, and has not come round since
@@ -104,7 +106,8 @@ class Link:
 
     def wake(self) -> None:
         """Have the outboxes sent. Takes no lock: safe in a finalizer."""
-        self._bell.ring()
+        if self._listens:
+            self._bell.ring()
 
     def leave(self, registration: Registration) -> None:
         """Let a registration end, saying BYE, as soon as its pool holds nothing; waits for it at most 1.5 seconds.
@@ -236,6 +239,7 @@ class Link:
         poller.register(dealer, zmq.POLLIN)
         poller.register(self._bell, zmq.POLLIN)
         started = time.monotonic()
+        self._listens = True
         while living := self._sweep(dealer):
             now = time.monotonic()
             for registration in living:
@@ -296,7 +300,7 @@ class Link:
         return True
 
     def _receive(self, dealer: Any) -> None:
-        while True:
+        while dealer.get(zmq.EVENTS) & _POLLIN:
             try:
                 frame = dealer.recv(zmq.NOBLOCK)
             except zmq.Again:
@@ -362,6 +366,7 @@ class Link:
         poller = self._zmq.Poller()
         poller.register(self._bell, zmq.POLLIN)
         deadline = time.monotonic() + seconds
+        self._listens = True
         while self._sweep(None) and time.monotonic() < deadline:
             if poller.poll(_ms_until(deadline)):
                 self._bell.hush()
