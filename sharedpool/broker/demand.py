@@ -125,6 +125,12 @@ class Demand:
 
     # --- 1. grant
 
+    def has_room(self, pool: Pool) -> bool:
+        """Say whether a slot is free that nobody waits for, and no connection that could be passed on instead."""
+        if self.paused or self.draining or self._books.contended or pool.parked:
+            return False
+        return not pool.held and pool.room > 0 and self._books.available(pool) > 0
+
     def _serve(self, now: float) -> None:
         books = self._books
         while books.room > 0:

@@ -153,7 +153,8 @@ class Ledger:
     def handle(self, session_id: bytes, message: ToBroker, now: float, process: Process | None = None) -> list[Command]:
         """Take in one message, which the kernel says is from `process`; return what is to be done."""
         if isinstance(message, Hello):
-            self._sessions.hello(session_id, message, now, process)
+            if (first := self._sessions.hello(session_id, message, now, process)) is not None:
+                self._acquire(self._books.sessions[session_id], first, now)
         elif (session := self._books.sessions.get(session_id)) is None:
             if not isinstance(message, Bye):
                 self._out.append(Send(session_id, Reject("this broker does not know the session")))

@@ -16,7 +16,7 @@ from sharedpool.broker.demand import Demand
 from sharedpool.broker.leases import LONGEST_MS, Leases, Logger
 from sharedpool.broker.records import Pool, Session, SlotState
 from sharedpool.broker.refusal import Refusals
-from sharedpool.wire.messages import NO_TOKEN, PROTOCOL_VERSION, Bye, Hello, PoolSpec, Reject, Token, Welcome
+from sharedpool.wire.messages import NO_TOKEN, PROTOCOL_VERSION, Acquire, Bye, Hello, PoolSpec, Reject, Token, Welcome
 from sharedpool.wire.tag import shown, tag_of
 
 _MOST_STRANGERS = 10  # servers of which the log tells that a pool's processes connect to them too
@@ -105,10 +105,11 @@ class Sessions:
                 return pool
         return None
 
-    def hello(self, session_id: bytes, hello: Hello, now: float, process: Process | None) -> None:
+    def hello(self, session_id: bytes, hello: Hello, now: float, process: Process | None) -> Acquire | None:
+        """Register a session, or register it again; return the request that came along if it is to be answered."""
         if hello.version != PROTOCOL_VERSION:
             self._emit(Send(session_id, Reject(other_version(hello.version), fatal=True)))
-            return
+            return None
         books = self._books
         pool = self.pool(hello.pool)
         strange = hello.pool.server != pool.spec.server and hello.pool.server not in pool.strangers
@@ -121,7 +122,7 @@ class Sessions:
             )  # fmt: skip
         session = books.sessions.get(session_id)
         if session is not None and session.ended:
-            return  # late: its process is gone
+            return None  # late: its process is gone
         if session is None:
             expiration_s = min(self._terms.expiration_s, min(hello.pool.expiration_ms, LONGEST_MS) / 1000)
             host, title = hello.host[:_SHOWN], hello.title[:_SHOWN]
@@ -143,11 +144,17 @@ class Sessions:
         expiration_ms, ttl_ms = int(session.expiration_s * 1000), int(self._terms.ttl_s * 1000)
         # One that connects elsewhere, or as somebody else, must neither be given the others' connections nor give its.
         handover = self._terms.handover and hello.pool.server == pool.spec.server and pool.cancels is not False
+        first = hello.first
+        # Who has to wait asks at the desk, where a connection can be passed to him.
+        if first is not None and first.request not in session.granted and not self._demand.has_room(pool):
+            first = None
         welcome = Welcome(
             PROTOCOL_VERSION, self._terms.epoch, pool.most, expiration_ms, ttl_ms, revoked,
             tag_of(pool.spec.name, self._terms.instance), self._terms.desk, pool.generation, handover, hello.nonce,
+            0 if first is None else first.request,
         )  # fmt: skip
         self._emit(Send(session_id, welcome))
+        return first
 
     def hear(self, session: Session, now: float) -> None:
         session.heard = now

@@ -6,7 +6,7 @@ milliseconds; clocks never do. Everything is idempotent: a request carries the c
 same way when it is repeated, a lease is named by a token that is never used twice.
 
     worker                                             broker
-      HELLO(version, pool, leases still held)   ─────►
+      HELLO(version, pool, leases still held)   ─────►                               with a first ACQUIRE, if there is
                                                 ◄─────  WELCOME(epoch, limit, ttl)   or REJECT(reason)
       ACQUIRE(request, wait)                    ─────►
                                                 ◄─────  GRANT(request, token)        or DENY(request, who holds)
@@ -175,10 +175,18 @@ class Times(Struct, frozen=True):
 # --- worker -> broker
 
 
+class Acquire(Struct, frozen=True, tag="acquire"):
+    """Ask for a lease; `wait_ms` 0 means: tell me at once when none can be had."""
+
+    request: int
+    wait_ms: int
+
+
 class Hello(Struct, frozen=True, tag="hello"):
     """Register this session, or register it again; `leases` are those it still holds. `place`: see `place.py`.
 
-    `nonce` comes back in the WELCOME that answers this.
+    `nonce` comes back in the WELCOME that answers this. `first` is the first of those requests that wait: where a slot
+    is free it need not be asked for once more.
     """
 
     version: int
@@ -190,13 +198,7 @@ class Hello(Struct, frozen=True, tag="hello"):
     seen: Token = NO_TOKEN
     place: str = ""
     nonce: int = 0
-
-
-class Acquire(Struct, frozen=True, tag="acquire"):
-    """Ask for a lease; `wait_ms` 0 means: tell me at once when none can be had."""
-
-    request: int
-    wait_ms: int
+    first: Acquire | None = None
 
 
 class Cancel(Struct, frozen=True, tag="cancel"):
@@ -293,7 +295,8 @@ class Welcome(Struct, frozen=True, tag="welcome"):
     """The session is registered; `max_conn` and `expiration_ms` are what the broker enforces for it.
 
     `tag` is the application_name by which the server shows the pool's connections as this broker's. `desk` is the
-    path of the desk's socket, empty where there is none. `handover`: connections may be handed over there.
+    path of the desk's socket, empty where there is none. `handover`: connections may be handed over there. `served`:
+    this request, which came with a HELLO, is answered next, as an ACQUIRE is; 0: none is.
     """
 
     version: int
@@ -307,6 +310,7 @@ class Welcome(Struct, frozen=True, tag="welcome"):
     generation: int = 0
     handover: bool = False
     nonce: int = 0
+    served: int = 0
 
 
 class Reject(Struct, frozen=True, tag="reject"):

@@ -22,6 +22,7 @@ from sharedpool.errors import SharedPoolError
 from sharedpool.wire.desk import Pass
 from sharedpool.wire.messages import (
     NO_TOKEN,
+    Acquire,
     Backend,
     Bye,
     Cancel,
@@ -73,6 +74,7 @@ class Cache:
         self._newest = 0  # serial of the newest word on `owed`
         self._recalled = 0  # and of the newest recall
         self._seen = NO_TOKEN  # the newest grant
+        self._is_new = True  # no HELLO was said: there is nothing that a broker could know of it
 
     def leave_outbox(self) -> None:
         """Leave what is in the outbox to the link that has it; what follows is the next one's to send."""
@@ -428,26 +430,30 @@ class Cache:
         """Return what is held and asked for, and what took how long."""
         return structs.replace(self.renewal(now, threads), times=self.times.news(self.hits))
 
-    def register(self, now: float, threads: Mapping[int, str]) -> tuple[list[LeaseReport], Token]:
-        """Start over with a broker: return what a HELLO says is held, and the newest grant seen.
+    def register(self, now: float, threads: Mapping[int, str]) -> tuple[list[LeaseReport], Token, Acquire | None]:
+        """Start over with a broker: return what a HELLO says is held, the newest grant seen and the first request.
 
         That replaces whatever was not sent, but for leases given back: those are said to be closing, and their RELEASE
         follows, since only that tells whether the backend is gone. Every waiting ticket is asked for again (one that is
-        in the broker's queue keeps its place), and a heartbeat rids the queue of those that were withdrawn.
+        in the broker's queue keeps its place), and a heartbeat rids the queue of those that were withdrawn, after the
+        first HELLO of all.
         """
         unsent = [message for message in self.out if isinstance(message, Release)]
         self.out.clear()
         self.owed = self._newest = self._recalled = 0
         self.out.extend(unsent)
         self.tickets.ask_again()
-        self.out.append(self.renewal(now, threads))
+        if not self._is_new or self._epoch is not None:
+            self.out.append(self.renewal(now, threads))
+        self._is_new = False
         closing = [
             LeaseReport(release.token, Phase.CLOSING, 0, "", release.backend)
             for release in unsent
             if release.backend is not None or not release.gone  # else there was never a connection
         ]
         given = {token for token, x in self.leases.items() if x.phase is Phase.CLOSING and x.conn is None}
-        return [x for x in reports(self.leases.values(), now, threads) if x.token not in given] + closing, self._seen
+        held = [x for x in reports(self.leases.values(), now, threads) if x.token not in given]
+        return held + closing, self._seen, self.tickets.first()
 
     def welcomed(self, epoch: int, generation: int, now: float) -> list[Closing]:
         """Note which broker this is: what an earlier one had granted and not got here is lost."""

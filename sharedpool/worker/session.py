@@ -69,10 +69,10 @@ class Session:
             identity.dbname,
         )
         with self._holdings.lock:
-            leases, seen = self._holdings.cache.register(now, thread_names())
-        return Hello(
-            PROTOCOL_VERSION, self._holdings.pid, socket.gethostname(), self._title, spec, leases, seen, place()
-        )
+            cache = self._holdings.cache
+            leases, seen, first = cache.register(now, thread_names() if cache.leases else {})
+        host = socket.gethostname()
+        return Hello(PROTOCOL_VERSION, self._holdings.pid, host, self._title, spec, leases, seen, place(), first=first)
 
     def bye(self) -> Bye:
         """Compose the last message."""
@@ -174,7 +174,7 @@ class Session:
             self._holdings.cache.times.registered()
             for lease in self._holdings.cache.leases.values():
                 lease.deposited = False
-            moved = self._holdings.cache.tickets.move_to_desk() if hands_over else []
+            moved = self._holdings.cache.tickets.registered(welcome.served, hands_over=hands_over)
         self._deposit_all()
         for ticket in moved:
             ticket.wake()

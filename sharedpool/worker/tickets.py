@@ -52,14 +52,25 @@ class Tickets:
         if not at_desk:
             self.out.append(Acquire(ticket.request, ticket.wait_ms))
 
-    def move_to_desk(self) -> list[Ticket]:
-        """Have those who wait ask at the desk instead; return their tickets, to be woken for that.
+    def first(self) -> Acquire | None:
+        """Return what the first who waits asks for, for a HELLO."""
+        return next((Acquire(request, ticket.wait_ms) for request, ticket in self.waiting.items()), None)
 
-        Only there a connection can be passed to them. Who does not want to wait is answered by link all the same.
+    def registered(self, served: int, *, hands_over: bool) -> list[Ticket]:
+        """Note what a WELCOME says of those who wait: request number `served` will be answered as it was said along.
+
+        Where connections can be handed over the others ask at the desk instead: only there one can be passed to them.
+        Return their tickets, to be woken for that. Who does not want to wait is answered by link all the same.
         """
-        moved = [ticket for ticket in self.waiting.values() if ticket.wait_ms and not ticket.at_desk]
+        moved = [
+            ticket
+            for ticket in self.waiting.values()
+            if hands_over and ticket.wait_ms and not ticket.at_desk and ticket.request != served
+        ]
         requests = {ticket.request for ticket in moved}
-        unsent = [each for each in self.out if not (isinstance(each, Acquire) and each.request in requests)]
+        unsent = [
+            x for x in self.out if not (isinstance(x, Acquire) and (x.request in requests or x.request == served))
+        ]
         self.out.clear()
         for each in unsent:
             if isinstance(each, Renew):  # there the broker is not to miss what it has not been asked for yet

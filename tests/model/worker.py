@@ -88,11 +88,12 @@ class Worker(AtTheDesk):
     def hello(self) -> None:
         self.established = False
         now = self.hello_at = self.world.now
-        leases, seen = self.cache.register(now, {})
+        leases, seen, first = self.cache.register(now, {})
         expiration_ms, group = int(EXPIRATION_S * 1000), self.world.group_of.get(self.pool, "")
         spec = PoolSpec(self.pool, LIMITS[self.pool], expiration_ms, 0, "", MAX_WAITING[self.pool], group)
         host = "elsewhere" if self.remote else "here"
-        self.line.up.append(Hello(PROTOCOL_VERSION, self.process.pid, host, self.id.decode(), spec, leases, seen))
+        told = (self.process.pid, host, self.id.decode(), spec, leases, seen)
+        self.line.up.append(Hello(PROTOCOL_VERSION, *told, first=first))
 
     def start_over(self) -> None:
         """The link's session ends and the next begins."""
@@ -157,9 +158,8 @@ class Worker(AtTheDesk):
                 self.tag = message.tag
                 self._revoke(message.revoked)
                 self.open_desk(message.desk, message.handover)
-                if self.hands_over:
-                    for ticket in cache.tickets.move_to_desk():
-                        self.go_to_desk(ticket)
+                for ticket in cache.tickets.registered(message.served, hands_over=self.hands_over):
+                    self.go_to_desk(ticket)
             case Stale():
                 self._to_close(cache.renew_generation(message.generation, now))
             case Ack():

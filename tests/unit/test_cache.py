@@ -6,6 +6,7 @@ import pytest
 
 from sharedpool.errors import SharedPoolError
 from sharedpool.wire.messages import (
+    NO_TOKEN,
     Acquire,
     Backend,
     Cancel,
@@ -632,13 +633,23 @@ def test_a_renewal_lists_everything_held_and_asked_for(rig: Rig) -> None:
     assert (renew.seen, renew.answers, renew.pending) == (Token(1, 2), 0, [ticket.request])
 
 
+def test_the_first_registration_of_all_has_nothing_to_clear_up() -> None:
+    cache = Cache(60.0)
+    ticket = Ticket(lambda: None, 1.0)
+    cache.tickets.want(ticket, 2.5)
+    assert cache.register(1.0, {}) == ([], NO_TOKEN, Acquire(ticket.request, 2500))
+    assert list(cache.out) == [Acquire(ticket.request, 2500)]
+    cache.register(2.0, {})  # the first was lost, or heard
+    assert [type(each) for each in cache.out] == [Acquire, Renew]
+
+
 def test_registering_again_replaces_what_was_not_sent_and_asks_again(rig: Rig) -> None:
     lease, _ = rig.lend()
     ticket = rig.want(2.5)
     gone = rig.want()
     rig.cache.give_up(gone, rig.now)
     rig.recall(owed=1)
-    leases, seen = rig.cache.register(rig.now, {})
+    leases, seen, _ = rig.cache.register(rig.now, {})
     assert [report.token for report in leases] == [lease.token]
     assert (seen, rig.cache.owed) == (Token(1, 1), 0)
     assert rig.sent() == [Acquire(ticket.request, 2500), Renew(leases, seen, 0, [ticket.request])]
@@ -648,7 +659,7 @@ def test_registering_again_keeps_unsent_releases_and_says_that_they_close(rig: R
     """A HELLO without them would free the slot of a backend that was not seen to end."""
     lease, _ = rig.lend()
     rig.cache.closed(lease, ReleaseReason.BROKEN, gone=False)
-    leases, _ = rig.cache.register(rig.now, {})
+    leases, *_ = rig.cache.register(rig.now, {})
     assert [(report.token, report.phase, report.backend) for report in leases] == [
         (lease.token, Phase.CLOSING, Backend(1))
     ]
@@ -693,7 +704,7 @@ def test_a_connection_that_is_being_given_is_its_threads_alone(rig: Rig) -> None
     rig.now += 10 * CLOSING_LIMIT_S
     assert unfinished(rig.cache.leases.values(), rig.now) == []
     assert [report.token for report in rig.cache.renewal(rig.now, {}).leases] == [lease.token]
-    leases, _ = rig.cache.register(rig.now, {})
+    leases, *_ = rig.cache.register(rig.now, {})
     assert leases == []
     rig.cache.given(lease)
     assert rig.cache.leases == {}

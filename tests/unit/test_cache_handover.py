@@ -77,12 +77,28 @@ def test_who_waits_by_link_can_be_moved_to_the_desk_unnoticed(rig: Rig) -> None:
     """What says so to the broker must not have it missed in the next heartbeat."""
     patient, impatient = rig.want(), rig.want(wait_s=0)
     rig.cache.register(rig.now, {})
-    assert rig.cache.tickets.move_to_desk() == [patient]
+    assert rig.cache.tickets.registered(0, hands_over=True) == [patient]
     assert (patient.at_desk, impatient.at_desk) == (True, False)
     sent = rig.sent()
     assert [each.request for each in sent if isinstance(each, Acquire)] == [impatient.request]
     assert [each.pending for each in sent if isinstance(each, Renew)] == [[impatient.request]]
-    assert rig.cache.tickets.move_to_desk() == []
+    assert rig.cache.tickets.registered(0, hands_over=True) == []
+
+
+def test_what_a_hello_has_asked_along_is_neither_asked_again_nor_moved(rig: Rig) -> None:
+    served, other = rig.want(), rig.want()
+    *_, first = rig.cache.register(rig.now, {})
+    assert first == Acquire(served.request, served.wait_ms)
+    assert rig.cache.tickets.registered(served.request, hands_over=True) == [other]
+    assert (served.at_desk, other.at_desk) == (False, True)
+    assert [each for each in rig.sent() if isinstance(each, Acquire)] == []
+
+
+def test_what_is_answered_without_a_desk_is_not_asked_again_either(rig: Rig) -> None:
+    served, other = rig.want(), rig.want()
+    rig.cache.register(rig.now, {})
+    assert rig.cache.tickets.registered(served.request, hands_over=False) == []
+    assert [each.request for each in rig.sent() if isinstance(each, Acquire)] == [other.request]
 
 
 def test_a_recall_that_a_passed_connection_has_overtaken_is_obeyed_and_answered(rig: Rig) -> None:
@@ -124,7 +140,7 @@ def test_what_was_asked_for_twice_is_not_over_with_one_answer(rig: Rig) -> None:
     ticket = Ticket(lambda: None, rig.now)
     rig.cache.tickets.want(ticket, 5.0, at_desk=True)
     rig.cache.register(rig.now, {})
-    assert rig.cache.tickets.move_to_desk() == [ticket]
+    assert rig.cache.tickets.registered(0, hands_over=True) == [ticket]
     assert ticket.to_ask
     live = Live(Backend(1), 1, b"")
     rig.cache.passed(Pass(ticket.request, Token(1, 1), 1, 0, False, live), Conn(), float("inf"), rig.now)

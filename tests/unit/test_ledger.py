@@ -126,9 +126,9 @@ class Worker:
     def backend(token: Token) -> Backend:
         return Backend(1000 + token.serial, 1, 1, direct=True)
 
-    def hello(self, version: int = PROTOCOL_VERSION) -> list[Command]:
+    def hello(self, version: int = PROTOCOL_VERSION, first: Acquire | None = None) -> list[Command]:
         pid = 100 + sum(self.id)
-        hello = Hello(version, pid, "", self.name, self.spec, self.reports(), self.seen)
+        hello = Hello(version, pid, "", self.name, self.spec, self.reports(), self.seen, first=first)
         return self.broker.send(self.id, hello)
 
     def ask(self, wait_s: float = 0.0) -> int:
@@ -193,6 +193,42 @@ def test_free_slots_are_granted_at_once_up_to_the_limit(broker: Broker) -> None:
     assert b.granted(b.ask()) == Token(EPOCH, 2)
     assert broker.ledger.leases == 2
     assert broker.all(Recall) == []
+
+
+def newcomer(broker: Broker, name: str = "new") -> Worker:
+    """A worker that says along with its HELLO that it waits for a connection."""
+    worker = Worker(broker, name, PoolSpec("p", 2, 60_000))
+    worker.hello(first=Acquire(1, 9000))
+    return worker
+
+
+def test_a_free_slot_is_granted_with_the_welcome(broker: Broker) -> None:
+    new = newcomer(broker)
+    assert new.last(Welcome).served == 1
+    kinds = [type(each.message) for each in broker.commands if isinstance(each, Send) and each.session == new.id]
+    assert kinds == [Welcome, Grant]  # before it is welcome a worker takes in nothing
+    token = new.last(Grant).token  # which is on its way
+    new.hello(first=Acquire(1, 9000))
+    assert (new.last(Welcome).served, new.last(Grant).token, broker.ledger.leases) == (1, token, 1)
+
+
+def test_what_is_said_with_a_hello_waits_for_nothing(broker: Broker) -> None:
+    """Who has to wait does so at the desk; and nobody is overtaken."""
+    a = broker.worker("a")
+    token, _ = a.lend(), a.lend()
+    new = newcomer(broker)
+    assert new.last(Welcome).served == 0
+    a.release(token)
+    assert new.sent(Grant) == []
+    waiting = [a.ask(9.0), a.ask(9.0)]
+    assert newcomer(broker, "newer").last(Welcome).served == 0
+    assert [isinstance(a.outcome(request), Token) for request in waiting] == [True, False]
+
+
+def test_what_is_said_with_a_hello_to_a_broker_that_grants_nothing_yet_is_not_heard(broker: Broker) -> None:
+    broker.take_in(broker.ledger.hold(5.0, broker.now))
+    new = newcomer(broker)
+    assert (new.last(Welcome).served, new.sent(Grant), new.sent(Deny)) == (0, [], [])
 
 
 def test_exhaustion_is_told_at_once_when_only_the_asker_holds(broker: Broker) -> None:

@@ -11,6 +11,7 @@ from sharedpool.broker.records import SlotState
 from sharedpool.wire.desk import Ask, Give, Live, Pass, Withdraw
 from sharedpool.wire.messages import (
     Ack,
+    Acquire,
     Grant,
     Interrupt,
     Phase,
@@ -94,6 +95,15 @@ def test_what_nobody_waits_for_is_parked_and_had_for_a_word(broker: Broker, desk
     desk.ask(b, line=3)
     assert [line for line, _ in desk.passed()] == [3]
     assert len(broker.all(Recall)) == before  # nobody was asked
+
+
+def test_who_comes_new_is_sent_to_the_desk_for_what_is_parked(broker: Broker, desk: Desk) -> None:
+    """It costs less than to open one, though a slot is free."""
+    giver = broker.worker("a")
+    desk.give(giver, desk.lend(giver))
+    new = Worker(broker, "b", giver.spec)
+    new.hello(first=Acquire(1, 9000))
+    assert (new.last(Welcome).served, new.sent(Grant)) == (0, [])
 
 
 def test_what_is_parked_is_no_longer_its_givers(broker: Broker, desk: Desk) -> None:
