@@ -12,8 +12,9 @@ import threading
 import weakref
 from collections.abc import Callable
 
-from sharedpool.errors import ProtocolError
+from sharedpool.errors import ProtocolError, SharedPoolError
 from sharedpool.owned import Owned, identity, is_still, let_go
+from sharedpool.spare import FOR_A_BOOTH, FOR_A_CONNECTION, make_sure_of
 from sharedpool.wire import descriptors
 from sharedpool.wire.codec import decode_from_desk, encode
 from sharedpool.wire.desk import Ask, Leave, Pass, Settled, Withdraw
@@ -179,8 +180,10 @@ class Booths:
                 if len(self._all) >= _MOST:
                     return None
                 try:
+                    # What it would take from a connection that is granted: without it that is asked for by the link.
+                    make_sure_of(FOR_A_BOOTH + FOR_A_CONNECTION, "a line to the desk")
                     booth = Booth(path, self)
-                except OSError:
+                except (OSError, SharedPoolError):
                     return None
                 booth.owner, booth.receive = ticket.owner, receive
                 self._all.add(booth)
