@@ -45,7 +45,7 @@ _LOOK_EVERY_S = 0.5  # for what interrupts have left behind
 class Context(Protocol):
     """Where the link has its ZeroMQ context from (`links.SharedContext`)."""
 
-    def acquire(self, library: ModuleType) -> Any:
+    def acquire(self) -> Any:
         """Return the context, for one more link."""
 
     def release(self) -> None:
@@ -144,7 +144,7 @@ class Link:
         self._thread = green.current_thread()
         self._running = True
         self._zmq = green.zmq_library()
-        context = self._context.acquire(self._zmq)
+        context = self._context.acquire()
         try:
             while self._sweep(None):
                 try:
@@ -215,21 +215,21 @@ class Link:
     def _connect(self, context: Any) -> None:
         """Be connected once: until the broker falls silent or the link is over."""
         make_sure_of(FOR_A_SOCKET if self.epoch else FOR_A_CONTEXT, "the line to the broker")
-        dealer = context.socket(zmq.DEALER)
+        dealer = green.zmq_dealer(context)
         self._nonce = random.getrandbits(62)
         try:
-            dealer.setsockopt(zmq.IDENTITY, self.identity)
-            dealer.setsockopt(zmq.LINGER, int(_FLUSH_LIMIT_S * 1000))
-            dealer.setsockopt(zmq.IPV6, 1)
-            dealer.setsockopt(zmq.RECONNECT_IVL, 20)
-            dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+            dealer.set(zmq.IDENTITY, self.identity)
+            dealer.set(zmq.LINGER, int(_FLUSH_LIMIT_S * 1000))
+            dealer.set(zmq.IPV6, 1)
+            dealer.set(zmq.RECONNECT_IVL, 20)
+            dealer.set(zmq.RECONNECT_IVL_MAX, 500)
             dealer.connect(self.address)
             trouble = self._serve(dealer)
             for registration in self._living():
                 registration.interrupted(trouble or registration.trouble)
         finally:
             if not self._established:
-                dealer.setsockopt(zmq.LINGER, 0)  # unanswered HELLOs: the next connection says its own
+                dealer.set(zmq.LINGER, 0)  # unanswered HELLOs: the next connection says its own
             self._established = False
             dealer.close()
 

@@ -6,10 +6,10 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 from sharedpool.wire.messages import ToBroker
+from sharedpool.worker import green
 from sharedpool.worker.link import Link
 from sharedpool.worker.registration import Endpoint, Registration
 
@@ -22,11 +22,11 @@ class SharedContext:
         self._users = 0
         self._context: Any = None
 
-    def acquire(self, library: ModuleType) -> Any:
-        """Return the context, for one more link; `library` is pyzmq, or what it has for gevent."""
+    def acquire(self) -> Any:
+        """Return the context, for one more link."""
         with self._lock:
             if self._context is None:
-                self._context = library.Context()
+                self._context = green.zmq_context()
             self._users += 1
             return self._context
 
