@@ -74,6 +74,7 @@ class Link:
         self._running = False
         self._established = False
         self._listens = False  # else its thread has yet to look for the first time what there is to do
+        self._watched: set[int] = set()  # lines to the desk, by number
         self._trim_at = self._look_at = 0.0
         self._attempts = 0
         self._late = False  # it was waited for in vain, and has not come round since
@@ -183,7 +184,9 @@ class Link:
     def _sweep(self, dealer: Any) -> list[Registration]:
         """End the registrations whose pools are over; return those that go on. Without any the link is over."""
         self._late = False
-        for registration in self._living():
+        ended = False
+        living = self._living()
+        for registration in living:
             endpoint = registration.endpoint
             if not endpoint.ending or not endpoint.done():
                 continue
@@ -196,7 +199,8 @@ class Link:
                 self._over = not self._registrations
             endpoint.ended()
             registration.over.set()
-        return self._living()
+            ended = True
+        return self._living() if ended else living
 
     def _start_broker(self) -> None:
         """Have the automatic broker started with one pool's settings; where those fail, another's are tried next."""
@@ -238,6 +242,7 @@ class Link:
         poller = self._zmq.Poller()
         poller.register(dealer, zmq.POLLIN)
         poller.register(self._bell, zmq.POLLIN)
+        self._watched = set()
         started = time.monotonic()
         self._listens = True
         while living := self._sweep(dealer):
@@ -278,20 +283,19 @@ class Link:
 
     def _wait(self, poller: Any, dealer: Any, due: float) -> bool:
         """Wait for news and take it in; return False when the line to the desk tells that the broker has ended."""
-        line = self.desk.line if self._established else None
+        line = -1 if self.desk.line is None or not self._established else self.desk.line.fileno()
         unsettled = list(self.booths.unsettled)
-        watched = [*unsettled, *([] if line is None else [line.fileno()])]
-        for each in watched:
-            poller.register(each, zmq.POLLIN)
-        try:
-            ready = dict(poller.poll(_ms_until(due)))
-        finally:
-            for each in watched:
-                poller.unregister(each)
+        watched = {*unsettled, line} - {-1}
+        for fd in self._watched - watched:
+            poller.unregister(fd)
+        for fd in watched - self._watched:
+            poller.register(fd, zmq.POLLIN)
+        self._watched = watched
+        ready = dict(poller.poll(_ms_until(due)))
         for fd in unsettled:
             if fd in ready:
                 self.booths.read(fd)
-        if line is not None and watched[-1] in ready:
+        if line in ready:
             return False
         if self._bell.fileno() in ready:
             self._bell.hush()
