@@ -11,6 +11,7 @@ import os
 import select
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, cast
 
@@ -36,6 +37,7 @@ from sharedpool.worker.ending import (
     unregister_all,
 )
 
+_EPOCH, _MICROSECOND = datetime.fromtimestamp(0, UTC), timedelta(microseconds=1)
 CHECK_AFTER_S = 0.5  # idle, or lent out, for longer than this: look whether the server is still there
 # What tells whether a server is a primary one.
 ROLE_PARAMETERS = ("in_hot_standby", "default_transaction_read_only")
@@ -43,13 +45,13 @@ _ROLE_PARAMETERS_C = tuple(name.encode() for name in ROLE_PARAMETERS)
 # libpq waits for ever by default; a pool must not.
 CONNECT_LIMIT_S = 10
 
-# client_connection_check_interval (PostgreSQL 14+): a dead worker's backend notices even in the middle of a query.
+# Times as text: what a new backend must look up for the arithmetic is a fifth of what all this costs it.
 _DESCRIBE_SQL = """
-SELECT a.pid, (extract(epoch FROM a.backend_start) * 1000000)::bigint,
-       (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,
+SELECT a.pid, a.backend_start::text, pg_postmaster_start_time()::text,
        host(inet_client_addr()), inet_client_port(), host(inet_server_addr()), inet_server_port(), application_name
 FROM pg_stat_get_activity(pg_backend_pid()) AS a
 """
+# client_connection_check_interval (PostgreSQL 14+): a dead worker's backend notices even in the middle of a query.
 _CHECK_INTERVAL_SQL = """
 SELECT set_config('client_connection_check_interval', '2s', false)
 WHERE current_setting('client_connection_check_interval') = '0';
@@ -342,17 +344,26 @@ def describe(conn: PooledConnection) -> Backend:
             row = cursor.fetchone()
             if row is None:
                 return _unknown(conn)
-            pid, start_us, boot_us, client, client_port, server, server_port, name = row
+            pid, start, boot, client, client_port, server, server_port, name = row
+            start_us, boot_us = _microseconds(start or ""), _microseconds(boot or "")
             # A pooler has its own key for the cancel of whatever it will have the session on.
             pooled = pid != conn.info.backend_pid
             ends = None if client is None else ((client, client_port), (server, server_port))
             conn.sharedpool_direct = not pooled and is_direct(conn.fileno(), pid, ends)
             return Backend(pid, start_us, boot_us, conn.sharedpool_direct, (name or "") if pooled else None)
-    except (psycopg2.ProgrammingError, psycopg2.NotSupportedError, psycopg2.DataError):
+    except (psycopg2.ProgrammingError, psycopg2.NotSupportedError, psycopg2.DataError, ValueError):
         return _unknown(conn)
     finally:
         if not conn.closed:
             plain.autocommit.__set__(conn, False)
+
+
+def _microseconds(moment: str) -> int:
+    """Return the microseconds since 1970 of a timestamptz in ISO style, which psycopg2 sees to.
+
+    As exact as `(extract(epoch FROM moment) * 1000000)::bigint`, by which the broker knows a backend. Raise ValueError.
+    """
+    return (datetime.fromisoformat(moment) - _EPOCH) // _MICROSECOND
 
 
 def _unknown(conn: PooledConnection) -> Backend:

@@ -224,3 +224,19 @@ def test_the_broker_sees_every_server_that_its_workers_have_been_on(
                 pool.release_all()
             broker.stop()
             thread.join(20)
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Kolkata", "America/St_Johns"])
+def test_a_worker_knows_its_backend_by_the_numbers_the_broker_reads(zone: str, postgres: EphemeralPostgres) -> None:
+    """The one reads them as text, the other has the server count: else nothing could be fenced."""
+    info = resolve(dsn=f"{postgres.dsn} options='-c timezone={zone}'")
+    conn = connect(info, "numbers", None, [])
+    backend = describe(conn)
+    with conn.cursor() as cursor:
+        cursor.execute(
+            "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint,"
+            " (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint"
+            " FROM pg_stat_activity WHERE pid = pg_backend_pid()"
+        )
+        assert cursor.fetchone() == backend.identity
+    close_confirmed([conn])
