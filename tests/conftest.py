@@ -30,6 +30,12 @@ _OURS = ("SHAREDPOOL_", "PG", "DATABASE_DSN", "DATABASE_URL")
 _database_numbers = itertools.count(1)
 
 
+@pytest.hookimpl(optionalhook=True)  # xdist's
+def pytest_xdist_auto_num_workers() -> int:
+    """Have `-n auto` start two workers more than there are processors: many tests wait for a time to pass."""
+    return (os.cpu_count() or 1) + 2
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide the developer's settings; only SHAREDPOOL_PG_BIN stays: it chooses the server that is tested."""

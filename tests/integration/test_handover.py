@@ -5,6 +5,8 @@ import io
 import os
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import psycopg2
