@@ -13,20 +13,31 @@ from collections.abc import Callable, Iterable, Iterator
 
 from sharedpool.broker.commands import Command, Entry, Erase, Record
 from sharedpool.broker.groups import Groups, GroupTerms
-from sharedpool.broker.records import Lease, Pool, Session, SlotState, Waiter
+from sharedpool.broker.records import (
+    CLOSING,
+    FENCING,
+    FREE,
+    GRANTED,
+    OPEN,
+    SUSPECT,
+    Lease,
+    Pool,
+    Session,
+    SlotState,
+    Waiter,
+)
 from sharedpool.wire.messages import Backend, Phase, PoolSpec, Times, Token
 
 _MOST_PAST = 100  # unused pools of which the counts are kept
 
-_S = SlotState
 TRANSITIONS: dict[SlotState, frozenset[SlotState]] = {
     # OPEN: claimed by HELLO after a broker restart; SUSPECT: known from before it.
-    _S.FREE: frozenset({_S.GRANTED, _S.OPEN, _S.SUSPECT}),
-    _S.GRANTED: frozenset({_S.OPEN, _S.FREE, _S.SUSPECT}),
-    _S.OPEN: frozenset({_S.CLOSING, _S.FREE, _S.SUSPECT}),
-    _S.CLOSING: frozenset({_S.OPEN, _S.FREE, _S.SUSPECT}),
-    _S.SUSPECT: frozenset({_S.GRANTED, _S.OPEN, _S.CLOSING, _S.FREE, _S.FENCING}),
-    _S.FENCING: frozenset({_S.FREE}),
+    FREE: frozenset({GRANTED, OPEN, SUSPECT}),
+    GRANTED: frozenset({OPEN, FREE, SUSPECT}),
+    OPEN: frozenset({CLOSING, FREE, SUSPECT}),
+    CLOSING: frozenset({OPEN, FREE, SUSPECT}),
+    SUSPECT: frozenset({GRANTED, OPEN, CLOSING, FREE, FENCING}),
+    FENCING: frozenset({FREE}),
 }
 
 
@@ -160,28 +171,28 @@ class Books:
             raise AssertionError(f"bug: lease {lease.token}: {old.value} -> {new.value} ({reason})")
         session, pool, token = lease.session, lease.pool, lease.token
         lease.state = new
-        if old is SlotState.FREE:
+        if old is FREE:
             self.leases[token] = pool.leases[token] = session.leases[token] = lease
             self.mark_owed(session, session.owed)
             self._record(lease)
-        elif old in (SlotState.CLOSING, SlotState.FENCING):
+        elif old in (CLOSING, FENCING):
             pool.incoming.pop(token, None)
-        elif old is SlotState.SUSPECT:
+        elif old is SUSPECT:
             del pool.suspects[token]
-        if new is not SlotState.OPEN:
+        elif old is OPEN and new is not OPEN:
             self.mark_phase(lease, Phase.CONNECTING, None)
             lease.live = None
             pool.parked.pop(token, None)
-        if new is SlotState.GRANTED:
+        if new is GRANTED:
             session.granted[lease.request] = lease
-        elif new is not SlotState.SUSPECT and session.granted.get(lease.request) is lease:
+        elif new is not SUSPECT and session.granted.get(lease.request) is lease:
             del session.granted[lease.request]  # a suspect one may still be on its way
-        if new is SlotState.CLOSING:
+        if new is CLOSING:
             pool.incoming[token] = lease
-        elif new is SlotState.SUSPECT:
+        elif new is SUSPECT:
             pool.suspects[token] = lease
             pool.backoff.ended(token)  # if it is the probe, its outcome may never be told
-        elif new is SlotState.FREE:
+        elif new is FREE:
             del self.leases[token], pool.leases[token], session.leases[token]
             session.debts.discard(token)
             for index in (self.orphans, self.restored):
@@ -236,16 +247,21 @@ class Books:
 
     def mark_owed(self, session: Session, owed: int) -> None:
         """Note what a session owes (nothing when it holds nothing or is silent) and file it as pressed or not."""
-        pool = session.pool
-        if session.debts:
+        pool, session_id = session.pool, session.id
+        holds = session.leases and not session.silent
+        if not holds:
+            owed = 0
+        elif session.debts:
             owed = max(owed, len(session.debts))
-        session.owed = owed if session.leases and not session.silent else 0
-        pool.pressed.pop(session.id, None)
-        pool.unpressed.pop(session.id, None)
-        if session.owed:
-            pool.pressed[session.id] = session
-        elif session.leases and not session.silent:
-            pool.unpressed[session.id] = session
+        session.owed = owed
+        if holds and not owed and session_id in pool.unpressed:
+            return  # as it is with nearly every lease while nobody waits
+        pool.pressed.pop(session_id, None)  # one that stays goes to the end
+        pool.unpressed.pop(session_id, None)
+        if owed:
+            pool.pressed[session_id] = session
+        elif holds:
+            pool.unpressed[session_id] = session
 
     def mark_mute(self, session: Session) -> None:
         """Note that a session does not answer: what it has idle, or owes, is not counted on until it speaks."""
@@ -289,25 +305,25 @@ class Books:
         """Raise `AssertionError` when the records contradict each other."""
         for token, lease in self.leases.items():
             assert lease.token == token
-            assert lease.state is not SlotState.FREE, lease
+            assert lease.state is not FREE, lease
             assert lease.pool.leases[token] is lease.session.leases[token] is lease
             assert lease.session.pool is lease.pool
         assert len(self.leases) == sum(len(pool.leases) for pool in self.pools.values())
         assert len(self.leases) == sum(len(session.leases) for session in self.sessions.values())
         for pool in self.pools.values():
             assert pool.taking == sum(session.taking for session in pool.sessions.values())
-            assert all(lease.state is SlotState.OPEN for lease in pool.idle.values())
-            returning = (SlotState.CLOSING, SlotState.FENCING)
+            assert all(lease.state is OPEN for lease in pool.idle.values())
+            returning = (CLOSING, FENCING)
             assert all(lease.state in returning and pool.leases[t] is lease for t, lease in pool.incoming.items())
-            assert all(lease.state is SlotState.SUSPECT for lease in pool.suspects.values())
+            assert all(lease.state is SUSPECT for lease in pool.suspects.values())
             assert all(lease.idle_since is not None and not lease.session.silent for lease in pool.idle.values())
             for session in pool.sessions.values():
                 assert self.sessions[session.id] is session
-                early = (SlotState.GRANTED, SlotState.SUSPECT)
+                early = (GRANTED, SUSPECT)
                 assert all(x.state in early and x.backend is None for x in session.granted.values())
                 assert session.silent or session.awaited or session.answered >= session.asked, session.label
                 assert not session.taking or session.awaited, session.label
-            suspects = {t for t, lease in pool.leases.items() if lease.state is SlotState.SUSPECT}
+            suspects = {t for t, lease in pool.leases.items() if lease.state is SUSPECT}
             assert suspects == set(pool.suspects)
             holders = {s.id for s in pool.sessions.values() if s.leases}
             assert all(s.owed > 0 for s in pool.pressed.values())

@@ -27,7 +27,7 @@ from typing import Protocol
 
 from sharedpool.broker.books import Books
 from sharedpool.broker.commands import Command, Fence, Log, Send
-from sharedpool.broker.records import Lease, Pool, Session, SlotState, Waiter
+from sharedpool.broker.records import GRANTED, Lease, Pool, Session, SlotState, Waiter
 from sharedpool.broker.routes import Routes
 from sharedpool.wire.messages import Ack, Deny, DenyReason, Grant, Holder, Recall, Token
 
@@ -157,21 +157,43 @@ class Demand:
         self.deny(waiter, DenyReason.REFUSED, now)
         return True
 
+    def grants_at_once(self, session: Session) -> bool:
+        """Say whether a request would not be in the queue for a moment: there is a slot, and nothing else to do.
+
+        What `settle` would look at. Not for one that could be given a connection on a line of the desk.
+        """
+        books, pool = self._books, session.pool
+        return not (
+            books.contended
+            or books.shrinking
+            or self.paused
+            or self.draining
+            or session.refusal is not None
+            or pool.parked
+            or pool.held
+            or pool.room <= 0
+            or books.available(pool) <= 0
+        )
+
     def _grant(self, waiter: Waiter, now: float) -> None:
-        session, pool = waiter.session, waiter.session.pool
         self._books.dequeue(waiter)
+        self.grant(waiter.session, waiter.request, waiter.since, now)
+
+    def grant(self, session: Session, request: int, since: float, now: float) -> None:
+        """Grant a request that came at `since`."""
+        pool = session.pool
         lease = Lease(
-            self.new_token(), session, pool,
-            request=waiter.request, granted_at=now, waited_s=now - waiter.since, since=now,
+            self.new_token(), session, pool, request=request, granted_at=now, waited_s=now - since, since=now
         )  # fmt: skip
-        self._books.move(lease, SlotState.GRANTED, "granted")
-        pool.refusals.tries(session.id, session.refusal, now)
+        self._books.move(lease, GRANTED, "granted")
+        if session.refusal is not None:
+            pool.refusals.tries(session.id, session.refusal, now)
         if pool.backoff.granted(lease.token, len(pool.leases) - 1, now):
             self._arm(pool.backoff.probe_at, "probe", pool)
         pool.grants += 1
         session.passes += 1
-        pool.waits += now > waiter.since
-        pool.waited.append(now - waiter.since)
+        pool.waits += now > since
+        pool.waited.append(now - since)
         self._books.mark_owed(session, min(len(session.leases), self.pressure(pool, session)))
         self.send_grant(lease)
 
@@ -338,6 +360,8 @@ class Demand:
 
     def pressure(self, pool: Pool, holder: Session) -> int:
         """How many of `holder`'s next checkins others wait for: none while its own waiter is the first."""
+        if not (self._books.contended or self._books.shrinking):
+            return 0
         first = self._first_patient(pool)
         return self.excess(pool) if first is not None and first.session is holder else self.wanted(pool)
 

@@ -122,7 +122,7 @@ class Ledger:
         self._programs: dict[int, bytes] = {}  # by the line that ends with them; see `stays`
         self.awaited: set[bytes] = set()
         self._handlers: dict[type, Callable[[Session, Any, float], None]] = {
-            Acquire: self._acquire,
+            Acquire: self._request,
             Cancel: self._cancel,
             Confirm: self._confirm,
             Renew: self._renew,
@@ -425,6 +425,13 @@ class Ledger:
             self._books.groups.check_invariants(self._books.room + claimed)
 
     # --- messages
+
+    def _request(self, session: Session, acquire: Acquire, now: float) -> None:
+        known = acquire.request in session.granted
+        if not known and self._demand.grants_at_once(session) and not self._leases.routes.unsuitable(session.pool):
+            self._demand.grant(session, acquire.request, now, now)
+        else:
+            self._acquire(session, acquire, now)
 
     def _acquire(self, session: Session, acquire: Acquire, now: float) -> None:
         if acquire.request in session.waiters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections import Counter
@@ -1245,11 +1246,13 @@ class CountingTrace:
 
 def lines_run(work: Callable[[], object]) -> int:
     trace, before = CountingTrace(), sys.gettrace()
+    gc.disable()  # a finalizer of what other tests have left behind would be counted
     sys.settrace(trace)
     try:
         work()
     finally:
         sys.settrace(before)
+        gc.enable()
     return trace.lines["all"]
 
 
