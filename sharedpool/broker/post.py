@@ -19,6 +19,10 @@ from sharedpool.wire.messages import Reject
 
 logger = logging.getLogger("sharedpool.broker")
 
+_NOW = zmq.NOBLOCK
+_NOW_AND_MORE = zmq.NOBLOCK | zmq.SNDMORE
+_MOST_ADMITTED = 50_000
+
 
 def is_at(path: Path, ours: os.stat_result) -> bool:
     """Say whether a socket's file is still at its path; if so make it young."""
@@ -32,11 +36,11 @@ def is_at(path: Path, ours: os.stat_result) -> bool:
 
 
 class Letter(NamedTuple):
-    """A message as it has come: from which session, over whose connection."""
+    """A message as it has come: from which session, and in what, which tells over whose connection (`Post.sender`)."""
 
     session: bytes
-    frame: bytes
-    peer: Peer
+    body: bytes
+    frame: zmq.Frame
 
 
 class Post:
@@ -59,6 +63,7 @@ class Post:
         if listener is not None:
             self._router.setsockopt(zmq.USE_FD, listener)
         self._garbage = Garbage()
+        self._admitted: set[bytes] = set()  # routing ids of whom we serve: nobody else can know one
         self._ours: os.stat_result | None = None  # our socket's file
         self.mail = self._used = True
 
@@ -114,30 +119,56 @@ class Post:
     def read(self, most: int) -> Iterator[Letter]:
         """Yield up to `most` messages, without those that are not to be looked at. Does not block."""
         self._used = True
+        receive, admitted = self._router.recv, self._admitted
         for _ in range(most):
             try:
-                frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+                routing_id = receive(_NOW)
+                frame = receive(_NOW, copy=False)  # a message comes as a whole
             except zmq.Again:
                 self.mail = False
                 return
-            peer = peer_of(frames[-1], ipc=self.near)
-            routing_id, *rest = (frame.bytes for frame in frames)
-            if peer.uid not in (None, os.geteuid(), 0):
-                self._garbage.dropped("dropped a message from uid %d", peer.uid)
-                refusal = f"the broker is uid {os.geteuid()}'s and serves nobody else (but root), not uid {peer.uid}"
-                self.send(to_session(routing_id, rest[0] if rest else b"")[0], encode(Reject(refusal, fatal=True)))
-            elif len(rest) != 1:
+            excess = self._excess() if frame.more else 0
+            session, body = to_session(routing_id, frame.bytes)
+            if routing_id not in admitted and not self._admits(routing_id, session, frame):
+                continue
+            if excess:
                 name = routing_id.hex()[:12]
                 text = "dropped a message from %s: %d frames instead of 2"
-                self._garbage.dropped(text, name, len(frames), session=name)
+                self._garbage.dropped(text, name, 2 + excess, session=name)
             else:
-                yield Letter(*to_session(routing_id, rest[0]), peer)
+                yield Letter(session, body, frame)
+
+    def _excess(self) -> int:
+        """Throw away the rest of a message; return how many frames that were."""
+        count = 1
+        while self._router.recv(_NOW, copy=False).more:
+            count += 1
+        return count
+
+    def _admits(self, routing_id: bytes, session: bytes, frame: zmq.Frame) -> bool:
+        """Say whether we serve who has this routing id, and remember it; tell him if not."""
+        uid = self.sender(frame).uid
+        if uid not in (None, os.geteuid(), 0):
+            self._garbage.dropped("dropped a message from uid %d", uid)
+            refusal = f"the broker is uid {os.geteuid()}'s and serves nobody else (but root), not uid {uid}"
+            self.send(session, encode(Reject(refusal, fatal=True)))
+            return False
+        if len(self._admitted) >= _MOST_ADMITTED:
+            self._admitted.clear()  # each is asked for once more
+        self._admitted.add(routing_id)
+        return True
+
+    def sender(self, frame: zmq.Frame) -> Peer:
+        """Return over whose connection a frame has come."""
+        return peer_of(frame, ipc=self.near)
 
     def send(self, session: bytes, frame: bytes) -> None:
         """Send one frame. One who is gone, or does not read, misses it. Does not block."""
         self._used = True
         try:
-            self._router.send_multipart(from_session(session, frame), zmq.NOBLOCK)
+            routing_id, body = from_session(session, frame)
+            self._router.send(routing_id, _NOW_AND_MORE)  # if it cannot be sent, this tells
+            self._router.send(body, _NOW)
         except zmq.ZMQError as error:
             # The state stands: the session's next RENEW, or its death, repairs it.
             logger.debug("not sent to %s: %s", session.hex()[:12], error)

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
@@ -34,7 +34,6 @@ from sharedpool.broker.commands import (
     Log,
     Look,
     PassOn,
-    Process,
     Record,
     Saw,
     Send,
@@ -51,7 +50,7 @@ from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.lock import BrokerLock
 from sharedpool.broker.operators import Operators
 from sharedpool.broker.post import Letter, Post
-from sharedpool.broker.processes import Watched, WatchedProcess, process, raise_descriptor_limit
+from sharedpool.broker.processes import Peer, Watched, WatchedProcess, process, raise_descriptor_limit
 from sharedpool.broker.scope import scope_of
 from sharedpool.broker.sessions import other_version
 from sharedpool.broker.settings import BrokerSettings
@@ -60,10 +59,10 @@ from sharedpool.conninfo import ConnInfo
 from sharedpool.errors import ConfigError, ProtocolError, SharedPoolError
 from sharedpool.wire import address as addresses
 from sharedpool.wire.codec import decode_to_broker, encode, hello_version
-from sharedpool.wire.messages import PROTOCOL_VERSION, Hello, Reject
+from sharedpool.wire.messages import PROTOCOL_VERSION, Hello, Reject, ToWorker
 from sharedpool.wire.orders import Order
 from sharedpool.wire.place import place
-from sharedpool.wire.reports import Report, Status
+from sharedpool.wire.reports import Report, Status, ToOperator
 
 if TYPE_CHECKING:
     from sharedpool.broker.lookout import Lookout
@@ -72,6 +71,8 @@ logger = logging.getLogger("sharedpool.broker")
 
 # Messages taken in one go before timers and process ends get their turn.
 _BATCH = 500
+# Messages whose answers are sent together, after one write to the journal: while there are more of them than time.
+_AT_ONCE = 16
 # A loop that was away for so long did not run (SIGSTOP, a suspended machine): silence in that time is no sign.
 _AWAY_S = 1.0
 # Reports say of these samples that they are 10 s apart.
@@ -146,6 +147,23 @@ class Server:
         )  # fmt: skip
         self._operators = Operators(self._ledger, self._control, self._execute, self._report)
         self._custody = Custody(self._desk, self._ledger, self._control, self._execute, self._calls.append)
+        self._unsent: list[tuple[bytes, ToWorker | ToOperator]] = []
+        self._deeds: dict[type, Callable[[Any], None]] = {
+            Send: self._send,
+            Record: self._record,
+            Erase: self._erase,
+            PassOn: self._pass_on,
+            Entrust: lambda order: self._custody.entrust(order.token, order.heir),
+            Interfere: self._control.interfere,
+            Vouch: lambda _: self._journal.vouch(),
+            Saw: lambda order: self._journal.saw(order.place),
+            Fence: self._custody.fence,
+            Look: self._control.look,
+            Doubt: self._control.doubt,
+            Watch: self._watch,
+            Forget: lambda order: self._watched.forget(order.session),
+            Log: lambda log: logger.log(log.level, "%s", log.text, extra={"sharedpool": log.fields}),
+        }
         self._keeper = Keeper(settings.address, self._lock, self._journal, self._post, self._desk)
         # A crashed broker leaves its socket, should somebody have deleted the rest.
         self._follows = not self._lock.first or self._post.left_behind
@@ -205,8 +223,7 @@ class Server:
         try:
             while not self._stopping:
                 if self._post.mail:
-                    for letter in self._post.read(_BATCH):
-                        self._take_in(letter)
+                    self._read_mail()
                 more = self._post.mail
                 now = time.monotonic()
                 if now - self._awake_at > _AWAY_S:
@@ -333,34 +350,43 @@ class Server:
 
     # --- input
 
+    def _read_mail(self) -> None:
+        for number, letter in enumerate(self._post.read(_BATCH), 1):
+            self._take_in(letter)
+            if number % _AT_ONCE == 0:
+                self._deliver()
+        self._deliver()
+
     def _take_in(self, letter: Letter) -> None:
-        session, frame, peer = letter
+        session, body, frame = letter
         try:
-            message = decode_to_broker(frame)
+            message = decode_to_broker(body)
         except ProtocolError as error:
-            if (version := hello_version(frame)) not in (None, PROTOCOL_VERSION):
-                self._post.send(session, encode(Reject(other_version(version), fatal=True)))
+            if (version := hello_version(body)) not in (None, PROTOCOL_VERSION):
+                self._unsent.append((session, Reject(other_version(version), fatal=True)))
             else:
                 name = session.hex()[:12]
                 self._garbage.dropped("dropped a message from %s: %s", name, str(error)[:_SHOWN], session=name)
             return
         now = time.monotonic()
-        sender: Process | None = None
         if isinstance(message, Status):
             self._operators.ask(session, message, now)
-            return
-        if isinstance(message, Order):
-            self._operators.order(session, message, now, near=self._post.near or peer.loopback)
-            return
-        if isinstance(message, Hello):
-            # By tcp only a process of this very host, by loopback, can be found by the pid it claims; in another PID
-            # namespace (a pod, a container on the host's network) that is somebody else's, or nobody's.
-            if message.host == self._host:
-                message = structs.replace(message, host="")  # in texts only other hosts are named
-            near = peer.loopback and not message.host and message.place == self._place
-            if pid := peer.pid or (message.pid if near else 0):
-                sender = process(pid)
-        self._execute(self._ledger.handle(session, message, now, sender))
+        elif isinstance(message, Order):
+            near = self._post.near or self._post.sender(frame).loopback
+            self._operators.order(session, message, now, near=near)
+        elif isinstance(message, Hello):
+            self._greet(session, message, self._post.sender(frame), now)
+        else:
+            self._carry_out(self._ledger.handle(session, message, now))
+
+    def _greet(self, session: bytes, hello: Hello, peer: Peer, now: float) -> None:
+        # By tcp only a process of this very host, by loopback, can be found by the pid it claims; in another PID
+        # namespace (a pod, a container on the host's network) that is somebody else's, or nobody's.
+        if hello.host == self._host:
+            hello = structs.replace(hello, host="")  # in texts only other hosts are named
+        near = peer.loopback and not hello.host and hello.place == self._place
+        pid = peer.pid or (hello.pid if near else 0)
+        self._carry_out(self._ledger.handle(session, hello, now, process(pid) if pid else None))
 
     def _wait(self, timeout: float | None) -> None:
         for key, _ in self._selector.select(timeout):
@@ -401,43 +427,41 @@ class Server:
     # --- output
 
     def _execute(self, commands: list[Command]) -> None:
+        self._carry_out(commands)
+        self._deliver()
+
+    def _carry_out(self, commands: list[Command]) -> None:
+        """Do what was decided, but for what is to be sent and written: `_deliver` does that."""
         for command in commands:
-            match command:
-                case Send(session, message):
-                    self._journal.flush()
-                    self._post.send(session, encode(message))
-                case Record(entry):
-                    self._journal.record(entry)
-                    if entry.backend is not None:
-                        self._control.met(entry.backend.boot_us)
-                case PassOn(line, passed):
-                    self._journal.flush()
-                    self._custody.pass_on(line, passed)
-                case Erase(token):
-                    self._journal.erase(token)
-                    self._custody.erase(token)
-                case Entrust(token, heir):
-                    self._custody.entrust(token, heir)
-                case Interfere():
-                    self._control.interfere(command)
-                case Vouch():
-                    self._journal.vouch()
-                case Saw(place):
-                    self._journal.saw(place)
-                case Fence():
-                    self._custody.fence(command)
-                case Look():
-                    self._control.look(command)
-                case Doubt():
-                    self._control.doubt(command)
-                case Watch(session, watched):
-                    if not self._watched.watch(session, watched):
-                        self._died(session)
-                case Forget(session):
-                    self._watched.forget(session)
-                case Log(level, text, fields):
-                    logger.log(level, "%s", text, extra={"sharedpool": fields})
+            self._deeds[type(command)](command)
+
+    def _deliver(self) -> None:
+        """Write what was decided, then tell of it: a grant that is not in the journal must not leave."""
         self._journal.flush()
+        if self._unsent:
+            for session, message in self._unsent:
+                self._post.send(session, encode(message))
+            self._unsent.clear()
+
+    def _send(self, send: Send) -> None:
+        self._unsent.append((send.session, send.message))
+
+    def _record(self, record: Record) -> None:
+        self._journal.record(record.entry)
+        if record.entry.backend is not None:
+            self._control.met(record.entry.backend.boot_us)
+
+    def _pass_on(self, order: PassOn) -> None:
+        self._deliver()
+        self._custody.pass_on(order.line, order.message)
+
+    def _erase(self, erase: Erase) -> None:
+        self._journal.erase(erase.token)
+        self._custody.erase(erase.token)
+
+    def _watch(self, order: Watch) -> None:
+        if not self._watched.watch(order.session, order.process):
+            self._died(order.session)
 
     # --- words
 
