@@ -133,7 +133,7 @@ class Ledger:
         }
         self._alarms: dict[str, Callable[[Any, float], None]] = {
             "waiter": self._waiter_due,
-            "session": self._sessions.due,
+            "silence": self._sessions.silence_due,
             "expiry": self._leases.expiry_due,
             "checkout": self._leases.checkout_due,
             "answer": self._answer_due,
@@ -476,8 +476,9 @@ class Ledger:
         session.told = max(session.told, renew.answers)
         self._demand.answered(session, renew.answers)
         pending = set(renew.pending)
-        for waiter in [w for w in session.waiters.values() if w.request not in pending and not w.line]:
-            self._books.dequeue(waiter)  # its CANCEL was lost
+        if session.waiters:
+            for waiter in [w for w in session.waiters.values() if w.request not in pending and not w.line]:
+                self._books.dequeue(waiter)  # its CANCEL was lost
         for token in renew.gone:  # their RELEASE may have been lost
             if (lease := session.leases.get(token)) is not None:
                 self._leases.free(lease, "given back")
@@ -496,6 +497,8 @@ class Ledger:
         for lease in session.granted.values():
             if lease.token > seen and lease.token.epoch == self.epoch:
                 self._demand.send_grant(lease)  # the first one was lost, or is on its way
+        if not pending:
+            return
         passed = {x.request for x in session.leases.values() if x.line and x.state is SlotState.OPEN}  # on its way
         if not pending <= session.waiters.keys() | session.granted.keys() | passed:
             # It waits for what nobody will answer: an ACQUIRE or DENY was lost, or it was silent for too long.
@@ -548,6 +551,8 @@ class Ledger:
             return self._books.pools.get(subject.name) is not subject
         if subject is self:
             return False
+        if kind == "silence":
+            return not self._sessions.listens(subject)
         return self._books.sessions.get(subject.id) is not subject
 
     def _waiter_due(self, waiter: Waiter, now: float) -> None:

@@ -19,6 +19,7 @@ from sharedpool.wire.messages import Reject
 
 logger = logging.getLogger("sharedpool.broker")
 
+_READABLE = int(zmq.POLLIN)
 _NOW = zmq.NOBLOCK
 _NOW_AND_MORE = zmq.NOBLOCK | zmq.SNDMORE
 _MOST_ADMITTED = 50_000
@@ -113,14 +114,20 @@ class Post:
         """Say whether there is something to read."""
         if self._used:
             self._used = False
-            self.mail = bool(int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+            self.mail = self._has_mail()
         return self.mail
+
+    def _has_mail(self) -> bool:
+        return bool(int(self._router.getsockopt(zmq.EVENTS)) & _READABLE)
 
     def read(self, most: int) -> Iterator[Letter]:
         """Yield up to `most` messages, without those that are not to be looked at. Does not block."""
         self._used = True
         receive, admitted = self._router.recv, self._admitted
-        for _ in range(most):
+        for count in range(most):
+            if count == 1 and not self._has_mail():  # it mostly comes singly, and zmq.Again is dear
+                self.mail = False
+                return
             try:
                 routing_id = receive(_NOW)
                 frame = receive(_NOW, copy=False)  # a message comes as a whole

@@ -94,7 +94,7 @@ class Routes:
     def over(self, lease: Lease) -> None:
         """Note that a lease is over."""
         self.unproven.discard(lease)
-        if lease.backend is not None and self._lent.get(lease.backend) is lease:
+        if self._lent and lease.backend is not None and self._lent.get(lease.backend) is lease:
             del self._lent[lease.backend]
 
     def doubt(self, leases: list[Lease], asked: list[int]) -> None:
@@ -106,6 +106,8 @@ class Routes:
 
         Return a lease whose backend another one has at the same time: its pooler does not keep sessions.
         """
+        if not self._twins:
+            return None
         self._twins = [pair for pair in self._twins if all(lease.state is SlotState.OPEN for lease in pair.leases)]
         for pair in self._twins:
             for index, lease in enumerate(pair.leases):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,6 +67,9 @@ class Sessions:
         self._arm = arm
         self._log = log
         self._random = random
+        # Those that have not fallen silent, the longest unheard first: one alarm, for that one, will do for all.
+        self._audible: OrderedDict[bytes, Session] = OrderedDict()
+        self._alarm: object | None = None
 
     def pool(self, spec: PoolSpec) -> Pool:
         """Return the pool of that name, made when there is none."""
@@ -129,13 +133,11 @@ class Sessions:
             session = Session(session_id, hello.pid, host, title, pool, expiration_s, now, process)
             books.sessions[session_id] = pool.sessions[session_id] = session
             self._emit(Watch(session_id, process))
-            self._arm(now + self._terms.ttl_s, "session", session)
         elif session.restored:
             session.restored = False
             session.spared_until = -math.inf
             session.process = process  # as it is known here, not to the former broker
             self._emit(Watch(session_id, process))
-            self._arm(now + self._terms.ttl_s, "session", session)
         # A worker that starts over has forgotten what it was asked for.
         self._demand.ignore(session)
         self._books.mark_owed(session, 0)
@@ -160,10 +162,31 @@ class Sessions:
         session.heard = now
         if session.mute or session.suspect:
             self._books.mark_heard(session)
+        if session.ended:
+            return
+        self._audible[session.id] = session
+        self._audible.move_to_end(session.id)
+        if self._alarm is None:
+            self._listen(now + self._terms.ttl_s)
+
+    def _listen(self, until: float) -> None:
+        self._alarm = object()
+        self._arm(until, "silence", self._alarm)
+
+    def listens(self, alarm: object) -> bool:
+        """Say whether this alarm still matters."""
+        return alarm is self._alarm
+
+    def _ignore(self, session: Session) -> None:
+        """Do not watch for a session's silence any more."""
+        self._audible.pop(session.id, None)
+        if not self._audible:
+            self._alarm = None
 
     def end(self, session: Session, why: str, now: float, *, unused_above: Token | None = None) -> None:
         """End a session; leases above `unused_above`, if given, were never taken up by its worker."""
         told, session.ended = session.ended, True  # its line and its process are both seen to end: told of once
+        self._ignore(session)
         held = [lease for lease in session.leases.values() if lease.live is None]  # else given back, and parked here
         if held and not told:
             text = "pool %r: %s: %s; its %d leases are ended"
@@ -194,6 +217,7 @@ class Sessions:
         if self._books.sessions.pop(session.id, None) is None:
             return
         self._emit(Forget(session.id))
+        self._ignore(session)
         del session.pool.sessions[session.id]
         if not session.pool.sessions:
             self._books.discard(session.pool)
@@ -205,26 +229,33 @@ class Sessions:
         seen = bye.seen if bye.seen.epoch == self._terms.epoch else NO_TOKEN
         self.end(session, "its worker left without returning it", now, unused_above=seen)
 
-    def due(self, session: Session, now: float) -> None:
-        if self._books.sessions.get(session.id) is not session:
+    def silence_due(self, alarm: object, now: float) -> None:
+        """Suspect those that have been silent for the TTL, and watch for the next one."""
+        if not self.listens(alarm):
             return
-        if session.heard + self._terms.ttl_s > now:
-            self._arm(session.heard + self._terms.ttl_s, "session", session)
-            return
-        if not session.suspect and not session.ended:
-            text = "pool %r: %s has been silent for %.1f s: its %d leases are suspect"
-            self._log(
-                logging.WARNING, text, session.pool.name, session.label, now - session.heard, len(session.leases),
-                pool=session.pool.name, session=session.label, reason="silent",
-            )  # fmt: skip
-            session.suspect = True
-            self._demand.ignore(session)
-            for lease in list(session.leases.values()):
-                if lease.state not in (SlotState.SUSPECT, SlotState.FENCING) and lease.live is None:
-                    self._books.move(lease, SlotState.SUSPECT, "TTL passed")
-                    self.leases.mistrust(lease)
-            for waiter in list(session.waiters.values()):
-                self._books.dequeue(waiter)
+        self._alarm = None
+        while self._audible:
+            session = next(iter(self._audible.values()))
+            due = session.heard + self._terms.ttl_s
+            if due > now:
+                self._listen(due)
+                return
+            self._ignore(session)
+            self._suspect(session, now)
+
+    def _suspect(self, session: Session, now: float) -> None:
+        text = "pool %r: %s has been silent for %.1f s: its %d leases are suspect"
+        self._log(
+            logging.WARNING, text, session.pool.name, session.label, now - session.heard, len(session.leases),
+            pool=session.pool.name, session=session.label, reason="silent",
+        )  # fmt: skip
+        session.suspect = True
+        self._demand.ignore(session)
+        for lease in list(session.leases.values()):
+            if lease.state not in (SlotState.SUSPECT, SlotState.FENCING) and lease.live is None:
+                self._books.move(lease, SlotState.SUSPECT, "TTL passed")
+                self.leases.mistrust(lease)
+        for waiter in list(session.waiters.values()):
+            self._books.dequeue(waiter)
         # Its waiters are gone; with its last lease it is forgotten (it says HELLO again when it comes back).
         self.drop_if_over(session)
-        self._arm(now + self._terms.ttl_s, "session", session)

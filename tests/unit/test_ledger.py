@@ -1038,6 +1038,51 @@ def test_deadlines_of_requests_that_are_over_wake_nobody(broker: Broker) -> None
     assert broker.ledger.next_deadline() is None
 
 
+def test_what_is_granted_at_once_leaves_no_deadline(broker: Broker) -> None:
+    a = broker.worker("a")
+    deadlines = len(broker.ledger._timers)
+    a.granted(a.ask(wait_s=3600))
+    assert len(broker.ledger._timers) == deadlines
+
+
+def test_one_deadline_watches_over_all_who_are_heard(broker: Broker) -> None:
+    """Its alarm is for the one who was unheard for longest: all others are heard meanwhile, as a rule."""
+    a, b = broker.worker("a"), broker.worker("b")
+    broker.pass_time(5)
+    assert broker.ledger.next_deadline() == 1000.0 + TTL_S
+    a.beat()
+    broker.pass_time(5)
+    b.beat()
+    assert len(broker.ledger._timers) == 1
+    broker.pass_time(5)
+    assert broker.ledger.sessions == 2
+    assert broker.ledger.next_deadline() == 1005.0 + TTL_S
+
+
+def test_each_falls_silent_at_its_own_time(broker: Broker) -> None:
+    a, b, c = broker.worker("a"), broker.worker("b"), broker.worker("c")
+    held = [each.lend() for each in (a, b)]
+    broker.pass_time(5)
+    b.beat()
+    c.beat()
+    broker.pass_time(10)
+    assert [state_of(broker, token) for token in held] == [SlotState.SUSPECT, SlotState.OPEN]
+    a.beat()  # it was but late
+    c.beat()
+    assert state_of(broker, held[0]) is SlotState.OPEN
+    broker.pass_time(5)
+    assert [state_of(broker, token) for token in held] == [SlotState.OPEN, SlotState.SUSPECT]
+    broker.pass_time(9)
+    assert broker.ledger.sessions == 2
+    broker.pass_time(1)
+    assert broker.ledger.sessions == 0
+    assert [state_of(broker, token) for token in held] == [SlotState.SUSPECT, SlotState.SUSPECT]
+
+
+def state_of(broker: Broker, token: Token) -> SlotState:
+    return broker.ledger._books.leases[token].state
+
+
 def test_deadlines_of_requests_that_are_over_do_not_pile_up(broker: Broker) -> None:
     a = broker.worker("a")
     for _ in range(2000):
