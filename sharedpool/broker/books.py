@@ -196,15 +196,16 @@ class Books:
             del self.leases[token], pool.leases[token], session.leases[token]
             session.debts.discard(token)
             for index in (self.orphans, self.restored):
-                if lease.backend is not None and index.get(lease.backend) is lease:
+                if index and lease.backend is not None and index.get(lease.backend) is lease:
                     del index[lease.backend]
             self.mark_owed(session, session.owed)
             pool.backoff.ended(token)
             self._emit(Erase(token))
 
-    def identify(self, lease: Lease, backend: Backend | None) -> None:
+    def identify(self, lease: Lease, backend: Backend) -> None:
         """Note which backend a lease's connection is on."""
-        if backend is not None and (backend != lease.backend or backend.direct is not lease.backend.direct):
+        known = lease.backend
+        if known is None or backend != known or backend.direct is not known.direct:
             lease.backend = backend
             self._record(lease)
 

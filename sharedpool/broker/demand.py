@@ -90,17 +90,23 @@ class Demand:
             self._turn_away(now)
         if books.shrinking:
             self._shrink(now)
-        if books.contended:
+        if books.contended and not self._all_rests():
             self.parked.serve(now)
             self._serve(now)
             self._fail(now)
-        if books.contended:
-            self._recall(now)
-            if any(pool.nowaits for pool in books.contended.values()):
-                self._refuse(now)  # before the next round begins, or a stream of requests would put it off for ever
-                self._poll(now)
-                self._refuse(now)
+            if books.contended and not self._all_rests():
+                self._ask_back(now)
         self._relax(now)
+
+    def _ask_back(self, now: float) -> None:
+        self._recall(now)
+        if any(pool.nowaits for pool in self._books.contended.values()):
+            self._refuse(now)  # before the next round begins, or a stream of requests would put it off for ever
+            self._poll(now)
+            self._refuse(now)
+
+    def _all_rests(self) -> bool:
+        return len(self._books.pools) == 1 and self.at_rest(next(iter(self._books.pools.values())))
 
     def at_rest(self, pool: Pool) -> bool:
         """Say whether nothing can be done for this pool's waiters but wait for a checkin: as is usual where many share.
@@ -194,7 +200,8 @@ class Demand:
         session.passes += 1
         pool.waits += now > since
         pool.waited.append(now - since)
-        self._books.mark_owed(session, min(len(session.leases), self.pressure(pool, session)))
+        if (pressure := self.pressure(pool, session)) or session.owed:
+            self._books.mark_owed(session, min(len(session.leases), pressure))
         self.send_grant(lease)
 
     def new_token(self) -> Token:
@@ -354,9 +361,15 @@ class Demand:
 
     def _first_patient(self, pool: Pool) -> Waiter | None:
         """Return the patient waiter who would get a slot of this pool."""
-        helped = [other for other in self._helped(pool) if not other.held]
-        heads = (next((w for w in other.waiters.values() if not w.nowait), None) for other in helped)
-        return min((head for head in heads if head is not None), key=self._books.rank, default=None)
+        first: Waiter | None = None
+        for other in self._helped(pool):
+            if other.held or len(other.waiters) == len(other.nowaits):
+                continue
+            waiters = other.waiters.values()
+            head = next(w for w in waiters if not w.nowait) if other.nowaits else next(iter(waiters))
+            if first is None or self._books.rank(head) < self._books.rank(first):
+                first = head
+        return first
 
     def pressure(self, pool: Pool, holder: Session) -> int:
         """How many of `holder`'s next checkins others wait for: none while its own waiter is the first."""
@@ -386,10 +399,9 @@ class Demand:
         for pool in self._books.pools.values():
             if not pool.pressed or now < pool.shared_until:
                 continue  # what is given back for nobody is parked then, and may be had again for a word
-            first = self._first_patient(pool)
             if not self.wanted(pool):
                 relaxed = list(pool.pressed.values())
-            elif first is not None and first.session.id in pool.pressed:
+            elif (first := self._first_patient(pool)) is not None and first.session.id in pool.pressed:
                 relaxed = [first.session]
             else:
                 continue

@@ -89,14 +89,14 @@ class Leases:
 
         One that was counted for nobody is this lease's now; so is one that was handed over unknown to this broker.
         """
-        new = lease.backend != backend
-        self._books.identify(lease, backend)
         if backend is None:
             return
+        new = lease.backend is None or lease.backend != backend
+        self._books.identify(lease, backend)
         if new:
             self._note_route(lease, backend, now)
         for index in (self._books.orphans, self._books.restored):
-            other = index.get(backend)
+            other = index.get(backend) if index else None
             if other is not None and other is not lease and other.state is SlotState.SUSPECT:
                 self.free(other, "claimed")
 
