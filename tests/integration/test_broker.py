@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -21,6 +22,9 @@ from sharedpool.broker.server import Server
 from sharedpool.broker.settings import BrokerSettings
 from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.wire.address import journal_path
+from sharedpool.wire.codec import decode_to_worker, encode
+from sharedpool.wire.messages import PROTOCOL_VERSION, Acquire, Grant, Hello, PoolSpec, Welcome
 from sharedpool.wire.reports import Report
 
 
@@ -347,6 +351,49 @@ def test_garbage_neither_stops_nor_changes_anything(broker: sharedpool.Broker, m
     assert pool.get_conn() is conn
     after = [p for p in fetch_report(broker.address).pools if p.name == pool.name]
     assert [(p.leases, p.sessions) for p in before] == [(p.leases, p.sessions) for p in after]
+
+
+def test_no_grant_leaves_before_it_is_in_the_journal(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when many requests are there at once, whose grants are written and sent together."""
+    import zmq
+
+    most = 100
+    address = f"ipc://{runtime_dir}/journal.sock"
+    server = Server(BrokerSettings(address, most))
+    server.bind()
+    send = server._post.send
+    unwritten = []
+
+    def looking(session: bytes, frame: bytes) -> None:
+        message = decode_to_worker(frame)
+        if isinstance(message, Grant):
+            token = f'"token":[{message.token.epoch},{message.token.serial}]'
+            if token not in journal_path(address).read_text():
+                unwritten.append(token)
+        send(session, frame)
+
+    monkeypatch.setattr(server._post, "send", looking)
+    thread = threading.Thread(target=server.run)
+    context = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    dealer.setsockopt(zmq.LINGER, 0)
+    dealer.setsockopt(zmq.RCVTIMEO, 20_000)
+    dealer.connect(address)
+    spec = PoolSpec("journal", most, 60_000)
+    dealer.send(encode(Hello(PROTOCOL_VERSION, os.getpid(), socket.gethostname(), "journal", spec)))
+    for request in range(1, most + 1):
+        dealer.send(encode(Acquire(request, 20_000)))
+    thread.start()
+    try:
+        assert isinstance(decode_to_worker(dealer.recv()), Welcome)
+        granted = [decode_to_worker(dealer.recv()) for _ in range(most)]
+        assert [each.request for each in granted if isinstance(each, Grant)] == list(range(1, most + 1))
+        assert unwritten == []
+    finally:
+        server.stop()
+        thread.join(20)
+        dealer.close()
+        context.term()
 
 
 def test_a_worker_of_another_protocol_is_told_so(
