@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from sharedpool.broker.automatic import ensure_running, with_linger
-from sharedpool.broker.scope import automatic_scope
-from sharedpool.broker.settings import BrokerSettings
 from sharedpool.conninfo import ConnInfo
 from sharedpool.wire import address as addresses
+
+if TYPE_CHECKING:
+    from sharedpool.broker.settings import BrokerSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,10 @@ class AutomaticBroker:
 
     def start(self, address: str) -> None:
         """Start it unless it runs; blocks as `ensure_running` does, and raises what that raises."""
+        # Here, since most workers find it running: it takes 2 MB.
+        from sharedpool.broker.automatic import ensure_running, with_linger
+        from sharedpool.broker.scope import automatic_scope
+        from sharedpool.broker.settings import BrokerSettings
 
         def settings() -> BrokerSettings:
             scope = automatic_scope(self.conninfo.identity().digest())
