@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _socket
 import ctypes
 import functools
 import itertools
 import re
 import select
+import struct
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
@@ -121,6 +123,39 @@ def parameter_statuses(conn: connection, names: Iterable[bytes]) -> tuple[bytes 
     assert lib is not None
     status, pointer = lib.PQparameterStatus, conn.pgconn_ptr
     return tuple(map(status, itertools.repeat(pointer), names))
+
+
+# A parameter that no server has. PostgreSQL's "Frontend/Backend Protocol": ParameterStatus, its length, name, value.
+_PROBE = b"sharedpool_probe"
+_probes = itertools.count(1)
+
+
+class Probe:
+    """What shows whether libpq has read all that it was sent: half a message may lie in its buffer, of a session that
+    has gone, and would swallow what the next one's server says first.
+
+    `fileno()` is to be put in the place of the connection's socket before `is_passed`, which closes it here. Raise
+    OSError.
+    """
+
+    def __init__(self) -> None:
+        self._value = b"%d" % next(_probes)
+        self._ours, theirs = _socket.socketpair()
+        self._ours.setblocking(False)
+        theirs.send(b"S" + struct.pack("!i", len(_PROBE) + len(self._value) + 6) + _PROBE + b"\0" + self._value + b"\0")
+        theirs.close()
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._ours.fileno()
+
+    def is_passed(self, conn: connection) -> bool:
+        """Say whether libpq understands what is said to it now. Does not block."""
+        self._ours.close()
+        lib, pointer = library(), conn.pgconn_ptr
+        if lib is None or not lib.PQconsumeInput(pointer) or lib.PQisBusy(pointer):
+            return False
+        return bool(lib.PQparameterStatus(pointer, _PROBE) == self._value)
 
 
 def socket_of(conn: connection) -> int:

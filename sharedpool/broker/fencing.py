@@ -39,7 +39,7 @@ _EVER_US = 2**62
 # A backend leaves the list before it leaves the server: then it gives its place back, notes in the log that it is gone
 # and exits. No query shows that; a process that has no more to do than this has done it by then. On a busy server it
 # has to wait for a processor, as the query did that has shown it gone: so many times what that took, if that is longer.
-_EXITS_S, _EXITS_QUERIES = 0.02, 8
+_EXITS_S, _EXITS_QUERIES, _EXITS_LIMIT_S = 0.02, 8, 0.5
 
 
 @dataclass(slots=True)
@@ -90,17 +90,19 @@ class Fencing:
             self._finish(job, "gone")
         due = [job for job in due if not job.unlisted]
         looked = [(job, backend) for job in due if (backend := self._comparable(job, boot_us)) is not None]
-        began = time.monotonic()
+        took_s = 0.0
         if looked:
             self._end_ripe(conn, [(job, backend) for job, backend in looked if job.ends_at <= now], now)
+            began = time.monotonic()
             listed = catalog.sights_of(conn, [backend.pid for _, backend in looked])
+            took_s = time.monotonic() - began
             for job, backend in looked:
                 sight = listed.get(backend.pid)
                 # Start time 0: we may not see it, so it may be the same one.
                 job.unlisted = sight is None or sight.start_us not in (backend.start_us, 0)
                 if sight is not None and not job.unlisted and _is_lent_again(job, backend, sight):
                     self._finish(job, "is its pooler's again")
-        exits_s = max(_EXITS_S, _EXITS_QUERIES * (time.monotonic() - began))
+        exits_s = min(max(_EXITS_S, _EXITS_QUERIES * took_s), _EXITS_LIMIT_S)
         for job in due:
             job.due = now + (exits_s if job.unlisted else job.retry_s)
             job.retry_s = min(job.retry_s * 2, _LAST_RETRY_S)

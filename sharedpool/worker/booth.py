@@ -22,8 +22,10 @@ from sharedpool.wire.messages import Token
 from sharedpool.worker.bell import Bell
 from sharedpool.worker.lease import Ticket
 
-# Takes in what was passed, with its socket; returns the ticket to be woken, if any.
-Receive = Callable[[Pass, Owned], Ticket | None]
+# Takes in what was passed, with its socket, within so many seconds; returns the ticket to be woken, if any.
+Receive = Callable[[Pass, Owned, float], Ticket | None]
+# So long the link's thread, which keeps the heartbeat, waits for the reset of one that nobody is there for any more.
+_LINKS_LIMIT_S = 0.05
 
 _PACKET_BYTES = 8192
 # In one session. A booth has two descriptors here and one at the broker, and threads may wait by the hundred, greenlets
@@ -238,7 +240,7 @@ class Booths:
         booth = self.unsettled[fd]
         passed, settled = booth.read()
         if passed is not None and booth.receive is not None:
-            ticket = booth.receive(*passed)
+            ticket = booth.receive(*passed, _LINKS_LIMIT_S)
             booth.sure = True
             if ticket is not None:
                 ticket.wake()

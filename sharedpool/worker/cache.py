@@ -453,14 +453,17 @@ class Cache:
         ]
         given = {token for token, x in self.leases.items() if x.phase is Phase.CLOSING and x.conn is None}
         held = [x for x in reports(self.leases.values(), now, threads) if x.token not in given]
-        return held + closing, self._seen, self.tickets.first()
+        return held + closing, self._seen, self.tickets.first(now)
 
-    def welcomed(self, epoch: int, generation: int, now: float) -> list[Closing]:
-        """Note which broker this is: what an earlier one had granted and not got here is lost."""
+    def welcomed(self, epoch: int, generation: int, now: float, served: int = 0) -> list[Closing]:
+        """Note which broker this is: what an earlier one had granted and not got here is lost.
+
+        `served`: the request that came to it along with the HELLO, and that it answers; 0 for none.
+        """
         if epoch == self._epoch:
             return self.renew_generation(generation, now)
         self._epoch, self._seen = epoch, NO_TOKEN
-        self.tickets.start_over(now)
+        self.tickets.start_over(now, served)
         self.owed = self._newest = self._recalled = 0  # an earlier broker's may have come in since our HELLO
         self.generation = generation  # it counts anew: what is held stays
         for lease in self.leases.values():

@@ -207,7 +207,7 @@ def _look(holdings: Holdings, ticket: Ticket, place: Gate | Booth, left_s: float
         return
     was_open = place.open
     if (passed := place.wait(left_s)) is not None:
-        other = holdings.receive(*passed)
+        other = holdings.receive(*passed, limit_s=left_s)
         place.sure = True  # nothing of what was read can be lost any more
         if other is not None and other is not ticket:
             other.wake()

@@ -137,6 +137,13 @@ def adopt(shell: PooledConnection, sock: Owned, live: Live) -> PooledConnection:
     return shell
 
 
+def _has_read_all(shell: PooledConnection) -> bool:
+    """Say whether a shell's libpq has nothing left of the session that it had; its socket leads nowhere afterwards."""
+    probe = libpq.Probe()
+    os.dup2(probe.fileno(), expect(shell, identity(probe.fileno())), inheritable=False)
+    return probe.is_passed(shell)
+
+
 def works(conn: PooledConnection, cancel: Callable[[], None] | None) -> bool:
     """Say whether a connection that was just adopted does what a connection does: the technique's self-test.
 
@@ -192,13 +199,11 @@ class Shells:
         be built.
         """
         parameters = _decode(live.parameters)
-        if not reads_dates(live.parameters):
-            raise psycopg2.OperationalError(f"the session's DateStyle is {parameters.get('DateStyle')!r}")
         while (shell := self._pop(live.parameters, held)) is not None:
             if not is_still(libpq.socket_of(shell), shell.sharedpool_known):
                 forsake(shell)
                 continue
-            if renewal.renew(shell, parameters, self._cursor_factory):
+            if _has_read_all(shell) and renewal.renew(shell, parameters, self._cursor_factory):
                 break
             abandon(shell)
         else:

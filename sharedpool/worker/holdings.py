@@ -21,7 +21,7 @@ from msgspec import structs
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
 from sharedpool.errors import SharedPoolError
-from sharedpool.owned import Owned, let_go
+from sharedpool.owned import NOBODYS, Owned, identity, is_still, let_go
 from sharedpool.spare import FOR_A_CONTEXT, make_sure_of
 from sharedpool.wire.codec import encode
 from sharedpool.wire.desk import Give, Live, Pass
@@ -40,7 +40,7 @@ from sharedpool.worker.connection import (
 )
 from sharedpool.worker.diagnosis import Diagnosis, Failure
 from sharedpool.worker.ending import close_confirmed, cut, dead_end, disown, see_off, take_witness
-from sharedpool.worker.handover import PATIENT_S, SUPPORTED, Shells, adopt, prepare, vacate, works
+from sharedpool.worker.handover import PATIENT_S, SUPPORTED, Shells, adopt, prepare, reads_dates, vacate, works
 from sharedpool.worker.lease import CLOSING_LIMIT_S, Closing, Lease, Ticket
 from sharedpool.worker.link import Link
 from sharedpool.worker.location import BrokerLocation
@@ -87,6 +87,7 @@ class Holdings:
         self.released: dict[ReleaseReason, int] = dict.fromkeys(ReleaseReason, 0)
         self.link: Link | None = None  # set and taken away together with `registration`
         self.registration: Registration | None = None
+        self.arriving = (-1, NOBODYS)  # the socket that came last: its reset may be under way, in a thread of its own
         self._latest: tuple[Link, Registration] | None = None  # which may have left, and not ended yet
         self.hands_over = False  # the broker passes connections on, and this process takes them
         self.diagnosis = Diagnosis()
@@ -269,10 +270,10 @@ class Holdings:
             return False
         return link.desk.say(encode(Give(registration.identity, closing.lease.token, closing.reason, live)))
 
-    def receive(self, passed: Pass, sock: Owned) -> Ticket | None:
+    def receive(self, passed: Pass, sock: Owned, limit_s: float) -> Ticket | None:
         """Take in a connection that was passed on: for the thread that asked, another that waits, or to lie idle.
 
-        Return the ticket of the thread, to be woken.
+        Return the ticket of the thread, to be woken. Waits for the end of its reset, at most `limit_s` seconds.
         """
         live = passed.live
         if not self.shells.are_known and self.link is not None and self.link.is_here:
@@ -280,8 +281,9 @@ class Holdings:
             self._refuse(passed)
             return None
         try:
-            parameters = parameters_after(sock, live.parameters)
-            if parameters is None:
+            self.arriving = sock.fileno(), identity(sock.fileno())
+            parameters = parameters_after(sock, live.parameters, limit_s)
+            if parameters is None or not reads_dates(parameters):
                 sock.close()
                 self._refuse(passed)
                 return None
@@ -514,6 +516,8 @@ class Holdings:
 
     def disown(self) -> None:
         """In a forked child: make every inherited connection harmless. Takes no lock: its holder is not here."""
+        if is_still(self.arriving[0], self.arriving[1:]):
+            os.close(self.arriving[0])  # the thread that has it is not here
         for lease in list(self.cache.leases.values()):
             conn = lease.conn or (lease.ref() if lease.ref else None)
             if conn is not None:

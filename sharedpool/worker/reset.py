@@ -58,14 +58,14 @@ def _query(command: bytes) -> bytes:
     return _HEAD.pack(_QUERY, len(command) + 5) + command + b"\0"
 
 
-def parameters_after(sock: Owned, parameters: bytes) -> bytes | None:
+def parameters_after(sock: Owned, parameters: bytes, limit_s: float = LIMIT_S) -> bytes | None:
     """Read the answer to a reset that was sent; return what the session's parameters are after it.
 
-    `parameters` are those of before (msgpack of a map). Return None when the reset has failed, or was not done within a
-    second: the session is not to be used. Blocks for that long at most.
+    `parameters` are those of before (msgpack of a map). Return None when the reset has failed, or was not done within
+    `limit_s` seconds or one: the session is not to be used. Blocks for that long at most.
     """
     try:
-        changed = _read(sock, time.monotonic() + LIMIT_S)
+        changed = _read(sock, time.monotonic() + min(limit_s, LIMIT_S))
     except (OSError, ValueError):
         return None
     if not changed:

@@ -125,7 +125,7 @@ class Session:
         with self._holdings.lock:
             match message:
                 case Welcome():
-                    closing = self._holdings.cache.welcomed(message.epoch, message.generation, now)
+                    closing = self._holdings.cache.welcomed(message.epoch, message.generation, now, message.served)
                 case Stale():
                     closing = self._holdings.cache.renew_generation(message.generation, now)
                 case Ack():

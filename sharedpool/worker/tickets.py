@@ -32,6 +32,7 @@ class Tickets:
         self.out = out
         self._slices = slices
         self._requests = 0
+        self._along = (0, 0.0)  # the request that was said along with a HELLO, and since when
         self._asked_at: OrderedDict[int, float] = OrderedDict()  # by request, also of tickets that were given up
 
     def want(self, ticket: Ticket, wait_s: float, *, at_desk: bool = False) -> None:
@@ -52,9 +53,13 @@ class Tickets:
         if not at_desk:
             self.out.append(Acquire(ticket.request, ticket.wait_ms))
 
-    def first(self) -> Acquire | None:
-        """Return what the first who waits asks for, for a HELLO."""
-        return next((Acquire(request, ticket.wait_ms) for request, ticket in self.waiting.items()), None)
+    def first(self, now: float) -> Acquire | None:
+        """Return what the first who waits asks for, for a HELLO that is said now."""
+        for request, ticket in self.waiting.items():
+            if self._along[0] != request:  # else an earlier HELLO may be what is answered
+                self._along = request, now
+            return Acquire(request, ticket.wait_ms)
+        return None
 
     def registered(self, served: int, *, hands_over: bool) -> list[Ticket]:
         """Note what a WELCOME says of those who wait: request number `served` will be answered as it was said along.
@@ -67,6 +72,7 @@ class Tickets:
             for ticket in self.waiting.values()
             if hands_over and ticket.wait_ms and not ticket.at_desk and ticket.request != served
         ]
+        self._along = (0, 0.0)
         requests = {ticket.request for ticket in moved}
         unsent = [
             x for x in self.out if not (isinstance(x, Acquire) and (x.request in requests or x.request == served))
@@ -113,9 +119,11 @@ class Tickets:
         """Return when a request was granted, or an earlier moment: it had waited for so long then."""
         return min(now, self._asked_at.pop(request, float("-inf")) + waited_s)
 
-    def start_over(self, now: float) -> None:
-        """Note that another broker is asked from now on."""
+    def start_over(self, now: float, served: int) -> None:
+        """Note that another broker is asked from now on; for request number `served` it was when HELLO was said."""
         self._asked_at = OrderedDict.fromkeys(self.waiting, now)
+        if served in self.waiting:
+            self._asked_at[served] = self._along[1] if self._along[0] == served else float("-inf")
 
     def pending(self, now: float) -> list[int]:
         """Return the requests of which the broker should know by now."""

@@ -1,7 +1,10 @@
 """What a connection is that another process has opened, in whatever was left of one here: as one just opened."""
 
 import io
+import os
 import re
+import socket
+import struct
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -332,6 +335,27 @@ def test_what_was_not_read_yet_is_not_the_next_users(pair: MakePair) -> None:
     got = b.get_conn()
     assert (ask(got, "SELECT 1"), got.notifies) == (1, [])
     assert a.stats().given == given
+
+
+@pytest.mark.timeout(60)
+def test_half_a_message_that_was_read_does_not_swallow_what_the_next_session_says(pair: MakePair) -> None:
+    """Of a notification, for instance, of which the rest had not come yet when its listener polled."""
+    a, b = pair()
+    conn = a.get_conn()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"A" + struct.pack("!ii", 100, 1) + b"news")
+        session = os.dup(conn.fileno())
+        os.dup2(ours.fileno(), conn.fileno())
+        assert conn.poll() == extensions.POLL_OK
+        os.dup2(session, conn.fileno())
+        os.close(session)
+    given = a.stats().given
+    a.put_conn(conn)
+    b.put_conn(b.get_conn())
+    wait_until(lambda: a.stats().given == given + 1)
+    got = a.get_conn()
+    assert (ask(got, "SELECT 1"), ask(got, "SELECT repeat('x', 200)"), got.notifies) == (1, "x" * 200, [])
 
 
 @pytest.mark.parametrize("sql", ["SELECT 1", "SET TIME ZONE 'Asia/Tokyo'"])

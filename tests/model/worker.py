@@ -153,7 +153,7 @@ class Worker(AtTheDesk):
             return
         match message:
             case Welcome():
-                self._to_close(cache.welcomed(message.epoch, message.generation, now))
+                self._to_close(cache.welcomed(message.epoch, message.generation, now, message.served))
                 cache.connects_within_s = message.ttl_ms / 1000
                 self.tag = message.tag
                 self._revoke(message.revoked)

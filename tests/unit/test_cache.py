@@ -358,6 +358,19 @@ def test_a_former_brokers_grant_is_not_taken_in(rig: Rig) -> None:
     assert rig.cache.granted(Grant(ticket.request, Token(2, 1), 1), rig.now) is ticket
 
 
+def test_what_was_granted_along_with_a_welcome_is_as_old_as_the_hello(rig: Rig) -> None:
+    """This process may have been frozen in between: its slot may be another's by now."""
+    rig.cache.connects_within_s = 10.0
+    ticket = rig.want()
+    for _ in range(2):  # the first may be what is answered
+        *_, first = rig.cache.register(rig.now, {})
+        assert first is not None
+        rig.now += 6
+    rig.cache.welcomed(2, 1, rig.now, ticket.request)
+    assert rig.cache.granted(Grant(ticket.request, Token(2, 1), 1), rig.now) is None
+    assert not rig.cache.leases
+
+
 def test_a_newer_generation_takes_out_what_is_idle_at_once_and_the_rest_at_its_checkin(rig: Rig) -> None:
     idle = rig.idle()
     busy, conn = rig.lend()
