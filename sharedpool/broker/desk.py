@@ -28,14 +28,13 @@ from sharedpool.errors import ProtocolError
 from sharedpool.hangup import other_side_closed
 from sharedpool.wire import descriptors
 from sharedpool.wire.codec import decode_to_desk, encode
-from sharedpool.wire.desk import Ask, Deposit, Give, Leave, Pass, Settled, Stay, Withdraw
+from sharedpool.wire.desk import PACKET_BYTES, Ask, Deposit, Give, Leave, Pass, Settled, Stay, Withdraw
 from sharedpool.wire.messages import Token
 
 logger = logging.getLogger("sharedpool.broker")
 
 SUPPORTED = hasattr(select, "EPOLLRDHUP") and hasattr(socket, "SO_PEERCRED")
 _BACKLOG = 4096
-_PACKET_BYTES = 4096
 # Looked for what comes meanwhile so often before timers and process ends get their turn.
 _ROUNDS = 8
 _TELL_EVERY_S = 10.0  # of those who are turned away
@@ -207,7 +206,7 @@ class Desk:
 
     def _read(self, line: socket.socket) -> None:
         try:
-            packet, fds, whole = descriptors.receive(line, _PACKET_BYTES)
+            packet, fds, whole = descriptors.receive(line, PACKET_BYTES)
         except BlockingIOError:
             return
         except OSError:

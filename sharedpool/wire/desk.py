@@ -19,6 +19,9 @@ import msgspec
 
 from sharedpool.wire.messages import Backend, ReleaseReason, Struct, Token
 
+# A packet is no longer, and a GIVE leaves room for what a PASS has more.
+PACKET_BYTES, GIVE_BYTES = 8192, 7936
+
 
 class Deposit(Struct, frozen=True, tag="deposit"):
     """The socket that comes with this packet belongs to the lease's connection."""

@@ -17,7 +17,7 @@ from sharedpool.owned import Owned, identity, is_still, let_go
 from sharedpool.spare import FOR_A_BOOTH, FOR_A_CONNECTION, make_sure_of
 from sharedpool.wire import descriptors
 from sharedpool.wire.codec import decode_from_desk, encode
-from sharedpool.wire.desk import Ask, Leave, Pass, Settled, Withdraw
+from sharedpool.wire.desk import PACKET_BYTES, Ask, Leave, Pass, Settled, Withdraw
 from sharedpool.wire.messages import Token
 from sharedpool.worker.bell import Bell
 from sharedpool.worker.lease import Ticket
@@ -27,7 +27,6 @@ Receive = Callable[[Pass, Owned, float], Ticket | None]
 # So long the link's thread, which keeps the heartbeat, waits for the reset of one that nobody is there for any more.
 _LINKS_LIMIT_S = 0.05
 
-_PACKET_BYTES = 8192
 # In one session. A booth has two descriptors here and one at the broker, and threads may wait by the hundred, greenlets
 # by the thousand: more of them than this have no line, and wait at a gate, which has none.
 _MOST = 32
@@ -126,7 +125,7 @@ class Booth:
         """Read one packet, if there is one: what was passed, and whether the withdrawn request is settled."""
         self.sure = False  # until all that was passed is taken in
         try:
-            packet, socks = descriptors.receive_sockets(self._line, _PACKET_BYTES)
+            packet, socks = descriptors.receive_sockets(self._line, PACKET_BYTES)
         except BlockingIOError:
             self.sure = True
             return None, False

@@ -24,7 +24,7 @@ from sharedpool.errors import SharedPoolError
 from sharedpool.owned import NOBODYS, Owned, identity, is_still, let_go
 from sharedpool.spare import FOR_A_CONTEXT, make_sure_of
 from sharedpool.wire.codec import encode
-from sharedpool.wire.desk import Give, Live, Pass
+from sharedpool.wire.desk import GIVE_BYTES, Give, Live, Pass
 from sharedpool.wire.messages import Backend, Interrupt, ReleaseReason, Token
 from sharedpool.worker import forks, gate, links
 from sharedpool.worker.booth import Booth
@@ -268,7 +268,8 @@ class Holdings:
         link, registration = self.link, self.registration
         if link is None or registration is None:
             return False
-        return link.desk.say(encode(Give(registration.identity, closing.lease.token, closing.reason, live)))
+        packet = encode(Give(registration.identity, closing.lease.token, closing.reason, live))
+        return len(packet) <= GIVE_BYTES and link.desk.say(packet)
 
     def receive(self, passed: Pass, sock: Owned, limit_s: float) -> Ticket | None:
         """Take in a connection that was passed on: for the thread that asked, another that waits, or to lie idle.

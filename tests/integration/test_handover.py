@@ -99,6 +99,19 @@ def test_a_program_that_does_not_ignore_sigpipe_outlives_a_backend_that_is_reset
     assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
 
 
+@pytest.mark.parametrize(("length", "moves"), [(1500, True), (4000, False)])
+def test_a_connection_with_too_much_to_say_of_itself_is_closed_instead(
+    pair: MakePair, postgres: EphemeralPostgres, length: int, moves: bool
+) -> None:
+    a, b = pair(dsn=f"{postgres.dsn} options='-c search_path={'x' * length}'")
+    before = a.stats()
+    conn = a.get_conn()
+    a.put_conn(conn)
+    assert ask(b.get_conn(), "SELECT length(current_setting('search_path'))") == length
+    wait_until(lambda: a.stats() != before)
+    assert (a.stats().given > before.given) is moves
+
+
 @pytest.mark.parametrize("end", ["nothing", "an error", "COMMIT as SQL"])
 def test_no_half_transaction_is_committed(pair: MakePair, end: str, database: str, broker: sharedpool.Broker) -> None:
     a, b = pair()
