@@ -280,7 +280,13 @@ MUTANTS = (
     ),
     Mutant(
         "the answer to a reset is not read",
-        (("sharedpool/worker/reset.py", "changed = _read(sock, time.monotonic() + LIMIT_S)", "changed = {}"),),
+        (
+            (
+                "sharedpool/worker/reset.py",
+                "changed = _read(sock, time.monotonic() + min(limit_s, LIMIT_S))",
+                "changed = {}",
+            ),
+        ),
         ("tests/unit/test_reset.py",),
     ),
     Mutant(
@@ -295,6 +301,22 @@ MUTANTS = (
             ("sharedpool/worker/handover.py", "if encoded != conn.sharedpool_made_with:", "if False:"),
         ),
         ("tests/integration/test_shells.py", "-k", "leaves_behind"),
+    ),
+    Mutant(
+        "an object is used again whose libpq has read half a message",
+        (("sharedpool/worker/handover.py", "if _has_read_all(shell) and ", "if "),),
+        ("tests/integration/test_shells.py", "-k", "half_a_message"),
+    ),
+    Mutant(
+        "a grant that came with a WELCOME counts from then on",
+        (
+            (
+                "sharedpool/worker/tickets.py",
+                'self._along[1] if self._along[0] == served else float("-inf")',
+                "now",
+            ),
+        ),
+        ("tests/unit/test_cache.py", "-k", "along_with_a_welcome"),
     ),
     Mutant(
         "a connection that was put back stays open to its user",
