@@ -168,18 +168,7 @@ class Demand:
 
         What `settle` would look at. Not for one that could be given a connection on a line of the desk.
         """
-        books, pool = self._books, session.pool
-        return not (
-            books.contended
-            or books.shrinking
-            or self.paused
-            or self.draining
-            or session.refusal is not None
-            or pool.parked
-            or pool.held
-            or pool.room <= 0
-            or books.available(pool) <= 0
-        )
+        return session.refusal is None and not self._books.shrinking and self.has_room(session.pool)
 
     def _grant(self, waiter: Waiter, now: float) -> None:
         self._books.dequeue(waiter)
