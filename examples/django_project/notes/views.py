@@ -10,7 +10,8 @@ def index(request: HttpRequest) -> JsonResponse:
     Note.objects.create(text=f"by {os.getpid()}")
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT pg_backend_pid(), count(*) FROM pg_stat_activity WHERE application_name LIKE %s",
+            "SELECT pg_backend_pid(), count(*) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND application_name LIKE %s",
             ["sharedpool django default %"],
         )
         backend, connections = cursor.fetchone()
