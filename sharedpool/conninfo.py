@@ -236,9 +236,11 @@ def _parse_url(origin: str, url: str) -> dict[str, str]:
         scheme = _SCHEME.match(url)
         found = f"has the scheme {scheme[1]}://" if scheme else "has no scheme"
         raise ConfigError(f"{origin} {found}; accepted are {' and '.join(_URL_PREFIXES)}")
-    # libpq ends the password at its first @ or /: the rest would show up in logs as a host, port or database.
-    head, _, tail = url.partition("?")[0].partition("://")[2].partition("@")
-    if "@" in tail or ("/" in head and tail):
+    # libpq ends the password at its first @ or /: the rest would show up in logs as a host, port or database. What
+    # stands before the first @, a ? as well, is user and password, unless there is a / before it.
+    user, at, rest = url.partition("://")[2].partition("@")
+    where = rest if at and "/" not in user else user + at + rest
+    if "@" in where.partition("?")[0]:
         raise ConfigError(f"{origin} has a stray @ or /: percent-encode them in user and password (%40, %2F)")
     return _parsed(origin, url)
 

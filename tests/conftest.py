@@ -14,6 +14,7 @@ from typing import Any
 import psycopg2
 import psycopg2.extensions
 import pytest
+from hypothesis import settings
 from psycopg2 import sql
 
 import sharedpool
@@ -25,6 +26,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # The tests start hundreds of Pythons, and without bytecode each would compile the package anew, in half its time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+# The same examples in every run: what a search finds by luck fails nobody's run but the searcher's, who passes
+# `--hypothesis-profile=search`.
+settings.register_profile("search", max_examples=20_000, deadline=None)
+settings.register_profile("steady", derandomize=True)
+settings.load_profile("steady")
 
 _OURS = ("SHAREDPOOL_", "PG", "DATABASE_DSN", "DATABASE_URL")
 _database_numbers = itertools.count(1)

@@ -364,6 +364,8 @@ def resolved_or_error(**arguments: Any) -> ConnInfo | str:
         ("db_url=", {"db_url": "postgres://zadmin:zsecret%00@h/app"}),
         ("db_url=", {"db_url": "postgres://zadmin:zsecret@h/app?zsecret=1"}),
         ("db_url=", {"db_url": "postgres://[zadmin:zsecret"}),
+        ("db_url=", {"db_url": "postgres://zadmin:?@zsecret@h/app"}),
+        ("dsn=", {"dsn": "postgres://zadmin:?zsecret@zsecret@h"}),
         ("db_url=", {"db_url": "mysql://zadmin:zsecret@h/app"}),
         ("db_url=", {"db_url": "zadmin:zsecret@h/app"}),
         ("db_url=", {"db_url": "postgres://zadmin:zsecret\0@h/app"}),
