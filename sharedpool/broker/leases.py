@@ -104,8 +104,7 @@ class Leases:
         """Note what a new connection tells of the way to the server, and of a pooler there."""
         pool = lease.pool
         if pool.direct is None and backend.direct:
-            for token in pool.leases:
-                self.quarantine.hurry(token)  # there is no queue but the server's own
+            self.hurry(pool)
         if pool.direct is None and not backend.direct and not self._verifies:
             text = (
                 "pool %r: there is a proxy between its workers and the server, or no telling, and no control connection"
@@ -122,6 +121,11 @@ class Leases:
             for session in {other.session.id: other.session, lease.session.id: lease.session}.values():
                 self._demand.ask(session, now)
             self.routes.doubt([other, lease], [other.session.asked, lease.session.asked])
+
+    def hurry(self, pool: Pool) -> None:
+        """Look at once for what is left of a pool's connects: there turns out to be no queue but the server's own."""
+        for token in pool.leases:
+            self.quarantine.hurry(token)
 
     def fence(self, lease: Lease, why: str, now: float, *, level: int = logging.INFO, closed: bool = False) -> None:
         """Have a lease's backend ended and verified, whatever its worker does. `level`: the log's.

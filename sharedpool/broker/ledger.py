@@ -221,6 +221,8 @@ class Ledger:
         self._leases.routes.reached(direct=direct, fault=fault)
         for pool in self._books.pools.values():
             self._refuse_unsuitable(pool, now)
+            if self._leases.routes.is_direct(pool):
+                self._leases.hurry(pool)  # the dead of a former broker are found before this is known
         return self._settled(now)
 
     def _refuse_unsuitable(self, pool: Pool, now: float) -> None:

@@ -195,6 +195,26 @@ def test_where_nobody_turns_out_to_be_in_between_there_is_no_queue() -> None:
     assert broker.ledger.leases == 1
 
 
+@pytest.mark.parametrize(("server", "straight"), [("", True), ("@far:5432/", False)])
+def test_a_control_connection_that_goes_straight_to_the_same_server_tells_a_new_broker_too(
+    server: str, straight: bool
+) -> None:
+    """Which has found a former one's workers dead before it was connected."""
+    before = Broker()
+    a = before.worker("a", max_conn=1)
+    a.granted(a.ask())
+    after = proxied_broker(epoch=EPOCH + 1, remembers=True, server=server)  # type: ignore[arg-type]
+    entries = [record.entry for record in before.all(Record)]
+    after.take_in(after.ledger.restore(entries, after.now))
+    after.take_in(after.ledger.session_died(a.id, after.now))
+    assert after.all(Look) == []
+    after.take_in(after.ledger.reached(after.now, direct=True, fault=""))
+    assert bool(after.all(Look)) is straight
+    if straight:
+        after.show_nothing()
+    assert after.ledger.leases == (0 if straight else 1)
+
+
 def test_a_look_for_one_slot_says_nothing_of_another_whose_connect_may_be_queued() -> None:
     broker = proxied_broker()
     a, b = broker.worker("a", max_conn=2), broker.worker("b")
