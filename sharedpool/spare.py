@@ -18,6 +18,9 @@ FOR_A_SOCKET = 6
 FOR_A_BOOTH = 2
 # A connection to the server and its witness.
 FOR_A_CONNECTION = 2
+# A connection object that is made without a server: what plays the server, and both ends of the connection to that.
+FOR_A_SHELL = 4
+_SHORT = (errno.EMFILE, errno.ENFILE)
 
 
 def make_sure_of(count: int, who: str) -> None:
@@ -32,7 +35,7 @@ def make_sure_of(count: int, who: str) -> None:
         while len(taken) < count:
             taken.append(cheapest())
     except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
+        if error.errno not in _SHORT:
             raise
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         whose = f"{limit} that this process may have open" if error.errno == errno.EMFILE else "whole system's"
@@ -43,3 +46,8 @@ def make_sure_of(count: int, who: str) -> None:
     finally:
         for each in taken:
             each.close()
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Say whether an error tells that no descriptor was free, which may be over in a moment."""
+    return isinstance(error, OSError) and error.errno in _SHORT

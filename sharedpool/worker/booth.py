@@ -132,8 +132,7 @@ class Booth:
         except OSError:
             packet, socks = b"", []
         if not packet:
-            self.open = False
-            self._poller.unregister(self._line)
+            self._end()
             return None, False
         try:
             message = decode_from_desk(packet)
@@ -142,12 +141,19 @@ class Booth:
                 return None, True
             if len(socks) == 1:
                 return (message, socks.pop()), False
+            self._end()  # no descriptor was free for it here: by that the broker ends it, and it is asked for again
             return None, False
         except ProtocolError:
             return None, False  # not of our version: its HELLO was refused
         finally:
             for sock in socks:
                 sock.close()
+
+    def _end(self) -> None:
+        """Have nothing more come here; who waits can still be rung."""
+        self.open = False
+        self._poller.unregister(self._line)
+        let_go(self._line, self._known)
 
     def close(self) -> None:
         """Leave."""

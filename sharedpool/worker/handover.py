@@ -27,6 +27,7 @@ from psycopg2 import extensions, extras
 
 from sharedpool import libpq
 from sharedpool.owned import NO_SIGNAL, Owned, identity, is_still
+from sharedpool.spare import FOR_A_SHELL, make_sure_of
 from sharedpool.wire.desk import Live
 from sharedpool.worker import ending, renewal, reset
 from sharedpool.worker.connection import ROLE_PARAMETERS, PooledConnection, is_alive, pooled_class, rests
@@ -196,7 +197,7 @@ class Shells:
         """Return a shell for a session, as new; builds one, in less than a millisecond, if need be.
 
         `held`: how many connections the process has with this one. Raise `psycopg2.Error` or `OSError` when it cannot
-        be built.
+        be built, `SharedPoolError` when only descriptors were lacking for that, or an `OSError` that says so.
         """
         parameters = _decode(live.parameters)
         while (shell := self._pop(live.parameters, held)) is not None:
@@ -207,7 +208,11 @@ class Shells:
                 break
             abandon(shell)
         else:
-            shell = self._build(parameters, live)
+            try:
+                shell = self._build(parameters, live)
+            except psycopg2.Error:
+                make_sure_of(FOR_A_SHELL, "an empty connection")  # libpq does not tell when these were lacking
+                raise
             renewal.at_start(shell)
         shell.sharedpool_made_with = live.parameters
         shell.sharedpool_encoding = parameters.get("client_encoding", "")
@@ -286,7 +291,13 @@ class Stub:
     def __init__(self, parameters: Mapping[str, str]) -> None:
         self._greeting = _greeting(parameters)
         self.host = f"@sharedpool-{os.getpid()}-{os.urandom(8).hex()}"
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        # Where the start comes to nothing this one connects, which takes a descriptor that may not be free any more.
+        self._nobody = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        except BaseException:
+            self._nobody.close()
+            raise
         self._thread = threading.Thread(target=self._serve, name="sharedpool-shell", daemon=True)
 
     def __enter__(self) -> Stub:
@@ -296,19 +307,24 @@ class Stub:
             self._listener.listen(1)
             self._thread.start()
         except BaseException:
-            self._listener.close()
+            self._close()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._thread.is_alive():  # it waits for who has not come: it is told so
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as nobody:
-                nobody.connect(self._listener.getsockname())
+            with contextlib.suppress(OSError):
+                self._nobody.connect(self._listener.getsockname())
+            self._nobody.close()
         self._thread.join(_BUILD_LIMIT_S)
+        self._close()
+
+    def _close(self) -> None:
+        self._nobody.close()
         self._listener.close()
 
     def _serve(self) -> None:
-        with contextlib.suppress(OSError):  # the connect fails then, and says so
+        with contextlib.suppress(OSError), self._listener:  # by its end who has connected fails at once, and says so
             client, _ = self._listener.accept()
             while not _is_ours(client):  # whoever else found the address
                 client.close()

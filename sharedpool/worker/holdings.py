@@ -22,7 +22,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
 from sharedpool.errors import SharedPoolError
 from sharedpool.owned import NOBODYS, Owned, identity, is_still, let_go
-from sharedpool.spare import FOR_A_CONTEXT, make_sure_of
+from sharedpool.spare import FOR_A_CONTEXT, is_shortage, make_sure_of
 from sharedpool.wire.codec import encode
 from sharedpool.wire.desk import GIVE_BYTES, Give, Live, Pass
 from sharedpool.wire.messages import Backend, Interrupt, ReleaseReason, Token
@@ -293,9 +293,12 @@ class Holdings:
         except BaseException as error:
             sock.close()  # unless the shell has it
             self._refuse(passed)
-            if not isinstance(error, psycopg2.Error | OSError):
+            if isinstance(error, SharedPoolError) or is_shortage(error):
+                logger.info("pool %r: a connection that was passed on is closed: %s", self.config.name, error)
+            elif isinstance(error, psycopg2.Error | OSError):
+                self._cannot(str(error))
+            else:
                 raise
-            self._cannot(str(error))
             return None
         fit = False
         try:

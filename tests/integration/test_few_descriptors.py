@@ -1,14 +1,23 @@
 """Few descriptors are left in a process, or many of its threads wait: errors that say what to do, and no abort."""
 
+import dataclasses
 import os
+import resource
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytest
-from processes import run_python
+from moving import ask, report
+from processes import Worker, run_python
 from waiting import wait_until
 
 import sharedpool
 from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.spare import FOR_A_BOOTH
+from sharedpool.worker.handover import SUPPORTED
 
 SCRIPT = """
 import os, resource, sys
@@ -86,3 +95,86 @@ def test_a_crowd_of_waiting_threads_has_less_than_one_descriptor_each(
         thread.join(60)
     assert len(served) == len(threads)
     pool.release_all()
+
+
+@contextmanager
+def only(count: int) -> Iterator[None]:
+    """Let this process open so many descriptors and no more."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    gaps: list[int] = []
+    while not gaps or gaps[-1] < highest:
+        gaps.append(os.open(os.devnull, os.O_RDONLY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (gaps[-1] + 1 + count, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for each in gaps:
+            os.close(each)
+
+
+@dataclasses.dataclass
+class Host:
+    """A pool of this process, where the only connection comes for a visit: it is another process's."""
+
+    pool: sharedpool.Pool
+    broker: sharedpool.Broker
+    other: Worker
+    executor: ThreadPoolExecutor
+
+    def visit(self, left: int | None = None) -> None:
+        """Have it come, use it and let it go; `left` descriptors can be opened here while it comes."""
+        waiter = self.executor.submit(self.pool.get_conn, timeout=20)
+        wait_until(lambda: report(self.broker, self.pool.name).waiting == 1)
+        try:
+            with nullcontext() if left is None else only(left):
+                self.other.ask("put", name="x")
+                conn = waiter.result()
+            assert ask(conn, "SELECT 1") == 1
+            self.pool.put_conn(conn)
+        finally:
+            assert "backend" in self.other.ask("get", name="x", timeout=20)
+
+    @property
+    def descriptors(self) -> int:
+        """How many are open, but for those of empty connections and lines to the desk."""
+        link = self.pool._holdings.link
+        assert link is not None
+        shells = sum(map(len, self.pool._holdings.shells._stock.values()))
+        return len(os.listdir("/proc/self/fd")) - shells - FOR_A_BOOTH * len(link.booths)
+
+
+@pytest.fixture
+def host(broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str) -> Iterator[Host]:
+    settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 1}
+    pool = sharedpool.config_pool(**settings, pool_manager=sharedpool.ThreadedConnectionPool)
+    with Worker(**settings) as other, ThreadPoolExecutor() as executor:
+        assert "backend" in other.ask("get", name="x", timeout=20)
+        yield Host(pool, broker, other, executor)
+        pool.release_all()
+
+
+@pytest.mark.skipif(not SUPPORTED, reason="connections cannot be handed over on this platform")
+@pytest.mark.parametrize("shell", ["kept", "built"])
+@pytest.mark.parametrize("left", range(7))
+def test_a_shortage_that_passes_costs_no_more_than_the_connection_that_comes_meanwhile(
+    host: Host, caplog: pytest.LogCaptureFixture, left: int, shell: str
+) -> None:
+    for _ in range(2):
+        host.visit()
+    assert host.pool.stats().adopted == 2
+    before = host.descriptors
+    if shell == "built":
+        host.pool._holdings.shells._stock.clear()
+    # One of its own takes two: there is room for it where a line to the desk or an empty connection was closed.
+    lacks = (left, shell) == (1, "built")
+    with pytest.raises(sharedpool.PoolError, match=r"raise the limit \(`ulimit -n`") if lacks else nullcontext():
+        host.visit(left)
+    adopted = host.pool.stats().adopted
+    assert adopted == 2 + (left >= (3 if shell == "kept" else 5))
+    for _ in range(2):
+        host.visit()
+    assert host.pool.stats().adopted == adopted + 2
+    assert "no hand-over" not in caplog.text
+    wait_until(lambda: host.descriptors == before, 10, "no descriptor to be lost")
