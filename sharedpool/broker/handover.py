@@ -49,29 +49,37 @@ class Handover:
         self._leases = leases
         self._emit = emit
         self._arm = arm
-        # What was last asked for, or passed, on each line to the desk.
-        self._lines: dict[int, Waiter | Lease] = {}
+        # By line to the desk: what was last asked for there; what was passed there and may not have been read.
+        self._asked: dict[int, Waiter] = {}
+        self._passed: dict[int, list[Lease]] = {}
 
     # --- the lines
 
     def asked(self, waiter: Waiter, line: int) -> None:
-        """Note on which line a request came: whatever was passed there before has been read."""
-        self._lines[line] = waiter
+        """Note on which line a request came: whatever was passed there for another before has been read.
+
+        The same one may come again, of a session that registers again, while what was passed for it is on its way.
+        """
+        if line in self._passed:
+            passed = self._passed.pop(line)
+            unread = [x for x in passed if x.request == waiter.request and x.session is waiter.session]
+            if unread:
+                self._passed[line] = unread
+        self._asked[line] = waiter
         waiter.line = line
 
     def has_read(self, line: int) -> None:
         """Note that all that was passed on a line has arrived."""
-        if isinstance(self._lines.get(line), Lease):
-            del self._lines[line]
+        self._passed.pop(line, None)
 
     def left(self, line: int, now: float) -> None:
         """Take in that a line has ended: what was passed there and nobody has spoken of since may not have arrived."""
-        last = self._lines.pop(line, None)
-        if isinstance(last, Waiter):
-            if last.session.waiters.get(last.request) is last:
-                self._books.dequeue(last)
-        elif last is not None and last.line == line and last.state not in (SlotState.FREE, SlotState.FENCING):
-            self._leases.fence(last, "its worker left the line on which it was passed", now)
+        waiter = self._asked.pop(line, None)
+        if waiter is not None and waiter.line == line and waiter.session.waiters.get(waiter.request) is waiter:
+            self._books.dequeue(waiter)
+        for lease in self._passed.pop(line, ()):
+            if lease.line == line and lease.state not in (SlotState.FREE, SlotState.FENCING):
+                self._leases.fence(lease, "its worker left the line on which it was passed", now)
 
     # --- giving and passing
 
@@ -135,7 +143,7 @@ class Handover:
         pressure = self._demand.pressure(pool, session)
         books.mark_owed(session, min(len(session.leases), pressure or int(now < pool.shared_until)))
         session.passes += 1
-        self._lines[waiter.line] = heir
+        self._passed.setdefault(waiter.line, []).append(heir)
         serial = self._demand.next_serial()
         trial = pool.cancels is None and now >= pool.try_at
         passed = Pass(waiter.request, heir.token, serial, session.owed, pressure > 0, live, trial)

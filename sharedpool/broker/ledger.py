@@ -436,7 +436,8 @@ class Ledger:
             self._acquire(session, acquire, now)
 
     def _acquire(self, session: Session, acquire: Acquire, now: float) -> None:
-        if acquire.request in session.waiters:
+        if (waiter := session.waiters.get(acquire.request)) is not None:
+            waiter.line = 0  # it has left the line on which it waited, which may be heard later
             return
         if acquire.request in session.granted:
             self._demand.send_grant(session.granted[acquire.request])  # the first one was lost

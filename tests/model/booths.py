@@ -52,6 +52,14 @@ class Booth:
     asked: bool = False
 
 
+class Lack(IntEnum):
+    """What a worker has no descriptor for, when the next connection comes."""
+
+    NOTHING = 0
+    SOCKET = 1  # the connection's own
+    SHELL = 2
+
+
 class Step(IntEnum):
     """How far the giving of a connection has come."""
 
@@ -91,6 +99,7 @@ class AtTheDesk:
         self.quitting: list[Ticket] = []
         self.giving: list[Giving] = []
         self.broken_shells = False
+        self.lacks = Lack.NOTHING
         self.adopted = 0
 
     # --- the session's line
@@ -186,7 +195,9 @@ class AtTheDesk:
         if booth.wire.down:
             packet = booth.wire.down.popleft()
             if isinstance(packet.message, Pass):
-                self.wake(self.adopt(packet))
+                self.take_in(booth, packet)
+                if not booth.open:
+                    self.cache.tickets.ask_by_link(ticket, again=True)
         elif booth.wire.torn and booth.open:
             booth.open = False
             self.cache.tickets.ask_by_link(ticket, again=True)
@@ -201,7 +212,7 @@ class AtTheDesk:
         if booth.wire.down:
             packet = booth.wire.down.popleft()
             if isinstance(packet.message, Pass):
-                self.wake(self.adopt(packet))
+                self.take_in(booth, packet)
             settled = isinstance(packet.message, Settled)
         elif booth.wire.torn:
             booth.open = False
@@ -237,15 +248,26 @@ class AtTheDesk:
 
     # --- receiving
 
-    def adopt(self, packet: Packet) -> Ticket | None:
-        """Take in what was passed on; return the ticket to wake."""
+    def take_in(self, booth: Booth, packet: Packet) -> None:
+        """Take in what was passed on; where its socket could not come along the line ends."""
+        lacks, self.lacks = self.lacks, Lack.NOTHING
+        if lacks is Lack.SOCKET:
+            packet.take()
+            booth.open = False
+            booth.wire.leave()
+        else:
+            self.wake(self.adopt(packet, lacks))
+
+    def adopt(self, packet: Packet, lacks: Lack) -> Ticket | None:
+        """Take in a connection; return the ticket to wake."""
         proc, message = packet.take(), decode_from_desk(encode(packet.message))
         assert proc is not None
         assert isinstance(message, Pass)
         assert message.live.backend == proc.backend, "a socket and a word of two different backends"
-        if self.broken_shells:
+        if self.broken_shells or lacks is Lack.SHELL:
             self.cache.refuse(message)
-            self.handover = self.hands_over = False
+            if self.broken_shells:
+                self.handover = self.hands_over = False
             return None
         if message.trial:
             self.cache.out.append(Interrupt(message.token, trial=True))

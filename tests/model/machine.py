@@ -16,7 +16,7 @@ from sharedpool.broker.handover import NUDGE_S
 from sharedpool.wire.messages import START_UP_LIMIT_S, ReleaseReason
 from sharedpool.wire.orders import Order, OrderKind
 
-from .booths import Booth, Giving
+from .booths import Booth, Giving, Lack
 from .network import Line
 from .promises import (
     check,
@@ -239,6 +239,8 @@ class GoodNetwork(RuleBasedStateMachine):
             asker, _ = self.one(pick)
             if len(asker.tickets) < 2:
                 asker.checkout(60.0)
+            if pick % 7 == 3:
+                asker.lacks = (Lack.SOCKET, Lack.SHELL)[pick % 2]
             if holders := [worker for worker in world.awake if worker.users or worker.closing]:
                 holder = holders[turn % len(holders)]
                 if not holder.closing:

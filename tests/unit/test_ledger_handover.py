@@ -150,6 +150,31 @@ def test_a_line_that_ends_with_a_connection_on_it_costs_the_connection_not_the_s
     assert broker.ledger.leases == 0
 
 
+def test_what_is_on_its_way_to_who_asks_again_there_ends_with_the_line(broker: Broker, desk: Desk) -> None:
+    """Its session has registered again meanwhile: nothing is known yet of what was passed to it."""
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    request = desk.ask(b, line=7)
+    desk.give(a, token)
+    heir = desk.passed()[0][1].token
+    b.hello()
+    broker.take_in(broker.ledger.asked(Ask(b.id, request, 9000, []), 7, broker.now))
+    broker.take_in(broker.ledger.line_ended(7, broker.now))
+    assert [fence.token for fence in broker.all(Fence)] == [heir]
+    pools, _ = broker.ledger.report(broker.now)
+    assert pools[0].waiting == 0
+
+
+def test_what_was_passed_on_a_line_has_come_when_another_asks_there(broker: Broker, desk: Desk) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    desk.ask(b, line=7)
+    desk.give(a, token)
+    desk.ask(b, line=7)
+    broker.take_in(broker.ledger.line_ended(7, broker.now))
+    assert broker.all(Fence) == []
+
+
 def test_a_line_that_ends_with_a_known_connection_costs_nothing(broker: Broker, desk: Desk) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
@@ -178,6 +203,18 @@ def test_a_line_that_ends_waits_no_more(broker: Broker, desk: Desk) -> None:
     broker.take_in(broker.ledger.line_ended(7, broker.now))
     desk.give(a, token)
     assert desk.passed() == []
+
+
+def test_who_asks_by_link_before_his_line_is_heard_to_end_goes_on_waiting(broker: Broker, desk: Desk) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    request = desk.ask(b, line=7)
+    broker.send(b.id, Acquire(request, 9000))
+    broker.take_in(broker.ledger.line_ended(7, broker.now))
+    desk.give(a, token)
+    assert desk.passed() == []
+    broker.take_in(broker.ledger.backend_gone(token, broker.now))
+    assert isinstance(b.outcome(request), Token)
 
 
 def test_a_request_that_was_withdrawn_gets_nothing(broker: Broker, desk: Desk) -> None:
