@@ -218,11 +218,21 @@ MUTANTS = (
         (
             (
                 "sharedpool/broker/handover.py",
-                'self._leases.fence(last, "its worker left the line on which it was passed", now)',
-                "last.line = line",
+                'self._leases.fence(lease, "its worker left the line on which it was passed", now)',
+                "lease.line = line",
             ),
         ),
         ("tests/model",),
+    ),
+    Mutant(
+        "what is on its way to who asks again there is taken for read",
+        (("sharedpool/broker/handover.py", "            if unread:\n", "            if False:\n"),),
+        ("tests/unit/test_ledger_handover.py",),
+    ),
+    Mutant(
+        "a connection whose socket finds no descriptor is waited for",
+        (("sharedpool/worker/booth.py", "            self._end()  # no descriptor", "            # no descriptor"),),
+        ("tests/integration/test_few_descriptors.py", "-k", "shortage and 0-kept"),
     ),
     Mutant(
         "who gives a connection claims it still",
