@@ -21,7 +21,7 @@ from msgspec import structs
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
 from sharedpool.errors import SharedPoolError
-from sharedpool.owned import NOBODYS, Owned, identity, is_still, let_go
+from sharedpool.owned import Identity, Owned, identity, is_still, let_go
 from sharedpool.spare import FOR_A_CONTEXT, is_shortage, make_sure_of
 from sharedpool.wire.codec import encode
 from sharedpool.wire.desk import GIVE_BYTES, Give, Live, Pass
@@ -87,7 +87,8 @@ class Holdings:
         self.released: dict[ReleaseReason, int] = dict.fromkeys(ReleaseReason, 0)
         self.link: Link | None = None  # set and taken away together with `registration`
         self.registration: Registration | None = None
-        self.arriving = (-1, NOBODYS)  # the socket that came last: its reset may be under way, in a thread of its own
+        # Sockets on their way in, each in a thread of its own: the reset of its session may be under way.
+        self.arriving: set[tuple[int, Identity]] = set()
         self._latest: tuple[Link, Registration] | None = None  # which may have left, and not ended yet
         self.hands_over = False  # the broker passes connections on, and this process takes them
         self.diagnosis = Diagnosis()
@@ -276,13 +277,20 @@ class Holdings:
 
         Return the ticket of the thread, to be woken. Waits for the end of its reset, at most `limit_s` seconds.
         """
+        arriving = sock.fileno(), identity(sock.fileno())
+        self.arriving.add(arriving)
+        try:
+            return self._take_in(passed, sock, limit_s)
+        finally:
+            self.arriving.discard(arriving)  # by now it is closed, or its lease tells of it
+
+    def _take_in(self, passed: Pass, sock: Owned, limit_s: float) -> Ticket | None:
         live = passed.live
         if not self.shells.are_known and self.link is not None and self.link.is_here:
             sock.close()  # building the user's object would run his code in the link's thread
             self._refuse(passed)
             return None
         try:
-            self.arriving = sock.fileno(), identity(sock.fileno())
             parameters = parameters_after(sock, live.parameters, limit_s)
             if parameters is None or not reads_dates(parameters):
                 sock.close()
@@ -520,8 +528,9 @@ class Holdings:
 
     def disown(self) -> None:
         """In a forked child: make every inherited connection harmless. Takes no lock: its holder is not here."""
-        if is_still(self.arriving[0], self.arriving[1:]):
-            os.close(self.arriving[0])  # the thread that has it is not here
+        for number, known in self.arriving:
+            if is_still(number, (known,)):
+                os.close(number)  # the thread that has it is not here
         for lease in list(self.cache.leases.values()):
             conn = lease.conn or (lease.ref() if lease.ref else None)
             if conn is not None:

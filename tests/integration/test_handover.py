@@ -1,5 +1,6 @@
 """A live connection moves from one process to another: its next user sees a plain connection, and nothing else."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -13,7 +14,7 @@ import psycopg2
 import psycopg2.extras
 import pytest
 from moving import MakePair, ask, leave_what_comes, moved, report
-from processes import Sampler, Worker, run_python, workers
+from processes import Piped, Sampler, Worker, run_python, workers
 from psycopg2 import extensions
 from querying import Query
 from waiting import wait_until
@@ -484,6 +485,76 @@ def test_no_slot_is_lost_with_a_process_that_ends_or_stops_in_the_middle_of_a_tr
         outcomes = [worker.answer() for worker in crew]
     assert [outcome["errors"] for outcome in outcomes] == [[]] * 4
     assert sampler.peak <= 2
+
+
+_TWO_RECEIVE = """
+import os, sys, threading, warnings
+import sharedpool
+from sharedpool.worker import reset
+
+reset.LIMIT_S = 60.0  # the backends are stopped meanwhile
+warnings.simplefilter("ignore")  # a fork with threads is what Python 3.12 warns of
+pool = sharedpool.config_pool(2, dsn=sys.argv[1], broker=sys.argv[2], name=sys.argv[3], timeout=60,
+                              pool_manager=sharedpool.ThreadedConnectionPool)
+pool.put_conn(pool.get_conn())
+print("ready", flush=True)
+input()
+answers = []
+
+def use():
+    with pool.connection() as conn, conn.cursor() as cursor:
+        cursor.execute("SELECT 42")
+        answers.append(cursor.fetchone()[0])
+
+threads = [threading.Thread(target=use) for _ in range(2)]
+for thread in threads:
+    thread.start()
+input()
+read, write = os.pipe()
+if not os.fork():
+    os.close(write)
+    print(os.getpid(), flush=True)
+    os.read(read, 1)  # until the parent ends
+    os._exit(0)
+for thread in threads:
+    thread.join()
+print(answers, pool.stats().adopted)
+"""
+
+
+def _sockets(pid: int) -> set[str]:
+    """Return the sockets that a process has open."""
+    found: set[str] = set()
+    for each in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found.add(str(each.readlink()))
+    return {each for each in found if each.startswith("socket:")}
+
+
+def test_a_fork_while_several_threads_receive_leaves_all_that_arrives_to_the_parent(
+    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str
+) -> None:
+    command = [sys.executable, "-c", _TWO_RECEIVE, postgres.dsn, broker.address, name]
+    with Piped(*command) as taker, Worker(dsn=postgres.dsn, broker=broker.address, name=name, max_conn=2) as giver:
+        assert taker.line() == "ready"
+        backends = [giver.ask("get", name=key, timeout=20)["backend"] for key in "xy"]
+        taker.tell("wait")
+        wait_until(lambda: report(broker, name).waiting == 2)
+        before = _sockets(taker.pid)
+        for backend in backends:
+            os.kill(backend, signal.SIGSTOP)  # their resets take for as long
+        try:
+            for key in "xy":
+                giver.ask("put", name=key)
+            arriving = wait_until(lambda: new if len(new := _sockets(taker.pid) - before) == 2 else None)
+            taker.tell("fork")
+            child = int(taker.line())
+            assert _sockets(child) & arriving == set()
+            assert _sockets(taker.pid) >= arriving
+        finally:
+            for backend in backends:
+                os.kill(backend, signal.SIGCONT)
+        assert taker.line() == "[42, 42] 2"
 
 
 def test_what_is_read_and_written_over_thousands_of_moves_is_what_it_should_be(
