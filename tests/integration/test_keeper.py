@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +77,13 @@ def test_a_second_broker_where_the_files_of_the_first_were_deleted_lends_nothing
     with sharedpool.start_broker(1, address=address, dsn=postgres.dsn, ttl=2.0) as first, Worker(**settings) as old:
         backend = old.ask("get", name="x", timeout=20)["backend"]
         wait_until(lambda: fetch_report(address).control == "connected")
-        shutil.rmtree(path.parent)
-        path.parent.mkdir(mode=0o700)
-        with (
-            sharedpool.start_broker(1, address=address, dsn=postgres.dsn, ttl=2.0) as second,
-            Worker(**settings) as new,
-        ):
+        os.kill(first.pid, signal.SIGSTOP)  # else it may put its files back before the second comes
+        with ExitStack() as stack:
+            stack.callback(os.kill, first.pid, signal.SIGCONT)
+            shutil.rmtree(path.parent)
+            path.parent.mkdir(mode=0o700)
+            second = sharedpool.start_broker(1, address=address, dsn=postgres.dsn, ttl=2.0)
+        with second, Worker(**settings) as new:
             new.send("get", name="x", timeout=30)
             wait_until(lambda: not first.is_alive, what="the first broker to leave the address to the second")
             wait_until(lambda: [s.in_use for s in fetch_report(address).sessions if s.pid == old.pid] == [1])
