@@ -29,6 +29,14 @@ class Borrowed(_socket.socket):  # not `socket.socket`, for which gevent puts on
     __del__ = _socket.socket.detach  # the finalizer; C, so that no interrupt falls into it
 
 
+def borrow(fd: int) -> Borrowed:
+    """Return a socket object on a stream, whatever its family, that is only sent to and received from.
+
+    Its kind is not asked for: that takes three system calls.
+    """
+    return Borrowed(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, fd)
+
+
 def other_side_closed(fd: int) -> bool:
     """Say of a socket on which POLLRDHUP was seen whether the other side has closed it. Linux; does not block.
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import _socket
 import ctypes
+import errno
 import functools
 import itertools
+import os
 import re
 import select
 import struct
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import psycopg2
 from psycopg2.extensions import connection
+
+from sharedpool.owned import Identity, identity, is_still, let_go
 
 _COMMAND_OK, _TUPLES_OK = 1, 2  # PGRES_COMMAND_OK, PGRES_TUPLES_OK
 _NONE = -1  # no result
@@ -134,28 +138,74 @@ class Probe:
     """What shows whether libpq has read all that it was sent: half a message may lie in its buffer, of a session that
     has gone, and would swallow what the next one's server says first.
 
-    `fileno()` is to be put in the place of the connection's socket before `is_passed`, which closes it here. Raise
-    OSError.
+    `fileno()` is to be put in the place of the connection's socket before `is_passed`, and something else afterwards.
+    Raise OSError.
     """
+
+    # Pairs that were read to the end: making one takes longer than all the rest. By process, as a child inherits them.
+    _pairs: ClassVar[dict[int, list[_Pair]]] = {}
 
     def __init__(self) -> None:
         self._value = b"%d" % next(_probes)
-        self._ours, theirs = _socket.socketpair()
-        self._ours.setblocking(False)
-        theirs.send(b"S" + struct.pack("!i", len(_PROBE) + len(self._value) + 6) + _PROBE + b"\0" + self._value + b"\0")
-        theirs.close()
+        try:
+            self._pair = self._pairs[os.getpid()].pop()
+        except (KeyError, IndexError):
+            self._pair = _Pair()
+        body = _PROBE + b"\0" + self._value + b"\0"
+        self._pair.say(b"S" + struct.pack("!i", len(body) + 4) + body)
 
     def fileno(self) -> int:
         """Return the descriptor."""
-        return self._ours.fileno()
+        return self._pair.ours.fileno()
+
+    @property
+    def identity(self) -> Identity:
+        """What that descriptor is."""
+        return self._pair.identity
 
     def is_passed(self, conn: connection) -> bool:
         """Say whether libpq understands what is said to it now. Does not block."""
-        self._ours.close()
         lib, pointer = library(), conn.pgconn_ptr
-        if lib is None or not lib.PQconsumeInput(pointer) or lib.PQisBusy(pointer):
+        passed = lib is not None and lib.PQconsumeInput(pointer) and not lib.PQisBusy(pointer)
+        if lib is None or not passed or lib.PQparameterStatus(pointer, _PROBE) != self._value:
+            self._pair.close()
             return False
-        return bool(lib.PQparameterStatus(pointer, _PROBE) == self._value)
+        self._pairs.setdefault(os.getpid(), []).append(self._pair)
+        return True
+
+    @classmethod
+    def close_kept(cls) -> None:
+        """Close what is kept for the next ones, and what was inherited of it."""
+        while cls._pairs:
+            _, pairs = cls._pairs.popitem()
+            while pairs:
+                pairs.pop().close()
+
+
+class _Pair:
+    """Two sockets: what one end says is read from the other, by libpq. What libpq says there nobody reads.
+
+    Raise OSError when it cannot be had.
+    """
+
+    def __init__(self) -> None:
+        self.ours, self._theirs = _socket.socketpair()
+        self.ours.setblocking(False)
+        self._theirs.setblocking(False)
+        self.identity = identity(self.ours.fileno())
+        self._known = self.identity, identity(self._theirs.fileno())
+
+    def say(self, message: bytes) -> None:
+        """Raise OSError when it cannot be said, or its numbers are somebody else's by now."""
+        if not (is_still(self.ours.fileno(), self._known) and is_still(self._theirs.fileno(), self._known)):
+            self.close()
+            raise OSError(errno.EBADF, "somebody has closed what is not his")
+        self._theirs.send(message)
+
+    def close(self) -> None:
+        """Close both, unless their numbers are somebody else's by now."""
+        let_go(self.ours, self._known)
+        let_go(self._theirs, self._known)
 
 
 def socket_of(conn: connection) -> int:

@@ -285,7 +285,7 @@ MUTANTS = (
     ),
     Mutant(
         "the object of a user's own class is used for another session",
-        (("sharedpool/worker/handover.py", "        if not self.are_known or ", "        if "),),
+        (("sharedpool/worker/handover.py", "if not (self.are_known and shell.sharedpool_emptied) or ", "if "),),
         ("tests/integration/test_shells.py", "-k", "own_class"),
     ),
     Mutant(
@@ -301,7 +301,13 @@ MUTANTS = (
     ),
     Mutant(
         "what is reset is given before the reset is sent",
-        (("sharedpool/worker/handover.py", "return encoded if reset.send(conn, command) else None", "return encoded"),),
+        (
+            (
+                "sharedpool/worker/handover.py",
+                "return encoded if reset.send(number_of(conn), command) else None",
+                "return encoded",
+            ),
+        ),
         ("tests/integration/test_shells.py", "-k", "as_one_just_opened"),
     ),
     Mutant(
@@ -311,11 +317,6 @@ MUTANTS = (
             ("sharedpool/worker/handover.py", "if encoded != conn.sharedpool_made_with:", "if False:"),
         ),
         ("tests/integration/test_shells.py", "-k", "leaves_behind"),
-    ),
-    Mutant(
-        "an object is used again whose libpq has read half a message",
-        (("sharedpool/worker/handover.py", "if _has_read_all(shell) and ", "if "),),
-        ("tests/integration/test_shells.py", "-k", "half_a_message"),
     ),
     Mutant(
         "a grant that came with a WELCOME counts from then on",
@@ -374,6 +375,178 @@ MUTANTS = (
             ),
         ),
         ("tests/integration/test_refused.py", "--timeout=30", "-k", "wait_callback"),
+    ),
+    Mutant(
+        "in the lane the board is written after the connection was sent",
+        (
+            ("sharedpool/lane.py", "moves = self.board.hand(item.cell, holder)  #", "moves = 0  #"),
+            (
+                "sharedpool/lane.py",
+                "            self.board.hand(item.cell, self.number)\n            return False\n        return True\n",
+                "            return False\n        self.board.hand(item.cell, holder)\n        return True\n",
+            ),
+        ),
+        ("tests/unit/test_lane_ends.py", "-k", "on_its_way"),
+    ),
+    Mutant(
+        "in the lane a ticket of a former turn is served",
+        (("sharedpool/lane.py", "if self.board.is_turn(ticket.place, ticket.request):", "if ticket.request:"),),
+        ("tests/unit/test_lane_ends.py", "-k", "stale"),
+    ),
+    Mutant(
+        "in the lane there is no second look after shelving",
+        (("sharedpool/lane.py", "while (ticket := self.next_ticket()) is not None:  # s", "while not self:  # s"),),
+        ("tests/unit/test_lane_ends.py", "-k", "second_look"),
+    ),
+    Mutant(
+        "in the lane the shelf is not looked at after the ticket was written",
+        (
+            (
+                "sharedpool/worker/mover.py",
+                "                    if (got := self._lane.take()) is not None:\n",
+                "                    if got is not None:\n",
+            ),
+        ),
+        ("tests/unit/test_mover.py", "-k", "after_the_ticket"),
+    ),
+    Mutant(
+        "in the lane a connection of an older generation is taken in",
+        (("sharedpool/lane.py", " and moved.live.generation == self.board.generation", ""),),
+        ("tests/unit/test_lane_ends.py", "-k", "dropped and generation"),
+    ),
+    Mutant(
+        "in the lane a full shelf keeps what was not laid there",
+        (
+            (
+                "sharedpool/lane.py",
+                "            self.board.hand(item.cell, self.number)\n            return False\n",
+                "            return False\n",
+            ),
+        ),
+        ("tests/unit/test_lane_ends.py", "-k", "full_shelf"),
+    ),
+    Mutant(
+        "a lane reads, writes and closes whatever has its descriptors' numbers",
+        (("sharedpool/lane.py", "return self.open and is_still(fd, self._known.get(fd, ()))", "return self.open"),),
+        ("tests/unit/test_lane_ends.py", "-k", "somebody_elses"),
+    ),
+    Mutant(
+        "what moves is given before its reset's answer is read",
+        (
+            (
+                "sharedpool/worker/mover.py",
+                "if parameters_after(sock, live.parameters, limit_s) is not live.parameters:",
+                "if not live.parameters:",
+            ),
+        ),
+        ("tests/unit/test_mover.py", "-k", "when_its_reset_is_done"),
+    ),
+    Mutant(
+        "what moves may leave half a message behind",
+        (
+            (
+                "sharedpool/worker/handover.py",
+                "conn.sharedpool_emptied = probe.is_passed(conn)",
+                "conn.sharedpool_emptied = True",
+            ),
+        ),
+        ("tests/unit/test_mover.py", "-k", "half_a_message"),
+    ),
+    Mutant(
+        "what was passed in the lane and has not arrived is never asked for",
+        (
+            (
+                "sharedpool/broker/moves.py",
+                "lease.unspoken, lease.noticed, lease.doubt = True, now, 0",
+                "lease.noticed = now",
+            ),
+        ),
+        ("tests/unit/test_moves.py", "-k", "has_not_arrived"),
+    ),
+    Mutant(
+        "what was passed in the lane is ended before it can have arrived",
+        (
+            (
+                "sharedpool/broker/moves.py",
+                "            if now - lease.noticed >= ARRIVAL_S:\n",
+                "            if lease:\n",
+            ),
+        ),
+        ("tests/unit/test_moves.py", "-k", "quarter_of_a_second"),
+    ),
+    Mutant(
+        "what is on nobody's shelf is never ended",
+        (("sharedpool/broker/moves.py", 'self._leases.fence(lease, "it is on nobody\'s shelf", now)', "pass"),),
+        ("tests/unit/test_moves.py", "-k", "nobodys_shelf"),
+    ),
+    Mutant(
+        "connections move again before the shelf was looked at",
+        (("sharedpool/broker/moves.py", "return pool.shelf is None or not any(", "return True or not any("),),
+        ("tests/unit/test_moves.py", "-k", "would_have_shelved"),
+    ),
+    Mutant(
+        "a later broker does not know how often a lease has moved",
+        (("sharedpool/broker/recovery.py", ", granted_at=now, moves=entry.moves", ", granted_at=now"),),
+        ("tests/unit/test_moves.py", "-k", "later_broker"),
+    ),
+    Mutant(
+        "who had a lease before is believed to have it now",
+        (("sharedpool/broker/moves.py", " or report.moves <= lease.moves or ", " or "),),
+        ("tests/unit/test_moves.py", "-k", "fewer_moves"),
+    ),
+    Mutant(
+        "a former holder's late word takes a lease from its next",
+        (
+            (
+                "sharedpool/broker/moves.py",
+                "return lease is not None and lease.moves >= 0 and",
+                "return lease is None and",
+            ),
+        ),
+        ("tests/unit/test_moves.py", "-k", "late_word"),
+    ),
+    Mutant(
+        "what is kept for a slice of time is forgotten when another one is given",
+        (
+            (
+                "sharedpool/worker/mover.py",
+                "if self._timer is not None and not cache.idle:",
+                "if self._timer is not None:",
+            ),
+        ),
+        ("tests/unit/test_mover.py", "-k", "leaves_the_timer_set"),
+    ),
+    Mutant(
+        "in the lane the turns of a dead process go on",
+        (
+            (
+                "sharedpool/broker/moves.py",
+                "lane.board.clear_session(session.index)\n            lane.indices.discard(session.index)\n",
+                "lane.indices.discard(session.index)\n",
+            ),
+        ),
+        ("tests/unit/test_moves.py", "-k", "place_is_used_again"),
+    ),
+    Mutant(
+        "connections move past a slot that is free",
+        (("sharedpool/broker/moves.py", "if pool.room > 0 or pool.parked", "if pool.parked"),),
+        ("tests/unit/test_moves.py", "-k", "something_else and slot"),
+    ),
+    Mutant(
+        "what has come in the lane and was not taken in is not listed",
+        (
+            (
+                "sharedpool/worker/cache.py",
+                "reported = reports(self.leases.values(), now, threads) + self._arriving()",
+                "reported = reports(self.leases.values(), now, threads)",
+            ),
+        ),
+        ("tests/unit/test_cache_handover.py", "-k", "taken_in_is_listed"),
+    ),
+    Mutant(
+        "who waits in the lane is served before his turn",
+        (("sharedpool/worker/cache.py", "            if not ticket.in_lane:\n", "            if ticket:\n"),),
+        ("tests/unit/test_cache_handover.py", "-k", "before_his_turn"),
     ),
 )
 

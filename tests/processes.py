@@ -112,6 +112,10 @@ class Worker:
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
 
+    def wait(self, timeout_s: float) -> int:
+        """Wait for its end; return its exit status."""
+        return self._process.wait(timeout_s)
+
     def end(self) -> int:
         """Let it end in good order (end of its input); return its exit status."""
         with contextlib.suppress(BrokenPipeError):

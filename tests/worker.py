@@ -24,6 +24,13 @@ if secret := settings.pop("password_file", ""):
     settings["password"] = Path(secret).read_text
 pool = sharedpool.config_pool(**settings)
 held: dict[str, Any] = {}
+aside: dict[str, Any] = {}
+
+# Leaves a mark in the session: what its last user left is seen, unless it was reset.
+_MARK = (
+    "SELECT pg_backend_pid(), current_setting('sharedpool.user', true), set_config('sharedpool.user', %s, false),"
+    " pg_sleep(%s)"
+)
 
 
 def get(name: str, timeout: float = 0.0) -> dict[str, Any]:
@@ -53,28 +60,41 @@ def cycle(count: int) -> dict[str, Any]:
 
 def stats() -> dict[str, Any]:
     s = pool.stats()
-    return {"idle": s.idle, "in_use": s.in_use, "max_conn": pool.max_conn, "connects": s.connects}
+    found = {"idle": s.idle, "in_use": s.in_use, "max_conn": pool.max_conn, "connects": s.connects}
+    return found | {"adopted": s.adopted, "moving": bool(pool._holdings.cache.moving[0])}
 
 
-def hammer(seconds: float, threads: int, timeout: float, work_s: float = 0.002, stop: str = "") -> dict[str, Any]:
-    """Use the pool as hard as `threads` threads can, until there is a file `stop`; tell what happened."""
-    outcome = {"done": 0, "errors": []}
+def hammer(
+    seconds: float, threads: int, timeout: float, work_s: float = 0.002, think_s: float | None = None, stop: str = ""
+) -> dict[str, Any]:
+    """Use the pool as hard as `threads` threads can, until there is a file `stop`; tell what happened.
+
+    `wrong` counts checkouts whose session was another process's, or not its object's; `longest` is the longest wait.
+    """
+    outcome = {"done": 0, "errors": [], "wrong": 0, "longest": 0.0}
     until = time.monotonic() + seconds
     lock = threading.Lock()
+    me = str(os.getpid())
 
     def run() -> None:
-        done = 0
+        done = wrong = 0
+        longest = 0.0
         try:
-            while time.monotonic() < until and not (stop and os.path.exists(stop)):
+            while (began := time.monotonic()) < until and not (stop and os.path.exists(stop)):
                 with pool.connection(timeout=timeout) as conn, conn.cursor() as cursor:
-                    cursor.execute("SELECT pg_sleep(%s)", [random.uniform(0, work_s)])
+                    longest = max(longest, time.monotonic() - began)
+                    cursor.execute(_MARK, [me, random.uniform(0, work_s)])
+                    pid, before, _, _ = cursor.fetchone()
+                    wrong += pid != conn.info.backend_pid or before not in (None, "", me)
                 done += 1
-                time.sleep(random.uniform(0, work_s))  # think time, not synchronisation
+                time.sleep(random.uniform(0, work_s if think_s is None else think_s))  # no synchronisation
         except Exception as error:
             with lock:
                 outcome["errors"].append(f"{type(error).__name__}: {error}")
         with lock:
             outcome["done"] += done
+            outcome["wrong"] += wrong
+            outcome["longest"] = max(longest, outcome["longest"])
 
     crew = [threading.Thread(target=run) for _ in range(threads)]
     for thread in crew:
@@ -84,12 +104,15 @@ def hammer(seconds: float, threads: int, timeout: float, work_s: float = 0.002, 
     return outcome
 
 
-def insist(seconds: float, timeout: float) -> dict[str, Any]:
-    """Check out and in, whatever that raises; tell how often it did what, its texts, and how long the longest took."""
+def insist(seconds: float, timeout: float, stop: str = "") -> dict[str, Any]:
+    """Check out and in, whatever that raises, until there is a file `stop`.
+
+    Tell how often it did what, its texts, and how long the longest took.
+    """
     outcomes: dict[str, int] = {}
     texts: dict[str, str] = {}
     longest, until = 0.0, time.monotonic() + seconds
-    while (began := time.monotonic()) < until:
+    while (began := time.monotonic()) < until and not (stop and os.path.exists(stop)):
         try:
             pool.put_conn(pool.get_conn(timeout=timeout))
             kind = "done"
@@ -150,11 +173,34 @@ def fork(name: str | None = None) -> dict[str, Any]:
     return report
 
 
+def wait_aside(timeout: float) -> dict[str, Any]:
+    """Have another thread wait for a connection."""
+
+    def wait() -> None:
+        try:
+            pool.get_conn(timeout=timeout)
+        except psycopg2.Error as error:
+            aside.update(error=type(error).__name__, at=time.monotonic())
+
+    aside["thread"] = threading.Thread(target=wait)
+    aside["thread"].start()
+    return {}
+
+
+def dispose() -> dict[str, Any]:
+    """Dispose of the pool; tell what the thread that waits was told, and how much later."""
+    began = time.monotonic()
+    pool.release_all()
+    aside["thread"].join()
+    return {"error": aside.get("error"), "after": aside.get("at", began) - began}
+
+
 def leave() -> dict[str, Any]:
     raise SystemExit(0)
 
 
-commands = {f.__name__: f for f in (get, put, query, cycle, stats, hammer, insist, write_rows, fork, leave)}
+functions = (get, put, query, cycle, stats, hammer, insist, write_rows, wait_aside, dispose, fork, leave)
+commands = {function.__name__: function for function in functions}
 print("ready", flush=True)
 for line in sys.stdin:
     command = json.loads(line)

@@ -26,6 +26,7 @@ from sharedpool.broker.records import (
     SlotState,
     Waiter,
 )
+from sharedpool.wire.board import SHELF
 from sharedpool.wire.messages import Backend, Phase, PoolSpec, Times, Token
 
 _MOST_PAST = 100  # unused pools of which the counts are kept
@@ -183,6 +184,8 @@ class Books:
             self.mark_phase(lease, Phase.CONNECTING, None)
             lease.live = None
             pool.parked.pop(token, None)
+        if lease.cell >= 0 and new in (FENCING, FREE):
+            self._strike(lease)
         if new is GRANTED:
             session.granted[lease.request] = lease
         elif new is not SUSPECT and session.granted.get(lease.request) is lease:
@@ -202,6 +205,44 @@ class Books:
             pool.backoff.ended(token)
             self._emit(Erase(token))
 
+    @staticmethod
+    def _strike(lease: Lease) -> None:
+        """Let a lease move no more."""
+        lane = lease.pool.lane
+        assert lane is not None
+        lane.board.strike(lease.cell)
+        lane.free.append(lease.cell)
+        lane.used -= 1
+        lease.cell = -1
+
+    def transfer(self, lease: Lease, session: Session) -> None:
+        """Note that another session of the pool holds a lease."""
+        former, token = lease.session, lease.token
+        if former is session:
+            return
+        del former.leases[token]
+        former.debts.discard(token)
+        if former.granted.get(lease.request) is lease:
+            del former.granted[lease.request]
+        lease.session, lease.request = session, 0
+        session.leases[token] = lease
+        self.mark_owed(former, former.owed)
+        self.mark_owed(session, session.owed)
+        lease.pool.idle.pop(token, None)
+        if not session.shelf:  # of which a later broker could make nothing
+            self._record(lease)
+
+    def enter(self, lease: Lease) -> None:
+        """Put a lease on its pool's board, on which there is room. That it may move outlives this broker."""
+        lane, session = lease.pool.lane, lease.session
+        assert lane is not None
+        lease.cell = lane.free.popleft()
+        lane.used += 1
+        if lease.moves < 0:
+            lease.moves = 0
+            self._record(lease)
+        lane.board.enter(lease.cell, lease.token, SHELF if session.shelf else session.number, lease.moves)
+
     def identify(self, lease: Lease, backend: Backend) -> None:
         """Note which backend a lease's connection is on."""
         known = lease.backend
@@ -215,7 +256,7 @@ class Books:
             Record(
                 Entry(
                     lease.token, session.id, session.process, session.pid, session.host, session.title,
-                    pool.spec, pool.max_conn, session.expiration_s, lease.backend,
+                    pool.spec, pool.max_conn, session.expiration_s, lease.backend, lease.moves,
                 )
             )
         )  # fmt: skip
@@ -335,10 +376,23 @@ class Books:
             assert (pool.name in self.contended) == bool(pool.waiters)
             assert pool.name in self.shrinking or not pool.held
             assert all(s.debts <= set(s.leases) for s in pool.sessions.values())
+            self._check_lane(pool)
             assert set(pool.nowaits) == {seq for seq, waiter in pool.waiters.items() if waiter.nowait}
             for seq, waiter in pool.waiters.items():
                 assert waiter.seq == seq
                 assert self.sessions[waiter.session.id].waiters[waiter.request] is waiter
+
+    @staticmethod
+    def _check_lane(pool: Pool) -> None:
+        celled = [lease for lease in pool.leases.values() if lease.cell >= 0]
+        if pool.lane is None:
+            assert not celled
+            return
+        assert pool.lane.used == len(celled) == len({lease.cell for lease in celled})
+        assert not set(pool.lane.free) & {lease.cell for lease in celled}
+        assert all(pool.lane.board.has(lease.cell, lease.token) for lease in celled)
+        assert all(session.number == number for number, session in pool.lane.members.items())
+        assert pool.lane.moving == pool.lane.board.moving
 
 
 def _names(spec: PoolSpec) -> Iterator[str]:

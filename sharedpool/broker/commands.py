@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from sharedpool.wire.desk import Pass
+from sharedpool.wire.desk import Live, Pass
 from sharedpool.wire.messages import Backend, PoolSpec, Token, ToWorker
 from sharedpool.wire.reports import ToOperator
 
@@ -28,7 +28,7 @@ class Process(NamedTuple):
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """All that a later broker must know of a lease."""
+    """All that a later broker must know of a lease. `moves`: how often it has moved in a lane; -1: it does not."""
 
     token: Token
     session: bytes
@@ -40,6 +40,7 @@ class Entry(msgspec.Struct, frozen=True):
     max_conn: int
     expiration_s: float
     backend: Backend | None = None
+    moves: int = -1
 
 
 class Place(NamedTuple):
@@ -94,6 +95,62 @@ class PassOn:
 
     line: int
     message: Pass
+
+
+@dataclass(frozen=True, slots=True)
+class OpenLane:
+    """Make a lane for a pool, then tell the ledger (`lane_opened`)."""
+
+    pool: str
+
+
+@dataclass(frozen=True, slots=True)
+class LetIn:
+    """Open a pool's lane to a session, by this number; its turns are at `index` on the board."""
+
+    pool: str
+    session: bytes
+    number: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class ToLane:
+    """Give a connection in the lane: the socket in custody for this lease, which has this cell on the board."""
+
+    pool: str
+    token: Token
+    cell: int
+    live: Live
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """Join the queue of a pool's lane so often; tell the ledger of what comes (`came`)."""
+
+    pool: str
+    times: int
+
+
+@dataclass(frozen=True, slots=True)
+class Proceed:
+    """Connections move past the broker now: leave the lane's queue and shelf to the workers."""
+
+    pool: str
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """They do no more: wake who waits in the lane; tell the ledger of what comes to its shelf (`shelved`)."""
+
+    pool: str
+
+
+@dataclass(frozen=True, slots=True)
+class CloseLane:
+    """Nobody uses the pool any more."""
+
+    pool: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,5 +235,25 @@ class Log:
 
 
 Command = (
-    Send | Record | Erase | Entrust | PassOn | Interfere | Vouch | Saw | Watch | Fence | Look | Doubt | Forget | Log
+    Send
+    | Record
+    | Erase
+    | Entrust
+    | PassOn
+    | OpenLane
+    | LetIn
+    | ToLane
+    | Queue
+    | Proceed
+    | Halt
+    | CloseLane
+    | Interfere
+    | Vouch
+    | Saw
+    | Watch
+    | Fence
+    | Look
+    | Doubt
+    | Forget
+    | Log
 )

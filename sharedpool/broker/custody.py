@@ -9,6 +9,7 @@ from dataclasses import replace
 from sharedpool.broker.commands import Command, Fence
 from sharedpool.broker.control import Control, Word
 from sharedpool.broker.desk import Desk
+from sharedpool.broker.lanes import Lanes
 from sharedpool.broker.ledger import Ledger
 from sharedpool.wire.desk import Ask, Give, Pass, Withdraw
 from sharedpool.wire.messages import Token
@@ -18,10 +19,12 @@ _CUT_HEAD_START_S = 0.02
 
 
 class Custody:
-    """The desk's clerk; `desk` is None where there can be no desk.
+    """The desk's clerk; `desk` is None where there can be no desk. `lanes` is set once they are made.
 
     `execute` carries out what the ledger decides, `later` has the ledger told once that is done.
     """
+
+    lanes: Lanes
 
     def __init__(
         self,
@@ -72,9 +75,15 @@ class Custody:
     def stays(self, program: bytes, line: int) -> None:
         """Take in that this line ends with a program."""
         self._ledger.stays(program, line)
+        self.lanes.stays(program, line)
+
+    def joined(self, session: bytes) -> None:
+        """Take in that a session uses its pool's lane."""
+        self._execute(self._ledger.joined(session, time.monotonic()))
 
     def line_ended(self, line: int) -> None:
         """Take in that a line has ended; not at once, what was decided before is still being carried out."""
+        self.lanes.line_ended(line)
         self._later(lambda ledger, now: ledger.line_ended(line, now))
 
     def gone(self, token: Token) -> None:

@@ -117,7 +117,7 @@ class Demand:
             pool.parked
             or pool.idle
             or pool.suspects
-            or pool.unpressed
+            or (pool.unpressed and not pool.moving)
             or pool.nowaits
             or self._newcomers
             or self.draining
@@ -291,6 +291,10 @@ class Demand:
             self.ask(session, now, take=count)
         return sum(count for _, count in chosen.values())
 
+    def take(self, pool: Pool, now: float) -> None:
+        """Ask for all that lies idle in a pool's processes."""
+        self._take([pool], len(pool.idle), now)
+
     def _fence_suspects(self, pools: Iterable[Pool], short: int, now: float) -> int:
         """Fence up to `short` suspect leases; return how many.
 
@@ -375,8 +379,8 @@ class Demand:
                 self.ask(session, now)
 
     def _press(self, pool: Pool, now: float) -> None:
-        if not self.wanted(pool):
-            return
+        if pool.moving or not self.wanted(pool):
+            return  # where connections move past the broker, it waits in the lane for those who wait here
         for session in list(pool.unpressed.values()):
             owed = min(len(session.leases), self.pressure(pool, session))
             if owed:
@@ -564,7 +568,7 @@ class Demand:
         books.dequeue(waiter)
         capped = pool.own_room > 0 and books.max_conn is not None  # its own limit would allow one more
         leases = books.leases if capped else pool.leases
-        sessions = {lease.session.id: lease.session for lease in leases.values()}
+        sessions = {lease.session.id: lease.session for lease in leases.values() if not lease.session.shelf}
         most = heapq.nlargest(HOLDERS_NAMED, sessions.values(), key=lambda session: len(session.leases))
         holders = [_holder(session, f" in {session.pool.name!r}" if capped else "", now) for session in most]
         limit = books.max_conn if capped and books.max_conn is not None else pool.max_conn
@@ -596,7 +600,7 @@ class Demand:
             if self._short(pool) > 0:
                 assert not pool.idle, f"{pool.name}: an idle lease nobody recalled"
                 keep = [s for s in pool.unpressed.values() if len(s.leases) > s.taking]
-                assert all(not self.pressure(pool, s) for s in keep), pool.name
+                assert pool.moving or all(not self.pressure(pool, s) for s in keep), pool.name
         if books.contended and not books.groups and self._short_of_cap() > 0:
             assert not any(pool.idle for pool in books.pools.values()), "an idle lease nobody recalled"
 

@@ -28,7 +28,19 @@ from sharedpool.errors import ProtocolError
 from sharedpool.hangup import other_side_closed
 from sharedpool.wire import descriptors
 from sharedpool.wire.codec import decode_to_desk, encode
-from sharedpool.wire.desk import PACKET_BYTES, Ask, Deposit, Give, Leave, Pass, Settled, Stay, Withdraw
+from sharedpool.wire.desk import (
+    PACKET_BYTES,
+    Ask,
+    Deposit,
+    Give,
+    Joined,
+    Leave,
+    LetIn,
+    Pass,
+    Settled,
+    Stay,
+    Withdraw,
+)
 from sharedpool.wire.messages import Token
 
 logger = logging.getLogger("sharedpool.broker")
@@ -64,6 +76,9 @@ class Clerk(Protocol):
 
     def withdrawn(self, withdraw: Withdraw) -> None:
         """Somebody waits no more."""
+
+    def joined(self, session: bytes) -> None:
+        """A session uses its pool's lane."""
 
     def left(self, line: int) -> None:
         """All that was passed on this line has been read, and it is to end."""
@@ -230,6 +245,8 @@ class Desk:
                 self.clerk.left(self._numbers[line.fileno()])
             elif isinstance(message, Stay):
                 self.clerk.stays(message.program, self._numbers[line.fileno()])
+            elif isinstance(message, Joined):
+                self.clerk.joined(message.session)
             else:
                 self.clerk.withdrawn(message)
                 self._say(line, Settled(message.request))
@@ -249,6 +266,19 @@ class Desk:
     def _say(self, line: socket.socket, message: Settled) -> None:
         with contextlib.suppress(OSError):  # it has left, and is seen to have
             line.send(encode(message))
+
+    def hand(self, number: int, message: LetIn, fds: list[int]) -> None:
+        """Send descriptors on a line. A worker that does not read just now is not let in."""
+        if (line := self._numbered.get(number)) is not None:
+            try:
+                descriptors.send_with_all(line, encode(message), fds)
+            except OSError as error:
+                logger.debug("a worker was not let into the lane: %s", error)
+
+    def fileno_of(self, token: Token) -> int:
+        """Return the descriptor of a lease's socket in custody; -1 for none."""
+        held = self._custody.get(token)
+        return -1 if held is None else held.fileno()
 
     def pass_on(self, number: int, message: Pass) -> None:
         """Send a connection to who waits on a line; without success the line ends, so that he asks otherwise."""

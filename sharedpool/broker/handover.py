@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from itertools import islice
+from typing import Protocol
 
 from sharedpool.broker.books import Books
 from sharedpool.broker.commands import Command, Entrust, Interfere, PassOn
@@ -29,12 +30,24 @@ TRY_AGAIN_S = 30.0
 # A holder that has been pressed for so long, with others waiting, is asked whether it still uses what it keeps; then
 # after twice the time, and so on.
 NUDGE_S = 0.01
-_NUDGE_LIMIT_S = 1.0
+NUDGE_LIMIT_S = 1.0
 _MOST_NUDGED = 64
 
 
+class Movers(Protocol):
+    """The lanes, as the hand-over sees them (`moves.Moves`)."""
+
+    def wanted(self, pool: Pool) -> None:
+        """Have a lane made for a pool whose connections are passed on."""
+
+    def give(self, lease: Lease, live: Live, now: float) -> None:
+        """Give in the lane what was given to the broker, for which nobody waits at the broker."""
+
+
 class Handover:
-    """The hand-over's side of the ledger. `arm(when, kind, subject)` asks for a timer."""
+    """The hand-over's side of the ledger. `arm(when, kind, subject)` asks for a timer. `moves` is set once made."""
+
+    moves: Movers
 
     def __init__(
         self,
@@ -93,20 +106,31 @@ class Handover:
             lease.pool.recalls += 1
             if session.owed:
                 self._books.mark_owed(session, session.owed - 1)
-        lease.line = 0
+        lease.line, lease.unspoken = 0, False
         self._leases.identify(lease, give.live.backend, now)
-        stays = lease.custody and not lease.interrupts and give.live.generation == lease.pool.generation
-        stays = stays and lease.pool.cancels is not False
-        if not stays or self._demand.draining or self._demand.excess(lease.pool) > 0:
+        return self._find_user(lease, give.live, now)
+
+    def shelved(self, lease: Lease, live: Live, now: float) -> None:
+        """Take in a connection that lay on its pool's shelf."""
+        self._find_user(lease, live, now)
+
+    def _find_user(self, lease: Lease, live: Live, now: float) -> bool:
+        """Pass a connection to the first who waits, or keep it; return whether all is done with that."""
+        pool = lease.pool
+        stays = lease.custody and not lease.interrupts and live.generation == pool.generation
+        stays = stays and pool.cancels is not False
+        if not stays or self._demand.draining or self._demand.excess(pool) > 0:
             self._leases.fence(lease, "given, but not fit to go on", now, level=logging.DEBUG)
-        elif (waiter := self._first(lease.pool)) is not None:
+        elif (waiter := self._first(pool)) is not None:
             if waiter.line:
-                self._pass(lease, give.live, waiter, now)
+                self._pass(lease, live, waiter, now)
                 # Who gave all that was asked of him may have more; a lease that was closing is not coming any more.
-                return bool(lease.pool.waiters) and self._demand.at_rest(lease.pool)
+                return bool(pool.waiters) and self._demand.at_rest(pool)
             self._leases.fence(lease, "given, but it cannot be passed to who waits", now, level=logging.DEBUG)
+        elif pool.moving:
+            self.moves.give(lease, live, now)
         else:
-            self._park(lease, give.live, now)
+            self.park(lease, live, now)
             return not (self._books.contended or self._books.shrinking)
         return False
 
@@ -125,13 +149,14 @@ class Handover:
 
     def _pass(self, lease: Lease, live: Live, waiter: Waiter, now: float) -> None:
         books, pool, session = self._books, lease.pool, waiter.session
-        if waiter.since < now or session is not lease.session:
+        self.moves.wanted(pool)
+        if (waiter.since < now or session is not lease.session) and not pool.moving:
             pool.shared_until = now + SHARED_S
         self._unpark(lease)
         books.dequeue(waiter)
         heir = Lease(
             self._demand.new_token(), session, pool,
-            request=waiter.request, backend=lease.backend, custody=True, line=waiter.line,
+            request=waiter.request, backend=lease.backend, custody=True, line=waiter.line, moves=lease.moves,
         )  # fmt: skip
         books.move(heir, SlotState.OPEN, "handed over")
         self._emit(Entrust(lease.token, heir.token))
@@ -151,7 +176,8 @@ class Handover:
 
     # --- parking
 
-    def _park(self, lease: Lease, live: Live, now: float) -> None:
+    def park(self, lease: Lease, live: Live, now: float) -> None:
+        """Keep a connection until somebody asks for one."""
         lease.live = live
         if lease.state is not SlotState.OPEN:
             self._books.move(lease, SlotState.OPEN, "parked")
@@ -216,7 +242,7 @@ class Handover:
             if session.nudged != passes:
                 session.nudged, session.nudge_s = passes, NUDGE_S
             elif now >= session.nudge_at:  # it may have used it then, and have kept it for its slice since
-                session.nudge_s = min(2 * session.nudge_s, _NUDGE_LIMIT_S)
+                session.nudge_s = min(2 * session.nudge_s, NUDGE_LIMIT_S)
             else:
                 continue
             session.nudge_at = now + session.nudge_s

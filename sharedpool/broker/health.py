@@ -123,4 +123,5 @@ class Health:
         text = "pool %r: generation %d: every older connection is replaced (%s)"
         self._log(logging.WARNING, text, pool.name, pool.generation, why, pool=pool.name, reason=why)
         for session in pool.sessions.values():
-            self._emit(Send(session.id, Stale(pool.generation)))
+            if not session.shelf:
+                self._emit(Send(session.id, Stale(pool.generation)))

@@ -33,14 +33,32 @@ class Parked(Protocol):
         """End a parked connection that nobody has asked for."""
 
 
+class Movers(Protocol):
+    """The lanes, as the leases see them (`moves.Moves`)."""
+
+    def claims(self, session: Session, report: LeaseReport) -> Lease | None:
+        """Return the lease that a session rightly says to hold, though the books say that another does."""
+
+    def has_moved_on(self, token: Token) -> bool:
+        """Say whether a lease that a session says to hold is another's by now."""
+
+    def missing(self, lease: Lease, told: int, now: float) -> None:
+        """Take in that a lease's new holder does not list it, and knows recall number `told`."""
+
+    def wanders(self, lease: Lease, session: Session, spared_until: float) -> bool:
+        """Say whether a lease of a former broker's, not held by whom its journal names, may have moved on since."""
+
+
 class Leases:
     """The leases' side of the ledger. `drop(session)` is called when one of a session's leases is gone.
 
     `verifies`: there is a control connection to ask. `remembers`: what former brokers granted is in the books already,
-    so that an unknown lease is one that was taken away, never to be admitted again. `parked` is set once it is made.
+    so that an unknown lease is one that was taken away, never to be admitted again. `parked` and `moves` are set once
+    they are made.
     """
 
     parked: Parked
+    moves: Movers
 
     def __init__(
         self,
@@ -223,9 +241,19 @@ class Leases:
                 self.lost(lease, now, closed=True)
 
     def reconcile(
-        self, session: Session, reports: list[LeaseReport], now: float, *, seen: Token = NO_TOKEN, claim: bool = False
+        self,
+        session: Session,
+        reports: list[LeaseReport],
+        now: float,
+        *,
+        seen: Token = NO_TOKEN,
+        claim: bool = False,
+        told: int = 0,
     ) -> list[Token]:
-        """Bring the books in line with a worker's word; return the tokens it has no right to."""
+        """Bring the books in line with a worker's word; return the tokens it has no right to.
+
+        `claim`: it registers; `told`: it knows this recall.
+        """
         if seen.epoch != self._epoch:
             seen = NO_TOKEN  # a former broker's, whose numbers may have been higher
         revoked = []
@@ -235,6 +263,10 @@ class Leases:
             lease = session.leases.get(report.token)
             if lease is not None and lease.live is not None:
                 continue  # said before it was given
+            if lease is None:
+                lease = self.moves.claims(session, report)
+            if lease is None and self.moves.has_moved_on(report.token):
+                continue
             if lease is None and claim and self._claimable(report.token):
                 lease = Lease(report.token, session, session.pool, granted_at=now)
                 opened = report.backend is not None or report.phase is not Phase.CONNECTING
@@ -245,11 +277,17 @@ class Leases:
             self._update(lease, report, now)
         session.vanished &= listed
         for lease in list(session.leases.values()):
-            known = lease.token.epoch != self._epoch or lease.token <= seen
+            if lease.unspoken and lease.token not in listed and lease.state is not SlotState.FENCING:
+                self.moves.missing(lease, told, now)
+                continue
+            # What has come in the lane was spoken of before: else it is missing.
+            known = lease.token.epoch != self._epoch or lease.token <= seen or lease.moves > 0
             if not known or lease.token in listed or lease.state is SlotState.FENCING:
                 continue
             if lease.line or lease.live is not None:
                 continue  # on its way to the worker, or given by it: the desk's lines lose nothing
+            if lease.token.epoch != self._epoch and self.moves.wanders(lease, session, now + self._ttl_s):
+                continue
             # Its RELEASE may have told that nobody saw the backend end, or that a connect timed out: what RENEW's
             # `gone` does not name may be left on the server, known or not.
             self.fence(lease, "its RELEASE was lost", now)
@@ -262,7 +300,7 @@ class Leases:
         return token not in self._books.leases and token not in self._void
 
     def _update(self, lease: Lease, report: LeaseReport, now: float) -> None:
-        lease.line = 0
+        lease.line, lease.unspoken = 0, False
         since = now - max(0, min(report.age_ms, LONGEST_MS)) / 1000
         self.identify(lease, report.backend, now)
         if report.phase is Phase.CONNECTING:
@@ -308,7 +346,7 @@ class Leases:
                 self.parked.expire(lease, now)
                 return
             lease.expiry_armed = True
-            if due <= now and not lease.session.mute and not lease.session.expiring:
+            if due <= now and not lease.session.silent and not lease.session.expiring:
                 lease.session.expiring = True  # one question for all that expire together
                 self._demand.ask(lease.session, now, expired=True)
             self._arm(max(due, now + self._ttl_s / 3), "expiry", lease)

@@ -4,7 +4,8 @@ Scope: count slots to `max_conn`, queue requests first come first served, rememb
 leases, and free a slot only on evidence that its backend is gone. It receives messages and the time, and returns
 commands (`commands.py`) for the server to carry out. `records.py` keeps the books, `demand.py` serves the queue,
 `handover.py` passes connections on, `sessions.py` knows the workers, `leases.py` follows what they report of their
-leases, `health.py` what they report of the server, `recovery.py` takes over from a former broker.
+leases, `moves.py` follows connections that move past the broker, `health.py` what workers report of the server,
+`recovery.py` takes over from a former broker.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sharedpool.broker.books import Books
-from sharedpool.broker.commands import Command, Entry, Interfere, Log, Look, Process, Send, Survey
+from sharedpool.broker.commands import CloseLane, Command, Entry, Interfere, Log, Look, Process, Send, Survey
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.groups import GroupTerms
 from sharedpool.broker.handover import Handover
 from sharedpool.broker.health import Health
 from sharedpool.broker.leases import QUEUE_LIMIT_S, Leases
+from sharedpool.broker.moves import Moves
 from sharedpool.broker.observe import Observation, observe
 from sharedpool.broker.orders import Orders
 from sharedpool.broker.quarantine import SETTLE_S
@@ -30,7 +32,8 @@ from sharedpool.broker.report import lease_lines, report
 from sharedpool.broker.routes import Routes, unkept
 from sharedpool.broker.sessions import Sessions, Terms
 from sharedpool.broker.timers import Timers
-from sharedpool.wire.desk import Ask, Give, Withdraw
+from sharedpool.wire.board import Board
+from sharedpool.wire.desk import Ask, Give, Moved, Withdraw
 from sharedpool.wire.messages import (
     NO_TOKEN,
     Ack,
@@ -110,6 +113,10 @@ class Ledger:
         )  # fmt: skip
         self._handover = Handover(self._books, self._demand, self._leases, self._out.append, self._timers.arm)
         self._demand.parked = self._leases.parked = self._handover
+        self._moves = Moves(
+            self._books, self._demand, self._leases, self._out.append, self._timers.arm, expiration_s=expiration_s
+        )
+        self._sessions.moves = self._leases.moves = self._handover.moves = self._moves
         self._health = Health(self._books, self._out.append, self._timers.arm, self._log, verifies=verifies)
         self._orders = Orders(
             self._books, self._demand, self._leases, self._out.append, self._health.bump, cuts=verifies
@@ -144,6 +151,8 @@ class Ledger:
             "look": self._look_due,
             "grace": self._grace_due,
             "nudge": self._handover.nudge_due,
+            "lane": self._moves.quiet_due,
+            "arrival": self._moves.arrival_due,
             "spared": lambda _, now: None,  # suspects may be fenced from now on
             "queue": lambda _, now: None,  # the server may be looked at from now on
         }
@@ -152,6 +161,7 @@ class Ledger:
 
     def handle(self, session_id: bytes, message: ToBroker, now: float, process: Process | None = None) -> list[Command]:
         """Take in one message, which the kernel says is from `process`; return what is to be done."""
+        self._moves.sync(now)
         if isinstance(message, Hello):
             if (first := self._sessions.hello(session_id, message, now, process)) is not None:
                 self._acquire(self._books.sessions[session_id], first, now)
@@ -170,6 +180,7 @@ class Ledger:
         """Do what is due by the clock."""
         if (deadline := self._timers.next_deadline()) is None or deadline > now:
             return []  # every change was settled when it came
+        self._moves.sync(now)
         while (due := self._timers.pop(now)) is not None:
             kind, subject = due
             self._alarms[kind](subject, now)
@@ -181,6 +192,7 @@ class Ledger:
 
     def session_died(self, session_id: bytes, now: float) -> list[Command]:
         """Take in that a session's process has ended (evidence, not a guess)."""
+        self._moves.sync(now)
         session = self._books.sessions.get(session_id)
         if session is not None:
             self._sessions.end(session, "its worker died", now)
@@ -188,6 +200,7 @@ class Ledger:
 
     def backend_gone(self, token: Token, now: float) -> list[Command]:
         """Take in that a lease's backend was seen to be gone, whoever ended it: its slot is free."""
+        self._moves.sync(now)
         lease = self._books.leases.get(token)
         if lease is not None:
             session = lease.session
@@ -204,6 +217,7 @@ class Ledger:
 
         `closed`: the other side has closed it, which may be a proxy.
         """
+        self._moves.sync(now)
         lease = self._books.leases.get(token)
         if lease is not None:
             if not lease.session.ended and lease.state in (SlotState.OPEN, SlotState.GRANTED):
@@ -248,6 +262,7 @@ class Ledger:
 
     def asked(self, ask: Ask, line: int, now: float) -> list[Command]:
         """Take in a request that waits on a line of the desk. An unknown session's is left: it will say HELLO."""
+        self._moves.sync(now)
         session = self._books.sessions.get(ask.session)
         if session is not None and not (session.ended or session.restored):
             self._sessions.hear(session, now)
@@ -258,7 +273,7 @@ class Ledger:
             self._acquire(session, Acquire(ask.request, ask.wait_ms), now)
             if (waiter := session.waiters.get(ask.request)) is not None:
                 self._handover.asked(waiter, line)
-                if not ask.gone and self._demand.at_rest(session.pool):
+                if not ask.gone and self._demand.at_rest(session.pool) and not session.pool.moving:
                     self._handover.watch(now)
                     return self._decided()
         return self._settled(now)
@@ -272,11 +287,48 @@ class Ledger:
 
     def given(self, give: Give, now: float) -> list[Command]:
         """Take in a connection that is to be passed on."""
+        self._moves.sync(now)
         session = self._books.sessions.get(give.session)
         if session is not None and not (session.ended or session.restored):
             self._sessions.hear(session, now)
             if self._handover.given(session, give, now):
                 return self._decided()
+        return self._settled(now)
+
+    def lane_opened(self, pool_name: str, board: Board, now: float) -> list[Command]:
+        """Take in that a pool's lane is there."""
+        if (pool := self._books.pools.get(pool_name)) is not None:
+            self._moves.opened(pool, board)
+        else:
+            self._out.append(CloseLane(pool_name))
+        return self._settled(now)
+
+    def joined(self, session_id: bytes, now: float) -> list[Command]:
+        """Take in that a session uses its pool's lane."""
+        if (session := self._books.sessions.get(session_id)) is not None:
+            self._moves.joined(session)
+        return self._settled(now)
+
+    def shelved(self, pool_name: str, moved: Moved, now: float) -> list[Command]:
+        """Take in what was found on a lane's shelf when connections move by the broker."""
+        self._moves.sync(now)
+        pool = self._books.pools.get(pool_name)
+        if pool is not None and (lease := self._moves.shelved(pool, moved)) is not None:
+            self._handover.shelved(lease, moved.live, now)
+        return self._settled(now)
+
+    def came(self, pool_name: str, moved: Moved, now: float) -> list[Command]:
+        """Take in what the broker was given in a lane, for one who waits at the broker."""
+        if (pool := self._books.pools.get(pool_name)) is not None:
+            self._moves.came(pool)
+        return self.shelved(pool_name, moved, now)
+
+    def unplaced(self, pool_name: str, moved: Moved, now: float) -> list[Command]:
+        """Take in that there is no room in the lane for what was to be given there."""
+        self._moves.sync(now)
+        pool = self._books.pools.get(pool_name)
+        if pool is not None and (lease := self._moves.shelved(pool, moved)) is not None:
+            self._handover.park(lease, moved.live, now)
         return self._settled(now)
 
     def left(self, line: int) -> None:
@@ -290,6 +342,7 @@ class Ledger:
 
     def line_ended(self, line: int, now: float) -> list[Command]:
         """Take in that a line to the desk has ended: with its program perhaps, though its process may run another."""
+        self._moves.sync(now)
         program = self._programs.pop(line, None)
         if program is not None:
             for session in [x for x in self._books.sessions.values() if x.id.startswith(program) and not x.ended]:
@@ -299,6 +352,7 @@ class Ledger:
 
     def interrupted(self, order: Interfere, sent: bool | None, now: float) -> list[Command]:
         """Take in that a cancel was sent, must not be, or (None) was not needed, or not possible just now."""
+        self._moves.sync(now)
         if (pool := self._handover.interrupted(order, sent, now)) is not None:
             text = (
                 "pool %r: no hand-over: the broker's role is no member of the workers' and may not cancel their queries"
@@ -360,6 +414,7 @@ class Ledger:
 
     def order(self, order: Order, now: float) -> tuple[Done, list[Command]]:
         """Carry an operator's order out; return what he is to be told, and what is to be done."""
+        self._moves.sync(now)
         done = self._orders.carry_out(order, now)
         for line in done.said:
             self._log(logging.INFO, "by order: %s", line)
@@ -382,6 +437,7 @@ class Ledger:
 
     def drain(self, now: float) -> list[Command]:
         """Grant nothing any more, and have everything brought back. Who waits goes on waiting: a successor may come."""
+        self._moves.sync(now)
         self._demand.draining = True
         for waiter in [waiter for pool in self._books.pools.values() for waiter in pool.nowaits.values()]:
             waiter.session.pool.denials += 1
@@ -397,7 +453,7 @@ class Ledger:
     @property
     def sessions(self) -> int:
         """How many sessions are registered."""
-        return sum(not (s.suspect or s.ended) for s in self._books.sessions.values())
+        return sum(not (s.suspect or s.ended or s.shelf) for s in self._books.sessions.values())
 
     @property
     def state(self) -> str:
@@ -487,7 +543,7 @@ class Ledger:
                 self._leases.free(lease, "given back")
         for release in renew.unproven:  # the same
             self._release(session, release, now)
-        revoked = self._leases.reconcile(session, renew.leases, now, seen=renew.seen)
+        revoked = self._leases.reconcile(session, renew.leases, now, seen=renew.seen, told=renew.answers)
         if (twin := self._leases.routes.answered(session, renew.answers)) is not None:
             self._find_unsuitable(twin, now)
         if not renew.answers or revoked:
@@ -590,6 +646,8 @@ class Ledger:
         if self._leases.routes.unproven:
             self._leases.prove(now)
         self._demand.settle(now)
+        if self._moves.consider(now):
+            self._demand.settle(now)  # who waits here, waited there as well until now: the holders are to be pressed
         if self._books.contended or self._books.shrinking:
             self._handover.watch(now)
         if not self._looking_again and (order := self._leases.quarantine.order(now)) is not None:
@@ -603,6 +661,7 @@ class Ledger:
 
     def report(self, now: float) -> tuple[list[PoolReport], list[SessionReport]]:
         """Return the state of every pool and session."""
+        self._moves.sync(now)
         return report(self._books, now)
 
     def oldest(self, most: int, now: float) -> list[LeaseLine]:

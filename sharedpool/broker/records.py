@@ -16,6 +16,7 @@ from sharedpool.broker.commands import Process
 from sharedpool.broker.groups import Group
 from sharedpool.broker.refusal import Refusal, Refusals
 from sharedpool.broker.totals import Totals
+from sharedpool.wire.board import Board
 from sharedpool.wire.desk import Live
 from sharedpool.wire.messages import Backend, PoolSpec, Times, Token
 
@@ -52,7 +53,9 @@ class Lease:
     there and its worker has not spoken of it yet. `live` is set while it is parked. `interrupts`: cancels under way.
     `since` is when what it does now began, if that is known; `stack` where it was checked out, if its worker tells.
     `granted_at` is when it was granted, or later; its request had waited for `waited_s`.
-    `closed`: the connection is over on its worker's side, or on a proxy's.
+    `closed`: the connection is over on its worker's side, or on a proxy's. `cell` is where it is on the pool's board,
+    -1 while it may not move; `moves` how often it has, -1 for one that never could. `unspoken`: it was seen to move,
+    at `noticed`, and its new holder has not spoken of it yet; `doubt` is the recall by which that one is asked.
     """
 
     token: Token
@@ -78,6 +81,11 @@ class Lease:
     line: int = 0
     live: Live | None = None
     interrupts: int = 0
+    cell: int = -1
+    moves: int = -1
+    unspoken: bool = False
+    noticed: float = -math.inf
+    doubt: int = 0
 
     @property
     def findable(self) -> bool:
@@ -111,7 +119,9 @@ class Session:
     again. `restored`: known from a former broker, and has not said HELLO since; it is not fenced before `spared_until`.
     `debts` are leases that an operator wants back: it owes as many checkins at least. `inquired`: the newest waiter, of
     a less important group, for whom it was asked what lies idle. `refusal`: what stands against its connects.
-    `astray`: it finds no server where others do.
+    `astray`: it finds no server where others do. `number` and `index` are its own in its pool's lane, 0 and -1 before
+    it was let in; `joined`: it uses it. `shelf`: it is no worker's, but the pool's own (`Pool.shelf`). `hands_over`:
+    it was told that it may pass connections on.
     """
 
     id: bytes
@@ -147,16 +157,46 @@ class Session:
     mute: bool = False
     suspect: bool = False
     ended: bool = False
+    number: int = 0
+    index: int = -1
+    joined: bool = False
+    shelf: bool = False
+    hands_over: bool = False
 
     @property
     def silent(self) -> bool:
         """Whether nothing can be asked of it."""
-        return self.mute or self.suspect or self.ended
+        return self.mute or self.suspect or self.ended or self.shelf
 
     @property
     def label(self) -> str:
         where = f"{self.title}[{self.pid}]"
         return f"{where}@{self.host}" if self.host else where
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """A pool's lane as the books have it. `members` are the sessions that were let in, by number; `outside` the others.
+
+    `free` are cells of the board, the longest unused first, `used` how many leases have one. `seen` is what the cells
+    were when they were last looked at. `asked` is what the board then said of who asks; `armed`: a timer looks again.
+    `queued`: so often the broker has joined the queue, for those who wait at the broker, and has not been given
+    anything yet.
+    """
+
+    board: Board
+    free: deque[int]
+    cells: int
+    members: dict[int, Session] = field(default_factory=dict)
+    outside: dict[bytes, Session] = field(default_factory=dict)
+    indices: set[int] = field(default_factory=set)
+    newest: int = 0
+    used: int = 0
+    moving: bool = False
+    seen: bytes = b""
+    asked: int = 0
+    armed: bool = False
+    queued: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -217,6 +257,8 @@ class Pool:
     blamed: bytes = b""  # the session that found no server last
     totals: Totals = field(default_factory=Totals)
     refusals: Refusals = field(default_factory=Refusals)
+    lane: Lane | None = None
+    shelf: Session | None = None  # for which is counted what moves and is in nobody's hands
 
     def succeed(self, past: Pool) -> None:
         """Go on counting where a pool of the same name, which nobody used for a while, has ended."""
@@ -251,6 +293,11 @@ class Pool:
     def priority(self) -> int:
         """Whose waiters come first, where slots are short over all pools."""
         return 0 if self.group is None else self.group.terms.priority
+
+    @property
+    def moving(self) -> bool:
+        """Whether its connections move past the broker."""
+        return self.lane is not None and self.lane.moving
 
     @property
     def most(self) -> int:

@@ -90,7 +90,9 @@ class Recovery:
                     entry.process, restored=True, suspect=True, spared_until=spared_until,
                 )  # fmt: skip
                 restored[session.id] = books.sessions[session.id] = pool.sessions[session.id] = session
-            lease = Lease(entry.token, session, session.pool, backend=entry.backend, granted_at=now)
+            lease = Lease(
+                entry.token, session, session.pool, backend=entry.backend, granted_at=now, moves=entry.moves
+            )  # fmt: skip
             books.move(lease, SlotState.SUSPECT, "held when the former broker ended")
             if entry.backend is not None and entry.backend.start_us:
                 books.restored[entry.backend] = lease

@@ -21,7 +21,7 @@ _WORDS = {
 def report(books: Books, now: float) -> tuple[list[PoolReport], list[SessionReport]]:
     """Return the state of every pool and session."""
     pools = [report_pool(pool) for pool in books.pools.values()]
-    return pools, [_report_session(session, now) for session in books.sessions.values()]
+    return pools, [_report_session(session, now) for session in books.sessions.values() if not session.shelf]
 
 
 def lease_lines(books: Books, most: int, now: float) -> list[LeaseLine]:
@@ -36,7 +36,13 @@ def lease_lines(books: Books, most: int, now: float) -> list[LeaseLine]:
 
 def _line(lease: Lease, now: float) -> LeaseLine:
     session = lease.session
-    state = "parked" if lease.live is not None else "idle" if lease.idle_since is not None else _WORDS[lease.state]
+    state = (
+        "parked"
+        if lease.live is not None or session.shelf
+        else "idle"
+        if lease.idle_since is not None
+        else _WORDS[lease.state]
+    )
     return LeaseLine(
         token=lease.token,
         pool=lease.pool.name,
@@ -65,7 +71,7 @@ def report_pool(pool: Pool) -> PoolReport:
         name=pool.name,
         server=pool.spec.server,
         max_conn=pool.most,
-        sessions=len(pool.sessions),
+        sessions=len(pool.sessions) - (pool.shelf is not None),
         leases=len(states),
         granted=states.count(SlotState.GRANTED),
         in_use=states.count(SlotState.OPEN) - idle,
@@ -73,7 +79,7 @@ def report_pool(pool: Pool) -> PoolReport:
         closing=states.count(SlotState.CLOSING),
         suspect=states.count(SlotState.SUSPECT),
         fencing=states.count(SlotState.FENCING),
-        waiting=len(pool.waiters),
+        waiting=len(pool.waiters) + _waiting_in_lane(pool),
         grants=pool.grants,
         waits=pool.waits,
         denials=pool.denials,
@@ -84,7 +90,9 @@ def report_pool(pool: Pool) -> PoolReport:
         generation=pool.generation,
         error=pool.backoff.error,
         handovers=pool.handovers,
-        parked=len(pool.parked),
+        parked=len(pool.parked) + sum(lease.live is None for lease in pool.shelf.leases.values())
+        if pool.shelf is not None
+        else len(pool.parked),
         paused=pool.held,
         overdue=pool.overdue,
         wait_p50_us=_percentile_us(waited, 0.5),
@@ -93,9 +101,13 @@ def report_pool(pool: Pool) -> PoolReport:
     )
 
 
+def _waiting_in_lane(pool: Pool) -> int:
+    return 0 if pool.lane is None else pool.lane.board.waiting(pool.lane.indices)
+
+
 def _report_session(session: Session, now: float) -> SessionReport:
     held = [lease for lease in session.leases.values() if lease.live is None]  # what is parked is nobody's
-    idle = sum(lease.idle_since is not None for lease in held)
+    idle, lane = sum(lease.idle_since is not None for lease in held), session.pool.lane
     return SessionReport(
         pid=session.pid,
         host=session.host,
@@ -104,7 +116,8 @@ def _report_session(session: Session, now: float) -> SessionReport:
         leases=len(held),
         in_use=len(held) - idle,
         idle=idle,
-        waiting=len(session.waiters),
+        waiting=len(session.waiters)
+        + (0 if lane is None or session.index < 0 else lane.board.waiting([session.index])),
         silent_ms=int((now - session.heard) * 1000),
         suspect=session.suspect,
     )

@@ -24,19 +24,26 @@ from msgspec import structs
 
 from sharedpool.broker import desk as desks
 from sharedpool.broker.commands import (
+    CloseLane,
     Command,
     Doubt,
     Entrust,
     Erase,
     Fence,
     Forget,
+    Halt,
     Interfere,
+    LetIn,
     Log,
     Look,
+    OpenLane,
     PassOn,
+    Proceed,
+    Queue,
     Record,
     Saw,
     Send,
+    ToLane,
     Vouch,
     Watch,
 )
@@ -45,6 +52,7 @@ from sharedpool.broker.custody import Custody
 from sharedpool.broker.garbage import Garbage
 from sharedpool.broker.journal import Journal
 from sharedpool.broker.keeper import Keeper
+from sharedpool.broker.lanes import Lanes
 from sharedpool.broker.leadership import Leadership
 from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.lock import BrokerLock
@@ -147,6 +155,9 @@ class Server:
         )  # fmt: skip
         self._operators = Operators(self._ledger, self._control, self._execute, self._report)
         self._custody = Custody(self._desk, self._ledger, self._control, self._execute, self._calls.append)
+        self._lanes = self._custody.lanes = Lanes(
+            self._desk, self._ledger, self._selector, self._execute, self._calls.append
+        )
         self._unsent: list[tuple[bytes, ToWorker | ToOperator]] = []
         self._deeds: dict[type, Callable[[Any], None]] = {
             Send: self._send,
@@ -154,6 +165,13 @@ class Server:
             Erase: self._erase,
             PassOn: self._pass_on,
             Entrust: lambda order: self._custody.entrust(order.token, order.heir),
+            OpenLane: self._lanes.open,
+            LetIn: self._lanes.let_in,
+            ToLane: self._to_lane,
+            Queue: self._lanes.queue,
+            Proceed: self._lanes.proceed,
+            Halt: self._lanes.halt,
+            CloseLane: self._lanes.close_lane,
             Interfere: self._control.interfere,
             Vouch: lambda _: self._journal.vouch(),
             Saw: lambda order: self._journal.saw(order.place),
@@ -161,7 +179,7 @@ class Server:
             Look: self._control.look,
             Doubt: self._control.doubt,
             Watch: self._watch,
-            Forget: lambda order: self._watched.forget(order.session),
+            Forget: self._forget,
             Log: lambda log: logger.log(log.level, "%s", log.text, extra={"sharedpool": log.fields}),
         }
         self._keeper = Keeper(settings.address, self._lock, self._journal, self._post, self._desk)
@@ -459,6 +477,14 @@ class Server:
         self._journal.erase(erase.token)
         self._custody.erase(erase.token)
 
+    def _to_lane(self, order: ToLane) -> None:
+        self._deliver()
+        self._lanes.to_lane(order)
+
+    def _forget(self, order: Forget) -> None:
+        self._watched.forget(order.session)
+        self._lanes.forget(order.session)
+
     def _watch(self, order: Watch) -> None:
         if not self._watched.watch(order.session, order.process):
             self._died(order.session)
@@ -500,6 +526,7 @@ class Server:
         ours = self._lock.is_ours()
         if ours:
             self._post.unlink()  # before the lock is let go: afterwards the path may be the next broker's
+        self._lanes.close()
         if self._desk is not None:
             if ours:
                 self._desk.unlink()

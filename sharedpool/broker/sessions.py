@@ -7,6 +7,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from msgspec import structs
 
@@ -45,10 +46,27 @@ class Terms:
     by_database: bool = False
 
 
+class Movers(Protocol):
+    """The lanes, as the sessions see them (`moves.Moves`)."""
+
+    def arrived(self, session: Session) -> None:
+        """Let a session in that can hand connections over."""
+
+    def left(self, session: Session) -> None:
+        """Take in that a session is over."""
+
+    def doubt(self, pool: Pool, now: float) -> None:
+        """Find out about all that nobody has spoken of since it has moved."""
+
+    def discarded(self, pool: Pool) -> None:
+        """Take in that nobody uses a pool any more."""
+
+
 class Sessions:
-    """The sessions' side of the ledger; `leases` is set once it is made."""
+    """The sessions' side of the ledger; `leases` and `moves` are set once they are made."""
 
     leases: Leases
+    moves: Movers
 
     def __init__(
         self,
@@ -156,6 +174,8 @@ class Sessions:
             0 if first is None else first.request,
         )  # fmt: skip
         self._emit(Send(session_id, welcome))
+        session.hands_over = handover
+        self.moves.arrived(session)
         return first
 
     def hear(self, session: Session, now: float) -> None:
@@ -197,6 +217,8 @@ class Sessions:
         for waiter in list(session.waiters.values()):
             self._books.dequeue(waiter)
         self._demand.ignore(session)
+        self.moves.left(session)
+        self.moves.doubt(session.pool, now)
         for lease in list(session.leases.values()):
             if lease.state is SlotState.FENCING:
                 continue
@@ -212,15 +234,24 @@ class Sessions:
 
     def drop_if_over(self, session: Session) -> None:
         """Forget a session that is over, and a pool nobody uses, once no lease is counted for it any more."""
-        if session.leases or not (session.suspect or session.ended):
+        pool = session.pool
+        if session.leases or not (session.suspect or session.ended or session.shelf):
             return
-        if self._books.sessions.pop(session.id, None) is None:
+        if not session.shelf:
+            if self._books.sessions.pop(session.id, None) is None:
+                return
+            self._emit(Forget(session.id))
+            self._ignore(session)
+            self.moves.left(session)
+            del pool.sessions[session.id]
+        if pool.sessions and (pool.shelf is None or len(pool.sessions) > 1 or pool.shelf.leases):
             return
-        self._emit(Forget(session.id))
-        self._ignore(session)
-        del session.pool.sessions[session.id]
-        if not session.pool.sessions:
-            self._books.discard(session.pool)
+        if pool.shelf is not None:
+            del self._books.sessions[pool.shelf.id]
+            pool.sessions.clear()
+            pool.shelf = None
+        self.moves.discarded(pool)
+        self._books.discard(pool)
 
     def bye(self, session: Session, bye: Bye, now: float) -> None:
         self._books.note_times(session, bye.times)

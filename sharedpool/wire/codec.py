@@ -7,7 +7,7 @@ from typing import TypeVar
 import msgspec
 
 from sharedpool.errors import ProtocolError
-from sharedpool.wire.desk import FromDesk, ToDesk
+from sharedpool.wire.desk import FromDesk, Moved, ToDesk
 from sharedpool.wire.messages import Hello, ToBroker, ToWorker
 from sharedpool.wire.reports import FromOperator, ToOperator
 
@@ -20,12 +20,13 @@ _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker
 _to_operator: msgspec.msgpack.Decoder[ToOperator] = msgspec.msgpack.Decoder(ToOperator)
 _to_desk: msgspec.msgpack.Decoder[ToDesk] = msgspec.msgpack.Decoder(ToDesk)
 _from_desk: msgspec.msgpack.Decoder[FromDesk] = msgspec.msgpack.Decoder(FromDesk)
+_moved: msgspec.msgpack.Decoder[Moved] = msgspec.msgpack.Decoder(Moved)
 _HELLO_TAG = Hello.__struct_config__.tag
 
 M = TypeVar("M")
 
 
-def encode(message: ToBroker | ToWorker | ToDesk | FromDesk | FromOperator | ToOperator) -> bytes:
+def encode(message: ToBroker | ToWorker | ToDesk | FromDesk | Moved | FromOperator | ToOperator) -> bytes:
     """Return the one frame or packet that carries `message`."""
     return _encoder.encode(message)
 
@@ -52,10 +53,12 @@ def decode_to_desk(packet: bytes) -> ToDesk:
 
 def decode_from_desk(packet: bytes) -> FromDesk:
     """Read what the desk has sent; raise `ProtocolError` for anything else."""
-    try:
-        return _from_desk.decode(packet)  # no longer than what a packet is read into
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"undecodable message: {error}") from None
+    return _decode(_from_desk, packet)
+
+
+def decode_moved(packet: bytes) -> Moved:
+    """Read what came in the lane; raise `ProtocolError` for anything else."""
+    return _decode(_moved, packet)
 
 
 def hello_version(frame: bytes) -> int | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _socket
 import socket
 import struct
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain, starmap
 from operator import itemgetter
@@ -17,9 +19,20 @@ _CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 CUT_SHORT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 
 
-def send_with(line: socket.socket, packet: bytes, fd: int) -> None:
+def send_with(line: _socket.socket, packet: bytes, fd: int) -> None:
     """Send a packet with a descriptor; the receiver gets a duplicate. Raise OSError."""
     line.sendmsg((packet,), ((socket.SOL_SOCKET, socket.SCM_RIGHTS, _INT.pack(fd)),))
+
+
+def send_with_to(sock: _socket.socket, packet: bytes, fd: int, address: str) -> None:
+    """The same as one datagram to an address."""
+    sock.sendmsg((packet,), ((socket.SOL_SOCKET, socket.SCM_RIGHTS, _INT.pack(fd)),), 0, address)
+
+
+def send_with_all(line: socket.socket, packet: bytes, fds: Sequence[int]) -> None:
+    """Send a packet with descriptors; the receiver gets duplicates. Raise OSError."""
+    numbers = b"".join(map(_INT.pack, fds))
+    line.sendmsg((packet,), ((socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers),))
 
 
 def receive(line: socket.socket, limit_bytes: int) -> tuple[bytes, list[int], bool]:
@@ -35,12 +48,13 @@ def receive(line: socket.socket, limit_bytes: int) -> tuple[bytes, list[int], bo
     return packet, fds, not flags & CUT_SHORT
 
 
-# Of what recvmsg returns: the data of each ancillary message; the numbers in it; their owners.
+# Of what recvmsg returns: the data of each ancillary message; the numbers in it; their owners. Of which kind a socket
+# is makes no difference to what is done with it, and asking takes two system calls.
 _data, _numbers = partial(map, itemgetter(2)), partial(map, _INT.iter_unpack)
-_joined, _owned = chain.from_iterable, partial(starmap, partial(Owned, -1, -1, -1))
+_joined, _owned = chain.from_iterable, partial(starmap, partial(Owned, socket.AF_UNIX, socket.SOCK_STREAM, 0))
 
 
-def receive_sockets(line: socket.socket, limit_bytes: int) -> tuple[bytes, list[Owned]]:
+def receive_sockets(line: _socket.socket, limit_bytes: int) -> tuple[bytes, list[Owned]]:
     """Return a packet that another process has sent and the sockets that came with it. Raise OSError.
 
     One line, all of it C: an interrupt finds a socket in the packet or with its owner.

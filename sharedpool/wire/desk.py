@@ -11,6 +11,10 @@ own there, on which the kernel wakes it:
                                                 ◄═════  SETTLED(request)             no PASS for it follows
       LEAVE                                     ═════►                               before the end: all is read
       STAY                                      ═════►                               here until the program ends
+                                                ◄═════  LET_IN(session) + 5          the lane is open to it
+      JOINED(session)                           ═════►                               it will use it
+
+In the lane (`sharedpool/lane.py`) connections go from worker to worker, each as a MOVED with its socket.
 """
 
 from __future__ import annotations
@@ -105,5 +109,38 @@ class Settled(Struct, frozen=True, tag="settled"):
     request: int
 
 
-ToDesk = Deposit | Ask | Withdraw | Leave | Stay | Give
-FromDesk = Pass | Settled
+class LetIn(Struct, frozen=True, tag="let_in"):
+    """A pool's lane: its descriptors come with this packet (`lane.Descriptors`). For the session with this channel.
+
+    `number` is never another session's in the lane; `index` is where its turns are on the board. `network` is the
+    broker's network namespace, in which the addresses of the lane's places are.
+    """
+
+    session: bytes
+    number: int
+    index: int
+    network: str
+
+
+class Joined(Struct, frozen=True, tag="joined"):
+    """The session gives in the lane, and waits there, whenever connections move in it."""
+
+    session: bytes
+
+
+class Moved(Struct, frozen=True, tag="moved"):
+    """A lease whose connection is open, from worker to worker: its socket comes with this packet.
+
+    `request` is the receiver's own; 0 on the shelf. `cell` is the lease's on the board, `moves` how often it has moved
+    with this time.
+    """
+
+    request: int
+    token: Token
+    cell: int
+    moves: int
+    live: Live
+
+
+ToDesk = Deposit | Ask | Withdraw | Leave | Stay | Give | Joined
+FromDesk = Pass | Settled | LetIn

@@ -41,7 +41,7 @@ import msgspec
 
 from sharedpool.wire.buckets import BUCKETS
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 
 class Token(NamedTuple):
@@ -106,6 +106,7 @@ class PoolSpec(Struct, frozen=True):
 
     `database` is given to an automatic broker, which serves all of a server: by one name there is a pool for each.
     A pool's processes of another `group` are another pool, by another name: they share a server, and the broker's cap.
+    `lane`: its connections may move past the broker (`sharedpool/lane.py`).
     `ends_overdue`: what is checked out for longer than `max_checkout_ms` is to be ended, not only reported.
     """
 
@@ -118,6 +119,7 @@ class PoolSpec(Struct, frozen=True):
     group: str = ""
     ends_overdue: bool = False
     database: str = ""
+    lane: bool = False
 
     def is_pool_of(self, other: PoolSpec) -> bool:
         """Say whether both are of one pool."""
@@ -136,7 +138,8 @@ class Phase(StrEnum):
 class LeaseReport(Struct, frozen=True):
     """One lease as its worker sees it; `age_ms` is the time in this phase.
 
-    `stack` is where it was checked out, innermost first, if the pool has `debug_checkouts`.
+    `stack` is where it was checked out, innermost first, if the pool has `debug_checkouts`. `moves`: how often it had
+    moved in a lane when it came (`board.py`).
     """
 
     token: Token
@@ -145,6 +148,7 @@ class LeaseReport(Struct, frozen=True):
     thread: str = ""
     backend: Backend | None = None
     stack: list[str] = []
+    moves: int = 0
 
 
 class Holder(Struct, frozen=True):
@@ -243,6 +247,7 @@ class ReleaseReason(StrEnum):
     FAILED = "failed"  # it could not be opened
     UNUSED = "unused"  # the grant came too late
     STALE = "stale"  # of an older generation
+    SHARED = "shared"  # a checkin, while connections move past the broker
     CLOSED = "closed"  # the caller, `disable_pooling` or `release_all` closed it
 
 

@@ -139,7 +139,7 @@ class Booth:
             if isinstance(message, Settled):
                 self.sure = True
                 return None, True
-            if len(socks) == 1:
+            if len(socks) == 1 and isinstance(message, Pass):
                 return (message, socks.pop()), False
             self._end()  # no descriptor was free for it here: by that the broker ends it, and it is asked for again
             return None, False

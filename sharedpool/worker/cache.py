@@ -19,13 +19,12 @@ from collections.abc import Iterable, Mapping
 from msgspec import structs
 
 from sharedpool.errors import SharedPoolError
-from sharedpool.wire.desk import Pass
+from sharedpool.wire.desk import Moved, Pass
 from sharedpool.wire.messages import (
     NO_TOKEN,
     Acquire,
     Backend,
     Bye,
-    Cancel,
     Confirm,
     Grant,
     LeaseReport,
@@ -71,6 +70,10 @@ class Cache:
         self.calm_until = float("-inf")
         self._first_retires_at = float("inf")
         self.hits = 0  # that needed no more than the deque
+        # Not 0 while connections move past the broker: a byte of the board.
+        self.moving: bytes | memoryview = b"\0"
+        self.arriving: dict[Token, Moved] = {}  # from the lane, in a thread's hands
+        self.unread: list[Moved] = []  # and what no thread had read yet, when the link looked
         self._newest = 0  # serial of the newest word on `owed`
         self._recalled = 0  # and of the newest recall
         self._seen = NO_TOKEN  # the newest grant
@@ -103,7 +106,7 @@ class Cache:
         conn, lease.conn, lease.phase = lease.conn, None, Phase.IN_USE
         return self.checkin(lease, conn, now, None)
 
-    def _retires(self, retire_at: float) -> None:
+    def retires(self, retire_at: float) -> None:
         """Note that there is a lease to be closed by then."""
         self._first_retires_at = min(self._first_retires_at, retire_at)
         self.calm_until = min(self.calm_until, retire_at)
@@ -125,9 +128,7 @@ class Cache:
 
     def give_up(self, ticket: Ticket, now: float) -> Ticket | None:
         """Withdraw a ticket whose thread will not use it. A lease it was given goes to the next ticket (returned)."""
-        if self.waiting.get(ticket.request) is ticket:
-            self.tickets.settle(ticket)
-            self.out.append(Cancel(ticket.request))
+        if self.tickets.withdraw(ticket):
             return None
         lease, ticket.lease = ticket.lease, None
         if lease is None or not self._holds(lease) or lease.phase is not Phase.CONNECTING:
@@ -142,11 +143,19 @@ class Cache:
             else:
                 self.closed(lease, ReleaseReason.UNUSED, gone=True)
             return None
-        _, ticket = next(iter(self.waiting.items()))
-        self.tickets.settle(ticket)
-        self.out.append(Cancel(ticket.request))
+        ticket = next(iter(self.waiting.values()))
+        self.tickets.withdraw(ticket)
         self._assign(lease, conn, ticket, now)
         return ticket
+
+    def _hand_on(self, lease: Lease, conn: object, now: float) -> Ticket | None:
+        """Give a lease to the first ticket that does not wait in the lane, where others may be before it."""
+        for ticket in self.waiting.values():
+            if not ticket.in_lane:
+                self.tickets.withdraw(ticket)
+                self._assign(lease, conn, ticket, now)
+                return ticket
+        return None
 
     def _assign(self, lease: Lease, conn: object, ticket: Ticket, now: float) -> None:
         whose = weakref.ref(ticket)
@@ -161,7 +170,7 @@ class Cache:
         if not self._holds(lease):
             raise SharedPoolError(f"the broker has taken lease {lease.token} away while it was being connected")
         lease.backend, lease.retire_at, lease.ref = backend, retire_at, weakref.ref(conn, collected)
-        self._retires(retire_at)
+        self.retires(retire_at)
         lease.phase, lease.since, lease.arrived = Phase.IN_USE, now, now
         self.out.append(Confirm(lease.token, backend))
 
@@ -179,6 +188,10 @@ class Cache:
             elif self.owed and not self.slices.keeps(lease, now):
                 self.owed -= 1
                 verdict = ReleaseReason.OWED
+            elif self.moving[0]:
+                if (ticket := self._hand_on(lease, conn, now)) is not None:
+                    return ticket
+                verdict = ReleaseReason.SHARED if lease.movable else ReleaseReason.CLOSED
             elif not self.keep_idle and not (self.hand_on and self.waiting):
                 verdict = ReleaseReason.CLOSED
         # Until it has found its place it stays its user's, who drops it when an interrupt falls in between.
@@ -208,8 +221,10 @@ class Cache:
         self._own_up(now)
 
     def _own_up(self, now: float) -> None:
-        """Tell the broker at once of what lies idle while it counts on our next checkin."""
-        if self.owed and (idle := list(self.idle)) and not self.slices.keeps(idle[-1], now):
+        """Tell the broker at once of what lies idle while it counts on our next checkin, or while connections move."""
+        if not (self.owed or self.moving[0]) or not (idle := list(self.idle)):
+            return
+        if self.moving[0] or not self.slices.keeps(idle[-1], now):
             self.out.append(self.renewal(now, {}))
 
     def _closing(self, lease: Lease, conn: object, reason: ReleaseReason, now: float) -> Closing:
@@ -246,6 +261,18 @@ class Cache:
             else:
                 self._unproven[lease.token] = release
 
+    def lay_back(self, lease: Lease, conn: object, now: float) -> bool:
+        """Lay a connection idle that was to move and cannot, and tell the broker of it at once.
+
+        Return False if it is to be closed instead: nothing is kept here, or the broker has taken it away.
+        """
+        if not (self.keep_idle and self._holds(lease)):
+            return False
+        self._lay_idle(lease, conn, now)
+        if not self.moving[0]:  # else it is told already
+            self.out.append(self.renewal(now, {}))
+        return True
+
     def giving(self, lease: Lease) -> None:
         """Note that the connection of a lease that is being closed is given instead: it is its thread's alone now.
 
@@ -254,10 +281,13 @@ class Cache:
         lease.conn = None
 
     def given(self, lease: Lease) -> None:
-        """Note that a lease's connection was given to the broker: both are over here."""
-        if self._holds(lease):
-            del self.leases[lease.token]
-            lease.conn = lease.ref = None
+        """Note that a lease's connection was given away: both are over here. Needs no lock.
+
+        It may have come back by now, to another thread, as a lease of the same name: that one stays.
+        """
+        if self._holds(lease) and (other := self.leases.pop(lease.token, lease)) is not lease:
+            self.leases.setdefault(lease.token, other)
+        lease.conn = lease.ref = None
 
     def gone(self) -> list[Token]:
         """Return the leases that were given back, their backends seen to end, and of which the broker may not know."""
@@ -377,10 +407,17 @@ class Cache:
             raise SharedPoolError(f"lease {message.token} was passed on by a former broker")
         if message.serial > self._newest:
             self._newest, self.owed, self.slices.pressed = message.serial, message.owed, message.pressed
+        return self.moved(message, conn, retire_at, now)
+
+    def moved(
+        self, message: Pass | Moved, conn: object, retire_at: float, now: float, *, cell: int = -1, moves: int = 0
+    ) -> Ticket | None:
+        """Take in a lease with its open connection, whoever has sent it; return the ticket to wake, if any."""
         lease = Lease(message.token, None, now)
+        lease.cell, lease.moves = cell, moves
         lease.cache, lease.idle_s = self, self.slices.gap_s
         if retire_at != math.inf:
-            self._retires(retire_at)
+            self.retires(retire_at)
         lease.backend, lease.generation, lease.retire_at = message.live.backend, message.live.generation, retire_at
         lease.conn, lease.ref, lease.deposited, lease.fresh = conn, weakref.ref(conn, collected), True, True
         lease.movable = True
@@ -393,7 +430,7 @@ class Cache:
         self._assign(lease, conn, ticket, now)
         return ticket
 
-    def refuse(self, message: Pass) -> None:
+    def refuse(self, message: Pass | Moved) -> None:
         """Have the broker end a connection that was passed and cannot be used here; ask for another, to be opened."""
         release = Release(message.token, False, ReleaseReason.FAILED, message.live.backend)
         self.out.append(release)
@@ -422,9 +459,18 @@ class Cache:
 
     def renewal(self, now: float, threads: Mapping[int, str], *, answers: int = 0) -> Renew:
         """Return the heartbeat: all that is held and asked for."""
-        reported = reports(self.leases.values(), now, threads)
+        reported = reports(self.leases.values(), now, threads) + self._arriving()
         unproven = list(self._unproven.values())[:_MOST_GONE]
         return Renew(reported, self._seen, answers, self.tickets.pending(now), list(self.given_back), unproven=unproven)
+
+    def _arriving(self) -> list[LeaseReport]:
+        """Return what is on its way to a thread: it has come, and was not taken in yet."""
+        coming = {moved.token: moved for moved in [*self.unread, *self.arriving.values()]}
+        return [
+            LeaseReport(token, Phase.CONNECTING, 0, "", moved.live.backend, [], moved.moves)
+            for token, moved in coming.items()
+            if token not in self.leases
+        ]
 
     def heartbeat(self, now: float, threads: Mapping[int, str]) -> Renew:
         """Return what is held and asked for, and what took how long."""
@@ -453,6 +499,7 @@ class Cache:
         ]
         given = {token for token, x in self.leases.items() if x.phase is Phase.CLOSING and x.conn is None}
         held = [x for x in reports(self.leases.values(), now, threads) if x.token not in given]
+        held += self._arriving()
         return held + closing, self._seen, self.tickets.first(now)
 
     def welcomed(self, epoch: int, generation: int, now: float, served: int = 0) -> list[Closing]:

@@ -18,7 +18,7 @@ from psycopg2.extensions import connection
 from sharedpool.errors import PoolClosed, PoolError
 from sharedpool.spare import FOR_A_CONNECTION, make_sure_of
 from sharedpool.wire.messages import START_UP_LIMIT_S, Phase, ReleaseReason
-from sharedpool.worker import callsite, gate, green, wording
+from sharedpool.worker import callsite, gate, green, moving, wording
 from sharedpool.worker.booth import Booth, Gate
 from sharedpool.worker.connection import (
     CHECK_AFTER_S,
@@ -124,6 +124,12 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
     if holdings.orphans or holdings.reclaiming.busy:
         holdings.reclaim(min(wait_s, 1000.0) if wait_s else ANSWER_LIMIT_S)
     holdings.locate_broker()
+    if wait_s and holdings.cache.moving[0]:
+        ticket.begin_anew(time.monotonic())
+        if (lease := moving.wait(holdings, ticket, deadline)) is not None:
+            return lease
+        if ticket.settled:
+            return _outcome(holdings, ticket, wait_s)
     place = holdings.take_booth(ticket) or Gate()
     asked: Booth | None = None  # where the request was last made, if it was at the desk
     try:
@@ -166,6 +172,11 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
     finally:
         if isinstance(place, Booth):
             _leave(holdings, ticket, place, asked=place is asked)
+    return _outcome(holdings, ticket, wait_s)
+
+
+def _outcome(holdings: Holdings, ticket: Ticket, wait_s: float) -> Lease:
+    """Return the lease that a ticket was settled with, or raise."""
     if ticket.error is not None:
         raise ticket.error
     if ticket.denial is not None:

@@ -8,7 +8,7 @@ server that sent it (`hangup.py`, `route.py`); a plain `close()` only asks for i
 from __future__ import annotations
 
 import os
-import select
+import socket
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -20,6 +20,7 @@ from psycopg2 import extensions
 
 from sharedpool.conninfo import ConnInfo
 from sharedpool.errors import SharedPoolError
+from sharedpool.hangup import borrow
 from sharedpool.libpq import parameter_statuses, socket_of, socket_of_failed
 from sharedpool.owned import Identity, identity, is_still
 from sharedpool.route import is_direct
@@ -32,11 +33,13 @@ from sharedpool.worker.ending import (
     disown,
     forsake,
     holds_own,
+    number_of,
     register,
     unregister,
     unregister_all,
 )
 
+peek = socket.MSG_PEEK | socket.MSG_DONTWAIT
 _EPOCH, _MICROSECOND = datetime.fromtimestamp(0, UTC), timedelta(microseconds=1)
 CHECK_AFTER_S = 0.5  # idle, or lent out, for longer than this: look whether the server is still there
 # What tells whether a server is a primary one.
@@ -72,6 +75,7 @@ class PooledConnection(extensions.connection):
     sharedpool_witness = -1
     # What libpq's descriptor and the witness are, and what they were before: a number may become somebody else's.
     sharedpool_known: tuple[Identity, ...] = ()
+    sharedpool_number = -1  # libpq's descriptor, once it is known: see `ending.number_of`
     sharedpool_session: tuple[Any, ...] = ()
     sharedpool_pid = 0
     sharedpool_gone = sharedpool_closed = False
@@ -90,6 +94,7 @@ class PooledConnection(extensions.connection):
     sharedpool_movable = False
     sharedpool_encoding = ""
     sharedpool_made_with = b""  # the parameters of the session that its object was made for: see `handover.parameters`
+    sharedpool_emptied = False  # a shell: its libpq has nothing left of the session that it had
     sharedpool_names: bytes | None = None  # what it says of its server, once that has to be known elsewhere
     sharedpool_native = True  # libpq itself has opened the session that it is on
     sharedpool_adopted: Backend | None = None  # the backend, if it has not
@@ -394,11 +399,15 @@ def is_alive(conn: PooledConnection) -> bool:
     """
     if conn.sharedpool_witness < 0 or gate.is_over(conn):
         return False
-    if not is_still(fd := socket_of(conn), conn.sharedpool_known):
+    if not is_still(fd := number_of(conn), conn.sharedpool_known):
         return False
-    poller = green.poller()
-    poller.register(fd, select.POLLIN)
-    return not poller.poll(0)
+    try:
+        borrow(fd).recv(1, peek)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def rests(conn: PooledConnection) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import socket
 
+from sharedpool.errors import ProtocolError
 from sharedpool.owned import Identity, Owned, identity, is_still, let_go
 from sharedpool.wire import descriptors
-from sharedpool.wire.codec import encode
-from sharedpool.wire.desk import Deposit, Leave, Stay
+from sharedpool.wire.codec import decode_from_desk, encode
+from sharedpool.wire.desk import PACKET_BYTES, Deposit, Leave, LetIn, Stay
 from sharedpool.wire.messages import Token
 from sharedpool.worker.connection import PooledConnection
 from sharedpool.worker.logs import logger
@@ -78,6 +79,31 @@ class Desk:
         except OSError:
             return False
         return True
+
+    def read(self) -> tuple[LetIn | None, list[int]] | None:
+        """Read what came on the line: an invitation to a lane, with its descriptors; None when the broker has gone."""
+        line = self._line
+        if line is None:
+            return None
+        try:
+            packet, fds, whole = descriptors.receive(line, PACKET_BYTES)
+        except BlockingIOError:
+            return None, []
+        except OSError:
+            return None
+        if not packet:
+            return None
+        try:
+            message = decode_from_desk(packet)
+            if whole and isinstance(message, LetIn):
+                given, fds = fds, []
+                return message, given
+        except ProtocolError:
+            pass  # of a version that is not ours: its HELLO was refused
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return None, []
 
     def close(self) -> None:
         """Leave the desk, saying so: a line that just ends tells that this program has ended."""

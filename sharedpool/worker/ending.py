@@ -77,6 +77,13 @@ def take_witness(conn: PooledConnection) -> Owned | None:
         return None
 
 
+def number_of(conn: PooledConnection) -> int:
+    """Return the number of libpq's descriptor: the same for as long as the object lives."""
+    if conn.sharedpool_number < 0:
+        conn.sharedpool_number = socket_of(conn)
+    return conn.sharedpool_number
+
+
 class _Holder(weakref.ref["PooledConnection"]):
     """A connection that has a descriptor. No user's reference is of this class, nor shared with one that is."""
 
@@ -95,6 +102,9 @@ def register(conn: PooledConnection, number: int) -> None:
 
 def is_referred_to(conn: PooledConnection) -> bool:
     """Say whether there is a weak reference to a connection, besides this module's own."""
+    entry = _numbers.get(conn.sharedpool_number)
+    if entry is not None and weakref.getweakrefcount(conn) == 1 and entry[0]() is conn:
+        return False
     return not set(map(type, weakref.getweakrefs(conn))) <= {_Holder}
 
 
@@ -242,8 +252,8 @@ def vacate(conn: PooledConnection) -> None:
 
 def expect(conn: PooledConnection, known: Identity) -> int:
     """Note what libpq's descriptor is to be from now on, and return it; until it is that, it may be what it was."""
-    conn.sharedpool_known = (*conn.sharedpool_known[-1:], known)
-    number = socket_of(conn)
+    conn.sharedpool_known = (*conn.sharedpool_known[-2:], known)  # a session, a probe, a dead end: `handover.vacate`
+    number = number_of(conn)
     register(conn, number)
     return number
 

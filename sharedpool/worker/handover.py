@@ -31,7 +31,7 @@ from sharedpool.spare import FOR_A_SHELL, make_sure_of
 from sharedpool.wire.desk import Live
 from sharedpool.worker import ending, renewal, reset
 from sharedpool.worker.connection import ROLE_PARAMETERS, PooledConnection, is_alive, pooled_class, rests
-from sharedpool.worker.ending import abandon, expect, forsake, register
+from sharedpool.worker.ending import abandon, expect, forsake, number_of, register
 from sharedpool.worker.names import decode, names_of
 
 # An abstract address for the stub is libpq 14's.
@@ -57,7 +57,7 @@ _NEGOTIATE, _REFUSE = b"v", b"N"
 _SSL_REQUEST, _GSS_REQUEST = 80877103, 80877104
 _UCRED = struct.Struct("3i")  # pid, uid, gid
 
-_REPORTED_C = tuple(name.encode() for name in _REPORTED)
+names_of_parameters = tuple(name.encode() for name in _REPORTED)
 
 _encode = msgspec.msgpack.Encoder().encode
 # There are as many different ones as databases and roles: hardly any.
@@ -90,7 +90,7 @@ def prepare(conn: PooledConnection, command: bytes) -> bytes | None:
             return None
     if conn.sharedpool_names is None:
         conn.sharedpool_names = names_of(conn)
-    return encoded if reset.send(conn, command) else None
+    return encoded if reset.send(number_of(conn), command) else None
 
 
 @functools.lru_cache(maxsize=256)
@@ -101,7 +101,7 @@ def reads_dates(parameters: bytes) -> bool:
 
 def parameters(conn: extensions.connection) -> bytes:
     """Return what the server has reported of a session: msgpack of a map."""
-    return _encoded(libpq.parameter_statuses(conn, _REPORTED_C))
+    return encoded_parameters(libpq.parameter_statuses(conn, names_of_parameters))
 
 
 @functools.lru_cache(maxsize=256)
@@ -112,16 +112,28 @@ def _server_in(parameters: bytes) -> tuple[bytes | None, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _encoded(values: tuple[bytes | None, ...]) -> bytes:
+def encoded_parameters(values: tuple[bytes | None, ...]) -> bytes:
+    """Return what `parameters` does, of these values of `names_of_parameters`."""
     found = zip(_REPORTED, values, strict=True)
     return _encode({name: value.decode("utf-8", "replace") for name, value in found if value is not None})
 
 
-def vacate(conn: PooledConnection) -> None:
-    """Make a connection an empty shell: nothing it does reaches its session any more, its close included."""
-    ending.vacate(conn)
-    conn.sharedpool_adopted = None
-    conn.sharedpool_native = False
+def vacate(conn: PooledConnection) -> bool:
+    """Make a connection an empty shell: nothing it does reaches its session any more, its close included.
+
+    Return whether its libpq had read all that it was sent. Half a message in its buffer would be missing to whoever
+    reads on: then the session is to be ended, and the object is of no use. Raise OSError when nothing can be put in the
+    place of its socket.
+    """
+    try:
+        probe = libpq.Probe()
+        os.dup2(probe.fileno(), expect(conn, probe.identity), inheritable=False)
+        conn.sharedpool_emptied = probe.is_passed(conn)
+    except OSError:  # no descriptor is free
+        conn.sharedpool_emptied = False
+    ending.vacate(conn)  # what is said by mistake gets no answer from a probe
+    conn.sharedpool_adopted, conn.sharedpool_native = None, False
+    return conn.sharedpool_emptied
 
 
 def adopt(shell: PooledConnection, sock: Owned, live: Live) -> PooledConnection:
@@ -136,13 +148,6 @@ def adopt(shell: PooledConnection, sock: Owned, live: Live) -> PooledConnection:
     shell.sharedpool_adopted, shell.sharedpool_names = live.backend, live.names
     shell.sharedpool_closed, shell.sharedpool_direct = False, live.backend.direct
     return shell
-
-
-def _has_read_all(shell: PooledConnection) -> bool:
-    """Say whether a shell's libpq has nothing left of the session that it had; its socket leads nowhere afterwards."""
-    probe = libpq.Probe()
-    os.dup2(probe.fileno(), expect(shell, identity(probe.fileno())), inheritable=False)
-    return probe.is_passed(shell)
 
 
 def works(conn: PooledConnection, cancel: Callable[[], None] | None) -> bool:
@@ -201,10 +206,10 @@ class Shells:
         """
         parameters = _decode(live.parameters)
         while (shell := self._pop(live.parameters, held)) is not None:
-            if not is_still(libpq.socket_of(shell), shell.sharedpool_known):
+            if not is_still(number_of(shell), shell.sharedpool_known):
                 forsake(shell)
                 continue
-            if _has_read_all(shell) and renewal.renew(shell, parameters, self._cursor_factory):
+            if renewal.renew(shell, parameters, self._cursor_factory):
                 break
             abandon(shell)
         else:
@@ -227,10 +232,10 @@ class Shells:
             return stock.pop() if stock else None
 
     def keep(self, shell: PooledConnection, parameters: bytes) -> None:
-        """Keep a vacated connection for later, unless it is of a user's own class, or libpq's `parameters` are others
-        than those that it was made with.
+        """Keep a vacated connection for later, unless it is of a user's own class, has half a message in its buffer, or
+        libpq's `parameters` are others than those that it was made with.
         """
-        if not self.are_known or parameters != shell.sharedpool_made_with:
+        if not (self.are_known and shell.sharedpool_emptied) or parameters != shell.sharedpool_made_with:
             abandon(shell)
             return
         with self._lock:

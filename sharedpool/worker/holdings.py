@@ -21,10 +21,11 @@ from msgspec import structs
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
 from sharedpool.errors import SharedPoolError
+from sharedpool.lane import DESCRIPTORS, FOR_A_LANE, Item, Lane, network
 from sharedpool.owned import Identity, Owned, identity, is_still, let_go
 from sharedpool.spare import FOR_A_CONTEXT, is_shortage, make_sure_of
 from sharedpool.wire.codec import encode
-from sharedpool.wire.desk import GIVE_BYTES, Give, Live, Pass
+from sharedpool.wire.desk import GIVE_BYTES, Give, LetIn, Live, Moved, Pass
 from sharedpool.wire.messages import Backend, Interrupt, ReleaseReason, Token
 from sharedpool.worker import forks, gate, links
 from sharedpool.worker.booth import Booth
@@ -45,10 +46,13 @@ from sharedpool.worker.lease import CLOSING_LIMIT_S, Closing, Lease, Ticket
 from sharedpool.worker.link import Link
 from sharedpool.worker.location import BrokerLocation
 from sharedpool.worker.logs import logger
+from sharedpool.worker.mover import Mover
 from sharedpool.worker.registration import Registration
 from sharedpool.worker.reset import parameters_after
+from sharedpool.worker.seats import Seats
 from sharedpool.worker.session import Session
 from sharedpool.worker.settings import Callback, PoolConfig
+from sharedpool.worker.slices import STEADY_GAP_S
 from sharedpool.worker.turns import Turns
 from sharedpool.worker.wrapper import outside
 
@@ -56,10 +60,12 @@ READ_ONLY = "25006"
 # SQLSTATEs by which a server says that it is read-only, goes down, or has just come up.
 FAILOVER = frozenset({READ_ONLY, "57P01", "57P02", "57P03"})
 # Connections that others want: they may go on, in another process.
-_ASKED_FOR = (ReleaseReason.TAKEN, ReleaseReason.OWED)
+_ASKED_FOR = (ReleaseReason.TAKEN, ReleaseReason.OWED, ReleaseReason.SHARED)
 # A hand-over that fails so often before it has worked once is not tried again: a slow server may spoil one trial.
 _TRIALS = 3
 _LOGS_LIMIT_S = 1.0
+# So long the link's thread, which keeps the heartbeat, waits for the reset of one that nobody is there for any more.
+_LINKS_LIMIT_S = 0.05
 BROKEN = 2  # psycopg2's `closed` of a connection that an error ended
 
 
@@ -94,8 +100,10 @@ class Holdings:
         self.diagnosis = Diagnosis()
         self.shells = Shells(config.conninfo.python_kwargs)
         self.handover = config.handover and not config.disable_pooling and SUPPORTED  # until it is found not to work
-        self._tested, self._trials = False, _TRIALS  # whether it was found to work here
+        self.tested, self._trials = False, _TRIALS  # whether it was found to work here
         self.tag = f"sharedpool {config.name}"  # until the broker has said its own
+        self.seats: Seats | None = None  # in the pool's lane
+        self.mover: Mover | None = None
         self.reclaiming = Turns()  # across I/O; a user's reset() may come back to it
         with contextlib.suppress(OSError):  # it is made when it is needed, then
             dead_end()
@@ -201,9 +209,14 @@ class Holdings:
 
     def close(self, closing: Iterable[Closing]) -> None:
         """Close connections, see them gone, give their leases back."""
-        decided = [
-            (each, conn) for each in closing if not self._give(each, conn := cast(PooledConnection, each.lease.conn))
-        ]
+        decided: list[tuple[Closing, PooledConnection]] = []
+        for each in closing:
+            conn = cast(PooledConnection, each.lease.conn)
+            if not self._may_give(each, conn):
+                if each.reason is not ReleaseReason.SHARED or not self._lay_back(each.lease, conn):
+                    decided.append((each, conn))
+            elif not self._give(each, conn):
+                decided.append((each, conn))
         if not decided:
             return
         try:
@@ -220,13 +233,32 @@ class Holdings:
                     self.cache.slices.parted(time.monotonic())
         self.signal()
 
-    def _give(self, closing: Closing, conn: PooledConnection) -> bool:
-        """Give a connection that is asked for to the broker, for another process; return whether that was done."""
+    def _may_give(self, closing: Closing, conn: PooledConnection) -> bool:
+        """Say whether a connection that others want can be given to them."""
         lease = closing.lease
         if closing.reason not in _ASKED_FOR or not self.hands_over or not conn.sharedpool_movable:
             return False
         if not lease.deposited or lease.backend is None:
             return False
+        if closing.reason is not ReleaseReason.SHARED:
+            return True
+        seats = self.seats
+        if seats is None or not seats.lane.open or lease.cancelled:
+            return False
+        lease.cell = seats.lane.board.find(lease.token, lease.cell)
+        return lease.cell >= 0 and lease.generation == seats.lane.board.generation
+
+    def _lay_back(self, lease: Lease, conn: PooledConnection) -> bool:
+        """Keep a connection that was to move and cannot; return False if it is to be closed."""
+        with self.lock:
+            laid = not self.disposed and self.cache.lay_back(lease, conn, time.monotonic())
+        self.signal()
+        return laid
+
+    def _give(self, closing: Closing, conn: PooledConnection) -> bool:
+        """Give a connection to another process, past the broker or to it; return whether that was done."""
+        lease = closing.lease
+        assert lease.backend is not None
         with self.lock:
             self.cache.giving(lease)
         try:
@@ -247,9 +279,9 @@ class Holdings:
         left_ms = None if lease.retire_at == math.inf else max(0, int((lease.retire_at - now) * 1000))
         live = Live(backend, lease.generation, parameters, left_ms, conn.sharedpool_names or b"")
         witness = take_witness(conn)  # first: what finishes this after an interrupt must not end the session by it
-        vacate(conn)
+        fit = vacate(conn)
         # From here on the broker's duplicate is the session's only socket: if it does not hear, it sees its end.
-        if self._say_given(closing, live):
+        if fit and (self._to_lane(closing, live, witness) or self._say_given(closing, live)):
             with self.lock:
                 self.cache.given(lease)
                 self.cache.slices.parted(time.monotonic())
@@ -264,6 +296,105 @@ class Holdings:
         if witness is not None:
             let_go(witness, conn.sharedpool_known)
 
+    def _to_lane(self, closing: Closing, live: Live, witness: Owned | None) -> bool:
+        """Give a connection in the lane, if that is how it is to go; return whether that was done."""
+        seats, lease = self.seats, closing.lease
+        if closing.reason is not ReleaseReason.SHARED or seats is None or witness is None:
+            return False
+        if seats.unsettled:
+            seats.look()
+        return seats.lane.give(Item(lease.token, lease.cell, live, witness.fileno()), None)
+
+    def give_kept(self) -> None:
+        """Give what was kept for a slice of time, for a checkout that did not come. In the link's thread."""
+        now = time.monotonic()
+        for lease in list(self.cache.idle) if self.cache.moving[0] else ():
+            if now - lease.since >= STEADY_GAP_S:
+                self.settle(lease, now)
+            elif self.mover is not None:
+                self.mover.look_soon()
+
+    def give_in_lane(self, lease: Lease, conn: PooledConnection, now: float) -> bool:
+        """Give a connection in the lane the short way: see `mover.py`."""
+        mover = self.mover
+        return mover is not None and mover.give(lease, conn, now)
+
+    def take_in_lane(self, timeout: float | None) -> PooledConnection | None:
+        """Check a connection out that is given in the lane, the short way: see `mover.py`."""
+        if (mover := self.mover) is None:
+            return None
+        return mover.take(self.config.timeout if timeout is None else timeout, time.monotonic())
+
+    def not_moved(self, lease: Lease, conn: PooledConnection, live: Live, witness: Owned, *, fit: bool) -> None:
+        """Give a connection that is reset, and off its object, to the broker, if it is `fit`; else end its session."""
+        closing = Closing(lease, ReleaseReason.SHARED)
+        if fit and self._say_given(closing, live):
+            with self.lock:
+                self.cache.given(lease)
+                self.given += 1
+            self.shells.keep(conn, live.parameters)
+        else:
+            see_off(conn, witness)
+            self.give_back(lease, ReleaseReason.SHARED, gone=conn.sharedpool_gone)
+        let_go(witness, conn.sharedpool_known)
+
+    def enter_lane(self, invitation: LetIn, fds: list[int]) -> bool:
+        """Wait and give in a lane from now on, whenever connections move in it; return whether that can be."""
+        try:
+            make_sure_of(FOR_A_LANE, f"pool {self.config.name!r}: its lane")
+            fits = self.config.lane and self.hands_over and invitation.network == network() and len(fds) == DESCRIPTORS
+        except SharedPoolError:
+            fits = False
+        if not fits:
+            for fd in fds:
+                os.close(fd)
+            return False
+        try:
+            lane = Lane(fds, invitation.number)
+        except OSError as error:
+            logger.info("pool %r: no lane (%s): connections are passed on by the broker", self.config.name, error)
+            return False
+        self.leave_lane()
+        self.seats = Seats(lane, invitation.index, self._take_stray)
+        self.mover = Mover(self, self.seats, lane, None if self.link is None else self.link.make_timer())
+        self.cache.moving = lane.board.head
+        return True
+
+    def leave_lane(self, *, former_brokers: bool = False) -> None:
+        """Give no more in the lane. In the link's thread.
+
+        What lies on the shelf of a `former_brokers` lane is taken, else nobody might, and what was sent to its seats.
+        """
+        seats, self.seats, self.mover = self.seats, None, None
+        self.cache.moving = b"\0"
+        self.cache.unread = []  # what it says would be said for ever
+        if seats is None:
+            return
+        with self.lock:
+            tickets = [ticket for ticket in self.cache.waiting.values() if ticket.in_lane]
+        while former_brokers and (got := seats.lane.take()) is not None:
+            self._take_former_brokers(*got)
+        seats.lane.close()
+        for moved, sock in seats.rest() if former_brokers else ():
+            self._take_former_brokers(moved, sock)
+        for ticket in tickets:
+            ticket.wake()
+        seats.ring()
+        seats.close()
+
+    def _take_former_brokers(self, moved: Moved, sock: Owned) -> None:
+        """Take in what came in a former broker's lane: its generation is as that of all that is held."""
+        live = structs.replace(moved.live, generation=self.cache.generation)
+        self._take_stray(structs.replace(moved, live=live), sock)
+
+    def _take_stray(self, moved: Moved, sock: Owned) -> None:
+        """Take in what came in the lane for a thread that waits no more, for whoever waits now."""
+        ticket = self.receive(moved, sock, _LINKS_LIMIT_S)
+        if ticket is not None:
+            ticket.wake()
+        elif (lease := self.cache.leases.get(moved.token)) is not None and self.cache.moving[0]:
+            self.settle(lease, time.monotonic())
+
     def _say_given(self, closing: Closing, live: Live) -> bool:
         """Tell the broker of a connection that was taken from under its object; return whether it will hear."""
         link, registration = self.link, self.registration
@@ -272,35 +403,38 @@ class Holdings:
         packet = encode(Give(registration.identity, closing.lease.token, closing.reason, live))
         return len(packet) <= GIVE_BYTES and link.desk.say(packet)
 
-    def receive(self, passed: Pass, sock: Owned, limit_s: float) -> Ticket | None:
+    def receive(self, passed: Pass | Moved, sock: Owned, limit_s: float) -> Ticket | None:
         """Take in a connection that was passed on: for the thread that asked, another that waits, or to lie idle.
 
         Return the ticket of the thread, to be woken. Waits for the end of its reset, at most `limit_s` seconds.
         """
         arriving = sock.fileno(), identity(sock.fileno())
         self.arriving.add(arriving)
+        if isinstance(passed, Moved):
+            self.cache.arriving[passed.token] = passed  # the broker may ask for it meanwhile
         try:
             return self._take_in(passed, sock, limit_s)
         finally:
             self.arriving.discard(arriving)  # by now it is closed, or its lease tells of it
+            self.cache.arriving.pop(passed.token, None)
 
-    def _take_in(self, passed: Pass, sock: Owned, limit_s: float) -> Ticket | None:
+    def _take_in(self, passed: Pass | Moved, sock: Owned, limit_s: float) -> Ticket | None:
         live = passed.live
         if not self.shells.are_known and self.link is not None and self.link.is_here:
             sock.close()  # building the user's object would run his code in the link's thread
-            self._refuse(passed)
+            self.refuse(passed)
             return None
         try:
             parameters = parameters_after(sock, live.parameters, limit_s)
             if parameters is None or not reads_dates(parameters):
                 sock.close()
-                self._refuse(passed)
+                self.refuse(passed)
                 return None
             live = live if parameters == live.parameters else structs.replace(live, parameters=parameters)
             conn = adopt(self.shells.take(live, len(self.cache.leases) + 1), sock, live)
         except BaseException as error:
             sock.close()  # unless the shell has it
-            self._refuse(passed)
+            self.refuse(passed)
             if isinstance(error, SharedPoolError) or is_shortage(error):
                 logger.info("pool %r: a connection that was passed on is closed: %s", self.config.name, error)
             elif isinstance(error, psycopg2.Error | OSError):
@@ -310,11 +444,12 @@ class Holdings:
             return None
         fit = False
         try:
-            fit = (self._tested and not passed.trial) or self._is_fit(conn, passed)
+            trial = isinstance(passed, Pass) and passed.trial
+            fit = (self.tested and not trial) or self._is_fit(conn, passed.request, passed.token, trial=trial)
         finally:
             if not fit:
                 cut([conn], limit_s=0)
-                self._refuse(passed)
+                self.refuse(passed)
         if not fit:
             return None
         conn.sharedpool_holdings, conn.sharedpool_movable = self, True
@@ -322,7 +457,10 @@ class Holdings:
         try:
             with self.lock:
                 retire_at = math.inf if live.left_ms is None else now + live.left_ms / 1000
-                ticket = self.cache.passed(passed, conn, retire_at, now)
+                if isinstance(passed, Pass):
+                    ticket = self.cache.passed(passed, conn, retire_at, now)
+                else:
+                    ticket = self.cache.moved(passed, conn, retire_at, now, cell=passed.cell, moves=passed.moves)
         except SharedPoolError as error:
             logger.info("pool %r: %s", self.config.name, error)
             cut([conn], limit_s=0)
@@ -332,13 +470,13 @@ class Holdings:
             self.signal()
         return ticket
 
-    def _is_fit(self, conn: PooledConnection, passed: Pass) -> bool:
+    def _is_fit(self, conn: PooledConnection, request: int, token: Token, *, trial: bool) -> bool:
         """Say whether a connection that was passed can be used here. They are tried until one has worked."""
-        cancel = passed.trial and self._may_cancel(passed.request)
-        if self._tested and not cancel:
+        cancel = trial and self._may_cancel(request)
+        if self.tested and not cancel:
             return True
-        fit = works(conn, partial(self.cancel, passed.token, trial=True) if cancel else None)
-        self._tested = self._tested or fit
+        fit = works(conn, partial(self.cancel, token, trial=True) if cancel else None)
+        self.tested = self.tested or fit
         if not fit and not has_hung_up(conn):
             self._trials -= 1
             if not self._trials:
@@ -352,7 +490,8 @@ class Holdings:
             return False
         return ticket.since + ticket.wait_ms / 1000 - time.monotonic() >= PATIENT_S
 
-    def _refuse(self, passed: Pass) -> None:
+    def refuse(self, passed: Pass | Moved) -> None:
+        """Have the broker end a connection that was passed and is of no use here."""
         with self.lock:
             self.cache.refuse(passed)
         self.signal()
@@ -367,6 +506,8 @@ class Holdings:
     def cancel(self, token: Token, *, trial: bool = False) -> None:
         """Have the broker cancel what a lease's connection is executing."""
         with self.lock:
+            if (lease := self.cache.leases.get(token)) is not None:
+                lease.cancelled = True
             self.cache.out.append(Interrupt(token, trial))
         self.signal()
 
@@ -535,6 +676,9 @@ class Holdings:
             conn = lease.conn or (lease.ref() if lease.ref else None)
             if conn is not None:
                 disown(cast(PooledConnection, conn))
+        if self.seats is not None:
+            self.seats.lane.close()
+            self.seats.close()
         if self.link is not None:
             self.link.disown()
 

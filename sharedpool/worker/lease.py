@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sharedpool.wire.desk import Live
 from sharedpool.wire.messages import Backend, Deny, Phase, ReleaseReason, Token
 from sharedpool.worker.callsite import Stack
 
@@ -27,13 +28,43 @@ class Lease:
     nor whether it was taken away. `cache` is whose it is. `stack` is where it was last checked out (`debug_checkouts`).
     `connect_by`: what is not being connected by then must not be. `reached_directly`, `refused_with`: GRANT's `direct`
     and `code`. `at_close`: what its user's `close()` does in place of closing. `kept` is what an integration keeps with
-    the session while that stays in this process.
+    the session while that stays in this process. `cell` and `moves`: see `wire/board.py`. `live`: what came with it, if
+    it has come in the lane. `timed`: this use is (`times.py`), if it goes the short way. `cancelled`: the broker was
+    asked to cancel what is executed, and alone knows when that is over.
     """
 
     __slots__ = (
-        "arrived", "as_is_until", "at_close", "backend", "cache", "conn", "connect_by", "deposited", "fresh",
-        "generation", "idle_s", "kept", "key", "missed", "movable", "phase", "plain", "reached_directly", "ref",
-        "refused_with", "retire_at", "since", "stack", "thread", "ticket", "token",
+        "arrived",
+        "as_is_until",
+        "at_close",
+        "backend",
+        "cache",
+        "cancelled",
+        "cell",
+        "conn",
+        "connect_by",
+        "deposited",
+        "fresh",
+        "generation",
+        "idle_s",
+        "kept",
+        "key",
+        "live",
+        "missed",
+        "movable",
+        "moves",
+        "phase",
+        "plain",
+        "reached_directly",
+        "ref",
+        "refused_with",
+        "retire_at",
+        "since",
+        "stack",
+        "thread",
+        "ticket",
+        "timed",
+        "token",
     )  # fmt: skip
 
     def __init__(self, token: Token, ticket: Ticket | None, now: float) -> None:
@@ -52,6 +83,11 @@ class Lease:
         self.fresh = False
         self.as_is_until = float("-inf")
         self.movable = False
+        self.cell = -1
+        self.timed = False
+        self.live: Live | None = None
+        self.cancelled = False
+        self.moves = 0
         self.plain = True
         self.cache: object = None
         self.generation = 0
@@ -76,8 +112,8 @@ class Ticket:
     """
 
     __slots__ = (
-        "__weakref__", "answered", "asks", "at_desk", "denial", "error", "lease", "owner", "request", "since", "to_ask",
-        "wait_ms", "wake",
+        "__weakref__", "answered", "asks", "at_desk", "denial", "error", "in_lane", "lease", "owner", "request",
+        "since", "to_ask", "wait_ms", "wake",
     )  # fmt: skip
 
     def __init__(self, wake: Callable[[], None], now: float, owner: object | None = None) -> None:
@@ -88,6 +124,7 @@ class Ticket:
         self.wait_ms = 0  # 0: an answer at once
         self.at_desk = False  # asked for at a line of the desk, which loses nothing
         self.to_ask = False  # there, by its thread
+        self.in_lane = False  # it waits there, and was asked for nowhere else
         self.asks = 0  # how often it was, there or by the link
         self.answered = False  # by the broker itself: nothing more comes for it
         self.lease: Lease | None = None

@@ -22,6 +22,7 @@ def reports(leases: Collection[Lease], now: float, threads: Mapping[int, str]) -
             threads.get(lease.thread, "") if lease.phase is Phase.IN_USE else "",
             lease.backend,
             wording(lease.stack[:deepest]) if lease.phase is Phase.IN_USE else [],
+            lease.moves,
         )
         for lease in leases
     ]

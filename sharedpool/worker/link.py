@@ -7,6 +7,7 @@ thread, so that a process that never calls its pools again still gives back what
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
@@ -20,10 +21,12 @@ from typing import Any, Protocol
 import zmq
 from msgspec import structs
 
+from sharedpool import libpq
 from sharedpool.errors import ProtocolError, SharedPoolError
 from sharedpool.spare import FOR_A_CONTEXT, FOR_A_SOCKET, make_sure_of
 from sharedpool.wire.channel import PROCESS_PREFIX, add_channel, channel_number, split_channel
 from sharedpool.wire.codec import decode_to_worker, encode
+from sharedpool.wire.desk import Joined
 from sharedpool.wire.messages import Reject, ToBroker, ToWorker, Welcome
 from sharedpool.worker import green
 from sharedpool.worker.bell import Bell
@@ -32,6 +35,7 @@ from sharedpool.worker.desk import Desk
 from sharedpool.worker.ending import FINALIZING_S, close_ownerless
 from sharedpool.worker.logs import logger
 from sharedpool.worker.registration import Endpoint, Registration
+from sharedpool.worker.timer import Timer
 
 _HELLO_RETRY_S = 1.0
 _RESTART_AFTER_S = 3.0  # without a WELCOME: see whether the automatic broker must be started
@@ -65,6 +69,7 @@ class Link:
         self.identity = PROCESS_PREFIX + os.urandom(15)
         self._context = context
         self._bell = Bell()
+        self.timer: Timer | None = None  # made with the first lane
         # Guards the three below; no method of an endpoint is called under it.
         self._lock = threading.Lock()
         self._registrations: dict[bytes, Registration] = {}
@@ -100,6 +105,13 @@ class Link:
             self._registrations[registration.channel] = registration
             return registration
 
+    def make_timer(self) -> Timer | None:
+        """Return what wakes the link's thread at a later time, to look at all pools; None where there is none."""
+        if self.timer is None:
+            with contextlib.suppress(OSError):
+                self.timer = Timer()
+        return self.timer
+
     def ensure_running(self) -> None:
         """Start the thread, unless it runs. Called again after an interrupt, it starts no second one that goes on."""
         if not self._running:
@@ -128,6 +140,8 @@ class Link:
     def disown(self) -> None:
         """In a forked child: let go of the parent's lines. Its thread does not exist here, unless it is a greenlet."""
         self._bell.close()
+        if self.timer is not None:
+            self.timer.close()
         self.desk.disown()
         self.booths.close()
         if self._thread is not None and not isinstance(self._thread, threading.Thread):
@@ -173,6 +187,9 @@ class Link:
         self.desk.close()
         self.booths.close()
         self._bell.close()
+        if self.timer is not None:
+            self.timer.close()
+        libpq.Probe.close_kept()
         if close_ownerless():  # nobody looks again
             time.sleep(FINALIZING_S)
             close_ownerless()
@@ -285,7 +302,9 @@ class Link:
         """Wait for news and take it in; return False when the line to the desk tells that the broker has ended."""
         line = -1 if self.desk.line is None or not self._established else self.desk.line.fileno()
         unsettled = list(self.booths.unsettled)
-        watched = {*unsettled, line} - {-1}
+        seats = {fd: each.endpoint for each in self._living() for fd in each.endpoint.watched()}
+        timer = -1 if self.timer is None else self.timer.fileno()
+        watched = {*unsettled, *seats, line, timer} - {-1}
         for fd in self._watched - watched:
             poller.unregister(fd)
         for fd in watched - self._watched:
@@ -295,12 +314,34 @@ class Link:
         for fd in unsettled:
             if fd in ready:
                 self.booths.read(fd)
-        if line in ready:
+        for endpoint in {seats[fd] for fd in seats.keys() & ready.keys()}:
+            endpoint.look()
+        if line in ready and not self._read_line():
             return False
         if self._bell.fileno() in ready:
             self._bell.hush()
+        if self.timer is not None and timer in ready:
+            self.timer.hush()
+            for each in self._living():
+                each.endpoint.look()
         if dealer in ready:
             self._receive(dealer)
+        return True
+
+    def _read_line(self) -> bool:
+        """Read what came from the desk; return False when the broker has gone."""
+        got = self.desk.read()
+        if got is None:
+            return False
+        invitation, fds = got
+        if invitation is not None:
+            with self._lock:
+                registration = self._registrations.get(invitation.session[len(self.identity) :])
+            if registration is None:
+                for fd in fds:
+                    os.close(fd)
+            elif registration.endpoint.let_in(invitation, fds):
+                self.desk.say(encode(Joined(invitation.session)))
         return True
 
     def _receive(self, dealer: Any) -> None:

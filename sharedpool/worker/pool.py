@@ -94,6 +94,8 @@ class Pool:
             try:
                 lease = cache.idle.pop()
             except IndexError:
+                if cache.moving[0] and (came := self._holdings.take_in_lane(timeout)) is not None:
+                    return came
                 return self._check_out(self._holdings, None, timeout, monotonic())
             now = monotonic()
             lease.idle_s = gap_s = now - lease.since
@@ -236,9 +238,11 @@ class Pool:
                     pooled.sharedpool_gate = SHUT
                     if pooled is not conn:
                         keep(pooled, conn)
+                    elif cache.moving[0] and not cache.owed and self._holdings.give_in_lane(lease, user_s, now):
+                        return
                     lease.conn, lease.phase, lease.since = pooled, IDLE, now
                     cache.idle.append(lease)
-                    if not (cache.owed or cache.waiting or now >= cache.calm_until):
+                    if not (cache.owed or cache.waiting or cache.moving[0] or now >= cache.calm_until):
                         return
             except AttributeError:
                 laid = False  # not checked out, or no pool's at all: said below
@@ -375,6 +379,8 @@ class Pool:
             in_use = [lease for lease in holdings.cache.leases.values() if lease.phase is Phase.IN_USE]
         for ticket in tickets:
             ticket.wake()
+        if (seats := holdings.seats) is not None:
+            seats.ring()
         holdings.reclaim(ANSWER_LIMIT_S)
         holdings.close(closing)
         self._cut(in_use)

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from sharedpool.wire.desk import LetIn
 from sharedpool.wire.messages import Bye, Hello, ToBroker, ToWorker, Welcome
 
 # Nobody has heard of the broker yet, at the first HELLO.
@@ -31,6 +32,15 @@ class Endpoint(Protocol):
 
     def receive(self, message: ToWorker) -> None:
         """Take in a message."""
+
+    def let_in(self, invitation: LetIn, fds: list[int]) -> bool:
+        """Take part in the lane that these descriptors, this pool's now, are of; return whether it does."""
+
+    def watched(self) -> list[int]:
+        """Return descriptors where something may come for who waits no more: `look` then. Takes no lock."""
+
+    def look(self) -> None:
+        """Take in what has come there."""
 
     def done(self) -> bool:
         """Say whether the pool is over and holds nothing any more: the registration ends, and is not asked again."""

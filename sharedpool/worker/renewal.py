@@ -42,9 +42,9 @@ def renew(shell: PooledConnection, parameters: Mapping[str, str], cursor_factory
     """
     if gate.is_over(shell) or is_referred_to(shell):
         return False  # somebody keeps something about this very object
-    known = shell.sharedpool_known
+    known, number = shell.sharedpool_known, shell.sharedpool_number
     shell.__dict__.clear()
-    shell.sharedpool_known = known
+    shell.sharedpool_known, shell.sharedpool_number = known, number
     shell.sharedpool_native = False
     shell.sharedpool_gate = gate.OPEN
     plain = cast(Any, extensions.connection)

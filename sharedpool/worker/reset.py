@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import functools
 import select
+import socket
 import struct
 import time
 
 import msgspec
-from psycopg2 import extensions
 
-from sharedpool.hangup import Borrowed
-from sharedpool.libpq import socket_of
+from sharedpool.hangup import borrow
 from sharedpool.owned import NO_SIGNAL, Owned
 from sharedpool.worker import green
 
@@ -41,20 +40,21 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(dict[str, str]).decode
 
 
-def send(conn: extensions.connection, command: bytes) -> bool:
-    """Send a command on a connection that rests; return whether that was done. Does not block.
+def send(number: int, command: bytes) -> bool:
+    """Send a command on the socket of a connection that rests; return whether that was done. Does not block.
 
     libpq does not know of it: the connection object must be taken off the session, or closed.
     """
-    message = _query(command)
+    message = query(command)
     try:
-        return Borrowed(fileno=socket_of(conn)).send(message, NO_SIGNAL) == len(message)
+        return borrow(number).send(message, NO_SIGNAL) == len(message)
     except OSError:
         return False
 
 
 @functools.lru_cache(maxsize=16)
-def _query(command: bytes) -> bytes:
+def query(command: bytes) -> bytes:
+    """Return the message of a simple query."""
     return _HEAD.pack(_QUERY, len(command) + 5) + command + b"\0"
 
 
@@ -77,14 +77,20 @@ def parameters_after(sock: Owned, parameters: bytes, limit_s: float = LIMIT_S) -
 
 def _read(sock: Owned, deadline: float) -> dict[str, str] | None:
     """Return what the server reports until it is ready for the next command; None when that is not as it should be."""
-    poller = green.poller()
-    poller.register(sock.fileno(), select.POLLIN)
+    poller: select.poll | None = None
     received, changed = b"", dict[str, str]()
     while len(received) < _MOST_BYTES:
-        # Most are done within a millisecond, for which a greenlet would be put aside for longer.
-        if not (poller.poll(_USUALLY_MS) or green.wait(poller, max(0.0, deadline - time.monotonic()))):
-            return None
-        if not (more := sock.recv(_PIECE_BYTES)):
+        try:
+            more = sock.recv(_PIECE_BYTES, socket.MSG_DONTWAIT)  # it has come, as a rule
+        except BlockingIOError:
+            if poller is None:
+                poller = green.poller()
+                poller.register(sock.fileno(), select.POLLIN)
+            # Most are done within a millisecond, for which a greenlet would be put aside for longer.
+            if not (poller.poll(_USUALLY_MS) or green.wait(poller, max(0.0, deadline - time.monotonic()))):
+                return None
+            continue
+        if not more:
             return None  # the backend has ended
         received += more
         if received in _USUAL:

@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, cast
 
 from sharedpool.errors import BrokerUnavailable
+from sharedpool.wire.desk import LetIn
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
     Ack,
@@ -67,6 +68,7 @@ class Session:
             config.group,
             config.ends_overdue,
             identity.dbname,
+            config.lane,
         )
         with self._holdings.lock:
             cache = self._holdings.cache
@@ -79,8 +81,27 @@ class Session:
         with self._holdings.lock:
             return self._holdings.cache.farewell()
 
+    def let_in(self, invitation: LetIn, fds: list[int]) -> bool:
+        """Take part in the lane that these descriptors, this pool's now, are of; return whether it does."""
+        return self._holdings.enter_lane(invitation, fds)
+
+    def watched(self) -> list[int]:
+        """Return descriptors where something may come for who waits no more."""
+        seats = self._holdings.seats
+        return [] if seats is None else seats.unsettled
+
+    def look(self) -> None:
+        """Take in what has come there, and note what has come for those who wait."""
+        if (seats := self._holdings.seats) is not None:
+            seats.look()
+            self._holdings.cache.unread = seats.arriving()
+            self._holdings.give_kept()
+
     def beat(self) -> bool:
         """Scavenge and queue a heartbeat. Return whether anything is held or asked for."""
+        if (seats := self._holdings.seats) is not None:
+            seats.beat()
+        self.look()
         self._holdings.reclaim(0, thorough=False)
         self._holdings.purge()
         self._find_abandoned()
@@ -118,6 +139,7 @@ class Session:
     def receive(self, message: ToWorker) -> None:
         """Act on a message from the broker."""
         if isinstance(message, Recall):
+            self.look()
             self._holdings.reclaim(0, thorough=False)  # what its user has dropped may serve another
         now = time.monotonic()
         ticket: Ticket | None = None
@@ -158,6 +180,7 @@ class Session:
             text = "pool %r: max_conn=%d was asked for, %d is enforced (set by the pool's first user or the launcher)"
             logger.warning(text, name, asked, welcome.max_conn)
         if self._epoch not in (None, welcome.epoch):
+            self._holdings.leave_lane(former_brokers=True)
             logger.info("pool %r: registered with a new broker (epoch %d)", name, welcome.epoch)
         self._epoch = welcome.epoch
         self._holdings.limit = welcome.max_conn
@@ -233,6 +256,8 @@ class Session:
 
     def ended(self) -> None:
         """Note that the registration has ended; a pool that goes on makes another when it needs one."""
+        if self._over:
+            self._holdings.leave_lane()
         with self._holdings.lock:
             self._let_go()
             if self._over and self._holdings.registration is None:

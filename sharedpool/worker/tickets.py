@@ -5,11 +5,12 @@ The caller holds the pool's lock. Messages go into the cache's outbox.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict, deque
 
 from msgspec import structs
 
-from sharedpool.wire.messages import Acquire, Deny, Renew, ToBroker
+from sharedpool.wire.messages import Acquire, Cancel, Deny, Renew, ToBroker
 from sharedpool.worker.lease import Ticket
 from sharedpool.worker.slices import Slices
 
@@ -31,27 +32,41 @@ class Tickets:
         self.waiting: OrderedDict[int, Ticket] = OrderedDict()
         self.out = out
         self._slices = slices
-        self._requests = 0
+        self._requests = itertools.count(1)
         self._along = (0, 0.0)  # the request that was said along with a HELLO, and since when
         self._asked_at: OrderedDict[int, float] = OrderedDict()  # by request, also of tickets that were given up
 
-    def want(self, ticket: Ticket, wait_s: float, *, at_desk: bool = False) -> None:
+    def new_request(self) -> int:
+        """Return the number of another request. Needs no lock."""
+        return next(self._requests)
+
+    def want(self, ticket: Ticket, wait_s: float, *, at_desk: bool = False, in_lane: bool = False) -> None:
         """Queue a ticket, here and at the broker; `wait_s` 0 asks for an answer at once.
 
-        `at_desk`: the caller asks there itself.
+        `at_desk`: the caller asks there itself; `in_lane`: the broker need not know.
         """
-        self._requests += 1
-        ticket.request = self._requests
+        ticket.request = self.new_request()
         ticket.wait_ms = wait_ms(wait_s)
         ticket.at_desk = ticket.to_ask = at_desk
-        ticket.asks = 1
+        ticket.in_lane = in_lane
+        ticket.asks = int(not in_lane)
         self._slices.asked(ticket.since)
         self.waiting[ticket.request] = ticket
         self._asked_at[ticket.request] = ticket.since
         if len(self._asked_at) > _MOST_ASKED:
             self._asked_at.popitem(last=False)
-        if not at_desk:
+        if not (at_desk or in_lane):
             self.out.append(Acquire(ticket.request, ticket.wait_ms))
+
+    def withdraw(self, ticket: Ticket) -> bool:
+        """Take a ticket out that waits no more, as far as anybody knows of it; return whether it still did."""
+        if self.waiting.get(ticket.request) is not ticket:
+            return False
+        self.settle(ticket)
+        if ticket.asks:
+            self.out.append(Cancel(ticket.request))
+        ticket.in_lane = ticket.to_ask = False
+        return True
 
     def first(self, now: float) -> Acquire | None:
         """Return what the first who waits asks for, for a HELLO that is said now."""
@@ -95,7 +110,7 @@ class Tickets:
         `again`: even if that was done before, since what was passed on the line may have been the answer to it.
         """
         if (ticket.at_desk or again) and self.waiting.get(ticket.request) is ticket:
-            ticket.at_desk = ticket.to_ask = False
+            ticket.at_desk = ticket.to_ask = ticket.in_lane = False
             ticket.asks += 1
             self.out.append(Acquire(ticket.request, ticket.wait_ms))
 
@@ -112,7 +127,7 @@ class Tickets:
         """Ask for every ticket by the link: the broker knows of none."""
         self.out.extend(Acquire(request, ticket.wait_ms) for request, ticket in self.waiting.items())
         for ticket in self.waiting.values():
-            ticket.at_desk = ticket.to_ask = False
+            ticket.at_desk = ticket.to_ask = ticket.in_lane = False
             ticket.asks += 1
 
     def granted_at(self, request: int, waited_s: float, now: float) -> float:
@@ -128,7 +143,9 @@ class Tickets:
     def pending(self, now: float) -> list[int]:
         """Return the requests of which the broker should know by now."""
         return [
-            request for request, ticket in self.waiting.items() if not ticket.at_desk or now - ticket.since >= ASKED_S
+            request
+            for request, ticket in self.waiting.items()
+            if not (ticket.at_desk or ticket.in_lane) or (ticket.at_desk and now - ticket.since >= ASKED_S)
         ]
 
     def denied(self, deny: Deny) -> Ticket | None:

@@ -90,7 +90,7 @@ signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 conn, other = (psycopg2.connect(sys.argv[1]) for _ in range(2))
 other.cursor().execute("SELECT pg_terminate_backend(%s, 5000)", [conn.info.backend_pid])
 readable([conn], 5)
-print(reset.send(conn, b"DISCARD ALL"))
+print(reset.send(conn.fileno(), b"DISCARD ALL"))
 """
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from sharedpool.errors import SharedPoolError
 from sharedpool.wire.codec import decode_from_desk, decode_to_desk, encode
-from sharedpool.wire.desk import Ask, Deposit, Give, Live, Pass, Settled, Withdraw
+from sharedpool.wire.desk import Ask, Deposit, Give, Live, Moved, Pass, Settled, Stay, ToDesk, Withdraw
 from sharedpool.wire.messages import Interrupt, ReleaseReason
 from sharedpool.worker.cache import Cache
 from sharedpool.worker.lease import Closing, Lease, Ticket
@@ -109,6 +109,8 @@ class AtTheDesk:
         if self.desk is not None:
             self.desk.leave()
         self.desk = self.world.connect(self) if path else None  # type: ignore[arg-type]
+        if self.desk is not None:
+            self.desk.say(Stay(self.id))
         self.hands_over = handover and self.handover and self.desk is not None
         self.cache.slices.slice_s, self.cache.slices.hands_over = self.slice_s, self.hands_over
         for lease in self.cache.leases.values():
@@ -225,22 +227,31 @@ class AtTheDesk:
         return True
 
     @property
-    def readable(self) -> list[Ticket | Booth]:
+    def readable(self) -> list[Ticket | Booth | Wire]:
         """Where somebody who reads has something to read."""
-        found: list[Ticket | Booth] = [
+        found: list[Ticket | Booth | Wire] = [
             ticket
             for ticket, booth in self.places.items()
             if ticket not in self.asking and (booth.wire.down or (booth.wire.torn and booth.open))
         ]
         found += [booth for booth in self.unsettled if booth.wire.down or booth.wire.torn]
+        if self.desk is not None and self.desk.down:
+            found.append(self.desk)
         return found
+
+    def read_home(self) -> None:
+        raise NotImplementedError
 
     def look_everywhere(self) -> bool:
         """All that came is read; return whether there was anything."""
         moved = False
         while found := self.readable:
             for each in found:
-                if isinstance(each, Booth):
+                if isinstance(each, Wire):
+                    if each is self.desk and each.down:
+                        self.read_home()
+                        moved = True
+                elif isinstance(each, Booth):
                     moved |= each in self.unsettled and self.read(each)
                 else:
                     moved |= each in self.places and self.look(each)
@@ -336,6 +347,7 @@ class AtTheDesk:
         raise NotImplementedError
 
 
-def checked(packet: Packet) -> Deposit | Ask | Give | Withdraw:
+def checked(packet: Packet) -> ToDesk:
     """Return what a packet says, as the broker reads it."""
+    assert not isinstance(packet.message, Pass | Settled | Moved)
     return decode_to_desk(encode(packet.message))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from sharedpool.broker.commands import (
+    CloseLane,
     Command,
     Doubt,
     Entrust,
@@ -20,25 +21,36 @@ from sharedpool.broker.commands import (
     Erase,
     Fence,
     Forget,
+    Halt,
     Interfere,
+    LetIn,
     Look,
+    OpenLane,
     PassOn,
+    Proceed,
     Process,
+    Queue,
     Record,
     Send,
+    ToLane,
     Vouch,
     Watch,
 )
 from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.records import SlotState
 from sharedpool.broker.recovery import GRACE_OVER
+from sharedpool.lane import Ticket as Place
+from sharedpool.wire import desk
+from sharedpool.wire.board import BROKERS_PLACE, BROKERS_REQUEST, SHELF
 from sharedpool.wire.codec import decode_to_broker, decode_to_worker, encode
-from sharedpool.wire.desk import Ask, Deposit, Give, Pass, Settled
+from sharedpool.wire.desk import Ask, Deposit, Give, Joined, Leave, Moved, Pass, Settled, Stay
 from sharedpool.wire.messages import Acquire, Grant, Hello, ToBroker, Token
 from sharedpool.wire.orders import Order, OrderKind
 
 from .booths import checked
-from .network import Wire
+from .lane import End, Grip, Item, Lane
+from .moving import run
+from .network import Packet, Wire
 from .scale import INSTANCE, LIMITS, TTL_S
 from .server import Proc
 
@@ -99,6 +111,12 @@ class Broker:
         self.boot = 0  # of the server the control connection is on; 0: not connected yet
         self.granted: dict[Token, tuple[bytes, int]] = {}
         self.arrivals: dict[str, list[tuple[bytes, int]]] = {}
+        self.lanes: dict[str, End] = {}
+        self.seats: dict[str, deque[Packet | None]] = {}
+        self.leaves_alone: set[str] = set()  # lanes in which connections move
+        self.homes: dict[bytes, int] = {}  # the sessions' lines to the desk
+        self.invited: dict[bytes, LetIn] = {}  # who has not come to the desk yet
+        self.grip = Grip(b"broker")
         journal = world.journal
         entries = journal.reopen()
         self.ledger = Ledger(
@@ -177,6 +195,23 @@ class Broker:
                     self._watch(session, process)
                 case Forget(session):
                     self.watched.pop(session, None)
+                    self.invited.pop(session, None)
+                case OpenLane(pool):
+                    self._open_lane(pool)
+                case LetIn():
+                    self._let_in(command)
+                case ToLane():
+                    self._to_lane(command)
+                case Queue(pool, times):
+                    for _ in range(times):
+                        self.lanes[pool].queue(Place(SHELF, BROKERS_PLACE, BROKERS_REQUEST))
+                case Proceed(pool):
+                    self.leaves_alone.add(pool)
+                case Halt(pool):
+                    self.leaves_alone.discard(pool)
+                    self._empty_later(pool)
+                case CloseLane(pool):
+                    self._close_lane(pool)
                 case Fence():
                     self._fence(command)
                 case Look():
@@ -227,6 +262,77 @@ class Broker:
             self._line_ended(number)
         elif fails or not wire.answer(message, proc):
             self.hang_up(wire)
+
+    # --- lanes
+
+    def _open_lane(self, pool: str) -> None:
+        self._close_lane(pool)
+        lane = Lane(pool, self.ledger.epoch)
+        self.world.lanes.append(lane)
+        self.lanes[pool] = End(lane, SHELF, b"broker")
+        self.seats[pool] = lane.bind(SHELF, BROKERS_PLACE)
+        self.words.append(lambda ledger, now: ledger.lane_opened(pool, lane.board, now))
+
+    def _let_in(self, order: LetIn) -> None:
+        self.invited.pop(order.session, None)
+        number = self.homes.get(order.session)
+        wire = next((wire for wire in self.world.network.wires if wire.number == number), None)
+        if wire is None:
+            self.invited[order.session] = order
+        elif (end := self.lanes.get(order.pool)) is not None:
+            wire.answer(desk.LetIn(order.session, order.number, order.index, "here"), lane=end.lane)
+
+    def _to_lane(self, order: ToLane) -> None:
+        end, proc = self.lanes.get(order.pool), self.custody.get(order.token)
+        if end is None or proc is None or not run(end.give(Item(order.token, order.cell, order.live, proc))):
+            moved = Moved(0, order.token, order.cell, 0, order.live)
+            self.words.append(lambda ledger, now: ledger.unplaced(order.pool, moved, now))
+
+    def _empty_later(self, pool: str) -> None:
+        if pool in self.lanes:
+            self.words.append(lambda ledger, now: self._empty(pool))
+
+    def _empty(self, pool: str) -> list[Command]:
+        end = self.lanes.get(pool)
+        if end is None or end.board.moving:
+            return []
+        while (ticket := end.next_ticket()) is not None:
+            end.ring(ticket)
+        commands: list[Command] = []
+        while (taken := run(end.take(self.grip))) is not None:
+            moved, proc = taken
+            proc.holders.discard(self.grip)
+            commands += self.ledger.shelved(pool, moved, self.world.now)
+        return commands
+
+    def _close_lane(self, pool: str) -> None:
+        self.leaves_alone.discard(pool)
+        if (end := self.lanes.pop(pool, None)) is not None:
+            del self.seats[pool]
+            end.close()
+
+    @property
+    def lanes_to_read(self) -> list[str]:
+        """Where `read_lane` has something to do."""
+        return [
+            pool
+            for pool, end in self.lanes.items()
+            if self.seats[pool] or (pool not in self.leaves_alone and (end.lane.queue or end.lane.shelf))
+        ]
+
+    def read_lane(self, pool: str) -> None:
+        end, seat = self.lanes[pool], self.seats[pool]
+        while seat:
+            got = end.receive(seat, self.grip)
+            if got is None:
+                continue
+            moved, proc = got
+            proc.holders.discard(self.grip)
+            self.execute(self.ledger.came(pool, moved, self.world.now))
+            if self.world.broker is not self or pool not in self.lanes:
+                return
+        if pool not in self.leaves_alone:
+            self.execute(self._empty(pool))
 
     def _line_ended(self, number: int) -> None:
         self.words.append(lambda ledger, now: ledger.line_ended(number, now))
@@ -284,13 +390,22 @@ class Broker:
                 self.execute(self.ledger.asked(message, wire.number, now))
             case Give():
                 self.execute(self.ledger.given(message, now))
+            case Stay(session):
+                self.homes[session] = wire.number
+                if (order := self.invited.get(session)) is not None:
+                    self._let_in(order)
+            case Joined(session):
+                self.execute(self.ledger.joined(session, now))
             case _:
+                assert not isinstance(message, Leave)
                 self.execute(self.ledger.withdrawn(message, now))
                 wire.answer(Settled(message.request))  # does nothing if that was the broker's end
 
     def hang_up(self, wire: Wire) -> None:
         """Close a line to the desk."""
         self.world.network.tear(wire)
+        if self.homes.get(wire.session) == wire.number:
+            del self.homes[wire.session]
         self._line_ended(wire.number)
 
     def _take(self, session: bytes, token: Token, proc: Proc) -> None:
@@ -341,6 +456,8 @@ class Broker:
         """It is dead: what it held open is open no longer."""
         for proc in self.custody.values():
             proc.holders.discard("custody")
+        for pool in list(self.lanes):
+            self._close_lane(pool)
 
     # --- the control connection's thread
 

@@ -12,18 +12,21 @@ from typing import ClassVar
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sharedpool.broker.handover import NUDGE_S
+from sharedpool.broker.handover import NUDGE_LIMIT_S, NUDGE_S
 from sharedpool.wire.messages import START_UP_LIMIT_S, ReleaseReason
 from sharedpool.wire.orders import Order, OrderKind
 
 from .booths import Booth, Giving, Lack
-from .network import Line
+from .moving import LaneGiving, Thread
+from .network import Line, Wire
 from .promises import (
     check,
     check_all_slots_can_be_had,
+    check_lanes_are_empty,
     check_nobody_waits_in_vain,
     check_nothing_is_kept_back,
     heal,
+    let_pass,
     quiesce,
 )
 from .scale import LIMITS, TTL_S
@@ -52,6 +55,7 @@ class GoodNetwork(RuleBasedStateMachine):
 
     bad_network = False
     steps: ClassVar[int] = 0
+    moved: ClassVar[int] = 0  # connections, in the lane
     world: World
 
     @initialize(pick=picks)
@@ -68,6 +72,8 @@ class GoodNetwork(RuleBasedStateMachine):
             self.world.start(pool)
             self.world.start(pool, remote=pick // 128 % 4 == 3, handover=pick // 512 == 0)
         self.world.deliver_all()
+        if cap is None and self.world.handover and pick % 8 < 2:
+            self._move(pick)
 
     # --- choosing
 
@@ -215,6 +221,8 @@ class GoodNetwork(RuleBasedStateMachine):
                 worker.go_on_giving(step)
             elif isinstance(step, Booth):
                 worker.read(step)
+            elif isinstance(step, Wire):
+                worker.read_home()
             elif step in worker.asking:
                 worker.go_on_asking(step)
             else:
@@ -260,6 +268,139 @@ class GoodNetwork(RuleBasedStateMachine):
                 for each in world.awake:
                     each.look_everywhere()
                     each.collect()
+
+    # --- the lane
+
+    def _lane_step(self, pick: int) -> bool:
+        """One process takes its next step in the lane, or the broker."""
+        steps: list[tuple[Worker | None, object]] = []
+        for worker in self.world.awake:
+            steps += [(worker, thread) for thread in worker.threads if thread.ready]
+            steps += [(worker, giving) for giving in worker.lane_giving]
+            if worker.seat_news:
+                steps.append((worker, None))
+        if self.world.broker is not None:
+            steps += [(None, pool) for pool in self.world.broker.lanes_to_read]
+        if not steps:
+            return False
+        worker, step = steps[pick % len(steps)]
+        if worker is None:
+            assert self.world.broker is not None
+            assert isinstance(step, str)
+            self.world.broker.read_lane(step)
+        elif isinstance(step, Thread):
+            worker.step(step)
+        elif isinstance(step, LaneGiving):
+            worker.step_giving(step)
+        else:
+            worker.look_in_lane()
+            worker.flush()
+        return True
+
+    @rule(pick=picks)
+    def lane_steps(self, pick: int) -> None:
+        for _ in range(1 + pick % 7):
+            pick = (pick * 5 + 3) % 1021
+            self._lane_step(pick)
+
+    @some("threads")
+    @rule(pick=picks)
+    def interrupt_in_lane(self, pick: int) -> None:
+        worker, pick = self.one(pick, "threads")
+        worker.interrupt(worker.threads[pick % len(worker.threads)])
+
+    @rule(pick=picks)
+    def fail_resets(self, pick: int) -> None:
+        worker, pick = self.one(pick)
+        worker.unfit = pick % 3
+
+    @property
+    def _is_moving(self) -> bool:
+        broker = self.world.broker
+        return broker is not None and any(end.board.moving for end in broker.lanes.values())
+
+    def _get_moving(self) -> bool:
+        """Have connections handed on until the broker lets them move past it."""
+        world = self.world
+        if self._is_moving:
+            return True
+        world.start_broker()
+        world.server.start()
+        if (broker := world.broker) is not None:
+            broker.order(Order(0, OrderKind.RESUME))
+            broker.restore_limits()
+        for worker in list(world.workers.values()):  # who cannot take part halts it
+            if worker.pool == "a" and not (worker.hands_over and not worker.frozen) and len(world.awake) > 2:
+                world.die(worker)
+        while sum(worker.pool == "a" for worker in world.awake) < 3:
+            world.start("a")
+        for turn in range(10):
+            quiesce(world)
+            if self._is_moving:
+                return True
+            for worker in world.awake:
+                if worker.pool == "a" and len(worker.tickets) + len(worker.threads) < 2:
+                    worker.checkout(60.0)
+            quiesce(world)
+            world.pass_time(0.6)  # longer than a slice
+            quiesce(world)
+            if holders := [worker for worker in world.awake if worker.users and worker.pool == "a"]:
+                holder = holders[turn % len(holders)]
+                holder.checkin(holder.users[0])
+        return self._is_moving
+
+    @precondition(lambda self: self.world.cap is None and self.world.handover)
+    @rule(pick=picks)
+    def move(self, pick: int) -> None:
+        """Connections move past the broker; it stops somewhere in the middle."""
+        self._move(pick)
+
+    @precondition(lambda self: self.world.cap is None and self.world.handover)
+    @rule(pick=picks)
+    def fail_in_the_lane(self, pick: int) -> None:
+        """The same, and then somebody is killed who is in the middle of something, or stopped, or the broker dies."""
+        world = self.world
+        self._move(pick)
+        busy = [worker for worker in world.awake if worker.lane_giving or worker.threads]
+        if pick % 4 == 3:
+            world.kill_broker(pick // 4)
+            if pick // 4 % 2:
+                world.start_broker()
+        elif busy and len(world.awake) > 2:
+            worker = busy[pick // 4 % len(busy)]
+            if pick % 4 == 2:
+                worker.frozen = True
+            else:
+                world.die(worker)
+        self._move(pick // 2, as_it_is=True)
+
+    def _move(self, pick: int, *, as_it_is: bool = False) -> None:
+        world = self.world
+        if not (as_it_is or self._get_moving()):
+            return
+        for _ in range(20 + pick % 61):
+            pick = (pick * 5 + 3) % 1021
+            found = [worker for worker in world.awake if worker.end is not None]
+            if not found:
+                return
+            worker = found[pick // 16 % len(found)]
+            match pick % 16:
+                case 0 | 1 | 2 if len(worker.tickets) + len(worker.threads) < 3:
+                    worker.checkout((60.0, 60.0, 0.3)[pick % 3])
+                case 3 | 4 | 5 | 6 if worker.users:
+                    worker.checkin(worker.users[0])
+                case 7 | 8 if worker.closing:
+                    closing, conn = worker.closing[0]
+                    worker.finish_close(closing, conn, seen=True, halt=pick // 16 % 2)
+                case 9:
+                    worker.collect()
+                case 10:
+                    world.pass_time(0.004)
+                case 11 if pick % 3 == 0:
+                    world.deliver_all()
+                case _:
+                    for _ in range(1 + pick // 16 % 5):
+                        self._lane_step(pick // 16)
 
     @precondition(lambda self: self.world.network.wires)
     @rule(pick=picks)
@@ -523,6 +664,16 @@ class GoodNetwork(RuleBasedStateMachine):
         for _ in range(2):  # who keeps a connection for its slice is asked by then, if pressed only after the first
             world.pass_time(1.1 * NUDGE_S)
             quiesce(world)
+        books = None if world.broker is None else world.broker.ledger._books
+        pools = [] if books is None else books.contended.values()
+        if any(holder.nudge_at > world.now for pool in pools for holder in pool.pressed.values()):
+            world.pass_time(NUDGE_LIMIT_S)  # it was asked in vain before, and is asked again by then
+            quiesce(world)
+        for _ in range(
+            3 if self._is_moving or any(worker.threads for worker in world.awake) else 0
+        ):  # they write another ticket by then
+            world.pass_time(0.6)
+            quiesce(world)
         serving = world.broker is not None and world.broker.ledger.state == "serving"
         if serving and world.server.up and len(world.awake) == len(world.workers):
             check_nobody_waits_in_vain(world)
@@ -530,9 +681,12 @@ class GoodNetwork(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "world"):
+            type(self).moved += sum(lane.moved for lane in self.world.lanes)
             self.world.in_order = False
             heal(self.world)
             check_nobody_waits_in_vain(self.world)
+            let_pass(self.world, 5.0)
+            check_lanes_are_empty(self.world)
             check_all_slots_can_be_had(self.world)
 
 

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from sharedpool.wire.desk import FromDesk, ToDesk
+from sharedpool.wire.desk import FromDesk, Moved, ToDesk
 from sharedpool.wire.messages import Hello, ToBroker, ToWorker
 
 from .server import Proc
@@ -21,8 +21,9 @@ from .server import Proc
 class Packet:
     """One packet on a line to the desk; `proc` is whose socket it carries: it holds it open."""
 
-    message: ToDesk | FromDesk
+    message: ToDesk | FromDesk | Moved
     proc: Proc | None = None
+    lane: object = None  # whose descriptors it carries
 
     def take(self) -> Proc | None:
         """Take the socket out."""
@@ -56,9 +57,9 @@ class Wire:
         """Send to the broker; return whether that was done."""
         return not (self.left or self.torn) and self._send(self.up, Packet(message, proc))
 
-    def answer(self, message: FromDesk, proc: Proc | None = None) -> bool:
+    def answer(self, message: FromDesk, proc: Proc | None = None, lane: object = None) -> bool:
         """Send to the worker; return whether that was done."""
-        return not (self.left or self.torn) and self._send(self.down, Packet(message, proc))
+        return not (self.left or self.torn) and self._send(self.down, Packet(message, proc, lane))
 
     @staticmethod
     def _send(way: deque[Packet], packet: Packet) -> bool:

@@ -8,6 +8,7 @@ from sharedpool.wire.messages import START_UP_LIMIT_S
 from sharedpool.wire.orders import Order, OrderKind
 
 from .broker import Broker
+from .moving import Thread
 from .scale import BEAT_S, LIMITS, TTL_S
 from .server import Proc, Stage
 from .worker import Worker
@@ -31,6 +32,11 @@ def check(world: World) -> None:
     for group, terms in world.groups.items():
         count = sum(counts[name] for name in LIMITS if world.group_of[name] == group)
         assert terms.max_conn is None or count <= terms.max_conn, f"{count} backends in group {group}"
+    hands = [
+        thread.hand[1] for worker in world.workers.values() for thread in worker.threads if thread.hand is not None
+    ]
+    assert len(hands) == len(set(hands)), "two threads have taken one socket"
+    assert not any(proc.workers for proc in hands), "a thread has taken a socket that a worker has"
     used = [conn.proc for worker in world.workers.values() for conn in worker.users if conn.works]
     assert len(used) == len(set(used)), "a backend is in two checkouts"
     for worker in world.workers.values():
@@ -74,10 +80,17 @@ def _check_worker(worker: Worker) -> None:
     owners += [conn.lease for conn in worker.users if conn.lease is not None]
     owners += [closing.lease for closing, _ in worker.closing]
     owners += [giving.closing.lease for giving in worker.giving]
+    owners += [
+        giving.closing.lease
+        for giving in worker.lane_giving
+        if cache.leases.get(giving.closing.lease.token) is giving.closing.lease
+    ]
     owners += [x.lease for x in worker.quitting if x.lease is not None and x.lease.conn is None]
     owners += [opening.lease for opening in worker.opening]
     owners += worker.connecting
-    owners += [x.lease for x in worker.tickets if x.lease is not None and x.lease.conn is not None]
+    owners += [
+        x.lease for x in worker.tickets if x.lease is not None and (x.lease.conn is not None or worker.waits_in_lane(x))
+    ]
     assert len(owners) == len(set(owners)), f"{worker}: a lease has two owners"
     for lease in cache.leases.values():
         assert lease in owners, f"{worker}: lease {lease.token} ({lease.phase.value}) is nobody's"
@@ -103,7 +116,7 @@ def quiesce(world: World) -> None:
 
 
 def _moving(world: World) -> bool:
-    if any(worker.line.down or worker.readable for worker in world.awake):
+    if any(worker.line.down or worker.readable or worker.seat_news for worker in world.awake):
         return True
     network = world.network
     moving = any(line.up for line in network.lines.values()) or any(wire.ready for wire in network.wires)
@@ -129,6 +142,10 @@ def _settle_broker(world: World) -> bool:
     for token in broker.endings:
         if token in broker.custody and world.broker is broker:
             broker.see(token)
+            steps = True
+    for pool in broker.lanes_to_read:
+        if world.broker is broker and pool in broker.lanes:
+            broker.read_lane(pool)
             steps = True
     if world.broker is not broker:
         return True
@@ -164,6 +181,17 @@ def _settle_workers(world: World) -> bool:
         for ticket in list(worker.asking):
             worker.go_on_asking(ticket)
             steps = True
+        for thread in list(worker.threads):
+            if thread in worker.threads and thread.ready:
+                worker.step(thread)
+                steps = True
+        for lane_giving in list(worker.lane_giving):
+            worker.step_giving(lane_giving)
+            steps = True
+        if worker.seat_news:
+            worker.look_in_lane()
+            worker.flush()
+            steps = True
         worker.collect()
         for giving in list(worker.giving):
             worker.go_on_giving(giving)
@@ -189,7 +217,11 @@ def check_nobody_waits_in_vain(world: World) -> None:
     # A holder that was killed on another host is waited for, for a moment.
     deaf = any(not session.silent and id not in world.workers for id, session in books.sessions.items())
     for worker in world.workers.values():
+        for thread in worker.threads:
+            _check_lane(world, broker, worker, thread)
         for ticket in worker.tickets:
+            if worker.waits_in_lane(ticket):
+                continue
             assert ticket.lease is None
             own = books.sessions.get(worker.id)
             if not worker.established or own is None or own.silent or own.restored:
@@ -212,7 +244,32 @@ def check_nobody_waits_in_vain(world: World) -> None:
                     reaches = capped and pool.room > 0
                 if others is pool or reaches:
                     idle = [lease for lease in other.cache.idle if lease.token in books.leases]
-                    assert not idle, "a waiter and an idle connection"
+                    assert not idle, f"{worker} waits, and {other} has {idle} idle"
+
+
+def _check_lane(world: World, broker: Broker, worker: Worker, thread: Thread) -> None:
+    books, end = broker.ledger._books, thread.seat.end
+    own = books.sessions.get(worker.id)
+    if not worker.established or own is None or own.silent or own.restored:
+        return
+    assert worker.end is end, f"{worker} waits in a lane that it has left"
+    assert worker.pool in broker.lanes, f"{worker} waits in a former broker's lane"
+    lane, pool = end.lane, books.pools[worker.pool]
+    assert lane is broker.lanes[worker.pool].lane, f"{worker} waits in a former lane"
+    assert lane.board.moving, f"{worker} waits in the lane although it is halted"
+    assert not lane.shelf, f"{worker} waits, and something is on the shelf"
+    assert pool.room <= 0 or books.available(pool) <= 0, f"{worker} waits in the lane, and a slot is free"
+    for other in world.workers.values():
+        known = books.sessions.get(other.id)
+        if other.pool == worker.pool and known is not None and not known.silent:
+            idle = [lease.token for lease in other.cache.idle if lease.token in books.leases]
+            assert not idle, f"{worker} waits in the lane, and {other} has {idle} idle"
+
+
+def check_lanes_are_empty(world: World) -> None:
+    """When nobody has wanted anything for a while: nothing is left in a lane."""
+    for lane in world.lanes:
+        assert not lane.lying, f"{lane.lying} are left in a lane of broker {lane.epoch}"
 
 
 def check_nothing_is_kept_back(world: World) -> None:
@@ -247,11 +304,11 @@ def heal(world: World) -> None:
         worker.frozen = False
     for proc in world.server.procs:
         proc.busy = proc.dirty = False
-    _let_pass(world, TTL_S + 2 * BEAT_S)
+    let_pass(world, TTL_S + 2 * BEAT_S)
     # What was granted to those who are dead, or gone without a word, on other hosts is free by then.
     world.pass_long(START_UP_LIMIT_S)
     quiesce(world)
-    for _ in range(20 + sum(len(worker.tickets) for worker in world.workers.values())):
+    for _ in range(20 + sum(len(worker.tickets) + len(worker.threads) for worker in world.workers.values())):
         for worker in list(world.workers.values()):
             worker.beat()
         quiesce(world)
@@ -259,10 +316,10 @@ def heal(world: World) -> None:
             for conn in list(worker.users):
                 worker.checkin(conn)
         quiesce(world)
-        _let_pass(world, 1.0)
-        if not any(worker.tickets or worker.users for worker in world.workers.values()):
+        let_pass(world, 1.0)
+        if not any(worker.tickets or worker.users or worker.threads for worker in world.workers.values()):
             return
-    waiting = {worker.id: len(worker.tickets) for worker in world.workers.values() if worker.tickets}
+    waiting = {x.id: (len(x.tickets), len(x.threads)) for x in world.workers.values() if x.tickets or x.threads}
     raise AssertionError(f"still waiting although everything was checked in: {waiting}")
 
 
@@ -275,7 +332,8 @@ def _limit(world: World, name: str) -> int:
     return min(LIMITS[name], world.cap - reserved, *([] if own is None else [own]))
 
 
-def _let_pass(world: World, seconds: float) -> None:
+def let_pass(world: World, seconds: float) -> None:
+    """Time passes, and everything comes to rest again and again."""
     until = world.now + seconds
     while world.now < until:
         quiesce(world)

@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from sharedpool.broker.commands import Process
 from sharedpool.errors import SharedPoolError
-from sharedpool.wire.desk import Ask
+from sharedpool.wire.desk import Ask, Give, Live
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
     Ack,
@@ -37,7 +39,8 @@ from sharedpool.worker.lease import Closing, Lease, Ticket
 from sharedpool.worker.leases import lost, unfinished
 from sharedpool.worker.tickets import wait_ms
 
-from .booths import AtTheDesk, Conn
+from .booths import Conn
+from .moving import InTheLane
 from .scale import BEAT_S, EXPIRATION_S, HELLO_RETRY_S, LIMITS, MAX_WAITING, SILENCE_S
 from .server import Proc
 
@@ -54,7 +57,7 @@ class Opening:
     conn: Conn | None = None  # once the socket was handed in
 
 
-class Worker(AtTheDesk):
+class Worker(InTheLane):
     """One process with one pool, any number of threads, and a link. `remote`: on another host than the broker."""
 
     def __init__(self, world: World, number: int, pool: str, *, remote: bool, handover: bool) -> None:
@@ -70,6 +73,7 @@ class Worker(AtTheDesk):
         self.established = False
         self.epoch = 0
         self.frozen = False
+        self.joined_epoch = 0  # whose lane it may be in
         self.tag = ""
         self.tickets: list[Ticket] = []
         self.connecting: list[Lease] = []
@@ -91,6 +95,7 @@ class Worker(AtTheDesk):
         leases, seen, first = self.cache.register(now, {})
         expiration_ms, group = int(EXPIRATION_S * 1000), self.world.group_of.get(self.pool, "")
         spec = PoolSpec(self.pool, LIMITS[self.pool], expiration_ms, 0, "", MAX_WAITING[self.pool], group)
+        spec = structs.replace(spec, lane=self.pool == "a")  # the other pool's go the older way
         host = "elsewhere" if self.remote else "here"
         told = (self.process.pid, host, self.id.decode(), spec, leases, seen)
         self.line.up.append(Hello(PROTOCOL_VERSION, *told, first=first))
@@ -112,6 +117,10 @@ class Worker(AtTheDesk):
         """Do what the link does by the clock."""
         now = self.world.now
         self.notice_line()
+        if now >= self.timer_at:
+            self.timer_at = float("inf")
+            self.look_in_lane()
+            self.flush()
         if not self.established:
             if now - self.hello_at >= HELLO_RETRY_S:
                 self.start_over()
@@ -124,12 +133,13 @@ class Worker(AtTheDesk):
     def beat(self) -> None:
         now = self.beat_at = self.world.now
         if self.established:
+            self.beat_in_lane()
             self._to_close(self.cache.expire(now))
             assert not lost(self.cache.leases.values(), set(self.cache.idle), now)
             self.cache.out.append(self.cache.renewal(now, {}))
             self.deposit_all()
             begun = {x.lease for x in unfinished(self.cache.leases.values(), now)}
-            assert not begun & {giving.closing.lease for giving in self.giving}
+            assert not begun & {giving.closing.lease for giving in [*self.giving, *self.lane_giving]}
             self.flush()
 
     def flush(self) -> None:
@@ -151,15 +161,23 @@ class Worker(AtTheDesk):
             self.established, self.epoch = True, message.epoch
         elif not self.established:
             return
+        if isinstance(message, Recall):
+            self.look_in_lane()
         match message:
             case Welcome():
                 self._to_close(cache.welcomed(message.epoch, message.generation, now, message.served))
                 cache.connects_within_s = message.ttl_ms / 1000
                 self.tag = message.tag
+                if message.epoch != self.joined_epoch:
+                    self.leave_lane(former_brokers=True)
+                self.joined_epoch = message.epoch
                 self._revoke(message.revoked)
                 self.open_desk(message.desk, message.handover)
                 for ticket in cache.tickets.registered(message.served, hands_over=self.hands_over):
-                    self.go_to_desk(ticket)
+                    if self.waits_in_lane(ticket):
+                        self.ring(ticket)
+                    else:
+                        self.go_to_desk(ticket)
             case Stale():
                 self._to_close(cache.renew_generation(message.generation, now))
             case Ack():
@@ -173,6 +191,7 @@ class Worker(AtTheDesk):
                 if ticket is not None:
                     self.tickets.remove(ticket)
                     self.leave_booth(ticket)
+                    self.ring(ticket)
                     self.denied += 1
             case Recall():
                 self._to_close(cache.recalled(message, now, {}))
@@ -202,8 +221,17 @@ class Worker(AtTheDesk):
 
     def checkout(self, wait_s: float, *, slowly: bool = False) -> None:
         ticket = Ticket(_nobody, self.world.now)
-        if not self._from_cache():
+        if not self._from_cache() and not self.enter_lane(ticket, wait_s):
             self._ask(ticket, wait_s, slowly=slowly)
+
+    def go_the_long_way(self, ticket: Ticket, deadline: float) -> None:
+        if not self._from_cache() and not self._enter_long(ticket, deadline):
+            self.ask_broker(ticket, deadline)
+
+    def ask_broker(self, ticket: Ticket, deadline: float) -> None:
+        ticket.begin_anew(self.world.now)
+        if not self._from_cache():
+            self._ask(ticket, max(0.001, deadline - self.world.now))
 
     def _from_cache(self) -> bool:
         """Hand out an idle connection, or see that there is none; dead ones that are noticed are given up."""
@@ -262,6 +290,9 @@ class Worker(AtTheDesk):
         lease = ticket.lease
         assert lease is not None
         assert ticket in self.tickets
+        if self.waits_in_lane(ticket):
+            self.ring(ticket)
+            return
         self.leave_booth(ticket)
         if lease.conn is None and lease not in self.connecting and ticket not in self.quitting:
             # The thread goes on to connect; its ticket stays, since it can still be interrupted.
@@ -273,14 +304,13 @@ class Worker(AtTheDesk):
             lease = ticket.lease
             if lease is None or not isinstance(lease.conn, Conn) or lease.phase is not Phase.CONNECTING:
                 continue
-            if ticket in self.quitting or ticket in self.asking:
+            if ticket in self.quitting or ticket in self.asking or self.waits_in_lane(ticket):
                 continue  # its thread is not there yet
             self.tickets.remove(ticket)
             ticket.lease = None
             if self._worn(lease, lease.conn):
                 self._discard_dead(lease, lease.conn)
-                if not self._from_cache():
-                    self._ask(Ticket(_nobody, self.world.now), 60.0)
+                self.go_the_long_way(Ticket(_nobody, self.world.now), self.world.now + 60.0)
             elif lease.fresh and configure_fails:
                 self._to_close([self.cache.close(lease, lease.conn, ReleaseReason.BROKEN, self.world.now)])
             else:
@@ -289,10 +319,15 @@ class Worker(AtTheDesk):
     def give_up(self, ticket: Ticket) -> None:
         """A thread is interrupted, or its time is over, before it connects."""
         self.stop_waiting(ticket)
-        self.quit(ticket)
+        if ticket in self.quitting:
+            self.quit(ticket)
 
     def stop_waiting(self, ticket: Ticket) -> None:
         """The first half of that: it leaves its booth; what comes now is still for its ticket."""
+        for thread in self.threads:
+            if thread.ticket is ticket:
+                self.interrupt(thread)
+                return
         if ticket in self.asking:
             self.go_on_asking(ticket)
         self.leave_booth(ticket)
@@ -380,6 +415,7 @@ class Worker(AtTheDesk):
         """A query runs, and another thread cancels it."""
         conn.proc.busy = conn.works
         assert conn.lease is not None
+        conn.lease.cancelled = True
         self.cache.out.append(Interrupt(conn.lease.token))
         self.flush()
 
@@ -393,6 +429,8 @@ class Worker(AtTheDesk):
         if not conn.works:
             verdict = ReleaseReason.BROKEN
             self.cache.trouble(lease, "")
+        if verdict is None and self.checkin_short(lease, conn):
+            return
         outcome = self.cache.checkin(lease, conn, self.world.now, verdict)
         if isinstance(outcome, Closing):
             self._to_close([outcome])
@@ -413,6 +451,17 @@ class Worker(AtTheDesk):
         stops after so many steps of giving.
         """
         self.closing.remove((closing, conn))
+        if closing.reason is ReleaseReason.SHARED:
+            if not self.may_move(closing, conn):
+                fit = False
+                if conn.works and self.lay_back(closing, conn):
+                    return
+            if fit:
+                lane_giving = self.give_in_lane(closing, conn)
+                for _ in range(8 * halt):
+                    if lane_giving in self.lane_giving:
+                        self.step_giving(lane_giving)
+                return
         if fit and self.may_give(closing, conn):
             giving = self.give(closing, conn)
             for _ in range(halt):
@@ -436,8 +485,11 @@ class Worker(AtTheDesk):
         assert not self.opening
         assert not self.quitting
         now = self.world.now
+        self.cache.stop_keeping()
         for ticket in list(self.asking):
             self.go_on_asking(ticket)
+        for thread in list(self.threads):
+            self.interrupt(thread)
         self.cache.tickets.fail(RuntimeError("disposed"))
         for ticket in list(self.places):
             self.leave_booth(ticket)
@@ -455,17 +507,25 @@ class Worker(AtTheDesk):
         for giving in list(self.giving):
             while giving in self.giving:
                 self.go_on_giving(giving)
+        for lane_giving in list(self.lane_giving):
+            while lane_giving in self.lane_giving:
+                self.step_giving(lane_giving)
         assert not self.cache.leases
         self.flush()
         if self.established:
             self.line.up.append(self.cache.farewell())
+        self.leave_lane()
         self.leave_desk()
 
     def die(self) -> None:
         """SIGKILL: what it held open is open no longer, unless the broker has it too."""
         for proc in self.world.server.procs:
             proc.holders.discard(self.id)
+        self.die_in_lane()
         self.leave_desk()
+
+    def _say_given(self, closing: Closing, live: Live) -> bool:
+        return self.desk is not None and self.desk.say(Give(self.id, closing.lease.token, closing.reason, live))
 
     @property
     def unconnected(self) -> dict[Token, bool]:

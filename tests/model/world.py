@@ -8,6 +8,7 @@ from sharedpool.broker.commands import Process
 from sharedpool.wire.messages import Grant, Token
 
 from .broker import Broker, Journal
+from .lane import Lane
 from .network import Line, Network, Wire
 from .scale import BEAT_S, GROUP_OF, GROUPS
 from .server import Server
@@ -42,6 +43,7 @@ class World:
         self.proxied = proxied
         self.server = Server(direct=not proxied)
         self.journal = Journal()
+        self.lanes: list[Lane] = []
         self.workers: dict[bytes, Worker] = {}  # running, with a pool
         self.processes: set[Process] = set()  # running
         self.process_of: dict[bytes, Process] = {}

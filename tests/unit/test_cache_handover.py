@@ -5,10 +5,22 @@ from __future__ import annotations
 import pytest
 from test_cache import Conn, Rig, reason_of
 
-from sharedpool.wire.desk import Live, Pass
-from sharedpool.wire.messages import Acquire, Backend, Recall, ReleaseReason, Renew, Token
+from sharedpool.wire.desk import Live, Moved, Pass
+from sharedpool.wire.messages import (
+    Acquire,
+    Backend,
+    Cancel,
+    LeaseReport,
+    Phase,
+    Recall,
+    Release,
+    ReleaseReason,
+    Renew,
+    Token,
+)
 from sharedpool.worker.lease import Closing, Lease, Ticket
 from sharedpool.worker.slices import STEADY_GAP_S
+from sharedpool.worker.tickets import ASKED_S
 
 SLICE_S = 0.002
 
@@ -146,3 +158,228 @@ def test_what_was_asked_for_twice_is_not_over_with_one_answer(rig: Rig) -> None:
     rig.cache.passed(Pass(ticket.request, Token(1, 1), 1, 0, False, live), Conn(), float("inf"), rig.now)
     assert ticket.settled
     assert not ticket.finished
+
+
+# --- while connections move past the broker
+
+
+def want_in_lane(rig: Rig) -> Ticket:
+    ticket = Ticket(lambda: None, rig.now)
+    rig.cache.tickets.want(ticket, 5.0, in_lane=True)
+    return ticket
+
+
+def come(rig: Rig, request: int = 0, *, moves: int = 3) -> tuple[Ticket | None, Lease, Conn]:
+    """Have a connection come in the lane."""
+    rig.serial += 1
+    moved, conn = Moved(request, Token(1, rig.serial), 9, moves, Live(Backend(rig.serial), 1, b"")), Conn()
+    ticket = rig.cache.moved(moved, conn, float("inf"), rig.now, cell=moved.cell, moves=moved.moves)
+    rig.kept += [conn]
+    return ticket, rig.cache.leases[moved.token], conn
+
+
+@pytest.fixture
+def moving(rig: Rig) -> Rig:
+    rig.cache.moving = b"\1"
+    return rig
+
+
+def test_while_connections_move_a_checkin_gives(moving: Rig) -> None:
+    lease, conn = moving.lend()
+    lease.movable = True
+    assert reason_of(moving.cache.checkin(lease, conn, moving.now, None)) is ReleaseReason.SHARED
+    assert not moving.cache.idle
+
+
+def test_while_connections_move_what_cannot_is_closed(moving: Rig) -> None:
+    """Its slot is another's then."""
+    lease, conn = moving.lend()
+    assert reason_of(moving.cache.checkin(lease, conn, moving.now, None)) is ReleaseReason.CLOSED
+
+
+def test_when_they_move_no_more_a_checkin_keeps(rig: Rig) -> None:
+    lease, conn = rig.lend()
+    lease.movable = True
+    assert rig.cache.checkin(lease, conn, rig.now, None) is None
+    assert list(rig.cache.idle) == [lease]
+
+
+def test_what_was_laid_idle_the_short_way_is_given_too(moving: Rig) -> None:
+    """Its thread has seen only afterwards that they move."""
+    moving.cache.moving = b"\0"
+    lease = moving.idle()
+    lease.movable, moving.cache.moving = True, b"\1"
+    assert reason_of(moving.cache.checked_in(lease, moving.now)) is ReleaseReason.SHARED
+    assert not moving.cache.idle
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("stale", ReleaseReason.STALE),
+        ("old", ReleaseReason.RETIRED),
+        ("owed", ReleaseReason.OWED),
+        ("taken away", ReleaseReason.BROKEN),
+    ],
+)
+def test_what_must_not_go_on_does_not_move(moving: Rig, case: str, reason: ReleaseReason) -> None:
+    lease, conn = moving.lend(retire_at=moving.now + (0.5 if case == "old" else 100))
+    lease.movable = True
+    if case == "stale":
+        moving.cache.renew_generation(2, moving.now)
+    elif case == "owed":
+        moving.recall(owed=1)
+    elif case == "taken away":
+        moving.cache.forget(lease.token)
+    moving.now += 1
+    assert reason_of(moving.cache.checkin(lease, conn, moving.now, None)) is reason
+
+
+def test_who_waits_in_the_lane_is_not_served_before_his_turn(moving: Rig) -> None:
+    """In other processes there may be some before him; who waits at the broker has nobody else to wait for."""
+    lease, conn = moving.lend()
+    lease.movable = True
+    in_lane, at_broker = want_in_lane(moving), moving.want()
+    moving.sent()
+    assert moving.cache.checkin(lease, conn, moving.now, None) is at_broker
+    assert moving.sent() == [Cancel(at_broker.request)]
+    assert list(moving.cache.waiting.values()) == [in_lane]
+    other, conn = moving.lend()
+    other.movable = True
+    assert reason_of(moving.cache.checkin(other, conn, moving.now, None)) is ReleaseReason.SHARED
+
+
+def test_what_cannot_move_after_all_is_laid_back_and_told_of(moving: Rig) -> None:
+    """The broker is to ask for it: whoever waits does so in the lane."""
+    lease, conn = moving.lend()
+    lease.movable = True
+    moving.cache.checkin(lease, conn, moving.now, None)
+    moving.sent()
+    moving.cache.lay_back(lease, conn, moving.now)
+    assert (lease.phase, lease.conn, list(moving.cache.idle)) == (Phase.IDLE, conn, [lease])
+    (renew,) = moving.sent()
+    assert isinstance(renew, Renew)
+    assert [(report.token, report.phase) for report in renew.leases] == [(lease.token, Phase.IDLE)]
+    (closing,) = moving.recall(take=1)
+    assert (closing.lease, closing.reason) == (lease, ReleaseReason.TAKEN)
+
+
+def test_what_was_taken_away_meanwhile_is_not_laid_back(moving: Rig) -> None:
+    lease, conn = moving.lend()
+    moving.cache.forget(lease.token)
+    moving.sent()
+    moving.cache.lay_back(lease, conn, moving.now)
+    assert (list(moving.cache.idle), moving.sent()) == ([], [])
+
+
+def test_who_waits_in_the_lane_asks_the_broker_for_nothing(moving: Rig) -> None:
+    ticket = want_in_lane(moving)
+    assert moving.sent() == []
+    assert moving.cache.heartbeat(moving.now + ASKED_S * 2, {}).pending == []
+    assert moving.cache.give_up(ticket, moving.now) is None
+    assert moving.sent() == []  # nor need it be told that it waits no more
+    assert not moving.cache.waiting
+    assert not ticket.in_lane
+
+
+def test_what_comes_in_the_lane_is_its_tickets(moving: Rig) -> None:
+    other, mine = want_in_lane(moving), want_in_lane(moving)
+    ticket, lease, conn = come(moving, mine.request)
+    assert ticket is mine
+    assert mine.lease is lease
+    assert (lease.conn, lease.cell, lease.moves, lease.movable, lease.fresh) == (conn, 9, 3, True, True)
+    assert mine.settled
+    assert list(moving.cache.waiting.values()) == [other]
+    assert moving.sent() == []
+
+
+def test_what_comes_for_one_who_waits_no_more_is_the_next_ones(moving: Rig) -> None:
+    gone, next_one = want_in_lane(moving), want_in_lane(moving)
+    moving.cache.give_up(gone, moving.now)
+    ticket, lease, _ = come(moving, gone.request)
+    assert (ticket, next_one.lease) == (next_one, lease)
+    assert moving.sent() == []
+
+
+def test_what_comes_for_nobody_lies_idle(moving: Rig) -> None:
+    ticket, lease, _ = come(moving)
+    assert (ticket, list(moving.cache.idle)) == (None, [lease])
+
+
+def test_what_comes_from_the_shelf_and_is_old_ends_when_it_should(moving: Rig) -> None:
+    moving.serial += 1
+    moved = Moved(0, Token(1, moving.serial), 9, 1, Live(Backend(1), 1, b""))
+    moving.cache.moved(moved, Conn(), moving.now + 1, moving.now)
+    (closing,) = moving.cache.expire(moving.now + 1)
+    assert closing.reason is ReleaseReason.RETIRED
+
+
+def test_after_a_welcome_who_waited_in_the_lane_asks_at_the_desk(moving: Rig) -> None:
+    """The lane was a former broker's."""
+    ticket = want_in_lane(moving)
+    *_, first = moving.cache.register(moving.now, {})
+    assert first == Acquire(ticket.request, ticket.wait_ms)
+    assert moving.cache.tickets.registered(0, hands_over=True) == [ticket]
+    assert (ticket.in_lane, ticket.at_desk, ticket.to_ask) == (False, True, True)
+
+
+def test_who_was_passed_what_cannot_be_used_asks_the_broker(moving: Rig) -> None:
+    ticket = want_in_lane(moving)
+    moved = Moved(ticket.request, Token(1, 70), 9, 1, Live(Backend(70), 1, b""))
+    moving.cache.refuse(moved)
+    assert moving.sent() == [
+        Release(moved.token, False, ReleaseReason.FAILED, Backend(70)),
+        Acquire(ticket.request, ticket.wait_ms),
+    ]
+    assert not ticket.in_lane
+    assert moving.cache.renewal(moving.now, {}).pending == [ticket.request]
+    assert [x.token for x in moving.cache.renewal(moving.now, {}).unproven] == [moved.token]  # until it is known
+
+
+def arrival(serial: int, moves: int = 2) -> Moved:
+    return Moved(4, Token(1, serial), 9, moves, Live(Backend(serial), 1, b""))
+
+
+def test_what_has_come_and_nobody_has_taken_in_is_listed(moving: Rig) -> None:
+    """Else the broker would take it for lost."""
+    lease, _ = moving.lend()
+    in_hand, unread = arrival(50), arrival(51, moves=7)
+    moving.cache.arriving[in_hand.token] = in_hand
+    moving.cache.unread = [unread]
+    expected = [
+        LeaseReport(in_hand.token, Phase.CONNECTING, 0, "", Backend(50), [], 2),
+        LeaseReport(unread.token, Phase.CONNECTING, 0, "", Backend(51), [], 7),
+    ]
+    said = moving.cache.renewal(moving.now, {}).leases
+    assert sorted(said, key=lambda report: report.token)[1:] == expected
+    held, *_ = moving.cache.register(moving.now, {})
+    assert sorted(held, key=lambda report: report.token)[1:] == expected
+    assert lease.token < in_hand.token
+
+
+def test_what_is_listed_is_listed_once(moving: Rig) -> None:
+    """Read between two looks; taken in between two others."""
+    _, lease, _ = come(moving)
+    both, taken_in = arrival(50), arrival(lease.token.serial)
+    moving.cache.unread = [both, taken_in]
+    moving.cache.arriving = {both.token: both, taken_in.token: taken_in}
+    tokens = [report.token for report in moving.cache.renewal(moving.now, {}).leases]
+    assert sorted(tokens) == [lease.token, both.token]
+
+
+def test_how_often_it_has_moved_is_said_of_what_is_held(moving: Rig) -> None:
+    _, lease, _ = come(moving, moves=12)
+    (report,) = moving.cache.renewal(moving.now, {}).leases
+    assert (report.token, report.moves) == (lease.token, 12)
+
+
+def test_what_is_on_its_way_out_is_not_claimed(moving: Rig) -> None:
+    """By the time a later broker hears of it, it is another process's."""
+    _, lease, conn = come(moving)
+    assert moving.cache.take(moving.now) is lease
+    assert reason_of(moving.cache.checkin(lease, conn, moving.now, None)) is ReleaseReason.SHARED
+    moving.cache.giving(lease)
+    held, *_ = moving.cache.register(moving.now, {})
+    assert held == []
+    moving.cache.given(lease)
+    assert not moving.cache.leases

@@ -1,0 +1,381 @@
+"""Connections that move past the broker: the lane's side of the ledger. Pure: no I/O, no clock.
+
+While many want a pool's connections, and there is nothing for the broker to do but to pass them on, it lets them *move*
+from worker to worker without it (`sharedpool/lane.py`), and reads on the pool's board who holds which lease. As soon as
+there is something else (a slot is free, a connection lies idle in a process, an operator wants something, another pool
+shares the limit) it halts that: who waits asks the broker again, and what lies on the shelf is the broker's to pass on.
+
+A lease that has moved is *unspoken* of until its new holder lists it. If that one does not, asked for it, the lease was
+lost on its way (its giver or its receiver has died, or was stopped), and is fenced.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+
+from sharedpool.broker.books import Books
+from sharedpool.broker.commands import CloseLane, Command, Halt, LetIn, OpenLane, Proceed, Queue, ToLane
+from sharedpool.broker.demand import Demand
+from sharedpool.broker.leases import LONGEST_MS, Leases
+from sharedpool.broker.records import FENCING, FREE, OPEN, SUSPECT, Lane, Lease, Pool, Session
+from sharedpool.wire.board import BROKERS_PLACE, BROKERS_REQUEST, CELLS, SESSIONS, SHELF, Board
+from sharedpool.wire.desk import Live, Moved
+from sharedpool.wire.messages import LeaseReport, Phase, Token
+
+# Connections move past the broker for so long after somebody has last asked for one.
+_QUIET_S = 1.0
+# A receiver has so long to take in what was passed to it, and to speak of it when it is asked.
+ARRIVAL_S = 0.25
+_FEWEST_CELLS = 64
+
+
+class Moves:
+    """The lanes of all pools. `arm(when, kind, subject)` asks for a timer."""
+
+    def __init__(
+        self,
+        books: Books,
+        demand: Demand,
+        leases: Leases,
+        emit: Callable[[Command], None],
+        arm: Callable[[float, str, object], None],
+        *,
+        expiration_s: float,
+    ) -> None:
+        self._books = books
+        self._demand = demand
+        self._leases = leases
+        self._emit = emit
+        self._arm = arm
+        self._expiration_s = expiration_s
+        self._pools: dict[str, Pool] = {}  # that have a lane
+        self._shelves: dict[str, Pool] = {}  # that have a shelf session
+        self._ordered: set[str] = set()  # pools for which one is to be made
+
+    # --- lanes
+
+    def wanted(self, pool: Pool) -> None:
+        """Have a lane made for a pool whose connections are passed on."""
+        if pool.spec.lane and pool.lane is None and pool.name not in self._ordered and not pool.spec.max_waiting:
+            self._ordered.add(pool.name)
+            self._emit(OpenLane(pool.name))
+
+    def opened(self, pool: Pool, board: Board) -> None:
+        """Take in a pool's lane, and let its workers in."""
+        self._ordered.discard(pool.name)
+        cells = min(CELLS, max(_FEWEST_CELLS, 2 * pool.max_conn))
+        pool.lane = Lane(board, deque(range(cells)), cells)
+        self._pools[pool.name] = pool
+        for session in list(pool.sessions.values()):
+            self.arrived(session)
+
+    def arrived(self, session: Session) -> None:
+        """Let a session in that can hand connections over."""
+        lane = session.pool.lane
+        if lane is None or session.shelf or session.ended or session.number:
+            return
+        lane.outside[session.id] = session
+        if not session.hands_over or len(lane.indices) == SESSIONS - 1:
+            return
+        lane.newest += 1
+        session.number = lane.newest
+        session.index = next(index for index in range(SESSIONS) if index not in lane.indices)
+        lane.indices.add(session.index)
+        lane.board.clear_session(session.index)
+        lane.members[session.number] = session
+        self._emit(LetIn(session.pool.name, session.id, session.number, session.index))
+
+    def joined(self, session: Session) -> None:
+        """Take in that a session uses the lane."""
+        if session.number and session.pool.lane is not None:
+            session.joined = True
+            session.pool.lane.outside.pop(session.id, None)
+
+    def left(self, session: Session) -> None:
+        """Take in that a session is over: nobody waits there any more."""
+        lane = session.pool.lane
+        if lane is None or session.shelf:
+            return
+        lane.outside.pop(session.id, None)
+        if session.number:
+            lane.board.clear_session(session.index)
+            lane.indices.discard(session.index)
+            del lane.members[session.number]
+            session.number, session.index, session.joined = 0, -1, False
+
+    def discarded(self, pool: Pool) -> None:
+        """Take in that nobody uses a pool any more."""
+        self._ordered.discard(pool.name)
+        self._shelves.pop(pool.name, None)
+        if self._pools.pop(pool.name, None) is not None:
+            pool.lane = None
+            self._emit(CloseLane(pool.name))
+
+    def _shelf(self, pool: Pool) -> Session:
+        """Return the session for which is counted what is in nobody's hands."""
+        if pool.shelf is None:
+            expiration_s = min(self._expiration_s, min(pool.spec.expiration_ms, LONGEST_MS) / 1000)
+            shelf = Session(b"shelf:" + pool.name.encode(), 0, "", "", pool, expiration_s, 0.0, shelf=True)
+            self._books.sessions[shelf.id] = pool.sessions[shelf.id] = pool.shelf = shelf
+            self._shelves[pool.name] = pool
+        return pool.shelf
+
+    # --- what the board says
+
+    def sync(self, now: float) -> None:
+        """Bring the books in line with the boards. Costs a comparison where nothing has moved."""
+        for pool in self._pools.values():
+            lane = pool.lane
+            assert lane is not None
+            if lane.used and (seen := lane.board.holdings(lane.cells)) != lane.seen:
+                lane.seen = seen
+                for lease in list(pool.leases.values()):
+                    if lease.cell >= 0:
+                        self._follow(lane, lease, now)
+
+    def _follow(self, lane: Lane, lease: Lease, now: float) -> None:
+        holder, moves = lane.board.holding(lease.cell)
+        if moves == lease.moves:
+            return
+        lease.line = 0  # what was passed on a line of the desk has arrived, or it would not have moved
+        lease.pool.handovers += (moves - lease.moves) & 0xFFFFFFFF
+        lease.moves = moves
+        session = self._shelf(lease.pool) if holder == SHELF else lane.members.get(holder)
+        if session is None:  # one that is over; or somebody has written nonsense
+            self._leases.fence(lease, "it was passed on to a worker that is gone", now)
+            return
+        self._books.transfer(lease, session)
+        lease.unspoken, lease.noticed, lease.doubt = True, now, 0
+        # Whatever was said of it before: who gave it was alive, and who has got it may be stopped.
+        state = SUSPECT if session.suspect else OPEN
+        if lease.state is not state:
+            self._books.move(lease, state, "moved")
+        if state is OPEN:
+            self._leases.note(lease, Phase.IDLE if session.shelf else Phase.IN_USE, now, "")
+        if session.shelf:
+            lease.pool.idle.pop(lease.token, None)
+            if not lane.moving:  # who has laid it there may have been stopped before he did
+                self._arm(now + ARRIVAL_S, "arrival", lease)
+
+    # --- what workers say
+
+    def claims(self, session: Session, report: LeaseReport) -> Lease | None:
+        """Return the lease that a session rightly says to hold, though the books say that another does.
+
+        That is one of a former broker's lane: how often it has moved tells who had it last.
+        """
+        lease = self._books.leases.get(report.token)
+        if lease is None or lease.pool is not session.pool or lease.cell >= 0 or lease.state is FENCING:
+            return None
+        if lease.moves < 0 or report.moves <= lease.moves or report.backend != lease.backend:
+            return None
+        self._books.transfer(lease, session)
+        lease.moves = report.moves
+        return lease
+
+    def has_moved_on(self, token: Token) -> bool:
+        """Say whether a lease that a session says to hold is another's by now: it was said before."""
+        lease = self._books.leases.get(token)
+        return lease is not None and lease.moves >= 0 and lease.state is not FENCING
+
+    def missing(self, lease: Lease, told: int, now: float) -> None:
+        """Take in that a lease's new holder does not list it, and knows recall number `told`."""
+        if told < lease.doubt <= lease.session.answered:  # nobody expects that answer any more: it was lost
+            lease.doubt = 0
+        if 0 < lease.doubt <= told:
+            if now - lease.noticed >= ARRIVAL_S:
+                self._leases.fence(lease, "it was passed on and has not arrived", now)
+                return
+            lease.doubt = -1  # not asked again before: two such leases would have a session answer all the time
+            self._arm(lease.noticed + ARRIVAL_S, "arrival", lease)
+        elif not lease.doubt:
+            self._ask(lease, now)
+
+    def _ask(self, lease: Lease, now: float) -> None:
+        if not lease.session.silent:
+            self._demand.ask(lease.session, now)
+            lease.doubt = lease.session.asked
+
+    def arrival_due(self, lease: Lease, now: float) -> None:
+        """Ask once more for what has not arrived; of what lies on no shelf there is nobody to ask."""
+        if not lease.unspoken or lease.state in (FENCING, FREE):
+            return
+        if lease.session.shelf:
+            if lease.live is None and not lease.pool.moving and now - lease.noticed >= ARRIVAL_S:
+                self._leases.fence(lease, "it is on nobody's shelf", now)
+        elif lease.doubt <= 0:
+            lease.doubt = 0
+            self._ask(lease, now)
+
+    def doubt(self, pool: Pool, now: float) -> None:
+        """Find out about all that nobody has spoken of since it has moved: it may never have been sent."""
+        unspoken = [lease for lease in pool.leases.values() if lease.unspoken and lease.live is None]
+        for lease in unspoken:
+            if lease.session.shelf:
+                lease.noticed = now
+                self._arm(now + ARRIVAL_S, "arrival", lease)
+            elif not lease.doubt:
+                self._ask(lease, now)
+        if pool.moving and any(lease.session.shelf for lease in unspoken):
+            self.halt(pool, now)  # what really lies there is told by that
+
+    def wanders(self, lease: Lease, session: Session, spared_until: float) -> bool:
+        """Take in that a lease of a former broker's is not held by whom its journal names; say whether it may have
+        moved on since: then somebody else will claim it.
+        """
+        if lease.moves < 0 or lease.cell >= 0:
+            return False
+        shelf = self._shelf(session.pool)
+        shelf.spared_until = max(shelf.spared_until, spared_until)
+        if lease.state is not SUSPECT:  # it was there when its holder said HELLO
+            self._books.move(lease, SUSPECT, "it may have moved on")
+        self._books.transfer(lease, shelf)
+        return True
+
+    # --- moving
+
+    def consider(self, now: float) -> bool:
+        """Let connections move, or halt them, as things are now; return whether any were halted."""
+        halted = False
+        for pool in list(self._shelves.values()):
+            if all(session.ended or session.shelf for session in pool.sessions.values()):
+                self._end_all(pool, now)
+        for pool in list(self._pools.values()):
+            lane = pool.lane
+            assert lane is not None
+            if lane.moving:
+                if not self._may_move(pool):
+                    self.halt(pool, now)
+                    halted = True
+                    continue
+                if pool.idle:
+                    self._demand.take(pool, now)
+                lane.board.generation = pool.generation
+                self._queue(lane, pool)
+                self._enter(lane, pool)
+            elif pool.name in self._books.contended and self._may_move(pool) and self._rests(pool):
+                self._proceed(pool, now)
+        return halted
+
+    def _end_all(self, pool: Pool, now: float) -> None:
+        """End what lies on the shelf of a pool whose last worker has left."""
+        if pool.moving:
+            self.halt(pool, now)
+        assert pool.shelf is not None
+        for lease in [x for x in pool.shelf.leases.values() if x.state is not FENCING]:
+            lease.live = None
+            pool.parked.pop(lease.token, None)
+            self._leases.fence(lease, "nobody uses its pool any more", now, level=logging.DEBUG)
+
+    @staticmethod
+    def _rests(pool: Pool) -> bool:
+        """Say whether nothing lies idle, everybody was asked for it, and nothing is on the shelf by the books which
+        has not been found there since the last halt.
+        """
+        if pool.idle or pool.unpressed:
+            return False
+        return pool.shelf is None or not any(lease.state is OPEN for lease in pool.shelf.leases.values())
+
+    def _may_move(self, pool: Pool) -> bool:
+        """Say whether there is nothing for the broker to do but to pass connections on."""
+        demand, books, lane = self._demand, self._books, pool.lane
+        if lane is None or pool.cancels is not True or demand.paused or demand.draining:
+            return False
+        if pool.held or pool.name in books.shrinking or books.groups or pool.spec.max_waiting:
+            return False
+        if len(pool.leases) > lane.cells or (books.max_conn is not None and len(books.pools) > 1):
+            return False
+        if pool.room > 0 or pool.parked or pool.suspects or pool.backoff.ceiling is not None or pool.unsuitable:
+            return False
+        return not any(session.leases for session in lane.outside.values())
+
+    def _proceed(self, pool: Pool, now: float) -> None:
+        lane = pool.lane
+        assert lane is not None
+        lane.moving = True
+        pool.shared_until = now  # what is asked for from now on is asked for by somebody who waits
+        self._enter(lane, pool)
+        self._emit(Proceed(pool.name))
+        lane.asked, lane.board.generation = lane.board.asked, pool.generation
+        lane.board.take_place(BROKERS_PLACE, BROKERS_REQUEST)
+        lane.queued = 0
+        lane.board.moving = True
+        self._queue(lane, pool)
+        if not lane.armed:
+            lane.armed = True
+            self._arm(now + _QUIET_S, "lane", pool)
+
+    def _queue(self, lane: Lane, pool: Pool) -> None:
+        """Wait in the lane for all who wait at the broker: so they have their turn among the others."""
+        missing = len(pool.waiters) - len(pool.nowaits) - lane.queued
+        if missing > 0:
+            lane.queued += missing
+            self._emit(Queue(pool.name, missing))
+
+    def _enter(self, lane: Lane, pool: Pool) -> None:
+        """Put all leases on the board that may move."""
+        if lane.used == len(pool.leases):
+            return
+        for lease in pool.leases.values():
+            session = lease.session
+            fit = lease.state is OPEN and lease.custody and lease.backend is not None and not lease.interrupts
+            fit = fit and min(lease.token) > 0  # a worker may have said it: anything
+            if fit and lease.cell < 0 and session.joined and lease.live is None and lane.free:
+                self._books.enter(lease)
+
+    def halt(self, pool: Pool, now: float) -> None:
+        """Pass connections on by the broker again."""
+        lane = pool.lane
+        assert lane is not None
+        lane.moving = lane.board.moving = False
+        lane.board.leave_place(BROKERS_PLACE)
+        self._emit(Halt(pool.name))
+        for lease in pool.leases.values():
+            if lease.session.shelf and lease.live is None:
+                lease.noticed = now
+                self._arm(now + ARRIVAL_S, "arrival", lease)
+
+    def quiet_due(self, pool: Pool, now: float) -> None:
+        """Halt where nobody has asked for a while."""
+        if (lane := pool.lane) is None:
+            return  # nobody uses the pool any more
+        lane.armed = False
+        if not lane.moving:
+            return
+        asked, lane.asked = lane.asked, lane.board.asked
+        if asked == lane.asked and not pool.waiters:
+            self.halt(pool, now)
+            return
+        lane.queued = 0  # who was to serve a ticket may have died with it
+        lain = [x for x in pool.leases.values() if x.session.shelf and now - x.noticed > 2 * _QUIET_S]
+        if lain:  # others have asked meanwhile, and were not given it
+            self.halt(pool, now)
+        lane.armed = True
+        self._arm(now + _QUIET_S, "lane", pool)
+
+    # --- the broker gives, and is given
+
+    def give(self, lease: Lease, live: Live, now: float) -> None:
+        """Give in the lane what was given to the broker, for which nobody waits at the broker."""
+        lane = lease.pool.lane
+        assert lane is not None
+        self._books.transfer(lease, self._shelf(lease.pool))
+        lease.unspoken, lease.noticed = True, now
+        if lease.cell < 0:
+            self._books.enter(lease)
+        self._emit(ToLane(lease.pool.name, lease.token, lease.cell, live))
+
+    def came(self, pool: Pool) -> None:
+        """Take in that the broker was given something in the lane."""
+        if pool.lane is not None and pool.lane.queued:
+            pool.lane.queued -= 1
+
+    def shelved(self, pool: Pool, moved: Moved) -> Lease | None:
+        """Take in what lay on a shelf; return its lease if it is to be passed on."""
+        lease = pool.leases.get(moved.token)
+        if lease is None or lease.state is not OPEN or not lease.session.shelf or lease.live is not None:
+            return None
+        lease.unspoken = False
+        return lease

@@ -1,0 +1,235 @@
+"""The short way in the lane: what `holdings.py`, `handover.py` and `lane.py` do for one connection, in two functions.
+
+Where many processes share few connections nearly every checkout waits in the lane, and nearly every checkin gives
+there. Between two turns of a process tens of others have run, so that each function costs ten times what it does in a
+loop: here is one for each way, without what is needed seldom. Whatever is not as usual is left to the long way,
+untouched; from the reset on the connection is given, or ended.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from collections.abc import Callable
+from threading import get_ident
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import psycopg2
+
+from sharedpool import libpq
+from sharedpool.hangup import borrow
+from sharedpool.lane import Item, Lane
+from sharedpool.owned import NO_SIGNAL, Owned, identity, is_still
+from sharedpool.wire.desk import Live, Moved
+from sharedpool.wire.messages import Phase, ReleaseReason
+from sharedpool.worker import gate, reset
+from sharedpool.worker.connection import PooledConnection
+from sharedpool.worker.ending import unregister
+from sharedpool.worker.handover import adopt, encoded_parameters, names_of_parameters, vacate
+from sharedpool.worker.lease import Lease, collected
+from sharedpool.worker.logs import logger
+from sharedpool.worker.reset import parameters_after
+from sharedpool.worker.seats import Seat, Seats
+from sharedpool.worker.slices import STEADY_GAP_S
+from sharedpool.worker.timer import Timer
+from sharedpool.worker.wrapper import is_as_opened
+
+if TYPE_CHECKING:
+    from sharedpool.worker.holdings import Holdings
+
+_IN_USE, _IDLE, _CLOSING, _SHARED = Phase.IN_USE, Phase.IDLE, Phase.CLOSING, ReleaseReason.SHARED
+# Whoever was to serve a ticket may have died with it, or be stopped: another one is written after so long.
+AGAIN_S = 0.5
+
+
+class Call:
+    """One checkout under way: its seat is taken back when it is over."""
+
+
+class Mover:
+    """One pool's, for as long as it is in a lane."""
+
+    def __init__(self, holdings: Holdings, seats: Seats, lane: Lane, timer: Timer | None) -> None:
+        """`timer` wakes the link's thread to give what was kept in vain; without one nothing is kept."""
+        self._holdings = holdings
+        self._seats = seats
+        self._lane = lane
+        self._board = lane.board
+        self._cache = holdings.cache
+        self._reset = reset.query(holdings.config.at_handover)
+        library = libpq.library()
+        self._status: Callable[[int | None, bytes], bytes | None] | None = None
+        if library is not None:
+            self._status = library.PQparameterStatus
+        self._lain = False  # the last one lay on the shelf
+        self._timer = timer
+        self._slice_s = 0.0 if timer is None else holdings.config.slice
+        self._parted_at = -math.inf
+
+    # --- giving
+
+    def give(self, lease: Lease, conn: PooledConnection, now: float) -> bool:
+        """Give a connection that was checked in, and is as it should be, to the first who waits; else shelve it.
+
+        Or keep it idle, where its process asks again at once, for its slice of time. Return False when it is to go the
+        long way; then nothing was done. The caller has taken the lease off it.
+        """
+        cache, board = self._cache, self._board
+        if now - lease.arrived < self._slice_s and lease.idle_s < STEADY_GAP_S and self._timer is not None:
+            self.look_soon()  # before it lies there: for what does not come back
+            lease.conn, lease.phase, lease.since = conn, _IDLE, now
+            cache.idle.append(lease)
+            self.look_soon()  # it may have gone off meanwhile
+            return True
+        if lease.cancelled or not (lease.deposited and lease.movable) or cache.waiting or now >= lease.retire_at:
+            return False
+        if cache.leases.get(lease.token) is not lease or lease.generation != board.generation or self._status is None:
+            return False
+        cell = lease.cell = board.find(lease.token, lease.cell)
+        names, known = conn.sharedpool_names, conn.sharedpool_known
+        if cell < 0 or names is None or lease.backend is None or gate.is_locked(conn):
+            return False
+        if self._timer is not None and not cache.idle:
+            self._timer.disarm()
+        parameters = encoded_parameters(
+            tuple(map(self._status, itertools.repeat(conn.pgconn_ptr), names_of_parameters))
+        )
+        if parameters != conn.sharedpool_made_with:
+            return False
+        number = conn.sharedpool_number
+        if not (is_still(number, known) and is_still(conn.sharedpool_witness, known)):
+            return False
+        live = lease.live
+        if live is None or live.left_ms is not None or live.generation != lease.generation:
+            left_ms = None if lease.retire_at == math.inf else int((lease.retire_at - now) * 1000)
+            live = Live(lease.backend, lease.generation, parameters, left_ms, names)
+        used_s = now - lease.since
+        lease.phase, lease.since, lease.conn = _CLOSING, now, None
+        try:
+            self._hand_over(lease, conn, borrow(number), Item(lease.token, cell, live, conn.sharedpool_witness))
+        except BaseException:
+            lease.conn = conn  # interrupted: the link finishes it
+            raise
+        if lease.timed:
+            with self._holdings.lock:
+                out = sum(each.phase is _IN_USE and each.conn is None for each in cache.leases.values())
+                cache.times.checked_in(used_s, cache.hits, out, typical=True)
+        return True
+
+    def look_soon(self) -> None:
+        """Have the link's thread look at what is kept, a while later."""
+        if self._timer is not None:
+            self._timer.arm(self._slice_s + STEADY_GAP_S)
+
+    def _hand_over(self, lease: Lease, conn: PooledConnection, sock: Any, item: Item) -> None:
+        holdings = self._holdings
+        unregister(item.fd)
+        # First: what finishes this after an interrupt must not end the session by it. One line: it has an owner always.
+        witness = Owned(-1, -1, -1, conn.__dict__.pop("sharedpool_witness"))
+        try:
+            sent = sock.send(self._reset, NO_SIGNAL) == len(self._reset)
+        except OSError:
+            sent = False
+        fit = vacate(conn) and sent
+        if not (fit and self._lane.give(item, None)):
+            holdings.not_moved(lease, conn, item.live, witness, fit=fit)
+            return
+        witness.close()
+        self._parted_at = lease.since
+        with holdings.lock:  # the same session may be back by now, in another thread's hands: that is another lease
+            self._cache.given(lease)
+        lease.ref = None
+        holdings.given += 1
+        holdings.released[_SHARED] += 1
+        holdings.shells.keep(conn, item.live.parameters)
+        if holdings.retired or holdings.disposed:
+            holdings.signal()  # it may have been the last
+
+    # --- taking
+
+    def take(self, wait_s: float, began: float) -> PooledConnection | None:
+        """Wait in the lane for a connection; return it, checked out.
+
+        None: the long way is to be gone, because something is not as usual, or the time is over.
+        """
+        holdings, seats = self._holdings, self._seats
+        if not (holdings.tested and holdings.shells.are_known) or holdings.orphans or holdings.reclaiming.busy:
+            return None
+        if not wait_s or logger.is_kept or holdings.config.configure is not None:
+            return None
+        call = Call()
+        seat = seats.take(weakref.ref(call))
+        if seat is None:
+            return None
+        try:
+            return self._wait(seat, began + wait_s, began)
+        finally:
+            seats.put(seat)
+
+    def _wait(self, seat: Seat, deadline: float, began: float) -> PooledConnection | None:
+        board, holdings = self._board, self._holdings
+        got, again_at, now = None, -math.inf, began
+        if self._lain:
+            got = self._lane.take()
+        while True:
+            if got is None:
+                self._lain = False
+                if now >= deadline or not (board.moving and self._lane.open) or holdings.disposed:
+                    return None
+                if now >= again_at:
+                    again_at = now + AGAIN_S
+                    seat.enter(self._cache.tickets.new_request())
+                    # What was put there between the last look and the ticket's coming nobody will bring.
+                    if (got := self._lane.take()) is not None:
+                        self._lain = True
+                        continue
+                got = seat.wait(min(deadline, again_at) - now)
+            now = monotonic()
+            if got is not None:
+                if (conn := self._adopt(*got, began, now, deadline - now)) is not None:
+                    return conn
+                got = None
+
+    def _adopt(self, moved: Moved, sock: Owned, began: float, now: float, limit_s: float) -> PooledConnection | None:
+        """Make a connection that has come this process's own, and lend it; None when it is of no use."""
+        holdings, cache, live = self._holdings, self._cache, moved.live
+        arriving = sock.fileno(), identity(sock.fileno())
+        holdings.arriving.add(arriving)  # a child that is forked meanwhile closes it
+        cache.arriving[moved.token] = moved  # the broker may ask for it meanwhile
+        try:
+            if parameters_after(sock, live.parameters, limit_s) is not live.parameters:
+                raise psycopg2.OperationalError("its reset was not as usual")
+            conn = adopt(holdings.shells.take(live, len(cache.leases) + 1), sock, live)
+            if not is_as_opened(conn):
+                raise psycopg2.OperationalError("it has to be wrapped")
+            conn.sharedpool_holdings, conn.sharedpool_movable = holdings, True
+            lease = Lease(moved.token, None, now)
+            lease.idle_s = began - self._parted_at
+            lease.cache, lease.backend, lease.generation, lease.live = cache, live.backend, live.generation, live
+            lease.cell, lease.moves, lease.deposited, lease.movable = moved.cell, moved.moves, True, True
+            if live.left_ms is not None:
+                lease.retire_at = now + live.left_ms / 1000
+                cache.retires(lease.retire_at)
+            lease.as_is_until = lease.retire_at
+            lease.phase, lease.thread, lease.ref = _IN_USE, get_ident(), weakref.ref(conn, collected)
+            lease.timed = cache.times.choose(now)
+            cache.times.checked_out(now - began)
+            holdings.adopted += 1
+            conn.sharedpool_gate = gate.OPEN
+            with holdings.lock:  # a giver of this process may not have taken its own out yet
+                # An interrupt finds it with all that is needed to see the connection gone.
+                cache.leases[moved.token] = lease
+            conn.sharedpool_lease = lease
+            return conn
+        except BaseException as error:
+            sock.close()  # unless the shell has it
+            if cache.leases.get(moved.token) is None:
+                holdings.refuse(moved)
+            if not isinstance(error, psycopg2.Error | OSError):
+                raise
+            return None
+        finally:
+            holdings.arriving.discard(arriving)
+            cache.arriving.pop(moved.token, None)

@@ -1,0 +1,201 @@
+"""Where threads wait in the lane: each at a socket of its own, to which a connection is sent (`sharedpool/lane.py`)."""
+
+from __future__ import annotations
+
+import select
+import socket
+import weakref
+from collections.abc import Callable, Iterator
+
+from sharedpool.errors import SharedPoolError
+from sharedpool.lane import Lane
+from sharedpool.lane import Ticket as Place
+from sharedpool.owned import Owned, identity, is_still, let_go
+from sharedpool.spare import FOR_A_CONNECTION, make_sure_of
+from sharedpool.wire.board import SEATS
+from sharedpool.wire.desk import PACKET_BYTES, Moved
+
+# Takes in what was sent to a seat that nobody waits at any more.
+Receive = Callable[[Moved, Owned], None]
+# A free seat is looked at so often before it is taken for settled.
+_LOOKS = 4
+_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
+
+
+class Seat:
+    """One thread's place to wait. Raise OSError when it cannot be had.
+
+    It is `settled` while nothing more can come to it: every ticket that was written for it has been answered.
+    """
+
+    def __init__(self, lane: Lane, place: int) -> None:
+        self._lane = lane
+        self.board = lane.board
+        self._place = place
+        self._request = 0
+        self._once = True  # there is one ticket for it
+        self._address = lane.address(lane.number, place)
+        self.settled = True
+        self.owner: weakref.ref[object] | None = None  # as its ticket's; None while it is free
+        self._sock = lane.seat(place)
+        self._known = (identity(self._sock.fileno()),)
+        self._poller = select.poll()
+        self._poller.register(self._sock, select.POLLIN)
+
+    def fileno(self) -> int:
+        """Return the descriptor, which becomes readable when something came; -1 when closed."""
+        return self._sock.fileno()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this process is in the lane still. A former broker's goes on saying that connections move."""
+        return self._lane.open
+
+    def enter(self, request: int) -> bool:
+        """Join the queue, or join it once more; return whether that was done. Afterwards look at the shelf."""
+        again = self._request == request
+        self._request, self.settled = request, False
+        self.board.take_place(self._place, request)
+        self._once = not again
+        return self._lane.queue(Place(self._lane.number, self._place, request & 0xFFFFFFFF))
+
+    def leave(self) -> None:
+        """Leave the queue."""
+        self.board.leave_place(self._place)
+
+    def ring(self) -> None:
+        """Wake who waits here. From any thread; too late is no harm."""
+        try:
+            if is_still(self._sock.fileno(), self._known):
+                self._sock.sendto(b"", self._address)
+        except OSError:
+            pass  # full: awake already; closed meanwhile: over
+
+    def wait(self, timeout_s: float) -> tuple[Moved, Owned] | None:
+        """Block until something comes, `ring` is called or `timeout_s` seconds are over. Return what has come."""
+        self._poller.poll(max(0.0, timeout_s) * 1000)
+        return self.read()
+
+    def read(self) -> tuple[Moved, Owned] | None:
+        """Read what has come, if anything has."""
+        if not is_still(self._sock.fileno(), self._known):
+            return None
+        got = self._lane.receive(self._sock)
+        if got is not None and got[0].request == self._request:
+            self.settled = self._once
+        return got
+
+    def look_at_shelf(self) -> tuple[Moved, Owned] | None:
+        """Take what lies on the shelf, if anything does."""
+        return self._lane.take()
+
+    def peek(self) -> Moved | None:
+        """Return what has come and was not read yet, and leave it there."""
+        try:
+            if not is_still(self._sock.fileno(), self._known):
+                return None
+            return self._lane.is_moved(self._sock.recv(PACKET_BYTES, _PEEK))
+        except OSError:
+            return None
+
+    def close(self) -> None:
+        """Leave for good."""
+        let_go(self._sock, self._known)
+
+
+class Seats:
+    """One pool's seats in this process. At a free one that is not settled something may still come: the link watches it
+    for a while, and who comes next reads it.
+    """
+
+    def __init__(self, lane: Lane, index: int, receive: Receive) -> None:
+        self.lane = lane
+        self._receive = receive
+        self._places = [index * SEATS + seat for seat in range(SEATS - 1, -1, -1)]  # not taken yet
+        self._free: list[Seat] = []
+        self._all: set[Seat] = set()
+        self._unsettled: dict[Seat, int] = {}  # free ones, and how often they were looked at in vain
+        self._suspected: set[Seat] = set()
+
+    def take(self, owner: weakref.ref[object] | None) -> Seat | None:
+        """Return a seat for a thread, whose call `owner` refers to; None when there is none."""
+        try:
+            seat = self._free.pop()
+            self._unsettled.pop(seat, None)
+        except IndexError:
+            try:
+                make_sure_of(1 + FOR_A_CONNECTION, "a seat in the lane")
+                seat = Seat(self.lane, self._places.pop())
+            except (OSError, SharedPoolError, IndexError):
+                return None
+            seat.owner = owner
+            self._all.add(seat)
+            return seat
+        seat.owner = owner
+        return seat
+
+    def put(self, seat: Seat) -> None:
+        """Give a seat back, whatever may still come there."""
+        seat.leave()
+        seat.owner = None
+        if not seat.settled:
+            self._unsettled[seat] = 0
+        self._free.append(seat)
+
+    def arriving(self) -> list[Moved]:
+        """Return what has come and nobody has read yet."""
+        return [moved for seat in list(self._all) if (moved := seat.peek()) is not None]
+
+    def look(self) -> None:
+        """Take in what came for those who wait no more."""
+        for seat, times in list(self._unsettled.items()):
+            if (got := seat.read()) is not None:
+                self._receive(*got)
+            elif times < _LOOKS:
+                self._unsettled[seat] = times + 1
+            else:
+                self._unsettled.pop(seat, None)
+
+    def rest(self) -> Iterator[tuple[Moved, Owned]]:
+        """Read what has come anywhere, before all seats are left."""
+        for seat in list(self._all):
+            while (got := seat.read()) is not None:
+                yield got
+
+    def beat(self) -> None:
+        """Look everywhere: a giver may have been stopped for long, a waiting thread interrupted."""
+        for seat in list(self._free):
+            if (got := seat.read()) is not None:
+                self._receive(*got)
+        self._take_strays()
+
+    def _take_strays(self) -> None:
+        """Take back seats that nobody is at and that were not given back: their threads were interrupted.
+
+        Each must look so at two calls: a thread may be taking or leaving it.
+        """
+        out = self._all - set(self._free)
+        missing = {seat for seat in out if seat.owner is None or seat.owner() is None}
+        found = missing & self._suspected
+        self._suspected = missing - found
+        for seat in found:
+            seat.settled = False
+            self.put(seat)
+
+    @property
+    def unsettled(self) -> list[int]:
+        """Descriptors of seats where something may still come that nobody waits for."""
+        return [seat.fileno() for seat in list(self._unsettled) if seat.fileno() >= 0]
+
+    def ring(self) -> None:
+        """Wake all who wait."""
+        for seat in list(self._all):
+            seat.ring()
+
+    def close(self) -> None:
+        """Leave for good; in a forked child: let go of the parent's."""
+        for seat in list(self._all):
+            seat.close()
+        self._all.clear()
+        self._free.clear()
+        self._unsettled.clear()

@@ -1,0 +1,304 @@
+"""Connections move between processes past the broker: it works, and whoever dies or stops in it costs no slot."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from moving import report
+from processes import LONG, Sampler, Worker, workers
+from stepping import GIVING, TAKING
+from waiting import wait_until
+
+import sharedpool
+from sharedpool.cli.asking import fetch_report
+from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.lane import SUPPORTED
+from sharedpool.worker import handover
+
+pytestmark = pytest.mark.skipif(
+    not (SUPPORTED and handover.SUPPORTED), reason="connections cannot move on this platform"
+)
+
+_TTL_S = 1.5
+# Each checkin is a move, whoever comes next.
+_EAGER = {"handover": "lane", "slice": 0, "threads": True}
+
+_LEAVE_ALL = """
+    SET sharedpool.user = 'me'; CREATE TEMP TABLE left_over (n int); SELECT pg_advisory_lock(42); LISTEN news;
+    PREPARE mine AS SELECT 1
+"""
+_WHAT_IS_LEFT = """
+    SELECT current_setting('sharedpool.user', true), to_regclass('left_over')::text,
+        (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()),
+        (SELECT count(*) FROM pg_listening_channels()), (SELECT count(*) FROM pg_prepared_statements)
+"""
+
+# Steps where a stopped process is missed in different ways: each test of one waits for its TTL.
+_TELLING = [
+    "the reset is sent",
+    "the receiver is on the board",
+    "the shelf is on the board",
+    "it has come",
+    "it is adopted",
+]
+
+
+class Stepping(Worker):
+    """A worker that sends itself signal `number` at a step of a move (see `stepping.py`)."""
+
+    program = Worker.program.with_name("stepping.py")
+
+
+@pytest.fixture(scope="module")
+def impatient(postgres: EphemeralPostgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[sharedpool.Broker]:
+    """A broker that soon suspects who is silent."""
+    address = f"ipc://{tmp_path_factory.mktemp('lane')}/broker.sock"
+    with sharedpool.start_broker(60, address=address, dsn=postgres.dsn, ttl=_TTL_S) as broker:
+        yield broker
+
+
+def hammer(worker: Worker, stop: Path, threads: int = 1) -> None:
+    worker.send("hammer", seconds=60, threads=threads, timeout=10, work_s=0.001, think_s=0.005, stop=str(stop))
+
+
+@contextlib.contextmanager
+def at_work(crew: list[Worker], stop: Path, threads: int = 1) -> Iterator[list[dict[str, Any]]]:
+    """Have workers use their pool in the block; fill in what each has to tell of it."""
+    outcomes: list[dict[str, Any]] = []
+    for worker in crew:
+        hammer(worker, stop, threads)
+    try:
+        yield outcomes
+    finally:
+        stop.touch()
+    outcomes += [worker.answer(20) for worker in crew]
+
+
+def handovers(broker: sharedpool.Broker, name: str) -> int:
+    return sum(pool.handovers for pool in fetch_report(broker.address).pools if pool.name == name)
+
+
+def wait_for_moves(broker: sharedpool.Broker, name: str, count: int = 20) -> None:
+    """Wait until connections move past the broker."""
+    before = handovers(broker, name)
+    wait_until(lambda: handovers(broker, name) > before + count, 10, "connections to move")
+
+
+def total(crew: list[Worker], what: str) -> int:
+    return sum(worker.ask("stats")[what] for worker in crew)
+
+
+def wait_for_waiters(broker: sharedpool.Broker, name: str, count: int, holder: Worker) -> None:
+    """Wait until so many wait, in the lane, as `holder` sees it."""
+    wait_until(lambda: report(broker, name).waiting == count, 5, "them to wait")
+    wait_until(lambda: holder.ask("stats")["moving"], 5, "connections to move")
+
+
+def let_move(crew: list[Worker], broker: sharedpool.Broker, name: str, tmp_path: Path) -> None:
+    """Have all of them in the lane, and connections move for a while, whether somebody uses them or not."""
+    with at_work(crew, tmp_path / "in the lane"):
+        wait_for_moves(broker, name)
+
+
+def is_stopped(worker: Worker) -> bool:
+    return Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+@pytest.mark.parametrize("step", [*GIVING, *TAKING])
+def test_a_process_that_is_killed_in_the_middle_of_a_move_costs_no_slot(
+    impatient: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, step: str
+) -> None:
+    settings = {"dsn": postgres.dsn, "broker": impatient.address, "name": name, "max_conn": 1, **_EAGER}
+    with workers(2, **settings) as crew, Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
+        with at_work(crew, tmp_path / "stop") as outcomes:
+            wait_for_moves(impatient, name)
+            with Stepping(at=step, number=signal.SIGKILL, **settings) as victim:
+                hammer(victim, tmp_path / "stop")
+                assert victim.wait(8) == -signal.SIGKILL
+            wait_for_moves(impatient, name)
+        assert "backend" in crew[0].ask("get", name="it", timeout=5)
+    assert [(outcome["errors"], outcome["wrong"]) for outcome in outcomes] == [([], 0)] * 2
+    assert max(outcome["longest"] for outcome in outcomes) < 2
+    assert sampler.peak == 1
+
+
+@pytest.mark.parametrize("step", [*GIVING, *TAKING] if LONG else _TELLING)
+def test_a_process_that_is_stopped_in_the_middle_of_a_move_costs_no_slot_and_goes_on(
+    impatient: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, step: str
+) -> None:
+    """The others wait for its TTL at most, and a little more; what it was taken away it does not use again."""
+    settings = {"dsn": postgres.dsn, "broker": impatient.address, "name": name, "max_conn": 1, **_EAGER}
+    with (
+        workers(2, **settings) as crew,
+        Stepping(at=step, number=signal.SIGSTOP, **settings) as victim,
+        Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
+    ):
+        with at_work(crew, tmp_path / "stop") as outcomes:
+            wait_for_moves(impatient, name)
+            victim.send("insist", seconds=60, timeout=10, stop=str(tmp_path / "stop"))
+            wait_until(lambda: is_stopped(victim), 8, "the step")
+            wait_for_moves(impatient, name)
+            victim.kill(signal.SIGCONT)
+            wait_for_moves(impatient, name)
+        told = victim.answer(20)
+        assert "backend" in victim.ask("get", name="it", timeout=5)
+    assert [(outcome["errors"], outcome["wrong"]) for outcome in outcomes] == [([], 0)] * 2
+    assert max(outcome["longest"] for outcome in outcomes) < _TTL_S + 3
+    assert told["outcomes"].keys() <= {"done", "OperationalError", "InterfaceError"}, told
+    assert sampler.peak == 1
+
+
+@pytest.mark.parametrize("step", ["the receiver is on the board", "it is read"])
+def test_a_process_that_is_killed_while_it_is_stopped_costs_no_slot(
+    impatient: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, step: str
+) -> None:
+    settings = {"dsn": postgres.dsn, "broker": impatient.address, "name": name, "max_conn": 1, **_EAGER}
+    with (
+        workers(2, **settings) as crew,
+        Stepping(at=step, number=signal.SIGSTOP, **settings) as victim,
+        Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
+    ):
+        with at_work(crew, tmp_path / "stop") as outcomes:
+            wait_for_moves(impatient, name)
+            hammer(victim, tmp_path / "stop")
+            wait_until(lambda: is_stopped(victim), 8, "the step")
+            victim.kill()
+            wait_for_moves(impatient, name)
+        assert "backend" in crew[0].ask("get", name="it", timeout=5)
+    assert [(outcome["errors"], outcome["wrong"]) for outcome in outcomes] == [([], 0)] * 2
+    assert max(outcome["longest"] for outcome in outcomes) < 2
+    assert sampler.peak == 1
+
+
+def test_connections_move_while_there_is_no_broker_and_the_next_one_finds_them(
+    postgres: EphemeralPostgres, name: str, tmp_path: Path, runtime_dir: Path
+) -> None:
+    """What a worker uses when the next broker comes is not taken from it, whoever had it when the former one died."""
+    address = f"ipc://{runtime_dir}/b.sock"
+    first = sharedpool.start_broker(60, address=address, dsn=postgres.dsn, ttl=_TTL_S)
+    settings = {"dsn": postgres.dsn, "broker": address, "name": name, "max_conn": 2, **_EAGER}
+    with workers(4, **settings) as crew, Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
+        with at_work(crew, tmp_path / "without") as then:
+            wait_for_moves(first, name)
+            os.kill(first.pid, signal.SIGKILL)
+            first.stop()
+        adopted = total(crew, "adopted")
+        for worker in crew:
+            worker.send("cycle", count=100)
+        assert [worker.answer(20) for worker in crew] == [{}] * 4
+        assert total(crew, "adopted") > adopted + 100
+        with contextlib.ExitStack() as stack:
+            with at_work(crew, tmp_path / "with") as now:
+                second = stack.enter_context(sharedpool.start_broker(60, address=address, dsn=postgres.dsn, ttl=_TTL_S))
+                wait_for_moves(second, name)
+            for worker in crew[:2]:
+                assert "backend" in worker.ask("get", name="it", timeout=5)
+            for worker in crew[:2]:
+                worker.ask("put", name="it")
+    assert [(outcome["errors"], outcome["wrong"]) for outcome in then + now] == [([], 0)] * 8
+    assert max(outcome["longest"] for outcome in then + now) < _TTL_S + 2
+    assert sampler.peak == 2
+
+
+# --- it works
+
+
+def test_connections_move_past_the_broker(
+    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
+) -> None:
+    """Threads of one process are among those that share them."""
+    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 2, **_EAGER}
+    with workers(3, **settings) as crew, Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
+        with at_work(crew, tmp_path / "stop", threads=2) as outcomes:
+            wait_for_moves(broker, name)
+            before = report(broker, name)
+            wait_for_moves(broker, name, 200)
+            after = report(broker, name)
+            assert (after.grants, after.fences) == (before.grants, before.fences), (before, after)
+        adopted = total(crew, "adopted")
+    assert [(outcome["errors"], outcome["wrong"]) for outcome in outcomes] == [([], 0)] * 3
+    assert min(outcome["done"] for outcome in outcomes) > 10
+    assert adopted > 200
+    assert sampler.peak == 2
+
+
+def test_who_comes_first_is_served_first_over_all_processes(
+    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
+) -> None:
+    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 1, **_EAGER}
+    with workers(5, **settings) as crew:
+        let_move(crew, broker, name, tmp_path)
+        holder, *others = crew
+        assert "backend" in holder.ask("get", name="it", timeout=5)
+        for count, worker in enumerate(others, 1):
+            worker.send("get", name="it", timeout=10)
+            wait_for_waiters(broker, name, count, holder)
+        for giver, next_one in pairwise(crew):
+            assert giver.ask("put", name="it")
+            assert "backend" in next_one.answer(5)
+        crew[-1].ask("put", name="it")
+
+
+def test_nothing_of_the_givers_session_is_left(
+    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
+) -> None:
+    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 1, **_EAGER}
+    with workers(2, **settings) as crew:
+        let_move(crew, broker, name, tmp_path)
+        a, b = crew
+        pid = a.ask("get", name="it", timeout=5)["backend"]
+        b.send("get", name="it", timeout=10)
+        wait_for_waiters(broker, name, 1, a)
+        a.ask("query", name="it", sql=_LEAVE_ALL)
+        a.ask("query", name="it", sql="COMMIT")
+        a.ask("put", name="it")
+        assert b.answer(5)["backend"] == pid
+        assert b.ask("query", name="it", sql=_WHAT_IS_LEFT)["rows"] == [["", None, 0, 0, 0]]
+
+
+def test_who_waits_in_vain_is_told_in_time_who_holds_what(
+    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
+) -> None:
+    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 1, **_EAGER}
+    with workers(2, **settings) as crew:
+        let_move(crew, broker, name, tmp_path)
+        holder, waiter = crew
+        assert "backend" in holder.ask("get", name="it", timeout=5)
+        waiter.send("get", name="it", timeout=0.5)
+        wait_for_waiters(broker, name, 1, holder)
+        refused = waiter.answer(2)
+        assert refused["error"] == "PoolTimeout"
+        assert str(holder.pid) in refused["text"]
+        holder.ask("put", name="it")
+        assert "backend" in waiter.ask("get", name="it", timeout=5)
+
+
+def test_release_all_wakes_who_waits(
+    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
+) -> None:
+    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 1, **_EAGER}
+    with workers(2, **settings) as crew:
+        let_move(crew, broker, name, tmp_path)
+        holder, waiter = crew
+        assert "backend" in holder.ask("get", name="it", timeout=5)
+        waiter.ask("wait_aside", timeout=20)
+        wait_for_waiters(broker, name, 1, holder)
+        told = waiter.ask("dispose")
+        assert told["error"] == "PoolClosed"
+        assert told["after"] < 0.3
+        assert "at" in holder.ask("put", name="it")
+        assert "backend" in holder.ask("get", name="it", timeout=5)
+
+
+def test_a_pool_that_nobody_uses_any_more_keeps_no_connection(
+    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
+) -> None:
+    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 1, **_EAGER}
+    with workers(2, **settings) as crew:
+        let_move(crew, broker, name, tmp_path)  # it lies on the shelf now
+    wait_until(lambda: name not in [pool.name for pool in fetch_report(broker.address).pools], 5, "the pool to be gone")

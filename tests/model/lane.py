@@ -1,0 +1,197 @@
+"""The lane: its memory and pipes, as the kernel keeps them, and what a process does there (`sharedpool/lane.py`).
+
+What takes several system calls in a real process is a generator here: whatever it yields at, another process may go on,
+or this one be killed or frozen.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator
+from typing import NamedTuple
+
+from msgspec import structs
+
+from sharedpool.lane import Ticket as Place
+from sharedpool.wire.board import BOARD_BYTES, SHELF, Board
+from sharedpool.wire.codec import decode_moved, encode
+from sharedpool.wire.desk import Live, Moved
+from sharedpool.wire.messages import Token
+
+from .network import Packet
+from .server import Proc
+
+SHELF_ROOM = 11  # the kernel's max_dgram_qlen, and one
+QUEUE_ROOM = 24  # much less than a pipe's
+SEAT_ROOM = 11
+
+Got = tuple[Moved, Proc]
+
+
+class Grip:
+    """A descriptor of a socket that nobody in its process writes to. `process`: the worker's session, or the broker."""
+
+    def __init__(self, process: bytes) -> None:
+        self.process = process
+
+
+class Item(NamedTuple):
+    """A connection that moves."""
+
+    token: Token
+    cell: int
+    live: Live
+    proc: Proc
+
+
+class Lane:
+    """One pool's under one broker. It lives as long as one process has it: `ends`. `seats` are the bound ones."""
+
+    def __init__(self, pool: str, epoch: int) -> None:
+        self.pool = pool
+        self.epoch = epoch
+        self.board = Board(memoryview(bytearray(BOARD_BYTES)))
+        self.queue: deque[Place] = deque()
+        self.shelf: deque[Packet] = deque()
+        self.seats: dict[tuple[int, int], deque[Packet | None]] = {}  # None: nothing but a ring
+        self.ends: set[End] = set()
+        self.moved = 0
+
+    def bind(self, number: int, place: int) -> deque[Packet | None]:
+        assert (number, place) not in self.seats, "an address of the lane is used twice"
+        box: deque[Packet | None] = deque()
+        self.seats[number, place] = box
+        return box
+
+    def unbind(self, number: int, place: int) -> None:
+        _drop(self.seats.pop((number, place)))
+
+    @property
+    def lying(self) -> list[Proc]:
+        """What is on the shelf, or in a seat."""
+        packets = [*self.shelf, *(packet for box in self.seats.values() for packet in box)]
+        return [packet.proc for packet in packets if packet is not None and packet.proc is not None]
+
+
+def _drop(box: deque[Packet] | deque[Packet | None]) -> None:
+    while box:
+        packet = box.popleft()
+        if packet is not None:
+            packet.take()
+
+
+class End:
+    """One process's end of a lane."""
+
+    def __init__(self, lane: Lane, number: int, process: bytes) -> None:
+        self.lane = lane
+        self.board = lane.board
+        self.number = number
+        self.process = process
+        self.open = True
+        lane.ends.add(self)
+
+    def close(self) -> None:
+        self.open = False
+        self.lane.ends.discard(self)
+        for number, place in [key for key in self.lane.seats if key[0] == self.number]:
+            self.lane.unbind(number, place)
+        if not self.lane.ends:
+            _drop(self.lane.shelf)
+
+    # --- tickets
+
+    def queue(self, ticket: Place) -> bool:
+        if not self.open:
+            return False
+        self.board.note_asked()
+        if len(self.lane.queue) >= QUEUE_ROOM:
+            return False
+        self.lane.queue.append(ticket)
+        return True
+
+    def next_ticket(self) -> Place | None:
+        while self.open and self.lane.queue:
+            ticket = self.lane.queue.popleft()
+            if self.board.is_turn(ticket.place, ticket.request):
+                return ticket
+        return None
+
+    def ring(self, ticket: Place) -> None:
+        box = self.lane.seats.get((ticket.number, ticket.place))
+        if box is not None and len(box) < SEAT_ROOM:
+            box.append(None)
+
+    # --- giving and taking
+
+    def give(self, item: Item) -> Generator[None, None, bool]:
+        if (yield from self._deliver(item, None)):
+            return True
+        if not (yield from self._shelve(item)):
+            return False
+        yield
+        while (ticket := self.next_ticket()) is not None:
+            yield
+            grip = Grip(self.process)
+            taken = yield from self.take(grip)
+            if taken is None:
+                self.queue(ticket)
+                break
+            moved, proc = taken
+            other = Item(moved.token, moved.cell, moved.live, proc)
+            if not (yield from self._deliver(other, ticket)) and not (yield from self._shelve(other)):
+                proc.cut = True
+            yield
+            proc.holders.discard(grip)
+        return True
+
+    def _deliver(self, item: Item, first: Place | None) -> Generator[None, None, bool]:
+        ticket = first or self.next_ticket()
+        while ticket is not None:
+            yield
+            if (yield from self._send(item, ticket.request, ticket.number, (ticket.number, ticket.place))):
+                return True
+            ticket = self.next_ticket()
+        return False
+
+    def _shelve(self, item: Item) -> Generator[None, None, bool]:
+        return (yield from self._send(item, 0, SHELF, None))
+
+    def _send(self, item: Item, request: int, holder: int, seat: tuple[int, int] | None) -> Generator[None, None, bool]:
+        if not self.open or not self.board.has(item.cell, item.token):
+            return False
+        moves = self.board.hand(item.cell, holder)
+        yield
+        message = decode_moved(encode(Moved(request, item.token, item.cell, moves, item.live)))
+        box, room = (self.lane.shelf, SHELF_ROOM) if seat is None else (self.lane.seats.get(seat), SEAT_ROOM)
+        if not self.open or box is None or len(box) >= room:
+            self.board.hand(item.cell, self.number)
+            return False
+        packet = Packet(message, item.proc)
+        item.proc.holders.add(packet)
+        box.append(packet)
+        self.lane.moved += 1
+        return True
+
+    def take(self, grip: Grip) -> Generator[None, None, Got | None]:
+        """Take from the shelf, by `grip`."""
+        got = self.receive(self.lane.shelf, grip) if self.open else None
+        if got is None:
+            return None
+        yield
+        moved, proc = got
+        return structs.replace(moved, moves=self.board.hand(moved.cell, self.number)), proc
+
+    def receive(self, box: deque[Packet] | deque[Packet | None], grip: Grip) -> Got | None:
+        if not box:
+            return None
+        packet = box.popleft()
+        if packet is None:
+            return None
+        moved, proc = packet.message, packet.take()
+        assert isinstance(moved, Moved)
+        assert proc is not None
+        if self.board.has(moved.cell, moved.token) and moved.live.generation == self.board.generation:
+            proc.holders.add(grip)
+            return moved, proc
+        return None

@@ -1,0 +1,569 @@
+"""A worker in the lane: what `moving.py`, `mover.py`, `seats.py`, and of the lane `holdings.py` and `session.py`, do.
+
+A thread that waits there is a `Thread`, one that gives a `LaneGiving`: generators that go on by a step whenever they
+are asked to. Half of the checkouts and checkins go the short way (`mover.py`), where that is open.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from sharedpool.lane import Ticket as Place
+from sharedpool.wire.board import SEATS
+from sharedpool.wire.desk import Joined, LetIn, Live, Moved
+from sharedpool.wire.messages import Phase, ReleaseReason
+from sharedpool.worker.cache import Cache
+from sharedpool.worker.lease import Closing, Lease, Ticket
+from sharedpool.worker.mover import AGAIN_S
+from sharedpool.worker.slices import STEADY_GAP_S
+
+from .booths import AtTheDesk, Conn, Giving
+from .lane import End, Got, Grip, Item, Lane
+from .network import Packet
+from .server import Proc
+
+if TYPE_CHECKING:
+    from .world import World
+
+T = TypeVar("T")
+Steps = Generator[None, None, None]
+_LOOKS = 4  # `seats._LOOKS`
+
+
+@dataclass(eq=False, slots=True)
+class Seat:
+    """Where a thread waits: `seats.Seat`."""
+
+    end: End
+    place: int
+    box: deque[Packet | None]
+    request: int = 0
+    once: bool = True
+    settled: bool = True
+    looks: int = -1  # in vain, while it is free and unsettled
+
+    @property
+    def bound(self) -> bool:
+        return self.end.open
+
+    def enter(self, request: int) -> Steps:
+        again = self.request == request
+        self.request, self.settled = request, False
+        self.end.board.take_place(self.place, request)
+        yield
+        self.once = not again
+        self.end.queue(Place(self.end.number, self.place, request))
+        yield
+
+    def read(self, grip: Grip) -> Got | None:
+        if not self.bound:
+            return None
+        got = self.end.receive(self.box, grip)
+        if got is not None and got[0].request == self.request:
+            self.settled = self.once
+        return got
+
+    def peek(self) -> Moved | None:
+        packet = self.box[0] if self.bound and self.box else None
+        return packet.message if packet is not None and isinstance(packet.message, Moved) else None
+
+    def ring(self) -> None:
+        self.end.ring(Place(self.end.number, self.place, 0))
+
+
+@dataclass(eq=False, slots=True)
+class Thread:
+    """A thread that waits in the lane. `until` is what it is blocked for; `hand` what it has taken and not adopted."""
+
+    seat: Seat
+    deadline: float
+    ticket: Ticket | None  # none on the short way
+    steps: Steps = field(default_factory=lambda: _nothing())
+    grip: Grip = field(default_factory=lambda: Grip(b""))
+    until: Callable[[], bool] | None = None
+    hand: Got | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.until is None or self.until()
+
+
+@dataclass(eq=False, slots=True)
+class LaneGiving:
+    """A thread that gives in the lane."""
+
+    closing: Closing
+    conn: Conn
+    live: Live
+    grip: Grip
+    steps: Steps = field(default_factory=lambda: _nothing())
+
+
+def _nothing() -> Steps:
+    yield
+
+
+class InTheLane(AtTheDesk):
+    """The part of a worker that is in its pool's lane."""
+
+    world: World
+    id: bytes
+    cache: Cache
+    tickets: list[Ticket]
+    patience: dict[int, bool]
+    users: list[Conn]
+    connecting: list[Lease]
+    closing: list[tuple[Closing, Conn]]
+
+    def __init__(self, *, handover: bool, slice_s: float) -> None:
+        super().__init__(handover=handover, slice_s=slice_s)
+        self.end: End | None = None
+        self.index = -1
+        self.unused: list[int] = []  # places
+        self.seats: list[Seat] = []
+        self.free_seats: list[Seat] = []
+        self.threads: list[Thread] = []
+        self.lane_giving: list[LaneGiving] = []
+        self.lain = False
+        self.parted_at = float("-inf")
+        self.timer_at = float("inf")
+        self.stray = Grip(b"")
+        self.unfit = 0  # so many that come next fail their reset
+        self._turn = 0
+
+    # --- the lane
+
+    def read_home(self) -> None:
+        """The link reads what came on the session's line."""
+        assert self.desk is not None
+        packet = self.desk.down.popleft()
+        message, lane = packet.message, packet.lane
+        assert isinstance(message, LetIn)
+        assert isinstance(lane, Lane)
+        if not self.hands_over:
+            return
+        self.leave_lane()
+        # A former end here may still have seats at its addresses: its number is another.
+        self.end = End(lane, message.number, self.id)
+        self.index = message.index
+        self.unused = [message.index * SEATS + seat for seat in range(SEATS - 1, -1, -1)]
+        self.cache.moving = lane.board.head
+        self.desk.say(Joined(self.id))
+
+    def leave_lane(self, *, former_brokers: bool = False) -> None:
+        end, self.end = self.end, None
+        self.cache.moving = b"\0"
+        self.cache.unread = []
+        if end is None:
+            return
+        tickets = [ticket for ticket in self.cache.waiting.values() if ticket.in_lane]
+        seats, self.seats, self.free_seats, self.unused = self.seats, [], [], []
+        while former_brokers and (got := self._read(seats) or run(end.take(self.stray))) is not None:
+            self._take_stray(got)
+        for ticket in tickets:
+            self.ring(ticket)
+        for seat in seats:
+            seat.ring()
+        end.close()
+
+    def _read(self, seats: list[Seat]) -> Got | None:
+        return next((got for seat in seats if (got := seat.read(self.stray)) is not None), None)
+
+    def ring(self, ticket: Ticket) -> None:
+        for thread in self.threads:
+            if thread.ticket is ticket:
+                thread.seat.ring()
+
+    def waits_in_lane(self, ticket: Ticket) -> bool:
+        return any(thread.ticket is ticket for thread in self.threads)
+
+    # --- seats
+
+    def _take_seat(self) -> Seat | None:
+        if self.free_seats:
+            seat = self.free_seats.pop()
+            seat.looks = -1
+            return seat
+        if self.end is None or not self.unused:
+            return None
+        place = self.unused.pop()
+        seat = Seat(self.end, place, self.end.lane.bind(self.end.number, place))
+        self.seats.append(seat)
+        return seat
+
+    def _put_seat(self, seat: Seat) -> None:
+        seat.end.board.leave_place(seat.place)
+        if seat in self.seats:  # else of a lane that was left
+            if not seat.settled:
+                seat.looks = 0
+            self.free_seats.append(seat)
+
+    @property
+    def seat_news(self) -> bool:
+        """Whether the link sees that something came to a seat where nobody waits."""
+        return any(seat.looks >= 0 and seat.box for seat in self.free_seats)
+
+    def look_in_lane(self) -> None:
+        """`Session.look`."""
+        if self.end is None:
+            return
+        for seat in list(self.free_seats):
+            if seat.looks < 0:
+                continue
+            if (got := seat.read(self.stray)) is not None:
+                self._take_stray(got)
+            elif seat.looks < _LOOKS:
+                seat.looks += 1
+            else:
+                seat.looks = -1
+        if self.end is not None:
+            self.cache.unread = [moved for seat in self.seats if (moved := seat.peek()) is not None]
+        self.give_kept()
+
+    def beat_in_lane(self) -> None:
+        """`Seats.beat`, and a look."""
+        for seat in list(self.free_seats):
+            if (got := seat.read(self.stray)) is not None:
+                self._take_stray(got)
+        self.look_in_lane()
+
+    def give_kept(self) -> None:
+        now = self.world.now
+        for lease in list(self.cache.idle) if self.cache.moving[0] else ():
+            if now - lease.since >= STEADY_GAP_S:
+                self._settle(lease)
+
+    def _settle(self, lease: Lease) -> None:
+        outcome = self.cache.checked_in(lease, self.world.now)
+        if isinstance(outcome, Closing):
+            self._to_close([outcome])
+        else:
+            self.wake(outcome)
+        self.flush()
+
+    def _take_stray(self, got: Got) -> None:
+        ticket = self._receive(got, self.stray)
+        if ticket is not None:
+            self.wake(ticket)
+        elif (lease := self.cache.leases.get(got[0].token)) is not None and self.cache.moving[0]:
+            self._settle(lease)
+        self.flush()
+
+    # --- taking
+
+    def enter_lane(self, ticket: Ticket, wait_s: float) -> bool:
+        """Wait in the lane, if connections move in it; return whether this thread does."""
+        if not wait_s or not self.cache.moving[0] or self.end is None:
+            return False
+        self._turn += 1
+        if self._turn % 2:
+            seat = self._take_seat()
+            if seat is not None:
+                thread = Thread(seat, self.world.now + wait_s, None, grip=Grip(self.id))
+                thread.steps = self._take_short(thread, ticket)
+                self.threads.append(thread)
+                return True
+        return self._enter_long(ticket, self.world.now + wait_s)
+
+    def _enter_long(self, ticket: Ticket, deadline: float) -> bool:
+        if not self.cache.moving[0] or self.end is None or not self.end.board.moving:
+            return False
+        seat = self._take_seat()
+        if seat is None:
+            return False
+        ticket.begin_anew(self.world.now)
+        self.cache.tickets.want(ticket, max(0.001, deadline - ticket.since), in_lane=True)
+        self.patience[ticket.request] = True
+        self.tickets.append(ticket)
+        thread = Thread(seat, deadline, ticket, grip=Grip(self.id))
+        thread.steps = self._wait_at(thread, ticket)
+        self.threads.append(thread)
+        return True
+
+    def step(self, thread: Thread) -> None:
+        """A thread in the lane goes on."""
+        next(thread.steps, None)
+        self.flush()
+
+    def _block(self, thread: Thread, again_at: float) -> Steps:
+        seat, until = thread.seat, min(thread.deadline, again_at)
+        thread.until = lambda: bool(seat.box) or self.world.now >= until or not seat.bound
+        yield
+        thread.until = None
+
+    def _take_short(self, thread: Thread, ticket: Ticket) -> Steps:
+        """`Mover._wait`."""
+        seat, end = thread.seat, thread.seat.end
+        again_at, now = float("-inf"), self.world.now
+        began = now
+        if self.lain:
+            thread.hand = yield from end.take(thread.grip)
+        while True:
+            if thread.hand is None:
+                self.lain = False
+                if now >= thread.deadline or not end.board.moving or not self._is_in(end):
+                    break
+                if now >= again_at:
+                    again_at = now + AGAIN_S
+                    yield from seat.enter(self.cache.tickets.new_request())
+                    thread.hand = yield from end.take(thread.grip)
+                    if thread.hand is not None:
+                        self.lain = True
+                        continue
+                yield from self._block(thread, again_at)
+                thread.hand = seat.read(thread.grip)
+            now = self.world.now
+            if thread.hand is not None and (yield from self._adopt_short(thread, began)):
+                self.threads.remove(thread)
+                self._put_seat(seat)
+                return
+        self.threads.remove(thread)
+        self._put_seat(seat)
+        self.go_the_long_way(ticket, thread.deadline)
+
+    def _is_in(self, end: End) -> bool:
+        return end.open
+
+    def go_the_long_way(self, ticket: Ticket, deadline: float) -> None:
+        """`checkout._wait`, from its beginning."""
+        raise NotImplementedError
+
+    def ask_broker(self, ticket: Ticket, deadline: float) -> None:
+        """`checkout._wait`, when the lane is left."""
+        raise NotImplementedError
+
+    def _adopt_short(self, thread: Thread, began: float) -> Generator[None, None, bool]:
+        """`Mover._adopt`."""
+        assert thread.hand is not None
+        (moved, proc), cache = thread.hand, self.cache
+        cache.arriving[moved.token] = moved
+        yield
+        fits = self._is_fit(proc)
+        thread.hand = None
+        if not fits:
+            proc.holders.discard(thread.grip)
+            if cache.leases.get(moved.token) is None:
+                cache.refuse(moved)
+            cache.arriving.pop(moved.token, None)
+            self.flush()
+            return False
+        now = self.world.now
+        conn = self._own(proc, thread.grip)
+        lease = Lease(moved.token, None, now)
+        lease.idle_s = began - self.parted_at
+        lease.cache, lease.backend, lease.generation, lease.live = (
+            cache,
+            moved.live.backend,
+            moved.live.generation,
+            moved.live,
+        )
+        lease.cell, lease.moves, lease.deposited, lease.movable = moved.cell, moved.moves, True, True
+        lease.phase, lease.ref = Phase.IN_USE, weakref.ref(conn)
+        conn.lease = lease
+        cache.leases[moved.token] = lease
+        self.users.append(conn)
+        cache.arriving.pop(moved.token, None)
+        return True
+
+    def _own(self, proc: Proc, grip: Grip) -> Conn:
+        """Put a socket into a connection of this process's: from now on it can be written to here."""
+        proc.holders.discard(grip)
+        proc.holders.add(self.id)
+        self.adopted += 1
+        return Conn(proc, movable=True)
+
+    def _is_fit(self, proc: Proc) -> bool:
+        """Whether the reset's answer is as it should be."""
+        if self.unfit:
+            self.unfit -= 1
+            return False
+        return not (proc.dead or proc.cut)
+
+    def _wait_at(self, thread: Thread, ticket: Ticket) -> Steps:
+        """`moving._wait_at`."""
+        seat, end = thread.seat, thread.seat.end
+        again_at = float("-inf")
+        yield
+        thread.hand = yield from end.take(thread.grip)
+        if thread.hand is not None:
+            yield from self._take_in(thread)
+        while not ticket.settled:
+            now = self.world.now
+            if now >= thread.deadline or not end.board.moving or not ticket.in_lane or not self._is_in(end):
+                if self.cache.tickets.withdraw(ticket):
+                    break
+                continue
+            if now >= again_at:
+                again_at = now + AGAIN_S
+                yield from seat.enter(ticket.request)
+                thread.hand = yield from end.take(thread.grip)
+                if thread.hand is not None:
+                    yield from self._take_in(thread)
+                    continue
+            yield from self._block(thread, again_at)
+            thread.hand = seat.read(thread.grip)
+            if thread.hand is not None:
+                yield from self._take_in(thread)
+        self.threads.remove(thread)
+        self._put_seat(seat)
+        if ticket not in self.tickets:
+            return  # refused
+        lease = ticket.lease
+        if lease is None:
+            self.tickets.remove(ticket)
+            self.ask_broker(ticket, thread.deadline)
+        elif lease.conn is None and lease not in self.connecting:
+            self.connecting.append(lease)
+
+    def _take_in(self, thread: Thread) -> Steps:
+        """`moving.take_in`."""
+        assert thread.hand is not None
+        moved = thread.hand[0]
+        self.cache.arriving[moved.token] = moved
+        yield
+        got, thread.hand = thread.hand, None
+        other = self._receive(got, thread.grip)
+        if other is not None and other is not thread.ticket:
+            self.wake(other)
+
+    def _receive(self, got: Got, grip: Grip) -> Ticket | None:
+        """`Holdings.receive`."""
+        moved, proc = got
+        self.cache.arriving.pop(moved.token, None)
+        if self.broken_shells or not self._is_fit(proc):
+            proc.holders.discard(grip)
+            self.cache.refuse(moved)
+            if self.broken_shells:
+                self.handover = self.hands_over = False
+            return None
+        conn = self._own(proc, grip)
+        left = moved.live.left_ms
+        retire_at = float("inf") if left is None else self.world.now + left / 1000
+        return self.cache.moved(moved, conn, retire_at, self.world.now, cell=moved.cell, moves=moved.moves)
+
+    def interrupt(self, thread: Thread) -> None:
+        """An exception is raised in a waiting thread."""
+        self.threads.remove(thread)
+        if thread.hand is not None:
+            moved, proc = thread.hand
+            proc.holders.discard(thread.grip)
+            if moved.token in self.cache.arriving:
+                del self.cache.arriving[moved.token]
+                self.cache.refuse(moved)
+        self._put_seat(thread.seat)
+        if thread.ticket is not None and thread.ticket in self.tickets:
+            self.tickets.remove(thread.ticket)
+            self.wake(self.cache.give_up(thread.ticket, self.world.now))
+        self.flush()
+
+    # --- giving
+
+    def may_move(self, closing: Closing, conn: Conn) -> bool:
+        """`Holdings._may_give`, of what is given while connections move."""
+        lease, end = closing.lease, self.end
+        if not self.hands_over or not conn.movable or not lease.deposited or lease.backend is None or not conn.works:
+            return False
+        if end is None or not end.open or lease.cancelled:
+            return False
+        lease.cell = end.board.find(lease.token, lease.cell)
+        return lease.cell >= 0 and lease.generation == end.board.generation
+
+    def lay_back(self, closing: Closing, conn: Conn) -> bool:
+        laid = self.cache.lay_back(closing.lease, conn, self.world.now)
+        self.flush()
+        return laid
+
+    def checkin_short(self, lease: Lease, conn: Conn) -> bool:
+        """`Mover.give`: return whether it was done."""
+        cache, end, now = self.cache, self.end, self.world.now
+        self._turn += 1
+        if self._turn % 2 == 0 or not cache.moving[0] or cache.owed or end is None:
+            return False
+        if now - lease.arrived < self.slice_s and lease.idle_s < STEADY_GAP_S:
+            self.timer_at = min(self.timer_at, now + self.slice_s + STEADY_GAP_S)
+            lease.conn, lease.phase, lease.since = conn, Phase.IDLE, now
+            cache.idle.append(lease)
+            return True
+        if lease.cancelled or not (lease.deposited and lease.movable) or cache.waiting or now >= lease.retire_at:
+            return False
+        if cache.leases.get(lease.token) is not lease or lease.generation != end.board.generation:
+            return False
+        lease.cell = end.board.find(lease.token, lease.cell)
+        if lease.cell < 0 or lease.backend is None:
+            return False
+        self.timer_at = float("inf")
+        lease.phase, lease.since = Phase.CLOSING, now
+        self.give_in_lane(Closing(lease, ReleaseReason.SHARED), conn)
+        return True
+
+    def give_in_lane(self, closing: Closing, conn: Conn) -> LaneGiving:
+        """A reset was sent; the session is taken from under its connection."""
+        lease, proc = closing.lease, conn.proc
+        self.cache.giving(lease)
+        assert not proc.busy, "a reset in the middle of a query"
+        assert lease.backend is not None
+        assert self.end is not None
+        left = None if lease.retire_at == float("inf") else max(0, int((lease.retire_at - self.world.now) * 1000))
+        live = Live(lease.backend, lease.generation, b"parameters", left)
+        giving = LaneGiving(closing, conn, live, Grip(self.id))  # its witness
+        conn.vacated = True
+        assert self.id in proc.holders
+        proc.holders.discard(self.id)
+        proc.holders.add(giving.grip)
+        giving.steps = self._give_in_lane(giving, self.end)
+        self.lane_giving.append(giving)
+        return giving
+
+    def _give_in_lane(self, giving: LaneGiving, end: End) -> Steps:
+        closing, proc = giving.closing, giving.conn.proc
+        lease = closing.lease
+        yield
+        done = yield from end.give(Item(lease.token, lease.cell, giving.live, proc))
+        yield
+        if not done:  # `not_moved`
+            done = self._say_given(closing, giving.live)
+        self.lane_giving.remove(giving)
+        proc.holders.discard(giving.grip)
+        if done:
+            self.cache.given(lease)
+            self.parted_at = self.world.now
+            self.cache.slices.parted(self.world.now)
+        else:
+            proc.cut = True
+            self.cache.closed(lease, closing.reason, gone=proc.seen_dead)
+        self.flush()
+
+    def _say_given(self, closing: Closing, live: Live) -> bool:
+        raise NotImplementedError
+
+    def step_giving(self, giving: LaneGiving | Giving) -> None:
+        if isinstance(giving, Giving):
+            self.go_on_giving(giving)
+        else:
+            next(giving.steps, None)
+
+    # --- the end
+
+    def die_in_lane(self) -> None:
+        for proc in self.world.server.procs:
+            proc.holders -= {x for x in proc.holders if isinstance(x, Grip) and x.process == self.id}
+        self.threads.clear()
+        self.lane_giving.clear()
+        if self.end is not None:
+            self.end.close()
+
+    def _to_close(self, closing: list[Closing]) -> None:
+        raise NotImplementedError
+
+
+def run(steps: Generator[None, None, T]) -> T:
+    """Do it in one go."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return cast("T", end.value)

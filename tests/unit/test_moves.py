@@ -1,0 +1,1060 @@
+"""The ledger's side of the lane: when connections move past the broker, and what it makes of what the board says."""
+
+from __future__ import annotations
+
+import pytest
+from test_ledger import Broker, Worker
+from test_ledger_handover import Desk
+from test_recovery import journal_of, moved, successor
+
+from sharedpool.broker.commands import (
+    CloseLane,
+    Fence,
+    Halt,
+    Interfere,
+    LetIn,
+    OpenLane,
+    Proceed,
+    Queue,
+    Record,
+    Send,
+    ToLane,
+)
+from sharedpool.broker.demand import ANSWER_LIMIT_S
+from sharedpool.broker.groups import GroupTerms
+from sharedpool.broker.handover import SHARED_S
+from sharedpool.broker.moves import ARRIVAL_S
+from sharedpool.broker.records import Lease, Pool, SlotState
+from sharedpool.wire.board import BOARD_BYTES, BROKERS_PLACE, BROKERS_REQUEST, SEATS, SESSIONS, SHELF, Board
+from sharedpool.wire.desk import Live, Moved
+from sharedpool.wire.messages import (
+    PROTOCOL_VERSION,
+    Ack,
+    Bye,
+    Hello,
+    Interrupt,
+    LeaseReport,
+    Phase,
+    PoolSpec,
+    Recall,
+    Renew,
+    Stale,
+    Token,
+    Welcome,
+)
+from sharedpool.wire.orders import Order, OrderKind
+from sharedpool.wire.reports import PoolReport
+
+VERSION = PROTOCOL_VERSION
+NOTHING = Order(VERSION, OrderKind.RESUME, "nobody's")
+QUIET_S = 1.0  # nobody has asked for so long
+
+
+class Rig:
+    """A pool of some workers, each with a connection, that is contended; its lane's board; what is in its seats."""
+
+    def __init__(self, broker: Broker | None = None, *, workers: int = 2, max_conn: int = 2, **spec: int) -> None:
+        self.broker = broker or Broker(handover=True)
+        self.desk = Desk(self.broker)
+        self.workers = [self.broker.worker(f"w{n}", max_conn=max_conn, lane=True, **spec) for n in range(workers)]
+        self.board = Board(memoryview(bytearray(BOARD_BYTES)))
+        self.tokens = [self.desk.lend(each) for each in self.workers[:max_conn]]
+
+    @property
+    def pool(self) -> Pool:
+        return self.broker.ledger._books.pools["p"]
+
+    def lease(self, token: Token) -> Lease:
+        return self.broker.ledger._books.leases[token]
+
+    def state(self, token: Token) -> SlotState:
+        return self.desk.state(token)
+
+    def number(self, worker: Worker) -> int:
+        return self.broker.ledger._books.sessions[worker.id].number
+
+    def holder_of(self, token: Token) -> str:
+        """Return the name of who holds a lease by the books, "shelf" for nobody."""
+        session = self.lease(token).session
+        return "shelf" if session.shelf else session.id.decode()
+
+    def cancels_work(self) -> None:
+        """Have a cancel seen to work: else nothing may move."""
+        self.broker.ledger._books.pools["p"].cancels = True
+
+    def open_lane(self) -> None:
+        """Have a connection passed on by the broker, so that a lane is made, and let everybody in."""
+        self.cancels_work()
+        giver, taker = self.workers[0], self.workers[-1]
+        self.desk.ask(taker, line=90)
+        self.desk.give(giver, self.tokens[0])
+        heir = self.desk.passed()[-1][1].token
+        self.tokens[0] = heir
+        taker.held[heir] = Phase.IN_USE
+        taker.seen = max(taker.seen, heir)
+        self.broker.take_in(self.broker.ledger.lane_opened("p", self.board, self.broker.now))
+        for worker in self.workers:
+            self.join(worker)
+            worker.beat()
+
+    def join(self, worker: Worker) -> None:
+        self.broker.take_in(self.broker.ledger.joined(worker.id, self.broker.now))
+
+    def contend(self, worker: Worker | None = None, *, line: int = 91) -> int:
+        return self.desk.ask(worker or self.workers[0], line=line, wait_s=500.0)
+
+    def proceed(self) -> None:
+        """Let connections move."""
+        self.open_lane()
+        self.contend()
+        if not self.moving:  # holders are asked first, whether something lies idle
+            self.answer_all()
+            self.contend(line=92)
+        assert self.moving
+
+    def answer_all(self) -> None:
+        for worker in self.workers:
+            if worker.sent(Recall):
+                worker.answer()
+
+    @property
+    def moving(self) -> bool:
+        return self.board.moving
+
+    def moves_itself(self, token: Token, to: Worker | None, *, arrives: bool = True) -> None:
+        """Have a connection move past the broker: to a worker, or to the shelf."""
+        for worker in self.workers:
+            worker.held.pop(token, None)
+        self.board.hand(self.lease(token).cell, SHELF if to is None else self.number(to))
+        if to is not None and arrives:
+            to.held[token] = Phase.IN_USE
+
+    def sync(self) -> None:
+        self.broker.ledger.report(self.broker.now)
+
+    def halt(self) -> None:
+        """Have them halt, with those who wait at the broker waiting on."""
+        self.pool.cancels = None
+        self.broker.take_in(self.broker.ledger.order(NOTHING, self.broker.now)[1])
+        assert not self.moving
+
+    def take_from_shelf(self, token: Token) -> None:
+        """Have the broker find what lies on the shelf."""
+        cell = self.lease(token).cell
+        moves = self.board.hand(cell, SHELF)
+        lain = Moved(0, token, cell, moves, self.live(token))
+        self.broker.take_in(self.broker.ledger.shelved("p", lain, self.broker.now))
+
+    def passed_by_broker(self, giver: Worker, token: Token) -> Token:
+        """Give a connection to the broker, which passes it on; return the name of it then."""
+        self.halt()
+        self.desk.give(giver, token)
+        return self.desk.passed()[-1][1].token
+
+    def report(self) -> PoolReport:
+        return self.broker.ledger.report(self.broker.now)[0][0]
+
+    def live(self, token: Token) -> Live:
+        return Live(Worker.backend(token), self.board.generation, b"parameters")
+
+    def beat_all(self) -> None:
+        for worker in self.workers:
+            worker.beat()
+
+    def fenced(self) -> list[Token]:
+        return [fence.token for fence in self.broker.all(Fence)]
+
+
+@pytest.fixture
+def rig() -> Rig:
+    return Rig(workers=3)
+
+
+# --- a lane
+
+
+def test_a_lane_is_made_when_the_first_connection_is_passed_on(rig: Rig) -> None:
+    assert rig.broker.all(OpenLane) == []
+    rig.desk.ask(rig.workers[2], line=7)
+    assert rig.broker.all(OpenLane) == []
+    rig.desk.give(rig.workers[0], rig.tokens[0])
+    assert rig.broker.all(OpenLane) == [OpenLane("p")]
+    rig.desk.ask(rig.workers[0], line=8)
+    rig.desk.give(rig.workers[1], rig.tokens[1])
+    assert rig.broker.all(OpenLane) == [OpenLane("p")]  # it is ordered
+
+
+def test_everybody_is_let_in_who_can_hand_over_by_a_number_and_a_place_of_his_own(rig: Rig) -> None:
+    rig.broker.worker("elsewhere")  # of the same pool
+    rig.open_lane()
+    late = rig.broker.worker("late")
+    let_in = rig.broker.all(LetIn)
+    assert [each.session for each in let_in] == [b"w0", b"w1", b"w2", b"elsewhere", late.id]
+    assert [each.number for each in let_in] == [1, 2, 3, 4, 5]
+    assert sorted(each.index for each in let_in) == [0, 1, 2, 3, 4]
+    late.hello()
+    assert rig.broker.all(LetIn) == let_in  # once
+
+
+def test_who_cannot_hand_over_is_not_let_in() -> None:
+    broker = Broker(handover=True)
+    rig = Rig(broker, workers=3)
+    rig.open_lane()
+    stranger = Worker(broker, "s", PoolSpec("p", 2, 60_000, server="another"))
+    stranger.hello()
+    assert [each for each in broker.all(LetIn) if each.session == b"s"] == []
+
+
+def test_a_place_is_used_again_a_number_never(rig: Rig) -> None:
+    rig.open_lane()
+    gone = next(each for each in rig.broker.all(LetIn) if each.session == b"w1")
+    rig.board.take_place(gone.index * SEATS + 3, 77)
+    rig.broker.take_in(rig.broker.ledger.session_died(b"w1", rig.broker.now))
+    assert not rig.board.is_turn(gone.index * SEATS + 3, 77)  # its ticket is stale
+    rig.broker.worker("new")
+    (let_in,) = [each for each in rig.broker.all(LetIn) if each.session == b"new"]
+    assert let_in.index == gone.index
+    assert let_in.number == 4
+
+
+def test_the_last_place_is_the_brokers() -> None:
+    assert BROKERS_PLACE // SEATS == SESSIONS - 1
+    broker = Broker(handover=True)
+    rig = Rig(broker, workers=3)
+    rig.open_lane()
+    lane = broker.ledger._books.pools["p"].lane
+    assert lane is not None
+    lane.indices |= set(range(SESSIONS - 1))
+    broker.worker("late")
+    assert [each for each in broker.all(LetIn) if each.session == b"late"] == []
+
+
+def test_a_pool_that_limits_its_queue_has_no_lane() -> None:
+    """Nobody counts who waits there."""
+    rig = Rig(workers=2, max_conn=1, max_waiting=5)
+    rig.desk.ask(rig.workers[1], line=7)
+    rig.desk.give(rig.workers[0], rig.tokens[0])
+    assert len(rig.desk.passed()) == 1
+    assert rig.broker.all(OpenLane) == []
+
+
+def test_a_pool_that_nobody_uses_any_more_has_no_lane(rig: Rig) -> None:
+    rig.open_lane()
+    for worker in rig.workers:
+        for token in list(worker.held):
+            worker.release(token)
+        assert rig.broker.all(CloseLane) == []
+        rig.broker.send(worker.id, Bye(worker.seen))
+    assert rig.broker.all(CloseLane) == [CloseLane("p")]
+    assert rig.broker.ledger.leases == 0
+    rig.broker.commands.clear()
+    Rig(rig.broker, workers=3).open_lane()  # in which nothing is left of the former
+
+
+def test_a_lane_that_is_ready_when_its_pool_is_gone_is_closed(rig: Rig) -> None:
+    rig.desk.ask(rig.workers[2], line=7)
+    rig.desk.give(rig.workers[0], rig.tokens[0])
+    for worker in rig.workers:
+        rig.broker.take_in(rig.broker.ledger.session_died(worker.id, rig.broker.now))
+    for token in rig.fenced():
+        rig.broker.take_in(rig.broker.ledger.backend_gone(token, rig.broker.now))
+    rig.broker.take_in(rig.broker.ledger.lane_opened("p", rig.board, rig.broker.now))
+    assert rig.broker.all(CloseLane) == [CloseLane("p")]
+
+
+# --- when connections move
+
+
+def test_they_move_while_somebody_waits_and_there_is_nothing_else_to_do(rig: Rig) -> None:
+    rig.open_lane()
+    assert not rig.moving
+    rig.contend()
+    rig.answer_all()
+    rig.contend(line=92)
+    assert rig.moving
+    assert rig.broker.all(Proceed) == [Proceed("p")]
+    assert [rig.board.find(token) >= 0 for token in rig.tokens] == [True, True]
+    assert [rig.board.holding(rig.lease(t).cell).holder for t in rig.tokens] == [
+        rig.number(rig.workers[2]),
+        rig.number(rig.workers[1]),
+    ]
+
+
+def test_the_generation_is_on_the_board(rig: Rig) -> None:
+    rig.proceed()
+    assert rig.board.generation == 1
+    rig.broker.take_in(rig.broker.ledger.order(Order(VERSION, OrderKind.RECONNECT, "p"), rig.broker.now)[1])
+    assert rig.workers[1].last(Stale).generation == 2
+    assert rig.board.generation == 2
+
+
+def test_who_waits_at_the_broker_has_his_turn_in_the_lane(rig: Rig) -> None:
+    rig.open_lane()
+    rig.contend(line=91)
+    rig.answer_all()
+    rig.contend(rig.workers[1], line=92)
+    assert rig.moving
+    assert rig.board.is_turn(BROKERS_PLACE, BROKERS_REQUEST)
+    assert sum(each.times for each in rig.broker.all(Queue)) == 2
+    rig.contend(rig.workers[1], line=93)
+    assert sum(each.times for each in rig.broker.all(Queue)) == 3
+
+
+def test_what_the_broker_is_given_is_passed_to_the_first_who_waits_there(rig: Rig) -> None:
+    rig.proceed()
+    queued = sum(each.times for each in rig.broker.all(Queue))
+    token = rig.tokens[0]
+    rig.moves_itself(token, None)
+    passed = len(rig.desk.passed())
+    cell = rig.lease(token).cell
+    came = Moved(BROKERS_REQUEST, token, cell, rig.board.holding(cell).moves, rig.live(token))
+    rig.broker.take_in(rig.broker.ledger.came("p", came, rig.broker.now))
+    assert [line for line, _ in rig.desk.passed()[passed:]] == [91]
+    assert rig.state(token) is SlotState.FREE  # its heir has it
+    assert queued - sum(each.times for each in rig.broker.all(Queue)) == 0
+
+
+def test_what_the_broker_is_given_for_nobody_goes_back_into_the_lane(rig: Rig) -> None:
+    rig.proceed()
+    for line in (91, 92):
+        rig.broker.take_in(rig.broker.ledger.line_ended(line, rig.broker.now))
+    token = rig.tokens[0]
+    rig.moves_itself(token, None)
+    cell = rig.lease(token).cell
+    came = Moved(BROKERS_REQUEST, token, cell, rig.board.holding(cell).moves, rig.live(token))
+    rig.broker.take_in(rig.broker.ledger.came("p", came, rig.broker.now))
+    assert rig.broker.all(ToLane) == [ToLane("p", token, cell, rig.live(token))]
+    assert rig.holder_of(token) == "shelf"
+    rig.broker.take_in(rig.broker.ledger.unplaced("p", came, rig.broker.now))  # there is no room in it
+    rig.sync()
+    assert rig.report().parked == 1
+
+
+def test_a_place_that_waits_in_the_lane_for_nobody_is_taken_off_the_account(rig: Rig) -> None:
+    """Its ticket may have been lost with who was to serve it: another one is written a while later."""
+    rig.proceed()
+    queued = sum(each.times for each in rig.broker.all(Queue))
+    for _ in range(3):
+        rig.board.note_asked()
+        rig.broker.pass_time(QUIET_S * 1.01)
+        rig.beat_all()
+    assert sum(each.times for each in rig.broker.all(Queue)) > queued
+
+
+HALTING = [
+    "slot", "suspect", "paused", "held", "lowered", "drain", "groups", "cap", "backoff", "quiet", "cancels",
+    "unsuitable",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("why", HALTING)
+def test_they_halt_as_soon_as_there_is_something_else(why: str) -> None:
+    broker = Broker(handover=True, max_conn=2) if why in ("groups", "cap") else Broker(handover=True)
+    rig = Rig(broker, workers=3)
+    rig.proceed()
+    ledger, now = broker.ledger, broker.now
+    if why in ("slot", "suspect", "quiet"):  # else who waits at the broker is served
+        for line in (91, 92):
+            broker.take_in(ledger.line_ended(line, now))
+        assert rig.moving
+    if why == "slot":
+        broker.take_in(ledger.backend_gone(rig.tokens[1], now))
+    elif why == "suspect":
+        for _ in range(32):
+            rig.board.note_asked()
+            broker.pass_time(QUIET_S * 0.5)
+            rig.workers[0].beat()
+            rig.workers[2].beat()
+            if not rig.moving:
+                break
+        assert rig.state(rig.tokens[1]) is SlotState.SUSPECT
+    elif why == "paused":
+        broker.take_in(ledger.order(Order(VERSION, OrderKind.PAUSE, "p"), now)[1])
+    elif why == "lowered":
+        broker.take_in(ledger.order(Order(VERSION, OrderKind.LIMIT, "p", 1), now)[1])
+    elif why == "drain":
+        broker.take_in(ledger.drain(now))
+    elif why == "groups":
+        broker.take_in(ledger.configure(2, {"g": GroupTerms(reserved=1)}, {}, now))
+    elif why == "cap":
+        broker.worker("o", "other")
+    elif why == "unsuitable":
+        broker.ledger._books.pools["p"].unsuitable = "its server loses sessions"
+        rig.workers[0].beat()
+    elif why == "held":
+        broker.take_in(ledger.order(Order(VERSION, OrderKind.PAUSE), now)[1])
+    elif why == "backoff":
+        broker.ledger._books.pools["p"].backoff.ceiling = 1
+        rig.workers[0].beat()
+    elif why == "cancels":
+        broker.ledger._books.pools["p"].cancels = None
+        rig.workers[0].beat()
+    elif why == "quiet":
+        broker.pass_time(QUIET_S * 1.01)
+    assert not rig.moving
+    assert broker.all(Halt) == [Halt("p")]
+    assert not rig.board.is_turn(BROKERS_PLACE, BROKERS_REQUEST)
+    assert len(broker.all(Proceed)) == 1
+
+
+@pytest.mark.parametrize("why", ["outside", "cancels", "paused", "capped", "backoff"])
+def test_they_do_not_move_where_there_is_something_to_do(why: str) -> None:
+    broker = Broker(handover=True, max_conn=2) if why == "capped" else Broker(handover=True)
+    rig = Rig(broker, workers=3)
+    rig.open_lane()
+    if why == "outside":  # its connections would never be seen in the lane
+        outsider = Worker(broker, "s", PoolSpec("p", 2, 60_000, server="another"))
+        outsider.hello()
+        broker.take_in(broker.ledger.backend_gone(rig.tokens[1], broker.now))
+        outsider.lend()
+    elif why == "cancels":
+        rig.pool.cancels = None
+    elif why == "paused":
+        broker.take_in(broker.ledger.order(Order(VERSION, OrderKind.PAUSE, "p"), broker.now)[1])
+    elif why == "capped":
+        broker.worker("o", "other")
+    elif why == "backoff":
+        rig.pool.backoff.ceiling = 1
+    rig.contend()
+    rig.answer_all()
+    rig.contend(line=92)
+    rig.answer_all()
+    assert not rig.moving
+    assert broker.all(Proceed) == []
+
+
+def test_who_has_not_joined_holds_up_the_others_until_he_has(rig: Rig) -> None:
+    rig.open_lane()
+    late = rig.broker.worker("late")
+    rig.broker.take_in(rig.broker.ledger.backend_gone(rig.tokens[1], rig.broker.now))
+    token = rig.desk.lend(late)
+    rig.contend()
+    rig.answer_all()
+    late.answer()
+    rig.contend(line=92)
+    assert not rig.moving
+    rig.join(late)
+    assert rig.moving
+    assert rig.board.find(token) >= 0
+
+
+def test_what_lies_idle_in_a_process_is_taken_while_they_move(rig: Rig) -> None:
+    rig.proceed()
+    rig.workers[1].checkin(rig.tokens[1])
+    rig.workers[1].beat()
+    assert rig.workers[1].last(Recall).take == 1
+    assert rig.moving
+
+
+def test_they_move_as_long_as_somebody_asks_now_and_then(rig: Rig) -> None:
+    rig.proceed()
+    for line in (91, 92):
+        rig.broker.take_in(rig.broker.ledger.line_ended(line, rig.broker.now))
+    for _ in range(5):
+        rig.board.note_asked()
+        rig.broker.pass_time(QUIET_S * 1.01)
+        rig.beat_all()
+        assert rig.moving
+    rig.broker.pass_time(QUIET_S * 1.01)
+    assert not rig.moving
+
+
+def test_after_a_halt_they_proceed_again(rig: Rig) -> None:
+    rig.proceed()
+    for line in (91, 92):
+        rig.broker.take_in(rig.broker.ledger.line_ended(line, rig.broker.now))
+    rig.broker.pass_time(QUIET_S * 1.01)
+    assert not rig.moving
+    rig.contend(line=93)
+    rig.answer_all()
+    rig.contend(line=94)
+    assert rig.moving
+    for _ in range(3):  # the watch for the end of it, too
+        rig.broker.pass_time(QUIET_S * 1.01)
+        rig.beat_all()
+    for line in (93, 94):
+        rig.broker.take_in(rig.broker.ledger.line_ended(line, rig.broker.now))
+    rig.broker.pass_time(QUIET_S * 1.01)
+    assert not rig.moving
+
+
+def test_when_they_begin_to_move_what_is_to_be_kept_is_decided_by_who_waits(rig: Rig) -> None:
+    """Not by what was shared a while ago: nobody owes anything where others wait in the lane."""
+    rig.proceed()
+    assert rig.pool.shared_until <= rig.broker.now < rig.broker.now + SHARED_S
+
+
+# --- what the board says
+
+
+def test_a_lease_that_moves_is_its_receivers(rig: Rig) -> None:
+    rig.proceed()
+    token, receiver = rig.tokens[1], rig.workers[0]
+    handovers = rig.report().handovers
+    rig.moves_itself(token, receiver)
+    rig.moves_itself(token, rig.workers[2])
+    rig.moves_itself(token, receiver)
+    assert rig.report().handovers == handovers + 3  # also those that were not seen
+    assert rig.holder_of(token) == "w0"
+    _, sessions = rig.broker.ledger.report(rig.broker.now)
+    assert [session.leases for session in sessions] == [1, 0, 1]
+    (line,) = [x for x in rig.broker.ledger.oldest(9, rig.broker.now) if x.token == token]
+    assert (line.title, line.state) == ("w0", "in use")
+    rig.broker.ledger.check_invariants()
+
+
+def test_what_lies_on_the_shelf_is_nobodys_and_counts(rig: Rig) -> None:
+    rig.proceed()
+    rig.moves_itself(rig.tokens[1], None)
+    pool = rig.report()
+    assert (pool.leases, pool.idle) == (2, 1)
+    assert rig.holder_of(rig.tokens[1]) == "shelf"
+    _, sessions = rig.broker.ledger.report(rig.broker.now)
+    assert [session.title for session in sessions] == ["w0", "w1", "w2"]  # the shelf is no worker
+    assert rig.broker.ledger.sessions == 3
+    rig.moves_itself(rig.tokens[1], rig.workers[0])
+    rig.sync()
+    assert rig.holder_of(rig.tokens[1]) == "w0"
+
+
+def test_who_has_it_next_is_in_the_journal_with_how_often_it_has_moved(rig: Rig) -> None:
+    rig.proceed()
+    rig.moves_itself(rig.tokens[1], rig.workers[0])
+    rig.sync()
+    rig.beat_all()
+    entry = next(x for x in journal_of(rig.broker) if x.token == rig.tokens[1])
+    assert (entry.session, entry.moves) == (b"w0", 1)
+    assert entry.backend == Worker.backend(rig.tokens[1])
+
+
+def test_it_is_in_the_journal_that_a_lease_may_move_before_it_has(rig: Rig) -> None:
+    """Else a later broker would take it from whoever has it by then, past this one."""
+    rig.proceed()
+    assert {entry.token: entry.moves for entry in journal_of(rig.broker)} == dict.fromkeys(rig.tokens, 0)
+
+
+def test_where_nothing_has_moved_nothing_is_written(rig: Rig) -> None:
+    rig.proceed()
+    before = len(rig.broker.all(Record))
+    for _ in range(3):
+        rig.sync()
+        rig.beat_all()
+    assert len(rig.broker.all(Record)) == before
+
+
+def test_what_was_closing_and_moved_is_open(rig: Rig) -> None:
+    """Its giver has spoken of it at that moment, as he sees it."""
+    rig.proceed()
+    token, giver = rig.tokens[1], rig.workers[1]
+    giver.held[token] = Phase.CLOSING
+    giver.beat()
+    assert rig.state(token) is SlotState.CLOSING
+    rig.moves_itself(token, rig.workers[0])
+    rig.sync()
+    assert rig.state(token) is SlotState.OPEN
+    assert rig.pool.incoming == {}
+
+
+def test_what_was_closing_and_lies_on_the_shelf_is_passed_on(rig: Rig) -> None:
+    rig.proceed()
+    token, giver = rig.tokens[1], rig.workers[1]
+    giver.held[token] = Phase.CLOSING
+    giver.beat()
+    rig.moves_itself(token, None)
+    rig.halt()
+    passed = len(rig.desk.passed())
+    rig.take_from_shelf(token)
+    assert len(rig.desk.passed()) == passed + 1
+
+
+def test_what_comes_from_one_who_was_silent_is_not_suspect_any_more(rig: Rig) -> None:
+    rig.proceed()
+    token = rig.tokens[1]
+    for line in (91, 92):
+        rig.broker.take_in(rig.broker.ledger.line_ended(line, rig.broker.now))
+    for _ in range(31):
+        rig.board.note_asked()
+        rig.broker.pass_time(0.5)
+        rig.workers[0].beat()
+        rig.workers[2].beat()
+    assert rig.state(token) is SlotState.SUSPECT
+    rig.moves_itself(token, rig.workers[0])  # he goes on, and gives it
+    rig.contend(rig.workers[2], line=93)
+    assert rig.state(token) is SlotState.OPEN
+    assert rig.fenced() == []
+
+
+def test_what_goes_to_one_who_is_silent_is_suspect(rig: Rig) -> None:
+    """He was stopped while he waited; his giver has not seen it. Whoever waits gets the slot."""
+    rig.proceed()
+    token, stopped = rig.tokens[1], rig.workers[2]
+    for line in (91, 92):
+        rig.broker.take_in(rig.broker.ledger.line_ended(line, rig.broker.now))
+    for _ in range(31):
+        rig.board.note_asked()
+        rig.broker.pass_time(0.5)
+        rig.workers[0].beat()
+        rig.workers[1].beat()
+    assert rig.state(rig.tokens[0]) is SlotState.SUSPECT  # his own
+    rig.moves_itself(token, stopped, arrives=False)
+    rig.contend(rig.workers[0], line=93)
+    rig.contend(rig.workers[0], line=94)
+    assert set(rig.fenced()) == set(rig.tokens)
+
+
+# --- what nobody speaks of
+
+
+def test_who_has_got_it_and_says_so_keeps_it(rig: Rig) -> None:
+    rig.proceed()
+    token, receiver = rig.tokens[1], rig.workers[0]
+    rig.moves_itself(token, receiver)
+    receiver.beat()
+    assert receiver.last(Ack).revoked == []
+    assert not rig.lease(token).unspoken
+    for _ in range(5):
+        rig.broker.pass_time(ARRIVAL_S)
+        rig.beat_all()
+    assert rig.fenced() == []
+    assert rig.holder_of(token) == "w0"
+
+
+def test_what_has_not_arrived_is_asked_for_and_ended_a_quarter_of_a_second_later(rig: Rig) -> None:
+    rig.proceed()
+    token, receiver = rig.tokens[1], rig.workers[0]
+    rig.moves_itself(token, receiver, arrives=False)
+    asked = len(receiver.sent(Recall))
+    receiver.beat()  # it may be on its way still
+    assert len(receiver.sent(Recall)) == asked + 1
+    assert rig.fenced() == []
+    receiver.answer()
+    assert rig.fenced() == []  # not before
+    rig.broker.pass_time(ARRIVAL_S * 0.9)
+    receiver.answer()
+    assert rig.fenced() == []
+    rig.broker.pass_time(ARRIVAL_S * 0.2)
+    assert len(receiver.sent(Recall)) == asked + 2
+    assert rig.fenced() == []
+    receiver.answer()
+    assert rig.fenced() == [token]
+
+
+def test_what_arrives_late_but_in_time_is_not_ended(rig: Rig) -> None:
+    rig.proceed()
+    token, receiver = rig.tokens[1], rig.workers[0]
+    rig.moves_itself(token, receiver, arrives=False)
+    receiver.beat()
+    receiver.answer()
+    rig.broker.pass_time(ARRIVAL_S * 1.1)
+    receiver.held[token] = Phase.IN_USE
+    receiver.answer()
+    assert rig.fenced() == []
+    assert not rig.lease(token).unspoken
+
+
+def test_a_question_that_was_lost_is_asked_again(rig: Rig) -> None:
+    """Who says HELLO has forgotten what he was asked."""
+    rig.proceed()
+    token, receiver = rig.tokens[1], rig.workers[0]
+    rig.moves_itself(token, receiver, arrives=False)
+    receiver.beat()
+    asked = len(receiver.sent(Recall))
+    receiver.hello()
+    rig.broker.pass_time(ARRIVAL_S * 1.1)
+    receiver.beat()
+    assert len(receiver.sent(Recall)) == asked + 1
+    receiver.answer()
+    assert rig.fenced() == [token]
+
+
+def test_who_did_not_answer_in_time_is_asked_again_when_he_speaks(rig: Rig) -> None:
+    rig.proceed()
+    token, receiver = rig.tokens[1], rig.workers[0]
+    rig.moves_itself(token, receiver, arrives=False)
+    receiver.beat()
+    asked = len(receiver.sent(Recall))
+    for _ in range(2):
+        rig.board.note_asked()
+        rig.broker.pass_time(ANSWER_LIMIT_S * 1.1)
+    receiver.beat()
+    assert len(receiver.sent(Recall)) == asked + 1
+    receiver.answer()
+    assert rig.fenced() == [token]
+
+
+def test_what_is_on_nobodys_shelf_is_ended(rig: Rig) -> None:
+    """Whoever laid it there was stopped before he did."""
+    rig.proceed()
+    rig.moves_itself(rig.tokens[1], None)
+    rig.sync()
+    rig.halt()
+    assert rig.fenced() == []
+    rig.broker.pass_time(ARRIVAL_S * 0.9)
+    assert rig.fenced() == []
+    rig.broker.pass_time(ARRIVAL_S * 0.2)
+    assert rig.fenced() == [rig.tokens[1]]
+
+
+def test_what_is_laid_on_nobodys_shelf_after_a_halt_is_ended(rig: Rig) -> None:
+    """He had seen that they move, and was stopped then."""
+    rig.proceed()
+    rig.halt()
+    rig.broker.pass_time(ARRIVAL_S * 0.5)
+    rig.moves_itself(rig.tokens[1], None)
+    rig.beat_all()
+    rig.broker.pass_time(ARRIVAL_S * 0.9)
+    assert rig.fenced() == []
+    rig.broker.pass_time(ARRIVAL_S * 0.2)
+    assert rig.fenced() == [rig.tokens[1]]
+
+
+def test_what_really_lies_on_the_shelf_is_passed_on_when_they_halt(rig: Rig) -> None:
+    rig.proceed()
+    token = rig.tokens[1]
+    rig.moves_itself(token, None)
+    passed = len(rig.desk.passed())
+    rig.halt()
+    rig.broker.pass_time(0.01)
+    rig.take_from_shelf(token)
+    assert len(rig.desk.passed()) == passed + 1
+    rig.broker.pass_time(ARRIVAL_S * 2)
+    assert rig.fenced() == []
+
+
+def test_what_lay_on_the_shelf_and_nobody_waits_for_is_parked(rig: Rig) -> None:
+    rig.proceed()
+    token = rig.tokens[1]
+    for line in (91, 92):
+        rig.broker.take_in(rig.broker.ledger.line_ended(line, rig.broker.now))
+    rig.moves_itself(token, None)
+    rig.broker.pass_time(QUIET_S * 1.01)
+    rig.take_from_shelf(token)
+    rig.broker.pass_time(ARRIVAL_S * 2)
+    assert (rig.report().parked, rig.fenced()) == (1, [])
+
+
+def test_what_nobody_takes_though_others_ask_is_looked_for(rig: Rig) -> None:
+    """It is on the shelf by the board, and was not found there."""
+    rig.proceed()
+    for line in (91, 92):
+        rig.broker.take_in(rig.broker.ledger.line_ended(line, rig.broker.now))
+    rig.moves_itself(rig.tokens[1], None)
+    for _ in range(5):
+        rig.board.note_asked()
+        rig.broker.pass_time(QUIET_S * 1.01)
+        rig.workers[0].beat()
+        rig.workers[1].beat()
+    assert not rig.moving
+    rig.broker.pass_time(ARRIVAL_S * 1.1)
+    assert rig.fenced() == [rig.tokens[1]]
+
+
+def test_when_a_giver_dies_what_he_has_given_is_asked_for(rig: Rig) -> None:
+    rig.proceed()
+    token, receiver = rig.tokens[1], rig.workers[0]
+    rig.moves_itself(token, receiver, arrives=False)
+    asked = len(receiver.sent(Recall))
+    rig.broker.take_in(rig.broker.ledger.session_died(b"w1", rig.broker.now))
+    assert len(receiver.sent(Recall)) == asked + 1
+    rig.broker.pass_time(ARRIVAL_S * 1.1)
+    receiver.answer()
+    assert rig.fenced() == [token]
+
+
+def test_when_a_giver_dies_what_he_would_have_shelved_is_looked_for(rig: Rig) -> None:
+    rig.proceed()
+    token = rig.tokens[1]
+    rig.moves_itself(token, None)
+    rig.broker.take_in(rig.broker.ledger.session_died(b"w1", rig.broker.now))
+    assert not rig.moving
+    rig.broker.pass_time(ARRIVAL_S * 1.1)
+    assert rig.fenced() == [token]
+
+
+def test_what_a_dead_holder_has_is_ended_at_once(rig: Rig) -> None:
+    rig.proceed()
+    token = rig.tokens[1]
+    rig.moves_itself(token, rig.workers[0])
+    rig.broker.take_in(rig.broker.ledger.session_died(b"w0", rig.broker.now))
+    assert rig.fenced() == [token]
+
+
+def test_what_goes_to_one_who_is_gone_is_ended(rig: Rig) -> None:
+    rig.proceed()
+    token, number = rig.tokens[1], rig.number(rig.workers[0])
+    rig.broker.take_in(rig.broker.ledger.session_died(b"w0", rig.broker.now))
+    rig.board.hand(rig.lease(token).cell, number)
+    rig.sync()
+    rig.beat_all()
+    assert rig.fenced() == [token]
+    assert rig.board.find(token) == -1
+
+
+@pytest.mark.parametrize("nonsense", [999, 0xFFFFFFFF])
+def test_what_goes_to_nobody_that_there_ever_was_is_ended(rig: Rig, nonsense: int) -> None:
+    rig.proceed()
+    token = rig.tokens[1]
+    rig.board.hand(rig.lease(token).cell, nonsense)
+    rig.beat_all()
+    assert rig.fenced() == [token]
+
+
+def test_a_session_that_is_forgotten_later_makes_nobody_else_a_suspect(rig: Rig) -> None:
+    """By then its end is history: who speaks is asked as of now, and has the time to answer."""
+    rig.proceed()
+    receiver = rig.workers[0]
+    rig.broker.take_in(rig.broker.ledger.session_died(b"w1", rig.broker.now))
+    assert rig.fenced() == [rig.tokens[1]]
+    for _ in range(8):
+        rig.board.note_asked()
+        rig.broker.pass_time(0.5)
+        receiver.beat()
+        rig.workers[2].beat()
+    rig.moves_itself(rig.tokens[0], receiver, arrives=False)
+    rig.sync()
+    rig.broker.take_in(rig.broker.ledger.backend_gone(rig.tokens[1], rig.broker.now))
+    rig.broker.pass_time(0.001)
+    assert not rig.broker.ledger._books.sessions[b"w0"].mute
+    assert rig.fenced() == [rig.tokens[1]]
+
+
+def test_what_is_listed_no_more_is_a_loss(rig: Rig) -> None:
+    """Though its name is newer than what its holder was granted last."""
+    rig.proceed()
+    token, holder = rig.tokens[1], rig.workers[0]
+    rig.moves_itself(token, holder)
+    holder.beat()
+    assert holder.seen < token
+    del holder.held[token]
+    holder.beat()
+    assert rig.fenced() == [token]
+
+
+def test_a_pool_that_is_told_of_something_does_not_tell_its_shelf(rig: Rig) -> None:
+    rig.proceed()
+    rig.moves_itself(rig.tokens[1], None)
+    rig.broker.take_in(rig.broker.ledger.order(Order(VERSION, OrderKind.RECONNECT, "p"), rig.broker.now)[1])
+    rig.broker.take_in(rig.broker.ledger.inquire())
+    rig.broker.take_in(rig.broker.ledger.drain(rig.broker.now))
+    assert {each.session for each in rig.broker.commands if isinstance(each, Send)} == {b"w0", b"w1", b"w2"}
+
+
+# --- words that come late
+
+
+def test_a_former_holders_late_word_neither_revokes_nor_ends_it(rig: Rig) -> None:
+    rig.proceed()
+    token, former = rig.tokens[1], rig.workers[1]
+    late = Renew(former.reports(), former.seen)
+    rig.moves_itself(token, rig.workers[0])
+    rig.workers[0].beat()
+    rig.broker.send(former.id, late)
+    former.beat()
+    assert all(not ack.revoked for ack in former.sent(Ack))
+    assert rig.fenced() == []
+    assert rig.holder_of(token) == "w0"
+    assert rig.state(token) is SlotState.OPEN
+
+
+def test_a_former_holders_late_word_does_not_speak_for_the_next(rig: Rig) -> None:
+    rig.proceed()
+    token, former = rig.tokens[1], rig.workers[1]
+    late = Renew(former.reports(), former.seen)
+    rig.moves_itself(token, rig.workers[0], arrives=False)
+    rig.broker.send(former.id, late)
+    assert rig.lease(token).unspoken
+
+
+def test_a_former_holder_does_not_speak_of_it_any_more_and_that_is_no_loss(rig: Rig) -> None:
+    rig.proceed()
+    rig.moves_itself(rig.tokens[1], rig.workers[0])
+    rig.workers[1].beat()
+    assert rig.fenced() == []
+
+
+def test_what_is_struck_is_not_followed(rig: Rig) -> None:
+    rig.proceed()
+    token = rig.tokens[1]
+    cell = rig.lease(token).cell
+    rig.broker.take_in(rig.broker.ledger.backend_lost(token, rig.broker.now))
+    assert rig.board.find(token) == -1
+    rig.board.hand(cell, rig.number(rig.workers[0]))  # whoever had looked before
+    rig.beat_all()
+    assert rig.holder_of(token) == "w1"
+    rig.broker.take_in(rig.broker.ledger.backend_gone(token, rig.broker.now))
+    assert cell in rig.pool.lane.free  # type: ignore[union-attr]
+
+
+def test_a_lease_with_a_cancel_under_way_does_not_move_yet(rig: Rig) -> None:
+    rig.open_lane()
+    rig.broker.send(b"w1", Interrupt(rig.tokens[1]))
+    rig.contend()
+    rig.answer_all()
+    rig.contend(line=92)
+    assert (rig.moving, rig.board.find(rig.tokens[1])) == (True, -1)
+    rig.broker.take_in(rig.broker.ledger.interrupted(rig.broker.all(Interfere)[-1], True, rig.broker.now))
+    assert rig.board.find(rig.tokens[1]) >= 0
+
+
+def test_a_name_that_no_word_holds_is_not_entered() -> None:
+    """A worker has said it; it must not stop the broker."""
+    rig = Rig(workers=3, max_conn=3)
+    odd = Token(-3, -4)
+    rig.workers[2].held[odd] = Phase.IN_USE
+    rig.workers[2].hello()
+    rig.proceed()
+    assert rig.board.find(rig.tokens[1]) >= 0
+
+
+# --- the shelf's session
+
+
+def test_what_lies_parked_for_the_shelf_ends_with_the_pools_idle_time() -> None:
+    rig = Rig(workers=3, expiration_ms=3000)
+    rig.proceed()
+    token = rig.tokens[1]
+    for line in (91, 92):
+        rig.broker.take_in(rig.broker.ledger.line_ended(line, rig.broker.now))
+    rig.moves_itself(token, None)
+    rig.broker.pass_time(QUIET_S * 1.01)
+    rig.take_from_shelf(token)
+    for _ in range(8):
+        rig.broker.pass_time(0.5)
+        rig.beat_all()
+    assert rig.fenced() == [token]
+
+
+def test_when_all_are_gone_nothing_is_left(rig: Rig) -> None:
+    rig.proceed()
+    rig.moves_itself(rig.tokens[1], None)
+    for worker in rig.workers:
+        rig.broker.take_in(rig.broker.ledger.session_died(worker.id, rig.broker.now))
+    rig.broker.pass_time(ARRIVAL_S * 1.1)
+    for token in rig.fenced():
+        rig.broker.take_in(rig.broker.ledger.backend_gone(token, rig.broker.now))
+    assert rig.broker.ledger.leases == 0
+    assert rig.broker.all(CloseLane) == [CloseLane("p")]
+    assert rig.broker.ledger.report(rig.broker.now) == ([], [])
+
+
+# --- after a restart
+
+
+def restarted(rig: Rig) -> Rig:
+    """Let another broker take over, with the journal of the one that was killed."""
+    after = object.__new__(Rig)
+    after.broker = successor(rig.broker)
+    after.desk, after.board, after.tokens = Desk(after.broker), rig.board, rig.tokens
+    after.workers = [moved(worker, after.broker) for worker in rig.workers]
+    return after
+
+
+def say_hello(rig: Rig, worker: Worker, moves: dict[Token, int]) -> None:
+    """Register, saying how often what is held has moved."""
+    reports = [
+        LeaseReport(token, phase, 0, "T1", worker.backend(token), moves=moves.get(token, 0))
+        for token, phase in worker.held.items()
+    ]
+    rig.broker.send(worker.id, Hello(VERSION, 100, "", worker.name, worker.spec, reports, worker.seen))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_later_broker_learns_who_has_it_by_how_often_it_has_moved(rig: Rig, order: tuple[int, int]) -> None:
+    """Whoever says HELLO first: the one of the journal, who has it no more, or the one who has it."""
+    rig.proceed()
+    token, holder, former = rig.tokens[1], rig.workers[0], rig.workers[1]
+    assert rig.holder_of(token) == "w1"
+    rig.moves_itself(token, holder)  # past the broker, which is dead
+    after = restarted(rig)
+    for n in order:
+        say_hello(after, after.workers[n], {token: 1} if after.workers[n].name == holder.name else {})
+    assert after.holder_of(token) == "w0"
+    assert after.state(token) is SlotState.OPEN
+    assert all(welcome.revoked == [] for worker in after.workers for welcome in worker.sent(Welcome))
+    after.contend(after.workers[2])
+    assert after.fenced() == []
+    assert former.held == {}
+
+
+def test_who_says_that_he_has_it_since_fewer_moves_has_not(rig: Rig) -> None:
+    rig.proceed()
+    token = rig.tokens[1]
+    rig.moves_itself(token, rig.workers[2])
+    rig.moves_itself(token, rig.workers[0])
+    rig.sync()
+    after = restarted(rig)
+    after.workers[2].held[token] = Phase.IN_USE  # said before it has given it
+    say_hello(after, after.workers[0], {token: 2})
+    say_hello(after, after.workers[2], {token: 1})
+    assert after.holder_of(token) == "w0"
+    assert after.workers[2].last(Welcome).revoked == []
+    assert after.fenced() == []
+
+
+def test_who_names_another_backend_has_another_connection(rig: Rig) -> None:
+    rig.proceed()
+    token = rig.tokens[1]
+    rig.moves_itself(token, rig.workers[0])
+    after = restarted(rig)
+    report = LeaseReport(token, Phase.IN_USE, 0, "T1", Worker.backend(Token(5, 99)), moves=1)
+    worker = after.workers[0]
+    after.broker.send(worker.id, Hello(VERSION, 100, "", "w0", worker.spec, [report], worker.seen))
+    assert after.holder_of(token) == "w1"
+
+
+def test_what_wanders_is_ended_when_somebody_waits_and_nobody_has_claimed_it(rig: Rig) -> None:
+    rig.proceed()
+    token = rig.tokens[1]
+    rig.moves_itself(token, None)  # and whoever has taken it since has died
+    after = restarted(rig)
+    for worker in after.workers:
+        say_hello(after, worker, {})
+    assert after.holder_of(token) == "shelf"
+    after.contend(after.workers[0])
+    assert after.fenced() == []
+    for _ in range(31):  # for so long others may say HELLO
+        after.broker.pass_time(0.5)
+        for worker in after.workers:
+            worker.beat()
+    assert after.fenced() == [token]
+
+
+def test_what_never_could_move_and_is_not_held_any_more_is_ended_at_once() -> None:
+    rig = Rig(workers=2)
+    token = rig.tokens[0]
+    after = restarted(rig)
+    del after.workers[0].held[token]
+    say_hello(after, after.workers[0], {})
+    assert after.fenced() == [token]
+
+
+def test_what_was_given_past_a_later_broker_before_it_was_known_is_its_receivers(rig: Rig) -> None:
+    """Its giver has claimed it; he has left that lane when he was welcome."""
+    rig.proceed()
+    token = rig.tokens[1]
+    after = restarted(rig)
+    giver, receiver = after.workers[1], after.workers[0]
+    say_hello(after, giver, {})
+    assert after.state(token) is SlotState.OPEN
+    receiver.held[token] = giver.held.pop(token)
+    giver.beat()
+    assert (after.fenced(), after.state(token)) == ([], SlotState.SUSPECT)
+    say_hello(after, receiver, {token: 1})
+    assert (after.holder_of(token), after.state(token)) == ("w0", SlotState.OPEN)
+    assert after.fenced() == []
+
+
+def test_what_this_broker_has_granted_does_not_wander(rig: Rig) -> None:
+    """It has moved, but not since: who says HELLO and does not list it has lost it."""
+    rig.proceed()
+    rig.moves_itself(rig.tokens[1], rig.workers[0])
+    rig.workers[0].beat()
+    heir = rig.passed_by_broker(rig.workers[0], rig.tokens[1])
+    holder = rig.workers[0]
+    assert rig.lease(heir).moves == 1
+    holder.held[heir] = Phase.IN_USE
+    holder.beat()
+    del holder.held[heir]
+    holder.seen = heir
+    holder.hello()
+    assert rig.fenced() == [heir]
