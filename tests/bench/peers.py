@@ -33,6 +33,7 @@ class Client:
 # nothing between two clients: "rollback" is what comes nearest to it.
 OFF = (("handover", "off"),)
 ROLLBACK = (("reset", "rollback"),)
+LANE = (("handover", "lane"),)
 
 MakeClient = Callable[[], Client]
 
