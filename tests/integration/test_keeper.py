@@ -2,9 +2,8 @@
 
 import os
 import shutil
-import signal
 import time
-from contextlib import ExitStack
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,22 +76,23 @@ def test_a_second_broker_where_the_files_of_the_first_were_deleted_lends_nothing
     with sharedpool.start_broker(1, address=address, dsn=postgres.dsn, ttl=2.0) as first, Worker(**settings) as old:
         backend = old.ask("get", name="x", timeout=20)["backend"]
         wait_until(lambda: fetch_report(address).control == "connected")
-        os.kill(first.pid, signal.SIGSTOP)  # else it may put its files back before the second comes
-        with ExitStack() as stack:
-            stack.callback(os.kill, first.pid, signal.SIGCONT)
+        second: sharedpool.Broker | None = None
+        while second is None:
             shutil.rmtree(path.parent)
             path.parent.mkdir(mode=0o700)
-            second = sharedpool.start_broker(1, address=address, dsn=postgres.dsn, ttl=2.0)
+            with suppress(sharedpool.BrokerUnavailable):  # the first has put its files back before the second came
+                second = sharedpool.start_broker(1, address=address, dsn=postgres.dsn, ttl=2.0)
         with second, Worker(**settings) as new:
             new.send("get", name="x", timeout=30)
             wait_until(lambda: not first.is_alive, what="the first broker to leave the address to the second")
             wait_until(lambda: [s.in_use for s in fetch_report(address).sessions if s.pid == old.pid] == [1])
             assert fetch_report(address).pid == second.pid
             assert old.ask("query", name="x", sql="SELECT pg_backend_pid()") == {"rows": [[backend]]}
-            returned = old.ask("put", name="x")["at"]
+            began = time.monotonic()
+            old.ask("put", name="x")
             answer = new.answer()
             assert "backend" in answer, answer
-            assert answer["at"] >= returned
+            assert answer["at"] >= began
 
 
 def test_a_broker_that_nobody_uses_does_not_come_back_to_a_directory_that_is_gone(
