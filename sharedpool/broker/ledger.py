@@ -409,7 +409,10 @@ class Ledger:
         self._recovery.lead()
         if after_another:
             self._leases.believe()
-            return self.hold(self._ttl_s, now, "the journal is another broker's")
+            # A worker takes a silent broker for gone after 2.5 of its heartbeats, three to a TTL, and a second: with a
+            # short TTL that is later than one.
+            grace_s = max(self._ttl_s, self._ttl_s * 2.5 / 3 + 2.0)
+            return self.hold(grace_s, now, "the journal is another broker's")
         return self._settled(now)
 
     def order(self, order: Order, now: float) -> tuple[Done, list[Command]]:
