@@ -86,11 +86,17 @@ class Lanes:
         """Make a lane."""
         if self._desk is None or not lanes.SUPPORTED:
             return
+        fds: list[int] = []
+        lane: Lane | None = None
         try:
             fds = lanes.make()
             lane = Lane([os.dup(fd) for fd in fds], SHELF)
             seat = lane.seat(BROKERS_PLACE)
         except OSError as error:
+            if lane is not None:
+                lane.close()
+            for fd in fds:
+                os.close(fd)
             logger.warning("pool %r: no lane: %s: its connections are passed on by the broker", order.pool, error)
             return
         self._close(order.pool)
