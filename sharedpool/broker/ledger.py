@@ -389,6 +389,14 @@ class Ledger:
         self._timers.arm(now + self._ttl_s, "spared", self)
         return self._settled(now)
 
+    @property
+    def grace_s(self) -> float:
+        """How long all workers take to notice that their broker is gone, and to tell another what they hold.
+
+        After 2.5 heartbeats, three to a TTL, and a second (`link.py`): with a TTL below 6 s that is later than one TTL.
+        """
+        return max(self._ttl_s, self._ttl_s * 2.5 / 3 + 2.0)
+
     def hold(self, grace_s: float, now: float, why: str = "no journal of a former broker") -> list[Command]:
         """Grant nothing for `grace_s`: former brokers may have granted what nobody here knows."""
         self._demand.paused = True
@@ -409,10 +417,7 @@ class Ledger:
         self._recovery.lead()
         if after_another:
             self._leases.believe()
-            # A worker takes a silent broker for gone after 2.5 of its heartbeats, three to a TTL, and a second: with a
-            # short TTL that is later than one.
-            grace_s = max(self._ttl_s, self._ttl_s * 2.5 / 3 + 2.0)
-            return self.hold(grace_s, now, "the journal is another broker's")
+            return self.hold(self.grace_s, now, "the journal is another broker's")
         return self._settled(now)
 
     def order(self, order: Order, now: float) -> tuple[Done, list[Command]]:

@@ -354,7 +354,7 @@ class Server:
         if self._leadership is not None:  # until the control connection has been tried
             self._execute(self._ledger.outranked(now, self._unanswered()))
         if self._follows and not self._journal.intact:
-            self._execute(self._ledger.hold(self.settings.ttl_s, now))
+            self._execute(self._ledger.hold(self._ledger.grace_s, now))
         elif self._leadership is None:
             self._journal.vouch()
 

@@ -1359,3 +1359,17 @@ def test_a_pools_other_servers_are_each_told_of_once(broker: Broker) -> None:
         broker.send(worker.id, Bye())
     said = [each.text for each in broker.all(Log) if "the pool's first process" in each.text]
     assert len(said) == 2
+
+
+@pytest.mark.parametrize(("ttl_s", "least_s"), [(2.0, 2.5 * 2.0 / 3 + 1.0), (15.0, 15.0)])
+def test_after_another_broker_nothing_is_granted_before_its_workers_have_noticed(ttl_s: float, least_s: float) -> None:
+    """With a short TTL they do so later than one TTL: see `Link._beat`."""
+    ledger = Ledger(1, ttl_s=ttl_s, verifies=False)
+    ledger.outranked(100.0, "another one")
+    ledger.leads(100.0, after_another=True)
+    ledger.tick(100.0 + least_s - 0.01)
+    assert ledger.state == "waiting"
+    for _ in range(3):
+        if (due := ledger.next_deadline()) is not None:
+            ledger.tick(due)
+    assert ledger.state == "serving"
