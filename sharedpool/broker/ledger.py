@@ -395,7 +395,7 @@ class Ledger:
 
         After 2.5 heartbeats, three to a TTL, and a second (`link.py`): with a TTL below 6 s that is later than one TTL.
         """
-        return max(self._ttl_s, self._ttl_s * 2.5 / 3 + 2.0)
+        return max(self._ttl_s, self._ttl_s * 2.5 / 3 + 1.25)
 
     def hold(self, grace_s: float, now: float, why: str = "no journal of a former broker") -> list[Command]:
         """Grant nothing for `grace_s`: former brokers may have granted what nobody here knows."""
