@@ -37,7 +37,7 @@ def config_pool(
     max_waiting: int | None = None,
     configure: Callback | None = None,
     reset: Callback | Literal["discard", "rollback"] = "discard",
-    handover: Literal["auto", "lane", "off"] = "auto",
+    handover: Literal["auto", "off"] = "auto",
     slice: float = 0.002,
     check: Callback | None = None,
     debug_checkouts: bool = False,
@@ -57,7 +57,6 @@ def config_pool(
     after connecting, and again when a connection came from another process; `check(conn)` at every checkout.
 
     `handover`: "auto" passes a live connection on to a process that waits, where that can be (same host, no TLS);
-    "lane" does so without the broker while many want few, where all processes of the pool say so;
     "off" always closes it here and opens one there. `reset`: what is done before it moves: "discard" (DISCARD ALL) or
     "rollback" (no more than at every checkin), or a function that is called at every checkin. `slice`: seconds for
     which a process that uses a connection all the time may keep it while others wait; ten times as long where it would
@@ -85,8 +84,8 @@ def config_pool(
         raise ConfigError(f'reset: must be "discard", "rollback" or a function of one connection, not {reset!r}')
     if max_checkout_action not in ("report", "end"):
         raise ConfigError(f'max_checkout_action: must be "report" or "end", not {max_checkout_action!r}')
-    if handover not in ("auto", "lane", "off"):
-        raise ConfigError(f'handover: must be "auto", "lane" or "off", not {handover!r}')
+    if handover not in ("auto", "off"):
+        raise ConfigError(f'handover: must be "auto" or "off", not {handover!r}')
     check_number("slice", slice)
     if not (isinstance(pool_manager, type) and issubclass(pool_manager, Pool)):
         raise ConfigError(f"pool_manager: must be SimpleConnectionPool or ThreadedConnectionPool, not {pool_manager!r}")
@@ -118,7 +117,6 @@ def config_pool(
         reset=reset,
         check=check,
         handover=handover != "off",
-        lane=handover == "lane",
         slice=float(slice),
         debug_checkouts=bool(debug_checkouts),
     )

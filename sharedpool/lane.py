@@ -26,7 +26,7 @@ import mmap
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import FileIO
 from typing import NamedTuple
 
@@ -78,11 +78,13 @@ class Lane:
     """One process's end of a lane: descriptors of the board's memory, of the queue's and the shelf's both ends.
 
     They are this object's from now on, and closed if this raises OSError. `number` is this process's own as a holder
-    (the broker's is `SHELF`).
+    (the broker's is `SHELF`). `refuse` is told of a connection that came and is of no use here: its socket is closed,
+    or no descriptor was free for it.
     """
 
-    def __init__(self, fds: Sequence[int], number: int) -> None:
+    def __init__(self, fds: Sequence[int], number: int, refuse: Callable[[Moved], None] = lambda _: None) -> None:
         self.number = number
+        self._refuse = refuse
         memory, write_end, read_end, put_end, take_end = fds
         owners: list[_socket.socket] = []
         try:
@@ -204,6 +206,17 @@ class Lane:
             return False
         return True
 
+    def pass_on(self, number: int, place: int, moved: Moved, fd: int) -> bool:
+        """Send a lease that is on no board to a place, by the broker; return whether that was done."""
+        try:
+            if self._is(self._sender.fileno()):
+                packet = self._secret + encode(moved)
+                descriptors.send_with_to(self._sender, packet, fd, self.address(number, place))
+                return True
+        except OSError:  # that seat is gone, or full
+            pass
+        return False
+
     def ring(self, ticket: Ticket) -> None:
         """Wake who waits."""
         with contextlib.suppress(OSError):
@@ -233,11 +246,11 @@ class Lane:
     def _next(self, sock: _socket.socket) -> tuple[Moved, Owned] | None:
         """Take in a packet; None for one that is not as it should be. Raise OSError where there is none."""
         packet, socks = descriptors.receive_sockets(sock, PACKET_BYTES)
-        if len(socks) == 1 and packet.startswith(self._secret):
-            with contextlib.suppress(ProtocolError):
-                moved = decode_moved(packet[SECRET_BYTES:])
-                if self.board.has(moved.cell, moved.token) and moved.live.generation == self.board.generation:
-                    return moved, socks.pop()
+        if (moved := self.is_moved(packet)) is not None:
+            fits = self.board.has(moved.cell, moved.token) and moved.live.generation == self.board.generation
+            if (fits or moved.passed is not None) and len(socks) == 1:
+                return moved, socks.pop()
+            self._refuse(moved)
         for each in socks:
             each.close()
         if not packet:

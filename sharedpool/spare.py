@@ -14,8 +14,6 @@ from sharedpool.errors import SharedPoolError
 FOR_A_CONTEXT = 14
 # Of one more socket, and its connection.
 FOR_A_SOCKET = 6
-# A line to the desk and its bell.
-FOR_A_BOOTH = 2
 # A connection to the server and its witness.
 FOR_A_CONNECTION = 2
 # A connection object that is made without a server: what plays the server, and both ends of the connection to that.

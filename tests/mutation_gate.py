@@ -178,8 +178,8 @@ MUTANTS = (
         ("tests/model", "tests/unit/test_cache.py"),
     ),
     Mutant(
-        "a connection on its way at the desk is taken for lost",
-        (("sharedpool/broker/leases.py", "if lease.line or lease.live is not None:", "if lease.live is not None:"),),
+        "a connection on its way to who waits is taken for lost",
+        (("sharedpool/broker/handover.py", "unspoken=True, noticed=now,", "noticed=now,"),),
         ("tests/unit/test_ledger_handover.py",),
     ),
     Mutant(
@@ -203,35 +203,45 @@ MUTANTS = (
         ("tests/unit/test_groups.py",),
     ),
     Mutant(
-        "a booth is free while an answer may still come",
+        "a seat is free while an answer may still come",
         (
             (
                 "sharedpool/worker/lease.py",
-                "return self.at_desk and self.asks == 1 and (self.answered or self.denial is not None)",
+                "return not self.asks or (self.asks == 1 and (self.answered or self.denial is not None))",
                 "return self.answered or self.denial is not None",
             ),
         ),
         ("tests/unit/test_cache.py",),
     ),
     Mutant(
-        "a line that ends keeps the connection that was on it",
+        "what could not be sent to who waits is taken for sent",
         (
             (
                 "sharedpool/broker/handover.py",
-                'self._leases.fence(lease, "its worker left the line on which it was passed", now)',
-                "lease.line = line",
+                'self._leases.fence(lease, "it could not be passed on", now, level=logging.DEBUG)',
+                "lease.unspoken = True",
             ),
         ),
-        ("tests/model",),
+        ("tests/unit/test_ledger_handover.py", "-k", "could_not_be_sent"),
     ),
     Mutant(
-        "what is on its way to who asks again there is taken for read",
-        (("sharedpool/broker/handover.py", "            if unread:\n", "            if False:\n"),),
-        ("tests/unit/test_ledger_handover.py",),
+        "who was served in the lane stays in the broker's queue",
+        (("sharedpool/worker/tickets.py", "        if not ticket.finished:\n", "        if not ticket:\n"),),
+        ("tests/unit/test_cache_handover.py", "-k", "served_by_either"),
+    ),
+    Mutant(
+        "an invitation to the lane that comes before the WELCOME is declined",
+        (("sharedpool/worker/session.py", " and holdings.registration.established:", ":"),),
+        ("tests/integration/test_lane.py", "-k", "invited"),
+    ),
+    Mutant(
+        "a waiter that is being let into the lane has its connection ended",
+        (("sharedpool/broker/handover.py", "if self.moves.may_reach(waiter, pool, now):", "if not waiter:"),),
+        ("tests/unit/test_ledger_handover.py", "-k", "worth_a_moment"),
     ),
     Mutant(
         "a connection whose socket finds no descriptor is waited for",
-        (("sharedpool/worker/booth.py", "            self._end()  # no descriptor", "            # no descriptor"),),
+        (("sharedpool/lane.py", "            self._refuse(moved)\n", "            pass\n"),),
         ("tests/integration/test_few_descriptors.py", "-k", "shortage and 0-kept"),
     ),
     Mutant(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from sharedpool.wire.desk import Live, Pass
+from sharedpool.wire.desk import Live, Moved
 from sharedpool.wire.messages import Backend, PoolSpec, Token, ToWorker
 from sharedpool.wire.reports import ToOperator
 
@@ -91,17 +91,22 @@ class Entrust:
 
 @dataclass(frozen=True, slots=True)
 class PassOn:
-    """Send this, with the socket in custody for its token, to who waits on a line of the desk."""
+    """Send this, with the socket in custody for its token, to this place in a pool's lane, of the session that has this
+    number there; if that cannot be, tell the ledger (`not_passed`).
+    """
 
-    line: int
-    message: Pass
+    pool: str
+    number: int
+    place: int
+    message: Moved
 
 
 @dataclass(frozen=True, slots=True)
 class OpenLane:
-    """Make a lane for a pool, then tell the ledger (`lane_opened`)."""
+    """Make a lane for a pool, then tell the ledger (`lane_opened`). `serial` is the number of the order."""
 
     pool: str
+    serial: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from sharedpool.broker.control import Control, Word
 from sharedpool.broker.desk import Desk
 from sharedpool.broker.lanes import Lanes
 from sharedpool.broker.ledger import Ledger
-from sharedpool.wire.desk import Ask, Give, Pass, Withdraw
+from sharedpool.wire.desk import Give
 from sharedpool.wire.messages import Token
 
 # What a cut does by itself, it does by then.
@@ -56,20 +56,12 @@ class Custody:
         """Take in that a lease's socket is in custody."""
         self._execute(self._ledger.deposited(token, time.monotonic()))
 
-    def asked(self, ask: Ask, line: int) -> None:
-        """Take in that somebody waits on this line."""
-        self._execute(self._ledger.asked(ask, line, time.monotonic()))
-
     def given(self, give: Give) -> None:
         """Take in a connection that is to be passed on."""
         self._execute(self._ledger.given(give, time.monotonic()))
 
-    def withdrawn(self, withdraw: Withdraw) -> None:
-        """Take in that somebody waits no more."""
-        self._execute(self._ledger.withdrawn(withdraw, time.monotonic()))
-
     def left(self, line: int) -> None:
-        """Take in that all that was passed on this line has been read."""
+        """Take in that this line is to end, and its program goes on."""
         self._ledger.left(line)
 
     def stays(self, program: bytes, line: int) -> None:
@@ -99,11 +91,6 @@ class Custody:
         self._execute(self._ledger.backend_lost(token, time.monotonic()))
 
     # --- from the ledger
-
-    def pass_on(self, line: int, passed: Pass) -> None:
-        """Send a connection to who waits on a line."""
-        assert self.desk is not None
-        self.desk.pass_on(line, passed)
 
     def entrust(self, token: Token, heir: Token) -> None:
         """Keep a lease's socket for another lease."""

@@ -42,6 +42,9 @@ class Parked(Protocol):
     def serve(self, now: float) -> None:
         """Give what is parked to who waits."""
 
+    def promised(self, pool: Pool, now: float) -> int:
+        """Return how many parked connections the waiters will be given in a moment."""
+
     def end(self, pools: Iterable[Pool], most: int, now: float) -> int:
         """End up to `most` parked connections; return how many."""
 
@@ -151,8 +154,8 @@ class Demand:
         """Refuse who would only make others give up a connection, and may not open one in its place."""
         newcomers, self._newcomers = self._newcomers, []
         for waiter in newcomers:
-            # On a line of the desk it may be given a connection that is open.
-            if not waiter.line and waiter.session.waiters.get(waiter.request) is waiter:
+            # In the lane it may be given a connection that is open.
+            if waiter.place < 0 and waiter.session.waiters.get(waiter.request) is waiter:
                 self._turned_away(waiter, now)
 
     def _turned_away(self, waiter: Waiter, now: float) -> bool:
@@ -166,7 +169,7 @@ class Demand:
     def grants_at_once(self, session: Session) -> bool:
         """Say whether a request would not be in the queue for a moment: there is a slot, and nothing else to do.
 
-        What `settle` would look at. Not for one that could be given a connection on a line of the desk.
+        What `settle` would look at.
         """
         return session.refusal is None and not self._books.shrinking and self.has_room(session.pool)
 
@@ -213,7 +216,7 @@ class Demand:
             short = self._short(pool)
             if short > 0:
                 if pool.parked:
-                    short -= self.parked.end([pool], short, now)
+                    short -= self.parked.promised(pool, now) or self.parked.end([pool], short, now)
                 if pool.idle:
                     short -= self._take([pool], short, now)
                 if pool.suspects:
@@ -526,8 +529,9 @@ class Demand:
             if not pool.nowaits:
                 continue
             kin = [pool] if pool.group is None else pool.group.pools
-            coming = max(pool.room, 0) + sum(each.coming for each in kin)
+            coming = max(pool.room, 0) + sum(each.coming for each in kin) + self.parked.promised(pool, now)
             everywhere = self._books.available(pool) + sum(p.coming for p in self._books.pools.values())
+            everywhere += self.parked.promised(pool, now)
             unserved = islice(pool.waiters.values(), max(0, min(coming, everywhere)), None)
             refused = [waiter for waiter in unserved if waiter.nowait and waiter.round is not None]
             # They do not wait for the end of what is suspect, but the next caller is to find its slot free: with
@@ -597,7 +601,7 @@ class Demand:
             return
         for pool in books.contended.values():
             assert not (pool.room > 0 and books.available(pool) > 0), f"{pool.name}: a free slot and a waiter"
-            if self._short(pool) > 0:
+            if self._short(pool) > len(pool.parked):
                 assert not pool.idle, f"{pool.name}: an idle lease nobody recalled"
                 keep = [s for s in pool.unpressed.values() if len(s.leases) > s.taking]
                 assert pool.moving or all(not self.pressure(pool, s) for s in keep), pool.name

@@ -10,7 +10,6 @@ down; and how a connection moves from one worker to another (`handover.py`).
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -28,19 +27,7 @@ from sharedpool.errors import ProtocolError
 from sharedpool.hangup import other_side_closed
 from sharedpool.wire import descriptors
 from sharedpool.wire.codec import decode_to_desk, encode
-from sharedpool.wire.desk import (
-    PACKET_BYTES,
-    Ask,
-    Deposit,
-    Give,
-    Joined,
-    Leave,
-    LetIn,
-    Pass,
-    Settled,
-    Stay,
-    Withdraw,
-)
+from sharedpool.wire.desk import PACKET_BYTES, Deposit, Give, Leave, LetIn, Stay
 from sharedpool.wire.messages import Token
 
 logger = logging.getLogger("sharedpool.broker")
@@ -68,20 +55,14 @@ class Clerk(Protocol):
     def lost(self, token: Token) -> None:
         """A socket in custody has died; its backend may live on."""
 
-    def asked(self, ask: Ask, line: int) -> None:
-        """Somebody waits on this line."""
-
     def given(self, give: Give) -> None:
         """A connection is to be passed on."""
-
-    def withdrawn(self, withdraw: Withdraw) -> None:
-        """Somebody waits no more."""
 
     def joined(self, session: bytes) -> None:
         """A session uses its pool's lane."""
 
     def left(self, line: int) -> None:
-        """All that was passed on this line has been read, and it is to end."""
+        """This line is to end, and its program goes on."""
 
     def stays(self, program: bytes, line: int) -> None:
         """This line ends with a program, unless it is left before."""
@@ -237,19 +218,14 @@ class Desk:
                 raise ProtocolError(f"{len(packet)} bytes and {len(fds)} descriptors instead of {wanted} sockets")
             if isinstance(message, Deposit):
                 taken = self._take(message, fds[0])
-            elif isinstance(message, Ask):
-                self.clerk.asked(message, self._numbers[line.fileno()])
             elif isinstance(message, Give):
                 self.clerk.given(message)
             elif isinstance(message, Leave):
                 self.clerk.left(self._numbers[line.fileno()])
             elif isinstance(message, Stay):
                 self.clerk.stays(message.program, self._numbers[line.fileno()])
-            elif isinstance(message, Joined):
-                self.clerk.joined(message.session)
             else:
-                self.clerk.withdrawn(message)
-                self._say(line, Settled(message.request))
+                self.clerk.joined(message.session)
         except ProtocolError as error:
             self._garbage.dropped("dropped what came to the desk: %s", error)
         finally:
@@ -263,10 +239,6 @@ class Desk:
         line.close()
         self.clerk.line_ended(number)
 
-    def _say(self, line: socket.socket, message: Settled) -> None:
-        with contextlib.suppress(OSError):  # it has left, and is seen to have
-            line.send(encode(message))
-
     def hand(self, number: int, message: LetIn, fds: list[int]) -> None:
         """Send descriptors on a line. A worker that does not read just now is not let in."""
         if (line := self._numbered.get(number)) is not None:
@@ -279,18 +251,6 @@ class Desk:
         """Return the descriptor of a lease's socket in custody; -1 for none."""
         held = self._custody.get(token)
         return -1 if held is None else held.fileno()
-
-    def pass_on(self, number: int, message: Pass) -> None:
-        """Send a connection to who waits on a line; without success the line ends, so that he asks otherwise."""
-        line, held = self._numbered.get(number), self._custody.get(message.token)
-        if line is not None and held is not None:
-            try:
-                descriptors.send_with(line, encode(message), held.fileno())
-            except OSError as error:
-                logger.debug("lease %s was not passed on: %s", message.token, error)
-                self._hang_up(line)
-            return
-        self.clerk.line_ended(number)
 
     def _take(self, deposit: Deposit, fd: int) -> bool:
         if deposit.token in self._custody or not self.clerk.expects(deposit.session, deposit.token):

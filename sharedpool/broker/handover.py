@@ -1,8 +1,9 @@
 """Pass live connections on: from who gives one to the first who waits, or keep it *parked* until somebody asks.
 
-A lease that is given ends, and its heir, with a token of its own, goes to the waiter: the slot stays occupied all
-along, by the same backend, whose socket is in custody. A waiter that has no line to the desk cannot take one in: for it
-the connection is ended, as every connection is that must not go on (of an older generation, with a cancel under way).
+A lease that is given ends, and its heir, with a token of its own, is sent to the waiter's place in the lane: the slot
+stays occupied all along, by the same backend, whose socket is in custody. A waiter that has no place there cannot take
+one in: for it the connection is ended, as every connection is that must not go on (of an older generation, with a
+cancel under way).
 
 While connections move between processes the pool is *shared*: what is passed comes with the wish to have it back at the
 next checkin, and nobody has to be asked for it. When one process has been alone for a while, it keeps what it has.
@@ -16,12 +17,12 @@ from itertools import islice
 from typing import Protocol
 
 from sharedpool.broker.books import Books
-from sharedpool.broker.commands import Command, Entrust, Interfere, PassOn
+from sharedpool.broker.commands import Command, Entrust, Interfere, PassOn, Send
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.leases import Leases
 from sharedpool.broker.records import Lease, Pool, Session, SlotState, Waiter
-from sharedpool.wire.desk import Give, Live, Pass
-from sharedpool.wire.messages import Interrupt, Phase, ReleaseReason
+from sharedpool.wire.desk import Give, Live, Moved, Passed
+from sharedpool.wire.messages import Interrupt, Phase, Reject, ReleaseReason
 
 # A pool is shared for so long after a connection has last changed hands.
 SHARED_S = 1.0
@@ -37,8 +38,11 @@ _MOST_NUDGED = 64
 class Movers(Protocol):
     """The lanes, as the hand-over sees them (`moves.Moves`)."""
 
-    def wanted(self, pool: Pool) -> None:
-        """Have a lane made for a pool whose connections are passed on."""
+    def reaches(self, waiter: Waiter) -> bool:
+        """Say whether a connection can be sent to a waiter."""
+
+    def may_reach(self, waiter: Waiter, pool: Pool, now: float) -> bool:
+        """Say whether that may be possible in a moment, with one of this pool: it is being let into the lane."""
 
     def give(self, lease: Lease, live: Live, now: float) -> None:
         """Give in the lane what was given to the broker, for which nobody waits at the broker."""
@@ -62,37 +66,6 @@ class Handover:
         self._leases = leases
         self._emit = emit
         self._arm = arm
-        # By line to the desk: what was last asked for there; what was passed there and may not have been read.
-        self._asked: dict[int, Waiter] = {}
-        self._passed: dict[int, list[Lease]] = {}
-
-    # --- the lines
-
-    def asked(self, waiter: Waiter, line: int) -> None:
-        """Note on which line a request came: whatever was passed there for another before has been read.
-
-        The same one may come again, of a session that registers again, while what was passed for it is on its way.
-        """
-        if line in self._passed:
-            passed = self._passed.pop(line)
-            unread = [x for x in passed if x.request == waiter.request and x.session is waiter.session]
-            if unread:
-                self._passed[line] = unread
-        self._asked[line] = waiter
-        waiter.line = line
-
-    def has_read(self, line: int) -> None:
-        """Note that all that was passed on a line has arrived."""
-        self._passed.pop(line, None)
-
-    def left(self, line: int, now: float) -> None:
-        """Take in that a line has ended: what was passed there and nobody has spoken of since may not have arrived."""
-        waiter = self._asked.pop(line, None)
-        if waiter is not None and waiter.line == line and waiter.session.waiters.get(waiter.request) is waiter:
-            self._books.dequeue(waiter)
-        for lease in self._passed.pop(line, ()):
-            if lease.line == line and lease.state not in (SlotState.FREE, SlotState.FENCING):
-                self._leases.fence(lease, "its worker left the line on which it was passed", now)
 
     # --- giving and passing
 
@@ -106,7 +79,7 @@ class Handover:
             lease.pool.recalls += 1
             if session.owed:
                 self._books.mark_owed(session, session.owed - 1)
-        lease.line, lease.unspoken = 0, False
+        lease.unspoken = False
         self._leases.identify(lease, give.live.backend, now)
         return self._find_user(lease, give.live, now)
 
@@ -122,10 +95,13 @@ class Handover:
         if not stays or self._demand.draining or self._demand.excess(pool) > 0:
             self._leases.fence(lease, "given, but not fit to go on", now, level=logging.DEBUG)
         elif (waiter := self._first(pool)) is not None:
-            if waiter.line:
+            if self.moves.reaches(waiter):
                 self._pass(lease, live, waiter, now)
                 # Who gave all that was asked of him may have more; a lease that was closing is not coming any more.
                 return bool(pool.waiters) and self._demand.at_rest(pool)
+            if self.moves.may_reach(waiter, pool, now):
+                self.park(lease, live, now)
+                return False
             self._leases.fence(lease, "given, but it cannot be passed to who waits", now, level=logging.DEBUG)
         elif pool.moving:
             self.moves.give(lease, live, now)
@@ -143,20 +119,19 @@ class Handover:
         elif books.max_conn is not None and books.room <= 0:
             heads += [next(iter(p.waiters.values())) for p in books.contended.values() if p is not pool and p.room > 0]
         waiter = min(heads, key=books.rank, default=None)
-        if waiter is not None and waiter.session.pool is not pool:
-            waiter = Waiter(waiter.session, waiter.request, waiter.seq, waiter.since, waiter.nowait)  # without a line
+        if waiter is not None and waiter.session.pool is not pool:  # it has no place in this pool's lane
+            waiter = Waiter(waiter.session, waiter.request, waiter.seq, waiter.since, waiter.nowait)
         return waiter
 
     def _pass(self, lease: Lease, live: Live, waiter: Waiter, now: float) -> None:
         books, pool, session = self._books, lease.pool, waiter.session
-        self.moves.wanted(pool)
         if (waiter.since < now or session is not lease.session) and not pool.moving:
             pool.shared_until = now + SHARED_S
         self._unpark(lease)
         books.dequeue(waiter)
         heir = Lease(
             self._demand.new_token(), session, pool,
-            request=waiter.request, backend=lease.backend, custody=True, line=waiter.line, moves=lease.moves,
+            request=waiter.request, backend=lease.backend, custody=True, moves=lease.moves, unspoken=True, noticed=now,
         )  # fmt: skip
         books.move(heir, SlotState.OPEN, "handed over")
         self._emit(Entrust(lease.token, heir.token))
@@ -168,11 +143,20 @@ class Handover:
         pressure = self._demand.pressure(pool, session)
         books.mark_owed(session, min(len(session.leases), pressure or int(now < pool.shared_until)))
         session.passes += 1
-        self._passed.setdefault(waiter.line, []).append(heir)
-        serial = self._demand.next_serial()
         trial = pool.cancels is None and now >= pool.try_at
-        passed = Pass(waiter.request, heir.token, serial, session.owed, pressure > 0, live, trial)
-        self._emit(PassOn(waiter.line, passed))
+        passed = Passed(self._demand.next_serial(), session.owed, pressure > 0, trial)
+        moved = Moved(waiter.request, heir.token, -1, max(0, lease.moves), live, passed)
+        self._emit(PassOn(pool.name, session.number, waiter.place, moved))
+
+    def not_passed(self, moved: Moved, now: float) -> None:
+        """Take in that a connection could not be sent to who was to have it: his seat is gone, or full."""
+        lease = self._books.leases.get(moved.token)
+        if lease is None or lease.state is SlotState.FENCING:
+            return
+        session = lease.session
+        self._leases.fence(lease, "it could not be passed on", now, level=logging.DEBUG)
+        if not session.ended:  # it waits for what nobody will answer
+            self._emit(Send(session.id, Reject("a connection could not be sent to who waits: ask again")))
 
     # --- parking
 
@@ -200,10 +184,17 @@ class Handover:
                 assert live is not None
                 if live.generation != pool.generation:
                     self.end([pool], 1, now)
-                elif waiter.line:
+                elif self.moves.reaches(waiter):
                     self._pass(lease, live, waiter, now)
                 else:
                     break
+
+    def promised(self, pool: Pool, now: float) -> int:
+        """Return how many parked connections the waiters will be given in a moment, once they are in the lane."""
+        if not (pool.parked and pool.waiters) or pool.held:
+            return 0
+        first = next(iter(pool.waiters.values()))
+        return min(len(pool.parked), len(pool.waiters)) if self.moves.may_reach(first, pool, now) else 0
 
     def end(self, pools: Iterable[Pool], most: int, now: float) -> int:
         """End up to `most` parked connections, longest parked first; return how many."""
@@ -292,4 +283,4 @@ class Handover:
                 assert lease.state is SlotState.OPEN, lease
                 assert token not in pool.idle
             if pool.parked and pool.waiters and not (pool.held or self._demand.paused or self._demand.draining):
-                assert not next(iter(pool.waiters.values())).line, f"{pool.name}: a parked connection and a waiter"
+                assert not self.moves.reaches(next(iter(pool.waiters.values()))), f"{pool.name}: parked, and a waiter"

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from sharedpool import lane as lanes
-from sharedpool.broker.commands import CloseLane, Command, Halt, LetIn, OpenLane, Proceed, Queue, ToLane
+from sharedpool.broker.commands import CloseLane, Command, Halt, LetIn, OpenLane, PassOn, Proceed, Queue, ToLane
 from sharedpool.broker.control import Word
 from sharedpool.broker.desk import Desk
 from sharedpool.broker.ledger import Ledger
@@ -103,7 +103,7 @@ class Lanes:
         self._lanes[order.pool], self._handed[order.pool], self._seats[order.pool] = lane, fds, seat
         self._selector.register(seat, selectors.EVENT_READ, lambda: self._read(order.pool))
         self._watch(order.pool)
-        self._later(lambda ledger, now: ledger.lane_opened(order.pool, lane.board, now))
+        self._later(lambda ledger, now: ledger.lane_opened(order.pool, order.serial, lane.board, now))
 
     def close_lane(self, order: CloseLane) -> None:
         """Let go of a lane."""
@@ -134,6 +134,13 @@ class Lanes:
             self._execute(self._ledger.came(pool, moved, time.monotonic()))
             if pool not in self._lanes:
                 return
+
+    def pass_on(self, order: PassOn) -> None:
+        """Send a connection to who waits at the broker, at his place in the lane."""
+        lane, moved = self._lanes.get(order.pool), order.message
+        fd = -1 if self._desk is None else self._desk.fileno_of(moved.token)
+        if lane is None or fd < 0 or not lane.pass_on(order.number, order.place, moved, fd):
+            self._later(lambda ledger, now: ledger.not_passed(moved, now))
 
     def to_lane(self, order: ToLane) -> None:
         """Give a connection that was given to the broker."""

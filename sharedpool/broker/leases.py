@@ -278,14 +278,15 @@ class Leases:
         session.vanished &= listed
         for lease in list(session.leases.values()):
             if lease.unspoken and lease.token not in listed and lease.state is not SlotState.FENCING:
-                self.moves.missing(lease, told, now)
+                if not claim:  # else it is asked once it is welcome: before that it hears nothing
+                    self.moves.missing(lease, told, now)
                 continue
             # What has come in the lane was spoken of before: else it is missing.
             known = lease.token.epoch != self._epoch or lease.token <= seen or lease.moves > 0
             if not known or lease.token in listed or lease.state is SlotState.FENCING:
                 continue
-            if lease.line or lease.live is not None:
-                continue  # on its way to the worker, or given by it: the desk's lines lose nothing
+            if lease.live is not None:
+                continue  # given by it: the desk's line loses nothing
             if lease.token.epoch != self._epoch and self.moves.wanders(lease, session, now + self._ttl_s):
                 continue
             # Its RELEASE may have told that nobody saw the backend end, or that a connect timed out: what RENEW's
@@ -300,7 +301,7 @@ class Leases:
         return token not in self._books.leases and token not in self._void
 
     def _update(self, lease: Lease, report: LeaseReport, now: float) -> None:
-        lease.line, lease.unspoken = 0, False
+        lease.unspoken = False
         since = now - max(0, min(report.age_ms, LONGEST_MS)) / 1000
         self.identify(lease, report.backend, now)
         if report.phase is Phase.CONNECTING:

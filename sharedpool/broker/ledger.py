@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sharedpool.broker.books import Books
-from sharedpool.broker.commands import CloseLane, Command, Entry, Interfere, Log, Look, Process, Send, Survey
+from sharedpool.broker.commands import Command, Entry, Interfere, Log, Look, Process, Send, Survey
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.groups import GroupTerms
 from sharedpool.broker.handover import Handover
@@ -33,7 +33,7 @@ from sharedpool.broker.routes import Routes, unkept
 from sharedpool.broker.sessions import Sessions, Terms
 from sharedpool.broker.timers import Timers
 from sharedpool.wire.board import Board
-from sharedpool.wire.desk import Ask, Give, Moved, Withdraw
+from sharedpool.wire.desk import Give, Moved
 from sharedpool.wire.messages import (
     NO_TOKEN,
     Ack,
@@ -153,6 +153,7 @@ class Ledger:
             "nudge": self._handover.nudge_due,
             "lane": self._moves.quiet_due,
             "arrival": self._moves.arrival_due,
+            "letting-in": lambda _, now: None,  # who is not in the lane by now is not waited for
             "spared": lambda _, now: None,  # suspects may be fenced from now on
             "queue": lambda _, now: None,  # the server may be looked at from now on
         }
@@ -260,31 +261,6 @@ class Ledger:
         self._leases.deposited(self._books.leases[token], now)
         return self._settled(now)
 
-    def asked(self, ask: Ask, line: int, now: float) -> list[Command]:
-        """Take in a request that waits on a line of the desk. An unknown session's is left: it will say HELLO."""
-        self._moves.sync(now)
-        session = self._books.sessions.get(ask.session)
-        if session is not None and not (session.ended or session.restored):
-            self._sessions.hear(session, now)
-            for token in ask.gone:  # said here first: their RELEASE must not come too late for this request
-                if (lease := session.leases.get(token)) is not None:
-                    session.vanished.add(token)
-                    self._leases.free(lease, "given back")
-            self._acquire(session, Acquire(ask.request, ask.wait_ms), now)
-            if (waiter := session.waiters.get(ask.request)) is not None:
-                self._handover.asked(waiter, line)
-                if not ask.gone and self._demand.at_rest(session.pool) and not session.pool.moving:
-                    self._handover.watch(now)
-                    return self._decided()
-        return self._settled(now)
-
-    def withdrawn(self, withdraw: Withdraw, now: float) -> list[Command]:
-        """Take in that nobody waits for this any more."""
-        session = self._books.sessions.get(withdraw.session)
-        if session is not None:
-            self._cancel(session, Cancel(withdraw.request), now)
-        return self._settled(now)
-
     def given(self, give: Give, now: float) -> list[Command]:
         """Take in a connection that is to be passed on."""
         self._moves.sync(now)
@@ -295,12 +271,9 @@ class Ledger:
                 return self._decided()
         return self._settled(now)
 
-    def lane_opened(self, pool_name: str, board: Board, now: float) -> list[Command]:
-        """Take in that a pool's lane is there."""
-        if (pool := self._books.pools.get(pool_name)) is not None:
-            self._moves.opened(pool, board)
-        else:
-            self._out.append(CloseLane(pool_name))
+    def lane_opened(self, pool_name: str, serial: int, board: Board, now: float) -> list[Command]:
+        """Take in that a pool's lane is there, by the order of this number."""
+        self._moves.opened(pool_name, serial, board, now)
         return self._settled(now)
 
     def joined(self, session_id: bytes, now: float) -> list[Command]:
@@ -323,6 +296,12 @@ class Ledger:
             self._moves.came(pool)
         return self.shelved(pool_name, moved, now)
 
+    def not_passed(self, moved: Moved, now: float) -> list[Command]:
+        """Take in that a connection could not be sent to who was to have it."""
+        self._moves.sync(now)
+        self._handover.not_passed(moved, now)
+        return self._settled(now)
+
     def unplaced(self, pool_name: str, moved: Moved, now: float) -> list[Command]:
         """Take in that there is no room in the lane for what was to be given there."""
         self._moves.sync(now)
@@ -332,9 +311,8 @@ class Ledger:
         return self._settled(now)
 
     def left(self, line: int) -> None:
-        """Take in that all that was passed on this line has been read, before it ends."""
+        """Take in that this line is to end, and its program goes on."""
         self._programs.pop(line, None)
-        self._handover.has_read(line)
 
     def stays(self, program: bytes, line: int) -> None:
         """Take in that this line ends with a program, unless it is left before; its sessions' ids begin like that."""
@@ -347,7 +325,6 @@ class Ledger:
         if program is not None:
             for session in [x for x in self._books.sessions.values() if x.id.startswith(program) and not x.ended]:
                 self._sessions.end(session, "its worker ended", now)
-        self._handover.left(line, now)
         return self._settled(now)
 
     def interrupted(self, order: Interfere, sent: bool | None, now: float) -> list[Command]:
@@ -501,14 +478,14 @@ class Ledger:
 
     def _acquire(self, session: Session, acquire: Acquire, now: float) -> None:
         if (waiter := session.waiters.get(acquire.request)) is not None:
-            waiter.line = 0  # it has left the line on which it waited, which may be heard later
+            waiter.place = acquire.place
             return
         if acquire.request in session.granted:
             self._demand.send_grant(session.granted[acquire.request])  # the first one was lost
             return
         self._waiter_serial += 1
         nowait = acquire.wait_ms <= 0
-        waiter = Waiter(session, acquire.request, self._waiter_serial, now, nowait)
+        waiter = Waiter(session, acquire.request, self._waiter_serial, now, nowait, place=acquire.place)
         pool = session.pool
         crowded = 0 < pool.spec.max_waiting <= len(pool.waiters) or len(session.waiters) >= _MOST_REQUESTS
         self._demand.add(waiter)
@@ -544,7 +521,7 @@ class Ledger:
         self._demand.answered(session, renew.answers)
         pending = set(renew.pending)
         if session.waiters:
-            for waiter in [w for w in session.waiters.values() if w.request not in pending and not w.line]:
+            for waiter in [w for w in session.waiters.values() if w.request not in pending]:
                 self._books.dequeue(waiter)  # its CANCEL was lost
         for token in renew.gone:  # their RELEASE may have been lost
             if (lease := session.leases.get(token)) is not None:
@@ -566,7 +543,7 @@ class Ledger:
                 self._demand.send_grant(lease)  # the first one was lost, or is on its way
         if not pending:
             return
-        passed = {x.request for x in session.leases.values() if x.line and x.state is SlotState.OPEN}  # on its way
+        passed = {x.request for x in session.leases.values() if x.unspoken and x.state is SlotState.OPEN}  # on its way
         if not pending <= session.waiters.keys() | session.granted.keys() | passed:
             # It waits for what nobody will answer: an ACQUIRE or DENY was lost, or it was silent for too long.
             self._out.append(Send(session.id, Reject("this broker does not know all requests: ask again")))

@@ -12,6 +12,7 @@ lost on its way (its giver or its receiver has died, or was stopped), and is fen
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -19,8 +20,8 @@ from sharedpool.broker.books import Books
 from sharedpool.broker.commands import CloseLane, Command, Halt, LetIn, OpenLane, Proceed, Queue, ToLane
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.leases import LONGEST_MS, Leases
-from sharedpool.broker.records import FENCING, FREE, OPEN, SUSPECT, Lane, Lease, Pool, Session
-from sharedpool.wire.board import BROKERS_PLACE, BROKERS_REQUEST, CELLS, SESSIONS, SHELF, Board
+from sharedpool.broker.records import FENCING, FREE, OPEN, SUSPECT, Lane, Lease, Pool, Session, Waiter
+from sharedpool.wire.board import BROKERS_PLACE, BROKERS_REQUEST, CELLS, SEATS, SESSIONS, SHELF, Board
 from sharedpool.wire.desk import Live, Moved
 from sharedpool.wire.messages import LeaseReport, Phase, Token
 
@@ -52,27 +53,43 @@ class Moves:
         self._expiration_s = expiration_s
         self._pools: dict[str, Pool] = {}  # that have a lane
         self._shelves: dict[str, Pool] = {}  # that have a shelf session
-        self._ordered: set[str] = set()  # pools for which one is to be made
+        self._ordered: dict[str, int] = {}  # by the name of the pool for which it is to be made: the order's number
+        self._orders = 0
 
     # --- lanes
 
-    def wanted(self, pool: Pool) -> None:
-        """Have a lane made for a pool whose connections are passed on."""
-        if pool.spec.lane and pool.lane is None and pool.name not in self._ordered and not pool.spec.max_waiting:
-            self._ordered.add(pool.name)
-            self._emit(OpenLane(pool.name))
+    def _order(self, pool: Pool, now: float) -> None:
+        """Have a lane made for a pool in which somebody waits, if connections can be passed on there."""
+        if pool.hands_over and pool.name not in self._ordered:
+            self._orders += 1
+            self._ordered[pool.name] = self._orders
+            pool.opens_by = now + ARRIVAL_S
+            self._arm(pool.opens_by, "letting-in", pool)
+            self._emit(OpenLane(pool.name, self._orders))
 
-    def opened(self, pool: Pool, board: Board) -> None:
-        """Take in a pool's lane, and let its workers in."""
-        self._ordered.discard(pool.name)
+    def opened(self, pool_name: str, serial: int, board: Board, now: float) -> None:
+        """Take in a pool's lane, and let its workers in; unless it was ordered for a pool that is over."""
+        if self._ordered.get(pool_name) != serial:
+            if pool_name not in self._ordered and pool_name not in self._pools:
+                self._emit(CloseLane(pool_name))
+            return
+        del self._ordered[pool_name]
+        pool = self._books.pools[pool_name]
         cells = min(CELLS, max(_FEWEST_CELLS, 2 * pool.max_conn))
         pool.lane = Lane(board, deque(range(cells)), cells)
         self._pools[pool.name] = pool
         for session in list(pool.sessions.values()):
-            self.arrived(session)
+            self._let_in(session, now)
 
-    def arrived(self, session: Session) -> None:
-        """Let a session in that can hand connections over."""
+    def registered(self, session: Session, now: float) -> None:
+        """Ask a session for what is on its way to it, and let it in if it can hand connections over."""
+        for lease in session.leases.values():
+            if lease.unspoken and lease.state is not FENCING:
+                self._ask(lease, now)
+        self._let_in(session, now)
+
+    def _let_in(self, session: Session, now: float) -> None:
+        session.pool.hands_over |= session.hands_over
         lane = session.pool.lane
         if lane is None or session.shelf or session.ended or session.number:
             return
@@ -85,6 +102,8 @@ class Moves:
         lane.indices.add(session.index)
         lane.board.clear_session(session.index)
         lane.members[session.number] = session
+        session.joins_by = now + ARRIVAL_S
+        self._arm(session.joins_by, "letting-in", session.pool)
         self._emit(LetIn(session.pool.name, session.id, session.number, session.index))
 
     def joined(self, session: Session) -> None:
@@ -92,6 +111,19 @@ class Moves:
         if session.number and session.pool.lane is not None:
             session.joined = True
             session.pool.lane.outside.pop(session.id, None)
+
+    @staticmethod
+    def reaches(waiter: Waiter) -> bool:
+        """Say whether a connection can be sent to a waiter."""
+        return waiter.place >= 0 and waiter.session.joined and waiter.place // SEATS == waiter.session.index
+
+    @staticmethod
+    def may_reach(waiter: Waiter, pool: Pool, now: float) -> bool:
+        """Say whether that may be possible in a moment, with one of this pool: it is being let into the lane."""
+        session = waiter.session
+        if session.pool is not pool or waiter.place >= 0 or not session.hands_over:
+            return False
+        return now < (pool.opens_by if pool.lane is None else session.joins_by)
 
     def left(self, session: Session) -> None:
         """Take in that a session is over: nobody waits there any more."""
@@ -103,11 +135,11 @@ class Moves:
             lane.board.clear_session(session.index)
             lane.indices.discard(session.index)
             del lane.members[session.number]
-            session.number, session.index, session.joined = 0, -1, False
+            session.number, session.index, session.joined, session.joins_by = 0, -1, False, -math.inf
 
     def discarded(self, pool: Pool) -> None:
         """Take in that nobody uses a pool any more."""
-        self._ordered.discard(pool.name)
+        self._ordered.pop(pool.name, None)
         self._shelves.pop(pool.name, None)
         if self._pools.pop(pool.name, None) is not None:
             pool.lane = None
@@ -139,7 +171,6 @@ class Moves:
         holder, moves = lane.board.holding(lease.cell)
         if moves == lease.moves:
             return
-        lease.line = 0  # what was passed on a line of the desk has arrived, or it would not have moved
         lease.pool.handovers += (moves - lease.moves) & 0xFFFFFFFF
         lease.moves = moves
         session = self._shelf(lease.pool) if holder == SHELF else lane.members.get(holder)
@@ -239,6 +270,9 @@ class Moves:
     def consider(self, now: float) -> bool:
         """Let connections move, or halt them, as things are now; return whether any were halted."""
         halted = False
+        for pool in self._books.contended.values():
+            if pool.lane is None:
+                self._order(pool, now)
         for pool in list(self._shelves.values()):
             if all(session.ended or session.shelf for session in pool.sessions.values()):
                 self._end_all(pool, now)

@@ -49,13 +49,14 @@ class Lease:
 
     `reported_at` is when a checkout that is too long was last reported: one that began later has not been;
     `inquired_at` when its worker was last asked whether it lasts, by recall number `inquiry`. `custody`:
-    the broker has a duplicate of the connection's socket, on which it sees the backend's end. `line`: it was passed
-    there and its worker has not spoken of it yet. `live` is set while it is parked. `interrupts`: cancels under way.
+    the broker has a duplicate of the connection's socket, on which it sees the backend's end.
+    `live` is set while it is parked. `interrupts`: cancels under way.
     `since` is when what it does now began, if that is known; `stack` where it was checked out, if its worker tells.
     `granted_at` is when it was granted, or later; its request had waited for `waited_s`.
     `closed`: the connection is over on its worker's side, or on a proxy's. `cell` is where it is on the pool's board,
-    -1 while it may not move; `moves` how often it has, -1 for one that never could. `unspoken`: it was seen to move,
-    at `noticed`, and its new holder has not spoken of it yet; `doubt` is the recall by which that one is asked.
+    -1 while it may not move; `moves` how often it has, -1 for one that never could. `unspoken`: it was passed on or
+    seen to move, at `noticed`, and its new holder has not spoken of it yet; `doubt` is the recall by which that one is
+    asked.
     """
 
     token: Token
@@ -78,7 +79,6 @@ class Lease:
     inquiry: int = 0
     expiry_armed: bool = False
     checkout_armed: bool = False
-    line: int = 0
     live: Live | None = None
     interrupts: int = 0
     cell: int = -1
@@ -97,7 +97,7 @@ class Lease:
 class Waiter:
     """A request in the queue. `round` is the poll that may decide that a `nowait` one cannot be served.
 
-    `line` is the one to the desk on which it waits, 0 if it waits at the ZeroMQ socket.
+    `place` is where it waits in the pool's lane, -1 if a connection cannot be sent to it.
     """
 
     session: Session
@@ -106,7 +106,7 @@ class Waiter:
     since: float
     nowait: bool
     round: int | None = None
-    line: int = 0
+    place: int = -1
 
 
 @dataclass(slots=True, eq=False)
@@ -120,8 +120,8 @@ class Session:
     `debts` are leases that an operator wants back: it owes as many checkins at least. `inquired`: the newest waiter, of
     a less important group, for whom it was asked what lies idle. `refusal`: what stands against its connects.
     `astray`: it finds no server where others do. `number` and `index` are its own in its pool's lane, 0 and -1 before
-    it was let in; `joined`: it uses it. `shelf`: it is no worker's, but the pool's own (`Pool.shelf`). `hands_over`:
-    it was told that it may pass connections on.
+    it was let in; `joined`: it uses it, or else may by `joins_by`. `shelf`: it is no worker's, but the pool's own
+    (`Pool.shelf`). `hands_over`: it was told that it may pass connections on.
     """
 
     id: bytes
@@ -160,6 +160,7 @@ class Session:
     number: int = 0
     index: int = -1
     joined: bool = False
+    joins_by: float = -math.inf
     shelf: bool = False
     hands_over: bool = False
 
@@ -206,7 +207,8 @@ class Pool:
     `known_as` is its name at this broker: with the database's, where another database has a pool of that name.
     `held`: an operator has paused it, nothing is granted and everything comes back. `direct`: whether nobody was found
     between its workers and the server, in no connection so far; None before the first. `unsuitable`: what its
-    connections have shown that makes it useless.
+    connections have shown that makes it useless. `hands_over`: some session may pass connections on. `opens_by`: so
+    long who waits is not beyond reach, as the lane is being made.
     """
 
     spec: PoolSpec
@@ -258,6 +260,8 @@ class Pool:
     totals: Totals = field(default_factory=Totals)
     refusals: Refusals = field(default_factory=Refusals)
     lane: Lane | None = None
+    hands_over: bool = False
+    opens_by: float = -math.inf
     shelf: Session | None = None  # for which is counted what moves and is in nobody's hands
 
     def succeed(self, past: Pool) -> None:

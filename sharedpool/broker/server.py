@@ -471,7 +471,7 @@ class Server:
 
     def _pass_on(self, order: PassOn) -> None:
         self._deliver()
-        self._custody.pass_on(order.line, order.message)
+        self._lanes.pass_on(order)
 
     def _erase(self, erase: Erase) -> None:
         self._journal.erase(erase.token)

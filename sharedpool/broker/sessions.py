@@ -49,8 +49,8 @@ class Terms:
 class Movers(Protocol):
     """The lanes, as the sessions see them (`moves.Moves`)."""
 
-    def arrived(self, session: Session) -> None:
-        """Let a session in that can hand connections over."""
+    def registered(self, session: Session, now: float) -> None:
+        """Ask a session for what is on its way to it, and let it in if it can hand connections over."""
 
     def left(self, session: Session) -> None:
         """Take in that a session is over."""
@@ -165,7 +165,7 @@ class Sessions:
         # One that connects elsewhere, or as somebody else, must neither be given the others' connections nor give its.
         handover = self._terms.handover and hello.pool.server == pool.spec.server and pool.cancels is not False
         first = hello.first
-        # Who has to wait asks at the desk, where a connection can be passed to him.
+        # Who has to wait asks when he is in the lane, where a connection can be passed to him.
         if first is not None and first.request not in session.granted and not self._demand.has_room(pool):
             first = None
         welcome = Welcome(
@@ -175,7 +175,7 @@ class Sessions:
         )  # fmt: skip
         self._emit(Send(session_id, welcome))
         session.hands_over = handover
-        self.moves.arrived(session)
+        self.moves.registered(session, now)
         return first
 
     def hear(self, session: Session, now: float) -> None:

@@ -1,29 +1,24 @@
 """What is said at the desk.
 
 The *desk* (═) is a unix SEQPACKET socket beside the ZeroMQ one: each DEPOSIT carries a duplicate of a connection's
-socket. When it closes, the broker is gone. A thread that waits where connections can be handed over has a line of its
-own there, on which the kernel wakes it:
+socket. When it closes, the broker is gone. Each program has one line there:
 
-      ASK(request, wait)                        ═════►                               instead of ACQUIRE
-      GIVE(token)                               ═════►                               from whoever was asked to
-                                                ◄═════  PASS(request, token) + socket, the connection goes on
-      WITHDRAW(request)                         ═════►                               it waits no more
-                                                ◄═════  SETTLED(request)             no PASS for it follows
-      LEAVE                                     ═════►                               before the end: all is read
       STAY                                      ═════►                               here until the program ends
                                                 ◄═════  LET_IN(session) + 5          the lane is open to it
       JOINED(session)                           ═════►                               it will use it
+      DEPOSIT(token) + socket                   ═════►                               into custody
+      GIVE(token)                               ═════►                               to whom the broker likes
+      LEAVE                                     ═════►                               before the end, if it goes on
 
-In the lane (`sharedpool/lane.py`) connections go from worker to worker, each as a MOVED with its socket.
+In the lane (`sharedpool/lane.py`) connections go to who waits there, each as a MOVED with its socket: from another
+worker, or from the broker.
 """
 
 from __future__ import annotations
 
-import msgspec
-
 from sharedpool.wire.messages import Backend, ReleaseReason, Struct, Token
 
-# A packet is no longer, and a GIVE leaves room for what a PASS has more.
+# A packet is no longer, and a GIVE leaves room for what a MOVED has more.
 PACKET_BYTES, GIVE_BYTES = 8192, 7936
 
 
@@ -34,24 +29,8 @@ class Deposit(Struct, frozen=True, tag="deposit"):
     token: Token
 
 
-class Ask(Struct, frozen=True, tag="ask"):
-    """An ACQUIRE whose answer may be a PASS, on this line. `gone` is as in RENEW: their RELEASE may come later."""
-
-    session: bytes
-    request: int
-    wait_ms: int
-    gone: list[Token] = msgspec.field(default_factory=list)
-
-
-class Withdraw(Struct, frozen=True, tag="withdraw"):
-    """A CANCEL for what was asked on this line; SETTLED is the answer."""
-
-    session: bytes
-    request: int
-
-
 class Leave(Struct, frozen=True, tag="leave"):
-    """This line will be closed, and all that was passed on it has been read."""
+    """This line will be closed, and its program goes on."""
 
 
 class Stay(Struct, frozen=True, tag="stay"):
@@ -87,26 +66,17 @@ class Give(Struct, frozen=True, tag="give"):
     live: Live
 
 
-class Pass(Struct, frozen=True, tag="pass"):
-    """A lease whose connection is open: its socket comes with this packet. `serial` and `owed` are as in GRANT.
+class Passed(Struct, frozen=True):
+    """What the broker says with a connection that it passes on itself. `serial` and `owed` are as in GRANT.
 
     `pressed`: others wait for what is owed; else it is owed because the pool is shared, and anybody may ask for it.
     `trial`: no cancel was seen to work on a connection of this pool that has moved; try one before it is used.
     """
 
-    request: int
-    token: Token
     serial: int
     owed: int
     pressed: bool
-    live: Live
     trial: bool = False
-
-
-class Settled(Struct, frozen=True, tag="settled"):
-    """A request that was withdrawn will not be answered any more."""
-
-    request: int
 
 
 class LetIn(Struct, frozen=True, tag="let_in"):
@@ -129,10 +99,10 @@ class Joined(Struct, frozen=True, tag="joined"):
 
 
 class Moved(Struct, frozen=True, tag="moved"):
-    """A lease whose connection is open, from worker to worker: its socket comes with this packet.
+    """A lease whose connection is open, to who waits in the lane: its socket comes with this packet.
 
     `request` is the receiver's own; 0 on the shelf. `cell` is the lease's on the board, `moves` how often it has moved
-    with this time.
+    with this time. `passed` tells that it is not from another worker, but a new lease of the broker's (`cell` -1).
     """
 
     request: int
@@ -140,7 +110,8 @@ class Moved(Struct, frozen=True, tag="moved"):
     cell: int
     moves: int
     live: Live
+    passed: Passed | None = None
 
 
-ToDesk = Deposit | Ask | Withdraw | Leave | Stay | Give | Joined
-FromDesk = Pass | Settled | LetIn
+ToDesk = Deposit | Leave | Stay | Give | Joined
+FromDesk = LetIn

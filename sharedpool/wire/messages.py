@@ -10,6 +10,7 @@ same way when it is repeated, a lease is named by a token that is never used twi
                                                 ◄─────  WELCOME(epoch, limit, ttl)   or REJECT(reason)
       ACQUIRE(request, wait)                    ─────►
                                                 ◄─────  GRANT(request, token)        or DENY(request, who holds)
+                                                ◄┄┄┄┄┄  MOVED(request, token)        or this, in the lane
       [connects]  DEPOSIT(token) + socket       ═════►                               at the desk
                   CONFIRM(token, backend)       ─────►
                                                 ◄─────  RECALL(take, owed)           somebody else waits
@@ -41,7 +42,7 @@ import msgspec
 
 from sharedpool.wire.buckets import BUCKETS
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 
 class Token(NamedTuple):
@@ -106,7 +107,6 @@ class PoolSpec(Struct, frozen=True):
 
     `database` is given to an automatic broker, which serves all of a server: by one name there is a pool for each.
     A pool's processes of another `group` are another pool, by another name: they share a server, and the broker's cap.
-    `lane`: its connections may move past the broker (`sharedpool/lane.py`).
     `ends_overdue`: what is checked out for longer than `max_checkout_ms` is to be ended, not only reported.
     """
 
@@ -119,7 +119,6 @@ class PoolSpec(Struct, frozen=True):
     group: str = ""
     ends_overdue: bool = False
     database: str = ""
-    lane: bool = False
 
     def is_pool_of(self, other: PoolSpec) -> bool:
         """Say whether both are of one pool."""
@@ -180,10 +179,15 @@ class Times(Struct, frozen=True):
 
 
 class Acquire(Struct, frozen=True, tag="acquire"):
-    """Ask for a lease; `wait_ms` 0 means: tell me at once when none can be had."""
+    """Ask for a lease; `wait_ms` 0 means: tell me at once when none can be had.
+
+    `place`: in the lane, where its thread waits and a connection that is open can be sent to it; -1: nowhere. Repeated
+    with another place it has moved there.
+    """
 
     request: int
     wait_ms: int
+    place: int = -1
 
 
 class Hello(Struct, frozen=True, tag="hello"):

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from msgspec import structs
 
 from sharedpool.errors import SharedPoolError
-from sharedpool.wire.desk import Moved, Pass
+from sharedpool.wire.desk import Moved
 from sharedpool.wire.messages import (
     NO_TOKEN,
     Acquire,
@@ -289,10 +289,6 @@ class Cache:
             self.leases.setdefault(lease.token, other)
         lease.conn = lease.ref = None
 
-    def gone(self) -> list[Token]:
-        """Return the leases that were given back, their backends seen to end, and of which the broker may not know."""
-        return list(self.given_back)[:_MOST_GONE]
-
     def acknowledged(self, gone: Iterable[Token]) -> None:
         """Note that the broker knows of these."""
         for token in gone:
@@ -389,32 +385,27 @@ class Cache:
         if now > lease.connect_by:  # nobody is to connect on it
             self.closed(lease, ReleaseReason.UNUSED, gone=True)
             if ticket is not None:
-                self.tickets.ask_anew(ticket, now)
+                self.tickets.ask(ticket, now)
             return None
         if ticket is None:
             return self._pass_on(lease, None, now)
         ticket.answered = True
-        self.tickets.settle(ticket)
+        self.tickets.serve(ticket)
         self._assign(lease, None, ticket, now)
         return ticket
 
-    def passed(self, message: Pass, conn: object, retire_at: float, now: float) -> Ticket | None:
-        """Take in a lease with its open connection; return the ticket to wake, if any.
+    def moved(self, message: Moved, conn: object, retire_at: float, now: float) -> Ticket | None:
+        """Take in a lease with its open connection, whoever has sent it; return the ticket to wake, if any.
 
-        Raise `SharedPoolError` when it is not to be used: a former broker's.
+        Raise `SharedPoolError` when it is not to be used: a former broker has passed it on.
         """
-        if message.token.epoch != self._epoch:
+        passed = message.passed
+        if passed is not None and message.token.epoch != self._epoch:
             raise SharedPoolError(f"lease {message.token} was passed on by a former broker")
-        if message.serial > self._newest:
-            self._newest, self.owed, self.slices.pressed = message.serial, message.owed, message.pressed
-        return self.moved(message, conn, retire_at, now)
-
-    def moved(
-        self, message: Pass | Moved, conn: object, retire_at: float, now: float, *, cell: int = -1, moves: int = 0
-    ) -> Ticket | None:
-        """Take in a lease with its open connection, whoever has sent it; return the ticket to wake, if any."""
+        if passed is not None and passed.serial > self._newest:
+            self._newest, self.owed, self.slices.pressed = passed.serial, passed.owed, passed.pressed
         lease = Lease(message.token, None, now)
-        lease.cell, lease.moves = cell, moves
+        lease.cell, lease.moves = message.cell, message.moves
         lease.cache, lease.idle_s = self, self.slices.gap_s
         if retire_at != math.inf:
             self.retires(retire_at)
@@ -425,18 +416,19 @@ class Cache:
         ticket = self.waiting.get(message.request)
         if ticket is None:
             return self._pass_on(lease, conn, now)
-        ticket.answered = True
-        self.tickets.settle(ticket)
+        ticket.answered = passed is not None
+        self.tickets.serve(ticket)
         self._assign(lease, conn, ticket, now)
         return ticket
 
-    def refuse(self, message: Pass | Moved) -> None:
+    def refuse(self, message: Moved, now: float) -> None:
         """Have the broker end a connection that was passed and cannot be used here; ask for another, to be opened."""
         release = Release(message.token, False, ReleaseReason.FAILED, message.live.backend)
         self.out.append(release)
         self._unproven[message.token] = release
         if (ticket := self.waiting.get(message.request)) is not None:
-            self.tickets.ask_by_link(ticket, again=True)
+            ticket.place = -1
+            self.tickets.ask(ticket, now)
 
     def recalled(self, recall: Recall, now: float, threads: Mapping[int, str]) -> list[Closing]:
         """Take in a recall: reserve idle leases to be closed, longest idle first, and answer with what is held."""
@@ -461,7 +453,7 @@ class Cache:
         """Return the heartbeat: all that is held and asked for."""
         reported = reports(self.leases.values(), now, threads) + self._arriving()
         unproven = list(self._unproven.values())[:_MOST_GONE]
-        return Renew(reported, self._seen, answers, self.tickets.pending(now), list(self.given_back), unproven=unproven)
+        return Renew(reported, self._seen, answers, self.tickets.pending(), list(self.given_back), unproven=unproven)
 
     def _arriving(self) -> list[LeaseReport]:
         """Return what is on its way to a thread: it has come, and was not taken in yet."""
@@ -488,7 +480,7 @@ class Cache:
         self.out.clear()
         self.owed = self._newest = self._recalled = 0
         self.out.extend(unsent)
-        self.tickets.ask_again()
+        self.tickets.ask_again(now)
         if not self._is_new or self._epoch is not None:
             self.out.append(self.renewal(now, threads))
         self._is_new = False

@@ -18,8 +18,7 @@ from psycopg2.extensions import connection
 from sharedpool.errors import PoolClosed, PoolError
 from sharedpool.spare import FOR_A_CONNECTION, make_sure_of
 from sharedpool.wire.messages import START_UP_LIMIT_S, Phase, ReleaseReason
-from sharedpool.worker import callsite, gate, green, moving, wording
-from sharedpool.worker.booth import Booth, Gate
+from sharedpool.worker import callsite, gate, green, wording
 from sharedpool.worker.connection import (
     CHECK_AFTER_S,
     PooledConnection,
@@ -35,19 +34,9 @@ from sharedpool.worker.ending import abort
 from sharedpool.worker.handover import can_move, parameters
 from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.lease import Lease, Ticket
-from sharedpool.worker.link import Link
 from sharedpool.worker.logs import logger
-from sharedpool.worker.registration import Registration
-from sharedpool.worker.session import thread_names
-from sharedpool.worker.tickets import wait_ms
+from sharedpool.worker.waiting import ANSWER_LIMIT_S, Wait
 from sharedpool.worker.wrapper import is_as_opened, lost, take_off, wrap
-
-# How long a caller who does not want to wait waits for the broker's answer: a running one's, and one that starts.
-ANSWER_LIMIT_S = 3.0
-START_LIMIT_S = 25.0
-CONNECT_LIMIT_S = 5.0
-# A refusal by the broker says who holds what; it may come this much after the deadline.
-_GRACE_S = 0.06
 
 
 class Call:
@@ -116,7 +105,7 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
 
 
 def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) -> Lease:
-    """Return a lease: an idle one after all, one handed on by another thread, or one the broker grants."""
+    """Return a lease: an idle one after all, one handed on by another thread or process, or one the broker grants."""
     if logger.is_kept:  # a finalizer, for instance, which runs wherever there is garbage to collect
         raise wording.in_the_link(holdings.config.name)
     if green.is_eventlets():
@@ -124,54 +113,8 @@ def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) ->
     if holdings.orphans or holdings.reclaiming.busy:
         holdings.reclaim(min(wait_s, 1000.0) if wait_s else ANSWER_LIMIT_S)
     holdings.locate_broker()
-    if wait_s and holdings.cache.moving[0]:
-        ticket.begin_anew(time.monotonic())
-        if (lease := moving.wait(holdings, ticket, deadline)) is not None:
-            return lease
-        if ticket.settled:
-            return _outcome(holdings, ticket, wait_s)
-    place = holdings.take_booth(ticket) or Gate()
-    asked: Booth | None = None  # where the request was last made, if it was at the desk
-    try:
-        ticket.wake = place.ring
-        ticket.begin_anew(time.monotonic())
-        with holdings.lock:
-            if holdings.disposed:
-                raise PoolClosed(f"pool {holdings.config.name!r} is disposed")
-            if (lease := holdings.cache.take(ticket.since)) is not None:
-                return lease
-            link, registration = holdings.ensure_link()
-            at_desk = isinstance(place, Booth) and registration.established
-            if not wait_s and any(held.phase is Phase.CLOSING for held in holdings.cache.leases.values()):
-                # A slot is on its way back: the broker must know, or it refuses at once.
-                holdings.cache.out.append(holdings.cache.renewal(ticket.since, thread_names()))
-                at_desk = False
-            elif holdings.config.debug_checkouts:
-                # A refusal is to name the line, of this process's checkouts too: at the desk a request that does not
-                # wait would overtake what tells of them.
-                holdings.cache.out.append(holdings.cache.renewal(ticket.since, thread_names()))
-                at_desk = at_desk and wait_s > 0
-            holdings.cache.tickets.want(ticket, wait_s and max(0.001, deadline - ticket.since), at_desk=at_desk)
-            # Laid there without the lock meanwhile.
-            if holdings.cache.idle and (lease := holdings.cache.take(ticket.since)) is not None:
-                holdings.cache.give_up(ticket, ticket.since)
-                return lease
-        if not at_desk or holdings.config.debug_checkouts:
-            link.wake()
-        limit = deadline + _GRACE_S if wait_s else ticket.since + _patience_s(holdings, registration)
-        while not ticket.settled:
-            left_s = limit - time.monotonic()
-            if left_s <= 0:
-                raise _unanswered(holdings, ticket, link, registration, wait_s)
-            if ticket.to_ask:
-                left_s = wait_s and max(0.001, deadline - time.monotonic())
-                place, said = _go_to_desk(holdings, ticket, place, registration.identity, left_s)
-                asked = place if said and isinstance(place, Booth) else asked
-                continue
-            _look(holdings, ticket, place, left_s)
-    finally:
-        if isinstance(place, Booth):
-            _leave(holdings, ticket, place, asked=place is asked)
+    if (lease := Wait(holdings, ticket, wait_s, deadline).wait()) is not None:
+        return lease
     return _outcome(holdings, ticket, wait_s)
 
 
@@ -184,74 +127,6 @@ def _outcome(holdings: Holdings, ticket: Ticket, wait_s: float) -> Lease:
     if ticket.lease is None:
         raise AssertionError("bug: a ticket was woken without an outcome")
     return ticket.lease
-
-
-def _go_to_desk(
-    holdings: Holdings, ticket: Ticket, place: Gate | Booth, session: bytes, wait_s: float
-) -> tuple[Gate | Booth, bool]:
-    """Ask at a line of the desk, where a connection can be passed to this thread; without one by the link.
-
-    Return where to wait, and whether it was said there.
-    """
-    booth = place if isinstance(place, Booth) and place.open else holdings.take_booth(ticket)
-    if booth is not place and isinstance(place, Booth):
-        place.home.put(place)  # closed by now
-    with holdings.lock:
-        if booth is not None:
-            ticket.wake = booth.ring
-        if ticket.settled or not ticket.to_ask:  # whoever has done that may have rung at the old place
-            return booth or place, False
-        ticket.to_ask = False
-        gone = holdings.cache.gone() if holdings.cache.given_back else []
-    if booth is not None and booth.ask(session, ticket.request, wait_ms(wait_s), gone):
-        return booth, True
-    with holdings.lock:
-        holdings.cache.tickets.ask_by_link(ticket)
-    holdings.signal()
-    return booth or place, False
-
-
-def _look(holdings: Holdings, ticket: Ticket, place: Gate | Booth, left_s: float) -> None:
-    """Wait for news."""
-    if isinstance(place, Gate):
-        place.wait(left_s)
-        return
-    was_open = place.open
-    if (passed := place.wait(left_s)) is not None:
-        other = holdings.receive(*passed, limit_s=left_s)
-        place.sure = True  # nothing of what was read can be lost any more
-        if other is not None and other is not ticket:
-            other.wake()
-    elif was_open and not place.open:
-        with holdings.lock:
-            holdings.cache.tickets.ask_by_link(ticket, again=True)
-        holdings.signal()
-
-
-def _leave(holdings: Holdings, ticket: Ticket, booth: Booth, *, asked: bool) -> None:
-    """Give a booth back; where something may still be passed to it, the link reads on."""
-    unsettled = asked and not ticket.finished
-    if unsettled and booth.sure and booth.withdraw():
-        booth.home.watch(booth)
-        holdings.signal()
-    else:
-        # The broker does not read just now: what it may still pass there has to end with the line.
-        booth.sure = booth.sure and not unsettled
-        booth.home.put(booth)
-
-
-def _patience_s(holdings: Holdings, registration: Registration) -> float:
-    """How long to wait for a broker's answer on behalf of a caller who does not want to wait for a slot."""
-    if registration.established:
-        return ANSWER_LIMIT_S
-    return CONNECT_LIMIT_S if holdings.config.broker else START_LIMIT_S
-
-
-def _unanswered(holdings: Holdings, ticket: Ticket, link: Link, registration: Registration, wait_s: float) -> PoolError:
-    if wait_s and registration.established and link.heard_at >= ticket.since:
-        return wording.timed_out(holdings.config.name, holdings.limit, wait_s)
-    waited_s = time.monotonic() - ticket.since
-    return wording.unanswered(holdings.config.name, link.address, waited_s, registration.trouble)
 
 
 def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledConnection:

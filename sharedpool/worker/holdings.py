@@ -25,10 +25,9 @@ from sharedpool.lane import DESCRIPTORS, FOR_A_LANE, Item, Lane, network
 from sharedpool.owned import Identity, Owned, identity, is_still, let_go
 from sharedpool.spare import FOR_A_CONTEXT, is_shortage, make_sure_of
 from sharedpool.wire.codec import encode
-from sharedpool.wire.desk import GIVE_BYTES, Give, LetIn, Live, Moved, Pass
+from sharedpool.wire.desk import GIVE_BYTES, Give, LetIn, Live, Moved
 from sharedpool.wire.messages import Backend, Interrupt, ReleaseReason, Token
 from sharedpool.worker import forks, gate, links
-from sharedpool.worker.booth import Booth
 from sharedpool.worker.cache import Cache
 from sharedpool.worker.connection import (
     CHECK_AFTER_S,
@@ -102,6 +101,8 @@ class Holdings:
         self.handover = config.handover and not config.disable_pooling and SUPPORTED  # until it is found not to work
         self.tested, self._trials = False, _TRIALS  # whether it was found to work here
         self.tag = f"sharedpool {config.name}"  # until the broker has said its own
+        self.invitation: LetIn | None = None  # to the pool's lane, while the broker's WELCOME is on its way
+        self._invited_with: list[int] = []
         self.seats: Seats | None = None  # in the pool's lane
         self.mover: Mover | None = None
         self.reclaiming = Turns()  # across I/O; a user's reset() may come back to it
@@ -338,11 +339,23 @@ class Holdings:
             self.give_back(lease, ReleaseReason.SHARED, gone=conn.sharedpool_gone)
         let_go(witness, conn.sharedpool_known)
 
-    def enter_lane(self, invitation: LetIn, fds: list[int]) -> bool:
-        """Wait and give in a lane from now on, whenever connections move in it; return whether that can be."""
+    def keep_invitation(self, invitation: LetIn | None, fds: list[int]) -> None:
+        """Keep an invitation to a lane, and its descriptors, in place of a former one. In the link's thread."""
+        former, self.invitation, self._invited_with = self._invited_with, invitation, fds
+        for fd in former:
+            os.close(fd)
+
+    def enter_lane(self) -> bool:
+        """Follow the invitation: wait and give in a lane from now on, whenever connections move in it.
+
+        Return whether that can be. In the link's thread.
+        """
+        invitation, fds, self._invited_with = self.invitation, self._invited_with, []
+        assert invitation is not None
+        self.invitation = None
         try:
             make_sure_of(FOR_A_LANE, f"pool {self.config.name!r}: its lane")
-            fits = self.config.lane and self.hands_over and invitation.network == network() and len(fds) == DESCRIPTORS
+            fits = self.hands_over and invitation.network == network() and len(fds) == DESCRIPTORS
         except SharedPoolError:
             fits = False
         if not fits:
@@ -350,14 +363,18 @@ class Holdings:
                 os.close(fd)
             return False
         try:
-            lane = Lane(fds, invitation.number)
+            lane = Lane(fds, invitation.number, self.refuse)
         except OSError as error:
-            logger.info("pool %r: no lane (%s): connections are passed on by the broker", self.config.name, error)
+            logger.info("pool %r: no lane (%s): connections are not passed on here", self.config.name, error)
             return False
         self.leave_lane()
         self.seats = Seats(lane, invitation.index, self._take_stray)
         self.mover = Mover(self, self.seats, lane, None if self.link is None else self.link.make_timer())
         self.cache.moving = lane.board.head
+        with self.lock:
+            waiting = list(self.cache.waiting.values())
+        for ticket in waiting:
+            ticket.wake()  # to take a seat
         return True
 
     def leave_lane(self, *, former_brokers: bool = False) -> None:
@@ -370,15 +387,11 @@ class Holdings:
         self.cache.unread = []  # what it says would be said for ever
         if seats is None:
             return
-        with self.lock:
-            tickets = [ticket for ticket in self.cache.waiting.values() if ticket.in_lane]
         while former_brokers and (got := seats.lane.take()) is not None:
             self._take_former_brokers(*got)
         seats.lane.close()
         for moved, sock in seats.rest() if former_brokers else ():
             self._take_former_brokers(moved, sock)
-        for ticket in tickets:
-            ticket.wake()
         seats.ring()
         seats.close()
 
@@ -403,38 +416,37 @@ class Holdings:
         packet = encode(Give(registration.identity, closing.lease.token, closing.reason, live))
         return len(packet) <= GIVE_BYTES and link.desk.say(packet)
 
-    def receive(self, passed: Pass | Moved, sock: Owned, limit_s: float) -> Ticket | None:
+    def receive(self, moved: Moved, sock: Owned, limit_s: float) -> Ticket | None:
         """Take in a connection that was passed on: for the thread that asked, another that waits, or to lie idle.
 
         Return the ticket of the thread, to be woken. Waits for the end of its reset, at most `limit_s` seconds.
         """
         arriving = sock.fileno(), identity(sock.fileno())
         self.arriving.add(arriving)
-        if isinstance(passed, Moved):
-            self.cache.arriving[passed.token] = passed  # the broker may ask for it meanwhile
+        self.cache.arriving[moved.token] = moved  # the broker may ask for it meanwhile
         try:
-            return self._take_in(passed, sock, limit_s)
+            return self._take_in(moved, sock, limit_s)
         finally:
             self.arriving.discard(arriving)  # by now it is closed, or its lease tells of it
-            self.cache.arriving.pop(passed.token, None)
+            self.cache.arriving.pop(moved.token, None)
 
-    def _take_in(self, passed: Pass | Moved, sock: Owned, limit_s: float) -> Ticket | None:
-        live = passed.live
+    def _take_in(self, moved: Moved, sock: Owned, limit_s: float) -> Ticket | None:
+        live = moved.live
         if not self.shells.are_known and self.link is not None and self.link.is_here:
             sock.close()  # building the user's object would run his code in the link's thread
-            self.refuse(passed)
+            self.refuse(moved)
             return None
         try:
             parameters = parameters_after(sock, live.parameters, limit_s)
             if parameters is None or not reads_dates(parameters):
                 sock.close()
-                self.refuse(passed)
+                self.refuse(moved)
                 return None
             live = live if parameters == live.parameters else structs.replace(live, parameters=parameters)
             conn = adopt(self.shells.take(live, len(self.cache.leases) + 1), sock, live)
         except BaseException as error:
             sock.close()  # unless the shell has it
-            self.refuse(passed)
+            self.refuse(moved)
             if isinstance(error, SharedPoolError) or is_shortage(error):
                 logger.info("pool %r: a connection that was passed on is closed: %s", self.config.name, error)
             elif isinstance(error, psycopg2.Error | OSError):
@@ -444,12 +456,12 @@ class Holdings:
             return None
         fit = False
         try:
-            trial = isinstance(passed, Pass) and passed.trial
-            fit = (self.tested and not trial) or self._is_fit(conn, passed.request, passed.token, trial=trial)
+            trial = moved.passed is not None and moved.passed.trial
+            fit = (self.tested and not trial) or self._is_fit(conn, moved.request, moved.token, trial=trial)
         finally:
             if not fit:
                 cut([conn], limit_s=0)
-                self.refuse(passed)
+                self.refuse(moved)
         if not fit:
             return None
         conn.sharedpool_holdings, conn.sharedpool_movable = self, True
@@ -457,10 +469,7 @@ class Holdings:
         try:
             with self.lock:
                 retire_at = math.inf if live.left_ms is None else now + live.left_ms / 1000
-                if isinstance(passed, Pass):
-                    ticket = self.cache.passed(passed, conn, retire_at, now)
-                else:
-                    ticket = self.cache.moved(passed, conn, retire_at, now, cell=passed.cell, moves=passed.moves)
+                ticket = self.cache.moved(moved, conn, retire_at, now)
         except SharedPoolError as error:
             logger.info("pool %r: %s", self.config.name, error)
             cut([conn], limit_s=0)
@@ -488,12 +497,12 @@ class Holdings:
         link, ticket = self.link, self.cache.waiting.get(request)
         if link is None or link.is_here or ticket is None:  # the link's thread is what sends a cancel
             return False
-        return ticket.since + ticket.wait_ms / 1000 - time.monotonic() >= PATIENT_S
+        return ticket.until is not None and ticket.until - time.monotonic() >= PATIENT_S
 
-    def refuse(self, passed: Pass | Moved) -> None:
-        """Have the broker end a connection that was passed and is of no use here."""
+    def refuse(self, moved: Moved) -> None:
+        """Have the broker end a connection that has come and is of no use here."""
         with self.lock:
-            self.cache.refuse(passed)
+            self.cache.refuse(moved, time.monotonic())
         self.signal()
 
     def _cannot(self, why: str) -> None:
@@ -662,11 +671,6 @@ class Holdings:
         self.link.ensure_running()  # an interrupt may have come between the two
         return self.link, self.registration
 
-    def take_booth(self, ticket: Ticket) -> Booth | None:
-        """Return a place to wait where connections can be handed over, or None."""
-        link = self.link
-        return link.booths.take(ticket, self.receive) if link is not None and self.hands_over else None
-
     def disown(self) -> None:
         """In a forked child: make every inherited connection harmless. Takes no lock: its holder is not here."""
         for number, known in self.arriving:
@@ -679,6 +683,7 @@ class Holdings:
         if self.seats is not None:
             self.seats.lane.close()
             self.seats.close()
+        self.keep_invitation(None, [])
         if self.link is not None:
             self.link.disown()
 

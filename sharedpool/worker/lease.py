@@ -107,13 +107,13 @@ class Lease:
 class Ticket:
     """One thread's wait for a lease. Its end is a `lease`, a `denial` or an `error`: `settled` tells that it has come.
 
-    `wake` is called then, and when the thread is `to_ask` at the desk, in place of the link. `owner` is a reference to
-    what lives as long as the thread's call: without it the ticket is `abandoned`.
+    `wake` is called then, and when the thread is to look where it waits best. `owner` is a reference to what lives as
+    long as the thread's call: without it the ticket is `abandoned`.
     """
 
     __slots__ = (
-        "__weakref__", "answered", "asks", "at_desk", "denial", "error", "in_lane", "lease", "owner", "request",
-        "since", "to_ask", "wait_ms", "wake",
+        "__weakref__", "answered", "asks", "denial", "error", "in_lane", "lease", "owner", "place", "request", "since",
+        "until", "wake",
     )  # fmt: skip
 
     def __init__(self, wake: Callable[[], None], now: float, owner: object | None = None) -> None:
@@ -121,11 +121,10 @@ class Ticket:
         self.wake = wake
         self.since = now
         self.request = 0
-        self.wait_ms = 0  # 0: an answer at once
-        self.at_desk = False  # asked for at a line of the desk, which loses nothing
-        self.to_ask = False  # there, by its thread
+        self.until: float | None = None  # then its wait is over; None: it wants an answer at once
+        self.place = -1  # where it waits in the lane
         self.in_lane = False  # it waits there, and was asked for nowhere else
-        self.asks = 0  # how often it was, there or by the link
+        self.asks = 0  # how often the broker was asked for it
         self.answered = False  # by the broker itself: nothing more comes for it
         self.lease: Lease | None = None
         self.denial: Deny | None = None
@@ -139,11 +138,11 @@ class Ticket:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more can come for it at its line: it was asked for once, there, and that is answered.
+        """Whether the broker sends nothing more to its place: it was asked once at most, and that is answered.
 
-        Asked for twice it may be queued anew while the answer to the first is on its way.
+        Asked twice it may queue it anew while the answer to the first is on its way.
         """
-        return self.at_desk and self.asks == 1 and (self.answered or self.denial is not None)
+        return not self.asks or (self.asks == 1 and (self.answered or self.denial is not None))
 
     @property
     def abandoned(self) -> bool:

@@ -26,11 +26,9 @@ from sharedpool.errors import ProtocolError, SharedPoolError
 from sharedpool.spare import FOR_A_CONTEXT, FOR_A_SOCKET, make_sure_of
 from sharedpool.wire.channel import PROCESS_PREFIX, add_channel, channel_number, split_channel
 from sharedpool.wire.codec import decode_to_worker, encode
-from sharedpool.wire.desk import Joined
 from sharedpool.wire.messages import Reject, ToBroker, ToWorker, Welcome
 from sharedpool.worker import green
 from sharedpool.worker.bell import Bell
-from sharedpool.worker.booth import Booths
 from sharedpool.worker.desk import Desk
 from sharedpool.worker.ending import FINALIZING_S, close_ownerless
 from sharedpool.worker.logs import logger
@@ -41,7 +39,6 @@ _HELLO_RETRY_S = 1.0
 _RESTART_AFTER_S = 3.0  # without a WELCOME: see whether the automatic broker must be started
 _FLUSH_LIMIT_S = 1.0
 _JITTER_S = 0.05
-_TRIM_EVERY_S = 5.0
 _POLLIN = int(zmq.POLLIN)  # an enumeration's own `&` takes a microsecond
 _LOOK_EVERY_S = 0.5  # for what interrupts have left behind
 
@@ -62,7 +59,6 @@ class Link:
     def __init__(self, address: str, context: Context) -> None:
         self.address = address
         self.desk = Desk()
-        self.booths = Booths()
         self.heard_at = float("-inf")
         self.epoch = 0
         # Kept for life: the broker knows the sessions, and what they hold, by it.
@@ -79,8 +75,8 @@ class Link:
         self._running = False
         self._established = False
         self._listens = False  # else its thread has yet to look for the first time what there is to do
-        self._watched: set[int] = set()  # lines to the desk, by number
-        self._trim_at = self._look_at = 0.0
+        self._watched: set[int] = set()  # descriptors, with the bell and ZeroMQ's
+        self._look_at = 0.0
         self._attempts = 0
         self._late = False  # it was waited for in vain, and has not come round since
         self._thread: Any = None  # or greenlet
@@ -143,7 +139,6 @@ class Link:
         if self.timer is not None:
             self.timer.close()
         self.desk.disown()
-        self.booths.close()
         if self._thread is not None and not isinstance(self._thread, threading.Thread):
             self._thread.kill(block=False)  # before it can touch the parent's ZeroMQ socket
 
@@ -185,7 +180,6 @@ class Link:
             registration.endpoint.ended()
             registration.over.set()
         self.desk.close()
-        self.booths.close()
         self._bell.close()
         if self.timer is not None:
             self.timer.close()
@@ -287,11 +281,7 @@ class Link:
         registration.beat(now)
         if now >= self._look_at:
             self._look_at = now + _LOOK_EVERY_S
-            self.booths.take_strays()
             close_ownerless()
-        if now >= self._trim_at:
-            self._trim_at = now + _TRIM_EVERY_S
-            self.booths.trim()
         return True
 
     def _hello(self, registration: Registration, dealer: Any, now: float) -> None:
@@ -301,19 +291,15 @@ class Link:
     def _wait(self, poller: Any, dealer: Any, due: float) -> bool:
         """Wait for news and take it in; return False when the line to the desk tells that the broker has ended."""
         line = -1 if self.desk.line is None or not self._established else self.desk.line.fileno()
-        unsettled = list(self.booths.unsettled)
         seats = {fd: each.endpoint for each in self._living() for fd in each.endpoint.watched()}
         timer = -1 if self.timer is None else self.timer.fileno()
-        watched = {*unsettled, *seats, line, timer} - {-1}
+        watched = {*seats, line, timer} - {-1}
         for fd in self._watched - watched:
             poller.unregister(fd)
         for fd in watched - self._watched:
             poller.register(fd, zmq.POLLIN)
         self._watched = watched
         ready = dict(poller.poll(_ms_until(due)))
-        for fd in unsettled:
-            if fd in ready:
-                self.booths.read(fd)
         for endpoint in {seats[fd] for fd in seats.keys() & ready.keys()}:
             endpoint.look()
         if line in ready and not self._read_line():
@@ -340,8 +326,8 @@ class Link:
             if registration is None:
                 for fd in fds:
                     os.close(fd)
-            elif registration.endpoint.let_in(invitation, fds):
-                self.desk.say(encode(Joined(invitation.session)))
+            else:
+                registration.endpoint.let_in(invitation, fds)
         return True
 
     def _receive(self, dealer: Any) -> None:
@@ -378,7 +364,6 @@ class Link:
         elif isinstance(message, Welcome):
             if message.epoch != self.epoch or self.desk.line is None:
                 self.desk.open(message.desk, self.identity)
-                self.booths.path = message.desk if self.desk.line is not None else ""
             self.epoch, self._established = message.epoch, True
             registration.welcomed(message, self.heard_at, random.uniform(0.5, 1.0))
             endpoint.receive(message)

@@ -31,17 +31,15 @@ from sharedpool.worker.handover import adopt, encoded_parameters, names_of_param
 from sharedpool.worker.lease import Lease, collected
 from sharedpool.worker.logs import logger
 from sharedpool.worker.reset import parameters_after
-from sharedpool.worker.seats import Seat, Seats
+from sharedpool.worker.seats import AGAIN_S, Seat, Seats
 from sharedpool.worker.slices import STEADY_GAP_S
 from sharedpool.worker.timer import Timer
-from sharedpool.worker.wrapper import is_as_opened
+from sharedpool.worker.wrapper import is_as_opened, is_wrapped
 
 if TYPE_CHECKING:
     from sharedpool.worker.holdings import Holdings
 
 _IN_USE, _IDLE, _CLOSING, _SHARED = Phase.IN_USE, Phase.IDLE, Phase.CLOSING, ReleaseReason.SHARED
-# Whoever was to serve a ticket may have died with it, or be stopped: another one is written after so long.
-AGAIN_S = 0.5
 
 
 class Call:
@@ -157,7 +155,7 @@ class Mover:
         holdings, seats = self._holdings, self._seats
         if not (holdings.tested and holdings.shells.are_known) or holdings.orphans or holdings.reclaiming.busy:
             return None
-        if not wait_s or logger.is_kept or holdings.config.configure is not None:
+        if not wait_s or logger.is_kept or holdings.config.configure is not None or is_wrapped():
             return None
         call = Call()
         seat = seats.take(weakref.ref(call))
@@ -187,10 +185,21 @@ class Mover:
                         continue
                 got = seat.wait(min(deadline, again_at) - now)
             now = monotonic()
+            if got is not None and got[0].passed is not None:
+                self._take_in(got, deadline - now)
+                got = None
             if got is not None:
                 if (conn := self._adopt(*got, began, now, deadline - now)) is not None:
                     return conn
                 got = None
+
+    def _take_in(self, got: tuple[Moved, Owned], limit_s: float) -> None:
+        """Take in what the broker has sent to who waited here before, for who waits now."""
+        holdings = self._holdings
+        if (ticket := holdings.receive(*got, limit_s)) is not None:
+            ticket.wake()
+        elif (lease := self._cache.leases.get(got[0].token)) is not None:
+            holdings.settle(lease, monotonic())
 
     def _adopt(self, moved: Moved, sock: Owned, began: float, now: float, limit_s: float) -> PooledConnection | None:
         """Make a connection that has come this process's own, and lend it; None when it is of no use."""

@@ -19,7 +19,7 @@ from sharedpool.errors import PoolClosed, PoolError, SharedPoolError
 from sharedpool.wire.messages import Phase, ReleaseReason
 from sharedpool.worker import forks
 from sharedpool.worker.cache import Cache
-from sharedpool.worker.checkout import ANSWER_LIMIT_S, checkout
+from sharedpool.worker.checkout import checkout
 from sharedpool.worker.connection import CHECK_AFTER_S, PooledConnection
 from sharedpool.worker.ending import close_confirmed, cut
 from sharedpool.worker.gate import OPEN, SHUT
@@ -28,6 +28,7 @@ from sharedpool.worker.lease import Lease
 from sharedpool.worker.location import BrokerLocation
 from sharedpool.worker.settings import PoolConfig
 from sharedpool.worker.stats import PoolStats, stats_of
+from sharedpool.worker.waiting import ANSWER_LIMIT_S
 from sharedpool.worker.wrapper import bare, keep, outside
 
 IN_USE, IDLE = Phase.IN_USE, Phase.IDLE

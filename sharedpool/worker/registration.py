@@ -33,8 +33,8 @@ class Endpoint(Protocol):
     def receive(self, message: ToWorker) -> None:
         """Take in a message."""
 
-    def let_in(self, invitation: LetIn, fds: list[int]) -> bool:
-        """Take part in the lane that these descriptors, this pool's now, are of; return whether it does."""
+    def let_in(self, invitation: LetIn, fds: list[int]) -> None:
+        """Take part in the lane that these descriptors, this pool's now, are of."""
 
     def watched(self) -> list[int]:
         """Return descriptors where something may come for who waits no more: `look` then. Takes no lock."""

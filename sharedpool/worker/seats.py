@@ -17,6 +17,8 @@ from sharedpool.wire.desk import PACKET_BYTES, Moved
 
 # Takes in what was sent to a seat that nobody waits at any more.
 Receive = Callable[[Moved, Owned], None]
+# Whoever was to serve a ticket may have died with it, or be stopped: another one is written after so long.
+AGAIN_S = 0.5
 # A free seat is looked at so often before it is taken for settled.
 _LOOKS = 4
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
@@ -41,6 +43,11 @@ class Seat:
         self._known = (identity(self._sock.fileno()),)
         self._poller = select.poll()
         self._poller.register(self._sock, select.POLLIN)
+
+    @property
+    def number(self) -> int:
+        """Where it is in the lane."""
+        return self._place
 
     def fileno(self) -> int:
         """Return the descriptor, which becomes readable when something came; -1 when closed."""
@@ -153,8 +160,8 @@ class Seats:
                 self._receive(*got)
             elif times < _LOOKS:
                 self._unsettled[seat] = times + 1
-            else:
-                self._unsettled.pop(seat, None)
+            elif self._unsettled.pop(seat, None) is not None:
+                seat.settled = True
 
     def rest(self) -> Iterator[tuple[Moved, Owned]]:
         """Read what has come anywhere, before all seats are left."""

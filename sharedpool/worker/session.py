@@ -13,7 +13,8 @@ import time
 from typing import TYPE_CHECKING, cast
 
 from sharedpool.errors import BrokerUnavailable
-from sharedpool.wire.desk import LetIn
+from sharedpool.wire.codec import encode
+from sharedpool.wire.desk import Joined, LetIn
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
     Ack,
@@ -68,7 +69,6 @@ class Session:
             config.group,
             config.ends_overdue,
             identity.dbname,
-            config.lane,
         )
         with self._holdings.lock:
             cache = self._holdings.cache
@@ -81,9 +81,22 @@ class Session:
         with self._holdings.lock:
             return self._holdings.cache.farewell()
 
-    def let_in(self, invitation: LetIn, fds: list[int]) -> bool:
-        """Take part in the lane that these descriptors, this pool's now, are of; return whether it does."""
-        return self._holdings.enter_lane(invitation, fds)
+    def let_in(self, invitation: LetIn, fds: list[int]) -> None:
+        """Take part in the lane that these descriptors, this pool's now, are of: once it is welcome.
+
+        The WELCOME comes another way, and may be slower where the process has a line to the desk already.
+        """
+        holdings = self._holdings
+        holdings.keep_invitation(invitation, fds)
+        if holdings.registration is not None and holdings.registration.established:
+            self._accept()
+
+    def _accept(self) -> None:
+        """Follow an invitation to the lane, if there is one."""
+        holdings, link = self._holdings, self._holdings.link
+        invitation = holdings.invitation
+        if invitation is not None and holdings.enter_lane() and link is not None:
+            link.desk.say(encode(Joined(invitation.session)))
 
     def watched(self) -> list[int]:
         """Return descriptors where something may come for who waits no more."""
@@ -197,10 +210,9 @@ class Session:
             self._holdings.cache.times.registered()
             for lease in self._holdings.cache.leases.values():
                 lease.deposited = False
-            moved = self._holdings.cache.tickets.registered(welcome.served, hands_over=hands_over)
+            self._holdings.cache.tickets.registered(welcome.served, time.monotonic())
         self._deposit_all()
-        for ticket in moved:
-            ticket.wake()
+        self._accept()
 
     def _deposit_all(self) -> None:
         """Hand in what is not at the desk: after a restart of the broker, or when the line was full."""
@@ -257,6 +269,7 @@ class Session:
     def ended(self) -> None:
         """Note that the registration has ended; a pool that goes on makes another when it needs one."""
         if self._over:
+            self._holdings.keep_invitation(None, [])
             self._holdings.leave_lane()
         with self._holdings.lock:
             self._let_go()

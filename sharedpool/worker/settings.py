@@ -36,7 +36,6 @@ class PoolConfig:
     max_waiting: int | None = None
     group: str = ""
     handover: bool = True
-    lane: bool = False
     slice: float = 0.002
     debug_checkouts: bool = False
 

@@ -1,4 +1,4 @@
-"""The threads of one process that wait for a lease, and where each was asked for: by the link or at the desk. Pure.
+"""The threads of one process that wait for a lease, and whether each was asked for at the broker. Pure.
 
 The caller holds the pool's lock. Messages go into the cache's outbox.
 """
@@ -8,21 +8,19 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict, deque
 
-from msgspec import structs
-
-from sharedpool.wire.messages import Acquire, Cancel, Deny, Renew, ToBroker
+from sharedpool.wire.messages import Acquire, Cancel, Deny, ToBroker
 from sharedpool.worker.lease import Ticket
 from sharedpool.worker.slices import Slices
 
 _LONGEST_WAIT_MS = 2**52
-# What was asked at the desk so long ago is listed in the heartbeat: the broker knows of it by now, or not any more.
-ASKED_S = 1.0
 _MOST_ASKED = 10_000
 
 
-def wait_ms(wait_s: float) -> int:
-    """Return a wait as a request carries it: milliseconds, at least 1 for who wants to wait at all."""
-    return 0 if wait_s <= 0 else int(min(max(wait_s * 1000, 1), _LONGEST_WAIT_MS))
+def _acquire(ticket: Ticket, now: float) -> Acquire:
+    """Return a ticket's request. Who wants to wait at all waits a millisecond at least."""
+    left_s = 0.0 if ticket.until is None else ticket.until - now
+    wait_ms = 0 if ticket.until is None else int(min(max(left_s * 1000, 1), _LONGEST_WAIT_MS))
+    return Acquire(ticket.request, wait_ms, ticket.place)
 
 
 class Tickets:
@@ -40,23 +38,17 @@ class Tickets:
         """Return the number of another request. Needs no lock."""
         return next(self._requests)
 
-    def want(self, ticket: Ticket, wait_s: float, *, at_desk: bool = False, in_lane: bool = False) -> None:
+    def want(self, ticket: Ticket, wait_s: float, *, place: int = -1, in_lane: bool = False) -> None:
         """Queue a ticket, here and at the broker; `wait_s` 0 asks for an answer at once.
 
-        `at_desk`: the caller asks there itself; `in_lane`: the broker need not know.
+        `place`: where it waits in the pool's lane, if it does; `in_lane`: the broker need not know.
         """
-        ticket.request = self.new_request()
-        ticket.wait_ms = wait_ms(wait_s)
-        ticket.at_desk = ticket.to_ask = at_desk
-        ticket.in_lane = in_lane
-        ticket.asks = int(not in_lane)
+        ticket.request, ticket.until = self.new_request(), ticket.since + wait_s if wait_s > 0 else None
+        ticket.place, ticket.in_lane, ticket.asks = place, in_lane, 0
         self._slices.asked(ticket.since)
         self.waiting[ticket.request] = ticket
-        self._asked_at[ticket.request] = ticket.since
-        if len(self._asked_at) > _MOST_ASKED:
-            self._asked_at.popitem(last=False)
-        if not (at_desk or in_lane):
-            self.out.append(Acquire(ticket.request, ticket.wait_ms))
+        if not in_lane:
+            self.ask(ticket, ticket.since)
 
     def withdraw(self, ticket: Ticket) -> bool:
         """Take a ticket out that waits no more, as far as anybody knows of it; return whether it still did."""
@@ -65,70 +57,61 @@ class Tickets:
         self.settle(ticket)
         if ticket.asks:
             self.out.append(Cancel(ticket.request))
-        ticket.in_lane = ticket.to_ask = False
+        ticket.in_lane = False
         return True
+
+    def serve(self, ticket: Ticket) -> None:
+        """Take a ticket out that has its answer; whatever the broker may still have of it is to be forgotten there."""
+        self.settle(ticket)
+        if not ticket.finished:
+            self.out.append(Cancel(ticket.request))
 
     def first(self, now: float) -> Acquire | None:
         """Return what the first who waits asks for, for a HELLO that is said now."""
         for request, ticket in self.waiting.items():
             if self._along[0] != request:  # else an earlier HELLO may be what is answered
                 self._along = request, now
-            return Acquire(request, ticket.wait_ms)
+            return _acquire(ticket, now)
         return None
 
-    def registered(self, served: int, *, hands_over: bool) -> list[Ticket]:
-        """Note what a WELCOME says of those who wait: request number `served` will be answered as it was said along.
+    def registered(self, served: int, now: float) -> None:
+        """Note that request number `served`, which was said along with a HELLO, will be answered by that.
 
-        Where connections can be handed over the others ask at the desk instead: only there one can be passed to them.
-        Return their tickets, to be woken for that. Who does not want to wait is answered by link all the same.
+        The others are said only now, perhaps long after it: so much less they still wait.
         """
-        moved = [
-            ticket
-            for ticket in self.waiting.values()
-            if hands_over and ticket.wait_ms and not ticket.at_desk and ticket.request != served
-        ]
         self._along = (0, 0.0)
-        requests = {ticket.request for ticket in moved}
-        unsent = [
-            x for x in self.out if not (isinstance(x, Acquire) and (x.request in requests or x.request == served))
-        ]
+        unsent = list(self.out)
         self.out.clear()
         for each in unsent:
-            if isinstance(each, Renew):  # there the broker is not to miss what it has not been asked for yet
-                pending = [request for request in each.pending if request not in requests]
-                self.out.append(structs.replace(each, pending=pending))
-            else:
+            if not isinstance(each, Acquire):
                 self.out.append(each)
-        for ticket in moved:
-            ticket.at_desk = ticket.to_ask = True
-            ticket.asks += 1
-        return moved
+            elif each.request != served and (ticket := self.waiting.get(each.request)) is not None:
+                self.out.append(_acquire(ticket, now))
 
-    def ask_by_link(self, ticket: Ticket, *, again: bool = False) -> None:
-        """Ask for a ticket in the ordinary way: its line to the desk is gone.
-
-        `again`: even if that was done before, since what was passed on the line may have been the answer to it.
-        """
-        if (ticket.at_desk or again) and self.waiting.get(ticket.request) is ticket:
-            ticket.at_desk = ticket.to_ask = ticket.in_lane = False
-            ticket.asks += 1
-            self.out.append(Acquire(ticket.request, ticket.wait_ms))
-
-    def ask_anew(self, ticket: Ticket, now: float) -> None:
-        """Ask once more for a ticket: what it was granted could not be used."""
+    def ask(self, ticket: Ticket, now: float) -> None:
+        """Ask the broker for a ticket: for the first time, or once more, since what it was given could not be used."""
+        ticket.in_lane = False
+        ticket.asks += 1
         self._asked_at[ticket.request] = now
-        self.ask_by_link(ticket, again=True)
+        if len(self._asked_at) > _MOST_ASKED:
+            self._asked_at.popitem(last=False)
+        self.out.append(_acquire(ticket, now))
+
+    def move(self, ticket: Ticket, place: int, now: float) -> None:
+        """Have a ticket wait at another place in the lane, or (-1) nowhere there."""
+        ticket.place = place
+        if ticket.asks and self.waiting.get(ticket.request) is ticket:
+            ticket.asks += 1
+            self.out.append(_acquire(ticket, now))
 
     def settle(self, ticket: Ticket) -> None:
         """Take a ticket out: its wait is over."""
         del self.waiting[ticket.request]
 
-    def ask_again(self) -> None:
-        """Ask for every ticket by the link: the broker knows of none."""
-        self.out.extend(Acquire(request, ticket.wait_ms) for request, ticket in self.waiting.items())
-        for ticket in self.waiting.values():
-            ticket.at_desk = ticket.to_ask = ticket.in_lane = False
-            ticket.asks += 1
+    def ask_again(self, now: float) -> None:
+        """Ask for every ticket: the broker knows of none."""
+        for request, ticket in self.waiting.items():
+            self.ask(ticket, self._asked_at.get(request, now))
 
     def granted_at(self, request: int, waited_s: float, now: float) -> float:
         """Return when a request was granted, or an earlier moment: it had waited for so long then."""
@@ -140,21 +123,17 @@ class Tickets:
         if served in self.waiting:
             self._asked_at[served] = self._along[1] if self._along[0] == served else float("-inf")
 
-    def pending(self, now: float) -> list[int]:
+    def pending(self) -> list[int]:
         """Return the requests of which the broker should know by now."""
-        return [
-            request
-            for request, ticket in self.waiting.items()
-            if not (ticket.at_desk or ticket.in_lane) or (ticket.at_desk and now - ticket.since >= ASKED_S)
-        ]
+        return [request for request, ticket in self.waiting.items() if not ticket.in_lane]
 
     def denied(self, deny: Deny) -> Ticket | None:
         """Take in a refusal; return the ticket to wake."""
         self._asked_at.pop(deny.request, None)
         ticket = self.waiting.get(deny.request)
         if ticket is not None:
-            self.settle(ticket)
             ticket.denial = deny
+            self.serve(ticket)
         return ticket
 
     def fail(self, error: Exception) -> list[Ticket]:

@@ -28,6 +28,11 @@ def _is_function_of_psycopg2() -> bool:
     return type(connect) is FunctionType and connect.__globals__ is vars(psycopg2)
 
 
+def is_wrapped() -> bool:
+    """Say whether somebody has put something of his own in the place of `psycopg2.connect`."""
+    return psycopg2.connect is not _OWN and not _is_function_of_psycopg2()
+
+
 def bare(conn: extensions.connection) -> PooledConnection | None:
     """Return the pool's connection that `conn` is, or wraps; None when it is no pool's."""
     return getattr(conn, "sharedpool_self", None)
@@ -86,7 +91,7 @@ def lost(conn: PooledConnection) -> bool:
 def is_as_opened(conn: PooledConnection) -> bool:
     """Say whether a connection from another process has what `psycopg2.connect`, as it is now, would give it."""
     if conn.sharedpool_connect is None:
-        return psycopg2.connect is _OWN or _is_function_of_psycopg2()
+        return not is_wrapped()
     return conn.sharedpool_connect is psycopg2.connect and not lost(conn)
 
 

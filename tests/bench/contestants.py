@@ -9,7 +9,7 @@ from typing import Any
 import sharedpool
 from bench.crew import Member, crew, window
 from bench.load import sample_of
-from bench.peers import LANE, OFF, MakeClient, Permanent, Psycopg2Pool, Shared
+from bench.peers import OFF, MakeClient, Permanent, Psycopg2Pool, Shared
 from bench.pgbouncer import PgBouncer
 from bench.report import US, Sample
 from bench.runner import Bench, Contestant, Measure
@@ -18,7 +18,6 @@ from bench.stunnel import endpoint
 
 US_OFF = f"{US}, handover off"
 US_ROLLBACK = f"{US}, reset rollback"
-US_LANE = f"{US}, handover lane"
 PGBOUNCER = "PgBouncer"
 DIRECT = "direct"
 
@@ -66,11 +65,6 @@ def shared(
 def without_handover(bench: Bench, route: Route, count: int, member: MakeMember, *, slots: int) -> Contestant:
     """sharedpool as it is where connections cannot be handed over."""
     return shared(bench, route, count, member, slots=slots, name=US_OFF, options=OFF)
-
-
-def in_lane(bench: Bench, route: Route, count: int, member: MakeMember, *, slots: int) -> Contestant:
-    """sharedpool, its connections moving past the broker."""
-    return shared(bench, route, count, member, slots=slots, name=US_LANE, options=LANE)
 
 
 def behind_endpoint(

@@ -33,7 +33,6 @@ class Client:
 # nothing between two clients: "rollback" is what comes nearest to it.
 OFF = (("handover", "off"),)
 ROLLBACK = (("reset", "rollback"),)
-LANE = (("handover", "lane"),)
 
 MakeClient = Callable[[], Client]
 

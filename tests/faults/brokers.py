@@ -61,6 +61,11 @@ class BrokerProcess:
     def report(self) -> Report:
         return fetch_report(self.address, 10.0)
 
+    def order(self, *words: str) -> None:
+        """Give an operator's order."""
+        command = [sys.executable, "-m", "sharedpool", *words, "--broker", self.address]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+
     def signal(self, signum: int) -> None:
         os.kill(self.pid, signum)
 

@@ -142,7 +142,7 @@ class Soak:
     def measure(self) -> dict[str, tuple[int, int]]:
         """Return the descriptors and the RSS of broker and veterans while nobody does or holds anything.
 
-        Nobody holds anything once a fresh worker has taken all slots and left. The broker's descriptors are the fewest
+        Nobody holds anything, nor does the broker for nobody, once the pool was paused. The broker's descriptors are the fewest
         of some readings: a report's own line is closed a little after it.
         """
         crew, broker = self.crew, self.field.broker
@@ -151,6 +151,8 @@ class Soak:
         broker.wait_until_it_answers()
         took, _ = self.field.all_slots()
         assert took == self.field.max_conn, f"only {took} slots could be had: {broker.report()}"
+        broker.order("pause", "--wait")
+        broker.order("resume")
         wait_until(lambda: broker.report().custody == 0, 30, "all sockets to be gone")
         self._wait_for_sessions()
         wait_until(lambda: broker.report().control == "connected", 30, "the control connection to be back")

@@ -29,7 +29,6 @@ from sharedpool.wire.messages import Token
 from sharedpool.worker.connection import PooledConnection
 from sharedpool.worker.handover import SUPPORTED, Stub, adopt
 from sharedpool.worker.holdings import Holdings
-from sharedpool.worker.registration import Registration
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="connections cannot be handed over on this platform")
 
@@ -395,29 +394,6 @@ def test_a_shell_is_built_for_this_process_alone() -> None:
         ours = psycopg2.connect(host=stub.host, port=stub.port, user="shell", dbname="shell", sslmode="disable")
     assert other.stdout == "b''\n", other.stderr
     assert ours.server_version == 150001
-
-
-def test_a_line_that_is_not_needed_any_more_takes_no_connection_along(
-    pair: MakePair, broker: sharedpool.Broker, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Even if the broker has not heard yet that what it has passed there has arrived."""
-    a, b = pair()
-    link = b._holdings.link
-    assert link is not None
-    flush = link._flush
-
-    def flush_others(registration: Registration, dealer: object) -> None:
-        if registration is not b._holdings.registration:
-            flush(registration, dealer)
-
-    monkeypatch.setattr(link, "_flush", flush_others)
-    conn = moved(a, b, lambda conn: None)
-    for _ in range(2):
-        link.booths.trim()
-    assert len(link.booths) == 0
-    for _ in range(3):  # it has looked at its lines meanwhile
-        assert report(broker, name).fences == 0
-    assert ask(conn, "SELECT 1") == 1
 
 
 def test_a_parked_connection_expires(pair: MakePair, broker: sharedpool.Broker, name: str) -> None:

@@ -26,7 +26,7 @@ from waiting import wait_until
 import sharedpool
 from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.owned import NOBODYS, Identity, identity
-from sharedpool.worker import ending, links
+from sharedpool.worker import ending
 from sharedpool.worker.pool import Pool
 
 pytestmark = pytest.mark.filterwarnings(
@@ -140,8 +140,8 @@ class Watch:
             held = [lease.token for lease in list(cache.leases.values()) if lease not in set(cache.idle)]
             found += [(pool, each) for each in (*held, *cache.waiting)]
             found += ["dropped connections are being reclaimed"] if pool._holdings.reclaiming.busy else []
-        for link in links.current()._links.values():
-            found += [booth for booth in link.booths._all if booth not in link.booths._free]
+            if (seats := pool._holdings.seats) is not None:
+                found += [seat for seat in seats._all if seat not in seats._free]
         gc.collect()
         return [f"{each}: {self._guilty.get(each, '?')}" for each in found]
 

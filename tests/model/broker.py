@@ -43,11 +43,11 @@ from sharedpool.lane import Ticket as Place
 from sharedpool.wire import desk
 from sharedpool.wire.board import BROKERS_PLACE, BROKERS_REQUEST, SHELF
 from sharedpool.wire.codec import decode_to_broker, decode_to_worker, encode
-from sharedpool.wire.desk import Ask, Deposit, Give, Joined, Leave, Moved, Pass, Settled, Stay
+from sharedpool.wire.desk import Deposit, Give, Leave, Moved, Stay
 from sharedpool.wire.messages import Acquire, Grant, Hello, ToBroker, Token
 from sharedpool.wire.orders import Order, OrderKind
 
-from .booths import checked
+from .desk import checked
 from .lane import End, Grip, Item, Lane
 from .moving import run
 from .network import Packet, Wire
@@ -160,7 +160,7 @@ class Broker:
     # --- output
 
     def execute(self, commands: list[Command]) -> None:
-        grants: list[tuple[bytes, Grant | Pass]] = []
+        grants: list[tuple[bytes, Grant | Moved]] = []
         for command in commands:
             if self.fuse is not None:
                 self.fuse -= 1
@@ -184,9 +184,10 @@ class Broker:
                     self._drop(token)
                 case Entrust(token, heir):
                     self.custody[heir] = self.custody.pop(token)
-                case PassOn(number, message):
-                    self._pass_on(number, message)
-                    grants.append((self.ledger._books.leases[message.token].session.id, message))
+                case PassOn():
+                    self._pass_on(command)
+                    token = command.message.token
+                    grants.append((self.ledger._books.leases[token].session.id, command.message))
                 case Interfere():
                     self.interferes.append(command)
                 case Vouch():
@@ -196,8 +197,8 @@ class Broker:
                 case Forget(session):
                     self.watched.pop(session, None)
                     self.invited.pop(session, None)
-                case OpenLane(pool):
-                    self._open_lane(pool)
+                case OpenLane(pool, serial):
+                    self._open_lane(pool, serial)
                 case LetIn():
                     self._let_in(command)
                 case ToLane():
@@ -249,29 +250,28 @@ class Broker:
             good = other.state is SlotState.OPEN and other.backend == fence.backend and other.token != fence.token
             assert not good, f"{other.token} is in good use, and {fence} would end its connection"
 
-    def _pass_on(self, number: int, message: Pass) -> None:
+    def _pass_on(self, order: PassOn) -> None:
+        message = order.message
         proc = self.custody[message.token]
         assert not proc.workers, f"{proc!r} is passed on while {proc.workers} have it"
         assert not proc.dirty, f"{proc!r} is passed on with an open transaction"
         # A trial's has hit before its worker gives.
         cancelled = [order for order in self.interferes if order.backend == proc.backend and not order.trial]
         assert not cancelled, f"{proc!r} is passed on: {cancelled} would hit its next user"
-        wire = next((wire for wire in self.world.network.wires if wire.number == number), None)
         fails, self.cannot_pass = self.cannot_pass, False
-        if wire is None:
-            self._line_ended(number)
-        elif fails or not wire.answer(message, proc):
-            self.hang_up(wire)
+        end = self.lanes.get(order.pool)
+        if fails or end is None or not end.pass_on(order.number, order.place, message, proc):
+            self.words.append(lambda ledger, now: ledger.not_passed(message, now))
 
     # --- lanes
 
-    def _open_lane(self, pool: str) -> None:
+    def _open_lane(self, pool: str, serial: int) -> None:
         self._close_lane(pool)
         lane = Lane(pool, self.ledger.epoch)
         self.world.lanes.append(lane)
         self.lanes[pool] = End(lane, SHELF, b"broker")
         self.seats[pool] = lane.bind(SHELF, BROKERS_PLACE)
-        self.words.append(lambda ledger, now: ledger.lane_opened(pool, lane.board, now))
+        self.words.append(lambda ledger, now: ledger.lane_opened(pool, serial, lane.board, now))
 
     def _let_in(self, order: LetIn) -> None:
         self.invited.pop(order.session, None)
@@ -337,7 +337,7 @@ class Broker:
     def _line_ended(self, number: int) -> None:
         self.words.append(lambda ledger, now: ledger.line_ended(number, now))
 
-    def _check_grant(self, session: bytes, grant: Grant | Pass) -> None:
+    def _check_grant(self, session: bytes, grant: Grant | Moved) -> None:
         books = self.ledger._books.sessions
         assert grant.token in self.granted or not books[session].pool.held, f"{grant.token}: its pool is paused"
         receiver = self.granted.setdefault(grant.token, (session, grant.request))
@@ -364,7 +364,7 @@ class Broker:
             self._note_arrival(session, message)
         self.execute(self.ledger.handle(session, decode_to_broker(encode(message)), self.world.now, process))
 
-    def _note_arrival(self, session: bytes, message: Acquire | Ask) -> None:
+    def _note_arrival(self, session: bytes, message: Acquire) -> None:
         if message.wait_ms and not self.queued(session, message.request):
             books = self.ledger._books.sessions.get(session)
             if books is not None and not books.restored and message.request not in books.granted:
@@ -385,21 +385,15 @@ class Broker:
             case Deposit(session, token):
                 assert proc is not None
                 self._take(session, token, proc)
-            case Ask(session):
-                self._note_arrival(session, message)
-                self.execute(self.ledger.asked(message, wire.number, now))
             case Give():
                 self.execute(self.ledger.given(message, now))
             case Stay(session):
                 self.homes[session] = wire.number
                 if (order := self.invited.get(session)) is not None:
                     self._let_in(order)
-            case Joined(session):
-                self.execute(self.ledger.joined(session, now))
             case _:
                 assert not isinstance(message, Leave)
-                self.execute(self.ledger.withdrawn(message, now))
-                wire.answer(Settled(message.request))  # does nothing if that was the broker's end
+                self.execute(self.ledger.joined(message.session, now))
 
     def hang_up(self, wire: Wire) -> None:
         """Close a line to the desk."""

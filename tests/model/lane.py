@@ -7,7 +7,7 @@ or this one be killed or frozen.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 from msgspec import structs
@@ -83,7 +83,16 @@ def _drop(box: deque[Packet] | deque[Packet | None]) -> None:
 class End:
     """One process's end of a lane."""
 
-    def __init__(self, lane: Lane, number: int, process: bytes) -> None:
+    def __init__(
+        self,
+        lane: Lane,
+        number: int,
+        process: bytes,
+        refuse: Callable[[Moved], None] = lambda _: None,
+        lacks: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`lacks`: there is no descriptor for what comes next."""
+        self._refuse, self._lacks = refuse, lacks
         self.lane = lane
         self.board = lane.board
         self.number = number
@@ -173,6 +182,15 @@ class End:
         self.lane.moved += 1
         return True
 
+    def pass_on(self, number: int, place: int, moved: Moved, proc: Proc) -> bool:
+        box = self.lane.seats.get((number, place))
+        if box is None or len(box) >= SEAT_ROOM:
+            return False
+        packet = Packet(decode_moved(encode(moved)), proc)
+        proc.holders.add(packet)
+        box.append(packet)
+        return True
+
     def take(self, grip: Grip) -> Generator[None, None, Got | None]:
         """Take from the shelf, by `grip`."""
         got = self.receive(self.lane.shelf, grip) if self.open else None
@@ -191,7 +209,10 @@ class End:
         moved, proc = packet.message, packet.take()
         assert isinstance(moved, Moved)
         assert proc is not None
-        if self.board.has(moved.cell, moved.token) and moved.live.generation == self.board.generation:
+        assert moved.live.backend == proc.backend, "a socket and a word of two different backends"
+        fits = self.board.has(moved.cell, moved.token) and moved.live.generation == self.board.generation
+        if (fits or moved.passed is not None) and not self._lacks():
             proc.holders.add(grip)
             return moved, proc
+        self._refuse(moved)
         return None

@@ -16,9 +16,9 @@ from sharedpool.broker.handover import NUDGE_LIMIT_S, NUDGE_S
 from sharedpool.wire.messages import START_UP_LIMIT_S, ReleaseReason
 from sharedpool.wire.orders import Order, OrderKind
 
-from .booths import Booth, Giving, Lack
+from .desk import Giving, Lack
 from .moving import LaneGiving, Thread
-from .network import Line, Wire
+from .network import Line
 from .promises import (
     check,
     check_all_slots_can_be_had,
@@ -94,7 +94,7 @@ class GoodNetwork(RuleBasedStateMachine):
         worker, pick = self.one(pick)
         if len(worker.tickets) < MOST_TICKETS:
             for _ in range(1 + pick // 8 % 3):
-                worker.checkout(_WAITS[pick % len(_WAITS)], slowly=pick // 32 % 4 == 0)
+                worker.checkout(_WAITS[pick % len(_WAITS)])
 
     @rule(pick=picks)
     def crowd(self, pick: int) -> None:
@@ -212,21 +212,15 @@ class GoodNetwork(RuleBasedStateMachine):
 
     @rule(pick=picks)
     def go_on_at_the_desk(self, pick: int) -> None:
-        """A thread that asks or gives takes its next step; or somebody reads what came on a line."""
+        """A thread that gives takes its next step; or the link reads what came on its line."""
         worker, pick = self.one(pick)
-        steps = [*worker.asking, *worker.giving, *worker.readable]
+        steps: list[Giving | None] = [*worker.giving, *([None] if worker.readable else [])]
         if steps:
             step = steps[pick % len(steps)]
-            if isinstance(step, Giving):
-                worker.go_on_giving(step)
-            elif isinstance(step, Booth):
-                worker.read(step)
-            elif isinstance(step, Wire):
+            if step is None:
                 worker.read_home()
-            elif step in worker.asking:
-                worker.go_on_asking(step)
             else:
-                worker.look(step)
+                worker.go_on_giving(step)
 
     @rule(pick=picks)
     def deliver_packet(self, pick: int) -> None:
@@ -266,7 +260,9 @@ class GoodNetwork(RuleBasedStateMachine):
                         world.deliver_packet(wire)
             if pick % 11 > 1:
                 for each in world.awake:
-                    each.look_everywhere()
+                    each.read_all()
+                    for thread in [thread for thread in each.threads if thread.ready]:
+                        each.step(thread)
                     each.collect()
 
     # --- the lane

@@ -1,4 +1,4 @@
-"""A worker in the lane: what `moving.py`, `mover.py`, `seats.py`, and of the lane `holdings.py` and `session.py`, do.
+"""A worker in the lane: what `waiting.py`, `mover.py`, `seats.py`, and of the lane `holdings.py` and `session.py`, do.
 
 A thread that waits there is a `Thread`, one that gives a `LaneGiving`: generators that go on by a step whenever they
 are asked to. Half of the checkouts and checkins go the short way (`mover.py`), where that is open.
@@ -12,16 +12,17 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar, cast
 
+from sharedpool.errors import SharedPoolError
 from sharedpool.lane import Ticket as Place
 from sharedpool.wire.board import SEATS
 from sharedpool.wire.desk import Joined, LetIn, Live, Moved
-from sharedpool.wire.messages import Phase, ReleaseReason
+from sharedpool.wire.messages import Interrupt, Phase, ReleaseReason
 from sharedpool.worker.cache import Cache
 from sharedpool.worker.lease import Closing, Lease, Ticket
-from sharedpool.worker.mover import AGAIN_S
+from sharedpool.worker.seats import AGAIN_S
 from sharedpool.worker.slices import STEADY_GAP_S
 
-from .booths import AtTheDesk, Conn, Giving
+from .desk import AtTheDesk, Conn, Giving, Lack
 from .lane import End, Got, Grip, Item, Lane
 from .network import Packet
 from .server import Proc
@@ -77,7 +78,7 @@ class Seat:
 
 @dataclass(eq=False, slots=True)
 class Thread:
-    """A thread that waits in the lane. `until` is what it is blocked for; `hand` what it has taken and not adopted."""
+    """A thread that waits at a seat. `until` is what it is blocked for; `hand` what it has taken and not adopted."""
 
     seat: Seat
     deadline: float
@@ -117,6 +118,7 @@ class InTheLane(AtTheDesk):
     patience: dict[int, bool]
     users: list[Conn]
     connecting: list[Lease]
+    quitting: list[Ticket]
     closing: list[tuple[Closing, Conn]]
 
     def __init__(self, *, handover: bool, slice_s: float) -> None:
@@ -148,11 +150,36 @@ class InTheLane(AtTheDesk):
             return
         self.leave_lane()
         # A former end here may still have seats at its addresses: its number is another.
-        self.end = End(lane, message.number, self.id)
+        self.end = End(lane, message.number, self.id, self._refuse, self._is_short)
         self.index = message.index
         self.unused = [message.index * SEATS + seat for seat in range(SEATS - 1, -1, -1)]
         self.cache.moving = lane.board.head
+        for ticket in list(self.tickets):
+            if ticket.request in self.cache.waiting and not self.waits_in_lane(ticket) and ticket not in self.quitting:
+                self._sit_down(ticket, float("inf"))
         self.desk.say(Joined(self.id))
+        self.flush()
+
+    def _sit_down(self, ticket: Ticket, deadline: float) -> None:
+        """`Wait._change_place`: a thread that waits at a gate takes a seat, if there is one."""
+        if (seat := self._take_seat()) is not None:
+            self._start(ticket, seat, deadline)
+            self.cache.tickets.move(ticket, seat.place, self.world.now)
+
+    def _start(self, ticket: Ticket, seat: Seat, deadline: float) -> None:
+        thread = Thread(seat, deadline, ticket, grip=Grip(self.id))
+        thread.steps = self._wait_at(thread, ticket)
+        self.threads.append(thread)
+
+    def _refuse(self, moved: Moved) -> None:
+        self.cache.refuse(moved, self.world.now)
+        self.flush()
+
+    def _is_short(self) -> bool:
+        if self.lacks is not Lack.SOCKET:
+            return False
+        self.lacks = Lack.NOTHING
+        return True
 
     def leave_lane(self, *, former_brokers: bool = False) -> None:
         end, self.end = self.end, None
@@ -160,12 +187,9 @@ class InTheLane(AtTheDesk):
         self.cache.unread = []
         if end is None:
             return
-        tickets = [ticket for ticket in self.cache.waiting.values() if ticket.in_lane]
         seats, self.seats, self.free_seats, self.unused = self.seats, [], [], []
         while former_brokers and (got := self._read(seats) or run(end.take(self.stray))) is not None:
             self._take_stray(got)
-        for ticket in tickets:
-            self.ring(ticket)
         for seat in seats:
             seat.ring()
         end.close()
@@ -219,7 +243,7 @@ class InTheLane(AtTheDesk):
             elif seat.looks < _LOOKS:
                 seat.looks += 1
             else:
-                seat.looks = -1
+                seat.looks, seat.settled = -1, True
         if self.end is not None:
             self.cache.unread = [moved for seat in self.seats if (moved := seat.peek()) is not None]
         self.give_kept()
@@ -255,8 +279,8 @@ class InTheLane(AtTheDesk):
 
     # --- taking
 
-    def enter_lane(self, ticket: Ticket, wait_s: float) -> bool:
-        """Wait in the lane, if connections move in it; return whether this thread does."""
+    def go_the_short_way(self, ticket: Ticket, wait_s: float) -> bool:
+        """Wait in the lane, if connections move in it, the short way; return whether this thread does."""
         if not wait_s or not self.cache.moving[0] or self.end is None:
             return False
         self._turn += 1
@@ -267,22 +291,22 @@ class InTheLane(AtTheDesk):
                 thread.steps = self._take_short(thread, ticket)
                 self.threads.append(thread)
                 return True
-        return self._enter_long(ticket, self.world.now + wait_s)
+        return False
 
-    def _enter_long(self, ticket: Ticket, deadline: float) -> bool:
-        if not self.cache.moving[0] or self.end is None or not self.end.board.moving:
-            return False
-        seat = self._take_seat()
-        if seat is None:
-            return False
-        ticket.begin_anew(self.world.now)
-        self.cache.tickets.want(ticket, max(0.001, deadline - ticket.since), in_lane=True)
-        self.patience[ticket.request] = True
+    def wait(self, ticket: Ticket, wait_s: float) -> None:
+        """`Wait.wait`: at a seat, if there is one; else at a gate, where a ticket has no thread here."""
+        now, cache = self.world.now, self.cache
+        ticket.begin_anew(now)
         self.tickets.append(ticket)
-        thread = Thread(seat, deadline, ticket, grip=Grip(self.id))
-        thread.steps = self._wait_at(thread, ticket)
-        self.threads.append(thread)
-        return True
+        seat = self._take_seat()
+        in_lane = bool(wait_s) and seat is not None and seat.bound and seat.end.board.moving
+        if not in_lane and not wait_s and any(held.phase is Phase.CLOSING for held in cache.leases.values()):
+            cache.out.append(cache.renewal(now, {}))
+        cache.tickets.want(ticket, wait_s, place=-1 if seat is None else seat.place, in_lane=in_lane)
+        self.patience[ticket.request] = wait_s > 0
+        if seat is not None:
+            self._start(ticket, seat, now + wait_s)
+        self.flush()
 
     def step(self, thread: Thread) -> None:
         """A thread in the lane goes on."""
@@ -317,6 +341,11 @@ class InTheLane(AtTheDesk):
                 yield from self._block(thread, again_at)
                 thread.hand = seat.read(thread.grip)
             now = self.world.now
+            if thread.hand is not None and thread.hand[0].passed is not None:
+                token = thread.hand[0].token
+                yield from self._take_in(thread)
+                if (lease := self.cache.leases.get(token)) is not None:
+                    self._settle(lease)
             if thread.hand is not None and (yield from self._adopt_short(thread, began)):
                 self.threads.remove(thread)
                 self._put_seat(seat)
@@ -332,10 +361,6 @@ class InTheLane(AtTheDesk):
         """`checkout._wait`, from its beginning."""
         raise NotImplementedError
 
-    def ask_broker(self, ticket: Ticket, deadline: float) -> None:
-        """`checkout._wait`, when the lane is left."""
-        raise NotImplementedError
-
     def _adopt_short(self, thread: Thread, began: float) -> Generator[None, None, bool]:
         """`Mover._adopt`."""
         assert thread.hand is not None
@@ -347,9 +372,8 @@ class InTheLane(AtTheDesk):
         if not fits:
             proc.holders.discard(thread.grip)
             if cache.leases.get(moved.token) is None:
-                cache.refuse(moved)
+                self._refuse(moved)
             cache.arriving.pop(moved.token, None)
-            self.flush()
             return False
         now = self.world.now
         conn = self._own(proc, thread.grip)
@@ -384,40 +408,50 @@ class InTheLane(AtTheDesk):
         return not (proc.dead or proc.cut)
 
     def _wait_at(self, thread: Thread, ticket: Ticket) -> Steps:
-        """`moving._wait_at`."""
+        """`Wait._go_on`, until the ticket is settled."""
         seat, end = thread.seat, thread.seat.end
         again_at = float("-inf")
         yield
-        thread.hand = yield from end.take(thread.grip)
-        if thread.hand is not None:
-            yield from self._take_in(thread)
         while not ticket.settled:
             now = self.world.now
-            if now >= thread.deadline or not end.board.moving or not ticket.in_lane or not self._is_in(end):
-                if self.cache.tickets.withdraw(ticket):
-                    break
-                continue
-            if now >= again_at:
-                again_at = now + AGAIN_S
-                yield from seat.enter(ticket.request)
-                thread.hand = yield from end.take(thread.grip)
-                if thread.hand is not None:
-                    yield from self._take_in(thread)
-                    continue
-            yield from self._block(thread, again_at)
-            thread.hand = seat.read(thread.grip)
+            if not seat.bound:
+                self._stand_up(thread, ticket, now)
+                return
+            if not ticket.in_lane:
+                thread.deadline = float("inf")  # the broker's answer comes by then
+                yield from self._block(thread, thread.deadline)
+                thread.hand = seat.read(thread.grip)
+            elif now >= thread.deadline or not end.board.moving:
+                self.cache.tickets.ask(ticket, now)
+            elif now >= again_at:
+                if again_at == float("-inf"):
+                    thread.hand = yield from end.take(thread.grip)
+                if thread.hand is None:
+                    again_at = now + AGAIN_S
+                    yield from seat.enter(ticket.request)
+                    thread.hand = yield from end.take(thread.grip)
+            else:
+                yield from self._block(thread, again_at)
+                thread.hand = seat.read(thread.grip)
             if thread.hand is not None:
                 yield from self._take_in(thread)
         self.threads.remove(thread)
+        seat.settled = seat.settled and ticket.finished
         self._put_seat(seat)
-        if ticket not in self.tickets:
-            return  # refused
         lease = ticket.lease
-        if lease is None:
-            self.tickets.remove(ticket)
-            self.ask_broker(ticket, thread.deadline)
-        elif lease.conn is None and lease not in self.connecting:
+        if ticket in self.tickets and lease is not None and lease.conn is None and lease not in self.connecting:
             self.connecting.append(lease)
+
+    def _stand_up(self, thread: Thread, ticket: Ticket, now: float) -> None:
+        """`Wait._change_place`: the lane was left; this thread waits at a gate, or takes a seat in another lane."""
+        self.threads.remove(thread)
+        self._put_seat(thread.seat)
+        if (seat := self._take_seat()) is not None:
+            self._start(ticket, seat, thread.deadline)
+        self.cache.tickets.move(ticket, -1 if seat is None else seat.place, now)
+        if ticket.in_lane and seat is None:
+            self.cache.tickets.ask(ticket, now)
+        self.flush()
 
     def _take_in(self, thread: Thread) -> Steps:
         """`moving.take_in`."""
@@ -433,17 +467,25 @@ class InTheLane(AtTheDesk):
     def _receive(self, got: Got, grip: Grip) -> Ticket | None:
         """`Holdings.receive`."""
         moved, proc = got
+        lacks, self.lacks = self.lacks, Lack.NOTHING
         self.cache.arriving.pop(moved.token, None)
-        if self.broken_shells or not self._is_fit(proc):
+        if self.broken_shells or lacks is Lack.SHELL or not self._is_fit(proc):
             proc.holders.discard(grip)
-            self.cache.refuse(moved)
+            self._refuse(moved)
             if self.broken_shells:
                 self.handover = self.hands_over = False
             return None
+        if moved.passed is not None and moved.passed.trial:
+            self.cache.out.append(Interrupt(moved.token, trial=True))
         conn = self._own(proc, grip)
         left = moved.live.left_ms
         retire_at = float("inf") if left is None else self.world.now + left / 1000
-        return self.cache.moved(moved, conn, retire_at, self.world.now, cell=moved.cell, moves=moved.moves)
+        try:
+            return self.cache.moved(moved, conn, retire_at, self.world.now)
+        except SharedPoolError:
+            proc.holders.discard(self.id)
+            proc.cut = True
+            return None
 
     def interrupt(self, thread: Thread) -> None:
         """An exception is raised in a waiting thread."""
@@ -453,7 +495,9 @@ class InTheLane(AtTheDesk):
             proc.holders.discard(thread.grip)
             if moved.token in self.cache.arriving:
                 del self.cache.arriving[moved.token]
-                self.cache.refuse(moved)
+                self._refuse(moved)
+        if thread.ticket is not None:
+            thread.seat.settled = thread.seat.settled and thread.ticket.finished
         self._put_seat(thread.seat)
         if thread.ticket is not None and thread.ticket in self.tickets:
             self.tickets.remove(thread.ticket)
@@ -557,6 +601,9 @@ class InTheLane(AtTheDesk):
             self.end.close()
 
     def _to_close(self, closing: list[Closing]) -> None:
+        raise NotImplementedError
+
+    def wake(self, ticket: Ticket | None) -> None:
         raise NotImplementedError
 
 

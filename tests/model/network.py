@@ -34,7 +34,7 @@ class Packet:
 
 @dataclass(eq=False, slots=True)
 class Wire:
-    """One SEQPACKET line to the desk: a session's, or a booth's. `number` is what the broker calls it.
+    """One SEQPACKET line to the desk: a session's. `number` is what the broker calls it.
 
     `accepted`: the broker has looked at it; before that it may be turned away, with what was said. `left`: closed at
     the worker's end; `torn`: closed at the broker's.

@@ -178,9 +178,6 @@ def _settle_workers(world: World) -> bool:
         for ticket in list(worker.quitting):
             worker.quit(ticket)
             steps = True
-        for ticket in list(worker.asking):
-            worker.go_on_asking(ticket)
-            steps = True
         for thread in list(worker.threads):
             if thread in worker.threads and thread.ready:
                 worker.step(thread)
@@ -218,9 +215,10 @@ def check_nobody_waits_in_vain(world: World) -> None:
     deaf = any(not session.silent and id not in world.workers for id, session in books.sessions.items())
     for worker in world.workers.values():
         for thread in worker.threads:
-            _check_lane(world, broker, worker, thread)
+            if thread.ticket is None or thread.ticket.in_lane:
+                _check_lane(world, broker, worker, thread)
         for ticket in worker.tickets:
-            if worker.waits_in_lane(ticket):
+            if ticket.in_lane:
                 continue
             assert ticket.lease is None
             own = books.sessions.get(worker.id)

@@ -1,5 +1,5 @@
 """Processes with a pool: what `holdings.py`, `checkout.py` and `link.py` do around a real cache (the desk's part of it:
-`booths.py`).
+`desk.py`; the lane's: `moving.py`).
 
 Every step that blocks in a real process (waiting, connecting, closing) is a step of its own here, so that anything can
 happen in between.
@@ -10,11 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from msgspec import structs
-
 from sharedpool.broker.commands import Process
 from sharedpool.errors import SharedPoolError
-from sharedpool.wire.desk import Ask, Give, Live
+from sharedpool.wire.desk import Give, Live
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
     Ack,
@@ -37,9 +35,8 @@ from sharedpool.worker.cache import Cache
 from sharedpool.worker.checkout import CHECK_AFTER_S
 from sharedpool.worker.lease import Closing, Lease, Ticket
 from sharedpool.worker.leases import lost, unfinished
-from sharedpool.worker.tickets import wait_ms
 
-from .booths import Conn
+from .desk import Conn
 from .moving import InTheLane
 from .scale import BEAT_S, EXPIRATION_S, HELLO_RETRY_S, LIMITS, MAX_WAITING, SILENCE_S
 from .server import Proc
@@ -77,6 +74,7 @@ class Worker(InTheLane):
         self.tag = ""
         self.tickets: list[Ticket] = []
         self.connecting: list[Lease] = []
+        self.quitting: list[Ticket] = []
         self.opening: list[Opening] = []
         self.users: list[Conn] = []
         self.closing: list[tuple[Closing, Conn]] = []
@@ -95,7 +93,6 @@ class Worker(InTheLane):
         leases, seen, first = self.cache.register(now, {})
         expiration_ms, group = int(EXPIRATION_S * 1000), self.world.group_of.get(self.pool, "")
         spec = PoolSpec(self.pool, LIMITS[self.pool], expiration_ms, 0, "", MAX_WAITING[self.pool], group)
-        spec = structs.replace(spec, lane=self.pool == "a")  # the other pool's go the older way
         host = "elsewhere" if self.remote else "here"
         told = (self.process.pid, host, self.id.decode(), spec, leases, seen)
         self.line.up.append(Hello(PROTOCOL_VERSION, *told, first=first))
@@ -173,11 +170,7 @@ class Worker(InTheLane):
                 self.joined_epoch = message.epoch
                 self._revoke(message.revoked)
                 self.open_desk(message.desk, message.handover)
-                for ticket in cache.tickets.registered(message.served, hands_over=self.hands_over):
-                    if self.waits_in_lane(ticket):
-                        self.ring(ticket)
-                    else:
-                        self.go_to_desk(ticket)
+                cache.tickets.registered(message.served, now)
             case Stale():
                 self._to_close(cache.renew_generation(message.generation, now))
             case Ack():
@@ -190,7 +183,6 @@ class Worker(InTheLane):
                 ticket = cache.tickets.denied(message)
                 if ticket is not None:
                     self.tickets.remove(ticket)
-                    self.leave_booth(ticket)
                     self.ring(ticket)
                     self.denied += 1
             case Recall():
@@ -219,19 +211,14 @@ class Worker(InTheLane):
 
     # --- threads: checkout
 
-    def checkout(self, wait_s: float, *, slowly: bool = False) -> None:
+    def checkout(self, wait_s: float) -> None:
         ticket = Ticket(_nobody, self.world.now)
-        if not self._from_cache() and not self.enter_lane(ticket, wait_s):
-            self._ask(ticket, wait_s, slowly=slowly)
+        if not self._from_cache() and not self.go_the_short_way(ticket, wait_s):
+            self.wait(ticket, wait_s)
 
     def go_the_long_way(self, ticket: Ticket, deadline: float) -> None:
-        if not self._from_cache() and not self._enter_long(ticket, deadline):
-            self.ask_broker(ticket, deadline)
-
-    def ask_broker(self, ticket: Ticket, deadline: float) -> None:
-        ticket.begin_anew(self.world.now)
         if not self._from_cache():
-            self._ask(ticket, max(0.001, deadline - self.world.now))
+            self.wait(ticket, max(0.001, deadline - self.world.now))
 
     def _from_cache(self) -> bool:
         """Hand out an idle connection, or see that there is none; dead ones that are noticed are given up."""
@@ -243,26 +230,6 @@ class Worker(InTheLane):
                 self._hand_out(lease, lease.conn)
                 return True
         return False
-
-    def _ask(self, ticket: Ticket, wait_s: float, *, slowly: bool = False) -> None:
-        """Wait; `slowly`: there is a step between taking a place in the cache and asking at the desk."""
-        self.tickets.append(ticket)
-        ticket.since = self.world.now
-        booth = self.take_booth()
-        at_desk = booth is not None and self.established
-        if not wait_s and any(held.phase is Phase.CLOSING for held in self.cache.leases.values()):
-            self.cache.out.append(self.cache.renewal(self.world.now, {}))
-            at_desk = False
-        self.cache.tickets.want(ticket, wait_s, at_desk=at_desk)
-        self.patience[ticket.request] = wait_s > 0
-        if booth is not None:
-            self.places[ticket] = booth
-            booth.asked = at_desk
-        if at_desk:
-            self.asking[ticket] = Ask(self.id, ticket.request, wait_ms(wait_s), self.cache.gone())
-            if not slowly:
-                self.go_on_asking(ticket)
-        self.flush()
 
     def _worn(self, lease: Lease, conn: Conn) -> bool:
         return conn.closed or (lease.idle_s > CHECK_AFTER_S and conn.proc.dead)
@@ -293,7 +260,6 @@ class Worker(InTheLane):
         if self.waits_in_lane(ticket):
             self.ring(ticket)
             return
-        self.leave_booth(ticket)
         if lease.conn is None and lease not in self.connecting and ticket not in self.quitting:
             # The thread goes on to connect; its ticket stays, since it can still be interrupted.
             self.connecting.append(lease)
@@ -304,7 +270,7 @@ class Worker(InTheLane):
             lease = ticket.lease
             if lease is None or not isinstance(lease.conn, Conn) or lease.phase is not Phase.CONNECTING:
                 continue
-            if ticket in self.quitting or ticket in self.asking or self.waits_in_lane(ticket):
+            if ticket in self.quitting or self.waits_in_lane(ticket):
                 continue  # its thread is not there yet
             self.tickets.remove(ticket)
             ticket.lease = None
@@ -323,14 +289,11 @@ class Worker(InTheLane):
             self.quit(ticket)
 
     def stop_waiting(self, ticket: Ticket) -> None:
-        """The first half of that: it leaves its booth; what comes now is still for its ticket."""
+        """The first half of that; what comes now is still for its ticket. Who is at a seat does all at once."""
         for thread in self.threads:
             if thread.ticket is ticket:
                 self.interrupt(thread)
                 return
-        if ticket in self.asking:
-            self.go_on_asking(ticket)
-        self.leave_booth(ticket)
         if ticket.lease in self.connecting:
             self.connecting.remove(ticket.lease)
         self.quitting.append(ticket)
@@ -486,13 +449,9 @@ class Worker(InTheLane):
         assert not self.quitting
         now = self.world.now
         self.cache.stop_keeping()
-        for ticket in list(self.asking):
-            self.go_on_asking(ticket)
         for thread in list(self.threads):
             self.interrupt(thread)
         self.cache.tickets.fail(RuntimeError("disposed"))
-        for ticket in list(self.places):
-            self.leave_booth(ticket)
         self._to_close(self.cache.drain(now))
         for conn in self.users:
             assert conn.lease is not None

@@ -157,7 +157,7 @@ class World:
                     while line.down:
                         self.deliver_down(worker)
                         moved = True
-                    moved |= worker.look_everywhere()
+                    moved |= worker.read_all()
             for wire in list(self.network.wires):
                 while wire.ready and not wire.torn:
                     self.deliver_packet(wire)

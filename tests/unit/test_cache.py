@@ -26,7 +26,6 @@ from sharedpool.wire.messages import (
 from sharedpool.worker.cache import Cache
 from sharedpool.worker.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closing, Lease, Ticket
 from sharedpool.worker.leases import lost, unfinished
-from sharedpool.worker.tickets import ASKED_S
 
 
 class Conn:
@@ -436,13 +435,12 @@ def test_giving_up_before_anything_was_asked_does_nothing(rig: Rig) -> None:
     assert rig.sent() == []
 
 
-@pytest.mark.parametrize("where", ["wait_ms", "Acquire"])
 def test_giving_up_while_asking_was_interrupted_leaves_nothing_behind(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, where: str
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticket = Ticket(lambda: None, rig.now)
     with monkeypatch.context() as patch:
-        patch.setattr(f"sharedpool.worker.tickets.{where}", interrupt)
+        patch.setattr("sharedpool.worker.tickets.Acquire", interrupt)
         with pytest.raises(Interrupt):
             rig.cache.tickets.want(ticket, 5.0)
     assert rig.cache.give_up(ticket, rig.now) is None
@@ -688,20 +686,11 @@ def test_recalls_of_a_new_broker_start_over(rig: Rig) -> None:
     assert rig.cache.owed == 1
 
 
-def test_a_heartbeat_lists_what_has_waited_at_the_desk_for_long(rig: Rig) -> None:
-    """The broker may have forgotten it. At first it is not listed: the heartbeat may be faster than the ASK."""
-    ticket = Ticket(lambda: None, rig.now)
-    rig.cache.tickets.want(ticket, 600.0, at_desk=True)
-    assert rig.cache.renewal(rig.now + ASKED_S * 0.9, {}).pending == []
-    assert rig.cache.renewal(rig.now + ASKED_S, {}).pending == [ticket.request]
-
-
 def test_what_was_asked_for_twice_may_be_answered_once_more(rig: Rig) -> None:
-    """Its thread was about to ask at its line when the link registered again; nobody would read a free booth."""
-    slow, quick = Ticket(lambda: None, rig.now), Ticket(lambda: None, rig.now)
-    rig.cache.tickets.want(slow, 9.0, at_desk=True)
+    """The link has registered again meanwhile; nobody would read a free seat."""
+    slow = rig.want(9.0)
     rig.cache.register(rig.now, {})
-    rig.cache.tickets.want(quick, 9.0, at_desk=True)
+    quick = rig.want(9.0)
     for ticket in (slow, quick):
         assert not ticket.finished
         assert rig.cache.tickets.denied(Deny(ticket.request, DenyReason.CROWDED, 1)) is ticket
@@ -721,18 +710,6 @@ def test_a_connection_that_is_being_given_is_its_threads_alone(rig: Rig) -> None
     assert leases == []
     rig.cache.given(lease)
     assert rig.cache.leases == {}
-
-
-def test_what_was_asked_for_in_both_ways_is_asked_for_again_when_its_line_ends(rig: Rig) -> None:
-    """The broker has one waiter for both; its answer may have been on the line."""
-    ticket = Ticket(lambda: None, rig.now)
-    rig.cache.tickets.want(ticket, 9.0, at_desk=True)
-    rig.cache.register(rig.now, {})
-    rig.sent()
-    rig.cache.tickets.ask_by_link(ticket)
-    assert rig.sent() == []
-    rig.cache.tickets.ask_by_link(ticket, again=True)
-    assert rig.sent() == [Acquire(ticket.request, 9000)]
 
 
 # --- grants that are old
@@ -776,7 +753,7 @@ def test_a_grant_that_is_too_old_is_given_back_and_asked_for_again(rig: Rig) -> 
     assert not ticket.settled
     assert not rig.cache.leases
     *_, released, asked = rig.cache.out
-    assert (released, asked) == (Release(Token(1, 1), True, ReleaseReason.UNUSED), Acquire(ticket.request, 600_000))
+    assert (released, asked) == (Release(Token(1, 1), True, ReleaseReason.UNUSED), Acquire(ticket.request, 500_000))
     rig.now += 1
     rig.cache.granted(Grant(ticket.request, Token(1, 2), 2, waited_ms=500), rig.now)
     assert ticket.lease is not None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from test_cache import Conn, Rig, reason_of
 
-from sharedpool.wire.desk import Live, Moved, Pass
+from sharedpool.errors import SharedPoolError
+from sharedpool.wire.desk import Live, Moved, Passed
 from sharedpool.wire.messages import (
     Acquire,
     Backend,
@@ -20,7 +21,6 @@ from sharedpool.wire.messages import (
 )
 from sharedpool.worker.lease import Closing, Lease, Ticket
 from sharedpool.worker.slices import STEADY_GAP_S
-from sharedpool.worker.tickets import ASKED_S
 
 SLICE_S = 0.002
 
@@ -40,8 +40,8 @@ def pass_on(rig: Rig, *, owed: int, pressed: bool) -> tuple[Lease, Conn]:
     rig.news += 1
     conn = Conn()
     live = Live(Backend(rig.serial), 1, b"")
-    message = Pass(ticket.request, Token(1, rig.serial), rig.news, owed, pressed, live)
-    assert rig.cache.passed(message, conn, float("inf"), rig.now) is ticket
+    message = Moved(ticket.request, Token(1, rig.serial), -1, 0, live, Passed(rig.news, owed, pressed))
+    assert rig.cache.moved(message, conn, float("inf"), rig.now) is ticket
     assert ticket.lease is not None
     rig.kept += [ticket, conn]
     return ticket.lease, conn
@@ -85,32 +85,24 @@ def test_who_pauses_gives_at_the_next_checkin(rig: Rig, pressed: bool) -> None:
     assert rig.now - lease.arrived < SLICE_S
 
 
-def test_who_waits_by_link_can_be_moved_to_the_desk_unnoticed(rig: Rig) -> None:
-    """What says so to the broker must not have it missed in the next heartbeat."""
-    patient, impatient = rig.want(), rig.want(wait_s=0)
-    rig.cache.register(rig.now, {})
-    assert rig.cache.tickets.registered(0, hands_over=True) == [patient]
-    assert (patient.at_desk, impatient.at_desk) == (True, False)
-    sent = rig.sent()
-    assert [each.request for each in sent if isinstance(each, Acquire)] == [impatient.request]
-    assert [each.pending for each in sent if isinstance(each, Renew)] == [[impatient.request]]
-    assert rig.cache.tickets.registered(0, hands_over=True) == []
-
-
-def test_what_a_hello_has_asked_along_is_neither_asked_again_nor_moved(rig: Rig) -> None:
+def test_what_a_hello_has_asked_along_is_not_asked_again(rig: Rig) -> None:
     served, other = rig.want(), rig.want()
     *_, first = rig.cache.register(rig.now, {})
-    assert first == Acquire(served.request, served.wait_ms)
-    assert rig.cache.tickets.registered(served.request, hands_over=True) == [other]
-    assert (served.at_desk, other.at_desk) == (False, True)
-    assert [each for each in rig.sent() if isinstance(each, Acquire)] == []
+    assert first == Acquire(served.request, 5000)
+    rig.now += 2
+    rig.cache.tickets.registered(served.request, rig.now)
+    assert [each for each in rig.sent() if isinstance(each, Acquire)] == [Acquire(other.request, 3000)]
 
 
-def test_what_is_answered_without_a_desk_is_not_asked_again_either(rig: Rig) -> None:
-    served, other = rig.want(), rig.want()
-    rig.cache.register(rig.now, {})
-    assert rig.cache.tickets.registered(served.request, hands_over=False) == []
-    assert [each.request for each in rig.sent() if isinstance(each, Acquire)] == [other.request]
+def test_who_takes_a_seat_in_the_lane_tells_the_broker(rig: Rig) -> None:
+    ticket = rig.want()
+    rig.sent()
+    rig.cache.tickets.move(ticket, 7, rig.now)
+    assert rig.sent() == [Acquire(ticket.request, 5000, 7)]
+    rig.cache.give_up(ticket, rig.now)
+    rig.sent()
+    rig.cache.tickets.move(ticket, 8, rig.now)  # too late
+    assert rig.sent() == []
 
 
 def test_a_recall_that_a_passed_connection_has_overtaken_is_obeyed_and_answered(rig: Rig) -> None:
@@ -147,17 +139,23 @@ def test_where_it_must_be_opened_the_slice_begins_when_that_is_done(rig: Rig) ->
     assert reason_of(use(rig, ticket.lease, conn, for_s=11 * SLICE_S)) is ReleaseReason.OWED
 
 
-def test_what_was_asked_for_twice_is_not_over_with_one_answer(rig: Rig) -> None:
-    """The broker may have queued it anew while the first answer was on its way: its line is to be settled first."""
-    ticket = Ticket(lambda: None, rig.now)
-    rig.cache.tickets.want(ticket, 5.0, at_desk=True)
-    rig.cache.register(rig.now, {})
-    assert rig.cache.tickets.registered(0, hands_over=True) == [ticket]
-    assert ticket.to_ask
-    live = Live(Backend(1), 1, b"")
-    rig.cache.passed(Pass(ticket.request, Token(1, 1), 1, 0, False, live), Conn(), float("inf"), rig.now)
+@pytest.mark.parametrize("asks", [1, 2])
+def test_what_was_asked_for_twice_is_not_over_with_one_answer(rig: Rig, asks: int) -> None:
+    """The broker may have queued it anew while the first answer was on its way: its seat is to be watched."""
+    ticket = rig.want()
+    if asks == 2:
+        rig.cache.register(rig.now, {})
+    message = Moved(ticket.request, Token(1, 1), -1, 0, Live(Backend(1), 1, b""), Passed(1, 0, pressed=False))
+    rig.cache.moved(message, Conn(), float("inf"), rig.now)
     assert ticket.settled
-    assert not ticket.finished
+    assert ticket.finished is (asks == 1)
+
+
+def test_what_a_former_broker_has_passed_on_is_not_used(rig: Rig) -> None:
+    message = Moved(1, Token(0, 1), -1, 0, Live(Backend(1), 1, b""), Passed(1, 0, pressed=False))
+    with pytest.raises(SharedPoolError, match="former broker"):
+        rig.cache.moved(message, Conn(), float("inf"), rig.now)
+    assert not rig.cache.leases
 
 
 # --- while connections move past the broker
@@ -173,7 +171,7 @@ def come(rig: Rig, request: int = 0, *, moves: int = 3) -> tuple[Ticket | None, 
     """Have a connection come in the lane."""
     rig.serial += 1
     moved, conn = Moved(request, Token(1, rig.serial), 9, moves, Live(Backend(rig.serial), 1, b"")), Conn()
-    ticket = rig.cache.moved(moved, conn, float("inf"), rig.now, cell=moved.cell, moves=moved.moves)
+    ticket = rig.cache.moved(moved, conn, float("inf"), rig.now)
     rig.kept += [conn]
     return ticket, rig.cache.leases[moved.token], conn
 
@@ -275,7 +273,7 @@ def test_what_was_taken_away_meanwhile_is_not_laid_back(moving: Rig) -> None:
 def test_who_waits_in_the_lane_asks_the_broker_for_nothing(moving: Rig) -> None:
     ticket = want_in_lane(moving)
     assert moving.sent() == []
-    assert moving.cache.heartbeat(moving.now + ASKED_S * 2, {}).pending == []
+    assert moving.cache.heartbeat(moving.now, {}).pending == []
     assert moving.cache.give_up(ticket, moving.now) is None
     assert moving.sent() == []  # nor need it be told that it waits no more
     assert not moving.cache.waiting
@@ -314,22 +312,37 @@ def test_what_comes_from_the_shelf_and_is_old_ends_when_it_should(moving: Rig) -
     assert closing.reason is ReleaseReason.RETIRED
 
 
-def test_after_a_welcome_who_waited_in_the_lane_asks_at_the_desk(moving: Rig) -> None:
-    """The lane was a former broker's."""
+def test_who_waited_in_a_former_brokers_lane_asks_the_later_one(moving: Rig) -> None:
     ticket = want_in_lane(moving)
     *_, first = moving.cache.register(moving.now, {})
-    assert first == Acquire(ticket.request, ticket.wait_ms)
-    assert moving.cache.tickets.registered(0, hands_over=True) == [ticket]
-    assert (ticket.in_lane, ticket.at_desk, ticket.to_ask) == (False, True, True)
+    assert first == Acquire(ticket.request, 5000)
+    moving.cache.tickets.registered(0, moving.now)
+    assert [each for each in moving.sent() if isinstance(each, Acquire)] == [first]
+    assert not ticket.in_lane
+
+
+def test_who_leaves_the_lane_asks_the_broker_and_is_served_by_either(moving: Rig) -> None:
+    """What was sent to him in the lane may be on its way still: then the broker is to forget him."""
+    by_broker, in_lane = want_in_lane(moving), want_in_lane(moving)
+    for ticket in (by_broker, in_lane):
+        moving.cache.tickets.ask(ticket, moving.now)
+    assert [type(each) for each in moving.sent()] == [Acquire, Acquire]
+    come(moving, in_lane.request)
+    assert in_lane.settled
+    assert not in_lane.finished
+    assert moving.sent() == [Cancel(in_lane.request)]
+    moving.grant(by_broker.request)
+    assert by_broker.finished
+    assert moving.sent() == []
 
 
 def test_who_was_passed_what_cannot_be_used_asks_the_broker(moving: Rig) -> None:
     ticket = want_in_lane(moving)
     moved = Moved(ticket.request, Token(1, 70), 9, 1, Live(Backend(70), 1, b""))
-    moving.cache.refuse(moved)
+    moving.cache.refuse(moved, moving.now)
     assert moving.sent() == [
         Release(moved.token, False, ReleaseReason.FAILED, Backend(70)),
-        Acquire(ticket.request, ticket.wait_ms),
+        Acquire(ticket.request, 5000),
     ]
     assert not ticket.in_lane
     assert moving.cache.renewal(moving.now, {}).pending == [ticket.request]

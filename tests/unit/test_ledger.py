@@ -13,7 +13,7 @@ import pytest
 
 from sharedpool.broker.backoff import Backoff
 from sharedpool.broker.books import Books
-from sharedpool.broker.commands import Command, Fence, Forget, Log, Look, Send, Survey, Watch
+from sharedpool.broker.commands import Command, Fence, Forget, Log, Look, PassOn, Send, Survey, Watch
 from sharedpool.broker.demand import ANSWER_LIMIT_S
 from sharedpool.broker.ledger import Ledger
 from sharedpool.broker.quarantine import SETTLE_S
@@ -166,6 +166,8 @@ class Worker:
         self.held[token] = Phase.IDLE
 
     def beat(self, answers: int = 0) -> list[Command]:
+        came = {each.message.request for each in self.broker.all(PassOn) if each.message.token in self.held}
+        self.pending = [request for request in self.pending if request not in came]
         return self.broker.send(self.id, Renew(self.reports(), self.seen, answers, list(self.pending)))
 
     def answer(self) -> list[Command]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 from test_ledger import TTL_S, Broker, Worker
 
-from sharedpool.broker.commands import Entrust, Fence, Interfere, Log, PassOn
+from sharedpool.broker.commands import Entrust, Fence, Interfere, Log, OpenLane, PassOn
 from sharedpool.broker.handover import NUDGE_S, SHARED_S, TRY_AGAIN_S
+from sharedpool.broker.moves import ARRIVAL_S
 from sharedpool.broker.records import SlotState
-from sharedpool.wire.desk import Ask, Give, Live, Pass, Withdraw
+from sharedpool.wire.board import BOARD_BYTES, SEATS, Board
+from sharedpool.wire.desk import Give, Live, Moved
 from sharedpool.wire.messages import (
     Ack,
     Acquire,
+    Cancel,
     Grant,
     Interrupt,
     Phase,
@@ -25,11 +28,12 @@ from sharedpool.wire.messages import (
 
 
 class Desk:
-    """What workers say at their lines to the desk, and what comes back."""
+    """What workers do at the desk and in the lane, and what comes there. Who asks takes part in the lane."""
 
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
         self.generation = 1
+        self.boards: dict[str, Board] = {}
 
     def lend(self, worker: Worker) -> Token:
         """Have a connection opened in the ordinary way and handed in."""
@@ -37,10 +41,27 @@ class Desk:
         self.broker.take_in(self.broker.ledger.deposited(token, self.broker.now))
         return token
 
-    def ask(self, worker: Worker, line: int, wait_s: float = 9.0, gone: tuple[Token, ...] = ()) -> int:
+    def board(self, pool: str = "p") -> Board:
+        """Return the board of a pool's lane."""
+        return self.boards.setdefault(pool, Board(memoryview(bytearray(BOARD_BYTES))))
+
+    def join(self, worker: Worker) -> None:
+        """Have a worker take part in the lane, which is made if there is none."""
+        pool = worker.spec.name
+        if self.broker.ledger._books.pools[pool].lane is None:
+            serial = self.broker.ledger._moves._ordered.setdefault(pool, 0)
+            self.broker.take_in(self.broker.ledger.lane_opened(pool, serial, self.board(pool), self.broker.now))
+        self.broker.take_in(self.broker.ledger.joined(worker.id, self.broker.now))
+
+    def ask(self, worker: Worker, seat: int = 0, wait_s: float = 9.0) -> int:
+        """Ask for a connection, at a seat in the lane."""
+        session = self.broker.ledger._books.sessions[worker.id]
+        if not session.joined:
+            self.join(worker)
         worker.requests += 1
-        ask = Ask(worker.id, worker.requests, int(wait_s * 1000), list(gone))
-        self.broker.take_in(self.broker.ledger.asked(ask, line, self.broker.now))
+        worker.pending.append(worker.requests)
+        place = session.index * SEATS + seat
+        self.broker.send(worker.id, Acquire(worker.requests, int(wait_s * 1000), place))
         return worker.requests
 
     def give(self, worker: Worker, token: Token, reason: ReleaseReason = ReleaseReason.OWED) -> None:
@@ -48,8 +69,16 @@ class Desk:
         live = Live(worker.backend(token), self.generation, b"parameters")
         self.broker.take_in(self.broker.ledger.given(Give(worker.id, token, reason, live), self.broker.now))
 
-    def passed(self) -> list[tuple[int, Pass]]:
-        return [(each.line, each.message) for each in self.broker.all(PassOn)]
+    def passed(self) -> list[tuple[str, Moved]]:
+        """Return what was passed on, and to whom."""
+        pools = self.broker.ledger._books.pools
+        found = []
+        for each in self.broker.all(PassOn):
+            lane = pools[each.pool].lane
+            assert lane is not None
+            assert each.place // SEATS == lane.members[each.number].index
+            found.append((lane.members[each.number].id.decode(), each.message))
+        return found
 
     def state(self, token: Token) -> SlotState:
         lease = self.broker.ledger._books.leases.get(token)
@@ -58,7 +87,7 @@ class Desk:
 
 @pytest.fixture
 def broker() -> Broker:
-    return Broker()
+    return Broker(handover=True)
 
 
 @pytest.fixture
@@ -69,18 +98,18 @@ def desk(broker: Broker) -> Desk:
 def test_a_connection_goes_to_who_has_waited_longest(broker: Broker, desk: Desk) -> None:
     a, b, c = (broker.worker(name, max_conn=1) for name in "abc")
     token = desk.lend(a)
-    first, second = desk.ask(b, line=7), desk.ask(c, line=8)
+    first, second = desk.ask(b), desk.ask(c)
     desk.give(a, token)
-    ((line, message),) = desk.passed()
-    assert (line, message.request) == (7, first)
+    ((name, message),) = desk.passed()
+    assert (name, message.request) == ("b", first)
     assert message.token > token
     assert message.live.backend == a.backend(token)
-    assert message.owed == 1  # c waits
+    assert message.passed.owed == 1  # c waits
     assert broker.all(Entrust) == [Entrust(token, message.token)]
     assert (desk.state(token), desk.state(message.token)) == (SlotState.FREE, SlotState.OPEN)
     assert broker.ledger.leases == 1
     desk.give(b, message.token)
-    assert desk.passed()[1][0] == 8
+    assert desk.passed()[1][0] == "c"
     assert desk.passed()[1][1].request == second
 
 
@@ -92,8 +121,8 @@ def test_what_nobody_waits_for_is_parked_and_had_for_a_word(broker: Broker, desk
     pools, _ = broker.ledger.report(broker.now)
     assert (pools[0].parked, pools[0].idle, pools[0].leases) == (1, 1, 1)
     before = len(broker.all(Recall))
-    desk.ask(b, line=3)
-    assert [line for line, _ in desk.passed()] == [3]
+    desk.ask(b)
+    assert [name for name, _ in desk.passed()] == ["b"]
     assert len(broker.all(Recall)) == before  # nobody was asked
 
 
@@ -123,7 +152,7 @@ def test_what_is_parked_is_no_longer_its_givers(broker: Broker, desk: Desk) -> N
 def test_what_is_on_its_way_is_not_taken_for_lost(broker: Broker, desk: Desk) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
-    request = desk.ask(b, line=7)
+    request = desk.ask(b)
     desk.give(a, token)
     heir = desk.passed()[0][1].token
     b.seen = heir
@@ -138,90 +167,11 @@ def test_what_is_on_its_way_is_not_taken_for_lost(broker: Broker, desk: Desk) ->
     assert request
 
 
-def test_a_line_that_ends_with_a_connection_on_it_costs_the_connection_not_the_slot(broker: Broker, desk: Desk) -> None:
-    a, b = (broker.worker(name, max_conn=1) for name in "ab")
-    token = desk.lend(a)
-    desk.ask(b, line=7)
-    desk.give(a, token)
-    heir = desk.passed()[0][1].token
-    broker.take_in(broker.ledger.line_ended(7, broker.now))
-    assert [fence.token for fence in broker.all(Fence)] == [heir]
-    broker.take_in(broker.ledger.backend_gone(heir, broker.now))
-    assert broker.ledger.leases == 0
-
-
-def test_what_is_on_its_way_to_who_asks_again_there_ends_with_the_line(broker: Broker, desk: Desk) -> None:
-    """Its session has registered again meanwhile: nothing is known yet of what was passed to it."""
-    a, b = (broker.worker(name, max_conn=1) for name in "ab")
-    token = desk.lend(a)
-    request = desk.ask(b, line=7)
-    desk.give(a, token)
-    heir = desk.passed()[0][1].token
-    b.hello()
-    broker.take_in(broker.ledger.asked(Ask(b.id, request, 9000, []), 7, broker.now))
-    broker.take_in(broker.ledger.line_ended(7, broker.now))
-    assert [fence.token for fence in broker.all(Fence)] == [heir]
-    pools, _ = broker.ledger.report(broker.now)
-    assert pools[0].waiting == 0
-
-
-def test_what_was_passed_on_a_line_has_come_when_another_asks_there(broker: Broker, desk: Desk) -> None:
-    a, b = (broker.worker(name, max_conn=1) for name in "ab")
-    token = desk.lend(a)
-    desk.ask(b, line=7)
-    desk.give(a, token)
-    desk.ask(b, line=7)
-    broker.take_in(broker.ledger.line_ended(7, broker.now))
-    assert broker.all(Fence) == []
-
-
-def test_a_line_that_ends_with_a_known_connection_costs_nothing(broker: Broker, desk: Desk) -> None:
-    a, b = (broker.worker(name, max_conn=1) for name in "ab")
-    token = desk.lend(a)
-    desk.ask(b, line=7)
-    desk.give(a, token)
-    b.held[desk.passed()[0][1].token] = Phase.IN_USE
-    b.beat()
-    broker.take_in(broker.ledger.line_ended(7, broker.now))
-    assert broker.all(Fence) == []
-
-
-def test_a_line_that_was_read_to_its_end_costs_nothing(broker: Broker, desk: Desk) -> None:
-    a, b = (broker.worker(name, max_conn=1) for name in "ab")
-    token = desk.lend(a)
-    desk.ask(b, line=7)
-    desk.give(a, token)
-    broker.ledger.left(7)
-    broker.take_in(broker.ledger.line_ended(7, broker.now))
-    assert broker.all(Fence) == []
-
-
-def test_a_line_that_ends_waits_no_more(broker: Broker, desk: Desk) -> None:
-    a, b = (broker.worker(name, max_conn=1) for name in "ab")
-    token = desk.lend(a)
-    desk.ask(b, line=7)
-    broker.take_in(broker.ledger.line_ended(7, broker.now))
-    desk.give(a, token)
-    assert desk.passed() == []
-
-
-def test_who_asks_by_link_before_his_line_is_heard_to_end_goes_on_waiting(broker: Broker, desk: Desk) -> None:
-    a, b = (broker.worker(name, max_conn=1) for name in "ab")
-    token = desk.lend(a)
-    request = desk.ask(b, line=7)
-    broker.send(b.id, Acquire(request, 9000))
-    broker.take_in(broker.ledger.line_ended(7, broker.now))
-    desk.give(a, token)
-    assert desk.passed() == []
-    broker.take_in(broker.ledger.backend_gone(token, broker.now))
-    assert isinstance(b.outcome(request), Token)
-
-
 def test_a_request_that_was_withdrawn_gets_nothing(broker: Broker, desk: Desk) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
-    request = desk.ask(b, line=7)
-    broker.take_in(broker.ledger.withdrawn(Withdraw(b.id, request), broker.now))
+    request = desk.ask(b)
+    broker.send(b.id, Cancel(request))
     desk.give(a, token)
     assert desk.passed() == []
 
@@ -229,10 +179,10 @@ def test_a_request_that_was_withdrawn_gets_nothing(broker: Broker, desk: Desk) -
 def test_a_heartbeat_does_not_withdraw_what_waits_at_the_desk(broker: Broker, desk: Desk) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
-    desk.ask(b, line=7)
+    desk.ask(b)
     b.beat()
     desk.give(a, token)
-    assert [line for line, _ in desk.passed()] == [7]
+    assert [name for name, _ in desk.passed()] == ["b"]
 
 
 @pytest.mark.parametrize("why", ["an older generation", "a cancel under way", "not in custody"])
@@ -244,7 +194,7 @@ def test_what_must_not_go_on_is_ended(broker: Broker, desk: Desk, why: str) -> N
         assert broker.all(Interfere) == [Interfere(token, a.backend(token))]
     if why == "an older generation":
         desk.generation = 0
-    desk.ask(b, line=7)
+    desk.ask(b)
     desk.give(a, token)
     assert desk.passed() == []
     assert [fence.token for fence in broker.all(Fence)] == [token]
@@ -258,7 +208,7 @@ def test_after_the_cancel_it_may_go_on(broker: Broker, desk: Desk) -> None:
     broker.send(a.id, Interrupt(token))
     (order,) = broker.all(Interfere)
     broker.take_in(broker.ledger.interrupted(order, True, broker.now))
-    desk.ask(b, line=7)
+    desk.ask(b)
     desk.give(a, token)
     assert len(desk.passed()) == 1
 
@@ -268,13 +218,13 @@ def tried(broker: Broker, desk: Desk, sent: bool | None, pause_s: float) -> list
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
     for giver, taker in ((a, b), (b, a)):
-        desk.ask(taker, line=7)
+        desk.ask(taker)
         desk.give(giver, token)
         token = desk.passed()[-1][1].token
         broker.send(taker.id, Interrupt(token, trial=True))
         broker.take_in(broker.ledger.interrupted(broker.all(Interfere)[-1], sent, broker.now))
         broker.now += pause_s
-    return [passed.trial for _, passed in desk.passed()]
+    return [moved.passed.trial for _, moved in desk.passed()]
 
 
 def test_a_cancel_is_tried_once(broker: Broker, desk: Desk) -> None:
@@ -293,7 +243,7 @@ def test_while_a_trials_cancel_is_under_way_it_may_go_on(broker: Broker, desk: D
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
     broker.send(a.id, Interrupt(token, trial=True))
-    desk.ask(b, line=7)
+    desk.ask(b)
     desk.give(a, token)
     assert len(desk.passed()) == 1
 
@@ -303,9 +253,9 @@ def test_a_users_cancel_is_no_trial(broker: Broker, desk: Desk) -> None:
     token = desk.lend(a)
     broker.send(a.id, Interrupt(token))
     broker.take_in(broker.ledger.interrupted(broker.all(Interfere)[-1], False, broker.now))
-    desk.ask(b, line=7)
+    desk.ask(b)
     desk.give(a, token)
-    assert [passed.trial for _, passed in desk.passed()] == [True]
+    assert [moved.passed.trial for _, moved in desk.passed()] == [True]
 
 
 def test_where_the_broker_may_not_cancel_nothing_is_passed_on_any_more() -> None:
@@ -314,7 +264,7 @@ def test_where_the_broker_may_not_cancel_nothing_is_passed_on_any_more() -> None
     a, b, c = (broker.worker(name, max_conn=3) for name in "abc")
     first, second, parked = (desk.lend(a) for _ in range(3))
     desk.give(a, parked)
-    desk.ask(b, line=7)
+    desk.ask(b)
     passed = desk.passed()[0][1].token
     desk.give(a, second)  # parked
     broker.send(b.id, Interrupt(passed, trial=True))
@@ -359,29 +309,19 @@ def test_a_parked_connection_ends_with_its_givers_session(broker: Broker, desk: 
 def test_while_connections_change_hands_they_are_wanted_back_and_later_kept(broker: Broker, desk: Desk) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     desk.give(a, desk.lend(a))
-    desk.ask(b, line=7)
+    desk.ask(b)
     heir = desk.passed()[-1][1]
-    assert heir.owed == 1  # it came from another process
+    assert heir.passed.owed == 1  # it came from another process
     desk.give(b, heir.token)
     broker.pass_time(SHARED_S * 1.1)
-    desk.ask(b, line=7)
-    assert desk.passed()[-1][1].owed == 0  # b has been alone with it
-
-
-def test_what_was_given_back_counts_before_the_request_that_says_so(broker: Broker, desk: Desk) -> None:
-    """The RELEASE comes by another way, and later: a caller who does not want to wait must not be refused for that."""
-    a = broker.worker("a", max_conn=1)
-    token = desk.lend(a)
-    desk.ask(a, line=7, wait_s=0, gone=(token,))
-    assert len(a.sent(Grant)) == 2
-    a.release(token)
-    assert broker.ledger.leases == 1
+    desk.ask(b)
+    assert desk.passed()[-1][1].passed.owed == 0  # b has been alone with it
 
 
 def test_who_keeps_what_others_wait_for_is_asked_again(broker: Broker, desk: Desk) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
-    desk.ask(b, line=7)
+    desk.ask(b)
     a.answer()
     asked = len(a.sent(Recall))
     broker.pass_time(NUDGE_S * 1.1)
@@ -393,7 +333,7 @@ def test_who_keeps_what_others_wait_for_is_asked_again(broker: Broker, desk: Des
 def test_who_is_in_the_middle_of_something_long_is_asked_less_and_less(broker: Broker, desk: Desk) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     desk.lend(a)
-    desk.ask(b, line=7)
+    desk.ask(b)
     a.answer()
     asked = len(a.sent(Recall))
     for _ in range(100):
@@ -404,11 +344,11 @@ def test_who_is_in_the_middle_of_something_long_is_asked_less_and_less(broker: B
 
 
 def test_under_the_cap_of_all_pools_another_pools_waiter_gets_the_slot() -> None:
-    broker = Broker(max_conn=1)
+    broker = Broker(max_conn=1, handover=True)
     desk = Desk(broker)
     a, other = broker.worker("a", max_conn=1), broker.worker("o", "other", max_conn=1)
     token = desk.lend(a)
-    desk.ask(other, line=7)
+    desk.ask(other)
     desk.give(a, token)
     assert desk.passed() == []
     broker.take_in(broker.ledger.backend_gone(token, broker.now))
@@ -419,12 +359,12 @@ def test_who_gave_what_was_asked_for_is_asked_for_the_rest_while_others_wait(bro
     """Nothing else need happen for that: else the next waiter would wait for a heartbeat."""
     a, b, c = (broker.worker(name, max_conn=2) for name in "abc")
     first, second = desk.lend(a), desk.lend(a)
-    desk.ask(b, line=7)
+    desk.ask(b)
     assert a.last(Recall).owed == 1
     a.answer()
-    request = desk.ask(c, line=8)
+    request = desk.ask(c)
     desk.give(a, first)
-    assert [line for line, _ in desk.passed()] == [7]
+    assert [name for name, _ in desk.passed()] == ["b"]
     assert a.last(Recall).owed == 1
     assert len(a.sent(Recall)) == 2
     desk.give(a, second)
@@ -435,7 +375,7 @@ def test_what_waited_at_the_desk_for_too_long_a_silence_is_asked_for_again(broke
     """Frozen for longer than the TTL, the worker has lost its place: its line tells it nothing of that."""
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     desk.lend(a)
-    request = desk.ask(b, line=7, wait_s=600.0)
+    request = desk.ask(b, wait_s=600.0)
     broker.pass_time(TTL_S * 0.7)
     a.beat()
     broker.pass_time(TTL_S * 0.7)
@@ -447,22 +387,82 @@ def test_what_waited_at_the_desk_for_too_long_a_silence_is_asked_for_again(broke
 def test_a_connection_on_its_way_is_an_answer(broker: Broker, desk: Desk) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
-    b.pending.append(desk.ask(b, line=7))
+    desk.ask(b)
     desk.give(a, token)
     b.beat()
     assert b.sent(Reject) == []
-    broker.take_in(broker.ledger.line_ended(7, broker.now))
-    b.beat()  # it will not arrive
+    broker.now += ARRIVAL_S
+    b.answer()  # it does not arrive
+    assert [fence.token for fence in broker.all(Fence)] == [desk.passed()[0][1].token]
+    b.beat()
     assert len(b.sent(Reject)) == 1
+
+
+def test_who_could_not_be_sent_his_connection_is_to_ask_again(broker: Broker, desk: Desk) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    desk.ask(b)
+    desk.give(a, token)
+    ((_, message),) = desk.passed()
+    broker.take_in(broker.ledger.not_passed(message, broker.now))
+    assert [fence.token for fence in broker.all(Fence)] == [message.token]
+    assert len(b.sent(Reject)) == 1
+    b.hello()
+    b.ask(9.0)
+    broker.take_in(broker.ledger.backend_gone(message.token, broker.now))
+    assert len(b.sent(Grant)) == 1
+
+
+def test_what_could_not_be_sent_to_who_has_died_meanwhile_is_ended_once(broker: Broker, desk: Desk) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    desk.ask(b)
+    desk.give(a, token)
+    ((_, message),) = desk.passed()
+    broker.take_in(broker.ledger.session_died(b.id, broker.now))
+    broker.take_in(broker.ledger.not_passed(message, broker.now))
+    assert [fence.token for fence in broker.all(Fence)] == [message.token]
+    assert b.sent(Reject) == []
+
+
+def test_a_waiter_that_is_being_let_into_the_lane_is_worth_a_moment(broker: Broker, desk: Desk) -> None:
+    """The first time that connections are passed on, and each process's first: a close and a connect take longer."""
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    request = b.ask(9.0)
+    assert broker.all(OpenLane) == [OpenLane("p", 1)]
+    desk.give(a, token)
+    assert broker.all(Fence) == []
+    desk.join(b)
+    assert desk.passed() == []  # it has yet to say where it waits
+    broker.send(b.id, Acquire(request, 9000, broker.ledger._books.sessions[b.id].index * SEATS))
+    assert [(name, moved.request) for name, moved in desk.passed()] == [("b", request)]
+
+
+@pytest.mark.parametrize("wait_s", [9.0, 0.0])
+def test_a_waiter_that_does_not_come_into_the_lane_gets_the_slot(broker: Broker, desk: Desk, wait_s: float) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    a.checkin(token)
+    request = b.ask(wait_s)
+    a.held[token] = Phase.CLOSING
+    a.answer()
+    desk.give(a, token, ReleaseReason.TAKEN)
+    assert broker.all(Fence) == []
+    broker.pass_time(ARRIVAL_S * 1.1)
+    assert [fence.token for fence in broker.all(Fence)] == [token]
+    assert b.outcome(request) is None
+    broker.take_in(broker.ledger.backend_gone(token, broker.now))
+    assert isinstance(b.outcome(request), Token)
 
 
 def test_who_keeps_what_another_pools_waiter_needs_is_asked_again() -> None:
     """Under a cap over all pools; what is kept idle for its slice is not reported by itself."""
-    broker = Broker(max_conn=1)
+    broker = Broker(max_conn=1, handover=True)
     desk = Desk(broker)
     a, other = broker.worker("a", max_conn=1), broker.worker("o", "other", max_conn=1)
     desk.lend(a)
-    desk.ask(other, line=7)
+    desk.ask(other)
     a.answer()
     asked = len(a.sent(Recall))
     broker.pass_time(NUDGE_S * 1.1)
@@ -471,18 +471,18 @@ def test_who_keeps_what_another_pools_waiter_needs_is_asked_again() -> None:
 
 def test_a_slot_that_did_not_come_after_all_is_looked_for_elsewhere() -> None:
     """Under a cap: what its worker said it closes was counted on for another pool's waiter; then it was given."""
-    broker = Broker(max_conn=3)
+    broker = Broker(max_conn=3, handover=True)
     desk = Desk(broker)
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     o, x = (broker.worker(name, "other", max_conn=3) for name in "ox")
     token, idle, _ = desk.lend(a), desk.lend(o), desk.lend(o)
-    desk.ask(b, line=7)
-    desk.ask(x, line=8)
+    desk.ask(b)
+    desk.ask(x)
     a.held[token] = Phase.CLOSING
     a.answer()
     o.checkin(idle)
     o.beat()
     assert o.last(Recall).take == 0
     desk.give(a, token)
-    assert [line for line, _ in desk.passed()] == [7]
+    assert [name for name, _ in desk.passed()] == ["b"]
     assert o.last(Recall).take == 1

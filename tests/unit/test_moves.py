@@ -25,12 +25,13 @@ from sharedpool.broker.groups import GroupTerms
 from sharedpool.broker.handover import SHARED_S
 from sharedpool.broker.moves import ARRIVAL_S
 from sharedpool.broker.records import Lease, Pool, SlotState
-from sharedpool.wire.board import BOARD_BYTES, BROKERS_PLACE, BROKERS_REQUEST, SEATS, SESSIONS, SHELF, Board
+from sharedpool.wire.board import BROKERS_PLACE, BROKERS_REQUEST, SEATS, SESSIONS, SHELF
 from sharedpool.wire.desk import Live, Moved
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
     Ack,
     Bye,
+    Cancel,
     Hello,
     Interrupt,
     LeaseReport,
@@ -56,8 +57,8 @@ class Rig:
     def __init__(self, broker: Broker | None = None, *, workers: int = 2, max_conn: int = 2, **spec: int) -> None:
         self.broker = broker or Broker(handover=True)
         self.desk = Desk(self.broker)
-        self.workers = [self.broker.worker(f"w{n}", max_conn=max_conn, lane=True, **spec) for n in range(workers)]
-        self.board = Board(memoryview(bytearray(BOARD_BYTES)))
+        self.workers = [self.broker.worker(f"w{n}", max_conn=max_conn, **spec) for n in range(workers)]
+        self.board = self.desk.board()
         self.tokens = [self.desk.lend(each) for each in self.workers[:max_conn]]
 
     @property
@@ -83,25 +84,32 @@ class Rig:
         self.broker.ledger._books.pools["p"].cancels = True
 
     def open_lane(self) -> None:
-        """Have a connection passed on by the broker, so that a lane is made, and let everybody in."""
-        self.cancels_work()
+        """Let everybody in, and have a connection passed on by the broker, for which a cancel is seen to work."""
+        for worker in self.workers:
+            self.desk.join(worker)
         giver, taker = self.workers[0], self.workers[-1]
-        self.desk.ask(taker, line=90)
+        self.desk.ask(taker, seat=0)
         self.desk.give(giver, self.tokens[0])
+        self.cancels_work()
         heir = self.desk.passed()[-1][1].token
         self.tokens[0] = heir
         taker.held[heir] = Phase.IN_USE
         taker.seen = max(taker.seen, heir)
-        self.broker.take_in(self.broker.ledger.lane_opened("p", self.board, self.broker.now))
         for worker in self.workers:
-            self.join(worker)
             worker.beat()
 
     def join(self, worker: Worker) -> None:
         self.broker.take_in(self.broker.ledger.joined(worker.id, self.broker.now))
 
-    def contend(self, worker: Worker | None = None, *, line: int = 91) -> int:
-        return self.desk.ask(worker or self.workers[0], line=line, wait_s=500.0)
+    def contend(self, worker: Worker | None = None, *, seat: int = 1) -> int:
+        return self.desk.ask(worker or self.workers[0], seat=seat, wait_s=500.0)
+
+    def give_up(self) -> None:
+        """Have nobody wait at the broker any more."""
+        for worker in self.workers:
+            worker.beat()  # what has come is not waited for
+            while worker.pending:
+                self.broker.send(worker.id, Cancel(worker.pending.pop()))
 
     def proceed(self) -> None:
         """Let connections move."""
@@ -109,7 +117,7 @@ class Rig:
         self.contend()
         if not self.moving:  # holders are asked first, whether something lies idle
             self.answer_all()
-            self.contend(line=92)
+            self.contend(seat=2)
         assert self.moving
 
     def answer_all(self) -> None:
@@ -173,15 +181,13 @@ def rig() -> Rig:
 # --- a lane
 
 
-def test_a_lane_is_made_when_the_first_connection_is_passed_on(rig: Rig) -> None:
+def test_a_lane_is_made_when_somebody_has_to_wait(rig: Rig) -> None:
     assert rig.broker.all(OpenLane) == []
-    rig.desk.ask(rig.workers[2], line=7)
-    assert rig.broker.all(OpenLane) == []
-    rig.desk.give(rig.workers[0], rig.tokens[0])
-    assert rig.broker.all(OpenLane) == [OpenLane("p")]
-    rig.desk.ask(rig.workers[0], line=8)
+    rig.workers[2].ask(9.0)
+    assert rig.broker.all(OpenLane) == [OpenLane("p", 1)]
+    rig.desk.ask(rig.workers[0], seat=8)
     rig.desk.give(rig.workers[1], rig.tokens[1])
-    assert rig.broker.all(OpenLane) == [OpenLane("p")]  # it is ordered
+    assert rig.broker.all(OpenLane) == [OpenLane("p", 1)]  # it is ordered
 
 
 def test_everybody_is_let_in_who_can_hand_over_by_a_number_and_a_place_of_his_own(rig: Rig) -> None:
@@ -229,13 +235,33 @@ def test_the_last_place_is_the_brokers() -> None:
     assert [each for each in broker.all(LetIn) if each.session == b"late"] == []
 
 
-def test_a_pool_that_limits_its_queue_has_no_lane() -> None:
-    """Nobody counts who waits there."""
-    rig = Rig(workers=2, max_conn=1, max_waiting=5)
-    rig.desk.ask(rig.workers[1], line=7)
-    rig.desk.give(rig.workers[0], rig.tokens[0])
-    assert len(rig.desk.passed()) == 1
-    assert rig.broker.all(OpenLane) == []
+def test_in_a_pool_that_limits_its_queue_the_broker_passes_them_on() -> None:
+    """Nobody counts who waits in the lane's own queue."""
+    rig = Rig(workers=2, max_waiting=5)
+    rig.open_lane()
+    rig.contend()
+    rig.answer_all()
+    rig.contend(seat=2)
+    assert not rig.moving
+    rig.desk.give(rig.workers[1], rig.tokens[1])
+    assert len(rig.desk.passed()) == 2
+
+
+def test_a_lane_of_a_pool_that_is_over_is_not_another_pools_of_that_name(rig: Rig) -> None:
+    rig.workers[2].ask(9.0)
+    for worker in rig.workers:
+        rig.broker.take_in(rig.broker.ledger.session_died(worker.id, rig.broker.now))
+    for token in rig.fenced():
+        rig.broker.take_in(rig.broker.ledger.backend_gone(token, rig.broker.now))
+    a, b = (rig.broker.worker(name, max_conn=1) for name in "ab")
+    a.lend()
+    b.ask(9.0)
+    assert rig.broker.all(OpenLane) == [OpenLane("p", 1), OpenLane("p", 2)]
+    for serial in (1, 2):
+        assert rig.pool.lane is None
+        rig.broker.take_in(rig.broker.ledger.lane_opened("p", serial, rig.board, rig.broker.now))
+    assert rig.pool.lane is not None
+    assert rig.broker.all(CloseLane) == []
 
 
 def test_a_pool_that_nobody_uses_any_more_has_no_lane(rig: Rig) -> None:
@@ -252,13 +278,12 @@ def test_a_pool_that_nobody_uses_any_more_has_no_lane(rig: Rig) -> None:
 
 
 def test_a_lane_that_is_ready_when_its_pool_is_gone_is_closed(rig: Rig) -> None:
-    rig.desk.ask(rig.workers[2], line=7)
-    rig.desk.give(rig.workers[0], rig.tokens[0])
+    rig.workers[2].ask(9.0)
     for worker in rig.workers:
         rig.broker.take_in(rig.broker.ledger.session_died(worker.id, rig.broker.now))
     for token in rig.fenced():
         rig.broker.take_in(rig.broker.ledger.backend_gone(token, rig.broker.now))
-    rig.broker.take_in(rig.broker.ledger.lane_opened("p", rig.board, rig.broker.now))
+    rig.broker.take_in(rig.broker.ledger.lane_opened("p", 1, rig.board, rig.broker.now))
     assert rig.broker.all(CloseLane) == [CloseLane("p")]
 
 
@@ -270,7 +295,7 @@ def test_they_move_while_somebody_waits_and_there_is_nothing_else_to_do(rig: Rig
     assert not rig.moving
     rig.contend()
     rig.answer_all()
-    rig.contend(line=92)
+    rig.contend(seat=2)
     assert rig.moving
     assert rig.broker.all(Proceed) == [Proceed("p")]
     assert [rig.board.find(token) >= 0 for token in rig.tokens] == [True, True]
@@ -290,13 +315,13 @@ def test_the_generation_is_on_the_board(rig: Rig) -> None:
 
 def test_who_waits_at_the_broker_has_his_turn_in_the_lane(rig: Rig) -> None:
     rig.open_lane()
-    rig.contend(line=91)
+    rig.contend(seat=1)
     rig.answer_all()
-    rig.contend(rig.workers[1], line=92)
+    rig.contend(rig.workers[1], seat=2)
     assert rig.moving
     assert rig.board.is_turn(BROKERS_PLACE, BROKERS_REQUEST)
     assert sum(each.times for each in rig.broker.all(Queue)) == 2
-    rig.contend(rig.workers[1], line=93)
+    rig.contend(rig.workers[1], seat=3)
     assert sum(each.times for each in rig.broker.all(Queue)) == 3
 
 
@@ -309,15 +334,14 @@ def test_what_the_broker_is_given_is_passed_to_the_first_who_waits_there(rig: Ri
     cell = rig.lease(token).cell
     came = Moved(BROKERS_REQUEST, token, cell, rig.board.holding(cell).moves, rig.live(token))
     rig.broker.take_in(rig.broker.ledger.came("p", came, rig.broker.now))
-    assert [line for line, _ in rig.desk.passed()[passed:]] == [91]
+    assert [name for name, _ in rig.desk.passed()[passed:]] == ["w0"]
     assert rig.state(token) is SlotState.FREE  # its heir has it
     assert queued - sum(each.times for each in rig.broker.all(Queue)) == 0
 
 
 def test_what_the_broker_is_given_for_nobody_goes_back_into_the_lane(rig: Rig) -> None:
     rig.proceed()
-    for line in (91, 92):
-        rig.broker.take_in(rig.broker.ledger.line_ended(line, rig.broker.now))
+    rig.give_up()
     token = rig.tokens[0]
     rig.moves_itself(token, None)
     cell = rig.lease(token).cell
@@ -354,8 +378,7 @@ def test_they_halt_as_soon_as_there_is_something_else(why: str) -> None:
     rig.proceed()
     ledger, now = broker.ledger, broker.now
     if why in ("slot", "suspect", "quiet"):  # else who waits at the broker is served
-        for line in (91, 92):
-            broker.take_in(ledger.line_ended(line, now))
+        rig.give_up()
         assert rig.moving
     if why == "slot":
         broker.take_in(ledger.backend_gone(rig.tokens[1], now))
@@ -417,7 +440,7 @@ def test_they_do_not_move_where_there_is_something_to_do(why: str) -> None:
         rig.pool.backoff.ceiling = 1
     rig.contend()
     rig.answer_all()
-    rig.contend(line=92)
+    rig.contend(seat=2)
     rig.answer_all()
     assert not rig.moving
     assert broker.all(Proceed) == []
@@ -431,7 +454,7 @@ def test_who_has_not_joined_holds_up_the_others_until_he_has(rig: Rig) -> None:
     rig.contend()
     rig.answer_all()
     late.answer()
-    rig.contend(line=92)
+    rig.contend(seat=2)
     assert not rig.moving
     rig.join(late)
     assert rig.moving
@@ -448,8 +471,7 @@ def test_what_lies_idle_in_a_process_is_taken_while_they_move(rig: Rig) -> None:
 
 def test_they_move_as_long_as_somebody_asks_now_and_then(rig: Rig) -> None:
     rig.proceed()
-    for line in (91, 92):
-        rig.broker.take_in(rig.broker.ledger.line_ended(line, rig.broker.now))
+    rig.give_up()
     for _ in range(5):
         rig.board.note_asked()
         rig.broker.pass_time(QUIET_S * 1.01)
@@ -461,19 +483,17 @@ def test_they_move_as_long_as_somebody_asks_now_and_then(rig: Rig) -> None:
 
 def test_after_a_halt_they_proceed_again(rig: Rig) -> None:
     rig.proceed()
-    for line in (91, 92):
-        rig.broker.take_in(rig.broker.ledger.line_ended(line, rig.broker.now))
+    rig.give_up()
     rig.broker.pass_time(QUIET_S * 1.01)
     assert not rig.moving
-    rig.contend(line=93)
+    rig.contend(seat=3)
     rig.answer_all()
-    rig.contend(line=94)
+    rig.contend(seat=4)
     assert rig.moving
     for _ in range(3):  # the watch for the end of it, too
         rig.broker.pass_time(QUIET_S * 1.01)
         rig.beat_all()
-    for line in (93, 94):
-        rig.broker.take_in(rig.broker.ledger.line_ended(line, rig.broker.now))
+    rig.give_up()
     rig.broker.pass_time(QUIET_S * 1.01)
     assert not rig.moving
 
@@ -570,8 +590,7 @@ def test_what_was_closing_and_lies_on_the_shelf_is_passed_on(rig: Rig) -> None:
 def test_what_comes_from_one_who_was_silent_is_not_suspect_any_more(rig: Rig) -> None:
     rig.proceed()
     token = rig.tokens[1]
-    for line in (91, 92):
-        rig.broker.take_in(rig.broker.ledger.line_ended(line, rig.broker.now))
+    rig.give_up()
     for _ in range(31):
         rig.board.note_asked()
         rig.broker.pass_time(0.5)
@@ -579,7 +598,7 @@ def test_what_comes_from_one_who_was_silent_is_not_suspect_any_more(rig: Rig) ->
         rig.workers[2].beat()
     assert rig.state(token) is SlotState.SUSPECT
     rig.moves_itself(token, rig.workers[0])  # he goes on, and gives it
-    rig.contend(rig.workers[2], line=93)
+    rig.contend(rig.workers[2], seat=3)
     assert rig.state(token) is SlotState.OPEN
     assert rig.fenced() == []
 
@@ -588,8 +607,7 @@ def test_what_goes_to_one_who_is_silent_is_suspect(rig: Rig) -> None:
     """He was stopped while he waited; his giver has not seen it. Whoever waits gets the slot."""
     rig.proceed()
     token, stopped = rig.tokens[1], rig.workers[2]
-    for line in (91, 92):
-        rig.broker.take_in(rig.broker.ledger.line_ended(line, rig.broker.now))
+    rig.give_up()
     for _ in range(31):
         rig.board.note_asked()
         rig.broker.pass_time(0.5)
@@ -597,8 +615,8 @@ def test_what_goes_to_one_who_is_silent_is_suspect(rig: Rig) -> None:
         rig.workers[1].beat()
     assert rig.state(rig.tokens[0]) is SlotState.SUSPECT  # his own
     rig.moves_itself(token, stopped, arrives=False)
-    rig.contend(rig.workers[0], line=93)
-    rig.contend(rig.workers[0], line=94)
+    rig.contend(rig.workers[0], seat=3)
+    rig.contend(rig.workers[0], seat=4)
     assert set(rig.fenced()) == set(rig.tokens)
 
 
@@ -724,8 +742,7 @@ def test_what_really_lies_on_the_shelf_is_passed_on_when_they_halt(rig: Rig) -> 
 def test_what_lay_on_the_shelf_and_nobody_waits_for_is_parked(rig: Rig) -> None:
     rig.proceed()
     token = rig.tokens[1]
-    for line in (91, 92):
-        rig.broker.take_in(rig.broker.ledger.line_ended(line, rig.broker.now))
+    rig.give_up()
     rig.moves_itself(token, None)
     rig.broker.pass_time(QUIET_S * 1.01)
     rig.take_from_shelf(token)
@@ -736,8 +753,7 @@ def test_what_lay_on_the_shelf_and_nobody_waits_for_is_parked(rig: Rig) -> None:
 def test_what_nobody_takes_though_others_ask_is_looked_for(rig: Rig) -> None:
     """It is on the shelf by the board, and was not found there."""
     rig.proceed()
-    for line in (91, 92):
-        rig.broker.take_in(rig.broker.ledger.line_ended(line, rig.broker.now))
+    rig.give_up()
     rig.moves_itself(rig.tokens[1], None)
     for _ in range(5):
         rig.board.note_asked()
@@ -890,7 +906,7 @@ def test_a_lease_with_a_cancel_under_way_does_not_move_yet(rig: Rig) -> None:
     rig.broker.send(b"w1", Interrupt(rig.tokens[1]))
     rig.contend()
     rig.answer_all()
-    rig.contend(line=92)
+    rig.contend(seat=2)
     assert (rig.moving, rig.board.find(rig.tokens[1])) == (True, -1)
     rig.broker.take_in(rig.broker.ledger.interrupted(rig.broker.all(Interfere)[-1], True, rig.broker.now))
     assert rig.board.find(rig.tokens[1]) >= 0
@@ -913,8 +929,7 @@ def test_what_lies_parked_for_the_shelf_ends_with_the_pools_idle_time() -> None:
     rig = Rig(workers=3, expiration_ms=3000)
     rig.proceed()
     token = rig.tokens[1]
-    for line in (91, 92):
-        rig.broker.take_in(rig.broker.ledger.line_ended(line, rig.broker.now))
+    rig.give_up()
     rig.moves_itself(token, None)
     rig.broker.pass_time(QUIET_S * 1.01)
     rig.take_from_shelf(token)

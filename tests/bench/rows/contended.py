@@ -5,13 +5,11 @@ from functools import partial
 from bench.contestants import (
     DIRECT,
     PGBOUNCER,
-    US_LANE,
     US_OFF,
     US_ROLLBACK,
     behind_endpoint,
     bouncer,
     direct,
-    in_lane,
     shared,
     without_handover,
 )
@@ -30,7 +28,6 @@ UNLIMITED = "no limit: 32 connections"
 NEAR = "PgBouncer, clients by its unix socket"
 IN_WORKERS = f"{US}, TLS in the workers"
 _BOTH = (Comparison(THROUGHPUT, PGBOUNCER), Comparison(P99_MS, PGBOUNCER))
-_IN_LANE = (Comparison(THROUGHPUT, PGBOUNCER, US_LANE), Comparison(P99_MS, PGBOUNCER, US_LANE))
 
 
 def _transaction(bench: Bench, result: Result) -> None:
@@ -57,7 +54,6 @@ def _contended(bench: Bench, result: Result, way: str = "unix", think_s: float =
     if way == "tls":  # no hand-over anyway, and no reset
         more = [bouncer(bench, route, PROCESSES, member, slots=SLOTS, near=True, name=NEAR)]
     else:
-        contestants.append(in_lane(bench, route, PROCESSES, member, slots=SLOTS))
         contestants.append(without_handover(bench, route, PROCESSES, member, slots=SLOTS))
         more = [shared(bench, route, PROCESSES, member, slots=SLOTS, name=US_ROLLBACK, options=ROLLBACK)]
     if think_s:
@@ -102,7 +98,6 @@ def _crowd(bench: Bench, result: Result, processes: int) -> None:
         result,
         [
             shared(bench, route, processes, Looper, slots=SLOTS),
-            in_lane(bench, route, processes, Looper, slots=SLOTS),
             bouncer(bench, route, processes, Looper, slots=SLOTS),
         ],
     )
@@ -135,7 +130,6 @@ def _row(way: str, think_s: float, goal: str) -> Row:
         (
             *_BOTH,
             Comparison(THROUGHPUT, other),
-            *_IN_LANE,
             Comparison(THROUGHPUT, PGBOUNCER, US_ROLLBACK),
             Comparison(P99_MS, PGBOUNCER, US_ROLLBACK),
             Comparison(THROUGHPUT, PGBOUNCER, US_OFF),
@@ -149,7 +143,7 @@ def _crowd_row(processes: int) -> Row:
         f"{processes} processes, {SLOTS} slots, closed loop, unix socket",
         "throughput ≥ 0.95 × PgBouncer at p99 ≤ 0.9 ×",
         partial(_crowd, processes=processes),
-        (*_BOTH, *_IN_LANE),
+        _BOTH,
     )
 
 

@@ -1,0 +1,231 @@
+"""One thread's wait for a lease: where it waits, and for what, until its ticket is settled.
+
+It waits at a *seat* in its pool's lane, if this process takes part in that and has one left: there a connection can be
+sent to it, by another process or by the broker. Else it waits for a grant, at a lock. It may have to change its place
+meanwhile: as this process is let into the lane, or leaves it. While connections move past the broker it queues in the
+lane; else it asks the broker.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from sharedpool.errors import PoolClosed, PoolError
+from sharedpool.owned import Owned
+from sharedpool.wire.desk import Moved
+from sharedpool.wire.messages import Phase
+from sharedpool.worker import wording
+from sharedpool.worker.lease import Lease, Ticket
+from sharedpool.worker.seats import AGAIN_S, Seat, Seats
+from sharedpool.worker.session import thread_names
+
+if TYPE_CHECKING:
+    from sharedpool.worker.holdings import Holdings
+    from sharedpool.worker.link import Link
+    from sharedpool.worker.registration import Registration
+
+# How long a caller who does not want to wait waits for the broker's answer: a running one's, and one that starts.
+ANSWER_LIMIT_S = 3.0
+START_LIMIT_S = 25.0
+CONNECT_LIMIT_S = 5.0
+# A refusal by the broker says who holds what; it may come this much after the deadline.
+_GRACE_S = 0.06
+
+
+class Gate:
+    """A place to wait that takes no descriptor: woken by other threads of this process alone."""
+
+    number = -1
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def ring(self) -> None:
+        """Wake who waits here, or the next who comes to wait."""
+        try:
+            self._lock.release()
+        except RuntimeError:
+            pass  # rung already
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until `ring` was called, at most `timeout_s` seconds."""
+        self._lock.acquire(timeout=min(max(0.0, timeout_s), 1000.0))  # a lock's timeout has an upper bound
+
+
+class Wait:
+    """One thread's wait, until `deadline`; `wait_s` 0 wants an answer at once."""
+
+    def __init__(self, holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) -> None:
+        self._holdings = holdings
+        self._ticket = ticket
+        self._wait_s = wait_s
+        self._deadline = deadline
+        self._place: Seat | Gate = Gate()
+        self._seats: Seats | None = None  # whose the place is
+        self._again_at = -math.inf  # then it joins the queue in the lane, or joins it once more
+        self._limit = math.inf  # until when the broker has to answer
+
+    def wait(self) -> Lease | None:
+        """Block until the ticket is settled; return a lease that lay idle here after all, else None.
+
+        Raise `PoolClosed`, or `PoolError` when the broker does not answer.
+        """
+        try:
+            self._take_seat()
+            if (lease := self._begin()) is not None:
+                return lease
+            while not self._ticket.settled:
+                self._go_on(time.monotonic())
+        finally:
+            self._leave()
+        return None
+
+    # --- where
+
+    def _take_seat(self) -> bool:
+        """Wait at a seat from now on, if there is one."""
+        seats = self._holdings.seats
+        seat = None if seats is None else seats.take(self._ticket.owner)
+        if seat is None:
+            return False
+        self._place, self._seats = seat, seats
+        return True
+
+    def _change_place(self) -> bool:
+        """Wait where one waits best by now; return whether that is elsewhere: it may have been woken where it was."""
+        place = self._place
+        if isinstance(place, Seat) and not place.is_open:
+            self._place, self._seats = Gate(), None
+        elif isinstance(place, Seat) or not self._take_seat():
+            return False
+        with self._holdings.lock:
+            self._ticket.wake = self._place.ring
+            self._holdings.cache.tickets.move(self._ticket, self._place.number, time.monotonic())
+        self._holdings.signal()
+        return True
+
+    def _moves(self) -> bool:
+        """Say whether connections move past the broker, and can be sent to this thread."""
+        place = self._place
+        return bool(self._wait_s) and isinstance(place, Seat) and place.is_open and place.board.moving
+
+    def _leave(self) -> None:
+        place, seats = self._place, self._seats
+        if isinstance(place, Seat) and seats is not None:
+            place.settled = place.settled and self._ticket.finished
+            seats.put(place)
+            if not place.settled:
+                self._holdings.signal()  # the link looks whether something still comes there
+
+    # --- for what
+
+    def _begin(self) -> Lease | None:
+        """Take the ticket's place among those that wait; return a lease that lies idle after all."""
+        holdings, ticket, cache = self._holdings, self._ticket, self._holdings.cache
+        ticket.wake = self._place.ring
+        ticket.begin_anew(time.monotonic())
+        with holdings.lock:
+            if holdings.disposed:
+                raise PoolClosed(f"pool {holdings.config.name!r} is disposed")
+            if (lease := cache.take(ticket.since)) is not None:
+                return lease
+            self._link, self._registration = holdings.ensure_link()
+            self._limit = self._deadline + _GRACE_S if self._wait_s else ticket.since + self._patience_s()
+            in_lane = self._moves()
+            if not in_lane and self._broker_must_know():
+                cache.out.append(cache.renewal(ticket.since, thread_names()))
+            left_s = self._wait_s and max(0.001, self._deadline - ticket.since)
+            cache.tickets.want(ticket, left_s, place=self._place.number, in_lane=in_lane)
+            # Laid there without the lock meanwhile.
+            if cache.idle and (lease := cache.take(ticket.since)) is not None:
+                cache.give_up(ticket, ticket.since)
+                return lease
+        if not in_lane:
+            self._link.wake()
+        return None
+
+    def _broker_must_know(self) -> bool:
+        """Say whether the broker is to be told first what is held here.
+
+        A slot may be on its way back, and it would refuse at once; or a refusal is to name the lines of checkouts.
+        """
+        holdings = self._holdings
+        if not self._wait_s and any(held.phase is Phase.CLOSING for held in holdings.cache.leases.values()):
+            return True
+        return holdings.config.debug_checkouts
+
+    def _go_on(self, now: float) -> None:
+        """Wait for news, and take it in."""
+        ticket = self._ticket
+        if self._change_place():
+            return
+        if not ticket.in_lane:
+            left_s = self._limit - now
+            if left_s <= 0:
+                raise self._unanswered()
+            self._look(left_s)
+        elif now >= self._deadline or not self._moves():
+            self._ask_broker(now)
+        elif now >= self._again_at:
+            self._queue(now)
+        else:
+            self._look(min(self._deadline, self._again_at) - now)
+
+    def _queue(self, now: float) -> None:
+        """Join the queue in the lane."""
+        seat = self._place
+        assert isinstance(seat, Seat)
+        # As long as something lies on the shelf nobody need wait. And what was put there between the last look and the
+        # ticket's coming nobody will bring.
+        first = self._again_at == -math.inf
+        if first and (got := seat.look_at_shelf()) is not None:
+            self._take_in(got)
+            return
+        self._again_at = now + AGAIN_S
+        seat.enter(self._ticket.request)
+        if (got := seat.look_at_shelf()) is not None:
+            self._take_in(got)
+
+    def _ask_broker(self, now: float) -> None:
+        """Ask the broker: connections move past it no more, or the time is over, and a refusal tells who has them."""
+        with self._holdings.lock:
+            if self._ticket.settled:
+                return
+            self._holdings.cache.tickets.ask(self._ticket, now)
+        self._holdings.signal()
+
+    def _look(self, left_s: float) -> None:
+        if (got := self._place.wait(left_s)) is not None:
+            self._take_in(got)
+
+    def _take_in(self, got: tuple[Moved, Owned]) -> None:
+        take_in(self._holdings, got, self._limit - time.monotonic(), self._ticket)
+
+    # --- the broker's silence
+
+    def _patience_s(self) -> float:
+        """How long to wait for the broker's answer on behalf of a caller who does not want to wait for a slot."""
+        if self._registration.established:
+            return ANSWER_LIMIT_S
+        return CONNECT_LIMIT_S if self._holdings.config.broker else START_LIMIT_S
+
+    def _unanswered(self) -> PoolError:
+        ticket, registration, name = self._ticket, self._registration, self._holdings.config.name
+        if self._wait_s and registration.established and self._link.heard_at >= ticket.since:
+            return wording.timed_out(name, self._holdings.limit, self._wait_s)
+        waited_s = time.monotonic() - ticket.since
+        return wording.unanswered(name, self._link.address, waited_s, registration.trouble)
+
+    _link: Link
+    _registration: Registration
+
+
+def take_in(holdings: Holdings, got: tuple[Moved, Owned], limit_s: float, mine: Ticket | None) -> None:
+    """Take in a connection that has come in the lane, for this thread or for whoever waits."""
+    other = holdings.receive(*got, limit_s)
+    if other is not None and other is not mine:
+        other.wake()
