@@ -310,10 +310,13 @@ class Holdings:
         """Give what was kept for a slice of time, for a checkout that did not come. In the link's thread."""
         now = time.monotonic()
         for lease in list(self.cache.idle) if self.cache.moving[0] else ():
-            if now - lease.since >= STEADY_GAP_S:
-                self.settle(lease, now)
-            elif self.mover is not None:
-                self.mover.look_soon()
+            if now - lease.since < STEADY_GAP_S:
+                if self.mover is not None:
+                    self.mover.look_soon()
+                continue
+            if self.mover is not None:
+                self.mover.kept_in_vain()
+            self.settle(lease, now)
 
     def give_in_lane(self, lease: Lease, conn: PooledConnection, now: float) -> bool:
         """Give a connection in the lane the short way: see `mover.py`."""

@@ -39,6 +39,9 @@ from sharedpool.worker.wrapper import is_as_opened, is_wrapped
 if TYPE_CHECKING:
     from sharedpool.worker.holdings import Holdings
 
+# Two processes that take turns ask again soon as well; one that is at work all the time does so at once.
+_SURE_GAP_S = 0.0002
+
 _IN_USE, _IDLE, _CLOSING, _SHARED = Phase.IN_USE, Phase.IDLE, Phase.CLOSING, ReleaseReason.SHARED
 
 
@@ -64,6 +67,7 @@ class Mover:
         self._lain = False  # the last one lay on the shelf
         self._timer = timer
         self._slice_s = 0.0 if timer is None else holdings.config.slice
+        self._gap_s = STEADY_GAP_S  # who asks again so soon has a slice
         self._parted_at = -math.inf
 
     # --- giving
@@ -75,8 +79,11 @@ class Mover:
         long way; then nothing was done. The caller has taken the lease off it.
         """
         cache, board = self._cache, self._board
-        if now - lease.arrived < self._slice_s and lease.idle_s < STEADY_GAP_S and self._timer is not None:
-            self.look_soon()  # before it lies there: for what does not come back
+        if now - lease.arrived < self._slice_s and lease.idle_s < self._gap_s and self._timer is not None:
+            if lease.since > lease.arrived:
+                self._gap_s = STEADY_GAP_S  # what was kept has been used again
+            # Before it lies there: for what does not come back. What was kept before is looked at no later for that.
+            self._timer.arm(self._slice_s + STEADY_GAP_S, anew=not cache.idle)
             lease.conn, lease.phase, lease.since = conn, _IDLE, now
             cache.idle.append(lease)
             self.look_soon()  # it may have gone off meanwhile
@@ -116,10 +123,14 @@ class Mover:
                 cache.times.checked_in(used_s, cache.hits, out, typical=True)
         return True
 
+    def kept_in_vain(self) -> None:
+        """Note that what was kept was not asked for again: who asks soon is not believed to ask all the time."""
+        self._gap_s = _SURE_GAP_S
+
     def look_soon(self) -> None:
         """Have the link's thread look at what is kept, a while later."""
         if self._timer is not None:
-            self._timer.arm(self._slice_s + STEADY_GAP_S)
+            self._timer.arm(STEADY_GAP_S)
 
     def _hand_over(self, lease: Lease, conn: PooledConnection, sock: Any, item: Item) -> None:
         holdings = self._holdings

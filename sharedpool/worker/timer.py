@@ -31,9 +31,9 @@ class Timer:
         """Return the descriptor, which becomes readable at that moment."""
         return int(self._number)
 
-    def arm(self, after_s: float) -> None:
-        """Set it, unless it is set."""
-        if not self.armed:
+    def arm(self, after_s: float, *, anew: bool = False) -> None:
+        """Set it, unless it is set; `anew`: set it in any case."""
+        if anew or not self.armed:
             self.armed = True
             self._write(after_s)
 

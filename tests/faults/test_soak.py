@@ -142,8 +142,8 @@ class Soak:
     def measure(self) -> dict[str, tuple[int, int]]:
         """Return the descriptors and the RSS of broker and veterans while nobody does or holds anything.
 
-        Nobody holds anything, nor does the broker for nobody, once the pool was paused. The broker's descriptors are the fewest
-        of some readings: a report's own line is closed a little after it.
+        Nobody holds anything, nor does the broker for nobody, once the pool was paused. The broker's descriptors are
+        the fewest of some readings: a report's own line is closed a little after it.
         """
         crew, broker = self.crew, self.field.broker
         crew.wait_for(crew.alive, "ask")  # a worker that has only just begun has no session yet

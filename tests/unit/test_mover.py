@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from typing import cast
 
 import msgspec
 import pytest
@@ -299,6 +300,38 @@ def test_in_its_slice_it_is_kept_and_given_when_nobody_comes(slicing: Slicing) -
     taken = slicing.other.take()
     assert taken is not None
     taken[1].close()
+
+
+def test_who_has_kept_one_in_vain_keeps_none_until_he_asks_at_once(slicing: Slicing) -> None:
+    """Two processes that take turns: each asks again soon after it has given, and the other waits."""
+
+    def keeps(idle_s: float) -> bool:
+        slicing.give()
+        conn = slicing.steady()
+        slicing.lease(conn).idle_s = idle_s
+        assert slicing.check_in(conn)
+        kept = bool(slicing.holdings.cache.idle)
+        if not kept:
+            taken = slicing.other.take()
+            assert taken is not None
+            taken[1].close()
+        return kept
+
+    assert keeps(0.0005)
+    (lease,) = slicing.holdings.cache.idle
+    lease.since -= 60.0
+    slicing.holdings.give_kept()
+    taken = slicing.other.take()
+    assert taken is not None
+    taken[1].close()
+    assert not keeps(0.0005)
+    assert keeps(0.0)
+    (lease,) = slicing.holdings.cache.idle
+    lease.since = lease.arrived + 1.0  # it is asked for again
+    conn = cast(PooledConnection, slicing.holdings.cache.idle.pop().conn)
+    conn.sharedpool_lease = lease
+    assert slicing.check_in(conn)
+    assert keeps(0.0005)
 
 
 def test_after_its_slice_it_is_given(slicing: Slicing) -> None:
