@@ -153,6 +153,7 @@ class Ledger:
             "nudge": self._handover.nudge_due,
             "lane": self._moves.quiet_due,
             "arrival": self._moves.arrival_due,
+            "receiver": self._moves.receiver_due,
             "letting-in": lambda _, now: None,  # who is not in the lane by now is not waited for
             "spared": lambda _, now: None,  # suspects may be fenced from now on
             "queue": lambda _, now: None,  # the server may be looked at from now on

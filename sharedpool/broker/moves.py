@@ -175,8 +175,8 @@ class Moves:
         lease.moves = moves
         session = self._shelf(lease.pool) if holder == SHELF else lane.members.get(holder)
         if session is None:  # one that is over; or somebody has written nonsense
-            self._leases.fence(lease, "it was passed on to a worker that is gone", now)
-            return
+            session = self._shelf(lease.pool)
+            self._arm(now + ARRIVAL_S, "receiver", lease)  # its giver may be about to find out
         self._books.transfer(lease, session)
         lease.unspoken, lease.noticed, lease.doubt = True, now, 0
         # Whatever was said of it before: who gave it was alive, and who has got it may be stopped.
@@ -239,6 +239,15 @@ class Moves:
         elif lease.doubt <= 0:
             lease.doubt = 0
             self._ask(lease, now)
+
+    def receiver_due(self, lease: Lease, now: float) -> None:
+        """End what was passed on to a worker that is gone, and has not been passed on to another since."""
+        lane = lease.pool.lane
+        if lane is None or lease.cell < 0:
+            return
+        holder = lane.board.holding(lease.cell).holder
+        if holder != SHELF and holder not in lane.members:
+            self._leases.fence(lease, "it was passed on to a worker that is gone", now)
 
     def doubt(self, pool: Pool, now: float) -> None:
         """Find out about all that nobody has spoken of since it has moved: it may never have been sent."""

@@ -801,9 +801,22 @@ def test_what_goes_to_one_who_is_gone_is_ended(rig: Rig) -> None:
     rig.broker.take_in(rig.broker.ledger.session_died(b"w0", rig.broker.now))
     rig.board.hand(rig.lease(token).cell, number)
     rig.sync()
-    rig.beat_all()
+    rig.broker.pass_time(ARRIVAL_S * 1.1)
     assert rig.fenced() == [token]
     assert rig.board.find(token) == -1
+
+
+def test_what_went_to_one_who_is_gone_and_was_given_to_another_goes_on(rig: Rig) -> None:
+    """His seat was gone, as its giver saw a moment after he had written it down."""
+    rig.proceed()
+    token, number, cell = rig.tokens[1], rig.number(rig.workers[0]), rig.lease(rig.tokens[1]).cell
+    rig.broker.take_in(rig.broker.ledger.session_died(b"w0", rig.broker.now))
+    rig.board.hand(cell, number)
+    rig.sync()
+    rig.moves_itself(token, rig.workers[2])
+    rig.broker.pass_time(ARRIVAL_S * 1.1)
+    rig.beat_all()
+    assert (rig.fenced(), rig.holder_of(token)) == ([], "w2")
 
 
 @pytest.mark.parametrize("nonsense", [999, 0xFFFFFFFF])
@@ -811,7 +824,8 @@ def test_what_goes_to_nobody_that_there_ever_was_is_ended(rig: Rig, nonsense: in
     rig.proceed()
     token = rig.tokens[1]
     rig.board.hand(rig.lease(token).cell, nonsense)
-    rig.beat_all()
+    rig.sync()
+    rig.broker.pass_time(ARRIVAL_S * 1.1)
     assert rig.fenced() == [token]
 
 
