@@ -20,12 +20,14 @@ from sharedpool.broker.records import (
     GRANTED,
     OPEN,
     SUSPECT,
+    WAITS_KEPT,
     Lease,
     Pool,
     Session,
     SlotState,
     Waiter,
 )
+from sharedpool.broker.totals import waits
 from sharedpool.wire.board import SHELF
 from sharedpool.wire.messages import Backend, Phase, PoolSpec, Times, Token
 
@@ -276,6 +278,8 @@ class Books:
     def note_times(self, session: Session, times: Times | None) -> None:
         """Add what a session tells of its times to its pool's."""
         if times is not None and session.pool.totals.note(session.times, times):
+            if session.pool.moving:  # else the broker has seen them itself
+                session.pool.waited.extend(waits(session.times, times, WAITS_KEPT))
             session.times = times
 
     def mark_phase(self, lease: Lease, phase: Phase, since: float | None) -> None:

@@ -22,7 +22,7 @@ from sharedpool.wire.messages import Backend, PoolSpec, Times, Token
 
 # What counts for as long as the broker lives.
 _COUNTERS = ("handovers", "grants", "waits", "denials", "timeouts", "recalls", "fences", "overdue", "totals")
-_WAITS_KEPT = 500  # of the last requests that got a slot: how long they waited
+WAITS_KEPT = 500  # of the last requests that got a slot: how long they waited
 _SAMPLES_KEPT = 60
 
 
@@ -252,7 +252,7 @@ class Pool:
     recalls: int = 0
     fences: int = 0
     overdue: int = 0
-    waited: deque[float] = field(default_factory=lambda: deque(maxlen=_WAITS_KEPT))
+    waited: deque[float] = field(default_factory=lambda: deque(maxlen=WAITS_KEPT))
     history: deque[int] = field(default_factory=lambda: deque(maxlen=_SAMPLES_KEPT))  # slots in use, now and then
     opened_at: float = -math.inf  # when a connect last succeeded, and in which session
     opener: bytes = b""

@@ -5,7 +5,7 @@ A session counts absolutely since its last registration, so that a message may b
 
 from __future__ import annotations
 
-from sharedpool.wire.buckets import BUCKETS
+from sharedpool.wire.buckets import BOUNDS_S, BUCKETS
 from sharedpool.wire.messages import Histogram, Times
 
 KINDS = ("created", "waited", "used")
@@ -41,6 +41,22 @@ class Totals:
         other.counts = {kind: counts[:] for kind, counts in self.counts.items()}
         other.total_us = dict(self.total_us)
         return other
+
+
+def waits(before: Times | None, times: Times, most: int) -> list[float]:
+    """Return `most` of the waits that a session tells of since its word `before`, or all, in seconds.
+
+    They are known by their buckets, over which they are spread. The first bucket is left out: who has the connection
+    has not waited.
+    """
+    since = before if before is not None and before.serial == times.serial else None
+    counts, _ = _news(None if since is None else since.waited, times.waited)
+    share = min(1.0, most / max(1, sum(counts[1:])))
+    found: list[float] = []
+    for low, high, count in zip(BOUNDS_S, (*BOUNDS_S[1:], 2 * BOUNDS_S[-1]), counts[1:], strict=True):
+        many = round(count * share)
+        found += [low + (high - low) * (number + 0.5) / many for number in range(many)]
+    return found
 
 
 def _news(before: Histogram | None, now: Histogram) -> tuple[list[int], int]:

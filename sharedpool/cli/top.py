@@ -32,8 +32,9 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 def top(address: str | None, interval: float) -> None:
     """Watch a broker: limits, connections in use, who waits and how long, the oldest checkouts. q ends it.
 
-    Waits (P50, P99) are those of the last 500 requests that the broker has served; a connection that a process finds
-    idle in its own cache is none. The chart shows how much of the limit was in use in the last ten minutes.
+    Waits (P50, P99) are those of the last 500 requests that the broker has served, or of those that the processes tell
+    of while connections move past it; a connection that a process finds idle in its own cache is none. The chart shows
+    how much of the limit was in use in the last ten minutes.
 
     Where stdout is no terminal, one snapshot is printed. Exit status 3 when no broker answers.
     """

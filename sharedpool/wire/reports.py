@@ -71,7 +71,8 @@ class PoolReport(Struct, frozen=True):
     """One pool; the counters count since the broker started.
 
     `wait_p50_us` and `wait_p99_us` are of the last hundreds of requests that got a slot: from their arrival until then;
-    -1 while there were none. `history` is how many slots were in use at every tenth second, the newest last.
+    -1 while there were none. Those that were served past the broker are known by the histograms' buckets. `history` is
+    how many slots were in use at every tenth second, the newest last.
     """
 
     name: str

@@ -26,6 +26,7 @@ from sharedpool.broker.handover import SHARED_S
 from sharedpool.broker.moves import ARRIVAL_S
 from sharedpool.broker.records import Lease, Pool, SlotState
 from sharedpool.wire.board import BROKERS_PLACE, BROKERS_REQUEST, SEATS, SESSIONS, SHELF
+from sharedpool.wire.buckets import BUCKETS
 from sharedpool.wire.desk import Live, Moved
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
@@ -33,6 +34,7 @@ from sharedpool.wire.messages import (
     Bye,
     Cancel,
     Hello,
+    Histogram,
     Interrupt,
     LeaseReport,
     Phase,
@@ -40,6 +42,7 @@ from sharedpool.wire.messages import (
     Recall,
     Renew,
     Stale,
+    Times,
     Token,
     Welcome,
 )
@@ -285,6 +288,16 @@ def test_a_lane_that_is_ready_when_its_pool_is_gone_is_closed(rig: Rig) -> None:
         rig.broker.take_in(rig.broker.ledger.backend_gone(token, rig.broker.now))
     rig.broker.take_in(rig.broker.ledger.lane_opened("p", 1, rig.board, rig.broker.now))
     assert rig.broker.all(CloseLane) == [CloseLane("p")]
+
+
+def test_while_they_move_the_waits_are_those_that_the_workers_tell_of(rig: Rig) -> None:
+    rig.proceed()
+    a = rig.workers[0]
+    nothing = Histogram([0] * BUCKETS, 0)
+    many = Histogram([0, 0, 0, 0, 200] + [0] * (BUCKETS - 5), 0)
+    times = Times(1, nothing, many, nothing)
+    rig.broker.send(a.id, Renew(a.reports(), a.seen, pending=list(a.pending), times=times))
+    assert 5000 < rig.report().wait_p50_us < rig.report().wait_p99_us <= 10_000
 
 
 # --- when connections move

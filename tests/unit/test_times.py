@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharedpool.broker.totals import Totals
+from sharedpool.broker.totals import Totals, waits
 from sharedpool.wire import messages
 from sharedpool.wire.buckets import BOUNDS_S, BUCKETS
 from sharedpool.worker.times import SAMPLE_S, Histogram, Times
@@ -143,3 +143,14 @@ def test_in_whatever_order_words_come_the_total_is_the_newest(words: list[int]) 
         if totals.note(newest, times):
             newest = times
     assert sum(totals.counts["waited"]) == max(words)
+
+
+def test_waits_are_spread_over_their_buckets_without_those_of_who_has_not_waited() -> None:
+    nothing = messages.Histogram([0] * BUCKETS, 0)
+    before = messages.Times(1, nothing, messages.Histogram([7, 1] + [0] * (BUCKETS - 2), 0), nothing)
+    now = messages.Times(1, nothing, messages.Histogram([900, 3, 0, 1] + [0] * (BUCKETS - 5) + [1], 0), nothing)
+    assert waits(before, now, 500) == pytest.approx([0.000625, 0.000875, 0.00375, 90.0])
+    assert len(waits(None, now, 500)) == 5
+    many = messages.Times(2, nothing, messages.Histogram([0, 3000, 1000] + [0] * (BUCKETS - 3), 0), nothing)
+    found = waits(now, many, 400)  # of another registration
+    assert (len(found), sum(wait < 0.001 for wait in found)) == (400, 300)
