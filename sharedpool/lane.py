@@ -1,13 +1,15 @@
-"""The lane: by which connections move between the processes of one pool on one host, past the broker.
+"""The lane: by which connections move between the processes of one pool on one host, past the broker as a rule.
 
 It is made by the broker, one for each pool in which connections are passed on, and reaches the workers as descriptors
 at the desk: nobody else gets in. It has a *board* (`wire/board.py`), a queue of *tickets* (a pipe: the kernel keeps
 their order), a *shelf* for connections that nobody waits for (a pair of SEQPACKET sockets, the longest there first),
 and *seats*, the sockets of the threads that wait (datagrams, each at an address of its own).
 
-Who waits writes his turn on the board, then a ticket, and looks at the shelf once more. Who gives takes the first
-ticket whose turn is still the same, writes its holder on the board and sends the connection to that seat; without one
-he puts it on the shelf, and looks for tickets once more. So of two who miss each other the later one sees the other.
+What the broker passes on itself it sends to the seat of the thread that waits, by the place that its request names.
+Past the broker it goes so: who waits writes his turn on the board, then a ticket, and looks at the shelf once more; who
+gives takes the first ticket whose turn is still the same, writes its holder on the board and sends the connection to
+that seat; without one he puts it on the shelf, and looks for tickets once more. So of two who miss each other the later
+one sees the other.
 
     turn, ticket, look at the shelf  ──►  wait at the seat
     ticket, board, send to the seat       or    board, shelf, look for a ticket

@@ -97,7 +97,7 @@ class Lanes:
                 lane.close()
             for fd in fds:
                 os.close(fd)
-            logger.warning("pool %r: no lane: %s: its connections are passed on by the broker", order.pool, error)
+            logger.warning("pool %r: no lane: %s: its connections are closed and opened in place of moving", order.pool, error)
             return
         self._close(order.pool)
         self._lanes[order.pool], self._handed[order.pool], self._seats[order.pool] = lane, fds, seat

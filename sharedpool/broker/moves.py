@@ -21,7 +21,7 @@ from sharedpool.broker.commands import CloseLane, Command, Halt, LetIn, OpenLane
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.leases import LONGEST_MS, Leases
 from sharedpool.broker.records import FENCING, FREE, OPEN, SUSPECT, Lane, Lease, Pool, Session, Waiter
-from sharedpool.wire.board import BROKERS_PLACE, BROKERS_REQUEST, CELLS, SEATS, SESSIONS, SHELF, Board
+from sharedpool.wire.board import BROKERS_PLACE, BROKERS_REQUEST, CELLS, MOVES, SEATS, SESSIONS, SHELF, Board
 from sharedpool.wire.desk import Live, Moved
 from sharedpool.wire.messages import LeaseReport, Phase, Token
 
@@ -171,7 +171,7 @@ class Moves:
         holder, moves = lane.board.holding(lease.cell)
         if moves == lease.moves:
             return
-        lease.pool.handovers += (moves - lease.moves) & 0xFFFFFFFF
+        lease.pool.handovers += (moves - lease.moves) % MOVES
         lease.moves = moves
         session = self._shelf(lease.pool) if holder == SHELF else lane.members.get(holder)
         if session is None:  # one that is over; or somebody has written nonsense
@@ -200,7 +200,8 @@ class Moves:
         lease = self._books.leases.get(report.token)
         if lease is None or lease.pool is not session.pool or lease.cell >= 0 or lease.state is FENCING:
             return None
-        if lease.moves < 0 or report.moves <= lease.moves or report.backend != lease.backend:
+        newer = 0 < (report.moves - lease.moves) % MOVES < MOVES // 2  # the number begins anew after weeks
+        if lease.moves < 0 or not newer or report.backend != lease.backend:
             return None
         self._books.transfer(lease, session)
         lease.moves = report.moves

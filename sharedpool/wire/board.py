@@ -38,6 +38,7 @@ _TURNS_AT = _HEAD_WORDS + _CELL_WORDS * CELLS
 _WORDS = _TURNS_AT + SESSIONS * SEATS // 2
 BOARD_BYTES = 8 * _WORDS
 _LOW = 0xFFFFFFFF
+MOVES = _LOW + 1  # so many are counted, then it begins anew
 
 
 class Holding(NamedTuple):

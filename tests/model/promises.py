@@ -346,7 +346,7 @@ def check_all_slots_can_be_had(world: World) -> None:
     for name in LIMITS:
         worker = world.start(name)
         if name == "a":
-            quiesce(world)  # so that it waits at the desk, where there is a hand-over; in the other pool it does not
+            quiesce(world)  # so that it waits in the lane, where there is a hand-over; in the other pool it does not
         count = max(0, _limit(world, name))
         for _ in range(2 * count + 1):
             for _ in range(count - len(worker.users) - len(worker.tickets)):

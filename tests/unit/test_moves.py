@@ -25,7 +25,7 @@ from sharedpool.broker.groups import GroupTerms
 from sharedpool.broker.handover import SHARED_S
 from sharedpool.broker.moves import ARRIVAL_S
 from sharedpool.broker.records import Lease, Pool, SlotState
-from sharedpool.wire.board import BROKERS_PLACE, BROKERS_REQUEST, SEATS, SESSIONS, SHELF
+from sharedpool.wire.board import BROKERS_PLACE, BROKERS_REQUEST, MOVES, SEATS, SESSIONS, SHELF
 from sharedpool.wire.buckets import BUCKETS
 from sharedpool.wire.desk import Live, Moved
 from sharedpool.wire.messages import (
@@ -1030,6 +1030,19 @@ def test_who_says_that_he_has_it_since_fewer_moves_has_not(rig: Rig) -> None:
     say_hello(after, after.workers[2], {token: 1})
     assert after.holder_of(token) == "w0"
     assert after.workers[2].last(Welcome).revoked == []
+    assert after.fenced() == []
+
+
+def test_the_number_of_moves_begins_anew_after_weeks(rig: Rig) -> None:
+    rig.proceed()
+    token = rig.tokens[1]
+    rig.moves_itself(token, rig.workers[0])
+    after = restarted(rig)
+    after.lease(token).moves = MOVES - 1
+    say_hello(after, after.workers[2], {token: MOVES - 2})
+    assert after.holder_of(token) == "w1"  # as the journal says
+    say_hello(after, after.workers[0], {token: 1})
+    assert after.holder_of(token) == "w0"
     assert after.fenced() == []
 
 
