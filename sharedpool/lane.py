@@ -23,11 +23,13 @@ from __future__ import annotations
 import _socket
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import mmap
 import os
 import socket
 import struct
+import termios
 from collections.abc import Callable, Sequence
 from io import FileIO
 from typing import NamedTuple
@@ -43,6 +45,7 @@ from sharedpool.wire.desk import PACKET_BYTES, Live, Moved
 from sharedpool.wire.messages import Token
 
 _TICKET = struct.Struct("=III")
+_INT_BYTES = struct.calcsize("i")
 SUPPORTED = hasattr(os, "memfd_create") and hasattr(socket, "SOCK_SEQPACKET")
 _MAP_FIXED = 0x10
 _MMAP = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long
@@ -143,6 +146,14 @@ class Lane:
         except (OSError, ValueError):  # nobody reads; closed meanwhile
             return False
 
+    def _is_queued(self) -> bool:
+        """Say whether there is a ticket in the queue, stale ones included."""
+        try:
+            fd = self._reader.fileno()
+            return self._is(fd) and any(fcntl.ioctl(fd, termios.FIONREAD, bytes(_INT_BYTES)))
+        except (OSError, ValueError):  # closed meanwhile
+            return False
+
     def next_ticket(self) -> Ticket | None:
         """Take the first ticket out of the queue whose thread still waits."""
         try:
@@ -159,30 +170,29 @@ class Lane:
 
     # --- giving
 
-    def give(self, item: Item, first: Ticket | None) -> bool:
+    def give(self, item: Item) -> bool:
         """Give a connection to the first who waits, or put it on the shelf; return whether that was done.
 
-        `first` is a ticket that was taken already. The reset was sent, and the connection's object has left it. What
-        was not given is this process's still; else it is nobody's here, whatever becomes of the caller's descriptor.
+        The reset was sent, and the connection's object has left it. What was not given is this process's still; else
+        it is nobody's here, whatever becomes of the caller's descriptor.
         """
-        if self._deliver(item, first):
+        if self._deliver(item):
             return True
         if not self._shelve(item):
             return False
-        while (ticket := self.next_ticket()) is not None:  # somebody has come meanwhile
+        while self._is_queued():  # somebody has come meanwhile
             taken = self.take()
             if taken is None:
-                self.queue(ticket)  # somebody else was faster: perhaps he himself
-                break
+                break  # somebody else was faster: perhaps he himself. His place in the queue is his still
             moved, sock = taken
             other = Item(moved.token, moved.cell, moved.live, sock.fileno())
-            if not self._deliver(other, ticket) and not self._shelve(other):
+            if not self._deliver(other) and not self._shelve(other):
                 sock.shutdown(socket.SHUT_RDWR)  # no room any more: it ends, and its slot is free
             sock.close()
         return True
 
-    def _deliver(self, item: Item, first: Ticket | None) -> bool:
-        ticket = first or self.next_ticket()
+    def _deliver(self, item: Item) -> bool:
+        ticket = self.next_ticket()
         while ticket is not None:
             if self._send(item, ticket.request, ticket.number, self.address(ticket.number, ticket.place)):
                 return True

@@ -97,7 +97,7 @@ class Lanes:
                 lane.close()
             for fd in fds:
                 os.close(fd)
-            logger.warning("pool %r: no lane: %s: its connections are closed and opened in place of moving", order.pool, error)
+            logger.warning("pool %r: no lane (%s): its connections are closed and opened instead", order.pool, error)
             return
         self._close(order.pool)
         self._lanes[order.pool], self._handed[order.pool], self._seats[order.pool] = lane, fds, seat
@@ -145,7 +145,7 @@ class Lanes:
     def to_lane(self, order: ToLane) -> None:
         """Give a connection that was given to the broker."""
         lane, fd = self._lanes.get(order.pool), -1 if self._desk is None else self._desk.fileno_of(order.token)
-        if lane is None or fd < 0 or not lane.give(Item(order.token, order.cell, order.live, fd), None):
+        if lane is None or fd < 0 or not lane.give(Item(order.token, order.cell, order.live, fd)):
             pool, token, live = order.pool, order.token, order.live
             self._later(lambda ledger, now: ledger.unplaced(pool, wire.Moved(0, token, order.cell, 0, live), now))
 

@@ -304,7 +304,7 @@ class Holdings:
             return False
         if seats.unsettled:
             seats.look()
-        return seats.lane.give(Item(lease.token, lease.cell, live, witness.fileno()), None)
+        return seats.lane.give(Item(lease.token, lease.cell, live, witness.fileno()))
 
     def give_kept(self) -> None:
         """Give what was kept for a slice of time, for a checkout that did not come. In the link's thread."""

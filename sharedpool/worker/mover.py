@@ -142,7 +142,7 @@ class Mover:
         except OSError:
             sent = False
         fit = vacate(conn) and sent
-        if not (fit and self._lane.give(item, None)):
+        if not (fit and self._lane.give(item)):
             holdings.not_moved(lease, conn, item.live, witness, fit=fit)
             return
         witness.close()

@@ -134,28 +134,27 @@ class End:
     # --- giving and taking
 
     def give(self, item: Item) -> Generator[None, None, bool]:
-        if (yield from self._deliver(item, None)):
+        if (yield from self._deliver(item)):
             return True
         if not (yield from self._shelve(item)):
             return False
         yield
-        while (ticket := self.next_ticket()) is not None:
+        while self.open and self.lane.queue:
             yield
             grip = Grip(self.process)
             taken = yield from self.take(grip)
             if taken is None:
-                self.queue(ticket)
                 break
             moved, proc = taken
             other = Item(moved.token, moved.cell, moved.live, proc)
-            if not (yield from self._deliver(other, ticket)) and not (yield from self._shelve(other)):
+            if not (yield from self._deliver(other)) and not (yield from self._shelve(other)):
                 proc.cut = True
             yield
             proc.holders.discard(grip)
         return True
 
-    def _deliver(self, item: Item, first: Place | None) -> Generator[None, None, bool]:
-        ticket = first or self.next_ticket()
+    def _deliver(self, item: Item) -> Generator[None, None, bool]:
+        ticket = self.next_ticket()
         while ticket is not None:
             yield
             if (yield from self._send(item, ticket.request, ticket.number, (ticket.number, ticket.place))):

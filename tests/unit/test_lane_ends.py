@@ -182,7 +182,7 @@ def test_the_first_who_waits_gets_it_and_the_board_says_so_before_it_has_come(ri
     rig.b.wait(0, 5)
     rig.a.wait(0, 6)
     item = rig.connection()
-    assert rig.a.lane.give(item, None)
+    assert rig.a.lane.give(item)
     assert tuple(rig.board.holding(item.cell)) == (2, 1)
     rig.drop(item)
     assert rig.b.came(0) == Moved(5, item.token, item.cell, 1, LIVE)
@@ -202,16 +202,8 @@ def test_while_it_is_on_its_way_it_is_the_receivers(rig: Rig, monkeypatch: pytes
         send(sock, packet, fd, address)
 
     monkeypatch.setattr(descriptors, "send_with_to", look_and_send)
-    assert rig.a.lane.give(item, None)
+    assert rig.a.lane.give(item)
     assert seen == [2]
-
-
-def test_a_ticket_that_was_taken_already_is_served_first(rig: Rig) -> None:
-    rig.b.wait(0, 5)
-    first = rig.a.lane.next_ticket()
-    rig.b.wait(1, 6)
-    assert rig.a.lane.give(rig.connection(), first)
-    assert (rig.b.came(0) is None, rig.b.came(1)) == (False, None)
 
 
 def test_a_seat_that_is_gone_leads_to_the_next_ticket(rig: Rig) -> None:
@@ -219,7 +211,7 @@ def test_a_seat_that_is_gone_leads_to_the_next_ticket(rig: Rig) -> None:
     rig.b.wait(1, 6)
     rig.b.seats[0].close()
     item = rig.connection()
-    assert rig.a.lane.give(item, None)
+    assert rig.a.lane.give(item)
     assert (came := rig.b.came(1)) is not None
     assert (came.request, came.moves) == (6, 3)  # to the first, back, to the second
     assert tuple(rig.board.holding(item.cell)) == (2, 3)
@@ -229,7 +221,7 @@ def test_a_seat_that_is_full_leads_to_the_next_ticket(rig: Rig) -> None:
     rig.b.wait(0, 5)
     rig.b.wait(1, 6)
     fill(rig.b.seats[0])
-    assert rig.a.lane.give(rig.connection(), None)
+    assert rig.a.lane.give(rig.connection())
     assert (came := rig.b.came(1)) is not None
     assert came.request == 6
 
@@ -238,7 +230,7 @@ def test_where_no_seat_can_be_reached_it_is_shelved(rig: Rig) -> None:
     rig.b.wait(0, 5)
     rig.b.seats[0].close()
     item = rig.connection()
-    assert rig.a.lane.give(item, None)
+    assert rig.a.lane.give(item)
     assert rig.board.holding(item.cell).holder == SHELF
     assert (taken := rig.b.taken()) is not None
     assert taken.token == item.token
@@ -247,7 +239,7 @@ def test_where_no_seat_can_be_reached_it_is_shelved(rig: Rig) -> None:
 def test_a_ring_wakes_and_brings_nothing(rig: Rig) -> None:
     ticket = rig.b.wait(0, 5)
     rig.a.lane.ring(ticket)
-    rig.a.lane.give(rig.connection(), None)
+    rig.a.lane.give(rig.connection())
     assert rig.b.came(0) is None
     assert rig.b.came(0) is not None
 
@@ -258,7 +250,7 @@ def test_a_ring_wakes_and_brings_nothing(rig: Rig) -> None:
 def test_the_shelf_is_first_in_first_out_and_whose_it_is_then_is_on_the_board(rig: Rig) -> None:
     items = [rig.connection() for _ in range(3)]
     for item in items:
-        assert rig.a.lane.give(item, None)
+        assert rig.a.lane.give(item)
         assert tuple(rig.board.holding(item.cell)) == (SHELF, 1)
     taken = [rig.b.taken() for _ in items]
     assert taken == [Moved(0, item.token, item.cell, 2, LIVE) for item in items]
@@ -269,8 +261,8 @@ def test_the_shelf_is_first_in_first_out_and_whose_it_is_then_is_on_the_board(ri
 def test_what_lies_behind_something_useless_is_found(rig: Rig) -> None:
     """Who looks once and finds nothing goes to wait, and nobody would bring it."""
     useless, good = rig.connection(), rig.connection()
-    rig.a.lane.give(useless, None)
-    rig.a.lane.give(good, None)
+    rig.a.lane.give(useless)
+    rig.a.lane.give(good)
     rig.board.strike(useless.cell)
     assert (taken := rig.b.taken()) is not None
     assert taken.token == good.token
@@ -293,7 +285,7 @@ def test_a_second_look_after_shelving_serves_who_has_come_meanwhile(rig: Rig) ->
     late = Latecomer([os.dup(fd) for fd in rig.fds], 3)
     late.meanwhile = [rig.b]
     item = rig.connection(holder=3)
-    assert late.give(item, None)
+    assert late.give(item)
     late.close()
     assert rig.b.came(0) == Moved(5, item.token, item.cell, 3, LIVE)  # to the shelf, off it, to the seat
     assert tuple(rig.board.holding(item.cell)) == (2, 3)
@@ -312,14 +304,14 @@ def test_who_was_faster_at_the_shelf_leaves_the_others_ticket_in_the_queue(rig: 
             return super()._shelve(item)
 
     robbed = Robbed([os.dup(fd) for fd in rig.fds], 3)
-    assert robbed.give(rig.connection(holder=3), None)
+    assert robbed.give(rig.connection(holder=3))
     robbed.close()
     assert rig.b.lane.next_ticket() == Ticket(1, SEATS, 9)
 
 
 def test_on_a_full_shelf_it_stays_its_givers(rig: Rig) -> None:
     given = 0
-    while rig.a.lane.give(item := rig.connection(), None):
+    while rig.a.lane.give(item := rig.connection()):
         given += 1
         assert given < 10_000
     assert given > 1
@@ -335,9 +327,9 @@ def test_what_is_not_on_the_board_is_not_given(rig: Rig) -> None:
     rig.b.wait(0, 5)
     item = rig.connection()
     rig.board.strike(item.cell)
-    assert not rig.a.lane.give(item, None)
+    assert not rig.a.lane.give(item)
     assert (rig.b.came(0), rig.b.taken()) == (None, None)
-    assert not rig.a.lane.give(item._replace(cell=CELLS + 5), None)
+    assert not rig.a.lane.give(item._replace(cell=CELLS + 5))
 
 
 # --- what is dropped
@@ -410,8 +402,7 @@ def test_a_closed_lane_does_nothing(rig: Rig) -> None:
     rig.a.lane.close()
     assert not rig.a.lane.queue(ticket)
     assert rig.a.lane.next_ticket() is None
-    assert not rig.a.lane.give(item, None)
-    assert not rig.a.lane.give(item, ticket)
+    assert not rig.a.lane.give(item)
     assert rig.a.lane.take() is None
     rig.a.lane.ring(ticket)
     rig.a.lane.close()
@@ -510,7 +501,7 @@ def test_what_is_somebody_elses_by_now_is_neither_read_nor_written_nor_closed(ri
     ticket, item = rig.b.wait(0, 5), rig.connection(holder=3)
     assert not lane.queue(ticket)
     assert lane.next_ticket() is None
-    assert not lane.give(item, ticket)
+    assert not lane.give(item)
     assert lane.take() is None
     lane.ring(ticket)
     lane.close()
@@ -532,7 +523,7 @@ def test_what_another_thread_has_closed_is_the_end_of_it(rig: Rig) -> None:
     ticket = rig.b.wait(0, 5)
     assert not lane.queue(ticket)
     assert lane.next_ticket() is None
-    assert not lane.give(rig.connection(holder=3), ticket)
+    assert not lane.give(rig.connection(holder=3))
     assert lane.take() is None
     lane.close()
 
@@ -552,5 +543,5 @@ def test_outlets_are_readable_when_there_is_something(rig: Rig) -> None:
     rig.b.wait(0, 5)
     assert readable([tickets, shelf], 0) == [tickets]
     rig.b.lane.next_ticket()
-    rig.b.lane.give(rig.connection(), None)
+    rig.b.lane.give(rig.connection())
     assert readable([tickets, shelf], 0) == [shelf]

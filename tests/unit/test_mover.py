@@ -77,7 +77,7 @@ class Rig:
         self.servers[serial].sendall(said)
         self.lane.board.enter(serial, token, 2, 0)
         with ours:
-            assert self.other.give(Item(token, serial, LIVE, ours.fileno()), None)
+            assert self.other.give(Item(token, serial, LIVE, ours.fileno()))
         assert not on_shelf or self.lane.board.holding(serial).holder == SHELF
         return token
 
