@@ -154,5 +154,7 @@ def duration(ms: int) -> str:
 
 
 def process(title: str, pid: int, host: str) -> str:
-    """Return how a worker process is called, as in the texts of errors."""
+    """Return how a worker process is called, as in the texts of errors; "" for what no process has."""
+    if not pid:
+        return ""
     return f"{title}[{pid}]" + (f"@{host}" if host else "")

@@ -51,8 +51,9 @@ class SessionReport(Struct, frozen=True):
 class LeaseLine(Struct, frozen=True):
     """One lease: who has it, and what it was doing, for how long, when its worker last spoke of it.
 
-    `state` is "in use", "idle", "parked" (at the broker), "connecting", "closing", "suspect" or "being ended"; `age_ms`
-    is -1 where nobody knows. `stack` is where it was checked out, innermost first, if the pool has `debug_checkouts`.
+    `state` is "in use", "idle", "parked" (for whoever asks next; `pid` is 0 where no process has it), "connecting",
+    "closing", "suspect" or "being ended"; `age_ms` is -1 where nobody knows. `stack` is where it was checked out,
+    innermost first, if the pool has `debug_checkouts`.
     """
 
     token: Token

@@ -2,17 +2,20 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from moving import MakePair, report
 from processes import LONG, Sampler, Worker, workers
+from psycopg2 import extensions
 from stepping import GIVING, TAKING
+from test_cli import sharedpool_command
 from waiting import wait_until
 
 import sharedpool
@@ -319,3 +322,73 @@ def test_a_pool_that_nobody_uses_any_more_keeps_no_connection(
     with workers(2, **settings) as crew:
         let_move(crew, broker, name, tmp_path)  # it lies on the shelf now
     wait_until(lambda: name not in [pool.name for pool in fetch_report(broker.address).pools], 5, "the pool to be gone")
+
+
+def test_operators_are_told_and_obeyed_while_connections_move(
+    broker: sharedpool.Broker,
+    postgres: EphemeralPostgres,
+    server_connection: extensions.connection,
+    name: str,
+    tmp_path: Path,
+) -> None:
+    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 2, **_EAGER}
+
+    def say(*words: str) -> str:
+        done = sharedpool_command(*words, "--broker", broker.address)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def backends() -> int:
+        with server_connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE %s", [f"sharedpool {name} [%"]
+            )
+            (count,) = cast("tuple[int]", cursor.fetchone())
+            return count
+
+    with workers(4, **settings) as crew, Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
+        pids = {worker.pid for worker in crew}
+        with at_work(crew, tmp_path / "stop") as outcomes:
+            for turn in range(2):
+                wait_for_moves(broker, name)
+                (pool,) = [each for each in json.loads(say("status", "--json"))["pools"] if each["name"] == name]
+                assert (pool["max_conn"], pool["leases"], pool["sessions"]) == (2, 2, 4)
+                assert pool["in_use"] + pool["idle"] == 2
+                held = [each for each in json.loads(say("who", "--json")) if each["pool"] == name]
+                assert len({each["token"] for each in held}) == len(held) <= 2
+                assert {each["pid"] for each in held} <= pids | {0}
+                assert all((each["state"] == "parked") is (not each["pid"]) for each in held)
+                assert "[0]" not in say("who", "--pool", name)
+                say("pause", "--pool", name, "--wait", "--timeout", "10")
+                assert backends() == 0
+                assert report(broker, name).leases == 0
+                say("resume", "--pool", name)
+                wait_for_moves(broker, name)
+                say("set", "max-conn", "1", "--pool", name)
+                wait_until(lambda: backends() == 1, 5, "the lower limit to hold")
+                wait_for_moves(broker, name)
+                assert backends() == 1
+                say("set", "max-conn", "2", "--pool", name)
+                wait_for_moves(broker, name)
+                say("drain", str(crew[turn].pid))
+                say("reconnect", "--pool", name)
+        generation = report(broker, name).generation
+    assert generation > 2
+    assert [(outcome["errors"], outcome["wrong"]) for outcome in outcomes] == [([], 0)] * 4
+    assert sampler.peak == 2
+
+
+def test_a_checkout_that_lasts_too_long_is_found_while_others_move(
+    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
+) -> None:
+    """It is one checkout; those of the others are short, whatever the name of the lease that moves."""
+    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 2, **_EAGER}
+    with workers(4, **settings, max_checkout=0.5) as crew, at_work(crew[1:], tmp_path / "stop") as outcomes:
+        wait_for_moves(broker, name)
+        assert "backend" in crew[0].ask("get", name="it", timeout=5)
+        wait_until(lambda: report(broker, name).overdue == 1, 5, "the checkout to be reported")
+        wait_for_moves(broker, name, 200)
+        crew[0].ask("put", name="it")
+        wait_for_moves(broker, name, 200)
+        assert report(broker, name).overdue == 1
+    assert [(outcome["errors"], outcome["wrong"]) for outcome in outcomes] == [([], 0)] * 3
