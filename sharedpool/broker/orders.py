@@ -155,10 +155,15 @@ class Orders:
         lease = self._books.leases.get(token)
         if lease is None:
             return [f"lease {token} is over"]
+        whose = f"lease {token} of {lease.session.label}"
         if not lease.findable and (lease.session.suspect or lease.session.ended):
-            # Nothing to end, and nobody to ask. That its worker is gone, where this cannot see it, an operator knows.
-            self._leases.free(lease, "freed by an operator")
-            return [f"lease {token} of {lease.session.label} had no connection that is known of: its slot is free"]
+            if not self._cuts:
+                # Nothing to end, and nobody to ask. That its worker is gone, where this cannot see it, an operator knows.
+                self._leases.free(lease, "freed by an operator")
+                return [f"{whose} had no connection that is known of: its slot is free"]
+            if lease.state is not SlotState.FENCING:
+                self._leases.fence(lease, "ended by an operator", now)
+            return [f"{whose} has no connection that is known of: its slot is free once the server shows none either"]
         if lease.state is SlotState.FENCING:
             return [f"lease {token} is being ended already"]
         if not lease.findable:

@@ -639,6 +639,21 @@ def test_without_a_control_connection_it_stays_counted_until_an_operator_says_ot
     assert broker.ledger.leases == 0
 
 
+def test_with_one_the_server_is_looked_at_before_an_operators_word_frees_a_slot() -> None:
+    """Its connect may be on its way to the server, or logging in there."""
+    broker = Broker()
+    _, token = silent_with_a_grant(broker)
+    order = Order(PROTOCOL_VERSION, OrderKind.KILL, "", 0, token)
+    for _ in range(2):
+        done, commands = broker.ledger.order(order, broker.now)
+        broker.take_in(commands)
+        assert "once the server shows none either" in done.said[0]
+        assert broker.ledger.leases == 1
+    broker.show_nothing()
+    broker.show_nothing()
+    assert broker.ledger.leases == 0
+
+
 def test_a_successor_looks_for_what_was_granted_to_who_never_says_hello() -> None:
     before = Broker()
     a = before.worker("a", max_conn=1)
