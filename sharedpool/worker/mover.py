@@ -179,7 +179,7 @@ class Mover:
 
     def _wait(self, seat: Seat, deadline: float, began: float) -> PooledConnection | None:
         board, holdings = self._board, self._holdings
-        got, again_at, now = None, -math.inf, began
+        got, again_at, now, request = None, -math.inf, began, 0
         if self._lain:
             got = self._lane.take()
         while True:
@@ -188,13 +188,13 @@ class Mover:
                 if now >= deadline or not (board.moving and self._lane.open) or holdings.disposed:
                     return None
                 if now >= again_at:
-                    again_at = now + AGAIN_S
-                    seat.enter(self._cache.tickets.new_request())
+                    request = request or self._cache.tickets.new_request()  # the same one: it keeps its place
+                    again_at = now + seat.enter(request)
                     # What was put there between the last look and the ticket's coming nobody will bring.
                     if (got := self._lane.take()) is not None:
                         self._lain = True
                         continue
-                got = seat.wait(min(deadline, again_at) - now)
+                got = seat.wait(min(deadline - now, again_at - now, AGAIN_S))
             now = monotonic()
             if got is not None and got[0].passed is not None:
                 self._take_in(got, deadline - now)

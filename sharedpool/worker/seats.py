@@ -17,8 +17,9 @@ from sharedpool.wire.desk import PACKET_BYTES, Moved
 
 # Takes in what was sent to a seat that nobody waits at any more.
 Receive = Callable[[Moved, Owned], None]
-# Whoever was to serve a ticket may have died with it, or be stopped: another one is written after so long.
-AGAIN_S = 0.5
+# Whoever was to serve a ticket may have died with it, or be stopped: another one is written after so long, then after
+# twice the time: the queue has room for some thousands. And who waits looks so often whether connections still move.
+AGAIN_S, _AGAIN_LIMIT_S = 0.5, 2.0
 # A free seat is looked at so often before it is taken for settled.
 _LOOKS = 4
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
@@ -36,6 +37,7 @@ class Seat:
         self._place = place
         self._request = 0
         self._once = True  # there is one ticket for it
+        self._again_s = AGAIN_S
         self._address = lane.address(lane.number, place)
         self.settled = True
         self.owner: weakref.ref[object] | None = None  # as its ticket's; None while it is free
@@ -58,13 +60,18 @@ class Seat:
         """Whether this process is in the lane still. A former broker's goes on saying that connections move."""
         return self._lane.open
 
-    def enter(self, request: int) -> bool:
-        """Join the queue, or join it once more; return whether that was done. Afterwards look at the shelf."""
+    def enter(self, request: int) -> float:
+        """Join the queue, or join it once more; return after how many seconds to do so again.
+
+        Afterwards look at the shelf.
+        """
         again = self._request == request
+        self._again_s = min(2 * self._again_s, _AGAIN_LIMIT_S) if again else AGAIN_S
         self._request, self.settled = request, False
         self.board.take_place(self._place, request)
         self._once = not again
-        return self._lane.queue(Place(self._lane.number, self._place, request & 0xFFFFFFFF))
+        self._lane.queue(Place(self._lane.number, self._place, request & 0xFFFFFFFF))
+        return self._again_s
 
     def leave(self) -> None:
         """Leave the queue."""

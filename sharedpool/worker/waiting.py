@@ -173,7 +173,7 @@ class Wait:
         elif now >= self._again_at:
             self._queue(now)
         else:
-            self._look(min(self._deadline, self._again_at) - now)
+            self._look(min(self._deadline - now, self._again_at - now, AGAIN_S))
 
     def _queue(self, now: float) -> None:
         """Join the queue in the lane."""
@@ -185,8 +185,7 @@ class Wait:
         if first and (got := seat.look_at_shelf()) is not None:
             self._take_in(got)
             return
-        self._again_at = now + AGAIN_S
-        seat.enter(self._ticket.request)
+        self._again_at = now + seat.enter(self._ticket.request)
         if (got := seat.look_at_shelf()) is not None:
             self._take_in(got)
 

@@ -19,7 +19,7 @@ from sharedpool.wire.desk import Joined, LetIn, Live, Moved
 from sharedpool.wire.messages import Interrupt, Phase, ReleaseReason
 from sharedpool.worker.cache import Cache
 from sharedpool.worker.lease import Closing, Lease, Ticket
-from sharedpool.worker.seats import AGAIN_S
+from sharedpool.worker.seats import _AGAIN_LIMIT_S, AGAIN_S
 from sharedpool.worker.slices import STEADY_GAP_S
 
 from .desk import AtTheDesk, Conn, Giving, Lack
@@ -44,6 +44,7 @@ class Seat:
     box: deque[Packet | None]
     request: int = 0
     once: bool = True
+    again_s: float = AGAIN_S
     settled: bool = True
     looks: int = -1  # in vain, while it is free and unsettled
 
@@ -51,14 +52,16 @@ class Seat:
     def bound(self) -> bool:
         return self.end.open
 
-    def enter(self, request: int) -> Steps:
+    def enter(self, request: int) -> Generator[None, None, float]:
         again = self.request == request
+        self.again_s = min(2 * self.again_s, _AGAIN_LIMIT_S) if again else AGAIN_S
         self.request, self.settled = request, False
         self.end.board.take_place(self.place, request)
         yield
         self.once = not again
         self.end.queue(Place(self.end.number, self.place, request))
         yield
+        return self.again_s
 
     def read(self, grip: Grip) -> Got | None:
         if not self.bound:
@@ -314,7 +317,7 @@ class InTheLane(AtTheDesk):
         self.flush()
 
     def _block(self, thread: Thread, again_at: float) -> Steps:
-        seat, until = thread.seat, min(thread.deadline, again_at)
+        seat, until = thread.seat, min(thread.deadline, again_at, self.world.now + AGAIN_S)
         thread.until = lambda: bool(seat.box) or self.world.now >= until or not seat.bound
         yield
         thread.until = None
@@ -322,7 +325,7 @@ class InTheLane(AtTheDesk):
     def _take_short(self, thread: Thread, ticket: Ticket) -> Steps:
         """`Mover._wait`."""
         seat, end = thread.seat, thread.seat.end
-        again_at, now = float("-inf"), self.world.now
+        again_at, now, request = float("-inf"), self.world.now, 0
         began = now
         if self.lain:
             thread.hand = yield from end.take(thread.grip)
@@ -332,8 +335,8 @@ class InTheLane(AtTheDesk):
                 if now >= thread.deadline or not end.board.moving or not self._is_in(end):
                     break
                 if now >= again_at:
-                    again_at = now + AGAIN_S
-                    yield from seat.enter(self.cache.tickets.new_request())
+                    request = request or self.cache.tickets.new_request()
+                    again_at = now + (yield from seat.enter(request))
                     thread.hand = yield from end.take(thread.grip)
                     if thread.hand is not None:
                         self.lain = True
@@ -427,8 +430,7 @@ class InTheLane(AtTheDesk):
                 if again_at == float("-inf"):
                     thread.hand = yield from end.take(thread.grip)
                 if thread.hand is None:
-                    again_at = now + AGAIN_S
-                    yield from seat.enter(ticket.request)
+                    again_at = now + (yield from seat.enter(ticket.request))
                     thread.hand = yield from end.take(thread.grip)
             else:
                 yield from self._block(thread, again_at)
