@@ -104,15 +104,16 @@ def hammer(
     return outcome
 
 
-def insist(seconds: float, timeout: float, stop: str = "") -> dict[str, Any]:
-    """Check out and in, whatever that raises, until there is a file `stop`.
+def insist(seconds: float, timeout: float, stop: str = "", least: int = 0) -> dict[str, Any]:
+    """Check out and in, whatever that raises, until there is a file `stop`, `least` times in any case.
 
     Tell how often it did what, its texts, and how long the longest took.
     """
     outcomes: dict[str, int] = {}
     texts: dict[str, str] = {}
     longest, until = 0.0, time.monotonic() + seconds
-    while (began := time.monotonic()) < until and not (stop and os.path.exists(stop)):
+    while sum(outcomes.values()) < least or (time.monotonic() < until and not (stop and os.path.exists(stop))):
+        began = time.monotonic()
         try:
             pool.put_conn(pool.get_conn(timeout=timeout))
             kind = "done"

@@ -323,11 +323,11 @@ class Holdings:
         mover = self.mover
         return mover is not None and mover.give(lease, conn, now)
 
-    def take_in_lane(self, timeout: float | None) -> PooledConnection | None:
+    def take_in_lane(self, timeout: float | None, began: float) -> PooledConnection | None:
         """Check a connection out that is given in the lane, the short way: see `mover.py`."""
         if (mover := self.mover) is None:
             return None
-        return mover.take(self.config.timeout if timeout is None else timeout, time.monotonic())
+        return mover.take(self.config.timeout if timeout is None else timeout, began)
 
     def not_moved(self, lease: Lease, conn: PooledConnection, live: Live, witness: Owned, *, fit: bool) -> None:
         """Give a connection that is reset, and off its object, to the broker, if it is `fit`; else end its session."""

@@ -95,9 +95,10 @@ class Pool:
             try:
                 lease = cache.idle.pop()
             except IndexError:
-                if cache.moving[0] and (came := self._holdings.take_in_lane(timeout)) is not None:
+                began = monotonic()  # a wait in the lane that was in vain is part of the caller's time
+                if cache.moving[0] and (came := self._holdings.take_in_lane(timeout, began)) is not None:
                     return came
-                return self._check_out(self._holdings, None, timeout, monotonic())
+                return self._check_out(self._holdings, None, timeout, began)
             now = monotonic()
             lease.idle_s = gap_s = now - lease.since
             lease.phase, lease.since, lease.thread = IN_USE, now, thread

@@ -298,6 +298,21 @@ def test_who_waits_in_vain_is_told_in_time_who_holds_what(
         assert "backend" in waiter.ask("get", name="it", timeout=5)
 
 
+@pytest.mark.parametrize("wait_s", [0.3, 1.2])
+def test_a_wait_in_the_lane_is_over_by_its_deadline(
+    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, wait_s: float
+) -> None:
+    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 1, **_EAGER}
+    with workers(2, **settings) as crew:
+        let_move(crew, broker, name, tmp_path)
+        holder, waiter = crew
+        assert "backend" in holder.ask("get", name="it", timeout=5)
+        told = waiter.ask("insist", seconds=0, least=1, timeout=wait_s)
+        assert list(told["outcomes"]) == ["PoolTimeout"], told
+        assert wait_s <= told["longest"] < wait_s + 0.25
+        holder.ask("put", name="it")
+
+
 def test_release_all_wakes_who_waits(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
 ) -> None:
