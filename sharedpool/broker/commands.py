@@ -131,10 +131,14 @@ class ToLane:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """Join the queue of a pool's lane so often; tell the ledger of what comes (`came`)."""
+    """Join the queue of a lane so often, then look at its shelf; tell the ledger of what comes (`came`, `shelved`).
+
+    At most `looks` are taken from there.
+    """
 
     pool: str
     times: int
+    looks: int
 
 
 @dataclass(frozen=True, slots=True)

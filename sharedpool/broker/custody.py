@@ -69,9 +69,9 @@ class Custody:
         self._ledger.stays(program, line)
         self.lanes.stays(program, line)
 
-    def joined(self, session: bytes) -> None:
-        """Take in that a session uses its pool's lane."""
-        self._execute(self._ledger.joined(session, time.monotonic()))
+    def joined(self, session: bytes, *, takes_part: bool) -> None:
+        """Take in that a session uses its pool's lane, or will not."""
+        self._execute(self._ledger.joined(session, time.monotonic(), takes_part=takes_part))
 
     def line_ended(self, line: int) -> None:
         """Take in that a line has ended; not at once, what was decided before is still being carried out."""

@@ -45,6 +45,9 @@ class Parked(Protocol):
     def promised(self, pool: Pool, now: float) -> int:
         """Return how many parked connections the waiters will be given in a moment."""
 
+    def lying(self, pool: Pool, now: float) -> int:
+        """Return how many connections lie in the lane, and will be given to the waiters in a moment."""
+
     def end(self, pools: Iterable[Pool], most: int, now: float) -> int:
         """End up to `most` parked connections; return how many."""
 
@@ -529,9 +532,9 @@ class Demand:
             if not pool.nowaits:
                 continue
             kin = [pool] if pool.group is None else pool.group.pools
-            coming = max(pool.room, 0) + sum(each.coming for each in kin) + self.parked.promised(pool, now)
-            everywhere = self._books.available(pool) + sum(p.coming for p in self._books.pools.values())
-            everywhere += self.parked.promised(pool, now)
+            promised = self.parked.promised(pool, now) + self.parked.lying(pool, now)
+            coming = max(pool.room, 0) + sum(each.coming for each in kin) + promised
+            everywhere = self._books.available(pool) + sum(p.coming for p in self._books.pools.values()) + promised
             unserved = islice(pool.waiters.values(), max(0, min(coming, everywhere)), None)
             refused = [waiter for waiter in unserved if waiter.nowait and waiter.round is not None]
             # They do not wait for the end of what is suspect, but the next caller is to find its slot free: with

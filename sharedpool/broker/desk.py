@@ -58,8 +58,8 @@ class Clerk(Protocol):
     def given(self, give: Give) -> None:
         """A connection is to be passed on."""
 
-    def joined(self, session: bytes) -> None:
-        """A session uses its pool's lane."""
+    def joined(self, session: bytes, *, takes_part: bool) -> None:
+        """A session uses its pool's lane, or will not."""
 
     def left(self, line: int) -> None:
         """This line is to end, and its program goes on."""
@@ -225,7 +225,7 @@ class Desk:
             elif isinstance(message, Stay):
                 self.clerk.stays(message.program, self._numbers[line.fileno()])
             else:
-                self.clerk.joined(message.session)
+                self.clerk.joined(message.session, takes_part=message.takes_part)
         except ProtocolError as error:
             self._garbage.dropped("dropped what came to the desk: %s", error)
         finally:

@@ -47,6 +47,9 @@ class Movers(Protocol):
     def give(self, lease: Lease, live: Live, now: float) -> None:
         """Give in the lane what was given to the broker, for which nobody waits at the broker."""
 
+    def lying(self, pool: Pool, now: float) -> int:
+        """Return how many lie on a pool's shelf, and will be taken from there in a moment."""
+
 
 class Handover:
     """The hand-over's side of the ledger. `arm(when, kind, subject)` asks for a timer. `moves` is set once made."""
@@ -195,6 +198,10 @@ class Handover:
             return 0
         first = next(iter(pool.waiters.values()))
         return min(len(pool.parked), len(pool.waiters)) if self.moves.may_reach(first, pool, now) else 0
+
+    def lying(self, pool: Pool, now: float) -> int:
+        """Return how many connections lie in the lane, and will be given to the waiters in a moment."""
+        return 0 if pool.held else self.moves.lying(pool, now)
 
     def end(self, pools: Iterable[Pool], most: int, now: float) -> int:
         """End up to `most` parked connections, longest parked first; return how many."""

@@ -120,10 +120,22 @@ class Lanes:
             self._later(lambda ledger, now: self._empty(order.pool))
 
     def queue(self, order: Queue) -> None:
-        """Join the queue of a lane."""
+        """Join the queue of a lane, and look at its shelf: what lies there nobody would bring."""
         if (lane := self._lanes.get(order.pool)) is not None:
             for _ in range(order.times):
                 lane.queue(Ticket(SHELF, BROKERS_PLACE, BROKERS_REQUEST))
+            self._later(lambda ledger, now: self._take(order.pool, order.looks))
+
+    def _take(self, pool: str, most: int) -> list[Command]:
+        """Take what lies on a shelf, for those who wait at the broker."""
+        commands: list[Command] = []
+        lane = self._lanes.get(pool)
+        while lane is not None and lane.board.moving and most > 0 and (taken := lane.take()) is not None:
+            moved, sock = taken
+            sock.close()  # it is in custody
+            most -= 1
+            commands += self._ledger.shelved(pool, moved, time.monotonic())
+        return commands
 
     def _read(self, pool: str) -> None:
         """Take what came to the broker's own seat."""

@@ -277,10 +277,10 @@ class Ledger:
         self._moves.opened(pool_name, serial, board, now)
         return self._settled(now)
 
-    def joined(self, session_id: bytes, now: float) -> list[Command]:
-        """Take in that a session uses its pool's lane."""
+    def joined(self, session_id: bytes, now: float, *, takes_part: bool = True) -> list[Command]:
+        """Take in that a session uses its pool's lane, or will not."""
         if (session := self._books.sessions.get(session_id)) is not None:
-            self._moves.joined(session)
+            self._moves.joined(session, takes_part=takes_part)
         return self._settled(now)
 
     def shelved(self, pool_name: str, moved: Moved, now: float) -> list[Command]:

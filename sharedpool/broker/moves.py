@@ -106,9 +106,11 @@ class Moves:
         self._arm(session.joins_by, "letting-in", session.pool)
         self._emit(LetIn(session.pool.name, session.id, session.number, session.index))
 
-    def joined(self, session: Session) -> None:
-        """Take in that a session uses the lane."""
-        if session.number and session.pool.lane is not None:
+    def joined(self, session: Session, *, takes_part: bool) -> None:
+        """Take in that a session uses the lane, or will not: nothing is kept for it any longer."""
+        if not takes_part:
+            session.joins_by = -math.inf
+        elif session.number and session.pool.lane is not None:
             session.joined = True
             session.pool.lane.outside.pop(session.id, None)
 
@@ -352,11 +354,31 @@ class Moves:
             self._arm(now + _QUIET_S, "lane", pool)
 
     def _queue(self, lane: Lane, pool: Pool) -> None:
-        """Wait in the lane for all who wait at the broker: so they have their turn among the others."""
-        missing = len(pool.waiters) - len(pool.nowaits) - lane.queued
-        if missing > 0:
+        """Wait in the lane for all who wait at the broker: so they have their turn among the others.
+
+        Those who do not want to wait are given what lies on the shelf.
+        """
+        missing = max(0, len(pool.waiters) - len(pool.nowaits) - lane.queued)
+        # Who came to the broker has not looked at the shelf himself. It is looked at after the tickets are written: by
+        # the books nothing lies there yet, perhaps.
+        looks = missing + min(len(pool.waiters), self._lying(pool))
+        if looks:
             lane.queued += missing
-            self._emit(Queue(pool.name, missing))
+            self._emit(Queue(pool.name, missing, looks))
+
+    @staticmethod
+    def _lying(pool: Pool) -> int:
+        """How many connections lie on a pool's shelf, by the books: as good as idle."""
+        if pool.shelf is None:
+            return 0
+        return sum(lease.state is OPEN and lease.live is None for lease in pool.shelf.leases.values())
+
+    def lying(self, pool: Pool, now: float) -> int:
+        """How many lie on a pool's shelf, and will be taken from there in a moment for those who wait at the broker."""
+        if pool.shelf is None or pool.moving:
+            return self._lying(pool)
+        leases = pool.shelf.leases.values()
+        return sum(x.state is OPEN and x.live is None and now - x.noticed < ARRIVAL_S for x in leases)
 
     def _enter(self, lane: Lane, pool: Pool) -> None:
         """Put all leases on the board that may move."""

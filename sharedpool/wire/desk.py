@@ -5,7 +5,7 @@ socket. When it closes, the broker is gone. Each program has one line there:
 
       STAY                                      ═════►                               here until the program ends
                                                 ◄═════  LET_IN(session) + 5          the lane is open to it
-      JOINED(session)                           ═════►                               it will use it
+      JOINED(session)                           ═════►                               it will use it, or will not
       DEPOSIT(token) + socket                   ═════►                               into custody
       GIVE(token)                               ═════►                               to whom the broker likes
       LEAVE                                     ═════►                               before the end, if it goes on
@@ -93,9 +93,10 @@ class LetIn(Struct, frozen=True, tag="let_in"):
 
 
 class Joined(Struct, frozen=True, tag="joined"):
-    """The session gives in the lane, and waits there, whenever connections move in it."""
+    """The session gives in the lane, and waits there, whenever connections move in it; or it does not `take_part`."""
 
     session: bytes
+    takes_part: bool = True
 
 
 class Moved(Struct, frozen=True, tag="moved"):

@@ -92,11 +92,12 @@ class Session:
             self._accept()
 
     def _accept(self) -> None:
-        """Follow an invitation to the lane, if there is one."""
+        """Follow an invitation to the lane, if there is one, or decline it: else what is parked waits for us."""
         holdings, link = self._holdings, self._holdings.link
-        invitation = holdings.invitation
-        if invitation is not None and holdings.enter_lane() and link is not None:
-            link.desk.say(encode(Joined(invitation.session)))
+        if (invitation := holdings.invitation) is not None:
+            takes_part = holdings.enter_lane()
+            if link is not None:
+                link.desk.say(encode(Joined(invitation.session, takes_part)))
 
     def watched(self) -> list[int]:
         """Return descriptors where something may come for who waits no more."""

@@ -19,6 +19,7 @@ from test_cli import sharedpool_command
 from waiting import wait_until
 
 import sharedpool
+from sharedpool.broker.moves import ARRIVAL_S
 from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.lane import SUPPORTED
@@ -296,6 +297,35 @@ def test_who_waits_in_vain_is_told_in_time_who_holds_what(
         assert str(holder.pid) in refused["text"]
         holder.ask("put", name="it")
         assert "backend" in waiter.ask("get", name="it", timeout=5)
+
+
+@pytest.mark.parametrize("wait_s", [0, 5])
+def test_who_comes_late_is_given_at_once_what_lies_on_the_shelf(
+    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, wait_s: float
+) -> None:
+    """His process is not in the lane yet, or he does not wait: he asks the broker."""
+    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 1, **_EAGER}
+    with workers(2, **settings) as crew, Worker(**settings) as late:
+        let_move(crew, broker, name, tmp_path)
+        for _ in range(2):
+            assert late.ask("get", name="it", timeout=wait_s)["waited"] < 0.5
+            late.ask("put", name="it")
+        assert total([*crew, late], "connects") == 1
+
+
+def test_nothing_is_kept_for_who_will_not_be_in_the_lane(
+    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str
+) -> None:
+    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 1, **_EAGER}
+    with workers(2, **settings) as crew, Worker(**settings, handover="off") as aside:
+        holder, waiter = crew
+        holder.ask("get", name="it", timeout=5)
+        waiter.send("get", name="it", timeout=5)
+        wait_until(lambda: report(broker, name).waiting == 1, 5, "somebody to wait")
+        holder.ask("put", name="it")
+        assert "backend" in waiter.answer(5)
+        waiter.ask("put", name="it")
+        assert aside.ask("get", name="it", timeout=5)["waited"] < ARRIVAL_S
 
 
 @pytest.mark.parametrize("wait_s", [0.3, 1.2])

@@ -203,9 +203,10 @@ class Broker:
                     self._let_in(command)
                 case ToLane():
                     self._to_lane(command)
-                case Queue(pool, times):
+                case Queue(pool, times, looks):
                     for _ in range(times):
                         self.lanes[pool].queue(Place(SHELF, BROKERS_PLACE, BROKERS_REQUEST))
+                    self._take_later(pool, looks)
                 case Proceed(pool):
                     self.leaves_alone.add(pool)
                 case Halt(pool):
@@ -291,6 +292,19 @@ class Broker:
     def _empty_later(self, pool: str) -> None:
         if pool in self.lanes:
             self.words.append(lambda ledger, now: self._empty(pool))
+
+    def _take_later(self, pool: str, most: int) -> None:
+        self.words.append(lambda ledger, now: self._take_from_shelf(pool, most))
+
+    def _take_from_shelf(self, pool: str, most: int) -> list[Command]:
+        commands: list[Command] = []
+        end = self.lanes.get(pool)
+        while end is not None and end.board.moving and most > 0 and (taken := run(end.take(self.grip))) is not None:
+            moved, proc = taken
+            proc.holders.discard(self.grip)
+            most -= 1
+            commands += self.ledger.shelved(pool, moved, self.world.now)
+        return commands
 
     def _empty(self, pool: str) -> list[Command]:
         end = self.lanes.get(pool)
@@ -393,7 +407,7 @@ class Broker:
                     self._let_in(order)
             case _:
                 assert not isinstance(message, Leave)
-                self.execute(self.ledger.joined(message.session, now))
+                self.execute(self.ledger.joined(message.session, now, takes_part=message.takes_part))
 
     def hang_up(self, wire: Wire) -> None:
         """Close a line to the desk."""

@@ -33,6 +33,8 @@ from sharedpool.wire.messages import (
     Ack,
     Bye,
     Cancel,
+    Deny,
+    DenyReason,
     Hello,
     Histogram,
     Interrupt,
@@ -365,6 +367,38 @@ def test_what_the_broker_is_given_for_nobody_goes_back_into_the_lane(rig: Rig) -
     rig.broker.take_in(rig.broker.ledger.unplaced("p", came, rig.broker.now))  # there is no room in it
     rig.sync()
     assert rig.report().parked == 1
+
+
+def test_who_does_not_want_to_wait_is_given_what_lies_on_the_shelf(rig: Rig) -> None:
+    rig.proceed()
+    rig.give_up()
+    token = rig.tokens[0]
+    rig.moves_itself(token, None)
+    looks, passed = sum(each.looks for each in rig.broker.all(Queue)), len(rig.desk.passed())
+    worker = rig.workers[0]
+    rig.desk.ask(worker, seat=3, wait_s=0)
+    rig.answer_all()
+    assert worker.sent(Deny) == []
+    assert sum(each.looks for each in rig.broker.all(Queue)) > looks
+    rig.board.hand(rig.lease(token).cell, SHELF)  # which is the broker's own name
+    there = Moved(0, token, rig.lease(token).cell, 0, rig.live(token))
+    rig.broker.take_in(rig.broker.ledger.shelved("p", there, rig.broker.now))
+    assert [name for name, _ in rig.desk.passed()[passed:]] == ["w0"]
+
+
+def test_who_does_not_want_to_wait_is_refused_where_nothing_lies_on_the_shelf(rig: Rig) -> None:
+    rig.proceed()
+    rig.give_up()
+    rig.desk.ask(rig.workers[0], seat=3, wait_s=0)
+    rig.answer_all()
+    assert [each.reason for each in rig.workers[0].sent(Deny)] == [DenyReason.EXHAUSTED]
+
+
+def test_who_comes_to_the_broker_has_the_shelf_looked_at(rig: Rig) -> None:
+    rig.proceed()
+    looks = sum(each.looks for each in rig.broker.all(Queue))
+    rig.contend(rig.workers[1], seat=3)
+    assert sum(each.looks for each in rig.broker.all(Queue)) > looks
 
 
 def test_a_place_that_waits_in_the_lane_for_nobody_is_taken_off_the_account(rig: Rig) -> None:
