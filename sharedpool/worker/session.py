@@ -53,6 +53,7 @@ class Session:
         self._holdings = holdings
         self._epoch: int | None = None
         self._over = False
+        self._invited_by = 0  # which broker
         self._title = _utf8(os.path.basename(sys.argv[0]) if sys.argv else "") or "python"
 
     def hello(self) -> Hello:
@@ -86,18 +87,24 @@ class Session:
 
         The WELCOME comes another way, and may be slower where the process has a line to the desk already.
         """
-        holdings = self._holdings
+        holdings, link = self._holdings, self._holdings.link
         holdings.keep_invitation(invitation, fds)
+        self._invited_by = 0 if link is None else link.epoch
         if holdings.registration is not None and holdings.registration.established:
             self._accept()
 
     def _accept(self) -> None:
         """Follow an invitation to the lane, if there is one, or decline it: else what is parked waits for us."""
         holdings, link = self._holdings, self._holdings.link
-        if (invitation := holdings.invitation) is not None:
+        invitation = holdings.invitation
+        if invitation is None or link is None:
+            return
+        if self._invited_by != link.epoch:
+            # Its broker died before its WELCOME came. In its lane nobody else is, and who waits there asks no broker.
+            holdings.keep_invitation(None, [])
+        else:
             takes_part = holdings.enter_lane()
-            if link is not None:
-                link.desk.say(encode(Joined(invitation.session, takes_part)))
+            link.desk.say(encode(Joined(invitation.session, takes_part)))
 
     def watched(self) -> list[int]:
         """Return descriptors where something may come for who waits no more."""

@@ -263,6 +263,8 @@ class Broker:
         end = self.lanes.get(order.pool)
         if fails or end is None or not end.pass_on(order.number, order.place, message, proc):
             self.words.append(lambda ledger, now: ledger.not_passed(message, now))
+        else:
+            self.world.passed += 1
 
     # --- lanes
 

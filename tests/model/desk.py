@@ -46,6 +46,7 @@ class Lack(IntEnum):
     NOTHING = 0
     SOCKET = 1  # the connection's own
     SHELL = 2
+    SEAT = 3  # where the next thread is to wait
 
 
 class Step(IntEnum):
@@ -85,13 +86,16 @@ class AtTheDesk:
 
     # --- the session's line
 
-    def open_desk(self, path: str, handover: bool) -> None:
-        """Go to the desk, anew; hand in all sockets."""
+    def go_to_desk(self, path: str) -> None:
+        """Go to the desk, anew: another broker is there than before, or none was."""
         if self.desk is not None:
             self.desk.leave()
         self.desk = self.world.connect(self) if path else None  # type: ignore[arg-type]
         if self.desk is not None:
             self.desk.say(Stay(self.id))
+
+    def welcome_at_desk(self, handover: bool) -> None:
+        """Take part in the hand-over, if it can be; hand in all sockets."""
         self.hands_over = handover and self.handover and self.desk is not None
         self.cache.slices.slice_s, self.cache.slices.hands_over = self.slice_s, self.hands_over
         for lease in self.cache.leases.values():

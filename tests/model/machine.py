@@ -12,9 +12,10 @@ from typing import ClassVar
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sharedpool.broker.handover import NUDGE_LIMIT_S, NUDGE_S
+from sharedpool.broker.handover import NUDGE_LIMIT_S, NUDGE_S, TRY_AGAIN_S
 from sharedpool.wire.messages import START_UP_LIMIT_S, ReleaseReason
 from sharedpool.wire.orders import Order, OrderKind
+from sharedpool.worker.lease import Ticket
 
 from .desk import Giving, Lack
 from .moving import LaneGiving, Thread
@@ -56,6 +57,7 @@ class GoodNetwork(RuleBasedStateMachine):
     bad_network = False
     steps: ClassVar[int] = 0
     moved: ClassVar[int] = 0  # connections, in the lane
+    passed: ClassVar[int] = 0  # by the broker
     world: World
 
     @initialize(pick=picks)
@@ -72,7 +74,7 @@ class GoodNetwork(RuleBasedStateMachine):
             self.world.start(pool)
             self.world.start(pool, remote=pick // 128 % 4 == 3, handover=pick // 512 == 0)
         self.world.deliver_all()
-        if cap is None and self.world.handover and pick % 8 < 2:
+        if cap is None and self.world.handover:
             self._move(pick)
 
     # --- choosing
@@ -155,7 +157,8 @@ class GoodNetwork(RuleBasedStateMachine):
     def give_up(self, pick: int) -> None:
         worker, pick = self.one(pick, "tickets")
         in_connect = [opening.lease for opening in worker.opening]
-        tickets = [x for x in worker.tickets if x.lease not in in_connect or x.lease is None]
+        tickets = [x for x in worker.tickets if x not in worker.abandoned]
+        tickets = [x for x in tickets if x.lease not in in_connect or x.lease is None]
         if not tickets:
             return
         ticket = tickets[pick % len(tickets)]
@@ -242,7 +245,7 @@ class GoodNetwork(RuleBasedStateMachine):
             if len(asker.tickets) < 2:
                 asker.checkout(60.0)
             if pick % 7 == 3:
-                asker.lacks = (Lack.SOCKET, Lack.SHELL)[pick % 2]
+                asker.lacks = (Lack.SOCKET, Lack.SHELL, Lack.SEAT)[pick % 3]
             if holders := [worker for worker in world.awake if worker.users or worker.closing]:
                 holder = holders[turn % len(holders)]
                 if not holder.closing:
@@ -273,6 +276,7 @@ class GoodNetwork(RuleBasedStateMachine):
         for worker in self.world.awake:
             steps += [(worker, thread) for thread in worker.threads if thread.ready]
             steps += [(worker, giving) for giving in worker.lane_giving]
+            steps += [(worker, ticket) for ticket in worker.rung[:1]]
             if worker.seat_news:
                 steps.append((worker, None))
         if self.world.broker is not None:
@@ -288,6 +292,8 @@ class GoodNetwork(RuleBasedStateMachine):
             worker.step(step)
         elif isinstance(step, LaneGiving):
             worker.step_giving(step)
+        elif isinstance(step, Ticket):
+            worker.sit_down()
         else:
             worker.look_in_lane()
             worker.flush()
@@ -303,7 +309,8 @@ class GoodNetwork(RuleBasedStateMachine):
     @rule(pick=picks)
     def interrupt_in_lane(self, pick: int) -> None:
         worker, pick = self.one(pick, "threads")
-        worker.interrupt(worker.threads[pick % len(worker.threads)])
+        count = len(worker.threads)
+        worker.interrupt(worker.threads[pick % count], twice=pick // count % 4 == 3)
 
     @rule(pick=picks)
     def fail_resets(self, pick: int) -> None:
@@ -326,7 +333,7 @@ class GoodNetwork(RuleBasedStateMachine):
             broker.order(Order(0, OrderKind.RESUME))
             broker.restore_limits()
         for worker in list(world.workers.values()):  # who cannot take part halts it
-            if worker.pool == "a" and not (worker.hands_over and not worker.frozen) and len(world.awake) > 2:
+            if worker.pool == "a" and (not worker.handover or worker.remote or worker.frozen or worker.broken_shells):
                 world.die(worker)
         while sum(worker.pool == "a" for worker in world.awake) < 3:
             world.start("a")
@@ -334,6 +341,7 @@ class GoodNetwork(RuleBasedStateMachine):
             quiesce(world)
             if self._is_moving:
                 return True
+            self._make_ready(turn)
             for worker in world.awake:
                 if worker.pool == "a" and len(worker.tickets) + len(worker.threads) < 2:
                     worker.checkout(60.0)
@@ -341,9 +349,26 @@ class GoodNetwork(RuleBasedStateMachine):
             world.pass_time(0.6)  # longer than a slice
             quiesce(world)
             if holders := [worker for worker in world.awake if worker.users and worker.pool == "a"]:
-                holder = holders[turn % len(holders)]
+                # Not in the order in which they ask: each would serve himself.
+                holder = holders[-1 - turn % len(holders)]
                 holder.checkin(holder.users[0])
         return self._is_moving
+
+    def _make_ready(self, turn: int) -> None:
+        """Do away with what keeps the broker from it for long."""
+        world = self.world
+        world.start_broker()
+        broker = world.broker
+        assert broker is not None
+        broker.fuse = None
+        pool = broker.ledger._books.pools.get("a")
+        if broker.ledger._demand.paused or (pool is not None and pool.suspects and turn % 4 == 1):
+            world.pass_long(TTL_S + 1)
+        elif pool is not None and pool.cancels is False:
+            world.kill_broker(0)
+            world.start_broker()
+        elif pool is not None and pool.cancels is None and world.now < pool.try_at:
+            world.pass_long(TRY_AGAIN_S)
 
     @precondition(lambda self: self.world.cap is None and self.world.handover)
     @rule(pick=picks)
@@ -374,29 +399,34 @@ class GoodNetwork(RuleBasedStateMachine):
         world = self.world
         if not (as_it_is or self._get_moving()):
             return
-        for _ in range(20 + pick % 61):
+        for _ in range(30 + pick % 61):
             pick = (pick * 5 + 3) % 1021
             found = [worker for worker in world.awake if worker.end is not None]
             if not found:
                 return
-            worker = found[pick // 16 % len(found)]
+            askers = [worker for worker in found if len(worker.tickets) + len(worker.threads) < 3]
+            holders = [worker for worker in found if worker.users]
+            closers = [worker for worker in found if worker.closing]
             match pick % 16:
-                case 0 | 1 | 2 if len(worker.tickets) + len(worker.threads) < 3:
-                    worker.checkout((60.0, 60.0, 0.3)[pick % 3])
-                case 3 | 4 | 5 | 6 if worker.users:
-                    worker.checkin(worker.users[0])
-                case 7 | 8 if worker.closing:
+                case 0 | 1 | 2 if askers:
+                    askers[pick // 16 % len(askers)].checkout((60.0, 60.0, 0.3)[pick % 3])
+                case 3 | 4 | 5 | 6 if holders:
+                    holder = holders[pick // 16 % len(holders)]
+                    holder.checkin(holder.users[0])
+                case 7 | 8 if closers:
+                    worker = closers[pick // 16 % len(closers)]
                     closing, conn = worker.closing[0]
                     worker.finish_close(closing, conn, seen=True, halt=pick // 16 % 2)
                 case 9:
-                    worker.collect()
+                    for worker in found:
+                        worker.collect()
                 case 10:
                     world.pass_time(0.004)
                 case 11 if pick % 3 == 0:
                     world.deliver_all()
                 case _:
-                    for _ in range(1 + pick // 16 % 5):
-                        self._lane_step(pick // 16)
+                    for step in range(1 + pick // 16 % 5):
+                        self._lane_step(pick // 16 + step)
 
     @precondition(lambda self: self.world.network.wires)
     @rule(pick=picks)
@@ -678,6 +708,7 @@ class GoodNetwork(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "world"):
             type(self).moved += sum(lane.moved for lane in self.world.lanes)
+            type(self).passed += self.world.passed
             self.world.in_order = False
             heal(self.world)
             check_nobody_waits_in_vain(self.world)

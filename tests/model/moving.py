@@ -12,6 +12,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar, cast
 
+from msgspec import structs
+
 from sharedpool.errors import SharedPoolError
 from sharedpool.lane import Ticket as Place
 from sharedpool.wire.board import SEATS
@@ -139,35 +141,53 @@ class InTheLane(AtTheDesk):
         self.stray = Grip(b"")
         self.unfit = 0  # so many that come next fail their reset
         self._turn = 0
+        self.most_seats = SEATS
+        self.invitation: tuple[LetIn, Lane, int] | None = None  # of which broker
+        self.rung: list[Ticket] = []  # at their gates, to take a seat
+        self.abandoned: list[Ticket] = []  # an interrupt has ended the clean-up too
+        self.left_seats: list[tuple[Seat, int]] = []  # in the same way, and for how many beats more
 
     # --- the lane
 
     def read_home(self) -> None:
-        """The link reads what came on the session's line."""
+        """The link reads what came on the session's line: `Session.let_in`."""
         assert self.desk is not None
         packet = self.desk.down.popleft()
         message, lane = packet.message, packet.lane
         assert isinstance(message, LetIn)
         assert isinstance(lane, Lane)
-        if not self.hands_over:
+        self.invitation = message, lane, self.epoch
+        if self.established:
+            self.accept()
+
+    def accept(self) -> None:
+        """`Session._accept`, `Holdings.enter_lane`."""
+        invitation, self.invitation = self.invitation, None
+        if invitation is None or not self.hands_over or invitation[2] != self.epoch:
             return
+        message, lane, _ = invitation
+        assert self.desk is not None
         self.leave_lane()
         # A former end here may still have seats at its addresses: its number is another.
         self.end = End(lane, message.number, self.id, self._refuse, self._is_short)
         self.index = message.index
-        self.unused = [message.index * SEATS + seat for seat in range(SEATS - 1, -1, -1)]
+        self.unused = [message.index * SEATS + seat for seat in range(self.most_seats - 1, -1, -1)]
         self.cache.moving = lane.board.head
-        for ticket in list(self.tickets):
-            if ticket.request in self.cache.waiting and not self.waits_in_lane(ticket) and ticket not in self.quitting:
-                self._sit_down(ticket, float("inf"))
+        self.rung = [ticket for ticket in self.tickets if self._is_at_gate(ticket)]
         self.desk.say(Joined(self.id))
         self.flush()
 
-    def _sit_down(self, ticket: Ticket, deadline: float) -> None:
-        """`Wait._change_place`: a thread that waits at a gate takes a seat, if there is one."""
-        if (seat := self._take_seat()) is not None:
-            self._start(ticket, seat, deadline)
+    def _is_at_gate(self, ticket: Ticket) -> bool:
+        waits = ticket.request in self.cache.waiting and not self.waits_in_lane(ticket)
+        return waits and ticket not in self.quitting and ticket not in self.abandoned
+
+    def sit_down(self) -> None:
+        """`Wait._change_place`: a thread that waits at a gate was rung, and takes a seat, if there is one."""
+        ticket = self.rung.pop(0)
+        if self._is_at_gate(ticket) and (seat := self._take_seat()) is not None:
+            self._start(ticket, seat, float("inf"))
             self.cache.tickets.move(ticket, seat.place, self.world.now)
+            self.flush()
 
     def _start(self, ticket: Ticket, seat: Seat, deadline: float) -> None:
         thread = Thread(seat, deadline, ticket, grip=Grip(self.id))
@@ -191,8 +211,9 @@ class InTheLane(AtTheDesk):
         if end is None:
             return
         seats, self.seats, self.free_seats, self.unused = self.seats, [], [], []
-        while former_brokers and (got := self._read(seats) or run(end.take(self.stray))) is not None:
-            self._take_stray(got)
+        while former_brokers and (got := run(end.take(self.stray)) or self._read(seats)) is not None:
+            live = structs.replace(got[0].live, generation=self.cache.generation)
+            self._take_stray((structs.replace(got[0], live=live), got[1]))
         for seat in seats:
             seat.ring()
         end.close()
@@ -216,6 +237,9 @@ class InTheLane(AtTheDesk):
             seat.looks = -1
             return seat
         if self.end is None or not self.unused:
+            return None
+        if self.lacks is Lack.SEAT:
+            self.lacks = Lack.NOTHING
             return None
         place = self.unused.pop()
         seat = Seat(self.end, place, self.end.lane.bind(self.end.number, place))
@@ -256,13 +280,25 @@ class InTheLane(AtTheDesk):
         for seat in list(self.free_seats):
             if (got := seat.read(self.stray)) is not None:
                 self._take_stray(got)
+        left, self.left_seats = self.left_seats, []
+        for seat, beats in left:
+            if beats:
+                self.left_seats.append((seat, beats - 1))
+            else:
+                seat.settled = False
+                self._put_seat(seat)
         self.look_in_lane()
+        abandoned, self.abandoned = self.abandoned, []
+        for ticket in abandoned:
+            self._give_up(ticket)
 
     def give_kept(self) -> None:
         now = self.world.now
         for lease in list(self.cache.idle) if self.cache.moving[0] else ():
             if now - lease.since >= STEADY_GAP_S:
                 self._settle(lease)
+            else:
+                self.timer_at = min(self.timer_at, now + STEADY_GAP_S)
 
     def _settle(self, lease: Lease) -> None:
         outcome = self.cache.checked_in(lease, self.world.now)
@@ -448,10 +484,11 @@ class InTheLane(AtTheDesk):
         """`Wait._change_place`: the lane was left; this thread waits at a gate, or takes a seat in another lane."""
         self.threads.remove(thread)
         self._put_seat(thread.seat)
+        self.cache.tickets.move(ticket, -1, now)
         if (seat := self._take_seat()) is not None:
             self._start(ticket, seat, thread.deadline)
-        self.cache.tickets.move(ticket, -1 if seat is None else seat.place, now)
-        if ticket.in_lane and seat is None:
+            self.cache.tickets.move(ticket, seat.place, now)
+        elif ticket.in_lane:
             self.cache.tickets.ask(ticket, now)
         self.flush()
 
@@ -489,8 +526,8 @@ class InTheLane(AtTheDesk):
             proc.cut = True
             return None
 
-    def interrupt(self, thread: Thread) -> None:
-        """An exception is raised in a waiting thread."""
+    def interrupt(self, thread: Thread, *, twice: bool = False) -> None:
+        """An exception is raised in a waiting thread; `twice`: another one while it cleans up."""
         self.threads.remove(thread)
         if thread.hand is not None:
             moved, proc = thread.hand
@@ -498,12 +535,23 @@ class InTheLane(AtTheDesk):
             if moved.token in self.cache.arriving:
                 del self.cache.arriving[moved.token]
                 self._refuse(moved)
-        if thread.ticket is not None:
-            thread.seat.settled = thread.seat.settled and thread.ticket.finished
+        ticket = thread.ticket
+        if ticket is not None:
+            thread.seat.settled = thread.seat.settled and ticket.finished
+        if twice and (ticket is None or not ticket.settled):
+            if thread.seat in self.seats:
+                self.left_seats.append((thread.seat, 1))
+            if ticket is not None:
+                self.abandoned.append(ticket)
+            return
         self._put_seat(thread.seat)
-        if thread.ticket is not None and thread.ticket in self.tickets:
-            self.tickets.remove(thread.ticket)
-            self.wake(self.cache.give_up(thread.ticket, self.world.now))
+        if ticket is not None:
+            self._give_up(ticket)
+
+    def _give_up(self, ticket: Ticket) -> None:
+        if ticket in self.tickets:
+            self.tickets.remove(ticket)
+            self.wake(self.cache.give_up(ticket, self.world.now))
         self.flush()
 
     # --- giving

@@ -91,6 +91,7 @@ def _check_worker(worker: Worker) -> None:
     owners += [
         x.lease for x in worker.tickets if x.lease is not None and (x.lease.conn is not None or worker.waits_in_lane(x))
     ]
+    owners += [x.lease for x in worker.abandoned if x.lease is not None and x.lease.conn is None]
     assert len(owners) == len(set(owners)), f"{worker}: a lease has two owners"
     for lease in cache.leases.values():
         assert lease in owners, f"{worker}: lease {lease.token} ({lease.phase.value}) is nobody's"
@@ -185,6 +186,9 @@ def _settle_workers(world: World) -> bool:
         for lane_giving in list(worker.lane_giving):
             worker.step_giving(lane_giving)
             steps = True
+        while worker.rung:
+            worker.sit_down()
+            steps = True
         if worker.seat_news:
             worker.look_in_lane()
             worker.flush()
@@ -218,7 +222,7 @@ def check_nobody_waits_in_vain(world: World) -> None:
             if thread.ticket is None or thread.ticket.in_lane:
                 _check_lane(world, broker, worker, thread)
         for ticket in worker.tickets:
-            if ticket.in_lane:
+            if ticket.in_lane or ticket in worker.abandoned:
                 continue
             assert ticket.lease is None
             own = books.sessions.get(worker.id)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from sharedpool.broker.commands import Process
 from sharedpool.errors import SharedPoolError
+from sharedpool.wire.board import SEATS
 from sharedpool.wire.desk import Give, Live
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
@@ -70,6 +71,8 @@ class Worker(InTheLane):
         self.established = False
         self.epoch = 0
         self.frozen = False
+        self.shares_line = number % 3 == 0 and not remote  # with another pool of its process, which says HELLO first
+        self.most_seats = (SEATS, 2, SEATS, 1)[number % 4]
         self.joined_epoch = 0  # whose lane it may be in
         self.tag = ""
         self.tickets: list[Ticket] = []
@@ -96,6 +99,15 @@ class Worker(InTheLane):
         host = "elsewhere" if self.remote else "here"
         told = (self.process.pid, host, self.id.decode(), spec, leases, seen)
         self.line.up.append(Hello(PROTOCOL_VERSION, *told, first=first))
+        broker = self.world.broker
+        if self.shares_line and broker is not None and broker.ledger.epoch >= self.epoch:
+            # Another pool of this process is registered already.
+            self._go_to_desk_of(broker.ledger.epoch, "desk")
+
+    def _go_to_desk_of(self, epoch: int, path: str) -> None:
+        if epoch != self.epoch or self.desk is None:
+            self.epoch = epoch
+            self.go_to_desk(path)
 
     def start_over(self) -> None:
         """The link's session ends and the next begins."""
@@ -107,7 +119,7 @@ class Worker(InTheLane):
         """The session's line to the desk is closed, by its broker's death as a rule."""
         if self.desk is not None and self.desk.torn:
             self.desk = None
-            if self.established:
+            if self.established or self.shares_line:
                 self.start_over()
 
     def keep_in_touch(self) -> None:
@@ -155,7 +167,8 @@ class Worker(InTheLane):
         if isinstance(message, Welcome):
             if message.epoch < self.epoch:
                 return
-            self.established, self.epoch = True, message.epoch
+            self._go_to_desk_of(message.epoch, message.desk)
+            self.established = True
         elif not self.established:
             return
         if isinstance(message, Recall):
@@ -169,8 +182,9 @@ class Worker(InTheLane):
                     self.leave_lane(former_brokers=True)
                 self.joined_epoch = message.epoch
                 self._revoke(message.revoked)
-                self.open_desk(message.desk, message.handover)
+                self.welcome_at_desk(message.handover)
                 cache.tickets.registered(message.served, now)
+                self.accept()
             case Stale():
                 self._to_close(cache.renew_generation(message.generation, now))
             case Ack():
@@ -260,6 +274,8 @@ class Worker(InTheLane):
         if self.waits_in_lane(ticket):
             self.ring(ticket)
             return
+        if ticket in self.abandoned:  # its lease looks lost, and goes on, at the same beat
+            return
         if lease.conn is None and lease not in self.connecting and ticket not in self.quitting:
             # The thread goes on to connect; its ticket stays, since it can still be interrupted.
             self.connecting.append(lease)
@@ -270,8 +286,8 @@ class Worker(InTheLane):
             lease = ticket.lease
             if lease is None or not isinstance(lease.conn, Conn) or lease.phase is not Phase.CONNECTING:
                 continue
-            if ticket in self.quitting or self.waits_in_lane(ticket):
-                continue  # its thread is not there yet
+            if ticket in self.quitting or ticket in self.abandoned or self.waits_in_lane(ticket):
+                continue  # its thread is not there yet, or any more
             self.tickets.remove(ticket)
             ticket.lease = None
             if self._worn(lease, lease.conn):
@@ -449,9 +465,12 @@ class Worker(InTheLane):
         assert not self.quitting
         now = self.world.now
         self.cache.stop_keeping()
+        self.cache.tickets.fail(RuntimeError("disposed"))
         for thread in list(self.threads):
             self.interrupt(thread)
-        self.cache.tickets.fail(RuntimeError("disposed"))
+        abandoned, self.abandoned = self.abandoned, []
+        for ticket in abandoned:
+            self._give_up(ticket)
         self._to_close(self.cache.drain(now))
         for conn in self.users:
             assert conn.lease is not None

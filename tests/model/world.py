@@ -44,6 +44,7 @@ class World:
         self.server = Server(direct=not proxied)
         self.journal = Journal()
         self.lanes: list[Lane] = []
+        self.passed = 0  # connections, by brokers
         self.workers: dict[bytes, Worker] = {}  # running, with a pool
         self.processes: set[Process] = set()  # running
         self.process_of: dict[bytes, Process] = {}

@@ -1,0 +1,118 @@
+"""Invitations to a lane that come before the WELCOME, which comes another way: with a line to a real desk's socket."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sharedpool import lane as lanes
+from sharedpool.automatic import GivenBroker
+from sharedpool.conninfo import resolve
+from sharedpool.wire.codec import decode_to_desk
+from sharedpool.wire.desk import PACKET_BYTES, Joined, LetIn, Stay
+from sharedpool.wire.messages import PROTOCOL_VERSION, Welcome
+from sharedpool.worker.handover import SUPPORTED
+from sharedpool.worker.holdings import Holdings
+from sharedpool.worker.link import Link
+from sharedpool.worker.links import SharedContext
+from sharedpool.worker.session import Session
+from sharedpool.worker.settings import PoolConfig
+
+pytestmark = pytest.mark.skipif(
+    not (SUPPORTED and lanes.SUPPORTED), reason="connections cannot be handed over on this platform"
+)
+
+
+class Rig:
+    """A pool's session in a process with a line to a desk: another of its pools is registered with broker 7."""
+
+    def __init__(self, path: Path) -> None:
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._desk: socket.socket | None = None  # the broker's end of the line
+        self._path = str(path)
+        self.holdings = Holdings(PoolConfig(resolve(dsn="host=nowhere user=u dbname=d")), GivenBroker("ipc:///nowhere"))
+        self._session = Session(self.holdings)
+        self._link = Link("ipc:///nowhere", SharedContext())
+        registration = self._link.attach(self._session, self.holdings.cache.out, None)
+        assert registration is not None
+        self._registration = self.holdings.registration = registration
+        self.holdings.link = self._link
+        self._connect(7)
+
+    def _connect(self, epoch: int) -> None:
+        if self._desk is not None:
+            self._desk.close()
+        self._link.desk.open(self._path, self._link.identity)
+        self._link.epoch = epoch
+        self._desk, _ = self._listener.accept()
+        assert isinstance(decode_to_desk(self._desk.recv(PACKET_BYTES)), Stay)
+
+    def invite(self) -> list[int]:
+        """Have an invitation come from the broker whose line this is; return its descriptors."""
+        fds = lanes.make()
+        self._session.let_in(LetIn(self._registration.identity, 1, 0, lanes.network()), fds)
+        return fds
+
+    def welcome(self, epoch: int) -> None:
+        """Have a broker's WELCOME come: as the link does, on a line to this broker's desk."""
+        if epoch != self._link.epoch:
+            self._connect(epoch)
+        self._registration.established = True
+        said = Welcome(PROTOCOL_VERSION, epoch, 2, 60_000, 9_000, desk=self._path, handover=True)
+        self._session.receive(said)
+
+    def has_joined(self) -> bool:
+        assert self._desk is not None
+        self._desk.setblocking(False)
+        try:
+            return isinstance(decode_to_desk(self._desk.recv(PACKET_BYTES)), Joined)
+        except BlockingIOError:
+            return False
+
+    def close(self) -> None:
+        self.holdings.keep_invitation(None, [])
+        self.holdings.leave_lane()
+        self._link.desk.close()
+        if self._desk is not None:
+            self._desk.close()
+        self._listener.close()
+        self._link._close()
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    rig = Rig(tmp_path / "desk")
+    yield rig
+    rig.close()
+
+
+def test_an_early_invitation_is_kept_until_the_welcome(rig: Rig) -> None:
+    rig.invite()
+    assert rig.holdings.seats is None
+    rig.welcome(7)
+    assert rig.holdings.seats is not None
+    assert rig.has_joined()
+
+
+def test_an_invitation_of_a_broker_that_died_before_its_welcome_came_is_not_followed(rig: Rig) -> None:
+    """In its lane nobody else would be: who waits there waits until his time is over, however much is free."""
+    fds = rig.invite()
+    memory = os.fstat(fds[0]).st_ino
+    rig.welcome(8)
+    assert rig.holdings.seats is None
+    assert not rig.has_joined()
+    assert memory not in [os.stat(each).st_ino for each in Path("/proc/self/fd").iterdir() if each.exists()]
+
+
+def test_the_next_brokers_invitation_is_followed_after_it(rig: Rig) -> None:
+    rig.invite()
+    rig.welcome(8)
+    rig.invite()
+    assert rig.holdings.seats is not None
+    assert rig.has_joined()
