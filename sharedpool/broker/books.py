@@ -145,6 +145,15 @@ class Books:
         pool.known_as = next(name for name in _names(pool.spec) if name not in self.pools)
         self.pools[pool.name] = pool
 
+    def name(self, pool: Pool, spec: PoolSpec) -> None:
+        """Know a pool, whose backends alone were known so far, by the name that its first session says."""
+        del self.pools[pool.name]
+        wanted_back = self.shrinking.pop(pool.name, None)
+        pool.spec, pool.unnamed = spec, False
+        self.add(pool)
+        if wanted_back is not None:
+            self.shrinking[pool.name] = pool
+
     def limit(self, pool_name: str, spec: PoolSpec) -> int:
         """Return what a pool's own limit is to be."""
         limit = self.limits.get(pool_name, spec.max_conn)

@@ -103,9 +103,7 @@ class Sessions:
         elif not pool.unnamed:
             return pool
         else:
-            del books.pools[pool.name]
-            pool.spec, pool.unnamed = spec, False
-            books.add(pool)
+            books.name(pool, spec)
         pool.max_conn = books.limit(pool.name, spec)
         books.assign(pool)
         if books.paused:

@@ -253,6 +253,26 @@ def test_the_end_of_the_grace_period_does_not_overrule_another_broker() -> None:
     assert broker.all(Vouch) == [Vouch()]
 
 
+@pytest.mark.parametrize("name", ["p", "b\u00e9"])  # the second is shown otherwise in a tag
+def test_what_an_operator_wants_of_a_pool_before_it_has_its_name_holds_after_that(name: str) -> None:
+    after = Broker(remembers=False)
+    after.take_in(after.ledger.hold(TTL_S, after.now))
+    after.pass_time(TTL_S * 1.01)
+    unclaimed = Backend(1, 1, 1)
+    tag = "sharedpool " + name.encode("ascii", "backslashreplace").decode()
+    grace_over(after, {unclaimed: f"{tag} [inst]"})
+    assert after.ledger.leases == 1
+    after.take_in(after.ledger.order(Order(0, OrderKind.PAUSE), after.now)[1])
+    assert [fence.backend for fence in after.all(Fence)] == [unclaimed]
+    b = Worker(after, "b", PoolSpec(name, 1, 60_000))
+    b.hello()
+    request = b.ask(wait_s=600)
+    after.take_in(after.ledger.backend_gone(after.all(Fence)[0].token, after.now))
+    assert b.outcome(request) is None
+    after.take_in(after.ledger.order(Order(0, OrderKind.RESUME), after.now)[1])
+    assert isinstance(b.outcome(request), Token)
+
+
 def test_without_a_journal_nothing_is_granted_in_the_grace_period() -> None:
     after = Broker(remembers=False)
     after.take_in(after.ledger.hold(TTL_S, after.now))
