@@ -395,6 +395,28 @@ class GoodNetwork(RuleBasedStateMachine):
                 world.die(worker)
         self._move(pick // 2, as_it_is=True)
 
+    @precondition(lambda self: self.world.cap is None and self.world.handover)
+    @rule(pick=picks)
+    def die_before_the_welcome(self, pick: int) -> None:
+        """The broker dies while connections move, and somebody has its invitation to the lane, but not its WELCOME."""
+        world = self.world
+        if not self._get_moving() or (broker := world.broker) is None:
+            return
+        worker = world.start("a", shares_line=True)
+        while worker.line.up and world.broker is broker:
+            world.deliver_up(worker.line)
+        while worker.desk is not None and worker.desk.ready and world.broker is broker:
+            world.deliver_packet(worker.desk)
+        worker.read_all()
+        if pick % 4 == 0:
+            world.deliver_all()
+        world.kill_broker(pick // 4)
+        worker.line.down.clear()
+        if pick // 4 % 4:
+            world.start_broker()
+        for _ in range(pick // 16 % 3):
+            worker.checkout(60.0)
+
     def _move(self, pick: int, *, as_it_is: bool = False) -> None:
         world = self.world
         if not (as_it_is or self._get_moving()):
@@ -648,8 +670,11 @@ class GoodNetwork(RuleBasedStateMachine):
                 worker, _ = self.one(pick)
                 broker.order(Order(0, OrderKind.DRAIN, number=worker.process.pid))
             case 7:
-                for token in list(broker.ledger._books.leases)[rest % 4 : rest % 4 + 1]:
-                    broker.order(Order(0, OrderKind.KILL, token=token))
+                leases = broker.ledger._books.leases
+                for token in list(leases)[rest % 4 : rest % 4 + 1]:
+                    # Of one without a connection he knows whether its worker is gone: see `Orders.kill`.
+                    if leases[token].findable or leases[token].session.id not in self.world.workers:
+                        broker.order(Order(0, OrderKind.KILL, token=token))
 
     @precondition(lambda self: len(self.world.awake) > 2)
     @rule(pick=picks)

@@ -93,8 +93,12 @@ class World:
 
     # --- processes
 
-    def start(self, pool: str, *, remote: bool = False, handover: bool = True) -> Worker:
+    def start(
+        self, pool: str, *, remote: bool = False, handover: bool = True, shares_line: bool | None = None
+    ) -> Worker:
         worker = Worker(self, next(self._numbers), pool, remote=remote, handover=handover)
+        if shares_line is not None:
+            worker.shares_line = shares_line
         self.workers[worker.id] = worker
         self.processes.add(worker.process)
         self.process_of[worker.id] = worker.process
