@@ -158,7 +158,7 @@ class Orders:
         whose = f"lease {token} of {lease.session.label}"
         if not lease.findable and (lease.session.suspect or lease.session.ended):
             if not self._cuts:
-                # Nothing to end, and nobody to ask: an operator knows that its worker is gone, where this cannot see it.
+                # Nothing to end, and nobody to ask. An operator knows that its worker is gone, if this cannot see it.
                 self._leases.free(lease, "freed by an operator")
                 return [f"{whose} had no connection that is known of: its slot is free"]
             if lease.state is not SlotState.FENCING:
