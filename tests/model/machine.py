@@ -412,9 +412,14 @@ class GoodNetwork(RuleBasedStateMachine):
             world.deliver_all()
         world.kill_broker(pick // 4)
         worker.line.down.clear()
-        if pick // 4 % 4:
-            world.start_broker()
-        for _ in range(pick // 16 % 3):
+        world.start_broker()
+        for _ in range(6 if pick // 4 % 4 else 0):  # nobody else waits any more: that would make another lane
+            world.pass_time(1.1)
+            quiesce(world)
+            for holder in world.awake:
+                for conn in list(holder.users):
+                    holder.checkin(conn)
+        for _ in range(1 + pick // 16 % 3):
             worker.checkout(60.0)
 
     def _move(self, pick: int, *, as_it_is: bool = False) -> None:
