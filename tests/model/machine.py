@@ -413,7 +413,7 @@ class GoodNetwork(RuleBasedStateMachine):
         world.kill_broker(pick // 4)
         worker.line.down.clear()
         world.start_broker()
-        for _ in range(6 if pick // 4 % 4 else 0):  # nobody else waits any more: that would make another lane
+        for _ in range(4 if pick // 4 % 4 else 0):  # nobody else waits any more: that would make another lane
             world.pass_time(1.1)
             quiesce(world)
             for holder in world.awake:
@@ -426,7 +426,7 @@ class GoodNetwork(RuleBasedStateMachine):
         world = self.world
         if not (as_it_is or self._get_moving()):
             return
-        for _ in range(30 + pick % 61):
+        for _ in range(20 + pick % 61):
             pick = (pick * 5 + 3) % 1021
             found = [worker for worker in world.awake if worker.end is not None]
             if not found:
