@@ -413,7 +413,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/worker/mover.py",
-                "                    if (got := self._lane.take()) is not None:\n",
+                "                    if (got := seat.look_at_shelf()) is not None:\n",
                 "                    if got is not None:\n",
             ),
         ),
@@ -478,7 +478,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/broker/moves.py",
-                "            if now - lease.noticed >= ARRIVAL_S:\n",
+                "            if now - lease.noticed >= ARRIVAL_S and not unsure:\n",
                 "            if lease:\n",
             ),
         ),

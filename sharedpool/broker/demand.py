@@ -45,7 +45,7 @@ class Parked(Protocol):
     def promised(self, pool: Pool, now: float) -> int:
         """Return how many parked connections the waiters will be given in a moment."""
 
-    def lying(self, pool: Pool, now: float) -> int:
+    def lying(self, pool: Pool) -> int:
         """Return how many connections lie in the lane, and will be given to the waiters in a moment."""
 
     def end(self, pools: Iterable[Pool], most: int, now: float) -> int:
@@ -532,7 +532,7 @@ class Demand:
             if not pool.nowaits:
                 continue
             kin = [pool] if pool.group is None else pool.group.pools
-            promised = self.parked.promised(pool, now) + self.parked.lying(pool, now)
+            promised = self.parked.promised(pool, now) + self.parked.lying(pool)
             coming = max(pool.room, 0) + sum(each.coming for each in kin) + promised
             everywhere = self._books.available(pool) + sum(p.coming for p in self._books.pools.values()) + promised
             unserved = islice(pool.waiters.values(), max(0, min(coming, everywhere)), None)

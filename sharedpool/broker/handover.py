@@ -47,7 +47,7 @@ class Movers(Protocol):
     def give(self, lease: Lease, live: Live, now: float) -> None:
         """Give in the lane what was given to the broker, for which nobody waits at the broker."""
 
-    def lying(self, pool: Pool, now: float) -> int:
+    def lying(self, pool: Pool) -> int:
         """Return how many lie on a pool's shelf, and will be taken from there in a moment."""
 
 
@@ -199,9 +199,9 @@ class Handover:
         first = next(iter(pool.waiters.values()))
         return min(len(pool.parked), len(pool.waiters)) if self.moves.may_reach(first, pool, now) else 0
 
-    def lying(self, pool: Pool, now: float) -> int:
+    def lying(self, pool: Pool) -> int:
         """Return how many connections lie in the lane, and will be given to the waiters in a moment."""
-        return 0 if pool.held else self.moves.lying(pool, now)
+        return 0 if pool.held else self.moves.lying(pool)
 
     def end(self, pools: Iterable[Pool], most: int, now: float) -> int:
         """End up to `most` parked connections, longest parked first; return how many."""

@@ -135,7 +135,7 @@ class Lanes:
             sock.close()  # it is in custody
             most -= 1
             commands += self._ledger.shelved(pool, moved, time.monotonic())
-        return commands
+        return commands if most == 0 else commands + self._ledger.looked(pool, time.monotonic())
 
     def _read(self, pool: str) -> None:
         """Take what came to the broker's own seat."""
@@ -173,7 +173,7 @@ class Lanes:
             moved, sock = taken
             sock.close()  # it is in custody
             commands += self._ledger.shelved(pool, moved, time.monotonic())
-        return commands
+        return commands + self._ledger.looked(pool, time.monotonic())
 
     def _watch(self, pool: str) -> None:
         if pool not in self._watched:

@@ -42,7 +42,7 @@ class Movers(Protocol):
     def has_moved_on(self, token: Token) -> bool:
         """Say whether a lease that a session says to hold is another's by now."""
 
-    def missing(self, lease: Lease, told: int, now: float) -> None:
+    def missing(self, lease: Lease, told: int, now: float, *, unsure: bool) -> None:
         """Take in that a lease's new holder does not list it, and knows recall number `told`."""
 
     def wanders(self, lease: Lease, session: Session, spared_until: float) -> bool:
@@ -249,10 +249,11 @@ class Leases:
         seen: Token = NO_TOKEN,
         claim: bool = False,
         told: int = 0,
+        unsure: bool = False,
     ) -> list[Token]:
         """Bring the books in line with a worker's word; return the tokens it has no right to.
 
-        `claim`: it registers; `told`: it knows this recall.
+        `claim`: it registers; `told`: it knows this recall; `unsure`: it may have received what it does not list.
         """
         if seen.epoch != self._epoch:
             seen = NO_TOKEN  # a former broker's, whose numbers may have been higher
@@ -279,7 +280,7 @@ class Leases:
         for lease in list(session.leases.values()):
             if lease.unspoken and lease.token not in listed and lease.state is not SlotState.FENCING:
                 if not claim:  # else it is asked once it is welcome: before that it hears nothing
-                    self.moves.missing(lease, told, now)
+                    self.moves.missing(lease, told, now, unsure=unsure)
                 continue
             # What has come in the lane was spoken of before: else it is missing.
             known = lease.token.epoch != self._epoch or lease.token <= seen or lease.moves > 0

@@ -291,6 +291,13 @@ class Ledger:
             self._handover.shelved(lease, moved.live, now)
         return self._settled(now)
 
+    def looked(self, pool_name: str, now: float) -> list[Command]:
+        """Take in that nothing was left on a lane's shelf."""
+        self._moves.sync(now)
+        if (pool := self._books.pools.get(pool_name)) is not None:
+            self._moves.looked(pool, now)
+        return self._settled(now)
+
     def came(self, pool_name: str, moved: Moved, now: float) -> list[Command]:
         """Take in what the broker was given in a lane, for one who waits at the broker."""
         if (pool := self._books.pools.get(pool_name)) is not None:
@@ -529,7 +536,9 @@ class Ledger:
                 self._leases.free(lease, "given back")
         for release in renew.unproven:  # the same
             self._release(session, release, now)
-        revoked = self._leases.reconcile(session, renew.leases, now, seen=renew.seen, told=renew.answers)
+        revoked = self._leases.reconcile(
+            session, renew.leases, now, seen=renew.seen, told=renew.answers, unsure=renew.unsure
+        )
         if (twin := self._leases.routes.answered(session, renew.answers)) is not None:
             self._find_unsuitable(twin, now)
         if not renew.answers or revoked:

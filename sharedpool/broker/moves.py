@@ -214,16 +214,19 @@ class Moves:
         lease = self._books.leases.get(token)
         return lease is not None and lease.moves >= 0 and lease.state is not FENCING
 
-    def missing(self, lease: Lease, told: int, now: float) -> None:
-        """Take in that a lease's new holder does not list it, and knows recall number `told`."""
+    def missing(self, lease: Lease, told: int, now: float, *, unsure: bool) -> None:
+        """Take in that a lease's new holder does not list it, and knows recall number `told`.
+
+        `unsure`: one of its threads may have it in its hands. Of many threads each may be held up for long.
+        """
         if told < lease.doubt <= lease.session.answered:  # nobody expects that answer any more: it was lost
             lease.doubt = 0
         if 0 < lease.doubt <= told:
-            if now - lease.noticed >= ARRIVAL_S:
+            if now - lease.noticed >= ARRIVAL_S and not unsure:
                 self._leases.fence(lease, "it was passed on and has not arrived", now)
                 return
             lease.doubt = -1  # not asked again before: two such leases would have a session answer all the time
-            self._arm(lease.noticed + ARRIVAL_S, "arrival", lease)
+            self._arm(max(lease.noticed, now if unsure else 0.0) + ARRIVAL_S, "arrival", lease)
         elif not lease.doubt:
             self._ask(lease, now)
 
@@ -361,24 +364,27 @@ class Moves:
         missing = max(0, len(pool.waiters) - len(pool.nowaits) - lane.queued)
         # Who came to the broker has not looked at the shelf himself. It is looked at after the tickets are written: by
         # the books nothing lies there yet, perhaps.
-        looks = missing + min(len(pool.waiters), self._lying(pool))
+        looks = missing + min(len(pool.waiters), self.lying(pool))
         if looks:
             lane.queued += missing
             self._emit(Queue(pool.name, missing, looks))
 
     @staticmethod
-    def _lying(pool: Pool) -> int:
-        """How many connections lie on a pool's shelf, by the books: as good as idle."""
-        if pool.shelf is None:
-            return 0
-        return sum(lease.state is OPEN and lease.live is None for lease in pool.shelf.leases.values())
+    def lying(pool: Pool) -> int:
+        """How many connections lie on a pool's shelf, by the books: as good as idle.
 
-    def lying(self, pool: Pool, now: float) -> int:
-        """How many lie on a pool's shelf, and will be taken from there in a moment for those who wait at the broker."""
-        if pool.shelf is None or pool.moving:
-            return self._lying(pool)
-        leases = pool.shelf.leases.values()
-        return sum(x.state is OPEN and x.live is None and now - x.noticed < ARRIVAL_S for x in leases)
+        What was there by the books when the broker last found nothing is lost, or on its way.
+        """
+        if pool.shelf is None or pool.lane is None:
+            return 0
+        emptied = pool.lane.emptied
+        return sum(x.state is OPEN and x.live is None and x.noticed > emptied for x in pool.shelf.leases.values())
+
+    @staticmethod
+    def looked(pool: Pool, now: float) -> None:
+        """Take in that nothing was left on a pool's shelf."""
+        if pool.lane is not None:
+            pool.lane.emptied = now
 
     def _enter(self, lane: Lane, pool: Pool) -> None:
         """Put all leases on the board that may move."""

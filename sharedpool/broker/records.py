@@ -181,8 +181,8 @@ class Lane:
 
     `free` are cells of the board, the longest unused first, `used` how many leases have one. `seen` is what the cells
     were when they were last looked at. `asked` is what the board then said of who asks; `armed`: a timer looks again.
-    `queued`: so often the broker has joined the queue, for those who wait at the broker, and has not been given
-    anything yet.
+    `emptied`: then nothing was left on the shelf. `queued`: so often the broker has joined the queue, for those who
+    wait at the broker, and has not been given anything yet.
     """
 
     board: Board
@@ -198,6 +198,7 @@ class Lane:
     asked: int = 0
     armed: bool = False
     queued: int = 0
+    emptied: float = -math.inf
 
 
 @dataclass(slots=True, eq=False)

@@ -228,7 +228,7 @@ class Renew(Struct, frozen=True, tag="renew"):
     `seen` is the newest grant that has arrived: a lease above it is still on its way, one at or below it that is not
     listed is not held any more. `gone` are leases given back whose backends were seen to end, until an ACK has come;
     `unproven` is what was said of the others: of one whose connection had been passed nothing else would tell. `times`
-    comes when it has changed.
+    comes when it has changed. `unsure`: a thread may have just received a connection that is not listed yet.
     """
 
     leases: list[LeaseReport]
@@ -238,6 +238,7 @@ class Renew(Struct, frozen=True, tag="renew"):
     gone: list[Token] = []
     times: Times | None = None
     unproven: list[Release] = []
+    unsure: bool = False
 
 
 class ReleaseReason(StrEnum):

@@ -44,6 +44,7 @@ from sharedpool.worker.tickets import Tickets
 from sharedpool.worker.times import Times
 
 _MOST_GONE = 100  # in one packet
+_HAND_ON_S = 0.01
 
 
 class Cache:
@@ -74,6 +75,7 @@ class Cache:
         self.moving: bytes | memoryview = b"\0"
         self.arriving: dict[Token, Moved] = {}  # from the lane, in a thread's hands
         self.unread: list[Moved] = []  # and what no thread had read yet, when the link looked
+        self.unsure = False  # then a thread may have had something that is in neither
         self._newest = 0  # serial of the newest word on `owed`
         self._recalled = 0  # and of the newest recall
         self._seen = NO_TOKEN  # the newest grant
@@ -189,7 +191,8 @@ class Cache:
                 self.owed -= 1
                 verdict = ReleaseReason.OWED
             elif self.moving[0]:
-                if (ticket := self._hand_on(lease, conn, now)) is not None:
+                # Others wait in other processes: here it stays for a while at most.
+                if now - lease.arrived < _HAND_ON_S and (ticket := self._hand_on(lease, conn, now)) is not None:
                     return ticket
                 verdict = ReleaseReason.SHARED if lease.movable else ReleaseReason.CLOSED
             elif not self.keep_idle and not (self.hand_on and self.waiting):
@@ -453,7 +456,8 @@ class Cache:
         """Return the heartbeat: all that is held and asked for."""
         reported = reports(self.leases.values(), now, threads) + self._arriving()
         unproven = list(self._unproven.values())[:_MOST_GONE]
-        return Renew(reported, self._seen, answers, self.tickets.pending(), list(self.given_back), unproven=unproven)
+        pending, gone = self.tickets.pending(), list(self.given_back)
+        return Renew(reported, self._seen, answers, pending, gone, unproven=unproven, unsure=self.unsure)
 
     def _arriving(self) -> list[LeaseReport]:
         """Return what is on its way to a thread: it has come, and was not taken in yet."""

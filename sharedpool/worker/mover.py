@@ -181,7 +181,7 @@ class Mover:
         board, holdings = self._board, self._holdings
         got, again_at, now, request = None, -math.inf, began, 0
         if self._lain:
-            got = self._lane.take()
+            got = seat.look_at_shelf()
         while True:
             if got is None:
                 self._lain = False
@@ -191,18 +191,18 @@ class Mover:
                     request = request or self._cache.tickets.new_request()  # the same one: it keeps its place
                     again_at = now + seat.enter(request)
                     # What was put there between the last look and the ticket's coming nobody will bring.
-                    if (got := self._lane.take()) is not None:
+                    if (got := seat.look_at_shelf()) is not None:
                         self._lain = True
                         continue
                 got = seat.wait(min(deadline - now, again_at - now, AGAIN_S))
             now = monotonic()
             if got is not None and got[0].passed is not None:
                 self._take_in(got, deadline - now)
-                got = None
+                got, seat.busy = None, False
             if got is not None:
                 if (conn := self._adopt(*got, began, now, deadline - now)) is not None:
                     return conn
-                got = None
+                got, seat.busy = None, False
 
     def _take_in(self, got: tuple[Moved, Owned], limit_s: float) -> None:
         """Take in what the broker has sent to who waited here before, for who waits now."""

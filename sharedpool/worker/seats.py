@@ -28,7 +28,8 @@ _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 class Seat:
     """One thread's place to wait. Raise OSError when it cannot be had.
 
-    It is `settled` while nothing more can come to it: every ticket that was written for it has been answered.
+    It is `settled` while nothing more can come to it: every ticket that was written for it has been answered. `busy`:
+    its thread may have received what is listed nowhere yet, until it says that it is not.
     """
 
     def __init__(self, lane: Lane, place: int) -> None:
@@ -39,7 +40,7 @@ class Seat:
         self._once = True  # there is one ticket for it
         self._again_s = AGAIN_S
         self._address = lane.address(lane.number, place)
-        self.settled = True
+        self.settled, self.busy = True, False
         self.owner: weakref.ref[object] | None = None  # as its ticket's; None while it is free
         self._sock = lane.seat(place)
         self._known = (identity(self._sock.fileno()),)
@@ -88,7 +89,10 @@ class Seat:
     def wait(self, timeout_s: float) -> tuple[Moved, Owned] | None:
         """Block until something comes, `ring` is called or `timeout_s` seconds are over. Return what has come."""
         self._poller.poll(max(0.0, timeout_s) * 1000)
-        return self.read()
+        self.busy = True  # before it is read
+        got = self.read()
+        self.busy = got is not None
+        return got
 
     def read(self) -> tuple[Moved, Owned] | None:
         """Read what has come, if anything has."""
@@ -101,7 +105,10 @@ class Seat:
 
     def look_at_shelf(self) -> tuple[Moved, Owned] | None:
         """Take what lies on the shelf, if anything does."""
-        return self._lane.take()
+        self.busy = True  # before it is taken
+        got = self._lane.take()
+        self.busy = got is not None
+        return got
 
     def peek(self) -> Moved | None:
         """Return what has come and was not read yet, and leave it there."""
@@ -151,7 +158,7 @@ class Seats:
     def put(self, seat: Seat) -> None:
         """Give a seat back, whatever may still come there."""
         seat.leave()
-        seat.owner = None
+        seat.owner, seat.busy = None, False
         if not seat.settled:
             self._unsettled[seat] = 0
         self._free.append(seat)
@@ -159,6 +166,11 @@ class Seats:
     def arriving(self) -> list[Moved]:
         """Return what has come and nobody has read yet."""
         return [moved for seat in list(self._all) if (moved := seat.peek()) is not None]
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread may have received what is listed nowhere yet. To be asked after `arriving`."""
+        return any(seat.busy for seat in list(self._all))
 
     def look(self) -> None:
         """Take in what came for those who wait no more."""

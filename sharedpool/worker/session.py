@@ -116,6 +116,7 @@ class Session:
         if (seats := self._holdings.seats) is not None:
             seats.look()
             self._holdings.cache.unread = seats.arriving()
+            self._holdings.cache.unsure = seats.busy
             self._holdings.give_kept()
 
     def beat(self) -> bool:

@@ -203,6 +203,8 @@ class Wait:
 
     def _take_in(self, got: tuple[Moved, Owned]) -> None:
         take_in(self._holdings, got, self._limit - time.monotonic(), self._ticket)
+        if isinstance(self._place, Seat):
+            self._place.busy = False
 
     # --- the broker's silence
 

@@ -306,7 +306,7 @@ class Broker:
             proc.holders.discard(self.grip)
             most -= 1
             commands += self.ledger.shelved(pool, moved, self.world.now)
-        return commands
+        return commands if most == 0 else commands + self.ledger.looked(pool, self.world.now)
 
     def _empty(self, pool: str) -> list[Command]:
         end = self.lanes.get(pool)
@@ -319,7 +319,7 @@ class Broker:
             moved, proc = taken
             proc.holders.discard(self.grip)
             commands += self.ledger.shelved(pool, moved, self.world.now)
-        return commands
+        return commands + self.ledger.looked(pool, self.world.now)
 
     def _close_lane(self, pool: str) -> None:
         self.leaves_alone.discard(pool)

@@ -247,6 +247,20 @@ def test_who_waits_in_the_lane_is_not_served_before_his_turn(moving: Rig) -> Non
     assert reason_of(moving.cache.checkin(other, conn, moving.now, None)) is ReleaseReason.SHARED
 
 
+def test_a_process_with_many_threads_keeps_no_connection_for_ever(moving: Rig) -> None:
+    """Its threads without a seat wait at the broker; those of other processes are to have their turn."""
+    lease, conn = moving.lend()
+    lease.movable = True
+    served = 0
+    while isinstance(ticket := moving.cache.checkin(lease, conn, moving.now, None), Ticket) or not served:
+        served += 1
+        assert served < 100
+        moving.kept.append(moving.want())
+        moving.now += 0.001
+    assert reason_of(ticket) is ReleaseReason.SHARED
+    assert 5 < served < 15
+
+
 def test_what_cannot_move_after_all_is_laid_back_and_told_of(moving: Rig) -> None:
     """The broker is to ask for it: whoever waits does so in the lane."""
     lease, conn = moving.lend()

@@ -382,6 +382,26 @@ def test_what_goes_off_while_it_is_laid_there_is_set_again(slicing: Slicing) -> 
     assert slicing.timer.armed
 
 
+@pytest.mark.parametrize("on_shelf", [True, False])
+def test_what_a_thread_has_received_is_listed_or_it_says_that_it_is_not(rig: Rig, on_shelf: bool) -> None:
+    seat = rig.seats.take(None)
+    assert seat is not None
+    assert seat.wait(0) is None
+    assert not rig.seats.busy
+    if not on_shelf:
+        seat.enter(1)
+    rig.give(on_shelf=on_shelf)
+    got = seat.look_at_shelf() if on_shelf else seat.wait(5)
+    assert got is not None
+    assert rig.seats.busy
+    got[1].close()
+    rig.seats.put(seat)
+    assert not rig.seats.busy
+    rig.give(on_shelf=True)
+    assert rig.take() is not None
+    assert not rig.seats.busy
+
+
 def test_what_was_sent_to_a_seat_in_a_former_brokers_lane_is_kept(rig: Rig) -> None:
     seat = rig.seats.take(None)
     assert seat is not None

@@ -704,6 +704,24 @@ def test_what_has_not_arrived_is_asked_for_and_ended_a_quarter_of_a_second_later
     assert rig.fenced() == [token]
 
 
+def test_what_a_thread_may_have_in_its_hands_is_not_ended(rig: Rig) -> None:
+    """It has read it and not said so yet: of many threads each may be held up for long."""
+    rig.proceed()
+    token, receiver = rig.tokens[1], rig.workers[0]
+    rig.moves_itself(token, receiver, arrives=False)
+    receiver.beat()
+    for _ in range(8):
+        rig.broker.pass_time(ARRIVAL_S * 1.1)
+        answers = receiver.last(Recall).serial
+        renew = Renew(receiver.reports(), receiver.seen, answers, list(receiver.pending), unsure=True)
+        rig.broker.send(receiver.id, renew)
+    assert rig.fenced() == []
+    for _ in range(2):
+        rig.broker.pass_time(ARRIVAL_S * 1.1)
+        receiver.answer()
+    assert rig.fenced() == [token]
+
+
 def test_what_arrives_late_but_in_time_is_not_ended(rig: Rig) -> None:
     rig.proceed()
     token, receiver = rig.tokens[1], rig.workers[0]
@@ -1147,3 +1165,17 @@ def test_what_this_broker_has_granted_does_not_wander(rig: Rig) -> None:
     holder.seen = heir
     holder.hello()
     assert rig.fenced() == [heir]
+
+
+def test_who_does_not_wait_is_refused_once_the_shelf_was_found_empty(rig: Rig) -> None:
+    """By the books something lies there: it was lost on its way, or another was faster."""
+    rig.proceed()
+    rig.give_up()
+    rig.moves_itself(rig.tokens[1], None)
+    asker = rig.workers[2]
+    request = asker.ask(0.0)
+    rig.answer_all()
+    assert rig.broker.all(Queue)[-1].looks == 1
+    assert asker.outcome(request) is None
+    rig.broker.take_in(rig.broker.ledger.looked("p", rig.broker.now))
+    assert isinstance(asker.outcome(request), Deny)
