@@ -41,7 +41,7 @@ class Owned(_socket.socket):  # not `socket.socket`, for which gevent puts one o
     That is done by C, which no interrupt falls into. `detach()` hands the number on.
     """
 
-    __slots__ = ()
+    __slots__ = ("__weakref__",)
 
 
 def let_go(owner: _socket.socket, known: tuple[Identity, ...]) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from msgspec import structs
 
@@ -73,7 +73,8 @@ class Cache:
         self.hits = 0  # that needed no more than the deque
         # Not 0 while connections move past the broker: a byte of the board.
         self.moving: bytes | memoryview = b"\0"
-        self.arriving: dict[Token, Moved] = {}  # from the lane, in a thread's hands
+        # From the lane, in a thread's hands; and what refers to that, None once an interrupt has made it drop it.
+        self.arriving: dict[Token, tuple[Moved, Callable[[], object | None]]] = {}
         self.unread: list[Moved] = []  # and what no thread had read yet, when the link looked
         self.unsure = False  # then a thread may have had something that is in neither
         self._newest = 0  # serial of the newest word on `owed`
@@ -461,7 +462,11 @@ class Cache:
 
     def _arriving(self) -> list[LeaseReport]:
         """Return what is on its way to a thread: it has come, and was not taken in yet."""
-        coming = {moved.token: moved for moved in [*self.unread, *self.arriving.values()]}
+        for token, (_, held) in list(self.arriving.items()):
+            if held() is None:
+                self.arriving.pop(token, None)
+        in_hand = [moved for moved, _ in list(self.arriving.values())]
+        coming = {moved.token: moved for moved in [*self.unread, *in_hand]}
         return [
             LeaseReport(token, Phase.CONNECTING, 0, "", moved.live.backend, [], moved.moves)
             for token, moved in coming.items()

@@ -11,6 +11,7 @@ import math
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Hashable, Iterable
 from functools import partial
@@ -426,7 +427,7 @@ class Holdings:
         """
         arriving = sock.fileno(), identity(sock.fileno())
         self.arriving.add(arriving)
-        self.cache.arriving[moved.token] = moved  # the broker may ask for it meanwhile
+        self.cache.arriving[moved.token] = moved, weakref.ref(sock)  # the broker may ask for it meanwhile
         try:
             return self._take_in(moved, sock, limit_s)
         finally:

@@ -217,7 +217,7 @@ class Mover:
         holdings, cache, live = self._holdings, self._cache, moved.live
         arriving = sock.fileno(), identity(sock.fileno())
         holdings.arriving.add(arriving)  # a child that is forked meanwhile closes it
-        cache.arriving[moved.token] = moved  # the broker may ask for it meanwhile
+        cache.arriving[moved.token] = moved, weakref.ref(sock)  # the broker may ask for it meanwhile
         try:
             if parameters_after(sock, live.parameters, limit_s) is not live.parameters:
                 raise psycopg2.OperationalError("its reset was not as usual")

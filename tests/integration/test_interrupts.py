@@ -2,7 +2,7 @@
 
 A signal's handler may raise anywhere. Here an exception is raised before the first line that a call executes, then
 before the second, and so on until the call comes through: before every one with SHAREDPOOL_LINES=1, else before every
-so manyth, from one on that SHAREDPOOL_LINES_SEED chooses.
+so manyth, from one on that SHAREDPOOL_LINES_SEED chooses: the same in each run, in a long one another.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import pytest
+from processes import LONG
 from waiting import wait_until
 
 import sharedpool
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings(
 _PACKAGE = str(Path(sharedpool.__file__).parent)
 # Read before the tests hide the environment from themselves.
 _STEP = int(os.environ.get("SHAREDPOOL_LINES", "53"))
-_SEED = int(os.environ.get("SHAREDPOOL_LINES_SEED") or random.SystemRandom().randrange(1 << 32))
+_SEED = int(os.environ.get("SHAREDPOOL_LINES_SEED") or (random.SystemRandom().randrange(1 << 32) if LONG else 1))
 
 
 class Interrupt(BaseException):
@@ -140,6 +141,7 @@ class Watch:
             held = [lease.token for lease in list(cache.leases.values()) if lease not in set(cache.idle)]
             found += [(pool, each) for each in (*held, *cache.waiting)]
             found += ["dropped connections are being reclaimed"] if pool._holdings.reclaiming.busy else []
+            found += [(pool, token) for token, (_, held) in list(cache.arriving.items()) if held() is not None]
             if (seats := pool._holdings.seats) is not None:
                 found += [seat for seat in seats._all if seat not in seats._free]
         gc.collect()

@@ -404,7 +404,7 @@ class InTheLane(AtTheDesk):
         """`Mover._adopt`."""
         assert thread.hand is not None
         (moved, proc), cache = thread.hand, self.cache
-        cache.arriving[moved.token] = moved
+        cache.arriving[moved.token] = moved, lambda: proc
         yield
         fits = self._is_fit(proc)
         thread.hand = None
@@ -496,7 +496,7 @@ class InTheLane(AtTheDesk):
         """`moving.take_in`."""
         assert thread.hand is not None
         moved = thread.hand[0]
-        self.cache.arriving[moved.token] = moved
+        self.cache.arriving[moved.token] = moved, lambda: moved
         yield
         got, thread.hand = thread.hand, None
         other = self._receive(got, thread.grip)

@@ -371,7 +371,7 @@ def test_what_has_come_and_nobody_has_taken_in_is_listed(moving: Rig) -> None:
     """Else the broker would take it for lost."""
     lease, _ = moving.lend()
     in_hand, unread = arrival(50), arrival(51, moves=7)
-    moving.cache.arriving[in_hand.token] = in_hand
+    moving.cache.arriving[in_hand.token] = in_hand, lambda: moving
     moving.cache.unread = [unread]
     expected = [
         LeaseReport(in_hand.token, Phase.CONNECTING, 0, "", Backend(50), [], 2),
@@ -384,12 +384,20 @@ def test_what_has_come_and_nobody_has_taken_in_is_listed(moving: Rig) -> None:
     assert lease.token < in_hand.token
 
 
+def test_what_was_dropped_before_it_was_taken_in_is_listed_no_more(moving: Rig) -> None:
+    """By an interrupt in whatever line: else its slot would be this process's for ever."""
+    kept, dropped = arrival(50), arrival(51)
+    moving.cache.arriving = {kept.token: (kept, lambda: moving), dropped.token: (dropped, lambda: None)}
+    assert [report.token for report in moving.cache.renewal(moving.now, {}).leases] == [kept.token]
+    assert list(moving.cache.arriving) == [kept.token]
+
+
 def test_what_is_listed_is_listed_once(moving: Rig) -> None:
     """Read between two looks; taken in between two others."""
     _, lease, _ = come(moving)
     both, taken_in = arrival(50), arrival(lease.token.serial)
     moving.cache.unread = [both, taken_in]
-    moving.cache.arriving = {both.token: both, taken_in.token: taken_in}
+    moving.cache.arriving = {each.token: (each, lambda: moving) for each in (both, taken_in)}
     tokens = [report.token for report in moving.cache.renewal(moving.now, {}).leases]
     assert sorted(tokens) == [lease.token, both.token]
 
