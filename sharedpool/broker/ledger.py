@@ -570,7 +570,7 @@ class Ledger:
         self._refuse_unsuitable(pool, now)
 
     def _release(self, session: Session, release: Release, now: float) -> None:
-        lease = session.leases.get(release.token)
+        lease = session.leases.get(release.token) or self._moves.adrift(session, release)
         if release.token in session.vanished:
             session.vanished.discard(release.token)  # the broker was the first to see its end
         elif lease is None or (lease.state is SlotState.FENCING and not self._proves_end(release, lease)):

@@ -23,7 +23,7 @@ from sharedpool.broker.leases import LONGEST_MS, Leases
 from sharedpool.broker.records import FENCING, FREE, OPEN, SUSPECT, Lane, Lease, Pool, Session, Waiter
 from sharedpool.wire.board import BROKERS_PLACE, BROKERS_REQUEST, CELLS, MOVES, SEATS, SESSIONS, SHELF, Board
 from sharedpool.wire.desk import Live, Moved
-from sharedpool.wire.messages import LeaseReport, Phase, Token
+from sharedpool.wire.messages import LeaseReport, Phase, Release, Token
 
 # Connections move past the broker for so long after somebody has last asked for one.
 _QUIET_S = 1.0
@@ -208,6 +208,16 @@ class Moves:
         self._books.transfer(lease, session)
         lease.moves = report.moves
         return lease
+
+    def adrift(self, session: Session, release: Release) -> Lease | None:
+        """Return the lease that a session has closed, though by the books it is in nobody's hands.
+
+        Whoever gives a lease back had its connection, and closed it: no other can have it by then.
+        """
+        lease = self._books.leases.get(release.token)
+        if lease is None or lease.pool is not session.pool or not lease.session.shelf or lease.live is not None:
+            return None
+        return lease if lease.backend is not None and lease.backend == release.backend else None
 
     def has_moved_on(self, token: Token) -> bool:
         """Say whether a lease that a session says to hold is another's by now: it was said before."""

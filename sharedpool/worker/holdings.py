@@ -477,6 +477,7 @@ class Holdings:
         except SharedPoolError as error:
             logger.info("pool %r: %s", self.config.name, error)
             cut([conn], limit_s=0)
+            self.refuse(moved)
             return None
         self.adopted += 1
         if ticket is None:

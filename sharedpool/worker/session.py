@@ -71,6 +71,7 @@ class Session:
             config.ends_overdue,
             identity.dbname,
         )
+        self._note_arrivals()
         with self._holdings.lock:
             cache = self._holdings.cache
             leases, seen, first = cache.register(now, thread_names() if cache.leases else {})
@@ -115,9 +116,14 @@ class Session:
         """Take in what has come there, and note what has come for those who wait."""
         if (seats := self._holdings.seats) is not None:
             seats.look()
+            self._note_arrivals()
+            self._holdings.give_kept()
+
+    def _note_arrivals(self) -> None:
+        """Note what has come for those who wait, and was not read yet: it is listed as held."""
+        if (seats := self._holdings.seats) is not None:
             self._holdings.cache.unread = seats.arriving()
             self._holdings.cache.unsure = seats.busy
-            self._holdings.give_kept()
 
     def beat(self) -> bool:
         """Scavenge and queue a heartbeat. Return whether anything is held or asked for."""

@@ -271,9 +271,12 @@ class InTheLane(AtTheDesk):
                 seat.looks += 1
             else:
                 seat.looks, seat.settled = -1, True
+        self.note_arrivals()
+        self.give_kept()
+
+    def note_arrivals(self) -> None:
         if self.end is not None:
             self.cache.unread = [moved for seat in self.seats if (moved := seat.peek()) is not None]
-        self.give_kept()
 
     def beat_in_lane(self) -> None:
         """`Seats.beat`, and a look."""
@@ -524,6 +527,7 @@ class InTheLane(AtTheDesk):
         except SharedPoolError:
             proc.holders.discard(self.id)
             proc.cut = True
+            self._refuse(moved)
             return None
 
     def interrupt(self, thread: Thread, *, twice: bool = False) -> None:

@@ -93,6 +93,7 @@ class Worker(InTheLane):
     def hello(self) -> None:
         self.established = False
         now = self.hello_at = self.world.now
+        self.note_arrivals()
         leases, seen, first = self.cache.register(now, {})
         expiration_ms, group = int(EXPIRATION_S * 1000), self.world.group_of.get(self.pool, "")
         spec = PoolSpec(self.pool, LIMITS[self.pool], expiration_ms, 0, "", MAX_WAITING[self.pool], group)

@@ -42,6 +42,8 @@ from sharedpool.wire.messages import (
     Phase,
     PoolSpec,
     Recall,
+    Release,
+    ReleaseReason,
     Renew,
     Stale,
     Times,
@@ -1083,6 +1085,21 @@ def test_who_says_that_he_has_it_since_fewer_moves_has_not(rig: Rig) -> None:
     assert after.holder_of(token) == "w0"
     assert after.workers[2].last(Welcome).revoked == []
     assert after.fenced() == []
+
+
+def test_what_wanders_is_over_when_a_worker_says_that_it_has_closed_it(rig: Rig) -> None:
+    """It was taken from a former broker's lane, and was of no use: nobody else can have it."""
+    rig.proceed()
+    token = rig.tokens[1]
+    rig.moves_itself(token, None)
+    after = restarted(rig)
+    for worker in after.workers[1:]:
+        say_hello(after, worker, {})
+    assert after.holder_of(token) == "shelf"
+    after.broker.send(b"w2", Release(token, False, ReleaseReason.FAILED, Worker.backend(Token(5, 99))))
+    assert after.fenced() == []  # another connection
+    after.broker.send(b"w2", Release(token, False, ReleaseReason.FAILED, Worker.backend(token)))
+    assert after.fenced() == [token]
 
 
 def test_the_number_of_moves_begins_anew_after_weeks(rig: Rig) -> None:
