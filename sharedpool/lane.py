@@ -114,6 +114,7 @@ class Lane:
         finally:
             os.close(memory)
         self.open = True
+        self.leaving = False  # what is given from now on nobody would take
 
     def address(self, number: int, seat: int) -> str:
         """Return the address of a session's seat: there is no file."""
@@ -204,7 +205,7 @@ class Lane:
 
     def _send(self, item: Item, request: int, holder: int, address: str | None) -> bool:
         sock = self._sender if address is not None else self._put
-        if not self._is(sock.fileno()) or not self.board.has(item.cell, item.token):
+        if self.leaving or not self._is(sock.fileno()) or not self.board.has(item.cell, item.token):
             return False
         moves = self.board.hand(item.cell, holder)  # before it is sent: see `board.py`
         packet = self._secret + encode(Moved(request, item.token, item.cell, moves, item.live))

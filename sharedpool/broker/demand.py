@@ -219,7 +219,7 @@ class Demand:
             short = self._short(pool)
             if short > 0:
                 if pool.parked:
-                    short -= self.parked.promised(pool, now) or self.parked.end([pool], short, now)
+                    short -= min(short, self.parked.promised(pool, now)) or self.parked.end([pool], short, now)
                 if pool.idle:
                     short -= self._take([pool], short, now)
                 if pool.suspects:

@@ -215,7 +215,9 @@ class Moves:
         Whoever gives a lease back had its connection, and closed it: no other can have it by then.
         """
         lease = self._books.leases.get(release.token)
-        if lease is None or lease.pool is not session.pool or not lease.session.shelf or lease.live is not None:
+        if lease is None or lease.pool is not session.pool or lease.live is not None:
+            return None
+        if not (lease.session.shelf or lease.session.restored):  # whom a former broker knew to have it, perhaps
             return None
         return lease if lease.backend is not None and lease.backend == release.backend else None
 

@@ -391,6 +391,7 @@ class Holdings:
         self.cache.unread = []  # what it says would be said for ever
         if seats is None:
             return
+        seats.lane.leaving = True
         while former_brokers and (got := seats.lane.take()) is not None:
             self._take_former_brokers(*got)
         seats.lane.close()

@@ -439,6 +439,21 @@ def test_a_waiter_that_is_being_let_into_the_lane_is_worth_a_moment(broker: Brok
     assert [(name, moved.request) for name, moved in desk.passed()] == [("b", request)]
 
 
+def test_more_may_be_promised_than_is_asked_for(broker: Broker, desk: Desk) -> None:
+    """One more slot is coming as well: nothing that lies idle need be asked for."""
+    a, b = (broker.worker(name, max_conn=4) for name in "ab")
+    first, second, idle, closing = (desk.lend(a) for _ in range(4))
+    desk.give(a, first)
+    desk.give(a, second)  # both are parked
+    a.checkin(idle)
+    a.held[closing] = Phase.CLOSING
+    a.beat()
+    for _ in range(2):
+        b.ask(9.0)
+    assert broker.all(Recall) == []
+    assert broker.all(Fence) == []
+
+
 @pytest.mark.parametrize("wait_s", [9.0, 0.0])
 def test_a_waiter_that_does_not_come_into_the_lane_gets_the_slot(broker: Broker, desk: Desk, wait_s: float) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
