@@ -139,10 +139,12 @@ MUTANTS = (
             ),
             (
                 "sharedpool/broker/ledger.py",
-                "        lease = session.leases.get(release.token) or self._moves.adrift(session, release)\n        if release.token in session.vanished:",
+                "        lease = session.leases.get(release.token) or self._moves.adrift(session, release)\n"
+                "        if release.token in session.vanished:",
                 "        from sharedpool.broker.records import _COUNT\n\n"
                 "        _COUNT[id(session.pool)] = _COUNT.get(id(session.pool), 0) - 1\n"
-                "        lease = session.leases.get(release.token) or self._moves.adrift(session, release)\n        if release.token in session.vanished:",
+                "        lease = session.leases.get(release.token) or self._moves.adrift(session, release)\n"
+                "        if release.token in session.vanished:",
             ),
         ),
         ("tests/model",),
