@@ -167,7 +167,9 @@ class Wait:
             left_s = self._limit - now
             if left_s <= 0:
                 raise self._unanswered()
-            self._look(left_s)
+            # A seat's descriptor may have been closed, and its number be another's, just before it is waited for; and
+            # the link, which looks at free seats, may have read what was to wake this one.
+            self._look(min(left_s, AGAIN_S))
         elif now >= self._deadline or not self._moves():
             self._ask_broker(now)
         elif now >= self._again_at:
