@@ -302,7 +302,12 @@ class Leases:
         return token not in self._books.leases and token not in self._void
 
     def _update(self, lease: Lease, report: LeaseReport, now: float) -> None:
-        lease.unspoken = False
+        if report.phase is Phase.CONNECTING and lease.unspoken:
+            # It has come, and lies unread or is in a thread's hands: the next report may be made just when it is
+            # in neither list, between the two.
+            lease.noticed, lease.doubt = now, 0
+        else:
+            lease.unspoken = False
         since = now - max(0, min(report.age_ms, LONGEST_MS)) / 1000
         self.identify(lease, report.backend, now)
         if report.phase is Phase.CONNECTING:

@@ -724,6 +724,41 @@ def test_what_a_thread_may_have_in_its_hands_is_not_ended(rig: Rig) -> None:
     assert rig.fenced() == [token]
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_was_seen_to_come_and_is_in_a_threads_hands_is_not_ended(rig: Rig, asked: bool) -> None:
+    """It was listed while nobody had read it, and is listed again once it is taken in. Between the two it is not."""
+    rig.proceed()
+    token, receiver = rig.tokens[1], rig.workers[0]
+    rig.moves_itself(token, receiver, arrives=False)
+    if asked:
+        receiver.beat()
+    receiver.held[token] = Phase.CONNECTING
+    rig.broker.pass_time(ARRIVAL_S * 1.1)
+    receiver.answer() if asked else receiver.beat()
+    del receiver.held[token]
+    rig.broker.send(receiver.id, Renew(receiver.reports(), receiver.seen, 0, list(receiver.pending)))
+    assert rig.fenced() == []
+    receiver.held[token] = Phase.IN_USE
+    receiver.answer()
+    assert rig.fenced() == []
+    assert not rig.lease(token).unspoken
+
+
+def test_what_was_seen_to_come_and_got_lost_then_is_ended(rig: Rig) -> None:
+    rig.proceed()
+    token, receiver = rig.tokens[1], rig.workers[0]
+    rig.moves_itself(token, receiver, arrives=False)
+    receiver.held[token] = Phase.CONNECTING
+    receiver.beat()
+    del receiver.held[token]
+    receiver.beat()
+    receiver.answer()
+    rig.broker.pass_time(ARRIVAL_S * 1.1)
+    assert rig.fenced() == []
+    receiver.answer()
+    assert rig.fenced() == [token]
+
+
 def test_what_arrives_late_but_in_time_is_not_ended(rig: Rig) -> None:
     rig.proceed()
     token, receiver = rig.tokens[1], rig.workers[0]
