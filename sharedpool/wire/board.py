@@ -22,7 +22,7 @@ from sharedpool.wire.messages import Token
 
 CELLS = 2048
 SESSIONS = 1024  # at a time, the broker being one of them
-SEATS = 32  # of one session
+SEATS = 128  # of one session
 # Who holds what lies on the shelf, or is in nobody's hands yet. Sessions are numbered from 1.
 SHELF = 0
 # The broker waits like anybody else, for those who wait at the broker: at this place, for this request.

@@ -1,8 +1,9 @@
-"""What wakes a thread that waits for descriptors: one descriptor, to be waited for with the others."""
+"""What wakes a thread: a descriptor, where it waits for others too, or a lock, where it waits for nothing else."""
 
 from __future__ import annotations
 
 import socket
+import threading
 
 from sharedpool.owned import identity, is_still, let_go
 
@@ -47,3 +48,24 @@ class Bell:
     def close(self) -> None:
         """Close it, unless its number is somebody else's by now."""
         let_go(self._sock, self._known)
+
+
+class Gate:
+    """A place to wait that takes no descriptor: woken by other threads of this process alone."""
+
+    number = -1
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def ring(self) -> None:
+        """Wake who waits here, or the next who comes to wait."""
+        try:
+            self._lock.release()
+        except RuntimeError:
+            pass  # rung already
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until `ring` was called, at most `timeout_s` seconds."""
+        self._lock.acquire(timeout=min(max(0.0, timeout_s), 1000.0))  # a lock's timeout has an upper bound

@@ -397,7 +397,6 @@ class Holdings:
         seats.lane.close()
         for moved, sock in seats.rest() if former_brokers else ():
             self._take_former_brokers(moved, sock)
-        seats.ring()
         seats.close()
 
     def _take_former_brokers(self, moved: Moved, sock: Owned) -> None:
@@ -688,7 +687,7 @@ class Holdings:
                 disown(cast(PooledConnection, conn))
         if self.seats is not None:
             self.seats.lane.close()
-            self.seats.close()
+            self.seats.disown()
         self.keep_invitation(None, [])
         if self.link is not None:
             self.link.disown()

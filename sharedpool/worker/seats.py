@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 
 from sharedpool.errors import SharedPoolError
@@ -14,6 +16,7 @@ from sharedpool.owned import Owned, identity, is_still, let_go
 from sharedpool.spare import FOR_A_CONNECTION, make_sure_of
 from sharedpool.wire.board import SEATS
 from sharedpool.wire.desk import PACKET_BYTES, Moved
+from sharedpool.worker.bell import Gate
 
 # Takes in what was sent to a seat that nobody waits at any more.
 Receive = Callable[[Moved, Owned], None]
@@ -95,7 +98,11 @@ class Seat:
         return got
 
     def read(self) -> tuple[Moved, Owned] | None:
-        """Read what has come, if anything has."""
+        """Read what has come, if anything has. Once the lane is left that is the link's to read, by `rest`."""
+        return self.rest() if self._lane.open else None
+
+    def rest(self) -> tuple[Moved, Owned] | None:
+        """Read what has come, if anything has, even after the lane was left."""
         if not is_still(self._sock.fileno(), self._known):
             return None
         got = self._lane.receive(self._sock)
@@ -126,7 +133,15 @@ class Seat:
 
 class Seats:
     """One pool's seats in this process. At a free one that is not settled something may still come: the link watches it
-    for a while, and who comes next reads it.
+    for a while, and the next thread that takes it reads it.
+
+    A seat's descriptor is closed by the thread that has it, never while that waits: Linux's `poll` looks the number up
+    again when it is woken, and by then it may be another file's, of which the thread would wait for ever. And the link
+    reads free seats only. When it finds that one was taken meanwhile it rings it: what it read may have been the ring
+    by which that thread was to wake.
+
+    There are `SEATS` at most. When all are taken the threads queue for one, each at a `Gate`: a seat that is put back
+    is the first one's, and a thread that asks meanwhile goes to the end.
     """
 
     def __init__(self, lane: Lane, index: int, receive: Receive) -> None:
@@ -137,9 +152,22 @@ class Seats:
         self._all: set[Seat] = set()
         self._unsettled: dict[Seat, int] = {}  # free ones, and how often they were looked at in vain
         self._suspected: set[Seat] = set()
+        self._queue: deque[weakref.ref[Gate]] = deque()
+        self._closed = False
 
-    def take(self, owner: weakref.ref[object] | None) -> Seat | None:
-        """Return a seat for a thread, whose call `owner` refers to; None when there is none."""
+    def take(self, owner: weakref.ref[object] | None, gate: Gate | None = None) -> Seat | None:
+        """Return a seat for a thread, whose call `owner` refers to; None when there is none, or others wait for one.
+
+        `gate`: where the thread waits, if it has queued for a seat.
+        """
+        if self._queue and self._first_in_queue() is not gate:
+            return None
+        seat = self._take(owner)
+        if seat is not None and self._queue and gate is not None:
+            self.step_out(gate)
+        return seat
+
+    def _take(self, owner: weakref.ref[object] | None) -> Seat | None:
         try:
             seat = self._free.pop()
             self._unsettled.pop(seat, None)
@@ -162,6 +190,41 @@ class Seats:
         if not seat.settled:
             self._unsettled[seat] = 0
         self._free.append(seat)
+        if self._closed:
+            self._close_free()
+        elif self._queue:
+            self._call_first()
+
+    @property
+    def can_be_had(self) -> bool:
+        """Whether a seat comes back some time. Without descriptors there may be none at all."""
+        return bool(self._all)
+
+    def line_up(self, gate: Gate) -> None:
+        """Queue for a seat. Afterwards try to take one: it may have come back meanwhile. Then wait at the gate."""
+        self._queue.append(weakref.ref(gate))
+
+    def step_out(self, gate: Gate) -> None:
+        """Leave the queue for a seat."""
+        with contextlib.suppress(ValueError):  # it is not in it
+            self._queue.remove(weakref.ref(gate))
+        self._call_first()  # more than one seat may have come back, or this thread was called and does not come
+
+    def _call_first(self) -> None:
+        if (self._free or self._places) and (first := self._first_in_queue()) is not None:
+            first.ring()
+
+    def _first_in_queue(self) -> Gate | None:
+        """Return the gate of the first thread that waits for a seat. One that was interrupted may have left nothing."""
+        while True:
+            try:
+                ref = self._queue[0]
+            except IndexError:
+                return None
+            if (gate := ref()) is not None:
+                return gate
+            with contextlib.suppress(ValueError):  # another thread was faster
+                self._queue.remove(ref)
 
     def arriving(self) -> list[Moved]:
         """Return what has come and nobody has read yet."""
@@ -177,7 +240,10 @@ class Seats:
         for seat, times in list(self._unsettled.items()):
             if (got := seat.read()) is not None:
                 self._receive(*got)
-            elif times < _LOOKS:
+            self._ring_if_taken(seat)
+            if got is not None:
+                continue
+            if times < _LOOKS:
                 self._unsettled[seat] = times + 1
             elif self._unsettled.pop(seat, None) is not None:
                 seat.settled = True
@@ -185,7 +251,7 @@ class Seats:
     def rest(self) -> Iterator[tuple[Moved, Owned]]:
         """Read what has come anywhere, before all seats are left."""
         for seat in list(self._all):
-            while (got := seat.read()) is not None:
+            while (got := seat.rest()) is not None:
                 yield got
 
     def beat(self) -> None:
@@ -193,7 +259,12 @@ class Seats:
         for seat in list(self._free):
             if (got := seat.read()) is not None:
                 self._receive(*got)
+            self._ring_if_taken(seat)
         self._take_strays()
+
+    def _ring_if_taken(self, seat: Seat) -> None:
+        if seat not in self._free:
+            seat.ring()
 
     def _take_strays(self) -> None:
         """Take back seats that nobody is at and that were not given back: their threads were interrupted.
@@ -219,7 +290,24 @@ class Seats:
             seat.ring()
 
     def close(self) -> None:
-        """Leave for good; in a forked child: let go of the parent's."""
+        """Leave for good: close the free seats, and wake the threads at the others, which close theirs by `put`."""
+        self._closed = True
+        self._close_free()
+        self.ring()
+
+    def _close_free(self) -> None:
+        """Close the free seats. Several threads may do so at once: each pops its own."""
+        while True:
+            try:
+                seat = self._free.pop()
+            except IndexError:
+                return
+            self._unsettled.pop(seat, None)
+            self._all.discard(seat)
+            seat.close()
+
+    def disown(self) -> None:
+        """In a forked child: let go of all the parent's. The threads that are at them are not here."""
         for seat in list(self._all):
             seat.close()
         self._all.clear()

@@ -9,7 +9,6 @@ lane; else it asks the broker.
 from __future__ import annotations
 
 import math
-import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from sharedpool.owned import Owned
 from sharedpool.wire.desk import Moved
 from sharedpool.wire.messages import Phase
 from sharedpool.worker import wording
+from sharedpool.worker.bell import Gate
 from sharedpool.worker.lease import Lease, Ticket
 from sharedpool.worker.seats import AGAIN_S, Seat, Seats
 from sharedpool.worker.session import thread_names
@@ -35,27 +35,6 @@ CONNECT_LIMIT_S = 5.0
 _GRACE_S = 0.06
 
 
-class Gate:
-    """A place to wait that takes no descriptor: woken by other threads of this process alone."""
-
-    number = -1
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def ring(self) -> None:
-        """Wake who waits here, or the next who comes to wait."""
-        try:
-            self._lock.release()
-        except RuntimeError:
-            pass  # rung already
-
-    def wait(self, timeout_s: float) -> None:
-        """Block until `ring` was called, at most `timeout_s` seconds."""
-        self._lock.acquire(timeout=min(max(0.0, timeout_s), 1000.0))  # a lock's timeout has an upper bound
-
-
 class Wait:
     """One thread's wait, until `deadline`; `wait_s` 0 wants an answer at once."""
 
@@ -65,7 +44,7 @@ class Wait:
         self._wait_s = wait_s
         self._deadline = deadline
         self._place: Seat | Gate = Gate()
-        self._seats: Seats | None = None  # whose the place is
+        self._seats: Seats | None = None  # whose the place is, or in whose queue it is for one
         self._again_at = -math.inf  # then it joins the queue in the lane, or joins it once more
         self._limit = math.inf  # until when the broker has to answer
 
@@ -88,34 +67,55 @@ class Wait:
 
     def _take_seat(self) -> bool:
         """Wait at a seat from now on, if there is one."""
-        seats = self._holdings.seats
-        seat = None if seats is None else seats.take(self._ticket.owner)
+        seats, gate = self._holdings.seats, self._place
+        assert isinstance(gate, Gate)
+        seat = None if seats is None else seats.take(self._ticket.owner, gate)
         if seat is None:
             return False
         self._place, self._seats = seat, seats
         return True
 
+    def _line_up(self) -> None:
+        """Queue for a seat: all are taken."""
+        seats, gate = self._holdings.seats, self._place
+        assert isinstance(gate, Gate)
+        if seats is not None and seats is not self._seats:
+            self._seats = seats
+            seats.line_up(gate)
+
     def _change_place(self) -> bool:
         """Wait where one waits best by now; return whether that is elsewhere: it may have been woken where it was."""
-        place = self._place
+        place, seats = self._place, self._seats
         if isinstance(place, Seat) and not place.is_open:
             self._place, self._seats = Gate(), None
         elif isinstance(place, Seat) or not self._take_seat():
             return False
+        self._again_at = -math.inf
         with self._holdings.lock:
             self._ticket.wake = self._place.ring
             self._holdings.cache.tickets.move(self._ticket, self._place.number, time.monotonic())
+        if isinstance(place, Seat) and seats is not None:
+            seats.put(place)  # only now: until then a grant rings there
         self._holdings.signal()
         return True
 
     def _moves(self) -> bool:
-        """Say whether connections move past the broker, and can be sent to this thread."""
+        """Say whether connections move past the broker, and can be sent to this thread, or will once it has a seat."""
         place = self._place
-        return bool(self._wait_s) and isinstance(place, Seat) and place.is_open and place.board.moving
+        if not self._wait_s:
+            return False
+        if isinstance(place, Seat):
+            return place.is_open and place.board.moving
+        seats = self._holdings.seats
+        return seats is not None and seats.lane.open and seats.lane.board.moving and seats.can_be_had
 
     def _leave(self) -> None:
         place, seats = self._place, self._seats
-        if isinstance(place, Seat) and seats is not None:
+        if seats is None:
+            return
+        if isinstance(place, Gate):
+            seats.step_out(place)
+        else:
             place.settled = place.settled and self._ticket.finished
             seats.put(place)
             if not place.settled:
@@ -167,9 +167,7 @@ class Wait:
             left_s = self._limit - now
             if left_s <= 0:
                 raise self._unanswered()
-            # A seat's descriptor may have been closed, and its number be another's, just before it is waited for; and
-            # the link, which looks at free seats, may have read what was to wake this one.
-            self._look(min(left_s, AGAIN_S))
+            self._look(left_s)
         elif now >= self._deadline or not self._moves():
             self._ask_broker(now)
         elif now >= self._again_at:
@@ -178,9 +176,12 @@ class Wait:
             self._look(min(self._deadline - now, self._again_at - now, AGAIN_S))
 
     def _queue(self, now: float) -> None:
-        """Join the queue in the lane."""
+        """Join the queue in the lane; without a seat, the queue for one."""
         seat = self._place
-        assert isinstance(seat, Seat)
+        if isinstance(seat, Gate):
+            self._again_at = now + AGAIN_S
+            self._line_up()
+            return
         # As long as something lies on the shelf nobody need wait. And what was put there between the last look and the
         # ticket's coming nobody will bring.
         first = self._again_at == -math.inf

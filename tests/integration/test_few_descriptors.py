@@ -85,7 +85,7 @@ def test_a_crowd_of_waiting_threads_has_less_than_one_descriptor_each(
             cursor.execute("SELECT 1")
             served.append(1)
 
-    threads = [threading.Thread(target=use) for _ in range(150)]
+    threads = [threading.Thread(target=use) for _ in range(300)]
     for thread in threads:
         thread.start()
     wait_until(lambda: pool.stats().waiting == len(threads), 30)

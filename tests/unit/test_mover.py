@@ -104,7 +104,7 @@ class Rig:
         return False
 
     def close(self) -> None:
-        self.seats.close()
+        self.seats.disown()
         for lane in (self.lane, self.other):
             lane.close()
         for fd in self.fds:
