@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from msgspec import structs
 
@@ -45,10 +45,13 @@ from sharedpool.worker.times import Times
 
 _MOST_GONE = 100  # in one packet
 _HAND_ON_S = 0.01
+NOTHING_MOVES = (0,)  # in place of the board's byte, where there is no lane
 
 
 class Cache:
     """All leases and tickets of one pool in one process."""
+
+    __slots__ = ("__dict__", "__weakref__", "hits")  # that one every checkout changes
 
     def __init__(self, expiration_s: float) -> None:
         self.expiration_s = expiration_s
@@ -72,7 +75,7 @@ class Cache:
         self._first_retires_at = float("inf")
         self.hits = 0  # that needed no more than the deque
         # Not 0 while connections move past the broker: a byte of the board.
-        self.moving: bytes | memoryview = b"\0"
+        self.moving: Sequence[int] | memoryview = NOTHING_MOVES
         # From the lane, in a thread's hands; and what refers to that, None once an interrupt has made it drop it.
         self.arriving: dict[Token, tuple[Moved, Callable[[], object | None]]] = {}
         self.unread: list[Moved] = []  # and what no thread had read yet, when the link looked

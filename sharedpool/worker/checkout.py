@@ -29,6 +29,7 @@ from sharedpool.worker.connection import (
     rests,
     server_of,
     session_of,
+    take_lease,
 )
 from sharedpool.worker.ending import abort
 from sharedpool.worker.handover import can_move, parameters
@@ -94,7 +95,7 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
         if holdings.config.debug_checkouts:
             lease.stack = callsite.capture()
         users = take_off(conn) if wrapped or conn.sharedpool_wrapper is not None else conn
-        conn.sharedpool_lease = lease
+        conn.sharedpool_lent = lease
         ticket.lease = None
         lease.conn = None  # from here on the caller's reference is the only one: dropped by an interrupt, it comes back
         return users
@@ -223,7 +224,7 @@ def _abandon(holdings: Holdings, ticket: Ticket, lease: Lease | None) -> None:
     if lease is not None and lease.phase is Phase.IN_USE and lease.conn is not None:
         # Open, but never handed out: back it goes.
         conn = cast(PooledConnection, lease.conn)
-        conn.sharedpool_lease = None
+        take_lease(conn)
         # One that was interrupted before all was noted of it is not to be used.
         holdings.take_back(lease, conn, None if conn.sharedpool_session else ReleaseReason.CLOSED)
     holdings.rest()

@@ -29,7 +29,7 @@ from sharedpool.wire.codec import encode
 from sharedpool.wire.desk import GIVE_BYTES, Give, LetIn, Live, Moved
 from sharedpool.wire.messages import Backend, Interrupt, ReleaseReason, Token
 from sharedpool.worker import forks, gate, links
-from sharedpool.worker.cache import Cache
+from sharedpool.worker.cache import NOTHING_MOVES, Cache
 from sharedpool.worker.connection import (
     CHECK_AFTER_S,
     PooledConnection,
@@ -37,6 +37,7 @@ from sharedpool.worker.connection import (
     has_hung_up,
     rests,
     settle,
+    take_lease,
     turned_read_only,
 )
 from sharedpool.worker.diagnosis import Diagnosis, Failure
@@ -387,7 +388,7 @@ class Holdings:
         What lies on the shelf of a `former_brokers` lane is taken, else nobody might, and what was sent to its seats.
         """
         seats, self.seats, self.mover = self.seats, None, None
-        self.cache.moving = b"\0"
+        self.cache.moving = NOTHING_MOVES
         self.cache.unread = []  # what it says would be said for ever
         if seats is None:
             return
@@ -580,7 +581,7 @@ class Holdings:
         try:
             while self.orphans:
                 conn = self.orphans.popleft()
-                lease = conn.__dict__.pop("sharedpool_lease", None)
+                lease = take_lease(conn)
                 if lease is None:
                     continue
                 keep = not self.disposed and not conn.sharedpool_finalized and (thorough or self._rests(conn))

@@ -241,7 +241,7 @@ class Mover:
             with holdings.lock:  # a giver of this process may not have taken its own out yet
                 # An interrupt finds it with all that is needed to see the connection gone.
                 cache.leases[moved.token] = lease
-            conn.sharedpool_lease = lease
+            conn.sharedpool_lent = lease
             return conn
         except BaseException as error:
             sock.close()  # unless the shell has it

@@ -20,7 +20,7 @@ from sharedpool.wire.messages import Phase, ReleaseReason
 from sharedpool.worker import forks
 from sharedpool.worker.cache import Cache
 from sharedpool.worker.checkout import checkout
-from sharedpool.worker.connection import CHECK_AFTER_S, PooledConnection
+from sharedpool.worker.connection import CHECK_AFTER_S, PooledConnection, take_lease
 from sharedpool.worker.ending import close_confirmed, cut
 from sharedpool.worker.gate import OPEN, SHUT
 from sharedpool.worker.holdings import Holdings
@@ -76,7 +76,7 @@ class Pool:
 
     # --- checkout
 
-    def get_conn(self, key: Hashable = None, *, timeout: float | None = None) -> extensions.connection:
+    def get_conn(self, key: Hashable = None, timeout: float | None = None) -> extensions.connection:
         """Check a connection out.
 
         `key`: the same key gives the same connection until it is returned. `timeout`: seconds to wait, first come
@@ -110,7 +110,7 @@ class Pool:
                 and not conn.get_transaction_status()  # idle: no statement that was under way has gone on since
             ):
                 conn.sharedpool_gate = OPEN
-                conn.sharedpool_lease = lease
+                conn.sharedpool_lent = lease
                 lease.conn = None  # from here on the caller's reference is the only one
                 cache.hits += 1
                 return conn  # type: ignore[no-any-return] # `cast` is a call
@@ -133,7 +133,7 @@ class Pool:
             return None
         conn.sharedpool_wrapper = None  # it refers to the connection, which is to go with it when it is dropped
         conn.sharedpool_gate = OPEN
-        conn.sharedpool_lease = lease
+        conn.sharedpool_lent = lease
         lease.conn = None
         self._cache.hits += 1
         return cast(extensions.connection, user_s)
@@ -226,7 +226,7 @@ class Pool:
             cache = self._cache
             user_s: Any = conn
             try:
-                lease: Any = user_s.sharedpool_lease
+                lease: Any = user_s.sharedpool_lent
                 pooled = lease.ref()  # in a wrapper, if it has one; None when it is being collected
                 laid = (
                     lease.cache is cache
@@ -236,7 +236,7 @@ class Pool:
                     and pooled.status == STATUS_READY
                 )
                 if laid:
-                    del pooled.sharedpool_lease  # in one step: of two threads that put it only one gets on
+                    del pooled.sharedpool_lent  # in one step: of two threads that put it only one gets on
                     pooled.sharedpool_gate = SHUT
                     if pooled is not conn:
                         keep(pooled, conn)
@@ -273,7 +273,7 @@ class Pool:
                 )
             raise SharedPoolError(f"pool {self.name!r}: put_conn() of a connection that it did not lend out: {conn!r}")
         if holdings.disposed:
-            if (late := pooled.__dict__.pop("sharedpool_lease", None)) is None:
+            if (late := take_lease(pooled)) is None:
                 close_confirmed([pooled])
             else:
                 holdings.discard(late, pooled, ReleaseReason.CLOSED)
@@ -285,8 +285,7 @@ class Pool:
             raise SharedPoolError(
                 f"pool {self.name!r}: the connection was checked out with key {lease.key!r}, not {key!r}"
             )
-        # `pop` is one step: of two threads that put the same connection only one gets the lease.
-        if lease is None or pooled.__dict__.pop("sharedpool_lease", None) is None:
+        if lease is None or take_lease(pooled) is None:
             raise SharedPoolError(f"pool {self.name!r}: this connection was already put back")
         keep(pooled, conn)
         return pooled, lease
@@ -395,7 +394,7 @@ class Pool:
         cutting: list[tuple[Lease, PooledConnection]] = []
         for lease in leases:
             conn = cast("PooledConnection | None", lease.ref() if lease.ref else None)
-            if conn is None or conn.__dict__.pop("sharedpool_lease", None) is None:
+            if conn is None or take_lease(conn) is None:
                 continue  # another thread is returning it
             mine = lease.thread == get_ident()
             if conn.closed or (mine and conn.get_transaction_status() != extensions.TRANSACTION_STATUS_ACTIVE):

@@ -86,6 +86,18 @@ def test_the_callers_connection_factory_is_kept(make_pool: MakePool) -> None:
     assert Mine.closed_by == "me"
 
 
+def test_a_connection_factory_may_have_slots_of_its_own(make_pool: MakePool) -> None:
+    class Slotted(psycopg2.extensions.connection):
+        __slots__ = ("noted",)
+
+    pool = make_pool(connection_factory=Slotted)
+    with pool.connection() as conn:
+        assert isinstance(conn, Slotted)
+        conn.noted = 1
+    with pool.connection() as again:
+        assert again is conn
+
+
 def test_cursor_factory_and_options_reach_psycopg2(make_pool: MakePool) -> None:
     pool = make_pool(cursor_factory=psycopg2.extras.DictCursor, options="-c work_mem=7MB", connect_timeout=7)
     with pool.connection() as conn, conn.cursor() as cursor:

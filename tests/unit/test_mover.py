@@ -25,7 +25,7 @@ from sharedpool.readable import readable
 from sharedpool.wire.board import SEATS, SHELF
 from sharedpool.wire.desk import Live
 from sharedpool.wire.messages import Backend, Phase, Release, ReleaseReason, Token
-from sharedpool.worker.connection import PooledConnection
+from sharedpool.worker.connection import PooledConnection, take_lease
 from sharedpool.worker.handover import SUPPORTED, encoded_parameters, names_of_parameters
 from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.lease import Lease, Ticket
@@ -91,7 +91,7 @@ class Rig:
 
     def check_in(self, conn: PooledConnection) -> bool:
         lease = self.lease(conn)
-        conn.sharedpool_lease = None
+        take_lease(conn)
         return self.mover.give(lease, conn, time.monotonic())
 
     def is_over(self, token: Token) -> bool:
@@ -329,7 +329,7 @@ def test_who_has_kept_one_in_vain_keeps_none_until_he_asks_at_once(slicing: Slic
     (lease,) = slicing.holdings.cache.idle
     lease.since = lease.arrived + 1.0  # it is asked for again
     conn = cast(PooledConnection, slicing.holdings.cache.idle.pop().conn)
-    conn.sharedpool_lease = lease
+    conn.sharedpool_lent = lease
     assert slicing.check_in(conn)
     assert keeps(0.0005)
 
