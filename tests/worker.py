@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import sys
 import threading
 import time
@@ -18,6 +19,10 @@ import psycopg2
 import sharedpool
 
 settings = json.loads(sys.argv[1])
+if files := settings.pop("files", 0):  # what is opened from now on has higher numbers
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files + 1000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    while os.open(os.devnull, os.O_RDONLY) < files:
+        pass
 if settings.pop("threads", False):
     settings["pool_manager"] = sharedpool.ThreadedConnectionPool
 if secret := settings.pop("password_file", ""):
