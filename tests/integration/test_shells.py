@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import psycopg2
+import psycopg2.errorcodes
 import psycopg2.extras
 import pytest
 from moving import MakePair, ask, leave_what_comes, moved, report
@@ -19,7 +20,7 @@ from querying import Query
 from waiting import wait_until
 
 import sharedpool
-from sharedpool import ThreadedConnectionPool
+from sharedpool import ThreadedConnectionPool, libpq
 from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.readable import readable
 from sharedpool.worker import handover
@@ -453,6 +454,28 @@ def test_no_users_object_is_built_in_the_links_thread(
     wait_until(lambda: report(broker, name).leases == 0, what="it to be ended")
     assert ask(b.get_conn(), "SELECT 1") == 1
     assert threads == {threading.current_thread().name}
+
+
+@pytest.mark.parametrize("kind", [None, psycopg2.extras.LoggingConnection, psycopg2.extras.MinTimeLoggingConnection])
+def test_the_first_move_of_a_logging_connection_takes_no_longer_than_another_ones(
+    pair: MakePair, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    """It is tried whether a cancel ends what it executes. One that ends nothing has who waits sit through a second."""
+    ended: list[bytes | None] = []
+    refused = libpq.refused
+
+    def noted(*arguments: Any) -> bytes | None:
+        ended.append(refused(*arguments))
+        return ended[-1]
+
+    monkeypatch.setattr(libpq, "refused", noted)
+    log = io.StringIO()
+    a, b = pair(connection_factory=kind, configure=(lambda conn: conn.initialize(log)) if kind else None)
+    assert ended == [psycopg2.errorcodes.QUERY_CANCELED.encode()]
+    assert (b.stats().connects, b.stats().given, a.stats().connects, a.stats().adopted) == (1, 1, 0, 1)
+    moved(a, b, lambda conn: None)
+    assert len(ended) == 1
+    assert log.getvalue() == ""
 
 
 def test_logging_connections_move_and_can_be_cancelled(pair: MakePair) -> None:
