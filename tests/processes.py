@@ -3,18 +3,20 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from subprocess import PIPE, CompletedProcess
 from types import TracebackType
 from typing import Any, Self
 
 import psycopg2
+import pytest
 
 from sharedpool.readable import readable
 
@@ -35,6 +37,21 @@ def run_python(code: str, *arguments: str, timeout_s: float = 60, **environment:
         timeout=timeout_s,
         check=False,
     )
+
+
+def as_pid_1() -> tuple[str, ...]:
+    """Return a prefix for a command that is to be PID 1 of a namespace of its own, as in a container.
+
+    Who kills that prefix kills the command. Where no namespace may be made, the test is skipped.
+    """
+    if (unshare := shutil.which("unshare")) is None:
+        pytest.skip("there is no unshare (util-linux)")
+    account = () if os.geteuid() == 0 else ("--user", "--map-root-user")
+    prefix = (unshare, *account, "--pid", "--fork", "--mount-proc", "--kill-child")
+    tried = subprocess.run([*prefix, "true"], capture_output=True, text=True, timeout=60, check=False)
+    if tried.returncode:
+        pytest.skip(f"no PID namespace may be made here: {tried.stderr.strip()}")
+    return prefix
 
 
 class Piped(subprocess.Popen[str]):
@@ -74,9 +91,10 @@ class Worker:
 
     program = Path(__file__).with_name("worker.py")
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, prefix: Sequence[str] = (), **settings: Any) -> None:
+        """`prefix`: a command that runs it, and ends as it does; `pid` is that one's."""
         self._read = ""
-        self._process = Piped(sys.executable, str(self.program), json.dumps(settings))
+        self._process = Piped(*prefix, sys.executable, str(self.program), json.dumps(settings))
 
     @property
     def pid(self) -> int:
