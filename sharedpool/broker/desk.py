@@ -23,6 +23,7 @@ from typing import Protocol
 
 from sharedpool.broker.garbage import Garbage
 from sharedpool.broker.post import is_at
+from sharedpool.broker.processes import called
 from sharedpool.errors import ProtocolError
 from sharedpool.hangup import other_side_closed
 from sharedpool.wire import descriptors
@@ -170,9 +171,9 @@ class Desk:
                     return
                 continue
             line.setblocking(False)
-            _, uid, _ = _UCRED.unpack(line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+            pid, uid, _ = _UCRED.unpack(line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
             if uid not in (os.geteuid(), 0):
-                self._garbage.dropped("dropped a line to the desk from uid %d", uid)
+                self._garbage.dropped("dropped a line to the desk from uid %d%s", uid, called(pid))
                 line.close()
                 continue
             self._newest += 1

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import zmq
 
 from sharedpool.broker.garbage import Garbage
-from sharedpool.broker.processes import Peer, peer_of
+from sharedpool.broker.processes import Peer, called, peer_of
 from sharedpool.errors import SharedPoolError
 from sharedpool.wire.channel import from_session, to_session
 from sharedpool.wire.codec import MAX_FRAME_BYTES, encode
@@ -154,9 +154,9 @@ class Post:
 
     def _admits(self, routing_id: bytes, session: bytes, frame: zmq.Frame) -> bool:
         """Say whether we serve who has this routing id, and remember it; tell him if not."""
-        uid = self.sender(frame).uid
+        uid, pid, _ = self.sender(frame)
         if uid not in (None, os.geteuid(), 0):
-            self._garbage.dropped("dropped a message from uid %d", uid)
+            self._garbage.dropped("dropped a message from uid %d%s", uid, called(pid))
             refusal = f"the broker is uid {os.geteuid()}'s and serves nobody else (but root), not uid {uid}"
             self.send(session, encode(Reject(refusal, fatal=True)))
             return False

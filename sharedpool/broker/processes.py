@@ -59,6 +59,15 @@ def _started(pid: int) -> int:
         return 0
 
 
+def called(pid: int | None) -> str:
+    """Return what the process with this pid is called, as an addition to a text; "" if it is not to be seen."""
+    try:
+        name = Path(f"/proc/{pid}/comm").read_text().rstrip("\n") if pid else ""
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return f" ({name if name.isprintable() else ascii(name)}[{pid}])" if name else ""
+
+
 @dataclass(slots=True)
 class WatchedProcess:
     """A process under watch: its pidfd, and the sessions that it has registered."""

@@ -69,7 +69,7 @@ from sharedpool.wire import address as addresses
 from sharedpool.wire.codec import decode_to_broker, encode, hello_version
 from sharedpool.wire.messages import PROTOCOL_VERSION, Hello, Reject, ToWorker
 from sharedpool.wire.orders import Order
-from sharedpool.wire.place import place
+from sharedpool.wire.place import pid_namespace, place
 from sharedpool.wire.reports import Report, Status, ToOperator
 
 if TYPE_CHECKING:
@@ -404,6 +404,10 @@ class Server:
             hello = structs.replace(hello, host="")  # in texts only other hosts are named
         near = peer.loopback and not hello.host and hello.place == self._place
         pid = peer.pid or (hello.pid if near else 0)
+        if pid:
+            hello = structs.replace(hello, pid=pid)  # a container's first process is 1 to itself, and so is any other's
+        elif not hello.host and hello.place != self._place:
+            hello = structs.replace(hello, host=pid_namespace(hello.place))
         self._carry_out(self._ledger.handle(session, hello, now, process(pid) if pid else None))
 
     def _wait(self, timeout: float | None) -> None:

@@ -64,7 +64,7 @@ def _text(report: Report) -> str:
     session_header = ("PROCESS", "POOL", "LEASES", "IN USE", "IDLE", "WAITING", "SILENT", "")
     sessions = [
         (
-            process(s.title, s.pid, ""), s.pool, str(s.leases), str(s.in_use), str(s.idle), str(s.waiting),
+            process(s.title, s.pid, s.host), s.pool, str(s.leases), str(s.in_use), str(s.idle), str(s.waiting),
             duration(s.silent_ms), "suspect" if s.suspect else "",
         )
         for s in sorted(report.sessions, key=lambda session: -session.leases)

@@ -19,3 +19,8 @@ def place() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
+
+
+def pid_namespace(place: str) -> str:
+    """Return the PID namespace of a place, as `lsns` and `ls -l /proc/PID/ns/pid` have it."""
+    return place.rpartition(" ")[2]

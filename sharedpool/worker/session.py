@@ -54,7 +54,7 @@ class Session:
         self._epoch: int | None = None
         self._over = False
         self._invited_by = 0  # which broker
-        self._title = _utf8(os.path.basename(sys.argv[0]) if sys.argv else "") or "python"
+        self._title = _utf8(_program()) or "python"
 
     def hello(self) -> Hello:
         """Compose the registration."""
@@ -309,6 +309,15 @@ class Session:
 def thread_names() -> dict[int, str]:
     """Return the names of this process's threads by identifier."""
     return {thread.ident: _utf8(thread.name) for thread in threading.enumerate() if thread.ident is not None}
+
+
+def _program() -> str:
+    """Return what was started: a script's name, or that of the package that `python -m` runs; "" without either."""
+    script = sys.argv[0] if sys.argv else ""
+    folder, name = os.path.split(script)
+    if name == "__main__.py":
+        name = os.path.basename(folder or os.getcwd())
+    return "" if script in ("-c", "-m", "-") else name
 
 
 def _utf8(text: str) -> str:
