@@ -23,6 +23,11 @@ _ROOM_SQL = """
 SELECT sum(CASE name WHEN 'max_connections' THEN setting::int ELSE -setting::int END)
 FROM pg_settings WHERE name IN ('max_connections', 'superuser_reserved_connections', 'reserved_connections')
 """
+# A superuser's own is not enforced.
+_ROLE_SQL = """
+SELECT rolname, CASE WHEN rolconnlimit >= 0 AND NOT rolsuper THEN rolconnlimit END
+FROM pg_roles WHERE rolname = session_user
+"""
 # Of the role or the server, for clients that misbehave: each would end this session, or what it asks, at any time.
 _LIMITS = (
     "idle_session_timeout", "idle_in_transaction_session_timeout", "statement_timeout", "lock_timeout",
@@ -123,6 +128,15 @@ def room_of(conn: connection) -> int:
         row = cursor.fetchone()
         assert row is not None
         return int(row[0])
+
+
+def role_of(conn: connection) -> tuple[str, int | None]:
+    """Return as whom a connection has logged in, and how many connections that role may have, if not any number."""
+    with conn.cursor() as cursor:
+        cursor.execute(_ROLE_SQL)
+        row = cursor.fetchone()
+        assert row is not None
+        return row[0], row[1]
 
 
 def end(conn: connection, backends: Sequence[Backend]) -> None:

@@ -335,6 +335,8 @@ class Control:
                 " users: raise max_connections or lower max_conn"
             )
             logger.warning(text, self._max_conn, self._room)
+        role, limit = catalog.role_of(self._conn)
+        self._tell(lambda ledger, now: ledger.limited(now, role=role, limit=limit))
 
     def _look_at_route(self, conn: connection) -> None:
         """Find out who is between us and the server, and tell."""

@@ -14,6 +14,8 @@ from sharedpool.wire.messages import Confirm, Release, Stale, Trouble
 
 # SQLSTATEs that say of themselves that the server is another now, or read-only, or going down with everybody on it.
 _CERTAIN = frozenset({"25006", "57P02", "57P03"})
+# The control connection, and the one that is made in its place while it is there.
+_OF_THE_BROKER = 2
 
 
 class Health:
@@ -33,6 +35,10 @@ class Health:
         self._arm = arm
         self._log = log
         self._verifies = verifies
+        self._role = ""
+        self._limit: int | None = None  # the role's own
+        self._compared = 0  # pools that it was compared with
+        self._was_told = False  # that it is too low
 
     # --- connects
 
@@ -90,6 +96,29 @@ class Health:
     def probe_due(self, pool: Pool, now: float) -> None:
         """Let one connect be tried."""
         pool.backoff.elapsed(now)
+
+    def limited(self, role: str, limit: int | None) -> None:
+        """Note how many connections the control connection's role may have (`CONNECTION LIMIT`); None: any number."""
+        if (role, limit) != (self._role, self._limit):
+            self._role, self._limit, self._compared, self._was_told = role, limit, 0, False
+            self.compare()
+
+    def compare(self) -> None:
+        """Warn where that is too few for the pools whose workers log in as the same role; once, whatever pools come."""
+        pools = self._books.pools
+        if self._limit is None or self._was_told or self._compared == len(pools):
+            return
+        self._compared = len(pools)
+        most = sum(pool.most for pool in pools.values() if pool.spec.server.startswith(f"{self._role}@"))
+        most = most if self._books.max_conn is None else min(most, self._books.max_conn)
+        if most and most + _OF_THE_BROKER > self._limit:
+            text = (
+                "role %r may have %d connections (CONNECTION LIMIT), and %d are needed: max_conn %d, and %d of the"
+                " broker's own. What is beyond that will be refused: raise that limit, or lower max_conn"
+            )
+            needed = most + _OF_THE_BROKER
+            self._log(logging.WARNING, text, self._role, self._limit, needed, most, _OF_THE_BROKER, reason="role limit")
+            self._was_told = True
 
     # --- generations
 

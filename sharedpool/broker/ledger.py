@@ -167,6 +167,7 @@ class Ledger:
         if isinstance(message, Hello):
             if (first := self._sessions.hello(session_id, message, now, process)) is not None:
                 self._acquire(self._books.sessions[session_id], first, now)
+            self._health.compare()
         elif (session := self._books.sessions.get(session_id)) is None:
             if not isinstance(message, Bye):
                 self._out.append(Send(session_id, Reject("this broker does not know the session")))
@@ -239,6 +240,11 @@ class Ledger:
             self._refuse_unsuitable(pool, now)
             if self._leases.routes.is_direct(pool):
                 self._leases.hurry(pool)  # the dead of a former broker are found before this is known
+        return self._settled(now)
+
+    def limited(self, now: float, *, role: str, limit: int | None) -> list[Command]:
+        """Take in as whom the control connection has logged in, and how many connections that role may have."""
+        self._health.limited(role, limit)
         return self._settled(now)
 
     def _refuse_unsuitable(self, pool: Pool, now: float) -> None:

@@ -29,6 +29,9 @@ class Listener:
     def reached(self, now: float, *, direct: bool, fault: str) -> list[Command]:
         return []
 
+    def limited(self, now: float, *, role: str, limit: int | None) -> list[Command]:
+        return []
+
     def backend_gone(self, token: Token, now: float) -> list[Command]:
         self.gone.put(token)
         return []

@@ -1,0 +1,63 @@
+"""What a broker says of a role's CONNECTION LIMIT that is too low for its pools."""
+
+import pytest
+from test_ledger import Broker, Worker
+
+from sharedpool.broker.commands import Log
+from sharedpool.wire.messages import PoolSpec
+
+
+def limited(broker: Broker, limit: int | None, role: str = "app") -> None:
+    broker.take_in(broker.ledger.limited(broker.now, role=role, limit=limit))
+
+
+def worker(broker: Broker, name: str, max_conn: int, role: str = "app") -> None:
+    Worker(broker, name, PoolSpec(name, max_conn, 60_000, server=f"{role}@db:5432/{name}")).hello()
+
+
+def warnings(broker: Broker) -> list[str]:
+    return [log.text for log in broker.all(Log) if "CONNECTION LIMIT" in log.text]
+
+
+@pytest.mark.parametrize("first", ["the pool", "the limit"])
+def test_it_is_to_be_max_conn_and_two_whichever_is_known_first(first: str) -> None:
+    for limit, is_enough in ((6, True), (5, False), (None, True)):
+        broker = Broker()
+        if first == "the pool":
+            worker(broker, "a", 4)
+            limited(broker, limit)
+        else:
+            limited(broker, limit)
+            worker(broker, "a", 4)
+        assert bool(warnings(broker)) is not is_enough
+        assert is_enough or "role 'app' may have 5 connections" in warnings(broker)[0]
+        assert is_enough or "6 are needed: max_conn 4, and 2 of the broker's own" in warnings(broker)[0]
+
+
+def test_all_pools_of_that_role_count_together_up_to_the_limit_over_all_of_them() -> None:
+    broker = Broker()
+    limited(broker, 7)
+    worker(broker, "a", 3)
+    worker(broker, "b", 20, role="somebody else")
+    worker(broker, "c", 20, role="app2")
+    assert not warnings(broker)
+    worker(broker, "d", 3)
+    assert "8 are needed: max_conn 6" in warnings(broker)[0]
+    capped = Broker(max_conn=5)
+    limited(capped, 7)
+    worker(capped, "a", 3)
+    worker(capped, "d", 3)
+    assert not warnings(capped)
+
+
+def test_it_is_said_once_until_the_limit_is_another() -> None:
+    broker = Broker()
+    for number in range(5):
+        limited(broker, 5)
+        worker(broker, f"pool {number}", 4)
+    assert len(warnings(broker)) == 1
+    limited(broker, 3)
+    assert len(warnings(broker)) == 2
+    limited(broker, 100)
+    worker(broker, "one more", 4)
+    assert len(warnings(broker)) == 2
