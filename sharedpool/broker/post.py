@@ -13,7 +13,7 @@ import zmq
 from sharedpool.broker.garbage import Garbage
 from sharedpool.broker.processes import Peer, called, peer_of
 from sharedpool.errors import SharedPoolError
-from sharedpool.wire.channel import from_session, to_session
+from sharedpool.wire.channel import from_session, is_of_former_connection, to_session
 from sharedpool.wire.codec import MAX_FRAME_BYTES, encode
 from sharedpool.wire.messages import Reject
 
@@ -142,6 +142,8 @@ class Post:
                 name = routing_id.hex()[:12]
                 text = "dropped a message from %s: %d frames instead of 2"
                 self._garbage.dropped(text, name, 2 + excess, session=name)
+            elif is_of_former_connection(routing_id, body):
+                logger.debug("dropped what a worker said before it made another connection")
             else:
                 yield Letter(session, body, frame)
 

@@ -43,5 +43,14 @@ def from_session(session: bytes, body: bytes) -> tuple[bytes, bytes]:
     return routing_id, add_channel(session[_PROCESS_BYTES:], body)
 
 
+def is_of_former_connection(routing_id: bytes, frame: bytes) -> bool:
+    """Say whether a process has sent this over a connection in whose place it has made another since.
+
+    ZeroMQ gives that one its routing id, and the former one an id of its own making, of 5 bytes. What the process had
+    said there is void: over the new connection it has said HELLO.
+    """
+    return len(routing_id) == 5 and routing_id[:1] == b"\0" and frame[:1] == b"\0"  # no message begins like a channel
+
+
 def _has_channels(routing_id: bytes) -> bool:
     return len(routing_id) == _PROCESS_BYTES and routing_id.startswith(PROCESS_PREFIX)
