@@ -47,6 +47,7 @@ class Wait:
         self._seats: Seats | None = None  # whose the place is, or in whose queue it is for one
         self._again_at = -math.inf  # then it joins the queue in the lane, or joins it once more
         self._limit = math.inf  # until when the broker has to answer
+        self._asked_at = math.inf  # then it was asked
 
     def wait(self) -> Lease | None:
         """Block until the ticket is settled; return a lease that lay idle here after all, else None.
@@ -136,6 +137,8 @@ class Wait:
             self._link, self._registration = holdings.ensure_link()
             self._limit = self._deadline + _GRACE_S if self._wait_s else ticket.since + self._patience_s()
             in_lane = self._moves()
+            if not in_lane:
+                self._asked_at = ticket.since
             if not in_lane and self._broker_must_know():
                 cache.out.append(cache.renewal(ticket.since, thread_names()))
             left_s = self._wait_s and max(0.001, self._deadline - ticket.since)
@@ -197,6 +200,7 @@ class Wait:
         with self._holdings.lock:
             if self._ticket.settled:
                 return
+            self._asked_at = now
             self._holdings.cache.tickets.ask(self._ticket, now)
         self._holdings.signal()
 
@@ -218,11 +222,13 @@ class Wait:
         return CONNECT_LIMIT_S if self._holdings.config.broker else START_LIMIT_S
 
     def _unanswered(self) -> PoolError:
-        ticket, registration, name = self._ticket, self._registration, self._holdings.config.name
-        if self._wait_s and registration.established and self._link.heard_at >= ticket.since:
+        registration, name, now = self._registration, self._holdings.config.name, time.monotonic()
+        # Who waited in the lane until his time was over has asked only then; a broker that is there may be late.
+        heard = self._asked_at >= self._deadline or self._link.heard_at >= self._asked_at
+        if self._wait_s and registration.established and heard:
             return wording.timed_out(name, self._holdings.limit, self._wait_s)
-        waited_s = time.monotonic() - ticket.since
-        return wording.unanswered(name, self._link.address, waited_s, registration.trouble)
+        waited_s = now - (self._deadline - self._wait_s)  # since its caller has asked for a connection
+        return wording.unanswered(name, self._link.address, now - self._asked_at, waited_s, registration.trouble)
 
     _link: Link
     _registration: Registration

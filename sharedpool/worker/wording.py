@@ -79,10 +79,11 @@ def timed_out(pool: str, limit: int, wait_s: float) -> PoolTimeout:
     )
 
 
-def unanswered(pool: str, address: str, waited_s: float, trouble: str) -> BrokerUnavailable:
-    """Return the error for a broker that does not answer."""
+def unanswered(pool: str, address: str, asked_s: float, waited_s: float, trouble: str) -> BrokerUnavailable:
+    """Return the error for a broker that does not answer. It was asked `asked_s` ago, the pool `waited_s` ago."""
+    since = "" if waited_s - asked_s < 0.1 else f", asked after a wait of {waited_s - asked_s:.1f} s for a connection"
     return BrokerUnavailable(
-        f"pool {pool!r}: the broker at {address} did not answer within {waited_s:.1f} s"
+        f"pool {pool!r}: the broker at {address} did not answer within {asked_s:.1f} s{since}"
         f" ({obstacle(address) or trouble})."
         " Is `sharedpool broker` running, and is SHAREDPOOL_BROKER (or broker=) its address?"
     )

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from itertools import pairwise
@@ -297,6 +298,38 @@ def test_who_waits_in_vain_is_told_in_time_who_holds_what(
         assert str(holder.pid) in refused["text"]
         holder.ask("put", name="it")
         assert "backend" in waiter.ask("get", name="it", timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "said"),
+    [
+        (signal.SIGSTOP, "PoolTimeout", "no connection became free within 1.2 s"),
+        (signal.SIGKILL, "BrokerUnavailable", r"did not answer within 0\.\d s, asked after a wait of 1\.\d s for a"),
+    ],
+    ids=["stopped", "killed"],
+)
+def test_who_waits_in_vain_without_the_broker_is_told_how_long_it_was(
+    postgres: EphemeralPostgres, name: str, tmp_path: Path, runtime_dir: Path, number: int, error: str, said: str
+) -> None:
+    """He has waited in the lane, and asks the broker only when his time is over."""
+    address = f"ipc://{runtime_dir}/b.sock"
+    settings = {"dsn": postgres.dsn, "broker": address, "name": name, "max_conn": 1, **_EAGER}
+    with sharedpool.start_broker(60, address=address, dsn=postgres.dsn) as broker, workers(2, **settings) as crew:
+        let_move(crew, broker, name, tmp_path)
+        holder, waiter = crew
+        assert "backend" in holder.ask("get", name="it", timeout=5)
+        waiter.send("get", name="it", timeout=5)
+        wait_for_waiters(broker, name, 1, holder)
+        os.kill(broker.pid, number)
+        try:
+            holder.ask("put", name="it")
+            assert "backend" in waiter.answer(5)
+            refused = holder.ask("get", name="it", timeout=1.2)
+            waiter.ask("put", name="it")
+        finally:
+            os.kill(broker.pid, signal.SIGCONT)
+    assert refused["error"] == error
+    assert re.search(said, refused["text"]), refused["text"]
 
 
 @pytest.mark.parametrize("wait_s", [0, 5])
