@@ -392,6 +392,8 @@ class Holdings:
         self.cache.unread = []  # what it says would be said for ever
         if seats is None:
             return
+        with self.lock:
+            self.cache.tickets.leave_lane()
         seats.lane.leaving = True
         while former_brokers and (got := seats.lane.take()) is not None:
             self._take_former_brokers(*got)

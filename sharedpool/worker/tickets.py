@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict, deque
 
+from msgspec import structs
+
 from sharedpool.wire.messages import Acquire, Cancel, Deny, ToBroker
 from sharedpool.worker.lease import Ticket
 from sharedpool.worker.slices import Slices
@@ -67,12 +69,20 @@ class Tickets:
             self.out.append(Cancel(ticket.request))
 
     def first(self, now: float) -> Acquire | None:
-        """Return what the first who waits asks for, for a HELLO that is said now."""
+        """Return what the first who waits asks for, for a HELLO that is said now.
+
+        Its place is not told: it may be in a former broker's lane. What answers a HELLO is a slot.
+        """
         for request, ticket in self.waiting.items():
             if self._along[0] != request:  # else an earlier HELLO may be what is answered
                 self._along = request, now
-            return _acquire(ticket, now)
+            return structs.replace(_acquire(ticket, now), place=-1)
         return None
+
+    def leave_lane(self) -> None:
+        """Note that nobody waits in a lane any more: each will say where he waits then."""
+        for ticket in self.waiting.values():
+            ticket.place = -1
 
     def registered(self, served: int, now: float) -> None:
         """Note that request number `served`, which was said along with a HELLO, will be answered by that.

@@ -94,11 +94,16 @@ class Wait:
         self._again_at = -math.inf
         with self._holdings.lock:
             self._ticket.wake = self._place.ring
-            self._holdings.cache.tickets.move(self._ticket, self._place.number, time.monotonic())
+            self._holdings.cache.tickets.move(self._ticket, self._number, time.monotonic())
         if isinstance(place, Seat) and seats is not None:
             seats.put(place)  # only now: until then a grant rings there
         self._holdings.signal()
         return True
+
+    @property
+    def _number(self) -> int:
+        """Where it is in the lane; -1 for nowhere: it may have been left this moment. The lock is held."""
+        return self._place.number if self._seats is self._holdings.seats else -1
 
     def _moves(self) -> bool:
         """Say whether connections move past the broker, and can be sent to this thread, or will once it has a seat."""
@@ -142,7 +147,7 @@ class Wait:
             if not in_lane and self._broker_must_know():
                 cache.out.append(cache.renewal(ticket.since, thread_names()))
             left_s = self._wait_s and max(0.001, self._deadline - ticket.since)
-            cache.tickets.want(ticket, left_s, place=self._place.number, in_lane=in_lane)
+            cache.tickets.want(ticket, left_s, place=self._number, in_lane=in_lane)
             # Laid there without the lock meanwhile.
             if cache.idle and (lease := cache.take(ticket.since)) is not None:
                 cache.give_up(ticket, ticket.since)

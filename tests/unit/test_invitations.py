@@ -14,9 +14,10 @@ from sharedpool.automatic import GivenBroker
 from sharedpool.conninfo import resolve
 from sharedpool.wire.codec import decode_to_desk
 from sharedpool.wire.desk import PACKET_BYTES, Joined, LetIn, Stay
-from sharedpool.wire.messages import PROTOCOL_VERSION, Welcome
+from sharedpool.wire.messages import PROTOCOL_VERSION, Acquire, Hello, Welcome
 from sharedpool.worker.handover import SUPPORTED
 from sharedpool.worker.holdings import Holdings
+from sharedpool.worker.lease import Ticket
 from sharedpool.worker.link import Link
 from sharedpool.worker.links import SharedContext
 from sharedpool.worker.session import Session
@@ -67,6 +68,22 @@ class Rig:
         said = Welcome(PROTOCOL_VERSION, epoch, 2, 60_000, 9_000, desk=self._path, handover=True)
         self._session.receive(said)
 
+    def hello(self) -> Hello:
+        return self._session.hello()
+
+    def ask(self) -> Ticket:
+        """Have a thread ask the broker, that waits in the lane."""
+        seats, ticket = self.holdings.seats, Ticket(lambda: None, 0.0)
+        assert seats is not None
+        seat = seats.take(None)
+        assert seat is not None
+        self.holdings.cache.tickets.want(ticket, 1000.0, place=seat.number)
+        return ticket
+
+    def asked(self) -> list[tuple[int, int]]:
+        """The requests in the outbox, and the places that they name."""
+        return [(each.request, each.place) for each in self.holdings.cache.out if isinstance(each, Acquire)]
+
     def has_joined(self) -> bool:
         assert self._desk is not None
         self._desk.setblocking(False)
@@ -116,3 +133,17 @@ def test_the_next_brokers_invitation_is_followed_after_it(rig: Rig) -> None:
     rig.invite()
     assert rig.holdings.seats is not None
     assert rig.has_joined()
+
+
+def test_nobody_tells_the_next_broker_of_his_place_in_the_former_ones_lane(rig: Rig) -> None:
+    """At that number there may be somebody else's thread in the next lane, or nobody."""
+    rig.invite()
+    rig.welcome(7)
+    tickets = [rig.ask() for _ in range(2)]
+    assert rig.asked() == [(each.request, each.place) for each in tickets]
+    assert min(each.place for each in tickets) >= 0
+    first = rig.hello().first
+    assert first is not None
+    assert (first.request, first.place) == (tickets[0].request, -1)
+    rig.welcome(8)
+    assert rig.asked() == [(each.request, -1) for each in tickets]
