@@ -66,7 +66,11 @@ def cycle(count: int) -> dict[str, Any]:
 def stats() -> dict[str, Any]:
     s = pool.stats()
     found = {"idle": s.idle, "in_use": s.in_use, "max_conn": pool.max_conn, "connects": s.connects}
-    return found | {"adopted": s.adopted, "moving": bool(pool._holdings.cache.moving[0])}
+    return found | {
+        "adopted": s.adopted,
+        "moving": bool(pool._holdings.cache.moving[0]),
+        "in_lane": pool._holdings.seats is not None,
+    }
 
 
 def hammer(

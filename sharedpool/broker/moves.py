@@ -59,8 +59,11 @@ class Moves:
     # --- lanes
 
     def _order(self, pool: Pool, now: float) -> None:
-        """Have a lane made for a pool in which somebody waits, if connections can be passed on there."""
-        if pool.hands_over and pool.name not in self._ordered:
+        """Have a lane made for a pool in which somebody waits, if connections can be passed on there.
+
+        That is known once one is open. A worker keeps descriptors of a lane for as long as it lives.
+        """
+        if pool.hands_over and pool.movable and pool.name not in self._ordered:
             self._orders += 1
             self._ordered[pool.name] = self._orders
             pool.opens_by = now + ARRIVAL_S

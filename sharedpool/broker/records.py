@@ -208,8 +208,8 @@ class Pool:
     `known_as` is its name at this broker: with the database's, where another database has a pool of that name.
     `held`: an operator has paused it, nothing is granted and everything comes back. `direct`: whether nobody was found
     between its workers and the server, in no connection so far; None before the first. `unsuitable`: what its
-    connections have shown that makes it useless. `hands_over`: some session may pass connections on. `opens_by`: so
-    long who waits is not beyond reach, as the lane is being made.
+    connections have shown that makes it useless. `movable`: some connection could be passed on. `hands_over`: some
+    session may pass connections on. `opens_by`: so long who waits is not beyond reach, as the lane is being made.
     """
 
     spec: PoolSpec
@@ -223,6 +223,7 @@ class Pool:
     unnamed: bool = False  # known by its backends alone: no session has named it yet
     direct: bool | None = None
     unsuitable: str = ""
+    movable: bool = False
     leases: dict[Token, Lease] = field(default_factory=dict)
     sessions: dict[bytes, Session] = field(default_factory=dict)
     waiters: OrderedDict[int, Waiter] = field(default_factory=OrderedDict)
@@ -273,6 +274,7 @@ class Pool:
     def met(self, backend: Backend) -> None:
         """Note how one more connection reaches the server."""
         self.direct = backend.direct and self.direct is not False
+        self.movable = self.movable or not backend.fixed
 
     @property
     def name(self) -> str:

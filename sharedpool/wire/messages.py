@@ -78,7 +78,8 @@ class Backend(Struct, frozen=True, eq=False):
 
     What follows is how the connection reaches it, and no part of its identity. `direct`: nobody is in between, so the
     end of the connection's socket is the backend's end. `pooled`: a pooler is, which may lend the backend to others
-    when this session is over; then this was the session's application_name.
+    when this session is over; then this was the session's application_name. `fixed`: nobody can take it over, since it
+    is encrypted, goes through a pooler, or its worker hands nothing over.
     """
 
     pid: Int4
@@ -86,6 +87,7 @@ class Backend(Struct, frozen=True, eq=False):
     boot_us: Int8 = 0
     direct: bool = False
     pooled: str | None = None
+    fixed: bool = False
 
     @property
     def identity(self) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ import weakref
 from typing import cast
 
 import psycopg2
+from msgspec import structs
 from psycopg2.extensions import connection
 
 from sharedpool.errors import PoolClosed, PoolError
@@ -142,6 +143,10 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
         conn.sharedpool_holdings = holdings
         holdings.deposit(lease, conn)
         backend = describe(conn)
+        # A pooler's is not passed on: what makes it clean for others would take its name from it (`broker/fencing.py`).
+        movable = holdings.handover and backend.pooled is None and can_move(conn)
+        if not movable:
+            backend = structs.replace(backend, fixed=True)
         conn.sharedpool_made_with = parameters(conn)
         now = time.monotonic()
         if now > lease.connect_by + START_UP_LIMIT_S:
@@ -162,8 +167,7 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
             holdings.call_back(config.configure, lease, conn, "configure")
         _note(conn)
         conn.sharedpool_server = server_of(conn)
-        # A pooler's is not passed on: what makes it clean for others would take its name from it (`broker/fencing.py`).
-        conn.sharedpool_movable = lease.movable = holdings.handover and backend.pooled is None and can_move(conn)
+        conn.sharedpool_movable = lease.movable = movable
         return conn
     except BaseException as error:
         if lease.phase is not Phase.CLOSING:

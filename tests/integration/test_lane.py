@@ -346,6 +346,26 @@ def test_who_comes_late_is_given_at_once_what_lies_on_the_shelf(
         assert total([*crew, late], "connects") == 1
 
 
+@pytest.mark.parametrize("why", ["no control connection", "no hand-over"])
+def test_nobody_is_let_into_a_lane_in_which_nothing_could_move(
+    postgres: EphemeralPostgres, name: str, runtime_dir: Path, why: str
+) -> None:
+    """It costs each process some descriptors. (For TLS see `test_tls_endpoint.py`.)"""
+    address, dsn = f"ipc://{runtime_dir}/b.sock", postgres.dsn
+    settings = {"dsn": dsn, "broker": address, "name": name, "max_conn": 1, **_EAGER}
+    if why == "no hand-over":
+        settings["handover"] = "off"
+    with (
+        sharedpool.start_broker(3, address=address, dsn=None if why == "no control connection" else dsn),
+        workers(3, **settings) as crew,
+    ):
+        for worker in crew:
+            worker.send("cycle", count=20)
+        assert [worker.answer() for worker in crew] == [{}] * 3
+        assert total(crew, "connects") > 1  # they had to wait for each other
+        assert [worker.ask("stats")["in_lane"] for worker in crew] == [False] * 3
+
+
 def test_nothing_is_kept_for_who_will_not_be_in_the_lane(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str
 ) -> None:

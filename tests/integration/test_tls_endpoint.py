@@ -73,6 +73,19 @@ def by(accept: str | Path, **more: str) -> str:
     return make_dsn(DSN, host=str(accept.parent), port=accept.suffix.removeprefix("."), **more)
 
 
+def test_under_tls_nobody_is_let_into_a_lane_in_which_nothing_could_move(far: proxies.Certified) -> None:
+    """It costs each process some descriptors."""
+    with (
+        sharedpool.start_broker(3, dsn=far.verified_dsn) as started,
+        workers(3, dsn=far.verified_dsn, broker=started.address, max_conn=1, name=POOL) as crew,
+    ):
+        for worker in crew:
+            worker.send("cycle", count=20)
+        assert [worker.answer() for worker in crew] == [{}] * 3
+        assert sum(worker.ask("stats")["connects"] for worker in crew) > 1  # they had to wait for each other
+        assert [worker.ask("stats")["in_lane"] for worker in crew] == [False] * 3
+
+
 @pytest.fixture
 def dsn(far: proxies.Certified, accept: str | Path) -> Iterator[str]:
     with endpoint(far, accept):
