@@ -20,6 +20,7 @@ from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.lease import Ticket
 from sharedpool.worker.link import Link
 from sharedpool.worker.links import SharedContext
+from sharedpool.worker.seats import Seat, Seats
 from sharedpool.worker.session import Session
 from sharedpool.worker.settings import PoolConfig
 
@@ -44,6 +45,7 @@ class Rig:
         assert registration is not None
         self._registration = self.holdings.registration = registration
         self.holdings.link = self._link
+        self._taken: list[tuple[Seats, Seat]] = []
         self._connect(7)
 
     def _connect(self, epoch: int) -> None:
@@ -77,6 +79,7 @@ class Rig:
         assert seats is not None
         seat = seats.take(None)
         assert seat is not None
+        self._taken.append((seats, seat))
         self.holdings.cache.tickets.want(ticket, 1000.0, place=seat.number)
         return ticket
 
@@ -95,6 +98,8 @@ class Rig:
     def close(self) -> None:
         self.holdings.keep_invitation(None, [])
         self.holdings.leave_lane()
+        for seats, seat in self._taken:
+            seats.put(seat)
         self._link.desk.close()
         if self._desk is not None:
             self._desk.close()
