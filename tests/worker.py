@@ -5,6 +5,7 @@ It imports nothing of the tests: an unrelated process, as a user's would be.
 
 import hashlib
 import json
+import math
 import os
 import random
 import resource
@@ -78,9 +79,10 @@ def hammer(
 ) -> dict[str, Any]:
     """Use the pool as hard as `threads` threads can, until there is a file `stop`; tell what happened.
 
-    `wrong` counts checkouts whose session was another process's, or not its object's; `longest` is the longest wait.
+    `wrong` counts checkouts whose session was another process's, or not its object's; `longest` is the longest wait;
+    `least` is how many the thread had that had the fewest.
     """
-    outcome = {"done": 0, "errors": [], "wrong": 0, "longest": 0.0}
+    outcome = {"done": 0, "errors": [], "wrong": 0, "longest": 0.0, "least": math.inf}
     until = time.monotonic() + seconds
     lock = threading.Lock()
     me = str(os.getpid())
@@ -104,6 +106,7 @@ def hammer(
             outcome["done"] += done
             outcome["wrong"] += wrong
             outcome["longest"] = max(longest, outcome["longest"])
+            outcome["least"] = min(done, outcome["least"])
 
     crew = [threading.Thread(target=run) for _ in range(threads)]
     for thread in crew:

@@ -24,6 +24,7 @@ from sharedpool.broker.moves import ARRIVAL_S
 from sharedpool.cli.asking import fetch_report
 from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.lane import SUPPORTED
+from sharedpool.wire.board import SEATS
 from sharedpool.worker import handover
 
 pytestmark = pytest.mark.skipif(
@@ -231,6 +232,25 @@ def test_connections_move_past_the_broker(
     assert min(outcome["done"] for outcome in outcomes) > 10
     assert adopted > 150
     assert sampler.peak == 2
+
+
+def test_more_threads_than_seats_take_turns_and_cost_no_connect(
+    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
+) -> None:
+    """They queue for a seat, as the others queue for a connection. (The broker could pass nothing to a thread without.)
+
+    Nor is a connection taken for lost, and ended, that a thread has received and has had no time to list.
+    """
+    threads = SEATS + 32
+    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 4, **_EAGER}
+    with workers(2, **settings) as crew, at_work(crew, tmp_path / "stop", threads=threads) as outcomes:
+        wait_for_moves(broker, name)
+        before = report(broker, name)
+        wait_until(lambda: handovers(broker, name) > before.handovers + 20 * threads, 60, "ten turns each")
+        after = report(broker, name)
+    assert [(outcome["errors"], outcome["wrong"]) for outcome in outcomes] == [([], 0)] * 2
+    assert min(outcome["least"] for outcome in outcomes) >= 5
+    assert after.grants - before.grants < threads  # of those who asked the broker before connections moved
 
 
 def test_who_is_invited_before_he_is_welcome_takes_part(pair: MakePair) -> None:
