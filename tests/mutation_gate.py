@@ -244,7 +244,7 @@ MUTANTS = (
     Mutant(
         "a connection whose socket finds no descriptor is waited for",
         (("sharedpool/lane.py", "            self._refuse(moved)\n", "            pass\n"),),
-        ("tests/integration/test_few_descriptors.py", "-k", "shortage and 0-kept"),
+        ("tests/unit/test_lane_ends.py", "-k", "not_as_it_should_be"),
     ),
     Mutant(
         "who gives a connection claims it still",
@@ -261,7 +261,7 @@ MUTANTS = (
                 "            conn.sharedpool_close()\n            lease.conn = None\n",
             ),
         ),
-        ("tests/faults", "-k", "frozen"),
+        ("tests/integration/test_pool.py", "-k", "without_the_brokers_word"),
     ),
     Mutant(
         "a connection to one database is handed to a process that wants another",

@@ -1,11 +1,13 @@
 """One process: checkout, checkin, scavenging, callbacks, errors — on a real broker and a real PostgreSQL."""
 
 import gc
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,7 +19,8 @@ from psycopg2.extensions import STATUS_READY, TRANSACTION_STATUS_ACTIVE, TRANSAC
 from waiting import wait_until
 
 import sharedpool
-from sharedpool import PoolClosed, PoolError, PoolExhausted, PoolTimeout, ThreadedConnectionPool
+from sharedpool import BrokerUnavailable, PoolClosed, PoolError, PoolExhausted, PoolTimeout, ThreadedConnectionPool
+from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.wire.messages import ReleaseReason
 from sharedpool.worker import checkout as checkouts
 from sharedpool.worker.checkout import checkout
@@ -330,6 +333,36 @@ def test_a_connection_that_died_idle_is_never_handed_out(
 
 
 # --- put_conn in the wrong
+
+
+def test_one_that_died_idle_is_not_connected_again_without_the_brokers_word(
+    make_pool: MakePool,
+    postgres: EphemeralPostgres,
+    backends: Backends,
+    runtime_dir: Path,
+    server_connection: connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Under the old lease, which another may have by now: this process may have been frozen for any time."""
+    for module in ("pool", "checkout"):
+        monkeypatch.setattr(f"sharedpool.worker.{module}.CHECK_AFTER_S", -1.0)
+    with sharedpool.start_broker(1, dsn=postgres.dsn) as broker:
+        pool = make_pool(broker=broker.address, max_conn=1)
+        conn = pool.get_conn(timeout=10)
+        pid = ask(conn)
+        pool.put_conn(conn)
+        os.kill(broker.pid, signal.SIGSTOP)  # it says nothing of any lease
+        try:
+            ask(server_connection, f"SELECT pg_terminate_backend({pid})")
+            wait_until(lambda: not backends(pool), what="the backend's end")
+            with pytest.raises(BrokerUnavailable):
+                pool.get_conn(timeout=0.5)
+            assert not backends(pool)
+        finally:
+            os.kill(broker.pid, signal.SIGCONT)
+        conn = pool.get_conn(timeout=10)
+        assert ask(conn) != pid
+        pool.put_conn(conn)
 
 
 def test_a_second_put_is_refused(make_pool: MakePool) -> None:

@@ -33,7 +33,8 @@ class Process:
     """One process's end of a lane."""
 
     def __init__(self, fds: list[int], number: int) -> None:
-        self.lane = Lane([os.dup(fd) for fd in fds], number)
+        self.refused: list[Moved] = []
+        self.lane = Lane([os.dup(fd) for fd in fds], number, self.refused.append)
         self.number = number
         self.seats: dict[int, socket.socket] = {}
 
@@ -339,11 +340,14 @@ def packet(rig: Rig, item: Item, *, live: Live = LIVE, cell: int | None = None) 
     return rig.board.secret + encode(Moved(5, item.token, item.cell if cell is None else cell, 1, live))
 
 
-@pytest.mark.parametrize(
-    "case", ["secret", "generation", "struck", "another's cell", "no cell", "nonsense", "two sockets", "empty"]
-)
+# Nobody waits any longer for a connection of which such a packet tells.
+TOLD = ["generation", "struck", "another's cell", "no cell", "two sockets", "no socket"]
+
+
+@pytest.mark.parametrize("case", [*TOLD, "secret", "nonsense", "empty"])
 @pytest.mark.parametrize("where", ["seat", "shelf"])
 def test_what_is_not_as_it_should_be_is_dropped_and_its_socket_closed(rig: Rig, case: str, where: str) -> None:
+    """That no descriptor was free for its socket looks as if none had come."""
     rig.b.wait(0, 5)
     item, other = rig.connection(), rig.connection()
     said = packet(rig, item)
@@ -362,6 +366,8 @@ def test_what_is_not_as_it_should_be_is_dropped_and_its_socket_closed(rig: Rig, 
         said = rig.board.secret + b"\xc1"
     elif case == "two sockets":
         fds.append(other.fd)
+    elif case == "no socket":
+        fds.clear()
     elif case == "empty":
         said = b""
     if where == "seat":
@@ -373,6 +379,7 @@ def test_what_is_not_as_it_should_be_is_dropped_and_its_socket_closed(rig: Rig, 
     before = open_descriptors()
     assert rig.b.came(0) is None if where == "seat" else rig.b.taken() is None
     assert open_descriptors() == before
+    assert [moved.token for moved in rig.b.refused] == ([item.token] if case in TOLD else [])
     rig.drop(item)
     assert rig.is_over(item)
 
