@@ -110,7 +110,8 @@ def test_a_program_is_called_what_its_user_has_started(
     for name in ("__main__.py", "till.py"):
         (package / name).write_text(PROGRAM)
     environment = os.environ | {"DSN": postgres.dsn, "ADDRESS": broker.address}
-    environment["PYTHONPATH"] = str(Path(sharedpool.__file__).parents[1])
+    places = (str(Path(sharedpool.__file__).parents[1]), os.environ.get("PYTHONPATH", ""))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, places))
     with Piped(sys.executable, *command, cwd=tmp_path, env=environment) as program:
         assert program.line() == "has it"
         (row,) = who(broker.address, "--pool", "title")
