@@ -54,7 +54,7 @@ def test_max_conn_and_two_is_what_pool_and_broker_need(
     execute(server, f"ALTER ROLE app CONNECTION LIMIT {max_conn + more}")
     since = server.log_path.stat().st_size
     with (
-        proxies.LateCloser(server, late_s=4.0, accept_late_s=0.5) as slow,
+        proxies.LateCloser(server, late_s=6.0, accept_late_s=0.5) as slow,
         server_in_a_thread(address, max_conn=max_conn, dsn=dsn, ttl_s=3.0),
         workers(3, dsn=make_dsn(slow.dsn, user="app"), broker=address, max_conn=max_conn, name="limited") as (
             holder,
@@ -100,7 +100,7 @@ def test_where_it_is_far_too_low_the_fleet_shares_what_there_is_and_the_operator
         assert 'too many connections for role "app"' in line
         answers = [worker.answer() for worker in crew]
     for answer in answers:
-        assert answer["outcomes"].get("done", 0) > 20, answers
+        assert answer["outcomes"].get("done", 0) > 5, answers
         assert set(answer["outcomes"]) <= {"done", "OperationalError"}
     assert sum(answer["outcomes"].get("OperationalError", 0) for answer in answers) <= 12
     assert logged(server, TOO_MANY, since) <= 30
