@@ -8,7 +8,7 @@ from schedule import let_pass
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 600))]
 
-# What a caller that did not ask to wait waits at most for the broker's answer: its README says "some seconds".
+# What a caller that did not ask to wait waits at most for the broker's answer: its table of errors says "some seconds".
 NO_WAIT_S = 5.0
 
 

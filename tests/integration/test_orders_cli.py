@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import documents
 import psycopg2
 import pytest
 from processes import Worker
@@ -195,10 +195,9 @@ def test_check_config_says_what_a_file_means(tmp_path: Path) -> None:
     assert f"{file}: foo: " in done.stderr
 
 
-def test_the_example_is_right_and_the_readme_has_the_same_groups() -> None:
-    root = Path(__file__).parents[2]
-    example = configfile.read(root / "examples" / "sharedpool.toml")
-    (told,) = re.findall(r"^# sharedpool\.toml: .*?(?=^```$)", (root / "README.md").read_text(), re.M | re.S)
+def test_the_example_is_right_and_the_operators_guide_has_the_same_groups() -> None:
+    example = configfile.read(documents.ROOT / "examples" / "sharedpool.toml")
+    (told,) = documents.blocks(documents.section(documents.ON_CALL, "Who gets how much?"), "toml")
     file = tomllib.loads(told)
     assert file["groups"].keys() == example.groups.keys()
     assert {name: (g.reserved, g.max_conn, g.priority) for name, g in example.groups.items()} == {

@@ -1,4 +1,4 @@
-"""README's tables of options are complete: they name what `config_pool` and the commands take, and their defaults."""
+"""The documents' tables of options are complete, and what the documents show to be run does what they say."""
 
 import functools
 import inspect
@@ -12,28 +12,23 @@ from typing import Any
 
 import automatic
 import click
+import documents
 import psycopg2
 import pytest
+from documents import EXAMPLES, ON_CALL, README
 from processes import LONG, Sampler
 
 import sharedpool
 from sharedpool.cli import _COMMANDS, main
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
 # Given where to connect, not how the pool works: one row for all of them.
 WHERE = {"dsn", "db_url", "connect_kwargs"}
 # Flags and addresses that the text explains where it shows the command.
 ASIDE = {"help", "address", "as_json", "command"}
 
 
-def rows(header: str) -> list[list[str]]:
-    """The rows of the table with that header, as cells."""
-    lines = README.split(header + "\n")[1].split("\n\n")[0].splitlines()[1:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
 def test_every_argument_of_config_pool_is_listed_with_its_default() -> None:
-    listed = {name: default for name, default, _ in rows("| argument | default | meaning |")}
+    listed = {name: default for name, default, _ in documents.rows(ON_CALL, "| argument | default | meaning |")}
     parameters = inspect.signature(sharedpool.config_pool).parameters
     named = {re.split(r"\W", name.strip("`"))[0]: default.strip('`"') for name, default in listed.items()}
     assert named.keys() - WHERE == parameters.keys() - WHERE
@@ -47,7 +42,7 @@ def test_every_argument_of_config_pool_is_listed_with_its_default() -> None:
 @pytest.mark.parametrize("command", ["broker", "run"])
 def test_every_option_of_a_broker_is_listed_with_its_variable(command: str) -> None:
     listed = {option.split()[0].strip("`"): (variable.strip("`"), text) for option, variable, text in
-              rows("| option | variable | meaning |")}  # fmt: skip
+              documents.rows(ON_CALL, "| option | variable | meaning |")}  # fmt: skip
     context = click.Context(main)
     found = main.get_command(context, command)
     other = main.get_command(context, "run" if command == "broker" else "broker")
@@ -64,25 +59,20 @@ def test_every_option_of_a_broker_is_listed_with_its_variable(command: str) -> N
 
 
 @pytest.mark.parametrize("command", _COMMANDS)
-def test_every_command_and_option_is_in_readme(command: str) -> None:
-    assert f"sharedpool {command}" in README
+def test_every_command_and_option_is_told_to_operators(command: str) -> None:
+    told = documents.text(ON_CALL)
+    assert f"sharedpool {command}" in told
     found = main.get_command(click.Context(main), command)
     assert found is not None
     if command != "demo":  # whose --help explains what nobody needs
         for option in found.params:
             if isinstance(option, click.Option):
-                assert option.opts[0] in README, option.opts[0]
-
-
-def code(heading: str) -> list[str]:
-    """The Python in a section of README, block by block."""
-    section = re.split(r"^#+ ", README.split(f"# {heading}\n")[1], flags=re.MULTILINE)[0]
-    return re.findall(r"^```python\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+                assert option.opts[0] in told, option.opts[0]
 
 
 @pytest.fixture
 def books(database: str, runtime_dir: Path) -> Iterator[str]:
-    """A database with the table that README's pieces use, and no broker."""
+    """A database with the table that the documents' pieces use, and no broker."""
     with closing(psycopg2.connect(database)) as conn, conn, conn.cursor() as cursor:
         cursor.execute("CREATE TABLE books (id serial, name text, price int)")
     with automatic.seen_off():
@@ -90,7 +80,7 @@ def books(database: str, runtime_dir: Path) -> Iterator[str]:
 
 
 def test_the_quick_start_is_one_pool_however_often_it_is_started(books: str, runtime_dir: Path) -> None:
-    (script,) = code("Quick start")
+    (script,) = documents.blocks(documents.section(README, "Quick start"), "python")
     count, limit = (40, 20) if LONG else (12, 6)
     assert "max_conn=20" in script
     script = script.replace("max_conn=20", f"max_conn={limit}")
@@ -108,8 +98,7 @@ def test_the_quick_start_is_one_pool_however_often_it_is_started(books: str, run
 
 
 def test_the_lines_on_pgsimple_work_as_they_stand(books: str) -> None:
-    pieces = code("Checking connections out and in")
-    (lines,) = (piece for piece in pieces if "PgSimple" in piece)
+    (lines,) = documents.blocks(documents.section(EXAMPLES, "PgSimple"), "python")
     pool = sharedpool.config_pool(dsn=books)
     found: dict[str, Any] = {"pool": pool, "sharedpool": sharedpool}
     try:

@@ -1,14 +1,14 @@
-"""README's way to have connections move although the server wants TLS: its stunnel, with a test's paths and ports."""
+"""The operator's guide on connections that move although the server wants TLS: its stunnel, with paths of a test."""
 
 import re
 import signal
-import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
 import automatic
+import documents
 import proxies
 import psycopg2
 import pytest
@@ -23,12 +23,9 @@ from sharedpool.worker.handover import SUPPORTED
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="connections cannot be handed over on this platform")
 
-_README = (Path(__file__).parents[2] / "README.md").read_text()
-_SECTION = re.split(r"^#", _README.split("### Under TLS")[1], flags=re.MULTILINE)[0]
+_SECTION = documents.section(documents.ON_CALL, "The server wants TLS: do connections still move?")
 # By loopback with a password; what is different by a unix socket with a certificate.
-CONFIG, BY_CERTIFICATE = (
-    textwrap.dedent(block) for block in re.findall(r"^ *```ini\n(.*?)^ *```", _SECTION, flags=re.MULTILINE | re.DOTALL)
-)
+CONFIG, BY_CERTIFICATE = documents.blocks(_SECTION, "ini")
 (DSN,) = re.findall(r'^dsn = "(.*)"$', _SECTION, flags=re.MULTILINE)
 (NAME_OF_SERVER,) = re.findall(r"^checkHost = (.*)$", CONFIG, flags=re.MULTILINE)
 
@@ -57,7 +54,7 @@ def accept(method: str, runtime_dir: Path) -> str | Path:
 
 
 def endpoint(far: proxies.Certified, accept: str | Path, **more: object) -> AbstractContextManager[None]:
-    """README's endpoint, in front of this server."""
+    """The guide's endpoint, in front of this server."""
     here = {"accept": accept, "connect": f"{proxies.HOST}:{far.server.port}", "CAfile": far.keys / "ca.crt"}
     if isinstance(accept, str):
         return proxies.tls_endpoint(CONFIG, **here | more)
@@ -67,7 +64,7 @@ def endpoint(far: proxies.Certified, accept: str | Path, **more: object) -> Abst
 
 
 def by(accept: str | Path, **more: str) -> str:
-    """README's DSN, by this endpoint."""
+    """The guide's DSN, by this endpoint."""
     if isinstance(accept, str):
         return make_dsn(DSN, port=accept.rpartition(":")[2], password=proxies.PASSWORD, **more)
     return make_dsn(DSN, host=str(accept.parent), port=accept.suffix.removeprefix("."), **more)
@@ -168,7 +165,7 @@ def test_the_endpoint_connects_to_nobody_else(far: proxies.Certified, accept: st
 
 
 def test_libpq_itself_refuses_scram_through_an_endpoint(far: proxies.Certified, accept: str | Path) -> None:
-    """As README says; should a libpq do it one day, README can be shorter."""
+    """As the guide says; should a libpq do it one day, the guide can be shorter."""
     said = "server offered SCRAM-SHA-256-PLUS authentication over a non-SSL connection"
     assert said in " ".join(_SECTION.split())
     with endpoint(far, accept), pytest.raises(psycopg2.OperationalError, match=said):

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import html
 import os
 import pty
 import re
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import documents
 import pytest
 from processes import Worker
 from test_cli import COMMAND, sharedpool_command, start, wait_for
@@ -309,6 +311,18 @@ def test_the_figures_of_a_pool_stand_under_their_names() -> None:
     names = ["POOL", "LIMIT", "USED", "IDLE", "OTHER", "WAIT", "P50", "ms", "P99", "ms", "RECALLS", "FENCES"]
     assert header.split() == names
     assert row.split() == ["p", "8", "4", "1", "2", "2", "0.2", "1234", "11", "3"]
+
+
+def test_the_documents_show_it_with_these_columns() -> None:
+    lease = LeaseLine(Token(1, 1), "p", 1, "", "app.py", "T", "in use", 9)
+    headers = [line.text.split() for line in shown([pool("p"), pool("q")], [lease]) if line.style == "reverse"]
+    (snapshot,) = documents.blocks(documents.section(documents.ON_CALL, "What is going on right now?"), "")
+    svg = (documents.ROOT / "examples" / "pictures" / "top.svg").read_text()
+    drawn = html.unescape("\n".join(re.findall(r"<text [^>]*>([^<]*)</text>", svg)))
+    assert len(headers) == 2
+    for header in headers:
+        assert header in [line.split() for line in snapshot.splitlines()]
+        assert header in [line.split() for line in drawn.splitlines()]
 
 
 def test_the_chart_shows_use_against_the_limit() -> None:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import documents
 import psycopg2
 import pytest
 from processes import Piped, Worker
@@ -304,16 +306,27 @@ def test_the_report_of_a_long_checkout_carries_its_stack(postgres: EphemeralPost
         process.communicate()
 
 
-# --- README
+# --- the operator's guide
 
 
-def test_the_transcript_in_readme_is_what_happens(
+def transcript(section: str) -> tuple[str, list[str]]:
+    """What the guide shows of an error, in one line, and the lines of its table."""
+    (shown,) = documents.blocks(section, "")
+    error, table = re.split(r"^\$ .*\n", shown, flags=re.MULTILINE)[1:]
+    return " ".join(error.split()), table.splitlines()
+
+
+def anonymous(text: str) -> str:
+    """An error's text without what differs from run to run: pids, times, where the program lies."""
+    return re.sub(r"\d+\.\d s", "N s", re.sub(r"\[\d+\]", "[N]", re.sub(r"/\S*/", "/", text))).strip()
+
+
+def test_the_transcript_in_the_operators_guide_is_what_happens(
     postgres: EphemeralPostgres, runtime_dir: Path, tmp_path: Path
 ) -> None:
     """Its program, run as it stands there, leads from the error to the line of code."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    section = readme.split("### Who holds the connections?")[1].split("\n### ")[0]
-    program = section.split("```python\n")[1].split("```")[0]
+    section = documents.section(documents.ON_CALL, "Who holds the connections?")
+    (program,) = documents.blocks(section, "python")
     script = tmp_path / "shop.py"
     script.write_text(program)
     url = "postgresql:///?" + "&".join(f"{k}={v}" for k, v in psycopg2.extensions.parse_dsn(postgres.dsn).items())
@@ -325,7 +338,10 @@ def test_the_transcript_in_readme_is_what_happens(
             guilty = next(n for n, line in enumerate(program.splitlines(), 1) if "get_conn" in line)
             assert "is exhausted" in said
             assert f"shop.py:{guilty} in price_of" in said
-            assert section.count(f"shop.py:{guilty} in price_of") == 3  # as README has it
+            assert section.count(f"shop.py:{guilty} in price_of") == 3  # as the guide has it
+            told, table = transcript(section)
+            assert anonymous(told) == anonymous(said)
+            assert table[0].split() == sharedpool_command("who", "--broker", address).stdout.splitlines()[0].split()
             rows = who(address)
             assert [row["stack"][0].split("/")[-1] for row in rows] == [f"shop.py:{guilty} in price_of"] * 2
             assert {row["server_state"] for row in rows} == {"idle in transaction"}

@@ -1,0 +1,54 @@
+"""The project's documents, and what tests take out of them: sections, tables, pieces of code."""
+
+import re
+from pathlib import Path
+
+ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").exists())
+README = "README.md"
+EXAMPLES = "examples/README.md"
+ON_CALL = "sharedpool/cli/README.md"
+ARCHITECTURE = "sharedpool/README.md"
+DOCUMENTS = (
+    README, EXAMPLES, ON_CALL, ARCHITECTURE, "tests/README.md", "tests/faults/README.md", "tests/bench/README.md",
+    "CHANGELOG.md", ".github/CONTRIBUTING.md", ".github/SECURITY.md",
+)  # fmt: skip
+
+
+def text(document: str) -> str:
+    """Return a document as it stands."""
+    return (ROOT / document).read_text()
+
+
+def section(document: str, heading: str) -> str:
+    """Return what is between a heading and the next one of its level or above. Code may have lines with a #."""
+    lines = text(document).splitlines(keepends=True)
+    start = next(at for at, line in enumerate(lines) if re.fullmatch(rf"#+ {re.escape(heading)}\n", line))
+    level = len(lines[start].split()[0])
+    end = start + 1
+    code = False
+    while end < len(lines) and (code or not re.match(rf"#{{1,{level}}} ", lines[end])):
+        code ^= lines[end].lstrip().startswith("```")
+        end += 1
+    return "".join(lines[start + 1 : end])
+
+
+def blocks(markdown: str, language: str) -> list[str]:
+    """Return the pieces of code in one language ("": in none), without their indentation in the text."""
+    found = re.findall(r"^( *)```(\w*)\n(.*?)^ *```$", markdown, flags=re.MULTILINE | re.DOTALL)
+    return [re.sub(rf"^{indent}", "", code, flags=re.MULTILINE) for indent, of, code in found if of == language]
+
+
+def without_code(markdown: str) -> str:
+    """Return the prose and the tables."""
+    return re.sub(r"^ *```.*?^ *```$", "", markdown, flags=re.MULTILINE | re.DOTALL)
+
+
+def rows(document: str, header: str) -> list[list[str]]:
+    """Return the rows of the table with that header, as cells."""
+    lines = text(document).split(header + "\n")[1].split("\n\n")[0].splitlines()[1:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def quoted(markdown: str) -> set[str]:
+    """Return all that is written as `code` in a line of text."""
+    return set(re.findall(r"`([^`\n]+)`", without_code(markdown)))
