@@ -100,9 +100,15 @@ def broker(request: pytest.FixtureRequest, far: proxies.Certified, dsn: str, run
             yield started.address
 
 
+def reports(broker: str | None) -> list[PoolReport]:
+    """What there is to tell of the pool: nothing before the automatic broker has started."""
+    return [
+        pool for found in (automatic.reports() if broker is None else [fetch_report(broker)]) for pool in found.pools
+    ]
+
+
 def report(broker: str | None) -> PoolReport:
-    (found,) = automatic.reports() if broker is None else [fetch_report(broker)]
-    (pool,) = found.pools
+    (pool,) = reports(broker)
     return pool
 
 
@@ -114,14 +120,17 @@ def look(far: proxies.Certified, sql: str, *values: object) -> list[object]:
 
 
 def test_connections_move_between_processes_and_the_server_sees_them_encrypted(
-    far: proxies.Certified, dsn: str, broker: str | None
+    far: proxies.Certified, dsn: str, broker: str | None, tmp_path: Path
 ) -> None:
+    stop = tmp_path / "stop"
     with (
         workers(6, dsn=dsn, broker=broker, max_conn=3, name=POOL, threads=True) as crew,
         Sampler(far.near_dsn, OURS) as sampler,
     ):
         for worker in crew:
-            worker.send("hammer", seconds=2, threads=2, timeout=30)
+            worker.send("hammer", seconds=60, threads=2, timeout=30, stop=str(stop))
+        wait_until(lambda: sum(pool.handovers for pool in reports(broker)) > 200, 60, "connections to move")
+        stop.touch()
         outcomes = [worker.answer() for worker in crew]
         encrypted = look(
             far, "SELECT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE application_name LIKE %s", OURS
