@@ -35,6 +35,7 @@ class Turns:
 
     wait_s: float
     retry_at: float
+    refused_at: float = 0.0  # when one of them was last
     over: bool = False
     last: bytes = b""  # who tried last
     others: bool = False  # somebody else has asked since
@@ -67,7 +68,7 @@ class Refusals:
             turns.wait_s = min(2 * turns.wait_s or RETRY_S, _LONGEST_S)
         else:
             turns = Turns(0.0, now)
-        turns.retry_at = max(turns.retry_at, self._after(turns, now))
+        turns.retry_at, turns.refused_at = max(turns.retry_at, self._after(turns, now)), now
         return Refusal(code, error, turns)
 
     def held_until(self, session: bytes, refusal: Refusal | None, now: float) -> float | None:

@@ -88,7 +88,7 @@ def report_pool(pool: Pool) -> PoolReport:
         fences=pool.fences,
         quarantined=sum(x.state is SlotState.FENCING and not x.findable for x in pool.leases.values()),
         generation=pool.generation,
-        error=pool.backoff.error,
+        error=pool.backoff.error or _refused_for(pool),
         handovers=pool.handovers,
         parked=len(pool.parked) + sum(lease.live is None for lease in pool.shelf.leases.values())
         if pool.shelf is not None
@@ -99,6 +99,16 @@ def report_pool(pool: Pool) -> PoolReport:
         wait_p99_us=_percentile_us(waited, 0.99),
         history=list(pool.history),
     )
+
+
+def _refused_for(pool: Pool) -> str:
+    """Return what the server says to whoever connects as the pool's role to its database, if it refuses them all."""
+    for session in pool.sessions.values():
+        refusal = session.refusal
+        shared = refusal is not None and refusal.turns is pool.refusals.shared.get(refusal.code)
+        if refusal is not None and shared and not pool.strangers and refusal.turns.refused_at > pool.opened_at:
+            return refusal.error
+    return ""
 
 
 def _waiting_in_lane(pool: Pool) -> int:

@@ -105,10 +105,13 @@ def test_a_fleet_whose_role_may_not_connect_any_more_says_so_and_comes_back(
             assert all(words in text for text in answer["texts"].values()), answer
             assert "the next try is in" in answer["texts"]["ConnectRefused"]
             assert answer["longest"] < 2.0, "it waited for what it could not be given"
-        assert fetch_report(address).leases <= 1  # whose turn it is
+        report = fetch_report(address)
+        assert report.leases <= 1  # whose turn it is
+        assert words in report.pools[0].error  # `sharedpool status` says so
         warnings = [line for line in caplog.messages if f"is refused ({code})" in line]
         assert 1 <= len(warnings) <= CREW
         assert all(words in line and "worker.py[" in line for line in warnings)
         for worker in crew:  # and keeps it: each has a slot in the end
             wait_until(lambda w=worker: "backend" in w.ask("get", name="x", timeout=5), 10, "it to be let in")
+        assert fetch_report(address).pools[0].error == ""
         assert sampler.peak == LIMIT

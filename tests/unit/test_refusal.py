@@ -7,6 +7,7 @@ from test_ledger import Broker, Worker
 
 from sharedpool.broker.commands import Log
 from sharedpool.broker.refusal import RETRY_S, Refusal, Refusals, concerns_all
+from sharedpool.broker.report import report
 from sharedpool.wire.messages import Deny, DenyReason, Grant, Recall, Release, ReleaseReason, Token
 
 LONGEST_RETRY_S = 8.0
@@ -179,3 +180,27 @@ def test_a_grant_says_with_what_the_server_refuses_everybody() -> None:
     broker.pass_time(2.0)
     b.granted(b.ask())
     assert b.last(Grant).code == "53300"
+
+
+@pytest.mark.parametrize(("code", "is_told"), [("28000", True), ("42501", True), ("28P01", False)])
+def test_what_every_process_of_a_role_is_refused_for_is_told_of_the_pool(code: str, is_told: bool) -> None:
+    broker = Broker()
+    a, b = broker.worker("a", max_conn=4), broker.worker("b", max_conn=4)
+    refuse(a, a.granted(a.ask(wait_s=60)), code)
+    assert error_of(broker) == (f"refused: {code}" if is_told else "")
+    broker.pass_time(1.0)
+    b.open(b.ask(wait_s=60))  # it is let in, perhaps from another host
+    assert error_of(broker) == ""
+
+
+def test_a_process_that_connects_as_somebody_else_tells_nothing_of_the_pool() -> None:
+    broker = Broker()
+    broker.worker("a", max_conn=4, server="app@db:5432/app")
+    other = broker.worker("b", max_conn=4, server="old@db:5432/app")
+    refuse(other, other.granted(other.ask(wait_s=60)), "28000")
+    assert error_of(broker) == ""
+
+
+def error_of(broker: Broker) -> str:
+    (pool,), _ = report(broker.ledger._books, broker.now)
+    return pool.error
