@@ -43,6 +43,14 @@ class Entry(msgspec.Struct, frozen=True):
     moves: int = -1
 
 
+class Member(msgspec.Struct, frozen=True):
+    """Who was let into a pool's lane: in it he may be given what a later broker cannot know to be his."""
+
+    session: bytes
+    process: Process | None
+    pool: PoolSpec
+
+
 class Place(NamedTuple):
     """One incarnation of a server: the address by which the control connection came to it, and when it started."""
 
@@ -79,6 +87,18 @@ class Erase(msgspec.Struct, frozen=True):
     """The slot is free."""
 
     token: Token
+
+
+class Admit(msgspec.Struct, frozen=True):
+    """Have it outlive this broker that a session is let into a lane: written before it is."""
+
+    member: Member
+
+
+class Dismiss(msgspec.Struct, frozen=True):
+    """The session is in no lane any more."""
+
+    session: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +267,8 @@ Command = (
     Send
     | Record
     | Erase
+    | Admit
+    | Dismiss
     | Entrust
     | PassOn
     | OpenLane

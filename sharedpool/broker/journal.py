@@ -1,10 +1,10 @@
 """The broker's memory beyond its own death: every lease it has granted and not seen free, in a file beside its lock.
 
 One JSON line per event, written before the grant is sent: a lease (again when its backend is known), or that a token's
-slot is free. The incarnations of PostgreSQL that its control connection has seen are there too: without them a broker
-that is started after a server's restart could not tell what that has ended. A broker that is killed loses nothing that
-was written, since the page cache is the kernel's; a machine that goes down takes the workers along. A last line cut
-short is one whose grant never left.
+slot is free; a session that is let into a lane, or has left it. The incarnations of PostgreSQL that its control
+connection has seen are there too: without them a broker that is started after a server's restart could not tell what
+that has ended. A broker that is killed loses nothing that was written, since the page cache is the kernel's; a machine
+that goes down takes the workers along. A last line cut short is one whose grant never left.
 
 A journal begun by a broker that found none is `partial` until that broker knows all that may be held: when it dies
 before, its successor must not believe it either.
@@ -19,14 +19,14 @@ from pathlib import Path
 
 import msgspec
 
-from sharedpool.broker.commands import Entry, Place
+from sharedpool.broker.commands import Entry, Member, Place
 from sharedpool.wire.messages import Token
 
 logger = logging.getLogger("sharedpool.broker")
 
 # Rewritten when it has grown by this much: live leases are few.
 _COMPACT_BYTES = 1 << 20
-_VERSION = 1
+_VERSION = 2
 # Of the servers seen before that many others, no lease is left.
 _PLACES_KEPT = 16
 
@@ -37,6 +37,8 @@ class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
     lease: Entry | None = None
     free: Token | None = None
     saw: Place | None = None
+    member: Member | None = None
+    left: bytes | None = None
 
 
 _encoder = msgspec.json.Encoder()
@@ -46,14 +48,16 @@ _decoder = msgspec.json.Decoder(_Line)
 class Journal:
     """One broker's journal. The address's lock must be held.
 
-    `entries` are the leases that the former broker left; `intact` is False when there is no telling whether that is
-    all: the file was missing or cannot be read. `places` are the servers that were seen, the newest last.
+    `entries` are the leases that the former broker left, `members` who was in its lanes; `intact` is False when there
+    is no telling whether that is all: the file was missing or cannot be read. `places` are the servers that were seen,
+    the newest last.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.intact = True
-        self._live: dict[Token, bytes] = {}
+        self._live: dict[Token | bytes, bytes] = {}  # by lease, or by session
+        self.members: list[Member] = []
         self.places: list[Place] = []
         self.entries = self._load()
         self._partial = not self.intact
@@ -73,6 +77,7 @@ class Journal:
                 raise PermissionError(errno.EPERM, "it belongs to somebody else", str(self._path))
             data = file.read()
         found: dict[Token, Entry] = {}
+        members: dict[bytes, Member] = {}
         whole, _, _ = data.rpartition(b"\n")
         lines = whole.split(b"\n")
         try:
@@ -86,11 +91,17 @@ class Journal:
                     found[line.lease.token] = line.lease
                 elif line.free is not None:
                     found.pop(line.free, None)
+                elif line.member is not None:
+                    members[line.member.session] = line.member
+                elif line.left is not None:
+                    members.pop(line.left, None)
                 elif line.saw is not None:
                     self._note(line.saw)
         except msgspec.DecodeError:
             self.intact = False  # what was read is still true
         self._live = {token: _encode(_Line(lease=entry)) for token, entry in found.items()}
+        self._live |= {session: _encode(_Line(member=member)) for session, member in members.items()}
+        self.members = list(members.values())
         return list(found.values())
 
     def vouch(self) -> None:
@@ -108,6 +119,16 @@ class Journal:
         """Note that a slot is free; `flush` before anybody is told."""
         if self._live.pop(token, None) is not None:
             self._unwritten.append(_encode(_Line(free=token)))
+
+    def admit(self, member: Member) -> None:
+        """Note who is let into a lane; `flush` before he is."""
+        line = self._live[member.session] = _encode(_Line(member=member))
+        self._unwritten.append(line)
+
+    def dismiss(self, session: bytes) -> None:
+        """Note that a session is in no lane any more."""
+        if self._live.pop(session, None) is not None:
+            self._unwritten.append(_encode(_Line(left=session)))
 
     def saw(self, place: Place) -> None:
         """Note that the control connection was on this server."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sharedpool.broker.books import Books
-from sharedpool.broker.commands import Command, Entry, Interfere, Log, Look, Process, Send, Survey
+from sharedpool.broker.commands import Command, Entry, Interfere, Log, Look, Member, Process, Send, Survey
 from sharedpool.broker.demand import Demand
 from sharedpool.broker.groups import GroupTerms
 from sharedpool.broker.handover import Handover
@@ -114,8 +114,9 @@ class Ledger:
         self._handover = Handover(self._books, self._demand, self._leases, self._out.append, self._timers.arm)
         self._demand.parked = self._leases.parked = self._handover
         self._moves = Moves(
-            self._books, self._demand, self._leases, self._out.append, self._timers.arm, expiration_s=expiration_s
-        )
+            self._books, self._demand, self._leases, self._out.append, self._timers.arm, expiration_s=expiration_s,
+            remembers=remembers,
+        )  # fmt: skip
         self._sessions.moves = self._leases.moves = self._handover.moves = self._moves
         self._health = Health(self._books, self._out.append, self._timers.arm, self._log, verifies=verifies)
         self._orders = Orders(
@@ -153,6 +154,7 @@ class Ledger:
             "nudge": self._handover.nudge_due,
             "lane": self._moves.quiet_due,
             "arrival": self._moves.arrival_due,
+            "former": self._moves.former_due,
             "receiver": self._moves.receiver_due,
             "letting-in": lambda _, now: None,  # who is not in the lane by now is not waited for
             "spared": lambda _, now: None,  # suspects may be fenced from now on
@@ -199,6 +201,8 @@ class Ledger:
         session = self._books.sessions.get(session_id)
         if session is not None:
             self._sessions.end(session, "its worker died", now)
+        else:
+            self._moves.former_gone(session_id)
         return self._settled(now)
 
     def backend_gone(self, token: Token, now: float) -> list[Command]:
@@ -372,9 +376,10 @@ class Ledger:
         self._health.answered_doubt(pool, generation, same)
         return self._settled(now)
 
-    def restore(self, entries: Iterable[Entry], now: float) -> list[Command]:
-        """Take over the leases of a former broker, before anything else."""
+    def restore(self, entries: Iterable[Entry], now: float, members: Iterable[Member] = ()) -> list[Command]:
+        """Take over the leases of a former broker, and the members of its lanes, before anything else."""
         self._recovery.restore(entries, now, now + self._ttl_s)
+        self._moves.restore(members)
         for lease in self._books.leases.values():
             self._leases.mistrust(lease)
         self._timers.arm(now + self._ttl_s, "spared", self)
@@ -545,6 +550,7 @@ class Ledger:
         revoked = self._leases.reconcile(
             session, renew.leases, now, seen=renew.seen, told=renew.answers, unsure=renew.unsure
         )
+        self._moves.answered(session, renew.answers, now, unsure=renew.unsure)
         if (twin := self._leases.routes.answered(session, renew.answers)) is not None:
             self._find_unsuitable(twin, now)
         if not renew.answers or revoked:

@@ -14,11 +14,23 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from sharedpool.broker.books import Books
-from sharedpool.broker.commands import CloseLane, Command, Halt, LetIn, OpenLane, Proceed, Queue, ToLane
+from sharedpool.broker.commands import (
+    CloseLane,
+    Command,
+    Dismiss,
+    Halt,
+    LetIn,
+    Member,
+    OpenLane,
+    Proceed,
+    Queue,
+    ToLane,
+)
 from sharedpool.broker.demand import Demand
+from sharedpool.broker.former import Former
 from sharedpool.broker.leases import LONGEST_MS, Leases
 from sharedpool.broker.records import FENCING, FREE, OPEN, SUSPECT, Lane, Lease, Pool, Session, Waiter
 from sharedpool.wire.board import BROKERS_PLACE, BROKERS_REQUEST, CELLS, MOVES, SEATS, SESSIONS, SHELF, Board
@@ -30,6 +42,7 @@ _QUIET_S = 1.0
 # A receiver has so long to take in what was passed to it, and to speak of it when it is asked.
 ARRIVAL_S = 0.25
 _FEWEST_CELLS = 64
+LOST_WITH_THE_BROKER = "nobody has it since the former broker's end"
 
 
 class Moves:
@@ -44,6 +57,7 @@ class Moves:
         arm: Callable[[float, str, object], None],
         *,
         expiration_s: float,
+        remembers: bool,
     ) -> None:
         self._books = books
         self._demand = demand
@@ -55,6 +69,7 @@ class Moves:
         self._shelves: dict[str, Pool] = {}  # that have a shelf session
         self._ordered: dict[str, int] = {}  # by the name of the pool for which it is to be made: the order's number
         self._orders = 0
+        self._former = Former(books, emit, demand.ask, complete=remembers)
 
     # --- lanes
 
@@ -89,6 +104,7 @@ class Moves:
         for lease in session.leases.values():
             if lease.unspoken and lease.state is not FENCING:
                 self._ask(lease, now)
+        self._former.registered(session, now)
         self._let_in(session, now)
 
     def _let_in(self, session: Session, now: float) -> None:
@@ -107,6 +123,7 @@ class Moves:
         lane.members[session.number] = session
         session.joins_by = now + ARRIVAL_S
         self._arm(session.joins_by, "letting-in", session.pool)
+        self._former.admit(session)
         self._emit(LetIn(session.pool.name, session.id, session.number, session.index))
 
     def joined(self, session: Session, *, takes_part: bool) -> None:
@@ -132,6 +149,7 @@ class Moves:
 
     def left(self, session: Session) -> None:
         """Take in that a session is over: nobody waits there any more."""
+        self._former.gone(session.id)
         lane = session.pool.lane
         if lane is None or session.shelf:
             return
@@ -140,12 +158,14 @@ class Moves:
             lane.board.clear_session(session.index)
             lane.indices.discard(session.index)
             del lane.members[session.number]
+            self._emit(Dismiss(session.id))
             session.number, session.index, session.joined, session.joins_by = 0, -1, False, -math.inf
 
     def discarded(self, pool: Pool) -> None:
         """Take in that nobody uses a pool any more."""
         self._ordered.pop(pool.name, None)
         self._shelves.pop(pool.name, None)
+        self._former.discarded(pool)
         if self._pools.pop(pool.name, None) is not None:
             pool.lane = None
             self._emit(CloseLane(pool.name))
@@ -286,7 +306,7 @@ class Moves:
         """Take in that a lease of a former broker's is not held by whom its journal names; say whether it may have
         moved on since: then somebody else will claim it.
         """
-        if lease.moves < 0 or lease.cell >= 0:
+        if lease.moves < 0 or lease.cell >= 0 or self._former.has_all_of(session.pool):
             return False
         shelf = self._shelf(session.pool)
         shelf.spared_until = max(shelf.spared_until, spared_until)
@@ -295,16 +315,49 @@ class Moves:
         self._books.transfer(lease, shelf)
         return True
 
+    # --- a former broker's lanes
+
+    def restore(self, members: Iterable[Member]) -> None:
+        """Take over who was let into a former broker's lanes."""
+        self._former.restore(members, self._books.find)
+
+    def answered(self, session: Session, serial: int, now: float, *, unsure: bool) -> None:
+        """Take in that a session has listed what it holds, knowing recall `serial`; `unsure`: there may be more."""
+        if not session.pool.former:
+            return
+        if unsure:
+            if 0 < session.pool.former.get(session.id, 0) <= serial:
+                self._arm(now + ARRIVAL_S, "former", session)
+        else:
+            self._former.answered(session, serial)
+
+    def former_due(self, session: Session, now: float) -> None:
+        """Ask once more a session that was not sure what it holds."""
+        if not session.silent:
+            self._former.registered(session, now)
+
+    def former_gone(self, session_id: bytes) -> None:
+        """Take in that a member's process is over, which has not been heard of since."""
+        self._former.gone(session_id)
+
+    def _end_wandering(self, pool: Pool, now: float) -> None:
+        """End what no member of a former broker's lane has listed, now that nobody else can have it."""
+        for lease in [] if pool.shelf is None else list(pool.shelf.leases.values()):
+            if lease.state is SUSPECT and lease.cell < 0:
+                self._leases.fence(lease, LOST_WITH_THE_BROKER, now)
+
     # --- moving
 
     def consider(self, now: float) -> bool:
         """Let connections move, or halt them, as things are now; return whether any were halted."""
         halted = False
+        while self._former.settled:
+            self._end_wandering(self._former.settled.pop(), now)
         for pool in self._books.contended.values():
             if pool.lane is None:
                 self._order(pool, now)
         for pool in list(self._shelves.values()):
-            if all(session.ended or session.shelf for session in pool.sessions.values()):
+            if all(session.ended or session.shelf for session in pool.sessions.values()) and self._is_over(pool, now):
                 self._end_all(pool, now)
         for pool in list(self._pools.values()):
             lane = pool.lane
@@ -322,6 +375,11 @@ class Moves:
             elif pool.name in self._books.contended and self._may_move(pool) and self._rests(pool):
                 self._proceed(pool, now)
         return halted
+
+    @staticmethod
+    def _is_over(pool: Pool, now: float) -> bool:
+        """Say whether nobody is to come any more who was in a former broker's lane."""
+        return not pool.former or pool.shelf is None or now >= pool.shelf.spared_until
 
     def _end_all(self, pool: Pool, now: float) -> None:
         """End what lies on the shelf of a pool whose last worker has left."""

@@ -242,6 +242,8 @@ class Pool:
     strangers: set[str] = field(default_factory=set)  # servers, not the pool's own, that processes connect to
     nudging: bool = False
     nudged: dict[bytes, int] = field(default_factory=dict)
+    # Sessions that may have what a former broker's lane has moved, and the recall that each is to answer; 0: none yet.
+    former: dict[bytes, int] = field(default_factory=dict)
     # Whether the broker may cancel what this pool's backends execute; None until it was tried. Not to be tried before.
     cancels: bool | None = None
     try_at: float = -math.inf

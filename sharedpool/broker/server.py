@@ -24,8 +24,10 @@ from msgspec import structs
 
 from sharedpool.broker import desk as desks
 from sharedpool.broker.commands import (
+    Admit,
     CloseLane,
     Command,
+    Dismiss,
     Doubt,
     Entrust,
     Erase,
@@ -166,7 +168,9 @@ class Server:
             PassOn: self._pass_on,
             Entrust: lambda order: self._custody.entrust(order.token, order.heir),
             OpenLane: self._lanes.open,
-            LetIn: self._lanes.let_in,
+            Admit: lambda order: self._journal.admit(order.member),
+            Dismiss: lambda order: self._journal.dismiss(order.session),
+            LetIn: self._let_in,
             ToLane: self._to_lane,
             Queue: self._lanes.queue,
             Proceed: self._lanes.proceed,
@@ -350,7 +354,7 @@ class Server:
         assert self._lock is not None
         now = time.monotonic()
         # Without a control connection there is nobody to confirm the end of what the dead have left: it stays counted.
-        self._execute(self._ledger.restore(self._journal.entries, now))
+        self._execute(self._ledger.restore(self._journal.entries, now, self._journal.members))
         if self._leadership is not None:  # until the control connection has been tried
             self._execute(self._ledger.outranked(now, self._unanswered()))
         if self._follows and not self._journal.intact:
@@ -480,6 +484,10 @@ class Server:
     def _erase(self, erase: Erase) -> None:
         self._journal.erase(erase.token)
         self._custody.erase(erase.token)
+
+    def _let_in(self, order: LetIn) -> None:
+        self._deliver()
+        self._lanes.let_in(order)
 
     def _to_lane(self, order: ToLane) -> None:
         self._deliver()

@@ -215,12 +215,15 @@ class Sessions:
         for waiter in list(session.waiters.values()):
             self._books.dequeue(waiter)
         self._demand.ignore(session)
+        was_in_lane = session.id in session.pool.former  # a former broker's: what it held may have moved on there
         self.moves.left(session)
         self.moves.doubt(session.pool, now)
         for lease in list(session.leases.values()):
             if lease.state is SlotState.FENCING:
                 continue
             current = lease.token.epoch == self._terms.epoch
+            if was_in_lane and not current and self.leases.moves.wanders(lease, session, now + self._terms.ttl_s):
+                continue
             unused = unused_above is not None and current and lease.token > unused_above
             if lease.findable or not unused:
                 parked = lease.live is not None  # which is no fault of anybody's

@@ -106,6 +106,7 @@ class Holdings:
         self.invitation: LetIn | None = None  # to the pool's lane, while the broker's WELCOME is on its way
         self._invited_with: list[int] = []
         self.seats: Seats | None = None  # in the pool's lane
+        self._left: list[Seats] = []  # where a thread may still have something in its hands
         self.mover: Mover | None = None
         self.reclaiming = Turns()  # across I/O; a user's reset() may come back to it
         with contextlib.suppress(OSError):  # it is made when it is needed, then
@@ -401,6 +402,13 @@ class Holdings:
         for moved, sock in seats.rest() if former_brokers else ():
             self._take_former_brokers(moved, sock)
         seats.close()
+        self._left.append(seats)
+
+    @property
+    def unsure(self) -> bool:
+        """Whether a thread may have received in a lane what is listed nowhere yet. In the link's thread."""
+        self._left = [seats for seats in self._left if seats.busy]
+        return bool(self._left) or (self.seats is not None and self.seats.busy)
 
     def _take_former_brokers(self, moved: Moved, sock: Owned) -> None:
         """Take in what came in a former broker's lane: its generation is as that of all that is held."""

@@ -232,8 +232,11 @@ class Seats:
 
     @property
     def busy(self) -> bool:
-        """Whether a thread may have received what is listed nowhere yet. To be asked after `arriving`."""
-        return any(seat.busy for seat in list(self._all))
+        """Whether a thread may have received what is listed nowhere yet. To be asked after `arriving`.
+
+        Also once they are left. Whose thread was interrupted has nothing.
+        """
+        return any(seat.busy and seat.owner is not None and seat.owner() is not None for seat in list(self._all))
 
     def look(self) -> None:
         """Take in what came for those who wait no more."""
@@ -310,6 +313,5 @@ class Seats:
         """In a forked child: let go of all the parent's. The threads that are at them are not here."""
         for seat in list(self._all):
             seat.close()
-        self._all.clear()
         self._free.clear()
         self._unsettled.clear()

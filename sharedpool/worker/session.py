@@ -116,14 +116,15 @@ class Session:
         """Take in what has come there, and note what has come for those who wait."""
         if (seats := self._holdings.seats) is not None:
             seats.look()
-            self._note_arrivals()
+        self._note_arrivals()
+        if seats is not None:
             self._holdings.give_kept()
 
     def _note_arrivals(self) -> None:
         """Note what has come for those who wait, and was not read yet: it is listed as held."""
         if (seats := self._holdings.seats) is not None:
             self._holdings.cache.unread = seats.arriving()
-            self._holdings.cache.unsure = seats.busy
+        self._holdings.cache.unsure = self._holdings.unsure
 
     def beat(self) -> bool:
         """Scavenge and queue a heartbeat. Return whether anything is held or asked for."""

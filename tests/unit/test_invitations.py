@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from sharedpool.automatic import GivenBroker
 from sharedpool.conninfo import resolve
 from sharedpool.wire.codec import decode_to_desk
 from sharedpool.wire.desk import PACKET_BYTES, Joined, LetIn, Stay
-from sharedpool.wire.messages import PROTOCOL_VERSION, Acquire, Hello, Welcome
+from sharedpool.wire.messages import PROTOCOL_VERSION, Acquire, Hello, Recall, Renew, Welcome
 from sharedpool.worker.handover import SUPPORTED
 from sharedpool.worker.holdings import Holdings
 from sharedpool.worker.lease import Ticket
@@ -47,6 +48,7 @@ class Rig:
         self.holdings.link = self._link
         self._taken: list[tuple[Seats, Seat]] = []
         self._connect(7)
+        self.recalls = 0
 
     def _connect(self, epoch: int) -> None:
         if self._desk is not None:
@@ -82,6 +84,13 @@ class Rig:
         self._taken.append((seats, seat))
         self.holdings.cache.tickets.want(ticket, 1000.0, place=seat.number)
         return ticket
+
+    def answer(self) -> Renew:
+        """Have the broker ask for what is held; return what it is told."""
+        self.recalls += 1
+        self._session.receive(Recall(self.recalls, 0, 0))
+        (told,) = [each for each in self.holdings.cache.out if isinstance(each, Renew) and each.answers == self.recalls]
+        return told
 
     def asked(self) -> list[tuple[int, int]]:
         """The requests in the outbox, and the places that they name."""
@@ -152,3 +161,28 @@ def test_nobody_tells_the_next_broker_of_his_place_in_the_former_ones_lane(rig: 
     assert (first.request, first.place) == (tickets[0].request, -1)
     rig.welcome(8)
     assert rig.asked() == [(each.request, -1) for each in tickets]
+
+
+class Call:
+    """A thread's call, as long as it lasts."""
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_the_next_broker_is_told_what_a_thread_may_have_from_the_former_ones_lane(rig: Rig, interrupted: bool) -> None:
+    """It has read it before the lane was left, and is held up: only when it goes on it will be listed."""
+    rig.invite()
+    rig.welcome(7)
+    call, seats = Call(), rig.holdings.seats
+    assert seats is not None
+    seat = seats.take(weakref.ref(call))
+    assert seat is not None
+    assert not rig.answer().unsure
+    seat.busy = True
+    rig.welcome(8)
+    assert [rig.answer().unsure for _ in range(2)] == [True, True]
+    if interrupted:
+        del call  # it has nothing any more
+    else:
+        seat.busy = False
+    assert not rig.answer().unsure
+    seats.put(seat)

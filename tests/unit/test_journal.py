@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sharedpool.broker import journal as journals
-from sharedpool.broker.commands import Entry, Place, Process
+from sharedpool.broker.commands import Entry, Member, Place, Process
 from sharedpool.broker.journal import Journal
 from sharedpool.wire.messages import Backend, PoolSpec, Token
 
@@ -46,6 +46,22 @@ def test_what_was_recorded_and_not_erased_comes_back(path: Path) -> None:
     assert after.entries == [entry(2, Backend(9, 8, 7)), entry(3)]
 
 
+def test_who_was_in_a_lane_comes_back_until_he_has_left_it(path: Path) -> None:
+    spec = PoolSpec("päge", 5, 60_000)
+    stays, leaves = (Member(name, Process(77, 1, "here"), spec) for name in (b"w\xff\0", b"other"))
+    journal = Journal(path)
+    journal.vouch()
+    journal.record(entry(1))
+    for member in (stays, leaves, stays):
+        journal.admit(member)
+    journal.dismiss(leaves.session)
+    journal.dismiss(b"nobody")
+    journal.flush()
+    after = Journal(path)
+    assert (after.intact, after.entries, after.members) == (True, [entry(1)], [stays])
+    assert Journal(path).members == [stays]  # that one has written it anew
+
+
 def test_a_line_cut_short_is_one_that_never_counted(path: Path) -> None:
     journal = Journal(path)
     journal.vouch()
@@ -71,7 +87,9 @@ def test_one_that_was_not_vouched_for_is_not_believed_by_the_next_broker_either(
     assert Journal(path).intact
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense\n", b'{"version":99}\n', b'{"version":1}\n{"lease":5}\n'])
+@pytest.mark.parametrize(
+    "content", [b"", b"nonsense\n", b'{"version":99}\n', b'{"version":1}\n', b'{"version":2}\n{"lease":5}\n']
+)
 def test_what_cannot_be_read_is_not_taken_for_all(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     assert not Journal(path).intact

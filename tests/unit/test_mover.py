@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from typing import cast
@@ -384,7 +385,8 @@ def test_what_goes_off_while_it_is_laid_there_is_set_again(slicing: Slicing) -> 
 
 @pytest.mark.parametrize("on_shelf", [True, False])
 def test_what_a_thread_has_received_is_listed_or_it_says_that_it_is_not(rig: Rig, on_shelf: bool) -> None:
-    seat = rig.seats.take(None)
+    thread = threading.current_thread()
+    seat = rig.seats.take(weakref.ref(thread))
     assert seat is not None
     assert seat.wait(0) is None
     assert not rig.seats.busy

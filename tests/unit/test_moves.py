@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 from test_ledger import Broker, Worker
 from test_ledger_handover import Desk
-from test_recovery import journal_of, moved, successor
+from test_recovery import EPOCH, journal_of, members_of, moved, successor
 
 from sharedpool.broker.commands import (
+    Admit,
     CloseLane,
+    Dismiss,
     Fence,
     Halt,
     Interfere,
     LetIn,
+    Member,
     OpenLane,
     Proceed,
     Queue,
@@ -1162,6 +1165,7 @@ def test_who_names_another_backend_has_another_connection(rig: Rig) -> None:
 
 
 def test_what_wanders_is_ended_when_somebody_waits_and_nobody_has_claimed_it(rig: Rig) -> None:
+    """One who was in that lane does not tell what he has: he is waited for."""
     rig.proceed()
     token = rig.tokens[1]
     rig.moves_itself(token, None)  # and whoever has taken it since has died
@@ -1175,6 +1179,180 @@ def test_what_wanders_is_ended_when_somebody_waits_and_nobody_has_claimed_it(rig
         after.broker.pass_time(0.5)
         for worker in after.workers:
             worker.beat()
+    assert after.fenced() == [token]
+
+
+def lost_with_the_broker(rig: Rig) -> tuple[Rig, Token]:
+    """A broker dies while a connection is on its way, which does not arrive; another takes over."""
+    rig.proceed()
+    rig.moves_itself(rig.tokens[1], None)
+    return restarted(rig), rig.tokens[1]
+
+
+def listing(worker: Worker, moves: dict[Token, int], *, unsure: bool = False) -> None:
+    """Answer the newest recall, saying how often what is held has moved."""
+    reports = [
+        LeaseReport(t, phase, 0, "T1", worker.backend(t), moves=moves.get(t, 0)) for t, phase in worker.held.items()
+    ]
+    worker.broker.send(worker.id, Renew(reports, worker.seen, worker.last(Recall).serial, unsure=unsure))
+
+
+def test_what_wanders_is_ended_once_all_who_were_in_that_lane_have_told_what_they_have(rig: Rig) -> None:
+    after, token = lost_with_the_broker(rig)
+    for worker in after.workers:
+        say_hello(after, worker, {})
+        assert worker.sent(Recall)  # each has left that lane by then
+        worker.beat()  # a heartbeat that was on its way
+    for worker in after.workers:
+        assert after.fenced() == []
+        worker.answer()
+    assert after.fenced() == [token]
+
+
+def test_what_wanders_is_not_ended_as_long_as_one_has_not_said_hello(rig: Rig) -> None:
+    """One who held nothing when the former broker died, and whom only its journal knows as a member."""
+    after, token = lost_with_the_broker(rig)
+    assert b"w0" not in {entry.session for entry in journal_of(rig.broker)}
+    for worker in after.workers[1:]:
+        say_hello(after, worker, {})
+        worker.answer()
+    after.contend(after.workers[1])
+    assert after.fenced() == []
+    late = after.workers[0]
+    late.held[token] = Phase.IN_USE  # it has come to him
+    say_hello(after, late, {token: 2})
+    listing(late, {token: 2})
+    assert (after.holder_of(token), after.fenced()) == ("w0", [])
+
+
+def test_what_comes_to_one_before_he_is_welcome_is_his(rig: Rig) -> None:
+    after, token = lost_with_the_broker(rig)
+    for worker in after.workers:
+        say_hello(after, worker, {})
+    after.workers[0].held[token] = Phase.IN_USE
+    after.workers[1].answer()
+    after.workers[2].answer()
+    assert after.fenced() == []
+    listing(after.workers[0], {token: 2})
+    assert (after.holder_of(token), after.fenced()) == ("w0", [])
+
+
+def test_who_may_have_it_in_a_threads_hands_is_asked_once_more(rig: Rig) -> None:
+    after, token = lost_with_the_broker(rig)
+    for worker in after.workers:
+        say_hello(after, worker, {})
+    for worker in after.workers[1:]:
+        worker.answer()
+    unsure = after.workers[0]
+    listing(unsure, {}, unsure=True)
+    assert after.fenced() == []
+    asked = unsure.last(Recall)
+    after.broker.pass_time(ARRIVAL_S)
+    assert unsure.last(Recall).serial > asked.serial
+    listing(unsure, {})
+    assert after.fenced() == [token]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["had said hello", "had not"])
+def test_one_who_has_died_has_nothing(rig: Rig, known: bool) -> None:
+    after, token = lost_with_the_broker(rig)
+    for worker in after.workers if known else after.workers[1:]:
+        say_hello(after, worker, {})
+    for worker in after.workers[1:]:
+        worker.answer()
+    assert after.fenced() == []
+    after.broker.take_in(after.broker.ledger.session_died(b"w0", after.broker.now))
+    assert after.fenced() == [token]
+    assert {member.session for member in members_of(after.broker)} <= {b"w1", b"w2"}
+
+
+def test_what_a_dead_member_had_may_have_moved_on(rig: Rig) -> None:
+    """He gave it after the former broker's death, and died: another uses it."""
+    rig.proceed()
+    token, holder = rig.tokens[1], rig.workers[0]
+    assert rig.holder_of(token) == "w1"
+    rig.moves_itself(token, holder)
+    after = restarted(rig)
+    after.broker.take_in(after.broker.ledger.session_died(b"w1", after.broker.now))
+    assert (after.fenced(), after.holder_of(token)) == ([], "shelf")
+    say_hello(after, after.workers[0], {token: 1})
+    listing(after.workers[0], {token: 1})
+    say_hello(after, after.workers[2], {})
+    after.workers[2].answer()
+    assert (after.fenced(), after.holder_of(token)) == ([], "w0")
+
+
+def test_what_a_dead_member_had_is_ended_once_nobody_else_can_have_it(rig: Rig) -> None:
+    rig.proceed()
+    token = rig.tokens[1]
+    after = restarted(rig)
+    for worker in (after.workers[0], after.workers[2]):
+        say_hello(after, worker, {})
+        worker.answer()
+    assert after.fenced() == []
+    after.broker.take_in(after.broker.ledger.session_died(b"w1", after.broker.now))
+    assert after.fenced() == [token]
+
+
+def test_what_one_had_who_told_of_it_after_he_had_left_that_lane_is_ended_when_he_dies(rig: Rig) -> None:
+    """Nobody else can have it, whoever has not told yet."""
+    rig.proceed()
+    after = restarted(rig)
+    say_hello(after, after.workers[1], {})
+    after.workers[1].answer()
+    after.broker.take_in(after.broker.ledger.session_died(b"w1", after.broker.now))
+    assert after.fenced() == [rig.tokens[1]]
+
+
+def test_once_all_have_told_what_is_not_held_any_more_is_nobodys(rig: Rig) -> None:
+    rig.proceed()
+    after = restarted(rig)
+    for worker in after.workers:
+        say_hello(after, worker, {})
+        worker.answer()
+    del after.workers[1].held[rig.tokens[1]]
+    after.workers[1].beat()
+    assert after.fenced() == [rig.tokens[1]]
+
+
+def test_without_the_whole_journal_nobody_knows_who_was_in_the_lane(rig: Rig) -> None:
+    rig.proceed()
+    token = rig.tokens[1]
+    rig.moves_itself(token, None)
+    after = restarted(rig)
+    after.broker = Broker(EPOCH + 1, remembers=False, handover=True)
+    after.broker.take_in(after.broker.ledger.restore(journal_of(rig.broker), after.broker.now))
+    after.workers = [moved(worker, after.broker) for worker in rig.workers]
+    for worker in after.workers:
+        say_hello(after, worker, {})
+    assert (after.fenced(), after.holder_of(token)) == ([], "shelf")
+
+
+def test_it_is_in_the_journal_who_is_let_into_a_lane_before_he_is(rig: Rig) -> None:
+    rig.open_lane()
+    for n, command in enumerate(rig.broker.commands):
+        if isinstance(command, LetIn):
+            assert Admit(Member(command.session, None, rig.workers[0].spec)) in rig.broker.commands[:n]
+    assert {member.session for member in members_of(rig.broker)} == {b"w0", b"w1", b"w2"}
+    rig.broker.send(b"w0", Bye())
+    assert {member.session for member in members_of(rig.broker)} == {b"w1", b"w2"}
+    after = restarted(rig)
+    say_hello(after, after.workers[1], {})
+    after.workers[1].answer()
+    assert Dismiss(b"w1") in after.broker.commands  # there is no lane yet
+
+
+def test_the_last_worker_to_leave_ends_nothing_that_another_may_have(rig: Rig) -> None:
+    """That one has not said HELLO yet."""
+    after, token = lost_with_the_broker(rig)
+    for worker in after.workers[1:]:
+        say_hello(after, worker, {})
+        worker.answer()
+        for held in list(worker.held):
+            worker.release(held)
+        after.broker.send(worker.id, Bye())
+    assert (after.fenced(), after.holder_of(token)) == ([], "shelf")
+    after.broker.take_in(after.broker.ledger.session_died(b"w0", after.broker.now))
     assert after.fenced() == [token]
 
 

@@ -7,7 +7,22 @@ import pytest
 from test_ledger import EPOCH, TTL_S, Broker, Worker
 
 from sharedpool.broker.backoff import PROBE_EVERY_S
-from sharedpool.broker.commands import Doubt, Entry, Erase, Fence, Look, Process, Record, Send, Survey, Vouch, Watch
+from sharedpool.broker.commands import (
+    Admit,
+    Dismiss,
+    Doubt,
+    Entry,
+    Erase,
+    Fence,
+    Look,
+    Member,
+    Process,
+    Record,
+    Send,
+    Survey,
+    Vouch,
+    Watch,
+)
 from sharedpool.broker.quarantine import SETTLE_S
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
@@ -51,10 +66,21 @@ def journal_of(broker: Broker) -> list[Entry]:
     return list(entries.values())
 
 
+def members_of(broker: Broker) -> list[Member]:
+    """Who is in its lanes, by that journal."""
+    members: dict[bytes, Member] = {}
+    for command in broker.commands:
+        if isinstance(command, Admit):
+            members[command.member.session] = command.member
+        elif isinstance(command, Dismiss):
+            members.pop(command.session, None)
+    return list(members.values())
+
+
 def successor(broker: Broker) -> Broker:
     """A new broker with the journal of one that was killed."""
     after = Broker(EPOCH + 1, remembers=True)
-    after.take_in(after.ledger.restore(journal_of(broker), after.now))
+    after.take_in(after.ledger.restore(journal_of(broker), after.now, members_of(broker)))
     return after
 
 
