@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from sharedpool.broker.commands import (
+    Admit,
     CloseLane,
     Command,
+    Dismiss,
     Doubt,
     Entrust,
     Entry,
@@ -25,6 +27,7 @@ from sharedpool.broker.commands import (
     Interfere,
     LetIn,
     Look,
+    Member,
     OpenLane,
     PassOn,
     Proceed,
@@ -37,6 +40,7 @@ from sharedpool.broker.commands import (
     Watch,
 )
 from sharedpool.broker.ledger import Ledger
+from sharedpool.broker.moves import LOST_WITH_THE_BROKER
 from sharedpool.broker.records import SlotState
 from sharedpool.broker.recovery import GRACE_OVER
 from sharedpool.lane import Ticket as Place
@@ -62,8 +66,9 @@ class Journal:
     """What outlives a broker."""
 
     def __init__(self) -> None:
-        self.lines: list[Entry | Token] = []
+        self.lines: list[Entry | Member | Token | bytes] = []
         self.live: dict[Token, Entry] = {}
+        self.members: dict[bytes, Member] = {}  # of lanes
         self.intact = False  # nobody has written it yet
 
     def record(self, entry: Entry) -> None:
@@ -74,6 +79,14 @@ class Journal:
         if self.live.pop(token, None) is not None:
             self.lines.append(token)
 
+    def admit(self, member: Member) -> None:
+        self.lines.append(member)
+        self.members[member.session] = member
+
+    def dismiss(self, session: bytes) -> None:
+        if self.members.pop(session, None) is not None:
+            self.lines.append(session)
+
     def damage(self, kept: int) -> None:
         """Lose all but the first `kept` lines."""
         self.lines = self.lines[: kept % (len(self.lines) + 1)]
@@ -81,13 +94,17 @@ class Journal:
 
     def reopen(self) -> list[Entry]:
         """Read it as the next broker does."""
-        self.live = {}
+        self.live, self.members = {}, {}
         for line in self.lines:
             if isinstance(line, Entry):
                 self.live[line.token] = msgspec.json.decode(msgspec.json.encode(line), type=Entry)
-            else:
+            elif isinstance(line, Member):
+                self.members[line.session] = msgspec.json.decode(msgspec.json.encode(line), type=Member)
+            elif isinstance(line, Token):
                 self.live.pop(line, None)
-        self.lines = list(self.live.values())
+            else:
+                self.members.pop(line, None)
+        self.lines = [*self.live.values(), *self.members.values()]
         return list(self.live.values())
 
     def vouch(self) -> None:
@@ -130,13 +147,13 @@ class Broker:
             groups=world.groups,
         )
         self._intact = journal.intact
-        self._entries = entries
+        self._entries, self._members = entries, list(journal.members.values())
         self._follows = follows
 
     def take_over(self) -> None:
         """Begin where the former one ended."""
         self.reach_server()
-        self.execute(self.ledger.restore(self._entries, self.world.now))
+        self.execute(self.ledger.restore(self._entries, self.world.now, self._members))
         self.execute(self.ledger.reached(self.world.now, direct=not self.world.proxied, fault=""))
         if self._follows and not self._intact:
             self.execute(self.ledger.hold(TTL_S, self.world.now))
@@ -182,6 +199,10 @@ class Broker:
                     self.world.journal.erase(token)
                     self.fences.pop(token, None)
                     self._drop(token)
+                case Admit(member):
+                    self.world.journal.admit(member)
+                case Dismiss(session):
+                    self.world.journal.dismiss(session)
                 case Entrust(token, heir):
                     self.custody[heir] = self.custody.pop(token)
                 case PassOn():
@@ -241,6 +262,7 @@ class Broker:
         if fence.backend is not None:
             self.fences[fence.token] = fence
             self._check_fence(fence)
+            self._check_lost(fence)
         else:
             found = held is not None or fence.token in self.ledger._leases.quarantine
             assert found, f"nobody can find the backend of {fence.token}"
@@ -250,6 +272,17 @@ class Broker:
         for other in self.ledger._books.leases.values():
             good = other.state is SlotState.OPEN and other.backend == fence.backend and other.token != fence.token
             assert not good, f"{other.token} is in good use, and {fence} would end its connection"
+
+    def _check_lost(self, fence: Fence) -> None:
+        """S5: what is ended since nobody has it any more is in nobody's hands."""
+        if fence.why != LOST_WITH_THE_BROKER:
+            return
+        self.world.lost += 1
+        for worker in self.world.workers.values():
+            users = [conn.proc for conn in worker.users if conn.works]
+            hands = [thread.hand[1] for thread in worker.threads if thread.hand is not None]
+            for proc in users + hands:
+                assert proc.cut or proc.backend != fence.backend, f"{worker} has {proc!r}, which is ended as lost"
 
     def _pass_on(self, order: PassOn) -> None:
         message = order.message

@@ -58,6 +58,7 @@ class GoodNetwork(RuleBasedStateMachine):
     steps: ClassVar[int] = 0
     moved: ClassVar[int] = 0  # connections, in the lane
     passed: ClassVar[int] = 0  # by the broker
+    lost: ClassVar[int] = 0  # in a former broker's lane
     world: World
 
     @initialize(pick=picks)
@@ -739,6 +740,7 @@ class GoodNetwork(RuleBasedStateMachine):
         if hasattr(self, "world"):
             type(self).moved += sum(lane.moved for lane in self.world.lanes)
             type(self).passed += self.world.passed
+            type(self).lost += self.world.lost
             self.world.in_order = False
             heal(self.world)
             check_nobody_waits_in_vain(self.world)

@@ -261,6 +261,7 @@ class InTheLane(AtTheDesk):
     def look_in_lane(self) -> None:
         """`Session.look`."""
         if self.end is None:
+            self.note_arrivals()
             return
         for seat in list(self.free_seats):
             if seat.looks < 0:
@@ -277,6 +278,9 @@ class InTheLane(AtTheDesk):
     def note_arrivals(self) -> None:
         if self.end is not None:
             self.cache.unread = [moved for seat in self.seats if (moved := seat.peek()) is not None]
+        # Also from a lane that was left since.
+        in_hand = {holder for proc in self.world.server.procs for holder in proc.holders}
+        self.cache.unsure = any(thread.grip in in_hand for thread in self.threads)
 
     def beat_in_lane(self) -> None:
         """`Seats.beat`, and a look."""

@@ -48,14 +48,14 @@ PROFILE = settings(
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("machine", [GoodNetwork, BadNetwork])
 def test_model(machine: type[GoodNetwork], part: int) -> None:
-    machine = type(f"{machine.__name__}{part}", (machine,), {"steps": 0, "moved": 0, "passed": 0})
+    machine = type(f"{machine.__name__}{part}", (machine,), {"steps": 0, "moved": 0, "passed": 0, "lost": 0})
     number = SEED * 100 + part
     try:
         run_state_machine_as_test(seed(number)(machine), settings=PROFILE)
     except Exception as error:
         error.add_note(f"SHAREDPOOL_MODEL_SEED={SEED} does this again")
         raise
-    counts = f"{machine.steps} steps, {machine.moved} moves, {machine.passed} passed"
+    counts = f"{machine.steps} steps, {machine.moved} moves, {machine.passed} passed, {machine.lost} lost with a broker"
     print(f"{machine.__name__}: {counts}, SHAREDPOOL_MODEL_SEED={SEED}")
     if SEED == 1 and EXAMPLES >= 56:  # other seeds may find fewer
         assert machine.steps >= FEWEST_STEPS

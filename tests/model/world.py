@@ -45,6 +45,7 @@ class World:
         self.journal = Journal()
         self.lanes: list[Lane] = []
         self.passed = 0  # connections, by brokers
+        self.lost = 0  # connections, with brokers
         self.workers: dict[bytes, Worker] = {}  # running, with a pool
         self.processes: set[Process] = set()  # running
         self.process_of: dict[bytes, Process] = {}
