@@ -212,6 +212,33 @@ def test_connections_move_while_there_is_no_broker_and_the_next_one_finds_them(
     assert sampler.peak == 2
 
 
+def test_what_was_lost_with_a_broker_is_back_as_soon_as_all_have_told_what_they_have(
+    postgres: EphemeralPostgres, name: str, tmp_path: Path, runtime_dir: Path
+) -> None:
+    """It was sent to one who has died since, and whom the next broker knows as a member of that lane alone."""
+    address, ttl_s = f"ipc://{runtime_dir}/b.sock", 20.0
+    first = sharedpool.start_broker(60, address=address, dsn=postgres.dsn, ttl=ttl_s)
+    settings = {"dsn": postgres.dsn, "broker": address, "name": name, "max_conn": 1, **_EAGER}
+    with workers(2, **settings) as crew, Worker(**settings) as receiver:
+        let_move([*crew, receiver], first, name, tmp_path)
+        holder, other = crew
+        holder.ask("get", name="it", timeout=5)
+        receiver.send("get", name="it", timeout=60)
+        wait_for_waiters(first, name, 1, holder)
+        receiver.kill(signal.SIGSTOP)
+        os.kill(first.pid, signal.SIGKILL)
+        first.stop()
+        holder.ask("put", name="it")
+        receiver.kill()
+        receiver.wait(5)
+        with (
+            sharedpool.start_broker(60, address=address, dsn=postgres.dsn, ttl=ttl_s),
+            Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
+        ):
+            assert other.ask("get", name="it", timeout=30)["waited"] < ttl_s / 2
+    assert sampler.peak == 1
+
+
 # --- it works
 
 
