@@ -423,6 +423,33 @@ class GoodNetwork(RuleBasedStateMachine):
         for _ in range(1 + pick // 16 % 3):
             worker.checkout(60.0)
 
+    @precondition(lambda self: self.world.cap is None and self.world.handover)
+    @rule(pick=picks)
+    def go_over_to_the_next_broker(self, pick: int) -> None:
+        """The broker dies while connections move. They go on in its lane until each worker has left that."""
+        world = self.world
+        self._move(pick)
+        world.kill_broker(pick // 4)
+        world.start_broker()
+        for _ in range(60):
+            pick = (pick * 5 + 3) % 1021
+            worker = world.awake[pick // 16 % len(world.awake)]
+            match pick % 16:
+                case 0 | 1:
+                    worker.notice_line()
+                case 2 | 3 if worker.line.up:
+                    world.deliver_up(worker.line)
+                case 4 | 5 if worker.line.down:
+                    world.deliver_down(worker)
+                case 6 if worker.users:
+                    worker.checkin(worker.users[0])
+                case 7 if len(worker.tickets) + len(worker.threads) < 3:
+                    worker.checkout(60.0)
+                case 8:
+                    worker.beat()
+                case _:
+                    self._lane_step(pick // 16)
+
     def _move(self, pick: int, *, as_it_is: bool = False) -> None:
         world = self.world
         if not (as_it_is or self._get_moving()):
