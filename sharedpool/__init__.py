@@ -24,7 +24,7 @@ from sharedpool.worker.settings import PoolConfig
 from sharedpool.worker.stats import PoolStats
 
 if TYPE_CHECKING:
-    from sharedpool.broker.launch import Broker, start_broker
+    from sharedpool.broker.launch.run import Broker, start_broker
 
 __version__ = "0.1.0"
 
@@ -58,7 +58,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # The broker's modules, 3 MB of memory, are loaded by who starts one.
     if name in ("Broker", "start_broker"):
-        from sharedpool.broker import launch
+        from sharedpool.broker.launch import run
 
-        return getattr(launch, name)
+        return getattr(run, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

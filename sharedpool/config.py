@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable
 from typing import Any, Literal
 
-from sharedpool.automatic import AutomaticBroker, GivenBroker
-from sharedpool.conninfo import resolve
+from sharedpool.broker_location import AutomaticBroker, GivenBroker
+from sharedpool.discovery import address as addresses
 from sharedpool.errors import ConfigError, SharedPoolError
+from sharedpool.postgres.conninfo import resolve
 from sharedpool.validate import check_number
-from sharedpool.wire import address as addresses
 from sharedpool.worker.pool import Pool, SimpleConnectionPool
 from sharedpool.worker.settings import Callback, PoolConfig
 

@@ -21,9 +21,9 @@ from psycopg2.extras import DictCursor, NamedTupleCursor
 from psycopg2.sql import Composable, Identifier
 
 from sharedpool import config
-from sharedpool.worker.connection import PooledConnection
+from sharedpool.worker.connection.pooled import PooledConnection
+from sharedpool.worker.connection.wrapper import bare
 from sharedpool.worker.pool import Pool
-from sharedpool.worker.wrapper import bare
 
 _WORD = r"[^\W\d][\w$]*"
 _FIELD = re.compile(

@@ -18,7 +18,7 @@ from hypothesis import settings
 from psycopg2 import sql
 
 import sharedpool
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
 
 # A shell starts background jobs with SIGINT ignored, and what is ignored is inherited: Ctrl-C is tested here.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -2,6 +2,6 @@
 
 import sys
 
-from sharedpool.broker.launch import run_detached
+from sharedpool.broker.launch.run import run_detached
 
 run_detached(sys.argv[1])

@@ -10,18 +10,18 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from sharedpool.broker import configfile
-from sharedpool.broker.configfile import ConfigFile
-from sharedpool.broker.groups import check_terms
-from sharedpool.broker.launch import serve
-from sharedpool.broker.lock import AlreadyRunning
-from sharedpool.broker.server import Server
+from sharedpool.broker.core.group_terms import check_terms
+from sharedpool.broker.launch import config_file
+from sharedpool.broker.launch.config_file import ConfigFile
+from sharedpool.broker.launch.run import serve
+from sharedpool.broker.server.server import Server
+from sharedpool.broker.server.systemd import activated
 from sharedpool.broker.settings import BrokerSettings
-from sharedpool.broker.systemd import activated
 from sharedpool.cli.logs import log_option, log_to_stderr
 from sharedpool.cli.options import SECONDS, broker_options, settings_from
+from sharedpool.discovery.address import default_address
+from sharedpool.discovery.lock_file import AlreadyRunning
 from sharedpool.errors import ConfigError, SharedPoolError
-from sharedpool.wire.address import default_address
 
 logger = logging.getLogger("sharedpool.broker")
 
@@ -33,7 +33,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
     if path is None:
         return None
     try:
-        file = configfile.read(path)
+        file = config_file.read(path)
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
     ctx.default_map = file.options
@@ -98,7 +98,7 @@ def broker(ctx: click.Context, /, config: ConfigFile | None, log_format: str, **
     def reread() -> BrokerSettings:
         assert config is not None
         try:
-            return _settings(ctx, configfile.read(config.path), given, listener)
+            return _settings(ctx, config_file.read(config.path), given, listener)
         except click.UsageError as error:
             raise ConfigError(error.message) from None
 
@@ -156,7 +156,7 @@ def _settings(
 def check_config(file: str) -> None:
     """Read a broker's configuration FILE and say what it means, or all that is wrong with it (exit status 2)."""
     try:
-        found = configfile.read(file)
+        found = config_file.read(file)
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
     for name, value in found.options.items():

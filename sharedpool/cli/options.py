@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import click
 
-from sharedpool.broker.launch import control_dsn
+from sharedpool.broker.launch.run import control_dsn
 from sharedpool.broker.settings import BrokerSettings
+from sharedpool.discovery import address as addresses
 from sharedpool.errors import ConfigError
-from sharedpool.wire import address as addresses
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -11,11 +11,11 @@ from dataclasses import replace
 
 import click
 
-from sharedpool.broker.server import Server
+from sharedpool.broker.server.server import Server
 from sharedpool.cli.logs import log_option, log_to_stderr
 from sharedpool.cli.options import broker_options, settings_from
+from sharedpool.discovery.address import BROKER_VARIABLE, runtime_dir
 from sharedpool.errors import ConfigError, SharedPoolError
-from sharedpool.wire.address import BROKER_VARIABLE, runtime_dir
 
 _FORWARDED = {
     getattr(signal, name)

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from sharedpool.cli.asking import (
+from sharedpool.cli.client import (
     broker_option,
     duration,
     fetch_report,

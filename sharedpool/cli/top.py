@@ -13,12 +13,12 @@ from collections.abc import Iterator
 
 import click
 
-from sharedpool.cli.asking import broker_option, find_brokers, from_each
+from sharedpool.cli.client import broker_option, find_brokers, from_each
 from sharedpool.cli.options import SECONDS
 from sharedpool.cli.top_view import picture
 from sharedpool.cli.who import Answer, fetch_leases
+from sharedpool.descriptors.readable import readable
 from sharedpool.errors import BrokerUnavailable
-from sharedpool.readable import readable
 
 _OLDEST = 100  # checkouts asked for: more than any terminal has rows
 _ANSWER_LIMIT_S, _ACTIVITY_LIMIT_S = 1.0, 0.3

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from sharedpool.cli.asking import duration, process
+from sharedpool.cli.client import duration, process
 from sharedpool.cli.who import Answer, server_says
 from sharedpool.wire.reports import PoolReport, Report
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import click
 
-from sharedpool.cli.asking import (
+from sharedpool.cli.client import (
     ANSWER_LIMIT_S,
     broker_option,
     duration,

@@ -20,10 +20,10 @@ from sqlalchemy.pool import Pool as EnginePool
 from sqlalchemy.pool.base import _ConnectionRecord
 
 from sharedpool.errors import PoolClosed, PoolExhausted, PoolTimeout
-from sharedpool.worker.connection import session_of
-from sharedpool.worker.lease import Lease
+from sharedpool.worker.connection.connection import session_of
+from sharedpool.worker.connection.wrapper import bare
+from sharedpool.worker.core.lease import Lease
 from sharedpool.worker.pool import Pool
-from sharedpool.worker.wrapper import bare
 
 
 class _Record(_ConnectionRecord):

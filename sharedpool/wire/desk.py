@@ -10,7 +10,7 @@ socket. When it closes, the broker is gone. Each program has one line there:
       GIVE(token)                               ═════►                               to whom the broker likes
       LEAVE                                     ═════►                               before the end, if it goes on
 
-In the lane (`sharedpool/lane.py`) connections go to who waits there, each as a MOVED with its socket: from another
+In the lane (`sharedpool/lane/lane.py`) connections go to who waits there, each as a MOVED with its socket: from another
 worker, or from the broker.
 """
 
@@ -45,9 +45,9 @@ class Stay(Struct, frozen=True, tag="stay"):
 class Live(Struct, frozen=True):
     """A connection that moves: what its next worker must know of it. `left_ms` is what is left of its lifetime.
 
-    Its reset was sent, and the answer is to be read first (`worker/reset.py`). `parameters` are the session's of before
-    that, as libpq knows them (msgpack of a map), `names` what it says of its server (`worker/names.py`); the broker
-    does not read them.
+    Its reset was sent, and the answer is to be read first (`worker/connection/reset.py`). `parameters` are the
+    session's of before that, as libpq knows them (msgpack of a map), `names` what it says of its server
+    (`worker/connection/server_facts.py`); the broker does not read them.
     """
 
     backend: Backend

@@ -193,7 +193,8 @@ class Acquire(Struct, frozen=True, tag="acquire"):
 
 
 class Hello(Struct, frozen=True, tag="hello"):
-    """Register this session, or register it again; `leases` are those it still holds. `place`: see `place.py`.
+    """Register this session, or register it again; `leases` are those it still holds. `place`: see
+    `discovery/pid_namespace.py`.
 
     `nonce` comes back in the WELCOME that answers this. `first` is the first of those requests that wait: where a slot
     is free it need not be asked for once more.

@@ -4,7 +4,7 @@
       STATUS(leases)                            ─────►
                                                 ◄─────  REPORT                       the books
                                                 ◄─────  ACTIVITY                     if the report announces it
-      ORDER(kind, ...)                          ─────►                               see `orders.py`
+      ORDER(kind, ...)                          ─────►                               see `admin.py`
                                                 ◄─────  DONE(what was done)
 
 No HELLO is needed. Before it tells of leases the broker has the workers TELL of them, and waits a moment for that.
@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from msgspec import field
 
+from sharedpool.wire.admin import Done, Order
 from sharedpool.wire.messages import Backend, Struct, Token
-from sharedpool.wire.orders import Done, Order
 
 MOST_LISTED = 500  # leases in one report: it must fit into a frame
 

@@ -16,13 +16,14 @@ import psycopg2
 from msgspec import structs
 from psycopg2.extensions import connection
 
+from sharedpool.descriptors.available import FOR_A_CONNECTION, make_sure_of
 from sharedpool.errors import PoolClosed, PoolError
-from sharedpool.spare import FOR_A_CONNECTION, make_sure_of
 from sharedpool.wire.messages import START_UP_LIMIT_S, Phase, ReleaseReason
-from sharedpool.worker import callsite, gate, green, wording
-from sharedpool.worker.connection import (
+from sharedpool.worker import error_messages, greenlets
+from sharedpool.worker.connection import closed_flag
+from sharedpool.worker.connection.closing import abort
+from sharedpool.worker.connection.connection import (
     CHECK_AFTER_S,
-    PooledConnection,
     bear_witness,
     connect,
     describe,
@@ -32,13 +33,14 @@ from sharedpool.worker.connection import (
     session_of,
     take_lease,
 )
-from sharedpool.worker.ending import abort
-from sharedpool.worker.handover import can_move, parameters
-from sharedpool.worker.holdings import Holdings
-from sharedpool.worker.lease import Lease, Ticket
+from sharedpool.worker.connection.handover import can_move, parameters
+from sharedpool.worker.connection.pooled import PooledConnection
+from sharedpool.worker.connection.wrapper import is_as_opened, lost, take_off, wrap
+from sharedpool.worker.core import callsite
+from sharedpool.worker.core.lease import Lease, Ticket
+from sharedpool.worker.local_pool import Holdings
 from sharedpool.worker.logs import logger
 from sharedpool.worker.waiting import ANSWER_LIMIT_S, Wait
-from sharedpool.worker.wrapper import is_as_opened, lost, take_off, wrap
 
 
 class Call:
@@ -71,7 +73,7 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
             lease = _wait(holdings, ticket, wait_s, deadline)
             lease.ticket = weakref.ref(ticket)
         if conn is not None:
-            conn.sharedpool_gate = gate.OPEN
+            conn.sharedpool_gate = closed_flag.OPEN
         if conn is None:
             conn = _open(holdings, lease, deadline if wait_s else None)
         elif lease.fresh:
@@ -109,9 +111,9 @@ def checkout(holdings: Holdings, lease: Lease | None, wait_s: float, now: float)
 def _wait(holdings: Holdings, ticket: Ticket, wait_s: float, deadline: float) -> Lease:
     """Return a lease: an idle one after all, one handed on by another thread or process, or one the broker grants."""
     if logger.is_kept:  # a finalizer, for instance, which runs wherever there is garbage to collect
-        raise wording.in_the_link(holdings.config.name)
-    if green.is_eventlets():
-        raise wording.unsupported(holdings.config.name)
+        raise error_messages.in_the_link(holdings.config.name)
+    if greenlets.is_eventlets():
+        raise error_messages.unsupported(holdings.config.name)
     if holdings.orphans or holdings.reclaiming.busy:
         holdings.reclaim(min(wait_s, 1000.0) if wait_s else ANSWER_LIMIT_S)
     holdings.locate_broker()
@@ -125,7 +127,7 @@ def _outcome(holdings: Holdings, ticket: Ticket, wait_s: float) -> Lease:
     if ticket.error is not None:
         raise ticket.error
     if ticket.denial is not None:
-        raise wording.refused(holdings.config.name, ticket.denial, wait_s)
+        raise error_messages.refused(holdings.config.name, ticket.denial, wait_s)
     if ticket.lease is None:
         raise AssertionError("bug: a ticket was woken without an outcome")
     return ticket.lease
@@ -143,7 +145,8 @@ def _open(holdings: Holdings, lease: Lease, deadline: float | None) -> PooledCon
         conn.sharedpool_holdings = holdings
         holdings.deposit(lease, conn)
         backend = describe(conn)
-        # A pooler's is not passed on: what makes it clean for others would take its name from it (`broker/fencing.py`).
+        # A pooler's is not passed on: what makes it clean for others would take its name from it
+        # (`broker/postgres/fencing.py`).
         movable = holdings.handover and backend.pooled is None and can_move(conn)
         if not movable:
             backend = structs.replace(backend, fixed=True)
@@ -213,7 +216,7 @@ def _worn(ticket: Ticket, lease: Lease, conn: PooledConnection | None, now: floa
         return ReleaseReason.RETIRED
     if lease.fresh and lease is ticket.lease:
         return None  # it has come this moment, and nobody has met its object yet
-    if gate.is_over(conn) or (lease.idle_s > CHECK_AFTER_S and not is_alive(conn)):
+    if closed_flag.is_over(conn) or (lease.idle_s > CHECK_AFTER_S and not is_alive(conn)):
         return ReleaseReason.BROKEN
     return None if rests(conn) else ReleaseReason.CLOSED  # somebody has gone on with it after its checkin
 

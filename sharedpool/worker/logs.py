@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from sharedpool.worker import green
+from sharedpool.worker import greenlets
 
 _MOST = 1000  # records that wait; a handler that hangs must not fill the memory
 _EXIT_LIMIT_S = 2.0  # to wait for a handler that is at it when the interpreter ends
@@ -104,12 +104,12 @@ class Logs:
         self._queue.append(_Record(level, text, args, exc_info, place, me.ident or 0, me.name, time.time()))
         if not self._draining.locked():
             try:
-                green.start_thread(self._drain, "sharedpool-logs")
+                greenlets.start_thread(self._drain, "sharedpool-logs")
             except RuntimeError:
                 pass  # the interpreter is about to end, or has no thread left: `flush`, or the next record, sees to it
 
     def _drain(self) -> None:
-        self._drainer = green.current_thread()
+        self._drainer = greenlets.current_thread()
         while self._queue and self._draining.acquire(blocking=False):
             try:
                 self._emit()

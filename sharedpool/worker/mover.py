@@ -1,4 +1,5 @@
-"""The short way in the lane: what `holdings.py`, `handover.py` and `lane.py` do for one connection, in two functions.
+"""The short way in the lane: what `local_pool.py`, `worker/connection/handover.py` and `lane.py` do for one connection,
+in two functions.
 
 Where many processes share few connections nearly every checkout waits in the lane, and nearly every checkin gives
 there. Between two turns of a process tens of others have run, so that each function costs ten times what it does in a
@@ -14,30 +15,28 @@ import weakref
 from collections.abc import Callable
 from threading import get_ident
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psycopg2
 
-from sharedpool import libpq
-from sharedpool.hangup import borrow
-from sharedpool.lane import Item, Lane
-from sharedpool.owned import NO_SIGNAL, Owned, identity, is_still
+from sharedpool.descriptors.owned import NO_SIGNAL, Owned, identity, is_still
+from sharedpool.descriptors.timer import Timer
+from sharedpool.lane.lane import Item, Lane
+from sharedpool.lane.wait_sockets import AGAIN_S, Seat, Seats
+from sharedpool.postgres import libpq
+from sharedpool.postgres.peer_closed import borrow
 from sharedpool.wire.desk import Live, Moved
 from sharedpool.wire.messages import Phase, ReleaseReason
-from sharedpool.worker import gate, reset
-from sharedpool.worker.connection import PooledConnection
-from sharedpool.worker.ending import unregister
-from sharedpool.worker.handover import adopt, encoded_parameters, names_of_parameters, vacate
-from sharedpool.worker.lease import Lease, collected
+from sharedpool.worker.connection import closed_flag, reset
+from sharedpool.worker.connection.closing import unregister
+from sharedpool.worker.connection.handover import adopt, encoded_parameters, names_of_parameters, vacate
+from sharedpool.worker.connection.pooled import PooledConnection
+from sharedpool.worker.connection.reset import parameters_after
+from sharedpool.worker.connection.wrapper import is_as_opened, is_wrapped
+from sharedpool.worker.core.lease import Lease, collected
+from sharedpool.worker.core.time_slice import STEADY_GAP_S
+from sharedpool.worker.local_pool import Holdings
 from sharedpool.worker.logs import logger
-from sharedpool.worker.reset import parameters_after
-from sharedpool.worker.seats import AGAIN_S, Seat, Seats
-from sharedpool.worker.slices import STEADY_GAP_S
-from sharedpool.worker.timer import Timer
-from sharedpool.worker.wrapper import is_as_opened, is_wrapped
-
-if TYPE_CHECKING:
-    from sharedpool.worker.holdings import Holdings
 
 # Two processes that take turns ask again soon as well; one that is at work all the time does so at once.
 _SURE_GAP_S = 0.0002
@@ -94,7 +93,7 @@ class Mover:
             return False
         cell = lease.cell = board.find(lease.token, lease.cell)
         names, known = conn.sharedpool_names, conn.sharedpool_known
-        if cell < 0 or names is None or lease.backend is None or gate.is_locked(conn):
+        if cell < 0 or names is None or lease.backend is None or closed_flag.is_locked(conn):
             return False
         if self._timer is not None and not cache.idle:
             self._timer.disarm()
@@ -237,7 +236,7 @@ class Mover:
             lease.timed = cache.times.choose(now)
             cache.times.checked_out(now - began)
             holdings.adopted += 1
-            conn.sharedpool_gate = gate.OPEN
+            conn.sharedpool_gate = closed_flag.OPEN
             with holdings.lock:  # a giver of this process may not have taken its own out yet
                 # An interrupt finds it with all that is needed to see the connection gone.
                 cache.leases[moved.token] = lease

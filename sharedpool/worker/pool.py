@@ -18,18 +18,21 @@ from psycopg2 import extensions
 from sharedpool.errors import PoolClosed, PoolError, SharedPoolError
 from sharedpool.wire.messages import Phase, ReleaseReason
 from sharedpool.worker import forks
-from sharedpool.worker.cache import Cache
 from sharedpool.worker.checkout import checkout
-from sharedpool.worker.connection import CHECK_AFTER_S, PooledConnection, take_lease
-from sharedpool.worker.ending import close_confirmed, cut
-from sharedpool.worker.gate import OPEN, SHUT
-from sharedpool.worker.holdings import Holdings
-from sharedpool.worker.lease import Lease
+from sharedpool.worker.connection.closed_flag import OPEN, SHUT
+from sharedpool.worker.connection.closing import close_confirmed, cut
+from sharedpool.worker.connection.connection import CHECK_AFTER_S, take_lease
+from sharedpool.worker.connection.pooled import PooledConnection
+from sharedpool.worker.connection.wrapper import bare, keep, outside
+from sharedpool.worker.core.cache import Cache
+from sharedpool.worker.core.lease import Lease
+from sharedpool.worker.local_pool import Holdings
 from sharedpool.worker.location import BrokerLocation
+from sharedpool.worker.mover import Mover
+from sharedpool.worker.session import Session
 from sharedpool.worker.settings import PoolConfig
 from sharedpool.worker.stats import PoolStats, stats_of
 from sharedpool.worker.waiting import ANSWER_LIMIT_S
-from sharedpool.worker.wrapper import bare, keep, outside
 
 IN_USE, IDLE = Phase.IN_USE, Phase.IDLE
 STATUS_READY = extensions.STATUS_READY
@@ -54,7 +57,7 @@ class Pool:
         forks.register(self)
 
     def _new_holdings(self) -> Holdings:
-        return Holdings(self.config, self._broker)
+        return Holdings(self.config, self._broker, Session, Mover)
 
     def _open_latch(self, holdings: Holdings) -> None:
         """Allow the short way, if nothing of the user's has to be called on it, and nothing noted."""
@@ -87,7 +90,8 @@ class Pool:
         `psycopg2.connect` or a callback raised.
         """
         # The short way, for most calls: an idle connection, and nothing to look after. Each step is safe without the
-        # lock (`cache.py`); the latch is shut in a forked child, after `release_all` and where a callback must run.
+        # lock (`worker/core/cache.py`); the latch is shut in a forked child, after `release_all` and where a callback
+        # must run.
         thread = get_ident()
         if self._latch[0] and key is None and (self._thread is None or self._thread == thread):
             lease: Any

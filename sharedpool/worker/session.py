@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import threading
 import time
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
+from sharedpool.discovery.pid_namespace import place
 from sharedpool.errors import BrokerUnavailable
 from sharedpool.wire.codec import encode
 from sharedpool.wire.desk import Joined, LetIn
@@ -33,17 +33,14 @@ from sharedpool.wire.messages import (
     ToWorker,
     Welcome,
 )
-from sharedpool.wire.place import place
-from sharedpool.worker import forks, green
-from sharedpool.worker.connection import PooledConnection
-from sharedpool.worker.ending import close_confirmed, cut
-from sharedpool.worker.frames import leases_in_hand
-from sharedpool.worker.lease import Closing, Ticket
-from sharedpool.worker.leases import lost, unfinished
+from sharedpool.worker import forks, greenlets
+from sharedpool.worker.connection.closing import close_confirmed, cut
+from sharedpool.worker.connection.pooled import PooledConnection
+from sharedpool.worker.core.lease import Closing, Ticket
+from sharedpool.worker.core.lease_reports import lost, unfinished
+from sharedpool.worker.local_pool import Holdings
 from sharedpool.worker.logs import logger
-
-if TYPE_CHECKING:
-    from sharedpool.worker.holdings import Holdings
+from sharedpool.worker.threads import leases_in_hand, thread_names, utf8
 
 
 class Session:
@@ -54,7 +51,7 @@ class Session:
         self._epoch: int | None = None
         self._over = False
         self._invited_by = 0  # which broker
-        self._title = _utf8(_program()) or "python"
+        self._title = utf8(_program()) or "python"
 
     def hello(self) -> Hello:
         """Compose the registration."""
@@ -219,7 +216,7 @@ class Session:
         self._revoke(welcome.revoked)
         link = self._holdings.link
         hands_over = welcome.handover and self._holdings.handover and link is not None and link.desk.line is not None
-        hands_over = self._holdings.hands_over = hands_over and green.may_connect_to_itself()
+        hands_over = self._holdings.hands_over = hands_over and greenlets.may_connect_to_itself()
         slices = self._holdings.cache.slices
         slices.slice_s, slices.hands_over = self._holdings.config.slice, hands_over
         with self._holdings.lock:
@@ -307,11 +304,6 @@ class Session:
             ticket.wake()
 
 
-def thread_names() -> dict[int, str]:
-    """Return the names of this process's threads by identifier."""
-    return {thread.ident: _utf8(thread.name) for thread in threading.enumerate() if thread.ident is not None}
-
-
 def _program() -> str:
     """Return what was started: a script's name, or that of the package that `python -m` runs; "" without either."""
     script = sys.argv[0] if sys.argv else ""
@@ -319,8 +311,3 @@ def _program() -> str:
     if name == "__main__.py":
         name = os.path.basename(folder or os.getcwd())
     return "" if script in ("-c", "-m", "-") else name
-
-
-def _utf8(text: str) -> str:
-    """Return `text` as it can go on the wire: file names need not be UTF-8."""
-    return text.encode("utf-8", "replace").decode()

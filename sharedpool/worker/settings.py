@@ -8,7 +8,7 @@ from typing import Literal
 
 from psycopg2.extensions import connection
 
-from sharedpool.conninfo import ConnInfo
+from sharedpool.postgres.conninfo import ConnInfo
 
 Callback = Callable[[connection], object]
 

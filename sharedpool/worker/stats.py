@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sharedpool.wire.messages import Phase, ReleaseReason
-from sharedpool.worker.holdings import Holdings
+from sharedpool.worker.local_pool import Holdings
 
 
 @dataclass(frozen=True, slots=True)

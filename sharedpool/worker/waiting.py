@@ -12,20 +12,20 @@ import math
 import time
 from typing import TYPE_CHECKING
 
+from sharedpool.descriptors.owned import Owned
+from sharedpool.descriptors.wakeup import Gate
 from sharedpool.errors import PoolClosed, PoolError
-from sharedpool.owned import Owned
+from sharedpool.lane.wait_sockets import AGAIN_S, Seat, Seats
 from sharedpool.wire.desk import Moved
 from sharedpool.wire.messages import Phase
-from sharedpool.worker import wording
-from sharedpool.worker.bell import Gate
-from sharedpool.worker.lease import Lease, Ticket
-from sharedpool.worker.seats import AGAIN_S, Seat, Seats
-from sharedpool.worker.session import thread_names
+from sharedpool.worker import error_messages
+from sharedpool.worker.core.lease import Lease, Ticket
+from sharedpool.worker.threads import thread_names
 
 if TYPE_CHECKING:
-    from sharedpool.worker.holdings import Holdings
-    from sharedpool.worker.link import Link
-    from sharedpool.worker.registration import Registration
+    from sharedpool.worker.link.link import Link
+    from sharedpool.worker.link.registration import Registration
+    from sharedpool.worker.local_pool import Holdings
 
 # How long a caller who does not want to wait waits for the broker's answer: a running one's, and one that starts.
 ANSWER_LIMIT_S = 3.0
@@ -231,9 +231,9 @@ class Wait:
         # Who waited in the lane until his time was over has asked only then; a broker that is there may be late.
         heard = self._asked_at >= self._deadline or self._link.heard_at >= self._asked_at
         if self._wait_s and registration.established and heard:
-            return wording.timed_out(name, self._holdings.limit, self._wait_s)
+            return error_messages.timed_out(name, self._holdings.limit, self._wait_s)
         waited_s = now - (self._deadline - self._wait_s)  # since its caller has asked for a connection
-        return wording.unanswered(name, self._link.address, now - self._asked_at, waited_s, registration.trouble)
+        return error_messages.unanswered(name, self._link.address, now - self._asked_at, waited_s, registration.trouble)
 
     _link: Link
     _registration: Registration

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Worker
 from psycopg2 import extensions
-from recorders import RECORDERS
 
 import sharedpool
-from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.worker.handover import SUPPORTED
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from sharedpool.worker.connection.handover import SUPPORTED
+from tests.agents.recorders import RECORDERS
+from tests.support.processes import Worker
 
 if find_spec("ddtrace") is None:
     pytest.skip("the agents' packages are not installed: tox -e agents has them", allow_module_level=True)

@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-# Run as a folder, this is no package: its parent has the package.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+# Run as a folder, this is no package: the repository has it.
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from bench.cli import main  # noqa: E402
+from tests.bench.cli import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import click
 
-from bench import machine, plots
-from bench.report import Result, as_json, markdown
-from bench.rows import ROWS
-from bench.runner import Bench, Row, run_row, say
-from bench.server import bench_server
+from tests.bench import machine, plots
+from tests.bench.report import Result, as_json, markdown
+from tests.bench.rows import ROWS
+from tests.bench.runner import Bench, Row, run_row, say
+from tests.bench.server import bench_server
 
 _OURS = ("SHAREDPOOL_", "PG", "DATABASE_DSN", "DATABASE_URL")
 

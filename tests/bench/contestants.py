@@ -7,14 +7,14 @@ from functools import partial
 from typing import Any
 
 import sharedpool
-from bench.crew import Member, crew, window
-from bench.load import sample_of
-from bench.peers import OFF, MakeClient, Permanent, Psycopg2Pool, Shared
-from bench.pgbouncer import PgBouncer
-from bench.report import US, Sample
-from bench.runner import Bench, Contestant, Measure
-from bench.server import Route
-from bench.stunnel import endpoint
+from tests.bench.crew import Member, crew, window
+from tests.bench.load import sample_of
+from tests.bench.peers import OFF, MakeClient, Permanent, Psycopg2Pool, Shared
+from tests.bench.pgbouncer import PgBouncer
+from tests.bench.report import US, Sample
+from tests.bench.runner import Bench, Contestant, Measure
+from tests.bench.server import Route
+from tests.bench.stunnel import endpoint
 
 US_OFF = f"{US}, handover off"
 US_ROLLBACK = f"{US}, reset rollback"

@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Protocol
 
-from bench.processes import die_with_parent
+from tests.bench.processes import die_with_parent
 
 _ANSWER_LIMIT_S = 120.0
 _END_LIMIT_S = 10.0

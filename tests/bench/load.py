@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.crew import Member, Window, sleep_until
-from bench.peers import Client, MakeClient
-from bench.report import FAIRNESS, P50_MS, P99_MS, THROUGHPUT, Sample
-from bench.server import ROWS_OF_ONE
-from bench.stats import fairness, percentile
+from tests.bench.crew import Member, Window, sleep_until
+from tests.bench.peers import Client, MakeClient
+from tests.bench.report import FAIRNESS, P50_MS, P99_MS, THROUGHPUT, Sample
+from tests.bench.server import ROWS_OF_ONE
+from tests.bench.stats import fairness, percentile
 
 
 @dataclass

@@ -10,8 +10,8 @@ import psycopg2.extensions
 import zmq
 
 import sharedpool
-from bench import pgbouncer, stunnel
-from bench.server import BenchServer
+from tests.bench import pgbouncer, stunnel
+from tests.bench.server import BenchServer
 
 _ROOT = Path(sharedpool.__file__).resolve().parents[1]
 _PEERS = ("psycopg2-binary", "psycopg", "psycopg-pool", "sqlalchemy", "dbutils")

@@ -14,9 +14,9 @@ from typing import Self
 import psycopg2
 from psycopg2.extensions import make_dsn, parse_dsn
 
-from bench.peers import Unavailable
-from bench.processes import die_with_parent, end
-from bench.server import PASSWORD, BenchServer, Route
+from tests.bench.peers import Unavailable
+from tests.bench.processes import die_with_parent, end
+from tests.bench.server import PASSWORD, BenchServer, Route
 
 _START_S = 20.0
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from bench.report import Result
-from bench.stats import curve
+from tests.bench.report import Result
+from tests.bench.stats import curve
 
 
 def plot(result: Result, directory: Path) -> Path | None:

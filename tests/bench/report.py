@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.stats import Spread, curve, percentile, ratios, spread
+from tests.bench.stats import Spread, curve, percentile, ratios, spread
 
 US = "sharedpool"
 

@@ -9,9 +9,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.peers import Unavailable
-from bench.report import Comparison, Result, Sample
-from bench.server import BenchServer
+from tests.bench.peers import Unavailable
+from tests.bench.report import Comparison, Result, Sample
+from tests.bench.server import BenchServer
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import psycopg2
 from psycopg2.extensions import make_dsn
 
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
 
 PASSWORD = "benchmark"
 TYPIST = "typist"  # logs in by the password itself, under TLS

@@ -12,9 +12,9 @@ from pathlib import Path
 import psycopg2
 from psycopg2.extensions import make_dsn
 
-from bench.peers import Unavailable
-from bench.processes import die_with_parent, end
-from bench.server import PASSWORD, TYPIST, BenchServer, Route
+from tests.bench.peers import Unavailable
+from tests.bench.processes import die_with_parent, end
+from tests.bench.server import PASSWORD, TYPIST, BenchServer, Route
 
 _PORT = 5432  # a name: it listens on a unix socket
 _START_S = 20.0

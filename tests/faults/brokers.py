@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from waiting import wait_until
-
-from sharedpool.cli.asking import fetch_report
+from sharedpool.cli.client import fetch_report
 from sharedpool.errors import BrokerUnavailable
 from sharedpool.wire.reports import Report
+from tests.support.waiting import wait_until
 
 START_S = 30.0
 _SEEN_S = 0.2

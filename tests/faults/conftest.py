@@ -3,11 +3,11 @@
 from collections.abc import Generator, Iterator
 
 import pytest
-import serverlog
-from arena import Arena, arena
-from record import LONG, LONG_MINUTES, SOAK_S, Row, new_seed
 
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.faults import server_log
+from tests.faults.environment import Arena, arena
+from tests.faults.results import LONG, LONG_MINUTES, SOAK_S, Row, new_seed
 
 _PASSED = pytest.StashKey[bool]()
 
@@ -26,7 +26,7 @@ def pytest_runtest_makereport(
 @pytest.fixture(scope="session")
 def logging_postgres() -> Iterator[EphemeralPostgres]:
     """A server for the fault tests of this session."""
-    with EphemeralPostgres(max_connections=60, settings=serverlog.SETTINGS) as server:
+    with EphemeralPostgres(max_connections=60, settings=server_log.SETTINGS) as server:
         yield server
 
 

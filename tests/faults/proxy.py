@@ -9,7 +9,8 @@ from collections import Counter
 from types import TracebackType
 
 import zmq
-from waiting import wait_until
+
+from tests.support.waiting import wait_until
 
 DROPPED = 0.1
 DOUBLED = 0.1

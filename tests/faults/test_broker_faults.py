@@ -6,10 +6,11 @@ import subprocess
 import time
 
 import pytest
-from arena import TTL_S, WORKERS, Arena
-from events import Checkout, checkouts
-from record import Row, percentile, scale, spread
-from waiting import wait_until
+
+from tests.faults.environment import TTL_S, WORKERS, Arena
+from tests.faults.events import Checkout, checkouts
+from tests.faults.results import Row, percentile, scale, spread
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 900))]
 

@@ -3,12 +3,13 @@
 import random
 
 import pytest
-from arena import Arena
-from brokers import ReportWatch
-from processes import alive
-from record import Row, percentile, scale, spread
-from schedule import let_pass
-from waiting import wait_until
+
+from tests.faults.brokers import ReportWatch
+from tests.faults.environment import Arena
+from tests.faults.results import Row, percentile, scale, spread
+from tests.faults.schedule import let_pass
+from tests.support.processes import alive
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 600))]
 

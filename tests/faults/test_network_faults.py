@@ -1,10 +1,11 @@
 """Faults of the way between workers and broker."""
 
 import pytest
-from arena import WORKERS, Arena
-from proxy import Proxy
-from record import Row, scale, spread
-from schedule import let_pass
+
+from tests.faults.environment import WORKERS, Arena
+from tests.faults.proxy import Proxy
+from tests.faults.results import Row, scale, spread
+from tests.faults.schedule import let_pass
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 600))]
 

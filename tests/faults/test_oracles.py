@@ -10,15 +10,15 @@ from typing import Any
 
 import psycopg2
 import pytest
-import report
-from events import Checkout, Event, checkouts, failures, files, moves, overlaps
-from record import Row
-from rolesampler import RoleSampler
-from serverlog import Depth, ServerLog
-from verdict import Evidence, violations
-from waiting import wait_until
 
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.faults import report
+from tests.faults.events import Checkout, Event, checkouts, failures, files, moves, overlaps
+from tests.faults.oracles import Evidence, violations
+from tests.faults.results import Row
+from tests.faults.role_sampler import RoleSampler
+from tests.faults.server_log import Depth, ServerLog
+from tests.support.waiting import wait_until
 
 
 def _log(path: Path, *lines: str) -> ServerLog:

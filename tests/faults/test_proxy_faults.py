@@ -5,14 +5,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
-import proxies
 import pytest
-from arena import MAX_CONN, TTL_S, WORKERS, Arena, arena
-from brokers import BrokerProcess, ReportWatch
 from psycopg2.extensions import make_dsn
-from record import Row, percentile, scale, spread
 
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.faults.brokers import BrokerProcess, ReportWatch
+from tests.faults.environment import MAX_CONN, TTL_S, WORKERS, Arena, arena
+from tests.faults.results import Row, percentile, scale, spread
+from tests.support import proxies
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 600))]
 

@@ -1,9 +1,10 @@
 """No faults, but races: a checkin when its connection expires, a checkout when it is idle elsewhere."""
 
 import pytest
-from arena import Arena
-from record import Row, percentile, scale, spread
-from waiting import wait_until
+
+from tests.faults.environment import Arena
+from tests.faults.results import Row, percentile, scale, spread
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 900))]
 

@@ -5,13 +5,13 @@ import time
 from collections import Counter
 
 import pytest
-import serverlog
-from arena import MAX_CONN, WORKERS, Arena, arena
-from events import Checkout
-from record import CONFIRMED_S, Row, percentile, scale, spread
-from waiting import wait_until
 
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.faults import server_log
+from tests.faults.environment import MAX_CONN, WORKERS, Arena, arena
+from tests.faults.events import Checkout
+from tests.faults.results import CONFIRMED_S, Row, percentile, scale, spread
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 900))]
 
@@ -123,7 +123,7 @@ def test_a_server_that_is_too_small_is_not_flooded(row: Row, variant: str) -> No
     connection which has just gone, when an observer's connection has taken that place.
     """
     with (
-        EphemeralPostgres(max_connections=9, settings=serverlog.SETTINGS) as server,  # 3 are reserved
+        EphemeralPostgres(max_connections=9, settings=server_log.SETTINGS) as server,  # 3 are reserved
         arena(server, row, role_limit=bool(variant)) as field,
     ):
         crew = field.open(timeouts=[0.5, 2, 5])

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-from arena import TTL_S, WORKERS, Arena
-from crew import Crew
-from record import SOAK_S, Row, scale
-from waiting import wait_until
+
+from tests.faults.environment import TTL_S, WORKERS, Arena
+from tests.faults.results import SOAK_S, Row, scale
+from tests.faults.worker_fleet import Crew
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, SOAK_S + 600))]
 

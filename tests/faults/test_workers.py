@@ -5,12 +5,13 @@ import signal
 import time
 
 import pytest
-from arena import MAX_CONN, TTL_S, WORKERS, Arena
-from brokers import ReportWatch
-from crew import Crew
-from events import Checkout
-from record import CONFIRMED_S, Row, percentile, scale, spread
-from serverlog import Depth
+
+from tests.faults.brokers import ReportWatch
+from tests.faults.environment import MAX_CONN, TTL_S, WORKERS, Arena
+from tests.faults.events import Checkout
+from tests.faults.results import CONFIRMED_S, Row, percentile, scale, spread
+from tests.faults.server_log import Depth
+from tests.faults.worker_fleet import Crew
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 600))]
 

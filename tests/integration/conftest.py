@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from moving import MakePair
 
 import sharedpool
 from sharedpool import ThreadedConnectionPool
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.worker.pool import Pool
+from tests.support.pool_pair import MakePair
 
 _numbers = iter(range(1, 1000))
 

@@ -1,10 +1,10 @@
 """Forks that Python does not see, as uWSGI's: no hook runs in the child. The parent's connections stay the parent's."""
 
 import pytest
-from processes import run_python
 
 import sharedpool
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.support.processes import run_python
 
 # The parent has one connection out, with a temporary table and an open transaction, and one idle. CHILD is run in a
 # child process.

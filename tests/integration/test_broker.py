@@ -12,20 +12,20 @@ from typing import Any
 
 import psycopg2
 import pytest
-from processes import LONG, Piped, Worker, alive, workers
 from psycopg2.extensions import make_dsn
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.broker.lock import BrokerLock, is_held
-from sharedpool.broker.server import Server
+from sharedpool.broker.server.server import Server
 from sharedpool.broker.settings import BrokerSettings
-from sharedpool.cli.asking import fetch_report
-from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.wire.address import journal_path
+from sharedpool.cli.client import fetch_report
+from sharedpool.discovery.address import journal_path
+from sharedpool.discovery.lock_file import BrokerLock, is_held
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.codec import decode_to_worker, encode
 from sharedpool.wire.messages import PROTOCOL_VERSION, Acquire, Grant, Hello, PoolSpec, Welcome
 from sharedpool.wire.reports import Report
+from tests.support.processes import LONG, Piped, Worker, alive, workers
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -200,7 +200,7 @@ def test_a_broker_whose_address_another_has_taken_makes_way(
     runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its lock file was deleted, and somebody was faster than it: a cleaner must not make two brokers of one."""
-    monkeypatch.setattr("sharedpool.broker.server._KEEP_EVERY_S", 0.1)
+    monkeypatch.setattr("sharedpool.broker.server.server._KEEP_EVERY_S", 0.1)
     address = f"ipc://{runtime_dir}/cleaned.sock"
     server = Server(BrokerSettings(address, 1))
     server.bind()

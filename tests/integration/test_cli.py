@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Piped, Worker, alive, run_python
 from psycopg2.extensions import connection
-from waiting import wait_until
 
 import sharedpool
 from sharedpool.cli import _COMMANDS
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.support.processes import Piped, Worker, alive, run_python
+from tests.support.waiting import wait_until
 
 COMMAND = [sys.executable, "-m", "sharedpool"]
 

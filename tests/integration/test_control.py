@@ -11,13 +11,13 @@ from typing import Any
 import psycopg2
 import pytest
 from psycopg2.extensions import connection, make_dsn
-from refusing import RefusingServer
-from waiting import wait_until
 
-from sharedpool.broker.commands import Command, Fence
-from sharedpool.broker.control import Control
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.broker.core.commands import Command, Fence
+from sharedpool.broker.postgres.control import Control
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.messages import Backend, Token
+from tests.support.refusing_server import RefusingServer
+from tests.support.waiting import wait_until
 
 
 class Listener:

@@ -8,13 +8,13 @@ from typing import Any
 
 import psycopg2
 import pytest
-from processes import Worker
 from psycopg2.extensions import connection, make_dsn, parse_dsn
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.broker.leadership import Leadership
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.broker.postgres.leadership import Leadership
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.support.processes import Worker
+from tests.support.waiting import wait_until
 
 
 def run(conn: connection, statement: str, *arguments: Any) -> list[Any]:

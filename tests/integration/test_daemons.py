@@ -1,15 +1,15 @@
 """Programs that close descriptors which are not their own, as daemons do: what they open next is left alone."""
 
 import pytest
-from processes import run_python
 
 import sharedpool
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.support.processes import run_python
 
 # DAEMONIZE closes all descriptors, in whatever process; `Foreign` takes the numbers that have become free.
 SCRIPT = """
 import ctypes, gc, os, socket, sys, threading, time
-import psycopg2, sharedpool, sharedpool.worker.handover
+import psycopg2, sharedpool, sharedpool.worker.connection.handover
 
 class Foreign:
     '''Sockets of the application, under the numbers that the pool had: nothing may come in, nothing may end.'''
@@ -86,7 +86,7 @@ for _ in range(5):
 foreign.check()
 for conn in held:
     pool.put_conn(conn, close=True)
-assert pool.stats().adopted or not sharedpool.worker.handover.SUPPORTED
+assert pool.stats().adopted or not sharedpool.worker.connection.handover.SUPPORTED
 other.release_all()
 pool.release_all()
 for each in (pool, other):

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-from test_cli import outcomes
-from waiting import wait_until
 
-from sharedpool.cli.demo_view import Moment, Summary, as_document, as_text, judge, panel, plain_line
-from sharedpool.readable import readable
+from sharedpool.cli.demo.view import Moment, Summary, as_document, as_text, judge, panel, plain_line
+from sharedpool.descriptors.readable import readable
+from tests.integration.test_cli import outcomes
+from tests.support.waiting import wait_until
 
 SHORT = ("--workers", "3", "--max-conn", "2", "--seconds", "1.5")
 GOOD = Summary(

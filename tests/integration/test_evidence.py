@@ -11,16 +11,16 @@ from typing import Any
 import psycopg2
 import psycopg2.extensions
 import pytest
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.broker.server import Server
+from sharedpool.broker.server.server import Server
 from sharedpool.broker.settings import BrokerSettings
-from sharedpool.cli.asking import fetch_report
-from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.conninfo import resolve
-from sharedpool.worker.connection import connect, describe
-from sharedpool.worker.ending import close_confirmed
+from sharedpool.cli.client import fetch_report
+from sharedpool.postgres.conninfo import resolve
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from sharedpool.worker.connection.closing import close_confirmed
+from sharedpool.worker.connection.connection import connect, describe
+from tests.support.waiting import wait_until
 
 Backends = Callable[[sharedpool.Pool], set[int]]
 MakePool = Callable[..., sharedpool.Pool]
@@ -209,8 +209,8 @@ def test_the_broker_sees_every_server_that_its_workers_have_been_on(
             pool.put_conn(pool.get_conn(timeout=10), close=True)
             wait_until(lambda: broker._control.state == "connected", what="the control connection")
             # By itself it would not look for long.
-            monkeypatch.setattr("sharedpool.broker.control._FIRST_RECONNECT_S", 3600.0)
-            monkeypatch.setattr("sharedpool.broker.control._LAST_RECONNECT_S", 3600.0)
+            monkeypatch.setattr("sharedpool.broker.postgres.control._FIRST_RECONNECT_S", 3600.0)
+            monkeypatch.setattr("sharedpool.broker.postgres.control._LAST_RECONNECT_S", 3600.0)
             first = broker._control._boot_us
             database.restart("immediate")
             conn = pool.get_conn(timeout=10)

@@ -18,13 +18,13 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
-import automatic
 import psycopg2
 import psycopg2.extensions
 import pytest
-from waiting import wait_until
 
 import sharedpool
+from tests.support import automatic_broker
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
@@ -53,7 +53,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, runtime_dir: Path, tmp_path: Pa
     package = str(Path(sharedpool.__file__).parents[1])  # the one that is tested, installed or not
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with automatic.seen_off():
+    with automatic_broker.seen_off():
         yield
 
 

@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import Piped, Worker
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.cli.asking import fetch_report
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.cli.client import fetch_report
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.support.processes import Piped, Worker
+from tests.support.waiting import wait_until
 
 # Long beyond the patience of these tests: what comes back, comes back by other evidence than silence.
 TTL_S = 120.0

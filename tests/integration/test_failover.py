@@ -6,12 +6,12 @@ from typing import Any
 
 import psycopg2
 import pytest
-from processes import Worker
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.cli.asking import fetch_report
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.cli.client import fetch_report
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.support.processes import Worker
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture(scope="module")

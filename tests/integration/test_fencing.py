@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import psycopg2
 import pytest
 from psycopg2.extensions import connection
-from waiting import wait_until
 
-from sharedpool.broker.commands import Fence
-from sharedpool.broker.fencing import Fencing
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.broker.core.commands import Fence
+from sharedpool.broker.postgres.fencing import Fencing
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.messages import Backend, Token
+from tests.support.waiting import wait_until
 
 TOKEN = Token(1, 1)
 OURS, THEIRS = "sharedpool ours", "somebody else"

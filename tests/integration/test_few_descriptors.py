@@ -10,15 +10,15 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
-from moving import ask, report
-from processes import Worker, run_python
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.lane import FOR_A_LANE
-from sharedpool.libpq import Probe
-from sharedpool.worker.handover import SUPPORTED
+from sharedpool.lane.lane import FOR_A_LANE
+from sharedpool.postgres.libpq import Probe
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from sharedpool.worker.connection.handover import SUPPORTED
+from tests.support.pool_pair import ask, report
+from tests.support.processes import Worker, run_python
+from tests.support.waiting import wait_until
 
 SCRIPT = """
 import os, resource, sys

@@ -4,18 +4,17 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import automatic
-import proxies
 import psycopg2
 import pytest
-from processes import workers
 from psycopg2.extensions import make_dsn
-from test_cli import sharedpool_command
-from test_hardening import server_in_a_thread
-from waiting import wait_until
 
-from sharedpool.cli.asking import fetch_report
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.cli.client import fetch_report
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.integration.test_cli import sharedpool_command
+from tests.integration.test_hardening import server_in_a_thread
+from tests.support import automatic_broker, proxies
+from tests.support.processes import workers
+from tests.support.waiting import wait_until
 
 TOO_MANY = "53300 "
 OF_THE_BROKER = "application_name=sharedpool broker"
@@ -49,7 +48,7 @@ def test_max_conn_and_two_is_what_pool_and_broker_need(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """When all slots are taken and the broker looks for what a killed worker's connect has left, it has two itself."""
-    monkeypatch.setattr("sharedpool.broker.leases.QUEUE_LIMIT_S", 2.0)
+    monkeypatch.setattr("sharedpool.broker.core.leases.QUEUE_LIMIT_S", 2.0)
     max_conn, address, dsn = 2, f"ipc://{runtime_dir}/b.sock", make_dsn(server.dsn, user="app")
     execute(server, f"ALTER ROLE app CONNECTION LIMIT {max_conn + more}")
     since = server.log_path.stat().st_size
@@ -87,10 +86,10 @@ def test_where_it_is_far_too_low_the_fleet_shares_what_there_is_and_the_operator
     execute(server, "ALTER ROLE app CONNECTION LIMIT 3")
     since = server.log_path.stat().st_size
     settings = {"dsn": make_dsn(server.dsn, user="app"), "max_conn": 4, "name": "narrow"}
-    with automatic.seen_off(), workers(4, **settings) as crew:
+    with automatic_broker.seen_off(), workers(4, **settings) as crew:
         for worker in crew:
             worker.send("insist", seconds=4, timeout=4)
-        (address,) = wait_until(automatic.living, what="the broker to be started")
+        (address,) = wait_until(automatic_broker.living, what="the broker to be started")
         wait_until(lambda: fetch_report(address).pools[0].error, what="the server to be found full")
         (line,) = [
             line

@@ -13,22 +13,22 @@ from pathlib import Path
 import psycopg2
 import psycopg2.extras
 import pytest
-from moving import MakePair, ask, leave_what_comes, moved, report
-from processes import Piped, Sampler, Worker, run_python, workers
 from psycopg2 import extensions
-from querying import Query
-from waiting import wait_until
 
 import sharedpool
 from sharedpool import ThreadedConnectionPool
-from sharedpool.automatic import GivenBroker
-from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.owned import Owned
+from sharedpool.broker_location import GivenBroker
+from sharedpool.descriptors.owned import Owned
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.desk import Live
 from sharedpool.wire.messages import Token
-from sharedpool.worker.connection import PooledConnection
-from sharedpool.worker.handover import SUPPORTED, Stub, adopt
-from sharedpool.worker.holdings import Holdings
+from sharedpool.worker.connection.handover import SUPPORTED, Stub, adopt
+from sharedpool.worker.connection.pooled import PooledConnection
+from sharedpool.worker.local_pool import Holdings
+from tests.support.pool_pair import MakePair, ask, leave_what_comes, moved, report
+from tests.support.processes import Piped, Sampler, Worker, run_python, workers
+from tests.support.running_query import Query
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="connections cannot be handed over on this platform")
 
@@ -82,8 +82,8 @@ def test_nothing_of_one_users_session_reaches_the_next(pair: MakePair) -> None:
 _SIGPIPE = """
 import signal, sys
 import psycopg2
-from sharedpool.readable import readable
-from sharedpool.worker import reset
+from sharedpool.descriptors.readable import readable
+from sharedpool.worker.connection import reset
 
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 conn, other = (psycopg2.connect(sys.argv[1]) for _ in range(2))
@@ -275,7 +275,7 @@ def test_a_process_that_can_build_no_shell_goes_on_without(
     pair: MakePair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, b = pair()
-    monkeypatch.setattr("sharedpool.worker.handover.Stub.port", 1 << 20)
+    monkeypatch.setattr("sharedpool.worker.connection.handover.Stub.port", 1 << 20)
     b._holdings.shells._stock.clear()
     conn = b.get_conn()
     assert ask(conn, "SELECT 1") == 1
@@ -305,7 +305,7 @@ def test_a_process_where_an_adopted_connection_does_not_work_goes_on_without(
         os.dup2(others[-1].fileno(), sock.fileno())
         return adopt(shell, sock, live)
 
-    monkeypatch.setattr("sharedpool.worker.holdings.adopt", go_wrong)
+    monkeypatch.setattr("sharedpool.worker.local_pool.adopt", go_wrong)
     rounds = 0
     while b._holdings.handover:
         rounds += 1
@@ -379,7 +379,7 @@ def test_a_backend_that_ends_on_the_way_is_not_handed_out(
         ended.append(live.backend.pid)
         return adopt(shell, sock, live)
 
-    monkeypatch.setattr("sharedpool.worker.holdings.adopt", adopt_too_late)
+    monkeypatch.setattr("sharedpool.worker.local_pool.adopt", adopt_too_late)
     conn = b.get_conn()
     assert ask(conn, "SELECT pg_backend_pid()") not in ended
     assert len(ended) == 1
@@ -466,7 +466,7 @@ def test_no_slot_is_lost_with_a_process_that_ends_or_stops_in_the_middle_of_a_tr
 _TWO_RECEIVE = """
 import os, sys, threading, warnings
 import sharedpool
-from sharedpool.worker import reset
+from sharedpool.worker.connection import reset
 
 reset.LIMIT_S = 60.0  # the backends are stopped meanwhile
 warnings.simplefilter("ignore")  # a fork with threads is what Python 3.12 warns of

@@ -13,15 +13,12 @@ import msgspec
 import psycopg2
 import pytest
 import zmq
-from processes import Worker
-from test_broker import free_port
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.broker.server import Server
+from sharedpool.broker.server.server import Server
 from sharedpool.broker.settings import BrokerSettings
-from sharedpool.cli.asking import fetch_report
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.cli.client import fetch_report
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_operator, decode_to_worker, encode
 from sharedpool.wire.desk import Deposit
 from sharedpool.wire.messages import (
@@ -39,6 +36,9 @@ from sharedpool.wire.messages import (
     Welcome,
 )
 from sharedpool.wire.reports import Status
+from tests.integration.test_broker import free_port
+from tests.support.processes import Worker
+from tests.support.waiting import wait_until
 
 
 @contextmanager
@@ -374,7 +374,7 @@ def test_a_connect_that_the_server_refuses_gives_its_slot_back_by_evidence(
 def test_a_connect_that_nobody_answers_goes_into_quarantine_and_comes_back(
     postgres: EphemeralPostgres, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sharedpool.broker.leases.QUEUE_LIMIT_S", 1.0)  # ten seconds
+    monkeypatch.setattr("sharedpool.broker.core.leases.QUEUE_LIMIT_S", 1.0)  # ten seconds
     address = f"ipc://{runtime_dir}/quarantine.sock"
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import automatic
 import pytest
 
 import sharedpool
-from sharedpool.broker import interpreter
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.broker.launch import interpreter
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.support import automatic_broker
 
 # What an application does. It imports nothing but sharedpool, and tells when it begins.
 APPLICATION = """
@@ -75,7 +75,7 @@ def starts(tmp_path: Path) -> Path:
 @pytest.fixture
 def environment(postgres: EphemeralPostgres, runtime_dir: Path, starts: Path) -> Iterator[dict[str, str]]:
     """What an application is given; in the end nobody must use the broker any more."""
-    with automatic.seen_off():
+    with automatic_broker.seen_off():
         yield {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
             "STARTS": str(starts),
             "DSN": postgres.dsn,
@@ -97,8 +97,8 @@ def run(environment: dict[str, str], python: str = sys.executable, **given: Any)
 
 
 def the_brokers_python() -> str:
-    (report,) = automatic.reports()
-    return automatic.command(report)[0]
+    (report,) = automatic_broker.reports()
+    return automatic_broker.command(report)[0]
 
 
 @pytest.mark.parametrize("executable", ["a server", "", None, "a folder", "not there"])

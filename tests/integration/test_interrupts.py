@@ -21,14 +21,14 @@ from types import CodeType, FrameType
 from typing import Any
 
 import pytest
-from processes import LONG
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.owned import NOBODYS, Identity, identity
-from sharedpool.worker import ending
+from sharedpool.descriptors.owned import NOBODYS, Identity, identity
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from sharedpool.worker.connection import closing
 from sharedpool.worker.pool import Pool
+from tests.support.processes import LONG
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning",  # raised in a finalizer
@@ -151,7 +151,9 @@ class Watch:
         """Return the descriptors that are open, were not at the start, and after which places each came to be."""
         gc.collect()
         # One is made once and kept: on which nothing can be sent.
-        found = {each for each in open_files().items() if each not in self._before.items() and each != ending._dead_end}
+        found = {
+            each for each in open_files().items() if each not in self._before.items() and each != closing._dead_end
+        }
         return [f"{number}: {self._guilty.get((number, known), '?')}" for number, known in found]
 
 
@@ -225,7 +227,7 @@ def test_an_interrupt_in_any_line_loses_nothing(
     # What is raised in a finalizer has been seen to: pytest would keep it, and with it what its frames hold.
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     # A close that was interrupted is finished sooner than it would be.
-    monkeypatch.setattr("sharedpool.worker.leases.CLOSING_LIMIT_S", 0.5)
+    monkeypatch.setattr("sharedpool.worker.core.lease_reports.CLOSING_LIMIT_S", 0.5)
     most = 3 if way is given else 20
     watch = Watch()
     others = set(threading.enumerate())

@@ -6,15 +6,15 @@ has gone.
 
 from pathlib import Path
 
-import proxies
 import pytest
-from processes import Sampler, Worker, as_pid_1, workers
-from test_broker import free_port
-from test_hardening import server_in_a_thread
-from waiting import wait_until
 
-from sharedpool.cli.asking import fetch_report
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.cli.client import fetch_report
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.integration.test_broker import free_port
+from tests.integration.test_hardening import server_in_a_thread
+from tests.support import proxies
+from tests.support.processes import Sampler, Worker, as_pid_1, workers
+from tests.support.waiting import wait_until
 
 LIMIT = 2
 
@@ -22,8 +22,8 @@ LIMIT = 2
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a broker wait for seconds where it waits for a minute: longer than the proxy does, all the same."""
-    monkeypatch.setattr("sharedpool.broker.leases.START_UP_LIMIT_S", 2.0)
-    monkeypatch.setattr("sharedpool.broker.leases.QUEUE_LIMIT_S", 3.0)
+    monkeypatch.setattr("sharedpool.broker.core.leases.START_UP_LIMIT_S", 2.0)
+    monkeypatch.setattr("sharedpool.broker.core.leases.QUEUE_LIMIT_S", 3.0)
 
 
 @pytest.mark.parametrize("where", ["here", "in a container", "in a container, by tcp", "elsewhere"])
@@ -33,7 +33,7 @@ def test_workers_that_are_killed_while_they_connect_cost_no_slot(
     """By tcp a container's process is known by its line to the desk; where it has none, only its silence tells."""
     if where == "elsewhere":
         where = "in a container, by tcp"
-        monkeypatch.setattr("sharedpool.broker.desk.SUPPORTED", False)  # another host's cannot be reached
+        monkeypatch.setattr("sharedpool.broker.server.desk.SUPPORTED", False)  # another host's cannot be reached
     address = f"tcp://127.0.0.1:{free_port()}" if "tcp" in where else f"ipc://{runtime_dir}/broker.sock"
     prefix = as_pid_1() if "container" in where else ()
     with (

@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from moving import MakePair, report
-from processes import LONG, Sampler, Worker, workers
 from psycopg2 import extensions
-from stepping import GIVING, TAKING
-from test_cli import sharedpool_command
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.broker.moves import ARRIVAL_S
-from sharedpool.cli.asking import fetch_report
-from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.lane import SUPPORTED
+from sharedpool.broker.core.moves import ARRIVAL_S
+from sharedpool.cli.client import fetch_report
+from sharedpool.lane.lane import SUPPORTED
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.board import SEATS
-from sharedpool.worker import handover
+from sharedpool.worker.connection import handover
+from tests.integration.test_cli import sharedpool_command
+from tests.support.pool_pair import MakePair, report
+from tests.support.processes import LONG, Sampler, Worker, workers
+from tests.support.stepping import GIVING, TAKING
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(
     not (SUPPORTED and handover.SUPPORTED), reason="connections cannot move on this platform"

@@ -8,15 +8,15 @@ from typing import Any
 
 import psycopg2
 import pytest
-from processes import Worker
 from psycopg2.extensions import connection
-from waiting import wait_until
 
-from sharedpool.broker.control import Control
-from sharedpool.broker.leadership import Leadership
-from sharedpool.broker.scope import automatic_scope, scope_of
-from sharedpool.cli.asking import fetch_report
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.broker.postgres.control import Control
+from sharedpool.broker.postgres.leadership import Leadership
+from sharedpool.cli.client import fetch_report
+from sharedpool.discovery.scope import automatic_scope, scope_of
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.support.processes import Worker
+from tests.support.waiting import wait_until
 
 
 class Candidate:

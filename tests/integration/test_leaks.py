@@ -11,16 +11,16 @@ from typing import Any
 import psycopg2
 import psycopg2.extras
 import pytest
-from processes import run_python
 from psycopg2.extensions import connection
-from querying import Query
-from waiting import wait_until
 
 import sharedpool
 from sharedpool import PoolClosed, ThreadedConnectionPool
-from sharedpool.cli.asking import fetch_report
+from sharedpool.cli.client import fetch_report
 from sharedpool.wire.reports import PoolReport
-from sharedpool.worker.ending import close_confirmed, cut
+from sharedpool.worker.connection.closing import close_confirmed, cut
+from tests.support.processes import run_python
+from tests.support.running_query import Query
+from tests.support.waiting import wait_until
 
 MakePool = Callable[..., sharedpool.Pool]
 Backends = Callable[[sharedpool.Pool], set[int]]

@@ -10,15 +10,15 @@ from pathlib import Path
 import psycopg2.extensions
 import pytest
 from msgspec import structs
-from processes import run_python
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.cli.asking import fetch_report
+from sharedpool.cli.client import fetch_report
 from sharedpool.wire.messages import PROTOCOL_VERSION, Welcome
-from sharedpool.worker.link import Link
-from sharedpool.worker.links import SharedContext
+from sharedpool.worker.link.link import Link
+from sharedpool.worker.link.links import SharedContext
 from sharedpool.worker.session import Session
+from tests.support.processes import run_python
+from tests.support.waiting import wait_until
 
 MakePool = Callable[..., sharedpool.Pool]
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Worker
-from test_cli import address_of, sharedpool_command, start, wait_for
 
 import sharedpool
 from sharedpool.cli.logs import JsonLines
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.integration.test_cli import address_of, sharedpool_command, start, wait_for
+from tests.support.processes import Worker
 
 
 def event(line: str) -> dict[str, Any]:

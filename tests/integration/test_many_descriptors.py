@@ -4,14 +4,14 @@ import os
 import resource
 from pathlib import Path
 
-import automatic
 import pytest
-from processes import Worker, run_python, workers
-from waiting import wait_until
 
-from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.lane import SUPPORTED
-from sharedpool.worker import handover
+from sharedpool.lane.lane import SUPPORTED
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from sharedpool.worker.connection import handover
+from tests.support import automatic_broker
+from tests.support.processes import Worker, run_python, workers
+from tests.support.waiting import wait_until
 
 FILES = 1_100
 _MOST = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -36,17 +36,19 @@ def test_processes_with_many_files_start_their_broker_and_pass_a_connection_to_e
 ) -> None:
     settings = {"dsn": postgres.dsn, "name": "many files", "max_conn": 1, "slice": 0, "threads": True}
     stop = tmp_path / "stop"
-    with automatic.seen_off(), workers(2, files=FILES, **settings) as (a, b):
+    with automatic_broker.seen_off(), workers(2, files=FILES, **settings) as (a, b):
         backend = a.ask("get", name="x", timeout=20)["backend"]
         assert a.ask("query", name="x", sql="SELECT pg_backend_pid()") == {"rows": [[backend]]}
         b.send("get", name="x", timeout=20)
-        wait_until(lambda: sum(pool.waiting for each in automatic.reports() for pool in each.pools), 20, "it to wait")
+        wait_until(
+            lambda: sum(pool.waiting for each in automatic_broker.reports() for pool in each.pools), 20, "it to wait"
+        )
         a.ask("put", name="x")
         assert b.answer()["backend"] == backend
         b.ask("put", name="x")
         for worker in (a, b):
             worker.send("hammer", seconds=60, threads=2, timeout=20, work_s=0.001, think_s=0.001, stop=str(stop))
-        wait_until(lambda: sum(p.handovers for r in automatic.reports() for p in r.pools) > 20, 20, "it to move")
+        wait_until(lambda: sum(p.handovers for r in automatic_broker.reports() for p in r.pools) > 20, 20, "it to move")
         stop.touch()
         for worker in (a, b):
             outcome = worker.answer()

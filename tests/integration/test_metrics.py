@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from metered import POOL, STATE, Broker, running
-from processes import Worker, workers
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.broker.lookout import Lookout
-from sharedpool.broker.observe import Observation
-from sharedpool.broker.web import Web
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.broker.core.snapshot import Observation
+from sharedpool.broker.metrics.http_server import Web
+from sharedpool.broker.metrics.service import Lookout
 from sharedpool.cli.status import fetch_report
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.support.broker_process import POOL, STATE, Broker, running
+from tests.support.processes import Worker, workers
+from tests.support.waiting import wait_until
 
 # OpenTelemetry's instruments, as Prometheus names them, and their kinds.
 CONVENTIONS = {

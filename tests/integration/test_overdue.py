@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from processes import Worker
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.cli.asking import fetch_report
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.cli.client import fetch_report
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.support.processes import Worker
+from tests.support.waiting import wait_until
 
 
 @pytest.mark.parametrize("action", ["report", "end"])

@@ -7,7 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from documents import DOCUMENTS, ROOT
+
+from tests.support.documents import DOCUMENTS, ROOT
 
 pytest.importorskip("hatchling")
 

@@ -15,11 +15,11 @@ import psycopg2
 import pytest
 from psycopg2 import sql
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE, TRANSACTION_STATUS_INTRANS, make_dsn
-from waiting import wait_until
 
 import sharedpool
 from sharedpool import PgSimple, Pool, PoolClosed, PoolError, PoolExhausted
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.support.waiting import wait_until
 
 TTL_S = 1.5  # heartbeats twice a second
 HOSTILE = ['we"ird; drop', "50%s", "Ünïcode 数", "select", "it's", "a%(b)s"]

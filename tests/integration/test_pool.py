@@ -16,16 +16,16 @@ import psycopg2.extras
 import psycopg2.pool
 import pytest
 from psycopg2.extensions import STATUS_READY, TRANSACTION_STATUS_ACTIVE, TRANSACTION_STATUS_IDLE, connection
-from waiting import wait_until
 
 import sharedpool
 from sharedpool import BrokerUnavailable, PoolClosed, PoolError, PoolExhausted, PoolTimeout, ThreadedConnectionPool
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.messages import ReleaseReason
 from sharedpool.worker import checkout as checkouts
 from sharedpool.worker.checkout import checkout
-from sharedpool.worker.connection import PooledConnection
-from sharedpool.worker.lease import Lease, Ticket
+from sharedpool.worker.connection.pooled import PooledConnection
+from sharedpool.worker.core.lease import Lease, Ticket
+from tests.support.waiting import wait_until
 
 MakePool = Callable[..., sharedpool.Pool]
 Backends = Callable[[sharedpool.Pool], set[int]]
@@ -655,7 +655,7 @@ def test_an_interrupt_just_before_libpq_is_called_frees_the_slot(
         raise Interrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("sharedpool.worker.connection._number", interrupt)
+        patch.setattr("sharedpool.worker.connection.connection._number", interrupt)
         with pytest.raises(Interrupt):
             pool.get_conn(timeout=20)
     assert ask(pool.get_conn(timeout=20))

@@ -13,10 +13,10 @@ from pathlib import Path
 import psycopg2
 import psycopg2.extensions
 import pytest
-from waiting import wait_until
 
-from sharedpool.cli.postgres import EphemeralPostgres, PostgresFailed, PostgresNotFound, find_binaries
-from sharedpool.readable import readable
+from sharedpool.descriptors.readable import readable
+from sharedpool.postgres.throwaway_server import EphemeralPostgres, PostgresFailed, PostgresNotFound, find_binaries
+from tests.support.waiting import wait_until
 
 Script = Callable[..., "subprocess.Popen[str]"]
 
@@ -71,7 +71,7 @@ def script() -> Iterator[Script]:
     started = []
 
     def run(text: str) -> "subprocess.Popen[str]":
-        head = "import os, sys, time\nfrom sharedpool.cli.postgres import EphemeralPostgres\n"
+        head = "import os, sys, time\nfrom sharedpool.postgres.throwaway_server import EphemeralPostgres\n"
         process = subprocess.Popen(
             [sys.executable, "-c", head + textwrap.dedent(text)],
             stdout=subprocess.PIPE,
@@ -146,7 +146,7 @@ def test_newest_installation_wins_and_incomplete_ones_are_passed_over(
     make_programs(tmp_path / "11" / "bin", "postgres")
     monkeypatch.delenv("SHAREDPOOL_PG_BIN", raising=False)
     monkeypatch.setenv("PATH", str(make_programs(tmp_path / "path", "postgres")))
-    monkeypatch.setattr("sharedpool.cli.postgres._INSTALLED", (f"{tmp_path.relative_to('/')}/*/bin",))
+    monkeypatch.setattr("sharedpool.postgres.throwaway_server._INSTALLED", (f"{tmp_path.relative_to('/')}/*/bin",))
     assert find_binaries() == best
 
 
@@ -157,7 +157,7 @@ def test_wheel_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest
     (package / "__init__.py").write_text("raise SystemExit('imported')")
     monkeypatch.delenv("SHAREDPOOL_PG_BIN", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("sharedpool.cli.postgres._INSTALLED", ())
+    monkeypatch.setattr("sharedpool.postgres.throwaway_server._INSTALLED", ())
     monkeypatch.syspath_prepend(str(tmp_path))
     assert find_binaries() == newest
 
@@ -165,7 +165,7 @@ def test_wheel_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest
 def test_nothing_found_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SHAREDPOOL_PG_BIN", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("sharedpool.cli.postgres._INSTALLED", ())
+    monkeypatch.setattr("sharedpool.postgres.throwaway_server._INSTALLED", ())
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(PostgresNotFound, match=r"pip install 'sharedpool\[demo\]'.*SHAREDPOOL_PG_BIN"):
         find_binaries()

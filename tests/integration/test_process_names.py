@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Piped, Worker, as_pid_1
-from test_broker import free_port
-from test_cli import sharedpool_command
-from test_hardening import server_in_a_thread
-from test_who import who
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.integration.test_broker import free_port
+from tests.integration.test_cli import sharedpool_command
+from tests.integration.test_hardening import server_in_a_thread
+from tests.integration.test_who import who
+from tests.support.processes import Piped, Worker, as_pid_1
+from tests.support.waiting import wait_until
 
 MakePool = Callable[..., sharedpool.Pool]
 
@@ -56,7 +56,7 @@ def test_processes_whose_pids_mean_nothing_here_are_told_apart_by_their_namespac
     postgres: EphemeralPostgres, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """By tcp the kernel says of nobody who he is; and as on another host there is no desk."""
-    monkeypatch.setattr("sharedpool.broker.desk.SUPPORTED", False)
+    monkeypatch.setattr("sharedpool.broker.server.desk.SUPPORTED", False)
     address = f"tcp://127.0.0.1:{free_port()}"
     settings: dict[str, Any] = {
         "prefix": as_pid_1(), "dsn": postgres.dsn, "broker": address, "name": "boxes", "max_conn": 2

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from processes import Piped, Sampler, Worker, workers
 from psycopg2.extensions import connection
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.cli.asking import fetch_report
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.cli.client import fetch_report
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.reports import PoolReport
+from tests.support.processes import Piped, Sampler, Worker, workers
+from tests.support.waiting import wait_until
 
 MakePool = Callable[..., sharedpool.Pool]
 StartWorker = Callable[..., Worker]

@@ -11,18 +11,18 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import proxies
 import psycopg2
 import pytest
-from processes import Sampler, Worker, as_pid_1
 from psycopg2.extensions import connection, make_dsn
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.cli.asking import fetch_report
-from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.conninfo import resolve
-from sharedpool.worker.connection import connect, describe
+from sharedpool.cli.client import fetch_report
+from sharedpool.postgres.conninfo import resolve
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from sharedpool.worker.connection.connection import connect, describe
+from tests.support import proxies
+from tests.support.processes import Sampler, Worker, as_pid_1
+from tests.support.waiting import wait_until
 
 MakePool = Callable[..., sharedpool.Pool]
 Backends = Callable[[sharedpool.Pool], set[int]]
@@ -82,7 +82,8 @@ def test_a_forwarder_from_one_unix_socket_to_another_is_found_out(
 def test_a_worker_that_cannot_see_the_servers_processes_takes_nothing_for_granted(postgres: EphemeralPostgres) -> None:
     """In a PID namespace of its own, as in another container: then only the server's word counts."""
     code = (
-        "import sys; from sharedpool.conninfo import resolve; from sharedpool.worker import connection as c;"
+        "import sys; from sharedpool.postgres.conninfo import resolve;"
+        " from sharedpool.worker.connection import connection as c;"
         " print(c.describe(c.connect(resolve(dsn=sys.argv[1]), 'x', None, [])).direct)"
     )
     run = subprocess.run([*as_pid_1(), sys.executable, "-c", code, postgres.dsn], capture_output=True, text=True)
@@ -365,7 +366,7 @@ def test_two_workers_that_have_had_one_backend_in_turn_are_no_proof(
 
 def test_a_socket_to_nobody_is_no_proof() -> None:
     """A server that says nothing of itself, or not the truth."""
-    from sharedpool.route import is_direct as look
+    from sharedpool.postgres.route import is_direct as look
 
     one, other = socket.socketpair()
     with one, other:

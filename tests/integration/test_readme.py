@@ -10,16 +10,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import automatic
 import click
-import documents
 import psycopg2
 import pytest
-from documents import EXAMPLES, ON_CALL, README
-from processes import LONG, Sampler
 
 import sharedpool
 from sharedpool.cli import _COMMANDS, main
+from tests.support import automatic_broker, documents
+from tests.support.documents import EXAMPLES, ON_CALL, README
+from tests.support.processes import LONG, Sampler
 
 # Given where to connect, not how the pool works: one row for all of them.
 WHERE = {"dsn", "db_url", "connect_kwargs"}
@@ -75,7 +74,7 @@ def books(database: str, runtime_dir: Path) -> Iterator[str]:
     """A database with the table that the documents' pieces use, and no broker."""
     with closing(psycopg2.connect(database)) as conn, conn, conn.cursor() as cursor:
         cursor.execute("CREATE TABLE books (id serial, name text, price int)")
-    with automatic.seen_off():
+    with automatic_broker.seen_off():
         yield database
 
 

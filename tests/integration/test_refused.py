@@ -13,14 +13,15 @@ import psycopg2
 import psycopg2.extensions
 import psycopg2.extras
 import pytest
-from processes import workers
-from refusing import RefusingServer, Stage
 
 import sharedpool
-from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.conninfo import resolve
-from sharedpool.worker.connection import PooledConnection, connect
-from sharedpool.worker.diagnosis import Diagnosis, Failure
+from sharedpool.postgres.conninfo import resolve
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from sharedpool.worker.connection.connection import connect
+from sharedpool.worker.connection.diagnosis import Diagnosis, Failure
+from sharedpool.worker.connection.pooled import PooledConnection
+from tests.support.processes import workers
+from tests.support.refusing_server import RefusingServer, Stage
 
 MakePool = Callable[..., sharedpool.Pool]
 GERMAN, ROLE = "de_DE", "app"

@@ -8,13 +8,13 @@ from typing import Any
 
 import psycopg2
 import pytest
-from processes import Sampler, Worker, workers
 from psycopg2.extensions import connection, make_dsn
-from test_hardening import server_in_a_thread
-from waiting import wait_until
 
-from sharedpool.cli.asking import fetch_report
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.cli.client import fetch_report
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.integration.test_hardening import server_in_a_thread
+from tests.support.processes import Sampler, Worker, workers
+from tests.support.waiting import wait_until
 
 CREW, LIMIT, SECONDS = 4, 4, 3.0
 HBA = "pg_hba.conf"

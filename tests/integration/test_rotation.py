@@ -9,13 +9,13 @@ from typing import Any
 
 import psycopg2
 import pytest
-from processes import Worker, workers
 from psycopg2.extensions import make_dsn
-from test_cli import address_of, sharedpool_command, start
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.integration.test_cli import address_of, sharedpool_command, start
+from tests.support.processes import Worker, workers
+from tests.support.waiting import wait_until
 
 MakePool = Callable[..., sharedpool.Pool]
 OLD, NEW = "zold-secret", "znew-secret"

@@ -24,14 +24,14 @@ import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
-from metered import running
-from processes import Worker
 from prometheus_client.parser import text_string_to_metric_families
-from waiting import wait_until
 
-from sharedpool.cli.asking import fetch_report
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.cli.client import fetch_report
 from sharedpool.errors import BrokerUnavailable
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.support.broker_process import running
+from tests.support.processes import Worker
+from tests.support.waiting import wait_until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COMMAND = [sys.executable, "-m", "sharedpool"]

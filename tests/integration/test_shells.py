@@ -14,18 +14,19 @@ import psycopg2
 import psycopg2.errorcodes
 import psycopg2.extras
 import pytest
-from moving import MakePair, ask, leave_what_comes, moved, report
 from psycopg2 import extensions
-from querying import Query
-from waiting import wait_until
 
 import sharedpool
-from sharedpool import ThreadedConnectionPool, libpq
-from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.readable import readable
-from sharedpool.worker import handover
-from sharedpool.worker.handover import SUPPORTED
+from sharedpool import ThreadedConnectionPool
+from sharedpool.descriptors.readable import readable
+from sharedpool.postgres import libpq
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from sharedpool.worker.connection import handover
+from sharedpool.worker.connection.handover import SUPPORTED
 from sharedpool.worker.pool import Pool
+from tests.support.pool_pair import MakePair, ask, leave_what_comes, moved, report
+from tests.support.running_query import Query
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="connections cannot be handed over on this platform")
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-from processes import Piped, Worker, alive, workers
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.cli.asking import fetch_report
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.cli.client import fetch_report
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.support.processes import Piped, Worker, alive, workers
+from tests.support.waiting import wait_until
 
 # A process that hangs at its exit would be killed, and seen, after this.
 EXIT_LIMIT_S = 30

@@ -10,12 +10,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from browser import PROGRAM, Page, browsing
-from metered import Broker, running
-from processes import Piped, Worker
-from waiting import wait_until
 
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.support.broker_process import Broker, running
+from tests.support.browser import PROGRAM, Page, browsing
+from tests.support.processes import Piped, Worker
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium: apt-get install chromium")
 

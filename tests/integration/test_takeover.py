@@ -9,16 +9,16 @@ from typing import Any
 
 import psycopg2
 import pytest
-from processes import Worker
-from test_control import backend_of
-from test_hardening import line_to, server_in_a_thread
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.cli.asking import fetch_report
-from sharedpool.cli.postgres import EphemeralPostgres
+from sharedpool.cli.client import fetch_report
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.codec import decode_to_worker, encode
 from sharedpool.wire.messages import PROTOCOL_VERSION, Acquire, Confirm, Grant, Hello, PoolSpec
+from tests.integration.test_control import backend_of
+from tests.integration.test_hardening import line_to, server_in_a_thread
+from tests.support.processes import Worker
+from tests.support.waiting import wait_until
 
 _PROCESS = re.compile(rb'"process":\[\d+,\d+,"[^"]*"\]')
 _BACKEND = re.compile(rb'"backend":\[[^]]*\]')
@@ -111,7 +111,7 @@ def test_a_deleted_journal_forgets_the_dead(
     address: str, postgres: EphemeralPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The way out where there is no DSN to give; nobody of the old crew is alive."""
-    monkeypatch.setattr("sharedpool.broker.ledger.QUEUE_LIMIT_S", 1.0)  # ten seconds
+    monkeypatch.setattr("sharedpool.broker.core.ledger.QUEUE_LIMIT_S", 1.0)  # ten seconds
     settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": address, "max_conn": 1}
     first = sharedpool.start_broker(1, address=address)
     with Worker(**settings) as worker:

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-from processes import Piped, run_python
 from psycopg2.extensions import connection, make_dsn
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.broker.lock import is_held
-from sharedpool.cli.asking import fetch_report
-from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.wire import address as addresses
+from sharedpool.cli.client import fetch_report
+from sharedpool.discovery import address as addresses
+from sharedpool.discovery.lock_file import is_held
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.support.processes import Piped, run_python
+from tests.support.waiting import wait_until
 
 TENANTS = [f"tenant{number}" for number in range(4)]
 

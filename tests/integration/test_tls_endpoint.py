@@ -7,19 +7,17 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
-import automatic
-import documents
-import proxies
 import psycopg2
 import pytest
-from processes import Sampler, workers
 from psycopg2.extensions import make_dsn
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.cli.asking import fetch_report
+from sharedpool.cli.client import fetch_report
 from sharedpool.wire.reports import PoolReport
-from sharedpool.worker.handover import SUPPORTED
+from sharedpool.worker.connection.handover import SUPPORTED
+from tests.support import automatic_broker, documents, proxies
+from tests.support.processes import Sampler, workers
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="connections cannot be handed over on this platform")
 
@@ -93,7 +91,7 @@ def dsn(far: proxies.Certified, accept: str | Path) -> Iterator[str]:
 def broker(request: pytest.FixtureRequest, far: proxies.Certified, dsn: str, runtime_dir: Path) -> Iterator[str | None]:
     """The address of a broker whose control connection goes past the endpoint; None: nobody names one, so by it."""
     if request.param == "automatic":
-        with automatic.seen_off():
+        with automatic_broker.seen_off():
             yield None
     else:
         with sharedpool.start_broker(3, dsn=far.verified_dsn) as started:
@@ -103,7 +101,9 @@ def broker(request: pytest.FixtureRequest, far: proxies.Certified, dsn: str, run
 def reports(broker: str | None) -> list[PoolReport]:
     """What there is to tell of the pool: nothing before the automatic broker has started."""
     return [
-        pool for found in (automatic.reports() if broker is None else [fetch_report(broker)]) for pool in found.pools
+        pool
+        for found in (automatic_broker.reports() if broker is None else [fetch_report(broker)])
+        for pool in found.pools
     ]
 
 

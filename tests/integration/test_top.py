@@ -16,19 +16,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import documents
 import pytest
-from processes import Worker
-from test_cli import COMMAND, sharedpool_command, start, wait_for
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.cli.postgres import EphemeralPostgres
 from sharedpool.cli.top_view import Line, picture, sparkline
 from sharedpool.cli.who import Answer
-from sharedpool.readable import readable
+from sharedpool.descriptors.readable import readable
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.messages import Token
 from sharedpool.wire.reports import LeaseLine, PoolReport, Report
+from tests.integration.test_cli import COMMAND, sharedpool_command, start, wait_for
+from tests.support import documents
+from tests.support.processes import Worker
+from tests.support.waiting import wait_until
 
 pytest.importorskip("rich")
 

@@ -9,20 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import documents
 import psycopg2
 import pytest
-from processes import Piped, Worker
 from psycopg2.extensions import connection
-from test_cli import address_of, sharedpool_command, start, wait_for
-from waiting import wait_until
 
 import sharedpool
-from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.worker.leases import reports
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from sharedpool.worker.core.lease_reports import reports
+from tests.integration.test_cli import address_of, sharedpool_command, start, wait_for
+from tests.support import documents
+from tests.support.processes import Piped, Worker
+from tests.support.waiting import wait_until
 
 MakePool = Callable[..., sharedpool.Pool]
-WORKER = str(Path(__file__).parents[1] / "worker.py")
+WORKER = str(Path(__file__).parents[1] / "support" / "worker.py")
 
 
 def who(address: str, *arguments: str) -> list[dict[str, Any]]:

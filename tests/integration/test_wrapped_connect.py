@@ -13,14 +13,14 @@ import psycopg2
 import psycopg2.extras
 import psycopg2.pool
 import pytest
-from processes import run_python
 from psycopg2 import extensions, sql
-from waiting import wait_until
 
 from sharedpool import PgSimple, PoolExhausted, SharedPoolError, ThreadedConnectionPool
-from sharedpool.cli.postgres import EphemeralPostgres
-from sharedpool.worker.handover import SUPPORTED
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from sharedpool.worker.connection.handover import SUPPORTED
 from sharedpool.worker.pool import Pool
+from tests.support.processes import run_python
+from tests.support.waiting import wait_until
 
 MakePool = Callable[..., Pool]
 Backends = Callable[[Pool], set[int]]

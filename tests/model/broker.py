@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from sharedpool.broker.commands import (
+from sharedpool.broker.core.commands import (
     Admit,
     CloseLane,
     Command,
@@ -39,27 +39,26 @@ from sharedpool.broker.commands import (
     Vouch,
     Watch,
 )
-from sharedpool.broker.ledger import Ledger
-from sharedpool.broker.moves import LOST_WITH_THE_BROKER
-from sharedpool.broker.records import SlotState
-from sharedpool.broker.recovery import GRACE_OVER
-from sharedpool.lane import Ticket as Place
+from sharedpool.broker.core.ledger import Ledger
+from sharedpool.broker.core.moves import LOST_WITH_THE_BROKER
+from sharedpool.broker.core.records import SlotState
+from sharedpool.broker.core.recovery import GRACE_OVER
+from sharedpool.lane.lane import Ticket as Place
 from sharedpool.wire import desk
+from sharedpool.wire.admin import Order, OrderKind
 from sharedpool.wire.board import BROKERS_PLACE, BROKERS_REQUEST, SHELF
 from sharedpool.wire.codec import decode_to_broker, decode_to_worker, encode
 from sharedpool.wire.desk import Deposit, Give, Leave, Moved, Stay
 from sharedpool.wire.messages import Acquire, Grant, Hello, ToBroker, Token
-from sharedpool.wire.orders import Order, OrderKind
-
-from .desk import checked
-from .lane import End, Grip, Item, Lane
-from .moving import run
-from .network import Packet, Wire
-from .scale import INSTANCE, LIMITS, TTL_S
-from .server import Proc
+from tests.model.desk import checked
+from tests.model.lane import End, Grip, Item, Lane
+from tests.model.moving import run
+from tests.model.network import Packet, Wire
+from tests.model.scale import INSTANCE, LIMITS, TTL_S
+from tests.model.server import Proc
 
 if TYPE_CHECKING:
-    from .world import World
+    from tests.model.world import World
 
 
 class Journal:

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING
 from sharedpool.wire.codec import decode_to_desk, encode
 from sharedpool.wire.desk import Deposit, Give, LetIn, Live, Moved, Stay, ToDesk
 from sharedpool.wire.messages import ReleaseReason
-from sharedpool.worker.cache import Cache
-from sharedpool.worker.lease import Closing, Lease
-
-from .network import Packet, Wire
-from .server import Proc
+from sharedpool.worker.core.cache import Cache
+from sharedpool.worker.core.lease import Closing, Lease
+from tests.model.network import Packet, Wire
+from tests.model.server import Proc
 
 if TYPE_CHECKING:
-    from .world import World
+    from tests.model.world import World
 
 _ASKED_FOR = (ReleaseReason.TAKEN, ReleaseReason.OWED)
 

@@ -1,4 +1,4 @@
-"""The lane: its memory and pipes, as the kernel keeps them, and what a process does there (`sharedpool/lane.py`).
+"""The lane: its memory and pipes, as the kernel keeps them, and what a process does there (`sharedpool/lane/lane.py`).
 
 What takes several system calls in a real process is a generator here: whatever it yields at, another process may go on,
 or this one be killed or frozen.
@@ -12,14 +12,13 @@ from typing import NamedTuple
 
 from msgspec import structs
 
-from sharedpool.lane import Ticket as Place
+from sharedpool.lane.lane import Ticket as Place
 from sharedpool.wire.board import BOARD_BYTES, SHELF, Board
 from sharedpool.wire.codec import decode_moved, encode
 from sharedpool.wire.desk import Live, Moved
 from sharedpool.wire.messages import Token
-
-from .network import Packet
-from .server import Proc
+from tests.model.network import Packet
+from tests.model.server import Proc
 
 SHELF_ROOM = 11  # the kernel's max_dgram_qlen, and one
 QUEUE_ROOM = 24  # much less than a pipe's

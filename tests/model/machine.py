@@ -12,15 +12,14 @@ from typing import ClassVar
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sharedpool.broker.handover import NUDGE_LIMIT_S, NUDGE_S, TRY_AGAIN_S
+from sharedpool.broker.core.handover import NUDGE_LIMIT_S, NUDGE_S, TRY_AGAIN_S
+from sharedpool.wire.admin import Order, OrderKind
 from sharedpool.wire.messages import START_UP_LIMIT_S, ReleaseReason
-from sharedpool.wire.orders import Order, OrderKind
-from sharedpool.worker.lease import Ticket
-
-from .desk import Giving, Lack
-from .moving import LaneGiving, Thread
-from .network import Line
-from .promises import (
+from sharedpool.worker.core.lease import Ticket
+from tests.model.desk import Giving, Lack
+from tests.model.moving import LaneGiving, Thread
+from tests.model.network import Line
+from tests.model.promises import (
     check,
     check_all_slots_can_be_had,
     check_lanes_are_empty,
@@ -30,10 +29,10 @@ from .promises import (
     let_pass,
     quiesce,
 )
-from .scale import LIMITS, TTL_S
-from .server import Stage
-from .worker import Worker
-from .world import World
+from tests.model.scale import LIMITS, TTL_S
+from tests.model.server import Stage
+from tests.model.worker import Worker
+from tests.model.world import World
 
 MOST_WORKERS = 5
 MOST_TICKETS = 6

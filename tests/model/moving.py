@@ -15,22 +15,21 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from msgspec import structs
 
 from sharedpool.errors import SharedPoolError
-from sharedpool.lane import Ticket as Place
+from sharedpool.lane.lane import Ticket as Place
+from sharedpool.lane.wait_sockets import _AGAIN_LIMIT_S, AGAIN_S
 from sharedpool.wire.board import SEATS
 from sharedpool.wire.desk import Joined, LetIn, Live, Moved
 from sharedpool.wire.messages import Interrupt, Phase, ReleaseReason
-from sharedpool.worker.cache import Cache
-from sharedpool.worker.lease import Closing, Lease, Ticket
-from sharedpool.worker.seats import _AGAIN_LIMIT_S, AGAIN_S
-from sharedpool.worker.slices import STEADY_GAP_S
-
-from .desk import AtTheDesk, Conn, Giving, Lack
-from .lane import End, Got, Grip, Item, Lane
-from .network import Packet
-from .server import Proc
+from sharedpool.worker.core.cache import Cache
+from sharedpool.worker.core.lease import Closing, Lease, Ticket
+from sharedpool.worker.core.time_slice import STEADY_GAP_S
+from tests.model.desk import AtTheDesk, Conn, Giving, Lack
+from tests.model.lane import End, Got, Grip, Item, Lane
+from tests.model.network import Packet
+from tests.model.server import Proc
 
 if TYPE_CHECKING:
-    from .world import World
+    from tests.model.world import World
 
 T = TypeVar("T")
 Steps = Generator[None, None, None]

@@ -13,8 +13,7 @@ from typing import Any
 
 from sharedpool.wire.desk import FromDesk, Moved, ToDesk
 from sharedpool.wire.messages import Hello, ToBroker, ToWorker
-
-from .server import Proc
+from tests.model.server import Proc
 
 
 @dataclass(eq=False, slots=True)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from sharedpool.broker.quarantine import SETTLE_S
-from sharedpool.broker.records import SlotState
+from sharedpool.broker.core.quarantine import SETTLE_S
+from sharedpool.broker.core.records import SlotState
+from sharedpool.wire.admin import Order, OrderKind
 from sharedpool.wire.messages import START_UP_LIMIT_S
-from sharedpool.wire.orders import Order, OrderKind
-
-from .broker import Broker
-from .moving import Thread
-from .scale import BEAT_S, LIMITS, TTL_S
-from .server import Proc, Stage
-from .worker import Worker
-from .world import World
+from tests.model.broker import Broker
+from tests.model.moving import Thread
+from tests.model.scale import BEAT_S, LIMITS, TTL_S
+from tests.model.server import Proc, Stage
+from tests.model.worker import Worker
+from tests.model.world import World
 
 
 def check(world: World) -> None:

@@ -1,6 +1,6 @@
 """The world's measures: small, so that every limit is met often."""
 
-from sharedpool.broker.groups import GroupTerms
+from sharedpool.broker.core.group_terms import GroupTerms
 
 TTL_S = 15.0
 BEAT_S = 5.0

@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from sharedpool.broker.commands import Survey
-from sharedpool.broker.leases import QUEUE_LIMIT_S
-from sharedpool.broker.quarantine import SETTLE_S
+from sharedpool.broker.core.commands import Survey
+from sharedpool.broker.core.leases import QUEUE_LIMIT_S
+from sharedpool.broker.core.quarantine import SETTLE_S
 from sharedpool.wire.messages import Backend, Token
 
 _LOGIN_LIMIT_S = 60.0

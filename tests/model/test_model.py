@@ -23,7 +23,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from .machine import BadNetwork, GoodNetwork
+from tests.model.machine import BadNetwork, GoodNetwork
 
 SEED = int(os.environ.get("SHAREDPOOL_MODEL_SEED", "1"))
 EXAMPLES = int(os.environ.get("SHAREDPOOL_MODEL_EXAMPLES", "56"))

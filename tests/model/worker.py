@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sharedpool.broker.commands import Process
+from sharedpool.broker.core.commands import Process
 from sharedpool.errors import SharedPoolError
 from sharedpool.wire.board import SEATS
 from sharedpool.wire.desk import Give, Live
@@ -32,18 +32,17 @@ from sharedpool.wire.messages import (
     ToWorker,
     Welcome,
 )
-from sharedpool.worker.cache import Cache
 from sharedpool.worker.checkout import CHECK_AFTER_S
-from sharedpool.worker.lease import Closing, Lease, Ticket
-from sharedpool.worker.leases import lost, unfinished
-
-from .desk import Conn
-from .moving import InTheLane
-from .scale import BEAT_S, EXPIRATION_S, HELLO_RETRY_S, LIMITS, MAX_WAITING, SILENCE_S
-from .server import Proc
+from sharedpool.worker.core.cache import Cache
+from sharedpool.worker.core.lease import Closing, Lease, Ticket
+from sharedpool.worker.core.lease_reports import lost, unfinished
+from tests.model.desk import Conn
+from tests.model.moving import InTheLane
+from tests.model.scale import BEAT_S, EXPIRATION_S, HELLO_RETRY_S, LIMITS, MAX_WAITING, SILENCE_S
+from tests.model.server import Proc
 
 if TYPE_CHECKING:
-    from .world import World
+    from tests.model.world import World
 
 
 @dataclass(eq=False)

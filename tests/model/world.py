@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 
-from sharedpool.broker.commands import Process
+from sharedpool.broker.core.commands import Process
 from sharedpool.wire.messages import Grant, Token
-
-from .broker import Broker, Journal
-from .lane import Lane
-from .network import Line, Network, Wire
-from .scale import BEAT_S, GROUP_OF, GROUPS
-from .server import Server
-from .worker import Worker
+from tests.model.broker import Broker, Journal
+from tests.model.lane import Lane
+from tests.model.network import Line, Network, Wire
+from tests.model.scale import BEAT_S, GROUP_OF, GROUPS
+from tests.model.server import Server
+from tests.model.worker import Worker
 
 
 class World:

@@ -1,6 +1,6 @@
 """How a pool holds back while connects fail."""
 
-from sharedpool.broker.backoff import PROBE_EVERY_S, PROBE_LIMIT_S, Backoff
+from sharedpool.broker.core.backoff import PROBE_EVERY_S, PROBE_LIMIT_S, Backoff
 from sharedpool.wire.messages import Token
 
 

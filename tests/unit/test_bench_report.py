@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from bench.peers import Shared, Unavailable
-from bench.report import (
+
+from tests.bench.peers import Shared, Unavailable
+from tests.bench.report import (
     FAIRNESS,
     MEAN_US,
     P50_MS,
@@ -19,7 +20,7 @@ from bench.report import (
     markdown,
     summary,
 )
-from bench.stats import Spread, curve, fairness, percentile, ratios, spread
+from tests.bench.stats import Spread, curve, fairness, percentile, ratios, spread
 
 # --- statistics
 

@@ -23,9 +23,9 @@ from sharedpool.wire.messages import (
     Token,
     Trouble,
 )
-from sharedpool.worker.cache import Cache
-from sharedpool.worker.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closing, Lease, Ticket
-from sharedpool.worker.leases import lost, unfinished
+from sharedpool.worker.core.cache import Cache
+from sharedpool.worker.core.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closing, Lease, Ticket
+from sharedpool.worker.core.lease_reports import lost, unfinished
 
 
 class Conn:
@@ -440,7 +440,7 @@ def test_giving_up_while_asking_was_interrupted_leaves_nothing_behind(
 ) -> None:
     ticket = Ticket(lambda: None, rig.now)
     with monkeypatch.context() as patch:
-        patch.setattr("sharedpool.worker.tickets.Acquire", interrupt)
+        patch.setattr("sharedpool.worker.core.waiters.Acquire", interrupt)
         with pytest.raises(Interrupt):
             rig.cache.tickets.want(ticket, 5.0)
     assert rig.cache.give_up(ticket, rig.now) is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from test_cache import Conn, Rig, reason_of
 
 from sharedpool.errors import SharedPoolError
 from sharedpool.wire.desk import Live, Moved, Passed
@@ -19,8 +18,9 @@ from sharedpool.wire.messages import (
     Renew,
     Token,
 )
-from sharedpool.worker.lease import Closing, Lease, Ticket
-from sharedpool.worker.slices import STEADY_GAP_S
+from sharedpool.worker.core.lease import Closing, Lease, Ticket
+from sharedpool.worker.core.time_slice import STEADY_GAP_S
+from tests.unit.test_cache import Conn, Rig, reason_of
 
 SLICE_S = 0.002
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from types import CodeType
 
 from sharedpool.wire.messages import Grant, Phase, Token
-from sharedpool.worker.cache import Cache
-from sharedpool.worker.callsite import capture, wording
-from sharedpool.worker.lease import Ticket
-from sharedpool.worker.leases import reports
+from sharedpool.worker.core.cache import Cache
+from sharedpool.worker.core.callsite import capture, wording
+from sharedpool.worker.core.lease import Ticket
+from sharedpool.worker.core.lease_reports import reports
 
 
 def test_the_innermost_line_comes_first() -> None:

@@ -14,10 +14,11 @@ from typing import Any
 import psycopg2
 import pytest
 
-from sharedpool.hangup import other_side_closed
-from sharedpool.worker.connection import PooledConnection, bear_witness
-from sharedpool.worker.ending import _shut, close_confirmed, cut
-from sharedpool.worker.handover import _greeting, _startup
+from sharedpool.postgres.peer_closed import other_side_closed
+from sharedpool.worker.connection.closing import _shut, close_confirmed, cut
+from sharedpool.worker.connection.connection import Connection, bear_witness
+from sharedpool.worker.connection.handover import _greeting, _startup
+from sharedpool.worker.connection.pooled import PooledConnection
 
 _PATIENCE_S = 30.0
 
@@ -47,7 +48,7 @@ class Backend:
 
     def connect(self) -> PooledConnection:
         conn = psycopg2.connect(
-            host=str(self.directory), user="u", dbname="d", connection_factory=PooledConnection,
+            host=str(self.directory), user="u", dbname="d", connection_factory=Connection,
             sslmode="disable", gssencmode="disable",
         )  # fmt: skip
         assert isinstance(conn, PooledConnection)

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sharedpool.errors import ProtocolError
+from sharedpool.wire.admin import Order, OrderKind
 from sharedpool.wire.buckets import BUCKETS
 from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, decode_to_operator, decode_to_worker, encode
 from sharedpool.wire.messages import (
@@ -33,7 +34,6 @@ from sharedpool.wire.messages import (
     Token,
     ToWorker,
 )
-from sharedpool.wire.orders import Order, OrderKind
 from sharedpool.wire.reports import (
     MOST_LISTED,
     BackendActivity,

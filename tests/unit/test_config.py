@@ -13,8 +13,8 @@ import pytest
 
 import sharedpool
 from sharedpool import ConfigError, config
-from sharedpool.broker.lock import BrokerLock
-from sharedpool.wire import address as addresses
+from sharedpool.discovery import address as addresses
+from sharedpool.discovery.lock_file import BrokerLock
 
 DSN = "host=db.example user=app dbname=app password=s3cr3t"
 
@@ -194,7 +194,7 @@ def test_the_temporary_directory_is_the_same_when_nothing_can_be_written(
     code = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-from sharedpool.wire import address
+from sharedpool.discovery import address
 print(address.runtime_dir())
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
@@ -332,6 +332,6 @@ def test_a_worker_does_not_load_the_brokers_modules() -> None:
 
 
 def test_what_starts_a_broker_is_there_all_the_same() -> None:
-    assert sharedpool.start_broker.__module__ == sharedpool.Broker.__module__ == "sharedpool.broker.launch"
+    assert sharedpool.start_broker.__module__ == sharedpool.Broker.__module__ == "sharedpool.broker.launch.run"
     with pytest.raises(AttributeError, match="no attribute 'start_brocker'"):
         sharedpool.start_brocker  # noqa: B018

@@ -15,9 +15,9 @@ from psycopg2.extensions import connection, parse_dsn
 from psycopg2.extras import DictConnection, NamedTupleCursor
 from psycopg2.pool import PoolError
 
-from sharedpool import conninfo, libpq
-from sharedpool.conninfo import ConnInfo, ServerIdentity, resolve
 from sharedpool.errors import ConfigError
+from sharedpool.postgres import conninfo, libpq
+from sharedpool.postgres.conninfo import ConnInfo, ServerIdentity, resolve
 
 LIBPQ_VARIABLES = ["PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGPASSWORD", "PGSSLMODE", "PGPASSFILE"]
 LIBPQ_VARIABLES += ["PGSERVICE", "PGSERVICEFILE", "PGSYSCONFDIR"]
@@ -463,7 +463,7 @@ def test_conninfo_is_frozen_hashable_and_picklable() -> None:
 def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Resolve with libpq and, as on a build whose symbols cannot be reached, without it."""
     if request.param == "by hand":
-        monkeypatch.setattr("sharedpool.libpq.library", lambda: None)
+        monkeypatch.setattr("sharedpool.postgres.libpq.library", lambda: None)
     return str(request.param)
 
 
@@ -571,7 +571,7 @@ def test_a_missing_service_is_named() -> None:
 
 
 def test_a_service_keeps_its_name_where_libpq_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sharedpool.libpq.library", lambda: None)
+    monkeypatch.setattr("sharedpool.postgres.libpq.library", lambda: None)
     assert identity(service="reports", user="u").host == "service=reports"
     assert identity(service="reports", host="h", user="u").host == "h"
 

@@ -1,9 +1,9 @@
 """Pools of one name in several databases, at a broker that serves all of a server."""
 
 import pytest
-from test_ledger import Broker
 
 from sharedpool.wire.messages import Bye, Token
+from tests.unit.test_ledger import Broker
 
 
 def names(broker: Broker) -> dict[str, str]:

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import get_args
 
 import click
-import documents
 import pytest
-from bench import pictures
-from documents import ARCHITECTURE, DOCUMENTS, EXAMPLES, ON_CALL, README, ROOT
 
 import sharedpool
 from sharedpool import errors
-from sharedpool.broker import metrics
-from sharedpool.broker.books import TRANSITIONS
+from sharedpool.broker.core.slots import TRANSITIONS
+from sharedpool.broker.metrics import prometheus
 from sharedpool.cli import _COMMANDS, main
 from sharedpool.wire import desk, messages
+from tests.bench import pictures
+from tests.support import documents
+from tests.support.documents import ARCHITECTURE, DOCUMENTS, EXAMPLES, ON_CALL, README, ROOT
 
 LINES, WORDS = 220, 1800
 
@@ -137,7 +137,7 @@ def test_every_error_is_explained() -> None:
 
 def test_every_metric_is_listed() -> None:
     listed = {name for row in documents.rows(ON_CALL, "| metric | meaning |") for name in documents.quoted(row[0])}
-    source = inspect.getsource(metrics)
+    source = inspect.getsource(prometheus)
     named = {f"db_client_connection_{name}" for name in re.findall(r'_PREFIX \+ "(\w+)", "', source)}
     named |= {f"db_client_connection_{name}" for name in re.findall(r'"(\w+_time_seconds)"', source)}
     assert listed == named | set(re.findall(r'\("(sharedpool_\w+)"', source))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from test_ledger import Broker, Worker
-from test_orders import give_up_idle, order
 
-from sharedpool.broker.backoff import Backoff
-from sharedpool.broker.books import Books
-from sharedpool.broker.groups import GroupTerms, check_terms
-from sharedpool.broker.records import Lease as Slot
-from sharedpool.broker.records import Pool, Session, SlotState
+from sharedpool.broker.core.backoff import Backoff
+from sharedpool.broker.core.group_terms import GroupTerms, check_terms
+from sharedpool.broker.core.records import Lease as Slot
+from sharedpool.broker.core.records import Pool, Session, SlotState
+from sharedpool.broker.core.slots import Books
 from sharedpool.errors import ConfigError
+from sharedpool.wire.admin import OrderKind
 from sharedpool.wire.messages import Ack, Deny, PoolSpec, Recall, ReleaseReason, Token, Welcome
-from sharedpool.wire.orders import OrderKind
+from tests.unit.test_admin import give_up_idle, order
+from tests.unit.test_ledger import Broker, Worker
 
 
 def grouped(cap: int, **terms: GroupTerms) -> Broker:

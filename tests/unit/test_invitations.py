@@ -10,18 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from sharedpool import lane as lanes
-from sharedpool.automatic import GivenBroker
-from sharedpool.conninfo import resolve
+from sharedpool.broker_location import GivenBroker
+from sharedpool.lane import lane as lanes
+from sharedpool.lane.wait_sockets import Seat, Seats
+from sharedpool.postgres.conninfo import resolve
 from sharedpool.wire.codec import decode_to_desk
 from sharedpool.wire.desk import PACKET_BYTES, Joined, LetIn, Stay
 from sharedpool.wire.messages import PROTOCOL_VERSION, Acquire, Hello, Recall, Renew, Welcome
-from sharedpool.worker.handover import SUPPORTED
-from sharedpool.worker.holdings import Holdings
-from sharedpool.worker.lease import Ticket
-from sharedpool.worker.link import Link
-from sharedpool.worker.links import SharedContext
-from sharedpool.worker.seats import Seat, Seats
+from sharedpool.worker.connection.handover import SUPPORTED
+from sharedpool.worker.core.lease import Ticket
+from sharedpool.worker.link.link import Link
+from sharedpool.worker.link.links import SharedContext
+from sharedpool.worker.local_pool import Holdings
+from sharedpool.worker.mover import Mover
 from sharedpool.worker.session import Session
 from sharedpool.worker.settings import PoolConfig
 
@@ -39,7 +40,9 @@ class Rig:
         self._listener.listen()
         self._desk: socket.socket | None = None  # the broker's end of the line
         self._path = str(path)
-        self.holdings = Holdings(PoolConfig(resolve(dsn="host=nowhere user=u dbname=d")), GivenBroker("ipc:///nowhere"))
+        self.holdings = Holdings(
+            PoolConfig(resolve(dsn="host=nowhere user=u dbname=d")), GivenBroker("ipc:///nowhere"), Session, Mover
+        )
         self._session = Session(self.holdings)
         self._link = Link("ipc:///nowhere", SharedContext())
         registration = self._link.attach(self._session, self.holdings.cache.out, None)

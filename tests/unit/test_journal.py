@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from sharedpool.broker import journal as journals
-from sharedpool.broker.commands import Entry, Member, Place, Process
-from sharedpool.broker.journal import Journal
+from sharedpool.broker.core.commands import Entry, Member, Place, Process
+from sharedpool.broker.server import journal as journals
+from sharedpool.broker.server.journal import Journal
 from sharedpool.wire.messages import Backend, PoolSpec, Token
 
 

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 import pytest
 from msgspec import structs
 
-from sharedpool import lane as lanes
-from sharedpool.lane import Item, Lane, Ticket
-from sharedpool.owned import Owned
-from sharedpool.readable import readable
-from sharedpool.wire import descriptors
+from sharedpool.descriptors import passing
+from sharedpool.descriptors.owned import Owned
+from sharedpool.descriptors.readable import readable
+from sharedpool.lane import lane as lanes
+from sharedpool.lane.lane import Item, Lane, Ticket
 from sharedpool.wire.board import CELLS, SEATS, SHELF
 from sharedpool.wire.codec import encode
 from sharedpool.wire.desk import Live, Moved
@@ -196,13 +196,13 @@ def test_while_it_is_on_its_way_it_is_the_receivers(rig: Rig, monkeypatch: pytes
     rig.b.wait(0, 5)
     item = rig.connection()
     seen = []
-    send = descriptors.send_with_to
+    send = passing.send_with_to
 
     def look_and_send(sock: _socket.socket, packet: bytes, fd: int, address: str) -> None:
         seen.append(rig.board.holding(item.cell).holder)
         send(sock, packet, fd, address)
 
-    monkeypatch.setattr(descriptors, "send_with_to", look_and_send)
+    monkeypatch.setattr(passing, "send_with_to", look_and_send)
     assert rig.a.lane.give(item)
     assert seen == [2]
 
@@ -373,9 +373,9 @@ def test_what_is_not_as_it_should_be_is_dropped_and_its_socket_closed(rig: Rig, 
     if where == "seat":
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.connect(rig.b.seats[0].getsockname())
-            descriptors.send_with_all(sender, said, fds)
+            passing.send_with_all(sender, said, fds)
     elif said:  # an empty packet cannot be told from the end there
-        descriptors.send_with_all(rig.a.lane._put, said, fds)  # type: ignore[arg-type]
+        passing.send_with_all(rig.a.lane._put, said, fds)  # type: ignore[arg-type]
     before = open_descriptors()
     assert rig.b.came(0) is None if where == "seat" else rig.b.taken() is None
     assert open_descriptors() == before
@@ -390,7 +390,7 @@ def test_what_is_as_it_should_be_is_taken_in(rig: Rig) -> None:
     item = rig.connection()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.connect(rig.b.seats[0].getsockname())
-        descriptors.send_with_all(sender, packet(rig, item), [item.fd])
+        passing.send_with_all(sender, packet(rig, item), [item.fd])
     assert rig.b.came(0) == Moved(5, item.token, item.cell, 1, LIVE)
 
 

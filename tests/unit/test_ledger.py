@@ -11,14 +11,14 @@ from typing import TypeVar
 
 import pytest
 
-from sharedpool.broker.backoff import Backoff
-from sharedpool.broker.books import Books
-from sharedpool.broker.commands import Command, Fence, Forget, Log, Look, PassOn, Send, Survey, Watch
-from sharedpool.broker.demand import ANSWER_LIMIT_S
-from sharedpool.broker.ledger import Ledger
-from sharedpool.broker.quarantine import SETTLE_S
-from sharedpool.broker.records import Lease as Slot
-from sharedpool.broker.records import Pool, Session, SlotState
+from sharedpool.broker.core.backoff import Backoff
+from sharedpool.broker.core.commands import Command, Fence, Forget, Log, Look, PassOn, Send, Survey, Watch
+from sharedpool.broker.core.ledger import Ledger
+from sharedpool.broker.core.quarantine import SETTLE_S
+from sharedpool.broker.core.records import Lease as Slot
+from sharedpool.broker.core.records import Pool, Session, SlotState
+from sharedpool.broker.core.scheduler import ANSWER_LIMIT_S
+from sharedpool.broker.core.slots import Books
 from sharedpool.wire.codec import encode
 from sharedpool.wire.messages import (
     NO_TOKEN,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from test_ledger import TTL_S, Broker, Worker
 
-from sharedpool.broker.commands import Entrust, Fence, Interfere, Log, OpenLane, PassOn
-from sharedpool.broker.handover import NUDGE_S, SHARED_S, TRY_AGAIN_S
-from sharedpool.broker.moves import ARRIVAL_S
-from sharedpool.broker.records import SlotState
+from sharedpool.broker.core.commands import Entrust, Fence, Interfere, Log, OpenLane, PassOn
+from sharedpool.broker.core.handover import NUDGE_S, SHARED_S, TRY_AGAIN_S
+from sharedpool.broker.core.moves import ARRIVAL_S
+from sharedpool.broker.core.records import SlotState
 from sharedpool.wire.board import BOARD_BYTES, SEATS, Board
 from sharedpool.wire.desk import Give, Live, Moved
 from sharedpool.wire.messages import (
@@ -25,6 +24,7 @@ from sharedpool.wire.messages import (
     Token,
     Welcome,
 )
+from tests.unit.test_ledger import TTL_S, Broker, Worker
 
 
 class Desk:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from test_ledger import EPOCH, TTL_S, Broker, Worker
 
-from sharedpool.broker.commands import Fence, Log, Look, Record
-from sharedpool.broker.leases import QUEUE_LIMIT_S
-from sharedpool.broker.quarantine import SETTLE_S
+from sharedpool.broker.core.commands import Fence, Log, Look, Record
+from sharedpool.broker.core.leases import QUEUE_LIMIT_S
+from sharedpool.broker.core.quarantine import SETTLE_S
 from sharedpool.wire.messages import (
     Backend,
     Confirm,
@@ -22,6 +21,7 @@ from sharedpool.wire.messages import (
     Stale,
     Token,
 )
+from tests.unit.test_ledger import EPOCH, TTL_S, Broker, Worker
 
 
 def proxied_broker(**options: float) -> Broker:

@@ -6,9 +6,9 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from waiting import wait_until
 
 from sharedpool.worker.logs import Logs
+from tests.support.waiting import wait_until
 
 NAME = "sharedpool.test-logs"
 

@@ -16,25 +16,27 @@ from typing import cast
 import msgspec
 import pytest
 from psycopg2 import extensions
-from waiting import wait_until
 
-from sharedpool import lane as lanes
-from sharedpool.automatic import GivenBroker
-from sharedpool.conninfo import resolve
-from sharedpool.lane import Item, Lane
-from sharedpool.readable import readable
+from sharedpool.broker_location import GivenBroker
+from sharedpool.descriptors.readable import readable
+from sharedpool.descriptors.timer import Timer
+from sharedpool.lane import lane as lanes
+from sharedpool.lane.lane import Item, Lane
+from sharedpool.lane.wait_sockets import Seats
+from sharedpool.postgres.conninfo import resolve
 from sharedpool.wire.board import SEATS, SHELF
 from sharedpool.wire.desk import Live
 from sharedpool.wire.messages import Backend, Phase, Release, ReleaseReason, Token
-from sharedpool.worker.connection import PooledConnection, take_lease
-from sharedpool.worker.handover import SUPPORTED, encoded_parameters, names_of_parameters
-from sharedpool.worker.holdings import Holdings
-from sharedpool.worker.lease import Lease, Ticket
+from sharedpool.worker.connection.connection import take_lease
+from sharedpool.worker.connection.handover import SUPPORTED, encoded_parameters, names_of_parameters
+from sharedpool.worker.connection.pooled import PooledConnection
+from sharedpool.worker.connection.server_facts import Names
+from sharedpool.worker.core.lease import Lease, Ticket
+from sharedpool.worker.local_pool import Holdings
 from sharedpool.worker.mover import Mover
-from sharedpool.worker.names import Names
-from sharedpool.worker.seats import Seats
+from sharedpool.worker.session import Session
 from sharedpool.worker.settings import PoolConfig
-from sharedpool.worker.timer import Timer
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(
     not (SUPPORTED and lanes.SUPPORTED), reason="connections cannot be handed over on this platform"
@@ -59,7 +61,7 @@ class Rig:
 
     def __init__(self) -> None:
         config = PoolConfig(resolve(dsn="host=nowhere user=u dbname=d"), timeout=5.0)
-        self.holdings = Holdings(config, GivenBroker("ipc:///nowhere"))
+        self.holdings = Holdings(config, GivenBroker("ipc:///nowhere"), Session, Mover)
         self.holdings.cache.welcomed(1, 1, time.monotonic())
         self.holdings.tested = True  # it was seen to work here
         self.fds = lanes.make()

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from test_ledger import Broker, Worker
-from test_ledger_handover import Desk
-from test_recovery import EPOCH, journal_of, members_of, moved, successor
 
-from sharedpool.broker.commands import (
+from sharedpool.broker.core.commands import (
     Admit,
     CloseLane,
     Dismiss,
@@ -23,11 +20,12 @@ from sharedpool.broker.commands import (
     Send,
     ToLane,
 )
-from sharedpool.broker.demand import ANSWER_LIMIT_S
-from sharedpool.broker.groups import GroupTerms
-from sharedpool.broker.handover import SHARED_S
-from sharedpool.broker.moves import ARRIVAL_S
-from sharedpool.broker.records import Lease, Pool, SlotState
+from sharedpool.broker.core.group_terms import GroupTerms
+from sharedpool.broker.core.handover import SHARED_S
+from sharedpool.broker.core.moves import ARRIVAL_S
+from sharedpool.broker.core.records import Lease, Pool, SlotState
+from sharedpool.broker.core.scheduler import ANSWER_LIMIT_S
+from sharedpool.wire.admin import Order, OrderKind
 from sharedpool.wire.board import BROKERS_PLACE, BROKERS_REQUEST, MOVES, SEATS, SESSIONS, SHELF
 from sharedpool.wire.buckets import BUCKETS
 from sharedpool.wire.desk import Live, Moved
@@ -53,8 +51,10 @@ from sharedpool.wire.messages import (
     Token,
     Welcome,
 )
-from sharedpool.wire.orders import Order, OrderKind
 from sharedpool.wire.reports import PoolReport
+from tests.unit.test_ledger import Broker, Worker
+from tests.unit.test_ledger_handover import Desk
+from tests.unit.test_recovery import EPOCH, journal_of, members_of, moved, successor
 
 VERSION = PROTOCOL_VERSION
 NOTHING = Order(VERSION, OrderKind.RESUME, "nobody's")

@@ -27,9 +27,12 @@ READERS = frozenset(
 )
 # Where reading is right, by module and function, and why.
 ALLOWED = {
-    ("conninfo.py", "_without_quotes"): "cuts out what libpq quotes, for the text that is shown; decides nothing else",
-    ("broker/configfile.py", "_convert"): "msgspec's words about our own file, for the text that is shown",
-    ("libpq.py", "codes"): "SQLSTATEs, which libpq was told to write in the place of words",
+    (
+        "postgres/conninfo.py",
+        "_without_quotes",
+    ): "cuts out what libpq quotes, for the text that is shown; decides nothing else",
+    ("broker/launch/config_file.py", "_convert"): "msgspec's words about our own file, for the text that is shown",
+    ("postgres/libpq.py", "codes"): "SQLSTATEs, which libpq was told to write in the place of words",
 }
 
 

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from sharedpool.broker.metrics import render
-from sharedpool.broker.observe import History, Observation
-from sharedpool.broker.totals import Totals
+from sharedpool.broker.core.histograms import Totals
+from sharedpool.broker.core.snapshot import History, Observation
+from sharedpool.broker.metrics.prometheus import render
 from sharedpool.wire.buckets import BOUNDS_S, BUCKETS
 from sharedpool.wire.messages import Histogram, Times
 from sharedpool.wire.reports import PoolReport, Report

@@ -1,7 +1,7 @@
 """When the slot of a connect whose end nobody saw is free again."""
 
-from sharedpool.broker.commands import Survey
-from sharedpool.broker.quarantine import SETTLE_S, Quarantine
+from sharedpool.broker.core.commands import Survey
+from sharedpool.broker.core.quarantine import SETTLE_S, Quarantine
 from sharedpool.wire.messages import Backend, Token
 
 SLOT = Token(1, 1)

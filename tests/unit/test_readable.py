@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sharedpool.readable import readable
+from sharedpool.descriptors.readable import readable
 
 
 @pytest.fixture

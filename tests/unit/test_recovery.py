@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from test_ledger import EPOCH, TTL_S, Broker, Worker
 
-from sharedpool.broker.backoff import PROBE_EVERY_S
-from sharedpool.broker.commands import (
+from sharedpool.broker.core.backoff import PROBE_EVERY_S
+from sharedpool.broker.core.commands import (
     Admit,
     Dismiss,
     Doubt,
@@ -23,7 +22,8 @@ from sharedpool.broker.commands import (
     Vouch,
     Watch,
 )
-from sharedpool.broker.quarantine import SETTLE_S
+from sharedpool.broker.core.quarantine import SETTLE_S
+from sharedpool.wire.admin import Done, Order, OrderKind
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
     START_UP_LIMIT_S,
@@ -50,7 +50,7 @@ from sharedpool.wire.messages import (
     Trouble,
     Welcome,
 )
-from sharedpool.wire.orders import Done, Order, OrderKind
+from tests.unit.test_ledger import EPOCH, TTL_S, Broker, Worker
 
 TAG = "sharedpool p [inst]"
 

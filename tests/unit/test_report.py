@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from test_ledger import Broker
 
-from sharedpool.broker.commands import Log
+from sharedpool.broker.core.commands import Log
 from sharedpool.wire.messages import Deny, LeaseReport, Phase, Renew, Tell
 from sharedpool.wire.reports import MOST_LISTED, PoolReport
+from tests.unit.test_ledger import Broker
 
 
 @pytest.fixture

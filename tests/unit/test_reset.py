@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from sharedpool.owned import Owned
-from sharedpool.worker import reset
+from sharedpool.descriptors.owned import Owned
+from sharedpool.worker.connection import reset
 
 DONE, READY = b"C\0\0\0\x10DISCARD ALL\0", b"Z\0\0\0\x05I"
 BEFORE = {"client_encoding": "LATIN1", "DateStyle": "ISO, MDY"}

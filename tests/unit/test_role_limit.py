@@ -1,10 +1,10 @@
 """What a broker says of a role's CONNECTION LIMIT that is too low for its pools."""
 
 import pytest
-from test_ledger import Broker, Worker
 
-from sharedpool.broker.commands import Log
+from sharedpool.broker.core.commands import Log
 from sharedpool.wire.messages import PoolSpec
+from tests.unit.test_ledger import Broker, Worker
 
 
 def limited(broker: Broker, limit: int | None, role: str = "app") -> None:

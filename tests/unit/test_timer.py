@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from sharedpool.readable import readable
-from sharedpool.worker.timer import Timer
+from sharedpool.descriptors.readable import readable
+from sharedpool.descriptors.timer import Timer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel has no timerfd")
 

@@ -1,6 +1,6 @@
 """The rows, in the order of the table: one module for each family."""
 
-from bench.rows import broker, contended, hit, ledger, queries, recall, rest, storm, uneven
+from tests.bench.rows import broker, contended, hit, ledger, queries, recall, rest, storm, uneven
 
 ROWS = (
     *hit.ROWS,

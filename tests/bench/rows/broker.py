@@ -10,11 +10,6 @@ from itertools import count, cycle
 
 import zmq
 
-from bench.contestants import broker
-from bench.crew import Crew, Member, Window, crew, sleep_until, window
-from bench.processes import cpu_s
-from bench.report import Comparison, Metric, Result, Sample
-from bench.runner import Bench, Contestant, Measure, Row, take_turns
 from sharedpool.wire.codec import decode_to_worker, encode
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
@@ -28,6 +23,11 @@ from sharedpool.wire.messages import (
     Token,
     Welcome,
 )
+from tests.bench.contestants import broker
+from tests.bench.crew import Crew, Member, Window, crew, sleep_until, window
+from tests.bench.processes import cpu_s
+from tests.bench.report import Comparison, Metric, Result, Sample
+from tests.bench.runner import Bench, Contestant, Measure, Row, take_turns
 
 _SESSIONS = (1, 64, 512)
 # How many requests are under way at a time, whatever the number of sessions.

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from bench.contestants import (
+from tests.bench.contestants import (
     DIRECT,
     PGBOUNCER,
     US_OFF,
@@ -13,10 +13,10 @@ from bench.contestants import (
     shared,
     without_handover,
 )
-from bench.load import Looper, ThreadedLooper
-from bench.peers import ROLLBACK
-from bench.report import P99_MS, THROUGHPUT, US, Comparison, Result
-from bench.runner import Bench, Contestant, Row, take_turns
+from tests.bench.load import Looper, ThreadedLooper
+from tests.bench.peers import ROLLBACK
+from tests.bench.report import P99_MS, THROUGHPUT, US, Comparison, Result
+from tests.bench.runner import Bench, Contestant, Row, take_turns
 
 SLOTS = 8
 PROCESSES = 32

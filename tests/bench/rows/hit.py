@@ -8,11 +8,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 
-from bench.contestants import broker
-from bench.crew import Member, crew
-from bench.peers import Client, DbutilsPool, MakeClient, Psycopg2Pool, PsycopgPool, Shared, SqlalchemyPool
-from bench.report import MEAN_US, US, Comparison, Result, Sample
-from bench.runner import Bench, Contestant, Measure, Row, take_turns
+from tests.bench.contestants import broker
+from tests.bench.crew import Member, crew
+from tests.bench.peers import Client, DbutilsPool, MakeClient, Psycopg2Pool, PsycopgPool, Shared, SqlalchemyPool
+from tests.bench.report import MEAN_US, US, Comparison, Result, Sample
+from tests.bench.runner import Bench, Contestant, Measure, Row, take_turns
 
 PSYCOPG2_POOL = "psycopg2.pool"
 US_SIMPLE = f"{US}, one thread's"

@@ -6,11 +6,8 @@ from collections import deque
 from contextlib import ExitStack
 from functools import partial
 
-from bench.crew import Member, crew
-from bench.report import Comparison, Metric, Result, Sample
-from bench.runner import Bench, Contestant, Measure, Row, take_turns
-from sharedpool.broker.commands import Command, Send
-from sharedpool.broker.ledger import Ledger
+from sharedpool.broker.core.commands import Command, Send
+from sharedpool.broker.core.ledger import Ledger
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
     Acquire,
@@ -23,6 +20,9 @@ from sharedpool.wire.messages import (
     ReleaseReason,
     Token,
 )
+from tests.bench.crew import Member, crew
+from tests.bench.report import Comparison, Metric, Result, Sample
+from tests.bench.runner import Bench, Contestant, Measure, Row, take_turns
 
 _SIZES = (100, 10_000, 100_000)
 _SLOTS = 20

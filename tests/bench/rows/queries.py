@@ -8,15 +8,15 @@ from array import array
 from contextlib import ExitStack
 from functools import partial
 
-from bench.contestants import DIRECT, PGBOUNCER, broker
-from bench.crew import Member, Window, crew, sleep_until, window
-from bench.peers import MakeClient, Permanent, Shared
-from bench.pgbouncer import PgBouncer
-from bench.processes import on_one_cpu
-from bench.report import MEAN_US, US, Comparison, Metric, Result, Sample
-from bench.runner import Bench, Contestant, Measure, Row, take_turns
-from bench.server import ROWS_OF_ONE
-from bench.stats import percentile
+from tests.bench.contestants import DIRECT, PGBOUNCER, broker
+from tests.bench.crew import Member, Window, crew, sleep_until, window
+from tests.bench.peers import MakeClient, Permanent, Shared
+from tests.bench.pgbouncer import PgBouncer
+from tests.bench.processes import on_one_cpu
+from tests.bench.report import MEAN_US, US, Comparison, Metric, Result, Sample
+from tests.bench.runner import Bench, Contestant, Measure, Row, take_turns
+from tests.bench.server import ROWS_OF_ONE
+from tests.bench.stats import percentile
 
 SESSION = "PgBouncer, session mode"
 _P50_US = Metric("p50", "µs", 1)

@@ -5,12 +5,12 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from bench.contestants import US_OFF, broker
-from bench.crew import Crew, Member, crew
-from bench.peers import OFF, MakeClient, Shared
-from bench.report import P50_MS, P99_MS, US, Metric, Result, Sample
-from bench.runner import Bench, Contestant, Measure, Row, take_turns
-from bench.stats import percentile
+from tests.bench.contestants import US_OFF, broker
+from tests.bench.crew import Crew, Member, crew
+from tests.bench.peers import OFF, MakeClient, Shared
+from tests.bench.report import P50_MS, P99_MS, US, Metric, Result, Sample
+from tests.bench.runner import Bench, Contestant, Measure, Row, take_turns
+from tests.bench.stats import percentile
 
 SLOTS = 5
 _MOST_MS = Metric("most", "ms")

@@ -7,13 +7,13 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from bench.contestants import PGBOUNCER, broker
-from bench.crew import Member, crew
-from bench.peers import MakeClient, Permanent, Shared
-from bench.pgbouncer import PgBouncer
-from bench.processes import cpu_s, memory, threads
-from bench.report import US, Metric, Result, Sample
-from bench.runner import Bench, Contestant, Row, opened, say
+from tests.bench.contestants import PGBOUNCER, broker
+from tests.bench.crew import Member, crew
+from tests.bench.peers import MakeClient, Permanent, Shared
+from tests.bench.pgbouncer import PgBouncer
+from tests.bench.processes import cpu_s, memory, threads
+from tests.bench.report import US, Metric, Result, Sample
+from tests.bench.runner import Bench, Contestant, Row, opened, say
 
 WORKERS = 100
 SLOTS = 20

@@ -7,14 +7,13 @@ from collections import Counter
 from contextlib import ExitStack
 from functools import partial
 
-from processes import Sampler
-
-from bench.contestants import broker
-from bench.crew import Member, Window, crew, sleep_until, window
-from bench.peers import MakeClient, Shared
-from bench.report import FAIRNESS, THROUGHPUT, US, Metric, Result, Sample
-from bench.runner import Bench, Contestant, Measure, Row, take_turns
-from bench.stats import fairness
+from tests.bench.contestants import broker
+from tests.bench.crew import Member, Window, crew, sleep_until, window
+from tests.bench.peers import MakeClient, Shared
+from tests.bench.report import FAIRNESS, THROUGHPUT, US, Metric, Result, Sample
+from tests.bench.runner import Bench, Contestant, Measure, Row, take_turns
+from tests.bench.stats import fairness
+from tests.support.processes import Sampler
 
 PROCESSES = 40
 THREADS = 4

@@ -5,14 +5,14 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from bench.contestants import PGBOUNCER, US_OFF, broker, in_a_window, shared
-from bench.crew import CrewError, Member, crew, sleep_until, window
-from bench.load import BookKeeping, ThreadedLooper
-from bench.peers import OFF, Late, MakeClient, Shared, SqlalchemyPool
-from bench.pgbouncer import PgBouncer
-from bench.report import P50_MS, P99_MS, THROUGHPUT, US, Comparison, Metric, Result, Sample
-from bench.runner import Bench, Contestant, Measure, Row, take_turns
-from bench.stats import percentile
+from tests.bench.contestants import PGBOUNCER, US_OFF, broker, in_a_window, shared
+from tests.bench.crew import CrewError, Member, crew, sleep_until, window
+from tests.bench.load import BookKeeping, ThreadedLooper
+from tests.bench.peers import OFF, Late, MakeClient, Shared, SqlalchemyPool
+from tests.bench.pgbouncer import PgBouncer
+from tests.bench.report import P50_MS, P99_MS, THROUGHPUT, US, Comparison, Metric, Result, Sample
+from tests.bench.runner import Bench, Contestant, Measure, Row, take_turns
+from tests.bench.stats import percentile
 
 # --- the first checkout of many processes at once
 

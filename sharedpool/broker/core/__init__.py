@@ -1,0 +1,1 @@
+"""The broker's decisions. Pure: no I/O, no clock."""

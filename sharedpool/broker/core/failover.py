@@ -1,0 +1,156 @@
+"""What workers find out about PostgreSQL itself: connects that fail, connections to a server that fails over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from sharedpool.broker.core.commands import Command, Doubt, Send
+from sharedpool.broker.core.connect_refusals import concerns_all
+from sharedpool.broker.core.leases import Logger
+from sharedpool.broker.core.records import Lease, Pool, Session, SlotState
+from sharedpool.broker.core.slots import Books
+from sharedpool.wire.messages import Confirm, Release, Stale, Trouble
+
+# SQLSTATEs that say of themselves that the server is another now, or read-only, or going down with everybody on it.
+_CERTAIN = frozenset({"25006", "57P02", "57P03"})
+# The control connection, and the one that is made in its place while it is there.
+_OF_THE_BROKER = 2
+
+
+class Health:
+    """One broker's view of its servers. `verifies`: there is a control connection to ask when a sign is doubtful."""
+
+    def __init__(
+        self,
+        books: Books,
+        emit: Callable[[Command], None],
+        arm: Callable[[float, str, object], None],
+        log: Logger,
+        *,
+        verifies: bool,
+    ) -> None:
+        self._books = books
+        self._emit = emit
+        self._arm = arm
+        self._log = log
+        self._verifies = verifies
+        self._role = ""
+        self._limit: int | None = None  # the role's own
+        self._compared = 0  # pools that it was compared with
+        self._was_told = False  # that it is too low
+
+    # --- connects
+
+    def failed(self, session: Session, release: Release, now: float) -> None:
+        """Take in that a connection could not be opened: hold connects back, everybody's or only this session's."""
+        pool = session.pool
+        lease = pool.leases.get(release.token)
+        if not concerns_all(release.code, unreachable=release.unreachable):
+            self._refused(session, release, now)
+            return
+        granted_at = None if lease is None or lease.state is not SlotState.GRANTED else lease.since
+        if granted_at is not None and granted_at < pool.opened_at and pool.opener != session.id:
+            # Another has found the server meanwhile. What that says of itself counts all the same.
+            session.astray = session.astray or release.unreachable
+        if session.astray and release.unreachable:
+            self._refused(session, release, now)
+            return
+        counted = granted_at is not None and release.token != pool.backoff.probe
+        others = pool.connected - counted
+        if not pool.backoff.error:
+            text = "pool %r: %s cannot connect, so the pool keeps its %d connections and tries one at a time: %s"
+            self._log(
+                logging.WARNING, text, pool.name, session.label, others, release.error,
+                pool=pool.name, lease=str(release.token), session=session.label, reason=release.error,
+            )  # fmt: skip
+        pool.blamed = session.id if release.unreachable else b""
+        self._arm(pool.backoff.failed(release.token, others, release.error, now, release.code), "probe", pool)
+
+    def _refused(self, session: Session, release: Release, now: float) -> None:
+        """Hold one session's connects back: it is refused for a reason of its own, or of its role's."""
+        before = session.refusal
+        session.refusal = session.pool.refusals.failed(session.id, before, release.code, release.error, now)
+        if before is None or before.code != release.code:
+            text = "pool %r: %s is refused%s and may only try now and then, until it is let in: %s"
+            code = f" ({release.code})" if release.code else ""
+            self._log(
+                logging.WARNING, text, session.pool.name, session.label, code, release.error,
+                pool=session.pool.name, lease=str(release.token), session=session.label, reason=release.error,
+            )  # fmt: skip
+
+    def opened(self, lease: Lease, confirm: Confirm, now: float) -> None:
+        """Allow more connects: one has succeeded."""
+        pool, session = lease.pool, lease.session
+        pool.opened_at, pool.opener = now, session.id
+        session.astray = False
+        if session.refusal is not None:
+            pool.refusals.opened(session.refusal)
+            session.refusal = None
+        if pool.backoff.probe == confirm.token:
+            pool.backoff.opened(confirm.token, pool.connected + 1, pool.max_conn)
+            if pool.blamed != session.id and (blamed := pool.sessions.get(pool.blamed)) is not None:
+                blamed.astray = True  # it alone may not find the server; if it does, that is forgotten
+            pool.blamed = b""
+
+    def probe_due(self, pool: Pool, now: float) -> None:
+        """Let one connect be tried."""
+        pool.backoff.elapsed(now)
+
+    def limited(self, role: str, limit: int | None) -> None:
+        """Note how many connections the control connection's role may have (`CONNECTION LIMIT`); None: any number."""
+        if (role, limit) != (self._role, self._limit):
+            self._role, self._limit, self._compared, self._was_told = role, limit, 0, False
+            self.compare()
+
+    def compare(self) -> None:
+        """Warn where that is too few for the pools whose workers log in as the same role; once, whatever pools come."""
+        pools = self._books.pools
+        if self._limit is None or self._was_told or self._compared == len(pools):
+            return
+        self._compared = len(pools)
+        most = sum(pool.most for pool in pools.values() if pool.spec.server.startswith(f"{self._role}@"))
+        most = most if self._books.max_conn is None else min(most, self._books.max_conn)
+        if most and most + _OF_THE_BROKER > self._limit:
+            text = (
+                "role %r may have %d connections (CONNECTION LIMIT), and %d are needed: max_conn %d, and %d of the"
+                " broker's own. What is beyond that will be refused: raise that limit, or lower max_conn"
+            )
+            needed = most + _OF_THE_BROKER
+            self._log(logging.WARNING, text, self._role, self._limit, needed, most, _OF_THE_BROKER, reason="role limit")
+            self._was_told = True
+
+    # --- generations
+
+    def trouble(self, session: Session, trouble: Trouble) -> None:
+        """Take in a sign that the server fails over.
+
+        A connection that was ended (57P01) or found dead may be just that one, ended by an administrator or by a fence:
+        where it can be asked, the server decides.
+        """
+        pool = session.pool
+        if trouble.generation < pool.generation:
+            return  # old news
+        if trouble.code in _CERTAIN or not self._verifies:
+            self.bump(pool, trouble.code or "a dead connection")
+        elif pool.doubted < pool.generation:
+            pool.doubted = pool.generation
+            self._emit(Doubt(pool.name, pool.generation))
+
+    def answered_doubt(self, name: str, generation: int, same: bool) -> None:
+        """Take in whether the server is still the one it was."""
+        pool = self._books.pools.get(name)
+        if pool is None or pool.generation != generation:
+            return
+        pool.doubted = 0
+        if not same:
+            self.bump(pool, "the server was restarted or is unreachable")
+
+    def bump(self, pool: Pool, why: str) -> None:
+        """Begin a new generation: have every worker replace what is older."""
+        pool.generation += 1
+        text = "pool %r: generation %d: every older connection is replaced (%s)"
+        self._log(logging.WARNING, text, pool.name, pool.generation, why, pool=pool.name, reason=why)
+        for session in pool.sessions.values():
+            if not session.shelf:
+                self._emit(Send(session.id, Stale(pool.generation)))

@@ -1,0 +1,77 @@
+"""What the metrics and the status page are made of: the books at one moment, copied. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from sharedpool.broker.core.histograms import Totals
+from sharedpool.broker.core.report import lease_lines, report_pool
+from sharedpool.broker.core.slots import Books
+from sharedpool.wire.reports import MOST_LISTED, LeaseLine, PoolReport, Report
+
+_KEPT = 360
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRow:
+    """One lease, for the page's table, as `sharedpool who` has it; `for_ms` is None where nobody knows."""
+
+    pool: str
+    process: str
+    thread: str
+    state: str
+    for_ms: int | None
+    backend: int | None
+    lease: str
+    checked_out_at: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """The broker at one moment. `pools` has also those that nobody uses any more, with what was counted for them."""
+
+    report: Report
+    pools: list[tuple[PoolReport, Totals]]
+    leases: list[LeaseRow]
+
+
+def observe(books: Books, report: Report, now: float) -> Observation:
+    """Return a copy of the books; O(n) of sessions and leases."""
+    pools = [*books.pools.values(), *books.past.values()]
+    rows = [_row(line) for line in lease_lines(books, MOST_LISTED, now)]
+    return Observation(report, [(report_pool(pool), pool.totals.copy()) for pool in pools], rows)
+
+
+def _row(line: LeaseLine) -> LeaseRow:
+    return LeaseRow(
+        line.pool,
+        f"{line.title}[{line.pid}]" + (f"@{line.host}" if line.host else ""),
+        line.thread,
+        line.state,
+        None if line.age_ms < 0 else line.age_ms,
+        None if line.backend is None else line.backend.pid,
+        str(line.token),
+        line.stack[0] if line.stack else None,
+    )
+
+
+class History:
+    """How each pool was used over the last while: at most `_KEPT` points a pool, the newest at the end."""
+
+    def __init__(self) -> None:
+        self._points: dict[str, deque[tuple[float, int, int, int, int]]] = {}
+
+    def add(self, seen: Observation, now: float) -> None:
+        """Note the pools as they are now."""
+        for pool, _ in seen.pools:
+            points = self._points.setdefault(pool.name, deque(maxlen=_KEPT))
+            points.append((now, pool.in_use, pool.leases, pool.waiting, pool.max_conn))
+        for name in self._points.keys() - {pool.name for pool, _ in seen.pools}:
+            del self._points[name]
+
+    def ages(self, now: float) -> dict[str, list[tuple[float, int, int, int, int]]]:
+        """Return by pool: how many seconds ago, in use, leases, waiting, the limit."""
+        return {
+            name: [(round(now - point[0], 1), *point[1:]) for point in points] for name, points in self._points.items()
+        }

@@ -1,0 +1,106 @@
+"""A broker's configuration file (TOML): read it, and name everything that is wrong with it.
+
+max_conn = 20
+expiration = 60.0
+
+[pools.reports]
+max_conn = 5
+
+[groups.web]
+min = 8
+priority = 10
+
+[groups.celery]
+max = 10
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from sharedpool.broker.core.group_terms import GroupTerms, check_terms
+from sharedpool.errors import ConfigError
+
+_Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+_Least = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+_Seconds = Annotated[float, msgspec.Meta(gt=0, lt=1e9)]
+# What the command's options are, by their names; the tables apart.
+OPTIONS: dict[str, Any] = {
+    "max_conn": _Count,
+    "expiration": _Seconds,
+    "max_checkout": _Seconds,
+    "dsn": str,
+    "ttl": _Seconds,
+    "metrics": str,
+    "bind": str,
+    "linger": _Seconds,
+    "drain_timeout": _Seconds,
+}
+
+
+class _GroupTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    min: _Least = 0
+    max: _Count | None = None
+    priority: int = 0
+
+
+class _PoolTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    max_conn: _Count
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFile:
+    """What a file says: `options` by the command's names, and what only a file can say."""
+
+    path: Path
+    options: dict[str, Any]
+    groups: dict[str, GroupTerms] = field(default_factory=dict)
+    limits: dict[str, int] = field(default_factory=dict)  # of pools, by name
+
+
+def read(path: str | Path) -> ConfigFile:
+    """Read a file; raise `ConfigError` that names all that is wrong, a line for each."""
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise ConfigError(f"{path}: {error}") from None
+    wrong: list[str] = []
+    groups = _tables(tables.pop("groups", {}), "groups", _GroupTable, wrong)
+    pools = _tables(tables.pop("pools", {}), "pools", _PoolTable, wrong)
+    for name in tables.keys() - OPTIONS.keys():
+        wrong.append(f"{name}: there is no such setting (there are {', '.join(OPTIONS)}, groups and pools)")
+    known = tables.keys() & OPTIONS.keys()
+    options = {name: _convert(tables[name], OPTIONS[name], name, wrong) for name in sorted(known)}
+    terms = {name: GroupTerms(table.min, table.max, table.priority) for name, table in groups.items()}
+    if not wrong and "max_conn" in options:  # else the command line has it
+        try:
+            check_terms(terms, options["max_conn"])
+        except ConfigError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ConfigError("\n".join(f"{path}: {each}" for each in sorted(wrong)))
+    return ConfigFile(Path(path).absolute(), options, terms, {name: table.max_conn for name, table in pools.items()})
+
+
+def _tables(value: object, where: str, kind: Any, wrong: list[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        wrong.append(f"{where}: must be tables, as [{where}.NAME]")
+        return {}
+    found = {name: _convert(table, kind, f"{where}.{name}", wrong) for name, table in value.items()}
+    return {name: table for name, table in found.items() if table is not None}
+
+
+def _convert(value: object, kind: Any, where: str, wrong: list[str]) -> Any:
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        text, _, place = str(error).partition(" - at `$")
+        wrong.append(f"{where}{place.rstrip('`')}: {text}")
+        return None

@@ -1,0 +1,236 @@
+"""Metrics and status page by HTTP: reads only, beside the broker's loop and never in its way.
+
+A thread of its own accepts connections and keeps the history, one more answers each connection. What they show is
+copied by the loop, at its own time, at most ten times a second however many ask. A client that hangs costs a thread
+until it must make room for a newer one.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler
+from importlib import resources
+from typing import Any
+
+from sharedpool.broker.core.snapshot import History, Observation
+from sharedpool.broker.metrics import prometheus
+from sharedpool.descriptors.readable import readable
+from sharedpool.errors import SharedPoolError
+from sharedpool.wire.document import document
+
+logger = logging.getLogger("sharedpool.broker")
+
+_MOST_CLIENTS = 16
+_CLIENT_LIMIT_S = 10.0  # without a byte from it, or taken by it
+_FRESH_S = 0.1  # what was seen so lately is shown again
+_HISTORY_EVERY_S = 5.0
+_PAGE = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+}
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+class Web:
+    """The HTTP server. `look(limit_s)` returns an `Observation`, or raises `TimeoutError`. Listens once it is made.
+
+    Raise `SharedPoolError` when the address cannot be had.
+    """
+
+    def __init__(self, host: str, port: int, look: Callable[[float], Observation]) -> None:
+        self._look = look
+        try:
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+            self._listener = socket.create_server((host, port), family=family)
+        except OSError as error:
+            raise SharedPoolError(f"cannot serve metrics at {host}:{port}: {error.strerror or error}") from error
+        self._listener.setblocking(False)
+        self.host, self.port = self._listener.getsockname()[:2]
+        self.local = ipaddress.ip_address(self.host).is_loopback
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._clients: dict[socket.socket, None] = {}  # the oldest first
+        self._lock = threading.Lock()
+        self._seeing = threading.Lock()
+        self._seen: Observation | None = None
+        self._seen_at = float("-inf")
+        self._history = History()
+        self._thread = threading.Thread(target=self._run, name="sharedpool-metrics", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        logger.info("metrics at http://%s:%d/metrics, status page at /", host, self.port)
+        if not self.local:
+            logger.warning("whoever reaches %s:%d can read them, and what processes are called", host, self.port)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Answer no more; waits for the thread, not for clients."""
+        self._wake_out.send(b"\0")
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._listener.close()
+        with self._lock:
+            for client in self._clients:
+                _hang_up(client)
+        self._wake_in.close()
+        self._wake_out.close()
+
+    def observation(self) -> tuple[Observation, dict[str, Any]]:
+        """Return the broker as it is, or was a moment ago, and the history.
+
+        Blocks for the loop, at most a few seconds; raise `TimeoutError` then.
+        """
+        with self._seeing:
+            now = time.monotonic()
+            if self._seen is None or now - self._seen_at >= _FRESH_S:
+                self._seen = self._look(3.0)
+                self._seen_at = now = time.monotonic()
+            return self._seen, self._history.ages(now)
+
+    def _run(self) -> None:
+        history_at = time.monotonic()
+        while True:
+            timeout_s = max(0.0, history_at - time.monotonic())
+            ready = readable([self._listener, self._wake_in], timeout_s)
+            if self._wake_in in ready:
+                return
+            if self._listener in ready:
+                self._accept()
+            if time.monotonic() >= history_at:
+                history_at = time.monotonic() + _HISTORY_EVERY_S
+                self._remember()
+
+    def _remember(self) -> None:
+        try:
+            seen, _ = self.observation()
+        except TimeoutError:
+            return  # a gap in the chart shows it
+        with self._seeing:
+            self._history.add(seen, self._seen_at)
+
+    def _accept(self) -> None:
+        try:
+            client, address = self._listener.accept()
+        except OSError as error:
+            logger.debug("a connection for metrics was not taken: %s", error)
+            return
+        client.setblocking(True)
+        with self._lock:
+            self._clients[client] = None
+            if len(self._clients) > _MOST_CLIENTS:
+                _hang_up(oldest := next(iter(self._clients)))
+                del self._clients[oldest]
+        threading.Thread(target=self._serve, args=(client, address), name="sharedpool-http", daemon=True).start()
+
+    def _serve(self, client: socket.socket, address: Any) -> None:
+        try:
+            _Handler(client, address, self)  # type: ignore[arg-type]  # all that it wants of a server is what we use
+            client.shutdown(socket.SHUT_WR)
+            client.settimeout(1.0)
+            for _ in range(16):  # what was sent and not read would end it with a reset, and the answer may be lost
+                if not client.recv(4096):
+                    break
+        except OSError as error:
+            logger.debug("a client of the metrics has left: %s", error)
+        finally:
+            with self._lock:
+                self._clients.pop(client, None)
+            client.close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One request; HTTP/1.0, so that the connection ends with it."""
+
+    server: Web  # type: ignore[assignment]
+    timeout = _CLIENT_LIMIT_S
+    server_version, sys_version = "sharedpool", ""
+    error_content_type = "text/plain; charset=utf-8"
+    error_message_format = "%(code)d %(message)s\n"
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if self.server.local and not _names_this_host(self.headers.get("Host", "localhost")):
+            # A page of another site, whose name was made to lead here, must not read what processes are called.
+            self.send_error(421, "served to this host alone, by its name localhost or its address")
+        elif path in _PAGE:
+            name, kind = _PAGE[path]
+            self._answer(kind, resources.files("sharedpool.broker.metrics").joinpath("page", name).read_bytes())
+        elif path in ("/metrics", "/status.json"):
+            self._observe(path)
+        else:
+            self.send_error(404)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def _observe(self, path: str) -> None:
+        try:
+            seen, history = self.server.observation()
+        except TimeoutError:
+            self.send_error(503, "the broker does not answer")
+            return
+        if path == "/metrics":
+            self._answer(prometheus.CONTENT_TYPE, prometheus.render(seen).encode())
+            return
+        leases = [asdict(row) for row in seen.leases]
+        status = {"report": document(seen.report), "leases": leases, "history": history}
+        self._answer("application/json", json.dumps(status).encode())
+
+    def _answer(self, kind: str, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _refuse(self) -> None:
+        self.send_response(405)
+        self.send_header("Allow", "GET, HEAD")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = _refuse
+
+    def end_headers(self) -> None:
+        for name, value in _HEADERS.items():
+            self.send_header(name, value)
+        super().end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        logger.debug("http %s: %s", self.client_address[0], format % args)
+
+
+def _names_this_host(host: str) -> bool:
+    """Say whether a Host header is one that no DNS server could have made lead here."""
+    name = re.sub(r":\d+$", "", host).strip("[]").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _hang_up(client: socket.socket) -> None:
+    try:
+        client.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # it has ended by itself

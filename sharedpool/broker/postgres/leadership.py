@@ -1,0 +1,115 @@
+"""Who counts to a limit when two brokers cannot see each other's lock file.
+
+Another environment, a removed runtime directory or another host hides the file; the server is the same for both. The
+broker holds a session advisory lock there, on its control connection, whose key is its *scope*: what other brokers must
+not count to at the same time. It is taken exclusively, by which one sees that nobody else has it, and held shared, so
+that a new control connection can join before the old one is closed: at no moment could another broker take it.
+
+Such a lock is a database's, and two brokers may be in different ones (`database.py`). But all of them are listed
+everywhere: so each looks again once it has the lock, and steps back if it is not alone.
+
+The holder shows by its application_name, which carries the instance: one of this very address, whose file lock we
+hold, is our own former connection or a dead predecessor's, which the server has not noticed yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import random
+from collections.abc import Callable
+
+from psycopg2.extensions import connection
+
+from sharedpool.broker.core.commands import Command
+from sharedpool.broker.core.ledger import Ledger
+
+logger = logging.getLogger("sharedpool.broker")
+
+_NAMESPACE = int.from_bytes(b"shpl", "big")  # the first of the lock's two keys: told from an application's own locks
+_RETRY_S = 1.0
+
+_TRY_SQL = "SELECT pg_try_advisory_lock(%s, %s)"
+_SHARE_SQL = "SELECT pg_try_advisory_lock_shared(%s, %s)"
+_UNLOCK_SQL = "SELECT pg_advisory_unlock(%s, %s)"
+_UNSHARE_SQL = "SELECT pg_advisory_unlock_shared(%s, %s)"
+_HOLDERS_SQL = """
+SELECT lock.pid, coalesce(application_name, ''), coalesce(host(client_addr), 'this host')
+FROM pg_locks AS lock LEFT JOIN pg_stat_activity USING (pid)
+WHERE locktype = 'advisory' AND granted AND lock.pid <> pg_backend_pid()
+  AND classid = %s AND objid = %s AND objsubid = 2
+"""
+
+
+class Leadership:
+    """The lock of one scope. `tell(word)` is called in the control connection's thread, as `claim` is.
+
+    `due` is when `claim` is to be called again without a new connection.
+    """
+
+    def __init__(self, scope: str, instance: str, tell: Callable[[Callable[[Ledger, float], list[Command]]], None]):
+        self.application_name = f"sharedpool broker {instance}"
+        digest = hashlib.blake2s(scope.encode("utf-8", "surrogateescape"), digest_size=4).digest()
+        self._keys = (_NAMESPACE, int.from_bytes(digest, "big", signed=True))
+        self._tell = tell
+        self._rival = ""
+        self._decided = False
+        self.due = math.inf
+
+    def claim(self, conn: connection, now: float) -> str:
+        """Take the lock, or keep it over a new connection; return who has it, if it is another.
+
+        What that means for the ledger is told to it. Raise psycopg2's errors.
+        """
+        rival = self._take(conn)
+        # Two that came at the same time have both stepped back: not again at the same time.
+        self.due = now + _RETRY_S * random.uniform(0.7, 1.3) if rival else math.inf
+        if rival and rival != self._rival:
+            text = (
+                "another broker counts to this limit: %s; granting nothing until it ends (do they have different"
+                " XDG_RUNTIME_DIR, TMPDIR or lock files? Give all workers one broker=, or each group its own name=)"
+            )
+            logger.error(text, rival)
+            self._tell(lambda ledger, now: ledger.outranked(now, f"another broker counts to this limit: {rival}"))
+        elif self._rival and not rival:
+            logger.warning("the other broker has ended: this one counts to the limit from now on")
+            self._tell(lambda ledger, now: ledger.leads(now, after_another=True))
+        elif not self._decided:
+            self._tell(lambda ledger, now: ledger.leads(now, after_another=False))
+        self._rival, self._decided = rival, True
+        return rival
+
+    def resign(self) -> None:
+        """Note that the connection with the lock was closed: it is to be claimed before anything is granted again."""
+        self._decided, self.due = False, math.inf
+
+    def cannot_ask(self) -> None:
+        """Let the ledger begin without the lock when the server is not there at all: nobody can connect to it."""
+        if not self._decided:
+            self._decided = True
+            self._tell(lambda ledger, now: ledger.leads(now, after_another=False))
+
+    def _take(self, conn: connection) -> str:
+        with conn.cursor() as cursor:
+
+            def lock(query: str) -> bool:
+                cursor.execute(query, self._keys)
+                row = cursor.fetchone()
+                return row is not None and bool(row[0])
+
+            def others() -> str:
+                cursor.execute(_HOLDERS_SQL, [key % 2**32 for key in self._keys])  # pg_locks shows them as oid
+                rows = [row for row in cursor.fetchall() if row[1] != self.application_name]
+                return ", ".join(f"backend {pid} ({name or 'no name'}, from {address})" for pid, name, address in rows)
+
+            if rival := others():
+                return rival
+            if lock(_TRY_SQL):
+                lock(_SHARE_SQL)
+                lock(_UNLOCK_SQL)
+            elif not lock(_SHARE_SQL):
+                return self._rival or "one that has just come"
+            if rival := others():  # it came between the two looks
+                lock(_UNSHARE_SQL)
+            return rival

@@ -1,0 +1,180 @@
+"""What PostgreSQL is asked over the control connection, and told to end: one function for each statement.
+
+All of them block for a round trip or two and raise psycopg2's errors. `activity.py` has what operators ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import psycopg2
+from psycopg2.extensions import connection
+
+from sharedpool.postgres import libpq
+from sharedpool.postgres.route import is_direct
+from sharedpool.wire.messages import Backend
+
+_SERVER_SQL = """
+SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,
+       coalesce(host(inet_server_addr()), '') || ':' || coalesce(inet_server_port(), 0)
+"""
+_ROOM_SQL = """
+SELECT sum(CASE name WHEN 'max_connections' THEN setting::int ELSE -setting::int END)
+FROM pg_settings WHERE name IN ('max_connections', 'superuser_reserved_connections', 'reserved_connections')
+"""
+# A superuser's own is not enforced.
+_ROLE_SQL = """
+SELECT rolname, CASE WHEN rolconnlimit >= 0 AND NOT rolsuper THEN rolconnlimit END
+FROM pg_roles WHERE rolname = session_user
+"""
+# Of the role or the server, for clients that misbehave: each would end this session, or what it asks, at any time.
+_LIMITS = (
+    "idle_session_timeout", "idle_in_transaction_session_timeout", "statement_timeout", "lock_timeout",
+    "transaction_timeout",
+)  # fmt: skip
+_UNLIMITED_SQL = "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = ANY(%s) AND setting <> '0'"
+# One statement, so that the pid cannot be another process's between the look and the signal.
+_FENCE_SQL = """
+SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint, pg_terminate_backend(pid)
+FROM pg_stat_activity
+WHERE (pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0)) IN
+      (SELECT * FROM unnest(%s::int[], %s::bigint[]))
+"""
+# The same for one that a pooler may have lent to others.
+_FENCE_LENT_SQL = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE pid = %s AND (extract(epoch FROM backend_start) * 1000000)::bigint = %s AND application_name = %s
+      AND coalesce((extract(epoch FROM query_start) * 1000000)::bigint, 0) <= %s AND (state <> 'idle' OR %s)
+"""
+_LOOK_SQL = """
+SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0), coalesce(application_name, ''),
+       coalesce(state = 'idle', false), coalesce((extract(epoch FROM query_start) * 1000000)::bigint, 0),
+       (extract(epoch FROM clock_timestamp()) * 1000000)::bigint
+FROM pg_stat_activity WHERE pid = ANY(%s)
+"""
+_ENDS_SQL = """
+SELECT pg_backend_pid(), host(inet_client_addr()), inet_client_port(), host(inet_server_addr()), inet_server_port()
+"""
+_ITSELF_SQL = b"SELECT pid || ' ' || backend_start FROM pg_stat_get_activity(pg_backend_pid())"
+_ANSWER_LIMIT_S = 2.0
+# No row: it has ended; (null, true): another has its pid; (null, false): its start is hidden from this role.
+_CANCEL_SQL = """
+SELECT CASE coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0) WHEN %s THEN pg_cancel_backend(pid) END,
+       backend_start IS NOT NULL
+FROM pg_stat_activity WHERE pid = %s
+"""
+# A backend holds the lock on its virtual transaction while it authenticates its client, before it is in
+# pg_stat_activity (PostgreSQL's InitPostgres). This is asked first: what starts meanwhile is in the second answer.
+# Since PostgreSQL 18 it is listed all along, but until it has its name it has neither user nor database.
+_STARTING_SQL = "SELECT pid FROM pg_locks WHERE locktype = 'virtualxid' AND pid <> pg_backend_pid()"
+_ACTIVITY_SQL = """
+SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0), coalesce(application_name, ''),
+       coalesce(application_name LIKE %s, false), datid IS NULL AND usesysid IS NULL, coalesce(datname, '')
+FROM pg_stat_activity
+"""
+
+
+class Sight(NamedTuple):
+    """A backend as it is listed: when it was started (0 where this role may not see it), its application_name, whether
+    it rests outside a transaction, when its last query began, and the server's clock. Microseconds since 1970.
+    """
+
+    start_us: int
+    name: str
+    idle: bool
+    query_us: int
+    now_us: int
+
+
+def route_of(conn: connection) -> tuple[bool, bool]:
+    """Return whether nobody is between a connection and its backend, and whether a pooler is."""
+    with conn.cursor() as cursor:
+        cursor.execute(_ENDS_SQL)
+        row = cursor.fetchone()
+        assert row is not None
+    pid, client, client_port, server, server_port = row
+    if pid != conn.info.backend_pid:  # a pooler has its own key for the cancel of whatever it will have the session on
+        return False, True
+    return is_direct(
+        conn.fileno(), pid, None if client is None else ((client, client_port), (server, server_port))
+    ), False
+
+
+def itself(conn: connection) -> bytes | None:
+    """Return which backend a connection is on at the moment; None when there is none for it within two seconds."""
+    return libpq.ask(conn, _ITSELF_SQL, _ANSWER_LIMIT_S)
+
+
+def server_of(conn: connection) -> tuple[int, str]:
+    """Return when the server was started (microseconds since 1970) and its address as it sees it."""
+    with conn.cursor() as cursor:
+        cursor.execute(_SERVER_SQL)
+        row = cursor.fetchone()
+        assert row is not None
+        return row[0], row[1]
+
+
+def lift_limits(conn: connection) -> None:
+    """Have no time limit end this session."""
+    with conn.cursor() as cursor:
+        cursor.execute(_UNLIMITED_SQL, (list(_LIMITS),))
+
+
+def room_of(conn: connection) -> int:
+    """Return how many connections the server has for ordinary users."""
+    with conn.cursor() as cursor:
+        cursor.execute(_ROOM_SQL)
+        row = cursor.fetchone()
+        assert row is not None
+        return int(row[0])
+
+
+def role_of(conn: connection) -> tuple[str, int | None]:
+    """Return as whom a connection has logged in, and how many connections that role may have, if not any number."""
+    with conn.cursor() as cursor:
+        cursor.execute(_ROLE_SQL)
+        row = cursor.fetchone()
+        assert row is not None
+        return row[0], row[1]
+
+
+def end(conn: connection, backends: Sequence[Backend]) -> None:
+    """Signal these backends to end, if they are there still. Nothing is signalled when one of them may not be."""
+    with conn.cursor() as cursor:
+        cursor.execute(_FENCE_SQL, ([b.pid for b in backends], [b.start_us for b in backends]))
+
+
+def cancel(conn: connection, backend: Backend) -> bool | None:
+    """Cancel what a backend is executing; return whether that was done: False if it must not be, None if it is gone."""
+    try:
+        with conn.cursor() as cursor:
+            cursor.execute(_CANCEL_SQL, (backend.start_us, backend.pid))
+            done, visible = cursor.fetchone() or (None, True)
+    except psycopg2.errors.InsufficientPrivilege:
+        return False
+    return done if visible else bool(done)
+
+
+def end_lent(conn: connection, backend: Backend, since_us: int, *, idle: bool) -> None:
+    """Signal a backend that a pooler has lent, unless it has lent it to others since; `idle`: one that rests, too."""
+    with conn.cursor() as cursor:
+        cursor.execute(_FENCE_LENT_SQL, (backend.pid, backend.start_us, backend.pooled, since_us, idle))
+
+
+def sights_of(conn: connection, pids: Iterable[int]) -> dict[int, Sight]:
+    """Return those of these pids that are backends, as they are listed."""
+    with conn.cursor() as cursor:
+        cursor.execute(_LOOK_SQL, (list(pids),))
+        return {pid: Sight(*seen) for pid, *seen in cursor.fetchall()}
+
+
+def survey(conn: connection, pattern: str) -> tuple[frozenset[int], list[tuple[int, int, str, str]]]:
+    """Return the pids of backends in start-up; and pid, start, tag and database of those with a tag LIKE `pattern`."""
+    with conn.cursor() as cursor:
+        cursor.execute(_STARTING_SQL)
+        started_or_not = {pid for (pid,) in cursor.fetchall()}
+        cursor.execute(_ACTIVITY_SQL, [pattern])
+        rows = cursor.fetchall()
+    starting = frozenset(started_or_not - {pid for pid, _, _, _, nobodys, _ in rows if not nobodys})
+    return starting, [(pid, start_us, tag, database) for pid, start_us, tag, ours, _, database in rows if ours]

@@ -1,0 +1,85 @@
+"""The command line's side of the broker: what it asks (`sharedpool status`, `who`, `top`) and what it orders."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+
+from msgspec import structs
+
+from sharedpool.broker.core.commands import Command, Peek, Send
+from sharedpool.broker.core.ledger import Ledger
+from sharedpool.broker.postgres.control import Control
+from sharedpool.wire.admin import Done, Order
+from sharedpool.wire.reports import Report, Status
+
+# A command does not wait longer for what the workers tell, and for what the server says.
+_TELL_LIMIT_S = 0.2
+_PATIENCE_S = 2.0
+# Answers to one line, of which it has not said that it has read them: they are big, and lie here until it does.
+_MOST_UNREAD = 8
+_MOST_KNOWN = 1000
+
+
+class Operators:
+    """Those who ask and order. `execute` carries the ledger's commands out, `report` returns the broker's state."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        control: Control,
+        execute: Callable[[list[Command]], None],
+        report: Callable[[float], Report],
+    ) -> None:
+        self._ledger = ledger
+        self._control = control
+        self._execute = execute
+        self._report = report
+        self._waiting: deque[tuple[bytes, Status, float]] = deque()
+        self._answered: OrderedDict[bytes, int] = OrderedDict()  # how often, by line
+
+    def ask(self, asker: bytes, status: Status, now: float) -> None:
+        """Take in a question; `answer` answers it. Whoever wants to see leases has the workers told to tell of them."""
+        answered = self._answered.get(asker, 0)
+        if answered - status.read >= _MOST_UNREAD:
+            return
+        self._answered[asker] = answered + 1
+        self._answered.move_to_end(asker)
+        if len(self._answered) > _MOST_KNOWN:
+            self._answered.popitem(last=False)
+        if status.leases:
+            self._execute(self._ledger.inquire())
+        self._waiting.append((asker, status, now + _TELL_LIMIT_S))
+
+    def answer(self, now: float) -> None:
+        """Answer: those that want to see leases when the workers have told of them, or have had the time."""
+        if not self._waiting:
+            return
+        while self._waiting:
+            asker, status, limit = self._waiting[0]
+            if status.leases and self._ledger.awaited and now < limit:
+                return
+            self._waiting.popleft()
+            self._tell_state(asker, status, now)
+        self._ledger.awaited.clear()
+
+    def next_deadline(self) -> float | None:
+        """Return when `answer` has something to do at the latest."""
+        return self._waiting[0][2] if self._waiting else None
+
+    def order(self, operator: bytes, order: Order, now: float, *, near: bool) -> None:
+        """Carry an order out, and answer; `near`: it came from this host."""
+        if not near:
+            self._execute([Send(operator, Done([], "orders are taken only from the broker's own host"))])
+            return
+        done, commands = self._ledger.order(order, now)
+        self._execute([*commands, Send(operator, done)])
+
+    def _tell_state(self, asker: bytes, status: Status, now: float) -> None:
+        """Tell what the books say, and have it told what the server says of the same leases."""
+        oldest = self._ledger.oldest(status.leases, now)
+        backends = tuple(line.backend for line in oldest if line.backend is not None)
+        asks = bool(backends) and self._control.exists
+        self._execute([Send(asker, structs.replace(self._report(now), oldest=oldest, activity=asks))])
+        if asks:
+            self._control.peek(Peek(asker, backends, now + _PATIENCE_S))

@@ -1,0 +1,160 @@
+"""What the commands that ask a broker have in common: finding it, asking, and tables of what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import click
+import zmq
+from msgspec import structs
+
+from sharedpool.discovery import address as addresses
+from sharedpool.discovery.lock_file import is_held
+from sharedpool.errors import BrokerUnavailable, ConfigError, ProtocolError
+from sharedpool.wire.codec import decode_to_operator, encode
+from sharedpool.wire.messages import PROTOCOL_VERSION
+from sharedpool.wire.reports import FromOperator, Report, Status, ToOperator
+
+ANSWER_LIMIT_S = 3.0
+NOT_RUNNING = 3  # exit status, as `service status` and systemd say it
+
+F = TypeVar("F", bound=Callable[..., Any])
+A = TypeVar("A")
+M = TypeVar("M", bound=ToOperator)
+
+
+class Line:
+    """A command's line to one broker."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._read = 0
+        self._context = zmq.Context()
+        self._dealer = self._context.socket(zmq.DEALER)
+        # Without a name of its own libzmq gives it one, which a peer may have taken: then the broker would abort.
+        self._dealer.setsockopt(zmq.IDENTITY, b"c" + os.urandom(15))
+        self._dealer.setsockopt(zmq.LINGER, 0)
+        self._dealer.setsockopt(zmq.IPV6, 1)
+        self._dealer.connect(address)
+
+    def ask(self, question: FromOperator, kind: type[M], timeout_s: float = ANSWER_LIMIT_S) -> M:
+        """Return the broker's answer; wait up to `timeout_s`, then raise `BrokerUnavailable`."""
+        if isinstance(question, Status):
+            question = structs.replace(question, read=self._read)
+        self._dealer.send(encode(question))
+        if (answer := self.receive(kind, timeout_s)) is None:
+            why = addresses.obstacle(self.address)
+            raise BrokerUnavailable(
+                f"no broker answers at {self.address} within {timeout_s:g} s" + (f": {why}" if why else "")
+            )
+        return answer
+
+    def receive(self, kind: type[M], timeout_s: float) -> M | None:
+        """Return the next message of that kind, None when `timeout_s` have passed; drop others."""
+        deadline = time.monotonic() + timeout_s
+        while self._dealer.poll(max(0, int((deadline - time.monotonic()) * 1000))):
+            message = decode_to_operator(self._dealer.recv())
+            self._read += isinstance(message, Report)
+            if isinstance(message, kind):
+                return message
+        return None
+
+    def close(self) -> None:
+        """End the line."""
+        self._dealer.close()
+        self._context.term()
+
+
+@contextlib.contextmanager
+def line_to(address: str) -> Iterator[Line]:
+    """Open a line for a block; raise `BrokerUnavailable` for whatever is at the other end and is no broker of ours."""
+    try:
+        with contextlib.closing(Line(address)) as line:
+            yield line
+    except (zmq.ZMQError, ProtocolError) as error:
+        raise BrokerUnavailable(f"no broker of this version answers at {address}: {error}") from None
+
+
+def fetch_report(address: str, timeout_s: float = ANSWER_LIMIT_S) -> Report:
+    """Return the state of the broker at `address`; wait up to `timeout_s`, then raise `BrokerUnavailable`."""
+    with line_to(address) as line:
+        return line.ask(Status(PROTOCOL_VERSION), Report, timeout_s)
+
+
+# --- which broker
+
+
+def broker_option(command: F) -> F:
+    """Add the option that says whom to ask."""
+    option = click.option(
+        "--broker", "address", envvar=addresses.BROKER_VARIABLE, show_envvar=True, help="The broker's address."
+    )
+    return option(command)
+
+
+def find_brokers(address: str | None) -> list[str]:
+    """Return the broker that was named, else every one in the user's runtime directory, perhaps none.
+
+    Raise click's usage error for an address that is none.
+    """
+    try:
+        return [addresses.check_address(address, "--broker")] if address else _living()
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def from_each(found: Sequence[str], ask: Callable[[str], A], *, as_json: bool = False) -> list[A]:
+    """Ask each of these brokers; complain of those that do not answer, and exit with `NOT_RUNNING` if none does."""
+    answers = []
+    for address in found:
+        try:
+            answers.append(ask(address))
+        except BrokerUnavailable as error:
+            click.echo(f"Error: {error}", err=True)
+    if not answers:
+        if as_json:
+            click.echo("[]")
+        if not found:
+            click.echo(f"no broker is running in {addresses.runtime_dir()}", err=True)
+        raise SystemExit(NOT_RUNNING)
+    return answers
+
+
+def _living() -> list[str]:
+    """Return the addresses of this user's brokers that hold their lock."""
+    sockets = sorted(addresses.runtime_dir().glob("*.sock"))
+    return [f"ipc://{path}" for path in sockets if is_held(addresses.lock_path(f"ipc://{path}"))]
+
+
+# --- showing
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table. What programs call themselves cannot do anything to a terminal."""
+    rows = [[cell if cell.isprintable() else repr(cell)[1:-1] for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
+
+
+def duration(ms: int) -> str:
+    """Return a time as people read it; nothing for one that is not known (-1)."""
+    seconds = ms / 1000
+    if ms < 0:
+        return ""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02}:{int(seconds % 60):02}"
+
+
+def process(title: str, pid: int, host: str) -> str:
+    """Return how a worker process is called, as in the texts of errors; "" for what no process has."""
+    if not pid:
+        return ""
+    return f"{title}[{pid}]" + (f"@{host}" if host else "")

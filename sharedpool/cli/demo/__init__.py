@@ -1,0 +1,1 @@
+"""`sharedpool demo`."""

@@ -1,0 +1,1 @@
+"""File descriptors: who owns them, how they are passed, polled and counted."""

@@ -1,0 +1,1 @@
+"""How the processes of one host find the one broker."""

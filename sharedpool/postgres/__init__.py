@@ -1,0 +1,1 @@
+"""PostgreSQL, as broker and workers both see it."""

@@ -1,0 +1,1 @@
+"""Connections: all that touches psycopg2."""

@@ -1,0 +1,77 @@
+"""Make an empty shell equal to a connection just opened, whatever it was used for before, or say that it cannot be.
+
+What psycopg2 keeps of a connection on the client's side (struct connectionObject in its connection.h), and what makes
+each as new:
+
+  encoding, codecs (cdecoder, pyencoder, pydecoder)   compared: `set_client_encoding` changes them, no reset does
+  equote (how strings are quoted)                     fixed when it connects: made with the same parameters
+  autocommit, isolevel, readonly, deferrable          `set_session`; where that would send SQL the shell is refused
+  entered (in a `with` block)                         `__exit__`
+  tpc_xid, status                                     compared: `__exit__` commits, which such a transaction forbids
+  notices, notifies; what is pending of both, libpq's `set_session` takes in what is pending, then new lists
+  cursor_factory                                      set
+  string_types, binary_types (typecasters)            emptied
+  attributes of the Python object                     forgotten
+  closed, async                                       compared
+  dsn, and libpq's own idea of the server             `server_facts.py`
+  cancel (the key)                                    the broker cancels: `PooledConnection.cancel`
+  server_version, protocol                            the same: `Shells` keeps each by what it was made with
+  mark (counts transactions)                          only a cursor of before looks at it: refused (`closed_flag.py`)
+
+The object of a user's own class is never used again: what that keeps cannot be known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, cast
+
+import psycopg2
+from psycopg2 import extensions
+
+from sharedpool.worker.connection import closed_flag
+from sharedpool.worker.connection.closing import is_referred_to
+from sharedpool.worker.connection.connection import rests, session_of
+from sharedpool.worker.connection.pooled import PooledConnection
+
+
+def renew(shell: PooledConnection, parameters: Mapping[str, str], cursor_factory: Any) -> bool:
+    """Make a shell as new for a session with these parameters; return False when it is to be thrown away.
+
+    No I/O: its socket leads nowhere. What it has of the pool is left to the caller.
+    """
+    if closed_flag.is_over(shell) or is_referred_to(shell):
+        return False  # somebody keeps something about this very object
+    known, number = shell.sharedpool_known, shell.sharedpool_number
+    shell.__dict__.clear()
+    shell.sharedpool_known, shell.sharedpool_number = known, number
+    shell.sharedpool_native = False
+    shell.sharedpool_gate = closed_flag.OPEN
+    plain = cast(Any, extensions.connection)
+    encoding = encoding_for(parameters.get("client_encoding", ""))
+    try:
+        plain.__exit__(shell, None, None, None)
+        plain.set_session(shell, "default", "default", "default", False)
+        plain.cursor_factory.__set__(shell, cursor_factory)
+        shell.notices, shell.notifies = [], []
+        shell.string_types.clear()
+        shell.binary_types.clear()
+    except psycopg2.Error:
+        return False
+    shell.sharedpool_gate = closed_flag.SHUT  # until it is checked out
+    shell.sharedpool_session = (False, None, None, None, cursor_factory, encoding)
+    # What cannot be set, or could not be; looked at last: a reference that is kept may have been used meanwhile. Nor
+    # does one rest whose libpq has lost its socket.
+    return bool(shell.encoding == encoding) and rests(shell) and not shell.async_
+
+
+@lru_cache(maxsize=64)
+def encoding_for(parameter: str) -> str:
+    """Return what psycopg2 makes of a server's `client_encoding`."""
+    return "".join(filter(str.isalnum, parameter)).upper()
+
+
+def at_start(shell: PooledConnection) -> None:
+    """Note the settings that a checkin restores."""
+    shell.sharedpool_session, shell.sharedpool_touched = session_of(shell), False

@@ -1,0 +1,94 @@
+"""What a connection says of its server when another process has opened its session.
+
+libpq knows here only of the stub that the shell was built with (`handover.py`), so what it knew there comes along.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import psycopg2
+from psycopg2 import extensions
+
+from sharedpool.postgres import libpq
+from sharedpool.postgres.conninfo import SECRET
+from sharedpool.worker.connection.pooled import PooledConnection
+
+
+class Names(msgspec.Struct, frozen=True, array_like=True):
+    """A session's server and login, as the process knew them that opened it; no secret is among them."""
+
+    user: str
+    dbname: str
+    host: str
+    port: int
+    options: str
+    used_password: bool
+    dsn: str
+    parameters: dict[str, str]
+
+
+_encode = msgspec.msgpack.Encoder().encode
+decode = msgspec.msgpack.Decoder(Names).decode
+
+
+def names_of(conn: PooledConnection) -> bytes:
+    """Return what goes along with a connection that this process has opened, encoded."""
+    info = extensions.ConnectionInfo(conn)
+    # psycopg2 would refuse: the connection is closed to its former user.
+    parameters = {name: value for name, value in libpq.parameters_of(conn).items() if not SECRET.search(name)}
+    dsn = conn.dsn
+    given = extensions.parse_dsn(dsn)
+    if hidden := [name for name in given if name != "password" and SECRET.search(name)]:  # psycopg2 hides that alone
+        dsn = extensions.make_dsn(**(given | dict.fromkeys(hidden, "xxx")))
+    host, port, options = info.host or "", info.port or 0, info.options or ""
+    return _encode(Names(info.user, info.dbname, host, port, options, info.used_password, dsn, parameters))
+
+
+class AdoptedInfo(extensions.ConnectionInfo):
+    """What psycopg2 knows of a connection, for one whose session another process has opened."""
+
+    def __init__(self, conn: PooledConnection, names: Names) -> None:
+        super().__init__(conn)
+        self._conn, self._names = conn, names
+
+    @property
+    def backend_pid(self) -> int:
+        """The process id of the server's process for this session."""
+        return self._conn.get_backend_pid()
+
+    @property
+    def dsn_parameters(self) -> dict[str, str]:
+        """The parameters that it was opened with, defaults included, secrets not."""
+        return dict(self._names.parameters)
+
+    @property
+    def password(self) -> str:
+        """The password, if the pool was configured with one that does not change."""
+        holdings = self._conn.sharedpool_holdings
+        return "" if holdings is None else extensions.parse_dsn(holdings.config.conninfo.dsn).get("password", "")
+
+    @property
+    def needs_password(self) -> bool:
+        """Whether the server had asked in vain: it has let us in."""
+        return False
+
+
+def _named(name: str) -> property:
+    def get(info: AdoptedInfo) -> Any:
+        return getattr(info._names, name)
+
+    return property(get, doc=getattr(extensions.ConnectionInfo, name).__doc__)
+
+
+for _name in ("user", "dbname", "host", "port", "options", "used_password"):
+    setattr(AdoptedInfo, _name, _named(_name))
+
+
+def refuse_cancel(conn: PooledConnection) -> None:
+    """Raise what psycopg2 raises where nothing can be cancelled."""
+    if conn.closed:
+        raise psycopg2.InterfaceError("connection already closed")
+    if conn.status == extensions.STATUS_PREPARED:
+        raise psycopg2.ProgrammingError("cancel cannot be used with a prepared two-phase transaction")

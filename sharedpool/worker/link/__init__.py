@@ -1,0 +1,1 @@
+"""The worker's line to the broker."""

@@ -1,0 +1,1 @@
+"""The mutation gate: planted bugs that the tests must catch."""

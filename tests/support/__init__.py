@@ -1,0 +1,1 @@
+"""What several folders' tests share: processes, servers, waiting."""

@@ -1,0 +1,54 @@
+"""The automatic broker, as README has it: nobody names it. Find it, ask it, and see it off."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sharedpool
+from sharedpool.cli.client import fetch_report
+from sharedpool.discovery.address import lock_path, runtime_dir
+from sharedpool.discovery.lock_file import is_held
+from sharedpool.wire.reports import Report
+from tests.support.processes import alive
+from tests.support.waiting import wait_until
+
+
+def living(folder: Path | None = None) -> list[str]:
+    """The addresses of the brokers in a private directory; without one, in this environment's."""
+    found = [f"ipc://{path}" for path in sorted((folder or runtime_dir()).glob("*.sock"))]
+    return [address for address in found if is_held(lock_path(address))]
+
+
+def reports(folder: Path | None = None) -> list[Report]:
+    """What those say; one that is leaving just now may be left out."""
+    found = []
+    for address in living(folder):
+        try:
+            found.append(fetch_report(address))
+        except sharedpool.BrokerUnavailable:
+            assert address not in living(folder), "a broker holds its lock and does not answer"
+    return found
+
+
+def leases(name: str) -> int:
+    """How many leases of a pool the brokers count."""
+    return sum(pool.leases for report in reports() for pool in report.pools if pool.name == name)
+
+
+def command(report: Report) -> list[str]:
+    """How a broker was started."""
+    return Path(f"/proc/{report.pid}/cmdline").read_text().rstrip("\0").split("\0")
+
+
+@contextmanager
+def seen_off(folder: Path | None = None) -> Iterator[None]:
+    """At the end of the block wait until nobody uses the brokers any more, and end them: they would stay 30 seconds."""
+    yield
+    wait_until(lambda: not any(report.sessions for report in reports(folder)), 30, "the end of all sessions")
+    ends = {report.pid for report in reports(folder)}
+    for pid in ends:
+        os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: not any(map(alive, ends)), 30, "the brokers' end")
+    assert living(folder) == []

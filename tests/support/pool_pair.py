@@ -1,0 +1,57 @@
+"""A connection that moves between two sessions of one pool: see the fixture `pair`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from psycopg2 import extensions
+
+import sharedpool
+from sharedpool.cli.client import fetch_report
+from sharedpool.wire.reports import PoolReport
+from sharedpool.worker.pool import Pool
+from tests.support.waiting import wait_until
+
+MakePair = Callable[..., tuple[Pool, Pool]]
+
+
+def report(broker: sharedpool.Broker, name: str) -> PoolReport:
+    (found,) = [pool for pool in fetch_report(broker.address).pools if pool.name == name]
+    return found
+
+
+def ask(conn: extensions.connection, sql: str, *values: object) -> Any:
+    with conn.cursor() as cursor:
+        cursor.execute(sql, values)
+        row = cursor.fetchone()
+        assert row is not None
+        return row[0]
+
+
+def leave_what_comes(pool: Pool, broker: sharedpool.Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask for the connection that lies at the broker, and be gone when it comes."""
+
+    def leave(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    wait_until(lambda: report(broker, pool.name).parked == 1, what="it to lie at the broker")
+    with monkeypatch.context() as patch:
+        patch.setattr("sharedpool.worker.waiting.Wait._look", leave)
+        with pytest.raises(KeyboardInterrupt):
+            pool.get_conn()
+
+
+def moved(giver: Pool, taker: Pool, use: Callable[[extensions.connection], object]) -> extensions.connection:
+    """Return a connection that `giver` has used so and `taker` has got, by a hand-over."""
+    conn = giver.get_conn()
+    pid = conn.info.backend_pid
+    use(conn)
+    given, before = giver.stats().given, taker.stats()
+    giver.put_conn(conn)  # perhaps it goes at once
+    got = taker.get_conn()
+    assert got.info.backend_pid == pid
+    wait_until(lambda: giver.stats().given == given + 1)  # counted a little later
+    after = taker.stats()
+    assert after.adopted == before.adopted + 1
+    assert (after.hits, after.handed_on, after.connects) == (before.hits, before.handed_on, before.connects)
+    return got

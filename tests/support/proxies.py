@@ -1,0 +1,323 @@
+"""What people put between their programs and PostgreSQL: each started for a test, in front of a server of ours."""
+
+import contextlib
+import os
+import re
+import select
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg2
+import pytest
+from psycopg2.extensions import make_dsn
+
+from sharedpool.postgres.throwaway_server import EphemeralPostgres, PostgresFailed
+from tests.support.waiting import wait_until
+
+# Debian's are not on everybody's PATH.
+_PLACES = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin", "/usr/bin"])
+HOST = "127.0.0.1"
+PASSWORD = "zsecret"
+_NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+
+
+@contextmanager
+def haproxy(server: EphemeralPostgres, *, silence_s: float = 60.0) -> Iterator[str]:
+    """HAProxy, which ends a session on both sides when nothing was said for `silence_s`, a query going on or not."""
+    port, silence = free_port(), f"{silence_s * 1000:.0f}ms"
+    config = f"""
+        defaults
+            mode tcp
+            timeout connect 5s
+            timeout client {silence}
+            timeout server {silence}
+        listen postgres
+            bind {HOST}:{port}
+            server one {unix_path(server)}
+    """
+    with _file("haproxy.cfg", config) as path, running(program("haproxy"), "-db", "-f", str(path), port=port):
+        yield by(server, port)
+
+
+@contextmanager
+def socat(server: EphemeralPostgres) -> Iterator[str]:
+    """A plain forwarder: a process for each connection."""
+    port = free_port()
+    listen = f"TCP-LISTEN:{port},bind={HOST},reuseaddr,fork,backlog=128"
+    with running(program("socat"), listen, f"UNIX-CONNECT:{unix_path(server)}", port=port):
+        yield by(server, port)
+
+
+@contextmanager
+def stunnel(server: EphemeralPostgres) -> Iterator[str]:
+    """A tunnel: TLS between one stunnel near the workers and another near the server."""
+    near, far = free_port(), free_port()
+    with tempfile.TemporaryDirectory(prefix="spx-") as directory:
+        keys = Path(directory, "both.pem")
+        subprocess.run(
+            [program("openssl"), "req", "-new", "-x509", "-days", "9", "-nodes", "-subj", "/CN=tunnel",
+             "-out", keys, "-keyout", keys.with_suffix(".key")], check=True, capture_output=True,
+        )  # fmt: skip
+        common = "foreground = yes\npid =\ndebug = err\n"
+        client = f"{common}[near]\nclient = yes\naccept = {HOST}:{near}\nconnect = {HOST}:{far}\n"
+        inner = f"accept = {HOST}:{far}\nconnect = {unix_path(server)}\n"
+        serving = f"{common}[far]\n{inner}cert = {keys}\nkey = {keys.with_suffix('.key')}\n"
+        with (
+            _file("far.conf", serving) as far_end, running(program("stunnel4"), str(far_end), port=far),
+            _file("near.conf", client) as near_end, running(program("stunnel4"), str(near_end), port=near),
+        ):  # fmt: skip
+            yield by(server, near)
+
+
+@contextmanager
+def tls_endpoint(config: str, **settings: object) -> Iterator[None]:
+    """stunnel as `config` says, with other values for these of its settings, `accept` among them."""
+    for name, value in settings.items():
+        config, found = re.subn(rf"^{name} = .*$", f"{name} = {value}", config, flags=re.MULTILINE)
+        assert found == 1, f"{name} is set {found} times"
+    accept = settings["accept"]
+    where = accept if isinstance(accept, Path) else int(str(accept).rpartition(":")[2])
+    with _file("endpoint.conf", config) as path, running(program("stunnel4"), str(path), port=where):
+        yield
+
+
+@dataclass(frozen=True)
+class Certified:
+    """A PostgreSQL whose certificate says `name`, with a role and a database `app`. By TCP it wants TLS of everybody.
+
+    `keys` has ca.crt, its CA's certificate, stranger.crt, that of another one, and app.crt with app.key, the role's.
+    The superuser logs in by SCRAM.
+    """
+
+    server: EphemeralPostgres
+    name: str
+    keys: Path
+
+    @property
+    def near_dsn(self) -> str:
+        """The superuser's, by the unix socket, where nobody asks for TLS or a password."""
+        return make_dsn(self.server.dsn, host=str(self.server.directory))
+
+    @property
+    def verified_dsn(self) -> str:
+        """The superuser's, by TCP, under TLS that sees who the server is."""
+        whom = {"host": self.name, "hostaddr": HOST, "sslmode": "verify-full", "sslrootcert": str(self.keys / "ca.crt")}
+        return make_dsn(self.server.dsn, **whom)
+
+
+@contextmanager
+def certified(name: str, method: str) -> Iterator[Certified]:
+    """Have such a server; `app` logs in by this method, its password being that of the superuser."""
+    with tempfile.TemporaryDirectory(prefix="spx-") as place, EphemeralPostgres(tcp=True, password=PASSWORD) as server:
+        keys, data = Path(place), server.data_dir
+        for authority in ("ca", "stranger"):
+            _openssl("req", "-x509", *_NEW_KEY, "-days", "9", "-subj", f"/CN={authority}",
+                     "-keyout", keys / f"{authority}.key", "-out", keys / f"{authority}.crt")  # fmt: skip
+        _certify(keys, "app", "app")
+        _certify(keys, "server", name)
+        for file in ("server.crt", "server.key", "ca.crt"):
+            shutil.copy(keys / file, data)
+            os.chown(data / file, _owner(server), -1)
+        entries = (f"hostssl app app {HOST}/32 {method}", f"hostssl all all {HOST}/32 scram-sha-256")
+        (data / "pg_hba.conf").write_text("\n".join(["local all all trust", *entries, ""]))
+        with (data / "postgresql.conf").open("a") as settings:
+            settings.write("ssl = on\nssl_ca_file = 'ca.crt'\n")
+        try:
+            server.restart()
+        except PostgresFailed as error:
+            if "SSL is not supported by this build" not in str(error):
+                raise
+            pytest.skip("this PostgreSQL was built without TLS")
+        with contextlib.closing(psycopg2.connect(server.dsn)) as conn:
+            conn.autocommit = True
+            with conn.cursor() as cursor:
+                cursor.execute("CREATE ROLE app LOGIN PASSWORD %s", [PASSWORD])
+                cursor.execute("CREATE DATABASE app OWNER app")
+        yield Certified(server, name, keys)
+
+
+def _certify(keys: Path, whom: str, name: str) -> None:
+    """Make a key, and have the CA certify that it is `name`'s."""
+    key, request, names = (keys / f"{whom}.{kind}" for kind in ("key", "request", "names"))
+    names.write_text(f"subjectAltName = DNS:{name}\n")
+    _openssl("req", "-new", *_NEW_KEY, "-subj", f"/CN={name}", "-keyout", key, "-out", request)
+    _openssl("x509", "-req", "-in", request, "-extfile", names, "-days", "9", "-out", keys / f"{whom}.crt",
+             "-CA", keys / "ca.crt", "-CAkey", keys / "ca.key", "-CAcreateserial")  # fmt: skip
+    key.chmod(0o600)
+
+
+def _openssl(*arguments: str | Path) -> None:
+    subprocess.run([program("openssl"), *arguments], check=True, capture_output=True)
+
+
+@contextmanager
+def pgbouncer(
+    server: EphemeralPostgres, user: str, *, mode: str = "session", size: int = 20, others: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """PgBouncer, with room for `size` backends of its own."""
+    port = free_port()
+    users = "".join(f'"{name}" ""\n' for name in dict.fromkeys((user, *others)))
+    with _directory() as directory:
+        (directory / "users.txt").write_text(users)
+        (directory / "pgbouncer.ini").write_text(
+            f"[databases]\n* = host={server.host} port={server.port}\n"
+            f"[pgbouncer]\nlisten_addr = {HOST}\nlisten_port = {port}\nunix_socket_dir =\nauth_type = trust\n"
+            f"auth_file = {directory}/users.txt\npool_mode = {mode}\ndefault_pool_size = {size}\n"
+            "max_client_conn = 200\nserver_idle_timeout = 1\n"
+        )
+        with running(program("pgbouncer"), "-q", str(directory / "pgbouncer.ini"), port=port, uid=_owner(server)):
+            yield by(server, port)
+
+
+class LateCloser:
+    """A proxy that closes its client's side at once when that leaves, and the server's side `late_s` later.
+
+    `accept_late_s`: a connect waits for so long in its queue before the server hears of it.
+    """
+
+    def __init__(self, server: EphemeralPostgres, late_s: float, accept_late_s: float = 0.0) -> None:
+        self._path = unix_path(server)
+        self._late_s, self._accept_late_s = late_s, accept_late_s
+        self._listener = socket.create_server((HOST, 0), backlog=128)
+        self.dsn = by(server, self._listener.getsockname()[1])
+        self.accepted = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._accept, name="late closer")
+        self._sessions: list[threading.Thread] = []
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client, _ = self._listener.accept()
+                self.accepted += 1
+                self._sessions.append(threading.Thread(target=self._serve, args=[client]))
+                self._sessions[-1].start()
+
+    def _serve(self, client: socket.socket) -> None:
+        self._over.wait(self._accept_late_s)
+        with socket.socket(socket.AF_UNIX) as server:
+            with client, contextlib.suppress(OSError):
+                server.connect(self._path)
+                self._forward(client, server)
+            self._over.wait(self._late_s)
+
+    def _forward(self, client: socket.socket, server: socket.socket) -> None:
+        poller = select.poll()
+        for each in (client, server):
+            poller.register(each, select.POLLIN)
+        while not self._over.is_set():
+            for fd, _ in poller.poll(100):
+                source, sink = (client, server) if fd == client.fileno() else (server, client)
+                if not (data := source.recv(65536)):
+                    return
+                sink.sendall(data)
+
+    def __enter__(self) -> "LateCloser":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in (self._thread, *self._sessions):
+            thread.join()
+
+
+@contextmanager
+def late_closer(server: EphemeralPostgres, *, late_s: float = 2.0) -> Iterator[str]:
+    with LateCloser(server, late_s) as proxy:
+        yield proxy.dsn
+
+
+# --- what they share
+
+
+def program(name: str) -> str:
+    """Return where a program is; without it the test is skipped."""
+    found = shutil.which(name, path=_PLACES)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def free_port() -> int:
+    with socket.create_server((HOST, 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def by(server: EphemeralPostgres, port: int) -> str:
+    """Return the server's DSN by another way, without encryption: not every proxy understands how it begins."""
+    return make_dsn(server.dsn, host=HOST, port=port, sslmode="disable", gssencmode="disable")
+
+
+def unix_path(server: EphemeralPostgres) -> str:
+    return f"{server.host}/.s.PGSQL.{server.port}"
+
+
+def _owner(server: EphemeralPostgres) -> int:
+    """Who may go to the server's directory, and is not root: PgBouncer does not run as root."""
+    return server.directory.stat().st_uid
+
+
+@contextmanager
+def _directory() -> Iterator[Path]:
+    """A directory that others may read: some of these programs do not run as root."""
+    path = Path(tempfile.mkdtemp(prefix="spx-"))
+    path.chmod(0o755)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _file(name: str, text: str) -> Iterator[Path]:
+    with _directory() as directory:
+        path = directory / name
+        path.write_text("\n".join(line.strip() for line in text.strip().splitlines()) + "\n")
+        yield path
+
+
+@contextmanager
+def running(*command: str, port: int | Path, uid: int | None = None) -> Iterator[None]:
+    """Run a program that listens at a port or a path, until it is not needed any more; as `uid`, if we may choose.
+
+    Port 0: it listens somewhere else.
+    """
+    options: dict[str, object] = {}
+    if uid is not None and os.geteuid() == 0:
+        options = {"user": uid, "extra_groups": []}
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, **options)  # type: ignore[call-overload]
+        try:
+            if port:
+                wait_until(_listens(process, port), 20, f"{command[0]} to listen")
+            yield
+        finally:
+            process.terminate()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            said.seek(0)
+            print(f"{Path(command[0]).name} said:\n{said.read()[-2000:]}")  # pytest shows it when the test fails
+
+
+def _listens(process: "subprocess.Popen[bytes]", port: int | Path) -> Callable[[], bool]:
+    def listens() -> bool:
+        assert process.poll() is None, "it has ended"
+        by_path = isinstance(port, Path)
+        with socket.socket(socket.AF_UNIX if by_path else socket.AF_INET) as sock:
+            return sock.connect_ex(str(port) if by_path else (HOST, port)) == 0
+
+    return listens

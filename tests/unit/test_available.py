@@ -1,0 +1,38 @@
+"""A process that has hardly any descriptors left is told so before libzmq finds out, which would end it."""
+
+import os
+import resource
+from collections.abc import Iterator
+
+import pytest
+
+from sharedpool import PoolError
+from sharedpool.descriptors.available import make_sure_of
+
+
+@pytest.fixture
+def few() -> Iterator[list[int]]:
+    """All descriptors that this process can have, to be closed one by one."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+    held: list[int] = []
+    try:
+        while True:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        pass
+    yield held
+    for each in held:
+        os.close(each)
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_what_can_be_had_is_told_from_what_cannot(few: list[int]) -> None:
+    for _ in range(8):
+        os.close(few.pop())
+    make_sure_of(8, "the pool")
+    make_sure_of(8, "the pool")  # nothing was kept
+    os.close(few.pop())
+    with pytest.raises(PoolError, match=r"the pool needs 10 descriptors, .* of the 200 .*ulimit -n"):
+        make_sure_of(10, "the pool")
+    make_sure_of(8, "the pool")

@@ -1,0 +1,72 @@
+"""The broker's ROUTER socket: what is read there, and from whom it is."""
+
+from pathlib import Path
+
+import zmq
+
+from sharedpool.broker.server.router_socket import Letter, Post
+from sharedpool.wire.channel import PROCESS_PREFIX, add_channel, channel_number
+from sharedpool.wire.codec import encode
+from sharedpool.wire.messages import NO_TOKEN, PROTOCOL_VERSION, Cancel, Renew
+from sharedpool.wire.reports import Status
+from tests.support.waiting import wait_until
+
+PROCESS = PROCESS_PREFIX + b"-a-worker-------"[:15]
+CHANNEL = channel_number(1)
+STATUS = Status(PROTOCOL_VERSION)
+
+
+def dealer(context: zmq.Context, address: str, identity: bytes = b"") -> zmq.Socket:
+    sock = context.socket(zmq.DEALER)
+    if identity:
+        sock.setsockopt(zmq.IDENTITY, identity)
+    sock.setsockopt(zmq.LINGER, 2000)
+    sock.connect(address)
+    return sock
+
+
+def read_until(post: Post, body: bytes) -> list[Letter]:
+    """All that comes up to a letter with this body."""
+    letters: list[Letter] = []
+
+    def came() -> bool:
+        letters.extend(post.read(10))
+        return any(letter.body == body for letter in letters)
+
+    wait_until(came)
+    return letters
+
+
+def test_what_a_worker_said_over_its_former_connection_is_not_read_as_a_strangers(
+    tmp_path: Path,
+) -> None:
+    """A broker that was stopped finds two connections of a worker that took it for dead: ZeroMQ gives the old one a
+    name of its own, under which the worker's words are nobody's."""
+    post, context = Post(f"ipc://{tmp_path}/post.sock", None), zmq.Context()
+    post.bind()
+    try:
+        former = dealer(context, f"ipc://{tmp_path}/post.sock", PROCESS)
+        former.send(add_channel(CHANNEL, encode(Cancel(1))))
+        read_until(post, encode(Cancel(1)))
+        for request in range(2, 6):
+            former.send(add_channel(CHANNEL, encode(Cancel(request))))
+        former.close()  # when all is sent
+        again = dealer(context, f"ipc://{tmp_path}/post.sock", PROCESS)
+        renew = encode(Renew([], NO_TOKEN))
+        again.send(add_channel(CHANNEL, renew))
+        command = dealer(context, f"ipc://{tmp_path}/post.sock")
+        command.send(encode(STATUS))
+        letters = read_until(post, renew)
+        if encode(STATUS) not in [letter.body for letter in letters]:
+            letters += read_until(post, encode(STATUS))
+        again.send(add_channel(CHANNEL, encode(Cancel(9))))  # and whatever came before
+        letters += read_until(post, encode(Cancel(9)))
+        for sock in (again, command):
+            sock.close()
+    finally:
+        post.close()
+        context.term()
+    session = PROCESS + CHANNEL
+    assert {letter.body for letter in letters if letter.session == session} >= {renew, encode(Cancel(9))}
+    # Those that were read before its next connection was made are the session's.
+    assert [letter.body for letter in letters if letter.session != session] == [encode(STATUS)]
