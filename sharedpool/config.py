@@ -38,7 +38,7 @@ def config_pool(
     configure: Callback | None = None,
     reset: Callback | Literal["discard", "rollback"] = "discard",
     handover: Literal["auto", "off"] = "auto",
-    slice: float = 0.002,
+    time_slice: float = 0.002,
     check: Callback | None = None,
     debug_checkouts: bool = False,
     **connect_kwargs: Any,
@@ -58,7 +58,7 @@ def config_pool(
 
     `handover`: "auto" passes a live connection on to a process that waits, where that can be (same host, no TLS);
     "off" always closes it here and opens one there. `reset`: what is done before it moves: "discard" (DISCARD ALL) or
-    "rollback" (no more than at every checkin), or a function that is called at every checkin. `slice`: seconds for
+    "rollback" (no more than at every checkin), or a function that is called at every checkin. `time_slice`: seconds for
     which a process that uses a connection all the time may keep it while others wait; ten times as long where it would
     have to be closed. `debug_checkouts`: note where each connection is checked out, for `sharedpool who`, for
     `max_checkout`'s report and for the texts of `PoolExhausted` and `PoolTimeout`; costs some microseconds a checkout.
@@ -86,7 +86,7 @@ def config_pool(
         raise ConfigError(f'max_checkout_action: must be "report" or "end", not {max_checkout_action!r}')
     if handover not in ("auto", "off"):
         raise ConfigError(f'handover: must be "auto" or "off", not {handover!r}')
-    check_number("slice", slice)
+    check_number("slice", time_slice)
     if not (isinstance(pool_manager, type) and issubclass(pool_manager, Pool)):
         raise ConfigError(f"pool_manager: must be SimpleConnectionPool or ThreadedConnectionPool, not {pool_manager!r}")
     if not isinstance(name, str) or not name or not name.isprintable():
@@ -111,13 +111,13 @@ def config_pool(
         timeout=float(timeout),
         max_lifetime=max_lifetime,
         max_checkout=max_checkout,
-        ends_overdue=max_checkout_action == "end",
+        end_overdue=max_checkout_action == "end",
         max_waiting=max_waiting,
         configure=configure,
         reset=reset,
         check=check,
         handover=handover != "off",
-        slice=float(slice),
+        time_slice=float(time_slice),
         debug_checkouts=bool(debug_checkouts),
     )
     pool = pool_manager(config, AutomaticBroker(conninfo) if config.broker is None else GivenBroker(config.broker))

@@ -22,7 +22,7 @@ from psycopg2.sql import Composable, Identifier
 
 from sharedpool import config
 from sharedpool.worker.connection.pooled import PooledConnection
-from sharedpool.worker.connection.wrapper import bare
+from sharedpool.worker.connection.wrapper import unwrap
 from sharedpool.worker.pool import Pool
 
 _WORD = r"[^\W\d][\w$]*"
@@ -232,7 +232,7 @@ class PgSimple:
     def _psycopg2s_own(self) -> connection:
         """Return the connection without what wraps it: psycopg2's own functions may take nothing else."""
         conn = self._live()
-        return bare(conn) or conn
+        return unwrap(conn) or conn
 
     def _give_back(self, close: bool = False, quietly: bool = False) -> None:
         """Return the connection; `quietly` while another exception is under way, which the pool's must not hide."""

@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from sharedpool.cli.client import broker_option, fetch_report, find_brokers, from_each, line_to
+from sharedpool.cli.client import broker_option, connected, fetch_report, find_brokers, from_each
 from sharedpool.cli.options import SECONDS
 from sharedpool.wire.admin import Done, Order, OrderKind
 from sharedpool.wire.messages import PROTOCOL_VERSION, Token
 from sharedpool.wire.reports import Report
 
-_LOOK_EVERY_S = 0.1
+_POLL_EVERY_S = 0.1
 _SAY_EVERY_S = 2.0
 
 _pool_option = click.option("--pool", "name", default="", help="Only this pool.  [default: all]")
@@ -36,12 +36,12 @@ class _Lease(click.ParamType[Token]):
         return Token(int(epoch), int(serial))
 
 
-def _give(address: str | None, order: Order) -> list[str]:
+def _send(address: str | None, order: Order) -> list[str]:
     """Give an order to the broker, or to all there are; say what was done. Return who was asked."""
     found = find_brokers(address)
 
     def ask(address: str) -> Done:
-        with line_to(address) as line:
+        with connected(address) as line:
             return line.ask(order, Done)
 
     answers = from_each(found, ask)
@@ -67,7 +67,7 @@ def pause(address: str | None, name: str, wait: bool, timeout: float | None) -> 
     A pause ends with the broker. Without an address: at every broker in the user's runtime directory. Exit status 1
     when there is no such pool, or --timeout has passed; 3 when no broker answers.
     """
-    found = _give(address, Order(PROTOCOL_VERSION, OrderKind.PAUSE, name))
+    found = _send(address, Order(PROTOCOL_VERSION, OrderKind.PAUSE, name))
     if wait:
         _wait(found, timeout, lambda report: sum(pool.leases for pool in report.pools if name in ("", pool.name)))
 
@@ -77,7 +77,7 @@ def pause(address: str | None, name: str, wait: bool, timeout: float | None) -> 
 @_pool_option
 def resume(address: str | None, name: str) -> None:
     """Lend again after `sharedpool pause`."""
-    _give(address, Order(PROTOCOL_VERSION, OrderKind.RESUME, name))
+    _send(address, Order(PROTOCOL_VERSION, OrderKind.RESUME, name))
 
 
 @click.group(name="set")
@@ -91,7 +91,7 @@ def set_() -> None:
 @click.option("--pool", "name", default="", help="This pool's limit.  [default: the limit over all pools]")
 def max_conn_(address: str | None, max_conn: int, name: str) -> None:
     """Set a limit. A lower one holds at once: what is beyond it is recalled, and comes back at its checkin."""
-    _give(address, Order(PROTOCOL_VERSION, OrderKind.LIMIT, name, max_conn))
+    _send(address, Order(PROTOCOL_VERSION, OrderKind.LIMIT, name, max_conn))
 
 
 @click.command()
@@ -104,7 +104,7 @@ def drain(address: str | None, pid: int, wait: bool, timeout: float | None) -> N
 
     It may check out again afterwards. With --wait the command returns when it holds none.
     """
-    found = _give(address, Order(PROTOCOL_VERSION, OrderKind.DRAIN, number=pid))
+    found = _send(address, Order(PROTOCOL_VERSION, OrderKind.DRAIN, number=pid))
     if wait:
         _wait(found, timeout, lambda report: sum(each.leases for each in report.sessions if each.pid == pid))
 
@@ -117,7 +117,7 @@ def kill(address: str | None, lease: Token) -> None:
 
     LEASE is as `sharedpool who` shows it. Its slot is free once the server's process is seen to be gone.
     """
-    _give(address, Order(PROTOCOL_VERSION, OrderKind.KILL, token=lease))
+    _send(address, Order(PROTOCOL_VERSION, OrderKind.KILL, token=lease))
 
 
 @click.command()
@@ -132,7 +132,7 @@ def reconnect(address: str | None, name: str) -> None:
     Without an address: at every broker in the user's runtime directory. Exit status 1 when there is no such pool, 3
     when no broker answers.
     """
-    _give(address, Order(PROTOCOL_VERSION, OrderKind.RECONNECT, name))
+    _send(address, Order(PROTOCOL_VERSION, OrderKind.RECONNECT, name))
 
 
 def _wait(found: Sequence[str], timeout_s: float | None, left: Callable[[Report], int]) -> None:
@@ -146,4 +146,4 @@ def _wait(found: Sequence[str], timeout_s: float | None, left: Callable[[Report]
         if now >= say_at:
             click.echo(f"waiting for {count} connections", err=True)
             say_at = now + _SAY_EVERY_S
-        time.sleep(_LOOK_EVERY_S)
+        time.sleep(_POLL_EVERY_S)

@@ -27,7 +27,7 @@ A = TypeVar("A")
 M = TypeVar("M", bound=ToOperator)
 
 
-class Line:
+class BrokerClient:
     """A command's line to one broker."""
 
     def __init__(self, address: str) -> None:
@@ -70,10 +70,10 @@ class Line:
 
 
 @contextlib.contextmanager
-def line_to(address: str) -> Iterator[Line]:
+def connected(address: str) -> Iterator[BrokerClient]:
     """Open a line for a block; raise `BrokerUnavailable` for whatever is at the other end and is no broker of ours."""
     try:
-        with contextlib.closing(Line(address)) as line:
+        with contextlib.closing(BrokerClient(address)) as line:
             yield line
     except (zmq.ZMQError, ProtocolError) as error:
         raise BrokerUnavailable(f"no broker of this version answers at {address}: {error}") from None
@@ -81,7 +81,7 @@ def line_to(address: str) -> Iterator[Line]:
 
 def fetch_report(address: str, timeout_s: float = ANSWER_LIMIT_S) -> Report:
     """Return the state of the broker at `address`; wait up to `timeout_s`, then raise `BrokerUnavailable`."""
-    with line_to(address) as line:
+    with connected(address) as line:
         return line.ask(Status(PROTOCOL_VERSION), Report, timeout_s)
 
 

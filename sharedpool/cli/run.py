@@ -23,7 +23,7 @@ _FORWARDED = {
     if hasattr(signal, name)
 }
 _IGNORED_BY_PYTHON = [signal.SIGPIPE, signal.SIGXFSZ]
-_LOOK_EVERY_S = 5.0  # whether the command has ended, should its signal be lost all the same
+_POLL_EVERY_S = 5.0  # whether the command has ended, should its signal be lost all the same
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as a shell says it
 
 
@@ -116,7 +116,7 @@ def _reap(pid: int) -> int | None:
 def _next_signal() -> tuple[int, bool]:
     """Wait for a signal, for a while; say whether the kernel sent it on behalf of the terminal."""
     if hasattr(signal, "sigtimedwait"):
-        info = signal.sigtimedwait(_FORWARDED | {signal.SIGCHLD}, _LOOK_EVERY_S)
+        info = signal.sigtimedwait(_FORWARDED | {signal.SIGCHLD}, _POLL_EVERY_S)
         return (0, False) if info is None else (info.si_signo, info.si_code > 0)
     number = signal.sigwait(_FORWARDED | {signal.SIGCHLD})
     return number, number in (signal.SIGINT, signal.SIGQUIT) and sys.stdin.isatty()

@@ -78,7 +78,7 @@ class _Screen:
         try:
             with self._signals() as woken, _keys() as keys, live:
                 while not self._ended_by:
-                    trouble = self._look()
+                    trouble = self._ask()
                     lines = picture(self._answer, trouble, *console.size, hint="q quits", unicode=unicode)
                     view = Text("\n").join(Text(line.text, line.style, no_wrap=True) for line in lines)
                     live.update(view, refresh=True)
@@ -91,7 +91,7 @@ class _Screen:
         if self._ended_by:
             sys.exit(128 + self._ended_by)
 
-    def _look(self) -> str:
+    def _ask(self) -> str:
         """Ask the broker; return what went wrong."""
         try:
             self._answer = fetch_leases(self._address, _OLDEST, _ANSWER_LIMIT_S, _ACTIVITY_LIMIT_S)

@@ -10,10 +10,10 @@ import click
 from sharedpool.cli.client import (
     ANSWER_LIMIT_S,
     broker_option,
+    connected,
     duration,
     find_brokers,
     from_each,
-    line_to,
     process,
     table,
 )
@@ -73,7 +73,7 @@ def fetch_leases(
 
     Raise `BrokerUnavailable`.
     """
-    with line_to(address) as line:
+    with connected(address) as line:
         report = line.ask(Status(PROTOCOL_VERSION, most), Report, limit_s)
         return Answer(report, line.receive(Activity, activity_limit_s) if report.activity else None)
 

@@ -21,7 +21,7 @@ FOR_A_SHELL = 4
 _SHORT = (errno.EMFILE, errno.ENFILE)
 
 
-def make_sure_of(count: int, who: str) -> None:
+def require(count: int, purpose: str) -> None:
     """Make sure that so many descriptors can be opened now; a few microseconds each.
 
     Raise `SharedPoolError`, which says what to do.
@@ -38,7 +38,7 @@ def make_sure_of(count: int, who: str) -> None:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         whose = f"{limit} that this process may have open" if error.errno == errno.EMFILE else "whole system's"
         raise SharedPoolError(
-            f"{who} needs {count} descriptors, and fewer are free of the {whose}: close files, or raise the limit"
+            f"{purpose} needs {count} descriptors, and fewer are free of the {whose}: close files, or raise the limit"
             " (`ulimit -n`, LimitNOFILE=)"
         ) from error
     finally:

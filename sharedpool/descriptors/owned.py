@@ -12,17 +12,17 @@ import socket
 
 # A file's device and inode. The kernel gives every socket one of its own.
 Identity = tuple[int, int]
-NOBODYS: Identity = (-1, -1)
+NOTHING: Identity = (-1, -1)
 # For every send on a stream in a user's process: where SIGPIPE is not ignored the end of the other side would kill it.
 NO_SIGNAL = int(getattr(socket, "MSG_NOSIGNAL", 0))
 
 
 def identity(number: int) -> Identity:
-    """Return what is open under a number; `NOBODYS` when nothing is. A system call, about a microsecond."""
+    """Return what is open under a number; `NOTHING` when nothing is. A system call, about a microsecond."""
     try:
         status = os.fstat(number)
     except OSError:
-        return NOBODYS
+        return NOTHING
     return status.st_dev, status.st_ino
 
 
@@ -44,7 +44,7 @@ class Owned(_socket.socket):  # not `socket.socket`, for which gevent puts one o
     __slots__ = ("__weakref__",)
 
 
-def let_go(owner: _socket.socket, known: tuple[Identity, ...]) -> None:
+def close_if_ours(owner: _socket.socket, known: tuple[Identity, ...]) -> None:
     """Close a socket, if it is still what it was; else its number is somebody else's, and is only forgotten."""
     number = owner.fileno()
     if number >= 0 and not is_still(number, known):

@@ -43,7 +43,7 @@ class Timer:
             self.armed = False
             self._write(0.0)
 
-    def hush(self) -> None:
+    def clear(self) -> None:
         """Take in that the moment has come."""
         self.armed = False
         self._write(0.0)  # which makes it unreadable; to read it would be to read whatever has its number by now

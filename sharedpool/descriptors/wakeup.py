@@ -5,10 +5,10 @@ from __future__ import annotations
 import socket
 import threading
 
-from sharedpool.descriptors.owned import identity, is_still, let_go
+from sharedpool.descriptors.owned import close_if_ours, identity, is_still
 
 
-class Bell:
+class Wakeup:
     """A datagram socket that is its own other end: what is sent on it can be read on it, by nobody else.
 
     Raise OSError when it cannot be had. Unlike an eventfd it can be told from all other files, whatever number it has.
@@ -29,7 +29,7 @@ class Bell:
         """Return the descriptor, which becomes readable when it was rung; -1 when closed."""
         return self._sock.fileno()
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """Wake who waits here. From any thread; too late is no harm."""
         if is_still(self.fileno(), self._known):
             try:
@@ -37,7 +37,7 @@ class Bell:
             except OSError:
                 pass  # full: awake already; closed meanwhile: over
 
-    def hush(self) -> None:
+    def clear(self) -> None:
         """Take in that it was rung."""
         try:
             while is_still(self.fileno(), self._known):
@@ -47,10 +47,10 @@ class Bell:
 
     def close(self) -> None:
         """Close it, unless its number is somebody else's by now."""
-        let_go(self._sock, self._known)
+        close_if_ours(self._sock, self._known)
 
 
-class Gate:
+class WaitLock:
     """A place to wait that takes no descriptor: woken by other threads of this process alone."""
 
     number = -1
@@ -59,7 +59,7 @@ class Gate:
         self._lock = threading.Lock()
         self._lock.acquire()
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """Wake who waits here, or the next who comes to wait."""
         try:
             self._lock.release()
@@ -67,5 +67,5 @@ class Gate:
             pass  # rung already
 
     def wait(self, timeout_s: float) -> None:
-        """Block until `ring` was called, at most `timeout_s` seconds."""
+        """Block until `wake` was called, at most `timeout_s` seconds."""
         self._lock.acquire(timeout=min(max(0.0, timeout_s), 1000.0))  # a lock's timeout has an upper bound

@@ -8,7 +8,7 @@ from io import FileIO
 _BOOT = "/proc/sys/kernel/random/boot_id"
 
 
-def place() -> str:
+def pid_namespace_id() -> str:
     """Return the same text in two processes only if they have the same pids; empty where the kernel does not say.
 
     A host's name is no such proof: containers of one pod share it, and so does a machine with its clone.

@@ -6,7 +6,7 @@ import ipaddress
 import os
 import socket
 
-from sharedpool.discovery.pid_namespace import place
+from sharedpool.discovery.pid_namespace import pid_namespace_id
 
 
 def scope_of(address: str) -> str:
@@ -35,4 +35,4 @@ def automatic_scope(digest: str) -> str:
 
 
 def _here() -> str:
-    return place() or socket.gethostname()
+    return pid_namespace_id() or socket.gethostname()

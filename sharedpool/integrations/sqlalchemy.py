@@ -20,8 +20,8 @@ from sqlalchemy.pool import Pool as EnginePool
 from sqlalchemy.pool.base import _ConnectionRecord
 
 from sharedpool.errors import PoolClosed, PoolExhausted, PoolTimeout
-from sharedpool.worker.connection.connection import session_of
-from sharedpool.worker.connection.wrapper import bare
+from sharedpool.worker.connection.connection import settings_of
+from sharedpool.worker.connection.wrapper import unwrap
 from sharedpool.worker.core.lease import Lease
 from sharedpool.worker.pool import Pool
 
@@ -56,19 +56,19 @@ class SharedPool(EnginePool):
     def connect(self) -> PoolProxiedConnection:
         """Check a connection out; see the class."""
         proxy = super().connect()
-        conn = bare(cast(Any, proxy).dbapi_connection)
+        conn = unwrap(cast(Any, proxy).dbapi_connection)
         assert conn is not None
         record = cast(Any, proxy)._connection_record
         lease = cast(Lease, conn.sharedpool_lease)
-        if lease.kept is None or lease.kept[1] is not record:
+        if lease.integration_state is None or lease.integration_state[1] is not record:
             # Connected just now, and all its events have run: a checkin is to leave what they have set.
-            lease.kept = (self, record)
-            conn.sharedpool_session, conn.sharedpool_touched = session_of(conn), False
+            lease.integration_state = (self, record)
+            conn.sharedpool_session, conn.sharedpool_touched = settings_of(conn), False
         return proxy
 
     def _do_get(self) -> ConnectionPoolEntry:
         conn = self._check_out()
-        kept = _lease(conn).kept
+        kept = _lease(conn).integration_state
         if kept is not None and kept[0] is self:
             record: _Record = kept[1]
             record.dbapi_connection = cast(Any, conn)
@@ -82,7 +82,7 @@ class SharedPool(EnginePool):
         conn, cast(_Record, record).lent = cast(_Record, record).lent, None
         while conn is None:
             conn = self._check_out()
-            if _lease(conn).kept is not None:
+            if _lease(conn).integration_state is not None:
                 # A new one is wanted, since the others are too old, or were found dead: so may be this one.
                 self._shared.put_conn(conn, close=True)
                 conn = None
@@ -143,6 +143,6 @@ def _lease(conn: connection) -> Lease:
 def _notice(context: ExceptionContext) -> None:
     """Have a failover noticed: see `sharedpool.Pool.notice`."""
     if context.connection is not None and not context.connection.invalidated:
-        conn = bare(cast(Any, context.connection.connection).dbapi_connection)
-        if conn is not None and conn.sharedpool_holdings is not None:
-            conn.sharedpool_holdings.notice(conn, context.original_exception)
+        conn = unwrap(cast(Any, context.connection.connection).dbapi_connection)
+        if conn is not None and conn.sharedpool_local is not None:
+            conn.sharedpool_local.notice(conn, context.original_exception)

@@ -3,16 +3,16 @@
 It is made by the broker, one for each pool in which connections are passed on, and reaches the workers as descriptors
 at the desk: nobody else gets in. It has a *board* (`wire/board.py`), a queue of *tickets* (a pipe: the kernel keeps
 their order), a *shelf* for connections that nobody waits for (a pair of SEQPACKET sockets, the longest there first),
-and *seats*, the sockets of the threads that wait (datagrams, each at an address of its own).
+and *wait sockets*, the sockets of the threads that wait (datagrams, each at an address of its own).
 
-What the broker passes on itself it sends to the seat of the thread that waits, by the place that its request names.
-Past the broker it goes so: who waits writes his turn on the board, then a ticket, and looks at the shelf once more; who
-gives takes the first ticket whose turn is still the same, writes its holder on the board and sends the connection to
-that seat; without one he puts it on the shelf, and looks for tickets once more. So of two who miss each other the later
-one sees the other.
+What the broker passes on itself it sends to the wait socket of the thread that waits, by the place that its request
+names. Past the broker it goes so: who waits writes his turn on the board, then a ticket, and looks at the shelf once
+more; who gives takes the first ticket whose turn is still the same, writes its holder on the board and sends the
+connection to that wait socket; without one he puts it on the shelf, and looks for tickets once more. So of two who miss
+each other the later one sees the other.
 
-    turn, ticket, look at the shelf  ──►  wait at the seat
-    ticket, board, send to the seat       or    board, shelf, look for a ticket
+    turn, ticket, look at the shelf  ──►  wait at the wait socket
+    ticket, board, send to the wait socket       or    board, shelf, look for a ticket
 
 Nothing here blocks. A process that dies or stops between two steps costs a connection at most (`broker/core/moves.py`),
 or a ticket: who waits writes another one after a while.
@@ -71,7 +71,9 @@ class Item(NamedTuple):
 
 
 def network() -> str:
-    """Return a name of this process's network namespace, in which the seats' addresses are; "" where there is none."""
+    """Return a name of this process's network namespace, in which the wait sockets' addresses are; "" where there is
+    none.
+    """
     try:
         status = os.stat("/proc/self/ns/net")
     except OSError:
@@ -95,7 +97,7 @@ class Lane:
         try:
             self.board = Board(memoryview(_mapped(memory)))
             self._secret = self.board.secret
-            self._name = hashlib.sha256(self._secret).hexdigest()[:16]  # other users see the seats' addresses
+            self._name = hashlib.sha256(self._secret).hexdigest()[:16]  # other users see the wait sockets' addresses
             self._known = {fd: (identity(fd),) for fd in fds[1:]}
             # Objects, not numbers: one that another thread has closed is known to be so.
             self._writer, self._reader = FileIO(write_end, "wb", closefd=False), FileIO(read_end, "rb", closefd=False)
@@ -116,11 +118,11 @@ class Lane:
         self.open = True
         self.leaving = False  # what is given from now on nobody would take
 
-    def address(self, number: int, seat: int) -> str:
-        """Return the address of a session's seat: there is no file."""
-        return f"\0sharedpool-{self._name}-{number}-{seat}"
+    def address(self, number: int, place: int) -> str:
+        """Return the address of a session's wait socket: there is no file."""
+        return f"\0sharedpool-{self._name}-{number}-{place}"
 
-    def seat(self, place: int) -> _socket.socket:
+    def wait_socket(self, place: int) -> _socket.socket:
         """Return a socket at the address of a place of this process's: no greenlet waits in it. Raise OSError."""
         sock = _socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
@@ -137,12 +139,12 @@ class Lane:
 
     # --- tickets
 
-    def queue(self, ticket: Ticket) -> bool:
+    def add_ticket(self, ticket: Ticket) -> bool:
         """Put a ticket at the end of the queue; return whether there was room for it."""
         try:
-            if not self._is(self._writer.fileno()):
+            if not self._is_still_ours(self._writer.fileno()):
                 return False
-            self.board.note_asked()
+            self.board.count_request()
             return self._writer.write(_TICKET.pack(*ticket)) == _TICKET.size
         except (OSError, ValueError):  # nobody reads; closed meanwhile
             return False
@@ -151,19 +153,19 @@ class Lane:
         """Say whether there is a ticket in the queue, stale ones included."""
         try:
             fd = self._reader.fileno()
-            return self._is(fd) and any(fcntl.ioctl(fd, termios.FIONREAD, bytes(_INT_BYTES)))
+            return self._is_still_ours(fd) and any(fcntl.ioctl(fd, termios.FIONREAD, bytes(_INT_BYTES)))
         except (OSError, ValueError):  # closed meanwhile
             return False
 
     def next_ticket(self) -> Ticket | None:
         """Take the first ticket out of the queue whose thread still waits."""
         try:
-            while self._is(self._reader.fileno()):
+            while self._is_still_ours(self._reader.fileno()):
                 packet = self._reader.read(_TICKET.size)
                 if packet is None or len(packet) < _TICKET.size:
                     return None
                 ticket = Ticket._make(_TICKET.unpack(packet))
-                if self.board.is_turn(ticket.place, ticket.request):
+                if self.board.is_waiting_at(ticket.place, ticket.request):
                     return ticket
         except (OSError, ValueError):  # closed meanwhile
             pass
@@ -182,7 +184,7 @@ class Lane:
         if not self._shelve(item):
             return False
         while self._is_queued():  # somebody has come meanwhile
-            taken = self.take()
+            taken = self.take_from_shelf()
             if taken is None:
                 break  # somebody else was faster: perhaps he himself. His place in the queue is his still
             moved, sock = taken
@@ -205,46 +207,46 @@ class Lane:
 
     def _send(self, item: Item, request: int, holder: int, address: str | None) -> bool:
         sock = self._sender if address is not None else self._put
-        if self.leaving or not self._is(sock.fileno()) or not self.board.has(item.cell, item.token):
+        if self.leaving or not self._is_still_ours(sock.fileno()) or not self.board.has(item.cell, item.token):
             return False
-        moves = self.board.hand(item.cell, holder)  # before it is sent: see `board.py`
+        moves = self.board.set_holder(item.cell, holder)  # before it is sent: see `board.py`
         packet = self._secret + encode(Moved(request, item.token, item.cell, moves, item.live))
         try:
             if address is None:
                 passing.send_with(sock, packet, item.fd)
             else:
                 passing.send_with_to(sock, packet, item.fd, address)
-        except OSError:  # that seat is gone, or full; the shelf is full
-            self.board.hand(item.cell, self.number)
+        except OSError:  # that wait socket is gone, or full; the shelf is full
+            self.board.set_holder(item.cell, self.number)
             return False
         return True
 
     def pass_on(self, number: int, place: int, moved: Moved, fd: int) -> bool:
         """Send a lease that is on no board to a place, by the broker; return whether that was done."""
         try:
-            if self._is(self._sender.fileno()):
+            if self._is_still_ours(self._sender.fileno()):
                 packet = self._secret + encode(moved)
                 passing.send_with_to(self._sender, packet, fd, self.address(number, place))
                 return True
-        except OSError:  # that seat is gone, or full
+        except OSError:  # that wait socket is gone, or full
             pass
         return False
 
-    def ring(self, ticket: Ticket) -> None:
+    def wake(self, ticket: Ticket) -> None:
         """Wake who waits."""
         with contextlib.suppress(OSError):
-            if self._is(self._sender.fileno()):
+            if self._is_still_ours(self._sender.fileno()):
                 self._sender.sendto(b"", self.address(ticket.number, ticket.place))
 
     # --- taking
 
-    def take(self) -> tuple[Moved, Owned] | None:
+    def take_from_shelf(self) -> tuple[Moved, Owned] | None:
         """Take the connection that has lain on the shelf longest; None when there is none."""
         try:
-            while self._is(self._take.fileno()):
+            while self._is_still_ours(self._take.fileno()):
                 if (got := self._next(self._take)) is not None:
                     moved, sock = got
-                    return structs.replace(moved, moves=self.board.hand(moved.cell, self.number)), sock
+                    return structs.replace(moved, moves=self.board.set_holder(moved.cell, self.number)), sock
         except OSError:  # there is nothing
             pass
         return None
@@ -259,7 +261,7 @@ class Lane:
     def _next(self, sock: _socket.socket) -> tuple[Moved, Owned] | None:
         """Take in a packet; None for one that is not as it should be. Raise OSError where there is none."""
         packet, socks = passing.receive_sockets(sock, PACKET_BYTES)
-        if (moved := self.is_moved(packet)) is not None:
+        if (moved := self.moved_in(packet)) is not None:
             fits = self.board.has(moved.cell, moved.token) and moved.live.generation == self.board.generation
             if (fits or moved.passed is not None) and len(socks) == 1:
                 return moved, socks.pop()
@@ -270,7 +272,7 @@ class Lane:
             raise ConnectionError("the other end is closed, or somebody rang")
         return None
 
-    def is_moved(self, packet: bytes) -> Moved | None:
+    def moved_in(self, packet: bytes) -> Moved | None:
         """Return what a packet says that was only looked at."""
         if packet.startswith(self._secret):
             with contextlib.suppress(ProtocolError):
@@ -279,7 +281,7 @@ class Lane:
 
     # --- the end
 
-    def _is(self, fd: int) -> bool:
+    def _is_still_ours(self, fd: int) -> bool:
         return self.open and is_still(fd, self._known.get(fd, ()))
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from typing import ClassVar, NamedTuple
 import psycopg2
 from psycopg2.extensions import connection
 
-from sharedpool.descriptors.owned import Identity, identity, is_still, let_go
+from sharedpool.descriptors.owned import Identity, close_if_ours, identity, is_still
 
 _COMMAND_OK, _TUPLES_OK = 1, 2  # PGRES_COMMAND_OK, PGRES_TUPLES_OK
 _NONE = -1  # no result
@@ -204,8 +204,8 @@ class _Pair:
 
     def close(self) -> None:
         """Close both, unless their numbers are somebody else's by now."""
-        let_go(self.ours, self._known)
-        let_go(self._theirs, self._known)
+        close_if_ours(self.ours, self._known)
+        close_if_ours(self._theirs, self._known)
 
 
 def socket_of(conn: connection) -> int:

@@ -22,11 +22,11 @@ from sharedpool.wire.messages import Token
 
 CELLS = 2048
 SESSIONS = 1024  # at a time, the broker being one of them
-SEATS = 128  # of one session
+PLACES = 128  # of one session
 # Who holds what lies on the shelf, or is in nobody's hands yet. Sessions are numbered from 1.
 SHELF = 0
 # The broker waits like anybody else, for those who wait at the broker: at this place, for this request.
-BROKERS_PLACE, BROKERS_REQUEST = SESSIONS * SEATS - 1, 1
+BROKER_PLACE, BROKER_REQUEST = SESSIONS * PLACES - 1, 1
 SECRET_BYTES = 16
 
 _HEAD_WORDS = 8
@@ -35,7 +35,7 @@ _CELL_WORDS = 3  # epoch, serial, holder and moves
 _CELL_BYTES = 8 * _CELL_WORDS
 _NAME = struct.Struct("=QQ")
 _TURNS_AT = _HEAD_WORDS + _CELL_WORDS * CELLS
-_WORDS = _TURNS_AT + SESSIONS * SEATS // 2
+_WORDS = _TURNS_AT + SESSIONS * PLACES // 2
 BOARD_BYTES = 8 * _WORDS
 _LOW = 0xFFFFFFFF
 MOVES = _LOW + 1  # so many are counted, then it begins anew
@@ -67,11 +67,11 @@ class Board:
         self._words[_MOVING] = int(moving)
 
     @property
-    def asked(self) -> int:
+    def requests(self) -> int:
         """A number that changes when somebody asks. (Two who ask at once may count as one.)"""
         return self._words[_ASKED]
 
-    def note_asked(self) -> None:
+    def count_request(self) -> None:
         """Change that number."""
         self._words[_ASKED] = (self._words[_ASKED] + 1) & _LOW
 
@@ -104,7 +104,7 @@ class Board:
         self._words[at] = token.epoch
         self._words[at + 1] = token.serial  # last: only now it is found
 
-    def strike(self, cell: int) -> None:
+    def remove(self, cell: int) -> None:
         """Let a lease move no more: nobody finds it."""
         at = _HEAD_WORDS + _CELL_WORDS * cell
         self._words[at + 1] = 0
@@ -132,23 +132,23 @@ class Board:
         word = self._words[_HEAD_WORDS + _CELL_WORDS * cell + 2]
         return Holding(word & _LOW, word >> 32)
 
-    def hand(self, cell: int, holder: int) -> int:
+    def set_holder(self, cell: int, holder: int) -> int:
         """Write who holds a lease next, by who has it now; return how often it has moved then."""
         at = _HEAD_WORDS + _CELL_WORDS * cell + 2
         moves = ((self._words[at] >> 32) + 1) & _LOW
         self._words[at] = moves << 32 | holder
         return moves
 
-    def holdings(self, cells: int) -> bytes:
+    def snapshot(self, cells: int) -> bytes:
         """Return something that differs whenever one of the first `cells` cells does."""
         start = 8 * _HEAD_WORDS
         return bytes(self._bytes[start : start + 8 * _CELL_WORDS * cells])
 
     # --- turns
 
-    def is_turn(self, place: int, request: int) -> bool:
+    def is_waiting_at(self, place: int, request: int) -> bool:
         """Say whether a request waits at a place."""
-        return 0 < request == self._turns[place] if place < SESSIONS * SEATS else False
+        return 0 < request == self._turns[place] if place < SESSIONS * PLACES else False
 
     def take_place(self, place: int, request: int) -> None:
         """Say that a request waits there."""
@@ -160,11 +160,11 @@ class Board:
 
     def waiting(self, sessions: Iterable[int]) -> int:
         """Return how many wait in the sessions that have these numbers in the table of turns."""
-        return sum(SEATS - self._turns[s * SEATS : (s + 1) * SEATS].tolist().count(0) for s in sessions)
+        return sum(PLACES - self._turns[s * PLACES : (s + 1) * PLACES].tolist().count(0) for s in sessions)
 
     def clear_session(self, index: int) -> None:
         """Say that nobody of a session waits."""
-        for place in range(index * SEATS, (index + 1) * SEATS):
+        for place in range(index * PLACES, (index + 1) * PLACES):
             self._turns[place] = 0
 
     def release(self) -> None:

@@ -3,8 +3,8 @@
 The *desk* (═) is a unix SEQPACKET socket beside the ZeroMQ one: each DEPOSIT carries a duplicate of a connection's
 socket. When it closes, the broker is gone. Each program has one line there:
 
-      STAY                                      ═════►                               here until the program ends
-                                                ◄═════  LET_IN(session) + 5          the lane is open to it
+      LINE_OWNER                                ═════►                               here until the program ends
+                                                ◄═════  LANE_INVITATION(session) + 5          the lane is open to it
       JOINED(session)                           ═════►                               it will use it, or will not
       DEPOSIT(token) + socket                   ═════►                               into custody
       GIVE(token)                               ═════►                               to whom the broker likes
@@ -33,7 +33,7 @@ class Leave(Struct, frozen=True, tag="leave"):
     """This line will be closed, and its program goes on."""
 
 
-class Stay(Struct, frozen=True, tag="stay"):
+class LineOwner(Struct, frozen=True, tag="line_owner"):
     """This line is the program's own: without a LEAVE it ends with it, also when its process goes on with another.
 
     `program`: what the names of all its sessions begin with.
@@ -67,19 +67,19 @@ class Give(Struct, frozen=True, tag="give"):
 
 
 class Passed(Struct, frozen=True):
-    """What the broker says with a connection that it passes on itself. `serial` and `owed` are as in GRANT.
+    """What the broker says with a connection that it passes on itself. `serial` and `returns_due` are as in GRANT.
 
-    `pressed`: others wait for what is owed; else it is owed because the pool is shared, and anybody may ask for it.
+    `others_wait`: others wait for what is owed; else it is owed because the pool is shared, and anybody may ask for it.
     `trial`: no cancel was seen to work on a connection of this pool that has moved; try one before it is used.
     """
 
     serial: int
-    owed: int
-    pressed: bool
+    returns_due: int
+    others_wait: bool
     trial: bool = False
 
 
-class LetIn(Struct, frozen=True, tag="let_in"):
+class LaneInvitation(Struct, frozen=True, tag="lane_invitation"):
     """A pool's lane: its descriptors come with this packet (`lane.Descriptors`). For the session with this channel.
 
     `number` is never another session's in the lane; `index` is where its turns are on the board. `network` is the
@@ -114,5 +114,5 @@ class Moved(Struct, frozen=True, tag="moved"):
     passed: Passed | None = None
 
 
-ToDesk = Deposit | Leave | Stay | Give | Joined
-FromDesk = LetIn
+ToDesk = Deposit | Leave | LineOwner | Give | Joined
+FromDesk = LaneInvitation

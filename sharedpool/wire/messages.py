@@ -13,19 +13,19 @@ same way when it is repeated, a lease is named by a token that is never used twi
                                                 ◄┄┄┄┄┄  MOVED(request, token)        or this, in the lane
       [connects]  DEPOSIT(token) + socket       ═════►                               at the desk
                   CONFIRM(token, backend)       ─────►
-                                                ◄─────  RECALL(take, owed)           somebody else waits
+                                                ◄─────  RECALL(take, returns_due)    somebody else waits
       RENEW(leases, answers)  RELEASE(token)    ─────►                               what is idle now, what is given
       RENEW(leases, times)                      ─────►                               heartbeat, every third of the TTL
                                                 ◄─────  ACK(revoked)
-      TROUBLE(code)                             ─────►                               the server fails over, perhaps
+      FAILOVER_SIGN(code)                       ─────►                               the server fails over, perhaps
                                                 ◄─────  STALE(generation)            drop what is older
                                                 ◄─────  GONE(tokens)                 these connections have ended
-                                                ◄─────  TELL                         say now what is held (a RENEW)
+                                                ◄─────  REPORT_NOW                   say now what is held (a RENEW)
       BYE                                       ─────►
 
-`take` asks for idle leases now. `owed` is how many of the next checkins are to be given back instead of cached: an
-absolute number, so that a repeated or late RECALL does no harm (`serial` tells which is the newest).
-What the command line asks a broker, without a HELLO, is in `reports.py`.
+`take` asks for idle leases now. `returns_due` is how many of the next checkins are to be given back instead of cached:
+an absolute number, so that a repeated or late RECALL does no harm (`serial` tells which is the newest). What the
+command line asks a broker, without a HELLO, is in `reports.py`.
 
 What is said at the desk (═) is in `desk.py`.
 
@@ -109,7 +109,7 @@ class PoolSpec(Struct, frozen=True):
 
     `database` is given to an automatic broker, which serves all of a server: by one name there is a pool for each.
     A pool's processes of another `group` are another pool, by another name: they share a server, and the broker's cap.
-    `ends_overdue`: what is checked out for longer than `max_checkout_ms` is to be ended, not only reported.
+    `end_overdue`: what is checked out for longer than `max_checkout_ms` is to be ended, not only reported.
     """
 
     name: str
@@ -119,7 +119,7 @@ class PoolSpec(Struct, frozen=True):
     server: str = ""
     max_waiting: int = 0
     group: str = ""
-    ends_overdue: bool = False
+    end_overdue: bool = False
     database: str = ""
 
     def is_pool_of(self, other: PoolSpec) -> bool:
@@ -168,7 +168,7 @@ class Histogram(Struct, frozen=True):
     total_us: Count
 
 
-class Times(Struct, frozen=True):
+class Timings(Struct, frozen=True):
     """How long things took in one session since its registration number `serial`: absolute, so that none is lost."""
 
     serial: int
@@ -183,17 +183,17 @@ class Times(Struct, frozen=True):
 class Acquire(Struct, frozen=True, tag="acquire"):
     """Ask for a lease; `wait_ms` 0 means: tell me at once when none can be had.
 
-    `place`: in the lane, where its thread waits and a connection that is open can be sent to it; -1: nowhere. Repeated
-    with another place it has moved there.
+    `lane_place`: in the lane, where its thread waits and a connection that is open can be sent to it; -1: nowhere.
+    Repeated with another place it has moved there.
     """
 
     request: int
     wait_ms: int
-    place: int = -1
+    lane_place: int = -1
 
 
 class Hello(Struct, frozen=True, tag="hello"):
-    """Register this session, or register it again; `leases` are those it still holds. `place`: see
+    """Register this session, or register it again; `leases` are those it still holds. `pid_namespace`: see
     `discovery/pid_namespace.py`.
 
     `nonce` comes back in the WELCOME that answers this. `first` is the first of those requests that wait: where a slot
@@ -206,13 +206,13 @@ class Hello(Struct, frozen=True, tag="hello"):
     title: str
     pool: PoolSpec
     leases: list[LeaseReport] = []
-    seen: Token = NO_TOKEN
-    place: str = ""
+    newest_grant: Token = NO_TOKEN
+    pid_namespace: str = ""
     nonce: int = 0
     first: Acquire | None = None
 
 
-class Cancel(Struct, frozen=True, tag="cancel"):
+class Withdraw(Struct, frozen=True, tag="withdraw"):
     """Withdraw a request; a grant already on its way comes back as a RELEASE."""
 
     request: int
@@ -228,18 +228,18 @@ class Confirm(Struct, frozen=True, tag="confirm"):
 class Renew(Struct, frozen=True, tag="renew"):
     """All leases and pending requests of this session (heartbeat, or the answer to RECALL number `answers`).
 
-    `seen` is the newest grant that has arrived: a lease above it is still on its way, one at or below it that is not
-    listed is not held any more. `gone` are leases given back whose backends were seen to end, until an ACK has come;
-    `unproven` is what was said of the others: of one whose connection had been passed nothing else would tell. `times`
-    comes when it has changed. `unsure`: a thread may have just received a connection that is not listed yet.
+    `newest_grant` is the newest grant that has arrived: a lease above it is still on its way, one at or below it that
+    is not listed is not held any more. `gone` are leases given back whose backends were seen to end, until an ACK has
+    come; `unproven` is what was said of the others: of one whose connection had been passed nothing else would tell.
+    `times` comes when it has changed. `unsure`: a thread may have just received a connection that is not listed yet.
     """
 
     leases: list[LeaseReport]
-    seen: Token
+    newest_grant: Token
     answers: int = 0
     pending: list[int] = []
     gone: list[Token] = []
-    times: Times | None = None
+    times: Timings | None = None
     unproven: list[Release] = []
     unsure: bool = False
 
@@ -248,7 +248,7 @@ class ReleaseReason(StrEnum):
     """Why a worker gave a lease back."""
 
     TAKEN = "taken"  # an idle one, asked for by RECALL's `take`
-    OWED = "owed"  # a checkin, asked for by RECALL's `owed`
+    RETURN_DUE = "return due"  # a checkin, asked for by RECALL's `returns_due`
     EXPIRED = "expired"  # idle longer than `expiration`
     RETIRED = "retired"  # older than `max_lifetime`
     BROKEN = "broken"  # the connection is dead, or a callback rejected it
@@ -277,14 +277,14 @@ class Release(Struct, frozen=True, tag="release"):
     closed: bool = False
 
 
-class Trouble(Struct, frozen=True, tag="trouble"):
+class FailoverSign(Struct, frozen=True, tag="failover_sign"):
     """A connection of `generation` tells that the server fails over: by SQLSTATE, or (`code` "") since it is dead."""
 
     generation: int
     code: str
 
 
-class Interrupt(Struct, frozen=True, tag="interrupt"):
+class CancelQuery(Struct, frozen=True, tag="cancel_query"):
     """Cancel what the lease's connection is executing: its worker, which did not open it, has no key for that.
 
     `trial`: nobody uses it yet, and its worker gives it only once the cancel has hit (see PASS).
@@ -295,10 +295,12 @@ class Interrupt(Struct, frozen=True, tag="interrupt"):
 
 
 class Bye(Struct, frozen=True, tag="bye"):
-    """The session ends in good order; a grant above `seen`, the newest that has arrived, is not used any more."""
+    """The session ends in good order; a grant above `newest_grant`, the newest that has arrived, is not used any
+    more.
+    """
 
-    seen: Token = NO_TOKEN
-    times: Times | None = None
+    newest_grant: Token = NO_TOKEN
+    times: Timings | None = None
 
 
 # --- broker -> worker
@@ -345,7 +347,7 @@ class Grant(Struct, frozen=True, tag="grant"):
     request: int
     token: Token
     serial: int
-    owed: int = 0
+    returns_due: int = 0
     waited_ms: int = 0
     direct: bool = False
     code: str = ""
@@ -385,14 +387,15 @@ class Deny(Struct, frozen=True, tag="deny"):
 
 
 class Recall(Struct, frozen=True, tag="recall"):
-    """Give back `take` idle leases now and the next `owed` checkins; with `expired`, also all that idled too long.
+    """Give back `take` idle leases now and the next `returns_due` checkins; with `expired`, also all that idled too
+    long.
 
     A serial at or below the last one seen is a double: it is dropped. Unless `answer` is False, RENEW is the answer.
     """
 
     serial: int
     take: int
-    owed: int
+    returns_due: int
     expired: bool = False
     answer: bool = True
 
@@ -415,7 +418,7 @@ class Gone(Struct, frozen=True, tag="gone"):
     tokens: list[Token]
 
 
-class Tell(Struct, frozen=True, tag="tell"):
+class ReportNow(Struct, frozen=True, tag="report_now"):
     """Send a heartbeat now: somebody asks who holds what."""
 
 
@@ -425,5 +428,5 @@ class Stale(Struct, frozen=True, tag="stale"):
     generation: int
 
 
-ToBroker = Hello | Acquire | Cancel | Confirm | Renew | Release | Trouble | Interrupt | Bye
-ToWorker = Welcome | Reject | Grant | Deny | Recall | Ack | Gone | Tell | Stale
+ToBroker = Hello | Acquire | Withdraw | Confirm | Renew | Release | FailoverSign | CancelQuery | Bye
+ToWorker = Welcome | Reject | Grant | Deny | Recall | Ack | Gone | ReportNow | Stale

@@ -7,9 +7,9 @@
       ORDER(kind, ...)                          ─────►                               see `admin.py`
                                                 ◄─────  DONE(what was done)
 
-No HELLO is needed. Before it tells of leases the broker has the workers TELL of them, and waits a moment for that.
-ACTIVITY is what PostgreSQL says of the leases' backends: it comes when the control connection has an answer, so that a
-server that hangs keeps nobody from seeing the books.
+No HELLO is needed. Before it tells of leases the broker has the workers REPORT_NOW of them, and waits a moment for
+that. ACTIVITY is what PostgreSQL says of the leases' backends: it comes when the control connection has an answer, so
+that a server that hangs keeps nobody from seeing the books.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def refused(pool: str, deny: Deny, wait_s: float) -> PoolError:
         return PoolTimeout(f"{paused}: waited {wait_s:g} s") if wait_s else PoolExhausted(paused)
     if deny.reason is DenyReason.WAITING:
         return PoolTimeout(f"pool {pool!r}: waited {wait_s:g} s; the broker lends nothing yet: {deny.error}")
-    held = ", ".join(map(_holding, deny.holders))
+    held = ", ".join(map(_holder_text, deny.holders))
     who = f"; held most by {held}" if held else ""
     scope = "all pools of the broker" if deny.capped else "all processes"
     if deny.group:
@@ -63,7 +63,7 @@ def refused(pool: str, deny: Deny, wait_s: float) -> PoolError:
     )
 
 
-def _holding(holder: Holder) -> str:
+def _holder_text(holder: Holder) -> str:
     """Return how much somebody holds, since when, and where that was checked out."""
     longest = f"longest {holder.longest_ms / 1000:.1f} s" if holder.longest_ms else ""
     site = f"checked out at {holder.site}" if holder.site else ""

@@ -27,8 +27,8 @@ class Forkable(Protocol):
         """Close and return everything."""
 
 
-class Disownable(Protocol):
-    """A pool's holdings in one process."""
+class ForkAware(Protocol):
+    """A pool's local pool in one process."""
 
     def disown(self) -> None:
         """Make inherited connections harmless."""
@@ -37,10 +37,10 @@ class Disownable(Protocol):
     def busy(self) -> bool:
         """Whether a connection is in use, or waited for."""
 
-    def part_before_fork(self) -> None:
+    def before_fork_begins(self) -> None:
         """Close what lies idle, and end the registration; the last one takes the link's thread along."""
 
-    def go_on_after_fork(self) -> None:
+    def after_fork_in_parent(self) -> None:
         """Go on, in the process that has forked."""
 
 
@@ -48,7 +48,7 @@ _LOGS_LIMIT_S = 1.0  # to wait for a log handler that is slow
 _WIPE_ON_FORK = 18  # MADV_WIPEONFORK (Linux 4.14)
 
 
-class Latch:
+class ForkSafeFlag:
     """A byte that a fork wipes, of whatever kind: `page[0]` is 1 in the process that opened it, and 0 in its children.
 
     Reading it costs a tenth of what asking for the process id does. Where the system cannot do that it is never open.
@@ -62,18 +62,18 @@ class Latch:
         except (OSError, ValueError, AttributeError):
             self._works = False
 
-    def open(self) -> None:
+    def set(self) -> None:
         """Open it, in this process."""
         self.page[0] = self._works
 
-    def shut(self) -> None:
+    def clear(self) -> None:
         """Shut it."""
         self.page[0] = 0
 
 
 # Looked at without a lock: a fork may come at any moment, in any thread.
 _pools: dict[int, weakref.ref[Forkable]] = {}
-_holders: dict[int, Disownable] = {}  # strongly: connections may be out of a pool that nobody refers to any more
+_local_pools: dict[int, ForkAware] = {}  # strongly: connections may be out of a pool that nobody refers to any more
 _pid = os.getpid()
 
 
@@ -88,14 +88,14 @@ def forget(pool: Forkable) -> None:
     _pools.pop(id(pool), None)
 
 
-def hold(holdings: Disownable) -> None:
-    """Have `holdings` disowned in forked children."""
-    _holders[id(holdings)] = holdings
+def add_local_pool(local: ForkAware) -> None:
+    """Have `local` disowned in forked children."""
+    _local_pools[id(local)] = local
 
 
-def let_go(holdings: Disownable) -> None:
+def remove_local_pool(local: ForkAware) -> None:
     """Stop that: nothing is held any more."""
-    _holders.pop(id(holdings), None)
+    _local_pools.pop(id(local), None)
 
 
 def reset_after_fork() -> None:
@@ -108,13 +108,13 @@ def reset_after_fork() -> None:
     if _pid == os.getpid():
         return
     _pid = os.getpid()
-    inherited = list(_holders.values())
-    _holders.clear()
+    inherited = list(_local_pools.values())
+    _local_pools.clear()
     for pool in _living():
         pool.start_afresh()
-    for holdings in inherited:
+    for local in inherited:
         try:
-            holdings.disown()
+            local.disown()
         except Exception:  # the others must be disowned all the same
             logger.exception("could not disown an inherited connection in process %d", _pid)
 
@@ -160,17 +160,17 @@ def _part_before_fork() -> None:
     A child gets the locks that the other threads of its parent hold, and nobody who lets go of them. Python 3.12 and
     newer warn of such a fork.
     """
-    held = list(_holders.values())
-    if not any(holdings.busy for holdings in held):
-        for holdings in held:
-            holdings.part_before_fork()
+    held = list(_local_pools.values())
+    if not any(local.busy for local in held):
+        for local in held:
+            local.before_fork_begins()
         if held:
             logger.flush(_LOGS_LIMIT_S)
 
 
 def _go_on_after_fork() -> None:
-    for holdings in list(_holders.values()):
-        holdings.go_on_after_fork()
+    for local in list(_local_pools.values()):
+        local.after_fork_in_parent()
 
 
 atexit.register(release_everything)

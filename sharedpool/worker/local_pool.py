@@ -1,6 +1,6 @@
 """All that one process holds of a pool: cache, lock, line to the broker, and the I/O for what the cache decides.
 
-A forked child gets new holdings; the parent's stay the parent's. The lock is held for bookkeeping only, never across
+A forked child gets new local pool; the parent's stay the parent's. The lock is held for bookkeeping only, never across
 I/O or a user's callback.
 """
 
@@ -21,24 +21,24 @@ import psycopg2
 from msgspec import structs
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
-from sharedpool.descriptors.available import FOR_A_CONTEXT, is_shortage, make_sure_of
-from sharedpool.descriptors.owned import Identity, Owned, identity, is_still, let_go
+from sharedpool.descriptors.available import FOR_A_CONTEXT, is_shortage, require
+from sharedpool.descriptors.owned import Identity, Owned, close_if_ours, identity, is_still
 from sharedpool.descriptors.timer import Timer
 from sharedpool.errors import SharedPoolError
 from sharedpool.lane.lane import DESCRIPTORS, FOR_A_LANE, Item, Lane, network
-from sharedpool.lane.wait_sockets import Seats
+from sharedpool.lane.wait_sockets import WaitSockets
 from sharedpool.wire.codec import encode
-from sharedpool.wire.desk import GIVE_BYTES, Give, LetIn, Live, Moved
-from sharedpool.wire.messages import Backend, Interrupt, ReleaseReason, Token
+from sharedpool.wire.desk import GIVE_BYTES, Give, LaneInvitation, Live, Moved
+from sharedpool.wire.messages import Backend, CancelQuery, ReleaseReason, Token
 from sharedpool.worker import forks
 from sharedpool.worker.connection import closed_flag
-from sharedpool.worker.connection.closing import close_confirmed, cut, dead_end, disown, see_off, take_witness
+from sharedpool.worker.connection.closing import close_confirmed, cut, dead_socket, disown, end_session, take_witness
 from sharedpool.worker.connection.connection import (
     CHECK_AFTER_S,
     clean,
-    has_hung_up,
-    rests,
-    settle,
+    is_unused,
+    peer_has_closed,
+    sync_transaction_status,
     take_lease,
     turned_read_only,
 )
@@ -55,23 +55,23 @@ from sharedpool.worker.connection.handover import (
 )
 from sharedpool.worker.connection.pooled import PooledConnection
 from sharedpool.worker.connection.reset import parameters_after
-from sharedpool.worker.connection.wrapper import outside
+from sharedpool.worker.connection.wrapper import as_user_sees
 from sharedpool.worker.core.cache import NOTHING_MOVES, Cache
-from sharedpool.worker.core.lease import CLOSING_LIMIT_S, Closing, Lease, Ticket
+from sharedpool.worker.core.lease import CLOSING_LIMIT_S, Closing, Lease, Waiter
 from sharedpool.worker.core.time_slice import STEADY_GAP_S
 from sharedpool.worker.link import links
 from sharedpool.worker.link.link import Link
 from sharedpool.worker.link.registration import Endpoint, Registration
 from sharedpool.worker.location import BrokerLocation
 from sharedpool.worker.logs import logger
-from sharedpool.worker.recoverable_lock import Turns
+from sharedpool.worker.recoverable_lock import RecoverableLock
 from sharedpool.worker.settings import Callback, PoolConfig
 
 READ_ONLY = "25006"
 # SQLSTATEs by which a server says that it is read-only, goes down, or has just come up.
 FAILOVER = frozenset({READ_ONLY, "57P01", "57P02", "57P03"})
 # Connections that others want: they may go on, in another process.
-_ASKED_FOR = (ReleaseReason.TAKEN, ReleaseReason.OWED, ReleaseReason.SHARED)
+_ASKED_FOR = (ReleaseReason.TAKEN, ReleaseReason.RETURN_DUE, ReleaseReason.SHARED)
 # A hand-over that fails so often before it has worked once is not tried again: a slow server may spoil one trial.
 _TRIALS = 3
 _LOGS_LIMIT_S = 1.0
@@ -84,27 +84,27 @@ class LaneMover(Protocol):
     """What gives and takes connections in the pool's lane (`mover.py`)."""
 
     def give(self, lease: Lease, conn: PooledConnection, now: float) -> bool:
-        """Give a connection that was checked in; return False when it is to go the long way."""
+        """Give a connection that was checked in; return False when it is to go the slow path."""
 
     def take(self, wait_s: float, began: float) -> PooledConnection | None:
-        """Wait for a connection; return it, checked out, or None when the long way is to be gone."""
+        """Wait for a connection; return it, checked out, or None when the slow path is to be gone."""
 
-    def kept_in_vain(self) -> None:
+    def note_kept_in_vain(self) -> None:
         """Note that what was kept was not asked for again."""
 
-    def look_soon(self) -> None:
+    def check_kept_later(self) -> None:
         """Have the link's thread look at what is kept, a while later."""
 
 
-class Holdings:
+class LocalPool:
     """One process's part of a pool.."""
 
     def __init__(
         self,
         config: PoolConfig,
         broker: BrokerLocation,
-        make_session: Callable[[Holdings], Endpoint],
-        make_mover: Callable[[Holdings, Seats, Lane, Timer | None], LaneMover],
+        make_session: Callable[[LocalPool], Endpoint],
+        make_mover: Callable[[LocalPool, WaitSockets, Lane, Timer | None], LaneMover],
     ) -> None:
         self.config = config
         self.pid = os.getpid()
@@ -120,8 +120,8 @@ class Holdings:
         if self.transient:
             self.cache.stop_keeping()
         self.before_fork = False  # the process is about to fork
-        # Open while a checkout or checkin may go the short way: see `Pool.get_conn`.
-        self.latch = forks.Latch()
+        # Open while a checkout or checkin may go the fast path: see `Pool.get_conn`.
+        self.fast_path = forks.ForkSafeFlag()
         self.hits = self.connects = self.handed_on = self.given = self.adopted = self.discarded = self.errors = 0
         self.released: dict[ReleaseReason, int] = dict.fromkeys(ReleaseReason, 0)
         self.link: Link | None = None  # set and taken away together with `registration`
@@ -132,24 +132,26 @@ class Holdings:
         self.hands_over = False  # the broker passes connections on, and this process takes them
         self.diagnosis = Diagnosis()
         self.shells = Shells(config.conninfo.python_kwargs)
-        self.handover = config.handover and not config.disable_pooling and SUPPORTED  # until it is found not to work
-        self.tested, self._trials = False, _TRIALS  # whether it was found to work here
+        self.handover_enabled = (
+            config.handover and not config.disable_pooling and SUPPORTED
+        )  # until it is found not to work
+        self.handover_works, self._trials = False, _TRIALS  # whether it was found to work here
         self.tag = f"sharedpool {config.name}"  # until the broker has said its own
-        self.invitation: LetIn | None = None  # to the pool's lane, while the broker's WELCOME is on its way
+        self.invitation: LaneInvitation | None = None  # to the pool's lane, while the broker's WELCOME is on its way
         self._invited_with: list[int] = []
-        self.seats: Seats | None = None  # in the pool's lane
-        self._left: list[Seats] = []  # where a thread may still have something in its hands
+        self.wait_sockets: WaitSockets | None = None  # in the pool's lane
+        self._left: list[WaitSockets] = []  # where a thread may still have something in its hands
         self.mover: LaneMover | None = None
-        self.reclaiming = Turns()  # across I/O; a user's reset() may come back to it
+        self.reclaim_lock = RecoverableLock()  # across I/O; a user's reset() may come back to it
         with contextlib.suppress(OSError):  # it is made when it is needed, then
-            dead_end()
+            dead_socket()
         self._broker = broker
         self._make_session, self._make_mover = make_session, make_mover
         self._address = ""  # of the broker, once it was first needed
 
     # --- I/O for the cache's decisions
 
-    def take_back(self, lease: Lease, conn: PooledConnection, verdict: ReleaseReason | None) -> None:
+    def check_in(self, lease: Lease, conn: PooledConnection, verdict: ReleaseReason | None) -> None:
         """Check a connection in: clean it, reset it, then cache, hand on or close it; scavenge.
 
         Raise what `reset` raised, after everything is in order.
@@ -160,32 +162,32 @@ class Holdings:
         used = (used_s, typical) if lent else None
         try:
             if verdict is None:
-                verdict = self._tidy(lease, conn, used_s)
+                verdict = self._clean_for_next_user(lease, conn, used_s)
         except BaseException:
             # No variable refers to it: it refers to this frame, and in a cycle a connection that the next interrupt
             # makes lost would not be noticed before garbage is collected.
-            self._find_place(lease, conn, ReleaseReason.BROKEN, used)
+            self._file(lease, conn, ReleaseReason.BROKEN, used)
             raise
-        self._find_place(lease, conn, verdict, used)
+        self._file(lease, conn, verdict, used)
 
-    def _tidy(self, lease: Lease, conn: PooledConnection, used_s: float) -> ReleaseReason | None:
+    def _clean_for_next_user(self, lease: Lease, conn: PooledConnection, used_s: float) -> ReleaseReason | None:
         """Clean and reset a connection for its next user; return why it has to be closed, if it has to."""
         # A worker that was frozen brings back what was taken away, before its link has heard of that.
-        if not clean(conn) or (used_s > CHECK_AFTER_S and has_hung_up(conn)):
+        if not clean(conn) or (used_s > CHECK_AFTER_S and peer_has_closed(conn)):
             if conn.closed == BROKEN:
-                self.trouble(lease, "")
+                self.report_failover_sign(lease, "")
             return ReleaseReason.BROKEN
         if conn.sharedpool_erred and turned_read_only(conn):
-            self.trouble(lease, READ_ONLY)
+            self.report_failover_sign(lease, READ_ONLY)
             return ReleaseReason.STALE
-        if self.config.at_checkin:
-            self.config.at_checkin(outside(conn))
+        if self.config.user_reset:
+            self.config.user_reset(as_user_sees(conn))
             if not is_clean(self.config.name, "reset", conn):
                 return ReleaseReason.BROKEN
-        conn.sharedpool_gate = closed_flag.SHUT
-        return None if rests(conn) else ReleaseReason.BROKEN  # another thread has gone on with it meanwhile
+        conn.sharedpool_closed_flag = closed_flag.SHUT
+        return None if is_unused(conn) else ReleaseReason.BROKEN  # another thread has gone on with it meanwhile
 
-    def _find_place(
+    def _file(
         self, lease: Lease, conn: PooledConnection, verdict: ReleaseReason | None, used: tuple[float, bool] | None
     ) -> None:
         """Cache a connection, hand it on or close it; scavenge. `used`: for how long it was lent, and if typically."""
@@ -197,9 +199,9 @@ class Holdings:
                 if self.keys.get(lease.key) is lease:
                     del self.keys[lease.key]
                 lease.key = lease.at_close = None
-                lease.plain, typical = lease.generation == self.cache.generation, False
+                lease.fast_checkin, typical = lease.generation == self.cache.generation, False
             if used is not None:
-                self.cache.used(lease, used[0], now, typical=typical and used[1])
+                self.cache.note_use(lease, used[0], now, typical=typical and used[1])
             outcome = self.cache.checkin(lease, conn, now, verdict)
             if self.cache.idle:
                 closing = self.cache.expire(now)
@@ -209,29 +211,29 @@ class Holdings:
                 self.discarded += outcome.reason is ReleaseReason.BROKEN
             else:
                 outcome.wake()
-            self.send()
+            self.flush()
         if closing:
             self.close(closing)
-        self.rest()
+        self.end_link_if_unused()
 
-    def settle(self, lease: Lease, now: float) -> None:
-        """See to a connection that was laid idle the short way while others wait for one, or something has expired."""
+    def after_fast_checkin(self, lease: Lease, now: float) -> None:
+        """See to a connection that was laid idle the fast path while others wait for one, or something has expired."""
         with self.lock:
-            outcome = self.cache.checked_in(lease, now)
-            closing = self.cache.expire(now) if now >= self.cache.calm_until else []
+            outcome = self.cache.reconsider_idle(lease, now)
+            closing = self.cache.expire(now) if now >= self.cache.next_scavenge_at else []
         if isinstance(outcome, Closing):
             closing.append(outcome)
         elif outcome is not None:
             outcome.wake()
-        if self.cache.out:
-            self.signal()
+        if self.cache.outbox:
+            self.wake_link()
         if closing:
             self.close(closing)
 
-    def call_back(self, callback: Callback, lease: Lease, conn: PooledConnection, name: str) -> None:
+    def run_callback(self, callback: Callback, lease: Lease, conn: PooledConnection, name: str) -> None:
         """Run a user's callback; one that raises, or leaves a transaction open, costs the connection."""
         try:
-            callback(outside(conn))
+            callback(as_user_sees(conn))
             is_clean(self.config.name, name, conn)
         except BaseException:
             self.discarded += 1
@@ -250,7 +252,7 @@ class Holdings:
         for each in closing:
             conn = cast(PooledConnection, each.lease.conn)
             if not self._may_give(each, conn):
-                if each.reason is not ReleaseReason.SHARED or not self._lay_back(each.lease, conn):
+                if each.reason is not ReleaseReason.SHARED or not self._keep_after_all(each.lease, conn):
                     decided.append((each, conn))
             elif not self._give(each, conn):
                 decided.append((each, conn))
@@ -266,9 +268,9 @@ class Holdings:
             for each, conn in decided:
                 self.cache.closed(each.lease, each.reason, gone=conn.sharedpool_gone, closed=conn.sharedpool_closed)
                 self.released[each.reason] += 1
-                if each.reason is ReleaseReason.OWED:
-                    self.cache.slices.parted(time.monotonic())
-        self.signal()
+                if each.reason is ReleaseReason.RETURN_DUE:
+                    self.cache.time_slice.note_given(time.monotonic())
+        self.wake_link()
 
     def _may_give(self, closing: Closing, conn: PooledConnection) -> bool:
         """Say whether a connection that others want can be given to them."""
@@ -279,17 +281,17 @@ class Holdings:
             return False
         if closing.reason is not ReleaseReason.SHARED:
             return True
-        seats = self.seats
-        if seats is None or not seats.lane.open or lease.cancelled:
+        wait_sockets = self.wait_sockets
+        if wait_sockets is None or not wait_sockets.lane.open or lease.cancelled:
             return False
-        lease.cell = seats.lane.board.find(lease.token, lease.cell)
-        return lease.cell >= 0 and lease.generation == seats.lane.board.generation
+        lease.cell = wait_sockets.lane.board.find(lease.token, lease.cell)
+        return lease.cell >= 0 and lease.generation == wait_sockets.lane.board.generation
 
-    def _lay_back(self, lease: Lease, conn: PooledConnection) -> bool:
+    def _keep_after_all(self, lease: Lease, conn: PooledConnection) -> bool:
         """Keep a connection that was to move and cannot; return False if it is to be closed."""
         with self.lock:
-            laid = not self.disposed and self.cache.lay_back(lease, conn, time.monotonic())
-        self.signal()
+            laid = not self.disposed and self.cache.keep_after_all(lease, conn, time.monotonic())
+        self.wake_link()
         return laid
 
     def _give(self, closing: Closing, conn: PooledConnection) -> bool:
@@ -299,9 +301,9 @@ class Holdings:
         with self.lock:
             self.cache.giving(lease)
         try:
-            parameters = prepare(conn, self.config.at_handover)
+            parameters = prepare(conn, self.config.reset_command)
             if parameters is not None:
-                self._hand_in(closing, conn, lease.backend, parameters)
+                self._give_away(closing, conn, lease.backend, parameters)
         except BaseException:
             lease.conn = conn  # interrupted: the link finishes it
             raise
@@ -309,7 +311,7 @@ class Holdings:
             lease.conn = conn
         return parameters is not None
 
-    def _hand_in(self, closing: Closing, conn: PooledConnection, backend: Backend, parameters: bytes) -> None:
+    def _give_away(self, closing: Closing, conn: PooledConnection, backend: Backend, parameters: bytes) -> None:
         """Take the session from under a connection and tell the broker; if it does not hear, end the session."""
         lease = closing.lease
         now = time.monotonic()
@@ -318,29 +320,29 @@ class Holdings:
         witness = take_witness(conn)  # first: what finishes this after an interrupt must not end the session by it
         fit = vacate(conn)
         # From here on the broker's duplicate is the session's only socket: if it does not hear, it sees its end.
-        if fit and (self._to_lane(closing, live, witness) or self._say_given(closing, live)):
+        if fit and (self._put_in_lane(closing, live, witness) or self._tell_broker(closing, live)):
             with self.lock:
                 self.cache.given(lease)
-                self.cache.slices.parted(time.monotonic())
+                self.cache.time_slice.note_given(time.monotonic())
                 self.released[closing.reason] += 1
                 self.given += 1
             self.shells.keep(conn, parameters)
             if self.retired or self.disposed:
-                self.signal()  # it may have been the last
+                self.wake_link()  # it may have been the last
         else:
-            see_off(conn, witness)
+            end_session(conn, witness)
             self.give_back(lease, closing.reason, gone=conn.sharedpool_gone)
         if witness is not None:
-            let_go(witness, conn.sharedpool_known)
+            close_if_ours(witness, conn.sharedpool_known)
 
-    def _to_lane(self, closing: Closing, live: Live, witness: Owned | None) -> bool:
+    def _put_in_lane(self, closing: Closing, live: Live, witness: Owned | None) -> bool:
         """Give a connection in the lane, if that is how it is to go; return whether that was done."""
-        seats, lease = self.seats, closing.lease
-        if closing.reason is not ReleaseReason.SHARED or seats is None or witness is None:
+        wait_sockets, lease = self.wait_sockets, closing.lease
+        if closing.reason is not ReleaseReason.SHARED or wait_sockets is None or witness is None:
             return False
-        if seats.unsettled:
-            seats.look()
-        return seats.lane.give(Item(lease.token, lease.cell, live, witness.fileno()))
+        if wait_sockets.not_quiet:
+            wait_sockets.receive_strays()
+        return wait_sockets.lane.give(Item(lease.token, lease.cell, live, witness.fileno()))
 
     def give_kept(self) -> None:
         """Give what was kept for a slice of time, for a checkout that did not come. In the link's thread."""
@@ -348,37 +350,37 @@ class Holdings:
         for lease in list(self.cache.idle) if self.cache.moving[0] else ():
             if now - lease.since < STEADY_GAP_S:
                 if self.mover is not None:
-                    self.mover.look_soon()
+                    self.mover.check_kept_later()
                 continue
             if self.mover is not None:
-                self.mover.kept_in_vain()
-            self.settle(lease, now)
+                self.mover.note_kept_in_vain()
+            self.after_fast_checkin(lease, now)
 
     def give_in_lane(self, lease: Lease, conn: PooledConnection, now: float) -> bool:
-        """Give a connection in the lane the short way: see `mover.py`."""
+        """Give a connection in the lane the fast path: see `mover.py`."""
         mover = self.mover
         return mover is not None and mover.give(lease, conn, now)
 
     def take_in_lane(self, timeout: float | None, began: float) -> PooledConnection | None:
-        """Check a connection out that is given in the lane, the short way: see `mover.py`."""
+        """Check a connection out that is given in the lane, the fast path: see `mover.py`."""
         if (mover := self.mover) is None:
             return None
         return mover.take(self.config.timeout if timeout is None else timeout, began)
 
-    def not_moved(self, lease: Lease, conn: PooledConnection, live: Live, witness: Owned, *, fit: bool) -> None:
+    def give_to_broker(self, lease: Lease, conn: PooledConnection, live: Live, witness: Owned, *, fit: bool) -> None:
         """Give a connection that is reset, and off its object, to the broker, if it is `fit`; else end its session."""
         closing = Closing(lease, ReleaseReason.SHARED)
-        if fit and self._say_given(closing, live):
+        if fit and self._tell_broker(closing, live):
             with self.lock:
                 self.cache.given(lease)
                 self.given += 1
             self.shells.keep(conn, live.parameters)
         else:
-            see_off(conn, witness)
+            end_session(conn, witness)
             self.give_back(lease, ReleaseReason.SHARED, gone=conn.sharedpool_gone)
-        let_go(witness, conn.sharedpool_known)
+        close_if_ours(witness, conn.sharedpool_known)
 
-    def keep_invitation(self, invitation: LetIn | None, fds: list[int]) -> None:
+    def keep_invitation(self, invitation: LaneInvitation | None, fds: list[int]) -> None:
         """Keep an invitation to a lane, and its descriptors, in place of a former one. In the link's thread."""
         former, self.invitation, self._invited_with = self._invited_with, invitation, fds
         for fd in former:
@@ -393,7 +395,7 @@ class Holdings:
         assert invitation is not None
         self.invitation = None
         try:
-            make_sure_of(FOR_A_LANE, f"pool {self.config.name!r}: its lane")
+            require(FOR_A_LANE, f"pool {self.config.name!r}: its lane")
             fits = self.hands_over and invitation.network == network() and len(fds) == DESCRIPTORS
         except SharedPoolError:
             fits = False
@@ -407,78 +409,81 @@ class Holdings:
             logger.info("pool %r: no lane (%s): connections are not passed on here", self.config.name, error)
             return False
         self.leave_lane()
-        self.seats = Seats(lane, invitation.index, self._take_stray)
-        self.mover = self._make_mover(self, self.seats, lane, None if self.link is None else self.link.make_timer())
+        self.wait_sockets = WaitSockets(lane, invitation.index, self._receive_stray)
+        self.mover = self._make_mover(
+            self, self.wait_sockets, lane, None if self.link is None else self.link.make_timer()
+        )
         self.cache.moving = lane.board.head
         with self.lock:
             waiting = list(self.cache.waiting.values())
-        for ticket in waiting:
-            ticket.wake()  # to take a seat
+        for waiter in waiting:
+            waiter.wake()  # to take a wait socket
         return True
 
     def leave_lane(self, *, former_brokers: bool = False) -> None:
         """Give no more in the lane. In the link's thread.
 
-        What lies on the shelf of a `former_brokers` lane is taken, else nobody might, and what was sent to its seats.
+        What lies on the shelf of a `former_brokers` lane is taken, else nobody might, and what was sent to its wait
+        sockets.
         """
-        seats, self.seats, self.mover = self.seats, None, None
+        wait_sockets, self.wait_sockets, self.mover = self.wait_sockets, None, None
         self.cache.moving = NOTHING_MOVES
         self.cache.unread = []  # what it says would be said for ever
-        if seats is None:
+        if wait_sockets is None:
             return
         with self.lock:
-            self.cache.tickets.leave_lane()
-        seats.lane.leaving = True
-        while former_brokers and (got := seats.lane.take()) is not None:
-            self._take_former_brokers(*got)
-        seats.lane.close()
-        for moved, sock in seats.rest() if former_brokers else ():
-            self._take_former_brokers(moved, sock)
-        seats.close()
-        self._left.append(seats)
+            self.cache.waiters.leave_lane()
+        wait_sockets.lane.leaving = True
+        while former_brokers and (got := wait_sockets.lane.take_from_shelf()) is not None:
+            self._receive_former_brokers(*got)
+        wait_sockets.lane.close()
+        for moved, sock in wait_sockets.drain() if former_brokers else ():
+            self._receive_former_brokers(moved, sock)
+        wait_sockets.close()
+        self._left.append(wait_sockets)
 
     @property
     def unsure(self) -> bool:
         """Whether a thread may have received in a lane what is listed nowhere yet. In the link's thread."""
-        self._left = [seats for seats in self._left if seats.busy]
-        return bool(self._left) or (self.seats is not None and self.seats.busy)
+        self._left = [wait_sockets for wait_sockets in self._left if wait_sockets.busy]
+        return bool(self._left) or (self.wait_sockets is not None and self.wait_sockets.busy)
 
-    def _take_former_brokers(self, moved: Moved, sock: Owned) -> None:
+    def _receive_former_brokers(self, moved: Moved, sock: Owned) -> None:
         """Take in what came in a former broker's lane: its generation is as that of all that is held."""
         live = structs.replace(moved.live, generation=self.cache.generation)
-        self._take_stray(structs.replace(moved, live=live), sock)
+        self._receive_stray(structs.replace(moved, live=live), sock)
 
-    def _take_stray(self, moved: Moved, sock: Owned) -> None:
+    def _receive_stray(self, moved: Moved, sock: Owned) -> None:
         """Take in what came in the lane for a thread that waits no more, for whoever waits now."""
-        ticket = self.receive(moved, sock, _LINKS_LIMIT_S)
-        if ticket is not None:
-            ticket.wake()
+        waiter = self.receive(moved, sock, _LINKS_LIMIT_S)
+        if waiter is not None:
+            waiter.wake()
         elif (lease := self.cache.leases.get(moved.token)) is not None and self.cache.moving[0]:
-            self.settle(lease, time.monotonic())
+            self.after_fast_checkin(lease, time.monotonic())
 
-    def _say_given(self, closing: Closing, live: Live) -> bool:
+    def _tell_broker(self, closing: Closing, live: Live) -> bool:
         """Tell the broker of a connection that was taken from under its object; return whether it will hear."""
         link, registration = self.link, self.registration
         if link is None or registration is None:
             return False
         packet = encode(Give(registration.identity, closing.lease.token, closing.reason, live))
-        return len(packet) <= GIVE_BYTES and link.desk.say(packet)
+        return len(packet) <= GIVE_BYTES and link.desk.send(packet)
 
-    def receive(self, moved: Moved, sock: Owned, limit_s: float) -> Ticket | None:
+    def receive(self, moved: Moved, sock: Owned, limit_s: float) -> Waiter | None:
         """Take in a connection that was passed on: for the thread that asked, another that waits, or to lie idle.
 
-        Return the ticket of the thread, to be woken. Waits for the end of its reset, at most `limit_s` seconds.
+        Return the waiter of the thread, to be woken. Waits for the end of its reset, at most `limit_s` seconds.
         """
         arriving = sock.fileno(), identity(sock.fileno())
         self.arriving.add(arriving)
         self.cache.arriving[moved.token] = moved, weakref.ref(sock)  # the broker may ask for it meanwhile
         try:
-            return self._take_in(moved, sock, limit_s)
+            return self._receive(moved, sock, limit_s)
         finally:
             self.arriving.discard(arriving)  # by now it is closed, or its lease tells of it
             self.cache.arriving.pop(moved.token, None)
 
-    def _take_in(self, moved: Moved, sock: Owned, limit_s: float) -> Ticket | None:
+    def _receive(self, moved: Moved, sock: Owned, limit_s: float) -> Waiter | None:
         live = moved.live
         if not self.shells.are_known and self.link is not None and self.link.is_here:
             sock.close()  # building the user's object would run his code in the link's thread
@@ -498,76 +503,76 @@ class Holdings:
             if isinstance(error, SharedPoolError) or is_shortage(error):
                 logger.info("pool %r: a connection that was passed on is closed: %s", self.config.name, error)
             elif isinstance(error, psycopg2.Error | OSError):
-                self._cannot(str(error))
+                self._disable_handover(str(error))
             else:
                 raise
             return None
         fit = False
         try:
             trial = moved.passed is not None and moved.passed.trial
-            fit = (self.tested and not trial) or self._is_fit(conn, moved.request, moved.token, trial=trial)
+            fit = (self.handover_works and not trial) or self._is_fit(conn, moved.request, moved.token, trial=trial)
         finally:
             if not fit:
                 cut([conn], limit_s=0)
                 self.refuse(moved)
         if not fit:
             return None
-        conn.sharedpool_holdings, conn.sharedpool_movable = self, True
+        conn.sharedpool_local, conn.sharedpool_movable = self, True
         now = time.monotonic()
         try:
             with self.lock:
                 retire_at = math.inf if live.left_ms is None else now + live.left_ms / 1000
-                ticket = self.cache.moved(moved, conn, retire_at, now)
+                waiter = self.cache.received(moved, conn, retire_at, now)
         except SharedPoolError as error:
             logger.info("pool %r: %s", self.config.name, error)
             cut([conn], limit_s=0)
             self.refuse(moved)
             return None
         self.adopted += 1
-        if ticket is None:
-            self.signal()
-        return ticket
+        if waiter is None:
+            self.wake_link()
+        return waiter
 
     def _is_fit(self, conn: PooledConnection, request: int, token: Token, *, trial: bool) -> bool:
         """Say whether a connection that was passed can be used here. They are tried until one has worked."""
         cancel = trial and self._may_cancel(request)
-        if self.tested and not cancel:
+        if self.handover_works and not cancel:
             return True
-        fit = works(conn, partial(self.cancel, token, trial=True) if cancel else None)
-        self.tested = self.tested or fit
-        if not fit and not has_hung_up(conn):
+        fit = works(conn, partial(self.cancel_query, token, trial=True) if cancel else None)
+        self.handover_works = self.handover_works or fit
+        if not fit and not peer_has_closed(conn):
             self._trials -= 1
             if not self._trials:
-                self._cannot("connections that are passed to it, or their cancels, do not work here")
+                self._disable_handover("connections that are passed to it, or their cancels, do not work here")
         return fit
 
     def _may_cancel(self, request: int) -> bool:
         """Say whether a cancel can be tried here and now, for who has made that request."""
-        link, ticket = self.link, self.cache.waiting.get(request)
-        if link is None or link.is_here or ticket is None:  # the link's thread is what sends a cancel
+        link, waiter = self.link, self.cache.waiting.get(request)
+        if link is None or link.is_here or waiter is None:  # the link's thread is what sends a cancel
             return False
-        return ticket.until is not None and ticket.until - time.monotonic() >= PATIENT_S
+        return waiter.until is not None and waiter.until - time.monotonic() >= PATIENT_S
 
     def refuse(self, moved: Moved) -> None:
         """Have the broker end a connection that has come and is of no use here."""
         with self.lock:
             self.cache.refuse(moved, time.monotonic())
-        self.signal()
+        self.wake_link()
 
-    def _cannot(self, why: str) -> None:
+    def _disable_handover(self, why: str) -> None:
         """Take part in the hand-over no longer."""
-        if self.handover:
+        if self.handover_enabled:
             text = "pool %r: no hand-over in this process (%s): connections are closed and opened instead"
             logger.warning(text, self.config.name, " ".join(why.split()))
-        self.handover = self.hands_over = False
+        self.handover_enabled = self.hands_over = False
 
-    def cancel(self, token: Token, *, trial: bool = False) -> None:
+    def cancel_query(self, token: Token, *, trial: bool = False) -> None:
         """Have the broker cancel what a lease's connection is executing."""
         with self.lock:
             if (lease := self.cache.leases.get(token)) is not None:
                 lease.cancelled = True
-            self.cache.out.append(Interrupt(token, trial))
-        self.signal()
+            self.cache.outbox.append(CancelQuery(token, trial))
+        self.wake_link()
 
     def give_back(self, lease: Lease, reason: ReleaseReason, *, gone: bool = True, closed: bool = False) -> None:
         """Give back a lease that has no connection here; `gone` False when one may be left on the server.
@@ -576,7 +581,7 @@ class Holdings:
         """
         with self.lock:
             self.cache.closed(lease, reason, gone=gone, closed=closed)
-        self.signal()
+        self.wake_link()
 
     def not_opened(self, lease: Lease, reason: ReleaseReason, failure: Failure) -> None:
         """Give back a lease for which no connection could be opened."""
@@ -590,7 +595,7 @@ class Holdings:
                 code=failure.code,
                 unreachable=failure.unreachable,
             )
-        self.signal()
+        self.wake_link()
 
     def deposit(self, lease: Lease, conn: PooledConnection) -> None:
         """Hand in a duplicate of a connection's socket at the broker's desk, if that was not done."""
@@ -598,17 +603,17 @@ class Holdings:
         if not lease.deposited and link is not None and registration is not None:
             lease.deposited = link.desk.deposit(registration.identity, lease.token, conn)
 
-    def trouble(self, lease: Lease, code: str) -> None:
+    def report_failover_sign(self, lease: Lease, code: str) -> None:
         """Tell the broker that a connection saw the server fail over (SQLSTATE `code`), or was found dead ("")."""
         with self.lock:
-            self.cache.trouble(lease, code)
-        self.signal()
+            self.cache.report_failover_sign(lease, code)
+        self.wake_link()
 
     def notice(self, conn: PooledConnection, error: BaseException) -> None:
         """Look whether what a user's statement raised tells that the server fails over."""
         code, lease = getattr(error, "pgcode", None), conn.sharedpool_lease
         if code in FAILOVER and lease is not None:
-            self.trouble(lease, code)
+            self.report_failover_sign(lease, code)
 
     def reclaim(self, limit_s: float, *, thorough: bool = True) -> None:
         """Check in what its users dropped without a `put_conn`.
@@ -616,10 +621,10 @@ class Holdings:
         When this returns, no other thread is at it either, unless `limit_s` seconds were too short for that. Not
         `thorough`: run no user's code and no rollback (the link must keep its heartbeat), close what would need them.
         """
-        if not self.orphans and not self.reclaiming.busy:
+        if not self.orphans and not self.reclaim_lock.locked:
             return
-        turn = self.reclaiming.take(limit_s)
-        if turn is None:
+        hold = self.reclaim_lock.acquire(limit_s)
+        if hold is None:
             return
         try:
             while self.orphans:
@@ -627,16 +632,18 @@ class Holdings:
                 lease = take_lease(conn)
                 if lease is None:
                     continue
-                keep = not self.disposed and not conn.sharedpool_finalized and (thorough or self._rests(conn))
+                keep = (
+                    not self.disposed and not conn.sharedpool_finalized and (thorough or self._needs_no_cleaning(conn))
+                )
                 try:
-                    self.take_back(lease, conn, None if keep else ReleaseReason.CLOSED)
+                    self.check_in(lease, conn, None if keep else ReleaseReason.CLOSED)
                 except Exception:
                     logger.exception("pool %r: reset() failed for a connection its user dropped", self.config.name)
         finally:
-            turn.end()
+            hold.release()
 
-    def _rests(self, conn: PooledConnection) -> bool:
-        return self.config.at_checkin is None and conn.get_transaction_status() == TRANSACTION_STATUS_IDLE
+    def _needs_no_cleaning(self, conn: PooledConnection) -> bool:
+        return self.config.user_reset is None and conn.get_transaction_status() == TRANSACTION_STATUS_IDLE
 
     def purge(self) -> int:
         """Close what has been idle or has lived too long; return how many."""
@@ -647,15 +654,15 @@ class Holdings:
 
     def retire(self) -> None:
         """Keep nothing idle from now on; the link ends with the last lease."""
-        self.latch.shut()
+        self.fast_path.clear()
         with self.lock:
             self.retired = True
             self.cache.stop_keeping()
-            closing = self.cache.drain(time.monotonic())
+            closing = self.cache.take_all_idle(time.monotonic())
         self.close(closing)
-        self.signal()
+        self.wake_link()
 
-    def rest(self) -> None:
+    def end_link_if_unused(self) -> None:
         """End the link, where nothing may go on, if nothing is held; blocks until that is done, at most 1.5 s."""
         if self.transient and self._latest is not None and not (self.cache.leases or self.cache.waiting):
             link, registration = self._latest
@@ -667,29 +674,29 @@ class Holdings:
         """Whether a connection is in use, or waited for."""
         return len(self.cache.leases) > len(self.cache.idle) or bool(self.cache.waiting)
 
-    def part_before_fork(self) -> None:
+    def before_fork_begins(self) -> None:
         """Close what lies idle, and end the registration. Blocks until that is done, at most some seconds.
 
         With the last one the link's thread ends.
         """
         self.before_fork = True
         with self.lock:
-            closing = self.cache.drain(time.monotonic())
+            closing = self.cache.take_all_idle(time.monotonic())
         self.close(closing)
         link, registration = self.link, self.registration
         if link is not None and registration is not None:
             link.leave(registration)
 
-    def go_on_after_fork(self) -> None:
+    def after_fork_in_parent(self) -> None:
         """Go on, in the process that has forked."""
         self.before_fork = False
 
-    def send(self) -> None:
+    def flush(self) -> None:
         """Have the link send what is in the outbox; its thread is left alone when that is empty."""
-        if self.cache.out:
-            self.signal()
+        if self.cache.outbox:
+            self.wake_link()
 
-    def signal(self) -> None:
+    def wake_link(self) -> None:
         """Have the link look what there is to do."""
         link = self.link  # its own thread may take it away at any moment
         if link is not None:
@@ -710,14 +717,14 @@ class Holdings:
         """
         if self.link is None or self.registration is None:
             if not links.current().have(self._address):
-                make_sure_of(FOR_A_CONTEXT + 2, f"pool {self.config.name!r}: the line to the broker")
+                require(FOR_A_CONTEXT + 2, f"pool {self.config.name!r}: the line to the broker")
             address, broker = self._address, self._broker
             start = partial(broker.start, address) if broker.is_automatic else None
             self.link, self.registration = links.current().attach(
-                address, self._make_session(self), self.cache.out, start
+                address, self._make_session(self), self.cache.outbox, start
             )
             self._latest = self.link, self.registration
-            forks.hold(self)
+            forks.add_local_pool(self)
             forks.release_at_child_exit()
         self.link.ensure_running()  # an interrupt may have come between the two
         return self.link, self.registration
@@ -731,9 +738,9 @@ class Holdings:
             conn = lease.conn or (lease.ref() if lease.ref else None)
             if conn is not None:
                 disown(cast(PooledConnection, conn))
-        if self.seats is not None:
-            self.seats.lane.close()
-            self.seats.disown()
+        if self.wait_sockets is not None:
+            self.wait_sockets.lane.close()
+            self.wait_sockets.disown()
         self.keep_invitation(None, [])
         if self.link is not None:
             self.link.disown()
@@ -747,5 +754,5 @@ def is_clean(pool: str, callback: str, conn: PooledConnection) -> bool:
         raise psycopg2.ProgrammingError(
             f"pool {pool!r}: {callback}() left a transaction open on the connection: commit or roll back in it"
         )
-    settle(conn)
+    sync_transaction_status(conn)
     return True

@@ -31,7 +31,7 @@ class _Record(NamedTuple):
     text: str
     args: tuple[object, ...]
     exc_info: Any
-    place: tuple[str, int, str]
+    caller: tuple[str, int, str]
     thread: int
     thread_name: str
     created: float
@@ -125,7 +125,7 @@ class Logs:
                 self._logger.warning("%d records were left out: the handlers are slower than they came", left_out)
 
     def _hand_over(self, kept: _Record) -> None:
-        path, line, function = kept.place
+        path, line, function = kept.caller
         record = self._logger.makeRecord(
             self._logger.name, kept.level, path, line, kept.text, kept.args, kept.exc_info, function
         )

@@ -1,9 +1,9 @@
-"""The short way in the lane: what `local_pool.py`, `worker/connection/handover.py` and `lane.py` do for one connection,
+"""The fast path in the lane: what `local_pool.py`, `worker/connection/handover.py` and `lane.py` do for one connection,
 in two functions.
 
 Where many processes share few connections nearly every checkout waits in the lane, and nearly every checkin gives
 there. Between two turns of a process tens of others have run, so that each function costs ten times what it does in a
-loop: here is one for each way, without what is needed seldom. Whatever is not as usual is left to the long way,
+loop: here is one for each way, without what is needed seldom. Whatever is not as usual is left to the slow path,
 untouched; from the reset on the connection is given, or ended.
 """
 
@@ -22,7 +22,7 @@ import psycopg2
 from sharedpool.descriptors.owned import NO_SIGNAL, Owned, identity, is_still
 from sharedpool.descriptors.timer import Timer
 from sharedpool.lane.lane import Item, Lane
-from sharedpool.lane.wait_sockets import AGAIN_S, Seat, Seats
+from sharedpool.lane.wait_sockets import AGAIN_S, WaitSocket, WaitSockets
 from sharedpool.postgres import libpq
 from sharedpool.postgres.peer_closed import borrow
 from sharedpool.wire.desk import Live, Moved
@@ -35,7 +35,7 @@ from sharedpool.worker.connection.reset import parameters_after
 from sharedpool.worker.connection.wrapper import is_as_opened, is_wrapped
 from sharedpool.worker.core.lease import Lease, collected
 from sharedpool.worker.core.time_slice import STEADY_GAP_S
-from sharedpool.worker.local_pool import Holdings
+from sharedpool.worker.local_pool import LocalPool
 from sharedpool.worker.logs import logger
 
 # Two processes that take turns ask again soon as well; one that is at work all the time does so at once.
@@ -45,27 +45,27 @@ _IN_USE, _IDLE, _CLOSING, _SHARED = Phase.IN_USE, Phase.IDLE, Phase.CLOSING, Rel
 
 
 class Call:
-    """One checkout under way: its seat is taken back when it is over."""
+    """One checkout under way: its wait socket is taken back when it is over."""
 
 
 class Mover:
     """One pool's, for as long as it is in a lane."""
 
-    def __init__(self, holdings: Holdings, seats: Seats, lane: Lane, timer: Timer | None) -> None:
+    def __init__(self, local: LocalPool, wait_sockets: WaitSockets, lane: Lane, timer: Timer | None) -> None:
         """`timer` wakes the link's thread to give what was kept in vain; without one nothing is kept."""
-        self._holdings = holdings
-        self._seats = seats
+        self._local = local
+        self._wait_sockets = wait_sockets
         self._lane = lane
         self._board = lane.board
-        self._cache = holdings.cache
-        self._reset = reset.query(holdings.config.at_handover)
+        self._cache = local.cache
+        self._reset = reset.query(local.config.reset_command)
         library = libpq.library()
         self._status: Callable[[int | None, bytes], bytes | None] | None = None
         if library is not None:
             self._status = library.PQparameterStatus
-        self._lain = False  # the last one lay on the shelf
+        self._from_shelf = False  # the last one lay on the shelf
         self._timer = timer
-        self._slice_s = 0.0 if timer is None else holdings.config.slice
+        self._slice_s = 0.0 if timer is None else local.config.time_slice
         self._gap_s = STEADY_GAP_S  # who asks again so soon has a slice
         self._parted_at = -math.inf
 
@@ -75,17 +75,17 @@ class Mover:
         """Give a connection that was checked in, and is as it should be, to the first who waits; else shelve it.
 
         Or keep it idle, where its process asks again at once, for its slice of time. Return False when it is to go the
-        long way; then nothing was done. The caller has taken the lease off it.
+        slow path; then nothing was done. The caller has taken the lease off it.
         """
         cache, board = self._cache, self._board
-        if now - lease.arrived < self._slice_s and lease.idle_s < self._gap_s and self._timer is not None:
-            if lease.since > lease.arrived:
+        if now - lease.arrived_at < self._slice_s and lease.idle_s < self._gap_s and self._timer is not None:
+            if lease.since > lease.arrived_at:
                 self._gap_s = STEADY_GAP_S  # what was kept has been used again
             # Before it lies there: for what does not come back. What was kept before is looked at no later for that.
             self._timer.arm(self._slice_s + STEADY_GAP_S, anew=not cache.idle)
             lease.conn, lease.phase, lease.since = conn, _IDLE, now
             cache.idle.append(lease)
-            self.look_soon()  # it may have gone off meanwhile
+            self.check_kept_later()  # it may have gone off meanwhile
             return True
         if lease.cancelled or not (lease.deposited and lease.movable) or cache.waiting or now >= lease.retire_at:
             return False
@@ -112,27 +112,27 @@ class Mover:
         used_s = now - lease.since
         lease.phase, lease.since, lease.conn = _CLOSING, now, None
         try:
-            self._hand_over(lease, conn, borrow(number), Item(lease.token, cell, live, conn.sharedpool_witness))
+            self._send(lease, conn, borrow(number), Item(lease.token, cell, live, conn.sharedpool_witness))
         except BaseException:
             lease.conn = conn  # interrupted: the link finishes it
             raise
         if lease.timed:
-            with self._holdings.lock:
+            with self._local.lock:
                 out = sum(each.phase is _IN_USE and each.conn is None for each in cache.leases.values())
-                cache.times.checked_in(used_s, cache.hits, out, typical=True)
+                cache.timings.checked_in(used_s, cache.hits, out, typical=True)
         return True
 
-    def kept_in_vain(self) -> None:
+    def note_kept_in_vain(self) -> None:
         """Note that what was kept was not asked for again: who asks soon is not believed to ask all the time."""
         self._gap_s = _SURE_GAP_S
 
-    def look_soon(self) -> None:
+    def check_kept_later(self) -> None:
         """Have the link's thread look at what is kept, a while later."""
         if self._timer is not None:
             self._timer.arm(STEADY_GAP_S)
 
-    def _hand_over(self, lease: Lease, conn: PooledConnection, sock: Any, item: Item) -> None:
-        holdings = self._holdings
+    def _send(self, lease: Lease, conn: PooledConnection, sock: Any, item: Item) -> None:
+        local = self._local
         unregister(item.fd)
         # First: what finishes this after an interrupt must not end the session by it. One line: it has an owner always.
         witness = Owned(-1, -1, -1, conn.__dict__.pop("sharedpool_witness"))
@@ -142,102 +142,102 @@ class Mover:
             sent = False
         fit = vacate(conn) and sent
         if not (fit and self._lane.give(item)):
-            holdings.not_moved(lease, conn, item.live, witness, fit=fit)
+            local.give_to_broker(lease, conn, item.live, witness, fit=fit)
             return
         witness.close()
         self._parted_at = lease.since
-        with holdings.lock:  # the same session may be back by now, in another thread's hands: that is another lease
+        with local.lock:  # the same session may be back by now, in another thread's hands: that is another lease
             self._cache.given(lease)
         lease.ref = None
-        holdings.given += 1
-        holdings.released[_SHARED] += 1
-        holdings.shells.keep(conn, item.live.parameters)
-        if holdings.retired or holdings.disposed:
-            holdings.signal()  # it may have been the last
+        local.given += 1
+        local.released[_SHARED] += 1
+        local.shells.keep(conn, item.live.parameters)
+        if local.retired or local.disposed:
+            local.wake_link()  # it may have been the last
 
     # --- taking
 
     def take(self, wait_s: float, began: float) -> PooledConnection | None:
         """Wait in the lane for a connection; return it, checked out.
 
-        None: the long way is to be gone, because something is not as usual, or the time is over.
+        None: the slow path is to be gone, because something is not as usual, or the time is over.
         """
-        holdings, seats = self._holdings, self._seats
-        if not (holdings.tested and holdings.shells.are_known) or holdings.orphans or holdings.reclaiming.busy:
+        local, wait_sockets = self._local, self._wait_sockets
+        if not (local.handover_works and local.shells.are_known) or local.orphans or local.reclaim_lock.locked:
             return None
-        if not wait_s or logger.is_kept or holdings.config.configure is not None or is_wrapped():
+        if not wait_s or logger.is_kept or local.config.configure is not None or is_wrapped():
             return None
         call = Call()
-        seat = seats.take(weakref.ref(call))
-        if seat is None:
+        wait_socket = wait_sockets.take(weakref.ref(call))
+        if wait_socket is None:
             return None
         try:
-            return self._wait(seat, began + wait_s, began)
+            return self._wait(wait_socket, began + wait_s, began)
         finally:
-            seats.put(seat)
+            wait_sockets.give_back(wait_socket)
 
-    def _wait(self, seat: Seat, deadline: float, began: float) -> PooledConnection | None:
-        board, holdings = self._board, self._holdings
+    def _wait(self, wait_socket: WaitSocket, deadline: float, began: float) -> PooledConnection | None:
+        board, local = self._board, self._local
         got, again_at, now, request = None, -math.inf, began, 0
-        if self._lain:
-            got = seat.look_at_shelf()
+        if self._from_shelf:
+            got = wait_socket.take_from_shelf()
         while True:
             if got is None:
-                self._lain = False
-                if now >= deadline or not (board.moving and self._lane.open) or holdings.disposed:
+                self._from_shelf = False
+                if now >= deadline or not (board.moving and self._lane.open) or local.disposed:
                     return None
                 if now >= again_at:
-                    request = request or self._cache.tickets.new_request()  # the same one: it keeps its place
-                    again_at = now + seat.enter(request)
+                    request = request or self._cache.waiters.new_request()  # the same one: it keeps its place
+                    again_at = now + wait_socket.join_queue(request)
                     # What was put there between the last look and the ticket's coming nobody will bring.
-                    if (got := seat.look_at_shelf()) is not None:
-                        self._lain = True
+                    if (got := wait_socket.take_from_shelf()) is not None:
+                        self._from_shelf = True
                         continue
-                got = seat.wait(min(deadline - now, again_at - now, AGAIN_S))
+                got = wait_socket.wait(min(deadline - now, again_at - now, AGAIN_S))
             now = monotonic()
             if got is not None and got[0].passed is not None:
-                self._take_in(got, deadline - now)
-                got, seat.busy = None, False
+                self._receive_from_broker(got, deadline - now)
+                got, wait_socket.busy = None, False
             if got is not None:
                 if (conn := self._adopt(*got, began, now, deadline - now)) is not None:
                     return conn
-                got, seat.busy = None, False
+                got, wait_socket.busy = None, False
 
-    def _take_in(self, got: tuple[Moved, Owned], limit_s: float) -> None:
+    def _receive_from_broker(self, got: tuple[Moved, Owned], limit_s: float) -> None:
         """Take in what the broker has sent to who waited here before, for who waits now."""
-        holdings = self._holdings
-        if (ticket := holdings.receive(*got, limit_s)) is not None:
-            ticket.wake()
+        local = self._local
+        if (waiter := local.receive(*got, limit_s)) is not None:
+            waiter.wake()
         elif (lease := self._cache.leases.get(got[0].token)) is not None:
-            holdings.settle(lease, monotonic())
+            local.after_fast_checkin(lease, monotonic())
 
     def _adopt(self, moved: Moved, sock: Owned, began: float, now: float, limit_s: float) -> PooledConnection | None:
         """Make a connection that has come this process's own, and lend it; None when it is of no use."""
-        holdings, cache, live = self._holdings, self._cache, moved.live
+        local, cache, live = self._local, self._cache, moved.live
         arriving = sock.fileno(), identity(sock.fileno())
-        holdings.arriving.add(arriving)  # a child that is forked meanwhile closes it
+        local.arriving.add(arriving)  # a child that is forked meanwhile closes it
         cache.arriving[moved.token] = moved, weakref.ref(sock)  # the broker may ask for it meanwhile
         try:
             if parameters_after(sock, live.parameters, limit_s) is not live.parameters:
                 raise psycopg2.OperationalError("its reset was not as usual")
-            conn = adopt(holdings.shells.take(live, len(cache.leases) + 1), sock, live)
+            conn = adopt(local.shells.take(live, len(cache.leases) + 1), sock, live)
             if not is_as_opened(conn):
                 raise psycopg2.OperationalError("it has to be wrapped")
-            conn.sharedpool_holdings, conn.sharedpool_movable = holdings, True
+            conn.sharedpool_local, conn.sharedpool_movable = local, True
             lease = Lease(moved.token, None, now)
             lease.idle_s = began - self._parted_at
             lease.cache, lease.backend, lease.generation, lease.live = cache, live.backend, live.generation, live
             lease.cell, lease.moves, lease.deposited, lease.movable = moved.cell, moved.moves, True, True
             if live.left_ms is not None:
                 lease.retire_at = now + live.left_ms / 1000
-                cache.retires(lease.retire_at)
-            lease.as_is_until = lease.retire_at
+                cache.note_retirement(lease.retire_at)
+            lease.fast_checkout_until = lease.retire_at
             lease.phase, lease.thread, lease.ref = _IN_USE, get_ident(), weakref.ref(conn, collected)
-            lease.timed = cache.times.choose(now)
-            cache.times.checked_out(now - began)
-            holdings.adopted += 1
-            conn.sharedpool_gate = closed_flag.OPEN
-            with holdings.lock:  # a giver of this process may not have taken its own out yet
+            lease.timed = cache.timings.choose(now)
+            cache.timings.checked_out(now - began)
+            local.adopted += 1
+            conn.sharedpool_closed_flag = closed_flag.OPEN
+            with local.lock:  # a giver of this process may not have taken its own out yet
                 # An interrupt finds it with all that is needed to see the connection gone.
                 cache.leases[moved.token] = lease
             conn.sharedpool_lent = lease
@@ -245,10 +245,10 @@ class Mover:
         except BaseException as error:
             sock.close()  # unless the shell has it
             if cache.leases.get(moved.token) is None:
-                holdings.refuse(moved)
+                local.refuse(moved)
             if not isinstance(error, psycopg2.Error | OSError):
                 raise
             return None
         finally:
-            holdings.arriving.discard(arriving)
+            local.arriving.discard(arriving)
             cache.arriving.pop(moved.token, None)

@@ -29,22 +29,22 @@ class PoolConfig:
     timeout: float = 0.0
     max_lifetime: float | None = None
     max_checkout: float | None = None
-    ends_overdue: bool = False
+    end_overdue: bool = False
     configure: Callback | None = None
     reset: Callback | Literal["discard", "rollback"] = "discard"
     check: Callback | None = None
     max_waiting: int | None = None
     group: str = ""
     handover: bool = True
-    slice: float = 0.002
+    time_slice: float = 0.002
     debug_checkouts: bool = False
 
     @property
-    def at_checkin(self) -> Callback | None:
+    def user_reset(self) -> Callback | None:
         """The user's own reset, if there is one."""
         return None if isinstance(self.reset, str) else self.reset
 
     @property
-    def at_handover(self) -> bytes:
+    def reset_command(self) -> bytes:
         """What is executed before a connection moves to another process."""
         return b"DISCARD ALL" if self.reset == "discard" else b"UNLISTEN *"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sharedpool.wire.messages import Phase, ReleaseReason
-from sharedpool.worker.local_pool import Holdings
+from sharedpool.worker.local_pool import LocalPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +35,24 @@ class PoolStats:
     errors: int
 
 
-def stats_of(holdings: Holdings) -> PoolStats:
+def stats_of(local: LocalPool) -> PoolStats:
     """Return a snapshot. Takes the lock for a moment."""
-    cache, released = holdings.cache, holdings.released
-    with holdings.lock:
+    cache, released = local.cache, local.released
+    with local.lock:
         return PoolStats(
-            name=holdings.config.name,
-            max_conn=holdings.limit,
+            name=local.config.name,
+            max_conn=local.limit,
             idle=len(cache.idle),
             in_use=sum(lease.phase in (Phase.IN_USE, Phase.CONNECTING) for lease in cache.leases.values()),
             waiting=len(cache.waiting),
-            hits=holdings.hits + cache.hits,
-            handed_on=holdings.handed_on,
-            adopted=holdings.adopted,
-            connects=holdings.connects,
+            hits=local.hits + cache.hits,
+            handed_on=local.handed_on,
+            adopted=local.adopted,
+            connects=local.connects,
             released=sum(released.values()),
-            recalled=released[ReleaseReason.TAKEN] + released[ReleaseReason.OWED],
-            given=holdings.given,
+            recalled=released[ReleaseReason.TAKEN] + released[ReleaseReason.RETURN_DUE],
+            given=local.given,
             expired=released[ReleaseReason.EXPIRED] + released[ReleaseReason.RETIRED],
-            discarded=holdings.discarded,
-            errors=holdings.errors,
+            discarded=local.discarded,
+            errors=local.errors,
         )

@@ -42,9 +42,9 @@ def version() -> str:
 class PgBouncer:
     """A PgBouncer in front of the server. `dsn` is how clients reach it.
 
-    It goes to the server by `route`. Its clients come the same way, the password and TLS included, unless `near`: then
-    by its unix socket. `mode` is its pool_mode. It refuses to run as root: then it is PostgreSQL's account's. Raises
-    Unavailable where it is not installed.
+    It goes to the server by `route`. Its clients come the same way, the password and TLS included, unless `is_local`:
+    then by its unix socket. `mode` is its pool_mode. It refuses to run as root: then it is PostgreSQL's account's.
+    Raises Unavailable where it is not installed.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ from tests.bench.server import BenchServer
 class Bench:
     """What every row has: the server, a directory, and how long to take. Times in seconds.
 
-    `slices_s` are settings of `slice` that the contended rows are to try beside the default.
+    `slices_s` are settings of `time_slice` that the contended rows are to try beside the default.
     """
 
     server: BenchServer

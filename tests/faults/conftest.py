@@ -6,7 +6,7 @@ import pytest
 
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.faults import server_log
-from tests.faults.environment import Arena, arena
+from tests.faults.environment import Environment, environment
 from tests.faults.results import LONG, LONG_MINUTES, SOAK_S, Row, new_seed
 
 _PASSED = pytest.StashKey[bool]()
@@ -56,7 +56,7 @@ def row(request: pytest.FixtureRequest, variant: str) -> Iterator[Row]:
 
 
 @pytest.fixture
-def field(logging_postgres: EphemeralPostgres, row: Row, variant: str) -> Iterator[Arena]:
+def field(logging_postgres: EphemeralPostgres, row: Row, variant: str) -> Iterator[Environment]:
     """The arena of this test."""
-    with arena(logging_postgres, row, role_limit=bool(variant)) as world:
+    with environment(logging_postgres, row, role_limit=bool(variant)) as world:
         yield world

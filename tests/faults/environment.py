@@ -19,7 +19,7 @@ from tests.faults.oracles import Evidence, violations
 from tests.faults.results import HANDOVER, Row, merge_counts, scale
 from tests.faults.role_sampler import RoleSampler
 from tests.faults.server_log import ServerLog
-from tests.faults.worker_fleet import Crew
+from tests.faults.worker_fleet import WorkerFleet
 from tests.support.waiting import wait_until
 
 MAX_CONN = 10
@@ -31,7 +31,7 @@ LATE_S = scale(1.5, 1.0)
 _numbers = count(1)
 
 
-class Arena:
+class Environment:
     """One test's world. `judge` ends it; every oracle must have agreed by then."""
 
     def __init__(self, server: EphemeralPostgres, row: Row, *, role_limit: bool, directory: Path) -> None:
@@ -47,7 +47,7 @@ class Arena:
         self.broker = BrokerProcess(
             self.address, directory / "broker.log", max_conn=MAX_CONN, ttl=TTL_S, dsn=server.dsn, drain_timeout=3
         )
-        self.crew: Crew | None = None
+        self.crew: WorkerFleet | None = None
         self.max_conn = MAX_CONN
         self.pools_elsewhere = False  # a pooler has backends of its own, and lends them to one worker after another
 
@@ -73,13 +73,13 @@ class Arena:
         finally:
             connection.close()
 
-    def open(self, address: str | None = None, config: dict[str, Any] | None = None, **habits: Any) -> Crew:
+    def open(self, address: str | None = None, config: dict[str, Any] | None = None, **habits: Any) -> WorkerFleet:
         """Start sampler, broker and the nursery of the workers; the workers themselves are the test's to start."""
         self.sampler.start()
         self.broker.start()
         settings = {"broker": address or self.address, "dsn": self.dsn, "name": POOL, "max_conn": MAX_CONN}
         settings["handover"] = HANDOVER
-        self.crew = Crew(self.directory / "crew", self.row.seed, settings | (config or {}), **habits)
+        self.crew = WorkerFleet(self.directory / "crew", self.row.seed, settings | (config or {}), **habits)
         return self.crew
 
     # --- what was seen
@@ -156,11 +156,11 @@ def _first_traceback(said: str) -> str:
 
 
 @contextmanager
-def arena(server: EphemeralPostgres, row: Row, *, role_limit: bool) -> Iterator[Arena]:
+def environment(server: EphemeralPostgres, row: Row, *, role_limit: bool) -> Iterator[Environment]:
     """Make an arena, and clear it away."""
     directory = Path(tempfile.mkdtemp(prefix="spf-", dir="/tmp"))  # short enough for a unix socket
     started = time.monotonic()
-    world = Arena(server, row, role_limit=role_limit, directory=directory)
+    world = Environment(server, row, role_limit=role_limit, directory=directory)
     try:
         yield world
     finally:

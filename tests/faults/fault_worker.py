@@ -257,7 +257,7 @@ class Worker:
         """s: once: note how many descriptors and idle connections there are, and the RSS."""
         gc.collect()
         # An empty connection object is kept, with its descriptor, by who has given one, and not by who has closed it.
-        descriptors = len(os.listdir("/proc/self/fd")) - len(self.pool._holdings.shells)
+        descriptors = len(os.listdir("/proc/self/fd")) - len(self.pool._local.shells)
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         self.note("state", descriptors, resident, self.pool.stats().idle)
         self.done()

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.faults.environment import TTL_S, WORKERS, Arena
+from tests.faults.environment import TTL_S, WORKERS, Environment
 from tests.faults.events import Checkout, checkouts
 from tests.faults.results import Row, percentile, scale, spread
 from tests.support.waiting import wait_until
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 900))]
     "broker-sigkill", "broker SIGKILLed and restarted 50 times under load",
     "failed statements on held connections: 0; service back p99 ≤ TTL + 1 s",
 )  # fmt: skip
-def test_a_killed_broker_breaks_nothing_and_is_back_soon(field: Arena, row: Row) -> None:
+def test_a_killed_broker_breaks_nothing_and_is_back_soon(field: Environment, row: Row) -> None:
     """Service back: from the kill until a probe, whose every checkout needs a grant and a connect, has got one it asked
     for after the kill. That includes the start of the new broker's interpreter."""
     rng = random.Random(row.seed)
@@ -54,7 +54,7 @@ def test_a_killed_broker_breaks_nothing_and_is_back_soon(field: Arena, row: Row)
 
 
 @pytest.mark.row("broker-sigstop", "broker SIGSTOPped for 10 s", "`get_conn` raises within 100 ms of its deadline")
-def test_get_conn_keeps_its_deadline_while_the_broker_is_frozen(field: Arena, row: Row) -> None:
+def test_get_conn_keeps_its_deadline_while_the_broker_is_frozen(field: Environment, row: Row) -> None:
     """Late: by how much an answer came after the caller's own deadline, of those due while the broker was frozen."""
     crew = field.open(timeouts=[0.05, 0.3, 1, 2])
     crew.start(WORKERS)
@@ -81,7 +81,7 @@ def test_get_conn_keeps_its_deadline_while_the_broker_is_frozen(field: Arena, ro
 
 
 @pytest.mark.row("second-broker", "second broker started on the same address, 100 times", "refused 100 % within 1 s")
-def test_a_second_broker_on_the_same_address_is_refused(field: Arena, row: Row) -> None:
+def test_a_second_broker_on_the_same_address_is_refused(field: Environment, row: Row) -> None:
     """Within: from the start of the `sharedpool broker` process to its exit with status 1, interpreter included."""
     crew = field.open()
     crew.start(scale(4, 2))

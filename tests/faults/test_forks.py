@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tests.faults.brokers import ReportWatch
-from tests.faults.environment import Arena
+from tests.faults.environment import Environment
 from tests.faults.results import Row, percentile, scale, spread
 from tests.faults.schedule import let_pass
 from tests.support.processes import alive
@@ -20,7 +20,7 @@ ORDERS_IN_A_ROUND = 2
 @pytest.mark.row(
     "fork", "fork while idle / while holding; parent killed, child lives on", "parent unharmed; slots back ≤ 0.5 s"
 )
-def test_forks_harm_no_parent_and_keep_no_slot_of_a_killed_one(field: Arena, row: Row) -> None:
+def test_forks_harm_no_parent_and_keep_no_slot_of_a_killed_one(field: Environment, row: Row) -> None:
     """Slot back: from the parent's SIGKILL until the first report of the broker has come that shows no lease of it.
 
     The child that lives on is one that has used the pool, or one forked behind Python's back (no fork hooks), which

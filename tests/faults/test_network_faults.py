@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.faults.environment import WORKERS, Arena
+from tests.faults.environment import WORKERS, Environment
 from tests.faults.proxy import Proxy
 from tests.faults.results import Row, scale, spread
 from tests.faults.schedule import let_pass
@@ -17,7 +17,7 @@ NO_WAIT_S = 5.0
     "proxy", "message proxy: 10 % dropped, 10 % doubled, 0-2 s late, reordered",
     "everything finishes or times out as asked",
 )  # fmt: skip
-def test_everybody_is_served_or_refused_in_time_on_a_bad_network(field: Arena, row: Row) -> None:
+def test_everybody_is_served_or_refused_in_time_on_a_bad_network(field: Environment, row: Row) -> None:
     """Late: by how much a refusal came after the caller's own deadline.
 
     A worker of which nothing was heard for a TTL may lose what it holds to one that waits: loudly, so statements may

@@ -10,7 +10,7 @@ from psycopg2.extensions import make_dsn
 
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.faults.brokers import BrokerProcess, ReportWatch
-from tests.faults.environment import MAX_CONN, TTL_S, WORKERS, Arena, arena
+from tests.faults.environment import MAX_CONN, TTL_S, WORKERS, Environment, environment
 from tests.faults.results import Row, percentile, scale, spread
 from tests.support import proxies
 
@@ -50,14 +50,14 @@ def variant(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def field(logging_postgres: EphemeralPostgres, row: Row) -> Iterator[Arena]:
+def field(logging_postgres: EphemeralPostgres, row: Row) -> Iterator[Environment]:
     """The arena of this test; PostgreSQL's own limit on the role would hide what is looked for."""
-    with arena(logging_postgres, row, role_limit=False) as world:
+    with environment(logging_postgres, row, role_limit=False) as world:
         yield world
 
 
 @pytest.mark.parametrize("start", KINDS)
-def test_the_limit_holds_behind_a_proxy(start: Proxy, field: Arena, row: Row, variant: str) -> None:
+def test_the_limit_holds_behind_a_proxy(start: Proxy, field: Environment, row: Row, variant: str) -> None:
     """Workers close many connections, are killed while idle or in a query, and have long queries, in which HAProxy
     closes both sides. Slot back: as in the row of killed workers.
     """

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.faults.environment import Arena
+from tests.faults.environment import Environment
 from tests.faults.results import Row, percentile, scale, spread
 from tests.support.waiting import wait_until
 
@@ -14,7 +14,7 @@ MEETING = 5
 
 
 @pytest.mark.row("expiry", "checkin within ±5 ms of expiry, 10⁴ times", "double use 0")
-def test_a_connection_that_expires_at_its_checkout_is_closed_or_lent_not_both(field: Arena, row: Row) -> None:
+def test_a_connection_that_expires_at_its_checkout_is_closed_or_lent_not_both(field: Environment, row: Row) -> None:
     """One meeting: a checkin within 5 ms of another connection's expiry, then a checkout within 5 ms of its own.
 
     A connection that the pool closes while it is lent out fails its statements; one lent twice overlaps.
@@ -36,7 +36,7 @@ def test_a_connection_that_expires_at_its_checkout_is_closed_or_lent_not_both(fi
 
 
 @pytest.mark.row("recall", "one process idle on all 10, another asks, 10³ times", "recall p99 ≤ 20 ms")
-def test_a_connection_idle_elsewhere_is_recalled_at_once(field: Arena, row: Row) -> None:
+def test_a_connection_idle_elsewhere_is_recalled_at_once(field: Environment, row: Row) -> None:
     """Recall: the whole `get_conn` of the one who asks: the request, the recall, the close, the grant and the connect.
 
     The process that is idle does not call its pool meanwhile. A close that is reported before it is done overshoots.

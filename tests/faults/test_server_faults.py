@@ -8,7 +8,7 @@ import pytest
 
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.faults import server_log
-from tests.faults.environment import MAX_CONN, WORKERS, Arena, arena
+from tests.faults.environment import MAX_CONN, WORKERS, Environment, environment
 from tests.faults.events import Checkout
 from tests.faults.results import CONFIRMED_S, Row, percentile, scale, spread
 from tests.support.waiting import wait_until
@@ -31,7 +31,7 @@ def dead_handed_out(found: list[Checkout], gone: dict[tuple[str, str], float]) -
 @pytest.mark.row(
     "restart", "PostgreSQL restarted fast / immediate, 20 times", "≤ 1 error per held connection; full capacity ≤ 2 s"
 )
-def test_capacity_is_back_soon_after_the_server(field: Arena, row: Row) -> None:
+def test_capacity_is_back_soon_after_the_server(field: Environment, row: Row) -> None:
     """Full capacity: from the server's first answer until its list shows `max_conn` of the pool's backends.
 
     Every third restart follows a SIGKILL of the postmaster. An error is any failed statement, of whoever holds the
@@ -77,7 +77,7 @@ def test_capacity_is_back_soon_after_the_server(field: Arena, row: Row) -> None:
 
 
 @pytest.mark.row("terminate", "random `pg_terminate_backend` on idle connections", "dead connections handed out: 0")
-def test_connections_that_were_ended_while_idle_are_replaced_unseen(field: Arena, row: Row) -> None:
+def test_connections_that_were_ended_while_idle_are_replaced_unseen(field: Environment, row: Row) -> None:
     """Dead: the first query of a checkout fails although the backend had been gone for 50 ms when it began.
 
     A backend is gone when `pg_terminate_backend(pid, timeout)` has seen it leave `pg_stat_activity`.
@@ -124,7 +124,7 @@ def test_a_server_that_is_too_small_is_not_flooded(row: Row, variant: str) -> No
     """
     with (
         EphemeralPostgres(max_connections=9, settings=server_log.SETTINGS) as server,  # 3 are reserved
-        arena(server, row, role_limit=bool(variant)) as field,
+        environment(server, row, role_limit=bool(variant)) as field,
     ):
         crew = field.open(timeouts=[0.5, 2, 5])
         crew.start(WORKERS)

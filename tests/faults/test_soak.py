@@ -14,9 +14,9 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from tests.faults.environment import TTL_S, WORKERS, Arena
+from tests.faults.environment import TTL_S, WORKERS, Environment
 from tests.faults.results import SOAK_S, Row, scale
-from tests.faults.worker_fleet import Crew
+from tests.faults.worker_fleet import WorkerFleet
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, SOAK_S + 600))]
@@ -32,7 +32,7 @@ WEIGHTS = {"kill": 30, "freeze": 15, "terminate": 30, "fork": 10, "freeze broker
 class Soak:
     """A random schedule of faults. What must be undone later is put down in `_due`."""
 
-    def __init__(self, field: Arena, crew: Crew, seed: int) -> None:
+    def __init__(self, field: Environment, crew: WorkerFleet, seed: int) -> None:
         self.field, self.crew = field, crew
         self.veterans = crew.start(VETERANS)
         crew.start(WORKERS - VETERANS)
@@ -178,7 +178,7 @@ class Soak:
 @pytest.mark.row("soak", "mixed soak 30 min", "file descriptors +0, RSS +2 MB at most, after warm-up")
 # The role's limit could only hide an overshoot, and the soak is long: without it alone.
 @pytest.mark.parametrize("variant", [""], indirect=True, ids=["counted"])
-def test_nothing_grows_under_all_faults_together(field: Arena, row: Row) -> None:
+def test_nothing_grows_under_all_faults_together(field: Environment, row: Row) -> None:
     """Growth: from the end of the warm-up (a third of the time) to the end, of the broker and of two workers that are
     spared. In the warm-up the broker is killed too; then it must live, or nothing could grow in it.
     """

@@ -7,11 +7,11 @@ import time
 import pytest
 
 from tests.faults.brokers import ReportWatch
-from tests.faults.environment import MAX_CONN, TTL_S, WORKERS, Arena
+from tests.faults.environment import MAX_CONN, TTL_S, WORKERS, Environment
 from tests.faults.events import Checkout
 from tests.faults.results import CONFIRMED_S, Row, percentile, scale, spread
 from tests.faults.server_log import Depth
-from tests.faults.worker_fleet import Crew
+from tests.faults.worker_fleet import WorkerFleet
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 600))]
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 600))]
     "sigkill", "SIGKILL of a random worker every 0.5 s: idle, in a query, in the middle of connecting",
     "slot back: p99 ≤ 0.5 s",
 )  # fmt: skip
-def test_the_slots_of_killed_workers_come_back(field: Arena, row: Row) -> None:
+def test_the_slots_of_killed_workers_come_back(field: Environment, row: Row) -> None:
     """Slot back: from the kill until the first report of the broker has come that shows no lease of that process.
 
     A slot that is not counted for anybody is what the next waiter gets in the same turn of the broker's loop. Reports
@@ -55,7 +55,7 @@ def test_the_slots_of_killed_workers_come_back(field: Arena, row: Row) -> None:
         assert row.worst <= 0.5
 
 
-def _kill(crew: Crew, number: int, kind: str, rng: random.Random) -> float:
+def _kill(crew: WorkerFleet, number: int, kind: str, rng: random.Random) -> float:
     """Kill a worker in the ordered situation; return when."""
     since = time.monotonic()
     order, sign = {"idle": ("i", "idle"), "in a query": ("q", "queries")}.get(kind, ("r", ""))
@@ -74,7 +74,7 @@ def _kill(crew: Crew, number: int, kind: str, rng: random.Random) -> float:
 @pytest.mark.row(
     "sigstop", "SIGSTOP for 3 TTL, then SIGCONT", "waiter served ≤ TTL + 0.5 s; stale connections handed out: 0"
 )
-def test_frozen_workers_lose_their_slots_to_waiters_and_find_out_loudly(field: Arena, row: Row) -> None:
+def test_frozen_workers_lose_their_slots_to_waiters_and_find_out_loudly(field: Environment, row: Row) -> None:
     """Freeze workers that have all slots (half lent out, half idle), while the others wait for one.
 
     A connection is stale when it is handed out although, by the server's log, its backend had ended for a while when

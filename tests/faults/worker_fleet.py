@@ -21,7 +21,7 @@ _MOST_WORKERS = 8192
 ANSWER_S = 60.0
 
 
-class Crew:
+class WorkerFleet:
     """All workers of one test. A worker's number names its byte in the orders file and its file of events."""
 
     def __init__(self, directory: Path, seed: int, config: dict[str, Any], **habits: Any) -> None:

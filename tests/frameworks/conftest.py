@@ -8,13 +8,13 @@ import pytest
 import sharedpool
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.support import automatic_broker as automatic
-from tests.support.processes import Sampler
+from tests.support.processes import BackendSampler
 
 
 @pytest.fixture
-def sampler(postgres: EphemeralPostgres, name: str) -> Iterator[Sampler]:
+def sampler(postgres: EphemeralPostgres, name: str) -> Iterator[BackendSampler]:
     """The most backends that the server has at a time."""
-    with Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
+    with BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
         yield sampler
 
 

@@ -219,7 +219,7 @@ def live_connections_move():
     until_told()
     jobs = [gevent.spawn(write, greenlet) for greenlet in range(5)]
     gevent.joinall(jobs, timeout=60, raise_error=True)
-    print(pool._holdings.adopted, flush=True)
+    print(pool._local.adopted, flush=True)
 
 
 def patched_late():

@@ -19,7 +19,7 @@ from psycopg2.extensions import connection
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.frameworks.assertions import stuck
 from tests.frameworks.celery_files import through_files
-from tests.support.processes import Sampler, alive
+from tests.support.processes import BackendSampler, alive
 from tests.support.waiting import wait_until
 
 LIMIT = 3
@@ -122,7 +122,7 @@ def test_all_tasks_are_done_by_three_connections(
     most: int,
 ) -> None:
     threads = {"TARGET_THREADS": "1"} if "threads" in options else {}
-    with Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler, start_worker(*options, **threads):
+    with BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler, start_worker(*options, **threads):
         done = outcomes([look(0.005) for _ in range(150)])
     assert least <= len({process for process, _ in done}) <= most
     assert 2 <= sampler.peak <= LIMIT

@@ -26,7 +26,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.utils import ConnectionHandler
 
 import sharedpool
-from tests.support.processes import Sampler, workers
+from tests.support.processes import BackendSampler, workers
 from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -287,7 +287,7 @@ def test_a_server_returns_connections_at_the_end_of_requests(
 ) -> None:
     manage("migrate")
     log = tmp_path / "server.log"
-    watching = Sampler(database, f"sharedpool django default {site} [%")
+    watching = BackendSampler(database, f"sharedpool django default {site} [%")
     with watching as seen, serving(command, log) as port, ThreadPoolExecutor(8) as executor:
         answers = list(executor.map(get, [port] * 160))
     assert max(answer["connections"] for answer in answers) <= 3

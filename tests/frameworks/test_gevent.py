@@ -17,7 +17,7 @@ import psycopg2.extensions
 import pytest
 
 import sharedpool
-from tests.support.processes import Sampler, workers
+from tests.support.processes import BackendSampler, workers
 from tests.support.waiting import wait_until
 
 SCRIPT = Path(__file__).with_name("green_worker.py")
@@ -138,7 +138,7 @@ def test_without_psycogreen_connections_are_closed_and_opened_in_place_of_moved(
 def test_live_connections_move_between_patched_processes(settings: dict[str, Any]) -> None:
     with closing(psycopg2.connect(settings["dsn"])) as conn, conn, conn.cursor() as cursor:
         cursor.execute("CREATE TABLE moves (body text)")
-    settings |= {"max_conn": 2, "slice": 0}
+    settings |= {"max_conn": 2, "time_slice": 0}
     with running("live_connections_move", settings) as one, running("live_connections_move", settings) as two:
         for each in (one, two):
             assert each.hears() == "ready"
@@ -245,7 +245,7 @@ def test_a_gunicorn_worker_answers_while_one_of_its_requests_waits_for_a_lease(
 
 
 def test_gunicorn_workers_share_the_limit(as_in_readme: dict[str, Any], tmp_path: Path) -> None:
-    watching = Sampler(as_in_readme["dsn"], f"sharedpool {as_in_readme['name']} [%")
+    watching = BackendSampler(as_in_readme["dsn"], f"sharedpool {as_in_readme['name']} [%")
     as_in_readme["max_conn"] = 3
     with watching as seen, gunicorn(tmp_path, as_in_readme, "-w", "2") as port, ThreadPoolExecutor(16) as executor:
         workers_seen: set[int] = set()

@@ -16,7 +16,7 @@ from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.frameworks.assertions import stuck
 from tests.frameworks.web_servers import Server, load, request, serving, traffic
 from tests.support import automatic_broker as automatic
-from tests.support.processes import LONG, Sampler, alive
+from tests.support.processes import LONG, BackendSampler, alive
 from tests.support.waiting import wait_until
 
 LIMIT = 3
@@ -91,7 +91,7 @@ def ended_well(server: Server, name: str) -> None:
 )
 def test_every_request_is_answered_by_three_connections(
     gunicorn: Gunicorn,
-    sampler: Sampler,
+    sampler: BackendSampler,
     name: str,
     options: list[str],
     conf: str,
@@ -115,7 +115,7 @@ def test_every_request_is_answered_by_three_connections(
 
 @pytest.mark.parametrize("conf", ["", HOOKS], ids=["no hooks", "hooks"])
 def test_a_reload_doubles_the_workers_and_loses_no_request(
-    gunicorn: Gunicorn, sampler: Sampler, name: str, conf: str
+    gunicorn: Gunicorn, sampler: BackendSampler, name: str, conf: str
 ) -> None:
     with gunicorn("-w", "4", conf=conf) as server:
         with traffic(server) as seen:
@@ -135,7 +135,7 @@ def test_a_reload_doubles_the_workers_and_loses_no_request(
     ids=["no hooks", "gthread, preload, hooks"],
 )
 def test_workers_that_are_recycled_all_the_time_lose_no_request(
-    gunicorn: Gunicorn, sampler: Sampler, name: str, options: list[str], conf: str
+    gunicorn: Gunicorn, sampler: BackendSampler, name: str, options: list[str], conf: str
 ) -> None:
     with gunicorn("-w", "4", "--max-requests", "25", "--max-requests-jitter", "10", *options, conf=conf) as server:
         answers = load(server, 300)
@@ -146,7 +146,7 @@ def test_workers_that_are_recycled_all_the_time_lose_no_request(
 
 @pytest.mark.parametrize("conf", ["", HOOKS], ids=["no hooks", "hooks"])
 def test_killed_workers_cost_their_own_requests_and_no_slot(
-    gunicorn: Gunicorn, sampler: Sampler, name: str, conf: str, all_slots: AllSlots
+    gunicorn: Gunicorn, sampler: BackendSampler, name: str, conf: str, all_slots: AllSlots
 ) -> None:
     kills = 4
     with gunicorn("-w", "4", conf=conf) as server:
@@ -204,7 +204,7 @@ def test_a_worker_that_gunicorn_kills_for_its_timeout_leaves_no_slot_taken(
         assert all_slots(LIMIT) == LIMIT
 
 
-def test_the_hook_leaves_the_pool_of_a_preloading_master_alone(gunicorn: Gunicorn, sampler: Sampler) -> None:
+def test_the_hook_leaves_the_pool_of_a_preloading_master_alone(gunicorn: Gunicorn, sampler: BackendSampler) -> None:
     conf = OWN_HOOK + REAPED_BY_ANOTHER
     with gunicorn("-w", "2", "--preload", conf=conf, TARGET_AT_IMPORT="1") as server:
         before = {answer["worker"] for answer in load(server, 20)}

@@ -21,7 +21,7 @@ from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.frameworks.celery_files import through_files
 from tests.frameworks.web_servers import HERE, load, serving
 from tests.support import automatic_broker
-from tests.support.processes import LONG, Sampler
+from tests.support.processes import LONG, BackendSampler
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else: run as root")
 PACKAGES = [str(Path(sharedpool.__file__).parents[1]), *(path for path in sys.path if path.endswith("-packages"))]
@@ -115,7 +115,7 @@ def test_gunicorn_that_gives_up_root_shares_the_limit(
         environment["TARGET_AT_IMPORT"] = "1"
     command = [account.python, "-m", "gunicorn", "--bind", "fd://{fd}", "-w", "4", *options]
     command += ["--user", account.name, "--group", account.group, "wsgi_target:app"]
-    with runtime_dir_of(0) as roots, Sampler(server.dsn, "sharedpool as nobody [%") as sampler:
+    with runtime_dir_of(0) as roots, BackendSampler(server.dsn, "sharedpool as nobody [%") as sampler:
         if xdg:
             environment["XDG_RUNTIME_DIR"] = str(roots)
         with automatic_broker.seen_off(roots / "sharedpool"), serving(command, tmp_path / "log", environment) as served:

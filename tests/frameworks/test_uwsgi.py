@@ -17,7 +17,7 @@ import sharedpool
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.frameworks.web_servers import Server, load, serving, traffic
 from tests.support import automatic_broker as automatic
-from tests.support.processes import Sampler, alive
+from tests.support.processes import BackendSampler, alive
 from tests.support.waiting import wait_until
 
 LIMIT = 3
@@ -130,7 +130,7 @@ def ended_well(server: Server, name: str) -> None:
 )
 def test_every_request_is_answered_by_three_connections(
     uwsgi: StartUwsgi,
-    sampler: Sampler,
+    sampler: BackendSampler,
     name: str,
     options: list[str],
     environment: dict[str, str],
@@ -156,7 +156,7 @@ def test_nothing_of_the_pool_is_left_in_the_master_when_it_forks(uwsgi: StartUws
         assert os.listdir(f"/proc/{server.process.pid}/task") == [str(server.process.pid)]
 
 
-def test_recycled_workers_lose_no_request(uwsgi: StartUwsgi, sampler: Sampler, name: str) -> None:
+def test_recycled_workers_lose_no_request(uwsgi: StartUwsgi, sampler: BackendSampler, name: str) -> None:
     with uwsgi("--max-requests", "25", "--min-worker-lifetime", "0", **POSTFORK) as server:
         answers = load(server, 200)
         # It waits for ever for a worker that it starts again while it ends.
@@ -168,7 +168,7 @@ def test_recycled_workers_lose_no_request(uwsgi: StartUwsgi, sampler: Sampler, n
 
 @pytest.mark.parametrize("environment", [POSTFORK, IN_MASTER], ids=["postfork", "used in the master"])
 def test_reloads_and_killed_workers_leave_no_slot_taken(
-    uwsgi: StartUwsgi, sampler: Sampler, all_slots: AllSlots, environment: dict[str, str]
+    uwsgi: StartUwsgi, sampler: BackendSampler, all_slots: AllSlots, environment: dict[str, str]
 ) -> None:
     with uwsgi(**environment) as server:
         with traffic(server) as seen:

@@ -51,9 +51,9 @@ with held.cursor() as cursor:
 held.commit()
 with held.cursor() as cursor:
     cursor.execute("UPDATE kept SET answer = 43")
-before = sharedpool.reset_after_fork(), pool._holdings  # in the process that made the pools: nothing
+before = sharedpool.reset_after_fork(), pool._local  # in the process that made the pools: nothing
 fork()
-assert pool._holdings is before[1]
+assert pool._local is before[1]
 assert answer(held, "SELECT answer FROM kept") == 43
 held.rollback()
 assert answer(held, "SELECT answer FROM kept") == 42, "the child has committed the parent's work"
@@ -84,7 +84,7 @@ CASES = {
     raises(sharedpool.PoolClosed, pool.get_conn)
 """,
     "purge_expired_connections": """
-    pool._holdings.cache.expiration_s = 0.0
+    pool._local.cache.expiration_s = 0.0
     assert pool.purge_expired_connections() == 0
 """,
     "a new pool of the same name": """

@@ -200,7 +200,7 @@ def test_a_broker_whose_address_another_has_taken_makes_way(
     runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its lock file was deleted, and somebody was faster than it: a cleaner must not make two brokers of one."""
-    monkeypatch.setattr("sharedpool.broker.server.server._KEEP_EVERY_S", 0.1)
+    monkeypatch.setattr("sharedpool.broker.server.server._CHECK_FILES_EVERY_S", 0.1)
     address = f"ipc://{runtime_dir}/cleaned.sock"
     server = Server(BrokerSettings(address, 1))
     server.bind()
@@ -361,7 +361,7 @@ def test_no_grant_leaves_before_it_is_in_the_journal(runtime_dir: Path, monkeypa
     address = f"ipc://{runtime_dir}/journal.sock"
     server = Server(BrokerSettings(address, most))
     server.bind()
-    send = server._post.send
+    send = server._router.send
     unwritten = []
 
     def looking(session: bytes, frame: bytes) -> None:
@@ -372,7 +372,7 @@ def test_no_grant_leaves_before_it_is_in_the_journal(runtime_dir: Path, monkeypa
                 unwritten.append(token)
         send(session, frame)
 
-    monkeypatch.setattr(server._post, "send", looking)
+    monkeypatch.setattr(server._router, "send", looking)
     thread = threading.Thread(target=server.run)
     context = zmq.Context()
     dealer = context.socket(zmq.DEALER)

@@ -120,7 +120,7 @@ def test_one_that_may_not_be_ended_keeps_no_other_alive(
         nonsense = Backend(2**40, 1, ended.boot_us)  # from a journal that nobody has validated
         wait_until(lambda: control.state == "connected")
         for serial, backend in enumerate((refused, nonsense, ended)):
-            control.fence(Fence(Token(1, serial), "p", backend, "a test"))
+            control.enqueue_fence(Fence(Token(1, serial), "p", backend, "a test"))
         assert {listener.gone.get(timeout=10), listener.gone.get(timeout=10)} == {Token(1, 1), Token(1, 2)}
         assert listener.gone.empty()
         assert backend_of(mighty) == refused

@@ -90,7 +90,7 @@ assert pool.stats().adopted or not sharedpool.worker.connection.handover.SUPPORT
 other.release_all()
 pool.release_all()
 for each in (pool, other):
-    each._holdings.shells._trim(0)  # as time would: what is left of connections that have moved is closed
+    each._local.shells._trim(0)  # as time would: what is left of connections that have moved is closed
 gc.collect()
 foreign.check()
 print("done", flush=True)

@@ -215,7 +215,7 @@ def test_the_broker_sees_every_server_that_its_workers_have_been_on(
             database.restart("immediate")
             conn = pool.get_conn(timeout=10)
             wait_until(lambda: broker._control._boot_us != first, what="the broker to see the new server")
-            (lease,) = pool._holdings.cache.leases.values()
+            (lease,) = pool._local.cache.leases.values()
             assert lease.backend is not None
             assert lease.backend.boot_us == broker._control._boot_us
             pool.put_conn(conn)

@@ -140,10 +140,10 @@ class Host:
     @property
     def descriptors(self) -> int:
         """How many are open, but for those of empty connections, and the lane with its timer."""
-        holdings = self.pool._holdings
+        holdings = self.pool._local
         shells = sum(map(len, holdings.shells._stock.values()))
         probes = 2 * sum(map(len, Probe._pairs.values()))
-        lane = FOR_A_LANE + len(holdings.seats._all) if holdings.seats is not None else 0
+        lane = FOR_A_LANE + len(holdings.wait_sockets._all) if holdings.wait_sockets is not None else 0
         return len(os.listdir("/proc/self/fd")) - shells - probes - lane
 
 
@@ -168,7 +168,7 @@ def test_a_shortage_that_passes_costs_no_more_than_the_connection_that_comes_mea
     assert host.pool.stats().adopted == 2
     before = host.descriptors
     if shell == "built":
-        host.pool._holdings.shells._stock.clear()
+        host.pool._local.shells._stock.clear()
     # In its place one of its own is opened, which takes two: of those that are left, or that an empty one had.
     lacks = left < (1 if shell == "kept" else 2)
     with pytest.raises(sharedpool.PoolError, match=r"raise the limit \(`ulimit -n`") if lacks else nullcontext():

@@ -24,9 +24,9 @@ from sharedpool.wire.desk import Live
 from sharedpool.wire.messages import Token
 from sharedpool.worker.connection.handover import SUPPORTED, Stub, adopt
 from sharedpool.worker.connection.pooled import PooledConnection
-from sharedpool.worker.local_pool import Holdings
+from sharedpool.worker.local_pool import LocalPool
 from tests.support.pool_pair import MakePair, ask, leave_what_comes, moved, report
-from tests.support.processes import Piped, Sampler, Worker, run_python, workers
+from tests.support.processes import BackendSampler, Piped, Worker, run_python, workers
 from tests.support.running_query import Query
 from tests.support.waiting import wait_until
 
@@ -276,7 +276,7 @@ def test_a_process_that_can_build_no_shell_goes_on_without(
 ) -> None:
     _, b = pair()
     monkeypatch.setattr("sharedpool.worker.connection.handover.Stub.port", 1 << 20)
-    b._holdings.shells._stock.clear()
+    b._local.shells._stock.clear()
     conn = b.get_conn()
     assert ask(conn, "SELECT 1") == 1
     assert "no hand-over in this process" in caplog.text
@@ -293,7 +293,7 @@ def test_a_process_where_an_adopted_connection_does_not_work_goes_on_without(
     """The self-test finds it: here a shell that speaks with another backend than it says."""
     a, b = pair()
     others: list[extensions.connection] = []
-    shells = b._holdings.shells
+    shells = b._local.shells
     build, built = shells._build, set[PooledConnection]()
     monkeypatch.setattr(shells, "_build", lambda *of: built.add(shell := build(*of)) or shell)
     shells._stock.clear()
@@ -307,7 +307,7 @@ def test_a_process_where_an_adopted_connection_does_not_work_goes_on_without(
 
     monkeypatch.setattr("sharedpool.worker.local_pool.adopt", go_wrong)
     rounds = 0
-    while b._holdings.handover:
+    while b._local.handover_enabled:
         rounds += 1
         assert rounds < 20
         conn = b.get_conn()
@@ -316,27 +316,27 @@ def test_a_process_where_an_adopted_connection_does_not_work_goes_on_without(
         a.put_conn(a.get_conn())
     assert rounds >= 3  # once or twice it may have been a slow server
     assert "no hand-over in this process" in caplog.text
-    assert b._holdings.adopted == 0
+    assert b._local.adopted == 0
     wait_until(lambda: report(broker, name).leases == 1, 10, "the connection that was passed in vain to be ended")
 
 
 def test_the_first_connection_that_a_broker_passes_is_tried_with_a_cancel(
     pair: MakePair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent: list[tuple[Holdings, Token]] = []
-    cancel = Holdings.cancel
+    sent: list[tuple[LocalPool, Token]] = []
+    cancel = LocalPool.cancel_query
 
-    def note(holdings: Holdings, token: Token, **options: bool) -> None:
+    def note(holdings: LocalPool, token: Token, **options: bool) -> None:
         sent.append((holdings, token))
         cancel(holdings, token, **options)
 
-    monkeypatch.setattr(Holdings, "cancel", note)
+    monkeypatch.setattr(LocalPool, "cancel_query", note)
     a, b = pair(timeout=1)  # which moves it from the second to the first
-    assert a._holdings.adopted == 1
+    assert a._local.adopted == 1
     assert sent == []  # a cancel that is lost would cost its caller a second
     b.put_conn(b.get_conn(timeout=10))
-    assert [holdings for holdings, _ in sent] == [b._holdings]
-    assert b._holdings.adopted == 1
+    assert [holdings for holdings, _ in sent] == [b._local]
+    assert b._local.adopted == 1
     for giver, taker in ((b, a), (a, b)):
         conn = moved(giver, taker, lambda conn: None)
         assert ask(conn, "SELECT pg_sleep(0.05)") == ""
@@ -361,8 +361,8 @@ def test_where_the_broker_may_not_cancel_connections_are_not_handed_over(
         late = ThreadedConnectionPool(config, GivenBroker(broker.address))
         late.put_conn(late.get_conn(timeout=10))
         assert report(broker, "watched").handovers == 1  # the trial
-        assert [pool._holdings.adopted for pool in pools] == [0, 0]
-        assert [pool._holdings.hands_over for pool in (*pools, late)] == [True, True, False]
+        assert [pool._local.adopted for pool in pools] == [0, 0]
+        assert [pool._local.hands_over for pool in (*pools, late)] == [True, True, False]
         for pool in (*pools, late):
             pool.release_all()
 
@@ -383,7 +383,7 @@ def test_a_backend_that_ends_on_the_way_is_not_handed_out(
     conn = b.get_conn()
     assert ask(conn, "SELECT pg_backend_pid()") not in ended
     assert len(ended) == 1
-    assert b._holdings.handover
+    assert b._local.handover_enabled
 
 
 def test_a_shell_is_built_for_this_process_alone() -> None:
@@ -419,15 +419,15 @@ def test_a_backend_that_ends_while_parked_or_moving_is_not_handed_out(
         got = taker.get_conn()
         assert ask(got, "SELECT pg_backend_pid()") != pid
         taker.put_conn(got)
-    assert a._holdings.handover  # that is no reason to do without
-    assert b._holdings.handover
+    assert a._local.handover_enabled  # that is no reason to do without
+    assert b._local.handover_enabled
 
 
 def test_threads_of_several_processes_share_few_connections(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str
 ) -> None:
     settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 3, "threads": True}
-    with workers(4, **settings) as crew, Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
+    with workers(4, **settings) as crew, BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
         for worker in crew:
             worker.send("hammer", seconds=2, threads=3, timeout=30)
         outcomes = [worker.answer() for worker in crew]
@@ -443,7 +443,7 @@ def test_no_slot_is_lost_with_a_process_that_ends_or_stops_in_the_middle_of_a_tr
     settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 2}
     stop = tmp_path / "stop"
     rng = random.Random(number)
-    with workers(4, **settings) as crew, Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
+    with workers(4, **settings) as crew, BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
         for worker in crew:
             worker.send("hammer", seconds=60, threads=1, timeout=30, work_s=0.001, stop=str(stop))
         for each in range(3 if number == signal.SIGKILL else 1):  # a frozen one holds up the rest for a TTL
@@ -540,7 +540,7 @@ def test_what_is_read_and_written_over_thousands_of_moves_is_what_it_should_be(
     with server_connection.cursor() as cursor:
         cursor.execute("CREATE TABLE moves (worker int, n int, body text, PRIMARY KEY (worker, n))")
     total = _MOVES
-    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 2, "slice": 0}
+    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 2, "time_slice": 0}
     try:
         with workers(5, **settings) as crew:
             for number, worker in enumerate(crew):

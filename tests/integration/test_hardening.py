@@ -104,7 +104,7 @@ def test_other_peoples_tokens_and_words_out_of_order_change_nothing(
 ) -> None:
     pool = make_pool(max_conn=1)
     conn = pool.get_conn()
-    (token,) = pool._holdings.cache.leases
+    (token,) = pool._local.cache.leases
     with line_to(broker.address) as dealer:
         for message in (
             Acquire(1, 0),  # before any HELLO
@@ -256,7 +256,7 @@ def test_by_tcp_a_pid_counts_only_where_it_means_the_same_process(
     ):
         near.ask("get", name="x", timeout=10)
         for line, pid in ((far, near.pid), (nowhere, 2**22)):  # pid_max: nobody has it
-            line.send(encode(Hello(PROTOCOL_VERSION, pid, socket.gethostname(), "bare", spec, place="another")))
+            line.send(encode(Hello(PROTOCOL_VERSION, pid, socket.gethostname(), "bare", spec, pid_namespace="another")))
             assert isinstance(decode_to_worker(line.recv()), Welcome)
         near.kill()
         wait_until(lambda: not any(s.pool == "near" and not s.suspect for s in fetch_report(broker.address).sessions))

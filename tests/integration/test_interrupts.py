@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 import sharedpool
-from sharedpool.descriptors.owned import NOBODYS, Identity, identity
+from sharedpool.descriptors.owned import NOTHING, Identity, identity
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.worker.connection import closing
 from sharedpool.worker.pool import Pool
@@ -98,7 +98,7 @@ def _leaves_with(frame: FrameType) -> bool:
 
 def open_files() -> dict[int, Identity]:
     found = {number: identity(number) for each in os.listdir("/proc/self/fd") if (number := int(each)) > 2}
-    return {number: known for number, known in found.items() if known != NOBODYS}  # without the folder itself
+    return {number: known for number, known in found.items() if known != NOTHING}  # without the folder itself
 
 
 Way = Callable[[Pool, Pool], Callable[[], object]]
@@ -118,7 +118,7 @@ class Watch:
         self.close_foreign(place)
         for pool in self.pools:
             # By their numbers: a ticket that is referred to here would not be seen to be abandoned.
-            for each in (*pool._holdings.cache.leases, *pool._holdings.cache.waiting):
+            for each in (*pool._local.cache.leases, *pool._local.cache.waiting):
                 self._guilty.setdefault((pool, each), place)
         for each in open_files().items():
             self._guilty.setdefault(each, place)
@@ -137,12 +137,12 @@ class Watch:
         """Return the places after which something is still held, or waited for, by nobody."""
         found: list[object] = []
         for pool in self.pools:
-            cache = pool._holdings.cache
+            cache = pool._local.cache
             held = [lease.token for lease in list(cache.leases.values()) if lease not in set(cache.idle)]
             found += [(pool, each) for each in (*held, *cache.waiting)]
-            found += ["dropped connections are being reclaimed"] if pool._holdings.reclaiming.busy else []
+            found += ["dropped connections are being reclaimed"] if pool._local.reclaim_lock.locked else []
             found += [(pool, token) for token, (_, held) in list(cache.arriving.items()) if held() is not None]
-            if (seats := pool._holdings.seats) is not None:
+            if (seats := pool._local.wait_sockets) is not None:
                 found += [seat for seat in seats._all if seat not in seats._free]
         gc.collect()
         return [f"{each}: {self._guilty.get(each, '?')}" for each in found]
@@ -152,7 +152,7 @@ class Watch:
         gc.collect()
         # One is made once and kept: on which nothing can be sent.
         found = {
-            each for each in open_files().items() if each not in self._before.items() and each != closing._dead_end
+            each for each in open_files().items() if each not in self._before.items() and each != closing._dead_socket
         }
         return [f"{number}: {self._guilty.get((number, known), '?')}" for number, known in found]
 
@@ -256,7 +256,7 @@ def test_an_interrupt_in_any_line_loses_nothing(
     wait_until(lambda: can_have(a, most), 30, "all slots to be had")
     for pool in (a, b):
         pool.release_all()
-        pool._holdings.shells._trim(0)
+        pool._local.shells._trim(0)
     wait_until(lambda: all(thread in others for thread in threading.enumerate()), what="the link's end")
     wait_for_none(watch.still_open, 5)
 

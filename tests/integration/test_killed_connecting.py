@@ -13,7 +13,7 @@ from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.integration.test_broker import free_port
 from tests.integration.test_hardening import server_in_a_thread
 from tests.support import proxies
-from tests.support.processes import Sampler, Worker, as_pid_1, workers
+from tests.support.processes import BackendSampler, Worker, as_pid_1, workers
 from tests.support.waiting import wait_until
 
 LIMIT = 2
@@ -39,7 +39,7 @@ def test_workers_that_are_killed_while_they_connect_cost_no_slot(
     with (
         proxies.LateCloser(postgres, late_s=6.0, accept_late_s=1.0) as slow,
         server_in_a_thread(address, max_conn=LIMIT, dsn=postgres.dsn, ttl_s=1.5),
-        Sampler(postgres.dsn, "sharedpool killed [%") as sampler,
+        BackendSampler(postgres.dsn, "sharedpool killed [%") as sampler,
     ):
         settings = {"broker": address, "dsn": slow.dsn, "max_conn": LIMIT, "name": "killed"}
         for number in range(1, LIMIT + 1):

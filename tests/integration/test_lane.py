@@ -19,11 +19,11 @@ from sharedpool.broker.core.moves import ARRIVAL_S
 from sharedpool.cli.client import fetch_report
 from sharedpool.lane.lane import SUPPORTED
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
-from sharedpool.wire.board import SEATS
+from sharedpool.wire.board import PLACES
 from sharedpool.worker.connection import handover
 from tests.integration.test_cli import sharedpool_command
 from tests.support.pool_pair import MakePair, report
-from tests.support.processes import LONG, Sampler, Worker, workers
+from tests.support.processes import LONG, BackendSampler, Worker, workers
 from tests.support.stepping import GIVING, TAKING
 from tests.support.waiting import wait_until
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 
 _TTL_S = 1.5
 # Each checkin is a move, whoever comes next.
-_EAGER = {"slice": 0, "threads": True}
+_EAGER = {"time_slice": 0, "threads": True}
 
 _LEAVE_ALL = """
     SET sharedpool.user = 'me'; CREATE TEMP TABLE left_over (n int); SELECT pg_advisory_lock(42); LISTEN news;
@@ -121,7 +121,7 @@ def test_a_process_that_is_killed_in_the_middle_of_a_move_costs_no_slot(
     impatient: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, step: str
 ) -> None:
     settings = {"dsn": postgres.dsn, "broker": impatient.address, "name": name, "max_conn": 1, **_EAGER}
-    with workers(2, **settings) as crew, Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
+    with workers(2, **settings) as crew, BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
         with at_work(crew, tmp_path / "stop") as outcomes:
             wait_for_moves(impatient, name)
             with Stepping(at=step, number=signal.SIGKILL, **settings) as victim:
@@ -143,7 +143,7 @@ def test_a_process_that_is_stopped_in_the_middle_of_a_move_costs_no_slot_and_goe
     with (
         workers(2, **settings) as crew,
         Stepping(at=step, number=signal.SIGSTOP, **settings) as victim,
-        Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
+        BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
     ):
         with at_work(crew, tmp_path / "stop") as outcomes:
             wait_for_moves(impatient, name)
@@ -168,7 +168,7 @@ def test_a_process_that_is_killed_while_it_is_stopped_costs_no_slot(
     with (
         workers(2, **settings) as crew,
         Stepping(at=step, number=signal.SIGSTOP, **settings) as victim,
-        Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
+        BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
     ):
         with at_work(crew, tmp_path / "stop") as outcomes:
             wait_for_moves(impatient, name)
@@ -189,7 +189,7 @@ def test_connections_move_while_there_is_no_broker_and_the_next_one_finds_them(
     address = f"ipc://{runtime_dir}/b.sock"
     first = sharedpool.start_broker(60, address=address, dsn=postgres.dsn, ttl=_TTL_S)
     settings = {"dsn": postgres.dsn, "broker": address, "name": name, "max_conn": 2, **_EAGER}
-    with workers(4, **settings) as crew, Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
+    with workers(4, **settings) as crew, BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
         with at_work(crew, tmp_path / "without") as then:
             wait_for_moves(first, name)
             os.kill(first.pid, signal.SIGKILL)
@@ -233,7 +233,7 @@ def test_what_was_lost_with_a_broker_is_back_as_soon_as_all_have_told_what_they_
         receiver.wait(5)
         with (
             sharedpool.start_broker(60, address=address, dsn=postgres.dsn, ttl=ttl_s),
-            Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
+            BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
         ):
             assert other.ask("get", name="it", timeout=30)["waited"] < ttl_s / 2
     assert sampler.peak == 1
@@ -247,7 +247,7 @@ def test_connections_move_past_the_broker(
 ) -> None:
     """Threads of one process are among those that share them."""
     settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 2, **_EAGER}
-    with workers(3, **settings) as crew, Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
+    with workers(3, **settings) as crew, BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
         with at_work(crew, tmp_path / "stop", threads=2) as outcomes:
             wait_for_moves(broker, name)
             before = report(broker, name)
@@ -264,11 +264,12 @@ def test_connections_move_past_the_broker(
 def test_more_threads_than_seats_take_turns_and_cost_no_connect(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
 ) -> None:
-    """They queue for a seat, as the others queue for a connection. (The broker could pass nothing to a thread without.)
+    """They queue for a wait socket, as the others queue for a connection. (The broker could pass nothing to a thread
+    without.)
 
     Nor is a connection taken for lost, and ended, that a thread has received and has had no time to list.
     """
-    threads = SEATS + 32
+    threads = PLACES + 32
     settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 4, **_EAGER}
     with workers(2, **settings) as crew, at_work(crew, tmp_path / "stop", threads=threads) as outcomes:
         wait_for_moves(broker, name)
@@ -290,7 +291,7 @@ def test_who_is_invited_before_he_is_welcome_takes_part(pair: MakePair) -> None:
     try:
         for pool in late:
             pool.put_conn(pool.get_conn())
-            wait_until(lambda pool=pool: pool._holdings.seats is not None, 5, "it to take part")
+            wait_until(lambda pool=pool: pool._local.wait_sockets is not None, 5, "it to take part")
     finally:
         for pool in late:
             pool.release_all()
@@ -491,7 +492,7 @@ def test_operators_are_told_and_obeyed_while_connections_move(
             (count,) = cast("tuple[int]", cursor.fetchone())
             return count
 
-    with workers(4, **settings) as crew, Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
+    with workers(4, **settings) as crew, BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
         pids = {worker.pid for worker in crew}
         with at_work(crew, tmp_path / "stop") as outcomes:
             for turn in range(2):

@@ -61,7 +61,7 @@ def test_the_second_is_told_who_has_the_limit_and_follows_at_its_end(candidates:
     held, waits = first.connect(), second.connect()
     assert first.claim(held) == ""
     assert f"backend {held.info.backend_pid} (sharedpool broker aaaaaaaa" in second.claim(waits)
-    assert 0.5 < second.leadership.due < 1.5  # not at the same moments as others that wait for it
+    assert 0.5 < second.leadership.claim_at < 1.5  # not at the same moments as others that wait for it
     second.claim(waits)
     held.close()
     wait_until(lambda: second.claim(waits) == "")

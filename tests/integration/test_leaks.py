@@ -127,7 +127,7 @@ def test_a_users_finalizer_may_put_even_while_its_thread_is_at_the_books(make_po
 
     for _ in range(10):
         handle = Handle()
-        with pool._holdings.lock:  # the collector may run in any line, this one included
+        with pool._local.lock:  # the collector may run in any line, this one included
             del handle
             gc.collect()
         handle = Handle()

@@ -60,7 +60,7 @@ def test_a_registration_that_has_ended_leaves_the_pool_to_its_successor(make_poo
     """A retired pool that is used on: its registration ends with each last lease, the next checkout needs another."""
     pool = make_pool(pool_manager=sharedpool.ThreadedConnectionPool)
     pool.retire()
-    holdings = pool._holdings
+    holdings = pool._local
     conn = pool.get_conn(timeout=10)
     first, link = holdings.registration, holdings.link
     assert first is not None
@@ -71,7 +71,7 @@ def test_a_registration_that_has_ended_leaves_the_pool_to_its_successor(make_poo
         held = executor.submit(pool.get_conn, timeout=10)  # while the first is between its last look and its farewell
         second = wait_until(lambda: holdings.registration, what="another registration")
         assert second is not first
-        assert holdings.cache.out is not first.outbox, "the first would send the second's words as its own"
+        assert holdings.cache.outbox is not first.outbox, "the first would send the second's words as its own"
         gate.opened.set()
         conn = held.result()
         assert first.over.wait(10)
@@ -98,11 +98,11 @@ def test_the_pools_of_a_process_share_one_thread_one_context_and_one_line(make_p
         pool.close_idle()
         threads.add(len(os.listdir("/proc/self/task")))
         descriptors.append(len(os.listdir("/proc/self/fd")))
-    assert len({pool._holdings.link for pool in pools}) == 1
-    assert len({pool._holdings.registration for pool in pools}) == len(pools)
+    assert len({pool._local.link for pool in pools}) == 1
+    assert len({pool._local.registration for pool in pools}) == len(pools)
     assert len(threads) == 1
     assert descriptors[-1] <= descriptors[0] + 1  # a connection that is ended in this moment
-    link = pools[0]._holdings.link
+    link = pools[0]._local.link
     assert link is not None
     for pool in pools[1:]:
         pool.release_all()
@@ -190,7 +190,7 @@ def test_a_checkout_in_the_links_own_thread_is_refused_at_once(make_pool: MakePo
 def test_a_former_brokers_welcome_is_told_from_a_successors_with_a_lower_number(make_pool: MakePool) -> None:
     pool = make_pool()
     pool.put_conn(pool.get_conn(timeout=10))
-    link = pool._holdings.link
+    link = pool._local.link
     assert link is not None
     answer = Welcome(PROTOCOL_VERSION, link.epoch - 1, 1, 1000, 1000, nonce=link._nonce)
     assert link._is_late(answer)  # this line has a broker already

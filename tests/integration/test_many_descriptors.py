@@ -34,7 +34,7 @@ def lowest_socket(worker: Worker) -> int:
 def test_processes_with_many_files_start_their_broker_and_pass_a_connection_to_each_other(
     postgres: EphemeralPostgres, runtime_dir: Path, tmp_path: Path
 ) -> None:
-    settings = {"dsn": postgres.dsn, "name": "many files", "max_conn": 1, "slice": 0, "threads": True}
+    settings = {"dsn": postgres.dsn, "name": "many files", "max_conn": 1, "time_slice": 0, "threads": True}
     stop = tmp_path / "stop"
     with automatic_broker.seen_off(), workers(2, files=FILES, **settings) as (a, b):
         backend = a.ask("get", name="x", timeout=20)["backend"]

@@ -22,9 +22,9 @@ from typing import Any
 import pytest
 
 import sharedpool
-from sharedpool.broker.core.snapshot import Observation
-from sharedpool.broker.metrics.http_server import Web
-from sharedpool.broker.metrics.service import Lookout
+from sharedpool.broker.core.snapshot import Snapshot
+from sharedpool.broker.metrics.http_server import HttpServer
+from sharedpool.broker.metrics.service import MetricsService
 from sharedpool.cli.status import fetch_report
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.support.broker_process import POOL, STATE, Broker, running
@@ -274,10 +274,10 @@ def test_no_request_disturbs_the_next(served: Broker, request_bytes: bytes) -> N
 
 
 def test_a_broker_that_does_not_answer_is_said_so() -> None:
-    def late(limit_s: float) -> Observation:
+    def late(limit_s: float) -> Snapshot:
         raise TimeoutError
 
-    web = Web("127.0.0.1", 0, late)
+    web = HttpServer("127.0.0.1", 0, late)
     web.start()
     try:
         with pytest.raises(urllib.error.HTTPError) as caught:
@@ -290,14 +290,14 @@ def test_a_broker_that_does_not_answer_is_said_so() -> None:
 
 def test_who_looks_waits_no_longer_than_it_says_and_not_at_all_for_a_broker_that_ends() -> None:
     words: list[object] = []
-    lookout = Lookout("127.0.0.1:0", words.append, lambda now: pytest.fail("nobody runs the words"))
+    lookout = MetricsService("127.0.0.1:0", words.append, lambda now: pytest.fail("nobody runs the words"))
     with pytest.raises(TimeoutError):
-        lookout.look(0.05)
+        lookout.snapshot(0.05)
     outcome: list[str] = []
 
     def look() -> None:
         try:
-            lookout.look(60)
+            lookout.snapshot(60)
         except TimeoutError as error:
             outcome.append(str(error))
 
@@ -308,7 +308,7 @@ def test_who_looks_waits_no_longer_than_it_says_and_not_at_all_for_a_broker_that
     thread.join(10)
     assert outcome == ["the broker is ending"]
     with pytest.raises(TimeoutError, match="ending"):
-        lookout.look(60)
+        lookout.snapshot(60)
 
 
 def test_the_status_names_every_lease(served: Broker, postgres: EphemeralPostgres) -> None:

@@ -717,7 +717,7 @@ def test_garbage_in_a_cycle_is_returned_too(single: Pool) -> None:
 
 
 def next_heartbeat(pool: Pool) -> None:
-    link = pool._holdings.link
+    link = pool._local.link
     assert link is not None
     heard_at = link.heard_at
     wait_until(lambda: link.heard_at > heard_at, timeout_s=5 * TTL_S, what="the broker's answer to a heartbeat")
@@ -776,7 +776,7 @@ def test_what_a_forked_child_does_with_a_handle_leaves_the_parent_alone(single: 
 
 def test_a_finalizer_takes_no_lock(single: Pool) -> None:
     handle = PgSimple(single)
-    with single._holdings.lock:  # garbage collection may run in the very thread that holds it
+    with single._local.lock:  # garbage collection may run in the very thread that holds it
         worker = threading.Thread(target=handle.__del__, daemon=True)
         worker.start()
         worker.join(5)

@@ -24,7 +24,7 @@ from sharedpool.wire.messages import ReleaseReason
 from sharedpool.worker import checkout as checkouts
 from sharedpool.worker.checkout import checkout
 from sharedpool.worker.connection.pooled import PooledConnection
-from sharedpool.worker.core.lease import Lease, Ticket
+from sharedpool.worker.core.lease import Lease, Waiter
 from tests.support.waiting import wait_until
 
 MakePool = Callable[..., sharedpool.Pool]
@@ -500,7 +500,7 @@ def test_purge_tells_how_many_it_closed(make_pool: MakePool, backends: Backends)
     for conn in conns:
         pool.put_conn(conn)
     assert pool.purge_expired_connections() == 0
-    pool._holdings.cache.expiration_s = 0.0  # as if 60 seconds had passed
+    pool._local.cache.expiration_s = 0.0  # as if 60 seconds had passed
     assert pool.purge_expired_connections() == 3
     assert backends(pool) == set()
 
@@ -811,19 +811,19 @@ def test_a_lease_that_is_too_old_to_be_connected_is_given_back_and_another_is_wa
     make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its thread may have been frozen between the grant and the connect, for any time."""
-    worn = checkouts._worn
+    worn = checkouts._reason_to_replace
     too_old: list[object] = []
 
     def first_is_too_old(
-        ticket: Ticket, lease: Lease, conn: PooledConnection | None, now: float
+        ticket: Waiter, lease: Lease, conn: PooledConnection | None, now: float
     ) -> ReleaseReason | None:
         if conn is None and not too_old:
             too_old.append(lease)
             return ReleaseReason.UNUSED
         return worn(ticket, lease, conn, now)
 
-    monkeypatch.setattr(checkouts, "_worn", first_is_too_old)
+    monkeypatch.setattr(checkouts, "_reason_to_replace", first_is_too_old)
     pool = make_pool(max_conn=1)
     pool.put_conn(pool.get_conn(timeout=10))
-    assert too_old[0] not in pool._holdings.cache.leases.values()
-    assert len(pool._holdings.cache.leases) == 1
+    assert too_old[0] not in pool._local.cache.leases.values()
+    assert len(pool._local.cache.leases) == 1

@@ -14,7 +14,7 @@ import sharedpool
 from sharedpool.cli.client import fetch_report
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.reports import PoolReport
-from tests.support.processes import Piped, Sampler, Worker, workers
+from tests.support.processes import BackendSampler, Piped, Worker, workers
 from tests.support.waiting import wait_until
 
 MakePool = Callable[..., sharedpool.Pool]
@@ -62,7 +62,7 @@ def test_processes_and_threads_share_one_limit(
 ) -> None:
     with (
         workers(6, **settings, max_conn=3, threads=True) as crew,
-        Sampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
+        BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
     ):
         for worker in crew:
             worker.send("hammer", seconds=2, threads=2, timeout=30)

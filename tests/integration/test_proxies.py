@@ -21,7 +21,7 @@ from sharedpool.postgres.conninfo import resolve
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.worker.connection.connection import connect, describe
 from tests.support import proxies
-from tests.support.processes import Sampler, Worker, as_pid_1
+from tests.support.processes import BackendSampler, Worker, as_pid_1
 from tests.support.waiting import wait_until
 
 MakePool = Callable[..., sharedpool.Pool]
@@ -265,7 +265,7 @@ def test_a_connect_that_waits_in_a_proxys_queue_is_waited_for(postgres: Ephemera
             wait_until(lambda: slow.accepted == 1, what="the connect to be queued")
             victim.kill(signal.SIGKILL)
             waiter.send("get", name="c", timeout=40)
-            with Sampler(postgres.dsn, "sharedpool queued%") as sampler:
+            with BackendSampler(postgres.dsn, "sharedpool queued%") as sampler:
                 assert "backend" in waiter.answer()
             assert sampler.peak == 1
 

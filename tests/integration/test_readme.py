@@ -18,7 +18,7 @@ import sharedpool
 from sharedpool.cli import _COMMANDS, main
 from tests.support import automatic_broker, documents
 from tests.support.documents import EXAMPLES, ON_CALL, README
-from tests.support.processes import LONG, Sampler
+from tests.support.processes import LONG, BackendSampler
 
 # Given where to connect, not how the pool works: one row for all of them.
 WHERE = {"dsn", "db_url", "connect_kwargs"}
@@ -87,7 +87,7 @@ def test_the_quick_start_is_one_pool_however_often_it_is_started(books: str, run
     assert url in script
     script = script.replace(url, f"dsn={books!r}").replace("timeout=5", "timeout=60")  # many at once, on any machine
     start = functools.partial(subprocess.Popen, [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    with Sampler(books, "sharedpool default [%") as sampler:
+    with BackendSampler(books, "sharedpool default [%") as sampler:
         started = [start() for _ in range(count)]
         said = [process.communicate(timeout=100)[0] for process in started]
     assert said == ["(0,)\n"] * count

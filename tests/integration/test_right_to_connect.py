@@ -13,7 +13,7 @@ from psycopg2.extensions import connection, make_dsn
 from sharedpool.cli.client import fetch_report
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.integration.test_hardening import server_in_a_thread
-from tests.support.processes import Sampler, Worker, workers
+from tests.support.processes import BackendSampler, Worker, workers
 from tests.support.waiting import wait_until
 
 CREW, LIMIT, SECONDS = 4, 4, 3.0
@@ -81,7 +81,7 @@ def test_a_fleet_whose_role_may_not_connect_any_more_says_so_and_comes_back(
         admin(server) as conn,
         server_in_a_thread(address, dsn=server.dsn, ttl_s=3.0),
         workers(CREW, dsn=dsn, broker=address, name="fleet", max_conn=LIMIT) as crew,
-        Sampler(server.dsn, "sharedpool fleet [%") as sampler,
+        BackendSampler(server.dsn, "sharedpool fleet [%") as sampler,
     ):
         for worker in crew:
             assert "backend" in worker.ask("get", name="x", timeout=10)

@@ -523,7 +523,7 @@ def test_a_connection_that_has_moved_names_its_server(pair: MakePair, postgres: 
 def test_the_environment_does_not_lead_a_shell_elsewhere(pair: MakePair, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = pair()
     for pool in (a, b):
-        pool._holdings.shells._stock.clear()
+        pool._local.shells._stock.clear()
     for name, value in (("PGHOSTADDR", "127.0.0.1"), ("PGREQUIREPEER", "nobody"), ("PGREQUIREAUTH", "scram-sha-256")):
         monkeypatch.setenv(name, value)
     for name, value in (("PGSSLMODE", "verify-full"), ("PGSSLROOTCERT", "system"), ("PGOPTIONS", "-c work_mem=1MB")):

@@ -113,7 +113,7 @@ def test_it_can_be_read_in_light_and_dark(page: Page, scheme: str) -> None:
     page.prefer(scheme)
     contrast = """
         (() => {
-          const channels = (css) => css.match(/[\\d.]+/g).slice(0, 3).map((value) => value / 255)
+          const channels = (css) => css.match(/[\\d.]+/g).time_slice(0, 3).map((value) => value / 255)
             .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
           const light = (css) => { const [r, g, b] = channels(css); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
           const paper = getComputedStyle(document.body).backgroundColor;

@@ -16,7 +16,7 @@ from sharedpool.cli.client import fetch_report
 from sharedpool.wire.reports import PoolReport
 from sharedpool.worker.connection.handover import SUPPORTED
 from tests.support import automatic_broker, documents, proxies
-from tests.support.processes import Sampler, workers
+from tests.support.processes import BackendSampler, workers
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="connections cannot be handed over on this platform")
@@ -125,7 +125,7 @@ def test_connections_move_between_processes_and_the_server_sees_them_encrypted(
     stop = tmp_path / "stop"
     with (
         workers(6, dsn=dsn, broker=broker, max_conn=3, name=POOL, threads=True) as crew,
-        Sampler(far.near_dsn, OURS) as sampler,
+        BackendSampler(far.near_dsn, OURS) as sampler,
     ):
         for worker in crew:
             worker.send("hammer", seconds=60, threads=2, timeout=30, stop=str(stop))
@@ -149,7 +149,7 @@ def test_connections_move_between_processes_and_the_server_sees_them_encrypted(
 def test_a_killed_workers_slot_comes_back(doing: str, far: proxies.Certified, dsn: str, broker: str | None) -> None:
     with (
         workers(2, dsn=dsn, broker=broker, max_conn=1, name=POOL) as (victim, waiter),
-        Sampler(far.near_dsn, OURS) as sampler,
+        BackendSampler(far.near_dsn, OURS) as sampler,
     ):
         lost = victim.ask("get", name="c", timeout=10)["backend"]
         if doing == "in a query":

@@ -249,7 +249,7 @@ def test_every_way_of_checking_out_is_known_by_its_users_line(make_pool: MakePoo
 
 def sites(pool: sharedpool.Pool) -> list[str]:
     """What the next heartbeat says."""
-    return [report.stack[0] for report in reports(pool._holdings.cache.leases.values(), 0.0, {}) if report.stack]
+    return [report.stack[0] for report in reports(pool._local.cache.leases.values(), 0.0, {}) if report.stack]
 
 
 def test_without_debug_checkouts_the_short_way_is_open_and_nothing_is_noted(make_pool: MakePool) -> None:
@@ -259,8 +259,8 @@ def test_without_debug_checkouts_the_short_way_is_open_and_nothing_is_noted(make
         for _ in range(2):
             pool.put_conn(pool.get_conn(timeout=10))
         assert pool.stats().hits == 1
-    assert plain._latch[0]
-    assert not noted._latch[0]
+    assert plain._fast_path[0]
+    assert not noted._fast_path[0]
     kept = plain.get_conn()
     assert sites(plain) == []
     plain.put_conn(kept)

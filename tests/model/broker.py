@@ -14,29 +14,29 @@ import msgspec
 
 from sharedpool.broker.core.commands import (
     Admit,
+    CancelBackend,
     CloseLane,
     Command,
     Dismiss,
-    Doubt,
-    Entrust,
     Entry,
     Erase,
     Fence,
     Forget,
-    Halt,
-    Interfere,
-    LetIn,
-    Look,
+    GiveInLane,
+    HaltMoves,
+    InviteToLane,
+    JoinQueue,
+    MarkJournalComplete,
     Member,
     OpenLane,
     PassOn,
-    Proceed,
     Process,
-    Queue,
     Record,
     Send,
-    ToLane,
-    Vouch,
+    StartMoves,
+    SurveyServer,
+    TransferCustody,
+    VerifyServer,
     Watch,
 )
 from sharedpool.broker.core.ledger import Ledger
@@ -46,9 +46,9 @@ from sharedpool.broker.core.recovery import GRACE_OVER
 from sharedpool.lane.lane import Ticket as Place
 from sharedpool.wire import desk
 from sharedpool.wire.admin import Order, OrderKind
-from sharedpool.wire.board import BROKERS_PLACE, BROKERS_REQUEST, SHELF
+from sharedpool.wire.board import BROKER_PLACE, BROKER_REQUEST, SHELF
 from sharedpool.wire.codec import decode_to_broker, decode_to_worker, encode
-from sharedpool.wire.desk import Deposit, Give, Leave, Moved, Stay
+from sharedpool.wire.desk import Deposit, Give, Leave, LineOwner, Moved
 from sharedpool.wire.messages import Acquire, Grant, Hello, ToBroker, Token
 from tests.model.desk import checked
 from tests.model.lane import End, Grip, Item, Lane
@@ -120,9 +120,9 @@ class Broker:
         self.watched: dict[bytes, Process] = {}
         self.custody: dict[Token, Proc] = {}
         self.fences: dict[Token, Fence] = {}
-        self.looks: deque[Look] = deque()
-        self.doubts: deque[Doubt] = deque()
-        self.interferes: deque[Interfere] = deque()
+        self.looks: deque[SurveyServer] = deque()
+        self.doubts: deque[VerifyServer] = deque()
+        self.interferes: deque[CancelBackend] = deque()
         self.words: deque[Callable[[Ledger, float], list[Command]]] = deque()
         self.boot = 0  # of the server the control connection is on; 0: not connected yet
         self.granted: dict[Token, tuple[bytes, int]] = {}
@@ -131,7 +131,7 @@ class Broker:
         self.seats: dict[str, deque[Packet | None]] = {}
         self.leaves_alone: set[str] = set()  # lanes in which connections move
         self.homes: dict[bytes, int] = {}  # the sessions' lines to the desk
-        self.invited: dict[bytes, LetIn] = {}  # who has not come to the desk yet
+        self.invited: dict[bytes, InviteToLane] = {}  # who has not come to the desk yet
         self.grip = Grip(b"broker")
         journal = world.journal
         entries = journal.reopen()
@@ -139,7 +139,7 @@ class Broker:
             epoch,
             max_conn=world.cap,
             ttl_s=TTL_S,
-            remembers=journal.intact,
+            journal_complete=journal.intact,
             instance=INSTANCE,
             desk="desk" if world.has_desk else "",
             handover=world.handover,
@@ -155,7 +155,7 @@ class Broker:
         self.execute(self.ledger.restore(self._entries, self.world.now, self._members))
         self.execute(self.ledger.reached(self.world.now, direct=not self.world.proxied, fault=""))
         if self._follows and not self._intact:
-            self.execute(self.ledger.hold(TTL_S, self.world.now))
+            self.execute(self.ledger.begin_grace_period(TTL_S, self.world.now))
         else:
             self.world.journal.vouch()
 
@@ -202,15 +202,15 @@ class Broker:
                     self.world.journal.admit(member)
                 case Dismiss(session):
                     self.world.journal.dismiss(session)
-                case Entrust(token, heir):
+                case TransferCustody(token, heir):
                     self.custody[heir] = self.custody.pop(token)
                 case PassOn():
                     self._pass_on(command)
                     token = command.message.token
-                    grants.append((self.ledger._books.leases[token].session.id, command.message))
-                case Interfere():
+                    grants.append((self.ledger._slots.leases[token].session.id, command.message))
+                case CancelBackend():
                     self.interferes.append(command)
-                case Vouch():
+                case MarkJournalComplete():
                     self.world.journal.vouch()
                 case Watch(session, process):
                     self._watch(session, process)
@@ -219,29 +219,29 @@ class Broker:
                     self.invited.pop(session, None)
                 case OpenLane(pool, serial):
                     self._open_lane(pool, serial)
-                case LetIn():
+                case InviteToLane():
                     self._let_in(command)
-                case ToLane():
+                case GiveInLane():
                     self._to_lane(command)
-                case Queue(pool, times, looks):
+                case JoinQueue(pool, times, looks):
                     for _ in range(times):
-                        self.lanes[pool].queue(Place(SHELF, BROKERS_PLACE, BROKERS_REQUEST))
+                        self.lanes[pool].queue(Place(SHELF, BROKER_PLACE, BROKER_REQUEST))
                     self._take_later(pool, looks)
-                case Proceed(pool):
+                case StartMoves(pool):
                     self.leaves_alone.add(pool)
-                case Halt(pool):
+                case HaltMoves(pool):
                     self.leaves_alone.discard(pool)
                     self._empty_later(pool)
                 case CloseLane(pool):
                     self._close_lane(pool)
                 case Fence():
                     self._fence(command)
-                case Look():
+                case SurveyServer():
                     self.looks.append(command)
-                case Doubt():
+                case VerifyServer():
                     self.doubts.append(command)
         self.ledger.check_invariants()
-        assert self.world.journal.live.keys() == self.ledger._books.leases.keys(), "the journal differs from the books"
+        assert self.world.journal.live.keys() == self.ledger._slots.leases.keys(), "the journal differs from the books"
         for session, grant in grants:
             self._check_grant(session, grant)
 
@@ -268,7 +268,7 @@ class Broker:
 
     def _check_fence(self, fence: Fence) -> None:
         """What is to be ended is not known to be what another lease has in good use."""
-        for other in self.ledger._books.leases.values():
+        for other in self.ledger._slots.leases.values():
             good = other.state is SlotState.OPEN and other.backend == fence.backend and other.token != fence.token
             assert not good, f"{other.token} is in good use, and {fence} would end its connection"
 
@@ -294,7 +294,7 @@ class Broker:
         fails, self.cannot_pass = self.cannot_pass, False
         end = self.lanes.get(order.pool)
         if fails or end is None or not end.pass_on(order.number, order.place, message, proc):
-            self.words.append(lambda ledger, now: ledger.not_passed(message, now))
+            self.words.append(lambda ledger, now: ledger.not_delivered(message, now))
         else:
             self.world.passed += 1
 
@@ -305,23 +305,23 @@ class Broker:
         lane = Lane(pool, self.ledger.epoch)
         self.world.lanes.append(lane)
         self.lanes[pool] = End(lane, SHELF, b"broker")
-        self.seats[pool] = lane.bind(SHELF, BROKERS_PLACE)
+        self.seats[pool] = lane.bind(SHELF, BROKER_PLACE)
         self.words.append(lambda ledger, now: ledger.lane_opened(pool, serial, lane.board, now))
 
-    def _let_in(self, order: LetIn) -> None:
+    def _let_in(self, order: InviteToLane) -> None:
         self.invited.pop(order.session, None)
         number = self.homes.get(order.session)
         wire = next((wire for wire in self.world.network.wires if wire.number == number), None)
         if wire is None:
             self.invited[order.session] = order
         elif (end := self.lanes.get(order.pool)) is not None:
-            wire.answer(desk.LetIn(order.session, order.number, order.index, "here"), lane=end.lane)
+            wire.answer(desk.LaneInvitation(order.session, order.number, order.index, "here"), lane=end.lane)
 
-    def _to_lane(self, order: ToLane) -> None:
+    def _to_lane(self, order: GiveInLane) -> None:
         end, proc = self.lanes.get(order.pool), self.custody.get(order.token)
         if end is None or proc is None or not run(end.give(Item(order.token, order.cell, order.live, proc))):
             moved = Moved(0, order.token, order.cell, 0, order.live)
-            self.words.append(lambda ledger, now: ledger.unplaced(order.pool, moved, now))
+            self.words.append(lambda ledger, now: ledger.lane_full(order.pool, moved, now))
 
     def _empty_later(self, pool: str) -> None:
         if pool in self.lanes:
@@ -337,8 +337,8 @@ class Broker:
             moved, proc = taken
             proc.holders.discard(self.grip)
             most -= 1
-            commands += self.ledger.shelved(pool, moved, self.world.now)
-        return commands if most == 0 else commands + self.ledger.looked(pool, self.world.now)
+            commands += self.ledger.found_on_shelf(pool, moved, self.world.now)
+        return commands if most == 0 else commands + self.ledger.shelf_empty(pool, self.world.now)
 
     def _empty(self, pool: str) -> list[Command]:
         end = self.lanes.get(pool)
@@ -350,8 +350,8 @@ class Broker:
         while (taken := run(end.take(self.grip))) is not None:
             moved, proc = taken
             proc.holders.discard(self.grip)
-            commands += self.ledger.shelved(pool, moved, self.world.now)
-        return commands + self.ledger.looked(pool, self.world.now)
+            commands += self.ledger.found_on_shelf(pool, moved, self.world.now)
+        return commands + self.ledger.shelf_empty(pool, self.world.now)
 
     def _close_lane(self, pool: str) -> None:
         self.leaves_alone.discard(pool)
@@ -376,29 +376,29 @@ class Broker:
                 continue
             moved, proc = got
             proc.holders.discard(self.grip)
-            self.execute(self.ledger.came(pool, moved, self.world.now))
+            self.execute(self.ledger.received(pool, moved, self.world.now))
             if self.world.broker is not self or pool not in self.lanes:
                 return
         if pool not in self.leaves_alone:
             self.execute(self._empty(pool))
 
     def _line_ended(self, number: int) -> None:
-        self.words.append(lambda ledger, now: ledger.line_ended(number, now))
+        self.words.append(lambda ledger, now: ledger.line_closed(number, now))
 
     def _check_grant(self, session: bytes, grant: Grant | Moved) -> None:
-        books = self.ledger._books.sessions
-        assert grant.token in self.granted or not books[session].pool.held, f"{grant.token}: its pool is paused"
+        books = self.ledger._slots.sessions
+        assert grant.token in self.granted or not books[session].pool.paused, f"{grant.token}: its pool is paused"
         receiver = self.granted.setdefault(grant.token, (session, grant.request))
         assert receiver == (session, grant.request), f"{grant.token} was granted twice"
         for arrivals in self.arrivals.values():
             if (session, grant.request) in arrivals:
                 ahead = arrivals[: arrivals.index((session, grant.request))]
-                overtaken = [each for each in ahead if self.queued(*each) and not books[each[0]].pool.held]
+                overtaken = [each for each in ahead if self.queued(*each) and not books[each[0]].pool.paused]
                 assert not (self.world.in_order and overtaken), f"{overtaken} came before {session!r}"
                 arrivals.remove((session, grant.request))
 
     def queued(self, session: bytes, request: int) -> bool:
-        books = self.ledger._books.sessions.get(session)
+        books = self.ledger._slots.sessions.get(session)
         return books is not None and request in books.waiters
 
     # --- input
@@ -414,7 +414,7 @@ class Broker:
 
     def _note_arrival(self, session: bytes, message: Acquire) -> None:
         if message.wait_ms and not self.queued(session, message.request):
-            books = self.ledger._books.sessions.get(session)
+            books = self.ledger._slots.sessions.get(session)
             if books is not None and not books.restored and message.request not in books.granted:
                 arrivals = self.arrivals.setdefault(books.pool.name, [])
                 if (session, message.request) in arrivals:
@@ -435,7 +435,7 @@ class Broker:
                 self._take(session, token, proc)
             case Give():
                 self.execute(self.ledger.given(message, now))
-            case Stay(session):
+            case LineOwner(session):
                 self.homes[session] = wire.number
                 if (order := self.invited.get(session)) is not None:
                     self._let_in(order)
@@ -519,7 +519,7 @@ class Broker:
 
     def work(self, pick: int) -> None:
         """Do one of the control connection's jobs; what comes out is told to the ledger later."""
-        jobs: list[Fence | Look | Doubt | Interfere] = [*self.fences.values()]
+        jobs: list[Fence | SurveyServer | VerifyServer | CancelBackend] = [*self.fences.values()]
         if self.interferes:
             jobs.append(self.interferes[0])
         if self.looks:
@@ -529,36 +529,36 @@ class Broker:
         if not jobs:
             return
         match jobs[pick % len(jobs)]:
-            case Doubt() as doubt:
+            case VerifyServer() as doubt:
                 self._answer_doubt(doubt)
-            case Interfere() as order:
+            case CancelBackend() as order:
                 self._cancel(order)
-            case Look() as look:
+            case SurveyServer() as look:
                 if self.reach_server():
                     self._survey(look)
             case Fence() as fence:
                 if self.reach_server():
                     self._end(fence)
 
-    def _cancel(self, order: Interfere) -> None:
+    def _cancel(self, order: CancelBackend) -> None:
         """Now or never."""
         self.interferes.popleft()
         proc = self.world.server.find(order.backend) if self.reach_server() else None
         if proc is not None and proc.busy and not order.trial:
-            lease = self.ledger._books.leases.get(order.token)
+            lease = self.ledger._slots.leases.get(order.token)
             assert lease is not None, f"a cancel for {order.token} hits another lease's query"
             assert lease.session.id in proc.workers or not proc.workers, "a cancel hits another worker's query"
             proc.busy = False
         sent = None if proc is None else order.backend.pid % 5 > 0  # to some it may not
-        self.words.append(lambda ledger, now: ledger.interrupted(order, sent, now))
+        self.words.append(lambda ledger, now: ledger.query_cancelled(order, sent, now))
 
-    def _answer_doubt(self, doubt: Doubt) -> None:
+    def _answer_doubt(self, doubt: VerifyServer) -> None:
         self.doubts.popleft()
         before = self.boot
         same = self.reach_server() and before == self.boot
-        self.words.append(lambda ledger, now: ledger.answered_doubt(doubt.pool, doubt.generation, same, now))
+        self.words.append(lambda ledger, now: ledger.server_verified(doubt.pool, doubt.generation, same, now))
 
-    def _survey(self, look: Look) -> None:
+    def _survey(self, look: SurveyServer) -> None:
         self.looks.popleft()
         survey = self.world.server.survey(look.serial, look.barrier, self.world.now)
         if look.serial == GRACE_OVER and look.barrier:

@@ -11,7 +11,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from sharedpool.wire.codec import decode_to_desk, encode
-from sharedpool.wire.desk import Deposit, Give, LetIn, Live, Moved, Stay, ToDesk
+from sharedpool.wire.desk import Deposit, Give, LaneInvitation, LineOwner, Live, Moved, ToDesk
 from sharedpool.wire.messages import ReleaseReason
 from sharedpool.worker.core.cache import Cache
 from sharedpool.worker.core.lease import Closing, Lease
@@ -21,7 +21,7 @@ from tests.model.server import Proc
 if TYPE_CHECKING:
     from tests.model.world import World
 
-_ASKED_FOR = (ReleaseReason.TAKEN, ReleaseReason.OWED)
+_ASKED_FOR = (ReleaseReason.TAKEN, ReleaseReason.RETURN_DUE)
 
 
 @dataclass(eq=False)
@@ -91,12 +91,12 @@ class AtTheDesk:
             self.desk.leave()
         self.desk = self.world.connect(self) if path else None  # type: ignore[arg-type]
         if self.desk is not None:
-            self.desk.say(Stay(self.id))
+            self.desk.say(LineOwner(self.id))
 
     def welcome_at_desk(self, handover: bool) -> None:
         """Take part in the hand-over, if it can be; hand in all sockets."""
         self.hands_over = handover and self.handover and self.desk is not None
-        self.cache.slices.slice_s, self.cache.slices.hands_over = self.slice_s, self.hands_over
+        self.cache.time_slice.slice_s, self.cache.time_slice.hands_over = self.slice_s, self.hands_over
         for lease in self.cache.leases.values():
             lease.deposited = False
         self.deposit_all()
@@ -166,7 +166,7 @@ class AtTheDesk:
         else:
             self.giving.remove(giving)
             self.cache.given(lease)
-            self.cache.slices.parted(self.world.now)
+            self.cache.time_slice.note_given(self.world.now)
             self.flush()
 
     # --- the end
@@ -182,5 +182,5 @@ class AtTheDesk:
 
 def checked(packet: Packet) -> ToDesk:
     """Return what a packet says, as the broker reads it."""
-    assert not isinstance(packet.message, LetIn | Moved)
+    assert not isinstance(packet.message, LaneInvitation | Moved)
     return decode_to_desk(encode(packet.message))

@@ -67,7 +67,7 @@ class Lane:
 
     @property
     def lying(self) -> list[Proc]:
-        """What is on the shelf, or in a seat."""
+        """What is on the shelf, or in a wait socket."""
         packets = [*self.shelf, *(packet for box in self.seats.values() for packet in box)]
         return [packet.proc for packet in packets if packet is not None and packet.proc is not None]
 
@@ -112,7 +112,7 @@ class End:
     def queue(self, ticket: Place) -> bool:
         if not self.open:
             return False
-        self.board.note_asked()
+        self.board.count_request()
         if len(self.lane.queue) >= QUEUE_ROOM:
             return False
         self.lane.queue.append(ticket)
@@ -121,7 +121,7 @@ class End:
     def next_ticket(self) -> Place | None:
         while self.open and self.lane.queue:
             ticket = self.lane.queue.popleft()
-            if self.board.is_turn(ticket.place, ticket.request):
+            if self.board.is_waiting_at(ticket.place, ticket.request):
                 return ticket
         return None
 
@@ -167,12 +167,12 @@ class End:
     def _send(self, item: Item, request: int, holder: int, seat: tuple[int, int] | None) -> Generator[None, None, bool]:
         if not self.open or not self.board.has(item.cell, item.token):
             return False
-        moves = self.board.hand(item.cell, holder)
+        moves = self.board.set_holder(item.cell, holder)
         yield
         message = decode_moved(encode(Moved(request, item.token, item.cell, moves, item.live)))
         box, room = (self.lane.shelf, SHELF_ROOM) if seat is None else (self.lane.seats.get(seat), SEAT_ROOM)
         if not self.open or box is None or len(box) >= room:
-            self.board.hand(item.cell, self.number)
+            self.board.set_holder(item.cell, self.number)
             return False
         packet = Packet(message, item.proc)
         item.proc.holders.add(packet)
@@ -196,7 +196,7 @@ class End:
             return None
         yield
         moved, proc = got
-        return structs.replace(moved, moves=self.board.hand(moved.cell, self.number)), proc
+        return structs.replace(moved, moves=self.board.set_holder(moved.cell, self.number)), proc
 
     def receive(self, box: deque[Packet] | deque[Packet | None], grip: Grip) -> Got | None:
         if not box:

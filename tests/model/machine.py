@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sharedpool.broker.core.handover import NUDGE_LIMIT_S, NUDGE_S, TRY_AGAIN_S
 from sharedpool.wire.admin import Order, OrderKind
 from sharedpool.wire.messages import START_UP_LIMIT_S, ReleaseReason
-from sharedpool.worker.core.lease import Ticket
+from sharedpool.worker.core.lease import Waiter
 from tests.model.desk import Giving, Lack
 from tests.model.moving import LaneGiving, Thread
 from tests.model.network import Line
@@ -143,7 +143,7 @@ class GoodNetwork(RuleBasedStateMachine):
             conn.proc.busy = conn.works and pick // 16 % 2 == 0
             conn.proc.dirty = conn.works
         elif conn.lease is not None:
-            worker.cache.trouble(conn.lease, _TROUBLE[pick // 16 % len(_TROUBLE)])
+            worker.cache.report_failover_sign(conn.lease, _TROUBLE[pick // 16 % len(_TROUBLE)])
             worker.flush()
 
     @some("tickets")
@@ -292,7 +292,7 @@ class GoodNetwork(RuleBasedStateMachine):
             worker.step(step)
         elif isinstance(step, LaneGiving):
             worker.step_giving(step)
-        elif isinstance(step, Ticket):
+        elif isinstance(step, Waiter):
             worker.sit_down()
         else:
             worker.look_in_lane()
@@ -361,13 +361,13 @@ class GoodNetwork(RuleBasedStateMachine):
         broker = world.broker
         assert broker is not None
         broker.fuse = None
-        pool = broker.ledger._books.pools.get("a")
-        if broker.ledger._demand.paused or (pool is not None and pool.suspects and turn % 4 == 1):
+        pool = broker.ledger._slots.pools.get("a")
+        if broker.ledger._scheduler.holding_back or (pool is not None and pool.suspects and turn % 4 == 1):
             world.pass_long(TTL_S + 1)
-        elif pool is not None and pool.cancels is False:
+        elif pool is not None and pool.cancel_works is False:
             world.kill_broker(0)
             world.start_broker()
-        elif pool is not None and pool.cancels is None and world.now < pool.try_at:
+        elif pool is not None and pool.cancel_works is None and world.now < pool.try_at:
             world.pass_long(TRY_AGAIN_S)
 
     @precondition(lambda self: self.world.cap is None and self.world.handover)
@@ -702,9 +702,9 @@ class GoodNetwork(RuleBasedStateMachine):
                 worker, _ = self.one(pick)
                 broker.order(Order(0, OrderKind.DRAIN, number=worker.process.pid))
             case 7:
-                leases = broker.ledger._books.leases
+                leases = broker.ledger._slots.leases
                 for token in list(leases)[rest % 4 : rest % 4 + 1]:
-                    # Of one without a connection he knows whether its worker is gone: see `Orders.kill`.
+                    # Of one without a connection he knows whether its worker is gone: see `Admin.kill`.
                     if leases[token].findable or leases[token].session.id not in self.world.workers:
                         broker.order(Order(0, OrderKind.KILL, token=token))
 
@@ -747,9 +747,9 @@ class GoodNetwork(RuleBasedStateMachine):
         for _ in range(2):  # who keeps a connection for its slice is asked by then, if pressed only after the first
             world.pass_time(1.1 * NUDGE_S)
             quiesce(world)
-        books = None if world.broker is None else world.broker.ledger._books
+        books = None if world.broker is None else world.broker.ledger._slots
         pools = [] if books is None else books.contended.values()
-        if any(holder.nudge_at > world.now for pool in pools for holder in pool.pressed.values()):
+        if any(holder.nudge_at > world.now for pool in pools for holder in pool.asked_to_return.values()):
             world.pass_time(NUDGE_LIMIT_S)  # it was asked in vain before, and is asked again by then
             quiesce(world)
         for _ in range(

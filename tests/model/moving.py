@@ -1,7 +1,7 @@
 """A worker in the lane: what `waiting.py`, `mover.py`, `seats.py`, and of the lane `holdings.py` and `session.py`, do.
 
 A thread that waits there is a `Thread`, one that gives a `LaneGiving`: generators that go on by a step whenever they
-are asked to. Half of the checkouts and checkins go the short way (`mover.py`), where that is open.
+are asked to. Half of the checkouts and checkins go the fast path (`mover.py`), where that is open.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from msgspec import structs
 from sharedpool.errors import SharedPoolError
 from sharedpool.lane.lane import Ticket as Place
 from sharedpool.lane.wait_sockets import _AGAIN_LIMIT_S, AGAIN_S
-from sharedpool.wire.board import SEATS
-from sharedpool.wire.desk import Joined, LetIn, Live, Moved
-from sharedpool.wire.messages import Interrupt, Phase, ReleaseReason
+from sharedpool.wire.board import PLACES
+from sharedpool.wire.desk import Joined, LaneInvitation, Live, Moved
+from sharedpool.wire.messages import CancelQuery, Phase, ReleaseReason
 from sharedpool.worker.core.cache import Cache
-from sharedpool.worker.core.lease import Closing, Lease, Ticket
+from sharedpool.worker.core.lease import Closing, Lease, Waiter
 from sharedpool.worker.core.time_slice import STEADY_GAP_S
 from tests.model.desk import AtTheDesk, Conn, Giving, Lack
 from tests.model.lane import End, Got, Grip, Item, Lane
@@ -82,11 +82,13 @@ class Seat:
 
 @dataclass(eq=False, slots=True)
 class Thread:
-    """A thread that waits at a seat. `until` is what it is blocked for; `hand` what it has taken and not adopted."""
+    """A thread that waits at a wait socket. `until` is what it is blocked for; `hand` what it has taken and not
+    adopted.
+    """
 
     seat: Seat
     deadline: float
-    ticket: Ticket | None  # none on the short way
+    ticket: Waiter | None  # none on the fast path
     steps: Steps = field(default_factory=lambda: _nothing())
     grip: Grip = field(default_factory=lambda: Grip(b""))
     until: Callable[[], bool] | None = None
@@ -118,11 +120,11 @@ class InTheLane(AtTheDesk):
     world: World
     id: bytes
     cache: Cache
-    tickets: list[Ticket]
+    tickets: list[Waiter]
     patience: dict[int, bool]
     users: list[Conn]
     connecting: list[Lease]
-    quitting: list[Ticket]
+    quitting: list[Waiter]
     closing: list[tuple[Closing, Conn]]
 
     def __init__(self, *, handover: bool, slice_s: float) -> None:
@@ -140,55 +142,55 @@ class InTheLane(AtTheDesk):
         self.stray = Grip(b"")
         self.unfit = 0  # so many that come next fail their reset
         self._turn = 0
-        self.most_seats = SEATS
-        self.invitation: tuple[LetIn, Lane, int] | None = None  # of which broker
-        self.rung: list[Ticket] = []  # at their gates, to take a seat
-        self.abandoned: list[Ticket] = []  # an interrupt has ended the clean-up too
+        self.most_seats = PLACES
+        self.invitation: tuple[LaneInvitation, Lane, int] | None = None  # of which broker
+        self.rung: list[Waiter] = []  # at their gates, to take a wait socket
+        self.abandoned: list[Waiter] = []  # an interrupt has ended the clean-up too
         self.left_seats: list[tuple[Seat, int]] = []  # in the same way, and for how many beats more
 
     # --- the lane
 
     def read_home(self) -> None:
-        """The link reads what came on the session's line: `Session.let_in`."""
+        """The link reads what came on the session's line: `Session.invited`."""
         assert self.desk is not None
         packet = self.desk.down.popleft()
         message, lane = packet.message, packet.lane
-        assert isinstance(message, LetIn)
+        assert isinstance(message, LaneInvitation)
         assert isinstance(lane, Lane)
         self.invitation = message, lane, self.epoch
         if self.established:
             self.accept()
 
     def accept(self) -> None:
-        """`Session._accept`, `Holdings.enter_lane`."""
+        """`Session._accept`, `LocalPool.enter_lane`."""
         invitation, self.invitation = self.invitation, None
         if invitation is None or not self.hands_over or invitation[2] != self.epoch:
             return
         message, lane, _ = invitation
         assert self.desk is not None
         self.leave_lane()
-        # A former end here may still have seats at its addresses: its number is another.
+        # A former end here may still have wait sockets at its addresses: its number is another.
         self.end = End(lane, message.number, self.id, self._refuse, self._is_short)
         self.index = message.index
-        self.unused = [message.index * SEATS + seat for seat in range(self.most_seats - 1, -1, -1)]
+        self.unused = [message.index * PLACES + seat for seat in range(self.most_seats - 1, -1, -1)]
         self.cache.moving = lane.board.head
         self.rung = [ticket for ticket in self.tickets if self._is_at_gate(ticket)]
         self.desk.say(Joined(self.id))
         self.flush()
 
-    def _is_at_gate(self, ticket: Ticket) -> bool:
+    def _is_at_gate(self, ticket: Waiter) -> bool:
         waits = ticket.request in self.cache.waiting and not self.waits_in_lane(ticket)
         return waits and ticket not in self.quitting and ticket not in self.abandoned
 
     def sit_down(self) -> None:
-        """`Wait._change_place`: a thread that waits at a gate was rung, and takes a seat, if there is one."""
+        """`Wait._change_place`: a thread that waits at a gate was rung, and takes a wait socket, if there is one."""
         ticket = self.rung.pop(0)
         if self._is_at_gate(ticket) and (seat := self._take_seat()) is not None:
             self._start(ticket, seat, float("inf"))
-            self.cache.tickets.move(ticket, seat.place, self.world.now)
+            self.cache.waiters.change_place(ticket, seat.place, self.world.now)
             self.flush()
 
-    def _start(self, ticket: Ticket, seat: Seat, deadline: float) -> None:
+    def _start(self, ticket: Waiter, seat: Seat, deadline: float) -> None:
         thread = Thread(seat, deadline, ticket, grip=Grip(self.id))
         thread.steps = self._wait_at(thread, ticket)
         self.threads.append(thread)
@@ -220,15 +222,15 @@ class InTheLane(AtTheDesk):
     def _read(self, seats: list[Seat]) -> Got | None:
         return next((got for seat in seats if (got := seat.read(self.stray)) is not None), None)
 
-    def ring(self, ticket: Ticket) -> None:
+    def ring(self, ticket: Waiter) -> None:
         for thread in self.threads:
             if thread.ticket is ticket:
                 thread.seat.ring()
 
-    def waits_in_lane(self, ticket: Ticket) -> bool:
+    def waits_in_lane(self, ticket: Waiter) -> bool:
         return any(thread.ticket is ticket for thread in self.threads)
 
-    # --- seats
+    # --- wait sockets
 
     def _take_seat(self) -> Seat | None:
         if self.free_seats:
@@ -254,11 +256,11 @@ class InTheLane(AtTheDesk):
 
     @property
     def seat_news(self) -> bool:
-        """Whether the link sees that something came to a seat where nobody waits."""
+        """Whether the link sees that something came to a wait socket where nobody waits."""
         return any(seat.looks >= 0 and seat.box for seat in self.free_seats)
 
     def look_in_lane(self) -> None:
-        """`Session.look`."""
+        """`Session.receive_strays`."""
         if self.end is None:
             self.note_arrivals()
             return
@@ -282,7 +284,7 @@ class InTheLane(AtTheDesk):
         self.cache.unsure = any(thread.grip in in_hand for thread in self.threads)
 
     def beat_in_lane(self) -> None:
-        """`Seats.beat`, and a look."""
+        """`WaitSockets.check_all`, and a look."""
         for seat in list(self.free_seats):
             if (got := seat.read(self.stray)) is not None:
                 self._take_stray(got)
@@ -307,7 +309,7 @@ class InTheLane(AtTheDesk):
                 self.timer_at = min(self.timer_at, now + STEADY_GAP_S)
 
     def _settle(self, lease: Lease) -> None:
-        outcome = self.cache.checked_in(lease, self.world.now)
+        outcome = self.cache.reconsider_idle(lease, self.world.now)
         if isinstance(outcome, Closing):
             self._to_close([outcome])
         else:
@@ -324,8 +326,8 @@ class InTheLane(AtTheDesk):
 
     # --- taking
 
-    def go_the_short_way(self, ticket: Ticket, wait_s: float) -> bool:
-        """Wait in the lane, if connections move in it, the short way; return whether this thread does."""
+    def go_the_short_way(self, ticket: Waiter, wait_s: float) -> bool:
+        """Wait in the lane, if connections move in it, the fast path; return whether this thread does."""
         if not wait_s or not self.cache.moving[0] or self.end is None:
             return False
         self._turn += 1
@@ -338,16 +340,16 @@ class InTheLane(AtTheDesk):
                 return True
         return False
 
-    def wait(self, ticket: Ticket, wait_s: float) -> None:
-        """`Wait.wait`: at a seat, if there is one; else at a gate, where a ticket has no thread here."""
+    def wait(self, ticket: Waiter, wait_s: float) -> None:
+        """`Wait.wait`: at a wait socket, if there is one; else at a gate, where a ticket has no thread here."""
         now, cache = self.world.now, self.cache
-        ticket.begin_anew(now)
+        ticket.reset(now)
         self.tickets.append(ticket)
         seat = self._take_seat()
         in_lane = bool(wait_s) and seat is not None and seat.bound and seat.end.board.moving
         if not in_lane and not wait_s and any(held.phase is Phase.CLOSING for held in cache.leases.values()):
-            cache.out.append(cache.renewal(now, {}))
-        cache.tickets.want(ticket, wait_s, place=-1 if seat is None else seat.place, in_lane=in_lane)
+            cache.outbox.append(cache.renewal(now, {}))
+        cache.waiters.enqueue(ticket, wait_s, place=-1 if seat is None else seat.place, in_lane=in_lane)
         self.patience[ticket.request] = wait_s > 0
         if seat is not None:
             self._start(ticket, seat, now + wait_s)
@@ -364,7 +366,7 @@ class InTheLane(AtTheDesk):
         yield
         thread.until = None
 
-    def _take_short(self, thread: Thread, ticket: Ticket) -> Steps:
+    def _take_short(self, thread: Thread, ticket: Waiter) -> Steps:
         """`Mover._wait`."""
         seat, end = thread.seat, thread.seat.end
         again_at, now, request = float("-inf"), self.world.now, 0
@@ -377,7 +379,7 @@ class InTheLane(AtTheDesk):
                 if now >= thread.deadline or not end.board.moving or not self._is_in(end):
                     break
                 if now >= again_at:
-                    request = request or self.cache.tickets.new_request()
+                    request = request or self.cache.waiters.new_request()
                     again_at = now + (yield from seat.enter(request))
                     thread.hand = yield from end.take(thread.grip)
                     if thread.hand is not None:
@@ -402,7 +404,7 @@ class InTheLane(AtTheDesk):
     def _is_in(self, end: End) -> bool:
         return end.open
 
-    def go_the_long_way(self, ticket: Ticket, deadline: float) -> None:
+    def go_the_long_way(self, ticket: Waiter, deadline: float) -> None:
         """`checkout._wait`, from its beginning."""
         raise NotImplementedError
 
@@ -452,22 +454,22 @@ class InTheLane(AtTheDesk):
             return False
         return not (proc.dead or proc.cut)
 
-    def _wait_at(self, thread: Thread, ticket: Ticket) -> Steps:
-        """`Wait._go_on`, until the ticket is settled."""
+    def _wait_at(self, thread: Thread, ticket: Waiter) -> Steps:
+        """`Wait._step`, until the ticket is settled."""
         seat, end = thread.seat, thread.seat.end
         again_at = float("-inf")
         yield
-        while not ticket.settled:
+        while not ticket.is_done:
             now = self.world.now
             if not seat.bound:
                 self._stand_up(thread, ticket, now)
                 return
-            if not ticket.in_lane:
+            if not ticket.only_in_lane:
                 thread.deadline = float("inf")  # the broker's answer comes by then
                 yield from self._block(thread, thread.deadline)
                 thread.hand = seat.read(thread.grip)
             elif now >= thread.deadline or not end.board.moving:
-                self.cache.tickets.ask(ticket, now)
+                self.cache.waiters.ask(ticket, now)
             elif now >= again_at:
                 if again_at == float("-inf"):
                     thread.hand = yield from end.take(thread.grip)
@@ -480,22 +482,24 @@ class InTheLane(AtTheDesk):
             if thread.hand is not None:
                 yield from self._take_in(thread)
         self.threads.remove(thread)
-        seat.settled = seat.settled and ticket.finished
+        seat.settled = seat.settled and ticket.broker_is_done
         self._put_seat(seat)
         lease = ticket.lease
         if ticket in self.tickets and lease is not None and lease.conn is None and lease not in self.connecting:
             self.connecting.append(lease)
 
-    def _stand_up(self, thread: Thread, ticket: Ticket, now: float) -> None:
-        """`Wait._change_place`: the lane was left; this thread waits at a gate, or takes a seat in another lane."""
+    def _stand_up(self, thread: Thread, ticket: Waiter, now: float) -> None:
+        """`Wait._change_place`: the lane was left; this thread waits at a gate, or takes a wait socket in another
+        lane.
+        """
         self.threads.remove(thread)
         self._put_seat(thread.seat)
-        self.cache.tickets.move(ticket, -1, now)
+        self.cache.waiters.change_place(ticket, -1, now)
         if (seat := self._take_seat()) is not None:
             self._start(ticket, seat, thread.deadline)
-            self.cache.tickets.move(ticket, seat.place, now)
-        elif ticket.in_lane:
-            self.cache.tickets.ask(ticket, now)
+            self.cache.waiters.change_place(ticket, seat.place, now)
+        elif ticket.only_in_lane:
+            self.cache.waiters.ask(ticket, now)
         self.flush()
 
     def _take_in(self, thread: Thread) -> Steps:
@@ -509,8 +513,8 @@ class InTheLane(AtTheDesk):
         if other is not None and other is not thread.ticket:
             self.wake(other)
 
-    def _receive(self, got: Got, grip: Grip) -> Ticket | None:
-        """`Holdings.receive`."""
+    def _receive(self, got: Got, grip: Grip) -> Waiter | None:
+        """`LocalPool.receive`."""
         moved, proc = got
         lacks, self.lacks = self.lacks, Lack.NOTHING
         self.cache.arriving.pop(moved.token, None)
@@ -521,12 +525,12 @@ class InTheLane(AtTheDesk):
                 self.handover = self.hands_over = False
             return None
         if moved.passed is not None and moved.passed.trial:
-            self.cache.out.append(Interrupt(moved.token, trial=True))
+            self.cache.outbox.append(CancelQuery(moved.token, trial=True))
         conn = self._own(proc, grip)
         left = moved.live.left_ms
         retire_at = float("inf") if left is None else self.world.now + left / 1000
         try:
-            return self.cache.moved(moved, conn, retire_at, self.world.now)
+            return self.cache.received(moved, conn, retire_at, self.world.now)
         except SharedPoolError:
             proc.holders.discard(self.id)
             proc.cut = True
@@ -544,8 +548,8 @@ class InTheLane(AtTheDesk):
                 self._refuse(moved)
         ticket = thread.ticket
         if ticket is not None:
-            thread.seat.settled = thread.seat.settled and ticket.finished
-        if twice and (ticket is None or not ticket.settled):
+            thread.seat.settled = thread.seat.settled and ticket.broker_is_done
+        if twice and (ticket is None or not ticket.is_done):
             if thread.seat in self.seats:
                 self.left_seats.append((thread.seat, 1))
             if ticket is not None:
@@ -555,7 +559,7 @@ class InTheLane(AtTheDesk):
         if ticket is not None:
             self._give_up(ticket)
 
-    def _give_up(self, ticket: Ticket) -> None:
+    def _give_up(self, ticket: Waiter) -> None:
         if ticket in self.tickets:
             self.tickets.remove(ticket)
             self.wake(self.cache.give_up(ticket, self.world.now))
@@ -564,7 +568,7 @@ class InTheLane(AtTheDesk):
     # --- giving
 
     def may_move(self, closing: Closing, conn: Conn) -> bool:
-        """`Holdings._may_give`, of what is given while connections move."""
+        """`LocalPool._may_give`, of what is given while connections move."""
         lease, end = closing.lease, self.end
         if not self.hands_over or not conn.movable or not lease.deposited or lease.backend is None or not conn.works:
             return False
@@ -574,7 +578,7 @@ class InTheLane(AtTheDesk):
         return lease.cell >= 0 and lease.generation == end.board.generation
 
     def lay_back(self, closing: Closing, conn: Conn) -> bool:
-        laid = self.cache.lay_back(closing.lease, conn, self.world.now)
+        laid = self.cache.keep_after_all(closing.lease, conn, self.world.now)
         self.flush()
         return laid
 
@@ -582,9 +586,9 @@ class InTheLane(AtTheDesk):
         """`Mover.give`: return whether it was done."""
         cache, end, now = self.cache, self.end, self.world.now
         self._turn += 1
-        if self._turn % 2 == 0 or not cache.moving[0] or cache.owed or end is None:
+        if self._turn % 2 == 0 or not cache.moving[0] or cache.returns_due or end is None:
             return False
-        if now - lease.arrived < self.slice_s and lease.idle_s < STEADY_GAP_S:
+        if now - lease.arrived_at < self.slice_s and lease.idle_s < STEADY_GAP_S:
             self.timer_at = min(self.timer_at, now + self.slice_s + STEADY_GAP_S)
             lease.conn, lease.phase, lease.since = conn, Phase.IDLE, now
             cache.idle.append(lease)
@@ -625,14 +629,14 @@ class InTheLane(AtTheDesk):
         yield
         done = yield from end.give(Item(lease.token, lease.cell, giving.live, proc))
         yield
-        if not done:  # `not_moved`
+        if not done:  # `give_to_broker`
             done = self._say_given(closing, giving.live)
         self.lane_giving.remove(giving)
         proc.holders.discard(giving.grip)
         if done:
             self.cache.given(lease)
             self.parted_at = self.world.now
-            self.cache.slices.parted(self.world.now)
+            self.cache.time_slice.note_given(self.world.now)
         else:
             proc.cut = True
             self.cache.closed(lease, closing.reason, gone=proc.seen_dead)
@@ -660,7 +664,7 @@ class InTheLane(AtTheDesk):
     def _to_close(self, closing: list[Closing]) -> None:
         raise NotImplementedError
 
-    def wake(self, ticket: Ticket | None) -> None:
+    def wake(self, ticket: Waiter | None) -> None:
         raise NotImplementedError
 
 

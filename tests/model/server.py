@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from sharedpool.broker.core.commands import Survey
+from sharedpool.broker.core.commands import SurveyResult
 from sharedpool.broker.core.leases import QUEUE_LIMIT_S
 from sharedpool.broker.core.quarantine import SETTLE_S
 from sharedpool.wire.messages import Backend, Token
@@ -105,7 +105,7 @@ class Server:
             if Stage.QUEUED < proc.stage < Stage.OPEN and now - proc.forked_at >= _LOGIN_LIMIT_S:
                 self.end(proc)
 
-    def survey(self, serial: int, barrier: bool, now: float) -> Survey:
+    def survey(self, serial: int, barrier: bool, now: float) -> SurveyResult:
         """Return what the control connection sees; a barrier comes behind all earlier connects.
 
         But for those in a proxy's queue.
@@ -121,7 +121,7 @@ class Server:
                 proc.stage is Stage.FORKED and now - proc.forked_at > SETTLE_S - 1e-6
             ):
                 starting.add(proc.backend.pid)
-        return Survey(serial, frozenset(starting), tagged)
+        return SurveyResult(serial, frozenset(starting), tagged)
 
     def find(self, backend: Backend) -> Proc | None:
         """Return the living backend."""

@@ -3,10 +3,10 @@
 Modelled: processes that are killed, frozen, on another host; a broker that dies in the middle of what it was to do, and
 its journal; a server (`server.py`); messages by ZeroMQ, on a bad network lost, doubled, late (`network.py`); custody of
 sockets; and the hand-over of live connections (`desk.py`): giving step by step, passing, parking, withdrawing, cancels,
-sessions with and without it in one pool; and the lane (`lane.py`, `moving.py`): tickets, shelf and seats that go on
-without a broker, invitations that come before a WELCOME, threads without a seat, interrupts, the short and the long way
-to give and to take, step by step, over the real board. Not modelled: what psycopg2 and libpq do (a reset succeeds or
-fails), interrupts of who gives, and sockets that died on one side.
+sessions with and without it in one pool; and the lane (`lane.py`, `moving.py`): tickets, shelf and wait sockets that go
+on without a broker, invitations that come before a WELCOME, threads without a wait socket, interrupts, the short and
+the slow path to give and to take, step by step, over the real board. Not modelled: what psycopg2 and libpq do (a reset
+succeeds or fails), interrupts of who gives, and sockets that died on one side.
 
 What is promised, and looked at after every step, is in `promises.py`: never more backends than `max_conn`, each counted
 by a lease as long as it lives, in at most one worker's hands, passed on by nobody who still has it nor with an open

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 
 from sharedpool.broker.core.commands import Process
 from sharedpool.errors import SharedPoolError
-from sharedpool.wire.board import SEATS
+from sharedpool.wire.board import PLACES
 from sharedpool.wire.desk import Give, Live
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
     Ack,
+    CancelQuery,
     Deny,
     Gone,
     Grant,
     Hello,
-    Interrupt,
     Phase,
     PoolSpec,
     Recall,
@@ -34,7 +34,7 @@ from sharedpool.wire.messages import (
 )
 from sharedpool.worker.checkout import CHECK_AFTER_S
 from sharedpool.worker.core.cache import Cache
-from sharedpool.worker.core.lease import Closing, Lease, Ticket
+from sharedpool.worker.core.lease import Closing, Lease, Waiter
 from sharedpool.worker.core.lease_reports import lost, unfinished
 from tests.model.desk import Conn
 from tests.model.moving import InTheLane
@@ -71,12 +71,12 @@ class Worker(InTheLane):
         self.epoch = 0
         self.frozen = False
         self.shares_line = number % 3 == 0 and not remote  # with another pool of its process, which says HELLO first
-        self.most_seats = (SEATS, 2, SEATS, 1)[number % 4]
+        self.most_seats = (PLACES, 2, PLACES, 1)[number % 4]
         self.joined_epoch = 0  # whose lane it may be in
         self.tag = ""
-        self.tickets: list[Ticket] = []
+        self.tickets: list[Waiter] = []
         self.connecting: list[Lease] = []
-        self.quitting: list[Ticket] = []
+        self.quitting: list[Waiter] = []
         self.opening: list[Opening] = []
         self.users: list[Conn] = []
         self.closing: list[tuple[Closing, Conn]] = []
@@ -145,19 +145,19 @@ class Worker(InTheLane):
             self.beat_in_lane()
             self._to_close(self.cache.expire(now))
             assert not lost(self.cache.leases.values(), set(self.cache.idle), now)
-            self.cache.out.append(self.cache.renewal(now, {}))
+            self.cache.outbox.append(self.cache.renewal(now, {}))
             self.deposit_all()
             begun = {x.lease for x in unfinished(self.cache.leases.values(), now)}
             assert not begun & {giving.closing.lease for giving in [*self.giving, *self.lane_giving]}
             self.flush()
 
     def flush(self) -> None:
-        out = self.cache.out
+        out = self.cache.outbox
         while self.established and out:
             self.line.up.append(out.popleft())
 
     def receive(self, message: ToWorker) -> None:
-        """Take in a message as `Link._receive` and `Holdings.receive` do."""
+        """Take in a message as `Link._receive` and `LocalPool.receive` do."""
         now, cache = self.world.now, self.cache
         self.heard_at = now
         if isinstance(message, Reject):
@@ -183,7 +183,7 @@ class Worker(InTheLane):
                 self.joined_epoch = message.epoch
                 self._revoke(message.revoked)
                 self.welcome_at_desk(message.handover)
-                cache.tickets.registered(message.served, now)
+                cache.waiters.registered(message.served, now)
                 self.accept()
             case Stale():
                 self._to_close(cache.renew_generation(message.generation, now))
@@ -194,7 +194,7 @@ class Worker(InTheLane):
             case Grant():
                 self.wake(cache.granted(message, now))
             case Deny():
-                ticket = cache.tickets.denied(message)
+                ticket = cache.waiters.denied(message)
                 if ticket is not None:
                     self.tickets.remove(ticket)
                     self.ring(ticket)
@@ -217,7 +217,7 @@ class Worker(InTheLane):
         for token in tokens:
             lease = self.cache.ended(token)
             if lease is not None and lease.phase is Phase.IDLE:
-                self.cache.trouble(lease, "")
+                self.cache.report_failover_sign(lease, "")
             if lease is not None and isinstance(lease.conn, Conn):
                 proc = lease.conn.proc
                 assert proc.dead or self.world.proxied, f"GONE names {lease.token}, whose backend lives"
@@ -226,11 +226,11 @@ class Worker(InTheLane):
     # --- threads: checkout
 
     def checkout(self, wait_s: float) -> None:
-        ticket = Ticket(_nobody, self.world.now)
+        ticket = Waiter(_nobody, self.world.now)
         if not self._from_cache() and not self.go_the_short_way(ticket, wait_s):
             self.wait(ticket, wait_s)
 
-    def go_the_long_way(self, ticket: Ticket, deadline: float) -> None:
+    def go_the_long_way(self, ticket: Waiter, deadline: float) -> None:
         if not self._from_cache():
             self.wait(ticket, max(0.001, deadline - self.world.now))
 
@@ -249,7 +249,7 @@ class Worker(InTheLane):
         return conn.closed or (lease.idle_s > CHECK_AFTER_S and conn.proc.dead)
 
     def _discard_dead(self, lease: Lease, conn: Conn) -> None:
-        self.cache.trouble(lease, "")
+        self.cache.report_failover_sign(lease, "")
         self.cache.close(lease, conn, ReleaseReason.BROKEN, self.world.now)
         conn.closed = True
         conn.proc.cut = True
@@ -261,11 +261,11 @@ class Worker(InTheLane):
         assert conn not in self.users, "a connection in two checkouts"
         assert not conn.vacated, "a connection that was given is lent out"
         assert conn.proc.dead or conn.proc.cut or not conn.proc.dirty, "a connection with an open transaction is lent"
-        lease.fresh = False
+        lease.needs_configure = False
         lease.phase, lease.conn, conn.lease = Phase.IN_USE, None, lease
         self.users.append(conn)
 
-    def wake(self, ticket: Ticket | None) -> None:
+    def wake(self, ticket: Waiter | None) -> None:
         if ticket is None:
             return
         lease = ticket.lease
@@ -292,20 +292,20 @@ class Worker(InTheLane):
             ticket.lease = None
             if self._worn(lease, lease.conn):
                 self._discard_dead(lease, lease.conn)
-                self.go_the_long_way(Ticket(_nobody, self.world.now), self.world.now + 60.0)
-            elif lease.fresh and configure_fails:
+                self.go_the_long_way(Waiter(_nobody, self.world.now), self.world.now + 60.0)
+            elif lease.needs_configure and configure_fails:
                 self._to_close([self.cache.close(lease, lease.conn, ReleaseReason.BROKEN, self.world.now)])
             else:
                 self._hand_out(lease, lease.conn)
 
-    def give_up(self, ticket: Ticket) -> None:
+    def give_up(self, ticket: Waiter) -> None:
         """A thread is interrupted, or its time is over, before it connects."""
         self.stop_waiting(ticket)
         if ticket in self.quitting:
             self.quit(ticket)
 
-    def stop_waiting(self, ticket: Ticket) -> None:
-        """The first half of that; what comes now is still for its ticket. Who is at a seat does all at once."""
+    def stop_waiting(self, ticket: Waiter) -> None:
+        """The first half of that; what comes now is still for its ticket. Who is at a wait socket does all at once."""
         for thread in self.threads:
             if thread.ticket is ticket:
                 self.interrupt(thread)
@@ -314,7 +314,7 @@ class Worker(InTheLane):
             self.connecting.remove(ticket.lease)
         self.quitting.append(ticket)
 
-    def quit(self, ticket: Ticket) -> None:
+    def quit(self, ticket: Waiter) -> None:
         """The second half."""
         self.quitting.remove(ticket)
         if ticket not in self.tickets:
@@ -395,7 +395,7 @@ class Worker(InTheLane):
         conn.proc.busy = conn.works
         assert conn.lease is not None
         conn.lease.cancelled = True
-        self.cache.out.append(Interrupt(conn.lease.token))
+        self.cache.outbox.append(CancelQuery(conn.lease.token))
         self.flush()
 
     # --- threads: checkin and close
@@ -407,7 +407,7 @@ class Worker(InTheLane):
         conn.proc.busy = conn.proc.dirty = False
         if not conn.works:
             verdict = ReleaseReason.BROKEN
-            self.cache.trouble(lease, "")
+            self.cache.report_failover_sign(lease, "")
         if verdict is None and self.checkin_short(lease, conn):
             return
         outcome = self.cache.checkin(lease, conn, self.world.now, verdict)
@@ -452,8 +452,8 @@ class Worker(InTheLane):
         if seen:
             self.world.server.end(conn.proc)
         self.cache.closed(closing.lease, closing.reason, gone=conn.proc.seen_dead)
-        if closing.reason is ReleaseReason.OWED:
-            self.cache.slices.parted(self.world.now)
+        if closing.reason is ReleaseReason.RETURN_DUE:
+            self.cache.time_slice.note_given(self.world.now)
         self.flush()
 
     # --- the end
@@ -465,13 +465,13 @@ class Worker(InTheLane):
         assert not self.quitting
         now = self.world.now
         self.cache.stop_keeping()
-        self.cache.tickets.fail(RuntimeError("disposed"))
+        self.cache.waiters.fail(RuntimeError("disposed"))
         for thread in list(self.threads):
             self.interrupt(thread)
         abandoned, self.abandoned = self.abandoned, []
         for ticket in abandoned:
             self._give_up(ticket)
-        self._to_close(self.cache.drain(now))
+        self._to_close(self.cache.take_all_idle(now))
         for conn in self.users:
             assert conn.lease is not None
             self._to_close([self.cache.close(conn.lease, conn, ReleaseReason.CLOSED, now)])

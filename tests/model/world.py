@@ -80,7 +80,7 @@ class World:
         granted and on its way, or in the hands of a thread. Whatever was begun is seen, at the latest by its tag.
         """
         assert self.broker is not None
-        books = self.broker.ledger._books
+        books = self.broker.ledger._slots
         for worker in self.workers.values():
             known = books.sessions.get(worker.id)
             if known is not None and not known.restored:
@@ -191,5 +191,5 @@ class World:
         for worker in self.awake:
             worker.keep_in_touch()
         if self.broker is not None:
-            self.broker.ledger.paused(self.now)
+            self.broker.ledger.process_was_suspended(self.now)
             self.broker.tick()

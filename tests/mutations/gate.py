@@ -35,7 +35,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/broker/core/sessions.py",
-                'self._books.move(lease, SlotState.SUSPECT, "TTL passed")',
+                'self._slots.move(lease, SlotState.SUSPECT, "TTL passed")',
                 'self.leases.free(lease, "TTL passed")',
             ),
         ),
@@ -57,7 +57,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/worker/connection/closing.py",
-                "            abandon(conn)\n        _see_off(closing, limit_s)\n",
+                ("            abandon(conn)\n        _end_sessions(closing, limit_s)\n"),
                 "            conn.sharedpool_gone = True\n            abandon(conn)\n",
             ),
         ),
@@ -104,7 +104,13 @@ MUTANTS = (
     ),
     Mutant(
         "without a journal there is no grace period",
-        (("sharedpool/broker/core/ledger.py", "self._demand.paused = True", "self._demand.paused = False"),),
+        (
+            (
+                "sharedpool/broker/core/ledger.py",
+                "self._scheduler.holding_back = True",
+                "self._scheduler.holding_back = False",
+            ),
+        ),
         ("tests/model", "tests/unit/test_recovery.py"),
     ),
     Mutant(
@@ -132,19 +138,30 @@ MUTANTS = (
             ),
             (
                 "sharedpool/broker/core/slots.py",
-                "            self.mark_owed(session, session.owed)\n            self._record(lease)\n",
-                "            self.mark_owed(session, session.owed)\n            self._record(lease)\n"
-                "            from sharedpool.broker.core.records import _COUNT\n\n"
-                "            _COUNT[id(pool)] = _COUNT.get(id(pool), 0) + 1\n",
+                ("            self.mark_returns_due(session, session.returns_due)\n            self._record(lease)\n"),
+                (
+                    "            self.mark_returns_due(session, session.returns_due)\n"
+                    "            self._record(lease)\n"
+                    "            from sharedpool.broker.core.records import _COUNT\n"
+                    "\n"
+                    "            _COUNT[id(pool)] = _COUNT.get(id(pool), 0) + 1\n"
+                ),
             ),
             (
                 "sharedpool/broker/core/ledger.py",
-                "        lease = session.leases.get(release.token) or self._moves.adrift(session, release)\n"
-                "        if release.token in session.vanished:",
-                "        from sharedpool.broker.core.records import _COUNT\n\n"
-                "        _COUNT[id(session.pool)] = _COUNT.get(id(session.pool), 0) - 1\n"
-                "        lease = session.leases.get(release.token) or self._moves.adrift(session, release)\n"
-                "        if release.token in session.vanished:",
+                (
+                    "        lease = session.leases.get(release.token) or "
+                    "self._moves.closed_in_transit(session, release)\n"
+                    "        if release.token in session.vanished:"
+                ),
+                (
+                    "        from sharedpool.broker.core.records import _COUNT\n"
+                    "\n"
+                    "        _COUNT[id(session.pool)] = _COUNT.get(id(session.pool), 0) - 1\n"
+                    "        lease = session.leases.get(release.token) or "
+                    "self._moves.closed_in_transit(session, release)\n"
+                    "        if release.token in session.vanished:"
+                ),
             ),
         ),
         ("tests/model",),
@@ -181,17 +198,23 @@ MUTANTS = (
     ),
     Mutant(
         "a connection on its way to who waits is taken for lost",
-        (("sharedpool/broker/core/handover.py", "unspoken=True, noticed=now,", "noticed=now,"),),
+        (
+            (
+                "sharedpool/broker/core/handover.py",
+                ("unconfirmed=True,\n            unconfirmed_since=now,"),
+                "unconfirmed_since=now,",
+            ),
+        ),
         ("tests/unit/test_ledger_handover.py",),
     ),
     Mutant(
         "a connection is passed on with a cancel under way",
-        (("sharedpool/broker/core/handover.py", "lease.custody and not lease.interrupts and", "lease.custody and"),),
+        (("sharedpool/broker/core/handover.py", "lease.custody and not lease.cancels and", "lease.custody and"),),
         ("tests/model",),
     ),
     Mutant(
         "a paused pool goes on lending",
-        (("sharedpool/broker/core/records.py", "return 0 if self.held else self.max_conn", "return self.max_conn"),),
+        (("sharedpool/broker/core/records.py", "return 0 if self.paused else self.max_conn", "return self.max_conn"),),
         ("tests/unit/test_admin.py",),
     ),
     Mutant(
@@ -215,7 +238,10 @@ MUTANTS = (
         (
             (
                 "sharedpool/worker/core/lease.py",
-                "return not self.asks or (self.asks == 1 and (self.answered or self.denial is not None))",
+                (
+                    "return not self.times_asked or (self.times_asked == 1 and (self.answered or "
+                    "self.denial is not None))"
+                ),
                 "return self.answered or self.denial is not None",
             ),
         ),
@@ -227,19 +253,19 @@ MUTANTS = (
             (
                 "sharedpool/broker/core/handover.py",
                 'self._leases.fence(lease, "it could not be passed on", now, level=logging.DEBUG)',
-                "lease.unspoken = True",
+                "lease.unconfirmed = True",
             ),
         ),
         ("tests/unit/test_ledger_handover.py", "-k", "could_not_be_sent"),
     ),
     Mutant(
         "who was served in the lane stays in the broker's queue",
-        (("sharedpool/worker/core/waiters.py", "        if not ticket.finished:\n", "        if not ticket:\n"),),
+        (("sharedpool/worker/core/waiters.py", "        if not waiter.broker_is_done:\n", "        if not waiter:\n"),),
         ("tests/unit/test_cache_handover.py", "-k", "served_by_either"),
     ),
     Mutant(
         "an invitation to the lane that comes before the WELCOME is declined",
-        (("sharedpool/worker/session.py", " and holdings.registration.established:", ":"),),
+        (("sharedpool/worker/session.py", " and local.registration.established:", ":"),),
         ("tests/integration/test_lane.py", "-k", "invited"),
     ),
     Mutant(
@@ -262,8 +288,10 @@ MUTANTS = (
         (
             (
                 "sharedpool/worker/checkout.py",
-                "            holdings.discard(lease, conn, worn)\n"
-                "            lease = _wait(holdings, ticket, wait_s, deadline)\n",
+                (
+                    "            local.discard(lease, conn, reason)\n"
+                    "            lease = _wait(local, waiter, wait_s, deadline)\n"
+                ),
                 "            conn.sharedpool_close()\n            lease.conn = None\n",
             ),
         ),
@@ -328,7 +356,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/worker/connection/handover.py",
-                "return encoded if reset.send(number_of(conn), command) else None",
+                "return encoded if reset.send(descriptor_of(conn), command) else None",
                 "return encoded",
             ),
         ),
@@ -355,7 +383,7 @@ MUTANTS = (
     ),
     Mutant(
         "a connection that was put back stays open to its user",
-        (("sharedpool/worker/pool.py", "                    pooled.sharedpool_gate = SHUT\n", ""),),
+        (("sharedpool/worker/pool.py", "                    pooled.sharedpool_closed_flag = SHUT\n", ""),),
         ("tests/integration/test_shells.py", "-k", "short_way"),
     ),
     Mutant(
@@ -371,7 +399,7 @@ MUTANTS = (
     ),
     Mutant(
         "who is refused may try again at once, again and again",
-        (("sharedpool/broker/core/scheduler.py", "if not self._turned_away(waiter, now):", "if waiter.session:"),),
+        (("sharedpool/broker/core/scheduler.py", "if not self._refused_newcomer(waiter, now):", "if waiter.session:"),),
         ("tests/unit/test_connect_refusals.py",),
     ),
     Mutant(
@@ -379,7 +407,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/broker/core/scheduler.py",
-                "        if self._newcomers:\n            self._turn_away(now)\n",
+                ("        if self._newcomers:\n            self._refuse_newcomers(now)\n"),
                 "",
             ),
         ),
@@ -409,18 +437,28 @@ MUTANTS = (
     Mutant(
         "in the lane the board is written after the connection was sent",
         (
-            ("sharedpool/lane/lane.py", "moves = self.board.hand(item.cell, holder)  #", "moves = 0  #"),
+            ("sharedpool/lane/lane.py", "moves = self.board.set_holder(item.cell, holder)  #", "moves = 0  #"),
             (
                 "sharedpool/lane/lane.py",
-                "            self.board.hand(item.cell, self.number)\n            return False\n        return True\n",
-                "            return False\n        self.board.hand(item.cell, holder)\n        return True\n",
+                (
+                    "            self.board.set_holder(item.cell, self.number)\n"
+                    "            return False\n"
+                    "        return True\n"
+                ),
+                ("            return False\n        self.board.set_holder(item.cell, holder)\n        return True\n"),
             ),
         ),
         ("tests/unit/test_lane_ends.py", "-k", "on_its_way"),
     ),
     Mutant(
         "in the lane a ticket of a former turn is served",
-        (("sharedpool/lane/lane.py", "if self.board.is_turn(ticket.place, ticket.request):", "if ticket.request:"),),
+        (
+            (
+                "sharedpool/lane/lane.py",
+                "if self.board.is_waiting_at(ticket.place, ticket.request):",
+                "if ticket.request:",
+            ),
+        ),
         ("tests/unit/test_lane_ends.py", "-k", "stale"),
     ),
     Mutant(
@@ -433,7 +471,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/worker/mover.py",
-                "                    if (got := seat.look_at_shelf()) is not None:\n",
+                "                    if (got := wait_socket.take_from_shelf()) is not None:\n",
                 "                    if got is not None:\n",
             ),
         ),
@@ -449,7 +487,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/lane/lane.py",
-                "            self.board.hand(item.cell, self.number)\n            return False\n",
+                ("            self.board.set_holder(item.cell, self.number)\n            return False\n"),
                 "            return False\n",
             ),
         ),
@@ -493,8 +531,8 @@ MUTANTS = (
         (
             (
                 "sharedpool/broker/core/moves.py",
-                "lease.unspoken, lease.noticed, lease.doubt = True, now, 0",
-                "lease.noticed = now",
+                "lease.unconfirmed, lease.unconfirmed_since, lease.confirm_recall = True, now, 0",
+                "lease.unconfirmed_since = now",
             ),
         ),
         ("tests/unit/test_moves.py", "-k", "has_not_arrived"),
@@ -504,7 +542,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/broker/core/moves.py",
-                "            if now - lease.noticed >= ARRIVAL_S and not unsure:\n",
+                "            if now - lease.unconfirmed_since >= ARRIVAL_S and not unsure:\n",
                 "            if lease:\n",
             ),
         ),
@@ -581,7 +619,7 @@ MUTANTS = (
     ),
     Mutant(
         "who waits in the lane is served before his turn",
-        (("sharedpool/worker/core/cache.py", "            if not ticket.in_lane:\n", "            if ticket:\n"),),
+        (("sharedpool/worker/core/cache.py", "            if not waiter.only_in_lane:\n", "            if waiter:\n"),),
         ("tests/unit/test_cache_handover.py", "-k", "before_his_turn"),
     ),
 )

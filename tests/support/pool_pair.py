@@ -36,7 +36,7 @@ def leave_what_comes(pool: Pool, broker: sharedpool.Broker, monkeypatch: pytest.
 
     wait_until(lambda: report(broker, pool.name).parked == 1, what="it to lie at the broker")
     with monkeypatch.context() as patch:
-        patch.setattr("sharedpool.worker.waiting.Wait._look", leave)
+        patch.setattr("sharedpool.worker.waiting.Wait._wait_once", leave)
         with pytest.raises(KeyboardInterrupt):
             pool.get_conn()
 

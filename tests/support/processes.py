@@ -173,7 +173,7 @@ def workers(count: int, **settings: Any) -> Iterator[list[Worker]]:
         yield started
 
 
-class Sampler(threading.Thread):
+class BackendSampler(threading.Thread):
     """Sample, as fast as the server answers, how many backends have an application_name LIKE `pattern`.
 
     `peak` is the most seen at once.
@@ -198,7 +198,7 @@ class Sampler(threading.Thread):
                 self.samples += 1
                 time.sleep(0.001)  # leave the processor to those who are watched
 
-    def __enter__(self) -> "Sampler":
+    def __enter__(self) -> "BackendSampler":
         self.start()
         return self
 

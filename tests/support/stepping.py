@@ -17,7 +17,7 @@ from typing import Any
 
 from sharedpool.descriptors import passing
 from sharedpool.lane.lane import Lane
-from sharedpool.lane.wait_sockets import Seat
+from sharedpool.lane.wait_sockets import WaitSocket
 from sharedpool.postgres import libpq
 from sharedpool.wire.board import Board
 from sharedpool.worker import mover
@@ -41,7 +41,7 @@ def _from_shelf(result: object, lane: Lane, sock: object) -> bool:
     return result is not None and sock is lane._take
 
 
-def _has_come(_: object, seat: Seat) -> bool:
+def _has_come(_: object, seat: WaitSocket) -> bool:
     return seat.peek() is not None
 
 
@@ -59,11 +59,11 @@ GIVING = {
 }
 TAKING = {
     "the turn is written": (Board, "take_place", "after", _always),
-    "the ticket is written": (Lane, "queue", "after", _always),
-    "it has come": (Seat, "read", "before", _has_come),
-    "it is read": (Seat, "read", "after", _something),
+    "the ticket is written": (Lane, "add_ticket", "after", _always),
+    "it has come": (WaitSocket, "read", "before", _has_come),
+    "it is read": (WaitSocket, "read", "after", _something),
     "it is off the shelf": (Lane, "_next", "after", _from_shelf),
-    "it is off the shelf, and that on the board": (Lane, "take", "after", _something),
+    "it is off the shelf, and that on the board": (Lane, "take_from_shelf", "after", _something),
     "the reset's answer is read": (mover, "parameters_after", "after", _always),
     "it is adopted": (mover, "adopt", "after", _always),
 }

@@ -69,8 +69,8 @@ def stats() -> dict[str, Any]:
     found = {"idle": s.idle, "in_use": s.in_use, "max_conn": pool.max_conn, "connects": s.connects}
     return found | {
         "adopted": s.adopted,
-        "moving": bool(pool._holdings.cache.moving[0]),
-        "in_lane": pool._holdings.seats is not None,
+        "moving": bool(pool._local.cache.moving[0]),
+        "in_lane": pool._local.wait_sockets is not None,
     }
 
 

@@ -57,9 +57,9 @@ def test_a_paused_pool_gets_everything_back_and_lends_nothing(broker: Broker) ->
     done = order(broker, OrderKind.PAUSE, "p")
     assert done.said == ["pool 'p' paused: 2 connections to come back, 0 waiting"]
     assert a.last(Recall).take == 1
-    assert b.last(Recall).owed == 1
+    assert b.last(Recall).returns_due == 1
     give_up_idle(a)
-    b.release(busy, ReleaseReason.OWED)
+    b.release(busy, ReleaseReason.RETURN_DUE)
     assert broker.ledger.leases == 0
     request = a.ask(wait_s=5)
     assert a.outcome(request) is None
@@ -161,9 +161,9 @@ def test_a_limit_is_lowered_by_recall_and_holds_at_once(broker: Broker) -> None:
     tokens = [a.lend() for _ in range(4)]
     done = order(broker, OrderKind.LIMIT, "p", 2)
     assert done.said == ["pool 'p': limit 4 before, 2 now, 4 in use"]
-    assert a.last(Recall).owed == 2
+    assert a.last(Recall).returns_due == 2
     for token in tokens[:2]:
-        a.release(token, ReleaseReason.OWED)
+        a.release(token, ReleaseReason.RETURN_DUE)
     assert broker.ledger.leases == 2
     assert a.outcome(a.ask(wait_s=9)) is None
     a.beat()
@@ -200,10 +200,10 @@ def test_the_limit_over_all_pools() -> None:
     tokens = [a.lend(), a.lend()]
     b.lend()
     assert order(broker, OrderKind.LIMIT, "", 2).said == ["limit over all pools: 3 before, 2 now, 3 in use"]
-    assert a.last(Recall).owed == 1
-    assert b.last(Recall).owed == 1
-    a.release(tokens[0], ReleaseReason.OWED)
-    assert b.last(Recall).owed == 0  # that was enough
+    assert a.last(Recall).returns_due == 1
+    assert b.last(Recall).returns_due == 1
+    a.release(tokens[0], ReleaseReason.RETURN_DUE)
+    assert b.last(Recall).returns_due == 0  # that was enough
     request = b.ask(wait_s=9)
     assert b.outcome(request) is None
     order(broker, OrderKind.LIMIT, "", 9)
@@ -227,18 +227,18 @@ def test_a_process_gives_back_what_it_holds_and_may_ask_again(broker: Broker) ->
     a.beat()
     pid = 100 + sum(a.id)
     assert order(broker, OrderKind.DRAIN, number=pid).said == [f"a[{pid}] in pool 'p': 2 to come back"]
-    assert (a.last(Recall).take, a.last(Recall).owed) == (1, 2)
+    assert (a.last(Recall).take, a.last(Recall).returns_due) == (1, 2)
     give_up_idle(a)
     broker.pass_time(5.0)
     a.beat()
     assert broker.ledger.leases == 1
     newer = a.lend()
-    a.release(busy, ReleaseReason.OWED)
+    a.release(busy, ReleaseReason.RETURN_DUE)
     recalls = len(a.sent(Recall))
     a.checkin(newer)  # what it was lent since is its own
     a.beat()
     assert len(a.sent(Recall)) == recalls
-    assert broker.ledger._books.shrinking == {}
+    assert broker.ledger._slots.shrinking == {}
 
 
 def test_what_a_drained_process_has_given_is_not_its_own_any_more(broker: Broker, desk: Desk) -> None:
@@ -246,11 +246,11 @@ def test_what_a_drained_process_has_given_is_not_its_own_any_more(broker: Broker
     first, second = desk.lend(a), desk.lend(a)
     order(broker, OrderKind.DRAIN, number=100 + sum(a.id))
     desk.give(a, first)  # parked: the pool keeps it
-    assert a.last(Recall).owed == 2
+    assert a.last(Recall).returns_due == 2
     assert [(s.leases, s.in_use) for s in broker.ledger.report(broker.now)[1]] == [(1, 1)]
     desk.give(a, second)
-    assert broker.ledger._books.sessions[a.id].debts == set()
-    assert broker.ledger._books.shrinking == {}
+    assert broker.ledger._slots.sessions[a.id].draining == set()
+    assert broker.ledger._slots.shrinking == {}
 
 
 def test_a_process_that_nobody_knows_cannot_be_drained(broker: Broker) -> None:
@@ -282,7 +282,7 @@ def test_a_parked_connection_can_be_ended(broker: Broker, desk: Desk) -> None:
 
 
 def test_what_cannot_be_ended_from_here_is_not_touched() -> None:
-    broker = Broker(verifies=False)
+    broker = Broker(has_control_connection=False)
     a = broker.worker("a")
     token = a.lend()
     assert "no control connection" in order(broker, OrderKind.KILL, token=token).error

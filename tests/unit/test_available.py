@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from sharedpool import PoolError
-from sharedpool.descriptors.available import make_sure_of
+from sharedpool.descriptors.available import require
 
 
 @pytest.fixture
@@ -30,9 +30,9 @@ def few() -> Iterator[list[int]]:
 def test_what_can_be_had_is_told_from_what_cannot(few: list[int]) -> None:
     for _ in range(8):
         os.close(few.pop())
-    make_sure_of(8, "the pool")
-    make_sure_of(8, "the pool")  # nothing was kept
+    require(8, "the pool")
+    require(8, "the pool")  # nothing was kept
     os.close(few.pop())
     with pytest.raises(PoolError, match=r"the pool needs 10 descriptors, .* of the 200 .*ulimit -n"):
-        make_sure_of(10, "the pool")
-    make_sure_of(8, "the pool")
+        require(10, "the pool")
+    require(8, "the pool")

@@ -8,9 +8,9 @@ import pytest
 
 from sharedpool.wire.board import (
     BOARD_BYTES,
-    BROKERS_PLACE,
+    BROKER_PLACE,
     CELLS,
-    SEATS,
+    PLACES,
     SECRET_BYTES,
     SESSIONS,
     SHELF,
@@ -39,22 +39,22 @@ def changed_words(memory: bytearray, before: bytes) -> list[int]:
 def test_head_cells_and_turns_do_not_overlap(memory: bytearray, board: Board) -> None:
     """The outermost places of each part, all written, all read back."""
     board.moving, board.secret, board.generation = True, b"s" * SECRET_BYTES, 1 << 40
-    board.note_asked()
+    board.count_request()
     board.enter(0, Token(1, 2), 3, 4)
     board.enter(CELLS - 1, Token(5, 6), 7, 8)
     board.take_place(0, 9)
-    board.take_place(SESSIONS * SEATS - 1, 10)
-    assert (board.moving, board.secret, board.generation, board.asked) == (True, b"s" * SECRET_BYTES, 1 << 40, 1)
+    board.take_place(SESSIONS * PLACES - 1, 10)
+    assert (board.moving, board.secret, board.generation, board.requests) == (True, b"s" * SECRET_BYTES, 1 << 40, 1)
     assert (board.holding(0), board.holding(CELLS - 1)) == (Holding(3, 4), Holding(7, 8))
-    assert (board.is_turn(0, 9), board.is_turn(SESSIONS * SEATS - 1, 10)) == (True, True)
+    assert (board.is_waiting_at(0, 9), board.is_waiting_at(SESSIONS * PLACES - 1, 10)) == (True, True)
     assert memory[-4:] == struct.pack("=I", 10)
 
 
 def test_a_zeroed_board_says_nothing(board: Board) -> None:
-    assert (board.moving, board.asked, board.generation, board.secret) == (False, 0, 0, bytes(SECRET_BYTES))
+    assert (board.moving, board.requests, board.generation, board.secret) == (False, 0, 0, bytes(SECRET_BYTES))
     assert board.find(Token(1, 1)) == -1
     assert board.waiting(range(SESSIONS)) == 0
-    assert not board.is_turn(0, 0)
+    assert not board.is_waiting_at(0, 0)
 
 
 def test_the_first_byte_tells_whether_connections_move(board: Board) -> None:
@@ -72,13 +72,13 @@ def test_what_others_write_beside_it_is_left_alone(memory: bytearray, board: Boa
     board.enter(1, Token(1, 1), 1, 1)
     before = bytes(memory)
     if what == "hand":
-        board.hand(1, 5)
+        board.set_holder(1, 5)
     elif what == "moving":
         board.moving = True
     elif what == "generation":
         board.generation = 7
     elif what == "asked":
-        board.note_asked()
+        board.count_request()
     else:
         board.take_place(2, 8)
     assert len(changed_words(memory, before)) == 1
@@ -88,7 +88,7 @@ def test_two_turns_in_one_word_are_two(board: Board) -> None:
     board.take_place(0, MOST)
     board.take_place(1, 5)
     board.leave_place(1)
-    assert (board.is_turn(0, MOST), board.is_turn(1, 5)) == (True, False)
+    assert (board.is_waiting_at(0, MOST), board.is_waiting_at(1, 5)) == (True, False)
 
 
 # --- cells
@@ -98,7 +98,7 @@ def test_a_lease_is_found_where_it_was_entered_and_not_after_it_was_struck(board
     token = Token(3, 77)
     board.enter(9, token, 2, 0)
     assert (board.find(token), board.has(9, token), board.has(8, token)) == (9, True, False)
-    board.strike(9)
+    board.remove(9)
     assert (board.find(token), board.has(9, token)) == (-1, False)
 
 
@@ -133,15 +133,15 @@ def test_an_empty_cell_has_nothing(board: Board) -> None:
 def test_who_has_it_writes_the_next_holder_and_each_time_counts(board: Board) -> None:
     board.enter(2, Token(1, 1), 6, 40)
     assert board.holding(2) == Holding(6, 40)
-    assert board.hand(2, 7) == 41
+    assert board.set_holder(2, 7) == 41
     assert board.holding(2) == Holding(7, 41)
-    assert board.hand(2, SHELF) == 42
+    assert board.set_holder(2, SHELF) == 42
     assert board.holding(2) == Holding(SHELF, 42)
 
 
 def test_moves_wrap(board: Board) -> None:
     board.enter(2, Token(1, 1), MOST, MOST)
-    assert board.hand(2, 1) == 0
+    assert board.set_holder(2, 1) == 0
     assert board.holding(2) == Holding(1, 0)
 
 
@@ -155,19 +155,19 @@ def test_it_is_entered_whatever_was_said_of_its_moves(board: Board, moves: int) 
 def test_holdings_differ_whenever_one_does(board: Board) -> None:
     board.enter(0, Token(1, 1), 1, 0)
     board.enter(3, Token(1, 2), 1, 0)
-    before = board.holdings(3)
-    board.hand(3, 2)
-    assert board.holdings(3) == before  # not among the first three
-    board.hand(0, 1)  # to the same one: it was away meanwhile
-    assert board.holdings(3) != before
+    before = board.snapshot(3)
+    board.set_holder(3, 2)
+    assert board.snapshot(3) == before  # not among the first three
+    board.set_holder(0, 1)  # to the same one: it was away meanwhile
+    assert board.snapshot(3) != before
 
 
 def test_asked_changes_and_wraps(memory: bytearray, board: Board) -> None:
-    board.note_asked()
-    assert board.asked == 1
+    board.count_request()
+    assert board.requests == 1
     memory[8:16] = struct.pack("=Q", MOST)
-    board.note_asked()
-    assert board.asked == 0
+    board.count_request()
+    assert board.requests == 0
 
 
 # --- turns
@@ -175,25 +175,25 @@ def test_asked_changes_and_wraps(memory: bytearray, board: Board) -> None:
 
 def test_a_turn_is_one_requests_at_one_place(board: Board) -> None:
     board.take_place(33, 5)
-    assert board.is_turn(33, 5)
-    assert not board.is_turn(33, 6)
-    assert not board.is_turn(34, 5)
+    assert board.is_waiting_at(33, 5)
+    assert not board.is_waiting_at(33, 6)
+    assert not board.is_waiting_at(34, 5)
     board.leave_place(33)
-    assert not board.is_turn(33, 5)
+    assert not board.is_waiting_at(33, 5)
 
 
 def test_nobody_waits_at_a_place_that_there_is_not(board: Board) -> None:
-    assert not board.is_turn(SESSIONS * SEATS, 1)
-    assert not board.is_turn(MOST, 1)
+    assert not board.is_waiting_at(SESSIONS * PLACES, 1)
+    assert not board.is_waiting_at(MOST, 1)
 
 
 def test_request_numbers_are_kept_as_far_as_a_ticket_has_them(board: Board) -> None:
     board.take_place(0, (1 << 32) + 5)
-    assert board.is_turn(0, 5)
+    assert board.is_waiting_at(0, 5)
 
 
 def test_who_waits_is_counted_by_session(board: Board) -> None:
-    for place in (0, 1, SEATS - 1, SEATS, 3 * SEATS + 4):
+    for place in (0, 1, PLACES - 1, PLACES, 3 * PLACES + 4):
         board.take_place(place, 1)
     assert [board.waiting([index]) for index in range(4)] == [3, 1, 0, 1]
     assert board.waiting([0, 1]) == 4
@@ -201,10 +201,12 @@ def test_who_waits_is_counted_by_session(board: Board) -> None:
 
 
 def test_a_session_that_is_over_waits_nowhere(board: Board) -> None:
-    for place in (SEATS - 1, SEATS, 2 * SEATS - 1, 2 * SEATS, BROKERS_PLACE):
+    for place in (PLACES - 1, PLACES, 2 * PLACES - 1, 2 * PLACES, BROKER_PLACE):
         board.take_place(place, 1)
     board.clear_session(1)
-    assert [board.is_turn(place, 1) for place in (SEATS - 1, SEATS, 2 * SEATS - 1, 2 * SEATS, BROKERS_PLACE)] == [
+    assert [
+        board.is_waiting_at(place, 1) for place in (PLACES - 1, PLACES, 2 * PLACES - 1, 2 * PLACES, BROKER_PLACE)
+    ] == [
         True,
         False,
         False,

@@ -9,10 +9,10 @@ from sharedpool.wire.messages import (
     NO_TOKEN,
     Acquire,
     Backend,
-    Cancel,
     Confirm,
     Deny,
     DenyReason,
+    FailoverSign,
     Grant,
     Phase,
     Recall,
@@ -21,10 +21,10 @@ from sharedpool.wire.messages import (
     Renew,
     ToBroker,
     Token,
-    Trouble,
+    Withdraw,
 )
 from sharedpool.worker.core.cache import Cache
-from sharedpool.worker.core.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closing, Lease, Ticket
+from sharedpool.worker.core.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closing, Lease, Waiter
 from sharedpool.worker.core.lease_reports import lost, unfinished
 
 
@@ -43,12 +43,12 @@ class Rig:
         self.news = 0
         self.kept: list[object] = []
 
-    def want(self, wait_s: float = 5.0) -> Ticket:
-        ticket = Ticket(lambda: None, self.now)
-        self.cache.tickets.want(ticket, wait_s)
+    def want(self, wait_s: float = 5.0) -> Waiter:
+        ticket = Waiter(lambda: None, self.now)
+        self.cache.waiters.enqueue(ticket, wait_s)
         return ticket
 
-    def grant(self, request: int, *, owed: int = 0, serial: int | None = None) -> Ticket | None:
+    def grant(self, request: int, *, owed: int = 0, serial: int | None = None) -> Waiter | None:
         self.serial += 1
         self.news += 1
         return self.cache.granted(Grant(request, Token(1, serial or self.serial), self.news, owed), self.now)
@@ -74,8 +74,8 @@ class Rig:
         return lease
 
     def sent(self) -> list[ToBroker]:
-        out = list(self.cache.out)
-        self.cache.out.clear()
+        out = list(self.cache.outbox)
+        self.cache.outbox.clear()
         return out
 
 
@@ -92,7 +92,7 @@ def interrupt(*_: object) -> None:
     raise Interrupt
 
 
-def reason_of(outcome: Closing | Ticket | None) -> ReleaseReason:
+def reason_of(outcome: Closing | Waiter | None) -> ReleaseReason:
     assert isinstance(outcome, Closing)
     return outcome.reason
 
@@ -142,7 +142,7 @@ def test_a_checkin_is_handed_on_to_a_waiting_ticket_which_withdraws_its_request(
     assert rig.cache.checkin(lease, conn, rig.now, None) is first
     assert first.lease is lease
     assert lease.conn is conn
-    assert rig.sent() == [Cancel(first.request)]
+    assert rig.sent() == [Withdraw(first.request)]
     assert list(rig.cache.waiting.values()) == [second]
 
 
@@ -206,7 +206,7 @@ def test_expire_takes_an_aged_connection_from_the_middle(rig: Rig) -> None:
 def test_drain_takes_out_everything_idle(rig: Rig) -> None:
     rig.idle()
     rig.idle()
-    assert [each.reason for each in rig.cache.drain(rig.now)] == [ReleaseReason.CLOSED] * 2
+    assert [each.reason for each in rig.cache.take_all_idle(rig.now)] == [ReleaseReason.CLOSED] * 2
     assert not rig.cache.idle
 
 
@@ -250,7 +250,7 @@ def test_a_double_or_late_recall_is_ignored(rig: Rig) -> None:
     rig.sent()
     for serial in (rig.news, rig.news - 1):
         assert rig.cache.recalled(Recall(serial, 1, 0), rig.now, {}) == []
-    assert rig.cache.owed == 2
+    assert rig.cache.returns_due == 2
     assert rig.sent() == []
 
 
@@ -258,32 +258,32 @@ def test_owed_checkins_are_given_back_and_the_next_one_is_cached(rig: Rig) -> No
     leases = [rig.lend() for _ in range(3)]
     rig.recall(owed=2)
     outcomes = [rig.cache.checkin(lease, conn, rig.now, None) for lease, conn in leases]
-    assert [reason_of(each) for each in outcomes[:2]] == [ReleaseReason.OWED] * 2
+    assert [reason_of(each) for each in outcomes[:2]] == [ReleaseReason.RETURN_DUE] * 2
     assert outcomes[2] is None
-    assert rig.cache.owed == 0
+    assert rig.cache.returns_due == 0
 
 
 def test_owed_is_absolute_a_newer_word_replaces_it(rig: Rig) -> None:
     rig.lend()
     rig.recall(owed=3)
     rig.recall(owed=1)
-    assert rig.cache.owed == 1
+    assert rig.cache.returns_due == 1
     rig.recall(owed=0, answer=False)
-    assert rig.cache.owed == 0
+    assert rig.cache.returns_due == 0
 
 
 def test_what_is_owed_goes_before_the_local_queue(rig: Rig) -> None:
     lease, conn = rig.lend()
     rig.want()
     rig.recall(owed=1)
-    assert reason_of(rig.cache.checkin(lease, conn, rig.now, None)) is ReleaseReason.OWED
+    assert reason_of(rig.cache.checkin(lease, conn, rig.now, None)) is ReleaseReason.RETURN_DUE
 
 
 def test_a_broken_checkin_does_not_count_as_owed(rig: Rig) -> None:
     lease, conn = rig.lend()
     rig.recall(owed=1)
     rig.cache.checkin(lease, conn, rig.now, ReleaseReason.BROKEN)
-    assert rig.cache.owed == 1
+    assert rig.cache.returns_due == 1
 
 
 def test_an_idle_connection_is_owned_up_to_when_a_grant_says_that_others_wait(rig: Rig) -> None:
@@ -311,7 +311,7 @@ def test_a_late_grant_serves_the_next_ticket_which_withdraws_its_request(rig: Ri
     rig.cache.give_up(gone, rig.now)
     rig.sent()
     assert rig.grant(gone.request) is waiting
-    assert rig.sent() == [Cancel(waiting.request)]
+    assert rig.sent() == [Withdraw(waiting.request)]
 
 
 def test_a_late_grant_that_nobody_wants_is_given_back_unused(rig: Rig) -> None:
@@ -337,7 +337,7 @@ def test_a_grant_overtaken_by_a_newer_one_is_not_used(rig: Rig) -> None:
     first, second = rig.want(), rig.want()
     assert rig.grant(second.request, serial=2) is second
     assert rig.grant(first.request, serial=1) is None
-    assert rig.cache.renewal(rig.now, {}).seen == Token(1, 2)
+    assert rig.cache.renewal(rig.now, {}).newest_grant == Token(1, 2)
 
 
 def test_a_grant_of_a_new_epoch_counts_from_the_start(rig: Rig) -> None:
@@ -404,19 +404,19 @@ def test_what_was_given_back_is_told_until_it_is_acknowledged(rig: Rig) -> None:
 def test_trouble_of_an_older_generation_is_old_news(rig: Rig) -> None:
     lease, _ = rig.lend()
     rig.sent()
-    rig.cache.trouble(lease, "25006")
-    assert rig.sent() == [Trouble(1, "25006")]
+    rig.cache.report_failover_sign(lease, "25006")
+    assert rig.sent() == [FailoverSign(1, "25006")]
     rig.cache.renew_generation(2, rig.now)
-    rig.cache.trouble(lease, "25006")
+    rig.cache.report_failover_sign(lease, "25006")
     assert rig.sent() == []
 
 
 def test_a_refusal_ends_the_wait_once(rig: Rig) -> None:
     ticket = rig.want(0)
     deny = Deny(ticket.request, DenyReason.EXHAUSTED, 5)
-    assert rig.cache.tickets.denied(deny) is ticket
+    assert rig.cache.waiters.denied(deny) is ticket
     assert ticket.denial == deny
-    assert rig.cache.tickets.denied(deny) is None
+    assert rig.cache.waiters.denied(deny) is None
 
 
 # --- giving up, in every phase
@@ -426,23 +426,23 @@ def test_giving_up_while_waiting_cancels(rig: Rig) -> None:
     ticket = rig.want()
     rig.sent()
     assert rig.cache.give_up(ticket, rig.now) is None
-    assert rig.sent() == [Cancel(ticket.request)]
+    assert rig.sent() == [Withdraw(ticket.request)]
     assert not rig.cache.waiting
 
 
 def test_giving_up_before_anything_was_asked_does_nothing(rig: Rig) -> None:
-    assert rig.cache.give_up(Ticket(lambda: None, rig.now), rig.now) is None
+    assert rig.cache.give_up(Waiter(lambda: None, rig.now), rig.now) is None
     assert rig.sent() == []
 
 
 def test_giving_up_while_asking_was_interrupted_leaves_nothing_behind(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ticket = Ticket(lambda: None, rig.now)
+    ticket = Waiter(lambda: None, rig.now)
     with monkeypatch.context() as patch:
         patch.setattr("sharedpool.worker.core.waiters.Acquire", interrupt)
         with pytest.raises(Interrupt):
-            rig.cache.tickets.want(ticket, 5.0)
+            rig.cache.waiters.enqueue(ticket, 5.0)
     assert rig.cache.give_up(ticket, rig.now) is None
     assert not rig.cache.waiting
 
@@ -511,7 +511,7 @@ def test_giving_up_twice_does_nothing_the_second_time(rig: Rig) -> None:
 def test_fail_ends_every_wait_with_the_error(rig: Rig) -> None:
     tickets = [rig.want(), rig.want()]
     error = RuntimeError("no broker")
-    assert rig.cache.tickets.fail(error) == tickets
+    assert rig.cache.waiters.fail(error) == tickets
     assert [ticket.error for ticket in tickets] == [error, error]
     assert not rig.cache.waiting
 
@@ -566,12 +566,12 @@ def test_lost_finds_soon_what_an_interrupted_checkin_has_dropped(
 ) -> None:
     """The connection is nobody's then but the interrupted thread's, which drops it."""
     lease, conn = rig.lend()
-    if laid:  # the short way
+    if laid:  # the fast path
         rig.cache.checkin(lease, conn, rig.now, None)
     with monkeypatch.context() as patch:
         patch.setattr(rig.cache, "_holds", interrupt)
         with pytest.raises(Interrupt):
-            rig.cache.checked_in(lease, rig.now) if laid else rig.cache.checkin(lease, conn, rig.now, None)
+            rig.cache.reconsider_idle(lease, rig.now) if laid else rig.cache.checkin(lease, conn, rig.now, None)
     rig.kept.clear()
     del conn
     assert lost_at_the_second_look(rig) == [lease]
@@ -641,17 +641,17 @@ def test_a_renewal_lists_everything_held_and_asked_for(rig: Rig) -> None:
         (idle.token, Phase.IDLE, 3000, ""),
         (used.token, Phase.IN_USE, 2000, "Thread-7"),
     ]
-    assert (renew.seen, renew.answers, renew.pending) == (Token(1, 2), 0, [ticket.request])
+    assert (renew.newest_grant, renew.answers, renew.pending) == (Token(1, 2), 0, [ticket.request])
 
 
 def test_the_first_registration_of_all_has_nothing_to_clear_up() -> None:
     cache = Cache(60.0)
-    ticket = Ticket(lambda: None, 1.0)
-    cache.tickets.want(ticket, 2.5)
+    ticket = Waiter(lambda: None, 1.0)
+    cache.waiters.enqueue(ticket, 2.5)
     assert cache.register(1.0, {}) == ([], NO_TOKEN, Acquire(ticket.request, 2500))
-    assert list(cache.out) == [Acquire(ticket.request, 2500)]
+    assert list(cache.outbox) == [Acquire(ticket.request, 2500)]
     cache.register(2.0, {})  # the first was lost, or heard
-    assert [type(each) for each in cache.out] == [Acquire, Renew]
+    assert [type(each) for each in cache.outbox] == [Acquire, Renew]
 
 
 def test_registering_again_replaces_what_was_not_sent_and_asks_again(rig: Rig) -> None:
@@ -662,7 +662,7 @@ def test_registering_again_replaces_what_was_not_sent_and_asks_again(rig: Rig) -
     rig.recall(owed=1)
     leases, seen, _ = rig.cache.register(rig.now, {})
     assert [report.token for report in leases] == [lease.token]
-    assert (seen, rig.cache.owed) == (Token(1, 1), 0)
+    assert (seen, rig.cache.returns_due) == (Token(1, 1), 0)
     assert rig.sent() == [Acquire(ticket.request, 2500), Renew(leases, seen, 0, [ticket.request])]
 
 
@@ -683,25 +683,25 @@ def test_recalls_of_a_new_broker_start_over(rig: Rig) -> None:
     rig.recall(owed=1)
     rig.cache.register(rig.now, {})
     rig.cache.recalled(Recall(1, 0, 1), rig.now, {})
-    assert rig.cache.owed == 1
+    assert rig.cache.returns_due == 1
 
 
 def test_what_was_asked_for_twice_may_be_answered_once_more(rig: Rig) -> None:
-    """The link has registered again meanwhile; nobody would read a free seat."""
+    """The link has registered again meanwhile; nobody would read a free wait socket."""
     slow = rig.want(9.0)
     rig.cache.register(rig.now, {})
     quick = rig.want(9.0)
     for ticket in (slow, quick):
-        assert not ticket.finished
-        assert rig.cache.tickets.denied(Deny(ticket.request, DenyReason.CROWDED, 1)) is ticket
-    assert quick.finished
-    assert not slow.finished
+        assert not ticket.broker_is_done
+        assert rig.cache.waiters.denied(Deny(ticket.request, DenyReason.CROWDED, 1)) is ticket
+    assert quick.broker_is_done
+    assert not slow.broker_is_done
 
 
 def test_a_connection_that_is_being_given_is_its_threads_alone(rig: Rig) -> None:
     """A broker without a journal would count it twice, and end it where it is in use by then."""
     lease, conn = rig.lend()
-    rig.cache.close(lease, conn, ReleaseReason.OWED, rig.now)
+    rig.cache.close(lease, conn, ReleaseReason.RETURN_DUE, rig.now)
     rig.cache.giving(lease)
     rig.now += 10 * CLOSING_LIMIT_S
     assert unfinished(rig.cache.leases.values(), rig.now) == []
@@ -750,9 +750,9 @@ def test_a_grant_that_is_too_old_is_given_back_and_asked_for_again(rig: Rig) -> 
     ticket = rig.want(600.0)
     rig.now += 100
     assert rig.cache.granted(Grant(ticket.request, Token(1, 1), 1, waited_ms=1_000), rig.now) is None
-    assert not ticket.settled
+    assert not ticket.is_done
     assert not rig.cache.leases
-    *_, released, asked = rig.cache.out
+    *_, released, asked = rig.cache.outbox
     assert (released, asked) == (Release(Token(1, 1), True, ReleaseReason.UNUSED), Acquire(ticket.request, 500_000))
     rig.now += 1
     rig.cache.granted(Grant(ticket.request, Token(1, 2), 2, waited_ms=500), rig.now)

@@ -9,7 +9,6 @@ from sharedpool.wire.desk import Live, Moved, Passed
 from sharedpool.wire.messages import (
     Acquire,
     Backend,
-    Cancel,
     LeaseReport,
     Phase,
     Recall,
@@ -17,8 +16,9 @@ from sharedpool.wire.messages import (
     ReleaseReason,
     Renew,
     Token,
+    Withdraw,
 )
-from sharedpool.worker.core.lease import Closing, Lease, Ticket
+from sharedpool.worker.core.lease import Closing, Lease, Waiter
 from sharedpool.worker.core.time_slice import STEADY_GAP_S
 from tests.unit.test_cache import Conn, Rig, reason_of
 
@@ -28,29 +28,29 @@ SLICE_S = 0.002
 @pytest.fixture
 def rig() -> Rig:
     rig = Rig()
-    rig.cache.slices.slice_s, rig.cache.slices.hands_over = SLICE_S, True
+    rig.cache.time_slice.slice_s, rig.cache.time_slice.hands_over = SLICE_S, True
     return rig
 
 
 def pass_on(rig: Rig, *, owed: int, pressed: bool) -> tuple[Lease, Conn]:
     """Have a thread that asks again at once get a connection from another process."""
-    rig.cache.slices.parted(rig.now)
+    rig.cache.time_slice.note_given(rig.now)
     ticket = rig.want()
     rig.serial += 1
     rig.news += 1
     conn = Conn()
     live = Live(Backend(rig.serial), 1, b"")
     message = Moved(ticket.request, Token(1, rig.serial), -1, 0, live, Passed(rig.news, owed, pressed))
-    assert rig.cache.moved(message, conn, float("inf"), rig.now) is ticket
+    assert rig.cache.received(message, conn, float("inf"), rig.now) is ticket
     assert ticket.lease is not None
     rig.kept += [ticket, conn]
     return ticket.lease, conn
 
 
-def use(rig: Rig, lease: Lease, conn: Conn, for_s: float, gap_s: float = 0.0) -> Closing | Ticket | None:
+def use(rig: Rig, lease: Lease, conn: Conn, for_s: float, gap_s: float = 0.0) -> Closing | Waiter | None:
     """Use a connection again and again, with pauses, until `for_s` seconds after it came; return its last checkin's."""
     outcome = None
-    while outcome is None and rig.now - lease.arrived < for_s:
+    while outcome is None and rig.now - lease.arrived_at < for_s:
         rig.now += 0.0003
         outcome = rig.cache.checkin(lease, conn, rig.now, None)
         if outcome is None:
@@ -62,27 +62,27 @@ def use(rig: Rig, lease: Lease, conn: Conn, for_s: float, gap_s: float = 0.0) ->
 def test_while_others_wait_a_worker_in_steady_use_has_one_slice(rig: Rig) -> None:
     lease, conn = pass_on(rig, owed=1, pressed=True)
     assert use(rig, lease, conn, for_s=SLICE_S - 0.0004) is None
-    assert reason_of(use(rig, lease, conn, for_s=SLICE_S + 0.0004)) is ReleaseReason.OWED
+    assert reason_of(use(rig, lease, conn, for_s=SLICE_S + 0.0004)) is ReleaseReason.RETURN_DUE
 
 
 def test_while_nobody_is_known_to_wait_it_has_many_until_it_is_asked(rig: Rig) -> None:
     lease, conn = pass_on(rig, owed=1, pressed=False)
     assert use(rig, lease, conn, for_s=5 * SLICE_S) is None
     rig.recall(owed=1)
-    assert reason_of(use(rig, lease, conn, for_s=6 * SLICE_S)) is ReleaseReason.OWED
+    assert reason_of(use(rig, lease, conn, for_s=6 * SLICE_S)) is ReleaseReason.RETURN_DUE
 
 
 def test_in_the_end_it_is_given_all_the_same(rig: Rig) -> None:
     lease, conn = pass_on(rig, owed=1, pressed=False)
-    assert reason_of(use(rig, lease, conn, for_s=11 * SLICE_S)) is ReleaseReason.OWED
+    assert reason_of(use(rig, lease, conn, for_s=11 * SLICE_S)) is ReleaseReason.RETURN_DUE
 
 
 @pytest.mark.parametrize("pressed", [True, False])
 def test_who_pauses_gives_at_the_next_checkin(rig: Rig, pressed: bool) -> None:
     lease, conn = pass_on(rig, owed=1, pressed=pressed)
     outcome = use(rig, lease, conn, for_s=SLICE_S, gap_s=STEADY_GAP_S * 1.2)
-    assert reason_of(outcome) is ReleaseReason.OWED
-    assert rig.now - lease.arrived < SLICE_S
+    assert reason_of(outcome) is ReleaseReason.RETURN_DUE
+    assert rig.now - lease.arrived_at < SLICE_S
 
 
 def test_what_a_hello_has_asked_along_is_not_asked_again(rig: Rig) -> None:
@@ -90,18 +90,18 @@ def test_what_a_hello_has_asked_along_is_not_asked_again(rig: Rig) -> None:
     *_, first = rig.cache.register(rig.now, {})
     assert first == Acquire(served.request, 5000)
     rig.now += 2
-    rig.cache.tickets.registered(served.request, rig.now)
+    rig.cache.waiters.registered(served.request, rig.now)
     assert [each for each in rig.sent() if isinstance(each, Acquire)] == [Acquire(other.request, 3000)]
 
 
 def test_who_takes_a_seat_in_the_lane_tells_the_broker(rig: Rig) -> None:
     ticket = rig.want()
     rig.sent()
-    rig.cache.tickets.move(ticket, 7, rig.now)
+    rig.cache.waiters.change_place(ticket, 7, rig.now)
     assert rig.sent() == [Acquire(ticket.request, 5000, 7)]
     rig.cache.give_up(ticket, rig.now)
     rig.sent()
-    rig.cache.tickets.move(ticket, 8, rig.now)  # too late
+    rig.cache.waiters.change_place(ticket, 8, rig.now)  # too late
     assert rig.sent() == []
 
 
@@ -109,13 +109,13 @@ def test_a_recall_that_a_passed_connection_has_overtaken_is_obeyed_and_answered(
     """They come on two lines. Else the broker would count on an idle connection that nobody gives."""
     idle = rig.idle()
     rig.news += 1
-    late = Recall(rig.news, take=1, owed=0, expired=False, answer=True)
+    late = Recall(rig.news, take=1, returns_due=0, expired=False, answer=True)
     pass_on(rig, owed=1, pressed=True)
     rig.sent()
     (closing,) = rig.cache.recalled(late, rig.now, {})
     assert (closing.lease, closing.reason) == (idle, ReleaseReason.TAKEN)
     assert [each.answers for each in rig.sent() if isinstance(each, Renew)] == [late.serial]
-    assert rig.cache.owed == 1  # what the later word says
+    assert rig.cache.returns_due == 1  # what the later word says
     assert rig.cache.recalled(late, rig.now, {}) == []
 
 
@@ -124,11 +124,11 @@ def test_what_is_kept_for_a_user_who_does_not_come_is_given_when_the_broker_asks
     assert rig.cache.checkin(lease, conn, rig.now + 0.0001, None) is None
     rig.now += STEADY_GAP_S * 1.5
     (closing,) = rig.recall(owed=1)
-    assert (closing.lease, closing.reason) == (lease, ReleaseReason.OWED)
+    assert (closing.lease, closing.reason) == (lease, ReleaseReason.RETURN_DUE)
 
 
 def test_where_it_must_be_opened_the_slice_begins_when_that_is_done(rig: Rig) -> None:
-    rig.cache.slices.parted(rig.now)
+    rig.cache.time_slice.note_given(rig.now)
     ticket = rig.want()
     rig.grant(ticket.request, owed=1)
     assert ticket.lease is not None
@@ -136,42 +136,42 @@ def test_where_it_must_be_opened_the_slice_begins_when_that_is_done(rig: Rig) ->
     conn = Conn()
     rig.cache.opened(ticket.lease, Backend(1), float("inf"), conn, rig.now)
     assert use(rig, ticket.lease, conn, for_s=9 * SLICE_S) is None  # it cannot move: a close and a connect cost more
-    assert reason_of(use(rig, ticket.lease, conn, for_s=11 * SLICE_S)) is ReleaseReason.OWED
+    assert reason_of(use(rig, ticket.lease, conn, for_s=11 * SLICE_S)) is ReleaseReason.RETURN_DUE
 
 
 @pytest.mark.parametrize("asks", [1, 2])
 def test_what_was_asked_for_twice_is_not_over_with_one_answer(rig: Rig, asks: int) -> None:
-    """The broker may have queued it anew while the first answer was on its way: its seat is to be watched."""
+    """The broker may have queued it anew while the first answer was on its way: its wait socket is to be watched."""
     ticket = rig.want()
     if asks == 2:
         rig.cache.register(rig.now, {})
-    message = Moved(ticket.request, Token(1, 1), -1, 0, Live(Backend(1), 1, b""), Passed(1, 0, pressed=False))
-    rig.cache.moved(message, Conn(), float("inf"), rig.now)
-    assert ticket.settled
-    assert ticket.finished is (asks == 1)
+    message = Moved(ticket.request, Token(1, 1), -1, 0, Live(Backend(1), 1, b""), Passed(1, 0, others_wait=False))
+    rig.cache.received(message, Conn(), float("inf"), rig.now)
+    assert ticket.is_done
+    assert ticket.broker_is_done is (asks == 1)
 
 
 def test_what_a_former_broker_has_passed_on_is_not_used(rig: Rig) -> None:
-    message = Moved(1, Token(0, 1), -1, 0, Live(Backend(1), 1, b""), Passed(1, 0, pressed=False))
+    message = Moved(1, Token(0, 1), -1, 0, Live(Backend(1), 1, b""), Passed(1, 0, others_wait=False))
     with pytest.raises(SharedPoolError, match="former broker"):
-        rig.cache.moved(message, Conn(), float("inf"), rig.now)
+        rig.cache.received(message, Conn(), float("inf"), rig.now)
     assert not rig.cache.leases
 
 
 # --- while connections move past the broker
 
 
-def want_in_lane(rig: Rig) -> Ticket:
-    ticket = Ticket(lambda: None, rig.now)
-    rig.cache.tickets.want(ticket, 5.0, in_lane=True)
+def want_in_lane(rig: Rig) -> Waiter:
+    ticket = Waiter(lambda: None, rig.now)
+    rig.cache.waiters.enqueue(ticket, 5.0, in_lane=True)
     return ticket
 
 
-def come(rig: Rig, request: int = 0, *, moves: int = 3) -> tuple[Ticket | None, Lease, Conn]:
+def come(rig: Rig, request: int = 0, *, moves: int = 3) -> tuple[Waiter | None, Lease, Conn]:
     """Have a connection come in the lane."""
     rig.serial += 1
     moved, conn = Moved(request, Token(1, rig.serial), 9, moves, Live(Backend(rig.serial), 1, b"")), Conn()
-    ticket = rig.cache.moved(moved, conn, float("inf"), rig.now)
+    ticket = rig.cache.received(moved, conn, float("inf"), rig.now)
     rig.kept += [conn]
     return ticket, rig.cache.leases[moved.token], conn
 
@@ -207,7 +207,7 @@ def test_what_was_laid_idle_the_short_way_is_given_too(moving: Rig) -> None:
     moving.cache.moving = b"\0"
     lease = moving.idle()
     lease.movable, moving.cache.moving = True, b"\1"
-    assert reason_of(moving.cache.checked_in(lease, moving.now)) is ReleaseReason.SHARED
+    assert reason_of(moving.cache.reconsider_idle(lease, moving.now)) is ReleaseReason.SHARED
     assert not moving.cache.idle
 
 
@@ -216,7 +216,7 @@ def test_what_was_laid_idle_the_short_way_is_given_too(moving: Rig) -> None:
     [
         ("stale", ReleaseReason.STALE),
         ("old", ReleaseReason.RETIRED),
-        ("owed", ReleaseReason.OWED),
+        ("owed", ReleaseReason.RETURN_DUE),
         ("taken away", ReleaseReason.BROKEN),
     ],
 )
@@ -240,7 +240,7 @@ def test_who_waits_in_the_lane_is_not_served_before_his_turn(moving: Rig) -> Non
     in_lane, at_broker = want_in_lane(moving), moving.want()
     moving.sent()
     assert moving.cache.checkin(lease, conn, moving.now, None) is at_broker
-    assert moving.sent() == [Cancel(at_broker.request)]
+    assert moving.sent() == [Withdraw(at_broker.request)]
     assert list(moving.cache.waiting.values()) == [in_lane]
     other, conn = moving.lend()
     other.movable = True
@@ -248,11 +248,11 @@ def test_who_waits_in_the_lane_is_not_served_before_his_turn(moving: Rig) -> Non
 
 
 def test_a_process_with_many_threads_keeps_no_connection_for_ever(moving: Rig) -> None:
-    """Its threads without a seat wait at the broker; those of other processes are to have their turn."""
+    """Its threads without a wait socket wait at the broker; those of other processes are to have their turn."""
     lease, conn = moving.lend()
     lease.movable = True
     served = 0
-    while isinstance(ticket := moving.cache.checkin(lease, conn, moving.now, None), Ticket) or not served:
+    while isinstance(ticket := moving.cache.checkin(lease, conn, moving.now, None), Waiter) or not served:
         served += 1
         assert served < 100
         moving.kept.append(moving.want())
@@ -267,7 +267,7 @@ def test_what_cannot_move_after_all_is_laid_back_and_told_of(moving: Rig) -> Non
     lease.movable = True
     moving.cache.checkin(lease, conn, moving.now, None)
     moving.sent()
-    moving.cache.lay_back(lease, conn, moving.now)
+    moving.cache.keep_after_all(lease, conn, moving.now)
     assert (lease.phase, lease.conn, list(moving.cache.idle)) == (Phase.IDLE, conn, [lease])
     (renew,) = moving.sent()
     assert isinstance(renew, Renew)
@@ -280,7 +280,7 @@ def test_what_was_taken_away_meanwhile_is_not_laid_back(moving: Rig) -> None:
     lease, conn = moving.lend()
     moving.cache.forget(lease.token)
     moving.sent()
-    moving.cache.lay_back(lease, conn, moving.now)
+    moving.cache.keep_after_all(lease, conn, moving.now)
     assert (list(moving.cache.idle), moving.sent()) == ([], [])
 
 
@@ -291,7 +291,7 @@ def test_who_waits_in_the_lane_asks_the_broker_for_nothing(moving: Rig) -> None:
     assert moving.cache.give_up(ticket, moving.now) is None
     assert moving.sent() == []  # nor need it be told that it waits no more
     assert not moving.cache.waiting
-    assert not ticket.in_lane
+    assert not ticket.only_in_lane
 
 
 def test_what_comes_in_the_lane_is_its_tickets(moving: Rig) -> None:
@@ -299,8 +299,8 @@ def test_what_comes_in_the_lane_is_its_tickets(moving: Rig) -> None:
     ticket, lease, conn = come(moving, mine.request)
     assert ticket is mine
     assert mine.lease is lease
-    assert (lease.conn, lease.cell, lease.moves, lease.movable, lease.fresh) == (conn, 9, 3, True, True)
-    assert mine.settled
+    assert (lease.conn, lease.cell, lease.moves, lease.movable, lease.needs_configure) == (conn, 9, 3, True, True)
+    assert mine.is_done
     assert list(moving.cache.waiting.values()) == [other]
     assert moving.sent() == []
 
@@ -321,7 +321,7 @@ def test_what_comes_for_nobody_lies_idle(moving: Rig) -> None:
 def test_what_comes_from_the_shelf_and_is_old_ends_when_it_should(moving: Rig) -> None:
     moving.serial += 1
     moved = Moved(0, Token(1, moving.serial), 9, 1, Live(Backend(1), 1, b""))
-    moving.cache.moved(moved, Conn(), moving.now + 1, moving.now)
+    moving.cache.received(moved, Conn(), moving.now + 1, moving.now)
     (closing,) = moving.cache.expire(moving.now + 1)
     assert closing.reason is ReleaseReason.RETIRED
 
@@ -330,23 +330,23 @@ def test_who_waited_in_a_former_brokers_lane_asks_the_later_one(moving: Rig) -> 
     ticket = want_in_lane(moving)
     *_, first = moving.cache.register(moving.now, {})
     assert first == Acquire(ticket.request, 5000)
-    moving.cache.tickets.registered(0, moving.now)
+    moving.cache.waiters.registered(0, moving.now)
     assert [each for each in moving.sent() if isinstance(each, Acquire)] == [first]
-    assert not ticket.in_lane
+    assert not ticket.only_in_lane
 
 
 def test_who_leaves_the_lane_asks_the_broker_and_is_served_by_either(moving: Rig) -> None:
     """What was sent to him in the lane may be on its way still: then the broker is to forget him."""
     by_broker, in_lane = want_in_lane(moving), want_in_lane(moving)
     for ticket in (by_broker, in_lane):
-        moving.cache.tickets.ask(ticket, moving.now)
+        moving.cache.waiters.ask(ticket, moving.now)
     assert [type(each) for each in moving.sent()] == [Acquire, Acquire]
     come(moving, in_lane.request)
-    assert in_lane.settled
-    assert not in_lane.finished
-    assert moving.sent() == [Cancel(in_lane.request)]
+    assert in_lane.is_done
+    assert not in_lane.broker_is_done
+    assert moving.sent() == [Withdraw(in_lane.request)]
     moving.grant(by_broker.request)
-    assert by_broker.finished
+    assert by_broker.broker_is_done
     assert moving.sent() == []
 
 
@@ -358,7 +358,7 @@ def test_who_was_passed_what_cannot_be_used_asks_the_broker(moving: Rig) -> None
         Release(moved.token, False, ReleaseReason.FAILED, Backend(70)),
         Acquire(ticket.request, 5000),
     ]
-    assert not ticket.in_lane
+    assert not ticket.only_in_lane
     assert moving.cache.renewal(moving.now, {}).pending == [ticket.request]
     assert [x.token for x in moving.cache.renewal(moving.now, {}).unproven] == [moved.token]  # until it is known
 

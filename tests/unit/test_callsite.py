@@ -6,14 +6,14 @@ from types import CodeType
 
 from sharedpool.wire.messages import Grant, Phase, Token
 from sharedpool.worker.core.cache import Cache
-from sharedpool.worker.core.callsite import capture, wording
-from sharedpool.worker.core.lease import Ticket
+from sharedpool.worker.core.callsite import capture, shown_stack
+from sharedpool.worker.core.lease import Waiter
 from sharedpool.worker.core.lease_reports import reports
 
 
 def test_the_innermost_line_comes_first() -> None:
     def inner() -> list[str]:
-        return wording(capture())
+        return shown_stack(capture())
 
     here = sys._getframe().f_lineno
     stack = inner()
@@ -26,13 +26,13 @@ def test_layers_between_the_pool_and_its_user_are_left_out() -> None:
     layer: dict[str, object] = {"__name__": "sqlalchemy.pool.base", "capture": capture}
     exec("def between():\n    return capture()", layer)
     between = layer["between"]
-    stack = wording(between())  # type: ignore[operator]
+    stack = shown_stack(between())  # type: ignore[operator]
     assert "in test_layers_between_the_pool_and_its_user_are_left_out" in stack[0]
 
 
 def test_a_stack_is_bounded() -> None:
     def deep(n: int) -> list[str]:
-        return deep(n - 1) if n else wording(capture())
+        return deep(n - 1) if n else shown_stack(capture())
 
     assert len(deep(50)) == 12
 
@@ -43,7 +43,7 @@ def code(name: str) -> CodeType:
 
 def test_an_entry_is_short_printable_utf_8_and_keeps_its_end() -> None:
     stack = tuple((code(name), 7) for name in ("é" * 300, "a\x1b[2J\nb.py", "x\udcff.py", "short.py"))
-    long, control, lone, short = wording(stack)
+    long, control, lone, short = shown_stack(stack)
     assert long.endswith("é:7 in <module>")
     assert long.startswith("…")
     assert len(long.encode()) <= 100
@@ -58,7 +58,7 @@ def test_a_worker_with_very_many_leases_tells_of_each_only_the_line() -> None:
     cache.welcomed(1, 1, 0.0)
     stack = ((code("inner.py"), 1), (code("outer.py"), 2))
     for serial in range(1, 202):
-        cache.tickets.want(ticket := Ticket(lambda: None, 0.0), 0)
+        cache.waiters.enqueue(ticket := Waiter(lambda: None, 0.0), 0)
         cache.granted(Grant(ticket.request, Token(1, serial), serial), 0.0)
         assert ticket.lease is not None
         ticket.lease.phase, ticket.lease.stack = Phase.IN_USE, stack

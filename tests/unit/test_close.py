@@ -16,7 +16,7 @@ import pytest
 
 from sharedpool.postgres.peer_closed import other_side_closed
 from sharedpool.worker.connection.closing import _shut, close_confirmed, cut
-from sharedpool.worker.connection.connection import Connection, bear_witness
+from sharedpool.worker.connection.connection import Connection, take_duplicate
 from sharedpool.worker.connection.handover import _greeting, _startup
 from sharedpool.worker.connection.pooled import PooledConnection
 
@@ -53,7 +53,7 @@ class Backend:
         )  # fmt: skip
         assert isinstance(conn, PooledConnection)
         conn.sharedpool_direct = True
-        return bear_witness(conn)
+        return take_duplicate(conn)
 
     def end(self) -> None:
         self.may_exit.set()

@@ -29,7 +29,7 @@ from sharedpool.wire.messages import (
     Release,
     ReleaseReason,
     Renew,
-    Times,
+    Timings,
     ToBroker,
     Token,
     ToWorker,
@@ -60,7 +60,7 @@ orders = st.builds(Order, integers, st.sampled_from(OrderKind), texts, st.intege
 counts = st.integers(0, 2**63 - 1)
 histograms = st.builds(Histogram, st.lists(counts, min_size=BUCKETS, max_size=BUCKETS), counts)
 st.register_type_strategy(Histogram, histograms)
-structs = (PoolSpec, LeaseReport, Holder, SessionReport, PoolReport, LeaseLine, BackendActivity, Times)
+structs = (PoolSpec, LeaseReport, Holder, SessionReport, PoolReport, LeaseLine, BackendActivity, Timings)
 for struct in structs:
     hints = {field.name: st.from_type(field.type) for field in msgspec.structs.fields(struct)}
     st.register_type_strategy(struct, st.builds(struct, **hints))
@@ -100,7 +100,7 @@ def test_every_answer_to_a_command_survives_the_wire(message: ToOperator) -> Non
 
 
 def test_the_longest_list_of_leases_fits_into_a_frame() -> None:
-    entry = "x" * 100  # as long as `callsite.wording` makes it, as often as `capture` takes
+    entry = "x" * 100  # as long as `callsite.shown_stack` makes it, as often as `capture` takes
     line = LeaseLine(
         Token(2**63, 2**63), "p" * 63, 2**22, "h" * 64, "t" * 100, "n" * 100, "being ended", 2**40,
         Backend(2**22, 2**60, 2**60), [entry] * 12,
@@ -122,7 +122,7 @@ def test_a_backend_that_no_server_can_have_is_refused(backend: Backend) -> None:
 def test_a_histogram_of_other_buckets_or_less_than_nothing_is_refused(counts: list[int]) -> None:
     good, bad = Histogram([0] * BUCKETS, 0), Histogram(counts, 1)
     with pytest.raises(ProtocolError):
-        decode_to_broker(encode(Renew([], Token(1, 1), times=Times(1, good, good, bad))))
+        decode_to_broker(encode(Renew([], Token(1, 1), times=Timings(1, good, good, bad))))
 
 
 def test_types_are_restored_not_just_values() -> None:
@@ -131,9 +131,9 @@ def test_types_are_restored_not_just_values() -> None:
     assert isinstance(hello, Hello)
     assert isinstance(hello.leases[0].token, Token)
     assert hello.leases[0].phase is Phase.IDLE
-    release = decode_to_broker(encode(Release(Token(1, 1), True, ReleaseReason.OWED)))
+    release = decode_to_broker(encode(Release(Token(1, 1), True, ReleaseReason.RETURN_DUE)))
     assert isinstance(release, Release)
-    assert release.reason is ReleaseReason.OWED
+    assert release.reason is ReleaseReason.RETURN_DUE
 
 
 DECODERS = [decode_to_broker, decode_to_operator, decode_to_worker]

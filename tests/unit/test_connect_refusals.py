@@ -30,14 +30,14 @@ def test_a_server_that_does_not_answer_concerns_everybody() -> None:
 def test_who_is_refused_again_and_again_waits_longer_each_time_up_to_a_limit() -> None:
     refusals, refusal, now = Refusals(lambda: 0.0), None, 100.0
     refusal = refusals.failed(b"a", refusal, "28P01", "no", now)
-    assert refusals.held_until(b"a", refusal, now) is None  # its password may be another by now
+    assert refusals.blocked_until(b"a", refusal, now) is None  # its password may be another by now
     waits = []
     for _ in range(6):
-        refusals.tries(b"a", refusal, now)
+        refusals.note_try(b"a", refusal, now)
         refusal = refusals.failed(b"a", refusal, "28P01", "no", now)
-        until = refusals.held_until(b"a", refusal, now)
+        until = refusals.blocked_until(b"a", refusal, now)
         assert until is not None
-        assert refusals.held_until(b"a", refusal, until) is None
+        assert refusals.blocked_until(b"a", refusal, until) is None
         waits.append(until - now)
         now = until
     assert waits[0] == pytest.approx(RETRY_S)
@@ -49,9 +49,9 @@ def test_another_refusal_begins_anew() -> None:
     refusals = Refusals(lambda: 0.0)
     first = refusals.failed(b"a", None, "28P01", "no", 0.0)
     first = refusals.failed(b"a", first, "28P01", "no", 10.0)
-    assert refusals.held_until(b"a", first, 10.0) is not None
+    assert refusals.blocked_until(b"a", first, 10.0) is not None
     other = refusals.failed(b"a", first, "42704", "no such option", 20.0)
-    assert refusals.held_until(b"a", other, 20.0) is None
+    assert refusals.blocked_until(b"a", other, 20.0) is None
 
 
 def test_who_is_refused_for_the_role_takes_turns_with_the_others_and_nobody_is_left_out() -> None:
@@ -64,8 +64,8 @@ def test_who_is_refused_for_the_role_takes_turns_with_the_others_and_nobody_is_l
         if now > 20:
             break
         for name in names:  # who comes first would always have the turn
-            if refusals.held_until(name, held[name], now) is None:
-                refusals.tries(name, held[name], now)
+            if refusals.blocked_until(name, held[name], now) is None:
+                refusals.note_try(name, held[name], now)
                 held[name] = refusals.failed(name, held[name], "28000", "no login", now)
                 tried.append((now, name))
     assert len(tried) <= 20 / RETRY_S
@@ -78,10 +78,10 @@ def test_one_who_is_let_in_opens_the_door_for_all_who_were_refused_alike() -> No
     a, b = (refusals.failed(name, None, "28000", "no login", 0.0) for name in (b"a", b"b"))
     other = refusals.failed(b"c", None, "42501", "no right to it", 0.0)
     refusals.opened(a)
-    assert refusals.held_until(b"b", b, 0.0) is None
-    assert refusals.held_until(b"c", other, 0.0) is not None
+    assert refusals.blocked_until(b"b", b, 0.0) is None
+    assert refusals.blocked_until(b"c", other, 0.0) is not None
     again = refusals.failed(b"b", b, "28000", "no login", 1.0)
-    assert refusals.held_until(b"b", again, 1.0) is not None
+    assert refusals.blocked_until(b"b", again, 1.0) is not None
 
 
 # --- in the ledger
@@ -202,5 +202,5 @@ def test_a_process_that_connects_as_somebody_else_tells_nothing_of_the_pool() ->
 
 
 def error_of(broker: Broker) -> str:
-    (pool,), _ = report(broker.ledger._books, broker.now)
+    (pool,), _ = report(broker.ledger._slots, broker.now)
     return pool.error

@@ -8,7 +8,7 @@ from sharedpool.broker.core.backoff import Backoff
 from sharedpool.broker.core.group_terms import GroupTerms, check_terms
 from sharedpool.broker.core.records import Lease as Slot
 from sharedpool.broker.core.records import Pool, Session, SlotState
-from sharedpool.broker.core.slots import Books
+from sharedpool.broker.core.slots import Slots
 from sharedpool.errors import ConfigError
 from sharedpool.wire.admin import OrderKind
 from sharedpool.wire.messages import Ack, Deny, PoolSpec, Recall, ReleaseReason, Token, Welcome
@@ -74,12 +74,12 @@ def test_a_free_slot_goes_to_the_most_important_waiter() -> None:
     web, reports = member(broker, "web", "web"), member(broker, "reports", "reports")
     token = holder.lend()
     first, second, third = reports.ask(wait_s=9), holder.ask(wait_s=9), web.ask(wait_s=9)
-    holder.release(token, ReleaseReason.OWED)
+    holder.release(token, ReleaseReason.RETURN_DUE)
     granted = web.open(third)
     assert (reports.outcome(first), holder.outcome(second)) == (None, None)
     web.release(granted)
     granted = holder.open(second)
-    holder.release(granted, ReleaseReason.OWED)
+    holder.release(granted, ReleaseReason.RETURN_DUE)
     assert isinstance(reports.outcome(first), Token)
 
 
@@ -102,7 +102,7 @@ def test_who_is_more_important_is_asked_but_not_pressed() -> None:
     web, jobs = member(broker, "web", "web"), member(broker, "jobs", "jobs")
     busy, idle = web.lend(), web.lend()
     request = jobs.ask(wait_s=9)
-    assert (web.last(Recall).take, web.last(Recall).owed) == (0, 0)
+    assert (web.last(Recall).take, web.last(Recall).returns_due) == (0, 0)
     web.answer()
     asked = len(web.sent(Recall))
     web.beat()
@@ -119,7 +119,7 @@ def test_who_is_less_important_is_pressed() -> None:
     web, jobs = member(broker, "web", "web"), member(broker, "jobs", "jobs")
     jobs.lend()
     web.ask(wait_s=9)
-    assert jobs.last(Recall).owed == 1
+    assert jobs.last(Recall).returns_due == 1
 
 
 def test_a_lower_limit_makes_room_for_what_is_reserved() -> None:
@@ -127,9 +127,9 @@ def test_a_lower_limit_makes_room_for_what_is_reserved() -> None:
     jobs = member(broker, "jobs", "jobs")
     tokens = [jobs.lend() for _ in range(3)]
     order(broker, OrderKind.LIMIT, "", 3)
-    assert jobs.last(Recall).owed == 1
-    jobs.release(tokens[0], ReleaseReason.OWED)
-    assert broker.ledger._books.shrinking == {}
+    assert jobs.last(Recall).returns_due == 1
+    jobs.release(tokens[0], ReleaseReason.RETURN_DUE)
+    assert broker.ledger._slots.shrinking == {}
     web = member(broker, "web", "web")
     web.lend()
 
@@ -140,15 +140,15 @@ def test_groups_that_come_with_a_reload_make_room_for_what_is_reserved() -> None
     jobs, reports = member(broker, "jobs", "jobs"), member(broker, "reports", "reports")
     busy = [jobs.lend(), jobs.lend(), reports.lend(), reports.lend()]
     broker.take_in(broker.ledger.configure(4, {"web": GroupTerms(reserved=1)}, {}, broker.now))
-    assert jobs.last(Recall).owed == 1
-    assert reports.last(Recall).owed == 1
-    jobs.release(busy[0], ReleaseReason.OWED)
+    assert jobs.last(Recall).returns_due == 1
+    assert reports.last(Recall).returns_due == 1
+    jobs.release(busy[0], ReleaseReason.RETURN_DUE)
     member(broker, "web", "web").lend()
 
 
 def test_connections_of_an_unknown_group_count_in_every_one() -> None:
     """Known by their backends alone, after a journal was lost: they may be the group's that is nearly full."""
-    books = Books(9, lambda command: None)
+    books = Slots(9, lambda command: None)
     books.configure({"jobs": GroupTerms(max_conn=2)})
     jobs = books.pools["p"] = Pool(PoolSpec("p", 9, 0, group="jobs"), 9, Backoff(lambda: 0.5))
     stranger = books.pools["q"] = Pool(PoolSpec("q", 1, 0), 1, Backoff(lambda: 0.5), unnamed=True)

@@ -12,16 +12,16 @@ import pytest
 
 from sharedpool.broker_location import GivenBroker
 from sharedpool.lane import lane as lanes
-from sharedpool.lane.wait_sockets import Seat, Seats
+from sharedpool.lane.wait_sockets import WaitSocket, WaitSockets
 from sharedpool.postgres.conninfo import resolve
 from sharedpool.wire.codec import decode_to_desk
-from sharedpool.wire.desk import PACKET_BYTES, Joined, LetIn, Stay
+from sharedpool.wire.desk import PACKET_BYTES, Joined, LaneInvitation, LineOwner
 from sharedpool.wire.messages import PROTOCOL_VERSION, Acquire, Hello, Recall, Renew, Welcome
 from sharedpool.worker.connection.handover import SUPPORTED
-from sharedpool.worker.core.lease import Ticket
+from sharedpool.worker.core.lease import Waiter
 from sharedpool.worker.link.link import Link
 from sharedpool.worker.link.links import SharedContext
-from sharedpool.worker.local_pool import Holdings
+from sharedpool.worker.local_pool import LocalPool
 from sharedpool.worker.mover import Mover
 from sharedpool.worker.session import Session
 from sharedpool.worker.settings import PoolConfig
@@ -40,16 +40,16 @@ class Rig:
         self._listener.listen()
         self._desk: socket.socket | None = None  # the broker's end of the line
         self._path = str(path)
-        self.holdings = Holdings(
+        self.holdings = LocalPool(
             PoolConfig(resolve(dsn="host=nowhere user=u dbname=d")), GivenBroker("ipc:///nowhere"), Session, Mover
         )
         self._session = Session(self.holdings)
         self._link = Link("ipc:///nowhere", SharedContext())
-        registration = self._link.attach(self._session, self.holdings.cache.out, None)
+        registration = self._link.attach(self._session, self.holdings.cache.outbox, None)
         assert registration is not None
         self._registration = self.holdings.registration = registration
         self.holdings.link = self._link
-        self._taken: list[tuple[Seats, Seat]] = []
+        self._taken: list[tuple[WaitSockets, WaitSocket]] = []
         self._connect(7)
         self.recalls = 0
 
@@ -59,12 +59,12 @@ class Rig:
         self._link.desk.open(self._path, self._link.identity)
         self._link.epoch = epoch
         self._desk, _ = self._listener.accept()
-        assert isinstance(decode_to_desk(self._desk.recv(PACKET_BYTES)), Stay)
+        assert isinstance(decode_to_desk(self._desk.recv(PACKET_BYTES)), LineOwner)
 
     def invite(self) -> list[int]:
         """Have an invitation come from the broker whose line this is; return its descriptors."""
         fds = lanes.make()
-        self._session.let_in(LetIn(self._registration.identity, 1, 0, lanes.network()), fds)
+        self._session.invited(LaneInvitation(self._registration.identity, 1, 0, lanes.network()), fds)
         return fds
 
     def welcome(self, epoch: int) -> None:
@@ -76,28 +76,30 @@ class Rig:
         self._session.receive(said)
 
     def hello(self) -> Hello:
-        return self._session.hello()
+        return self._session.compose_hello()
 
-    def ask(self) -> Ticket:
+    def ask(self) -> Waiter:
         """Have a thread ask the broker, that waits in the lane."""
-        seats, ticket = self.holdings.seats, Ticket(lambda: None, 0.0)
+        seats, ticket = self.holdings.wait_sockets, Waiter(lambda: None, 0.0)
         assert seats is not None
         seat = seats.take(None)
         assert seat is not None
         self._taken.append((seats, seat))
-        self.holdings.cache.tickets.want(ticket, 1000.0, place=seat.number)
+        self.holdings.cache.waiters.enqueue(ticket, 1000.0, place=seat.number)
         return ticket
 
     def answer(self) -> Renew:
         """Have the broker ask for what is held; return what it is told."""
         self.recalls += 1
         self._session.receive(Recall(self.recalls, 0, 0))
-        (told,) = [each for each in self.holdings.cache.out if isinstance(each, Renew) and each.answers == self.recalls]
+        (told,) = [
+            each for each in self.holdings.cache.outbox if isinstance(each, Renew) and each.answers == self.recalls
+        ]
         return told
 
     def asked(self) -> list[tuple[int, int]]:
         """The requests in the outbox, and the places that they name."""
-        return [(each.request, each.place) for each in self.holdings.cache.out if isinstance(each, Acquire)]
+        return [(each.request, each.lane_place) for each in self.holdings.cache.outbox if isinstance(each, Acquire)]
 
     def has_joined(self) -> bool:
         assert self._desk is not None
@@ -111,7 +113,7 @@ class Rig:
         self.holdings.keep_invitation(None, [])
         self.holdings.leave_lane()
         for seats, seat in self._taken:
-            seats.put(seat)
+            seats.give_back(seat)
         self._link.desk.close()
         if self._desk is not None:
             self._desk.close()
@@ -128,9 +130,9 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 
 def test_an_early_invitation_is_kept_until_the_welcome(rig: Rig) -> None:
     rig.invite()
-    assert rig.holdings.seats is None
+    assert rig.holdings.wait_sockets is None
     rig.welcome(7)
-    assert rig.holdings.seats is not None
+    assert rig.holdings.wait_sockets is not None
     assert rig.has_joined()
 
 
@@ -139,7 +141,7 @@ def test_an_invitation_of_a_broker_that_died_before_its_welcome_came_is_not_foll
     fds = rig.invite()
     memory = os.fstat(fds[0]).st_ino
     rig.welcome(8)
-    assert rig.holdings.seats is None
+    assert rig.holdings.wait_sockets is None
     assert not rig.has_joined()
     assert memory not in [os.stat(each).st_ino for each in Path("/proc/self/fd").iterdir() if each.exists()]
 
@@ -148,7 +150,7 @@ def test_the_next_brokers_invitation_is_followed_after_it(rig: Rig) -> None:
     rig.invite()
     rig.welcome(8)
     rig.invite()
-    assert rig.holdings.seats is not None
+    assert rig.holdings.wait_sockets is not None
     assert rig.has_joined()
 
 
@@ -157,11 +159,11 @@ def test_nobody_tells_the_next_broker_of_his_place_in_the_former_ones_lane(rig: 
     rig.invite()
     rig.welcome(7)
     tickets = [rig.ask() for _ in range(2)]
-    assert rig.asked() == [(each.request, each.place) for each in tickets]
-    assert min(each.place for each in tickets) >= 0
+    assert rig.asked() == [(each.request, each.lane_place) for each in tickets]
+    assert min(each.lane_place for each in tickets) >= 0
     first = rig.hello().first
     assert first is not None
-    assert (first.request, first.place) == (tickets[0].request, -1)
+    assert (first.request, first.lane_place) == (tickets[0].request, -1)
     rig.welcome(8)
     assert rig.asked() == [(each.request, -1) for each in tickets]
 
@@ -175,7 +177,7 @@ def test_the_next_broker_is_told_what_a_thread_may_have_from_the_former_ones_lan
     """It has read it before the lane was left, and is held up: only when it goes on it will be listed."""
     rig.invite()
     rig.welcome(7)
-    call, seats = Call(), rig.holdings.seats
+    call, seats = Call(), rig.holdings.wait_sockets
     assert seats is not None
     seat = seats.take(weakref.ref(call))
     assert seat is not None
@@ -188,4 +190,4 @@ def test_the_next_broker_is_told_what_a_thread_may_have_from_the_former_ones_lan
     else:
         seat.busy = False
     assert not rig.answer().unsure
-    seats.put(seat)
+    seats.give_back(seat)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sharedpool.broker.core.commands import Entry, Member, Place, Process
+from sharedpool.broker.core.commands import Entry, Member, Process, ServerIncarnation
 from sharedpool.broker.server import journal as journals
 from sharedpool.broker.server.journal import Journal
 from sharedpool.wire.messages import Backend, PoolSpec, Token
@@ -31,7 +31,7 @@ def test_what_was_recorded_and_not_erased_comes_back(path: Path) -> None:
     journal = Journal(path)
     assert not journal.intact
     assert journal.entries == []
-    journal.vouch()
+    journal.mark_complete()
     for serial in (1, 2, 3):
         journal.record(entry(serial))
         journal.flush()
@@ -50,7 +50,7 @@ def test_who_was_in_a_lane_comes_back_until_he_has_left_it(path: Path) -> None:
     spec = PoolSpec("päge", 5, 60_000)
     stays, leaves = (Member(name, Process(77, 1, "here"), spec) for name in (b"w\xff\0", b"other"))
     journal = Journal(path)
-    journal.vouch()
+    journal.mark_complete()
     journal.record(entry(1))
     for member in (stays, leaves, stays):
         journal.admit(member)
@@ -64,7 +64,7 @@ def test_who_was_in_a_lane_comes_back_until_he_has_left_it(path: Path) -> None:
 
 def test_a_line_cut_short_is_one_that_never_counted(path: Path) -> None:
     journal = Journal(path)
-    journal.vouch()
+    journal.mark_complete()
     journal.record(entry(1))
     journal.flush()
     journal.record(entry(2))
@@ -83,7 +83,7 @@ def test_one_that_was_not_vouched_for_is_not_believed_by_the_next_broker_either(
     after = Journal(path)  # killed before it knew all
     assert not after.intact
     assert after.entries == [entry(1)]
-    after.vouch()
+    after.mark_complete()
     assert Journal(path).intact
 
 
@@ -132,13 +132,13 @@ def test_a_broker_that_cannot_write_leaves_nothing_to_believe(path: Path, caplog
 def test_the_newest_servers_that_were_seen_outlive_it_and_its_rewriting(path: Path) -> None:
     journal = Journal(path)
     for boot_us in range(40):
-        journal.saw(Place("::1:5432", boot_us))
-        journal.saw(Place("::1:5432", boot_us))
-    journal.saw(Place("::1:5432", 30))  # after a failover and back
-    newest = [Place("::1:5432", boot_us) for boot_us in [*range(24, 30), *range(31, 40), 30]]
-    assert Journal(path).places == newest
-    assert Journal(path).places == newest  # the one before has rewritten it
-    assert path.read_bytes().count(b"saw") == len(newest)
+        journal.record_server(ServerIncarnation("::1:5432", boot_us))
+        journal.record_server(ServerIncarnation("::1:5432", boot_us))
+    journal.record_server(ServerIncarnation("::1:5432", 30))  # after a failover and back
+    newest = [ServerIncarnation("::1:5432", boot_us) for boot_us in [*range(24, 30), *range(31, 40), 30]]
+    assert Journal(path).servers == newest
+    assert Journal(path).servers == newest  # the one before has rewritten it
+    assert path.read_bytes().count(b"server") == len(newest)
 
 
 @contextmanager
@@ -156,7 +156,7 @@ def file_size_limit(most: int) -> Iterator[None]:
 
 def test_one_that_cannot_be_rewritten_whole_is_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(path)
-    journal.vouch()
+    journal.mark_complete()
     entries = [entry(serial) for serial in range(60)]
     for each in entries:
         journal.record(each)

@@ -18,7 +18,7 @@ from sharedpool.descriptors.owned import Owned
 from sharedpool.descriptors.readable import readable
 from sharedpool.lane import lane as lanes
 from sharedpool.lane.lane import Item, Lane, Ticket
-from sharedpool.wire.board import CELLS, SEATS, SHELF
+from sharedpool.wire.board import CELLS, PLACES, SHELF
 from sharedpool.wire.codec import encode
 from sharedpool.wire.desk import Live, Moved
 from sharedpool.wire.messages import Backend, Token
@@ -40,20 +40,20 @@ class Process:
 
     def wait(self, seat: int, request: int, *, ticket: bool = True) -> Ticket:
         """Take a place, and queue a ticket for it."""
-        place = self.number * SEATS + seat
+        place = self.number * PLACES + seat
         if seat not in self.seats:
-            self.seats[seat] = self.lane.seat(place)
+            self.seats[seat] = self.lane.wait_socket(place)
         self.lane.board.take_place(place, request)
         written = Ticket(self.number, place, request)
-        assert not ticket or self.lane.queue(written)
+        assert not ticket or self.lane.add_ticket(written)
         return written
 
     def came(self, seat: int) -> Moved | None:
-        """Return what has come to a seat."""
+        """Return what has come to a wait socket."""
         return unpacked(self.lane.receive(self.seats[seat]))
 
     def taken(self) -> Moved | None:
-        return unpacked(self.lane.take())
+        return unpacked(self.lane.take_from_shelf())
 
     def close(self) -> None:
         self.lane.close()
@@ -132,7 +132,7 @@ def open_descriptors() -> dict[int, str]:
 
 
 def fill(seat: socket.socket) -> None:
-    """Put packets into a seat until there is no room for another."""
+    """Put packets into a wait socket until there is no room for another."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender:
         try:
             while True:
@@ -153,7 +153,7 @@ def test_tickets_are_served_in_the_order_in_which_they_came_over_all_processes(r
 def test_a_stale_ticket_is_skipped(rig: Rig) -> None:
     """One who gave up; one who waits there for something else by now."""
     rig.b.wait(0, 5)
-    rig.b.lane.board.leave_place(2 * SEATS)
+    rig.b.lane.board.leave_place(2 * PLACES)
     rig.b.wait(1, 6)
     rig.b.wait(1, 7, ticket=False)
     last = rig.b.wait(2, 8)
@@ -162,18 +162,18 @@ def test_a_stale_ticket_is_skipped(rig: Rig) -> None:
 
 
 def test_who_queues_is_seen_to_ask(rig: Rig) -> None:
-    before = rig.board.asked
+    before = rig.board.requests
     rig.b.wait(0, 5)
-    assert rig.board.asked != before
+    assert rig.board.requests != before
 
 
 def test_a_full_queue_takes_no_ticket_and_says_so(rig: Rig) -> None:
     rig.b.wait(0, 5)
     count = 0
-    while rig.b.lane.queue(Ticket(2, 2 * SEATS, 5)):
+    while rig.b.lane.add_ticket(Ticket(2, 2 * PLACES, 5)):
         count += 1
         assert count < 1_000_000
-    assert rig.a.lane.next_ticket() == Ticket(2, 2 * SEATS, 5)  # what is there is whole
+    assert rig.a.lane.next_ticket() == Ticket(2, 2 * PLACES, 5)  # what is there is whole
 
 
 # --- giving
@@ -239,7 +239,7 @@ def test_where_no_seat_can_be_reached_it_is_shelved(rig: Rig) -> None:
 
 def test_a_ring_wakes_and_brings_nothing(rig: Rig) -> None:
     ticket = rig.b.wait(0, 5)
-    rig.a.lane.ring(ticket)
+    rig.a.lane.wake(ticket)
     rig.a.lane.give(rig.connection())
     assert rig.b.came(0) is None
     assert rig.b.came(0) is not None
@@ -264,7 +264,7 @@ def test_what_lies_behind_something_useless_is_found(rig: Rig) -> None:
     useless, good = rig.connection(), rig.connection()
     rig.a.lane.give(useless)
     rig.a.lane.give(good)
-    rig.board.strike(useless.cell)
+    rig.board.remove(useless.cell)
     assert (taken := rig.b.taken()) is not None
     assert taken.token == good.token
 
@@ -288,7 +288,7 @@ def test_a_second_look_after_shelving_serves_who_has_come_meanwhile(rig: Rig) ->
     item = rig.connection(holder=3)
     assert late.give(item)
     late.close()
-    assert rig.b.came(0) == Moved(5, item.token, item.cell, 3, LIVE)  # to the shelf, off it, to the seat
+    assert rig.b.came(0) == Moved(5, item.token, item.cell, 3, LIVE)  # to the shelf, off it, to the wait socket
     assert tuple(rig.board.holding(item.cell)) == (2, 3)
     rig.drop(item)
     assert rig.is_over(item)
@@ -296,9 +296,9 @@ def test_a_second_look_after_shelving_serves_who_has_come_meanwhile(rig: Rig) ->
 
 def test_who_was_faster_at_the_shelf_leaves_the_others_ticket_in_the_queue(rig: Rig) -> None:
     class Robbed(Lane):
-        def take(self) -> tuple[Moved, Owned] | None:
+        def take_from_shelf(self) -> tuple[Moved, Owned] | None:
             assert rig.b.taken() is not None
-            return super().take()
+            return super().take_from_shelf()
 
         def _shelve(self, item: Item) -> bool:
             rig.a.wait(0, 9)
@@ -307,7 +307,7 @@ def test_who_was_faster_at_the_shelf_leaves_the_others_ticket_in_the_queue(rig: 
     robbed = Robbed([os.dup(fd) for fd in rig.fds], 3)
     assert robbed.give(rig.connection(holder=3))
     robbed.close()
-    assert rig.b.lane.next_ticket() == Ticket(1, SEATS, 9)
+    assert rig.b.lane.next_ticket() == Ticket(1, PLACES, 9)
 
 
 def test_on_a_full_shelf_it_stays_its_givers(rig: Rig) -> None:
@@ -327,7 +327,7 @@ def test_on_a_full_shelf_it_stays_its_givers(rig: Rig) -> None:
 def test_what_is_not_on_the_board_is_not_given(rig: Rig) -> None:
     rig.b.wait(0, 5)
     item = rig.connection()
-    rig.board.strike(item.cell)
+    rig.board.remove(item.cell)
     assert not rig.a.lane.give(item)
     assert (rig.b.came(0), rig.b.taken()) == (None, None)
     assert not rig.a.lane.give(item._replace(cell=CELLS + 5))
@@ -357,7 +357,7 @@ def test_what_is_not_as_it_should_be_is_dropped_and_its_socket_closed(rig: Rig, 
     elif case == "generation":
         said = packet(rig, item, live=structs.replace(LIVE, generation=GENERATION - 1))
     elif case == "struck":
-        rig.board.strike(item.cell)
+        rig.board.remove(item.cell)
     elif case == "another's cell":
         said = packet(rig, item, cell=other.cell)
     elif case == "no cell":
@@ -396,9 +396,9 @@ def test_what_is_as_it_should_be_is_taken_in(rig: Rig) -> None:
 
 def test_a_packet_that_is_only_looked_at_is_read_by_the_same_rules(rig: Rig) -> None:
     item = rig.connection()
-    assert rig.b.lane.is_moved(packet(rig, item)) == Moved(5, item.token, item.cell, 1, LIVE)
-    assert rig.b.lane.is_moved(bytes(16) + packet(rig, item)[16:]) is None
-    assert rig.b.lane.is_moved(rig.board.secret + b"\xc1") is None
+    assert rig.b.lane.moved_in(packet(rig, item)) == Moved(5, item.token, item.cell, 1, LIVE)
+    assert rig.b.lane.moved_in(bytes(16) + packet(rig, item)[16:]) is None
+    assert rig.b.lane.moved_in(rig.board.secret + b"\xc1") is None
 
 
 # --- the end
@@ -407,11 +407,11 @@ def test_a_packet_that_is_only_looked_at_is_read_by_the_same_rules(rig: Rig) -> 
 def test_a_closed_lane_does_nothing(rig: Rig) -> None:
     ticket, item = rig.b.wait(0, 5), rig.connection()
     rig.a.lane.close()
-    assert not rig.a.lane.queue(ticket)
+    assert not rig.a.lane.add_ticket(ticket)
     assert rig.a.lane.next_ticket() is None
     assert not rig.a.lane.give(item)
-    assert rig.a.lane.take() is None
-    rig.a.lane.ring(ticket)
+    assert rig.a.lane.take_from_shelf() is None
+    rig.a.lane.wake(ticket)
     rig.a.lane.close()
     assert rig.b.lane.next_ticket() == ticket  # nothing was taken out of the queue
     assert rig.b.came(0) is None
@@ -506,11 +506,11 @@ def test_what_is_somebody_elses_by_now_is_neither_read_nor_written_nor_closed(ri
     for ours in reused.pairs:
         ours.send(b"a ticket's worth of bytes")
     ticket, item = rig.b.wait(0, 5), rig.connection(holder=3)
-    assert not lane.queue(ticket)
+    assert not lane.add_ticket(ticket)
     assert lane.next_ticket() is None
     assert not lane.give(item)
-    assert lane.take() is None
-    lane.ring(ticket)
+    assert lane.take_from_shelf() is None
+    lane.wake(ticket)
     lane.close()
     del lane
     gc.collect()
@@ -528,10 +528,10 @@ def test_what_another_thread_has_closed_is_the_end_of_it(rig: Rig) -> None:
     for number in set(open_descriptors()) - before:
         os.close(number)
     ticket = rig.b.wait(0, 5)
-    assert not lane.queue(ticket)
+    assert not lane.add_ticket(ticket)
     assert lane.next_ticket() is None
     assert not lane.give(rig.connection(holder=3))
-    assert lane.take() is None
+    assert lane.take_from_shelf() is None
     lane.close()
 
 
@@ -540,7 +540,7 @@ def test_the_last_process_of_a_shelf_is_not_kept_busy_by_its_end(rig: Rig) -> No
     fds = lanes.make()
     lane = Lane(fds, 1)
     os.close(fds[3])
-    assert lane.take() is None
+    assert lane.take_from_shelf() is None
     lane.close()
 
 

@@ -12,13 +12,13 @@ from typing import TypeVar
 import pytest
 
 from sharedpool.broker.core.backoff import Backoff
-from sharedpool.broker.core.commands import Command, Fence, Forget, Log, Look, PassOn, Send, Survey, Watch
+from sharedpool.broker.core.commands import Command, Fence, Forget, Log, PassOn, Send, SurveyResult, SurveyServer, Watch
 from sharedpool.broker.core.ledger import Ledger
 from sharedpool.broker.core.quarantine import SETTLE_S
 from sharedpool.broker.core.records import Lease as Slot
 from sharedpool.broker.core.records import Pool, Session, SlotState
 from sharedpool.broker.core.scheduler import ANSWER_LIMIT_S
-from sharedpool.broker.core.slots import Books
+from sharedpool.broker.core.slots import Slots
 from sharedpool.wire.codec import encode
 from sharedpool.wire.messages import (
     NO_TOKEN,
@@ -28,7 +28,6 @@ from sharedpool.wire.messages import (
     Acquire,
     Backend,
     Bye,
-    Cancel,
     Confirm,
     Deny,
     DenyReason,
@@ -47,6 +46,7 @@ from sharedpool.wire.messages import (
     ToBroker,
     Token,
     Welcome,
+    Withdraw,
 )
 
 M = TypeVar("M")
@@ -62,7 +62,7 @@ class Broker:
         self.ledger = Ledger(epoch, **options)  # type: ignore[arg-type]
         self.now = 1000.0
         self.commands: list[Command] = []
-        if options.get("verifies", True):
+        if options.get("has_control_connection", True):
             self.take_in(self.ledger.reached(self.now, direct=True, fault=""))
 
     def take_in(self, commands: list[Command]) -> list[Command]:
@@ -80,8 +80,8 @@ class Broker:
     def show_nothing(self) -> None:
         """Let the server be looked at until nothing of what is in quarantine can be left."""
         for _ in range(2):
-            look = self.all(Look)[-1]
-            self.take_in(self.ledger.surveyed(Survey(look.serial, frozenset(), {}), self.now))
+            look = self.all(SurveyServer)[-1]
+            self.take_in(self.ledger.surveyed(SurveyResult(look.serial, frozenset(), {}), self.now))
             self.pass_time(SETTLE_S * 1.01)
 
     def all(self, kind: type[M]) -> list[M]:
@@ -229,7 +229,7 @@ def test_what_is_said_with_a_hello_waits_for_nothing(broker: Broker) -> None:
 
 
 def test_what_is_said_with_a_hello_to_a_broker_that_grants_nothing_yet_is_not_heard(broker: Broker) -> None:
-    broker.take_in(broker.ledger.hold(5.0, broker.now))
+    broker.take_in(broker.ledger.begin_grace_period(5.0, broker.now))
     new = newcomer(broker)
     assert (new.last(Welcome).served, new.sent(Grant), new.sent(Deny)) == (0, [], [])
 
@@ -284,7 +284,7 @@ def test_holders_who_owe_a_checkin_are_asked_too_before_a_denial(broker: Broker)
     tokens = [a.lend() for _ in range(3)]
     b.ask(wait_s=60)
     a.answer()
-    assert a.last(Recall).owed == 1
+    assert a.last(Recall).returns_due == 1
     for token in tokens[1:]:
         a.checkin(token)
     request = c.ask()
@@ -317,7 +317,7 @@ def test_first_come_first_served_over_all_workers(broker: Broker) -> None:
     others = [broker.worker(name) for name in "bcd"]
     requests = [other.ask(wait_s=60) for other in others]
     for token in tokens:
-        a.release(token, ReleaseReason.OWED)
+        a.release(token, ReleaseReason.RETURN_DUE)
     assert [type(other.outcome(request)) for other, request in zip(others, requests, strict=True)] == [
         Token, Token, type(None),
     ]  # fmt: skip
@@ -338,7 +338,7 @@ def test_a_cancelled_request_is_not_granted(broker: Broker) -> None:
     a, b = broker.worker("a", max_conn=1), broker.worker("b")
     token = a.lend()
     request = b.ask(wait_s=5)
-    broker.send(b.id, Cancel(request))
+    broker.send(b.id, Withdraw(request))
     a.release(token)
     assert b.outcome(request) is None
     assert broker.ledger.leases == 0
@@ -347,8 +347,8 @@ def test_a_cancelled_request_is_not_granted(broker: Broker) -> None:
 def test_cancelling_a_granted_request_changes_nothing(broker: Broker) -> None:
     a = broker.worker("a")
     request = a.ask()
-    broker.send(a.id, Cancel(request))
-    broker.send(a.id, Cancel(77))
+    broker.send(a.id, Withdraw(request))
+    broker.send(a.id, Withdraw(77))
     assert broker.ledger.leases == 1
 
 
@@ -361,7 +361,7 @@ def test_an_idle_lease_is_recalled_closed_and_granted_to_the_waiter(broker: Brok
     a.checkin(token)
     a.beat()
     request = b.ask()
-    assert (a.last(Recall).take, a.last(Recall).owed) == (1, 0)
+    assert (a.last(Recall).take, a.last(Recall).returns_due) == (1, 0)
     a.answer()
     assert b.outcome(request) is None  # closing, not closed: it counts
     a.release(token)
@@ -403,9 +403,9 @@ def test_a_lease_that_was_busy_after_all_is_owed_at_checkin(broker: Broker) -> N
     request = b.ask(wait_s=60)
     a.held[token] = Phase.IN_USE  # checked out before the recall came
     a.answer()
-    assert (a.last(Recall).take, a.last(Recall).owed) == (0, 1)
+    assert (a.last(Recall).take, a.last(Recall).returns_due) == (0, 1)
     a.answer()
-    a.release(token, ReleaseReason.OWED)
+    a.release(token, ReleaseReason.RETURN_DUE)
     assert isinstance(b.outcome(request), Token)
 
 
@@ -423,9 +423,9 @@ def test_holders_are_relieved_when_nobody_waits_any_more(broker: Broker) -> None
     token = a.lend()
     b.lend()
     c.ask(wait_s=60)
-    assert [a.last(Recall).owed, b.last(Recall).owed] == [1, 1]
-    a.release(token, ReleaseReason.OWED)
-    assert (b.last(Recall).owed, b.last(Recall).answer) == (0, False)
+    assert [a.last(Recall).returns_due, b.last(Recall).returns_due] == [1, 1]
+    a.release(token, ReleaseReason.RETURN_DUE)
+    assert (b.last(Recall).returns_due, b.last(Recall).answer) == (0, False)
 
 
 def test_a_holder_whose_own_thread_is_first_in_line_is_not_pressed(broker: Broker) -> None:
@@ -435,7 +435,7 @@ def test_a_holder_whose_own_thread_is_first_in_line_is_not_pressed(broker: Broke
     a.ask(wait_s=60)
     b.ask(wait_s=60)
     assert a.sent(Recall) == []
-    assert b.last(Recall).owed == 1
+    assert b.last(Recall).returns_due == 1
 
 
 def test_a_grant_says_how_many_checkins_are_owed(broker: Broker) -> None:
@@ -443,8 +443,8 @@ def test_a_grant_says_how_many_checkins_are_owed(broker: Broker) -> None:
     token = a.lend()
     b.ask(wait_s=60)
     c.ask(wait_s=60)
-    a.release(token, ReleaseReason.OWED)
-    assert b.last(Grant).owed == 1
+    a.release(token, ReleaseReason.RETURN_DUE)
+    assert b.last(Grant).returns_due == 1
 
 
 def test_recalls_carry_growing_serials(broker: Broker) -> None:
@@ -452,7 +452,7 @@ def test_recalls_carry_growing_serials(broker: Broker) -> None:
     for _ in range(3):
         token = a.lend()
         request = b.ask(wait_s=60)
-        a.release(token, ReleaseReason.OWED)
+        a.release(token, ReleaseReason.RETURN_DUE)
         b.release(b.open(request))
     serials = [message.serial for message in broker.all(Recall) + broker.all(Grant)]
     assert len(set(serials)) == len(serials)
@@ -509,7 +509,7 @@ def test_a_doubled_confirm_changes_nothing(broker: Broker) -> None:
 
 def test_a_dead_workers_unconnected_lease_waits_for_the_servers_own_limit_where_nobody_can_look() -> None:
     """It may have been killed in the middle of its connect: the server has a backend in start-up then."""
-    broker = Broker(verifies=False)
+    broker = Broker(has_control_connection=False)
     a, b = broker.worker("a", max_conn=1), broker.worker("b")
     a.ask()
     request = b.ask(wait_s=600)
@@ -576,7 +576,7 @@ def test_a_connection_that_broke_is_verified_before_its_slot_is_free(broker: Bro
 
 @pytest.mark.parametrize("verifies", [True, False])
 def test_a_connection_that_broke_before_it_was_confirmed_is_looked_for_if_somebody_can(verifies: bool) -> None:
-    broker = Broker(verifies=verifies)
+    broker = Broker(has_control_connection=verifies)
     a = broker.worker("a", max_conn=1)
     token = a.granted(a.ask())
     broker.take_in(broker.ledger.deposited(token, broker.now))
@@ -594,9 +594,9 @@ def test_a_release_after_its_backend_was_seen_to_end_still_settles_what_was_owed
     a, b = broker.worker("a", max_conn=1), broker.worker("b")
     token = a.lend()
     b.ask(wait_s=60)
-    assert a.last(Recall).owed == 1
+    assert a.last(Recall).returns_due == 1
     broker.take_in(broker.ledger.backend_gone(token, broker.now))
-    a.release(token, ReleaseReason.OWED)
+    a.release(token, ReleaseReason.RETURN_DUE)
     assert broker.ledger.report(broker.now)[0][0].recalls == 1
 
 
@@ -606,7 +606,7 @@ def test_a_dead_workers_waiters_are_forgotten(broker: Broker) -> None:
     b.ask(wait_s=60)
     request = c.ask(wait_s=60)
     broker.take_in(broker.ledger.session_died(b.id, broker.now))
-    a.release(token, ReleaseReason.OWED)
+    a.release(token, ReleaseReason.RETURN_DUE)
     assert isinstance(c.outcome(request), Token)
 
 
@@ -626,7 +626,7 @@ def test_a_dead_workers_last_words_do_not_revive_it_but_a_release_is_evidence(br
 
 def test_a_worker_that_dies_after_its_ttl_loses_an_unconnected_lease_too() -> None:
     """It was GRANTED, then SUSPECT: with no backend known nothing would ever confirm its end."""
-    broker = Broker(verifies=False)
+    broker = Broker(has_control_connection=False)
     a = broker.worker("a")
     a.ask()
     broker.pass_time(TTL_S)
@@ -785,7 +785,7 @@ def test_an_unconnected_lease_of_a_silent_worker_is_not_fenced(broker: Broker) -
     token = a.open(mine)
     a.beat()
     assert a.last(Ack).revoked == []
-    a.release(token, ReleaseReason.OWED)
+    a.release(token, ReleaseReason.RETURN_DUE)
     assert isinstance(b.outcome(request), Token)
 
 
@@ -870,7 +870,7 @@ def test_a_mute_workers_idle_leases_count_again_when_it_speaks(broker: Broker) -
     b.ask(wait_s=60)
     broker.pass_time(ANSWER_LIMIT_S)
     mark = len(broker.commands)
-    broker.send(a.id, Cancel(99))
+    broker.send(a.id, Withdraw(99))
     assert [recall.take for recall in a.sent(Recall, since=mark)] == [1]
 
 
@@ -909,8 +909,8 @@ def test_the_cap_presses_holders_of_another_pool() -> None:
     token = a.lend()
     request = b.ask(wait_s=60)
     a.answer()
-    assert a.last(Recall).owed == 1
-    a.release(token, ReleaseReason.OWED)
+    assert a.last(Recall).returns_due == 1
+    a.release(token, ReleaseReason.RETURN_DUE)
     assert isinstance(b.outcome(request), Token)
 
 
@@ -920,7 +920,7 @@ def test_under_the_cap_an_older_waiter_of_another_pool_is_not_starved_by_the_hol
     a.lend()
     b.ask(wait_s=60)
     a.ask(wait_s=60)
-    assert a.last(Recall).owed == 1
+    assert a.last(Recall).returns_due == 1
 
 
 def test_under_the_cap_waiters_of_a_pool_full_by_its_own_limit_do_not_press_others() -> None:
@@ -931,9 +931,9 @@ def test_under_the_cap_waiters_of_a_pool_full_by_its_own_limit_do_not_press_othe
     b.lend()
     broker.worker("c", "two").ask(wait_s=60)
     assert a.sent(Recall) == []
-    assert b.last(Recall).owed == 1
+    assert b.last(Recall).returns_due == 1
     broker.worker("d", "three").ask(wait_s=60)
-    assert a.last(Recall).owed == 1
+    assert a.last(Recall).returns_due == 1
 
 
 def test_a_pools_limit_is_set_by_its_first_hello_and_never_above_the_cap() -> None:
@@ -991,7 +991,7 @@ def test_a_worker_is_asked_before_its_checkout_is_called_too_long(broker: Broker
     a = broker.worker("a", max_checkout_ms=5000)
     token = a.lend()
     broker.pass_time(5)
-    assert (a.last(Recall).take, a.last(Recall).owed) == (0, 0)
+    assert (a.last(Recall).take, a.last(Recall).returns_due) == (0, 0)
     a.ages[token] = 100
     a.answer()
     broker.pass_time(1.1)
@@ -1006,7 +1006,7 @@ def test_a_checkout_that_is_too_long_is_ended_if_its_pool_wants_that_and_it_is_c
     broker: Broker, word: str
 ) -> None:
     """A heartbeat that was under way when the worker was asked does not tell what has happened since."""
-    a = broker.worker("a", max_checkout_ms=5000, ends_overdue=True)
+    a = broker.worker("a", max_checkout_ms=5000, end_overdue=True)
     token = a.lend()
     broker.pass_time(5)
     a.ages[token] = 5000
@@ -1082,7 +1082,7 @@ def test_each_falls_silent_at_its_own_time(broker: Broker) -> None:
 
 
 def state_of(broker: Broker, token: Token) -> SlotState:
-    return broker.ledger._books.leases[token].state
+    return broker.ledger._slots.leases[token].state
 
 
 def test_deadlines_of_requests_that_are_over_do_not_pile_up(broker: Broker) -> None:
@@ -1271,7 +1271,7 @@ def test_words_about_other_peoples_leases_are_ignored(broker: Broker) -> None:
 
 
 def test_an_unknown_transition_is_a_bug() -> None:
-    books = Books(None, lambda command: None)
+    books = Slots(None, lambda command: None)
     pool = Pool(PoolSpec("p", 1, 1000), 1, Backoff(lambda: 0.5))
     session = Session(b"s", 1, "", "s", pool, 60.0, 0.0)
     lease = Slot(Token(1, 1), session, pool)
@@ -1322,7 +1322,7 @@ def cost_with(sessions: int) -> dict[str, int]:
         "renew": lambda: ledger.handle(asker, Renew([LeaseReport(token, Phase.IN_USE, 0)], token), 1.0),
         "tick": lambda: ledger.tick(1.0),
         "wait and recall": lambda: ledger.handle(asker, Acquire(2, 60_000), 1.0),
-        "cancel": lambda: ledger.handle(asker, Cancel(2), 1.0),
+        "cancel": lambda: ledger.handle(asker, Withdraw(2), 1.0),
         "release": lambda: ledger.handle(asker, Release(token, True, ReleaseReason.CLOSED), 1.0),
     }
     return {name: lines_run(step) for name, step in steps.items()}
@@ -1347,7 +1347,7 @@ def test_times_that_no_clock_shows_can_be_told_to_others(broker: Broker) -> None
     for session in (a, b):
         for welcome in session.sent(Welcome):
             encode(welcome)
-    for report in [*broker.ledger.report(broker.now), broker.ledger.oldest(9, broker.now)]:
+    for report in [*broker.ledger.report(broker.now), broker.ledger.oldest_leases(9, broker.now)]:
         for each in report:
             encode(each)  # type: ignore[arg-type]
 
@@ -1366,7 +1366,7 @@ def test_a_pools_other_servers_are_each_told_of_once(broker: Broker) -> None:
 @pytest.mark.parametrize(("ttl_s", "least_s"), [(2.0, 2.5 * 2.0 / 3 + 1.0), (15.0, 15.0)])
 def test_after_another_broker_nothing_is_granted_before_its_workers_have_noticed(ttl_s: float, least_s: float) -> None:
     """With a short TTL they do so later than one TTL: see `Link._beat`."""
-    ledger = Ledger(1, ttl_s=ttl_s, verifies=False)
+    ledger = Ledger(1, ttl_s=ttl_s, has_control_connection=False)
     ledger.outranked(100.0, "another one")
     ledger.leads(100.0, after_another=True)
     ledger.tick(100.0 + least_s - 0.01)

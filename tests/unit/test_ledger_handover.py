@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from sharedpool.broker.core.commands import Entrust, Fence, Interfere, Log, OpenLane, PassOn
+from sharedpool.broker.core.commands import CancelBackend, Fence, Log, OpenLane, PassOn, TransferCustody
 from sharedpool.broker.core.handover import NUDGE_S, SHARED_S, TRY_AGAIN_S
 from sharedpool.broker.core.moves import ARRIVAL_S
 from sharedpool.broker.core.records import SlotState
-from sharedpool.wire.board import BOARD_BYTES, SEATS, Board
+from sharedpool.wire.board import BOARD_BYTES, PLACES, Board
 from sharedpool.wire.desk import Give, Live, Moved
 from sharedpool.wire.messages import (
     Ack,
     Acquire,
-    Cancel,
+    CancelQuery,
     Grant,
-    Interrupt,
     Phase,
     Recall,
     Reject,
@@ -23,6 +22,7 @@ from sharedpool.wire.messages import (
     Renew,
     Token,
     Welcome,
+    Withdraw,
 )
 from tests.unit.test_ledger import TTL_S, Broker, Worker
 
@@ -48,40 +48,40 @@ class Desk:
     def join(self, worker: Worker) -> None:
         """Have a worker take part in the lane, which is made if there is none."""
         pool = worker.spec.name
-        if self.broker.ledger._books.pools[pool].lane is None:
-            serial = self.broker.ledger._moves._ordered.setdefault(pool, 0)
+        if self.broker.ledger._slots.pools[pool].lane is None:
+            serial = self.broker.ledger._moves._requested.setdefault(pool, 0)
             self.broker.take_in(self.broker.ledger.lane_opened(pool, serial, self.board(pool), self.broker.now))
         self.broker.take_in(self.broker.ledger.joined(worker.id, self.broker.now))
 
     def ask(self, worker: Worker, seat: int = 0, wait_s: float = 9.0) -> int:
-        """Ask for a connection, at a seat in the lane."""
-        session = self.broker.ledger._books.sessions[worker.id]
+        """Ask for a connection, at a wait socket in the lane."""
+        session = self.broker.ledger._slots.sessions[worker.id]
         if not session.joined:
             self.join(worker)
         worker.requests += 1
         worker.pending.append(worker.requests)
-        place = session.index * SEATS + seat
+        place = session.index * PLACES + seat
         self.broker.send(worker.id, Acquire(worker.requests, int(wait_s * 1000), place))
         return worker.requests
 
-    def give(self, worker: Worker, token: Token, reason: ReleaseReason = ReleaseReason.OWED) -> None:
+    def give(self, worker: Worker, token: Token, reason: ReleaseReason = ReleaseReason.RETURN_DUE) -> None:
         worker.held.pop(token, None)
         live = Live(worker.backend(token), self.generation, b"parameters")
         self.broker.take_in(self.broker.ledger.given(Give(worker.id, token, reason, live), self.broker.now))
 
     def passed(self) -> list[tuple[str, Moved]]:
         """Return what was passed on, and to whom."""
-        pools = self.broker.ledger._books.pools
+        pools = self.broker.ledger._slots.pools
         found = []
         for each in self.broker.all(PassOn):
             lane = pools[each.pool].lane
             assert lane is not None
-            assert each.place // SEATS == lane.members[each.number].index
+            assert each.place // PLACES == lane.members[each.number].index
             found.append((lane.members[each.number].id.decode(), each.message))
         return found
 
     def state(self, token: Token) -> SlotState:
-        lease = self.broker.ledger._books.leases.get(token)
+        lease = self.broker.ledger._slots.leases.get(token)
         return SlotState.FREE if lease is None else lease.state
 
 
@@ -104,8 +104,8 @@ def test_a_connection_goes_to_who_has_waited_longest(broker: Broker, desk: Desk)
     assert (name, message.request) == ("b", first)
     assert message.token > token
     assert message.live.backend == a.backend(token)
-    assert message.passed.owed == 1  # c waits
-    assert broker.all(Entrust) == [Entrust(token, message.token)]
+    assert message.passed.returns_due == 1  # c waits
+    assert broker.all(TransferCustody) == [TransferCustody(token, message.token)]
     assert (desk.state(token), desk.state(message.token)) == (SlotState.FREE, SlotState.OPEN)
     assert broker.ledger.leases == 1
     desk.give(b, message.token)
@@ -171,7 +171,7 @@ def test_a_request_that_was_withdrawn_gets_nothing(broker: Broker, desk: Desk) -
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
     request = desk.ask(b)
-    broker.send(b.id, Cancel(request))
+    broker.send(b.id, Withdraw(request))
     desk.give(a, token)
     assert desk.passed() == []
 
@@ -190,8 +190,8 @@ def test_what_must_not_go_on_is_ended(broker: Broker, desk: Desk, why: str) -> N
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = a.lend() if why == "not in custody" else desk.lend(a)
     if why == "a cancel under way":
-        broker.send(a.id, Interrupt(token))
-        assert broker.all(Interfere) == [Interfere(token, a.backend(token))]
+        broker.send(a.id, CancelQuery(token))
+        assert broker.all(CancelBackend) == [CancelBackend(token, a.backend(token))]
     if why == "an older generation":
         desk.generation = 0
     desk.ask(b)
@@ -205,9 +205,9 @@ def test_what_must_not_go_on_is_ended(broker: Broker, desk: Desk, why: str) -> N
 def test_after_the_cancel_it_may_go_on(broker: Broker, desk: Desk) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
-    broker.send(a.id, Interrupt(token))
-    (order,) = broker.all(Interfere)
-    broker.take_in(broker.ledger.interrupted(order, True, broker.now))
+    broker.send(a.id, CancelQuery(token))
+    (order,) = broker.all(CancelBackend)
+    broker.take_in(broker.ledger.query_cancelled(order, True, broker.now))
     desk.ask(b)
     desk.give(a, token)
     assert len(desk.passed()) == 1
@@ -221,8 +221,8 @@ def tried(broker: Broker, desk: Desk, sent: bool | None, pause_s: float) -> list
         desk.ask(taker)
         desk.give(giver, token)
         token = desk.passed()[-1][1].token
-        broker.send(taker.id, Interrupt(token, trial=True))
-        broker.take_in(broker.ledger.interrupted(broker.all(Interfere)[-1], sent, broker.now))
+        broker.send(taker.id, CancelQuery(token, trial=True))
+        broker.take_in(broker.ledger.query_cancelled(broker.all(CancelBackend)[-1], sent, broker.now))
         broker.now += pause_s
     return [moved.passed.trial for _, moved in desk.passed()]
 
@@ -242,7 +242,7 @@ def test_while_a_trials_cancel_is_under_way_it_may_go_on(broker: Broker, desk: D
     """Its worker gives it only when the cancel has hit: the broker hears of that later."""
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
-    broker.send(a.id, Interrupt(token, trial=True))
+    broker.send(a.id, CancelQuery(token, trial=True))
     desk.ask(b)
     desk.give(a, token)
     assert len(desk.passed()) == 1
@@ -251,8 +251,8 @@ def test_while_a_trials_cancel_is_under_way_it_may_go_on(broker: Broker, desk: D
 def test_a_users_cancel_is_no_trial(broker: Broker, desk: Desk) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
-    broker.send(a.id, Interrupt(token))
-    broker.take_in(broker.ledger.interrupted(broker.all(Interfere)[-1], False, broker.now))
+    broker.send(a.id, CancelQuery(token))
+    broker.take_in(broker.ledger.query_cancelled(broker.all(CancelBackend)[-1], False, broker.now))
     desk.ask(b)
     desk.give(a, token)
     assert [moved.passed.trial for _, moved in desk.passed()] == [True]
@@ -267,8 +267,8 @@ def test_where_the_broker_may_not_cancel_nothing_is_passed_on_any_more() -> None
     desk.ask(b)
     passed = desk.passed()[0][1].token
     desk.give(a, second)  # parked
-    broker.send(b.id, Interrupt(passed, trial=True))
-    broker.take_in(broker.ledger.interrupted(broker.all(Interfere)[-1], False, broker.now))
+    broker.send(b.id, CancelQuery(passed, trial=True))
+    broker.take_in(broker.ledger.query_cancelled(broker.all(CancelBackend)[-1], False, broker.now))
     assert [fence.token for fence in broker.all(Fence)] == [second]  # that, too
     assert any("may not cancel" in log.text for log in broker.all(Log))
     desk.give(a, first)
@@ -311,11 +311,11 @@ def test_while_connections_change_hands_they_are_wanted_back_and_later_kept(brok
     desk.give(a, desk.lend(a))
     desk.ask(b)
     heir = desk.passed()[-1][1]
-    assert heir.passed.owed == 1  # it came from another process
+    assert heir.passed.returns_due == 1  # it came from another process
     desk.give(b, heir.token)
     broker.pass_time(SHARED_S * 1.1)
     desk.ask(b)
-    assert desk.passed()[-1][1].passed.owed == 0  # b has been alone with it
+    assert desk.passed()[-1][1].passed.returns_due == 0  # b has been alone with it
 
 
 def test_who_keeps_what_others_wait_for_is_asked_again(broker: Broker, desk: Desk) -> None:
@@ -326,7 +326,7 @@ def test_who_keeps_what_others_wait_for_is_asked_again(broker: Broker, desk: Des
     asked = len(a.sent(Recall))
     broker.pass_time(NUDGE_S * 1.1)
     assert len(a.sent(Recall)) == asked + 1
-    assert a.last(Recall).owed == 1
+    assert a.last(Recall).returns_due == 1
     assert token
 
 
@@ -338,7 +338,7 @@ def test_who_is_in_the_middle_of_something_long_is_asked_less_and_less(broker: B
     asked = len(a.sent(Recall))
     for _ in range(100):
         broker.pass_time(NUDGE_S * 1.01)
-        if (recall := a.last(Recall)).serial > broker.ledger._books.sessions[a.id].answered:
+        if (recall := a.last(Recall)).serial > broker.ledger._slots.sessions[a.id].answered:
             a.beat(recall.serial)
     assert 5 <= len(a.sent(Recall)) - asked <= 8  # of a hundred times
 
@@ -360,12 +360,12 @@ def test_who_gave_what_was_asked_for_is_asked_for_the_rest_while_others_wait(bro
     a, b, c = (broker.worker(name, max_conn=2) for name in "abc")
     first, second = desk.lend(a), desk.lend(a)
     desk.ask(b)
-    assert a.last(Recall).owed == 1
+    assert a.last(Recall).returns_due == 1
     a.answer()
     request = desk.ask(c)
     desk.give(a, first)
     assert [name for name, _ in desk.passed()] == ["b"]
-    assert a.last(Recall).owed == 1
+    assert a.last(Recall).returns_due == 1
     assert len(a.sent(Recall)) == 2
     desk.give(a, second)
     assert desk.passed()[1][1].request == request
@@ -404,7 +404,7 @@ def test_who_could_not_be_sent_his_connection_is_to_ask_again(broker: Broker, de
     desk.ask(b)
     desk.give(a, token)
     ((_, message),) = desk.passed()
-    broker.take_in(broker.ledger.not_passed(message, broker.now))
+    broker.take_in(broker.ledger.not_delivered(message, broker.now))
     assert [fence.token for fence in broker.all(Fence)] == [message.token]
     assert len(b.sent(Reject)) == 1
     b.hello()
@@ -420,7 +420,7 @@ def test_what_could_not_be_sent_to_who_has_died_meanwhile_is_ended_once(broker: 
     desk.give(a, token)
     ((_, message),) = desk.passed()
     broker.take_in(broker.ledger.session_died(b.id, broker.now))
-    broker.take_in(broker.ledger.not_passed(message, broker.now))
+    broker.take_in(broker.ledger.not_delivered(message, broker.now))
     assert [fence.token for fence in broker.all(Fence)] == [message.token]
     assert b.sent(Reject) == []
 
@@ -435,7 +435,7 @@ def test_a_waiter_that_is_being_let_into_the_lane_is_worth_a_moment(broker: Brok
     assert broker.all(Fence) == []
     desk.join(b)
     assert desk.passed() == []  # it has yet to say where it waits
-    broker.send(b.id, Acquire(request, 9000, broker.ledger._books.sessions[b.id].index * SEATS))
+    broker.send(b.id, Acquire(request, 9000, broker.ledger._slots.sessions[b.id].index * PLACES))
     assert [(name, moved.request) for name, moved in desk.passed()] == [("b", request)]
 
 

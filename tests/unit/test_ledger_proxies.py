@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sharedpool.broker.core.commands import Fence, Log, Look, Record
+from sharedpool.broker.core.commands import Fence, Log, Record, SurveyServer
 from sharedpool.broker.core.leases import QUEUE_LIMIT_S
 from sharedpool.broker.core.quarantine import SETTLE_S
 from sharedpool.wire.messages import (
@@ -26,7 +26,7 @@ from tests.unit.test_ledger import EPOCH, TTL_S, Broker, Worker
 
 def proxied_broker(**options: float) -> Broker:
     broker = Broker(**options)
-    if options.get("verifies", True):
+    if options.get("has_control_connection", True):
         broker.take_in(broker.ledger.reached(broker.now, direct=False, fault=""))
     return broker
 
@@ -109,7 +109,7 @@ def test_a_successor_knows_how_its_predecessors_workers_went() -> None:
     broker = proxied_broker()
     token = lend(broker.worker("a", max_conn=5), backend(1, direct=True))
     entries = {record.entry.token: record.entry for record in broker.all(Record)}
-    after = proxied_broker(epoch=EPOCH + 1, remembers=True)
+    after = proxied_broker(epoch=EPOCH + 1, journal_complete=True)
     after.take_in(after.ledger.restore(entries.values(), after.now))
     assert after.ledger.believes(token)
     b = after.worker("b", max_conn=5)
@@ -130,7 +130,7 @@ def test_a_connection_whose_end_comes_before_its_description_is_ended_all_the_sa
 
 @pytest.mark.parametrize("direct", [True, False])
 def test_without_a_control_connection_an_end_proves_nothing_until_its_route_is_known(direct: bool) -> None:
-    broker = Broker(verifies=False)
+    broker = Broker(has_control_connection=False)
     a = broker.worker("a", max_conn=1)
     token = a.granted(a.ask())
     deposit(broker, token)
@@ -143,7 +143,7 @@ def test_without_a_control_connection_an_end_proves_nothing_until_its_route_is_k
 
 
 def test_without_a_control_connection_another_workers_connection_tells_what_a_dead_ones_end_proved() -> None:
-    broker = Broker(verifies=False)
+    broker = Broker(has_control_connection=False)
     a, b = broker.worker("a", max_conn=2), broker.worker("b")
     token = a.granted(a.ask())
     deposit(broker, token)
@@ -160,7 +160,7 @@ def test_without_a_control_connection_another_workers_connection_tells_what_a_de
 @pytest.mark.parametrize("verifies", [True, False])
 @pytest.mark.parametrize("met", ["a proxy", "nobody", "none yet"])
 def test_a_connect_that_the_other_side_has_closed_is_over_if_that_is_the_server(verifies: bool, met: str) -> None:
-    broker = proxied_broker(verifies=verifies)
+    broker = proxied_broker(has_control_connection=verifies)
     a = broker.worker("a", max_conn=5)
     if met != "none yet":
         lend(a, backend(1, direct=met == "nobody"))
@@ -179,7 +179,7 @@ def test_a_connect_may_be_in_a_proxys_queue_for_a_while() -> None:
     a = broker.worker("a", max_conn=1)
     die_connecting(a)
     broker.pass_time(QUEUE_LIMIT_S - 1)
-    assert broker.all(Look) == []
+    assert broker.all(SurveyServer) == []
     broker.pass_time(1)
     broker.show_nothing()
     assert broker.ledger.leases == 0
@@ -189,7 +189,7 @@ def test_where_nobody_turns_out_to_be_in_between_there_is_no_queue() -> None:
     broker = proxied_broker()
     a, b = broker.worker("a", max_conn=2), broker.worker("b")
     die_connecting(a)
-    assert broker.all(Look) == []
+    assert broker.all(SurveyServer) == []
     lend(b, backend(1, direct=True))
     broker.show_nothing()
     assert broker.ledger.leases == 1
@@ -203,13 +203,13 @@ def test_a_control_connection_that_goes_straight_to_the_same_server_tells_a_new_
     before = Broker()
     a = before.worker("a", max_conn=1)
     a.granted(a.ask())
-    after = proxied_broker(epoch=EPOCH + 1, remembers=True, server=server)  # type: ignore[arg-type]
+    after = proxied_broker(epoch=EPOCH + 1, journal_complete=True, server=server)  # type: ignore[arg-type]
     entries = [record.entry for record in before.all(Record)]
     after.take_in(after.ledger.restore(entries, after.now))
     after.take_in(after.ledger.session_died(a.id, after.now))
-    assert after.all(Look) == []
+    assert after.all(SurveyServer) == []
     after.take_in(after.ledger.reached(after.now, direct=True, fault=""))
-    assert bool(after.all(Look)) is straight
+    assert bool(after.all(SurveyServer)) is straight
     if straight:
         after.show_nothing()
     assert after.ledger.leases == (0 if straight else 1)

@@ -1,4 +1,4 @@
-"""The short way in the lane, with real connection objects, and a server of which a test says what it says."""
+"""The fast path in the lane, with real connection objects, and a server of which a test says what it says."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from sharedpool.descriptors.readable import readable
 from sharedpool.descriptors.timer import Timer
 from sharedpool.lane import lane as lanes
 from sharedpool.lane.lane import Item, Lane
-from sharedpool.lane.wait_sockets import Seats
+from sharedpool.lane.wait_sockets import WaitSockets
 from sharedpool.postgres.conninfo import resolve
-from sharedpool.wire.board import SEATS, SHELF
+from sharedpool.wire.board import PLACES, SHELF
 from sharedpool.wire.desk import Live
 from sharedpool.wire.messages import Backend, Phase, Release, ReleaseReason, Token
 from sharedpool.worker.connection.connection import take_lease
 from sharedpool.worker.connection.handover import SUPPORTED, encoded_parameters, names_of_parameters
 from sharedpool.worker.connection.pooled import PooledConnection
-from sharedpool.worker.connection.server_facts import Names
-from sharedpool.worker.core.lease import Lease, Ticket
-from sharedpool.worker.local_pool import Holdings
+from sharedpool.worker.connection.server_facts import ServerFacts
+from sharedpool.worker.core.lease import Lease, Waiter
+from sharedpool.worker.local_pool import LocalPool
 from sharedpool.worker.mover import Mover
 from sharedpool.worker.session import Session
 from sharedpool.worker.settings import PoolConfig
@@ -46,7 +46,7 @@ _SAID = {
     b"server_version": b"16.2", b"server_encoding": b"UTF8", b"client_encoding": b"UTF8",
     b"DateStyle": b"ISO, MDY", b"TimeZone": b"UTC", b"integer_datetimes": b"on", b"standard_conforming_strings": b"on",
 }  # fmt: skip
-_NAMES = msgspec.msgpack.encode(Names("u", "d", "", 5432, "", False, "dbname=d", {}))
+_NAMES = msgspec.msgpack.encode(ServerFacts("u", "d", "", 5432, "", False, "dbname=d", {}))
 LIVE = Live(
     Backend(7, 1, 1, direct=True), 1, encoded_parameters(tuple(map(_SAID.get, names_of_parameters))), None, _NAMES
 )
@@ -61,13 +61,13 @@ class Rig:
 
     def __init__(self) -> None:
         config = PoolConfig(resolve(dsn="host=nowhere user=u dbname=d"), timeout=5.0)
-        self.holdings = Holdings(config, GivenBroker("ipc:///nowhere"), Session, Mover)
+        self.holdings = LocalPool(config, GivenBroker("ipc:///nowhere"), Session, Mover)
         self.holdings.cache.welcomed(1, 1, time.monotonic())
-        self.holdings.tested = True  # it was seen to work here
+        self.holdings.handover_works = True  # it was seen to work here
         self.fds = lanes.make()
         self.lane = Lane([os.dup(fd) for fd in self.fds], 1)
         self.other = Lane([os.dup(fd) for fd in self.fds], 2)
-        self.seats = Seats(self.lane, 0, lambda moved, sock: sock.close())
+        self.seats = WaitSockets(self.lane, 0, lambda moved, sock: sock.close())
         self.mover = Mover(self.holdings, self.seats, self.lane, None)
         self.lane.board.generation, self.lane.board.moving = 1, True
         self.servers: dict[int, socket.socket] = {}
@@ -178,7 +178,7 @@ def test_a_connection_is_used_when_its_reset_is_done_and_not_otherwise(rig: Rig,
     token = rig.give(said)
     assert rig.take() is None
     assert rig.is_over(token)
-    (release,) = [x for x in rig.holdings.cache.out if isinstance(x, Release)]
+    (release,) = [x for x in rig.holdings.cache.outbox if isinstance(x, Release)]
     assert (release.token, release.reason, release.gone) == (token, ReleaseReason.FAILED, False)
     assert not rig.holdings.cache.leases
     assert not rig.holdings.cache.arriving
@@ -190,7 +190,7 @@ def test_a_checkin_sends_the_reset_and_gives(rig: Rig) -> None:
     assert conn is not None
     assert rig.check_in(conn)
     assert rig.servers[1].recv(100) == _RESET
-    taken = rig.other.take()
+    taken = rig.other.take_from_shelf()
     assert taken is not None
     moved, sock = taken
     assert (moved.token, moved.live) == (token, LIVE)
@@ -204,9 +204,9 @@ def test_a_checkin_gives_to_who_has_waited_longest(rig: Rig) -> None:
     rig.give()
     conn = rig.take()
     assert conn is not None
-    seat = rig.other.seat(5 * SEATS)
-    rig.other.board.take_place(5 * SEATS, 44)
-    rig.other.queue(lanes.Ticket(2, 5 * SEATS, 44))
+    seat = rig.other.wait_socket(5 * PLACES)
+    rig.other.board.take_place(5 * PLACES, 44)
+    rig.other.add_ticket(lanes.Ticket(2, 5 * PLACES, 44))
     assert rig.check_in(conn)
     got = rig.other.receive(seat)
     seat.close()
@@ -230,10 +230,10 @@ def test_what_has_half_a_message_in_its_buffer_does_not_go_on(rig: Rig) -> None:
         os.dup2(session, conn.fileno())
         os.close(session)
     assert rig.check_in(conn)
-    assert rig.other.take() is None
+    assert rig.other.take_from_shelf() is None
     assert rig.is_over(token)
     assert not rig.holdings.cache.leases
-    assert [x.token for x in rig.holdings.cache.out if isinstance(x, Release)] == [token]
+    assert [x.token for x in rig.holdings.cache.outbox if isinstance(x, Release)] == [token]
 
 
 @pytest.mark.parametrize("case", ["older generation", "struck", "cancelled", "aged", "a thread waits here"])
@@ -245,14 +245,14 @@ def test_what_is_not_as_usual_goes_the_long_way_untouched(rig: Rig, case: str) -
     if case == "older generation":
         rig.lane.board.generation = 2
     elif case == "struck":
-        rig.lane.board.strike(1)
+        rig.lane.board.remove(1)
     elif case == "cancelled":
         lease.cancelled = True
     elif case == "aged":
         lease.retire_at = time.monotonic()
     else:
-        ticket = Ticket(lambda: None, time.monotonic())
-        rig.holdings.cache.tickets.want(ticket, 5.0)
+        ticket = Waiter(lambda: None, time.monotonic())
+        rig.holdings.cache.waiters.enqueue(ticket, 5.0)
     assert not rig.check_in(conn)
     assert not readable([rig.servers[1]], 0)  # nothing was sent
     assert (lease.phase, rig.holdings.cache.leases) == (Phase.IN_USE, {token: lease})
@@ -268,7 +268,7 @@ class Slicing(Rig):
         super().__init__()
         self.timer = Timer()
         self.mover = Mover(self.holdings, self.seats, self.lane, self.timer)
-        self.holdings.seats, self.holdings.mover, self.holdings.hands_over = self.seats, self.mover, True
+        self.holdings.wait_sockets, self.holdings.mover, self.holdings.hands_over = self.seats, self.mover, True
         self.holdings.cache.moving = self.lane.board.head
 
     def steady(self) -> PooledConnection:
@@ -276,7 +276,7 @@ class Slicing(Rig):
         conn = self.take()
         assert conn is not None
         lease = self.lease(conn)
-        lease.idle_s, lease.arrived = 0.0, time.monotonic() + 60.0  # however long the test is held up
+        lease.idle_s, lease.arrived_at = 0.0, time.monotonic() + 60.0  # however long the test is held up
         return conn
 
     def close(self) -> None:
@@ -297,10 +297,10 @@ def test_in_its_slice_it_is_kept_and_given_when_nobody_comes(slicing: Slicing) -
     assert slicing.check_in(conn)
     assert len(slicing.holdings.cache.idle) == 1
     assert readable([slicing.timer], 5.0)
-    slicing.timer.hush()
+    slicing.timer.clear()
     slicing.holdings.give_kept()
     assert not slicing.holdings.cache.idle
-    taken = slicing.other.take()
+    taken = slicing.other.take_from_shelf()
     assert taken is not None
     taken[1].close()
 
@@ -315,7 +315,7 @@ def test_who_has_kept_one_in_vain_keeps_none_until_he_asks_at_once(slicing: Slic
         assert slicing.check_in(conn)
         kept = bool(slicing.holdings.cache.idle)
         if not kept:
-            taken = slicing.other.take()
+            taken = slicing.other.take_from_shelf()
             assert taken is not None
             taken[1].close()
         return kept
@@ -324,13 +324,13 @@ def test_who_has_kept_one_in_vain_keeps_none_until_he_asks_at_once(slicing: Slic
     (lease,) = slicing.holdings.cache.idle
     lease.since -= 60.0
     slicing.holdings.give_kept()
-    taken = slicing.other.take()
+    taken = slicing.other.take_from_shelf()
     assert taken is not None
     taken[1].close()
     assert not keeps(0.0005)
     assert keeps(0.0)
     (lease,) = slicing.holdings.cache.idle
-    lease.since = lease.arrived + 1.0  # it is asked for again
+    lease.since = lease.arrived_at + 1.0  # it is asked for again
     conn = cast(PooledConnection, slicing.holdings.cache.idle.pop().conn)
     conn.sharedpool_lent = lease
     assert slicing.check_in(conn)
@@ -340,7 +340,7 @@ def test_who_has_kept_one_in_vain_keeps_none_until_he_asks_at_once(slicing: Slic
 def test_after_its_slice_it_is_given(slicing: Slicing) -> None:
     slicing.give()
     conn = slicing.steady()
-    slicing.lease(conn).arrived -= 61.0
+    slicing.lease(conn).arrived_at -= 61.0
     assert slicing.check_in(conn)
     assert not slicing.holdings.cache.idle
     assert not slicing.timer.armed
@@ -350,7 +350,7 @@ def test_while_one_is_kept_the_others_checkin_leaves_the_timer_set(slicing: Slic
     slicing.give()
     slicing.give(on_shelf=False)
     kept, given = slicing.steady(), slicing.steady()
-    slicing.lease(given).arrived -= 61.0
+    slicing.lease(given).arrived_at -= 61.0
     assert slicing.check_in(kept)
     assert slicing.check_in(given)
     assert len(slicing.holdings.cache.idle) == 1
@@ -362,7 +362,7 @@ def test_what_was_laid_there_a_moment_ago_is_looked_at_again(slicing: Slicing) -
     slicing.give()
     conn = slicing.steady()
     assert slicing.check_in(conn)
-    slicing.timer.hush()
+    slicing.timer.clear()
     (lease,) = slicing.holdings.cache.idle
     lease.since = time.monotonic() + 1.0  # however long the test is held up
     slicing.holdings.give_kept()
@@ -376,7 +376,7 @@ def test_what_goes_off_while_it_is_laid_there_is_set_again(slicing: Slicing) -> 
 
     class Idle(deque[Lease]):
         def append(self, lease: Lease) -> None:
-            slicing.timer.hush()  # the link's thread, at this moment
+            slicing.timer.clear()  # the link's thread, at this moment
             slicing.holdings.give_kept()
             super().append(lease)
 
@@ -393,13 +393,13 @@ def test_what_a_thread_has_received_is_listed_or_it_says_that_it_is_not(rig: Rig
     assert seat.wait(0) is None
     assert not rig.seats.busy
     if not on_shelf:
-        seat.enter(1)
+        seat.join_queue(1)
     rig.give(on_shelf=on_shelf)
-    got = seat.look_at_shelf() if on_shelf else seat.wait(5)
+    got = seat.take_from_shelf() if on_shelf else seat.wait(5)
     assert got is not None
     assert rig.seats.busy
     got[1].close()
-    rig.seats.put(seat)
+    rig.seats.give_back(seat)
     assert not rig.seats.busy
     rig.give(on_shelf=True)
     assert rig.take() is not None
@@ -409,9 +409,9 @@ def test_what_a_thread_has_received_is_listed_or_it_says_that_it_is_not(rig: Rig
 def test_what_was_sent_to_a_seat_in_a_former_brokers_lane_is_kept(rig: Rig) -> None:
     seat = rig.seats.take(None)
     assert seat is not None
-    seat.enter(1)
+    seat.join_queue(1)
     token = rig.give(on_shelf=False)
-    rig.holdings.seats = rig.seats
+    rig.holdings.wait_sockets = rig.seats
     rig.holdings.cache.welcomed(2, 7, time.monotonic())
     rig.holdings.leave_lane(former_brokers=True)
     lease = rig.holdings.cache.leases[token]
@@ -424,7 +424,7 @@ def test_who_waits_leaves_a_former_brokers_lane_in_which_connections_move_for_ev
     thread = threading.Thread(target=lambda: took.append(rig.mover.take(30.0, time.monotonic())))
     thread.start()
     wait_until(lambda: rig.lane.board.waiting([0]) == 1)
-    rig.holdings.seats = rig.seats
+    rig.holdings.wait_sockets = rig.seats
     rig.holdings.leave_lane(former_brokers=True)
     thread.join(5)
     assert took == [None]

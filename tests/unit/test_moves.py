@@ -6,19 +6,19 @@ import pytest
 
 from sharedpool.broker.core.commands import (
     Admit,
+    CancelBackend,
     CloseLane,
     Dismiss,
     Fence,
-    Halt,
-    Interfere,
-    LetIn,
+    GiveInLane,
+    HaltMoves,
+    InviteToLane,
+    JoinQueue,
     Member,
     OpenLane,
-    Proceed,
-    Queue,
     Record,
     Send,
-    ToLane,
+    StartMoves,
 )
 from sharedpool.broker.core.group_terms import GroupTerms
 from sharedpool.broker.core.handover import SHARED_S
@@ -26,19 +26,18 @@ from sharedpool.broker.core.moves import ARRIVAL_S
 from sharedpool.broker.core.records import Lease, Pool, SlotState
 from sharedpool.broker.core.scheduler import ANSWER_LIMIT_S
 from sharedpool.wire.admin import Order, OrderKind
-from sharedpool.wire.board import BROKERS_PLACE, BROKERS_REQUEST, MOVES, SEATS, SESSIONS, SHELF
+from sharedpool.wire.board import BROKER_PLACE, BROKER_REQUEST, MOVES, PLACES, SESSIONS, SHELF
 from sharedpool.wire.buckets import BUCKETS
 from sharedpool.wire.desk import Live, Moved
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
     Ack,
     Bye,
-    Cancel,
+    CancelQuery,
     Deny,
     DenyReason,
     Hello,
     Histogram,
-    Interrupt,
     LeaseReport,
     Phase,
     PoolSpec,
@@ -47,9 +46,10 @@ from sharedpool.wire.messages import (
     ReleaseReason,
     Renew,
     Stale,
-    Times,
+    Timings,
     Token,
     Welcome,
+    Withdraw,
 )
 from sharedpool.wire.reports import PoolReport
 from tests.unit.test_ledger import Broker, Worker
@@ -62,7 +62,9 @@ QUIET_S = 1.0  # nobody has asked for so long
 
 
 class Rig:
-    """A pool of some workers, each with a connection, that is contended; its lane's board; what is in its seats."""
+    """A pool of some workers, each with a connection, that is contended; its lane's board; what is in its wait
+    sockets.
+    """
 
     def __init__(self, broker: Broker | None = None, *, workers: int = 2, max_conn: int = 2, **spec: int) -> None:
         self.broker = broker or Broker(handover=True)
@@ -73,16 +75,16 @@ class Rig:
 
     @property
     def pool(self) -> Pool:
-        return self.broker.ledger._books.pools["p"]
+        return self.broker.ledger._slots.pools["p"]
 
     def lease(self, token: Token) -> Lease:
-        return self.broker.ledger._books.leases[token]
+        return self.broker.ledger._slots.leases[token]
 
     def state(self, token: Token) -> SlotState:
         return self.desk.state(token)
 
     def number(self, worker: Worker) -> int:
-        return self.broker.ledger._books.sessions[worker.id].number
+        return self.broker.ledger._slots.sessions[worker.id].number
 
     def holder_of(self, token: Token) -> str:
         """Return the name of who holds a lease by the books, "shelf" for nobody."""
@@ -91,7 +93,7 @@ class Rig:
 
     def cancels_work(self) -> None:
         """Have a cancel seen to work: else nothing may move."""
-        self.broker.ledger._books.pools["p"].cancels = True
+        self.broker.ledger._slots.pools["p"].cancel_works = True
 
     def open_lane(self) -> None:
         """Let everybody in, and have a connection passed on by the broker, for which a cancel is seen to work."""
@@ -119,7 +121,7 @@ class Rig:
         for worker in self.workers:
             worker.beat()  # what has come is not waited for
             while worker.pending:
-                self.broker.send(worker.id, Cancel(worker.pending.pop()))
+                self.broker.send(worker.id, Withdraw(worker.pending.pop()))
 
     def proceed(self) -> None:
         """Let connections move."""
@@ -143,7 +145,7 @@ class Rig:
         """Have a connection move past the broker: to a worker, or to the shelf."""
         for worker in self.workers:
             worker.held.pop(token, None)
-        self.board.hand(self.lease(token).cell, SHELF if to is None else self.number(to))
+        self.board.set_holder(self.lease(token).cell, SHELF if to is None else self.number(to))
         if to is not None and arrives:
             to.held[token] = Phase.IN_USE
 
@@ -152,16 +154,16 @@ class Rig:
 
     def halt(self) -> None:
         """Have them halt, with those who wait at the broker waiting on."""
-        self.pool.cancels = None
+        self.pool.cancel_works = None
         self.broker.take_in(self.broker.ledger.order(NOTHING, self.broker.now)[1])
         assert not self.moving
 
     def take_from_shelf(self, token: Token) -> None:
         """Have the broker find what lies on the shelf."""
         cell = self.lease(token).cell
-        moves = self.board.hand(cell, SHELF)
+        moves = self.board.set_holder(cell, SHELF)
         lain = Moved(0, token, cell, moves, self.live(token))
-        self.broker.take_in(self.broker.ledger.shelved("p", lain, self.broker.now))
+        self.broker.take_in(self.broker.ledger.found_on_shelf("p", lain, self.broker.now))
 
     def passed_by_broker(self, giver: Worker, token: Token) -> Token:
         """Give a connection to the broker, which passes it on; return the name of it then."""
@@ -204,12 +206,12 @@ def test_everybody_is_let_in_who_can_hand_over_by_a_number_and_a_place_of_his_ow
     rig.broker.worker("elsewhere")  # of the same pool
     rig.open_lane()
     late = rig.broker.worker("late")
-    let_in = rig.broker.all(LetIn)
+    let_in = rig.broker.all(InviteToLane)
     assert [each.session for each in let_in] == [b"w0", b"w1", b"w2", b"elsewhere", late.id]
     assert [each.number for each in let_in] == [1, 2, 3, 4, 5]
     assert sorted(each.index for each in let_in) == [0, 1, 2, 3, 4]
     late.hello()
-    assert rig.broker.all(LetIn) == let_in  # once
+    assert rig.broker.all(InviteToLane) == let_in  # once
 
 
 def test_who_cannot_hand_over_is_not_let_in() -> None:
@@ -218,31 +220,31 @@ def test_who_cannot_hand_over_is_not_let_in() -> None:
     rig.open_lane()
     stranger = Worker(broker, "s", PoolSpec("p", 2, 60_000, server="another"))
     stranger.hello()
-    assert [each for each in broker.all(LetIn) if each.session == b"s"] == []
+    assert [each for each in broker.all(InviteToLane) if each.session == b"s"] == []
 
 
 def test_a_place_is_used_again_a_number_never(rig: Rig) -> None:
     rig.open_lane()
-    gone = next(each for each in rig.broker.all(LetIn) if each.session == b"w1")
-    rig.board.take_place(gone.index * SEATS + 3, 77)
+    gone = next(each for each in rig.broker.all(InviteToLane) if each.session == b"w1")
+    rig.board.take_place(gone.index * PLACES + 3, 77)
     rig.broker.take_in(rig.broker.ledger.session_died(b"w1", rig.broker.now))
-    assert not rig.board.is_turn(gone.index * SEATS + 3, 77)  # its ticket is stale
+    assert not rig.board.is_waiting_at(gone.index * PLACES + 3, 77)  # its ticket is stale
     rig.broker.worker("new")
-    (let_in,) = [each for each in rig.broker.all(LetIn) if each.session == b"new"]
+    (let_in,) = [each for each in rig.broker.all(InviteToLane) if each.session == b"new"]
     assert let_in.index == gone.index
     assert let_in.number == 4
 
 
 def test_the_last_place_is_the_brokers() -> None:
-    assert BROKERS_PLACE // SEATS == SESSIONS - 1
+    assert BROKER_PLACE // PLACES == SESSIONS - 1
     broker = Broker(handover=True)
     rig = Rig(broker, workers=3)
     rig.open_lane()
-    lane = broker.ledger._books.pools["p"].lane
+    lane = broker.ledger._slots.pools["p"].lane
     assert lane is not None
     lane.indices |= set(range(SESSIONS - 1))
     broker.worker("late")
-    assert [each for each in broker.all(LetIn) if each.session == b"late"] == []
+    assert [each for each in broker.all(InviteToLane) if each.session == b"late"] == []
 
 
 def test_in_a_pool_that_limits_its_queue_the_broker_passes_them_on() -> None:
@@ -302,7 +304,7 @@ def test_while_they_move_the_waits_are_those_that_the_workers_tell_of(rig: Rig) 
     a = rig.workers[0]
     nothing = Histogram([0] * BUCKETS, 0)
     many = Histogram([0, 0, 0, 0, 200] + [0] * (BUCKETS - 5), 0)
-    times = Times(1, nothing, many, nothing)
+    times = Timings(1, nothing, many, nothing)
     rig.broker.send(a.id, Renew(a.reports(), a.seen, pending=list(a.pending), times=times))
     assert 5000 < rig.report().wait_p50_us < rig.report().wait_p99_us <= 10_000
 
@@ -317,7 +319,7 @@ def test_they_move_while_somebody_waits_and_there_is_nothing_else_to_do(rig: Rig
     rig.answer_all()
     rig.contend(seat=2)
     assert rig.moving
-    assert rig.broker.all(Proceed) == [Proceed("p")]
+    assert rig.broker.all(StartMoves) == [StartMoves("p")]
     assert [rig.board.find(token) >= 0 for token in rig.tokens] == [True, True]
     assert [rig.board.holding(rig.lease(t).cell).holder for t in rig.tokens] == [
         rig.number(rig.workers[2]),
@@ -339,24 +341,24 @@ def test_who_waits_at_the_broker_has_his_turn_in_the_lane(rig: Rig) -> None:
     rig.answer_all()
     rig.contend(rig.workers[1], seat=2)
     assert rig.moving
-    assert rig.board.is_turn(BROKERS_PLACE, BROKERS_REQUEST)
-    assert sum(each.times for each in rig.broker.all(Queue)) == 2
+    assert rig.board.is_waiting_at(BROKER_PLACE, BROKER_REQUEST)
+    assert sum(each.times for each in rig.broker.all(JoinQueue)) == 2
     rig.contend(rig.workers[1], seat=3)
-    assert sum(each.times for each in rig.broker.all(Queue)) == 3
+    assert sum(each.times for each in rig.broker.all(JoinQueue)) == 3
 
 
 def test_what_the_broker_is_given_is_passed_to_the_first_who_waits_there(rig: Rig) -> None:
     rig.proceed()
-    queued = sum(each.times for each in rig.broker.all(Queue))
+    queued = sum(each.times for each in rig.broker.all(JoinQueue))
     token = rig.tokens[0]
     rig.moves_itself(token, None)
     passed = len(rig.desk.passed())
     cell = rig.lease(token).cell
-    came = Moved(BROKERS_REQUEST, token, cell, rig.board.holding(cell).moves, rig.live(token))
-    rig.broker.take_in(rig.broker.ledger.came("p", came, rig.broker.now))
+    came = Moved(BROKER_REQUEST, token, cell, rig.board.holding(cell).moves, rig.live(token))
+    rig.broker.take_in(rig.broker.ledger.received("p", came, rig.broker.now))
     assert [name for name, _ in rig.desk.passed()[passed:]] == ["w0"]
     assert rig.state(token) is SlotState.FREE  # its heir has it
-    assert queued - sum(each.times for each in rig.broker.all(Queue)) == 0
+    assert queued - sum(each.times for each in rig.broker.all(JoinQueue)) == 0
 
 
 def test_what_the_broker_is_given_for_nobody_goes_back_into_the_lane(rig: Rig) -> None:
@@ -365,11 +367,11 @@ def test_what_the_broker_is_given_for_nobody_goes_back_into_the_lane(rig: Rig) -
     token = rig.tokens[0]
     rig.moves_itself(token, None)
     cell = rig.lease(token).cell
-    came = Moved(BROKERS_REQUEST, token, cell, rig.board.holding(cell).moves, rig.live(token))
-    rig.broker.take_in(rig.broker.ledger.came("p", came, rig.broker.now))
-    assert rig.broker.all(ToLane) == [ToLane("p", token, cell, rig.live(token))]
+    came = Moved(BROKER_REQUEST, token, cell, rig.board.holding(cell).moves, rig.live(token))
+    rig.broker.take_in(rig.broker.ledger.received("p", came, rig.broker.now))
+    assert rig.broker.all(GiveInLane) == [GiveInLane("p", token, cell, rig.live(token))]
     assert rig.holder_of(token) == "shelf"
-    rig.broker.take_in(rig.broker.ledger.unplaced("p", came, rig.broker.now))  # there is no room in it
+    rig.broker.take_in(rig.broker.ledger.lane_full("p", came, rig.broker.now))  # there is no room in it
     rig.sync()
     assert rig.report().parked == 1
 
@@ -379,15 +381,15 @@ def test_who_does_not_want_to_wait_is_given_what_lies_on_the_shelf(rig: Rig) -> 
     rig.give_up()
     token = rig.tokens[0]
     rig.moves_itself(token, None)
-    looks, passed = sum(each.looks for each in rig.broker.all(Queue)), len(rig.desk.passed())
+    looks, passed = sum(each.most_from_shelf for each in rig.broker.all(JoinQueue)), len(rig.desk.passed())
     worker = rig.workers[0]
     rig.desk.ask(worker, seat=3, wait_s=0)
     rig.answer_all()
     assert worker.sent(Deny) == []
-    assert sum(each.looks for each in rig.broker.all(Queue)) > looks
-    rig.board.hand(rig.lease(token).cell, SHELF)  # which is the broker's own name
+    assert sum(each.most_from_shelf for each in rig.broker.all(JoinQueue)) > looks
+    rig.board.set_holder(rig.lease(token).cell, SHELF)  # which is the broker's own name
     there = Moved(0, token, rig.lease(token).cell, 0, rig.live(token))
-    rig.broker.take_in(rig.broker.ledger.shelved("p", there, rig.broker.now))
+    rig.broker.take_in(rig.broker.ledger.found_on_shelf("p", there, rig.broker.now))
     assert [name for name, _ in rig.desk.passed()[passed:]] == ["w0"]
 
 
@@ -401,20 +403,20 @@ def test_who_does_not_want_to_wait_is_refused_where_nothing_lies_on_the_shelf(ri
 
 def test_who_comes_to_the_broker_has_the_shelf_looked_at(rig: Rig) -> None:
     rig.proceed()
-    looks = sum(each.looks for each in rig.broker.all(Queue))
+    looks = sum(each.most_from_shelf for each in rig.broker.all(JoinQueue))
     rig.contend(rig.workers[1], seat=3)
-    assert sum(each.looks for each in rig.broker.all(Queue)) > looks
+    assert sum(each.most_from_shelf for each in rig.broker.all(JoinQueue)) > looks
 
 
 def test_a_place_that_waits_in_the_lane_for_nobody_is_taken_off_the_account(rig: Rig) -> None:
     """Its ticket may have been lost with who was to serve it: another one is written a while later."""
     rig.proceed()
-    queued = sum(each.times for each in rig.broker.all(Queue))
+    queued = sum(each.times for each in rig.broker.all(JoinQueue))
     for _ in range(3):
-        rig.board.note_asked()
+        rig.board.count_request()
         rig.broker.pass_time(QUIET_S * 1.01)
         rig.beat_all()
-    assert sum(each.times for each in rig.broker.all(Queue)) > queued
+    assert sum(each.times for each in rig.broker.all(JoinQueue)) > queued
 
 
 HALTING = [
@@ -436,7 +438,7 @@ def test_they_halt_as_soon_as_there_is_something_else(why: str) -> None:
         broker.take_in(ledger.backend_gone(rig.tokens[1], now))
     elif why == "suspect":
         for _ in range(32):
-            rig.board.note_asked()
+            rig.board.count_request()
             broker.pass_time(QUIET_S * 0.5)
             rig.workers[0].beat()
             rig.workers[2].beat()
@@ -454,22 +456,22 @@ def test_they_halt_as_soon_as_there_is_something_else(why: str) -> None:
     elif why == "cap":
         broker.worker("o", "other")
     elif why == "unsuitable":
-        broker.ledger._books.pools["p"].unsuitable = "its server loses sessions"
+        broker.ledger._slots.pools["p"].unsuitable = "its server loses sessions"
         rig.workers[0].beat()
     elif why == "held":
         broker.take_in(ledger.order(Order(VERSION, OrderKind.PAUSE), now)[1])
     elif why == "backoff":
-        broker.ledger._books.pools["p"].backoff.ceiling = 1
+        broker.ledger._slots.pools["p"].backoff.ceiling = 1
         rig.workers[0].beat()
     elif why == "cancels":
-        broker.ledger._books.pools["p"].cancels = None
+        broker.ledger._slots.pools["p"].cancel_works = None
         rig.workers[0].beat()
     elif why == "quiet":
         broker.pass_time(QUIET_S * 1.01)
     assert not rig.moving
-    assert broker.all(Halt) == [Halt("p")]
-    assert not rig.board.is_turn(BROKERS_PLACE, BROKERS_REQUEST)
-    assert len(broker.all(Proceed)) == 1
+    assert broker.all(HaltMoves) == [HaltMoves("p")]
+    assert not rig.board.is_waiting_at(BROKER_PLACE, BROKER_REQUEST)
+    assert len(broker.all(StartMoves)) == 1
 
 
 @pytest.mark.parametrize("why", ["outside", "cancels", "paused", "capped", "backoff"])
@@ -483,7 +485,7 @@ def test_they_do_not_move_where_there_is_something_to_do(why: str) -> None:
         broker.take_in(broker.ledger.backend_gone(rig.tokens[1], broker.now))
         outsider.lend()
     elif why == "cancels":
-        rig.pool.cancels = None
+        rig.pool.cancel_works = None
     elif why == "paused":
         broker.take_in(broker.ledger.order(Order(VERSION, OrderKind.PAUSE, "p"), broker.now)[1])
     elif why == "capped":
@@ -495,7 +497,7 @@ def test_they_do_not_move_where_there_is_something_to_do(why: str) -> None:
     rig.contend(seat=2)
     rig.answer_all()
     assert not rig.moving
-    assert broker.all(Proceed) == []
+    assert broker.all(StartMoves) == []
 
 
 def test_who_has_not_joined_holds_up_the_others_until_he_has(rig: Rig) -> None:
@@ -525,7 +527,7 @@ def test_they_move_as_long_as_somebody_asks_now_and_then(rig: Rig) -> None:
     rig.proceed()
     rig.give_up()
     for _ in range(5):
-        rig.board.note_asked()
+        rig.board.count_request()
         rig.broker.pass_time(QUIET_S * 1.01)
         rig.beat_all()
         assert rig.moving
@@ -570,7 +572,7 @@ def test_a_lease_that_moves_is_its_receivers(rig: Rig) -> None:
     assert rig.holder_of(token) == "w0"
     _, sessions = rig.broker.ledger.report(rig.broker.now)
     assert [session.leases for session in sessions] == [1, 0, 1]
-    (line,) = [x for x in rig.broker.ledger.oldest(9, rig.broker.now) if x.token == token]
+    (line,) = [x for x in rig.broker.ledger.oldest_leases(9, rig.broker.now) if x.token == token]
     assert (line.title, line.state) == ("w0", "in use")
     rig.broker.ledger.check_invariants()
 
@@ -644,7 +646,7 @@ def test_what_comes_from_one_who_was_silent_is_not_suspect_any_more(rig: Rig) ->
     token = rig.tokens[1]
     rig.give_up()
     for _ in range(31):
-        rig.board.note_asked()
+        rig.board.count_request()
         rig.broker.pass_time(0.5)
         rig.workers[0].beat()
         rig.workers[2].beat()
@@ -661,7 +663,7 @@ def test_what_goes_to_one_who_is_silent_is_suspect(rig: Rig) -> None:
     token, stopped = rig.tokens[1], rig.workers[2]
     rig.give_up()
     for _ in range(31):
-        rig.board.note_asked()
+        rig.board.count_request()
         rig.broker.pass_time(0.5)
         rig.workers[0].beat()
         rig.workers[1].beat()
@@ -681,7 +683,7 @@ def test_who_has_got_it_and_says_so_keeps_it(rig: Rig) -> None:
     rig.moves_itself(token, receiver)
     receiver.beat()
     assert receiver.last(Ack).revoked == []
-    assert not rig.lease(token).unspoken
+    assert not rig.lease(token).unconfirmed
     for _ in range(5):
         rig.broker.pass_time(ARRIVAL_S)
         rig.beat_all()
@@ -744,7 +746,7 @@ def test_what_was_seen_to_come_and_is_in_a_threads_hands_is_not_ended(rig: Rig, 
     receiver.held[token] = Phase.IN_USE
     receiver.answer()
     assert rig.fenced() == []
-    assert not rig.lease(token).unspoken
+    assert not rig.lease(token).unconfirmed
 
 
 def test_what_was_seen_to_come_and_got_lost_then_is_ended(rig: Rig) -> None:
@@ -772,7 +774,7 @@ def test_what_arrives_late_but_in_time_is_not_ended(rig: Rig) -> None:
     receiver.held[token] = Phase.IN_USE
     receiver.answer()
     assert rig.fenced() == []
-    assert not rig.lease(token).unspoken
+    assert not rig.lease(token).unconfirmed
 
 
 def test_a_question_that_was_lost_is_asked_again(rig: Rig) -> None:
@@ -797,7 +799,7 @@ def test_who_did_not_answer_in_time_is_asked_again_when_he_speaks(rig: Rig) -> N
     receiver.beat()
     asked = len(receiver.sent(Recall))
     for _ in range(2):
-        rig.board.note_asked()
+        rig.board.count_request()
         rig.broker.pass_time(ANSWER_LIMIT_S * 1.1)
     receiver.beat()
     assert len(receiver.sent(Recall)) == asked + 1
@@ -861,7 +863,7 @@ def test_what_nobody_takes_though_others_ask_is_looked_for(rig: Rig) -> None:
     rig.give_up()
     rig.moves_itself(rig.tokens[1], None)
     for _ in range(5):
-        rig.board.note_asked()
+        rig.board.count_request()
         rig.broker.pass_time(QUIET_S * 1.01)
         rig.workers[0].beat()
         rig.workers[1].beat()
@@ -904,7 +906,7 @@ def test_what_goes_to_one_who_is_gone_is_ended(rig: Rig) -> None:
     rig.proceed()
     token, number = rig.tokens[1], rig.number(rig.workers[0])
     rig.broker.take_in(rig.broker.ledger.session_died(b"w0", rig.broker.now))
-    rig.board.hand(rig.lease(token).cell, number)
+    rig.board.set_holder(rig.lease(token).cell, number)
     rig.sync()
     rig.broker.pass_time(ARRIVAL_S * 1.1)
     assert rig.fenced() == [token]
@@ -912,11 +914,11 @@ def test_what_goes_to_one_who_is_gone_is_ended(rig: Rig) -> None:
 
 
 def test_what_went_to_one_who_is_gone_and_was_given_to_another_goes_on(rig: Rig) -> None:
-    """His seat was gone, as its giver saw a moment after he had written it down."""
+    """His wait socket was gone, as its giver saw a moment after he had written it down."""
     rig.proceed()
     token, number, cell = rig.tokens[1], rig.number(rig.workers[0]), rig.lease(rig.tokens[1]).cell
     rig.broker.take_in(rig.broker.ledger.session_died(b"w0", rig.broker.now))
-    rig.board.hand(cell, number)
+    rig.board.set_holder(cell, number)
     rig.sync()
     rig.moves_itself(token, rig.workers[2])
     rig.broker.pass_time(ARRIVAL_S * 1.1)
@@ -928,7 +930,7 @@ def test_what_went_to_one_who_is_gone_and_was_given_to_another_goes_on(rig: Rig)
 def test_what_goes_to_nobody_that_there_ever_was_is_ended(rig: Rig, nonsense: int) -> None:
     rig.proceed()
     token = rig.tokens[1]
-    rig.board.hand(rig.lease(token).cell, nonsense)
+    rig.board.set_holder(rig.lease(token).cell, nonsense)
     rig.sync()
     rig.broker.pass_time(ARRIVAL_S * 1.1)
     assert rig.fenced() == [token]
@@ -941,7 +943,7 @@ def test_a_session_that_is_forgotten_later_makes_nobody_else_a_suspect(rig: Rig)
     rig.broker.take_in(rig.broker.ledger.session_died(b"w1", rig.broker.now))
     assert rig.fenced() == [rig.tokens[1]]
     for _ in range(8):
-        rig.board.note_asked()
+        rig.board.count_request()
         rig.broker.pass_time(0.5)
         receiver.beat()
         rig.workers[2].beat()
@@ -949,7 +951,7 @@ def test_a_session_that_is_forgotten_later_makes_nobody_else_a_suspect(rig: Rig)
     rig.sync()
     rig.broker.take_in(rig.broker.ledger.backend_gone(rig.tokens[1], rig.broker.now))
     rig.broker.pass_time(0.001)
-    assert not rig.broker.ledger._books.sessions[b"w0"].mute
+    assert not rig.broker.ledger._slots.sessions[b"w0"].unresponsive
     assert rig.fenced() == [rig.tokens[1]]
 
 
@@ -969,7 +971,7 @@ def test_a_pool_that_is_told_of_something_does_not_tell_its_shelf(rig: Rig) -> N
     rig.proceed()
     rig.moves_itself(rig.tokens[1], None)
     rig.broker.take_in(rig.broker.ledger.order(Order(VERSION, OrderKind.RECONNECT, "p"), rig.broker.now)[1])
-    rig.broker.take_in(rig.broker.ledger.inquire())
+    rig.broker.take_in(rig.broker.ledger.request_reports())
     rig.broker.take_in(rig.broker.ledger.drain(rig.broker.now))
     assert {each.session for each in rig.broker.commands if isinstance(each, Send)} == {b"w0", b"w1", b"w2"}
 
@@ -997,7 +999,7 @@ def test_a_former_holders_late_word_does_not_speak_for_the_next(rig: Rig) -> Non
     late = Renew(former.reports(), former.seen)
     rig.moves_itself(token, rig.workers[0], arrives=False)
     rig.broker.send(former.id, late)
-    assert rig.lease(token).unspoken
+    assert rig.lease(token).unconfirmed
 
 
 def test_a_former_holder_does_not_speak_of_it_any_more_and_that_is_no_loss(rig: Rig) -> None:
@@ -1013,7 +1015,7 @@ def test_what_is_struck_is_not_followed(rig: Rig) -> None:
     cell = rig.lease(token).cell
     rig.broker.take_in(rig.broker.ledger.backend_lost(token, rig.broker.now))
     assert rig.board.find(token) == -1
-    rig.board.hand(cell, rig.number(rig.workers[0]))  # whoever had looked before
+    rig.board.set_holder(cell, rig.number(rig.workers[0]))  # whoever had looked before
     rig.beat_all()
     assert rig.holder_of(token) == "w1"
     rig.broker.take_in(rig.broker.ledger.backend_gone(token, rig.broker.now))
@@ -1022,12 +1024,12 @@ def test_what_is_struck_is_not_followed(rig: Rig) -> None:
 
 def test_a_lease_with_a_cancel_under_way_does_not_move_yet(rig: Rig) -> None:
     rig.open_lane()
-    rig.broker.send(b"w1", Interrupt(rig.tokens[1]))
+    rig.broker.send(b"w1", CancelQuery(rig.tokens[1]))
     rig.contend()
     rig.answer_all()
     rig.contend(seat=2)
     assert (rig.moving, rig.board.find(rig.tokens[1])) == (True, -1)
-    rig.broker.take_in(rig.broker.ledger.interrupted(rig.broker.all(Interfere)[-1], True, rig.broker.now))
+    rig.broker.take_in(rig.broker.ledger.query_cancelled(rig.broker.all(CancelBackend)[-1], True, rig.broker.now))
     assert rig.board.find(rig.tokens[1]) >= 0
 
 
@@ -1320,7 +1322,7 @@ def test_without_the_whole_journal_nobody_knows_who_was_in_the_lane(rig: Rig) ->
     token = rig.tokens[1]
     rig.moves_itself(token, None)
     after = restarted(rig)
-    after.broker = Broker(EPOCH + 1, remembers=False, handover=True)
+    after.broker = Broker(EPOCH + 1, journal_complete=False, handover=True)
     after.broker.take_in(after.broker.ledger.restore(journal_of(rig.broker), after.broker.now))
     after.workers = [moved(worker, after.broker) for worker in rig.workers]
     for worker in after.workers:
@@ -1331,7 +1333,7 @@ def test_without_the_whole_journal_nobody_knows_who_was_in_the_lane(rig: Rig) ->
 def test_it_is_in_the_journal_who_is_let_into_a_lane_before_he_is(rig: Rig) -> None:
     rig.open_lane()
     for n, command in enumerate(rig.broker.commands):
-        if isinstance(command, LetIn):
+        if isinstance(command, InviteToLane):
             assert Admit(Member(command.session, None, rig.workers[0].spec)) in rig.broker.commands[:n]
     assert {member.session for member in members_of(rig.broker)} == {b"w0", b"w1", b"w2"}
     rig.broker.send(b"w0", Bye())
@@ -1405,7 +1407,7 @@ def test_who_does_not_wait_is_refused_once_the_shelf_was_found_empty(rig: Rig) -
     asker = rig.workers[2]
     request = asker.ask(0.0)
     rig.answer_all()
-    assert rig.broker.all(Queue)[-1].looks == 1
+    assert rig.broker.all(JoinQueue)[-1].most_from_shelf == 1
     assert asker.outcome(request) is None
-    rig.broker.take_in(rig.broker.ledger.looked("p", rig.broker.now))
+    rig.broker.take_in(rig.broker.ledger.shelf_empty("p", rig.broker.now))
     assert isinstance(asker.outcome(request), Deny)

@@ -1,6 +1,6 @@
 """When the slot of a connect whose end nobody saw is free again."""
 
-from sharedpool.broker.core.commands import Survey
+from sharedpool.broker.core.commands import SurveyResult
 from sharedpool.broker.core.quarantine import SETTLE_S, Quarantine
 from sharedpool.wire.messages import Backend, Token
 
@@ -11,7 +11,7 @@ def look(quarantine: Quarantine, now: float, *, starting: tuple[int, ...] = (), 
     """One survey; say whether the slot is free after it."""
     order = quarantine.order(0.0)
     assert order is not None
-    survey = Survey(order[0], frozenset(starting), {})
+    survey = SurveyResult(order[0], frozenset(starting), {})
     return quarantine.surveyed(survey, [Backend(pid, 1) for pid in strange], now) == [SLOT]
 
 
@@ -59,11 +59,11 @@ def test_a_look_that_began_before_it_does_not_count_and_the_first_needs_a_barrie
     assert order == (1, True)
     quarantine.add(SLOT)
     assert quarantine.order(0.0) is None  # one at a time
-    quarantine.surveyed(Survey(1, frozenset(), {}), [], 1.0)
+    quarantine.surveyed(SurveyResult(1, frozenset(), {}), [], 1.0)
     assert quarantine.order(0.0) == (2, True)
-    assert quarantine.surveyed(Survey(2, frozenset(), {}), [], 2.0) == [Token(1, 5)]
+    assert quarantine.surveyed(SurveyResult(2, frozenset(), {}), [], 2.0) == [Token(1, 5)]
     assert quarantine.order(0.0) == (3, False)
-    assert quarantine.surveyed(Survey(3, frozenset(), {}), [], 3.0) == [SLOT]
+    assert quarantine.surveyed(SurveyResult(3, frozenset(), {}), [], 3.0) == [SLOT]
 
 
 def test_other_evidence_ends_it() -> None:

@@ -9,17 +9,17 @@ from sharedpool.broker.core.backoff import PROBE_EVERY_S
 from sharedpool.broker.core.commands import (
     Admit,
     Dismiss,
-    Doubt,
     Entry,
     Erase,
     Fence,
-    Look,
+    MarkJournalComplete,
     Member,
     Process,
     Record,
     Send,
-    Survey,
-    Vouch,
+    SurveyResult,
+    SurveyServer,
+    VerifyServer,
     Watch,
 )
 from sharedpool.broker.core.quarantine import SETTLE_S
@@ -34,6 +34,7 @@ from sharedpool.wire.messages import (
     Confirm,
     Deny,
     DenyReason,
+    FailoverSign,
     Gone,
     Grant,
     Hello,
@@ -47,7 +48,6 @@ from sharedpool.wire.messages import (
     Renew,
     Stale,
     Token,
-    Trouble,
     Welcome,
 )
 from tests.unit.test_ledger import EPOCH, TTL_S, Broker, Worker
@@ -79,7 +79,7 @@ def members_of(broker: Broker) -> list[Member]:
 
 def successor(broker: Broker) -> Broker:
     """A new broker with the journal of one that was killed."""
-    after = Broker(EPOCH + 1, remembers=True)
+    after = Broker(EPOCH + 1, journal_complete=True)
     after.take_in(after.ledger.restore(journal_of(broker), after.now, members_of(broker)))
     return after
 
@@ -199,7 +199,7 @@ def test_a_caller_who_does_not_wait_has_nothing_fenced_before_workers_could_say_
 
 def test_a_lost_release_is_told_again_until_it_is_acknowledged() -> None:
     """Without a control connection nothing else would ever free the slot."""
-    broker = Broker(verifies=False)
+    broker = Broker(has_control_connection=False)
     a = broker.worker("a", max_conn=1)
     token = a.lend()
     a.held.clear()  # released; the message was lost
@@ -211,14 +211,14 @@ def test_a_lost_release_is_told_again_until_it_is_acknowledged() -> None:
 def grace_over(after: Broker, listed: dict[Backend, str], *starting: set[int]) -> None:
     """Two looks end it; `starting` is what the second and later ones show in start-up."""
     for number, pids in enumerate([set(), *starting, set()]):
-        look = after.all(Look)[-1]
-        assert look == Look(0, barrier=number == 0)
-        after.take_in(after.ledger.surveyed(Survey(0, frozenset(pids), listed), after.now))
+        look = after.all(SurveyServer)[-1]
+        assert look == SurveyServer(0, barrier=number == 0)
+        after.take_in(after.ledger.surveyed(SurveyResult(0, frozenset(pids), listed), after.now))
         after.pass_time(SETTLE_S * 1.01)
 
 
 def test_while_another_broker_counts_nothing_is_granted_and_nothing_vouched_for() -> None:
-    broker = Broker(remembers=True)
+    broker = Broker(journal_complete=True)
     broker.take_in(broker.ledger.outranked(broker.now, "another broker"))
     a = broker.worker("a", max_conn=1)
     request, impatient = a.ask(wait_s=60), a.ask()
@@ -232,7 +232,7 @@ def test_while_another_broker_counts_nothing_is_granted_and_nothing_vouched_for(
 
 def test_who_follows_another_broker_first_hears_what_that_ones_workers_hold() -> None:
     """It has a journal of its own, intact, which knows nothing of them."""
-    broker = Broker(remembers=True)
+    broker = Broker(journal_complete=True)
     broker.take_in(broker.ledger.outranked(broker.now, "another broker"))
     a = broker.worker("a", max_conn=1)
     request = a.ask(wait_s=600)
@@ -254,35 +254,35 @@ def test_who_follows_another_broker_first_hears_what_that_ones_workers_hold() ->
 
 
 def test_a_grace_period_that_begins_anew_lasts_its_whole_time() -> None:
-    broker = Broker(remembers=False)
-    broker.take_in(broker.ledger.hold(TTL_S, broker.now))
+    broker = Broker(journal_complete=False)
+    broker.take_in(broker.ledger.begin_grace_period(TTL_S, broker.now))
     broker.pass_time(TTL_S * 0.9)
     broker.take_in(broker.ledger.outranked(broker.now, "another broker"))
     broker.take_in(broker.ledger.leads(broker.now, after_another=True))
     broker.pass_time(TTL_S * 0.9)
-    assert broker.all(Look) == []
+    assert broker.all(SurveyServer) == []
     broker.pass_time(TTL_S * 0.2)
     grace_over(broker, {})
     assert broker.ledger.state == "serving"
 
 
 def test_the_end_of_the_grace_period_does_not_overrule_another_broker() -> None:
-    broker = Broker(remembers=False)
-    broker.take_in(broker.ledger.hold(TTL_S, broker.now))
+    broker = Broker(journal_complete=False)
+    broker.take_in(broker.ledger.begin_grace_period(TTL_S, broker.now))
     broker.take_in(broker.ledger.outranked(broker.now, "another broker"))
     broker.pass_time(TTL_S * 1.01)
     grace_over(broker, {})
     assert broker.ledger.state == "waiting"
-    assert broker.all(Vouch) == []
+    assert broker.all(MarkJournalComplete) == []
     broker.take_in(broker.ledger.leads(broker.now, after_another=False))
     assert broker.ledger.state == "serving"
-    assert broker.all(Vouch) == [Vouch()]
+    assert broker.all(MarkJournalComplete) == [MarkJournalComplete()]
 
 
 @pytest.mark.parametrize("name", ["p", "b\u00e9"])  # the second is shown otherwise in a tag
 def test_what_an_operator_wants_of_a_pool_before_it_has_its_name_holds_after_that(name: str) -> None:
-    after = Broker(remembers=False)
-    after.take_in(after.ledger.hold(TTL_S, after.now))
+    after = Broker(journal_complete=False)
+    after.take_in(after.ledger.begin_grace_period(TTL_S, after.now))
     after.pass_time(TTL_S * 1.01)
     unclaimed = Backend(1, 1, 1)
     tag = "sharedpool " + name.encode("ascii", "backslashreplace").decode()
@@ -300,8 +300,8 @@ def test_what_an_operator_wants_of_a_pool_before_it_has_its_name_holds_after_tha
 
 
 def test_without_a_journal_nothing_is_granted_in_the_grace_period() -> None:
-    after = Broker(remembers=False)
-    after.take_in(after.ledger.hold(TTL_S, after.now))
+    after = Broker(journal_complete=False)
+    after.take_in(after.ledger.begin_grace_period(TTL_S, after.now))
     b = after.worker("b", max_conn=3)
     request, impatient = b.ask(wait_s=600), b.ask()
     after.pass_time(TTL_S / 2)
@@ -315,8 +315,8 @@ def test_without_a_journal_nothing_is_granted_in_the_grace_period() -> None:
 
 
 def test_the_grace_period_lasts_until_every_start_up_has_come_to_an_end() -> None:
-    after = Broker(remembers=False)
-    after.take_in(after.ledger.hold(TTL_S, after.now))
+    after = Broker(journal_complete=False)
+    after.take_in(after.ledger.begin_grace_period(TTL_S, after.now))
     b = after.worker("b", max_conn=1)
     request = b.ask(wait_s=600)
     after.pass_time(TTL_S / 2)
@@ -329,8 +329,8 @@ def test_the_grace_period_lasts_until_every_start_up_has_come_to_an_end() -> Non
 
 
 def test_backends_that_nobody_claims_after_a_lost_journal_stay_counted() -> None:
-    after = Broker(remembers=False)
-    after.take_in(after.ledger.hold(TTL_S, after.now))
+    after = Broker(journal_complete=False)
+    after.take_in(after.ledger.begin_grace_period(TTL_S, after.now))
     a = Worker(after, "a", PoolSpec("p", 2, 60_000))
     a.held = {Token(EPOCH - 1, 5): Phase.IN_USE}
     a.hello()
@@ -348,8 +348,8 @@ def test_backends_that_nobody_claims_after_a_lost_journal_stay_counted() -> None
 
 
 def test_a_late_worker_claims_its_orphan_unless_that_is_being_ended() -> None:
-    after = Broker(remembers=False)
-    after.take_in(after.ledger.hold(TTL_S, after.now))
+    after = Broker(journal_complete=False)
+    after.take_in(after.ledger.begin_grace_period(TTL_S, after.now))
     after.pass_time(TTL_S)
     token = Token(EPOCH - 1, 5)
     backend = Worker.backend(token)
@@ -386,11 +386,11 @@ def test_a_worker_killed_in_its_connect_keeps_its_slot_until_the_server_shows_no
     broker.take_in(broker.ledger.session_died(a.id, broker.now))
     for starting in ({42}, {42}, set()):
         assert b.outcome(request) is None
-        look = broker.all(Look)[-1]
-        broker.take_in(broker.ledger.surveyed(Survey(look.serial, frozenset(starting), {}), broker.now))
+        look = broker.all(SurveyServer)[-1]
+        broker.take_in(broker.ledger.surveyed(SurveyResult(look.serial, frozenset(starting), {}), broker.now))
         broker.pass_time(SETTLE_S * 1.01)
     assert isinstance(b.outcome(request), Token)
-    assert [look.barrier for look in broker.all(Look)] == [True, False, False]
+    assert [look.barrier for look in broker.all(SurveyServer)] == [True, False, False]
 
 
 def test_a_deposit_that_was_on_its_way_ends_the_quarantine() -> None:
@@ -407,14 +407,14 @@ def test_a_deposit_that_was_on_its_way_ends_the_quarantine() -> None:
 
 def test_a_connect_that_timed_out_is_verified_and_without_a_control_connection_waits_for_the_servers_limit() -> None:
     for verifies in (True, False):
-        broker = Broker(verifies=verifies)
+        broker = Broker(has_control_connection=verifies)
         a = broker.worker("a", max_conn=1)
         token = a.granted(a.ask())
         broker.send(a.id, Release(token, False, ReleaseReason.FAILED))
         broker.pass_time(60)
         a.beat()
         assert broker.ledger.leases == 1
-        assert bool(broker.all(Look)) == verifies
+        assert bool(broker.all(SurveyServer)) == verifies
         broker.pass_time(6)
         assert broker.ledger.leases == (1 if verifies else 0)
 
@@ -476,8 +476,8 @@ def test_a_full_server_keeps_what_there_is_in_use() -> None:
     fail(b, b.granted(b.ask()), "too many clients")
     request = b.ask(wait_s=60)
     assert b.outcome(request) is None  # it waits for what there is
-    assert a.last(Recall).owed == 1
-    a.release(token, ReleaseReason.OWED)
+    assert a.last(Recall).returns_due == 1
+    a.release(token, ReleaseReason.RETURN_DUE)
     assert isinstance(b.outcome(request), Token)
 
 
@@ -501,7 +501,7 @@ def test_one_sign_of_a_failover_makes_every_worker_replace_its_connections_once(
     a, b = broker.worker("a"), broker.worker("b")
     a.lend()
     for worker in (a, b):
-        broker.send(worker.id, Trouble(1, "25006"))
+        broker.send(worker.id, FailoverSign(1, "25006"))
     assert [len(worker.sent(Stale)) for worker in (a, b)] == [1, 1]
     assert a.last(Stale).generation == 2
     a.beat()
@@ -512,18 +512,18 @@ def test_one_sign_of_a_failover_makes_every_worker_replace_its_connections_once(
 def test_a_dead_connection_alone_is_no_failover_if_the_server_says_so(same: bool) -> None:
     broker = Broker()
     a = broker.worker("a")
-    broker.send(a.id, Trouble(1, "57P01"))
-    broker.send(a.id, Trouble(1, ""))
-    (doubt,) = broker.all(Doubt)
+    broker.send(a.id, FailoverSign(1, "57P01"))
+    broker.send(a.id, FailoverSign(1, ""))
+    (doubt,) = broker.all(VerifyServer)
     assert a.sent(Stale) == []
-    broker.take_in(broker.ledger.answered_doubt(doubt.pool, doubt.generation, same, broker.now))
+    broker.take_in(broker.ledger.server_verified(doubt.pool, doubt.generation, same, broker.now))
     assert len(a.sent(Stale)) == (0 if same else 1)
 
 
 def test_without_a_control_connection_every_sign_counts() -> None:
-    broker = Broker(verifies=False)
+    broker = Broker(has_control_connection=False)
     a = broker.worker("a")
-    broker.send(a.id, Trouble(1, ""))
+    broker.send(a.id, FailoverSign(1, ""))
     assert a.last(Stale).generation == 2
 
 
@@ -557,11 +557,11 @@ def test_draining_recalls_what_is_idle_asks_for_the_rest_and_refuses_who_does_no
     also_waits = b.ask(wait_s=30)
     recalls = a.sent(Recall)
     assert sum(recall.take for recall in recalls) == 1
-    assert recalls[-1].owed == 2
+    assert recalls[-1].returns_due == 2
     assert isinstance(a.outcome(a.ask()), Deny)
     a.release(idle, ReleaseReason.TAKEN)
-    a.release(busy, ReleaseReason.OWED)
-    assert a.last(Recall).owed  # never relaxed while draining
+    a.release(busy, ReleaseReason.RETURN_DUE)
+    assert a.last(Recall).returns_due  # never relaxed while draining
     assert broker.ledger.leases == 1
     assert (b.outcome(waits), b.outcome(also_waits)) == (None, None)  # a successor may come
     for _ in range(31):
@@ -580,7 +580,7 @@ def test_silence_while_the_broker_itself_did_not_run_does_not_count() -> None:
     b = broker.worker("b")
     b.ask(wait_s=600)
     broker.now += 3 * TTL_S
-    broker.ledger.paused(broker.now)
+    broker.ledger.process_was_suspended(broker.now)
     broker.pass_time(0.0)
     assert broker.all(Fence) == []
     assert broker.ledger.report(broker.now)[0][0].suspect == 0
@@ -606,7 +606,7 @@ def test_of_a_hand_over_that_the_journal_knows_half_only_the_heir_is_taken_over(
     a.lend()
     (entry,) = journal_of(before)
     heir = msgspec.structs.replace(entry, token=Token(EPOCH, 2), session=b.id)
-    after = Broker(EPOCH + 1, remembers=True)
+    after = Broker(EPOCH + 1, journal_complete=True)
     after.take_in(after.ledger.restore([entry, heir], after.now))
     assert after.ledger.leases == 1
     assert after.all(Erase) == [Erase(entry.token)]
@@ -622,7 +622,7 @@ def test_of_a_hand_over_that_the_journal_does_not_know_the_heirs_claim_counts() 
     (entry,) = journal_of(before)
     after = Broker(EPOCH + 1)
     after.take_in(after.ledger.restore([entry], after.now))
-    after.take_in(after.ledger.hold(TTL_S, after.now))
+    after.take_in(after.ledger.begin_grace_period(TTL_S, after.now))
     heir = LeaseReport(Token(EPOCH, 2), Phase.IN_USE, 0, "", a.backend(token))
     after.send(b.id, Hello(PROTOCOL_VERSION, 2, "", "b", b.spec, [heir], heir.token))
     a.held.clear()
@@ -651,9 +651,9 @@ def test_a_slot_granted_to_who_is_silent_is_looked_for_once_no_connect_can_be_un
     for _ in range(int(START_UP_LIMIT_S) - 1):
         broker.pass_time(1.0)
         b.beat()
-    assert broker.all(Look) == []  # it may have begun to connect at the end of its TTL, and log in yet
+    assert broker.all(SurveyServer) == []  # it may have begun to connect at the end of its TTL, and log in yet
     broker.pass_time(2.0)
-    assert len(broker.all(Look)) == 1
+    assert len(broker.all(SurveyServer)) == 1
     assert b.outcome(request) is None
     broker.show_nothing()
     assert isinstance(b.outcome(request), Token)
@@ -669,12 +669,12 @@ def test_who_speaks_again_in_time_keeps_what_was_granted() -> None:
     for _ in range(int(START_UP_LIMIT_S) + 5):
         a.beat()
         broker.pass_time(1.0)
-    assert broker.all(Look) == []
+    assert broker.all(SurveyServer) == []
     assert broker.ledger.leases == 1
 
 
 def test_without_a_control_connection_it_stays_counted_until_an_operator_says_otherwise() -> None:
-    broker = Broker(verifies=False)
+    broker = Broker(has_control_connection=False)
     _, token = silent_with_a_grant(broker)
     for _ in range(10):
         broker.pass_time(START_UP_LIMIT_S)
@@ -704,7 +704,7 @@ def test_a_successor_looks_for_what_was_granted_to_who_never_says_hello() -> Non
     before = Broker()
     a = before.worker("a", max_conn=1)
     a.granted(a.ask())
-    after = Broker(EPOCH + 1, remembers=True)
+    after = Broker(EPOCH + 1, journal_complete=True)
     after.take_in(after.ledger.restore(journal_of(before), after.now))
     b = after.worker("b")
     request = b.ask(wait_s=600)

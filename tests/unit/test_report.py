@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sharedpool.broker.core.commands import Log
-from sharedpool.wire.messages import Deny, LeaseReport, Phase, Renew, Tell
+from sharedpool.wire.messages import Deny, LeaseReport, Phase, Renew, ReportNow
 from sharedpool.wire.reports import MOST_LISTED, PoolReport
 from tests.unit.test_ledger import Broker
 
@@ -27,7 +27,7 @@ def test_the_longest_in_use_come_first_then_the_longest_idle(broker: Broker) -> 
     a.ages = {young: 1000, idle: 2000, old: 3000, long_idle: 9000}
     a.beat()
     broker.now += 1
-    seen = broker.ledger.oldest(10, broker.now)
+    seen = broker.ledger.oldest_leases(10, broker.now)
     assert [line.token for line in seen] == [old, young, long_idle, idle]
     assert [(line.state, line.age_ms) for line in seen] == [
         ("in use", 4000), ("in use", 2000), ("idle", 10_000), ("idle", 3000),
@@ -35,15 +35,15 @@ def test_the_longest_in_use_come_first_then_the_longest_idle(broker: Broker) -> 
     assert [line.thread for line in seen[:2]] == ["T1", "T1"]
     assert {(line.title, line.pid) for line in seen} == {("a", 100 + ord("a"))}
     assert seen[0].backend == a.backend(old)
-    assert [line.token for line in broker.ledger.oldest(2, broker.now)] == [old, young]
-    assert broker.ledger.oldest(-1, broker.now) == []
+    assert [line.token for line in broker.ledger.oldest_leases(2, broker.now)] == [old, young]
+    assert broker.ledger.oldest_leases(-1, broker.now) == []
 
 
 def test_what_is_being_connected_has_an_age_and_no_backend(broker: Broker) -> None:
     a = broker.worker("a")
     a.granted(a.ask())
     broker.now += 2.5
-    (line,) = broker.ledger.oldest(10, broker.now)
+    (line,) = broker.ledger.oldest_leases(10, broker.now)
     assert (line.state, line.age_ms, line.backend) == ("connecting", 2500, None)
 
 
@@ -51,7 +51,7 @@ def test_what_a_silent_worker_held_keeps_its_age(broker: Broker) -> None:
     a = broker.worker("a")
     a.lend()
     broker.pass_time(20)
-    (line,) = broker.ledger.oldest(10, broker.now)
+    (line,) = broker.ledger.oldest_leases(10, broker.now)
     assert (line.state, line.age_ms) == ("suspect", 20_000)
 
 
@@ -59,7 +59,7 @@ def test_no_more_are_listed_than_fit_into_a_frame(broker: Broker) -> None:
     a = broker.worker("a", max_conn=MOST_LISTED + 1)
     for _ in range(MOST_LISTED + 1):
         a.lend()
-    assert len(broker.ledger.oldest(10**9, broker.now)) == MOST_LISTED
+    assert len(broker.ledger.oldest_leases(10**9, broker.now)) == MOST_LISTED
 
 
 def test_a_refusal_names_the_line_that_checked_the_oldest_out(broker: Broker) -> None:
@@ -69,7 +69,7 @@ def test_a_refusal_names_the_line_that_checked_the_oldest_out(broker: Broker) ->
     reports = [LeaseReport(first, Phase.IN_USE, 5000, "T1", a.backend(first), stacks[first]),
                LeaseReport(second, Phase.IN_USE, 1000, "T1", a.backend(second), stacks[second])]  # fmt: skip
     broker.send(a.id, Renew(reports, a.seen))
-    assert [line.stack for line in broker.ledger.oldest(2, broker.now)] == list(stacks.values())
+    assert [line.stack for line in broker.ledger.oldest_leases(2, broker.now)] == list(stacks.values())
     request = b.ask(wait_s=1)
     broker.pass_time(1.1)
     denial = b.outcome(request)
@@ -84,7 +84,7 @@ def test_a_stack_ends_with_its_checkout(broker: Broker) -> None:
     broker.send(a.id, Renew([LeaseReport(token, Phase.IN_USE, 0, "T1", a.backend(token), ["x.py:1 in f"])], a.seen))
     a.held[token] = Phase.IDLE
     a.beat()
-    (line,) = broker.ledger.oldest(1, broker.now)
+    (line,) = broker.ledger.oldest_leases(1, broker.now)
     assert (line.state, line.stack) == ("idle", [])
 
 
@@ -121,7 +121,7 @@ def test_of_the_waits_only_the_latest_count(broker: Broker) -> None:
     a = broker.worker("a")
     for _ in range(2000):
         a.release(a.granted(a.ask()))
-    (pool,) = broker.ledger._books.pools.values()
+    (pool,) = broker.ledger._slots.pools.values()
     assert len(pool.waited) == 500
 
 
@@ -149,8 +149,8 @@ def test_only_workers_that_hold_something_and_are_heard_are_asked_to_tell(broker
     for worker in (a, b):
         worker.beat()
     broker.pass_time(6)  # c is suspect
-    broker.take_in(broker.ledger.inquire())
-    assert [len(worker.sent(Tell)) for worker in (a, b, c)] == [1, 0, 0]
+    broker.take_in(broker.ledger.request_reports())
+    assert [len(worker.sent(ReportNow)) for worker in (a, b, c)] == [1, 0, 0]
     assert broker.ledger.awaited == {a.id}
     a.beat()
     assert not broker.ledger.awaited
@@ -159,6 +159,6 @@ def test_only_workers_that_hold_something_and_are_heard_are_asked_to_tell(broker
 def test_a_great_many_workers_are_left_in_peace(broker: Broker) -> None:
     for i in range(501):
         broker.worker(f"w{i}", f"p{i}").lend()
-    broker.take_in(broker.ledger.inquire())
-    assert broker.all(Tell) == []
+    broker.take_in(broker.ledger.request_reports())
+    assert broker.all(ReportNow) == []
     assert not broker.ledger.awaited

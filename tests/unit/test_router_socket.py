@@ -4,10 +4,10 @@ from pathlib import Path
 
 import zmq
 
-from sharedpool.broker.server.router_socket import Letter, Post
+from sharedpool.broker.server.router_socket import Incoming, RouterSocket
 from sharedpool.wire.channel import PROCESS_PREFIX, add_channel, channel_number
 from sharedpool.wire.codec import encode
-from sharedpool.wire.messages import NO_TOKEN, PROTOCOL_VERSION, Cancel, Renew
+from sharedpool.wire.messages import NO_TOKEN, PROTOCOL_VERSION, Renew, Withdraw
 from sharedpool.wire.reports import Status
 from tests.support.waiting import wait_until
 
@@ -25,9 +25,9 @@ def dealer(context: zmq.Context, address: str, identity: bytes = b"") -> zmq.Soc
     return sock
 
 
-def read_until(post: Post, body: bytes) -> list[Letter]:
+def read_until(post: RouterSocket, body: bytes) -> list[Incoming]:
     """All that comes up to a letter with this body."""
-    letters: list[Letter] = []
+    letters: list[Incoming] = []
 
     def came() -> bool:
         letters.extend(post.read(10))
@@ -42,14 +42,14 @@ def test_what_a_worker_said_over_its_former_connection_is_not_read_as_a_stranger
 ) -> None:
     """A broker that was stopped finds two connections of a worker that took it for dead: ZeroMQ gives the old one a
     name of its own, under which the worker's words are nobody's."""
-    post, context = Post(f"ipc://{tmp_path}/post.sock", None), zmq.Context()
+    post, context = RouterSocket(f"ipc://{tmp_path}/post.sock", None), zmq.Context()
     post.bind()
     try:
         former = dealer(context, f"ipc://{tmp_path}/post.sock", PROCESS)
-        former.send(add_channel(CHANNEL, encode(Cancel(1))))
-        read_until(post, encode(Cancel(1)))
+        former.send(add_channel(CHANNEL, encode(Withdraw(1))))
+        read_until(post, encode(Withdraw(1)))
         for request in range(2, 6):
-            former.send(add_channel(CHANNEL, encode(Cancel(request))))
+            former.send(add_channel(CHANNEL, encode(Withdraw(request))))
         former.close()  # when all is sent
         again = dealer(context, f"ipc://{tmp_path}/post.sock", PROCESS)
         renew = encode(Renew([], NO_TOKEN))
@@ -59,14 +59,14 @@ def test_what_a_worker_said_over_its_former_connection_is_not_read_as_a_stranger
         letters = read_until(post, renew)
         if encode(STATUS) not in [letter.body for letter in letters]:
             letters += read_until(post, encode(STATUS))
-        again.send(add_channel(CHANNEL, encode(Cancel(9))))  # and whatever came before
-        letters += read_until(post, encode(Cancel(9)))
+        again.send(add_channel(CHANNEL, encode(Withdraw(9))))  # and whatever came before
+        letters += read_until(post, encode(Withdraw(9)))
         for sock in (again, command):
             sock.close()
     finally:
         post.close()
         context.term()
     session = PROCESS + CHANNEL
-    assert {letter.body for letter in letters if letter.session == session} >= {renew, encode(Cancel(9))}
+    assert {letter.body for letter in letters if letter.session == session} >= {renew, encode(Withdraw(9))}
     # Those that were read before its next connection was made are the session's.
     assert [letter.body for letter in letters if letter.session != session] == [encode(STATUS)]

@@ -67,7 +67,7 @@ def test_once_hushed_it_is_silent_and_can_be_set_again(timer: Timer) -> None:
     timer.arm(SOON_S)
     assert fires(timer)
     assert timer.armed
-    timer.hush()
+    timer.clear()
     assert not timer.armed
     assert not fires(timer, 0)
     timer.arm(SOON_S)
@@ -81,7 +81,7 @@ def test_closed_it_does_nothing(timer: Timer) -> None:
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(number)
     timer.arm(SOON_S)
-    timer.hush()
+    timer.clear()
     timer.disarm()
     timer.close()
 
@@ -104,7 +104,7 @@ def test_a_number_that_is_something_elses_by_now_is_left_alone(timer: Timer, kin
         os.eventfd_write(number, 7)
     ours.send(b"news")
     timer.arm(SOON_S)
-    timer.hush()
+    timer.clear()
     timer.arm(SOON_S)
     timer.disarm()
     timer.close()

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharedpool.broker.core.histograms import Totals, waits
+from sharedpool.broker.core.histograms import Histograms, waits
 from sharedpool.wire import messages
 from sharedpool.wire.buckets import BOUNDS_S, BUCKETS
-from sharedpool.worker.core.timings import SAMPLE_S, Histogram, Times
+from sharedpool.worker.core.timings import SAMPLE_S, Histogram, Timings
 
 
-def told(times: Times, hits: int = 0) -> messages.Times:
+def told(times: Timings, hits: int = 0) -> messages.Timings:
     news = times.news(hits)
     assert news is not None
     return news
@@ -33,21 +33,21 @@ def test_a_time_is_counted_in_the_first_bucket_whose_bound_it_does_not_exceed(se
 
 
 def test_checkouts_by_the_short_way_took_no_time() -> None:
-    times = Times()
+    times = Timings()
     times.checked_out(0.02)
     waited = told(times, hits=7).waited
     assert (waited.counts[0], sum(waited.counts), waited.total_us) == (7, 8, 20_000)
 
 
 def test_one_use_at_most_is_timed_in_a_sample_interval() -> None:
-    times = Times()
+    times = Timings()
     assert times.choose(10.0)
     assert not times.choose(10.0 + SAMPLE_S / 2)
     assert times.choose(10.0 + SAMPLE_S * 1.01)
 
 
 def test_a_timed_use_stands_for_those_since_the_last_one() -> None:
-    times = Times()
+    times = Timings()
     times.checked_out(0.001)
     times.checked_in(0.003, hits=0, out=0, typical=True)
     times.checked_in(0.004, hits=50, out=2, typical=True)  # 2 of the 50 are not over
@@ -64,7 +64,7 @@ def test_a_timed_use_stands_for_those_since_the_last_one() -> None:
 def test_the_sample_has_the_distribution_of_all_uses(short_s: float) -> None:
     """One thread, one connection; every checkout is timed beside it, as the truth."""
     random.seed(1)
-    times, truth, now, hits = Times(), Histogram(), 0.0, 0
+    times, truth, now, hits = Timings(), Histogram(), 0.0, 0
     times.checked_out(0.005)
     chosen = times.choose(now)
     for _ in range(20_000):
@@ -74,7 +74,7 @@ def test_the_sample_has_the_distribution_of_all_uses(short_s: float) -> None:
         typical = used_s <= 0.5
         if chosen or not typical:
             times.checked_in(used_s, hits, 0, typical=typical)
-        chosen = times.choose(now)  # at the checkin, the slow one that `calm_until` makes of it
+        chosen = times.choose(now)  # at the checkin, the slow one that `next_scavenge_at` makes of it
         now += random.expovariate(1 / 0.002)
         hits += 1
     used = told(times, hits).used
@@ -86,7 +86,7 @@ def test_the_sample_has_the_distribution_of_all_uses(short_s: float) -> None:
 
 
 def test_nothing_is_told_when_nothing_has_changed() -> None:
-    times = Times()
+    times = Timings()
     assert times.news(0) is None
     times.checked_out(0.1)
     assert times.news(0) is not None
@@ -96,7 +96,7 @@ def test_nothing_is_told_when_nothing_has_changed() -> None:
 
 
 def test_a_new_registration_counts_from_what_was_told_last() -> None:
-    times = Times()
+    times = Timings()
     times.checked_out(0.1)
     first = told(times)
     times.checked_out(0.1)  # not told yet
@@ -107,15 +107,15 @@ def test_a_new_registration_counts_from_what_was_told_last() -> None:
     assert second.serial > first.serial
 
 
-def waited(serial: int, *seconds: float) -> messages.Times:
+def waited(serial: int, *seconds: float) -> messages.Timings:
     histogram, nothing = Histogram(), messages.Histogram([0] * BUCKETS, 0)
     for each in seconds:
         histogram.add(each)
-    return messages.Times(serial, nothing, messages.Histogram(histogram.counts, histogram.total_us), nothing)
+    return messages.Timings(serial, nothing, messages.Histogram(histogram.counts, histogram.total_us), nothing)
 
 
 def test_a_pools_totals_are_what_its_sessions_have_told() -> None:
-    totals = Totals()
+    totals = Histograms()
     first, more, anew = waited(1, 0.2), waited(1, 0.2, 0.4), waited(2, 3.0)
     assert totals.note(None, first)
     assert totals.note(first, more)
@@ -125,7 +125,7 @@ def test_a_pools_totals_are_what_its_sessions_have_told() -> None:
 
 
 def test_a_late_or_doubled_word_changes_nothing() -> None:
-    totals = Totals()
+    totals = Histograms()
     first, more, anew = waited(1, 0.2), waited(1, 0.2, 0.4), waited(2, 3.0)
     assert totals.note(None, more)
     assert not totals.note(more, first)
@@ -137,7 +137,7 @@ def test_a_late_or_doubled_word_changes_nothing() -> None:
 
 @given(words=st.lists(st.integers(0, 9), min_size=1))
 def test_in_whatever_order_words_come_the_total_is_the_newest(words: list[int]) -> None:
-    totals, newest = Totals(), None
+    totals, newest = Histograms(), None
     for word in words:
         times = waited(1, *[0.1] * word)
         if totals.note(newest, times):
@@ -147,10 +147,10 @@ def test_in_whatever_order_words_come_the_total_is_the_newest(words: list[int]) 
 
 def test_waits_are_spread_over_their_buckets_without_those_of_who_has_not_waited() -> None:
     nothing = messages.Histogram([0] * BUCKETS, 0)
-    before = messages.Times(1, nothing, messages.Histogram([7, 1] + [0] * (BUCKETS - 2), 0), nothing)
-    now = messages.Times(1, nothing, messages.Histogram([900, 3, 0, 1] + [0] * (BUCKETS - 5) + [1], 0), nothing)
+    before = messages.Timings(1, nothing, messages.Histogram([7, 1] + [0] * (BUCKETS - 2), 0), nothing)
+    now = messages.Timings(1, nothing, messages.Histogram([900, 3, 0, 1] + [0] * (BUCKETS - 5) + [1], 0), nothing)
     assert waits(before, now, 500) == pytest.approx([0.000625, 0.000875, 0.00375, 90.0])
     assert len(waits(None, now, 500)) == 5
-    many = messages.Times(2, nothing, messages.Histogram([0, 3000, 1000] + [0] * (BUCKETS - 3), 0), nothing)
+    many = messages.Timings(2, nothing, messages.Histogram([0, 3000, 1000] + [0] * (BUCKETS - 3), 0), nothing)
     found = waits(now, many, 400)  # of another registration
     assert (len(found), sum(wait < 0.001 for wait in found)) == (400, 300)

@@ -1,4 +1,6 @@
-"""Seats in the lane: who closes a seat's descriptor, who wakes its thread, and who is next where there are too few."""
+"""Wait sockets in the lane: who closes a wait socket's descriptor, who wakes its thread, and who is next where there
+are too few.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ import pytest
 
 from sharedpool.descriptors.owned import Owned
 from sharedpool.descriptors.readable import readable
-from sharedpool.descriptors.wakeup import Gate
+from sharedpool.descriptors.wakeup import WaitLock
 from sharedpool.lane import lane as lanes
 from sharedpool.lane.lane import Lane
-from sharedpool.lane.wait_sockets import Seat, Seats
+from sharedpool.lane.wait_sockets import WaitSocket, WaitSockets
 from sharedpool.wire.desk import Moved
 from tests.support.waiting import wait_until
 
@@ -24,19 +26,19 @@ class Rig:
     def __init__(self) -> None:
         self.lane = Lane(lanes.make(), 1)
         self.received: list[Moved] = []
-        self.seats = Seats(self.lane, 0, self._receive)
+        self.seats = WaitSockets(self.lane, 0, self._receive)
 
     def _receive(self, moved: Moved, sock: Owned) -> None:
         sock.close()
         self.received.append(moved)
 
-    def take(self) -> Seat:
+    def take(self) -> WaitSocket:
         seat = self.seats.take(None)
         assert seat is not None
         return seat
 
     def leave_none_but(self, count: int) -> None:
-        """Have so many seats, in place of `SEATS`."""
+        """Have so many wait sockets, in place of `PLACES`."""
         del self.seats._places[count:]
 
     def close(self) -> None:
@@ -51,7 +53,7 @@ def rig() -> Iterator[Rig]:
     rig.close()
 
 
-def is_rung(seat: Seat) -> bool:
+def is_rung(seat: WaitSocket) -> bool:
     return bool(readable([seat.fileno()], 0))
 
 
@@ -74,7 +76,7 @@ def test_a_seat_is_closed_by_the_thread_that_has_it(rig: Rig) -> None:
     try:
         assert seat.fileno() not in pipe
         assert over.wait(20)
-        rig.seats.put(seat)
+        rig.seats.give_back(seat)
         assert seat.fileno() == -1
     finally:
         for fd in pipe:
@@ -93,7 +95,7 @@ def _polls(thread: threading.Thread) -> bool:
 
 def test_free_seats_are_closed_at_once(rig: Rig) -> None:
     seat, other = rig.take(), rig.take()
-    rig.seats.put(seat)
+    rig.seats.give_back(seat)
     rig.seats.close()
     assert seat.fileno() == -1
     assert other.fileno() >= 0
@@ -102,35 +104,37 @@ def test_free_seats_are_closed_at_once(rig: Rig) -> None:
 
 def test_a_forked_child_closes_all_seats(rig: Rig) -> None:
     seat, other = rig.take(), rig.take()
-    rig.seats.put(seat)
+    rig.seats.give_back(seat)
     rig.seats.disown()
     assert (seat.fileno(), other.fileno()) == (-1, -1)
 
 
 def test_once_the_lane_is_left_only_the_link_reads_what_has_come(rig: Rig) -> None:
     seat = rig.take()
-    seat.ring()
+    seat.wake()
     rig.lane.close()
     assert seat.read() is None
     assert is_rung(seat)
-    assert list(rig.seats.rest()) == []
+    assert list(rig.seats.drain()) == []
     assert not is_rung(seat)
 
 
 # --- who wakes its thread
 
 
-@pytest.mark.parametrize("look", [Seats.look, Seats.beat])
+@pytest.mark.parametrize("look", [WaitSockets.receive_strays, WaitSockets.check_all])
 def test_a_thread_whose_ring_was_read_as_it_took_its_seat_is_rung_again(rig: Rig, look: object) -> None:
-    """The link's thread has listed the free seats; before it reads one, a thread takes it, and is granted a lease."""
+    """The link's thread has listed the free wait sockets; before it reads one, a thread takes it, and is granted a
+    lease.
+    """
     seat = rig.take()
-    seat.settled = False
-    rig.seats.put(seat)
+    seat.is_quiet = False
+    rig.seats.give_back(seat)
     read = seat.read
 
     def takes_and_is_rung() -> object:
         assert rig.seats.take(None) is seat
-        seat.ring()
+        seat.wake()
         return read()
 
     seat.read = takes_and_is_rung  # type: ignore[method-assign]
@@ -143,48 +147,48 @@ def test_a_thread_whose_ring_was_read_as_it_took_its_seat_is_rung_again(rig: Rig
 
 def test_threads_get_seats_in_the_order_in_which_they_queued(rig: Rig) -> None:
     rig.leave_none_but(1)
-    seat, first, second = rig.take(), Gate(), Gate()
+    seat, first, second = rig.take(), WaitLock(), WaitLock()
     for gate in (first, second):
         assert rig.seats.take(None, gate) is None
         rig.seats.line_up(gate)
-    rig.seats.put(seat)
+    rig.seats.give_back(seat)
     assert rig.seats.take(None) is None  # newcomers, and who had it just now
     assert rig.seats.take(None, second) is None
     assert rig.seats.take(None, first) is seat
-    rig.seats.put(seat)
+    rig.seats.give_back(seat)
     assert rig.seats.take(None, second) is seat
-    rig.seats.put(seat)
+    rig.seats.give_back(seat)
     assert rig.seats.take(None) is seat
 
 
 @pytest.mark.parametrize("ends", ["it steps out", "it is interrupted"])
 def test_a_seat_that_its_first_does_not_come_for_is_the_next_ones(rig: Rig, ends: str) -> None:
     rig.leave_none_but(1)
-    seat, second = rig.take(), Gate()
-    first = Gate()
+    seat, second = rig.take(), WaitLock()
+    first = WaitLock()
     rig.seats.line_up(first)
     rig.seats.line_up(second)
     if ends == "it steps out":
-        rig.seats.put(seat)  # rings the first
+        rig.seats.give_back(seat)  # rings the first
         rig.seats.step_out(first)
     else:
         del first
-        rig.seats.put(seat)
+        rig.seats.give_back(seat)
     assert _was_rung(second)
     assert rig.seats.take(None, second) is seat
 
 
 def test_two_seats_that_come_back_at_once_call_two_threads(rig: Rig) -> None:
     rig.leave_none_but(2)
-    seats, gates = [rig.take(), rig.take()], [Gate(), Gate()]
+    seats, gates = [rig.take(), rig.take()], [WaitLock(), WaitLock()]
     for gate in gates:
         rig.seats.line_up(gate)
     for seat in seats:
-        rig.seats.put(seat)
+        rig.seats.give_back(seat)
     for gate in gates:
         assert _was_rung(gate)
         assert rig.seats.take(None, gate) in seats
 
 
-def _was_rung(gate: Gate) -> bool:
+def _was_rung(gate: WaitLock) -> bool:
     return gate._lock.acquire(blocking=False)

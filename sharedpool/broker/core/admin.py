@@ -11,8 +11,8 @@ from sharedpool.broker.core.commands import Command
 from sharedpool.broker.core.group_terms import GroupTerms
 from sharedpool.broker.core.leases import Leases
 from sharedpool.broker.core.records import Pool, SlotState
-from sharedpool.broker.core.scheduler import Demand
-from sharedpool.broker.core.slots import Books
+from sharedpool.broker.core.scheduler import Scheduler
+from sharedpool.broker.core.slots import Slots
 from sharedpool.wire.admin import Done, Order, OrderKind
 from sharedpool.wire.messages import DenyReason, Token
 
@@ -21,26 +21,28 @@ class OrderError(Exception):
     """The order cannot be carried out; the text says why."""
 
 
-class Orders:
+class Admin:
     """The operator's side of the ledger. A pool's name "" stands for all pools, those to come included."""
 
     def __init__(
         self,
-        books: Books,
-        demand: Demand,
+        slots: Slots,
+        scheduler: Scheduler,
         leases: Leases,
         emit: Callable[[Command], None],
-        bump: Callable[[Pool, str], None],
+        begin_generation: Callable[[Pool, str], None],
         *,
-        cuts: bool,
+        has_control_connection: bool,
     ) -> None:
-        """`bump` begins a pool's next generation. `cuts`: a control connection is there to end any backend."""
-        self._books = books
-        self._demand = demand
+        """`begin_generation` begins a pool's next generation. `has_control_connection`: a control connection is
+        there to end any backend.
+        """
+        self._slots = slots
+        self._scheduler = scheduler
         self._leases = leases
         self._emit = emit
-        self._bump = bump
-        self._cuts = cuts
+        self._begin_generation = begin_generation
+        self._has_control_connection = has_control_connection
         self._configured: set[str] = set()  # pools whose limits came with `configure`
 
     def carry_out(self, order: Order, now: float) -> Done:
@@ -66,71 +68,71 @@ class Orders:
     def pause(self, name: str, now: float) -> list[str]:
         """Lend nothing any more and have everything brought back; who waits goes on waiting."""
         pools = self._pools(name)
-        already = {pool.name for pool in pools if pool.held}
-        self._books.paused.add(name)
+        already = {pool.name for pool in pools if pool.paused}
+        self._slots.paused_pools.add(name)
         said = []
         for pool in pools:
-            self._books.shrink(pool)
+            self._slots.shrink(pool)
             for waiter in list(pool.nowaits.values()):
                 pool.denials += 1
-                self._demand.deny(waiter, DenyReason.PAUSED, now)
+                self._scheduler.deny(waiter, DenyReason.PAUSED, now)
             how = "was paused already" if pool.name in already else "paused"
             said.append(f"pool {pool.name!r} {how}: {_count(pool)} to come back, {len(pool.waiters)} waiting")
         return said or ["paused, and not in use"]
 
     def resume(self, name: str) -> list[str]:
         """Lend again."""
-        books, pools = self._books, self._pools(name)
-        held = [pool for pool in pools if pool.held]
-        paused = set(books.paused)
+        slots, pools = self._slots, self._pools(name)
+        held = [pool for pool in pools if pool.paused]
+        paused = set(slots.paused_pools)
         if not name:
-            books.paused.clear()
-        elif "" in books.paused:
+            slots.paused_pools.clear()
+        elif "" in slots.paused_pools:
             raise OrderError("all pools are paused: resume them all")
         else:
-            books.paused.discard(name)
+            slots.paused_pools.discard(name)
         for pool in held:
-            books.shrink(pool)
+            slots.shrink(pool)
         said = [f"pool {pool.name!r} resumed: {len(pool.waiters)} waiting" for pool in held]
-        return said or ["resumed, and not in use" if books.paused != paused else "it was not paused"]
+        return said or ["resumed, and not in use" if slots.paused_pools != paused else "it was not paused"]
 
     def limit(self, name: str, max_conn: int) -> list[str]:
         """Set a pool's limit, or ("") that over all pools; what is beyond it comes back as it becomes free."""
-        books, pools = self._books, self._pools(name)
+        slots, pools = self._slots, self._pools(name)
         if not name:
-            if books.max_conn is None:
+            if slots.max_conn is None:
                 raise OrderError("this broker has no limit over all pools, only the pools' own: name one with --pool")
-            if max_conn < books.groups.reserved:
-                raise OrderError(f"{books.groups.reserved} connections are reserved for groups: no less can be allowed")
-            before, books.max_conn = books.max_conn, max_conn
-            said = [f"limit over all pools: {before} before, {max_conn} now, {len(books.leases)} in use"]
+            if max_conn < slots.groups.reserved:
+                raise OrderError(f"{slots.groups.reserved} connections are reserved for groups: no less can be allowed")
+            before, slots.max_conn = slots.max_conn, max_conn
+            said = [f"limit over all pools: {before} before, {max_conn} now, {len(slots.leases)} in use"]
         else:
-            books.limits[name] = max_conn
+            slots.limits[name] = max_conn
             said = []
         for pool in pools:
-            before, pool.max_conn = pool.max_conn, books.limit(pool.name, pool.spec)
-            books.shrink(pool)
+            before, pool.max_conn = pool.max_conn, slots.limit(pool.name, pool.spec)
+            slots.shrink(pool)
             if name:
                 said.append(f"pool {name!r}: limit {before} before, {pool.max_conn} now, {len(pool.leases)} in use")
                 if pool.max_conn < max_conn:
-                    said.append(f"no more than {books.max_conn} are allowed over all pools")
+                    said.append(f"no more than {slots.max_conn} are allowed over all pools")
         return said or [f"pool {name!r}: limit {max_conn} when it is used again"]
 
     def configure(self, max_conn: int | None, groups: dict[str, GroupTerms], limits: dict[str, int]) -> None:
         """Have these terms in place of those of the last time; what is beyond them comes back as it becomes free."""
-        books = self._books
-        books.max_conn = max_conn
+        slots = self._slots
+        slots.max_conn = max_conn
         for name in self._configured - limits.keys():
-            books.limits.pop(name, None)
+            slots.limits.pop(name, None)
         self._configured = set(limits)
-        books.limits.update(limits)
-        for pool in books.pools.values():
-            pool.max_conn = books.limit(pool.name, pool.spec)
-        books.configure(groups)
+        slots.limits.update(limits)
+        for pool in slots.pools.values():
+            pool.max_conn = slots.limit(pool.name, pool.spec)
+        slots.configure(groups)
 
     def drain(self, pid: int, now: float) -> list[str]:
         """Have a process give back all that it holds now: what lies idle at once, what is in use at its checkin."""
-        sessions = [s for s in self._books.sessions.values() if s.pid == pid and not s.ended]
+        sessions = [s for s in self._slots.sessions.values() if s.pid == pid and not s.ended]
         if not sessions:
             raise OrderError(f"no process {pid} uses this broker (see `sharedpool status`)")
         said = []
@@ -139,11 +141,11 @@ class Orders:
             wanted = [x for x in session.leases.values() if x.live is None and x.state is not SlotState.FENCING]
             idle = [lease for lease in wanted if pool.idle.pop(lease.token, None) is not None]
             if wanted and not session.silent:
-                session.debts.update(lease.token for lease in wanted)
-                self._books.shrinking[pool.name] = pool
-                self._books.mark_owed(session, 0)  # as much as the debts
-                self._books.mark_taking(session, session.taking + len(idle))
-                self._demand.ask(session, now, take=len(idle))
+                session.draining.update(lease.token for lease in wanted)
+                self._slots.shrinking[pool.name] = pool
+                self._slots.mark_returns_due(session, 0)  # as much as the debts
+                self._slots.mark_taking(session, session.taking + len(idle))
+                self._scheduler.send_recall(session, now, take=len(idle))
             said.append(
                 f"{session.label} in pool {pool.name!r}: {len(wanted)} to come back"
                 + (", but it is silent: they are ended when somebody waits for them" if session.silent else "")
@@ -152,12 +154,12 @@ class Orders:
 
     def kill(self, token: Token, now: float) -> list[str]:
         """End one lease's connection, whatever it is doing; its slot is free once its backend is seen to be gone."""
-        lease = self._books.leases.get(token)
+        lease = self._slots.leases.get(token)
         if lease is None:
             return [f"lease {token} is over"]
         whose = f"lease {token} of {lease.session.label}"
         if not lease.findable and (lease.session.suspect or lease.session.ended):
-            if not self._cuts:
+            if not self._has_control_connection:
                 # Nothing to end, and nobody to ask. An operator knows that its worker is gone, if this cannot see it.
                 self._leases.free(lease, "freed by an operator")
                 return [f"{whose} had no connection that is known of: its slot is free"]
@@ -168,7 +170,7 @@ class Orders:
             return [f"lease {token} is being ended already"]
         if not lease.findable:
             raise OrderError(f"lease {token} has no connection yet, and its worker is there: try again")
-        if not (self._cuts or lease.custody):
+        if not (self._has_control_connection or lease.custody):
             raise OrderError(f"lease {token} cannot be ended from here: the broker has no control connection (--dsn)")
         self._leases.end(lease, "ended by an operator", now)
         pid = f" (backend {lease.backend.pid})" if lease.backend is not None else ""
@@ -178,18 +180,18 @@ class Orders:
         """Begin a new generation: what is open now is replaced at its next checkout or checkin."""
         said = []
         for pool in self._pools(name):
-            self._bump(pool, "asked for by `sharedpool reconnect`")
+            self._begin_generation(pool, "asked for by `sharedpool reconnect`")
             said.append(
                 f"pool {pool.name!r}: generation {pool.generation}: {len(pool.leases)} connections are replaced at"
                 " their next checkout or checkin"
             )
-            self._demand.parked.end([pool], len(pool.parked), now)  # nobody else would replace them
+            self._scheduler.handover.end_parked([pool], len(pool.parked), now)  # nobody else would replace them
         return said or ["no pool is in use: nothing to replace"]
 
     def _pools(self, name: str) -> list[Pool]:
-        books = self._books
-        pools: Iterable[Pool] = books.pools.values()
-        if name and name not in books.pools and name not in books.limits and name not in books.paused:
+        slots = self._slots
+        pools: Iterable[Pool] = slots.pools.values()
+        if name and name not in slots.pools and name not in slots.limits and name not in slots.paused_pools:
             known = ", ".join(repr(pool.name) for pool in pools) or "none"
             raise OrderError(f"no pool {name!r} at this broker; there are: {known}")
         return [pool for pool in pools if name in ("", pool.name)]

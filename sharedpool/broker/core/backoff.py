@@ -28,7 +28,7 @@ class Backoff:
     error: str = ""
     code: str = ""  # the server's SQLSTATE, if it has answered
     probe_at: float = 0.0
-    due: bool = False
+    probe_allowed: bool = False
     probe: Token | None = None
 
     def allowance(self, limit: int, leases: int, *, connecting: bool = False) -> int:
@@ -41,7 +41,7 @@ class Backoff:
             return limit
         if self.probe is not None:
             return 0
-        if self.due and not connecting:
+        if self.probe_allowed and not connecting:
             return min(limit, max(self.ceiling, leases) + 1)
         return min(limit, self.ceiling)
 
@@ -49,14 +49,14 @@ class Backoff:
         """Note a grant beside `others` leases; say whether it is a probe, not to be waited for after `probe_at`."""
         if self.ceiling is None or others < self.ceiling:
             return False
-        self.due, self.probe = False, token
+        self.probe_allowed, self.probe = False, token
         self.probe_at = now + PROBE_LIMIT_S
         return True
 
     def failed(self, token: Token, connected: int, error: str, now: float, code: str = "") -> float:
         """Note a failed connect while `connected` others are open; return when the next may be tried."""
         self.ceiling, self.error, self.code = connected, error, code
-        self.due = False
+        self.probe_allowed = False
         if token == self.probe:
             self.probe = None
         self.probe_at = now + PROBE_EVERY_S * (1 + _JITTER * self.random())
@@ -65,17 +65,17 @@ class Backoff:
     def elapsed(self, now: float) -> None:
         """Allow the next probe, when its time has come or the last one takes too long."""
         if self.ceiling is not None and now >= self.probe_at:
-            self.due, self.probe = True, None
+            self.probe_allowed, self.probe = True, None
 
     def opened(self, token: Token, connected: int, limit: int) -> None:
         """Note that a connect succeeded; `connected` are open now. The probe's success allows the next."""
         if self.ceiling is None or token != self.probe:
             return
-        self.ceiling, self.due, self.probe = max(self.ceiling, connected), True, None
+        self.ceiling, self.probe_allowed, self.probe = max(self.ceiling, connected), True, None
         if self.ceiling >= limit:
             self.ceiling, self.error, self.code = None, "", ""
 
     def ended(self, token: Token) -> None:
         """Note that a lease is over, or that its worker is silent: a probe without an outcome is not waited for."""
         if token == self.probe:
-            self.due, self.probe = True, None
+            self.probe_allowed, self.probe = True, None

@@ -19,12 +19,12 @@ from sharedpool.wire.reports import ToOperator
 class Process(NamedTuple):
     """A process of this host, as the kernel vouches for it. `started`, in clock ticks, tells a pid used again.
 
-    `place` is whose pid that is (`discovery/pid_namespace.py`): a later broker's may be another's.
+    `pid_namespace` is whose pid that is (`discovery/pid_namespace.py`): a later broker's may be another's.
     """
 
     pid: int
     started: int = 0
-    place: str = ""
+    pid_namespace: str = ""
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -51,14 +51,14 @@ class Member(msgspec.Struct, frozen=True):
     pool: PoolSpec
 
 
-class Place(NamedTuple):
+class ServerIncarnation(NamedTuple):
     """One incarnation of a server: the address by which the control connection came to it, and when it started."""
 
     route: str
     boot_us: int
 
 
-class Survey(NamedTuple):
+class SurveyResult(NamedTuple):
     """What the server lists: backends in start-up, and those whose application_name is this broker's, by that name.
 
     `serial` is the number of the order; the look began after it was given. `databases` are those of the tagged ones.
@@ -102,7 +102,7 @@ class Dismiss(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Entrust:
+class TransferCustody:
     """The socket in custody for one lease is another's from now on."""
 
     token: Token
@@ -112,7 +112,7 @@ class Entrust:
 @dataclass(frozen=True, slots=True)
 class PassOn:
     """Send this, with the socket in custody for its token, to this place in a pool's lane, of the session that has this
-    number there; if that cannot be, tell the ledger (`not_passed`).
+    number there; if that cannot be, tell the ledger (`not_delivered`).
     """
 
     pool: str
@@ -130,7 +130,7 @@ class OpenLane:
 
 
 @dataclass(frozen=True, slots=True)
-class LetIn:
+class InviteToLane:
     """Open a pool's lane to a session, by this number; its turns are at `index` on the board."""
 
     pool: str
@@ -140,7 +140,7 @@ class LetIn:
 
 
 @dataclass(frozen=True, slots=True)
-class ToLane:
+class GiveInLane:
     """Give a connection in the lane: the socket in custody for this lease, which has this cell on the board."""
 
     pool: str
@@ -150,27 +150,28 @@ class ToLane:
 
 
 @dataclass(frozen=True, slots=True)
-class Queue:
-    """Join the queue of a lane so often, then look at its shelf; tell the ledger of what comes (`came`, `shelved`).
+class JoinQueue:
+    """Join the queue of a lane so often, then look at its shelf; tell the ledger of what comes (`came`,
+    `found_on_shelf`).
 
-    At most `looks` are taken from there.
+    At most `most_from_shelf` are taken from there.
     """
 
     pool: str
     times: int
-    looks: int
+    most_from_shelf: int
 
 
 @dataclass(frozen=True, slots=True)
-class Proceed:
+class StartMoves:
     """Connections move past the broker now: leave the lane's queue and shelf to the workers."""
 
     pool: str
 
 
 @dataclass(frozen=True, slots=True)
-class Halt:
-    """They do no more: wake who waits in the lane; tell the ledger of what comes to its shelf (`shelved`)."""
+class HaltMoves:
+    """They do no more: wake who waits in the lane; tell the ledger of what comes to its shelf (`found_on_shelf`)."""
 
     pool: str
 
@@ -183,7 +184,7 @@ class CloseLane:
 
 
 @dataclass(frozen=True, slots=True)
-class Interfere:
+class CancelBackend:
     """Cancel what a backend is executing, then tell the ledger (`interrupted`). `trial`: to see whether that works."""
 
     token: Token
@@ -192,15 +193,15 @@ class Interfere:
 
 
 @dataclass(frozen=True, slots=True)
-class Vouch:
+class MarkJournalComplete:
     """From now on the journal tells of every lease there may be: a later broker need not wait."""
 
 
 @dataclass(frozen=True, slots=True)
-class Saw:
+class RecordServer:
     """Have a later broker know that the control connection was here: what was there is gone when another answers."""
 
-    place: Place
+    server: ServerIncarnation
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +224,7 @@ class Fence:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class SurveyServer:
     """Survey the server, then tell the ledger (`surveyed`). `barrier`: when it has accepted all earlier connects."""
 
     serial: int
@@ -231,15 +232,15 @@ class Look:
 
 
 @dataclass(frozen=True, slots=True)
-class Doubt:
-    """See whether the server is still the one it was, then tell the ledger (`answered_doubt`)."""
+class VerifyServer:
+    """See whether the server is still the one it was, then tell the ledger (`server_verified`)."""
 
     pool: str
     generation: int
 
 
 @dataclass(frozen=True, slots=True)
-class Peek:
+class QueryActivity:
     """Tell a command what the server says of these backends, unless that is possible only after `until`."""
 
     asker: bytes
@@ -269,22 +270,22 @@ Command = (
     | Erase
     | Admit
     | Dismiss
-    | Entrust
+    | TransferCustody
     | PassOn
     | OpenLane
-    | LetIn
-    | ToLane
-    | Queue
-    | Proceed
-    | Halt
+    | InviteToLane
+    | GiveInLane
+    | JoinQueue
+    | StartMoves
+    | HaltMoves
     | CloseLane
-    | Interfere
-    | Vouch
-    | Saw
+    | CancelBackend
+    | MarkJournalComplete
+    | RecordServer
     | Watch
     | Fence
-    | Look
-    | Doubt
+    | SurveyServer
+    | VerifyServer
     | Forget
     | Log
 )

@@ -71,7 +71,7 @@ class Refusals:
         turns.retry_at, turns.refused_at = max(turns.retry_at, self._after(turns, now)), now
         return Refusal(code, error, turns)
 
-    def held_until(self, session: bytes, refusal: Refusal | None, now: float) -> float | None:
+    def blocked_until(self, session: bytes, refusal: Refusal | None, now: float) -> float | None:
         """Return when a session that would connect may try, or None if it may now.
 
         Of those who take turns, who has tried last leaves the next turn to another that asks.
@@ -83,7 +83,7 @@ class Refusals:
         free_at = turns.retry_at + (RETRY_S if turns.others and turns.last == session else 0.0)
         return free_at if now < free_at else None
 
-    def tries(self, session: bytes, refusal: Refusal | None, now: float) -> None:
+    def note_try(self, session: bytes, refusal: Refusal | None, now: float) -> None:
         """Note that a session may connect: if anything stands against it, this is its turn."""
         if refusal is not None:
             turns = refusal.turns

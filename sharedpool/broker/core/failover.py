@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from sharedpool.broker.core.commands import Command, Doubt, Send
+from sharedpool.broker.core.commands import Command, Send, VerifyServer
 from sharedpool.broker.core.connect_refusals import concerns_all
 from sharedpool.broker.core.leases import Logger
 from sharedpool.broker.core.records import Lease, Pool, Session, SlotState
-from sharedpool.broker.core.slots import Books
-from sharedpool.wire.messages import Confirm, Release, Stale, Trouble
+from sharedpool.broker.core.slots import Slots
+from sharedpool.wire.messages import Confirm, FailoverSign, Release, Stale
 
 # SQLSTATEs that say of themselves that the server is another now, or read-only, or going down with everybody on it.
 _CERTAIN = frozenset({"25006", "57P02", "57P03"})
@@ -18,23 +18,25 @@ _CERTAIN = frozenset({"25006", "57P02", "57P03"})
 _OF_THE_BROKER = 2
 
 
-class Health:
-    """One broker's view of its servers. `verifies`: there is a control connection to ask when a sign is doubtful."""
+class Failover:
+    """One broker's view of its servers. `has_control_connection`: there is a control connection to ask when a sign
+    is doubtful.
+    """
 
     def __init__(
         self,
-        books: Books,
+        slots: Slots,
         emit: Callable[[Command], None],
         arm: Callable[[float, str, object], None],
         log: Logger,
         *,
-        verifies: bool,
+        has_control_connection: bool,
     ) -> None:
-        self._books = books
+        self._slots = slots
         self._emit = emit
         self._arm = arm
         self._log = log
-        self._verifies = verifies
+        self._has_control_connection = has_control_connection
         self._role = ""
         self._limit: int | None = None  # the role's own
         self._compared = 0  # pools that it was compared with
@@ -52,8 +54,8 @@ class Health:
         granted_at = None if lease is None or lease.state is not SlotState.GRANTED else lease.since
         if granted_at is not None and granted_at < pool.opened_at and pool.opener != session.id:
             # Another has found the server meanwhile. What that says of itself counts all the same.
-            session.astray = session.astray or release.unreachable
-        if session.astray and release.unreachable:
+            session.is_elsewhere = session.is_elsewhere or release.unreachable
+        if session.is_elsewhere and release.unreachable:
             self._refused(session, release, now)
             return
         counted = granted_at is not None and release.token != pool.backoff.probe
@@ -64,7 +66,7 @@ class Health:
                 logging.WARNING, text, pool.name, session.label, others, release.error,
                 pool=pool.name, lease=str(release.token), session=session.label, reason=release.error,
             )  # fmt: skip
-        pool.blamed = session.id if release.unreachable else b""
+        pool.last_unreachable = session.id if release.unreachable else b""
         self._arm(pool.backoff.failed(release.token, others, release.error, now, release.code), "probe", pool)
 
     def _refused(self, session: Session, release: Release, now: float) -> None:
@@ -83,15 +85,15 @@ class Health:
         """Allow more connects: one has succeeded."""
         pool, session = lease.pool, lease.session
         pool.opened_at, pool.opener = now, session.id
-        session.astray = False
+        session.is_elsewhere = False
         if session.refusal is not None:
             pool.refusals.opened(session.refusal)
             session.refusal = None
         if pool.backoff.probe == confirm.token:
             pool.backoff.opened(confirm.token, pool.connected + 1, pool.max_conn)
-            if pool.blamed != session.id and (blamed := pool.sessions.get(pool.blamed)) is not None:
-                blamed.astray = True  # it alone may not find the server; if it does, that is forgotten
-            pool.blamed = b""
+            if pool.last_unreachable != session.id and (blamed := pool.sessions.get(pool.last_unreachable)) is not None:
+                blamed.is_elsewhere = True  # it alone may not find the server; if it does, that is forgotten
+            pool.last_unreachable = b""
 
     def probe_due(self, pool: Pool, now: float) -> None:
         """Let one connect be tried."""
@@ -105,12 +107,12 @@ class Health:
 
     def compare(self) -> None:
         """Warn where that is too few for the pools whose workers log in as the same role; once, whatever pools come."""
-        pools = self._books.pools
+        pools = self._slots.pools
         if self._limit is None or self._was_told or self._compared == len(pools):
             return
         self._compared = len(pools)
-        most = sum(pool.most for pool in pools.values() if pool.spec.server.startswith(f"{self._role}@"))
-        most = most if self._books.max_conn is None else min(most, self._books.max_conn)
+        most = sum(pool.limit for pool in pools.values() if pool.spec.server.startswith(f"{self._role}@"))
+        most = most if self._slots.max_conn is None else min(most, self._slots.max_conn)
         if most and most + _OF_THE_BROKER > self._limit:
             text = (
                 "role %r may have %d connections (CONNECTION LIMIT), and %d are needed: max_conn %d, and %d of the"
@@ -122,7 +124,7 @@ class Health:
 
     # --- generations
 
-    def trouble(self, session: Session, trouble: Trouble) -> None:
+    def failover_sign(self, session: Session, trouble: FailoverSign) -> None:
         """Take in a sign that the server fails over.
 
         A connection that was ended (57P01) or found dead may be just that one, ended by an administrator or by a fence:
@@ -131,22 +133,22 @@ class Health:
         pool = session.pool
         if trouble.generation < pool.generation:
             return  # old news
-        if trouble.code in _CERTAIN or not self._verifies:
-            self.bump(pool, trouble.code or "a dead connection")
+        if trouble.code in _CERTAIN or not self._has_control_connection:
+            self.begin_generation(pool, trouble.code or "a dead connection")
         elif pool.doubted < pool.generation:
             pool.doubted = pool.generation
-            self._emit(Doubt(pool.name, pool.generation))
+            self._emit(VerifyServer(pool.name, pool.generation))
 
-    def answered_doubt(self, name: str, generation: int, same: bool) -> None:
+    def server_verified(self, name: str, generation: int, same: bool) -> None:
         """Take in whether the server is still the one it was."""
-        pool = self._books.pools.get(name)
+        pool = self._slots.pools.get(name)
         if pool is None or pool.generation != generation:
             return
         pool.doubted = 0
         if not same:
-            self.bump(pool, "the server was restarted or is unreachable")
+            self.begin_generation(pool, "the server was restarted or is unreachable")
 
-    def bump(self, pool: Pool, why: str) -> None:
+    def begin_generation(self, pool: Pool, why: str) -> None:
         """Begin a new generation: have every worker replace what is older."""
         pool.generation += 1
         text = "pool %r: generation %d: every older connection is replaced (%s)"

@@ -12,31 +12,31 @@ from collections.abc import Callable, Iterable
 
 from sharedpool.broker.core.commands import Admit, Command, Dismiss, Member, Watch
 from sharedpool.broker.core.records import Pool, Session
-from sharedpool.broker.core.slots import Books
+from sharedpool.broker.core.slots import Slots
 from sharedpool.wire.messages import PoolSpec
 
 
-class Former:
+class FormerLanes:
     """The members of former brokers' lanes: by pool, in `Pool.former`, with the recall that each is to answer.
 
-    `complete`: all of them are known. `ask(session, now)` asks a session for what it holds. `settled` are pools of
-    which the last member has just answered.
+    `complete`: all of them are known. `ask(session, now)` asks a session for what it holds. `complete_pools` are pools
+    of which the last member has just answered.
     """
 
     def __init__(
         self,
-        books: Books,
+        slots: Slots,
         emit: Callable[[Command], None],
         ask: Callable[[Session, float], None],
         *,
         complete: bool,
     ) -> None:
-        self._books = books
+        self._slots = slots
         self._emit = emit
         self._ask = ask
         self.complete = complete
         self._pools: dict[bytes, Pool] = {}  # by session
-        self.settled: list[Pool] = []
+        self.complete_pools: list[Pool] = []
 
     def restore(self, members: Iterable[Member], find: Callable[[PoolSpec], Pool | None]) -> None:
         """Take over who was let into a former broker's lanes. Where no lease is left, none can be underway."""
@@ -47,7 +47,7 @@ class Former:
                 continue
             pool.former[member.session] = 0
             self._pools[member.session] = pool
-            if member.session not in self._books.sessions:
+            if member.session not in self._slots.sessions:
                 self._emit(Watch(member.session, member.process))
 
     def has_all_of(self, pool: Pool) -> bool:
@@ -73,7 +73,7 @@ class Former:
         if not stays:
             self._emit(Dismiss(session_id))
         if self.has_all_of(pool):
-            self.settled.append(pool)
+            self.complete_pools.append(pool)
 
     def discarded(self, pool: Pool) -> None:
         """Take in that nobody uses a pool any more."""

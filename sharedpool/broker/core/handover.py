@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Protocol
 
-from sharedpool.broker.core.commands import Command, Entrust, Interfere, PassOn, Send
+from sharedpool.broker.core.commands import CancelBackend, Command, PassOn, Send, TransferCustody
 from sharedpool.broker.core.leases import Leases
 from sharedpool.broker.core.records import Lease, Pool, Session, SlotState, Waiter
-from sharedpool.broker.core.scheduler import Demand
-from sharedpool.broker.core.slots import Books
+from sharedpool.broker.core.scheduler import Scheduler
+from sharedpool.broker.core.slots import Slots
 from sharedpool.wire.desk import Give, Live, Moved, Passed
-from sharedpool.wire.messages import Interrupt, Phase, Reject, ReleaseReason
+from sharedpool.wire.messages import CancelQuery, Phase, Reject, ReleaseReason
 
 # A pool is shared for so long after a connection has last changed hands.
 SHARED_S = 1.0
@@ -35,7 +35,7 @@ NUDGE_LIMIT_S = 1.0
 _MOST_NUDGED = 64
 
 
-class Movers(Protocol):
+class MovesPort(Protocol):
     """The lanes, as the hand-over sees them (`moves.Moves`)."""
 
     def reaches(self, waiter: Waiter) -> bool:
@@ -47,25 +47,25 @@ class Movers(Protocol):
     def give(self, lease: Lease, live: Live, now: float) -> None:
         """Give in the lane what was given to the broker, for which nobody waits at the broker."""
 
-    def lying(self, pool: Pool) -> int:
+    def on_shelf(self, pool: Pool) -> int:
         """Return how many lie on a pool's shelf, and will be taken from there in a moment."""
 
 
 class Handover:
     """The hand-over's side of the ledger. `arm(when, kind, subject)` asks for a timer. `moves` is set once made."""
 
-    moves: Movers
+    moves: MovesPort
 
     def __init__(
         self,
-        books: Books,
-        demand: Demand,
+        slots: Slots,
+        scheduler: Scheduler,
         leases: Leases,
         emit: Callable[[Command], None],
         arm: Callable[[float, str, object], None],
     ) -> None:
-        self._books = books
-        self._demand = demand
+        self._slots = slots
+        self._scheduler = scheduler
         self._leases = leases
         self._emit = emit
         self._arm = arm
@@ -77,31 +77,31 @@ class Handover:
         lease = session.leases.get(give.token)
         if lease is None or lease.live is not None or lease.state is SlotState.FENCING:
             return False
-        session.debts.discard(lease.token)
-        if give.reason is ReleaseReason.OWED:
+        session.draining.discard(lease.token)
+        if give.reason is ReleaseReason.RETURN_DUE:
             lease.pool.recalls += 1
-            if session.owed:
-                self._books.mark_owed(session, session.owed - 1)
-        lease.unspoken = False
+            if session.returns_due:
+                self._slots.mark_returns_due(session, session.returns_due - 1)
+        lease.unconfirmed = False
         self._leases.identify(lease, give.live.backend, now)
-        return self._find_user(lease, give.live, now)
+        return self._pass_or_park(lease, give.live, now)
 
-    def shelved(self, lease: Lease, live: Live, now: float) -> None:
+    def found_on_shelf(self, lease: Lease, live: Live, now: float) -> None:
         """Take in a connection that lay on its pool's shelf."""
-        self._find_user(lease, live, now)
+        self._pass_or_park(lease, live, now)
 
-    def _find_user(self, lease: Lease, live: Live, now: float) -> bool:
+    def _pass_or_park(self, lease: Lease, live: Live, now: float) -> bool:
         """Pass a connection to the first who waits, or keep it; return whether all is done with that."""
         pool = lease.pool
-        stays = lease.custody and not lease.interrupts and live.generation == pool.generation
-        stays = stays and pool.cancels is not False
-        if not stays or self._demand.draining or self._demand.excess(pool) > 0:
+        stays = lease.custody and not lease.cancels and live.generation == pool.generation
+        stays = stays and pool.cancel_works is not False
+        if not stays or self._scheduler.draining or self._scheduler.excess(pool) > 0:
             self._leases.fence(lease, "given, but not fit to go on", now, level=logging.DEBUG)
-        elif (waiter := self._first(pool)) is not None:
+        elif (waiter := self._first_waiter(pool)) is not None:
             if self.moves.reaches(waiter):
-                self._pass(lease, live, waiter, now)
+                self._pass_on(lease, live, waiter, now)
                 # Who gave all that was asked of him may have more; a lease that was closing is not coming any more.
-                return bool(pool.waiters) and self._demand.at_rest(pool)
+                return bool(pool.waiters) and self._scheduler.nothing_to_schedule(pool)
             if self.moves.may_reach(waiter, pool, now):
                 self.park(lease, live, now)
                 return False
@@ -110,50 +110,57 @@ class Handover:
             self.moves.give(lease, live, now)
         else:
             self.park(lease, live, now)
-            return not (self._books.contended or self._books.shrinking)
+            return not (self._slots.contended or self._slots.shrinking)
         return False
 
-    def _first(self, pool: Pool) -> Waiter | None:
+    def _first_waiter(self, pool: Pool) -> Waiter | None:
         """Return the waiter who is to have a slot of this pool, of another pool under an exhausted cap."""
-        books = self._books
-        heads = [next(iter(pool.waiters.values()))] if pool.waiters and not pool.held else []
-        if books.groups:
-            heads += [next(iter(p.waiters.values())) for p in books.contended.values() if books.serves(pool, p)]
-        elif books.max_conn is not None and books.room <= 0:
-            heads += [next(iter(p.waiters.values())) for p in books.contended.values() if p is not pool and p.room > 0]
-        waiter = min(heads, key=books.rank, default=None)
+        slots = self._slots
+        heads = [next(iter(pool.waiters.values()))] if pool.waiters and not pool.paused else []
+        if slots.groups:
+            heads += [next(iter(p.waiters.values())) for p in slots.contended.values() if slots.serves(pool, p)]
+        elif slots.max_conn is not None and slots.room <= 0:
+            heads += [next(iter(p.waiters.values())) for p in slots.contended.values() if p is not pool and p.room > 0]
+        waiter = min(heads, key=slots.rank, default=None)
         if waiter is not None and waiter.session.pool is not pool:  # it has no place in this pool's lane
             waiter = Waiter(waiter.session, waiter.request, waiter.seq, waiter.since, waiter.nowait)
         return waiter
 
-    def _pass(self, lease: Lease, live: Live, waiter: Waiter, now: float) -> None:
-        books, pool, session = self._books, lease.pool, waiter.session
+    def _pass_on(self, lease: Lease, live: Live, waiter: Waiter, now: float) -> None:
+        slots, pool, session = self._slots, lease.pool, waiter.session
         if (waiter.since < now or session is not lease.session) and not pool.moving:
             pool.shared_until = now + SHARED_S
         self._unpark(lease)
-        books.dequeue(waiter)
+        slots.dequeue(waiter)
         heir = Lease(
-            self._demand.new_token(), session, pool,
-            request=waiter.request, backend=lease.backend, custody=True, moves=lease.moves, unspoken=True, noticed=now,
-        )  # fmt: skip
-        books.move(heir, SlotState.OPEN, "handed over")
-        self._emit(Entrust(lease.token, heir.token))
+            self._scheduler.new_token(),
+            session,
+            pool,
+            request=waiter.request,
+            backend=lease.backend,
+            custody=True,
+            moves=lease.moves,
+            unconfirmed=True,
+            unconfirmed_since=now,
+        )
+        slots.move(heir, SlotState.OPEN, "handed over")
+        self._emit(TransferCustody(lease.token, heir.token))
         self._leases.free(lease, "handed over")
         self._leases.note(heir, Phase.IN_USE, now, "")
         pool.handovers += 1
         pool.waits += now > waiter.since
         pool.waited.append(now - waiter.since)
-        pressure = self._demand.pressure(pool, session)
-        books.mark_owed(session, min(len(session.leases), pressure or int(now < pool.shared_until)))
+        pressure = self._scheduler.returns_wanted(pool, session)
+        slots.mark_returns_due(session, min(len(session.leases), pressure or int(now < pool.shared_until)))
         session.passes += 1
-        trial = pool.cancels is None and now >= pool.try_at
-        passed = Passed(self._demand.next_serial(), session.owed, pressure > 0, trial)
+        trial = pool.cancel_works is None and now >= pool.try_at
+        passed = Passed(self._scheduler.next_recall_serial(), session.returns_due, pressure > 0, trial)
         moved = Moved(waiter.request, heir.token, -1, max(0, lease.moves), live, passed)
-        self._emit(PassOn(pool.name, session.number, waiter.place, moved))
+        self._emit(PassOn(pool.name, session.number, waiter.lane_place, moved))
 
-    def not_passed(self, moved: Moved, now: float) -> None:
-        """Take in that a connection could not be sent to who was to have it: his seat is gone, or full."""
-        lease = self._books.leases.get(moved.token)
+    def not_delivered(self, moved: Moved, now: float) -> None:
+        """Take in that a connection could not be sent to who was to have it: his wait socket is gone, or full."""
+        lease = self._slots.leases.get(moved.token)
         if lease is None or lease.state is SlotState.FENCING:
             return
         session = lease.session
@@ -167,7 +174,7 @@ class Handover:
         """Keep a connection until somebody asks for one."""
         lease.live = live
         if lease.state is not SlotState.OPEN:
-            self._books.move(lease, SlotState.OPEN, "parked")
+            self._slots.move(lease, SlotState.OPEN, "parked")
         self._leases.note(lease, Phase.IDLE, now, "")
         lease.pool.idle.pop(lease.token, None)  # its worker need not be asked for it
         lease.pool.parked[lease.token] = lease
@@ -179,31 +186,31 @@ class Handover:
 
     def serve(self, now: float) -> None:
         """Give what is parked to who waits."""
-        for pool in list(self._books.contended.values()):
-            while pool.parked and pool.waiters and not pool.held:
+        for pool in list(self._slots.contended.values()):
+            while pool.parked and pool.waiters and not pool.paused:
                 lease = pool.parked[next(reversed(pool.parked))]  # the most recently used
                 waiter = next(iter(pool.waiters.values()))
                 live = lease.live
                 assert live is not None
                 if live.generation != pool.generation:
-                    self.end([pool], 1, now)
+                    self.end_parked([pool], 1, now)
                 elif self.moves.reaches(waiter):
-                    self._pass(lease, live, waiter, now)
+                    self._pass_on(lease, live, waiter, now)
                 else:
                     break
 
     def promised(self, pool: Pool, now: float) -> int:
         """Return how many parked connections the waiters will be given in a moment, once they are in the lane."""
-        if not (pool.parked and pool.waiters) or pool.held:
+        if not (pool.parked and pool.waiters) or pool.paused:
             return 0
         first = next(iter(pool.waiters.values()))
         return min(len(pool.parked), len(pool.waiters)) if self.moves.may_reach(first, pool, now) else 0
 
-    def lying(self, pool: Pool) -> int:
+    def on_shelf(self, pool: Pool) -> int:
         """Return how many connections lie in the lane, and will be given to the waiters in a moment."""
-        return 0 if pool.held else self.moves.lying(pool)
+        return 0 if pool.paused else self.moves.on_shelf(pool)
 
-    def end(self, pools: Iterable[Pool], most: int, now: float) -> int:
+    def end_parked(self, pools: Iterable[Pool], most: int, now: float) -> int:
         """End up to `most` parked connections, longest parked first; return how many."""
         chosen = [lease for pool in pools for lease in islice(pool.parked.values(), max(0, most))][:most]
         for lease in chosen:
@@ -218,23 +225,25 @@ class Handover:
 
     # --- holders that keep what others wait for
 
-    def watch(self, now: float) -> None:
+    def watch_keepers(self, now: float) -> None:
         """Have those looked at who keep connections while others wait: under a cap over all pools, in any pool."""
-        books = self._books
-        contended = books.contended if not books.shrinking else books.contended | books.shrinking
-        for pool in contended.values() if books.max_conn is None else books.pools.values():
-            if pool.pressed and not pool.nudging:
+        slots = self._slots
+        contended = slots.contended if not slots.shrinking else slots.contended | slots.shrinking
+        for pool in contended.values() if slots.max_conn is None else slots.pools.values():
+            if pool.asked_to_return and not pool.nudging:
                 pool.nudging = True
-                pool.nudged = {session.id: session.passes for session in islice(pool.pressed.values(), _MOST_NUDGED)}
+                pool.nudged = {
+                    session.id: session.passes for session in islice(pool.asked_to_return.values(), _MOST_NUDGED)
+                }
                 self._arm(now + NUDGE_S, "nudge", pool)
 
     def nudge_due(self, pool: Pool, now: float) -> None:
         """Ask those who were pressed before, and have given nothing since."""
         pool.nudging = False
-        if not self._demand.wanted(pool) and pool.name not in self._books.shrinking:
+        if not self._scheduler.slots_wanted(pool) and pool.name not in self._slots.shrinking:
             return
         for session_id, passes in pool.nudged.items():
-            session = pool.pressed.get(session_id)
+            session = pool.asked_to_return.get(session_id)
             if session is None or session.passes != passes or session.answered < session.asked:
                 continue
             if session.nudged != passes:
@@ -244,50 +253,54 @@ class Handover:
             else:
                 continue
             session.nudge_at = now + session.nudge_s
-            self._demand.ask(session, now)
+            self._scheduler.send_recall(session, now)
 
     # --- cancels
 
-    def interrupt(self, session: Session, interrupt: Interrupt) -> None:
+    def cancel_query(self, session: Session, interrupt: CancelQuery) -> None:
         """Have what a lease's connection is executing cancelled; until that is done it is passed to nobody.
 
         But for a trial: its worker sees the cancel hit, or does not give that connection.
         """
         lease = session.leases.get(interrupt.token)
         if lease is not None and lease.backend is not None and lease.live is None:
-            lease.interrupts += not interrupt.trial
-            self._emit(Interfere(lease.token, lease.backend, interrupt.trial))
+            lease.cancels += not interrupt.trial
+            self._emit(CancelBackend(lease.token, lease.backend, interrupt.trial))
 
-    def interrupted(self, order: Interfere, sent: bool | None, now: float) -> Pool | None:
+    def query_cancelled(self, order: CancelBackend, sent: bool | None, now: float) -> Pool | None:
         """Take in that a cancel was sent, must not be, or (None) was not needed, or not possible just now.
 
         Where a trial's must not be nothing is passed on from now on: nobody could cancel what is executed on a
         connection that has moved. Return the pool of which that has just become known.
         """
-        lease = self._books.leases.get(order.token)
+        lease = self._slots.leases.get(order.token)
         if lease is None:
             return None
         pool = lease.pool
         if not order.trial:
-            lease.interrupts -= 1
+            lease.cancels -= 1
             return None
         if sent is None:  # the control connection is away, perhaps: not every caller is to pay for that
             pool.try_at = now + TRY_AGAIN_S
-        if sent is None or pool.cancels is not None:
+        if sent is None or pool.cancel_works is not None:
             return None
-        pool.cancels = sent
+        pool.cancel_works = sent
         if sent:
             return None
-        self.end([pool], len(pool.parked), now)
+        self.end_parked([pool], len(pool.parked), now)
         return pool
 
     def check_invariants(self) -> None:
         """Raise `AssertionError` when the records contradict each other."""
-        for pool in self._books.pools.values():
+        for pool in self._slots.pools.values():
             for token, lease in pool.parked.items():
                 assert pool.leases[token] is lease
                 assert lease.live is not None
                 assert lease.state is SlotState.OPEN, lease
                 assert token not in pool.idle
-            if pool.parked and pool.waiters and not (pool.held or self._demand.paused or self._demand.draining):
+            if (
+                pool.parked
+                and pool.waiters
+                and not (pool.paused or self._scheduler.holding_back or self._scheduler.draining)
+            ):
                 assert not self.moves.reaches(next(iter(pool.waiters.values()))), f"{pool.name}: parked, and a waiter"

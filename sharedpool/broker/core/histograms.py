@@ -6,12 +6,12 @@ A session counts absolutely since its last registration, so that a message may b
 from __future__ import annotations
 
 from sharedpool.wire.buckets import BOUNDS_S, BUCKETS
-from sharedpool.wire.messages import Histogram, Times
+from sharedpool.wire.messages import Histogram, Timings
 
 KINDS = ("created", "waited", "used")
 
 
-class Totals:
+class Histograms:
     """One pool's histograms: counts by bucket and microseconds, by kind."""
 
     __slots__ = ("counts", "total_us")
@@ -20,7 +20,7 @@ class Totals:
         self.counts = {kind: [0] * BUCKETS for kind in KINDS}
         self.total_us = dict.fromkeys(KINDS, 0)
 
-    def note(self, before: Times | None, times: Times) -> bool:
+    def note(self, before: Timings | None, times: Timings) -> bool:
         """Add what is new in a session's word since the one `before`; return False for one that is late."""
         if before is not None and times.serial < before.serial:
             return False
@@ -35,15 +35,15 @@ class Totals:
             self.total_us[kind] += total_us
         return True
 
-    def copy(self) -> Totals:
+    def copy(self) -> Histograms:
         """Return another of the same content."""
-        other = Totals()
+        other = Histograms()
         other.counts = {kind: counts[:] for kind, counts in self.counts.items()}
         other.total_us = dict(self.total_us)
         return other
 
 
-def waits(before: Times | None, times: Times, most: int) -> list[float]:
+def waits(before: Timings | None, times: Timings, most: int) -> list[float]:
     """Return `most` of the waits that a session tells of since its word `before`, or all, in seconds.
 
     They are known by their buckets, over which they are spread. The first bucket is left out: who has the connection

@@ -9,8 +9,8 @@ from typing import Protocol
 from sharedpool.broker.core.quarantine import Quarantine
 from sharedpool.broker.core.records import Lease, Pool, Session, SlotState
 from sharedpool.broker.core.routes import Routes
-from sharedpool.broker.core.scheduler import ANSWER_LIMIT_S, Demand
-from sharedpool.broker.core.slots import Books
+from sharedpool.broker.core.scheduler import ANSWER_LIMIT_S, Scheduler
+from sharedpool.broker.core.slots import Slots
 from sharedpool.wire.messages import NO_TOKEN, START_UP_LIMIT_S, Backend, LeaseReport, Phase, Token
 
 # For so long a proxy may keep a connect in a queue of its own, before the server hears of it: as long as a worker waits
@@ -26,14 +26,14 @@ class Logger(Protocol):
     def __call__(self, level: int, text: str, *args: object, **fields: object) -> None: ...
 
 
-class Parked(Protocol):
+class HandoverPort(Protocol):
     """The hand-over, as the leases see it."""
 
     def expire(self, lease: Lease, now: float) -> None:
         """End a parked connection that nobody has asked for."""
 
 
-class Movers(Protocol):
+class MovesPort(Protocol):
     """The lanes, as the leases see them (`moves.Moves`)."""
 
     def claims(self, session: Session, report: LeaseReport) -> Lease | None:
@@ -42,56 +42,56 @@ class Movers(Protocol):
     def has_moved_on(self, token: Token) -> bool:
         """Say whether a lease that a session says to hold is another's by now."""
 
-    def missing(self, lease: Lease, told: int, now: float, *, unsure: bool) -> None:
-        """Take in that a lease's new holder does not list it, and knows recall number `told`."""
+    def not_listed(self, lease: Lease, known_recall: int, now: float, *, unsure: bool) -> None:
+        """Take in that a lease's new holder does not list it, and knows recall number `known_recall`."""
 
-    def wanders(self, lease: Lease, session: Session, spared_until: float) -> bool:
+    def may_have_moved(self, lease: Lease, session: Session, spared_until: float) -> bool:
         """Say whether a lease of a former broker's, not held by whom its journal names, may have moved on since."""
 
 
 class Leases:
     """The leases' side of the ledger. `drop(session)` is called when one of a session's leases is gone.
 
-    `verifies`: there is a control connection to ask. `remembers`: what former brokers granted is in the books already,
-    so that an unknown lease is one that was taken away, never to be admitted again. `parked` and `moves` are set once
-    they are made.
+    `has_control_connection`: there is a control connection to ask. `journal_complete`: what former brokers granted is
+    in the books already, so that an unknown lease is one that was taken away, never to be admitted again. `handover`
+    and `moves` are set once they are made.
     """
 
-    parked: Parked
-    moves: Movers
+    handover: HandoverPort
+    moves: MovesPort
 
     def __init__(
         self,
-        books: Books,
+        slots: Slots,
         epoch: int,
-        demand: Demand,
+        scheduler: Scheduler,
         arm: Callable[[float, str, object], None],
         log: Logger,
         drop: Callable[[Session], None],
         *,
         max_checkout_s: float,
         ttl_s: float,
-        verifies: bool,
-        remembers: bool,
+        has_control_connection: bool,
+        journal_complete: bool,
         routes: Routes,
     ) -> None:
-        self._books = books
+        self._slots = slots
         self._epoch = epoch
-        self._demand = demand
+        self._scheduler = scheduler
         self._arm = arm
         self._log = log
         self._drop = drop
         self._max_checkout_s = max_checkout_s
         self._ttl_s = ttl_s
-        self._verifies = verifies
-        self._remembers = remembers
+        self._has_control_connection = has_control_connection
+        self._journal_complete = journal_complete
         self.quarantine = Quarantine()
         self.routes = routes
         self._void: set[Token] = set()  # of older epochs, given back or fenced since: not to be claimed again
 
     def believe(self) -> None:
         """Admit unknown leases from now on: another broker, whose journal we do not have, granted them."""
-        self._remembers = False
+        self._journal_complete = False
 
     def free(self, lease: Lease, reason: str) -> None:
         """Free a slot: its backend is gone, or there never was one."""
@@ -99,7 +99,7 @@ class Leases:
             self._void.add(lease.token)
         self.quarantine.discard(lease.token)
         self.routes.over(lease)
-        self._books.move(lease, SlotState.FREE, reason)
+        self._slots.move(lease, SlotState.FREE, reason)
         self._drop(lease.session)
 
     def identify(self, lease: Lease, backend: Backend | None, now: float) -> None:
@@ -110,10 +110,10 @@ class Leases:
         if backend is None:
             return
         new = lease.backend is None or lease.backend != backend
-        self._books.identify(lease, backend)
+        self._slots.identify(lease, backend)
         if new:
             self._note_route(lease, backend, now)
-        for index in (self._books.orphans, self._books.restored):
+        for index in (self._slots.orphans, self._slots.restored):
             other = index.get(backend) if index else None
             if other is not None and other is not lease and other.state is SlotState.SUSPECT:
                 self.free(other, "claimed")
@@ -123,13 +123,13 @@ class Leases:
         pool = lease.pool
         if pool.direct is None and backend.direct:
             self.hurry(pool)
-        if pool.direct is None and not backend.direct and not self._verifies:
+        if pool.direct is None and not backend.direct and not self._has_control_connection:
             text = (
                 "pool %r: there is a proxy between its workers and the server, or no telling, and no control connection"
                 " to ask when a connection has ended: its slot stays counted (start the broker with --dsn)"
             )
             self._log(logging.WARNING, text, pool.name, pool=pool.name, reason="proxy")
-        pool.met(backend)
+        pool.note_backend(backend)
         other = self.routes.lend(lease, backend)
         if other is None:
             return
@@ -137,8 +137,8 @@ class Leases:
             self.free(other, "its pooler has lent the backend again")
         elif other.state is SlotState.OPEN and not (other.session.silent or lease.session.silent):
             for session in {other.session.id: other.session, lease.session.id: lease.session}.values():
-                self._demand.ask(session, now)
-            self.routes.doubt([other, lease], [other.session.asked, lease.session.asked])
+                self._scheduler.send_recall(session, now)
+            self.routes.suspect_twins([other, lease], [other.session.asked, lease.session.asked])
 
     def hurry(self, pool: Pool) -> None:
         """Look at once for what is left of a pool's connects: there turns out to be no queue but the server's own."""
@@ -152,18 +152,18 @@ class Leases:
         `closed`: the other side of that connection has closed it, so that it is in no queue any more.
         """
         if lease.state is not SlotState.SUSPECT:
-            self._books.move(lease, SlotState.SUSPECT, why)
+            self._slots.move(lease, SlotState.SUSPECT, why)
         if self.routes.is_lent_again(lease):
             self.free(lease, "its pooler has lent the backend again")
         elif lease.findable:
-            self._demand.fence(lease, why, now, level=level)
-            if lease.backend is None and self._verifies and not self.routes.believes(lease):
+            self._scheduler.fence_suspect(lease, why, now, level=level)
+            if lease.backend is None and self._has_control_connection and not self.routes.believes(lease):
                 self._seclude(lease, now)  # its socket, cut, will prove nothing
         else:
-            self._books.move(lease, SlotState.FENCING, why)
+            self._slots.move(lease, SlotState.FENCING, why)
             lease.since = now
-            self._demand.expect(lease, now)
-            if self._verifies:
+            self._scheduler.expect(lease, now)
+            if self._has_control_connection:
                 self._seclude(lease, now, closed=closed)
             else:
                 self._arm(now + START_UP_LIMIT_S, "start-up", lease)
@@ -184,7 +184,7 @@ class Leases:
 
     def mistrust(self, lease: Lease) -> None:
         """Watch for the moment when a silent worker cannot have begun to connect, nor still be logging in."""
-        if self._verifies and not lease.findable:
+        if self._has_control_connection and not lease.findable:
             self._arm(lease.granted_at + self._ttl_s + START_UP_LIMIT_S, "unconnected", lease)
 
     def unconnected_due(self, lease: Lease, now: float) -> None:
@@ -198,7 +198,7 @@ class Leases:
         if lease.state is SlotState.FENCING:  # it came late: there is something to end after all
             if self.routes.believes(lease):
                 self.quarantine.discard(lease.token)
-            self._demand.cut(lease, "its worker is gone")
+            self._scheduler.order_fence(lease, "its worker is gone")
 
     def lost(self, lease: Lease, now: float, *, closed: bool = False) -> None:
         """Have a lease's backend verified whose socket, in custody, is of no use as evidence any more.
@@ -206,10 +206,10 @@ class Leases:
         `closed`: its other side has closed it, but that need not be the server.
         """
         lease.closed = True
-        if closed and lease.backend is None and lease.pool.direct is None and not self._verifies:
+        if closed and lease.backend is None and lease.pool.direct is None and not self._has_control_connection:
             self.routes.unproven.add(lease)
             return
-        if lease.backend is not None or self._verifies:
+        if lease.backend is not None or self._has_control_connection:
             lease.custody = False  # else there is nothing to look for, and nobody to look: it stays counted
         if lease.state is not SlotState.FENCING:
             proxied = closed and lease.backend is not None  # its worker closes it, as a rule, and says so later
@@ -217,7 +217,9 @@ class Leases:
             self.fence(lease, "its connection broke", now, level=level, closed=closed)
         elif lease.findable:
             if lease.backend is None or lease.backend.direct:
-                self._demand.cut(lease, "its connection broke")  # the first order may have relied on the socket
+                self._scheduler.order_fence(
+                    lease, "its connection broke"
+                )  # the first order may have relied on the socket
         elif closed and lease.token in self.quarantine:
             self.quarantine.hurry(lease.token)
         else:
@@ -226,10 +228,10 @@ class Leases:
     def found(self, lease: Lease, backend: Backend, now: float) -> None:
         """Take in on which backend a lease is that is being ended already."""
         self.identify(lease, backend, now)
-        if not self._verifies:
+        if not self._has_control_connection:
             return
         self.quarantine.discard(lease.token)
-        self._demand.cut(lease, "its connection broke")
+        self._scheduler.order_fence(lease, "its connection broke")
 
     def prove(self, now: float) -> None:
         """See to connections that have ended, as it becomes known what that proves."""
@@ -246,17 +248,18 @@ class Leases:
         reports: list[LeaseReport],
         now: float,
         *,
-        seen: Token = NO_TOKEN,
+        newest_grant: Token = NO_TOKEN,
         claim: bool = False,
-        told: int = 0,
+        known_recall: int = 0,
         unsure: bool = False,
     ) -> list[Token]:
         """Bring the books in line with a worker's word; return the tokens it has no right to.
 
-        `claim`: it registers; `told`: it knows this recall; `unsure`: it may have received what it does not list.
+        `claim`: it registers; `known_recall`: it knows this recall; `unsure`: it may have received what it does not
+        list.
         """
-        if seen.epoch != self._epoch:
-            seen = NO_TOKEN  # a former broker's, whose numbers may have been higher
+        if newest_grant.epoch != self._epoch:
+            newest_grant = NO_TOKEN  # a former broker's, whose numbers may have been higher
         revoked = []
         listed = set()
         for report in reports:
@@ -271,24 +274,24 @@ class Leases:
             if lease is None and claim and self._claimable(report.token):
                 lease = Lease(report.token, session, session.pool, granted_at=now)
                 opened = report.backend is not None or report.phase is not Phase.CONNECTING
-                self._books.move(lease, SlotState.OPEN if opened else SlotState.GRANTED, "claimed")
+                self._slots.move(lease, SlotState.OPEN if opened else SlotState.GRANTED, "claimed")
             if lease is None or lease.state is SlotState.FENCING:
                 revoked.append(report.token)
                 continue
             self._update(lease, report, now)
         session.vanished &= listed
         for lease in list(session.leases.values()):
-            if lease.unspoken and lease.token not in listed and lease.state is not SlotState.FENCING:
+            if lease.unconfirmed and lease.token not in listed and lease.state is not SlotState.FENCING:
                 if not claim:  # else it is asked once it is welcome: before that it hears nothing
-                    self.moves.missing(lease, told, now, unsure=unsure)
+                    self.moves.not_listed(lease, known_recall, now, unsure=unsure)
                 continue
             # What has come in the lane was spoken of before: else it is missing.
-            known = lease.token.epoch != self._epoch or lease.token <= seen or lease.moves > 0
+            known = lease.token.epoch != self._epoch or lease.token <= newest_grant or lease.moves > 0
             if not known or lease.token in listed or lease.state is SlotState.FENCING:
                 continue
             if lease.live is not None:
                 continue  # given by it: the desk's line loses nothing
-            if lease.token.epoch != self._epoch and self.moves.wanders(lease, session, now + self._ttl_s):
+            if lease.token.epoch != self._epoch and self.moves.may_have_moved(lease, session, now + self._ttl_s):
                 continue
             # Its RELEASE may have told that nobody saw the backend end, or that a connect timed out: what RENEW's
             # `gone` does not name may be left on the server, known or not.
@@ -297,17 +300,17 @@ class Leases:
 
     def _claimable(self, token: Token) -> bool:
         """Say whether a lease may have been held since before this broker started, unknown to it."""
-        if self._remembers or token.epoch == self._epoch:
+        if self._journal_complete or token.epoch == self._epoch:
             return False
-        return token not in self._books.leases and token not in self._void
+        return token not in self._slots.leases and token not in self._void
 
     def _update(self, lease: Lease, report: LeaseReport, now: float) -> None:
-        if report.phase is Phase.CONNECTING and lease.unspoken:
+        if report.phase is Phase.CONNECTING and lease.unconfirmed:
             # It has come, and lies unread or is in a thread's hands: the next report may be made just when it is
             # in neither list, between the two.
-            lease.noticed, lease.doubt = now, 0
+            lease.unconfirmed_since, lease.confirm_recall = now, 0
         else:
-            lease.unspoken = False
+            lease.unconfirmed = False
         since = now - max(0, min(report.age_ms, LONGEST_MS)) / 1000
         self.identify(lease, report.backend, now)
         if report.phase is Phase.CONNECTING:
@@ -317,18 +320,18 @@ class Leases:
         if state is SlotState.GRANTED and lease.state in (SlotState.OPEN, SlotState.CLOSING):
             return  # older news than what is known
         if lease.state is SlotState.GRANTED and state is SlotState.CLOSING:
-            self._books.move(lease, SlotState.OPEN, "confirmed by report")
+            self._slots.move(lease, SlotState.OPEN, "confirmed by report")
         if lease.state is not state:
-            self._books.move(lease, state, "reported")
+            self._slots.move(lease, state, "reported")
             if state is SlotState.CLOSING:
                 lease.since = since
-                self._demand.expect(lease, now)
+                self._scheduler.expect(lease, now)
         if state is SlotState.OPEN:
             self.note(lease, report.phase, since, report.thread, report.stack)
 
     def note(self, lease: Lease, phase: Phase, since: float, thread: str, stack: Sequence[str] = ()) -> None:
         """Note that an OPEN lease is idle or in use since then, and watch how long."""
-        self._books.mark_phase(lease, phase, since)
+        self._slots.mark_phase(lease, phase, since)
         lease.since, lease.thread, lease.stack = since, thread, stack
         if lease.session.taking:
             lease.pool.idle.pop(lease.token, None)  # spoken before it knew that it was asked: not asked for twice
@@ -350,12 +353,12 @@ class Leases:
         if lease.state is SlotState.OPEN and lease.idle_since is not None:
             due = lease.idle_since + lease.session.expiration_s
             if lease.live is not None and due <= now:
-                self.parked.expire(lease, now)
+                self.handover.expire(lease, now)
                 return
             lease.expiry_armed = True
             if due <= now and not lease.session.silent and not lease.session.expiring:
                 lease.session.expiring = True  # one question for all that expire together
-                self._demand.ask(lease.session, now, expired=True)
+                self._scheduler.send_recall(lease.session, now, expired=True)
             self._arm(max(due, now + self._ttl_s / 3), "expiry", lease)
 
     def checkout_due(self, lease: Lease, now: float) -> None:
@@ -372,7 +375,7 @@ class Leases:
             # A worker checks in and out without a word: it is asked whether this is the same checkout still.
             lease.inquired_at, lease.checkout_armed = now, True
             if not session.silent:
-                self._demand.ask(session, now)
+                self._scheduler.send_recall(session, now)
                 lease.inquiry = session.asked
             self._arm(now + ANSWER_LIMIT_S, "checkout", lease)
             return
@@ -385,13 +388,13 @@ class Leases:
             logging.WARNING, text, pool.name, lease.token, now - lease.used_since, limit, session.label, lease.thread,
             pid, where, pool=pool.name, lease=str(lease.token), session=session.label, reason="max_checkout",
         )  # fmt: skip
-        if pool.spec.ends_overdue and 0 < lease.inquiry <= session.told:
+        if pool.spec.end_overdue and 0 < lease.inquiry <= session.recall_confirmed:
             self.end(lease, "checked out for longer than max_checkout", now)
 
     def end(self, lease: Lease, why: str, now: float) -> None:
         """End a connection that its worker holds; that is told now, so that it does not lend it out meanwhile."""
         if lease.live is None and not lease.session.ended:
-            self._demand.revoke(lease)
+            self._scheduler.revoke(lease)
         self.fence(lease, why, now)
 
     def closing_due(self, lease: Lease, now: float) -> None:

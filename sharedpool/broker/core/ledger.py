@@ -15,9 +15,19 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sharedpool.broker.core.admin import Orders
-from sharedpool.broker.core.commands import Command, Entry, Interfere, Log, Look, Member, Process, Send, Survey
-from sharedpool.broker.core.failover import Health
+from sharedpool.broker.core.admin import Admin
+from sharedpool.broker.core.commands import (
+    CancelBackend,
+    Command,
+    Entry,
+    Log,
+    Member,
+    Process,
+    Send,
+    SurveyResult,
+    SurveyServer,
+)
+from sharedpool.broker.core.failover import Failover
 from sharedpool.broker.core.group_terms import GroupTerms
 from sharedpool.broker.core.handover import Handover
 from sharedpool.broker.core.leases import QUEUE_LIMIT_S, Leases
@@ -26,11 +36,11 @@ from sharedpool.broker.core.quarantine import SETTLE_S
 from sharedpool.broker.core.records import Lease, Pool, Session, SlotState, Waiter
 from sharedpool.broker.core.recovery import GRACE_OVER, Recovery
 from sharedpool.broker.core.report import lease_lines, report
-from sharedpool.broker.core.routes import Routes, unkept
-from sharedpool.broker.core.scheduler import Demand
+from sharedpool.broker.core.routes import Routes, sessions_not_kept_text
+from sharedpool.broker.core.scheduler import Scheduler
 from sharedpool.broker.core.sessions import Sessions, Terms
-from sharedpool.broker.core.slots import Books
-from sharedpool.broker.core.snapshot import Observation, observe
+from sharedpool.broker.core.slots import Slots
+from sharedpool.broker.core.snapshot import Snapshot, take_snapshot
 from sharedpool.broker.core.timers import Timers
 from sharedpool.wire.admin import Done, Order
 from sharedpool.wire.board import Board
@@ -40,21 +50,21 @@ from sharedpool.wire.messages import (
     Ack,
     Acquire,
     Bye,
-    Cancel,
+    CancelQuery,
     Confirm,
     DenyReason,
+    FailoverSign,
     Gone,
     Hello,
-    Interrupt,
     Phase,
     Reject,
     Release,
     ReleaseReason,
     Renew,
-    Tell,
+    ReportNow,
     ToBroker,
     Token,
-    Trouble,
+    Withdraw,
 )
 from sharedpool.wire.reports import LeaseLine, PoolReport, Report, SessionReport
 
@@ -64,7 +74,7 @@ _MOST_ASKED = 500  # at once, for a command that wants to see
 
 
 # What another thread has the broker's loop do.
-Word = Callable[["Ledger", float], list[Command]]
+LedgerCall = Callable[["Ledger", float], list[Command]]
 
 
 class Ledger:
@@ -72,11 +82,11 @@ class Ledger:
 
     `max_conn` caps the sum over all pools (None: only each pool's own limit); `ttl_s` is how long a session may be
     silent before its leases are suspect; `max_checkout_s` is reported on when a pool asks for nothing else (0: off);
-    `expiration_s` is the longest idle time any pool may ask for. `verifies`: there is a control connection, so that
-    the server can be asked. `remembers`: all that former brokers granted is given to `restore`. `random` returns
-    numbers from 0 to 1. `instance`, `desk` and `handover` are told to the workers (`Welcome`). `by_database`: pools of
-    one name in two databases are two pools. `groups`, with `max_conn` only, and `limits` (of pools, by name) go before
-    what the pools' users ask for. `server`: see `Routes`.
+    `expiration_s` is the longest idle time any pool may ask for. `has_control_connection`: there is a control
+    connection, so that the server can be asked. `journal_complete`: all that former brokers granted is given to
+    `restore`. `random` returns numbers from 0 to 1. `instance`, `desk` and `handover` are told to the workers
+    (`Welcome`). `by_database`: pools of one name in two databases are two pools. `groups`, with `max_conn` only, and
+    `limits` (of pools, by name) go before what the pools' users ask for. `server`: see `Routes`.
     """
 
     def __init__(
@@ -87,8 +97,8 @@ class Ledger:
         ttl_s: float = 15.0,
         max_checkout_s: float = 0.0,
         expiration_s: float = math.inf,
-        verifies: bool = True,
-        remembers: bool = False,
+        has_control_connection: bool = True,
+        journal_complete: bool = False,
         random: Callable[[], float] = lambda: 0.5,
         instance: str = "",
         desk: str = "",
@@ -99,51 +109,67 @@ class Ledger:
         server: str = "",
     ) -> None:
         self.epoch = epoch
-        self._verifies = verifies
+        self._has_control_connection = has_control_connection
         self._ttl_s = ttl_s
         self._out: list[Command] = []
-        self._books = Books(max_conn, self._out.append)
-        self._timers = Timers(self._over)
+        self._slots = Slots(max_conn, self._out.append)
+        self._timers = Timers(self._alarm_is_over)
         self._waiter_serial = 0
-        routes = Routes(server, verifies=verifies)
-        self._demand = Demand(self._books, epoch, routes, self._out.append, self._timers.arm)
+        routes = Routes(server, has_control_connection=has_control_connection)
+        self._scheduler = Scheduler(self._slots, epoch, routes, self._out.append, self._timers.arm)
         terms = Terms(epoch, ttl_s, expiration_s, instance, desk, handover, by_database)
         self._sessions = Sessions(
-            terms, self._books, self._demand, self._out.append, self._timers.arm, self._log, random
+            terms, self._slots, self._scheduler, self._out.append, self._timers.arm, self._log, random
         )
         self._leases = self._sessions.leases = Leases(
-            self._books, epoch, self._demand, self._timers.arm, self._log, self._sessions.drop_if_over,
-            max_checkout_s=max_checkout_s, ttl_s=ttl_s, verifies=verifies, remembers=remembers, routes=routes,
-        )  # fmt: skip
-        self._handover = Handover(self._books, self._demand, self._leases, self._out.append, self._timers.arm)
-        self._demand.parked = self._leases.parked = self._handover
+            self._slots,
+            epoch,
+            self._scheduler,
+            self._timers.arm,
+            self._log,
+            self._sessions.drop_if_over,
+            max_checkout_s=max_checkout_s,
+            ttl_s=ttl_s,
+            has_control_connection=has_control_connection,
+            journal_complete=journal_complete,
+            routes=routes,
+        )
+        self._handover = Handover(self._slots, self._scheduler, self._leases, self._out.append, self._timers.arm)
+        self._scheduler.handover = self._leases.handover = self._handover
         self._moves = Moves(
-            self._books, self._demand, self._leases, self._out.append, self._timers.arm, expiration_s=expiration_s,
-            remembers=remembers,
+            self._slots, self._scheduler, self._leases, self._out.append, self._timers.arm, expiration_s=expiration_s,
+            remembers=journal_complete,
         )  # fmt: skip
         self._sessions.moves = self._leases.moves = self._handover.moves = self._moves
-        self._health = Health(self._books, self._out.append, self._timers.arm, self._log, verifies=verifies)
-        self._orders = Orders(
-            self._books, self._demand, self._leases, self._out.append, self._health.bump, cuts=verifies
+        self._failover = Failover(
+            self._slots, self._out.append, self._timers.arm, self._log, has_control_connection=has_control_connection
         )
-        self._orders.configure(max_conn, groups or {}, limits or {})
+        self._admin = Admin(
+            self._slots,
+            self._scheduler,
+            self._leases,
+            self._out.append,
+            self._failover.begin_generation,
+            has_control_connection=has_control_connection,
+        )
+        self._admin.configure(max_conn, groups or {}, limits or {})
         self._recovery = Recovery(
-            self._books, self._demand, self._out.append, self._log, self._sessions.pool, self._sessions.named
+            self._slots, self._scheduler, self._out.append, self._log, self._sessions.pool, self._sessions.named
         )
-        self._looking_again = False
-        self._programs: dict[int, bytes] = {}  # by the line that ends with them; see `stays`
+        self._survey_pending = False
+        self._programs: dict[int, bytes] = {}  # by the line that ends with them; see `line_identified`
         self.awaited: set[bytes] = set()
         self._handlers: dict[type, Callable[[Session, Any, float], None]] = {
             Acquire: self._request,
-            Cancel: self._cancel,
+            Withdraw: self._cancel,
             Confirm: self._confirm,
             Renew: self._renew,
             Release: self._release,
-            Interrupt: lambda session, interrupt, _: self._handover.interrupt(session, interrupt),
-            Trouble: lambda session, trouble, _: self._health.trouble(session, trouble),
-            Bye: self._sessions.bye,
+            CancelQuery: lambda session, interrupt, _: self._handover.cancel_query(session, interrupt),
+            FailoverSign: lambda session, trouble, _: self._failover.failover_sign(session, trouble),
+            Bye: self._sessions.deregister,
         }
-        self._alarms: dict[str, Callable[[Any, float], None]] = {
+        self._alarm_handlers: dict[str, Callable[[Any, float], None]] = {
             "waiter": self._waiter_due,
             "silence": self._sessions.silence_due,
             "expiry": self._leases.expiry_due,
@@ -152,8 +178,8 @@ class Ledger:
             "closing": self._leases.closing_due,
             "start-up": self._leases.start_up_due,
             "unconnected": self._leases.unconnected_due,
-            "probe": self._health.probe_due,
-            "look": self._look_due,
+            "probe": self._failover.probe_due,
+            "look": self._survey_due,
             "grace": self._grace_due,
             "nudge": self._handover.nudge_due,
             "lane": self._moves.quiet_due,
@@ -171,19 +197,19 @@ class Ledger:
         """Take in one message, which the kernel says is from `process`; return what is to be done."""
         self._moves.sync(now)
         if isinstance(message, Hello):
-            if (first := self._sessions.hello(session_id, message, now, process)) is not None:
-                self._acquire(self._books.sessions[session_id], first, now)
-            self._health.compare()
-        elif (session := self._books.sessions.get(session_id)) is None:
+            if (first := self._sessions.register(session_id, message, now, process)) is not None:
+                self._acquire(self._slots.sessions[session_id], first, now)
+            self._failover.compare()
+        elif (session := self._slots.sessions.get(session_id)) is None:
             if not isinstance(message, Bye):
                 self._out.append(Send(session_id, Reject("this broker does not know the session")))
         elif session.restored and not isinstance(message, Release | Bye):
             self._out.append(Send(session_id, Reject("this broker is a new one")))
         elif not session.ended or isinstance(message, Release):  # a dead worker's last word counts only as evidence
             if not session.restored:  # that one is heard when it says HELLO: only then its silence is watched
-                self._sessions.hear(session, now)
+                self._sessions.heard_from(session, now)
             self._handlers[type(message)](session, message, now)
-        return self._settled(now)
+        return self._scheduled(now)
 
     def tick(self, now: float) -> list[Command]:
         """Do what is due by the clock."""
@@ -192,8 +218,8 @@ class Ledger:
         self._moves.sync(now)
         while (due := self._timers.pop(now)) is not None:
             kind, subject = due
-            self._alarms[kind](subject, now)
-        return self._settled(now)
+            self._alarm_handlers[kind](subject, now)
+        return self._scheduled(now)
 
     def next_deadline(self) -> float | None:
         """Return when `tick` next has something to do."""
@@ -202,17 +228,17 @@ class Ledger:
     def session_died(self, session_id: bytes, now: float) -> list[Command]:
         """Take in that a session's process has ended (evidence, not a guess)."""
         self._moves.sync(now)
-        session = self._books.sessions.get(session_id)
+        session = self._slots.sessions.get(session_id)
         if session is not None:
             self._sessions.end(session, "its worker died", now)
         else:
             self._moves.former_gone(session_id)
-        return self._settled(now)
+        return self._scheduled(now)
 
     def backend_gone(self, token: Token, now: float) -> list[Command]:
         """Take in that a lease's backend was seen to be gone, whoever ended it: its slot is free."""
         self._moves.sync(now)
-        lease = self._books.leases.get(token)
+        lease = self._slots.leases.get(token)
         if lease is not None:
             session = lease.session
             if not session.ended:
@@ -221,7 +247,7 @@ class Ledger:
                 if lease.state in (SlotState.OPEN, SlotState.GRANTED):
                     self._out.append(Send(session.id, Gone([token])))
             self._leases.free(lease, "its backend is gone")
-        return self._settled(now)
+        return self._scheduled(now)
 
     def backend_lost(self, token: Token, now: float, *, closed: bool = False) -> list[Command]:
         """Take in that a lease's connection is over on this side: its backend may live on, and is to be fenced.
@@ -229,31 +255,31 @@ class Ledger:
         `closed`: the other side has closed it, which may be a proxy.
         """
         self._moves.sync(now)
-        lease = self._books.leases.get(token)
+        lease = self._slots.leases.get(token)
         if lease is not None:
             if not lease.session.ended and lease.state in (SlotState.OPEN, SlotState.GRANTED):
                 self._out.append(Send(lease.session.id, Gone([token])))  # for the worker it comes to the same
             self._leases.lost(lease, now, closed=closed)
-        return self._settled(now)
+        return self._scheduled(now)
 
     def believes(self, token: Token) -> bool:
         """Say whether the end of a lease's connection is its backend's end: nobody is in between."""
-        lease = self._books.leases.get(token)
+        lease = self._slots.leases.get(token)
         return lease is None or self._leases.routes.believes(lease)
 
     def reached(self, now: float, *, direct: bool, fault: str) -> list[Command]:
         """Take in how the control connection reaches the server, and what makes that way unsuitable, if anything."""
         self._leases.routes.reached(direct=direct, fault=fault)
-        for pool in self._books.pools.values():
+        for pool in self._slots.pools.values():
             self._refuse_unsuitable(pool, now)
             if self._leases.routes.is_direct(pool):
                 self._leases.hurry(pool)  # the dead of a former broker are found before this is known
-        return self._settled(now)
+        return self._scheduled(now)
 
     def limited(self, now: float, *, role: str, limit: int | None) -> list[Command]:
         """Take in as whom the control connection has logged in, and how many connections that role may have."""
-        self._health.limited(role, limit)
-        return self._settled(now)
+        self._failover.limited(role, limit)
+        return self._scheduled(now)
 
     def _refuse_unsuitable(self, pool: Pool, now: float) -> None:
         """Refuse all who wait, where the server turns out not to do what a pool needs."""
@@ -264,130 +290,130 @@ class Ledger:
     def _refuse(self, waiter: Waiter, now: float) -> None:
         pool = waiter.session.pool
         pool.denials += 1
-        self._demand.deny(waiter, DenyReason.UNSUITABLE, now, self._leases.routes.unsuitable(pool))
+        self._scheduler.deny(waiter, DenyReason.UNSUITABLE, now, self._leases.routes.unsuitable(pool))
 
     def expects(self, session_id: bytes, token: Token) -> bool:
         """Say whether a session may deposit a socket for this lease."""
-        session = self._books.sessions.get(session_id)
+        session = self._slots.sessions.get(session_id)
         return session is not None and token in session.leases
 
     def deposited(self, token: Token, now: float) -> list[Command]:
         """Take in that the broker has the socket of a lease's connection."""
-        self._leases.deposited(self._books.leases[token], now)
-        return self._settled(now)
+        self._leases.deposited(self._slots.leases[token], now)
+        return self._scheduled(now)
 
     def given(self, give: Give, now: float) -> list[Command]:
         """Take in a connection that is to be passed on."""
         self._moves.sync(now)
-        session = self._books.sessions.get(give.session)
+        session = self._slots.sessions.get(give.session)
         if session is not None and not (session.ended or session.restored):
-            self._sessions.hear(session, now)
+            self._sessions.heard_from(session, now)
             if self._handover.given(session, give, now):
                 return self._decided()
-        return self._settled(now)
+        return self._scheduled(now)
 
     def lane_opened(self, pool_name: str, serial: int, board: Board, now: float) -> list[Command]:
         """Take in that a pool's lane is there, by the order of this number."""
         self._moves.opened(pool_name, serial, board, now)
-        return self._settled(now)
+        return self._scheduled(now)
 
     def joined(self, session_id: bytes, now: float, *, takes_part: bool = True) -> list[Command]:
         """Take in that a session uses its pool's lane, or will not."""
-        if (session := self._books.sessions.get(session_id)) is not None:
+        if (session := self._slots.sessions.get(session_id)) is not None:
             self._moves.joined(session, takes_part=takes_part)
-        return self._settled(now)
+        return self._scheduled(now)
 
-    def shelved(self, pool_name: str, moved: Moved, now: float) -> list[Command]:
+    def found_on_shelf(self, pool_name: str, moved: Moved, now: float) -> list[Command]:
         """Take in what was found on a lane's shelf when connections move by the broker."""
         self._moves.sync(now)
-        pool = self._books.pools.get(pool_name)
-        if pool is not None and (lease := self._moves.shelved(pool, moved)) is not None:
-            self._handover.shelved(lease, moved.live, now)
-        return self._settled(now)
+        pool = self._slots.pools.get(pool_name)
+        if pool is not None and (lease := self._moves.found_on_shelf(pool, moved)) is not None:
+            self._handover.found_on_shelf(lease, moved.live, now)
+        return self._scheduled(now)
 
-    def looked(self, pool_name: str, now: float) -> list[Command]:
+    def shelf_empty(self, pool_name: str, now: float) -> list[Command]:
         """Take in that nothing was left on a lane's shelf."""
         self._moves.sync(now)
-        if (pool := self._books.pools.get(pool_name)) is not None:
-            self._moves.looked(pool, now)
-        return self._settled(now)
+        if (pool := self._slots.pools.get(pool_name)) is not None:
+            self._moves.shelf_empty(pool, now)
+        return self._scheduled(now)
 
-    def came(self, pool_name: str, moved: Moved, now: float) -> list[Command]:
+    def received(self, pool_name: str, moved: Moved, now: float) -> list[Command]:
         """Take in what the broker was given in a lane, for one who waits at the broker."""
-        if (pool := self._books.pools.get(pool_name)) is not None:
-            self._moves.came(pool)
-        return self.shelved(pool_name, moved, now)
+        if (pool := self._slots.pools.get(pool_name)) is not None:
+            self._moves.received(pool)
+        return self.found_on_shelf(pool_name, moved, now)
 
-    def not_passed(self, moved: Moved, now: float) -> list[Command]:
+    def not_delivered(self, moved: Moved, now: float) -> list[Command]:
         """Take in that a connection could not be sent to who was to have it."""
         self._moves.sync(now)
-        self._handover.not_passed(moved, now)
-        return self._settled(now)
+        self._handover.not_delivered(moved, now)
+        return self._scheduled(now)
 
-    def unplaced(self, pool_name: str, moved: Moved, now: float) -> list[Command]:
+    def lane_full(self, pool_name: str, moved: Moved, now: float) -> list[Command]:
         """Take in that there is no room in the lane for what was to be given there."""
         self._moves.sync(now)
-        pool = self._books.pools.get(pool_name)
-        if pool is not None and (lease := self._moves.shelved(pool, moved)) is not None:
+        pool = self._slots.pools.get(pool_name)
+        if pool is not None and (lease := self._moves.found_on_shelf(pool, moved)) is not None:
             self._handover.park(lease, moved.live, now)
-        return self._settled(now)
+        return self._scheduled(now)
 
-    def left(self, line: int) -> None:
+    def line_leaving(self, line: int) -> None:
         """Take in that this line is to end, and its program goes on."""
         self._programs.pop(line, None)
 
-    def stays(self, program: bytes, line: int) -> None:
+    def line_identified(self, program: bytes, line: int) -> None:
         """Take in that this line ends with a program, unless it is left before; its sessions' ids begin like that."""
         self._programs[line] = program
 
-    def line_ended(self, line: int, now: float) -> list[Command]:
+    def line_closed(self, line: int, now: float) -> list[Command]:
         """Take in that a line to the desk has ended: with its program perhaps, though its process may run another."""
         self._moves.sync(now)
         program = self._programs.pop(line, None)
         if program is not None:
-            for session in [x for x in self._books.sessions.values() if x.id.startswith(program) and not x.ended]:
+            for session in [x for x in self._slots.sessions.values() if x.id.startswith(program) and not x.ended]:
                 self._sessions.end(session, "its worker ended", now)
-        return self._settled(now)
+        return self._scheduled(now)
 
-    def interrupted(self, order: Interfere, sent: bool | None, now: float) -> list[Command]:
+    def query_cancelled(self, order: CancelBackend, sent: bool | None, now: float) -> list[Command]:
         """Take in that a cancel was sent, must not be, or (None) was not needed, or not possible just now."""
         self._moves.sync(now)
-        if (pool := self._handover.interrupted(order, sent, now)) is not None:
+        if (pool := self._handover.query_cancelled(order, sent, now)) is not None:
             text = (
                 "pool %r: no hand-over: the broker's role is no member of the workers' and may not cancel their queries"
             )
             self._log(logging.WARNING, text, pool.name, pool=pool.name)
-        return self._settled(now)
+        return self._scheduled(now)
 
-    def surveyed(self, survey: Survey, now: float) -> list[Command]:
+    def surveyed(self, survey: SurveyResult, now: float) -> list[Command]:
         """Take in what the server lists."""
-        strangers = self._books.strangers(survey.tagged)
+        strangers = self._slots.strangers(survey.tagged)
         if survey.serial == GRACE_OVER:
             if self._recovery.complete(survey, now):
                 self._recovery.adopt(survey, strangers)
             else:
                 self._timers.arm(now + SETTLE_S, "grace", self)
-            return self._settled(now)
+            return self._scheduled(now)
         for token in self._leases.quarantine.surveyed(survey, strangers, now):
-            self._leases.free(self._books.leases[token], "no backend of its connect is left")
+            self._leases.free(self._slots.leases[token], "no backend of its connect is left")
         if self._leases.quarantine.due(now):
-            self._looking_again = True  # a little later
+            self._survey_pending = True  # a little later
             self._timers.arm(now + SETTLE_S, "look", self)
-        return self._settled(now)
+        return self._scheduled(now)
 
-    def answered_doubt(self, pool: str, generation: int, same: bool, now: float) -> list[Command]:
+    def server_verified(self, pool: str, generation: int, same: bool, now: float) -> list[Command]:
         """Take in whether the server behind a pool is still the one it was."""
-        self._health.answered_doubt(pool, generation, same)
-        return self._settled(now)
+        self._failover.server_verified(pool, generation, same)
+        return self._scheduled(now)
 
     def restore(self, entries: Iterable[Entry], now: float, members: Iterable[Member] = ()) -> list[Command]:
         """Take over the leases of a former broker, and the members of its lanes, before anything else."""
         self._recovery.restore(entries, now, now + self._ttl_s)
         self._moves.restore(members)
-        for lease in self._books.leases.values():
+        for lease in self._slots.leases.values():
             self._leases.mistrust(lease)
         self._timers.arm(now + self._ttl_s, "spared", self)
-        return self._settled(now)
+        return self._scheduled(now)
 
     @property
     def grace_s(self) -> float:
@@ -397,162 +423,164 @@ class Ledger:
         """
         return max(self._ttl_s, self._ttl_s * 2.5 / 3 + 1.25)
 
-    def hold(self, grace_s: float, now: float, why: str = "no journal of a former broker") -> list[Command]:
+    def begin_grace_period(
+        self, grace_s: float, now: float, why: str = "no journal of a former broker"
+    ) -> list[Command]:
         """Grant nothing for `grace_s`: former brokers may have granted what nobody here knows."""
-        self._demand.paused = True
-        self._demand.why = f"{why}, so it waits until all workers have said what they hold"
-        self._recovery.hold(now, now + grace_s)
+        self._scheduler.holding_back = True
+        self._scheduler.held_back_because = f"{why}, so it waits until all workers have said what they hold"
+        self._recovery.begin_grace_period(now, now + grace_s)
         self._timers.arm(now + grace_s, "grace", self)
         self._log(logging.WARNING, "%s: granting nothing for %.1f s", why, grace_s)
-        return self._settled(now)
+        return self._scheduled(now)
 
     def outranked(self, now: float, why: str) -> list[Command]:
         """Grant nothing until `leads`: another broker counts to the same limit, or there is no telling yet (`why`)."""
         self._recovery.give_way()
-        self._demand.why = why
-        return self._settled(now)
+        self._scheduler.held_back_because = why
+        return self._scheduled(now)
 
     def leads(self, now: float, *, after_another: bool) -> list[Command]:
         """Begin to grant; `after_another`: when its workers have had the time to say what they hold."""
         self._recovery.lead()
         if after_another:
             self._leases.believe()
-            return self.hold(self.grace_s, now, "the journal is another broker's")
-        return self._settled(now)
+            return self.begin_grace_period(self.grace_s, now, "the journal is another broker's")
+        return self._scheduled(now)
 
     def order(self, order: Order, now: float) -> tuple[Done, list[Command]]:
         """Carry an operator's order out; return what he is to be told, and what is to be done."""
         self._moves.sync(now)
-        done = self._orders.carry_out(order, now)
+        done = self._admin.carry_out(order, now)
         for line in done.said:
             self._log(logging.INFO, "by order: %s", line)
-        return done, self._settled(now)
+        return done, self._scheduled(now)
 
     def configure(
         self, max_conn: int | None, groups: dict[str, GroupTerms], limits: dict[str, int], now: float
     ) -> list[Command]:
         """Take in other terms, that were checked; see `Ledger`."""
-        self._orders.configure(max_conn, groups, limits)
-        return self._settled(now)
+        self._admin.configure(max_conn, groups, limits)
+        return self._scheduled(now)
 
-    def inquire(self) -> list[Command]:
+    def request_reports(self) -> list[Command]:
         """Have the workers that hold something say what it is doing now; `awaited` are those that have not yet."""
-        asked = [session for session in self._books.sessions.values() if session.leases and not session.silent]
+        asked = [session for session in self._slots.sessions.values() if session.leases and not session.silent]
         if len(asked) <= _MOST_ASKED:  # else what their heartbeats have told must do
             self.awaited |= {session.id for session in asked}
-            self._out += [Send(session.id, Tell()) for session in asked]
+            self._out += [Send(session.id, ReportNow()) for session in asked]
         return self._decided()
 
     def drain(self, now: float) -> list[Command]:
         """Grant nothing any more, and have everything brought back. Who waits goes on waiting: a successor may come."""
         self._moves.sync(now)
-        self._demand.draining = True
-        for waiter in [waiter for pool in self._books.pools.values() for waiter in pool.nowaits.values()]:
+        self._scheduler.draining = True
+        for waiter in [waiter for pool in self._slots.pools.values() for waiter in pool.nowaits.values()]:
             waiter.session.pool.denials += 1
-            self._demand.deny(waiter, DenyReason.DRAINING, now)
-        return self._settled(now)
+            self._scheduler.deny(waiter, DenyReason.DRAINING, now)
+        return self._scheduled(now)
 
-    def paused(self, now: float) -> None:
+    def process_was_suspended(self, now: float) -> None:
         """Take in that this process itself did not run for a while: nobody's silence in that time counts."""
-        for session in self._books.sessions.values():
+        for session in self._slots.sessions.values():
             if not session.suspect:
-                session.heard = now
+                session.heard_at = now
 
     @property
     def sessions(self) -> int:
         """How many sessions are registered."""
-        return sum(not (s.suspect or s.ended or s.shelf) for s in self._books.sessions.values())
+        return sum(not (s.suspect or s.ended or s.shelf) for s in self._slots.sessions.values())
 
     @property
     def state(self) -> str:
         """What the broker is doing, in a word: serving, waiting (for the grace period's end) or draining."""
-        return "draining" if self._demand.draining else "waiting" if self._demand.paused else "serving"
+        return "draining" if self._scheduler.draining else "waiting" if self._scheduler.holding_back else "serving"
 
     @property
     def max_conn(self) -> int | None:
         """The limit over all pools, if there is one."""
-        return self._books.max_conn
+        return self._slots.max_conn
 
     @property
     def leases(self) -> int:
         """How many slots are not free."""
-        return len(self._books.leases)
+        return len(self._slots.leases)
 
     def check_invariants(self) -> None:
         """Raise `AssertionError` when something that must hold does not."""
-        self._books.check_invariants()
-        self._demand.check_invariants()
+        self._slots.check_invariants()
+        self._scheduler.check_invariants()
         self._handover.check_invariants()
-        claimed = sum(token.epoch != self.epoch or not lease.session.pid for token, lease in self._books.leases.items())
-        for pool in self._books.pools.values():
-            assert len(pool.leases) <= pool.max_conn + claimed or pool.name in self._books.shrinking
-        if self._books.max_conn is not None and not self._books.shrinking:
-            assert len(self._books.leases) <= self._books.max_conn + claimed
-            self._books.groups.check_invariants(self._books.room + claimed)
+        claimed = sum(token.epoch != self.epoch or not lease.session.pid for token, lease in self._slots.leases.items())
+        for pool in self._slots.pools.values():
+            assert len(pool.leases) <= pool.max_conn + claimed or pool.name in self._slots.shrinking
+        if self._slots.max_conn is not None and not self._slots.shrinking:
+            assert len(self._slots.leases) <= self._slots.max_conn + claimed
+            self._slots.groups.check_invariants(self._slots.room + claimed)
 
     # --- messages
 
     def _request(self, session: Session, acquire: Acquire, now: float) -> None:
         known = acquire.request in session.granted
-        if not known and self._demand.grants_at_once(session) and not self._leases.routes.unsuitable(session.pool):
-            self._demand.grant(session, acquire.request, now, now)
+        if not known and self._scheduler.grants_at_once(session) and not self._leases.routes.unsuitable(session.pool):
+            self._scheduler.grant(session, acquire.request, now, now)
         else:
             self._acquire(session, acquire, now)
 
     def _acquire(self, session: Session, acquire: Acquire, now: float) -> None:
         if (waiter := session.waiters.get(acquire.request)) is not None:
-            waiter.place = acquire.place
+            waiter.lane_place = acquire.lane_place
             return
         if acquire.request in session.granted:
-            self._demand.send_grant(session.granted[acquire.request])  # the first one was lost
+            self._scheduler.send_grant(session.granted[acquire.request])  # the first one was lost
             return
         self._waiter_serial += 1
         nowait = acquire.wait_ms <= 0
-        waiter = Waiter(session, acquire.request, self._waiter_serial, now, nowait, place=acquire.place)
+        waiter = Waiter(session, acquire.request, self._waiter_serial, now, nowait, lane_place=acquire.lane_place)
         pool = session.pool
         crowded = 0 < pool.spec.max_waiting <= len(pool.waiters) or len(session.waiters) >= _MOST_REQUESTS
-        self._demand.add(waiter)
-        refusal = DenyReason.CROWDED if crowded else self._demand.standstill(pool) if nowait else None
+        self._scheduler.add(waiter)
+        refusal = DenyReason.CROWDED if crowded else self._scheduler.reason_for_no_grants(pool) if nowait else None
         if refusal is not None:
             pool.denials += 1
-            self._demand.deny(waiter, refusal, now)
+            self._scheduler.deny(waiter, refusal, now)
         elif self._leases.routes.unsuitable(pool):
             self._refuse(waiter, now)
         elif not nowait:
             self._timers.arm(now + acquire.wait_ms / 1000, "waiter", waiter)
 
-    def _cancel(self, session: Session, cancel: Cancel, now: float) -> None:
+    def _cancel(self, session: Session, cancel: Withdraw, now: float) -> None:
         waiter = session.waiters.get(cancel.request)
         if waiter is not None:
-            self._books.dequeue(waiter)
+            self._slots.dequeue(waiter)
 
     def _confirm(self, session: Session, confirm: Confirm, now: float) -> None:
         lease = session.leases.get(confirm.token)
         if lease is not None and lease.state is not SlotState.FENCING:
             self._leases.identify(lease, confirm.backend, now)
             if lease.state is not SlotState.OPEN:
-                self._books.move(lease, SlotState.OPEN, "confirmed")
-            self._health.opened(lease, confirm, now)
+                self._slots.move(lease, SlotState.OPEN, "confirmed")
+            self._failover.opened(lease, confirm, now)
             self._leases.note(lease, Phase.IN_USE, now, "")
         elif lease is not None and lease.backend is None:  # its end was seen first
             self._leases.found(lease, confirm.backend, now)
 
     def _renew(self, session: Session, renew: Renew, now: float) -> None:
-        self._books.note_times(session, renew.times)
+        self._slots.note_timings(session, renew.times)
         self.awaited.discard(session.id)
-        session.told = max(session.told, renew.answers)
-        self._demand.answered(session, renew.answers)
+        session.recall_confirmed = max(session.recall_confirmed, renew.answers)
+        self._scheduler.recall_answered(session, renew.answers)
         pending = set(renew.pending)
         if session.waiters:
             for waiter in [w for w in session.waiters.values() if w.request not in pending]:
-                self._books.dequeue(waiter)  # its CANCEL was lost
+                self._slots.dequeue(waiter)  # its WITHDRAW was lost
         for token in renew.gone:  # their RELEASE may have been lost
             if (lease := session.leases.get(token)) is not None:
                 self._leases.free(lease, "given back")
         for release in renew.unproven:  # the same
             self._release(session, release, now)
         revoked = self._leases.reconcile(
-            session, renew.leases, now, seen=renew.seen, told=renew.answers, unsure=renew.unsure
+            session, renew.leases, now, newest_grant=renew.newest_grant, known_recall=renew.answers, unsure=renew.unsure
         )
         self._moves.answered(session, renew.answers, now, unsure=renew.unsure)
         if (twin := self._leases.routes.answered(session, renew.answers)) is not None:
@@ -560,16 +588,18 @@ class Ledger:
         if not renew.answers or revoked:
             pool = session.pool
             known = [*renew.gone, *(release.token for release in renew.unproven)]
-            self._out.append(Send(session.id, Ack(revoked, known, pool.generation, pool.most)))
+            self._out.append(Send(session.id, Ack(revoked, known, pool.generation, pool.limit)))
         if renew.answers:
             return
-        seen = renew.seen if renew.seen.epoch == self.epoch else NO_TOKEN
+        seen = renew.newest_grant if renew.newest_grant.epoch == self.epoch else NO_TOKEN
         for lease in session.granted.values():
             if lease.token > seen and lease.token.epoch == self.epoch:
-                self._demand.send_grant(lease)  # the first one was lost, or is on its way
+                self._scheduler.send_grant(lease)  # the first one was lost, or is on its way
         if not pending:
             return
-        passed = {x.request for x in session.leases.values() if x.unspoken and x.state is SlotState.OPEN}  # on its way
+        passed = {
+            x.request for x in session.leases.values() if x.unconfirmed and x.state is SlotState.OPEN
+        }  # on its way
         if not pending <= session.waiters.keys() | session.granted.keys() | passed:
             # It waits for what nobody will answer: an ACQUIRE or DENY was lost, or it was silent for too long.
             self._out.append(Send(session.id, Reject("this broker does not know all requests: ask again")))
@@ -580,23 +610,25 @@ class Ledger:
     def _find_unsuitable(self, lease: Lease, now: float) -> None:
         """Use a pool no longer: a lease's backend is another one's at the same time. What is held is replaced."""
         pool, pid = lease.pool, lease.backend.pid if lease.backend else 0
-        pool.unsuitable = unkept(f"two connections that are open at the same time have the same backend, {pid}")
+        pool.unsuitable = sessions_not_kept_text(
+            f"two connections that are open at the same time have the same backend, {pid}"
+        )
         self._log(logging.ERROR, "pool %r: %s", pool.name, pool.unsuitable, pool=pool.name, reason="sessions not kept")
-        self._health.bump(pool, "its server is unsuitable")
+        self._failover.begin_generation(pool, "its server is unsuitable")
         self._refuse_unsuitable(pool, now)
 
     def _release(self, session: Session, release: Release, now: float) -> None:
-        lease = session.leases.get(release.token) or self._moves.adrift(session, release)
+        lease = session.leases.get(release.token) or self._moves.closed_in_transit(session, release)
         if release.token in session.vanished:
             session.vanished.discard(release.token)  # the broker was the first to see its end
         elif lease is None or (lease.state is SlotState.FENCING and not self._proves_end(release, lease)):
             return
-        if release.reason is ReleaseReason.OWED:
+        if release.reason is ReleaseReason.RETURN_DUE:
             session.pool.recalls += 1
-        if release.reason is ReleaseReason.OWED and session.owed:
-            self._books.mark_owed(session, session.owed - 1)
+        if release.reason is ReleaseReason.RETURN_DUE and session.returns_due:
+            self._slots.mark_returns_due(session, session.returns_due - 1)
         if release.error:
-            self._health.failed(session, release, now)
+            self._failover.failed(session, release, now)
         if lease is None:
             return
         if self._proves_end(release, lease):
@@ -611,40 +643,40 @@ class Ledger:
 
     # --- timers
 
-    def _over(self, kind: str, subject: Any) -> bool:
+    def _alarm_is_over(self, kind: str, subject: Any) -> bool:
         """Say whether an alarm has nothing to wake any more."""
         if isinstance(subject, Waiter):
             return subject.session.waiters.get(subject.request) is not subject
         if isinstance(subject, Lease):
             return subject.state is SlotState.FREE
         if isinstance(subject, Pool):
-            return self._books.pools.get(subject.name) is not subject
+            return self._slots.pools.get(subject.name) is not subject
         if subject is self:
             return False
         if kind == "silence":
-            return not self._sessions.listens(subject)
-        return self._books.sessions.get(subject.id) is not subject
+            return not self._sessions.is_current_alarm(subject)
+        return self._slots.sessions.get(subject.id) is not subject
 
     def _waiter_due(self, waiter: Waiter, now: float) -> None:
         if waiter.session.waiters.get(waiter.request) is waiter:
             waiter.session.pool.timeouts += 1
-            self._demand.time_out(waiter, now)
+            self._scheduler.time_out(waiter, now)
 
     def _answer_due(self, session: Session, now: float) -> None:
-        if self._books.sessions.get(session.id) is session:
-            self._demand.answer_due(session, now)
+        if self._slots.sessions.get(session.id) is session:
+            self._scheduler.answer_due(session, now)
 
-    def _look_due(self, _: object, now: float) -> None:
-        self._looking_again = False
+    def _survey_due(self, _: object, now: float) -> None:
+        self._survey_pending = False
 
     def _grace_due(self, _: object, now: float) -> None:
-        if now < self._recovery.held_until:
+        if now < self._recovery.grace_until:
             return  # it has begun anew
-        if not self._leases.routes.control_is_direct and now < (least := self._recovery.held_since + QUEUE_LIMIT_S):
+        if not self._leases.routes.control_is_direct and now < (least := self._recovery.grace_since + QUEUE_LIMIT_S):
             self._timers.arm(least, "grace", self)  # a connect may be in a proxy's queue until then
             return
-        if self._verifies:
-            self._recovery.look(now)
+        if self._has_control_connection:
+            self._recovery.order_survey(now)
         else:
             self._recovery.serve()
 
@@ -653,16 +685,18 @@ class Ledger:
     def _log(self, level: int, text: str, *args: object, **fields: object) -> None:
         self._out.append(Log(level, text % args, {"epoch": self.epoch, **fields}))
 
-    def _settled(self, now: float) -> list[Command]:
+    def _scheduled(self, now: float) -> list[Command]:
         if self._leases.routes.unproven:
             self._leases.prove(now)
-        self._demand.settle(now)
-        if self._moves.consider(now):
-            self._demand.settle(now)  # who waits here, waited there as well until now: the holders are to be pressed
-        if self._books.contended or self._books.shrinking:
-            self._handover.watch(now)
-        if not self._looking_again and (order := self._leases.quarantine.order(now)) is not None:
-            self._out.append(Look(*order))
+        self._scheduler.schedule(now)
+        if self._moves.update_modes(now):
+            self._scheduler.schedule(
+                now
+            )  # who waits here, waited there as well until now: the holders are to be pressed
+        if self._slots.contended or self._slots.shrinking:
+            self._handover.watch_keepers(now)
+        if not self._survey_pending and (order := self._leases.quarantine.order(now)) is not None:
+            self._out.append(SurveyServer(*order))
         return self._decided()
 
     def _decided(self) -> list[Command]:
@@ -673,17 +707,17 @@ class Ledger:
     def report(self, now: float) -> tuple[list[PoolReport], list[SessionReport]]:
         """Return the state of every pool and session."""
         self._moves.sync(now)
-        return report(self._books, now)
+        return report(self._slots, now)
 
-    def oldest(self, most: int, now: float) -> list[LeaseLine]:
+    def oldest_leases(self, most: int, now: float) -> list[LeaseLine]:
         """Return the leases that have been doing what they do for longest."""
-        return lease_lines(self._books, most, now)
+        return lease_lines(self._slots, most, now)
 
     def sample(self) -> None:
         """Note how many slots are in use: see `PoolReport.history`."""
-        for pool in self._books.pools.values():
+        for pool in self._slots.pools.values():
             pool.history.append(sum(lease.idle_since is None for lease in pool.leases.values()))
 
-    def observe(self, report: Report, now: float) -> Observation:
+    def snapshot(self, report: Report, now: float) -> Snapshot:
         """Return `report` with all that the metrics and the status page want besides."""
-        return observe(self._books, report, now)
+        return take_snapshot(self._slots, report, now)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sharedpool.broker.core.commands import Survey
+from sharedpool.broker.core.commands import SurveyResult
 from sharedpool.wire.messages import Backend, Token
 
 # Between the fork of a backend and the first lock that shows it: what was forked by the first look, a second one that
@@ -71,7 +71,7 @@ class Quarantine:
                 case.since = self._serial
         return self._serial, bool(waiting)
 
-    def surveyed(self, survey: Survey, strangers: Iterable[Backend], now: float) -> list[Token]:
+    def surveyed(self, survey: SurveyResult, strangers: Iterable[Backend], now: float) -> list[Token]:
         """Take in what the server lists, `strangers` being those that the books do not know; return free slots."""
         self._outstanding = False
         strange = {backend.pid for backend in strangers} | survey.starting

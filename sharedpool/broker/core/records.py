@@ -15,10 +15,10 @@ from sharedpool.broker.core.backoff import Backoff
 from sharedpool.broker.core.commands import Process
 from sharedpool.broker.core.connect_refusals import Refusal, Refusals
 from sharedpool.broker.core.group_terms import GroupTerms
-from sharedpool.broker.core.histograms import Totals
+from sharedpool.broker.core.histograms import Histograms
 from sharedpool.wire.board import Board
 from sharedpool.wire.desk import Live
-from sharedpool.wire.messages import Backend, PoolSpec, Times, Token
+from sharedpool.wire.messages import Backend, PoolSpec, Timings, Token
 
 # What counts for as long as the broker lives.
 _COUNTERS = ("handovers", "grants", "waits", "denials", "timeouts", "recalls", "fences", "overdue", "totals")
@@ -48,15 +48,14 @@ class Lease:
     """A slot held by a session; `idle_since` is set while it lies in the worker's cache, `used_since` while it is out.
 
     `reported_at` is when a checkout that is too long was last reported: one that began later has not been;
-    `inquired_at` when its worker was last asked whether it lasts, by recall number `inquiry`. `custody`:
-    the broker has a duplicate of the connection's socket, on which it sees the backend's end.
-    `live` is set while it is parked. `interrupts`: cancels under way.
-    `since` is when what it does now began, if that is known; `stack` where it was checked out, if its worker tells.
-    `granted_at` is when it was granted, or later; its request had waited for `waited_s`.
+    `inquired_at` when its worker was last asked whether it lasts, by recall number `inquiry`. `custody`: the broker has
+    a duplicate of the connection's socket, on which it sees the backend's end. `live` is set while it is parked.
+    `cancels`: cancels under way. `since` is when what it does now began, if that is known; `stack` where it was checked
+    out, if its worker tells. `granted_at` is when it was granted, or later; its request had waited for `waited_s`.
     `closed`: the connection is over on its worker's side, or on a proxy's. `cell` is where it is on the pool's board,
-    -1 while it may not move; `moves` how often it has, -1 for one that never could. `unspoken`: it was passed on or
-    seen to move, at `noticed`, and its new holder has not spoken of it yet; `doubt` is the recall by which that one is
-    asked.
+    -1 while it may not move; `moves` how often it has, -1 for one that never could. `unconfirmed`: it was passed on or
+    seen to move, at `unconfirmed_since`, and its new holder has not spoken of it yet; `confirm_recall` is the recall by
+    which that one is asked.
     """
 
     token: Token
@@ -80,12 +79,12 @@ class Lease:
     expiry_armed: bool = False
     checkout_armed: bool = False
     live: Live | None = None
-    interrupts: int = 0
+    cancels: int = 0
     cell: int = -1
     moves: int = -1
-    unspoken: bool = False
-    noticed: float = -math.inf
-    doubt: int = 0
+    unconfirmed: bool = False
+    unconfirmed_since: float = -math.inf
+    confirm_recall: int = 0
 
     @property
     def findable(self) -> bool:
@@ -97,7 +96,7 @@ class Lease:
 class Waiter:
     """A request in the queue. `round` is the poll that may decide that a `nowait` one cannot be served.
 
-    `place` is where it waits in the pool's lane, -1 if a connection cannot be sent to it.
+    `lane_place` is where it waits in the pool's lane, -1 if a connection cannot be sent to it.
     """
 
     session: Session
@@ -106,22 +105,22 @@ class Waiter:
     since: float
     nowait: bool
     round: int | None = None
-    place: int = -1
+    lane_place: int = -1
 
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """One worker process's registration; `owed` and `taking` mirror what the worker was last asked for.
+    """One worker process's registration; `returns_due` and `taking` mirror what the worker was last asked for.
 
     `asked` and `answered` are serials of recalls, `awaited` is the one whose answer a timer watches for (0: none).
     `vanished` are leases whose backends ended before the worker gave them back. `passes` counts what was granted or
     handed over to it; `nudged` is that count when it was last asked for what it keeps, `nudge_at` when it may be asked
     again. `restored`: known from a former broker, and has not said HELLO since; it is not fenced before `spared_until`.
-    `debts` are leases that an operator wants back: it owes as many checkins at least. `inquired`: the newest waiter, of
-    a less important group, for whom it was asked what lies idle. `refusal`: what stands against its connects.
-    `astray`: it finds no server where others do. `number` and `index` are its own in its pool's lane, 0 and -1 before
-    it was let in; `joined`: it uses it, or else may by `joins_by`. `shelf`: it is no worker's, but the pool's own
-    (`Pool.shelf`). `hands_over`: it was told that it may pass connections on.
+    `draining` are leases that an operator wants back: it owes as many checkins at least. `inquired`: the newest waiter,
+    of a less important group, for whom it was asked what lies idle. `refusal`: what stands against its connects.
+    `is_elsewhere`: it finds no server where others do. `number` and `index` are its own in its pool's lane, 0 and -1
+    before it was let in; `joined`: it uses it, or else may by `joins_by`. `shelf`: it is no worker's, but the pool's
+    own (`Pool.shelf`). `hands_over`: it was told that it may pass connections on.
     """
 
     id: bytes
@@ -130,31 +129,31 @@ class Session:
     title: str
     pool: Pool
     expiration_s: float
-    heard: float
+    heard_at: float
     process: Process | None = None
     leases: dict[Token, Lease] = field(default_factory=dict)
     granted: dict[int, Lease] = field(default_factory=dict)  # by request, until confirmed
     waiters: dict[int, Waiter] = field(default_factory=dict)
     vanished: set[Token] = field(default_factory=set)
-    debts: set[Token] = field(default_factory=set)
-    told: int = 0  # the newest recall that it has answered itself; `answered` may be a guess
+    draining: set[Token] = field(default_factory=set)
+    recall_confirmed: int = 0  # the newest recall that it has answered itself; `answered` may be a guess
     restored: bool = False
     spared_until: float = -math.inf
-    owed: int = 0
+    returns_due: int = 0
     taking: int = 0
     asked: int = 0
     answered: int = 0
     awaited: int = 0
     inquired: int = 0
     refusal: Refusal | None = None
-    astray: bool = False
+    is_elsewhere: bool = False
     expiring: bool = False
     passes: int = 0
     nudged: int = -1
     nudge_s: float = 0.0
     nudge_at: float = -math.inf
-    times: Times | None = None  # the newest that it has told
-    mute: bool = False
+    timings: Timings | None = None  # the newest that it has told
+    unresponsive: bool = False
     suspect: bool = False
     ended: bool = False
     number: int = 0
@@ -167,7 +166,7 @@ class Session:
     @property
     def silent(self) -> bool:
         """Whether nothing can be asked of it."""
-        return self.mute or self.suspect or self.ended or self.shelf
+        return self.unresponsive or self.suspect or self.ended or self.shelf
 
     @property
     def label(self) -> str:
@@ -179,10 +178,10 @@ class Session:
 class Lane:
     """A pool's lane as the books have it. `members` are the sessions that were let in, by number; `outside` the others.
 
-    `free` are cells of the board, the longest unused first, `used` how many leases have one. `seen` is what the cells
-    were when they were last looked at. `asked` is what the board then said of who asks; `armed`: a timer looks again.
-    `emptied`: then nothing was left on the shelf. `queued`: so often the broker has joined the queue, for those who
-    wait at the broker, and has not been given anything yet.
+    `free` are cells of the board, the longest unused first, `used` how many leases have one. `last_snapshot` is what
+    the cells were when they were last looked at. `requests` is what the board then said of who asks; `armed`: a timer
+    looks again. `emptied_at`: then nothing was left on the shelf. `queued`: so often the broker has joined the queue,
+    for those who wait at the broker, and has not been given anything yet.
     """
 
     board: Board
@@ -194,11 +193,11 @@ class Lane:
     newest: int = 0
     used: int = 0
     moving: bool = False
-    seen: bytes = b""
-    asked: int = 0
+    last_snapshot: bytes = b""
+    requests: int = 0
     armed: bool = False
     queued: int = 0
-    emptied: float = -math.inf
+    emptied_at: float = -math.inf
 
 
 @dataclass(slots=True, eq=False)
@@ -240,11 +239,12 @@ class Group:
 
 @dataclass(slots=True, eq=False)
 class Pool:
-    """One limit. `idle`, `incoming`, `pressed` and `unpressed` are indexes over its leases and sessions.
+    """One limit. `idle`, `incoming`, `asked_to_return` and `not_asked_to_return` are indexes over its leases and
+    sessions.
 
     `known_as` is its name at this broker: with the database's, where another database has a pool of that name.
-    `held`: an operator has paused it, nothing is granted and everything comes back. `direct`: whether nobody was found
-    between its workers and the server, in no connection so far; None before the first. `unsuitable`: what its
+    `paused`: an operator has paused it, nothing is granted and everything comes back. `direct`: whether nobody was
+    found between its workers and the server, in no connection so far; None before the first. `unsuitable`: what its
     connections have shown that makes it useless. `movable`: some connection could be passed on. `hands_over`: some
     session may pass connections on. `opens_by`: so long who waits is not beyond reach, as the lane is being made.
     """
@@ -256,7 +256,7 @@ class Pool:
     group: Group | None = None
     generation: int = 1
     doubted: int = 0  # the generation about which the server is being asked
-    held: bool = False
+    paused: bool = False
     unnamed: bool = False  # known by its backends alone: no session has named it yet
     direct: bool | None = None
     unsuitable: str = ""
@@ -271,8 +271,8 @@ class Pool:
     incoming: dict[Token, Lease] = field(default_factory=dict)
     suspects: OrderedDict[Token, Lease] = field(default_factory=OrderedDict)
     # Holders told to give back checkins, and holders that were not.
-    pressed: dict[bytes, Session] = field(default_factory=dict)
-    unpressed: dict[bytes, Session] = field(default_factory=dict)
+    asked_to_return: dict[bytes, Session] = field(default_factory=dict)
+    not_asked_to_return: dict[bytes, Session] = field(default_factory=dict)
     # Given and not passed on yet, the most recent at the end.
     parked: OrderedDict[Token, Lease] = field(default_factory=OrderedDict)
     shared_until: float = -math.inf
@@ -282,7 +282,7 @@ class Pool:
     # Sessions that may have what a former broker's lane has moved, and the recall that each is to answer; 0: none yet.
     former: dict[bytes, int] = field(default_factory=dict)
     # Whether the broker may cancel what this pool's backends execute; None until it was tried. Not to be tried before.
-    cancels: bool | None = None
+    cancel_works: bool | None = None
     try_at: float = -math.inf
     handovers: int = 0
     taking: int = 0
@@ -297,20 +297,20 @@ class Pool:
     history: deque[int] = field(default_factory=lambda: deque(maxlen=_SAMPLES_KEPT))  # slots in use, now and then
     opened_at: float = -math.inf  # when a connect last succeeded, and in which session
     opener: bytes = b""
-    blamed: bytes = b""  # the session that found no server last
-    totals: Totals = field(default_factory=Totals)
+    last_unreachable: bytes = b""  # the session that found no server last
+    totals: Histograms = field(default_factory=Histograms)
     refusals: Refusals = field(default_factory=Refusals)
     lane: Lane | None = None
     hands_over: bool = False
     opens_by: float = -math.inf
     shelf: Session | None = None  # for which is counted what moves and is in nobody's hands
 
-    def succeed(self, past: Pool) -> None:
+    def inherit_counters(self, past: Pool) -> None:
         """Go on counting where a pool of the same name, which nobody used for a while, has ended."""
         for counter in _COUNTERS:
             setattr(self, counter, getattr(past, counter))
 
-    def met(self, backend: Backend) -> None:
+    def note_backend(self, backend: Backend) -> None:
         """Note how one more connection reaches the server."""
         self.direct = backend.direct and self.direct is not False
         self.movable = self.movable or not backend.fixed
@@ -346,7 +346,7 @@ class Pool:
         return self.lane is not None and self.lane.moving
 
     @property
-    def most(self) -> int:
+    def limit(self) -> int:
         """How many slots it may have, by its own limit and its group's."""
         most = None if self.group is None else self.group.terms.max_conn
         return self.max_conn if most is None else min(self.max_conn, most)
@@ -354,7 +354,7 @@ class Pool:
     @property
     def target(self) -> int:
         """How many slots may be in use."""
-        return 0 if self.held else self.max_conn
+        return 0 if self.paused else self.max_conn
 
     @property
     def has_connections(self) -> bool:

@@ -12,11 +12,19 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 
-from sharedpool.broker.core.commands import Command, Entry, Erase, Look, Survey, Vouch, Watch
+from sharedpool.broker.core.commands import (
+    Command,
+    Entry,
+    Erase,
+    MarkJournalComplete,
+    SurveyResult,
+    SurveyServer,
+    Watch,
+)
 from sharedpool.broker.core.leases import Logger
 from sharedpool.broker.core.records import Lease, Pool, Session, SlotState
-from sharedpool.broker.core.scheduler import Demand
-from sharedpool.broker.core.slots import Books
+from sharedpool.broker.core.scheduler import Scheduler
+from sharedpool.broker.core.slots import Slots
 from sharedpool.wire.application_name import pool_of_tag
 from sharedpool.wire.messages import START_UP_LIMIT_S, Backend, PoolSpec, Token
 
@@ -32,45 +40,45 @@ class Recovery:
 
     def __init__(
         self,
-        books: Books,
-        demand: Demand,
+        slots: Slots,
+        scheduler: Scheduler,
         emit: Callable[[Command], None],
         log: Logger,
         make_pool: Callable[[PoolSpec], Pool],
         find_pool: Callable[[str, str], Pool | None],
     ) -> None:
-        self._books = books
-        self._demand = demand
+        self._slots = slots
+        self._scheduler = scheduler
         self._emit = emit
         self._log = log
         self._make_pool = make_pool
         self._find_pool = find_pool
-        self._first_look_at: float | None = None
+        self._first_survey_at: float | None = None
         self._starting: frozenset[int] | None = None
-        self._last_look = False
-        self.outranked = self.holding = False
-        self.held_since = self.held_until = -math.inf
+        self._last_survey = False
+        self.outranked = self.in_grace_period = False
+        self.grace_since = self.grace_until = -math.inf
 
-    def hold(self, since: float, until: float) -> None:
+    def begin_grace_period(self, since: float, until: float) -> None:
         """Note that the grace period begins, or begins again: what was seen before does not count."""
-        self.holding, self.held_since, self.held_until = True, since, until
-        self._first_look_at = self._starting = None
-        self._last_look = False
+        self.in_grace_period, self.grace_since, self.grace_until = True, since, until
+        self._first_survey_at = self._starting = None
+        self._last_survey = False
 
     def give_way(self) -> None:
         """Grant nothing while another broker counts to the same limit, or may."""
-        self.outranked = self._demand.paused = True
+        self.outranked = self._scheduler.holding_back = True
 
     def lead(self) -> None:
         """Begin to grant, unless the grace period still runs."""
         self.outranked = False
-        if not self.holding:
-            self._emit(Vouch())
-            self._demand.paused = False
+        if not self.in_grace_period:
+            self._emit(MarkJournalComplete())
+            self._scheduler.holding_back = False
 
     def restore(self, entries: Iterable[Entry], now: float, spared_until: float) -> None:
         """Put a former broker's leases into the books: counted, and fenced only when somebody waits."""
-        books = self._books
+        slots = self._slots
         restored: dict[bytes, Session] = {}
         entries = list(entries)
         # Handed over, but the journal ends before the giver's lease does: it must not be fenced in its heir's hands.
@@ -89,40 +97,40 @@ class Recovery:
                     entry.session, entry.pid, entry.host, entry.title, pool, entry.expiration_s, now,
                     entry.process, restored=True, suspect=True, spared_until=spared_until,
                 )  # fmt: skip
-                restored[session.id] = books.sessions[session.id] = pool.sessions[session.id] = session
+                restored[session.id] = slots.sessions[session.id] = pool.sessions[session.id] = session
             lease = Lease(
                 entry.token, session, session.pool, backend=entry.backend, granted_at=now, moves=entry.moves
             )  # fmt: skip
-            books.move(lease, SlotState.SUSPECT, "held when the former broker ended")
+            slots.move(lease, SlotState.SUSPECT, "held when the former broker ended")
             if entry.backend is not None and entry.backend.start_us:
-                books.restored[entry.backend] = lease
-                pool.met(entry.backend)
+                slots.restored[entry.backend] = lease
+                pool.note_backend(entry.backend)
             if not entry.pid and entry.backend is not None:
-                books.orphans[entry.backend] = lease
+                slots.orphans[entry.backend] = lease
         for session in restored.values():
             self._emit(Watch(session.id, session.process))
         if restored:
             text = "taking over %d leases of %d workers from the former broker"
-            self._log(logging.INFO, text, len(books.leases), len(restored))
+            self._log(logging.INFO, text, len(slots.leases), len(restored))
 
-    def look(self, now: float) -> None:
+    def order_survey(self, now: float) -> None:
         """Order a look at the server."""
-        if self._first_look_at is not None:
-            self._last_look = now - self._first_look_at >= START_UP_LIMIT_S
-        self._emit(Look(GRACE_OVER, barrier=self._first_look_at is None))
+        if self._first_survey_at is not None:
+            self._last_survey = now - self._first_survey_at >= START_UP_LIMIT_S
+        self._emit(SurveyServer(GRACE_OVER, barrier=self._first_survey_at is None))
 
-    def complete(self, survey: Survey, now: float) -> bool:
+    def complete(self, survey: SurveyResult, now: float) -> bool:
         """Say whether all that former brokers' workers have begun to open is open by now, and tagged, or gone.
 
         A backend has no tag while it starts up: those that a second look shows (see `quarantine.py`) are waited for.
         """
-        if self._first_look_at is None:
-            self._first_look_at = now
+        if self._first_survey_at is None:
+            self._first_survey_at = now
             return False
         self._starting = survey.starting if self._starting is None else self._starting & survey.starting
-        return not self._starting or self._last_look
+        return not self._starting or self._last_survey
 
-    def adopt(self, survey: Survey, strangers: Iterable[Backend]) -> None:
+    def adopt(self, survey: SurveyResult, strangers: Iterable[Backend]) -> None:
         """Count backends that nobody has claimed, and begin to serve."""
         for backend in strangers:
             spec = PoolSpec(pool_of_tag(survey.tagged[backend]), 1, 0, database=survey.databases.get(backend, ""))
@@ -131,13 +139,13 @@ class Recovery:
             session = pool.sessions.get(session_id)
             if session is None:
                 session = Session(session_id, 0, "", UNKNOWN, pool, 0.0, 0.0, suspect=True)
-                self._books.sessions[session_id] = pool.sessions[session_id] = session
-            lease = Lease(self._demand.new_token(), session, pool, backend=backend)
-            self._books.move(lease, SlotState.SUSPECT, "claimed by nobody")
-            self._books.orphans[backend] = lease
-        if self._books.orphans:
+                self._slots.sessions[session_id] = pool.sessions[session_id] = session
+            lease = Lease(self._scheduler.new_token(), session, pool, backend=backend)
+            self._slots.move(lease, SlotState.SUSPECT, "claimed by nobody")
+            self._slots.orphans[backend] = lease
+        if self._slots.orphans:
             text = "%d connections of this broker's are claimed by nobody: they stay counted"
-            self._log(logging.WARNING, text, len(self._books.orphans))
+            self._log(logging.WARNING, text, len(self._slots.orphans))
         self.serve()
 
     def _unnamed(self, spec: PoolSpec) -> Pool:
@@ -146,13 +154,13 @@ class Recovery:
         if pool is None:
             pool = self._make_pool(PoolSpec(spec.name, 1, 0, database=spec.database))
             pool.unnamed = True
-            self._books.assign(pool)
+            self._slots.assign(pool)
         return pool
 
     def serve(self) -> None:
         """Begin to grant. What is still unknown has a lease of its own by now."""
-        self.holding = False
+        self.in_grace_period = False
         if not self.outranked:
-            self._emit(Vouch())
-            self._demand.paused = False
+            self._emit(MarkJournalComplete())
+            self._scheduler.holding_back = False
             self._log(logging.INFO, "the grace period is over: serving")

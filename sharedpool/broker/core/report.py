@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Sequence
 
 from sharedpool.broker.core.records import Lease, Pool, Session, SlotState
-from sharedpool.broker.core.slots import Books
+from sharedpool.broker.core.slots import Slots
 from sharedpool.wire.reports import MOST_LISTED, LeaseLine, PoolReport, SessionReport
 
 _WORDS = {
@@ -18,17 +18,17 @@ _WORDS = {
 }
 
 
-def report(books: Books, now: float) -> tuple[list[PoolReport], list[SessionReport]]:
+def report(slots: Slots, now: float) -> tuple[list[PoolReport], list[SessionReport]]:
     """Return the state of every pool and session."""
-    pools = [report_pool(pool) for pool in books.pools.values()]
-    return pools, [_report_session(session, now) for session in books.sessions.values() if not session.shelf]
+    pools = [report_pool(pool) for pool in slots.pools.values()]
+    return pools, [_report_session(session, now) for session in slots.sessions.values() if not session.shelf]
 
 
-def lease_lines(books: Books, most: int, now: float) -> list[LeaseLine]:
+def lease_lines(slots: Slots, most: int, now: float) -> list[LeaseLine]:
     """Return up to `most` leases, the longest in use first, then the others, the oldest first."""
     chosen = heapq.nsmallest(
         max(0, min(most, MOST_LISTED)),
-        books.leases.values(),
+        slots.leases.values(),
         key=lambda lease: (lease.idle_since is not None, now if lease.since is None else lease.since),
     )
     return [_line(lease, now) for lease in chosen]
@@ -70,7 +70,7 @@ def report_pool(pool: Pool) -> PoolReport:
     return PoolReport(
         name=pool.name,
         server=pool.spec.server,
-        max_conn=pool.most,
+        max_conn=pool.limit,
         sessions=len(pool.sessions) - (pool.shelf is not None),
         leases=len(states),
         granted=states.count(SlotState.GRANTED),
@@ -93,7 +93,7 @@ def report_pool(pool: Pool) -> PoolReport:
         parked=len(pool.parked) + sum(lease.live is None for lease in pool.shelf.leases.values())
         if pool.shelf is not None
         else len(pool.parked),
-        paused=pool.held,
+        paused=pool.paused,
         overdue=pool.overdue,
         wait_p50_us=_percentile_us(waited, 0.5),
         wait_p99_us=_percentile_us(waited, 0.99),
@@ -128,6 +128,6 @@ def _report_session(session: Session, now: float) -> SessionReport:
         idle=idle,
         waiting=len(session.waiters)
         + (0 if lane is None or session.index < 0 else lane.board.waiting([session.index])),
-        silent_ms=int((now - session.heard) * 1000),
+        silent_ms=int((now - session.heard_at) * 1000),
         suspect=session.suspect,
     )

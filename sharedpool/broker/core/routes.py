@@ -15,7 +15,7 @@ from sharedpool.broker.core.records import Lease, Pool, Session, SlotState
 from sharedpool.wire.messages import Backend
 
 
-def unkept(sign: str) -> str:
+def sessions_not_kept_text(sign: str) -> str:
     """Return what is said of a pooler that does not keep sessions."""
     return (
         f"the server is reached through a pooler that does not keep sessions ({sign}; PgBouncer in transaction or"
@@ -36,12 +36,12 @@ class _Twins:
 
 class Routes:
     """One broker's. `server`: what the description of a pool's server contains if the control connection goes there
-    too, by the same address. `verifies`: there is a control connection.
+    too, by the same address. `has_control_connection`: there is a control connection.
     """
 
-    def __init__(self, server: str, *, verifies: bool) -> None:
+    def __init__(self, server: str, *, has_control_connection: bool) -> None:
         self._server = server
-        self._verifies = verifies
+        self._has_control_connection = has_control_connection
         self.control_is_direct = False
         self._fault = ""  # of the control connection's way
         self._lent: dict[Backend, Lease] = {}  # by a pooler: to whom last
@@ -64,7 +64,9 @@ class Routes:
 
         Where nobody can be asked, and no proxy has been met, the server itself has refused: else its slot were lost.
         """
-        return self.believes(lease) or (lease.backend is None and lease.pool.direct is None and not self._verifies)
+        return self.believes(lease) or (
+            lease.backend is None and lease.pool.direct is None and not self._has_control_connection
+        )
 
     def is_direct(self, pool: Pool) -> bool:
         """Say whether it is known that nobody is between a pool's workers and the server."""
@@ -97,7 +99,7 @@ class Routes:
         if self._lent and lease.backend is not None and self._lent.get(lease.backend) is lease:
             del self._lent[lease.backend]
 
-    def doubt(self, leases: list[Lease], asked: list[int]) -> None:
+    def suspect_twins(self, leases: list[Lease], asked: list[int]) -> None:
         """Note that two open leases seem to have one backend, and by which recalls their workers are asked."""
         self._twins.append(_Twins(leases, asked))
 

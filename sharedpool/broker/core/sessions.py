@@ -16,8 +16,8 @@ from sharedpool.broker.core.commands import Command, Forget, Process, Send, Watc
 from sharedpool.broker.core.connect_refusals import Refusals
 from sharedpool.broker.core.leases import LONGEST_MS, Leases, Logger
 from sharedpool.broker.core.records import Pool, Session, SlotState
-from sharedpool.broker.core.scheduler import Demand
-from sharedpool.broker.core.slots import Books
+from sharedpool.broker.core.scheduler import Scheduler
+from sharedpool.broker.core.slots import Slots
 from sharedpool.wire.application_name import shown, tag_of
 from sharedpool.wire.messages import NO_TOKEN, PROTOCOL_VERSION, Acquire, Bye, Hello, PoolSpec, Reject, Token, Welcome
 
@@ -25,7 +25,7 @@ _MOST_STRANGERS = 10  # servers of which the log tells that a pool's processes c
 _SHOWN = 255  # characters of what a worker calls itself and its host: they are in every report
 
 
-def other_version(version: int) -> str:
+def version_mismatch_text(version: int) -> str:
     """Return what a worker of another protocol version is told."""
     return (
         f"the broker speaks protocol {PROTOCOL_VERSION}, this worker {version}:"
@@ -46,19 +46,19 @@ class Terms:
     by_database: bool = False
 
 
-class Movers(Protocol):
+class MovesPort(Protocol):
     """The lanes, as the sessions see them (`moves.Moves`)."""
 
-    def registered(self, session: Session, now: float) -> None:
+    def session_registered(self, session: Session, now: float) -> None:
         """Ask a session for what is on its way to it, and let it in if it can hand connections over."""
 
-    def left(self, session: Session) -> None:
+    def session_ended(self, session: Session) -> None:
         """Take in that a session is over."""
 
-    def doubt(self, pool: Pool, now: float) -> None:
+    def check_unconfirmed(self, pool: Pool, now: float) -> None:
         """Find out about all that nobody has spoken of since it has moved."""
 
-    def discarded(self, pool: Pool) -> None:
+    def pool_discarded(self, pool: Pool) -> None:
         """Take in that nobody uses a pool any more."""
 
 
@@ -66,71 +66,71 @@ class Sessions:
     """The sessions' side of the ledger; `leases` and `moves` are set once they are made."""
 
     leases: Leases
-    moves: Movers
+    moves: MovesPort
 
     def __init__(
         self,
         terms: Terms,
-        books: Books,
-        demand: Demand,
+        slots: Slots,
+        scheduler: Scheduler,
         emit: Callable[[Command], None],
         arm: Callable[[float, str, object], None],
         log: Logger,
         random: Callable[[], float],
     ) -> None:
         self._terms = terms
-        self._books = books
-        self._demand = demand
+        self._slots = slots
+        self._scheduler = scheduler
         self._emit = emit
         self._arm = arm
         self._log = log
         self._random = random
         # Those that have not fallen silent, the longest unheard first: one alarm, for that one, will do for all.
-        self._audible: OrderedDict[bytes, Session] = OrderedDict()
+        self._not_silent: OrderedDict[bytes, Session] = OrderedDict()
         self._alarm: object | None = None
 
     def pool(self, spec: PoolSpec) -> Pool:
         """Return the pool of that name, made when there is none."""
-        books = self._books
+        slots = self._slots
         if not self._terms.by_database:
             spec = structs.replace(spec, database="")
-        pool = books.find(spec) or self._unnamed(spec)
+        pool = slots.find(spec) or self._unnamed(spec)
         if pool is None:
             pool = Pool(spec, spec.max_conn, Backoff(self._random), refusals=Refusals(self._random))
-            books.add(pool)
-            if (past := books.past.pop(pool.name, None)) is not None:
-                pool.succeed(past)
+            slots.add(pool)
+            if (past := slots.former_pools.pop(pool.name, None)) is not None:
+                pool.inherit_counters(past)
         elif not pool.unnamed:
             return pool
         else:
-            books.name(pool, spec)
-        pool.max_conn = books.limit(pool.name, spec)
-        books.assign(pool)
-        if books.paused:
-            books.shrink(pool)
+            slots.name(pool, spec)
+        pool.max_conn = slots.limit(pool.name, spec)
+        slots.assign(pool)
+        if slots.paused_pools:
+            slots.shrink(pool)
         return pool
 
     def _unnamed(self, spec: PoolSpec) -> Pool | None:
         """Return the pool whose backends alone were known so far, by what their tags show of its name."""
-        pool = self._books.find(structs.replace(spec, name=shown(spec.name, self._terms.instance)))
+        pool = self._slots.find(structs.replace(spec, name=shown(spec.name, self._terms.instance)))
         return pool if pool is not None and pool.unnamed else None
 
     def named(self, alias: str, database: str) -> Pool | None:
         """Return the pool of that name, or of which tags show that name."""
         if not self._terms.by_database:
             database = ""
-        for pool in self._books.pools.values():
+        for pool in self._slots.pools.values():
             spec = pool.spec
             if spec.database == database and alias in (spec.name, shown(spec.name, self._terms.instance)):
                 return pool
         return None
 
-    def hello(self, session_id: bytes, hello: Hello, now: float, process: Process | None) -> Acquire | None:
+    def register(self, session_id: bytes, hello: Hello, now: float, process: Process | None) -> Acquire | None:
         """Register a session, or register it again; return the request that came along if it is to be answered."""
         if hello.version != PROTOCOL_VERSION:
-            self._emit(Send(session_id, Reject(other_version(hello.version), fatal=True)))
+            self._emit(Send(session_id, Reject(version_mismatch_text(hello.version), fatal=True)))
             return None
-        books = self._books
+        slots = self._slots
         pool = self.pool(hello.pool)
         strange = hello.pool.server != pool.spec.server and hello.pool.server not in pool.strangers
         if strange and len(pool.strangers) < _MOST_STRANGERS:
@@ -140,14 +140,14 @@ class Sessions:
                 logging.WARNING, text, pool.name, hello.pid, hello.pool.server, pool.spec.server,
                 pool=pool.name, session=f"{hello.title}[{hello.pid}]", reason="another server",
             )  # fmt: skip
-        session = books.sessions.get(session_id)
+        session = slots.sessions.get(session_id)
         if session is not None and session.ended:
             return None  # late: its process is gone
         if session is None:
             expiration_s = min(self._terms.expiration_s, min(hello.pool.expiration_ms, LONGEST_MS) / 1000)
             host, title = hello.host[:_SHOWN], hello.title[:_SHOWN]
             session = Session(session_id, hello.pid, host, title, pool, expiration_s, now, process)
-            books.sessions[session_id] = pool.sessions[session_id] = session
+            slots.sessions[session_id] = pool.sessions[session_id] = session
             self._emit(Watch(session_id, process))
         elif session.restored:
             session.restored = False
@@ -155,74 +155,78 @@ class Sessions:
             session.process = process  # as it is known here, not to the former broker
             self._emit(Watch(session_id, process))
         # A worker that starts over has forgotten what it was asked for.
-        self._demand.ignore(session)
-        self._books.mark_owed(session, 0)
-        self.hear(session, now)
-        revoked = self.leases.reconcile(session, hello.leases, now, seen=hello.seen, claim=True)
+        self._scheduler.expect_no_answer(session)
+        self._slots.mark_returns_due(session, 0)
+        self.heard_from(session, now)
+        revoked = self.leases.reconcile(session, hello.leases, now, newest_grant=hello.newest_grant, claim=True)
         expiration_ms, ttl_ms = int(session.expiration_s * 1000), int(self._terms.ttl_s * 1000)
         # One that connects elsewhere, or as somebody else, must neither be given the others' connections nor give its.
-        handover = self._terms.handover and hello.pool.server == pool.spec.server and pool.cancels is not False
+        handover = self._terms.handover and hello.pool.server == pool.spec.server and pool.cancel_works is not False
         first = hello.first
         # Who has to wait asks when he is in the lane, where a connection can be passed to him.
-        if first is not None and first.request not in session.granted and not self._demand.has_room(pool):
+        if first is not None and first.request not in session.granted and not self._scheduler.has_room(pool):
             first = None
         welcome = Welcome(
-            PROTOCOL_VERSION, self._terms.epoch, pool.most, expiration_ms, ttl_ms, revoked,
+            PROTOCOL_VERSION, self._terms.epoch, pool.limit, expiration_ms, ttl_ms, revoked,
             tag_of(pool.spec.name, self._terms.instance), self._terms.desk, pool.generation, handover, hello.nonce,
             0 if first is None else first.request,
         )  # fmt: skip
         self._emit(Send(session_id, welcome))
         session.hands_over = handover
-        self.moves.registered(session, now)
+        self.moves.session_registered(session, now)
         return first
 
-    def hear(self, session: Session, now: float) -> None:
-        session.heard = now
-        if session.mute or session.suspect:
-            self._books.mark_heard(session)
+    def heard_from(self, session: Session, now: float) -> None:
+        session.heard_at = now
+        if session.unresponsive or session.suspect:
+            self._slots.mark_heard(session)
         if session.ended:
             return
-        self._audible[session.id] = session
-        self._audible.move_to_end(session.id)
+        self._not_silent[session.id] = session
+        self._not_silent.move_to_end(session.id)
         if self._alarm is None:
-            self._listen(now + self._terms.ttl_s)
+            self._arm_silence_alarm(now + self._terms.ttl_s)
 
-    def _listen(self, until: float) -> None:
+    def _arm_silence_alarm(self, until: float) -> None:
         self._alarm = object()
         self._arm(until, "silence", self._alarm)
 
-    def listens(self, alarm: object) -> bool:
+    def is_current_alarm(self, alarm: object) -> bool:
         """Say whether this alarm still matters."""
         return alarm is self._alarm
 
-    def _ignore(self, session: Session) -> None:
+    def _stop_watching_silence(self, session: Session) -> None:
         """Do not watch for a session's silence any more."""
-        self._audible.pop(session.id, None)
-        if not self._audible:
+        self._not_silent.pop(session.id, None)
+        if not self._not_silent:
             self._alarm = None
 
     def end(self, session: Session, why: str, now: float, *, unused_above: Token | None = None) -> None:
         """End a session; leases above `unused_above`, if given, were never taken up by its worker."""
-        told, session.ended = session.ended, True  # its line and its process are both seen to end: told of once
-        self._ignore(session)
+        known_recall, session.ended = session.ended, True  # its line and its process are both seen to end: told of once
+        self._stop_watching_silence(session)
         held = [lease for lease in session.leases.values() if lease.live is None]  # else given back, and parked here
-        if held and not told:
+        if held and not known_recall:
             text = "pool %r: %s: %s; its %d leases are ended"
             self._log(
                 logging.INFO, text, session.pool.name, session.label, why, len(held),
                 pool=session.pool.name, session=session.label, reason=why,
             )  # fmt: skip
         for waiter in list(session.waiters.values()):
-            self._books.dequeue(waiter)
-        self._demand.ignore(session)
+            self._slots.dequeue(waiter)
+        self._scheduler.expect_no_answer(session)
         was_in_lane = session.id in session.pool.former  # a former broker's: what it held may have moved on there
-        self.moves.left(session)
-        self.moves.doubt(session.pool, now)
+        self.moves.session_ended(session)
+        self.moves.check_unconfirmed(session.pool, now)
         for lease in list(session.leases.values()):
             if lease.state is SlotState.FENCING:
                 continue
             current = lease.token.epoch == self._terms.epoch
-            if was_in_lane and not current and self.leases.moves.wanders(lease, session, now + self._terms.ttl_s):
+            if (
+                was_in_lane
+                and not current
+                and self.leases.moves.may_have_moved(lease, session, now + self._terms.ttl_s)
+            ):
                 continue
             unused = unused_above is not None and current and lease.token > unused_above
             if lease.findable or not unused:
@@ -230,7 +234,7 @@ class Sessions:
                 self.leases.fence(lease, why, now, level=logging.DEBUG if parked else logging.INFO)
             else:
                 self.leases.free(lease, why)
-        self._books.mark_owed(session, 0)
+        self._slots.mark_returns_due(session, 0)
         self.drop_if_over(session)
 
     def drop_if_over(self, session: Session) -> None:
@@ -239,55 +243,55 @@ class Sessions:
         if session.leases or not (session.suspect or session.ended or session.shelf):
             return
         if not session.shelf:
-            if self._books.sessions.pop(session.id, None) is None:
+            if self._slots.sessions.pop(session.id, None) is None:
                 return
             self._emit(Forget(session.id))
-            self._ignore(session)
-            self.moves.left(session)
+            self._stop_watching_silence(session)
+            self.moves.session_ended(session)
             del pool.sessions[session.id]
         if pool.sessions and (pool.shelf is None or len(pool.sessions) > 1 or pool.shelf.leases):
             return
         if pool.shelf is not None:
-            del self._books.sessions[pool.shelf.id]
+            del self._slots.sessions[pool.shelf.id]
             pool.sessions.clear()
             pool.shelf = None
-        self.moves.discarded(pool)
-        self._books.discard(pool)
+        self.moves.pool_discarded(pool)
+        self._slots.discard(pool)
 
-    def bye(self, session: Session, bye: Bye, now: float) -> None:
-        self._books.note_times(session, bye.times)
+    def deregister(self, session: Session, bye: Bye, now: float) -> None:
+        self._slots.note_timings(session, bye.times)
         # Who says BYE holds nothing and takes nothing any more: a grant still on its way will not be used. But the
         # RELEASE that told of a connect without an end may have been lost, with a former broker perhaps.
-        seen = bye.seen if bye.seen.epoch == self._terms.epoch else NO_TOKEN
+        seen = bye.newest_grant if bye.newest_grant.epoch == self._terms.epoch else NO_TOKEN
         self.end(session, "its worker left without returning it", now, unused_above=seen)
 
     def silence_due(self, alarm: object, now: float) -> None:
         """Suspect those that have been silent for the TTL, and watch for the next one."""
-        if not self.listens(alarm):
+        if not self.is_current_alarm(alarm):
             return
         self._alarm = None
-        while self._audible:
-            session = next(iter(self._audible.values()))
-            due = session.heard + self._terms.ttl_s
+        while self._not_silent:
+            session = next(iter(self._not_silent.values()))
+            due = session.heard_at + self._terms.ttl_s
             if due > now:
-                self._listen(due)
+                self._arm_silence_alarm(due)
                 return
-            self._ignore(session)
+            self._stop_watching_silence(session)
             self._suspect(session, now)
 
     def _suspect(self, session: Session, now: float) -> None:
         text = "pool %r: %s has been silent for %.1f s: its %d leases are suspect"
         self._log(
-            logging.WARNING, text, session.pool.name, session.label, now - session.heard, len(session.leases),
+            logging.WARNING, text, session.pool.name, session.label, now - session.heard_at, len(session.leases),
             pool=session.pool.name, session=session.label, reason="silent",
         )  # fmt: skip
         session.suspect = True
-        self._demand.ignore(session)
+        self._scheduler.expect_no_answer(session)
         for lease in list(session.leases.values()):
             if lease.state not in (SlotState.SUSPECT, SlotState.FENCING) and lease.live is None:
-                self._books.move(lease, SlotState.SUSPECT, "TTL passed")
+                self._slots.move(lease, SlotState.SUSPECT, "TTL passed")
                 self.leases.mistrust(lease)
         for waiter in list(session.waiters.values()):
-            self._books.dequeue(waiter)
+            self._slots.dequeue(waiter)
         # Its waiters are gone; with its last lease it is forgotten (it says HELLO again when it comes back).
         self.drop_if_over(session)

@@ -30,7 +30,7 @@ from sharedpool.broker.core.records import (
     Waiter,
 )
 from sharedpool.wire.board import SHELF
-from sharedpool.wire.messages import Backend, Phase, PoolSpec, Times, Token
+from sharedpool.wire.messages import Backend, Phase, PoolSpec, Timings, Token
 
 _MOST_PAST = 100  # unused pools of which the counts are kept
 
@@ -45,21 +45,21 @@ TRANSITIONS: dict[SlotState, frozenset[SlotState]] = {
 }
 
 
-class Books:
+class Slots:
     """All records of one broker, kept consistent by `move`. `emit` gets what must outlive the broker."""
 
     def __init__(self, max_conn: int | None, emit: Callable[[Command], None]) -> None:
         self.max_conn = max_conn
         self._emit = emit
         self.pools: dict[str, Pool] = {}
-        self.past: dict[str, Pool] = {}  # that nobody uses any more, for what was counted
+        self.former_pools: dict[str, Pool] = {}  # that nobody uses any more, for what was counted
         self.sessions: dict[bytes, Session] = {}
         self.leases: dict[Token, Lease] = {}
         self.contended: dict[str, Pool] = {}  # pools with waiters
         # Pools of which an operator wants connections back, whether or not anybody waits.
         self.shrinking: dict[str, Pool] = {}
-        # What operators have said, also of pools that nobody uses at the moment ("" in `paused`: of all).
-        self.paused: set[str] = set()
+        # What operators have said, also of pools that nobody uses at the moment ("" in `paused_pools`: of all).
+        self.paused_pools: set[str] = set()
         self.limits: dict[str, int] = {}
         self.groups = Groups()
         self.orphans: dict[Backend, Lease] = {}  # counted for no known worker
@@ -88,7 +88,7 @@ class Books:
 
         What others are is the cap over all pools, or a group's limit. A slot of a reservation is kept for its group.
         """
-        if pool is other or other.held or other.own_room <= 0:
+        if pool is other or other.paused or other.own_room <= 0:
             return False
         if pool.group is not None and pool.group is other.group:
             return other.group.room <= 0 or self.available(other) <= 0
@@ -130,9 +130,9 @@ class Books:
         del self.pools[pool.name]
         self.shrinking.pop(pool.name, None)
         self._leave_group(pool)
-        self.past[pool.name] = pool
-        if len(self.past) > _MOST_PAST:
-            del self.past[next(iter(self.past))]
+        self.former_pools[pool.name] = pool
+        if len(self.former_pools) > _MOST_PAST:
+            del self.former_pools[next(iter(self.former_pools))]
 
     def find(self, spec: PoolSpec) -> Pool | None:
         """Return the pool that a session means, if there is one."""
@@ -162,14 +162,14 @@ class Books:
 
     def shrink(self, pool: Pool) -> None:
         """Bring a pool in line with what an operator has said of it; what is too much is to come back."""
-        pool.held = not self.paused.isdisjoint(("", pool.name))
+        pool.paused = not self.paused_pools.isdisjoint(("", pool.name))
         group = pool.group
         wanted_back = (
-            pool.held,
+            pool.paused,
             len(pool.leases) > pool.target,
             group is not None and group.room < 0,
             self.overdrawn > 0 and (group is None or group.beyond > 0),
-            any(session.debts for session in pool.sessions.values()),
+            any(session.draining for session in pool.sessions.values()),
         )
         if any(wanted_back):
             self.shrinking[pool.name] = pool
@@ -186,7 +186,7 @@ class Books:
         lease.state = new
         if old is FREE:
             self.leases[token] = pool.leases[token] = session.leases[token] = lease
-            self.mark_owed(session, session.owed)
+            self.mark_returns_due(session, session.returns_due)
             self._record(lease)
         elif old in (CLOSING, FENCING):
             pool.incoming.pop(token, None)
@@ -197,7 +197,7 @@ class Books:
             lease.live = None
             pool.parked.pop(token, None)
         if lease.cell >= 0 and new in (FENCING, FREE):
-            self._strike(lease)
+            self._remove_from_board(lease)
         if new is GRANTED:
             session.granted[lease.request] = lease
         elif new is not SUSPECT and session.granted.get(lease.request) is lease:
@@ -209,20 +209,20 @@ class Books:
             pool.backoff.ended(token)  # if it is the probe, its outcome may never be told
         elif new is FREE:
             del self.leases[token], pool.leases[token], session.leases[token]
-            session.debts.discard(token)
+            session.draining.discard(token)
             for index in (self.orphans, self.restored):
                 if index and lease.backend is not None and index.get(lease.backend) is lease:
                     del index[lease.backend]
-            self.mark_owed(session, session.owed)
+            self.mark_returns_due(session, session.returns_due)
             pool.backoff.ended(token)
             self._emit(Erase(token))
 
     @staticmethod
-    def _strike(lease: Lease) -> None:
+    def _remove_from_board(lease: Lease) -> None:
         """Let a lease move no more."""
         lane = lease.pool.lane
         assert lane is not None
-        lane.board.strike(lease.cell)
+        lane.board.remove(lease.cell)
         lane.free.append(lease.cell)
         lane.used -= 1
         lease.cell = -1
@@ -233,18 +233,18 @@ class Books:
         if former is session:
             return
         del former.leases[token]
-        former.debts.discard(token)
+        former.draining.discard(token)
         if former.granted.get(lease.request) is lease:
             del former.granted[lease.request]
         lease.session, lease.request = session, 0
         session.leases[token] = lease
-        self.mark_owed(former, former.owed)
-        self.mark_owed(session, session.owed)
+        self.mark_returns_due(former, former.returns_due)
+        self.mark_returns_due(session, session.returns_due)
         lease.pool.idle.pop(token, None)
         if not session.shelf:  # of which a later broker could make nothing
             self._record(lease)
 
-    def enter(self, lease: Lease) -> None:
+    def enter_on_board(self, lease: Lease) -> None:
         """Put a lease on its pool's board, on which there is room. That it may move outlives this broker."""
         lane, session = lease.pool.lane, lease.session
         assert lane is not None
@@ -285,12 +285,12 @@ class Books:
             and backend.pid not in unsure
         ]
 
-    def note_times(self, session: Session, times: Times | None) -> None:
+    def note_timings(self, session: Session, times: Timings | None) -> None:
         """Add what a session tells of its times to its pool's."""
-        if times is not None and session.pool.totals.note(session.times, times):
+        if times is not None and session.pool.totals.note(session.timings, times):
             if session.pool.moving:  # else the broker has seen them itself
-                session.pool.waited.extend(waits(session.times, times, WAITS_KEPT))
-            session.times = times
+                session.pool.waited.extend(waits(session.timings, times, WAITS_KEPT))
+            session.timings = times
 
     def mark_phase(self, lease: Lease, phase: Phase, since: float | None) -> None:
         """Note whether an OPEN lease lies idle or is in use, since when."""
@@ -301,38 +301,38 @@ class Books:
         else:
             lease.pool.idle.pop(lease.token, None)
 
-    def mark_owed(self, session: Session, owed: int) -> None:
+    def mark_returns_due(self, session: Session, returns_due: int) -> None:
         """Note what a session owes (nothing when it holds nothing or is silent) and file it as pressed or not."""
         pool, session_id = session.pool, session.id
         holds = session.leases and not session.silent
         if not holds:
-            owed = 0
-        elif session.debts:
-            owed = max(owed, len(session.debts))
-        session.owed = owed
-        if holds and not owed and session_id in pool.unpressed:
+            returns_due = 0
+        elif session.draining:
+            returns_due = max(returns_due, len(session.draining))
+        session.returns_due = returns_due
+        if holds and not returns_due and session_id in pool.not_asked_to_return:
             return  # as it is with nearly every lease while nobody waits
-        pool.pressed.pop(session_id, None)  # one that stays goes to the end
-        pool.unpressed.pop(session_id, None)
-        if owed:
-            pool.pressed[session_id] = session
+        pool.asked_to_return.pop(session_id, None)  # one that stays goes to the end
+        pool.not_asked_to_return.pop(session_id, None)
+        if returns_due:
+            pool.asked_to_return[session_id] = session
         elif holds:
-            pool.unpressed[session_id] = session
+            pool.not_asked_to_return[session_id] = session
 
-    def mark_mute(self, session: Session) -> None:
+    def mark_unresponsive(self, session: Session) -> None:
         """Note that a session does not answer: what it has idle, or owes, is not counted on until it speaks."""
-        session.mute = True
+        session.unresponsive = True
         for token in session.leases:
             session.pool.idle.pop(token, None)
-        self.mark_owed(session, session.owed)
+        self.mark_returns_due(session, session.returns_due)
 
     def mark_heard(self, session: Session) -> None:
         """Note that a silent session speaks again; it is asked anew for what it may have missed."""
-        session.mute = session.suspect = False
+        session.unresponsive = session.suspect = False
         for token, lease in session.leases.items():
             if lease.idle_since is not None and lease.live is None:
                 session.pool.idle.setdefault(token, lease)
-        self.mark_owed(session, session.owed)
+        self.mark_returns_due(session, session.returns_due)
 
     def mark_taking(self, session: Session, taking: int) -> None:
         """Note how many idle leases a session has been asked for and has not answered about."""
@@ -382,14 +382,14 @@ class Books:
             suspects = {t for t, lease in pool.leases.items() if lease.state is SUSPECT}
             assert suspects == set(pool.suspects)
             holders = {s.id for s in pool.sessions.values() if s.leases}
-            assert all(s.owed > 0 for s in pool.pressed.values())
-            assert all(s.owed == 0 for s in pool.unpressed.values())
-            assert not set(pool.pressed) & set(pool.unpressed)
+            assert all(s.returns_due > 0 for s in pool.asked_to_return.values())
+            assert all(s.returns_due == 0 for s in pool.not_asked_to_return.values())
+            assert not set(pool.asked_to_return) & set(pool.not_asked_to_return)
             silent = {s.id for s in pool.sessions.values() if s.silent}
-            assert holders - silent == set(pool.pressed) | set(pool.unpressed)
+            assert holders - silent == set(pool.asked_to_return) | set(pool.not_asked_to_return)
             assert (pool.name in self.contended) == bool(pool.waiters)
-            assert pool.name in self.shrinking or not pool.held
-            assert all(s.debts <= set(s.leases) for s in pool.sessions.values())
+            assert pool.name in self.shrinking or not pool.paused
+            assert all(s.draining <= set(s.leases) for s in pool.sessions.values())
             self._check_lane(pool)
             assert set(pool.nowaits) == {seq for seq, waiter in pool.waiters.items() if waiter.nowait}
             for seq, waiter in pool.waiters.items():

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from sharedpool.broker.core.histograms import Totals
+from sharedpool.broker.core.histograms import Histograms
 from sharedpool.broker.core.report import lease_lines, report_pool
-from sharedpool.broker.core.slots import Books
+from sharedpool.broker.core.slots import Slots
 from sharedpool.wire.reports import MOST_LISTED, LeaseLine, PoolReport, Report
 
 _KEPT = 360
@@ -28,19 +28,19 @@ class LeaseRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Observation:
+class Snapshot:
     """The broker at one moment. `pools` has also those that nobody uses any more, with what was counted for them."""
 
     report: Report
-    pools: list[tuple[PoolReport, Totals]]
+    pools: list[tuple[PoolReport, Histograms]]
     leases: list[LeaseRow]
 
 
-def observe(books: Books, report: Report, now: float) -> Observation:
+def take_snapshot(slots: Slots, report: Report, now: float) -> Snapshot:
     """Return a copy of the books; O(n) of sessions and leases."""
-    pools = [*books.pools.values(), *books.past.values()]
-    rows = [_row(line) for line in lease_lines(books, MOST_LISTED, now)]
-    return Observation(report, [(report_pool(pool), pool.totals.copy()) for pool in pools], rows)
+    pools = [*slots.pools.values(), *slots.former_pools.values()]
+    rows = [_row(line) for line in lease_lines(slots, MOST_LISTED, now)]
+    return Snapshot(report, [(report_pool(pool), pool.totals.copy()) for pool in pools], rows)
 
 
 def _row(line: LeaseLine) -> LeaseRow:
@@ -62,12 +62,12 @@ class History:
     def __init__(self) -> None:
         self._points: dict[str, deque[tuple[float, int, int, int, int]]] = {}
 
-    def add(self, seen: Observation, now: float) -> None:
+    def add(self, snapshot: Snapshot, now: float) -> None:
         """Note the pools as they are now."""
-        for pool, _ in seen.pools:
+        for pool, _ in snapshot.pools:
             points = self._points.setdefault(pool.name, deque(maxlen=_KEPT))
             points.append((now, pool.in_use, pool.leases, pool.waiting, pool.max_conn))
-        for name in self._points.keys() - {pool.name for pool, _ in seen.pools}:
+        for name in self._points.keys() - {pool.name for pool, _ in snapshot.pools}:
             del self._points[name]
 
     def ages(self, now: float) -> dict[str, list[tuple[float, int, int, int, int]]]:

@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler
 from importlib import resources
 from typing import Any
 
-from sharedpool.broker.core.snapshot import History, Observation
+from sharedpool.broker.core.snapshot import History, Snapshot
 from sharedpool.broker.metrics import prometheus
 from sharedpool.descriptors.readable import readable
 from sharedpool.errors import SharedPoolError
@@ -46,14 +46,15 @@ _HEADERS = {
 }
 
 
-class Web:
-    """The HTTP server. `look(limit_s)` returns an `Observation`, or raises `TimeoutError`. Listens once it is made.
+class HttpServer:
+    """The HTTP server. `take_snapshot(limit_s)` returns an `Snapshot`, or raises `TimeoutError`. Listens once it is
+    made.
 
     Raise `SharedPoolError` when the address cannot be had.
     """
 
-    def __init__(self, host: str, port: int, look: Callable[[float], Observation]) -> None:
-        self._look = look
+    def __init__(self, host: str, port: int, take_snapshot: Callable[[float], Snapshot]) -> None:
+        self._take_snapshot = take_snapshot
         try:
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
             self._listener = socket.create_server((host, port), family=family)
@@ -65,9 +66,9 @@ class Web:
         self._wake_in, self._wake_out = socket.socketpair()
         self._clients: dict[socket.socket, None] = {}  # the oldest first
         self._lock = threading.Lock()
-        self._seeing = threading.Lock()
-        self._seen: Observation | None = None
-        self._seen_at = float("-inf")
+        self._snapshot_lock = threading.Lock()
+        self._latest: Snapshot | None = None
+        self._latest_at = float("-inf")
         self._history = History()
         self._thread = threading.Thread(target=self._run, name="sharedpool-metrics", daemon=True)
 
@@ -87,21 +88,21 @@ class Web:
         self._listener.close()
         with self._lock:
             for client in self._clients:
-                _hang_up(client)
+                _close(client)
         self._wake_in.close()
         self._wake_out.close()
 
-    def observation(self) -> tuple[Observation, dict[str, Any]]:
+    def snapshot(self) -> tuple[Snapshot, dict[str, Any]]:
         """Return the broker as it is, or was a moment ago, and the history.
 
         Blocks for the loop, at most a few seconds; raise `TimeoutError` then.
         """
-        with self._seeing:
+        with self._snapshot_lock:
             now = time.monotonic()
-            if self._seen is None or now - self._seen_at >= _FRESH_S:
-                self._seen = self._look(3.0)
-                self._seen_at = now = time.monotonic()
-            return self._seen, self._history.ages(now)
+            if self._latest is None or now - self._latest_at >= _FRESH_S:
+                self._latest = self._take_snapshot(3.0)
+                self._latest_at = now = time.monotonic()
+            return self._latest, self._history.ages(now)
 
     def _run(self) -> None:
         history_at = time.monotonic()
@@ -118,11 +119,11 @@ class Web:
 
     def _remember(self) -> None:
         try:
-            seen, _ = self.observation()
+            seen, _ = self.snapshot()
         except TimeoutError:
             return  # a gap in the chart shows it
-        with self._seeing:
-            self._history.add(seen, self._seen_at)
+        with self._snapshot_lock:
+            self._history.add(seen, self._latest_at)
 
     def _accept(self) -> None:
         try:
@@ -134,7 +135,7 @@ class Web:
         with self._lock:
             self._clients[client] = None
             if len(self._clients) > _MOST_CLIENTS:
-                _hang_up(oldest := next(iter(self._clients)))
+                _close(oldest := next(iter(self._clients)))
                 del self._clients[oldest]
         threading.Thread(target=self._serve, args=(client, address), name="sharedpool-http", daemon=True).start()
 
@@ -157,7 +158,7 @@ class Web:
 class _Handler(BaseHTTPRequestHandler):
     """One request; HTTP/1.0, so that the connection ends with it."""
 
-    server: Web  # type: ignore[assignment]
+    server: HttpServer  # type: ignore[assignment]
     timeout = _CLIENT_LIMIT_S
     server_version, sys_version = "sharedpool", ""
     error_content_type = "text/plain; charset=utf-8"
@@ -172,16 +173,16 @@ class _Handler(BaseHTTPRequestHandler):
             name, kind = _PAGE[path]
             self._answer(kind, resources.files("sharedpool.broker.metrics").joinpath("page", name).read_bytes())
         elif path in ("/metrics", "/status.json"):
-            self._observe(path)
+            self._show(path)
         else:
             self.send_error(404)
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
-    def _observe(self, path: str) -> None:
+    def _show(self, path: str) -> None:
         try:
-            seen, history = self.server.observation()
+            seen, history = self.server.snapshot()
         except TimeoutError:
             self.send_error(503, "the broker does not answer")
             return
@@ -229,7 +230,7 @@ def _names_this_host(host: str) -> bool:
     return True
 
 
-def _hang_up(client: socket.socket) -> None:
+def _close(client: socket.socket) -> None:
     try:
         client.shutdown(socket.SHUT_RDWR)
     except OSError:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from sharedpool.broker.core.histograms import Totals
-from sharedpool.broker.core.snapshot import Observation
+from sharedpool.broker.core.histograms import Histograms
+from sharedpool.broker.core.snapshot import Snapshot
 from sharedpool.wire.buckets import BOUNDS_S
 from sharedpool.wire.reports import PoolReport, Report
 
@@ -66,30 +66,30 @@ _TIMES = [
 ]
 
 
-def render(seen: Observation) -> str:
+def render(snapshot: Snapshot) -> str:
     """Return the page that Prometheus scrapes."""
-    return "\n".join(_lines(seen)) + "\n"
+    return "\n".join(_lines(snapshot)) + "\n"
 
 
-def _lines(seen: Observation) -> Iterator[str]:
+def _lines(snapshot: Snapshot) -> Iterator[str]:
     for name, kind, text, broker_value in _BROKER_METRICS:
         yield from _head(name, kind, text)
-        yield f"{name} {broker_value(seen.report)}"
+        yield f"{name} {broker_value(snapshot.report)}"
     yield from _head(_PREFIX + "count", "gauge", "Connections, or slots kept for them, by state.")
-    for pool, _ in seen.pools:
+    for pool, _ in snapshot.pools:
         for state, count in _STATES.items():
             yield f"{_PREFIX}count{_labels(pool.name, (_STATE, state))} {count(pool)}"
     for name, kind, text, value in _POOL_METRICS:
         yield from _head(name, kind, text)
-        for pool, _ in seen.pools:
+        for pool, _ in snapshot.pools:
             yield f"{name}{_labels(pool.name)} {value(pool)}"
     for kind, suffix, text in _TIMES:
         yield from _head(_PREFIX + suffix, "histogram", text)
-        for pool, totals in seen.pools:
+        for pool, totals in snapshot.pools:
             yield from _histogram(_PREFIX + suffix, pool.name, totals, kind)
 
 
-def _histogram(name: str, pool: str, totals: Totals, kind: str) -> Iterator[str]:
+def _histogram(name: str, pool: str, totals: Histograms, kind: str) -> Iterator[str]:
     count = 0
     for bound, more in zip([*map(str, BOUNDS_S), "+Inf"], totals.counts[kind], strict=True):
         count += more

@@ -22,9 +22,19 @@ from typing import Any
 import psycopg2
 from psycopg2.extensions import connection, make_dsn, parse_dsn
 
-from sharedpool.broker.core.commands import Doubt, Fence, Interfere, Look, Peek, Place, Saw, Send, Survey
-from sharedpool.broker.core.ledger import Word
-from sharedpool.broker.core.routes import unkept
+from sharedpool.broker.core.commands import (
+    CancelBackend,
+    Fence,
+    QueryActivity,
+    RecordServer,
+    Send,
+    ServerIncarnation,
+    SurveyResult,
+    SurveyServer,
+    VerifyServer,
+)
+from sharedpool.broker.core.ledger import LedgerCall
+from sharedpool.broker.core.routes import sessions_not_kept_text
 from sharedpool.broker.postgres import statements
 from sharedpool.broker.postgres.activity import activity_of
 from sharedpool.broker.postgres.database import Database
@@ -51,11 +61,11 @@ class _Need:
 
 
 # What other threads put into the inbox: an order and when it is due, what follows; None is the end.
-_Item = tuple[Fence, float] | Token | Look | Doubt | Interfere | Peek | _Need | int | None
+_Item = tuple[Fence, float] | Token | SurveyServer | VerifyServer | CancelBackend | QueryActivity | _Need | int | None
 
 
 class Control:
-    """Fences backends and looks at the server, over one connection. `tell(word)` is called in this thread.
+    """Fences backends and looks at the server, over one connection. `call_soon(word)` is called in this thread.
 
     `seen` are the servers that former brokers' control connections were on. `leadership`: what is to be claimed there.
     `maintenance`: see `BrokerSettings`.
@@ -66,8 +76,8 @@ class Control:
         dsn: str | None,
         max_conn: int | None,
         instance: str,
-        tell: Callable[[Word], None],
-        seen: Iterable[Place] = (),
+        call_soon: Callable[[LedgerCall], None],
+        seen: Iterable[ServerIncarnation] = (),
         leadership: Leadership | None = None,
         *,
         maintenance: bool = False,
@@ -78,16 +88,16 @@ class Control:
         self._max_conn = max_conn
         self._instance = instance
         self._leadership = leadership
-        self._tell = tell
+        self._call_soon = call_soon
         self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._fencing = Fencing(self._free, self._restarted_since)
-        self._looks: list[Look] = []
+        self._surveys: list[SurveyServer] = []
         self._conn: psycopg2.extensions.connection | None = None
         self._boot_us = 0
         self._route = ""
         self._room = 0
         self._seen = set(seen)  # every server this connection, or a former broker's, has been on
-        self._met: set[int] = set()  # starts of servers that workers have been on
+        self._noted_servers: set[int] = set()  # starts of servers that workers have been on
         self._hurry = False
         self._lost = ""  # what ended the last connection, until there is a new one
         self._connected_at = -math.inf
@@ -116,11 +126,13 @@ class Control:
         self._inbox.put(None)
         self._thread.join(1.0)
 
-    def fence(self, fence: Fence, *, after_s: float = 0.0) -> None:
-        """Queue a backend to be ended and confirmed gone, unless it is `settled` within `after_s`. Does not block."""
+    def enqueue_fence(self, fence: Fence, *, after_s: float = 0.0) -> None:
+        """Queue a backend to be ended and confirmed gone, unless it is `forget_fence` within `after_s`. Does not
+        block.
+        """
         self._inbox.put((fence, time.monotonic() + after_s))
 
-    def settled(self, token: Token) -> None:
+    def forget_fence(self, token: Token) -> None:
         """Forget a fence: other evidence has come. Does not block."""
         self._inbox.put(token)
 
@@ -128,30 +140,30 @@ class Control:
         """Be connected, or let go of the server, and of the limit's lock, while nobody uses the broker."""
         self._inbox.put(_Need(needed))
 
-    def met(self, boot_us: int) -> None:
+    def note_server(self, boot_us: int) -> None:
         """Take in that a worker is on a server that was started then: see it too, while it is there. Does not block.
 
         What was on a server that was never seen cannot be known to be gone with it.
         """
-        if self.exists and boot_us not in self._met:
-            self._met.add(boot_us)
+        if self.exists and boot_us not in self._noted_servers:
+            self._noted_servers.add(boot_us)
             self._inbox.put(boot_us)
 
-    def look(self, look: Look) -> None:
+    def survey(self, request: SurveyServer) -> None:
         """Queue a survey of the server. Does not block."""
-        self._inbox.put(look)
+        self._inbox.put(request)
 
-    def doubt(self, doubt: Doubt) -> None:
+    def verify_server(self, request: VerifyServer) -> None:
         """Queue the question whether the server is still the one it was. Does not block."""
-        self._inbox.put(doubt)
+        self._inbox.put(request)
 
-    def interfere(self, interfere: Interfere) -> None:
+    def cancel_backend(self, command: CancelBackend) -> None:
         """Queue a cancel. Does not block."""
-        self._inbox.put(interfere)
+        self._inbox.put(command)
 
-    def peek(self, peek: Peek) -> None:
+    def query_activity(self, request: QueryActivity) -> None:
         """Queue a command's question what backends are doing. Does not block."""
-        self._inbox.put(peek)
+        self._inbox.put(request)
 
     def _run(self) -> None:
         retry_s, retry_at = _FIRST_RECONNECT_S, 0.0
@@ -190,11 +202,11 @@ class Control:
             return max(0.0, retry_at - time.monotonic())
         if self._conn is None:
             return None
-        if self._looks:
+        if self._surveys:
             return 0.0
         due = self._fencing.due
         if self._leadership is not None:
-            due = min(due, self._leadership.due)
+            due = min(due, self._leadership.claim_at)
         return None if due == math.inf else max(0.0, due - time.monotonic())
 
     def _receive(self, timeout: float | None) -> bool:
@@ -211,14 +223,14 @@ class Control:
                             fields = {"pool": fence.pool, "lease": str(fence.token), "reason": fence.why}
                             text = "pool %r: lease %s stays counted: %s"
                             logger.warning(text, fence.pool, fence.token, _NO_CONTROL, extra={"sharedpool": fields})
-                    case Look():
-                        self._looks.append(item)
-                    case Doubt():
+                    case SurveyServer():
+                        self._surveys.append(item)
+                    case VerifyServer():
                         self._answer(item)
-                    case Interfere():
+                    case CancelBackend():
                         self._cancel(item)
-                    case Peek():
-                        self._peek(item)
+                    case QueryActivity():
+                        self._query_activity(item)
                     case _Need(needed):
                         self._hurry = needed
                         self._needed = needed
@@ -232,39 +244,39 @@ class Control:
         except queue.Empty:
             return True
 
-    def _cancel(self, order: Interfere) -> None:
+    def _cancel(self, command: CancelBackend) -> None:
         """Cancel what a backend is executing: now or never, later it may be at something else."""
         sent: bool | None = None
         if self._conn is None:
-            logger.warning("lease %s: its query is not cancelled: no control connection", order.token)
+            logger.warning("lease %s: its query is not cancelled: no control connection", command.token)
         else:
             try:
-                sent = statements.cancel(self._conn, order.backend)
+                sent = statements.cancel(self._conn, command.backend)
             except Exception as error:
                 self._lose(error)
         if sent is False:
-            logger.warning("lease %s: its query is not cancelled: the broker's role may not", order.token)
-        self._tell(lambda ledger, now: ledger.interrupted(order, sent, now))
+            logger.warning("lease %s: its query is not cancelled: the broker's role may not", command.token)
+        self._call_soon(lambda ledger, now: ledger.query_cancelled(command, sent, now))
 
-    def _peek(self, peek: Peek) -> None:
+    def _query_activity(self, request: QueryActivity) -> None:
         """Tell a command what the server says. A question that cannot be put is not put later: nobody waits for it."""
-        if time.monotonic() > peek.until:
+        if time.monotonic() > request.until:
             return
         activity = Activity([], "no control connection just now")
         if self._conn is not None:
-            here = [backend for backend in peek.backends if backend.boot_us == self._boot_us]
+            here = [backend for backend in request.backends if backend.boot_us == self._boot_us]
             try:
                 activity = Activity(activity_of(self._conn, here))
             except Exception as error:
                 activity = Activity([], _text(error))
                 if self._conn.closed:
                     self._lose(error)
-        self._tell(lambda ledger, now: [Send(peek.asker, activity)])
+        self._call_soon(lambda ledger, now: [Send(request.asker, activity)])
 
-    def _answer(self, doubt: Doubt) -> None:
+    def _answer(self, request: VerifyServer) -> None:
         """Say whether the server that we know still answers."""
         same = self._is_same()
-        self._tell(lambda ledger, now: ledger.answered_doubt(doubt.pool, doubt.generation, same, now))
+        self._call_soon(lambda ledger, now: ledger.server_verified(request.pool, request.generation, same, now))
 
     def _is_same(self) -> bool:
         """Say whether the server that we know still answers: to a new connection, if only ours has ended."""
@@ -281,16 +293,18 @@ class Control:
             self._drop(f"unreachable: {_text(error)}")
         return self._conn is not None and self._boot_us == known
 
-    def _survey(self, look: Look) -> None:
+    def _survey(self, request: SurveyServer) -> None:
         """Look for backends of this broker's pools and for backends in start-up."""
-        if look.barrier:
+        if request.barrier:
             self._pass_barrier()
         assert self._conn is not None
         starting, found = statements.survey(self._conn, pattern_of(self._instance))
         listed = {Backend(pid, start_us, self._boot_us): (tag, database) for pid, start_us, tag, database in found}
         tagged = {backend: tag for backend, (tag, _) in listed.items()}
-        survey = Survey(look.serial, starting, tagged, {backend: name for backend, (_, name) in listed.items()})
-        self._tell(lambda ledger, now: ledger.surveyed(survey, now))
+        survey = SurveyResult(
+            request.serial, starting, tagged, {backend: name for backend, (_, name) in listed.items()}
+        )
+        self._call_soon(lambda ledger, now: ledger.surveyed(survey, now))
 
     def _pass_barrier(self) -> None:
         """Make the control connection anew. A server that answers, be it with a refusal, has accepted us."""
@@ -315,7 +329,7 @@ class Control:
         known, lost, self._lost = self._boot_us, self._lost, ""
         fresh = self._database.connect(self._defaults())
         try:
-            self._look_at_route(fresh)
+            self._inspect_route(fresh)
         except BaseException:
             fresh.close()
             raise
@@ -335,18 +349,18 @@ class Control:
             )
             logger.warning(text, self._max_conn, self._room)
         role, limit = statements.role_of(self._conn)
-        self._tell(lambda ledger, now: ledger.limited(now, role=role, limit=limit))
+        self._call_soon(lambda ledger, now: ledger.limited(now, role=role, limit=limit))
 
-    def _look_at_route(self, conn: connection) -> None:
+    def _inspect_route(self, conn: connection) -> None:
         """Find out who is between us and the server, and tell."""
         conn.autocommit = True
         direct, pooled = statements.route_of(conn)
         fault = self._sign_of_sharing(conn) if pooled else ""
         if fault:
-            fault = unkept(fault)
+            fault = sessions_not_kept_text(fault)
             logger.error("control connection: %s", fault)
         self._fault = fault
-        self._tell(lambda ledger, now: ledger.reached(now, direct=direct, fault=fault))
+        self._call_soon(lambda ledger, now: ledger.reached(now, direct=direct, fault=fault))
 
     def _sign_of_sharing(self, conn: connection) -> str:
         """Open a second session behind a pooler for a moment: say what shows that it does not keep the two apart."""
@@ -376,10 +390,10 @@ class Control:
         self._conn.autocommit = True
         statements.lift_limits(conn)
         self._boot_us, self._route = statements.server_of(conn)
-        place = Place(self._route, self._boot_us)
-        if place not in self._seen:
-            self._seen.add(place)
-            self._tell(lambda ledger, now: [Saw(place)])
+        server = ServerIncarnation(self._route, self._boot_us)
+        if server not in self._seen:
+            self._seen.add(server)
+            self._call_soon(lambda ledger, now: [RecordServer(server)])
         self._room = statements.room_of(conn)
         self.state = "connected"
         self._claim(time.monotonic())
@@ -421,19 +435,19 @@ class Control:
 
     def _work(self, now: float) -> None:
         assert self._conn is not None
-        if self._leadership is not None and self._leadership.due <= now:
+        if self._leadership is not None and self._leadership.claim_at <= now:
             self._claim(now)
-        while self._looks:
-            self._survey(self._looks[0])
-            del self._looks[0]
+        while self._surveys:
+            self._survey(self._surveys[0])
+            del self._surveys[0]
         self._fencing.work(self._conn, self._boot_us, now)
 
     def _restarted_since(self, backend: Backend) -> bool:
         """We saw that server ourselves, by this route, and now another incarnation answers there."""
-        return backend.boot_us != self._boot_us and Place(self._route, backend.boot_us) in self._seen
+        return backend.boot_us != self._boot_us and ServerIncarnation(self._route, backend.boot_us) in self._seen
 
     def _free(self, token: Token) -> None:
-        self._tell(lambda ledger, now: ledger.backend_gone(token, now))
+        self._call_soon(lambda ledger, now: ledger.backend_gone(token, now))
 
 
 _WAY_OUT = "start the broker again with --dsn, or without its .journal file while no broker and no worker runs"

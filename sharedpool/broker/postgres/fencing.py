@@ -24,7 +24,7 @@ from psycopg2.extensions import connection
 
 from sharedpool.broker.core.commands import Fence
 from sharedpool.broker.postgres import statements
-from sharedpool.broker.postgres.statements import Sight
+from sharedpool.broker.postgres.statements import ListedBackend
 from sharedpool.wire.messages import Backend, Token
 
 logger = logging.getLogger("sharedpool.broker")
@@ -94,7 +94,7 @@ class Fencing:
         if looked:
             self._end_ripe(conn, [(job, backend) for job, backend in looked if job.ends_at <= now], now)
             began = time.monotonic()
-            listed = statements.sights_of(conn, [backend.pid for _, backend in looked])
+            listed = statements.listed(conn, [backend.pid for _, backend in looked])
             took_s = time.monotonic() - began
             for job, backend in looked:
                 sight = listed.get(backend.pid)
@@ -167,7 +167,7 @@ class Fencing:
         self._done(fence.token)
 
 
-def _is_lent_again(job: _Job, backend: Backend, sight: Sight) -> bool:
+def _is_lent_again(job: _Job, backend: Backend, sight: ListedBackend) -> bool:
     """Say whether a backend that is there still is its pooler's, not the lease's, any more."""
     if backend.pooled is None or not sight.start_us:
         return False

@@ -43,19 +43,21 @@ WHERE locktype = 'advisory' AND granted AND lock.pid <> pg_backend_pid()
 
 
 class Leadership:
-    """The lock of one scope. `tell(word)` is called in the control connection's thread, as `claim` is.
+    """The lock of one scope. `call_soon(word)` is called in the control connection's thread, as `claim` is.
 
-    `due` is when `claim` is to be called again without a new connection.
+    `claim_at` is when `claim` is to be called again without a new connection.
     """
 
-    def __init__(self, scope: str, instance: str, tell: Callable[[Callable[[Ledger, float], list[Command]]], None]):
+    def __init__(
+        self, scope: str, instance: str, call_soon: Callable[[Callable[[Ledger, float], list[Command]]], None]
+    ):
         self.application_name = f"sharedpool broker {instance}"
         digest = hashlib.blake2s(scope.encode("utf-8", "surrogateescape"), digest_size=4).digest()
         self._keys = (_NAMESPACE, int.from_bytes(digest, "big", signed=True))
-        self._tell = tell
+        self._call_soon = call_soon
         self._rival = ""
         self._decided = False
-        self.due = math.inf
+        self.claim_at = math.inf
 
     def claim(self, conn: connection, now: float) -> str:
         """Take the lock, or keep it over a new connection; return who has it, if it is another.
@@ -64,31 +66,31 @@ class Leadership:
         """
         rival = self._take(conn)
         # Two that came at the same time have both stepped back: not again at the same time.
-        self.due = now + _RETRY_S * random.uniform(0.7, 1.3) if rival else math.inf
+        self.claim_at = now + _RETRY_S * random.uniform(0.7, 1.3) if rival else math.inf
         if rival and rival != self._rival:
             text = (
                 "another broker counts to this limit: %s; granting nothing until it ends (do they have different"
                 " XDG_RUNTIME_DIR, TMPDIR or lock files? Give all workers one broker=, or each group its own name=)"
             )
             logger.error(text, rival)
-            self._tell(lambda ledger, now: ledger.outranked(now, f"another broker counts to this limit: {rival}"))
+            self._call_soon(lambda ledger, now: ledger.outranked(now, f"another broker counts to this limit: {rival}"))
         elif self._rival and not rival:
             logger.warning("the other broker has ended: this one counts to the limit from now on")
-            self._tell(lambda ledger, now: ledger.leads(now, after_another=True))
+            self._call_soon(lambda ledger, now: ledger.leads(now, after_another=True))
         elif not self._decided:
-            self._tell(lambda ledger, now: ledger.leads(now, after_another=False))
+            self._call_soon(lambda ledger, now: ledger.leads(now, after_another=False))
         self._rival, self._decided = rival, True
         return rival
 
     def resign(self) -> None:
         """Note that the connection with the lock was closed: it is to be claimed before anything is granted again."""
-        self._decided, self.due = False, math.inf
+        self._decided, self.claim_at = False, math.inf
 
     def cannot_ask(self) -> None:
         """Let the ledger begin without the lock when the server is not there at all: nobody can connect to it."""
         if not self._decided:
             self._decided = True
-            self._tell(lambda ledger, now: ledger.leads(now, after_another=False))
+            self._call_soon(lambda ledger, now: ledger.leads(now, after_another=False))
 
     def _take(self, conn: connection) -> str:
         with conn.cursor() as cursor:

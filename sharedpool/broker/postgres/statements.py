@@ -75,7 +75,7 @@ FROM pg_stat_activity
 """
 
 
-class Sight(NamedTuple):
+class ListedBackend(NamedTuple):
     """A backend as it is listed: when it was started (0 where this role may not see it), its application_name, whether
     it rests outside a transaction, when its last query began, and the server's clock. Microseconds since 1970.
     """
@@ -162,11 +162,11 @@ def end_lent(conn: connection, backend: Backend, since_us: int, *, idle: bool) -
         cursor.execute(_FENCE_LENT_SQL, (backend.pid, backend.start_us, backend.pooled, since_us, idle))
 
 
-def sights_of(conn: connection, pids: Iterable[int]) -> dict[int, Sight]:
+def listed(conn: connection, pids: Iterable[int]) -> dict[int, ListedBackend]:
     """Return those of these pids that are backends, as they are listed."""
     with conn.cursor() as cursor:
         cursor.execute(_LOOK_SQL, (list(pids),))
-        return {pid: Sight(*seen) for pid, *seen in cursor.fetchall()}
+        return {pid: ListedBackend(*seen) for pid, *seen in cursor.fetchall()}
 
 
 def survey(conn: connection, pattern: str) -> tuple[frozenset[int], list[tuple[int, int, str, str]]]:

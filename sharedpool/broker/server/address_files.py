@@ -10,25 +10,27 @@ import os
 
 from sharedpool.broker.server.desk import Desk
 from sharedpool.broker.server.journal import Journal
-from sharedpool.broker.server.router_socket import Post
+from sharedpool.broker.server.router_socket import RouterSocket
 from sharedpool.discovery.lock_file import BrokerLock
 from sharedpool.errors import SharedPoolError
 
 logger = logging.getLogger("sharedpool.broker")
 
 
-class Keeper:
+class AddressFiles:
     """The files of one address: lock, journal, socket and desk."""
 
-    def __init__(self, address: str, lock: BrokerLock, journal: Journal, post: Post, desk: Desk | None) -> None:
+    def __init__(
+        self, address: str, lock: BrokerLock, journal: Journal, router: RouterSocket, desk: Desk | None
+    ) -> None:
         self._address = address
         self._lock = lock
         self._journal = journal
-        self._post = post
+        self._router = router
         self._desk = desk
         self._in_trouble = False
 
-    def look(self, *, wanted: bool) -> bool:
+    def check(self, *, wanted: bool) -> bool:
         """Make anew what somebody has deleted, if this broker is still `wanted`.
 
         Return False when the address is another broker's by now, or nobody's any more: this one is to leave.
@@ -53,7 +55,7 @@ class Keeper:
             self._say("lock file")
         if self._journal.mend():
             self._say("journal")
-        if self._post.mend():
+        if self._router.mend():
             self._say("socket")
         if self._desk is not None and self._desk.mend():
             self._say("desk")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from msgspec import structs
 
-from sharedpool.broker.core.commands import Command, Peek, Send
+from sharedpool.broker.core.commands import Command, QueryActivity, Send
 from sharedpool.broker.core.ledger import Ledger
 from sharedpool.broker.postgres.control import Control
 from sharedpool.wire.admin import Done, Order
@@ -21,7 +21,7 @@ _MOST_UNREAD = 8
 _MOST_KNOWN = 1000
 
 
-class Operators:
+class AdminRequests:
     """Those who ask and order. `execute` carries the ledger's commands out, `report` returns the broker's state."""
 
     def __init__(
@@ -48,7 +48,7 @@ class Operators:
         if len(self._answered) > _MOST_KNOWN:
             self._answered.popitem(last=False)
         if status.leases:
-            self._execute(self._ledger.inquire())
+            self._execute(self._ledger.request_reports())
         self._waiting.append((asker, status, now + _TELL_LIMIT_S))
 
     def answer(self, now: float) -> None:
@@ -77,9 +77,9 @@ class Operators:
 
     def _tell_state(self, asker: bytes, status: Status, now: float) -> None:
         """Tell what the books say, and have it told what the server says of the same leases."""
-        oldest = self._ledger.oldest(status.leases, now)
+        oldest = self._ledger.oldest_leases(status.leases, now)
         backends = tuple(line.backend for line in oldest if line.backend is not None)
         asks = bool(backends) and self._control.exists
         self._execute([Send(asker, structs.replace(self._report(now), oldest=oldest, activity=asks))])
         if asks:
-            self._control.peek(Peek(asker, backends, now + _PATIENCE_S))
+            self._control.query_activity(QueryActivity(asker, backends, now + _PATIENCE_S))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from sharedpool.broker.core.commands import Command, Fence
-from sharedpool.broker.core.ledger import Ledger, Word
+from sharedpool.broker.core.ledger import Ledger, LedgerCall
 from sharedpool.broker.postgres.control import Control
 from sharedpool.broker.server.desk import Desk
 from sharedpool.broker.server.lanes import Lanes
@@ -21,7 +21,7 @@ _CUT_HEAD_START_S = 0.02
 class Custody:
     """The desk's clerk; `desk` is None where there can be no desk. `lanes` is set once they are made.
 
-    `execute` carries out what the ledger decides, `later` has the ledger told once that is done.
+    `execute` carries out what the ledger decides, `call_soon` has the ledger told once that is done.
     """
 
     lanes: Lanes
@@ -32,21 +32,21 @@ class Custody:
         ledger: Ledger,
         control: Control,
         execute: Callable[[list[Command]], None],
-        later: Callable[[Word], None],
+        call_soon: Callable[[LedgerCall], None],
     ) -> None:
         self.desk = desk
         self._ledger = ledger
         self._control = control
         self._execute = execute
-        self._later = later
+        self._call_soon = call_soon
         self._fenced: set[Token] = set()  # given to the control connection
         if desk is not None:
-            desk.clerk = self
+            desk.handler = self
 
     def __len__(self) -> int:
         return 0 if self.desk is None else len(self.desk)
 
-    # --- from the desk (`desk.Clerk`)
+    # --- from the desk (`desk.DeskHandler`)
 
     def expects(self, session: bytes, token: Token) -> bool:
         """Say whether a socket may be handed in for a lease."""
@@ -60,23 +60,23 @@ class Custody:
         """Take in a connection that is to be passed on."""
         self._execute(self._ledger.given(give, time.monotonic()))
 
-    def left(self, line: int) -> None:
+    def line_leaving(self, line: int) -> None:
         """Take in that this line is to end, and its program goes on."""
-        self._ledger.left(line)
+        self._ledger.line_leaving(line)
 
-    def stays(self, program: bytes, line: int) -> None:
+    def line_identified(self, program: bytes, line: int) -> None:
         """Take in that this line ends with a program."""
-        self._ledger.stays(program, line)
-        self.lanes.stays(program, line)
+        self._ledger.line_identified(program, line)
+        self.lanes.line_identified(program, line)
 
     def joined(self, session: bytes, *, takes_part: bool) -> None:
         """Take in that a session uses its pool's lane, or will not."""
         self._execute(self._ledger.joined(session, time.monotonic(), takes_part=takes_part))
 
-    def line_ended(self, line: int) -> None:
+    def line_closed(self, line: int) -> None:
         """Take in that a line has ended; not at once, what was decided before is still being carried out."""
-        self.lanes.line_ended(line)
-        self._later(lambda ledger, now: ledger.line_ended(line, now))
+        self.lanes.line_closed(line)
+        self._call_soon(lambda ledger, now: ledger.line_closed(line, now))
 
     def gone(self, token: Token) -> None:
         """Take in that the other side of a socket in custody has closed it: the backend, if nobody is in between."""
@@ -92,20 +92,20 @@ class Custody:
 
     # --- from the ledger
 
-    def entrust(self, token: Token, heir: Token) -> None:
+    def transfer(self, token: Token, heir: Token) -> None:
         """Keep a lease's socket for another lease."""
         assert self.desk is not None
-        self.desk.entrust(token, heir)
+        self.desk.transfer(token, heir)
 
     def erase(self, token: Token) -> None:
         """Let go of what there is of a lease: its slot is free."""
         if token in self._fenced:
             self._fenced.discard(token)
-            self._control.settled(token)
+            self._control.forget_fence(token)
         if self.desk is not None:
             self.desk.drop(token)
 
-    def fence(self, fence: Fence) -> None:
+    def end_backend(self, fence: Fence) -> None:
         """Have a backend ended: by its socket, if that is here, and by the control connection."""
         cut = self.desk is not None and self.desk.cut(fence.token)
         if fence.backend is None:
@@ -113,4 +113,6 @@ class Custody:
         seen = cut and fence.backend.direct  # its end will show
         if self._control.exists or not seen:
             self._fenced.add(fence.token)
-            self._control.fence(replace(fence, left=fence.left or cut), after_s=_CUT_HEAD_START_S if seen else 0.0)
+            self._control.enqueue_fence(
+                replace(fence, left=fence.left or cut), after_s=_CUT_HEAD_START_S if seen else 0.0
+            )

@@ -21,14 +21,14 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from sharedpool.broker.server.drop_log import Garbage
+from sharedpool.broker.server.drop_log import DropLog
 from sharedpool.broker.server.processes import called
 from sharedpool.broker.server.router_socket import is_at
 from sharedpool.descriptors import passing
 from sharedpool.errors import ProtocolError
 from sharedpool.postgres.peer_closed import other_side_closed
 from sharedpool.wire.codec import decode_to_desk, encode
-from sharedpool.wire.desk import PACKET_BYTES, Deposit, Give, Leave, LetIn, Stay
+from sharedpool.wire.desk import PACKET_BYTES, Deposit, Give, LaneInvitation, Leave, LineOwner
 from sharedpool.wire.messages import Token
 
 logger = logging.getLogger("sharedpool.broker")
@@ -41,7 +41,7 @@ _TELL_EVERY_S = 10.0  # of those who are turned away
 _UCRED = struct.Struct("3i")  # pid, uid, gid
 
 
-class Clerk(Protocol):
+class DeskHandler(Protocol):
     """What the desk tells: see `custody.py`."""
 
     def expects(self, session: bytes, token: Token) -> bool:
@@ -62,24 +62,24 @@ class Clerk(Protocol):
     def joined(self, session: bytes, *, takes_part: bool) -> None:
         """A session uses its pool's lane, or will not."""
 
-    def left(self, line: int) -> None:
+    def line_leaving(self, line: int) -> None:
         """This line is to end, and its program goes on."""
 
-    def stays(self, program: bytes, line: int) -> None:
+    def line_identified(self, program: bytes, line: int) -> None:
         """This line ends with a program, unless it is left before."""
 
-    def line_ended(self, line: int) -> None:
+    def line_closed(self, line: int) -> None:
         """A line has ended."""
 
 
 class Desk:
     """The listener, the workers' lines to it, and what is in custody.
 
-    `clerk`, set once it is made, is told all that is said here and what becomes of the sockets. Lines are named by
+    `handler`, set once it is made, is told all that is said here and what becomes of the sockets. Lines are named by
     numbers never used twice.
     """
 
-    clerk: Clerk
+    handler: DeskHandler
 
     def __init__(self, path: Path) -> None:
         """Listen at `path`; the address's lock must be held. Raise OSError when that cannot be."""
@@ -90,7 +90,7 @@ class Desk:
         self._numbers: dict[int, int] = {}  # their numbers, by descriptor
         self._numbered: dict[int, socket.socket] = {}
         self._newest = 0
-        self._garbage = Garbage()
+        self._drop_log = DropLog()
         self._listener = self._listen()
         self._ours = path.stat()
         self._spare = os.open(os.devnull, os.O_RDONLY)  # for the moment when there are no descriptors left
@@ -139,7 +139,7 @@ class Desk:
 
     @property
     def custody(self) -> select.epoll:
-        """Readable when `see` has something to do."""
+        """Readable when `check_custody` has something to do."""
         return self._custody_epoll
 
     # --- the desk
@@ -173,7 +173,7 @@ class Desk:
             line.setblocking(False)
             pid, uid, _ = _UCRED.unpack(line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
             if uid not in (os.geteuid(), 0):
-                self._garbage.dropped("dropped a line to the desk from uid %d%s", uid, called(pid))
+                self._drop_log.dropped("dropped a line to the desk from uid %d%s", uid, called(pid))
                 line.close()
                 continue
             self._newest += 1
@@ -209,7 +209,7 @@ class Desk:
         except OSError:
             packet, fds, whole = b"", [], True
         if not packet and not fds:
-            self._hang_up(line)
+            self._close_line(line)
             return
         taken = False
         try:
@@ -220,27 +220,27 @@ class Desk:
             if isinstance(message, Deposit):
                 taken = self._take(message, fds[0])
             elif isinstance(message, Give):
-                self.clerk.given(message)
+                self.handler.given(message)
             elif isinstance(message, Leave):
-                self.clerk.left(self._numbers[line.fileno()])
-            elif isinstance(message, Stay):
-                self.clerk.stays(message.program, self._numbers[line.fileno()])
+                self.handler.line_leaving(self._numbers[line.fileno()])
+            elif isinstance(message, LineOwner):
+                self.handler.line_identified(message.program, self._numbers[line.fileno()])
             else:
-                self.clerk.joined(message.session, takes_part=message.takes_part)
+                self.handler.joined(message.session, takes_part=message.takes_part)
         except ProtocolError as error:
-            self._garbage.dropped("dropped what came to the desk: %s", error)
+            self._drop_log.dropped("dropped what came to the desk: %s", error)
         finally:
             for fd in fds[1:] if taken else fds:
                 os.close(fd)
 
-    def _hang_up(self, line: socket.socket) -> None:
+    def _close_line(self, line: socket.socket) -> None:
         number = self._numbers.pop(line.fileno())
         self._lines_epoll.unregister(line)
         del self._lines[line.fileno()], self._numbered[number]
         line.close()
-        self.clerk.line_ended(number)
+        self.handler.line_closed(number)
 
-    def hand(self, number: int, message: LetIn, fds: list[int]) -> None:
+    def send_descriptors(self, number: int, message: LaneInvitation, fds: list[int]) -> None:
         """Send descriptors on a line. A worker that does not read just now is not let in."""
         if (line := self._numbered.get(number)) is not None:
             try:
@@ -254,18 +254,18 @@ class Desk:
         return -1 if held is None else held.fileno()
 
     def _take(self, deposit: Deposit, fd: int) -> bool:
-        if deposit.token in self._custody or not self.clerk.expects(deposit.session, deposit.token):
+        if deposit.token in self._custody or not self.handler.expects(deposit.session, deposit.token):
             return False
         held = socket.socket(fileno=fd)
         self._custody[deposit.token] = held
         self._tokens[fd] = deposit.token
         self._custody_epoll.register(fd, select.EPOLLRDHUP)
-        self.clerk.deposited(deposit.token)
+        self.handler.deposited(deposit.token)
         return True
 
     # --- custody
 
-    def see(self) -> None:
+    def check_custody(self) -> None:
         """Take in which backends have ended, and which sockets are of no use as evidence any more."""
         for fd, _ in self._custody_epoll.poll(0):
             token = self._tokens.get(fd)
@@ -273,9 +273,9 @@ class Desk:
                 gone = other_side_closed(fd)
                 self.drop(token)
                 if gone:
-                    self.clerk.gone(token)
+                    self.handler.gone(token)
                 else:
-                    self.clerk.lost(token)
+                    self.handler.lost(token)
 
     def cut(self, token: Token) -> bool:
         """Tell a backend that its client is gone; return whether its socket is in custody.
@@ -292,7 +292,7 @@ class Desk:
             pass  # it was faster
         return True
 
-    def entrust(self, token: Token, heir: Token) -> None:
+    def transfer(self, token: Token, heir: Token) -> None:
         """Keep a lease's socket for another lease."""
         held = self._custody.pop(token, None)
         if held is not None:

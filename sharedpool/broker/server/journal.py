@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from sharedpool.broker.core.commands import Entry, Member, Place
+from sharedpool.broker.core.commands import Entry, Member, ServerIncarnation
 from sharedpool.wire.messages import Token
 
 logger = logging.getLogger("sharedpool.broker")
@@ -28,7 +28,7 @@ logger = logging.getLogger("sharedpool.broker")
 _COMPACT_BYTES = 1 << 20
 _VERSION = 2
 # Of the servers seen before that many others, no lease is left.
-_PLACES_KEPT = 16
+_SERVERS_KEPT = 16
 
 
 class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -36,7 +36,7 @@ class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
     partial: bool = False
     lease: Entry | None = None
     free: Token | None = None
-    saw: Place | None = None
+    server: ServerIncarnation | None = None
     member: Member | None = None
     left: bytes | None = None
 
@@ -49,7 +49,7 @@ class Journal:
     """One broker's journal. The address's lock must be held.
 
     `entries` are the leases that the former broker left, `members` who was in its lanes; `intact` is False when there
-    is no telling whether that is all: the file was missing or cannot be read. `places` are the servers that were seen,
+    is no telling whether that is all: the file was missing or cannot be read. `servers` are the servers that were seen,
     the newest last.
     """
 
@@ -58,7 +58,7 @@ class Journal:
         self.intact = True
         self._live: dict[Token | bytes, bytes] = {}  # by lease, or by session
         self.members: list[Member] = []
-        self.places: list[Place] = []
+        self.servers: list[ServerIncarnation] = []
         self.entries = self._load()
         self._partial = not self.intact
         self._fd = -1
@@ -95,8 +95,8 @@ class Journal:
                     members[line.member.session] = line.member
                 elif line.left is not None:
                     members.pop(line.left, None)
-                elif line.saw is not None:
-                    self._note(line.saw)
+                elif line.server is not None:
+                    self._note(line.server)
         except msgspec.DecodeError:
             self.intact = False  # what was read is still true
         self._live = {token: _encode(_Line(lease=entry)) for token, entry in found.items()}
@@ -104,7 +104,7 @@ class Journal:
         self.members = list(members.values())
         return list(found.values())
 
-    def vouch(self) -> None:
+    def mark_complete(self) -> None:
         """Note that all leases there may be are in the journal."""
         if self._partial and self._fd >= 0:
             self._partial = False
@@ -130,15 +130,15 @@ class Journal:
         if self._live.pop(session, None) is not None:
             self._unwritten.append(_encode(_Line(left=session)))
 
-    def saw(self, place: Place) -> None:
+    def record_server(self, server: ServerIncarnation) -> None:
         """Note that the control connection was on this server."""
-        if self.places[-1:] != [place]:
-            self._note(place)
-            self._unwritten.append(_encode(_Line(saw=place)))
+        if self.servers[-1:] != [server]:
+            self._note(server)
+            self._unwritten.append(_encode(_Line(server=server)))
             self.flush()
 
-    def _note(self, place: Place) -> None:
-        self.places = [*(known for known in self.places if known != place), place][-_PLACES_KEPT:]
+    def _note(self, server: ServerIncarnation) -> None:
+        self.servers = [*(known for known in self.servers if known != server), server][-_SERVERS_KEPT:]
 
     def mend(self) -> bool:
         """Write all anew if somebody has deleted the file, and keep it young; return whether that was so.
@@ -189,8 +189,8 @@ class Journal:
     def _compact(self) -> None:
         """Write what counts into a new file and put that in the old one's place; raise `OSError` when it is not all."""
         fresh = self._path.with_suffix(".new")
-        places = [_encode(_Line(saw=place)) for place in self.places]
-        data = b"".join([_encode(_Line(_VERSION, self._partial)), *places, *self._live.values()])
+        servers = [_encode(_Line(server=server)) for server in self.servers]
+        data = b"".join([_encode(_Line(_VERSION, self._partial)), *servers, *self._live.values()])
         fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             if os.write(fd, data) != len(data):  # a full disk takes what it can, and says no more than this

@@ -13,13 +13,23 @@ import selectors
 import time
 from collections.abc import Callable
 
-from sharedpool.broker.core.commands import CloseLane, Command, Halt, LetIn, OpenLane, PassOn, Proceed, Queue, ToLane
-from sharedpool.broker.core.ledger import Ledger, Word
+from sharedpool.broker.core.commands import (
+    CloseLane,
+    Command,
+    GiveInLane,
+    HaltMoves,
+    InviteToLane,
+    JoinQueue,
+    OpenLane,
+    PassOn,
+    StartMoves,
+)
+from sharedpool.broker.core.ledger import Ledger, LedgerCall
 from sharedpool.broker.server.desk import Desk
 from sharedpool.lane import lane as lanes
 from sharedpool.lane.lane import Item, Lane, Ticket
 from sharedpool.wire import desk as wire
-from sharedpool.wire.board import BROKERS_PLACE, BROKERS_REQUEST, SHELF
+from sharedpool.wire.board import BROKER_PLACE, BROKER_REQUEST, SHELF
 
 logger = logging.getLogger("sharedpool.broker")
 
@@ -27,7 +37,7 @@ logger = logging.getLogger("sharedpool.broker")
 class Lanes:
     """All lanes of one broker. `desk` is None where there can be no desk, and so no lane.
 
-    `execute` carries out what the ledger decides, `later` has the ledger told once that is done.
+    `execute` carries out what the ledger decides, `call_soon` has the ledger told once that is done.
     """
 
     def __init__(
@@ -36,52 +46,54 @@ class Lanes:
         ledger: Ledger,
         selector: selectors.BaseSelector,
         execute: Callable[[list[Command]], None],
-        later: Callable[[Word], None],
+        call_soon: Callable[[LedgerCall], None],
     ) -> None:
         self._desk = desk
         self._ledger = ledger
         self._selector = selector
         self._execute = execute
-        self._later = later
+        self._call_soon = call_soon
         self._network = lanes.network()
         self._lanes: dict[str, Lane] = {}
         self._handed: dict[str, list[int]] = {}  # descriptors, for the workers
-        self._seats: dict[str, _socket.socket] = {}
+        self._wait_sockets: dict[str, _socket.socket] = {}
         self._watched: dict[str, list[int]] = {}
         self._lines: dict[bytes, int] = {}  # to the desk, by program
-        self._waiting: dict[bytes, LetIn] = {}  # to be let in, once they are at the desk; by session
+        self._waiting: dict[bytes, InviteToLane] = {}  # to be let in, once they are at the desk; by session
 
     # --- workers
 
-    def stays(self, program: bytes, line: int) -> None:
+    def line_identified(self, program: bytes, line: int) -> None:
         """Take in that a program's line to the desk is there: its sessions can be let in."""
         self._lines[program] = line
-        for session, order in list(self._waiting.items()):
+        for session, command in list(self._waiting.items()):
             if session.startswith(program):
-                self.let_in(order)
+                self.invite(command)
 
-    def line_ended(self, line: int) -> None:
+    def line_closed(self, line: int) -> None:
         """Take in that a line has ended."""
         for program in [program for program, number in self._lines.items() if number == line]:
             del self._lines[program]
 
-    def forget(self, session: bytes) -> None:
+    def session_ended(self, session: bytes) -> None:
         """Take in that a session is over."""
         self._waiting.pop(session, None)
 
-    def let_in(self, order: LetIn) -> None:
+    def invite(self, command: InviteToLane) -> None:
         """Hand a lane to a session; later, if its process has not come to the desk yet."""
-        self._waiting.pop(order.session, None)
-        fds = self._handed.get(order.pool)
-        line = next((line for program, line in self._lines.items() if order.session.startswith(program)), None)
+        self._waiting.pop(command.session, None)
+        fds = self._handed.get(command.pool)
+        line = next((line for program, line in self._lines.items() if command.session.startswith(program)), None)
         if line is None:
-            self._waiting[order.session] = order
+            self._waiting[command.session] = command
         elif fds is not None and self._desk is not None:
-            self._desk.hand(line, wire.LetIn(order.session, order.number, order.index, self._network), fds)
+            self._desk.send_descriptors(
+                line, wire.LaneInvitation(command.session, command.number, command.index, self._network), fds
+            )
 
     # --- lanes
 
-    def open(self, order: OpenLane) -> None:
+    def open(self, command: OpenLane) -> None:
         """Make a lane."""
         if self._desk is None or not lanes.SUPPORTED:
             return
@@ -90,75 +102,77 @@ class Lanes:
         try:
             fds = lanes.make()
             lane = Lane([os.dup(fd) for fd in fds], SHELF)
-            seat = lane.seat(BROKERS_PLACE)
+            wait_socket = lane.wait_socket(BROKER_PLACE)
         except OSError as error:
             if lane is not None:
                 lane.close()
             for fd in fds:
                 os.close(fd)
-            logger.warning("pool %r: no lane (%s): its connections are closed and opened instead", order.pool, error)
+            logger.warning("pool %r: no lane (%s): its connections are closed and opened instead", command.pool, error)
             return
-        self._close(order.pool)
-        self._lanes[order.pool], self._handed[order.pool], self._seats[order.pool] = lane, fds, seat
-        self._selector.register(seat, selectors.EVENT_READ, lambda: self._read(order.pool))
-        self._watch(order.pool)
-        self._later(lambda ledger, now: ledger.lane_opened(order.pool, order.serial, lane.board, now))
+        self._close(command.pool)
+        self._lanes[command.pool], self._handed[command.pool], self._wait_sockets[command.pool] = lane, fds, wait_socket
+        self._selector.register(wait_socket, selectors.EVENT_READ, lambda: self._read(command.pool))
+        self._watch(command.pool)
+        self._call_soon(lambda ledger, now: ledger.lane_opened(command.pool, command.serial, lane.board, now))
 
-    def close_lane(self, order: CloseLane) -> None:
+    def close_lane(self, command: CloseLane) -> None:
         """Let go of a lane."""
-        self._close(order.pool)
+        self._close(command.pool)
 
-    def proceed(self, order: Proceed) -> None:
+    def start_moves(self, command: StartMoves) -> None:
         """Leave queue and shelf alone."""
-        self._unwatch(order.pool)
+        self._unwatch(command.pool)
 
-    def halt(self, order: Halt) -> None:
+    def halt_moves(self, command: HaltMoves) -> None:
         """Wake who waits, take over what lies on the shelf, and whatever comes later."""
-        if order.pool in self._lanes:
-            self._watch(order.pool)
-            self._later(lambda ledger, now: self._empty(order.pool))
+        if command.pool in self._lanes:
+            self._watch(command.pool)
+            self._call_soon(lambda ledger, now: self._empty(command.pool))
 
-    def queue(self, order: Queue) -> None:
+    def join_queue(self, command: JoinQueue) -> None:
         """Join the queue of a lane, and look at its shelf: what lies there nobody would bring."""
-        if (lane := self._lanes.get(order.pool)) is not None:
-            for _ in range(order.times):
-                lane.queue(Ticket(SHELF, BROKERS_PLACE, BROKERS_REQUEST))
-            self._later(lambda ledger, now: self._take(order.pool, order.looks))
+        if (lane := self._lanes.get(command.pool)) is not None:
+            for _ in range(command.times):
+                lane.add_ticket(Ticket(SHELF, BROKER_PLACE, BROKER_REQUEST))
+            self._call_soon(lambda ledger, now: self._take(command.pool, command.most_from_shelf))
 
     def _take(self, pool: str, most: int) -> list[Command]:
         """Take what lies on a shelf, for those who wait at the broker."""
         commands: list[Command] = []
         lane = self._lanes.get(pool)
-        while lane is not None and lane.board.moving and most > 0 and (taken := lane.take()) is not None:
+        while lane is not None and lane.board.moving and most > 0 and (taken := lane.take_from_shelf()) is not None:
             moved, sock = taken
             sock.close()  # it is in custody
             most -= 1
-            commands += self._ledger.shelved(pool, moved, time.monotonic())
-        return commands if most == 0 else commands + self._ledger.looked(pool, time.monotonic())
+            commands += self._ledger.found_on_shelf(pool, moved, time.monotonic())
+        return commands if most == 0 else commands + self._ledger.shelf_empty(pool, time.monotonic())
 
     def _read(self, pool: str) -> None:
-        """Take what came to the broker's own seat."""
-        lane, seat = self._lanes[pool], self._seats[pool]
-        while (got := lane.receive(seat)) is not None:
+        """Take what came to the broker's own wait socket."""
+        lane, wait_socket = self._lanes[pool], self._wait_sockets[pool]
+        while (got := lane.receive(wait_socket)) is not None:
             moved, sock = got
             sock.close()  # it is in custody
-            self._execute(self._ledger.came(pool, moved, time.monotonic()))
+            self._execute(self._ledger.received(pool, moved, time.monotonic()))
             if pool not in self._lanes:
                 return
 
-    def pass_on(self, order: PassOn) -> None:
+    def pass_on(self, command: PassOn) -> None:
         """Send a connection to who waits at the broker, at his place in the lane."""
-        lane, moved = self._lanes.get(order.pool), order.message
+        lane, moved = self._lanes.get(command.pool), command.message
         fd = -1 if self._desk is None else self._desk.fileno_of(moved.token)
-        if lane is None or fd < 0 or not lane.pass_on(order.number, order.place, moved, fd):
-            self._later(lambda ledger, now: ledger.not_passed(moved, now))
+        if lane is None or fd < 0 or not lane.pass_on(command.number, command.place, moved, fd):
+            self._call_soon(lambda ledger, now: ledger.not_delivered(moved, now))
 
-    def to_lane(self, order: ToLane) -> None:
+    def give(self, command: GiveInLane) -> None:
         """Give a connection that was given to the broker."""
-        lane, fd = self._lanes.get(order.pool), -1 if self._desk is None else self._desk.fileno_of(order.token)
-        if lane is None or fd < 0 or not lane.give(Item(order.token, order.cell, order.live, fd)):
-            pool, token, live = order.pool, order.token, order.live
-            self._later(lambda ledger, now: ledger.unplaced(pool, wire.Moved(0, token, order.cell, 0, live), now))
+        lane, fd = self._lanes.get(command.pool), -1 if self._desk is None else self._desk.fileno_of(command.token)
+        if lane is None or fd < 0 or not lane.give(Item(command.token, command.cell, command.live, fd)):
+            pool, token, live = command.pool, command.token, command.live
+            self._call_soon(
+                lambda ledger, now: ledger.lane_full(pool, wire.Moved(0, token, command.cell, 0, live), now)
+            )
 
     def _empty(self, pool: str) -> list[Command]:
         """Take what is in a lane that is halted."""
@@ -166,13 +180,13 @@ class Lanes:
         if lane is None or lane.board.moving:
             return []
         while (ticket := lane.next_ticket()) is not None:
-            lane.ring(ticket)
+            lane.wake(ticket)
         commands: list[Command] = []
-        while (taken := lane.take()) is not None:
+        while (taken := lane.take_from_shelf()) is not None:
             moved, sock = taken
             sock.close()  # it is in custody
-            commands += self._ledger.shelved(pool, moved, time.monotonic())
-        return commands + self._ledger.looked(pool, time.monotonic())
+            commands += self._ledger.found_on_shelf(pool, moved, time.monotonic())
+        return commands + self._ledger.shelf_empty(pool, time.monotonic())
 
     def _watch(self, pool: str) -> None:
         if pool not in self._watched:
@@ -187,8 +201,8 @@ class Lanes:
     def _close(self, pool: str) -> None:
         self._unwatch(pool)
         if (lane := self._lanes.pop(pool, None)) is not None:
-            self._selector.unregister(self._seats[pool])
-            self._seats.pop(pool).close()
+            self._selector.unregister(self._wait_sockets[pool])
+            self._wait_sockets.pop(pool).close()
             lane.close()
             for fd in self._handed.pop(pool):
                 os.close(fd)

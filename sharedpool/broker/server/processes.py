@@ -17,7 +17,7 @@ from typing import NamedTuple
 import zmq
 
 from sharedpool.broker.core.commands import Process
-from sharedpool.discovery.pid_namespace import place
+from sharedpool.discovery.pid_namespace import pid_namespace_id
 
 logger = logging.getLogger("sharedpool.broker")
 
@@ -47,7 +47,7 @@ def process(pid: int) -> Process:
     return Process(pid, _started(pid), _here())
 
 
-_here = functools.cache(place)
+_here = functools.cache(pid_namespace_id)
 
 
 def _started(pid: int) -> int:
@@ -89,7 +89,7 @@ class Watched:
         """Watch a session's process; return False when it has ended already."""
         if process is None or not hasattr(os, "pidfd_open"):
             return True  # another host or platform: heartbeats alone tell
-        if process.place and process.place != _here():
+        if process.pid_namespace and process.pid_namespace != _here():
             return True  # known from a broker to which that pid meant another process
         self.forget(session)
         watched = self._processes.get(process)

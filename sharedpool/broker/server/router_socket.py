@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import zmq
 
-from sharedpool.broker.server.drop_log import Garbage
+from sharedpool.broker.server.drop_log import DropLog
 from sharedpool.broker.server.processes import Peer, called, peer_of
 from sharedpool.errors import SharedPoolError
 from sharedpool.wire.channel import from_session, is_of_former_connection, to_session
@@ -36,17 +36,19 @@ def is_at(path: Path, ours: os.stat_result) -> bool:
     return True
 
 
-class Letter(NamedTuple):
-    """A message as it has come: from which session, and in what, which tells over whose connection (`Post.sender`)."""
+class Incoming(NamedTuple):
+    """A message as it has come: from which session, and in what, which tells over whose connection
+    (`RouterSocket.sender`).
+    """
 
     session: bytes
     body: bytes
     frame: zmq.Frame
 
 
-class Post:
-    """`mail` is whether there may be something to `read`. libzmq's descriptor tells of news only once, and to any call:
-    after each use it must be asked whether something came meanwhile (`look`).
+class RouterSocket:
+    """`readable` is whether there may be something to `read`. libzmq's descriptor tells of news only once, and to any
+    call: after each use it must be asked whether something came meanwhile (`poll`).
     """
 
     def __init__(self, address: str, listener: int | None) -> None:
@@ -63,13 +65,13 @@ class Post:
         self._router.setsockopt(zmq.IPV6, 1)
         if listener is not None:
             self._router.setsockopt(zmq.USE_FD, listener)
-        self._garbage = Garbage()
+        self._drop_log = DropLog()
         self._admitted: set[bytes] = set()  # routing ids of whom we serve: nobody else can know one
         self._ours: os.stat_result | None = None  # our socket's file
-        self.mail = self._used = True
+        self.readable = self._used = True
 
     @property
-    def near(self) -> bool:
+    def is_local(self) -> bool:
         """Whether everybody who writes is on this host."""
         return self._path is not None
 
@@ -106,48 +108,48 @@ class Post:
         """Return the descriptor that becomes readable when there is news, perhaps."""
         return int(self._router.getsockopt(zmq.FD))
 
-    def rang(self) -> None:
+    def on_readable(self) -> None:
         """Take in that the descriptor was readable."""
-        self.mail = True
+        self.readable = True
 
-    def look(self) -> bool:
+    def poll(self) -> bool:
         """Say whether there is something to read."""
         if self._used:
             self._used = False
-            self.mail = self._has_mail()
-        return self.mail
+            self.readable = self._has_messages()
+        return self.readable
 
-    def _has_mail(self) -> bool:
+    def _has_messages(self) -> bool:
         return bool(int(self._router.getsockopt(zmq.EVENTS)) & _READABLE)
 
-    def read(self, most: int) -> Iterator[Letter]:
+    def read(self, most: int) -> Iterator[Incoming]:
         """Yield up to `most` messages, without those that are not to be looked at. Does not block."""
         self._used = True
         receive, admitted = self._router.recv, self._admitted
         for count in range(most):
-            if count == 1 and not self._has_mail():  # it mostly comes singly, and zmq.Again is dear
-                self.mail = False
+            if count == 1 and not self._has_messages():  # it mostly comes singly, and zmq.Again is dear
+                self.readable = False
                 return
             try:
                 routing_id = receive(_NOW)
                 frame = receive(_NOW, copy=False)  # a message comes as a whole
             except zmq.Again:
-                self.mail = False
+                self.readable = False
                 return
-            excess = self._excess() if frame.more else 0
+            excess = self._drop_excess() if frame.more else 0
             session, body = to_session(routing_id, frame.bytes)
             if routing_id not in admitted and not self._admits(routing_id, session, frame):
                 continue
             if excess:
                 name = routing_id.hex()[:12]
                 text = "dropped a message from %s: %d frames instead of 2"
-                self._garbage.dropped(text, name, 2 + excess, session=name)
+                self._drop_log.dropped(text, name, 2 + excess, session=name)
             elif is_of_former_connection(routing_id, body):
                 logger.debug("dropped what a worker said before it made another connection")
             else:
-                yield Letter(session, body, frame)
+                yield Incoming(session, body, frame)
 
-    def _excess(self) -> int:
+    def _drop_excess(self) -> int:
         """Throw away the rest of a message; return how many frames that were."""
         count = 1
         while self._router.recv(_NOW, copy=False).more:
@@ -158,7 +160,7 @@ class Post:
         """Say whether we serve who has this routing id, and remember it; tell him if not."""
         uid, pid, _ = self.sender(frame)
         if uid not in (None, os.geteuid(), 0):
-            self._garbage.dropped("dropped a message from uid %d%s", uid, called(pid))
+            self._drop_log.dropped("dropped a message from uid %d%s", uid, called(pid))
             refusal = f"the broker is uid {os.geteuid()}'s and serves nobody else (but root), not uid {uid}"
             self.send(session, encode(Reject(refusal, fatal=True)))
             return False
@@ -169,7 +171,7 @@ class Post:
 
     def sender(self, frame: zmq.Frame) -> Peer:
         """Return over whose connection a frame has come."""
-        return peer_of(frame, ipc=self.near)
+        return peer_of(frame, ipc=self.is_local)
 
     def send(self, session: bytes, frame: bytes) -> None:
         """Send one frame. One who is gone, or does not read, misses it. Does not block."""

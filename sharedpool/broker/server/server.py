@@ -24,48 +24,48 @@ from msgspec import structs
 
 from sharedpool.broker.core.commands import (
     Admit,
+    CancelBackend,
     CloseLane,
     Command,
     Dismiss,
-    Doubt,
-    Entrust,
     Erase,
     Fence,
     Forget,
-    Halt,
-    Interfere,
-    LetIn,
+    GiveInLane,
+    HaltMoves,
+    InviteToLane,
+    JoinQueue,
     Log,
-    Look,
+    MarkJournalComplete,
     OpenLane,
     PassOn,
-    Proceed,
-    Queue,
     Record,
-    Saw,
+    RecordServer,
     Send,
-    ToLane,
-    Vouch,
+    StartMoves,
+    SurveyServer,
+    TransferCustody,
+    VerifyServer,
     Watch,
 )
-from sharedpool.broker.core.ledger import Ledger, Word
-from sharedpool.broker.core.sessions import other_version
+from sharedpool.broker.core.ledger import Ledger, LedgerCall
+from sharedpool.broker.core.sessions import version_mismatch_text
 from sharedpool.broker.postgres.control import Control
 from sharedpool.broker.postgres.leadership import Leadership
 from sharedpool.broker.server import desk as desks
-from sharedpool.broker.server.address_files import Keeper
-from sharedpool.broker.server.admin_requests import Operators
+from sharedpool.broker.server.address_files import AddressFiles
+from sharedpool.broker.server.admin_requests import AdminRequests
 from sharedpool.broker.server.custody import Custody
-from sharedpool.broker.server.drop_log import Garbage
+from sharedpool.broker.server.drop_log import DropLog
 from sharedpool.broker.server.journal import Journal
 from sharedpool.broker.server.lanes import Lanes
 from sharedpool.broker.server.processes import Peer, Watched, WatchedProcess, process, raise_descriptor_limit
-from sharedpool.broker.server.router_socket import Letter, Post
+from sharedpool.broker.server.router_socket import Incoming, RouterSocket
 from sharedpool.broker.server.systemd import notify
 from sharedpool.broker.settings import BrokerSettings
 from sharedpool.discovery import address as addresses
 from sharedpool.discovery.lock_file import BrokerLock
-from sharedpool.discovery.pid_namespace import pid_namespace, place
+from sharedpool.discovery.pid_namespace import pid_namespace, pid_namespace_id
 from sharedpool.discovery.scope import scope_of
 from sharedpool.errors import ConfigError, ProtocolError, SharedPoolError
 from sharedpool.postgres.conninfo import ConnInfo
@@ -75,7 +75,7 @@ from sharedpool.wire.messages import PROTOCOL_VERSION, Hello, Reject, ToWorker
 from sharedpool.wire.reports import Report, Status, ToOperator
 
 if TYPE_CHECKING:
-    from sharedpool.broker.metrics.service import Lookout
+    from sharedpool.broker.metrics.service import MetricsService
 
 logger = logging.getLogger("sharedpool.broker")
 
@@ -86,10 +86,10 @@ _AT_ONCE = 16
 # A loop that was away for so long did not run (SIGSTOP, a suspended machine): silence in that time is no sign.
 _AWAY_S = 1.0
 # Reports say of these samples that they are 10 s apart.
-_LOOK_EVERY_S = 10.0
+_SAMPLE_EVERY_S = 10.0
 _SHOWN = 200  # characters of what is wrong with garbage
 # Sooner than a worker that does not want to wait gives a broker up.
-_KEEP_EVERY_S = 2.0
+_CHECK_FILES_EVERY_S = 2.0
 
 
 class Server:
@@ -101,21 +101,21 @@ class Server:
         self._reread = reread
         self._reload_asked = False
         self._lock: BrokerLock | None = None
-        self._post = Post(settings.address, settings.listener)
+        self._router = RouterSocket(settings.address, settings.listener)
         self._selector = selectors.DefaultSelector()
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
-        self._calls: deque[Word] = deque()
+        self._calls: deque[LedgerCall] = deque()
         self._stopping = self._drain_asked = False
         self._drained_by: float | None = None
         self._was_used = self._resting = False
-        self._garbage = Garbage()
+        self._drop_log = DropLog()
         self._watched = Watched(self._selector)
         self._desk: desks.Desk | None = None
-        self._lookout: Lookout | None = None
-        self._started = self._look_at = self._keep_at = self._awake_at = time.monotonic()
-        self._host, self._place = socket.gethostname(), place()
+        self._metrics: MetricsService | None = None
+        self._started = self._sample_at = self._check_files_at = self._awake_at = time.monotonic()
+        self._host, self._pid_namespace = socket.gethostname(), pid_namespace_id()
 
     def bind(self) -> None:
         """Take the address. Raise `AlreadyRunning` when another broker has it, `SharedPoolError` when it cannot be."""
@@ -136,8 +136,8 @@ class Server:
             max_conn=settings.max_conn,
             ttl_s=settings.ttl_s,
             max_checkout_s=settings.max_checkout_s,
-            verifies=settings.dsn is not None,
-            remembers=self._journal.intact,
+            has_control_connection=settings.dsn is not None,
+            journal_complete=self._journal.intact,
             random=random.random,
             instance=self._lock.instance,
             desk="" if self._desk is None else str(self._desk.path),
@@ -150,12 +150,17 @@ class Server:
             expiration_s=math.inf if settings.expiration_s is None else settings.expiration_s,
         )
         scope = settings.scope or ("" if settings.one_off else scope_of(settings.address))
-        self._leadership = Leadership(scope, self._lock.instance, self._tell) if scope and settings.dsn else None
+        self._leadership = Leadership(scope, self._lock.instance, self._call_soon) if scope and settings.dsn else None
         self._control = Control(
-            settings.dsn, settings.max_conn, self._lock.instance, self._tell, self._journal.places, self._leadership,
+            settings.dsn,
+            settings.max_conn,
+            self._lock.instance,
+            self._call_soon,
+            self._journal.servers,
+            self._leadership,
             maintenance=settings.automatic,
-        )  # fmt: skip
-        self._operators = Operators(self._ledger, self._control, self._execute, self._report)
+        )
+        self._admin_requests = AdminRequests(self._ledger, self._control, self._execute, self._report)
         self._custody = Custody(self._desk, self._ledger, self._control, self._execute, self._calls.append)
         self._lanes = self._custody.lanes = Lanes(
             self._desk, self._ledger, self._selector, self._execute, self._calls.append
@@ -166,32 +171,32 @@ class Server:
             Record: self._record,
             Erase: self._erase,
             PassOn: self._pass_on,
-            Entrust: lambda order: self._custody.entrust(order.token, order.heir),
+            TransferCustody: lambda command: self._custody.transfer(command.token, command.heir),
             OpenLane: self._lanes.open,
-            Admit: lambda order: self._journal.admit(order.member),
-            Dismiss: lambda order: self._journal.dismiss(order.session),
-            LetIn: self._let_in,
-            ToLane: self._to_lane,
-            Queue: self._lanes.queue,
-            Proceed: self._lanes.proceed,
-            Halt: self._lanes.halt,
+            Admit: lambda command: self._journal.admit(command.member),
+            Dismiss: lambda command: self._journal.dismiss(command.session),
+            InviteToLane: self._let_in,
+            GiveInLane: self._to_lane,
+            JoinQueue: self._lanes.join_queue,
+            StartMoves: self._lanes.start_moves,
+            HaltMoves: self._lanes.halt_moves,
             CloseLane: self._lanes.close_lane,
-            Interfere: self._control.interfere,
-            Vouch: lambda _: self._journal.vouch(),
-            Saw: lambda order: self._journal.saw(order.place),
-            Fence: self._custody.fence,
-            Look: self._control.look,
-            Doubt: self._control.doubt,
+            CancelBackend: self._control.cancel_backend,
+            MarkJournalComplete: lambda _: self._journal.mark_complete(),
+            RecordServer: lambda command: self._journal.record_server(command.server),
+            Fence: self._custody.end_backend,
+            SurveyServer: self._control.survey,
+            VerifyServer: self._control.verify_server,
             Watch: self._watch,
             Forget: self._forget,
             Log: lambda log: logger.log(log.level, "%s", log.text, extra={"sharedpool": log.fields}),
         }
-        self._keeper = Keeper(settings.address, self._lock, self._journal, self._post, self._desk)
+        self._files = AddressFiles(settings.address, self._lock, self._journal, self._router, self._desk)
         # A crashed broker leaves its socket, should somebody have deleted the rest.
-        self._follows = not self._lock.first or self._post.left_behind
-        self._open_lookout()
+        self._follows = not self._lock.first or self._router.left_behind
+        self._open_metrics()
         try:
-            self._post.bind()
+            self._router.bind()
         except SharedPoolError:
             self._unlock()
             raise
@@ -205,21 +210,21 @@ class Server:
         except OSError as error:
             logger.warning("no desk at %s (%s): a killed worker's slots come back later", path, error)
 
-    def _open_lookout(self) -> None:
+    def _open_metrics(self) -> None:
         if not self.settings.metrics:
             return
-        from sharedpool.broker.metrics.service import Lookout
+        from sharedpool.broker.metrics.service import MetricsService
 
         try:
-            self._lookout = Lookout(self.settings.metrics, self._tell, self._report)
+            self._metrics = MetricsService(self.settings.metrics, self._call_soon, self._report)
         except SharedPoolError:
             self._unlock()
             raise
 
     def _unlock(self) -> None:
         assert self._lock is not None
-        if self._lookout is not None:
-            self._lookout.stop()
+        if self._metrics is not None:
+            self._metrics.stop()
         if self._desk is not None:
             self._desk.unlink()
             self._desk.close()
@@ -228,45 +233,45 @@ class Server:
 
     def run(self) -> None:
         """Serve until stopped, or until nobody has used the broker for `linger_s`."""
-        self._selector.register(self._post, selectors.EVENT_READ, self._post.rang)
+        self._selector.register(self._router, selectors.EVENT_READ, self._router.on_readable)
         self._selector.register(self._wake_in, selectors.EVENT_READ, None)
         if self._desk is not None:
             self._selector.register(self._desk.lines, selectors.EVENT_READ, self._desk.receive)
-            self._selector.register(self._desk.custody, selectors.EVENT_READ, self._desk.see)
+            self._selector.register(self._desk.custody, selectors.EVENT_READ, self._desk.check_custody)
         assert self._lock is not None, "bind() first"
         raise_descriptor_limit()
         self._announce()
         self._control.start()
         self._take_over()
-        if self._lookout is not None:
-            self._lookout.start()
+        if self._metrics is not None:
+            self._metrics.start()
         notify(self.settings.notify, "READY=1")
         unused_since = self._awake_at = time.monotonic()
         try:
             while not self._stopping:
-                if self._post.mail:
-                    self._read_mail()
-                more = self._post.mail
+                if self._router.readable:
+                    self._read_messages()
+                more = self._router.readable
                 now = time.monotonic()
                 if now - self._awake_at > _AWAY_S:
-                    self._ledger.paused(now)
+                    self._ledger.process_was_suspended(now)
                 while self._calls and not more:  # last words before a death
                     self._execute(self._calls.popleft()(self._ledger, now))
                 self._execute(self._ledger.tick(now))
                 if self._reload_asked:
                     self._reload(now)
-                self._operators.answer(now)
+                self._admin_requests.answer(now)
                 if self._is_drained(now):
                     break
-                if now >= self._look_at:
-                    self._look_at, self._was_used = now + _LOOK_EVERY_S, True
+                if now >= self._sample_at:
+                    self._sample_at, self._was_used = now + _SAMPLE_EVERY_S, True
                     self._ledger.sample()
                 used = bool(self._ledger.leases or self._ledger.sessions)
                 if self.settings.automatic:
                     self._rest(now, used=used)
-                if now >= self._keep_at:
-                    self._keep_at = now + _KEEP_EVERY_S
-                    if not self._keeper.look(wanted=used or self.settings.linger_s is None):
+                if now >= self._check_files_at:
+                    self._check_files_at = now + _CHECK_FILES_EVERY_S
+                    if not self._files.check(wanted=used or self.settings.linger_s is None):
                         break
                 if used or self.settings.linger_s is None:
                     unused_since = now
@@ -291,7 +296,7 @@ class Server:
         elif self._was_used and not (used or self._resting) and self._ledger.state == "serving":
             self._resting = True
             if self._leadership is not None:
-                self._execute(self._ledger.outranked(now, self._unanswered()))
+                self._execute(self._ledger.outranked(now, self._missing_answers()))
             self._control.need(False)
 
     def stop(self) -> None:
@@ -356,13 +361,13 @@ class Server:
         # Without a control connection there is nobody to confirm the end of what the dead have left: it stays counted.
         self._execute(self._ledger.restore(self._journal.entries, now, self._journal.members))
         if self._leadership is not None:  # until the control connection has been tried
-            self._execute(self._ledger.outranked(now, self._unanswered()))
+            self._execute(self._ledger.outranked(now, self._missing_answers()))
         if self._follows and not self._journal.intact:
-            self._execute(self._ledger.hold(self._ledger.grace_s, now))
+            self._execute(self._ledger.begin_grace_period(self._ledger.grace_s, now))
         elif self._leadership is None:
-            self._journal.vouch()
+            self._journal.mark_complete()
 
-    def _unanswered(self) -> str:
+    def _missing_answers(self) -> str:
         server = ConnInfo(self.settings.dsn or "").identity()
         return f"PostgreSQL has not answered its first connect to {server}"
 
@@ -372,46 +377,46 @@ class Server:
 
     # --- input
 
-    def _read_mail(self) -> None:
-        for number, letter in enumerate(self._post.read(_BATCH), 1):
-            self._take_in(letter)
+    def _read_messages(self) -> None:
+        for number, incoming in enumerate(self._router.read(_BATCH), 1):
+            self._handle(incoming)
             if number % _AT_ONCE == 0:
                 self._deliver()
         self._deliver()
 
-    def _take_in(self, letter: Letter) -> None:
-        session, body, frame = letter
+    def _handle(self, incoming: Incoming) -> None:
+        session, body, frame = incoming
         try:
             message = decode_to_broker(body)
         except ProtocolError as error:
             if (version := hello_version(body)) not in (None, PROTOCOL_VERSION):
-                self._unsent.append((session, Reject(other_version(version), fatal=True)))
+                self._unsent.append((session, Reject(version_mismatch_text(version), fatal=True)))
             else:
                 name = session.hex()[:12]
-                self._garbage.dropped("dropped a message from %s: %s", name, str(error)[:_SHOWN], session=name)
+                self._drop_log.dropped("dropped a message from %s: %s", name, str(error)[:_SHOWN], session=name)
             return
         now = time.monotonic()
         if isinstance(message, Status):
-            self._operators.ask(session, message, now)
+            self._admin_requests.ask(session, message, now)
         elif isinstance(message, Order):
-            near = self._post.near or self._post.sender(frame).loopback
-            self._operators.order(session, message, now, near=near)
+            near = self._router.is_local or self._router.sender(frame).loopback
+            self._admin_requests.order(session, message, now, near=near)
         elif isinstance(message, Hello):
-            self._greet(session, message, self._post.sender(frame), now)
+            self._register(session, message, self._router.sender(frame), now)
         else:
             self._carry_out(self._ledger.handle(session, message, now))
 
-    def _greet(self, session: bytes, hello: Hello, peer: Peer, now: float) -> None:
+    def _register(self, session: bytes, hello: Hello, peer: Peer, now: float) -> None:
         # By tcp only a process of this very host, by loopback, can be found by the pid it claims; in another PID
         # namespace (a pod, a container on the host's network) that is somebody else's, or nobody's.
         if hello.host == self._host:
             hello = structs.replace(hello, host="")  # in texts only other hosts are named
-        near = peer.loopback and not hello.host and hello.place == self._place
+        near = peer.loopback and not hello.host and hello.pid_namespace == self._pid_namespace
         pid = peer.pid or (hello.pid if near else 0)
         if pid:
             hello = structs.replace(hello, pid=pid)  # a container's first process is 1 to itself, and so is any other's
-        elif not hello.host and hello.place != self._place:
-            hello = structs.replace(hello, host=pid_namespace(hello.place))
+        elif not hello.host and hello.pid_namespace != self._pid_namespace:
+            hello = structs.replace(hello, host=pid_namespace(hello.pid_namespace))
         self._carry_out(self._ledger.handle(session, hello, now, process(pid) if pid else None))
 
     def _wait(self, timeout: float | None) -> None:
@@ -426,10 +431,10 @@ class Server:
                 key.data()
 
     def _timeout_s(self, now: float, unused_since: float) -> float:
-        if self._post.look() or self._calls:
+        if self._router.poll() or self._calls:
             return 0.0
-        deadlines = [self._look_at, self._keep_at, *([] if self._drained_by is None else [self._drained_by])]
-        if (deadline := self._operators.next_deadline()) is not None:
+        deadlines = [self._sample_at, self._check_files_at, *([] if self._drained_by is None else [self._drained_by])]
+        if (deadline := self._admin_requests.next_deadline()) is not None:
             deadlines.append(deadline)
         if (deadline := self._ledger.next_deadline()) is not None:
             deadlines.append(deadline)
@@ -442,8 +447,8 @@ class Server:
         # Last words first: a RELEASE that is already here is better evidence than a death.
         self._calls.append(lambda ledger, now: ledger.session_died(session, now))
 
-    def _tell(self, word: Word) -> None:
-        self._calls.append(word)
+    def _call_soon(self, call: LedgerCall) -> None:
+        self._calls.append(call)
         self._wake()
 
     def _wake(self) -> None:
@@ -466,7 +471,7 @@ class Server:
         self._journal.flush()
         if self._unsent:
             for session, message in self._unsent:
-                self._post.send(session, encode(message))
+                self._router.send(session, encode(message))
             self._unsent.clear()
 
     def _send(self, send: Send) -> None:
@@ -475,31 +480,31 @@ class Server:
     def _record(self, record: Record) -> None:
         self._journal.record(record.entry)
         if record.entry.backend is not None:
-            self._control.met(record.entry.backend.boot_us)
+            self._control.note_server(record.entry.backend.boot_us)
 
-    def _pass_on(self, order: PassOn) -> None:
+    def _pass_on(self, command: PassOn) -> None:
         self._deliver()
-        self._lanes.pass_on(order)
+        self._lanes.pass_on(command)
 
     def _erase(self, erase: Erase) -> None:
         self._journal.erase(erase.token)
         self._custody.erase(erase.token)
 
-    def _let_in(self, order: LetIn) -> None:
+    def _let_in(self, command: InviteToLane) -> None:
         self._deliver()
-        self._lanes.let_in(order)
+        self._lanes.invite(command)
 
-    def _to_lane(self, order: ToLane) -> None:
+    def _to_lane(self, command: GiveInLane) -> None:
         self._deliver()
-        self._lanes.to_lane(order)
+        self._lanes.give(command)
 
-    def _forget(self, order: Forget) -> None:
-        self._watched.forget(order.session)
-        self._lanes.forget(order.session)
+    def _forget(self, command: Forget) -> None:
+        self._watched.forget(command.session)
+        self._lanes.session_ended(command.session)
 
-    def _watch(self, order: Watch) -> None:
-        if not self._watched.watch(order.session, order.process):
-            self._died(order.session)
+    def _watch(self, command: Watch) -> None:
+        if not self._watched.watch(command.session, command.process):
+            self._died(command.session)
 
     # --- words
 
@@ -529,15 +534,15 @@ class Server:
 
     def _close(self) -> None:
         notify(self.settings.notify, "STOPPING=1")
-        if self._lookout is not None:
-            self._lookout.stop()
+        if self._metrics is not None:
+            self._metrics.stop()
         self._control.stop()
         self._watched.close()
-        self._post.close()
+        self._router.close()
         assert self._lock is not None
         ours = self._lock.is_ours()
         if ours:
-            self._post.unlink()  # before the lock is let go: afterwards the path may be the next broker's
+            self._router.unlink()  # before the lock is let go: afterwards the path may be the next broker's
         self._lanes.close()
         if self._desk is not None:
             if ours:

@@ -27,7 +27,7 @@ import psycopg2
 from sharedpool.broker.launch.run import start_broker
 from sharedpool.cli.client import fetch_report
 from sharedpool.cli.demo.view import Moment, Rate, Summary, View, as_document, as_text, choose_view, judge
-from sharedpool.cli.demo.workers import ACCOUNTS, GET_CONN_LIMIT_S, Crew, shielded_children
+from sharedpool.cli.demo.workers import ACCOUNTS, GET_CONN_LIMIT_S, WorkerFleet, shielded_children
 from sharedpool.errors import SharedPoolError
 from sharedpool.postgres.throwaway_server import EphemeralPostgres, PostgresFailed, PostgresNotFound
 from sharedpool.wire.reports import PoolReport
@@ -101,26 +101,26 @@ def _run(workers: int, max_conn: int, seconds: float, view: View, signals: _Sign
         observer = _Observer(server.dsn)
         stack.callback(observer.close)
         before = observer.balance()
-        crew = Crew(signals.check)
-        stack.callback(crew.end)
+        fleet = WorkerFleet(signals.check)
+        stack.callback(fleet.end)
         click.echo(f"starting {workers} processes …", err=True)
-        crew.start(workers, address, server.dsn, max_conn)
-        crew.listen(lambda member: member.ready, _START_LIMIT_S)
-        if not all(member.ready for member in crew.members):
+        fleet.start(workers, address, server.dsn, max_conn)
+        fleet.wait_for(lambda worker: worker.ready, _START_LIMIT_S)
+        if not all(worker.ready for worker in fleet.workers):
             raise click.ClickException(f"not every worker was ready after {_START_LIMIT_S:.0f} s")
         observer.start()
-        elapsed_s = _watch(crew, observer, address, Moment(0, seconds, workers, max_conn), view)
-        crew.tell("stop")
-        crew.listen(lambda member: member.done, GET_CONN_LIMIT_S + 5)
+        elapsed_s = _watch(fleet, observer, address, Moment(0, seconds, workers, max_conn), view)
+        fleet.send("stop")
+        fleet.wait_for(lambda worker: worker.done, GET_CONN_LIMIT_S + 5)
         _, pool = _pool_report(address)
-        crew.tell("leave")
-        crew.listen(lambda member: member.gone, _LEAVE_LIMIT_S)
+        fleet.send("leave")
+        fleet.wait_for(lambda worker: worker.gone, _LEAVE_LIMIT_S)
         observer.stop()
-        errors = sum((m.errors for m in crew.members), Counter[str]())
-        errors["worker lost"] = sum(not m.done for m in crew.members)
+        errors = sum((m.errors for m in fleet.workers), Counter[str]())
+        errors["worker lost"] = sum(not m.done for m in fleet.workers)
         errors["broker without an answer"] = int(pool is None)
         errors["observer failed"] = int(observer.failed)
-        waits = sorted(wait for m in crew.members for wait in m.waits)
+        waits = sorted(wait for m in fleet.workers for wait in m.waits)
         return Summary(
             workers=workers,
             max_conn=max_conn,
@@ -128,9 +128,9 @@ def _run(workers: int, max_conn: int, seconds: float, view: View, signals: _Sign
             peak=observer.peak,
             samples=observer.samples,
             gap_ms=observer.gap_s * 1000,
-            committed=sum(m.committed for m in crew.members),
+            committed=sum(m.committed for m in fleet.workers),
             transfers=observer.transfers(),
-            idle_workers=sum(not m.committed for m in crew.members),
+            idle_workers=sum(not m.committed for m in fleet.workers),
             wait_p50_ms=_percentile_ms(waits, 0.50),
             wait_p99_ms=_percentile_ms(waits, 0.99),
             recalls=pool.recalls if pool else 0,
@@ -140,15 +140,15 @@ def _run(workers: int, max_conn: int, seconds: float, view: View, signals: _Sign
         )
 
 
-def _watch(crew: Crew, observer: _Observer, address: str, first: Moment, view: View) -> float:
+def _watch(fleet: WorkerFleet, observer: _Observer, address: str, first: Moment, view: View) -> float:
     """Let the workers work and show it; return for how many seconds they did."""
     rate = Rate()
-    crew.tell("go")
+    fleet.send("go")
     started = time.monotonic()
     with view:
         while True:
             elapsed_s = time.monotonic() - started
-            committed = sum(m.committed for m in crew.members)
+            committed = sum(m.committed for m in fleet.workers)
             answering, pool = _pool_report(address)
             moment = replace(
                 first,
@@ -159,7 +159,7 @@ def _watch(crew: Crew, observer: _Observer, address: str, first: Moment, view: V
                 samples=observer.samples,
                 committed=committed,
                 per_second=rate.of(committed),
-                errors=sum(m.errors.total() for m in crew.members),
+                errors=sum(m.errors.total() for m in fleet.workers),
             )
             if pool is not None:
                 moment = replace(
@@ -173,9 +173,9 @@ def _watch(crew: Crew, observer: _Observer, address: str, first: Moment, view: V
                     recalls=pool.recalls,
                 )
             view.show(moment)
-            if elapsed_s >= first.seconds or all(member.gone for member in crew.members):
+            if elapsed_s >= first.seconds or all(worker.gone for worker in fleet.workers):
                 return elapsed_s
-            crew.listen(lambda member: member.gone, min(_FRAME_S, first.seconds - elapsed_s))
+            fleet.wait_for(lambda worker: worker.gone, min(_FRAME_S, first.seconds - elapsed_s))
 
 
 def _pool_report(address: str) -> tuple[bool, PoolReport | None]:

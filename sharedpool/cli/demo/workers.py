@@ -29,7 +29,7 @@ from sharedpool.config import config_pool
 ACCOUNTS = 100
 GET_CONN_LIMIT_S = 10.0
 _NEWS_EVERY_S = 0.2
-_LOOK_EVERY_S = 0.1
+_POLL_EVERY_S = 0.1
 _END_LIMIT_S = 3.0
 
 # In the order of the ids: two transfers that met crosswise would be a deadlock.
@@ -121,7 +121,7 @@ def _think_s() -> float:
 
 
 @dataclass(slots=True, eq=False)
-class Member:
+class Worker:
     """One worker process as its parent knows it. `done`: it has sent its last news; `gone`: its pipe has ended."""
 
     process: Any
@@ -133,7 +133,7 @@ class Member:
     errors: Counter[str] = field(default_factory=Counter)
     waits: array[float] = field(default_factory=lambda: array("d"))
 
-    def hear(self) -> None:
+    def read_news(self) -> None:
         """Take in one message, which must be there."""
         try:
             news: _News = self.pipe.recv()
@@ -146,11 +146,11 @@ class Member:
         self.waits += news.waits
 
 
-class Crew:
+class WorkerFleet:
     """All workers. `check` is called often while a method blocks, and may raise; `end` must be called in any case."""
 
     def __init__(self, check: Callable[[], None]) -> None:
-        self.members: list[Member] = []
+        self.workers: list[Worker] = []
         self._check = check
 
     def start(self, count: int, *arguments: object) -> None:
@@ -163,37 +163,37 @@ class Crew:
                 process = context.Process(target=work, args=(theirs, *arguments), name=name, daemon=True)
                 process.start()
             theirs.close()
-            self.members.append(Member(process, ours))
+            self.workers.append(Worker(process, ours))
             self._check()
 
-    def tell(self, order: Order) -> None:
+    def send(self, order: Order) -> None:
         """Send an order to all that are there."""
-        for member in self.members:
+        for worker in self.workers:
             with contextlib.suppress(OSError):
-                member.pipe.send(order)
+                worker.pipe.send(order)
 
-    def listen(self, until: Callable[[Member], bool], limit_s: float) -> bool:
+    def wait_for(self, until: Callable[[Worker], bool], limit_s: float) -> bool:
         """Take in news until `until` holds for every member, or all others are gone; return False after `limit_s`."""
         deadline = time.monotonic() + limit_s
-        while not all(member.gone or until(member) for member in self.members):
+        while not all(worker.gone or until(worker) for worker in self.workers):
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
-            pipes = {member.pipe: member for member in self.members if not member.gone}
-            for pipe in multiprocess.connection.wait(list(pipes), min(left, _LOOK_EVERY_S)):
-                pipes[pipe].hear()
+            pipes = {worker.pipe: worker for worker in self.workers if not worker.gone}
+            for pipe in multiprocess.connection.wait(list(pipes), min(left, _POLL_EVERY_S)):
+                pipes[pipe].read_news()
             self._check()
         return True
 
     def end(self) -> None:
         """See every process gone: by the end of its pipe, else by SIGTERM, else by SIGKILL."""
-        for member in self.members:
-            member.pipe.close()
+        for worker in self.workers:
+            worker.pipe.close()
         deadline = time.monotonic() + _END_LIMIT_S
-        for member in self.members:
-            member.process.join(max(0.0, deadline - time.monotonic()))
+        for worker in self.workers:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
         for end in ("terminate", "kill"):
-            left = [member.process for member in self.members if member.process.is_alive()]
+            left = [worker.process for worker in self.workers if worker.process.is_alive()]
             for process in left:
                 getattr(process, end)()
             deadline = time.monotonic() + 1

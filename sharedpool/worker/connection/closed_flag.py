@@ -72,7 +72,7 @@ _HAS_LOCK = _has_lock()
 MEMBER: Any = OPEN if _MADE is None else _MADE[0]
 
 
-def is_over(conn: PooledConnection) -> bool:
+def is_closed_for_good(conn: PooledConnection) -> bool:
     """Say whether a connection is closed for good, and not merely to who has put it back."""
     if not conn.closed:
         return False
@@ -84,14 +84,14 @@ def is_over(conn: PooledConnection) -> bool:
 
 def reopen(conn: PooledConnection) -> None:
     """Open the gate to a connection, unless it is closed for good."""
-    if conn.closed and not is_over(conn):
-        conn.sharedpool_gate = OPEN
+    if conn.closed and not is_closed_for_good(conn):
+        conn.sharedpool_closed_flag = OPEN
 
 
-def doom(conn: PooledConnection) -> None:
+def mark_broken(conn: PooledConnection) -> None:
     """Shut the gate to a connection that is to be closed for good: psycopg2 would take one that is SHUT for closed."""
-    if not is_over(conn):
-        conn.sharedpool_gate = BROKEN
+    if not is_closed_for_good(conn):
+        conn.sharedpool_closed_flag = BROKEN
 
 
 def is_busy(conn: PooledConnection) -> bool:

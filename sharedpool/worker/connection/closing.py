@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Iterable
 
-from sharedpool.descriptors.owned import NOBODYS, Identity, Owned, identity, is_still, let_go
+from sharedpool.descriptors.owned import NOTHING, Identity, Owned, close_if_ours, identity, is_still
 from sharedpool.postgres.libpq import socket_of, socket_of_failed
 from sharedpool.postgres.peer_closed import Borrowed, other_side_closed
 from sharedpool.worker import greenlets
@@ -25,7 +25,7 @@ from sharedpool.worker.connection.pooled import PooledConnection
 CLOSE_LIMIT_S = 1.0
 CUT_LIMIT_S = 0.2
 # Tells, without reading, that the other end is closed. 0 where poll cannot tell (macOS).
-HUNG_UP: int = getattr(select, "POLLRDHUP", 0)
+PEER_CLOSED: int = getattr(select, "POLLRDHUP", 0)
 
 
 def close_confirmed(conns: Iterable[PooledConnection], limit_s: float = CLOSE_LIMIT_S) -> None:
@@ -40,7 +40,7 @@ def close_confirmed(conns: Iterable[PooledConnection], limit_s: float = CLOSE_LI
     try:
         for conn, _ in closing:
             abandon(conn)
-        _see_off(closing, limit_s)
+        _end_sessions(closing, limit_s)
     finally:
         _close(closing)
 
@@ -57,7 +57,7 @@ def cut(conns: Iterable[PooledConnection], limit_s: float = CUT_LIMIT_S) -> None
     """
     cutting = [(conn, take_witness(conn)) for conn in conns]
     try:
-        _see_off(cutting, limit_s)
+        _end_sessions(cutting, limit_s)
     finally:
         _close(cutting)
 
@@ -75,7 +75,7 @@ def take_witness(conn: PooledConnection) -> Owned | None:
         return None
 
 
-def number_of(conn: PooledConnection) -> int:
+def descriptor_of(conn: PooledConnection) -> int:
     """Return the number of libpq's descriptor: the same for as long as the object lives."""
     if conn.sharedpool_number < 0:
         conn.sharedpool_number = socket_of(conn)
@@ -142,7 +142,7 @@ def close_ownerless() -> bool:
     return left
 
 
-def _see_off(conns: Iterable[tuple[PooledConnection, Owned | int | None]], limit_s: float) -> None:
+def _end_sessions(conns: Iterable[tuple[PooledConnection, Owned | int | None]], limit_s: float) -> None:
     """Tell backends by their sockets that no more will come; note whose end of the socket is closed in time.
 
     A socket that has died here proves nothing: its backend may live on, and the broker is to see to it.
@@ -155,12 +155,12 @@ def _see_off(conns: Iterable[tuple[PooledConnection, Owned | int | None]], limit
             # libpq has said goodbye already where it could; a session that it had given up is told here.
             _shut(witness)
             if conn.sharedpool_direct is not False:
-                poller.register(witness, HUNG_UP or select.POLLIN)
+                poller.register(witness, PEER_CLOSED or select.POLLIN)
                 waiting[witness] = conn
     deadline = time.monotonic() + limit_s
     while waiting and (left := deadline - time.monotonic()) > 0:
         for fd, _ in greenlets.wait(poller, left):
-            closed = other_side_closed(fd) if HUNG_UP else _read_to_end(waiting[fd], fd)
+            closed = other_side_closed(fd) if PEER_CLOSED else _read_to_end(waiting[fd], fd)
             if closed is not None:
                 poller.unregister(fd)
                 conn = waiting.pop(fd)
@@ -168,21 +168,21 @@ def _see_off(conns: Iterable[tuple[PooledConnection, Owned | int | None]], limit
                 conn.sharedpool_gone = closed and conn.sharedpool_direct is True
 
 
-def see_off(conn: PooledConnection, witness: Owned | int | None, limit_s: float = CLOSE_LIMIT_S) -> None:
+def end_session(conn: PooledConnection, witness: Owned | int | None, limit_s: float = CLOSE_LIMIT_S) -> None:
     """End a session by its witness alone; `sharedpool_gone` as ever. The descriptor stays the caller's."""
-    _see_off([(conn, witness)], limit_s)
+    _end_sessions([(conn, witness)], limit_s)
 
 
 def abandon(shell: PooledConnection) -> None:
     """Close a connection object, unless another thread is in the middle of a statement on it: that one drops it."""
-    closed_flag.doom(shell)
+    closed_flag.mark_broken(shell)
     if not closed_flag.is_busy(shell):
         shell.sharedpool_close()
 
 
 def abort(conn: PooledConnection) -> None:
     """Close a connection for which no witness can be had (no descriptor is free); `sharedpool_gone` as ever."""
-    _see_off([(conn, conn.fileno())], CLOSE_LIMIT_S)
+    _end_sessions([(conn, conn.fileno())], CLOSE_LIMIT_S)
     conn.sharedpool_close()
 
 
@@ -191,7 +191,7 @@ def _read_to_end(conn: PooledConnection, witness: int) -> bool | None:
 
     Return None when there is no end yet, and whether the other side made it when there is.
     """
-    if not closed_flag.is_over(conn):
+    if not closed_flag.is_closed_for_good(conn):
         return None  # another thread's libpq is reading it
     os.set_blocking(witness, False)
     try:
@@ -214,7 +214,7 @@ def _shut(witness: int) -> None:
 def _close(conns: Iterable[tuple[PooledConnection, Owned | None]]) -> None:
     for conn, witness in conns:
         if witness is not None:
-            let_go(witness, conn.sharedpool_known)
+            close_if_ours(witness, conn.sharedpool_known)
 
 
 def close_witness(conn: PooledConnection) -> None:
@@ -222,41 +222,41 @@ def close_witness(conn: PooledConnection) -> None:
     _close([(conn, take_witness(conn))])
 
 
-_dead_end: tuple[int, Identity] = (-1, NOBODYS)
+_dead_socket: tuple[int, Identity] = (-1, NOTHING)
 
 
-def dead_end() -> tuple[int, Identity]:
+def dead_socket() -> tuple[int, Identity]:
     """Return a descriptor on which nothing can be sent, and what it is. Raise OSError when none can be had.
 
     Made before it is needed: a fork may find none free. Made anew when its number has become somebody else's.
     """
-    global _dead_end
-    if not is_still(_dead_end[0], _dead_end[1:]):
+    global _dead_socket
+    if not is_still(_dead_socket[0], _dead_socket[1:]):
         ours, theirs = socket.socketpair()
         theirs.close()
         known = identity(ours.fileno())
-        _dead_end = (ours.detach(), known)
-    return _dead_end
+        _dead_socket = (ours.detach(), known)
+    return _dead_socket
 
 
-def vacate(conn: PooledConnection) -> None:
+def replace_socket(conn: PooledConnection) -> None:
     """Take a connection's socket from under it: nothing it does reaches the session any more, its close included.
 
     Raise OSError when nothing can be put in its place.
     """
-    number, known = dead_end()
-    os.dup2(number, expect(conn, known), inheritable=False)
+    number, known = dead_socket()
+    os.dup2(number, expect_descriptor(conn, known), inheritable=False)
 
 
-def expect(conn: PooledConnection, known: Identity) -> int:
+def expect_descriptor(conn: PooledConnection, known: Identity) -> int:
     """Note what libpq's descriptor is to be from now on, and return it; until it is that, it may be what it was."""
     conn.sharedpool_known = (*conn.sharedpool_known[-2:], known)  # a session, a probe, a dead end: `handover.vacate`
-    number = number_of(conn)
+    number = descriptor_of(conn)
     register(conn, number)
     return number
 
 
-def holds_own(conn: PooledConnection) -> bool:
+def owns_descriptor(conn: PooledConnection) -> bool:
     """Say whether libpq's descriptor is what it was: else nothing may be written to it, nor may it be closed."""
     if not conn.sharedpool_known:
         return True  # just made
@@ -264,7 +264,7 @@ def holds_own(conn: PooledConnection) -> bool:
     return number is None or number < 0 or is_still(number, conn.sharedpool_known)
 
 
-def forsake(conn: PooledConnection) -> None:
+def keep_forever(conn: PooledConnection) -> None:
     """Keep a connection object for ever: at its end libpq writes to its descriptor's number, and closes that."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(conn))
 
@@ -275,10 +275,10 @@ def disown(conn: PooledConnection) -> None:
     if conn.sharedpool_witness < 0 or conn.closed:
         return
     # Another thread of the parent may have been closing it: the number may be somebody else's by now.
-    if holds_own(conn):
+    if owns_descriptor(conn):
         fd = socket_of(conn)
         try:
-            vacate(conn)
+            replace_socket(conn)
         except OSError:
             os.close(fd)
     close_witness(conn)

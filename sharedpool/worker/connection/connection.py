@@ -28,20 +28,20 @@ from sharedpool.wire.messages import Backend, Phase
 from sharedpool.worker import greenlets
 from sharedpool.worker.connection import closed_flag, server_facts, wrapper
 from sharedpool.worker.connection.closing import (
-    HUNG_UP,
+    PEER_CLOSED,
     close_confirmed,
     close_witness,
+    descriptor_of,
     disown,
-    forsake,
-    holds_own,
-    number_of,
+    keep_forever,
+    owns_descriptor,
     register,
     unregister,
     unregister_all,
 )
 from sharedpool.worker.connection.pooled import PooledConnection
 
-peek = socket.MSG_PEEK | socket.MSG_DONTWAIT
+PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 _EPOCH, _MICROSECOND = datetime.fromtimestamp(0, UTC), timedelta(microseconds=1)
 CHECK_AFTER_S = 0.5  # idle, or lent out, for longer than this: look whether the server is still there
 # What tells whether a server is a primary one.
@@ -69,7 +69,7 @@ class Connection(PooledConnection):
     # By these agents know what database it is, and name its methods.
     __module__, __qualname__ = extensions.connection.__module__, extensions.connection.__qualname__
 
-    sharedpool_gate: int = closed_flag.MEMBER
+    sharedpool_closed_flag: int = closed_flag.MEMBER
 
     def close(self) -> None:
         """Close the connection and wait (at most a second) until its backend has exited.
@@ -92,21 +92,21 @@ class Connection(PooledConnection):
     def sharedpool_close(self) -> None:
         """Close it as psycopg2 does, which only asks its backend to leave, if its descriptor is still its own."""
         self.sharedpool_wrapper = None  # it refers to us
-        if holds_own(self):
+        if owns_descriptor(self):
             number = socket_of_failed(self) or -1
-            closed_flag.doom(self)
+            closed_flag.mark_broken(self)
             super().close()
             unregister(number)
         else:
-            forsake(self)
+            keep_forever(self)
 
     def sharedpool_touch(self) -> None:
         """Note that its user sets what a checkin restores. Raise `psycopg2.InterfaceError` when it is another's."""
-        if self.closed == closed_flag.SHUT and self.sharedpool_holdings is not None:
+        if self.closed == closed_flag.SHUT and self.sharedpool_local is not None:
             raise psycopg2.InterfaceError("connection already closed")
         self.sharedpool_touched = True
         if self.sharedpool_lease is not None:
-            self.sharedpool_lease.plain = False
+            self.sharedpool_lease.fast_checkin = False
 
     def set_session(self, *args: Any, **kwargs: Any) -> None:
         """Set the session's characteristics: see psycopg2."""
@@ -132,7 +132,7 @@ class Connection(PooledConnection):
         """Return the process id of the server's process for this session."""
         return super().get_backend_pid() if self.sharedpool_adopted is None else self.sharedpool_adopted.pid
 
-    def _adopted_names(self) -> server_facts.Names | None:
+    def _adopted_names(self) -> server_facts.ServerFacts | None:
         encoded = None if self.sharedpool_adopted is None else self.sharedpool_names
         return None if encoded is None else server_facts.decode(encoded)
 
@@ -168,7 +168,7 @@ class Connection(PooledConnection):
         server_facts.refuse_cancel(self)
         if self.sharedpool_lease is None:
             raise psycopg2.InterfaceError("cannot cancel: the connection was returned to its pool")
-        self.sharedpool_holdings.cancel(self.sharedpool_lease.token)
+        self.sharedpool_local.cancel_query(self.sharedpool_lease.token)
 
     def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:  # at the interpreter's end `os` may be gone
         # Dropped while checked out: no lock may be taken here, so the link's thread brings it back.
@@ -176,16 +176,16 @@ class Connection(PooledConnection):
             return  # never opened, or inherited
         if self.sharedpool_lease is None:
             close_witness(self)
-            if holds_own(self):
-                closed_flag.doom(self)  # else psycopg2 takes it for closed, and leaves the descriptor open
+            if owns_descriptor(self):
+                closed_flag.mark_broken(self)  # else psycopg2 takes it for closed, and leaves the descriptor open
             else:
-                forsake(self)
+                keep_forever(self)
             unregister_all(self)
         else:
             unregister_all(self)
             self.sharedpool_finalized = True  # Python calls this once in an object's life: it is not lent out again
-            self.sharedpool_holdings.orphans.append(self)
-            self.sharedpool_holdings.signal()
+            self.sharedpool_local.orphans.append(self)
+            self.sharedpool_local.wake_link()
 
 
 def _watched(name: str) -> property:
@@ -293,7 +293,7 @@ def connect(
             f"psycopg2.connect() is wrapped by what does not heed connection_factory=, and returned {type(returned)!r}:"
             " a pool cannot lend it out"
         )
-    wrapper.put_on(bear_witness(made[0]), returned)
+    wrapper.attach(take_duplicate(made[0]), returned)
     return made[0]
 
 
@@ -304,7 +304,7 @@ def _number(text: object) -> float | None:
         return None
 
 
-def bear_witness(conn: PooledConnection) -> PooledConnection:
+def take_duplicate(conn: PooledConnection) -> PooledConnection:
     """Duplicate a connection's socket, once."""
     if conn.sharedpool_witness < 0:
         conn.sharedpool_pid = os.getpid()
@@ -358,20 +358,20 @@ def _unknown(conn: PooledConnection) -> Backend:
     return Backend(conn.info.backend_pid)
 
 
-def session_of(conn: PooledConnection) -> tuple[Any, ...]:
+def settings_of(conn: PooledConnection) -> tuple[Any, ...]:
     """Return the client-side session settings that a checkin restores."""
     settings = (conn.autocommit, conn.isolation_level, conn.readonly, conn.deferrable)
     return (*settings, conn.cursor_factory, conn.encoding)
 
 
-def server_of(conn: PooledConnection) -> tuple[bytes | None, ...]:
+def role_of_server(conn: PooledConnection) -> tuple[bytes | None, ...]:
     """Return what the server reports by itself of its role (PostgreSQL 14+)."""
     return parameter_statuses(conn, _ROLE_PARAMETERS_C)
 
 
 def turned_read_only(conn: PooledConnection) -> bool:
     """Say whether the server has become read-only since the connection was opened. No query."""
-    return server_of(conn) != conn.sharedpool_server and b"on" in server_of(conn)
+    return role_of_server(conn) != conn.sharedpool_server and b"on" in role_of_server(conn)
 
 
 def is_alive(conn: PooledConnection) -> bool:
@@ -379,12 +379,12 @@ def is_alive(conn: PooledConnection) -> bool:
 
     So does one whose descriptor has become somebody else's. Two system calls, about two microseconds; no query.
     """
-    if conn.sharedpool_witness < 0 or closed_flag.is_over(conn):
+    if conn.sharedpool_witness < 0 or closed_flag.is_closed_for_good(conn):
         return False
-    if not is_still(fd := number_of(conn), conn.sharedpool_known):
+    if not is_still(fd := descriptor_of(conn), conn.sharedpool_known):
         return False
     try:
-        borrow(fd).recv(1, peek)
+        borrow(fd).recv(1, PEEK)
     except BlockingIOError:
         return True
     except OSError:
@@ -392,14 +392,14 @@ def is_alive(conn: PooledConnection) -> bool:
     return False
 
 
-def rests(conn: PooledConnection) -> bool:
+def is_unused(conn: PooledConnection) -> bool:
     """Say whether nobody uses a connection, nor has left a transaction open on it. No system call."""
     return (
         conn.status == extensions.STATUS_READY and not conn.get_transaction_status() and not closed_flag.is_locked(conn)
     )
 
 
-def settle(conn: PooledConnection) -> None:
+def sync_transaction_status(conn: PooledConnection) -> None:
     """Have psycopg2 know that no transaction is open: it does not see a COMMIT or ROLLBACK that was sent as SQL.
 
     Else it would send no BEGIN for the next user, who could roll nothing back. One round trip, and only then.
@@ -408,22 +408,22 @@ def settle(conn: PooledConnection) -> None:
         conn.rollback()
 
 
-def has_hung_up(conn: PooledConnection) -> bool:
+def peer_has_closed(conn: PooledConnection) -> bool:
     """Say whether the server has closed its end; unlike `is_alive`, what it has said meanwhile does not matter."""
-    if not HUNG_UP:
+    if not PEER_CLOSED:
         return not is_alive(conn)
-    if conn.sharedpool_witness < 0 or closed_flag.is_over(conn):
+    if conn.sharedpool_witness < 0 or closed_flag.is_closed_for_good(conn):
         return True
     if not is_still(fd := socket_of(conn), conn.sharedpool_known):
         return True
     poller = greenlets.poller()
-    poller.register(fd, HUNG_UP)
+    poller.register(fd, PEER_CLOSED)
     return bool(poller.poll(0))
 
 
 def clean(conn: PooledConnection) -> bool:
     """Roll back what its user left open and restore its session settings; return False when it is broken."""
-    if conn.closed or not holds_own(conn):
+    if conn.closed or not owns_descriptor(conn):
         return False
     status = conn.get_transaction_status()
     try:
@@ -431,9 +431,9 @@ def clean(conn: PooledConnection) -> bool:
             return False
         if status != extensions.TRANSACTION_STATUS_IDLE:
             conn.sharedpool_erred = status == extensions.TRANSACTION_STATUS_INERROR
-            wrapper.outside(conn).rollback()  # its user's: psycopg2.pool does it so, and who traces that sees it
-        settle(conn)
-        if conn.sharedpool_touched and session_of(conn) != conn.sharedpool_session:
+            wrapper.as_user_sees(conn).rollback()  # its user's: psycopg2.pool does it so, and who traces that sees it
+        sync_transaction_status(conn)
+        if conn.sharedpool_touched and settings_of(conn) != conn.sharedpool_session:
             autocommit, isolation_level, readonly, deferrable, conn.cursor_factory, encoding = conn.sharedpool_session
             conn.set_client_encoding(encoding)
             conn.set_session(isolation_level or "default", _or_default(readonly), _or_default(deferrable), autocommit)

@@ -18,7 +18,7 @@ from psycopg2 import extensions
 from sharedpool.postgres import libpq
 from sharedpool.postgres.route import is_to_postmaster
 from sharedpool.worker import greenlets
-from sharedpool.worker.connection.closing import see_off
+from sharedpool.worker.connection.closing import end_session
 from sharedpool.worker.connection.pooled import PooledConnection
 
 # A server that refuses does so at once.
@@ -68,12 +68,12 @@ class Diagnosis:
             several = "," in extensions.parse_dsn(conn.dsn).get("host", "")
             return Failure(not late and not several, text, "", late or nobody_at(tried))
         if isinstance(error, greenlets.ConnectTimeout):
-            see_off(conn, fd, limit_s=0)  # it is silent, and the caller's time is over
+            end_session(conn, fd, limit_s=0)  # it is silent, and the caller's time is over
             return Failure(False, text, unreachable=True)
         # The server has refused, and leaves. libpq's own socket is open as long as `conn` lives; a duplicate might not
         # be had.
         conn.sharedpool_direct = conn.sharedpool_direct or is_to_postmaster(fd) or None
-        see_off(conn, fd)
+        end_session(conn, fd)
         if not text or not conn.sharedpool_gone:  # one more connect might be one too many
             return Failure(conn.sharedpool_gone, text, closed=conn.sharedpool_closed)
         if known:
@@ -152,7 +152,7 @@ def _ask(conn: PooledConnection, tried: libpq.Tried, limit_s: float) -> tuple[st
         attempt.finish()
         if witness >= 0:
             try:
-                see_off(conn, witness)
+                end_session(conn, witness)
             finally:
                 os.close(witness)
     code = next((code for code in codes if code.startswith(_OF_THE_SERVER)), codes[0] if codes else "")

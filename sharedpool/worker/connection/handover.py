@@ -25,15 +25,15 @@ import msgspec
 import psycopg2
 from psycopg2 import extensions, extras
 
-from sharedpool.descriptors.available import FOR_A_SHELL, make_sure_of
+from sharedpool.descriptors.available import FOR_A_SHELL, require
 from sharedpool.descriptors.owned import NO_SIGNAL, Owned, identity, is_still
 from sharedpool.postgres import libpq
 from sharedpool.wire.desk import Live
 from sharedpool.worker.connection import closing, renewal, reset
-from sharedpool.worker.connection.closing import abandon, expect, forsake, number_of, register
-from sharedpool.worker.connection.connection import ROLE_PARAMETERS, is_alive, pooled_class, rests
+from sharedpool.worker.connection.closing import abandon, descriptor_of, expect_descriptor, keep_forever, register
+from sharedpool.worker.connection.connection import ROLE_PARAMETERS, is_alive, is_unused, pooled_class
 from sharedpool.worker.connection.pooled import PooledConnection
-from sharedpool.worker.connection.server_facts import decode, names_of
+from sharedpool.worker.connection.server_facts import decode, facts_of
 
 # An abstract address for the stub is libpq 14's.
 SUPPORTED = sys.platform == "linux" and extensions.libpq_version() >= 140000
@@ -77,12 +77,12 @@ def prepare(conn: PooledConnection, command: bytes) -> bytes | None:
     must be taken off its session (`vacate`), or closed: libpq does not know of the reset. Blocks for a round trip, at
     most a second, when its user has changed what the server reports.
     """
-    if not rests(conn) or not is_alive(conn):
+    if not is_unused(conn) or not is_alive(conn):
         return None
     encoded = parameters(conn)
     if encoded != conn.sharedpool_made_with:
         # libpq is to read what a first reset reports, else the object would be of no use for the next session here.
-        if not libpq.execute(conn, command, reset.LIMIT_S) or not rests(conn) or not is_alive(conn):
+        if not libpq.execute(conn, command, reset.LIMIT_S) or not is_unused(conn) or not is_alive(conn):
             return None
         encoded = parameters(conn)
     if command != DISCARD:  # where they are not reset, what a user has set is not to be another's
@@ -90,8 +90,8 @@ def prepare(conn: PooledConnection, command: bytes) -> bytes | None:
         if found.get("client_encoding") != conn.sharedpool_encoding or not reads_dates(encoded):
             return None
     if conn.sharedpool_names is None:
-        conn.sharedpool_names = names_of(conn)
-    return encoded if reset.send(number_of(conn), command) else None
+        conn.sharedpool_names = facts_of(conn)
+    return encoded if reset.send(descriptor_of(conn), command) else None
 
 
 @functools.lru_cache(maxsize=256)
@@ -128,11 +128,11 @@ def vacate(conn: PooledConnection) -> bool:
     """
     try:
         probe = libpq.Probe()
-        os.dup2(probe.fileno(), expect(conn, probe.identity), inheritable=False)
+        os.dup2(probe.fileno(), expect_descriptor(conn, probe.identity), inheritable=False)
         conn.sharedpool_emptied = probe.is_passed(conn)
     except OSError:  # no descriptor is free
         conn.sharedpool_emptied = False
-    closing.vacate(conn)  # what is said by mistake gets no answer from a probe
+    closing.replace_socket(conn)  # what is said by mistake gets no answer from a probe
     conn.sharedpool_adopted, conn.sharedpool_native = None, False
     return conn.sharedpool_emptied
 
@@ -143,7 +143,7 @@ def adopt(shell: PooledConnection, sock: Owned, live: Live) -> PooledConnection:
     When this raises, the socket is the shell's or still `sock`'s: whoever drops both has closed it, once.
     """
     shell.sharedpool_pid = os.getpid()
-    os.dup2(sock.fileno(), expect(shell, identity(sock.fileno())), inheritable=False)
+    os.dup2(sock.fileno(), expect_descriptor(shell, identity(sock.fileno())), inheritable=False)
     shell.sharedpool_witness = sock.detach()
     register(shell, shell.sharedpool_witness)
     shell.sharedpool_adopted, shell.sharedpool_names = live.backend, live.names
@@ -207,8 +207,8 @@ class Shells:
         """
         parameters = _decode(live.parameters)
         while (shell := self._pop(live.parameters, held)) is not None:
-            if not is_still(number_of(shell), shell.sharedpool_known):
-                forsake(shell)
+            if not is_still(descriptor_of(shell), shell.sharedpool_known):
+                keep_forever(shell)
                 continue
             if renewal.renew(shell, parameters, self._cursor_factory):
                 break
@@ -217,7 +217,7 @@ class Shells:
             try:
                 shell = self._build(parameters, live)
             except psycopg2.Error:
-                make_sure_of(FOR_A_SHELL, "an empty connection")  # libpq does not tell when these were lacking
+                require(FOR_A_SHELL, "an empty connection")  # libpq does not tell when these were lacking
                 raise
             renewal.at_start(shell)
         shell.sharedpool_made_with = live.parameters

@@ -17,7 +17,7 @@ class PooledConnection(extensions.connection):
     # Set while it is checked out, taken off by the first checkin: a second one finds nothing. A slot of the class that
     # `pooled_class` makes: a checkout and a checkin cost a tenth less than with an entry of the object's dictionary.
     sharedpool_lent: Any
-    sharedpool_holdings: Any = None
+    sharedpool_local: Any = None
     sharedpool_returned: Any = None  # the lease in which its user's `close()` checked it in last
     # A bare descriptor: a socket object in one garbage cycle with us would be closed before our own finalizer ran.
     sharedpool_witness = -1
@@ -46,7 +46,7 @@ class PooledConnection(extensions.connection):
     sharedpool_names: bytes | None = None  # what it says of its server, once that has to be known elsewhere
     sharedpool_native = True  # libpq itself has opened the session that it is on
     sharedpool_adopted: Backend | None = None  # the backend, if it has not
-    sharedpool_gate: int  # see `closed_flag.py`
+    sharedpool_closed_flag: int  # see `closed_flag.py`
 
     @property
     def sharedpool_lease(self) -> Any:

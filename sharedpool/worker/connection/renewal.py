@@ -32,7 +32,7 @@ from psycopg2 import extensions
 
 from sharedpool.worker.connection import closed_flag
 from sharedpool.worker.connection.closing import is_referred_to
-from sharedpool.worker.connection.connection import rests, session_of
+from sharedpool.worker.connection.connection import is_unused, settings_of
 from sharedpool.worker.connection.pooled import PooledConnection
 
 
@@ -41,13 +41,13 @@ def renew(shell: PooledConnection, parameters: Mapping[str, str], cursor_factory
 
     No I/O: its socket leads nowhere. What it has of the pool is left to the caller.
     """
-    if closed_flag.is_over(shell) or is_referred_to(shell):
+    if closed_flag.is_closed_for_good(shell) or is_referred_to(shell):
         return False  # somebody keeps something about this very object
     known, number = shell.sharedpool_known, shell.sharedpool_number
     shell.__dict__.clear()
     shell.sharedpool_known, shell.sharedpool_number = known, number
     shell.sharedpool_native = False
-    shell.sharedpool_gate = closed_flag.OPEN
+    shell.sharedpool_closed_flag = closed_flag.OPEN
     plain = cast(Any, extensions.connection)
     encoding = encoding_for(parameters.get("client_encoding", ""))
     try:
@@ -59,11 +59,11 @@ def renew(shell: PooledConnection, parameters: Mapping[str, str], cursor_factory
         shell.binary_types.clear()
     except psycopg2.Error:
         return False
-    shell.sharedpool_gate = closed_flag.SHUT  # until it is checked out
+    shell.sharedpool_closed_flag = closed_flag.SHUT  # until it is checked out
     shell.sharedpool_session = (False, None, None, None, cursor_factory, encoding)
     # What cannot be set, or could not be; looked at last: a reference that is kept may have been used meanwhile. Nor
     # does one rest whose libpq has lost its socket.
-    return bool(shell.encoding == encoding) and rests(shell) and not shell.async_
+    return bool(shell.encoding == encoding) and is_unused(shell) and not shell.async_
 
 
 @lru_cache(maxsize=64)
@@ -74,4 +74,4 @@ def encoding_for(parameter: str) -> str:
 
 def at_start(shell: PooledConnection) -> None:
     """Note the settings that a checkin restores."""
-    shell.sharedpool_session, shell.sharedpool_touched = session_of(shell), False
+    shell.sharedpool_session, shell.sharedpool_touched = settings_of(shell), False

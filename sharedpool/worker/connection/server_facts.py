@@ -16,7 +16,7 @@ from sharedpool.postgres.conninfo import SECRET
 from sharedpool.worker.connection.pooled import PooledConnection
 
 
-class Names(msgspec.Struct, frozen=True, array_like=True):
+class ServerFacts(msgspec.Struct, frozen=True, array_like=True):
     """A session's server and login, as the process knew them that opened it; no secret is among them."""
 
     user: str
@@ -30,10 +30,10 @@ class Names(msgspec.Struct, frozen=True, array_like=True):
 
 
 _encode = msgspec.msgpack.Encoder().encode
-decode = msgspec.msgpack.Decoder(Names).decode
+decode = msgspec.msgpack.Decoder(ServerFacts).decode
 
 
-def names_of(conn: PooledConnection) -> bytes:
+def facts_of(conn: PooledConnection) -> bytes:
     """Return what goes along with a connection that this process has opened, encoded."""
     info = extensions.ConnectionInfo(conn)
     # psycopg2 would refuse: the connection is closed to its former user.
@@ -43,13 +43,13 @@ def names_of(conn: PooledConnection) -> bytes:
     if hidden := [name for name in given if name != "password" and SECRET.search(name)]:  # psycopg2 hides that alone
         dsn = extensions.make_dsn(**(given | dict.fromkeys(hidden, "xxx")))
     host, port, options = info.host or "", info.port or 0, info.options or ""
-    return _encode(Names(info.user, info.dbname, host, port, options, info.used_password, dsn, parameters))
+    return _encode(ServerFacts(info.user, info.dbname, host, port, options, info.used_password, dsn, parameters))
 
 
 class AdoptedInfo(extensions.ConnectionInfo):
     """What psycopg2 knows of a connection, for one whose session another process has opened."""
 
-    def __init__(self, conn: PooledConnection, names: Names) -> None:
+    def __init__(self, conn: PooledConnection, names: ServerFacts) -> None:
         super().__init__(conn)
         self._conn, self._names = conn, names
 
@@ -66,8 +66,8 @@ class AdoptedInfo(extensions.ConnectionInfo):
     @property
     def password(self) -> str:
         """The password, if the pool was configured with one that does not change."""
-        holdings = self._conn.sharedpool_holdings
-        return "" if holdings is None else extensions.parse_dsn(holdings.config.conninfo.dsn).get("password", "")
+        local = self._conn.sharedpool_local
+        return "" if local is None else extensions.parse_dsn(local.config.conninfo.dsn).get("password", "")
 
     @property
     def needs_password(self) -> bool:

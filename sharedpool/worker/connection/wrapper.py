@@ -31,12 +31,12 @@ def is_wrapped() -> bool:
     return psycopg2.connect is not _OWN and not _is_function_of_psycopg2()
 
 
-def bare(conn: extensions.connection) -> PooledConnection | None:
+def unwrap(conn: extensions.connection) -> PooledConnection | None:
     """Return the pool's connection that `conn` is, or wraps; None when it is no pool's."""
     return getattr(conn, "sharedpool_self", None)
 
 
-def put_on(conn: PooledConnection, returned: object) -> None:
+def attach(conn: PooledConnection, returned: object) -> None:
     """Note what `psycopg2.connect` returned for a connection.
 
     Raise `SharedPoolError` when the connection cannot be reached through it: it could not be put back.
@@ -45,15 +45,15 @@ def put_on(conn: PooledConnection, returned: object) -> None:
     conn.sharedpool_wrapper = conn.sharedpool_wrapper_ref = None
     if returned is conn:
         return
-    if bare(cast(Any, returned)) is not conn:
+    if unwrap(cast(Any, returned)) is not conn:
         raise SharedPoolError(
             f"psycopg2.connect() is wrapped, and returned {type(returned)!r}, which does not pass on the attributes of"
             " the connection that connection_factory= has made: a pool cannot lend it out"
         )
-    keep(conn, returned)
+    note_wrapper(conn, returned)
 
 
-def keep(conn: PooledConnection, returned: object) -> None:
+def note_wrapper(conn: PooledConnection, returned: object) -> None:
     """Note the wrapper with which a connection comes back; where it comes without, it is the one that it went with."""
     if returned is conn:
         if (ref := conn.sharedpool_wrapper_ref) is not None:
@@ -66,7 +66,7 @@ def keep(conn: PooledConnection, returned: object) -> None:
         conn.sharedpool_wrapper_ref = _lost
 
 
-def outside(conn: PooledConnection) -> extensions.connection:
+def as_user_sees(conn: PooledConnection) -> extensions.connection:
     """Return what stands for a connection before its user's eyes: its wrapper, if it has one at hand."""
     wrapper = conn.sharedpool_wrapper
     if wrapper is None and (ref := conn.sharedpool_wrapper_ref) is not None:
@@ -74,23 +74,23 @@ def outside(conn: PooledConnection) -> extensions.connection:
     return conn if wrapper is None else wrapper
 
 
-def take_off(conn: PooledConnection) -> extensions.connection:
+def detach(conn: PooledConnection) -> extensions.connection:
     """Return what the user gets; from here on the connection does not refer to it."""
-    user_s = outside(conn)
+    user_s = as_user_sees(conn)
     conn.sharedpool_wrapper = None
     return user_s
 
 
-def lost(conn: PooledConnection) -> bool:
+def has_lost_wrapper(conn: PooledConnection) -> bool:
     """Say whether a connection that had a wrapper has come back without, and its user has let go of that."""
-    return conn.sharedpool_wrapper_ref is not None and outside(conn) is conn
+    return conn.sharedpool_wrapper_ref is not None and as_user_sees(conn) is conn
 
 
 def is_as_opened(conn: PooledConnection) -> bool:
     """Say whether a connection from another process has what `psycopg2.connect`, as it is now, would give it."""
     if conn.sharedpool_connect is None:
         return not is_wrapped()
-    return conn.sharedpool_connect is psycopg2.connect and not lost(conn)
+    return conn.sharedpool_connect is psycopg2.connect and not has_lost_wrapper(conn)
 
 
 def wrap(conn: PooledConnection, conninfo: ConnInfo) -> None:
@@ -107,9 +107,9 @@ def wrap(conn: PooledConnection, conninfo: ConnInfo) -> None:
             returned = psycopg2.connect(
                 dsn, connection_factory=lambda *_, **__: conn, cursor_factory=cursor_factory, **keywords
             )
-            if isinstance(returned, extensions.connection) and bare(returned) is None:
+            if isinstance(returned, extensions.connection) and unwrap(returned) is None:
                 returned.close()  # it has not heeded connection_factory=
-            put_on(conn, returned)
+            attach(conn, returned)
         except BaseException as error:
             ended.append(error)
 

@@ -1,12 +1,13 @@
 """One worker's leases: idle, in use, owed to others; and its threads that wait for one. Pure: no I/O, no clock.
 
 The caller holds the pool's lock around every method but `take`, and afterwards, without the lock, carries out what they
-return: leases to close, tickets to wake. Messages for the broker are appended to `out` under that same lock, so that
+return: leases to close, waiters to wake. Messages for the broker are appended to `outbox` under that same lock, so that
 they leave in the order in which the state changed.
 
 `idle` alone changes without the lock as well: a checkout pops from its right end and a checkin appends there, each in
 one step of the interpreter (`worker/pool.py`). So what was there a moment ago may be gone, and who appends must look
-afterwards at what would have kept him from it (`owed`, `waiting`, `calm_until`); who changes that looks at `idle`.
+afterwards at what would have kept him from it (`returns_due`, `waiting`, `next_scavenge_at`); who changes that looks at
+`idle`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from sharedpool.wire.messages import (
     Backend,
     Bye,
     Confirm,
+    FailoverSign,
     Grant,
     LeaseReport,
     Phase,
@@ -35,13 +37,12 @@ from sharedpool.wire.messages import (
     Renew,
     ToBroker,
     Token,
-    Trouble,
 )
-from sharedpool.worker.core.lease import Closing, Lease, Ticket, collected
+from sharedpool.worker.core.lease import Closing, Lease, Waiter, collected
 from sharedpool.worker.core.lease_reports import reports
-from sharedpool.worker.core.time_slice import Slices
-from sharedpool.worker.core.timings import Times
-from sharedpool.worker.core.waiters import Tickets
+from sharedpool.worker.core.time_slice import TimeSlice
+from sharedpool.worker.core.timings import Timings
+from sharedpool.worker.core.waiters import Waiters
 
 _MOST_GONE = 100  # in one packet
 _HAND_ON_S = 0.01
@@ -49,7 +50,7 @@ NOTHING_MOVES = (0,)  # in place of the board's byte, where there is no lane
 
 
 class Cache:
-    """All leases and tickets of one pool in one process."""
+    """All leases and waiters of one pool in one process."""
 
     __slots__ = ("__dict__", "__weakref__", "hits")  # that one every checkout changes
 
@@ -57,21 +58,21 @@ class Cache:
         self.expiration_s = expiration_s
         self.keep_idle = True
         self.hand_on = True  # give a checked-in connection to a waiting thread
-        self.out: deque[ToBroker] = deque()
+        self.outbox: deque[ToBroker] = deque()
         self.leases: dict[Token, Lease] = {}
         self.idle: deque[Lease] = deque()  # the most recently used at the right
-        self.owed = 0
+        self.returns_due = 0
         self.connects_within_s = float("inf")  # of the grant: later its slot may be another's
-        self.slices = Slices()
-        self.tickets = Tickets(self.out, self.slices)
-        self.waiting = self.tickets.waiting
-        self.times = Times()
+        self.time_slice = TimeSlice()
+        self.waiters = Waiters(self.outbox, self.time_slice)
+        self.waiting = self.waiters.waiting
+        self.timings = Timings()
         self.generation = 0
         self._epoch: int | None = None  # of the broker that was last registered with
         self.given_back: dict[Token, None] = {}  # leases, their backends seen to end; the broker may not know yet
         self._unproven: dict[Token, Release] = {}  # given back otherwise; the same
         # Until then nothing has to be scavenged.
-        self.calm_until = float("-inf")
+        self.next_scavenge_at = float("-inf")
         self._first_retires_at = float("inf")
         self.hits = 0  # that needed no more than the deque
         # Not 0 while connections move past the broker: a byte of the board.
@@ -80,14 +81,14 @@ class Cache:
         self.arriving: dict[Token, tuple[Moved, Callable[[], object | None]]] = {}
         self.unread: list[Moved] = []  # and what no thread had read yet, when the link looked
         self.unsure = False  # then a thread may have had something that is in neither
-        self._newest = 0  # serial of the newest word on `owed`
-        self._recalled = 0  # and of the newest recall
-        self._seen = NO_TOKEN  # the newest grant
+        self._returns_serial = 0  # serial of the newest word on `returns_due`
+        self._recall_serial = 0  # and of the newest recall
+        self._newest_grant = NO_TOKEN  # the newest grant
         self._is_new = True  # no HELLO was said: there is nothing that a broker could know of it
 
     def leave_outbox(self) -> None:
         """Leave what is in the outbox to the link that has it; what follows is the next one's to send."""
-        self.out = self.tickets.out = deque()
+        self.outbox = self.waiters.outbox = deque()
 
     # --- checkout
 
@@ -100,24 +101,24 @@ class Cache:
         lease.phase = Phase.IN_USE
         lease.idle_s = now - lease.since
         lease.since = now
-        lease.ticket = None  # an earlier one, whose end means nothing any more
+        lease.waiter = None  # an earlier one, whose end means nothing any more
         return lease
 
-    def checked_in(self, lease: Lease, now: float) -> Closing | Ticket | None:
+    def reconsider_idle(self, lease: Lease, now: float) -> Closing | Waiter | None:
         """Take a connection back that was laid idle without the lock, when it should not just lie there."""
-        if not self._pull(lease):
+        if not self._remove_idle(lease):
             return None  # another thread has it
-        if self.times.choose(now):
-            lease.plain = False
+        if self.timings.choose(now):
+            lease.fast_checkin = False
         conn, lease.conn, lease.phase = lease.conn, None, Phase.IN_USE
         return self.checkin(lease, conn, now, None)
 
-    def retires(self, retire_at: float) -> None:
+    def note_retirement(self, retire_at: float) -> None:
         """Note that there is a lease to be closed by then."""
         self._first_retires_at = min(self._first_retires_at, retire_at)
-        self.calm_until = min(self.calm_until, retire_at)
+        self.next_scavenge_at = min(self.next_scavenge_at, retire_at)
 
-    def _pull(self, lease: Lease) -> bool:
+    def _remove_idle(self, lease: Lease) -> bool:
         """Take one lease out of the idle ones, if it is still there."""
         try:
             self.idle.remove(lease)
@@ -125,48 +126,48 @@ class Cache:
             return False
         return True
 
-    def _shift(self) -> Lease | None:
+    def _pop_oldest_idle(self) -> Lease | None:
         """Take out the lease that has been idle longest."""
         try:
             return self.idle.popleft()
         except IndexError:
             return None
 
-    def give_up(self, ticket: Ticket, now: float) -> Ticket | None:
-        """Withdraw a ticket whose thread will not use it. A lease it was given goes to the next ticket (returned)."""
-        if self.tickets.withdraw(ticket):
+    def give_up(self, waiter: Waiter, now: float) -> Waiter | None:
+        """Withdraw a waiter whose thread will not use it. A lease it was given goes to the next waiter (returned)."""
+        if self.waiters.withdraw(waiter):
             return None
-        lease, ticket.lease = ticket.lease, None
+        lease, waiter.lease = waiter.lease, None
         if lease is None or not self._holds(lease) or lease.phase is not Phase.CONNECTING:
             return None
-        return self._pass_on(lease, lease.conn, now)
+        return self._hand_on_or_keep(lease, lease.conn, now)
 
-    def _pass_on(self, lease: Lease, conn: object, now: float) -> Ticket | None:
-        """Give a lease to the first waiting ticket, which need not ask the broker any more; else keep or release it."""
+    def _hand_on_or_keep(self, lease: Lease, conn: object, now: float) -> Waiter | None:
+        """Give a lease to the first waiting waiter, which need not ask the broker any more; else keep or release it."""
         if not self.waiting:
             if conn is not None:
                 self._lay_idle(lease, conn, now)
             else:
                 self.closed(lease, ReleaseReason.UNUSED, gone=True)
             return None
-        ticket = next(iter(self.waiting.values()))
-        self.tickets.withdraw(ticket)
-        self._assign(lease, conn, ticket, now)
-        return ticket
+        waiter = next(iter(self.waiting.values()))
+        self.waiters.withdraw(waiter)
+        self._assign(lease, conn, waiter, now)
+        return waiter
 
-    def _hand_on(self, lease: Lease, conn: object, now: float) -> Ticket | None:
-        """Give a lease to the first ticket that does not wait in the lane, where others may be before it."""
-        for ticket in self.waiting.values():
-            if not ticket.in_lane:
-                self.tickets.withdraw(ticket)
-                self._assign(lease, conn, ticket, now)
-                return ticket
+    def _hand_on(self, lease: Lease, conn: object, now: float) -> Waiter | None:
+        """Give a lease to the first waiter that does not wait in the lane, where others may be before it."""
+        for waiter in self.waiting.values():
+            if not waiter.only_in_lane:
+                self.waiters.withdraw(waiter)
+                self._assign(lease, conn, waiter, now)
+                return waiter
         return None
 
-    def _assign(self, lease: Lease, conn: object, ticket: Ticket, now: float) -> None:
-        whose = weakref.ref(ticket)
-        lease.conn, lease.phase, lease.since, lease.ticket = conn, Phase.CONNECTING, now, whose
-        ticket.lease = lease
+    def _assign(self, lease: Lease, conn: object, waiter: Waiter, now: float) -> None:
+        whose = weakref.ref(waiter)
+        lease.conn, lease.phase, lease.since, lease.waiter = conn, Phase.CONNECTING, now, whose
+        waiter.lease = lease
 
     def opened(self, lease: Lease, backend: Backend, retire_at: float, conn: object, now: float) -> None:
         """Note that a lease's connection is open.
@@ -176,13 +177,13 @@ class Cache:
         if not self._holds(lease):
             raise SharedPoolError(f"the broker has taken lease {lease.token} away while it was being connected")
         lease.backend, lease.retire_at, lease.ref = backend, retire_at, weakref.ref(conn, collected)
-        self.retires(retire_at)
-        lease.phase, lease.since, lease.arrived = Phase.IN_USE, now, now
-        self.out.append(Confirm(lease.token, backend))
+        self.note_retirement(retire_at)
+        lease.phase, lease.since, lease.arrived_at = Phase.IN_USE, now, now
+        self.outbox.append(Confirm(lease.token, backend))
 
     # --- checkin
 
-    def checkin(self, lease: Lease, conn: object, now: float, verdict: ReleaseReason | None) -> Closing | Ticket | None:
+    def checkin(self, lease: Lease, conn: object, now: float, verdict: ReleaseReason | None) -> Closing | Waiter | None:
         """Take a connection back: close it (`verdict` says why, or it is owed or too old), hand it on, or cache it."""
         if not self._holds(lease):
             verdict = ReleaseReason.BROKEN  # taken away by the broker, or given up for lost
@@ -191,13 +192,13 @@ class Cache:
                 verdict = ReleaseReason.STALE
             elif now >= lease.retire_at:
                 verdict = ReleaseReason.RETIRED
-            elif self.owed and not self.slices.keeps(lease, now):
-                self.owed -= 1
-                verdict = ReleaseReason.OWED
+            elif self.returns_due and not self.time_slice.keeps(lease, now):
+                self.returns_due -= 1
+                verdict = ReleaseReason.RETURN_DUE
             elif self.moving[0]:
                 # Others wait in other processes: here it stays for a while at most.
-                if now - lease.arrived < _HAND_ON_S and (ticket := self._hand_on(lease, conn, now)) is not None:
-                    return ticket
+                if now - lease.arrived_at < _HAND_ON_S and (waiter := self._hand_on(lease, conn, now)) is not None:
+                    return waiter
                 verdict = ReleaseReason.SHARED if lease.movable else ReleaseReason.CLOSED
             elif not self.keep_idle and not (self.hand_on and self.waiting):
                 verdict = ReleaseReason.CLOSED
@@ -205,19 +206,19 @@ class Cache:
         if verdict is not None:
             return self._closing(lease, conn, verdict, now)
         if self.waiting:
-            return self._pass_on(lease, conn, now)
+            return self._hand_on_or_keep(lease, conn, now)
         self._lay_idle(lease, conn, now)
         return None
 
-    def used(self, lease: Lease, seconds: float, now: float, *, typical: bool) -> None:
+    def note_use(self, lease: Lease, seconds: float, now: float, *, typical: bool) -> None:
         """Note for how long a connection was checked out, before its `checkin`.
 
         `typical`: but for its being timed it would have been laid idle without the lock.
         """
         others = [each for each in self.leases.values() if each is not lease]
         out = sum(each.phase is Phase.IN_USE and each.conn is None for each in others)
-        self.times.checked_in(seconds, self.hits, out, typical=typical)
-        lease.plain = lease.generation == self.generation and not self.times.choose(now)
+        self.timings.checked_in(seconds, self.hits, out, typical=typical)
+        lease.fast_checkin = lease.generation == self.generation and not self.timings.choose(now)
 
     def _holds(self, lease: Lease) -> bool:
         return self.leases.get(lease.token) is lease
@@ -225,14 +226,14 @@ class Cache:
     def _lay_idle(self, lease: Lease, conn: object, now: float) -> None:
         lease.conn, lease.phase, lease.since = conn, Phase.IDLE, now
         self.idle.append(lease)
-        self._own_up(now)
+        self._report_idle(now)
 
-    def _own_up(self, now: float) -> None:
+    def _report_idle(self, now: float) -> None:
         """Tell the broker at once of what lies idle while it counts on our next checkin, or while connections move."""
-        if not (self.owed or self.moving[0]) or not (idle := list(self.idle)):
+        if not (self.returns_due or self.moving[0]) or not (idle := list(self.idle)):
             return
-        if self.moving[0] or not self.slices.keeps(idle[-1], now):
-            self.out.append(self.renewal(now, {}))
+        if self.moving[0] or not self.time_slice.keeps(idle[-1], now):
+            self.outbox.append(self.renewal(now, {}))
 
     def _closing(self, lease: Lease, conn: object, reason: ReleaseReason, now: float) -> Closing:
         lease.conn, lease.phase, lease.since = conn, Phase.CLOSING, now
@@ -262,13 +263,13 @@ class Cache:
             del self.leases[lease.token]
             lease.conn = None
             release = Release(lease.token, gone, reason, lease.backend, error, code, unreachable, closed)
-            self.out.append(release)
+            self.outbox.append(release)
             if gone:
                 self.given_back[lease.token] = None
             else:
                 self._unproven[lease.token] = release
 
-    def lay_back(self, lease: Lease, conn: object, now: float) -> bool:
+    def keep_after_all(self, lease: Lease, conn: object, now: float) -> bool:
         """Lay a connection idle that was to move and cannot, and tell the broker of it at once.
 
         Return False if it is to be closed instead: nothing is kept here, or the broker has taken it away.
@@ -277,7 +278,7 @@ class Cache:
             return False
         self._lay_idle(lease, conn, now)
         if not self.moving[0]:  # else it is told already
-            self.out.append(self.renewal(now, {}))
+            self.outbox.append(self.renewal(now, {}))
         return True
 
     def giving(self, lease: Lease) -> None:
@@ -311,16 +312,16 @@ class Cache:
         """Drop a lease that the broker has taken away."""
         lease = self.leases.pop(token, None)
         if lease is not None:
-            lease.plain = False
-            self._pull(lease)
+            lease.fast_checkin = False
+            self._remove_idle(lease)
         return lease
 
     # --- generations
 
-    def trouble(self, lease: Lease, code: str) -> None:
+    def report_failover_sign(self, lease: Lease, code: str) -> None:
         """Tell the broker that a connection saw the server fail over (SQLSTATE `code`), or was found dead ("")."""
         if lease.generation >= self.generation:
-            self.out.append(Trouble(lease.generation, code))
+            self.outbox.append(FailoverSign(lease.generation, code))
 
     def renew_generation(self, generation: int, now: float) -> list[Closing]:
         """Take out everything idle that is older; what is in use follows at its checkin."""
@@ -328,8 +329,8 @@ class Cache:
             return []
         self.generation = generation
         for lease in self.leases.values():
-            lease.plain = False
-        stale = [lease for lease in list(self.idle) if lease.generation < generation and self._pull(lease)]
+            lease.fast_checkin = False
+        stale = [lease for lease in list(self.idle) if lease.generation < generation and self._remove_idle(lease)]
         return [self._closing(lease, lease.conn, ReleaseReason.STALE, now) for lease in stale]
 
     # --- scavenging
@@ -340,11 +341,11 @@ class Cache:
         for lease in list(self.idle):
             if now - lease.since < self.expiration_s:
                 break
-            if self._pull(lease):
+            if self._remove_idle(lease):
                 closing.append(self._closing(lease, lease.conn, ReleaseReason.EXPIRED, now))
         if now >= self._first_retires_at:
             for lease in list(self.idle):
-                if now >= lease.retire_at and self._pull(lease):
+                if now >= lease.retire_at and self._remove_idle(lease):
                     closing.append(self._closing(lease, lease.conn, ReleaseReason.RETIRED, now))
             ahead = [lease.retire_at for lease in self.leases.values() if lease.retire_at > now]
             self._first_retires_at = min(ahead, default=float("inf"))  # what is due by now is closed at its checkin
@@ -352,116 +353,130 @@ class Cache:
             since = self.idle[0].since
         except IndexError:
             since = now
-        calm_until = min(since + self.expiration_s, self._first_retires_at, self.times.due_at)
-        self.calm_until = calm_until if self.keep_idle else float("-inf")
+        calm_until = min(since + self.expiration_s, self._first_retires_at, self.timings.due_at)
+        self.next_scavenge_at = calm_until if self.keep_idle else float("-inf")
         return closing
 
     def expires_after(self, expiration_s: float) -> None:
         """Set how long a connection may lie idle."""
-        self.expiration_s, self.calm_until = expiration_s, float("-inf")
+        self.expiration_s, self.next_scavenge_at = expiration_s, float("-inf")
 
     def stop_keeping(self) -> None:
         """Let nothing lie idle from now on."""
-        self.keep_idle, self.calm_until = False, float("-inf")
+        self.keep_idle, self.next_scavenge_at = False, float("-inf")
 
-    def drain(self, now: float) -> list[Closing]:
+    def take_all_idle(self, now: float) -> list[Closing]:
         """Take out everything idle."""
         closing = []
-        while (lease := self._shift()) is not None:
+        while (lease := self._pop_oldest_idle()) is not None:
             closing.append(self._closing(lease, lease.conn, ReleaseReason.CLOSED, now))
         return closing
 
     # --- the broker's words
 
-    def granted(self, grant: Grant, now: float) -> Ticket | None:
-        """Take in a lease: for the ticket that asked, else the next one (returned, to be woken), else release it."""
+    def granted(self, grant: Grant, now: float) -> Waiter | None:
+        """Take in a lease: for the waiter that asked, else the next one (returned, to be woken), else release it."""
         if grant.token.epoch != self._epoch:
             return None  # a former broker's
-        if grant.serial > self._newest:
-            self._newest, self.owed, self.slices.pressed = grant.serial, grant.owed, grant.owed > 0
-            self._own_up(now)
-        if grant.token in self.leases or grant.token <= self._seen:
+        if grant.serial > self._returns_serial:
+            self._returns_serial, self.returns_due, self.time_slice.others_wait = (
+                grant.serial,
+                grant.returns_due,
+                grant.returns_due > 0,
+            )
+            self._report_idle(now)
+        if grant.token in self.leases or grant.token <= self._newest_grant:
             return None  # a double
-        self._seen = grant.token
+        self._newest_grant = grant.token
         lease = self.leases[grant.token] = Lease(grant.token, None, now)
-        lease.generation, lease.cache, lease.idle_s = self.generation, self, self.slices.gap_s
+        lease.generation, lease.cache, lease.idle_s = self.generation, self, self.time_slice.gap_s
         lease.reached_directly, lease.refused_with = grant.direct, grant.code
-        granted_at = self.tickets.granted_at(grant.request, grant.waited_ms / 1000, now)
+        granted_at = self.waiters.granted_at(grant.request, grant.waited_ms / 1000, now)
         lease.connect_by = granted_at + self.connects_within_s
-        ticket = self.waiting.get(grant.request)
+        waiter = self.waiting.get(grant.request)
         if now > lease.connect_by:  # nobody is to connect on it
             self.closed(lease, ReleaseReason.UNUSED, gone=True)
-            if ticket is not None:
-                self.tickets.ask(ticket, now)
+            if waiter is not None:
+                self.waiters.ask(waiter, now)
             return None
-        if ticket is None:
-            return self._pass_on(lease, None, now)
-        ticket.answered = True
-        self.tickets.serve(ticket)
-        self._assign(lease, None, ticket, now)
-        return ticket
+        if waiter is None:
+            return self._hand_on_or_keep(lease, None, now)
+        waiter.answered = True
+        self.waiters.serve(waiter)
+        self._assign(lease, None, waiter, now)
+        return waiter
 
-    def moved(self, message: Moved, conn: object, retire_at: float, now: float) -> Ticket | None:
-        """Take in a lease with its open connection, whoever has sent it; return the ticket to wake, if any.
+    def received(self, message: Moved, conn: object, retire_at: float, now: float) -> Waiter | None:
+        """Take in a lease with its open connection, whoever has sent it; return the waiter to wake, if any.
 
         Raise `SharedPoolError` when it is not to be used: a former broker has passed it on.
         """
         passed = message.passed
         if passed is not None and message.token.epoch != self._epoch:
             raise SharedPoolError(f"lease {message.token} was passed on by a former broker")
-        if passed is not None and passed.serial > self._newest:
-            self._newest, self.owed, self.slices.pressed = passed.serial, passed.owed, passed.pressed
+        if passed is not None and passed.serial > self._returns_serial:
+            self._returns_serial, self.returns_due, self.time_slice.others_wait = (
+                passed.serial,
+                passed.returns_due,
+                passed.others_wait,
+            )
         lease = Lease(message.token, None, now)
         lease.cell, lease.moves = message.cell, message.moves
-        lease.cache, lease.idle_s = self, self.slices.gap_s
+        lease.cache, lease.idle_s = self, self.time_slice.gap_s
         if retire_at != math.inf:
-            self.retires(retire_at)
+            self.note_retirement(retire_at)
         lease.backend, lease.generation, lease.retire_at = message.live.backend, message.live.generation, retire_at
-        lease.conn, lease.ref, lease.deposited, lease.fresh = conn, weakref.ref(conn, collected), True, True
+        lease.conn, lease.ref, lease.deposited, lease.needs_configure = conn, weakref.ref(conn, collected), True, True
         lease.movable = True
         self.leases[message.token] = lease  # an interrupt finds it with all that is needed to see the connection gone
-        ticket = self.waiting.get(message.request)
-        if ticket is None:
-            return self._pass_on(lease, conn, now)
-        ticket.answered = passed is not None
-        self.tickets.serve(ticket)
-        self._assign(lease, conn, ticket, now)
-        return ticket
+        waiter = self.waiting.get(message.request)
+        if waiter is None:
+            return self._hand_on_or_keep(lease, conn, now)
+        waiter.answered = passed is not None
+        self.waiters.serve(waiter)
+        self._assign(lease, conn, waiter, now)
+        return waiter
 
     def refuse(self, message: Moved, now: float) -> None:
         """Have the broker end a connection that was passed and cannot be used here; ask for another, to be opened."""
         release = Release(message.token, False, ReleaseReason.FAILED, message.live.backend)
-        self.out.append(release)
+        self.outbox.append(release)
         self._unproven[message.token] = release
-        if (ticket := self.waiting.get(message.request)) is not None:
-            ticket.place = -1
-            self.tickets.ask(ticket, now)
+        if (waiter := self.waiting.get(message.request)) is not None:
+            waiter.lane_place = -1
+            self.waiters.ask(waiter, now)
 
     def recalled(self, recall: Recall, now: float, threads: Mapping[int, str]) -> list[Closing]:
         """Take in a recall: reserve idle leases to be closed, longest idle first, and answer with what is held."""
-        if recall.serial <= self._recalled:
+        if recall.serial <= self._recall_serial:
             return []  # a double
-        self._recalled = recall.serial
-        if recall.serial > self._newest:  # else a connection that was passed has overtaken it: all but that counts
-            self._newest, self.owed, self.slices.pressed = recall.serial, recall.owed, recall.owed > 0
+        self._recall_serial = recall.serial
+        if (
+            recall.serial > self._returns_serial
+        ):  # else a connection that was passed has overtaken it: all but that counts
+            self._returns_serial, self.returns_due, self.time_slice.others_wait = (
+                recall.serial,
+                recall.returns_due,
+                recall.returns_due > 0,
+            )
         closing = self.expire(now) if recall.expired else []
         for _ in range(recall.take):
-            if (lease := self._shift()) is not None:
+            if (lease := self._pop_oldest_idle()) is not None:
                 closing.append(self._closing(lease, lease.conn, ReleaseReason.TAKEN, now))
         for lease in list(self.idle):
-            if self.owed and self.slices.wastes(lease, now) and self._pull(lease):
-                self.owed -= 1
-                closing.append(self._closing(lease, lease.conn, ReleaseReason.OWED, now))
+            if self.returns_due and self.time_slice.wastes(lease, now) and self._remove_idle(lease):
+                self.returns_due -= 1
+                closing.append(self._closing(lease, lease.conn, ReleaseReason.RETURN_DUE, now))
         if recall.answer:
-            self.out.append(self.renewal(now, threads, answers=recall.serial))
+            self.outbox.append(self.renewal(now, threads, answers=recall.serial))
         return closing
 
     def renewal(self, now: float, threads: Mapping[int, str], *, answers: int = 0) -> Renew:
         """Return the heartbeat: all that is held and asked for."""
         reported = reports(self.leases.values(), now, threads) + self._arriving()
         unproven = list(self._unproven.values())[:_MOST_GONE]
-        pending, gone = self.tickets.pending(), list(self.given_back)
-        return Renew(reported, self._seen, answers, pending, gone, unproven=unproven, unsure=self.unsure)
+        pending, gone = self.waiters.pending(), list(self.given_back)
+        return Renew(reported, self._newest_grant, answers, pending, gone, unproven=unproven, unsure=self.unsure)
 
     def _arriving(self) -> list[LeaseReport]:
         """Return what is on its way to a thread: it has come, and was not taken in yet."""
@@ -478,23 +493,23 @@ class Cache:
 
     def heartbeat(self, now: float, threads: Mapping[int, str]) -> Renew:
         """Return what is held and asked for, and what took how long."""
-        return structs.replace(self.renewal(now, threads), times=self.times.news(self.hits))
+        return structs.replace(self.renewal(now, threads), times=self.timings.news(self.hits))
 
     def register(self, now: float, threads: Mapping[int, str]) -> tuple[list[LeaseReport], Token, Acquire | None]:
         """Start over with a broker: return what a HELLO says is held, the newest grant seen and the first request.
 
         That replaces whatever was not sent, but for leases given back: those are said to be closing, and their RELEASE
-        follows, since only that tells whether the backend is gone. Every waiting ticket is asked for again (one that is
+        follows, since only that tells whether the backend is gone. Every waiting waiter is asked for again (one that is
         in the broker's queue keeps its place), and a heartbeat rids the queue of those that were withdrawn, after the
         first HELLO of all.
         """
-        unsent = [message for message in self.out if isinstance(message, Release)]
-        self.out.clear()
-        self.owed = self._newest = self._recalled = 0
-        self.out.extend(unsent)
-        self.tickets.ask_again(now)
+        unsent = [message for message in self.outbox if isinstance(message, Release)]
+        self.outbox.clear()
+        self.returns_due = self._returns_serial = self._recall_serial = 0
+        self.outbox.extend(unsent)
+        self.waiters.ask_for_all(now)
         if not self._is_new or self._epoch is not None:
-            self.out.append(self.renewal(now, threads))
+            self.outbox.append(self.renewal(now, threads))
         self._is_new = False
         closing = [
             LeaseReport(release.token, Phase.CLOSING, 0, "", release.backend)
@@ -504,7 +519,7 @@ class Cache:
         given = {token for token, x in self.leases.items() if x.phase is Phase.CLOSING and x.conn is None}
         held = [x for x in reports(self.leases.values(), now, threads) if x.token not in given]
         held += self._arriving()
-        return held + closing, self._seen, self.tickets.first(now)
+        return held + closing, self._newest_grant, self.waiters.first_request(now)
 
     def welcomed(self, epoch: int, generation: int, now: float, served: int = 0) -> list[Closing]:
         """Note which broker this is: what an earlier one had granted and not got here is lost.
@@ -513,9 +528,11 @@ class Cache:
         """
         if epoch == self._epoch:
             return self.renew_generation(generation, now)
-        self._epoch, self._seen = epoch, NO_TOKEN
-        self.tickets.start_over(now, served)
-        self.owed = self._newest = self._recalled = 0  # an earlier broker's may have come in since our HELLO
+        self._epoch, self._newest_grant = epoch, NO_TOKEN
+        self.waiters.start_over(now, served)
+        self.returns_due = self._returns_serial = self._recall_serial = (
+            0  # an earlier broker's may have come in since our HELLO
+        )
         self.generation = generation  # it counts anew: what is held stays
         for lease in self.leases.values():
             lease.generation = generation
@@ -523,4 +540,4 @@ class Cache:
 
     def farewell(self) -> Bye:
         """Return the last message."""
-        return Bye(self._seen, self.times.news(self.hits))
+        return Bye(self._newest_grant, self.timings.news(self.hits))

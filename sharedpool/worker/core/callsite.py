@@ -26,7 +26,7 @@ def capture() -> Stack:
     return tuple(found) or ((inner.f_code, inner.f_lineno),)  # a command of one of those, all by itself
 
 
-def wording(stack: Stack) -> list[str]:
+def shown_stack(stack: Stack) -> list[str]:
     """Return a stack as it is shown: file, line and function of each call."""
     return [_shown(f"{code.co_filename}:{line} in {code.co_qualname}") for code, line in stack]
 

@@ -19,23 +19,23 @@ class Lease:
     """A slot this process holds, and its connection (opaque here).
 
     `conn` is set while it lies idle, is handed on or is being closed; once out, only `ref` knows it, so that a
-    connection that its user has dropped can be seen. `arrived` is when this process got it open, `since` when its phase
-    began, `idle_s` how long it had lain idle before. `ticket` is the one it was given to, while that thread alone knows
-    of it. `deposited`: the broker has been given the socket. `fresh`: it came with a connection from another process,
-    which has not been made this one's own yet. `as_is_until`: until when a checkout may lend its connection as it is,
-    neither fresh nor wrapped. `movable`: its session can be passed to another. `generation` is the newest that was
-    known when it was granted. `plain`: its next checkin need not look at its key, at the generation, at its settings,
-    nor whether it was taken away. `cache` is whose it is. `stack` is where it was last checked out (`debug_checkouts`).
-    `connect_by`: what is not being connected by then must not be. `reached_directly`, `refused_with`: GRANT's `direct`
-    and `code`. `at_close`: what its user's `close()` does in place of closing. `kept` is what an integration keeps with
-    the session while that stays in this process. `cell` and `moves`: see `wire/board.py`. `live`: what came with it, if
-    it has come in the lane. `timed`: this use is (`timings.py`), if it goes the short way. `cancelled`: the broker was
-    asked to cancel what is executed, and alone knows when that is over.
+    connection that its user has dropped can be seen. `arrived_at` is when this process got it open, `since` when its
+    phase began, `idle_s` how long it had lain idle before. `waiter` is the one it was given to, while that thread alone
+    knows of it. `deposited`: the broker has been given the socket. `needs_configure`: it came with a connection from
+    another process, which has not been made this one's own yet. `fast_checkout_until`: until when a checkout may lend
+    its connection as it is, neither fresh nor wrapped. `movable`: its session can be passed to another. `generation` is
+    the newest that was known when it was granted. `fast_checkin`: its next checkin need not look at its key, at the
+    generation, at its settings, nor whether it was taken away. `cache` is whose it is. `stack` is where it was last
+    checked out (`debug_checkouts`). `connect_by`: what is not being connected by then must not be. `reached_directly`,
+    `refused_with`: GRANT's `direct` and `code`. `at_close`: what its user's `close()` does in place of closing.
+    `integration_state` is what an integration keeps with the session while that stays in this process. `cell` and
+    `moves`: see `wire/board.py`. `live`: what came with it, if it has come in the lane. `timed`: this use is
+    (`timings.py`), if it goes the fast path. `cancelled`: the broker was asked to cancel what is executed, and alone
+    knows when that is over.
     """
 
     __slots__ = (
-        "arrived",
-        "as_is_until",
+        "arrived_at",
         "at_close",
         "backend",
         "cache",
@@ -44,17 +44,18 @@ class Lease:
         "conn",
         "connect_by",
         "deposited",
-        "fresh",
+        "fast_checkin",
+        "fast_checkout_until",
         "generation",
         "idle_s",
-        "kept",
+        "integration_state",
         "key",
         "live",
-        "missed",
+        "looked_lost_since",
         "movable",
         "moves",
+        "needs_configure",
         "phase",
-        "plain",
         "reached_directly",
         "ref",
         "refused_with",
@@ -62,15 +63,15 @@ class Lease:
         "since",
         "stack",
         "thread",
-        "ticket",
         "timed",
         "token",
+        "waiter",
     )  # fmt: skip
 
-    def __init__(self, token: Token, ticket: Ticket | None, now: float) -> None:
+    def __init__(self, token: Token, waiter: Waiter | None, now: float) -> None:
         self.token = token
         self.phase = Phase.CONNECTING
-        self.since = self.arrived = now
+        self.since = self.arrived_at = now
         self.conn: object | None = None
         self.ref: weakref.ref[object] | None = None
         self.idle_s = 0.0
@@ -80,40 +81,51 @@ class Lease:
         self.reached_directly = False
         self.refused_with = ""
         self.deposited = False
-        self.fresh = False
-        self.as_is_until = float("-inf")
+        self.needs_configure = False
+        self.fast_checkout_until = float("-inf")
         self.movable = False
         self.cell = -1
         self.timed = False
         self.live: Live | None = None
         self.cancelled = False
         self.moves = 0
-        self.plain = True
+        self.fast_checkin = True
         self.cache: object = None
         self.generation = 0
-        self.missed: float | None = None  # `since`, when it looked lost at the last heartbeat
+        self.looked_lost_since: float | None = None  # `since`, when it looked lost at the last heartbeat
         self.thread = 0  # identifier of the thread that has it
         self.stack: Stack = ()
         self.key: object = None
         self.at_close: Callable[[Any], None] | None = None
-        self.kept: Any = None
-        self.ticket = None if ticket is None else weakref.ref(ticket)
+        self.integration_state: Any = None
+        self.waiter = None if waiter is None else weakref.ref(waiter)
 
-    def lend_as_is(self, as_is: bool) -> None:
+    def allow_fast_checkout(self, as_is: bool) -> None:
         """Note whether the next checkouts may lend the connection as it is, neither fresh nor wrapped."""
-        self.as_is_until = self.retire_at if as_is else float("-inf")
+        self.fast_checkout_until = self.retire_at if as_is else float("-inf")
 
 
-class Ticket:
-    """One thread's wait for a lease. Its end is a `lease`, a `denial` or an `error`: `settled` tells that it has come.
+class Waiter:
+    """One thread's wait for a lease. Its end is a `lease`, a `denial` or an `error`: `is_done` tells that it has come.
 
     `wake` is called then, and when the thread is to look where it waits best. `owner` is a reference to what lives as
-    long as the thread's call: without it the ticket is `abandoned`.
+    long as the thread's call: without it the waiter is `abandoned`.
     """
 
     __slots__ = (
-        "__weakref__", "answered", "asks", "denial", "error", "in_lane", "lease", "owner", "place", "request", "since",
-        "until", "wake",
+        "__weakref__",
+        "answered",
+        "denial",
+        "error",
+        "lane_place",
+        "lease",
+        "only_in_lane",
+        "owner",
+        "request",
+        "since",
+        "times_asked",
+        "until",
+        "wake",
     )  # fmt: skip
 
     def __init__(self, wake: Callable[[], None], now: float, owner: object | None = None) -> None:
@@ -122,27 +134,27 @@ class Ticket:
         self.since = now
         self.request = 0
         self.until: float | None = None  # then its wait is over; None: it wants an answer at once
-        self.place = -1  # where it waits in the lane
-        self.in_lane = False  # it waits there, and was asked for nowhere else
-        self.asks = 0  # how often the broker was asked for it
+        self.lane_place = -1  # where it waits in the lane
+        self.only_in_lane = False  # it waits there, and was asked for nowhere else
+        self.times_asked = 0  # how often the broker was asked for it
         self.answered = False  # by the broker itself: nothing more comes for it
         self.lease: Lease | None = None
         self.denial: Deny | None = None
         self.error: Exception | None = None
 
-    def begin_anew(self, now: float) -> None:
+    def reset(self, now: float) -> None:
         """Forget how the last wait has ended: what it brought could not be used."""
         self.since = now
         self.answered = False
         self.lease = self.denial = self.error = None
 
     @property
-    def finished(self) -> bool:
+    def broker_is_done(self) -> bool:
         """Whether the broker sends nothing more to its place: it was asked once at most, and that is answered.
 
         Asked twice it may queue it anew while the answer to the first is on its way.
         """
-        return not self.asks or (self.asks == 1 and (self.answered or self.denial is not None))
+        return not self.times_asked or (self.times_asked == 1 and (self.answered or self.denial is not None))
 
     @property
     def abandoned(self) -> bool:
@@ -150,7 +162,7 @@ class Ticket:
         return self.owner is not None and self.owner() is None
 
     @property
-    def settled(self) -> bool:
+    def is_done(self) -> bool:
         """Whether the wait is over."""
         return self.lease is not None or self.denial is not None or self.error is not None
 

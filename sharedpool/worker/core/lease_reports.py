@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from sharedpool.wire.messages import LeaseReport, Phase, ReleaseReason
-from sharedpool.worker.core.callsite import wording
+from sharedpool.worker.core.callsite import shown_stack
 from sharedpool.worker.core.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closing, Lease
 
 _MOST_STACKS = 200  # in one packet, in full
@@ -21,7 +21,7 @@ def reports(leases: Collection[Lease], now: float, threads: Mapping[int, str]) -
             max(0, int((now - lease.since) * 1000)),
             threads.get(lease.thread, "") if lease.phase is Phase.IN_USE else "",
             lease.backend,
-            wording(lease.stack[:deepest]) if lease.phase is Phase.IN_USE else [],
+            shown_stack(lease.stack[:deepest]) if lease.phase is Phase.IN_USE else [],
             lease.moves,
         )
         for lease in leases
@@ -45,9 +45,9 @@ def lost(
             if handled is None:
                 handled = in_hand()
             missing = now - lease.since > HANDING_OUT_LIMIT_S if handled is None else lease not in handled
-        if missing and lease.missed == lease.since:
+        if missing and lease.looked_lost_since == lease.since:
             found.append(lease)
-        lease.missed = lease.since if missing else None
+        lease.looked_lost_since = lease.since if missing else None
     return found
 
 
@@ -63,7 +63,7 @@ def unfinished(leases: Iterable[Lease], now: float) -> list[Closing]:
 def _is_dropped(lease: Lease) -> bool:
     """Say whether a lease's connection was collected, or its thread is gone that was to open one, or was never told."""
     if lease.phase is Phase.CONNECTING:
-        return lease.conn is not None if lease.ticket is None else lease.ticket() is None
+        return lease.conn is not None if lease.waiter is None else lease.waiter() is None
     return lease.phase is not Phase.IDLE and lease.conn is None and lease.ref is not None and lease.ref() is None
 
 
@@ -71,5 +71,5 @@ def _ownerless(lease: Lease, idle: set[Lease]) -> bool:
     if lease.conn is None or lease.phase is Phase.CONNECTING:
         return _is_dropped(lease)
     if lease.phase is Phase.IN_USE:
-        return lease.conn is not None if lease.ticket is None else lease.ticket() is None
+        return lease.conn is not None if lease.waiter is None else lease.waiter() is None
     return lease.phase is Phase.IDLE and lease not in idle

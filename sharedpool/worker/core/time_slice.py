@@ -16,33 +16,33 @@ _BY_CLOSE = 10
 _ALONE = 10
 
 
-class Slices:
+class TimeSlice:
     """One cache's. `slice_s` is 0 where there are none; `hands_over`: what can move is given in place of being closed.
 
-    `pressed`: others are known to wait. `gap_s` is the pause between what was last given up and the next request.
+    `others_wait`: others are known to wait. `gap_s` is the pause between what was last given up and the next request.
     """
 
     def __init__(self) -> None:
         self.slice_s = 0.0
         self.hands_over = False
-        self.pressed = False
+        self.others_wait = False
         self.gap_s = float("inf")
         self._parted_at = float("-inf")
 
-    def parted(self, now: float) -> None:
+    def note_given(self, now: float) -> None:
         """Note that something which others wait for was given up, closed or given: its user goes on now."""
         self._parted_at = now
 
-    def asked(self, now: float) -> None:
+    def note_request(self, now: float) -> None:
         """Note a request."""
         self.gap_s = now - self._parted_at
 
     def keeps(self, lease: Lease, now: float) -> bool:
         """Say whether a connection that others want is kept at its checkin."""
         slice_s = self.slice_s * (1 if lease.movable and self.hands_over else _BY_CLOSE)
-        if not self.pressed:
+        if not self.others_wait:
             slice_s *= _ALONE
-        return now - lease.arrived < slice_s and lease.idle_s < STEADY_GAP_S
+        return now - lease.arrived_at < slice_s and lease.idle_s < STEADY_GAP_S
 
     def wastes(self, lease: Lease, now: float) -> bool:
         """Say whether a connection lies idle that was kept for a checkout which did not come."""

@@ -1,9 +1,9 @@
 """How long connects, waits and uses took in one process, as histograms. Pure: no clock.
 
-The caller holds the pool's lock around every method. A checkout or checkin that goes the short way (`worker/pool.py`)
+The caller holds the pool's lock around every method. A checkout or checkin that goes the fast path (`worker/pool.py`)
 is not touched by any of this: that it took no time to be had is known from the cache's count of such checkouts, and how
 long it was used from a sample. Each `SAMPLE_S` one checkout at most is chosen, before it begins, to come back by the
-long way; its time stands for all that came back by the short way meanwhile.
+slow path; its time stands for all that came back by the fast path meanwhile.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ class Histogram:
         self.total_us += round(seconds * 1e6) * weight
 
 
-class Times:
+class Timings:
     """One cache's. `due_at` is when the next checkout may be chosen."""
 
     def __init__(self) -> None:
         self.created, self.waited, self.used = Histogram(), Histogram(), Histogram()
         self.due_at = float("-inf")
-        self._checkouts = 0  # by the long way
+        self._checkouts = 0  # by the slow path
         self._told = 0  # checkouts whose use has been told
         self._hits = 0
         self._serial = 0  # of the registration with the broker
         nothing = messages.Histogram([0] * BUCKETS, 0)
-        self._base = self._last = messages.Times(0, nothing, nothing, nothing)
+        self._base = self._last = messages.Timings(0, nothing, nothing, nothing)
 
     def checked_out(self, seconds: float) -> None:
-        """Note how long a checkout took that did not go the short way."""
+        """Note how long a checkout took that did not go the fast path."""
         self.waited.add(seconds)
         self._checkouts += 1
 
@@ -58,8 +58,8 @@ class Times:
     def checked_in(self, seconds: float, hits: int, out: int, *, typical: bool) -> None:
         """Note how long a connection was used.
 
-        `hits`: checkouts that went the short way; `out`: those that are not over. `typical`: but for this, it would
-        have come back the short way too.
+        `hits`: checkouts that went the fast path; `out`: those that are not over. `typical`: but for this, it would
+        have come back the fast path too.
         """
         self._hits = max(self._hits, hits)  # counted without a lock: it may have stepped back
         weight = max(1, self._checkouts + self._hits - out - self._told) if typical else 1
@@ -71,16 +71,16 @@ class Times:
         self._serial += 1
         self._base = self._last
 
-    def news(self, hits: int) -> messages.Times | None:
+    def news(self, hits: int) -> messages.Timings | None:
         """Return what the heartbeat has to tell, counted since the registration; None when nothing has changed."""
         self._hits = max(self._hits, hits)
         waited = _copy(self.waited)
         waited.counts[0] += self._hits
-        total = messages.Times(self._serial, _copy(self.created), waited, _copy(self.used))
+        total = messages.Timings(self._serial, _copy(self.created), waited, _copy(self.used))
         if (total.created, total.waited, total.used) == (self._last.created, self._last.waited, self._last.used):
             return None
         self._last = total
-        return messages.Times(
+        return messages.Timings(
             self._serial,
             _since(self._base.created, total.created),
             _since(self._base.waited, total.waited),

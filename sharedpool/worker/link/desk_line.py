@@ -6,16 +6,16 @@ import os
 import socket
 
 from sharedpool.descriptors import passing
-from sharedpool.descriptors.owned import Identity, Owned, identity, is_still, let_go
+from sharedpool.descriptors.owned import Identity, Owned, close_if_ours, identity, is_still
 from sharedpool.errors import ProtocolError
 from sharedpool.wire.codec import decode_from_desk, encode
-from sharedpool.wire.desk import PACKET_BYTES, Deposit, Leave, LetIn, Stay
+from sharedpool.wire.desk import PACKET_BYTES, Deposit, LaneInvitation, Leave, LineOwner
 from sharedpool.wire.messages import Token
 from sharedpool.worker.connection.pooled import PooledConnection
 from sharedpool.worker.logs import logger
 
 
-class Desk:
+class DeskLine:
     """One session's line. Without one (another host or platform) everything works, on the worker's word."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Desk:
         try:
             line.setblocking(False)
             line.connect(path)
-            line.send(encode(Stay(program)))
+            line.send(encode(LineOwner(program)))
         except OSError as error:
             logger.info("no desk at %s (%s): connections are closed by this process's own word", path, error)
             line.close()
@@ -69,7 +69,7 @@ class Desk:
             return False
         return True
 
-    def say(self, packet: bytes) -> bool:
+    def send(self, packet: bytes) -> bool:
         """Send what needs no socket; return whether that was done. From any thread, not blocking."""
         line = self._line
         if line is None or not is_still(line.fileno(), self._known):
@@ -80,7 +80,7 @@ class Desk:
             return False
         return True
 
-    def read(self) -> tuple[LetIn | None, list[int]] | None:
+    def read(self) -> tuple[LaneInvitation | None, list[int]] | None:
         """Read what came on the line: an invitation to a lane, with its descriptors; None when the broker has gone."""
         line = self._line
         if line is None:
@@ -95,7 +95,7 @@ class Desk:
             return None
         try:
             message = decode_from_desk(packet)
-            if whole and isinstance(message, LetIn):
+            if whole and isinstance(message, LaneInvitation):
                 given, fds = fds, []
                 return message, given
         except ProtocolError:
@@ -109,17 +109,17 @@ class Desk:
         """Leave the desk, saying so: a line that just ends tells that this program has ended."""
         line, self._line = self._line, None
         leaving = [*self._leaving, *([] if line is None else [(line, self._known)])]
-        self._leaving = [(each, known) for each, known in leaving if not _has_left(each, known)]
+        self._leaving = [(each, known) for each, known in leaving if not _said_goodbye(each, known)]
 
     def disown(self) -> None:
         """In a forked child: let go of the parent's line."""
         line, self._line = self._line, None
         for each, known in [*self._leaving, *([] if line is None else [(line, self._known)])]:
-            let_go(each, known)
+            close_if_ours(each, known)
         self._leaving = []
 
 
-def _has_left(line: socket.socket, known: tuple[Identity, ...]) -> bool:
+def _said_goodbye(line: socket.socket, known: tuple[Identity, ...]) -> bool:
     """Say goodbye and close a line, unless the broker does not read just now."""
     try:
         if is_still(line.fileno(), known):
@@ -128,5 +128,5 @@ def _has_left(line: socket.socket, known: tuple[Identity, ...]) -> bool:
         return False
     except OSError:
         pass  # the broker has gone
-    let_go(line, known)
+    close_if_ours(line, known)
     return True

@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import zmq
 from msgspec import structs
 
-from sharedpool.descriptors.available import FOR_A_CONTEXT, FOR_A_SOCKET, make_sure_of
+from sharedpool.descriptors.available import FOR_A_CONTEXT, FOR_A_SOCKET, require
 from sharedpool.descriptors.timer import Timer
-from sharedpool.descriptors.wakeup import Bell
+from sharedpool.descriptors.wakeup import Wakeup
 from sharedpool.errors import ProtocolError, SharedPoolError
 from sharedpool.postgres import libpq
 from sharedpool.wire.channel import PROCESS_PREFIX, add_channel, channel_number, split_channel
@@ -31,7 +31,7 @@ from sharedpool.wire.codec import decode_to_worker, encode
 from sharedpool.wire.messages import Reject, ToBroker, ToWorker, Welcome
 from sharedpool.worker import greenlets
 from sharedpool.worker.connection.closing import FINALIZING_S, close_ownerless
-from sharedpool.worker.link.desk_line import Desk
+from sharedpool.worker.link.desk_line import DeskLine
 from sharedpool.worker.link.registration import Endpoint, Registration
 from sharedpool.worker.logs import logger
 
@@ -40,7 +40,7 @@ _RESTART_AFTER_S = 3.0  # without a WELCOME: see whether the automatic broker mu
 _FLUSH_LIMIT_S = 1.0
 _JITTER_S = 0.05
 _POLLIN = int(zmq.POLLIN)  # an enumeration's own `&` takes a microsecond
-_LOOK_EVERY_S = 0.5  # for what interrupts have left behind
+_CHECK_EVERY_S = 0.5  # for what interrupts have left behind
 
 
 class Context(Protocol):
@@ -58,27 +58,27 @@ class Link:
 
     def __init__(self, address: str, context: Context) -> None:
         self.address = address
-        self.desk = Desk()
+        self.desk = DeskLine()
         self.heard_at = float("-inf")
         self.epoch = 0
         # Kept for life: the broker knows the sessions, and what they hold, by it.
         self.identity = PROCESS_PREFIX + os.urandom(15)
         self._context = context
-        self._bell = Bell()
+        self._wakeup = Wakeup()
         self.timer: Timer | None = None  # made with the first lane
         # Guards the three below; no method of an endpoint is called under it.
         self._lock = threading.Lock()
         self._registrations: dict[bytes, Registration] = {}
         self._count = 0
         self._over = False
-        self._claim = threading.Lock()
+        self._start_lock = threading.Lock()
         self._running = False
         self._established = False
-        self._listens = False  # else its thread has yet to look for the first time what there is to do
+        self._is_waiting = False  # else its thread has yet to look for the first time what there is to do
         self._watched: set[int] = set()  # descriptors, with the bell and ZeroMQ's
-        self._look_at = 0.0
+        self._check_at = 0.0
         self._attempts = 0
-        self._late = False  # it was waited for in vain, and has not come round since
+        self._timed_out = False  # it was waited for in vain, and has not come round since
         self._thread: Any = None  # or greenlet
         self._zmq: ModuleType = zmq
         self._nonce = 0  # of this line's HELLOs
@@ -115,8 +115,8 @@ class Link:
 
     def wake(self) -> None:
         """Have the outboxes sent. Takes no lock: safe in a finalizer."""
-        if self._listens:
-            self._bell.ring()
+        if self._is_waiting:
+            self._wakeup.wake()
 
     def leave(self, registration: Registration) -> None:
         """Let a registration end, saying BYE, as soon as its pool holds nothing; waits for it at most 1.5 seconds.
@@ -127,15 +127,15 @@ class Link:
         thread = self._thread
         if thread is None or self.is_here:
             return
-        deadline = time.monotonic() + (0.0 if self._late else _FLUSH_LIMIT_S + 0.5)
+        deadline = time.monotonic() + (0.0 if self._timed_out else _FLUSH_LIMIT_S + 0.5)
         if not registration.over.wait(max(0.0, deadline - time.monotonic())):
-            self._late = True  # a program that ends with many pools does not wait for each of them
+            self._timed_out = True  # a program that ends with many pools does not wait for each of them
         elif self._over:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def disown(self) -> None:
         """In a forked child: let go of the parent's lines. Its thread does not exist here, unless it is a greenlet."""
-        self._bell.close()
+        self._wakeup.close()
         if self.timer is not None:
             self.timer.close()
         self.desk.disown()
@@ -145,12 +145,12 @@ class Link:
     # --- the thread
 
     def _run(self) -> None:
-        if not self._claim.acquire(blocking=False):
+        if not self._start_lock.acquire(blocking=False):
             return
         with logger.kept():
-            self._live()
+            self._run_once()
 
-    def _live(self) -> None:
+    def _run_once(self) -> None:
         self._thread = greenlets.current_thread()
         self._running = True
         self._zmq = greenlets.zmq_library()
@@ -177,10 +177,10 @@ class Link:
             self._registrations.clear()
         for registration in left:
             registration.established = False
-            registration.endpoint.ended()
+            registration.endpoint.registration_ended()
             registration.over.set()
         self.desk.close()
-        self._bell.close()
+        self._wakeup.close()
         if self.timer is not None:
             self.timer.close()
         libpq.Probe.close_kept()
@@ -188,48 +188,48 @@ class Link:
             time.sleep(FINALIZING_S)
             close_ownerless()
 
-    def _living(self) -> list[Registration]:
+    def _active(self) -> list[Registration]:
         with self._lock:
             return list(self._registrations.values())
 
     def _sweep(self, dealer: Any) -> list[Registration]:
         """End the registrations whose pools are over; return those that go on. Without any the link is over."""
-        self._late = False
+        self._timed_out = False
         ended = False
-        living = self._living()
+        living = self._active()
         for registration in living:
             endpoint = registration.endpoint
             if not endpoint.ending or not endpoint.done():
                 continue
             if registration.established and dealer is not None:
                 self._flush(registration, dealer)
-                self._send(registration, dealer, endpoint.bye())
+                self._send(registration, dealer, endpoint.compose_bye())
             registration.established = False
             with self._lock:
                 del self._registrations[registration.channel]
                 self._over = not self._registrations
-            endpoint.ended()
+            endpoint.registration_ended()
             registration.over.set()
             ended = True
-        return self._living() if ended else living
+        return self._active() if ended else living
 
     def _start_broker(self) -> None:
         """Have the automatic broker started with one pool's settings; where those fail, another's are tried next."""
-        starters = [each.start_broker for each in self._living() if each.start_broker is not None]
+        starters = [each.start_broker for each in self._active() if each.start_broker is not None]
         if starters:
             self._attempts += 1
             starters[self._attempts % len(starters)]()
 
     def _fail(self, error: Exception) -> None:
         """Tell those who wait, and try again a little later."""
-        for registration in self._living():
+        for registration in self._active():
             registration.interrupted(str(error) or type(error).__name__)
             registration.endpoint.unreachable(error)
         self._pause(random.uniform(0.5, 1.5))
 
     def _connect(self, context: Any) -> None:
         """Be connected once: until the broker falls silent or the link is over."""
-        make_sure_of(FOR_A_SOCKET if self.epoch else FOR_A_CONTEXT, "the line to the broker")
+        require(FOR_A_SOCKET if self.epoch else FOR_A_CONTEXT, "the line to the broker")
         dealer = greenlets.zmq_dealer(context)
         self._nonce = random.getrandbits(62)
         try:
@@ -240,7 +240,7 @@ class Link:
             dealer.set(zmq.RECONNECT_IVL_MAX, 500)
             dealer.connect(self.address)
             trouble = self._serve(dealer)
-            for registration in self._living():
+            for registration in self._active():
                 registration.interrupted(trouble or registration.trouble)
         finally:
             if not self._established:
@@ -252,10 +252,10 @@ class Link:
         """Serve the registrations until the broker is gone, and return why it is ("": unknown), or the link is over."""
         poller = self._zmq.Poller()
         poller.register(dealer, zmq.POLLIN)
-        poller.register(self._bell, zmq.POLLIN)
+        poller.register(self._wakeup, zmq.POLLIN)
         self._watched = set()
         started = time.monotonic()
-        self._listens = True
+        self._is_waiting = True
         while living := self._sweep(dealer):
             now = time.monotonic()
             for registration in living:
@@ -264,7 +264,7 @@ class Link:
                         return "it has fallen silent"
                     self._flush(registration, dealer)
                 elif now >= registration.due:
-                    self._hello(registration, dealer, now)
+                    self._send_hello(registration, dealer, now)
                     if not self._established and now - started > _RESTART_AFTER_S:
                         return ""  # it may have left just when we came; nor may HELLOs pile up for one that is away
             if not self._wait(poller, dealer, min(each.due for each in living)):
@@ -279,37 +279,37 @@ class Link:
             logger.warning("the broker at %s is silent: registering again", self.address)
             return False
         registration.beat(now)
-        if now >= self._look_at:
-            self._look_at = now + _LOOK_EVERY_S
+        if now >= self._check_at:
+            self._check_at = now + _CHECK_EVERY_S
             close_ownerless()
         return True
 
-    def _hello(self, registration: Registration, dealer: Any, now: float) -> None:
-        self._send(registration, dealer, structs.replace(registration.endpoint.hello(), nonce=self._nonce))
+    def _send_hello(self, registration: Registration, dealer: Any, now: float) -> None:
+        self._send(registration, dealer, structs.replace(registration.endpoint.compose_hello(), nonce=self._nonce))
         registration.due = now + _HELLO_RETRY_S * random.uniform(0.8, 1.2)
 
     def _wait(self, poller: Any, dealer: Any, due: float) -> bool:
         """Wait for news and take it in; return False when the line to the desk tells that the broker has ended."""
         line = -1 if self.desk.line is None or not self._established else self.desk.line.fileno()
-        seats = {fd: each.endpoint for each in self._living() for fd in each.endpoint.watched()}
+        wait_sockets = {fd: each.endpoint for each in self._active() for fd in each.endpoint.descriptors_to_watch()}
         timer = -1 if self.timer is None else self.timer.fileno()
-        watched = {*seats, line, timer} - {-1}
+        watched = {*wait_sockets, line, timer} - {-1}
         for fd in self._watched - watched:
             poller.unregister(fd)
         for fd in watched - self._watched:
             poller.register(fd, zmq.POLLIN)
         self._watched = watched
         ready = dict(poller.poll(_ms_until(due)))
-        for endpoint in {seats[fd] for fd in seats.keys() & ready.keys()}:
-            endpoint.look()
+        for endpoint in {wait_sockets[fd] for fd in wait_sockets.keys() & ready.keys()}:
+            endpoint.receive_strays()
         if line in ready and not self._read_line():
             return False
-        if self._bell.fileno() in ready:
-            self._bell.hush()
+        if self._wakeup.fileno() in ready:
+            self._wakeup.clear()
         if self.timer is not None and timer in ready:
-            self.timer.hush()
-            for each in self._living():
-                each.endpoint.look()
+            self.timer.clear()
+            for each in self._active():
+                each.endpoint.receive_strays()
         if dealer in ready:
             self._receive(dealer)
         return True
@@ -327,7 +327,7 @@ class Link:
                 for fd in fds:
                     os.close(fd)
             else:
-                registration.endpoint.let_in(invitation, fds)
+                registration.endpoint.invited(invitation, fds)
         return True
 
     def _receive(self, dealer: Any) -> None:
@@ -358,7 +358,7 @@ class Link:
                 registration.due = self.heard_at + random.uniform(0.5, 1.5)
                 endpoint.unreachable(SharedPoolError(message.reason))
             else:
-                self._hello(registration, dealer, self.heard_at)  # a new broker
+                self._send_hello(registration, dealer, self.heard_at)  # a new broker
         elif isinstance(message, Welcome) and self._is_late(message):
             logger.warning("dropped a late word from broker %d, of before broker %d", message.epoch, self.epoch)
         elif isinstance(message, Welcome):
@@ -394,12 +394,12 @@ class Link:
 
     def _pause(self, seconds: float) -> None:
         poller = self._zmq.Poller()
-        poller.register(self._bell, zmq.POLLIN)
+        poller.register(self._wakeup, zmq.POLLIN)
         deadline = time.monotonic() + seconds
-        self._listens = True
+        self._is_waiting = True
         while self._sweep(None) and time.monotonic() < deadline:
             if poller.poll(_ms_until(deadline)):
-                self._bell.hush()
+                self._wakeup.clear()
 
 
 def _ms_until(when: float) -> int:

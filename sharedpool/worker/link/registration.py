@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from sharedpool.wire.desk import LetIn
+from sharedpool.wire.desk import LaneInvitation
 from sharedpool.wire.messages import Bye, Hello, ToBroker, ToWorker, Welcome
 
 # Nobody has heard of the broker yet, at the first HELLO.
@@ -21,10 +21,10 @@ class Endpoint(Protocol):
     def ending(self) -> bool:
         """Whether the registration is to end once nothing is held. Takes no lock."""
 
-    def hello(self) -> Hello:
+    def compose_hello(self) -> Hello:
         """Compose the registration."""
 
-    def bye(self) -> Bye:
+    def compose_bye(self) -> Bye:
         """Compose the last message."""
 
     def beat(self) -> bool:
@@ -33,19 +33,19 @@ class Endpoint(Protocol):
     def receive(self, message: ToWorker) -> None:
         """Take in a message."""
 
-    def let_in(self, invitation: LetIn, fds: list[int]) -> None:
+    def invited(self, invitation: LaneInvitation, fds: list[int]) -> None:
         """Take part in the lane that these descriptors, this pool's now, are of."""
 
-    def watched(self) -> list[int]:
-        """Return descriptors where something may come for who waits no more: `look` then. Takes no lock."""
+    def descriptors_to_watch(self) -> list[int]:
+        """Return descriptors where something may come for who waits no more: `receive_strays` then. Takes no lock."""
 
-    def look(self) -> None:
+    def receive_strays(self) -> None:
         """Take in what has come there."""
 
     def done(self) -> bool:
         """Say whether the pool is over and holds nothing any more: the registration ends, and is not asked again."""
 
-    def ended(self) -> None:
+    def registration_ended(self) -> None:
         """The registration has ended."""
 
     def unreachable(self, error: Exception) -> None:

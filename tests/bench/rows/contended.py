@@ -63,7 +63,7 @@ def _contended(bench: Bench, result: Result, way: str = "unix", think_s: float =
     contestants += more if way == "unix" else _unless_quick(bench, result, more)
     for slice_s in bench.slices_s:
         name = f"{US}, slice {slice_s * 1000:g} ms"
-        options = (("slice", slice_s),)
+        options = (("time_slice", slice_s),)
         contestants.append(shared(bench, route, PROCESSES, member, slots=SLOTS, name=name, options=options))
     take_turns(bench, result, contestants)
 

@@ -65,7 +65,7 @@ class Bookkeeper(Member):
     def _release(self) -> bytes:
         session, token = self._holders.popleft()
         self._ledger.handle(session, Confirm(token, Backend(token.serial)), self._now)
-        self._take_in(self._ledger.handle(session, Release(token, True, ReleaseReason.OWED), self._now))
+        self._take_in(self._ledger.handle(session, Release(token, True, ReleaseReason.RETURN_DUE), self._now))
         return session
 
     def run(self, requests: int) -> float:

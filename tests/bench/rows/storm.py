@@ -13,7 +13,7 @@ from tests.bench.peers import MakeClient, Shared
 from tests.bench.report import FAIRNESS, THROUGHPUT, US, Metric, Result, Sample
 from tests.bench.runner import Bench, Contestant, Measure, Row, take_turns
 from tests.bench.stats import fairness
-from tests.support.processes import Sampler
+from tests.support.processes import BackendSampler
 
 PROCESSES = 40
 THREADS = 4
@@ -70,7 +70,7 @@ def _storm(bench: Bench, result: Result) -> None:
         fighters = stack.enter_context(crew([partial(Fighter, make)] * PROCESSES))
 
         def measure() -> Sample:
-            with Sampler(dsn, "sharedpool default [%") as sampler:
+            with BackendSampler(dsn, "sharedpool default [%") as sampler:
                 turn = window(bench.warm_s, bench.window_s)
                 outcomes = fighters.ask("run", turn)
             counts = [done for done, _ in outcomes]
