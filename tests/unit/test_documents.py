@@ -180,6 +180,13 @@ def test_every_folder_of_tests_is_explained() -> None:
     assert {re.sub(r"\W", "", cell.split("]")[0]) for cell in told} >= folders
 
 
+def test_every_folder_of_the_program_is_on_the_map() -> None:
+    told = set(re.findall(r"\]\(([^)#\s]+)\)", documents.section(ARCHITECTURE, "Map of the code")))
+    package = ROOT / "sharedpool"
+    folders = {str(path.parent.relative_to(package)) for path in package.rglob("*.py")} - {"."}
+    assert folders - {"integrations/django"} == {name for name in told if (package / name).is_dir()}
+
+
 # --- pictures
 
 
