@@ -209,7 +209,7 @@ class Lane:
         sock = self._sender if address is not None else self._put
         if self.leaving or not self._is_still_ours(sock.fileno()) or not self.board.has(item.cell, item.token):
             return False
-        moves = self.board.set_holder(item.cell, holder)  # before it is sent: see `board.py`
+        moves = self.board.set_holder(item.cell, holder)  # before it is sent: see `wire/board.py`
         packet = self._secret + encode(Moved(request, item.token, item.cell, moves, item.live))
         try:
             if address is None:

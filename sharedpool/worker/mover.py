@@ -1,5 +1,5 @@
-"""The fast path in the lane: what `local_pool.py`, `worker/connection/handover.py` and `lane.py` do for one connection,
-in two functions.
+"""The fast path in the lane: what `local_pool.py`, `worker/connection/handover.py` and `lane/lane.py` do for one
+connection, in two functions.
 
 Where many processes share few connections nearly every checkout waits in the lane, and nearly every checkin gives
 there. Between two turns of a process tens of others have run, so that each function costs ten times what it does in a

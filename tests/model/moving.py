@@ -1,4 +1,5 @@
-"""A worker in the lane: what `waiting.py`, `mover.py`, `seats.py`, and of the lane `holdings.py` and `session.py`, do.
+"""A worker in the lane: what `waiting.py`, `mover.py`, `wait_sockets.py`, and of the lane `local_pool.py` and
+`session.py`, do.
 
 A thread that waits there is a `Thread`, one that gives a `LaneGiving`: generators that go on by a step whenever they
 are asked to. Half of the checkouts and checkins go the fast path (`mover.py`), where that is open.
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Steps = Generator[None, None, None]
-_LOOKS = 4  # `seats._LOOKS`
+_LOOKS = 4  # `wait_sockets._CHECKS`
 
 
 @dataclass(eq=False, slots=True)

@@ -1,5 +1,5 @@
-"""Processes with a pool: what `holdings.py`, `checkout.py` and `link.py` do around a real cache (the desk's part of it:
-`desk.py`; the lane's: `moving.py`).
+"""Processes with a pool: what `local_pool.py`, `checkout.py` and `link.py` do around a real cache (the desk's part of
+it: `desk.py`; the lane's: `moving.py`).
 
 Every step that blocks in a real process (waiting, connecting, closing) is a step of its own here, so that anything can
 happen in between.

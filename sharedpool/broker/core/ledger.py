@@ -419,7 +419,8 @@ class Ledger:
     def grace_s(self) -> float:
         """How long all workers take to notice that their broker is gone, and to tell another what they hold.
 
-        After 2.5 heartbeats, three to a TTL, and a second (`link.py`): with a TTL below 6 s that is later than one TTL.
+        After 2.5 heartbeats, three to a TTL, and a second (`worker/link/link.py`): with a TTL below 6 s that is later
+        than one TTL.
         """
         return max(self._ttl_s, self._ttl_s * 2.5 / 3 + 1.25)
 

@@ -3,9 +3,9 @@
 PostgreSQL holds its end of a connection's socket open until the backend has exited (`socket_close` in its pqcomm.c). A
 duplicate in an epoll set, watched for EPOLLRDHUP and nothing else, therefore tells the broker that a slot is free, with
 no SQL and no word from the worker, and is silent while the worker uses the connection. (A TCP socket that has only died
-on this side, by a RST or a time-out, tells nothing: `hangup.py`. Nor does one that a proxy has closed: `route.py`.)
-It is also how a dead worker's session is *cut*: the duplicate keeps the connection open, so the broker must shut it
-down; and how a connection moves from one worker to another (`broker/core/handover.py`).
+on this side, by a RST or a time-out, tells nothing: `postgres/peer_closed.py`. Nor does one that a proxy has closed:
+`postgres/route.py`.) It is also how a dead worker's session is *cut*: the duplicate keeps the connection open, so the
+broker must shut it down; and how a connection moves from one worker to another (`broker/core/handover.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """End sessions, and see their backends gone: of a connection that is closed, cut, given away or inherited.
 
 The *witness* tells: the connection's duplicate of its socket (`connection.py`). It tells of the backend only where
-nobody is in between (`route.py`); behind a proxy the broker asks the server.
+nobody is in between (`postgres/route.py`); behind a proxy the broker asks the server.
 """
 
 from __future__ import annotations

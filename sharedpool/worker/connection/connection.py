@@ -2,7 +2,7 @@
 
 Every connection keeps a duplicate of its socket, the *witness*. PostgreSQL holds its end open until the backend has
 exited (`socket_close` in its pqcomm.c), so the end of file on the witness proves that the slot is free, if it was the
-server that sent it (`hangup.py`, `route.py`); a plain `close()` only asks for it.
+server that sent it (`postgres/peer_closed.py`, `postgres/route.py`); a plain `close()` only asks for it.
 """
 
 from __future__ import annotations

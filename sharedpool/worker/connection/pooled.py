@@ -23,7 +23,7 @@ class PooledConnection(extensions.connection):
     sharedpool_witness = -1
     # What libpq's descriptor and the witness are, and what they were before: a number may become somebody else's.
     sharedpool_known: tuple[Identity, ...] = ()
-    sharedpool_number = -1  # libpq's descriptor, once it is known: see `ending.number_of`
+    sharedpool_number = -1  # libpq's descriptor, once it is known: see `closing.descriptor_of`
     sharedpool_session: tuple[Any, ...] = ()
     sharedpool_pid = 0
     sharedpool_gone = sharedpool_closed = False
