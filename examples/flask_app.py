@@ -4,12 +4,14 @@
     $ flask --app examples/flask_app.py run
     $ flask --app examples/flask_app.py drop-db
 
-DATABASE_URL says where PostgreSQL is: export DATABASE_URL=postgresql://user:password@localhost:5432/app
+DATABASE_URL says where PostgreSQL is: export
+DATABASE_URL=postgresql://user:password@localhost:5432/app
 
-The first command makes a table, `sharedpool_visits`, and the last one drops it. In between http://127.0.0.1:5000/
-counts its visits there and says which PostgreSQL connection did; http://127.0.0.1:5000/fail counts too, then fails, and
-that visit is rolled back. No view returns its connection: the teardown does. Serve the app with gunicorn or anything
-else, with as many processes as you like: they share three connections.
+The first command makes a table, `sharedpool_visits`, and the last one drops it. In between
+http://127.0.0.1:5000/ counts its visits there and says which PostgreSQL connection did;
+http://127.0.0.1:5000/fail counts too, then fails, and that visit is rolled back. No view returns
+its connection: the teardown does. Serve the app with gunicorn or anything else, with as many
+processes as you like: they share three connections.
 """
 
 import flask
@@ -45,7 +47,9 @@ def give_back(error: BaseException | None) -> None:
     """Return the connection; what is not committed by now is rolled back."""
     if (connection := flask.g.pop("connection", None)) is not None:
         if error is not None:
-            pool.notice(connection, error)  # tells the other processes, should the server be failing over
+            pool.notice(
+                connection, error
+            )  # tells the other processes, should the server be failing over
         pool.put_conn(connection)
 
 
@@ -73,7 +77,9 @@ def busy(error: sharedpool.PoolTimeout) -> flask.typing.ResponseReturnValue:
 @app.cli.command("init-db")
 def init_db() -> None:
     with pool.connection() as connection, connection.cursor() as cursor:
-        cursor.execute("CREATE TABLE IF NOT EXISTS sharedpool_visits (at timestamptz DEFAULT now())")
+        cursor.execute(
+            "CREATE TABLE IF NOT EXISTS sharedpool_visits (at timestamptz DEFAULT now())"
+        )
 
 
 @app.cli.command("drop-db")

@@ -35,11 +35,15 @@ def work(number: int) -> int:
 def watch(futures: list[concurrent.futures.Future[int]]) -> int:
     """Until all are done, count the pool's connections on the server, over one of our own; return the highest count."""
     peak, unfinished = 0, set(futures)
-    with closing(psycopg2.connect(pool.config.conninfo.dsn)) as observer, observer.cursor() as cursor:
+    with (
+        closing(psycopg2.connect(pool.config.conninfo.dsn)) as observer,
+        observer.cursor() as cursor,
+    ):
         observer.autocommit = True  # within one transaction pg_stat_activity would not change
         while unfinished:
             cursor.execute(
-                "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE %s", [f"sharedpool {pool.name} [%"]
+                "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE %s",
+                [f"sharedpool {pool.name} [%"],
             )
             peak = max(peak, cursor.fetchone()[0])
             unfinished = concurrent.futures.wait(unfinished, timeout=0.005).not_done

@@ -28,7 +28,9 @@ def by_multiprocessing(method: str) -> Outcomes:
 
 
 def by_futures(method: str) -> Outcomes:
-    with concurrent.futures.ProcessPoolExecutor(PROCESSES, multiprocessing.get_context(method)) as executor:
+    with concurrent.futures.ProcessPoolExecutor(
+        PROCESSES, multiprocessing.get_context(method)
+    ) as executor:
         return list(executor.map(look, range(QUERIES)))
 
 
@@ -42,7 +44,9 @@ def by_joblib(backend: str) -> Outcomes:
 
     # loky, the default, carries functions of the main script to its processes as a copy, with all that they refer to.
     # One that uses a pool must be in a module, as `look` is.
-    return joblib.Parallel(PROCESSES, backend=backend)(joblib.delayed(look)(number) for number in range(QUERIES))
+    return joblib.Parallel(PROCESSES, backend=backend)(
+        joblib.delayed(look)(number) for number in range(QUERIES)
+    )
 
 
 WAYS: list[tuple[str, Callable[[str], Outcomes], tuple[str, ...]]] = [

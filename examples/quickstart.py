@@ -13,12 +13,17 @@ import sharedpool
 
 pool = sharedpool.config_pool(max_conn=5, expiration=60)
 
-with sharedpool.PgSimple(pool) as db:  # commits at its end, or rolls back; then the connection is the pool's again
+with sharedpool.PgSimple(
+    pool
+) as db:  # commits at its end, or rolls back; then the connection is the pool's again
     db.execute("CREATE TEMP TABLE books (id serial, name text) ON COMMIT DROP")
     row = db.insert("books", {"name": "The Sea, The Sea"}, returning=["id", "name"])
     print(f"stored book {row.id}: {row.name}")
 
-with pool.connection(timeout=5) as conn, conn.cursor() as cursor:  # the same connection, as plain psycopg2
+with (
+    pool.connection(timeout=5) as conn,
+    conn.cursor() as cursor,
+):  # the same connection, as plain psycopg2
     cursor.execute("SELECT 6 * 7")
     print(f"six times seven is {cursor.fetchone()[0]}")
 

@@ -21,7 +21,10 @@ LIMIT, PROCESSES, ORDERS = 3, 4, 50
 
 # At import, in every process: to configure connects to nothing. Where to connect is the pool's affair, not the URL's.
 pool = sharedpool.config_pool(
-    max_conn=LIMIT, name="sqlalchemy example", pool_manager=sharedpool.ThreadedConnectionPool, timeout=30
+    max_conn=LIMIT,
+    name="sqlalchemy example",
+    pool_manager=sharedpool.ThreadedConnectionPool,
+    timeout=30,
 )
 engine = create_engine("postgresql+psycopg2://", creator=pool.connect, poolclass=SharedPool)
 
@@ -56,7 +59,9 @@ def main() -> None:
     for process in processes:
         process.join()
     with Session(engine) as session:
-        seen = select(func.count(), func.count(Order.process.distinct()), func.max(Order.connections))
+        seen = select(
+            func.count(), func.count(Order.process.distinct()), func.max(Order.connections)
+        )
         orders, workers, connections = session.execute(seen).one()
     print(f"{orders} orders stored by {workers} processes")
     print(f"most connections at a time: {connections}, limit: {LIMIT}")

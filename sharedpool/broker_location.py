@@ -52,6 +52,8 @@ class AutomaticBroker:
 
         def settings() -> BrokerSettings:
             scope = automatic_scope(self.conninfo.identity().digest())
-            return with_linger(BrokerSettings(address, dsn=self.conninfo.current(), scope=scope, automatic=True))
+            return with_linger(
+                BrokerSettings(address, dsn=self.conninfo.current(), scope=scope, automatic=True)
+            )
 
         ensure_running(address, settings)

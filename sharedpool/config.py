@@ -81,14 +81,20 @@ def config_pool(
         if callback is not None and not callable(callback):
             raise ConfigError(f"{argument}: must be a function of one connection, not {callback!r}")
     if reset not in ("discard", "rollback") and not callable(reset):
-        raise ConfigError(f'reset: must be "discard", "rollback" or a function of one connection, not {reset!r}')
+        raise ConfigError(
+            f'reset: must be "discard", "rollback" or a function of one connection, not {reset!r}'
+        )
     if max_checkout_action not in ("report", "end"):
-        raise ConfigError(f'max_checkout_action: must be "report" or "end", not {max_checkout_action!r}')
+        raise ConfigError(
+            f'max_checkout_action: must be "report" or "end", not {max_checkout_action!r}'
+        )
     if handover not in ("auto", "off"):
         raise ConfigError(f'handover: must be "auto" or "off", not {handover!r}')
     check_number("slice", time_slice)
     if not (isinstance(pool_manager, type) and issubclass(pool_manager, Pool)):
-        raise ConfigError(f"pool_manager: must be SimpleConnectionPool or ThreadedConnectionPool, not {pool_manager!r}")
+        raise ConfigError(
+            f"pool_manager: must be SimpleConnectionPool or ThreadedConnectionPool, not {pool_manager!r}"
+        )
     if not isinstance(name, str) or not name or not name.isprintable():
         raise ConfigError(f"name: must be a printable text that is not empty, not {name!r}")
     if group is None:
@@ -99,7 +105,10 @@ def config_pool(
     conninfo.identity()  # a service that libpq cannot find is an error here, not at the first checkout
     address, source = broker, "broker"
     if address is None:
-        address, source = os.environ.get(addresses.BROKER_VARIABLE) or None, addresses.BROKER_VARIABLE
+        address, source = (
+            os.environ.get(addresses.BROKER_VARIABLE) or None,
+            addresses.BROKER_VARIABLE,
+        )
     config = PoolConfig(
         conninfo=conninfo,
         name=name,
@@ -120,7 +129,9 @@ def config_pool(
         time_slice=float(time_slice),
         debug_checkouts=bool(debug_checkouts),
     )
-    pool = pool_manager(config, AutomaticBroker(conninfo) if config.broker is None else GivenBroker(config.broker))
+    pool = pool_manager(
+        config, AutomaticBroker(conninfo) if config.broker is None else GivenBroker(config.broker)
+    )
     previous = _current.get(name)
     _current[name] = pool
     if previous is not None and not previous.disposed:
@@ -135,4 +146,6 @@ def get_pool(name: str = "default") -> Pool:
     except KeyError:
         others = ", ".join(f"get_pool({other!r})" for other in sorted(_current))
         text = f"no pool {name!r} is configured: call sharedpool.config_pool() first"
-        raise SharedPoolError(f"{text}, or take one that is: {others}" if others else text) from None
+        raise SharedPoolError(
+            f"{text}, or take one that is: {others}" if others else text
+        ) from None

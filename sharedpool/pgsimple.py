@@ -27,7 +27,8 @@ from sharedpool.worker.pool import Pool
 
 _WORD = r"[^\W\d][\w$]*"
 _FIELD = re.compile(
-    rf"\s*(?P<name>{_WORD}(?:\.{_WORD})*)(?P<all>\.\*)?(?:\s+AS\s+(?P<alias>{_WORD}))?\s*", re.IGNORECASE
+    rf"\s*(?P<name>{_WORD}(?:\.{_WORD})*)(?P<all>\.\*)?(?:\s+AS\s+(?P<alias>{_WORD}))?\s*",
+    re.IGNORECASE,
 )
 
 Name = str | Composable
@@ -58,7 +59,11 @@ class PgSimple:
     _conn: connection | None = None
 
     def __init__(
-        self, pool: Pool | None = None, log: Log | None = None, log_fmt: LogFormat | None = None, nt_cursor: bool = True
+        self,
+        pool: Pool | None = None,
+        log: Log | None = None,
+        log_fmt: LogFormat | None = None,
+        nt_cursor: bool = True,
     ) -> None:
         self._log = log
         self._log_fmt = log_fmt
@@ -70,10 +75,17 @@ class PgSimple:
         return f"<PgSimple {'open' if self.is_open else 'closed'} pool={self._pool!r}>"
 
     def fetchone(
-        self, table: Name, fields: Fields = "*", where: Where = None, order: Order = None, offset: int | None = None
+        self,
+        table: Name,
+        fields: Fields = "*",
+        where: Where = None,
+        order: Order = None,
+        offset: int | None = None,
     ) -> Any:
         """Return the first row that matches, or None."""
-        return self._select(self._fields(fields), self._table(table), where, order, 1, offset).fetchone()
+        return self._select(
+            self._fields(fields), self._table(table), where, order, 1, offset
+        ).fetchone()
 
     def fetchall(
         self,
@@ -85,7 +97,9 @@ class PgSimple:
         offset: int | None = None,
     ) -> list[Any]:
         """Return the rows that match: `where=("published > %s", [date])`, `order=["published", "DESC"]`."""
-        return self._select(self._fields(fields), self._table(table), where, order, limit, offset).fetchall()
+        return self._select(
+            self._fields(fields), self._table(table), where, order, limit, offset
+        ).fetchall()
 
     def join(
         self,
@@ -105,10 +119,17 @@ class PgSimple:
             if isinstance(pair, str | Composable) or len(pair) != 2:
                 raise ValueError(f"{name} must have two parts, one for each table")
         left, right = (self._table(table) for table in tables)
-        columns = [self._fields(part, table) for part, table in zip(fields, (left, right), strict=True) if part]
+        columns = [
+            self._fields(part, table)
+            for part, table in zip(fields, (left, right), strict=True)
+            if part
+        ]
         if not columns:
             raise ValueError("fields has no field for either table")
-        on = [self._field(field, table) for field, table in zip(join_fields, (left, right), strict=True)]
+        on = [
+            self._field(field, table)
+            for field, table in zip(join_fields, (left, right), strict=True)
+        ]
         source = f"{left} LEFT JOIN {right} ON ({on[0]} = {on[1]})"
         return self._select(", ".join(columns), source, where, order, limit, offset).fetchall()
 
@@ -118,15 +139,25 @@ class PgSimple:
         columns = ", ".join(self._column(name) for name in data)
         marks = ", ".join(self._value(value, values) for value in data.values())
         what = f"({columns}) VALUES ({marks})" if data else "DEFAULT VALUES"
-        done = self.execute(f"INSERT INTO {self._table(table)} {what}{self._returning(returning)}", values)
+        done = self.execute(
+            f"INSERT INTO {self._table(table)} {what}{self._returning(returning)}", values
+        )
         return done.rowcount if returning is None else done.fetchone()
 
-    def update(self, table: Name, data: Mapping[str, Any], where: Where = None, returning: Fields | None = None) -> Any:
+    def update(
+        self,
+        table: Name,
+        data: Mapping[str, Any],
+        where: Where = None,
+        returning: Fields | None = None,
+    ) -> Any:
         """Update the rows that match; return the list of their `returning` fields, else the number of rows."""
         if not data:
             raise ValueError("data is empty: there is nothing to update")
         values: list[Any] = []
-        pairs = ", ".join(f"{self._column(name)} = {self._value(value, values)}" for name, value in data.items())
+        pairs = ", ".join(
+            f"{self._column(name)} = {self._value(value, values)}" for name, value in data.items()
+        )
         text = f"UPDATE {self._table(table)} SET {pairs}{self._where(where, values)}{self._returning(returning)}"
         done = self.execute(text, values)
         return done.rowcount if returning is None else done.fetchall()
@@ -138,7 +169,9 @@ class PgSimple:
         done = self.execute(text, values)
         return done.rowcount if returning is None else done.fetchall()
 
-    def truncate(self, table: Name | Sequence[Name], restart_identity: bool = False, cascade: bool = False) -> None:
+    def truncate(
+        self, table: Name | Sequence[Name], restart_identity: bool = False, cascade: bool = False
+    ) -> None:
         """Empty a table or several: "tbl2, tbl3" or a list."""
         names = table.split(",") if isinstance(table, str) else _listed(table)
         text = f"TRUNCATE {', '.join(self._table(name) for name in names)}"
@@ -165,7 +198,9 @@ class PgSimple:
         try:
             current.execute(sql, params)
         except Exception as error:
-            with contextlib.suppress(Exception):  # a failing log must not hide the statement's error
+            with contextlib.suppress(
+                Exception
+            ):  # a failing log must not hide the statement's error
                 self._write(log, logging.ERROR, f"execute() failed: {error}")
             raise
         self._write(log, logging.DEBUG, current)
@@ -193,7 +228,10 @@ class PgSimple:
         return self
 
     def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         conn = self._conn
         if conn is None:  # closed inside the block
@@ -204,7 +242,9 @@ class PgSimple:
         try:
             # KeyboardInterrupt, SystemExit and GeneratorExit leave the work half done as well.
             if exc_type is None:
-                close = False  # a commit refused (a deferred constraint, say) leaves a good connection
+                close = (
+                    False  # a commit refused (a deferred constraint, say) leaves a good connection
+                )
                 conn.commit()
                 failed = False
             else:
@@ -226,7 +266,9 @@ class PgSimple:
 
     def _live(self) -> connection:
         if self._conn is None:
-            raise psycopg2.InterfaceError("this PgSimple is closed; its connection is back in the pool")
+            raise psycopg2.InterfaceError(
+                "this PgSimple is closed; its connection is back in the pool"
+            )
         return self._conn
 
     def _psycopg2s_own(self) -> connection:
@@ -236,7 +278,10 @@ class PgSimple:
 
     def _give_back(self, close: bool = False, quietly: bool = False) -> None:
         """Return the connection; `quietly` while another exception is under way, which the pool's must not hide."""
-        conn, self._conn = self._conn, None  # first: whatever put_conn does, this handle is done with it
+        conn, self._conn = (
+            self._conn,
+            None,
+        )  # first: whatever put_conn does, this handle is done with it
         if conn is None or self._pool is None:
             return
         # A child that was forked inside a `with` block unwinds it too: the connection is not its to return.
@@ -283,8 +328,14 @@ class PgSimple:
         if field.strip() == "*" and not plain:
             return f"{prefix}*"
         found = _FIELD.fullmatch(field)
-        if found is None or (plain and (found["all"] or found["alias"])) or (found["all"] and found["alias"]):
-            raise ValueError(f"{field!r} is not a plain name; pass psycopg2.sql.SQL({field!r}) for anything else")
+        if (
+            found is None
+            or (plain and (found["all"] or found["alias"]))
+            or (found["all"] and found["alias"])
+        ):
+            raise ValueError(
+                f"{field!r} is not a plain name; pass psycopg2.sql.SQL({field!r}) for anything else"
+            )
         text = prefix + self._literal(Identifier(*found["name"].split("."))) + (found["all"] or "")
         return f"{text} AS {self._literal(Identifier(found['alias']))}" if found["alias"] else text
 
@@ -321,7 +372,13 @@ class PgSimple:
         return f" ORDER BY {self._field(field)} {direction}"
 
     def _select(
-        self, columns: str, source: str, where: Where, order: Order, limit: int | None, offset: int | None
+        self,
+        columns: str,
+        source: str,
+        where: Where,
+        order: Order,
+        limit: int | None,
+        offset: int | None,
     ) -> cursor:
         values: list[Any] = []
         text = f"SELECT {columns} FROM {source}{self._where(where, values)}{self._order(order)}"

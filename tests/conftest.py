@@ -63,7 +63,9 @@ def runtime_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[EphemeralPostgres]:
     """A PostgreSQL server for the whole session; under xdist each worker has its own."""
-    with EphemeralPostgres(max_connections=100, settings={"max_prepared_transactions": "5"}) as server:
+    with EphemeralPostgres(
+        max_connections=100, settings={"max_prepared_transactions": "5"}
+    ) as server:
         yield server
 
 
@@ -77,7 +79,9 @@ def server_connection(postgres: EphemeralPostgres) -> Iterator[psycopg2.extensio
 
 
 @pytest.fixture
-def database(postgres: EphemeralPostgres, server_connection: psycopg2.extensions.connection) -> Iterator[str]:
+def database(
+    postgres: EphemeralPostgres, server_connection: psycopg2.extensions.connection
+) -> Iterator[str]:
     """The conninfo string of a new, empty database, dropped afterwards with whoever is still connected."""
     name = f"test_{next(_database_numbers)}"
     with server_connection.cursor() as cursor:
@@ -111,7 +115,11 @@ def make_pool(broker: sharedpool.Broker, postgres: EphemeralPostgres) -> Iterato
     made: list[sharedpool.Pool] = []
 
     def make(**settings: Any) -> sharedpool.Pool:
-        settings = {"dsn": postgres.dsn, "broker": broker.address, "name": f"pool{next(_pool_numbers)}"} | settings
+        settings = {
+            "dsn": postgres.dsn,
+            "broker": broker.address,
+            "name": f"pool{next(_pool_numbers)}",
+        } | settings
         pool = sharedpool.config_pool(**settings)
         made.append(pool)
         return pool
@@ -123,13 +131,17 @@ def make_pool(broker: sharedpool.Broker, postgres: EphemeralPostgres) -> Iterato
 
 
 @pytest.fixture
-def backends(server_connection: psycopg2.extensions.connection) -> Callable[[sharedpool.Pool], set[int]]:
+def backends(
+    server_connection: psycopg2.extensions.connection,
+) -> Callable[[sharedpool.Pool], set[int]]:
     """The pids of a pool's backends, as the server lists them."""
 
     def of(pool: sharedpool.Pool) -> set[int]:
         with server_connection.cursor() as cursor:
             pattern = f"sharedpool {pool.name} [%"
-            cursor.execute("SELECT pid FROM pg_stat_activity WHERE application_name LIKE %s", [pattern])
+            cursor.execute(
+                "SELECT pid FROM pg_stat_activity WHERE application_name LIKE %s", [pattern]
+            )
             return {pid for (pid,) in cursor.fetchall()}
 
     return of

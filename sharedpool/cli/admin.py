@@ -20,7 +20,9 @@ _SAY_EVERY_S = 2.0
 _pool_option = click.option("--pool", "name", default="", help="Only this pool.  [default: all]")
 _wait_option = click.option("--wait", is_flag=True, help="Return when everything has come back.")
 _timeout_option = click.option(
-    "--timeout", type=SECONDS, help="With --wait: give up after so many seconds, with exit status 1.  [default: never]"
+    "--timeout",
+    type=SECONDS,
+    help="With --wait: give up after so many seconds, with exit status 1.  [default: never]",
 )
 
 
@@ -29,10 +31,16 @@ class _Lease(click.ParamType[Token]):
 
     name = "lease"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Token:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Token:
         epoch, _, serial = str(value).partition("-")
         if not (epoch.isdecimal() and serial.isdecimal()):
-            self.fail(f"{value!r} is no lease (as `sharedpool who` shows them: 1764170000000-12)", param, ctx)
+            self.fail(
+                f"{value!r} is no lease (as `sharedpool who` shows them: 1764170000000-12)",
+                param,
+                ctx,
+            )
         return Token(int(epoch), int(serial))
 
 
@@ -69,7 +77,11 @@ def pause(address: str | None, name: str, wait: bool, timeout: float | None) -> 
     """
     found = _send(address, Order(PROTOCOL_VERSION, OrderKind.PAUSE, name))
     if wait:
-        _wait(found, timeout, lambda report: sum(pool.leases for pool in report.pools if name in ("", pool.name)))
+        _wait(
+            found,
+            timeout,
+            lambda report: sum(pool.leases for pool in report.pools if name in ("", pool.name)),
+        )
 
 
 @click.command()
@@ -88,7 +100,9 @@ def set_() -> None:
 @set_.command(name="max-conn")
 @broker_option
 @click.argument("max_conn", type=click.IntRange(min=1, max=2**31 - 1))
-@click.option("--pool", "name", default="", help="This pool's limit.  [default: the limit over all pools]")
+@click.option(
+    "--pool", "name", default="", help="This pool's limit.  [default: the limit over all pools]"
+)
 def max_conn_(address: str | None, max_conn: int, name: str) -> None:
     """Set a limit. A lower one holds at once: what is beyond it is recalled, and comes back at its checkin."""
     _send(address, Order(PROTOCOL_VERSION, OrderKind.LIMIT, name, max_conn))
@@ -106,7 +120,11 @@ def drain(address: str | None, pid: int, wait: bool, timeout: float | None) -> N
     """
     found = _send(address, Order(PROTOCOL_VERSION, OrderKind.DRAIN, number=pid))
     if wait:
-        _wait(found, timeout, lambda report: sum(each.leases for each in report.sessions if each.pid == pid))
+        _wait(
+            found,
+            timeout,
+            lambda report: sum(each.leases for each in report.sessions if each.pid == pid),
+        )
 
 
 @click.command()
@@ -142,7 +160,9 @@ def _wait(found: Sequence[str], timeout_s: float | None, left: Callable[[Report]
     while count := sum(map(left, from_each(found, fetch_report))):
         now = time.monotonic()
         if deadline is not None and now >= deadline:
-            raise click.ClickException(f"{count} connections are still out: `sharedpool who` shows who has them")
+            raise click.ClickException(
+                f"{count} connections are still out: `sharedpool who` shows who has them"
+            )
         if now >= say_at:
             click.echo(f"waiting for {count} connections", err=True)
             say_at = now + _SAY_EVERY_S

@@ -118,7 +118,10 @@ def broker(ctx: click.Context, /, config: ConfigFile | None, log_format: str, **
 
 
 def _settings(
-    ctx: click.Context, file: ConfigFile | None, given: dict[str, Any], listener: tuple[int, str] | None
+    ctx: click.Context,
+    file: ConfigFile | None,
+    given: dict[str, Any],
+    listener: tuple[int, str] | None,
 ) -> BrokerSettings:
     """Return what the file says, but for what the command line or the environment does. Raise click's usage error.
 
@@ -132,7 +135,9 @@ def _settings(
     groups, limits = (file.groups, file.limits) if file is not None else ({}, {})
     try:
         if given["bind"] and listener is not None and listener[1] != given["bind"]:
-            raise ConfigError(f"--bind {given['bind']}: the socket that the broker was started with is {listener[1]}")
+            raise ConfigError(
+                f"--bind {given['bind']}: the socket that the broker was started with is {listener[1]}"
+            )
         address = given["bind"] or (listener[1] if listener is not None else default_address())
         check_terms(groups, given["max_conn"])
     except ConfigError as error:

@@ -49,7 +49,8 @@ class BrokerClient:
         if (answer := self.receive(kind, timeout_s)) is None:
             why = addresses.obstacle(self.address)
             raise BrokerUnavailable(
-                f"no broker answers at {self.address} within {timeout_s:g} s" + (f": {why}" if why else "")
+                f"no broker answers at {self.address} within {timeout_s:g} s"
+                + (f": {why}" if why else "")
             )
         return answer
 
@@ -76,7 +77,9 @@ def connected(address: str) -> Iterator[BrokerClient]:
         with contextlib.closing(BrokerClient(address)) as line:
             yield line
     except (zmq.ZMQError, ProtocolError) as error:
-        raise BrokerUnavailable(f"no broker of this version answers at {address}: {error}") from None
+        raise BrokerUnavailable(
+            f"no broker of this version answers at {address}: {error}"
+        ) from None
 
 
 def fetch_report(address: str, timeout_s: float = ANSWER_LIMIT_S) -> Report:
@@ -91,7 +94,11 @@ def fetch_report(address: str, timeout_s: float = ANSWER_LIMIT_S) -> Report:
 def broker_option(command: F) -> F:
     """Add the option that says whom to ask."""
     option = click.option(
-        "--broker", "address", envvar=addresses.BROKER_VARIABLE, show_envvar=True, help="The broker's address."
+        "--broker",
+        "address",
+        envvar=addresses.BROKER_VARIABLE,
+        show_envvar=True,
+        help="The broker's address.",
     )
     return option(command)
 

@@ -20,7 +20,9 @@ class Seconds(click.ParamType[float]):
 
     name = "seconds"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
         try:
             seconds = float(value)
         except ValueError:
@@ -103,7 +105,14 @@ def settings_from(
         if metrics:
             addresses.check_metrics_address(metrics, "--metrics")
         return BrokerSettings(
-            address, max_conn, control_dsn(dsn), expiration, max_checkout or 0.0, ttl, linger, metrics=metrics or ""
+            address,
+            max_conn,
+            control_dsn(dsn),
+            expiration,
+            max_checkout or 0.0,
+            ttl,
+            linger,
+            metrics=metrics or "",
         )
     except ConfigError as error:
         raise click.UsageError(str(error)) from None

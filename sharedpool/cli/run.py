@@ -19,7 +19,17 @@ from sharedpool.errors import ConfigError, SharedPoolError
 
 _FORWARDED = {
     getattr(signal, name)
-    for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU", "SIGWINCH")
+    for name in (
+        "SIGTERM",
+        "SIGINT",
+        "SIGQUIT",
+        "SIGHUP",
+        "SIGUSR1",
+        "SIGUSR2",
+        "SIGTTIN",
+        "SIGTTOU",
+        "SIGWINCH",
+    )
     if hasattr(signal, name)
 }
 _IGNORED_BY_PYTHON = [signal.SIGPIPE, signal.SIGXFSZ]
@@ -80,7 +90,9 @@ def _spawn(command: tuple[str, ...], address: str, unblocked: Iterable[int]) -> 
     environment = dict(os.environ, **{BROKER_VARIABLE: address})
     try:
         # posix_spawn sets the child's signal mask without running Python between fork and exec.
-        return os.posix_spawnp(command[0], command, environment, setsigmask=unblocked, setsigdef=_IGNORED_BY_PYTHON)
+        return os.posix_spawnp(
+            command[0], command, environment, setsigmask=unblocked, setsigdef=_IGNORED_BY_PYTHON
+        )
     except FileNotFoundError:
         click.echo(f"Error: command not found: {command[0]}", err=True)
         sys.exit(_NOT_FOUND)
@@ -96,7 +108,9 @@ def _see_through(pid: int) -> int:
             code = os.waitstatus_to_exitcode(status)
             return code if code >= 0 else 128 - code
         number, from_terminal = _next_signal()
-        if number in _FORWARDED and not from_terminal:  # the terminal has sent it to the command as well
+        if (
+            number in _FORWARDED and not from_terminal
+        ):  # the terminal has sent it to the command as well
             os.kill(pid, number)
 
 

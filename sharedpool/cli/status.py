@@ -42,7 +42,17 @@ def _text(report: Report) -> str:
         f"broker {report.pid} at {report.address}, up {duration(report.uptime_ms)}, {report.state}",
         f"limit {cap}, {report.leases} leases, {report.custody} in custody; control connection: {report.control}",
     ]
-    pool_header = ("POOL", "LIMIT", "LEASES", "IN USE", "IDLE", "OTHER", "WAITING", "SESSIONS", "SERVER")
+    pool_header = (
+        "POOL",
+        "LIMIT",
+        "LEASES",
+        "IN USE",
+        "IDLE",
+        "OTHER",
+        "WAITING",
+        "SESSIONS",
+        "SERVER",
+    )
     pools = [
         (
             pool.name, str(pool.max_conn), str(pool.leases), str(pool.in_use), str(pool.idle),
@@ -54,11 +64,17 @@ def _text(report: Report) -> str:
     for pool in report.pools:
         if pool.suspect or pool.fencing:
             quarantined = (
-                f" ({pool.quarantined} of them connects that nobody saw the end of)" if pool.quarantined else ""
+                f" ({pool.quarantined} of them connects that nobody saw the end of)"
+                if pool.quarantined
+                else ""
             )
-            lines.append(f"pool {pool.name!r}: {pool.suspect} suspect, {pool.fencing} being ended{quarantined}")
+            lines.append(
+                f"pool {pool.name!r}: {pool.suspect} suspect, {pool.fencing} being ended{quarantined}"
+            )
         if pool.paused:
-            lines.append(f"pool {pool.name!r} is paused: it lends nothing until `sharedpool resume`")
+            lines.append(
+                f"pool {pool.name!r} is paused: it lends nothing until `sharedpool resume`"
+            )
         if pool.error:
             lines.append(f"pool {pool.name!r} cannot open connections: {pool.error}")
     session_header = ("PROCESS", "POOL", "LEASES", "IN USE", "IDLE", "WAITING", "SILENT", "")

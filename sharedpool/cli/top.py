@@ -28,7 +28,13 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 @click.command()
 @broker_option
-@click.option("--interval", type=SECONDS, default=1.0, show_default=True, help="Seconds from one look to the next.")
+@click.option(
+    "--interval",
+    type=SECONDS,
+    default=1.0,
+    show_default=True,
+    help="Seconds from one look to the next.",
+)
 def top(address: str | None, interval: float) -> None:
     """Watch a broker: limits, connections in use, who waits and how long, the oldest checkouts. q ends it.
 
@@ -45,7 +51,9 @@ def top(address: str | None, interval: float) -> None:
                 click.echo(line.text.rstrip())
         return
     if len(found) > 1:
-        raise click.UsageError(f"several brokers are running: give --broker one of {', '.join(found)}")
+        raise click.UsageError(
+            f"several brokers are running: give --broker one of {', '.join(found)}"
+        )
     if importlib.util.find_spec("rich") is None:
         raise click.ClickException(
             "the live view needs rich: pip install 'sharedpool[top]' (without it: sharedpool top | cat)"
@@ -69,18 +77,31 @@ class _Screen:
         from rich.live import Live
         from rich.text import Text
 
-        for name in ("COLUMNS", "LINES"):  # of a shell that exports them: they do not change with the terminal
+        for name in (
+            "COLUMNS",
+            "LINES",
+        ):  # of a shell that exports them: they do not change with the terminal
             os.environ.pop(name, None)
         console = Console()
         unicode = console.encoding.lower().startswith("utf")
         # No refresh thread: it would draw while the screen is being given back.
-        live = Live(console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+        live = Live(
+            console=console,
+            screen=True,
+            auto_refresh=False,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
         try:
             with self._signals() as woken, _keys() as keys, live:
                 while not self._ended_by:
                     trouble = self._ask()
-                    lines = picture(self._answer, trouble, *console.size, hint="q quits", unicode=unicode)
-                    view = Text("\n").join(Text(line.text, line.style, no_wrap=True) for line in lines)
+                    lines = picture(
+                        self._answer, trouble, *console.size, hint="q quits", unicode=unicode
+                    )
+                    view = Text("\n").join(
+                        Text(line.text, line.style, no_wrap=True) for line in lines
+                    )
                     live.update(view, refresh=True)
                     if self._quits(woken, keys):
                         break

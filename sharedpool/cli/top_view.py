@@ -12,8 +12,21 @@ from sharedpool.wire.reports import PoolReport, Report
 _SPARK = "▁▂▃▄▅▆▇█"
 _ASCII_SPARK = "_.-=+*%#"
 _HEADER_ROWS = 5  # the title's two and a blank; the table's title, and how many pools are not in it
-_CHECKOUT_ROWS = 6  # kept for the checkouts, however many pools there are: blank, title and four of them
-_POOL_HEADER = ("POOL", "LIMIT", "USED", "IDLE", "OTHER", "WAIT", "P50 ms", "P99 ms", "RECALLS", "FENCES")
+_CHECKOUT_ROWS = (
+    6  # kept for the checkouts, however many pools there are: blank, title and four of them
+)
+_POOL_HEADER = (
+    "POOL",
+    "LIMIT",
+    "USED",
+    "IDLE",
+    "OTHER",
+    "WAIT",
+    "P50 ms",
+    "P99 ms",
+    "RECALLS",
+    "FENCES",
+)
 _LONGEST_NAME = 16
 
 
@@ -25,7 +38,13 @@ class Line(NamedTuple):
 
 
 def picture(
-    answer: Answer | None, trouble: str, width: int, height: int, *, hint: str = "", unicode: bool = True
+    answer: Answer | None,
+    trouble: str,
+    width: int,
+    height: int,
+    *,
+    hint: str = "",
+    unicode: bool = True,
 ) -> list[Line]:
     """Return at most `height` lines of at most `width` characters.
 
@@ -35,41 +54,65 @@ def picture(
     if trouble:
         lines[1:2] = [Line(trouble, "bold red")]
     if lines and hint:
-        lines[0] = Line(lines[0].text[: max(0, width - len(hint) - 2)].ljust(width - len(hint)) + hint, lines[0].style)
+        lines[0] = Line(
+            lines[0].text[: max(0, width - len(hint) - 2)].ljust(width - len(hint)) + hint,
+            lines[0].style,
+        )
     if answer is not None:
         lines.append(Line(""))
-        lines += _pools(answer.report.pools, max(1, (height - _HEADER_ROWS - _CHECKOUT_ROWS) // 2), unicode)
+        lines += _pools(
+            answer.report.pools, max(1, (height - _HEADER_ROWS - _CHECKOUT_ROWS) // 2), unicode
+        )
         lines += _checkouts(answer, height - len(lines), width)
     return [Line(_cropped(line.text, width, unicode), line.style) for line in lines[:height]]
 
 
 def _title(report: Report) -> Iterable[Line]:
     cap = f"{report.max_conn} over all pools" if report.max_conn else "each pool's own"
-    yield Line(f"sharedpool broker {report.pid}, up {duration(report.uptime_ms)}, {report.state}", "bold")
-    yield Line(f"limit {cap}, {report.leases} leases; control connection: {report.control}; {report.address}", "dim")
+    yield Line(
+        f"sharedpool broker {report.pid}, up {duration(report.uptime_ms)}, {report.state}", "bold"
+    )
+    yield Line(
+        f"limit {cap}, {report.leases} leases; control connection: {report.control}; {report.address}",
+        "dim",
+    )
 
 
 def _pools(pools: Sequence[PoolReport], most: int, unicode: bool) -> Iterable[Line]:
     """Return a table with two lines a pool, those that are short of connections first."""
-    urgent = sorted(pools, key=lambda pool: (-pool.waiting, -(pool.leases - pool.idle) / pool.max_conn))
+    urgent = sorted(
+        pools, key=lambda pool: (-pool.waiting, -(pool.leases - pool.idle) / pool.max_conn)
+    )
     shown = urgent[:most]
-    cells = [[_cropped(pool.name, _LONGEST_NAME, unicode), *map(str, _figures(pool))] for pool in shown]
+    cells = [
+        [_cropped(pool.name, _LONGEST_NAME, unicode), *map(str, _figures(pool))] for pool in shown
+    ]
     widths = [max(len(row[i]) for row in [_POOL_HEADER, *cells]) for i in range(len(_POOL_HEADER))]
 
     def row_of(row: Sequence[str]) -> str:
         (name, *numbers), (wide, *others) = row, widths
-        return "  ".join([name.ljust(wide), *(cell.rjust(width) for cell, width in zip(numbers, others, strict=True))])
+        return "  ".join(
+            [
+                name.ljust(wide),
+                *(cell.rjust(width) for cell, width in zip(numbers, others, strict=True)),
+            ]
+        )
 
     yield Line(row_of(_POOL_HEADER), "reverse")
     for pool, row in zip(shown, cells, strict=True):
         used = pool.leases - pool.idle
-        yield Line(row_of(row), "bold red" if pool.waiting else "bold yellow" if used >= pool.max_conn else "bold")
+        yield Line(
+            row_of(row),
+            "bold red" if pool.waiting else "bold yellow" if used >= pool.max_conn else "bold",
+        )
         if pool.paused:
             yield Line("  paused: it lends nothing until `sharedpool resume`", "yellow")
         if pool.error:
             yield Line(f"  cannot open connections: {pool.error}", "red")
         else:
-            yield Line("  10 min " + sparkline([*pool.history, used], pool.max_conn, unicode), "cyan")
+            yield Line(
+                "  10 min " + sparkline([*pool.history, used], pool.max_conn, unicode), "cyan"
+            )
     if len(pools) > most:
         yield Line(f"and {len(pools) - most} more pools", "dim")
 
@@ -77,7 +120,16 @@ def _pools(pools: Sequence[PoolReport], most: int, unicode: bool) -> Iterable[Li
 def _figures(pool: PoolReport) -> tuple[object, ...]:
     other = pool.leases - pool.in_use - pool.idle
     waits = [_milliseconds(wait) for wait in (pool.wait_p50_us, pool.wait_p99_us)]
-    return (pool.max_conn, pool.in_use, pool.idle, other, pool.waiting, *waits, pool.recalls, pool.fences)
+    return (
+        pool.max_conn,
+        pool.in_use,
+        pool.idle,
+        other,
+        pool.waiting,
+        *waits,
+        pool.recalls,
+        pool.fences,
+    )
 
 
 def _milliseconds(us: int) -> str:
@@ -89,7 +141,10 @@ def sparkline(history: Sequence[int], limit: int, unicode: bool = True) -> str:
     levels = _SPARK if unicode else _ASCII_SPARK
     top = len(levels) - 1
     # The lowest is for none at all.
-    return "".join(levels[min(top, 1 + (value * top - 1) // max(1, limit)) if value > 0 else 0] for value in history)
+    return "".join(
+        levels[min(top, 1 + (value * top - 1) // max(1, limit)) if value > 0 else 0]
+        for value in history
+    )
 
 
 def _checkouts(answer: Answer, rows: int, width: int) -> Iterable[Line]:
@@ -109,7 +164,13 @@ def _checkouts(answer: Answer, rows: int, width: int) -> Iterable[Line]:
         ]
         for line, activity in using
     ]
-    header = ["AGE", "PROCESS", *(["POOL"] if several else []), "SERVER", "CHECKED OUT AT, OR QUERY"]
+    header = [
+        "AGE",
+        "PROCESS",
+        *(["POOL"] if several else []),
+        "SERVER",
+        "CHECKED OUT AT, OR QUERY",
+    ]
     widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header) - 1)]
     yield Line("")
     for i, row in enumerate([header, *cells]):

@@ -19,9 +19,18 @@ from sharedpool.cli.client import (
 )
 from sharedpool.wire.document import document
 from sharedpool.wire.messages import PROTOCOL_VERSION
-from sharedpool.wire.reports import MOST_LISTED, Activity, BackendActivity, LeaseLine, Report, Status
+from sharedpool.wire.reports import (
+    MOST_LISTED,
+    Activity,
+    BackendActivity,
+    LeaseLine,
+    Report,
+    Status,
+)
 
-_ACTIVITY_LIMIT_S = 1.0  # what the books say is there already, and may be wanted all the more when the server hangs
+_ACTIVITY_LIMIT_S = (
+    1.0  # what the books say is there already, and may be wanted all the more when the server hangs
+)
 
 _ALWAYS = ("AGE", "STATE", "POOL", "LEASE", "PROCESS")
 
@@ -61,13 +70,17 @@ class Answer:
         self.report = report
         seen = {each.backend: each for each in activity.backends} if activity is not None else {}
         self.rows: list[Row] = [
-            (line, seen.get(line.backend) if line.backend is not None else None) for line in report.oldest
+            (line, seen.get(line.backend) if line.backend is not None else None)
+            for line in report.oldest
         ]
         self.remarks = list(_remarks(report, activity))
 
 
 def fetch_leases(
-    address: str, most: int = MOST_LISTED, limit_s: float = ANSWER_LIMIT_S, activity_limit_s: float = _ACTIVITY_LIMIT_S
+    address: str,
+    most: int = MOST_LISTED,
+    limit_s: float = ANSWER_LIMIT_S,
+    activity_limit_s: float = _ACTIVITY_LIMIT_S,
 ) -> Answer:
     """Ask the broker at `address`, and through it the server; wait for the second only a moment.
 
@@ -90,7 +103,9 @@ def _remarks(report: Report, activity: Activity | None) -> Iterable[str]:
         yield f"the server has not answered the broker at {report.address} within {_ACTIVITY_LIMIT_S:g} s"
     elif activity is not None and activity.error:
         yield f"the broker at {report.address} cannot ask the server: {activity.error}"
-    if any(line.state == "in use" for line in report.oldest) and not any(line.stack for line in report.oldest):
+    if any(line.state == "in use" for line in report.oldest) and not any(
+        line.stack for line in report.oldest
+    ):
         yield "config_pool(debug_checkouts=True) shows the line of code that checked each connection out"
 
 
@@ -135,7 +150,9 @@ def server_says(activity: BackendActivity | None) -> str:
         return "(not to be seen)"
     waits = activity.wait_event
     # An idle backend waits for its client: that goes without saying.
-    return f"{activity.state}, {waits}" if waits and waits != "Client: ClientRead" else activity.state
+    return (
+        f"{activity.state}, {waits}" if waits and waits != "Client: ClientRead" else activity.state
+    )
 
 
 def _document(line: LeaseLine, activity: BackendActivity | None) -> dict[str, object]:

@@ -26,7 +26,9 @@ def require(count: int, purpose: str) -> None:
 
     Raise `SharedPoolError`, which says what to do.
     """
-    taken: list[Any] = []  # objects that close what they have: an interrupt in whatever line leaves nothing open
+    taken: list[
+        Any
+    ] = []  # objects that close what they have: an interrupt in whatever line leaves nothing open
     # Half as dear as a socket; other systems have none, nor does a program that gevent has patched.
     cheapest = getattr(select, "epoll", _socket.socket)
     try:
@@ -36,7 +38,11 @@ def require(count: int, purpose: str) -> None:
         if error.errno not in _SHORT:
             raise
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        whose = f"{limit} that this process may have open" if error.errno == errno.EMFILE else "whole system's"
+        whose = (
+            f"{limit} that this process may have open"
+            if error.errno == errno.EMFILE
+            else "whole system's"
+        )
         raise SharedPoolError(
             f"{purpose} needs {count} descriptors, and fewer are free of the {whose}: close files, or raise the limit"
             " (`ulimit -n`, LimitNOFILE=)"

@@ -51,7 +51,10 @@ def receive(line: socket.socket, limit_bytes: int) -> tuple[bytes, list[int], bo
 # Of what recvmsg returns: the data of each ancillary message; the numbers in it; their owners. Of which kind a socket
 # is makes no difference to what is done with it, and asking takes two system calls.
 _data, _numbers = partial(map, itemgetter(2)), partial(map, _INT.iter_unpack)
-_joined, _owned = chain.from_iterable, partial(starmap, partial(Owned, socket.AF_UNIX, socket.SOCK_STREAM, 0))
+_joined, _owned = (
+    chain.from_iterable,
+    partial(starmap, partial(Owned, socket.AF_UNIX, socket.SOCK_STREAM, 0)),
+)
 
 
 def receive_sockets(line: _socket.socket, limit_bytes: int) -> tuple[bytes, list[Owned]]:
@@ -59,5 +62,9 @@ def receive_sockets(line: _socket.socket, limit_bytes: int) -> tuple[bytes, list
 
     One line, all of it C: an interrupt finds a socket in the packet or with its owner.
     """
-    socks = [*_owned(_joined(_numbers(_data((got := line.recvmsg(limit_bytes, _SPACE, _CLOSE_ON_EXEC))[1]))))]
+    socks = [
+        *_owned(
+            _joined(_numbers(_data((got := line.recvmsg(limit_bytes, _SPACE, _CLOSE_ON_EXEC))[1])))
+        )
+    ]
     return got[0], socks

@@ -20,7 +20,10 @@ class Timer:
     def __init__(self) -> None:
         try:
             libc = ctypes.PyDLL(None)  # nothing that is called here blocks
-            self._set, self._number = libc.timerfd_settime, libc.timerfd_create(_CLOCK_MONOTONIC, _FLAGS)
+            self._set, self._number = (
+                libc.timerfd_settime,
+                libc.timerfd_create(_CLOCK_MONOTONIC, _FLAGS),
+            )
         except (AttributeError, OSError) as error:
             raise OSError("the system has no timerfd") from error
         if self._number < 0:
@@ -46,7 +49,9 @@ class Timer:
     def clear(self) -> None:
         """Take in that the moment has come."""
         self.armed = False
-        self._write(0.0)  # which makes it unreadable; to read it would be to read whatever has its number by now
+        self._write(
+            0.0
+        )  # which makes it unreadable; to read it would be to read whatever has its number by now
 
     def _write(self, after_s: float) -> None:
         """Set the time; fails, and does nothing, where the number is something else's by now."""

@@ -68,4 +68,6 @@ class WaitLock:
 
     def wait(self, timeout_s: float) -> None:
         """Block until `wake` was called, at most `timeout_s` seconds."""
-        self._lock.acquire(timeout=min(max(0.0, timeout_s), 1000.0))  # a lock's timeout has an upper bound
+        self._lock.acquire(
+            timeout=min(max(0.0, timeout_s), 1000.0)
+        )  # a lock's timeout has an upper bound

@@ -54,15 +54,23 @@ def _private(path: Path, otherwise: str) -> Path:
     except FileExistsError:
         pass
     except OSError as error:
-        raise ConfigError(f"cannot make the runtime directory {path}: {error.strerror}; {otherwise}") from error
+        raise ConfigError(
+            f"cannot make the runtime directory {path}: {error.strerror}; {otherwise}"
+        ) from error
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode):
-        raise ConfigError(f"the runtime directory {path} is a symlink or no directory: remove it, or {otherwise}")
+        raise ConfigError(
+            f"the runtime directory {path} is a symlink or no directory: remove it, or {otherwise}"
+        )
     if status.st_uid != os.geteuid():
-        raise ConfigError(f"the runtime directory {path} belongs to uid {status.st_uid}: {otherwise}")
+        raise ConfigError(
+            f"the runtime directory {path} belongs to uid {status.st_uid}: {otherwise}"
+        )
     if stat.S_IMODE(status.st_mode) & 0o077:
         mode = stat.S_IMODE(status.st_mode)
-        raise ConfigError(f"the runtime directory {path} is open to others (mode {mode:o}): chmod 700 it")
+        raise ConfigError(
+            f"the runtime directory {path} is open to others (mode {mode:o}): chmod 700 it"
+        )
     return path
 
 
@@ -94,7 +102,9 @@ def _hindrance(base: str, name: str, *, shared: bool) -> str:
         return f"{base} is no directory"
     if status.st_uid not in (os.geteuid(), 0) and not (shared and status.st_mode & stat.S_IWOTH):
         return f"{base} belongs to uid {status.st_uid}"
-    if not _may(base, os.X_OK) or not (os.path.isdir(os.path.join(base, name)) or _may(base, os.W_OK)):
+    if not _may(base, os.X_OK) or not (
+        os.path.isdir(os.path.join(base, name)) or _may(base, os.W_OK)
+    ):
         return f"{base} cannot be written to by uid {os.geteuid()}"
     return ""
 
@@ -133,13 +143,19 @@ def check_address(address: str, source: str) -> str:
     if address.startswith("ipc://"):
         path = address[len("ipc://") :]
         if not path.startswith("/"):
-            raise ConfigError(f"{source}: {address!r} needs an absolute path: ipc:///run/app/sharedpool.sock")
+            raise ConfigError(
+                f"{source}: {address!r} needs an absolute path: ipc:///run/app/sharedpool.sock"
+            )
         if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
-            raise ConfigError(f"{source}: the socket path {path} is longer than {_MAX_SOCKET_PATH} bytes")
+            raise ConfigError(
+                f"{source}: the socket path {path} is longer than {_MAX_SOCKET_PATH} bytes"
+            )
         return address
     match = re.fullmatch(r"tcp://(?P<host>\[[0-9a-fA-F:.]+\]|[^:/\[\]]+):(?P<port>\d+)", address)
     if match is None or not 0 < int(match["port"]) < 65536:
-        raise ConfigError(f"{source}: {address!r} is no broker address: use ipc:///path/to.sock or tcp://host:port")
+        raise ConfigError(
+            f"{source}: {address!r} is no broker address: use ipc:///path/to.sock or tcp://host:port"
+        )
     return address
 
 
@@ -147,7 +163,9 @@ def check_metrics_address(text: str, source: str) -> tuple[str, int]:
     """Return host and port of `host:port`, `[::1]:port` or just a port (loopback); else raise `ConfigError`."""
     match = re.fullmatch(r"(?:(?P<host>\[[0-9a-fA-F:.]+\]|[^:/\[\]\s]*):)?(?P<port>\d{1,5})", text)
     if match is None or int(match["port"]) > 65535:
-        raise ConfigError(f"{source}: {text!r} is no address to serve metrics at: use 127.0.0.1:9187")
+        raise ConfigError(
+            f"{source}: {text!r} is no address to serve metrics at: use 127.0.0.1:9187"
+        )
     return (match["host"] or "127.0.0.1").strip("[]"), int(match["port"])
 
 

@@ -91,7 +91,9 @@ def is_held(path: Path) -> bool:
     try:
         return not _try_lock(fd, fcntl.LOCK_SH)
     finally:
-        fcntl.flock(fd, fcntl.LOCK_UN)  # a child forked just now has a copy: closing ours would not unlock
+        fcntl.flock(
+            fd, fcntl.LOCK_UN
+        )  # a child forked just now has a copy: closing ours would not unlock
         os.close(fd)
 
 

@@ -44,7 +44,9 @@ class SharedPool(EnginePool):
     def __init__(self, creator: Any, timeout: float | None = None, **options: Any) -> None:
         shared = getattr(creator, "__self__", None)
         if not isinstance(shared, Pool) or creator != shared.connect:
-            raise exc.ArgumentError(f"SharedPool: creator= must be the connect method of a pool, not {creator!r}")
+            raise exc.ArgumentError(
+                f"SharedPool: creator= must be the connect method of a pool, not {creator!r}"
+            )
         self._shared = shared
         self._timeout = timeout
         self._disposed = False
@@ -99,7 +101,9 @@ class SharedPool(EnginePool):
         cast(_Record, record).dbapi_connection = None
         if conn is None:
             return  # it was closed, or detached
-        inherited = conn.sharedpool_pid != os.getpid()  # by a forked child, whose to return it is not
+        inherited = (
+            conn.sharedpool_pid != os.getpid()
+        )  # by a forked child, whose to return it is not
         try:
             self._shared.put_conn(conn, close=self._disposed, fail_silently=inherited)
         except PoolClosed:

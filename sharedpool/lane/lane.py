@@ -50,7 +50,9 @@ SUPPORTED = hasattr(os, "memfd_create") and hasattr(socket, "SOCK_SEQPACKET")
 _MAP_FIXED = 0x10
 _MMAP = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long
 DESCRIPTORS = 5  # of a lane, as they reach a worker
-FOR_A_LANE = DESCRIPTORS + 1  # and a timer; the board's is closed once it is mapped, and there is one to send with
+FOR_A_LANE = (
+    DESCRIPTORS + 1
+)  # and a timer; the board's is closed once it is mapped, and there is one to send with
 
 
 class Ticket(NamedTuple):
@@ -89,7 +91,9 @@ class Lane:
     or no descriptor was free for it.
     """
 
-    def __init__(self, fds: Sequence[int], number: int, refuse: Callable[[Moved], None] = lambda _: None) -> None:
+    def __init__(
+        self, fds: Sequence[int], number: int, refuse: Callable[[Moved], None] = lambda _: None
+    ) -> None:
         self.number = number
         self._refuse = refuse
         memory, write_end, read_end, put_end, take_end = fds
@@ -97,10 +101,15 @@ class Lane:
         try:
             self.board = Board(memoryview(_mapped(memory)))
             self._secret = self.board.secret
-            self._name = hashlib.sha256(self._secret).hexdigest()[:16]  # other users see the wait sockets' addresses
+            self._name = hashlib.sha256(self._secret).hexdigest()[
+                :16
+            ]  # other users see the wait sockets' addresses
             self._known = {fd: (identity(fd),) for fd in fds[1:]}
             # Objects, not numbers: one that another thread has closed is known to be so.
-            self._writer, self._reader = FileIO(write_end, "wb", closefd=False), FileIO(read_end, "rb", closefd=False)
+            self._writer, self._reader = (
+                FileIO(write_end, "wb", closefd=False),
+                FileIO(read_end, "rb", closefd=False),
+            )
             owners += [_socket.socket(fileno=put_end)]
             owners += [_socket.socket(fileno=take_end)]
             self._put, self._take = owners
@@ -153,7 +162,9 @@ class Lane:
         """Say whether there is a ticket in the queue, stale ones included."""
         try:
             fd = self._reader.fileno()
-            return self._is_still_ours(fd) and any(fcntl.ioctl(fd, termios.FIONREAD, bytes(_INT_BYTES)))
+            return self._is_still_ours(fd) and any(
+                fcntl.ioctl(fd, termios.FIONREAD, bytes(_INT_BYTES))
+            )
         except (OSError, ValueError):  # closed meanwhile
             return False
 
@@ -197,7 +208,9 @@ class Lane:
     def _deliver(self, item: Item) -> bool:
         ticket = self.next_ticket()
         while ticket is not None:
-            if self._send(item, ticket.request, ticket.number, self.address(ticket.number, ticket.place)):
+            if self._send(
+                item, ticket.request, ticket.number, self.address(ticket.number, ticket.place)
+            ):
                 return True
             ticket = self.next_ticket()
         return False
@@ -207,7 +220,11 @@ class Lane:
 
     def _send(self, item: Item, request: int, holder: int, address: str | None) -> bool:
         sock = self._sender if address is not None else self._put
-        if self.leaving or not self._is_still_ours(sock.fileno()) or not self.board.has(item.cell, item.token):
+        if (
+            self.leaving
+            or not self._is_still_ours(sock.fileno())
+            or not self.board.has(item.cell, item.token)
+        ):
             return False
         moves = self.board.set_holder(item.cell, holder)  # before it is sent: see `wire/board.py`
         packet = self._secret + encode(Moved(request, item.token, item.cell, moves, item.live))
@@ -246,7 +263,9 @@ class Lane:
             while self._is_still_ours(self._take.fileno()):
                 if (got := self._next(self._take)) is not None:
                     moved, sock = got
-                    return structs.replace(moved, moves=self.board.set_holder(moved.cell, self.number)), sock
+                    return structs.replace(
+                        moved, moves=self.board.set_holder(moved.cell, self.number)
+                    ), sock
         except OSError:  # there is nothing
             pass
         return None
@@ -262,7 +281,10 @@ class Lane:
         """Take in a packet; None for one that is not as it should be. Raise OSError where there is none."""
         packet, socks = passing.receive_sockets(sock, PACKET_BYTES)
         if (moved := self.moved_in(packet)) is not None:
-            fits = self.board.has(moved.cell, moved.token) and moved.live.generation == self.board.generation
+            fits = (
+                self.board.has(moved.cell, moved.token)
+                and moved.live.generation == self.board.generation
+            )
             if (fits or moved.passed is not None) and len(socks) == 1:
                 return moved, socks.pop()
             self._refuse(moved)

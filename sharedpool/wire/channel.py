@@ -49,7 +49,9 @@ def is_of_former_connection(routing_id: bytes, frame: bytes) -> bool:
     ZeroMQ gives that one its routing id, and the former one an id of its own making, of 5 bytes. What the process had
     said there is void: over the new connection it has said HELLO.
     """
-    return len(routing_id) == 5 and routing_id[:1] == b"\0" and frame[:1] == b"\0"  # no message begins like a channel
+    return (
+        len(routing_id) == 5 and routing_id[:1] == b"\0" and frame[:1] == b"\0"
+    )  # no message begins like a channel
 
 
 def _has_channels(routing_id: bytes) -> bool:

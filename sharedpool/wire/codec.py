@@ -15,7 +15,9 @@ from sharedpool.wire.reports import FromOperator, ToOperator
 MAX_FRAME_BYTES = 1 << 20
 
 _encoder = msgspec.msgpack.Encoder()
-_to_broker: msgspec.msgpack.Decoder[ToBroker | FromOperator] = msgspec.msgpack.Decoder(ToBroker | FromOperator)
+_to_broker: msgspec.msgpack.Decoder[ToBroker | FromOperator] = msgspec.msgpack.Decoder(
+    ToBroker | FromOperator
+)
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 _to_operator: msgspec.msgpack.Decoder[ToOperator] = msgspec.msgpack.Decoder(ToOperator)
 _to_desk: msgspec.msgpack.Decoder[ToDesk] = msgspec.msgpack.Decoder(ToDesk)
@@ -26,7 +28,9 @@ _HELLO_TAG = Hello.__struct_config__.tag
 M = TypeVar("M")
 
 
-def encode(message: ToBroker | ToWorker | ToDesk | FromDesk | Moved | FromOperator | ToOperator) -> bytes:
+def encode(
+    message: ToBroker | ToWorker | ToDesk | FromDesk | Moved | FromOperator | ToOperator,
+) -> bytes:
     """Return the one frame or packet that carries `message`."""
     return _encoder.encode(message)
 
@@ -70,7 +74,12 @@ def hello_version(frame: bytes) -> int | None:
         fields = msgspec.msgpack.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    if isinstance(fields, list) and len(fields) > 1 and fields[0] == _HELLO_TAG and isinstance(fields[1], int):
+    if (
+        isinstance(fields, list)
+        and len(fields) > 1
+        and fields[0] == _HELLO_TAG
+        and isinstance(fields[1], int)
+    ):
         return fields[1]
     return None
 

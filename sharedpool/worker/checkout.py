@@ -62,7 +62,9 @@ def checkout(local: LocalPool, lease: Lease | None, wait_s: float, now: float) -
             lease = _wait(local, waiter, wait_s, deadline)
         lease.waiter = weakref.ref(waiter)  # whose it is until its user has it
         while (
-            reason := _reason_to_replace(waiter, lease, conn := cast("PooledConnection | None", lease.conn), now)
+            reason := _reason_to_replace(
+                waiter, lease, conn := cast("PooledConnection | None", lease.conn), now
+            )
         ) is not None:
             # Never connected again under the old lease: its worker may have been frozen, the broker may have fenced it.
             if conn is None:
@@ -155,7 +157,9 @@ def _open(local: LocalPool, lease: Lease, deadline: float | None) -> PooledConne
         conn.sharedpool_made_with = parameters(conn)
         now = time.monotonic()
         if now > lease.connect_by + START_UP_LIMIT_S:
-            raise PoolError(f"pool {config.name!r}: connecting took too long: its slot may be in use elsewhere by now")
+            raise PoolError(
+                f"pool {config.name!r}: connecting took too long: its slot may be in use elsewhere by now"
+            )
         # Jitter, so that connections opened together are not renewed together.
         lifetime = config.max_lifetime
         retire_at = now + lifetime * random.uniform(0.9, 1.1) if lifetime else float("inf")
@@ -176,14 +180,20 @@ def _open(local: LocalPool, lease: Lease, deadline: float | None) -> PooledConne
         return conn
     except BaseException as error:
         if lease.phase is not Phase.CLOSING:
-            reason = ReleaseReason.FAILED if isinstance(error, psycopg2.Error) else ReleaseReason.CLOSED
-            if made and made[0].sharedpool_witness >= 0:  # it was open, even if it broke since: see it gone
+            reason = (
+                ReleaseReason.FAILED if isinstance(error, psycopg2.Error) else ReleaseReason.CLOSED
+            )
+            if (
+                made and made[0].sharedpool_witness >= 0
+            ):  # it was open, even if it broke since: see it gone
                 local.discard(lease, made[0], reason)
             elif not made or not made[0].dsn:  # interrupted before libpq was called
                 local.give_back(lease, reason)
             elif made[0].closed:
                 made[0].sharedpool_direct = lease.reached_directly or None  # else nobody knows
-                local.not_opened(lease, reason, local.diagnosis.of(made[0], error, deadline, lease.refused_with))
+                local.not_opened(
+                    lease, reason, local.diagnosis.of(made[0], error, deadline, lease.refused_with)
+                )
             elif not isinstance(error, OSError):
                 local.discard(lease, take_duplicate(made[0]), reason)
             else:
@@ -210,7 +220,9 @@ def _note(conn: PooledConnection) -> None:
     conn.sharedpool_encoding = conn.get_parameter_status("client_encoding") or ""
 
 
-def _reason_to_replace(waiter: Waiter, lease: Lease, conn: PooledConnection | None, now: float) -> ReleaseReason | None:
+def _reason_to_replace(
+    waiter: Waiter, lease: Lease, conn: PooledConnection | None, now: float
+) -> ReleaseReason | None:
     """Say why an idle connection must not be lent out, or a lease not be connected, if it must not."""
     if conn is None:  # the grant may have been on its way, or this process frozen, for any time
         return ReleaseReason.UNUSED if time.monotonic() > lease.connect_by else None
@@ -218,9 +230,13 @@ def _reason_to_replace(waiter: Waiter, lease: Lease, conn: PooledConnection | No
         return ReleaseReason.RETIRED
     if lease.needs_configure and lease is waiter.lease:
         return None  # it has come this moment, and nobody has met its object yet
-    if closed_flag.is_closed_for_good(conn) or (lease.idle_s > CHECK_AFTER_S and not is_alive(conn)):
+    if closed_flag.is_closed_for_good(conn) or (
+        lease.idle_s > CHECK_AFTER_S and not is_alive(conn)
+    ):
         return ReleaseReason.BROKEN
-    return None if is_unused(conn) else ReleaseReason.CLOSED  # somebody has gone on with it after its checkin
+    return (
+        None if is_unused(conn) else ReleaseReason.CLOSED
+    )  # somebody has gone on with it after its checkin
 
 
 def _abandon(local: LocalPool, waiter: Waiter, lease: Lease | None) -> None:

@@ -33,12 +33,18 @@ def refused(pool: str, deny: Deny, wait_s: float) -> PoolError:
         return SessionsNotKept(f"pool {pool!r}: {deny.error}")
     if deny.reason is DenyReason.DRAINING:
         ending = f"pool {pool!r}: the broker is shutting down and lends nothing any more"
-        return BrokerUnavailable(f"{ending}; no other has come within {wait_s:g} s" if wait_s else ending)
+        return BrokerUnavailable(
+            f"{ending}; no other has come within {wait_s:g} s" if wait_s else ending
+        )
     if deny.reason is DenyReason.PAUSED:
-        paused = f"pool {pool!r} is paused (`sharedpool pause`) and lends nothing until it is resumed"
+        paused = (
+            f"pool {pool!r} is paused (`sharedpool pause`) and lends nothing until it is resumed"
+        )
         return PoolTimeout(f"{paused}: waited {wait_s:g} s") if wait_s else PoolExhausted(paused)
     if deny.reason is DenyReason.WAITING:
-        return PoolTimeout(f"pool {pool!r}: waited {wait_s:g} s; the broker lends nothing yet: {deny.error}")
+        return PoolTimeout(
+            f"pool {pool!r}: waited {wait_s:g} s; the broker lends nothing yet: {deny.error}"
+        )
     held = ", ".join(map(_holder_text, deny.holders))
     who = f"; held most by {held}" if held else ""
     scope = "all pools of the broker" if deny.capped else "all processes"
@@ -79,9 +85,15 @@ def timed_out(pool: str, limit: int, wait_s: float) -> PoolTimeout:
     )
 
 
-def unanswered(pool: str, address: str, asked_s: float, waited_s: float, trouble: str) -> BrokerUnavailable:
+def unanswered(
+    pool: str, address: str, asked_s: float, waited_s: float, trouble: str
+) -> BrokerUnavailable:
     """Return the error for a broker that does not answer. It was asked `asked_s` ago, the pool `waited_s` ago."""
-    since = "" if waited_s - asked_s < 0.1 else f", asked after a wait of {waited_s - asked_s:.1f} s for a connection"
+    since = (
+        ""
+        if waited_s - asked_s < 0.1
+        else f", asked after a wait of {waited_s - asked_s:.1f} s for a connection"
+    )
     return BrokerUnavailable(
         f"pool {pool!r}: the broker at {address} did not answer within {asked_s:.1f} s{since}"
         f" ({obstacle(address) or trouble})."

@@ -14,7 +14,9 @@ import weakref
 from typing import Any, Protocol
 
 from sharedpool.errors import PoolError
-from sharedpool.worker.logs import logger  # whose `atexit` is registered first, and so runs after ours
+from sharedpool.worker.logs import (
+    logger,
+)  # whose `atexit` is registered first, and so runs after ours
 
 
 class Forkable(Protocol):
@@ -73,7 +75,9 @@ class ForkSafeFlag:
 
 # Looked at without a lock: a fork may come at any moment, in any thread.
 _pools: dict[int, weakref.ref[Forkable]] = {}
-_local_pools: dict[int, ForkAware] = {}  # strongly: connections may be out of a pool that nobody refers to any more
+_local_pools: dict[
+    int, ForkAware
+] = {}  # strongly: connections may be out of a pool that nobody refers to any more
 _pid = os.getpid()
 
 

@@ -35,7 +35,9 @@ def patched(module: str = "threading") -> bool:
 def is_eventlets() -> bool:
     """Say whether eventlet has patched this process: its greenlets would wait for ever for a thread that is one."""
     patcher = sys.modules.get("eventlet.patcher")
-    return patcher is not None and any(map(patcher.is_monkey_patched, ("thread", "socket", "select")))
+    return patcher is not None and any(
+        map(patcher.is_monkey_patched, ("thread", "socket", "select"))
+    )
 
 
 def start_thread(target: Callable[[], None], name: str) -> None:
@@ -77,7 +79,11 @@ def zmq_context() -> Any:
 
 def zmq_dealer(context: Any) -> Any:
     """Return a new DEALER of a context."""
-    return context.socket(zmq.DEALER) if hasattr(context, "socket") else backend.Socket(context, zmq.DEALER)
+    return (
+        context.socket(zmq.DEALER)
+        if hasattr(context, "socket")
+        else backend.Socket(context, zmq.DEALER)
+    )
 
 
 def may_connect_to_itself() -> bool:
@@ -122,7 +128,10 @@ def connects_patiently(conn: extensions.connection, limit_s: float | None) -> It
         while (events := _EVENTS.get(state := poll())) is not None:
             waiting = select.poll()
             waiting.register(conn.fileno(), events)
-            if not waiting.poll(max(0.0, (deadline - time.monotonic()) * 1000)) and time.monotonic() >= deadline:
+            if (
+                not waiting.poll(max(0.0, (deadline - time.monotonic()) * 1000))
+                and time.monotonic() >= deadline
+            ):
                 raise ConnectTimeout(f"{_server_of(conn)} did not answer within {limit_s:g} s")
         return state
 

@@ -32,7 +32,14 @@ from sharedpool.wire.desk import GIVE_BYTES, Give, LaneInvitation, Live, Moved
 from sharedpool.wire.messages import Backend, CancelQuery, ReleaseReason, Token
 from sharedpool.worker import forks
 from sharedpool.worker.connection import closed_flag
-from sharedpool.worker.connection.closing import close_confirmed, cut, dead_socket, disown, end_session, take_witness
+from sharedpool.worker.connection.closing import (
+    close_confirmed,
+    cut,
+    dead_socket,
+    disown,
+    end_session,
+    take_witness,
+)
 from sharedpool.worker.connection.connection import (
     CHECK_AFTER_S,
     clean,
@@ -108,7 +115,9 @@ class LocalPool:
     ) -> None:
         self.config = config
         self.pid = os.getpid()
-        self.lock = threading.RLock()  # only so that a finalizer can tell that its own thread holds it
+        self.lock = (
+            threading.RLock()
+        )  # only so that a finalizer can tell that its own thread holds it
         self.cache = Cache(config.expiration)
         self.cache.keep_idle = self.cache.hand_on = not config.disable_pooling
         self.keys: dict[Hashable, Lease] = {}
@@ -122,13 +131,17 @@ class LocalPool:
         self.before_fork = False  # the process is about to fork
         # Open while a checkout or checkin may go the fast path: see `Pool.get_conn`.
         self.fast_path = forks.ForkSafeFlag()
-        self.hits = self.connects = self.handed_on = self.given = self.adopted = self.discarded = self.errors = 0
+        self.hits = self.connects = self.handed_on = self.given = self.adopted = self.discarded = (
+            self.errors
+        ) = 0
         self.released: dict[ReleaseReason, int] = dict.fromkeys(ReleaseReason, 0)
         self.link: Link | None = None  # set and taken away together with `registration`
         self.registration: Registration | None = None
         # Sockets on their way in, each in a thread of its own: the reset of its session may be under way.
         self.arriving: set[tuple[int, Identity]] = set()
-        self._latest: tuple[Link, Registration] | None = None  # which may have left, and not ended yet
+        self._latest: tuple[Link, Registration] | None = (
+            None  # which may have left, and not ended yet
+        )
         self.hands_over = False  # the broker passes connections on, and this process takes them
         self.diagnosis = Diagnosis()
         self.shells = Shells(config.conninfo.python_kwargs)
@@ -137,7 +150,9 @@ class LocalPool:
         )  # until it is found not to work
         self.handover_works, self._trials = False, _TRIALS  # whether it was found to work here
         self.tag = f"sharedpool {config.name}"  # until the broker has said its own
-        self.invitation: LaneInvitation | None = None  # to the pool's lane, while the broker's WELCOME is on its way
+        self.invitation: LaneInvitation | None = (
+            None  # to the pool's lane, while the broker's WELCOME is on its way
+        )
         self._invited_with: list[int] = []
         self.wait_sockets: WaitSockets | None = None  # in the pool's lane
         self._left: list[WaitSockets] = []  # where a thread may still have something in its hands
@@ -158,7 +173,9 @@ class LocalPool:
         """
         closed_flag.reopen(conn)
         used_s, lent = time.monotonic() - lease.since, lease.conn is None
-        typical = used_s <= CHECK_AFTER_S and conn.get_transaction_status() == TRANSACTION_STATUS_IDLE
+        typical = (
+            used_s <= CHECK_AFTER_S and conn.get_transaction_status() == TRANSACTION_STATUS_IDLE
+        )
         used = (used_s, typical) if lent else None
         try:
             if verdict is None:
@@ -170,7 +187,9 @@ class LocalPool:
             raise
         self._file(lease, conn, verdict, used)
 
-    def _clean_for_next_user(self, lease: Lease, conn: PooledConnection, used_s: float) -> ReleaseReason | None:
+    def _clean_for_next_user(
+        self, lease: Lease, conn: PooledConnection, used_s: float
+    ) -> ReleaseReason | None:
         """Clean and reset a connection for its next user; return why it has to be closed, if it has to."""
         # A worker that was frozen brings back what was taken away, before its link has heard of that.
         if not clean(conn) or (used_s > CHECK_AFTER_S and peer_has_closed(conn)):
@@ -185,10 +204,16 @@ class LocalPool:
             if not is_clean(self.config.name, "reset", conn):
                 return ReleaseReason.BROKEN
         conn.sharedpool_closed_flag = closed_flag.SHUT
-        return None if is_unused(conn) else ReleaseReason.BROKEN  # another thread has gone on with it meanwhile
+        return (
+            None if is_unused(conn) else ReleaseReason.BROKEN
+        )  # another thread has gone on with it meanwhile
 
     def _file(
-        self, lease: Lease, conn: PooledConnection, verdict: ReleaseReason | None, used: tuple[float, bool] | None
+        self,
+        lease: Lease,
+        conn: PooledConnection,
+        verdict: ReleaseReason | None,
+        used: tuple[float, bool] | None,
     ) -> None:
         """Cache a connection, hand it on or close it; scavenge. `used`: for how long it was lent, and if typically."""
         now = time.monotonic()
@@ -230,7 +255,9 @@ class LocalPool:
         if closing:
             self.close(closing)
 
-    def run_callback(self, callback: Callback, lease: Lease, conn: PooledConnection, name: str) -> None:
+    def run_callback(
+        self, callback: Callback, lease: Lease, conn: PooledConnection, name: str
+    ) -> None:
         """Run a user's callback; one that raises, or leaves a transaction open, costs the connection."""
         try:
             callback(as_user_sees(conn))
@@ -252,7 +279,9 @@ class LocalPool:
         for each in closing:
             conn = cast(PooledConnection, each.lease.conn)
             if not self._may_give(each, conn):
-                if each.reason is not ReleaseReason.SHARED or not self._keep_after_all(each.lease, conn):
+                if each.reason is not ReleaseReason.SHARED or not self._keep_after_all(
+                    each.lease, conn
+                ):
                     decided.append((each, conn))
             elif not self._give(each, conn):
                 decided.append((each, conn))
@@ -266,7 +295,12 @@ class LocalPool:
             raise
         with self.lock:
             for each, conn in decided:
-                self.cache.closed(each.lease, each.reason, gone=conn.sharedpool_gone, closed=conn.sharedpool_closed)
+                self.cache.closed(
+                    each.lease,
+                    each.reason,
+                    gone=conn.sharedpool_gone,
+                    closed=conn.sharedpool_closed,
+                )
                 self.released[each.reason] += 1
                 if each.reason is ReleaseReason.RETURN_DUE:
                     self.cache.time_slice.note_given(time.monotonic())
@@ -311,13 +345,19 @@ class LocalPool:
             lease.conn = conn
         return parameters is not None
 
-    def _give_away(self, closing: Closing, conn: PooledConnection, backend: Backend, parameters: bytes) -> None:
+    def _give_away(
+        self, closing: Closing, conn: PooledConnection, backend: Backend, parameters: bytes
+    ) -> None:
         """Take the session from under a connection and tell the broker; if it does not hear, end the session."""
         lease = closing.lease
         now = time.monotonic()
-        left_ms = None if lease.retire_at == math.inf else max(0, int((lease.retire_at - now) * 1000))
+        left_ms = (
+            None if lease.retire_at == math.inf else max(0, int((lease.retire_at - now) * 1000))
+        )
         live = Live(backend, lease.generation, parameters, left_ms, conn.sharedpool_names or b"")
-        witness = take_witness(conn)  # first: what finishes this after an interrupt must not end the session by it
+        witness = take_witness(
+            conn
+        )  # first: what finishes this after an interrupt must not end the session by it
         fit = vacate(conn)
         # From here on the broker's duplicate is the session's only socket: if it does not hear, it sees its end.
         if fit and (self._put_in_lane(closing, live, witness) or self._tell_broker(closing, live)):
@@ -367,7 +407,9 @@ class LocalPool:
             return None
         return mover.take(self.config.timeout if timeout is None else timeout, began)
 
-    def give_to_broker(self, lease: Lease, conn: PooledConnection, live: Live, witness: Owned, *, fit: bool) -> None:
+    def give_to_broker(
+        self, lease: Lease, conn: PooledConnection, live: Live, witness: Owned, *, fit: bool
+    ) -> None:
         """Give a connection that is reset, and off its object, to the broker, if it is `fit`; else end its session."""
         closing = Closing(lease, ReleaseReason.SHARED)
         if fit and self._tell_broker(closing, live):
@@ -406,7 +448,9 @@ class LocalPool:
         try:
             lane = Lane(fds, invitation.number, self.refuse)
         except OSError as error:
-            logger.info("pool %r: no lane (%s): connections are not passed on here", self.config.name, error)
+            logger.info(
+                "pool %r: no lane (%s): connections are not passed on here", self.config.name, error
+            )
             return False
         self.leave_lane()
         self.wait_sockets = WaitSockets(lane, invitation.index, self._receive_stray)
@@ -476,7 +520,10 @@ class LocalPool:
         """
         arriving = sock.fileno(), identity(sock.fileno())
         self.arriving.add(arriving)
-        self.cache.arriving[moved.token] = moved, weakref.ref(sock)  # the broker may ask for it meanwhile
+        self.cache.arriving[moved.token] = (
+            moved,
+            weakref.ref(sock),
+        )  # the broker may ask for it meanwhile
         try:
             return self._receive(moved, sock, limit_s)
         finally:
@@ -495,13 +542,21 @@ class LocalPool:
                 sock.close()
                 self.refuse(moved)
                 return None
-            live = live if parameters == live.parameters else structs.replace(live, parameters=parameters)
+            live = (
+                live
+                if parameters == live.parameters
+                else structs.replace(live, parameters=parameters)
+            )
             conn = adopt(self.shells.take(live, len(self.cache.leases) + 1), sock, live)
         except BaseException as error:
             sock.close()  # unless the shell has it
             self.refuse(moved)
             if isinstance(error, SharedPoolError) or is_shortage(error):
-                logger.info("pool %r: a connection that was passed on is closed: %s", self.config.name, error)
+                logger.info(
+                    "pool %r: a connection that was passed on is closed: %s",
+                    self.config.name,
+                    error,
+                )
             elif isinstance(error, psycopg2.Error | OSError):
                 self._disable_handover(str(error))
             else:
@@ -510,7 +565,9 @@ class LocalPool:
         fit = False
         try:
             trial = moved.passed is not None and moved.passed.trial
-            fit = (self.handover_works and not trial) or self._is_fit(conn, moved.request, moved.token, trial=trial)
+            fit = (self.handover_works and not trial) or self._is_fit(
+                conn, moved.request, moved.token, trial=trial
+            )
         finally:
             if not fit:
                 cut([conn], limit_s=0)
@@ -543,13 +600,17 @@ class LocalPool:
         if not fit and not peer_has_closed(conn):
             self._trials -= 1
             if not self._trials:
-                self._disable_handover("connections that are passed to it, or their cancels, do not work here")
+                self._disable_handover(
+                    "connections that are passed to it, or their cancels, do not work here"
+                )
         return fit
 
     def _may_cancel(self, request: int) -> bool:
         """Say whether a cancel can be tried here and now, for who has made that request."""
         link, waiter = self.link, self.cache.waiting.get(request)
-        if link is None or link.is_here or waiter is None:  # the link's thread is what sends a cancel
+        if (
+            link is None or link.is_here or waiter is None
+        ):  # the link's thread is what sends a cancel
             return False
         return waiter.until is not None and waiter.until - time.monotonic() >= PATIENT_S
 
@@ -574,7 +635,9 @@ class LocalPool:
             self.cache.outbox.append(CancelQuery(token, trial))
         self.wake_link()
 
-    def give_back(self, lease: Lease, reason: ReleaseReason, *, gone: bool = True, closed: bool = False) -> None:
+    def give_back(
+        self, lease: Lease, reason: ReleaseReason, *, gone: bool = True, closed: bool = False
+    ) -> None:
         """Give back a lease that has no connection here; `gone` False when one may be left on the server.
 
         `closed`: not if the other side is the server.
@@ -633,17 +696,25 @@ class LocalPool:
                 if lease is None:
                     continue
                 keep = (
-                    not self.disposed and not conn.sharedpool_finalized and (thorough or self._needs_no_cleaning(conn))
+                    not self.disposed
+                    and not conn.sharedpool_finalized
+                    and (thorough or self._needs_no_cleaning(conn))
                 )
                 try:
                     self.check_in(lease, conn, None if keep else ReleaseReason.CLOSED)
                 except Exception:
-                    logger.exception("pool %r: reset() failed for a connection its user dropped", self.config.name)
+                    logger.exception(
+                        "pool %r: reset() failed for a connection its user dropped",
+                        self.config.name,
+                    )
         finally:
             hold.release()
 
     def _needs_no_cleaning(self, conn: PooledConnection) -> bool:
-        return self.config.user_reset is None and conn.get_transaction_status() == TRANSACTION_STATUS_IDLE
+        return (
+            self.config.user_reset is None
+            and conn.get_transaction_status() == TRANSACTION_STATUS_IDLE
+        )
 
     def purge(self) -> int:
         """Close what has been idle or has lived too long; return how many."""
@@ -664,7 +735,11 @@ class LocalPool:
 
     def end_link_if_unused(self) -> None:
         """End the link, where nothing may go on, if nothing is held; blocks until that is done, at most 1.5 s."""
-        if self.transient and self._latest is not None and not (self.cache.leases or self.cache.waiting):
+        if (
+            self.transient
+            and self._latest is not None
+            and not (self.cache.leases or self.cache.waiting)
+        ):
             link, registration = self._latest
             link.leave(registration)
             logger.flush(_LOGS_LIMIT_S)

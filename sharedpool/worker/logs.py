@@ -101,7 +101,9 @@ class Logs:
         caller = sys._getframe(2)
         place = (caller.f_code.co_filename, caller.f_lineno, caller.f_code.co_name)
         me = threading.current_thread()
-        self._queue.append(_Record(level, text, args, exc_info, place, me.ident or 0, me.name, time.time()))
+        self._queue.append(
+            _Record(level, text, args, exc_info, place, me.ident or 0, me.name, time.time())
+        )
         if not self._draining.locked():
             try:
                 greenlets.start_thread(self._drain, "sharedpool-logs")
@@ -122,20 +124,30 @@ class Logs:
             self._hand_over(self._queue.popleft())
             if self._left_out and not self._queue:
                 left_out, self._left_out = self._left_out, 0
-                self._logger.warning("%d records were left out: the handlers are slower than they came", left_out)
+                self._logger.warning(
+                    "%d records were left out: the handlers are slower than they came", left_out
+                )
 
     def _hand_over(self, kept: _Record) -> None:
         path, line, function = kept.caller
         record = self._logger.makeRecord(
             self._logger.name, kept.level, path, line, kept.text, kept.args, kept.exc_info, function
         )
-        record.created, record.thread, record.threadName = kept.created, kept.thread, kept.thread_name
+        record.created, record.thread, record.threadName = (
+            kept.created,
+            kept.thread,
+            kept.thread_name,
+        )
         record.msecs = int(kept.created % 1 * 1000) + 0.0
         try:
             self._logger.handle(record)
-        except Exception:  # a handler's, which ends no thread of ours: the others' records are told all the same
+        except (
+            Exception
+        ):  # a handler's, which ends no thread of ours: the others' records are told all the same
             kind, error, trace = sys.exc_info()
-            threading.excepthook(threading.ExceptHookArgs((kind, error, trace, threading.current_thread())))
+            threading.excepthook(
+                threading.ExceptHookArgs((kind, error, trace, threading.current_thread()))
+            )
 
     def flush(self, limit_s: float) -> None:
         """Return once all is told that was queued, and its thread has ended.

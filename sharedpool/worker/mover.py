@@ -29,7 +29,12 @@ from sharedpool.wire.desk import Live, Moved
 from sharedpool.wire.messages import Phase, ReleaseReason
 from sharedpool.worker.connection import closed_flag, reset
 from sharedpool.worker.connection.closing import unregister
-from sharedpool.worker.connection.handover import adopt, encoded_parameters, names_of_parameters, vacate
+from sharedpool.worker.connection.handover import (
+    adopt,
+    encoded_parameters,
+    names_of_parameters,
+    vacate,
+)
 from sharedpool.worker.connection.pooled import PooledConnection
 from sharedpool.worker.connection.reset import parameters_after
 from sharedpool.worker.connection.wrapper import is_as_opened, is_wrapped
@@ -51,7 +56,9 @@ class Call:
 class Mover:
     """One pool's, for as long as it is in a lane."""
 
-    def __init__(self, local: LocalPool, wait_sockets: WaitSockets, lane: Lane, timer: Timer | None) -> None:
+    def __init__(
+        self, local: LocalPool, wait_sockets: WaitSockets, lane: Lane, timer: Timer | None
+    ) -> None:
         """`timer` wakes the link's thread to give what was kept in vain; without one nothing is kept."""
         self._local = local
         self._wait_sockets = wait_sockets
@@ -78,7 +85,11 @@ class Mover:
         slow path; then nothing was done. The caller has taken the lease off it.
         """
         cache, board = self._cache, self._board
-        if now - lease.arrived_at < self._slice_s and lease.idle_s < self._gap_s and self._timer is not None:
+        if (
+            now - lease.arrived_at < self._slice_s
+            and lease.idle_s < self._gap_s
+            and self._timer is not None
+        ):
             if lease.since > lease.arrived_at:
                 self._gap_s = STEADY_GAP_S  # what was kept has been used again
             # Before it lies there: for what does not come back. What was kept before is looked at no later for that.
@@ -87,9 +98,18 @@ class Mover:
             cache.idle.append(lease)
             self.check_kept_later()  # it may have gone off meanwhile
             return True
-        if lease.cancelled or not (lease.deposited and lease.movable) or cache.waiting or now >= lease.retire_at:
+        if (
+            lease.cancelled
+            or not (lease.deposited and lease.movable)
+            or cache.waiting
+            or now >= lease.retire_at
+        ):
             return False
-        if cache.leases.get(lease.token) is not lease or lease.generation != board.generation or self._status is None:
+        if (
+            cache.leases.get(lease.token) is not lease
+            or lease.generation != board.generation
+            or self._status is None
+        ):
             return False
         cell = lease.cell = board.find(lease.token, lease.cell)
         names, known = conn.sharedpool_names, conn.sharedpool_known
@@ -112,13 +132,17 @@ class Mover:
         used_s = now - lease.since
         lease.phase, lease.since, lease.conn = _CLOSING, now, None
         try:
-            self._send(lease, conn, borrow(number), Item(lease.token, cell, live, conn.sharedpool_witness))
+            self._send(
+                lease, conn, borrow(number), Item(lease.token, cell, live, conn.sharedpool_witness)
+            )
         except BaseException:
             lease.conn = conn  # interrupted: the link finishes it
             raise
         if lease.timed:
             with self._local.lock:
-                out = sum(each.phase is _IN_USE and each.conn is None for each in cache.leases.values())
+                out = sum(
+                    each.phase is _IN_USE and each.conn is None for each in cache.leases.values()
+                )
                 cache.timings.checked_in(used_s, cache.hits, out, typical=True)
         return True
 
@@ -146,7 +170,9 @@ class Mover:
             return
         witness.close()
         self._parted_at = lease.since
-        with local.lock:  # the same session may be back by now, in another thread's hands: that is another lease
+        with (
+            local.lock
+        ):  # the same session may be back by now, in another thread's hands: that is another lease
             self._cache.given(lease)
         lease.ref = None
         local.given += 1
@@ -163,7 +189,11 @@ class Mover:
         None: the slow path is to be gone, because something is not as usual, or the time is over.
         """
         local, wait_sockets = self._local, self._wait_sockets
-        if not (local.handover_works and local.shells.are_known) or local.orphans or local.reclaim_lock.locked:
+        if (
+            not (local.handover_works and local.shells.are_known)
+            or local.orphans
+            or local.reclaim_lock.locked
+        ):
             return None
         if not wait_s or logger.is_kept or local.config.configure is not None or is_wrapped():
             return None
@@ -176,7 +206,9 @@ class Mover:
         finally:
             wait_sockets.give_back(wait_socket)
 
-    def _wait(self, wait_socket: WaitSocket, deadline: float, began: float) -> PooledConnection | None:
+    def _wait(
+        self, wait_socket: WaitSocket, deadline: float, began: float
+    ) -> PooledConnection | None:
         board, local = self._board, self._local
         got, again_at, now, request = None, -math.inf, began, 0
         if self._from_shelf:
@@ -187,7 +219,9 @@ class Mover:
                 if now >= deadline or not (board.moving and self._lane.open) or local.disposed:
                     return None
                 if now >= again_at:
-                    request = request or self._cache.waiters.new_request()  # the same one: it keeps its place
+                    request = (
+                        request or self._cache.waiters.new_request()
+                    )  # the same one: it keeps its place
                     again_at = now + wait_socket.join_queue(request)
                     # What was put there between the last look and the ticket's coming nobody will bring.
                     if (got := wait_socket.take_from_shelf()) is not None:
@@ -211,12 +245,17 @@ class Mover:
         elif (lease := self._cache.leases.get(got[0].token)) is not None:
             local.after_fast_checkin(lease, monotonic())
 
-    def _adopt(self, moved: Moved, sock: Owned, began: float, now: float, limit_s: float) -> PooledConnection | None:
+    def _adopt(
+        self, moved: Moved, sock: Owned, began: float, now: float, limit_s: float
+    ) -> PooledConnection | None:
         """Make a connection that has come this process's own, and lend it; None when it is of no use."""
         local, cache, live = self._local, self._cache, moved.live
         arriving = sock.fileno(), identity(sock.fileno())
         local.arriving.add(arriving)  # a child that is forked meanwhile closes it
-        cache.arriving[moved.token] = moved, weakref.ref(sock)  # the broker may ask for it meanwhile
+        cache.arriving[moved.token] = (
+            moved,
+            weakref.ref(sock),
+        )  # the broker may ask for it meanwhile
         try:
             if parameters_after(sock, live.parameters, limit_s) is not live.parameters:
                 raise psycopg2.OperationalError("its reset was not as usual")
@@ -226,13 +265,27 @@ class Mover:
             conn.sharedpool_local, conn.sharedpool_movable = local, True
             lease = Lease(moved.token, None, now)
             lease.idle_s = began - self._parted_at
-            lease.cache, lease.backend, lease.generation, lease.live = cache, live.backend, live.generation, live
-            lease.cell, lease.moves, lease.deposited, lease.movable = moved.cell, moved.moves, True, True
+            lease.cache, lease.backend, lease.generation, lease.live = (
+                cache,
+                live.backend,
+                live.generation,
+                live,
+            )
+            lease.cell, lease.moves, lease.deposited, lease.movable = (
+                moved.cell,
+                moved.moves,
+                True,
+                True,
+            )
             if live.left_ms is not None:
                 lease.retire_at = now + live.left_ms / 1000
                 cache.note_retirement(lease.retire_at)
             lease.fast_checkout_until = lease.retire_at
-            lease.phase, lease.thread, lease.ref = _IN_USE, get_ident(), weakref.ref(conn, collected)
+            lease.phase, lease.thread, lease.ref = (
+                _IN_USE,
+                get_ident(),
+                weakref.ref(conn, collected),
+            )
             lease.timed = cache.timings.choose(now)
             cache.timings.checked_out(now - began)
             local.adopted += 1

@@ -99,8 +99,13 @@ class Pool:
             try:
                 lease = cache.idle.pop()
             except IndexError:
-                began = monotonic()  # a wait in the lane that was in vain is part of the caller's time
-                if cache.moving[0] and (came := self._local.take_in_lane(timeout, began)) is not None:
+                began = (
+                    monotonic()
+                )  # a wait in the lane that was in vain is part of the caller's time
+                if (
+                    cache.moving[0]
+                    and (came := self._local.take_in_lane(timeout, began)) is not None
+                ):
                     return came
                 return self._check_out(self._local, None, timeout, began)
             now = monotonic()
@@ -128,14 +133,23 @@ class Pool:
         conn = self._check_out(local, local.cache.take(now), timeout, now)
         return conn if key is None else self._keep_key(key, conn)
 
-    def _lend_wrapper(self, lease: Lease, conn: PooledConnection, now: float) -> extensions.connection | None:
+    def _lend_wrapper(
+        self, lease: Lease, conn: PooledConnection, now: float
+    ) -> extensions.connection | None:
         """Lend a wrapped connection the fast path: return what its user gets, or None when it must go the long one."""
         user_s = conn.sharedpool_wrapper
-        if user_s is None or lease.needs_configure or lease.idle_s > CHECK_AFTER_S or now >= lease.retire_at:
+        if (
+            user_s is None
+            or lease.needs_configure
+            or lease.idle_s > CHECK_AFTER_S
+            or now >= lease.retire_at
+        ):
             return None
         if conn.status != STATUS_READY or conn.get_transaction_status():
             return None
-        conn.sharedpool_wrapper = None  # it refers to the connection, which is to go with it when it is dropped
+        conn.sharedpool_wrapper = (
+            None  # it refers to the connection, which is to go with it when it is dropped
+        )
         conn.sharedpool_closed_flag = OPEN
         conn.sharedpool_lent = lease
         lease.conn = None
@@ -176,7 +190,9 @@ class Pool:
 
     def _check_caller(self) -> LocalPool:
         if self._own_local().disposed:
-            raise PoolClosed(f"pool {self.name!r} is disposed: release_all() was called; configure a new one")
+            raise PoolClosed(
+                f"pool {self.name!r} is disposed: release_all() was called; configure a new one"
+            )
         if self._one_thread:
             me = get_ident()
             if self._thread is None:
@@ -197,7 +213,10 @@ class Pool:
     def _keyed(self, key: Hashable) -> PooledConnection | None:
         """Return the connection that is checked out under `key`. The lock must be held."""
         lease = self._local.keys.get(key)
-        conn = cast("PooledConnection | None", lease.ref() if lease is not None and lease.ref is not None else None)
+        conn = cast(
+            "PooledConnection | None",
+            lease.ref() if lease is not None and lease.ref is not None else None,
+        )
         if conn is None or conn.sharedpool_finalized or conn.sharedpool_lease is not lease:
             return None
         return conn
@@ -216,7 +235,11 @@ class Pool:
     # --- checkin
 
     def put_conn(
-        self, conn: extensions.connection, key: Hashable = None, close: bool = False, fail_silently: bool = False
+        self,
+        conn: extensions.connection,
+        key: Hashable = None,
+        close: bool = False,
+        fail_silently: bool = False,
     ) -> None:
         """Check a connection in.
 
@@ -228,7 +251,12 @@ class Pool:
         of (the connection is closed all the same); `fail_silently` swallows both. What `reset` raised is raised here.
         """
         # The fast path, as in `get_conn`: it is clean. Whether somebody wants it is looked at when it lies there.
-        if self._fast_path[0] and key is None and not close and (self._thread is None or self._thread == get_ident()):
+        if (
+            self._fast_path[0]
+            and key is None
+            and not close
+            and (self._thread is None or self._thread == get_ident())
+        ):
             cache = self._cache
             user_s: Any = conn
             try:
@@ -242,15 +270,26 @@ class Pool:
                     and pooled.status == STATUS_READY
                 )
                 if laid:
-                    del pooled.sharedpool_lent  # in one step: of two threads that put it only one gets on
+                    del (
+                        pooled.sharedpool_lent
+                    )  # in one step: of two threads that put it only one gets on
                     pooled.sharedpool_closed_flag = SHUT
                     if pooled is not conn:
                         note_wrapper(pooled, conn)
-                    elif cache.moving[0] and not cache.returns_due and self._local.give_in_lane(lease, user_s, now):
+                    elif (
+                        cache.moving[0]
+                        and not cache.returns_due
+                        and self._local.give_in_lane(lease, user_s, now)
+                    ):
                         return
                     lease.conn, lease.phase, lease.since = pooled, IDLE, now
                     cache.idle.append(lease)
-                    if not (cache.returns_due or cache.waiting or cache.moving[0] or now >= cache.next_scavenge_at):
+                    if not (
+                        cache.returns_due
+                        or cache.waiting
+                        or cache.moving[0]
+                        or now >= cache.next_scavenge_at
+                    ):
                         return
             except AttributeError:
                 laid = False  # not checked out, or no pool's at all: said below
@@ -258,7 +297,9 @@ class Pool:
                 self._local.after_fast_checkin(lease, now)
                 return
         if self._own_local().lock._is_owned() or _is_being_collected(conn):  # type: ignore[attr-defined]
-            self.put_conn_later(conn)  # called by a finalizer, perhaps while this very thread was at the books
+            self.put_conn_later(
+                conn
+            )  # called by a finalizer, perhaps while this very thread was at the books
             return
         try:
             pooled, lease = self._claim(conn, key)
@@ -277,7 +318,9 @@ class Pool:
                 raise SharedPoolError(
                     f"pool {self.name!r}: this connection belongs to process {local.pid}, which opened it"
                 )
-            raise SharedPoolError(f"pool {self.name!r}: put_conn() of a connection that it did not lend out: {conn!r}")
+            raise SharedPoolError(
+                f"pool {self.name!r}: put_conn() of a connection that it did not lend out: {conn!r}"
+            )
         if local.disposed:
             if (late := take_lease(pooled)) is None:
                 close_confirmed([pooled])
@@ -297,7 +340,9 @@ class Pool:
         return pooled, lease
 
     @contextlib.contextmanager
-    def connection(self, key: Hashable = None, *, timeout: float | None = None) -> Iterator[extensions.connection]:
+    def connection(
+        self, key: Hashable = None, *, timeout: float | None = None
+    ) -> Iterator[extensions.connection]:
         """Lend a connection for a block: commit on success, roll back on any exception, return it always.
 
         Takes and raises what `get_conn` does.
@@ -319,7 +364,9 @@ class Pool:
             raise
         finally:
             # A child that was forked inside the block unwinds it too: the connection is not its to return.
-            self.put_conn(conn, fail_silently=cast(PooledConnection, conn).sharedpool_pid != os.getpid())
+            self.put_conn(
+                conn, fail_silently=cast(PooledConnection, conn).sharedpool_pid != os.getpid()
+            )
 
     def notice(self, conn: extensions.connection, error: BaseException) -> None:
         """Look whether an error of a statement tells that the server fails over: then every process replaces its
@@ -381,7 +428,9 @@ class Pool:
             local.disposed = True
             local.cache.stop_keeping()  # a checkin that is under way closes too
             link, registration = local.link, local.registration
-            waiters = local.cache.waiters.fail(PoolClosed(f"pool {self.name!r} was disposed of while waiting"))
+            waiters = local.cache.waiters.fail(
+                PoolClosed(f"pool {self.name!r} was disposed of while waiting")
+            )
             closing = local.cache.take_all_idle(monotonic())
             in_use = [lease for lease in local.cache.leases.values() if lease.phase is Phase.IN_USE]
         for waiter in waiters:
@@ -403,7 +452,9 @@ class Pool:
             if conn is None or take_lease(conn) is None:
                 continue  # another thread is returning it
             mine = lease.thread == get_ident()
-            if conn.closed or (mine and conn.get_transaction_status() != extensions.TRANSACTION_STATUS_ACTIVE):
+            if conn.closed or (
+                mine and conn.get_transaction_status() != extensions.TRANSACTION_STATUS_ACTIVE
+            ):
                 self._local.discard(lease, conn, ReleaseReason.CLOSED)
             else:
                 cutting.append((lease, conn))

@@ -74,7 +74,15 @@ class Session:
             leases, seen, first = cache.register(now, thread_names() if cache.leases else {})
         host = socket.gethostname()
         return Hello(
-            PROTOCOL_VERSION, self._local.pid, host, self._title, spec, leases, seen, pid_namespace_id(), first=first
+            PROTOCOL_VERSION,
+            self._local.pid,
+            host,
+            self._title,
+            spec,
+            leases,
+            seen,
+            pid_namespace_id(),
+            first=first,
         )
 
     def compose_bye(self) -> Bye:
@@ -147,7 +155,9 @@ class Session:
         self._deposit_all()
         for lease in missing:
             logger.warning(
-                "pool %r: the connection of lease %s was lost unreturned", self._local.config.name, lease.token
+                "pool %r: the connection of lease %s was lost unreturned",
+                self._local.config.name,
+                lease.token,
             )
             if lease.conn is not None:
                 self._local.discard(lease, cast(PooledConnection, lease.conn), ReleaseReason.CLOSED)
@@ -158,7 +168,9 @@ class Session:
         """Give up what was taken for a checkout that an interrupt has ended, its clean-up too."""
         now = time.monotonic()
         with self._local.lock:
-            abandoned = [waiter for waiter in self._local.cache.waiting.values() if waiter.abandoned]
+            abandoned = [
+                waiter for waiter in self._local.cache.waiting.values() if waiter.abandoned
+            ]
             served = [self._local.cache.give_up(waiter, now) for waiter in abandoned]
         for waiter in served:
             if waiter is not None:
@@ -175,7 +187,9 @@ class Session:
         with self._local.lock:
             match message:
                 case Welcome():
-                    closing = self._local.cache.welcomed(message.epoch, message.generation, now, message.served)
+                    closing = self._local.cache.welcomed(
+                        message.epoch, message.generation, now, message.served
+                    )
                 case Stale():
                     closing = self._local.cache.renew_generation(message.generation, now)
                 case Ack():
@@ -212,13 +226,18 @@ class Session:
             logger.info("pool %r: registered with a new broker (epoch %d)", name, welcome.epoch)
         self._epoch = welcome.epoch
         self._local.limit = welcome.max_conn
-        self._local.cache.expires_after(min(self._local.config.expiration, welcome.expiration_ms / 1000))
+        self._local.cache.expires_after(
+            min(self._local.config.expiration, welcome.expiration_ms / 1000)
+        )
         self._local.cache.connects_within_s = welcome.ttl_ms / 1000
         self._local.tag = welcome.tag
         self._revoke(welcome.revoked)
         link = self._local.link
         hands_over = (
-            welcome.handover and self._local.handover_enabled and link is not None and link.desk.line is not None
+            welcome.handover
+            and self._local.handover_enabled
+            and link is not None
+            and link.desk.line is not None
         )
         hands_over = self._local.hands_over = hands_over and greenlets.may_connect_to_itself()
         time_slice = self._local.cache.time_slice
@@ -237,7 +256,8 @@ class Session:
             held = [
                 (lease, conn)
                 for lease in self._local.cache.leases.values()
-                if not lease.deposited and (conn := lease.conn or (lease.ref() if lease.ref else None)) is not None
+                if not lease.deposited
+                and (conn := lease.conn or (lease.ref() if lease.ref else None)) is not None
             ]
         for lease, conn in held:
             self._local.deposit(lease, cast(PooledConnection, conn))
@@ -250,7 +270,9 @@ class Session:
                 if lease is not None and lease.phase is Phase.IDLE:
                     self._local.cache.report_failover_sign(lease, "")
             if lease is not None:
-                logger.info("pool %r: the backend of lease %s has ended", self._local.config.name, token)
+                logger.info(
+                    "pool %r: the backend of lease %s has ended", self._local.config.name, token
+                )
                 if lease.conn is not None:
                     close_confirmed([cast(PooledConnection, lease.conn)])
                     self._local.discarded += 1
@@ -261,7 +283,9 @@ class Session:
             with self._local.lock:
                 lease = self._local.cache.ended(token)
             if lease is not None:
-                logger.warning("pool %r: the broker has taken lease %s away", self._local.config.name, token)
+                logger.warning(
+                    "pool %r: the broker has taken lease %s away", self._local.config.name, token
+                )
                 conn = lease.conn or (lease.ref() if lease.ref else None)
                 if conn is not None:
                     cut([cast(PooledConnection, conn)], limit_s=0)

@@ -43,7 +43,9 @@ def stats_of(local: LocalPool) -> PoolStats:
             name=local.config.name,
             max_conn=local.limit,
             idle=len(cache.idle),
-            in_use=sum(lease.phase in (Phase.IN_USE, Phase.CONNECTING) for lease in cache.leases.values()),
+            in_use=sum(
+                lease.phase in (Phase.IN_USE, Phase.CONNECTING) for lease in cache.leases.values()
+            ),
             waiting=len(cache.waiting),
             hits=local.hits + cache.hits,
             handed_on=local.handed_on,

@@ -25,14 +25,20 @@ def leases_in_hand() -> set[Lease] | None:
         frame = innermost if thread != get_ident() else None  # who asks looks at all of them
         while frame is not None:
             if frame.f_code.co_filename.startswith(_PACKAGE):
-                found.update(value for value in list(frame.f_locals.values()) if isinstance(value, Lease))
+                found.update(
+                    value for value in list(frame.f_locals.values()) if isinstance(value, Lease)
+                )
             frame = frame.f_back
     return found
 
 
 def thread_names() -> dict[int, str]:
     """Return the names of this process's threads by identifier."""
-    return {thread.ident: utf8(thread.name) for thread in threading.enumerate() if thread.ident is not None}
+    return {
+        thread.ident: utf8(thread.name)
+        for thread in threading.enumerate()
+        if thread.ident is not None
+    }
 
 
 def utf8(text: str) -> str:

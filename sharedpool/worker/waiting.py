@@ -44,7 +44,9 @@ class Wait:
         self._wait_s = wait_s
         self._deadline = deadline
         self._waiting_at: WaitSocket | WaitLock = WaitLock()
-        self._wait_sockets: WaitSockets | None = None  # whose the place is, or in whose queue it is for one
+        self._wait_sockets: WaitSockets | None = (
+            None  # whose the place is, or in whose queue it is for one
+        )
         self._again_at = -math.inf  # then it joins the queue in the lane, or joins it once more
         self._limit = math.inf  # until when the broker has to answer
         self._asked_at = math.inf  # then it was asked
@@ -70,7 +72,9 @@ class Wait:
         """Wait at a wait socket from now on, if there is one."""
         wait_sockets, wait_lock = self._local.wait_sockets, self._waiting_at
         assert isinstance(wait_lock, WaitLock)
-        wait_socket = None if wait_sockets is None else wait_sockets.take(self._waiter.owner, wait_lock)
+        wait_socket = (
+            None if wait_sockets is None else wait_sockets.take(self._waiter.owner, wait_lock)
+        )
         if wait_socket is None:
             return False
         self._waiting_at, self._wait_sockets = wait_socket, wait_sockets
@@ -147,7 +151,9 @@ class Wait:
             if (lease := cache.take(waiter.since)) is not None:
                 return lease
             self._link, self._registration = local.ensure_link()
-            self._limit = self._deadline + _GRACE_S if self._wait_s else waiter.since + self._patience_s()
+            self._limit = (
+                self._deadline + _GRACE_S if self._wait_s else waiter.since + self._patience_s()
+            )
             in_lane = self._moves()
             if not in_lane:
                 self._asked_at = waiter.since
@@ -169,7 +175,9 @@ class Wait:
         A slot may be on its way back, and it would refuse at once; or a refusal is to name the lines of checkouts.
         """
         local = self._local
-        if not self._wait_s and any(held.phase is Phase.CLOSING for held in local.cache.leases.values()):
+        if not self._wait_s and any(
+            held.phase is Phase.CLOSING for held in local.cache.leases.values()
+        ):
             return True
         return local.config.debug_checkouts
 
@@ -239,14 +247,20 @@ class Wait:
         heard = self._asked_at >= self._deadline or self._link.heard_at >= self._asked_at
         if self._wait_s and registration.established and heard:
             return error_messages.timed_out(name, self._local.limit, self._wait_s)
-        waited_s = now - (self._deadline - self._wait_s)  # since its caller has asked for a connection
-        return error_messages.unanswered(name, self._link.address, now - self._asked_at, waited_s, registration.trouble)
+        waited_s = now - (
+            self._deadline - self._wait_s
+        )  # since its caller has asked for a connection
+        return error_messages.unanswered(
+            name, self._link.address, now - self._asked_at, waited_s, registration.trouble
+        )
 
     _link: Link
     _registration: Registration
 
 
-def receive_for_any(local: LocalPool, got: tuple[Moved, Owned], limit_s: float, mine: Waiter | None) -> None:
+def receive_for_any(
+    local: LocalPool, got: tuple[Moved, Owned], limit_s: float, mine: Waiter | None
+) -> None:
     """Take in a connection that has come in the lane, for this thread or for whoever waits."""
     other = local.receive(*got, limit_s)
     if other is not None and other is not mine:

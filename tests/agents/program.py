@@ -29,10 +29,14 @@ import sharedpool  # noqa: E402
 
 def make_pool() -> Any:
     if settings["pool"] == "psycopg2":
-        return psycopg2.pool.ThreadedConnectionPool(1, 3, *settings["arguments"], **settings["keywords"])
+        return psycopg2.pool.ThreadedConnectionPool(
+            1, 3, *settings["arguments"], **settings["keywords"]
+        )
     dsn = dict(zip(["dsn"], settings["arguments"], strict=False))
     keywords = {**dsn, **settings["keywords"], **settings["options"]}
-    return sharedpool.config_pool(pool_manager=sharedpool.ThreadedConnectionPool, timeout=20, **keywords)
+    return sharedpool.config_pool(
+        pool_manager=sharedpool.ThreadedConnectionPool, timeout=20, **keywords
+    )
 
 
 def use(conn: Any) -> None:
@@ -157,7 +161,13 @@ def fork() -> list[Span]:
 
 
 def stats() -> list[Span]:
-    return [{"adopted": pool.stats().adopted, "connects": pool.stats().connects, "hits": pool.stats().hits}]
+    return [
+        {
+            "adopted": pool.stats().adopted,
+            "connects": pool.stats().connects,
+            "hits": pool.stats().hits,
+        }
+    ]
 
 
 pool: Any = None

@@ -14,7 +14,9 @@ class Recorder(Protocol):
 
 class Ddtrace:
     def __init__(self) -> None:
-        os.environ.update(DD_INSTRUMENTATION_TELEMETRY_ENABLED="false", DD_REMOTE_CONFIGURATION_ENABLED="false")
+        os.environ.update(
+            DD_INSTRUMENTATION_TELEMETRY_ENABLED="false", DD_REMOTE_CONFIGURATION_ENABLED="false"
+        )
         from ddtrace import patch
         from ddtrace.trace import TraceFilter, tracer
 
@@ -24,7 +26,10 @@ class Ddtrace:
             def process_trace(self, trace: Any) -> None:
                 spans.extend(
                     {"name": span.name, "resource": span.resource}
-                    | {tag: span.get_tag(tag) for tag in ("db.name", "db.user", "out.host", "component", "error.type")}
+                    | {
+                        tag: span.get_tag(tag)
+                        for tag in ("db.name", "db.user", "out.host", "component", "error.type")
+                    }
                     | {"port": span.get_metric("network.destination.port")}
                     for span in trace
                 )
@@ -57,7 +62,14 @@ class Elastic:
             def queue(self, event_type: str, data: dict[str, Any], flush: bool = False) -> None:
                 if event_type == SPAN:
                     context = data["context"]
-                    spans.append({"name": data["name"], "type": data["action"], "outcome": data["outcome"], **context})
+                    spans.append(
+                        {
+                            "name": data["name"],
+                            "type": data["action"],
+                            "outcome": data["outcome"],
+                            **context,
+                        }
+                    )
 
         self._client = Client(
             service_name="tests", disable_send=True, cloud_provider="none", central_config=False, metrics_interval="0s",
@@ -78,7 +90,11 @@ class Elastic:
 
 class NewRelic:
     def __init__(self) -> None:
-        os.environ.update(NEW_RELIC_DEVELOPER_MODE="true", NEW_RELIC_LICENSE_KEY="0" * 40, NEW_RELIC_APP_NAME="tests")
+        os.environ.update(
+            NEW_RELIC_DEVELOPER_MODE="true",
+            NEW_RELIC_LICENSE_KEY="0" * 40,
+            NEW_RELIC_APP_NAME="tests",
+        )
         os.environ.update(NEW_RELIC_LOG="/dev/null")
         import newrelic.agent
         from newrelic.core.stats_engine import StatsEngine
@@ -93,7 +109,10 @@ class NewRelic:
             while pending:
                 node = pending.pop(0)
                 if hasattr(node, "sql"):
-                    place = {name: getattr(node, name) for name in ("host", "port_path_or_id", "database_name")}
+                    place = {
+                        name: getattr(node, name)
+                        for name in ("host", "port_path_or_id", "database_name")
+                    }
                     spans.append({"name": node.sql, **place})
                 else:
                     spans.append({"name": node.name})
@@ -126,7 +145,10 @@ class OpenTelemetry:
     def record(self, run: Callable[[], object]) -> list[Span]:
         self._exporter.clear()
         run()
-        return [{"name": span.name, **(span.attributes or {})} for span in self._exporter.get_finished_spans()]
+        return [
+            {"name": span.name, **(span.attributes or {})}
+            for span in self._exporter.get_finished_spans()
+        ]
 
 
 class Sentry:
@@ -141,12 +163,23 @@ class Sentry:
         class Collect(Transport):
             def capture_envelope(self, envelope: Any) -> None:
                 for item in envelope.items:
-                    for span in (item.payload.json or {}).get("spans", []) if item.type == "transaction" else []:
-                        data = {key: span["data"][key] for key in span["data"] if key.startswith(("db.", "server."))}
+                    for span in (
+                        (item.payload.json or {}).get("spans", [])
+                        if item.type == "transaction"
+                        else []
+                    ):
+                        data = {
+                            key: span["data"][key]
+                            for key in span["data"]
+                            if key.startswith(("db.", "server."))
+                        }
                         spans.append({"name": span["description"], **data})
 
         sentry_sdk.init(
-            dsn="http://key@127.0.0.1:9/1", transport=Collect, traces_sample_rate=1.0, auto_session_tracking=False
+            dsn="http://key@127.0.0.1:9/1",
+            transport=Collect,
+            traces_sample_rate=1.0,
+            auto_session_tracking=False,
         )
         self._sdk, self._spans = sentry_sdk, spans
 
@@ -168,7 +201,9 @@ class XRay:
                 pending = list(entity.subsegments)
                 while pending:
                     each = pending.pop(0)
-                    spans.append({"name": each.name, "namespace": each.namespace, **(each.sql or {})})
+                    spans.append(
+                        {"name": each.name, "namespace": each.namespace, **(each.sql or {})}
+                    )
                     pending[:0] = each.subsegments
 
             def set_daemon_address(self, address: object) -> None:

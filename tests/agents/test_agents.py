@@ -16,7 +16,9 @@ from tests.agents.recorders import RECORDERS
 from tests.support.processes import Worker
 
 if find_spec("ddtrace") is None:
-    pytest.skip("the agents' packages are not installed: tox -e agents has them", allow_module_level=True)
+    pytest.skip(
+        "the agents' packages are not installed: tox -e agents has them", allow_module_level=True
+    )
 
 _numbers = iter(range(1, 1000))
 Span = dict[str, Any]
@@ -42,12 +44,19 @@ def start(broker: sharedpool.Broker, postgres: EphemeralPostgres) -> Iterator[St
     """A program with psycopg2.pool, or with a pool of ours; all of one test share the latter."""
     options = {"broker": broker.address, "name": f"traced{next(_numbers)}", "max_conn": 3}
 
-    def make(pool: str, agent: str, *, activate: str = "first", by_dsn: bool = False, **more: Any) -> Program:
+    def make(
+        pool: str, agent: str, *, activate: str = "first", by_dsn: bool = False, **more: Any
+    ) -> Program:
         place = {
             "arguments": [postgres.dsn] if by_dsn else [],
             "keywords": {} if by_dsn else extensions.parse_dsn(postgres.dsn),
         }
-        settings = {"agent": agent, "pool": pool, "activate": activate, "options": {**options, **more}}
+        settings = {
+            "agent": agent,
+            "pool": pool,
+            "activate": activate,
+            "options": {**options, **more},
+        }
         return stack.enter_context(Program(**settings, **place))
 
     with ExitStack() as stack:
@@ -66,7 +75,9 @@ def test_what_it_sees_is_the_same(start: Start, agent: str, by_dsn: bool) -> Non
     assert len(expected) >= 3 * 7
     assert ours("start") == expected
     assert ours("stats") == [{"adopted": 0, "connects": 1, "hits": 2}]
-    assert ours("record", what="three") == theirs("record", what="three") == without_connects(expected)
+    assert (
+        ours("record", what="three") == theirs("record", what="three") == without_connects(expected)
+    )
     assert ours("record", what="many") == theirs("record", what="many")
 
 

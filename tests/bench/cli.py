@@ -28,7 +28,9 @@ def _chosen(context: click.Context, option: click.Parameter, value: str | None) 
         return list(ROWS)
     names = {name.strip() for name in value.split(",")}
     if unknown := names - {row.name for row in ROWS}:
-        raise click.BadParameter(f"no {', '.join(sorted(unknown))}; there are {', '.join(row.name for row in ROWS)}")
+        raise click.BadParameter(
+            f"no {', '.join(sorted(unknown))}; there are {', '.join(row.name for row in ROWS)}"
+        )
     return [row for row in ROWS if row.name in names]
 
 
@@ -41,23 +43,46 @@ def _slices(context: click.Context, option: click.Parameter, value: str) -> tupl
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--quick", is_flag=True, help="Short turns, in two or three minutes for all: to see that it works.")
-@click.option("--rows", callback=_chosen, help=f"Comma-separated: {', '.join(row.name for row in ROWS)}.")
-@click.option("--slices", default="", callback=_slices, help="Also try these, in ms, in the contended rows: 1,2,5.")
-@click.option("--rounds", type=click.IntRange(1), help="How often each contestant has its turn.  [5; quick: 3]")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="Short turns, in two or three minutes for all: to see that it works.",
+)
+@click.option(
+    "--rows", callback=_chosen, help=f"Comma-separated: {', '.join(row.name for row in ROWS)}."
+)
+@click.option(
+    "--slices",
+    default="",
+    callback=_slices,
+    help="Also try these, in ms, in the contended rows: 1,2,5.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    help="How often each contestant has its turn.  [5; quick: 3]",
+)
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("build/bench"), show_default=True,
     help="Where figures.json, figures.md and the plots go.",
 )  # fmt: skip
-def main(quick: bool, rows: list[Row], slices: tuple[float, ...], rounds: int | None, out: Path) -> None:
+def main(
+    quick: bool, rows: list[Row], slices: tuple[float, ...], rounds: int | None, out: Path
+) -> None:
     """Measure sharedpool and its peers."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clear away as after Ctrl-C
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # clear away as after Ctrl-C
     started = time.monotonic()
     with _clean_environment(), _directory() as directory, bench_server() as server:
         window_s, warm_s = (0.4, 0.15) if quick else (2.0, 0.5)
-        bench = Bench(server, directory, rounds or (3 if quick else 5), window_s, warm_s, quick, slices)
+        bench = Bench(
+            server, directory, rounds or (3 if quick else 5), window_s, warm_s, quick, slices
+        )
         about = machine.describe(server)
         say(", ".join(f"{name} {value}" for name, value in about.items()))
         results = [run_row(bench, row) for row in rows]

@@ -25,13 +25,17 @@ MakeMember = Callable[[MakeClient, int], Member]
 _brokers = itertools.count(1)
 
 
-def broker(bench: Bench, stack: ExitStack, max_conn: int, dsn: str, ttl: float = 15.0) -> sharedpool.Broker:
+def broker(
+    bench: Bench, stack: ExitStack, max_conn: int, dsn: str, ttl: float = 15.0
+) -> sharedpool.Broker:
     """Start a broker of the stack's."""
     address = f"ipc://{bench.directory}/broker{next(_brokers)}.sock"
     return stack.enter_context(sharedpool.start_broker(max_conn, address=address, dsn=dsn, ttl=ttl))
 
 
-def in_a_window(bench: Bench, stack: ExitStack, count: int, member: MakeMember, make: MakeClient) -> Measure:
+def in_a_window(
+    bench: Bench, stack: ExitStack, count: int, member: MakeMember, make: MakeClient
+) -> Measure:
     """Start processes that `run` in a closed loop, and return what measures them for a window."""
     workers = stack.enter_context(crew([partial(member, make, number) for number in range(count)]))
 
@@ -57,12 +61,16 @@ def shared(
 
     def open(stack: ExitStack) -> Measure:
         address = broker(bench, stack, slots, route.dsn).address
-        return in_a_window(bench, stack, count, member, Shared(route.dsn, address, slots, threads, options))
+        return in_a_window(
+            bench, stack, count, member, Shared(route.dsn, address, slots, threads, options)
+        )
 
     return Contestant(name, open)
 
 
-def without_handover(bench: Bench, route: Route, count: int, member: MakeMember, *, slots: int) -> Contestant:
+def without_handover(
+    bench: Bench, route: Route, count: int, member: MakeMember, *, slots: int
+) -> Contestant:
     """sharedpool as it is where connections cannot be handed over."""
     return shared(bench, route, count, member, slots=slots, name=US_OFF, options=OFF)
 
@@ -103,13 +111,19 @@ def bouncer(
     """
 
     def open(stack: ExitStack) -> Measure:
-        proxy = stack.enter_context(PgBouncer(bench.server, route, mode=mode, size=slots, near=near))
+        proxy = stack.enter_context(
+            PgBouncer(bench.server, route, mode=mode, size=slots, near=near)
+        )
         make = Psycopg2Pool(proxy.dsn, threads) if threads > 1 else Permanent(proxy.dsn)
         return in_a_window(bench, stack, count, member, make)
 
     return Contestant(name, open)
 
 
-def direct(bench: Bench, route: Route, count: int, member: MakeMember, *, name: str = DIRECT) -> Contestant:
+def direct(
+    bench: Bench, route: Route, count: int, member: MakeMember, *, name: str = DIRECT
+) -> Contestant:
     """Clients that each keep a connection to the server."""
-    return Contestant(name, lambda stack: in_a_window(bench, stack, count, member, Permanent(route.dsn)))
+    return Contestant(
+        name, lambda stack: in_a_window(bench, stack, count, member, Permanent(route.dsn))
+    )

@@ -60,9 +60,16 @@ class Shared:
             raise Unavailable(f"this sharedpool's config_pool() has no {', '.join(unknown)}")
 
     def __call__(self) -> Client:
-        manager = sharedpool.ThreadedConnectionPool if self.threads else sharedpool.SimpleConnectionPool
+        manager = (
+            sharedpool.ThreadedConnectionPool if self.threads else sharedpool.SimpleConnectionPool
+        )
         pool = sharedpool.config_pool(
-            self.max_conn, pool_manager=manager, dsn=self.dsn, broker=self.broker, timeout=WAIT_S, **dict(self.options)
+            self.max_conn,
+            pool_manager=manager,
+            dsn=self.dsn,
+            broker=self.broker,
+            timeout=WAIT_S,
+            **dict(self.options),
         )
         return Client(pool.get_conn, pool.put_conn, pool.release_all)
 
@@ -97,7 +104,11 @@ class Psycopg2Pool:
     threads: bool = True
 
     def __call__(self) -> Client:
-        kind = psycopg2.pool.ThreadedConnectionPool if self.threads else psycopg2.pool.SimpleConnectionPool
+        kind = (
+            psycopg2.pool.ThreadedConnectionPool
+            if self.threads
+            else psycopg2.pool.SimpleConnectionPool
+        )
         pool = kind(self.size, self.size, self.dsn)
         return Client(pool.getconn, pool.putconn, pool.closeall)
 

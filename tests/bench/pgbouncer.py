@@ -24,7 +24,9 @@ _START_S = 20.0
 def find() -> str:
     """Return the program's path. Raises Unavailable."""
     # Debian has it where only root's PATH looks.
-    found = shutil.which("pgbouncer", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"]))
+    found = shutil.which(
+        "pgbouncer", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
+    )
     if found is None:
         raise Unavailable("no program `pgbouncer` is installed (Debian: apt-get install pgbouncer)")
     return found
@@ -33,7 +35,9 @@ def find() -> str:
 def version() -> str:
     """Return the program's version, or that there is none."""
     try:
-        said = subprocess.run([find(), "--version"], capture_output=True, text=True, check=True).stdout
+        said = subprocess.run(
+            [find(), "--version"], capture_output=True, text=True, check=True
+        ).stdout
     except (Unavailable, subprocess.CalledProcessError):
         return "not installed"
     return said.splitlines()[0].removeprefix("PgBouncer").strip()
@@ -48,7 +52,13 @@ class PgBouncer:
     """
 
     def __init__(
-        self, server: BenchServer, route: Route, *, mode: str = "transaction", size: int = 8, near: bool = False
+        self,
+        server: BenchServer,
+        route: Route,
+        *,
+        mode: str = "transaction",
+        size: int = 8,
+        near: bool = False,
     ) -> None:
         self._program = find()
         self._server = server
@@ -73,7 +83,10 @@ class PgBouncer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._stop()
 
@@ -85,7 +98,12 @@ class PgBouncer:
         self.dsn = (
             make_dsn(host=str(self._directory), **who)
             if by_unix
-            else make_dsn(host="127.0.0.1", password=PASSWORD, sslmode=parse_dsn(self._clients.dsn)["sslmode"], **who)
+            else make_dsn(
+                host="127.0.0.1",
+                password=PASSWORD,
+                sslmode=parse_dsn(self._clients.dsn)["sslmode"],
+                **who,
+            )
         )
         self._write("userlist.txt", f'"postgres" "{PASSWORD}"\n')
         self._write("pgbouncer.ini", self._settings(port, by_unix=by_unix))
@@ -122,7 +140,8 @@ class PgBouncer:
         target = f"host={server['host']} port={server['port']} user=postgres"
         lines = [
             "[databases]",
-            f"postgres = {target} dbname=postgres" + f" password={PASSWORD}" * ("password" in server),
+            f"postgres = {target} dbname=postgres"
+            + f" password={PASSWORD}" * ("password" in server),
             "[pgbouncer]",
             f"listen_port = {port}",
             f"unix_socket_dir = {self._directory if by_unix else ''}",

@@ -35,8 +35,14 @@ def contended(text: str) -> tuple[list[Bar], list[Bar]]:
 
 def _ratios(text: str) -> Iterator[tuple[str, str, str]]:
     lines = text.splitlines()
-    first = next(at for at, line in enumerate(lines) if line.startswith("| 32 processes on 8 slots, no pause"))
-    thirty_two, others, alone, networks = (_RATIO.findall(line.split("|")[-2]) for line in lines[first : first + 4])
+    first = next(
+        at
+        for at, line in enumerate(lines)
+        if line.startswith("| 32 processes on 8 slots, no pause")
+    )
+    thirty_two, others, alone, networks = (
+        _RATIO.findall(line.split("|")[-2]) for line in lines[first : first + 4]
+    )
     labels = ("16", "32", "64", "32, no hand-over", "32, TCP", "32, TLS")
     found = [others[0], thirty_two[0], others[1], alone[0], networks[0], networks[1]]
     for label, (throughput, p99) in zip(labels, found, strict=True):

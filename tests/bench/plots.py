@@ -24,8 +24,16 @@ def plot(result: Result, directory: Path) -> Path | None:
     for who, latencies_ms in drawn.items():
         steps = curve(latencies_ms)
         # From the top: the tail is what one looks for, and logarithms show it.
-        axes.plot([value for value, _ in steps], [max(1 - share, 1e-4) for _, share in steps], label=who)
-    axes.set(xscale="log", yscale="log", xlabel="latency, ms", ylabel="share that takes longer", title=result.title)
+        axes.plot(
+            [value for value, _ in steps], [max(1 - share, 1e-4) for _, share in steps], label=who
+        )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="latency, ms",
+        ylabel="share that takes longer",
+        title=result.title,
+    )
     axes.set_ylim(1e-3, 1)
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()

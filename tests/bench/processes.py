@@ -60,7 +60,9 @@ def memory(pid: int) -> Memory:
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
         name, _, rest = line.partition(":")
         kb[name] = int(rest.split()[0])
-    return Memory(kb["Rss"] / _MB, kb["Pss"] / _MB, (kb["Private_Clean"] + kb["Private_Dirty"]) / _MB)
+    return Memory(
+        kb["Rss"] / _MB, kb["Pss"] / _MB, (kb["Private_Clean"] + kb["Private_Dirty"]) / _MB
+    )
 
 
 @contextlib.contextmanager

@@ -25,7 +25,9 @@ class Metric:
         """Return the median with its unit, and the least and the greatest when there are several."""
         of = spread(values)
         unit = f" {self.unit}" if self.unit else ""
-        return f"{self.show(of.median)}{unit}" + (f" ({self.show(of.least)}–{self.show(of.most)})" * (len(values) > 1))
+        return f"{self.show(of.median)}{unit}" + (
+            f" ({self.show(of.least)}–{self.show(of.most)})" * (len(values) > 1)
+        )
 
 
 THROUGHPUT = Metric("throughput", "/s", 0)
@@ -92,7 +94,10 @@ def describe_ratio(ratio: Spread) -> str:
 def summary(results: Sequence[Result]) -> str:
     """Return one line for each row: its goal, and what was measured against each peer that the goal names."""
     lines = ["| row | goal | measured: median (least–greatest of the rounds) |", "|---|---|---|"]
-    lines += [f"| {each.title} (`{each.name}`) | {each.goal or '–'} | {_measured(each)} |" for each in results]
+    lines += [
+        f"| {each.title} (`{each.name}`) | {each.goal or '–'} | {_measured(each)} |"
+        for each in results
+    ]
     return "\n".join(lines)
 
 
@@ -105,7 +110,9 @@ def _measured(result: Result) -> str:
             words.append(f"{what}{describe_ratio(ratio)} {comparison.peer}")
     if not result.comparisons:
         for contestant, figures in result.samples.items():
-            shown = ", ".join(f"{metric.name} {metric.describe(values)}" for metric, values in figures.items())
+            shown = ", ".join(
+                f"{metric.name} {metric.describe(values)}" for metric, values in figures.items()
+            )
             words.append(shown if contestant == US else f"{contestant}: {shown}")
     elif FAIRNESS in result.samples.get(US, {}):
         words.append(f"fairness {FAIRNESS.describe(result.values(US, FAIRNESS))}")
@@ -117,11 +124,18 @@ def _measured(result: Result) -> str:
 
 def details(results: Sequence[Result]) -> str:
     """Return one line for each contestant of each row, with all its figures, and one for each that is missing."""
-    lines = ["| row | contestant | figures: median (least–greatest of the rounds) |", "|---|---|---|"]
+    lines = [
+        "| row | contestant | figures: median (least–greatest of the rounds) |",
+        "|---|---|---|",
+    ]
     for result in results:
-        lines += [f"| {result.name} | {_cell(who)} | {_figures(result, who)} |" for who in result.samples]
+        lines += [
+            f"| {result.name} | {_cell(who)} | {_figures(result, who)} |" for who in result.samples
+        ]
         missing = result.unmeasured.items()
-        lines += [f"| {result.name} | {_cell(who)} | not measured: {_cell(why)} |" for who, why in missing]
+        lines += [
+            f"| {result.name} | {_cell(who)} | not measured: {_cell(why)} |" for who, why in missing
+        ]
         if result.error:
             lines.append(f"| {result.name} | – | failed: {_cell(last_line(result.error))} |")
     return "\n".join(lines)
@@ -129,7 +143,9 @@ def details(results: Sequence[Result]) -> str:
 
 def _figures(result: Result, contestant: str) -> str:
     figures = result.samples[contestant].items()
-    return " · ".join(_cell(f"{metric.name} {metric.describe(values)}") for metric, values in figures)
+    return " · ".join(
+        _cell(f"{metric.name} {metric.describe(values)}") for metric, values in figures
+    )
 
 
 def _cell(text: str) -> str:
@@ -168,7 +184,10 @@ def _row(result: Result) -> dict[str, Any]:
         "goal": result.goal,
         "seconds": round(result.seconds, 1),
         "contestants": {
-            who: {metric.name: {"unit": metric.unit, "rounds": values} for metric, values in figures.items()}
+            who: {
+                metric.name: {"unit": metric.unit, "rounds": values}
+                for metric, values in figures.items()
+            }
             for who, figures in result.samples.items()
         },
         "ratios": [
@@ -176,7 +195,9 @@ def _row(result: Result) -> dict[str, Any]:
             for each, ratio in compared
             if ratio is not None
         ],
-        "latencies_ms": {who: _distribution(each) for who, each in result.latencies_ms.items() if each},
+        "latencies_ms": {
+            who: _distribution(each) for who, each in result.latencies_ms.items() if each
+        },
         "unmeasured": result.unmeasured,
         "notes": result.notes,
         "error": result.error,
@@ -184,6 +205,9 @@ def _row(result: Result) -> dict[str, Any]:
 
 
 def _distribution(latencies_ms: Sequence[float]) -> dict[str, Any]:
-    percents = {f"p{percent:g}": round(percentile(latencies_ms, percent), 4) for percent in (50, 90, 99, 99.9, 100)}
+    percents = {
+        f"p{percent:g}": round(percentile(latencies_ms, percent), 4)
+        for percent in (50, 90, 99, 99.9, 100)
+    }
     steps = [(round(value, 4), round(share, 5)) for value, share in curve(latencies_ms, 100)]
     return {"count": len(latencies_ms), **percents, "curve": steps}

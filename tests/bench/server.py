@@ -43,9 +43,13 @@ class BenchServer:
         where: dict[str, Any] = {"user": "postgres", "dbname": "postgres", "port": postgres.port}
         host: dict[str, Any] = {"host": "127.0.0.1", "password": PASSWORD}
         self.routes = {
-            "unix": Route("unix", "unix socket, trust", make_dsn(host=str(postgres.directory), **where)),
+            "unix": Route(
+                "unix", "unix socket, trust", make_dsn(host=str(postgres.directory), **where)
+            ),
             "tcp": Route("tcp", "TCP, scram", make_dsn(**host, sslmode="disable", **where)),
-            "tls": Route("tls", "TCP with TLS, scram", make_dsn(**host, sslmode="require", **where)),
+            "tls": Route(
+                "tls", "TCP with TLS, scram", make_dsn(**host, sslmode="require", **where)
+            ),
         }
         self.dsn = self.routes["unix"].dsn
         self.certificate = postgres.data_dir / "server.crt"
@@ -61,8 +65,19 @@ class BenchServer:
         owner = self.postgres.data_dir.stat()
         hba = self.postgres.data_dir / "pg_hba.conf"
         hba.write_text(_HBA)
-        make = ["openssl", "req", "-x509", "-nodes", "-subj", "/CN=localhost", "-newkey", "rsa:2048"]
-        subprocess.run([*make, "-out", self.certificate, "-keyout", self.key], check=True, capture_output=True)
+        make = [
+            "openssl",
+            "req",
+            "-x509",
+            "-nodes",
+            "-subj",
+            "/CN=localhost",
+            "-newkey",
+            "rsa:2048",
+        ]
+        subprocess.run(
+            [*make, "-out", self.certificate, "-keyout", self.key], check=True, capture_output=True
+        )
         self.key.chmod(0o600)
         for path in (self.certificate, self.key):
             os.chown(path, owner.st_uid, owner.st_gid)
@@ -100,7 +115,9 @@ class BenchServer:
 @contextlib.contextmanager
 def bench_server() -> Iterator[BenchServer]:
     """Start the server; it is gone without a trace afterwards."""
-    with EphemeralPostgres(max_connections=300, settings=_SETTINGS, tcp=True, password=PASSWORD) as postgres:
+    with EphemeralPostgres(
+        max_connections=300, settings=_SETTINGS, tcp=True, password=PASSWORD
+    ) as postgres:
         server = BenchServer(postgres)
         server.prepare()
         yield server

@@ -56,6 +56,8 @@ def curve(values: Sequence[float], points: int = 400) -> list[tuple[float, float
     if not ordered:
         return []
     half = max(1, points // 2)
-    shares = [n / half * 0.99 for n in range(1, half)] + [0.99 + n / half * 0.01 for n in range(half + 1)]
+    shares = [n / half * 0.99 for n in range(1, half)] + [
+        0.99 + n / half * 0.01 for n in range(half + 1)
+    ]
     last = len(ordered) - 1
     return [(ordered[min(last, int(share * len(ordered)))], share) for share in shares]

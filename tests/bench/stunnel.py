@@ -32,10 +32,14 @@ def find() -> str:
 def version() -> str:
     """Return the program's version, or that there is none."""
     try:
-        said = subprocess.run([find(), "-version"], capture_output=True, text=True, check=True).stderr
+        said = subprocess.run(
+            [find(), "-version"], capture_output=True, text=True, check=True
+        ).stderr
     except (Unavailable, subprocess.CalledProcessError):
         return "not installed"
-    return next((line.split()[1] for line in said.splitlines() if line.startswith("stunnel ")), "unknown")
+    return next(
+        (line.split()[1] for line in said.splitlines() if line.startswith("stunnel ")), "unknown"
+    )
 
 
 @contextlib.contextmanager

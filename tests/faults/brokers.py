@@ -39,7 +39,9 @@ class BrokerProcess:
     def launch(self) -> None:
         """Start the process; do not wait for its first word."""
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
 
     def start(self) -> "BrokerProcess":
         """Start the process and wait until it answers."""
@@ -89,7 +91,9 @@ class BrokerProcess:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-                raise AssertionError(f"the broker did not end when it was told to: {self.words()[-2000:]}") from None
+                raise AssertionError(
+                    f"the broker did not end when it was told to: {self.words()[-2000:]}"
+                ) from None
 
 
 @dataclass(slots=True)
@@ -137,7 +141,10 @@ class ReportWatch:
         """
         with self._lock:
             spans = self._spans.get(pid, [])
-            return next((s for s in spans if s.first <= at + _SEEN_S and (s.free is None or s.free > at)), None)
+            return next(
+                (s for s in spans if s.first <= at + _SEEN_S and (s.free is None or s.free > at)),
+                None,
+            )
 
     def freed(self, pid: int, at: float) -> float | None:
         """Wait until a process that was killed at `at` holds nothing any more; return when the report came that told.
@@ -148,14 +155,19 @@ class ReportWatch:
         span = self.held(pid, at)
         if span is None:
             return None
-        return wait_until(lambda: span.free, 20, f"the leases of the killed process {pid} to be free")
+        return wait_until(
+            lambda: span.free, 20, f"the leases of the killed process {pid} to be free"
+        )
 
     def __enter__(self) -> "ReportWatch":
         self._thread.start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._stop_asked.set()
         self._thread.join()

@@ -34,7 +34,9 @@ def pytest_report_header() -> str | None:
     """Tell how long the long version takes."""
     if not LONG:
         return None
-    return f"fault rows, long: about {LONG_MINUTES} minutes, and a soak of {SOAK_S / 60:.3g} minutes"
+    return (
+        f"fault rows, long: about {LONG_MINUTES} minutes, and a soak of {SOAK_S / 60:.3g} minutes"
+    )
 
 
 @pytest.fixture(params=["", "role limit"], ids=["counted", "role-limit"])

@@ -34,7 +34,9 @@ _numbers = count(1)
 class Environment:
     """One test's world. `judge` ends it; every oracle must have agreed by then."""
 
-    def __init__(self, server: EphemeralPostgres, row: Row, *, role_limit: bool, directory: Path) -> None:
+    def __init__(
+        self, server: EphemeralPostgres, row: Row, *, role_limit: bool, directory: Path
+    ) -> None:
         self.server = server
         self.row = row
         self.directory = directory
@@ -45,27 +47,40 @@ class Environment:
         self.sampler = RoleSampler(server.dsn, self.role)
         self.address = f"ipc://{directory}/broker.sock"
         self.broker = BrokerProcess(
-            self.address, directory / "broker.log", max_conn=MAX_CONN, ttl=TTL_S, dsn=server.dsn, drain_timeout=3
+            self.address,
+            directory / "broker.log",
+            max_conn=MAX_CONN,
+            ttl=TTL_S,
+            dsn=server.dsn,
+            drain_timeout=3,
         )
         self.crew: WorkerFleet | None = None
         self.max_conn = MAX_CONN
-        self.pools_elsewhere = False  # a pooler has backends of its own, and lends them to one worker after another
+        self.pools_elsewhere = (
+            False  # a pooler has backends of its own, and lends them to one worker after another
+        )
 
     def _create(self, role_limit: bool) -> None:
         limit = MAX_CONN if role_limit else -1
         role = sql.Identifier(self.role)
         with self.admin() as cursor:
-            cursor.execute(sql.SQL("CREATE ROLE {} LOGIN CONNECTION LIMIT {}").format(role, sql.Literal(limit)))
+            cursor.execute(
+                sql.SQL("CREATE ROLE {} LOGIN CONNECTION LIMIT {}").format(role, sql.Literal(limit))
+            )
             cursor.execute(sql.SQL("CREATE DATABASE {} OWNER {}").format(role, role))
         with self.admin(self.role) as cursor:
-            cursor.execute("CREATE TABLE account (id int PRIMARY KEY, balance bigint NOT NULL DEFAULT 0)")
+            cursor.execute(
+                "CREATE TABLE account (id int PRIMARY KEY, balance bigint NOT NULL DEFAULT 0)"
+            )
             cursor.execute("INSERT INTO account SELECT generate_series(0, 99)")
             cursor.execute(sql.SQL("GRANT ALL ON account TO {}").format(role))
 
     @contextmanager
     def admin(self, database: str = "postgres") -> Iterator[extensions.cursor]:
         """Have a cursor of the superuser's, in autocommit mode."""
-        connection = psycopg2.connect(self.server.dsn, dbname=database, application_name="fault observer")
+        connection = psycopg2.connect(
+            self.server.dsn, dbname=database, application_name="fault observer"
+        )
         connection.autocommit = True
         try:
             with connection.cursor() as cursor:
@@ -73,13 +88,22 @@ class Environment:
         finally:
             connection.close()
 
-    def open(self, address: str | None = None, config: dict[str, Any] | None = None, **habits: Any) -> WorkerFleet:
+    def open(
+        self, address: str | None = None, config: dict[str, Any] | None = None, **habits: Any
+    ) -> WorkerFleet:
         """Start sampler, broker and the nursery of the workers; the workers themselves are the test's to start."""
         self.sampler.start()
         self.broker.start()
-        settings = {"broker": address or self.address, "dsn": self.dsn, "name": POOL, "max_conn": MAX_CONN}
+        settings = {
+            "broker": address or self.address,
+            "dsn": self.dsn,
+            "name": POOL,
+            "max_conn": MAX_CONN,
+        }
         settings["handover"] = HANDOVER
-        self.crew = WorkerFleet(self.directory / "crew", self.row.seed, settings | (config or {}), **habits)
+        self.crew = WorkerFleet(
+            self.directory / "crew", self.row.seed, settings | (config or {}), **habits
+        )
         return self.crew
 
     # --- what was seen
@@ -119,18 +143,28 @@ class Environment:
         state = self.broker.report()
         crew.dismiss()
         found = self.checkouts()
-        wait_until(lambda: self.backends() == 0, 10, "the backends of the workers that have left to be gone")
+        wait_until(
+            lambda: self.backends() == 0,
+            10,
+            "the backends of the workers that have left to be gone",
+        )
         self.sampler.stop()
         killed = {str(number): at for number, at in crew.killed.items()}
         depth = self.log.depth(self.role)
         seen = Evidence(self.max_conn, depth, self.sampler.peak, found, killed, took, took_s)
-        row.peak_by_log, row.peak_by_sampler, row.backends = depth.peak, self.sampler.peak, depth.backends
+        row.peak_by_log, row.peak_by_sampler, row.backends = (
+            depth.peak,
+            self.sampler.peak,
+            depth.backends,
+        )
         row.overshoot, row.leaked, row.double_use = seen.overshoot, seen.leaked, seen.double_use
         row.all_within_s = took_s
         row.moves = moves(found)
         row.checkouts = sum(checkout.backend is not None for checkout in found)
         row.errors = merge_counts(failures(found))
-        late = [c for c in found if c.answered is not None and c.timeout > 0 and c.lateness > LATE_S]
+        late = [
+            c for c in found if c.answered is not None and c.timeout > 0 and c.lateness > LATE_S
+        ]
         row.figures["late answers"] = len(late)
         if HANDOVER == "off" and not self.pools_elsewhere:
             assert not row.moves, "a connection has moved between workers"
@@ -146,7 +180,9 @@ class Environment:
         self.sampler.stop()
         self.broker.stop()
         with self.admin() as cursor:
-            cursor.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(self.role)))
+            cursor.execute(
+                sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(self.role))
+            )
 
 
 def _first_traceback(said: str) -> str:
@@ -165,6 +201,8 @@ def environment(server: EphemeralPostgres, row: Row, *, role_limit: bool) -> Ite
         yield world
     finally:
         row.figures["duration_s"] = round(time.monotonic() - started, 1)
-        print(f"the broker's last words:\n{world.broker.words()[-6000:]}")  # pytest shows it when the test fails
+        print(
+            f"the broker's last words:\n{world.broker.words()[-6000:]}"
+        )  # pytest shows it when the test fails
         world.close()
         shutil.rmtree(directory, ignore_errors=True)

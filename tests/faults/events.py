@@ -32,7 +32,9 @@ class Checkout:
     failure: str = ""
     text: str = ""
     dirty: bool = False
-    errors: list[tuple[float, str, str]] = field(default_factory=list)  # when, first or later, class and text
+    errors: list[tuple[float, str, str]] = field(
+        default_factory=list
+    )  # when, first or later, class and text
 
     @property
     def waited(self) -> float:
@@ -115,13 +117,17 @@ def _of_one(worker: str, events: Iterable[Event]) -> Iterator[Checkout]:
             last.errors.append((at, words[0], " ".join(words[1:])))
         elif kind == "in":
             ended = held.pop(words[0], None)
-            if ended is None and words[0] == "0" and len(held) == 1:  # a broken connection has no pid any more
+            if (
+                ended is None and words[0] == "0" and len(held) == 1
+            ):  # a broken connection has no pid any more
                 _, ended = held.popitem()
             if ended is not None:
                 ended.end = at
 
 
-def overlaps(found: Iterable[Checkout], killed: Mapping[str, float]) -> list[tuple[Checkout, Checkout]]:
+def overlaps(
+    found: Iterable[Checkout], killed: Mapping[str, float]
+) -> list[tuple[Checkout, Checkout]]:
     """Return the pairs of checkouts that had the same backend at the same time.
 
     A checkout without an end lasted until its worker was killed, or to the end of the test.
@@ -129,7 +135,11 @@ def overlaps(found: Iterable[Checkout], killed: Mapping[str, float]) -> list[tup
     by_backend: dict[tuple[str, str], list[tuple[float, float, Checkout]]] = defaultdict(list)
     for checkout in found:
         if checkout.backend is not None and checkout.answered is not None:
-            end = checkout.end if checkout.end is not None else killed.get(checkout.worker, float("inf"))
+            end = (
+                checkout.end
+                if checkout.end is not None
+                else killed.get(checkout.worker, float("inf"))
+            )
             by_backend[checkout.backend].append((checkout.answered, end, checkout))
     pairs = []
     for spans in by_backend.values():
@@ -144,7 +154,9 @@ def moves(found: Iterable[Checkout]) -> int:
     """Count how often a backend went from one worker to another: a hand-over, and nothing else, does that."""
     users: dict[tuple[str, str], str] = {}
     moved = 0
-    for checkout in sorted((c for c in found if c.answered is not None), key=lambda c: c.answered or 0.0):
+    for checkout in sorted(
+        (c for c in found if c.answered is not None), key=lambda c: c.answered or 0.0
+    ):
         if checkout.backend is not None:
             moved += users.get(checkout.backend, checkout.worker) != checkout.worker
             users[checkout.backend] = checkout.worker

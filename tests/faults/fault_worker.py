@@ -52,7 +52,10 @@ class Worker:
         self.note("born", os.getpid())
 
     def note(self, kind: str, *words: object) -> None:
-        os.write(self.file, f"{time.monotonic():.6f} {kind} {' '.join(str(word) for word in words)}\n".encode())
+        os.write(
+            self.file,
+            f"{time.monotonic():.6f} {kind} {' '.join(str(word) for word in words)}\n".encode(),
+        )
 
     def make_factory(self) -> type[extensions.connection]:
         worker = self
@@ -63,7 +66,9 @@ class Worker:
             def __init__(self, *args: Any, **keywords: Any) -> None:
                 worker.note("connecting")
                 if worker.order == "d":
-                    threading.Thread(target=worker.die, args=[worker.random.uniform(0, 0.006)]).start()
+                    threading.Thread(
+                        target=worker.die, args=[worker.random.uniform(0, 0.006)]
+                    ).start()
                 super().__init__(*args, **keywords)
 
         return Noting
@@ -78,8 +83,20 @@ class Worker:
         return chr(self.orders[self.number])
 
     def obey(self) -> None:
-        ways = {"r": self.transact, "d": self.transact, "p": self.pause, "h": self.hold, "i": self.lie_idle}
-        ways |= {"q": self.query_long, "a": self.take_all, "f": self.fork, "F": self.fork, "c": self.probe}
+        ways = {
+            "r": self.transact,
+            "d": self.transact,
+            "p": self.pause,
+            "h": self.hold,
+            "i": self.lie_idle,
+        }
+        ways |= {
+            "q": self.query_long,
+            "a": self.take_all,
+            "f": self.fork,
+            "F": self.fork,
+            "c": self.probe,
+        }
         ways |= {"e": self.meet_expiry, "k": self.fill, "1": self.ask_one, "s": self.tell_state}
         while os.getppid() == settings["nursery"] and (order := self.order) != "x":
             ways[order]()
@@ -94,7 +111,9 @@ class Worker:
     # --- checkouts
 
     @contextmanager
-    def checkout(self, timeout: float, close: bool = False) -> Iterator[extensions.connection | None]:
+    def checkout(
+        self, timeout: float, close: bool = False
+    ) -> Iterator[extensions.connection | None]:
         """Check a connection out and in, noting both; None when there was none to be had."""
         conn = self.get(timeout)
         try:
@@ -108,7 +127,12 @@ class Worker:
         try:
             conn = self.pool.get_conn(timeout=timeout)
         except Exception as error:
-            self.note("fail", type(error).__name__, getattr(error, "pgcode", None), " ".join(str(error).split())[:300])
+            self.note(
+                "fail",
+                type(error).__name__,
+                getattr(error, "pgcode", None),
+                " ".join(str(error).split())[:300],
+            )
             return None
         # psycopg2 has an opinion of its own on whether a transaction is open: with a wrong one it sends no BEGIN.
         dirty = conn.get_transaction_status() != extensions.TRANSACTION_STATUS_IDLE
@@ -153,7 +177,9 @@ class Worker:
         rng = self.random
         timeout = rng.choice(settings.get("timeouts", [0, 0.05, 1, 3, 10]))
         how = rng.random()
-        with self.checkout(timeout, close=how < settings.get("discard", 0.1) or self.order == "d") as conn:
+        with self.checkout(
+            timeout, close=how < settings.get("discard", 0.1) or self.order == "d"
+        ) as conn:
             if conn is not None and self.run(conn, "first", "SELECT 1"):
                 self.work(conn, how)
         time.sleep(rng.uniform(0, settings.get("think", 0.06)))  # thinks
@@ -190,7 +216,9 @@ class Worker:
                 self.note("holds")
                 while self.order == "h" and os.getppid() == settings["nursery"]:
                     time.sleep(POLL_S)  # polls its orders
-                    if not self.run(conn, "later", "SELECT 1") or (between and not self.commit(conn)):
+                    if not self.run(conn, "later", "SELECT 1") or (
+                        between and not self.commit(conn)
+                    ):
                         break
         self.note("held")
         self.wait_while("h")
@@ -217,7 +245,10 @@ class Worker:
         started = time.monotonic()
         count = settings["config"]["max_conn"]
         taken = []
-        while len(taken) < count and (left := started + settings.get("all_within", 10) - time.monotonic()) > 0:
+        while (
+            len(taken) < count
+            and (left := started + settings.get("all_within", 10) - time.monotonic()) > 0
+        ):
             if (conn := self.get(left)) is not None:
                 self.run(conn, "first", "SELECT 1")
                 taken.append(conn)
@@ -240,7 +271,11 @@ class Worker:
 
     def fill(self) -> None:
         """k: once: have all of the pool's connections lie idle in this process."""
-        taken = [conn for _ in range(settings["config"]["max_conn"]) if (conn := self.get(30)) is not None]
+        taken = [
+            conn
+            for _ in range(settings["config"]["max_conn"])
+            if (conn := self.get(30)) is not None
+        ]
         for conn in taken:
             self.put(conn)
         self.note("filled", len(taken))
@@ -363,7 +398,9 @@ def note_start(conn: Any) -> None:
     And what pid it has: behind a pooler libpq has been told another.
     """
     with conn.cursor() as cursor:
-        cursor.execute("SELECT pid, extract(epoch FROM backend_start) FROM pg_stat_get_activity(pg_backend_pid())")
+        cursor.execute(
+            "SELECT pid, extract(epoch FROM backend_start) FROM pg_stat_get_activity(pg_backend_pid())"
+        )
         conn.server_pid, conn.started = cursor.fetchone()
     conn.rollback()
 
@@ -387,7 +424,9 @@ def be_worker(number: int) -> None:
 
 def main() -> None:
     settings["nursery"] = os.getpid()
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # children of killed workers become ours, to be reaped
+    ctypes.CDLL(None).prctl(
+        PR_SET_CHILD_SUBREAPER, 1
+    )  # children of killed workers become ours, to be reaped
     pending = b""
     print("ready", flush=True)
     while chunk := os.read(0, 4096):

@@ -45,7 +45,9 @@ def violations(seen: Evidence, within_s: float) -> list[str]:
     lent = {checkout.backend for checkout in seen.found if checkout.backend is not None}
     wrong = []
     if seen.overshoot:
-        wrong.append(f"more than {seen.max_conn} backends: {seen.log.at_peak}, sampler {seen.sampled_peak}")
+        wrong.append(
+            f"more than {seen.max_conn} backends: {seen.log.at_peak}, sampler {seen.sampled_peak}"
+        )
     if seen.leaked:
         wrong.append(f"only {seen.took} of {seen.max_conn} slots could be had")
     if seen.took_s > within_s:
@@ -67,4 +69,8 @@ def violations(seen: Evidence, within_s: float) -> list[str]:
 
 
 def _hung(found: Iterable[Checkout], killed: Mapping[str, float]) -> list[Checkout]:
-    return [checkout for checkout in found if checkout.answered is None and checkout.worker not in killed]
+    return [
+        checkout
+        for checkout in found
+        if checkout.answered is None and checkout.worker not in killed
+    ]

@@ -30,7 +30,9 @@ class Proxy:
         self._rng = random.Random(seed)
         self._bad = True
         self._stop_asked = False
-        self._on_its_way: list[tuple[float, int, bool, bytes, bytes]] = []  # due, serial, to the broker?, worker, frame
+        self._on_its_way: list[
+            tuple[float, int, bool, bytes, bytes]
+        ] = []  # due, serial, to the broker?, worker, frame
         self._serial = 0
         self._context = zmq.Context()
         self._thread = threading.Thread(target=self._run, name="proxy")
@@ -45,7 +47,9 @@ class Proxy:
         front = self._context.socket(zmq.ROUTER)
         dealers: dict[bytes, zmq.Socket[bytes]] = {}
         try:
-            front.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker that reconnects replaces its old connection
+            front.setsockopt(
+                zmq.ROUTER_HANDOVER, 1
+            )  # a worker that reconnects replaces its old connection
             front.setsockopt(zmq.LINGER, 0)
             mask = os.umask(0o177)
             front.bind(self.address)
@@ -92,7 +96,9 @@ class Proxy:
             due = time.monotonic() + (self._rng.uniform(0, LATE_S) if self._bad else 0.0)
             heapq.heappush(self._on_its_way, (due, self._serial, to_broker, worker, frame))
 
-    def _deliver(self, front: "zmq.Socket[bytes]", dealers: "dict[bytes, zmq.Socket[bytes]]") -> None:
+    def _deliver(
+        self, front: "zmq.Socket[bytes]", dealers: "dict[bytes, zmq.Socket[bytes]]"
+    ) -> None:
         while self._on_its_way and self._on_its_way[0][0] <= time.monotonic():
             _, _, to_broker, worker, frame = heapq.heappop(self._on_its_way)
             if to_broker:
@@ -106,7 +112,10 @@ class Proxy:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._stop_asked = True
         self._thread.join()

@@ -17,7 +17,10 @@ def load(directory: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the variants of every row, in the table's order."""
     found = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
     names = sorted({row["name"] for row in found}, key=lambda name: (*ORDER, name).index(name))
-    return {name: sorted((r for r in found if r["name"] == name), key=lambda r: r["variant"]) for name in names}
+    return {
+        name: sorted((r for r in found if r["name"] == name), key=lambda r: r["variant"])
+        for name in names
+    }
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
@@ -25,8 +28,12 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     lines = ["| fault | goal | measured | overshoot | leaked slots |", "|---|---|---|---|---|"]
     for variants in rows.values():
         worse = max(variants, key=lambda row: (not row["passed"], row["worst"]))
-        overshoot, leaked = (_worst([row[what] for row in variants]) for what in ("overshoot", "leaked"))
-        lines.append(f"| {worse['fault']} | {worse['goal']} | {_measured(worse)} | {overshoot} | {leaked} |")
+        overshoot, leaked = (
+            _worst([row[what] for row in variants]) for what in ("overshoot", "leaked")
+        )
+        lines.append(
+            f"| {worse['fault']} | {worse['goal']} | {_measured(worse)} | {overshoot} | {leaked} |"
+        )
     return "\n".join(lines)
 
 
@@ -45,7 +52,9 @@ def footnotes(rows: dict[str, list[dict[str, Any]]]) -> str:
     ]
     both = [name for name, variants in rows.items() if len(variants) > 1]
     if both:
-        lines.append(f"Also with PostgreSQL's own limit on the role, the worse figure shown: {', '.join(both)}.")
+        lines.append(
+            f"Also with PostgreSQL's own limit on the role, the worse figure shown: {', '.join(both)}."
+        )
     modes = " and ".join(sorted({row["handover"] for row in every}))
     lines.append(
         f"Hand-over {modes}: a backend went from one worker to another {sum(r['moves'] for r in every)} times."

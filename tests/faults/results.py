@@ -46,7 +46,9 @@ class Row:
     long: bool = LONG
     passed: bool = False
     measured: str = ""
-    worst: float = 0.0  # the figure that the goal is about: of two variants, the greater is reported
+    worst: float = (
+        0.0  # the figure that the goal is about: of two variants, the greater is reported
+    )
     overshoot: int | None = None
     peak_by_log: int | None = None
     peak_by_sampler: int | None = None

@@ -33,7 +33,9 @@ class RoleSampler:
         """Wait until there are `count` backends at once; return when that was seen."""
         self._count = count
         self._awaited.clear()
-        assert self._awaited.wait(timeout_s), f"only {self.now} of {count} backends after {timeout_s:g} s"
+        assert self._awaited.wait(timeout_s), (
+            f"only {self.now} of {count} backends after {timeout_s:g} s"
+        )
         return self._seen
 
     def _run(self) -> None:
@@ -45,12 +47,16 @@ class RoleSampler:
                 self._stop_asked.wait(0.01)  # the server is away
 
     def _sample(self) -> None:
-        connection = psycopg2.connect(self._dsn, application_name="fault sampler", connect_timeout=5)
+        connection = psycopg2.connect(
+            self._dsn, application_name="fault sampler", connect_timeout=5
+        )
         try:
             connection.autocommit = True
             with connection.cursor() as cursor:
                 while not self._stop_asked.wait(self._every_s):
-                    cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE usename = %s", [self._role])
+                    cursor.execute(
+                        "SELECT count(*) FROM pg_stat_activity WHERE usename = %s", [self._role]
+                    )
                     (self.now,) = cursor.fetchone() or (0,)
                     self.peak = max(self.peak, self.now)
                     self.samples += 1

@@ -10,7 +10,9 @@ from pathlib import Path
 
 # For EphemeralPostgres(settings=...): milliseconds, process, user.
 SETTINGS = {"log_connections": "on", "log_disconnections": "on", "log_line_prefix": "%n %p [%u] "}
-_LINE = re.compile(r"(?P<at>\d+\.\d+) (?P<pid>\d+) \[(?P<user>[^\]]*)\] (?P<level>[A-Z]+):  (?P<text>.*)")
+_LINE = re.compile(
+    r"(?P<at>\d+\.\d+) (?P<pid>\d+) \[(?P<user>[^\]]*)\] (?P<level>[A-Z]+):  (?P<text>.*)"
+)
 # A backend that was authorized, but did not come to note its disconnection.
 _REFUSED = re.compile(
     r"too many|remaining connection slots|is starting up|is shutting down|recovery mode|not accepting"
@@ -25,7 +27,9 @@ class Depth:
     backends: int = 0
     alive: set[int] = field(default_factory=set)
     refused: list[float] = field(default_factory=list)
-    ended: dict[int, list[float]] = field(default_factory=dict)  # pid -> when; a pid may be used again
+    ended: dict[int, list[float]] = field(
+        default_factory=dict
+    )  # pid -> when; a pid may be used again
     at_peak: str = ""
 
     def ended_at(self, pid: int, start: float) -> float | None:

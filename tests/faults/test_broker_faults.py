@@ -48,13 +48,21 @@ def test_a_killed_broker_breaks_nothing_and_is_back_soon(field: Environment, row
     broken = [error for checkout in found for error in checkout.errors]
     row.figures |= {"service back": spread(back), "broken": len(broken)}
     row.worst = percentile(back, 99)
-    row.measured = f"{row.faults} kills; failed statements {len(broken)}; service back {spread(back)}"
+    row.measured = (
+        f"{row.faults} kills; failed statements {len(broken)}; service back {spread(back)}"
+    )
     assert not broken, f"statements failed: {broken[:5]}"
     assert percentile(back, 99) <= TTL_S + scale(3.0, 1.0)
 
 
-@pytest.mark.row("broker-sigstop", "broker SIGSTOPped for 10 s", "`get_conn` raises within 100 ms of its deadline")
-def test_get_conn_keeps_its_deadline_while_the_broker_is_frozen(field: Environment, row: Row) -> None:
+@pytest.mark.row(
+    "broker-sigstop",
+    "broker SIGSTOPped for 10 s",
+    "`get_conn` raises within 100 ms of its deadline",
+)
+def test_get_conn_keeps_its_deadline_while_the_broker_is_frozen(
+    field: Environment, row: Row
+) -> None:
     """Late: by how much an answer came after the caller's own deadline, of those due while the broker was frozen."""
     crew = field.open(timeouts=[0.05, 0.3, 1, 2])
     crew.start(WORKERS)
@@ -62,7 +70,9 @@ def test_get_conn_keeps_its_deadline_while_the_broker_is_frozen(field: Environme
     for _ in range(scale(1, 3)):
         stopped = time.monotonic()
         field.broker.signal(signal.SIGSTOP)
-        wait_until(lambda since=stopped: time.monotonic() - since > scale(3.5, 10), 20)  # frozen for so long
+        wait_until(
+            lambda since=stopped: time.monotonic() - since > scale(3.5, 10), 20
+        )  # frozen for so long
         field.broker.signal(signal.SIGCONT)
         thawed = time.monotonic()
         row.faults += 1
@@ -80,7 +90,11 @@ def test_get_conn_keeps_its_deadline_while_the_broker_is_frozen(field: Environme
     assert max(late) <= scale(1.0, 0.1)
 
 
-@pytest.mark.row("second-broker", "second broker started on the same address, 100 times", "refused 100 % within 1 s")
+@pytest.mark.row(
+    "second-broker",
+    "second broker started on the same address, 100 times",
+    "refused 100 % within 1 s",
+)
 def test_a_second_broker_on_the_same_address_is_refused(field: Environment, row: Row) -> None:
     """Within: from the start of the `sharedpool broker` process to its exit with status 1, interpreter included."""
     crew = field.open()
@@ -89,7 +103,11 @@ def test_a_second_broker_on_the_same_address_is_refused(field: Environment, row:
     for _ in range(scale(3, 100)):
         started = time.monotonic()
         done = subprocess.run(
-            field.broker.command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30
+            field.broker.command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=30,
         )
         took.append(time.monotonic() - started)
         texts.append(done.stderr)

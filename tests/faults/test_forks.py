@@ -18,9 +18,13 @@ ORDERS_IN_A_ROUND = 2
 
 
 @pytest.mark.row(
-    "fork", "fork while idle / while holding; parent killed, child lives on", "parent unharmed; slots back ≤ 0.5 s"
+    "fork",
+    "fork while idle / while holding; parent killed, child lives on",
+    "parent unharmed; slots back ≤ 0.5 s",
 )
-def test_forks_harm_no_parent_and_keep_no_slot_of_a_killed_one(field: Environment, row: Row) -> None:
+def test_forks_harm_no_parent_and_keep_no_slot_of_a_killed_one(
+    field: Environment, row: Row
+) -> None:
     """Slot back: from the parent's SIGKILL until the first report of the broker has come that shows no lease of it.
 
     The child that lives on is one that has used the pool, or one forked behind Python's back (no fork hooks), which
@@ -38,11 +42,15 @@ def test_forks_harm_no_parent_and_keep_no_slot_of_a_killed_one(field: Environmen
             children = [int(fork.words[0]) for fork in forks]
             for child in children:
                 crew.adopt(child)
-            crew.wait_for([f"{n}-{child}" for n, child in zip(parents, children, strict=True)], "lives")
+            crew.wait_for(
+                [f"{n}-{child}" for n, child in zip(parents, children, strict=True)], "lives"
+            )
             let_pass(rng.uniform(0, 0.2))  # killed at a random moment
             for number, fork, child in zip(parents, forks, children, strict=True):
                 pid = crew.pid(number)
-                if fork.words[2] == "holding":  # an idle one may have been recalled meanwhile: others wait
+                if (
+                    fork.words[2] == "holding"
+                ):  # an idle one may have been recalled meanwhile: others wait
                     wait_until(lambda p=pid: watch.held(p), 10, "the parent's lease in a report")
                 at = crew.kill(number)
                 freed = watch.freed(pid, at)
@@ -55,7 +63,12 @@ def test_forks_harm_no_parent_and_keep_no_slot_of_a_killed_one(field: Environmen
             for number, child in zip(parents, children, strict=True):
                 assert crew.bid_farewell(number, child) == 0, crew.errors()
     found = field.judge()
-    noted = [event for events in field.events().values() for event in events if event.kind in ("reaped", "stole")]
+    noted = [
+        event
+        for events in field.events().values()
+        for event in events
+        if event.kind in ("reaped", "stole")
+    ]
     ends = [event for event in noted if event.kind == "reaped"]
     stolen = [event for event in noted if event.kind == "stole"]
     broken = [error for checkout in found for error in checkout.errors]

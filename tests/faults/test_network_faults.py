@@ -17,7 +17,9 @@ NO_WAIT_S = 5.0
     "proxy", "message proxy: 10 % dropped, 10 % doubled, 0-2 s late, reordered",
     "everything finishes or times out as asked",
 )  # fmt: skip
-def test_everybody_is_served_or_refused_in_time_on_a_bad_network(field: Environment, row: Row) -> None:
+def test_everybody_is_served_or_refused_in_time_on_a_bad_network(
+    field: Environment, row: Row
+) -> None:
     """Late: by how much a refusal came after the caller's own deadline.
 
     A worker of which nothing was heard for a TTL may lose what it holds to one that waits: loudly, so statements may
@@ -37,7 +39,12 @@ def test_everybody_is_served_or_refused_in_time_on_a_bad_network(field: Environm
     late = [c.lateness for c in refused if c.timeout]
     unasked = [c.waited for c in refused if not c.timeout]
     broken = [error for checkout in found for error in checkout.errors]
-    row.figures |= {"messages": fates, "late": spread(late), "without a wait": spread(unasked), "broken": len(broken)}
+    row.figures |= {
+        "messages": fates,
+        "late": spread(late),
+        "without a wait": spread(unasked),
+        "broken": len(broken),
+    }
     row.worst = max(late, default=0.0)
     row.measured = (
         f"{sum(fates.values())} messages, {fates.get('dropped', 0)} lost, {fates.get('doubled', 0)} doubled;"

@@ -73,7 +73,9 @@ def _life(begin: float, end: float | None, pid: str = "50", start: str = "1.0") 
 def test_two_checkouts_of_one_backend_at_a_time_overlap() -> None:
     assert len(overlaps(checkouts({"1": _life(1, 3), "2": _life(2, 4)}), {})) == 1
     assert not overlaps(checkouts({"1": _life(1, 2), "2": _life(2, 4)}), {})
-    assert not overlaps(checkouts({"1": _life(1, 3), "2": _life(2, 4, start="9.0")}), {})  # the pid came again
+    assert not overlaps(
+        checkouts({"1": _life(1, 3), "2": _life(2, 4, start="9.0")}), {}
+    )  # the pid came again
 
 
 def test_a_backend_that_two_workers_used_has_moved() -> None:
@@ -111,7 +113,9 @@ def test_a_run_that_kept_every_promise_is_found_good() -> None:
 
 
 def test_an_eleventh_backend_in_the_log_is_an_overshoot(tmp_path: Path) -> None:
-    connects = [f"2.{pid} {pid} [app] LOG:  connection authorized: user=app" for pid in range(11, 22)]
+    connects = [
+        f"2.{pid} {pid} [app] LOG:  connection authorized: user=app" for pid in range(11, 22)
+    ]
     seen = _evidence(log=_log(tmp_path / "log", *connects).depth("app"))
     (wrong,) = violations(seen, 2.0)
     assert seen.overshoot == 1
@@ -125,7 +129,14 @@ def test_an_eleventh_backend_in_the_log_is_an_overshoot(tmp_path: Path) -> None:
         ({"took": 9}, "only 9 of 10 slots"),
         ({"took_s": 2.1}, "all slots only after 2.10 s"),
         ({"found": checkouts({"1": _life(1, 3), "2": _life(2, 4)})}, "used twice at a time"),
-        ({"found": checkouts({"1": [Event(1, "ask", ("1",)), Event(2, "out", ("50", "1.0", "2"))]})}, "transaction"),
+        (
+            {
+                "found": checkouts(
+                    {"1": [Event(1, "ask", ("1",)), Event(2, "out", ("50", "1.0", "2"))]}
+                )
+            },
+            "transaction",
+        ),
         ({"found": checkouts({"1": [*_life(1, 2), Event(3, "ask", ("1",))]})}, "never answered"),
         ({"found": []}, "nobody was lent anything"),
         ({"log": Depth()}, "the log tells of 0 backends"),
@@ -142,7 +153,9 @@ def test_a_question_of_a_killed_worker_need_not_be_answered() -> None:
     assert violations(_evidence(found=found, killed={"1": 3.5}), 2.0) == []
 
 
-def test_the_servers_own_log_and_list_show_one_backend_too_many(logging_postgres: EphemeralPostgres) -> None:
+def test_the_servers_own_log_and_list_show_one_backend_too_many(
+    logging_postgres: EphemeralPostgres,
+) -> None:
     """The real server's words, that the log's oracle reads them as they are."""
     log = ServerLog(logging_postgres.log_path)
     sampler = RoleSampler(logging_postgres.dsn, "greedy")
@@ -164,7 +177,9 @@ def test_the_servers_own_log_and_list_show_one_backend_too_many(logging_postgres
 
 
 def _report(directory: Path, **row: Any) -> tuple[str, int]:
-    (directory / f"{row['variant']}.json").write_text(json.dumps(asdict(replace(Row("x", "f", "g", "", 1), **row))))
+    (directory / f"{row['variant']}.json").write_text(
+        json.dumps(asdict(replace(Row("x", "f", "g", "", 1), **row)))
+    )
     command = [sys.executable, report.__file__, str(directory)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     return done.stdout, done.returncode

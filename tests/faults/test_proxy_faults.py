@@ -43,7 +43,9 @@ KINDS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=["a control connection by the proxy", "a direct one"], ids=["proxied", "direct"])
+@pytest.fixture(
+    params=["a control connection by the proxy", "a direct one"], ids=["proxied", "direct"]
+)
 def variant(request: pytest.FixtureRequest) -> str:
     """How the broker's control connection goes."""
     return str(request.param)
@@ -57,7 +59,9 @@ def field(logging_postgres: EphemeralPostgres, row: Row) -> Iterator[Environment
 
 
 @pytest.mark.parametrize("start", KINDS)
-def test_the_limit_holds_behind_a_proxy(start: Proxy, field: Environment, row: Row, variant: str) -> None:
+def test_the_limit_holds_behind_a_proxy(
+    start: Proxy, field: Environment, row: Row, variant: str
+) -> None:
     """Workers close many connections, are killed while idle or in a query, and have long queries, in which HAProxy
     closes both sides. Slot back: as in the row of killed workers.
     """
@@ -68,14 +72,19 @@ def test_the_limit_holds_behind_a_proxy(start: Proxy, field: Environment, row: R
         options = {"max_conn": MAX_CONN, "ttl": TTL_S, "dsn": control, "drain_timeout": 3}
         field.broker = BrokerProcess(field.address, field.directory / "broker.log", **options)
         crew = field.open(
-            config={"dsn": make_dsn(dsn, user=field.role, dbname=field.role)}, discard=0.4, think=0.02, long_query=1.5
+            config={"dsn": make_dsn(dsn, user=field.role, dbname=field.role)},
+            discard=0.4,
+            think=0.02,
+            long_query=1.5,
         )
         crew.start(WORKERS)
         kills: list[tuple[int, float]] = []
         spared: set[int] = set()
         with ReportWatch(field.address) as watch:
             for step in range(scale(5, 32)):
-                number = rng.choice(sorted(crew.alive.keys() - spared))  # one has not seen yet that it may go on
+                number = rng.choice(
+                    sorted(crew.alive.keys() - spared)
+                )  # one has not seen yet that it may go on
                 since, pid = time.monotonic(), crew.pid(number)
                 order, sign = ("q", "queries") if step % 4 else ("i", "idle")
                 crew.order([number], order)

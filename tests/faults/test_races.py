@@ -14,7 +14,9 @@ MEETING = 5
 
 
 @pytest.mark.row("expiry", "checkin within ±5 ms of expiry, 10⁴ times", "double use 0")
-def test_a_connection_that_expires_at_its_checkout_is_closed_or_lent_not_both(field: Environment, row: Row) -> None:
+def test_a_connection_that_expires_at_its_checkout_is_closed_or_lent_not_both(
+    field: Environment, row: Row
+) -> None:
     """One meeting: a checkin within 5 ms of another connection's expiry, then a checkout within 5 ms of its own.
 
     A connection that the pool closes while it is lent out fails its statements; one lent twice overlaps.
@@ -22,7 +24,11 @@ def test_a_connection_that_expires_at_its_checkout_is_closed_or_lent_not_both(fi
     goal = scale(1000, 10_000)
     crew = field.open(config={"expiration": EXPIRATION_S})
     crew.start(MEETING, "e")
-    wait_until(lambda: sum(crew.tally(n, "met") for n in range(MEETING)) >= goal, scale(60, 800), f"{goal} meetings")
+    wait_until(
+        lambda: sum(crew.tally(n, "met") for n in range(MEETING)) >= goal,
+        scale(60, 800),
+        f"{goal} meetings",
+    )
     found = field.judge()
     row.faults = sum(crew.tally(number, "met") for number in range(MEETING))
     broken = [error for checkout in found for error in checkout.errors]
@@ -35,7 +41,9 @@ def test_a_connection_that_expires_at_its_checkout_is_closed_or_lent_not_both(fi
     assert not failed, failed[:5]
 
 
-@pytest.mark.row("recall", "one process idle on all 10, another asks, 10³ times", "recall p99 ≤ 20 ms")
+@pytest.mark.row(
+    "recall", "one process idle on all 10, another asks, 10³ times", "recall p99 ≤ 20 ms"
+)
 def test_a_connection_idle_elsewhere_is_recalled_at_once(field: Environment, row: Row) -> None:
     """Recall: the whole `get_conn` of the one who asks: the request, the recall, the close, the grant and the connect.
 

@@ -24,12 +24,15 @@ def dead_handed_out(found: list[Checkout], gone: dict[tuple[str, str], float]) -
     return [
         checkout
         for checkout in found
-        if checkout.backend is not None and checkout.asked >= gone.get(checkout.backend, never) + CONFIRMED_S
+        if checkout.backend is not None
+        and checkout.asked >= gone.get(checkout.backend, never) + CONFIRMED_S
     ]
 
 
 @pytest.mark.row(
-    "restart", "PostgreSQL restarted fast / immediate, 20 times", "≤ 1 error per held connection; full capacity ≤ 2 s"
+    "restart",
+    "PostgreSQL restarted fast / immediate, 20 times",
+    "≤ 1 error per held connection; full capacity ≤ 2 s",
 )
 def test_capacity_is_back_soon_after_the_server(field: Environment, row: Row) -> None:
     """Full capacity: from the server's first answer until its list shows `max_conn` of the pool's backends.
@@ -59,10 +62,15 @@ def test_capacity_is_back_soon_after_the_server(field: Environment, row: Row) ->
     found = field.judge()
     errors = Counter(checkout.backend for checkout in found for _ in checkout.errors)
     handed_out = [
-        c for c in found if c.errors and c.errors[0][1] == "first" and any(d + 0.05 < c.asked for d, _ in away)
+        c
+        for c in found
+        if c.errors and c.errors[0][1] == "first" and any(d + 0.05 < c.asked for d, _ in away)
     ]
     row.figures |= {"full": spread(full), "errors of one": max(errors.values(), default=0)}
-    row.figures |= {"away": spread([up - down for down, up in away]), "first queries failed": len(handed_out)}
+    row.figures |= {
+        "away": spread([up - down for down, up in away]),
+        "first queries failed": len(handed_out),
+    }
     row.worst = max(full)
     row.measured = (
         f"{row.faults} restarts; at most {max(errors.values(), default=0)} errors per held connection,"
@@ -70,14 +78,26 @@ def test_capacity_is_back_soon_after_the_server(field: Environment, row: Row) ->
     )
     assert max(errors.values(), default=0) <= 1, errors.most_common(3)
     for begin, end in calm:
-        wrong = [c for c in found if begin <= c.asked and c.answered is not None and c.answered < end]
-        wrong = [c for c in wrong if any(at < end for at, _, _ in c.errors) or c.failure not in {"", *_BUSY}]
+        wrong = [
+            c for c in found if begin <= c.asked and c.answered is not None and c.answered < end
+        ]
+        wrong = [
+            c
+            for c in wrong
+            if any(at < end for at, _, _ in c.errors) or c.failure not in {"", *_BUSY}
+        ]
         assert not wrong, f"errors while the server was well: {wrong[:3]}"
     assert percentile(full, 100) <= scale(6.0, 2.0)
 
 
-@pytest.mark.row("terminate", "random `pg_terminate_backend` on idle connections", "dead connections handed out: 0")
-def test_connections_that_were_ended_while_idle_are_replaced_unseen(field: Environment, row: Row) -> None:
+@pytest.mark.row(
+    "terminate",
+    "random `pg_terminate_backend` on idle connections",
+    "dead connections handed out: 0",
+)
+def test_connections_that_were_ended_while_idle_are_replaced_unseen(
+    field: Environment, row: Row
+) -> None:
     """Dead: the first query of a checkout fails although the backend had been gone for 50 ms when it began.
 
     A backend is gone when `pg_terminate_backend(pid, timeout)` has seen it leave `pg_stat_activity`.
@@ -106,7 +126,8 @@ def test_connections_that_were_ended_while_idle_are_replaced_unseen(field: Envir
     row.figures |= {"dead": len(dead), "raced": len(broken)}
     row.worst = len(dead)
     row.measured = (
-        f"{len(gone)} ended; dead handed out {len(dead)}; {len(broken)} were ended in or just before their use"
+        f"{len(gone)} ended; dead handed out {len(dead)};"
+        f" {len(broken)} were ended in or just before their use"
     )
     assert len(gone) > 10
     assert not dead, dead[:3]
@@ -123,7 +144,9 @@ def test_a_server_that_is_too_small_is_not_flooded(row: Row, variant: str) -> No
     connection which has just gone, when an observer's connection has taken that place.
     """
     with (
-        EphemeralPostgres(max_connections=9, settings=server_log.SETTINGS) as server,  # 3 are reserved
+        EphemeralPostgres(
+            max_connections=9, settings=server_log.SETTINGS
+        ) as server,  # 3 are reserved
         environment(server, row, role_limit=bool(variant)) as field,
     ):
         crew = field.open(timeouts=[0.5, 2, 5])
@@ -131,7 +154,9 @@ def test_a_server_that_is_too_small_is_not_flooded(row: Row, variant: str) -> No
         crew.wait_for(crew.alive, "ask")
         started, began = time.time(), time.monotonic()
         length_s = scale(5.0, 60.0)
-        wait_until(lambda: time.time() - started > length_s, length_s + 10)  # the load lasts so long
+        wait_until(
+            lambda: time.time() - started > length_s, length_s + 10
+        )  # the load lasts so long
         ended, stopped = time.time(), time.monotonic()
         refused = [at for at in field.log.depth(field.role).refused if started + 2 <= at <= ended]
         busiest = max((sum(at <= other < at + 1 for other in refused) for at in refused), default=0)
@@ -140,7 +165,10 @@ def test_a_server_that_is_too_small_is_not_flooded(row: Row, variant: str) -> No
             cursor.execute("ALTER SYSTEM SET max_connections = 60")
         server.restart()
         found = field.judge()
-        assert "max_conn 10 and 1 control connection are more than the 6 connections" in field.broker.words()
+        assert (
+            "max_conn 10 and 1 control connection are more than the 6 connections"
+            in field.broker.words()
+        )
     rate = len(refused) / (ended - started - 2)
     row.figures |= {"busiest second": busiest, "a second": rate}
     row.worst = rate
@@ -148,6 +176,12 @@ def test_a_server_that_is_too_small_is_not_flooded(row: Row, variant: str) -> No
     assert refused, "nothing was tried"
     assert rate <= 2
     assert busiest <= scale(4, 2)
-    told = Counter(c.failure for c in found if c.failure and c.answered is not None and began <= c.answered < stopped)
+    told = Counter(
+        c.failure
+        for c in found
+        if c.failure and c.answered is not None and began <= c.answered < stopped
+    )
     row.figures |= {"while too small": dict(told)}
-    assert set(told) <= {"OperationalError", *_BUSY}, "the pool had connections, and callers were told it had none"
+    assert set(told) <= {"OperationalError", *_BUSY}, (
+        "the pool had connections, and callers were told it had none"
+    )

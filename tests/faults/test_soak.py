@@ -26,7 +26,15 @@ WARM_UP = 1 / 3
 VETERANS = 2
 MB = 1e6
 # How often each fault comes, in proportion.
-WEIGHTS = {"kill": 30, "freeze": 15, "terminate": 30, "fork": 10, "freeze broker": 8, "kill broker": 5, "restart": 2}
+WEIGHTS = {
+    "kill": 30,
+    "freeze": 15,
+    "terminate": 30,
+    "fork": 10,
+    "freeze broker": 8,
+    "kill broker": 5,
+    "restart": 2,
+}
 
 
 class Soak:
@@ -45,8 +53,17 @@ class Soak:
     def run(self, until: float, *, spare_broker: bool) -> None:
         """Inject faults until then; undo what is to be undone."""
         kinds = [kind for kind in WEIGHTS if not (spare_broker and kind == "kill broker")]
-        ways = {"kill": self.kill, "freeze": self.freeze, "terminate": self.terminate, "fork": self.fork}
-        ways |= {"freeze broker": self.freeze_broker, "kill broker": self.kill_broker, "restart": self.restart}
+        ways = {
+            "kill": self.kill,
+            "freeze": self.freeze,
+            "terminate": self.terminate,
+            "fork": self.fork,
+        }
+        ways |= {
+            "freeze broker": self.freeze_broker,
+            "kill broker": self.kill_broker,
+            "restart": self.restart,
+        }
         fault_at = time.monotonic()
         while (now := time.monotonic()) < until:
             if now >= fault_at:
@@ -66,7 +83,9 @@ class Soak:
         heapq.heappush(self._due, (time.monotonic() + after_s, next(self._numbers), what))
 
     def _victim(self) -> int:
-        return self._rng.choice([n for n in self.crew.alive if n not in self.veterans and n not in self._busy])
+        return self._rng.choice(
+            [n for n in self.crew.alive if n not in self.veterans and n not in self._busy]
+        )
 
     def kill(self) -> None:
         self.crew.kill(self._victim())
@@ -156,7 +175,9 @@ class Soak:
         broker.order("resume")
         wait_until(lambda: broker.report().custody == 0, 30, "all sockets to be gone")
         self._wait_for_sessions()
-        wait_until(lambda: broker.report().control == "connected", 30, "the control connection to be back")
+        wait_until(
+            lambda: broker.report().control == "connected", 30, "the control connection to be back"
+        )
         directory = Path(f"/proc/{broker.pid}")
         readings: list[int] = []
         # At the second heartbeat, two a TTL of who holds nothing, what only a crowd needed is closed.
@@ -168,14 +189,20 @@ class Soak:
         found = {"broker": (min(readings), resident)}
         since = time.monotonic()
         crew.order(self.veterans, "s")
-        for number, state in zip(self.veterans, crew.wait_for(self.veterans, "state", since), strict=True):
-            assert state.words[2] == "0", f"worker {number} still has {state.words[2]} idle connections"
+        for number, state in zip(
+            self.veterans, crew.wait_for(self.veterans, "state", since), strict=True
+        ):
+            assert state.words[2] == "0", (
+                f"worker {number} still has {state.words[2]} idle connections"
+            )
             found[f"worker {number}"] = (int(state.words[0]), int(state.words[1]))
         crew.wait_until_done(self.veterans)
         return found
 
 
-@pytest.mark.row("soak", "mixed soak 30 min", "file descriptors +0, RSS +2 MB at most, after warm-up")
+@pytest.mark.row(
+    "soak", "mixed soak 30 min", "file descriptors +0, RSS +2 MB at most, after warm-up"
+)
 # The role's limit could only hide an overshoot, and the soak is long: without it alone.
 @pytest.mark.parametrize("variant", [""], indirect=True, ids=["counted"])
 def test_nothing_grows_under_all_faults_together(field: Environment, row: Row) -> None:
@@ -192,11 +219,15 @@ def test_nothing_grows_under_all_faults_together(field: Environment, row: Row) -
     after = soak.measure()
     # A line to the desk that only a crowd needed is closed at the second look for such, 5 s apart.
     looked = time.monotonic() + 12
-    while any(after[who][0] > fds for who, (fds, _) in before.items()) and time.monotonic() < looked:
+    while (
+        any(after[who][0] > fds for who, (fds, _) in before.items()) and time.monotonic() < looked
+    ):
         after = soak.measure()
     field.judge()
     row.faults = soak.count.total()
-    grown = {who: (after[who][0] - fds, (after[who][1] - rss) / MB) for who, (fds, rss) in before.items()}
+    grown = {
+        who: (after[who][0] - fds, (after[who][1] - rss) / MB) for who, (fds, rss) in before.items()
+    }
     fds, rss = (max(growth[i] for growth in grown.values()) for i in (0, 1))
     row.figures |= {"faults": dict(soak.count), "before": before, "after": after}
     row.worst = rss

@@ -42,7 +42,11 @@ def test_the_slots_of_killed_workers_come_back(field: Environment, row: Row) -> 
             kills.append((pid, _kill(crew, number, kind, rng), kind))
             kinds[kind] = kinds.get(kind, 0) + 1
             crew.start(1)
-        timed = [(freed - at, kind) for pid, at, kind in kills if (freed := watch.freed(pid, at)) is not None]
+        timed = [
+            (freed - at, kind)
+            for pid, at, kind in kills
+            if (freed := watch.freed(pid, at)) is not None
+        ]
     back = [after_s for after_s, _ in timed]
     row.faults = len(kills)
     row.figures |= {"kills": kinds, "slot back": spread(back), "slowest": sorted(timed)[-5:]}
@@ -72,9 +76,13 @@ def _kill(crew: WorkerFleet, number: int, kind: str, rng: random.Random) -> floa
 
 
 @pytest.mark.row(
-    "sigstop", "SIGSTOP for 3 TTL, then SIGCONT", "waiter served ≤ TTL + 0.5 s; stale connections handed out: 0"
+    "sigstop",
+    "SIGSTOP for 3 TTL, then SIGCONT",
+    "waiter served ≤ TTL + 0.5 s; stale connections handed out: 0",
 )
-def test_frozen_workers_lose_their_slots_to_waiters_and_find_out_loudly(field: Environment, row: Row) -> None:
+def test_frozen_workers_lose_their_slots_to_waiters_and_find_out_loudly(
+    field: Environment, row: Row
+) -> None:
     """Freeze workers that have all slots (half lent out, half idle), while the others wait for one.
 
     A connection is stale when it is handed out although, by the server's log, its backend had ended for a while when
@@ -105,14 +113,20 @@ def test_frozen_workers_lose_their_slots_to_waiters_and_find_out_loudly(field: E
         for number in frozen:
             crew.signal(number, signal.SIGCONT)
         crew.wait_for(frozen, "back", thawed)
-        time.sleep(scale(1.0, 3.0))  # the load goes on for so long: what is stale would be handed out now
+        time.sleep(
+            scale(1.0, 3.0)
+        )  # the load goes on for so long: what is stale would be handed out now
         row.faults += len(frozen)
     found = field.judge()
     failed_first = [c for c in found if c.errors and c.errors[0][1] == "first"]
     depth, wall = field.log.depth(field.role), time.time() - time.monotonic()
     after = [_gone_for(c, depth, wall) for c in failed_first]
     stale = [c for c, s in zip(failed_first, after, strict=True) if s is None or s > CONFIRMED_S]
-    row.figures |= {"served": spread(served), "stale": len(stale), "first queries failed; backend gone for": after}
+    row.figures |= {
+        "served": spread(served),
+        "stale": len(stale),
+        "first queries failed; backend gone for": after,
+    }
     row.worst = max(served)
     row.measured = (
         f"{row.faults} frozen; waiters served {spread(served)}; stale {len(stale)};"

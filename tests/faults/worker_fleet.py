@@ -55,7 +55,9 @@ class WorkerFleet:
         while b"\n" not in self._read:
             left = max(0.0, deadline - time.monotonic())
             if not readable([self._nursery.stdout], left):
-                raise AssertionError(f"the nursery said nothing for {ANSWER_S:g} s: {self.errors()}")
+                raise AssertionError(
+                    f"the nursery said nothing for {ANSWER_S:g} s: {self.errors()}"
+                )
             chunk = os.read(self._nursery.stdout.fileno(), 4096)
             if not chunk:
                 raise AssertionError(f"the nursery has ended: {self.errors()}")
@@ -91,7 +93,11 @@ class WorkerFleet:
     def wait_until_done(self, numbers: Iterable[int], timeout_s: float = 30) -> None:
         """Wait until workers have carried out an order that they follow once, and pause."""
         for number in numbers:
-            wait_until(lambda n=number: self._orders[n] == ord("p"), timeout_s, f"worker {number} to be done")
+            wait_until(
+                lambda n=number: self._orders[n] == ord("p"),
+                timeout_s,
+                f"worker {number} to be done",
+            )
 
     def pid(self, number: int) -> int:
         return self.alive[number]
@@ -131,7 +137,9 @@ class WorkerFleet:
                 last = self.last(number)
                 return last is not None and last.kind == "paused"
 
-            wait_until(pauses, timeout_s, f"worker {number} to pause; its last: {self.events(number)[-5:]}")
+            wait_until(
+                pauses, timeout_s, f"worker {number} to pause; its last: {self.events(number)[-5:]}"
+            )
 
     def dismiss(self, numbers: Iterable[int] | None = None, within_s: float = 20) -> None:
         """Have workers leave in good order. Whoever does not in time is killed, and fails the test."""
@@ -147,7 +155,9 @@ class WorkerFleet:
                 late.append(self.events(number)[-3:])
                 self.signal(number, signal.SIGKILL)
             status = self._ask("reap", self.alive.pop(number))
-            assert status == 0 or late, f"worker {number} ended with status {status}: {self.errors()}"
+            assert status == 0 or late, (
+                f"worker {number} ended with status {status}: {self.errors()}"
+            )
         assert not late, f"workers did not leave within {within_s:g} s: {late}"
 
     def _leaves_by(self, number: int, deadline: float) -> bool:
@@ -179,13 +189,17 @@ class WorkerFleet:
         events = self.events(number)
         return events[-1] if events else None
 
-    def wait_for(self, names: Iterable[int | str], kind: str, since: float = 0.0, timeout_s: float = 30) -> list[Event]:
+    def wait_for(
+        self, names: Iterable[int | str], kind: str, since: float = 0.0, timeout_s: float = 30
+    ) -> list[Event]:
         """Wait until each of the workers has noted an event of this kind after `since`; return these."""
         found = []
         for name in names:
 
             def happened(name: int | str = name) -> Event | None:
-                return next((e for e in self.events(name) if e.kind == kind and e.at >= since), None)
+                return next(
+                    (e for e in self.events(name) if e.kind == kind and e.at >= since), None
+                )
 
             found.append(wait_until(happened, timeout_s, f"worker {name} to note {kind!r}"))
         return found

@@ -13,7 +13,9 @@ from sharedpool.integrations.celery import connect_signals
 app = celery.Celery("celery_target")
 app.conf.update(json.loads(os.environ["TARGET_CELERY"]))
 
-threads = {"pool_manager": sharedpool.ThreadedConnectionPool} if "TARGET_THREADS" in os.environ else {}
+threads = (
+    {"pool_manager": sharedpool.ThreadedConnectionPool} if "TARGET_THREADS" in os.environ else {}
+)
 pool = sharedpool.config_pool(max_conn=3, name=os.environ["TARGET_POOL"], timeout=30, **threads)
 if "TARGET_SIGNALS" in os.environ:
     connect_signals()

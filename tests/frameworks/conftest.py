@@ -31,7 +31,9 @@ def all_slots(postgres: EphemeralPostgres, name: str) -> Callable[[int], int]:
 
     def have(limit: int) -> int:
         threaded = sharedpool.ThreadedConnectionPool
-        pool = sharedpool.config_pool(dsn=postgres.dsn, name=name, max_conn=limit, pool_manager=threaded)
+        pool = sharedpool.config_pool(
+            dsn=postgres.dsn, name=name, max_conn=limit, pool_manager=threaded
+        )
         try:
             conns = [pool.get_conn(timeout=5) for _ in range(limit)]
             return len({conn.info.backend_pid for conn in conns})

@@ -8,7 +8,9 @@ from gevent import event
 
 import sharedpool
 
-pool = sharedpool.config_pool(pool_manager=sharedpool.ThreadedConnectionPool, **json.loads(os.environ["SETTINGS"]))
+pool = sharedpool.config_pool(
+    pool_manager=sharedpool.ThreadedConnectionPool, **json.loads(os.environ["SETTINGS"])
+)
 app = flask.Flask(__name__)
 let_go = event.Event()
 

@@ -209,7 +209,9 @@ def live_connections_move():
         for n in range(40):
             body = f"{me} {greenlet} {n} " * 50
             with pool.connection(timeout=30) as conn, conn.cursor() as cursor:
-                cursor.execute("INSERT INTO moves VALUES (%s) RETURNING body, pg_backend_pid()", [body])
+                cursor.execute(
+                    "INSERT INTO moves VALUES (%s) RETURNING body, pg_backend_pid()", [body]
+                )
                 assert cursor.fetchone() == (body, conn.info.backend_pid)
                 gevent.sleep(0)
                 cursor.execute("SELECT count(*) FROM moves WHERE body = %s", [body])

@@ -47,20 +47,38 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def start_worker(
-    automatic_broker: None, postgres: EphemeralPostgres, name: str, settings: dict[str, Any], tmp_path: Path
+    automatic_broker: None,
+    postgres: EphemeralPostgres,
+    name: str,
+    settings: dict[str, Any],
+    tmp_path: Path,
 ) -> StartWorker:
     """Run a Celery worker with these options; kill it in the end, if the test has not ended it."""
 
     @contextmanager
     def start(*options: str, **environment: str) -> Iterator["subprocess.Popen[bytes]"]:
         environment |= {"TARGET_POOL": name, "DATABASE_DSN": postgres.dsn}
-        environment |= {"TARGET_CELERY": json.dumps(settings), "TARGET_ENDS": str(tmp_path / "ends")}
+        environment |= {
+            "TARGET_CELERY": json.dumps(settings),
+            "TARGET_ENDS": str(tmp_path / "ends"),
+        }
         quick = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
         log = tmp_path / "worker.log"
         with (
             log.open("w") as output,
             subprocess.Popen(
-                [sys.executable, "-m", "celery", "-A", "celery_target", "worker", "-l", "INFO", *quick, *options],
+                [
+                    sys.executable,
+                    "-m",
+                    "celery",
+                    "-A",
+                    "celery_target",
+                    "worker",
+                    "-l",
+                    "INFO",
+                    *quick,
+                    *options,
+                ],
                 cwd=HERE,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -86,7 +104,9 @@ def look(settings: dict[str, Any]) -> Iterator[Look]:
     app.conf.update(settings)
     sent = Path(settings["broker_transport_options"]["data_folder_in"])
     unsent = sent.with_name("unsent")
-    app.conf.broker_transport_options = settings["broker_transport_options"] | {"data_folder_out": str(unsent)}
+    app.conf.broker_transport_options = settings["broker_transport_options"] | {
+        "data_folder_out": str(unsent)
+    }
 
     def send(seconds: float, **options: Any) -> "celery.result.AsyncResult[tuple[int, int]]":
         promise = app.send_task("look", [seconds], **options)
@@ -122,7 +142,10 @@ def test_all_tasks_are_done_by_three_connections(
     most: int,
 ) -> None:
     threads = {"TARGET_THREADS": "1"} if "threads" in options else {}
-    with BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler, start_worker(*options, **threads):
+    with (
+        BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
+        start_worker(*options, **threads),
+    ):
         done = outcomes([look(0.005) for _ in range(150)])
     assert least <= len({process for process, _ in done}) <= most
     assert 2 <= sampler.peak <= LIMIT
@@ -162,13 +185,17 @@ def test_a_killed_process_and_then_a_killed_worker_leave_no_slot_taken(
     settings: dict[str, Any],
     all_slots: AllSlots,
 ) -> None:
-    settings["worker_prefetch_multiplier"] = 4  # Celery takes ten seconds to count the lost task as lost
+    settings["worker_prefetch_multiplier"] = (
+        4  # Celery takes ten seconds to count the lost task as lost
+    )
     with start_worker("-c", "2") as worker:
         ((process, _),) = outcomes([look(0)])
         look(600), look(600)
         wait_until(lambda: stuck(server_connection, name) == 2, what="queries that do not end")
         os.kill(process, signal.SIGKILL)
-        wait_until(lambda: stuck(server_connection, name) == 1, what="the end of the killed one's query")
+        wait_until(
+            lambda: stuck(server_connection, name) == 1, what="the end of the killed one's query"
+        )
         ((successor, _),) = outcomes([look(0)])
         assert successor != process
         worker.kill()  # the kernel then kills its children

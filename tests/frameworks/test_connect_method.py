@@ -26,7 +26,9 @@ def ask(conn: connection, query: str = "SELECT pg_backend_pid()") -> Any:
         return row[0]
 
 
-def test_close_checks_it_in_and_the_next_user_gets_the_same_session(make_pool: MakePool, backends: Backends) -> None:
+def test_close_checks_it_in_and_the_next_user_gets_the_same_session(
+    make_pool: MakePool, backends: Backends
+) -> None:
     pool = make_pool(max_conn=1)
     with closing(pool.connect()) as conn:
         pid = ask(conn, "CREATE TEMPORARY TABLE unfinished (); SELECT pg_backend_pid()")
@@ -59,7 +61,9 @@ def test_a_second_close_closes_nothing_that_others_may_get(make_pool: MakePool) 
         assert ask(again) == pid
 
 
-def test_what_get_conn_lends_is_closed_by_close_even_after_connect_had_lent_it(make_pool: MakePool) -> None:
+def test_what_get_conn_lends_is_closed_by_close_even_after_connect_had_lent_it(
+    make_pool: MakePool,
+) -> None:
     pool = make_pool(max_conn=1)
     with closing(pool.connect()) as conn:
         pid = ask(conn)
@@ -131,7 +135,9 @@ def test_a_forked_child_that_closes_it_leaves_the_parents_alone(make_pool: MakeP
     assert pool.stats().idle == 1
 
 
-def test_the_limit_holds_for_threads_that_connect_and_close(make_pool: MakePool, backends: Backends) -> None:
+def test_the_limit_holds_for_threads_that_connect_and_close(
+    make_pool: MakePool, backends: Backends
+) -> None:
     pool = make_pool(max_conn=2, pool_manager=ThreadedConnectionPool, timeout=20)
     pids: list[int] = []
 

@@ -37,7 +37,9 @@ if not django.conf.settings.configured:
 
 MakeConnections = Callable[..., ConnectionHandler]
 # Where the benchmark's requirements are installed too.
-pytestmark = pytest.mark.skipif(find_spec("psycopg") is not None, reason="psycopg 3 is installed: Django takes that")
+pytestmark = pytest.mark.skipif(
+    find_spec("psycopg") is not None, reason="psycopg 3 is installed: Django takes that"
+)
 
 
 # --- the backend itself
@@ -78,7 +80,9 @@ def pool_of(connection: BaseDatabaseWrapper) -> sharedpool.Pool:
     return sharedpool.get_pool(f"django default {connection.settings_dict['NAME']}")
 
 
-def test_close_returns_the_connection_and_the_next_use_gets_it_back(make_connections: MakeConnections) -> None:
+def test_close_returns_the_connection_and_the_next_use_gets_it_back(
+    make_connections: MakeConnections,
+) -> None:
     connection = make_connections()["default"]
     pid = ask(connection)
     assert pool_of(connection).stats().in_use == 1
@@ -109,7 +113,12 @@ def test_it_is_set_up_as_django_wants_it(
     if session == "new":
         pool_of(connection).close_idle()
     elif session == "of another process":
-        settings = {"dsn": database, "broker": broker.address, "name": pool_of(connection).name, "max_conn": 1}
+        settings = {
+            "dsn": database,
+            "broker": broker.address,
+            "name": pool_of(connection).name,
+            "max_conn": 1,
+        }
         with workers(1, **settings) as (other,):
             assert other.ask("get", name="it", timeout=10)["backend"] == pid
             assert "at" in other.ask("put", name="it")
@@ -156,7 +165,9 @@ def test_named_cursors_work(make_connections: MakeConnections) -> None:
         assert sum(len(cursor.fetchmany(1000)) for _ in range(3)) == 3000
 
 
-def test_the_connection_for_create_database_is_outside_the_pool(make_connections: MakeConnections) -> None:
+def test_the_connection_for_create_database_is_outside_the_pool(
+    make_connections: MakeConnections,
+) -> None:
     connection = make_connections()["default"]
     ask(connection)  # the pool's only one
     with connection._nodb_cursor() as cursor:
@@ -172,12 +183,17 @@ def test_close_pool_leaves_nothing_that_would_hinder_drop_database(
     connection.close()
     connection.close_pool()
     with server_connection.cursor() as cursor:
-        cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE datname = %s", [connection.settings_dict["NAME"]])
+        cursor.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = %s",
+            [connection.settings_dict["NAME"]],
+        )
         assert cursor.fetchone() == (0,)
     assert ask(connection)  # with a new pool
 
 
-def test_a_time_zone_that_changes_is_set_on_pooled_connections_too(make_connections: MakeConnections) -> None:
+def test_a_time_zone_that_changes_is_set_on_pooled_connections_too(
+    make_connections: MakeConnections,
+) -> None:
     connection = make_connections()["default"]
     pid = ask(connection)
     connection.close()
@@ -211,13 +227,17 @@ def test_settings_that_cannot_work_are_refused(
 
 
 @pytest.fixture
-def site(automatic_broker: None, database: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+def site(
+    automatic_broker: None, database: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> str:
     """The environment of the example project; returns its database."""
     found = psycopg2.extensions.parse_dsn(database)
     url = f"postgresql://{found['user']}@/{found['dbname']}?host={quote(found['host'], safe='')}&port={found['port']}"
     monkeypatch.setenv("DATABASE_URL", url)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    )
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     return found["dbname"]
 
@@ -273,13 +293,26 @@ def get(port: int) -> dict[str, int]:
         return answer
 
 
-GUNICORN = [sys.executable, "-m", "gunicorn", "--chdir", str(PROJECT), "-b", "127.0.0.1:PORT", "project.wsgi"]
+GUNICORN = [
+    sys.executable,
+    "-m",
+    "gunicorn",
+    "--chdir",
+    str(PROJECT),
+    "-b",
+    "127.0.0.1:PORT",
+    "project.wsgi",
+]
 RUNSERVER = [sys.executable, str(PROJECT / "manage.py"), "runserver", "127.0.0.1:PORT"]
 
 
 @pytest.mark.parametrize(
     "command",
-    [[*GUNICORN, "-w", "4"], [*GUNICORN, "-w", "2", "-k", "gthread", "--threads", "4", "--preload"], RUNSERVER],
+    [
+        [*GUNICORN, "-w", "4"],
+        [*GUNICORN, "-w", "2", "-k", "gthread", "--threads", "4", "--preload"],
+        RUNSERVER,
+    ],
     ids=["gunicorn", "gunicorn gthread preload", "runserver"],
 )
 def test_a_server_returns_connections_at_the_end_of_requests(
@@ -298,7 +331,9 @@ def test_a_server_returns_connections_at_the_end_of_requests(
     assert "Traceback" not in log.read_text()
 
 
-def test_management_commands_leave_no_connection(site: str, server_connection: psycopg2.extensions.connection) -> None:
+def test_management_commands_leave_no_connection(
+    site: str, server_connection: psycopg2.extensions.connection
+) -> None:
     assert "Applying notes.0001_initial... OK" in manage("migrate")
     assert "[X] 0001_initial" in manage("showmigrations", "notes")
     assert "No changes detected" in manage("makemigrations", "--check")
@@ -313,7 +348,9 @@ def test_management_commands_leave_no_connection(site: str, server_connection: p
 
 def databases(server: psycopg2.extensions.connection, pattern: str) -> list[str]:
     with server.cursor() as cursor:
-        cursor.execute("SELECT datname FROM pg_database WHERE datname LIKE %s ORDER BY 1", [pattern])
+        cursor.execute(
+            "SELECT datname FROM pg_database WHERE datname LIKE %s ORDER BY 1", [pattern]
+        )
         return [name for (name,) in cursor.fetchall()]
 
 

@@ -26,7 +26,12 @@ _numbers = iter(range(1, 1000))
 
 @pytest.fixture
 def settings(broker: sharedpool.Broker, database: str) -> dict[str, Any]:
-    return {"dsn": database, "broker": broker.address, "name": f"green{next(_numbers)}", "max_conn": 1}
+    return {
+        "dsn": database,
+        "broker": broker.address,
+        "name": f"green{next(_numbers)}",
+        "max_conn": 1,
+    }
 
 
 @pytest.fixture
@@ -127,7 +132,9 @@ def test_an_idle_connection_is_given_up_to_another_process(settings: dict[str, A
         playing.go_on()
 
 
-def test_without_psycogreen_connections_are_closed_and_opened_in_place_of_moved(settings: dict[str, Any]) -> None:
+def test_without_psycogreen_connections_are_closed_and_opened_in_place_of_moved(
+    settings: dict[str, Any],
+) -> None:
     with workers(1, **settings) as (other,):
         pid = other.ask("get", name="it", timeout=10)["backend"]
         other.ask("put", name="it")
@@ -139,7 +146,10 @@ def test_live_connections_move_between_patched_processes(settings: dict[str, Any
     with closing(psycopg2.connect(settings["dsn"])) as conn, conn, conn.cursor() as cursor:
         cursor.execute("CREATE TABLE moves (body text)")
     settings |= {"max_conn": 2, "time_slice": 0}
-    with running("live_connections_move", settings) as one, running("live_connections_move", settings) as two:
+    with (
+        running("live_connections_move", settings) as one,
+        running("live_connections_move", settings) as two,
+    ):
         for each in (one, two):
             assert each.hears() == "ready"
         for each in (one, two):
@@ -160,7 +170,9 @@ def test_a_process_that_ends_returns_everything(
 
         def left() -> list[Any]:
             name = f"sharedpool {settings['name']} [%"
-            cursor.execute("SELECT pid FROM pg_stat_activity WHERE application_name LIKE %s", [name])
+            cursor.execute(
+                "SELECT pid FROM pg_stat_activity WHERE application_name LIKE %s", [name]
+            )
             return cursor.fetchall()
 
         wait_until(lambda: not left())
@@ -176,7 +188,9 @@ def test_a_connect_can_be_given_up(settings: dict[str, Any]) -> None:
             pass
 
 
-def test_the_automatic_broker_is_started_from_a_patched_process(as_in_readme: dict[str, Any]) -> None:
+def test_the_automatic_broker_is_started_from_a_patched_process(
+    as_in_readme: dict[str, Any],
+) -> None:
     with running("waiting_within_the_process", as_in_readme):
         pass
 
@@ -199,14 +213,24 @@ def gunicorn(tmp_path: Path, settings: dict[str, Any], *options: str) -> Iterato
     """Serve `green_app.py`; yield the port."""
     conf, log = tmp_path / "gunicorn.conf.py", tmp_path / "gunicorn.log"
     conf.write_text(GUNICORN_CONF)
-    command = [sys.executable, "-m", "gunicorn", "-c", str(conf), "--chdir", str(SCRIPT.parent), "green_app:app"]
+    command = [
+        sys.executable,
+        "-m",
+        "gunicorn",
+        "-c",
+        str(conf),
+        "--chdir",
+        str(SCRIPT.parent),
+        "green_app:app",
+    ]
     with log.open("w") as output, socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
         process = subprocess.Popen(
             [*command, "--bind", f"fd://{listener.fileno()}", *options],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env=os.environ | {"SETTINGS": json.dumps(settings), "PYTHONPATH": str(SCRIPT.parents[2])},
+            env=os.environ
+            | {"SETTINGS": json.dumps(settings), "PYTHONPATH": str(SCRIPT.parents[2])},
             pass_fds=[listener.fileno()],
         )
         port: int = listener.getsockname()[1]
@@ -235,7 +259,10 @@ def get(port: int, path: str) -> dict[str, Any]:
 def test_a_gunicorn_worker_answers_while_one_of_its_requests_waits_for_a_lease(
     as_in_readme: dict[str, Any], tmp_path: Path, options: list[str]
 ) -> None:
-    with gunicorn(tmp_path, as_in_readme, "-w", "1", *options) as port, ThreadPoolExecutor(2) as executor:
+    with (
+        gunicorn(tmp_path, as_in_readme, "-w", "1", *options) as port,
+        ThreadPoolExecutor(2) as executor,
+    ):
         holding = executor.submit(get, port, "/hold")
         wait_until(lambda: get(port, "/state") == {"in_use": 1, "waiting": 0})
         waiting = executor.submit(get, port, "/sleep")
@@ -247,7 +274,11 @@ def test_a_gunicorn_worker_answers_while_one_of_its_requests_waits_for_a_lease(
 def test_gunicorn_workers_share_the_limit(as_in_readme: dict[str, Any], tmp_path: Path) -> None:
     watching = BackendSampler(as_in_readme["dsn"], f"sharedpool {as_in_readme['name']} [%")
     as_in_readme["max_conn"] = 3
-    with watching as seen, gunicorn(tmp_path, as_in_readme, "-w", "2") as port, ThreadPoolExecutor(16) as executor:
+    with (
+        watching as seen,
+        gunicorn(tmp_path, as_in_readme, "-w", "2") as port,
+        ThreadPoolExecutor(16) as executor,
+    ):
         workers_seen: set[int] = set()
 
         def both_have_answered() -> bool:  # the kernel may give one worker everything for a while

@@ -52,18 +52,30 @@ def name() -> str:
 
 
 @pytest.fixture
-def gunicorn(automatic_broker: None, postgres: EphemeralPostgres, name: str, tmp_path: Path) -> Gunicorn:
+def gunicorn(
+    automatic_broker: None, postgres: EphemeralPostgres, name: str, tmp_path: Path
+) -> Gunicorn:
     """Serve the application by gunicorn with these options and this gunicorn.conf.py."""
 
     @contextmanager
     def start(*options: str, conf: str = "", **environment: str) -> Iterator[Server]:
         configuration = tmp_path / "gunicorn.conf.py"
         configuration.write_text(conf)
-        command = [sys.executable, "-m", "gunicorn", "--bind", "fd://{fd}", "--config", str(configuration)]
+        command = [
+            sys.executable,
+            "-m",
+            "gunicorn",
+            "--bind",
+            "fd://{fd}",
+            "--config",
+            str(configuration),
+        ]
         # A worker that is just being forked when gunicorn is told to end does not hear of it, and is killed after that.
         command += ["--graceful-timeout", "8", *options]
         environment |= {"TARGET_POOL": name, "DATABASE_DSN": postgres.dsn}
-        with serving([*command, "wsgi_target:app"], tmp_path / "gunicorn.log", environment) as server:
+        with serving(
+            [*command, "wsgi_target:app"], tmp_path / "gunicorn.log", environment
+        ) as server:
             yield server
 
     return start
@@ -122,8 +134,13 @@ def test_a_reload_doubles_the_workers_and_loses_no_request(
             for _ in range(2):
                 before = wait_until(lambda: seen.workers)
                 server.process.send_signal(signal.SIGHUP)
-                wait_until(lambda before=before: len(seen.workers - before) >= 2, what="the new workers' answers")
-                wait_until(lambda before=before: not any(map(alive, before)), what="the old workers' end")
+                wait_until(
+                    lambda before=before: len(seen.workers - before) >= 2,
+                    what="the new workers' answers",
+                )
+                wait_until(
+                    lambda before=before: not any(map(alive, before)), what="the old workers' end"
+                )
         assert seen.lost == []
         ended_well(server, name)
     assert 1 < sampler.peak <= LIMIT
@@ -137,7 +154,9 @@ def test_a_reload_doubles_the_workers_and_loses_no_request(
 def test_workers_that_are_recycled_all_the_time_lose_no_request(
     gunicorn: Gunicorn, sampler: BackendSampler, name: str, options: list[str], conf: str
 ) -> None:
-    with gunicorn("-w", "4", "--max-requests", "25", "--max-requests-jitter", "10", *options, conf=conf) as server:
+    with gunicorn(
+        "-w", "4", "--max-requests", "25", "--max-requests-jitter", "10", *options, conf=conf
+    ) as server:
         answers = load(server, 300)
         ended_well(server, name)
     assert len({answer["worker"] for answer in answers}) > 4
@@ -155,7 +174,9 @@ def test_killed_workers_cost_their_own_requests_and_no_slot(
                 known = wait_until(lambda: seen.workers)
                 victim = wait_until(lambda: next((pid for pid in seen.workers if alive(pid)), None))
                 os.kill(victim, signal.SIGKILL)
-                wait_until(lambda known=known: seen.workers - known, what="an answer of the successor")
+                wait_until(
+                    lambda known=known: seen.workers - known, what="an answer of the successor"
+                )
         assert len(seen.lost) <= kills  # a sync worker has one request at a time
         assert all_slots(LIMIT) == LIMIT
         assert server.stop() == 0
@@ -163,12 +184,30 @@ def test_killed_workers_cost_their_own_requests_and_no_slot(
 
 
 @pytest.mark.parametrize(
-    ("how", "conf"), [("recycled", HOOKS), ("reloaded", OWN_HOOK)], ids=["recycled", "reloaded, own hook"]
+    ("how", "conf"),
+    [("recycled", HOOKS), ("reloaded", OWN_HOOK)],
+    ids=["recycled", "reloaded, own hook"],
 )
 def test_a_worker_that_leaves_with_a_query_under_way_is_not_held_up_by_it(
-    gunicorn: Gunicorn, server_connection: connection, name: str, how: str, conf: str, all_slots: AllSlots
+    gunicorn: Gunicorn,
+    server_connection: connection,
+    name: str,
+    how: str,
+    conf: str,
+    all_slots: AllSlots,
 ) -> None:
-    options = ["-w", "1", "-k", "gthread", "--threads", "2", "--graceful-timeout", "1", "--timeout", "60"]
+    options = [
+        "-w",
+        "1",
+        "-k",
+        "gthread",
+        "--threads",
+        "2",
+        "--graceful-timeout",
+        "1",
+        "--timeout",
+        "60",
+    ]
     if how == "recycled":
         options += ["--max-requests", "2"]
     with gunicorn(*options, conf=conf) as server:
@@ -204,14 +243,18 @@ def test_a_worker_that_gunicorn_kills_for_its_timeout_leaves_no_slot_taken(
         assert all_slots(LIMIT) == LIMIT
 
 
-def test_the_hook_leaves_the_pool_of_a_preloading_master_alone(gunicorn: Gunicorn, sampler: BackendSampler) -> None:
+def test_the_hook_leaves_the_pool_of_a_preloading_master_alone(
+    gunicorn: Gunicorn, sampler: BackendSampler
+) -> None:
     conf = OWN_HOOK + REAPED_BY_ANOTHER
     with gunicorn("-w", "2", "--preload", conf=conf, TARGET_AT_IMPORT="1") as server:
         before = {answer["worker"] for answer in load(server, 20)}
         server.process.send_signal(signal.SIGHUP)
         wait_until(lambda: "own in the master" in server.words(), what="the hook in the master")
         with traffic(server) as seen:
-            victim = wait_until(lambda: next(iter(seen.workers - before), None), what="an answer of a new worker")
+            victim = wait_until(
+                lambda: next(iter(seen.workers - before), None), what="an answer of a new worker"
+            )
             known = seen.workers
             os.kill(victim, signal.SIGKILL)  # the next one is forked from the master as it is now
             wait_until(lambda: seen.workers - known - before, what="an answer of the successor")

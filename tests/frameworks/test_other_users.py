@@ -23,8 +23,13 @@ from tests.frameworks.web_servers import HERE, load, serving
 from tests.support import automatic_broker
 from tests.support.processes import LONG, BackendSampler
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else: run as root")
-PACKAGES = [str(Path(sharedpool.__file__).parents[1]), *(path for path in sys.path if path.endswith("-packages"))]
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0, reason="only root may become somebody else: run as root"
+)
+PACKAGES = [
+    str(Path(sharedpool.__file__).parents[1]),
+    *(path for path in sys.path if path.endswith("-packages")),
+]
 LIMIT = 3
 
 
@@ -71,13 +76,23 @@ def account(monkeypatch: pytest.MonkeyPatch) -> Iterator[Account]:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(PACKAGES))
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    group = subprocess.run(["id", "-gn", "nobody"], capture_output=True, text=True, check=True).stdout.strip()
+    group = subprocess.run(
+        ["id", "-gn", "nobody"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     python = python_for_all()
     account = Account("nobody", group, found.pw_uid, found.pw_gid, python or "", folder)
-    if python is None or (said := account.run("import celery, gunicorn, sharedpool; print('can')")) != "can":
+    if (
+        python is None
+        or (said := account.run("import celery, gunicorn, sharedpool; print('can')")) != "can"
+    ):
         shutil.rmtree(folder)
-        pytest.skip(f"no Python here that the account nobody can run with our packages: {said if python else ''}")
-    with automatic_broker.seen_off(account.runtime_dir), automatic_broker.seen_off(folder / "sharedpool-0"):
+        pytest.skip(
+            f"no Python here that the account nobody can run with our packages: {said if python else ''}"
+        )
+    with (
+        automatic_broker.seen_off(account.runtime_dir),
+        automatic_broker.seen_off(folder / "sharedpool-0"),
+    ):
         yield account
     shutil.rmtree(folder)
 
@@ -106,7 +121,12 @@ WAYS = [each for each in itertools.product([False, True], repeat=3) if LONG or s
 
 @pytest.mark.parametrize(("preload", "xdg", "used"), WAYS)
 def test_gunicorn_that_gives_up_root_shares_the_limit(
-    account: Account, server: EphemeralPostgres, tmp_path: Path, preload: bool, xdg: bool, used: bool
+    account: Account,
+    server: EphemeralPostgres,
+    tmp_path: Path,
+    preload: bool,
+    xdg: bool,
+    used: bool,
 ) -> None:
     """With root's XDG_RUNTIME_DIR or without, and the pool used while the application is loaded or not."""
     options = ["--preload"] if preload else []
@@ -115,10 +135,16 @@ def test_gunicorn_that_gives_up_root_shares_the_limit(
         environment["TARGET_AT_IMPORT"] = "1"
     command = [account.python, "-m", "gunicorn", "--bind", "fd://{fd}", "-w", "4", *options]
     command += ["--user", account.name, "--group", account.group, "wsgi_target:app"]
-    with runtime_dir_of(0) as roots, BackendSampler(server.dsn, "sharedpool as nobody [%") as sampler:
+    with (
+        runtime_dir_of(0) as roots,
+        BackendSampler(server.dsn, "sharedpool as nobody [%") as sampler,
+    ):
         if xdg:
             environment["XDG_RUNTIME_DIR"] = str(roots)
-        with automatic_broker.seen_off(roots / "sharedpool"), serving(command, tmp_path / "log", environment) as served:
+        with (
+            automatic_broker.seen_off(roots / "sharedpool"),
+            serving(command, tmp_path / "log", environment) as served,
+        ):
             answers = load(served, 60)
             assert served.stop() == 0
             assert "Traceback" not in served.words()
@@ -127,7 +153,9 @@ def test_gunicorn_that_gives_up_root_shares_the_limit(
     assert 1 <= sampler.peak <= LIMIT + used
 
 
-def test_celery_that_gives_up_root_does_its_tasks(account: Account, server: EphemeralPostgres) -> None:
+def test_celery_that_gives_up_root_does_its_tasks(
+    account: Account, server: EphemeralPostgres
+) -> None:
     ends = account.folder / "ends"
     ends.mkdir()
     ends.chmod(0o777)
@@ -143,11 +171,24 @@ def test_celery_that_gives_up_root_does_its_tasks(account: Account, server: Ephe
     )  # fmt: skip
     assert asked.stdout is not None
     assert asked.stdout.readline() == "sent\n"  # a worker that finds a message half written ends
-    command = [account.python, "-m", "celery", "-A", "celery_target", "worker", "-c", "2", "-l", "INFO"]
+    command = [
+        account.python,
+        "-m",
+        "celery",
+        "-A",
+        "celery_target",
+        "worker",
+        "-c",
+        "2",
+        "-l",
+        "INFO",
+    ]
     command += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
     command += ["--uid", str(account.uid), "--gid", str(account.gid)]
     with (account.folder / "log").open("w") as log:
-        worker = subprocess.Popen(command, cwd=HERE, env=environment, stdout=log, stderr=log, start_new_session=True)
+        worker = subprocess.Popen(
+            command, cwd=HERE, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
     try:
         assert asked.communicate(timeout=60)[0] == "8\n"
         worker.terminate()
@@ -186,9 +227,21 @@ with pool.connection() as conn, conn.cursor() as cursor:
 
 
 @pytest.mark.parametrize("how", ["not used before", "used before", "a child", "for the moment"])
-def test_a_program_may_give_up_root_after_config_pool(account: Account, server: EphemeralPostgres, how: str) -> None:
-    command = [account.python, "-c", GIVE_UP_ROOT, server.dsn, str(account.uid), str(account.gid), how]
-    outcome = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=60, check=False)
+def test_a_program_may_give_up_root_after_config_pool(
+    account: Account, server: EphemeralPostgres, how: str
+) -> None:
+    command = [
+        account.python,
+        "-c",
+        GIVE_UP_ROOT,
+        server.dsn,
+        str(account.uid),
+        str(account.gid),
+        how,
+    ]
+    outcome = subprocess.run(
+        command, cwd="/", capture_output=True, text=True, timeout=60, check=False
+    )
     assert (outcome.stdout, outcome.stderr) == ("works\n", "")
 
 
@@ -202,13 +255,20 @@ with pool.connection() as conn:
 """
 
 
-def test_root_in_a_users_environment_leaves_his_directory_alone(account: Account, server: EphemeralPostgres) -> None:
+def test_root_in_a_users_environment_leaves_his_directory_alone(
+    account: Account, server: EphemeralPostgres
+) -> None:
     """As by `sudo -E`: what root left there kept him out for ever."""
     with runtime_dir_of(account.uid) as his, automatic_broker.seen_off(his / "sharedpool"):
         environment = os.environ | {"XDG_RUNTIME_DIR": str(his)}
         command = [account.python, "-c", CONNECT, server.dsn]
-        said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True).stdout
-        assert said.splitlines() == [f"XDG_RUNTIME_DIR is not used: {his} belongs to uid {account.uid}", "works"]
+        said = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+        assert said.splitlines() == [
+            f"XDG_RUNTIME_DIR is not used: {his} belongs to uid {account.uid}",
+            "works",
+        ]
         assert list(his.iterdir()) == []
         assert account.run(CONNECT, server.dsn, XDG_RUNTIME_DIR=str(his)) == "works"
         assert list((his / "sharedpool").glob("*.log"))
@@ -222,7 +282,9 @@ def test_a_user_in_roots_environment_uses_a_directory_of_his_own(
     with runtime_dir_of(0, mode) as roots:
         said = account.run(CONNECT, server.dsn, XDG_RUNTIME_DIR=str(roots)).splitlines()
         assert said[-1] == "works"
-        assert said[0].startswith(f"XDG_RUNTIME_DIR is not used: {roots} cannot be written to by uid {account.uid}")
+        assert said[0].startswith(
+            f"XDG_RUNTIME_DIR is not used: {roots} cannot be written to by uid {account.uid}"
+        )
         assert list(roots.iterdir()) == []
 
 
@@ -261,12 +323,20 @@ def test_without_a_writable_directory_the_error_says_what_to_set(
     code = f"import sharedpool\ntry:\n  sharedpool.config_pool(dsn={server.dsn!r}).get_conn(timeout=5)\n"
     code += "except sharedpool.PoolError as error: print(error)"
     said = read_only(account, account.python, "-c", code).stdout
-    for each in ("config_pool(broker=)", "SHAREDPOOL_BROKER", "XDG_RUNTIME_DIR", "TMPDIR", "sharedpool broker"):
+    for each in (
+        "config_pool(broker=)",
+        "SHAREDPOOL_BROKER",
+        "XDG_RUNTIME_DIR",
+        "TMPDIR",
+        "sharedpool broker",
+    ):
         assert each in said
     shown = read_only(account, account.python, "-m", "sharedpool", "status")
     assert "Traceback" not in shown.stderr
     places = [Path(base, account.runtime_dir.name) for base in (account.folder, "/tmp", "/var/tmp")]
-    if (place := next((each for each in places if each.is_dir()), None)) is not None:  # another test may have left one
+    if (
+        place := next((each for each in places if each.is_dir()), None)
+    ) is not None:  # another test may have left one
         assert (shown.returncode, shown.stderr) == (3, f"no broker is running in {place}\n")
     else:
         assert shown.returncode == 2
@@ -280,8 +350,21 @@ def test_a_worker_that_is_given_a_broker_needs_no_writable_directory(
     place.mkdir(mode=0o700)
     os.chown(place, account.uid, account.gid)
     address = f"ipc://{place}/broker.sock"
-    command = [account.python, "-m", "sharedpool", "broker", "--bind", address, "--max-conn", "1", "--dsn", server.dsn]
-    broker = subprocess.Popen(command, user=account.uid, group=account.gid, extra_groups=[], cwd="/", stderr=-1)
+    command = [
+        account.python,
+        "-m",
+        "sharedpool",
+        "broker",
+        "--bind",
+        address,
+        "--max-conn",
+        "1",
+        "--dsn",
+        server.dsn,
+    ]
+    broker = subprocess.Popen(
+        command, user=account.uid, group=account.gid, extra_groups=[], cwd="/", stderr=-1
+    )
     with broker:
         assert broker.stderr is not None
         assert broker.stderr.readline()

@@ -51,7 +51,9 @@ def pid_of(engine: sqlalchemy.Engine) -> int:
 
 
 @pytest.fixture
-def terminate(server_connection: psycopg2.extensions.connection, pool: sharedpool.Pool, backends: Backends) -> Any:
+def terminate(
+    server_connection: psycopg2.extensions.connection, pool: sharedpool.Pool, backends: Backends
+) -> Any:
     """End a backend, and wait until it is gone."""
 
     def end(pid: int) -> None:
@@ -62,7 +64,9 @@ def terminate(server_connection: psycopg2.extensions.connection, pool: sharedpoo
     return end
 
 
-def test_an_engine_uses_and_returns_the_pools_connections(make_engine: MakeEngine, pool: sharedpool.Pool) -> None:
+def test_an_engine_uses_and_returns_the_pools_connections(
+    make_engine: MakeEngine, pool: sharedpool.Pool
+) -> None:
     engine = make_engine()
     assert isinstance(engine.pool, SharedPool)
     with engine.begin() as conn:
@@ -82,7 +86,9 @@ def test_null_pool_on_connect_works_too(make_engine: MakeEngine, pool: sharedpoo
     assert pool.stats().connects == 1
 
 
-@pytest.mark.parametrize("creator", [lambda: None, print, object()], ids=["function", "builtin", "object"])
+@pytest.mark.parametrize(
+    "creator", [lambda: None, print, object()], ids=["function", "builtin", "object"]
+)
 def test_another_creator_is_refused(make_engine: MakeEngine, creator: Any) -> None:
     with pytest.raises(exc.ArgumentError, match="connect method of a pool"):
         make_engine(creator=creator)
@@ -149,7 +155,9 @@ def test_connect_events_run_again_for_a_session_that_came_from_another_process(
     make_pool: MakePool, broker: sharedpool.Broker, postgres: Any
 ) -> None:
     pool = make_pool(max_conn=1, pool_manager=sharedpool.ThreadedConnectionPool, timeout=10)
-    engine = sqlalchemy.create_engine("postgresql+psycopg2://", creator=pool.connect, poolclass=SharedPool)
+    engine = sqlalchemy.create_engine(
+        "postgresql+psycopg2://", creator=pool.connect, poolclass=SharedPool
+    )
     connects: list[object] = []
 
     @event.listens_for(engine, "connect")
@@ -222,7 +230,9 @@ def test_dispose_closes_what_is_idle_now_and_what_is_in_use_later(
     assert engine.pool.logging_name == "mine"
 
 
-def test_the_logging_name_is_in_the_log(make_engine: MakeEngine, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_logging_name_is_in_the_log(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.DEBUG, logger="sqlalchemy.pool"):
         pid_of(make_engine(pool_logging_name="mine", echo_pool="debug"))
     ours = [record for record in caplog.records if record.name.endswith("SharedPool.mine")]
@@ -242,7 +252,9 @@ def test_a_full_pool_raises_what_sqlalchemys_own_raises(make_engine: MakeEngine)
     assert pid_of(engine)
 
 
-def test_a_connect_event_that_fails_leaks_nothing(make_engine: MakeEngine, pool: sharedpool.Pool) -> None:
+def test_a_connect_event_that_fails_leaks_nothing(
+    make_engine: MakeEngine, pool: sharedpool.Pool
+) -> None:
     engine = make_engine()
     broken = True
 
@@ -259,7 +271,9 @@ def test_a_connect_event_that_fails_leaks_nothing(make_engine: MakeEngine, pool:
     assert pid_of(engine)
 
 
-def test_a_connection_that_is_dropped_comes_back(make_engine: MakeEngine, pool: sharedpool.Pool) -> None:
+def test_a_connection_that_is_dropped_comes_back(
+    make_engine: MakeEngine, pool: sharedpool.Pool
+) -> None:
     engine = make_engine()
     conn = engine.connect()
     conn.execute(PID)
@@ -269,7 +283,9 @@ def test_a_connection_that_is_dropped_comes_back(make_engine: MakeEngine, pool: 
     wait_until(lambda: pool.stats().in_use == 0)
 
 
-def test_an_end_of_the_pool_ends_the_engines_connections(make_engine: MakeEngine, pool: sharedpool.Pool) -> None:
+def test_an_end_of_the_pool_ends_the_engines_connections(
+    make_engine: MakeEngine, pool: sharedpool.Pool
+) -> None:
     engine = make_engine()
     with engine.connect() as conn:
         conn.execute(PID)

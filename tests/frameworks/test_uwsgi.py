@@ -37,7 +37,9 @@ def name() -> str:
 
 def python_of(command: list[str]) -> str:
     """The version of Python in a uWSGI; empty if there is none."""
-    asked = subprocess.run([*command, "--python-version"], capture_output=True, text=True, timeout=30, check=False)
+    asked = subprocess.run(
+        [*command, "--python-version"], capture_output=True, text=True, timeout=30, check=False
+    )
     return ".".join(asked.stdout.strip().split(".")[:2]) if asked.returncode == 0 else ""
 
 
@@ -62,13 +64,19 @@ def program(request: pytest.FixtureRequest) -> list[str]:
         assert found is not None, "pip install pyuwsgi"
         return [found]
     if real_uwsgi() is None:
-        pytest.skip("no uwsgi with this Python: pip install uwsgi, or apt-get install uwsgi-plugin-python3")
+        pytest.skip(
+            "no uwsgi with this Python: pip install uwsgi, or apt-get install uwsgi-plugin-python3"
+        )
     return [*real_uwsgi(), "--virtualenv", sys.prefix]
 
 
 @pytest.fixture
 def uwsgi(
-    automatic_broker: None, program: list[str], postgres: EphemeralPostgres, name: str, tmp_path: Path
+    automatic_broker: None,
+    program: list[str],
+    postgres: EphemeralPostgres,
+    name: str,
+    tmp_path: Path,
 ) -> StartUwsgi:
     """Serve the application by four uWSGI workers with these options."""
     paths = [str(Path(sharedpool.__file__).parents[1])]
@@ -78,8 +86,20 @@ def uwsgi(
 
     @contextmanager
     def start(*options: str, **environment: str) -> Iterator[Server]:
-        environment |= {"TARGET_POOL": name, "DATABASE_DSN": postgres.dsn, "PYTHONPATH": os.pathsep.join(paths)}
-        command = [*program, "--http-socket", "fd://{fd}", "--master", "--processes", "4", "--enable-threads"]
+        environment |= {
+            "TARGET_POOL": name,
+            "DATABASE_DSN": postgres.dsn,
+            "PYTHONPATH": os.pathsep.join(paths),
+        }
+        command = [
+            *program,
+            "--http-socket",
+            "fd://{fd}",
+            "--master",
+            "--processes",
+            "4",
+            "--enable-threads",
+        ]
         more = ["--die-on-term", "--need-app", "--wsgi", "uwsgi_target:app", *options]
         with serving([*command, *more], tmp_path / "uwsgi.log", environment) as server:
             yield server
@@ -144,7 +164,9 @@ def test_every_request_is_answered_by_three_connections(
 
         wait_until(several_workers)
         (broker,) = automatic.reports()
-        assert Path(automatic.command(broker)[0]).parent == Path(sys.prefix, "bin")  # the application's environment
+        assert Path(automatic.command(broker)[0]).parent == Path(
+            sys.prefix, "bin"
+        )  # the application's environment
         ended_well(server, name)
     assert 1 < sampler.peak <= LIMIT
 
@@ -156,17 +178,23 @@ def test_nothing_of_the_pool_is_left_in_the_master_when_it_forks(uwsgi: StartUws
         assert os.listdir(f"/proc/{server.process.pid}/task") == [str(server.process.pid)]
 
 
-def test_recycled_workers_lose_no_request(uwsgi: StartUwsgi, sampler: BackendSampler, name: str) -> None:
+def test_recycled_workers_lose_no_request(
+    uwsgi: StartUwsgi, sampler: BackendSampler, name: str
+) -> None:
     with uwsgi("--max-requests", "25", "--min-worker-lifetime", "0", **POSTFORK) as server:
         answers = load(server, 200)
         # It waits for ever for a worker that it starts again while it ends.
-        wait_until(lambda: server.words().count("Respawned uWSGI worker") == server.words().count("Seeya!"))
+        wait_until(
+            lambda: server.words().count("Respawned uWSGI worker") == server.words().count("Seeya!")
+        )
         ended_well(server, name)
     assert len({answer["worker"] for answer in answers}) > 4
     assert 1 < sampler.peak <= LIMIT
 
 
-@pytest.mark.parametrize("environment", [POSTFORK, IN_MASTER], ids=["postfork", "used in the master"])
+@pytest.mark.parametrize(
+    "environment", [POSTFORK, IN_MASTER], ids=["postfork", "used in the master"]
+)
 def test_reloads_and_killed_workers_leave_no_slot_taken(
     uwsgi: StartUwsgi, sampler: BackendSampler, all_slots: AllSlots, environment: dict[str, str]
 ) -> None:
@@ -182,7 +210,10 @@ def test_reloads_and_killed_workers_leave_no_slot_taken(
                 known = started(server)
                 victim = wait_until(lambda known=known: next(iter(known & seen.workers), None))
                 os.kill(victim, signal.SIGKILL)
-                wait_until(lambda known=known: seen.workers - known - old, what="an answer of the successor")
+                wait_until(
+                    lambda known=known: seen.workers - known - old,
+                    what="an answer of the successor",
+                )
         assert len(seen.lost) <= 2
         assert all_slots(LIMIT) == LIMIT
     assert 1 < sampler.peak <= LIMIT

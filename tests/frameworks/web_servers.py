@@ -91,7 +91,10 @@ class Traffic:
         while not self._enough.is_set():
             try:
                 self.answers.append(request(self._port))
-            except (OSError, http.client.HTTPException) as error:  # no answer; a wrong one fails the test
+            except (
+                OSError,
+                http.client.HTTPException,
+            ) as error:  # no answer; a wrong one fails the test
                 self.lost.append(error)
 
     @property

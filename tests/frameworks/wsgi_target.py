@@ -11,7 +11,9 @@ from typing import Any
 
 import sharedpool
 
-simple = {} if "TARGET_SIMPLE" in os.environ else {"pool_manager": sharedpool.ThreadedConnectionPool}
+simple = (
+    {} if "TARGET_SIMPLE" in os.environ else {"pool_manager": sharedpool.ThreadedConnectionPool}
+)
 pool = sharedpool.config_pool(max_conn=3, name=os.environ["TARGET_POOL"], timeout=30, **simple)
 
 if "TARGET_AT_IMPORT" in os.environ:  # in the master, if that loads the application

@@ -29,13 +29,18 @@ def files(path: Path) -> dict[str, Path]:
     return {what: path.with_name(path.name + suffix) for what, suffix in SUFFIXES.items()}
 
 
-@pytest.mark.parametrize("gone", [["socket"], ["lock"], ["journal"], ["desk"], list(SUFFIXES), ["directory"]])
+@pytest.mark.parametrize(
+    "gone", [["socket"], ["lock"], ["journal"], ["desk"], list(SUFFIXES), ["directory"]]
+)
 def test_what_a_cleaner_deletes_is_made_anew_while_workers_live(
     gone: list[str], path: Path, postgres: EphemeralPostgres, capfd: pytest.CaptureFixture[str]
 ) -> None:
     address = f"ipc://{path}"
     settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": address, "max_conn": 1}
-    with sharedpool.start_broker(1, address=address, dsn=postgres.dsn) as broker, Worker(**settings) as old:
+    with (
+        sharedpool.start_broker(1, address=address, dsn=postgres.dsn) as broker,
+        Worker(**settings) as old,
+    ):
         backend = old.ask("get", name="x", timeout=20)["backend"]
         before = fetch_report(address)
         assert before.pid == broker.pid
@@ -44,16 +49,22 @@ def test_what_a_cleaner_deletes_is_made_anew_while_workers_live(
         else:
             for what in gone:
                 files(path)[what].unlink()
-        wait_until(lambda: all(each.exists() for each in files(path).values()), what="the broker to see it")
+        wait_until(
+            lambda: all(each.exists() for each in files(path).values()), what="the broker to see it"
+        )
         with Worker(**settings) as new:
             assert new.ask("get", name="x")["error"] == "PoolExhausted"
             old.ask("put", name="x")
-            assert new.ask("get", name="x", timeout=20)["backend"] == backend  # handed over, at the desk
+            assert (
+                new.ask("get", name="x", timeout=20)["backend"] == backend
+            )  # handed over, at the desk
         report = fetch_report(address)
         assert (report.pid, report.epoch) == (before.pid, before.epoch)
         os.kill(broker.pid, 9)
         broker.stop()
-        with sharedpool.start_broker(1, address=address, dsn=postgres.dsn):  # it knows all from the journal
+        with sharedpool.start_broker(
+            1, address=address, dsn=postgres.dsn
+        ):  # it knows all from the journal
             assert fetch_report(address).epoch == before.epoch + 1
             assert "backend" in old.ask("get", name="x", timeout=10)
     assert "was deleted: made anew" in capfd.readouterr().err
@@ -65,7 +76,10 @@ def test_its_files_stay_young(path: Path, postgres: EphemeralPostgres) -> None:
         for each in files(path).values():
             os.utime(each, (week_ago, week_ago))
         for what, each in files(path).items():
-            wait_until(lambda each=each: each.stat().st_mtime > week_ago + 86400, what=f"the {what} to be young")
+            wait_until(
+                lambda each=each: each.stat().st_mtime > week_ago + 86400,
+                what=f"the {what} to be young",
+            )
 
 
 def test_a_second_broker_where_the_files_of_the_first_were_deleted_lends_nothing_that_is_lent(
@@ -73,21 +87,35 @@ def test_a_second_broker_where_the_files_of_the_first_were_deleted_lends_nothing
 ) -> None:
     address = f"ipc://{path}"
     settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": address, "max_conn": 1}
-    with sharedpool.start_broker(1, address=address, dsn=postgres.dsn, ttl=2.0) as first, Worker(**settings) as old:
+    with (
+        sharedpool.start_broker(1, address=address, dsn=postgres.dsn, ttl=2.0) as first,
+        Worker(**settings) as old,
+    ):
         backend = old.ask("get", name="x", timeout=20)["backend"]
         wait_until(lambda: fetch_report(address).control == "connected")
         second: sharedpool.Broker | None = None
         while second is None:
             shutil.rmtree(path.parent)
             path.parent.mkdir(mode=0o700)
-            with suppress(sharedpool.BrokerUnavailable):  # the first has put its files back before the second came
+            with suppress(
+                sharedpool.BrokerUnavailable
+            ):  # the first has put its files back before the second came
                 second = sharedpool.start_broker(1, address=address, dsn=postgres.dsn, ttl=2.0)
         with second, Worker(**settings) as new:
             new.send("get", name="x", timeout=30)
-            wait_until(lambda: not first.is_alive, what="the first broker to leave the address to the second")
-            wait_until(lambda: [s.in_use for s in fetch_report(address).sessions if s.pid == old.pid] == [1])
+            wait_until(
+                lambda: not first.is_alive,
+                what="the first broker to leave the address to the second",
+            )
+            wait_until(
+                lambda: (
+                    [s.in_use for s in fetch_report(address).sessions if s.pid == old.pid] == [1]
+                )
+            )
             assert fetch_report(address).pid == second.pid
-            assert old.ask("query", name="x", sql="SELECT pg_backend_pid()") == {"rows": [[backend]]}
+            assert old.ask("query", name="x", sql="SELECT pg_backend_pid()") == {
+                "rows": [[backend]]
+            }
             began = time.monotonic()
             old.ask("put", name="x")
             answer = new.answer()

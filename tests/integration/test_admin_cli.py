@@ -30,13 +30,17 @@ def name() -> str:
 
 @pytest.fixture
 def worker(postgres: EphemeralPostgres, broker: sharedpool.Broker, name: str) -> Iterator[Worker]:
-    with Worker(dsn=postgres.dsn, broker=broker.address, name=name, max_conn=3, threads=True) as worker:
+    with Worker(
+        dsn=postgres.dsn, broker=broker.address, name=name, max_conn=3, threads=True
+    ) as worker:
         yield worker
 
 
 @pytest.fixture
 def other(postgres: EphemeralPostgres, broker: sharedpool.Broker, name: str) -> Iterator[Worker]:
-    with Worker(dsn=postgres.dsn, broker=broker.address, name=name, max_conn=3, threads=True) as worker:
+    with Worker(
+        dsn=postgres.dsn, broker=broker.address, name=name, max_conn=3, threads=True
+    ) as worker:
         yield worker
 
 
@@ -45,13 +49,16 @@ def leases(broker: sharedpool.Broker, name: str) -> int:
 
 
 def held(broker: sharedpool.Broker, pid: int) -> int:
-    return sum(session.leases for session in fetch_report(broker.address).sessions if session.pid == pid)
+    return sum(
+        session.leases for session in fetch_report(broker.address).sessions if session.pid == pid
+    )
 
 
 def backends(postgres: EphemeralPostgres, name: str) -> int:
     with psycopg2.connect(postgres.dsn) as conn, conn.cursor() as cursor:
         cursor.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE %s", [f"sharedpool {name} [%"]
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE %s",
+            [f"sharedpool {name} [%"],
         )
         row = cursor.fetchone()
     assert row is not None
@@ -66,9 +73,14 @@ def test_pause_waits_until_the_server_has_none_of_our_backends(
     worker.ask("put", name="a")
     with start("pause", "--pool", name, "--wait", "--broker", broker.address) as pausing:
         assert pausing.stdout is not None
-        assert pausing.stdout.readline() == f"pool {name!r} paused: 2 connections to come back, 0 waiting\n"
+        assert (
+            pausing.stdout.readline()
+            == f"pool {name!r} paused: 2 connections to come back, 0 waiting\n"
+        )
         wait_until(lambda: leases(broker, name) == 1, 10, "the idle one to come back")
-        assert worker.ask("query", name="b", sql="SELECT 1")["rows"] == [[1]]  # what is in use goes on
+        assert worker.ask("query", name="b", sql="SELECT 1")["rows"] == [
+            [1]
+        ]  # what is in use goes on
         worker.ask("put", name="b")
         assert pausing.wait(10) == 0
     assert backends(postgres, name) == 0
@@ -77,7 +89,9 @@ def test_pause_waits_until_the_server_has_none_of_our_backends(
     refused = worker.ask("get", name="c", timeout=0)
     assert "is paused" in refused["text"]
     worker.send("get", name="c", timeout=20)
-    wait_until(lambda: fetch_report(broker.address).pools and waiting(broker, name) == 1, 10, "it to wait")
+    wait_until(
+        lambda: fetch_report(broker.address).pools and waiting(broker, name) == 1, 10, "it to wait"
+    )
     done = sharedpool_command("resume", "--pool", name, "--broker", broker.address)
     assert done.stdout == f"pool {name!r} resumed: 1 waiting\n"
     assert "backend" in worker.answer(20)
@@ -87,9 +101,13 @@ def waiting(broker: sharedpool.Broker, name: str) -> int:
     return sum(pool.waiting for pool in fetch_report(broker.address).pools if pool.name == name)
 
 
-def test_a_wait_that_is_too_long_says_how_many_are_out(worker: Worker, broker: sharedpool.Broker, name: str) -> None:
+def test_a_wait_that_is_too_long_says_how_many_are_out(
+    worker: Worker, broker: sharedpool.Broker, name: str
+) -> None:
     worker.ask("get", name="a", timeout=10)
-    done = sharedpool_command("pause", "--pool", name, "--wait", "--timeout", "0.3", "--broker", broker.address)
+    done = sharedpool_command(
+        "pause", "--pool", name, "--wait", "--timeout", "0.3", "--broker", broker.address
+    )
     assert done.returncode == 1
     assert "1 connections are still out: `sharedpool who`" in done.stderr
     sharedpool_command("resume", "--pool", name, "--broker", broker.address)
@@ -150,7 +168,9 @@ def test_a_configuration_file_is_read_at_start_and_again_on_sighup(
 ) -> None:
     file = tmp_path / "sharedpool.toml"
     file.write_text("max_conn = 2\n[groups.web]\nmin = 1\n")
-    environment = {name: value for name, value in os.environ.items() if name != "SHAREDPOOL_MAX_CONN"}
+    environment = {
+        name: value for name, value in os.environ.items() if name != "SHAREDPOOL_MAX_CONN"
+    }
     with start("broker", "--config", str(file), "--dsn", postgres.dsn, env=environment) as process:
         address = address_of(process)
         wait_for(process, "enforces 2 connections over all pools")
@@ -160,11 +180,16 @@ def test_a_configuration_file_is_read_at_start_and_again_on_sighup(
         ):
             jobs.ask("get", name="a", timeout=10)
             refused = jobs.ask("get", name="b", timeout=0)["text"]
-            assert "2 connections over all pools of the broker, 1 of it reserved for other groups" in refused
+            assert (
+                "2 connections over all pools of the broker, 1 of it reserved for other groups"
+                in refused
+            )
             file.write_text("max_conn = 2\n[groups.web]\nmin = 3\n")
             process.send_signal(signal.SIGHUP)
             wait_for(process, "not reloaded: ")
-            file.write_text("max_conn = 3\nttl = 20\n[groups.web]\nmin = 1\n[groups.jobs]\nmax = 2\n")
+            file.write_text(
+                "max_conn = 3\nttl = 20\n[groups.web]\nmin = 1\n[groups.jobs]\nmax = 2\n"
+            )
             process.send_signal(signal.SIGHUP)
             wait_for(process, "reloaded: new max_conn, groups")
             wait_for(process, "only a restart changes ttl_s")
@@ -206,10 +231,14 @@ def test_the_example_is_right_and_the_operators_guide_has_the_same_groups() -> N
     }
 
 
-def test_the_command_line_goes_before_the_file(postgres: EphemeralPostgres, runtime_dir: Path, tmp_path: Path) -> None:
+def test_the_command_line_goes_before_the_file(
+    postgres: EphemeralPostgres, runtime_dir: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "sharedpool.toml"
     file.write_text("max_conn = 2\n")
-    with start("broker", "--config", str(file), "--max-conn", "5", "--dsn", postgres.dsn) as process:
+    with start(
+        "broker", "--config", str(file), "--max-conn", "5", "--dsn", postgres.dsn
+    ) as process:
         wait_for(process, "enforces 5 connections over all pools")
         file.write_text("max_conn = 3\n")
         process.send_signal(signal.SIGHUP)

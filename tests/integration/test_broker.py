@@ -46,7 +46,9 @@ def living(directory: Path) -> list[Report]:
 # --- automatic
 
 
-def test_unrelated_processes_find_one_broker_by_themselves(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+def test_unrelated_processes_find_one_broker_by_themselves(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
     with Worker(dsn=postgres.dsn, max_conn=1) as a, Worker(dsn=postgres.dsn, max_conn=1) as b:
         a.ask("get", name="x")
         assert b.ask("get", name="x")["error"] == "PoolExhausted"
@@ -57,7 +59,9 @@ def test_unrelated_processes_find_one_broker_by_themselves(postgres: EphemeralPo
     wait_until(lambda: not alive(report.pid))
 
 
-def test_many_processes_that_start_at_once_get_one_broker(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+def test_many_processes_that_start_at_once_get_one_broker(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
     count = 30 if LONG else 12
     with workers(count, dsn=postgres.dsn, max_conn=3, timeout=60) as crew:
         for worker in crew:
@@ -84,12 +88,19 @@ def test_the_environment_makes_no_other_identity(
         Worker(user="postgres", max_conn=1) as c,
     ):
         a.ask("get", name="x")
-        assert [b.ask("get", name="x")["error"], c.ask("get", name="x")["error"]] == ["PoolExhausted"] * 2
+        assert [b.ask("get", name="x")["error"], c.ask("get", name="x")["error"]] == [
+            "PoolExhausted"
+        ] * 2
         assert len(living(runtime_dir)) == 1
 
 
-def test_pools_of_other_names_have_limits_of_their_own(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
-    with Worker(dsn=postgres.dsn, max_conn=1) as a, Worker(dsn=postgres.dsn, max_conn=1, name="reports") as b:
+def test_pools_of_other_names_have_limits_of_their_own(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
+    with (
+        Worker(dsn=postgres.dsn, max_conn=1) as a,
+        Worker(dsn=postgres.dsn, max_conn=1, name="reports") as b,
+    ):
         assert "backend" in a.ask("get", name="x")
         assert "backend" in b.ask("get", name="x")
 
@@ -128,7 +139,9 @@ def test_of_many_workers_exactly_one_restarts_a_broker_that_died(
             for worker in crew:
                 worker.send("hammer", seconds=0.2, threads=1, timeout=30)
             assert [worker.answer()["errors"] for worker in crew] == [[]] * len(crew)
-            wait_until(lambda: [len(r.sessions) for r in living(runtime_dir)] == [len(crew)], timeout_s=30)
+            wait_until(
+                lambda: [len(r.sessions) for r in living(runtime_dir)] == [len(crew)], timeout_s=30
+            )
             (log,) = (runtime_dir / "sharedpool").glob("*.log")
             assert log.read_text().count("enforces") == 1 + rounds
 
@@ -185,7 +198,9 @@ def test_the_password_is_on_no_command_line_and_in_no_log(runtime_dir: Path) -> 
             assert "s3cr3t" not in repr(report)
 
 
-def test_a_broker_that_cannot_start_says_why(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+def test_a_broker_that_cannot_start_says_why(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
     pool = sharedpool.config_pool(dsn=postgres.dsn)
     address = Path(pool._broker.address().removeprefix("ipc://"))
     address.mkdir()  # libzmq cannot bind there
@@ -219,10 +234,13 @@ def test_a_broker_whose_address_another_has_taken_makes_way(
 # --- a broker by its address
 
 
-def test_a_missing_broker_is_named_at_the_deadline(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+def test_a_missing_broker_is_named_at_the_deadline(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
     pool = sharedpool.config_pool(dsn=postgres.dsn, broker=f"ipc://{runtime_dir}/nobody.sock")
     with pytest.raises(
-        sharedpool.BrokerUnavailable, match=r"nobody\.sock did not answer within 0\.[23].*sharedpool broker"
+        sharedpool.BrokerUnavailable,
+        match=r"nobody\.sock did not answer within 0\.[23].*sharedpool broker",
     ):
         pool.get_conn(timeout=0.2)
     pool.release_all()
@@ -247,9 +265,13 @@ def test_the_environment_names_the_broker(
             assert fetch_report(broker.address).sessions[0].pid == worker.pid
 
 
-def test_a_tcp_broker_serves_and_notices_a_death(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+def test_a_tcp_broker_serves_and_notices_a_death(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
     with (
-        sharedpool.start_broker(1, address=f"tcp://127.0.0.1:{free_port()}", dsn=postgres.dsn) as broker,
+        sharedpool.start_broker(
+            1, address=f"tcp://127.0.0.1:{free_port()}", dsn=postgres.dsn
+        ) as broker,
         Worker(dsn=postgres.dsn, broker=broker.address) as a,
         Worker(dsn=postgres.dsn, broker=broker.address) as b,
     ):
@@ -302,7 +324,9 @@ def test_start_broker_names_a_wrong_argument(wrong: dict[str, Any]) -> None:
         sharedpool.start_broker(**{"max_conn": 3} | wrong)
 
 
-def test_a_second_broker_is_refused_and_the_first_not_disturbed(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+def test_a_second_broker_is_refused_and_the_first_not_disturbed(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
     address = f"ipc://{runtime_dir}/one.sock"
     with sharedpool.start_broker(1, address=address, dsn=postgres.dsn) as first:
         for _ in range(3):
@@ -330,7 +354,9 @@ def test_the_broker_warns_when_the_server_has_less_room(
 # --- messages that are not ours
 
 
-def test_garbage_neither_stops_nor_changes_anything(broker: sharedpool.Broker, make_pool: Callable[..., Any]) -> None:
+def test_garbage_neither_stops_nor_changes_anything(
+    broker: sharedpool.Broker, make_pool: Callable[..., Any]
+) -> None:
     import zmq
 
     pool = make_pool(max_conn=1)
@@ -340,7 +366,14 @@ def test_garbage_neither_stops_nor_changes_anything(broker: sharedpool.Broker, m
     dealer = context.socket(zmq.DEALER)
     dealer.setsockopt(zmq.LINGER, 1000)
     dealer.connect(broker.address)
-    for frame in (b"", b"\xc1", b"\x93\x01\x02\x03", os.urandom(64), b"\x91\xa3bye", b"\x94\xa6renew"):
+    for frame in (
+        b"",
+        b"\xc1",
+        b"\x93\x01\x02\x03",
+        os.urandom(64),
+        b"\x91\xa3bye",
+        b"\x94\xa6renew",
+    ):
         dealer.send(frame)
     dealer.send_multipart([b"one", b"two", b"three"])
     dealer.close()
@@ -353,7 +386,9 @@ def test_garbage_neither_stops_nor_changes_anything(broker: sharedpool.Broker, m
     assert [(p.leases, p.sessions) for p in before] == [(p.leases, p.sessions) for p in after]
 
 
-def test_no_grant_leaves_before_it_is_in_the_journal(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_grant_leaves_before_it_is_in_the_journal(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also when many requests are there at once, whose grants are written and sent together."""
     import zmq
 
@@ -387,7 +422,9 @@ def test_no_grant_leaves_before_it_is_in_the_journal(runtime_dir: Path, monkeypa
     try:
         assert isinstance(decode_to_worker(dealer.recv()), Welcome)
         granted = [decode_to_worker(dealer.recv()) for _ in range(most)]
-        assert [each.request for each in granted if isinstance(each, Grant)] == list(range(1, most + 1))
+        assert [each.request for each in granted if isinstance(each, Grant)] == list(
+            range(1, most + 1)
+        )
         assert unwritten == []
     finally:
         server.stop()
@@ -402,7 +439,9 @@ def test_a_worker_of_another_protocol_is_told_so(
     with sharedpool.start_broker(1, dsn=postgres.dsn) as broker:
         monkeypatch.setattr("sharedpool.worker.session.PROTOCOL_VERSION", 99)
         pool = sharedpool.config_pool(dsn=postgres.dsn, broker=broker.address)
-        with pytest.raises(sharedpool.BrokerUnavailable, match="install the same sharedpool version for both"):
+        with pytest.raises(
+            sharedpool.BrokerUnavailable, match="install the same sharedpool version for both"
+        ):
             pool.get_conn(timeout=10)
         pool.release_all()
 
@@ -429,5 +468,7 @@ def test_refused_connects_free_their_slots(runtime_dir: Path, broker: sharedpool
     for thread in threads:
         thread.join(20)
     assert len(errors) == 8
-    wait_until(lambda: [p.leases for p in fetch_report(broker.address).pools if p.name == "nowhere"] == [0])
+    wait_until(
+        lambda: [p.leases for p in fetch_report(broker.address).pools if p.name == "nowhere"] == [0]
+    )
     pool.release_all()

@@ -22,7 +22,9 @@ COMMAND = [sys.executable, "-m", "sharedpool"]
 
 
 def sharedpool_command(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60, check=False, **more)
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=60, check=False, **more
+    )
 
 
 def start(*arguments: str, **more: Any) -> Piped:
@@ -78,7 +80,10 @@ def test_every_command_explains_itself() -> None:
 
 
 def test_the_version_is_the_packages() -> None:
-    assert sharedpool_command("--version").stdout.strip() == f"sharedpool, version {sharedpool.__version__}"
+    assert (
+        sharedpool_command("--version").stdout.strip()
+        == f"sharedpool, version {sharedpool.__version__}"
+    )
 
 
 def test_a_wrong_option_is_named_and_exits_with_2(runtime_dir: Path) -> None:
@@ -97,7 +102,9 @@ def test_a_wrong_option_is_named_and_exits_with_2(runtime_dir: Path) -> None:
         (["frobnicate"], "frobnicate"),
     ]
     commands, complaints = zip(*wrong, strict=True)
-    for (command, status, stdout, stderr), complaint in zip(outcomes(*commands), complaints, strict=True):
+    for (command, status, stdout, stderr), complaint in zip(
+        outcomes(*commands), complaints, strict=True
+    ):
         assert (status, stdout) == (2, ""), command
         assert complaint in stderr, command
 
@@ -109,7 +116,11 @@ def test_completion_prints_a_script(shell: str) -> None:
 
 def test_the_shell_completes_commands_and_options() -> None:
     for words, expected in (("sharedpool w", "who"), ("sharedpool top --int", "--interval")):
-        typed = {"_SHAREDPOOL_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        typed = {
+            "_SHAREDPOOL_COMPLETE": "bash_complete",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(words.count(" ")),
+        }
         done = run_python("from sharedpool.cli import main; main(prog_name='sharedpool')", **typed)
         assert done.stdout.split() == [f"plain,{expected}"]
 
@@ -133,7 +144,9 @@ def test_a_broker_says_what_it_enforces_and_stops_cleanly(
             assert process.returncode == 0
             assert output == ""  # the log is stderr's
             # What the worker holds is its own.
-            assert worker.ask("query", name="x", sql="SELECT pg_backend_pid()")["rows"] == [[backend]]
+            assert worker.ask("query", name="x", sql="SELECT pg_backend_pid()")["rows"] == [
+                [backend]
+            ]
     assert not Path(address.removeprefix("ipc://")).exists()
 
 
@@ -156,7 +169,9 @@ def test_a_killed_brokers_address_can_be_used_again(runtime_dir: Path) -> None:
             process.communicate()
 
 
-def test_every_option_is_also_an_environment_variable(runtime_dir: Path, postgres: EphemeralPostgres) -> None:
+def test_every_option_is_also_an_environment_variable(
+    runtime_dir: Path, postgres: EphemeralPostgres
+) -> None:
     environment = os.environ | {
         "SHAREDPOOL_MAX_CONN": "7",
         "SHAREDPOOL_BIND": f"ipc://{runtime_dir}/env.sock",
@@ -180,7 +195,9 @@ def test_every_option_is_also_an_environment_variable(runtime_dir: Path, postgre
 def test_the_brokers_expiration_is_the_longest_a_pool_may_ask_for(
     postgres: EphemeralPostgres, runtime_dir: Path
 ) -> None:
-    with start("broker", "--max-conn", "4", "--expiration", "0.3", "--dsn", postgres.dsn) as process:
+    with start(
+        "broker", "--max-conn", "4", "--expiration", "0.3", "--dsn", postgres.dsn
+    ) as process:
         address = address_of(process)
         with Worker(dsn=postgres.dsn, broker=address, expiration=600) as worker:
             worker.ask("get", name="x")
@@ -221,7 +238,9 @@ def test_a_control_connection_that_may_only_look_waits_for_the_backends_own_end(
 
             wait_until(active)
             a.kill()
-            assert "backend" in b.ask("get", name="y", timeout=30)  # the server notices a client that is gone
+            assert "backend" in b.ask(
+                "get", name="y", timeout=30
+            )  # the server notices a client that is gone
             assert not active()
         process.terminate()
         _, errors = process.communicate()
@@ -232,7 +251,9 @@ def test_a_control_connection_that_may_only_look_waits_for_the_backends_own_end(
 # --- status
 
 
-def test_status_shows_who_holds_what(postgres: EphemeralPostgres, broker: sharedpool.Broker) -> None:
+def test_status_shows_who_holds_what(
+    postgres: EphemeralPostgres, broker: sharedpool.Broker
+) -> None:
     with Worker(dsn=postgres.dsn, broker=broker.address, name="shown", max_conn=3) as worker:
         worker.ask("get", name="x")
         worker.ask("get", name="y")
@@ -240,13 +261,17 @@ def test_status_shows_who_holds_what(postgres: EphemeralPostgres, broker: shared
         seen = json.loads(sharedpool_command("status", "--json", "--broker", broker.address).stdout)
         (pool,) = [pool for pool in seen["pools"] if pool["name"] == "shown"]
         assert (pool["max_conn"], pool["leases"], pool["sessions"]) == (3, 2, 1)
-        text = sharedpool_command("status", env=os.environ | {"SHAREDPOOL_BROKER": broker.address}).stdout
+        text = sharedpool_command(
+            "status", env=os.environ | {"SHAREDPOOL_BROKER": broker.address}
+        ).stdout
         assert f"worker.py[{worker.pid}]" in text
         assert "shown" in text
         assert "WAITING" in text
 
         def idle() -> bool:
-            report = json.loads(sharedpool_command("status", "--json", "--broker", broker.address).stdout)
+            report = json.loads(
+                sharedpool_command("status", "--json", "--broker", broker.address).stdout
+            )
             return any(pool["name"] == "shown" and pool["idle"] == 1 for pool in report["pools"])
 
         wait_until(idle, what="the heartbeat to tell")
@@ -266,7 +291,9 @@ def test_status_without_a_broker_says_so_with_3(runtime_dir: Path) -> None:
 # --- run
 
 
-@pytest.mark.parametrize(("script", "status"), [("exit 0", 0), ("exit 7", 7), ("kill -TERM $$", 128 + 15)])
+@pytest.mark.parametrize(
+    ("script", "status"), [("exit 0", 0), ("exit 7", 7), ("kill -TERM $$", 128 + 15)]
+)
 def test_run_ends_as_its_command_ends(script: str, status: int, runtime_dir: Path) -> None:
     done = sharedpool_command("run", "--max-conn", "3", "--", "sh", "-c", script)
     assert done.returncode == status
@@ -275,7 +302,13 @@ def test_run_ends_as_its_command_ends(script: str, status: int, runtime_dir: Pat
 
 def test_run_takes_a_commands_own_options_and_passes_its_output_on(runtime_dir: Path) -> None:
     done = sharedpool_command(
-        "run", "--max-conn", "3", "sh", "-c", 'read line; echo "$line $SHAREDPOOL_BROKER"', input="in\n"
+        "run",
+        "--max-conn",
+        "3",
+        "sh",
+        "-c",
+        'read line; echo "$line $SHAREDPOOL_BROKER"',
+        input="in\n",
     )
     assert done.stdout.startswith("in ipc://")
     assert done.returncode == 0
@@ -289,7 +322,9 @@ def test_run_says_when_there_is_no_such_command(runtime_dir: Path) -> None:
     assert done.returncode == 126
 
 
-def test_run_gives_its_command_one_shared_limit(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+def test_run_gives_its_command_one_shared_limit(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
     script = (
         "import sharedpool, sys\n"
         "pool = sharedpool.config_pool(max_conn=9)\n"
@@ -298,7 +333,9 @@ def test_run_gives_its_command_one_shared_limit(postgres: EphemeralPostgres, run
         "try:\n    pool.get_conn()\nexcept sharedpool.PoolExhausted:\n    print('exhausted')\n"
     )
     environment = os.environ | {"DATABASE_DSN": postgres.dsn}
-    done = sharedpool_command("run", "--max-conn", "2", "--", sys.executable, "-c", script, env=environment)
+    done = sharedpool_command(
+        "run", "--max-conn", "2", "--", sys.executable, "-c", script, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["2", "exhausted"]
 

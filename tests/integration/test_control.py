@@ -103,7 +103,9 @@ def test_a_refusal_in_another_encoding_does_not_end_it(caplog: pytest.LogCapture
         refusing("das Datenbanksystem fährt herunter".encode("latin-1")) as port,
         running(f"host=127.0.0.1 port={port} user=x dbname=x") as (control, _),
     ):
-        wait_until(lambda: caplog.text.count("das Datenbanksystem f\ufffdhrt herunter; next try") >= 2)
+        wait_until(
+            lambda: caplog.text.count("das Datenbanksystem f\ufffdhrt herunter; next try") >= 2
+        )
         assert control.state.startswith("unreachable: ")
 
 
@@ -121,7 +123,10 @@ def test_one_that_may_not_be_ended_keeps_no_other_alive(
         wait_until(lambda: control.state == "connected")
         for serial, backend in enumerate((refused, nonsense, ended)):
             control.enqueue_fence(Fence(Token(1, serial), "p", backend, "a test"))
-        assert {listener.gone.get(timeout=10), listener.gone.get(timeout=10)} == {Token(1, 1), Token(1, 2)}
+        assert {listener.gone.get(timeout=10), listener.gone.get(timeout=10)} == {
+            Token(1, 1),
+            Token(1, 2),
+        }
         assert listener.gone.empty()
         assert backend_of(mighty) == refused
     assert "lost" not in caplog.text
@@ -129,9 +134,13 @@ def test_one_that_may_not_be_ended_keeps_no_other_alive(
     plain.close()
 
 
-@pytest.mark.parametrize(("encoding", "text"), [("utf-8", "слишком много клиентов"), ("latin-1", "für »app« verboten")])
+@pytest.mark.parametrize(
+    ("encoding", "text"), [("utf-8", "слишком много клиентов"), ("latin-1", "für »app« verboten")]
+)
 def test_a_refusal_passes_a_barrier_in_every_language(encoding: str, text: str) -> None:
-    with RefusingServer("start", "53300", text, "ВАЖНО" if encoding == "utf-8" else "FATAL", encoding) as server:
+    with RefusingServer(
+        "start", "53300", text, "ВАЖНО" if encoding == "utf-8" else "FATAL", encoding
+    ) as server:
         Control(server.dsn, None, "0badcafe", lambda _: None)._pass_barrier()
         assert server.connects == 1
 

@@ -25,7 +25,10 @@ def run(conn: connection, statement: str, *arguments: Any) -> list[Any]:
 
 def control_sessions(conn: connection) -> list[tuple[int, str]]:
     """Backend and database of every broker's control connection."""
-    return run(conn, "SELECT pid, datname FROM pg_stat_activity WHERE application_name LIKE 'sharedpool broker%'")
+    return run(
+        conn,
+        "SELECT pid, datname FROM pg_stat_activity WHERE application_name LIKE 'sharedpool broker%'",
+    )
 
 
 def is_there(conn: connection, backend: int) -> bool:
@@ -54,7 +57,11 @@ def test_an_automatic_broker_keeps_nobody_from_copying_renaming_or_dropping_a_da
     name = parse_dsn(role)["user"]
     with Worker(dsn=role, max_conn=2) as worker:
         worker.ask("get", name="x", timeout=20)
-        wait_until(lambda: [database for _, database in control_sessions(server_connection)] == ["postgres"])
+        wait_until(
+            lambda: (
+                [database for _, database in control_sessions(server_connection)] == ["postgres"]
+            )
+        )
         worker.ask("put", name="x", close=True)  # its process goes on, as a test runner does
         run(server_connection, f"CREATE DATABASE {name}_copy TEMPLATE {name}")
         run(server_connection, f"ALTER DATABASE {name} RENAME TO {name}_renamed")
@@ -71,7 +78,10 @@ def test_it_is_nowhere_while_nobody_uses_the_broker(
             worker.ask("get", name="x", timeout=20)
             wait_until(lambda: control_sessions(server_connection))
             assert other.ask("get", name="x")["error"] == "PoolExhausted"
-        wait_until(lambda: not control_sessions(server_connection), what="the control connection to be closed")
+        wait_until(
+            lambda: not control_sessions(server_connection),
+            what="the control connection to be closed",
+        )
     assert log_of(runtime_dir).count("enforces") == 1
 
 
@@ -83,22 +93,34 @@ def test_where_the_role_may_not_enter_the_maintenance_database_it_is_in_the_pool
     try:
         with Worker(dsn=role, max_conn=1) as worker:
             worker.ask("get", name="x", timeout=20)
-            wait_until(lambda: [database for _, database in control_sessions(server_connection)] == [name])
-        wait_until(lambda: not control_sessions(server_connection), what="the control connection to be closed")
+            wait_until(
+                lambda: [database for _, database in control_sessions(server_connection)] == [name]
+            )
+        wait_until(
+            lambda: not control_sessions(server_connection),
+            what="the control connection to be closed",
+        )
         run(server_connection, f"DROP DATABASE {name}")
     finally:
         run(server_connection, "GRANT CONNECT ON DATABASE postgres TO PUBLIC")
     assert f"in database '{name}', since 'postgres' does not let us in" in log_of(runtime_dir)
 
 
-def test_a_database_that_was_given_is_taken_as_it_is(role: str, server_connection: connection) -> None:
+def test_a_database_that_was_given_is_taken_as_it_is(
+    role: str, server_connection: connection
+) -> None:
     with sharedpool.start_broker(1, dsn=role):
         wait_until(
-            lambda: [database for _, database in control_sessions(server_connection)] == [parse_dsn(role)["user"]]
+            lambda: (
+                [database for _, database in control_sessions(server_connection)]
+                == [parse_dsn(role)["user"]]
+            )
         )
 
 
-def test_two_brokers_in_different_databases_see_each_other(postgres: EphemeralPostgres, role: str) -> None:
+def test_two_brokers_in_different_databases_see_each_other(
+    postgres: EphemeralPostgres, role: str
+) -> None:
     told: list[str] = []
 
     class Told:
@@ -112,7 +134,9 @@ def test_two_brokers_in_different_databases_see_each_other(postgres: EphemeralPo
         claims = []
         for instance, dsn in (("aaaaaaaa", postgres.dsn), ("bbbbbbbb", role)):
             leadership = Leadership("a scope", instance, lambda word: word(Told(), 0.0))  # type: ignore[arg-type,return-value]
-            conn = stack.enter_context(closing(psycopg2.connect(dsn, application_name=leadership.application_name)))
+            conn = stack.enter_context(
+                closing(psycopg2.connect(dsn, application_name=leadership.application_name))
+            )
             conn.autocommit = True
             claims.append((leadership, conn))
         (first, held), (second, waits) = claims
@@ -130,7 +154,12 @@ def test_time_limits_of_the_role_end_the_workers_idle_connections_and_not_the_br
     role: str, server_connection: connection, runtime_dir: Path
 ) -> None:
     name = parse_dsn(role)["user"]
-    for limit in ("idle_session_timeout", "statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"):
+    for limit in (
+        "idle_session_timeout",
+        "statement_timeout",
+        "lock_timeout",
+        "idle_in_transaction_session_timeout",
+    ):
         run(server_connection, f"ALTER ROLE {name} SET {limit} = '300ms'")
     with Worker(dsn=role, max_conn=1) as worker:
         seen = []
@@ -138,11 +167,15 @@ def test_time_limits_of_the_role_end_the_workers_idle_connections_and_not_the_br
             backend = worker.ask("get", name="x", timeout=20)["backend"]
             seen.append(control_sessions(server_connection))
             worker.ask("put", name="x")
-            wait_until(lambda backend=backend: not is_there(server_connection, backend), what="its end")
+            wait_until(
+                lambda backend=backend: not is_there(server_connection, backend), what="its end"
+            )
         assert len(seen[0]) == 1
         assert seen == seen[:1] * 3
         worker.ask("get", name="x", timeout=20)
-        worker.ask("query", name="x", sql="SET LOCAL statement_timeout = 0; SELECT pg_sleep(1)")  # while it has rest
+        worker.ask(
+            "query", name="x", sql="SET LOCAL statement_timeout = 0; SELECT pg_sleep(1)"
+        )  # while it has rest
         assert control_sessions(server_connection) == seen[0]
     log = log_of(runtime_dir)
     assert "generation" not in log
@@ -160,11 +193,20 @@ def test_the_end_of_the_control_connection_is_no_failover(
         (control,) = control_sessions(server_connection)
         mine = a.ask("query", name="x", sql="SELECT pg_backend_pid()")["rows"][0][0]
         a.ask("put", name="x")
-        run(server_connection, "SELECT pg_terminate_backend(pid) FROM unnest(%s) AS pid", [control[0], mine])
+        run(
+            server_connection,
+            "SELECT pg_terminate_backend(pid) FROM unnest(%s) AS pid",
+            [control[0], mine],
+        )
         wait_until(lambda: not is_there(server_connection, mine))
-        wait_until(lambda: a.ask("stats")["idle"] == 0, what="the dead connection to leave the cache")
+        wait_until(
+            lambda: a.ask("stats")["idle"] == 0, what="the dead connection to leave the cache"
+        )
         assert a.ask("get", name="x", timeout=20)["backend"] != mine
-        wait_until(lambda: control_sessions(server_connection) not in ([], [control]), what="a new control connection")
+        wait_until(
+            lambda: control_sessions(server_connection) not in ([], [control]),
+            what="a new control connection",
+        )
         assert b.ask("get", name="x")["backend"] == theirs
     log = log_of(runtime_dir)
     assert "generation" not in log

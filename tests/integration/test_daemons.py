@@ -103,16 +103,30 @@ CASES = {
     "used, two forks": (USED, "fork(); os.setsid(); fork(); close_all()", ""),
     "used, a fork that Python does not see": (USED, "blind_fork(); close_all()", ""),
     "an inherited connection is closed": (USED, "fork(); close_all()", "inherited.close()"),
-    "so is one, by a fork that Python does not see": (USED, "blind_fork(); close_all()", "inherited.close()"),
-    "an inherited connection is put": (USED, "blind_fork(); close_all()", "raises(pool.put_conn, inherited)"),
-    "an inherited connection is dropped": (USED, "fork(); close_all()", "del inherited; gc.collect()"),
+    "so is one, by a fork that Python does not see": (
+        USED,
+        "blind_fork(); close_all()",
+        "inherited.close()",
+    ),
+    "an inherited connection is put": (
+        USED,
+        "blind_fork(); close_all()",
+        "raises(pool.put_conn, inherited)",
+    ),
+    "an inherited connection is dropped": (
+        USED,
+        "fork(); close_all()",
+        "del inherited; gc.collect()",
+    ),
     "within a block": (
-        USED + "; free = 1; block = pool.connection(timeout=20); block.__enter__().cursor().execute('SELECT 1')",
+        USED
+        + "; free = 1; block = pool.connection(timeout=20); block.__enter__().cursor().execute('SELECT 1')",
         "fork(); close_all()",
         "raises(block.__exit__, None, None, None)",
     ),
     "within a block that fails": (
-        USED + "; free = 1; block = pool.connection(timeout=20); block.__enter__().cursor().execute('SELECT 1')",
+        USED
+        + "; free = 1; block = pool.connection(timeout=20); block.__enter__().cursor().execute('SELECT 1')",
         "fork(); close_all()",
         "assert not block.__exit__(KeyError, KeyError(), None)",
     ),

@@ -57,7 +57,9 @@ def run(place: Path) -> Iterator[Run]:
     """Start `sharedpool demo` in a process group of its own; all of it is killed at the end."""
     started = []
 
-    def start(*arguments: str, stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE) -> "subprocess.Popen[str]":
+    def start(
+        *arguments: str, stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE
+    ) -> "subprocess.Popen[str]":
         process = subprocess.Popen(
             [sys.executable, "-m", "sharedpool", "demo", *arguments],
             stdin=subprocess.DEVNULL,
@@ -88,8 +90,14 @@ def left_over(place: Path) -> list[str]:
     found = [str(path) for path in place.iterdir()]
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if str(place).encode() in (entry / "environ").read_bytes() + os.readlink(entry / "cwd").encode():
-                found.append(f"{entry.name} " + (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            if (
+                str(place).encode()
+                in (entry / "environ").read_bytes() + os.readlink(entry / "cwd").encode()
+            ):
+                found.append(
+                    f"{entry.name} "
+                    + (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                )
     return found
 
 
@@ -132,7 +140,9 @@ def test_figures_of_a_run_hold_and_nothing_stays(run: Run, place: Path) -> None:
         (signal.SIGTERM, r" tx/s"),
     ],
 )
-def test_signal_to_the_whole_group_leaves_nothing(run: Run, place: Path, number: signal.Signals, moment: str) -> None:
+def test_signal_to_the_whole_group_leaves_nothing(
+    run: Run, place: Path, number: signal.Signals, moment: str
+) -> None:
     process = run("--workers", "3", "--max-conn", "2", "--seconds", "60")
     said = read_until(process, moment)
     os.killpg(process.pid, number)
@@ -186,7 +196,9 @@ def test_live_view_gives_the_terminal_back_after_ctrl_c(run: Run, place: Path) -
     pytest.importorskip("rich")
     ours, theirs = pty.openpty()
     try:
-        process = run("--workers", "2", "--max-conn", "1", "--seconds", "60", stdout=theirs, stderr=theirs)
+        process = run(
+            "--workers", "2", "--max-conn", "1", "--seconds", "60", stdout=theirs, stderr=theirs
+        )
         os.close(theirs)
         text, stopped = "", False
         with contextlib.suppress(OSError):  # how Linux says that nobody holds the terminal any more
@@ -204,7 +216,9 @@ def test_live_view_gives_the_terminal_back_after_ctrl_c(run: Run, place: Path) -
     wait_until(lambda: not left_over(place), what="everything to be gone")
 
 
-def test_no_server_programs_is_a_clear_error(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_server_programs_is_a_clear_error(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SHAREDPOOL_PG_BIN", str(place))
     process = run(*SHORT)
     out, err = process.communicate(timeout=60)
@@ -255,9 +269,27 @@ def test_limit_that_was_not_reached_is_no_failure() -> None:
 
 @pytest.mark.parametrize("limit", [1, 5, 60, 5000])
 def test_views_fit_a_small_terminal(limit: int) -> None:
-    console = pytest.importorskip("rich.console").Console(width=80, height=24, record=True, file=io.StringIO())
+    console = pytest.importorskip("rich.console").Console(
+        width=80, height=24, record=True, file=io.StringIO()
+    )
     moment = Moment(
-        1, 8, 10000, limit, limit // 2, limit // 4, 1, 1, 1, 300, 12345, limit + 1, limit + 1, 9999, 10**6, 1e4, 3
+        1,
+        8,
+        10000,
+        limit,
+        limit // 2,
+        limit // 4,
+        1,
+        1,
+        1,
+        300,
+        12345,
+        limit + 1,
+        limit + 1,
+        9999,
+        10**6,
+        1e4,
+        3,
     )
     console.print(panel(moment, [float(i) for i in range(240)]))
     lines = console.export_text().splitlines()

@@ -67,7 +67,9 @@ def test_a_slot_stays_counted_while_a_query_goes_on_after_release_all(
 ) -> None:
     """Without a control connection nobody ends the query: what the broker sees on the socket is all its evidence."""
     with sharedpool.start_broker(1) as broker:
-        pool = make_pool(broker=broker.address, max_conn=1, pool_manager=sharedpool.ThreadedConnectionPool)
+        pool = make_pool(
+            broker=broker.address, max_conn=1, pool_manager=sharedpool.ThreadedConnectionPool
+        )
         querying = Querying(pool, "1h", server_connection)
         pool.release_all()
         for _ in range(3):  # the broker looks at its sockets between two answers
@@ -91,7 +93,9 @@ def test_a_query_in_another_thread_ends_with_an_error_after_release_all(
 ) -> None:
     """The broker ends it, or the server when it looks for its client: every two seconds if nothing else is set."""
     with sharedpool.start_broker(1, dsn=postgres.dsn if control else None) as broker:
-        pool = make_pool(broker=broker.address, max_conn=1, pool_manager=sharedpool.ThreadedConnectionPool)
+        pool = make_pool(
+            broker=broker.address, max_conn=1, pool_manager=sharedpool.ThreadedConnectionPool
+        )
         querying = Querying(pool, "1h" if control else "100ms", server_connection)
         pool.release_all()
         querying.join(10)
@@ -111,7 +115,10 @@ class Firewall:
     def __init__(self, server: EphemeralPostgres) -> None:
         self._path = f"{server.host}/.s.PGSQL.{server.port}"
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address: dict[str, Any] = {"host": "127.0.0.1", "port": self._listener.getsockname()[1]}
+        self.address: dict[str, Any] = {
+            "host": "127.0.0.1",
+            "port": self._listener.getsockname()[1],
+        }
         self._clients: list[socket.socket] = []
         self._servers: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
@@ -184,7 +191,9 @@ def test_a_backend_whose_connection_was_reset_on_the_way_stays_counted_when_nobo
         pool.release_all()
 
 
-def test_a_worker_takes_a_reset_for_no_proof(postgres: EphemeralPostgres, firewall: Firewall) -> None:
+def test_a_worker_takes_a_reset_for_no_proof(
+    postgres: EphemeralPostgres, firewall: Firewall
+) -> None:
     direct = connect(resolve(dsn=postgres.dsn), "evidence", None, [])
     broken = connect(resolve(dsn=postgres.dsn, **firewall.address), "evidence", None, [])
     assert describe(direct).direct
@@ -214,7 +223,9 @@ def test_the_broker_sees_every_server_that_its_workers_have_been_on(
             first = broker._control._boot_us
             database.restart("immediate")
             conn = pool.get_conn(timeout=10)
-            wait_until(lambda: broker._control._boot_us != first, what="the broker to see the new server")
+            wait_until(
+                lambda: broker._control._boot_us != first, what="the broker to see the new server"
+            )
             (lease,) = pool._local.cache.leases.values()
             assert lease.backend is not None
             assert lease.backend.boot_us == broker._control._boot_us
@@ -227,7 +238,9 @@ def test_the_broker_sees_every_server_that_its_workers_have_been_on(
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Asia/Kolkata", "America/St_Johns"])
-def test_a_worker_knows_its_backend_by_the_numbers_the_broker_reads(zone: str, postgres: EphemeralPostgres) -> None:
+def test_a_worker_knows_its_backend_by_the_numbers_the_broker_reads(
+    zone: str, postgres: EphemeralPostgres
+) -> None:
     """The one reads them as text, the other has the server count: else nothing could be fenced."""
     info = resolve(dsn=f"{postgres.dsn} options='-c timezone={zone}'")
     conn = connect(info, "numbers", None, [])

@@ -38,7 +38,9 @@ WHERE datname = current_database() AND application_name LIKE 'sharedpool %'
 def commands(example: str) -> list[list[str]]:
     """The commands in an example's docstring: its lines that begin with a $."""
     text = ast.get_docstring(ast.parse((ROOT / "examples" / f"{example}.py").read_text())) or ""
-    found = [shlex.split(line.strip()[2:]) for line in text.splitlines() if line.strip().startswith("$ ")]
+    found = [
+        shlex.split(line.strip()[2:]) for line in text.splitlines() if line.strip().startswith("$ ")
+    ]
     if shutil.which("sharedpool", path=Path(sys.executable).parent):
         return found
     # Tested from the source tree, without an installation.
@@ -47,11 +49,17 @@ def commands(example: str) -> list[list[str]]:
 
 
 @pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch, runtime_dir: Path, tmp_path: Path) -> Iterator[None]:
+def environment(
+    monkeypatch: pytest.MonkeyPatch, runtime_dir: Path, tmp_path: Path
+) -> Iterator[None]:
     """What the user of an example has, but all that it leaves behind is ours; in the end nobody uses a broker."""
-    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    monkeypatch.setenv(
+        "PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    )
     package = str(Path(sharedpool.__file__).parents[1])  # the one that is tested, installed or not
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    )
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with automatic_broker.seen_off():
         yield
@@ -115,7 +123,15 @@ def test_every_example_is_tested_here() -> None:
 @pytest.mark.parametrize(
     ("example", "limit", "expected"),
     [
-        ("quickstart", 5, ["stored book 1: The Sea, The Sea", "six times seven is 42", "<SimpleConnectionPool .*>"]),
+        (
+            "quickstart",
+            5,
+            [
+                "stored book 1: The Sea, The Sea",
+                "six times seven is 42",
+                "<SimpleConnectionPool .*>",
+            ],
+        ),
         # How many processes got work, and what was seen while they did, is the scheduler's choice.
         (
             "multiprocessing_script",
@@ -139,15 +155,27 @@ def test_every_example_is_tested_here() -> None:
                 )
             ],
         ),
-        ("celery_app", 2, ["40 tasks done by [1-4] processes", "most connections at a time: [12], limit: 2"]),
-        ("sqlalchemy_app", 3, ["200 orders stored by 4 processes", "most connections at a time: [1-3], limit: 3"]),
+        (
+            "celery_app",
+            2,
+            ["40 tasks done by [1-4] processes", "most connections at a time: [12], limit: 2"],
+        ),
+        (
+            "sqlalchemy_app",
+            3,
+            ["200 orders stored by 4 processes", "most connections at a time: [1-3], limit: 3"],
+        ),
     ],
 )
-def test_a_script_prints_what_it_says(database_url: str, example: str, limit: int, expected: list[str]) -> None:
+def test_a_script_prints_what_it_says(
+    database_url: str, example: str, limit: int, expected: list[str]
+) -> None:
     with watched(database_url) as counts:
         outcome = run(commands(example)[0])
     assert outcome.returncode == 0, outcome.stderr
-    for line, pattern in zip(outcome.stdout.splitlines(), expected, strict=False):  # celery says more at its end
+    for line, pattern in zip(
+        outcome.stdout.splitlines(), expected, strict=False
+    ):  # celery says more at its end
         assert re.fullmatch(pattern, line)
     assert len(outcome.stdout.splitlines()) >= len(expected)
     assert max(counts) <= limit  # a short script may have come and gone between two looks
@@ -161,7 +189,9 @@ def test_a_script_without_a_server_says_what_to_set(environment: None, example: 
 
 
 @contextmanager
-def serving(command: list[str], *more: str) -> Iterator[tuple[int, "subprocess.Popen[bytes]", Path]]:
+def serving(
+    command: list[str], *more: str
+) -> Iterator[tuple[int, "subprocess.Popen[bytes]", Path]]:
     """Run a documented gunicorn command, with `more` options; yield its port, the process and its log."""
     log = Path(os.environ["TMPDIR"], "gunicorn.log")
     # It inherits a socket that listens already: nobody can take the port, and requests wait until a worker is there.
@@ -213,12 +243,19 @@ def request(port: int) -> dict[str, int]:
     ],
     ids=["sync", "preload", "gthread", "preload gthread", "sharedpool run"],
 )
-def test_gunicorn_workers_share_the_limit(database_url: str, number: int, more: list[str], requests: int) -> None:
-    with watched(database_url) as counts, serving(commands("gunicorn_app")[number], *more) as (port, process, log):
+def test_gunicorn_workers_share_the_limit(
+    database_url: str, number: int, more: list[str], requests: int
+) -> None:
+    with (
+        watched(database_url) as counts,
+        serving(commands("gunicorn_app")[number], *more) as (port, process, log),
+    ):
         with ThreadPoolExecutor(8) as executor:
             answers = list(executor.map(request, [port] * requests))
 
-            def several_workers_answered() -> bool:  # the kernel may give one worker everything for a while
+            def several_workers_answered() -> (
+                bool
+            ):  # the kernel may give one worker everything for a while
                 answers.extend(executor.map(request, [port] * 16))
                 return len({answer["worker"] for answer in answers}) >= 2 and max(counts) >= 2
 
@@ -253,12 +290,18 @@ def test_the_flask_app_commits_what_succeeds_and_returns_every_connection(
     with (
         log.open("w") as output,
         watched(database_url) as counts,
-        subprocess.Popen(serve, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output) as process,
+        subprocess.Popen(
+            serve, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        ) as process,
     ):
         try:
-            running = wait_until(lambda: re.search(r"Running on http://127.0.0.1:(\d+)", log.read_text()), 30)
+            running = wait_until(
+                lambda: re.search(r"Running on http://127.0.0.1:(\d+)", log.read_text()), 30
+            )
             port = int(running[1])
-            with ThreadPoolExecutor(8) as executor:  # threads of one process, each with a request of its own
+            with ThreadPoolExecutor(
+                8
+            ) as executor:  # threads of one process, each with a request of its own
                 failed = list(executor.map(get, [port] * 40, ["/fail"] * 40))
                 answers = list(executor.map(request, [port] * 40))
             assert {status for status, _ in failed} == {500}

@@ -38,7 +38,11 @@ def run_on(server: EphemeralPostgres, *statements: str) -> None:
 
 
 def turn_read_only(server: EphemeralPostgres, value: str) -> None:
-    run_on(server, f"ALTER SYSTEM SET default_transaction_read_only = {value}", "SELECT pg_reload_conf()")
+    run_on(
+        server,
+        f"ALTER SYSTEM SET default_transaction_read_only = {value}",
+        "SELECT pg_reload_conf()",
+    )
 
 
 def read_only(conn: Any) -> bool:
@@ -77,7 +81,9 @@ INSERTS = {"block": insert_in_a_block, "pgsimple": insert_by_pgsimple, "put_conn
 
 
 @pytest.mark.parametrize("how", INSERTS)
-def test_one_read_only_error_replaces_the_connections_of_every_worker(server: EphemeralPostgres, how: str) -> None:
+def test_one_read_only_error_replaces_the_connections_of_every_worker(
+    server: EphemeralPostgres, how: str
+) -> None:
     with sharedpool.start_broker(4, dsn=server.dsn) as broker:
         settings: dict[str, Any] = {"dsn": server.dsn, "broker": broker.address, "max_conn": 4}
         pool = sharedpool.config_pool(**settings)
@@ -96,7 +102,10 @@ def test_one_read_only_error_replaces_the_connections_of_every_worker(server: Ep
             wait_until(lambda: generation(broker) == 2)
             turn_read_only(server, "off")
             # What lay idle elsewhere is replaced, and what is in use is at its checkin.
-            wait_until(lambda: other.ask("stats")["idle"] == 0, what="the other worker's idle connection to be dropped")
+            wait_until(
+                lambda: other.ask("stats")["idle"] == 0,
+                what="the other worker's idle connection to be dropped",
+            )
             assert other.ask("get", name="again", timeout=10)["backend"] not in (busy, idle)
             other.ask("put", name="busy")
             wait_until(lambda: other.ask("stats")["idle"] == 0)
@@ -112,7 +121,10 @@ def test_one_backend_ended_by_an_administrator_is_no_failover(server: EphemeralP
             theirs = b.ask("get", name="x", timeout=10)["backend"]
             b.ask("put", name="x")
             run_on(server, f"SELECT pg_terminate_backend({mine})")
-            wait_until(lambda: a.ask("stats")["idle"] == 0, what="the dead connection to leave the cache by itself")
+            wait_until(
+                lambda: a.ask("stats")["idle"] == 0,
+                what="the dead connection to leave the cache by itself",
+            )
             assert a.ask("get", name="x", timeout=10)["backend"] != mine
             assert b.ask("get", name="x")["backend"] == theirs
             assert generation(broker) == 1
@@ -127,8 +139,14 @@ def test_a_server_restart_is_unseen_by_who_held_nothing(server: EphemeralPostgre
                 worker.ask("put", name="x")
             held = a.ask("get", name="held", timeout=10)["backend"]
             server.restart("fast")
-            wait_until(lambda: fetch_report(broker.address).leases == 0, what="the slots of the former server")
-            assert a.ask("query", name="held", sql="SELECT 1")["error"] in ("OperationalError", "AdminShutdown")
+            wait_until(
+                lambda: fetch_report(broker.address).leases == 0,
+                what="the slots of the former server",
+            )
+            assert a.ask("query", name="held", sql="SELECT 1")["error"] in (
+                "OperationalError",
+                "AdminShutdown",
+            )
             a.ask("put", name="held")
             for worker in (a, b):
                 got = worker.ask("get", name="x", timeout=10)

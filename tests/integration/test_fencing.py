@@ -27,7 +27,10 @@ class Lent:
         self._observer = observer
         self.done: list[Token] = []
         self._fencing = Fencing(self.done.append, lambda backend: False)
-        row = self._see("pid, (extract(epoch FROM backend_start) * 1000000)::bigint, 1", self.conn.info.backend_pid)
+        row = self._see(
+            "pid, (extract(epoch FROM backend_start) * 1000000)::bigint, 1",
+            self.conn.info.backend_pid,
+        )
         assert row is not None
         self.backend = Backend(*row, pooled=OURS)
         self._thread: threading.Thread | None = None
@@ -54,10 +57,14 @@ class Lent:
 
         self._thread = threading.Thread(target=run)
         self._thread.start()
-        wait_until(lambda: self._see("1", self.backend.pid) and self._asleep(), what="the query to run")
+        wait_until(
+            lambda: self._see("1", self.backend.pid) and self._asleep(), what="the query to run"
+        )
 
     def _asleep(self) -> bool:
-        row = self._see("(query = 'SELECT pg_sleep(60)' AND state = 'active')::int", self.backend.pid)
+        row = self._see(
+            "(query = 'SELECT pg_sleep(60)' AND state = 'active')::int", self.backend.pid
+        )
         return row == (1,)
 
     def fence(self, *, left: bool) -> None:
@@ -131,7 +138,9 @@ def test_one_that_executes_for_who_knows_whom_is_neither_ended_nor_free(lent: Le
     assert lent.alive
 
 
-def test_one_whose_client_may_be_there_still_is_ended_at_once_whatever_it_has_begun(lent: Lent) -> None:
+def test_one_whose_client_may_be_there_still_is_ended_at_once_whatever_it_has_begun(
+    lent: Lent,
+) -> None:
     lent.fence(left=False)
     lent.execute("SELECT 1")
     wait_until(lent.work, what="the slot")

@@ -59,7 +59,10 @@ def test_a_process_with_few_descriptors_left_gets_a_connection_or_an_error(
     if left >= (16 if used == "new" else 2):
         assert done.stdout == "works\n"
     else:
-        assert "descriptors, and fewer are free of the 200 that this process may have open" in done.stdout
+        assert (
+            "descriptors, and fewer are free of the 200 that this process may have open"
+            in done.stdout
+        )
         assert "raise the limit (`ulimit -n`" in done.stdout
 
 
@@ -143,13 +146,20 @@ class Host:
         holdings = self.pool._local
         shells = sum(map(len, holdings.shells._stock.values()))
         probes = 2 * sum(map(len, Probe._pairs.values()))
-        lane = FOR_A_LANE + len(holdings.wait_sockets._all) if holdings.wait_sockets is not None else 0
+        lane = (
+            FOR_A_LANE + len(holdings.wait_sockets._all) if holdings.wait_sockets is not None else 0
+        )
         return len(os.listdir("/proc/self/fd")) - shells - probes - lane
 
 
 @pytest.fixture
 def host(broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str) -> Iterator[Host]:
-    settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 1}
+    settings: dict[str, Any] = {
+        "dsn": postgres.dsn,
+        "broker": broker.address,
+        "name": name,
+        "max_conn": 1,
+    }
     pool = sharedpool.config_pool(**settings, pool_manager=sharedpool.ThreadedConnectionPool)
     with Worker(**settings) as other, ThreadPoolExecutor() as executor:
         assert "backend" in other.ask("get", name="x", timeout=20)
@@ -171,7 +181,11 @@ def test_a_shortage_that_passes_costs_no_more_than_the_connection_that_comes_mea
         host.pool._local.shells._stock.clear()
     # In its place one of its own is opened, which takes two: of those that are left, or that an empty one had.
     lacks = left < (1 if shell == "kept" else 2)
-    with pytest.raises(sharedpool.PoolError, match=r"raise the limit \(`ulimit -n`") if lacks else nullcontext():
+    with (
+        pytest.raises(sharedpool.PoolError, match=r"raise the limit \(`ulimit -n`")
+        if lacks
+        else nullcontext()
+    ):
         host.visit(left)
     adopted = host.pool.stats().adopted
     assert adopted == 2 + (left >= (1 if shell == "kept" else 5))

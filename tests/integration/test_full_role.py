@@ -55,7 +55,9 @@ def test_max_conn_and_two_is_what_pool_and_broker_need(
     with (
         proxies.LateCloser(server, late_s=6.0, accept_late_s=0.5) as slow,
         server_in_a_thread(address, max_conn=max_conn, dsn=dsn, ttl_s=3.0),
-        workers(3, dsn=make_dsn(slow.dsn, user="app"), broker=address, max_conn=max_conn, name="limited") as (
+        workers(
+            3, dsn=make_dsn(slow.dsn, user="app"), broker=address, max_conn=max_conn, name="limited"
+        ) as (
             holder,
             victim,
             waiter,
@@ -104,5 +106,10 @@ def test_where_it_is_far_too_low_the_fleet_shares_what_there_is_and_the_operator
     assert sum(answer["outcomes"].get("OperationalError", 0) for answer in answers) <= 12
     assert logged(server, TOO_MANY, since) <= 30
     log = "".join(path.read_text() for path in runtime_dir.glob("sharedpool/*.log"))
-    assert log.count("role 'app' may have 3 connections (CONNECTION LIMIT), and 6 are needed: max_conn 4, and 2") == 1
+    assert (
+        log.count(
+            "role 'app' may have 3 connections (CONNECTION LIMIT), and 6 are needed: max_conn 4, and 2"
+        )
+        == 1
+    )
     assert 'too many connections for role "app"' in log

@@ -30,7 +30,9 @@ from tests.support.processes import BackendSampler, Piped, Worker, run_python, w
 from tests.support.running_query import Query
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.skipif(not SUPPORTED, reason="connections cannot be handed over on this platform")
+pytestmark = pytest.mark.skipif(
+    not SUPPORTED, reason="connections cannot be handed over on this platform"
+)
 
 # Read before the tests hide the environment from themselves.
 _MOVES = int(os.environ.get("SHAREDPOOL_MOVES", "3000"))
@@ -50,7 +52,11 @@ def test_it_is_the_same_backend_and_a_plain_connection(
     assert conn.encoding == "UTF8"
     b.put_conn(conn)
     assert report(broker, name).handovers > 0
-    assert b.stats().connects == 0 or a.stats().connects == 0 or b.stats().connects + a.stats().connects <= 2
+    assert (
+        b.stats().connects == 0
+        or a.stats().connects == 0
+        or b.stats().connects + a.stats().connects <= 2
+    )
 
 
 def test_nothing_of_one_users_session_reaches_the_next(pair: MakePair) -> None:
@@ -60,8 +66,12 @@ def test_nothing_of_one_users_session_reaches_the_next(pair: MakePair) -> None:
         conn.autocommit = True
         conn.cursor_factory = psycopg2.extras.DictCursor
         with conn.cursor() as cursor:
-            cursor.execute("SET search_path TO nowhere; SET TIME ZONE 'Asia/Tokyo'; SET application_name TO 'mine'")
-            cursor.execute("CREATE TEMP TABLE left_over (n int); PREPARE mine AS SELECT 1; SELECT pg_advisory_lock(42)")
+            cursor.execute(
+                "SET search_path TO nowhere; SET TIME ZONE 'Asia/Tokyo'; SET application_name TO 'mine'"
+            )
+            cursor.execute(
+                "CREATE TEMP TABLE left_over (n int); PREPARE mine AS SELECT 1; SELECT pg_advisory_lock(42)"
+            )
             cursor.execute("LISTEN news; NOTIFY news; DO $$ BEGIN RAISE NOTICE 'said'; END $$")
         psycopg2.extras.register_default_json(conn, loads=lambda text: "the giver's")
         conn.commit()
@@ -71,10 +81,20 @@ def test_nothing_of_one_users_session_reaches_the_next(pair: MakePair) -> None:
     assert (conn.notices, conn.notifies) == ([], [])
     assert ask(conn, "SHOW search_path") == '"$user", public'
     assert ask(conn, "SHOW TimeZone") == conn.get_parameter_status("TimeZone") != "Asia/Tokyo"
-    assert ask(conn, "SHOW application_name") == conn.get_parameter_status("application_name") != "mine"
+    assert (
+        ask(conn, "SHOW application_name")
+        == conn.get_parameter_status("application_name")
+        != "mine"
+    )
     assert ask(conn, "SELECT to_regclass('left_over')") is None
     assert ask(conn, "SELECT count(*) FROM pg_prepared_statements") == 0
-    assert ask(conn, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()") == 0
+    assert (
+        ask(
+            conn,
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()",
+        )
+        == 0
+    )
     assert ask(conn, "SELECT count(*) FROM pg_listening_channels()") == 0
     assert ask(conn, """SELECT '{"a": 1}'::json""") == {"a": 1}
 
@@ -93,7 +113,9 @@ print(reset.send(conn.fileno(), b"DISCARD ALL"))
 """
 
 
-def test_a_program_that_does_not_ignore_sigpipe_outlives_a_backend_that_is_reset(postgres: EphemeralPostgres) -> None:
+def test_a_program_that_does_not_ignore_sigpipe_outlives_a_backend_that_is_reset(
+    postgres: EphemeralPostgres,
+) -> None:
     command = [sys.executable, "-c", _SIGPIPE, postgres.dsn]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
@@ -108,11 +130,16 @@ def test_a_connection_with_too_much_to_say_of_itself_is_closed_instead(
     a.put_conn(a.get_conn())
     assert ask(b.get_conn(), "SELECT length(current_setting('search_path'))") == length
     after = b.stats()
-    assert (after.adopted - before.adopted, after.connects - before.connects) == (int(moves), int(not moves))
+    assert (after.adopted - before.adopted, after.connects - before.connects) == (
+        int(moves),
+        int(not moves),
+    )
 
 
 @pytest.mark.parametrize("end", ["nothing", "an error", "COMMIT as SQL"])
-def test_no_half_transaction_is_committed(pair: MakePair, end: str, database: str, broker: sharedpool.Broker) -> None:
+def test_no_half_transaction_is_committed(
+    pair: MakePair, end: str, database: str, broker: sharedpool.Broker
+) -> None:
     a, b = pair()
     conn = a.get_conn()
     ask(conn, "CREATE TABLE IF NOT EXISTS halves (n int); SELECT 1")
@@ -262,7 +289,9 @@ def test_a_process_that_waits_before_it_knows_the_broker_is_passed_a_connection(
         assert second.answer()["backend"] == held
 
 
-def test_handover_off_closes_and_opens(pair: MakePair, broker: sharedpool.Broker, name: str) -> None:
+def test_handover_off_closes_and_opens(
+    pair: MakePair, broker: sharedpool.Broker, name: str
+) -> None:
     a, b = pair(handover="off")
     conn = a.get_conn()
     pid = conn.info.backend_pid
@@ -317,7 +346,11 @@ def test_a_process_where_an_adopted_connection_does_not_work_goes_on_without(
     assert rounds >= 3  # once or twice it may have been a slow server
     assert "no hand-over in this process" in caplog.text
     assert b._local.adopted == 0
-    wait_until(lambda: report(broker, name).leases == 1, 10, "the connection that was passed in vain to be ended")
+    wait_until(
+        lambda: report(broker, name).leases == 1,
+        10,
+        "the connection that was passed in vain to be ended",
+    )
 
 
 def test_the_first_connection_that_a_broker_passes_is_tried_with_a_cancel(
@@ -352,7 +385,9 @@ def test_where_the_broker_may_not_cancel_connections_are_not_handed_over(
         cursor.execute("CREATE ROLE watcher LOGIN")
     dsn = extensions.make_dsn(postgres.dsn, user="watcher")
     with sharedpool.start_broker(5, address=f"ipc://{tmp_path}/b.sock", dsn=dsn) as broker:
-        config = sharedpool.config_pool(name="watched", dsn=postgres.dsn, broker=broker.address, max_conn=1).config
+        config = sharedpool.config_pool(
+            name="watched", dsn=postgres.dsn, broker=broker.address, max_conn=1
+        ).config
         pools = [ThreadedConnectionPool(config, GivenBroker(broker.address)) for _ in range(2)]
         for pool in pools * 5:
             conn = pool.get_conn(timeout=10)
@@ -391,7 +426,9 @@ def test_a_shell_is_built_for_this_process_alone() -> None:
     with Stub({"server_version": "15.1", "client_encoding": "UTF8", "DateStyle": "ISO"}) as stub:
         name = f"{stub.host[1:]}/.s.PGSQL.{stub.port}"
         other = run_python(script, name)
-        ours = psycopg2.connect(host=stub.host, port=stub.port, user="shell", dbname="shell", sslmode="disable")
+        ours = psycopg2.connect(
+            host=stub.host, port=stub.port, user="shell", dbname="shell", sslmode="disable"
+        )
     assert other.stdout == "b''\n", other.stderr
     assert ours.server_version == 150001
 
@@ -426,8 +463,17 @@ def test_a_backend_that_ends_while_parked_or_moving_is_not_handed_out(
 def test_threads_of_several_processes_share_few_connections(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str
 ) -> None:
-    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 3, "threads": True}
-    with workers(4, **settings) as crew, BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
+    settings = {
+        "dsn": postgres.dsn,
+        "broker": broker.address,
+        "name": name,
+        "max_conn": 3,
+        "threads": True,
+    }
+    with (
+        workers(4, **settings) as crew,
+        BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
+    ):
         for worker in crew:
             worker.send("hammer", seconds=2, threads=3, timeout=30)
         outcomes = [worker.answer() for worker in crew]
@@ -443,19 +489,34 @@ def test_no_slot_is_lost_with_a_process_that_ends_or_stops_in_the_middle_of_a_tr
     settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 2}
     stop = tmp_path / "stop"
     rng = random.Random(number)
-    with workers(4, **settings) as crew, BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
+    with (
+        workers(4, **settings) as crew,
+        BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
+    ):
         for worker in crew:
             worker.send("hammer", seconds=60, threads=1, timeout=30, work_s=0.001, stop=str(stop))
-        for each in range(3 if number == signal.SIGKILL else 1):  # a frozen one holds up the rest for a TTL
+        for each in range(
+            3 if number == signal.SIGKILL else 1
+        ):  # a frozen one holds up the rest for a TTL
             enough = tmp_path / f"enough of {each}"
             with Worker(**settings) as victim:
-                victim.send("hammer", seconds=60, threads=1, timeout=30, work_s=0.001, stop=str(enough))
-                wait_until(lambda: report(broker, name).sessions >= 5, 10, "the victim to take part")
+                victim.send(
+                    "hammer", seconds=60, threads=1, timeout=30, work_s=0.001, stop=str(enough)
+                )
+                wait_until(
+                    lambda: report(broker, name).sessions >= 5, 10, "the victim to take part"
+                )
                 handovers = report(broker, name).handovers + rng.randrange(1, 50)
-                wait_until(lambda n=handovers: report(broker, name).handovers >= n, 10, "some transfers")
+                wait_until(
+                    lambda n=handovers: report(broker, name).handovers >= n, 10, "some transfers"
+                )
                 victim.kill(number)
                 handovers = report(broker, name).handovers
-                wait_until(lambda n=handovers: report(broker, name).handovers > n, 10, "the others to go on")
+                wait_until(
+                    lambda n=handovers: report(broker, name).handovers > n,
+                    10,
+                    "the others to go on",
+                )
                 enough.touch()
         stop.touch()
         outcomes = [worker.answer() for worker in crew]
@@ -511,7 +572,10 @@ def test_a_fork_while_several_threads_receive_leaves_all_that_arrives_to_the_par
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str
 ) -> None:
     command = [sys.executable, "-c", _TWO_RECEIVE, postgres.dsn, broker.address, name]
-    with Piped(*command) as taker, Worker(dsn=postgres.dsn, broker=broker.address, name=name, max_conn=2) as giver:
+    with (
+        Piped(*command) as taker,
+        Worker(dsn=postgres.dsn, broker=broker.address, name=name, max_conn=2) as giver,
+    ):
         assert taker.line() == "ready"
         backends = [giver.ask("get", name=key, timeout=20)["backend"] for key in "xy"]
         taker.tell("wait")
@@ -522,7 +586,9 @@ def test_a_fork_while_several_threads_receive_leaves_all_that_arrives_to_the_par
         try:
             for key in "xy":
                 giver.ask("put", name=key)
-            arriving = wait_until(lambda: new if len(new := _sockets(taker.pid) - before) == 2 else None)
+            arriving = wait_until(
+                lambda: new if len(new := _sockets(taker.pid) - before) == 2 else None
+            )
             taker.tell("fork")
             child = int(taker.line())
             assert _sockets(child) & arriving == set()
@@ -534,13 +600,22 @@ def test_a_fork_while_several_threads_receive_leaves_all_that_arrives_to_the_par
 
 
 def test_what_is_read_and_written_over_thousands_of_moves_is_what_it_should_be(
-    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, server_connection: extensions.connection
+    broker: sharedpool.Broker,
+    postgres: EphemeralPostgres,
+    name: str,
+    server_connection: extensions.connection,
 ) -> None:
     """Each process writes rows of its own and reads them back, by checksum; no row is another's, lost or doubled."""
     with server_connection.cursor() as cursor:
         cursor.execute("CREATE TABLE moves (worker int, n int, body text, PRIMARY KEY (worker, n))")
     total = _MOVES
-    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 2, "time_slice": 0}
+    settings = {
+        "dsn": postgres.dsn,
+        "broker": broker.address,
+        "name": name,
+        "max_conn": 2,
+        "time_slice": 0,
+    }
     try:
         with workers(5, **settings) as crew:
             for number, worker in enumerate(crew):
@@ -556,7 +631,9 @@ def test_what_is_read_and_written_over_thousands_of_moves_is_what_it_should_be(
         with server_connection.cursor() as cursor:
             cursor.execute("DROP TABLE moves")
     assert len(rows) == total // 5 * 5
-    assert all(body == hashlib.sha256(f"{worker} {n}".encode()).hexdigest() * 4 for worker, n, body in rows)
+    assert all(
+        body == hashlib.sha256(f"{worker} {n}".encode()).hexdigest() * 4 for worker, n, body in rows
+    )
 
 
 def test_nothing_is_handed_over_between_processes_that_connect_to_different_databases(
@@ -564,7 +641,10 @@ def test_nothing_is_handed_over_between_processes_that_connect_to_different_data
 ) -> None:
     settings = {"broker": broker.address, "name": "one name, two databases", "max_conn": 1}
     names = {}
-    with workers(1, dsn=database, **settings) as (first,), workers(1, dsn=postgres.dsn, **settings) as (second,):
+    with (
+        workers(1, dsn=database, **settings) as (first,),
+        workers(1, dsn=postgres.dsn, **settings) as (second,),
+    ):
         for _ in range(3):  # to and fro
             for each in (first, second):
                 assert "backend" in each.ask("get", name="it", timeout=10)

@@ -79,9 +79,14 @@ def hello(pool: str, version: int = PROTOCOL_VERSION) -> bytes:
 
 def test_who_has_taken_the_names_that_libzmq_gives_is_met_by_no_command(runtime_dir: Path) -> None:
     """The broker would abort: libzmq counts from the same number in every process, and takes any name from a peer."""
-    with sharedpool.start_broker(5, address=f"ipc://{runtime_dir}/b.sock") as broker, ExitStack() as lines:
+    with (
+        sharedpool.start_broker(5, address=f"ipc://{runtime_dir}/b.sock") as broker,
+        ExitStack() as lines,
+    ):
         for number in range(20):
-            line = lines.enter_context(line_to(broker.address, b"\0" + (0x6B8B4567 + number).to_bytes(4)))
+            line = lines.enter_context(
+                line_to(broker.address, b"\0" + (0x6B8B4567 + number).to_bytes(4))
+            )
             line.send(hello("x", version=99))
             line.recv()
         for _ in range(3):
@@ -90,13 +95,25 @@ def test_who_has_taken_the_names_that_libzmq_gives_is_met_by_no_command(runtime_
 
 def test_a_worker_of_protocol_1_is_told_what_to_install(broker: sharedpool.Broker) -> None:
     """Its HELLO cannot be decoded any more, but it begins as ours does."""
-    first_version = ["hello", 1, os.getpid(), "host", "app.py", ["default", 5, 60000, 0, "server"], [], 0]
+    first_version = [
+        "hello",
+        1,
+        os.getpid(),
+        "host",
+        "app.py",
+        ["default", 5, 60000, 0, "server"],
+        [],
+        0,
+    ]
     with line_to(broker.address) as dealer:
         dealer.send(msgspec.msgpack.encode(first_version))
         answer = decode_to_worker(dealer.recv())
     assert isinstance(answer, Reject)
     assert answer.fatal
-    assert f"the broker speaks protocol {PROTOCOL_VERSION}, this worker 1: install the same" in answer.reason
+    assert (
+        f"the broker speaks protocol {PROTOCOL_VERSION}, this worker 1: install the same"
+        in answer.reason
+    )
 
 
 def test_other_peoples_tokens_and_words_out_of_order_change_nothing(
@@ -132,7 +149,10 @@ def test_an_oversized_message_costs_its_sender_the_line_and_nobody_else(
     pool = make_pool()
     with line_to(broker.address, b"too much") as dealer:
         dealer.send(b"x" * (MAX_FRAME_BYTES + 1))
-        assert not any(s.title == "bare" and s.pool == "oversized" for s in fetch_report(broker.address).sessions)
+        assert not any(
+            s.title == "bare" and s.pool == "oversized"
+            for s in fetch_report(broker.address).sessions
+        )
         pool.put_conn(pool.get_conn())
 
 
@@ -157,7 +177,10 @@ def test_what_is_no_socket_is_not_taken_at_the_desk(
         socket.send_fds(desk, [good], [ours.fileno(), theirs.fileno()])
         desk.send(good)
         socket.send_fds(desk, [good], [ours.fileno()])  # of a session and a lease that do not exist
-        wait_until(lambda: caplog.text.count("dropped what came to the desk") == 4, what="four words of warning")
+        wait_until(
+            lambda: caplog.text.count("dropped what came to the desk") == 4,
+            what="four words of warning",
+        )
         assert fetch_report(address).custody == 1
         # What it did not keep it has closed: the other end sees it.
         ours.close()
@@ -172,7 +195,10 @@ def test_a_file_in_the_desks_place_is_kept_and_the_broker_does_without(
 ) -> None:
     (runtime_dir / "plain.sock.desk").write_text("precious")
     address = f"ipc://{runtime_dir}/plain.sock"
-    with server_in_a_thread(address, dsn=postgres.dsn), Worker(dsn=postgres.dsn, broker=address) as worker:
+    with (
+        server_in_a_thread(address, dsn=postgres.dsn),
+        Worker(dsn=postgres.dsn, broker=address) as worker,
+    ):
         assert "backend" in worker.ask("get", name="x", timeout=10)
         worker.ask("put", name="x", close=True)
         wait_until(lambda: fetch_report(address).leases == 0, 10, "the lease to be given back")
@@ -203,7 +229,9 @@ def test_another_users_words_are_dropped(
                         refusal = decode_to_worker(dealer.recv())
                         assert isinstance(refusal, Reject)
                         assert refusal.fatal
-                        assert refusal.reason.endswith("serves nobody else (but root), not uid 65534")
+                        assert refusal.reason.endswith(
+                            "serves nobody else (but root), not uid 65534"
+                        )
                         os._exit(0)
             finally:
                 os._exit(1)
@@ -215,7 +243,9 @@ def test_another_users_words_are_dropped(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 @pytest.mark.parametrize("closed", ["socket", "directory"])
-def test_another_user_is_told_whose_broker_it_is(closed: str, runtime_dir: Path, postgres: EphemeralPostgres) -> None:
+def test_another_user_is_told_whose_broker_it_is(
+    closed: str, runtime_dir: Path, postgres: EphemeralPostgres
+) -> None:
     address = f"ipc://{runtime_dir}/b.sock"
     blamed = runtime_dir / "b.sock" if closed == "socket" else runtime_dir
     with sharedpool.start_broker(1, address=address):
@@ -227,7 +257,10 @@ def test_another_user_is_told_whose_broker_it_is(closed: str, runtime_dir: Path,
             try:
                 os.setuid(65534)
                 pool = sharedpool.config_pool(dsn=postgres.dsn, broker=address)
-                for ask in (lambda: pool.get_conn(timeout=0.3), lambda: fetch_report(address, timeout_s=0.3)):
+                for ask in (
+                    lambda: pool.get_conn(timeout=0.3),
+                    lambda: fetch_report(address, timeout_s=0.3),
+                ):
                     try:
                         ask()
                     except sharedpool.BrokerUnavailable as error:
@@ -240,7 +273,10 @@ def test_another_user_is_told_whose_broker_it_is(closed: str, runtime_dir: Path,
         os.waitpid(child, 0)
         assert len(texts) == 2
         for text in texts:
-            assert f"{blamed} is uid 0's, who lets nobody else in, and this process is uid 65534" in text
+            assert (
+                f"{blamed} is uid 0's, who lets nobody else in, and this process is uid 65534"
+                in text
+            )
 
 
 def test_by_tcp_a_pid_counts_only_where_it_means_the_same_process(
@@ -256,11 +292,32 @@ def test_by_tcp_a_pid_counts_only_where_it_means_the_same_process(
     ):
         near.ask("get", name="x", timeout=10)
         for line, pid in ((far, near.pid), (nowhere, 2**22)):  # pid_max: nobody has it
-            line.send(encode(Hello(PROTOCOL_VERSION, pid, socket.gethostname(), "bare", spec, pid_namespace="another")))
+            line.send(
+                encode(
+                    Hello(
+                        PROTOCOL_VERSION,
+                        pid,
+                        socket.gethostname(),
+                        "bare",
+                        spec,
+                        pid_namespace="another",
+                    )
+                )
+            )
             assert isinstance(decode_to_worker(line.recv()), Welcome)
         near.kill()
-        wait_until(lambda: not any(s.pool == "near" and not s.suspect for s in fetch_report(broker.address).sessions))
-        assert [s.title for s in fetch_report(broker.address).sessions if s.pool == "far"] == ["bare", "bare"]
+        wait_until(
+            lambda: (
+                not any(
+                    s.pool == "near" and not s.suspect
+                    for s in fetch_report(broker.address).sessions
+                )
+            )
+        )
+        assert [s.title for s in fetch_report(broker.address).sessions if s.pool == "far"] == [
+            "bare",
+            "bare",
+        ]
 
 
 def rss_kib(pid: int) -> int:
@@ -270,7 +327,9 @@ def rss_kib(pid: int) -> int:
     raise AssertionError("no VmRSS")
 
 
-def test_a_worker_that_stops_reading_cannot_grow_the_broker(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+def test_a_worker_that_stops_reading_cannot_grow_the_broker(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
     """It asks and asks, and never takes an answer."""
     with (
         sharedpool.start_broker(3, dsn=postgres.dsn) as broker,
@@ -292,7 +351,9 @@ def test_a_worker_that_stops_reading_cannot_grow_the_broker(postgres: EphemeralP
         assert "backend" in worker.ask("get", name="x", timeout=10)
 
 
-def test_who_reads_no_answer_is_given_no_more_of_them(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+def test_who_reads_no_answer_is_given_no_more_of_them(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
     """A report of many pools is big, and libzmq keeps a thousand for each line."""
     with (
         sharedpool.start_broker(3, dsn=postgres.dsn) as broker,
@@ -302,17 +363,23 @@ def test_who_reads_no_answer_is_given_no_more_of_them(postgres: EphemeralPostgre
         for number in range(40):
             line = stack.enter_context(line_to(broker.address))
             name = f"{number} {'p' * 5000}"
-            line.send(encode(Hello(PROTOCOL_VERSION, 1, "h" * 5000, "t" * 5000, PoolSpec(name, 1, 1000))))
+            line.send(
+                encode(Hello(PROTOCOL_VERSION, 1, "h" * 5000, "t" * 5000, PoolSpec(name, 1, 1000)))
+            )
         wait_until(lambda: len(fetch_report(broker.address).sessions) == 40)
         report = fetch_report(broker.address)
-        assert {(len(session.host), len(session.title)) for session in report.sessions} == {(255, 255)}
+        assert {(len(session.host), len(session.title)) for session in report.sessions} == {
+            (255, 255)
+        }
         assert len(encode(report)) > 200_000
         deaf.setsockopt(zmq.RCVHWM, 1)
         before = rss_kib(broker.pid)
         for _ in range(2_000):
             deaf.send(encode(Status(PROTOCOL_VERSION, 500)))
         assert fetch_report(broker.address, timeout_s=30).sessions  # it has taken them all in
-        assert rss_kib(broker.pid) - before < 32_000  # 2,000 answers would be 800 MB, a thousand half of that
+        assert (
+            rss_kib(broker.pid) - before < 32_000
+        )  # 2,000 answers would be 800 MB, a thousand half of that
         for number in range(20):  # who reads goes on being answered
             assert decode_to_operator(deaf.recv())
             deaf.send(encode(Status(PROTOCOL_VERSION, read=number + 1)))
@@ -333,7 +400,9 @@ def test_garbage_does_not_fill_the_log(
                 packets.send(b"garbage")
         assert fetch_report(broker.address, timeout_s=30).sessions == []
     lines = capfd.readouterr().err.splitlines()
-    assert 0 < sum("dropped" in each for each in lines) <= 30  # by kind, and a few in every ten seconds
+    assert (
+        0 < sum("dropped" in each for each in lines) <= 30
+    )  # by kind, and a few in every ten seconds
 
 
 def test_no_more_may_wait_than_max_waiting(make_pool: Callable[..., sharedpool.Pool]) -> None:
@@ -347,7 +416,9 @@ def test_no_more_may_wait_than_max_waiting(make_pool: Callable[..., sharedpool.P
         """The first one's request may still be on its way."""
         with pytest.raises((sharedpool.TooManyWaiting, sharedpool.PoolTimeout)) as caught:
             pool.get_conn(timeout=0.01)
-        return isinstance(caught.value, sharedpool.TooManyWaiting) and "max_waiting" in str(caught.value)
+        return isinstance(caught.value, sharedpool.TooManyWaiting) and "max_waiting" in str(
+            caught.value
+        )
 
     wait_until(crowded)
     pool.put_conn(conn)
@@ -362,9 +433,15 @@ def test_a_connect_that_the_server_refuses_gives_its_slot_back_by_evidence(
     broker: sharedpool.Broker, postgres: EphemeralPostgres
 ) -> None:
     pool = sharedpool.config_pool(
-        max_conn=1, dsn=postgres.dsn, dbname="no_such_database", broker=broker.address, name="refused"
+        max_conn=1,
+        dsn=postgres.dsn,
+        dbname="no_such_database",
+        broker=broker.address,
+        name="refused",
     )
-    for _ in range(5):  # each needs the only slot; no other caller is to blame, so nothing is held back
+    for _ in range(
+        5
+    ):  # each needs the only slot; no other caller is to blame, so nothing is held back
         with pytest.raises(psycopg2.OperationalError, match="does not exist"):
             pool.get_conn(timeout=10)
     assert sum(p.quarantined for p in fetch_report(broker.address).pools) == 0
@@ -380,7 +457,12 @@ def test_a_connect_that_nobody_answers_goes_into_quarantine_and_comes_back(
         socket.create_server(("127.0.0.1", 0)) as silent,
         server_in_a_thread(address, max_conn=1, dsn=postgres.dsn),
         Worker(
-            host="127.0.0.1", port=silent.getsockname()[1], user="x", dbname="x", broker=address, name="silent"
+            host="127.0.0.1",
+            port=silent.getsockname()[1],
+            user="x",
+            dbname="x",
+            broker=address,
+            name="silent",
         ) as worker,
     ):
         refused = worker.ask("get", name="x", timeout=1)
@@ -398,10 +480,19 @@ def test_while_the_server_is_away_every_caller_gets_its_error_at_once(runtime_di
             a.ask("put", name="x")
             server.shutdown("immediate")
             # One that has just been put is not looked at; the broker tells of its end a moment later.
-            wait_until(lambda: a.ask("stats")["idle"] == 0, what="the idle connection to be dropped")
+            wait_until(
+                lambda: a.ask("stats")["idle"] == 0, what="the idle connection to be dropped"
+            )
             errors = [worker.ask("get", name="x", timeout=20)["error"] for worker in (a, b, a, b)]
             assert set(errors) <= {"OperationalError", "ServerUnavailable"}
             assert "ServerUnavailable" in errors
             server.start()
-            for worker, name in ((a, "x"), (b, "y"), (b, "z")):  # the second may come before the first one's word
-                wait_until(lambda w=worker, n=name: "backend" in w.ask("get", name=n, timeout=5), timeout_s=10)
+            for worker, name in (
+                (a, "x"),
+                (b, "y"),
+                (b, "z"),
+            ):  # the second may come before the first one's word
+                wait_until(
+                    lambda w=worker, n=name: "backend" in w.ask("get", name=n, timeout=5),
+                    timeout_s=10,
+                )

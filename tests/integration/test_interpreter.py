@@ -42,7 +42,10 @@ try:
 except sharedpool.PoolError as error:
     print(json.dumps([str(error), time.monotonic() - begun]), flush=True)
 """
-PACKAGES = [str(Path(sharedpool.__file__).parents[1]), *(path for path in sys.path if path.endswith("-packages"))]
+PACKAGES = [
+    str(Path(sharedpool.__file__).parents[1]),
+    *(path for path in sys.path if path.endswith("-packages")),
+]
 
 
 class Running:
@@ -53,7 +56,13 @@ class Running:
         # A file: they may be more than a pipe takes before somebody reads.
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by end()
         self._process = subprocess.Popen(
-            command, env=environment, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, cwd="/"
+            command,
+            env=environment,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=self._errors,
+            text=True,
+            cwd="/",
         )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -73,7 +82,9 @@ def starts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def environment(postgres: EphemeralPostgres, runtime_dir: Path, starts: Path) -> Iterator[dict[str, str]]:
+def environment(
+    postgres: EphemeralPostgres, runtime_dir: Path, starts: Path
+) -> Iterator[dict[str, str]]:
     """What an application is given; in the end nobody must use the broker any more."""
     with automatic_broker.seen_off():
         yield {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
@@ -93,7 +104,9 @@ def server(tmp_path: Path, starts: Path) -> Path:
 
 
 def run(environment: dict[str, str], python: str = sys.executable, **given: Any) -> Running:
-    return Running([python, "-c", APPLICATION], environment | {"GIVEN": json.dumps({"path": PACKAGES} | given)})
+    return Running(
+        [python, "-c", APPLICATION], environment | {"GIVEN": json.dumps({"path": PACKAGES} | given)}
+    )
 
 
 def the_brokers_python() -> str:
@@ -106,7 +119,11 @@ def test_a_process_whose_executable_is_no_python_has_the_one_of_its_environment(
     environment: dict[str, str], server: Path, starts: Path, executable: str | None
 ) -> None:
     """uWSGI says that it is itself; mod_wsgi may say nothing."""
-    names = {"a server": str(server), "a folder": str(server.parent), "not there": str(server.parent / "python3")}
+    names = {
+        "a server": str(server),
+        "a folder": str(server.parent),
+        "not there": str(server.parent / "python3"),
+    }
     running = run(environment, sys={"executable": names.get(executable or "", executable)})
     assert running.said == "works"
     assert Path(the_brokers_python()).parent == Path(sys.prefix, "bin")
@@ -115,7 +132,9 @@ def test_a_process_whose_executable_is_no_python_has_the_one_of_its_environment(
 
 
 @pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="this is no virtual environment")
-def test_the_environments_python_goes_before_the_one_it_is_a_link_to(environment: dict[str, str]) -> None:
+def test_the_environments_python_goes_before_the_one_it_is_a_link_to(
+    environment: dict[str, str],
+) -> None:
     """As under pyuwsgi, whose sys.executable is the Python that the environment was made of."""
     running = run(environment, sys={"executable": os.path.realpath(sys.executable)})
     assert running.said == "works"
@@ -133,19 +152,27 @@ def test_the_broker_is_given_the_paths_by_which_the_application_has_its_packages
         environment |= {"PYTHONHOME": sys.base_prefix}
     running = run(environment, base)
     assert running.said == "works"
-    assert Path(the_brokers_python()).parent != Path(sys.prefix, "bin") or sys.prefix == sys.base_prefix
+    assert (
+        Path(the_brokers_python()).parent != Path(sys.prefix, "bin")
+        or sys.prefix == sys.base_prefix
+    )
     running.end()
 
 
 def test_where_no_python_is_found_the_error_says_at_once_what_to_do(
     environment: dict[str, str], server: Path, starts: Path
 ) -> None:
-    nowhere = dict.fromkeys(("prefix", "exec_prefix", "base_prefix", "base_exec_prefix"), "/nonexistent")
+    nowhere = dict.fromkeys(
+        ("prefix", "exec_prefix", "base_prefix", "base_exec_prefix"), "/nonexistent"
+    )
     config = {"executable": str(server), "_base_executable": str(server), **nowhere}
     running = run(environment, sys=config)
     assert "no Python was found that has this sharedpool" in running.said
     assert str(server) in running.said
-    assert "start `sharedpool broker` yourself, and give its address to config_pool(broker=)" in running.said
+    assert (
+        "start `sharedpool broker` yourself, and give its address to config_pool(broker=)"
+        in running.said
+    )
     assert running.seconds < 5
     running.end()
     assert len(starts.read_text().splitlines()) == 1
@@ -163,7 +190,9 @@ def test_what_is_called_python_must_show_that_it_has_this_sharedpool(
     }
     fake.write_text(f"#!/bin/sh\n{words[what]}\n")
     fake.chmod(0o755)
-    nowhere = dict.fromkeys(("prefix", "exec_prefix", "base_prefix", "base_exec_prefix"), "/nonexistent")
+    nowhere = dict.fromkeys(
+        ("prefix", "exec_prefix", "base_prefix", "base_exec_prefix"), "/nonexistent"
+    )
     config = {"executable": str(fake), "_base_executable": str(fake), **nowhere}
     running = run(environment, sys=config)
     reasons = {
@@ -190,7 +219,9 @@ def test_a_python_that_says_something_at_its_start_may_still_be_one(
         process.stdin.close()
 
 
-def test_an_environment_that_has_python_say_much_does_not_stop_it(environment: dict[str, str]) -> None:
+def test_an_environment_that_has_python_say_much_does_not_stop_it(
+    environment: dict[str, str],
+) -> None:
     running = run(environment | {"PYTHONVERBOSE": "1"})
     assert running.said == "works"
     running.end()
@@ -204,8 +235,13 @@ def test_a_frozen_application_is_told_at_once_what_to_do(
 ) -> None:
     """Though its folder may have something called python in it, and the machine too."""
     running = run(environment, sys={"frozen": True, "executable": str(server)})
-    assert f"this is a frozen application ({server}), which has no Python to run one" in running.said
-    assert "start `sharedpool broker` yourself, and give its address to config_pool(broker=)" in running.said
+    assert (
+        f"this is a frozen application ({server}), which has no Python to run one" in running.said
+    )
+    assert (
+        "start `sharedpool broker` yourself, and give its address to config_pool(broker=)"
+        in running.said
+    )
     assert running.seconds < 5
     running.end()
     assert len(starts.read_text().splitlines()) == 1
@@ -216,8 +252,22 @@ def test_pyinstallers_application_works_with_a_broker_that_it_is_given(
 ) -> None:
     pytest.importorskip("PyInstaller", reason="pip install pyinstaller")
     (tmp_path / "app.py").write_text(APPLICATION)
-    builds = [sys.executable, "-m", "PyInstaller", "--noconfirm", "--onedir", "--log-level", "ERROR"]
-    builds += ["--paths", os.pathsep.join(PACKAGES), "--exclude-module", "sharedpool.integrations", "app.py"]
+    builds = [
+        sys.executable,
+        "-m",
+        "PyInstaller",
+        "--noconfirm",
+        "--onedir",
+        "--log-level",
+        "ERROR",
+    ]
+    builds += [
+        "--paths",
+        os.pathsep.join(PACKAGES),
+        "--exclude-module",
+        "sharedpool.integrations",
+        "app.py",
+    ]
     subprocess.run(builds, cwd=tmp_path, check=True, capture_output=True, timeout=110)
     program = str(tmp_path / "dist" / "app" / "app")
     running = Running([program, "argument"], environment)
@@ -225,7 +275,9 @@ def test_pyinstallers_application_works_with_a_broker_that_it_is_given(
     running.end()
     assert len(starts.read_text().splitlines()) == 1
     with sharedpool.start_broker(2, dsn=postgres.dsn) as broker:
-        running = Running([program], environment | {"GIVEN": json.dumps({"broker": broker.address})})
+        running = Running(
+            [program], environment | {"GIVEN": json.dumps({"broker": broker.address})}
+        )
         assert running.said == "works"
         running.end()
     assert len(starts.read_text().splitlines()) == 2
@@ -249,7 +301,9 @@ def test_start_broker_starts_no_other_program_either(
         "    except sharedpool.BrokerUnavailable as error:\n"
         "        print(error)\n"
     )
-    outcome = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=60)
+    outcome = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=60
+    )
     assert outcome.stdout.startswith("alive True\n"), outcome.stderr
     assert "frozen application" in outcome.stdout
     assert not starts.exists()

@@ -38,7 +38,10 @@ pytestmark = pytest.mark.filterwarnings(
 _PACKAGE = str(Path(sharedpool.__file__).parent)
 # Read before the tests hide the environment from themselves.
 _STEP = int(os.environ.get("SHAREDPOOL_LINES", "53"))
-_SEED = int(os.environ.get("SHAREDPOOL_LINES_SEED") or (random.SystemRandom().randrange(1 << 32) if LONG else 1))
+_SEED = int(
+    os.environ.get("SHAREDPOOL_LINES_SEED")
+    or (random.SystemRandom().randrange(1 << 32) if LONG else 1)
+)
 
 
 class Interrupt(BaseException):
@@ -88,7 +91,11 @@ class Interrupted:
 def _entry(code: CodeType, line: int) -> int:
     """Return where in the code a line begins, if it is a `with`; -1 if not."""
     is_with = linecache.getline(code.co_filename, line).lstrip().startswith("with ")
-    return min(start for start, number in dis.findlinestarts(code) if number == line) if is_with else -1
+    return (
+        min(start for start, number in dis.findlinestarts(code) if number == line)
+        if is_with
+        else -1
+    )
 
 
 def _leaves_with(frame: FrameType) -> bool:
@@ -97,8 +104,14 @@ def _leaves_with(frame: FrameType) -> bool:
 
 
 def open_files() -> dict[int, Identity]:
-    found = {number: identity(number) for each in os.listdir("/proc/self/fd") if (number := int(each)) > 2}
-    return {number: known for number, known in found.items() if known != NOTHING}  # without the folder itself
+    found = {
+        number: identity(number)
+        for each in os.listdir("/proc/self/fd")
+        if (number := int(each)) > 2
+    }
+    return {
+        number: known for number, known in found.items() if known != NOTHING
+    }  # without the folder itself
 
 
 Way = Callable[[Pool, Pool], Callable[[], object]]
@@ -129,7 +142,9 @@ class Watch:
 
     def close_foreign(self, place: str = "the end") -> None:
         for number, known in self._foreign.items():
-            assert identity(number) == known, f"a foreign file was closed after an interrupt at {place}"
+            assert identity(number) == known, (
+                f"a foreign file was closed after an interrupt at {place}"
+            )
             os.close(number)
         self._foreign.clear()
 
@@ -138,10 +153,20 @@ class Watch:
         found: list[object] = []
         for pool in self.pools:
             cache = pool._local.cache
-            held = [lease.token for lease in list(cache.leases.values()) if lease not in set(cache.idle)]
+            held = [
+                lease.token for lease in list(cache.leases.values()) if lease not in set(cache.idle)
+            ]
             found += [(pool, each) for each in (*held, *cache.waiting)]
-            found += ["dropped connections are being reclaimed"] if pool._local.reclaim_lock.locked else []
-            found += [(pool, token) for token, (_, held) in list(cache.arriving.items()) if held() is not None]
+            found += (
+                ["dropped connections are being reclaimed"]
+                if pool._local.reclaim_lock.locked
+                else []
+            )
+            found += [
+                (pool, token)
+                for token, (_, held) in list(cache.arriving.items())
+                if held() is not None
+            ]
             if (seats := pool._local.wait_sockets) is not None:
                 found += [seat for seat in seats._all if seat not in seats._free]
         gc.collect()
@@ -152,7 +177,9 @@ class Watch:
         gc.collect()
         # One is made once and kept: on which nothing can be sent.
         found = {
-            each for each in open_files().items() if each not in self._before.items() and each != closing._dead_socket
+            each
+            for each in open_files().items()
+            if each not in self._before.items() and each != closing._dead_socket
         }
         return [f"{number}: {self._guilty.get((number, known), '?')}" for number, known in found]
 
@@ -208,14 +235,18 @@ def given(a: Pool, b: Pool) -> Callable[[], object]:
 
 
 @pytest.fixture(scope="module")
-def quick_broker(postgres: EphemeralPostgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[sharedpool.Broker]:
+def quick_broker(
+    postgres: EphemeralPostgres, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[sharedpool.Broker]:
     """A broker whose workers look four times a second for what was lost."""
     address = f"ipc://{tmp_path_factory.mktemp('broker')}/broker.sock"
     with sharedpool.start_broker(60, address=address, dsn=postgres.dsn, ttl=1.0) as broker:
         yield broker
 
 
-@pytest.mark.parametrize("again", [0, 1, 3], ids=["once", "the clean-up at once", "the clean-up a little later"])
+@pytest.mark.parametrize(
+    "again", [0, 1, 3], ids=["once", "the clean-up at once", "the clean-up a little later"]
+)
 @pytest.mark.parametrize("way", [hit, opened, rolled_back, adopted, given])
 def test_an_interrupt_in_any_line_loses_nothing(
     way: Callable[[Pool, Pool], Callable[[], object]],
@@ -257,7 +288,9 @@ def test_an_interrupt_in_any_line_loses_nothing(
     for pool in (a, b):
         pool.release_all()
         pool._local.shells._trim(0)
-    wait_until(lambda: all(thread in others for thread in threading.enumerate()), what="the link's end")
+    wait_until(
+        lambda: all(thread in others for thread in threading.enumerate()), what="the link's end"
+    )
     wait_for_none(watch.still_open, 5)
 
 

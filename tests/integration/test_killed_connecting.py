@@ -28,13 +28,21 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("where", ["here", "in a container", "in a container, by tcp", "elsewhere"])
 def test_workers_that_are_killed_while_they_connect_cost_no_slot(
-    where: str, soon: None, postgres: EphemeralPostgres, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+    where: str,
+    soon: None,
+    postgres: EphemeralPostgres,
+    runtime_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By tcp a container's process is known by its line to the desk; where it has none, only its silence tells."""
     if where == "elsewhere":
         where = "in a container, by tcp"
-        monkeypatch.setattr("sharedpool.broker.server.desk.SUPPORTED", False)  # another host's cannot be reached
-    address = f"tcp://127.0.0.1:{free_port()}" if "tcp" in where else f"ipc://{runtime_dir}/broker.sock"
+        monkeypatch.setattr(
+            "sharedpool.broker.server.desk.SUPPORTED", False
+        )  # another host's cannot be reached
+    address = (
+        f"tcp://127.0.0.1:{free_port()}" if "tcp" in where else f"ipc://{runtime_dir}/broker.sock"
+    )
     prefix = as_pid_1() if "container" in where else ()
     with (
         proxies.LateCloser(postgres, late_s=6.0, accept_late_s=1.0) as slow,
@@ -50,7 +58,9 @@ def test_workers_that_are_killed_while_they_connect_cost_no_slot(
         with workers(LIMIT, **settings) as crew:
             for worker in crew:
                 worker.send("get", name="x", timeout=30)
-            wait_until(lambda: sampler.peak == LIMIT, 20, "the server to let in who has been killed")
+            wait_until(
+                lambda: sampler.peak == LIMIT, 20, "the server to let in who has been killed"
+            )
             assert fetch_report(address).leases == LIMIT
             for worker in crew:
                 assert "backend" in worker.answer()

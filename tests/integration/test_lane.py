@@ -62,7 +62,9 @@ class Stepping(Worker):
 
 
 @pytest.fixture(scope="module")
-def impatient(postgres: EphemeralPostgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[sharedpool.Broker]:
+def impatient(
+    postgres: EphemeralPostgres, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[sharedpool.Broker]:
     """A broker that soon suspects who is silent."""
     address = f"ipc://{tmp_path_factory.mktemp('lane')}/broker.sock"
     with sharedpool.start_broker(60, address=address, dsn=postgres.dsn, ttl=_TTL_S) as broker:
@@ -70,7 +72,15 @@ def impatient(postgres: EphemeralPostgres, tmp_path_factory: pytest.TempPathFact
 
 
 def hammer(worker: Worker, stop: Path, threads: int = 1) -> None:
-    worker.send("hammer", seconds=60, threads=threads, timeout=10, work_s=0.001, think_s=0.005, stop=str(stop))
+    worker.send(
+        "hammer",
+        seconds=60,
+        threads=threads,
+        timeout=10,
+        work_s=0.001,
+        think_s=0.005,
+        stop=str(stop),
+    )
 
 
 @contextlib.contextmanager
@@ -120,8 +130,17 @@ def is_stopped(worker: Worker) -> bool:
 def test_a_process_that_is_killed_in_the_middle_of_a_move_costs_no_slot(
     impatient: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, step: str
 ) -> None:
-    settings = {"dsn": postgres.dsn, "broker": impatient.address, "name": name, "max_conn": 1, **_EAGER}
-    with workers(2, **settings) as crew, BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
+    settings = {
+        "dsn": postgres.dsn,
+        "broker": impatient.address,
+        "name": name,
+        "max_conn": 1,
+        **_EAGER,
+    }
+    with (
+        workers(2, **settings) as crew,
+        BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
+    ):
         with at_work(crew, tmp_path / "stop") as outcomes:
             wait_for_moves(impatient, name)
             with Stepping(at=step, number=signal.SIGKILL, **settings) as victim:
@@ -139,7 +158,13 @@ def test_a_process_that_is_stopped_in_the_middle_of_a_move_costs_no_slot_and_goe
     impatient: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, step: str
 ) -> None:
     """The others wait for its TTL at most, and a little more; what it was taken away it does not use again."""
-    settings = {"dsn": postgres.dsn, "broker": impatient.address, "name": name, "max_conn": 1, **_EAGER}
+    settings = {
+        "dsn": postgres.dsn,
+        "broker": impatient.address,
+        "name": name,
+        "max_conn": 1,
+        **_EAGER,
+    }
     with (
         workers(2, **settings) as crew,
         Stepping(at=step, number=signal.SIGSTOP, **settings) as victim,
@@ -164,7 +189,13 @@ def test_a_process_that_is_stopped_in_the_middle_of_a_move_costs_no_slot_and_goe
 def test_a_process_that_is_killed_while_it_is_stopped_costs_no_slot(
     impatient: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, step: str
 ) -> None:
-    settings = {"dsn": postgres.dsn, "broker": impatient.address, "name": name, "max_conn": 1, **_EAGER}
+    settings = {
+        "dsn": postgres.dsn,
+        "broker": impatient.address,
+        "name": name,
+        "max_conn": 1,
+        **_EAGER,
+    }
     with (
         workers(2, **settings) as crew,
         Stepping(at=step, number=signal.SIGSTOP, **settings) as victim,
@@ -189,7 +220,10 @@ def test_connections_move_while_there_is_no_broker_and_the_next_one_finds_them(
     address = f"ipc://{runtime_dir}/b.sock"
     first = sharedpool.start_broker(60, address=address, dsn=postgres.dsn, ttl=_TTL_S)
     settings = {"dsn": postgres.dsn, "broker": address, "name": name, "max_conn": 2, **_EAGER}
-    with workers(4, **settings) as crew, BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
+    with (
+        workers(4, **settings) as crew,
+        BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
+    ):
         with at_work(crew, tmp_path / "without") as then:
             wait_for_moves(first, name)
             os.kill(first.pid, signal.SIGKILL)
@@ -201,7 +235,9 @@ def test_connections_move_while_there_is_no_broker_and_the_next_one_finds_them(
         assert total(crew, "adopted") > adopted + 100
         with contextlib.ExitStack() as stack:
             with at_work(crew, tmp_path / "with") as now:
-                second = stack.enter_context(sharedpool.start_broker(60, address=address, dsn=postgres.dsn, ttl=_TTL_S))
+                second = stack.enter_context(
+                    sharedpool.start_broker(60, address=address, dsn=postgres.dsn, ttl=_TTL_S)
+                )
                 wait_for_moves(second, name)
             for worker in crew[:2]:
                 assert "backend" in worker.ask("get", name="it", timeout=5)
@@ -246,8 +282,17 @@ def test_connections_move_past_the_broker(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
 ) -> None:
     """Threads of one process are among those that share them."""
-    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 2, **_EAGER}
-    with workers(3, **settings) as crew, BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
+    settings = {
+        "dsn": postgres.dsn,
+        "broker": broker.address,
+        "name": name,
+        "max_conn": 2,
+        **_EAGER,
+    }
+    with (
+        workers(3, **settings) as crew,
+        BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
+    ):
         with at_work(crew, tmp_path / "stop", threads=2) as outcomes:
             wait_for_moves(broker, name)
             before = report(broker, name)
@@ -270,15 +315,28 @@ def test_more_threads_than_seats_take_turns_and_cost_no_connect(
     Nor is a connection taken for lost, and ended, that a thread has received and has had no time to list.
     """
     threads = PLACES + 32
-    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 4, **_EAGER}
-    with workers(2, **settings) as crew, at_work(crew, tmp_path / "stop", threads=threads) as outcomes:
+    settings = {
+        "dsn": postgres.dsn,
+        "broker": broker.address,
+        "name": name,
+        "max_conn": 4,
+        **_EAGER,
+    }
+    with (
+        workers(2, **settings) as crew,
+        at_work(crew, tmp_path / "stop", threads=threads) as outcomes,
+    ):
         wait_for_moves(broker, name)
         before = report(broker, name)
-        wait_until(lambda: handovers(broker, name) > before.handovers + 20 * threads, 60, "ten turns each")
+        wait_until(
+            lambda: handovers(broker, name) > before.handovers + 20 * threads, 60, "ten turns each"
+        )
         after = report(broker, name)
     assert [(outcome["errors"], outcome["wrong"]) for outcome in outcomes] == [([], 0)] * 2
     assert min(outcome["least"] for outcome in outcomes) >= 5
-    assert after.grants - before.grants < threads  # of those who asked the broker before connections moved
+    assert (
+        after.grants - before.grants < threads
+    )  # of those who asked the broker before connections moved
 
 
 def test_who_is_invited_before_he_is_welcome_takes_part(pair: MakePair) -> None:
@@ -300,7 +358,13 @@ def test_who_is_invited_before_he_is_welcome_takes_part(pair: MakePair) -> None:
 def test_who_comes_first_is_served_first_over_all_processes(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
 ) -> None:
-    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 1, **_EAGER}
+    settings = {
+        "dsn": postgres.dsn,
+        "broker": broker.address,
+        "name": name,
+        "max_conn": 1,
+        **_EAGER,
+    }
     with workers(5, **settings) as crew:
         let_move(crew, broker, name, tmp_path)
         holder, *others = crew
@@ -317,7 +381,13 @@ def test_who_comes_first_is_served_first_over_all_processes(
 def test_nothing_of_the_givers_session_is_left(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
 ) -> None:
-    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 1, **_EAGER}
+    settings = {
+        "dsn": postgres.dsn,
+        "broker": broker.address,
+        "name": name,
+        "max_conn": 1,
+        **_EAGER,
+    }
     with workers(2, **settings) as crew:
         let_move(crew, broker, name, tmp_path)
         a, b = crew
@@ -334,7 +404,13 @@ def test_nothing_of_the_givers_session_is_left(
 def test_who_waits_in_vain_is_told_in_time_who_holds_what(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
 ) -> None:
-    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 1, **_EAGER}
+    settings = {
+        "dsn": postgres.dsn,
+        "broker": broker.address,
+        "name": name,
+        "max_conn": 1,
+        **_EAGER,
+    }
     with workers(2, **settings) as crew:
         let_move(crew, broker, name, tmp_path)
         holder, waiter = crew
@@ -352,17 +428,30 @@ def test_who_waits_in_vain_is_told_in_time_who_holds_what(
     ("number", "error", "said"),
     [
         (signal.SIGSTOP, "PoolTimeout", "no connection became free within 1.2 s"),
-        (signal.SIGKILL, "BrokerUnavailable", r"did not answer within 0\.\d s, asked after a wait of 1\.\d s for a"),
+        (
+            signal.SIGKILL,
+            "BrokerUnavailable",
+            r"did not answer within 0\.\d s, asked after a wait of 1\.\d s for a",
+        ),
     ],
     ids=["stopped", "killed"],
 )
 def test_who_waits_in_vain_without_the_broker_is_told_how_long_it_was(
-    postgres: EphemeralPostgres, name: str, tmp_path: Path, runtime_dir: Path, number: int, error: str, said: str
+    postgres: EphemeralPostgres,
+    name: str,
+    tmp_path: Path,
+    runtime_dir: Path,
+    number: int,
+    error: str,
+    said: str,
 ) -> None:
     """He has waited in the lane, and asks the broker only when his time is over."""
     address = f"ipc://{runtime_dir}/b.sock"
     settings = {"dsn": postgres.dsn, "broker": address, "name": name, "max_conn": 1, **_EAGER}
-    with sharedpool.start_broker(60, address=address, dsn=postgres.dsn) as broker, workers(2, **settings) as crew:
+    with (
+        sharedpool.start_broker(60, address=address, dsn=postgres.dsn) as broker,
+        workers(2, **settings) as crew,
+    ):
         let_move(crew, broker, name, tmp_path)
         holder, waiter = crew
         assert "backend" in holder.ask("get", name="it", timeout=5)
@@ -385,7 +474,13 @@ def test_who_comes_late_is_given_at_once_what_lies_on_the_shelf(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, wait_s: float
 ) -> None:
     """His process is not in the lane yet, or he does not wait: he asks the broker."""
-    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 1, **_EAGER}
+    settings = {
+        "dsn": postgres.dsn,
+        "broker": broker.address,
+        "name": name,
+        "max_conn": 1,
+        **_EAGER,
+    }
     with workers(2, **settings) as crew, Worker(**settings) as late:
         let_move(crew, broker, name, tmp_path)
         for _ in range(2):
@@ -404,7 +499,9 @@ def test_nobody_is_let_into_a_lane_in_which_nothing_could_move(
     if why == "no hand-over":
         settings["handover"] = "off"
     with (
-        sharedpool.start_broker(3, address=address, dsn=None if why == "no control connection" else dsn),
+        sharedpool.start_broker(
+            3, address=address, dsn=None if why == "no control connection" else dsn
+        ),
         workers(3, **settings) as crew,
     ):
         for worker in crew:
@@ -417,7 +514,13 @@ def test_nobody_is_let_into_a_lane_in_which_nothing_could_move(
 def test_nothing_is_kept_for_who_will_not_be_in_the_lane(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str
 ) -> None:
-    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 1, **_EAGER}
+    settings = {
+        "dsn": postgres.dsn,
+        "broker": broker.address,
+        "name": name,
+        "max_conn": 1,
+        **_EAGER,
+    }
     with workers(2, **settings) as crew, Worker(**settings, handover="off") as aside:
         holder, waiter = crew
         holder.ask("get", name="it", timeout=5)
@@ -433,7 +536,13 @@ def test_nothing_is_kept_for_who_will_not_be_in_the_lane(
 def test_a_wait_in_the_lane_is_over_by_its_deadline(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, wait_s: float
 ) -> None:
-    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 1, **_EAGER}
+    settings = {
+        "dsn": postgres.dsn,
+        "broker": broker.address,
+        "name": name,
+        "max_conn": 1,
+        **_EAGER,
+    }
     with workers(2, **settings) as crew:
         let_move(crew, broker, name, tmp_path)
         holder, waiter = crew
@@ -447,7 +556,13 @@ def test_a_wait_in_the_lane_is_over_by_its_deadline(
 def test_release_all_wakes_who_waits(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
 ) -> None:
-    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 1, **_EAGER}
+    settings = {
+        "dsn": postgres.dsn,
+        "broker": broker.address,
+        "name": name,
+        "max_conn": 1,
+        **_EAGER,
+    }
     with workers(2, **settings) as crew:
         let_move(crew, broker, name, tmp_path)
         holder, waiter = crew
@@ -464,10 +579,20 @@ def test_release_all_wakes_who_waits(
 def test_a_pool_that_nobody_uses_any_more_keeps_no_connection(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
 ) -> None:
-    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 1, **_EAGER}
+    settings = {
+        "dsn": postgres.dsn,
+        "broker": broker.address,
+        "name": name,
+        "max_conn": 1,
+        **_EAGER,
+    }
     with workers(2, **settings) as crew:
         let_move(crew, broker, name, tmp_path)  # it lies on the shelf now
-    wait_until(lambda: name not in [pool.name for pool in fetch_report(broker.address).pools], 5, "the pool to be gone")
+    wait_until(
+        lambda: name not in [pool.name for pool in fetch_report(broker.address).pools],
+        5,
+        "the pool to be gone",
+    )
 
 
 def test_operators_are_told_and_obeyed_while_connections_move(
@@ -477,7 +602,13 @@ def test_operators_are_told_and_obeyed_while_connections_move(
     name: str,
     tmp_path: Path,
 ) -> None:
-    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 2, **_EAGER}
+    settings = {
+        "dsn": postgres.dsn,
+        "broker": broker.address,
+        "name": name,
+        "max_conn": 2,
+        **_EAGER,
+    }
 
     def say(*words: str) -> str:
         done = sharedpool_command(*words, "--broker", broker.address)
@@ -487,17 +618,25 @@ def test_operators_are_told_and_obeyed_while_connections_move(
     def backends() -> int:
         with server_connection.cursor() as cursor:
             cursor.execute(
-                "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE %s", [f"sharedpool {name} [%"]
+                "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE %s",
+                [f"sharedpool {name} [%"],
             )
             (count,) = cast("tuple[int]", cursor.fetchone())
             return count
 
-    with workers(4, **settings) as crew, BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler:
+    with (
+        workers(4, **settings) as crew,
+        BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
+    ):
         pids = {worker.pid for worker in crew}
         with at_work(crew, tmp_path / "stop") as outcomes:
             for turn in range(2):
                 wait_for_moves(broker, name)
-                (pool,) = [each for each in json.loads(say("status", "--json"))["pools"] if each["name"] == name]
+                (pool,) = [
+                    each
+                    for each in json.loads(say("status", "--json"))["pools"]
+                    if each["name"] == name
+                ]
                 assert (pool["max_conn"], pool["leases"], pool["sessions"]) == (2, 2, 4)
                 assert pool["in_use"] + pool["idle"] == 2
                 held = [each for each in json.loads(say("who", "--json")) if each["pool"] == name]
@@ -528,8 +667,17 @@ def test_a_checkout_that_lasts_too_long_is_found_while_others_move(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
 ) -> None:
     """It is one checkout; those of the others are short, whatever the name of the lease that moves."""
-    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 2, **_EAGER}
-    with workers(4, **settings, max_checkout=0.5) as crew, at_work(crew[1:], tmp_path / "stop") as outcomes:
+    settings = {
+        "dsn": postgres.dsn,
+        "broker": broker.address,
+        "name": name,
+        "max_conn": 2,
+        **_EAGER,
+    }
+    with (
+        workers(4, **settings, max_checkout=0.5) as crew,
+        at_work(crew[1:], tmp_path / "stop") as outcomes,
+    ):
         wait_for_moves(broker, name)
         assert "backend" in crew[0].ask("get", name="it", timeout=5)
         wait_until(lambda: report(broker, name).overdue == 1, 5, "the checkout to be reported")

@@ -25,7 +25,9 @@ class Candidate:
     def __init__(self, dsn: str, instance: str, scope: str = "a scope") -> None:
         self._dsn = dsn
         self.told: list[object] = []
-        self.leadership = Leadership(scope, instance, lambda word: self.told.append(word(self, 0.0)))  # type: ignore[arg-type]
+        self.leadership = Leadership(
+            scope, instance, lambda word: self.told.append(word(self, 0.0))
+        )  # type: ignore[arg-type]
         self.conns: list[connection] = []
 
     def outranked(self, now: float, why: str) -> Any:
@@ -56,12 +58,16 @@ def candidates(postgres: EphemeralPostgres) -> Iterator[list[Candidate]]:
         candidate.close()
 
 
-def test_the_second_is_told_who_has_the_limit_and_follows_at_its_end(candidates: list[Candidate]) -> None:
+def test_the_second_is_told_who_has_the_limit_and_follows_at_its_end(
+    candidates: list[Candidate],
+) -> None:
     first, second, _ = candidates
     held, waits = first.connect(), second.connect()
     assert first.claim(held) == ""
     assert f"backend {held.info.backend_pid} (sharedpool broker aaaaaaaa" in second.claim(waits)
-    assert 0.5 < second.leadership.claim_at < 1.5  # not at the same moments as others that wait for it
+    assert (
+        0.5 < second.leadership.claim_at < 1.5
+    )  # not at the same moments as others that wait for it
     second.claim(waits)
     held.close()
     wait_until(lambda: second.claim(waits) == "")
@@ -95,7 +101,12 @@ def test_a_killed_predecessors_connection_is_nobody_else(candidates: list[Candid
 
 def test_other_scopes_are_not_in_each_others_way(postgres: EphemeralPostgres) -> None:
     with ExitStack() as stack:
-        for scope in ("tcp://db.example:5555", "tcp://db.example:5556", automatic_scope("aa"), automatic_scope("ab")):
+        for scope in (
+            "tcp://db.example:5555",
+            "tcp://db.example:5556",
+            automatic_scope("aa"),
+            automatic_scope("ab"),
+        ):
             candidate = Candidate(postgres.dsn, os.urandom(4).hex(), scope)
             stack.callback(candidate.close)
             assert candidate.claim(candidate.connect()) == ""
@@ -117,7 +128,9 @@ def test_the_scope_of_an_address_is_where_others_can_find_it() -> None:
 def test_where_the_server_cannot_be_asked_a_broker_begins_all_the_same(runtime_dir: Path) -> None:
     """Its workers cannot connect either, and are to hear so from the server."""
     nobody = Candidate("", "cccccccc")
-    control = Control(f"host={runtime_dir} user=x", None, "cccccccc", lambda _: None, (), nobody.leadership)
+    control = Control(
+        f"host={runtime_dir} user=x", None, "cccccccc", lambda _: None, (), nobody.leadership
+    )
     control.start()
     wait_until(lambda: nobody.told == ["leads"])
     control.stop()
@@ -144,7 +157,9 @@ def test_two_automatic_brokers_in_different_directories_never_lend_twice_the_lim
                 crew[0].ask("get", name="x", timeout=20)
         cron, login = crew
         login.send("get", name="x", timeout=3)
-        wait_until(lambda: "another broker counts to this limit: backend" in log_of(runtime_dir / "login"))
+        wait_until(
+            lambda: "another broker counts to this limit: backend" in log_of(runtime_dir / "login")
+        )
         (socket,) = (runtime_dir / "login" / "sharedpool").glob("auto-*.sock")
         report = fetch_report(f"ipc://{socket}")
         assert report.state == "waiting"

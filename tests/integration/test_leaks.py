@@ -35,7 +35,9 @@ def ask(conn: connection, query: str = "SELECT pg_backend_pid()") -> Any:
 
 
 def report(broker: sharedpool.Broker, pool: sharedpool.Pool) -> PoolReport | None:
-    return next((each for each in fetch_report(broker.address).pools if each.name == pool.name), None)
+    return next(
+        (each for each in fetch_report(broker.address).pools if each.name == pool.name), None
+    )
 
 
 # --- disposal
@@ -67,11 +69,15 @@ def test_a_connect_that_ends_after_release_all_is_closed_and_its_slot_returned(
     go_on.set()
     thread.join(20)
     assert len(outcome) == 1
-    wait_until(lambda: report(broker, pool) is None, what="the lease to come back and the session to end")
+    wait_until(
+        lambda: report(broker, pool) is None, what="the lease to come back and the session to end"
+    )
     assert backends(pool) == set()
 
 
-def test_a_connection_lent_to_another_thread_does_not_hold_release_all_up(make_pool: MakePool) -> None:
+def test_a_connection_lent_to_another_thread_does_not_hold_release_all_up(
+    make_pool: MakePool,
+) -> None:
     pool = make_pool(max_conn=1, pool_manager=ThreadedConnectionPool)
     conn = pool.get_conn()
     query = Query(conn)
@@ -93,7 +99,9 @@ def test_config_pool_called_again_and_again_leaves_no_threads_and_descriptors(
     descriptors = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
         use(make_pool(max_conn=3, name=first.name))
-    wait_until(lambda: len([t for t in threading.enumerate() if t.name == "sharedpool-link"]) <= len(links))
+    wait_until(
+        lambda: len([t for t in threading.enumerate() if t.name == "sharedpool-link"]) <= len(links)
+    )
     wait_until(lambda: len(os.listdir("/proc/self/fd")) <= descriptors + 3)
     found = report(broker, first)
     assert found is not None
@@ -114,7 +122,9 @@ def test_closing_leaks_no_descriptor(make_pool: MakePool) -> None:
 
 
 @pytest.mark.parametrize("cycle", [True, False])
-def test_a_users_finalizer_may_put_even_while_its_thread_is_at_the_books(make_pool: MakePool, cycle: bool) -> None:
+def test_a_users_finalizer_may_put_even_while_its_thread_is_at_the_books(
+    make_pool: MakePool, cycle: bool
+) -> None:
     pool = make_pool(max_conn=2, pool_manager=ThreadedConnectionPool)
 
     class Handle:
@@ -174,8 +184,12 @@ class Interrupt(BaseException):
     pass
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # whatever was half-made
-def test_a_close_that_is_interrupted_is_finished_by_the_link(make_pool: MakePool, backends: Backends) -> None:
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # whatever was half-made
+def test_a_close_that_is_interrupted_is_finished_by_the_link(
+    make_pool: MakePool, backends: Backends
+) -> None:
     pool = make_pool(max_conn=1)
 
     def interrupt(*_: object) -> None:
@@ -206,14 +220,18 @@ def test_a_close_that_is_interrupted_is_finished_by_the_link(make_pool: MakePool
 
 @pytest.mark.parametrize("wrong", ["5", object(), -1, float("nan")])
 def test_a_wrong_timeout_costs_no_slot(make_pool: MakePool, wrong: Any) -> None:
-    pool = make_pool(max_conn=1, check=lambda conn: None)  # so that an idle one takes the slow way too
+    pool = make_pool(
+        max_conn=1, check=lambda conn: None
+    )  # so that an idle one takes the slow way too
     pool.put_conn(pool.get_conn())
     with pytest.raises((ValueError, TypeError)):
         pool.get_conn(timeout=wrong)
     assert ask(pool.get_conn())
 
 
-def test_a_dead_idle_connection_is_replaced_under_a_new_lease(make_pool: MakePool, backends: Backends) -> None:
+def test_a_dead_idle_connection_is_replaced_under_a_new_lease(
+    make_pool: MakePool, backends: Backends
+) -> None:
     """Its old lease may have been fenced and its slot granted to another while this process was frozen."""
     pool = make_pool(max_conn=1)
     conn: Any = pool.get_conn()
@@ -230,7 +248,10 @@ def test_a_dead_idle_connection_is_replaced_under_a_new_lease(make_pool: MakePoo
 
 @pytest.mark.parametrize(
     "settings",
-    [{"cursor_factory": psycopg2.extras.RealDictCursor}, {"connection_factory": psycopg2.extras.RealDictConnection}],
+    [
+        {"cursor_factory": psycopg2.extras.RealDictCursor},
+        {"connection_factory": psycopg2.extras.RealDictConnection},
+    ],
 )
 def test_cursors_of_other_kinds_do_not_disturb_the_protocol(
     make_pool: MakePool, broker: sharedpool.Broker, settings: dict[str, Any]
@@ -328,7 +349,9 @@ print(os.waitstatus_to_exitcode(status))
     ],
     ids=["plain", "no descriptor free", "limit lowered", "pool replaced"],
 )
-def test_a_forked_child_never_has_its_parents_sessions(case: str, postgres: Any, broker: sharedpool.Broker) -> None:
+def test_a_forked_child_never_has_its_parents_sessions(
+    case: str, postgres: Any, broker: sharedpool.Broker
+) -> None:
     done = run_python(FORK.replace("CASE", case), postgres.dsn, broker.address)
     assert done.stdout.strip() == "0", done.stderr
 
@@ -341,7 +364,12 @@ def test_two_threads_that_end_one_connection_share_no_descriptor(make_pool: Make
         errors: list[BaseException] = []
         start = threading.Barrier(2)
 
-        def end(how: Callable[[list[Any]], None], conn: Any = conn, start: Any = start, errors: Any = errors) -> None:
+        def end(
+            how: Callable[[list[Any]], None],
+            conn: Any = conn,
+            start: Any = start,
+            errors: Any = errors,
+        ) -> None:
             start.wait()
             try:
                 how([conn])

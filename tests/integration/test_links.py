@@ -56,7 +56,9 @@ def thread_of(link: Link) -> threading.Thread:
     return link._thread
 
 
-def test_a_registration_that_has_ended_leaves_the_pool_to_its_successor(make_pool: MakePool, gate: Gate) -> None:
+def test_a_registration_that_has_ended_leaves_the_pool_to_its_successor(
+    make_pool: MakePool, gate: Gate
+) -> None:
     """A retired pool that is used on: its registration ends with each last lease, the next checkout needs another."""
     pool = make_pool(pool_manager=sharedpool.ThreadedConnectionPool)
     pool.retire()
@@ -68,10 +70,14 @@ def test_a_registration_that_has_ended_leaves_the_pool_to_its_successor(make_poo
     pool.put_conn(conn)
     assert gate.reached.wait(10)
     with ThreadPoolExecutor(1) as executor:
-        held = executor.submit(pool.get_conn, timeout=10)  # while the first is between its last look and its farewell
+        held = executor.submit(
+            pool.get_conn, timeout=10
+        )  # while the first is between its last look and its farewell
         second = wait_until(lambda: holdings.registration, what="another registration")
         assert second is not first
-        assert holdings.cache.outbox is not first.outbox, "the first would send the second's words as its own"
+        assert holdings.cache.outbox is not first.outbox, (
+            "the first would send the second's words as its own"
+        )
         gate.opened.set()
         conn = held.result()
         assert first.over.wait(10)
@@ -88,7 +94,9 @@ def test_a_registration_that_has_ended_leaves_the_pool_to_its_successor(make_poo
         assert holdings.link is not link, "a link that is over serves nobody"
 
 
-def test_the_pools_of_a_process_share_one_thread_one_context_and_one_line(make_pool: MakePool) -> None:
+def test_the_pools_of_a_process_share_one_thread_one_context_and_one_line(
+    make_pool: MakePool,
+) -> None:
     pools = [make_pool(max_conn=1) for number in range(20)]
     threads: set[int] = set()
     descriptors: list[int] = []
@@ -113,10 +121,15 @@ def test_the_pools_of_a_process_share_one_thread_one_context_and_one_line(make_p
     assert not thread_of(link).is_alive()
 
 
-def test_after_a_restart_of_the_broker_every_pool_is_registered_again(tmp_path: Path, database: str) -> None:
+def test_after_a_restart_of_the_broker_every_pool_is_registered_again(
+    tmp_path: Path, database: str
+) -> None:
     address = f"ipc://{tmp_path}/b.sock"
     with sharedpool.start_broker(10, address=address):
-        pools = [sharedpool.config_pool(2, dsn=database, name=f"p{n}", broker=address, timeout=10) for n in range(5)]
+        pools = [
+            sharedpool.config_pool(2, dsn=database, name=f"p{n}", broker=address, timeout=10)
+            for n in range(5)
+        ]
         conns = [pool.get_conn() for pool in pools]
     try:
         with sharedpool.start_broker(10, address=address):
@@ -158,7 +171,9 @@ with held.cursor() as cursor:
 """
 
 
-def test_a_process_forks_without_threads_when_nothing_is_in_use(broker: sharedpool.Broker, database: str) -> None:
+def test_a_process_forks_without_threads_when_nothing_is_in_use(
+    broker: sharedpool.Broker, database: str
+) -> None:
     """Python 3.12 and newer warn of the threads otherwise, which is an error here."""
     done = run_python(FORKING, database, broker.address)
     assert (done.stdout, done.stderr) == ("1\n1\n1\n1\n", "")
@@ -187,7 +202,9 @@ def test_a_checkout_in_the_links_own_thread_is_refused_at_once(make_pool: MakePo
     pool.put_conn(pool.get_conn(timeout=10))
 
 
-def test_a_former_brokers_welcome_is_told_from_a_successors_with_a_lower_number(make_pool: MakePool) -> None:
+def test_a_former_brokers_welcome_is_told_from_a_successors_with_a_lower_number(
+    make_pool: MakePool,
+) -> None:
     pool = make_pool()
     pool.put_conn(pool.get_conn(timeout=10))
     link = pool._local.link

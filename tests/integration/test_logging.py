@@ -24,7 +24,9 @@ def event(line: str) -> dict[str, Any]:
     return found
 
 
-def test_a_json_log_tells_whom_an_event_concerns(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+def test_a_json_log_tells_whom_an_event_concerns(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
     options = ["--max-conn", "2", "--dsn", postgres.dsn, "--ttl", "0.9", "--max-checkout", "0.2"]
     begun = datetime.now(UTC)
     with start("broker", *options, "--log-format", "json") as process:
@@ -41,7 +43,9 @@ def test_a_json_log_tells_whom_an_event_concerns(postgres: EphemeralPostgres, ru
         _, rest = process.communicate(timeout=20)
     events = [event(line) for line in [*lines, *rest.splitlines()]]
     for each in events:
-        assert timedelta() <= datetime.fromisoformat(each["time"]) - begun + timedelta(milliseconds=1)
+        assert timedelta() <= datetime.fromisoformat(each["time"]) - begun + timedelta(
+            milliseconds=1
+        )
         assert each["logger"] == "sharedpool.broker"
         assert each["level"] in ("info", "warning")
         assert each["message"]
@@ -51,7 +55,10 @@ def test_a_json_log_tells_whom_an_event_concerns(postgres: EphemeralPostgres, ru
     assert who.items() <= death.items()
     assert (long["level"], long["reason"]) == ("warning", "max_checkout")
     assert long["lease"] == f"{long['epoch']}-1"
-    assert (death["level"], death["reason"]) in [("info", "its worker died"), ("info", "its worker ended")]
+    assert (death["level"], death["reason"]) in [
+        ("info", "its worker died"),
+        ("info", "its worker ended"),
+    ]
     assert len([each for each in events if each["message"].endswith("leases are ended")]) == 1
     assert death["epoch"] == long["epoch"]
 
@@ -62,7 +69,10 @@ def test_in_good_times_a_broker_says_only_that_it_begins_and_ends(
     with start("broker", "--max-conn", "2", "--dsn", postgres.dsn, "--ttl", "1.5") as process:
         address = address_of(process)
         said = [wait_for(process, "enforces"), wait_for(process, "control connection: backend")]
-        with Worker(dsn=postgres.dsn, broker=address) as one, Worker(dsn=postgres.dsn, broker=address) as other:
+        with (
+            Worker(dsn=postgres.dsn, broker=address) as one,
+            Worker(dsn=postgres.dsn, broker=address) as other,
+        ):
             for worker in (one, other) * 5:
                 worker.ask("get", name="x", timeout=10)
                 worker.ask("get", name="y", timeout=10)
@@ -93,7 +103,9 @@ def test_a_traceback_stays_on_its_line() -> None:
     try:
         raise ValueError("two\nlines")
     except ValueError:
-        record = logging.LogRecord("sharedpool.broker", logging.ERROR, "", 1, "it %s\n", ("failed",), sys.exc_info())
+        record = logging.LogRecord(
+            "sharedpool.broker", logging.ERROR, "", 1, "it %s\n", ("failed",), sys.exc_info()
+        )
     line = JsonLines().format(record)
     assert "\n" not in line
     found = event(line)
@@ -144,10 +156,14 @@ if not at_exit:
 """
 
 
-def with_handler(postgres: EphemeralPostgres, broker: sharedpool.Broker, at_exit: str = "") -> "subprocess.Popen[str]":
+def with_handler(
+    postgres: EphemeralPostgres, broker: sharedpool.Broker, at_exit: str = ""
+) -> "subprocess.Popen[str]":
     """Start a process whose limit is not the one that is enforced: its link logs a warning at the first checkout."""
     command = [sys.executable, "-c", _TO_THE_DATABASE, postgres.dsn, broker.address, at_exit]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_a_handler_that_writes_to_the_database_by_the_pool_keeps_nobody_waiting(

@@ -18,37 +18,64 @@ _MOST = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
 pytestmark = [
     pytest.mark.skipif(
-        _MOST != resource.RLIM_INFINITY and _MOST < FILES + 1000, reason=f"no {FILES} files may be opened here"
+        _MOST != resource.RLIM_INFINITY and _MOST < FILES + 1000,
+        reason=f"no {FILES} files may be opened here",
     ),
-    pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="a process's descriptors are not to be seen here"),
+    pytest.mark.skipif(
+        not Path("/proc/self/fd").is_dir(), reason="a process's descriptors are not to be seen here"
+    ),
 ]
 
 
 def lowest_socket(worker: Worker) -> int:
     """Return the lowest number that a socket has in a process."""
     numbers = Path(f"/proc/{worker.pid}/fd")
-    return min(int(each.name) for each in numbers.iterdir() if os.readlink(each).startswith("socket:"))
+    return min(
+        int(each.name) for each in numbers.iterdir() if os.readlink(each).startswith("socket:")
+    )
 
 
-@pytest.mark.skipif(not (SUPPORTED and handover.SUPPORTED), reason="connections cannot move on this platform")
+@pytest.mark.skipif(
+    not (SUPPORTED and handover.SUPPORTED), reason="connections cannot move on this platform"
+)
 def test_processes_with_many_files_start_their_broker_and_pass_a_connection_to_each_other(
     postgres: EphemeralPostgres, runtime_dir: Path, tmp_path: Path
 ) -> None:
-    settings = {"dsn": postgres.dsn, "name": "many files", "max_conn": 1, "time_slice": 0, "threads": True}
+    settings = {
+        "dsn": postgres.dsn,
+        "name": "many files",
+        "max_conn": 1,
+        "time_slice": 0,
+        "threads": True,
+    }
     stop = tmp_path / "stop"
     with automatic_broker.seen_off(), workers(2, files=FILES, **settings) as (a, b):
         backend = a.ask("get", name="x", timeout=20)["backend"]
         assert a.ask("query", name="x", sql="SELECT pg_backend_pid()") == {"rows": [[backend]]}
         b.send("get", name="x", timeout=20)
         wait_until(
-            lambda: sum(pool.waiting for each in automatic_broker.reports() for pool in each.pools), 20, "it to wait"
+            lambda: sum(pool.waiting for each in automatic_broker.reports() for pool in each.pools),
+            20,
+            "it to wait",
         )
         a.ask("put", name="x")
         assert b.answer()["backend"] == backend
         b.ask("put", name="x")
         for worker in (a, b):
-            worker.send("hammer", seconds=60, threads=2, timeout=20, work_s=0.001, think_s=0.001, stop=str(stop))
-        wait_until(lambda: sum(p.handovers for r in automatic_broker.reports() for p in r.pools) > 20, 20, "it to move")
+            worker.send(
+                "hammer",
+                seconds=60,
+                threads=2,
+                timeout=20,
+                work_s=0.001,
+                think_s=0.001,
+                stop=str(stop),
+            )
+        wait_until(
+            lambda: sum(p.handovers for r in automatic_broker.reports() for p in r.pools) > 20,
+            20,
+            "it to move",
+        )
         stop.touch()
         for worker in (a, b):
             outcome = worker.answer()
@@ -76,7 +103,9 @@ with sharedpool.start_broker(1, address=address, dsn=dsn) as broker:
 """
 
 
-def test_a_process_with_many_files_may_have_a_broker_of_its_own(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+def test_a_process_with_many_files_may_have_a_broker_of_its_own(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
     done = run_python(OWN_BROKER, postgres.dsn, f"ipc://{runtime_dir}/own.sock", str(FILES))
     assert done.returncode == 0, done.stderr
     word, number = done.stdout.split()

@@ -53,9 +53,15 @@ def served(postgres: EphemeralPostgres) -> Iterator[Broker]:
 
 
 @contextmanager
-def pool_on(served: Broker, postgres: EphemeralPostgres, name: str, **more: Any) -> Iterator[sharedpool.Pool]:
+def pool_on(
+    served: Broker, postgres: EphemeralPostgres, name: str, **more: Any
+) -> Iterator[sharedpool.Pool]:
     pool = sharedpool.config_pool(
-        dsn=postgres.dsn, broker=served.address, name=name, pool_manager=sharedpool.ThreadedConnectionPool, **more
+        dsn=postgres.dsn,
+        broker=served.address,
+        name=name,
+        pool_manager=sharedpool.ThreadedConnectionPool,
+        **more,
     )
     try:
         yield pool
@@ -66,7 +72,9 @@ def pool_on(served: Broker, postgres: EphemeralPostgres, name: str, **more: Any)
 # --- what is measured
 
 
-def test_the_names_are_opentelemetrys_and_prometheus_reads_them(served: Broker, postgres: EphemeralPostgres) -> None:
+def test_the_names_are_opentelemetrys_and_prometheus_reads_them(
+    served: Broker, postgres: EphemeralPostgres
+) -> None:
     with pool_on(served, postgres, "names", max_conn=3) as pool:
         pool.put_conn(pool.get_conn(timeout=20))
         wait_until(lambda: served.value("sharedpool_sessions", "names") == 1)
@@ -76,11 +84,18 @@ def test_the_names_are_opentelemetrys_and_prometheus_reads_them(served: Broker, 
         assert all(POOL in sample.labels for sample in families[name].samples), name
     ours = [name for name in families if name not in CONVENTIONS]
     assert all(name.startswith("sharedpool_") for name in ours)
-    assert {"sharedpool_recalls", "sharedpool_fences", "sharedpool_sessions", "sharedpool_broker_epoch"} <= set(ours)
+    assert {
+        "sharedpool_recalls",
+        "sharedpool_fences",
+        "sharedpool_sessions",
+        "sharedpool_broker_epoch",
+    } <= set(ours)
     assert all(family.documentation for family in families.values())
 
 
-def test_connections_and_waiters_are_counted_as_they_are(served: Broker, postgres: EphemeralPostgres) -> None:
+def test_connections_and_waiters_are_counted_as_they_are(
+    served: Broker, postgres: EphemeralPostgres
+) -> None:
     def used(state: str) -> float:
         return served.value("db_client_connection_count", "states", **{STATE: state})
 
@@ -104,14 +119,18 @@ def test_connections_and_waiters_are_counted_as_they_are(served: Broker, postgre
         assert used("used") == served.value("db_client_connection_pending_requests", "states") == 0
 
 
-def test_the_times_of_all_processes_are_added_up(served: Broker, postgres: EphemeralPostgres) -> None:
+def test_the_times_of_all_processes_are_added_up(
+    served: Broker, postgres: EphemeralPostgres
+) -> None:
     settings = {"dsn": postgres.dsn, "broker": served.address, "name": "fleet", "max_conn": 5}
     with workers(3, **settings) as crew:
         for worker in crew:
             worker.send("cycle", count=400)
         for worker in crew:
             worker.answer()
-        wait_until(lambda: served.value("db_client_connection_wait_time_seconds_count", "fleet") == 1200)
+        wait_until(
+            lambda: served.value("db_client_connection_wait_time_seconds_count", "fleet") == 1200
+        )
         for worker in crew:  # past half a second every use is timed
             worker.ask("get", name="x", timeout=20)
             worker.ask("query", name="x", sql="SELECT pg_sleep(0.7)")
@@ -121,15 +140,21 @@ def test_the_times_of_all_processes_are_added_up(served: Broker, postgres: Ephem
     # Nobody is left, but what was counted is.
     wait_until(lambda: served.value("sharedpool_sessions", "fleet") == 0)
     assert served.value("db_client_connection_wait_time_seconds_count", "fleet") == 1200 + 3 * 11
-    longer = served.value(name + "_count", "fleet") - served.value(name + "_bucket", "fleet", le="0.5")
+    longer = served.value(name + "_count", "fleet") - served.value(
+        name + "_bucket", "fleet", le="0.5"
+    )
     assert longer == 3
-    assert served.value(name + "_bucket", "fleet", le="1.0") == served.value(name + "_count", "fleet")
+    assert served.value(name + "_bucket", "fleet", le="1.0") == served.value(
+        name + "_count", "fleet"
+    )
     assert served.value(name + "_sum", "fleet") >= 3 * 0.7
     created = served.value("db_client_connection_create_time_seconds_count", "fleet")
     assert created == served.value("sharedpool_grants_total", "fleet") >= 3
 
 
-def test_short_uses_are_sampled_in_the_right_proportion(served: Broker, postgres: EphemeralPostgres) -> None:
+def test_short_uses_are_sampled_in_the_right_proportion(
+    served: Broker, postgres: EphemeralPostgres
+) -> None:
     with pool_on(served, postgres, "sampled", max_conn=2) as pool:
         for _ in range(150):
             conn = pool.get_conn(timeout=20)
@@ -138,9 +163,13 @@ def test_short_uses_are_sampled_in_the_right_proportion(served: Broker, postgres
             conn.rollback()
             pool.put_conn(conn)
     name = "db_client_connection_use_time_seconds"
-    wait_until(lambda: served.value("db_client_connection_wait_time_seconds_count", "sampled") == 150)
+    wait_until(
+        lambda: served.value("db_client_connection_wait_time_seconds_count", "sampled") == 150
+    )
     assert served.value(name + "_count", "sampled") == pytest.approx(150, abs=15)
-    assert served.value(name + "_bucket", "sampled", le="0.0025") <= 1  # the server slept for longer than that
+    assert (
+        served.value(name + "_bucket", "sampled", le="0.0025") <= 1
+    )  # the server slept for longer than that
 
 
 def test_no_counter_goes_back_when_a_worker_is_killed_or_the_pool_is_left(
@@ -149,7 +178,9 @@ def test_no_counter_goes_back_when_a_worker_is_killed_or_the_pool_is_left(
     settings = {"dsn": postgres.dsn, "broker": served.address, "name": "mortal", "max_conn": 2}
     with Worker(**settings) as worker:
         worker.ask("cycle", count=30)
-        wait_until(lambda: served.value("db_client_connection_wait_time_seconds_count", "mortal") == 30)
+        wait_until(
+            lambda: served.value("db_client_connection_wait_time_seconds_count", "mortal") == 30
+        )
         worker.kill(signal.SIGKILL)
         wait_until(lambda: served.value("sharedpool_sessions", "mortal") == 0)
     assert served.value("db_client_connection_wait_time_seconds_count", "mortal") == 30
@@ -159,21 +190,29 @@ def test_no_counter_goes_back_when_a_worker_is_killed_or_the_pool_is_left(
     assert served.value("sharedpool_grants_total", "mortal") == 2
 
 
-def test_a_restarted_broker_counts_from_nothing(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+def test_a_restarted_broker_counts_from_nothing(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
     """Else a rate over the restart would show all that a worker has ever done as if it were new."""
     with ExitStack() as stack:
         with running(postgres.dsn, runtime_dir) as first:
             worker = stack.enter_context(
-                Worker(dsn=postgres.dsn, broker=first.address, name="steady", max_conn=2, expiration=60)
+                Worker(
+                    dsn=postgres.dsn, broker=first.address, name="steady", max_conn=2, expiration=60
+                )
             )
             worker.ask("cycle", count=200)
-            wait_until(lambda: first.value("db_client_connection_wait_time_seconds_count", "steady") == 200)
+            wait_until(
+                lambda: first.value("db_client_connection_wait_time_seconds_count", "steady") == 200
+            )
             first.process.kill()
             first.process.wait()
         second = stack.enter_context(running(postgres.dsn, runtime_dir))
         wait_until(lambda: second.value("sharedpool_sessions", "steady") == 1, timeout_s=20)
         worker.ask("cycle", count=7)
-        wait_until(lambda: second.value("db_client_connection_wait_time_seconds_count", "steady") == 7)
+        wait_until(
+            lambda: second.value("db_client_connection_wait_time_seconds_count", "steady") == 7
+        )
 
 
 def test_any_pool_name_is_a_good_label(served: Broker, postgres: EphemeralPostgres) -> None:
@@ -203,14 +242,18 @@ def test_head_answers_as_get_does_without_the_body(served: Broker) -> None:
         assert answer.read() == b""
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/../web.py", "/page/../web.py", "//etc/passwd", "/metrics/"])
+@pytest.mark.parametrize(
+    "path", ["/nothing", "/../web.py", "/page/../web.py", "//etc/passwd", "/metrics/"]
+)
 def test_only_what_there_is_is_found(served: Broker, path: str) -> None:
     with closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=10)) as connection:
         connection.request("GET", path)
         assert connection.getresponse().status == 404
 
 
-@pytest.mark.parametrize("path", ["/", "/page.js", "/page.css", "/status.json", "/metrics", "/nothing"])
+@pytest.mark.parametrize(
+    "path", ["/", "/page.js", "/page.css", "/status.json", "/metrics", "/nothing"]
+)
 def test_every_answer_forbids_what_the_page_does_not_need(served: Broker, path: str) -> None:
     with closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=10)) as connection:
         connection.request("GET", path)
@@ -223,9 +266,17 @@ def test_every_answer_forbids_what_the_page_does_not_need(served: Broker, path: 
 
 @pytest.mark.parametrize(
     ("host", "status"),
-    [("localhost:9187", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("evil.example", 421), ("evil.example:80", 421)],
+    [
+        ("localhost:9187", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:80", 200),
+        ("evil.example", 421),
+        ("evil.example:80", 421),
+    ],
 )
-def test_a_name_that_a_stranger_can_point_here_is_refused(served: Broker, host: str, status: int) -> None:
+def test_a_name_that_a_stranger_can_point_here_is_refused(
+    served: Broker, host: str, status: int
+) -> None:
     with closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=10)) as connection:
         connection.request("GET", "/status.json", headers={"Host": host})
         assert connection.getresponse().status == status
@@ -233,14 +284,19 @@ def test_a_name_that_a_stranger_can_point_here_is_refused(served: Broker, host: 
 
 def test_clients_that_hang_keep_nobody_out(served: Broker) -> None:
     with ExitStack() as stack:
-        hanging = [stack.enter_context(socket.create_connection(("127.0.0.1", served.port))) for _ in range(60)]
+        hanging = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+            for _ in range(60)
+        ]
         for number, client in enumerate(hanging):
             if number % 2:
                 client.sendall(b"GET /metrics HTTP/1.1\r\nHost: loc")
         started = time.monotonic()
         assert "sharedpool_broker_epoch" in served.fetch("/metrics")
         assert time.monotonic() - started < 5
-        assert fetch_report(served.address, 3.0).state == "serving"  # and the broker has not noticed
+        assert (
+            fetch_report(served.address, 3.0).state == "serving"
+        )  # and the broker has not noticed
         hanging[0].settimeout(5)
         assert hanging[0].recv(100) == b""  # it had to make room
 
@@ -290,7 +346,9 @@ def test_a_broker_that_does_not_answer_is_said_so() -> None:
 
 def test_who_looks_waits_no_longer_than_it_says_and_not_at_all_for_a_broker_that_ends() -> None:
     words: list[object] = []
-    lookout = MetricsService("127.0.0.1:0", words.append, lambda now: pytest.fail("nobody runs the words"))
+    lookout = MetricsService(
+        "127.0.0.1:0", words.append, lambda now: pytest.fail("nobody runs the words")
+    )
     with pytest.raises(TimeoutError):
         lookout.snapshot(0.05)
     outcome: list[str] = []
@@ -330,10 +388,22 @@ def test_the_status_names_every_lease(served: Broker, postgres: EphemeralPostgre
 def test_a_broker_for_one_command_has_metrics_too(runtime_dir: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    fetch = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=20).read().decode())"
+    fetch = (
+        "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=20).read().decode())"
+    )
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "sharedpool", "run", "--max-conn", "7", "--metrics", f"127.0.0.1:{port}", "--"),
+            *(
+                sys.executable,
+                "-m",
+                "sharedpool",
+                "run",
+                "--max-conn",
+                "7",
+                "--metrics",
+                f"127.0.0.1:{port}",
+                "--",
+            ),
             *(sys.executable, "-c", fetch, f"http://127.0.0.1:{port}/metrics"),
         ],
         capture_output=True,
@@ -346,9 +416,15 @@ def test_a_broker_for_one_command_has_metrics_too(runtime_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("metrics", "status", "complaint"),
-    [("nonsense", 2, "--metrics"), ("127.0.0.1:99999", 2, "--metrics"), ("192.0.2.1:9187", 1, "cannot serve metrics")],
+    [
+        ("nonsense", 2, "--metrics"),
+        ("127.0.0.1:99999", 2, "--metrics"),
+        ("192.0.2.1:9187", 1, "cannot serve metrics"),
+    ],
 )
-def test_a_wrong_address_is_named(metrics: str, status: int, complaint: str, runtime_dir: Path) -> None:
+def test_a_wrong_address_is_named(
+    metrics: str, status: int, complaint: str, runtime_dir: Path
+) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "sharedpool", "broker", "--max-conn", "1", "--metrics", metrics],
         capture_output=True,

@@ -17,11 +17,16 @@ def test_a_leak_is_counted_and_its_slot_had_back_where_that_is_wanted(
 ) -> None:
     name = f"overdue {action}"
     settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 2}
-    with Worker(**settings, max_checkout=0.3, max_checkout_action=action) as leaky, Worker(**settings) as other:
+    with (
+        Worker(**settings, max_checkout=0.3, max_checkout_action=action) as leaky,
+        Worker(**settings) as other,
+    ):
         leaky.ask("get", name="leaked", timeout=10)
 
         def overdue() -> int:
-            return sum(pool.overdue for pool in fetch_report(broker.address).pools if pool.name == name)
+            return sum(
+                pool.overdue for pool in fetch_report(broker.address).pools if pool.name == name
+            )
 
         # What is checked in and out again all the time is not the same checkout.
         for _ in range(20):

@@ -41,8 +41,12 @@ def module_dsn(postgres: EphemeralPostgres) -> Iterator[str]:
 def broker(postgres: EphemeralPostgres) -> Iterator[sharedpool.Broker]:
     """A broker for all tests here: every test has a pool of its own name."""
     with (
-        tempfile.TemporaryDirectory(prefix="spr-", dir="/tmp") as folder,  # short enough for a unix socket
-        sharedpool.start_broker(max_conn=8, address=f"ipc://{folder}/broker", dsn=postgres.dsn, ttl=TTL_S) as broker,
+        tempfile.TemporaryDirectory(
+            prefix="spr-", dir="/tmp"
+        ) as folder,  # short enough for a unix socket
+        sharedpool.start_broker(
+            max_conn=8, address=f"ipc://{folder}/broker", dsn=postgres.dsn, ttl=TTL_S
+        ) as broker,
     ):
         yield broker
 
@@ -57,7 +61,12 @@ def make_pool(module_dsn: str, broker: sharedpool.Broker) -> Iterator[MakePool]:
     pools: list[Pool] = []
 
     def make(max_conn: int = 2, **options: Any) -> Pool:
-        options = {"dsn": module_dsn, "broker": broker.address, "name": f"test {next(_numbers)}", **options}
+        options = {
+            "dsn": module_dsn,
+            "broker": broker.address,
+            "name": f"test {next(_numbers)}",
+            **options,
+        }
         pools.append(sharedpool.config_pool(max_conn, **options))
         return pools[-1]
 
@@ -100,7 +109,12 @@ def books(db: PgSimple) -> PgSimple:
     )
     db.execute('ALTER TABLE "books" ADD CONSTRAINT "books_pkey" PRIMARY KEY ("id")')
     for i in range(1, 10):
-        row = {"genre": "fiction", "name": f"Book Name vol. {i}", "price": 1.23 * i, "published": f"{2000 + i}-{i}-1"}
+        row = {
+            "genre": "fiction",
+            "name": f"Book Name vol. {i}",
+            "price": 1.23 * i,
+            "published": f"{2000 + i}-{i}-1",
+        }
         assert db.insert("books", row) == 1
     db.commit()
     return db
@@ -114,7 +128,9 @@ def names(rows: list[Any]) -> list[str]:
 
 
 def test_fetchone_with_two_fields(books: PgSimple) -> None:
-    book = books.fetchone("books", fields=["name", "published"], where=("published = %s", [datetime.date(2002, 2, 1)]))
+    book = books.fetchone(
+        "books", fields=["name", "published"], where=("published = %s", [datetime.date(2002, 2, 1)])
+    )
     assert book.name == book[0] == "Book Name vol. 2"
     assert book.published == datetime.date(2002, 2, 1)
     assert books.fetchone("books", where=("id = %s", [-1])) is None
@@ -124,7 +140,10 @@ def test_fetchall_with_aliases_order_limit_and_offset(books: PgSimple) -> None:
     rows = books.fetchall(
         "books",
         fields=["name AS n", "genre AS g"],
-        where=("published BETWEEN %s AND %s", [datetime.date(2005, 2, 1), datetime.date(2009, 2, 1)]),
+        where=(
+            "published BETWEEN %s AND %s",
+            [datetime.date(2005, 2, 1), datetime.date(2009, 2, 1)],
+        ),
         order=["published", "DESC"],
         limit=5,
         offset=2,
@@ -136,11 +155,18 @@ def test_fetchall_with_aliases_order_limit_and_offset(books: PgSimple) -> None:
 def test_update_and_delete_count_rows(books: PgSimple) -> None:
     changed = books.update(
         "books",
-        data={"name": "An expensive book", "price": 998.997, "genre": "non-fiction", "modified": "NOW()"},
+        data={
+            "name": "An expensive book",
+            "price": 998.997,
+            "genre": "non-fiction",
+            "modified": "NOW()",
+        },
         where=("published = %s", [datetime.date(2001, 1, 1)]),
     )
     assert changed == 1
-    assert books.fetchone("books", "genre", ("price = %s::money", ["$999.00"])).genre == "non-fiction"
+    assert (
+        books.fetchone("books", "genre", ("price = %s::money", ["$999.00"])).genre == "non-fiction"
+    )
     assert books.delete("books", where=("published >= %s", [datetime.date(2005, 1, 31)])) == 5
     assert len(books.fetchall("books")) == 4
 
@@ -159,7 +185,9 @@ def test_returning_gives_rows(books: PgSimple) -> None:
         returning="modified",
     )
     assert isinstance(rows[0].modified, datetime.datetime)
-    rows = books.delete("books", where=("published >= %s", [datetime.date(2005, 1, 31)]), returning="name")
+    rows = books.delete(
+        "books", where=("published >= %s", [datetime.date(2005, 1, 31)]), returning="name"
+    )
     assert len(rows) == 5
     assert "Another expensive book" in names(rows)
     assert books.delete("books", where="id < 0", returning="*") == []
@@ -285,7 +313,9 @@ def test_where_forms(books: PgSimple, where: Any, count: int) -> None:
     assert len(books.delete("books", where, returning="id")) == count
 
 
-@pytest.mark.parametrize("where", [("id = %s", {"id": 1}), ("id = %s AND id = %s", 1, 2), (1,), {"id": 1}])
+@pytest.mark.parametrize(
+    "where", [("id = %s", {"id": 1}), ("id = %s AND id = %s", 1, 2), (1,), {"id": 1}]
+)
 def test_a_malformed_where_is_refused_before_anything_happens(books: PgSimple, where: Any) -> None:
     with pytest.raises(ValueError, match="where"):
         books.delete("books", where)
@@ -301,12 +331,16 @@ def test_order_limit_and_offset(books: PgSimple) -> None:
     assert ids(order="books.id", limit=1) == [1]
     assert ids(order=["id"], limit=1) == [1]
     assert ids(order=sql.SQL("id % 2 DESC, id"), limit=2) == [1, 3]
-    assert ids(order=[sql.SQL("id % 2"), "DESC"], limit=5) == ids(order=sql.SQL("id % 2 DESC"), limit=5)
+    assert ids(order=[sql.SQL("id % 2"), "DESC"], limit=5) == ids(
+        order=sql.SQL("id % 2 DESC"), limit=5
+    )
     assert ids(limit=0) == []
     assert books.fetchone("books", "id", order=["id", "DESC"], offset=1).id == 8
 
 
-@pytest.mark.parametrize("order", [["id", "DOWN"], ["id", "DESC; DROP TABLE books"], ["id", "ASC", "DESC"], ["id", 1]])
+@pytest.mark.parametrize(
+    "order", [["id", "DOWN"], ["id", "DESC; DROP TABLE books"], ["id", "ASC", "DESC"], ["id", 1]]
+)
 def test_a_wrong_direction_is_refused(books: PgSimple, order: Any) -> None:
     with pytest.raises(ValueError, match="order must be"):
         books.fetchall("books", order=order)
@@ -332,10 +366,16 @@ def test_join_keeps_the_rows_without_a_partner(books: PgSimple) -> None:
         order=["books.id", "DESC"],
         limit=2,
     )
-    assert [tuple(row) for row in rows] == [("Book Name vol. 3", 3, None, None), ("Book Name vol. 2", 2, "ann", 70)]
+    assert [tuple(row) for row in rows] == [
+        ("Book Name vol. 3", 3, None, None),
+        ("Book Name vol. 2", 2, "ann", 70),
+    ]
     assert rows[1].book_id == 2
     assert len(books.join(["books", "loans"], ["name", []], ["id", "book"], offset=1)) == 8
-    assert books.join(["loans", "public.books"], ["*", "name, genre AS g"], ["book", "id"])[0].g == "fiction"
+    assert (
+        books.join(["loans", "public.books"], ["*", "name, genre AS g"], ["book", "id"])[0].g
+        == "fiction"
+    )
     counted = books.join(["books", "loans"], [sql.SQL("count(*)"), ()], ["id", "book"])
     assert counted[0].count == 9
     assert books.join(["books", "loans"], ["name", "who"], ["id", "book"], "false") == []
@@ -353,10 +393,22 @@ def test_join_wants_two_of_each(books: PgSimple) -> None:
 
 
 def test_values_may_be_sql(books: PgSimple) -> None:
-    new = {"genre": sql.SQL("upper('50%s')"), "name": "100% %s", "price": sql.Literal(1), "published": sql.SQL("now()")}
-    row = books.insert("books", new, returning=["genre", "name", sql.SQL("published = current_date AS today")])
+    new = {
+        "genre": sql.SQL("upper('50%s')"),
+        "name": "100% %s",
+        "price": sql.Literal(1),
+        "published": sql.SQL("now()"),
+    }
+    row = books.insert(
+        "books", new, returning=["genre", "name", sql.SQL("published = current_date AS today")]
+    )
     assert tuple(row) == ("50%S", "100% %s", True)
-    assert books.update("books", {"name": sql.SQL("name || {}").format(sql.Literal("%"))}, ("id = %s", [1])) == 1
+    assert (
+        books.update(
+            "books", {"name": sql.SQL("name || {}").format(sql.Literal("%"))}, ("id = %s", [1])
+        )
+        == 1
+    )
     assert books.fetchone("books", "name", ("id = %s", [1])).name == "Book Name vol. 1%"
 
 
@@ -378,7 +430,9 @@ def test_hostile_names_are_only_names(db: PgSimple, name: str) -> None:
     ours = sql.Identifier(name)
     db.create(name, sql.SQL("id serial, {} text").format(ours))
     assert db.insert(name, {name: "a"}, returning=[ours]) == ("a",)
-    assert db.update(name, {name: "b"}, (sql.SQL("{} = 'a'").format(ours),), returning=ours) == [("b",)]
+    assert db.update(name, {name: "b"}, (sql.SQL("{} = 'a'").format(ours),), returning=ours) == [
+        ("b",)
+    ]
     assert db.fetchall(name, ["id", ours], order=[ours, "DESC"], limit=1) == [(1, "b")]
     assert db.fetchall(f"public.{name}", ours, sql.SQL("{} LIKE '%'").format(ours)) == [("b",)]
     db.truncate([name])
@@ -408,7 +462,9 @@ def test_dict_rows(pool: Pool) -> None:
 
 def test_log_writes_queries_and_errors(pool: Pool) -> None:
     out = io.StringIO()
-    with PgSimple(pool, log=out, log_fmt=lambda x: f">> {x if isinstance(x, str) else x.query}") as db:
+    with PgSimple(
+        pool, log=out, log_fmt=lambda x: f">> {x if isinstance(x, str) else x.query}"
+    ) as db:
         db.execute("SELECT %s", ["v"])
         with pytest.raises(psycopg2.errors.UndefinedTable):
             db.fetchall("no_such")
@@ -417,7 +473,9 @@ def test_log_writes_queries_and_errors(pool: Pool) -> None:
     assert second.startswith('>> execute() failed: relation "no_such" does not exist')
 
 
-def test_log_without_a_format_and_with_a_logger(pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_without_a_format_and_with_a_logger(
+    pool: Pool, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.DEBUG), PgSimple(pool, log=logging.getLogger("mine")) as db:
         db.execute("SELECT 'é%'")
         with pytest.raises(psycopg2.errors.SyntaxError):
@@ -443,7 +501,10 @@ def test_a_failing_log_does_not_hide_the_statements_error(pool: Pool) -> None:
     def broken(what: Any) -> str:
         raise RuntimeError("log is full")
 
-    with PgSimple(pool, log=io.StringIO(), log_fmt=broken) as db, pytest.raises(psycopg2.errors.SyntaxError):
+    with (
+        PgSimple(pool, log=io.StringIO(), log_fmt=broken) as db,
+        pytest.raises(psycopg2.errors.SyntaxError),
+    ):
         db.execute("SELEC")
 
 
@@ -481,8 +542,12 @@ def test_with_commits_and_returns(pool: Pool, db: PgSimple, table: str) -> None:
     assert count(db) == 1
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, psycopg2.DataError])
-def test_with_rolls_back_for_any_exception(pool: Pool, db: PgSimple, table: str, error: type[BaseException]) -> None:
+@pytest.mark.parametrize(
+    "error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, psycopg2.DataError]
+)
+def test_with_rolls_back_for_any_exception(
+    pool: Pool, db: PgSimple, table: str, error: type[BaseException]
+) -> None:
     def work() -> None:
         with PgSimple(pool) as inner:
             inner.insert(table, {"id": 1})
@@ -536,7 +601,9 @@ def insert_twice(pool: Pool, table: str) -> None:
         inner.insert(table, {"id": 1})  # the constraint is deferred: refused at commit
 
 
-def test_a_refused_commit_reaches_the_caller_and_keeps_the_connection(pool: Pool, db: PgSimple, table: str) -> None:
+def test_a_refused_commit_reaches_the_caller_and_keeps_the_connection(
+    pool: Pool, db: PgSimple, table: str
+) -> None:
     with pytest.raises(psycopg2.errors.UniqueViolation):
         insert_twice(pool, table)
     assert (in_use(pool), cached(pool)) == (1, 1)
@@ -557,7 +624,9 @@ def test_an_error_of_the_pool_hides_no_other(make_pool: MakePool, db: PgSimple, 
     assert (in_use(pool), cached(pool)) == (0, 0)
 
 
-def test_a_pool_disposed_of_meanwhile_reaches_the_caller_after_success_only(make_pool: MakePool) -> None:
+def test_a_pool_disposed_of_meanwhile_reaches_the_caller_after_success_only(
+    make_pool: MakePool,
+) -> None:
     def work(pool: Pool) -> None:
         with PgSimple(pool):
             pool.release_all()
@@ -629,7 +698,12 @@ def test_close_is_idempotent_and_final(pool: Pool) -> None:
     handle.close()
     assert not handle.is_open
     assert "closed" in repr(handle)
-    uses: list[Any] = [handle.commit, handle.rollback, lambda: handle.execute("SELECT 1"), handle.__enter__]
+    uses: list[Any] = [
+        handle.commit,
+        handle.rollback,
+        lambda: handle.execute("SELECT 1"),
+        handle.__enter__,
+    ]
     uses += [lambda: handle.fetchall("t"), lambda: handle.insert("t", {}), lambda: handle.drop("t")]
     for use in uses:
         with pytest.raises(psycopg2.InterfaceError, match="closed"):
@@ -720,7 +794,11 @@ def next_heartbeat(pool: Pool) -> None:
     link = pool._local.link
     assert link is not None
     heard_at = link.heard_at
-    wait_until(lambda: link.heard_at > heard_at, timeout_s=5 * TTL_S, what="the broker's answer to a heartbeat")
+    wait_until(
+        lambda: link.heard_at > heard_at,
+        timeout_s=5 * TTL_S,
+        what="the broker's answer to a heartbeat",
+    )
 
 
 def test_a_checkout_after_a_collected_cycle_is_not_taken_for_lost(
@@ -790,7 +868,9 @@ def test_release_all_and_garbage_collection_do_not_deadlock(make_pool: MakePool)
         for _ in range(4):
             Node(PgSimple(pool))
         thresholds = gc.get_threshold()
-        gc.set_threshold(1, 1, 1)  # a collection at almost every allocation, within release_all() too
+        gc.set_threshold(
+            1, 1, 1
+        )  # a collection at almost every allocation, within release_all() too
         try:
             ending = threading.Thread(target=pool.release_all, daemon=True)
             ending.start()

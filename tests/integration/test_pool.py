@@ -15,10 +15,22 @@ import psycopg2
 import psycopg2.extras
 import psycopg2.pool
 import pytest
-from psycopg2.extensions import STATUS_READY, TRANSACTION_STATUS_ACTIVE, TRANSACTION_STATUS_IDLE, connection
+from psycopg2.extensions import (
+    STATUS_READY,
+    TRANSACTION_STATUS_ACTIVE,
+    TRANSACTION_STATUS_IDLE,
+    connection,
+)
 
 import sharedpool
-from sharedpool import BrokerUnavailable, PoolClosed, PoolError, PoolExhausted, PoolTimeout, ThreadedConnectionPool
+from sharedpool import (
+    BrokerUnavailable,
+    PoolClosed,
+    PoolError,
+    PoolExhausted,
+    PoolTimeout,
+    ThreadedConnectionPool,
+)
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.messages import ReleaseReason
 from sharedpool.worker import checkout as checkouts
@@ -102,14 +114,18 @@ def test_a_connection_factory_may_have_slots_of_its_own(make_pool: MakePool) -> 
 
 
 def test_cursor_factory_and_options_reach_psycopg2(make_pool: MakePool) -> None:
-    pool = make_pool(cursor_factory=psycopg2.extras.DictCursor, options="-c work_mem=7MB", connect_timeout=7)
+    pool = make_pool(
+        cursor_factory=psycopg2.extras.DictCursor, options="-c work_mem=7MB", connect_timeout=7
+    )
     with pool.connection() as conn, conn.cursor() as cursor:
         cursor.execute("SHOW work_mem")
         assert cursor.fetchone()["work_mem"] == "7MB"
         assert conn.info.dsn_parameters["connect_timeout"] == "7"
 
 
-def test_backends_are_named_after_the_pool_unless_the_caller_names_them(make_pool: MakePool) -> None:
+def test_backends_are_named_after_the_pool_unless_the_caller_names_them(
+    make_pool: MakePool,
+) -> None:
     pool = make_pool()
     assert ask(pool.get_conn(), "SHOW application_name").startswith(f"sharedpool {pool.name} [")
     assert ask(make_pool(application_name="mine").get_conn(), "SHOW application_name") == "mine"
@@ -212,7 +228,9 @@ def test_a_slot_is_free_when_put_conn_has_closed(make_pool: MakePool, backends: 
         assert backends(pool) == set()
 
 
-def test_without_pooling_every_put_closes_under_the_same_limit(make_pool: MakePool, backends: Backends) -> None:
+def test_without_pooling_every_put_closes_under_the_same_limit(
+    make_pool: MakePool, backends: Backends
+) -> None:
     pool = make_pool(max_conn=1, disable_pooling=True)
     first = pool.get_conn()
     pid = ask(first)
@@ -249,7 +267,9 @@ def test_an_open_transaction_is_rolled_back(make_pool: MakePool) -> None:
 
 
 @pytest.mark.parametrize("end", ["COMMIT", "ROLLBACK", "END"])
-def test_the_next_user_can_roll_back_when_a_transaction_was_ended_by_sql(make_pool: MakePool, end: str) -> None:
+def test_the_next_user_can_roll_back_when_a_transaction_was_ended_by_sql(
+    make_pool: MakePool, end: str
+) -> None:
     """psycopg2 does not see that; it would take the next user's first statement for the middle of a transaction."""
     pool = make_pool(max_conn=1)
     conn = pool.get_conn()
@@ -277,10 +297,17 @@ def test_a_failed_transaction_is_rolled_back(make_pool: MakePool) -> None:
 def test_client_side_settings_do_not_reach_the_next_user(make_pool: MakePool) -> None:
     pool = make_pool(max_conn=1)
     conn = pool.get_conn()
-    conn.set_session(isolation_level="SERIALIZABLE", readonly=True, deferrable=True, autocommit=True)
+    conn.set_session(
+        isolation_level="SERIALIZABLE", readonly=True, deferrable=True, autocommit=True
+    )
     pool.put_conn(conn)
     again = pool.get_conn()
-    assert (again.autocommit, again.readonly, again.deferrable, again.isolation_level) == (False, None, None, None)
+    assert (again.autocommit, again.readonly, again.deferrable, again.isolation_level) == (
+        False,
+        None,
+        None,
+        None,
+    )
     assert ask(again, "SHOW transaction_isolation") == "read committed"
 
 
@@ -319,7 +346,10 @@ def test_a_connection_broken_in_use_is_replaced_and_costs_no_slot(
 
 
 def test_a_connection_that_died_idle_is_never_handed_out(
-    make_pool: MakePool, server_connection: connection, backends: Backends, monkeypatch: pytest.MonkeyPatch
+    make_pool: MakePool,
+    server_connection: connection,
+    backends: Backends,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sharedpool.worker.pool.CHECK_AFTER_S", -1.0)
     monkeypatch.setattr("sharedpool.worker.checkout.CHECK_AFTER_S", -1.0)
@@ -375,7 +405,9 @@ def test_a_second_put_is_refused(make_pool: MakePool) -> None:
     assert pool.stats().idle == 1
 
 
-def test_a_foreign_connection_is_refused(make_pool: MakePool, server_connection: connection) -> None:
+def test_a_foreign_connection_is_refused(
+    make_pool: MakePool, server_connection: connection
+) -> None:
     pool, other = make_pool(), make_pool()
     with pytest.raises(PoolError, match="did not lend out"):
         pool.put_conn(server_connection)
@@ -394,7 +426,9 @@ def test_of_two_threads_that_put_the_same_connection_one_succeeds(make_pool: Mak
         outcomes: list[str] = []
         gate = threading.Barrier(2)
 
-        def put(conn: connection = conn, gate: threading.Barrier = gate, outcomes: list[str] = outcomes) -> None:
+        def put(
+            conn: connection = conn, gate: threading.Barrier = gate, outcomes: list[str] = outcomes
+        ) -> None:
             gate.wait()
             try:
                 pool.put_conn(conn)
@@ -446,7 +480,10 @@ def test_a_simple_pool_refuses_a_second_thread(make_pool: MakePool) -> None:
     thread.start()
     thread.join()
     assert len(errors) == 2
-    assert all("belongs to one thread" in str(error) and "ThreadedConnectionPool" in str(error) for error in errors)
+    assert all(
+        "belongs to one thread" in str(error) and "ThreadedConnectionPool" in str(error)
+        for error in errors
+    )
     pool.put_conn(conn)
 
 
@@ -480,7 +517,9 @@ def test_many_threads_share_the_limit(make_pool: MakePool, backends: Backends) -
 # --- scavenging
 
 
-def test_idle_connections_expire_from_their_checkin(make_pool: MakePool, backends: Backends) -> None:
+def test_idle_connections_expire_from_their_checkin(
+    make_pool: MakePool, backends: Backends
+) -> None:
     pool = make_pool(max_conn=2, expiration=0.3)
     a, b = pool.get_conn(), pool.get_conn()
     held_since = time.monotonic()
@@ -515,13 +554,17 @@ def test_a_pool_that_is_never_called_again_loses_its_expired_connections(
     wait_until(lambda: not backends(pool), what="the link's thread to close both")
 
 
-def test_max_lifetime_holds_in_a_pool_that_is_never_called_again(make_pool: MakePool, backends: Backends) -> None:
+def test_max_lifetime_holds_in_a_pool_that_is_never_called_again(
+    make_pool: MakePool, backends: Backends
+) -> None:
     pool = make_pool(max_conn=1, expiration=1, max_lifetime=0.3)
     pool.put_conn(pool.get_conn())
     wait_until(lambda: not backends(pool))
 
 
-def test_max_lifetime_replaces_at_checkin_and_checkout(make_pool: MakePool, backends: Backends) -> None:
+def test_max_lifetime_replaces_at_checkin_and_checkout(
+    make_pool: MakePool, backends: Backends
+) -> None:
     pool = make_pool(max_conn=1, max_lifetime=0.2)
     conn = pool.get_conn()
     opened = time.monotonic()
@@ -590,7 +633,9 @@ def test_a_connection_that_cannot_be_opened_costs_no_slot(make_pool: MakePool) -
     assert pool.stats().in_use == 0
 
 
-def test_a_dropped_connection_gives_its_slot_back_at_once(make_pool: MakePool, backends: Backends) -> None:
+def test_a_dropped_connection_gives_its_slot_back_at_once(
+    make_pool: MakePool, backends: Backends
+) -> None:
     pool = make_pool(max_conn=1)
     for _ in range(5):
         conn = pool.get_conn()
@@ -614,7 +659,9 @@ class Interrupt(BaseException):
     pass
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # sockets half-made when interrupted
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # sockets half-made when interrupted
 def test_nothing_leaks_when_get_conn_is_interrupted_anywhere(make_pool: MakePool) -> None:
     """A signal handler that raises, at a hundred different moments of waiting, connecting and handing out."""
     pool = make_pool(max_conn=1)
@@ -661,7 +708,9 @@ def test_an_interrupt_just_before_libpq_is_called_frees_the_slot(
     assert ask(pool.get_conn(timeout=20))
 
 
-def test_an_interrupt_just_after_a_connection_was_handed_out_frees_the_slot(make_pool: MakePool) -> None:
+def test_an_interrupt_just_after_a_connection_was_handed_out_frees_the_slot(
+    make_pool: MakePool,
+) -> None:
     pool = make_pool(max_conn=1)
     pool.put_conn(pool.get_conn(timeout=20), close=True)
 
@@ -729,7 +778,9 @@ def test_the_block_commits_rolls_back_and_always_returns(make_pool: MakePool) ->
 # --- the end
 
 
-def test_release_all_closes_everything_and_ends_the_pool(make_pool: MakePool, backends: Backends) -> None:
+def test_release_all_closes_everything_and_ends_the_pool(
+    make_pool: MakePool, backends: Backends
+) -> None:
     pool = make_pool(max_conn=3)
     idle, used = pool.get_conn(), pool.get_conn()
     pool.put_conn(idle)
@@ -744,7 +795,9 @@ def test_release_all_closes_everything_and_ends_the_pool(make_pool: MakePool, ba
     pool.put_conn(used, fail_silently=True)
 
 
-def test_release_all_ends_a_query_in_another_thread(make_pool: MakePool, backends: Backends) -> None:
+def test_release_all_ends_a_query_in_another_thread(
+    make_pool: MakePool, backends: Backends
+) -> None:
     pool = make_pool(max_conn=2, pool_manager=ThreadedConnectionPool)
     errors: list[BaseException] = []
 
@@ -803,7 +856,9 @@ def test_a_pool_of_the_same_name_takes_over_and_the_old_one_keeps_nothing_idle(
 
 
 def test_get_pool_says_what_is_missing() -> None:
-    with pytest.raises(PoolError, match=r"no pool 'nobody' is configured: call sharedpool\.config_pool\(\) first"):
+    with pytest.raises(
+        PoolError, match=r"no pool 'nobody' is configured: call sharedpool\.config_pool\(\) first"
+    ):
         sharedpool.get_pool("nobody")
 
 

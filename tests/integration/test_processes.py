@@ -28,7 +28,9 @@ def name() -> str:
 
 
 @pytest.fixture
-def settings(broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str) -> dict[str, object]:
+def settings(
+    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str
+) -> dict[str, object]:
     return {"dsn": postgres.dsn, "broker": broker.address, "name": name}
 
 
@@ -48,7 +50,10 @@ def start(settings: dict[str, object]) -> Iterator[StartWorker]:
 
 def pids(server: connection, name: str) -> set[int]:
     with server.cursor() as cursor:
-        cursor.execute("SELECT pid FROM pg_stat_activity WHERE application_name LIKE %s", [f"sharedpool {name} [%"])
+        cursor.execute(
+            "SELECT pid FROM pg_stat_activity WHERE application_name LIKE %s",
+            [f"sharedpool {name} [%"],
+        )
         return {pid for (pid,) in cursor.fetchall()}
 
 
@@ -103,7 +108,9 @@ def test_an_idle_connection_is_found_however_often_it_was_used_unseen(start: Sta
             worker.ask("put", name="x")
 
 
-def test_a_worker_that_is_busy_with_other_things_gives_its_idle_connection_up(start: StartWorker) -> None:
+def test_a_worker_that_is_busy_with_other_things_gives_its_idle_connection_up(
+    start: StartWorker,
+) -> None:
     a, b = start(max_conn=2), start(max_conn=2)
     a.ask("get", name="idle")
     a.ask("get", name="busy")
@@ -212,7 +219,9 @@ def test_a_frozen_worker_does_not_check_in_what_was_taken_away_meanwhile(
         backend = a.ask("get", name="x")["backend"]
         a.kill(signal.SIGSTOP)
         with server_connection.cursor() as cursor:
-            cursor.execute("SELECT pg_terminate_backend(%s, 5000), pg_sleep(0.6)", [backend])  # long enough to matter
+            cursor.execute(
+                "SELECT pg_terminate_backend(%s, 5000), pg_sleep(0.6)", [backend]
+            )  # long enough to matter
         a.send("put", name="x")
         a.send("get", name="y", timeout=10)
         a.send("query", name="y", sql="SELECT pg_backend_pid()")
@@ -229,7 +238,18 @@ def test_a_long_checkout_is_reported_with_its_holder(
     postgres: EphemeralPostgres, runtime_dir: object, name: str
 ) -> None:
     address = f"ipc://{runtime_dir}/b.sock"
-    options = ["--max-conn", "2", "--bind", address, "--dsn", postgres.dsn, "--ttl", "0.9", "--max-checkout", "0.3"]
+    options = [
+        "--max-conn",
+        "2",
+        "--bind",
+        address,
+        "--dsn",
+        postgres.dsn,
+        "--ttl",
+        "0.9",
+        "--max-checkout",
+        "0.3",
+    ]
     with subprocess.Popen(
         [sys.executable, "-m", "sharedpool", "broker", *options], stderr=subprocess.PIPE, text=True
     ) as process:
@@ -263,9 +283,14 @@ def test_a_forked_child_starts_afresh_and_leaves_its_parent_alone(
     assert child["inherited"] in ("OperationalError", "InterfaceError")  # never used…
     assert f"belongs to process {a.pid}" in child["put"]  # …never returned…
     assert child["backend"] not in (idle, held)
-    assert a.ask("query", name="held", sql="SELECT count(*) FROM mine")["rows"] == [[0]]  # …never ended by the child
+    assert a.ask("query", name="held", sql="SELECT count(*) FROM mine")["rows"] == [
+        [0]
+    ]  # …never ended by the child
     assert a.ask("get", name="again")["backend"] == idle
-    wait_until(lambda: pids(server_connection, name) == {idle, held}, what="the child's own connection to go with it")
+    wait_until(
+        lambda: pids(server_connection, name) == {idle, held},
+        what="the child's own connection to go with it",
+    )
 
 
 def test_generations_of_forks_share_the_limit(start: StartWorker) -> None:
@@ -279,7 +304,12 @@ def test_generations_of_forks_share_the_limit(start: StartWorker) -> None:
 @pytest.mark.parametrize("package", ["multiprocessing", "multiprocess"])
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_multiprocessing_child_returns_what_it_holds_at_its_end(
-    package: str, method: str, postgres: EphemeralPostgres, runtime_dir: Path, server_connection: connection, name: str
+    package: str,
+    method: str,
+    postgres: EphemeralPostgres,
+    runtime_dir: Path,
+    server_connection: connection,
+    name: str,
 ) -> None:
     """The broker has no control connection here: what is not returned would stay counted."""
     script = runtime_dir / "script.py"

@@ -69,7 +69,9 @@ def test_a_forwarder_from_one_unix_socket_to_another_is_found_out(
     """The server sees no address in either case; who listens is not the parent of the backend."""
     path = runtime_dir / ".s.PGSQL.5432"
     listen = f"UNIX-LISTEN:{path},fork,backlog=16"
-    with proxies.running(proxies.program("socat"), listen, f"UNIX-CONNECT:{proxies.unix_path(postgres)}", port=0):
+    with proxies.running(
+        proxies.program("socat"), listen, f"UNIX-CONNECT:{proxies.unix_path(postgres)}", port=0
+    ):
 
         def listens() -> bool:  # a moment after its socket is there
             with socket.socket(socket.AF_UNIX) as probe:
@@ -79,14 +81,18 @@ def test_a_forwarder_from_one_unix_socket_to_another_is_found_out(
         assert not is_direct(make_dsn(postgres.dsn, host=str(runtime_dir), port=5432))
 
 
-def test_a_worker_that_cannot_see_the_servers_processes_takes_nothing_for_granted(postgres: EphemeralPostgres) -> None:
+def test_a_worker_that_cannot_see_the_servers_processes_takes_nothing_for_granted(
+    postgres: EphemeralPostgres,
+) -> None:
     """In a PID namespace of its own, as in another container: then only the server's word counts."""
     code = (
         "import sys; from sharedpool.postgres.conninfo import resolve;"
         " from sharedpool.worker.connection import connection as c;"
         " print(c.describe(c.connect(resolve(dsn=sys.argv[1]), 'x', None, [])).direct)"
     )
-    run = subprocess.run([*as_pid_1(), sys.executable, "-c", code, postgres.dsn], capture_output=True, text=True)
+    run = subprocess.run(
+        [*as_pid_1(), sys.executable, "-c", code, postgres.dsn], capture_output=True, text=True
+    )
     assert run.stdout.strip() == "False", run.stderr
 
 
@@ -136,7 +142,9 @@ def late(postgres: EphemeralPostgres) -> Iterator[proxies.LateCloser]:
 def own_broker(
     runtime_dir: Path, postgres: EphemeralPostgres, late: proxies.LateCloser, control: str
 ) -> Iterator[sharedpool.Broker]:
-    with sharedpool.start_broker(1, dsn=postgres.dsn if control == "direct" else late.dsn) as broker:
+    with sharedpool.start_broker(
+        1, dsn=postgres.dsn if control == "direct" else late.dsn
+    ) as broker:
         yield broker
 
 
@@ -164,7 +172,9 @@ def test_a_killed_workers_slot_is_back_soon_after_its_backend(
             victim.send("query", name="c", sql="SELECT pg_sleep(60)")
             wait_until(lambda: _queries(postgres, "SELECT pg_sleep(60)"), what="the query to run")
         waiter.send("get", name="c", timeout=20)
-        wait_until(lambda: fetch_report(own_broker.address).pools[0].waiting == 1, what="somebody to wait")
+        wait_until(
+            lambda: fetch_report(own_broker.address).pools[0].waiting == 1, what="somebody to wait"
+        )
         victim.kill(signal.SIGKILL)
         answer = waiter.answer()
         assert answer["at"] - ends.join() < BACK_S + 0.4  # and a connect, on a busy machine
@@ -175,7 +185,9 @@ def _queries(server: EphemeralPostgres, query: str) -> bool:
     observer = psycopg2.connect(server.dsn)
     try:
         with observer.cursor() as cursor:
-            cursor.execute("SELECT 1 FROM pg_stat_activity WHERE query = %s AND state = 'active'", [query])
+            cursor.execute(
+                "SELECT 1 FROM pg_stat_activity WHERE query = %s AND state = 'active'", [query]
+            )
             return cursor.fetchone() is not None
     finally:
         observer.close()
@@ -184,7 +196,10 @@ def _queries(server: EphemeralPostgres, query: str) -> bool:
 def test_a_session_that_the_proxy_ends_in_a_query_keeps_its_slot_as_long_as_the_query(
     postgres: EphemeralPostgres, runtime_dir: Path, make_pool: MakePool, backends: Backends
 ) -> None:
-    with proxies.haproxy(postgres, silence_s=0.5) as dsn, sharedpool.start_broker(1, dsn=postgres.dsn) as broker:
+    with (
+        proxies.haproxy(postgres, silence_s=0.5) as dsn,
+        sharedpool.start_broker(1, dsn=postgres.dsn) as broker,
+    ):
         pool = make_pool(broker=broker.address, dsn=dsn, max_conn=1)
         conn = pool.get_conn(timeout=10)
         with pytest.raises(psycopg2.OperationalError), conn.cursor() as cursor:
@@ -194,7 +209,9 @@ def test_a_session_that_the_proxy_ends_in_a_query_keeps_its_slot_as_long_as_the_
         assert len(backends(pool)) == 1
 
 
-def test_a_control_connection_that_the_proxy_ends_when_it_is_silent_is_made_anew(runtime_dir: Path) -> None:
+def test_a_control_connection_that_the_proxy_ends_when_it_is_silent_is_made_anew(
+    runtime_dir: Path,
+) -> None:
     with (
         EphemeralPostgres() as server,
         proxies.haproxy(server, silence_s=0.3) as dsn,
@@ -206,7 +223,9 @@ def test_a_control_connection_that_the_proxy_ends_when_it_is_silent_is_made_anew
 
         def controls() -> int:
             with observer.cursor() as cursor:
-                cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'sharedpool broker'")
+                cursor.execute(
+                    "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'sharedpool broker'"
+                )
                 (found,) = cursor.fetchone() or (0,)
                 return int(found)
 
@@ -219,7 +238,11 @@ def test_a_control_connection_that_the_proxy_ends_when_it_is_silent_is_made_anew
 
 
 def test_without_a_control_connection_the_slot_stays_counted_and_that_is_said(
-    late: proxies.LateCloser, runtime_dir: Path, make_pool: MakePool, backends: Backends, caplog: Any
+    late: proxies.LateCloser,
+    runtime_dir: Path,
+    make_pool: MakePool,
+    backends: Backends,
+    caplog: Any,
 ) -> None:
     with sharedpool.start_broker(2) as broker:
         pool = make_pool(broker=broker.address, dsn=late.dsn, max_conn=2)
@@ -236,7 +259,9 @@ def test_without_a_control_connection_a_refused_connect_gives_its_slot_back(
 ) -> None:
     """Nobody has met a proxy: the server itself has refused, as far as can be known."""
     with sharedpool.start_broker(1) as broker:
-        pool = make_pool(broker=broker.address, dsn=make_dsn(postgres.dsn, dbname="nowhere"), max_conn=1)
+        pool = make_pool(
+            broker=broker.address, dsn=make_dsn(postgres.dsn, dbname="nowhere"), max_conn=1
+        )
         for _ in range(3):
             with pytest.raises(psycopg2.OperationalError, match="nowhere"):
                 pool.get_conn(timeout=5)
@@ -246,14 +271,18 @@ def test_without_a_control_connection_a_refused_connect_gives_its_slot_back(
 def test_a_connect_that_a_proxy_refuses_gives_its_slot_back(
     late: proxies.LateCloser, own_broker: sharedpool.Broker, make_pool: MakePool
 ) -> None:
-    pool = make_pool(broker=own_broker.address, dsn=make_dsn(late.dsn, dbname="nowhere"), max_conn=1)
+    pool = make_pool(
+        broker=own_broker.address, dsn=make_dsn(late.dsn, dbname="nowhere"), max_conn=1
+    )
     for _ in range(2):
         with pytest.raises(psycopg2.OperationalError, match="nowhere"):
             pool.get_conn(timeout=20)
     wait_until(lambda: fetch_report(own_broker.address).leases == 0, what="the slot to be free")
 
 
-def test_a_connect_that_waits_in_a_proxys_queue_is_waited_for(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+def test_a_connect_that_waits_in_a_proxys_queue_is_waited_for(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
     """Its worker is killed; a second later the proxy hands the connect to the server, all the same."""
     with (
         proxies.LateCloser(postgres, late_s=3.0, accept_late_s=1.0) as slow,
@@ -276,7 +305,10 @@ def test_a_connect_that_waits_in_a_proxys_queue_is_waited_for(postgres: Ephemera
 def test_a_pooler_that_keeps_sessions_lends_a_backend_again_and_nobody_elses_is_ended(
     postgres: EphemeralPostgres, runtime_dir: Path, make_pool: MakePool
 ) -> None:
-    with proxies.pgbouncer(postgres, "postgres") as dsn, sharedpool.start_broker(2, dsn=dsn) as broker:
+    with (
+        proxies.pgbouncer(postgres, "postgres") as dsn,
+        sharedpool.start_broker(2, dsn=dsn) as broker,
+    ):
         pool = make_pool(broker=broker.address, dsn=dsn, max_conn=2)
         errors: list[Exception] = []
         over = threading.Event()
@@ -322,7 +354,9 @@ def test_a_pooler_that_keeps_no_sessions_is_refused(
         pool = sharedpool.config_pool(dsn=dsn, name="unkept")
         try:
             for timeout in (10, 0):
-                with pytest.raises(sharedpool.SessionsNotKept, match=r"pool 'unkept': .* does not keep sessions"):
+                with pytest.raises(
+                    sharedpool.SessionsNotKept, match=r"pool 'unkept': .* does not keep sessions"
+                ):
                     pool.get_conn(timeout=timeout)
             assert locks() <= before
         finally:
@@ -344,7 +378,10 @@ def test_a_pooler_that_keeps_no_sessions_is_refused_when_two_workers_have_one_ba
 
             def refused() -> bool:
                 answer = other.ask("get", name="c", timeout=0.2)
-                return str(answer.get("error")) == "SessionsNotKept" and "same backend" in answer["text"]
+                return (
+                    str(answer.get("error")) == "SessionsNotKept"
+                    and "same backend" in answer["text"]
+                )
 
             wait_until(refused, what="a refusal")
 
@@ -372,10 +409,15 @@ def test_a_socket_to_nobody_is_no_proof() -> None:
     with one, other:
         assert not look(one.fileno(), 1, None)
         assert not look(one.fileno(), 1, (("127.0.0.1", 1), ("127.0.0.1", 2)))
-    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as sock:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as sock,
+    ):
         ours, theirs = sock.getsockname(), sock.getpeername()
         assert look(sock.fileno(), 1, (ours, theirs))
-        assert not look(sock.fileno(), 1, (ours, (theirs[0], theirs[1] + 1)))  # a port that is mapped
+        assert not look(
+            sock.fileno(), 1, (ours, (theirs[0], theirs[1] + 1))
+        )  # a port that is mapped
         assert not look(sock.fileno(), 1, ((ours[0], ours[1] + 1), theirs))
         assert not look(sock.fileno(), 1, (("nonsense", 1), theirs))
         assert not look(sock.fileno(), 1, None)

@@ -27,14 +27,25 @@ ASIDE = {"help", "address", "as_json", "command"}
 
 
 def test_every_argument_of_config_pool_is_listed_with_its_default() -> None:
-    listed = {name: default for name, default, _ in documents.rows(ON_CALL, "| argument | default | meaning |")}
+    listed = {
+        name: default
+        for name, default, _ in documents.rows(ON_CALL, "| argument | default | meaning |")
+    }
     parameters = inspect.signature(sharedpool.config_pool).parameters
-    named = {re.split(r"\W", name.strip("`"))[0]: default.strip('`"') for name, default in listed.items()}
+    named = {
+        re.split(r"\W", name.strip("`"))[0]: default.strip('`"') for name, default in listed.items()
+    }
     assert named.keys() - WHERE == parameters.keys() - WHERE
     assert any("`dsn`, `db_url`, keywords" in name for name in listed)
     for name in parameters.keys() - WHERE:
         default = parameters[name].default
-        shown = default.__name__ if isinstance(default, type) else f"{default:g}" if name == "timeout" else str(default)
+        shown = (
+            default.__name__
+            if isinstance(default, type)
+            else f"{default:g}"
+            if name == "timeout"
+            else str(default)
+        )
         assert named[name] == shown, name
 
 
@@ -48,7 +59,9 @@ def test_every_option_of_a_broker_is_listed_with_its_variable(command: str) -> N
     assert found is not None
     assert other is not None
     shared = {parameter.name for parameter in other.params}
-    options = [each for each in found.params if isinstance(each, click.Option) and each.name not in ASIDE]
+    options = [
+        each for each in found.params if isinstance(each, click.Option) and each.name not in ASIDE
+    ]
     for option in options:
         variable, text = listed[option.opts[0]]
         assert variable == option.envvar
@@ -78,15 +91,21 @@ def books(database: str, runtime_dir: Path) -> Iterator[str]:
         yield database
 
 
-def test_the_quick_start_is_one_pool_however_often_it_is_started(books: str, runtime_dir: Path) -> None:
+def test_the_quick_start_is_one_pool_however_often_it_is_started(
+    books: str, runtime_dir: Path
+) -> None:
     (script,) = documents.blocks(documents.section(README, "Quick start"), "python")
     count, limit = (40, 20) if LONG else (12, 6)
     assert "max_conn=20" in script
     script = script.replace("max_conn=20", f"max_conn={limit}")
     url = 'db_url="postgres://app:secret@localhost/app"'
     assert url in script
-    script = script.replace(url, f"dsn={books!r}").replace("timeout=5", "timeout=60")  # many at once, on any machine
-    start = functools.partial(subprocess.Popen, [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    script = script.replace(url, f"dsn={books!r}").replace(
+        "timeout=5", "timeout=60"
+    )  # many at once, on any machine
+    start = functools.partial(
+        subprocess.Popen, [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+    )
     with BackendSampler(books, "sharedpool default [%") as sampler:
         started = [start() for _ in range(count)]
         said = [process.communicate(timeout=100)[0] for process in started]

@@ -27,7 +27,9 @@ MakePool = Callable[..., sharedpool.Pool]
 GERMAN, ROLE = "de_DE", "app"
 
 
-def failed(dsn: str, diagnosis: Diagnosis | None = None, timeout_s: float | None = None) -> tuple[Failure, str]:
+def failed(
+    dsn: str, diagnosis: Diagnosis | None = None, timeout_s: float | None = None
+) -> tuple[Failure, str]:
     """Connect, which is to fail; return what is known of that, and the text that a caller gets."""
     made: list[PooledConnection] = []
     with pytest.raises(psycopg2.OperationalError) as caught:
@@ -66,7 +68,9 @@ def test_who_is_refused_again_is_not_asked_for_the_reason_every_time() -> None:
         assert server.connects == 4
     with RefusingServer("login", "53300") as server:
         for _ in range(3):
-            assert failed(server.dsn, diagnosis)[0].code == "53300"  # that may be over at any moment
+            assert (
+                failed(server.dsn, diagnosis)[0].code == "53300"
+            )  # that may be over at any moment
         assert server.connects == 6
 
 
@@ -85,7 +89,10 @@ def test_who_tries_whether_a_full_server_has_room_again_tries_once() -> None:
 def test_a_server_that_is_gone_when_it_is_asked_for_the_reason_is_not_reached() -> None:
     """It was shutting down: that is everybody's affair."""
     made: list[PooledConnection] = []
-    with RefusingServer("start", "57P03") as server, pytest.raises(psycopg2.OperationalError) as caught:
+    with (
+        RefusingServer("start", "57P03") as server,
+        pytest.raises(psycopg2.OperationalError) as caught,
+    ):
         connect(resolve(server.dsn), "test", None, made)
     made[0].sharedpool_direct = True
     found = Diagnosis().of(made[0], caught.value, None)
@@ -107,7 +114,10 @@ def unused_port() -> int:
 
 
 def test_where_nobody_listens_nothing_is_reached(tmp_path: Path) -> None:
-    for dsn in (f"host=127.0.0.1 port={unused_port()} user=app", f"host={tmp_path} port=5432 user=app"):
+    for dsn in (
+        f"host=127.0.0.1 port={unused_port()} user=app",
+        f"host={tmp_path} port=5432 user=app",
+    ):
         assert failed(dsn)[0][2:4] == ("", True), dsn
 
 
@@ -138,13 +148,20 @@ def test_who_is_let_in_when_asking_for_the_reason_leaves_nobody_behind(
 # --- a fleet
 
 
-@pytest.mark.parametrize(("stage", "code"), [("password", "28P01"), ("login", "28000"), ("start", "28000")])
+@pytest.mark.parametrize(
+    ("stage", "code"), [("password", "28P01"), ("login", "28000"), ("start", "28000")]
+)
 def test_a_fleet_that_is_refused_does_not_hammer_the_server_and_each_caller_is_told_at_once(
     broker: sharedpool.Broker, stage: Stage, code: str
 ) -> None:
     seconds, crew_size, text = 3.0, 4, "Rolle »app« hat keine Berechtigung zum Einloggen"
     with RefusingServer(stage, code, text) as server:
-        settings = {"dsn": server.dsn, "broker": broker.address, "max_conn": 4, "name": f"refused {stage}"}
+        settings = {
+            "dsn": server.dsn,
+            "broker": broker.address,
+            "max_conn": 4,
+            "name": f"refused {stage}",
+        }
         with workers(crew_size, **settings) as crew:
             for worker in crew:
                 worker.send("insist", seconds=seconds, timeout=2)
@@ -163,9 +180,17 @@ def test_a_fleet_that_is_refused_does_not_hammer_the_server_and_each_caller_is_t
 @pytest.fixture(scope="module")
 def german() -> Iterator[EphemeralPostgres]:
     """A server that speaks German."""
-    known = subprocess.run(["locale", "-a"], capture_output=True, text=True, check=True).stdout.split()
-    if (locale := next((name for name in known if name.lower() in ("de_de.utf8", "de_de.utf-8")), None)) is None:
-        pytest.skip("the system has no locale de_DE.UTF-8 (localedef -i de_DE -f UTF-8 de_DE.UTF-8)")
+    known = subprocess.run(
+        ["locale", "-a"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    if (
+        locale := next(
+            (name for name in known if name.lower() in ("de_de.utf8", "de_de.utf-8")), None
+        )
+    ) is None:
+        pytest.skip(
+            "the system has no locale de_DE.UTF-8 (localedef -i de_DE -f UTF-8 de_DE.UTF-8)"
+        )
     with EphemeralPostgres(tcp=True, password="zroot", settings={"lc_messages": locale}) as server:
         with contextlib.closing(psycopg2.connect(server.dsn)) as conn:
             conn.autocommit = True
@@ -180,7 +205,13 @@ def german() -> Iterator[EphemeralPostgres]:
 
 
 def as_app(server: EphemeralPostgres, password: str) -> dict[str, Any]:
-    return {"host": server.host, "port": server.port, "user": ROLE, "dbname": "postgres", "password": password}
+    return {
+        "host": server.host,
+        "port": server.port,
+        "user": ROLE,
+        "dbname": "postgres",
+        "password": password,
+    }
 
 
 def test_one_worker_with_an_old_password_does_not_disturb_the_others_of_a_german_server(
@@ -209,7 +240,12 @@ def test_a_full_german_server_makes_everybody_keep_to_what_there_is(
         conn.autocommit = True
         with conn.cursor() as cursor:
             cursor.execute(f"ALTER ROLE {ROLE} CONNECTION LIMIT 2")
-        settings = {"broker": broker.address, "max_conn": 4, "name": "full", **as_app(german, "zright")}
+        settings = {
+            "broker": broker.address,
+            "max_conn": 4,
+            "name": "full",
+            **as_app(german, "zright"),
+        }
         with workers(4, **settings) as crew:
             for worker in crew:
                 worker.send("insist", seconds=3, timeout=2)
@@ -239,12 +275,16 @@ def test_the_callers_limit_holds_with_a_wait_callback_that_knows_none(
     with RefusingServer("silent") as server:
         pool = make_pool(dsn=server.dsn, max_conn=1, **settings)
         began = time.monotonic()
-        with pytest.raises(psycopg2.OperationalError, match=rf"127\.0\.0\.1.*{server.port}.*did not answer"):
+        with pytest.raises(
+            psycopg2.OperationalError, match=rf"127\.0\.0\.1.*{server.port}.*did not answer"
+        ):
             pool.get_conn(timeout=1.2)
         assert 1.0 < time.monotonic() - began < 1.2 + 0.8
 
 
-def test_with_a_wait_callback_a_pool_works_as_ever(wait_callback: None, make_pool: MakePool) -> None:
+def test_with_a_wait_callback_a_pool_works_as_ever(
+    wait_callback: None, make_pool: MakePool
+) -> None:
     pool = make_pool(max_conn=1)
     with pool.connection(timeout=10) as conn, conn.cursor() as cursor:
         assert "poll" not in vars(conn)
@@ -256,7 +296,9 @@ def test_who_waits_for_a_broker_that_finds_no_server_is_told_which(runtime_dir: 
     with RefusingServer("silent") as server:
         pool = sharedpool.config_pool(dsn=server.dsn, max_conn=2, name=f"silent {os.getpid()}")
         try:
-            with pytest.raises(sharedpool.PoolTimeout, match=rf"waited 2 s.*app@127\.0\.0\.1:{server.port}/app"):
+            with pytest.raises(
+                sharedpool.PoolTimeout, match=rf"waited 2 s.*app@127\.0\.0\.1:{server.port}/app"
+            ):
                 pool.get_conn(timeout=2)
         finally:
             pool.release_all()

@@ -90,8 +90,12 @@ def test_a_fleet_whose_role_may_not_connect_any_more_says_so_and_comes_back(
             for worker in crew:  # whoever is in stays in
                 assert worker.ask("query", name="x", sql="SELECT 1") == {"rows": [[1]]}
                 worker.ask("put", name="x")
-            execute(conn, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'")
-            wait_until(lambda: fetch_report(address).leases == 0, what="the connections to be missed")
+            execute(
+                conn, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'"
+            )
+            wait_until(
+                lambda: fetch_report(address).leases == 0, what="the connections to be missed"
+            )
             before = server.log_path.stat().st_size
             told = insist(crew)
             connects = len(refusal.findall(server.log_path.read_text()[before:]))
@@ -112,6 +116,10 @@ def test_a_fleet_whose_role_may_not_connect_any_more_says_so_and_comes_back(
         assert 1 <= len(warnings) <= CREW
         assert all(words in line and "worker.py[" in line for line in warnings)
         for worker in crew:  # and keeps it: each has a slot in the end
-            wait_until(lambda w=worker: "backend" in w.ask("get", name="x", timeout=5), 10, "it to be let in")
+            wait_until(
+                lambda w=worker: "backend" in w.ask("get", name="x", timeout=5),
+                10,
+                "it to be let in",
+            )
         assert fetch_report(address).pools[0].error == ""
         assert sampler.peak == LIMIT

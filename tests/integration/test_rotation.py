@@ -60,7 +60,12 @@ def test_the_fleet_moves_to_a_new_password_without_an_error(
     ages = "SELECT count(*) FILTER (WHERE backend_start < '{}'), count(*) FROM pg_stat_activity WHERE usename = 'app'"
     with start("broker", "--max-conn", "3", "--dsn", scram.dsn) as process:
         address = address_of(process)
-        settings = as_app(scram) | {"broker": address, "max_conn": 3, "threads": True, "password_file": str(secret)}
+        settings = as_app(scram) | {
+            "broker": address,
+            "max_conn": 3,
+            "threads": True,
+            "password_file": str(secret),
+        }
         with workers(3, **settings) as crew:
             for worker in crew:
                 worker.ask("get", name="first", timeout=10)
@@ -75,7 +80,10 @@ def test_the_fleet_moves_to_a_new_password_without_an_error(
             done = sharedpool_command("reconnect", "--broker", address)
             assert done.returncode == 0
             assert "pool 'default': generation 2: 3 connections are replaced" in done.stdout
-            wait_until(lambda: run_on(scram, ages.format(rotated))[0][0] == 0, what="every old connection to go")
+            wait_until(
+                lambda: run_on(scram, ages.format(rotated))[0][0] == 0,
+                what="every old connection to go",
+            )
             for worker in crew:
                 outcome = worker.answer()
                 assert outcome["errors"] == []
@@ -83,7 +91,12 @@ def test_the_fleet_moves_to_a_new_password_without_an_error(
             for worker in crew:
                 assert "backend" in worker.ask("get", name="last", timeout=10)
             assert run_on(scram, ages.format(rotated)) == [(0, 3)]
-            seen = str([sharedpool_command(name, "--json", "--broker", address).stdout for name in ("who", "status")])
+            seen = str(
+                [
+                    sharedpool_command(name, "--json", "--broker", address).stdout
+                    for name in ("who", "status")
+                ]
+            )
         process.terminate()
         _, log = process.communicate()
     assert "generation 2" in log
@@ -96,7 +109,9 @@ def test_a_connect_in_the_gap_fails_by_itself_and_leaks_nothing(
     """Between ALTER ROLE and the new password's arrival a new connection cannot be had; the next try can."""
     with start("broker", "--max-conn", "1", "--dsn", scram.dsn) as process:
         address = address_of(process)
-        with Worker(**as_app(scram), broker=address, max_conn=1, password_file=str(secret)) as worker:
+        with Worker(
+            **as_app(scram), broker=address, max_conn=1, password_file=str(secret)
+        ) as worker:
             run_on(scram, f"ALTER ROLE app PASSWORD '{NEW}'")
             refused = worker.ask("get", name="x", timeout=10)
             assert refused["error"] == "OperationalError"
@@ -132,7 +147,9 @@ def test_an_automatic_broker_that_cannot_be_given_a_password_is_not_started(
         raise KeyError("the vault is sealed")
 
     pool = sharedpool.config_pool(dsn=postgres.dsn, password=ask)  # type: ignore[arg-type]
-    with pytest.raises(sharedpool.BrokerUnavailable, match=r"was not started: KeyError: 'the vault is sealed'"):
+    with pytest.raises(
+        sharedpool.BrokerUnavailable, match=r"was not started: KeyError: 'the vault is sealed'"
+    ):
         pool.get_conn(timeout=5)
     pool.release_all()
     assert not list((runtime_dir / "sharedpool").glob("*.sock"))
@@ -216,7 +233,9 @@ def test_reconnect_replaces_what_is_idle_at_once_and_what_is_in_use_at_its_check
             "pool 'renewed': generation 2: 2 connections are replaced at their next checkout or checkin\n"
         )
         wait_until(lambda: worker.ask("stats")["idle"] == 0)
-        before = worker.ask("query", name="busy", sql="SELECT pg_backend_pid()")["rows"][0][0]  # it goes on
+        before = worker.ask("query", name="busy", sql="SELECT pg_backend_pid()")["rows"][0][
+            0
+        ]  # it goes on
         worker.ask("put", name="busy")
         assert worker.ask("get", name="busy", timeout=10)["backend"] != before
         assert other.ask("stats")["idle"] == 1

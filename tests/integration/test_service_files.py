@@ -40,13 +40,17 @@ COMMAND = [sys.executable, "-m", "sharedpool"]
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch, postgres: EphemeralPostgres) -> None:
     """PATH has this environment's commands, DATABASE_DSN tells the server."""
-    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    monkeypatch.setenv(
+        "PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    )
     monkeypatch.setenv("DATABASE_DSN", postgres.dsn)
 
 
 @contextmanager
 def started(command: list[str], **more: Any) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, **more)
+    process = subprocess.Popen(
+        command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, **more
+    )
     try:
         yield process
     finally:
@@ -80,7 +84,9 @@ def supervisor_socket(address: str) -> Iterator[socket.socket]:
 
 
 @pytest.mark.parametrize("kind", ["path", "abstract"])
-def test_systemd_hears_when_the_broker_serves_and_when_it_ends(kind: str, runtime_dir: Path) -> None:
+def test_systemd_hears_when_the_broker_serves_and_when_it_ends(
+    kind: str, runtime_dir: Path
+) -> None:
     if kind == "abstract" and sys.platform != "linux":
         pytest.skip("abstract sockets are Linux's")
     notify = f"{runtime_dir}/notify" if kind == "path" else f"@sharedpool-test-{os.getpid()}"
@@ -88,7 +94,9 @@ def test_systemd_hears_when_the_broker_serves_and_when_it_ends(kind: str, runtim
     environment = dict(os.environ, NOTIFY_SOCKET=notify)
     with (
         supervisor_socket(notify) as listener,
-        started([*COMMAND, "broker", "--max-conn", "2", "--bind", address], env=environment) as process,
+        started(
+            [*COMMAND, "broker", "--max-conn", "2", "--bind", address], env=environment
+        ) as process,
     ):
         assert listener.recv(100) == b"READY=1"
         assert serves(address)
@@ -100,7 +108,9 @@ def test_systemd_hears_when_the_broker_serves_and_when_it_ends(kind: str, runtim
 def test_a_socket_that_nobody_listens_at_keeps_nobody_from_serving(runtime_dir: Path) -> None:
     address = f"ipc://{runtime_dir}/broker.sock"
     environment = dict(os.environ, NOTIFY_SOCKET=f"{runtime_dir}/nobody")
-    with started([*COMMAND, "broker", "--max-conn", "2", "--bind", address], env=environment) as process:
+    with started(
+        [*COMMAND, "broker", "--max-conn", "2", "--bind", address], env=environment
+    ) as process:
         wait_until(lambda: serves(address), timeout_s=30)
         process.terminate()
         assert process.wait(20) == 0
@@ -140,7 +150,9 @@ def test_systemd_finds_nothing_wrong_with_the_units(name: str, tmp_path: Path) -
         pytest.skip("systemd-analyze is not installed")
     for each in ("sharedpool.service", "gunicorn.service"):
         (tmp_path / each).write_text(unit(each))
-    (tmp_path / "sharedpool.socket").write_text((EXAMPLES / "systemd" / "sharedpool.socket").read_text())
+    (tmp_path / "sharedpool.socket").write_text(
+        (EXAMPLES / "systemd" / "sharedpool.socket").read_text()
+    )
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(tmp_path / name)],
         capture_output=True,
@@ -151,8 +163,13 @@ def test_systemd_finds_nothing_wrong_with_the_units(name: str, tmp_path: Path) -
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_units_command_starts_the_broker_and_says_so(environment: None, runtime_dir: Path) -> None:
-    text = unit("sharedpool.service", **{"/run/sharedpool": str(runtime_dir), "127.0.0.1:9187": "127.0.0.1:0"})
+def test_the_units_command_starts_the_broker_and_says_so(
+    environment: None, runtime_dir: Path
+) -> None:
+    text = unit(
+        "sharedpool.service",
+        **{"/run/sharedpool": str(runtime_dir), "127.0.0.1:9187": "127.0.0.1:0"},
+    )
     settings = dict(re.findall(r"^(\w+)=(.*)$", text, re.MULTILINE))
     notify = f"{runtime_dir}/notify"
     more = {"SHAREDPOOL_MAX_CONN": "2", "NOTIFY_SOCKET": notify}
@@ -177,9 +194,23 @@ def test_a_broker_is_started_by_who_wants_it_at_a_socket_that_is_not_its_own(
 ) -> None:
     assert ACTIVATE is not None
     with socket.create_server(("127.0.0.1", 0)) as free:
-        place = f"{runtime_dir}/broker.sock" if kind == "ipc" else f"127.0.0.1:{free.getsockname()[1]}"
+        place = (
+            f"{runtime_dir}/broker.sock" if kind == "ipc" else f"127.0.0.1:{free.getsockname()[1]}"
+        )
     # It waits for the first connection, then becomes the broker.
-    command = [ACTIVATE, "-l", place, *COMMAND, "broker", "--max-conn", "2", "--dsn", postgres.dsn, "--ttl", "3"]
+    command = [
+        ACTIVATE,
+        "-l",
+        place,
+        *COMMAND,
+        "broker",
+        "--max-conn",
+        "2",
+        "--dsn",
+        postgres.dsn,
+        "--ttl",
+        "3",
+    ]
     with started(command, env=os.environ) as process:
         address = f"{kind}://{place}"
         with Worker(dsn=postgres.dsn, broker=address) as worker:
@@ -194,7 +225,9 @@ def test_a_broker_is_started_by_who_wants_it_at_a_socket_that_is_not_its_own(
 
 
 @pytest.mark.parametrize(("count", "complaint"), [("2", "one socket"), ("1", "--bind")])
-def test_a_socket_that_cannot_be_used_is_said_so(count: str, complaint: str, runtime_dir: Path) -> None:
+def test_a_socket_that_cannot_be_used_is_said_so(
+    count: str, complaint: str, runtime_dir: Path
+) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{runtime_dir}/other.sock")
         listener.listen()
@@ -202,7 +235,15 @@ def test_a_socket_that_cannot_be_used_is_said_so(count: str, complaint: str, run
             "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid());"
             " os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
         )
-        broker = ["-m", "sharedpool", "broker", "--max-conn", "1", "--bind", f"ipc://{runtime_dir}/broker.sock"]
+        broker = [
+            "-m",
+            "sharedpool",
+            "broker",
+            "--max-conn",
+            "1",
+            "--bind",
+            f"ipc://{runtime_dir}/broker.sock",
+        ]
         done = subprocess.run(
             [sys.executable, "-c", start, str(listener.fileno()), *broker],
             env=dict(os.environ, LISTEN_FDS=count),
@@ -220,7 +261,11 @@ def test_a_socket_that_cannot_be_used_is_said_so(count: str, complaint: str, run
 
 def test_supervisor_runs_broker_and_application(environment: None, runtime_dir: Path) -> None:
     text = (EXAMPLES / "supervisord.conf").read_text()
-    text = text.replace("/run/app", str(runtime_dir)).replace("%(here)s", str(EXAMPLES)).replace(":9187", ":0")
+    text = (
+        text.replace("/run/app", str(runtime_dir))
+        .replace("%(here)s", str(EXAMPLES))
+        .replace(":9187", ":0")
+    )
     config = runtime_dir / "supervisord.conf"
     config.write_text(text)
 
@@ -245,7 +290,9 @@ def test_supervisor_runs_broker_and_application(environment: None, runtime_dir: 
         before = fetch_report(address)
         assert before.pools[0].sessions >= 1
         os.kill(before.pid, signal.SIGKILL)
-        wait_until(lambda: serves(address) and fetch_report(address).pid != before.pid, timeout_s=30)
+        wait_until(
+            lambda: serves(address) and fetch_report(address).pid != before.pid, timeout_s=30
+        )
         assert answer()
         process.terminate()
         assert process.wait(60) == 0
@@ -266,7 +313,9 @@ def containers(name: str) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ["sidecar.yaml", "broker.yaml"])
-def test_what_a_pods_broker_is_started_with_works(name: str, environment: None, runtime_dir: Path) -> None:
+def test_what_a_pods_broker_is_started_with_works(
+    name: str, environment: None, runtime_dir: Path
+) -> None:
     broker = containers(name)["broker"]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -283,7 +332,9 @@ def test_what_a_pods_broker_is_started_with_works(name: str, environment: None, 
     with started(command, env=settings):
 
         def ready() -> bool:
-            done = subprocess.run(probe["exec"]["command"], env=settings, capture_output=True, check=False)
+            done = subprocess.run(
+                probe["exec"]["command"], env=settings, capture_output=True, check=False
+            )
             return done.returncode == 0
 
         wait_until(ready, timeout_s=30)
@@ -291,10 +342,14 @@ def test_what_a_pods_broker_is_started_with_works(name: str, environment: None, 
 
 def test_all_containers_of_the_sidecars_pod_see_one_socket() -> None:
     found = containers("sidecar.yaml")
-    assert found["broker"]["restartPolicy"] == "Always"  # else it is no sidecar, and the others would never start
+    assert (
+        found["broker"]["restartPolicy"] == "Always"
+    )  # else it is no sidecar, and the others would never start
     assert set(found) == {"broker", "web", "celery"}
     for each in found.values():
-        (address,) = [variable["value"] for variable in each["env"] if variable["name"] == "SHAREDPOOL_BROKER"]
+        (address,) = [
+            variable["value"] for variable in each["env"] if variable["name"] == "SHAREDPOOL_BROKER"
+        ]
         (mount,) = each["volumeMounts"]
         assert address.startswith(f"ipc://{mount['mountPath']}/")
 
@@ -318,17 +373,33 @@ def _queries(dashboard: dict[str, Any]) -> list[str]:
     return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
 
 
-def test_the_dashboard_asks_only_for_metrics_that_there_are(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+def test_the_dashboard_asks_only_for_metrics_that_there_are(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
     dashboard = json.loads((EXAMPLES / "grafana-dashboard.json").read_text())
     targets = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    queries = targets + [each["definition"] for each in dashboard["templating"]["list"] if each["type"] == "query"]
-    with running(postgres.dsn, runtime_dir) as broker, Worker(dsn=postgres.dsn, broker=broker.address) as worker:
+    queries = targets + [
+        each["definition"] for each in dashboard["templating"]["list"] if each["type"] == "query"
+    ]
+    with (
+        running(postgres.dsn, runtime_dir) as broker,
+        Worker(dsn=postgres.dsn, broker=broker.address) as worker,
+    ):
         worker.ask("cycle", count=1)
         wait_until(lambda: broker.value("sharedpool_sessions", "default") == 1)
-        samples = [x for family in text_string_to_metric_families(broker.fetch("/metrics")) for x in family.samples]
+        samples = [
+            x
+            for family in text_string_to_metric_families(broker.fetch("/metrics"))
+            for x in family.samples
+        ]
     names = {sample.name for sample in samples}
-    labels = {"job", *(label for sample in samples for label in sample.labels)}  # `job` is Prometheus's own
-    asked = {name for query in queries for name in re.findall(r"\b(?:db_client|sharedpool)_\w+", query)}
+    labels = {
+        "job",
+        *(label for sample in samples for label in sample.labels),
+    }  # `job` is Prometheus's own
+    asked = {
+        name for query in queries for name in re.findall(r"\b(?:db_client|sharedpool)_\w+", query)
+    }
     assert len(queries) > 20
     assert asked - labels <= names
     assert {label for query in queries for label in re.findall(r"(\w+)=~?\"", query)} <= labels
@@ -364,14 +435,23 @@ def test_prometheus_has_an_answer_to_every_query_of_the_dashboard(
             return []  # it does not listen yet
         return found
 
-    with running(postgres.dsn, runtime_dir) as broker, Worker(dsn=postgres.dsn, broker=broker.address) as worker:
+    with (
+        running(postgres.dsn, runtime_dir) as broker,
+        Worker(dsn=postgres.dsn, broker=broker.address) as worker,
+    ):
         config = runtime_dir / "prometheus.yml"
         targets = f"[{{targets: ['127.0.0.1:{broker.port}']}}]"
         config.write_text(
             f"global: {{scrape_interval: 1s}}\nscrape_configs: [{{job_name: sharedpool, static_configs: {targets}}}]\n"
         )
         worker.ask("cycle", count=10)
-        command = [PROMETHEUS, "--config.file", str(config), "--storage.tsdb.path", str(runtime_dir / "tsdb")]
+        command = [
+            PROMETHEUS,
+            "--config.file",
+            str(config),
+            "--storage.tsdb.path",
+            str(runtime_dir / "tsdb"),
+        ]
         with started([*command, "--web.listen-address", f"127.0.0.1:{port}"]):
             for query in queries:  # a rate wants two scrapes
                 wait_until(lambda query=query: answer(query), timeout_s=30, what=query)

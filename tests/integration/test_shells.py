@@ -28,7 +28,9 @@ from tests.support.pool_pair import MakePair, ask, leave_what_comes, moved, repo
 from tests.support.running_query import Query
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.skipif(not SUPPORTED, reason="connections cannot be handed over on this platform")
+pytestmark = pytest.mark.skipif(
+    not SUPPORTED, reason="connections cannot be handed over on this platform"
+)
 
 # Another one at each connect, or no setting.
 _OWN = {"pgconn_ptr", "info", "socket", "backend_pid"}
@@ -58,16 +60,28 @@ def everything(conn: extensions.connection) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for kind, thing in ((extensions.connection, conn), (extensions.ConnectionInfo, conn.info)):
         for name, descriptor in vars(kind).items():
-            if type(descriptor).__name__ in ("member_descriptor", "getset_descriptor") and name not in _OWN:
+            if (
+                type(descriptor).__name__ in ("member_descriptor", "getset_descriptor")
+                and name not in _OWN
+            ):
                 value = getattr(thing, name)
-                seen[f"{kind.__name__}.{name}"] = value.copy() if isinstance(value, list | dict) else value
+                seen[f"{kind.__name__}.{name}"] = (
+                    value.copy() if isinstance(value, list | dict) else value
+                )
     seen["parameters"] = conn.get_dsn_parameters()
     seen["transaction"] = conn.get_transaction_status()
     seen["attributes"] = sorted(name for name in vars(conn) if not name.startswith("sharedpool_"))
     seen["repr"] = re.sub(r"0x[0-9a-f]+", "", repr(conn))
-    reported = ("client_encoding", "DateStyle", "TimeZone", "standard_conforming_strings", "session_authorization")
+    reported = (
+        "client_encoding",
+        "DateStyle",
+        "TimeZone",
+        "standard_conforming_strings",
+        "session_authorization",
+    )
     seen["reported"] = {
-        name: conn.get_parameter_status(name) for name in (*reported, "search_path", "application_name")
+        name: conn.get_parameter_status(name)
+        for name in (*reported, "search_path", "application_name")
     }
     for value in ("a'\\é", b"\\\0'\xff", 1.5, [1, "\\"]):
         adapted: Any = extensions.adapt(value)
@@ -87,12 +101,18 @@ def everything(conn: extensions.connection) -> dict[str, Any]:
             seen["server's " + name] = cursor.fetchall()
     seen["heard"] = (list(conn.notices), list(conn.notifies))
     text = re.compile(r"sharedpool \w+ \[\w+\]")  # the worker's own, as the application's name
-    return {name: text.sub("", value) if isinstance(value, str) else _same(value, text) for name, value in seen.items()}
+    return {
+        name: text.sub("", value) if isinstance(value, str) else _same(value, text)
+        for name, value in seen.items()
+    }
 
 
 def _same(value: Any, text: re.Pattern[str]) -> Any:
     if isinstance(value, dict):
-        return {key: text.sub("", each) if isinstance(each, str) else each for key, each in value.items()}
+        return {
+            key: text.sub("", each) if isinstance(each, str) else each
+            for key, each in value.items()
+        }
     return value
 
 
@@ -160,7 +180,10 @@ def hear(conn: extensions.connection) -> None:
 
 def have_the_reset_make_noise(conn: extensions.connection) -> None:
     """The server says much while the connection is reset."""
-    execute(conn, "LISTEN news; SET client_min_messages TO debug5; CREATE TEMP TABLE noise (n int PRIMARY KEY)")
+    execute(
+        conn,
+        "LISTEN news; SET client_min_messages TO debug5; CREATE TEMP TABLE noise (n int PRIMARY KEY)",
+    )
 
 
 def set_attributes(conn: Any) -> None:
@@ -195,11 +218,17 @@ def escape(conn: extensions.connection) -> None:
 
 
 def set_date_style(conn: extensions.connection) -> None:
-    execute(conn, "SET DateStyle TO 'German'; SET IntervalStyle TO 'iso_8601'; SET TIME ZONE 'Asia/Tokyo'")
+    execute(
+        conn,
+        "SET DateStyle TO 'German'; SET IntervalStyle TO 'iso_8601'; SET TIME ZONE 'Asia/Tokyo'",
+    )
 
 
 def set_role(conn: extensions.connection) -> None:
-    execute(conn, "SET ROLE pg_monitor; SET search_path TO nowhere; SET SESSION AUTHORIZATION pg_monitor")
+    execute(
+        conn,
+        "SET ROLE pg_monitor; SET search_path TO nowhere; SET SESSION AUTHORIZATION pg_monitor",
+    )
 
 
 def reset(conn: extensions.connection) -> None:
@@ -240,7 +269,9 @@ USES = [
 @pytest.fixture
 def opened(broker: sharedpool.Broker, postgres: EphemeralPostgres) -> dict[str, Any]:
     """A connection just opened."""
-    pool = sharedpool.config_pool(name="opened", dsn=postgres.dsn, broker=broker.address, timeout=10)
+    pool = sharedpool.config_pool(
+        name="opened", dsn=postgres.dsn, broker=broker.address, timeout=10
+    )
     conn = pool.get_conn()
     seen = everything(conn)
     pool.put_conn(conn)
@@ -261,7 +292,9 @@ def test_a_connection_that_has_moved_is_as_one_just_opened(
         taker.put_conn(conn)
 
 
-def test_what_only_a_new_connection_mends_does_not_come_along(pair: MakePair, opened: dict[str, Any]) -> None:
+def test_what_only_a_new_connection_mends_does_not_come_along(
+    pair: MakePair, opened: dict[str, Any]
+) -> None:
     a, b = pair()
     for pool in (a, b, a, b):
         conn = pool.get_conn()
@@ -275,7 +308,13 @@ def test_configure_finds_a_connection_just_opened(pair: MakePair) -> None:
 
     def configure(conn: extensions.connection) -> None:
         found.append(
-            (conn.autocommit, conn.isolation_level, conn.cursor_factory, conn.encoding, dict(conn.string_types))
+            (
+                conn.autocommit,
+                conn.isolation_level,
+                conn.cursor_factory,
+                conn.encoding,
+                dict(conn.string_types),
+            )
         )
         conn.set_session("SERIALIZABLE", autocommit=True)
         conn.cursor_factory = psycopg2.extras.DictCursor
@@ -286,7 +325,11 @@ def test_configure_finds_a_connection_just_opened(pair: MakePair) -> None:
     a, b = pair(configure=configure)
     for giver, taker in ((a, b), (b, a), (a, b)):
         conn = moved(giver, taker, lambda conn: None)
-        assert (conn.autocommit, conn.cursor_factory, conn.encoding) == (True, psycopg2.extras.DictCursor, "LATIN1")
+        assert (conn.autocommit, conn.cursor_factory, conn.encoding) == (
+            True,
+            psycopg2.extras.DictCursor,
+            "LATIN1",
+        )
         assert ask(conn, "SELECT chr(233)") == ("mine", "é")
         taker.put_conn(conn)
     assert found == [(False, None, None, "UTF8", {})] * len(found)
@@ -340,7 +383,9 @@ def test_what_was_not_read_yet_is_not_the_next_users(pair: MakePair) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_half_a_message_that_was_read_does_not_swallow_what_the_next_session_says(pair: MakePair) -> None:
+def test_half_a_message_that_was_read_does_not_swallow_what_the_next_session_says(
+    pair: MakePair,
+) -> None:
     """Of a notification, for instance, of which the rest had not come yet when its listener polled."""
     a, b = pair()
     conn = a.get_conn()
@@ -357,7 +402,11 @@ def test_half_a_message_that_was_read_does_not_swallow_what_the_next_session_say
     b.put_conn(b.get_conn())
     assert a.stats().given == given  # the other half would meet whoever read on
     got = a.get_conn()
-    assert (ask(got, "SELECT 1"), ask(got, "SELECT repeat('x', 200)"), got.notifies) == (1, "x" * 200, [])
+    assert (ask(got, "SELECT 1"), ask(got, "SELECT repeat('x', 200)"), got.notifies) == (
+        1,
+        "x" * 200,
+        [],
+    )
 
 
 @pytest.mark.parametrize("sql", ["SELECT 1", "SET TIME ZONE 'Asia/Tokyo'"])
@@ -390,7 +439,9 @@ class Own(extensions.connection):
         super().__init__(dsn)
         self.statements: list[str] = []
         self.names = (self.info.dbname, self.info.user, self.dsn, self.get_dsn_parameters())
-        floats = extensions.new_type(extensions.DECIMAL.values, "FLOATS", lambda text, cursor: text and float(text))
+        floats = extensions.new_type(
+            extensions.DECIMAL.values, "FLOATS", lambda text, cursor: text and float(text)
+        )
         extensions.register_type(floats, self)
 
 
@@ -457,7 +508,9 @@ def test_no_users_object_is_built_in_the_links_thread(
     assert threads == {threading.current_thread().name}
 
 
-@pytest.mark.parametrize("kind", [None, psycopg2.extras.LoggingConnection, psycopg2.extras.MinTimeLoggingConnection])
+@pytest.mark.parametrize(
+    "kind", [None, psycopg2.extras.LoggingConnection, psycopg2.extras.MinTimeLoggingConnection]
+)
 def test_the_first_move_of_a_logging_connection_takes_no_longer_than_another_ones(
     pair: MakePair, monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:
@@ -471,9 +524,16 @@ def test_the_first_move_of_a_logging_connection_takes_no_longer_than_another_one
 
     monkeypatch.setattr(libpq, "refused", noted)
     log = io.StringIO()
-    a, b = pair(connection_factory=kind, configure=(lambda conn: conn.initialize(log)) if kind else None)
+    a, b = pair(
+        connection_factory=kind, configure=(lambda conn: conn.initialize(log)) if kind else None
+    )
     assert ended == [psycopg2.errorcodes.QUERY_CANCELED.encode()]
-    assert (b.stats().connects, b.stats().given, a.stats().connects, a.stats().adopted) == (1, 1, 0, 1)
+    assert (b.stats().connects, b.stats().given, a.stats().connects, a.stats().adopted) == (
+        1,
+        1,
+        0,
+        1,
+    )
     moved(a, b, lambda conn: None)
     assert len(ended) == 1
     assert log.getvalue() == ""
@@ -498,13 +558,26 @@ def test_logging_connections_move_and_can_be_cancelled(pair: MakePair) -> None:
 # --- what it says of its server, and refuses
 
 
-def test_a_connection_that_has_moved_names_its_server(pair: MakePair, postgres: EphemeralPostgres) -> None:
-    dsn = extensions.make_dsn(postgres.dsn, options="-c work_mem=5MB", password="of no use", sslpassword="secret")
+def test_a_connection_that_has_moved_names_its_server(
+    pair: MakePair, postgres: EphemeralPostgres
+) -> None:
+    dsn = extensions.make_dsn(
+        postgres.dsn, options="-c work_mem=5MB", password="of no use", sslpassword="secret"
+    )
     a, b = pair(dsn=dsn)
     plain = psycopg2.connect(dsn)
     for giver, taker in ((a, b), (b, a), (a, b)):
         conn = moved(giver, taker, lambda conn: None)
-        for name in ("host", "port", "user", "dbname", "options", "password", "used_password", "needs_password"):
+        for name in (
+            "host",
+            "port",
+            "user",
+            "dbname",
+            "options",
+            "password",
+            "used_password",
+            "needs_password",
+        ):
             assert getattr(conn.info, name) == getattr(plain.info, name), name
         for parameters in (conn.get_dsn_parameters(), conn.info.dsn_parameters):
             for mine in ("connect_timeout", "fallback_application_name"):
@@ -520,19 +593,31 @@ def test_a_connection_that_has_moved_names_its_server(pair: MakePair, postgres: 
     plain.close()
 
 
-def test_the_environment_does_not_lead_a_shell_elsewhere(pair: MakePair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_does_not_lead_a_shell_elsewhere(
+    pair: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     a, b = pair()
     for pool in (a, b):
         pool._local.shells._stock.clear()
-    for name, value in (("PGHOSTADDR", "127.0.0.1"), ("PGREQUIREPEER", "nobody"), ("PGREQUIREAUTH", "scram-sha-256")):
+    for name, value in (
+        ("PGHOSTADDR", "127.0.0.1"),
+        ("PGREQUIREPEER", "nobody"),
+        ("PGREQUIREAUTH", "scram-sha-256"),
+    ):
         monkeypatch.setenv(name, value)
-    for name, value in (("PGSSLMODE", "verify-full"), ("PGSSLROOTCERT", "system"), ("PGOPTIONS", "-c work_mem=1MB")):
+    for name, value in (
+        ("PGSSLMODE", "verify-full"),
+        ("PGSSLROOTCERT", "system"),
+        ("PGOPTIONS", "-c work_mem=1MB"),
+    ):
         monkeypatch.setenv(name, value)
     conn = moved(a, b, lambda conn: None)
     assert ask(conn, "SELECT 1") == 1
 
 
-def test_cancel_raises_where_psycopg2_raises(pair: MakePair, server_connection: extensions.connection) -> None:
+def test_cancel_raises_where_psycopg2_raises(
+    pair: MakePair, server_connection: extensions.connection
+) -> None:
     a, b = pair()
     plain = psycopg2.connect(server_connection.dsn)
     told: dict[extensions.connection, list[tuple[type, str]]] = {}
@@ -560,7 +645,12 @@ def test_cancel_raises_where_psycopg2_raises(pair: MakePair, server_connection: 
 @pytest.fixture
 def pool(broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str) -> Any:
     made = sharedpool.config_pool(
-        name=name, dsn=postgres.dsn, broker=broker.address, max_conn=1, timeout=10, pool_manager=ThreadedConnectionPool
+        name=name,
+        dsn=postgres.dsn,
+        broker=broker.address,
+        max_conn=1,
+        timeout=10,
+        pool_manager=ThreadedConnectionPool,
     )
     yield made
     made.release_all()
@@ -584,7 +674,9 @@ def test_a_connection_that_was_put_back_is_closed_to_its_user(pool: Pool) -> Non
         "fileno": lambda conn, cursor, named, large: conn.fileno(),
         "execute": lambda conn, cursor, named, large: cursor.execute("SELECT 1"),
         "fetch": lambda conn, cursor, named, large: cursor.fetchone(),
-        "copy": lambda conn, cursor, named, large: cursor.copy_expert("COPY t TO STDOUT", io.StringIO()),
+        "copy": lambda conn, cursor, named, large: cursor.copy_expert(
+            "COPY t TO STDOUT", io.StringIO()
+        ),
         "named": lambda conn, cursor, named, large: named.fetchone(),
         "large": lambda conn, cursor, named, large: large.read(),
     }
@@ -639,7 +731,9 @@ class PutsBack:
         return b"42"
 
 
-def test_a_statement_that_goes_on_leaves_no_transaction_that_psycopg2_believes_in(pool: Pool) -> None:
+def test_a_statement_that_goes_on_leaves_no_transaction_that_psycopg2_believes_in(
+    pool: Pool,
+) -> None:
     """It would send no BEGIN for the next user, who could roll nothing back."""
     cursor = pool.get_conn().cursor()
     cursor.execute("COMMIT /* %s */", [PutsBack(pool)])
@@ -675,7 +769,10 @@ def test_what_is_not_idle_is_not_handed_out(pool: Pool, autocommit: bool) -> Non
     assert (got.status, got.get_transaction_status()) == (extensions.STATUS_READY, 0)
     assert not got.autocommit
     got.set_session(readonly=True)
-    assert ask(got, "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%%'") == 0
+    assert (
+        ask(got, "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%%'")
+        == 0
+    )
     pool.put_conn(got)
     with pytest.raises(psycopg2.InterfaceError):
         cursor.execute("SELECT 1")

@@ -26,8 +26,21 @@ EXIT_LIMIT_S = 30
 @contextlib.contextmanager
 def broker_process(address: str, dsn: str, *more: str) -> Iterator["subprocess.Popen[str]"]:
     """`sharedpool broker`, as supervisors run it; it is ready when this yields."""
-    command = [sys.executable, "-m", "sharedpool", "broker", "--max-conn", "3", "--bind", address, "--dsn", dsn]
-    with subprocess.Popen([*command, "--ttl", "3", *more], stderr=subprocess.PIPE, text=True) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "sharedpool",
+        "broker",
+        "--max-conn",
+        "3",
+        "--bind",
+        address,
+        "--dsn",
+        dsn,
+    ]
+    with subprocess.Popen(
+        [*command, "--ttl", "3", *more], stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr is not None
         try:
             for line in process.stderr:
@@ -73,7 +86,9 @@ def test_sigterm_recalls_what_is_idle_waits_for_the_rest_and_lends_nothing_more(
         assert process.wait(10) == 0
 
 
-def test_a_planned_restart_costs_nobody_an_error_who_waits(postgres: EphemeralPostgres, address: str) -> None:
+def test_a_planned_restart_costs_nobody_an_error_who_waits(
+    postgres: EphemeralPostgres, address: str
+) -> None:
     settings = {"dsn": postgres.dsn, "broker": address, "max_conn": 3, "threads": True}
     with workers(4, **settings) as crew, Worker(**settings) as a, Worker(**settings) as b:
         with broker_process(address, postgres.dsn) as first:
@@ -105,11 +120,17 @@ def test_a_drain_ends_at_its_timeout_or_with_a_second_signal_and_breaks_nothing(
         ):
             backend = worker.ask("get", name="x")["backend"]
             process.send_signal(signal.SIGTERM)
-            wait_until(lambda process=process: process.poll() is not None or fetch_state(address) == "draining")
+            wait_until(
+                lambda process=process: (
+                    process.poll() is not None or fetch_state(address) == "draining"
+                )
+            )
             if signals == 2:
                 process.send_signal(signal.SIGTERM)
             assert process.wait(10) == 0
-            assert worker.ask("query", name="x", sql="SELECT pg_backend_pid()")["rows"] == [[backend]]
+            assert worker.ask("query", name="x", sql="SELECT pg_backend_pid()")["rows"] == [
+                [backend]
+            ]
             worker.ask("put", name="x", close=True)
 
 
@@ -120,8 +141,13 @@ def fetch_state(address: str) -> str:
         return "gone"
 
 
-def test_a_broker_restarted_with_leases_out_knows_them_at_once(postgres: EphemeralPostgres, address: str) -> None:
-    with Worker(dsn=postgres.dsn, broker=address, max_conn=3) as a, Worker(dsn=postgres.dsn, broker=address) as b:
+def test_a_broker_restarted_with_leases_out_knows_them_at_once(
+    postgres: EphemeralPostgres, address: str
+) -> None:
+    with (
+        Worker(dsn=postgres.dsn, broker=address, max_conn=3) as a,
+        Worker(dsn=postgres.dsn, broker=address) as b,
+    ):
         with broker_process(address, postgres.dsn) as first:
             held = a.ask("get", name="x")["backend"]
             a.ask("get", name="y")
@@ -135,13 +161,18 @@ def test_a_broker_restarted_with_leases_out_knows_them_at_once(postgres: Ephemer
             assert fetch_report(address).leases == 2
             assert "backend" in b.ask("get", name="z", timeout=5)
             os.kill(a.pid, signal.SIGCONT)
-            wait_until(lambda: [p.suspect for p in fetch_report(address).pools] == [0], what="the worker's HELLO")
+            wait_until(
+                lambda: [p.suspect for p in fetch_report(address).pools] == [0],
+                what="the worker's HELLO",
+            )
             assert b.ask("get", name="w")["error"] == "PoolExhausted"
             assert a.ask("query", name="x", sql="SELECT pg_backend_pid()") == {"rows": [[held]]}
             assert fetch_report(address).custody == 3
 
 
-def test_leases_of_a_worker_that_died_with_the_broker_come_back(postgres: EphemeralPostgres, address: str) -> None:
+def test_leases_of_a_worker_that_died_with_the_broker_come_back(
+    postgres: EphemeralPostgres, address: str
+) -> None:
     with Worker(dsn=postgres.dsn, broker=address, max_conn=3) as b:
         with (
             broker_process(address, postgres.dsn) as first,
@@ -177,7 +208,10 @@ def test_without_its_journal_a_broker_waits_and_then_counts_what_the_server_show
             assert time.monotonic() - asked > 2  # of the TTL of 3 seconds
             assert fetch_report(address).leases == 3
             os.kill(a.pid, signal.SIGCONT)
-            wait_until(lambda: [p.suspect for p in fetch_report(address).pools] == [0], what="the worker's HELLO")
+            wait_until(
+                lambda: [p.suspect for p in fetch_report(address).pools] == [0],
+                what="the worker's HELLO",
+            )
             assert b.ask("get", name="w")["error"] == "PoolExhausted"
             assert a.ask("query", name="x", sql="SELECT pg_backend_pid()") == {"rows": [[held]]}
 
@@ -228,7 +262,9 @@ conn.cursor().execute("SELECT 1")
 
 
 @pytest.mark.parametrize("case", BODIES)
-def test_no_process_hangs_at_its_exit(case: str, postgres: EphemeralPostgres, address: str, tmp_path: Path) -> None:
+def test_no_process_hangs_at_its_exit(
+    case: str, postgres: EphemeralPostgres, address: str, tmp_path: Path
+) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(body=BODIES[case]))
     own = EphemeralPostgres() if case == "postgres dead" else contextlib.nullcontext(postgres)
@@ -252,10 +288,15 @@ def test_no_process_hangs_at_its_exit(case: str, postgres: EphemeralPostgres, ad
             wait_until(lambda: fetch_report(address).leases == 0, what="the lease to be back")
 
 
-def test_release_all_wakes_those_who_wait_and_returns_every_lease(postgres: EphemeralPostgres, address: str) -> None:
+def test_release_all_wakes_those_who_wait_and_returns_every_lease(
+    postgres: EphemeralPostgres, address: str
+) -> None:
     with broker_process(address, postgres.dsn):
         pool = sharedpool.config_pool(
-            max_conn=1, pool_manager=sharedpool.ThreadedConnectionPool, dsn=postgres.dsn, broker=address
+            max_conn=1,
+            pool_manager=sharedpool.ThreadedConnectionPool,
+            dsn=postgres.dsn,
+            broker=address,
         )
         conn = pool.get_conn(timeout=10)
         errors: list[BaseException] = []

@@ -65,19 +65,29 @@ def text(page: Page, selector: str = "body") -> str:
 def test_it_shows_the_limits_the_leases_and_who_has_them_as_they_change(
     page: Page, served: Broker, postgres: EphemeralPostgres
 ) -> None:
-    wait_until(lambda: f"broker {served.process.pid} at {served.address}" in text(page, "#broker"), timeout_s=30)
-    with Worker(dsn=postgres.dsn, broker=served.address, name="shop", max_conn=3, threads=True) as worker:
+    wait_until(
+        lambda: f"broker {served.process.pid} at {served.address}" in text(page, "#broker"),
+        timeout_s=30,
+    )
+    with Worker(
+        dsn=postgres.dsn, broker=served.address, name="shop", max_conn=3, threads=True
+    ) as worker:
         worker.ask("get", name="a", timeout=20)
         backend = worker.ask("get", name="b", timeout=20)["backend"]
         # No reload: the page asks by itself.
         wait_until(lambda: "2 of 3" in text(page, ".pool"), timeout_s=20)
         assert text(page, ".pool h2").startswith("shop")
-        wait_until(lambda: "MainThread" in text(page, "#leases"), timeout_s=20)  # told by the heartbeat
+        wait_until(
+            lambda: "MainThread" in text(page, "#leases"), timeout_s=20
+        )  # told by the heartbeat
         assert f"worker.py[{worker.pid}]" in text(page, "#leases")
         assert str(backend) in text(page, "#leases")
         assert "worker.py" in text(page, "#sessions")
         assert page.evaluate("document.querySelectorAll('#leases tbody tr').length") == 2
-        assert page.evaluate("document.querySelector('.chart title').textContent") == "2 of 3 in use now"
+        assert (
+            page.evaluate("document.querySelector('.chart title').textContent")
+            == "2 of 3 in use now"
+        )
         worker.ask("put", name="a")
         wait_until(lambda: "1 of 3" in text(page, ".pool"), timeout_s=20)
         worker.ask("put", name="b")
@@ -90,12 +100,22 @@ def test_what_others_call_themselves_is_text(
     script = tmp_path / f"{MARKUP}.py"
     script.write_text(STRANGER)
     with ExitStack() as stack:
-        stranger = stack.enter_context(Piped(sys.executable, str(script), postgres.dsn, served.address, MARKUP))
+        stranger = stack.enter_context(
+            Piped(sys.executable, str(script), postgres.dsn, served.address, MARKUP)
+        )
         stack.callback(stranger.communicate)
         assert stranger.line() == "held"
         for place in ("#pools", "#leases", "#sessions"):
-            wait_until(lambda place=place: MARKUP in text(page, place), timeout_s=20, what=f"the name in {place}")
-        wait_until(lambda: text(page, "#leases").count(MARKUP) == 3, timeout_s=20, what="pool, process and thread")
+            wait_until(
+                lambda place=place: MARKUP in text(page, place),
+                timeout_s=20,
+                what=f"the name in {place}",
+            )
+        wait_until(
+            lambda: text(page, "#leases").count(MARKUP) == 3,
+            timeout_s=20,
+            what="pool, process and thread",
+        )
         assert page.evaluate("document.querySelectorAll('main img').length") == 0
 
 
@@ -124,11 +144,18 @@ def test_it_can_be_read_in_light_and_dark(page: Page, scheme: str) -> None:
         })()
     """
     assert min(page.evaluate(contrast)) >= 4.5  # as WCAG 2 asks (AA)
-    paper = [int(value) for value in page.evaluate("getComputedStyle(document.body).backgroundColor")[4:-1].split(",")]
+    paper = [
+        int(value)
+        for value in page.evaluate("getComputedStyle(document.body).backgroundColor")[4:-1].split(
+            ","
+        )
+    ]
     assert (max(paper) < 60) == (scheme == "dark")
 
 
-def test_it_says_when_the_broker_is_gone(postgres: EphemeralPostgres, runtime_dir: Path, tmp_path: Path) -> None:
+def test_it_says_when_the_broker_is_gone(
+    postgres: EphemeralPostgres, runtime_dir: Path, tmp_path: Path
+) -> None:
     with browsing(tmp_path) as browser:
         with running(postgres.dsn, runtime_dir) as served:
             page = Page(browser, f"http://127.0.0.1:{served.port}/")

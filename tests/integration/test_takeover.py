@@ -54,8 +54,13 @@ def test_what_a_server_restart_has_ended_is_free_though_no_living_broker_saw_it_
             assert count >= 1
             journal.write_bytes(text)
         server.restart("immediate")
-        with sharedpool.start_broker(1, address=address, dsn=server.dsn), Worker(**settings) as worker:
-            assert "backend" in worker.ask("get", name="x", timeout=8)  # sooner than a proxy's queue could be empty
+        with (
+            sharedpool.start_broker(1, address=address, dsn=server.dsn),
+            Worker(**settings) as worker,
+        ):
+            assert "backend" in worker.ask(
+                "get", name="x", timeout=8
+            )  # sooner than a proxy's queue could be empty
 
 
 def test_a_dead_workers_query_is_counted_by_a_broker_that_cannot_look(
@@ -76,7 +81,10 @@ def test_a_dead_workers_query_is_counted_by_a_broker_that_cannot_look(
         assert refused["error"] == "PoolTimeout"
         assert fetch_report(address).leases == 1
     assert "start the broker again with --dsn, or without its .journal" in capfd.readouterr().err
-    with sharedpool.start_broker(1, address=address, dsn=postgres.dsn), Worker(**settings) as worker:
+    with (
+        sharedpool.start_broker(1, address=address, dsn=postgres.dsn),
+        Worker(**settings) as worker,
+    ):
         assert "backend" in worker.ask("get", name="x", timeout=20)
 
 
@@ -85,8 +93,12 @@ def test_a_killed_worker_of_another_host_is_counted_until_somebody_can_look(
 ) -> None:
     settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": address, "max_conn": 1}
     first = sharedpool.start_broker(1, address=address)
-    foreign = Hello(PROTOCOL_VERSION, os.getpid(), "elsewhere", "far.py", PoolSpec("default", 1, 60_000))
-    with line_to(address) as far:  # from here the broker could watch its process: the entry is made another host's
+    foreign = Hello(
+        PROTOCOL_VERSION, os.getpid(), "elsewhere", "far.py", PoolSpec("default", 1, 60_000)
+    )
+    with line_to(
+        address
+    ) as far:  # from here the broker could watch its process: the entry is made another host's
         far.send(encode(foreign))
         far.send(encode(Acquire(1, 0)))
         while not isinstance(grant := decode_to_worker(far.recv()), Grant):
@@ -103,7 +115,10 @@ def test_a_killed_worker_of_another_host_is_counted_until_somebody_can_look(
     journal.write_bytes(_PROCESS.sub(b'"process":null', text))
     with sharedpool.start_broker(1, address=address, ttl=0.3), Worker(**settings) as worker:
         assert worker.ask("get", name="x", timeout=1)["error"] == "PoolTimeout"
-    with sharedpool.start_broker(1, address=address, dsn=postgres.dsn, ttl=0.3), Worker(**settings) as worker:
+    with (
+        sharedpool.start_broker(1, address=address, dsn=postgres.dsn, ttl=0.3),
+        Worker(**settings) as worker,
+    ):
         assert "backend" in worker.ask("get", name="x", timeout=20)
 
 
@@ -123,7 +138,9 @@ def test_a_deleted_journal_forgets_the_dead(
         assert "backend" in worker.ask("get", name="x", timeout=20)
 
 
-def test_who_has_waited_through_a_brokers_end_is_passed_a_connection(address: str, postgres: EphemeralPostgres) -> None:
+def test_who_has_waited_through_a_brokers_end_is_passed_a_connection(
+    address: str, postgres: EphemeralPostgres
+) -> None:
     settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": address, "max_conn": 1}
     first = sharedpool.start_broker(1, address=address, dsn=postgres.dsn)
     with Worker(**settings) as a, Worker(**settings) as b:
@@ -132,7 +149,9 @@ def test_who_has_waited_through_a_brokers_end_is_passed_a_connection(address: st
         wait_until(lambda: fetch_report(address).pools[0].waiting == 1)
         kill(first)
         with sharedpool.start_broker(1, address=address, dsn=postgres.dsn):
-            wait_until(lambda: [(p.in_use, p.waiting) for p in fetch_report(address).pools] == [(1, 1)])
+            wait_until(
+                lambda: [(p.in_use, p.waiting) for p in fetch_report(address).pools] == [(1, 1)]
+            )
             a.ask("put", name="x")
             assert b.answer()["backend"] == held
 
@@ -155,8 +174,14 @@ def test_a_successor_in_another_pid_namespace_does_not_judge_by_pids_that_are_no
         with sharedpool.start_broker(1, address=address, dsn=postgres.dsn):
             assert fetch_report(address).leases == 1
             os.kill(worker.pid, signal.SIGCONT)
-            wait_until(lambda: [s.pid for s in fetch_report(address).sessions if not s.suspect] == [worker.pid])
-            assert worker.ask("query", name="x", sql="SELECT pg_backend_pid()") == {"rows": [[backend]]}
+            wait_until(
+                lambda: (
+                    [s.pid for s in fetch_report(address).sessions if not s.suspect] == [worker.pid]
+                )
+            )
+            assert worker.ask("query", name="x", sql="SELECT pg_backend_pid()") == {
+                "rows": [[backend]]
+            }
             worker.kill()  # from its HELLO on it is watched as what it is here
             with Worker(**settings) as other:
                 assert "backend" in other.ask("get", name="x", timeout=10)
@@ -182,13 +207,19 @@ def test_a_broker_with_a_lower_number_is_accepted_after_one_whose_clock_was_ahea
             wait_until(lambda: fetch_report(address).leases == 2, what="both to say what they hold")
             assert fetch_report(address).epoch < ahead
             assert worker.ask("get", name="z")["error"] == "PoolExhausted"
-            assert worker.ask("query", name="x", sql="SELECT pg_backend_pid()") == {"rows": [[backend]]}
+            assert worker.ask("query", name="x", sql="SELECT pg_backend_pid()") == {
+                "rows": [[backend]]
+            }
             other.ask("put", name="y", close=True)
             assert "backend" in worker.ask("get", name="z", timeout=10)
-            assert worker.ask("query", name="x", sql="SELECT pg_backend_pid()") == {"rows": [[backend]]}
+            assert worker.ask("query", name="x", sql="SELECT pg_backend_pid()") == {
+                "rows": [[backend]]
+            }
 
 
-def test_a_broker_is_numbered_above_what_its_journal_holds(address: str, postgres: EphemeralPostgres) -> None:
+def test_a_broker_is_numbered_above_what_its_journal_holds(
+    address: str, postgres: EphemeralPostgres
+) -> None:
     """The lock file alone is lost: a lease's name is never used twice, and the newer one is told by its number."""
     path = Path(address.removeprefix("ipc://"))
     ahead = int((time.time() + 2 * 86400) * 1000)

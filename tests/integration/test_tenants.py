@@ -25,7 +25,9 @@ TENANTS = [f"tenant{number}" for number in range(4)]
 
 
 @pytest.fixture
-def tenants(server_connection: connection, postgres: EphemeralPostgres) -> Iterator[Callable[[str], str]]:
+def tenants(
+    server_connection: connection, postgres: EphemeralPostgres
+) -> Iterator[Callable[[str], str]]:
     """Databases of one server; called with a name it returns the conninfo string."""
     with server_connection.cursor() as cursor:
         for name in TENANTS:
@@ -37,13 +39,17 @@ def tenants(server_connection: connection, postgres: EphemeralPostgres) -> Itera
 
 
 @pytest.fixture
-def lingering(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
+def lingering(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], list[str]]]:
     """Returns the addresses of the automatic brokers of a private runtime directory; they have left at the end."""
     monkeypatch.setenv("SHAREDPOOL_LINGER", "0.2")
 
     def living() -> list[str]:
         sockets = (runtime_dir / "sharedpool").glob("*.sock")
-        return [f"ipc://{path}" for path in sockets if is_held(addresses.lock_path(f"ipc://{path}"))]
+        return [
+            f"ipc://{path}" for path in sockets if is_held(addresses.lock_path(f"ipc://{path}"))
+        ]
 
     yield living
     wait_until(lambda: not living(), 30, "the automatic broker to leave")
@@ -70,7 +76,10 @@ def test_pools_of_one_name_in_several_databases_have_one_broker_and_a_limit_each
                 pool.get_conn()
         (address,) = lingering()
         report = fetch_report(address)
-        assert [pool.name for pool in report.pools] == ["default", *(f"default/{name}" for name in TENANTS[1:])]
+        assert [pool.name for pool in report.pools] == [
+            "default",
+            *(f"default/{name}" for name in TENANTS[1:]),
+        ]
         assert [pool.leases for pool in report.pools] == [1] * len(TENANTS)
         with server_connection.cursor() as cursor:
             cursor.execute(
@@ -86,7 +95,9 @@ def test_pools_of_one_name_in_several_databases_have_one_broker_and_a_limit_each
 
 
 def test_a_successor_without_a_journal_counts_each_databases_connections_in_its_pool(
-    tenants: Callable[[str], str], lingering: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+    tenants: Callable[[str], str],
+    lingering: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two programs hold the only connection of their databases, and are silent; broker and journal are lost."""
     script = """
@@ -113,7 +124,9 @@ sys.stdin.read()
         other = sharedpool.config_pool(max_conn=1, dsn=tenants(TENANTS[0]), name="other")
         stack.callback(other.release_all)
         assert database_of(other) == TENANTS[0]  # after the grace period
-        counted = {pool.name: pool.leases for pool in fetch_report(address).pools if pool.name != "other"}
+        counted = {
+            pool.name: pool.leases for pool in fetch_report(address).pools if pool.name != "other"
+        }
         assert sorted(counted.values()) == [1, 1]
         assert counted.keys() in ({"default", f"default/{name}"} for name in TENANTS[:2])
     for name in TENANTS[:2]:  # the programs have ended
@@ -161,7 +174,9 @@ def test_a_database_can_be_dropped_when_its_pool_is_closed(
     tenants: Callable[[str], str], lingering: Callable[[], list[str]], server_connection: connection
 ) -> None:
     """Though the broker serves on, for the others."""
-    first, second = (sharedpool.config_pool(max_conn=1, dsn=tenants(n), name=n) for n in TENANTS[:2])
+    first, second = (
+        sharedpool.config_pool(max_conn=1, dsn=tenants(n), name=n) for n in TENANTS[:2]
+    )
     try:
         assert [database_of(first), database_of(second)] == TENANTS[:2]
         first.release_all()

@@ -19,7 +19,9 @@ from tests.support import automatic_broker, documents, proxies
 from tests.support.processes import BackendSampler, workers
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.skipif(not SUPPORTED, reason="connections cannot be handed over on this platform")
+pytestmark = pytest.mark.skipif(
+    not SUPPORTED, reason="connections cannot be handed over on this platform"
+)
 
 _SECTION = documents.section(documents.ON_CALL, "The server wants TLS: do connections still move?")
 # By loopback with a password; what is different by a unix socket with a certificate.
@@ -51,9 +53,15 @@ def accept(method: str, runtime_dir: Path) -> str | Path:
     return f"{proxies.HOST}:{port}" if method == "password" else runtime_dir / f".s.PGSQL.{port}"
 
 
-def endpoint(far: proxies.Certified, accept: str | Path, **more: object) -> AbstractContextManager[None]:
+def endpoint(
+    far: proxies.Certified, accept: str | Path, **more: object
+) -> AbstractContextManager[None]:
     """The guide's endpoint, in front of this server."""
-    here = {"accept": accept, "connect": f"{proxies.HOST}:{far.server.port}", "CAfile": far.keys / "ca.crt"}
+    here = {
+        "accept": accept,
+        "connect": f"{proxies.HOST}:{far.server.port}",
+        "CAfile": far.keys / "ca.crt",
+    }
     if isinstance(accept, str):
         return proxies.tls_endpoint(CONFIG, **here | more)
     _, _, keys = BY_CERTIFICATE.partition("\n")
@@ -68,7 +76,9 @@ def by(accept: str | Path, **more: str) -> str:
     return make_dsn(DSN, host=str(accept.parent), port=accept.suffix.removeprefix("."), **more)
 
 
-def test_under_tls_nobody_is_let_into_a_lane_in_which_nothing_could_move(far: proxies.Certified) -> None:
+def test_under_tls_nobody_is_let_into_a_lane_in_which_nothing_could_move(
+    far: proxies.Certified,
+) -> None:
     """It costs each process some descriptors."""
     with (
         sharedpool.start_broker(3, dsn=far.verified_dsn) as started,
@@ -77,7 +87,9 @@ def test_under_tls_nobody_is_let_into_a_lane_in_which_nothing_could_move(far: pr
         for worker in crew:
             worker.send("cycle", count=20)
         assert [worker.answer() for worker in crew] == [{}] * 3
-        assert sum(worker.ask("stats")["connects"] for worker in crew) > 1  # they had to wait for each other
+        assert (
+            sum(worker.ask("stats")["connects"] for worker in crew) > 1
+        )  # they had to wait for each other
         assert [worker.ask("stats")["in_lane"] for worker in crew] == [False] * 3
 
 
@@ -88,7 +100,9 @@ def dsn(far: proxies.Certified, accept: str | Path) -> Iterator[str]:
 
 
 @pytest.fixture(params=["automatic", "past the endpoint"])
-def broker(request: pytest.FixtureRequest, far: proxies.Certified, dsn: str, runtime_dir: Path) -> Iterator[str | None]:
+def broker(
+    request: pytest.FixtureRequest, far: proxies.Certified, dsn: str, runtime_dir: Path
+) -> Iterator[str | None]:
     """The address of a broker whose control connection goes past the endpoint; None: nobody names one, so by it."""
     if request.param == "automatic":
         with automatic_broker.seen_off():
@@ -129,11 +143,15 @@ def test_connections_move_between_processes_and_the_server_sees_them_encrypted(
     ):
         for worker in crew:
             worker.send("hammer", seconds=60, threads=2, timeout=30, stop=str(stop))
-        wait_until(lambda: sum(pool.handovers for pool in reports(broker)) > 200, 60, "connections to move")
+        wait_until(
+            lambda: sum(pool.handovers for pool in reports(broker)) > 200, 60, "connections to move"
+        )
         stop.touch()
         outcomes = [worker.answer() for worker in crew]
         encrypted = look(
-            far, "SELECT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE application_name LIKE %s", OURS
+            far,
+            "SELECT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE application_name LIKE %s",
+            OURS,
         )
         pool = report(broker)
         connects = sum(worker.ask("stats")["connects"] for worker in crew)
@@ -146,7 +164,9 @@ def test_connections_move_between_processes_and_the_server_sees_them_encrypted(
 
 
 @pytest.mark.parametrize("doing", ["idle", "in a query"])
-def test_a_killed_workers_slot_comes_back(doing: str, far: proxies.Certified, dsn: str, broker: str | None) -> None:
+def test_a_killed_workers_slot_comes_back(
+    doing: str, far: proxies.Certified, dsn: str, broker: str | None
+) -> None:
     with (
         workers(2, dsn=dsn, broker=broker, max_conn=1, name=POOL) as (victim, waiter),
         BackendSampler(far.near_dsn, OURS) as sampler,
@@ -169,11 +189,16 @@ def test_a_killed_workers_slot_comes_back(doing: str, far: proxies.Certified, ds
 def test_the_endpoint_connects_to_nobody_else(far: proxies.Certified, accept: str | Path) -> None:
     """Whose certificate another CA has signed, or that names another host."""
     for wrong in ({"CAfile": far.keys / "stranger.crt"}, {"checkHost": "other.example.com"}):
-        with endpoint(far, accept, **wrong), pytest.raises(psycopg2.OperationalError, match="closed the connection"):
+        with (
+            endpoint(far, accept, **wrong),
+            pytest.raises(psycopg2.OperationalError, match="closed the connection"),
+        ):
             psycopg2.connect(by(accept))
 
 
-def test_libpq_itself_refuses_scram_through_an_endpoint(far: proxies.Certified, accept: str | Path) -> None:
+def test_libpq_itself_refuses_scram_through_an_endpoint(
+    far: proxies.Certified, accept: str | Path
+) -> None:
     """As the guide says; should a libpq do it one day, the guide can be shorter."""
     said = "server offered SCRAM-SHA-256-PLUS authentication over a non-SSL connection"
     assert said in " ".join(_SECTION.split())

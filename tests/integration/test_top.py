@@ -40,10 +40,14 @@ _ENTER, _LEAVE, _HIDE, _SHOW = "\x1b[?1049h", "\x1b[?1049l", "\x1b[?25l", "\x1b[
 class Terminal:
     """A command in a terminal of its own. `screen()` is what it shows now."""
 
-    def __init__(self, *arguments: str, rows: int = 24, columns: int = 80, **environment: str) -> None:
+    def __init__(
+        self, *arguments: str, rows: int = 24, columns: int = 80, **environment: str
+    ) -> None:
         self._ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        self._theirs = theirs  # kept open, so that the settings can be looked at when the command has ended
+        self._theirs = (
+            theirs  # kept open, so that the settings can be looked at when the command has ended
+        )
         self.before = termios.tcgetattr(theirs)
         self.output = ""
         self.process = subprocess.Popen(
@@ -111,14 +115,18 @@ class Terminal:
 
 @contextlib.contextmanager
 def top(address: str, *arguments: str, **more: Any) -> Iterator[Terminal]:
-    with contextlib.closing(Terminal("top", "--broker", address, "--interval", "0.1", *arguments, **more)) as terminal:
+    with contextlib.closing(
+        Terminal("top", "--broker", address, "--interval", "0.1", *arguments, **more)
+    ) as terminal:
         yield terminal
 
 
 @pytest.fixture
 def holder(postgres: EphemeralPostgres, broker: sharedpool.Broker) -> Iterator[Worker]:
     """A process that holds the only connection of the pool `watched`, in a transaction."""
-    with Worker(dsn=postgres.dsn, broker=broker.address, name="watched", max_conn=1, debug_checkouts=True) as worker:
+    with Worker(
+        dsn=postgres.dsn, broker=broker.address, name="watched", max_conn=1, debug_checkouts=True
+    ) as worker:
         worker.ask("get", name="x", timeout=10)
         worker.ask("query", name="x", sql="SELECT 1")
         yield worker
@@ -134,10 +142,14 @@ def test_it_shows_who_has_what_and_ends_with_q(
         waiter.send("get", name="x", timeout=60)
 
         def complete() -> bool:
-            (row,) = [line.split() for line in terminal.screen() if line.startswith("watched ")] or [[""]]
+            (row,) = [
+                line.split() for line in terminal.screen() if line.startswith("watched ")
+            ] or [[""]]
             return row[1:6] == ["1", "1", "0", "0", "1"] and terminal.shows("worker.py:")
 
-        wait_until(complete, what="limit 1, 1 in use, none idle nor otherwise, 1 waiting; and its line")
+        wait_until(
+            complete, what="limit 1, 1 in use, none idle nor otherwise, 1 waiting; and its line"
+        )
         lines = terminal.screen()
         assert len(lines) == 24
         assert max(map(len, lines)) <= 80
@@ -148,7 +160,9 @@ def test_it_shows_who_has_what_and_ends_with_q(
         assert re.search(r"worker\.py:\d+ in get", checkout)
         holder.ask("put", name="x")
         assert "backend" in waiter.answer()
-        wait_until(lambda: terminal.shows(f"worker.py[{waiter.pid}]"), what="the connection's next user")
+        wait_until(
+            lambda: terminal.shows(f"worker.py[{waiter.pid}]"), what="the connection's next user"
+        )
         assert termios.tcgetattr(terminal._theirs) != terminal.before
         terminal.type("q")
         assert terminal.end() == 0
@@ -156,9 +170,13 @@ def test_it_shows_who_has_what_and_ends_with_q(
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], ids=lambda number: number.name
+    "number",
+    [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT],
+    ids=lambda number: number.name,
 )
-def test_a_signal_ends_it_and_the_terminal_is_as_before(broker: sharedpool.Broker, number: signal.Signals) -> None:
+def test_a_signal_ends_it_and_the_terminal_is_as_before(
+    broker: sharedpool.Broker, number: signal.Signals
+) -> None:
     with top(broker.address) as terminal:
         wait_until(lambda: terminal.shows("q quits"))
         terminal.process.send_signal(number)
@@ -166,7 +184,9 @@ def test_a_signal_ends_it_and_the_terminal_is_as_before(broker: sharedpool.Broke
         assert terminal.is_restored()
 
 
-def test_ctrl_c_ends_it_and_ctrl_z_does_not_leave_its_screen_behind(broker: sharedpool.Broker) -> None:
+def test_ctrl_c_ends_it_and_ctrl_z_does_not_leave_its_screen_behind(
+    broker: sharedpool.Broker,
+) -> None:
     with top(broker.address) as terminal:
         wait_until(lambda: terminal.shows("q quits"))
         terminal.type("\x1a")
@@ -185,7 +205,9 @@ def test_it_ends_with_its_terminal(broker: sharedpool.Broker) -> None:
         assert terminal.process.returncode == 128 + signal.SIGHUP
 
 
-def test_it_fits_whatever_size_the_terminal_becomes(broker: sharedpool.Broker, holder: Worker) -> None:
+def test_it_fits_whatever_size_the_terminal_becomes(
+    broker: sharedpool.Broker, holder: Worker
+) -> None:
     with top(broker.address, rows=10, columns=40, COLUMNS="80", LINES="24") as terminal:
         wait_until(lambda: terminal.shows("q quits") and len(terminal.screen()) == 10)
         terminal.size(30, 120)
@@ -218,7 +240,9 @@ def test_a_broker_that_is_away_is_told_of_and_its_successor_shown(
             second.communicate()
 
 
-def test_without_a_terminal_it_prints_one_snapshot(broker: sharedpool.Broker, holder: Worker) -> None:
+def test_without_a_terminal_it_prints_one_snapshot(
+    broker: sharedpool.Broker, holder: Worker
+) -> None:
     started = time.monotonic()
     done = sharedpool_command("top", "--broker", broker.address)
     assert done.returncode == 0
@@ -238,7 +262,9 @@ def test_without_a_broker_it_says_so_with_3(runtime_dir: Path) -> None:
 
 def test_without_rich_it_says_what_to_install(broker: sharedpool.Broker, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['rich'] = None\n")
-    with top(broker.address, PYTHONPATH=f"{tmp_path}{os.pathsep}{Path(sharedpool.__file__).parents[1]}") as terminal:
+    with top(
+        broker.address, PYTHONPATH=f"{tmp_path}{os.pathsep}{Path(sharedpool.__file__).parents[1]}"
+    ) as terminal:
         assert terminal.end() == 1
         assert "pip install 'sharedpool[top]'" in terminal.output
         assert "Traceback" not in terminal.output
@@ -268,20 +294,37 @@ def test_of_several_brokers_one_must_be_chosen(runtime_dir: Path) -> None:
 
 
 def pool(name: str, **more: Any) -> PoolReport:
-    counts = dict.fromkeys(("sessions", "granted", "closing", "suspect", "fencing", "waiting", "idle"), 0)
+    counts = dict.fromkeys(
+        ("sessions", "granted", "closing", "suspect", "fencing", "waiting", "idle"), 0
+    )
     counters = dict.fromkeys(("grants", "waits", "denials", "timeouts", "recalls", "fences"), 0)
     return PoolReport(
-        **{"name": name, "server": "s", "max_conn": 8, "leases": 4, "in_use": 4, **counts, **counters, **more}
+        **{
+            "name": name,
+            "server": "s",
+            "max_conn": 8,
+            "leases": 4,
+            "in_use": 4,
+            **counts,
+            **counters,
+            **more,
+        }
     )
 
 
-def shown(pools: list[PoolReport], leases: list[LeaseLine], width: int = 80, height: int = 24) -> list[Line]:
-    report = Report(3, 1, 7, "ipc:///b.sock", 61_000, 0, len(leases), "connected", pools, [], oldest=leases)
+def shown(
+    pools: list[PoolReport], leases: list[LeaseLine], width: int = 80, height: int = 24
+) -> list[Line]:
+    report = Report(
+        3, 1, 7, "ipc:///b.sock", 61_000, 0, len(leases), "connected", pools, [], oldest=leases
+    )
     return picture(Answer(report, None), "", width, height, hint="q quits")
 
 
 def test_however_many_pools_there_are_the_oldest_checkouts_are_shown() -> None:
-    leases = [LeaseLine(Token(1, i), "p1", i, "", "app.py", "T", "in use", 9000 - i) for i in range(50)]
+    leases = [
+        LeaseLine(Token(1, i), "p1", i, "", "app.py", "T", "in use", 9000 - i) for i in range(50)
+    ]
     pools = [pool(f"p{i}") for i in range(20)] + [pool("pressed", waiting=3), pool("n" * 60)]
     lines = shown(pools, leases)
     assert len(lines) == 24
@@ -297,7 +340,10 @@ def test_however_many_pools_there_are_the_oldest_checkouts_are_shown() -> None:
 @pytest.mark.parametrize("height", [1, 2, 5, 10, 24, 60])
 def test_no_size_is_too_small(width: int, height: int) -> None:
     lines = shown(
-        [pool("p", error="no\x1b[2J\nspace"), pool("q", wait_p50_us=250, wait_p99_us=1_234_500)], [], width, height
+        [pool("p", error="no\x1b[2J\nspace"), pool("q", wait_p50_us=250, wait_p99_us=1_234_500)],
+        [],
+        width,
+        height,
     )
     assert 0 < len(lines) <= height
     assert all(len(line.text) <= width and line.text.isprintable() for line in lines)
@@ -305,18 +351,45 @@ def test_no_size_is_too_small(width: int, height: int) -> None:
 
 def test_the_figures_of_a_pool_stand_under_their_names() -> None:
     busy = pool(
-        "p", leases=7, idle=1, in_use=4, waiting=2, recalls=11, fences=3, wait_p50_us=250, wait_p99_us=1_234_500
+        "p",
+        leases=7,
+        idle=1,
+        in_use=4,
+        waiting=2,
+        recalls=11,
+        fences=3,
+        wait_p50_us=250,
+        wait_p99_us=1_234_500,
     )
     header, row = (line.text for line in shown([busy], [])[3:5])
-    names = ["POOL", "LIMIT", "USED", "IDLE", "OTHER", "WAIT", "P50", "ms", "P99", "ms", "RECALLS", "FENCES"]
+    names = [
+        "POOL",
+        "LIMIT",
+        "USED",
+        "IDLE",
+        "OTHER",
+        "WAIT",
+        "P50",
+        "ms",
+        "P99",
+        "ms",
+        "RECALLS",
+        "FENCES",
+    ]
     assert header.split() == names
     assert row.split() == ["p", "8", "4", "1", "2", "2", "0.2", "1234", "11", "3"]
 
 
 def test_the_documents_show_it_with_these_columns() -> None:
     lease = LeaseLine(Token(1, 1), "p", 1, "", "app.py", "T", "in use", 9)
-    headers = [line.text.split() for line in shown([pool("p"), pool("q")], [lease]) if line.style == "reverse"]
-    (snapshot,) = documents.blocks(documents.section(documents.ON_CALL, "What is going on right now?"), "")
+    headers = [
+        line.text.split()
+        for line in shown([pool("p"), pool("q")], [lease])
+        if line.style == "reverse"
+    ]
+    (snapshot,) = documents.blocks(
+        documents.section(documents.ON_CALL, "What is going on right now?"), ""
+    )
     svg = (documents.ROOT / "examples" / "pictures" / "top.svg").read_text()
     drawn = html.unescape("\n".join(re.findall(r"<text [^>]*>([^<]*)</text>", svg)))
     assert len(headers) == 2

@@ -36,7 +36,11 @@ def test_who_shows_the_holder_its_line_of_code_and_what_the_server_says(
     postgres: EphemeralPostgres, broker: sharedpool.Broker
 ) -> None:
     with Worker(
-        dsn=postgres.dsn, broker=broker.address, name="asked", application_name="web", debug_checkouts=True
+        dsn=postgres.dsn,
+        broker=broker.address,
+        name="asked",
+        application_name="web",
+        debug_checkouts=True,
     ) as worker:
         backend = worker.ask("get", name="x", timeout=10)["backend"]
         worker.send("query", name="x", sql="SELECT pg_sleep(60) /* " + "é\u001b[2J" * 60 + " */")
@@ -52,7 +56,11 @@ def test_who_shows_the_holder_its_line_of_code_and_what_the_server_says(
             "worker.py",
             "MainThread",
         )
-        assert (row["state"], row["backend"]["pid"], row["application"]) == ("in use", backend, "web")
+        assert (row["state"], row["backend"]["pid"], row["application"]) == (
+            "in use",
+            backend,
+            "web",
+        )
         assert row["wait_event"] == "Timeout: PgSleep"
         assert row["query"].startswith("SELECT pg_sleep(60) /* é")
         assert len(row["query"]) == 60
@@ -60,7 +68,9 @@ def test_who_shows_the_holder_its_line_of_code_and_what_the_server_says(
         assert row["stack"][0].endswith("in get")
         assert f"{Path(WORKER).name}:" in row["stack"][0]
 
-        text = sharedpool_command("who", env=os.environ | {"SHAREDPOOL_BROKER": broker.address}).stdout
+        text = sharedpool_command(
+            "who", env=os.environ | {"SHAREDPOOL_BROKER": broker.address}
+        ).stdout
         (line,) = [line for line in text.splitlines() if "asked" in line]
         for part in (
             f"worker.py[{worker.pid}]",
@@ -104,8 +114,15 @@ def test_who_shows_what_is_so_now_not_what_the_last_heartbeat_said(
         process.communicate()
 
 
-def test_who_is_sorted_by_age_and_tells_who_waits(postgres: EphemeralPostgres, broker: sharedpool.Broker) -> None:
-    settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": broker.address, "name": "aged", "max_conn": 2}
+def test_who_is_sorted_by_age_and_tells_who_waits(
+    postgres: EphemeralPostgres, broker: sharedpool.Broker
+) -> None:
+    settings: dict[str, Any] = {
+        "dsn": postgres.dsn,
+        "broker": broker.address,
+        "name": "aged",
+        "max_conn": 2,
+    }
     with Worker(**settings) as first, Worker(**settings) as second, Worker(**settings) as third:
         first.ask("get", name="x", timeout=10)
         second.ask("get", name="x", timeout=10)
@@ -139,9 +156,9 @@ def test_what_the_control_connection_may_not_see_is_not_guessed(
         with Worker(dsn=postgres.dsn, broker=address, application_name="hidden") as worker:
             worker.ask("get", name="x", timeout=10)
             (row,) = who(address)
-            assert (row["application"], row["server_state"], row["wait_event"], row["query"]) == ("hidden",) + (
-                None,
-            ) * 3
+            assert (row["application"], row["server_state"], row["wait_event"], row["query"]) == (
+                "hidden",
+            ) + (None,) * 3
             assert "(not to be seen)" in sharedpool_command("who", "--broker", address).stdout
         process.terminate()
         process.communicate()
@@ -152,7 +169,9 @@ def test_a_server_that_hangs_keeps_nobody_from_seeing_the_books(
 ) -> None:
     with start("broker", "--max-conn", "2", "--dsn", postgres.dsn) as process:
         address = address_of(process)
-        control = int(wait_for(process, "control connection: backend").split("backend ")[1].split()[0])
+        control = int(
+            wait_for(process, "control connection: backend").split("backend ")[1].split()[0]
+        )
         with Worker(dsn=postgres.dsn, broker=address) as worker:
             worker.ask("get", name="x", timeout=10)
             os.kill(control, signal.SIGSTOP)
@@ -163,12 +182,17 @@ def test_a_server_that_hangs_keeps_nobody_from_seeing_the_books(
             assert f"worker.py[{worker.pid}]" in done.stdout
             assert "the server has not answered" in done.stderr
             assert done.returncode == 0
-            wait_until(lambda: who(address)[0]["server_state"] == "idle", what="the control connection to go on")
+            wait_until(
+                lambda: who(address)[0]["server_state"] == "idle",
+                what="the control connection to go on",
+            )
         process.terminate()
         process.communicate()
 
 
-def test_without_a_control_connection_the_books_are_shown(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+def test_without_a_control_connection_the_books_are_shown(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
     with start("broker", "--max-conn", "2") as process:
         address = address_of(process)
         with Worker(dsn=postgres.dsn, broker=address) as worker:
@@ -190,7 +214,9 @@ def test_who_without_a_broker_says_so_with_3(runtime_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("timeout", [0, 0.2])
-def test_a_refusal_names_the_line_of_this_processs_own_leak(make_pool: MakePool, timeout: float) -> None:
+def test_a_refusal_names_the_line_of_this_processs_own_leak(
+    make_pool: MakePool, timeout: float
+) -> None:
     pool = make_pool(max_conn=1, debug_checkouts=True)
 
     def leak() -> Any:
@@ -211,7 +237,11 @@ def test_a_refusal_names_the_line_of_another_processs_leak(
 ) -> None:
     pool = make_pool(max_conn=1)
     with Worker(
-        dsn=postgres.dsn, broker=pool.config.broker, name=pool.name, max_conn=1, debug_checkouts=True
+        dsn=postgres.dsn,
+        broker=pool.config.broker,
+        name=pool.name,
+        max_conn=1,
+        debug_checkouts=True,
     ) as worker:
         worker.ask("get", name="x", timeout=10)
 
@@ -219,13 +249,19 @@ def test_a_refusal_names_the_line_of_another_processs_leak(
             with pytest.raises(sharedpool.PoolError) as error:
                 pool.get_conn(timeout=timeout)
             text = str(error.value)
-            return f"worker.py[{worker.pid}] 1 (longest" in text and "checked out at" in text and "in get)" in text
+            return (
+                f"worker.py[{worker.pid}] 1 (longest" in text
+                and "checked out at" in text
+                and "in get)" in text
+            )
 
         wait_until(refused)
 
 
 def test_every_way_of_checking_out_is_known_by_its_users_line(make_pool: MakePool) -> None:
-    pool = make_pool(debug_checkouts=True, pool_manager=sharedpool.ThreadedConnectionPool, max_conn=3)
+    pool = make_pool(
+        debug_checkouts=True, pool_manager=sharedpool.ThreadedConnectionPool, max_conn=3
+    )
 
     def by_hand() -> Any:
         conn = pool.get_conn(timeout=10)
@@ -249,10 +285,16 @@ def test_every_way_of_checking_out_is_known_by_its_users_line(make_pool: MakePoo
 
 def sites(pool: sharedpool.Pool) -> list[str]:
     """What the next heartbeat says."""
-    return [report.stack[0] for report in reports(pool._local.cache.leases.values(), 0.0, {}) if report.stack]
+    return [
+        report.stack[0]
+        for report in reports(pool._local.cache.leases.values(), 0.0, {})
+        if report.stack
+    ]
 
 
-def test_without_debug_checkouts_the_short_way_is_open_and_nothing_is_noted(make_pool: MakePool) -> None:
+def test_without_debug_checkouts_the_short_way_is_open_and_nothing_is_noted(
+    make_pool: MakePool,
+) -> None:
     """A checkout of an idle connection runs not one instruction more."""
     plain, noted = make_pool(), make_pool(debug_checkouts=True)
     for pool in (plain, noted):
@@ -273,14 +315,20 @@ def test_a_connection_handed_over_is_known_by_its_new_users_line(
     kept = pool.get_conn(timeout=10)
     backend = kept.info.backend_pid
     with Worker(
-        dsn=postgres.dsn, broker=pool.config.broker, name=pool.name, max_conn=1, debug_checkouts=True
+        dsn=postgres.dsn,
+        broker=pool.config.broker,
+        name=pool.name,
+        max_conn=1,
+        debug_checkouts=True,
     ) as worker:
         worker.send("get", name="x", timeout=30)
         address = str(pool.config.broker)
         wait_until(
             lambda: any(
                 each["name"] == pool.name and each["waiting"]
-                for each in json.loads(sharedpool_command("status", "--json", "--broker", address).stdout)["pools"]
+                for each in json.loads(
+                    sharedpool_command("status", "--json", "--broker", address).stdout
+                )["pools"]
             )
         )
         pool.put_conn(kept)
@@ -288,12 +336,18 @@ def test_a_connection_handed_over_is_known_by_its_new_users_line(
 
         def known() -> bool:
             (row,) = who(address, "--pool", pool.name)
-            return row["pid"] == worker.pid and bool(row["stack"]) and row["stack"][0].endswith("in get")
+            return (
+                row["pid"] == worker.pid
+                and bool(row["stack"])
+                and row["stack"][0].endswith("in get")
+            )
 
         wait_until(known)
 
 
-def test_the_report_of_a_long_checkout_carries_its_stack(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
+def test_the_report_of_a_long_checkout_carries_its_stack(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
     options = ["--max-conn", "2", "--dsn", postgres.dsn, "--ttl", "0.9", "--max-checkout", "0.6"]
     with start("broker", *options) as process:
         address = address_of(process)
@@ -318,7 +372,9 @@ def transcript(section: str) -> tuple[str, list[str]]:
 
 def anonymous(text: str) -> str:
     """An error's text without what differs from run to run: pids, times, where the program lies."""
-    return re.sub(r"\d+\.\d s", "N s", re.sub(r"\[\d+\]", "[N]", re.sub(r"/\S*/", "/", text))).strip()
+    return re.sub(
+        r"\d+\.\d s", "N s", re.sub(r"\[\d+\]", "[N]", re.sub(r"/\S*/", "/", text))
+    ).strip()
 
 
 def test_the_transcript_in_the_operators_guide_is_what_happens(
@@ -329,7 +385,9 @@ def test_the_transcript_in_the_operators_guide_is_what_happens(
     (program,) = documents.blocks(section, "python")
     script = tmp_path / "shop.py"
     script.write_text(program)
-    url = "postgresql:///?" + "&".join(f"{k}={v}" for k, v in psycopg2.extensions.parse_dsn(postgres.dsn).items())
+    url = "postgresql:///?" + "&".join(
+        f"{k}={v}" for k, v in psycopg2.extensions.parse_dsn(postgres.dsn).items()
+    )
     with start("broker", "--max-conn", "2", "--dsn", postgres.dsn, "--ttl", "1.5") as process:
         address = address_of(process)
         environment = os.environ | {"SHAREDPOOL_BROKER": address, "DATABASE_URL": url}
@@ -341,9 +399,14 @@ def test_the_transcript_in_the_operators_guide_is_what_happens(
             assert section.count(f"shop.py:{guilty} in price_of") == 3  # as the guide has it
             told, table = transcript(section)
             assert anonymous(told) == anonymous(said)
-            assert table[0].split() == sharedpool_command("who", "--broker", address).stdout.splitlines()[0].split()
+            assert (
+                table[0].split()
+                == sharedpool_command("who", "--broker", address).stdout.splitlines()[0].split()
+            )
             rows = who(address)
-            assert [row["stack"][0].split("/")[-1] for row in rows] == [f"shop.py:{guilty} in price_of"] * 2
+            assert [row["stack"][0].split("/")[-1] for row in rows] == [
+                f"shop.py:{guilty} in price_of"
+            ] * 2
             assert {row["server_state"] for row in rows} == {"idle in transaction"}
             assert {row["query"] for row in rows} == {"SELECT 7 AS price"}
             shop.tell_no_more()

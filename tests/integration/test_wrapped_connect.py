@@ -25,7 +25,9 @@ from tests.support.waiting import wait_until
 MakePool = Callable[..., Pool]
 Backends = Callable[[Pool], set[int]]
 
-_trace: contextvars.ContextVar[list[tuple[Any, ...]] | None] = contextvars.ContextVar("trace", default=None)
+_trace: contextvars.ContextVar[list[tuple[Any, ...]] | None] = contextvars.ContextVar(
+    "trace", default=None
+)
 _own = psycopg2.connect
 
 
@@ -117,7 +119,11 @@ def by_cursor(*args: Any, **kwargs: Any) -> Any:
     return _own(*args, **{**kwargs, "cursor_factory": NotedCursor})
 
 
-WRAPPERS = {"object": by_object(AroundConnection), "transparent object": by_object(Transparent), "cursor": by_cursor}
+WRAPPERS = {
+    "object": by_object(AroundConnection),
+    "transparent object": by_object(Transparent),
+    "cursor": by_cursor,
+}
 
 
 @pytest.fixture(params=WRAPPERS)
@@ -172,7 +178,9 @@ def use(pool: Any, times: int = 3) -> None:
         pool.putconn(conn)  # rolls back what is open
 
 
-def test_as_with_psycopg2s_pool(make_pool: MakePool, postgres: EphemeralPostgres, wrapped: str) -> None:
+def test_as_with_psycopg2s_pool(
+    make_pool: MakePool, postgres: EphemeralPostgres, wrapped: str
+) -> None:
     keywords = extensions.parse_dsn(postgres.dsn)
 
     def use_theirs() -> None:
@@ -220,7 +228,9 @@ def test_its_end(make_pool: MakePool, backends: Backends, wrapped: str) -> None:
 
 
 @pytest.mark.parametrize("in_a_cycle", [False, True])
-def test_one_that_its_user_drops_comes_back(make_pool: MakePool, wrapped: str, in_a_cycle: bool) -> None:
+def test_one_that_its_user_drops_comes_back(
+    make_pool: MakePool, wrapped: str, in_a_cycle: bool
+) -> None:
     pool = make_pool(max_conn=1, timeout=10, pool_manager=ThreadedConnectionPool)
     conn: Any = pool.get_conn()
     kept: list[Any] = [conn]
@@ -246,7 +256,9 @@ def test_it_is_what_is_collected_even_when_it_lies_idle(make_pool: MakePool, aro
     assert sum(isinstance(each, AroundConnection) for each in gc.get_objects()) == before
 
 
-def test_the_connection_itself_may_be_put_back_in_place_of_it(make_pool: MakePool, around: None) -> None:
+def test_the_connection_itself_may_be_put_back_in_place_of_it(
+    make_pool: MakePool, around: None
+) -> None:
     pool = make_pool(max_conn=1)
     conn: Any = pool.get_conn()
     cursor = conn.cursor()
@@ -266,7 +278,9 @@ def test_the_connection_itself_may_be_put_back_in_place_of_it(make_pool: MakePoo
     assert pool.stats().connects == 1
 
 
-def test_one_that_cannot_be_referred_to_weakly(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_cannot_be_referred_to_weakly(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Unreferable:
         __slots__ = ("inner",)
 
@@ -276,7 +290,9 @@ def test_one_that_cannot_be_referred_to_weakly(make_pool: MakePool, monkeypatch:
         def __getattr__(self, name: str) -> Any:
             return getattr(self.inner, name)
 
-    monkeypatch.setattr(psycopg2, "connect", lambda *args, **kwargs: Unreferable(_own(*args, **kwargs)))
+    monkeypatch.setattr(
+        psycopg2, "connect", lambda *args, **kwargs: Unreferable(_own(*args, **kwargs))
+    )
     pool = make_pool(max_conn=1)
     for _ in range(3):
         conn = pool.get_conn()
@@ -296,7 +312,9 @@ def test_the_same_key_gives_the_same_one(make_pool: MakePool, around: None) -> N
 def test_callbacks_get_it_too(make_pool: MakePool, around: None) -> None:
     seen: list[tuple[str, object]] = []
     names = ("configure", "check", "reset")
-    pool = make_pool(max_conn=1, **{name: lambda conn, name=name: seen.append((name, conn)) for name in names})
+    pool = make_pool(
+        max_conn=1, **{name: lambda conn, name=name: seen.append((name, conn)) for name in names}
+    )
     conn = pool.get_conn()
     pool.put_conn(conn)
     assert type(conn) is AroundConnection
@@ -304,7 +322,9 @@ def test_callbacks_get_it_too(make_pool: MakePool, around: None) -> None:
 
 
 @pytest.mark.skipif(not SUPPORTED, reason="connections cannot be handed over on this platform")
-def test_a_connection_from_another_process_is_wrapped_too(pair: tuple[Pool, Pool], wrapped: str) -> None:
+def test_a_connection_from_another_process_is_wrapped_too(
+    pair: tuple[Pool, Pool], wrapped: str
+) -> None:
     expected: list[tuple[Any, ...]] = [("execute", "SELECT 1")]
     assert traced_moves(pair) == 4 * (expected if wrapped == "cursor" else [*expected, ("commit",)])
 
@@ -364,7 +384,10 @@ def test_pgsimple_and_composed_statements(make_pool: MakePool, wrapped: str) -> 
     with PgSimple(pool) as db:
         db.create("pg_temp.books", "id int, name text")
         db.insert("books", {"id": 1, "name": "x"}, returning="id")
-        assert db.fetchone("books", ["name"], where=sql.SQL("name = {}").format(sql.Literal("x"))).name == "x"
+        assert (
+            db.fetchone("books", ["name"], where=sql.SQL("name = {}").format(sql.Literal("x"))).name
+            == "x"
+        )
         assert db.fetchall("books", sql.SQL("count(*) AS n"))[0].n == 1
 
 
@@ -378,7 +401,9 @@ def test_a_wrapper_that_makes_its_own_connection_is_refused(
         return _own(*args, **kwargs)
 
     monkeypatch.setattr(psycopg2, "connect", connect)
-    with pytest.raises(SharedPoolError, match=r"does not heed connection_factory=.*LoggingConnection"):
+    with pytest.raises(
+        SharedPoolError, match=r"does not heed connection_factory=.*LoggingConnection"
+    ):
         pool.get_conn()
     assert_all_is_there_again(pool, backends, monkeypatch)
 
@@ -449,7 +474,9 @@ def test_a_wrapper_that_fails_after_the_connect_costs_the_connection_alone(
     assert_all_is_there_again(pool, backends, monkeypatch)
 
 
-def assert_all_is_there_again(pool: Pool, backends: Backends, monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_all_is_there_again(
+    pool: Pool, backends: Backends, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wait_until(lambda: not backends(pool), what="the backend's end")
     monkeypatch.setattr(psycopg2, "connect", _own)
     conn = pool.get_conn(timeout=10)
@@ -496,8 +523,12 @@ print(os.getpid())
 """
 
 
-def test_the_automatic_brokers_own_session_is_nobodys_to_trace(postgres: EphemeralPostgres, runtime_dir: Path) -> None:
-    (runtime_dir / "sitecustomize.py").write_text(_CUSTOMIZED)  # as agents' starters do: children have it too
+def test_the_automatic_brokers_own_session_is_nobodys_to_trace(
+    postgres: EphemeralPostgres, runtime_dir: Path
+) -> None:
+    (runtime_dir / "sitecustomize.py").write_text(
+        _CUSTOMIZED
+    )  # as agents' starters do: children have it too
     log = runtime_dir / "connects"
     environment = {"PYTHONPATH": str(runtime_dir), "CONNECTS": str(log), "SHAREDPOOL_LINGER": "0.1"}
     run = run_python(_WORKER, postgres.dsn, **environment)

@@ -98,7 +98,9 @@ class Journal:
             if isinstance(line, Entry):
                 self.live[line.token] = msgspec.json.decode(msgspec.json.encode(line), type=Entry)
             elif isinstance(line, Member):
-                self.members[line.session] = msgspec.json.decode(msgspec.json.encode(line), type=Member)
+                self.members[line.session] = msgspec.json.decode(
+                    msgspec.json.encode(line), type=Member
+                )
             elif isinstance(line, Token):
                 self.live.pop(line, None)
             else:
@@ -241,7 +243,9 @@ class Broker:
                 case VerifyServer():
                     self.doubts.append(command)
         self.ledger.check_invariants()
-        assert self.world.journal.live.keys() == self.ledger._slots.leases.keys(), "the journal differs from the books"
+        assert self.world.journal.live.keys() == self.ledger._slots.leases.keys(), (
+            "the journal differs from the books"
+        )
         for session, grant in grants:
             self._check_grant(session, grant)
 
@@ -269,7 +273,11 @@ class Broker:
     def _check_fence(self, fence: Fence) -> None:
         """What is to be ended is not known to be what another lease has in good use."""
         for other in self.ledger._slots.leases.values():
-            good = other.state is SlotState.OPEN and other.backend == fence.backend and other.token != fence.token
+            good = (
+                other.state is SlotState.OPEN
+                and other.backend == fence.backend
+                and other.token != fence.token
+            )
             assert not good, f"{other.token} is in good use, and {fence} would end its connection"
 
     def _check_lost(self, fence: Fence) -> None:
@@ -281,7 +289,9 @@ class Broker:
             users = [conn.proc for conn in worker.users if conn.works]
             hands = [thread.hand[1] for thread in worker.threads if thread.hand is not None]
             for proc in users + hands:
-                assert proc.cut or proc.backend != fence.backend, f"{worker} has {proc!r}, which is ended as lost"
+                assert proc.cut or proc.backend != fence.backend, (
+                    f"{worker} has {proc!r}, which is ended as lost"
+                )
 
     def _pass_on(self, order: PassOn) -> None:
         message = order.message
@@ -289,7 +299,9 @@ class Broker:
         assert not proc.workers, f"{proc!r} is passed on while {proc.workers} have it"
         assert not proc.dirty, f"{proc!r} is passed on with an open transaction"
         # A trial's has hit before its worker gives.
-        cancelled = [order for order in self.interferes if order.backend == proc.backend and not order.trial]
+        cancelled = [
+            order for order in self.interferes if order.backend == proc.backend and not order.trial
+        ]
         assert not cancelled, f"{proc!r} is passed on: {cancelled} would hit its next user"
         fails, self.cannot_pass = self.cannot_pass, False
         end = self.lanes.get(order.pool)
@@ -315,11 +327,17 @@ class Broker:
         if wire is None:
             self.invited[order.session] = order
         elif (end := self.lanes.get(order.pool)) is not None:
-            wire.answer(desk.LaneInvitation(order.session, order.number, order.index, "here"), lane=end.lane)
+            wire.answer(
+                desk.LaneInvitation(order.session, order.number, order.index, "here"), lane=end.lane
+            )
 
     def _to_lane(self, order: GiveInLane) -> None:
         end, proc = self.lanes.get(order.pool), self.custody.get(order.token)
-        if end is None or proc is None or not run(end.give(Item(order.token, order.cell, order.live, proc))):
+        if (
+            end is None
+            or proc is None
+            or not run(end.give(Item(order.token, order.cell, order.live, proc)))
+        ):
             moved = Moved(0, order.token, order.cell, 0, order.live)
             self.words.append(lambda ledger, now: ledger.lane_full(order.pool, moved, now))
 
@@ -333,7 +351,12 @@ class Broker:
     def _take_from_shelf(self, pool: str, most: int) -> list[Command]:
         commands: list[Command] = []
         end = self.lanes.get(pool)
-        while end is not None and end.board.moving and most > 0 and (taken := run(end.take(self.grip))) is not None:
+        while (
+            end is not None
+            and end.board.moving
+            and most > 0
+            and (taken := run(end.take(self.grip))) is not None
+        ):
             moved, proc = taken
             proc.holders.discard(self.grip)
             most -= 1
@@ -365,7 +388,8 @@ class Broker:
         return [
             pool
             for pool, end in self.lanes.items()
-            if self.seats[pool] or (pool not in self.leaves_alone and (end.lane.queue or end.lane.shelf))
+            if self.seats[pool]
+            or (pool not in self.leaves_alone and (end.lane.queue or end.lane.shelf))
         ]
 
     def read_lane(self, pool: str) -> None:
@@ -387,14 +411,20 @@ class Broker:
 
     def _check_grant(self, session: bytes, grant: Grant | Moved) -> None:
         books = self.ledger._slots.sessions
-        assert grant.token in self.granted or not books[session].pool.paused, f"{grant.token}: its pool is paused"
+        assert grant.token in self.granted or not books[session].pool.paused, (
+            f"{grant.token}: its pool is paused"
+        )
         receiver = self.granted.setdefault(grant.token, (session, grant.request))
         assert receiver == (session, grant.request), f"{grant.token} was granted twice"
         for arrivals in self.arrivals.values():
             if (session, grant.request) in arrivals:
                 ahead = arrivals[: arrivals.index((session, grant.request))]
-                overtaken = [each for each in ahead if self.queued(*each) and not books[each[0]].pool.paused]
-                assert not (self.world.in_order and overtaken), f"{overtaken} came before {session!r}"
+                overtaken = [
+                    each for each in ahead if self.queued(*each) and not books[each[0]].pool.paused
+                ]
+                assert not (self.world.in_order and overtaken), (
+                    f"{overtaken} came before {session!r}"
+                )
                 arrivals.remove((session, grant.request))
 
     def queued(self, session: bytes, request: int) -> bool:
@@ -410,7 +440,9 @@ class Broker:
             process = self.world.process_of[session]
         if isinstance(message, Acquire):
             self._note_arrival(session, message)
-        self.execute(self.ledger.handle(session, decode_to_broker(encode(message)), self.world.now, process))
+        self.execute(
+            self.ledger.handle(session, decode_to_broker(encode(message)), self.world.now, process)
+        )
 
     def _note_arrival(self, session: bytes, message: Acquire) -> None:
         if message.wait_ms and not self.queued(session, message.request):
@@ -441,7 +473,9 @@ class Broker:
                     self._let_in(order)
             case _:
                 assert not isinstance(message, Leave)
-                self.execute(self.ledger.joined(message.session, now, takes_part=message.takes_part))
+                self.execute(
+                    self.ledger.joined(message.session, now, takes_part=message.takes_part)
+                )
 
     def hang_up(self, wire: Wire) -> None:
         """Close a line to the desk."""
@@ -476,7 +510,11 @@ class Broker:
     @property
     def endings(self) -> list[Token]:
         """What `see` can see."""
-        return [token for token, proc in self.custody.items() if proc.dead or (proc.cut and self.world.proxied)]
+        return [
+            token
+            for token, proc in self.custody.items()
+            if proc.dead or (proc.cut and self.world.proxied)
+        ]
 
     def notice_death(self, session: bytes) -> None:
         """A pidfd fires: told after what has been read already."""
@@ -486,7 +524,11 @@ class Broker:
     @property
     def deaths(self) -> list[bytes]:
         """The sessions whose pidfds have fired."""
-        return [session for session, process in self.watched.items() if process not in self.world.processes]
+        return [
+            session
+            for session, process in self.watched.items()
+            if process not in self.world.processes
+        ]
 
     def hear_word(self) -> None:
         self.execute(self.words.popleft()(self.ledger, self.world.now))
@@ -547,7 +589,9 @@ class Broker:
         if proc is not None and proc.busy and not order.trial:
             lease = self.ledger._slots.leases.get(order.token)
             assert lease is not None, f"a cancel for {order.token} hits another lease's query"
-            assert lease.session.id in proc.workers or not proc.workers, "a cancel hits another worker's query"
+            assert lease.session.id in proc.workers or not proc.workers, (
+                "a cancel hits another worker's query"
+            )
             proc.busy = False
         sent = None if proc is None else order.backend.pid % 5 > 0  # to some it may not
         self.words.append(lambda ledger, now: ledger.query_cancelled(order, sent, now))
@@ -556,7 +600,9 @@ class Broker:
         self.doubts.popleft()
         before = self.boot
         same = self.reach_server() and before == self.boot
-        self.words.append(lambda ledger, now: ledger.server_verified(doubt.pool, doubt.generation, same, now))
+        self.words.append(
+            lambda ledger, now: ledger.server_verified(doubt.pool, doubt.generation, same, now)
+        )
 
     def _survey(self, look: SurveyServer) -> None:
         self.looks.popleft()

@@ -96,7 +96,10 @@ class AtTheDesk:
     def welcome_at_desk(self, handover: bool) -> None:
         """Take part in the hand-over, if it can be; hand in all sockets."""
         self.hands_over = handover and self.handover and self.desk is not None
-        self.cache.time_slice.slice_s, self.cache.time_slice.hands_over = self.slice_s, self.hands_over
+        self.cache.time_slice.slice_s, self.cache.time_slice.hands_over = (
+            self.slice_s,
+            self.hands_over,
+        )
         for lease in self.cache.leases.values():
             lease.deposited = False
         self.deposit_all()
@@ -146,7 +149,9 @@ class AtTheDesk:
         assert lease.backend is not None
         left_s = lease.retire_at - self.world.now
         left_ms = None if left_s == float("inf") else max(0, int(left_s * 1000))
-        giving = Giving(closing, conn, Live(lease.backend, lease.generation, b"parameters", left_ms))
+        giving = Giving(
+            closing, conn, Live(lease.backend, lease.generation, b"parameters", left_ms)
+        )
         conn.vacated = True
         self.giving.append(giving)
         return giving

@@ -156,7 +156,11 @@ class End:
         ticket = self.next_ticket()
         while ticket is not None:
             yield
-            if (yield from self._send(item, ticket.request, ticket.number, (ticket.number, ticket.place))):
+            if (
+                yield from self._send(
+                    item, ticket.request, ticket.number, (ticket.number, ticket.place)
+                )
+            ):
                 return True
             ticket = self.next_ticket()
         return False
@@ -164,13 +168,19 @@ class End:
     def _shelve(self, item: Item) -> Generator[None, None, bool]:
         return (yield from self._send(item, 0, SHELF, None))
 
-    def _send(self, item: Item, request: int, holder: int, seat: tuple[int, int] | None) -> Generator[None, None, bool]:
+    def _send(
+        self, item: Item, request: int, holder: int, seat: tuple[int, int] | None
+    ) -> Generator[None, None, bool]:
         if not self.open or not self.board.has(item.cell, item.token):
             return False
         moves = self.board.set_holder(item.cell, holder)
         yield
         message = decode_moved(encode(Moved(request, item.token, item.cell, moves, item.live)))
-        box, room = (self.lane.shelf, SHELF_ROOM) if seat is None else (self.lane.seats.get(seat), SEAT_ROOM)
+        box, room = (
+            (self.lane.shelf, SHELF_ROOM)
+            if seat is None
+            else (self.lane.seats.get(seat), SEAT_ROOM)
+        )
         if not self.open or box is None or len(box) >= room:
             self.board.set_holder(item.cell, self.number)
             return False
@@ -208,7 +218,10 @@ class End:
         assert isinstance(moved, Moved)
         assert proc is not None
         assert moved.live.backend == proc.backend, "a socket and a word of two different backends"
-        fits = self.board.has(moved.cell, moved.token) and moved.live.generation == self.board.generation
+        fits = (
+            self.board.has(moved.cell, moved.token)
+            and moved.live.generation == self.board.generation
+        )
         if (fits or moved.passed is not None) and not self._lacks():
             proc.holders.add(grip)
             return moved, proc

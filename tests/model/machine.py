@@ -46,7 +46,11 @@ picks = st.integers(0, 1023)
 def some(attribute: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Allow a step only when an awake worker has something in `attribute`: no steps are wasted."""
     return precondition(
-        lambda self: any(getattr(worker, attribute) for worker in self.world.workers.values() if not worker.frozen)
+        lambda self: any(
+            getattr(worker, attribute)
+            for worker in self.world.workers.values()
+            if not worker.frozen
+        )
     )
 
 
@@ -81,7 +85,11 @@ class GoodNetwork(RuleBasedStateMachine):
 
     def one(self, pick: int, having: str = "") -> tuple[Worker, int]:
         """Choose a worker that is not frozen and has something in its attribute `having`; and the rest of `pick`."""
-        found = [w for w in self.world.workers.values() if not w.frozen and (not having or getattr(w, having))]
+        found = [
+            w
+            for w in self.world.workers.values()
+            if not w.frozen and (not having or getattr(w, having))
+        ]
         return found[pick % len(found)], pick // len(found)
 
     def line(self, pick: int, way: str) -> tuple[Line, int] | None:
@@ -201,7 +209,9 @@ class GoodNetwork(RuleBasedStateMachine):
     def finish_close(self, pick: int) -> None:
         worker, pick = self.one(pick, "closing")
         closing, conn = worker.closing[pick % len(worker.closing)]
-        worker.finish_close(closing, conn, seen=pick // 8 % 4 != 0, fit=pick // 32 % 8 != 7, halt=2 - pick // 4 % 3)
+        worker.finish_close(
+            closing, conn, seen=pick // 8 % 4 != 0, fit=pick // 32 % 8 != 7, halt=2 - pick // 4 % 3
+        )
 
     @precondition(lambda self: self.world.proxied and self.world.server.procs)
     @rule(pick=picks)
@@ -256,7 +266,9 @@ class GoodNetwork(RuleBasedStateMachine):
                     holder.checkin(holder.users[0])
                 elif pick % 8:
                     closing, conn = holder.closing[0]
-                    holder.finish_close(closing, conn, seen=True, halt=2 if pick % 9 else pick // 9 % 2)
+                    holder.finish_close(
+                        closing, conn, seen=True, halt=2 if pick % 9 else pick // 9 % 2
+                    )
             if pick % 7:
                 for wire in list(world.network.wires):
                     while wire.up and not wire.torn:
@@ -333,7 +345,9 @@ class GoodNetwork(RuleBasedStateMachine):
             broker.order(Order(0, OrderKind.RESUME))
             broker.restore_limits()
         for worker in list(world.workers.values()):  # who cannot take part halts it
-            if worker.pool == "a" and (not worker.handover or worker.remote or worker.frozen or worker.broken_shells):
+            if worker.pool == "a" and (
+                not worker.handover or worker.remote or worker.frozen or worker.broken_shells
+            ):
                 world.die(worker)
         while sum(worker.pool == "a" for worker in world.awake) < 3:
             world.start("a")
@@ -362,7 +376,9 @@ class GoodNetwork(RuleBasedStateMachine):
         assert broker is not None
         broker.fuse = None
         pool = broker.ledger._slots.pools.get("a")
-        if broker.ledger._scheduler.holding_back or (pool is not None and pool.suspects and turn % 4 == 1):
+        if broker.ledger._scheduler.holding_back or (
+            pool is not None and pool.suspects and turn % 4 == 1
+        ):
             world.pass_long(TTL_S + 1)
         elif pool is not None and pool.cancel_works is False:
             world.kill_broker(0)
@@ -413,7 +429,9 @@ class GoodNetwork(RuleBasedStateMachine):
         world.kill_broker(pick // 4)
         worker.line.down.clear()
         world.start_broker()
-        for _ in range(4 if pick // 4 % 4 else 0):  # nobody else waits any more: that would make another lane
+        for _ in range(
+            4 if pick // 4 % 4 else 0
+        ):  # nobody else waits any more: that would make another lane
             world.pass_time(1.1)
             quiesce(world)
             for holder in world.awake:
@@ -552,7 +570,11 @@ class GoodNetwork(RuleBasedStateMachine):
             return
         self.world.die(worker)
 
-    @precondition(lambda self: len(self.world.awake) > 2 and any(worker.opening for worker in self.world.awake))
+    @precondition(
+        lambda self: (
+            len(self.world.awake) > 2 and any(worker.opening for worker in self.world.awake)
+        )
+    )
     @rule(pick=picks)
     def die_in_a_connect(self, pick: int) -> None:
         """Its backend starts up, and nobody has heard of it; what waits for the slot is served when that is over."""
@@ -744,13 +766,21 @@ class GoodNetwork(RuleBasedStateMachine):
     def quiet_moment(self) -> None:
         world = self.world
         quiesce(world)
-        for _ in range(2):  # who keeps a connection for its slice is asked by then, if pressed only after the first
+        for _ in range(
+            2
+        ):  # who keeps a connection for its slice is asked by then, if pressed only after the first
             world.pass_time(1.1 * NUDGE_S)
             quiesce(world)
         books = None if world.broker is None else world.broker.ledger._slots
         pools = [] if books is None else books.contended.values()
-        if any(holder.nudge_at > world.now for pool in pools for holder in pool.asked_to_return.values()):
-            world.pass_time(NUDGE_LIMIT_S)  # it was asked in vain before, and is asked again by then
+        if any(
+            holder.nudge_at > world.now
+            for pool in pools
+            for holder in pool.asked_to_return.values()
+        ):
+            world.pass_time(
+                NUDGE_LIMIT_S
+            )  # it was asked in vain before, and is asked again by then
             quiesce(world)
         for _ in range(
             3 if self._is_moving or any(worker.threads for worker in world.awake) else 0

@@ -213,7 +213,9 @@ class InTheLane(AtTheDesk):
         if end is None:
             return
         seats, self.seats, self.free_seats, self.unused = self.seats, [], [], []
-        while former_brokers and (got := run(end.take(self.stray)) or self._read(seats)) is not None:
+        while (
+            former_brokers and (got := run(end.take(self.stray)) or self._read(seats)) is not None
+        ):
             live = structs.replace(got[0].live, generation=self.cache.generation)
             self._take_stray((structs.replace(got[0], live=live), got[1]))
         for seat in seats:
@@ -348,9 +350,15 @@ class InTheLane(AtTheDesk):
         self.tickets.append(ticket)
         seat = self._take_seat()
         in_lane = bool(wait_s) and seat is not None and seat.bound and seat.end.board.moving
-        if not in_lane and not wait_s and any(held.phase is Phase.CLOSING for held in cache.leases.values()):
+        if (
+            not in_lane
+            and not wait_s
+            and any(held.phase is Phase.CLOSING for held in cache.leases.values())
+        ):
             cache.outbox.append(cache.renewal(now, {}))
-        cache.waiters.enqueue(ticket, wait_s, place=-1 if seat is None else seat.place, in_lane=in_lane)
+        cache.waiters.enqueue(
+            ticket, wait_s, place=-1 if seat is None else seat.place, in_lane=in_lane
+        )
         self.patience[ticket.request] = wait_s > 0
         if seat is not None:
             self._start(ticket, seat, now + wait_s)
@@ -433,7 +441,12 @@ class InTheLane(AtTheDesk):
             moved.live.generation,
             moved.live,
         )
-        lease.cell, lease.moves, lease.deposited, lease.movable = moved.cell, moved.moves, True, True
+        lease.cell, lease.moves, lease.deposited, lease.movable = (
+            moved.cell,
+            moved.moves,
+            True,
+            True,
+        )
         lease.phase, lease.ref = Phase.IN_USE, weakref.ref(conn)
         conn.lease = lease
         cache.leases[moved.token] = lease
@@ -486,7 +499,12 @@ class InTheLane(AtTheDesk):
         seat.settled = seat.settled and ticket.broker_is_done
         self._put_seat(seat)
         lease = ticket.lease
-        if ticket in self.tickets and lease is not None and lease.conn is None and lease not in self.connecting:
+        if (
+            ticket in self.tickets
+            and lease is not None
+            and lease.conn is None
+            and lease not in self.connecting
+        ):
             self.connecting.append(lease)
 
     def _stand_up(self, thread: Thread, ticket: Waiter, now: float) -> None:
@@ -571,7 +589,13 @@ class InTheLane(AtTheDesk):
     def may_move(self, closing: Closing, conn: Conn) -> bool:
         """`LocalPool._may_give`, of what is given while connections move."""
         lease, end = closing.lease, self.end
-        if not self.hands_over or not conn.movable or not lease.deposited or lease.backend is None or not conn.works:
+        if (
+            not self.hands_over
+            or not conn.movable
+            or not lease.deposited
+            or lease.backend is None
+            or not conn.works
+        ):
             return False
         if end is None or not end.open or lease.cancelled:
             return False
@@ -594,7 +618,12 @@ class InTheLane(AtTheDesk):
             lease.conn, lease.phase, lease.since = conn, Phase.IDLE, now
             cache.idle.append(lease)
             return True
-        if lease.cancelled or not (lease.deposited and lease.movable) or cache.waiting or now >= lease.retire_at:
+        if (
+            lease.cancelled
+            or not (lease.deposited and lease.movable)
+            or cache.waiting
+            or now >= lease.retire_at
+        ):
             return False
         if cache.leases.get(lease.token) is not lease or lease.generation != end.board.generation:
             return False
@@ -613,7 +642,11 @@ class InTheLane(AtTheDesk):
         assert not proc.busy, "a reset in the middle of a query"
         assert lease.backend is not None
         assert self.end is not None
-        left = None if lease.retire_at == float("inf") else max(0, int((lease.retire_at - self.world.now) * 1000))
+        left = (
+            None
+            if lease.retire_at == float("inf")
+            else max(0, int((lease.retire_at - self.world.now) * 1000))
+        )
         live = Live(lease.backend, lease.generation, b"parameters", left)
         giving = LaneGiving(closing, conn, live, Grip(self.id))  # its witness
         conn.vacated = True
@@ -656,7 +689,9 @@ class InTheLane(AtTheDesk):
 
     def die_in_lane(self) -> None:
         for proc in self.world.server.procs:
-            proc.holders -= {x for x in proc.holders if isinstance(x, Grip) and x.process == self.id}
+            proc.holders -= {
+                x for x in proc.holders if isinstance(x, Grip) and x.process == self.id
+            }
         self.threads.clear()
         self.lane_giving.clear()
         if self.end is not None:

@@ -130,7 +130,12 @@ class Network:
         wire.tear()
 
     def _ways(self) -> list[tuple[Line, str]]:
-        return [(line, way) for line in self.lines.values() for way in ("up", "down") if getattr(line, way)]
+        return [
+            (line, way)
+            for line in self.lines.values()
+            for way in ("up", "down")
+            if getattr(line, way)
+        ]
 
     @property
     def busy(self) -> bool:

@@ -25,14 +25,23 @@ def check(world: World) -> None:
         _check_covered(world, proc)
         assert len(proc.workers) <= 1, f"{proc!r} is in the hands of {proc.workers}"
     for name, limit in LIMITS.items():
-        assert counts[name] <= limit, f"{counts[name]} backends in pool {name}, limit {limit}: {world.server.procs}"
+        assert counts[name] <= limit, (
+            f"{counts[name]} backends in pool {name}, limit {limit}: {world.server.procs}"
+        )
     if world.cap is not None:
-        assert sum(counts.values()) <= world.cap, f"more backends than {world.cap}: {world.server.procs}"
+        assert sum(counts.values()) <= world.cap, (
+            f"more backends than {world.cap}: {world.server.procs}"
+        )
     for group, terms in world.groups.items():
         count = sum(counts[name] for name in LIMITS if world.group_of[name] == group)
-        assert terms.max_conn is None or count <= terms.max_conn, f"{count} backends in group {group}"
+        assert terms.max_conn is None or count <= terms.max_conn, (
+            f"{count} backends in group {group}"
+        )
     hands = [
-        thread.hand[1] for worker in world.workers.values() for thread in worker.threads if thread.hand is not None
+        thread.hand[1]
+        for worker in world.workers.values()
+        for thread in worker.threads
+        if thread.hand is not None
     ]
     assert len(hands) == len(set(hands)), "two threads have taken one socket"
     assert not any(proc.workers for proc in hands), "a thread has taken a socket that a worker has"
@@ -88,7 +97,9 @@ def _check_worker(worker: Worker) -> None:
     owners += [opening.lease for opening in worker.opening]
     owners += worker.connecting
     owners += [
-        x.lease for x in worker.tickets if x.lease is not None and (x.lease.conn is not None or worker.waits_in_lane(x))
+        x.lease
+        for x in worker.tickets
+        if x.lease is not None and (x.lease.conn is not None or worker.waits_in_lane(x))
     ]
     owners += [x.lease for x in worker.abandoned if x.lease is not None and x.lease.conn is None]
     assert len(owners) == len(set(owners)), f"{worker}: a lease has two owners"
@@ -107,7 +118,12 @@ def quiesce(world: World) -> None:
         steps = any([_settle_broker(world), _settle_server(world), _settle_workers(world)])
         check(world)
         broker = world.broker
-        if broker is not None and world.server.up and broker.ledger._leases.quarantine and looks < 5:
+        if (
+            broker is not None
+            and world.server.up
+            and broker.ledger._leases.quarantine
+            and looks < 5
+        ):
             looks += 1  # a frozen worker's connection, of which nobody has heard, may keep it occupied for longer
             world.pass_time(SETTLE_S + 0.001)
         elif not steps and not _moving(world):
@@ -119,7 +135,9 @@ def _moving(world: World) -> bool:
     if any(worker.line.down or worker.readable or worker.seat_news for worker in world.awake):
         return True
     network = world.network
-    moving = any(line.up for line in network.lines.values()) or any(wire.ready for wire in network.wires)
+    moving = any(line.up for line in network.lines.values()) or any(
+        wire.ready for wire in network.wires
+    )
     return world.broker is not None and moving
 
 
@@ -215,7 +233,9 @@ def check_nobody_waits_in_vain(world: World) -> None:
     assert broker is not None
     books = broker.ledger._slots
     # A holder that was killed on another host is waited for, for a moment.
-    deaf = any(not session.silent and id not in world.workers for id, session in books.sessions.items())
+    deaf = any(
+        not session.silent and id not in world.workers for id, session in books.sessions.items()
+    )
     for worker in world.workers.values():
         for thread in worker.threads:
             if thread.ticket is None or thread.ticket.only_in_lane:
@@ -227,7 +247,9 @@ def check_nobody_waits_in_vain(world: World) -> None:
             own = books.sessions.get(worker.id)
             if not worker.established or own is None or own.silent or own.restored:
                 continue  # it has not noticed yet that its broker is another, or that it was given up
-            assert deaf or worker.patience[ticket.request], "a caller that does not wait has no answer"
+            assert deaf or worker.patience[ticket.request], (
+                "a caller that does not wait has no answer"
+            )
             if ticket.request in own.granted:
                 continue  # overtaken by a newer one after a HELLO, it counts as lost: the next heartbeat tells
             assert broker.queued(worker.id, ticket.request), "a ticket that is in no queue"
@@ -259,7 +281,9 @@ def _check_lane(world: World, broker: Broker, worker: Worker, thread: Thread) ->
     assert lane is broker.lanes[worker.pool].lane, f"{worker} waits in a former lane"
     assert lane.board.moving, f"{worker} waits in the lane although it is halted"
     assert not lane.shelf, f"{worker} waits, and something is on the shelf"
-    assert pool.room <= 0 or books.available(pool) <= 0, f"{worker} waits in the lane, and a slot is free"
+    assert pool.room <= 0 or books.available(pool) <= 0, (
+        f"{worker} waits in the lane, and a slot is free"
+    )
     for other in world.workers.values():
         known = books.sessions.get(other.id)
         if other.pool == worker.pool and known is not None and not known.silent:
@@ -309,7 +333,9 @@ def heal(world: World) -> None:
     # What was granted to those who are dead, or gone without a word, on other hosts is free by then.
     world.pass_long(START_UP_LIMIT_S)
     quiesce(world)
-    for _ in range(20 + sum(len(worker.tickets) + len(worker.threads) for worker in world.workers.values())):
+    for _ in range(
+        20 + sum(len(worker.tickets) + len(worker.threads) for worker in world.workers.values())
+    ):
         for worker in list(world.workers.values()):
             worker.beat()
         quiesce(world)
@@ -318,9 +344,15 @@ def heal(world: World) -> None:
                 worker.checkin(conn)
         quiesce(world)
         let_pass(world, 1.0)
-        if not any(worker.tickets or worker.users or worker.threads for worker in world.workers.values()):
+        if not any(
+            worker.tickets or worker.users or worker.threads for worker in world.workers.values()
+        ):
             return
-    waiting = {x.id: (len(x.tickets), len(x.threads)) for x in world.workers.values() if x.tickets or x.threads}
+    waiting = {
+        x.id: (len(x.tickets), len(x.threads))
+        for x in world.workers.values()
+        if x.tickets or x.threads
+    }
     raise AssertionError(f"still waiting although everything was checked in: {waiting}")
 
 
@@ -349,7 +381,9 @@ def check_all_slots_can_be_had(world: World) -> None:
     for name in LIMITS:
         worker = world.start(name)
         if name == "a":
-            quiesce(world)  # so that it waits in the lane, where there is a hand-over; in the other pool it does not
+            quiesce(
+                world
+            )  # so that it waits in the lane, where there is a hand-over; in the other pool it does not
         count = max(0, _limit(world, name))
         for _ in range(2 * count + 1):
             for _ in range(count - len(worker.users) - len(worker.tickets)):
@@ -358,8 +392,13 @@ def check_all_slots_can_be_had(world: World) -> None:
             if len(worker.users) >= count:
                 break
             world.pass_time(1.0)  # connects failed: a probe a second, perhaps
-        held = [(str(x.token), x.state.value, x.session.label) for x in broker.ledger._slots.leases.values()]
-        assert len(worker.users) >= count, f"{len(worker.users)} of {count} slots of {name} can be had: {held}"
+        held = [
+            (str(x.token), x.state.value, x.session.label)
+            for x in broker.ledger._slots.leases.values()
+        ]
+        assert len(worker.users) >= count, (
+            f"{len(worker.users)} of {count} slots of {name} can be had: {held}"
+        )
         for conn in list(worker.users):
             worker.checkin(conn)
         quiesce(world)

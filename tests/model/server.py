@@ -81,7 +81,9 @@ class Server:
         self.procs: list[Proc] = []
         self._serial = 0
 
-    def connect(self, pool: str, tag: str, owner: bytes, token: Token, now: float = 0.0) -> Proc | None:
+    def connect(
+        self, pool: str, tag: str, owner: bytes, token: Token, now: float = 0.0
+    ) -> Proc | None:
         """Begin a connect; None when it is refused at once."""
         if not self.up:
             return None
@@ -125,7 +127,10 @@ class Server:
 
     def find(self, backend: Backend) -> Proc | None:
         """Return the living backend."""
-        return next((proc for proc in self.procs if proc.backend == backend and proc.stage is Stage.OPEN), None)
+        return next(
+            (proc for proc in self.procs if proc.backend == backend and proc.stage is Stage.OPEN),
+            None,
+        )
 
     def end(self, proc: Proc) -> None:
         """A backend exits."""

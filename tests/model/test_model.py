@@ -31,7 +31,10 @@ STEPS = 200
 PARTS = 8
 # In all at least 70,000 steps that did something, of both machines: some 100,000 as a rule.
 FEWEST_STEPS = 70_000 / (2 * PARTS)
-FEWEST_MOVES, FEWEST_PASSES = 5, 5  # in the lane, and by the broker, in each part: as a rule some hundred
+FEWEST_MOVES, FEWEST_PASSES = (
+    5,
+    5,
+)  # in the lane, and by the broker, in each part: as a rule some hundred
 PROFILE = settings(
     max_examples=EXAMPLES,
     stateful_step_count=STEPS,
@@ -48,7 +51,9 @@ PROFILE = settings(
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("machine", [GoodNetwork, BadNetwork])
 def test_model(machine: type[GoodNetwork], part: int) -> None:
-    machine = type(f"{machine.__name__}{part}", (machine,), {"steps": 0, "moved": 0, "passed": 0, "lost": 0})
+    machine = type(
+        f"{machine.__name__}{part}", (machine,), {"steps": 0, "moved": 0, "passed": 0, "lost": 0}
+    )
     number = SEED * 100 + part
     try:
         run_state_machine_as_test(seed(number)(machine), settings=PROFILE)

@@ -57,7 +57,9 @@ class Opening:
 class Worker(InTheLane):
     """One process with one pool, any number of threads, and a link. `remote`: on another host than the broker."""
 
-    def __init__(self, world: World, number: int, pool: str, *, remote: bool, handover: bool) -> None:
+    def __init__(
+        self, world: World, number: int, pool: str, *, remote: bool, handover: bool
+    ) -> None:
         # Some keep what others want for longer than a holder is left alone (`NUDGE_S`).
         super().__init__(handover=handover, slice_s=(0.002, 0.05, 0.0)[number % 3])
         self.world = world
@@ -70,7 +72,9 @@ class Worker(InTheLane):
         self.established = False
         self.epoch = 0
         self.frozen = False
-        self.shares_line = number % 3 == 0 and not remote  # with another pool of its process, which says HELLO first
+        self.shares_line = (
+            number % 3 == 0 and not remote
+        )  # with another pool of its process, which says HELLO first
         self.most_seats = (PLACES, 2, PLACES, 1)[number % 4]
         self.joined_epoch = 0  # whose lane it may be in
         self.tag = ""
@@ -95,7 +99,9 @@ class Worker(InTheLane):
         self.note_arrivals()
         leases, seen, first = self.cache.register(now, {})
         expiration_ms, group = int(EXPIRATION_S * 1000), self.world.group_of.get(self.pool, "")
-        spec = PoolSpec(self.pool, LIMITS[self.pool], expiration_ms, 0, "", MAX_WAITING[self.pool], group)
+        spec = PoolSpec(
+            self.pool, LIMITS[self.pool], expiration_ms, 0, "", MAX_WAITING[self.pool], group
+        )
         host = "elsewhere" if self.remote else "here"
         told = (self.process.pid, host, self.id.decode(), spec, leases, seen)
         self.line.up.append(Hello(PROTOCOL_VERSION, *told, first=first))
@@ -148,7 +154,9 @@ class Worker(InTheLane):
             self.cache.outbox.append(self.cache.renewal(now, {}))
             self.deposit_all()
             begun = {x.lease for x in unfinished(self.cache.leases.values(), now)}
-            assert not begun & {giving.closing.lease for giving in [*self.giving, *self.lane_giving]}
+            assert not begun & {
+                giving.closing.lease for giving in [*self.giving, *self.lane_giving]
+            }
             self.flush()
 
     def flush(self) -> None:
@@ -175,7 +183,9 @@ class Worker(InTheLane):
             self.look_in_lane()
         match message:
             case Welcome():
-                self._to_close(cache.welcomed(message.epoch, message.generation, now, message.served))
+                self._to_close(
+                    cache.welcomed(message.epoch, message.generation, now, message.served)
+                )
                 cache.connects_within_s = message.ttl_ms / 1000
                 self.tag = message.tag
                 if message.epoch != self.joined_epoch:
@@ -220,7 +230,9 @@ class Worker(InTheLane):
                 self.cache.report_failover_sign(lease, "")
             if lease is not None and isinstance(lease.conn, Conn):
                 proc = lease.conn.proc
-                assert proc.dead or self.world.proxied, f"GONE names {lease.token}, whose backend lives"
+                assert proc.dead or self.world.proxied, (
+                    f"GONE names {lease.token}, whose backend lives"
+                )
                 lease.conn.closed = proc.cut = True
 
     # --- threads: checkout
@@ -260,7 +272,9 @@ class Worker(InTheLane):
         assert conn.lease is None, "a connection in two checkouts"
         assert conn not in self.users, "a connection in two checkouts"
         assert not conn.vacated, "a connection that was given is lent out"
-        assert conn.proc.dead or conn.proc.cut or not conn.proc.dirty, "a connection with an open transaction is lent"
+        assert conn.proc.dead or conn.proc.cut or not conn.proc.dirty, (
+            "a connection with an open transaction is lent"
+        )
         lease.needs_configure = False
         lease.phase, lease.conn, conn.lease = Phase.IN_USE, None, lease
         self.users.append(conn)
@@ -284,7 +298,11 @@ class Worker(InTheLane):
         """Threads that were handed a connection take it."""
         for ticket in list(self.tickets):
             lease = ticket.lease
-            if lease is None or not isinstance(lease.conn, Conn) or lease.phase is not Phase.CONNECTING:
+            if (
+                lease is None
+                or not isinstance(lease.conn, Conn)
+                or lease.phase is not Phase.CONNECTING
+            ):
                 continue
             if ticket in self.quitting or ticket in self.abandoned or self.waits_in_lane(ticket):
                 continue  # its thread is not there yet, or any more
@@ -294,7 +312,9 @@ class Worker(InTheLane):
                 self._discard_dead(lease, lease.conn)
                 self.go_the_long_way(Waiter(_nobody, self.world.now), self.world.now + 60.0)
             elif lease.needs_configure and configure_fails:
-                self._to_close([self.cache.close(lease, lease.conn, ReleaseReason.BROKEN, self.world.now)])
+                self._to_close(
+                    [self.cache.close(lease, lease.conn, ReleaseReason.BROKEN, self.world.now)]
+                )
             else:
                 self._hand_out(lease, lease.conn)
 
@@ -340,21 +360,33 @@ class Worker(InTheLane):
         """A connect fails: the server refuses ("full": everybody, "password": this worker), or there is no answer."""
         self.opening.remove(opening)
         if opening.proc.dead:
-            self._give_back(opening.lease, gone=False, closed=True, error="the server has gone", unreachable=True)
+            self._give_back(
+                opening.lease,
+                gone=False,
+                closed=True,
+                error="the server has gone",
+                unreachable=True,
+            )
         elif how == "timeout":
             opening.proc.holders.discard(self.id)
             self._give_back(opening.lease, gone=False, error="timeout expired", unreachable=True)
         else:
             self.world.server.end(opening.proc)
             self._give_back(
-                opening.lease, gone=False, closed=True, error=how, code="53300" if how == "full" else "28P01"
+                opening.lease,
+                gone=False,
+                closed=True,
+                error=how,
+                code="53300" if how == "full" else "28P01",
             )
 
     def _give_back(
         self, lease: Lease, *, gone: bool, closed: bool = False, error: str = "", code: str = "",
         unreachable: bool = False, reason: ReleaseReason = ReleaseReason.FAILED,
     ) -> None:  # fmt: skip
-        self.cache.closed(lease, reason, gone=gone, closed=closed, error=error, code=code, unreachable=unreachable)
+        self.cache.closed(
+            lease, reason, gone=gone, closed=closed, error=error, code=code, unreachable=unreachable
+        )
         for ticket in [ticket for ticket in self.tickets if ticket.lease is lease]:
             self.tickets.remove(ticket)
             self.wake(self.cache.give_up(ticket, self.world.now))
@@ -423,7 +455,9 @@ class Worker(InTheLane):
             assert isinstance(each.lease.conn, Conn)
             self.closing.append((each, each.lease.conn))
 
-    def finish_close(self, closing: Closing, conn: Conn, *, seen: bool, fit: bool = True, halt: int = 2) -> None:
+    def finish_close(
+        self, closing: Closing, conn: Conn, *, seen: bool, fit: bool = True, halt: int = 2
+    ) -> None:
         """What is to be closed is given to others, if it may be, or its close is over.
 
         `seen`: the backend was seen to go, else it lives on for a while. `fit`: its reset succeeds. `halt`: the thread
@@ -477,8 +511,12 @@ class Worker(InTheLane):
             self._to_close([self.cache.close(conn.lease, conn, ReleaseReason.CLOSED, now)])
         self.users.clear()
         for ticket in self.tickets:
-            if ticket.lease is not None and isinstance(ticket.lease.conn, Conn):  # handed on, not yet taken
-                self._to_close([self.cache.close(ticket.lease, ticket.lease.conn, ReleaseReason.CLOSED, now)])
+            if ticket.lease is not None and isinstance(
+                ticket.lease.conn, Conn
+            ):  # handed on, not yet taken
+                self._to_close(
+                    [self.cache.close(ticket.lease, ticket.lease.conn, ReleaseReason.CLOSED, now)]
+                )
         for closing, conn in list(self.closing):
             conn.proc.busy = conn.proc.dirty = False
             self.finish_close(closing, conn, seen=True)
@@ -503,13 +541,19 @@ class Worker(InTheLane):
         self.leave_desk()
 
     def _say_given(self, closing: Closing, live: Live) -> bool:
-        return self.desk is not None and self.desk.say(Give(self.id, closing.lease.token, closing.reason, live))
+        return self.desk is not None and self.desk.say(
+            Give(self.id, closing.lease.token, closing.reason, live)
+        )
 
     @property
     def unconnected(self) -> dict[Token, bool]:
         """Leases without a connection, and whether their connects have begun."""
         begun = {opening.lease.token for opening in self.opening}
-        return {x.token: x.token in begun for x in self.cache.leases.values() if x.phase is Phase.CONNECTING}
+        return {
+            x.token: x.token in begun
+            for x in self.cache.leases.values()
+            if x.phase is Phase.CONNECTING
+        }
 
 
 def _nobody() -> None:

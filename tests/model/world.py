@@ -86,7 +86,11 @@ class World:
             if known is not None and not known.restored:
                 continue
             self.excused.update(token for token, begun in worker.unconnected.items() if not begun)
-            late = (message for line, way, message in self.network.limbo if line is worker.line and way == "down")
+            late = (
+                message
+                for line, way, message in self.network.limbo
+                if line is worker.line and way == "down"
+            )
             for message in itertools.chain(worker.line.down, late):
                 if isinstance(message, Grant):
                     self.excused.add(message.token)
@@ -94,7 +98,12 @@ class World:
     # --- processes
 
     def start(
-        self, pool: str, *, remote: bool = False, handover: bool = True, shares_line: bool | None = None
+        self,
+        pool: str,
+        *,
+        remote: bool = False,
+        handover: bool = True,
+        shares_line: bool | None = None,
     ) -> Worker:
         worker = Worker(self, next(self._numbers), pool, remote=remote, handover=handover)
         if shares_line is not None:

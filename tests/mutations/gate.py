@@ -66,7 +66,13 @@ MUTANTS = (
     ),
     Mutant(
         "a worker's cut forges the evidence",
-        (("sharedpool/worker/connection/closing.py", ".shutdown(socket.SHUT_WR)", ".shutdown(socket.SHUT_RDWR)"),),
+        (
+            (
+                "sharedpool/worker/connection/closing.py",
+                ".shutdown(socket.SHUT_WR)",
+                ".shutdown(socket.SHUT_RDWR)",
+            ),
+        ),
         ("tests/integration/test_evidence.py", "-k", "query"),
     ),
     Mutant(
@@ -120,7 +126,13 @@ MUTANTS = (
     ),
     Mutant(
         "no lock file",
-        (("sharedpool/discovery/lock_file.py", "while not _try_lock(fd, fcntl.LOCK_EX):", "while False:"),),
+        (
+            (
+                "sharedpool/discovery/lock_file.py",
+                "while not _try_lock(fd, fcntl.LOCK_EX):",
+                "while False:",
+            ),
+        ),
         ("tests/faults", "-k", "second"),
     ),
     Mutant(
@@ -138,7 +150,9 @@ MUTANTS = (
             ),
             (
                 "sharedpool/broker/core/slots.py",
-                ("            self.mark_returns_due(session, session.returns_due)\n            self._record(lease)\n"),
+                (
+                    "            self.mark_returns_due(session, session.returns_due)\n            self._record(lease)\n"
+                ),
                 (
                     "            self.mark_returns_due(session, session.returns_due)\n"
                     "            self._record(lease)\n"
@@ -191,8 +205,16 @@ MUTANTS = (
     Mutant(
         "a worker takes in a former broker's grant",
         (
-            ("sharedpool/worker/core/cache.py", "if grant.token.epoch != self._epoch:", "if False:"),
-            ("sharedpool/worker/link/link.py", "        elif registration.established:\n", "        else:\n"),
+            (
+                "sharedpool/worker/core/cache.py",
+                "if grant.token.epoch != self._epoch:",
+                "if False:",
+            ),
+            (
+                "sharedpool/worker/link/link.py",
+                "        elif registration.established:\n",
+                "        else:\n",
+            ),
         ),
         ("tests/model", "tests/unit/test_cache.py"),
     ),
@@ -209,12 +231,24 @@ MUTANTS = (
     ),
     Mutant(
         "a connection is passed on with a cancel under way",
-        (("sharedpool/broker/core/handover.py", "lease.custody and not lease.cancels and", "lease.custody and"),),
+        (
+            (
+                "sharedpool/broker/core/handover.py",
+                "lease.custody and not lease.cancels and",
+                "lease.custody and",
+            ),
+        ),
         ("tests/model",),
     ),
     Mutant(
         "a paused pool goes on lending",
-        (("sharedpool/broker/core/records.py", "return 0 if self.paused else self.max_conn", "return self.max_conn"),),
+        (
+            (
+                "sharedpool/broker/core/records.py",
+                "return 0 if self.paused else self.max_conn",
+                "return self.max_conn",
+            ),
+        ),
         ("tests/unit/test_admin.py",),
     ),
     Mutant(
@@ -230,7 +264,13 @@ MUTANTS = (
     ),
     Mutant(
         "connections of an unknown group count in none",
-        (("sharedpool/broker/core/records.py", " - sum(len(pool.leases) for pool in self.unknown)", ""),),
+        (
+            (
+                "sharedpool/broker/core/records.py",
+                " - sum(len(pool.leases) for pool in self.unknown)",
+                "",
+            ),
+        ),
         ("tests/unit/test_groups.py",),
     ),
     Mutant(
@@ -239,8 +279,9 @@ MUTANTS = (
             (
                 "sharedpool/worker/core/lease.py",
                 (
-                    "return not self.times_asked or (self.times_asked == 1 and (self.answered or "
-                    "self.denial is not None))"
+                    "return not self.times_asked or (\n"
+                    "            self.times_asked == 1 and (self.answered or self.denial is not None)\n"
+                    "        )"
                 ),
                 "return self.answered or self.denial is not None",
             ),
@@ -260,7 +301,13 @@ MUTANTS = (
     ),
     Mutant(
         "who was served in the lane stays in the broker's queue",
-        (("sharedpool/worker/core/waiters.py", "        if not waiter.broker_is_done:\n", "        if not waiter:\n"),),
+        (
+            (
+                "sharedpool/worker/core/waiters.py",
+                "        if not waiter.broker_is_done:\n",
+                "        if not waiter:\n",
+            ),
+        ),
         ("tests/unit/test_cache_handover.py", "-k", "served_by_either"),
     ),
     Mutant(
@@ -270,7 +317,13 @@ MUTANTS = (
     ),
     Mutant(
         "a waiter that is being let into the lane has its connection ended",
-        (("sharedpool/broker/core/handover.py", "if self.moves.may_reach(waiter, pool, now):", "if not waiter:"),),
+        (
+            (
+                "sharedpool/broker/core/handover.py",
+                "if self.moves.may_reach(waiter, pool, now):",
+                "if not waiter:",
+            ),
+        ),
         ("tests/unit/test_ledger_handover.py", "-k", "worth_a_moment"),
     ),
     Mutant(
@@ -280,7 +333,13 @@ MUTANTS = (
     ),
     Mutant(
         "who gives a connection claims it still",
-        (("sharedpool/worker/core/cache.py", "x.phase is Phase.CLOSING and x.conn is None}", "False}"),),
+        (
+            (
+                "sharedpool/worker/core/cache.py",
+                ("x.phase is Phase.CLOSING and x.conn is None\n        }"),
+                "False}",
+            ),
+        ),
         ("tests/unit/test_cache.py",),
     ),
     Mutant(
@@ -302,7 +361,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/broker/core/sessions.py",
-                "self._terms.handover and hello.pool.server == pool.spec.server",
+                ("self._terms.handover\n            and hello.pool.server == pool.spec.server"),
                 "self._terms.handover",
             ),
         ),
@@ -318,7 +377,10 @@ MUTANTS = (
         (
             (
                 "sharedpool/worker/connection/connection.py",
-                "self.closed == closed_flag.SHUT or (returned is not None and returned.phase is Phase.IDLE)",
+                (
+                    "self.closed == closed_flag.SHUT\n"
+                    "            or (returned is not None and returned.phase is Phase.IDLE)"
+                ),
                 "False",
             ),
         ),
@@ -326,7 +388,13 @@ MUTANTS = (
     ),
     Mutant(
         "a shell keeps the codec of its former session",
-        (("sharedpool/worker/connection/renewal.py", "return bool(shell.encoding == encoding) and ", "return "),),
+        (
+            (
+                "sharedpool/worker/connection/renewal.py",
+                "return bool(shell.encoding == encoding) and ",
+                "return ",
+            ),
+        ),
         ("tests/integration/test_shells.py", "-k", "codec"),
     ),
     Mutant(
@@ -334,8 +402,8 @@ MUTANTS = (
         (
             (
                 "sharedpool/worker/connection/handover.py",
-                "if not (self.are_known and shell.sharedpool_emptied) or ",
-                "if ",
+                "not (self.are_known and shell.sharedpool_emptied)\n            or ",
+                "",
             ),
         ),
         ("tests/integration/test_shells.py", "-k", "own_class"),
@@ -365,8 +433,16 @@ MUTANTS = (
     Mutant(
         "an object is used again whose libpq knows another session's parameters",
         (
-            ("sharedpool/worker/connection/handover.py", " or parameters != shell.sharedpool_made_with", ""),
-            ("sharedpool/worker/connection/handover.py", "if encoded != conn.sharedpool_made_with:", "if False:"),
+            (
+                "sharedpool/worker/connection/handover.py",
+                " or parameters != shell.sharedpool_made_with",
+                "",
+            ),
+            (
+                "sharedpool/worker/connection/handover.py",
+                "if encoded != conn.sharedpool_made_with:",
+                "if False:",
+            ),
         ),
         ("tests/integration/test_shells.py", "-k", "leaves_behind"),
     ),
@@ -383,7 +459,13 @@ MUTANTS = (
     ),
     Mutant(
         "a connection that was put back stays open to its user",
-        (("sharedpool/worker/pool.py", "                    pooled.sharedpool_closed_flag = SHUT\n", ""),),
+        (
+            (
+                "sharedpool/worker/pool.py",
+                "                    pooled.sharedpool_closed_flag = SHUT\n",
+                "",
+            ),
+        ),
         ("tests/integration/test_shells.py", "-k", "short_way"),
     ),
     Mutant(
@@ -399,7 +481,13 @@ MUTANTS = (
     ),
     Mutant(
         "who is refused may try again at once, again and again",
-        (("sharedpool/broker/core/scheduler.py", "if not self._refused_newcomer(waiter, now):", "if waiter.session:"),),
+        (
+            (
+                "sharedpool/broker/core/scheduler.py",
+                "if not self._refused_newcomer(waiter, now):",
+                "if waiter.session:",
+            ),
+        ),
         ("tests/unit/test_connect_refusals.py",),
     ),
     Mutant(
@@ -415,12 +503,24 @@ MUTANTS = (
     ),
     Mutant(
         "the application's log handlers run in the link's thread",
-        (("sharedpool/worker/logs.py", "        if not self.is_kept:\n", "        if self._logger:\n"),),
+        (
+            (
+                "sharedpool/worker/logs.py",
+                "        if not self.is_kept:\n",
+                "        if self._logger:\n",
+            ),
+        ),
         ("tests/unit/test_logs.py",),
     ),
     Mutant(
         "a refused connect's code is read where another server's text stands",
-        (("sharedpool/postgres/libpq.py", "_SQLSTATE_ALONE = 3  # PQERRORS_SQLSTATE", "_SQLSTATE_ALONE = 1"),),
+        (
+            (
+                "sharedpool/postgres/libpq.py",
+                "_SQLSTATE_ALONE = 3  # PQERRORS_SQLSTATE",
+                "_SQLSTATE_ALONE = 1",
+            ),
+        ),
         ("tests/integration/test_refused.py",),
     ),
     Mutant(
@@ -437,7 +537,11 @@ MUTANTS = (
     Mutant(
         "in the lane the board is written after the connection was sent",
         (
-            ("sharedpool/lane/lane.py", "moves = self.board.set_holder(item.cell, holder)  #", "moves = 0  #"),
+            (
+                "sharedpool/lane/lane.py",
+                "moves = self.board.set_holder(item.cell, holder)  #",
+                "moves = 0  #",
+            ),
             (
                 "sharedpool/lane/lane.py",
                 (
@@ -445,7 +549,9 @@ MUTANTS = (
                     "            return False\n"
                     "        return True\n"
                 ),
-                ("            return False\n        self.board.set_holder(item.cell, holder)\n        return True\n"),
+                (
+                    "            return False\n        self.board.set_holder(item.cell, holder)\n        return True\n"
+                ),
             ),
         ),
         ("tests/unit/test_lane_ends.py", "-k", "on_its_way"),
@@ -487,7 +593,9 @@ MUTANTS = (
         (
             (
                 "sharedpool/lane/lane.py",
-                ("            self.board.set_holder(item.cell, self.number)\n            return False\n"),
+                (
+                    "            self.board.set_holder(item.cell, self.number)\n            return False\n"
+                ),
                 "            return False\n",
             ),
         ),
@@ -550,17 +658,35 @@ MUTANTS = (
     ),
     Mutant(
         "what is on nobody's shelf is never ended",
-        (("sharedpool/broker/core/moves.py", 'self._leases.fence(lease, "it is on nobody\'s shelf", now)', "pass"),),
+        (
+            (
+                "sharedpool/broker/core/moves.py",
+                'self._leases.fence(lease, "it is on nobody\'s shelf", now)',
+                "pass",
+            ),
+        ),
         ("tests/unit/test_moves.py", "-k", "nobodys_shelf"),
     ),
     Mutant(
         "connections move again before the shelf was looked at",
-        (("sharedpool/broker/core/moves.py", "return pool.shelf is None or not any(", "return True or not any("),),
+        (
+            (
+                "sharedpool/broker/core/moves.py",
+                "return pool.shelf is None or not any(",
+                "return True or not any(",
+            ),
+        ),
         ("tests/unit/test_moves.py", "-k", "would_have_shelved"),
     ),
     Mutant(
         "a later broker does not know how often a lease has moved",
-        (("sharedpool/broker/core/recovery.py", ", granted_at=now, moves=entry.moves", ", granted_at=now"),),
+        (
+            (
+                "sharedpool/broker/core/recovery.py",
+                ", granted_at=now, moves=entry.moves",
+                ", granted_at=now",
+            ),
+        ),
         ("tests/unit/test_moves.py", "-k", "later_broker"),
     ),
     Mutant(
@@ -603,7 +729,13 @@ MUTANTS = (
     ),
     Mutant(
         "connections move past a slot that is free",
-        (("sharedpool/broker/core/moves.py", "if pool.room > 0 or pool.parked", "if pool.parked"),),
+        (
+            (
+                "sharedpool/broker/core/moves.py",
+                "pool.room > 0\n            or pool.parked",
+                "pool.parked",
+            ),
+        ),
         ("tests/unit/test_moves.py", "-k", "something_else and slot"),
     ),
     Mutant(
@@ -619,7 +751,13 @@ MUTANTS = (
     ),
     Mutant(
         "who waits in the lane is served before his turn",
-        (("sharedpool/worker/core/cache.py", "            if not waiter.only_in_lane:\n", "            if waiter:\n"),),
+        (
+            (
+                "sharedpool/worker/core/cache.py",
+                "            if not waiter.only_in_lane:\n",
+                "            if waiter:\n",
+            ),
+        ),
         ("tests/unit/test_cache_handover.py", "-k", "before_his_turn"),
     ),
 )
@@ -631,7 +769,9 @@ def plant(mutant: Mutant, tree: Path) -> None:
         path = tree / name
         text = path.read_text()
         if text.count(old) != 1:
-            raise SystemExit(f"{mutant.name}: {name} has {text.count(old)} places like {old!r}, not one")
+            raise SystemExit(
+                f"{mutant.name}: {name} has {text.count(old)} places like {old!r}, not one"
+            )
         path.write_text(text.replace(old, new))
 
 
@@ -643,7 +783,18 @@ def verdict(mutant: Mutant) -> tuple[bool, str]:
         shutil.copytree(ROOT, tree, ignore=ignored)
         plant(mutant, tree)
         environment = dict(os.environ, PYTHONPATH=str(tree), PYTHONDONTWRITEBYTECODE="1")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *mutant.tests]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-n",
+            "0",
+            "-p",
+            "no:cacheprovider",
+            *mutant.tests,
+        ]
         try:
             outcome = subprocess.run(
                 command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT_S
@@ -651,7 +802,9 @@ def verdict(mutant: Mutant) -> tuple[bool, str]:
         except subprocess.TimeoutExpired:
             return True, f"the tests did not end within {LIMIT_S} s"
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", outcome.stdout, re.MULTILINE)
-        return outcome.returncode == 1 and bool(failed), failed[0] if failed else outcome.stdout[-200:].strip()
+        return outcome.returncode == 1 and bool(failed), failed[0] if failed else outcome.stdout[
+            -200:
+        ].strip()
 
 
 def main() -> int:
@@ -659,7 +812,9 @@ def main() -> int:
     if "--list" in sys.argv:
         print("\n".join(mutant.name for mutant in MUTANTS))
         return 0
-    chosen = [m for m in MUTANTS if len(sys.argv) < 2 or any(word in m.name for word in sys.argv[1:])]
+    chosen = [
+        m for m in MUTANTS if len(sys.argv) < 2 or any(word in m.name for word in sys.argv[1:])
+    ]
     missed = 0
     for mutant in chosen:
         started = time.monotonic()

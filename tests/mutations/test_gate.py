@@ -14,4 +14,6 @@ def test_a_planted_bug_still_fits_the_code(mutant: Mutant, tmp_path: Path) -> No
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text((ROOT / name).read_text())
     plant(mutant, tmp_path)
-    assert all((tmp_path / name).read_text() != (ROOT / name).read_text() for name, _, _ in mutant.edits)
+    assert all(
+        (tmp_path / name).read_text() != (ROOT / name).read_text() for name, _, _ in mutant.edits
+    )

@@ -46,7 +46,11 @@ def command(report: Report) -> list[str]:
 def seen_off(folder: Path | None = None) -> Iterator[None]:
     """At the end of the block wait until nobody uses the brokers any more, and end them: they would stay 30 seconds."""
     yield
-    wait_until(lambda: not any(report.sessions for report in reports(folder)), 30, "the end of all sessions")
+    wait_until(
+        lambda: not any(report.sessions for report in reports(folder)),
+        30,
+        "the end of all sessions",
+    )
     ends = {report.pid for report in reports(folder)}
     for pid in ends:
         os.kill(pid, signal.SIGTERM)

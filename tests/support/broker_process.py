@@ -28,14 +28,24 @@ class Broker:
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "sharedpool", "broker", "--max-conn", "20", "--bind", self.address),
+                    *(
+                        sys.executable,
+                        "-m",
+                        "sharedpool",
+                        "broker",
+                        "--max-conn",
+                        "20",
+                        "--bind",
+                        self.address,
+                    ),
                     *("--dsn", dsn, "--ttl", "1.5", "--metrics", "127.0.0.1:0"),
                 ],
                 stderr=output,
             )
         try:
             found = wait_until(
-                lambda: re.search(r"metrics at http://127\.0\.0\.1:(\d+)/metrics", log.read_text()), timeout_s=30
+                lambda: re.search(r"metrics at http://127\.0\.0\.1:(\d+)/metrics", log.read_text()),
+                timeout_s=30,
             )
         except AssertionError:
             self.process.kill()
@@ -49,7 +59,9 @@ class Broker:
             return text
 
     def families(self) -> dict[str, Metric]:
-        return {family.name: family for family in text_string_to_metric_families(self.fetch("/metrics"))}
+        return {
+            family.name: family for family in text_string_to_metric_families(self.fetch("/metrics"))
+        }
 
     def value(self, sample: str, pool: str, **labels: str) -> float:
         """One sample's value; 0 for a pool that the broker does not know yet."""

@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
-ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").exists())
+ROOT = next(
+    folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").exists()
+)
 README = "README.md"
 EXAMPLES = "examples/README.md"
 ON_CALL = "sharedpool/cli/README.md"
@@ -22,7 +24,9 @@ def text(document: str) -> str:
 def section(document: str, heading: str) -> str:
     """Return what is between a heading and the next one of its level or above. Code may have lines with a #."""
     lines = text(document).splitlines(keepends=True)
-    start = next(at for at, line in enumerate(lines) if re.fullmatch(rf"#+ {re.escape(heading)}\n", line))
+    start = next(
+        at for at, line in enumerate(lines) if re.fullmatch(rf"#+ {re.escape(heading)}\n", line)
+    )
     level = len(lines[start].split()[0])
     end = start + 1
     code = False
@@ -35,7 +39,11 @@ def section(document: str, heading: str) -> str:
 def blocks(markdown: str, language: str) -> list[str]:
     """Return the pieces of code in one language ("": in none), without their indentation in the text."""
     found = re.findall(r"^( *)```(\w*)\n(.*?)^ *```$", markdown, flags=re.MULTILINE | re.DOTALL)
-    return [re.sub(rf"^{indent}", "", code, flags=re.MULTILINE) for indent, of, code in found if of == language]
+    return [
+        re.sub(rf"^{indent}", "", code, flags=re.MULTILINE)
+        for indent, of, code in found
+        if of == language
+    ]
 
 
 def without_code(markdown: str) -> str:

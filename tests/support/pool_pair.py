@@ -28,7 +28,9 @@ def ask(conn: extensions.connection, sql: str, *values: object) -> Any:
         return row[0]
 
 
-def leave_what_comes(pool: Pool, broker: sharedpool.Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+def leave_what_comes(
+    pool: Pool, broker: sharedpool.Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ask for the connection that lies at the broker, and be gone when it comes."""
 
     def leave(*_: object) -> None:
@@ -41,7 +43,9 @@ def leave_what_comes(pool: Pool, broker: sharedpool.Broker, monkeypatch: pytest.
             pool.get_conn()
 
 
-def moved(giver: Pool, taker: Pool, use: Callable[[extensions.connection], object]) -> extensions.connection:
+def moved(
+    giver: Pool, taker: Pool, use: Callable[[extensions.connection], object]
+) -> extensions.connection:
     """Return a connection that `giver` has used so and `taker` has got, by a hand-over."""
     conn = giver.get_conn()
     pid = conn.info.backend_pid
@@ -53,5 +57,9 @@ def moved(giver: Pool, taker: Pool, use: Callable[[extensions.connection], objec
     wait_until(lambda: giver.stats().given == given + 1)  # counted a little later
     after = taker.stats()
     assert after.adopted == before.adopted + 1
-    assert (after.hits, after.handed_on, after.connects) == (before.hits, before.handed_on, before.connects)
+    assert (after.hits, after.handed_on, after.connects) == (
+        before.hits,
+        before.handed_on,
+        before.connects,
+    )
     return got

@@ -24,7 +24,9 @@ from sharedpool.descriptors.readable import readable
 LONG = os.environ.get("SHAREDPOOL_FAULTS") == "long"
 
 
-def run_python(code: str, *arguments: str, timeout_s: float = 60, **environment: str) -> "CompletedProcess[str]":
+def run_python(
+    code: str, *arguments: str, timeout_s: float = 60, **environment: str
+) -> "CompletedProcess[str]":
     """Run code in a Python of its own, to its end; `environment` comes on top of this process's.
 
     Raises subprocess.TimeoutExpired.
@@ -48,7 +50,9 @@ def as_pid_1() -> tuple[str, ...]:
         pytest.skip("there is no unshare (util-linux)")
     account = () if os.geteuid() == 0 else ("--user", "--map-root-user")
     prefix = (unshare, *account, "--pid", "--fork", "--mount-proc", "--kill-child")
-    tried = subprocess.run([*prefix, "true"], capture_output=True, text=True, timeout=60, check=False)
+    tried = subprocess.run(
+        [*prefix, "true"], capture_output=True, text=True, timeout=60, check=False
+    )
     if tried.returncode:
         pytest.skip(f"no PID namespace may be made here: {tried.stderr.strip()}")
     return prefix
@@ -79,7 +83,10 @@ class Piped(subprocess.Popen[str]):
         self.stdin.close()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if kind is not None:
             self.kill()
@@ -144,7 +151,10 @@ class Worker:
         return self.ready()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
@@ -191,7 +201,10 @@ class BackendSampler(threading.Thread):
     def run(self) -> None:
         with self._conn.cursor() as cursor:
             while not self._stop_asked.is_set():
-                cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE %s", [self._pattern])
+                cursor.execute(
+                    "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE %s",
+                    [self._pattern],
+                )
                 row = cursor.fetchone()
                 assert row is not None
                 self.peak = max(self.peak, row[0])
@@ -212,5 +225,8 @@ def alive(pid: int) -> bool:
     """Say whether a process exists and is no zombie."""
     try:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):  # the latter: it was reaped between opening and reading
+    except (
+        FileNotFoundError,
+        ProcessLookupError,
+    ):  # the latter: it was reaped between opening and reading
         return False

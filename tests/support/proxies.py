@@ -42,7 +42,10 @@ def haproxy(server: EphemeralPostgres, *, silence_s: float = 60.0) -> Iterator[s
             bind {HOST}:{port}
             server one {unix_path(server)}
     """
-    with _file("haproxy.cfg", config) as path, running(program("haproxy"), "-db", "-f", str(path), port=port):
+    with (
+        _file("haproxy.cfg", config) as path,
+        running(program("haproxy"), "-db", "-f", str(path), port=port),
+    ):
         yield by(server, port)
 
 
@@ -84,7 +87,10 @@ def tls_endpoint(config: str, **settings: object) -> Iterator[None]:
         assert found == 1, f"{name} is set {found} times"
     accept = settings["accept"]
     where = accept if isinstance(accept, Path) else int(str(accept).rpartition(":")[2])
-    with _file("endpoint.conf", config) as path, running(program("stunnel4"), str(path), port=where):
+    with (
+        _file("endpoint.conf", config) as path,
+        running(program("stunnel4"), str(path), port=where),
+    ):
         yield
 
 
@@ -108,14 +114,22 @@ class Certified:
     @property
     def verified_dsn(self) -> str:
         """The superuser's, by TCP, under TLS that sees who the server is."""
-        whom = {"host": self.name, "hostaddr": HOST, "sslmode": "verify-full", "sslrootcert": str(self.keys / "ca.crt")}
+        whom = {
+            "host": self.name,
+            "hostaddr": HOST,
+            "sslmode": "verify-full",
+            "sslrootcert": str(self.keys / "ca.crt"),
+        }
         return make_dsn(self.server.dsn, **whom)
 
 
 @contextmanager
 def certified(name: str, method: str) -> Iterator[Certified]:
     """Have such a server; `app` logs in by this method, its password being that of the superuser."""
-    with tempfile.TemporaryDirectory(prefix="spx-") as place, EphemeralPostgres(tcp=True, password=PASSWORD) as server:
+    with (
+        tempfile.TemporaryDirectory(prefix="spx-") as place,
+        EphemeralPostgres(tcp=True, password=PASSWORD) as server,
+    ):
         keys, data = Path(place), server.data_dir
         for authority in ("ca", "stranger"):
             _openssl("req", "-x509", *_NEW_KEY, "-days", "9", "-subj", f"/CN={authority}",
@@ -125,7 +139,10 @@ def certified(name: str, method: str) -> Iterator[Certified]:
         for file in ("server.crt", "server.key", "ca.crt"):
             shutil.copy(keys / file, data)
             os.chown(data / file, _owner(server), -1)
-        entries = (f"hostssl app app {HOST}/32 {method}", f"hostssl all all {HOST}/32 scram-sha-256")
+        entries = (
+            f"hostssl app app {HOST}/32 {method}",
+            f"hostssl all all {HOST}/32 scram-sha-256",
+        )
         (data / "pg_hba.conf").write_text("\n".join(["local all all trust", *entries, ""]))
         with (data / "postgresql.conf").open("a") as settings:
             settings.write("ssl = on\nssl_ca_file = 'ca.crt'\n")
@@ -159,7 +176,12 @@ def _openssl(*arguments: str | Path) -> None:
 
 @contextmanager
 def pgbouncer(
-    server: EphemeralPostgres, user: str, *, mode: str = "session", size: int = 20, others: tuple[str, ...] = ()
+    server: EphemeralPostgres,
+    user: str,
+    *,
+    mode: str = "session",
+    size: int = 20,
+    others: tuple[str, ...] = (),
 ) -> Iterator[str]:
     """PgBouncer, with room for `size` backends of its own."""
     port = free_port()
@@ -172,7 +194,13 @@ def pgbouncer(
             f"auth_file = {directory}/users.txt\npool_mode = {mode}\ndefault_pool_size = {size}\n"
             "max_client_conn = 200\nserver_idle_timeout = 1\n"
         )
-        with running(program("pgbouncer"), "-q", str(directory / "pgbouncer.ini"), port=port, uid=_owner(server)):
+        with running(
+            program("pgbouncer"),
+            "-q",
+            str(directory / "pgbouncer.ini"),
+            port=port,
+            uid=_owner(server),
+        ):
             yield by(server, port)
 
 
@@ -182,7 +210,9 @@ class LateCloser:
     `accept_late_s`: a connect waits for so long in its queue before the server hears of it.
     """
 
-    def __init__(self, server: EphemeralPostgres, late_s: float, accept_late_s: float = 0.0) -> None:
+    def __init__(
+        self, server: EphemeralPostgres, late_s: float, accept_late_s: float = 0.0
+    ) -> None:
         self._path = unix_path(server)
         self._late_s, self._accept_late_s = late_s, accept_late_s
         self._listener = socket.create_server((HOST, 0), backlog=128)
@@ -310,7 +340,9 @@ def running(*command: str, port: int | Path, uid: int | None = None) -> Iterator
                 process.kill()
                 process.wait()
             said.seek(0)
-            print(f"{Path(command[0]).name} said:\n{said.read()[-2000:]}")  # pytest shows it when the test fails
+            print(
+                f"{Path(command[0]).name} said:\n{said.read()[-2000:]}"
+            )  # pytest shows it when the test fails
 
 
 def _listens(process: "subprocess.Popen[bytes]", port: int | Path) -> Callable[[], bool]:

@@ -16,9 +16,18 @@ class RefusingServer:
     only then can know. Or it is `silent`, or hangs up without a word. `connects` counts start-up packets.
     """
 
-    def __init__(self, stage: Stage, code: str = "28P01", text: str = "", severity: str = "FATAL", encoding: str = ""):
+    def __init__(
+        self,
+        stage: Stage,
+        code: str = "28P01",
+        text: str = "",
+        severity: str = "FATAL",
+        encoding: str = "",
+    ):
         self._stage, self._code = stage, code
-        self._severity, self._text = (each.encode(encoding or "utf-8") for each in (severity, text or "no"))
+        self._severity, self._text = (
+            each.encode(encoding or "utf-8") for each in (severity, text or "no")
+        )
         self.connects = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -45,7 +54,9 @@ class RefusingServer:
             while True:
                 client, _ = self._listener.accept()
                 self._open.append(client)
-                threading.Thread(target=self._serve, args=[client], name="refusing session", daemon=True).start()
+                threading.Thread(
+                    target=self._serve, args=[client], name="refusing session", daemon=True
+                ).start()
 
     def _serve(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError), client, client.makefile("rb") as stream:
@@ -63,7 +74,12 @@ class RefusingServer:
                 stream.read(length - 4)
             if self._stage == "login":
                 client.sendall(b"R" + struct.pack("!ii", 8, 0))
-            fields = (b"S", self._severity), (b"V", b"FATAL"), (b"C", self._code.encode()), (b"M", self._text)
+            fields = (
+                (b"S", self._severity),
+                (b"V", b"FATAL"),
+                (b"C", self._code.encode()),
+                (b"M", self._text),
+            )
             body = b"".join(name + value + b"\0" for name, value in fields) + b"\0"
             client.sendall(b"E" + struct.pack("!i", len(body) + 4) + body)
 

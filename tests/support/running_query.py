@@ -29,7 +29,11 @@ class Query:
     def cancel(self) -> None:
         """Cancel it until it ends: the first cancel may come before the server has the query."""
         thread = self._thread
-        wait_until(lambda: self._conn.cancel() or not thread.is_alive() or thread.join(0.05), 10, "the cancel")
+        wait_until(
+            lambda: self._conn.cancel() or not thread.is_alive() or thread.join(0.05),
+            10,
+            "the cancel",
+        )
 
     def end(self, limit_s: float = 5) -> psycopg2.Error:
         """Wait for its end; return what it raised."""

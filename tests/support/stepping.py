@@ -34,7 +34,9 @@ def _something(result: object, *_: object) -> bool:
 
 
 def _by_lane(*_: object) -> bool:
-    return bool(sys._getframe(2).f_globals["__name__"] == "sharedpool.lane.lane")  # who has called it
+    return bool(
+        sys._getframe(2).f_globals["__name__"] == "sharedpool.lane.lane"
+    )  # who has called it
 
 
 def _from_shelf(result: object, lane: Lane, sock: object) -> bool:

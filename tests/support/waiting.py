@@ -16,6 +16,10 @@ def wait_until(predicate: Callable[[], T], timeout_s: float = 10, what: str = "t
     while not (value := predicate()):
         waited = time.monotonic() - began
         if waited > timeout_s:
-            raise AssertionError(f"waited {timeout_s:g} s in vain for {what}; last value: {value!r}")
-        time.sleep(0.005 if waited < 1 else 0.025)  # what asks all the time keeps who is waited for from its work
+            raise AssertionError(
+                f"waited {timeout_s:g} s in vain for {what}; last value: {value!r}"
+            )
+        time.sleep(
+            0.005 if waited < 1 else 0.025
+        )  # what asks all the time keeps who is waited for from its work
     return value

@@ -21,7 +21,9 @@ import sharedpool
 
 settings = json.loads(sys.argv[1])
 if files := settings.pop("files", 0):  # what is opened from now on has higher numbers
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files + 1000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (files + 1000, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    )
     while os.open(os.devnull, os.O_RDONLY) < files:
         pass
 if settings.pop("threads", False):
@@ -75,7 +77,12 @@ def stats() -> dict[str, Any]:
 
 
 def hammer(
-    seconds: float, threads: int, timeout: float, work_s: float = 0.002, think_s: float | None = None, stop: str = ""
+    seconds: float,
+    threads: int,
+    timeout: float,
+    work_s: float = 0.002,
+    think_s: float | None = None,
+    stop: str = "",
 ) -> dict[str, Any]:
     """Use the pool as hard as `threads` threads can, until there is a file `stop`; tell what happened.
 
@@ -98,7 +105,9 @@ def hammer(
                     pid, before, _, _ = cursor.fetchone()
                     wrong += pid != conn.info.backend_pid or before not in (None, "", me)
                 done += 1
-                time.sleep(random.uniform(0, work_s if think_s is None else think_s))  # no synchronisation
+                time.sleep(
+                    random.uniform(0, work_s if think_s is None else think_s)
+                )  # no synchronisation
         except Exception as error:
             with lock:
                 outcome["errors"].append(f"{type(error).__name__}: {error}")
@@ -124,7 +133,9 @@ def insist(seconds: float, timeout: float, stop: str = "", least: int = 0) -> di
     outcomes: dict[str, int] = {}
     texts: dict[str, str] = {}
     longest, until = 0.0, time.monotonic() + seconds
-    while sum(outcomes.values()) < least or (time.monotonic() < until and not (stop and os.path.exists(stop))):
+    while sum(outcomes.values()) < least or (
+        time.monotonic() < until and not (stop and os.path.exists(stop))
+    ):
         began = time.monotonic()
         try:
             pool.put_conn(pool.get_conn(timeout=timeout))
@@ -145,9 +156,14 @@ def write_rows(worker: int, count: int) -> dict[str, Any]:
         body = hashlib.sha256(f"{worker} {n}".encode()).hexdigest() * 4
         with pool.connection(timeout=60) as conn, conn.cursor() as cursor:
             if n:
-                cursor.execute("SELECT body FROM moves WHERE worker = %s AND n = %s", (worker, n - 1))
+                cursor.execute(
+                    "SELECT body FROM moves WHERE worker = %s AND n = %s", (worker, n - 1)
+                )
                 wrong += cursor.fetchone() != (before,)
-            cursor.execute("INSERT INTO moves VALUES (%s, %s, %s) RETURNING body, pg_backend_pid()", (worker, n, body))
+            cursor.execute(
+                "INSERT INTO moves VALUES (%s, %s, %s) RETURNING body, pg_backend_pid()",
+                (worker, n, body),
+            )
             wrong += cursor.fetchone() != (body, conn.info.backend_pid)
         before = body
     return {"wrong": wrong}
@@ -212,7 +228,20 @@ def leave() -> dict[str, Any]:
     raise SystemExit(0)
 
 
-functions = (get, put, query, cycle, stats, hammer, insist, write_rows, wait_aside, dispose, fork, leave)
+functions = (
+    get,
+    put,
+    query,
+    cycle,
+    stats,
+    hammer,
+    insist,
+    write_rows,
+    wait_aside,
+    dispose,
+    fork,
+    leave,
+)
 commands = {function.__name__: function for function in functions}
 print("ready", flush=True)
 for line in sys.stdin:

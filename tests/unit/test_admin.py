@@ -23,8 +23,12 @@ from tests.unit.test_ledger import Broker, Worker
 from tests.unit.test_ledger_handover import Desk
 
 
-def order(broker: Broker, kind: OrderKind, pool: str = "", number: int = 0, token: Token = NO_TOKEN) -> Done:
-    done, commands = broker.ledger.order(Order(PROTOCOL_VERSION, kind, pool, number, token), broker.now)
+def order(
+    broker: Broker, kind: OrderKind, pool: str = "", number: int = 0, token: Token = NO_TOKEN
+) -> Done:
+    done, commands = broker.ledger.order(
+        Order(PROTOCOL_VERSION, kind, pool, number, token), broker.now
+    )
     broker.take_in(commands)
     return done
 
@@ -121,7 +125,9 @@ def test_a_pause_outlives_the_pools_last_session(broker: Broker) -> None:
     assert order(broker, OrderKind.RESUME, "p").said == ["resumed, and not in use"]
 
 
-def test_what_is_given_to_a_paused_pool_is_ended_not_parked_or_passed(broker: Broker, desk: Desk) -> None:
+def test_what_is_given_to_a_paused_pool_is_ended_not_parked_or_passed(
+    broker: Broker, desk: Desk
+) -> None:
     a, b = (broker.worker(name, max_conn=2) for name in "ab")
     first, second = desk.lend(a), desk.lend(a)
     desk.give(a, first)  # parked
@@ -188,7 +194,9 @@ def test_a_pools_limit_is_remembered_while_nobody_uses_it(broker: Broker) -> Non
     broker.take_in(broker.ledger.session_died(b.id, broker.now))
     for fence in broker.all(Fence):
         broker.take_in(broker.ledger.backend_gone(fence.token, broker.now))
-    assert order(broker, OrderKind.LIMIT, "p", 2).said == ["pool 'p': limit 2 when it is used again"]
+    assert order(broker, OrderKind.LIMIT, "p", 2).said == [
+        "pool 'p': limit 2 when it is used again"
+    ]
     c = broker.worker("c", max_conn=9)
     c.lend()
     c.lend()
@@ -199,7 +207,9 @@ def test_the_limit_over_all_pools() -> None:
     a, b = broker.worker("a", "p", max_conn=9), broker.worker("b", "q", max_conn=9)
     tokens = [a.lend(), a.lend()]
     b.lend()
-    assert order(broker, OrderKind.LIMIT, "", 2).said == ["limit over all pools: 3 before, 2 now, 3 in use"]
+    assert order(broker, OrderKind.LIMIT, "", 2).said == [
+        "limit over all pools: 3 before, 2 now, 3 in use"
+    ]
     assert a.last(Recall).returns_due == 1
     assert b.last(Recall).returns_due == 1
     a.release(tokens[0], ReleaseReason.RETURN_DUE)
@@ -214,7 +224,9 @@ def test_the_limit_over_all_pools() -> None:
 def test_a_broker_without_a_limit_over_all_pools_wants_a_pools_name(broker: Broker) -> None:
     broker.worker("a")
     assert "--pool" in order(broker, OrderKind.LIMIT, "", 5).error
-    assert "no pool 'x' at this broker; there are: 'p'" in order(broker, OrderKind.LIMIT, "x", 5).error
+    assert (
+        "no pool 'x' at this broker; there are: 'p'" in order(broker, OrderKind.LIMIT, "x", 5).error
+    )
 
 
 # --- one process
@@ -226,7 +238,9 @@ def test_a_process_gives_back_what_it_holds_and_may_ask_again(broker: Broker) ->
     a.checkin(idle)
     a.beat()
     pid = 100 + sum(a.id)
-    assert order(broker, OrderKind.DRAIN, number=pid).said == [f"a[{pid}] in pool 'p': 2 to come back"]
+    assert order(broker, OrderKind.DRAIN, number=pid).said == [
+        f"a[{pid}] in pool 'p': 2 to come back"
+    ]
     assert (a.last(Recall).take, a.last(Recall).returns_due) == (1, 2)
     give_up_idle(a)
     broker.pass_time(5.0)
@@ -241,7 +255,9 @@ def test_a_process_gives_back_what_it_holds_and_may_ask_again(broker: Broker) ->
     assert broker.ledger._slots.shrinking == {}
 
 
-def test_what_a_drained_process_has_given_is_not_its_own_any_more(broker: Broker, desk: Desk) -> None:
+def test_what_a_drained_process_has_given_is_not_its_own_any_more(
+    broker: Broker, desk: Desk
+) -> None:
     a = broker.worker("a", max_conn=3)
     first, second = desk.lend(a), desk.lend(a)
     order(broker, OrderKind.DRAIN, number=100 + sum(a.id))
@@ -292,7 +308,9 @@ def test_what_cannot_be_ended_from_here_is_not_touched() -> None:
 # --- new connections
 
 
-def test_reconnect_begins_a_new_generation_of_one_pool_or_of_all(broker: Broker, desk: Desk) -> None:
+def test_reconnect_begins_a_new_generation_of_one_pool_or_of_all(
+    broker: Broker, desk: Desk
+) -> None:
     a = broker.worker("a", "p")
     token = desk.lend(a)
     broker.worker("b", "q")

@@ -33,6 +33,8 @@ def test_what_can_be_had_is_told_from_what_cannot(few: list[int]) -> None:
     require(8, "the pool")
     require(8, "the pool")  # nothing was kept
     os.close(few.pop())
-    with pytest.raises(PoolError, match=r"the pool needs 10 descriptors, .* of the 200 .*ulimit -n"):
+    with pytest.raises(
+        PoolError, match=r"the pool needs 10 descriptors, .* of the 200 .*ulimit -n"
+    ):
         require(10, "the pool")
     require(8, "the pool")

@@ -40,7 +40,8 @@ def test_ratios_are_taken_round_by_round() -> None:
 
 
 @pytest.mark.parametrize(
-    ("percent", "expected"), [(50, 50.0), (99, 99.0), (99.9, 100.0), (100, 100.0), (0, 1.0), (1, 1.0)]
+    ("percent", "expected"),
+    [(50, 50.0), (99, 99.0), (99.9, 100.0), (100, 100.0), (0, 1.0), (1, 1.0)],
 )
 def test_a_percentile_is_one_of_the_values(percent: float, expected: float) -> None:
     assert percentile([float(n) for n in range(100, 0, -1)], percent) == expected
@@ -76,7 +77,11 @@ def test_a_curve_rises_to_the_greatest_value() -> None:
 @pytest.fixture
 def result() -> Result:
     """A row with two rounds of two contestants, and one contestant that could not be had."""
-    comparisons = (Comparison(THROUGHPUT, "Peer"), Comparison(P99_MS, "Peer"), Comparison(THROUGHPUT, "Absent"))
+    comparisons = (
+        Comparison(THROUGHPUT, "Peer"),
+        Comparison(P99_MS, "Peer"),
+        Comparison(THROUGHPUT, "Absent"),
+    )
     row = Result("contended", "many on few", "throughput ≥ 1.15 × Peer", comparisons)
     for ours, theirs in ((1100.0, 1000.0), (600.0, 500.0)):
         row.add("sharedpool", Sample({THROUGHPUT: ours, P99_MS: 4.0, FAIRNESS: 0.75}, [1.0, 4.0]))
@@ -142,7 +147,10 @@ def test_the_machine_the_run_and_the_notes_are_told(result: Result) -> None:
 
 def test_the_json_has_every_round_and_the_ratios(result: Result) -> None:
     (row,) = json.loads(as_json({"CPUs": "2"}, "how", [result]))["rows"]
-    assert row["contestants"]["sharedpool"]["throughput"] == {"unit": "/s", "rounds": [1100.0, 600.0]}
+    assert row["contestants"]["sharedpool"]["throughput"] == {
+        "unit": "/s",
+        "rounds": [1100.0, 600.0],
+    }
     first, second = row["ratios"]
     assert (first["metric"], first["of"], first["to"]) == ("throughput", "sharedpool", "Peer")
     assert first["median"] == pytest.approx(1.15)

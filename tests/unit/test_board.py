@@ -33,7 +33,9 @@ def board(memory: bytearray) -> Board:
 
 
 def changed_words(memory: bytearray, before: bytes) -> list[int]:
-    return [at // 8 for at in range(0, BOARD_BYTES, 8) if memory[at : at + 8] != before[at : at + 8]]
+    return [
+        at // 8 for at in range(0, BOARD_BYTES, 8) if memory[at : at + 8] != before[at : at + 8]
+    ]
 
 
 def test_head_cells_and_turns_do_not_overlap(memory: bytearray, board: Board) -> None:
@@ -44,14 +46,27 @@ def test_head_cells_and_turns_do_not_overlap(memory: bytearray, board: Board) ->
     board.enter(CELLS - 1, Token(5, 6), 7, 8)
     board.take_place(0, 9)
     board.take_place(SESSIONS * PLACES - 1, 10)
-    assert (board.moving, board.secret, board.generation, board.requests) == (True, b"s" * SECRET_BYTES, 1 << 40, 1)
+    assert (board.moving, board.secret, board.generation, board.requests) == (
+        True,
+        b"s" * SECRET_BYTES,
+        1 << 40,
+        1,
+    )
     assert (board.holding(0), board.holding(CELLS - 1)) == (Holding(3, 4), Holding(7, 8))
-    assert (board.is_waiting_at(0, 9), board.is_waiting_at(SESSIONS * PLACES - 1, 10)) == (True, True)
+    assert (board.is_waiting_at(0, 9), board.is_waiting_at(SESSIONS * PLACES - 1, 10)) == (
+        True,
+        True,
+    )
     assert memory[-4:] == struct.pack("=I", 10)
 
 
 def test_a_zeroed_board_says_nothing(board: Board) -> None:
-    assert (board.moving, board.requests, board.generation, board.secret) == (False, 0, 0, bytes(SECRET_BYTES))
+    assert (board.moving, board.requests, board.generation, board.secret) == (
+        False,
+        0,
+        0,
+        bytes(SECRET_BYTES),
+    )
     assert board.find(Token(1, 1)) == -1
     assert board.waiting(range(SESSIONS)) == 0
     assert not board.is_waiting_at(0, 0)
@@ -67,7 +82,9 @@ def test_the_first_byte_tells_whether_connections_move(board: Board) -> None:
 
 
 @pytest.mark.parametrize("what", ["hand", "moving", "generation", "asked", "turn"])
-def test_what_others_write_beside_it_is_left_alone(memory: bytearray, board: Board, what: str) -> None:
+def test_what_others_write_beside_it_is_left_alone(
+    memory: bytearray, board: Board, what: str
+) -> None:
     """Each word has one writer: a write that took in a neighbour would undo that one's."""
     board.enter(1, Token(1, 1), 1, 1)
     before = bytes(memory)
@@ -105,7 +122,11 @@ def test_a_lease_is_found_where_it_was_entered_and_not_after_it_was_struck(board
 def test_a_guess_is_checked(board: Board) -> None:
     board.enter(4, Token(1, 1), 1, 0)
     board.enter(5, Token(1, 2), 1, 0)
-    assert (board.find(Token(1, 2), 4), board.find(Token(1, 2), 5), board.find(Token(1, 3), 5)) == (5, 5, -1)
+    assert (board.find(Token(1, 2), 4), board.find(Token(1, 2), 5), board.find(Token(1, 3), 5)) == (
+        5,
+        5,
+        -1,
+    )
 
 
 def test_parts_of_two_cells_are_no_lease(board: Board) -> None:
@@ -205,7 +226,8 @@ def test_a_session_that_is_over_waits_nowhere(board: Board) -> None:
         board.take_place(place, 1)
     board.clear_session(1)
     assert [
-        board.is_waiting_at(place, 1) for place in (PLACES - 1, PLACES, 2 * PLACES - 1, 2 * PLACES, BROKER_PLACE)
+        board.is_waiting_at(place, 1)
+        for place in (PLACES - 1, PLACES, 2 * PLACES - 1, 2 * PLACES, BROKER_PLACE)
     ] == [
         True,
         False,

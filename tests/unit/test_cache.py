@@ -24,7 +24,13 @@ from sharedpool.wire.messages import (
     Withdraw,
 )
 from sharedpool.worker.core.cache import Cache
-from sharedpool.worker.core.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closing, Lease, Waiter
+from sharedpool.worker.core.lease import (
+    CLOSING_LIMIT_S,
+    HANDING_OUT_LIMIT_S,
+    Closing,
+    Lease,
+    Waiter,
+)
 from sharedpool.worker.core.lease_reports import lost, unfinished
 
 
@@ -51,9 +57,13 @@ class Rig:
     def grant(self, request: int, *, owed: int = 0, serial: int | None = None) -> Waiter | None:
         self.serial += 1
         self.news += 1
-        return self.cache.granted(Grant(request, Token(1, serial or self.serial), self.news, owed), self.now)
+        return self.cache.granted(
+            Grant(request, Token(1, serial or self.serial), self.news, owed), self.now
+        )
 
-    def recall(self, take: int = 0, owed: int = 0, *, expired: bool = False, answer: bool = True) -> list[Closing]:
+    def recall(
+        self, take: int = 0, owed: int = 0, *, expired: bool = False, answer: bool = True
+    ) -> list[Closing]:
         self.news += 1
         return self.cache.recalled(Recall(self.news, take, owed, expired, answer), self.now, {})
 
@@ -147,7 +157,9 @@ def test_a_checkin_is_handed_on_to_a_waiting_ticket_which_withdraws_its_request(
 
 
 @pytest.mark.parametrize("verdict", [ReleaseReason.BROKEN, ReleaseReason.CLOSED])
-def test_a_rejected_connection_is_closed_even_while_somebody_waits(rig: Rig, verdict: ReleaseReason) -> None:
+def test_a_rejected_connection_is_closed_even_while_somebody_waits(
+    rig: Rig, verdict: ReleaseReason
+) -> None:
     lease, conn = rig.lend()
     rig.want()
     assert reason_of(rig.cache.checkin(lease, conn, rig.now, verdict)) is verdict
@@ -370,7 +382,9 @@ def test_what_was_granted_along_with_a_welcome_is_as_old_as_the_hello(rig: Rig) 
     assert not rig.cache.leases
 
 
-def test_a_newer_generation_takes_out_what_is_idle_at_once_and_the_rest_at_its_checkin(rig: Rig) -> None:
+def test_a_newer_generation_takes_out_what_is_idle_at_once_and_the_rest_at_its_checkin(
+    rig: Rig,
+) -> None:
     idle = rig.idle()
     busy, conn = rig.lend()
     assert [c.lease for c in rig.cache.renew_generation(2, rig.now)] == [idle]
@@ -475,7 +489,9 @@ def test_giving_up_a_handed_on_connection_caches_it(rig: Rig) -> None:
     assert rig.sent() == []
 
 
-def test_giving_up_a_handed_on_connection_while_others_wait_tells_the_broker_at_once(rig: Rig) -> None:
+def test_giving_up_a_handed_on_connection_while_others_wait_tells_the_broker_at_once(
+    rig: Rig,
+) -> None:
     lease, conn = rig.lend()
     ticket = rig.want()
     rig.cache.checkin(lease, conn, rig.now, None)
@@ -571,7 +587,9 @@ def test_lost_finds_soon_what_an_interrupted_checkin_has_dropped(
     with monkeypatch.context() as patch:
         patch.setattr(rig.cache, "_holds", interrupt)
         with pytest.raises(Interrupt):
-            rig.cache.reconsider_idle(lease, rig.now) if laid else rig.cache.checkin(lease, conn, rig.now, None)
+            rig.cache.reconsider_idle(lease, rig.now) if laid else rig.cache.checkin(
+                lease, conn, rig.now, None
+            )
     rig.kept.clear()
     del conn
     assert lost_at_the_second_look(rig) == [lease]
@@ -637,7 +655,9 @@ def test_a_renewal_lists_everything_held_and_asked_for(rig: Rig) -> None:
     ticket = rig.want()
     rig.now += 2
     renew = rig.cache.renewal(rig.now, {7: "Thread-7"})
-    assert [(report.token, report.phase, report.age_ms, report.thread) for report in renew.leases] == [
+    assert [
+        (report.token, report.phase, report.age_ms, report.thread) for report in renew.leases
+    ] == [
         (idle.token, Phase.IDLE, 3000, ""),
         (used.token, Phase.IN_USE, 2000, "Thread-7"),
     ]
@@ -729,7 +749,9 @@ def test_a_grant_is_as_old_as_its_request_less_the_time_it_had_waited(rig: Rig) 
 def test_a_grant_that_came_at_once_counts_from_now(rig: Rig) -> None:
     rig.cache.connects_within_s = 15.0
     ticket = rig.want()
-    rig.cache.granted(Grant(ticket.request, Token(1, 1), 1, waited_ms=3_000), rig.now)  # its clock runs faster
+    rig.cache.granted(
+        Grant(ticket.request, Token(1, 1), 1, waited_ms=3_000), rig.now
+    )  # its clock runs faster
     assert ticket.lease is not None
     assert ticket.lease.connect_by == rig.now + 15
 
@@ -749,11 +771,16 @@ def test_a_grant_that_is_too_old_is_given_back_and_asked_for_again(rig: Rig) -> 
     rig.cache.connects_within_s = 15.0
     ticket = rig.want(600.0)
     rig.now += 100
-    assert rig.cache.granted(Grant(ticket.request, Token(1, 1), 1, waited_ms=1_000), rig.now) is None
+    assert (
+        rig.cache.granted(Grant(ticket.request, Token(1, 1), 1, waited_ms=1_000), rig.now) is None
+    )
     assert not ticket.is_done
     assert not rig.cache.leases
     *_, released, asked = rig.cache.outbox
-    assert (released, asked) == (Release(Token(1, 1), True, ReleaseReason.UNUSED), Acquire(ticket.request, 500_000))
+    assert (released, asked) == (
+        Release(Token(1, 1), True, ReleaseReason.UNUSED),
+        Acquire(ticket.request, 500_000),
+    )
     rig.now += 1
     rig.cache.granted(Grant(ticket.request, Token(1, 2), 2, waited_ms=500), rig.now)
     assert ticket.lease is not None
@@ -771,7 +798,9 @@ def test_another_brokers_grants_count_from_its_welcome(rig: Rig) -> None:
     assert ticket.lease.connect_by == rig.now - 1 + 15
 
 
-def test_what_was_given_back_with_its_backend_unseen_is_told_until_the_broker_knows(rig: Rig) -> None:
+def test_what_was_given_back_with_its_backend_unseen_is_told_until_the_broker_knows(
+    rig: Rig,
+) -> None:
     """Of a connection that had been passed nothing else would tell: its RELEASE may be lost with a line."""
     lease, _ = rig.lend()
     rig.cache.closed(lease, ReleaseReason.BROKEN, gone=False)

@@ -40,14 +40,18 @@ def pass_on(rig: Rig, *, owed: int, pressed: bool) -> tuple[Lease, Conn]:
     rig.news += 1
     conn = Conn()
     live = Live(Backend(rig.serial), 1, b"")
-    message = Moved(ticket.request, Token(1, rig.serial), -1, 0, live, Passed(rig.news, owed, pressed))
+    message = Moved(
+        ticket.request, Token(1, rig.serial), -1, 0, live, Passed(rig.news, owed, pressed)
+    )
     assert rig.cache.received(message, conn, float("inf"), rig.now) is ticket
     assert ticket.lease is not None
     rig.kept += [ticket, conn]
     return ticket.lease, conn
 
 
-def use(rig: Rig, lease: Lease, conn: Conn, for_s: float, gap_s: float = 0.0) -> Closing | Waiter | None:
+def use(
+    rig: Rig, lease: Lease, conn: Conn, for_s: float, gap_s: float = 0.0
+) -> Closing | Waiter | None:
     """Use a connection again and again, with pauses, until `for_s` seconds after it came; return its last checkin's."""
     outcome = None
     while outcome is None and rig.now - lease.arrived_at < for_s:
@@ -91,7 +95,9 @@ def test_what_a_hello_has_asked_along_is_not_asked_again(rig: Rig) -> None:
     assert first == Acquire(served.request, 5000)
     rig.now += 2
     rig.cache.waiters.registered(served.request, rig.now)
-    assert [each for each in rig.sent() if isinstance(each, Acquire)] == [Acquire(other.request, 3000)]
+    assert [each for each in rig.sent() if isinstance(each, Acquire)] == [
+        Acquire(other.request, 3000)
+    ]
 
 
 def test_who_takes_a_seat_in_the_lane_tells_the_broker(rig: Rig) -> None:
@@ -119,7 +125,9 @@ def test_a_recall_that_a_passed_connection_has_overtaken_is_obeyed_and_answered(
     assert rig.cache.recalled(late, rig.now, {}) == []
 
 
-def test_what_is_kept_for_a_user_who_does_not_come_is_given_when_the_broker_asks_again(rig: Rig) -> None:
+def test_what_is_kept_for_a_user_who_does_not_come_is_given_when_the_broker_asks_again(
+    rig: Rig,
+) -> None:
     lease, conn = pass_on(rig, owed=1, pressed=True)
     assert rig.cache.checkin(lease, conn, rig.now + 0.0001, None) is None
     rig.now += STEADY_GAP_S * 1.5
@@ -135,7 +143,9 @@ def test_where_it_must_be_opened_the_slice_begins_when_that_is_done(rig: Rig) ->
     rig.now += 5 * SLICE_S
     conn = Conn()
     rig.cache.opened(ticket.lease, Backend(1), float("inf"), conn, rig.now)
-    assert use(rig, ticket.lease, conn, for_s=9 * SLICE_S) is None  # it cannot move: a close and a connect cost more
+    assert (
+        use(rig, ticket.lease, conn, for_s=9 * SLICE_S) is None
+    )  # it cannot move: a close and a connect cost more
     assert reason_of(use(rig, ticket.lease, conn, for_s=11 * SLICE_S)) is ReleaseReason.RETURN_DUE
 
 
@@ -145,14 +155,23 @@ def test_what_was_asked_for_twice_is_not_over_with_one_answer(rig: Rig, asks: in
     ticket = rig.want()
     if asks == 2:
         rig.cache.register(rig.now, {})
-    message = Moved(ticket.request, Token(1, 1), -1, 0, Live(Backend(1), 1, b""), Passed(1, 0, others_wait=False))
+    message = Moved(
+        ticket.request,
+        Token(1, 1),
+        -1,
+        0,
+        Live(Backend(1), 1, b""),
+        Passed(1, 0, others_wait=False),
+    )
     rig.cache.received(message, Conn(), float("inf"), rig.now)
     assert ticket.is_done
     assert ticket.broker_is_done is (asks == 1)
 
 
 def test_what_a_former_broker_has_passed_on_is_not_used(rig: Rig) -> None:
-    message = Moved(1, Token(0, 1), -1, 0, Live(Backend(1), 1, b""), Passed(1, 0, others_wait=False))
+    message = Moved(
+        1, Token(0, 1), -1, 0, Live(Backend(1), 1, b""), Passed(1, 0, others_wait=False)
+    )
     with pytest.raises(SharedPoolError, match="former broker"):
         rig.cache.received(message, Conn(), float("inf"), rig.now)
     assert not rig.cache.leases
@@ -170,7 +189,10 @@ def want_in_lane(rig: Rig) -> Waiter:
 def come(rig: Rig, request: int = 0, *, moves: int = 3) -> tuple[Waiter | None, Lease, Conn]:
     """Have a connection come in the lane."""
     rig.serial += 1
-    moved, conn = Moved(request, Token(1, rig.serial), 9, moves, Live(Backend(rig.serial), 1, b"")), Conn()
+    moved, conn = (
+        Moved(request, Token(1, rig.serial), 9, moves, Live(Backend(rig.serial), 1, b"")),
+        Conn(),
+    )
     ticket = rig.cache.received(moved, conn, float("inf"), rig.now)
     rig.kept += [conn]
     return ticket, rig.cache.leases[moved.token], conn
@@ -252,7 +274,10 @@ def test_a_process_with_many_threads_keeps_no_connection_for_ever(moving: Rig) -
     lease, conn = moving.lend()
     lease.movable = True
     served = 0
-    while isinstance(ticket := moving.cache.checkin(lease, conn, moving.now, None), Waiter) or not served:
+    while (
+        isinstance(ticket := moving.cache.checkin(lease, conn, moving.now, None), Waiter)
+        or not served
+    ):
         served += 1
         assert served < 100
         moving.kept.append(moving.want())
@@ -299,7 +324,13 @@ def test_what_comes_in_the_lane_is_its_tickets(moving: Rig) -> None:
     ticket, lease, conn = come(moving, mine.request)
     assert ticket is mine
     assert mine.lease is lease
-    assert (lease.conn, lease.cell, lease.moves, lease.movable, lease.needs_configure) == (conn, 9, 3, True, True)
+    assert (lease.conn, lease.cell, lease.moves, lease.movable, lease.needs_configure) == (
+        conn,
+        9,
+        3,
+        True,
+        True,
+    )
     assert mine.is_done
     assert list(moving.cache.waiting.values()) == [other]
     assert moving.sent() == []
@@ -360,7 +391,9 @@ def test_who_was_passed_what_cannot_be_used_asks_the_broker(moving: Rig) -> None
     ]
     assert not ticket.only_in_lane
     assert moving.cache.renewal(moving.now, {}).pending == [ticket.request]
-    assert [x.token for x in moving.cache.renewal(moving.now, {}).unproven] == [moved.token]  # until it is known
+    assert [x.token for x in moving.cache.renewal(moving.now, {}).unproven] == [
+        moved.token
+    ]  # until it is known
 
 
 def arrival(serial: int, moves: int = 2) -> Moved:
@@ -387,7 +420,10 @@ def test_what_has_come_and_nobody_has_taken_in_is_listed(moving: Rig) -> None:
 def test_what_was_dropped_before_it_was_taken_in_is_listed_no_more(moving: Rig) -> None:
     """By an interrupt in whatever line: else its slot would be this process's for ever."""
     kept, dropped = arrival(50), arrival(51)
-    moving.cache.arriving = {kept.token: (kept, lambda: moving), dropped.token: (dropped, lambda: None)}
+    moving.cache.arriving = {
+        kept.token: (kept, lambda: moving),
+        dropped.token: (dropped, lambda: None),
+    }
     assert [report.token for report in moving.cache.renewal(moving.now, {}).leases] == [kept.token]
     assert list(moving.cache.arriving) == [kept.token]
 

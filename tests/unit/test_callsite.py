@@ -42,7 +42,9 @@ def code(name: str) -> CodeType:
 
 
 def test_an_entry_is_short_printable_utf_8_and_keeps_its_end() -> None:
-    stack = tuple((code(name), 7) for name in ("é" * 300, "a\x1b[2J\nb.py", "x\udcff.py", "short.py"))
+    stack = tuple(
+        (code(name), 7) for name in ("é" * 300, "a\x1b[2J\nb.py", "x\udcff.py", "short.py")
+    )
     long, control, lone, short = shown_stack(stack)
     assert long.endswith("é:7 in <module>")
     assert long.startswith("…")

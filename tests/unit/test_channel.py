@@ -2,7 +2,14 @@
 
 import pytest
 
-from sharedpool.wire.channel import PROCESS_PREFIX, add_channel, channel_number, from_session, split_channel, to_session
+from sharedpool.wire.channel import (
+    PROCESS_PREFIX,
+    add_channel,
+    channel_number,
+    from_session,
+    split_channel,
+    to_session,
+)
 
 PROCESS = PROCESS_PREFIX + b"123456789012345"
 
@@ -17,7 +24,9 @@ def test_a_channels_frame_names_its_session_both_ways(number: int) -> None:
     assert split_channel(frame) == (channel, b"the answer")
 
 
-@pytest.mark.parametrize("routing_id", [b"c" + PROCESS[1:], b"p", b"pool", PROCESS + b"x", b"\0abc"])
+@pytest.mark.parametrize(
+    "routing_id", [b"c" + PROCESS[1:], b"p", b"pool", PROCESS + b"x", b"\0abc"]
+)
 def test_what_is_no_process_has_one_session(routing_id: bytes) -> None:
     assert to_session(routing_id, b"a question") == (routing_id, b"a question")
     if len(routing_id) <= 16:

@@ -40,7 +40,11 @@ class Backend:
         client, _ = self._listener.accept()
         with client:
             _startup(client)
-            client.sendall(_greeting({"server_version": "16.0", "client_encoding": "UTF8", "DateStyle": "ISO, MDY"}))
+            client.sendall(
+                _greeting(
+                    {"server_version": "16.0", "client_encoding": "UTF8", "DateStyle": "ISO, MDY"}
+                )
+            )
             while client.recv(4096):
                 pass
             self.client_left.set()
@@ -120,10 +124,14 @@ def interrupt_at(step: int, function: Callable[[], object]) -> bool:
 
 
 @pytest.mark.parametrize("use", [_shut, other_side_closed])
-def test_an_interrupt_anywhere_closes_no_descriptor_of_another_owner(use: Callable[[int], object]) -> None:
+def test_an_interrupt_anywhere_closes_no_descriptor_of_another_owner(
+    use: Callable[[int], object],
+) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        interrupt_at(sys.maxsize, lambda: use(ours.fileno()))  # Python 3.12 tells of no opcodes the first time
+        interrupt_at(
+            sys.maxsize, lambda: use(ours.fileno())
+        )  # Python 3.12 tells of no opcodes the first time
         step = 0
         while interrupt_at(step, lambda: use(ours.fileno())):
             os.fstat(ours.fileno())

@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 from sharedpool.errors import ProtocolError
 from sharedpool.wire.admin import Order, OrderKind
 from sharedpool.wire.buckets import BUCKETS
-from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_broker, decode_to_operator, decode_to_worker, encode
+from sharedpool.wire.codec import (
+    MAX_FRAME_BYTES,
+    decode_to_broker,
+    decode_to_operator,
+    decode_to_worker,
+    encode,
+)
 from sharedpool.wire.messages import (
     Backend,
     Confirm,
@@ -54,13 +60,26 @@ tokens = st.builds(Token, integers, integers)
 st.register_type_strategy(int, integers)
 st.register_type_strategy(str, texts)
 st.register_type_strategy(float, st.floats(allow_nan=False))
-backends = st.builds(Backend, st.integers(-(2**31), 2**31 - 1), *[st.integers(-(2**63), 2**63 - 1)] * 2)
+backends = st.builds(
+    Backend, st.integers(-(2**31), 2**31 - 1), *[st.integers(-(2**63), 2**63 - 1)] * 2
+)
 st.register_type_strategy(Backend, backends)
-orders = st.builds(Order, integers, st.sampled_from(OrderKind), texts, st.integers(0, 2**31 - 1), tokens)
+orders = st.builds(
+    Order, integers, st.sampled_from(OrderKind), texts, st.integers(0, 2**31 - 1), tokens
+)
 counts = st.integers(0, 2**63 - 1)
 histograms = st.builds(Histogram, st.lists(counts, min_size=BUCKETS, max_size=BUCKETS), counts)
 st.register_type_strategy(Histogram, histograms)
-structs = (PoolSpec, LeaseReport, Holder, SessionReport, PoolReport, LeaseLine, BackendActivity, Timings)
+structs = (
+    PoolSpec,
+    LeaseReport,
+    Holder,
+    SessionReport,
+    PoolReport,
+    LeaseLine,
+    BackendActivity,
+    Timings,
+)
 for struct in structs:
     hints = {field.name: st.from_type(field.type) for field in msgspec.structs.fields(struct)}
     st.register_type_strategy(struct, st.builds(struct, **hints))
@@ -70,7 +89,10 @@ def messages_of(union: object) -> st.SearchStrategy[object]:
     return st.one_of(
         orders
         if message is Order
-        else st.builds(message, **{field.name: st.from_type(field.type) for field in msgspec.structs.fields(message)})
+        else st.builds(
+            message,
+            **{field.name: st.from_type(field.type) for field in msgspec.structs.fields(message)},
+        )
         for message in get_args(union)
     )
 
@@ -105,7 +127,9 @@ def test_the_longest_list_of_leases_fits_into_a_frame() -> None:
         Token(2**63, 2**63), "p" * 63, 2**22, "h" * 64, "t" * 100, "n" * 100, "being ended", 2**40,
         Backend(2**22, 2**60, 2**60), [entry] * 12,
     )  # fmt: skip
-    report = Report(3, 1, 1, "a" * 107, 1, 1, MOST_LISTED, "connected", [], [], oldest=[line] * MOST_LISTED)
+    report = Report(
+        3, 1, 1, "a" * 107, 1, 1, MOST_LISTED, "connected", [], [], oldest=[line] * MOST_LISTED
+    )
     assert decode_to_operator(encode(report)) == report
 
 
@@ -118,7 +142,9 @@ def test_a_backend_that_no_server_can_have_is_refused(backend: Backend) -> None:
         decode_to_broker(encode(Confirm(Token(1, 1), backend)))
 
 
-@pytest.mark.parametrize("counts", [[1] * (BUCKETS - 1), [1] * (BUCKETS + 1), [*[1] * (BUCKETS - 1), -1], []])
+@pytest.mark.parametrize(
+    "counts", [[1] * (BUCKETS - 1), [1] * (BUCKETS + 1), [*[1] * (BUCKETS - 1), -1], []]
+)
 def test_a_histogram_of_other_buckets_or_less_than_nothing_is_refused(counts: list[int]) -> None:
     good, bad = Histogram([0] * BUCKETS, 0), Histogram(counts, 1)
     with pytest.raises(ProtocolError):
@@ -127,7 +153,9 @@ def test_a_histogram_of_other_buckets_or_less_than_nothing_is_refused(counts: li
 
 def test_types_are_restored_not_just_values() -> None:
     report = LeaseReport(Token(3, 4), Phase.IDLE, 5, "t", Backend(1, 2, 3))
-    hello = decode_to_broker(encode(Hello(1, 2, "h", "t", PoolSpec("p", 5, 60), [report], Token(3, 9))))
+    hello = decode_to_broker(
+        encode(Hello(1, 2, "h", "t", PoolSpec("p", 5, 60), [report], Token(3, 9)))
+    )
     assert isinstance(hello, Hello)
     assert isinstance(hello.leases[0].token, Token)
     assert hello.leases[0].phase is Phase.IDLE
@@ -142,7 +170,9 @@ DECODERS = [decode_to_broker, decode_to_operator, decode_to_worker]
 @pytest.mark.parametrize("decode", DECODERS)
 @unhurried
 @given(frame=st.binary(max_size=200))
-def test_garbage_is_a_protocol_error_or_a_message(decode: Callable[[bytes], object], frame: bytes) -> None:
+def test_garbage_is_a_protocol_error_or_a_message(
+    decode: Callable[[bytes], object], frame: bytes
+) -> None:
     with contextlib.suppress(ProtocolError):
         decode(frame)
 
@@ -171,7 +201,9 @@ def test_well_tagged_messages_of_wrong_types_are_protocol_errors_or_messages(
 
 @unhurried
 @given(message=messages_of(ToBroker), cut=st.integers(0, 50), flip=st.integers(0, 255))
-def test_a_damaged_message_is_a_protocol_error_or_another_message(message: ToBroker, cut: int, flip: int) -> None:
+def test_a_damaged_message_is_a_protocol_error_or_another_message(
+    message: ToBroker, cut: int, flip: int
+) -> None:
     frame = bytearray(encode(message))
     frame[cut % len(frame)] ^= flip
     for damaged in (bytes(frame), bytes(frame[: cut % len(frame)])):
@@ -199,7 +231,9 @@ def test_a_damaged_message_is_a_protocol_error_or_another_message(message: ToBro
         pickle.dumps(Token(1, 2)),
     ],
 )
-def test_what_is_no_message_is_a_protocol_error(decode: Callable[[bytes], object], frame: bytes) -> None:
+def test_what_is_no_message_is_a_protocol_error(
+    decode: Callable[[bytes], object], frame: bytes
+) -> None:
     with pytest.raises(ProtocolError):
         decode(frame)
 
@@ -216,7 +250,9 @@ def test_an_oversized_frame_is_refused_unread() -> None:
 
 def test_the_heartbeat_of_a_big_pool_fits_a_frame() -> None:
     big = 2**53
-    lease = LeaseReport(Token(big, big), Phase.CONNECTING, big, "ThreadPoolExecutor-0_0", Backend(2**22, big, big))
+    lease = LeaseReport(
+        Token(big, big), Phase.CONNECTING, big, "ThreadPoolExecutor-0_0", Backend(2**22, big, big)
+    )
     assert len(encode(Renew([lease] * 5_000, big, big, list(range(1_000))))) < MAX_FRAME_BYTES
 
 

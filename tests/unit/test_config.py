@@ -57,7 +57,9 @@ def fresh(monkeypatch: pytest.MonkeyPatch, runtime_dir: Path) -> Iterator[None]:
         ({"no_such_keyword": 1}, "no_such_keyword"),
     ],
 )
-def test_a_wrong_argument_is_named_and_no_password_told(settings: dict[str, Any], named: str) -> None:
+def test_a_wrong_argument_is_named_and_no_password_told(
+    settings: dict[str, Any], named: str
+) -> None:
     with pytest.raises(ConfigError, match=named) as caught:
         sharedpool.config_pool(**{"dsn": DSN} | settings)
     assert isinstance(caught.value, ValueError)
@@ -80,7 +82,10 @@ def test_the_environment_is_used_and_loses_to_arguments(monkeypatch: pytest.Monk
     assert sharedpool.config_pool().config.conninfo.identity().host == "url.example"
     monkeypatch.setenv("DATABASE_DSN", "host=dsn.example user=u")
     assert sharedpool.config_pool().config.conninfo.identity().host == "dsn.example"
-    assert sharedpool.config_pool(host="mine.example", user="me").config.conninfo.identity().host == "mine.example"
+    assert (
+        sharedpool.config_pool(host="mine.example", user="me").config.conninfo.identity().host
+        == "mine.example"
+    )
 
 
 def test_the_last_pool_of_a_name_is_the_current_one() -> None:
@@ -94,11 +99,14 @@ def test_the_last_pool_of_a_name_is_the_current_one() -> None:
 
 def test_a_pool_with_a_name_is_not_the_one_without() -> None:
     with pytest.raises(
-        sharedpool.PoolError, match=r"no pool 'default' is configured: call sharedpool.config_pool\(\) first$"
+        sharedpool.PoolError,
+        match=r"no pool 'default' is configured: call sharedpool.config_pool\(\) first$",
     ):
         sharedpool.get_pool()
     sharedpool.config_pool(dsn=DSN, name="reports")
-    with pytest.raises(sharedpool.PoolError, match=r"first, or take one that is: get_pool\('reports'\)$"):
+    with pytest.raises(
+        sharedpool.PoolError, match=r"first, or take one that is: get_pool\('reports'\)$"
+    ):
         sharedpool.get_pool()
     with pytest.raises(sharedpool.PoolError, match="no pool 'default'"):
         sharedpool.PgSimple()
@@ -114,7 +122,10 @@ def test_the_kind_of_pool_is_the_callers() -> None:
 
 def test_a_pool_shows_its_state_and_no_password() -> None:
     pool = sharedpool.config_pool(dsn=DSN, max_conn=7)
-    assert repr(pool) == "<SimpleConnectionPool 'default': 0 in use and 0 idle in this process, limit 7 over all>"
+    assert (
+        repr(pool)
+        == "<SimpleConnectionPool 'default': 0 in use and 0 idle in this process, limit 7 over all>"
+    )
     assert "s3cr3t" not in repr(pool.config)
     pool.release_all()
     assert repr(pool) == "<SimpleConnectionPool 'default' disposed>"
@@ -124,7 +135,9 @@ def test_a_pool_shows_its_state_and_no_password() -> None:
 
 
 def test_a_pool_that_is_pickled_for_another_process_says_what_to_do() -> None:
-    with pytest.raises(TypeError, match=r"'spawned' cannot be pickled .* call config_pool\(\) there too"):
+    with pytest.raises(
+        TypeError, match=r"'spawned' cannot be pickled .* call config_pool\(\) there too"
+    ):
         pickle.dumps(sharedpool.config_pool(dsn="dbname=app password=secret", name="spawned"))
 
 
@@ -142,7 +155,9 @@ def test_without_xdg_it_is_the_users_own_under_the_temporary_directory(
     if given is None:
         monkeypatch.delenv("XDG_RUNTIME_DIR")
     else:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", given if given == "relative" else str(runtime_dir / given))
+        monkeypatch.setenv(
+            "XDG_RUNTIME_DIR", given if given == "relative" else str(runtime_dir / given)
+        )
     monkeypatch.setenv("TMPDIR", str(runtime_dir))
     assert addresses.runtime_dir() == runtime_dir / f"sharedpool-{os.geteuid()}"
 
@@ -160,9 +175,13 @@ def test_another_users_runtime_directory_is_left_alone(
     monkeypatch.setenv("TMPDIR", str(temporary))
     pretend_to_own(monkeypatch, theirs, os.geteuid() + 1)
     caplog.set_level(logging.INFO, "sharedpool.worker")
-    assert [addresses.runtime_dir(), addresses.runtime_dir()] == [temporary / f"sharedpool-{os.geteuid()}"] * 2
+    assert [addresses.runtime_dir(), addresses.runtime_dir()] == [
+        temporary / f"sharedpool-{os.geteuid()}"
+    ] * 2
     assert list(theirs.iterdir()) == []
-    assert caplog.messages == [f"XDG_RUNTIME_DIR is not used: {theirs} belongs to uid {os.geteuid() + 1}"]
+    assert caplog.messages == [
+        f"XDG_RUNTIME_DIR is not used: {theirs} belongs to uid {os.geteuid() + 1}"
+    ]
 
 
 def test_a_directory_that_another_user_has_left_in_ours_is_not_used(
@@ -197,7 +216,9 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 from sharedpool.discovery import address
 print(address.runtime_dir())
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert Path(found) == addresses.runtime_dir()
     assert Path(found).parent == runtime_dir
 
@@ -225,7 +246,9 @@ def pretend_to_own(monkeypatch: pytest.MonkeyPatch, path: Path, uid: int) -> Non
 def test_a_symlink_is_refused(runtime_dir: Path) -> None:
     (runtime_dir / "elsewhere").mkdir(mode=0o700)
     (runtime_dir / "sharedpool").symlink_to(runtime_dir / "elsewhere")
-    pool = sharedpool.config_pool(dsn=DSN)  # whoever uses it may be somebody else, and have another directory
+    pool = sharedpool.config_pool(
+        dsn=DSN
+    )  # whoever uses it may be somebody else, and have another directory
     with pytest.raises(ConfigError, match="symlink"):
         pool.get_conn()
 
@@ -233,18 +256,24 @@ def test_a_symlink_is_refused(runtime_dir: Path) -> None:
 def test_a_directory_open_to_others_is_refused(runtime_dir: Path) -> None:
     (runtime_dir / "sharedpool").mkdir()
     (runtime_dir / "sharedpool").chmod(0o755)
-    pool = sharedpool.config_pool(dsn=DSN)  # whoever uses it may be somebody else, and have another directory
+    pool = sharedpool.config_pool(
+        dsn=DSN
+    )  # whoever uses it may be somebody else, and have another directory
     with pytest.raises(ConfigError, match="chmod 700"):
         pool.get_conn()
 
 
-def test_somebody_elses_directory_is_refused(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_somebody_elses_directory_is_refused(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     monkeypatch.setenv("TMPDIR", str(runtime_dir))
     theirs = runtime_dir / f"sharedpool-{os.geteuid()}"
     theirs.mkdir(mode=0o700)
     pretend_to_own(monkeypatch, theirs, os.geteuid() + 1)
-    pool = sharedpool.config_pool(dsn=DSN)  # whoever uses it may be somebody else, and have another directory
+    pool = sharedpool.config_pool(
+        dsn=DSN
+    )  # whoever uses it may be somebody else, and have another directory
     with pytest.raises(ConfigError, match="belongs to uid"):
         pool.get_conn()
 
@@ -261,7 +290,9 @@ def test_what_a_tcp_broker_knows_does_not_move_with_the_environment(
         else:
             base.mkdir(mode=0o700)
             monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
-        places.add((addresses.lock_path("tcp://[::1]:5555"), addresses.journal_path("tcp://[::1]:5555")))
+        places.add(
+            (addresses.lock_path("tcp://[::1]:5555"), addresses.journal_path("tcp://[::1]:5555"))
+        )
     ((lock, journal),) = places
     assert lock.parent == journal.parent
     assert lock.parent.stat().st_mode & 0o777 == 0o700
@@ -282,7 +313,16 @@ def test_two_brokers_that_know_nothing_of_each_other_have_other_epochs(
 
 @pytest.mark.parametrize(
     "address",
-    ["tcp://*:5555", "tcp://host", "tcp://host:0", "tcp://host:99999", "udp://x:1", "ipc://", "inproc://x", ""],
+    [
+        "tcp://*:5555",
+        "tcp://host",
+        "tcp://host:0",
+        "tcp://host:99999",
+        "udp://x:1",
+        "ipc://",
+        "inproc://x",
+        "",
+    ],
 )
 def test_addresses_no_broker_can_have(address: str) -> None:
     if address == "tcp://*:5555":
@@ -304,7 +344,11 @@ def test_the_automatic_broker_is_one_for_all_pools_of_a_server_and_role() -> Non
         address(dsn=DSN, dbname="other"),
     }
     assert len(same) == 1
-    others = {address(dsn=DSN, port=5433), address(dsn=DSN, user="other"), address(dsn=DSN, host="other.example")}
+    others = {
+        address(dsn=DSN, port=5433),
+        address(dsn=DSN, user="other"),
+        address(dsn=DSN, host="other.example"),
+    }
     assert len(others | same) == 4
 
 
@@ -327,11 +371,17 @@ def test_a_service_that_is_not_there_is_an_error_of_config_pool() -> None:
 def test_a_worker_does_not_load_the_brokers_modules() -> None:
     """They are 3 MB of memory in every process, and the start-up time of a script."""
     code = "import sys, sharedpool; print([m for m in sys.modules if m.startswith(('sharedpool.broker.', 'multip'))])"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert printed == "[]\n"
 
 
 def test_what_starts_a_broker_is_there_all_the_same() -> None:
-    assert sharedpool.start_broker.__module__ == sharedpool.Broker.__module__ == "sharedpool.broker.launch.run"
+    assert (
+        sharedpool.start_broker.__module__
+        == sharedpool.Broker.__module__
+        == "sharedpool.broker.launch.run"
+    )
     with pytest.raises(AttributeError, match="no attribute 'start_brocker'"):
         sharedpool.start_brocker  # noqa: B018

@@ -64,7 +64,10 @@ def test_every_mistake_is_named_at_once_with_its_place(tmp_path: Path) -> None:
     [
         ("x = = 1", "line 1"),
         ("groups = 3", "groups: must be tables"),
-        ("max_conn = 3\n[groups.web]\nmin = 4", "4 connections are reserved (min), of 3 in all (max-conn)"),
+        (
+            "max_conn = 3\n[groups.web]\nmin = 4",
+            "4 connections are reserved (min), of 3 in all (max-conn)",
+        ),
         ("max_conn = true", "max_conn: Expected `int`"),
     ],
 )

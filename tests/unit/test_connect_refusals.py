@@ -18,7 +18,9 @@ def test_what_a_server_says_of_itself_concerns_everybody(code: str) -> None:
     assert concerns_all(code, unreachable=False)
 
 
-@pytest.mark.parametrize("code", ["28P01", "28000", "3D000", "42501", "55000", "57P04", "57014", "08P01", "XX000", ""])
+@pytest.mark.parametrize(
+    "code", ["28P01", "28000", "3D000", "42501", "55000", "57P04", "57014", "08P01", "XX000", ""]
+)
 def test_what_it_says_of_one_and_what_is_not_known_is_his_own(code: str) -> None:
     assert not concerns_all(code, unreachable=False)
 
@@ -57,7 +59,9 @@ def test_another_refusal_begins_anew() -> None:
 def test_who_is_refused_for_the_role_takes_turns_with_the_others_and_nobody_is_left_out() -> None:
     refusals = Refusals(lambda: 0.5)
     names = [b"a", b"b", b"c"]
-    held: dict[bytes, Refusal] = {name: refusals.failed(name, None, "28000", "no login", 0.0) for name in names}
+    held: dict[bytes, Refusal] = {
+        name: refusals.failed(name, None, "28000", "no login", 0.0) for name in names
+    }
     tried: list[tuple[float, bytes]] = []
     for tick in itertools.count():
         now = tick * 0.02
@@ -90,7 +94,9 @@ def test_one_who_is_let_in_opens_the_door_for_all_who_were_refused_alike() -> No
 def refuse(worker: Worker, token: Token, code: str = "28P01", *, unreachable: bool = False) -> None:
     worker.held.pop(token, None)
     error = f"refused: {code}"
-    release = Release(token, True, ReleaseReason.FAILED, error=error, code=code, unreachable=unreachable)
+    release = Release(
+        token, True, ReleaseReason.FAILED, error=error, code=code, unreachable=unreachable
+    )
     worker.broker.send(worker.id, release)
 
 
@@ -123,7 +129,9 @@ def test_it_tries_again_when_its_time_has_come() -> None:
     assert {type(bad.outcome(bad.ask(wait_s=60))) for _ in range(3)} == {Token}
 
 
-def test_threads_that_wait_beside_the_one_that_is_refused_are_told_instead_of_sent_after_it() -> None:
+def test_threads_that_wait_beside_the_one_that_is_refused_are_told_instead_of_sent_after_it() -> (
+    None
+):
     broker = Broker()
     bad = broker.worker("bad", max_conn=1)
     first, second, third = (bad.ask(wait_s=60) for _ in range(3))
@@ -159,7 +167,9 @@ def test_a_worker_that_alone_finds_no_server_does_not_hold_the_others_back_for_l
 
 
 @pytest.mark.parametrize(("code", "goes_on"), [("", True), ("53300", False)], ids=["down", "full"])
-def test_what_another_has_reached_meanwhile_is_not_down_but_may_be_full(code: str, goes_on: bool) -> None:
+def test_what_another_has_reached_meanwhile_is_not_down_but_may_be_full(
+    code: str, goes_on: bool
+) -> None:
     broker = Broker()
     good, late = broker.worker("good", max_conn=4), broker.worker("late")
     trying = late.granted(late.ask(wait_s=60))
@@ -176,14 +186,18 @@ def test_a_grant_says_with_what_the_server_refuses_everybody() -> None:
     a, b = broker.worker("a", max_conn=3), broker.worker("b", max_conn=3)
     token = a.granted(a.ask())
     assert a.last(Grant).code == ""
-    broker.send(a.id, Release(token, True, ReleaseReason.FAILED, error="too many clients", code="53300"))
+    broker.send(
+        a.id, Release(token, True, ReleaseReason.FAILED, error="too many clients", code="53300")
+    )
     broker.pass_time(2.0)
     b.granted(b.ask())
     assert b.last(Grant).code == "53300"
 
 
 @pytest.mark.parametrize(("code", "is_told"), [("28000", True), ("42501", True), ("28P01", False)])
-def test_what_every_process_of_a_role_is_refused_for_is_told_of_the_pool(code: str, is_told: bool) -> None:
+def test_what_every_process_of_a_role_is_refused_for_is_told_of_the_pool(
+    code: str, is_told: bool
+) -> None:
     broker = Broker()
     a, b = broker.worker("a", max_conn=4), broker.worker("b", max_conn=4)
     refuse(a, a.granted(a.ask(wait_s=60)), code)

@@ -19,7 +19,16 @@ from sharedpool.errors import ConfigError
 from sharedpool.postgres import conninfo, libpq
 from sharedpool.postgres.conninfo import ConnInfo, ServerIdentity, resolve
 
-LIBPQ_VARIABLES = ["PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGPASSWORD", "PGSSLMODE", "PGPASSFILE"]
+LIBPQ_VARIABLES = [
+    "PGHOST",
+    "PGHOSTADDR",
+    "PGPORT",
+    "PGDATABASE",
+    "PGUSER",
+    "PGPASSWORD",
+    "PGSSLMODE",
+    "PGPASSFILE",
+]
 LIBPQ_VARIABLES += ["PGSERVICE", "PGSERVICEFILE", "PGSYSCONFDIR"]
 
 # A busy machine is no failure.
@@ -30,7 +39,9 @@ unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]
 def no_settings_of_the_developer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in (*LIBPQ_VARIABLES, "DATABASE_DSN", "DATABASE_URL"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.pg_service.conf of the person who runs the tests
+    monkeypatch.setenv(
+        "HOME", str(tmp_path)
+    )  # no ~/.pg_service.conf of the person who runs the tests
 
 
 def parts(dsn: str | None = None, db_url: str | None = None, **rest: Any) -> dict[str, str]:
@@ -58,7 +69,9 @@ def test_explicit_dsn_wins_over_the_environment() -> None:
 
 
 def test_database_dsn_wins_over_database_url() -> None:
-    assert parts(environ={"DATABASE_DSN": "host=one", "DATABASE_URL": "postgres://two"}) == {"host": "one"}
+    assert parts(environ={"DATABASE_DSN": "host=one", "DATABASE_URL": "postgres://two"}) == {
+        "host": "one"
+    }
     assert parts(environ={"DATABASE_DSN": "", "DATABASE_URL": "postgres://two"}) == {"host": "two"}
 
 
@@ -67,9 +80,14 @@ def test_environment_defaults_to_the_process_environment(monkeypatch: pytest.Mon
     assert parse_dsn(resolve().dsn) == {"host": "from-env", "dbname": "app"}
 
 
-@pytest.mark.parametrize("name", ["host", "hostaddr", "port", "dbname", "database", "user", "password", "service"])
+@pytest.mark.parametrize(
+    "name", ["host", "hostaddr", "port", "dbname", "database", "user", "password", "service"]
+)
 def test_any_location_keyword_sets_database_variables_aside(name: str) -> None:
-    environ = {"DATABASE_DSN": "host=wrong user=wrong sslmode=require", "DATABASE_URL": "postgres://wrong"}
+    environ = {
+        "DATABASE_DSN": "host=wrong user=wrong sslmode=require",
+        "DATABASE_URL": "postgres://wrong",
+    }
     assert parts(environ=environ, **{name: "1"}) == {"dbname" if name == "database" else name: "1"}
 
 
@@ -79,7 +97,12 @@ def test_other_keywords_are_laid_over_the_environment() -> None:
         sslmode="require",
         cursor_factory=NamedTupleCursor,
     )
-    assert parse_dsn(info.dsn) == {"host": "h", "dbname": "app", "sslmode": "require", "connect_timeout": "3"}
+    assert parse_dsn(info.dsn) == {
+        "host": "h",
+        "dbname": "app",
+        "sslmode": "require",
+        "connect_timeout": "3",
+    }
     assert info.python_kwargs == {"cursor_factory": NamedTupleCursor}
 
 
@@ -94,7 +117,9 @@ def test_keywords_win_over_dsn_and_url() -> None:
 
 def test_none_valued_keywords_are_ignored() -> None:
     environ = {"DATABASE_URL": "postgres://env"}
-    assert parts(environ=environ, host=None, password=None, cursor_factory=None, no_such=None) == {"host": "env"}
+    assert parts(environ=environ, host=None, password=None, cursor_factory=None, no_such=None) == {
+        "host": "env"
+    }
 
 
 def test_libpq_environment_is_left_to_libpq(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +159,15 @@ def test_white_space_around_a_url_is_dropped() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["mysql://h/app", "postgresql+psycopg2://h/app", "POSTGRES://h/app", "h:5432/app", "", "dbname=app"]
+    "url",
+    [
+        "mysql://h/app",
+        "postgresql+psycopg2://h/app",
+        "POSTGRES://h/app",
+        "h:5432/app",
+        "",
+        "dbname=app",
+    ],
 )
 def test_other_schemes_are_refused_by_name(url: str) -> None:
     with pytest.raises(ConfigError, match=r"^db_url= has .*postgres:// and postgresql://"):
@@ -159,7 +192,11 @@ def test_any_user_and_password_survive_a_url(user: str, password: str) -> None:
 @unhurried
 @given(user=text, password=text, dbname=text)
 def test_any_keyword_value_survives(user: str, password: str, dbname: str) -> None:
-    assert parts(user=user, password=password, dbname=dbname) == {"user": user, "password": password, "dbname": dbname}
+    assert parts(user=user, password=password, dbname=dbname) == {
+        "user": user,
+        "password": password,
+        "dbname": dbname,
+    }
 
 
 # --- wrong values -----------------------------------------------------------------------------------------------------
@@ -185,7 +222,9 @@ def test_an_undecodable_password_is_not_taken_for_a_host(url: str) -> None:
 
 
 def test_an_at_sign_elsewhere_is_allowed() -> None:
-    assert parts(db_url="postgres://u:p@h/app?application_name=a@b/c")["application_name"] == "a@b/c"
+    assert (
+        parts(db_url="postgres://u:p@h/app?application_name=a@b/c")["application_name"] == "a@b/c"
+    )
     assert parts(db_url="postgres://h/app?user=a@b")["user"] == "a@b"
     assert parts(host="@abstract")["host"] == "@abstract"
 
@@ -199,7 +238,9 @@ def test_a_port_must_be_a_number() -> None:
     assert parts(host="a,b", port="1,")["port"] == "1,"
 
 
-@pytest.mark.parametrize("keyword", ["bogus", "max_connections", "a b", "x=1 password", "", "ho\0st", "café"])
+@pytest.mark.parametrize(
+    "keyword", ["bogus", "max_connections", "a b", "x=1 password", "", "ho\0st", "café"]
+)
 def test_unknown_keyword_is_named(keyword: str) -> None:
     arguments: dict[str, Any] = {"host": "h", keyword: "1"}
     with pytest.raises(ConfigError) as raised:
@@ -231,7 +272,9 @@ def test_connection_factory_is_passed_on() -> None:
         pass
 
     assert resolve(host="h", connection_factory=Mine).python_kwargs == {"connection_factory": Mine}
-    assert resolve(host="h", connection_factory=DictConnection).python_kwargs == {"connection_factory": DictConnection}
+    assert resolve(host="h", connection_factory=DictConnection).python_kwargs == {
+        "connection_factory": DictConnection
+    }
 
 
 def test_cursor_factory_must_be_callable() -> None:
@@ -240,13 +283,21 @@ def test_cursor_factory_must_be_callable() -> None:
 
 
 @pytest.mark.parametrize("environ", [{}, {"PGSSLMODE": "require", "DATABASE_URL": ""}])
-@pytest.mark.parametrize("arguments", [{}, {"dsn": ""}, {"sslmode": "require"}, {"cursor_factory": NamedTupleCursor}])
-def test_nothing_to_connect_to_says_what_to_set(environ: dict[str, str], arguments: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"nothing to connect to: pass dsn=.*DATABASE_URL.*PGSERVICE"):
+@pytest.mark.parametrize(
+    "arguments", [{}, {"dsn": ""}, {"sslmode": "require"}, {"cursor_factory": NamedTupleCursor}]
+)
+def test_nothing_to_connect_to_says_what_to_set(
+    environ: dict[str, str], arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"nothing to connect to: pass dsn=.*DATABASE_URL.*PGSERVICE"
+    ):
         resolve(environ=environ, **arguments)
 
 
-@pytest.mark.parametrize("name", ["PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE"])
+@pytest.mark.parametrize(
+    "name", ["PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE"]
+)
 def test_one_libpq_variable_is_enough(name: str) -> None:
     assert resolve(environ={name: "1"}).dsn == ""
 
@@ -273,13 +324,20 @@ def test_a_function_is_asked_for_the_password_at_every_connect_and_not_before() 
     found = resolve(host="h", dbname="d", user="u", password=lambda: next(passwords))
     assert parse_dsn(found.dsn) == {"host": "h", "dbname": "d", "user": "u"}
     assert parse_dsn(found.current())["password"] == "first"
-    assert parse_dsn(found.current()) == {"host": "h", "dbname": "d", "user": "u", "password": "it's \\ second"}
+    assert parse_dsn(found.current()) == {
+        "host": "h",
+        "dbname": "d",
+        "user": "u",
+        "password": "it's \\ second",
+    }
     assert found.identity() == resolve(host="h", dbname="d", user="u", password="other").identity()
 
 
 def test_a_function_is_asked_for_the_dsn_and_keywords_are_laid_over_it() -> None:
     passwords = iter(["first", "second", "third"])
-    found = resolve(dsn=lambda: f"postgres://u:{next(passwords)}@h/d", port="5433", sslpassword=lambda: "s")
+    found = resolve(
+        dsn=lambda: f"postgres://u:{next(passwords)}@h/d", port="5433", sslpassword=lambda: "s"
+    )
     assert found.identity() == ("h", "5433", "d", "u")
     expected = {"host": "h", "port": "5433", "dbname": "d", "user": "u", "sslpassword": "s"}
     assert parse_dsn(found.current()) == expected | {"password": "second"}
@@ -291,7 +349,9 @@ def test_what_never_changes_is_not_asked_for() -> None:
     assert resolve(host="h").current() == resolve(host="h").dsn
 
 
-@pytest.mark.parametrize("name", ["host", "hostaddr", "port", "dbname", "database", "service", "user"])
+@pytest.mark.parametrize(
+    "name", ["host", "hostaddr", "port", "dbname", "database", "service", "user"]
+)
 def test_a_keyword_that_says_where_is_no_function(name: str) -> None:
     arguments: dict[str, Any] = {"host": "h", name: lambda: "x"}
     with pytest.raises(ConfigError, match=rf"^{name}= cannot be a function.*dsn= can be one"):
@@ -311,16 +371,26 @@ def test_a_password_function_is_explicit_as_a_password_is() -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ({"password": lambda: None}, r"^password= must be a function that returns a string, not NoneType"),
-        ({"password": lambda: b"zsecret"}, r"^password= must be a function that returns a string, not bytes"),
+        (
+            {"password": lambda: None},
+            r"^password= must be a function that returns a string, not NoneType",
+        ),
+        (
+            {"password": lambda: b"zsecret"},
+            r"^password= must be a function that returns a string, not bytes",
+        ),
         ({"password": lambda: "zsecret\0"}, r"^password= has a value that libpq cannot take"),
     ],
 )
-def test_what_a_function_returns_is_checked_and_never_shown(arguments: dict[str, Any], complaint: str) -> None:
+def test_what_a_function_returns_is_checked_and_never_shown(
+    arguments: dict[str, Any], complaint: str
+) -> None:
     found = resolve(host="h", **arguments)
     with pytest.raises(ConfigError, match=complaint) as raised:
         found.current()
-    assert "zsecret" not in "".join(traceback.TracebackException.from_exception(raised.value).format_exception_only())
+    assert "zsecret" not in "".join(
+        traceback.TracebackException.from_exception(raised.value).format_exception_only()
+    )
 
 
 def test_what_a_dsn_function_returns_is_checked_and_never_shown() -> None:
@@ -382,7 +452,9 @@ def resolved_or_error(**arguments: Any) -> ConnInfo | str:
         ("database=", {"password": "zsecret", "user": "zadmin", "database": "a", "dbname": "b"}),
     ],
 )
-def test_errors_name_the_argument_and_hide_the_secret(origin: str, arguments: dict[str, Any]) -> None:
+def test_errors_name_the_argument_and_hide_the_secret(
+    origin: str, arguments: dict[str, Any]
+) -> None:
     with pytest.raises(ConfigError) as raised:
         resolve(**arguments)
     assert str(raised.value).startswith(origin)
@@ -395,8 +467,12 @@ marked = st.builds(lambda before, after: f"{before}zsecret{after}", st.text(), s
 
 
 @unhurried
-@given(password=marked, origin=st.sampled_from(["dsn", "db_url", "environ", "keyword"]), data=st.data())
-def test_no_error_and_no_repr_ever_contains_the_password(password: str, origin: str, data: st.DataObject) -> None:
+@given(
+    password=marked, origin=st.sampled_from(["dsn", "db_url", "environ", "keyword"]), data=st.data()
+)
+def test_no_error_and_no_repr_ever_contains_the_password(
+    password: str, origin: str, data: st.DataObject
+) -> None:
     url = data.draw(
         st.sampled_from(
             [
@@ -407,7 +483,9 @@ def test_no_error_and_no_repr_ever_contains_the_password(password: str, origin: 
             ]
         )
     )
-    dsn = data.draw(st.sampled_from([f"user=u password={password}", f"host=h password='{password}' x", url]))
+    dsn = data.draw(
+        st.sampled_from([f"user=u password={password}", f"host=h password='{password}' x", url])
+    )
     environ = data.draw(st.sampled_from([{"DATABASE_URL": url}, {"DATABASE_DSN": dsn}]))
     arguments: dict[str, dict[str, Any]] = {
         "dsn": {"dsn": dsn},
@@ -420,7 +498,10 @@ def test_no_error_and_no_repr_ever_contains_the_password(password: str, origin: 
 
 
 def test_repr_shows_where_and_hides_secrets() -> None:
-    info = resolve(db_url="postgres://app:zsecret@db:5432/app?sslpassword=zother", cursor_factory=NamedTupleCursor)
+    info = resolve(
+        db_url="postgres://app:zsecret@db:5432/app?sslpassword=zother",
+        cursor_factory=NamedTupleCursor,
+    )
     shown = repr(info)
     assert "host=db" in shown
     assert "user=app" in shown
@@ -493,8 +574,15 @@ def test_identity_fills_in_built_in_values() -> None:
 
 
 @pytest.mark.usefixtures("either_way")
-def test_identity_takes_the_libpq_environment_below_explicit_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"PGHOST": "eh", "PGPORT": "1234", "PGDATABASE": "ed", "PGUSER": "eu"}.items():
+def test_identity_takes_the_libpq_environment_below_explicit_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {
+        "PGHOST": "eh",
+        "PGPORT": "1234",
+        "PGDATABASE": "ed",
+        "PGUSER": "eu",
+    }.items():
         monkeypatch.setenv(name, value)
     assert resolve().identity() == ("eh", "1234", "ed", "eu")
     assert identity(host="h", dbname="d") == ("h", "1234", "d", "eu")
@@ -534,7 +622,9 @@ def service_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("service_file")
-def test_a_service_is_resolved_between_explicit_values_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_is_resolved_between_explicit_values_and_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("PGHOST", "eh")
     monkeypatch.setenv("PGDATABASE", "ed")
     assert identity(service="reports") == ("sh", "6000", "ed", "su")
@@ -542,7 +632,9 @@ def test_a_service_is_resolved_between_explicit_values_and_the_environment(monke
     assert identity(db_url="postgres:///?service=other").host == "oh"
 
 
-def test_what_an_identity_comes_from_may_change(monkeypatch: pytest.MonkeyPatch, service_file: Path) -> None:
+def test_what_an_identity_comes_from_may_change(
+    monkeypatch: pytest.MonkeyPatch, service_file: Path
+) -> None:
     info, by_service = resolve(dsn="dbname=d user=u"), resolve(dsn="service=reports user=u")
     for host in ("one", "two"):
         monkeypatch.setenv("PGHOST", host)
@@ -570,20 +662,26 @@ def test_a_missing_service_is_named() -> None:
         resolve(service="nosuch", password="zsecret").identity()
 
 
-def test_a_service_keeps_its_name_where_libpq_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_keeps_its_name_where_libpq_cannot_be_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("sharedpool.postgres.libpq.library", lambda: None)
     assert identity(service="reports", user="u").host == "service=reports"
     assert identity(service="reports", host="h", user="u").host == "h"
 
 
-def test_identity_connects_to_nothing_and_changes_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_identity_connects_to_nothing_and_changes_no_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import os
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         port = server.getsockname()[1]
         before = dict(os.environ)
-        found = identity(host="127.0.0.1", hostaddr="127.0.0.1", port=port, user="u", sslmode="disable")
+        found = identity(
+            host="127.0.0.1", hostaddr="127.0.0.1", port=port, user="u", sslmode="disable"
+        )
         assert found == ("127.0.0.1", str(port), "u", "u")
         assert dict(os.environ) == before
         with pytest.raises(BlockingIOError):
@@ -596,7 +694,11 @@ def test_the_digest_is_the_servers_and_the_roles_not_the_databases() -> None:
     digests |= {base.digest(), ServerIdentity("h1", "", "d", "u").digest()}
     assert len(digests) == 5
     assert all(len(digest) == 16 and int(digest, 16) >= 0 for digest in digests)
-    assert base.digest() == ServerIdentity("h", "1", "d", "u").digest() == base._replace(dbname="other").digest()
+    assert (
+        base.digest()
+        == ServerIdentity("h", "1", "d", "u").digest()
+        == base._replace(dbname="other").digest()
+    )
 
 
 @unhurried

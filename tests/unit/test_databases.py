@@ -51,6 +51,8 @@ def test_names_that_look_like_anothers_are_told_apart(order: tuple[int, ...]) ->
         pool, database = spec[number]
         broker.worker(f"w{number}", pool, max_conn=1, database=database, server=str(number)).lend()
     for number, (pool, database) in enumerate(spec):
-        late = broker.worker(f"late{number}", pool, max_conn=1, database=database, server=str(number))
+        late = broker.worker(
+            f"late{number}", pool, max_conn=1, database=database, server=str(number)
+        )
         assert not isinstance(late.outcome(late.ask(wait_s=60)), Token)
     assert len(set(names(broker).values())) == len(spec)

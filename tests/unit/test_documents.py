@@ -34,13 +34,19 @@ def test_the_readme_is_short_enough_to_be_read() -> None:
 
 def anchors(document: str) -> set[str]:
     """The names of a document's headings, as code hosts make them."""
-    headings = re.findall(r"^#+ (.*)$", documents.without_code(documents.text(document)), flags=re.MULTILINE)
+    headings = re.findall(
+        r"^#+ (.*)$", documents.without_code(documents.text(document)), flags=re.MULTILINE
+    )
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_document_is_known_to_the_tests() -> None:
     ours = {"README.md", "examples", "sharedpool", "tests", ".github", "CHANGELOG.md"}
-    found = {str(path.relative_to(ROOT)) for place in ours for path in [ROOT / place, *(ROOT / place).rglob("*.md")]}
+    found = {
+        str(path.relative_to(ROOT))
+        for place in ours
+        for path in [ROOT / place, *(ROOT / place).rglob("*.md")]
+    }
     assert {name for name in found if name.endswith(".md")} == set(DOCUMENTS)
 
 
@@ -68,7 +74,9 @@ def test_every_document_is_reached_from_the_readme() -> None:
             for link in re.findall(r"\]\(([^)\s]+)\)", documents.text(document))
             if not link.startswith(("https://", "#"))
         ]
-        new = {str(path.resolve().relative_to(ROOT)) for path in links if path.suffix == ".md"} - reached
+        new = {
+            str(path.resolve().relative_to(ROOT)) for path in links if path.suffix == ".md"
+        } - reached
     assert reached == set(DOCUMENTS)
 
 
@@ -81,16 +89,31 @@ def test_python_in_a_document_can_be_compiled_and_names_what_there_is(document: 
         tree = ast.parse(code)
         for node in ast.walk(tree):
             match node:
-                case ast.ImportFrom(module=str(module), names=imported) if module.startswith("sharedpool."):
-                    source = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text())
-                    defined = {each.name for each in source.body if isinstance(each, ast.ClassDef | ast.FunctionDef)}
+                case ast.ImportFrom(module=str(module), names=imported) if module.startswith(
+                    "sharedpool."
+                ):
+                    source = ast.parse(
+                        (ROOT / module.replace(".", "/")).with_suffix(".py").read_text()
+                    )
+                    defined = {
+                        each.name
+                        for each in source.body
+                        if isinstance(each, ast.ClassDef | ast.FunctionDef)
+                    }
                     assert {alias.name for alias in imported} <= defined | {"*"}
                 case ast.Attribute(value=ast.Name(id="sharedpool"), attr=name):
                     assert hasattr(sharedpool, name), name
                 case ast.Attribute(value=ast.Name(id="pool"), attr=name):
                     assert hasattr(sharedpool.Pool, name) or name == "max_conn", name
-                case ast.Call(func=ast.Attribute(value=ast.Name(id="sharedpool"), attr="config_pool"), keywords=given):
-                    takes = inspect.signature(sharedpool.config_pool).parameters.keys() | {"host", "dbname", "user"}
+                case ast.Call(
+                    func=ast.Attribute(value=ast.Name(id="sharedpool"), attr="config_pool"),
+                    keywords=given,
+                ):
+                    takes = inspect.signature(sharedpool.config_pool).parameters.keys() | {
+                        "host",
+                        "dbname",
+                        "user",
+                    }
                     assert {keyword.arg for keyword in given} <= takes | {"password"}
 
 
@@ -99,9 +122,13 @@ def commands(document: str) -> list[list[str]]:
     text = documents.text(document)
     lines = [line for code in documents.blocks(text, "sh") for line in code.splitlines()]
     lines += [piece for piece in documents.quoted(text) if not piece.startswith("sharedpool.")]
-    parts = [shlex.split(part, comments=True) for line in lines for part in re.split(r"&&|\|", line)]
+    parts = [
+        shlex.split(part, comments=True) for line in lines for part in re.split(r"&&|\|", line)
+    ]
     named = [part for part in parts if part and Path(part[0]).name == "sharedpool"]
-    return [part[1 : part.index("--")] if "--" in part else part[1:] for part in named if len(part) > 1]
+    return [
+        part[1 : part.index("--")] if "--" in part else part[1:] for part in named if len(part) > 1
+    ]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -121,26 +148,47 @@ def test_commands_in_a_document_are_commands(document: str) -> None:
 
 def test_there_are_commands_to_look_at() -> None:
     assert [words[0] for words in commands(README)].count("pause") == 1
-    assert {words[0] for words in commands(ON_CALL)} >= {"run", "broker", "who", "set", "kill", "check-config"}
+    assert {words[0] for words in commands(ON_CALL)} >= {
+        "run",
+        "broker",
+        "who",
+        "set",
+        "kill",
+        "check-config",
+    }
 
 
 # --- nothing is missing
 
 
 def test_every_error_is_explained() -> None:
-    named = {name for row in documents.rows(ON_CALL, "| error | when |") for name in documents.quoted(row[0])}
+    named = {
+        name
+        for row in documents.rows(ON_CALL, "| error | when |")
+        for name in documents.quoted(row[0])
+    }
     ours = {
-        name for name, each in vars(errors).items() if isinstance(each, type) and each.__module__ == errors.__name__
+        name
+        for name, each in vars(errors).items()
+        if isinstance(each, type) and each.__module__ == errors.__name__
     }
     assert named == ours - {"SharedPoolError"}  # their parent
 
 
 def test_every_metric_is_listed() -> None:
-    listed = {name for row in documents.rows(ON_CALL, "| metric | meaning |") for name in documents.quoted(row[0])}
+    listed = {
+        name
+        for row in documents.rows(ON_CALL, "| metric | meaning |")
+        for name in documents.quoted(row[0])
+    }
     source = inspect.getsource(prometheus)
-    named = {f"db_client_connection_{name}" for name in re.findall(r'_PREFIX \+ "(\w+)", "', source)}
-    named |= {f"db_client_connection_{name}" for name in re.findall(r'"(\w+_time_seconds)"', source)}
-    assert listed == named | set(re.findall(r'\("(sharedpool_\w+)"', source))
+    named = {
+        f"db_client_connection_{name}" for name in re.findall(r'_PREFIX \+ "(\w+)",\s+"', source)
+    }
+    named |= {
+        f"db_client_connection_{name}" for name in re.findall(r'"(\w+_time_seconds)"', source)
+    }
+    assert listed == named | set(re.findall(r'\(\s*"(sharedpool_\w+)"', source))
 
 
 def test_every_variable_of_the_environment_is_explained() -> None:
@@ -175,8 +223,16 @@ def test_every_message_is_in_the_figure() -> None:
 
 
 def test_every_folder_of_tests_is_explained() -> None:
-    told = {cell for row in documents.rows("tests/README.md", "| folder | what it proves | time |") for cell in row[:1]}
-    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and any(path.glob("test_*.py"))}
+    told = {
+        cell
+        for row in documents.rows("tests/README.md", "| folder | what it proves | time |")
+        for cell in row[:1]
+    }
+    folders = {
+        path.name
+        for path in (ROOT / "tests").iterdir()
+        if path.is_dir() and any(path.glob("test_*.py"))
+    }
     assert {re.sub(r"\W", "", cell.split("]")[0]) for cell in told} >= folders
 
 
@@ -194,15 +250,21 @@ def test_the_plot_is_of_the_tables_figures() -> None:
     text = pictures.README.read_text()
     throughputs, latencies = pictures.contended(text)
     assert (len(throughputs), len(latencies)) == (6, 3)
-    assert pictures.PICTURE.read_text() == pictures.draw(throughputs, latencies), "run python tests/bench/pictures.py"
+    assert pictures.PICTURE.read_text() == pictures.draw(throughputs, latencies), (
+        "run python tests/bench/pictures.py"
+    )
 
 
 def test_the_readmes_figures_are_the_tables() -> None:
     told = documents.section(README, "Is it for you?")
-    faults, bench = documents.text("tests/faults/README.md"), documents.text("tests/bench/README.md")
+    faults, bench = (
+        documents.text("tests/faults/README.md"),
+        documents.text("tests/bench/README.md"),
+    )
     throughputs, latencies = pictures.contended(bench)
-    assert f"{throughputs[1].ratio} × PgBouncer's throughput, at {latencies[1].ratio} × its p99" in " ".join(
-        told.split()
+    assert (
+        f"{throughputs[1].ratio} × PgBouncer's throughput, at {latencies[1].ratio} × its p99"
+        in " ".join(told.split())
     )
     for figure in ("0.77 µs", "0.84 µs", "9.1 MB", "41 MB"):
         assert figure in told

@@ -172,11 +172,17 @@ def test_the_limit_over_all_pools_cannot_go_below_what_is_reserved() -> None:
     ("terms", "cap", "text"),
     [
         ({"web": GroupTerms(3, 2)}, 9, "groups.web: min 3 is more than max 2"),
-        ({"web": GroupTerms(3), "jobs": GroupTerms(3)}, 5, "6 connections are reserved (min), of 5 in all"),
+        (
+            {"web": GroupTerms(3), "jobs": GroupTerms(3)},
+            5,
+            "6 connections are reserved (min), of 5 in all",
+        ),
         ({"web": GroupTerms(1)}, None, "there is none (max-conn)"),
     ],
 )
-def test_terms_that_cannot_be_kept_are_refused(terms: dict[str, GroupTerms], cap: int | None, text: str) -> None:
+def test_terms_that_cannot_be_kept_are_refused(
+    terms: dict[str, GroupTerms], cap: int | None, text: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         check_terms(terms, cap)
     assert text in str(caught.value)

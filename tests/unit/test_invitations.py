@@ -41,7 +41,10 @@ class Rig:
         self._desk: socket.socket | None = None  # the broker's end of the line
         self._path = str(path)
         self.holdings = LocalPool(
-            PoolConfig(resolve(dsn="host=nowhere user=u dbname=d")), GivenBroker("ipc:///nowhere"), Session, Mover
+            PoolConfig(resolve(dsn="host=nowhere user=u dbname=d")),
+            GivenBroker("ipc:///nowhere"),
+            Session,
+            Mover,
         )
         self._session = Session(self.holdings)
         self._link = Link("ipc:///nowhere", SharedContext())
@@ -64,7 +67,9 @@ class Rig:
     def invite(self) -> list[int]:
         """Have an invitation come from the broker whose line this is; return its descriptors."""
         fds = lanes.make()
-        self._session.invited(LaneInvitation(self._registration.identity, 1, 0, lanes.network()), fds)
+        self._session.invited(
+            LaneInvitation(self._registration.identity, 1, 0, lanes.network()), fds
+        )
         return fds
 
     def welcome(self, epoch: int) -> None:
@@ -93,13 +98,19 @@ class Rig:
         self.recalls += 1
         self._session.receive(Recall(self.recalls, 0, 0))
         (told,) = [
-            each for each in self.holdings.cache.outbox if isinstance(each, Renew) and each.answers == self.recalls
+            each
+            for each in self.holdings.cache.outbox
+            if isinstance(each, Renew) and each.answers == self.recalls
         ]
         return told
 
     def asked(self) -> list[tuple[int, int]]:
         """The requests in the outbox, and the places that they name."""
-        return [(each.request, each.lane_place) for each in self.holdings.cache.outbox if isinstance(each, Acquire)]
+        return [
+            (each.request, each.lane_place)
+            for each in self.holdings.cache.outbox
+            if isinstance(each, Acquire)
+        ]
 
     def has_joined(self) -> bool:
         assert self._desk is not None
@@ -136,14 +147,18 @@ def test_an_early_invitation_is_kept_until_the_welcome(rig: Rig) -> None:
     assert rig.has_joined()
 
 
-def test_an_invitation_of_a_broker_that_died_before_its_welcome_came_is_not_followed(rig: Rig) -> None:
+def test_an_invitation_of_a_broker_that_died_before_its_welcome_came_is_not_followed(
+    rig: Rig,
+) -> None:
     """In its lane nobody else would be: who waits there waits until his time is over, however much is free."""
     fds = rig.invite()
     memory = os.fstat(fds[0]).st_ino
     rig.welcome(8)
     assert rig.holdings.wait_sockets is None
     assert not rig.has_joined()
-    assert memory not in [os.stat(each).st_ino for each in Path("/proc/self/fd").iterdir() if each.exists()]
+    assert memory not in [
+        os.stat(each).st_ino for each in Path("/proc/self/fd").iterdir() if each.exists()
+    ]
 
 
 def test_the_next_brokers_invitation_is_followed_after_it(rig: Rig) -> None:
@@ -173,7 +188,9 @@ class Call:
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_the_next_broker_is_told_what_a_thread_may_have_from_the_former_ones_lane(rig: Rig, interrupted: bool) -> None:
+def test_the_next_broker_is_told_what_a_thread_may_have_from_the_former_ones_lane(
+    rig: Rig, interrupted: bool
+) -> None:
     """It has read it before the lane was left, and is held up: only when it goes on it will be listed."""
     rig.invite()
     rig.welcome(7)

@@ -88,7 +88,8 @@ def test_one_that_was_not_vouched_for_is_not_believed_by_the_next_broker_either(
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"nonsense\n", b'{"version":99}\n', b'{"version":1}\n', b'{"version":2}\n{"lease":5}\n']
+    "content",
+    [b"", b"nonsense\n", b'{"version":99}\n', b'{"version":1}\n', b'{"version":2}\n{"lease":5}\n'],
 )
 def test_what_cannot_be_read_is_not_taken_for_all(path: Path, content: bytes) -> None:
     path.write_bytes(content)
@@ -116,7 +117,9 @@ def test_it_is_the_users_alone_and_is_removed_for_good(path: Path) -> None:
     assert not path.exists()
 
 
-def test_a_broker_that_cannot_write_leaves_nothing_to_believe(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broker_that_cannot_write_leaves_nothing_to_believe(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     journal = Journal(path)
     os.close(journal._fd)
     journal._fd = os.open("/dev/full", os.O_WRONLY)
@@ -135,7 +138,9 @@ def test_the_newest_servers_that_were_seen_outlive_it_and_its_rewriting(path: Pa
         journal.record_server(ServerIncarnation("::1:5432", boot_us))
         journal.record_server(ServerIncarnation("::1:5432", boot_us))
     journal.record_server(ServerIncarnation("::1:5432", 30))  # after a failover and back
-    newest = [ServerIncarnation("::1:5432", boot_us) for boot_us in [*range(24, 30), *range(31, 40), 30]]
+    newest = [
+        ServerIncarnation("::1:5432", boot_us) for boot_us in [*range(24, 30), *range(31, 40), 30]
+    ]
     assert Journal(path).servers == newest
     assert Journal(path).servers == newest  # the one before has rewritten it
     assert path.read_bytes().count(b"server") == len(newest)
@@ -154,7 +159,9 @@ def file_size_limit(most: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, ignored)
 
 
-def test_one_that_cannot_be_rewritten_whole_is_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_cannot_be_rewritten_whole_is_kept(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     journal = Journal(path)
     journal.mark_complete()
     entries = [entry(serial) for serial in range(60)]
@@ -165,7 +172,9 @@ def test_one_that_cannot_be_rewritten_whole_is_kept(path: Path, monkeypatch: pyt
     real_open = os.open
 
     def open_limited(*arguments: Any, **more: Any) -> int:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (2000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+        )
         return real_open(*arguments, **more)
 
     with file_size_limit(path.stat().st_size * 2):

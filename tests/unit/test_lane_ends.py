@@ -191,7 +191,9 @@ def test_the_first_who_waits_gets_it_and_the_board_says_so_before_it_has_come(ri
     assert rig.is_over(item)  # the test has closed it: nobody else has it
 
 
-def test_while_it_is_on_its_way_it_is_the_receivers(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_while_it_is_on_its_way_it_is_the_receivers(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever looks at the board when the packet can be read finds the receiver there, not the giver."""
     rig.b.wait(0, 5)
     item = rig.connection()
@@ -288,7 +290,9 @@ def test_a_second_look_after_shelving_serves_who_has_come_meanwhile(rig: Rig) ->
     item = rig.connection(holder=3)
     assert late.give(item)
     late.close()
-    assert rig.b.came(0) == Moved(5, item.token, item.cell, 3, LIVE)  # to the shelf, off it, to the wait socket
+    assert rig.b.came(0) == Moved(
+        5, item.token, item.cell, 3, LIVE
+    )  # to the shelf, off it, to the wait socket
     assert tuple(rig.board.holding(item.cell)) == (2, 3)
     rig.drop(item)
     assert rig.is_over(item)
@@ -337,7 +341,9 @@ def test_what_is_not_on_the_board_is_not_given(rig: Rig) -> None:
 
 
 def packet(rig: Rig, item: Item, *, live: Live = LIVE, cell: int | None = None) -> bytes:
-    return rig.board.secret + encode(Moved(5, item.token, item.cell if cell is None else cell, 1, live))
+    return rig.board.secret + encode(
+        Moved(5, item.token, item.cell if cell is None else cell, 1, live)
+    )
 
 
 # Nobody waits any longer for a connection of which such a packet tells.
@@ -346,7 +352,9 @@ TOLD = ["generation", "struck", "another's cell", "no cell", "two sockets", "no 
 
 @pytest.mark.parametrize("case", [*TOLD, "secret", "nonsense", "empty"])
 @pytest.mark.parametrize("where", ["seat", "shelf"])
-def test_what_is_not_as_it_should_be_is_dropped_and_its_socket_closed(rig: Rig, case: str, where: str) -> None:
+def test_what_is_not_as_it_should_be_is_dropped_and_its_socket_closed(
+    rig: Rig, case: str, where: str
+) -> None:
     """That no descriptor was free for its socket looks as if none had come."""
     rig.b.wait(0, 5)
     item, other = rig.connection(), rig.connection()

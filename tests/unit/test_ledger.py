@@ -12,7 +12,17 @@ from typing import TypeVar
 import pytest
 
 from sharedpool.broker.core.backoff import Backoff
-from sharedpool.broker.core.commands import Command, Fence, Forget, Log, PassOn, Send, SurveyResult, SurveyServer, Watch
+from sharedpool.broker.core.commands import (
+    Command,
+    Fence,
+    Forget,
+    Log,
+    PassOn,
+    Send,
+    SurveyResult,
+    SurveyServer,
+    Watch,
+)
 from sharedpool.broker.core.ledger import Ledger
 from sharedpool.broker.core.quarantine import SETTLE_S
 from sharedpool.broker.core.records import Lease as Slot
@@ -90,7 +100,9 @@ class Broker:
         return [each for each in messages if isinstance(each, kind)]
 
     def worker(self, name: str, pool: str = "p", *, max_conn: int = 2, **spec: int) -> Worker:
-        worker = Worker(self, name, PoolSpec(pool, max_conn, spec.pop("expiration_ms", 60_000), **spec))
+        worker = Worker(
+            self, name, PoolSpec(pool, max_conn, spec.pop("expiration_ms", 60_000), **spec)
+        )
         worker.hello()
         return worker
 
@@ -129,7 +141,9 @@ class Worker:
 
     def hello(self, version: int = PROTOCOL_VERSION, first: Acquire | None = None) -> list[Command]:
         pid = 100 + sum(self.id)
-        hello = Hello(version, pid, "", self.name, self.spec, self.reports(), self.seen, first=first)
+        hello = Hello(
+            version, pid, "", self.name, self.spec, self.reports(), self.seen, first=first
+        )
         return self.broker.send(self.id, hello)
 
     def ask(self, wait_s: float = 0.0) -> int:
@@ -166,18 +180,28 @@ class Worker:
         self.held[token] = Phase.IDLE
 
     def beat(self, answers: int = 0) -> list[Command]:
-        came = {each.message.request for each in self.broker.all(PassOn) if each.message.token in self.held}
+        came = {
+            each.message.request
+            for each in self.broker.all(PassOn)
+            if each.message.token in self.held
+        }
         self.pending = [request for request in self.pending if request not in came]
-        return self.broker.send(self.id, Renew(self.reports(), self.seen, answers, list(self.pending)))
+        return self.broker.send(
+            self.id, Renew(self.reports(), self.seen, answers, list(self.pending))
+        )
 
     def answer(self) -> list[Command]:
         """Answer the newest recall, giving up idle leases (the oldest first) as it asks."""
         recall = self.last(Recall)
-        for token in [token for token, phase in self.held.items() if phase is Phase.IDLE][: recall.take]:
+        for token in [token for token, phase in self.held.items() if phase is Phase.IDLE][
+            : recall.take
+        ]:
             self.held[token] = Phase.CLOSING
         return self.beat(recall.serial)
 
-    def release(self, token: Token, reason: ReleaseReason = ReleaseReason.TAKEN, *, gone: bool = True) -> None:
+    def release(
+        self, token: Token, reason: ReleaseReason = ReleaseReason.TAKEN, *, gone: bool = True
+    ) -> None:
         self.held.pop(token, None)
         self.broker.send(self.id, Release(token, gone, reason, self.backend(token)))
 
@@ -208,7 +232,11 @@ def newcomer(broker: Broker, name: str = "new") -> Worker:
 def test_a_free_slot_is_granted_with_the_welcome(broker: Broker) -> None:
     new = newcomer(broker)
     assert new.last(Welcome).served == 1
-    kinds = [type(each.message) for each in broker.commands if isinstance(each, Send) and each.session == new.id]
+    kinds = [
+        type(each.message)
+        for each in broker.commands
+        if isinstance(each, Send) and each.session == new.id
+    ]
     assert kinds == [Welcome, Grant]  # before it is welcome a worker takes in nothing
     token = new.last(Grant).token  # which is on its way
     new.hello(first=Acquire(1, 9000))
@@ -228,7 +256,9 @@ def test_what_is_said_with_a_hello_waits_for_nothing(broker: Broker) -> None:
     assert [isinstance(a.outcome(request), Token) for request in waiting] == [True, False]
 
 
-def test_what_is_said_with_a_hello_to_a_broker_that_grants_nothing_yet_is_not_heard(broker: Broker) -> None:
+def test_what_is_said_with_a_hello_to_a_broker_that_grants_nothing_yet_is_not_heard(
+    broker: Broker,
+) -> None:
     broker.take_in(broker.ledger.begin_grace_period(5.0, broker.now))
     new = newcomer(broker)
     assert (new.last(Welcome).served, new.sent(Grant), new.sent(Deny)) == (0, [], [])
@@ -308,7 +338,10 @@ def test_a_denial_names_who_holds_most_and_since_when(broker: Broker) -> None:
     denial = c.outcome(request)
     assert isinstance(denial, Deny)
     assert denial.reason is DenyReason.TIMEOUT
-    assert denial.holders == [Holder(f"a[{100 + ord('a')}]", 2, 4000), Holder(f"b[{100 + ord('b')}]", 1, 6000)]
+    assert denial.holders == [
+        Holder(f"a[{100 + ord('a')}]", 2, 4000),
+        Holder(f"b[{100 + ord('b')}]", 1, 6000),
+    ]
 
 
 def test_first_come_first_served_over_all_workers(broker: Broker) -> None:
@@ -369,7 +402,9 @@ def test_an_idle_lease_is_recalled_closed_and_granted_to_the_waiter(broker: Brok
 
 
 @pytest.mark.parametrize("wait_s", [0.0, 60.0])
-def test_an_idle_lease_the_broker_does_not_know_of_is_found_by_asking(broker: Broker, wait_s: float) -> None:
+def test_an_idle_lease_the_broker_does_not_know_of_is_found_by_asking(
+    broker: Broker, wait_s: float
+) -> None:
     a, b = broker.worker("a", max_conn=1), broker.worker("b")
     token = a.lend()
     a.checkin(token)
@@ -507,7 +542,9 @@ def test_a_doubled_confirm_changes_nothing(broker: Broker) -> None:
 # --- dead workers
 
 
-def test_a_dead_workers_unconnected_lease_waits_for_the_servers_own_limit_where_nobody_can_look() -> None:
+def test_a_dead_workers_unconnected_lease_waits_for_the_servers_own_limit_where_nobody_can_look() -> (
+    None
+):
     """It may have been killed in the middle of its connect: the server has a backend in start-up then."""
     broker = Broker(has_control_connection=False)
     a, b = broker.worker("a", max_conn=1), broker.worker("b")
@@ -523,7 +560,9 @@ def test_a_dead_workers_unconnected_lease_waits_for_the_servers_own_limit_where_
     assert broker.all(Fence) == []
 
 
-def test_a_dead_workers_connection_is_fenced_and_free_only_when_confirmed_gone(broker: Broker) -> None:
+def test_a_dead_workers_connection_is_fenced_and_free_only_when_confirmed_gone(
+    broker: Broker,
+) -> None:
     a, b = broker.worker("a", max_conn=1), broker.worker("b")
     token = a.lend()
     request = b.ask(wait_s=60)
@@ -540,7 +579,9 @@ def test_a_dead_workers_connection_is_fenced_and_free_only_when_confirmed_gone(b
     assert Forget(a.id) in broker.commands
 
 
-def test_a_backend_that_ended_by_itself_frees_its_slot_and_its_worker_is_told(broker: Broker) -> None:
+def test_a_backend_that_ended_by_itself_frees_its_slot_and_its_worker_is_told(
+    broker: Broker,
+) -> None:
     a, b = broker.worker("a", max_conn=1), broker.worker("b")
     token = a.lend()
     request = b.ask(wait_s=60)
@@ -555,7 +596,9 @@ def test_a_backend_that_ended_by_itself_frees_its_slot_and_its_worker_is_told(br
 
 
 @pytest.mark.parametrize("state", ["checked out", "being fenced", "worker dead"])
-def test_a_connection_that_broke_is_verified_before_its_slot_is_free(broker: Broker, state: str) -> None:
+def test_a_connection_that_broke_is_verified_before_its_slot_is_free(
+    broker: Broker, state: str
+) -> None:
     a, b = broker.worker("a", max_conn=1), broker.worker("b")
     token = a.lend()
     broker.take_in(broker.ledger.deposited(token, broker.now))
@@ -565,7 +608,9 @@ def test_a_connection_that_broke_is_verified_before_its_slot_is_free(broker: Bro
         a.release(token, ReleaseReason.BROKEN, gone=False)
     request = b.ask(wait_s=60)
     orders = broker.take_in(broker.ledger.backend_lost(token, broker.now))
-    assert [(f.token, f.backend) for f in orders if isinstance(f, Fence)] == [(token, a.backend(token))]
+    assert [(f.token, f.backend) for f in orders if isinstance(f, Fence)] == [
+        (token, a.backend(token))
+    ]
     assert [gone.tokens for gone in a.sent(Gone)] == ([[token]] if state == "checked out" else [])
     assert b.outcome(request) is None
     broker.take_in(broker.ledger.backend_gone(token, broker.now))
@@ -575,7 +620,9 @@ def test_a_connection_that_broke_is_verified_before_its_slot_is_free(broker: Bro
 
 
 @pytest.mark.parametrize("verifies", [True, False])
-def test_a_connection_that_broke_before_it_was_confirmed_is_looked_for_if_somebody_can(verifies: bool) -> None:
+def test_a_connection_that_broke_before_it_was_confirmed_is_looked_for_if_somebody_can(
+    verifies: bool,
+) -> None:
     broker = Broker(has_control_connection=verifies)
     a = broker.worker("a", max_conn=1)
     token = a.granted(a.ask())
@@ -589,7 +636,9 @@ def test_a_connection_that_broke_before_it_was_confirmed_is_looked_for_if_somebo
     assert broker.ledger.leases == (0 if verifies else 1)
 
 
-def test_a_release_after_its_backend_was_seen_to_end_still_settles_what_was_owed(broker: Broker) -> None:
+def test_a_release_after_its_backend_was_seen_to_end_still_settles_what_was_owed(
+    broker: Broker,
+) -> None:
     """Else the broker would count on a checkin that has been."""
     a, b = broker.worker("a", max_conn=1), broker.worker("b")
     token = a.lend()
@@ -610,7 +659,9 @@ def test_a_dead_workers_waiters_are_forgotten(broker: Broker) -> None:
     assert isinstance(c.outcome(request), Token)
 
 
-def test_a_dead_workers_last_words_do_not_revive_it_but_a_release_is_evidence(broker: Broker) -> None:
+def test_a_dead_workers_last_words_do_not_revive_it_but_a_release_is_evidence(
+    broker: Broker,
+) -> None:
     a = broker.worker("a")
     token = a.lend()
     broker.take_in(broker.ledger.session_died(a.id, broker.now))
@@ -675,7 +726,9 @@ def test_a_release_without_a_confirmed_close_is_verified_first(broker: Broker) -
 # --- silent workers
 
 
-def test_a_silent_workers_leases_are_suspect_counted_and_come_back_with_renew(broker: Broker) -> None:
+def test_a_silent_workers_leases_are_suspect_counted_and_come_back_with_renew(
+    broker: Broker,
+) -> None:
     a, b = broker.worker("a", max_conn=1), broker.worker("b")
     token = a.lend()
     broker.pass_time(TTL_S / 2)
@@ -709,7 +762,9 @@ def test_a_silent_worker_is_fenced_when_somebody_patient_waits(broker: Broker) -
 
 
 @pytest.mark.parametrize("pool", ["p", "q"], ids=["own limit", "cap over all pools"])
-def test_a_caller_who_does_not_wait_is_refused_and_has_a_silent_worker_fenced_for_the_next(pool: str) -> None:
+def test_a_caller_who_does_not_wait_is_refused_and_has_a_silent_worker_fenced_for_the_next(
+    pool: str,
+) -> None:
     """Else a pool whose callers all have timeout=0, the default, would never see that slot again."""
     broker = Broker(max_conn=1)
     a, b = broker.worker("a"), broker.worker("b", pool)
@@ -723,7 +778,9 @@ def test_a_caller_who_does_not_wait_is_refused_and_has_a_silent_worker_fenced_fo
     assert isinstance(b.outcome(b.ask()), Token)
 
 
-def test_who_is_kept_waiting_by_his_own_pools_limit_has_no_other_pools_connections_recalled() -> None:
+def test_who_is_kept_waiting_by_his_own_pools_limit_has_no_other_pools_connections_recalled() -> (
+    None
+):
     """Not even when claims have gone beyond the cap over all pools."""
     broker = Broker(max_conn=1)
     a, b = broker.worker("a", max_conn=1), Worker(broker, "b", PoolSpec("q", 2, 60_000))
@@ -789,7 +846,9 @@ def test_an_unconnected_lease_of_a_silent_worker_is_not_fenced(broker: Broker) -
     assert isinstance(b.outcome(request), Token)
 
 
-def test_a_resumed_worker_that_asks_again_for_a_grant_on_its_way_gets_that_one(broker: Broker) -> None:
+def test_a_resumed_worker_that_asks_again_for_a_grant_on_its_way_gets_that_one(
+    broker: Broker,
+) -> None:
     """A second request in its name would stand in the queue for nobody, and keep it from being pressed."""
     a = broker.worker("a")
     request = a.ask(wait_s=600)
@@ -881,7 +940,9 @@ def test_a_busy_worker_is_not_mute_because_its_newest_question_is_young(broker: 
     a.answer()
     broker.pass_time(ANSWER_LIMIT_S * 0.99)
     request = c.ask()
-    broker.pass_time(ANSWER_LIMIT_S * 0.02)  # the first question's time is over, and it was answered
+    broker.pass_time(
+        ANSWER_LIMIT_S * 0.02
+    )  # the first question's time is over, and it was answered
     assert c.outcome(request) is None
 
 
@@ -946,7 +1007,9 @@ def test_a_pools_limit_is_set_by_its_first_hello_and_never_above_the_cap() -> No
 # --- time
 
 
-def test_an_idle_lease_that_has_expired_is_recalled_from_a_worker_that_does_nothing(broker: Broker) -> None:
+def test_an_idle_lease_that_has_expired_is_recalled_from_a_worker_that_does_nothing(
+    broker: Broker,
+) -> None:
     a = broker.worker("a", expiration_ms=10_000)
     token = a.lend()
     a.checkin(token)
@@ -971,7 +1034,9 @@ def test_the_broker_may_shorten_the_expiration() -> None:
     assert broker.worker("a").last(Welcome).expiration_ms == 3000
 
 
-def test_a_checkout_that_lasts_too_long_is_reported_once_with_its_holder_and_thread(broker: Broker) -> None:
+def test_a_checkout_that_lasts_too_long_is_reported_once_with_its_holder_and_thread(
+    broker: Broker,
+) -> None:
     a = broker.worker("a", max_checkout_ms=5000)
     token = a.lend()
     for _ in range(4):
@@ -1017,7 +1082,9 @@ def test_a_checkout_that_is_too_long_is_ended_if_its_pool_wants_that_and_it_is_c
     ended = [log for log in broker.all(Log) if "is to end" in log.text]
     assert (len(said), len(ended)) == (1, word == "answer")
     assert [fence.token for fence in broker.all(Fence)] == ([token] if word == "answer" else [])
-    assert [ack.revoked for ack in a.sent(Ack) if ack.revoked] == ([[token]] if word == "answer" else [])
+    assert [ack.revoked for ack in a.sent(Ack) if ack.revoked] == (
+        [[token]] if word == "answer" else []
+    )
 
 
 def test_the_next_long_checkout_of_the_same_lease_is_reported_too(broker: Broker) -> None:
@@ -1319,7 +1386,9 @@ def cost_with(sessions: int) -> dict[str, int]:
     steps: dict[str, Callable[[], object]] = {
         "grant": lambda: ledger.handle(asker, Acquire(1, 0), 1.0),
         "confirm": lambda: ledger.handle(asker, Confirm(token, Backend(1)), 1.0),
-        "renew": lambda: ledger.handle(asker, Renew([LeaseReport(token, Phase.IN_USE, 0)], token), 1.0),
+        "renew": lambda: ledger.handle(
+            asker, Renew([LeaseReport(token, Phase.IN_USE, 0)], token), 1.0
+        ),
         "tick": lambda: ledger.tick(1.0),
         "wait and recall": lambda: ledger.handle(asker, Acquire(2, 60_000), 1.0),
         "cancel": lambda: ledger.handle(asker, Withdraw(2), 1.0),
@@ -1335,7 +1404,10 @@ def test_the_work_for_a_request_does_not_grow_with_the_number_of_sessions() -> N
 def test_times_that_no_clock_shows_can_be_told_to_others(broker: Broker) -> None:
     """They are any 64 bits on the wire, and go on as seconds and back."""
     most = 2**64 - 1
-    a, b = broker.worker("a", max_conn=1, expiration_ms=most), broker.worker("b", expiration_ms=most)
+    a, b = (
+        broker.worker("a", max_conn=1, expiration_ms=most),
+        broker.worker("b", expiration_ms=most),
+    )
     token = a.lend()
     a.ages[token] = most
     a.beat()
@@ -1356,7 +1428,9 @@ def test_a_pools_other_servers_are_each_told_of_once(broker: Broker) -> None:
     """Whoever comes and goes must not fill the log."""
     broker.worker("a")
     for number in range(50):
-        worker = Worker(broker, f"b{number}", PoolSpec("p", 2, 1000, server=f"elsewhere{number % 2}"))
+        worker = Worker(
+            broker, f"b{number}", PoolSpec("p", 2, 1000, server=f"elsewhere{number % 2}")
+        )
         worker.hello()
         broker.send(worker.id, Bye())
     said = [each.text for each in broker.all(Log) if "the pool's first process" in each.text]
@@ -1364,7 +1438,9 @@ def test_a_pools_other_servers_are_each_told_of_once(broker: Broker) -> None:
 
 
 @pytest.mark.parametrize(("ttl_s", "least_s"), [(2.0, 2.5 * 2.0 / 3 + 1.0), (15.0, 15.0)])
-def test_after_another_broker_nothing_is_granted_before_its_workers_have_noticed(ttl_s: float, least_s: float) -> None:
+def test_after_another_broker_nothing_is_granted_before_its_workers_have_noticed(
+    ttl_s: float, least_s: float
+) -> None:
     """With a short TTL they do so later than one TTL: see `Link._beat`."""
     ledger = Ledger(1, ttl_s=ttl_s, has_control_connection=False)
     ledger.outranked(100.0, "another one")

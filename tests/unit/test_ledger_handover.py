@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from sharedpool.broker.core.commands import CancelBackend, Fence, Log, OpenLane, PassOn, TransferCustody
+from sharedpool.broker.core.commands import (
+    CancelBackend,
+    Fence,
+    Log,
+    OpenLane,
+    PassOn,
+    TransferCustody,
+)
 from sharedpool.broker.core.handover import NUDGE_S, SHARED_S, TRY_AGAIN_S
 from sharedpool.broker.core.moves import ARRIVAL_S
 from sharedpool.broker.core.records import SlotState
@@ -50,7 +57,9 @@ class Desk:
         pool = worker.spec.name
         if self.broker.ledger._slots.pools[pool].lane is None:
             serial = self.broker.ledger._moves._requested.setdefault(pool, 0)
-            self.broker.take_in(self.broker.ledger.lane_opened(pool, serial, self.board(pool), self.broker.now))
+            self.broker.take_in(
+                self.broker.ledger.lane_opened(pool, serial, self.board(pool), self.broker.now)
+            )
         self.broker.take_in(self.broker.ledger.joined(worker.id, self.broker.now))
 
     def ask(self, worker: Worker, seat: int = 0, wait_s: float = 9.0) -> int:
@@ -64,10 +73,14 @@ class Desk:
         self.broker.send(worker.id, Acquire(worker.requests, int(wait_s * 1000), place))
         return worker.requests
 
-    def give(self, worker: Worker, token: Token, reason: ReleaseReason = ReleaseReason.RETURN_DUE) -> None:
+    def give(
+        self, worker: Worker, token: Token, reason: ReleaseReason = ReleaseReason.RETURN_DUE
+    ) -> None:
         worker.held.pop(token, None)
         live = Live(worker.backend(token), self.generation, b"parameters")
-        self.broker.take_in(self.broker.ledger.given(Give(worker.id, token, reason, live), self.broker.now))
+        self.broker.take_in(
+            self.broker.ledger.given(Give(worker.id, token, reason, live), self.broker.now)
+        )
 
     def passed(self) -> list[tuple[str, Moved]]:
         """Return what was passed on, and to whom."""
@@ -222,7 +235,9 @@ def tried(broker: Broker, desk: Desk, sent: bool | None, pause_s: float) -> list
         desk.give(giver, token)
         token = desk.passed()[-1][1].token
         broker.send(taker.id, CancelQuery(token, trial=True))
-        broker.take_in(broker.ledger.query_cancelled(broker.all(CancelBackend)[-1], sent, broker.now))
+        broker.take_in(
+            broker.ledger.query_cancelled(broker.all(CancelBackend)[-1], sent, broker.now)
+        )
         broker.now += pause_s
     return [moved.passed.trial for _, moved in desk.passed()]
 
@@ -306,7 +321,9 @@ def test_a_parked_connection_ends_with_its_givers_session(broker: Broker, desk: 
     assert [fence.token for fence in broker.all(Fence)] == [token]
 
 
-def test_while_connections_change_hands_they_are_wanted_back_and_later_kept(broker: Broker, desk: Desk) -> None:
+def test_while_connections_change_hands_they_are_wanted_back_and_later_kept(
+    broker: Broker, desk: Desk
+) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     desk.give(a, desk.lend(a))
     desk.ask(b)
@@ -330,7 +347,9 @@ def test_who_keeps_what_others_wait_for_is_asked_again(broker: Broker, desk: Des
     assert token
 
 
-def test_who_is_in_the_middle_of_something_long_is_asked_less_and_less(broker: Broker, desk: Desk) -> None:
+def test_who_is_in_the_middle_of_something_long_is_asked_less_and_less(
+    broker: Broker, desk: Desk
+) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     desk.lend(a)
     desk.ask(b)
@@ -355,7 +374,9 @@ def test_under_the_cap_of_all_pools_another_pools_waiter_gets_the_slot() -> None
     assert len(other.sent(Grant)) == 1
 
 
-def test_who_gave_what_was_asked_for_is_asked_for_the_rest_while_others_wait(broker: Broker, desk: Desk) -> None:
+def test_who_gave_what_was_asked_for_is_asked_for_the_rest_while_others_wait(
+    broker: Broker, desk: Desk
+) -> None:
     """Nothing else need happen for that: else the next waiter would wait for a heartbeat."""
     a, b, c = (broker.worker(name, max_conn=2) for name in "abc")
     first, second = desk.lend(a), desk.lend(a)
@@ -371,7 +392,9 @@ def test_who_gave_what_was_asked_for_is_asked_for_the_rest_while_others_wait(bro
     assert desk.passed()[1][1].request == request
 
 
-def test_what_waited_at_the_desk_for_too_long_a_silence_is_asked_for_again(broker: Broker, desk: Desk) -> None:
+def test_what_waited_at_the_desk_for_too_long_a_silence_is_asked_for_again(
+    broker: Broker, desk: Desk
+) -> None:
     """Frozen for longer than the TTL, the worker has lost its place: its line tells it nothing of that."""
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     desk.lend(a)
@@ -413,7 +436,9 @@ def test_who_could_not_be_sent_his_connection_is_to_ask_again(broker: Broker, de
     assert len(b.sent(Grant)) == 1
 
 
-def test_what_could_not_be_sent_to_who_has_died_meanwhile_is_ended_once(broker: Broker, desk: Desk) -> None:
+def test_what_could_not_be_sent_to_who_has_died_meanwhile_is_ended_once(
+    broker: Broker, desk: Desk
+) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
     desk.ask(b)
@@ -425,7 +450,9 @@ def test_what_could_not_be_sent_to_who_has_died_meanwhile_is_ended_once(broker: 
     assert b.sent(Reject) == []
 
 
-def test_a_waiter_that_is_being_let_into_the_lane_is_worth_a_moment(broker: Broker, desk: Desk) -> None:
+def test_a_waiter_that_is_being_let_into_the_lane_is_worth_a_moment(
+    broker: Broker, desk: Desk
+) -> None:
     """The first time that connections are passed on, and each process's first: a close and a connect take longer."""
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
@@ -455,7 +482,9 @@ def test_more_may_be_promised_than_is_asked_for(broker: Broker, desk: Desk) -> N
 
 
 @pytest.mark.parametrize("wait_s", [9.0, 0.0])
-def test_a_waiter_that_does_not_come_into_the_lane_gets_the_slot(broker: Broker, desk: Desk, wait_s: float) -> None:
+def test_a_waiter_that_does_not_come_into_the_lane_gets_the_slot(
+    broker: Broker, desk: Desk, wait_s: float
+) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
     a.checkin(token)

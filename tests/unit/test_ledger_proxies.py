@@ -68,7 +68,9 @@ def test_the_end_of_a_connection_through_a_proxy_has_the_server_asked() -> None:
     request = b.ask(wait_s=60)
     broker.take_in(broker.ledger.backend_lost(token, broker.now, closed=True))
     assert [fence.backend for fence in broker.all(Fence)] == [backend(1)]
-    a.broker.send(a.id, Release(token, False, ReleaseReason.CLOSED, backend(1)))  # its worker's word comes later
+    a.broker.send(
+        a.id, Release(token, False, ReleaseReason.CLOSED, backend(1))
+    )  # its worker's word comes later
     assert len(broker.all(Fence)) == 1
     assert b.outcome(request) is None
     broker.take_in(broker.ledger.backend_gone(token, broker.now))
@@ -129,7 +131,9 @@ def test_a_connection_whose_end_comes_before_its_description_is_ended_all_the_sa
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_without_a_control_connection_an_end_proves_nothing_until_its_route_is_known(direct: bool) -> None:
+def test_without_a_control_connection_an_end_proves_nothing_until_its_route_is_known(
+    direct: bool,
+) -> None:
     broker = Broker(has_control_connection=False)
     a = broker.worker("a", max_conn=1)
     token = a.granted(a.ask())
@@ -142,7 +146,9 @@ def test_without_a_control_connection_an_end_proves_nothing_until_its_route_is_k
     assert len(said) == (0 if direct else 1)
 
 
-def test_without_a_control_connection_another_workers_connection_tells_what_a_dead_ones_end_proved() -> None:
+def test_without_a_control_connection_another_workers_connection_tells_what_a_dead_ones_end_proved() -> (
+    None
+):
     broker = Broker(has_control_connection=False)
     a, b = broker.worker("a", max_conn=2), broker.worker("b")
     token = a.granted(a.ask())
@@ -159,7 +165,9 @@ def test_without_a_control_connection_another_workers_connection_tells_what_a_de
 
 @pytest.mark.parametrize("verifies", [True, False])
 @pytest.mark.parametrize("met", ["a proxy", "nobody", "none yet"])
-def test_a_connect_that_the_other_side_has_closed_is_over_if_that_is_the_server(verifies: bool, met: str) -> None:
+def test_a_connect_that_the_other_side_has_closed_is_over_if_that_is_the_server(
+    verifies: bool, met: str
+) -> None:
     broker = proxied_broker(has_control_connection=verifies)
     a = broker.worker("a", max_conn=5)
     if met != "none yet":
@@ -254,7 +262,12 @@ def _twins(broker: Broker) -> tuple[Worker, Worker, list[LeaseReport], list[Leas
     a, b = broker.worker("a", max_conn=4), broker.worker("b")
     found = backend(1, pooled="p")
     one, other = lend(a, found), lend(b, found)
-    return a, b, [LeaseReport(one, Phase.IN_USE, 0, "", found)], [LeaseReport(other, Phase.IN_USE, 0, "", found)]
+    return (
+        a,
+        b,
+        [LeaseReport(one, Phase.IN_USE, 0, "", found)],
+        [LeaseReport(other, Phase.IN_USE, 0, "", found)],
+    )
 
 
 def _answer(worker: Worker, reports: list[LeaseReport]) -> None:

@@ -55,7 +55,9 @@ def test_an_ordinary_thread_logs_by_itself(logs: Logs, handler: Handler) -> None
     assert record.filename == os.path.basename(__file__)
 
 
-def test_a_kept_thread_waits_for_no_handler_and_its_records_say_whose_they_are(logs: Logs, handler: Handler) -> None:
+def test_a_kept_thread_waits_for_no_handler_and_its_records_say_whose_they_are(
+    logs: Logs, handler: Handler
+) -> None:
     handler.may_go_on.clear()
     with logs.kept():
         assert logs.is_kept
@@ -75,8 +77,14 @@ def test_a_kept_thread_waits_for_no_handler_and_its_records_say_whose_they_are(l
     for record, thread in handler.records:
         assert thread == "sharedpool-logs"
         assert (record.thread, record.threadName) == (me.ident, me.name)
-        assert (record.filename, record.funcName) == (os.path.basename(__file__), me.name and record.funcName)
-        assert record.funcName == "test_a_kept_thread_waits_for_no_handler_and_its_records_say_whose_they_are"
+        assert (record.filename, record.funcName) == (
+            os.path.basename(__file__),
+            me.name and record.funcName,
+        )
+        assert (
+            record.funcName
+            == "test_a_kept_thread_waits_for_no_handler_and_its_records_say_whose_they_are"
+        )
     assert handler.records[1][0].exc_info is not None
 
 
@@ -94,7 +102,9 @@ def test_what_a_handler_raises_costs_no_other_record(
     assert [str(error) for error in raised] == ["a handler's own"] * 2
 
 
-def test_a_flush_tells_what_is_left_and_does_not_wait_for_a_handler_that_hangs(logs: Logs, handler: Handler) -> None:
+def test_a_flush_tells_what_is_left_and_does_not_wait_for_a_handler_that_hangs(
+    logs: Logs, handler: Handler
+) -> None:
     handler.may_go_on.clear()
     with logs.kept():
         logs.info("one")
@@ -117,7 +127,9 @@ def test_a_handler_that_hangs_does_not_fill_the_memory(logs: Logs, handler: Hand
     *told, last = handler.texts()
     assert told[0] == "0"
     assert len(told) < 2000
-    assert last == f"{5000 - len(told)} records were left out: the handlers are slower than they came"
+    assert (
+        last == f"{5000 - len(told)} records were left out: the handlers are slower than they came"
+    )
 
 
 def test_a_forked_child_does_not_tell_its_parents_records(logs: Logs, handler: Handler) -> None:

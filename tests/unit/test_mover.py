@@ -48,7 +48,11 @@ _SAID = {
 }  # fmt: skip
 _NAMES = msgspec.msgpack.encode(ServerFacts("u", "d", "", 5432, "", False, "dbname=d", {}))
 LIVE = Live(
-    Backend(7, 1, 1, direct=True), 1, encoded_parameters(tuple(map(_SAID.get, names_of_parameters))), None, _NAMES
+    Backend(7, 1, 1, direct=True),
+    1,
+    encoded_parameters(tuple(map(_SAID.get, names_of_parameters))),
+    None,
+    _NAMES,
 )
 _DONE = b"C" + struct.pack("!i", 16) + b"DISCARD ALL\0"
 _READY = b"Z" + struct.pack("!i", 5) + b"I"
@@ -130,7 +134,11 @@ def test_what_is_on_the_shelf_after_the_ticket_was_written_is_found(rig: Rig) ->
     assert conn is not None
     assert rig.lease(conn).token == token
     assert rig.lane.board.holding(1).holder == 1
-    assert (rig.lease(conn).phase, rig.lease(conn).cell, rig.lease(conn).moves) == (Phase.IN_USE, 1, 2)
+    assert (rig.lease(conn).phase, rig.lease(conn).cell, rig.lease(conn).moves) == (
+        Phase.IN_USE,
+        1,
+        2,
+    )
     assert conn.status == extensions.STATUS_READY
 
 
@@ -174,7 +182,9 @@ def test_who_waits_when_they_move_no_more_leaves(rig: Rig) -> None:
     ],
     ids=["an error", "a transaction", "another parameter", "half of it", "nothing"],
 )
-def test_a_connection_is_used_when_its_reset_is_done_and_not_otherwise(rig: Rig, said: bytes) -> None:
+def test_a_connection_is_used_when_its_reset_is_done_and_not_otherwise(
+    rig: Rig, said: bytes
+) -> None:
     token = rig.give(said)
     assert rig.take() is None
     assert rig.is_over(token)
@@ -236,7 +246,9 @@ def test_what_has_half_a_message_in_its_buffer_does_not_go_on(rig: Rig) -> None:
     assert [x.token for x in rig.holdings.cache.outbox if isinstance(x, Release)] == [token]
 
 
-@pytest.mark.parametrize("case", ["older generation", "struck", "cancelled", "aged", "a thread waits here"])
+@pytest.mark.parametrize(
+    "case", ["older generation", "struck", "cancelled", "aged", "a thread waits here"]
+)
 def test_what_is_not_as_usual_goes_the_long_way_untouched(rig: Rig, case: str) -> None:
     token = rig.give()
     conn = rig.take()
@@ -268,7 +280,11 @@ class Slicing(Rig):
         super().__init__()
         self.timer = Timer()
         self.mover = Mover(self.holdings, self.seats, self.lane, self.timer)
-        self.holdings.wait_sockets, self.holdings.mover, self.holdings.hands_over = self.seats, self.mover, True
+        self.holdings.wait_sockets, self.holdings.mover, self.holdings.hands_over = (
+            self.seats,
+            self.mover,
+            True,
+        )
         self.holdings.cache.moving = self.lane.board.head
 
     def steady(self) -> PooledConnection:
@@ -276,7 +292,10 @@ class Slicing(Rig):
         conn = self.take()
         assert conn is not None
         lease = self.lease(conn)
-        lease.idle_s, lease.arrived_at = 0.0, time.monotonic() + 60.0  # however long the test is held up
+        lease.idle_s, lease.arrived_at = (
+            0.0,
+            time.monotonic() + 60.0,
+        )  # however long the test is held up
         return conn
 
     def close(self) -> None:
@@ -386,7 +405,9 @@ def test_what_goes_off_while_it_is_laid_there_is_set_again(slicing: Slicing) -> 
 
 
 @pytest.mark.parametrize("on_shelf", [True, False])
-def test_what_a_thread_has_received_is_listed_or_it_says_that_it_is_not(rig: Rig, on_shelf: bool) -> None:
+def test_what_a_thread_has_received_is_listed_or_it_says_that_it_is_not(
+    rig: Rig, on_shelf: bool
+) -> None:
     thread = threading.current_thread()
     seat = rig.seats.take(weakref.ref(thread))
     assert seat is not None
@@ -419,7 +440,9 @@ def test_what_was_sent_to_a_seat_in_a_former_brokers_lane_is_kept(rig: Rig) -> N
     lease.conn.close()
 
 
-def test_who_waits_leaves_a_former_brokers_lane_in_which_connections_move_for_ever(rig: Rig) -> None:
+def test_who_waits_leaves_a_former_brokers_lane_in_which_connections_move_for_ever(
+    rig: Rig,
+) -> None:
     took: list[object] = []
     thread = threading.Thread(target=lambda: took.append(rig.mover.take(30.0, time.monotonic())))
     thread.start()

@@ -66,10 +66,14 @@ class Rig:
     sockets.
     """
 
-    def __init__(self, broker: Broker | None = None, *, workers: int = 2, max_conn: int = 2, **spec: int) -> None:
+    def __init__(
+        self, broker: Broker | None = None, *, workers: int = 2, max_conn: int = 2, **spec: int
+    ) -> None:
         self.broker = broker or Broker(handover=True)
         self.desk = Desk(self.broker)
-        self.workers = [self.broker.worker(f"w{n}", max_conn=max_conn, **spec) for n in range(workers)]
+        self.workers = [
+            self.broker.worker(f"w{n}", max_conn=max_conn, **spec) for n in range(workers)
+        ]
         self.board = self.desk.board()
         self.tokens = [self.desk.lend(each) for each in self.workers[:max_conn]]
 
@@ -330,7 +334,9 @@ def test_they_move_while_somebody_waits_and_there_is_nothing_else_to_do(rig: Rig
 def test_the_generation_is_on_the_board(rig: Rig) -> None:
     rig.proceed()
     assert rig.board.generation == 1
-    rig.broker.take_in(rig.broker.ledger.order(Order(VERSION, OrderKind.RECONNECT, "p"), rig.broker.now)[1])
+    rig.broker.take_in(
+        rig.broker.ledger.order(Order(VERSION, OrderKind.RECONNECT, "p"), rig.broker.now)[1]
+    )
     assert rig.workers[1].last(Stale).generation == 2
     assert rig.board.generation == 2
 
@@ -371,7 +377,9 @@ def test_what_the_broker_is_given_for_nobody_goes_back_into_the_lane(rig: Rig) -
     rig.broker.take_in(rig.broker.ledger.received("p", came, rig.broker.now))
     assert rig.broker.all(GiveInLane) == [GiveInLane("p", token, cell, rig.live(token))]
     assert rig.holder_of(token) == "shelf"
-    rig.broker.take_in(rig.broker.ledger.lane_full("p", came, rig.broker.now))  # there is no room in it
+    rig.broker.take_in(
+        rig.broker.ledger.lane_full("p", came, rig.broker.now)
+    )  # there is no room in it
     rig.sync()
     assert rig.report().parked == 1
 
@@ -381,7 +389,10 @@ def test_who_does_not_want_to_wait_is_given_what_lies_on_the_shelf(rig: Rig) -> 
     rig.give_up()
     token = rig.tokens[0]
     rig.moves_itself(token, None)
-    looks, passed = sum(each.most_from_shelf for each in rig.broker.all(JoinQueue)), len(rig.desk.passed())
+    looks, passed = (
+        sum(each.most_from_shelf for each in rig.broker.all(JoinQueue)),
+        len(rig.desk.passed()),
+    )
     worker = rig.workers[0]
     rig.desk.ask(worker, seat=3, wait_s=0)
     rig.answer_all()
@@ -427,7 +438,9 @@ HALTING = [
 
 @pytest.mark.parametrize("why", HALTING)
 def test_they_halt_as_soon_as_there_is_something_else(why: str) -> None:
-    broker = Broker(handover=True, max_conn=2) if why in ("groups", "cap") else Broker(handover=True)
+    broker = (
+        Broker(handover=True, max_conn=2) if why in ("groups", "cap") else Broker(handover=True)
+    )
     rig = Rig(broker, workers=3)
     rig.proceed()
     ledger, now = broker.ledger, broker.now
@@ -604,7 +617,9 @@ def test_who_has_it_next_is_in_the_journal_with_how_often_it_has_moved(rig: Rig)
 def test_it_is_in_the_journal_that_a_lease_may_move_before_it_has(rig: Rig) -> None:
     """Else a later broker would take it from whoever has it by then, past this one."""
     rig.proceed()
-    assert {entry.token: entry.moves for entry in journal_of(rig.broker)} == dict.fromkeys(rig.tokens, 0)
+    assert {entry.token: entry.moves for entry in journal_of(rig.broker)} == dict.fromkeys(
+        rig.tokens, 0
+    )
 
 
 def test_where_nothing_has_moved_nothing_is_written(rig: Rig) -> None:
@@ -720,7 +735,9 @@ def test_what_a_thread_may_have_in_its_hands_is_not_ended(rig: Rig) -> None:
     for _ in range(8):
         rig.broker.pass_time(ARRIVAL_S * 1.1)
         answers = receiver.last(Recall).serial
-        renew = Renew(receiver.reports(), receiver.seen, answers, list(receiver.pending), unsure=True)
+        renew = Renew(
+            receiver.reports(), receiver.seen, answers, list(receiver.pending), unsure=True
+        )
         rig.broker.send(receiver.id, renew)
     assert rig.fenced() == []
     for _ in range(2):
@@ -730,7 +747,9 @@ def test_what_a_thread_may_have_in_its_hands_is_not_ended(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_what_was_seen_to_come_and_is_in_a_threads_hands_is_not_ended(rig: Rig, asked: bool) -> None:
+def test_what_was_seen_to_come_and_is_in_a_threads_hands_is_not_ended(
+    rig: Rig, asked: bool
+) -> None:
     """It was listed while nobody had read it, and is listed again once it is taken in. Between the two it is not."""
     rig.proceed()
     token, receiver = rig.tokens[1], rig.workers[0]
@@ -741,7 +760,9 @@ def test_what_was_seen_to_come_and_is_in_a_threads_hands_is_not_ended(rig: Rig, 
     rig.broker.pass_time(ARRIVAL_S * 1.1)
     receiver.answer() if asked else receiver.beat()
     del receiver.held[token]
-    rig.broker.send(receiver.id, Renew(receiver.reports(), receiver.seen, 0, list(receiver.pending)))
+    rig.broker.send(
+        receiver.id, Renew(receiver.reports(), receiver.seen, 0, list(receiver.pending))
+    )
     assert rig.fenced() == []
     receiver.held[token] = Phase.IN_USE
     receiver.answer()
@@ -970,10 +991,16 @@ def test_what_is_listed_no_more_is_a_loss(rig: Rig) -> None:
 def test_a_pool_that_is_told_of_something_does_not_tell_its_shelf(rig: Rig) -> None:
     rig.proceed()
     rig.moves_itself(rig.tokens[1], None)
-    rig.broker.take_in(rig.broker.ledger.order(Order(VERSION, OrderKind.RECONNECT, "p"), rig.broker.now)[1])
+    rig.broker.take_in(
+        rig.broker.ledger.order(Order(VERSION, OrderKind.RECONNECT, "p"), rig.broker.now)[1]
+    )
     rig.broker.take_in(rig.broker.ledger.request_reports())
     rig.broker.take_in(rig.broker.ledger.drain(rig.broker.now))
-    assert {each.session for each in rig.broker.commands if isinstance(each, Send)} == {b"w0", b"w1", b"w2"}
+    assert {each.session for each in rig.broker.commands if isinstance(each, Send)} == {
+        b"w0",
+        b"w1",
+        b"w2",
+    }
 
 
 # --- words that come late
@@ -1029,7 +1056,9 @@ def test_a_lease_with_a_cancel_under_way_does_not_move_yet(rig: Rig) -> None:
     rig.answer_all()
     rig.contend(seat=2)
     assert (rig.moving, rig.board.find(rig.tokens[1])) == (True, -1)
-    rig.broker.take_in(rig.broker.ledger.query_cancelled(rig.broker.all(CancelBackend)[-1], True, rig.broker.now))
+    rig.broker.take_in(
+        rig.broker.ledger.query_cancelled(rig.broker.all(CancelBackend)[-1], True, rig.broker.now)
+    )
     assert rig.board.find(rig.tokens[1]) >= 0
 
 
@@ -1091,11 +1120,15 @@ def say_hello(rig: Rig, worker: Worker, moves: dict[Token, int]) -> None:
         LeaseReport(token, phase, 0, "T1", worker.backend(token), moves=moves.get(token, 0))
         for token, phase in worker.held.items()
     ]
-    rig.broker.send(worker.id, Hello(VERSION, 100, "", worker.name, worker.spec, reports, worker.seen))
+    rig.broker.send(
+        worker.id, Hello(VERSION, 100, "", worker.name, worker.spec, reports, worker.seen)
+    )
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_a_later_broker_learns_who_has_it_by_how_often_it_has_moved(rig: Rig, order: tuple[int, int]) -> None:
+def test_a_later_broker_learns_who_has_it_by_how_often_it_has_moved(
+    rig: Rig, order: tuple[int, int]
+) -> None:
     """Whoever says HELLO first: the one of the journal, who has it no more, or the one who has it."""
     rig.proceed()
     token, holder, former = rig.tokens[1], rig.workers[0], rig.workers[1]
@@ -1103,10 +1136,14 @@ def test_a_later_broker_learns_who_has_it_by_how_often_it_has_moved(rig: Rig, or
     rig.moves_itself(token, holder)  # past the broker, which is dead
     after = restarted(rig)
     for n in order:
-        say_hello(after, after.workers[n], {token: 1} if after.workers[n].name == holder.name else {})
+        say_hello(
+            after, after.workers[n], {token: 1} if after.workers[n].name == holder.name else {}
+        )
     assert after.holder_of(token) == "w0"
     assert after.state(token) is SlotState.OPEN
-    assert all(welcome.revoked == [] for worker in after.workers for welcome in worker.sent(Welcome))
+    assert all(
+        welcome.revoked == [] for worker in after.workers for welcome in worker.sent(Welcome)
+    )
     after.contend(after.workers[2])
     assert after.fenced() == []
     assert former.held == {}
@@ -1136,7 +1173,9 @@ def test_what_wanders_is_over_when_a_worker_says_that_it_has_closed_it(rig: Rig)
     for worker in after.workers[1:]:
         say_hello(after, worker, {})
     assert after.holder_of(token) == "shelf"
-    after.broker.send(b"w2", Release(token, False, ReleaseReason.FAILED, Worker.backend(Token(5, 99))))
+    after.broker.send(
+        b"w2", Release(token, False, ReleaseReason.FAILED, Worker.backend(Token(5, 99)))
+    )
     assert after.fenced() == []  # another connection
     after.broker.send(b"w2", Release(token, False, ReleaseReason.FAILED, Worker.backend(token)))
     assert after.fenced() == [token]
@@ -1194,12 +1233,17 @@ def lost_with_the_broker(rig: Rig) -> tuple[Rig, Token]:
 def listing(worker: Worker, moves: dict[Token, int], *, unsure: bool = False) -> None:
     """Answer the newest recall, saying how often what is held has moved."""
     reports = [
-        LeaseReport(t, phase, 0, "T1", worker.backend(t), moves=moves.get(t, 0)) for t, phase in worker.held.items()
+        LeaseReport(t, phase, 0, "T1", worker.backend(t), moves=moves.get(t, 0))
+        for t, phase in worker.held.items()
     ]
-    worker.broker.send(worker.id, Renew(reports, worker.seen, worker.last(Recall).serial, unsure=unsure))
+    worker.broker.send(
+        worker.id, Renew(reports, worker.seen, worker.last(Recall).serial, unsure=unsure)
+    )
 
 
-def test_what_wanders_is_ended_once_all_who_were_in_that_lane_have_told_what_they_have(rig: Rig) -> None:
+def test_what_wanders_is_ended_once_all_who_were_in_that_lane_have_told_what_they_have(
+    rig: Rig,
+) -> None:
     after, token = lost_with_the_broker(rig)
     for worker in after.workers:
         say_hello(after, worker, {})
@@ -1296,7 +1340,9 @@ def test_what_a_dead_member_had_is_ended_once_nobody_else_can_have_it(rig: Rig) 
     assert after.fenced() == [token]
 
 
-def test_what_one_had_who_told_of_it_after_he_had_left_that_lane_is_ended_when_he_dies(rig: Rig) -> None:
+def test_what_one_had_who_told_of_it_after_he_had_left_that_lane_is_ended_when_he_dies(
+    rig: Rig,
+) -> None:
     """Nobody else can have it, whoever has not told yet."""
     rig.proceed()
     after = restarted(rig)
@@ -1334,7 +1380,9 @@ def test_it_is_in_the_journal_who_is_let_into_a_lane_before_he_is(rig: Rig) -> N
     rig.open_lane()
     for n, command in enumerate(rig.broker.commands):
         if isinstance(command, InviteToLane):
-            assert Admit(Member(command.session, None, rig.workers[0].spec)) in rig.broker.commands[:n]
+            assert (
+                Admit(Member(command.session, None, rig.workers[0].spec)) in rig.broker.commands[:n]
+            )
     assert {member.session for member in members_of(rig.broker)} == {b"w0", b"w1", b"w2"}
     rig.broker.send(b"w0", Bye())
     assert {member.session for member in members_of(rig.broker)} == {b"w1", b"w2"}

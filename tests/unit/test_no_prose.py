@@ -17,12 +17,32 @@ import sharedpool
 PACKAGE = Path(sharedpool.__file__).parent
 # What hands out an error's words.
 WORDS = frozenset(
-    {"args", "pgerror", "diag", "message_primary", "message_detail", "message_hint", "strerror", "reason"}
+    {
+        "args",
+        "pgerror",
+        "diag",
+        "message_primary",
+        "message_detail",
+        "message_hint",
+        "strerror",
+        "reason",
+    }
 )
 SHOWN_BY = frozenset({"str", "repr", "format", "one_line", "_text"})
 # What decides by a text, or takes one apart.
 READERS = frozenset(
-    {"startswith", "endswith", "find", "rfind", "index", "rindex", "count", "partition", "rpartition", "removeprefix"}
+    {
+        "startswith",
+        "endswith",
+        "find",
+        "rfind",
+        "index",
+        "rindex",
+        "count",
+        "partition",
+        "rpartition",
+        "removeprefix",
+    }
     | {"removesuffix", "search", "match", "fullmatch", "findall", "finditer", "isascii", "sub"}
 )
 # Where reading is right, by module and function, and why.
@@ -31,8 +51,14 @@ ALLOWED = {
         "postgres/conninfo.py",
         "_without_quotes",
     ): "cuts out what libpq quotes, for the text that is shown; decides nothing else",
-    ("broker/launch/config_file.py", "_convert"): "msgspec's words about our own file, for the text that is shown",
-    ("postgres/libpq.py", "codes"): "SQLSTATEs, which libpq was told to write in the place of words",
+    (
+        "broker/launch/config_file.py",
+        "_convert",
+    ): "msgspec's words about our own file, for the text that is shown",
+    (
+        "postgres/libpq.py",
+        "codes",
+    ): "SQLSTATEs, which libpq was told to write in the place of words",
 }
 
 
@@ -42,7 +68,9 @@ class Reader(ast.NodeVisitor):
     def __init__(self, prose: set[str], errors: set[str]) -> None:
         self.prose, self.errors = prose, errors
         self.found: list[int] = []
-        self.passed: set[tuple[str, int]] = set()  # functions that are handed prose, and as which argument
+        self.passed: set[tuple[str, int]] = (
+            set()
+        )  # functions that are handed prose, and as which argument
 
     def is_prose(self, node: ast.AST) -> bool:
         match node:
@@ -50,7 +78,9 @@ class Reader(ast.NodeVisitor):
                 return name in self.prose
             case ast.Attribute(value=ast.Name(id=name), attr=attribute) if name in self.errors:
                 return attribute in WORDS
-            case ast.Attribute(attr="pgerror" | "message_primary" | "message_detail" | "message_hint"):
+            case ast.Attribute(
+                attr="pgerror" | "message_primary" | "message_detail" | "message_hint"
+            ):
                 return True
             case ast.Call(func=ast.Name(id=function), args=[argument, *_]) if function in SHOWN_BY:
                 return self.is_error(argument) or self.is_prose(argument)
@@ -62,7 +92,14 @@ class Reader(ast.NodeVisitor):
                 return any(map(self.is_prose, arguments))
             case ast.FormattedValue(value=inner):
                 return self.is_error(inner) or self.is_prose(inner)
-            case ast.JoinedStr() | ast.BinOp() | ast.BoolOp() | ast.IfExp() | ast.Subscript() | ast.NamedExpr():
+            case (
+                ast.JoinedStr()
+                | ast.BinOp()
+                | ast.BoolOp()
+                | ast.IfExp()
+                | ast.Subscript()
+                | ast.NamedExpr()
+            ):
                 return any(map(self.is_prose, ast.iter_child_nodes(node)))
         return False
 
@@ -80,7 +117,11 @@ class Reader(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        if node.value is not None and self.is_prose(node.value) and isinstance(node.target, ast.Name):
+        if (
+            node.value is not None
+            and self.is_prose(node.value)
+            and isinstance(node.target, ast.Name)
+        ):
             self.prose.add(node.target.id)
         self.generic_visit(node)
 
@@ -96,11 +137,17 @@ class Reader(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         read = [node.func.value, *node.args] if isinstance(node.func, ast.Attribute) else []
-        if isinstance(node.func, ast.Attribute) and node.func.attr in READERS and any(map(self.is_prose, read)):
+        if (
+            isinstance(node.func, ast.Attribute)
+            and node.func.attr in READERS
+            and any(map(self.is_prose, read))
+        ):
             self.found.append(node.lineno)
         if isinstance(node.func, ast.Name | ast.Attribute):
             name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
-            self.passed |= {(name, place) for place, argument in enumerate(node.args) if self.is_prose(argument)}
+            self.passed |= {
+                (name, place) for place, argument in enumerate(node.args) if self.is_prose(argument)
+            }
         self.generic_visit(node)
 
     def visit_Match(self, node: ast.Match) -> None:
@@ -120,11 +167,16 @@ def functions(tree: ast.AST) -> Iterator[Function]:
 
 def read(function: Function, handed: set[tuple[str, int]]) -> Reader:
     """Look at one function until nothing new is found in it; `handed`: see `Reader.passed`."""
-    arguments = [each for each in [*function.args.posonlyargs, *function.args.args] if each.arg not in ("self", "cls")]
+    arguments = [
+        each
+        for each in [*function.args.posonlyargs, *function.args.args]
+        if each.arg not in ("self", "cls")
+    ]
     errors = {
         each.arg
         for each in [*arguments, *function.args.kwonlyargs]
-        if each.annotation is not None and any(word in ast.unparse(each.annotation) for word in ("Error", "Exception"))
+        if each.annotation is not None
+        and any(word in ast.unparse(each.annotation) for word in ("Error", "Exception"))
     }
     prose = {each.arg for place, each in enumerate(arguments) if (function.name, place) in handed}
     while True:
@@ -195,4 +247,6 @@ def test_it_finds_what_reads_words(body: str) -> None:
     ],
 )
 def test_it_lets_be_what_only_shows_them(body: str) -> None:
-    assert not prose_in(f"def look(x):\n    try:\n        x()\n    except ValueError as error:\n        {body}\n")
+    assert not prose_in(
+        f"def look(x):\n    try:\n        x()\n    except ValueError as error:\n        {body}\n"
+    )

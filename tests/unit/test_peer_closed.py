@@ -18,7 +18,9 @@ Pair = tuple[socket.socket, socket.socket]
 @pytest.fixture(params=["ipv4", "ipv6"])
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     """The client's end of a TCP connection, and the server's."""
-    family, host = (socket.AF_INET, "127.0.0.1") if request.param == "ipv4" else (socket.AF_INET6, "::1")
+    family, host = (
+        (socket.AF_INET, "127.0.0.1") if request.param == "ipv4" else (socket.AF_INET6, "::1")
+    )
     try:
         listener = socket.create_server((host, 0), family=family)
     except OSError:
@@ -90,7 +92,8 @@ def shut_down_by_us(ours: socket.socket, theirs: socket.socket) -> None:
 
 
 @pytest.mark.parametrize(
-    "end", [closed, closed_after_us, closed_with_last_words, closed_before_us, closed_and_then_written_to]
+    "end",
+    [closed, closed_after_us, closed_with_last_words, closed_before_us, closed_and_then_written_to],
 )
 def test_a_fin_proves_that_the_other_side_has_closed(
     pair: Pair, end: Callable[[socket.socket, socket.socket], None]
@@ -101,7 +104,9 @@ def test_a_fin_proves_that_the_other_side_has_closed(
     assert other_side_closed(pair[0].fileno()), "looking has changed something"
 
 
-@pytest.mark.parametrize("end", [reset, reset_and_read_elsewhere, reset_after_our_shutdown, shut_down_by_us])
+@pytest.mark.parametrize(
+    "end", [reset, reset_and_read_elsewhere, reset_after_our_shutdown, shut_down_by_us]
+)
 def test_what_ends_a_connection_on_this_side_proves_nothing(
     pair: Pair, end: Callable[[socket.socket, socket.socket], None]
 ) -> None:

@@ -26,9 +26,14 @@ def observation(*pools: tuple[str, Histograms]) -> Snapshot:
         "fencing": 0,
     }
     counters = dict.fromkeys(("grants", "waits", "denials", "timeouts", "recalls", "fences"), 7)
-    reports = [PoolReport(name=name, server="server", max_conn=5, waiting=3, **counts, **counters) for name, _ in pools]
+    reports = [
+        PoolReport(name=name, server="server", max_conn=5, waiting=3, **counts, **counters)
+        for name, _ in pools
+    ]
     report = Report(3, 17, 4711, "ipc:///x", 61_500, 20, 9, "connected", reports, [])
-    return Snapshot(report, [(one, totals) for one, (_, totals) in zip(reports, pools, strict=True)], [])
+    return Snapshot(
+        report, [(one, totals) for one, (_, totals) in zip(reports, pools, strict=True)], []
+    )
 
 
 def samples(seen: Snapshot) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -46,7 +51,11 @@ def samples(seen: Snapshot) -> dict[tuple[str, frozenset[tuple[str, str]]], floa
 @given(names=st.lists(st.text(st.characters(exclude_categories=["Cs"])), unique=True, max_size=4))
 def test_whatever_a_pool_is_called_it_is_one_label(names: list[str]) -> None:
     found = samples(observation(*[(name, Histograms()) for name in names]))
-    limits = {dict(labels)["db_client_connection_pool_name"] for name, labels in found if name.endswith("ection_max")}
+    limits = {
+        dict(labels)["db_client_connection_pool_name"]
+        for name, labels in found
+        if name.endswith("ection_max")
+    }
     assert limits == set(names)
 
 
@@ -59,7 +68,9 @@ def test_a_histogram_is_cumulative_and_in_seconds() -> None:
     pool = ("db_client_connection_pool_name", "p")
     name = "db_client_connection_wait_time_seconds"
     for number, bound in enumerate(BOUNDS_S):
-        assert found[name + "_bucket", frozenset({pool, ("le", str(bound))})] == sum(counts[: number + 1])
+        assert found[name + "_bucket", frozenset({pool, ("le", str(bound))})] == sum(
+            counts[: number + 1]
+        )
     assert found[name + "_bucket", frozenset({pool, ("le", "+Inf")})] == sum(counts)
     assert found[name + "_count", frozenset({pool})] == sum(counts)
     assert found[name + "_sum", frozenset({pool})] == 2.5
@@ -77,8 +88,17 @@ def test_the_history_has_half_an_hour_of_the_pools_there_are() -> None:
     history = History()
     for n in range(400):
         history.add(observation(("a", Histograms()), ("b", Histograms())), n * 5.0)
-    assert {name: len(points) for name, points in history.ages(2000.0).items()} == {"a": 360, "b": 360}
-    assert history.ages(2000.0)["a"][-1] == (5.0, 4, 9, 3, 5)  # seconds ago, in use, leases, waiting, limit
+    assert {name: len(points) for name, points in history.ages(2000.0).items()} == {
+        "a": 360,
+        "b": 360,
+    }
+    assert history.ages(2000.0)["a"][-1] == (
+        5.0,
+        4,
+        9,
+        3,
+        5,
+    )  # seconds ago, in use, leases, waiting, limit
     assert history.ages(2000.0)["a"][0][0] == 1800.0
     history.add(observation(("a", Histograms())), 2000.0)
     assert list(history.ages(2000.0)) == ["a"]

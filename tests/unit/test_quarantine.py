@@ -7,7 +7,13 @@ from sharedpool.wire.messages import Backend, Token
 SLOT = Token(1, 1)
 
 
-def look(quarantine: Quarantine, now: float, *, starting: tuple[int, ...] = (), strange: tuple[int, ...] = ()) -> bool:
+def look(
+    quarantine: Quarantine,
+    now: float,
+    *,
+    starting: tuple[int, ...] = (),
+    strange: tuple[int, ...] = (),
+) -> bool:
     """One survey; say whether the slot is free after it."""
     order = quarantine.order(0.0)
     assert order is not None

@@ -280,7 +280,9 @@ def test_the_end_of_the_grace_period_does_not_overrule_another_broker() -> None:
 
 
 @pytest.mark.parametrize("name", ["p", "b\u00e9"])  # the second is shown otherwise in a tag
-def test_what_an_operator_wants_of_a_pool_before_it_has_its_name_holds_after_that(name: str) -> None:
+def test_what_an_operator_wants_of_a_pool_before_it_has_its_name_holds_after_that(
+    name: str,
+) -> None:
     after = Broker(journal_complete=False)
     after.take_in(after.ledger.begin_grace_period(TTL_S, after.now))
     after.pass_time(TTL_S * 1.01)
@@ -323,7 +325,9 @@ def test_the_grace_period_lasts_until_every_start_up_has_come_to_an_end() -> Non
     b.beat()
     after.pass_time(TTL_S / 2)
     grace_over(after, {Backend(42, 5, 1): TAG}, {42}, {42, 43})
-    assert b.outcome(request) is None  # what was in start-up is a dead worker's, and has its tag by now
+    assert (
+        b.outcome(request) is None
+    )  # what was in start-up is a dead worker's, and has its tag by now
     assert after.ledger.state == "serving"
     assert after.ledger.leases == 1
 
@@ -387,7 +391,9 @@ def test_a_worker_killed_in_its_connect_keeps_its_slot_until_the_server_shows_no
     for starting in ({42}, {42}, set()):
         assert b.outcome(request) is None
         look = broker.all(SurveyServer)[-1]
-        broker.take_in(broker.ledger.surveyed(SurveyResult(look.serial, frozenset(starting), {}), broker.now))
+        broker.take_in(
+            broker.ledger.surveyed(SurveyResult(look.serial, frozenset(starting), {}), broker.now)
+        )
         broker.pass_time(SETTLE_S * 1.01)
     assert isinstance(b.outcome(request), Token)
     assert [look.barrier for look in broker.all(SurveyServer)] == [True, False, False]
@@ -405,7 +411,9 @@ def test_a_deposit_that_was_on_its_way_ends_the_quarantine() -> None:
     assert broker.ledger.leases == 0
 
 
-def test_a_connect_that_timed_out_is_verified_and_without_a_control_connection_waits_for_the_servers_limit() -> None:
+def test_a_connect_that_timed_out_is_verified_and_without_a_control_connection_waits_for_the_servers_limit() -> (
+    None
+):
     for verifies in (True, False):
         broker = Broker(has_control_connection=verifies)
         a = broker.worker("a", max_conn=1)
@@ -424,7 +432,9 @@ def test_a_connect_that_timed_out_is_verified_and_without_a_control_connection_w
 
 def fail(worker: Worker, token: Token, error: str = "the database system is starting up") -> None:
     worker.held.pop(token, None)
-    worker.broker.send(worker.id, Release(token, True, ReleaseReason.FAILED, error=error, code="57P03"))
+    worker.broker.send(
+        worker.id, Release(token, True, ReleaseReason.FAILED, error=error, code="57P03")
+    )
 
 
 def test_while_connects_fail_one_is_tried_and_everybody_else_is_told_why() -> None:
@@ -434,7 +444,10 @@ def test_while_connects_fail_one_is_tried_and_everybody_else_is_told_why() -> No
     request = b.ask(wait_s=60)
     denial = b.outcome(request)
     assert isinstance(denial, Deny)
-    assert (denial.reason, denial.error) == (DenyReason.FAILING, "the database system is starting up")
+    assert (denial.reason, denial.error) == (
+        DenyReason.FAILING,
+        "the database system is starting up",
+    )
     assert 0 < denial.retry_ms <= 1000
     broker.pass_time(2 * PROBE_EVERY_S)
     probe = b.granted(b.ask())
@@ -590,7 +603,9 @@ def test_a_sessions_process_is_recorded_for_the_successor_to_watch() -> None:
     broker = Broker()
     a = Worker(broker, "a", PoolSpec("p", 1, 1000))
     broker.take_in(
-        broker.ledger.handle(a.id, Hello(PROTOCOL_VERSION, 5, "", "a", a.spec), broker.now, Process(55, 1234))
+        broker.ledger.handle(
+            a.id, Hello(PROTOCOL_VERSION, 5, "", "a", a.spec), broker.now, Process(55, 1234)
+        )
     )
     broker.send(a.id, Acquire(1, 0))
     assert journal_of(broker)[0].process == Process(55, 1234)
@@ -651,7 +666,9 @@ def test_a_slot_granted_to_who_is_silent_is_looked_for_once_no_connect_can_be_un
     for _ in range(int(START_UP_LIMIT_S) - 1):
         broker.pass_time(1.0)
         b.beat()
-    assert broker.all(SurveyServer) == []  # it may have begun to connect at the end of its TTL, and log in yet
+    assert (
+        broker.all(SurveyServer) == []
+    )  # it may have begun to connect at the end of its TTL, and log in yet
     broker.pass_time(2.0)
     assert len(broker.all(SurveyServer)) == 1
     assert b.outcome(request) is None
@@ -681,7 +698,9 @@ def test_without_a_control_connection_it_stays_counted_until_an_operator_says_ot
     assert broker.ledger.leases == 1
     order = Order(PROTOCOL_VERSION, OrderKind.KILL, "", 0, token)
     done, _ = broker.ledger.order(order, broker.now)
-    assert done == Done([f"lease {token} of a[197] had no connection that is known of: its slot is free"])
+    assert done == Done(
+        [f"lease {token} of a[197] had no connection that is known of: its slot is free"]
+    )
     assert broker.ledger.leases == 0
 
 

@@ -69,7 +69,9 @@ def test_a_refusal_names_the_line_that_checked_the_oldest_out(broker: Broker) ->
     reports = [LeaseReport(first, Phase.IN_USE, 5000, "T1", a.backend(first), stacks[first]),
                LeaseReport(second, Phase.IN_USE, 1000, "T1", a.backend(second), stacks[second])]  # fmt: skip
     broker.send(a.id, Renew(reports, a.seen))
-    assert [line.stack for line in broker.ledger.oldest_leases(2, broker.now)] == list(stacks.values())
+    assert [line.stack for line in broker.ledger.oldest_leases(2, broker.now)] == list(
+        stacks.values()
+    )
     request = b.ask(wait_s=1)
     broker.pass_time(1.1)
     denial = b.outcome(request)
@@ -81,7 +83,12 @@ def test_a_refusal_names_the_line_that_checked_the_oldest_out(broker: Broker) ->
 def test_a_stack_ends_with_its_checkout(broker: Broker) -> None:
     a = broker.worker("a")
     token = a.lend()
-    broker.send(a.id, Renew([LeaseReport(token, Phase.IN_USE, 0, "T1", a.backend(token), ["x.py:1 in f"])], a.seen))
+    broker.send(
+        a.id,
+        Renew(
+            [LeaseReport(token, Phase.IN_USE, 0, "T1", a.backend(token), ["x.py:1 in f"])], a.seen
+        ),
+    )
     a.held[token] = Phase.IDLE
     a.beat()
     (line,) = broker.ledger.oldest_leases(1, broker.now)
@@ -92,7 +99,9 @@ def test_the_report_of_a_long_checkout_carries_its_stack(broker: Broker) -> None
     a = broker.worker("a", max_checkout_ms=5000)
     token = a.lend()
     stack = ["views.py:3 in show", "app.py:1 in <module>"]
-    broker.send(a.id, Renew([LeaseReport(token, Phase.IN_USE, 0, "T1", a.backend(token), stack)], a.seen))
+    broker.send(
+        a.id, Renew([LeaseReport(token, Phase.IN_USE, 0, "T1", a.backend(token), stack)], a.seen)
+    )
     broker.pass_time(5.1)
     broker.pass_time(1.1)  # its worker was asked
     (log,) = broker.all(Log)

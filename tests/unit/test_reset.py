@@ -76,9 +76,20 @@ def test_it_may_come_in_pieces(ends: tuple[socket.socket, Owned]) -> None:
         struct.pack("!ci", b"C", -5) + READY,
         struct.pack("!ci", b"C", 0) + READY,
     ],
-    ids=["an error", "a transaction", "more", "rows", "half a status", "too much", "less than 0", "0"],
+    ids=[
+        "an error",
+        "a transaction",
+        "more",
+        "rows",
+        "half a status",
+        "too much",
+        "less than 0",
+        "0",
+    ],
 )
-def test_all_else_makes_the_session_useless(ends: tuple[socket.socket, Owned], answer: bytes) -> None:
+def test_all_else_makes_the_session_useless(
+    ends: tuple[socket.socket, Owned], answer: bytes
+) -> None:
     server, ours = ends
     sender = threading.Thread(target=server.sendall, args=(answer,))
     sender.start()
@@ -94,7 +105,9 @@ def test_the_end_of_the_session_is_no_answer(ends: tuple[socket.socket, Owned]) 
     assert after(ours) is None
 
 
-def test_it_is_not_waited_for_for_long(ends: tuple[socket.socket, Owned], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_not_waited_for_for_long(
+    ends: tuple[socket.socket, Owned], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reset, "LIMIT_S", 0.05)
     server, ours = ends
     server.sendall(DONE)

@@ -31,7 +31,10 @@ def test_it_is_to_be_max_conn_and_two_whichever_is_known_first(first: str) -> No
             worker(broker, "a", 4)
         assert bool(warnings(broker)) is not is_enough
         assert is_enough or "role 'app' may have 5 connections" in warnings(broker)[0]
-        assert is_enough or "6 are needed: max_conn 4, and 2 of the broker's own" in warnings(broker)[0]
+        assert (
+            is_enough
+            or "6 are needed: max_conn 4, and 2 of the broker's own" in warnings(broker)[0]
+        )
 
 
 def test_all_pools_of_that_role_count_together_up_to_the_limit_over_all_of_them() -> None:

@@ -67,6 +67,9 @@ def test_what_a_worker_said_over_its_former_connection_is_not_read_as_a_stranger
         post.close()
         context.term()
     session = PROCESS + CHANNEL
-    assert {letter.body for letter in letters if letter.session == session} >= {renew, encode(Withdraw(9))}
+    assert {letter.body for letter in letters if letter.session == session} >= {
+        renew,
+        encode(Withdraw(9)),
+    }
     # Those that were read before its next connection was made are the session's.
     assert [letter.body for letter in letters if letter.session != session] == [encode(STATUS)]

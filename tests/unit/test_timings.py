@@ -22,9 +22,19 @@ def told(times: Timings, hits: int = 0) -> messages.Timings:
 
 @pytest.mark.parametrize(
     ("seconds", "bucket"),
-    [(0.0, 0), (0.0005, 0), (0.00051, 1), (0.25, 8), (0.5, 9), (60.0, BUCKETS - 2), (60.1, BUCKETS - 1)],
+    [
+        (0.0, 0),
+        (0.0005, 0),
+        (0.00051, 1),
+        (0.25, 8),
+        (0.5, 9),
+        (60.0, BUCKETS - 2),
+        (60.1, BUCKETS - 1),
+    ],
 )
-def test_a_time_is_counted_in_the_first_bucket_whose_bound_it_does_not_exceed(seconds: float, bucket: int) -> None:
+def test_a_time_is_counted_in_the_first_bucket_whose_bound_it_does_not_exceed(
+    seconds: float, bucket: int
+) -> None:
     histogram = Histogram()
     histogram.add(seconds)
     assert histogram.counts == [int(n == bucket) for n in range(BUCKETS)]
@@ -68,20 +78,26 @@ def test_the_sample_has_the_distribution_of_all_uses(short_s: float) -> None:
     times.checked_out(0.005)
     chosen = times.choose(now)
     for _ in range(20_000):
-        used_s = random.expovariate(1 / short_s) if random.random() < 0.995 else random.uniform(0.6, 2.0)
+        used_s = (
+            random.expovariate(1 / short_s) if random.random() < 0.995 else random.uniform(0.6, 2.0)
+        )
         now += used_s
         truth.add(used_s)
         typical = used_s <= 0.5
         if chosen or not typical:
             times.checked_in(used_s, hits, 0, typical=typical)
-        chosen = times.choose(now)  # at the checkin, the slow one that `next_scavenge_at` makes of it
+        chosen = times.choose(
+            now
+        )  # at the checkin, the slow one that `next_scavenge_at` makes of it
         now += random.expovariate(1 / 0.002)
         hits += 1
     used = told(times, hits).used
     assert sum(used.counts) == pytest.approx(20_000, rel=0.01)
     assert used.total_us == pytest.approx(truth.total_us, rel=0.1)
     for bucket in range(BUCKETS):
-        assert sum(used.counts[: bucket + 1]) == pytest.approx(sum(truth.counts[: bucket + 1]), abs=600)
+        assert sum(used.counts[: bucket + 1]) == pytest.approx(
+            sum(truth.counts[: bucket + 1]), abs=600
+        )
     assert used.counts[10:] == truth.counts[10:]  # long ones are all counted
 
 
@@ -111,7 +127,9 @@ def waited(serial: int, *seconds: float) -> messages.Timings:
     histogram, nothing = Histogram(), messages.Histogram([0] * BUCKETS, 0)
     for each in seconds:
         histogram.add(each)
-    return messages.Timings(serial, nothing, messages.Histogram(histogram.counts, histogram.total_us), nothing)
+    return messages.Timings(
+        serial, nothing, messages.Histogram(histogram.counts, histogram.total_us), nothing
+    )
 
 
 def test_a_pools_totals_are_what_its_sessions_have_told() -> None:
@@ -147,10 +165,16 @@ def test_in_whatever_order_words_come_the_total_is_the_newest(words: list[int]) 
 
 def test_waits_are_spread_over_their_buckets_without_those_of_who_has_not_waited() -> None:
     nothing = messages.Histogram([0] * BUCKETS, 0)
-    before = messages.Timings(1, nothing, messages.Histogram([7, 1] + [0] * (BUCKETS - 2), 0), nothing)
-    now = messages.Timings(1, nothing, messages.Histogram([900, 3, 0, 1] + [0] * (BUCKETS - 5) + [1], 0), nothing)
+    before = messages.Timings(
+        1, nothing, messages.Histogram([7, 1] + [0] * (BUCKETS - 2), 0), nothing
+    )
+    now = messages.Timings(
+        1, nothing, messages.Histogram([900, 3, 0, 1] + [0] * (BUCKETS - 5) + [1], 0), nothing
+    )
     assert waits(before, now, 500) == pytest.approx([0.000625, 0.000875, 0.00375, 90.0])
     assert len(waits(None, now, 500)) == 5
-    many = messages.Timings(2, nothing, messages.Histogram([0, 3000, 1000] + [0] * (BUCKETS - 3), 0), nothing)
+    many = messages.Timings(
+        2, nothing, messages.Histogram([0, 3000, 1000] + [0] * (BUCKETS - 3), 0), nothing
+    )
     found = waits(now, many, 400)  # of another registration
     assert (len(found), sum(wait < 0.001 for wait in found)) == (400, 300)

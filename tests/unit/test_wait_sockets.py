@@ -123,7 +123,9 @@ def test_once_the_lane_is_left_only_the_link_reads_what_has_come(rig: Rig) -> No
 
 
 @pytest.mark.parametrize("look", [WaitSockets.receive_strays, WaitSockets.check_all])
-def test_a_thread_whose_ring_was_read_as_it_took_its_seat_is_rung_again(rig: Rig, look: object) -> None:
+def test_a_thread_whose_ring_was_read_as_it_took_its_seat_is_rung_again(
+    rig: Rig, look: object
+) -> None:
     """The link's thread has listed the free wait sockets; before it reads one, a thread takes it, and is granted a
     lease.
     """

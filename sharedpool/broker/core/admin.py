@@ -77,7 +77,9 @@ class Admin:
                 pool.denials += 1
                 self._scheduler.deny(waiter, DenyReason.PAUSED, now)
             how = "was paused already" if pool.name in already else "paused"
-            said.append(f"pool {pool.name!r} {how}: {_count(pool)} to come back, {len(pool.waiters)} waiting")
+            said.append(
+                f"pool {pool.name!r} {how}: {_count(pool)} to come back, {len(pool.waiters)} waiting"
+            )
         return said or ["paused, and not in use"]
 
     def resume(self, name: str) -> list[str]:
@@ -94,18 +96,26 @@ class Admin:
         for pool in held:
             slots.shrink(pool)
         said = [f"pool {pool.name!r} resumed: {len(pool.waiters)} waiting" for pool in held]
-        return said or ["resumed, and not in use" if slots.paused_pools != paused else "it was not paused"]
+        return said or [
+            "resumed, and not in use" if slots.paused_pools != paused else "it was not paused"
+        ]
 
     def limit(self, name: str, max_conn: int) -> list[str]:
         """Set a pool's limit, or ("") that over all pools; what is beyond it comes back as it becomes free."""
         slots, pools = self._slots, self._pools(name)
         if not name:
             if slots.max_conn is None:
-                raise OrderError("this broker has no limit over all pools, only the pools' own: name one with --pool")
+                raise OrderError(
+                    "this broker has no limit over all pools, only the pools' own: name one with --pool"
+                )
             if max_conn < slots.groups.reserved:
-                raise OrderError(f"{slots.groups.reserved} connections are reserved for groups: no less can be allowed")
+                raise OrderError(
+                    f"{slots.groups.reserved} connections are reserved for groups: no less can be allowed"
+                )
             before, slots.max_conn = slots.max_conn, max_conn
-            said = [f"limit over all pools: {before} before, {max_conn} now, {len(slots.leases)} in use"]
+            said = [
+                f"limit over all pools: {before} before, {max_conn} now, {len(slots.leases)} in use"
+            ]
         else:
             slots.limits[name] = max_conn
             said = []
@@ -113,12 +123,16 @@ class Admin:
             before, pool.max_conn = pool.max_conn, slots.limit(pool.name, pool.spec)
             slots.shrink(pool)
             if name:
-                said.append(f"pool {name!r}: limit {before} before, {pool.max_conn} now, {len(pool.leases)} in use")
+                said.append(
+                    f"pool {name!r}: limit {before} before, {pool.max_conn} now, {len(pool.leases)} in use"
+                )
                 if pool.max_conn < max_conn:
                     said.append(f"no more than {slots.max_conn} are allowed over all pools")
         return said or [f"pool {name!r}: limit {max_conn} when it is used again"]
 
-    def configure(self, max_conn: int | None, groups: dict[str, GroupTerms], limits: dict[str, int]) -> None:
+    def configure(
+        self, max_conn: int | None, groups: dict[str, GroupTerms], limits: dict[str, int]
+    ) -> None:
         """Have these terms in place of those of the last time; what is beyond them comes back as it becomes free."""
         slots = self._slots
         slots.max_conn = max_conn
@@ -138,7 +152,11 @@ class Admin:
         said = []
         for session in sessions:
             pool = session.pool
-            wanted = [x for x in session.leases.values() if x.live is None and x.state is not SlotState.FENCING]
+            wanted = [
+                x
+                for x in session.leases.values()
+                if x.live is None and x.state is not SlotState.FENCING
+            ]
             idle = [lease for lease in wanted if pool.idle.pop(lease.token, None) is not None]
             if wanted and not session.silent:
                 session.draining.update(lease.token for lease in wanted)
@@ -148,7 +166,11 @@ class Admin:
                 self._scheduler.send_recall(session, now, take=len(idle))
             said.append(
                 f"{session.label} in pool {pool.name!r}: {len(wanted)} to come back"
-                + (", but it is silent: they are ended when somebody waits for them" if session.silent else "")
+                + (
+                    ", but it is silent: they are ended when somebody waits for them"
+                    if session.silent
+                    else ""
+                )
             )
         return said
 
@@ -165,16 +187,24 @@ class Admin:
                 return [f"{whose} had no connection that is known of: its slot is free"]
             if lease.state is not SlotState.FENCING:
                 self._leases.fence(lease, "ended by an operator", now)
-            return [f"{whose} has no connection that is known of: its slot is free once the server shows none either"]
+            return [
+                f"{whose} has no connection that is known of: its slot is free once the server shows none either"
+            ]
         if lease.state is SlotState.FENCING:
             return [f"lease {token} is being ended already"]
         if not lease.findable:
-            raise OrderError(f"lease {token} has no connection yet, and its worker is there: try again")
+            raise OrderError(
+                f"lease {token} has no connection yet, and its worker is there: try again"
+            )
         if not (self._has_control_connection or lease.custody):
-            raise OrderError(f"lease {token} cannot be ended from here: the broker has no control connection (--dsn)")
+            raise OrderError(
+                f"lease {token} cannot be ended from here: the broker has no control connection (--dsn)"
+            )
         self._leases.end(lease, "ended by an operator", now)
         pid = f" (backend {lease.backend.pid})" if lease.backend is not None else ""
-        return [f"lease {token} of {lease.session.label} in pool {lease.pool.name!r}{pid} is being ended"]
+        return [
+            f"lease {token} of {lease.session.label} in pool {lease.pool.name!r}{pid} is being ended"
+        ]
 
     def reconnect(self, name: str, now: float) -> list[str]:
         """Begin a new generation: what is open now is replaced at its next checkout or checkin."""
@@ -185,13 +215,20 @@ class Admin:
                 f"pool {pool.name!r}: generation {pool.generation}: {len(pool.leases)} connections are replaced at"
                 " their next checkout or checkin"
             )
-            self._scheduler.handover.end_parked([pool], len(pool.parked), now)  # nobody else would replace them
+            self._scheduler.handover.end_parked(
+                [pool], len(pool.parked), now
+            )  # nobody else would replace them
         return said or ["no pool is in use: nothing to replace"]
 
     def _pools(self, name: str) -> list[Pool]:
         slots = self._slots
         pools: Iterable[Pool] = slots.pools.values()
-        if name and name not in slots.pools and name not in slots.limits and name not in slots.paused_pools:
+        if (
+            name
+            and name not in slots.pools
+            and name not in slots.limits
+            and name not in slots.paused_pools
+        ):
             known = ", ".join(repr(pool.name) for pool in pools) or "none"
             raise OrderError(f"no pool {name!r} at this broker; there are: {known}")
         return [pool for pool in pools if name in ("", pool.name)]

@@ -57,7 +57,9 @@ class Refusals:
     random: Callable[[], float] = lambda: 0.5
     shared: dict[str, Turns] = field(default_factory=dict)  # by SQLSTATE
 
-    def failed(self, session: bytes, before: Refusal | None, code: str, error: str, now: float) -> Refusal:
+    def failed(
+        self, session: bytes, before: Refusal | None, code: str, error: str, now: float
+    ) -> Refusal:
         """Return what stands against a session that was refused now; `before`: what stood against it already."""
         again = before is not None and before.code == code and not before.turns.over
         if code in _SHARED:

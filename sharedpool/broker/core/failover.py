@@ -67,12 +67,18 @@ class Failover:
                 pool=pool.name, lease=str(release.token), session=session.label, reason=release.error,
             )  # fmt: skip
         pool.last_unreachable = session.id if release.unreachable else b""
-        self._arm(pool.backoff.failed(release.token, others, release.error, now, release.code), "probe", pool)
+        self._arm(
+            pool.backoff.failed(release.token, others, release.error, now, release.code),
+            "probe",
+            pool,
+        )
 
     def _refused(self, session: Session, release: Release, now: float) -> None:
         """Hold one session's connects back: it is refused for a reason of its own, or of its role's."""
         before = session.refusal
-        session.refusal = session.pool.refusals.failed(session.id, before, release.code, release.error, now)
+        session.refusal = session.pool.refusals.failed(
+            session.id, before, release.code, release.error, now
+        )
         if before is None or before.code != release.code:
             text = "pool %r: %s is refused%s and may only try now and then, until it is let in: %s"
             code = f" ({release.code})" if release.code else ""
@@ -91,8 +97,13 @@ class Failover:
             session.refusal = None
         if pool.backoff.probe == confirm.token:
             pool.backoff.opened(confirm.token, pool.connected + 1, pool.max_conn)
-            if pool.last_unreachable != session.id and (blamed := pool.sessions.get(pool.last_unreachable)) is not None:
-                blamed.is_elsewhere = True  # it alone may not find the server; if it does, that is forgotten
+            if (
+                pool.last_unreachable != session.id
+                and (blamed := pool.sessions.get(pool.last_unreachable)) is not None
+            ):
+                blamed.is_elsewhere = (
+                    True  # it alone may not find the server; if it does, that is forgotten
+                )
             pool.last_unreachable = b""
 
     def probe_due(self, pool: Pool, now: float) -> None:
@@ -111,7 +122,9 @@ class Failover:
         if self._limit is None or self._was_told or self._compared == len(pools):
             return
         self._compared = len(pools)
-        most = sum(pool.limit for pool in pools.values() if pool.spec.server.startswith(f"{self._role}@"))
+        most = sum(
+            pool.limit for pool in pools.values() if pool.spec.server.startswith(f"{self._role}@")
+        )
         most = most if self._slots.max_conn is None else min(most, self._slots.max_conn)
         if most and most + _OF_THE_BROKER > self._limit:
             text = (
@@ -119,7 +132,16 @@ class Failover:
                 " broker's own. What is beyond that will be refused: raise that limit, or lower max_conn"
             )
             needed = most + _OF_THE_BROKER
-            self._log(logging.WARNING, text, self._role, self._limit, needed, most, _OF_THE_BROKER, reason="role limit")
+            self._log(
+                logging.WARNING,
+                text,
+                self._role,
+                self._limit,
+                needed,
+                most,
+                _OF_THE_BROKER,
+                reason="role limit",
+            )
             self._was_told = True
 
     # --- generations
@@ -152,7 +174,9 @@ class Failover:
         """Begin a new generation: have every worker replace what is older."""
         pool.generation += 1
         text = "pool %r: generation %d: every older connection is replaced (%s)"
-        self._log(logging.WARNING, text, pool.name, pool.generation, why, pool=pool.name, reason=why)
+        self._log(
+            logging.WARNING, text, pool.name, pool.generation, why, pool=pool.name, reason=why
+        )
         for session in pool.sessions.values():
             if not session.shelf:
                 self._emit(Send(session.id, Stale(pool.generation)))

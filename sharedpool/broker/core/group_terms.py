@@ -23,10 +23,16 @@ class GroupTerms:
 def check_terms(terms: dict[str, GroupTerms], cap: int | None, where: str = "groups") -> None:
     """Raise `ConfigError` for terms that cannot be kept together."""
     if terms and cap is None:
-        raise ConfigError(f"{where}: groups share a limit over all pools, and there is none (max-conn)")
+        raise ConfigError(
+            f"{where}: groups share a limit over all pools, and there is none (max-conn)"
+        )
     for name, group in terms.items():
         if group.max_conn is not None and group.max_conn < group.reserved:
-            raise ConfigError(f"{where}.{name}: min {group.reserved} is more than max {group.max_conn}")
+            raise ConfigError(
+                f"{where}.{name}: min {group.reserved} is more than max {group.max_conn}"
+            )
     reserved = sum(group.reserved for group in terms.values())
     if cap is not None and reserved > cap:
-        raise ConfigError(f"{where}: {reserved} connections are reserved (min), of {cap} in all (max-conn)")
+        raise ConfigError(
+            f"{where}: {reserved} connections are reserved (min), of {cap} in all (max-conn)"
+        )

@@ -26,7 +26,9 @@ class Groups:
             self._groups.clear()
             return
         for name in {*self._groups, *terms, ""}:
-            self._groups.setdefault(name, Group(name, self.unknown)).terms = terms.get(name, GroupTerms())
+            self._groups.setdefault(name, Group(name, self.unknown)).terms = terms.get(
+                name, GroupTerms()
+            )
 
     def of(self, name: str) -> Group | None:
         """Return a group; one that was not configured has the terms of the rest. None while there are no groups."""
@@ -50,4 +52,6 @@ class Groups:
 
     def check_invariants(self, room: int) -> None:
         """Raise `AssertionError` when of so many free slots not all can be had that are reserved."""
-        assert sum(group.unused for group in self._groups.values()) <= room, "a reservation is used by others"
+        assert sum(group.unused for group in self._groups.values()) <= room, (
+            "a reservation is used by others"
+        )

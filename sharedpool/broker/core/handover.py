@@ -105,7 +105,9 @@ class Handover:
             if self.moves.may_reach(waiter, pool, now):
                 self.park(lease, live, now)
                 return False
-            self._leases.fence(lease, "given, but it cannot be passed to who waits", now, level=logging.DEBUG)
+            self._leases.fence(
+                lease, "given, but it cannot be passed to who waits", now, level=logging.DEBUG
+            )
         elif pool.moving:
             self.moves.give(lease, live, now)
         else:
@@ -118,11 +120,21 @@ class Handover:
         slots = self._slots
         heads = [next(iter(pool.waiters.values()))] if pool.waiters and not pool.paused else []
         if slots.groups:
-            heads += [next(iter(p.waiters.values())) for p in slots.contended.values() if slots.serves(pool, p)]
+            heads += [
+                next(iter(p.waiters.values()))
+                for p in slots.contended.values()
+                if slots.serves(pool, p)
+            ]
         elif slots.max_conn is not None and slots.room <= 0:
-            heads += [next(iter(p.waiters.values())) for p in slots.contended.values() if p is not pool and p.room > 0]
+            heads += [
+                next(iter(p.waiters.values()))
+                for p in slots.contended.values()
+                if p is not pool and p.room > 0
+            ]
         waiter = min(heads, key=slots.rank, default=None)
-        if waiter is not None and waiter.session.pool is not pool:  # it has no place in this pool's lane
+        if (
+            waiter is not None and waiter.session.pool is not pool
+        ):  # it has no place in this pool's lane
             waiter = Waiter(waiter.session, waiter.request, waiter.seq, waiter.since, waiter.nowait)
         return waiter
 
@@ -151,10 +163,14 @@ class Handover:
         pool.waits += now > waiter.since
         pool.waited.append(now - waiter.since)
         pressure = self._scheduler.returns_wanted(pool, session)
-        slots.mark_returns_due(session, min(len(session.leases), pressure or int(now < pool.shared_until)))
+        slots.mark_returns_due(
+            session, min(len(session.leases), pressure or int(now < pool.shared_until))
+        )
         session.passes += 1
         trial = pool.cancel_works is None and now >= pool.try_at
-        passed = Passed(self._scheduler.next_recall_serial(), session.returns_due, pressure > 0, trial)
+        passed = Passed(
+            self._scheduler.next_recall_serial(), session.returns_due, pressure > 0, trial
+        )
         moved = Moved(waiter.request, heir.token, -1, max(0, lease.moves), live, passed)
         self._emit(PassOn(pool.name, session.number, waiter.lane_place, moved))
 
@@ -166,7 +182,9 @@ class Handover:
         session = lease.session
         self._leases.fence(lease, "it could not be passed on", now, level=logging.DEBUG)
         if not session.ended:  # it waits for what nobody will answer
-            self._emit(Send(session.id, Reject("a connection could not be sent to who waits: ask again")))
+            self._emit(
+                Send(session.id, Reject("a connection could not be sent to who waits: ask again"))
+            )
 
     # --- parking
 
@@ -204,7 +222,11 @@ class Handover:
         if not (pool.parked and pool.waiters) or pool.paused:
             return 0
         first = next(iter(pool.waiters.values()))
-        return min(len(pool.parked), len(pool.waiters)) if self.moves.may_reach(first, pool, now) else 0
+        return (
+            min(len(pool.parked), len(pool.waiters))
+            if self.moves.may_reach(first, pool, now)
+            else 0
+        )
 
     def on_shelf(self, pool: Pool) -> int:
         """Return how many connections lie in the lane, and will be given to the waiters in a moment."""
@@ -212,7 +234,9 @@ class Handover:
 
     def end_parked(self, pools: Iterable[Pool], most: int, now: float) -> int:
         """End up to `most` parked connections, longest parked first; return how many."""
-        chosen = [lease for pool in pools for lease in islice(pool.parked.values(), max(0, most))][:most]
+        chosen = [lease for pool in pools for lease in islice(pool.parked.values(), max(0, most))][
+            :most
+        ]
         for lease in chosen:
             self._unpark(lease)
             self._leases.fence(lease, "parked, and its slot is wanted", now, level=logging.DEBUG)
@@ -233,7 +257,8 @@ class Handover:
             if pool.asked_to_return and not pool.nudging:
                 pool.nudging = True
                 pool.nudged = {
-                    session.id: session.passes for session in islice(pool.asked_to_return.values(), _MOST_NUDGED)
+                    session.id: session.passes
+                    for session in islice(pool.asked_to_return.values(), _MOST_NUDGED)
                 }
                 self._arm(now + NUDGE_S, "nudge", pool)
 
@@ -248,7 +273,9 @@ class Handover:
                 continue
             if session.nudged != passes:
                 session.nudged, session.nudge_s = passes, NUDGE_S
-            elif now >= session.nudge_at:  # it may have used it then, and have kept it for its slice since
+            elif (
+                now >= session.nudge_at
+            ):  # it may have used it then, and have kept it for its slice since
                 session.nudge_s = min(2 * session.nudge_s, NUDGE_LIMIT_S)
             else:
                 continue
@@ -280,7 +307,9 @@ class Handover:
         if not order.trial:
             lease.cancels -= 1
             return None
-        if sent is None:  # the control connection is away, perhaps: not every caller is to pay for that
+        if (
+            sent is None
+        ):  # the control connection is away, perhaps: not every caller is to pay for that
             pool.try_at = now + TRY_AGAIN_S
         if sent is None or pool.cancel_works is not None:
             return None
@@ -303,4 +332,6 @@ class Handover:
                 and pool.waiters
                 and not (pool.paused or self._scheduler.holding_back or self._scheduler.draining)
             ):
-                assert not self.moves.reaches(next(iter(pool.waiters.values()))), f"{pool.name}: parked, and a waiter"
+                assert not self.moves.reaches(next(iter(pool.waiters.values()))), (
+                    f"{pool.name}: parked, and a waiter"
+                )

@@ -25,7 +25,10 @@ class Histograms:
         if before is not None and times.serial < before.serial:
             return False
         since = before if before is not None and before.serial == times.serial else None
-        news = {kind: _news(None if since is None else getattr(since, kind), getattr(times, kind)) for kind in KINDS}
+        news = {
+            kind: _news(None if since is None else getattr(since, kind), getattr(times, kind))
+            for kind in KINDS
+        }
         if any(count < 0 for counts, _ in news.values() for count in counts):
             return False
         for kind, (counts, total_us) in news.items():
@@ -53,7 +56,9 @@ def waits(before: Timings | None, times: Timings, most: int) -> list[float]:
     counts, _ = _news(None if since is None else since.waited, times.waited)
     share = min(1.0, most / max(1, sum(counts[1:])))
     found: list[float] = []
-    for low, high, count in zip(BOUNDS_S, (*BOUNDS_S[1:], 2 * BOUNDS_S[-1]), counts[1:], strict=True):
+    for low, high, count in zip(
+        BOUNDS_S, (*BOUNDS_S[1:], 2 * BOUNDS_S[-1]), counts[1:], strict=True
+    ):
         many = round(count * share)
         found += [low + (high - low) * (number + 0.5) / many for number in range(many)]
     return found
@@ -62,4 +67,6 @@ def waits(before: Timings | None, times: Timings, most: int) -> list[float]:
 def _news(before: Histogram | None, now: Histogram) -> tuple[list[int], int]:
     if before is None:
         return now.counts, now.total_us
-    return [new - old for old, new in zip(before.counts, now.counts, strict=True)], now.total_us - before.total_us
+    return [
+        new - old for old, new in zip(before.counts, now.counts, strict=True)
+    ], now.total_us - before.total_us

@@ -87,7 +87,9 @@ class Leases:
         self._journal_complete = journal_complete
         self.quarantine = Quarantine()
         self.routes = routes
-        self._void: set[Token] = set()  # of older epochs, given back or fenced since: not to be claimed again
+        self._void: set[Token] = (
+            set()
+        )  # of older epochs, given back or fenced since: not to be claimed again
 
     def believe(self) -> None:
         """Admit unknown leases from now on: another broker, whose journal we do not have, granted them."""
@@ -136,7 +138,10 @@ class Leases:
         if other.state is SlotState.FENCING:
             self.free(other, "its pooler has lent the backend again")
         elif other.state is SlotState.OPEN and not (other.session.silent or lease.session.silent):
-            for session in {other.session.id: other.session, lease.session.id: lease.session}.values():
+            for session in {
+                other.session.id: other.session,
+                lease.session.id: lease.session,
+            }.values():
                 self._scheduler.send_recall(session, now)
             self.routes.suspect_twins([other, lease], [other.session.asked, lease.session.asked])
 
@@ -145,7 +150,9 @@ class Leases:
         for token in pool.leases:
             self.quarantine.hurry(token)
 
-    def fence(self, lease: Lease, why: str, now: float, *, level: int = logging.INFO, closed: bool = False) -> None:
+    def fence(
+        self, lease: Lease, why: str, now: float, *, level: int = logging.INFO, closed: bool = False
+    ) -> None:
         """Have a lease's backend ended and verified, whatever its worker does. `level`: the log's.
 
         Without a connection to look for, the slot goes into quarantine until the server shows nothing that may be it.
@@ -157,7 +164,11 @@ class Leases:
             self.free(lease, "its pooler has lent the backend again")
         elif lease.findable:
             self._scheduler.fence_suspect(lease, why, now, level=level)
-            if lease.backend is None and self._has_control_connection and not self.routes.believes(lease):
+            if (
+                lease.backend is None
+                and self._has_control_connection
+                and not self.routes.believes(lease)
+            ):
                 self._seclude(lease, now)  # its socket, cut, will prove nothing
         else:
             self._slots.move(lease, SlotState.FENCING, why)
@@ -206,13 +217,22 @@ class Leases:
         `closed`: its other side has closed it, but that need not be the server.
         """
         lease.closed = True
-        if closed and lease.backend is None and lease.pool.direct is None and not self._has_control_connection:
+        if (
+            closed
+            and lease.backend is None
+            and lease.pool.direct is None
+            and not self._has_control_connection
+        ):
             self.routes.unproven.add(lease)
             return
         if lease.backend is not None or self._has_control_connection:
-            lease.custody = False  # else there is nothing to look for, and nobody to look: it stays counted
+            lease.custody = (
+                False  # else there is nothing to look for, and nobody to look: it stays counted
+            )
         if lease.state is not SlotState.FENCING:
-            proxied = closed and lease.backend is not None  # its worker closes it, as a rule, and says so later
+            proxied = (
+                closed and lease.backend is not None
+            )  # its worker closes it, as a rule, and says so later
             level = logging.DEBUG if proxied else logging.INFO
             self.fence(lease, "its connection broke", now, level=level, closed=closed)
         elif lease.findable:
@@ -281,17 +301,25 @@ class Leases:
             self._update(lease, report, now)
         session.vanished &= listed
         for lease in list(session.leases.values()):
-            if lease.unconfirmed and lease.token not in listed and lease.state is not SlotState.FENCING:
+            if (
+                lease.unconfirmed
+                and lease.token not in listed
+                and lease.state is not SlotState.FENCING
+            ):
                 if not claim:  # else it is asked once it is welcome: before that it hears nothing
                     self.moves.not_listed(lease, known_recall, now, unsure=unsure)
                 continue
             # What has come in the lane was spoken of before: else it is missing.
-            known = lease.token.epoch != self._epoch or lease.token <= newest_grant or lease.moves > 0
+            known = (
+                lease.token.epoch != self._epoch or lease.token <= newest_grant or lease.moves > 0
+            )
             if not known or lease.token in listed or lease.state is SlotState.FENCING:
                 continue
             if lease.live is not None:
                 continue  # given by it: the desk's line loses nothing
-            if lease.token.epoch != self._epoch and self.moves.may_have_moved(lease, session, now + self._ttl_s):
+            if lease.token.epoch != self._epoch and self.moves.may_have_moved(
+                lease, session, now + self._ttl_s
+            ):
                 continue
             # Its RELEASE may have told that nobody saw the backend end, or that a connect timed out: what RENEW's
             # `gone` does not name may be left on the server, known or not.
@@ -329,12 +357,16 @@ class Leases:
         if state is SlotState.OPEN:
             self.note(lease, report.phase, since, report.thread, report.stack)
 
-    def note(self, lease: Lease, phase: Phase, since: float, thread: str, stack: Sequence[str] = ()) -> None:
+    def note(
+        self, lease: Lease, phase: Phase, since: float, thread: str, stack: Sequence[str] = ()
+    ) -> None:
         """Note that an OPEN lease is idle or in use since then, and watch how long."""
         self._slots.mark_phase(lease, phase, since)
         lease.since, lease.thread, lease.stack = since, thread, stack
         if lease.session.taking:
-            lease.pool.idle.pop(lease.token, None)  # spoken before it knew that it was asked: not asked for twice
+            lease.pool.idle.pop(
+                lease.token, None
+            )  # spoken before it knew that it was asked: not asked for twice
         if phase is Phase.IDLE and not lease.expiry_armed:
             lease.expiry_armed = True
             self._arm(since + lease.session.expiration_s, "expiry", lease)
@@ -365,7 +397,11 @@ class Leases:
         """Report a checkout that lasts too long, once, and end it if its pool wants that."""
         lease.checkout_armed = False
         limit, session, pool = self._max_checkout(lease.pool), lease.session, lease.pool
-        if lease.state is not SlotState.OPEN or lease.used_since is None or lease.reported_at >= lease.used_since:
+        if (
+            lease.state is not SlotState.OPEN
+            or lease.used_since is None
+            or lease.reported_at >= lease.used_since
+        ):
             return
         if lease.used_since + limit > now:
             lease.checkout_armed = True

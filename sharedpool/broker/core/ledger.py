@@ -119,7 +119,13 @@ class Ledger:
         self._scheduler = Scheduler(self._slots, epoch, routes, self._out.append, self._timers.arm)
         terms = Terms(epoch, ttl_s, expiration_s, instance, desk, handover, by_database)
         self._sessions = Sessions(
-            terms, self._slots, self._scheduler, self._out.append, self._timers.arm, self._log, random
+            terms,
+            self._slots,
+            self._scheduler,
+            self._out.append,
+            self._timers.arm,
+            self._log,
+            random,
         )
         self._leases = self._sessions.leases = Leases(
             self._slots,
@@ -134,7 +140,9 @@ class Ledger:
             journal_complete=journal_complete,
             routes=routes,
         )
-        self._handover = Handover(self._slots, self._scheduler, self._leases, self._out.append, self._timers.arm)
+        self._handover = Handover(
+            self._slots, self._scheduler, self._leases, self._out.append, self._timers.arm
+        )
         self._scheduler.handover = self._leases.handover = self._handover
         self._moves = Moves(
             self._slots, self._scheduler, self._leases, self._out.append, self._timers.arm, expiration_s=expiration_s,
@@ -142,7 +150,11 @@ class Ledger:
         )  # fmt: skip
         self._sessions.moves = self._leases.moves = self._handover.moves = self._moves
         self._failover = Failover(
-            self._slots, self._out.append, self._timers.arm, self._log, has_control_connection=has_control_connection
+            self._slots,
+            self._out.append,
+            self._timers.arm,
+            self._log,
+            has_control_connection=has_control_connection,
         )
         self._admin = Admin(
             self._slots,
@@ -154,10 +166,17 @@ class Ledger:
         )
         self._admin.configure(max_conn, groups or {}, limits or {})
         self._recovery = Recovery(
-            self._slots, self._scheduler, self._out.append, self._log, self._sessions.pool, self._sessions.named
+            self._slots,
+            self._scheduler,
+            self._out.append,
+            self._log,
+            self._sessions.pool,
+            self._sessions.named,
         )
         self._survey_pending = False
-        self._programs: dict[int, bytes] = {}  # by the line that ends with them; see `line_identified`
+        self._programs: dict[
+            int, bytes
+        ] = {}  # by the line that ends with them; see `line_identified`
         self.awaited: set[bytes] = set()
         self._handlers: dict[type, Callable[[Session, Any, float], None]] = {
             Acquire: self._request,
@@ -165,8 +184,12 @@ class Ledger:
             Confirm: self._confirm,
             Renew: self._renew,
             Release: self._release,
-            CancelQuery: lambda session, interrupt, _: self._handover.cancel_query(session, interrupt),
-            FailoverSign: lambda session, trouble, _: self._failover.failover_sign(session, trouble),
+            CancelQuery: lambda session, interrupt, _: self._handover.cancel_query(
+                session, interrupt
+            ),
+            FailoverSign: lambda session, trouble, _: self._failover.failover_sign(
+                session, trouble
+            ),
             Bye: self._sessions.deregister,
         }
         self._alarm_handlers: dict[str, Callable[[Any, float], None]] = {
@@ -193,7 +216,9 @@ class Ledger:
 
     # --- what the server calls
 
-    def handle(self, session_id: bytes, message: ToBroker, now: float, process: Process | None = None) -> list[Command]:
+    def handle(
+        self, session_id: bytes, message: ToBroker, now: float, process: Process | None = None
+    ) -> list[Command]:
         """Take in one message, which the kernel says is from `process`; return what is to be done."""
         self._moves.sync(now)
         if isinstance(message, Hello):
@@ -205,8 +230,12 @@ class Ledger:
                 self._out.append(Send(session_id, Reject("this broker does not know the session")))
         elif session.restored and not isinstance(message, Release | Bye):
             self._out.append(Send(session_id, Reject("this broker is a new one")))
-        elif not session.ended or isinstance(message, Release):  # a dead worker's last word counts only as evidence
-            if not session.restored:  # that one is heard when it says HELLO: only then its silence is watched
+        elif not session.ended or isinstance(
+            message, Release
+        ):  # a dead worker's last word counts only as evidence
+            if (
+                not session.restored
+            ):  # that one is heard when it says HELLO: only then its silence is watched
                 self._sessions.heard_from(session, now)
             self._handlers[type(message)](session, message, now)
         return self._scheduled(now)
@@ -258,7 +287,9 @@ class Ledger:
         lease = self._slots.leases.get(token)
         if lease is not None:
             if not lease.session.ended and lease.state in (SlotState.OPEN, SlotState.GRANTED):
-                self._out.append(Send(lease.session.id, Gone([token])))  # for the worker it comes to the same
+                self._out.append(
+                    Send(lease.session.id, Gone([token]))
+                )  # for the worker it comes to the same
             self._leases.lost(lease, now, closed=closed)
         return self._scheduled(now)
 
@@ -273,7 +304,9 @@ class Ledger:
         for pool in self._slots.pools.values():
             self._refuse_unsuitable(pool, now)
             if self._leases.routes.is_direct(pool):
-                self._leases.hurry(pool)  # the dead of a former broker are found before this is known
+                self._leases.hurry(
+                    pool
+                )  # the dead of a former broker are found before this is known
         return self._scheduled(now)
 
     def limited(self, now: float, *, role: str, limit: int | None) -> list[Command]:
@@ -290,7 +323,9 @@ class Ledger:
     def _refuse(self, waiter: Waiter, now: float) -> None:
         pool = waiter.session.pool
         pool.denials += 1
-        self._scheduler.deny(waiter, DenyReason.UNSUITABLE, now, self._leases.routes.unsuitable(pool))
+        self._scheduler.deny(
+            waiter, DenyReason.UNSUITABLE, now, self._leases.routes.unsuitable(pool)
+        )
 
     def expects(self, session_id: bytes, token: Token) -> bool:
         """Say whether a session may deposit a socket for this lease."""
@@ -371,7 +406,9 @@ class Ledger:
         self._moves.sync(now)
         program = self._programs.pop(line, None)
         if program is not None:
-            for session in [x for x in self._slots.sessions.values() if x.id.startswith(program) and not x.ended]:
+            for session in [
+                x for x in self._slots.sessions.values() if x.id.startswith(program) and not x.ended
+            ]:
                 self._sessions.end(session, "its worker ended", now)
         return self._scheduled(now)
 
@@ -380,7 +417,8 @@ class Ledger:
         self._moves.sync(now)
         if (pool := self._handover.query_cancelled(order, sent, now)) is not None:
             text = (
-                "pool %r: no hand-over: the broker's role is no member of the workers' and may not cancel their queries"
+                "pool %r: no hand-over: the broker's role is no member of the workers'"
+                " and may not cancel their queries"
             )
             self._log(logging.WARNING, text, pool.name, pool=pool.name)
         return self._scheduled(now)
@@ -406,7 +444,9 @@ class Ledger:
         self._failover.server_verified(pool, generation, same)
         return self._scheduled(now)
 
-    def restore(self, entries: Iterable[Entry], now: float, members: Iterable[Member] = ()) -> list[Command]:
+    def restore(
+        self, entries: Iterable[Entry], now: float, members: Iterable[Member] = ()
+    ) -> list[Command]:
         """Take over the leases of a former broker, and the members of its lanes, before anything else."""
         self._recovery.restore(entries, now, now + self._ttl_s)
         self._moves.restore(members)
@@ -429,7 +469,9 @@ class Ledger:
     ) -> list[Command]:
         """Grant nothing for `grace_s`: former brokers may have granted what nobody here knows."""
         self._scheduler.holding_back = True
-        self._scheduler.held_back_because = f"{why}, so it waits until all workers have said what they hold"
+        self._scheduler.held_back_because = (
+            f"{why}, so it waits until all workers have said what they hold"
+        )
         self._recovery.begin_grace_period(now, now + grace_s)
         self._timers.arm(now + grace_s, "grace", self)
         self._log(logging.WARNING, "%s: granting nothing for %.1f s", why, grace_s)
@@ -458,7 +500,11 @@ class Ledger:
         return done, self._scheduled(now)
 
     def configure(
-        self, max_conn: int | None, groups: dict[str, GroupTerms], limits: dict[str, int], now: float
+        self,
+        max_conn: int | None,
+        groups: dict[str, GroupTerms],
+        limits: dict[str, int],
+        now: float,
     ) -> list[Command]:
         """Take in other terms, that were checked; see `Ledger`."""
         self._admin.configure(max_conn, groups, limits)
@@ -466,7 +512,11 @@ class Ledger:
 
     def request_reports(self) -> list[Command]:
         """Have the workers that hold something say what it is doing now; `awaited` are those that have not yet."""
-        asked = [session for session in self._slots.sessions.values() if session.leases and not session.silent]
+        asked = [
+            session
+            for session in self._slots.sessions.values()
+            if session.leases and not session.silent
+        ]
         if len(asked) <= _MOST_ASKED:  # else what their heartbeats have told must do
             self.awaited |= {session.id for session in asked}
             self._out += [Send(session.id, ReportNow()) for session in asked]
@@ -476,7 +526,9 @@ class Ledger:
         """Grant nothing any more, and have everything brought back. Who waits goes on waiting: a successor may come."""
         self._moves.sync(now)
         self._scheduler.draining = True
-        for waiter in [waiter for pool in self._slots.pools.values() for waiter in pool.nowaits.values()]:
+        for waiter in [
+            waiter for pool in self._slots.pools.values() for waiter in pool.nowaits.values()
+        ]:
             waiter.session.pool.denials += 1
             self._scheduler.deny(waiter, DenyReason.DRAINING, now)
         return self._scheduled(now)
@@ -495,7 +547,13 @@ class Ledger:
     @property
     def state(self) -> str:
         """What the broker is doing, in a word: serving, waiting (for the grace period's end) or draining."""
-        return "draining" if self._scheduler.draining else "waiting" if self._scheduler.holding_back else "serving"
+        return (
+            "draining"
+            if self._scheduler.draining
+            else "waiting"
+            if self._scheduler.holding_back
+            else "serving"
+        )
 
     @property
     def max_conn(self) -> int | None:
@@ -512,7 +570,10 @@ class Ledger:
         self._slots.check_invariants()
         self._scheduler.check_invariants()
         self._handover.check_invariants()
-        claimed = sum(token.epoch != self.epoch or not lease.session.pid for token, lease in self._slots.leases.items())
+        claimed = sum(
+            token.epoch != self.epoch or not lease.session.pid
+            for token, lease in self._slots.leases.items()
+        )
         for pool in self._slots.pools.values():
             assert len(pool.leases) <= pool.max_conn + claimed or pool.name in self._slots.shrinking
         if self._slots.max_conn is not None and not self._slots.shrinking:
@@ -523,7 +584,11 @@ class Ledger:
 
     def _request(self, session: Session, acquire: Acquire, now: float) -> None:
         known = acquire.request in session.granted
-        if not known and self._scheduler.grants_at_once(session) and not self._leases.routes.unsuitable(session.pool):
+        if (
+            not known
+            and self._scheduler.grants_at_once(session)
+            and not self._leases.routes.unsuitable(session.pool)
+        ):
             self._scheduler.grant(session, acquire.request, now, now)
         else:
             self._acquire(session, acquire, now)
@@ -537,11 +602,26 @@ class Ledger:
             return
         self._waiter_serial += 1
         nowait = acquire.wait_ms <= 0
-        waiter = Waiter(session, acquire.request, self._waiter_serial, now, nowait, lane_place=acquire.lane_place)
+        waiter = Waiter(
+            session,
+            acquire.request,
+            self._waiter_serial,
+            now,
+            nowait,
+            lane_place=acquire.lane_place,
+        )
         pool = session.pool
-        crowded = 0 < pool.spec.max_waiting <= len(pool.waiters) or len(session.waiters) >= _MOST_REQUESTS
+        crowded = (
+            0 < pool.spec.max_waiting <= len(pool.waiters) or len(session.waiters) >= _MOST_REQUESTS
+        )
         self._scheduler.add(waiter)
-        refusal = DenyReason.CROWDED if crowded else self._scheduler.reason_for_no_grants(pool) if nowait else None
+        refusal = (
+            DenyReason.CROWDED
+            if crowded
+            else self._scheduler.reason_for_no_grants(pool)
+            if nowait
+            else None
+        )
         if refusal is not None:
             pool.denials += 1
             self._scheduler.deny(waiter, refusal, now)
@@ -581,7 +661,12 @@ class Ledger:
         for release in renew.unproven:  # the same
             self._release(session, release, now)
         revoked = self._leases.reconcile(
-            session, renew.leases, now, newest_grant=renew.newest_grant, known_recall=renew.answers, unsure=renew.unsure
+            session,
+            renew.leases,
+            now,
+            newest_grant=renew.newest_grant,
+            known_recall=renew.answers,
+            unsure=renew.unsure,
         )
         self._moves.answered(session, renew.answers, now, unsure=renew.unsure)
         if (twin := self._leases.routes.answered(session, renew.answers)) is not None:
@@ -599,11 +684,15 @@ class Ledger:
         if not pending:
             return
         passed = {
-            x.request for x in session.leases.values() if x.unconfirmed and x.state is SlotState.OPEN
+            x.request
+            for x in session.leases.values()
+            if x.unconfirmed and x.state is SlotState.OPEN
         }  # on its way
         if not pending <= session.waiters.keys() | session.granted.keys() | passed:
             # It waits for what nobody will answer: an ACQUIRE or DENY was lost, or it was silent for too long.
-            self._out.append(Send(session.id, Reject("this broker does not know all requests: ask again")))
+            self._out.append(
+                Send(session.id, Reject("this broker does not know all requests: ask again"))
+            )
 
     def _proves_end(self, release: Release, lease: Lease) -> bool:
         return release.gone or (release.closed and self._leases.routes.believes_refusal(lease))
@@ -614,7 +703,14 @@ class Ledger:
         pool.unsuitable = sessions_not_kept_text(
             f"two connections that are open at the same time have the same backend, {pid}"
         )
-        self._log(logging.ERROR, "pool %r: %s", pool.name, pool.unsuitable, pool=pool.name, reason="sessions not kept")
+        self._log(
+            logging.ERROR,
+            "pool %r: %s",
+            pool.name,
+            pool.unsuitable,
+            pool=pool.name,
+            reason="sessions not kept",
+        )
         self._failover.begin_generation(pool, "its server is unsuitable")
         self._refuse_unsuitable(pool, now)
 
@@ -622,7 +718,9 @@ class Ledger:
         lease = session.leases.get(release.token) or self._moves.closed_in_transit(session, release)
         if release.token in session.vanished:
             session.vanished.discard(release.token)  # the broker was the first to see its end
-        elif lease is None or (lease.state is SlotState.FENCING and not self._proves_end(release, lease)):
+        elif lease is None or (
+            lease.state is SlotState.FENCING and not self._proves_end(release, lease)
+        ):
             return
         if release.reason is ReleaseReason.RETURN_DUE:
             session.pool.recalls += 1
@@ -637,7 +735,9 @@ class Ledger:
             return
         self._leases.identify(lease, release.backend, now)
         lease.closed = True
-        ordinary = lease.backend is not None and not lease.backend.direct  # with every close behind a proxy
+        ordinary = (
+            lease.backend is not None and not lease.backend.direct
+        )  # with every close behind a proxy
         level = logging.DEBUG if ordinary else logging.INFO
         why = "its worker could not see the backend end"
         self._leases.fence(lease, why, now, level=level, closed=release.closed)
@@ -673,7 +773,9 @@ class Ledger:
     def _grace_due(self, _: object, now: float) -> None:
         if now < self._recovery.grace_until:
             return  # it has begun anew
-        if not self._leases.routes.control_is_direct and now < (least := self._recovery.grace_since + QUEUE_LIMIT_S):
+        if not self._leases.routes.control_is_direct and now < (
+            least := self._recovery.grace_since + QUEUE_LIMIT_S
+        ):
             self._timers.arm(least, "grace", self)  # a connect may be in a proxy's queue until then
             return
         if self._has_control_connection:

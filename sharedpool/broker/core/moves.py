@@ -31,10 +31,29 @@ from sharedpool.broker.core.commands import (
 )
 from sharedpool.broker.core.former_lanes import FormerLanes
 from sharedpool.broker.core.leases import LONGEST_MS, Leases
-from sharedpool.broker.core.records import FENCING, FREE, OPEN, SUSPECT, Lane, Lease, Pool, Session, Waiter
+from sharedpool.broker.core.records import (
+    FENCING,
+    FREE,
+    OPEN,
+    SUSPECT,
+    Lane,
+    Lease,
+    Pool,
+    Session,
+    Waiter,
+)
 from sharedpool.broker.core.scheduler import Scheduler
 from sharedpool.broker.core.slots import Slots
-from sharedpool.wire.board import BROKER_PLACE, BROKER_REQUEST, CELLS, MOVES, PLACES, SESSIONS, SHELF, Board
+from sharedpool.wire.board import (
+    BROKER_PLACE,
+    BROKER_REQUEST,
+    CELLS,
+    MOVES,
+    PLACES,
+    SESSIONS,
+    SHELF,
+    Board,
+)
 from sharedpool.wire.desk import Live, Moved
 from sharedpool.wire.messages import LeaseReport, Phase, Release, Token
 
@@ -68,7 +87,9 @@ class Moves:
         self._expiration_s = expiration_s
         self._pools: dict[str, Pool] = {}  # that have a lane
         self._shelves: dict[str, Pool] = {}  # that have a shelf session
-        self._requested: dict[str, int] = {}  # by the name of the pool for which it is to be made: the order's number
+        self._requested: dict[
+            str, int
+        ] = {}  # by the name of the pool for which it is to be made: the order's number
         self._lane_requests = 0
         self._former = FormerLanes(slots, emit, scheduler.send_recall, complete=remembers)
 
@@ -138,7 +159,11 @@ class Moves:
     @staticmethod
     def reaches(waiter: Waiter) -> bool:
         """Say whether a connection can be sent to a waiter."""
-        return waiter.lane_place >= 0 and waiter.session.joined and waiter.lane_place // PLACES == waiter.session.index
+        return (
+            waiter.lane_place >= 0
+            and waiter.session.joined
+            and waiter.lane_place // PLACES == waiter.session.index
+        )
 
     @staticmethod
     def may_reach(waiter: Waiter, pool: Pool, now: float) -> bool:
@@ -160,7 +185,12 @@ class Moves:
             lane.indices.discard(session.index)
             del lane.members[session.number]
             self._emit(Dismiss(session.id))
-            session.number, session.index, session.joined, session.joins_by = 0, -1, False, -math.inf
+            session.number, session.index, session.joined, session.joins_by = (
+                0,
+                -1,
+                False,
+                -math.inf,
+            )
 
     def pool_discarded(self, pool: Pool) -> None:
         """Take in that nobody uses a pool any more."""
@@ -175,7 +205,9 @@ class Moves:
         """Return the session for which is counted what is in nobody's hands."""
         if pool.shelf is None:
             expiration_s = min(self._expiration_s, min(pool.spec.expiration_ms, LONGEST_MS) / 1000)
-            shelf = Session(b"shelf:" + pool.name.encode(), 0, "", "", pool, expiration_s, 0.0, shelf=True)
+            shelf = Session(
+                b"shelf:" + pool.name.encode(), 0, "", "", pool, expiration_s, 0.0, shelf=True
+            )
             self._slots.sessions[shelf.id] = pool.sessions[shelf.id] = pool.shelf = shelf
             self._shelves[pool.name] = pool
         return pool.shelf
@@ -224,9 +256,16 @@ class Moves:
         That is one of a former broker's lane: how often it has moved tells who had it last.
         """
         lease = self._slots.leases.get(report.token)
-        if lease is None or lease.pool is not session.pool or lease.cell >= 0 or lease.state is FENCING:
+        if (
+            lease is None
+            or lease.pool is not session.pool
+            or lease.cell >= 0
+            or lease.state is FENCING
+        ):
             return None
-        newer = 0 < (report.moves - lease.moves) % MOVES < MOVES // 2  # the number begins anew after weeks
+        newer = (
+            0 < (report.moves - lease.moves) % MOVES < MOVES // 2
+        )  # the number begins anew after weeks
         if lease.moves < 0 or not newer or report.backend != lease.backend:
             return None
         self._slots.transfer(lease, session)
@@ -241,7 +280,9 @@ class Moves:
         lease = self._slots.leases.get(release.token)
         if lease is None or lease.pool is not session.pool or lease.live is not None:
             return None
-        if not (lease.session.shelf or lease.session.restored):  # whom a former broker knew to have it, perhaps
+        if not (
+            lease.session.shelf or lease.session.restored
+        ):  # whom a former broker knew to have it, perhaps
             return None
         return lease if lease.backend is not None and lease.backend == release.backend else None
 
@@ -266,7 +307,9 @@ class Moves:
             lease.confirm_recall = (
                 -1
             )  # not asked again before: two such leases would have a session answer all the time
-            self._arm(max(lease.unconfirmed_since, now if unsure else 0.0) + ARRIVAL_S, "arrival", lease)
+            self._arm(
+                max(lease.unconfirmed_since, now if unsure else 0.0) + ARRIVAL_S, "arrival", lease
+            )
         elif not lease.confirm_recall:
             self._ask_holder(lease, now)
 
@@ -280,7 +323,11 @@ class Moves:
         if not lease.unconfirmed or lease.state in (FENCING, FREE):
             return
         if lease.session.shelf:
-            if lease.live is None and not lease.pool.moving and now - lease.unconfirmed_since >= ARRIVAL_S:
+            if (
+                lease.live is None
+                and not lease.pool.moving
+                and now - lease.unconfirmed_since >= ARRIVAL_S
+            ):
                 self._leases.fence(lease, "it is on nobody's shelf", now)
         elif lease.confirm_recall <= 0:
             lease.confirm_recall = 0
@@ -297,7 +344,9 @@ class Moves:
 
     def check_unconfirmed(self, pool: Pool, now: float) -> None:
         """Find out about all that nobody has spoken of since it has moved: it may never have been sent."""
-        unspoken = [lease for lease in pool.leases.values() if lease.unconfirmed and lease.live is None]
+        unspoken = [
+            lease for lease in pool.leases.values() if lease.unconfirmed and lease.live is None
+        ]
         for lease in unspoken:
             if lease.session.shelf:
                 lease.unconfirmed_since = now
@@ -362,7 +411,9 @@ class Moves:
             if pool.lane is None:
                 self._request_lane(pool, now)
         for pool in list(self._shelves.values()):
-            if all(session.ended or session.shelf for session in pool.sessions.values()) and self._is_over(pool, now):
+            if all(
+                session.ended or session.shelf for session in pool.sessions.values()
+            ) and self._is_over(pool, now):
                 self._end_all(pool, now)
         for pool in list(self._pools.values()):
             lane = pool.lane
@@ -377,7 +428,11 @@ class Moves:
                 lane.board.generation = pool.generation
                 self._join_queue(lane, pool)
                 self._enter(lane, pool)
-            elif pool.name in self._slots.contended and self._may_move(pool) and self._is_exhausted(pool):
+            elif (
+                pool.name in self._slots.contended
+                and self._may_move(pool)
+                and self._is_exhausted(pool)
+            ):
                 self._start_moves(pool, now)
         return halted
 
@@ -403,18 +458,31 @@ class Moves:
         """
         if pool.idle or pool.not_asked_to_return:
             return False
-        return pool.shelf is None or not any(lease.state is OPEN for lease in pool.shelf.leases.values())
+        return pool.shelf is None or not any(
+            lease.state is OPEN for lease in pool.shelf.leases.values()
+        )
 
     def _may_move(self, pool: Pool) -> bool:
         """Say whether there is nothing for the broker to do but to pass connections on."""
         scheduler, slots, lane = self._scheduler, self._slots, pool.lane
-        if lane is None or pool.cancel_works is not True or scheduler.holding_back or scheduler.draining:
+        if (
+            lane is None
+            or pool.cancel_works is not True
+            or scheduler.holding_back
+            or scheduler.draining
+        ):
             return False
         if pool.paused or pool.name in slots.shrinking or slots.groups or pool.spec.max_waiting:
             return False
         if len(pool.leases) > lane.cells or (slots.max_conn is not None and len(slots.pools) > 1):
             return False
-        if pool.room > 0 or pool.parked or pool.suspects or pool.backoff.ceiling is not None or pool.unsuitable:
+        if (
+            pool.room > 0
+            or pool.parked
+            or pool.suspects
+            or pool.backoff.ceiling is not None
+            or pool.unsuitable
+        ):
             return False
         return not any(session.leases for session in lane.outside.values())
 
@@ -457,7 +525,8 @@ class Moves:
             return 0
         emptied = pool.lane.emptied_at
         return sum(
-            x.state is OPEN and x.live is None and x.unconfirmed_since > emptied for x in pool.shelf.leases.values()
+            x.state is OPEN and x.live is None and x.unconfirmed_since > emptied
+            for x in pool.shelf.leases.values()
         )
 
     @staticmethod
@@ -472,7 +541,12 @@ class Moves:
             return
         for lease in pool.leases.values():
             session = lease.session
-            fit = lease.state is OPEN and lease.custody and lease.backend is not None and not lease.cancels
+            fit = (
+                lease.state is OPEN
+                and lease.custody
+                and lease.backend is not None
+                and not lease.cancels
+            )
             fit = fit and min(lease.token) > 0  # a worker may have said it: anything
             if fit and lease.cell < 0 and session.joined and lease.live is None and lane.free:
                 self._slots.enter_on_board(lease)
@@ -501,7 +575,11 @@ class Moves:
             self.halt_moves(pool, now)
             return
         lane.queued = 0  # who was to serve a ticket may have died with it
-        lain = [x for x in pool.leases.values() if x.session.shelf and now - x.unconfirmed_since > 2 * _QUIET_S]
+        lain = [
+            x
+            for x in pool.leases.values()
+            if x.session.shelf and now - x.unconfirmed_since > 2 * _QUIET_S
+        ]
         if lain:  # others have asked meanwhile, and were not given it
             self.halt_moves(pool, now)
         lane.armed = True
@@ -527,7 +605,12 @@ class Moves:
     def found_on_shelf(self, pool: Pool, moved: Moved) -> Lease | None:
         """Take in what lay on a shelf; return its lease if it is to be passed on."""
         lease = pool.leases.get(moved.token)
-        if lease is None or lease.state is not OPEN or not lease.session.shelf or lease.live is not None:
+        if (
+            lease is None
+            or lease.state is not OPEN
+            or not lease.session.shelf
+            or lease.live is not None
+        ):
             return None
         lease.unconfirmed = False
         return lease

@@ -24,7 +24,9 @@ SETTLE_S = 0.03
 class _Case:
     since: int  # surveys ordered up to this one began too early
     not_before: float  # a connect may be in a proxy's queue until then
-    first_at: float | None = None  # when the first look was heard of: its backend, if any, was forked by then
+    first_at: float | None = (
+        None  # when the first look was heard of: its backend, if any, was forked by then
+    )
     pids: frozenset[int] | None = None  # those it may be, once there was a second look
 
 
@@ -65,13 +67,19 @@ class Quarantine:
             return None
         self._outstanding = True
         self._serial += 1
-        waiting = [case for case in self._cases.values() if case.first_at is None and case.not_before <= now]
+        waiting = [
+            case
+            for case in self._cases.values()
+            if case.first_at is None and case.not_before <= now
+        ]
         for case in self._cases.values():
             if case.not_before > now:
                 case.since = self._serial
         return self._serial, bool(waiting)
 
-    def surveyed(self, survey: SurveyResult, strangers: Iterable[Backend], now: float) -> list[Token]:
+    def surveyed(
+        self, survey: SurveyResult, strangers: Iterable[Backend], now: float
+    ) -> list[Token]:
         """Take in what the server lists, `strangers` being those that the books do not know; return free slots."""
         self._outstanding = False
         strange = {backend.pid for backend in strangers} | survey.starting

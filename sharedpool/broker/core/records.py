@@ -21,7 +21,17 @@ from sharedpool.wire.desk import Live
 from sharedpool.wire.messages import Backend, PoolSpec, Timings, Token
 
 # What counts for as long as the broker lives.
-_COUNTERS = ("handovers", "grants", "waits", "denials", "timeouts", "recalls", "fences", "overdue", "totals")
+_COUNTERS = (
+    "handovers",
+    "grants",
+    "waits",
+    "denials",
+    "timeouts",
+    "recalls",
+    "fences",
+    "overdue",
+    "totals",
+)
 WAITS_KEPT = 500  # of the last requests that got a slot: how long they waited
 _SAMPLES_KEPT = 60
 
@@ -136,7 +146,9 @@ class Session:
     waiters: dict[int, Waiter] = field(default_factory=dict)
     vanished: set[Token] = field(default_factory=set)
     draining: set[Token] = field(default_factory=set)
-    recall_confirmed: int = 0  # the newest recall that it has answered itself; `answered` may be a guess
+    recall_confirmed: int = (
+        0  # the newest recall that it has answered itself; `answered` may be a guess
+    )
     restored: bool = False
     spared_until: float = -math.inf
     returns_due: int = 0
@@ -276,7 +288,9 @@ class Pool:
     # Given and not passed on yet, the most recent at the end.
     parked: OrderedDict[Token, Lease] = field(default_factory=OrderedDict)
     shared_until: float = -math.inf
-    strangers: set[str] = field(default_factory=set)  # servers, not the pool's own, that processes connect to
+    strangers: set[str] = field(
+        default_factory=set
+    )  # servers, not the pool's own, that processes connect to
     nudging: bool = False
     nudged: dict[bytes, int] = field(default_factory=dict)
     # Sessions that may have what a former broker's lane has moved, and the recall that each is to answer; 0: none yet.
@@ -294,7 +308,9 @@ class Pool:
     fences: int = 0
     overdue: int = 0
     waited: deque[float] = field(default_factory=lambda: deque(maxlen=WAITS_KEPT))
-    history: deque[int] = field(default_factory=lambda: deque(maxlen=_SAMPLES_KEPT))  # slots in use, now and then
+    history: deque[int] = field(
+        default_factory=lambda: deque(maxlen=_SAMPLES_KEPT)
+    )  # slots in use, now and then
     opened_at: float = -math.inf  # when a connect last succeeded, and in which session
     opener: bytes = b""
     last_unreachable: bytes = b""  # the session that found no server last
@@ -365,7 +381,10 @@ class Pool:
     def connected(self) -> int:
         """How many leases have a connection, give one back, or open one that is not the probe. O(n)."""
         states = (SlotState.OPEN, SlotState.CLOSING, SlotState.GRANTED)
-        return sum(lease.state in states and token != self.backoff.probe for token, lease in self.leases.items())
+        return sum(
+            lease.state in states and token != self.backoff.probe
+            for token, lease in self.leases.items()
+        )
 
     @property
     def coming(self) -> int:

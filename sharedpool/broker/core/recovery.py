@@ -97,7 +97,9 @@ class Recovery:
                     entry.session, entry.pid, entry.host, entry.title, pool, entry.expiration_s, now,
                     entry.process, restored=True, suspect=True, spared_until=spared_until,
                 )  # fmt: skip
-                restored[session.id] = slots.sessions[session.id] = pool.sessions[session.id] = session
+                restored[session.id] = slots.sessions[session.id] = pool.sessions[session.id] = (
+                    session
+                )
             lease = Lease(
                 entry.token, session, session.pool, backend=entry.backend, granted_at=now, moves=entry.moves
             )  # fmt: skip
@@ -127,13 +129,20 @@ class Recovery:
         if self._first_survey_at is None:
             self._first_survey_at = now
             return False
-        self._starting = survey.starting if self._starting is None else self._starting & survey.starting
+        self._starting = (
+            survey.starting if self._starting is None else self._starting & survey.starting
+        )
         return not self._starting or self._last_survey
 
     def adopt(self, survey: SurveyResult, strangers: Iterable[Backend]) -> None:
         """Count backends that nobody has claimed, and begin to serve."""
         for backend in strangers:
-            spec = PoolSpec(pool_of_tag(survey.tagged[backend]), 1, 0, database=survey.databases.get(backend, ""))
+            spec = PoolSpec(
+                pool_of_tag(survey.tagged[backend]),
+                1,
+                0,
+                database=survey.databases.get(backend, ""),
+            )
             pool = self._unnamed(spec)
             session_id = b"unknown:" + pool.name.encode()
             session = pool.sessions.get(session_id)

@@ -21,7 +21,9 @@ _WORDS = {
 def report(slots: Slots, now: float) -> tuple[list[PoolReport], list[SessionReport]]:
     """Return the state of every pool and session."""
     pools = [report_pool(pool) for pool in slots.pools.values()]
-    return pools, [_report_session(session, now) for session in slots.sessions.values() if not session.shelf]
+    return pools, [
+        _report_session(session, now) for session in slots.sessions.values() if not session.shelf
+    ]
 
 
 def lease_lines(slots: Slots, most: int, now: float) -> list[LeaseLine]:
@@ -29,7 +31,10 @@ def lease_lines(slots: Slots, most: int, now: float) -> list[LeaseLine]:
     chosen = heapq.nsmallest(
         max(0, min(most, MOST_LISTED)),
         slots.leases.values(),
-        key=lambda lease: (lease.idle_since is not None, now if lease.since is None else lease.since),
+        key=lambda lease: (
+            lease.idle_since is not None,
+            now if lease.since is None else lease.since,
+        ),
     )
     return [_line(lease, now) for lease in chosen]
 
@@ -86,7 +91,9 @@ def report_pool(pool: Pool) -> PoolReport:
         timeouts=pool.timeouts,
         recalls=pool.recalls,
         fences=pool.fences,
-        quarantined=sum(x.state is SlotState.FENCING and not x.findable for x in pool.leases.values()),
+        quarantined=sum(
+            x.state is SlotState.FENCING and not x.findable for x in pool.leases.values()
+        ),
         generation=pool.generation,
         error=pool.backoff.error or _refused_for(pool),
         handovers=pool.handovers,
@@ -106,7 +113,12 @@ def _refused_for(pool: Pool) -> str:
     for session in pool.sessions.values():
         refusal = session.refusal
         shared = refusal is not None and refusal.turns is pool.refusals.shared.get(refusal.code)
-        if refusal is not None and shared and not pool.strangers and refusal.turns.refused_at > pool.opened_at:
+        if (
+            refusal is not None
+            and shared
+            and not pool.strangers
+            and refusal.turns.refused_at > pool.opened_at
+        ):
             return refusal.error
     return ""
 
@@ -116,7 +128,9 @@ def _waiting_in_lane(pool: Pool) -> int:
 
 
 def _report_session(session: Session, now: float) -> SessionReport:
-    held = [lease for lease in session.leases.values() if lease.live is None]  # what is parked is nobody's
+    held = [
+        lease for lease in session.leases.values() if lease.live is None
+    ]  # what is parked is nobody's
     idle, lane = sum(lease.idle_since is not None for lease in held), session.pool.lane
     return SessionReport(
         pid=session.pid,

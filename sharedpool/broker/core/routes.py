@@ -70,7 +70,9 @@ class Routes:
 
     def is_direct(self, pool: Pool) -> bool:
         """Say whether it is known that nobody is between a pool's workers and the server."""
-        return pool.direct is True or (pool.direct is None and self.control_is_direct and self._is_same(pool))
+        return pool.direct is True or (
+            pool.direct is None and self.control_is_direct and self._is_same(pool)
+        )
 
     def _is_same(self, pool: Pool) -> bool:
         return self._server in pool.spec.server
@@ -110,7 +112,11 @@ class Routes:
         """
         if not self._twins:
             return None
-        self._twins = [pair for pair in self._twins if all(lease.state is SlotState.OPEN for lease in pair.leases)]
+        self._twins = [
+            pair
+            for pair in self._twins
+            if all(lease.state is SlotState.OPEN for lease in pair.leases)
+        ]
         for pair in self._twins:
             for index, lease in enumerate(pair.leases):
                 if lease.session is session and serial >= pair.asked[index]:

@@ -75,7 +75,9 @@ class Scheduler:
         self._serial = 0  # of leases
         self._ask_serial = 0  # of recalls and of what they say to owe
         self._round = 0
-        self._polling: dict[bytes, int] = {}  # sessions asked in this round, and the recall they are to answer
+        self._polling: dict[
+            bytes, int
+        ] = {}  # sessions asked in this round, and the recall they are to answer
         self._newcomers: list[Waiter] = []  # against whose sessions there is a refusal
         self._arrived = 0  # the newest recall when the last request came that does not wait
         self.holding_back = self.draining = False
@@ -109,12 +111,16 @@ class Scheduler:
     def _ask_back(self, now: float) -> None:
         self._recall(now)
         if any(pool.nowaits for pool in self._slots.contended.values()):
-            self._refuse(now)  # before the next round begins, or a stream of requests would put it off for ever
+            self._refuse(
+                now
+            )  # before the next round begins, or a stream of requests would put it off for ever
             self._poll(now)
             self._refuse(now)
 
     def _nothing_to_schedule_at_all(self) -> bool:
-        return len(self._slots.pools) == 1 and self.nothing_to_schedule(next(iter(self._slots.pools.values())))
+        return len(self._slots.pools) == 1 and self.nothing_to_schedule(
+            next(iter(self._slots.pools.values()))
+        )
 
     def nothing_to_schedule(self, pool: Pool) -> bool:
         """Say whether nothing can be done for this pool's waiters but wait for a checkin: as is usual where many share.
@@ -148,7 +154,11 @@ class Scheduler:
     def _serve(self, now: float) -> None:
         slots = self._slots
         while slots.room > 0:
-            pools = [pool for pool in slots.contended.values() if pool.room > 0 and slots.available(pool) > 0]
+            pools = [
+                pool
+                for pool in slots.contended.values()
+                if pool.room > 0 and slots.available(pool) > 0
+            ]
             if not pools:
                 return
             waiter = min((next(iter(pool.waiters.values())) for pool in pools), key=slots.rank)
@@ -216,7 +226,10 @@ class Scheduler:
         direct = self._routes.believes_refusal(lease)
         code = lease.pool.backoff.code
         self._emit(
-            Send(lease.session.id, Grant(lease.request, lease.token, serial, returns_due, waited_ms, direct, code))
+            Send(
+                lease.session.id,
+                Grant(lease.request, lease.token, serial, returns_due, waited_ms, direct, code),
+            )
         )
 
     # --- 2. recall
@@ -227,9 +240,9 @@ class Scheduler:
             short = self._shortage(pool)
             if short > 0:
                 if pool.parked:
-                    short -= min(short, self.handover.promised(pool, now)) or self.handover.end_parked(
-                        [pool], short, now
-                    )
+                    short -= min(
+                        short, self.handover.promised(pool, now)
+                    ) or self.handover.end_parked([pool], short, now)
                 if pool.idle:
                     short -= self._recall_idle([pool], short, now)
                 if pool.suspects:
@@ -263,15 +276,21 @@ class Scheduler:
         than who waits is not pressed for what he uses.
         """
         slots = self._slots
-        by_rank = sorted(slots.contended.values(), key=lambda pool: slots.rank(next(iter(pool.waiters.values()))))
+        by_rank = sorted(
+            slots.contended.values(), key=lambda pool: slots.rank(next(iter(pool.waiters.values())))
+        )
         coming = sum(pool.coming for pool in slots.pools.values())  # whoever it will be for
         for waiting in by_rank:
             givers = [pool for pool in slots.pools.values() if slots.serves(pool, waiting)]
             short = min(len(waiting.waiters), waiting.own_room) - coming
             for pool in sorted(givers, key=lambda pool: (pool.priority, len(pool.waiters))):
-                spare = short if pool.group is None or pool.group is waiting.group else pool.group.spare
+                spare = (
+                    short if pool.group is None or pool.group is waiting.group else pool.group.spare
+                )
                 if short > 0 and spare > 0:
-                    short -= self._recall_unused([pool], min(short, spare), self._patient(waiting), now)
+                    short -= self._recall_unused(
+                        [pool], min(short, spare), self._patient(waiting), now
+                    )
             if short > 0:
                 for pool in givers:
                     if pool.priority <= waiting.priority:
@@ -288,7 +307,9 @@ class Scheduler:
     def _shortage_of_cap(self) -> int:
         """How many waiters have room in their pool but none under the cap, and no slot on its way."""
         slots = self._slots
-        servable = sum(min(len(pool.waiters), max(pool.room, 0)) for pool in slots.contended.values())
+        servable = sum(
+            min(len(pool.waiters), max(pool.room, 0)) for pool in slots.contended.values()
+        )
         if not servable:
             return 0  # what keeps them waiting is their own pool's limit
         return servable - slots.room - sum(pool.coming for pool in slots.pools.values())
@@ -324,10 +345,23 @@ class Scheduler:
             self.fence_suspect(lease, "its worker is silent and somebody waits", now)
         return len(chosen)
 
-    def fence_suspect(self, lease: Lease, why: str, now: float, *, level: int = logging.INFO) -> None:
+    def fence_suspect(
+        self, lease: Lease, why: str, now: float, *, level: int = logging.INFO
+    ) -> None:
         """Have a suspect lease's backend ended and verified; its slot stays counted until then."""
-        pool, token, whose, pid = lease.pool.name, lease.token, lease.session.label, lease.backend and lease.backend.pid
-        fields = {"pool": pool, "lease": str(token), "epoch": self._epoch, "session": whose, "reason": why}
+        pool, token, whose, pid = (
+            lease.pool.name,
+            lease.token,
+            lease.session.label,
+            lease.backend and lease.backend.pid,
+        )
+        fields = {
+            "pool": pool,
+            "lease": str(token),
+            "epoch": self._epoch,
+            "session": whose,
+            "reason": why,
+        }
         text = f"pool {pool!r}: lease {token} of {whose}: backend {pid or '(unknown)'} is to end ({why})"
         self._emit(Log(level, text, fields))
         self._slots.move(lease, SlotState.FENCING, why)
@@ -343,7 +377,15 @@ class Scheduler:
 
     def order_fence(self, lease: Lease, why: str) -> None:
         """Order the end of a lease's backend."""
-        self._emit(Fence(lease.token, lease.pool.name, lease.backend, why, lease.closed or lease.session.ended))
+        self._emit(
+            Fence(
+                lease.token,
+                lease.pool.name,
+                lease.backend,
+                why,
+                lease.closed or lease.session.ended,
+            )
+        )
 
     def expect(self, lease: Lease, now: float) -> None:
         """Count on a slot that is being closed or fenced, for a while."""
@@ -358,11 +400,16 @@ class Scheduler:
         """Return the pools whose waiters a slot of this one would serve: under an exhausted cap, others' too."""
         slots = self._slots
         if slots.groups:
-            others = [other for other in slots.contended.values() if other.priority >= pool.priority]
+            others = [
+                other for other in slots.contended.values() if other.priority >= pool.priority
+            ]
             return [pool, *(other for other in others if slots.serves(pool, other))]
         if slots.max_conn is None or slots.room > 0:
             return [pool]
-        return [pool, *(other for other in slots.contended.values() if other is not pool and other.room > 0)]
+        return [
+            pool,
+            *(other for other in slots.contended.values() if other is not pool and other.room > 0),
+        ]
 
     def slots_wanted(self, pool: Pool) -> int:
         """How many patient waiters a slot of this pool would help; or how many slots an operator wants back."""
@@ -375,7 +422,9 @@ class Scheduler:
             if other.paused or len(other.waiters) == len(other.nowaits):
                 continue
             waiters = other.waiters.values()
-            head = next(w for w in waiters if not w.nowait) if other.nowaits else next(iter(waiters))
+            head = (
+                next(w for w in waiters if not w.nowait) if other.nowaits else next(iter(waiters))
+            )
             if first is None or self._slots.rank(head) < self._slots.rank(first):
                 first = head
         return first
@@ -385,7 +434,11 @@ class Scheduler:
         if not (self._slots.contended or self._slots.shrinking):
             return 0
         first = self._first_patient(pool)
-        return self.excess(pool) if first is not None and first.session is holder else self.slots_wanted(pool)
+        return (
+            self.excess(pool)
+            if first is not None and first.session is holder
+            else self.slots_wanted(pool)
+        )
 
     def _ask_for_idle(self, pool: Pool, newest: int, now: float) -> None:
         """Ask holders, once for each waiter that comes, what lies idle; later they tell of it with their heartbeats."""
@@ -410,7 +463,9 @@ class Scheduler:
                 continue  # what is given back for nobody is parked then, and may be had again for a word
             if not self.slots_wanted(pool):
                 relaxed = list(pool.asked_to_return.values())
-            elif (first := self._first_patient(pool)) is not None and first.session.id in pool.asked_to_return:
+            elif (
+                first := self._first_patient(pool)
+            ) is not None and first.session.id in pool.asked_to_return:
                 relaxed = [first.session]
             else:
                 continue
@@ -419,7 +474,10 @@ class Scheduler:
                 self._slots.mark_returns_due(session, min(returns_due, self.excess(pool)))
                 if session.returns_due != returns_due:
                     self._emit(
-                        Send(session.id, Recall(self.next_recall_serial(), 0, session.returns_due, answer=False))
+                        Send(
+                            session.id,
+                            Recall(self.next_recall_serial(), 0, session.returns_due, answer=False),
+                        )
                     )
 
     def excess(self, pool: Pool) -> int:
@@ -432,9 +490,15 @@ class Scheduler:
             return 0
         too_many = max(len(pool.leases) - pool.target - pool.coming, 0)
         if pool.group is not None and pool.group.room < 0:
-            too_many = max(too_many, -pool.group.room - sum(other.coming for other in pool.group.pools))
+            too_many = max(
+                too_many, -pool.group.room - sum(other.coming for other in pool.group.pools)
+            )
         if (overdrawn := slots.overdrawn) and (pool.group is None or pool.group.beyond > 0):
-            givers = [other for other in slots.pools.values() if other.group is None or other.group.beyond > 0]
+            givers = [
+                other
+                for other in slots.pools.values()
+                if other.group is None or other.group.beyond > 0
+            ]
             too_many = max(too_many, overdrawn - sum(other.coming for other in givers))
         return too_many
 
@@ -447,7 +511,9 @@ class Scheduler:
                 excess -= self._recall_idle([pool], excess, now)
                 excess -= self._fence_suspects([pool], excess, now)
                 for session in [*pool.asked_to_return.values(), *pool.not_asked_to_return.values()]:
-                    if session.returns_due < (returns_due := min(len(session.leases) - session.taking, excess)):
+                    if session.returns_due < (
+                        returns_due := min(len(session.leases) - session.taking, excess)
+                    ):
                         self._slots.mark_returns_due(session, returns_due)
                         self.send_recall(session, now)
             del slots.shrinking[pool.name]
@@ -463,7 +529,9 @@ class Scheduler:
                     self._slots.mark_returns_due(session, len(session.leases))
                     self.send_recall(session, now)
 
-    def send_recall(self, session: Session, now: float, *, take: int = 0, expired: bool = False) -> None:
+    def send_recall(
+        self, session: Session, now: float, *, take: int = 0, expired: bool = False
+    ) -> None:
         """Ask a session for `take` idle leases and for what it holds; watch for its answer."""
         session.asked = self.next_recall_serial()
         self._emit(Send(session.id, Recall(session.asked, take, session.returns_due, expired)))
@@ -517,8 +585,12 @@ class Scheduler:
         fresh: list[Waiter] = []
         short_of_cap = self._shortage_of_cap() > 0 or bool(self._slots.groups)
         for pool in self._slots.contended.values():
-            if short_of_cap or self._shortage(pool) > 0:  # else enough is on its way: nobody need be asked
-                fresh += takewhile(lambda waiter: waiter.round is None, reversed(pool.nowaits.values()))
+            if (
+                short_of_cap or self._shortage(pool) > 0
+            ):  # else enough is on its way: nobody need be asked
+                fresh += takewhile(
+                    lambda waiter: waiter.round is None, reversed(pool.nowaits.values())
+                )
         if not fresh:
             return
         self._round += 1
@@ -526,8 +598,14 @@ class Scheduler:
             waiter.round = self._round
         # A session knows its own cache: when only it asks, it need not be asked.
         askers = {waiter.session.id for waiter in fresh}
-        capped = self._slots.max_conn is not None and (self._slots.room <= 0 or bool(self._slots.groups))
-        pools = list(self._slots.pools.values()) if capped else [waiter.session.pool for waiter in fresh]
+        capped = self._slots.max_conn is not None and (
+            self._slots.room <= 0 or bool(self._slots.groups)
+        )
+        pools = (
+            list(self._slots.pools.values())
+            if capped
+            else [waiter.session.pool for waiter in fresh]
+        )
         for pool in dict.fromkeys(pools):
             for session in [*pool.asked_to_return.values(), *pool.not_asked_to_return.values()]:
                 if askers == {session.id}:
@@ -546,13 +624,19 @@ class Scheduler:
             kin = [pool] if pool.group is None else pool.group.pools
             promised = self.handover.promised(pool, now) + self.handover.on_shelf(pool)
             coming = max(pool.room, 0) + sum(each.coming for each in kin) + promised
-            everywhere = self._slots.available(pool) + sum(p.coming for p in self._slots.pools.values()) + promised
+            everywhere = (
+                self._slots.available(pool)
+                + sum(p.coming for p in self._slots.pools.values())
+                + promised
+            )
             unserved = islice(pool.waiters.values(), max(0, min(coming, everywhere)), None)
             refused = [waiter for waiter in unserved if waiter.nowait and waiter.round is not None]
             # They do not wait for the end of what is suspect, but the next caller is to find its slot free: with
             # nobody but such callers it would fill the pool for ever.
             capped = pool.own_room > 0  # any pool's slot would do
-            self._fence_suspects(list(self._slots.pools.values()) if capped else [pool], len(refused), now)
+            self._fence_suspects(
+                list(self._slots.pools.values()) if capped else [pool], len(refused), now
+            )
             for waiter in refused:
                 pool.denials += 1
                 self.deny(waiter, DenyReason.EXHAUSTED, now)
@@ -561,7 +645,12 @@ class Scheduler:
         for pool in list(self._slots.contended.values()):
             # A ceiling above 0 is a server that is full: a pool that had to make way for its probe is not without hope.
             # Nor is one that an operator has paused, perhaps for this very failover: he will resume it.
-            if pool.backoff.ceiling == 0 and pool.own_room <= 0 and not pool.has_connections and not pool.paused:
+            if (
+                pool.backoff.ceiling == 0
+                and pool.own_room <= 0
+                and not pool.has_connections
+                and not pool.paused
+            ):
                 # They are told at once, but they did want a slot: what is suspect must not fill the pool for ever.
                 self._fence_suspects([pool], len(pool.waiters), now)
                 for waiter in list(pool.waiters.values()):
@@ -571,7 +660,9 @@ class Scheduler:
     def time_out(self, waiter: Waiter, now: float) -> None:
         """Refuse who has waited for as long as he wanted."""
         reason = DenyReason.WAITING if self.holding_back else DenyReason.TIMEOUT
-        if waiter.session.refusal is not None and not self.holding_back:  # that is what it could not be served for
+        if (
+            waiter.session.refusal is not None and not self.holding_back
+        ):  # that is what it could not be served for
             reason = DenyReason.REFUSED
         self.deny(waiter, self.reason_for_no_grants(waiter.session.pool) or reason, now)
 
@@ -585,11 +676,20 @@ class Scheduler:
         """Refuse a request, saying what its limit is and who holds most of it, or `why`, or what the server said."""
         slots, pool = self._slots, waiter.session.pool
         slots.dequeue(waiter)
-        capped = pool.own_room > 0 and slots.max_conn is not None  # its own limit would allow one more
+        capped = (
+            pool.own_room > 0 and slots.max_conn is not None
+        )  # its own limit would allow one more
         leases = slots.leases if capped else pool.leases
-        sessions = {lease.session.id: lease.session for lease in leases.values() if not lease.session.shelf}
-        most = heapq.nlargest(HOLDERS_NAMED, sessions.values(), key=lambda session: len(session.leases))
-        holders = [_holder(session, f" in {session.pool.name!r}" if capped else "", now) for session in most]
+        sessions = {
+            lease.session.id: lease.session for lease in leases.values() if not lease.session.shelf
+        }
+        most = heapq.nlargest(
+            HOLDERS_NAMED, sessions.values(), key=lambda session: len(session.leases)
+        )
+        holders = [
+            _holder(session, f" in {session.pool.name!r}" if capped else "", now)
+            for session in most
+        ]
         limit = slots.max_conn if capped and slots.max_conn is not None else pool.max_conn
         group, reserved = "", 0
         if pool.group is not None:
@@ -605,7 +705,9 @@ class Scheduler:
             error = session.refusal.error
             retry_at = pool.refusals.blocked_until(session.id, session.refusal, now) or now
         retry_ms = max(0, int((retry_at - now) * 1000))
-        denial = Deny(waiter.request, reason, limit, holders, capped, error, retry_ms, group, reserved)
+        denial = Deny(
+            waiter.request, reason, limit, holders, capped, error, retry_ms, group, reserved
+        )
         self._emit(Send(waiter.session.id, denial))
 
     def check_invariants(self) -> None:
@@ -618,13 +720,17 @@ class Scheduler:
         if self.holding_back or self.draining:
             return
         for pool in slots.contended.values():
-            assert not (pool.room > 0 and slots.available(pool) > 0), f"{pool.name}: a free slot and a waiter"
+            assert not (pool.room > 0 and slots.available(pool) > 0), (
+                f"{pool.name}: a free slot and a waiter"
+            )
             if self._shortage(pool) > len(pool.parked):
                 assert not pool.idle, f"{pool.name}: an idle lease nobody recalled"
                 keep = [s for s in pool.not_asked_to_return.values() if len(s.leases) > s.taking]
                 assert pool.moving or all(not self.returns_wanted(pool, s) for s in keep), pool.name
         if slots.contended and not slots.groups and self._shortage_of_cap() > 0:
-            assert not any(pool.idle for pool in slots.pools.values()), "an idle lease nobody recalled"
+            assert not any(pool.idle for pool in slots.pools.values()), (
+                "an idle lease nobody recalled"
+            )
 
 
 def _holder(session: Session, where: str, now: float) -> Holder:
@@ -634,4 +740,9 @@ def _holder(session: Session, where: str, now: float) -> Holder:
         key=lambda used: used[0],
         default=(now, ()),
     )
-    return Holder(session.label + where, len(session.leases), int((now - since) * 1000), stack[0] if stack else "")
+    return Holder(
+        session.label + where,
+        len(session.leases),
+        int((now - since) * 1000),
+        stack[0] if stack else "",
+    )

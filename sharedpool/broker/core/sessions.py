@@ -19,7 +19,17 @@ from sharedpool.broker.core.records import Pool, Session, SlotState
 from sharedpool.broker.core.scheduler import Scheduler
 from sharedpool.broker.core.slots import Slots
 from sharedpool.wire.application_name import shown, tag_of
-from sharedpool.wire.messages import NO_TOKEN, PROTOCOL_VERSION, Acquire, Bye, Hello, PoolSpec, Reject, Token, Welcome
+from sharedpool.wire.messages import (
+    NO_TOKEN,
+    PROTOCOL_VERSION,
+    Acquire,
+    Bye,
+    Hello,
+    PoolSpec,
+    Reject,
+    Token,
+    Welcome,
+)
 
 _MOST_STRANGERS = 10  # servers of which the log tells that a pool's processes connect to them too
 _SHOWN = 255  # characters of what a worker calls itself and its host: they are in every report
@@ -121,11 +131,16 @@ class Sessions:
             database = ""
         for pool in self._slots.pools.values():
             spec = pool.spec
-            if spec.database == database and alias in (spec.name, shown(spec.name, self._terms.instance)):
+            if spec.database == database and alias in (
+                spec.name,
+                shown(spec.name, self._terms.instance),
+            ):
                 return pool
         return None
 
-    def register(self, session_id: bytes, hello: Hello, now: float, process: Process | None) -> Acquire | None:
+    def register(
+        self, session_id: bytes, hello: Hello, now: float, process: Process | None
+    ) -> Acquire | None:
         """Register a session, or register it again; return the request that came along if it is to be answered."""
         if hello.version != PROTOCOL_VERSION:
             self._emit(Send(session_id, Reject(version_mismatch_text(hello.version), fatal=True)))
@@ -144,7 +159,9 @@ class Sessions:
         if session is not None and session.ended:
             return None  # late: its process is gone
         if session is None:
-            expiration_s = min(self._terms.expiration_s, min(hello.pool.expiration_ms, LONGEST_MS) / 1000)
+            expiration_s = min(
+                self._terms.expiration_s, min(hello.pool.expiration_ms, LONGEST_MS) / 1000
+            )
             host, title = hello.host[:_SHOWN], hello.title[:_SHOWN]
             session = Session(session_id, hello.pid, host, title, pool, expiration_s, now, process)
             slots.sessions[session_id] = pool.sessions[session_id] = session
@@ -158,13 +175,23 @@ class Sessions:
         self._scheduler.expect_no_answer(session)
         self._slots.mark_returns_due(session, 0)
         self.heard_from(session, now)
-        revoked = self.leases.reconcile(session, hello.leases, now, newest_grant=hello.newest_grant, claim=True)
+        revoked = self.leases.reconcile(
+            session, hello.leases, now, newest_grant=hello.newest_grant, claim=True
+        )
         expiration_ms, ttl_ms = int(session.expiration_s * 1000), int(self._terms.ttl_s * 1000)
         # One that connects elsewhere, or as somebody else, must neither be given the others' connections nor give its.
-        handover = self._terms.handover and hello.pool.server == pool.spec.server and pool.cancel_works is not False
+        handover = (
+            self._terms.handover
+            and hello.pool.server == pool.spec.server
+            and pool.cancel_works is not False
+        )
         first = hello.first
         # Who has to wait asks when he is in the lane, where a connection can be passed to him.
-        if first is not None and first.request not in session.granted and not self._scheduler.has_room(pool):
+        if (
+            first is not None
+            and first.request not in session.granted
+            and not self._scheduler.has_room(pool)
+        ):
             first = None
         welcome = Welcome(
             PROTOCOL_VERSION, self._terms.epoch, pool.limit, expiration_ms, ttl_ms, revoked,
@@ -201,11 +228,18 @@ class Sessions:
         if not self._not_silent:
             self._alarm = None
 
-    def end(self, session: Session, why: str, now: float, *, unused_above: Token | None = None) -> None:
+    def end(
+        self, session: Session, why: str, now: float, *, unused_above: Token | None = None
+    ) -> None:
         """End a session; leases above `unused_above`, if given, were never taken up by its worker."""
-        known_recall, session.ended = session.ended, True  # its line and its process are both seen to end: told of once
+        known_recall, session.ended = (
+            session.ended,
+            True,
+        )  # its line and its process are both seen to end: told of once
         self._stop_watching_silence(session)
-        held = [lease for lease in session.leases.values() if lease.live is None]  # else given back, and parked here
+        held = [
+            lease for lease in session.leases.values() if lease.live is None
+        ]  # else given back, and parked here
         if held and not known_recall:
             text = "pool %r: %s: %s; its %d leases are ended"
             self._log(
@@ -215,7 +249,9 @@ class Sessions:
         for waiter in list(session.waiters.values()):
             self._slots.dequeue(waiter)
         self._scheduler.expect_no_answer(session)
-        was_in_lane = session.id in session.pool.former  # a former broker's: what it held may have moved on there
+        was_in_lane = (
+            session.id in session.pool.former
+        )  # a former broker's: what it held may have moved on there
         self.moves.session_ended(session)
         self.moves.check_unconfirmed(session.pool, now)
         for lease in list(session.leases.values()):

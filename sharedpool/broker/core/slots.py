@@ -75,7 +75,12 @@ class Slots:
         """Slots in use that the cap over all pools, or what is reserved of it, does not allow: it was lowered."""
         if self.max_conn is None:
             return 0
-        return max(0, self.groups.beyond + self.groups.reserved - self.max_conn if self.groups else -self.room)
+        return max(
+            0,
+            self.groups.beyond + self.groups.reserved - self.max_conn
+            if self.groups
+            else -self.room,
+        )
 
     def available(self, pool: Pool) -> int:
         """Free slots under the cap over all pools that this one may have: what others have reserved is not."""
@@ -253,7 +258,9 @@ class Slots:
         if lease.moves < 0:
             lease.moves = 0
             self._record(lease)
-        lane.board.enter(lease.cell, lease.token, SHELF if session.shelf else session.number, lease.moves)
+        lane.board.enter(
+            lease.cell, lease.token, SHELF if session.shelf else session.number, lease.moves
+        )
 
     def identify(self, lease: Lease, backend: Backend) -> None:
         """Note which backend a lease's connection is on."""
@@ -281,7 +288,11 @@ class Slots:
         return [
             backend
             for backend in backends
-            if (backend.pid not in pids if not backend.start_us else (backend.pid, backend.start_us) not in exact)
+            if (
+                backend.pid not in pids
+                if not backend.start_us
+                else (backend.pid, backend.start_us) not in exact
+            )
             and backend.pid not in unsure
         ]
 
@@ -370,14 +381,22 @@ class Slots:
             assert pool.taking == sum(session.taking for session in pool.sessions.values())
             assert all(lease.state is OPEN for lease in pool.idle.values())
             returning = (CLOSING, FENCING)
-            assert all(lease.state in returning and pool.leases[t] is lease for t, lease in pool.incoming.items())
+            assert all(
+                lease.state in returning and pool.leases[t] is lease
+                for t, lease in pool.incoming.items()
+            )
             assert all(lease.state is SUSPECT for lease in pool.suspects.values())
-            assert all(lease.idle_since is not None and not lease.session.silent for lease in pool.idle.values())
+            assert all(
+                lease.idle_since is not None and not lease.session.silent
+                for lease in pool.idle.values()
+            )
             for session in pool.sessions.values():
                 assert self.sessions[session.id] is session
                 early = (GRANTED, SUSPECT)
                 assert all(x.state in early and x.backend is None for x in session.granted.values())
-                assert session.silent or session.awaited or session.answered >= session.asked, session.label
+                assert session.silent or session.awaited or session.answered >= session.asked, (
+                    session.label
+                )
                 assert not session.taking or session.awaited, session.label
             suspects = {t for t, lease in pool.leases.items() if lease.state is SUSPECT}
             assert suspects == set(pool.suspects)
@@ -391,7 +410,9 @@ class Slots:
             assert pool.name in self.shrinking or not pool.paused
             assert all(s.draining <= set(s.leases) for s in pool.sessions.values())
             self._check_lane(pool)
-            assert set(pool.nowaits) == {seq for seq, waiter in pool.waiters.items() if waiter.nowait}
+            assert set(pool.nowaits) == {
+                seq for seq, waiter in pool.waiters.items() if waiter.nowait
+            }
             for seq, waiter in pool.waiters.items():
                 assert waiter.seq == seq
                 assert self.sessions[waiter.session.id].waiters[waiter.request] is waiter

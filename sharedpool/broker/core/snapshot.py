@@ -73,5 +73,6 @@ class History:
     def ages(self, now: float) -> dict[str, list[tuple[float, int, int, int, int]]]:
         """Return by pool: how many seconds ago, in use, leases, waiting, the limit."""
         return {
-            name: [(round(now - point[0], 1), *point[1:]) for point in points] for name, points in self._points.items()
+            name: [(round(now - point[0], 1), *point[1:]) for point in points]
+            for name, points in self._points.items()
         }

@@ -62,8 +62,12 @@ def _explained(address: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _NO_PLACE:
             raise
-        text = f"the automatic broker at {address} was not started: {error.filename}: {error.strerror}"
-        raise BrokerUnavailable(f"{text}; set XDG_RUNTIME_DIR or TMPDIR, or {interpreter.ADVICE}") from None
+        text = (
+            f"the automatic broker at {address} was not started: {error.filename}: {error.strerror}"
+        )
+        raise BrokerUnavailable(
+            f"{text}; set XDG_RUNTIME_DIR or TMPDIR, or {interpreter.ADVICE}"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -76,11 +80,15 @@ def _start_lock(path: Path, deadline: float) -> Any:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise BrokerUnavailable(f"another process has held {path} for {START_LIMIT_S:.0f} s") from None
+                    raise BrokerUnavailable(
+                        f"another process has held {path} for {START_LIMIT_S:.0f} s"
+                    ) from None
                 time.sleep(0.02)
         yield
     finally:
-        fcntl.flock(fd, fcntl.LOCK_UN)  # a child forked meanwhile has a copy: closing ours would not unlock
+        fcntl.flock(
+            fd, fcntl.LOCK_UN
+        )  # a child forked meanwhile has a copy: closing ours would not unlock
         os.close(fd)
 
 
@@ -95,7 +103,9 @@ def _start_detached(settings: BrokerSettings, deadline: float) -> None:
             tried.append(f"{program}: {error}")
             continue
         if word not in ("ready", "already running"):
-            raise BrokerUnavailable(f"the automatic broker at {settings.address} did not start: {word}")
+            raise BrokerUnavailable(
+                f"the automatic broker at {settings.address} did not start: {word}"
+            )
         return
     raise BrokerUnavailable(
         f"the automatic broker at {settings.address} was not started: {interpreter.none_found(tried)}"
@@ -130,8 +140,17 @@ def _start(program: str, settings: BrokerSettings, log: Path, deadline: float) -
                 greeting = lines.next_with(interpreter.GREETING, lambda: process.poll() is not None)
                 if greeting is None:
                     process.wait()
-                    said = os.pread(errors.fileno(), 65536, before).decode("utf-8", "replace").split("\n")
-                    raise _NoPython(next(filter(None, map(str.strip, reversed(said))), f"status {process.returncode}"))
+                    said = (
+                        os.pread(errors.fileno(), 65536, before)
+                        .decode("utf-8", "replace")
+                        .split("\n")
+                    )
+                    raise _NoPython(
+                        next(
+                            filter(None, map(str.strip, reversed(said))),
+                            f"status {process.returncode}",
+                        )
+                    )
                 if greeting != interpreter.greeting():
                     raise _NoPython(f"it has {greeting}, not {interpreter.greeting()}")
                 # The settings, password included, go through a pipe: argv is public. In one line: a child forked

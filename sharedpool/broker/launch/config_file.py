@@ -75,10 +75,14 @@ def read(path: str | Path) -> ConfigFile:
     groups = _tables(tables.pop("groups", {}), "groups", _GroupTable, wrong)
     pools = _tables(tables.pop("pools", {}), "pools", _PoolTable, wrong)
     for name in tables.keys() - OPTIONS.keys():
-        wrong.append(f"{name}: there is no such setting (there are {', '.join(OPTIONS)}, groups and pools)")
+        wrong.append(
+            f"{name}: there is no such setting (there are {', '.join(OPTIONS)}, groups and pools)"
+        )
     known = tables.keys() & OPTIONS.keys()
     options = {name: _convert(tables[name], OPTIONS[name], name, wrong) for name in sorted(known)}
-    terms = {name: GroupTerms(table.min, table.max, table.priority) for name, table in groups.items()}
+    terms = {
+        name: GroupTerms(table.min, table.max, table.priority) for name, table in groups.items()
+    }
     if not wrong and "max_conn" in options:  # else the command line has it
         try:
             check_terms(terms, options["max_conn"])
@@ -86,7 +90,12 @@ def read(path: str | Path) -> ConfigFile:
             wrong.append(str(error))
     if wrong:
         raise ConfigError("\n".join(f"{path}: {each}" for each in sorted(wrong)))
-    return ConfigFile(Path(path).absolute(), options, terms, {name: table.max_conn for name, table in pools.items()})
+    return ConfigFile(
+        Path(path).absolute(),
+        options,
+        terms,
+        {name: table.max_conn for name, table in pools.items()},
+    )
 
 
 def _tables(value: object, where: str, kind: Any, wrong: list[str]) -> dict[str, Any]:

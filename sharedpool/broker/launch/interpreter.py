@@ -18,7 +18,9 @@ from pathlib import Path
 GREETING = "sharedpool.broker "  # followed by the version
 
 ADVICE = "start `sharedpool broker` yourself, and give its address to config_pool(broker=) or SHAREDPOOL_BROKER"
-_PYTHON = re.compile(r"(python|pypy)(\d+(\.\d+)?)?[a-z]?(\.exe)?", re.IGNORECASE)  # python3.13t, python3.11d
+_PYTHON = re.compile(
+    r"(python|pypy)(\d+(\.\d+)?)?[a-z]?(\.exe)?", re.IGNORECASE
+)  # python3.13t, python3.11d
 # What the broker needs beside the standard library and sharedpool; each may lie somewhere else.
 _NEEDED = ("zmq", "psycopg2", "msgspec", "multiprocess", "dill")
 
@@ -57,14 +59,22 @@ def none_found(tried: list[str]) -> str:
     """Return what to do where no broker can be started; `tried` are the candidates with what became of them."""
     if frozen():
         return f"this is a frozen application ({sys.executable}), which has no Python to run one: {ADVICE}"
-    shown = "; ".join(tried) or f"sys.executable is {sys.executable!r} and sys.prefix {sys.prefix!r}"
+    shown = (
+        "; ".join(tried) or f"sys.executable is {sys.executable!r} and sys.prefix {sys.prefix!r}"
+    )
     return f"no Python was found that has this sharedpool ({shown}): {ADVICE}"
 
 
 def _places() -> Iterator[str]:
     """Yield where this process's Python may be. A virtual environment's own goes first, wherever it is linked to."""
-    names = [f"python{sys.version_info.major}.{sys.version_info.minor}{getattr(sys, 'abiflags', '')}"]
-    names += [f"python{sys.version_info.major}.{sys.version_info.minor}", f"python{sys.version_info.major}", "python"]
+    names = [
+        f"python{sys.version_info.major}.{sys.version_info.minor}{getattr(sys, 'abiflags', '')}"
+    ]
+    names += [
+        f"python{sys.version_info.major}.{sys.version_info.minor}",
+        f"python{sys.version_info.major}",
+        "python",
+    ]
     executable = sys.executable or ""
     folders = [os.path.join(sys.prefix, "bin"), os.path.join(sys.exec_prefix, "bin")]
     if sys.prefix == sys.base_prefix or os.path.dirname(executable) in folders:

@@ -63,7 +63,9 @@ def run_detached(log: str) -> None:
     os.chdir("/")
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     os.dup2(fd, 2)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     server, bound = Server(settings), False
     try:
         server.bind()
@@ -123,7 +125,10 @@ class Broker:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.stop()
 
@@ -150,7 +155,11 @@ def start_broker(
     `BrokerUnavailable` when it does not come up, `ConfigError` for a wrong argument.
     """
     check_number("max_conn", max_conn, least=1, whole=True)
-    for argument, value in (("expiration", expiration), ("max_checkout", max_checkout), ("ttl", ttl)):
+    for argument, value in (
+        ("expiration", expiration),
+        ("max_checkout", max_checkout),
+        ("ttl", ttl),
+    ):
         if value is not None:
             check_number(argument, value, above=True)
     one_off = address is None
@@ -162,19 +171,24 @@ def start_broker(
     )  # fmt: skip
     programs = interpreter.candidates()
     if not programs:
-        raise BrokerUnavailable(f"the broker at {address} was not started: {interpreter.none_found([])}")
+        raise BrokerUnavailable(
+            f"the broker at {address} was not started: {interpreter.none_found([])}"
+        )
     context = multiprocess.get_context("spawn")
     if sys.executable not in programs:  # which would be started
         context.set_executable(programs[0])
     ours, theirs = context.Pipe()
-    process = context.Process(target=_run_owned, args=(settings, theirs), name="sharedpool-broker", daemon=True)
+    process = context.Process(
+        target=_run_owned, args=(settings, theirs), name="sharedpool-broker", daemon=True
+    )
     process.start()
     theirs.close()
     try:
         word = ours.recv() if ours.poll(START_LIMIT_S) else "no word from it"
     except EOFError:
         word = (
-            "it ended at once: is start_broker() called under `if __name__ == '__main__':`, in a script that is a file?"
+            "it ended at once: is start_broker() called under `if __name__ == '__main__':`,"
+            " in a script that is a file?"
         )
     if word != "ready":
         process.kill()
@@ -195,8 +209,12 @@ class _Owned:
 
 
 def _run_owned(settings: BrokerSettings, pipe: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the owner decides
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the owner decides
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     server = Server(settings)
     try:
         server.bind()

@@ -59,7 +59,9 @@ class HttpServer:
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
             self._listener = socket.create_server((host, port), family=family)
         except OSError as error:
-            raise SharedPoolError(f"cannot serve metrics at {host}:{port}: {error.strerror or error}") from error
+            raise SharedPoolError(
+                f"cannot serve metrics at {host}:{port}: {error.strerror or error}"
+            ) from error
         self._listener.setblocking(False)
         self.host, self.port = self._listener.getsockname()[:2]
         self.local = ipaddress.ip_address(self.host).is_loopback
@@ -77,7 +79,11 @@ class HttpServer:
         host = f"[{self.host}]" if ":" in self.host else self.host
         logger.info("metrics at http://%s:%d/metrics, status page at /", host, self.port)
         if not self.local:
-            logger.warning("whoever reaches %s:%d can read them, and what processes are called", host, self.port)
+            logger.warning(
+                "whoever reaches %s:%d can read them, and what processes are called",
+                host,
+                self.port,
+            )
         self._thread.start()
 
     def stop(self) -> None:
@@ -137,14 +143,18 @@ class HttpServer:
             if len(self._clients) > _MOST_CLIENTS:
                 _close(oldest := next(iter(self._clients)))
                 del self._clients[oldest]
-        threading.Thread(target=self._serve, args=(client, address), name="sharedpool-http", daemon=True).start()
+        threading.Thread(
+            target=self._serve, args=(client, address), name="sharedpool-http", daemon=True
+        ).start()
 
     def _serve(self, client: socket.socket, address: Any) -> None:
         try:
             _Handler(client, address, self)  # type: ignore[arg-type]  # all that it wants of a server is what we use
             client.shutdown(socket.SHUT_WR)
             client.settimeout(1.0)
-            for _ in range(16):  # what was sent and not read would end it with a reset, and the answer may be lost
+            for _ in range(
+                16
+            ):  # what was sent and not read would end it with a reset, and the answer may be lost
                 if not client.recv(4096):
                     break
         except OSError as error:
@@ -171,7 +181,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(421, "served to this host alone, by its name localhost or its address")
         elif path in _PAGE:
             name, kind = _PAGE[path]
-            self._answer(kind, resources.files("sharedpool.broker.metrics").joinpath("page", name).read_bytes())
+            self._answer(
+                kind,
+                resources.files("sharedpool.broker.metrics").joinpath("page", name).read_bytes(),
+            )
         elif path in ("/metrics", "/status.json"):
             self._show(path)
         else:

@@ -61,7 +61,11 @@ _BROKER_METRICS: list[tuple[str, str, str, Callable[[Report], float]]] = [
 ]  # fmt: skip
 _TIMES = [
     ("created", "create_time_seconds", "How long it took to open a connection."),
-    ("waited", "wait_time_seconds", "How long a checkout took that succeeded; 0 from the process's own cache."),
+    (
+        "waited",
+        "wait_time_seconds",
+        "How long a checkout took that succeeded; 0 from the process's own cache.",
+    ),
     ("used", "use_time_seconds", "How long connections were checked out; short uses are sampled."),
 ]
 
@@ -104,7 +108,9 @@ def _head(name: str, kind: str, text: str) -> Iterator[str]:
 
 
 def _labels(pool: str, *more: tuple[str, str]) -> str:
-    return "{" + ",".join(f'{name}="{_escape(value)}"' for name, value in ((_POOL, pool), *more)) + "}"
+    return (
+        "{" + ",".join(f'{name}="{_escape(value)}"' for name, value in ((_POOL, pool), *more)) + "}"
+    )
 
 
 def _escape(value: str) -> str:

@@ -20,7 +20,10 @@ class MetricsService:
     """
 
     def __init__(
-        self, address: str, call_soon: Callable[[LedgerCall], None], report: Callable[[float], Report]
+        self,
+        address: str,
+        call_soon: Callable[[LedgerCall], None],
+        report: Callable[[float], Report],
     ) -> None:
         self._call_soon = call_soon
         self._report = report
@@ -47,7 +50,9 @@ class MetricsService:
         answer: Future[Snapshot] = Future()
         self._asked.add(answer)
         try:
-            if self._over:  # looked at after it is among the asked: `stop` does it the other way round
+            if (
+                self._over
+            ):  # looked at after it is among the asked: `stop` does it the other way round
                 raise CancelledError
             self._call_soon(lambda ledger, now: self._answer(answer, ledger, now))
             return answer.result(limit_s)
@@ -59,6 +64,8 @@ class MetricsService:
     def _answer(self, answer: Future[Snapshot], ledger: Ledger, now: float) -> list[Command]:
         try:
             answer.set_result(ledger.snapshot(self._report(now), now))
-        except Exception as error:  # a bug here must not end the broker: it is raised where it was asked for
+        except (
+            Exception
+        ) as error:  # a bug here must not end the broker: it is raised where it was asked for
             answer.set_exception(error)
         return []

@@ -31,10 +31,14 @@ def activity_of(conn: connection, backends: Sequence[Backend]) -> list[BackendAc
         cursor.execute(_ACTIVITY_SQL, [list(by_pid)])
         for pid, start_us, application, visible, state, wait_event, query in cursor.fetchall():
             # Start time 0: hidden from one side, so that the pid alone tells.
-            backend = exact.get((pid, start_us)) or (by_pid[pid] if 0 in (start_us, by_pid[pid].start_us) else None)
+            backend = exact.get((pid, start_us)) or (
+                by_pid[pid] if 0 in (start_us, by_pid[pid].start_us) else None
+            )
             if backend is not None:
                 tag, text = _plain(application, codec), _plain(query, codec) if visible else ""
-                found.append(BackendActivity(backend, tag, visible, state, wait_event, text[:_QUERY_SHOWN]))
+                found.append(
+                    BackendActivity(backend, tag, visible, state, wait_event, text[:_QUERY_SHOWN])
+                )
     return found
 
 

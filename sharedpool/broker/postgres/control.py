@@ -61,7 +61,17 @@ class _Need:
 
 
 # What other threads put into the inbox: an order and when it is due, what follows; None is the end.
-_Item = tuple[Fence, float] | Token | SurveyServer | VerifyServer | CancelBackend | QueryActivity | _Need | int | None
+_Item = (
+    tuple[Fence, float]
+    | Token
+    | SurveyServer
+    | VerifyServer
+    | CancelBackend
+    | QueryActivity
+    | _Need
+    | int
+    | None
+)
 
 
 class Control:
@@ -171,10 +181,17 @@ class Control:
             if self._dsn and self._needed and self._conn is None and time.monotonic() >= retry_at:
                 try:
                     self._connect()
-                except Exception as error:  # whatever it is: without this thread no slot of the dead comes back
+                except (
+                    Exception
+                ) as error:  # whatever it is: without this thread no slot of the dead comes back
                     self._drop(f"unreachable: {_text(error)}")
-                    logger.warning("control connection: %s; next try in %.1f s", _text(error), retry_s)
-                    retry_at, retry_s = time.monotonic() + retry_s, min(retry_s * 2, _LAST_RECONNECT_S)
+                    logger.warning(
+                        "control connection: %s; next try in %.1f s", _text(error), retry_s
+                    )
+                    retry_at, retry_s = (
+                        time.monotonic() + retry_s,
+                        min(retry_s * 2, _LAST_RECONNECT_S),
+                    )
                     if self._leadership is not None:
                         self._leadership.cannot_ask()
             if not self._receive(self._wait_s(retry_at)):
@@ -220,9 +237,19 @@ class Control:
                     case (Fence() as fence, float(due)):
                         self._fencing.add(fence, due)
                         if self._dsn is None:
-                            fields = {"pool": fence.pool, "lease": str(fence.token), "reason": fence.why}
+                            fields = {
+                                "pool": fence.pool,
+                                "lease": str(fence.token),
+                                "reason": fence.why,
+                            }
                             text = "pool %r: lease %s stays counted: %s"
-                            logger.warning(text, fence.pool, fence.token, _NO_CONTROL, extra={"sharedpool": fields})
+                            logger.warning(
+                                text,
+                                fence.pool,
+                                fence.token,
+                                _NO_CONTROL,
+                                extra={"sharedpool": fields},
+                            )
                     case SurveyServer():
                         self._surveys.append(item)
                     case VerifyServer():
@@ -248,14 +275,18 @@ class Control:
         """Cancel what a backend is executing: now or never, later it may be at something else."""
         sent: bool | None = None
         if self._conn is None:
-            logger.warning("lease %s: its query is not cancelled: no control connection", command.token)
+            logger.warning(
+                "lease %s: its query is not cancelled: no control connection", command.token
+            )
         else:
             try:
                 sent = statements.cancel(self._conn, command.backend)
             except Exception as error:
                 self._lose(error)
         if sent is False:
-            logger.warning("lease %s: its query is not cancelled: the broker's role may not", command.token)
+            logger.warning(
+                "lease %s: its query is not cancelled: the broker's role may not", command.token
+            )
         self._call_soon(lambda ledger, now: ledger.query_cancelled(command, sent, now))
 
     def _query_activity(self, request: QueryActivity) -> None:
@@ -276,7 +307,9 @@ class Control:
     def _answer(self, request: VerifyServer) -> None:
         """Say whether the server that we know still answers."""
         same = self._is_same()
-        self._call_soon(lambda ledger, now: ledger.server_verified(request.pool, request.generation, same, now))
+        self._call_soon(
+            lambda ledger, now: ledger.server_verified(request.pool, request.generation, same, now)
+        )
 
     def _is_same(self) -> bool:
         """Say whether the server that we know still answers: to a new connection, if only ours has ended."""
@@ -299,10 +332,16 @@ class Control:
             self._pass_barrier()
         assert self._conn is not None
         starting, found = statements.survey(self._conn, pattern_of(self._instance))
-        listed = {Backend(pid, start_us, self._boot_us): (tag, database) for pid, start_us, tag, database in found}
+        listed = {
+            Backend(pid, start_us, self._boot_us): (tag, database)
+            for pid, start_us, tag, database in found
+        }
         tagged = {backend: tag for backend, (tag, _) in listed.items()}
         survey = SurveyResult(
-            request.serial, starting, tagged, {backend: name for backend, (_, name) in listed.items()}
+            request.serial,
+            starting,
+            tagged,
+            {backend: name for backend, (_, name) in listed.items()},
         )
         self._call_soon(lambda ledger, now: ledger.surveyed(survey, now))
 
@@ -338,7 +377,9 @@ class Control:
         assert self._conn is not None
         pid, database = self._conn.info.backend_pid, self._conn.info.dbname
         if lost and self._boot_us == known:  # a server that ends one session is the same one still
-            logger.debug("control connection: backend %d in the place of one that has ended (%s)", pid, lost)
+            logger.debug(
+                "control connection: backend %d in the place of one that has ended (%s)", pid, lost
+            )
             return
         text = "control connection: backend %d in database %r, room for %d connections"
         logger.info(text, pid, database, self._room)
@@ -412,7 +453,9 @@ class Control:
         given = parse_dsn(self._dsn or "")
         wanted = {"fallback_application_name": "sharedpool broker", "connect_timeout": "10"}
         settings = {name: value for name, value in wanted.items() if name not in given}
-        if self._leadership is not None:  # by it other brokers see who has the lock, whatever the DSN says
+        if (
+            self._leadership is not None
+        ):  # by it other brokers see who has the lock, whatever the DSN says
             settings["application_name"] = self._leadership.application_name
         return settings
 
@@ -444,7 +487,10 @@ class Control:
 
     def _restarted_since(self, backend: Backend) -> bool:
         """We saw that server ourselves, by this route, and now another incarnation answers there."""
-        return backend.boot_us != self._boot_us and ServerIncarnation(self._route, backend.boot_us) in self._seen
+        return (
+            backend.boot_us != self._boot_us
+            and ServerIncarnation(self._route, backend.boot_us) in self._seen
+        )
 
     def _free(self, token: Token) -> None:
         self._call_soon(lambda ledger, now: ledger.backend_gone(token, now))

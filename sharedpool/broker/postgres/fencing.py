@@ -48,7 +48,9 @@ class _Job:
     due: float
     ends_at: float
     retry_s: float = _FIRST_RETRY_S
-    since_us: int | None = None  # the server's clock at the first look: what begins later is another's, behind a pooler
+    since_us: int | None = (
+        None  # the server's clock at the first look: what begins later is another's, behind a pooler
+    )
     unlisted: bool = False
     warned: bool = False
 
@@ -89,10 +91,14 @@ class Fencing:
         for job in [job for job in due if job.unlisted and job.due <= now]:
             self._finish(job, "gone")
         due = [job for job in due if not job.unlisted]
-        looked = [(job, backend) for job in due if (backend := self._comparable(job, boot_us)) is not None]
+        looked = [
+            (job, backend) for job in due if (backend := self._comparable(job, boot_us)) is not None
+        ]
         took_s = 0.0
         if looked:
-            self._end_ripe(conn, [(job, backend) for job, backend in looked if job.ends_at <= now], now)
+            self._end_ripe(
+                conn, [(job, backend) for job, backend in looked if job.ends_at <= now], now
+            )
             began = time.monotonic()
             listed = statements.listed(conn, [backend.pid for _, backend in looked])
             took_s = time.monotonic() - began
@@ -117,7 +123,12 @@ class Fencing:
                 self._end(conn, [backend], job.since_us, idle=now >= job.ends_at + _RESTS_S)
 
     def _end(
-        self, conn: connection, backends: list[Backend], since_us: int | None = None, *, idle: bool = True
+        self,
+        conn: connection,
+        backends: list[Backend],
+        since_us: int | None = None,
+        *,
+        idle: bool = True,
     ) -> None:
         """Signal backends; if one of them makes that fail, each alone: it must not keep the others alive.
 
@@ -150,7 +161,11 @@ class Fencing:
         elif not job.warned:
             job.warned = True
             text = "pool %r: lease %s stays counted: the control connection cannot tell whether backend %s is gone"
-            pool, token, pid = job.fence.pool, job.fence.token, backend.pid if backend else "(unknown)"
+            pool, token, pid = (
+                job.fence.pool,
+                job.fence.token,
+                backend.pid if backend else "(unknown)",
+            )
             fields = {"pool": pool, "lease": str(token), "reason": job.fence.why}
             logger.warning(text, pool, token, pid, extra={"sharedpool": fields})
         return None
@@ -159,11 +174,18 @@ class Fencing:
         fence = job.fence
         del self._jobs[fence.token]
         pid = fence.backend.pid if fence.backend else 0
-        fields = {"pool": fence.pool, "lease": str(fence.token), "epoch": fence.token.epoch, "reason": fence.why}
+        fields = {
+            "pool": fence.pool,
+            "lease": str(fence.token),
+            "epoch": fence.token.epoch,
+            "reason": fence.why,
+        }
         text = "pool %r: lease %s: backend %d %s (%s)"
         # Behind a proxy this is how every close ends.
         level = logging.DEBUG if fence.backend and not fence.backend.direct else logging.INFO
-        logger.log(level, text, fence.pool, fence.token, pid, how, fence.why, extra={"sharedpool": fields})
+        logger.log(
+            level, text, fence.pool, fence.token, pid, how, fence.why, extra={"sharedpool": fields}
+        )
         self._done(fence.token)
 
 

@@ -27,7 +27,9 @@ from sharedpool.broker.core.ledger import Ledger
 
 logger = logging.getLogger("sharedpool.broker")
 
-_NAMESPACE = int.from_bytes(b"shpl", "big")  # the first of the lock's two keys: told from an application's own locks
+_NAMESPACE = int.from_bytes(
+    b"shpl", "big"
+)  # the first of the lock's two keys: told from an application's own locks
 _RETRY_S = 1.0
 
 _TRY_SQL = "SELECT pg_try_advisory_lock(%s, %s)"
@@ -49,7 +51,10 @@ class Leadership:
     """
 
     def __init__(
-        self, scope: str, instance: str, call_soon: Callable[[Callable[[Ledger, float], list[Command]]], None]
+        self,
+        scope: str,
+        instance: str,
+        call_soon: Callable[[Callable[[Ledger, float], list[Command]]], None],
     ):
         self.application_name = f"sharedpool broker {instance}"
         digest = hashlib.blake2s(scope.encode("utf-8", "surrogateescape"), digest_size=4).digest()
@@ -73,7 +78,11 @@ class Leadership:
                 " XDG_RUNTIME_DIR, TMPDIR or lock files? Give all workers one broker=, or each group its own name=)"
             )
             logger.error(text, rival)
-            self._call_soon(lambda ledger, now: ledger.outranked(now, f"another broker counts to this limit: {rival}"))
+            self._call_soon(
+                lambda ledger, now: ledger.outranked(
+                    now, f"another broker counts to this limit: {rival}"
+                )
+            )
         elif self._rival and not rival:
             logger.warning("the other broker has ended: this one counts to the limit from now on")
             self._call_soon(lambda ledger, now: ledger.leads(now, after_another=True))
@@ -101,9 +110,14 @@ class Leadership:
                 return row is not None and bool(row[0])
 
             def others() -> str:
-                cursor.execute(_HOLDERS_SQL, [key % 2**32 for key in self._keys])  # pg_locks shows them as oid
+                cursor.execute(
+                    _HOLDERS_SQL, [key % 2**32 for key in self._keys]
+                )  # pg_locks shows them as oid
                 rows = [row for row in cursor.fetchall() if row[1] != self.application_name]
-                return ", ".join(f"backend {pid} ({name or 'no name'}, from {address})" for pid, name, address in rows)
+                return ", ".join(
+                    f"backend {pid} ({name or 'no name'}, from {address})"
+                    for pid, name, address in rows
+                )
 
             if rival := others():
                 return rival

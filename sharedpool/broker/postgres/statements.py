@@ -33,7 +33,9 @@ _LIMITS = (
     "idle_session_timeout", "idle_in_transaction_session_timeout", "statement_timeout", "lock_timeout",
     "transaction_timeout",
 )  # fmt: skip
-_UNLIMITED_SQL = "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = ANY(%s) AND setting <> '0'"
+_UNLIMITED_SQL = (
+    "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = ANY(%s) AND setting <> '0'"
+)
 # One statement, so that the pid cannot be another process's between the look and the signal.
 _FENCE_SQL = """
 SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint, pg_terminate_backend(pid)
@@ -94,10 +96,14 @@ def route_of(conn: connection) -> tuple[bool, bool]:
         row = cursor.fetchone()
         assert row is not None
     pid, client, client_port, server, server_port = row
-    if pid != conn.info.backend_pid:  # a pooler has its own key for the cancel of whatever it will have the session on
+    if (
+        pid != conn.info.backend_pid
+    ):  # a pooler has its own key for the cancel of whatever it will have the session on
         return False, True
     return is_direct(
-        conn.fileno(), pid, None if client is None else ((client, client_port), (server, server_port))
+        conn.fileno(),
+        pid,
+        None if client is None else ((client, client_port), (server, server_port)),
     ), False
 
 
@@ -159,7 +165,9 @@ def cancel(conn: connection, backend: Backend) -> bool | None:
 def end_lent(conn: connection, backend: Backend, since_us: int, *, idle: bool) -> None:
     """Signal a backend that a pooler has lent, unless it has lent it to others since; `idle`: one that rests, too."""
     with conn.cursor() as cursor:
-        cursor.execute(_FENCE_LENT_SQL, (backend.pid, backend.start_us, backend.pooled, since_us, idle))
+        cursor.execute(
+            _FENCE_LENT_SQL, (backend.pid, backend.start_us, backend.pooled, since_us, idle)
+        )
 
 
 def listed(conn: connection, pids: Iterable[int]) -> dict[int, ListedBackend]:
@@ -169,7 +177,9 @@ def listed(conn: connection, pids: Iterable[int]) -> dict[int, ListedBackend]:
         return {pid: ListedBackend(*seen) for pid, *seen in cursor.fetchall()}
 
 
-def survey(conn: connection, pattern: str) -> tuple[frozenset[int], list[tuple[int, int, str, str]]]:
+def survey(
+    conn: connection, pattern: str
+) -> tuple[frozenset[int], list[tuple[int, int, str, str]]]:
     """Return the pids of backends in start-up; and pid, start, tag and database of those with a tag LIKE `pattern`."""
     with conn.cursor() as cursor:
         cursor.execute(_STARTING_SQL)
@@ -177,4 +187,6 @@ def survey(conn: connection, pattern: str) -> tuple[frozenset[int], list[tuple[i
         cursor.execute(_ACTIVITY_SQL, [pattern])
         rows = cursor.fetchall()
     starting = frozenset(started_or_not - {pid for pid, _, _, _, nobodys, _ in rows if not nobodys})
-    return starting, [(pid, start_us, tag, database) for pid, start_us, tag, ours, _, database in rows if ours]
+    return starting, [
+        (pid, start_us, tag, database) for pid, start_us, tag, ours, _, database in rows if ours
+    ]

@@ -21,7 +21,12 @@ class AddressFiles:
     """The files of one address: lock, journal, socket and desk."""
 
     def __init__(
-        self, address: str, lock: BrokerLock, journal: Journal, router: RouterSocket, desk: Desk | None
+        self,
+        address: str,
+        lock: BrokerLock,
+        journal: Journal,
+        router: RouterSocket,
+        desk: Desk | None,
     ) -> None:
         self._address = address
         self._lock = lock
@@ -46,11 +51,15 @@ class AddressFiles:
     def _mend(self, *, wanted: bool) -> bool:
         if not self._lock.is_ours():
             if not wanted:
-                logger.info("the lock file of %s is gone, and nobody uses it: leaving", self._address)
+                logger.info(
+                    "the lock file of %s is gone, and nobody uses it: leaving", self._address
+                )
                 return False
             os.makedirs(self._lock.path.parent, mode=0o700, exist_ok=True)
             if not self._lock.mend():
-                logger.error("the lock file of %s is another broker's: leaving it to that one", self._address)
+                logger.error(
+                    "the lock file of %s is another broker's: leaving it to that one", self._address
+                )
                 return False
             self._say("lock file")
         if self._journal.mend():

@@ -70,7 +70,9 @@ class AdminRequests:
     def order(self, operator: bytes, order: Order, now: float, *, near: bool) -> None:
         """Carry an order out, and answer; `near`: it came from this host."""
         if not near:
-            self._execute([Send(operator, Done([], "orders are taken only from the broker's own host"))])
+            self._execute(
+                [Send(operator, Done([], "orders are taken only from the broker's own host"))]
+            )
             return
         done, commands = self._ledger.order(order, now)
         self._execute([*commands, Send(operator, done)])
@@ -80,6 +82,8 @@ class AdminRequests:
         oldest = self._ledger.oldest_leases(status.leases, now)
         backends = tuple(line.backend for line in oldest if line.backend is not None)
         asks = bool(backends) and self._control.exists
-        self._execute([Send(asker, structs.replace(self._report(now), oldest=oldest, activity=asks))])
+        self._execute(
+            [Send(asker, structs.replace(self._report(now), oldest=oldest, activity=asks))]
+        )
         if asks:
             self._control.query_activity(QueryActivity(asker, backends, now + _PATIENCE_S))

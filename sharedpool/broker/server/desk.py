@@ -93,7 +93,9 @@ class Desk:
         self._drop_log = DropLog()
         self._listener = self._listen()
         self._ours = path.stat()
-        self._spare = os.open(os.devnull, os.O_RDONLY)  # for the moment when there are no descriptors left
+        self._spare = os.open(
+            os.devnull, os.O_RDONLY
+        )  # for the moment when there are no descriptors left
         self._told_at = float("-inf")
         self._lines_epoll, self._custody_epoll = select.epoll(), select.epoll()
         self._lines_epoll.register(self._listener, select.EPOLLIN)
@@ -171,7 +173,9 @@ class Desk:
                     return
                 continue
             line.setblocking(False)
-            pid, uid, _ = _UCRED.unpack(line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+            pid, uid, _ = _UCRED.unpack(
+                line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+            )
             if uid not in (os.geteuid(), 0):
                 self._drop_log.dropped("dropped a line to the desk from uid %d%s", uid, called(pid))
                 line.close()
@@ -189,7 +193,10 @@ class Desk:
         now = time.monotonic()
         if now - self._told_at >= _TELL_EVERY_S:
             self._told_at = now
-            logger.warning("the desk turns workers away: %s: raise the limit (`ulimit -n`, LimitNOFILE=)", error)
+            logger.warning(
+                "the desk turns workers away: %s: raise the limit (`ulimit -n`, LimitNOFILE=)",
+                error,
+            )
         if self._spare >= 0:
             os.close(self._spare)
             self._spare = -1
@@ -216,7 +223,9 @@ class Desk:
             message = decode_to_desk(packet)
             wanted = int(isinstance(message, Deposit))
             if not whole or len(fds) != wanted or not all(map(_is_socket, fds)):
-                raise ProtocolError(f"{len(packet)} bytes and {len(fds)} descriptors instead of {wanted} sockets")
+                raise ProtocolError(
+                    f"{len(packet)} bytes and {len(fds)} descriptors instead of {wanted} sockets"
+                )
             if isinstance(message, Deposit):
                 taken = self._take(message, fds[0])
             elif isinstance(message, Give):
@@ -254,7 +263,9 @@ class Desk:
         return -1 if held is None else held.fileno()
 
     def _take(self, deposit: Deposit, fd: int) -> bool:
-        if deposit.token in self._custody or not self.handler.expects(deposit.session, deposit.token):
+        if deposit.token in self._custody or not self.handler.expects(
+            deposit.session, deposit.token
+        ):
             return False
         held = socket.socket(fileno=fd)
         self._custody[deposit.token] = held

@@ -100,7 +100,9 @@ class Journal:
         except msgspec.DecodeError:
             self.intact = False  # what was read is still true
         self._live = {token: _encode(_Line(lease=entry)) for token, entry in found.items()}
-        self._live |= {session: _encode(_Line(member=member)) for session, member in members.items()}
+        self._live |= {
+            session: _encode(_Line(member=member)) for session, member in members.items()
+        }
         self.members = list(members.values())
         return list(found.values())
 
@@ -138,7 +140,9 @@ class Journal:
             self.flush()
 
     def _note(self, server: ServerIncarnation) -> None:
-        self.servers = [*(known for known in self.servers if known != server), server][-_SERVERS_KEPT:]
+        self.servers = [*(known for known in self.servers if known != server), server][
+            -_SERVERS_KEPT:
+        ]
 
     def mend(self) -> bool:
         """Write all anew if somebody has deleted the file, and keep it young; return whether that was so.
@@ -170,7 +174,11 @@ class Journal:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             # A broker that can grant but not remember: its successor must not believe what is there.
-            logger.error("cannot write %s (%s): a restarted broker will wait before it grants", self._path, error)
+            logger.error(
+                "cannot write %s (%s): a restarted broker will wait before it grants",
+                self._path,
+                error,
+            )
             self._path.unlink(missing_ok=True)
             os.close(self._fd)
             self._fd = -1
@@ -191,9 +199,15 @@ class Journal:
         fresh = self._path.with_suffix(".new")
         servers = [_encode(_Line(server=server)) for server in self.servers]
         data = b"".join([_encode(_Line(_VERSION, self._partial)), *servers, *self._live.values()])
-        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = os.open(
+            fresh,
+            os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW,
+            0o600,
+        )
         try:
-            if os.write(fd, data) != len(data):  # a full disk takes what it can, and says no more than this
+            if os.write(fd, data) != len(
+                data
+            ):  # a full disk takes what it can, and says no more than this
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             fresh.rename(self._path)
         except OSError as error:

@@ -59,7 +59,9 @@ class Lanes:
         self._wait_sockets: dict[str, _socket.socket] = {}
         self._watched: dict[str, list[int]] = {}
         self._lines: dict[bytes, int] = {}  # to the desk, by program
-        self._waiting: dict[bytes, InviteToLane] = {}  # to be let in, once they are at the desk; by session
+        self._waiting: dict[
+            bytes, InviteToLane
+        ] = {}  # to be let in, once they are at the desk; by session
 
     # --- workers
 
@@ -83,12 +85,17 @@ class Lanes:
         """Hand a lane to a session; later, if its process has not come to the desk yet."""
         self._waiting.pop(command.session, None)
         fds = self._handed.get(command.pool)
-        line = next((line for program, line in self._lines.items() if command.session.startswith(program)), None)
+        line = next(
+            (line for program, line in self._lines.items() if command.session.startswith(program)),
+            None,
+        )
         if line is None:
             self._waiting[command.session] = command
         elif fds is not None and self._desk is not None:
             self._desk.send_descriptors(
-                line, wire.LaneInvitation(command.session, command.number, command.index, self._network), fds
+                line,
+                wire.LaneInvitation(command.session, command.number, command.index, self._network),
+                fds,
             )
 
     # --- lanes
@@ -108,13 +115,23 @@ class Lanes:
                 lane.close()
             for fd in fds:
                 os.close(fd)
-            logger.warning("pool %r: no lane (%s): its connections are closed and opened instead", command.pool, error)
+            logger.warning(
+                "pool %r: no lane (%s): its connections are closed and opened instead",
+                command.pool,
+                error,
+            )
             return
         self._close(command.pool)
-        self._lanes[command.pool], self._handed[command.pool], self._wait_sockets[command.pool] = lane, fds, wait_socket
+        self._lanes[command.pool], self._handed[command.pool], self._wait_sockets[command.pool] = (
+            lane,
+            fds,
+            wait_socket,
+        )
         self._selector.register(wait_socket, selectors.EVENT_READ, lambda: self._read(command.pool))
         self._watch(command.pool)
-        self._call_soon(lambda ledger, now: ledger.lane_opened(command.pool, command.serial, lane.board, now))
+        self._call_soon(
+            lambda ledger, now: ledger.lane_opened(command.pool, command.serial, lane.board, now)
+        )
 
     def close_lane(self, command: CloseLane) -> None:
         """Let go of a lane."""
@@ -141,12 +158,19 @@ class Lanes:
         """Take what lies on a shelf, for those who wait at the broker."""
         commands: list[Command] = []
         lane = self._lanes.get(pool)
-        while lane is not None and lane.board.moving and most > 0 and (taken := lane.take_from_shelf()) is not None:
+        while (
+            lane is not None
+            and lane.board.moving
+            and most > 0
+            and (taken := lane.take_from_shelf()) is not None
+        ):
             moved, sock = taken
             sock.close()  # it is in custody
             most -= 1
             commands += self._ledger.found_on_shelf(pool, moved, time.monotonic())
-        return commands if most == 0 else commands + self._ledger.shelf_empty(pool, time.monotonic())
+        return (
+            commands if most == 0 else commands + self._ledger.shelf_empty(pool, time.monotonic())
+        )
 
     def _read(self, pool: str) -> None:
         """Take what came to the broker's own wait socket."""
@@ -167,11 +191,20 @@ class Lanes:
 
     def give(self, command: GiveInLane) -> None:
         """Give a connection that was given to the broker."""
-        lane, fd = self._lanes.get(command.pool), -1 if self._desk is None else self._desk.fileno_of(command.token)
-        if lane is None or fd < 0 or not lane.give(Item(command.token, command.cell, command.live, fd)):
+        lane, fd = (
+            self._lanes.get(command.pool),
+            -1 if self._desk is None else self._desk.fileno_of(command.token),
+        )
+        if (
+            lane is None
+            or fd < 0
+            or not lane.give(Item(command.token, command.cell, command.live, fd))
+        ):
             pool, token, live = command.pool, command.token, command.live
             self._call_soon(
-                lambda ledger, now: ledger.lane_full(pool, wire.Moved(0, token, command.cell, 0, live), now)
+                lambda ledger, now: ledger.lane_full(
+                    pool, wire.Moved(0, token, command.cell, 0, live), now
+                )
             )
 
     def _empty(self, pool: str) -> list[Command]:
@@ -192,7 +225,9 @@ class Lanes:
         if pool not in self._watched:
             self._watched[pool] = self._lanes[pool].outlets
             for fd in self._watched[pool]:
-                self._selector.register(fd, selectors.EVENT_READ, lambda: self._execute(self._empty(pool)))
+                self._selector.register(
+                    fd, selectors.EVENT_READ, lambda: self._execute(self._empty(pool))
+                )
 
     def _unwatch(self, pool: str) -> None:
         for fd in self._watched.pop(pool, []):

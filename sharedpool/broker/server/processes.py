@@ -114,7 +114,9 @@ class Watched:
             raise ProcessLookupError(f"process {process.pid} is another by now")
         watched = WatchedProcess(process, fd)
         self._selector.register(fd, selectors.EVENT_READ, watched)
-        if process.started:  # else its pid may be used again, and it cannot be told from the next one
+        if (
+            process.started
+        ):  # else its pid may be used again, and it cannot be told from the next one
             self._processes[process] = watched
         return watched
 

@@ -58,8 +58,12 @@ class RouterSocket:
         self._path = Path(address.removeprefix("ipc://")) if address.startswith("ipc://") else None
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
-        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unreachable peer is an error, not silence
-        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker that reconnects replaces its old connection
+        self._router.setsockopt(
+            zmq.ROUTER_MANDATORY, 1
+        )  # an unreachable peer is an error, not silence
+        self._router.setsockopt(
+            zmq.ROUTER_HANDOVER, 1
+        )  # a worker that reconnects replaces its old connection
         self._router.setsockopt(zmq.LINGER, 0)
         self._router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._router.setsockopt(zmq.IPV6, 1)
@@ -82,8 +86,12 @@ class RouterSocket:
 
     def bind(self) -> None:
         """Listen. Raise `SharedPoolError` when that cannot be."""
-        if self._path is not None and (self._path.is_symlink() or (self._path.exists() and not self._path.is_socket())):
-            raise SharedPoolError(f"cannot listen at {self._address}: there is a file that is no socket")
+        if self._path is not None and (
+            self._path.is_symlink() or (self._path.exists() and not self._path.is_socket())
+        ):
+            raise SharedPoolError(
+                f"cannot listen at {self._address}: there is a file that is no socket"
+            )
         mask = os.umask(0o177)  # the socket is this user's alone, wherever it lies
         try:
             self._router.bind(self._address)
@@ -127,7 +135,9 @@ class RouterSocket:
         self._used = True
         receive, admitted = self._router.recv, self._admitted
         for count in range(most):
-            if count == 1 and not self._has_messages():  # it mostly comes singly, and zmq.Again is dear
+            if (
+                count == 1 and not self._has_messages()
+            ):  # it mostly comes singly, and zmq.Again is dear
                 self.readable = False
                 return
             try:

@@ -59,7 +59,13 @@ from sharedpool.broker.server.custody import Custody
 from sharedpool.broker.server.drop_log import DropLog
 from sharedpool.broker.server.journal import Journal
 from sharedpool.broker.server.lanes import Lanes
-from sharedpool.broker.server.processes import Peer, Watched, WatchedProcess, process, raise_descriptor_limit
+from sharedpool.broker.server.processes import (
+    Peer,
+    Watched,
+    WatchedProcess,
+    process,
+    raise_descriptor_limit,
+)
 from sharedpool.broker.server.router_socket import Incoming, RouterSocket
 from sharedpool.broker.server.systemd import notify
 from sharedpool.broker.settings import BrokerSettings
@@ -95,7 +101,9 @@ _CHECK_FILES_EVERY_S = 2.0
 class Server:
     """One broker. `bind`, then `run` until `drain` or `stop` is called (from any thread or signal handler)."""
 
-    def __init__(self, settings: BrokerSettings, reread: Callable[[], BrokerSettings] | None = None) -> None:
+    def __init__(
+        self, settings: BrokerSettings, reread: Callable[[], BrokerSettings] | None = None
+    ) -> None:
         """`reread` returns the settings as they are to be from a `reload` on, or raises `ConfigError`."""
         self.settings = settings
         self._reread = reread
@@ -150,7 +158,11 @@ class Server:
             expiration_s=math.inf if settings.expiration_s is None else settings.expiration_s,
         )
         scope = settings.scope or ("" if settings.one_off else scope_of(settings.address))
-        self._leadership = Leadership(scope, self._lock.instance, self._call_soon) if scope and settings.dsn else None
+        self._leadership = (
+            Leadership(scope, self._lock.instance, self._call_soon)
+            if scope and settings.dsn
+            else None
+        )
         self._control = Control(
             settings.dsn,
             settings.max_conn,
@@ -160,8 +172,12 @@ class Server:
             self._leadership,
             maintenance=settings.automatic,
         )
-        self._admin_requests = AdminRequests(self._ledger, self._control, self._execute, self._report)
-        self._custody = Custody(self._desk, self._ledger, self._control, self._execute, self._calls.append)
+        self._admin_requests = AdminRequests(
+            self._ledger, self._control, self._execute, self._report
+        )
+        self._custody = Custody(
+            self._desk, self._ledger, self._control, self._execute, self._calls.append
+        )
         self._lanes = self._custody.lanes = Lanes(
             self._desk, self._ledger, self._selector, self._execute, self._calls.append
         )
@@ -189,9 +205,13 @@ class Server:
             VerifyServer: self._control.verify_server,
             Watch: self._watch,
             Forget: self._forget,
-            Log: lambda log: logger.log(log.level, "%s", log.text, extra={"sharedpool": log.fields}),
+            Log: lambda log: logger.log(
+                log.level, "%s", log.text, extra={"sharedpool": log.fields}
+            ),
         }
-        self._files = AddressFiles(settings.address, self._lock, self._journal, self._router, self._desk)
+        self._files = AddressFiles(
+            settings.address, self._lock, self._journal, self._router, self._desk
+        )
         # A crashed broker leaves its socket, should somebody have deleted the rest.
         self._follows = not self._lock.first or self._router.left_behind
         self._open_metrics()
@@ -208,7 +228,9 @@ class Server:
         try:
             self._desk = desks.Desk(path)
         except OSError as error:
-            logger.warning("no desk at %s (%s): a killed worker's slots come back later", path, error)
+            logger.warning(
+                "no desk at %s (%s): a killed worker's slots come back later", path, error
+            )
 
     def _open_metrics(self) -> None:
         if not self.settings.metrics:
@@ -237,7 +259,9 @@ class Server:
         self._selector.register(self._wake_in, selectors.EVENT_READ, None)
         if self._desk is not None:
             self._selector.register(self._desk.lines, selectors.EVENT_READ, self._desk.receive)
-            self._selector.register(self._desk.custody, selectors.EVENT_READ, self._desk.check_custody)
+            self._selector.register(
+                self._desk.custody, selectors.EVENT_READ, self._desk.check_custody
+            )
         assert self._lock is not None, "bind() first"
         raise_descriptor_limit()
         self._announce()
@@ -320,11 +344,16 @@ class Server:
             for line in str(error).splitlines():
                 logger.error("not reloaded: %s", line)
             return
-        old, live = self.settings, replace(self.settings, max_conn=new.max_conn, groups=new.groups, limits=new.limits)
+        old, live = (
+            self.settings,
+            replace(self.settings, max_conn=new.max_conn, groups=new.groups, limits=new.limits),
+        )
         self.settings = live
         self._execute(self._ledger.configure(new.max_conn, new.groups, new.limits, now))
         changed, waiting = _different(old, live), _different(live, new)
-        logger.info("reloaded: %s", "new " + ", ".join(changed) if changed else "nothing has changed")
+        logger.info(
+            "reloaded: %s", "new " + ", ".join(changed) if changed else "nothing has changed"
+        )
         if waiting:
             logger.warning("only a restart changes %s", ", ".join(waiting))
 
@@ -350,7 +379,9 @@ class Server:
         if not self._ledger.leases:
             return True
         if now >= self._drained_by:
-            logger.warning("%d leases were not brought back: their connections live on", self._ledger.leases)
+            logger.warning(
+                "%d leases were not brought back: their connections live on", self._ledger.leases
+            )
             return True
         return False
 
@@ -393,7 +424,9 @@ class Server:
                 self._unsent.append((session, Reject(version_mismatch_text(version), fatal=True)))
             else:
                 name = session.hex()[:12]
-                self._drop_log.dropped("dropped a message from %s: %s", name, str(error)[:_SHOWN], session=name)
+                self._drop_log.dropped(
+                    "dropped a message from %s: %s", name, str(error)[:_SHOWN], session=name
+                )
             return
         now = time.monotonic()
         if isinstance(message, Status):
@@ -414,7 +447,9 @@ class Server:
         near = peer.loopback and not hello.host and hello.pid_namespace == self._pid_namespace
         pid = peer.pid or (hello.pid if near else 0)
         if pid:
-            hello = structs.replace(hello, pid=pid)  # a container's first process is 1 to itself, and so is any other's
+            hello = structs.replace(
+                hello, pid=pid
+            )  # a container's first process is 1 to itself, and so is any other's
         elif not hello.host and hello.pid_namespace != self._pid_namespace:
             hello = structs.replace(hello, host=pid_namespace(hello.pid_namespace))
         self._carry_out(self._ledger.handle(session, hello, now, process(pid) if pid else None))
@@ -433,12 +468,18 @@ class Server:
     def _timeout_s(self, now: float, unused_since: float) -> float:
         if self._router.poll() or self._calls:
             return 0.0
-        deadlines = [self._sample_at, self._check_files_at, *([] if self._drained_by is None else [self._drained_by])]
+        deadlines = [
+            self._sample_at,
+            self._check_files_at,
+            *([] if self._drained_by is None else [self._drained_by]),
+        ]
         if (deadline := self._admin_requests.next_deadline()) is not None:
             deadlines.append(deadline)
         if (deadline := self._ledger.next_deadline()) is not None:
             deadlines.append(deadline)
-        if self.settings.linger_s is not None and not (self._ledger.leases or self._ledger.sessions):
+        if self.settings.linger_s is not None and not (
+            self._ledger.leases or self._ledger.sessions
+        ):
             deadlines.append(unused_since + self.settings.linger_s)
         return max(0.0, min(deadlines) - now)
 
@@ -510,10 +551,21 @@ class Server:
 
     def _announce(self) -> None:
         settings = self.settings
-        limit = f"{settings.max_conn} connections over all pools" if settings.max_conn else "each pool's own max_conn"
+        limit = (
+            f"{settings.max_conn} connections over all pools"
+            if settings.max_conn
+            else "each pool's own max_conn"
+        )
         epoch = self._ledger.epoch
         text = "broker %d at %s enforces %s (epoch %d)"
-        logger.info(text, os.getpid(), settings.address, limit, epoch, extra={"sharedpool": {"epoch": epoch}})
+        logger.info(
+            text,
+            os.getpid(),
+            settings.address,
+            limit,
+            epoch,
+            extra={"sharedpool": {"epoch": epoch}},
+        )
 
     def _report(self, now: float) -> Report:
         pools, sessions = self._ledger.report(now)
@@ -568,4 +620,6 @@ def _server_of(dsn: str | None) -> str:
 
 
 def _different(one: BrokerSettings, other: BrokerSettings) -> list[str]:
-    return [each.name for each in fields(one) if getattr(one, each.name) != getattr(other, each.name)]
+    return [
+        each.name for each in fields(one) if getattr(one, each.name) != getattr(other, each.name)
+    ]

@@ -21,8 +21,12 @@ def notify(address: str, state: str) -> None:
     if not address:
         return
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | getattr(socket, "SOCK_CLOEXEC", 0)) as supervisor:
-            supervisor.connect(b"\0" + os.fsencode(address[1:]) if address.startswith("@") else address)
+        with socket.socket(
+            socket.AF_UNIX, socket.SOCK_DGRAM | getattr(socket, "SOCK_CLOEXEC", 0)
+        ) as supervisor:
+            supervisor.connect(
+                b"\0" + os.fsencode(address[1:]) if address.startswith("@") else address
+            )
             supervisor.sendall(state.encode())
     except OSError as error:
         logger.warning("cannot say %s to NOTIFY_SOCKET %s: %s", state, address, error)
@@ -43,7 +47,9 @@ def activated() -> tuple[int, str] | None:
         name = listener.getsockname()
         families = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
         if listener.type != socket.SOCK_STREAM or listener.family not in families:
-            raise ConfigError("LISTEN_FDS: the socket must be a stream at a path or a port (ListenStream=)")
+            raise ConfigError(
+                "LISTEN_FDS: the socket must be a stream at a path or a port (ListenStream=)"
+            )
         if listener.family == socket.AF_UNIX:
             return _FIRST_FD, f"ipc://{os.fsdecode(name)}"
         host = f"[{name[0]}]" if listener.family == socket.AF_INET6 else name[0]

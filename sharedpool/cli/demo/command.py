@@ -26,7 +26,16 @@ import psycopg2
 
 from sharedpool.broker.launch.run import start_broker
 from sharedpool.cli.client import fetch_report
-from sharedpool.cli.demo.view import Moment, Rate, Summary, View, as_document, as_text, choose_view, judge
+from sharedpool.cli.demo.view import (
+    Moment,
+    Rate,
+    Summary,
+    View,
+    as_document,
+    as_text,
+    choose_view,
+    judge,
+)
 from sharedpool.cli.demo.workers import ACCOUNTS, GET_CONN_LIMIT_S, WorkerFleet, shielded_children
 from sharedpool.errors import SharedPoolError
 from sharedpool.postgres.throwaway_server import EphemeralPostgres, PostgresFailed, PostgresNotFound
@@ -51,8 +60,16 @@ WHERE backend_type = 'client backend' AND application_name NOT LIKE 'sharedpool 
 
 
 @click.command()
-@click.option("--workers", type=click.IntRange(min=1), default=16, show_default=True, help="Worker processes.")
-@click.option("--max-conn", type=click.IntRange(min=1), default=5, show_default=True, help="The limit that they share.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=16, show_default=True, help="Worker processes."
+)
+@click.option(
+    "--max-conn",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="The limit that they share.",
+)
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, max=86400, min_open=True),
@@ -70,13 +87,17 @@ def demo(workers: int, max_conn: int, seconds: float, plain: bool, as_json: bool
     behind, also after Ctrl-C.
     """
     for name in [name for name in os.environ if name.startswith("PG")]:
-        del os.environ[name]  # libpq's defaults are for the user's own server; our children inherit ours
+        del os.environ[
+            name
+        ]  # libpq's defaults are for the user's own server; our children inherit ours
     try:
         with _Signals() as signals:
             summary = _run(workers, max_conn, seconds, choose_view(plain), signals)
             signals.check()
     except _Stopped as stopped:
-        click.echo(f"\nstopped by {stopped.signal.name}: processes, server and files are gone", err=True)
+        click.echo(
+            f"\nstopped by {stopped.signal.name}: processes, server and files are gone", err=True
+        )
         raise SystemExit(128 + stopped.signal) from None
     except (PostgresNotFound, PostgresFailed, psycopg2.Error) as error:
         raise click.ClickException(str(error).strip()) from error
@@ -140,7 +161,9 @@ def _run(workers: int, max_conn: int, seconds: float, view: View, signals: _Sign
         )
 
 
-def _watch(fleet: WorkerFleet, observer: _Observer, address: str, first: Moment, view: View) -> float:
+def _watch(
+    fleet: WorkerFleet, observer: _Observer, address: str, first: Moment, view: View
+) -> float:
     """Let the workers work and show it; return for how many seconds they did."""
     rate = Rate()
     fleet.send("go")

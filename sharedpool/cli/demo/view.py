@@ -109,7 +109,9 @@ def judge(summary: Summary) -> list[Condition]:
         ),
         Condition("no errors", not s.errors, errors),
         Condition(
-            "every process committed something", s.idle_workers == 0, f"{s.workers - s.idle_workers} of {s.workers}"
+            "every process committed something",
+            s.idle_workers == 0,
+            f"{s.workers - s.idle_workers} of {s.workers}",
         ),
     ]
 
@@ -134,7 +136,10 @@ def as_text(summary: Summary) -> str:
         ("transactions", f"{s.committed} ({s.committed / s.elapsed_s:.0f} a second)"),
         ("wait for a connection", f"p50 {s.wait_p50_ms:.2f} ms, p99 {s.wait_p99_ms:.1f} ms"),
         ("recalls", f"{s.recalls} connections given back because others waited"),
-        ("errors", ", ".join(f"{count} x {name}" for name, count in sorted(s.errors.items())) or "none"),
+        (
+            "errors",
+            ", ".join(f"{count} x {name}" for name, count in sorted(s.errors.items())) or "none",
+        ),
         ("total balance", f"{s.balance_before} before, {s.balance_after} after"),
     ]
     return "\n".join(
@@ -161,7 +166,11 @@ class View(Protocol):
 
 def choose_view(plain: bool) -> View:
     """Return the live view where rich and a terminal are there, else plain lines."""
-    if plain or not (sys.stdout.isatty() and sys.stderr.isatty()) or importlib.util.find_spec("rich") is None:
+    if (
+        plain
+        or not (sys.stdout.isatty() and sys.stderr.isatty())
+        or importlib.util.find_spec("rich") is None
+    ):
         return PlainView()
     from rich.console import Console
 
@@ -257,12 +266,19 @@ def panel(m: Moment, history: Sequence[float], unicode: bool = True) -> Renderab
     grid.add_row("leases", _bar(parts, m.limit, block, light).append(f" {m.leases} of {m.limit}"))
     grid.add_row("", legend)
     grid.add_row()
-    grid.add_row("server", _bar(server, m.limit, block, light).append(f" {m.server_now} of {m.limit}"))
+    grid.add_row(
+        "server", _bar(server, m.limit, block, light).append(f" {m.server_now} of {m.limit}")
+    )
     peak = Text(f"peak {m.server_peak}", "bold red" if over else "bold green")
-    grid.add_row("", peak.append(f" in {m.samples} samples of pg_stat_activity", "not bold default"))
+    grid.add_row(
+        "", peak.append(f" in {m.samples} samples of pg_stat_activity", "not bold default")
+    )
     grid.add_row()
     waiting = Text((block if unicode else "*") * min(m.waiting, _BAR_CELLS), "yellow")
-    grid.add_row("waiting", waiting.append(f"{' ' if m.waiting else ''}{m.waiting} for a connection", "default"))
+    grid.add_row(
+        "waiting",
+        waiting.append(f"{' ' if m.waiting else ''}{m.waiting} for a connection", "default"),
+    )
     grid.add_row("recalls", f"{m.recalls}")
     grid.add_row()
     grid.add_row("transfers", f"{m.committed}, {m.per_second:.0f} a second")

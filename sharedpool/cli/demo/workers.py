@@ -160,7 +160,9 @@ class WorkerFleet:
             ours, theirs = context.Pipe()
             with shielded_children():
                 name = f"sharedpool-demo-{number}"
-                process = context.Process(target=work, args=(theirs, *arguments), name=name, daemon=True)
+                process = context.Process(
+                    target=work, args=(theirs, *arguments), name=name, daemon=True
+                )
                 process.start()
             theirs.close()
             self.workers.append(Worker(process, ours))

@@ -40,8 +40,15 @@ from sharedpool.worker.pool import Pool, ThreadedConnectionPool
 
 DEFAULT_TIMEOUT_S = 30.0
 
-_OPTIONS = frozenset(inspect.signature(config_pool).parameters) - {"pool_manager", "dsn", "db_url", "connect_kwargs"}
-_pools: dict[str, tuple[dict[str, Any], Pool]] = {}  # by name, with the settings that they were made of
+_OPTIONS = frozenset(inspect.signature(config_pool).parameters) - {
+    "pool_manager",
+    "dsn",
+    "db_url",
+    "connect_kwargs",
+}
+_pools: dict[
+    str, tuple[dict[str, Any], Pool]
+] = {}  # by name, with the settings that they were made of
 _lock = threading.Lock()
 
 
@@ -78,13 +85,19 @@ class DatabaseWrapper(postgresql.DatabaseWrapper):
 
     def get_connection_params(self) -> dict[str, Any]:
         """Return what psycopg2 is to be told."""
-        return {name: value for name, value in super().get_connection_params().items() if name not in _OPTIONS}
+        return {
+            name: value
+            for name, value in super().get_connection_params().items()
+            if name not in _OPTIONS
+        }
 
     @async_unsafe
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
         """Check a connection out; Django's `close()` checks it in."""
         if self.alias == NO_DB_ALIAS:
-            return super().get_new_connection(conn_params)  # to the server, not to a database: CREATE DATABASE
+            return super().get_new_connection(
+                conn_params
+            )  # to the server, not to a database: CREATE DATABASE
 
         pool = self._shared_pool(conn_params)
 
@@ -105,14 +118,21 @@ class DatabaseWrapper(postgresql.DatabaseWrapper):
             del self.Database
 
     def _shared_pool(self, conn_params: dict[str, Any]) -> Pool:
-        options = {name: value for name, value in self.settings_dict["OPTIONS"].items() if name in _OPTIONS}
-        settings = {"timeout": DEFAULT_TIMEOUT_S} | options | conn_params | {"name": self._pool_name()}
+        options = {
+            name: value for name, value in self.settings_dict["OPTIONS"].items() if name in _OPTIONS
+        }
+        settings = (
+            {"timeout": DEFAULT_TIMEOUT_S} | options | conn_params | {"name": self._pool_name()}
+        )
         name = settings["name"]
         if (made := _pools.get(name)) is None or made[0] != settings:
             with _lock:
                 if (made := _pools.get(name)) is None or made[0] != settings:
                     try:
-                        made = settings, config_pool(pool_manager=ThreadedConnectionPool, **settings)
+                        made = (
+                            settings,
+                            config_pool(pool_manager=ThreadedConnectionPool, **settings),
+                        )
                     except ConfigError as error:
                         raise ImproperlyConfigured(f"DATABASES[{self.alias!r}]: {error}") from error
                     _pools[name] = made

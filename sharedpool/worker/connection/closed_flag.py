@@ -53,7 +53,9 @@ def _writable() -> tuple[Any, _Member] | None:
     member = _Member(b"sharedpool_gate", _T_LONG, found.offset, 0, None)
     make = ctypes.pythonapi.PyDescr_NewMember
     make.argtypes, make.restype = [ctypes.py_object, ctypes.c_void_p], ctypes.py_object
-    return make(extensions.connection, ctypes.addressof(member)), member  # which must live as long as the descriptor
+    return make(
+        extensions.connection, ctypes.addressof(member)
+    ), member  # which must live as long as the descriptor
 
 
 def _has_lock() -> bool:

@@ -70,7 +70,9 @@ def take_witness(conn: PooledConnection) -> Owned | None:
         conn.__dict__.pop("sharedpool_witness", None)
         return None
     try:
-        return Owned(fileno=conn.__dict__.pop("sharedpool_witness"))  # one line: it always has an owner
+        return Owned(
+            fileno=conn.__dict__.pop("sharedpool_witness")
+        )  # one line: it always has an owner
     except KeyError:
         return None
 
@@ -89,7 +91,9 @@ class _Holder(weakref.ref["PooledConnection"]):
 # By number: whose it is, libpq's or the witness. A connection's finalizer may be interrupted, and is not called again;
 # psycopg2 itself does not close one that is shut to its user (`closed_flag.py`).
 _numbers: dict[int, tuple[_Holder, tuple[Identity, ...]]] = {}
-_ownerless: dict[int, tuple[object, float]] = {}  # which of them, and since when it is known to be nobody's
+_ownerless: dict[
+    int, tuple[object, float]
+] = {}  # which of them, and since when it is known to be nobody's
 FINALIZING_S = 0.1  # no finalizer that goes on takes longer
 
 
@@ -142,7 +146,9 @@ def close_ownerless() -> bool:
     return left
 
 
-def _end_sessions(conns: Iterable[tuple[PooledConnection, Owned | int | None]], limit_s: float) -> None:
+def _end_sessions(
+    conns: Iterable[tuple[PooledConnection, Owned | int | None]], limit_s: float
+) -> None:
     """Tell backends by their sockets that no more will come; note whose end of the socket is closed in time.
 
     A socket that has died here proves nothing: its backend may live on, and the broker is to see to it.
@@ -168,7 +174,9 @@ def _end_sessions(conns: Iterable[tuple[PooledConnection, Owned | int | None]], 
                 conn.sharedpool_gone = closed and conn.sharedpool_direct is True
 
 
-def end_session(conn: PooledConnection, witness: Owned | int | None, limit_s: float = CLOSE_LIMIT_S) -> None:
+def end_session(
+    conn: PooledConnection, witness: Owned | int | None, limit_s: float = CLOSE_LIMIT_S
+) -> None:
     """End a session by its witness alone; `sharedpool_gone` as ever. The descriptor stays the caller's."""
     _end_sessions([(conn, witness)], limit_s)
 
@@ -250,7 +258,10 @@ def replace_socket(conn: PooledConnection) -> None:
 
 def expect_descriptor(conn: PooledConnection, known: Identity) -> int:
     """Note what libpq's descriptor is to be from now on, and return it; until it is that, it may be what it was."""
-    conn.sharedpool_known = (*conn.sharedpool_known[-2:], known)  # a session, a probe, a dead end: `handover.vacate`
+    conn.sharedpool_known = (
+        *conn.sharedpool_known[-2:],
+        known,
+    )  # a session, a probe, a dead end: `handover.vacate`
     number = descriptor_of(conn)
     register(conn, number)
     return number

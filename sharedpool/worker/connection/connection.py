@@ -43,7 +43,9 @@ from sharedpool.worker.connection.pooled import PooledConnection
 
 PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 _EPOCH, _MICROSECOND = datetime.fromtimestamp(0, UTC), timedelta(microseconds=1)
-CHECK_AFTER_S = 0.5  # idle, or lent out, for longer than this: look whether the server is still there
+CHECK_AFTER_S = (
+    0.5  # idle, or lent out, for longer than this: look whether the server is still there
+)
 # What tells whether a server is a primary one.
 ROLE_PARAMETERS = ("in_hot_standby", "default_transaction_read_only")
 _ROLE_PARAMETERS_C = tuple(name.encode() for name in ROLE_PARAMETERS)
@@ -84,7 +86,8 @@ class Connection(PooledConnection):
             lease.at_close(self)
             return
         elif lease is None and (
-            self.closed == closed_flag.SHUT or (returned is not None and returned.phase is Phase.IDLE)
+            self.closed == closed_flag.SHUT
+            or (returned is not None and returned.phase is Phase.IDLE)
         ):
             return  # it is the pool's, for the next user
         close_confirmed([self])
@@ -130,7 +133,11 @@ class Connection(PooledConnection):
 
     def get_backend_pid(self) -> int:
         """Return the process id of the server's process for this session."""
-        return super().get_backend_pid() if self.sharedpool_adopted is None else self.sharedpool_adopted.pid
+        return (
+            super().get_backend_pid()
+            if self.sharedpool_adopted is None
+            else self.sharedpool_adopted.pid
+        )
 
     def _adopted_names(self) -> server_facts.ServerFacts | None:
         encoded = None if self.sharedpool_adopted is None else self.sharedpool_names
@@ -151,7 +158,9 @@ class Connection(PooledConnection):
     def get_dsn_parameters(self) -> dict[str, str]:
         """Return the parameters of the connection, defaults included: see psycopg2."""
         known = self._adopted_names()
-        return super().get_dsn_parameters() if known is None or self.closed else dict(known.parameters)
+        return (
+            super().get_dsn_parameters() if known is None or self.closed else dict(known.parameters)
+        )
 
     def __repr__(self) -> str:
         text = super().__repr__()
@@ -170,20 +179,26 @@ class Connection(PooledConnection):
             raise psycopg2.InterfaceError("cannot cancel: the connection was returned to its pool")
         self.sharedpool_local.cancel_query(self.sharedpool_lease.token)
 
-    def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:  # at the interpreter's end `os` may be gone
+    def __del__(
+        self, getpid: Callable[[], int] = os.getpid
+    ) -> None:  # at the interpreter's end `os` may be gone
         # Dropped while checked out: no lock may be taken here, so the link's thread brings it back.
         if self.sharedpool_pid != getpid():
             return  # never opened, or inherited
         if self.sharedpool_lease is None:
             close_witness(self)
             if owns_descriptor(self):
-                closed_flag.mark_broken(self)  # else psycopg2 takes it for closed, and leaves the descriptor open
+                closed_flag.mark_broken(
+                    self
+                )  # else psycopg2 takes it for closed, and leaves the descriptor open
             else:
                 keep_forever(self)
             unregister_all(self)
         else:
             unregister_all(self)
-            self.sharedpool_finalized = True  # Python calls this once in an object's life: it is not lent out again
+            self.sharedpool_finalized = (
+                True  # Python calls this once in an object's life: it is not lent out again
+            )
             self.sharedpool_local.orphans.append(self)
             self.sharedpool_local.wake_link()
 
@@ -249,7 +264,11 @@ def connect(
     keywords = {**conninfo.python_kwargs, **named}
     factory = pooled_class(keywords.pop("connection_factory", None))
     parameters = extensions.parse_dsn(dsn)
-    asked = keywords.get("connect_timeout") or parameters.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT")
+    asked = (
+        keywords.get("connect_timeout")
+        or parameters.get("connect_timeout")
+        or os.environ.get("PGCONNECT_TIMEOUT")
+    )
     limit_s = _number(asked) if asked is not None else CONNECT_LIMIT_S
     if timeout_s is not None and limit_s is not None and not 0 < limit_s <= timeout_s:
         limit_s = max(0.1, timeout_s)
@@ -263,7 +282,9 @@ def connect(
         if made:  # by what tries again, or by what connects twice
             if failed:
                 raise failed[0]
-            raise SharedPoolError("psycopg2.connect() is wrapped by what connects twice: a pool has to count each")
+            raise SharedPoolError(
+                "psycopg2.connect() is wrapped by what connects twice: a pool has to count each"
+            )
         conn = factory.__new__(factory)
         made.append(conn)
         conn.sharedpool_started = started
@@ -337,7 +358,9 @@ def describe(conn: PooledConnection) -> Backend:
             pooled = pid != conn.info.backend_pid
             ends = None if client is None else ((client, client_port), (server, server_port))
             conn.sharedpool_direct = not pooled and is_direct(conn.fileno(), pid, ends)
-            return Backend(pid, start_us, boot_us, conn.sharedpool_direct, (name or "") if pooled else None)
+            return Backend(
+                pid, start_us, boot_us, conn.sharedpool_direct, (name or "") if pooled else None
+            )
     except (psycopg2.ProgrammingError, psycopg2.NotSupportedError, psycopg2.DataError, ValueError):
         return _unknown(conn)
     finally:
@@ -395,7 +418,9 @@ def is_alive(conn: PooledConnection) -> bool:
 def is_unused(conn: PooledConnection) -> bool:
     """Say whether nobody uses a connection, nor has left a transaction open on it. No system call."""
     return (
-        conn.status == extensions.STATUS_READY and not conn.get_transaction_status() and not closed_flag.is_locked(conn)
+        conn.status == extensions.STATUS_READY
+        and not conn.get_transaction_status()
+        and not closed_flag.is_locked(conn)
     )
 
 
@@ -431,12 +456,21 @@ def clean(conn: PooledConnection) -> bool:
             return False
         if status != extensions.TRANSACTION_STATUS_IDLE:
             conn.sharedpool_erred = status == extensions.TRANSACTION_STATUS_INERROR
-            wrapper.as_user_sees(conn).rollback()  # its user's: psycopg2.pool does it so, and who traces that sees it
+            wrapper.as_user_sees(
+                conn
+            ).rollback()  # its user's: psycopg2.pool does it so, and who traces that sees it
         sync_transaction_status(conn)
         if conn.sharedpool_touched and settings_of(conn) != conn.sharedpool_session:
-            autocommit, isolation_level, readonly, deferrable, conn.cursor_factory, encoding = conn.sharedpool_session
+            autocommit, isolation_level, readonly, deferrable, conn.cursor_factory, encoding = (
+                conn.sharedpool_session
+            )
             conn.set_client_encoding(encoding)
-            conn.set_session(isolation_level or "default", _or_default(readonly), _or_default(deferrable), autocommit)
+            conn.set_session(
+                isolation_level or "default",
+                _or_default(readonly),
+                _or_default(deferrable),
+                autocommit,
+            )
         conn.sharedpool_touched = False
     except psycopg2.Error:
         return False

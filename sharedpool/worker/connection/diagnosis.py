@@ -53,7 +53,9 @@ class Diagnosis:
         self._code = ""
         self._known_until = float("-inf")
 
-    def of(self, conn: PooledConnection, error: BaseException, deadline: float | None, known: str = "") -> Failure:
+    def of(
+        self, conn: PooledConnection, error: BaseException, deadline: float | None, known: str = ""
+    ) -> Failure:
         """Say what is known of a connect that failed; may connect again, for a second at most, not past `deadline`.
 
         `known`: the SQLSTATE with which the server refuses everybody, if it does; then that is taken for the reason.
@@ -83,7 +85,9 @@ class Diagnosis:
             limit_s = _LIMIT_S if deadline is None else min(_LIMIT_S, deadline - now)
             self._code, reached = _ask(conn, tried, limit_s) if limit_s > 0 else ("", True)
             if not reached:
-                return Failure(conn.sharedpool_gone, text, unreachable=True, closed=conn.sharedpool_closed)
+                return Failure(
+                    conn.sharedpool_gone, text, unreachable=True, closed=conn.sharedpool_closed
+                )
             self._asked_password = tried.asked_password
             # How a server is may change at any moment.
             lasts = self._code and not self._code.startswith(_OF_THE_SERVER)
@@ -155,5 +159,7 @@ def _ask(conn: PooledConnection, tried: libpq.Tried, limit_s: float) -> tuple[st
                 end_session(conn, witness)
             finally:
                 os.close(witness)
-    code = next((code for code in codes if code.startswith(_OF_THE_SERVER)), codes[0] if codes else "")
+    code = next(
+        (code for code in codes if code.startswith(_OF_THE_SERVER)), codes[0] if codes else ""
+    )
     return code, bool(code) or reached

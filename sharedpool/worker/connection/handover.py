@@ -30,8 +30,19 @@ from sharedpool.descriptors.owned import NO_SIGNAL, Owned, identity, is_still
 from sharedpool.postgres import libpq
 from sharedpool.wire.desk import Live
 from sharedpool.worker.connection import closing, renewal, reset
-from sharedpool.worker.connection.closing import abandon, descriptor_of, expect_descriptor, keep_forever, register
-from sharedpool.worker.connection.connection import ROLE_PARAMETERS, is_alive, is_unused, pooled_class
+from sharedpool.worker.connection.closing import (
+    abandon,
+    descriptor_of,
+    expect_descriptor,
+    keep_forever,
+    register,
+)
+from sharedpool.worker.connection.connection import (
+    ROLE_PARAMETERS,
+    is_alive,
+    is_unused,
+    pooled_class,
+)
 from sharedpool.worker.connection.pooled import PooledConnection
 from sharedpool.worker.connection.server_facts import decode, facts_of
 
@@ -82,7 +93,11 @@ def prepare(conn: PooledConnection, command: bytes) -> bytes | None:
     encoded = parameters(conn)
     if encoded != conn.sharedpool_made_with:
         # libpq is to read what a first reset reports, else the object would be of no use for the next session here.
-        if not libpq.execute(conn, command, reset.LIMIT_S) or not is_unused(conn) or not is_alive(conn):
+        if (
+            not libpq.execute(conn, command, reset.LIMIT_S)
+            or not is_unused(conn)
+            or not is_alive(conn)
+        ):
             return None
         encoded = parameters(conn)
     if command != DISCARD:  # where they are not reset, what a user has set is not to be another's
@@ -109,14 +124,18 @@ def parameters(conn: extensions.connection) -> bytes:
 def _server_in(parameters: bytes) -> tuple[bytes | None, ...]:
     """Return what `server_of` does, of a session with these parameters."""
     found = _decode(parameters)
-    return tuple([None if (value := found.get(name)) is None else value.encode() for name in ROLE_PARAMETERS])
+    return tuple(
+        [None if (value := found.get(name)) is None else value.encode() for name in ROLE_PARAMETERS]
+    )
 
 
 @functools.lru_cache(maxsize=256)
 def encoded_parameters(values: tuple[bytes | None, ...]) -> bytes:
     """Return what `parameters` does, of these values of `names_of_parameters`."""
     found = zip(_REPORTED, values, strict=True)
-    return _encode({name: value.decode("utf-8", "replace") for name, value in found if value is not None})
+    return _encode(
+        {name: value.decode("utf-8", "replace") for name, value in found if value is not None}
+    )
 
 
 def vacate(conn: PooledConnection) -> bool:
@@ -176,7 +195,13 @@ _KEYWORDS = {
     **({"sslnegotiation": "postgres"} if extensions.libpq_version() >= 170000 else {}),
 }  # fmt: skip
 # Classes that keep nothing: their objects are used again, as plain ones are.
-_KNOWN = (None, extensions.connection, extras.DictConnection, extras.RealDictConnection, extras.NamedTupleConnection)
+_KNOWN = (
+    None,
+    extensions.connection,
+    extras.DictConnection,
+    extras.RealDictConnection,
+    extras.NamedTupleConnection,
+)
 
 
 class Shells:
@@ -189,7 +214,9 @@ class Shells:
         """`keywords` are those for Python's side of a connection: its classes."""
         self._cursor_factory = keywords.get("cursor_factory")
         self._factory = pooled_class(keywords.get("connection_factory"))
-        self.are_known = keywords.get("connection_factory") in _KNOWN  # else a user's code runs where one is built
+        self.are_known = (
+            keywords.get("connection_factory") in _KNOWN
+        )  # else a user's code runs where one is built
         self._lock = threading.Lock()
         self._stock: OrderedDict[bytes, list[PooledConnection]] = OrderedDict()
         self._kept = 0
@@ -217,7 +244,9 @@ class Shells:
             try:
                 shell = self._build(parameters, live)
             except psycopg2.Error:
-                require(FOR_A_SHELL, "an empty connection")  # libpq does not tell when these were lacking
+                require(
+                    FOR_A_SHELL, "an empty connection"
+                )  # libpq does not tell when these were lacking
                 raise
             renewal.at_start(shell)
         shell.sharedpool_made_with = live.parameters
@@ -236,7 +265,10 @@ class Shells:
         """Keep a vacated connection for later, unless it is of a user's own class, has half a message in its buffer, or
         libpq's `parameters` are others than those that it was made with.
         """
-        if not (self.are_known and shell.sharedpool_emptied) or parameters != shell.sharedpool_made_with:
+        if (
+            not (self.are_known and shell.sharedpool_emptied)
+            or parameters != shell.sharedpool_made_with
+        ):
             abandon(shell)
             return
         with self._lock:
@@ -267,7 +299,12 @@ class Shells:
         # A user's class may ask, when it is set up.
         shell.sharedpool_adopted, shell.sharedpool_names = live.backend, live.names
         with Stub(parameters) as stub:
-            server = {"host": stub.host, "port": str(stub.port), "options": names.options, **_KEYWORDS}
+            server = {
+                "host": stub.host,
+                "port": str(stub.port),
+                "options": names.options,
+                **_KEYWORDS,
+            }
             # Not by `psycopg2.connect`: nobody is to see, or trace, that something connects.
             try:
                 shell.__init__(extensions.make_dsn(user=names.user, dbname=names.dbname, **server))  # type: ignore[misc]
@@ -284,7 +321,9 @@ class Shells:
         """Raise when a user's class did what only a server can answer: its object is not what it should be."""
         what = f"the connection class {self._factory.__name__.removeprefix('Pooled')}"
         if shell.closed or shell.status != extensions.STATUS_READY:
-            raise psycopg2.InterfaceError(f"{what} executes statements while it connects: configure= is for that")
+            raise psycopg2.InterfaceError(
+                f"{what} executes statements while it connects: configure= is for that"
+            )
         if extensions.ConnectionInfo(shell).host != stub.host:
             raise psycopg2.InterfaceError(f"{what} connects elsewhere than it is told to")
 
@@ -330,7 +369,10 @@ class Stub:
         self._listener.close()
 
     def _serve(self) -> None:
-        with contextlib.suppress(OSError), self._listener:  # by its end who has connected fails at once, and says so
+        with (
+            contextlib.suppress(OSError),
+            self._listener,
+        ):  # by its end who has connected fails at once, and says so
             client, _ = self._listener.accept()
             while not _is_ours(client):  # whoever else found the address
                 client.close()
@@ -340,7 +382,9 @@ class Stub:
                 while (version := _startup(client)) in (_SSL_REQUEST, _GSS_REQUEST):
                     client.sendall(_REFUSE, NO_SIGNAL)
                 newer = version & 0xFFFF
-                said = (_message(_NEGOTIATE, struct.pack("!ii", 0, 0)) if newer else b"") + self._greeting
+                said = (
+                    _message(_NEGOTIATE, struct.pack("!ii", 0, 0)) if newer else b""
+                ) + self._greeting
                 client.sendall(said, NO_SIGNAL)
 
 
@@ -364,7 +408,12 @@ def _greeting(parameters: Mapping[str, str]) -> bytes:
     """Return what a server says to a client that it lets in (protocol 3.0: "Start-up")."""
     status = [_message(b"S", f"{name}\0{value}\0".encode()) for name, value in parameters.items()]
     return b"".join(
-        [_message(b"R", struct.pack("!i", 0)), *status, _message(b"K", struct.pack("!ii", 0, 0)), _message(b"Z", b"I")]
+        [
+            _message(b"R", struct.pack("!i", 0)),
+            *status,
+            _message(b"K", struct.pack("!ii", 0, 0)),
+            _message(b"Z", b"I"),
+        ]
     )
 
 

@@ -27,12 +27,16 @@ class PooledConnection(extensions.connection):
     sharedpool_session: tuple[Any, ...] = ()
     sharedpool_pid = 0
     sharedpool_gone = sharedpool_closed = False
-    sharedpool_direct: bool | None = None  # whether nobody is between it and the backend; None until it is described
+    sharedpool_direct: bool | None = (
+        None  # whether nobody is between it and the backend; None until it is described
+    )
     sharedpool_finalized = False
     sharedpool_erred = False  # its last transaction failed
     sharedpool_started = 0.0  # when its connect began
     sharedpool_timeout_s: float | None = None  # libpq's own, if it is known
-    sharedpool_server: tuple[bytes | None, ...] = ()  # what it was when we connected: see `turned_read_only`
+    sharedpool_server: tuple[
+        bytes | None, ...
+    ] = ()  # what it was when we connected: see `turned_read_only`
     sharedpool_touched = False  # its user has set what a checkin restores
     # What its user gets in place of it, while it is not checked out, and who made that: see `wrapper.py`.
     sharedpool_wrapper: Any = None
@@ -41,9 +45,13 @@ class PooledConnection(extensions.connection):
     # For the hand-over (`handover.py`).
     sharedpool_movable = False
     sharedpool_encoding = ""
-    sharedpool_made_with = b""  # the parameters of the session that its object was made for: see `handover.parameters`
+    sharedpool_made_with = (
+        b""  # the parameters of the session that its object was made for: see `handover.parameters`
+    )
     sharedpool_emptied = False  # a shell: its libpq has nothing left of the session that it had
-    sharedpool_names: bytes | None = None  # what it says of its server, once that has to be known elsewhere
+    sharedpool_names: bytes | None = (
+        None  # what it says of its server, once that has to be known elsewhere
+    )
     sharedpool_native = True  # libpq itself has opened the session that it is on
     sharedpool_adopted: Backend | None = None  # the backend, if it has not
     sharedpool_closed_flag: int  # see `closed_flag.py`

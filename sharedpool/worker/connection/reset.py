@@ -87,7 +87,10 @@ def _read(sock: Owned, deadline: float) -> dict[str, str] | None:
                 poller = greenlets.poller()
                 poller.register(sock.fileno(), select.POLLIN)
             # Most are done within a millisecond, for which a greenlet would be put aside for longer.
-            if not (poller.poll(_USUALLY_MS) or greenlets.wait(poller, max(0.0, deadline - time.monotonic()))):
+            if not (
+                poller.poll(_USUALLY_MS)
+                or greenlets.wait(poller, max(0.0, deadline - time.monotonic()))
+            ):
                 return None
             continue
         if not more:

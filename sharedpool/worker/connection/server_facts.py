@@ -37,13 +37,21 @@ def facts_of(conn: PooledConnection) -> bytes:
     """Return what goes along with a connection that this process has opened, encoded."""
     info = extensions.ConnectionInfo(conn)
     # psycopg2 would refuse: the connection is closed to its former user.
-    parameters = {name: value for name, value in libpq.parameters_of(conn).items() if not SECRET.search(name)}
+    parameters = {
+        name: value for name, value in libpq.parameters_of(conn).items() if not SECRET.search(name)
+    }
     dsn = conn.dsn
     given = extensions.parse_dsn(dsn)
-    if hidden := [name for name in given if name != "password" and SECRET.search(name)]:  # psycopg2 hides that alone
+    if hidden := [
+        name for name in given if name != "password" and SECRET.search(name)
+    ]:  # psycopg2 hides that alone
         dsn = extensions.make_dsn(**(given | dict.fromkeys(hidden, "xxx")))
     host, port, options = info.host or "", info.port or 0, info.options or ""
-    return _encode(ServerFacts(info.user, info.dbname, host, port, options, info.used_password, dsn, parameters))
+    return _encode(
+        ServerFacts(
+            info.user, info.dbname, host, port, options, info.used_password, dsn, parameters
+        )
+    )
 
 
 class AdoptedInfo(extensions.ConnectionInfo):
@@ -67,7 +75,11 @@ class AdoptedInfo(extensions.ConnectionInfo):
     def password(self) -> str:
         """The password, if the pool was configured with one that does not change."""
         local = self._conn.sharedpool_local
-        return "" if local is None else extensions.parse_dsn(local.config.conninfo.dsn).get("password", "")
+        return (
+            ""
+            if local is None
+            else extensions.parse_dsn(local.config.conninfo.dsn).get("password", "")
+        )
 
     @property
     def needs_password(self) -> bool:
@@ -91,4 +103,6 @@ def refuse_cancel(conn: PooledConnection) -> None:
     if conn.closed:
         raise psycopg2.InterfaceError("connection already closed")
     if conn.status == extensions.STATUS_PREPARED:
-        raise psycopg2.ProgrammingError("cancel cannot be used with a prepared two-phase transaction")
+        raise psycopg2.ProgrammingError(
+            "cancel cannot be used with a prepared two-phase transaction"
+        )

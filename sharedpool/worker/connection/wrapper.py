@@ -105,7 +105,10 @@ def wrap(conn: PooledConnection, conninfo: ConnInfo) -> None:
     def run() -> None:
         try:
             returned = psycopg2.connect(
-                dsn, connection_factory=lambda *_, **__: conn, cursor_factory=cursor_factory, **keywords
+                dsn,
+                connection_factory=lambda *_, **__: conn,
+                cursor_factory=cursor_factory,
+                **keywords,
             )
             if isinstance(returned, extensions.connection) and unwrap(returned) is None:
                 returned.close()  # it has not heeded connection_factory=
@@ -113,7 +116,9 @@ def wrap(conn: PooledConnection, conninfo: ConnInfo) -> None:
         except BaseException as error:
             ended.append(error)
 
-    thread = threading.Thread(target=contextvars.Context().run, args=(run,), name="sharedpool-wrap", daemon=True)
+    thread = threading.Thread(
+        target=contextvars.Context().run, args=(run,), name="sharedpool-wrap", daemon=True
+    )
     thread.start()
     thread.join()
     if ended:

@@ -69,7 +69,9 @@ class Cache:
         self.timings = Timings()
         self.generation = 0
         self._epoch: int | None = None  # of the broker that was last registered with
-        self.given_back: dict[Token, None] = {}  # leases, their backends seen to end; the broker may not know yet
+        self.given_back: dict[
+            Token, None
+        ] = {}  # leases, their backends seen to end; the broker may not know yet
         self._unproven: dict[Token, Release] = {}  # given back otherwise; the same
         # Until then nothing has to be scavenged.
         self.next_scavenge_at = float("-inf")
@@ -169,13 +171,17 @@ class Cache:
         lease.conn, lease.phase, lease.since, lease.waiter = conn, Phase.CONNECTING, now, whose
         waiter.lease = lease
 
-    def opened(self, lease: Lease, backend: Backend, retire_at: float, conn: object, now: float) -> None:
+    def opened(
+        self, lease: Lease, backend: Backend, retire_at: float, conn: object, now: float
+    ) -> None:
         """Note that a lease's connection is open.
 
         Raise `SharedPoolError` when the broker has taken the lease away meanwhile: the connection must be closed.
         """
         if not self._holds(lease):
-            raise SharedPoolError(f"the broker has taken lease {lease.token} away while it was being connected")
+            raise SharedPoolError(
+                f"the broker has taken lease {lease.token} away while it was being connected"
+            )
         lease.backend, lease.retire_at, lease.ref = backend, retire_at, weakref.ref(conn, collected)
         self.note_retirement(retire_at)
         lease.phase, lease.since, lease.arrived_at = Phase.IN_USE, now, now
@@ -183,7 +189,9 @@ class Cache:
 
     # --- checkin
 
-    def checkin(self, lease: Lease, conn: object, now: float, verdict: ReleaseReason | None) -> Closing | Waiter | None:
+    def checkin(
+        self, lease: Lease, conn: object, now: float, verdict: ReleaseReason | None
+    ) -> Closing | Waiter | None:
         """Take a connection back: close it (`verdict` says why, or it is owed or too old), hand it on, or cache it."""
         if not self._holds(lease):
             verdict = ReleaseReason.BROKEN  # taken away by the broker, or given up for lost
@@ -197,7 +205,10 @@ class Cache:
                 verdict = ReleaseReason.RETURN_DUE
             elif self.moving[0]:
                 # Others wait in other processes: here it stays for a while at most.
-                if now - lease.arrived_at < _HAND_ON_S and (waiter := self._hand_on(lease, conn, now)) is not None:
+                if (
+                    now - lease.arrived_at < _HAND_ON_S
+                    and (waiter := self._hand_on(lease, conn, now)) is not None
+                ):
                     return waiter
                 verdict = ReleaseReason.SHARED if lease.movable else ReleaseReason.CLOSED
             elif not self.keep_idle and not (self.hand_on and self.waiting):
@@ -262,7 +273,9 @@ class Cache:
         if self._holds(lease):
             del self.leases[lease.token]
             lease.conn = None
-            release = Release(lease.token, gone, reason, lease.backend, error, code, unreachable, closed)
+            release = Release(
+                lease.token, gone, reason, lease.backend, error, code, unreachable, closed
+            )
             self.outbox.append(release)
             if gone:
                 self.given_back[lease.token] = None
@@ -330,7 +343,11 @@ class Cache:
         self.generation = generation
         for lease in self.leases.values():
             lease.fast_checkin = False
-        stale = [lease for lease in list(self.idle) if lease.generation < generation and self._remove_idle(lease)]
+        stale = [
+            lease
+            for lease in list(self.idle)
+            if lease.generation < generation and self._remove_idle(lease)
+        ]
         return [self._closing(lease, lease.conn, ReleaseReason.STALE, now) for lease in stale]
 
     # --- scavenging
@@ -348,7 +365,9 @@ class Cache:
                 if now >= lease.retire_at and self._remove_idle(lease):
                     closing.append(self._closing(lease, lease.conn, ReleaseReason.RETIRED, now))
             ahead = [lease.retire_at for lease in self.leases.values() if lease.retire_at > now]
-            self._first_retires_at = min(ahead, default=float("inf"))  # what is due by now is closed at its checkin
+            self._first_retires_at = min(
+                ahead, default=float("inf")
+            )  # what is due by now is closed at its checkin
         try:
             since = self.idle[0].since
         except IndexError:
@@ -425,10 +444,21 @@ class Cache:
         lease.cache, lease.idle_s = self, self.time_slice.gap_s
         if retire_at != math.inf:
             self.note_retirement(retire_at)
-        lease.backend, lease.generation, lease.retire_at = message.live.backend, message.live.generation, retire_at
-        lease.conn, lease.ref, lease.deposited, lease.needs_configure = conn, weakref.ref(conn, collected), True, True
+        lease.backend, lease.generation, lease.retire_at = (
+            message.live.backend,
+            message.live.generation,
+            retire_at,
+        )
+        lease.conn, lease.ref, lease.deposited, lease.needs_configure = (
+            conn,
+            weakref.ref(conn, collected),
+            True,
+            True,
+        )
         lease.movable = True
-        self.leases[message.token] = lease  # an interrupt finds it with all that is needed to see the connection gone
+        self.leases[message.token] = (
+            lease  # an interrupt finds it with all that is needed to see the connection gone
+        )
         waiter = self.waiting.get(message.request)
         if waiter is None:
             return self._hand_on_or_keep(lease, conn, now)
@@ -476,7 +506,15 @@ class Cache:
         reported = reports(self.leases.values(), now, threads) + self._arriving()
         unproven = list(self._unproven.values())[:_MOST_GONE]
         pending, gone = self.waiters.pending(), list(self.given_back)
-        return Renew(reported, self._newest_grant, answers, pending, gone, unproven=unproven, unsure=self.unsure)
+        return Renew(
+            reported,
+            self._newest_grant,
+            answers,
+            pending,
+            gone,
+            unproven=unproven,
+            unsure=self.unsure,
+        )
 
     def _arriving(self) -> list[LeaseReport]:
         """Return what is on its way to a thread: it has come, and was not taken in yet."""
@@ -495,7 +533,9 @@ class Cache:
         """Return what is held and asked for, and what took how long."""
         return structs.replace(self.renewal(now, threads), times=self.timings.news(self.hits))
 
-    def register(self, now: float, threads: Mapping[int, str]) -> tuple[list[LeaseReport], Token, Acquire | None]:
+    def register(
+        self, now: float, threads: Mapping[int, str]
+    ) -> tuple[list[LeaseReport], Token, Acquire | None]:
         """Start over with a broker: return what a HELLO says is held, the newest grant seen and the first request.
 
         That replaces whatever was not sent, but for leases given back: those are said to be closing, and their RELEASE
@@ -516,7 +556,9 @@ class Cache:
             for release in unsent
             if release.backend is not None or not release.gone  # else there was never a connection
         ]
-        given = {token for token, x in self.leases.items() if x.phase is Phase.CLOSING and x.conn is None}
+        given = {
+            token for token, x in self.leases.items() if x.phase is Phase.CLOSING and x.conn is None
+        }
         held = [x for x in reports(self.leases.values(), now, threads) if x.token not in given]
         held += self._arriving()
         return held + closing, self._newest_grant, self.waiters.first_request(now)

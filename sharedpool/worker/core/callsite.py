@@ -23,7 +23,9 @@ def capture() -> Stack:
         if str(frame.f_globals.get("__name__", "")).partition(".")[0] not in _BETWEEN:
             found.append((frame.f_code, frame.f_lineno))
         frame = frame.f_back  # type: ignore[assignment] # the stub does not know that the outermost has none
-    return tuple(found) or ((inner.f_code, inner.f_lineno),)  # a command of one of those, all by itself
+    return tuple(found) or (
+        (inner.f_code, inner.f_lineno),
+    )  # a command of one of those, all by itself
 
 
 def shown_stack(stack: Stack) -> list[str]:
@@ -33,6 +35,14 @@ def shown_stack(stack: Stack) -> list[str]:
 
 def _shown(text: str) -> str:
     """Return `text` as it can go on the wire and to a terminal: file names need be neither UTF-8 nor printable."""
-    plain = text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)
+    plain = (
+        text
+        if text.isprintable()
+        else "".join(char if char.isprintable() else "?" for char in text)
+    )
     raw = plain.encode("utf-8", "replace")
-    return raw.decode() if len(raw) <= _LONGEST else "…" + raw[3 - _LONGEST :].decode("utf-8", "ignore")
+    return (
+        raw.decode()
+        if len(raw) <= _LONGEST
+        else "…" + raw[3 - _LONGEST :].decode("utf-8", "ignore")
+    )

@@ -92,7 +92,9 @@ class Lease:
         self.fast_checkin = True
         self.cache: object = None
         self.generation = 0
-        self.looked_lost_since: float | None = None  # `since`, when it looked lost at the last heartbeat
+        self.looked_lost_since: float | None = (
+            None  # `since`, when it looked lost at the last heartbeat
+        )
         self.thread = 0  # identifier of the thread that has it
         self.stack: Stack = ()
         self.key: object = None
@@ -154,7 +156,9 @@ class Waiter:
 
         Asked twice it may queue it anew while the answer to the first is on its way.
         """
-        return not self.times_asked or (self.times_asked == 1 and (self.answered or self.denial is not None))
+        return not self.times_asked or (
+            self.times_asked == 1 and (self.answered or self.denial is not None)
+        )
 
     @property
     def abandoned(self) -> bool:

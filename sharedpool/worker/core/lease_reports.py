@@ -29,7 +29,10 @@ def reports(leases: Collection[Lease], now: float, threads: Mapping[int, str]) -
 
 
 def lost(
-    leases: Iterable[Lease], idle: set[Lease], now: float, in_hand: Callable[[], set[Lease] | None] = lambda: None
+    leases: Iterable[Lease],
+    idle: set[Lease],
+    now: float,
+    in_hand: Callable[[], set[Lease] | None] = lambda: None,
 ) -> list[Lease]:
     """Return leases nobody can bring back: their thread was interrupted, or their connection was collected.
 
@@ -44,7 +47,9 @@ def lost(
             # Between the deque and its user a thread needs a few microseconds; none is slower than the limit.
             if handled is None:
                 handled = in_hand()
-            missing = now - lease.since > HANDING_OUT_LIMIT_S if handled is None else lease not in handled
+            missing = (
+                now - lease.since > HANDING_OUT_LIMIT_S if handled is None else lease not in handled
+            )
         if missing and lease.looked_lost_since == lease.since:
             found.append(lease)
         lease.looked_lost_since = lease.since if missing else None
@@ -56,7 +61,9 @@ def unfinished(leases: Iterable[Lease], now: float) -> list[Closing]:
     return [
         Closing(lease, ReleaseReason.CLOSED)
         for lease in leases
-        if lease.phase is Phase.CLOSING and lease.conn is not None and now - lease.since >= CLOSING_LIMIT_S
+        if lease.phase is Phase.CLOSING
+        and lease.conn is not None
+        and now - lease.since >= CLOSING_LIMIT_S
     ]
 
 
@@ -64,7 +71,12 @@ def _is_dropped(lease: Lease) -> bool:
     """Say whether a lease's connection was collected, or its thread is gone that was to open one, or was never told."""
     if lease.phase is Phase.CONNECTING:
         return lease.conn is not None if lease.waiter is None else lease.waiter() is None
-    return lease.phase is not Phase.IDLE and lease.conn is None and lease.ref is not None and lease.ref() is None
+    return (
+        lease.phase is not Phase.IDLE
+        and lease.conn is None
+        and lease.ref is not None
+        and lease.ref() is None
+    )
 
 
 def _ownerless(lease: Lease, idle: set[Lease]) -> bool:

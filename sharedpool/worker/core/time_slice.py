@@ -46,4 +46,6 @@ class TimeSlice:
 
     def wastes(self, lease: Lease, now: float) -> bool:
         """Say whether a connection lies idle that was kept for a checkout which did not come."""
-        return self.slice_s > 0 and (now - lease.since >= STEADY_GAP_S or not self.keeps(lease, now))
+        return self.slice_s > 0 and (
+            now - lease.since >= STEADY_GAP_S or not self.keeps(lease, now)
+        )

@@ -77,7 +77,11 @@ class Timings:
         waited = _copy(self.waited)
         waited.counts[0] += self._hits
         total = messages.Timings(self._serial, _copy(self.created), waited, _copy(self.used))
-        if (total.created, total.waited, total.used) == (self._last.created, self._last.waited, self._last.used):
+        if (total.created, total.waited, total.used) == (
+            self._last.created,
+            self._last.waited,
+            self._last.used,
+        ):
             return None
         self._last = total
         return messages.Timings(

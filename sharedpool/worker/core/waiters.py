@@ -34,18 +34,25 @@ class Waiters:
         self._time_slice = time_slice
         self._requests = itertools.count(1)
         self._along = (0, 0.0)  # the request that was said along with a HELLO, and since when
-        self._asked_at: OrderedDict[int, float] = OrderedDict()  # by request, also of waiters that were given up
+        self._asked_at: OrderedDict[int, float] = (
+            OrderedDict()
+        )  # by request, also of waiters that were given up
 
     def new_request(self) -> int:
         """Return the number of another request. Needs no lock."""
         return next(self._requests)
 
-    def enqueue(self, waiter: Waiter, wait_s: float, *, place: int = -1, in_lane: bool = False) -> None:
+    def enqueue(
+        self, waiter: Waiter, wait_s: float, *, place: int = -1, in_lane: bool = False
+    ) -> None:
         """Queue a waiter, here and at the broker; `wait_s` 0 asks for an answer at once.
 
         `place`: where it waits in the pool's lane, if it does; `in_lane`: the broker need not know.
         """
-        waiter.request, waiter.until = self.new_request(), waiter.since + wait_s if wait_s > 0 else None
+        waiter.request, waiter.until = (
+            self.new_request(),
+            waiter.since + wait_s if wait_s > 0 else None,
+        )
         waiter.lane_place, waiter.only_in_lane, waiter.times_asked = place, in_lane, 0
         self._time_slice.note_request(waiter.since)
         self.waiting[waiter.request] = waiter

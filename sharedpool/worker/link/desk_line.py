@@ -44,7 +44,9 @@ class DeskLine:
             line.connect(path)
             line.send(encode(LineOwner(program)))
         except OSError as error:
-            logger.info("no desk at %s (%s): connections are closed by this process's own word", path, error)
+            logger.info(
+                "no desk at %s (%s): connections are closed by this process's own word", path, error
+            )
             line.close()
         else:
             self._known = (identity(line.fileno()),)

@@ -74,7 +74,9 @@ class Link:
         self._start_lock = threading.Lock()
         self._running = False
         self._established = False
-        self._is_waiting = False  # else its thread has yet to look for the first time what there is to do
+        self._is_waiting = (
+            False  # else its thread has yet to look for the first time what there is to do
+        )
         self._watched: set[int] = set()  # descriptors, with the bell and ZeroMQ's
         self._check_at = 0.0
         self._attempts = 0
@@ -129,7 +131,9 @@ class Link:
             return
         deadline = time.monotonic() + (0.0 if self._timed_out else _FLUSH_LIMIT_S + 0.5)
         if not registration.over.wait(max(0.0, deadline - time.monotonic())):
-            self._timed_out = True  # a program that ends with many pools does not wait for each of them
+            self._timed_out = (
+                True  # a program that ends with many pools does not wait for each of them
+            )
         elif self._over:
             thread.join(max(0.0, deadline - time.monotonic()))
 
@@ -285,13 +289,21 @@ class Link:
         return True
 
     def _send_hello(self, registration: Registration, dealer: Any, now: float) -> None:
-        self._send(registration, dealer, structs.replace(registration.endpoint.compose_hello(), nonce=self._nonce))
+        self._send(
+            registration,
+            dealer,
+            structs.replace(registration.endpoint.compose_hello(), nonce=self._nonce),
+        )
         registration.due = now + _HELLO_RETRY_S * random.uniform(0.8, 1.2)
 
     def _wait(self, poller: Any, dealer: Any, due: float) -> bool:
         """Wait for news and take it in; return False when the line to the desk tells that the broker has ended."""
         line = -1 if self.desk.line is None or not self._established else self.desk.line.fileno()
-        wait_sockets = {fd: each.endpoint for each in self._active() for fd in each.endpoint.descriptors_to_watch()}
+        wait_sockets = {
+            fd: each.endpoint
+            for each in self._active()
+            for fd in each.endpoint.descriptors_to_watch()
+        }
         timer = -1 if self.timer is None else self.timer.fileno()
         watched = {*wait_sockets, line, timer} - {-1}
         for fd in self._watched - watched:
@@ -360,7 +372,9 @@ class Link:
             else:
                 self._send_hello(registration, dealer, self.heard_at)  # a new broker
         elif isinstance(message, Welcome) and self._is_late(message):
-            logger.warning("dropped a late word from broker %d, of before broker %d", message.epoch, self.epoch)
+            logger.warning(
+                "dropped a late word from broker %d, of before broker %d", message.epoch, self.epoch
+            )
         elif isinstance(message, Welcome):
             if message.epoch != self.epoch or self.desk.line is None:
                 self.desk.open(message.desk, self.identity)

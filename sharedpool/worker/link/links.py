@@ -54,7 +54,11 @@ class Links:
         return address in self._links
 
     def attach(
-        self, address: str, endpoint: Endpoint, outbox: deque[ToBroker], start_broker: Callable[[], None] | None
+        self,
+        address: str,
+        endpoint: Endpoint,
+        outbox: deque[ToBroker],
+        start_broker: Callable[[], None] | None,
     ) -> tuple[Link, Registration]:
         """Return a registration of `endpoint` with the broker at `address`, and the link that serves it.
 

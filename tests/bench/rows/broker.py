@@ -115,13 +115,19 @@ def _broker(bench: Bench, result: Result) -> None:
         clients = min(_CLIENTS, sessions)
 
         def measure() -> Sample:
-            make = partial(Requester, process.address, sessions // clients, _PIPELINE // clients, limit)
+            make = partial(
+                Requester, process.address, sessions // clients, _PIPELINE // clients, limit
+            )
             with crew([make] * clients) as requesters:
                 return _sample(requesters, process.pid, window(bench.warm_s, bench.window_s))
 
         return measure
 
-    take_turns(bench, result, [Contestant(_name(number), partial(open, sessions=number)) for number in _SESSIONS])
+    take_turns(
+        bench,
+        result,
+        [Contestant(_name(number), partial(open, sessions=number)) for number in _SESSIONS],
+    )
     result.notes.append(
         f"a request is ACQUIRE, GRANT and RELEASE, {_PIPELINE} of them under way at any time; the clients have to share"
         f" the machine's {os.cpu_count()} processors with the broker"

@@ -55,7 +55,9 @@ def _contended(bench: Bench, result: Result, way: str = "unix", think_s: float =
         more = [bouncer(bench, route, PROCESSES, member, slots=SLOTS, near=True, name=NEAR)]
     else:
         contestants.append(without_handover(bench, route, PROCESSES, member, slots=SLOTS))
-        more = [shared(bench, route, PROCESSES, member, slots=SLOTS, name=US_ROLLBACK, options=ROLLBACK)]
+        more = [
+            shared(bench, route, PROCESSES, member, slots=SLOTS, name=US_ROLLBACK, options=ROLLBACK)
+        ]
     if think_s:
         more.append(direct(bench, route, PROCESSES, member, name=UNLIMITED))
     else:
@@ -64,7 +66,9 @@ def _contended(bench: Bench, result: Result, way: str = "unix", think_s: float =
     for slice_s in bench.slices_s:
         name = f"{US}, slice {slice_s * 1000:g} ms"
         options = (("time_slice", slice_s),)
-        contestants.append(shared(bench, route, PROCESSES, member, slots=SLOTS, name=name, options=options))
+        contestants.append(
+            shared(bench, route, PROCESSES, member, slots=SLOTS, name=name, options=options)
+        )
     take_turns(bench, result, contestants)
 
 

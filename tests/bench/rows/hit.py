@@ -10,7 +10,15 @@ from functools import partial
 
 from tests.bench.contestants import broker
 from tests.bench.crew import Member, crew
-from tests.bench.peers import Client, DbutilsPool, MakeClient, Psycopg2Pool, PsycopgPool, Shared, SqlalchemyPool
+from tests.bench.peers import (
+    Client,
+    DbutilsPool,
+    MakeClient,
+    Psycopg2Pool,
+    PsycopgPool,
+    Shared,
+    SqlalchemyPool,
+)
 from tests.bench.report import MEAN_US, US, Comparison, Result, Sample
 from tests.bench.runner import Bench, Contestant, Measure, Row, take_turns
 

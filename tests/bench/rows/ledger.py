@@ -45,7 +45,9 @@ class Bookkeeper(Member):
         self._sessions = [number.to_bytes(16, "big") for number in range(sessions)]
         spec = PoolSpec("bench", _SLOTS, 60_000)
         for number, session in enumerate(self._sessions):
-            self._ledger.handle(session, Hello(PROTOCOL_VERSION, number + 1, "", "bench", spec), self._now)
+            self._ledger.handle(
+                session, Hello(PROTOCOL_VERSION, number + 1, "", "bench", spec), self._now
+            )
         self._holders: deque[tuple[bytes, Token]] = deque()
         self._taken = taken
         for session in self._sessions if taken else ():
@@ -65,7 +67,9 @@ class Bookkeeper(Member):
     def _release(self) -> bytes:
         session, token = self._holders.popleft()
         self._ledger.handle(session, Confirm(token, Backend(token.serial)), self._now)
-        self._take_in(self._ledger.handle(session, Release(token, True, ReleaseReason.RETURN_DUE), self._now))
+        self._take_in(
+            self._ledger.handle(session, Release(token, True, ReleaseReason.RETURN_DUE), self._now)
+        )
         return session
 
     def run(self, requests: int) -> float:
@@ -89,10 +93,19 @@ def _ledger(bench: Bench, result: Result) -> None:
     requests = bench.scaled(20_000, 3_000)
 
     def open(stack: ExitStack, sessions: int) -> Measure:
-        free, taken = (stack.enter_context(crew([partial(Bookkeeper, sessions, each)])) for each in (False, True))
-        return lambda: Sample({_FREE_US: free.ask("run", requests)[0], _TAKEN_US: taken.ask("run", requests)[0]})
+        free, taken = (
+            stack.enter_context(crew([partial(Bookkeeper, sessions, each)]))
+            for each in (False, True)
+        )
+        return lambda: Sample(
+            {_FREE_US: free.ask("run", requests)[0], _TAKEN_US: taken.ask("run", requests)[0]}
+        )
 
-    take_turns(bench, result, [Contestant(_name(number), partial(open, sessions=number)) for number in _SIZES])
+    take_turns(
+        bench,
+        result,
+        [Contestant(_name(number), partial(open, sessions=number)) for number in _SIZES],
+    )
     result.notes.append(
         "a request is ACQUIRE, CONFIRM, RELEASE and a tick of the clock; processor time; either by any session while"
         f" slots are free, or by each in turn while all {_SLOTS} slots are taken and everybody else waits"

@@ -33,7 +33,9 @@ class Asker(Member):
         self._conn = self._client.checkout()
         self._conn.autocommit = True
         self._query = query
-        self._keys = [None] if query == _ONE else [(random.randrange(ROWS_OF_ONE),) for _ in range(1024)]
+        self._keys = (
+            [None] if query == _ONE else [(random.randrange(ROWS_OF_ONE),) for _ in range(1024)]
+        )
 
     def run(self, turn: Window) -> array[float]:
         """Return the seconds that each query took, its row included."""
@@ -81,7 +83,9 @@ def _queries(bench: Bench, result: Result, query: str) -> None:
         return _measure(bench, stack, Permanent(route.dsn), query)
 
     def ours(stack: ExitStack) -> Measure:
-        return _measure(bench, stack, Shared(route.dsn, broker(bench, stack, 1, route.dsn).address, 1), query)
+        return _measure(
+            bench, stack, Shared(route.dsn, broker(bench, stack, 1, route.dsn).address, 1), query
+        )
 
     def bouncer(stack: ExitStack, mode: str) -> Measure:
         proxy = stack.enter_context(PgBouncer(bench.server, route, mode=mode))
@@ -97,7 +101,9 @@ def _queries(bench: Bench, result: Result, query: str) -> None:
     # whole round or run, and waking an idle one of a virtual machine takes longer than the query: 17 µs become 60.
     with on_one_cpu(bench.server.postgres.pid):
         take_turns(bench, result, contestants)
-    result.notes.append("client, server and proxy share one processor, so that no time is lost in waking another")
+    result.notes.append(
+        "client, server and proxy share one processor, so that no time is lost in waking another"
+    )
 
 
 def _row(name: str, title: str, query: str) -> Row:

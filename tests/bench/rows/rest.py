@@ -59,7 +59,9 @@ def _rest(bench: Bench, result: Result) -> None:
         return partial(Sample, {})
 
     def bouncer(stack: ExitStack) -> partial[Sample]:
-        proxy = stack.enter_context(PgBouncer(bench.server, bench.server.routes["unix"], size=SLOTS))
+        proxy = stack.enter_context(
+            PgBouncer(bench.server, bench.server.routes["unix"], size=SLOTS)
+        )
         attach(stack, PGBOUNCER, proxy.pid, Permanent(proxy.dsn))
         return partial(Sample, {})
 
@@ -67,14 +69,24 @@ def _rest(bench: Bench, result: Result) -> None:
     with opened([Contestant(US, ours), Contestant(PGBOUNCER, bouncer)], result):
         time.sleep(_SETTLE_S)
         say(f"rest: nothing for {seconds} s")
-        before = {name: (cpu_s(pid), sum(map(cpu_s, workers))) for name, (pid, workers) in watched.items()}
+        before = {
+            name: (cpu_s(pid), sum(map(cpu_s, workers))) for name, (pid, workers) in watched.items()
+        }
         time.sleep(seconds)
         for name, (pid, workers) in watched.items():
-            used, workers_used = cpu_s(pid) - before[name][0], sum(map(cpu_s, workers)) - before[name][1]
+            used, workers_used = (
+                cpu_s(pid) - before[name][0],
+                sum(map(cpu_s, workers)) - before[name][1],
+            )
             of = memory(pid)
             figures = {_CPU: used, _WORKERS_CPU: workers_used}
             figures = {metric: value / seconds * 100 for metric, value in figures.items()}
-            result.add(name, Sample(figures | {_RSS: of.rss_mb, _PRIVATE: of.private_mb, _THREADS: threads(pid)}))
+            result.add(
+                name,
+                Sample(
+                    figures | {_RSS: of.rss_mb, _PRIVATE: of.private_mb, _THREADS: threads(pid)}
+                ),
+            )
     _overhead(bench, result)
     result.notes.append(
         f"{WORKERS} workers attached, {SLOTS} slots, {seconds} s; overhead is measured on programs of their own (the"
@@ -91,14 +103,19 @@ def _overhead(bench: Bench, result: Result) -> None:
             plain, shared = _program(dsn), _program(dsn, address)
             result.add(_PLAIN_WORKER, Sample(plain))
             result.add(_SHARED_WORKER, Sample(shared))
-            result.add(_OVERHEAD, Sample({metric: shared[metric] - plain[metric] for metric in shared}))
+            result.add(
+                _OVERHEAD, Sample({metric: shared[metric] - plain[metric] for metric in shared})
+            )
 
 
 def _program(*arguments: str) -> dict[Metric, float]:
     """Start the program, and return what it takes once it has its connection."""
     script = str(Path(__file__).parents[1] / "attached.py")
     with subprocess.Popen(
-        [sys.executable, script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, script, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None
         said = process.stdout.readline()
