@@ -42,7 +42,7 @@ import msgspec
 
 from sharedpool.wire.buckets import BUCKETS
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 
 
 class Token(NamedTuple):
