@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from psycopg2 import sql
 
 import sharedpool
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.support.types import Backends, MakePool
 
 # A shell starts background jobs with SIGINT ignored, and what is ignored is inherited: Ctrl-C is tested here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -105,7 +106,6 @@ def broker(postgres: EphemeralPostgres) -> Iterator[sharedpool.Broker]:
     shutil.rmtree(path)
 
 
-MakePool = Callable[..., sharedpool.Pool]
 _pool_numbers = itertools.count(1)
 
 
@@ -131,9 +131,7 @@ def make_pool(broker: sharedpool.Broker, postgres: EphemeralPostgres) -> Iterato
 
 
 @pytest.fixture
-def backends(
-    server_connection: psycopg2.extensions.connection,
-) -> Callable[[sharedpool.Pool], set[int]]:
+def backends(server_connection: psycopg2.extensions.connection) -> Backends:
     """The pids of a pool's backends, as the server lists them."""
 
     def of(pool: sharedpool.Pool) -> set[int]:

@@ -2,7 +2,6 @@
 
 import os
 import threading
-from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
@@ -11,11 +10,8 @@ import psycopg2.extras
 import pytest
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE, connection
 
-import sharedpool
 from sharedpool import PoolExhausted, SharedPoolError, ThreadedConnectionPool
-
-MakePool = Callable[..., sharedpool.Pool]
-Backends = Callable[[sharedpool.Pool], set[int]]
+from tests.support.types import Backends, MakePool
 
 
 def ask(conn: connection, query: str = "SELECT pg_backend_pid()") -> Any:

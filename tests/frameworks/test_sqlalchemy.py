@@ -17,10 +17,9 @@ from sqlalchemy.pool import NullPool
 import sharedpool
 from sharedpool.integrations.sqlalchemy import SharedPool
 from tests.support.processes import workers
+from tests.support.types import Backends, MakePool
 from tests.support.waiting import wait_until
 
-MakePool = Callable[..., sharedpool.Pool]
-Backends = Callable[[sharedpool.Pool], set[int]]
 MakeEngine = Callable[..., sqlalchemy.Engine]
 PID = text("SELECT pg_backend_pid()")
 

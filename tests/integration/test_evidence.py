@@ -4,7 +4,7 @@ import contextlib
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,9 @@ from sharedpool.postgres.conninfo import resolve
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.worker.connection.closing import close_confirmed
 from sharedpool.worker.connection.connection import connect, describe
+from tests.support.types import Backends, MakePool
 from tests.support.waiting import wait_until
 
-Backends = Callable[[sharedpool.Pool], set[int]]
-MakePool = Callable[..., sharedpool.Pool]
 Observer = psycopg2.extensions.connection
 
 

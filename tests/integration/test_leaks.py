@@ -20,10 +20,8 @@ from sharedpool.wire.reports import PoolReport
 from sharedpool.worker.connection.closing import close_confirmed, cut
 from tests.support.processes import run_python
 from tests.support.running_query import Query
+from tests.support.types import Backends, MakePool
 from tests.support.waiting import wait_until
-
-MakePool = Callable[..., sharedpool.Pool]
-Backends = Callable[[sharedpool.Pool], set[int]]
 
 
 def ask(conn: connection, query: str = "SELECT pg_backend_pid()") -> Any:

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +18,8 @@ from sharedpool.worker.link.link import Link
 from sharedpool.worker.link.links import SharedContext
 from sharedpool.worker.session import Session
 from tests.support.processes import run_python
+from tests.support.types import MakePool
 from tests.support.waiting import wait_until
-
-MakePool = Callable[..., sharedpool.Pool]
 
 
 @dataclass

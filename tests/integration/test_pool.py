@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,10 +36,8 @@ from sharedpool.worker import checkout as checkouts
 from sharedpool.worker.checkout import checkout
 from sharedpool.worker.connection.pooled import PooledConnection
 from sharedpool.worker.core.lease import Lease, Waiter
+from tests.support.types import Backends, MakePool
 from tests.support.waiting import wait_until
-
-MakePool = Callable[..., sharedpool.Pool]
-Backends = Callable[[sharedpool.Pool], set[int]]
 
 
 def ask(conn: connection, query: str = "SELECT pg_backend_pid()") -> Any:

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ from tests.integration.test_cli import sharedpool_command
 from tests.integration.test_hardening import server_in_a_thread
 from tests.integration.test_who import who
 from tests.support.processes import Piped, Worker, as_pid_1
+from tests.support.types import MakePool
 from tests.support.waiting import wait_until
-
-MakePool = Callable[..., sharedpool.Pool]
 
 
 def inner(worker: Worker) -> int:

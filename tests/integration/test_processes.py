@@ -17,7 +17,6 @@ from sharedpool.wire.reports import PoolReport
 from tests.support.processes import BackendSampler, Piped, Worker, workers
 from tests.support.waiting import wait_until
 
-MakePool = Callable[..., sharedpool.Pool]
 StartWorker = Callable[..., Worker]
 _numbers = iter(range(1, 1000))
 

@@ -22,10 +22,9 @@ from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.worker.connection.connection import connect, describe
 from tests.support import proxies
 from tests.support.processes import BackendSampler, Worker, as_pid_1
+from tests.support.types import Backends, MakePool
 from tests.support.waiting import wait_until
 
-MakePool = Callable[..., sharedpool.Pool]
-Backends = Callable[[sharedpool.Pool], set[int]]
 Start = Callable[[EphemeralPostgres], AbstractContextManager[str]]
 
 BACK_S = 0.1  # after a backend's end its slot is to be had again

@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from sharedpool.worker.connection.diagnosis import Diagnosis, Failure
 from sharedpool.worker.connection.pooled import PooledConnection
 from tests.support.processes import workers
 from tests.support.refusing_server import RefusingServer, Stage
+from tests.support.types import MakePool
 
-MakePool = Callable[..., sharedpool.Pool]
 GERMAN, ROLE = "de_DE", "app"
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ import sharedpool
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.integration.test_cli import address_of, sharedpool_command, start
 from tests.support.processes import Worker, workers
+from tests.support.types import MakePool
 from tests.support.waiting import wait_until
 
-MakePool = Callable[..., sharedpool.Pool]
 OLD, NEW = "zold-secret", "znew-secret"
 
 

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from sharedpool.worker.core.lease_reports import reports
 from tests.integration.test_cli import address_of, sharedpool_command, start, wait_for
 from tests.support import documents
 from tests.support.processes import Piped, Worker
+from tests.support.types import MakePool
 from tests.support.waiting import wait_until
 
-MakePool = Callable[..., sharedpool.Pool]
 WORKER = str(Path(__file__).parents[1] / "support" / "worker.py")
 
 

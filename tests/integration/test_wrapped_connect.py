@@ -20,10 +20,8 @@ from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.worker.connection.handover import SUPPORTED
 from sharedpool.worker.pool import Pool
 from tests.support.processes import run_python
+from tests.support.types import Backends, MakePool
 from tests.support.waiting import wait_until
-
-MakePool = Callable[..., Pool]
-Backends = Callable[[Pool], set[int]]
 
 _trace: contextvars.ContextVar[list[tuple[Any, ...]] | None] = contextvars.ContextVar(
     "trace", default=None
