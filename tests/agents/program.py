@@ -174,7 +174,7 @@ pool: Any = None
 print("ready", flush=True)
 for line in sys.stdin:
     command = json.loads(line)
-    function = {
+    function: Any = {
         "activate": activate, "configure_django": configure_django, "fork": fork, "open": open_pool, "record": record,
         "start": start, "stats": stats,
     }[command.pop("do")]  # fmt: skip

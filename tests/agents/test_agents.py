@@ -47,11 +47,11 @@ def start(broker: sharedpool.Broker, postgres: EphemeralPostgres) -> Iterator[St
     def make(
         pool: str, agent: str, *, activate: str = "first", by_dsn: bool = False, **more: Any
     ) -> Program:
-        place = {
+        place: dict[str, Any] = {
             "arguments": [postgres.dsn] if by_dsn else [],
             "keywords": {} if by_dsn else extensions.parse_dsn(postgres.dsn),
         }
-        settings = {
+        settings: dict[str, Any] = {
             "agent": agent,
             "pool": pool,
             "activate": activate,

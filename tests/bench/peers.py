@@ -162,7 +162,7 @@ class DbutilsPool:
         importlib.import_module("dbutils.pooled_db")  # once, before the processes are forked
 
     def __call__(self) -> Client:
-        from dbutils.pooled_db import PooledDB  # type: ignore[import-untyped]
+        from dbutils.pooled_db import PooledDB
 
         pool = PooledDB(psycopg2, self.size, self.size, 0, self.size, True, dsn=self.dsn)
         return Client(pool.connection, methodcaller("close"), pool.close)

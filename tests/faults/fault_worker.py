@@ -244,7 +244,7 @@ class Worker:
         """a: have all of the pool's connections at once; then give them back."""
         started = time.monotonic()
         count = settings["config"]["max_conn"]
-        taken = []
+        taken: list[Any] = []
         while (
             len(taken) < count
             and (left := started + settings.get("all_within", 10) - time.monotonic()) > 0

@@ -59,7 +59,7 @@ class Proxy:
             self._ready.set()
             while not self._stop_asked:
                 due = self._on_its_way[0][0] if self._on_its_way else float("inf")
-                ready = dict(poller.poll(max(0.0, min(50.0, (due - time.monotonic()) * 1000))))
+                ready = dict(poller.poll(int(max(0.0, min(50.0, (due - time.monotonic()) * 1000)))))
                 if front in ready:
                     worker, frame = front.recv_multipart()
                     if worker not in dealers and not worker.startswith(b"\0"):

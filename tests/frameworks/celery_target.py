@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import celery
 from celery.signals import worker_process_shutdown
@@ -13,7 +14,7 @@ from sharedpool.integrations.celery import connect_signals
 app = celery.Celery("celery_target")
 app.conf.update(json.loads(os.environ["TARGET_CELERY"]))
 
-threads = (
+threads: dict[str, Any] = (
     {"pool_manager": sharedpool.ThreadedConnectionPool} if "TARGET_THREADS" in os.environ else {}
 )
 pool = sharedpool.config_pool(max_conn=3, name=os.environ["TARGET_POOL"], timeout=30, **threads)
@@ -27,7 +28,8 @@ def look(seconds: float) -> tuple[int, int]:
     """Do a query; tell by which process and which backend it was done."""
     with pool.connection() as conn, conn.cursor() as cursor:
         cursor.execute("SELECT pg_sleep(%s), pg_backend_pid()", [seconds])
-        return os.getpid(), cursor.fetchone()[1]
+        ((_, backend),) = cursor.fetchall()
+        return os.getpid(), backend
 
 
 @worker_process_shutdown.connect  # after the pool's own

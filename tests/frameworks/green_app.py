@@ -16,7 +16,7 @@ let_go = event.Event()
 
 
 @app.get("/hold")
-def hold():
+def hold() -> dict[str, int]:
     """Keep a connection until /release is asked for."""
     with pool.connection(timeout=20) as conn:
         let_go.wait(30)
@@ -24,18 +24,19 @@ def hold():
 
 
 @app.get("/release")
-def release():
+def release() -> dict[str, int]:
     let_go.set()
     return {}
 
 
 @app.get("/state")
-def state():
+def state() -> dict[str, int]:
     return {"in_use": pool.stats().in_use, "waiting": pool.stats().waiting}
 
 
 @app.get("/sleep")
-def sleep():
+def sleep() -> dict[str, int]:
     with pool.connection(timeout=20) as conn, conn.cursor() as cursor:
         cursor.execute("SELECT pg_sleep(0.01), pg_backend_pid()")
-        return {"worker": os.getpid(), "backend": cursor.fetchone()[1]}
+        ((_, backend),) = cursor.fetchall()
+        return {"worker": os.getpid(), "backend": backend}

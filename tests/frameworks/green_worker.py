@@ -6,6 +6,7 @@ Each scenario proves that the hub ran by what only another greenlet of the same 
 import json
 import os
 import sys
+from typing import Any
 
 if sys.argv[1] != "patched_late":
     from gevent import monkey
@@ -17,6 +18,7 @@ import gevent.socket
 import psycogreen.gevent
 import psycopg2
 from gevent import event
+from psycopg2 import extensions
 
 import sharedpool
 
@@ -26,29 +28,30 @@ if scenario != "patched_late" and not scenario.startswith("without_psycogreen"):
 pool = sharedpool.config_pool(pool_manager=sharedpool.ThreadedConnectionPool, **settings)
 
 
-def ask(conn, query="SELECT pg_backend_pid()"):
+def ask(conn: extensions.connection, query: str = "SELECT pg_backend_pid()") -> Any:
     with conn.cursor() as cursor:
         cursor.execute(query)
-        return cursor.fetchone()[0]
+        ((value,),) = cursor.fetchall()
+        return value
 
 
-def others_run(turns=20):
+def others_run(turns: int = 20) -> None:
     """Return only when the hub has come round that often."""
     for _ in range(turns):
         gevent.sleep(0.002)
 
 
-def use():
+def use() -> int:
     with pool.connection(timeout=20) as conn:
-        return ask(conn)
+        return int(ask(conn))
 
 
-def until_told():
+def until_told() -> None:
     gevent.socket.wait_read(sys.stdin.fileno())  # to read from a pipe would block the hub
     sys.stdin.readline()
 
 
-def waiting_within_the_process():
+def waiting_within_the_process() -> None:
     """The one that holds the slot gives it back only while the other waits: if that froze the hub, it never would."""
     held = pool.get_conn(timeout=20)
     pid = ask(held)
@@ -62,7 +65,7 @@ def waiting_within_the_process():
     assert pool.stats().handed_on == 1
 
 
-def many_greenlets():
+def many_greenlets() -> None:
     pids = [gevent.spawn(lambda: [use() for _ in range(20)]) for _ in range(20)]
     gevent.joinall(pids, timeout=60, raise_error=True)
     assert len({pid for job in pids for pid in job.get()}) <= pool.max_conn
@@ -70,7 +73,7 @@ def many_greenlets():
     assert pool.stats().connects <= pool.max_conn
 
 
-def many_greenlets_need_few_descriptors():
+def many_greenlets_need_few_descriptors() -> None:
     """Hundreds wait at once, here and in another process."""
     before = len(os.listdir("/proc/self/fd"))
     held = pool.get_conn(timeout=20)  # the other process has the other one
@@ -87,7 +90,7 @@ def many_greenlets_need_few_descriptors():
     assert pool.stats().in_use == 0
 
 
-def waiting_for_another_process():
+def waiting_for_another_process() -> None:
     """The other process holds the slot until it reads that this one's hub goes on."""
     waiter = gevent.spawn(use)
     while not pool.stats().waiting:
@@ -97,13 +100,13 @@ def waiting_for_another_process():
     waiter.get(timeout=30)
 
 
-def idle_until_told():
+def idle_until_told() -> None:
     """Have an idle connection, and leave the pool alone: it is taken by the link's greenlet."""
     print(use(), flush=True)
     until_told()
 
 
-def queries_overlap():
+def queries_overlap() -> None:
     """Each query waits for a lock that the other greenlet lets go."""
     with pool.connection(timeout=20) as first:
         ask(first, "SELECT pg_advisory_lock(1)")
@@ -114,19 +117,19 @@ def queries_overlap():
         second.get(timeout=20)
 
 
-def hold(conn):
+def hold(conn: extensions.connection) -> None:
     ask(conn, "SELECT pg_advisory_lock(1)")
     ask(conn, "SELECT pg_advisory_unlock(1)")
     pool.put_conn(conn)
 
 
-def a_close_lets_others_run():
+def a_close_lets_others_run() -> None:
     """A backend in the middle of a query does not leave at once: its end is waited for, up to a second."""
     conn = pool.get_conn(timeout=20)
     ask(conn)
-    turns = []
+    turns: list[None] = []
 
-    def count():
+    def count() -> None:
         while True:
             gevent.sleep(0.002)
             turns.append(None)
@@ -141,7 +144,7 @@ def a_close_lets_others_run():
     counter.kill()
 
 
-def a_timeout_of_gevents_leaks_nothing():
+def a_timeout_of_gevents_leaks_nothing() -> None:
     held = pool.get_conn(timeout=20)
     for _ in range(3):
         with gevent.Timeout(0.05, False):
@@ -156,7 +159,7 @@ def a_timeout_of_gevents_leaks_nothing():
     assert (pool.stats().in_use, pool.stats().idle) == (0, 1)
 
 
-def a_timeout_of_the_pools_own():
+def a_timeout_of_the_pools_own() -> None:
     held = pool.get_conn(timeout=20)
     for timeout, error in ((0, sharedpool.PoolExhausted), (0.05, sharedpool.PoolTimeout)):
         try:
@@ -167,8 +170,8 @@ def a_timeout_of_the_pools_own():
     pool.put_conn(held)
 
 
-def a_killed_query_costs_its_connection_and_no_slot():
-    def run():
+def a_killed_query_costs_its_connection_and_no_slot() -> None:
+    def run() -> None:
         with pool.connection(timeout=20) as conn:
             ask(conn, "SELECT pg_sleep(60)")
 
@@ -182,7 +185,7 @@ def a_killed_query_costs_its_connection_and_no_slot():
     assert pool.stats().in_use == 0
 
 
-def a_fork():
+def a_fork() -> None:
     pid = use()
     held = pool.get_conn(timeout=20)
     child = os.fork()
@@ -201,11 +204,11 @@ def a_fork():
     assert use() == pid
 
 
-def live_connections_move():
+def live_connections_move() -> None:
     """Write rows that say whose they are, each in a transaction of its own; wait for who else uses the slots."""
     me = os.getpid()
 
-    def write(greenlet):
+    def write(greenlet: int) -> None:
         for n in range(40):
             body = f"{me} {greenlet} {n} " * 50
             with pool.connection(timeout=30) as conn, conn.cursor() as cursor:
@@ -224,7 +227,7 @@ def live_connections_move():
     print(pool._local.adopted, flush=True)
 
 
-def patched_late():
+def patched_late() -> None:
     """As in a gunicorn worker with --preload: imported and configured first, patched afterwards."""
     from gevent import monkey
 
@@ -233,22 +236,22 @@ def patched_late():
     waiting_within_the_process()
 
 
-def without_psycogreen():
+def without_psycogreen() -> None:
     """Queries block the hub then, but a wait for a lease does not."""
     waiting_within_the_process()
 
 
-def without_psycogreen_from_another_process():
+def without_psycogreen_from_another_process() -> None:
     print(use(), flush=True)
 
 
-def ending():
+def ending() -> None:
     """Leave with an idle connection and one in use: atexit returns both."""
     print(use(), flush=True)
     held.append(pool.get_conn(timeout=20))
 
 
-def connecting_can_be_given_up():
+def connecting_can_be_given_up() -> None:
     """`settings` lead to a server that never answers."""
     with gevent.Timeout(0.2, False):
         pool.get_conn(timeout=20)
@@ -266,6 +269,6 @@ def connecting_can_be_given_up():
     assert pool.stats().in_use == 0
 
 
-held = []
+held: list[extensions.connection] = []
 globals()[scenario]()
 print("done", flush=True)

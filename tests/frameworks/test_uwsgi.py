@@ -63,11 +63,11 @@ def program(request: pytest.FixtureRequest) -> list[str]:
         found = shutil.which("pyuwsgi", path=Path(sys.executable).parent)
         assert found is not None, "pip install pyuwsgi"
         return [found]
-    if real_uwsgi() is None:
+    if (command := real_uwsgi()) is None:
         pytest.skip(
             "no uwsgi with this Python: pip install uwsgi, or apt-get install uwsgi-plugin-python3"
         )
-    return [*real_uwsgi(), "--virtualenv", sys.prefix]
+    return [*command, "--virtualenv", sys.prefix]
 
 
 @pytest.fixture

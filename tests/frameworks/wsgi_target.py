@@ -11,7 +11,7 @@ from typing import Any
 
 import sharedpool
 
-simple = (
+simple: dict[str, Any] = (
     {} if "TARGET_SIMPLE" in os.environ else {"pool_manager": sharedpool.ThreadedConnectionPool}
 )
 pool = sharedpool.config_pool(max_conn=3, name=os.environ["TARGET_POOL"], timeout=30, **simple)
@@ -25,6 +25,6 @@ def app(environ: dict[str, Any], start_response: Callable[..., object]) -> Itera
     seconds = 600 if environ["PATH_INFO"] == "/stuck" else 0.002
     with pool.connection() as conn, conn.cursor() as cursor:
         cursor.execute("SELECT pg_sleep(%s), pg_backend_pid()", [seconds])
-        backend = cursor.fetchone()[1]
+        ((_, backend),) = cursor.fetchall()
     start_response("200 OK", [("Content-Type", "application/json")])
     return [json.dumps({"worker": os.getpid(), "backend": backend, "uid": os.getuid()}).encode()]

@@ -116,7 +116,7 @@ def test_completion_prints_a_script(shell: str) -> None:
 
 def test_the_shell_completes_commands_and_options() -> None:
     for words, expected in (("sharedpool w", "who"), ("sharedpool top --int", "--interval")):
-        typed = {
+        typed: dict[str, Any] = {
             "_SHAREDPOOL_COMPLETE": "bash_complete",
             "COMP_WORDS": words,
             "COMP_CWORD": str(words.count(" ")),

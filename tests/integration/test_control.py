@@ -61,7 +61,8 @@ def backend_of(conn: connection) -> Backend:
         )
         row = cursor.fetchone()
         assert row is not None
-    return Backend(*row, direct=True)
+    pid, started_us, server_us = row
+    return Backend(pid, started_us, server_us, direct=True)
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def test_two_brokers_in_different_databases_see_each_other(
     with ExitStack() as stack:
         claims = []
         for instance, dsn in (("aaaaaaaa", postgres.dsn), ("bbbbbbbb", role)):
-            leadership = Leadership("a scope", instance, lambda word: word(Told(), 0.0))  # type: ignore[arg-type,return-value]
+            leadership = Leadership("a scope", instance, lambda word: word(Told(), 0.0))  # type: ignore[arg-type]
             conn = stack.enter_context(
                 closing(psycopg2.connect(dsn, application_name=leadership.application_name))
             )

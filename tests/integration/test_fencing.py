@@ -28,11 +28,12 @@ class Lent:
         self.done: list[Token] = []
         self._fencing = Fencing(self.done.append, lambda backend: False)
         row = self._see(
-            "pid, (extract(epoch FROM backend_start) * 1000000)::bigint, 1",
+            "pid, (extract(epoch FROM backend_start) * 1000000)::bigint",
             self.conn.info.backend_pid,
         )
         assert row is not None
-        self.backend = Backend(*row, pooled=OURS)
+        pid, started_us = row
+        self.backend = Backend(pid, started_us, 1, pooled=OURS)
         self._thread: threading.Thread | None = None
 
     def _see(self, what: str, pid: int) -> tuple[int, ...] | None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psycopg2
 import psycopg2.extras
@@ -77,7 +78,8 @@ def test_nothing_of_one_users_session_reaches_the_next(pair: MakePair) -> None:
         conn.commit()
 
     conn = moved(a, b, use)
-    assert (conn.autocommit, conn.cursor_factory) == (False, None)
+    assert not conn.autocommit
+    assert conn.cursor_factory is None
     assert (conn.notices, conn.notifies) == ([], [])
     assert ask(conn, "SHOW search_path") == '"$user", public'
     assert ask(conn, "SHOW TimeZone") == conn.get_parameter_status("TimeZone") != "Asia/Tokyo"
@@ -486,7 +488,12 @@ def test_threads_of_several_processes_share_few_connections(
 def test_no_slot_is_lost_with_a_process_that_ends_or_stops_in_the_middle_of_a_transfer(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, number: int, tmp_path: Path
 ) -> None:
-    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 2}
+    settings: dict[str, Any] = {
+        "dsn": postgres.dsn,
+        "broker": broker.address,
+        "name": name,
+        "max_conn": 2,
+    }
     stop = tmp_path / "stop"
     rng = random.Random(number)
     with (
@@ -640,7 +647,7 @@ def test_nothing_is_handed_over_between_processes_that_connect_to_different_data
     broker: sharedpool.Broker, database: str, postgres: EphemeralPostgres
 ) -> None:
     settings = {"broker": broker.address, "name": "one name, two databases", "max_conn": 1}
-    names = {}
+    names: dict[Worker, set[str]] = {}
     with (
         workers(1, dsn=database, **settings) as (first,),
         workers(1, dsn=postgres.dsn, **settings) as (second,),

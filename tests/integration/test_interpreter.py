@@ -66,6 +66,8 @@ class Running:
         )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
+        self.said: Any
+        self.seconds: float
         self.said, self.seconds = json.loads(line) if line else (self.end(), 0.0)
 
     def end(self) -> str:

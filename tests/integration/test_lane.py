@@ -130,7 +130,7 @@ def is_stopped(worker: Worker) -> bool:
 def test_a_process_that_is_killed_in_the_middle_of_a_move_costs_no_slot(
     impatient: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, step: str
 ) -> None:
-    settings = {
+    settings: dict[str, Any] = {
         "dsn": postgres.dsn,
         "broker": impatient.address,
         "name": name,
@@ -158,7 +158,7 @@ def test_a_process_that_is_stopped_in_the_middle_of_a_move_costs_no_slot_and_goe
     impatient: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, step: str
 ) -> None:
     """The others wait for its TTL at most, and a little more; what it was taken away it does not use again."""
-    settings = {
+    settings: dict[str, Any] = {
         "dsn": postgres.dsn,
         "broker": impatient.address,
         "name": name,
@@ -189,7 +189,7 @@ def test_a_process_that_is_stopped_in_the_middle_of_a_move_costs_no_slot_and_goe
 def test_a_process_that_is_killed_while_it_is_stopped_costs_no_slot(
     impatient: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, step: str
 ) -> None:
-    settings = {
+    settings: dict[str, Any] = {
         "dsn": postgres.dsn,
         "broker": impatient.address,
         "name": name,
@@ -254,7 +254,13 @@ def test_what_was_lost_with_a_broker_is_back_as_soon_as_all_have_told_what_they_
     """It was sent to one who has died since, and whom the next broker knows as a member of that lane alone."""
     address, ttl_s = f"ipc://{runtime_dir}/b.sock", 20.0
     first = sharedpool.start_broker(60, address=address, dsn=postgres.dsn, ttl=ttl_s)
-    settings = {"dsn": postgres.dsn, "broker": address, "name": name, "max_conn": 1, **_EAGER}
+    settings: dict[str, Any] = {
+        "dsn": postgres.dsn,
+        "broker": address,
+        "name": name,
+        "max_conn": 1,
+        **_EAGER,
+    }
     with workers(2, **settings) as crew, Worker(**settings) as receiver:
         let_move([*crew, receiver], first, name, tmp_path)
         holder, other = crew
@@ -474,7 +480,7 @@ def test_who_comes_late_is_given_at_once_what_lies_on_the_shelf(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, wait_s: float
 ) -> None:
     """His process is not in the lane yet, or he does not wait: he asks the broker."""
-    settings = {
+    settings: dict[str, Any] = {
         "dsn": postgres.dsn,
         "broker": broker.address,
         "name": name,
@@ -514,7 +520,7 @@ def test_nobody_is_let_into_a_lane_in_which_nothing_could_move(
 def test_nothing_is_kept_for_who_will_not_be_in_the_lane(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str
 ) -> None:
-    settings = {
+    settings: dict[str, Any] = {
         "dsn": postgres.dsn,
         "broker": broker.address,
         "name": name,

@@ -26,8 +26,10 @@ class Candidate:
         self._dsn = dsn
         self.told: list[object] = []
         self.leadership = Leadership(
-            scope, instance, lambda word: self.told.append(word(self, 0.0))
-        )  # type: ignore[arg-type]
+            scope,
+            instance,
+            lambda call: self.told.append(call(self, 0.0)),  # type: ignore[arg-type]
+        )
         self.conns: list[connection] = []
 
     def outranked(self, now: float, why: str) -> Any:

@@ -141,7 +141,7 @@ def test_a_users_finalizer_may_put_even_while_its_thread_is_at_the_books(
         handle = Handle()
         del handle
         gc.collect()
-    kept = [pool.get_conn(timeout=20), pool.get_conn(timeout=20)]
+    kept: list[Any] = [pool.get_conn(timeout=20), pool.get_conn(timeout=20)]
     assert len({ask(conn) for conn in kept}) == 2
     assert all(conn.sharedpool_witness >= 0 for conn in kept)
 
@@ -260,7 +260,8 @@ def test_cursors_of_other_kinds_do_not_disturb_the_protocol(
     conn = pool.get_conn()
     with conn.cursor() as cursor:
         cursor.execute("SELECT 1 AS one")
-        assert cursor.fetchone()["one"] == 1
+        row: Any = cursor.fetchone()
+        assert row["one"] == 1
     found = report(broker, pool)
     assert found is not None
     assert found.leases == 1
@@ -358,7 +359,7 @@ def test_two_threads_that_end_one_connection_share_no_descriptor(make_pool: Make
     """The link cuts what the broker takes away while its user closes it: one has the witness, the other leaves it."""
     pool = make_pool(max_conn=4, pool_manager=sharedpool.ThreadedConnectionPool)
     for _ in range(150):
-        conn = pool.get_conn(timeout=20)
+        conn: Any = pool.get_conn(timeout=20)
         errors: list[BaseException] = []
         start = threading.Barrier(2)
 

@@ -87,7 +87,8 @@ def test_a_registration_that_has_ended_leaves_the_pool_to_its_successor(
     pool.put_conn(conn)
     thread_of(link).join(10)
     assert not thread_of(link).is_alive()
-    assert holdings.link is holdings.registration is None
+    assert holdings.link is None
+    assert holdings.registration is None
     assert link.desk.line is None
     with pool.connection(timeout=10):
         assert holdings.link is not link, "a link that is over serves nobody"

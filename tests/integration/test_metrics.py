@@ -25,7 +25,7 @@ import sharedpool
 from sharedpool.broker.core.snapshot import Snapshot
 from sharedpool.broker.metrics.http_server import HttpServer
 from sharedpool.broker.metrics.service import MetricsService
-from sharedpool.cli.status import fetch_report
+from sharedpool.cli.client import fetch_report
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.support.broker_process import POOL, STATE, Broker, running
 from tests.support.processes import Worker, workers
@@ -175,7 +175,12 @@ def test_short_uses_are_sampled_in_the_right_proportion(
 def test_no_counter_goes_back_when_a_worker_is_killed_or_the_pool_is_left(
     served: Broker, postgres: EphemeralPostgres
 ) -> None:
-    settings = {"dsn": postgres.dsn, "broker": served.address, "name": "mortal", "max_conn": 2}
+    settings: dict[str, Any] = {
+        "dsn": postgres.dsn,
+        "broker": served.address,
+        "name": "mortal",
+        "max_conn": 2,
+    }
     with Worker(**settings) as worker:
         worker.ask("cycle", count=30)
         wait_until(

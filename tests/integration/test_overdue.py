@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import sharedpool
@@ -16,7 +18,12 @@ def test_a_leak_is_counted_and_its_slot_had_back_where_that_is_wanted(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, action: str
 ) -> None:
     name = f"overdue {action}"
-    settings = {"dsn": postgres.dsn, "broker": broker.address, "name": name, "max_conn": 2}
+    settings: dict[str, Any] = {
+        "dsn": postgres.dsn,
+        "broker": broker.address,
+        "name": name,
+        "max_conn": 2,
+    }
     with (
         Worker(**settings, max_checkout=0.3, max_checkout_action=action) as leaky,
         Worker(**settings) as other,

@@ -80,7 +80,8 @@ def test_it_is_a_plain_psycopg2_connection(make_pool: MakePool) -> None:
     psycopg2.extras.register_uuid(conn_or_curs=conn)
     with conn.cursor(cursor_factory=psycopg2.extras.DictCursor) as cursor:
         cursor.execute("SELECT 1 AS one")
-        assert cursor.fetchone()["one"] == 1
+        (row,) = cursor.fetchall()
+        assert row["one"] == 1
 
 
 def test_the_callers_connection_factory_is_kept(make_pool: MakePool) -> None:
@@ -101,6 +102,7 @@ def test_the_callers_connection_factory_is_kept(make_pool: MakePool) -> None:
 def test_a_connection_factory_may_have_slots_of_its_own(make_pool: MakePool) -> None:
     class Slotted(psycopg2.extensions.connection):
         __slots__ = ("noted",)
+        noted: int
 
     pool = make_pool(connection_factory=Slotted)
     with pool.connection() as conn:
@@ -116,7 +118,8 @@ def test_cursor_factory_and_options_reach_psycopg2(make_pool: MakePool) -> None:
     )
     with pool.connection() as conn, conn.cursor() as cursor:
         cursor.execute("SHOW work_mem")
-        assert cursor.fetchone()["work_mem"] == "7MB"
+        row: Any = cursor.fetchone()
+        assert row["work_mem"] == "7MB"
         assert conn.info.dsn_parameters["connect_timeout"] == "7"
 
 
@@ -711,7 +714,7 @@ def test_an_interrupt_just_after_a_connection_was_handed_out_frees_the_slot(
     pool = make_pool(max_conn=1)
     pool.put_conn(pool.get_conn(timeout=20), close=True)
 
-    def interrupt_at_return(frame: FrameType, event: str, value: object) -> object:
+    def interrupt_at_return(frame: FrameType, event: str, value: object) -> Any:
         if frame.f_code is not checkout.__code__:
             return None
         if event == "return" and value is not None:

@@ -65,7 +65,10 @@ def query(server: EphemeralPostgres, text: str) -> object:
     try:
         with connection, connection.cursor() as cursor:
             cursor.execute(text)
-            return cursor.fetchone()[0] if cursor.description else None
+            if not cursor.description:
+                return None
+            ((value,),) = cursor.fetchall()
+            return value
     finally:
         connection.close()
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from psycopg2.extensions import connection
@@ -27,17 +28,15 @@ def name() -> str:
 
 
 @pytest.fixture
-def settings(
-    broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str
-) -> dict[str, object]:
+def settings(broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str) -> dict[str, Any]:
     return {"dsn": postgres.dsn, "broker": broker.address, "name": name}
 
 
 @pytest.fixture
-def start(settings: dict[str, object]) -> Iterator[StartWorker]:
+def start(settings: dict[str, Any]) -> Iterator[StartWorker]:
     started: list[Worker] = []
 
-    def start_worker(**more: object) -> Worker:
+    def start_worker(**more: Any) -> Worker:
         worker = Worker(**settings, **more)
         started.append(worker)
         return worker.ready()
@@ -62,7 +61,7 @@ def report(broker: sharedpool.Broker, name: str) -> PoolReport:
 
 
 def test_processes_and_threads_share_one_limit(
-    settings: dict[str, object], postgres: EphemeralPostgres, name: str
+    settings: dict[str, Any], postgres: EphemeralPostgres, name: str
 ) -> None:
     with (
         workers(6, **settings, max_conn=3, threads=True) as crew,
@@ -350,7 +349,7 @@ def test_the_cap_over_all_pools_moves_slots_between_them(
 ) -> None:
     address = f"ipc://{runtime_dir}/cap.sock"
     with sharedpool.start_broker(2, address=address, dsn=postgres.dsn):
-        common = {"dsn": postgres.dsn, "broker": address, "max_conn": 2}
+        common: dict[str, Any] = {"dsn": postgres.dsn, "broker": address, "max_conn": 2}
         with Worker(**common, name="one") as one, Worker(**common, name="two") as two:
             one.ask("get", name="x")
             one.ask("get", name="y")

@@ -164,7 +164,12 @@ def test_a_killed_workers_slot_is_back_soon_after_its_backend(
     doing: str, postgres: EphemeralPostgres, late: proxies.LateCloser, own_broker: sharedpool.Broker
 ) -> None:
     """The proxy keeps the backend alive, and the query would last for a minute: the broker has it ended."""
-    settings = {"broker": own_broker.address, "dsn": late.dsn, "max_conn": 1, "name": "victim"}
+    settings: dict[str, Any] = {
+        "broker": own_broker.address,
+        "dsn": late.dsn,
+        "max_conn": 1,
+        "name": "victim",
+    }
     with Worker(**settings) as victim, Worker(**settings) as waiter:
         ends = Ends(postgres.dsn, victim.ask("get", name="c", timeout=10)["backend"])
         if doing == "in a query":
@@ -287,7 +292,12 @@ def test_a_connect_that_waits_in_a_proxys_queue_is_waited_for(
         proxies.LateCloser(postgres, late_s=3.0, accept_late_s=1.0) as slow,
         sharedpool.start_broker(1, dsn=postgres.dsn) as broker,
     ):
-        settings = {"broker": broker.address, "dsn": slow.dsn, "max_conn": 1, "name": "queued"}
+        settings: dict[str, Any] = {
+            "broker": broker.address,
+            "dsn": slow.dsn,
+            "max_conn": 1,
+            "name": "queued",
+        }
         with Worker(**settings) as victim, Worker(**settings) as waiter:
             victim.send("get", name="c", timeout=20)
             wait_until(lambda: slow.accepted == 1, what="the connect to be queued")
@@ -370,7 +380,12 @@ def test_a_pooler_that_keeps_no_sessions_is_refused_when_two_workers_have_one_ba
         proxies.pgbouncer(postgres, "postgres", mode="transaction") as dsn,
         sharedpool.start_broker(4, dsn=postgres.dsn if has_control else None) as broker,
     ):
-        settings = {"broker": broker.address, "dsn": dsn, "max_conn": 4, "name": "twins"}
+        settings: dict[str, Any] = {
+            "broker": broker.address,
+            "dsn": dsn,
+            "max_conn": 4,
+            "name": "twins",
+        }
         with Worker(**settings) as one, Worker(**settings) as other:
             one.ask("get", name="a", timeout=10)
             other.ask("get", name="b", timeout=10)
@@ -392,7 +407,12 @@ def test_two_workers_that_have_had_one_backend_in_turn_are_no_proof(
         proxies.pgbouncer(postgres, "postgres", size=1) as dsn,
         sharedpool.start_broker(2, dsn=postgres.dsn) as broker,
     ):
-        settings = {"broker": broker.address, "dsn": dsn, "max_conn": 2, "name": "turns"}
+        settings: dict[str, Any] = {
+            "broker": broker.address,
+            "dsn": dsn,
+            "max_conn": 2,
+            "name": "turns",
+        }
         with Worker(**settings) as one, Worker(**settings) as other:
             for _ in range(10):
                 for worker in (one, other):

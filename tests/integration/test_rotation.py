@@ -146,7 +146,7 @@ def test_an_automatic_broker_that_cannot_be_given_a_password_is_not_started(
     def ask() -> str:
         raise KeyError("the vault is sealed")
 
-    pool = sharedpool.config_pool(dsn=postgres.dsn, password=ask)  # type: ignore[arg-type]
+    pool = sharedpool.config_pool(dsn=postgres.dsn, password=ask)
     with pytest.raises(
         sharedpool.BrokerUnavailable, match=r"was not started: KeyError: 'the vault is sealed'"
     ):

@@ -751,7 +751,8 @@ def test_what_is_set_on_a_connection_that_was_put_back_is_not_the_next_users(poo
 def test_what_is_set_is_restored_by_the_short_way_too(pool: Pool) -> None:
     for _ in range(50):  # all but the few that are timed would go it
         conn = pool.get_conn()
-        assert (conn.autocommit, conn.cursor_factory) == (False, None)
+        assert not conn.autocommit
+        assert conn.cursor_factory is None
         conn.autocommit, conn.cursor_factory = True, psycopg2.extras.DictCursor
         pool.put_conn(conn)
         conn = pool.get_conn()

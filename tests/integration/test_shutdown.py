@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg2
 import pytest
@@ -89,7 +90,12 @@ def test_sigterm_recalls_what_is_idle_waits_for_the_rest_and_lends_nothing_more(
 def test_a_planned_restart_costs_nobody_an_error_who_waits(
     postgres: EphemeralPostgres, address: str
 ) -> None:
-    settings = {"dsn": postgres.dsn, "broker": address, "max_conn": 3, "threads": True}
+    settings: dict[str, Any] = {
+        "dsn": postgres.dsn,
+        "broker": address,
+        "max_conn": 3,
+        "threads": True,
+    }
     with workers(4, **settings) as crew, Worker(**settings) as a, Worker(**settings) as b:
         with broker_process(address, postgres.dsn) as first:
             a.ask("get", name="x")
@@ -192,7 +198,12 @@ def test_without_its_journal_a_broker_waits_and_then_counts_what_the_server_show
     postgres: EphemeralPostgres, address: str
 ) -> None:
     journal = Path(address.removeprefix("ipc://") + ".journal")
-    settings = {"dsn": postgres.dsn, "broker": address, "max_conn": 3, "name": "forgotten"}
+    settings: dict[str, Any] = {
+        "dsn": postgres.dsn,
+        "broker": address,
+        "max_conn": 3,
+        "name": "forgotten",
+    }
     with Worker(**settings) as a, Worker(**settings) as b:
         with broker_process(address, postgres.dsn) as first:
             held = a.ask("get", name="x")["backend"]

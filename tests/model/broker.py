@@ -50,6 +50,7 @@ from sharedpool.wire.board import BROKER_PLACE, BROKER_REQUEST, SHELF
 from sharedpool.wire.codec import decode_to_broker, decode_to_worker, encode
 from sharedpool.wire.desk import Deposit, Give, Leave, LineOwner, Moved
 from sharedpool.wire.messages import Acquire, Grant, Hello, ToBroker, Token
+from sharedpool.wire.reports import FromOperator
 from tests.model.desk import checked
 from tests.model.lane import End, Grip, Item, Lane
 from tests.model.moving import run
@@ -440,9 +441,9 @@ class Broker:
             process = self.world.process_of[session]
         if isinstance(message, Acquire):
             self._note_arrival(session, message)
-        self.execute(
-            self.ledger.handle(session, decode_to_broker(encode(message)), self.world.now, process)
-        )
+        read = decode_to_broker(encode(message))
+        assert not isinstance(read, FromOperator)
+        self.execute(self.ledger.handle(session, read, self.world.now, process))
 
     def _note_arrival(self, session: bytes, message: Acquire) -> None:
         if message.wait_ms and not self.queued(session, message.request):

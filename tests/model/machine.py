@@ -285,12 +285,12 @@ class GoodNetwork(RuleBasedStateMachine):
     def _lane_step(self, pick: int) -> bool:
         """One process takes its next step in the lane, or the broker."""
         steps: list[tuple[Worker | None, object]] = []
-        for worker in self.world.awake:
-            steps += [(worker, thread) for thread in worker.threads if thread.ready]
-            steps += [(worker, giving) for giving in worker.lane_giving]
-            steps += [(worker, ticket) for ticket in worker.rung[:1]]
-            if worker.seat_news:
-                steps.append((worker, None))
+        for awake in self.world.awake:
+            steps += [(awake, thread) for thread in awake.threads if thread.ready]
+            steps += [(awake, giving) for giving in awake.lane_giving]
+            steps += [(awake, ticket) for ticket in awake.rung[:1]]
+            if awake.seat_news:
+                steps.append((awake, None))
         if self.world.broker is not None:
             steps += [(None, pool) for pool in self.world.broker.lanes_to_read]
         if not steps:

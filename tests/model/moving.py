@@ -127,6 +127,7 @@ class InTheLane(AtTheDesk):
     connecting: list[Lease]
     quitting: list[Waiter]
     closing: list[tuple[Closing, Conn]]
+    epoch: int
 
     def __init__(self, *, handover: bool, slice_s: float) -> None:
         super().__init__(handover=handover, slice_s=slice_s)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from sharedpool.broker.core.commands import Entry
 from sharedpool.broker.core.quarantine import SETTLE_S
-from sharedpool.broker.core.records import SlotState
+from sharedpool.broker.core.records import Lease, SlotState
 from sharedpool.wire.admin import Order, OrderKind
-from sharedpool.wire.messages import START_UP_LIMIT_S
+from sharedpool.wire.messages import START_UP_LIMIT_S, Token
 from tests.model.broker import Broker
 from tests.model.moving import Thread
 from tests.model.scale import BEAT_S, LIMITS, TTL_S
@@ -69,7 +72,7 @@ def _check_covered(world: World, proc: Proc) -> None:
     if broker is None:
         if not world.journal.intact:
             return
-        leases = world.journal.live
+        leases: Mapping[Token, Entry | Lease] = world.journal.live
     elif broker.ledger._scheduler.holding_back:
         return  # nothing is granted before everybody had time to say what they hold
     else:

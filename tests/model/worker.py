@@ -32,7 +32,7 @@ from sharedpool.wire.messages import (
     ToWorker,
     Welcome,
 )
-from sharedpool.worker.checkout import CHECK_AFTER_S
+from sharedpool.worker.connection.connection import CHECK_AFTER_S
 from sharedpool.worker.core.cache import Cache
 from sharedpool.worker.core.lease import Closing, Lease, Waiter
 from sharedpool.worker.core.lease_reports import lost, unfinished
@@ -154,9 +154,9 @@ class Worker(InTheLane):
             self.cache.outbox.append(self.cache.renewal(now, {}))
             self.deposit_all()
             begun = {x.lease for x in unfinished(self.cache.leases.values(), now)}
-            assert not begun & {
-                giving.closing.lease for giving in [*self.giving, *self.lane_giving]
-            }
+            giving = {step.closing.lease for step in self.giving}
+            giving |= {step.closing.lease for step in self.lane_giving}
+            assert not begun & giving
             self.flush()
 
     def flush(self) -> None:

@@ -49,7 +49,8 @@ def _has_come(_: object, seat: WaitSocket) -> bool:
 
 # Whose function, its name, whether the signal comes before it or after it, and when: asked with what it returned and
 # was given.
-GIVING = {
+Step = tuple[Any, str, str, Callable[..., bool]]
+GIVING: dict[str, Step] = {
     "the reset is to be sent": (mover, "unregister", "before", _always),
     "the reset is sent": (libpq, "Probe", "before", _always),
     "the session is taken from under its object": (libpq.Probe, "is_passed", "before", _always),
@@ -59,7 +60,7 @@ GIVING = {
     "the shelf is on the board": (passing, "send_with", "before", _by_lane),
     "it is on the shelf": (passing, "send_with", "after", _by_lane),
 }
-TAKING = {
+TAKING: dict[str, Step] = {
     "the turn is written": (Board, "take_place", "after", _always),
     "the ticket is written": (Lane, "add_ticket", "after", _always),
     "it has come": (WaitSocket, "read", "before", _has_come),

@@ -7,7 +7,9 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_until(predicate: Callable[[], T], timeout_s: float = 10, what: str = "the condition") -> T:
+def wait_until(
+    predicate: Callable[..., T | None], timeout_s: float = 10, what: str = "the condition"
+) -> T:
     """Call `predicate` every 5 ms, after a second every 25 ms, until it returns something true, and return that.
 
     Raises AssertionError with `what` and the last value when `timeout_s` have passed.

@@ -89,7 +89,13 @@ def hammer(
     `wrong` counts checkouts whose session was another process's, or not its object's; `longest` is the longest wait;
     `least` is how many the thread had that had the fewest.
     """
-    outcome = {"done": 0, "errors": [], "wrong": 0, "longest": 0.0, "least": math.inf}
+    outcome: dict[str, Any] = {
+        "done": 0,
+        "errors": [],
+        "wrong": 0,
+        "longest": 0.0,
+        "least": math.inf,
+    }
     until = time.monotonic() + seconds
     lock = threading.Lock()
     me = str(os.getpid())
@@ -102,7 +108,7 @@ def hammer(
                 with pool.connection(timeout=timeout) as conn, conn.cursor() as cursor:
                     longest = max(longest, time.monotonic() - began)
                     cursor.execute(_MARK, [me, random.uniform(0, work_s)])
-                    pid, before, _, _ = cursor.fetchone()
+                    ((pid, before, _, _),) = cursor.fetchall()
                     wrong += pid != conn.info.backend_pid or before not in (None, "", me)
                 done += 1
                 time.sleep(

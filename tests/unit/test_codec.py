@@ -24,6 +24,7 @@ from sharedpool.wire.codec import (
     encode,
 )
 from sharedpool.wire.messages import (
+    NO_TOKEN,
     Backend,
     Confirm,
     Hello,
@@ -86,7 +87,7 @@ for struct in structs:
 
 
 def messages_of(union: object) -> st.SearchStrategy[object]:
-    return st.one_of(
+    kinds: list[st.SearchStrategy[object]] = [
         orders
         if message is Order
         else st.builds(
@@ -94,7 +95,8 @@ def messages_of(union: object) -> st.SearchStrategy[object]:
             **{field.name: st.from_type(field.type) for field in msgspec.structs.fields(message)},
         )
         for message in get_args(union)
-    )
+    ]
+    return st.one_of(kinds)
 
 
 @unhurried
@@ -218,7 +220,7 @@ def test_a_damaged_message_is_a_protocol_error_or_another_message(
         b"",
         b"\xc1",
         b"not msgpack",
-        encode(Renew([], 0)) + b"\0",
+        encode(Renew([], NO_TOKEN)) + b"\0",
         msgspec.msgpack.encode([]),
         msgspec.msgpack.encode(["nonsense"]),
         msgspec.msgpack.encode(["acquire"]),
@@ -240,7 +242,7 @@ def test_what_is_no_message_is_a_protocol_error(
 
 def test_a_message_for_the_other_side_is_a_protocol_error() -> None:
     with pytest.raises(ProtocolError):
-        decode_to_worker(encode(Renew([], 0)))
+        decode_to_worker(encode(Renew([], NO_TOKEN)))
 
 
 def test_an_oversized_frame_is_refused_unread() -> None:
@@ -253,7 +255,10 @@ def test_the_heartbeat_of_a_big_pool_fits_a_frame() -> None:
     lease = LeaseReport(
         Token(big, big), Phase.CONNECTING, big, "ThreadPoolExecutor-0_0", Backend(2**22, big, big)
     )
-    assert len(encode(Renew([lease] * 5_000, big, big, list(range(1_000))))) < MAX_FRAME_BYTES
+    assert (
+        len(encode(Renew([lease] * 5_000, Token(big, big), big, list(range(1_000)))))
+        < MAX_FRAME_BYTES
+    )
 
 
 def test_a_backend_is_the_same_however_it_is_reached() -> None:

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -99,7 +99,7 @@ class Broker:
         messages = [each.message if isinstance(each, Send) else each for each in self.commands]
         return [each for each in messages if isinstance(each, kind)]
 
-    def worker(self, name: str, pool: str = "p", *, max_conn: int = 2, **spec: int) -> Worker:
+    def worker(self, name: str, pool: str = "p", *, max_conn: int = 2, **spec: Any) -> Worker:
         worker = Worker(
             self, name, PoolSpec(pool, max_conn, spec.pop("expiration_ms", 60_000), **spec)
         )
@@ -1419,9 +1419,13 @@ def test_times_that_no_clock_shows_can_be_told_to_others(broker: Broker) -> None
     for session in (a, b):
         for welcome in session.sent(Welcome):
             encode(welcome)
-    for report in [*broker.ledger.report(broker.now), broker.ledger.oldest_leases(9, broker.now)]:
+    reports: list[Any] = [
+        *broker.ledger.report(broker.now),
+        broker.ledger.oldest_leases(9, broker.now),
+    ]
+    for report in reports:
         for each in report:
-            encode(each)  # type: ignore[arg-type]
+            encode(each)
 
 
 def test_a_pools_other_servers_are_each_told_of_once(broker: Broker) -> None:

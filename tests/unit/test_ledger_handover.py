@@ -16,7 +16,7 @@ from sharedpool.broker.core.handover import NUDGE_S, SHARED_S, TRY_AGAIN_S
 from sharedpool.broker.core.moves import ARRIVAL_S
 from sharedpool.broker.core.records import SlotState
 from sharedpool.wire.board import BOARD_BYTES, PLACES, Board
-from sharedpool.wire.desk import Give, Live, Moved
+from sharedpool.wire.desk import Give, Live, Moved, Passed
 from sharedpool.wire.messages import (
     Ack,
     Acquire,
@@ -32,6 +32,11 @@ from sharedpool.wire.messages import (
     Withdraw,
 )
 from tests.unit.test_ledger import TTL_S, Broker, Worker
+
+
+def passed_with(moved: Moved) -> Passed:
+    assert moved.passed is not None
+    return moved.passed
 
 
 class Desk:
@@ -117,7 +122,7 @@ def test_a_connection_goes_to_who_has_waited_longest(broker: Broker, desk: Desk)
     assert (name, message.request) == ("b", first)
     assert message.token > token
     assert message.live.backend == a.backend(token)
-    assert message.passed.returns_due == 1  # c waits
+    assert passed_with(message).returns_due == 1  # c waits
     assert broker.all(TransferCustody) == [TransferCustody(token, message.token)]
     assert (desk.state(token), desk.state(message.token)) == (SlotState.FREE, SlotState.OPEN)
     assert broker.ledger.leases == 1
@@ -239,7 +244,7 @@ def tried(broker: Broker, desk: Desk, sent: bool | None, pause_s: float) -> list
             broker.ledger.query_cancelled(broker.all(CancelBackend)[-1], sent, broker.now)
         )
         broker.now += pause_s
-    return [moved.passed.trial for _, moved in desk.passed()]
+    return [passed_with(moved).trial for _, moved in desk.passed()]
 
 
 def test_a_cancel_is_tried_once(broker: Broker, desk: Desk) -> None:
@@ -270,7 +275,7 @@ def test_a_users_cancel_is_no_trial(broker: Broker, desk: Desk) -> None:
     broker.take_in(broker.ledger.query_cancelled(broker.all(CancelBackend)[-1], False, broker.now))
     desk.ask(b)
     desk.give(a, token)
-    assert [moved.passed.trial for _, moved in desk.passed()] == [True]
+    assert [passed_with(moved).trial for _, moved in desk.passed()] == [True]
 
 
 def test_where_the_broker_may_not_cancel_nothing_is_passed_on_any_more() -> None:
@@ -328,11 +333,11 @@ def test_while_connections_change_hands_they_are_wanted_back_and_later_kept(
     desk.give(a, desk.lend(a))
     desk.ask(b)
     heir = desk.passed()[-1][1]
-    assert heir.passed.returns_due == 1  # it came from another process
+    assert passed_with(heir).returns_due == 1  # it came from another process
     desk.give(b, heir.token)
     broker.pass_time(SHARED_S * 1.1)
     desk.ask(b)
-    assert desk.passed()[-1][1].passed.returns_due == 0  # b has been alone with it
+    assert passed_with(desk.passed()[-1][1]).returns_due == 0  # b has been alone with it
 
 
 def test_who_keeps_what_others_wait_for_is_asked_again(broker: Broker, desk: Desk) -> None:

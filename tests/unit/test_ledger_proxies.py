@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from sharedpool.broker.core.commands import Fence, Log, Record, SurveyServer
@@ -24,7 +26,7 @@ from sharedpool.wire.messages import (
 from tests.unit.test_ledger import EPOCH, TTL_S, Broker, Worker
 
 
-def proxied_broker(**options: float) -> Broker:
+def proxied_broker(**options: Any) -> Broker:
     broker = Broker(**options)
     if options.get("has_control_connection", True):
         broker.take_in(broker.ledger.reached(broker.now, direct=False, fault=""))
@@ -211,7 +213,7 @@ def test_a_control_connection_that_goes_straight_to_the_same_server_tells_a_new_
     before = Broker()
     a = before.worker("a", max_conn=1)
     a.granted(a.ask())
-    after = proxied_broker(epoch=EPOCH + 1, journal_complete=True, server=server)  # type: ignore[arg-type]
+    after = proxied_broker(epoch=EPOCH + 1, journal_complete=True, server=server)
     entries = [record.entry for record in before.all(Record)]
     after.take_in(after.ledger.restore(entries, after.now))
     after.take_in(after.ledger.session_died(a.id, after.now))

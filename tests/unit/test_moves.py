@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from sharedpool.broker.core.commands import (
@@ -67,7 +69,7 @@ class Rig:
     """
 
     def __init__(
-        self, broker: Broker | None = None, *, workers: int = 2, max_conn: int = 2, **spec: int
+        self, broker: Broker | None = None, *, workers: int = 2, max_conn: int = 2, **spec: Any
     ) -> None:
         self.broker = broker or Broker(handover=True)
         self.desk = Desk(self.broker)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
@@ -15,7 +17,7 @@ from sharedpool.wire.reports import PoolReport, Report
 
 
 def observation(*pools: tuple[str, Histograms]) -> Snapshot:
-    counts = {
+    counts: dict[str, Any] = {
         "sessions": 1,
         "leases": 9,
         "granted": 1,
@@ -25,7 +27,9 @@ def observation(*pools: tuple[str, Histograms]) -> Snapshot:
         "suspect": 1,
         "fencing": 0,
     }
-    counters = dict.fromkeys(("grants", "waits", "denials", "timeouts", "recalls", "fences"), 7)
+    counters: dict[str, Any] = dict.fromkeys(
+        ("grants", "waits", "denials", "timeouts", "recalls", "fences"), 7
+    )
     reports = [
         PoolReport(name=name, server="server", max_conn=5, waiting=3, **counts, **counters)
         for name, _ in pools

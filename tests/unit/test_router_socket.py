@@ -16,7 +16,9 @@ CHANNEL = channel_number(1)
 STATUS = Status(PROTOCOL_VERSION)
 
 
-def dealer(context: zmq.Context, address: str, identity: bytes = b"") -> zmq.Socket:
+def dealer(
+    context: zmq.Context[zmq.Socket[bytes]], address: str, identity: bytes = b""
+) -> zmq.Socket[bytes]:
     sock = context.socket(zmq.DEALER)
     if identity:
         sock.setsockopt(zmq.IDENTITY, identity)

@@ -134,7 +134,7 @@ def test_a_thread_whose_ring_was_read_as_it_took_its_seat_is_rung_again(
     rig.seats.give_back(seat)
     read = seat.read
 
-    def takes_and_is_rung() -> object:
+    def takes_and_is_rung() -> tuple[Moved, Owned] | None:
         assert rig.seats.take(None) is seat
         seat.wake()
         return read()
