@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import replace
 from typing import Any
 
 import click
@@ -18,14 +17,13 @@ from sharedpool.broker.server.server import Server
 from sharedpool.broker.server.systemd import activated
 from sharedpool.broker.settings import BrokerSettings
 from sharedpool.cli.logs import log_option, log_to_stderr
-from sharedpool.cli.options import SECONDS, broker_options, settings_from
+from sharedpool.cli.options import broker_options, settings_from
 from sharedpool.discovery.address import default_address
 from sharedpool.discovery.lock_file import AlreadyRunning
 from sharedpool.errors import ConfigError, SharedPoolError
 
 logger = logging.getLogger("sharedpool.broker")
 
-_DEFAULTS = {"ttl": 15.0, "drain_timeout": 10.0}  # as the options have them
 _STRONGER = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 
 
@@ -48,32 +46,11 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
     show_envvar=True,
     is_eager=True,
     callback=_read_config,
-    help="A TOML file with these options, by their names with _ for -, and with groups and pools. SIGHUP has it read"
-    " again. What is given here or in the environment goes before it.",
+    show_default="none",
+    help="A TOML file with these options (max_conn = 20) and the tables [groups.NAME] (min, max, priority) and"
+    " [pools.NAME] (max_conn). The command line and the environment go before it. SIGHUP has it read again.",
 )
-@broker_options
-@click.option(
-    "--bind",
-    envvar="SHAREDPOOL_BIND",
-    show_envvar=True,
-    help="Address: ipc:///path/to.sock or tcp://host:port.  [default: broker.sock in the user's runtime directory]",
-)
-@click.option(
-    "--linger",
-    type=SECONDS,
-    envvar="SHAREDPOOL_LINGER",
-    show_envvar=True,
-    help="Leave when nobody has used it for so many seconds.  [default: stay]",
-)
-@click.option(
-    "--drain-timeout",
-    type=SECONDS,
-    default=10.0,
-    show_default=True,
-    envvar="SHAREDPOOL_DRAIN_TIMEOUT",
-    show_envvar=True,
-    help="How long to wait for leases to come back after SIGTERM or SIGINT.",
-)
+@broker_options()
 @log_option
 @click.pass_context
 def broker(ctx: click.Context, /, config: ConfigFile | None, log_format: str, **given: Any) -> None:
@@ -123,15 +100,16 @@ def _settings(
     given: dict[str, Any],
     listener: tuple[int, str] | None,
 ) -> BrokerSettings:
-    """Return what the file says, but for what the command line or the environment does. Raise click's usage error.
+    """Return the settings that follow from the options and the file. Raise click's usage error.
 
     `listener` is the socket that the broker was started with, and its address.
     """
     if file is not None:
-        ours = {name for name in given if ctx.get_parameter_source(name) not in _STRONGER}
-        given = given | {name: file.options.get(name, _DEFAULTS.get(name)) for name in ours}
-    if given["max_conn"] is None:
-        raise click.UsageError(f"max_conn: not in {file.path if file else 'the options'} any more")
+        # `given` has the file's values as they were at the start: take them as they are now.
+        weaker = {name for name in given if ctx.get_parameter_source(name) not in _STRONGER}
+        given = given | {name: file.options.get(name) for name in weaker}
+        if given["max_conn"] is None:
+            raise click.UsageError(f"max_conn: not in {file.path} any more")
     groups, limits = (file.groups, file.limits) if file is not None else ({}, {})
     try:
         if given["bind"] and listener is not None and listener[1] != given["bind"]:
@@ -142,13 +120,10 @@ def _settings(
         check_terms(groups, given["max_conn"])
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
-    settings = settings_from(
-        address, "--bind", given["max_conn"], given["expiration"], given["max_checkout"], given["dsn"], given["ttl"],
-        given["metrics"], given["linger"],
-    )  # fmt: skip
-    return replace(
-        settings,
-        drain_timeout_s=given["drain_timeout"],
+    return settings_from(
+        given,
+        address,
+        "--bind",
         groups=groups,
         limits=limits,
         notify=os.environ.get("NOTIFY_SOCKET", ""),

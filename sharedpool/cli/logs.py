@@ -42,7 +42,8 @@ def log_option(command: F) -> F:
         show_default=True,
         envvar="SHAREDPOOL_LOG_FORMAT",
         show_envvar=True,
-        help="How the log on stderr is written, one event a line.",
+        help="Format of the log on stderr. json: one object a line with time, level, logger,"
+        " message and, where they apply, pool, lease, session, epoch, reason.",
     )
     return option(command)
 

@@ -1,16 +1,17 @@
-"""Options that several subcommands share, and what they become: a `BrokerSettings`."""
+"""Options that several commands share, and the `BrokerSettings` that follow from them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
 
 from sharedpool.broker.launch.run import control_dsn
-from sharedpool.broker.settings import BrokerSettings
+from sharedpool.broker.settings import OPTIONS, BrokerSettings, Kind
 from sharedpool.discovery import address as addresses
 from sharedpool.errors import ConfigError
+from sharedpool.validate import parse_seconds
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -24,95 +25,58 @@ class Seconds(click.ParamType[float]):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
         try:
-            seconds = float(value)
-        except ValueError:
-            seconds = -1.0
-        if not 0 < seconds < 1e9:
-            self.fail(f"{value!r} is not a positive number of seconds", param, ctx)
-        return seconds
+            return parse_seconds(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 SECONDS = Seconds()
+_TYPES: dict[Kind, click.ParamType[Any]] = {
+    Kind.COUNT: click.IntRange(min=1, max=2**31 - 1),
+    Kind.SECONDS: SECONDS,
+    Kind.TEXT: click.STRING,
+}
 
 
-def broker_options(command: F) -> F:
-    """Add the options that say what a broker enforces."""
-    options = [
-        click.option(
-            "--max-conn",
-            type=click.IntRange(min=1),
-            required=True,
-            envvar="SHAREDPOOL_MAX_CONN",
-            show_envvar=True,
-            help="Connections to PostgreSQL, over all pools and processes.",
-        ),
-        click.option(
-            "--expiration",
-            type=SECONDS,
-            envvar="SHAREDPOOL_EXPIRATION",
-            show_envvar=True,
-            help="Longest time that a connection may lie idle; pools may ask for less.",
-        ),
-        click.option(
-            "--max-checkout",
-            type=SECONDS,
-            envvar="SHAREDPOOL_MAX_CHECKOUT",
-            show_envvar=True,
-            help="Report a connection that is checked out for longer, with its holder.  [default: off]",
-        ),
-        click.option(
-            "--dsn",
-            envvar="SHAREDPOOL_DSN",
-            show_envvar=True,
-            help="Conninfo or URL for the one control connection, which confirms that dead workers' backends are gone."
-            "  [default: DATABASE_DSN, DATABASE_URL, libpq's environment]",
-        ),
-        click.option(
-            "--ttl",
-            type=SECONDS,
-            default=15.0,
-            show_default=True,
-            envvar="SHAREDPOOL_TTL",
-            show_envvar=True,
-            help="Silence after which a worker's connections are suspect; heartbeats come at least twice in it.",
-        ),
-        click.option(
-            "--metrics",
-            envvar="SHAREDPOOL_METRICS",
-            show_envvar=True,
-            help="Serve Prometheus metrics and a status page there: 127.0.0.1:9187.  [default: nowhere]",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+def broker_options(*, run: bool = False) -> Callable[[F], F]:
+    """Return a decorator that adds the options of a broker, or only those of `sharedpool run`."""
+
+    def add(command: F) -> F:
+        for option in reversed(OPTIONS):
+            if run and option.broker_only:
+                continue
+            # To click an explicit default of None would satisfy `required`.
+            default = {} if option.default is None else {"default": option.default}
+            command = click.option(
+                option.flag,
+                type=_TYPES[option.kind],
+                metavar=option.metavar or option.kind.value,
+                **default,
+                show_default=option.unset or option.default is not None,
+                required=option.required,
+                envvar=option.variable,
+                show_envvar=True,
+                help=option.help,
+            )(command)
+        return command
+
+    return add
 
 
 def settings_from(
-    address: str,
-    source: str,
-    max_conn: int,
-    expiration: float | None,
-    max_checkout: float | None,
-    dsn: str | None,
-    ttl: float,
-    metrics: str | None,
-    linger: float | None = None,
+    given: Mapping[str, Any], address: str, source: str, **others: Any
 ) -> BrokerSettings:
-    """Return the settings; raise click's usage error where `ConfigError` tells of a wrong value."""
+    """Return the settings of a broker at `address`; `given` are its options by name.
+
+    `source` names the option that gave the address. `others` are settings that are no options.
+    Raise click's usage error for a wrong value.
+    """
+    values = {each.field: given[each.name] for each in OPTIONS if given.get(each.name) is not None}
     try:
-        addresses.check_address(address, source)
-        if metrics:
-            addresses.check_metrics_address(metrics, "--metrics")
-        return BrokerSettings(
-            address,
-            max_conn,
-            control_dsn(dsn),
-            expiration,
-            max_checkout or 0.0,
-            ttl,
-            linger,
-            metrics=metrics or "",
-        )
+        values["address"] = addresses.check_address(address, source)
+        values["dsn"] = control_dsn(given["dsn"])
+        if "metrics" in values:
+            addresses.check_metrics_address(values["metrics"], "--metrics")
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
+    return BrokerSettings(**values, **others)

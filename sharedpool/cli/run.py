@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable
-from dataclasses import replace
+from typing import Any
 
 import click
 
@@ -38,18 +38,13 @@ _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as a shell says it
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@broker_options
+@broker_options(run=True)
 @log_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
-    max_conn: int,
-    expiration: float | None,
-    max_checkout: float | None,
-    dsn: str | None,
-    ttl: float,
-    metrics: str | None,
     log_format: str,
     command: tuple[str, ...],
+    **given: Any,
 ) -> None:
     """Start a broker, run COMMAND with SHAREDPOOL_BROKER set, and end as it ends.
 
@@ -63,11 +58,11 @@ def run(
         address = f"ipc://{runtime_dir()}/run-{os.getpid()}.sock"
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
-    settings = settings_from(address, "run", max_conn, expiration, max_checkout, dsn, ttl, metrics)
+    settings = settings_from(given, address, "run", one_off=True)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored ones are never waited for
     # Blocked from before there are other threads, libzmq's included: a signal that one of them took would be lost.
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED | {signal.SIGCHLD})
-    server = Server(replace(settings, one_off=True))
+    server = Server(settings)
     try:
         server.bind()
     except SharedPoolError as error:

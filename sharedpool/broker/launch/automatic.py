@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from sharedpool.broker.launch import interpreter
-from sharedpool.broker.settings import BrokerSettings
+from sharedpool.broker.settings import OPTIONS, BrokerSettings
 from sharedpool.descriptors.readable import readable
 from sharedpool.discovery import address as addresses
 from sharedpool.discovery.lock_file import is_held
 from sharedpool.errors import BrokerUnavailable, ConfigError, SharedPoolError
+from sharedpool.validate import parse_seconds
 
 # How long a broker may take from its start to its first message, on a busy machine.
 START_LIMIT_S = 20.0
@@ -207,22 +208,15 @@ class _Lines:
 
 
 def with_linger(settings: BrokerSettings) -> BrokerSettings:
-    """Return `settings` for an automatic broker, with TTL and linger from SHAREDPOOL_TTL and SHAREDPOOL_LINGER."""
-    return replace(
-        settings,
-        ttl_s=_seconds("SHAREDPOOL_TTL", settings.ttl_s),
-        linger_s=_seconds("SHAREDPOOL_LINGER", DEFAULT_LINGER_S),
-    )
+    """Return the settings of an automatic broker: `settings` with those from the environment.
 
-
-def _seconds(name: str, default: float) -> float:
-    text = os.environ.get(name)
-    if not text:
-        return default
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < 1e9:
-        raise ConfigError(f"{name}: {text!r} is not a positive number of seconds")
-    return value
+    Without SHAREDPOOL_LINGER the broker lingers for `DEFAULT_LINGER_S`. Raise `ConfigError`.
+    """
+    found: dict[str, Any] = {"linger_s": DEFAULT_LINGER_S}
+    for option in OPTIONS:
+        if option.automatic and (text := os.environ.get(option.variable)):
+            try:
+                found[option.field] = parse_seconds(text)
+            except ValueError as error:
+                raise ConfigError(f"{option.variable}: {error}") from None
+    return replace(settings, **found)

@@ -24,23 +24,14 @@ from typing import Annotated, Any
 import msgspec
 
 from sharedpool.broker.core.group_terms import GroupTerms, check_terms
+from sharedpool.broker.settings import OPTIONS, Kind
 from sharedpool.errors import ConfigError
 
 _Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 _Least = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 _Seconds = Annotated[float, msgspec.Meta(gt=0, lt=1e9)]
-# What the command's options are, by their names; the tables apart.
-OPTIONS: dict[str, Any] = {
-    "max_conn": _Count,
-    "expiration": _Seconds,
-    "max_checkout": _Seconds,
-    "dsn": str,
-    "ttl": _Seconds,
-    "metrics": str,
-    "bind": str,
-    "linger": _Seconds,
-    "drain_timeout": _Seconds,
-}
+_TYPES: dict[Kind, Any] = {Kind.COUNT: _Count, Kind.SECONDS: _Seconds, Kind.TEXT: str}
+_OPTIONS = {option.name: _TYPES[option.kind] for option in OPTIONS}
 
 
 class _GroupTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,16 +46,16 @@ class _PoolTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """What a file says: `options` by the command's names, and what only a file can say."""
+    """The content of a configuration file."""
 
     path: Path
-    options: dict[str, Any]
+    options: dict[str, Any]  # by their names, such as max_checkout
     groups: dict[str, GroupTerms] = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)  # of pools, by name
 
 
 def read(path: str | Path) -> ConfigFile:
-    """Read a file; raise `ConfigError` that names all that is wrong, a line for each."""
+    """Read a file. Raise a `ConfigError` with one line for each mistake."""
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -74,12 +65,12 @@ def read(path: str | Path) -> ConfigFile:
     wrong: list[str] = []
     groups = _tables(tables.pop("groups", {}), "groups", _GroupTable, wrong)
     pools = _tables(tables.pop("pools", {}), "pools", _PoolTable, wrong)
-    for name in tables.keys() - OPTIONS.keys():
+    for name in tables.keys() - _OPTIONS.keys():
         wrong.append(
-            f"{name}: there is no such setting (there are {', '.join(OPTIONS)}, groups and pools)"
+            f"{name}: there is no such setting (there are {', '.join(_OPTIONS)}, groups and pools)"
         )
-    known = tables.keys() & OPTIONS.keys()
-    options = {name: _convert(tables[name], OPTIONS[name], name, wrong) for name in sorted(known)}
+    known = tables.keys() & _OPTIONS.keys()
+    options = {name: _convert(tables[name], _OPTIONS[name], name, wrong) for name in sorted(known)}
     terms = {
         name: GroupTerms(table.min, table.max, table.priority) for name, table in groups.items()
     }

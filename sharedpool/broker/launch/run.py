@@ -16,7 +16,7 @@ import multiprocess
 from sharedpool.broker.launch import interpreter
 from sharedpool.broker.launch.automatic import START_LIMIT_S
 from sharedpool.broker.server.server import Server
-from sharedpool.broker.settings import BrokerSettings
+from sharedpool.broker.settings import DEFAULT_TTL_S, BrokerSettings
 from sharedpool.discovery import address as addresses
 from sharedpool.discovery.lock_file import AlreadyRunning
 from sharedpool.errors import BrokerUnavailable, ConfigError, SharedPoolError
@@ -143,7 +143,7 @@ def start_broker(
     dsn: str | None = None,
     expiration: float | None = None,
     max_checkout: float | None = None,
-    ttl: float = 15.0,
+    ttl: float = DEFAULT_TTL_S,
 ) -> Broker:
     """Start a broker process for this script's workers and return its handle (a context manager).
 
@@ -166,9 +166,14 @@ def start_broker(
     if address is None:
         address = f"ipc://{addresses.runtime_dir()}/broker-{os.getpid()}-{os.urandom(4).hex()}.sock"
     settings = BrokerSettings(
-        addresses.check_address(address, "address"), max_conn, control_dsn(dsn), expiration, max_checkout or 0.0, ttl,
+        addresses.check_address(address, "address"),
+        max_conn,
+        control_dsn(dsn),
+        expiration_s=expiration,
+        max_checkout_s=max_checkout or 0.0,
+        ttl_s=ttl,
         one_off=one_off,
-    )  # fmt: skip
+    )
     programs = interpreter.candidates()
     if not programs:
         raise BrokerUnavailable(
