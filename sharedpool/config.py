@@ -1,8 +1,11 @@
-"""`config_pool` and `get_pool`: check the settings, find the broker, keep the current pools."""
+"""`config_pool` and `get_pool`, the entry points of the package.
+
+`config_pool` checks its arguments, decides where the broker is, and makes the pool. The newest pool
+of each name is the current one, which `get_pool` returns.
+"""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from typing import Any, Literal
@@ -16,7 +19,7 @@ from sharedpool.worker.pool import Pool, SimpleConnectionPool
 from sharedpool.worker.settings import Callback, PoolConfig
 
 _GROUP_VARIABLE = "SHAREDPOOL_GROUP"
-_current: dict[str, Pool] = {}
+_current: dict[str, Pool] = {}  # by name
 
 
 def config_pool(
@@ -43,72 +46,77 @@ def config_pool(
     debug_checkouts: bool = False,
     **connect_kwargs: Any,
 ) -> Pool:
-    """Make a pool, and make it the one that `get_pool(name)` returns. Connects to nothing yet.
+    """Make a pool, and have `get_pool(name)` return it. Connects to nothing yet.
 
-    `max_conn`: the limit over all processes that share the pool. `expiration`: seconds after which an idle connection
-    is closed. `disable_pooling`: every get connects and every put closes, still under the limit. `pool_manager`:
-    `SimpleConnectionPool` (one thread) or `ThreadedConnectionPool`. `name`: pools of one broker by name. `group`:
-    whose share of the broker's limit it uses, where its configuration has groups; else SHAREDPOOL_GROUP. `broker`: its
-    address; else SHAREDPOOL_BROKER; else one is found or started for this user, server and name. `timeout`: seconds
-    `get_conn` waits when it is not told. `max_lifetime`: seconds after which a connection is replaced (±10 %).
-    `max_checkout`: seconds after which the broker reports a connection that is still out; with `max_checkout_action`
-    "end" it ends it too, and its user gets an `OperationalError`. `max_waiting`: how many
-    callers of all processes may wait at a time; further ones get `TooManyWaiting`. `configure(conn)` runs
-    after connecting, and again when a connection came from another process; `check(conn)` at every checkout.
+    Times are in seconds. Raise `ConfigError`, which is a `ValueError`, for a wrong argument.
 
-    `handover`: "auto" passes a live connection on to a process that waits, where that can be (same host, no TLS);
-    "off" always closes it here and opens one there. `reset`: what is done before it moves: "discard" (DISCARD ALL) or
-    "rollback" (no more than at every checkin), or a function that is called at every checkin. `time_slice`: seconds for
-    which a process that uses a connection all the time may keep it while others wait; ten times as long where it would
-    have to be closed. `debug_checkouts`: note where each connection is checked out, for `sharedpool who`, for
-    `max_checkout`'s report and for the texts of `PoolExhausted` and `PoolTimeout`; costs some microseconds a checkout.
+    The limit:
 
-    Where to connect: `dsn`, `db_url` or psycopg2's keywords; else DATABASE_DSN, DATABASE_URL, libpq's environment.
-    `dsn`, `password` and other keywords that do not name the server may be functions without arguments, asked at every
-    connect, in the thread of `get_conn`'s caller (`dsn` here, too, for the server's name); what they raise is raised.
-    Raise `ConfigError`, a `ValueError`, that names the argument.
+    - `max_conn`: connections over all processes that share the pool.
+    - `max_waiting`: callers over all processes that may wait at a time. Further ones get
+      `TooManyWaiting`.
+    - `group`: whose share of the broker's limit the pool uses, where the broker has groups. By
+      default the group that SHAREDPOOL_GROUP names.
+    - `disable_pooling`: every get connects and every put closes, still under the limit.
+
+    Which pool, and which broker:
+
+    - `name`: pools of one broker are told apart by their names.
+    - `pool_manager`: `SimpleConnectionPool` for one thread, `ThreadedConnectionPool` for many.
+    - `broker`: the broker's address. By default SHAREDPOOL_BROKER, or else a broker that is found
+      or started for this user, server and role.
+
+    Where to connect:
+
+    - `dsn`, `db_url` or psycopg2's keywords. By default DATABASE_DSN, DATABASE_URL, or libpq's
+      environment. `dsn`, `password` and other keywords that do not name the server may be functions
+      without arguments. Every connect calls them in the thread of `get_conn`'s caller, who gets
+      their exceptions. A `dsn` function is called here, too, for the server's name.
+
+    How long:
+
+    - `timeout`: how long `get_conn` waits by default. 0: it raises at once.
+    - `expiration`: idle time after which a connection is closed.
+    - `max_lifetime`: age at which a connection is replaced (±10 %).
+    - `max_checkout`: duration after which the broker reports a checkout. With
+      `max_checkout_action="end"` the broker also ends the connection, and its user gets an
+      `OperationalError`.
+    - `time_slice`: how long a process that uses a connection without a pause may keep it while
+      others wait. Ten times as long where the connection would have to be closed.
+
+    What happens to a connection:
+
+    - `configure(conn)` runs after connecting, and again when the connection has come from another
+      process.
+    - `check(conn)` runs at every checkout.
+    - `handover`: "auto" passes a live connection on to a process that waits, where that is possible
+      (same host, no TLS). "off" closes it here and opens one there.
+    - `reset`: what is done before a connection moves: "discard" (DISCARD ALL) or "rollback" (no
+      more than at every checkin). A function runs at every checkin instead.
+    - `debug_checkouts`: record where each connection is checked out, for `sharedpool who`, for the
+      report of `max_checkout` and for the texts of `PoolExhausted` and `PoolTimeout`. Costs some
+      microseconds per checkout.
     """
     check_number("max_conn", max_conn, least=1, whole=True)
+    check_number("max_waiting", max_waiting, least=1, whole=True, optional=True)
     check_number("expiration", expiration)
-    if timeout != math.inf:
-        check_number("timeout", timeout)
-    for argument, value in (("max_lifetime", max_lifetime), ("max_checkout", max_checkout)):
-        if value is not None:
-            check_number(argument, value, above=True)
-    if max_waiting is not None:
-        check_number("max_waiting", max_waiting, least=1, whole=True)
-    for argument, callback in (("configure", configure), ("check", check)):
-        if callback is not None and not callable(callback):
-            raise ConfigError(f"{argument}: must be a function of one connection, not {callback!r}")
-    if reset not in ("discard", "rollback") and not callable(reset):
-        raise ConfigError(
-            f'reset: must be "discard", "rollback" or a function of one connection, not {reset!r}'
-        )
-    if max_checkout_action not in ("report", "end"):
-        raise ConfigError(
-            f'max_checkout_action: must be "report" or "end", not {max_checkout_action!r}'
-        )
-    if handover not in ("auto", "off"):
-        raise ConfigError(f'handover: must be "auto" or "off", not {handover!r}')
-    check_number("slice", time_slice)
+    check_number("timeout", timeout, infinite=True)
+    check_number("max_lifetime", max_lifetime, above=True, optional=True)
+    check_number("max_checkout", max_checkout, above=True, optional=True)
+    check_number("time_slice", time_slice)
+    _check_choice("max_checkout_action", max_checkout_action, "report", "end")
+    _check_choice("handover", handover, "auto", "off")
+    _check_callbacks(configure, reset, check)
     if not (isinstance(pool_manager, type) and issubclass(pool_manager, Pool)):
         raise ConfigError(
-            f"pool_manager: must be SimpleConnectionPool or ThreadedConnectionPool, not {pool_manager!r}"
+            "pool_manager: must be SimpleConnectionPool or ThreadedConnectionPool,"
+            f" not {pool_manager!r}"
         )
-    if not isinstance(name, str) or not name or not name.isprintable():
-        raise ConfigError(f"name: must be a printable text that is not empty, not {name!r}")
-    if group is None:
-        group = os.environ.get(_GROUP_VARIABLE, "")
-    if not isinstance(group, str) or not group.isprintable() or "@" in group:
-        raise ConfigError(f"group: must be a printable text without an @, not {group!r}")
+    _check_name(name)
+    group = _group(group)
     conninfo = resolve(dsn=dsn, db_url=db_url, **connect_kwargs)
-    conninfo.identity()  # a service that libpq cannot find is an error here, not at the first checkout
-    address, source = broker, "broker"
-    if address is None:
-        address, source = (
-            os.environ.get(addresses.BROKER_VARIABLE) or None,
-            addresses.BROKER_VARIABLE,
-        )
+    conninfo.identity()  # raises here, not at the first checkout, for a service unknown to libpq
+    address = _broker_address(broker)
     config = PoolConfig(
         conninfo=conninfo,
         name=name,
@@ -116,7 +124,7 @@ def config_pool(
         max_conn=int(max_conn),
         expiration=float(expiration),
         disable_pooling=bool(disable_pooling),
-        broker=None if address is None else addresses.check_address(address, source),
+        broker=address,
         timeout=float(timeout),
         max_lifetime=max_lifetime,
         max_checkout=max_checkout,
@@ -129,9 +137,8 @@ def config_pool(
         time_slice=float(time_slice),
         debug_checkouts=bool(debug_checkouts),
     )
-    pool = pool_manager(
-        config, AutomaticBroker(conninfo) if config.broker is None else GivenBroker(config.broker)
-    )
+    location = AutomaticBroker(conninfo) if address is None else GivenBroker(address)
+    pool = pool_manager(config, location)
     previous = _current.get(name)
     _current[name] = pool
     if previous is not None and not previous.disposed:
@@ -139,8 +146,47 @@ def config_pool(
     return pool
 
 
+def _check_choice(argument: str, value: object, *choices: str) -> None:
+    if value not in choices:
+        named = " or ".join(f'"{choice}"' for choice in choices)
+        raise ConfigError(f"{argument}: must be {named}, not {value!r}")
+
+
+def _check_callbacks(configure: object, reset: object, check: object) -> None:
+    for argument, value in (("configure", configure), ("check", check)):
+        if value is not None and not callable(value):
+            raise ConfigError(f"{argument}: must be a function of one connection, not {value!r}")
+    if reset not in ("discard", "rollback") and not callable(reset):
+        raise ConfigError(
+            f'reset: must be "discard", "rollback" or a function of one connection, not {reset!r}'
+        )
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise ConfigError(f"name: must be a printable text that is not empty, not {name!r}")
+
+
+def _group(group: str | None) -> str:
+    """Return the group of a pool; empty: none."""
+    if group is None:
+        group = os.environ.get(_GROUP_VARIABLE, "")
+    if not isinstance(group, str) or not group.isprintable() or "@" in group:
+        raise ConfigError(f"group: must be a printable text without an @, not {group!r}")
+    return group
+
+
+def _broker_address(broker: str | None) -> str | None:
+    """Return the address of a pool's broker, or None for the automatic broker."""
+    if broker is not None:
+        return addresses.check_address(broker, "broker")
+    if address := os.environ.get(addresses.BROKER_VARIABLE):
+        return addresses.check_address(address, addresses.BROKER_VARIABLE)
+    return None
+
+
 def get_pool(name: str = "default") -> Pool:
-    """Return the pool that `config_pool` last made under `name`; raise `PoolError` when there is none."""
+    """Return the pool that `config_pool` last made under `name`; raise `PoolError` if none."""
     try:
         return _current[name]
     except KeyError:

@@ -22,21 +22,28 @@ def parse_seconds(text: str) -> float:
 
 
 def check_number(
-    argument: str, value: object, *, least: float = 0, above: bool = False, whole: bool = False
+    argument: str,
+    value: object,
+    *,
+    least: float = 0,
+    above: bool = False,
+    whole: bool = False,
+    optional: bool = False,
+    infinite: bool = False,
 ) -> None:
     """Raise `ConfigError` unless `value` is a number from `least` to `LARGEST`.
 
-    With `above` the number must be more than `least`, with `whole` an int. The text names
-    `argument`.
+    `above`: it must be more than `least`. `whole`: it must be an int. `optional`: it may also be
+    None, `infinite`: also `math.inf`. The error's text names `argument`.
     """
-    good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if good and isinstance(value, int | float) and not math.isnan(value):
-        good = (least < value if above else least <= value) and value <= LARGEST
-    else:
-        good = False
-    if not good:
-        kind = "whole number" if whole else "number"
-        bound = f"above {least:g}" if above else f"of at least {least:g}"
-        raise ConfigError(
-            f"{argument}: must be a {kind} {bound} (and at most {LARGEST:g}), not {value!r}"
-        )
+    if (optional and value is None) or (infinite and value == math.inf):
+        return
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        in_range = least < value <= LARGEST if above else least <= value <= LARGEST  # NaN: false
+        if in_range and not (whole and isinstance(value, float)):
+            return
+    kind = "whole number" if whole else "number"
+    bound = f"above {least:g}" if above else f"of at least {least:g}"
+    raise ConfigError(
+        f"{argument}: must be a {kind} {bound} (and at most {LARGEST:g}), not {value!r}"
+    )
