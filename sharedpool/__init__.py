@@ -56,7 +56,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # The broker's modules, 3 MB of memory, are loaded by who starts one.
+    # Only a process that starts a broker loads the broker's modules, which take 3 MB.
     if name in ("Broker", "start_broker"):
         from sharedpool.broker.launch import run
 

@@ -1,4 +1,4 @@
-"""Where a pool's broker is: at an address that was given, or the automatic one of its server and its user."""
+"""Where a pool finds its broker: at a given address, or by the server and the user."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GivenBroker:
-    """A broker that somebody else starts, at a known address."""
+    """A broker at a known address, which something else starts."""
 
     at: str
     is_automatic: bool = False
 
     def address(self) -> str:
-        """Return its address."""
+        """Return the broker's address."""
         return self.at
 
     def start(self, address: str) -> None:
-        """Fail: nobody starts it from here."""
+        """Raise, since only an automatic broker is started by its workers."""
         raise AssertionError(f"bug: the broker at {address} is not automatic")
 
 
 @dataclass(frozen=True, slots=True)
 class AutomaticBroker:
-    """The broker that the processes of one user share for all pools of one server, as one PostgreSQL user.
+    """The broker that one user's processes share for all pools of one server and role.
 
-    Whose it is, and where, is decided when it is first needed: a program may be started as root and work as somebody
-    else.
+    The user and the address are determined at the first use, because a program may be started as
+    root and then change its user.
     """
 
     conninfo: ConnInfo
     is_automatic: bool = True
 
     def address(self) -> str:
-        """Return its address for the user that this process runs as now. Raise `ConfigError`."""
+        """Return the address for the current user of this process. Raise `ConfigError`."""
         return addresses.automatic_address(self.conninfo.identity().digest())
 
     def start(self, address: str) -> None:
-        """Start it unless it runs; blocks as `ensure_running` does, and raises what that raises."""
-        # Here, since most workers find it running: it takes 2 MB.
+        """Start the broker unless it runs. Blocks and raises as `ensure_running` does."""
+        # Imported here, because most workers find a running broker, and these take 2 MB.
         from sharedpool.broker.launch.automatic import ensure_running, with_linger
         from sharedpool.broker.settings import BrokerSettings
         from sharedpool.discovery.scope import automatic_scope

@@ -1,31 +1,40 @@
-"""The exceptions sharedpool raises; every one is a `psycopg2.pool.PoolError`, so existing handlers keep working."""
+"""The exceptions of sharedpool.
+
+Each is a `psycopg2.pool.PoolError`, so existing handlers keep working.
+"""
 
 from psycopg2 import OperationalError
 from psycopg2.pool import PoolError as PoolError
 
 
 class SharedPoolError(PoolError):
-    """Parent of every error that sharedpool itself raises."""
+    """The parent of all errors that sharedpool raises."""
 
 
 class PoolExhausted(SharedPoolError):
-    """The limit is reached and no idle connection could be recalled, for a caller that did not want to wait."""
+    """The limit is reached, no connection is idle anywhere, and the caller does not wait."""
 
 
 class TooManyWaiting(PoolExhausted):
-    """As many callers as `max_waiting` allows wait for this pool already."""
+    """As many callers as `max_waiting` allows already wait for this pool."""
 
 
 class ServerUnavailable(SharedPoolError, OperationalError):
-    """PostgreSQL accepts no connections just now, as another connect has found; the text is the server's own."""
+    """PostgreSQL accepts no connections, as another connect has just found.
+
+    The text is the server's own.
+    """
 
 
 class ConnectRefused(SharedPoolError, OperationalError):
-    """PostgreSQL has refused this process's last connect, and the next one is not due yet; the text is the server's."""
+    """PostgreSQL refused this process's last connect, and the next one is not due yet.
+
+    The text is the server's own.
+    """
 
 
 class SessionsNotKept(SharedPoolError):
-    """The pool's connections go through a pooler that gives one session's backend to another between transactions."""
+    """The connections go through a pooler that does not keep sessions (transaction pooling)."""
 
 
 class PoolTimeout(SharedPoolError):
@@ -37,12 +46,12 @@ class PoolClosed(SharedPoolError):
 
 
 class BrokerUnavailable(SharedPoolError):
-    """The broker could not be reached (or started) by the caller's deadline."""
+    """The broker could not be reached, or not be started, by the caller's deadline."""
 
 
 class ConfigError(SharedPoolError, ValueError):
-    """An argument, an environment variable or a connection string cannot be used; the text names it."""
+    """An argument, environment variable or connection string is wrong; the text names it."""
 
 
 class ProtocolError(SharedPoolError):
-    """A message from the other side cannot be understood; it is logged and dropped."""
+    """A message of the peer is malformed. It is logged and dropped."""

@@ -1,8 +1,8 @@
 """PgSimple: one connection of a pool, with the everyday statements as methods.
 
-Names (tables, columns) are quoted through `psycopg2.sql`: they are taken literally, upper case included. Values are
-always parameters. Wherever a name is expected a `psycopg2.sql.Composable` will do as well, and stands for everything
-that is not a name: `fields=sql.SQL("count(*) AS n")`, `data={"modified": sql.SQL("now()")}`.
+Names of tables and columns are quoted through `psycopg2.sql`, so they are taken literally, upper
+case included. Values are always parameters. Every name may also be a `psycopg2.sql.Composable`, for
+expressions: `fields=sql.SQL("count(*) AS n")`, `data={"modified": sql.SQL("now()")}`.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ Order = str | Composable | Sequence[Name] | None
 
 
 class Writer(Protocol):
-    """A log that is not a `logging.Logger`, such as sys.stdout."""
+    """A log other than a `logging.Logger`, such as sys.stdout."""
 
     def write(self, text: str, /) -> object: ...
 
@@ -48,13 +48,14 @@ LogFormat = Callable[[Any], str | None]
 
 
 class PgSimple:
-    """Check a connection out of `pool` (default: `get_pool()`) and keep it until `close()` or the end of `with`.
+    """A connection of `pool` (default: `get_pool()`), until `close()` or the end of `with`.
 
-    Raises PoolError when the pool has none. Rows are named tuples, or with `nt_cursor=False` DictCursor's rows. `log`
-    is a Logger or has `write()`; `log_fmt` makes the text from the executed cursor, or from a str when it failed.
+    Raises PoolError when no connection can be had. Rows are named tuples, or with `nt_cursor=False`
+    those of DictCursor. `log` is a Logger or has a `write()` method. `log_fmt` makes the logged
+    text from the executed cursor, or from a str if the statement failed.
     """
 
-    # On the class, so that __del__ finds them on an object whose __init__ did not get far.
+    # Defaults on the class: __del__ also runs on an object whose __init__ failed.
     _pool: Pool | None = None
     _conn: connection | None = None
 
@@ -96,7 +97,11 @@ class PgSimple:
         limit: int | None = None,
         offset: int | None = None,
     ) -> list[Any]:
-        """Return the rows that match: `where=("published > %s", [date])`, `order=["published", "DESC"]`."""
+        """Return the rows that match.
+
+        `where` is a condition, or a pair such as `("published > %s", [date])`. `order` is a field,
+        or a pair such as `["published", "DESC"]`.
+        """
         return self._select(
             self._fields(fields), self._table(table), where, order, limit, offset
         ).fetchall()
@@ -111,9 +116,10 @@ class PgSimple:
         limit: int | None = None,
         offset: int | None = None,
     ) -> list[Any]:
-        """Return the rows of the first table LEFT JOINed to the second: each argument has one part per table.
+        """Return the rows of the first table LEFT JOINed to the second.
 
-        Columns of the same name need an alias ("id AS book_id") to have both in a named tuple.
+        `tables`, `fields` and `join_fields` have one part for each table. Columns of the same name
+        need an alias ("id AS book_id"), or a named tuple has only one of them.
         """
         for name, pair in (("tables", tables), ("fields", fields), ("join_fields", join_fields)):
             if isinstance(pair, str | Composable) or len(pair) != 2:
@@ -134,7 +140,10 @@ class PgSimple:
         return self._select(", ".join(columns), source, where, order, limit, offset).fetchall()
 
     def insert(self, table: Name, data: Mapping[str, Any], returning: Fields | None = None) -> Any:
-        """Insert one row; return its `returning` fields as a row, without `returning` the number of rows."""
+        """Insert one row.
+
+        Return its `returning` fields as a row, or the number of rows without them.
+        """
         values: list[Any] = []
         columns = ", ".join(self._column(name) for name in data)
         marks = ", ".join(self._value(value, values) for value in data.values())
@@ -151,28 +160,36 @@ class PgSimple:
         where: Where = None,
         returning: Fields | None = None,
     ) -> Any:
-        """Update the rows that match; return the list of their `returning` fields, else the number of rows."""
+        """Update the rows that match.
+
+        Return a list of their `returning` fields, or the number of rows without them.
+        """
         if not data:
             raise ValueError("data is empty: there is nothing to update")
         values: list[Any] = []
         pairs = ", ".join(
             f"{self._column(name)} = {self._value(value, values)}" for name, value in data.items()
         )
-        text = f"UPDATE {self._table(table)} SET {pairs}{self._where(where, values)}{self._returning(returning)}"
+        condition = self._where(where, values)
+        text = f"UPDATE {self._table(table)} SET {pairs}{condition}{self._returning(returning)}"
         done = self.execute(text, values)
         return done.rowcount if returning is None else done.fetchall()
 
     def delete(self, table: Name, where: Where = None, returning: Fields | None = None) -> Any:
-        """Delete the rows that match; return the list of their `returning` fields, else the number of rows."""
+        """Delete the rows that match.
+
+        Return a list of their `returning` fields, or the number of rows without them.
+        """
         values: list[Any] = []
-        text = f"DELETE FROM {self._table(table)}{self._where(where, values)}{self._returning(returning)}"
+        condition = self._where(where, values)
+        text = f"DELETE FROM {self._table(table)}{condition}{self._returning(returning)}"
         done = self.execute(text, values)
         return done.rowcount if returning is None else done.fetchall()
 
     def truncate(
         self, table: Name | Sequence[Name], restart_identity: bool = False, cascade: bool = False
     ) -> None:
-        """Empty a table or several: "tbl2, tbl3" or a list."""
+        """Empty one table or several ("tbl2, tbl3", or a list)."""
         names = table.split(",") if isinstance(table, str) else _listed(table)
         text = f"TRUNCATE {', '.join(self._table(name) for name in names)}"
         self.execute(f"{text}{' RESTART IDENTITY' * restart_identity}{' CASCADE' * cascade}", [])
@@ -182,25 +199,26 @@ class PgSimple:
         self.execute(f"DROP TABLE IF EXISTS {self._table(table)}{' CASCADE' * cascade}", [])
 
     def create(self, table: Name, schema: str | Composable) -> None:
-        """Create a table; `schema` is your own SQL between the parentheses, never a user's input."""
+        """Create a table. `schema` is the SQL between the parentheses: never a user's input."""
         self.execute(f"CREATE TABLE {self._table(table)} ({self._literal(schema)})", [])
 
     def execute(self, sql: str | Composable, params: Any = None) -> cursor:
-        """Execute any statement and return its cursor (a new one each time: earlier results stay readable).
+        """Execute any statement and return its cursor.
 
-        Blocks on the server. Raises psycopg2's errors as they are; InterfaceError after `close()`.
+        Each call makes a new cursor, so earlier results stay readable. Blocks on the server. Raises
+        psycopg2's errors as they are, and InterfaceError after `close()`.
         """
         current, log = self._live().cursor(cursor_factory=self._cursor_factory), self._log
         if log is None:
             current.execute(sql, params)
             return current
-        current.timestamp = time.time()  # type: ignore[attr-defined]  # for a log_fmt that tells the time taken
+        # For a `log_fmt` that computes how long the statement took.
+        current.timestamp = time.time()  # type: ignore[attr-defined]
         try:
             current.execute(sql, params)
         except Exception as error:
-            with contextlib.suppress(
-                Exception
-            ):  # a failing log must not hide the statement's error
+            # A failing log must not hide the statement's error.
+            with contextlib.suppress(Exception):
                 self._write(log, logging.ERROR, f"execute() failed: {error}")
             raise
         self._write(log, logging.DEBUG, current)
@@ -216,11 +234,14 @@ class PgSimple:
 
     @property
     def is_open(self) -> bool:
-        """Tell whether this handle still has a connection that psycopg2 believes in."""
+        """True while this handle has a connection that psycopg2 believes to be open."""
         return self._conn is not None and self._conn.closed == 0
 
     def close(self) -> None:
-        """Give the connection back to the pool, which rolls back what was not committed; a second call does nothing."""
+        """Give the connection back to the pool, which rolls back what was not committed.
+
+        A second call does nothing.
+        """
         self._give_back()
 
     def __enter__(self) -> Self:
@@ -234,29 +255,29 @@ class PgSimple:
         traceback: TracebackType | None,
     ) -> None:
         conn = self._conn
-        if conn is None:  # closed inside the block
+        if conn is None:  # `close()` was called inside the block
             return
         if exc is not None and self._pool is not None:
             self._pool.notice(conn, exc)
         close = failed = True
         try:
-            # KeyboardInterrupt, SystemExit and GeneratorExit leave the work half done as well.
             if exc_type is None:
-                close = (
-                    False  # a commit refused (a deferred constraint, say) leaves a good connection
-                )
+                # A commit that fails, such as by a deferred constraint, leaves a good connection.
+                close = False
                 conn.commit()
                 failed = False
             else:
-                with contextlib.suppress(Exception):  # the caller's own exception matters more
+                # Any exception means half-done work: KeyboardInterrupt, SystemExit and
+                # GeneratorExit too. That exception matters more than one of the rollback.
+                with contextlib.suppress(Exception):
                     conn.rollback()
                     close = False
         finally:
             self._give_back(close=close, quietly=failed)
 
     def __del__(self) -> None:
-        # Runs inside garbage collection, in any thread, under any lock (so it may take none), and at interpreter
-        # shutdown, when even names may be gone.
+        # This runs inside garbage collection: in any thread, and while that thread holds any lock,
+        # so it may take none. It also runs at interpreter shutdown, when names may be gone.
         try:
             conn, self._conn = self._conn, None
             if conn is not None and self._pool is not None:
@@ -271,20 +292,22 @@ class PgSimple:
             )
         return self._conn
 
-    def _psycopg2s_own(self) -> connection:
-        """Return the connection without what wraps it: psycopg2's own functions may take nothing else."""
+    def _unwrapped(self) -> connection:
+        """Return the connection without an agent's wrapper, which `psycopg2.sql` refuses."""
         conn = self._live()
         return unwrap(conn) or conn
 
     def _give_back(self, close: bool = False, quietly: bool = False) -> None:
-        """Return the connection; `quietly` while another exception is under way, which the pool's must not hide."""
-        conn, self._conn = (
-            self._conn,
-            None,
-        )  # first: whatever put_conn does, this handle is done with it
+        """Return the connection to the pool.
+
+        `quietly`: another exception is being raised, and the pool's own must not hide it.
+        """
+        # Whatever `put_conn` does, this handle no longer has the connection.
+        conn, self._conn = self._conn, None
         if conn is None or self._pool is None:
             return
-        # A child that was forked inside a `with` block unwinds it too: the connection is not its to return.
+        # A child that was forked inside a `with` block leaves the block, too. The connection is the
+        # parent's, and `put_conn` refuses it.
         quietly = quietly or cast(PooledConnection, conn).sharedpool_pid != os.getpid()
         with contextlib.suppress(Exception) if quietly else contextlib.nullcontext():
             self._pool.put_conn(conn, close=close, fail_silently=quietly)
@@ -300,10 +323,10 @@ class PgSimple:
         else:
             log.write(f"{text}\n")
 
-    # --- SQL text: parameters are always passed, so every % that is no placeholder is doubled -------------------------
+    # --- SQL text. psycopg2 always gets parameters, so each % that is no placeholder is doubled.
 
     def _literal(self, part: str | Composable) -> str:
-        text = part if isinstance(part, str) else part.as_string(self._psycopg2s_own())
+        text = part if isinstance(part, str) else part.as_string(self._unwrapped())
         return text.replace("%", "%%")
 
     def _table(self, table: Name) -> str:
@@ -321,7 +344,10 @@ class PgSimple:
         return "%s"
 
     def _field(self, field: Name, table: str | None = None, plain: bool = True) -> str:
-        """Return one field, with the (quoted) table before its name; `plain` allows neither `*` nor an alias."""
+        """Return one field, after its table (which is quoted already).
+
+        With `plain` neither `*` nor an alias is allowed.
+        """
         if isinstance(field, Composable):
             return self._literal(field)
         prefix = "" if table is None else f"{table}."
@@ -360,7 +386,10 @@ class PgSimple:
         if isinstance(rest[0], Mapping):
             raise ValueError("where takes its parameters as a list or tuple for %s, not by name")
         values.extend(_listed(rest[0]))
-        return f" WHERE {condition if isinstance(condition, str) else condition.as_string(self._psycopg2s_own())}"
+        # Here the placeholders are the caller's, so no % is doubled.
+        if isinstance(condition, Composable):
+            condition = condition.as_string(self._unwrapped())
+        return f" WHERE {condition}"
 
     def _order(self, order: Order) -> str:
         if not order:
