@@ -1,4 +1,4 @@
-"""The `sharedpool` command: one module per subcommand, imported only when it is asked for."""
+"""The `sharedpool` command. A subcommand's module is imported only when that subcommand is used."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib import import_module
 
 import click
 
-# The command's name, its module, and what it is called there if not the same.
+# By the command's name: its module, and after a colon the function if it has another name.
 _COMMANDS = {
     "broker": "broker",
     "check-config": "broker:check_config",
@@ -25,7 +25,7 @@ _COMMANDS = {
 }
 
 
-class _Lazy(click.Group):
+class _LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
 
@@ -38,7 +38,7 @@ class _Lazy(click.Group):
         return command
 
 
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sharedpool", prog_name="sharedpool")
 def main() -> None:
     """One PostgreSQL connection limit, shared by every worker process."""

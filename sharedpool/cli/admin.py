@@ -1,4 +1,4 @@
-"""What an operator orders: `sharedpool pause`, `resume`, `set`, `drain`, `kill`, `reconnect`."""
+"""The orders to a running broker: `sharedpool pause`, `resume`, `set`, `drain`, `kill`, `reconnect`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from sharedpool.wire.messages import PROTOCOL_VERSION, Token
 from sharedpool.wire.reports import Report
 
 _POLL_EVERY_S = 0.1
-_SAY_EVERY_S = 2.0
+_REPORT_EVERY_S = 2.0
 
 _pool_option = click.option("--pool", "name", default="", help="Only this pool.  [default: all]")
-_wait_option = click.option("--wait", is_flag=True, help="Return when everything has come back.")
+_wait_option = click.option("--wait", is_flag=True, help="Return when all leases have come back.")
 _timeout_option = click.option(
     "--timeout",
     type=SECONDS,
-    help="With --wait: give up after so many seconds, with exit status 1.  [default: never]",
+    help="With --wait: give up after this time, with exit status 1.  [default: never]",
 )
 
 
 class _Lease(click.ParamType[Token]):
-    """A lease's name, as `sharedpool who --json` and the log show it."""
+    """The name of a lease, as `sharedpool who` and the log show it."""
 
     name = "lease"
 
@@ -37,7 +37,8 @@ class _Lease(click.ParamType[Token]):
         epoch, _, serial = str(value).partition("-")
         if not (epoch.isdecimal() and serial.isdecimal()):
             self.fail(
-                f"{value!r} is no lease (as `sharedpool who` shows them: 1764170000000-12)",
+                f"{value!r} is not the name of a lease, such as 1764170000000-12"
+                " (`sharedpool who` shows them)",
                 param,
                 ctx,
             )
@@ -45,12 +46,15 @@ class _Lease(click.ParamType[Token]):
 
 
 def _send(address: str | None, order: Order) -> list[str]:
-    """Give an order to the broker, or to all there are; say what was done. Return who was asked."""
+    """Send an order to the brokers that `find_brokers` finds, and print their answers.
+
+    Return the brokers' addresses.
+    """
     found = find_brokers(address)
 
     def ask(address: str) -> Done:
-        with connected(address) as line:
-            return line.ask(order, Done)
+        with connected(address) as client:
+            return client.ask(order, Done)
 
     answers = from_each(found, ask)
     for done in answers:
@@ -67,13 +71,15 @@ def _send(address: str | None, order: Order) -> list[str]:
 @_wait_option
 @_timeout_option
 def pause(address: str | None, name: str, wait: bool, timeout: float | None) -> None:
-    """Lend nothing until `sharedpool resume`, and have every connection brought back.
+    """Grant nothing until `sharedpool resume`, and call every connection back.
 
-    For a failover or a migration: checkouts wait (as long as their callers would), what is in use goes on and comes
-    back at its checkin. With --wait the command returns when the server has none of our connections any more.
+    For a failover or a migration. Checkouts wait, as long as their callers' timeouts allow. Idle
+    connections are closed at once, those in use at their checkin. With --wait the command returns
+    when all are closed.
 
-    A pause ends with the broker. Without an address: at every broker in the user's runtime directory. Exit status 1
-    when there is no such pool, or --timeout has passed; 3 when no broker answers.
+    A pause ends with the broker. Without an address the order goes to every broker in the user's
+    runtime directory. Exit status 1 when there is no such pool, or when --timeout has passed; 3
+    when no broker answers.
     """
     found = _send(address, Order(PROTOCOL_VERSION, OrderKind.PAUSE, name))
     if wait:
@@ -88,13 +94,13 @@ def pause(address: str | None, name: str, wait: bool, timeout: float | None) -> 
 @broker_option
 @_pool_option
 def resume(address: str | None, name: str) -> None:
-    """Lend again after `sharedpool pause`."""
+    """Grant leases again after `sharedpool pause`."""
     _send(address, Order(PROTOCOL_VERSION, OrderKind.RESUME, name))
 
 
 @click.group(name="set")
 def set_() -> None:
-    """Change what a running broker enforces, until it ends."""
+    """Change a limit of a running broker, until the broker ends."""
 
 
 @set_.command(name="max-conn")
@@ -104,7 +110,11 @@ def set_() -> None:
     "--pool", "name", default="", help="This pool's limit.  [default: the limit over all pools]"
 )
 def max_conn_(address: str | None, max_conn: int, name: str) -> None:
-    """Set a limit. A lower one holds at once: what is beyond it is recalled, and comes back at its checkin."""
+    """Set a limit.
+
+    A lower limit holds at once: idle connections beyond it are closed, those in use at their
+    checkin.
+    """
     _send(address, Order(PROTOCOL_VERSION, OrderKind.LIMIT, name, max_conn))
 
 
@@ -114,9 +124,10 @@ def max_conn_(address: str | None, max_conn: int, name: str) -> None:
 @_wait_option
 @_timeout_option
 def drain(address: str | None, pid: int, wait: bool, timeout: float | None) -> None:
-    """Have process PID give back what it holds now: idle connections at once, others at their checkin.
+    """Have process PID give back all leases that it holds now.
 
-    It may check out again afterwards. With --wait the command returns when it holds none.
+    It closes its idle connections at once, those in use at their checkin, and may check out again
+    afterwards. With --wait the command returns when the process holds none.
     """
     found = _send(address, Order(PROTOCOL_VERSION, OrderKind.DRAIN, number=pid))
     if wait:
@@ -131,9 +142,10 @@ def drain(address: str | None, pid: int, wait: bool, timeout: float | None) -> N
 @broker_option
 @click.argument("lease", type=_Lease())
 def kill(address: str | None, lease: Token) -> None:
-    """End one lease's connection, whatever it is doing; whoever uses it gets an error.
+    """End one lease's connection, even in the middle of a query. Its user gets an error.
 
-    LEASE is as `sharedpool who` shows it. Its slot is free once the server's process is seen to be gone.
+    LEASE is the name that `sharedpool who` shows. The slot is free once the backend is confirmed
+    gone.
     """
     _send(address, Order(PROTOCOL_VERSION, OrderKind.KILL, token=lease))
 
@@ -142,28 +154,28 @@ def kill(address: str | None, lease: Token) -> None:
 @broker_option
 @_pool_option
 def reconnect(address: str | None, name: str) -> None:
-    """Have every worker replace its connections: what is open now is closed at its next checkout or checkin.
+    """Have every worker replace the connections that are open now.
 
-    For a new password, a new certificate, or a server that moved. Nothing in use is broken; a connection that lies idle
-    is closed at once. Doing it again does no harm.
+    For a new password, a new certificate, or a server that moved. Idle connections are closed at
+    once, those in use at their checkin. No query is broken. Repeating the order does no harm.
 
-    Without an address: at every broker in the user's runtime directory. Exit status 1 when there is no such pool, 3
-    when no broker answers.
+    Without an address the order goes to every broker in the user's runtime directory. Exit status 1
+    when there is no such pool, 3 when no broker answers.
     """
     _send(address, Order(PROTOCOL_VERSION, OrderKind.RECONNECT, name))
 
 
 def _wait(found: Sequence[str], timeout_s: float | None, left: Callable[[Report], int]) -> None:
-    """Wait until `left` of every broker's report is 0; say from time to time what it is."""
+    """Wait until `left` is 0 for the reports of all these brokers. Print the count now and then."""
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    say_at = time.monotonic() + _SAY_EVERY_S
+    report_at = time.monotonic() + _REPORT_EVERY_S
     while count := sum(map(left, from_each(found, fetch_report))):
         now = time.monotonic()
         if deadline is not None and now >= deadline:
             raise click.ClickException(
-                f"{count} connections are still out: `sharedpool who` shows who has them"
+                f"{count} connections are still out: `sharedpool who` shows who holds them"
             )
-        if now >= say_at:
+        if now >= report_at:
             click.echo(f"waiting for {count} connections", err=True)
-            say_at = now + _SAY_EVERY_S
+            report_at = now + _REPORT_EVERY_S
         time.sleep(_POLL_EVERY_S)

@@ -1,4 +1,4 @@
-"""What the commands that ask a broker have in common: finding it, asking, and tables of what it says."""
+"""The client side of the commands: finding brokers, asking them, and printing tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sharedpool.wire.messages import PROTOCOL_VERSION
 from sharedpool.wire.reports import FromOperator, Report, Status, ToOperator
 
 ANSWER_LIMIT_S = 3.0
-NOT_RUNNING = 3  # exit status, as `service status` and systemd say it
+NOT_RUNNING = 3  # the exit status that `service status` and systemctl have for this
 
 F = TypeVar("F", bound=Callable[..., Any])
 A = TypeVar("A")
@@ -28,34 +28,33 @@ M = TypeVar("M", bound=ToOperator)
 
 
 class BrokerClient:
-    """A command's line to one broker."""
+    """A connection from a command to one broker."""
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._read = 0
+        self._read = 0  # reports received: the broker sends only a few that are not read yet
         self._context = zmq.Context()
         self._dealer = self._context.socket(zmq.DEALER)
-        # Without a name of its own libzmq gives it one, which a peer may have taken: then the broker would abort.
+        # Without an explicit identity libzmq generates one. The broker would abort if another peer
+        # had taken the same.
         self._dealer.setsockopt(zmq.IDENTITY, b"c" + os.urandom(15))
         self._dealer.setsockopt(zmq.LINGER, 0)
         self._dealer.setsockopt(zmq.IPV6, 1)
         self._dealer.connect(address)
 
     def ask(self, question: FromOperator, kind: type[M], timeout_s: float = ANSWER_LIMIT_S) -> M:
-        """Return the broker's answer; wait up to `timeout_s`, then raise `BrokerUnavailable`."""
+        """Return the broker's answer. Raise `BrokerUnavailable` if none comes in `timeout_s`."""
         if isinstance(question, Status):
             question = structs.replace(question, read=self._read)
         self._dealer.send(encode(question))
         if (answer := self.receive(kind, timeout_s)) is None:
-            why = addresses.obstacle(self.address)
-            raise BrokerUnavailable(
-                f"no broker answers at {self.address} within {timeout_s:g} s"
-                + (f": {why}" if why else "")
-            )
+            text = f"no broker answers at {self.address} within {timeout_s:g} s"
+            obstacle = addresses.obstacle(self.address)
+            raise BrokerUnavailable(f"{text}: {obstacle}" if obstacle else text)
         return answer
 
     def receive(self, kind: type[M], timeout_s: float) -> M | None:
-        """Return the next message of that kind, None when `timeout_s` have passed; drop others."""
+        """Return the next message of this kind, dropping others; None after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while self._dealer.poll(max(0, int((deadline - time.monotonic()) * 1000))):
             message = decode_to_operator(self._dealer.recv())
@@ -65,17 +64,20 @@ class BrokerClient:
         return None
 
     def close(self) -> None:
-        """End the line."""
+        """Disconnect."""
         self._dealer.close()
         self._context.term()
 
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[BrokerClient]:
-    """Open a line for a block; raise `BrokerUnavailable` for whatever is at the other end and is no broker of ours."""
+    """Connect to a broker for the block.
+
+    Raise `BrokerUnavailable` if the peer is no broker, or a broker of another version.
+    """
     try:
-        with contextlib.closing(BrokerClient(address)) as line:
-            yield line
+        with contextlib.closing(BrokerClient(address)) as client:
+            yield client
     except (zmq.ZMQError, ProtocolError) as error:
         raise BrokerUnavailable(
             f"no broker of this version answers at {address}: {error}"
@@ -83,16 +85,16 @@ def connected(address: str) -> Iterator[BrokerClient]:
 
 
 def fetch_report(address: str, timeout_s: float = ANSWER_LIMIT_S) -> Report:
-    """Return the state of the broker at `address`; wait up to `timeout_s`, then raise `BrokerUnavailable`."""
-    with connected(address) as line:
-        return line.ask(Status(PROTOCOL_VERSION), Report, timeout_s)
+    """Return the state of a broker. Raise `BrokerUnavailable` if none comes in `timeout_s`."""
+    with connected(address) as client:
+        return client.ask(Status(PROTOCOL_VERSION), Report, timeout_s)
 
 
 # --- which broker
 
 
 def broker_option(command: F) -> F:
-    """Add the option that says whom to ask."""
+    """Add the option --broker."""
     option = click.option(
         "--broker",
         "address",
@@ -104,9 +106,10 @@ def broker_option(command: F) -> F:
 
 
 def find_brokers(address: str | None) -> list[str]:
-    """Return the broker that was named, else every one in the user's runtime directory, perhaps none.
+    """Return the addresses of the brokers to ask, perhaps none.
 
-    Raise click's usage error for an address that is none.
+    That is the given address, or else every broker in the user's runtime directory. Raise click's
+    usage error for a wrong address.
     """
     try:
         return [addresses.check_address(address, "--broker")] if address else _living()
@@ -115,7 +118,10 @@ def find_brokers(address: str | None) -> list[str]:
 
 
 def from_each(found: Sequence[str], ask: Callable[[str], A], *, as_json: bool = False) -> list[A]:
-    """Ask each of these brokers; complain of those that do not answer, and exit with `NOT_RUNNING` if none does."""
+    """Return the answers of these brokers.
+
+    Print an error for each broker that does not answer. If none does, exit with `NOT_RUNNING`.
+    """
     answers = []
     for address in found:
         try:
@@ -132,7 +138,7 @@ def from_each(found: Sequence[str], ask: Callable[[str], A], *, as_json: bool = 
 
 
 def _living() -> list[str]:
-    """Return the addresses of this user's brokers that hold their lock."""
+    """Return the addresses of this user's running brokers."""
     sockets = sorted(addresses.runtime_dir().glob("*.sock"))
     return [f"ipc://{path}" for path in sockets if is_held(addresses.lock_path(f"ipc://{path}"))]
 
@@ -141,7 +147,8 @@ def _living() -> list[str]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table. What programs call themselves cannot do anything to a terminal."""
+    """Return the lines of a table."""
+    # Names are chosen by programs: no control character may reach the terminal.
     rows = [[cell if cell.isprintable() else repr(cell)[1:-1] for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     return [
@@ -151,7 +158,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def duration(ms: int) -> str:
-    """Return a time as people read it; nothing for one that is not known (-1)."""
+    """Return a duration for people to read; empty if it is not known (-1)."""
     seconds = ms / 1000
     if ms < 0:
         return ""
@@ -161,7 +168,7 @@ def duration(ms: int) -> str:
 
 
 def process(title: str, pid: int, host: str) -> str:
-    """Return how a worker process is called, as in the texts of errors; "" for what no process has."""
-    if not pid:
+    """Return the name of a worker process, as in the texts of errors."""
+    if not pid:  # a lease that no process holds
         return ""
     return f"{title}[{pid}]" + (f"@{host}" if host else "")

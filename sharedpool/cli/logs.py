@@ -1,4 +1,4 @@
-"""How `sharedpool broker` and `sharedpool run` write their log: to stderr, one event a line."""
+"""The log of `sharedpool broker` and `sharedpool run`: on stderr, one event a line."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message; and whom it concerns, where that is one of ours.
+    """One JSON object a line: time (UTC), level, logger, message, and the subject of the event.
 
-    That is any of pool, lease, session, epoch, reason: what the record has as `extra={"sharedpool": ...}`.
+    The subject is a record's `extra={"sharedpool": ...}`: any of pool, lease, session, epoch,
+    reason.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -34,7 +35,7 @@ class JsonLines(logging.Formatter):
 
 
 def log_option(command: F) -> F:
-    """Add the option that chooses the log's format."""
+    """Add the option --log-format."""
     option = click.option(
         "--log-format",
         type=click.Choice(["text", "json"]),

@@ -1,8 +1,9 @@
-"""`sharedpool status`: what a broker counts."""
+"""`sharedpool status`: the leases, pools and sessions of a broker."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 
 import click
 
@@ -16,16 +17,17 @@ from sharedpool.cli.client import (
     table,
 )
 from sharedpool.wire.document import document
-from sharedpool.wire.reports import Report
+from sharedpool.wire.reports import PoolReport, Report, SessionReport
 
 
 @click.command()
 @broker_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(address: str | None, as_json: bool) -> None:
-    """Show sessions, leases, idle, waiting and limits of a broker, per pool.
+    """Show a broker's pools and processes: limits, leases, idle connections, waiters.
 
-    Without an address: of every broker in the user's runtime directory. Exit status 3 when none answers.
+    Without an address, of every broker in the user's runtime directory. Exit status 3 when none
+    answers.
     """
     reports = from_each(find_brokers(address), fetch_report, as_json=as_json)
     if as_json:
@@ -40,51 +42,61 @@ def _text(report: Report) -> str:
     cap = f"{report.max_conn} over all pools" if report.max_conn else "each pool's own"
     lines = [
         f"broker {report.pid} at {report.address}, up {duration(report.uptime_ms)}, {report.state}",
-        f"limit {cap}, {report.leases} leases, {report.custody} in custody; control connection: {report.control}",
+        f"limit {cap}, {report.leases} leases, {report.custody} in custody;"
+        f" control connection: {report.control}",
+        *_pool_table(report.pools),
     ]
-    pool_header = (
-        "POOL",
-        "LIMIT",
-        "LEASES",
-        "IN USE",
-        "IDLE",
-        "OTHER",
-        "WAITING",
-        "SESSIONS",
-        "SERVER",
-    )
-    pools = [
-        (
-            pool.name, str(pool.max_conn), str(pool.leases), str(pool.in_use), str(pool.idle),
-            str(pool.leases - pool.in_use - pool.idle), str(pool.waiting), str(pool.sessions), pool.server,
-        )
-        for pool in report.pools
-    ]  # fmt: skip
-    lines += table(pool_header, pools)
     for pool in report.pools:
-        if pool.suspect or pool.fencing:
-            quarantined = (
-                f" ({pool.quarantined} of them connects that nobody saw the end of)"
-                if pool.quarantined
-                else ""
-            )
-            lines.append(
-                f"pool {pool.name!r}: {pool.suspect} suspect, {pool.fencing} being ended{quarantined}"
-            )
-        if pool.paused:
-            lines.append(
-                f"pool {pool.name!r} is paused: it lends nothing until `sharedpool resume`"
-            )
-        if pool.error:
-            lines.append(f"pool {pool.name!r} cannot open connections: {pool.error}")
-    session_header = ("PROCESS", "POOL", "LEASES", "IN USE", "IDLE", "WAITING", "SILENT", "")
-    sessions = [
-        (
-            process(s.title, s.pid, s.host), s.pool, str(s.leases), str(s.in_use), str(s.idle), str(s.waiting),
-            duration(s.silent_ms), "suspect" if s.suspect else "",
-        )
-        for s in sorted(report.sessions, key=lambda session: -session.leases)
-    ]  # fmt: skip
-    if sessions:
-        lines += ["", *table(session_header, sessions)]
+        lines += _remarks(pool)
+    if report.sessions:
+        lines += ["", *_session_table(report.sessions)]
     return "\n".join(lines)
+
+
+def _pool_table(pools: Sequence[PoolReport]) -> list[str]:
+    header = ("POOL", "LIMIT", "LEASES", "IN USE", "IDLE", "OTHER", "WAITING", "SESSIONS", "SERVER")
+    rows = [
+        (
+            pool.name,
+            str(pool.max_conn),
+            str(pool.leases),
+            str(pool.in_use),
+            str(pool.idle),
+            str(pool.leases - pool.in_use - pool.idle),
+            str(pool.waiting),
+            str(pool.sessions),
+            pool.server,
+        )
+        for pool in pools
+    ]
+    return table(header, rows)
+
+
+def _remarks(pool: PoolReport) -> Iterator[str]:
+    if pool.suspect or pool.fencing:
+        text = f"pool {pool.name!r}: {pool.suspect} suspect, {pool.fencing} being ended"
+        if pool.quarantined:
+            text += f" ({pool.quarantined} of them connects whose outcome is unknown)"
+        yield text
+    if pool.paused:
+        yield f"pool {pool.name!r} is paused: nothing is granted until `sharedpool resume`"
+    if pool.error:
+        yield f"pool {pool.name!r} cannot open connections: {pool.error}"
+
+
+def _session_table(sessions: Sequence[SessionReport]) -> list[str]:
+    header = ("PROCESS", "POOL", "LEASES", "IN USE", "IDLE", "WAITING", "SILENT", "")
+    rows = [
+        (
+            process(session.title, session.pid, session.host),
+            session.pool,
+            str(session.leases),
+            str(session.in_use),
+            str(session.idle),
+            str(session.waiting),
+            duration(session.silent_ms),
+            "suspect" if session.suspect else "",
+        )
+        for session in sorted(sessions, key=lambda session: -session.leases)
+    ]
+    return table(header, rows)
