@@ -1,4 +1,4 @@
-"""`sharedpool completion`: a script that makes the shell complete the command."""
+"""`sharedpool completion`: a script for the shell's completion of the command."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from sharedpool.cli.who import Answer, fetch_leases
 from sharedpool.descriptors.readable import readable
 from sharedpool.errors import BrokerUnavailable
 
-_OLDEST = 100  # checkouts asked for: more than any terminal has rows
+_OLDEST = 100  # leases to ask for: more than a terminal has rows
 _ANSWER_LIMIT_S, _ACTIVITY_LIMIT_S = 1.0, 0.3
 _SNAPSHOT_SIZE = (160, 60)
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -33,16 +33,16 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
     type=SECONDS,
     default=1.0,
     show_default=True,
-    help="Seconds from one look to the next.",
+    help="Time between two updates.",
 )
 def top(address: str | None, interval: float) -> None:
-    """Watch a broker: limits, connections in use, who waits and how long, the oldest checkouts. q ends it.
+    """Watch a broker: limits, use, waiters and their waits, the oldest checkouts. q quits.
 
-    Waits (P50, P99) are those of the last 500 requests that the broker has served, or of those that the processes tell
-    of while connections move past it; a connection that a process finds idle in its own cache is none. The chart shows
-    how much of the limit was in use in the last ten minutes.
+    The waits (P50, P99) are those of the last 500 requests: as the broker served them or, while
+    processes pass connections among themselves, as the processes report them. A checkout from a
+    process's own cache does not count. The chart shows use over the last ten minutes.
 
-    Where stdout is no terminal, one snapshot is printed. Exit status 3 when no broker answers.
+    If stdout is not a terminal, one snapshot is printed. Exit status 3 when no broker answers.
     """
     found = find_brokers(address)
     if not found or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
@@ -56,35 +56,34 @@ def top(address: str | None, interval: float) -> None:
         )
     if importlib.util.find_spec("rich") is None:
         raise click.ClickException(
-            "the live view needs rich: pip install 'sharedpool[top]' (without it: sharedpool top | cat)"
+            "the live view needs rich: pip install 'sharedpool[top]'"
+            " (a snapshot does not: sharedpool top | cat)"
         )
     _Screen(found[0], interval).run()
 
 
 class _Screen:
-    """The terminal while `top` has it. Whatever ends it, the terminal is as it was."""
+    """The live view. The terminal is restored however the view ends."""
 
     def __init__(self, address: str, interval_s: float) -> None:
         self._address = address
         self._interval_s = interval_s
         self._answer: Answer | None = None
         self._answered_at = time.monotonic()
-        self._ended_by = 0
+        self._ended_by = 0  # the number of the signal that ends the view
 
     def run(self) -> None:
-        """Show the broker until somebody ends it; exit with 128 + N when that was signal N."""
+        """Show the broker until the user quits, or until signal N: then exit with 128 + N."""
         from rich.console import Console
         from rich.live import Live
         from rich.text import Text
 
-        for name in (
-            "COLUMNS",
-            "LINES",
-        ):  # of a shell that exports them: they do not change with the terminal
+        # Where a shell exports these, rich would not see the terminal change its size.
+        for name in ("COLUMNS", "LINES"):
             os.environ.pop(name, None)
         console = Console()
         unicode = console.encoding.lower().startswith("utf")
-        # No refresh thread: it would draw while the screen is being given back.
+        # No refresh thread: it could still draw while the terminal is being restored.
         live = Live(
             console=console,
             screen=True,
@@ -108,12 +107,12 @@ class _Screen:
         except (OSError, termios.error):
             if self._ended_by != signal.SIGHUP:
                 raise
-            # The terminal is gone: there is nothing to give back.
+            # The terminal is gone: there is nothing to restore.
         if self._ended_by:
             sys.exit(128 + self._ended_by)
 
     def _ask(self) -> str:
-        """Ask the broker; return what went wrong."""
+        """Ask the broker. Return an error text, or an empty one."""
         try:
             self._answer = fetch_leases(self._address, _OLDEST, _ANSWER_LIMIT_S, _ACTIVITY_LIMIT_S)
         except BrokerUnavailable as error:
@@ -122,7 +121,10 @@ class _Screen:
         return ""
 
     def _quits(self, woken: int, keys: int | None) -> bool:
-        """Wait for the next look; return whether there will be none."""
+        """Wait for the next update. Return True if the view is to end instead.
+
+        `woken` is readable after a signal. `keys` is the terminal, or None.
+        """
         due = time.monotonic() + self._interval_s
         watched = [woken] if keys is None else [woken, keys]
         while not self._ended_by and (left_s := due - time.monotonic()) > 0:
@@ -131,13 +133,16 @@ class _Screen:
                 os.read(woken, 4096)
             if keys is not None and keys in ready:
                 typed = os.read(keys, 4096)
-                if not typed or b"q" in typed.lower():  # nothing: the terminal is gone
+                if not typed or b"q" in typed.lower():  # an end of file: the terminal is gone
                     return True
         return bool(self._ended_by)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[int]:
-        """Only note signals, so that none can cut the way back short; yield what is readable when one has come."""
+        """Record signals instead of ending by them, so that the terminal is restored first.
+
+        Yield a descriptor that is readable once a signal has come.
+        """
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
         previous = {number: signal.signal(number, self._note) for number in _ENDING}
@@ -157,9 +162,10 @@ class _Screen:
 
 @contextlib.contextmanager
 def _keys() -> Iterator[int | None]:
-    """Have the terminal give each key at once, unseen; yield its descriptor, None where nobody can type.
+    """Have the terminal deliver each key at once, without echo. Yield its descriptor.
 
-    Ctrl-Z does nothing: a stopped process would leave its screen behind.
+    Yield None if stdin is not a terminal. Ctrl-Z is disabled: a stopped process would leave its
+    screen behind.
     """
     fd = sys.stdin.fileno()
     if not os.isatty(fd):

@@ -1,4 +1,4 @@
-"""What `sharedpool top` shows, as lines of text with a style each. Pure."""
+"""The picture of `sharedpool top`, as lines of text that have a style each. Pure."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sharedpool.wire.reports import PoolReport, Report
 
 _SPARK = "▁▂▃▄▅▆▇█"
 _ASCII_SPARK = "_.-=+*%#"
-_HEADER_ROWS = 5  # the title's two and a blank; the table's title, and how many pools are not in it
-_CHECKOUT_ROWS = (
-    6  # kept for the checkouts, however many pools there are: blank, title and four of them
-)
+# Two lines of title, a blank one, the header of the pools, and "and N more pools".
+_HEADER_ROWS = 5
+# Reserved for the checkouts, however many pools there are: a blank line, the header and four rows.
+_CHECKOUT_ROWS = 6
 _POOL_HEADER = (
     "POOL",
     "LIMIT",
@@ -48,7 +48,8 @@ def picture(
 ) -> list[Line]:
     """Return at most `height` lines of at most `width` characters.
 
-    `answer` is the broker's last one, `trouble` why there is no newer one; `hint` stands at the upper right.
+    `answer` is the broker's last answer, and `trouble` the reason why there is no newer one. `hint`
+    goes to the upper right.
     """
     lines = [] if answer is None else list(_title(answer.report))
     if trouble:
@@ -73,13 +74,14 @@ def _title(report: Report) -> Iterable[Line]:
         f"sharedpool broker {report.pid}, up {duration(report.uptime_ms)}, {report.state}", "bold"
     )
     yield Line(
-        f"limit {cap}, {report.leases} leases; control connection: {report.control}; {report.address}",
+        f"limit {cap}, {report.leases} leases; control connection: {report.control};"
+        f" {report.address}",
         "dim",
     )
 
 
 def _pools(pools: Sequence[PoolReport], most: int, unicode: bool) -> Iterable[Line]:
-    """Return a table with two lines a pool, those that are short of connections first."""
+    """Return a table with two lines for each pool, the pools with the most waiters first."""
     urgent = sorted(
         pools, key=lambda pool: (-pool.waiting, -(pool.leases - pool.idle) / pool.max_conn)
     )
@@ -106,7 +108,7 @@ def _pools(pools: Sequence[PoolReport], most: int, unicode: bool) -> Iterable[Li
             "bold red" if pool.waiting else "bold yellow" if used >= pool.max_conn else "bold",
         )
         if pool.paused:
-            yield Line("  paused: it lends nothing until `sharedpool resume`", "yellow")
+            yield Line("  paused: nothing is granted until `sharedpool resume`", "yellow")
         if pool.error:
             yield Line(f"  cannot open connections: {pool.error}", "red")
         else:
@@ -137,10 +139,10 @@ def _milliseconds(us: int) -> str:
 
 
 def sparkline(history: Sequence[int], limit: int, unicode: bool = True) -> str:
-    """Draw how much of the limit was in use, a character a sample, the newest at the right."""
+    """Draw the use of the limit: one character for each sample, the newest at the right."""
     levels = _SPARK if unicode else _ASCII_SPARK
     top = len(levels) - 1
-    # The lowest is for none at all.
+    # The lowest level stands for no use at all.
     return "".join(
         levels[min(top, 1 + (value * top - 1) // max(1, limit)) if value > 0 else 0]
         for value in history
@@ -148,7 +150,7 @@ def sparkline(history: Sequence[int], limit: int, unicode: bool = True) -> str:
 
 
 def _checkouts(answer: Answer, rows: int, width: int) -> Iterable[Line]:
-    """Return a table of the oldest checkouts that fills what room there is."""
+    """Return a table of the oldest checkouts that fits into `rows` lines."""
     using = [row for row in answer.rows if row[0].state == "in use"][: max(0, rows - 2)]
     if rows < 3:
         return
@@ -159,7 +161,7 @@ def _checkouts(answer: Answer, rows: int, width: int) -> Iterable[Line]:
             process(line.title, line.pid, line.host),
             *([line.pool[:_LONGEST_NAME]] if several else []),
             server_says(activity),
-            # Of the file only its name: there is no room for more.
+            # Of the path only the file's name fits.
             line.stack[0].rpartition("/")[2] if line.stack else activity.query if activity else "",
         ]
         for line, activity in using

@@ -1,9 +1,9 @@
-"""`sharedpool who`: who holds which connection, and what it is doing."""
+"""`sharedpool who`: which process holds which connection, and what the server does for it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import click
 
@@ -28,11 +28,8 @@ from sharedpool.wire.reports import (
     Status,
 )
 
-_ACTIVITY_LIMIT_S = (
-    1.0  # what the books say is there already, and may be wanted all the more when the server hangs
-)
-
-_ALWAYS = ("AGE", "STATE", "POOL", "LEASE", "PROCESS")
+# Short: the broker's own report has arrived by then, and matters most when the server hangs.
+_ACTIVITY_LIMIT_S = 1.0
 
 Row = tuple[LeaseLine, BackendActivity | None]
 
@@ -42,13 +39,14 @@ Row = tuple[LeaseLine, BackendActivity | None]
 @click.option("--pool", "name", help="Only this pool's leases.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def who(address: str | None, name: str | None, as_json: bool) -> None:
-    """Show who holds which connection: one line per lease, the oldest first.
+    """Show which process holds which connection: one line per lease, the oldest first.
 
-    What its worker last told of it (in use or idle, since when, in which thread), its backend, and what the server says
-    that is doing, where the broker's control connection may see it. With config_pool(debug_checkouts=True) also the
-    line of code that checked it out.
+    A line has the worker's last report (in use or idle, since when, in which thread), the backend,
+    and what the server says about it, where the broker's control connection may see that. With
+    config_pool(debug_checkouts=True) it also has the line of code that checked the connection out.
 
-    Without an address: of every broker in the user's runtime directory. Exit status 3 when none answers.
+    Without an address, of every broker in the user's runtime directory. Exit status 3 when none
+    answers.
     """
     found = from_each(find_brokers(address), fetch_leases, as_json=as_json)
     rows = [row for report in found for row in report.rows if name in (None, row[0].pool)]
@@ -64,7 +62,7 @@ def who(address: str | None, name: str | None, as_json: bool) -> None:
 
 
 class Answer:
-    """One broker's answer: the books, and what the server added."""
+    """One broker's report on its leases, and the server's view of their backends."""
 
     def __init__(self, report: Report, activity: Activity | None) -> None:
         self.report = report
@@ -82,13 +80,15 @@ def fetch_leases(
     limit_s: float = ANSWER_LIMIT_S,
     activity_limit_s: float = _ACTIVITY_LIMIT_S,
 ) -> Answer:
-    """Ask the broker at `address`, and through it the server; wait for the second only a moment.
+    """Ask the broker at `address`, and through it the server.
 
-    Raise `BrokerUnavailable`.
+    Without the server's answer in `activity_limit_s`, return the broker's alone. Raise
+    `BrokerUnavailable` without the broker's in `limit_s`.
     """
-    with connected(address) as line:
-        report = line.ask(Status(PROTOCOL_VERSION, most), Report, limit_s)
-        return Answer(report, line.receive(Activity, activity_limit_s) if report.activity else None)
+    with connected(address) as client:
+        report = client.ask(Status(PROTOCOL_VERSION, most), Report, limit_s)
+        activity = client.receive(Activity, activity_limit_s) if report.activity else None
+    return Answer(report, activity)
 
 
 def _remarks(report: Report, activity: Activity | None) -> Iterable[str]:
@@ -96,63 +96,58 @@ def _remarks(report: Report, activity: Activity | None) -> Iterable[str]:
         yield f"{report.leases - len(report.oldest)} younger leases are not shown"
     for pool in report.pools:
         if pool.paused:
-            yield f"pool {pool.name!r} is paused: it lends nothing until `sharedpool resume`"
+            yield f"pool {pool.name!r} is paused: nothing is granted until `sharedpool resume`"
         if pool.waiting:
             yield f"pool {pool.name!r}: {pool.waiting} wait for a connection"
     if report.activity and activity is None:
-        yield f"the server has not answered the broker at {report.address} within {_ACTIVITY_LIMIT_S:g} s"
+        yield (
+            f"the server has not answered the broker at {report.address}"
+            f" within {_ACTIVITY_LIMIT_S:g} s"
+        )
     elif activity is not None and activity.error:
         yield f"the broker at {report.address} cannot ask the server: {activity.error}"
-    if any(line.state == "in use" for line in report.oldest) and not any(
-        line.stack for line in report.oldest
-    ):
-        yield "config_pool(debug_checkouts=True) shows the line of code that checked each connection out"
-
-
-def lines(rows: Iterable[Row]) -> list[str]:
-    """Return the table; columns in which nothing stands are left out."""
-    header = (
-        "AGE",
-        "STATE",
-        "POOL",
-        "LEASE",
-        "PROCESS",
-        "THREAD",
-        "BACKEND",
-        "APPLICATION",
-        "SERVER",
-        "QUERY",
-        "CHECKED OUT AT",
-    )
-    cells = [
-        (
-            duration(line.age_ms), line.state, line.pool, str(line.token), process(line.title, line.pid, line.host),
-            line.thread, str(line.backend.pid) if line.backend else "", application(activity), server_says(activity),
-            activity.query if activity else "", line.stack[0] if line.stack else "",
+    in_use = any(line.state == "in use" for line in report.oldest)
+    if in_use and not any(line.stack for line in report.oldest):
+        yield (
+            "config_pool(debug_checkouts=True) shows the line of code that checked each"
+            " connection out"
         )
-        for line, activity in rows
-    ]  # fmt: skip
-    used = [i for i, _ in enumerate(header) if i < len(_ALWAYS) or any(row[i] for row in cells)]
-    return table([header[i] for i in used], [[row[i] for i in used] for row in cells])
+
+
+def lines(rows: Sequence[Row]) -> list[str]:
+    """Return the table. Columns after the fifth are left out if all their cells are empty."""
+    cells = {
+        "AGE": [duration(line.age_ms) for line, _ in rows],
+        "STATE": [line.state for line, _ in rows],
+        "POOL": [line.pool for line, _ in rows],
+        "LEASE": [str(line.token) for line, _ in rows],
+        "PROCESS": [process(line.title, line.pid, line.host) for line, _ in rows],
+        "THREAD": [line.thread for line, _ in rows],
+        "BACKEND": [str(line.backend.pid) if line.backend else "" for line, _ in rows],
+        "APPLICATION": [application(activity) for _, activity in rows],
+        "SERVER": [server_says(activity) for _, activity in rows],
+        "QUERY": [activity.query if activity else "" for _, activity in rows],
+        "CHECKED OUT AT": [line.stack[0] if line.stack else "" for line, _ in rows],
+    }
+    shown = {name: cells[name] for at, name in enumerate(cells) if at < 5 or any(cells[name])}
+    return table(list(shown), list(zip(*shown.values(), strict=True)))
 
 
 def application(activity: BackendActivity | None) -> str:
-    """Return the tag that the application gave itself; the pool's own says nothing new."""
+    """Return the backend's application_name, unless it is the one that the pool gave it."""
     name = activity.application if activity else ""
     return "" if name.startswith("sharedpool ") else name
 
 
 def server_says(activity: BackendActivity | None) -> str:
-    """Return what the server says that a backend is doing, and what it waits for."""
+    """Return a backend's state on the server, and its wait event."""
     if activity is None:
         return ""
     if not activity.visible:
-        return "(not to be seen)"
-    waits = activity.wait_event
-    # An idle backend waits for its client: that goes without saying.
-    return (
-        f"{activity.state}, {waits}" if waits and waits != "Client: ClientRead" else activity.state
-    )
+        return "(not visible)"
+    if activity.wait_event in ("", "Client: ClientRead"):  # every idle backend waits for its client
+        return activity.state
+    return f"{activity.state}, {activity.wait_event}"
 
 
 def _document(line: LeaseLine, activity: BackendActivity | None) -> dict[str, object]:

@@ -158,7 +158,7 @@ def test_what_the_control_connection_may_not_see_is_not_guessed(
             assert (row["application"], row["server_state"], row["wait_event"], row["query"]) == (
                 "hidden",
             ) + (None,) * 3
-            assert "(not to be seen)" in sharedpool_command("who", "--broker", address).stdout
+            assert "(not visible)" in sharedpool_command("who", "--broker", address).stdout
         process.terminate()
         process.communicate()
 
