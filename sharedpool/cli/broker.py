@@ -24,10 +24,11 @@ from sharedpool.errors import ConfigError, SharedPoolError
 
 logger = logging.getLogger("sharedpool.broker")
 
-_STRONGER = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+_STRONGER_THAN_FILE = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 
 
 def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -> ConfigFile | None:
+    """Read the file, and make its options the defaults of the command's other options."""
     if path is None:
         return None
     try:
@@ -47,22 +48,27 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
     is_eager=True,
     callback=_read_config,
     show_default="none",
-    help="A TOML file with these options (max_conn = 20) and the tables [groups.NAME] (min, max, priority) and"
-    " [pools.NAME] (max_conn). The command line and the environment go before it. SIGHUP has it read again.",
+    help="A TOML file with these options (max_conn = 20) and the tables [groups.NAME]"
+    " (min, max, priority) and [pools.NAME] (max_conn). The command line and the environment"
+    " override it. SIGHUP has it read again.",
 )
 @broker_options()
 @log_option
 @click.pass_context
 def broker(ctx: click.Context, /, config: ConfigFile | None, log_format: str, **given: Any) -> None:
-    """Run a broker in the foreground, logging to stderr, until SIGTERM or SIGINT.
+    """Run a broker in the foreground, with its log on stderr, until SIGTERM or SIGINT.
 
-    Then it drains: it lends nothing any more, has idle connections closed, and ends when the last lease is back, or
-    after --drain-timeout; a second signal ends it at once. No connection that a worker holds is broken by its end.
+    The broker then drains: it grants nothing more and has idle connections closed. It ends when the
+    last lease is back, or after --drain-timeout. A second signal ends it at once. Connections that
+    workers hold live on.
 
-    Under systemd it says when it serves (Type=notify), and listens at the socket it was started with, if any.
+    Workers find the broker by SHAREDPOOL_BROKER=ADDRESS or config_pool(broker=ADDRESS).
 
-    Workers find it by SHAREDPOOL_BROKER=ADDRESS, or config_pool(broker=ADDRESS). Exit status 0 after a stop, 1 when
-    another broker has the address or it cannot be bound, 2 for a wrong option.
+    Under systemd the broker tells when it serves (Type=notify), and listens at the socket of its
+    socket unit, if there is one.
+
+    Exit status 0 after a stop, 1 when the address is in use or cannot be bound, 2 for a wrong
+    option.
     """
     log_to_stderr(log_format)
     try:
@@ -106,7 +112,9 @@ def _settings(
     """
     if file is not None:
         # `given` has the file's values as they were at the start: take them as they are now.
-        weaker = {name for name in given if ctx.get_parameter_source(name) not in _STRONGER}
+        weaker = {
+            name for name in given if ctx.get_parameter_source(name) not in _STRONGER_THAN_FILE
+        }
         given = given | {name: file.options.get(name) for name in weaker}
         if given["max_conn"] is None:
             raise click.UsageError(f"max_conn: not in {file.path} any more")
@@ -114,7 +122,7 @@ def _settings(
     try:
         if given["bind"] and listener is not None and listener[1] != given["bind"]:
             raise ConfigError(
-                f"--bind {given['bind']}: the socket that the broker was started with is {listener[1]}"
+                f"--bind {given['bind']}: the service manager's socket is at {listener[1]}"
             )
         address = given["bind"] or (listener[1] if listener is not None else default_address())
         check_terms(groups, given["max_conn"])
@@ -134,15 +142,19 @@ def _settings(
 @click.command(name="check-config")
 @click.argument("file", metavar="FILE")
 def check_config(file: str) -> None:
-    """Read a broker's configuration FILE and say what it means, or all that is wrong with it (exit status 2)."""
+    """Check a broker's configuration FILE and print what it sets.
+
+    Exit status 2 when something is wrong: all mistakes are printed.
+    """
     try:
         found = config_file.read(file)
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
     for name, value in found.options.items():
-        click.echo(f"{name}: {'(given)' if name == 'dsn' else value}")  # it may hold a password
+        shown = "(given)" if name == "dsn" else value  # a dsn may hold a password
+        click.echo(f"{name}: {shown}")
     if "max_conn" not in found.options:
-        click.echo("max_conn: not in the file: the command line must give it")
+        click.echo("max_conn: not in the file, so give --max-conn or SHAREDPOOL_MAX_CONN")
     for name, group in found.groups.items():
         most = "no limit of its own" if group.max_conn is None else f"at most {group.max_conn}"
         click.echo(f"group {name!r}: {group.reserved} reserved, {most}, priority {group.priority}")

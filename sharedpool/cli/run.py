@@ -1,4 +1,7 @@
-"""`sharedpool run`: a broker for the life of one command."""
+"""`sharedpool run`: a broker for the life of one command.
+
+The main thread runs the command and passes signals on to it, the broker runs in a second thread.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +21,20 @@ from sharedpool.discovery.address import BROKER_VARIABLE, runtime_dir
 from sharedpool.errors import ConfigError, SharedPoolError
 
 _FORWARDED = {
-    getattr(signal, name)
-    for name in (
-        "SIGTERM",
-        "SIGINT",
-        "SIGQUIT",
-        "SIGHUP",
-        "SIGUSR1",
-        "SIGUSR2",
-        "SIGTTIN",
-        "SIGTTOU",
-        "SIGWINCH",
-    )
-    if hasattr(signal, name)
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+    signal.SIGWINCH,
 }
 _IGNORED_BY_PYTHON = [signal.SIGPIPE, signal.SIGXFSZ]
-_POLL_EVERY_S = 5.0  # whether the command has ended, should its signal be lost all the same
-_NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as a shell says it
+# How often to look for the end of the command, in case its SIGCHLD was lost.
+_POLL_EVERY_S = 5.0
+_NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # a shell's exit statuses
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -46,12 +46,12 @@ def run(
     command: tuple[str, ...],
     **given: Any,
 ) -> None:
-    """Start a broker, run COMMAND with SHAREDPOOL_BROKER set, and end as it ends.
+    """Start a broker, run COMMAND with SHAREDPOOL_BROKER set, and end when it ends.
 
     Example: sharedpool run --max-conn 20 -- gunicorn app:app
 
-    Signals are passed on to the command. The exit status is the command's, 128 + N when signal N ended it, 127 when it
-    was not found.
+    Signals are passed on to the command. The exit status is the command's: 128 + N if signal N
+    ended it, 127 if it was not found.
     """
     log_to_stderr(log_format)
     try:
@@ -59,8 +59,8 @@ def run(
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
     settings = settings_from(given, address, "run", one_off=True)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored ones are never waited for
-    # Blocked from before there are other threads, libzmq's included: a signal that one of them took would be lost.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # with SIG_IGN a child's status would be lost
+    # Blocked before any other thread starts (libzmq's too): a signal must not go to one of those.
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED | {signal.SIGCHLD})
     server = Server(settings)
     try:
@@ -71,13 +71,13 @@ def run(
     try:
         pid = _spawn(command, address, unblocked)
         thread.start()
-        status = _see_through(pid)
+        status = _forward_signals(pid)
     finally:
         server.stop()
         if thread.ident is not None:
             thread.join()
         else:
-            server.run()  # stopped already: unbinds and unlocks
+            server.run()  # it is stopped already, so this only unbinds and unlocks
     sys.exit(status)
 
 
@@ -96,23 +96,22 @@ def _spawn(command: tuple[str, ...], address: str, unblocked: Iterable[int]) -> 
         sys.exit(_NOT_EXECUTABLE)
 
 
-def _see_through(pid: int) -> int:
-    """Pass signals on until the child ends; return its exit status."""
+def _forward_signals(pid: int) -> int:
+    """Pass signals on to the command until it ends. Return its exit status."""
     while True:
         if (status := _reap(pid)) is not None:
             code = os.waitstatus_to_exitcode(status)
             return code if code >= 0 else 128 - code
         number, from_terminal = _next_signal()
-        if (
-            number in _FORWARDED and not from_terminal
-        ):  # the terminal has sent it to the command as well
+        # The terminal sends its signals to the whole process group, so the command has them already.
+        if number in _FORWARDED and not from_terminal:
             os.kill(pid, number)
 
 
 def _reap(pid: int) -> int | None:
-    """Take in which children have ended; return the wait status of the one that is our command, if it has.
+    """Reap all children that have ended. Return the command's wait status if it is one of them.
 
-    As PID 1 of a container this process is given everybody's orphans.
+    As PID 1 of a container, this process also becomes the parent of orphans.
     """
     while True:
         ended, status = os.waitpid(-1, os.WNOHANG)
@@ -123,7 +122,10 @@ def _reap(pid: int) -> int | None:
 
 
 def _next_signal() -> tuple[int, bool]:
-    """Wait for a signal, for a while; say whether the kernel sent it on behalf of the terminal."""
+    """Wait for a signal. Return its number, and True if the terminal has sent it.
+
+    The number is 0 if none has come within `_POLL_EVERY_S`.
+    """
     if hasattr(signal, "sigtimedwait"):
         info = signal.sigtimedwait(_FORWARDED | {signal.SIGCHLD}, _POLL_EVERY_S)
         return (0, False) if info is None else (info.si_signo, info.si_code > 0)

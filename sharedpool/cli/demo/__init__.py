@@ -1,1 +1,1 @@
-"""`sharedpool demo`."""
+"""`sharedpool demo`: many processes, few connections, and a live view of them."""
