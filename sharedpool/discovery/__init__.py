@@ -1,1 +1,1 @@
-"""How the processes of one host find the one broker."""
+"""How the processes of a host find the one broker. No messages and no ZeroMQ here."""

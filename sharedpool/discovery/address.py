@@ -1,6 +1,6 @@
-"""Where a broker listens, and the private directory for what belongs to it.
+"""The addresses of brokers, and the private directories of their files.
 
-An address is a ZeroMQ endpoint: `ipc:///path/to.sock` (this host) or `tcp://host:port`.
+An address is a ZeroMQ endpoint: `ipc:///path/to.sock` on this host, or `tcp://host:port`.
 """
 
 from __future__ import annotations
@@ -17,50 +17,54 @@ from sharedpool.errors import ConfigError
 logger = logging.getLogger("sharedpool.worker")
 
 BROKER_VARIABLE = "SHAREDPOOL_BROKER"
-# sockaddr_un.sun_path, less its closing zero byte.
+# The size of sockaddr_un.sun_path without its closing zero byte.
 _MAX_SOCKET_PATH = 103 if sys.platform == "darwin" else 107
-_told: set[str] = set()
+_logged: set[str] = set()
 
 
 def runtime_dir() -> Path:
-    """Return the user's private directory for sockets and lock files, made when it is not there.
+    """Return the user's private directory for sockets and lock files. Create it if necessary.
 
-    `$XDG_RUNTIME_DIR/sharedpool`, else `sharedpool-<uid>` under the temporary directory: where the variable is not set,
-    or is another user's (as after `su` and `sudo -E`), for whom a directory of ours there would be in the way. Raise
-    `ConfigError` when it cannot be had, is a symlink, somebody else's, or open to others: whoever can write there could
-    pose as the broker.
+    1. `$XDG_RUNTIME_DIR/sharedpool`, unless XDG_RUNTIME_DIR is another user's, as after `su` and
+       `sudo -E`: a directory of ours there would block that user's own.
+    2. `sharedpool-<uid>` in the temporary directory.
+
+    Raise `ConfigError` if it cannot be created, or is a symlink, another user's, or open to others.
+    A process that can write there could pose as the broker.
     """
     base = os.environ.get("XDG_RUNTIME_DIR")
     if base and os.path.isabs(base):
         path = Path(base, "sharedpool")
-        hindrance = _hindrance(base, path.name, shared=False) or _owner_hindrance(path)
-        if not hindrance:
+        obstacle = _base_obstacle(base, path.name, shared=False) or _owner_obstacle(path)
+        if not obstacle:
             return _private(path, "set XDG_RUNTIME_DIR to your own")
-        _tell_once(f"XDG_RUNTIME_DIR is not used: {hindrance}")
+        _log_once(f"XDG_RUNTIME_DIR is not used: {obstacle}")
     return _private(_temporary(f"sharedpool-{os.geteuid()}"), "set XDG_RUNTIME_DIR to your own")
 
 
 def fixed_dir() -> Path:
-    """Return a private directory that no environment variable moves: `/tmp/sharedpool-<uid>`, checked as the other is.
+    """Return the private directory for a tcp broker's files: `/tmp/sharedpool-<uid>`.
 
-    What a tcp broker knows lies here: its port is the same whatever XDG_RUNTIME_DIR and TMPDIR are at its next start.
+    No environment variable moves it. A tcp broker has the same port at its next start, and must
+    find its files then, whatever XDG_RUNTIME_DIR and TMPDIR are.
     """
     return _private(Path("/tmp", f"sharedpool-{os.geteuid()}"), "use an ipc:// address")
 
 
 def _private(path: Path, otherwise: str) -> Path:
+    """Create the directory, or check it. `otherwise` is what a user can do instead."""
     try:
         path.mkdir(mode=0o700)
     except FileExistsError:
         pass
     except OSError as error:
         raise ConfigError(
-            f"cannot make the runtime directory {path}: {error.strerror}; {otherwise}"
+            f"cannot create the runtime directory {path}: {error.strerror}; {otherwise}"
         ) from error
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode):
         raise ConfigError(
-            f"the runtime directory {path} is a symlink or no directory: remove it, or {otherwise}"
+            f"the runtime directory {path} is a symlink or a file: remove it, or {otherwise}"
         )
     if status.st_uid != os.geteuid():
         raise ConfigError(
@@ -75,31 +79,36 @@ def _private(path: Path, otherwise: str) -> Path:
 
 
 def _temporary(name: str) -> Path:
-    """Return `name` in the temporary directory, which is the same one whatever becomes of it: full, or out of quota.
+    """Return the path of `name` in the temporary directory.
 
-    (`tempfile.gettempdir` tries to write, and takes the current directory in the end: processes would not meet.)
+    All processes must agree on that directory, even when it is full. So this does not try to write,
+    as `tempfile.gettempdir` does, which falls back to the current directory.
     """
-    hindrances = []
+    obstacles = []
     for base in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp"):
         if base and os.path.isabs(base):
-            if not (hindrance := _hindrance(base, name, shared=True)):
+            if not (obstacle := _base_obstacle(base, name, shared=True)):
                 return Path(base, name)
-            hindrances.append(hindrance)
+            obstacles.append(obstacle)
     raise ConfigError(
-        f"there is no directory for the broker's socket: {', '.join(hindrances)}. Set XDG_RUNTIME_DIR or TMPDIR to one"
-        " that this user may write to, or start `sharedpool broker` elsewhere and give its address to"
-        f" config_pool(broker=) or {BROKER_VARIABLE}"
+        f"there is no directory for the broker's socket: {', '.join(obstacles)}."
+        " Set XDG_RUNTIME_DIR or TMPDIR to a directory that this user may write to, or start"
+        " `sharedpool broker` elsewhere and give its address to config_pool(broker=) or"
+        f" {BROKER_VARIABLE}"
     )
 
 
-def _hindrance(base: str, name: str, *, shared: bool) -> str:
-    """Return why this user cannot have the directory `name` in `base`, which may be `shared`; nothing where he can."""
+def _base_obstacle(base: str, name: str, *, shared: bool) -> str:
+    """Return why this user cannot have a directory `name` in `base`; empty if nothing is wrong.
+
+    `shared`: `base` may belong to another user if all users may write to it.
+    """
     try:
         status = os.stat(base)
     except OSError as error:
         return f"{base}: {error.strerror}"
     if not stat.S_ISDIR(status.st_mode):
-        return f"{base} is no directory"
+        return f"{base} is not a directory"
     if status.st_uid not in (os.geteuid(), 0) and not (shared and status.st_mode & stat.S_IWOTH):
         return f"{base} belongs to uid {status.st_uid}"
     if not _may(base, os.X_OK) or not (
@@ -109,12 +118,15 @@ def _hindrance(base: str, name: str, *, shared: bool) -> str:
     return ""
 
 
-def _owner_hindrance(path: Path) -> str:
-    """Return that somebody else has made a directory where ours would be (root, as long as it had our environment)."""
+def _owner_obstacle(path: Path) -> str:
+    """Return that the path is another user's; empty if not.
+
+    Root may have created it, while it had this user's environment.
+    """
     try:
         owner = path.lstat().st_uid
     except OSError:
-        return ""  # it will be made, or that will say why not
+        return ""  # `_private` will create it, or raise
     return f"{path} belongs to uid {owner}" if owner != os.geteuid() else ""
 
 
@@ -122,24 +134,24 @@ def _may(path: str, mode: int) -> bool:
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
-def _tell_once(text: str) -> None:
-    if text not in _told:
-        _told.add(text)
+def _log_once(text: str) -> None:
+    if text not in _logged:
+        _logged.add(text)
         logger.info("%s", text)
 
 
 def default_address() -> str:
-    """Return where `sharedpool broker` listens when it is not told."""
+    """Return the address of `sharedpool broker` without --bind."""
     return check_address(f"ipc://{runtime_dir()}/broker.sock", "--bind")
 
 
 def automatic_address(digest: str) -> str:
-    """Return where the automatic broker of one server and role listens."""
+    """Return the address of the automatic broker for one server and role."""
     return check_address(f"ipc://{runtime_dir()}/auto-{digest}.sock", "XDG_RUNTIME_DIR")
 
 
 def check_address(address: str, source: str) -> str:
-    """Return `address` when a broker could listen there; else raise `ConfigError` naming `source`."""
+    """Return `address`. Raise `ConfigError`, naming `source`, if no broker could listen there."""
     if address.startswith("ipc://"):
         path = address[len("ipc://") :]
         if not path.startswith("/"):
@@ -154,23 +166,25 @@ def check_address(address: str, source: str) -> str:
     match = re.fullmatch(r"tcp://(?P<host>\[[0-9a-fA-F:.]+\]|[^:/\[\]]+):(?P<port>\d+)", address)
     if match is None or not 0 < int(match["port"]) < 65536:
         raise ConfigError(
-            f"{source}: {address!r} is no broker address: use ipc:///path/to.sock or tcp://host:port"
+            f"{source}: {address!r} is not a broker's address:"
+            " use ipc:///path/to.sock or tcp://host:port"
         )
     return address
 
 
 def check_metrics_address(text: str, source: str) -> tuple[str, int]:
-    """Return host and port of `host:port`, `[::1]:port` or just a port (loopback); else raise `ConfigError`."""
+    """Return host and port of `host:port`, `[::1]:port` or `port` (loopback).
+
+    Raise `ConfigError`, naming `source`, for anything else.
+    """
     match = re.fullmatch(r"(?:(?P<host>\[[0-9a-fA-F:.]+\]|[^:/\[\]\s]*):)?(?P<port>\d{1,5})", text)
     if match is None or int(match["port"]) > 65535:
-        raise ConfigError(
-            f"{source}: {text!r} is no address to serve metrics at: use 127.0.0.1:9187"
-        )
+        raise ConfigError(f"{source}: {text!r} is not an address for metrics: use 127.0.0.1:9187")
     return (match["host"] or "127.0.0.1").strip("[]"), int(match["port"])
 
 
 def obstacle(address: str) -> str:
-    """Say what keeps this process from the socket at an ipc address; empty when the file system does not."""
+    """Return why the file system bars this process from an ipc address; empty if it does not."""
     if not address.startswith("ipc://"):
         return ""
     path = Path(address.removeprefix("ipc://"))
@@ -183,22 +197,25 @@ def obstacle(address: str) -> str:
         except OSError as error:
             return f"{each}: {error.strerror}"
         if not os.access(each, needed, effective_ids=os.access in os.supports_effective_ids):
-            return f"{each} is uid {owner}'s, who lets nobody else in, and this process is uid {os.geteuid()}"
+            return (
+                f"{each} belongs to uid {owner} and is closed to others, such as this process"
+                f" (uid {os.geteuid()})"
+            )
     return ""
 
 
 def lock_path(address: str) -> Path:
-    """Return the lock file of the broker at `address`: beside its socket, or in `fixed_dir` for tcp."""
+    """Return the path of the broker's lock file: beside its socket, or in `fixed_dir` for tcp."""
     return _beside(address, ".lock")
 
 
 def journal_path(address: str) -> Path:
-    """Return where the broker at `address` keeps its journal."""
+    """Return the path of the broker's journal."""
     return _beside(address, ".journal")
 
 
 def desk_path(address: str) -> Path | None:
-    """Return where the broker at `address` has its desk; None where the path would be too long for a socket."""
+    """Return the path of the broker's desk socket; None if it is too long for a socket."""
     path = _beside(address, ".desk")
     return path if len(os.fsencode(path)) <= _MAX_SOCKET_PATH else None
 

@@ -1,8 +1,8 @@
-"""One broker per address: an advisory lock that the kernel drops with its holder.
+"""One broker per address: an advisory lock, which the kernel releases when its holder ends.
 
-libzmq unlinks an ipc path that is already bound and takes it over, so the socket itself keeps nobody out. The lock file
-also remembers the last epoch, so that tokens of two brokers can never be the same, and the *instance*, by which the
-server shows whose connections are whose.
+The socket alone excludes nobody, because libzmq unlinks a bound ipc path and takes it over. The file
+also stores the last epoch, so that two brokers never grant the same token, and the *instance*: the
+id of the address in the `application_name` of its workers' connections.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from sharedpool.errors import SharedPoolError
 
-# `is_held` takes the lock for some microseconds; a broker that starts just then must not take that for another broker.
+# `is_held` takes the lock for some microseconds. A starting broker must not take that for another
+# broker, so it tries for this long.
 _PROBES_PASS_S = 0.5
 
 
@@ -23,9 +24,10 @@ class AlreadyRunning(SharedPoolError):
 
 
 class BrokerLock:
-    """The lock on one address, held while the broker lives.
+    """The lock on one address, held while the broker lives. Raise `AlreadyRunning` if it is taken.
 
-    `epoch` is this broker's number, `first` tells that no other had the file before, `instance` is the address's own.
+    `epoch` is the number of this broker, higher than that of every former one. `first`: there was
+    no former broker, or its file is lost. `instance` is the id of the address.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,23 +40,30 @@ class BrokerLock:
             raise AlreadyRunning(f"a broker{pid} already holds {path}")
         fields = _fields(self._fd)
         self.first = not (fields and fields[0].isdigit())
-        # A first epoch that no broker had whose file is lost: milliseconds, for it may have begun in this very second.
+        # If a former broker's file is lost, this epoch must still be higher than its epochs.
+        # Milliseconds, because that broker may have started in this very second.
         self.epoch = int(time.time() * 1000) if self.first else int(fields[0]) + 1
         self.instance = fields[2] if len(fields) > 2 else os.urandom(4).hex()
         self._write()
 
     def outgrow(self, epoch: int) -> None:
-        """Have a number above this one, a former broker's: the file may be lost, and the clock may have gone back."""
+        """Raise our epoch above that of a former broker.
+
+        Ours may be lower if the former file is lost and the clock has been set back.
+        """
         if epoch >= self.epoch:
             self.epoch = epoch + 1
             self._write()
 
     def _write(self) -> None:
-        # Unlinked only where no other broker can come: a second inode under the same name would be a second lock.
+        # In place: a second file under the same name would be a second lock.
         os.pwrite(self._fd, f"{self.epoch} {os.getpid()} {self.instance}\n".encode().ljust(64), 0)
 
     def is_ours(self) -> bool:
-        """Say whether the file is still at its path, and keep cleaners of temporary directories from taking it."""
+        """Return True if our file is still at its path.
+
+        Also update its time, so that cleaners of temporary directories leave it alone.
+        """
         os.utime(self._fd)
         try:
             return os.path.samestat(os.fstat(self._fd), os.stat(self.path))
@@ -62,9 +71,10 @@ class BrokerLock:
             return False
 
     def mend(self) -> bool:
-        """Put the file back where it was deleted; return False if another broker has the address by now.
+        """Create the file again after it was deleted.
 
-        Blocks for up to half a second. Raise OSError when it cannot be.
+        Return False if another broker has the address by now. Block for up to half a second. Raise
+        OSError if the file cannot be created.
         """
         fd = _open(self.path)
         if not _take(fd):
@@ -76,14 +86,14 @@ class BrokerLock:
         return True
 
     def release(self, *, for_good: bool = False) -> None:
-        """Let another broker have the address. `for_good`: nobody will, so the file goes too."""
+        """Release the lock. `for_good`: no later broker will use the address, so delete the file."""
         if for_good:
             self.path.unlink(missing_ok=True)
         os.close(self._fd)
 
 
 def is_held(path: Path) -> bool:
-    """Say whether a broker lives at the address of this lock file."""
+    """Return True if a broker runs at the address of this lock file."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -91,9 +101,8 @@ def is_held(path: Path) -> bool:
     try:
         return not _try_lock(fd, fcntl.LOCK_SH)
     finally:
-        fcntl.flock(
-            fd, fcntl.LOCK_UN
-        )  # a child forked just now has a copy: closing ours would not unlock
+        # Closing would not unlock if a child was forked meanwhile: it has a copy of the descriptor.
+        fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)
 
 
@@ -102,10 +111,10 @@ def _open(path: Path) -> int:
 
 
 def _take(fd: int) -> bool:
-    """Lock a file for a broker, unless another has it."""
+    """Lock the file for a broker. Return False if another broker has locked it."""
     deadline = time.monotonic() + _PROBES_PASS_S
     while not _try_lock(fd, fcntl.LOCK_EX):
-        # A shared lock can be had beside those who only look (`is_held`), never beside a broker.
+        # A shared lock is possible beside the one of `is_held`, but not beside a broker's.
         if not _try_lock(fd, fcntl.LOCK_SH) or time.monotonic() >= deadline:
             return False
         fcntl.flock(fd, fcntl.LOCK_UN)

@@ -1,4 +1,4 @@
-"""Where a process id means something: this boot of this machine, and this PID namespace."""
+"""The space in which a process id is unique: one boot of one machine, and one PID namespace."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ _BOOT = "/proc/sys/kernel/random/boot_id"
 
 
 def pid_namespace_id() -> str:
-    """Return the same text in two processes only if they have the same pids; empty where the kernel does not say.
+    """Return a text that two processes share only if they see the same process ids.
 
-    A host's name is no such proof: containers of one pod share it, and so does a machine with its clone.
+    It is empty where the kernel does not tell. A host's name would not do: the containers of a pod
+    share it, and so do a machine and its clone.
     """
     try:
         with FileIO(_BOOT) as file:
@@ -21,6 +22,6 @@ def pid_namespace_id() -> str:
         return ""
 
 
-def pid_namespace(place: str) -> str:
-    """Return the PID namespace of a place, as `lsns` and `ls -l /proc/PID/ns/pid` have it."""
-    return place.rpartition(" ")[2]
+def pid_namespace(identity: str) -> str:
+    """Return the namespace part of `pid_namespace_id`, as `lsns` shows it."""
+    return identity.rpartition(" ")[2]

@@ -1,4 +1,7 @@
-"""The scope of a broker: what no two brokers may count to at the same time (`broker/postgres/leadership.py`)."""
+"""The scope of a broker: no two brokers of one scope may serve at the same time.
+
+An advisory lock in PostgreSQL sees to that (`broker/postgres/leadership.py`).
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from sharedpool.discovery.pid_namespace import pid_namespace_id
 
 
 def scope_of(address: str) -> str:
-    """Return the scope of a broker that somebody has given this address.
+    """Return the scope of a broker that was given this address.
 
-    By tcp an address that others reach is the same broker wherever it runs; one that only this host knows by this name
-    is this host's. So is a path: a lock file lies beside it, but somebody may delete that.
+    A tcp address that other hosts can reach names one broker wherever that runs. Loopback addresses
+    and paths name a broker of this host. (A path has a lock file, too, but that can be deleted.)
     """
     if not address.startswith("tcp://"):
         return f"{address} {_here()}"
@@ -27,9 +30,9 @@ def scope_of(address: str) -> str:
 
 
 def automatic_scope(digest: str) -> str:
-    """Return the scope of the automatic broker of one server and role: this user's, on this machine.
+    """Return the scope of this user's automatic broker for one server and role.
 
-    In another container there is another one: they have no directory in common in which to find each other.
+    Each container has a broker of its own, because containers share no runtime directory.
     """
     return f"automatic {digest} uid {os.geteuid()} {_here()}"
 

@@ -274,7 +274,7 @@ def test_another_user_is_told_whose_broker_it_is(
         assert len(texts) == 2
         for text in texts:
             assert (
-                f"{blamed} is uid 0's, who lets nobody else in, and this process is uid 65534"
+                f"{blamed} belongs to uid 0 and is closed to others, such as this process (uid 65534)"
                 in text
             )
 
