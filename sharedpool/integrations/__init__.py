@@ -1,1 +1,4 @@
-"""What frameworks need beyond the pool itself, a module each; none is imported unless its framework is used."""
+"""What frameworks need beyond the pool itself, in one module for each framework.
+
+The package never imports these modules: an application imports the one that it needs.
+"""

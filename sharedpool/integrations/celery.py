@@ -1,10 +1,11 @@
 """Celery: call `connect_signals()` beside `config_pool`, in the module that makes the app.
 
-The pool works without it, in every kind of worker: a prefork child opens connections of its own, and the broker sees by
-itself when one has ended or was killed. But when the worker ends, warm or cold, its children stay for a second after
-their last task, and leave without running exit handlers: until then their idle connections live on the server.
+The pool works without this module in every kind of worker. A prefork child opens its own
+connections, and the broker notices by itself when a child ends or is killed. But when the worker
+stops, its children stay for a second after their last task, and then leave without running exit
+handlers. Until then their idle connections stay open.
 
-Nothing needs to be done when a process starts, nor with `-P threads` and `-P solo`, which end as any program does.
+Nothing is needed when a process starts, nor with `-P threads` and `-P solo`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from sharedpool.worker import forks
 
 
 def connect_signals() -> None:
-    """Have a prefork child close its connections and return its leases once it has done its last task. Idempotent."""
+    """Have each prefork child close its connections after its last task. Idempotent."""
     signals.worker_process_shutdown.connect(_release, weak=False, dispatch_uid="sharedpool")
 
 

@@ -1,10 +1,11 @@
 """gunicorn: `from sharedpool.integrations.gunicorn import *` in gunicorn.conf.py.
 
-The pool works without it: a worker that ends in good order returns its leases, and the broker sees by itself, within
-milliseconds, that one was killed. This is for the workers in between: those that have given up waiting for a request
-(`graceful_timeout`) and then hang at their exit, because its thread is still in a query. Their connections are ended.
+The pool works without this module. A worker that exits normally returns its leases, and the broker
+notices within milliseconds that a worker was killed. This is for a worker that gives up waiting for
+its requests (`graceful_timeout`), and would then hang at its exit because a thread is still in a
+query. Its connections are ended.
 
-There is no `child_exit`: the master could tell the broker nothing that it has not seen sooner.
+There is no `child_exit`: the broker has seen a worker's end before gunicorn's master does.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ __all__ = ["worker_exit"]
 
 
 class Worker(Protocol):
-    """gunicorn's worker."""
+    """A gunicorn worker."""
 
     pid: int
 
 
 def worker_exit(server: object, worker: Worker) -> None:
-    """Dispose of the worker's pools: close every connection, those in use included, and return all leases.
+    """Close all connections of the worker's pools, those in use included, and return all leases.
 
-    Blocks until the backends are gone, at most some seconds.
+    Blocks until the backends are gone, for some seconds at most.
     """
-    # gunicorn calls it in the master too, for a worker that was gone when it was to be told to end. With --preload the
-    # pools there are those that the next workers inherit.
+    # gunicorn also calls this in the master, for a worker that it wanted to stop and that was gone
+    # already. The master's pools must live: with --preload the next workers inherit them.
     if worker.pid == os.getpid():
         forks.release_everything()

@@ -1,10 +1,13 @@
 """SQLAlchemy 2: an engine whose connections come from a sharedpool pool.
 
-    pool = sharedpool.config_pool(max_conn=20, pool_manager=sharedpool.ThreadedConnectionPool, timeout=30)
+    pool = sharedpool.config_pool(
+        max_conn=20, pool_manager=sharedpool.ThreadedConnectionPool, timeout=30
+    )
     engine = create_engine("postgresql+psycopg2://", creator=pool.connect, poolclass=SharedPool)
 
-`SharedPool` keeps SQLAlchemy's record of a session with the session's lease: `connect` events run once for each session
-that this process opens or is handed, not at every checkout as with `NullPool` (which works as well).
+SQLAlchemy has a *record* of each connection. `SharedPool` keeps it with the connection's lease
+(`Lease.integration_state`), across checkouts. So `connect` events run once for each connection that
+this process opens or receives, not at every checkout as with `NullPool` (which works as well).
 """
 
 from __future__ import annotations
@@ -27,25 +30,27 @@ from sharedpool.worker.pool import Pool
 
 
 class _Record(_ConnectionRecord):
-    """SQLAlchemy's record of a session; while the session lies idle the record does not refer to its connection."""
+    """SQLAlchemy's record of a connection, to which it refers only during a checkout."""
 
-    lent: connection | None = None  # checked out already, for the record to connect with
+    # Checked out already; the record takes it when it connects.
+    checked_out: connection | None = None
 
 
 class SharedPool(EnginePool):
-    """A `poolclass` for `create_engine`; `creator` must be the `connect` method of a sharedpool pool.
+    """A `poolclass` for `create_engine`. `creator` must be the `connect` method of a pool.
 
-    `pool_timeout`: seconds to wait for a connection; without it the pool's own `timeout`. All other options of
-    `sqlalchemy.pool.Pool` mean what they do there. A checkout blocks and raises as `get_conn` does, but for
-    `sqlalchemy.exc.TimeoutError` in place of `PoolTimeout` and `PoolExhausted`. `engine.dispose()` closes what lies
-    idle in this process. Give an engine a pool of its own: what its events set remains on the connections.
+    `pool_timeout` is how many seconds a checkout waits, by default the pool's own `timeout`. All
+    other options are those of `sqlalchemy.pool.Pool`. A checkout blocks and raises as `get_conn`
+    does, with `sqlalchemy.exc.TimeoutError` in place of `PoolTimeout` and `PoolExhausted`.
+    `engine.dispose()` closes this process's idle connections. Give each engine a pool of its own:
+    what its events set stays on the connections.
     """
 
     def __init__(self, creator: Any, timeout: float | None = None, **options: Any) -> None:
         shared = getattr(creator, "__self__", None)
         if not isinstance(shared, Pool) or creator != shared.connect:
             raise exc.ArgumentError(
-                f"SharedPool: creator= must be the connect method of a pool, not {creator!r}"
+                f"SharedPool: creator must be the connect method of a pool, not {creator!r}"
             )
         self._shared = shared
         self._timeout = timeout
@@ -56,14 +61,14 @@ class SharedPool(EnginePool):
             event.listen(dialect, "handle_error", _notice)
 
     def connect(self) -> PoolProxiedConnection:
-        """Check a connection out; see the class."""
+        """Check a connection out (see the class)."""
         proxy = super().connect()
         conn = unwrap(cast(Any, proxy).dbapi_connection)
         assert conn is not None
         record = cast(Any, proxy)._connection_record
         lease = cast(Lease, conn.sharedpool_lease)
         if lease.integration_state is None or lease.integration_state[1] is not record:
-            # Connected just now, and all its events have run: a checkin is to leave what they have set.
+            # It has just connected, and its events have run: a checkin must keep what they have set.
             lease.integration_state = (self, record)
             conn.sharedpool_session, conn.sharedpool_touched = settings_of(conn), False
         return proxy
@@ -76,16 +81,18 @@ class SharedPool(EnginePool):
             record.dbapi_connection = cast(Any, conn)
         else:
             record = _Record(self, connect=False)
-            record.lent = conn
+            record.checked_out = conn
         return record
 
     def _connect_record(self, record: ConnectionPoolEntry) -> Any:
-        """Connect: called by a record that has no connection, or that has closed the one that it had."""
-        conn, cast(_Record, record).lent = cast(_Record, record).lent, None
+        """Return a connection to a record that has none, or has closed the one it had."""
+        conn = cast(_Record, record).checked_out
+        cast(_Record, record).checked_out = None
         while conn is None:
             conn = self._check_out()
             if _lease(conn).integration_state is not None:
-                # A new one is wanted, since the others are too old, or were found dead: so may be this one.
+                # SQLAlchemy wants a new connection, because the old ones are too old or found dead.
+                # This one may be as old.
                 self._shared.put_conn(conn, close=True)
                 conn = None
         return conn
@@ -99,23 +106,23 @@ class SharedPool(EnginePool):
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         conn: Any = record.dbapi_connection
         cast(_Record, record).dbapi_connection = None
-        if conn is None:
-            return  # it was closed, or detached
-        inherited = (
-            conn.sharedpool_pid != os.getpid()
-        )  # by a forked child, whose to return it is not
+        if conn is None:  # closed or detached
+            return
+        # A forked child has inherited the connection, and must not return it.
+        inherited = conn.sharedpool_pid != os.getpid()
         try:
             self._shared.put_conn(conn, close=self._disposed, fail_silently=inherited)
         except PoolClosed:
-            pass  # `release_all` has closed it
+            pass  # `release_all` has closed the connection
 
     def _close_connection(self, connection: Any, **options: Any) -> None:
         super()._close_connection(connection, **options)
-        # Closed it is; in a forked child, or after `release_all`, there is no lease to be returned.
+        # The connection is closed by now. In a forked child, or after `release_all`, it has no lease
+        # to return.
         self._shared.put_conn(connection, close=True, fail_silently=True)
 
     def recreate(self) -> SharedPool:
-        """Return a pool like this one, for the engine to use after `dispose`."""
+        """Return a new pool with the same options, which the engine uses after `dispose`."""
         self.logger.info("Pool recreating")
         return self.__class__(
             self._shared.connect,
@@ -130,13 +137,13 @@ class SharedPool(EnginePool):
         )
 
     def dispose(self) -> None:
-        """Close what lies idle in this process; what is in use is closed at its checkin."""
+        """Close this process's idle connections now, and those in use at their checkin."""
         self._disposed = True
         self._shared.close_idle()
         self.logger.info("Pool disposed. %s", self.status())
 
     def status(self) -> str:
-        """Describe the state of the pool."""
+        """Return a description of the pool's state."""
         return repr(self._shared)
 
 
@@ -145,7 +152,7 @@ def _lease(conn: connection) -> Lease:
 
 
 def _notice(context: ExceptionContext) -> None:
-    """Have a failover noticed: see `sharedpool.Pool.notice`."""
+    """Report an error that may come from a failover (see `sharedpool.Pool.notice`)."""
     if context.connection is not None and not context.connection.invalidated:
         conn = unwrap(cast(Any, context.connection.connection).dbapi_connection)
         if conn is not None and conn.sharedpool_local is not None:

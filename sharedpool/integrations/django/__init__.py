@@ -1,1 +1,4 @@
-"""Django's PostgreSQL backend on a shared pool: `"ENGINE": "sharedpool.integrations.django"`; see `base.py`."""
+"""Django's PostgreSQL backend on a shared pool: `"ENGINE": "sharedpool.integrations.django"`.
+
+Django imports `base.py`.
+"""

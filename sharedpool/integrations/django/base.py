@@ -1,4 +1,4 @@
-"""The database backend: Django's own for PostgreSQL, with connections that come from a sharedpool pool.
+"""A database backend: Django's own for PostgreSQL, with connections from a sharedpool pool.
 
     DATABASES = {"default": {
         "ENGINE": "sharedpool.integrations.django",
@@ -6,8 +6,9 @@
         "OPTIONS": {"max_conn": 20, "timeout": 5},
     }}
 
-OPTIONS are `config_pool`'s, beside those of libpq. All threads and processes with the same alias and database share one
-pool; a connection goes back to it when Django closes it, which with CONN_MAX_AGE = 0 is at the end of the request.
+OPTIONS takes the arguments of `config_pool`, and those of libpq. All threads and processes with the
+same alias and database share one pool. A connection goes back to the pool when Django closes it,
+which is at the end of the request, because CONN_MAX_AGE is 0.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ import psycopg2
 from django.core.exceptions import ImproperlyConfigured
 
 try:
-    import psycopg  # noqa: F401 - as Django does, to see which one it will take
+    import psycopg  # noqa: F401 - Django prefers it wherever this import succeeds
 except ImportError:
     pass
 else:
     raise ImproperlyConfigured(
-        "sharedpool.integrations.django needs psycopg2, but Django takes psycopg 3 wherever that is installed:"
-        " uninstall it (pip uninstall psycopg), or use Django's own backend"
+        "sharedpool.integrations.django needs psycopg2, but Django takes psycopg 3 wherever that is"
+        " installed: uninstall it (pip uninstall psycopg), or use Django's own backend"
     )
 
 from django.db.backends.base.base import NO_DB_ALIAS
@@ -46,14 +47,19 @@ _OPTIONS = frozenset(inspect.signature(config_pool).parameters) - {
     "db_url",
     "connect_kwargs",
 }
-_pools: dict[
-    str, tuple[dict[str, Any], Pool]
-] = {}  # by name, with the settings that they were made of
+# By name: each pool with the settings that it was made from.
+_pools: dict[str, tuple[dict[str, Any], Pool]] = {}
 _lock = threading.Lock()
 
 
+def _current_pool(name: str, settings: dict[str, Any]) -> Pool | None:
+    """Return the pool of this name if it was made from these settings."""
+    made_from, pool = _pools.get(name, (None, None))
+    return pool if made_from == settings else None
+
+
 class _Database:
-    """psycopg2, to Django, with another `connect`."""
+    """The module psycopg2 as Django sees it, with another `connect`."""
 
     def __init__(self, connect: Callable[[], Any]) -> None:
         self.connect = connect
@@ -63,28 +69,30 @@ class _Database:
 
 
 class DatabaseWrapper(postgresql.DatabaseWrapper):
-    """One thread's connection, which it has for as long as it uses it.
+    """One thread's connection, from its first query to the end of the request.
 
-    Connecting raises `django.db.OperationalError` when none becomes free within OPTIONS["timeout"] (30 seconds by
-    default), or no broker answers; the pool's own error is its cause.
+    Connecting raises `django.db.OperationalError` if no connection becomes free within
+    OPTIONS["timeout"] (by default 30 seconds), or if no broker answers. The cause is the pool's own
+    error.
     """
 
     def check_settings(self) -> None:
-        """Refuse settings under which connections would not come back; see Django's method."""
+        """Also refuse settings under which connections would not go back to the pool."""
         super().check_settings()
         if self.settings_dict["CONN_MAX_AGE"] != 0:
             raise ImproperlyConfigured(
-                f"DATABASES[{self.alias!r}]: CONN_MAX_AGE must be 0: sharedpool keeps connections open between"
-                " requests itself, and one that a thread keeps could serve nobody else"
+                f"DATABASES[{self.alias!r}]: CONN_MAX_AGE must be 0: sharedpool itself keeps"
+                " connections open between requests, and a thread that keeps one keeps it from the"
+                " others"
             )
         if self.settings_dict["OPTIONS"].get("pool"):
             raise ImproperlyConfigured(
-                f"DATABASES[{self.alias!r}]: OPTIONS['pool'] is for Django's own pool: remove it, and give max_conn"
-                " and the like in OPTIONS itself"
+                f"DATABASES[{self.alias!r}]: OPTIONS['pool'] is for Django's own pool: remove it, and"
+                " give max_conn and the like in OPTIONS itself"
             )
 
     def get_connection_params(self) -> dict[str, Any]:
-        """Return what psycopg2 is to be told."""
+        """Return the parameters for psycopg2, without those of the pool."""
         return {
             name: value
             for name, value in super().get_connection_params().items()
@@ -93,15 +101,13 @@ class DatabaseWrapper(postgresql.DatabaseWrapper):
 
     @async_unsafe
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
-        """Check a connection out; Django's `close()` checks it in."""
-        if self.alias == NO_DB_ALIAS:
-            return super().get_new_connection(
-                conn_params
-            )  # to the server, not to a database: CREATE DATABASE
+        """Check a connection out. Django's `close()` checks it in."""
+        if self.alias == NO_DB_ALIAS:  # Django creates and drops test databases by this one
+            return super().get_new_connection(conn_params)
 
         pool = self._shared_pool(conn_params)
 
-        def lend() -> Any:
+        def check_out() -> Any:
             try:
                 return pool.connect()
             except PoolError as error:
@@ -109,47 +115,47 @@ class DatabaseWrapper(postgresql.DatabaseWrapper):
                     raise
                 raise psycopg2.OperationalError(str(error)) from error
 
-        # All that Django sets on a new connection is set on this one too. What wraps `psycopg2.connect` is left out: it
-        # has wrapped this connection when it was opened, and a checkout is no connect.
-        self.Database = _Database(lend)
+        # Django's own method sets what Django sets on a new connection. It calls `check_out` instead
+        # of `psycopg2.connect`, which agents may have wrapped: a checkout is no connect.
+        self.Database = _Database(check_out)
         try:
             return super().get_new_connection({})
         finally:
             del self.Database
 
     def _shared_pool(self, conn_params: dict[str, Any]) -> Pool:
-        options = {
-            name: value for name, value in self.settings_dict["OPTIONS"].items() if name in _OPTIONS
-        }
-        settings = (
-            {"timeout": DEFAULT_TIMEOUT_S} | options | conn_params | {"name": self._pool_name()}
-        )
-        name = settings["name"]
-        if (made := _pools.get(name)) is None or made[0] != settings:
-            with _lock:
-                if (made := _pools.get(name)) is None or made[0] != settings:
-                    try:
-                        made = (
-                            settings,
-                            config_pool(pool_manager=ThreadedConnectionPool, **settings),
-                        )
-                    except ConfigError as error:
-                        raise ImproperlyConfigured(f"DATABASES[{self.alias!r}]: {error}") from error
-                    _pools[name] = made
-        return made[1]
+        """Return the pool of this alias and database. Make it, or replace it for new settings."""
+        given = self.settings_dict["OPTIONS"]
+        options = {name: value for name, value in given.items() if name in _OPTIONS}
+        name = self._pool_name()
+        settings = {"timeout": DEFAULT_TIMEOUT_S} | options | conn_params | {"name": name}
+        # Without the lock in the usual case that the pool is there.
+        if (pool := _current_pool(name, settings)) is not None:
+            return pool
+        with _lock:
+            if (pool := _current_pool(name, settings)) is None:
+                try:
+                    pool = config_pool(pool_manager=ThreadedConnectionPool, **settings)
+                except ConfigError as error:
+                    raise ImproperlyConfigured(f"DATABASES[{self.alias!r}]: {error}") from error
+                _pools[name] = (settings, pool)
+        return pool
 
     def _pool_name(self) -> str:
-        # The database is part of it, so that a test run never meets a pool of the database that it is a copy of.
+        # With the database's name, so that a test run has another pool than the real database.
         name = self.settings_dict["OPTIONS"].get("name", f"django {self.alias}")
         return f"{name} {self.settings_dict['NAME']}".rstrip()
 
     def close_pool(self) -> None:
-        """Close what lies idle in this process: Django calls this before it copies or drops a test database."""
+        """Close this process's idle connections.
+
+        Django calls this before it copies or drops a test database.
+        """
         with _lock:
             _, pool = _pools.pop(self._pool_name(), (None, None))
         if pool is not None:
             pool.retire()
 
     def ensure_timezone(self) -> bool:
-        """Set the time zone of the connection, if there is one. Others are set at their checkout."""
+        """Set the time zone of the current connection. Others get it at their checkout."""
         return self.connection is not None and self._configure_timezone(self.connection)
