@@ -1,10 +1,10 @@
-"""`sharedpool demo`: many processes move money through few connections on a real PostgreSQL, and you watch.
+"""`sharedpool demo`: many processes move money through few connections on a real PostgreSQL.
 
-All it makes on disk lies in the throw-away server's directory, which that server's watchdog removes whatever becomes of
-us; workers and broker end when their pipe to us does. So even SIGKILL leaves nothing behind.
+Nothing is left behind, not even after SIGKILL. All files lie in the directory of the throw-away
+server, whose watchdog removes it. Workers and broker end when their pipe to this process closes.
 
-Signals only set a flag, which is looked at between two steps: nothing is ever interrupted half-way. The exception is
-the server's start, which takes longest and is safe against it.
+A signal only sets a flag, which is checked between two steps, so nothing is interrupted half-way.
+The exception is the server's start, which takes longest, and which an exception may interrupt.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _SCHEMA_SQL = """
 CREATE TABLE accounts (id int PRIMARY KEY, balance bigint NOT NULL CHECK (balance >= 0), moves bigint NOT NULL);
 INSERT INTO accounts SELECT id, %s, 0 FROM generate_series(1, %s) AS id;
 """
-# By exclusion: this also counts a backend that is still starting and has no name yet.
+# All but the known others, so that a backend counts that is still starting and has no name yet.
 _COUNT_SQL = """
 SELECT count(*) FROM pg_stat_activity
 WHERE backend_type = 'client backend' AND application_name NOT LIKE 'sharedpool broker%%' AND application_name <> %s
@@ -82,14 +82,13 @@ WHERE backend_type = 'client backend' AND application_name NOT LIKE 'sharedpool 
 def demo(workers: int, max_conn: int, seconds: float, plain: bool, as_json: bool) -> None:
     """Watch many processes share few connections.
 
-    Starts a throw-away PostgreSQL, a broker, and worker processes that move money between accounts. Exit status 0 only
-    if PostgreSQL itself never saw more connections than the limit, no money was lost and nothing failed. Leaves nothing
-    behind, also after Ctrl-C.
+    The demo starts a throw-away PostgreSQL, a broker, and worker processes that move money between
+    accounts. Exit status 0 only if PostgreSQL itself never had more connections than the limit, no
+    money was lost and nothing failed. Nothing is left behind, not even after Ctrl-C.
     """
+    # libpq's variables are for the user's own server, and child processes would inherit them.
     for name in [name for name in os.environ if name.startswith("PG")]:
-        del os.environ[
-            name
-        ]  # libpq's defaults are for the user's own server; our children inherit ours
+        del os.environ[name]
     try:
         with _Signals() as signals:
             summary = _run(workers, max_conn, seconds, choose_view(plain), signals)
@@ -107,9 +106,9 @@ def demo(workers: int, max_conn: int, seconds: float, plain: bool, as_json: bool
 
 
 def _run(workers: int, max_conn: int, seconds: float, view: View, signals: _Signals) -> Summary:
-    """Start everything, watch it for `seconds`, take it all down, and return what was seen."""
+    """Start everything, watch it for `seconds`, stop it, and return the summary."""
     with contextlib.ExitStack() as stack:
-        # Room for the control connection, the observer, and what PostgreSQL reserves.
+        # Room for the control connection, the observer, and PostgreSQL's reserved connections.
         server = EphemeralPostgres(max_connections=max_conn + 10)
         stack.callback(server.stop)
         click.echo("starting PostgreSQL …", err=True)
@@ -164,7 +163,7 @@ def _run(workers: int, max_conn: int, seconds: float, view: View, signals: _Sign
 def _watch(
     fleet: WorkerFleet, observer: _Observer, address: str, first: Moment, view: View
 ) -> float:
-    """Let the workers work and show it; return for how many seconds they did."""
+    """Let the workers work, and show it. Return for how many seconds they did."""
     rate = Rate()
     fleet.send("go")
     started = time.monotonic()
@@ -202,7 +201,10 @@ def _watch(
 
 
 def _pool_report(address: str) -> tuple[bool, PoolReport | None]:
-    """Ask the broker about the workers' pool: whether it answers, and what, once it knows that pool."""
+    """Ask the broker about the workers' pool.
+
+    Return whether it answers, and its report on the pool, or None before any worker has registered.
+    """
     try:
         return True, next(iter(fetch_report(address, 1.0).pools), None)
     except SharedPoolError:
@@ -224,7 +226,7 @@ class _Stopped(BaseException):
 
 
 class _Signals:
-    """Notes the first signal that asks us to end; `check` raises `_Stopped` for it."""
+    """Records the first signal that ends the demo. `check` raises `_Stopped` for it."""
 
     def __init__(self) -> None:
         self._caught: int | None = None
@@ -233,7 +235,7 @@ class _Signals:
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means what it says
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 self._previous[number] = signal.signal(number, self._catch)
         return self
 
@@ -254,7 +256,7 @@ class _Signals:
 
     @contextlib.contextmanager
     def raising(self) -> Iterator[None]:
-        """Raise `_Stopped` the moment a signal comes, inside this block only."""
+        """Inside this block, raise `_Stopped` at the moment that a signal comes."""
         self._raise = True
         try:
             self.check()
@@ -263,11 +265,11 @@ class _Signals:
             self._raise = False
 
 
-# --- what PostgreSQL says
+# --- the server's view
 
 
 class _Observer:
-    """Looks at pg_stat_activity all the time, in a thread, over a connection of its own."""
+    """Samples pg_stat_activity all the time, in a thread, over a connection of its own."""
 
     def __init__(self, dsn: str) -> None:
         self._conn = psycopg2.connect(dsn, application_name=_OBSERVER)
@@ -281,17 +283,17 @@ class _Observer:
         self.failed = False
 
     def start(self) -> None:
-        """Start looking; until `stop` nothing else may use the connection."""
+        """Start to sample. Nothing else may use the connection until `stop`."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop looking."""
+        """Stop sampling."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def close(self) -> None:
-        """Stop looking and disconnect."""
+        """Stop sampling and disconnect."""
         self.stop()
         self._conn.close()
 
@@ -300,7 +302,7 @@ class _Observer:
         return self._number("SELECT sum(balance)::bigint FROM accounts")
 
     def transfers(self) -> int:
-        """Return how many transfers the accounts have seen, each of them at both ends."""
+        """Return the number of transfers by the table, where each counts in two accounts."""
         return self._number("SELECT sum(moves)::bigint / 2 FROM accounts")
 
     def _observe(self) -> None:
@@ -319,5 +321,5 @@ class _Observer:
         with self._conn.cursor() as cursor:
             cursor.execute(query, arguments)
             row = cursor.fetchone()
-        assert row is not None, "bug: a query without a row"
+        assert row is not None, "bug: a query returned no row"
         return int(row[0])

@@ -1,7 +1,7 @@
-"""What `sharedpool demo` shows: a view of the running pool, and a summary with its verdict.
+"""The output of `sharedpool demo`: a view of the running pool, and a summary with its verdict.
 
-`judge` and all that makes text are pure. rich is imported only where it draws: it belongs to the `demo` extra, and the
-demo's spawned processes import this module too.
+`judge` and the functions that make text are pure. rich is imported only where it draws, because it
+belongs to the `demo` extra, and because the demo's worker processes import this module, too.
 """
 
 from __future__ import annotations
@@ -28,26 +28,29 @@ _SPARK = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """The pool at one instant: leases as the broker counts them (if `answering`), connections as PostgreSQL does."""
+    """The pool at one instant."""
 
     elapsed_s: float
-    seconds: float
+    seconds: float  # how long the demo runs
     workers: int
     limit: int
+    # Leases as the broker counts them, if it answers.
     in_use: int = 0
     idle: int = 0
     connecting: int = 0
     closing: int = 0
-    unsure: int = 0
+    unsure: int = 0  # suspect, or being fenced
     waiting: int = 0
     recalls: int = 0
+    # Connections as PostgreSQL counts them.
     server_now: int = 0
     server_peak: int = 0
     samples: int = 0
+    # As the workers report.
     committed: int = 0
     per_second: float = 0.0
     errors: int = 0
-    answering: bool = True
+    answering: bool = True  # the broker
 
     @property
     def leases(self) -> int:
@@ -56,20 +59,17 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a run came to. `transfers` and the balances are what the tables say, `committed` what the workers say.
-
-    `gap_ms` is the longest time between two looks at pg_stat_activity; `idle_workers` committed nothing.
-    """
+    """The result of a run."""
 
     workers: int
     max_conn: int
     elapsed_s: float
-    peak: int
+    peak: int  # most connections that the server had in a sample
     samples: int
-    gap_ms: float
-    committed: int
-    transfers: int
-    idle_workers: int
+    gap_ms: float  # longest time between two samples
+    committed: int  # transfers, as the workers count them
+    transfers: int  # as the table counts them
+    idle_workers: int  # that committed nothing
     wait_p50_ms: float
     wait_p99_ms: float
     recalls: int
@@ -80,7 +80,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """One thing that must hold."""
+    """One condition that a run must meet."""
 
     name: str
     holds: bool
@@ -88,7 +88,10 @@ class Condition:
 
 
 def judge(summary: Summary) -> list[Condition]:
-    """Return what a run must satisfy, and whether it does. A peak of 0 means that nobody looked, or nothing ran."""
+    """Return the conditions for a good run, and whether this run meets them.
+
+    A peak of 0 is bad, too: nothing was sampled, or nothing ran.
+    """
     s = summary
     errors = ", ".join(f"{count} x {name}" for name, count in sorted(s.errors.items())) or "none"
     return [
@@ -161,20 +164,17 @@ class View(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
     def show(self, moment: Moment) -> None:
-        """Show the moment; called some times a second."""
+        """Show the moment. Called some times a second."""
 
 
 def choose_view(plain: bool) -> View:
-    """Return the live view where rich and a terminal are there, else plain lines."""
-    if (
-        plain
-        or not (sys.stdout.isatty() and sys.stderr.isatty())
-        or importlib.util.find_spec("rich") is None
-    ):
+    """Return the live view if there are a terminal and rich, or else plain lines."""
+    is_terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    if plain or not is_terminal or importlib.util.find_spec("rich") is None:
         return PlainView()
     from rich.console import Console
 
-    console = Console(stderr=True)  # stdout is for the summary alone
+    console = Console(stderr=True)  # stdout is for the summary only
     return PlainView() if console.is_dumb_terminal else LiveView(console)
 
 
@@ -202,23 +202,24 @@ def plain_line(m: Moment) -> str:
     unsure = f", {m.unsure} unsure" if m.unsure else ""
     errors = f" · {m.errors} ERRORS" if m.errors else ""
     leases = (
-        f"{m.leases} of {m.limit} leases ({m.in_use} in use, {m.idle} idle, {m.connecting} connecting,"
-        f" {m.closing} closing{unsure}) · {m.waiting} waiting"
+        f"{m.leases} of {m.limit} leases ({m.in_use} in use, {m.idle} idle,"
+        f" {m.connecting} connecting, {m.closing} closing{unsure}) · {m.waiting} waiting"
     )
     return (
         f"{m.elapsed_s:5.1f} s · {leases if m.answering else 'the broker does not answer'}"
-        f" · server: {m.server_now} now, peak {m.server_peak} · {m.per_second:.0f} tx/s · {m.recalls} recalls{errors}"
+        f" · server: {m.server_now} now, peak {m.server_peak} · {m.per_second:.0f} tx/s"
+        f" · {m.recalls} recalls{errors}"
     )
 
 
 class LiveView:
-    """A panel that is redrawn in place; it stays on the screen when it ends, and the cursor comes back."""
+    """A panel that is redrawn in place. At the end it stays on the screen."""
 
     def __init__(self, console: Console) -> None:
         from rich.live import Live
 
         self._unicode = console.encoding.lower().startswith("utf")
-        # No refresh thread: the demo draws when it has something new, and no signal can catch it half-way.
+        # No refresh thread: the demo draws when it has news, and no signal interrupts that.
         self._live = Live(console=console, auto_refresh=False)
         self._history: deque[float] = deque(maxlen=_HISTORY)
 
@@ -236,7 +237,7 @@ class LiveView:
 
 
 def panel(m: Moment, history: Sequence[float], unicode: bool = True) -> RenderableType:
-    """Return the live view's picture of a moment: 14 rows that fit 80 columns."""
+    """Return the picture of a moment: 14 rows that fit into 80 columns."""
     from rich import box
     from rich.panel import Panel
     from rich.table import Table
@@ -289,12 +290,15 @@ def panel(m: Moment, history: Sequence[float], unicode: bool = True) -> Renderab
         title=f"{m.workers} processes share {m.limit} connections",
         subtitle=f"{m.elapsed_s:.1f} of {m.seconds:g} s · Ctrl-C ends it",
         box=box.ROUNDED if unicode else box.ASCII,
-        width=76,  # leaves room for the "^C" that the terminal prints itself
+        width=76,  # leaves room for the terminal's own "^C"
     )
 
 
 def _bar(parts: Sequence[tuple[str, int, str]], limit: int, block: str, light: str) -> Text:
-    """Draw counts as a bar of `_BAR_CELLS`; every slot has the same whole number of cells while they last."""
+    """Draw counts as a bar of at most `_BAR_CELLS` cells.
+
+    All slots have the same width, in whole cells where the limit is small enough for that.
+    """
     from rich.text import Text
 
     total = max(limit, sum(count for _, count, _ in parts))
@@ -309,7 +313,7 @@ def _bar(parts: Sequence[tuple[str, int, str]], limit: int, block: str, light: s
 
 
 def _sparkline(history: Sequence[float]) -> str:
-    """Draw the history as one row, the newest at the right; squeezed to `_BAR_CELLS` by averages."""
+    """Draw the history as one row, the newest at the right, averaged to `_BAR_CELLS` cells."""
     values = list(history)
     if len(values) > _BAR_CELLS:
         step = len(values) / _BAR_CELLS
@@ -326,7 +330,7 @@ class Rate:
         self._counts: deque[tuple[float, int]] = deque()
 
     def of(self, count: int) -> float:
-        """Take in the total so far; return the rate."""
+        """Record the total so far, and return the rate."""
         now = time.monotonic()
         self._counts.append((now, count))
         while now - self._counts[0][0] > 1:

@@ -1,7 +1,8 @@
-"""The worker processes of `sharedpool demo`, and their parent's hold on them.
+"""The worker processes of `sharedpool demo`, and the handles by which their parent controls them.
 
-Each has one pipe. Orders go down: go, stop, leave. Up come a first word (ready), news while it works, and the last of
-it. Whichever side sees the pipe's end knows that the other is gone.
+Each worker has a pipe. The parent sends orders: go, stop, leave. The worker sends news: one when it
+is ready, more while it works, and a last one after "stop". The end of the pipe tells either side
+that the other is gone.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ _NEWS_EVERY_S = 0.2
 _POLL_EVERY_S = 0.1
 _END_LIMIT_S = 3.0
 
-# In the order of the ids: two transfers that met crosswise would be a deadlock.
+# In the order of the ids: two opposite transfers would deadlock otherwise.
 _LOCK_SQL = "SELECT id, balance FROM accounts WHERE id IN (%s, %s) ORDER BY id FOR UPDATE"
 _MOVE_SQL = """
-UPDATE accounts SET balance = balance + CASE id WHEN %s THEN -%s ELSE %s END, moves = moves + 1 WHERE id IN (%s, %s)
+UPDATE accounts SET balance = balance + CASE id WHEN %s THEN -%s ELSE %s END, moves = moves + 1
+WHERE id IN (%s, %s)
 """
 
 Order = Literal["go", "stop", "leave"]
@@ -43,11 +45,11 @@ Order = Literal["go", "stop", "leave"]
 
 @dataclass(frozen=True, slots=True)
 class _News:
-    """What has happened since the last news; waits in seconds."""
+    """What a worker has done since its last news."""
 
     committed: int
     errors: Counter[str]
-    waits: array[float]
+    waits: array[float]  # for a connection, in seconds
     last: bool
 
 
@@ -55,8 +57,11 @@ class _News:
 
 
 def work(pipe: Connection, address: str, dsn: str, max_conn: int) -> None:
-    """Be one worker: transfer money from "go" until "stop", then leave at "leave" or when the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to end
+    """Run one worker: transfer money from "go" to "stop", and return after "leave".
+
+    The process exits if the parent is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to end
     orders: dict[Order, threading.Event] = {
         "go": threading.Event(),
         "stop": threading.Event(),
@@ -77,7 +82,7 @@ def work(pipe: Connection, address: str, dsn: str, max_conn: int) -> None:
                     waits.append(time.monotonic() - started)
                     _transfer(conn)
                 committed += 1
-            except Exception as error:  # whatever it is, the summary counts it
+            except Exception as error:  # the summary counts errors of any kind
                 errors[type(error).__name__] += 1
             stop.wait(_think_s())
         _send(pipe, _News(committed, errors, waits, last))
@@ -90,7 +95,7 @@ def _obey(pipe: Connection, orders: dict[Order, threading.Event]) -> None:
         while not orders["leave"].is_set():
             orders[pipe.recv()].set()
         return
-    os._exit(1)  # the parent is gone, and with it the server: nothing to put in order
+    os._exit(1)  # the parent is gone, and its server with it: there is nothing to close
 
 
 def _send(pipe: Connection, news: _News) -> None:
@@ -101,7 +106,7 @@ def _send(pipe: Connection, news: _News) -> None:
 
 
 def _transfer(conn: connection) -> None:
-    """Move money between two accounts; now and then hold the connection, and both rows, some milliseconds longer."""
+    """Move money between two accounts. Sometimes hold the connection, and both rows, for longer."""
     payer, payee = random.sample(range(1, ACCOUNTS + 1), 2)
     with conn.cursor() as cursor:
         cursor.execute(_LOCK_SQL, (payer, payee))
@@ -112,8 +117,8 @@ def _transfer(conn: connection) -> None:
 
 
 def _think_s() -> float:
-    # Half a dozen transfers, then silence: demand swings around the limit and wanders from process to process, so that
-    # connections lie idle in one while others wait.
+    # Half a dozen transfers, then a pause. So the demand swings around the limit and moves from
+    # process to process: connections lie idle in one process while another waits.
     return random.uniform(0, 0.004) if random.random() < 0.85 else random.uniform(0.2, 0.8)
 
 
@@ -122,19 +127,19 @@ def _think_s() -> float:
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One worker process as its parent knows it. `done`: it has sent its last news; `gone`: its pipe has ended."""
+    """One worker process, as its parent knows it."""
 
     process: Any
     pipe: Connection
     ready: bool = False
-    done: bool = False
-    gone: bool = False
+    done: bool = False  # the last news has come
+    gone: bool = False  # the pipe has ended
     committed: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     waits: array[float] = field(default_factory=lambda: array("d"))
 
     def read_news(self) -> None:
-        """Take in one message, which must be there."""
+        """Handle one message, which must have arrived."""
         try:
             news: _News = self.pipe.recv()
         except (EOFError, OSError):
@@ -147,14 +152,17 @@ class Worker:
 
 
 class WorkerFleet:
-    """All workers. `check` is called often while a method blocks, and may raise; `end` must be called in any case."""
+    """All workers. `end` must be called in any case.
+
+    Methods call `check` often while they block. It may raise.
+    """
 
     def __init__(self, check: Callable[[], None]) -> None:
         self.workers: list[Worker] = []
         self._check = check
 
     def start(self, count: int, *arguments: object) -> None:
-        """Start processes that `work` with these arguments; blocks for each process's spawn, not until it is ready."""
+        """Start processes that run `work` with these arguments. Do not wait until they are ready."""
         context = multiprocess.get_context("spawn")
         for number in range(count):
             ours, theirs = context.Pipe()
@@ -169,13 +177,16 @@ class WorkerFleet:
             self._check()
 
     def send(self, order: Order) -> None:
-        """Send an order to all that are there."""
+        """Send an order to all workers that are there."""
         for worker in self.workers:
             with contextlib.suppress(OSError):
                 worker.pipe.send(order)
 
     def wait_for(self, until: Callable[[Worker], bool], limit_s: float) -> bool:
-        """Take in news until `until` holds for every member, or all others are gone; return False after `limit_s`."""
+        """Handle news until `until` is true for each worker that is not gone.
+
+        Return False after `limit_s`.
+        """
         deadline = time.monotonic() + limit_s
         while not all(worker.gone or until(worker) for worker in self.workers):
             left = deadline - time.monotonic()
@@ -188,7 +199,7 @@ class WorkerFleet:
         return True
 
     def end(self) -> None:
-        """See every process gone: by the end of its pipe, else by SIGTERM, else by SIGKILL."""
+        """End every process: by the end of its pipe, or else by SIGTERM, or else by SIGKILL."""
         for worker in self.workers:
             worker.pipe.close()
         deadline = time.monotonic() + _END_LIMIT_S
@@ -205,8 +216,12 @@ class WorkerFleet:
 
 @contextlib.contextmanager
 def shielded_children() -> Iterator[None]:
-    """Start children that the terminal's Ctrl-C does not reach: they inherit the mask, from their first instant on."""
-    multiprocess.resource_tracker.ensure_running()  # starting later, it would lift the mask
+    """Start children inside this block that the terminal's Ctrl-C does not reach.
+
+    They inherit the signal mask, so there is no moment without it.
+    """
+    # The tracker would lift the mask if it started inside the block.
+    multiprocess.resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
