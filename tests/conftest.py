@@ -19,7 +19,7 @@ from psycopg2 import sql
 
 import sharedpool
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
-from tests.support.types import Backends, MakePool
+from tests.support.fixture_types import Backends, MakePool
 
 # A shell starts background jobs with SIGINT ignored, and what is ignored is inherited: Ctrl-C is tested here.
 signal.signal(signal.SIGINT, signal.default_int_handler)

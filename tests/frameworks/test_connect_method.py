@@ -11,7 +11,7 @@ import pytest
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE, connection
 
 from sharedpool import PoolExhausted, SharedPoolError, ThreadedConnectionPool
-from tests.support.types import Backends, MakePool
+from tests.support.fixture_types import Backends, MakePool
 
 
 def ask(conn: connection, query: str = "SELECT pg_backend_pid()") -> Any:

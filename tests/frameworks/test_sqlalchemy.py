@@ -16,8 +16,8 @@ from sqlalchemy.pool import NullPool
 
 import sharedpool
 from sharedpool.integrations.sqlalchemy import SharedPool
+from tests.support.fixture_types import Backends, MakePool
 from tests.support.processes import workers
-from tests.support.types import Backends, MakePool
 from tests.support.waiting import wait_until
 
 MakeEngine = Callable[..., sqlalchemy.Engine]

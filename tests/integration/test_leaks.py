@@ -18,9 +18,9 @@ from sharedpool import PoolClosed, ThreadedConnectionPool
 from sharedpool.cli.client import fetch_report
 from sharedpool.wire.reports import PoolReport
 from sharedpool.worker.connection.closing import close_confirmed, cut
+from tests.support.fixture_types import Backends, MakePool
 from tests.support.processes import run_python
 from tests.support.running_query import Query
-from tests.support.types import Backends, MakePool
 from tests.support.waiting import wait_until
 
 

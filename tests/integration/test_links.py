@@ -17,8 +17,8 @@ from sharedpool.wire.messages import PROTOCOL_VERSION, Welcome
 from sharedpool.worker.link.link import Link
 from sharedpool.worker.link.links import SharedContext
 from sharedpool.worker.session import Session
+from tests.support.fixture_types import MakePool
 from tests.support.processes import run_python
-from tests.support.types import MakePool
 from tests.support.waiting import wait_until
 
 

@@ -19,7 +19,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_IDLE, TRANSACTION_STATUS_INTR
 import sharedpool
 from sharedpool import PgSimple, Pool, PoolClosed, PoolError, PoolExhausted
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
-from tests.support.types import MakePool
+from tests.support.fixture_types import MakePool
 from tests.support.waiting import wait_until
 
 TTL_S = 1.5  # heartbeats twice a second

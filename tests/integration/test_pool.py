@@ -36,7 +36,7 @@ from sharedpool.worker import checkout as checkouts
 from sharedpool.worker.checkout import checkout
 from sharedpool.worker.connection.pooled import PooledConnection
 from sharedpool.worker.core.lease import Lease, Waiter
-from tests.support.types import Backends, MakePool
+from tests.support.fixture_types import Backends, MakePool
 from tests.support.waiting import wait_until
 
 

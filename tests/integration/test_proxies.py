@@ -21,8 +21,8 @@ from sharedpool.postgres.conninfo import resolve
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.worker.connection.connection import connect, describe
 from tests.support import proxies
+from tests.support.fixture_types import Backends, MakePool
 from tests.support.processes import BackendSampler, Worker, as_pid_1
-from tests.support.types import Backends, MakePool
 from tests.support.waiting import wait_until
 
 Start = Callable[[EphemeralPostgres], AbstractContextManager[str]]

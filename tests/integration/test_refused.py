@@ -20,9 +20,9 @@ from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.worker.connection.connection import connect
 from sharedpool.worker.connection.diagnosis import Diagnosis, Failure
 from sharedpool.worker.connection.pooled import PooledConnection
+from tests.support.fixture_types import MakePool
 from tests.support.processes import workers
 from tests.support.refusing_server import RefusingServer, Stage
-from tests.support.types import MakePool
 
 GERMAN, ROLE = "de_DE", "app"
 

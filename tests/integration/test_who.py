@@ -17,8 +17,8 @@ from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.worker.core.lease_reports import reports
 from tests.integration.test_cli import address_of, sharedpool_command, start, wait_for
 from tests.support import documents
+from tests.support.fixture_types import MakePool
 from tests.support.processes import Piped, Worker
-from tests.support.types import MakePool
 from tests.support.waiting import wait_until
 
 WORKER = str(Path(__file__).parents[1] / "support" / "worker.py")

@@ -19,8 +19,8 @@ from sharedpool import PgSimple, PoolExhausted, SharedPoolError, ThreadedConnect
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.worker.connection.handover import SUPPORTED
 from sharedpool.worker.pool import Pool
+from tests.support.fixture_types import Backends, MakePool
 from tests.support.processes import run_python
-from tests.support.types import Backends, MakePool
 from tests.support.waiting import wait_until
 
 _trace: contextvars.ContextVar[list[tuple[Any, ...]] | None] = contextvars.ContextVar(
