@@ -3,7 +3,6 @@
 import os
 import threading
 from contextlib import closing
-from typing import Any
 
 import psycopg2
 import psycopg2.extras
@@ -12,14 +11,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_IDLE, connection
 
 from sharedpool import PoolExhausted, SharedPoolError, ThreadedConnectionPool
 from tests.support.fixture_types import Backends, MakePool
-
-
-def ask(conn: connection, query: str = "SELECT pg_backend_pid()") -> Any:
-    with conn.cursor() as cursor:
-        cursor.execute(query)
-        row = cursor.fetchone()
-        assert row is not None
-        return row[0]
+from tests.support.sql import ask
 
 
 def test_close_checks_it_in_and_the_next_user_gets_the_same_session(

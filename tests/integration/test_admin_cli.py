@@ -15,8 +15,8 @@ import sharedpool
 from sharedpool.broker.launch import config_file
 from sharedpool.cli.client import fetch_report
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
-from tests.integration.test_cli import address_of, sharedpool_command, start, wait_for
 from tests.support import documents
+from tests.support.commands import address_of, sharedpool_command, start, wait_for
 from tests.support.processes import Worker
 from tests.support.waiting import wait_until
 

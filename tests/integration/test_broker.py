@@ -24,6 +24,7 @@ from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.codec import decode_to_worker, encode
 from sharedpool.wire.messages import PROTOCOL_VERSION, Acquire, Grant, Hello, PoolSpec, Welcome
 from sharedpool.wire.reports import Report
+from tests.support.ports import free_port
 from tests.support.processes import LONG, Piped, Worker, alive, workers
 from tests.support.waiting import wait_until
 
@@ -278,15 +279,6 @@ def test_a_tcp_broker_serves_and_notices_a_death(
         a.ask("get", name="x")
         a.kill()
         assert "backend" in b.ask("get", name="x", timeout=20)
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def test_an_owned_broker_ends_with_its_block_and_leaves_nothing(runtime_dir: Path) -> None:

@@ -17,6 +17,7 @@ from sharedpool.broker.postgres.control import Control
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.messages import Backend, Token
 from tests.support.refusing_server import RefusingServer
+from tests.support.sql import backend_of
 from tests.support.waiting import wait_until
 
 
@@ -50,19 +51,6 @@ def running(dsn: str) -> Iterator[tuple[Control, Listener]]:
         yield control, listener
     finally:
         control.stop()
-
-
-def backend_of(conn: connection) -> Backend:
-    with conn.cursor() as cursor:
-        cursor.execute(
-            "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint,"
-            " (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint"
-            " FROM pg_stat_activity WHERE pid = pg_backend_pid()"
-        )
-        row = cursor.fetchone()
-        assert row is not None
-    pid, started_us, server_us = row
-    return Backend(pid, started_us, server_us, direct=True)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import pytest
 
 from sharedpool.cli.demo.view import Moment, Summary, as_document, as_text, judge, panel, plain_line
 from sharedpool.descriptors.readable import readable
-from tests.integration.test_cli import outcomes
+from tests.support.commands import outcomes
 from tests.support.waiting import wait_until
 
 SHORT = ("--workers", "3", "--max-conn", "2", "--seconds", "1.5")

@@ -16,8 +16,9 @@ from sharedpool.lane.lane import FOR_A_LANE
 from sharedpool.postgres.libpq import Probe
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.worker.connection.handover import SUPPORTED
-from tests.support.pool_pair import ask, report
+from tests.support.pool_pair import report
 from tests.support.processes import Worker, run_python
+from tests.support.sql import ask
 from tests.support.waiting import wait_until
 
 SCRIPT = """

@@ -10,9 +10,9 @@ from psycopg2.extensions import make_dsn
 
 from sharedpool.cli.client import fetch_report
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
-from tests.integration.test_cli import sharedpool_command
-from tests.integration.test_hardening import server_in_a_thread
 from tests.support import automatic_broker, proxies
+from tests.support.broker_thread import server_in_a_thread
+from tests.support.commands import sharedpool_command
 from tests.support.processes import workers
 from tests.support.waiting import wait_until
 

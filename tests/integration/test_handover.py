@@ -26,9 +26,10 @@ from sharedpool.wire.messages import Token
 from sharedpool.worker.connection.handover import SUPPORTED, Stub, adopt
 from sharedpool.worker.connection.pooled import PooledConnection
 from sharedpool.worker.local_pool import LocalPool
-from tests.support.pool_pair import MakePair, ask, leave_what_comes, moved, report
+from tests.support.pool_pair import MakePair, leave_what_comes, moved, report
 from tests.support.processes import BackendSampler, Piped, Worker, run_python, workers
 from tests.support.running_query import Query
+from tests.support.sql import ask
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(

@@ -4,8 +4,8 @@ import os
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ import pytest
 import zmq
 
 import sharedpool
-from sharedpool.broker.server.server import Server
-from sharedpool.broker.settings import BrokerSettings
 from sharedpool.cli.client import fetch_report
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_operator, decode_to_worker, encode
@@ -36,41 +34,10 @@ from sharedpool.wire.messages import (
     Welcome,
 )
 from sharedpool.wire.reports import Status
-from tests.integration.test_broker import free_port
+from tests.support.broker_thread import line_to, server_in_a_thread
+from tests.support.ports import free_port
 from tests.support.processes import Worker
 from tests.support.waiting import wait_until
-
-
-@contextmanager
-def line_to(address: str, identity: bytes = b"") -> Iterator["zmq.Socket[bytes]"]:
-    """A bare ZeroMQ line to the broker."""
-    context = zmq.Context()
-    dealer = context.socket(zmq.DEALER)
-    try:
-        if identity:
-            dealer.setsockopt(zmq.IDENTITY, identity)
-        dealer.setsockopt(zmq.LINGER, 1000)
-        dealer.setsockopt(zmq.RCVTIMEO, 10_000)
-        dealer.connect(address)
-        yield dealer
-    finally:
-        dealer.close()
-        context.term()
-
-
-@contextmanager
-def server_in_a_thread(address: str, **settings: Any) -> Iterator[Server]:
-    """A broker whose log the test sees."""
-    server = Server(BrokerSettings(address, **settings))
-    server.bind()
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-        thread.join(20)
-        assert not thread.is_alive()
 
 
 def hello(pool: str, version: int = PROTOCOL_VERSION) -> bytes:

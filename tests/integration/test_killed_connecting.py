@@ -10,9 +10,9 @@ import pytest
 
 from sharedpool.cli.client import fetch_report
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
-from tests.integration.test_broker import free_port
-from tests.integration.test_hardening import server_in_a_thread
 from tests.support import proxies
+from tests.support.broker_thread import server_in_a_thread
+from tests.support.ports import free_port
 from tests.support.processes import BackendSampler, Worker, as_pid_1, workers
 from tests.support.waiting import wait_until
 

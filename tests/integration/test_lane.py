@@ -21,7 +21,7 @@ from sharedpool.lane.lane import SUPPORTED
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.board import PLACES
 from sharedpool.worker.connection import handover
-from tests.integration.test_cli import sharedpool_command
+from tests.support.commands import sharedpool_command
 from tests.support.pool_pair import MakePair, report
 from tests.support.processes import LONG, BackendSampler, Worker, workers
 from tests.support.stepping import GIVING, TAKING

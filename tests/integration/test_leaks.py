@@ -21,15 +21,8 @@ from sharedpool.worker.connection.closing import close_confirmed, cut
 from tests.support.fixture_types import Backends, MakePool
 from tests.support.processes import run_python
 from tests.support.running_query import Query
+from tests.support.sql import ask
 from tests.support.waiting import wait_until
-
-
-def ask(conn: connection, query: str = "SELECT pg_backend_pid()") -> Any:
-    with conn.cursor(cursor_factory=psycopg2.extensions.cursor) as cursor:
-        cursor.execute(query)
-        row = cursor.fetchone()
-        assert row is not None
-        return row[0]
 
 
 def report(broker: sharedpool.Broker, pool: sharedpool.Pool) -> PoolReport | None:

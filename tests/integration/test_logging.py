@@ -14,7 +14,7 @@ import pytest
 import sharedpool
 from sharedpool.cli.logs import JsonLines
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
-from tests.integration.test_cli import address_of, sharedpool_command, start, wait_for
+from tests.support.commands import address_of, sharedpool_command, start, wait_for
 from tests.support.processes import Worker
 
 

@@ -37,16 +37,8 @@ from sharedpool.worker.checkout import checkout
 from sharedpool.worker.connection.pooled import PooledConnection
 from sharedpool.worker.core.lease import Lease, Waiter
 from tests.support.fixture_types import Backends, MakePool
+from tests.support.sql import ask
 from tests.support.waiting import wait_until
-
-
-def ask(conn: connection, query: str = "SELECT pg_backend_pid()") -> Any:
-    with conn.cursor() as cursor:
-        cursor.execute(query)
-        row = cursor.fetchone()
-        assert row is not None
-        return row[0]
-
 
 # --- a pool at all
 

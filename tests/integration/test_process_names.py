@@ -9,11 +9,10 @@ import pytest
 
 import sharedpool
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
-from tests.integration.test_broker import free_port
-from tests.integration.test_cli import sharedpool_command
-from tests.integration.test_hardening import server_in_a_thread
-from tests.integration.test_who import who
+from tests.support.broker_thread import server_in_a_thread
+from tests.support.commands import sharedpool_command, who
 from tests.support.fixture_types import MakePool
+from tests.support.ports import free_port
 from tests.support.processes import Piped, Worker, as_pid_1
 from tests.support.waiting import wait_until
 

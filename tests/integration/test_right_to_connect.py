@@ -12,7 +12,7 @@ from psycopg2.extensions import connection, make_dsn
 
 from sharedpool.cli.client import fetch_report
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
-from tests.integration.test_hardening import server_in_a_thread
+from tests.support.broker_thread import server_in_a_thread
 from tests.support.processes import BackendSampler, Worker, workers
 from tests.support.waiting import wait_until
 

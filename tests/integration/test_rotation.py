@@ -13,7 +13,7 @@ from psycopg2.extensions import make_dsn
 
 import sharedpool
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
-from tests.integration.test_cli import address_of, sharedpool_command, start
+from tests.support.commands import address_of, sharedpool_command, start
 from tests.support.fixture_types import MakePool
 from tests.support.processes import Worker, workers
 from tests.support.waiting import wait_until

@@ -24,8 +24,9 @@ from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.worker.connection import handover
 from sharedpool.worker.connection.handover import SUPPORTED
 from sharedpool.worker.pool import Pool
-from tests.support.pool_pair import MakePair, ask, leave_what_comes, moved, report
+from tests.support.pool_pair import MakePair, leave_what_comes, moved, report
 from tests.support.running_query import Query
+from tests.support.sql import ask
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(

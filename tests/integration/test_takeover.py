@@ -15,9 +15,9 @@ from sharedpool.cli.client import fetch_report
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.codec import decode_to_worker, encode
 from sharedpool.wire.messages import PROTOCOL_VERSION, Acquire, Confirm, Grant, Hello, PoolSpec
-from tests.integration.test_control import backend_of
-from tests.integration.test_hardening import line_to, server_in_a_thread
+from tests.support.broker_thread import line_to, server_in_a_thread
 from tests.support.processes import Worker
+from tests.support.sql import backend_of
 from tests.support.waiting import wait_until
 
 _PROCESS = re.compile(rb'"process":\[\d+,\d+,"[^"]*"\]')

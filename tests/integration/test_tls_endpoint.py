@@ -16,6 +16,7 @@ from sharedpool.cli.client import fetch_report
 from sharedpool.wire.reports import PoolReport
 from sharedpool.worker.connection.handover import SUPPORTED
 from tests.support import automatic_broker, documents, proxies
+from tests.support.ports import free_port
 from tests.support.processes import BackendSampler, workers
 from tests.support.waiting import wait_until
 
@@ -49,7 +50,7 @@ def far(method: str) -> Iterator[proxies.Certified]:
 
 @pytest.fixture
 def accept(method: str, runtime_dir: Path) -> str | Path:
-    port = proxies.free_port()
+    port = free_port()
     return f"{proxies.HOST}:{port}" if method == "password" else runtime_dir / f".s.PGSQL.{port}"
 
 

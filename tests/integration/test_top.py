@@ -25,8 +25,8 @@ from sharedpool.descriptors.readable import readable
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.messages import Token
 from sharedpool.wire.reports import LeaseLine, PoolReport, Report
-from tests.integration.test_cli import COMMAND, sharedpool_command, start, wait_for
 from tests.support import documents
+from tests.support.commands import COMMAND, sharedpool_command, start, wait_for
 from tests.support.processes import Worker
 from tests.support.waiting import wait_until
 

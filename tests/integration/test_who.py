@@ -15,20 +15,13 @@ from psycopg2.extensions import connection
 import sharedpool
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.worker.core.lease_reports import reports
-from tests.integration.test_cli import address_of, sharedpool_command, start, wait_for
 from tests.support import documents
+from tests.support.commands import address_of, sharedpool_command, start, wait_for, who
 from tests.support.fixture_types import MakePool
 from tests.support.processes import Piped, Worker
 from tests.support.waiting import wait_until
 
 WORKER = str(Path(__file__).parents[1] / "support" / "worker.py")
-
-
-def who(address: str, *arguments: str) -> list[dict[str, Any]]:
-    done = sharedpool_command("who", "--json", "--broker", address, *arguments)
-    assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout)
-    return found
 
 
 def test_who_shows_the_holder_its_line_of_code_and_what_the_server_says(

@@ -21,6 +21,7 @@ from sharedpool.worker.connection.handover import SUPPORTED
 from sharedpool.worker.pool import Pool
 from tests.support.fixture_types import Backends, MakePool
 from tests.support.processes import run_python
+from tests.support.sql import ask
 from tests.support.waiting import wait_until
 
 _trace: contextvars.ContextVar[list[tuple[Any, ...]] | None] = contextvars.ContextVar(
@@ -156,12 +157,6 @@ def traced(run: Callable[[], object]) -> list[tuple[Any, ...]]:
 
     contextvars.copy_context().run(inside)
     return events
-
-
-def ask(conn: Any, query: str = "SELECT pg_backend_pid()") -> Any:
-    with conn.cursor() as cursor:
-        cursor.execute(query)
-        return cursor.fetchone()[0]
 
 
 def kind(conn: object) -> type:

@@ -1,7 +1,6 @@
 """A connection that moves between two sessions of one pool: see the fixture `pair`."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from psycopg2 import extensions
@@ -18,14 +17,6 @@ MakePair = Callable[..., tuple[Pool, Pool]]
 def report(broker: sharedpool.Broker, name: str) -> PoolReport:
     (found,) = [pool for pool in fetch_report(broker.address).pools if pool.name == name]
     return found
-
-
-def ask(conn: extensions.connection, sql: str, *values: object) -> Any:
-    with conn.cursor() as cursor:
-        cursor.execute(sql, values)
-        row = cursor.fetchone()
-        assert row is not None
-        return row[0]
 
 
 def leave_what_comes(

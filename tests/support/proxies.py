@@ -19,6 +19,7 @@ import pytest
 from psycopg2.extensions import make_dsn
 
 from sharedpool.postgres.throwaway_server import EphemeralPostgres, PostgresFailed
+from tests.support.ports import free_port
 from tests.support.waiting import wait_until
 
 # Debian's are not on everybody's PATH.
@@ -276,12 +277,6 @@ def program(name: str) -> str:
     if found is None:
         pytest.skip(f"{name} is not installed")
     return found
-
-
-def free_port() -> int:
-    with socket.create_server((HOST, 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def by(server: EphemeralPostgres, port: int) -> str:

@@ -6,38 +6,18 @@ import pytest
 
 from sharedpool.broker.core.commands import Fence
 from sharedpool.broker.core.records import SlotState
-from sharedpool.wire.admin import Done, Order, OrderKind
+from sharedpool.wire.admin import OrderKind
 from sharedpool.wire.messages import (
-    NO_TOKEN,
-    PROTOCOL_VERSION,
     Ack,
     Deny,
     DenyReason,
-    Phase,
     Recall,
     ReleaseReason,
     Stale,
     Token,
 )
-from tests.unit.test_ledger import Broker, Worker
-from tests.unit.test_ledger_handover import Desk
-
-
-def order(
-    broker: Broker, kind: OrderKind, pool: str = "", number: int = 0, token: Token = NO_TOKEN
-) -> Done:
-    done, commands = broker.ledger.order(
-        Order(PROTOCOL_VERSION, kind, pool, number, token), broker.now
-    )
-    broker.take_in(commands)
-    return done
-
-
-def give_up_idle(worker: Worker) -> None:
-    """Answer the newest recall, and give back what it takes."""
-    worker.answer()
-    for token in [token for token, phase in worker.held.items() if phase is Phase.CLOSING]:
-        worker.release(token)
+from tests.unit.desk_driver import Desk
+from tests.unit.ledger_driver import Broker, give_up_idle, order
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 
 from sharedpool.wire.messages import Bye, Token
-from tests.unit.test_ledger import Broker
+from tests.unit.ledger_driver import Broker
 
 
 def names(broker: Broker) -> dict[str, str]:

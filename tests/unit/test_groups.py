@@ -12,8 +12,7 @@ from sharedpool.broker.core.slots import Slots
 from sharedpool.errors import ConfigError
 from sharedpool.wire.admin import OrderKind
 from sharedpool.wire.messages import Ack, Deny, PoolSpec, Recall, ReleaseReason, Token, Welcome
-from tests.unit.test_admin import give_up_idle, order
-from tests.unit.test_ledger import Broker, Worker
+from tests.unit.ledger_driver import Broker, Worker, give_up_idle, order
 
 
 def grouped(cap: int, **terms: GroupTerms) -> Broker:

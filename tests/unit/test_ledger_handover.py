@@ -9,14 +9,13 @@ from sharedpool.broker.core.commands import (
     Fence,
     Log,
     OpenLane,
-    PassOn,
     TransferCustody,
 )
 from sharedpool.broker.core.handover import NUDGE_S, SHARED_S, TRY_AGAIN_S
 from sharedpool.broker.core.moves import ARRIVAL_S
 from sharedpool.broker.core.records import SlotState
-from sharedpool.wire.board import BOARD_BYTES, PLACES, Board
-from sharedpool.wire.desk import Give, Live, Moved, Passed
+from sharedpool.wire.board import PLACES
+from sharedpool.wire.desk import Moved, Passed
 from sharedpool.wire.messages import (
     Ack,
     Acquire,
@@ -31,76 +30,13 @@ from sharedpool.wire.messages import (
     Welcome,
     Withdraw,
 )
-from tests.unit.test_ledger import TTL_S, Broker, Worker
+from tests.unit.desk_driver import Desk
+from tests.unit.ledger_driver import TTL_S, Broker, Worker
 
 
 def passed_with(moved: Moved) -> Passed:
     assert moved.passed is not None
     return moved.passed
-
-
-class Desk:
-    """What workers do at the desk and in the lane, and what comes there. Who asks takes part in the lane."""
-
-    def __init__(self, broker: Broker) -> None:
-        self.broker = broker
-        self.generation = 1
-        self.boards: dict[str, Board] = {}
-
-    def lend(self, worker: Worker) -> Token:
-        """Have a connection opened in the ordinary way and handed in."""
-        token = worker.lend()
-        self.broker.take_in(self.broker.ledger.deposited(token, self.broker.now))
-        return token
-
-    def board(self, pool: str = "p") -> Board:
-        """Return the board of a pool's lane."""
-        return self.boards.setdefault(pool, Board(memoryview(bytearray(BOARD_BYTES))))
-
-    def join(self, worker: Worker) -> None:
-        """Have a worker take part in the lane, which is made if there is none."""
-        pool = worker.spec.name
-        if self.broker.ledger._slots.pools[pool].lane is None:
-            serial = self.broker.ledger._moves._requested.setdefault(pool, 0)
-            self.broker.take_in(
-                self.broker.ledger.lane_opened(pool, serial, self.board(pool), self.broker.now)
-            )
-        self.broker.take_in(self.broker.ledger.joined(worker.id, self.broker.now))
-
-    def ask(self, worker: Worker, seat: int = 0, wait_s: float = 9.0) -> int:
-        """Ask for a connection, at a wait socket in the lane."""
-        session = self.broker.ledger._slots.sessions[worker.id]
-        if not session.joined:
-            self.join(worker)
-        worker.requests += 1
-        worker.pending.append(worker.requests)
-        place = session.index * PLACES + seat
-        self.broker.send(worker.id, Acquire(worker.requests, int(wait_s * 1000), place))
-        return worker.requests
-
-    def give(
-        self, worker: Worker, token: Token, reason: ReleaseReason = ReleaseReason.RETURN_DUE
-    ) -> None:
-        worker.held.pop(token, None)
-        live = Live(worker.backend(token), self.generation, b"parameters")
-        self.broker.take_in(
-            self.broker.ledger.given(Give(worker.id, token, reason, live), self.broker.now)
-        )
-
-    def passed(self) -> list[tuple[str, Moved]]:
-        """Return what was passed on, and to whom."""
-        pools = self.broker.ledger._slots.pools
-        found = []
-        for each in self.broker.all(PassOn):
-            lane = pools[each.pool].lane
-            assert lane is not None
-            assert each.place // PLACES == lane.members[each.number].index
-            found.append((lane.members[each.number].id.decode(), each.message))
-        return found
-
-    def state(self, token: Token) -> SlotState:
-        lease = self.broker.ledger._slots.leases.get(token)
-        return SlotState.FREE if lease is None else lease.state
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from sharedpool.wire.messages import (
     Stale,
     Token,
 )
-from tests.unit.test_ledger import EPOCH, TTL_S, Broker, Worker
+from tests.unit.ledger_driver import EPOCH, TTL_S, Broker, Worker
 
 
 def proxied_broker(**options: Any) -> Broker:

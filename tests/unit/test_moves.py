@@ -54,9 +54,10 @@ from sharedpool.wire.messages import (
     Withdraw,
 )
 from sharedpool.wire.reports import PoolReport
-from tests.unit.test_ledger import Broker, Worker
-from tests.unit.test_ledger_handover import Desk
-from tests.unit.test_recovery import EPOCH, journal_of, members_of, moved, successor
+from tests.unit.desk_driver import Desk
+from tests.unit.ledger_driver import Broker, Worker
+from tests.unit.restarts import journal_of, members_of, moved, successor
+from tests.unit.test_recovery import EPOCH
 
 VERSION = PROTOCOL_VERSION
 NOTHING = Order(VERSION, OrderKind.RESUME, "nobody's")

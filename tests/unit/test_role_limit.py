@@ -4,7 +4,7 @@ import pytest
 
 from sharedpool.broker.core.commands import Log
 from sharedpool.wire.messages import PoolSpec
-from tests.unit.test_ledger import Broker, Worker
+from tests.unit.ledger_driver import Broker, Worker
 
 
 def limited(broker: Broker, limit: int | None, role: str = "app") -> None:
