@@ -782,7 +782,12 @@ def verdict(mutant: Mutant) -> tuple[bool, str]:
         ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "dist", "build")
         shutil.copytree(ROOT, tree, ignore=ignored)
         plant(mutant, tree)
-        environment = dict(os.environ, PYTHONPATH=str(tree), PYTHONDONTWRITEBYTECODE="1")
+        environment = dict(
+            os.environ,
+            PYTHONPATH=str(tree),
+            PYTHONDONTWRITEBYTECODE="1",
+            SHAREDPOOL_MODEL_EXAMPLES="56",
+        )
         command = [
             sys.executable,
             "-m",
