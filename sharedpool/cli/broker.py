@@ -85,9 +85,8 @@ def broker(ctx: click.Context, /, config: ConfigFile | None, log_format: str, **
         except click.UsageError as error:
             raise ConfigError(error.message) from None
 
-    server = Server(settings, reread if config is not None else None)
     try:
-        server.bind()
+        server = Server(settings, reread if config is not None else None)
     except AlreadyRunning as error:
         raise click.ClickException(f"{error}: use another --bind, or stop that one") from None
     except SharedPoolError as error:

@@ -62,9 +62,8 @@ def run(
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # with SIG_IGN a child's status would be lost
     # Blocked before any other thread starts (libzmq's too): a signal must not go to one of those.
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED | {signal.SIGCHLD})
-    server = Server(settings)
     try:
-        server.bind()
+        server = Server(settings)
     except SharedPoolError as error:
         raise click.ClickException(str(error)) from None
     thread = threading.Thread(target=server.run, name="sharedpool-broker")

@@ -242,6 +242,6 @@ def test_the_command_line_goes_before_the_file(
         wait_for(process, "enforces 5 connections over all pools")
         file.write_text("max_conn = 3\n")
         process.send_signal(signal.SIGHUP)
-        wait_for(process, "reloaded: nothing has changed")
+        wait_for(process, "reloaded: no changes")
         process.terminate()
         assert process.wait(20) == 0

@@ -219,7 +219,6 @@ def test_a_broker_whose_address_another_has_taken_makes_way(
     monkeypatch.setattr("sharedpool.broker.server.server._CHECK_FILES_EVERY_S", 0.1)
     address = f"ipc://{runtime_dir}/cleaned.sock"
     server = Server(BrokerSettings(address, 1))
-    server.bind()
     thread = threading.Thread(target=server.run)
     thread.start()
     other = BrokerLock(runtime_dir / "other.lock")
@@ -387,7 +386,6 @@ def test_no_grant_leaves_before_it_is_in_the_journal(
     most = 100
     address = f"ipc://{runtime_dir}/journal.sock"
     server = Server(BrokerSettings(address, most))
-    server.bind()
     send = server._router.send
     unwritten = []
 

@@ -209,7 +209,6 @@ def test_the_broker_sees_every_server_that_its_workers_have_been_on(
     address = f"ipc://{runtime_dir}/met.sock"
     with EphemeralPostgres() as database:
         broker = Server(BrokerSettings(address, dsn=database.dsn))
-        broker.bind()
         thread = threading.Thread(target=broker.run)
         thread.start()
         pool = sharedpool.config_pool(dsn=database.dsn, broker=address, name="met")

@@ -34,7 +34,6 @@ def line_to(address: str, identity: bytes = b"") -> Iterator[zmq.Socket[bytes]]:
 def server_in_a_thread(address: str, **settings: Any) -> Iterator[Server]:
     """A broker whose log the test sees."""
     server = Server(BrokerSettings(address, **settings))
-    server.bind()
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

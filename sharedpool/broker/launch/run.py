@@ -66,22 +66,22 @@ def run_detached(log: str) -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    server, bound = Server(settings), False
+    server: Server | None = None
     try:
-        server.bind()
+        server = Server(settings)
     except AlreadyRunning:
         word = "already running"
     except SharedPoolError as error:
         word = str(error)
     else:
-        word, bound = "ready", True
+        word = "ready"
         if os.fstat(fd).st_size > _LOG_KEPT_BYTES:
             os.ftruncate(fd, 0)
     print(word, flush=True)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
-    if bound:
+    if server is not None:
         serve(server)
     os._exit(0)
 
@@ -220,9 +220,8 @@ def _run_owned(settings: BrokerSettings, pipe: Connection) -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    server = Server(settings)
     try:
-        server.bind()
+        server = Server(settings)
     except SharedPoolError as error:
         pipe.send(str(error))
         return

@@ -120,6 +120,11 @@ class Control:
         """Whether there is a server to ask."""
         return self._dsn is not None
 
+    @property
+    def has_leadership(self) -> bool:
+        """Whether the limit's lock must be held before anything is granted."""
+        return self._leadership is not None
+
     def start(self) -> None:
         """Connect in the background."""
         if self._dsn is None:

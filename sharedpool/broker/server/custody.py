@@ -1,7 +1,12 @@
-"""Between the desk and the ledger: what is said and seen there, and what is to be done with the sockets in custody."""
+"""Handle what happens at the desk, and what the ledger decides about sockets in custody.
+
+The desk (`desk.py`) knows sockets and packets, the ledger knows leases. `Custody` calls the ledger
+for each event of the desk, and carries the ledger's decisions out on the desk's sockets.
+"""
 
 from __future__ import annotations
 
+import selectors
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,72 +19,80 @@ from sharedpool.broker.server.lanes import Lanes
 from sharedpool.wire.desk import Give
 from sharedpool.wire.messages import Token
 
-# What a cut does by itself, it does by then.
+# Time for a backend to exit after `shutdown()`, before the control connection terminates it.
 _CUT_HEAD_START_S = 0.02
 
 
 class Custody:
-    """The desk's clerk; `desk` is None where there can be no desk. `lanes` is set once they are made.
+    """The sockets in custody; `desk` is None where there can be no desk.
 
-    `execute` carries out what the ledger decides, `call_soon` has the ledger told once that is done.
+    `execute` carries out the ledger's commands. `call_later(call)` queues a call of the ledger for
+    the loop's next turn.
     """
-
-    lanes: Lanes
 
     def __init__(
         self,
         desk: Desk | None,
+        lanes: Lanes,
         ledger: Ledger,
         control: Control,
         execute: Callable[[list[Command]], None],
-        call_soon: Callable[[LedgerCall], None],
+        call_later: Callable[[LedgerCall], None],
     ) -> None:
         self.desk = desk
+        self._lanes = lanes
         self._ledger = ledger
         self._control = control
         self._execute = execute
-        self._call_soon = call_soon
-        self._fenced: set[Token] = set()  # given to the control connection
-        if desk is not None:
-            desk.handler = self
+        self._call_later = call_later
+        self._fenced: set[Token] = set()  # fences queued at the control connection
 
     def __len__(self) -> int:
         return 0 if self.desk is None else len(self.desk)
 
-    # --- from the desk (`desk.DeskHandler`)
+    def watch(self, selector: selectors.BaseSelector) -> None:
+        """Have the desk's lines and the sockets in custody watched by the loop's selector."""
+        if (desk := self.desk) is not None:
+            selector.register(desk.lines, selectors.EVENT_READ, lambda: desk.receive(self))
+            selector.register(desk.custody, selectors.EVENT_READ, lambda: desk.check_custody(self))
+
+    # --- events of the desk (`desk.DeskHandler`)
 
     def expects(self, session: bytes, token: Token) -> bool:
-        """Say whether a socket may be handed in for a lease."""
+        """Return True if a session may deposit a socket for this lease."""
         return self._ledger.expects(session, token)
 
     def deposited(self, token: Token) -> None:
-        """Take in that a lease's socket is in custody."""
+        """Handle a socket that has come into custody."""
         self._execute(self._ledger.deposited(token, time.monotonic()))
 
     def given(self, give: Give) -> None:
-        """Take in a connection that is to be passed on."""
+        """Handle a connection that its worker gives to be passed on."""
         self._execute(self._ledger.given(give, time.monotonic()))
 
     def line_leaving(self, line: int) -> None:
-        """Take in that this line is to end, and its program goes on."""
+        """Record that a line is about to close although its program goes on."""
         self._ledger.line_leaving(line)
 
     def line_identified(self, program: bytes, line: int) -> None:
-        """Take in that this line ends with a program."""
+        """Record which program a line belongs to: it ends when that program does."""
         self._ledger.line_identified(program, line)
-        self.lanes.line_identified(program, line)
+        self._lanes.line_identified(program, line)
 
     def joined(self, session: bytes, *, takes_part: bool) -> None:
-        """Take in that a session uses its pool's lane, or will not."""
+        """Handle a session's answer to the invitation into its pool's lane."""
         self._execute(self._ledger.joined(session, time.monotonic(), takes_part=takes_part))
 
     def line_closed(self, line: int) -> None:
-        """Take in that a line has ended; not at once, what was decided before is still being carried out."""
-        self.lanes.line_closed(line)
-        self._call_soon(lambda ledger, now: ledger.line_closed(line, now))
+        """Handle a closed line.
+
+        The ledger is told later: this may happen while its earlier commands are being carried out.
+        """
+        self._lanes.line_closed(line)
+        self._call_later(lambda ledger, now: ledger.line_closed(line, now))
 
     def gone(self, token: Token) -> None:
-        """Take in that the other side of a socket in custody has closed it: the backend, if nobody is in between."""
+        """Handle a socket that its other side has closed: the backend itself, or a proxy."""
         now = time.monotonic()
         if self._ledger.believes(token):
             self._execute(self._ledger.backend_gone(token, now))
@@ -87,10 +100,10 @@ class Custody:
             self._execute(self._ledger.backend_lost(token, now, closed=True))
 
     def lost(self, token: Token) -> None:
-        """Take in that a socket in custody has died: whether its backend lives on, only the server knows."""
+        """Handle a socket that has died: only the server knows whether its backend lives on."""
         self._execute(self._ledger.backend_lost(token, time.monotonic()))
 
-    # --- from the ledger
+    # --- commands of the ledger
 
     def transfer(self, token: Token, heir: Token) -> None:
         """Keep a lease's socket for another lease."""
@@ -98,7 +111,7 @@ class Custody:
         self.desk.transfer(token, heir)
 
     def erase(self, token: Token) -> None:
-        """Let go of what there is of a lease: its slot is free."""
+        """Drop the socket and the fence of a lease whose slot is free."""
         if token in self._fenced:
             self._fenced.discard(token)
             self._control.forget_fence(token)
@@ -106,13 +119,17 @@ class Custody:
             self.desk.drop(token)
 
     def end_backend(self, fence: Fence) -> None:
-        """Have a backend ended: by its socket, if that is here, and by the control connection."""
+        """End a backend: by its socket if that is in custody, and by the control connection.
+
+        The control connection is not needed where the socket shows the backend's exit by itself.
+        """
         cut = self.desk is not None and self.desk.cut(fence.token)
         if fence.backend is None:
             return
-        seen = cut and fence.backend.direct  # its end will show
-        if self._control.exists or not seen:
+        exit_is_visible = cut and fence.backend.direct
+        if self._control.exists or not exit_is_visible:
             self._fenced.add(fence.token)
             self._control.enqueue_fence(
-                replace(fence, left=fence.left or cut), after_s=_CUT_HEAD_START_S if seen else 0.0
+                replace(fence, left=fence.left or cut),
+                after_s=_CUT_HEAD_START_S if exit_is_visible else 0.0,
             )

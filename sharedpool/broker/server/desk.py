@@ -1,11 +1,16 @@
-"""Custody and hand-over: the broker's duplicates of the workers' sockets, and the desk where they are handed in.
+"""The desk: where workers deposit duplicates of their sockets, and hand connections over.
 
-PostgreSQL holds its end of a connection's socket open until the backend has exited (`socket_close` in its pqcomm.c). A
-duplicate in an epoll set, watched for EPOLLRDHUP and nothing else, therefore tells the broker that a slot is free, with
-no SQL and no word from the worker, and is silent while the worker uses the connection. (A TCP socket that has only died
-on this side, by a RST or a time-out, tells nothing: `postgres/peer_closed.py`. Nor does one that a proxy has closed:
-`postgres/route.py`.) It is also how a dead worker's session is *cut*: the duplicate keeps the connection open, so the
-broker must shut it down; and how a connection moves from one worker to another (`broker/core/handover.py`).
+PostgreSQL keeps its end of a connection's socket open until the backend has exited (`socket_close`
+in its pqcomm.c). A duplicate in an epoll set, watched for EPOLLRDHUP alone, therefore tells the
+broker that a slot is free, without SQL and without the worker's help. It is silent while the worker
+uses the connection.
+
+Two closed sockets prove nothing: a TCP socket that has died only on this side, by a RST or a
+time-out (`postgres/peer_closed.py`), and one that a proxy has closed (`postgres/route.py`).
+
+The duplicate serves two more purposes. It keeps the connection open when its worker dies, so the
+broker must shut it down to end the session. And it is how a connection moves from one worker to
+another (`broker/core/handover.py`).
 """
 
 from __future__ import annotations
@@ -28,75 +33,80 @@ from sharedpool.descriptors import passing
 from sharedpool.errors import ProtocolError
 from sharedpool.postgres.peer_closed import other_side_closed
 from sharedpool.wire.codec import decode_to_desk, encode
-from sharedpool.wire.desk import PACKET_BYTES, Deposit, Give, LaneInvitation, Leave, LineOwner
+from sharedpool.wire.desk import (
+    PACKET_BYTES,
+    Deposit,
+    Give,
+    Joined,
+    LaneInvitation,
+    Leave,
+    LineOwner,
+    ToDesk,
+)
 from sharedpool.wire.messages import Token
 
 logger = logging.getLogger("sharedpool.broker")
 
 SUPPORTED = hasattr(select, "EPOLLRDHUP") and hasattr(socket, "SO_PEERCRED")
 _BACKLOG = 4096
-# Looked for what comes meanwhile so often before timers and process ends get their turn.
+# Rounds of reading in one turn, before timers and process ends are looked at.
 _ROUNDS = 8
-_TELL_EVERY_S = 10.0  # of those who are turned away
+_WARN_EVERY_S = 10.0  # about workers that find no descriptor free
 _UCRED = struct.Struct("3i")  # pid, uid, gid
 
 
 class DeskHandler(Protocol):
-    """What the desk tells: see `custody.py`."""
+    """The events of the desk (see `custody.Custody`)."""
 
     def expects(self, session: bytes, token: Token) -> bool:
-        """Say whether a socket may be handed in for a lease."""
+        """Return True if a session may deposit a socket for this lease."""
 
     def deposited(self, token: Token) -> None:
-        """A lease's socket is in custody."""
+        """Handle a socket that has come into custody."""
 
     def gone(self, token: Token) -> None:
-        """The other side of a socket in custody has closed it."""
+        """Handle a socket in custody that its other side has closed."""
 
     def lost(self, token: Token) -> None:
-        """A socket in custody has died; its backend may live on."""
+        """Handle a socket in custody that has died; its backend may live on."""
 
     def given(self, give: Give) -> None:
-        """A connection is to be passed on."""
+        """Handle a connection that is to be passed on."""
 
     def joined(self, session: bytes, *, takes_part: bool) -> None:
-        """A session uses its pool's lane, or will not."""
+        """Handle a session's answer to the invitation into its pool's lane."""
 
     def line_leaving(self, line: int) -> None:
-        """This line is to end, and its program goes on."""
+        """Record that a line is about to close although its program goes on."""
 
     def line_identified(self, program: bytes, line: int) -> None:
-        """This line ends with a program, unless it is left before."""
+        """Record which program a line belongs to."""
 
     def line_closed(self, line: int) -> None:
-        """A line has ended."""
+        """Handle a closed line."""
 
 
 class Desk:
-    """The listener, the workers' lines to it, and what is in custody.
+    """The listener, the workers' lines to it, and the sockets in custody.
 
-    `handler`, set once it is made, is told all that is said here and what becomes of the sockets. Lines are named by
-    numbers never used twice.
+    Lines are named by numbers that are never used twice; their descriptors are.
     """
 
-    handler: DeskHandler
-
     def __init__(self, path: Path) -> None:
-        """Listen at `path`; the address's lock must be held. Raise OSError when that cannot be."""
+        """Listen at `path`; the address's lock must be held. Raise OSError if that fails."""
         self.path = path
         self._custody: dict[Token, socket.socket] = {}
-        self._tokens: dict[int, Token] = {}
+        self._tokens: dict[int, Token] = {}  # by descriptor
         self._lines: dict[int, socket.socket] = {}  # by descriptor
-        self._numbers: dict[int, int] = {}  # their numbers, by descriptor
-        self._numbered: dict[int, socket.socket] = {}
+        self._numbers: dict[int, int] = {}  # of the lines, by descriptor
+        self._numbered: dict[int, socket.socket] = {}  # the lines by number
         self._newest = 0
         self._drop_log = DropLog()
         self._listener = self._listen()
-        self._ours = path.stat()
-        self._spare = os.open(
-            os.devnull, os.O_RDONLY
-        )  # for the moment when there are no descriptors left
-        self._told_at = float("-inf")
+        self._listener_stat = path.stat()
+        # Closed for a moment when no descriptor is left: see `_turn_away`.
+        self._spare = os.open(os.devnull, os.O_RDONLY)
+        self._warned_at = float("-inf")
         self._lines_epoll, self._custody_epoll = select.epoll(), select.epoll()
         self._lines_epoll.register(self._listener, select.EPOLLIN)
 
@@ -105,7 +115,7 @@ class Desk:
             raise FileExistsError(errno.EEXIST, "there is a file that is no socket", str(self.path))
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         self.path.unlink(missing_ok=True)
-        mask = os.umask(0o177)  # this user's alone
+        mask = os.umask(0o177)  # only this user may connect
         try:
             listener.bind(str(self.path))
         except OSError:
@@ -117,17 +127,17 @@ class Desk:
         return listener
 
     def mend(self) -> bool:
-        """Listen at the path anew if somebody has deleted it, and keep it young; return whether that was so.
+        """Listen again if the socket's file was deleted, else refresh its time stamps.
 
-        Raise OSError when it cannot be.
+        Return True if the file was deleted. Raise OSError if it cannot be made again.
         """
-        if is_at(self.path, self._ours):
+        if is_at(self.path, self._listener_stat):
             return False
         fresh = self._listen()
-        self._accept()  # who came before it was deleted
+        self._accept()  # workers that connected before the file was deleted
         self._lines_epoll.unregister(self._listener)
         self._listener.close()
-        self._listener, self._ours = fresh, self.path.stat()
+        self._listener, self._listener_stat = fresh, self.path.stat()
         self._lines_epoll.register(fresh, select.EPOLLIN)
         return True
 
@@ -144,17 +154,17 @@ class Desk:
         """Readable when `check_custody` has something to do."""
         return self._custody_epoll
 
-    # --- the desk
+    # --- lines
 
-    def receive(self) -> None:
-        """Take in new lines and what is handed in on the others."""
+    def receive(self, handler: DeskHandler) -> None:
+        """Accept new lines, and read what has come on the others."""
         for _ in range(_ROUNDS):
             ready = self._lines_epoll.poll(0)
             for fd, _ in ready:
                 if fd == self._listener.fileno():
                     self._accept()
                 elif fd in self._lines:
-                    self._read(self._lines[fd])
+                    self._read(self._lines[fd], handler)
             if not ready:
                 return
 
@@ -169,7 +179,7 @@ class Desk:
                     if not self._turn_away(error):
                         return
                 elif error.errno != errno.ECONNABORTED:
-                    logger.warning("the desk cannot take in a worker: %s", error)
+                    logger.warning("the desk cannot accept a worker: %s", error)
                     return
                 continue
             line.setblocking(False)
@@ -186,15 +196,16 @@ class Desk:
             self._lines_epoll.register(line, select.EPOLLIN)
 
     def _turn_away(self, error: OSError) -> bool:
-        """Close a line for which there is no descriptor, else it would be offered again and again.
+        """Close a line for which no descriptor is left: epoll would offer it again and again.
 
-        Return False when libzmq's thread has taken even the one that was kept for that.
+        The spare descriptor is closed to accept the line, and opened again. Return False if
+        libzmq's thread has taken it in between.
         """
         now = time.monotonic()
-        if now - self._told_at >= _TELL_EVERY_S:
-            self._told_at = now
+        if now - self._warned_at >= _WARN_EVERY_S:
+            self._warned_at = now
             logger.warning(
-                "the desk turns workers away: %s: raise the limit (`ulimit -n`, LimitNOFILE=)",
+                "the desk turns workers away (%s): raise the limit of open files (`ulimit -n`, LimitNOFILE=)",
                 error,
             )
         if self._spare >= 0:
@@ -208,49 +219,56 @@ class Desk:
             pass
         return self._spare >= 0
 
-    def _read(self, line: socket.socket) -> None:
+    def _read(self, line: socket.socket, handler: DeskHandler) -> None:
         try:
             packet, fds, whole = passing.receive(line, PACKET_BYTES)
         except BlockingIOError:
             return
         except OSError:
-            packet, fds, whole = b"", [], True
+            packet, fds, whole = b"", [], True  # the line is broken: the same as its end
         if not packet and not fds:
-            self._close_line(line)
+            handler.line_closed(self._close_line(line))
             return
-        taken = False
+        deposited = False
         try:
             message = decode_to_desk(packet)
-            wanted = int(isinstance(message, Deposit))
-            if not whole or len(fds) != wanted or not all(map(_is_socket, fds)):
-                raise ProtocolError(
-                    f"{len(packet)} bytes and {len(fds)} descriptors instead of {wanted} sockets"
+            expected = int(isinstance(message, Deposit))
+            if not whole or len(fds) != expected or not all(map(_is_socket, fds)):
+                text = (
+                    f"{len(packet)} bytes and {len(fds)} descriptors instead of {expected} sockets"
                 )
+                raise ProtocolError(text)
             if isinstance(message, Deposit):
-                taken = self._take(message, fds[0])
-            elif isinstance(message, Give):
-                self.handler.given(message)
-            elif isinstance(message, Leave):
-                self.handler.line_leaving(self._numbers[line.fileno()])
-            elif isinstance(message, LineOwner):
-                self.handler.line_identified(message.program, self._numbers[line.fileno()])
+                deposited = self._deposit(message, fds[0], handler)
             else:
-                self.handler.joined(message.session, takes_part=message.takes_part)
+                self._handle(message, self._numbers[line.fileno()], handler)
         except ProtocolError as error:
             self._drop_log.dropped("dropped what came to the desk: %s", error)
         finally:
-            for fd in fds[1:] if taken else fds:
+            for fd in fds[1:] if deposited else fds:
                 os.close(fd)
 
-    def _close_line(self, line: socket.socket) -> None:
+    @staticmethod
+    def _handle(message: ToDesk, number: int, handler: DeskHandler) -> None:
+        if isinstance(message, Give):
+            handler.given(message)
+        elif isinstance(message, Leave):
+            handler.line_leaving(number)
+        elif isinstance(message, LineOwner):
+            handler.line_identified(message.program, number)
+        elif isinstance(message, Joined):
+            handler.joined(message.session, takes_part=message.takes_part)
+
+    def _close_line(self, line: socket.socket) -> int:
+        """Close a line; return its number."""
         number = self._numbers.pop(line.fileno())
         self._lines_epoll.unregister(line)
         del self._lines[line.fileno()], self._numbered[number]
         line.close()
-        self.handler.line_closed(number)
+        return number
 
     def send_descriptors(self, number: int, message: LaneInvitation, fds: list[int]) -> None:
-        """Send descriptors on a line. A worker that does not read just now is not let in."""
+        """Send descriptors on a line. A worker whose line is full is not let into the lane."""
         if (line := self._numbered.get(number)) is not None:
             try:
                 passing.send_with_all(line, encode(message), fds)
@@ -258,41 +276,40 @@ class Desk:
                 logger.debug("a worker was not let into the lane: %s", error)
 
     def fileno_of(self, token: Token) -> int:
-        """Return the descriptor of a lease's socket in custody; -1 for none."""
+        """Return the descriptor of a lease's socket, -1 if it is not in custody."""
         held = self._custody.get(token)
         return -1 if held is None else held.fileno()
 
-    def _take(self, deposit: Deposit, fd: int) -> bool:
-        if deposit.token in self._custody or not self.handler.expects(
-            deposit.session, deposit.token
-        ):
+    def _deposit(self, deposit: Deposit, fd: int, handler: DeskHandler) -> bool:
+        """Take a socket into custody; return False if nothing expects it."""
+        token = deposit.token
+        if token in self._custody or not handler.expects(deposit.session, token):
             return False
-        held = socket.socket(fileno=fd)
-        self._custody[deposit.token] = held
-        self._tokens[fd] = deposit.token
+        self._custody[token] = socket.socket(fileno=fd)
+        self._tokens[fd] = token
         self._custody_epoll.register(fd, select.EPOLLRDHUP)
-        self.handler.deposited(deposit.token)
+        handler.deposited(token)
         return True
 
     # --- custody
 
-    def check_custody(self) -> None:
-        """Take in which backends have ended, and which sockets are of no use as evidence any more."""
+    def check_custody(self, handler: DeskHandler) -> None:
+        """Find the backends that have ended, and the sockets that are no evidence any more."""
         for fd, _ in self._custody_epoll.poll(0):
             token = self._tokens.get(fd)
             if token is not None:
                 gone = other_side_closed(fd)
                 self.drop(token)
                 if gone:
-                    self.handler.gone(token)
+                    handler.gone(token)
                 else:
-                    self.handler.lost(token)
+                    handler.lost(token)
 
     def cut(self, token: Token) -> bool:
-        """Tell a backend that its client is gone; return whether its socket is in custody.
+        """End the client's side of a connection; return True if its socket is in custody.
 
-        Only our sending half is shut down: so its end of the connection stays the witness of its exit. A backend that
-        rests leaves at once; one in the middle of a query must be ended otherwise (`Control`).
+        Only the sending half is shut down, so that the socket still shows the backend's exit. An
+        idle backend exits at once; one in a query must be terminated (`Control`).
         """
         held = self._custody.get(token)
         if held is None:
@@ -300,7 +317,7 @@ class Desk:
         try:
             held.shutdown(socket.SHUT_WR)
         except OSError:
-            pass  # it was faster
+            pass  # the other side has closed it already
         return True
 
     def transfer(self, token: Token, heir: Token) -> None:
@@ -311,7 +328,7 @@ class Desk:
             self._tokens[held.fileno()] = heir
 
     def drop(self, token: Token) -> None:
-        """Let go of a socket: its slot is free."""
+        """Close a lease's socket, if it is in custody."""
         held = self._custody.pop(token, None)
         if held is not None:
             self._custody_epoll.unregister(held)
@@ -319,7 +336,7 @@ class Desk:
             held.close()
 
     def close(self) -> None:
-        """Let go of everything. No connection ends by that: the workers have theirs."""
+        """Close everything. Connections stay open: the workers have their own descriptors."""
         for token in list(self._custody):
             self.drop(token)
         for line in self._lines.values():

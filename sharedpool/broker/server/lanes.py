@@ -37,7 +37,7 @@ logger = logging.getLogger("sharedpool.broker")
 class Lanes:
     """All lanes of one broker. `desk` is None where there can be no desk, and so no lane.
 
-    `execute` carries out what the ledger decides, `call_soon` has the ledger told once that is done.
+    `execute` carries out what the ledger decides, `call_later` has the ledger told once that is done.
     """
 
     def __init__(
@@ -46,13 +46,13 @@ class Lanes:
         ledger: Ledger,
         selector: selectors.BaseSelector,
         execute: Callable[[list[Command]], None],
-        call_soon: Callable[[LedgerCall], None],
+        call_later: Callable[[LedgerCall], None],
     ) -> None:
         self._desk = desk
         self._ledger = ledger
         self._selector = selector
         self._execute = execute
-        self._call_soon = call_soon
+        self._call_later = call_later
         self._network = lanes.network()
         self._lanes: dict[str, Lane] = {}
         self._handed: dict[str, list[int]] = {}  # descriptors, for the workers
@@ -129,7 +129,7 @@ class Lanes:
         )
         self._selector.register(wait_socket, selectors.EVENT_READ, lambda: self._read(command.pool))
         self._watch(command.pool)
-        self._call_soon(
+        self._call_later(
             lambda ledger, now: ledger.lane_opened(command.pool, command.serial, lane.board, now)
         )
 
@@ -145,14 +145,14 @@ class Lanes:
         """Wake who waits, take over what lies on the shelf, and whatever comes later."""
         if command.pool in self._lanes:
             self._watch(command.pool)
-            self._call_soon(lambda ledger, now: self._empty(command.pool))
+            self._call_later(lambda ledger, now: self._empty(command.pool))
 
     def join_queue(self, command: JoinQueue) -> None:
         """Join the queue of a lane, and look at its shelf: what lies there nobody would bring."""
         if (lane := self._lanes.get(command.pool)) is not None:
             for _ in range(command.times):
                 lane.add_ticket(Ticket(SHELF, BROKER_PLACE, BROKER_REQUEST))
-            self._call_soon(lambda ledger, now: self._take(command.pool, command.most_from_shelf))
+            self._call_later(lambda ledger, now: self._take(command.pool, command.most_from_shelf))
 
     def _take(self, pool: str, most: int) -> list[Command]:
         """Take what lies on a shelf, for those who wait at the broker."""
@@ -187,7 +187,7 @@ class Lanes:
         lane, moved = self._lanes.get(command.pool), command.message
         fd = -1 if self._desk is None else self._desk.fileno_of(moved.token)
         if lane is None or fd < 0 or not lane.pass_on(command.number, command.place, moved, fd):
-            self._call_soon(lambda ledger, now: ledger.not_delivered(moved, now))
+            self._call_later(lambda ledger, now: ledger.not_delivered(moved, now))
 
     def give(self, command: GiveInLane) -> None:
         """Give a connection that was given to the broker."""
@@ -201,7 +201,7 @@ class Lanes:
             or not lane.give(Item(command.token, command.cell, command.live, fd))
         ):
             pool, token, live = command.pool, command.token, command.live
-            self._call_soon(
+            self._call_later(
                 lambda ledger, now: ledger.lane_full(
                     pool, wire.Moved(0, token, command.cell, 0, live), now
                 )

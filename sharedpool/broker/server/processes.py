@@ -77,7 +77,7 @@ class WatchedProcess:
     sessions: set[bytes] = field(default_factory=set)
 
 
-class Watched:
+class WatchedProcesses:
     """The processes under watch, in a selector: a `WatchedProcess` is the key's data."""
 
     def __init__(self, selector: selectors.BaseSelector) -> None:
