@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from sharedpool.broker.core.commands import Command
+from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.group_terms import GroupTerms
 from sharedpool.broker.core.leases import Leases
 from sharedpool.broker.core.records import Pool, SlotState
 from sharedpool.broker.core.scheduler import Scheduler
-from sharedpool.broker.core.slots import Slots
 from sharedpool.wire.admin import Done, Order, OrderKind
 from sharedpool.wire.messages import DenyReason, Token
 
@@ -26,23 +25,16 @@ class Admin:
 
     def __init__(
         self,
-        slots: Slots,
+        context: Context,
         scheduler: Scheduler,
         leases: Leases,
-        emit: Callable[[Command], None],
         begin_generation: Callable[[Pool, str], None],
-        *,
-        has_control_connection: bool,
     ) -> None:
-        """`begin_generation` begins a pool's next generation. `has_control_connection`: a control connection is
-        there to end any backend.
-        """
-        self._slots = slots
+        self._slots = context.slots
         self._scheduler = scheduler
         self._leases = leases
-        self._emit = emit
         self._begin_generation = begin_generation
-        self._has_control_connection = has_control_connection
+        self._has_control_connection = context.has_control_connection
         self._configured: set[str] = set()  # pools whose limits came with `configure`
 
     def carry_out(self, order: Order, now: float) -> Done:

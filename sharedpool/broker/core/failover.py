@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
-from sharedpool.broker.core.commands import Command, Send, VerifyServer
+from sharedpool.broker.core.commands import Send, VerifyServer
 from sharedpool.broker.core.connect_refusals import concerns_all
-from sharedpool.broker.core.leases import Logger
+from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.records import Lease, Pool, Session, SlotState
-from sharedpool.broker.core.slots import Slots
 from sharedpool.wire.messages import Confirm, FailoverSign, Release, Stale
 
 # SQLSTATEs that say of themselves that the server is another now, or read-only, or going down with everybody on it.
@@ -19,24 +17,17 @@ _OF_THE_BROKER = 2
 
 
 class Failover:
-    """One broker's view of its servers. `has_control_connection`: there is a control connection to ask when a sign
-    is doubtful.
-    """
+    """One broker's view of its servers. The control connection, if there is one, settles doubtful signs."""
 
     def __init__(
         self,
-        slots: Slots,
-        emit: Callable[[Command], None],
-        arm: Callable[[float, str, object], None],
-        log: Logger,
-        *,
-        has_control_connection: bool,
+        context: Context,
     ) -> None:
-        self._slots = slots
-        self._emit = emit
-        self._arm = arm
-        self._log = log
-        self._has_control_connection = has_control_connection
+        self._slots = context.slots
+        self._emit = context.emit
+        self._arm = context.timers.arm
+        self._log = context.log
+        self._has_control_connection = context.has_control_connection
         self._role = ""
         self._limit: int | None = None  # the role's own
         self._compared = 0  # pools that it was compared with
@@ -69,7 +60,7 @@ class Failover:
         pool.last_unreachable = session.id if release.unreachable else b""
         self._arm(
             pool.backoff.failed(release.token, others, release.error, now, release.code),
-            "probe",
+            self.probe_due,
             pool,
         )
 

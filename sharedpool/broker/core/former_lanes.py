@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from sharedpool.broker.core.commands import Admit, Command, Dismiss, Member, Watch
+from sharedpool.broker.core.commands import Admit, Dismiss, Member, Watch
+from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.records import Pool, Session
-from sharedpool.broker.core.slots import Slots
 from sharedpool.wire.messages import PoolSpec
 
 
@@ -25,14 +25,13 @@ class FormerLanes:
 
     def __init__(
         self,
-        slots: Slots,
-        emit: Callable[[Command], None],
+        context: Context,
         ask: Callable[[Session, float], None],
         *,
         complete: bool,
     ) -> None:
-        self._slots = slots
-        self._emit = emit
+        self._slots = context.slots
+        self._emit = context.emit
         self._ask = ask
         self.complete = complete
         self._pools: dict[bytes, Pool] = {}  # by session

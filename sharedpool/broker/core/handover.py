@@ -12,15 +12,15 @@ next checkin, and nobody has to be asked for it. When one process has been alone
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import islice
 from typing import Protocol
 
-from sharedpool.broker.core.commands import CancelBackend, Command, PassOn, Send, TransferCustody
+from sharedpool.broker.core.commands import CancelBackend, PassOn, Send, TransferCustody
+from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.leases import Leases
 from sharedpool.broker.core.records import Lease, Pool, Session, SlotState, Waiter
 from sharedpool.broker.core.scheduler import Scheduler
-from sharedpool.broker.core.slots import Slots
 from sharedpool.wire.desk import Give, Live, Moved, Passed
 from sharedpool.wire.messages import CancelQuery, Phase, Reject, ReleaseReason
 
@@ -52,23 +52,21 @@ class MovesPort(Protocol):
 
 
 class Handover:
-    """The hand-over's side of the ledger. `arm(when, kind, subject)` asks for a timer. `moves` is set once made."""
+    """The hand-over's side of the ledger. `moves` is set once made."""
 
     moves: MovesPort
 
     def __init__(
         self,
-        slots: Slots,
+        context: Context,
         scheduler: Scheduler,
         leases: Leases,
-        emit: Callable[[Command], None],
-        arm: Callable[[float, str, object], None],
     ) -> None:
-        self._slots = slots
+        self._slots = context.slots
         self._scheduler = scheduler
         self._leases = leases
-        self._emit = emit
-        self._arm = arm
+        self._emit = context.emit
+        self._arm = context.timers.arm
 
     # --- giving and passing
 
@@ -145,7 +143,7 @@ class Handover:
         self._unpark(lease)
         slots.dequeue(waiter)
         heir = Lease(
-            self._scheduler.new_token(),
+            self._slots.new_token(),
             session,
             pool,
             request=waiter.request,
@@ -260,7 +258,7 @@ class Handover:
                     session.id: session.passes
                     for session in islice(pool.asked_to_return.values(), _MOST_NUDGED)
                 }
-                self._arm(now + NUDGE_S, "nudge", pool)
+                self._arm(now + NUDGE_S, self.nudge_due, pool)
 
     def nudge_due(self, pool: Pool, now: float) -> None:
         """Ask those who were pressed before, and have given nothing since."""

@@ -6,11 +6,11 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.quarantine import Quarantine
 from sharedpool.broker.core.records import Lease, Pool, Session, SlotState
 from sharedpool.broker.core.routes import Routes
 from sharedpool.broker.core.scheduler import ANSWER_LIMIT_S, Scheduler
-from sharedpool.broker.core.slots import Slots
 from sharedpool.wire.messages import NO_TOKEN, START_UP_LIMIT_S, Backend, LeaseReport, Phase, Token
 
 # For so long a proxy may keep a connect in a queue of its own, before the server hears of it: as long as a worker waits
@@ -18,12 +18,6 @@ from sharedpool.wire.messages import NO_TOKEN, START_UP_LIMIT_S, Backend, LeaseR
 QUEUE_LIMIT_S = 10.0
 # What a worker tells of times is told to others: a number beyond could not be sent.
 LONGEST_MS = 2**53
-
-
-class Logger(Protocol):
-    """Put one event into the log: a text, and apart from it whom it concerns, as fields for programs."""
-
-    def __call__(self, level: int, text: str, *args: object, **fields: object) -> None: ...
 
 
 class HandoverPort(Protocol):
@@ -62,28 +56,24 @@ class Leases:
 
     def __init__(
         self,
-        slots: Slots,
-        epoch: int,
+        context: Context,
         scheduler: Scheduler,
-        arm: Callable[[float, str, object], None],
-        log: Logger,
         drop: Callable[[Session], None],
         *,
         max_checkout_s: float,
         ttl_s: float,
-        has_control_connection: bool,
         journal_complete: bool,
         routes: Routes,
     ) -> None:
-        self._slots = slots
-        self._epoch = epoch
+        self._slots = context.slots
+        self._epoch = context.epoch
         self._scheduler = scheduler
-        self._arm = arm
-        self._log = log
+        self._arm = context.timers.arm
+        self._log = context.log
         self._drop = drop
         self._max_checkout_s = max_checkout_s
         self._ttl_s = ttl_s
-        self._has_control_connection = has_control_connection
+        self._has_control_connection = context.has_control_connection
         self._journal_complete = journal_complete
         self.quarantine = Quarantine()
         self.routes = routes
@@ -177,7 +167,7 @@ class Leases:
             if self._has_control_connection:
                 self._seclude(lease, now, closed=closed)
             else:
-                self._arm(now + START_UP_LIMIT_S, "start-up", lease)
+                self._arm(now + START_UP_LIMIT_S, self.start_up_due, lease)
 
     def _seclude(self, lease: Lease, now: float, *, closed: bool = False) -> None:
         """Put a slot into quarantine: at once, if nothing can be waiting in a proxy's queue."""
@@ -186,7 +176,7 @@ class Leases:
         until = now if closed or self.routes.is_direct(lease.pool) else now + QUEUE_LIMIT_S
         self.quarantine.add(lease.token, until)
         if until > now:
-            self._arm(until, "queue", lease)
+            self._arm(until, _may_survey, lease)
 
     def start_up_due(self, lease: Lease, now: float) -> None:
         """Free a slot whose connect had no end that anybody saw, and that nobody can look for."""
@@ -196,7 +186,9 @@ class Leases:
     def mistrust(self, lease: Lease) -> None:
         """Watch for the moment when a silent worker cannot have begun to connect, nor still be logging in."""
         if self._has_control_connection and not lease.findable:
-            self._arm(lease.granted_at + self._ttl_s + START_UP_LIMIT_S, "unconnected", lease)
+            self._arm(
+                lease.granted_at + self._ttl_s + START_UP_LIMIT_S, self.unconnected_due, lease
+            )
 
     def unconnected_due(self, lease: Lease, now: float) -> None:
         """Look for what is left of a connect of which nobody has spoken for so long."""
@@ -369,10 +361,10 @@ class Leases:
             )  # spoken before it knew that it was asked: not asked for twice
         if phase is Phase.IDLE and not lease.expiry_armed:
             lease.expiry_armed = True
-            self._arm(since + lease.session.expiration_s, "expiry", lease)
+            self._arm(since + lease.session.expiration_s, self.expiry_due, lease)
         if phase is Phase.IN_USE and self._max_checkout(lease.pool) and not lease.checkout_armed:
             lease.checkout_armed = True
-            self._arm(since + self._max_checkout(lease.pool), "checkout", lease)
+            self._arm(since + self._max_checkout(lease.pool), self.checkout_due, lease)
 
     def _max_checkout(self, pool: Pool) -> float:
         return pool.spec.max_checkout_ms / 1000 or self._max_checkout_s
@@ -391,7 +383,7 @@ class Leases:
             if due <= now and not lease.session.silent and not lease.session.expiring:
                 lease.session.expiring = True  # one question for all that expire together
                 self._scheduler.send_recall(lease.session, now, expired=True)
-            self._arm(max(due, now + self._ttl_s / 3), "expiry", lease)
+            self._arm(max(due, now + self._ttl_s / 3), self.expiry_due, lease)
 
     def checkout_due(self, lease: Lease, now: float) -> None:
         """Report a checkout that lasts too long, once, and end it if its pool wants that."""
@@ -405,7 +397,7 @@ class Leases:
             return
         if lease.used_since + limit > now:
             lease.checkout_armed = True
-            self._arm(lease.used_since + limit, "checkout", lease)
+            self._arm(lease.used_since + limit, self.checkout_due, lease)
             return
         if lease.inquired_at < lease.used_since + limit:
             # A worker checks in and out without a word: it is asked whether this is the same checkout still.
@@ -413,7 +405,7 @@ class Leases:
             if not session.silent:
                 self._scheduler.send_recall(session, now)
                 lease.inquiry = session.asked
-            self._arm(now + ANSWER_LIMIT_S, "checkout", lease)
+            self._arm(now + ANSWER_LIMIT_S, self.checkout_due, lease)
             return
         lease.reported_at = lease.inquired_at
         pool.overdue += 1
@@ -433,6 +425,6 @@ class Leases:
             self._scheduler.revoke(lease)
         self.fence(lease, why, now)
 
-    def closing_due(self, lease: Lease, now: float) -> None:
-        """Do not count any longer on a slot whose close or fence takes long."""
-        lease.pool.incoming.pop(lease.token, None)  # still counted, but no longer expected soon
+
+def _may_survey(lease: Lease, now: float) -> None:
+    """Do nothing: the alarm has the ledger order the survey that was not possible before."""

@@ -20,13 +20,13 @@ from sharedpool.broker.core.commands import (
     CancelBackend,
     Command,
     Entry,
-    Log,
     Member,
     Process,
     Send,
     SurveyResult,
     SurveyServer,
 )
+from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.failover import Failover
 from sharedpool.broker.core.group_terms import GroupTerms
 from sharedpool.broker.core.handover import Handover
@@ -39,9 +39,7 @@ from sharedpool.broker.core.report import lease_lines, report
 from sharedpool.broker.core.routes import Routes, sessions_not_kept_text
 from sharedpool.broker.core.scheduler import Scheduler
 from sharedpool.broker.core.sessions import Sessions, Terms
-from sharedpool.broker.core.slots import Slots
 from sharedpool.broker.core.snapshot import Snapshot, take_snapshot
-from sharedpool.broker.core.timers import Timers
 from sharedpool.wire.admin import Done, Order
 from sharedpool.wire.board import Board
 from sharedpool.wire.desk import Give, Moved
@@ -111,65 +109,44 @@ class Ledger:
         self.epoch = epoch
         self._has_control_connection = has_control_connection
         self._ttl_s = ttl_s
-        self._out: list[Command] = []
-        self._slots = Slots(max_conn, self._out.append)
-        self._timers = Timers(self._alarm_is_over)
+        context = Context(epoch, max_conn, has_control_connection=has_control_connection)
+        self._context, self._slots, self._timers = context, context.slots, context.timers
+        self._emit, self._log = context.emit, context.log
         self._waiter_serial = 0
         routes = Routes(server, has_control_connection=has_control_connection)
-        self._scheduler = Scheduler(self._slots, epoch, routes, self._out.append, self._timers.arm)
+        self._scheduler = Scheduler(context, routes)
         terms = Terms(epoch, ttl_s, expiration_s, instance, desk, handover, by_database)
         self._sessions = Sessions(
             terms,
-            self._slots,
+            context,
             self._scheduler,
-            self._out.append,
-            self._timers.arm,
-            self._log,
             random,
         )
         self._leases = self._sessions.leases = Leases(
-            self._slots,
-            epoch,
+            context,
             self._scheduler,
-            self._timers.arm,
-            self._log,
             self._sessions.drop_if_over,
             max_checkout_s=max_checkout_s,
             ttl_s=ttl_s,
-            has_control_connection=has_control_connection,
             journal_complete=journal_complete,
             routes=routes,
         )
-        self._handover = Handover(
-            self._slots, self._scheduler, self._leases, self._out.append, self._timers.arm
-        )
+        self._handover = Handover(context, self._scheduler, self._leases)
         self._scheduler.handover = self._leases.handover = self._handover
         self._moves = Moves(
-            self._slots, self._scheduler, self._leases, self._out.append, self._timers.arm, expiration_s=expiration_s,
-            remembers=journal_complete,
-        )  # fmt: skip
-        self._sessions.moves = self._leases.moves = self._handover.moves = self._moves
-        self._failover = Failover(
-            self._slots,
-            self._out.append,
-            self._timers.arm,
-            self._log,
-            has_control_connection=has_control_connection,
-        )
-        self._admin = Admin(
-            self._slots,
+            context,
             self._scheduler,
             self._leases,
-            self._out.append,
-            self._failover.begin_generation,
-            has_control_connection=has_control_connection,
+            expiration_s=expiration_s,
+            remembers=journal_complete,
         )
+        self._sessions.moves = self._leases.moves = self._handover.moves = self._moves
+        self._failover = Failover(context)
+        self._admin = Admin(context, self._scheduler, self._leases, self._failover.begin_generation)
         self._admin.configure(max_conn, groups or {}, limits or {})
         self._recovery = Recovery(
-            self._slots,
+            context,
             self._scheduler,
-            self._out.append,
-            self._log,
             self._sessions.pool,
             self._sessions.named,
         )
@@ -192,27 +169,6 @@ class Ledger:
             ),
             Bye: self._sessions.deregister,
         }
-        self._alarm_handlers: dict[str, Callable[[Any, float], None]] = {
-            "waiter": self._waiter_due,
-            "silence": self._sessions.silence_due,
-            "expiry": self._leases.expiry_due,
-            "checkout": self._leases.checkout_due,
-            "answer": self._answer_due,
-            "closing": self._leases.closing_due,
-            "start-up": self._leases.start_up_due,
-            "unconnected": self._leases.unconnected_due,
-            "probe": self._failover.probe_due,
-            "look": self._survey_due,
-            "grace": self._grace_due,
-            "nudge": self._handover.nudge_due,
-            "lane": self._moves.quiet_due,
-            "arrival": self._moves.arrival_due,
-            "former": self._moves.former_due,
-            "receiver": self._moves.receiver_due,
-            "letting-in": lambda _, now: None,  # who is not in the lane by now is not waited for
-            "spared": lambda _, now: None,  # suspects may be fenced from now on
-            "queue": lambda _, now: None,  # the server may be looked at from now on
-        }
 
     # --- what the server calls
 
@@ -227,9 +183,9 @@ class Ledger:
             self._failover.compare()
         elif (session := self._slots.sessions.get(session_id)) is None:
             if not isinstance(message, Bye):
-                self._out.append(Send(session_id, Reject("this broker does not know the session")))
+                self._emit(Send(session_id, Reject("this broker does not know the session")))
         elif session.restored and not isinstance(message, Release | Bye):
-            self._out.append(Send(session_id, Reject("this broker is a new one")))
+            self._emit(Send(session_id, Reject("this broker is a new one")))
         elif not session.ended or isinstance(
             message, Release
         ):  # a dead worker's last word counts only as evidence
@@ -245,9 +201,8 @@ class Ledger:
         if (deadline := self._timers.next_deadline()) is None or deadline > now:
             return []  # every change was settled when it came
         self._moves.sync(now)
-        while (due := self._timers.pop(now)) is not None:
-            kind, subject = due
-            self._alarm_handlers[kind](subject, now)
+        while (alarm := self._timers.pop(now)) is not None:
+            alarm.run(now)
         return self._scheduled(now)
 
     def next_deadline(self) -> float | None:
@@ -274,7 +229,7 @@ class Ledger:
                 session.vanished.add(token)
                 # A worker that is closing it knows.
                 if lease.state in (SlotState.OPEN, SlotState.GRANTED):
-                    self._out.append(Send(session.id, Gone([token])))
+                    self._emit(Send(session.id, Gone([token])))
             self._leases.free(lease, "its backend is gone")
         return self._scheduled(now)
 
@@ -287,7 +242,7 @@ class Ledger:
         lease = self._slots.leases.get(token)
         if lease is not None:
             if not lease.session.ended and lease.state in (SlotState.OPEN, SlotState.GRANTED):
-                self._out.append(
+                self._emit(
                     Send(lease.session.id, Gone([token]))
                 )  # for the worker it comes to the same
             self._leases.lost(lease, now, closed=closed)
@@ -430,13 +385,13 @@ class Ledger:
             if self._recovery.complete(survey, now):
                 self._recovery.adopt(survey, strangers)
             else:
-                self._timers.arm(now + SETTLE_S, "grace", self)
+                self._timers.arm(now + SETTLE_S, self._grace_due, None)
             return self._scheduled(now)
         for token in self._leases.quarantine.surveyed(survey, strangers, now):
             self._leases.free(self._slots.leases[token], "no backend of its connect is left")
         if self._leases.quarantine.due(now):
             self._survey_pending = True  # a little later
-            self._timers.arm(now + SETTLE_S, "look", self)
+            self._timers.arm(now + SETTLE_S, self._survey_due, None)
         return self._scheduled(now)
 
     def server_verified(self, pool: str, generation: int, same: bool, now: float) -> list[Command]:
@@ -452,7 +407,7 @@ class Ledger:
         self._moves.restore(members)
         for lease in self._slots.leases.values():
             self._leases.mistrust(lease)
-        self._timers.arm(now + self._ttl_s, "spared", self)
+        self._timers.arm(now + self._ttl_s, _may_fence, None)
         return self._scheduled(now)
 
     @property
@@ -473,7 +428,7 @@ class Ledger:
             f"{why}, so it waits until all workers have said what they hold"
         )
         self._recovery.begin_grace_period(now, now + grace_s)
-        self._timers.arm(now + grace_s, "grace", self)
+        self._timers.arm(now + grace_s, self._grace_due, None)
         self._log(logging.WARNING, "%s: granting nothing for %.1f s", why, grace_s)
         return self._scheduled(now)
 
@@ -519,7 +474,8 @@ class Ledger:
         ]
         if len(asked) <= _MOST_ASKED:  # else what their heartbeats have told must do
             self.awaited |= {session.id for session in asked}
-            self._out += [Send(session.id, ReportNow()) for session in asked]
+            for session in asked:
+                self._emit(Send(session.id, ReportNow()))
         return self._decided()
 
     def drain(self, now: float) -> list[Command]:
@@ -628,7 +584,7 @@ class Ledger:
         elif self._leases.routes.unsuitable(pool):
             self._refuse(waiter, now)
         elif not nowait:
-            self._timers.arm(now + acquire.wait_ms / 1000, "waiter", waiter)
+            self._timers.arm(now + acquire.wait_ms / 1000, self._waiter_due, waiter)
 
     def _cancel(self, session: Session, cancel: Withdraw, now: float) -> None:
         waiter = session.waiters.get(cancel.request)
@@ -674,7 +630,7 @@ class Ledger:
         if not renew.answers or revoked:
             pool = session.pool
             known = [*renew.gone, *(release.token for release in renew.unproven)]
-            self._out.append(Send(session.id, Ack(revoked, known, pool.generation, pool.limit)))
+            self._emit(Send(session.id, Ack(revoked, known, pool.generation, pool.limit)))
         if renew.answers:
             return
         seen = renew.newest_grant if renew.newest_grant.epoch == self.epoch else NO_TOKEN
@@ -690,7 +646,7 @@ class Ledger:
         }  # on its way
         if not pending <= session.waiters.keys() | session.granted.keys() | passed:
             # It waits for what nobody will answer: an ACQUIRE or DENY was lost, or it was silent for too long.
-            self._out.append(
+            self._emit(
                 Send(session.id, Reject("this broker does not know all requests: ask again"))
             )
 
@@ -744,28 +700,9 @@ class Ledger:
 
     # --- timers
 
-    def _alarm_is_over(self, kind: str, subject: Any) -> bool:
-        """Say whether an alarm has nothing to wake any more."""
-        if isinstance(subject, Waiter):
-            return subject.session.waiters.get(subject.request) is not subject
-        if isinstance(subject, Lease):
-            return subject.state is SlotState.FREE
-        if isinstance(subject, Pool):
-            return self._slots.pools.get(subject.name) is not subject
-        if subject is self:
-            return False
-        if kind == "silence":
-            return not self._sessions.is_current_alarm(subject)
-        return self._slots.sessions.get(subject.id) is not subject
-
     def _waiter_due(self, waiter: Waiter, now: float) -> None:
-        if waiter.session.waiters.get(waiter.request) is waiter:
-            waiter.session.pool.timeouts += 1
-            self._scheduler.time_out(waiter, now)
-
-    def _answer_due(self, session: Session, now: float) -> None:
-        if self._slots.sessions.get(session.id) is session:
-            self._scheduler.answer_due(session, now)
+        waiter.session.pool.timeouts += 1
+        self._scheduler.time_out(waiter, now)
 
     def _survey_due(self, _: object, now: float) -> None:
         self._survey_pending = False
@@ -776,7 +713,9 @@ class Ledger:
         if not self._leases.routes.control_is_direct and now < (
             least := self._recovery.grace_since + QUEUE_LIMIT_S
         ):
-            self._timers.arm(least, "grace", self)  # a connect may be in a proxy's queue until then
+            self._timers.arm(
+                least, self._grace_due, None
+            )  # a connect may be in a proxy's queue until then
             return
         if self._has_control_connection:
             self._recovery.order_survey(now)
@@ -784,9 +723,6 @@ class Ledger:
             self._recovery.serve()
 
     # --- output
-
-    def _log(self, level: int, text: str, *args: object, **fields: object) -> None:
-        self._out.append(Log(level, text % args, {"epoch": self.epoch, **fields}))
 
     def _scheduled(self, now: float) -> list[Command]:
         if self._leases.routes.unproven:
@@ -799,13 +735,11 @@ class Ledger:
         if self._slots.contended or self._slots.shrinking:
             self._handover.watch_keepers(now)
         if not self._survey_pending and (order := self._leases.quarantine.order(now)) is not None:
-            self._out.append(SurveyServer(*order))
+            self._emit(SurveyServer(*order))
         return self._decided()
 
     def _decided(self) -> list[Command]:
-        out = self._out[:]
-        self._out.clear()
-        return out
+        return self._context.take_commands()
 
     def report(self, now: float) -> tuple[list[PoolReport], list[SessionReport]]:
         """Return the state of every pool and session."""
@@ -824,3 +758,7 @@ class Ledger:
     def snapshot(self, report: Report, now: float) -> Snapshot:
         """Return `report` with all that the metrics and the status page want besides."""
         return take_snapshot(self._slots, report, now)
+
+
+def _may_fence(_: None, now: float) -> None:
+    """Do nothing: the alarm has the scheduler look again, as restored leases may be fenced now."""

@@ -15,11 +15,10 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from sharedpool.broker.core.commands import (
     CloseLane,
-    Command,
     Dismiss,
     GiveInLane,
     HaltMoves,
@@ -29,6 +28,7 @@ from sharedpool.broker.core.commands import (
     OpenLane,
     StartMoves,
 )
+from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.former_lanes import FormerLanes
 from sharedpool.broker.core.leases import LONGEST_MS, Leases
 from sharedpool.broker.core.records import (
@@ -43,7 +43,6 @@ from sharedpool.broker.core.records import (
     Waiter,
 )
 from sharedpool.broker.core.scheduler import Scheduler
-from sharedpool.broker.core.slots import Slots
 from sharedpool.wire.board import (
     BROKER_PLACE,
     BROKER_REQUEST,
@@ -66,24 +65,22 @@ LOST_WITH_THE_BROKER = "nobody has it since the former broker's end"
 
 
 class Moves:
-    """The lanes of all pools. `arm(when, kind, subject)` asks for a timer."""
+    """The lanes of all pools."""
 
     def __init__(
         self,
-        slots: Slots,
+        context: Context,
         scheduler: Scheduler,
         leases: Leases,
-        emit: Callable[[Command], None],
-        arm: Callable[[float, str, object], None],
         *,
         expiration_s: float,
         remembers: bool,
     ) -> None:
-        self._slots = slots
+        self._slots = context.slots
         self._scheduler = scheduler
         self._leases = leases
-        self._emit = emit
-        self._arm = arm
+        self._emit = context.emit
+        self._arm = context.timers.arm
         self._expiration_s = expiration_s
         self._pools: dict[str, Pool] = {}  # that have a lane
         self._shelves: dict[str, Pool] = {}  # that have a shelf session
@@ -91,7 +88,7 @@ class Moves:
             str, int
         ] = {}  # by the name of the pool for which it is to be made: the order's number
         self._lane_requests = 0
-        self._former = FormerLanes(slots, emit, scheduler.send_recall, complete=remembers)
+        self._former = FormerLanes(context, scheduler.send_recall, complete=remembers)
 
     # --- lanes
 
@@ -104,7 +101,7 @@ class Moves:
             self._lane_requests += 1
             self._requested[pool.name] = self._lane_requests
             pool.opens_by = now + ARRIVAL_S
-            self._arm(pool.opens_by, "letting-in", pool)
+            self._arm(pool.opens_by, _no_longer_awaited, pool)
             self._emit(OpenLane(pool.name, self._lane_requests))
 
     def opened(self, pool_name: str, serial: int, board: Board, now: float) -> None:
@@ -144,7 +141,7 @@ class Moves:
         lane.board.clear_session(session.index)
         lane.members[session.number] = session
         session.joins_by = now + ARRIVAL_S
-        self._arm(session.joins_by, "letting-in", session.pool)
+        self._arm(session.joins_by, _no_longer_awaited, session.pool)
         self._former.admit(session)
         self._emit(InviteToLane(session.pool.name, session.id, session.number, session.index))
 
@@ -234,7 +231,9 @@ class Moves:
         session = self._shelf(lease.pool) if holder == SHELF else lane.members.get(holder)
         if session is None:  # one that is over; or somebody has written nonsense
             session = self._shelf(lease.pool)
-            self._arm(now + ARRIVAL_S, "receiver", lease)  # its giver may be about to find out
+            self._arm(
+                now + ARRIVAL_S, self.receiver_due, lease
+            )  # its giver may be about to find out
         self._slots.transfer(lease, session)
         lease.unconfirmed, lease.unconfirmed_since, lease.confirm_recall = True, now, 0
         # Whatever was said of it before: who gave it was alive, and who has got it may be stopped.
@@ -246,7 +245,7 @@ class Moves:
         if session.shelf:
             lease.pool.idle.pop(lease.token, None)
             if not lane.moving:  # who has laid it there may have been stopped before he did
-                self._arm(now + ARRIVAL_S, "arrival", lease)
+                self._arm(now + ARRIVAL_S, self.arrival_due, lease)
 
     # --- what workers say
 
@@ -308,7 +307,9 @@ class Moves:
                 -1
             )  # not asked again before: two such leases would have a session answer all the time
             self._arm(
-                max(lease.unconfirmed_since, now if unsure else 0.0) + ARRIVAL_S, "arrival", lease
+                max(lease.unconfirmed_since, now if unsure else 0.0) + ARRIVAL_S,
+                self.arrival_due,
+                lease,
             )
         elif not lease.confirm_recall:
             self._ask_holder(lease, now)
@@ -350,7 +351,7 @@ class Moves:
         for lease in unspoken:
             if lease.session.shelf:
                 lease.unconfirmed_since = now
-                self._arm(now + ARRIVAL_S, "arrival", lease)
+                self._arm(now + ARRIVAL_S, self.arrival_due, lease)
             elif not lease.confirm_recall:
                 self._ask_holder(lease, now)
         if pool.moving and any(lease.session.shelf for lease in unspoken):
@@ -381,7 +382,7 @@ class Moves:
             return
         if unsure:
             if 0 < session.pool.former.get(session.id, 0) <= serial:
-                self._arm(now + ARRIVAL_S, "former", session)
+                self._arm(now + ARRIVAL_S, self.former_due, session)
         else:
             self._former.answered(session, serial)
 
@@ -500,7 +501,7 @@ class Moves:
         self._join_queue(lane, pool)
         if not lane.armed:
             lane.armed = True
-            self._arm(now + _QUIET_S, "lane", pool)
+            self._arm(now + _QUIET_S, self.quiet_due, pool)
 
     def _join_queue(self, lane: Lane, pool: Pool) -> None:
         """Wait in the lane for all who wait at the broker: so they have their turn among the others.
@@ -561,7 +562,7 @@ class Moves:
         for lease in pool.leases.values():
             if lease.session.shelf and lease.live is None:
                 lease.unconfirmed_since = now
-                self._arm(now + ARRIVAL_S, "arrival", lease)
+                self._arm(now + ARRIVAL_S, self.arrival_due, lease)
 
     def quiet_due(self, pool: Pool, now: float) -> None:
         """Halt where nobody has asked for a while."""
@@ -583,7 +584,7 @@ class Moves:
         if lain:  # others have asked meanwhile, and were not given it
             self.halt_moves(pool, now)
         lane.armed = True
-        self._arm(now + _QUIET_S, "lane", pool)
+        self._arm(now + _QUIET_S, self.quiet_due, pool)
 
     # --- the broker gives, and is given
 
@@ -614,3 +615,7 @@ class Moves:
             return None
         lease.unconfirmed = False
         return lease
+
+
+def _no_longer_awaited(pool: Pool, now: float) -> None:
+    """Do nothing: the alarm has the scheduler look again, as nobody waits for the lane any longer."""

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterable
 
 from sharedpool.broker.core.commands import (
-    Command,
     Entry,
     Erase,
     MarkJournalComplete,
@@ -21,10 +20,9 @@ from sharedpool.broker.core.commands import (
     SurveyServer,
     Watch,
 )
-from sharedpool.broker.core.leases import Logger
+from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.records import Lease, Pool, Session, SlotState
 from sharedpool.broker.core.scheduler import Scheduler
-from sharedpool.broker.core.slots import Slots
 from sharedpool.wire.application_name import pool_of_tag
 from sharedpool.wire.messages import START_UP_LIMIT_S, Backend, PoolSpec, Token
 
@@ -40,17 +38,15 @@ class Recovery:
 
     def __init__(
         self,
-        slots: Slots,
+        context: Context,
         scheduler: Scheduler,
-        emit: Callable[[Command], None],
-        log: Logger,
         make_pool: Callable[[PoolSpec], Pool],
         find_pool: Callable[[str, str], Pool | None],
     ) -> None:
-        self._slots = slots
+        self._slots = context.slots
         self._scheduler = scheduler
-        self._emit = emit
-        self._log = log
+        self._emit = context.emit
+        self._log = context.log
         self._make_pool = make_pool
         self._find_pool = find_pool
         self._first_survey_at: float | None = None
@@ -149,7 +145,7 @@ class Recovery:
             if session is None:
                 session = Session(session_id, 0, "", UNKNOWN, pool, 0.0, 0.0, suspect=True)
                 self._slots.sessions[session_id] = pool.sessions[session_id] = session
-            lease = Lease(self._scheduler.new_token(), session, pool, backend=backend)
+            lease = Lease(self._slots.new_token(), session, pool, backend=backend)
             self._slots.move(lease, SlotState.SUSPECT, "claimed by nobody")
             self._slots.orphans[backend] = lease
         if self._slots.orphans:

@@ -21,15 +21,15 @@ from __future__ import annotations
 import heapq
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import chain, islice, takewhile
 from typing import Protocol
 
-from sharedpool.broker.core.commands import Command, Fence, Log, Send
+from sharedpool.broker.core.commands import Fence, Log, Send
+from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.records import GRANTED, Lease, Pool, Session, SlotState, Waiter
 from sharedpool.broker.core.routes import Routes
-from sharedpool.broker.core.slots import Slots
-from sharedpool.wire.messages import Ack, Deny, DenyReason, Grant, Holder, Recall, Token
+from sharedpool.wire.messages import Ack, Deny, DenyReason, Grant, Holder, Recall
 
 # A worker that has not answered a recall, or finished a close, for so long is not waited for any more.
 ANSWER_LIMIT_S = 1.0
@@ -61,18 +61,14 @@ class Scheduler:
 
     def __init__(
         self,
-        slots: Slots,
-        epoch: int,
+        context: Context,
         routes: Routes,
-        emit: Callable[[Command], None],
-        arm: Callable[[float, str, object], None],
     ) -> None:
-        self._slots = slots
-        self._epoch = epoch
+        self._slots = context.slots
+        self._epoch = context.epoch
         self._routes = routes
-        self._emit = emit
-        self._arm = arm
-        self._serial = 0  # of leases
+        self._emit = context.emit
+        self._arm = context.timers.arm
         self._ask_serial = 0  # of recalls and of what they say to owe
         self._round = 0
         self._polling: dict[
@@ -196,13 +192,13 @@ class Scheduler:
         """Grant a request that came at `since`."""
         pool = session.pool
         lease = Lease(
-            self.new_token(), session, pool, request=request, granted_at=now, waited_s=now - since, since=now
+            self._slots.new_token(), session, pool, request=request, granted_at=now, waited_s=now - since, since=now
         )  # fmt: skip
         self._slots.move(lease, GRANTED, "granted")
         if session.refusal is not None:
             pool.refusals.note_try(session.id, session.refusal, now)
         if pool.backoff.granted(lease.token, len(pool.leases) - 1, now):
-            self._arm(pool.backoff.probe_at, "probe", pool)
+            self._arm(pool.backoff.probe_at, _probe_due, pool)
         pool.grants += 1
         session.passes += 1
         pool.waits += now > since
@@ -210,11 +206,6 @@ class Scheduler:
         if (pressure := self.returns_wanted(pool, session)) or session.returns_due:
             self._slots.mark_returns_due(session, min(len(session.leases), pressure))
         self.send_grant(lease)
-
-    def new_token(self) -> Token:
-        """Return a lease's name that was never used."""
-        self._serial += 1
-        return Token(self._epoch, self._serial)
 
     def send_grant(self, lease: Lease) -> None:
         """Send a grant, or send it again for a request that was repeated."""
@@ -390,7 +381,11 @@ class Scheduler:
     def expect(self, lease: Lease, now: float) -> None:
         """Count on a slot that is being closed or fenced, for a while."""
         lease.pool.incoming[lease.token] = lease
-        self._arm(now + ANSWER_LIMIT_S, "closing", lease)
+        self._arm(now + ANSWER_LIMIT_S, self.closing_due, lease)
+
+    def closing_due(self, lease: Lease, now: float) -> None:
+        """Do not count any longer on a slot whose close or fence takes long."""
+        lease.pool.incoming.pop(lease.token, None)  # still counted, but no longer expected soon
 
     @staticmethod
     def _patient(pool: Pool) -> int:
@@ -540,7 +535,7 @@ class Scheduler:
     def _watch_answer(self, session: Session, now: float) -> None:
         if not session.awaited:
             session.awaited = session.asked
-            self._arm(now + ANSWER_LIMIT_S, "answer", session)
+            self._arm(now + ANSWER_LIMIT_S, self.answer_due, session)
 
     def recall_answered(self, session: Session, serial: int) -> None:
         """Note that a session has said what it holds, knowing recall `serial`."""
@@ -746,3 +741,8 @@ def _holder(session: Session, where: str, now: float) -> Holder:
         int((now - since) * 1000),
         stack[0] if stack else "",
     )
+
+
+def _probe_due(pool: Pool, now: float) -> None:
+    """Let one connect be tried."""
+    pool.backoff.elapsed(now)

@@ -12,12 +12,13 @@ from typing import Protocol
 from msgspec import structs
 
 from sharedpool.broker.core.backoff import Backoff
-from sharedpool.broker.core.commands import Command, Forget, Process, Send, Watch
+from sharedpool.broker.core.commands import Forget, Process, Send, Watch
 from sharedpool.broker.core.connect_refusals import Refusals
-from sharedpool.broker.core.leases import LONGEST_MS, Leases, Logger
+from sharedpool.broker.core.context import Context
+from sharedpool.broker.core.leases import LONGEST_MS, Leases
 from sharedpool.broker.core.records import Pool, Session, SlotState
 from sharedpool.broker.core.scheduler import Scheduler
-from sharedpool.broker.core.slots import Slots
+from sharedpool.broker.core.timers import Alarm
 from sharedpool.wire.application_name import shown, tag_of
 from sharedpool.wire.messages import (
     NO_TOKEN,
@@ -81,23 +82,20 @@ class Sessions:
     def __init__(
         self,
         terms: Terms,
-        slots: Slots,
+        context: Context,
         scheduler: Scheduler,
-        emit: Callable[[Command], None],
-        arm: Callable[[float, str, object], None],
-        log: Logger,
         random: Callable[[], float],
     ) -> None:
         self._terms = terms
-        self._slots = slots
+        self._slots = context.slots
         self._scheduler = scheduler
-        self._emit = emit
-        self._arm = arm
-        self._log = log
+        self._emit = context.emit
+        self._arm = context.timers.arm
+        self._log = context.log
         self._random = random
         # Those that have not fallen silent, the longest unheard first: one alarm, for that one, will do for all.
         self._not_silent: OrderedDict[bytes, Session] = OrderedDict()
-        self._alarm: object | None = None
+        self._alarm: Alarm | None = None
 
     def pool(self, spec: PoolSpec) -> Pool:
         """Return the pool of that name, made when there is none."""
@@ -215,17 +213,13 @@ class Sessions:
             self._arm_silence_alarm(now + self._terms.ttl_s)
 
     def _arm_silence_alarm(self, until: float) -> None:
-        self._alarm = object()
-        self._arm(until, "silence", self._alarm)
-
-    def is_current_alarm(self, alarm: object) -> bool:
-        """Say whether this alarm still matters."""
-        return alarm is self._alarm
+        self._alarm = self._arm(until, self.silence_due, None)
 
     def _stop_watching_silence(self, session: Session) -> None:
         """Do not watch for a session's silence any more."""
         self._not_silent.pop(session.id, None)
-        if not self._not_silent:
+        if not self._not_silent and self._alarm is not None:
+            self._alarm.cancelled = True
             self._alarm = None
 
     def end(
@@ -301,10 +295,8 @@ class Sessions:
         seen = bye.newest_grant if bye.newest_grant.epoch == self._terms.epoch else NO_TOKEN
         self.end(session, "its worker left without returning it", now, unused_above=seen)
 
-    def silence_due(self, alarm: object, now: float) -> None:
+    def silence_due(self, _: None, now: float) -> None:
         """Suspect those that have been silent for the TTL, and watch for the next one."""
-        if not self.is_current_alarm(alarm):
-            return
         self._alarm = None
         while self._not_silent:
             session = next(iter(self._not_silent.values()))

@@ -48,8 +48,12 @@ TRANSITIONS: dict[SlotState, frozenset[SlotState]] = {
 class Slots:
     """All records of one broker, kept consistent by `move`. `emit` gets what must outlive the broker."""
 
-    def __init__(self, max_conn: int | None, emit: Callable[[Command], None]) -> None:
+    def __init__(
+        self, max_conn: int | None, emit: Callable[[Command], None], epoch: int = 1
+    ) -> None:
         self.max_conn = max_conn
+        self._epoch = epoch
+        self._newest_lease = 0
         self._emit = emit
         self.pools: dict[str, Pool] = {}
         self.former_pools: dict[str, Pool] = {}  # that nobody uses any more, for what was counted
@@ -64,6 +68,24 @@ class Slots:
         self.groups = Groups()
         self.orphans: dict[Backend, Lease] = {}  # counted for no known worker
         self.restored: dict[Backend, Lease] = {}  # held when the former broker ended
+
+    def new_token(self) -> Token:
+        """Return a name for a new lease; no lease of any broker has ever had it."""
+        self._newest_lease += 1
+        return Token(self._epoch, self._newest_lease)
+
+    def is_over(self, record: object) -> bool:
+        """Return True for a lease, a request, a session or a pool that is in the books no longer."""
+        match record:
+            case Lease():
+                return record.state is FREE
+            case Waiter():
+                return record.session.waiters.get(record.request) is not record
+            case Session():
+                return self.sessions.get(record.id) is not record
+            case Pool():
+                return self.pools.get(record.name) is not record
+        return False
 
     @property
     def room(self) -> int:
