@@ -15,7 +15,7 @@ import pytest
 from psycopg2 import extensions
 
 import sharedpool
-from sharedpool.broker.core.moves import ARRIVAL_S
+from sharedpool.broker.core.lane_members import ARRIVAL_S
 from sharedpool.cli.client import fetch_report
 from sharedpool.lane.lane import SUPPORTED
 from sharedpool.postgres.throwaway_server import EphemeralPostgres

@@ -320,7 +320,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/broker/core/handover.py",
-                "if self.moves.may_reach(waiter, pool, now):",
+                "if may_reach(waiter, pool, now):",
                 "if not waiter:",
             ),
         ),
@@ -638,7 +638,7 @@ MUTANTS = (
         "what was passed in the lane and has not arrived is never asked for",
         (
             (
-                "sharedpool/broker/core/moves.py",
+                "sharedpool/broker/core/in_transit.py",
                 "lease.unconfirmed, lease.unconfirmed_since, lease.confirm_recall = True, now, 0",
                 "lease.unconfirmed_since = now",
             ),
@@ -649,7 +649,7 @@ MUTANTS = (
         "what was passed in the lane is ended before it can have arrived",
         (
             (
-                "sharedpool/broker/core/moves.py",
+                "sharedpool/broker/core/in_transit.py",
                 "            if now - lease.unconfirmed_since >= ARRIVAL_S and not unsure:\n",
                 "            if lease:\n",
             ),
@@ -660,7 +660,7 @@ MUTANTS = (
         "what is on nobody's shelf is never ended",
         (
             (
-                "sharedpool/broker/core/moves.py",
+                "sharedpool/broker/core/in_transit.py",
                 'self._leases.fence(lease, "it is on nobody\'s shelf", now)',
                 "pass",
             ),
@@ -691,14 +691,14 @@ MUTANTS = (
     ),
     Mutant(
         "who had a lease before is believed to have it now",
-        (("sharedpool/broker/core/moves.py", " or not newer or ", " or "),),
+        (("sharedpool/broker/core/in_transit.py", " or not newer or ", " or "),),
         ("tests/unit/test_moves.py", "-k", "fewer_moves"),
     ),
     Mutant(
         "a former holder's late word takes a lease from its next",
         (
             (
-                "sharedpool/broker/core/moves.py",
+                "sharedpool/broker/core/in_transit.py",
                 "return lease is not None and lease.moves >= 0 and",
                 "return lease is None and",
             ),
@@ -720,7 +720,7 @@ MUTANTS = (
         "in the lane the turns of a dead process go on",
         (
             (
-                "sharedpool/broker/core/moves.py",
+                "sharedpool/broker/core/lane_members.py",
                 "lane.board.clear_session(session.index)\n            lane.indices.discard(session.index)\n",
                 "lane.indices.discard(session.index)\n",
             ),

@@ -32,7 +32,7 @@ class Desk:
         """Have a worker take part in the lane, which is made if there is none."""
         pool = worker.spec.name
         if self.broker.ledger._slots.pools[pool].lane is None:
-            serial = self.broker.ledger._moves._requested.setdefault(pool, 0)
+            serial = self.broker.ledger._moves._members._requested.setdefault(pool, 0)
             self.broker.take_in(
                 self.broker.ledger.lane_opened(pool, serial, self.board(pool), self.broker.now)
             )

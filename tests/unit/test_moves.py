@@ -24,7 +24,7 @@ from sharedpool.broker.core.commands import (
 )
 from sharedpool.broker.core.group_terms import GroupTerms
 from sharedpool.broker.core.handover import SHARED_S
-from sharedpool.broker.core.moves import ARRIVAL_S
+from sharedpool.broker.core.lane_members import ARRIVAL_S
 from sharedpool.broker.core.records import Lease, Pool, SlotState
 from sharedpool.broker.core.scheduler import ANSWER_LIMIT_S
 from sharedpool.wire.admin import Order, OrderKind

@@ -1,9 +1,12 @@
-"""Who may still have what a former broker's lane has moved. Pure: no I/O, no clock.
+"""Find out who has the leases that a former broker's lanes have moved. Pure: no I/O, no clock.
 
-A lane goes on without its broker. So a lease that its journal knows to be a worker's may be another's by now, or be on
-its way, until all who were in that lane have left it: each leaves when it is WELCOME at the next broker, and takes in
-what it finds there. What it lists when it is asked after that is all that it has. Once each member of that lane has
-answered, or has died, what none of them has listed is nobody's.
+A lane goes on without its broker. So a lease that the journal knows to be one worker's may be
+another's by now, or be on its way. It becomes certain in three steps:
+
+1. The journal names all members of the former lanes (`restore`).
+2. A member registers at this broker. With WELCOME it leaves the former lane, and keeps what it finds
+   there. It is asked for its leases after that, so its answer lists all that it has.
+3. Each member has answered or died: a lease that none of them has listed is nobody's.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.records import Pool, Session
 from sharedpool.wire.messages import PoolSpec
 
+_ASK_AGAIN_S = 0.25  # a session that was not sure what it holds
+
 
 class FormerLanes:
-    """The members of former brokers' lanes: by pool, in `Pool.former`, with the recall that each is to answer.
+    """The members of former brokers' lanes.
 
-    `complete`: all of them are known. `ask(session, now)` asks a session for what it holds. `complete_pools` are pools
-    of which the last member has just answered.
+    `Pool.former` has them by session, with the serial of the recall that each is to answer (0:
+    none yet). `ask(session, now)` asks a session for what it holds.
     """
 
     def __init__(
@@ -30,15 +35,17 @@ class FormerLanes:
         *,
         complete: bool,
     ) -> None:
+        """`complete`: the journal names all members."""
         self._slots = context.slots
         self._emit = context.emit
+        self._arm = context.timers.arm
         self._ask = ask
         self.complete = complete
         self._pools: dict[bytes, Pool] = {}  # by session
-        self.complete_pools: list[Pool] = []
+        self.complete_pools: list[Pool] = []  # whose last member has answered just now
 
     def restore(self, members: Iterable[Member], find: Callable[[PoolSpec], Pool | None]) -> None:
-        """Take over who was let into a former broker's lanes. Where no lease is left, none can be underway."""
+        """Restore the members; a pool without a lease can have none under way."""
         for member in members:
             pool = find(member.pool)
             if pool is None:
@@ -50,22 +57,34 @@ class FormerLanes:
                 self._emit(Watch(member.session, member.process))
 
     def has_all_of(self, pool: Pool) -> bool:
-        """Say whether nobody can have a lease of this pool's that he has not listed."""
+        """Return True if every session has listed all leases of this pool that it may have."""
         return self.complete and not pool.former
 
     def registered(self, session: Session, now: float) -> None:
-        """Ask a member who has left the former lane, or will have when the question comes."""
+        """Ask a member for its leases: it leaves the former lane before the question comes."""
         if session.id in session.pool.former:
             self._ask(session, now)
             session.pool.former[session.id] = session.asked
 
-    def answered(self, session: Session, serial: int) -> None:
-        """Take in that a session has told all that it holds, knowing recall `serial`."""
-        if 0 < session.pool.former.get(session.id, 0) <= serial:
+    def session_answered(self, session: Session, serial: int, now: float, *, unsure: bool) -> None:
+        """Handle a session's list of leases, which answers recall `serial`; `unsure`: it may have more."""
+        asked = session.pool.former.get(session.id, 0)
+        if not 0 < asked <= serial:
+            return
+        if unsure:
+            self._arm(now + _ASK_AGAIN_S, self._ask_again, session)
+        else:
             self.gone(session.id, stays=session.number > 0)
 
+    def _ask_again(self, session: Session, now: float) -> None:
+        if not session.silent:
+            self.registered(session, now)
+
     def gone(self, session_id: bytes, *, stays: bool = False) -> None:
-        """Take in that a session has nothing of a former lane any more. `stays`: it is in one of this broker's."""
+        """Record that a session has nothing of a former lane any more.
+
+        `stays`: it is a member of a lane of this broker, so that the journal still names it.
+        """
         if (pool := self._pools.pop(session_id, None)) is None:
             return
         del pool.former[session_id]
@@ -75,10 +94,10 @@ class FormerLanes:
             self.complete_pools.append(pool)
 
     def discarded(self, pool: Pool) -> None:
-        """Take in that nobody uses a pool any more."""
+        """Forget a pool that no worker uses any more."""
         for session_id in list(pool.former):
             self.gone(session_id)
 
     def admit(self, session: Session) -> None:
-        """Have a later broker know that a session is let into its pool's lane."""
+        """Have the journal remember that a session is let into its pool's lane."""
         self._emit(Admit(Member(session.id, session.process, session.pool.spec)))

@@ -27,8 +27,8 @@ class HandoverPort(Protocol):
         """End a parked connection that nobody has asked for."""
 
 
-class MovesPort(Protocol):
-    """The lanes, as the leases see them (`moves.Moves`)."""
+class TransitPort(Protocol):
+    """The leases that have moved, as the leases' side sees them (`in_transit.InTransit`)."""
 
     def claims(self, session: Session, report: LeaseReport) -> Lease | None:
         """Return the lease that a session rightly says to hold, though the books say that another does."""
@@ -48,11 +48,11 @@ class Leases:
 
     `has_control_connection`: there is a control connection to ask. `journal_complete`: what former brokers granted is
     in the books already, so that an unknown lease is one that was taken away, never to be admitted again. `handover`
-    and `moves` are set once they are made.
+    and `transit` are set once they are made.
     """
 
     handover: HandoverPort
-    moves: MovesPort
+    transit: TransitPort
 
     def __init__(
         self,
@@ -280,8 +280,8 @@ class Leases:
             if lease is not None and lease.live is not None:
                 continue  # said before it was given
             if lease is None:
-                lease = self.moves.claims(session, report)
-            if lease is None and self.moves.has_moved_on(report.token):
+                lease = self.transit.claims(session, report)
+            if lease is None and self.transit.has_moved_on(report.token):
                 continue
             if lease is None and claim and self._claimable(report.token):
                 lease = Lease(report.token, session, session.pool, granted_at=now)
@@ -299,7 +299,7 @@ class Leases:
                 and lease.state is not SlotState.FENCING
             ):
                 if not claim:  # else it is asked once it is welcome: before that it hears nothing
-                    self.moves.not_listed(lease, known_recall, now, unsure=unsure)
+                    self.transit.not_listed(lease, known_recall, now, unsure=unsure)
                 continue
             # What has come in the lane was spoken of before: else it is missing.
             known = (
@@ -309,7 +309,7 @@ class Leases:
                 continue
             if lease.live is not None:
                 continue  # given by it: the desk's line loses nothing
-            if lease.token.epoch != self._epoch and self.moves.may_have_moved(
+            if lease.token.epoch != self._epoch and self.transit.may_have_moved(
                 lease, session, now + self._ttl_s
             ):
                 continue

@@ -39,6 +39,7 @@ from sharedpool.broker.core.report import lease_lines, report
 from sharedpool.broker.core.routes import Routes, sessions_not_kept_text
 from sharedpool.broker.core.scheduler import Scheduler
 from sharedpool.broker.core.sessions import Sessions, Terms
+from sharedpool.broker.core.shelves import Shelves
 from sharedpool.broker.core.snapshot import Snapshot, take_snapshot
 from sharedpool.wire.admin import Done, Order
 from sharedpool.wire.board import Board
@@ -131,16 +132,13 @@ class Ledger:
             journal_complete=journal_complete,
             routes=routes,
         )
-        self._handover = Handover(context, self._scheduler, self._leases)
+        shelves = Shelves(context, expiration_s)
+        self._handover = Handover(context, self._scheduler, self._leases, shelves)
         self._scheduler.handover = self._leases.handover = self._handover
         self._moves = Moves(
-            context,
-            self._scheduler,
-            self._leases,
-            expiration_s=expiration_s,
-            remembers=journal_complete,
+            context, self._scheduler, self._leases, shelves, remembers=journal_complete
         )
-        self._sessions.moves = self._leases.moves = self._handover.moves = self._moves
+        self._sessions.moves, self._leases.transit = self._moves, self._moves.transit
         self._failover = Failover(context)
         self._admin = Admin(context, self._scheduler, self._leases, self._failover.begin_generation)
         self._admin.configure(max_conn, groups or {}, limits or {})

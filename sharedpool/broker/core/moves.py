@@ -1,482 +1,141 @@
-"""Connections that move past the broker: the lane's side of the ledger. Pure: no I/O, no clock.
+"""Decide when connections move from worker to worker without the broker. Pure: no I/O, no clock.
 
-While many want a pool's connections, and there is nothing for the broker to do but to pass them on, it lets them *move*
-from worker to worker without it (`sharedpool/lane/lane.py`), and reads on the pool's board who holds which lease. As
-soon as there is something else (a slot is free, a connection lies idle in a process, an operator wants something,
-another pool shares the limit) it halts that: who waits asks the broker again, and what lies on the shelf is the
-broker's to pass on.
-
-A lease that has moved is *unspoken* of until its new holder lists it. If that one does not, asked for it, the lease was
-lost on its way (its giver or its receiver has died, or was stopped), and is fenced.
+While many threads want a pool's connections, and passing them on is all that the broker has to do,
+it lets them *move* past it (`sharedpool/lane/lane.py`) and reads on the pool's board who holds each
+lease (`in_transit.py`). As soon as there is something else to do it halts the moves: a slot is
+free, a connection is idle in a process, an operator gives an order, or another pool shares the
+limit. Then the waiting threads ask the broker again, and it passes on what is on the shelf.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections import deque
 from collections.abc import Iterable
 
-from sharedpool.broker.core.commands import (
-    CloseLane,
-    Dismiss,
-    GiveInLane,
-    HaltMoves,
-    InviteToLane,
-    JoinQueue,
-    Member,
-    OpenLane,
-    StartMoves,
-)
+from sharedpool.broker.core.commands import HaltMoves, JoinQueue, Member, StartMoves
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.former_lanes import FormerLanes
-from sharedpool.broker.core.leases import LONGEST_MS, Leases
-from sharedpool.broker.core.records import (
-    FENCING,
-    FREE,
-    OPEN,
-    SUSPECT,
-    Lane,
-    Lease,
-    Pool,
-    Session,
-    Waiter,
-)
+from sharedpool.broker.core.in_transit import InTransit
+from sharedpool.broker.core.lane_members import LaneMembers
+from sharedpool.broker.core.leases import Leases
+from sharedpool.broker.core.records import FENCING, OPEN, SUSPECT, Lane, Lease, Pool, Session
 from sharedpool.broker.core.scheduler import Scheduler
-from sharedpool.wire.board import (
-    BROKER_PLACE,
-    BROKER_REQUEST,
-    CELLS,
-    MOVES,
-    PLACES,
-    SESSIONS,
-    SHELF,
-    Board,
-)
-from sharedpool.wire.desk import Live, Moved
-from sharedpool.wire.messages import LeaseReport, Phase, Release, Token
+from sharedpool.broker.core.shelves import Shelves, on_shelf
+from sharedpool.wire.board import BROKER_PLACE, BROKER_REQUEST, Board
+from sharedpool.wire.desk import Moved
 
-# Connections move past the broker for so long after somebody has last asked for one.
+# Moves go on for so long after the last request.
 _QUIET_S = 1.0
-# A receiver has so long to take in what was passed to it, and to speak of it when it is asked.
-ARRIVAL_S = 0.25
-_FEWEST_CELLS = 64
 LOST_WITH_THE_BROKER = "nobody has it since the former broker's end"
 
 
 class Moves:
-    """The lanes of all pools."""
+    """The lanes of all pools: when connections move, and what happens to those who take part."""
 
     def __init__(
         self,
         context: Context,
         scheduler: Scheduler,
         leases: Leases,
+        shelves: Shelves,
         *,
-        expiration_s: float,
         remembers: bool,
     ) -> None:
+        """`remembers`: the journal names every session that was let into a former broker's lane."""
         self._slots = context.slots
-        self._scheduler = scheduler
-        self._leases = leases
         self._emit = context.emit
         self._arm = context.timers.arm
-        self._expiration_s = expiration_s
-        self._pools: dict[str, Pool] = {}  # that have a lane
-        self._shelves: dict[str, Pool] = {}  # that have a shelf session
-        self._requested: dict[
-            str, int
-        ] = {}  # by the name of the pool for which it is to be made: the order's number
-        self._lane_requests = 0
+        self._scheduler = scheduler
+        self._leases = leases
+        self._shelves = shelves
         self._former = FormerLanes(context, scheduler.send_recall, complete=remembers)
+        self._members = LaneMembers(context, self._former)
+        self.transit = InTransit(context, scheduler, leases, self._members, shelves, self._former)
+        # `sync` runs with every message: a method that only passes the call on would be felt.
+        self.sync = self.transit.sync
+        self.closed_in_transit = self.transit.closed_in_transit
+        self.answered = self._former.session_answered
 
-    # --- lanes
-
-    def _request_lane(self, pool: Pool, now: float) -> None:
-        """Have a lane made for a pool in which somebody waits, if connections can be passed on there.
-
-        That is known once one is open. A worker keeps descriptors of a lane for as long as it lives.
-        """
-        if pool.hands_over and pool.movable and pool.name not in self._requested:
-            self._lane_requests += 1
-            self._requested[pool.name] = self._lane_requests
-            pool.opens_by = now + ARRIVAL_S
-            self._arm(pool.opens_by, _no_longer_awaited, pool)
-            self._emit(OpenLane(pool.name, self._lane_requests))
+    # --- sessions and pools
 
     def opened(self, pool_name: str, serial: int, board: Board, now: float) -> None:
-        """Take in a pool's lane, and let its workers in; unless it was ordered for a pool that is over."""
-        if self._requested.get(pool_name) != serial:
-            if pool_name not in self._requested and pool_name not in self._pools:
-                self._emit(CloseLane(pool_name))
-            return
-        del self._requested[pool_name]
-        pool = self._slots.pools[pool_name]
-        cells = min(CELLS, max(_FEWEST_CELLS, 2 * pool.max_conn))
-        pool.lane = Lane(board, deque(range(cells)), cells)
-        self._pools[pool.name] = pool
-        for session in list(pool.sessions.values()):
-            self._let_in(session, now)
+        """Use a pool's new lane, and let its workers in."""
+        self._members.opened(pool_name, serial, board, now)
 
     def session_registered(self, session: Session, now: float) -> None:
-        """Ask a session for what is on its way to it, and let it in if it can hand connections over."""
-        for lease in session.leases.values():
-            if lease.unconfirmed and lease.state is not FENCING:
-                self._ask_holder(lease, now)
+        """Ask a session for what is on its way to it, and let it into its pool's lane."""
+        self.transit.session_registered(session, now)
         self._former.registered(session, now)
-        self._let_in(session, now)
-
-    def _let_in(self, session: Session, now: float) -> None:
-        session.pool.hands_over |= session.hands_over
-        lane = session.pool.lane
-        if lane is None or session.shelf or session.ended or session.number:
-            return
-        lane.outside[session.id] = session
-        if not session.hands_over or len(lane.indices) == SESSIONS - 1:
-            return
-        lane.newest += 1
-        session.number = lane.newest
-        session.index = next(index for index in range(SESSIONS) if index not in lane.indices)
-        lane.indices.add(session.index)
-        lane.board.clear_session(session.index)
-        lane.members[session.number] = session
-        session.joins_by = now + ARRIVAL_S
-        self._arm(session.joins_by, _no_longer_awaited, session.pool)
-        self._former.admit(session)
-        self._emit(InviteToLane(session.pool.name, session.id, session.number, session.index))
+        self._members.let_in(session, now)
 
     def joined(self, session: Session, *, takes_part: bool) -> None:
-        """Take in that a session uses the lane, or will not: nothing is kept for it any longer."""
-        if not takes_part:
-            session.joins_by = -math.inf
-        elif session.number and session.pool.lane is not None:
-            session.joined = True
-            session.pool.lane.outside.pop(session.id, None)
-
-    @staticmethod
-    def reaches(waiter: Waiter) -> bool:
-        """Say whether a connection can be sent to a waiter."""
-        return (
-            waiter.lane_place >= 0
-            and waiter.session.joined
-            and waiter.lane_place // PLACES == waiter.session.index
-        )
-
-    @staticmethod
-    def may_reach(waiter: Waiter, pool: Pool, now: float) -> bool:
-        """Say whether that may be possible in a moment, with one of this pool: it is being let into the lane."""
-        session = waiter.session
-        if session.pool is not pool or waiter.lane_place >= 0 or not session.hands_over:
-            return False
-        return now < (pool.opens_by if pool.lane is None else session.joins_by)
+        """Handle a session's answer to its invitation into the lane."""
+        self._members.joined(session, takes_part=takes_part)
 
     def session_ended(self, session: Session) -> None:
-        """Take in that a session is over: nobody waits there any more."""
+        """Take an ended session out of its lanes."""
         self._former.gone(session.id)
-        lane = session.pool.lane
-        if lane is None or session.shelf:
-            return
-        lane.outside.pop(session.id, None)
-        if session.number:
-            lane.board.clear_session(session.index)
-            lane.indices.discard(session.index)
-            del lane.members[session.number]
-            self._emit(Dismiss(session.id))
-            session.number, session.index, session.joined, session.joins_by = (
-                0,
-                -1,
-                False,
-                -math.inf,
-            )
-
-    def pool_discarded(self, pool: Pool) -> None:
-        """Take in that nobody uses a pool any more."""
-        self._requested.pop(pool.name, None)
-        self._shelves.pop(pool.name, None)
-        self._former.discarded(pool)
-        if self._pools.pop(pool.name, None) is not None:
-            pool.lane = None
-            self._emit(CloseLane(pool.name))
-
-    def _shelf(self, pool: Pool) -> Session:
-        """Return the session for which is counted what is in nobody's hands."""
-        if pool.shelf is None:
-            expiration_s = min(self._expiration_s, min(pool.spec.expiration_ms, LONGEST_MS) / 1000)
-            shelf = Session(
-                b"shelf:" + pool.name.encode(), 0, "", "", pool, expiration_s, 0.0, shelf=True
-            )
-            self._slots.sessions[shelf.id] = pool.sessions[shelf.id] = pool.shelf = shelf
-            self._shelves[pool.name] = pool
-        return pool.shelf
-
-    # --- what the board says
-
-    def sync(self, now: float) -> None:
-        """Bring the books in line with the boards. Costs a comparison where nothing has moved."""
-        for pool in self._pools.values():
-            lane = pool.lane
-            assert lane is not None
-            if lane.used and (seen := lane.board.snapshot(lane.cells)) != lane.last_snapshot:
-                lane.last_snapshot = seen
-                for lease in list(pool.leases.values()):
-                    if lease.cell >= 0:
-                        self._follow(lane, lease, now)
-
-    def _follow(self, lane: Lane, lease: Lease, now: float) -> None:
-        holder, moves = lane.board.holding(lease.cell)
-        if moves == lease.moves:
-            return
-        lease.pool.handovers += (moves - lease.moves) % MOVES
-        lease.moves = moves
-        session = self._shelf(lease.pool) if holder == SHELF else lane.members.get(holder)
-        if session is None:  # one that is over; or somebody has written nonsense
-            session = self._shelf(lease.pool)
-            self._arm(
-                now + ARRIVAL_S, self.receiver_due, lease
-            )  # its giver may be about to find out
-        self._slots.transfer(lease, session)
-        lease.unconfirmed, lease.unconfirmed_since, lease.confirm_recall = True, now, 0
-        # Whatever was said of it before: who gave it was alive, and who has got it may be stopped.
-        state = SUSPECT if session.suspect else OPEN
-        if lease.state is not state:
-            self._slots.move(lease, state, "moved")
-        if state is OPEN:
-            self._leases.note(lease, Phase.IDLE if session.shelf else Phase.IN_USE, now, "")
-        if session.shelf:
-            lease.pool.idle.pop(lease.token, None)
-            if not lane.moving:  # who has laid it there may have been stopped before he did
-                self._arm(now + ARRIVAL_S, self.arrival_due, lease)
-
-    # --- what workers say
-
-    def claims(self, session: Session, report: LeaseReport) -> Lease | None:
-        """Return the lease that a session rightly says to hold, though the books say that another does.
-
-        That is one of a former broker's lane: how often it has moved tells who had it last.
-        """
-        lease = self._slots.leases.get(report.token)
-        if (
-            lease is None
-            or lease.pool is not session.pool
-            or lease.cell >= 0
-            or lease.state is FENCING
-        ):
-            return None
-        newer = (
-            0 < (report.moves - lease.moves) % MOVES < MOVES // 2
-        )  # the number begins anew after weeks
-        if lease.moves < 0 or not newer or report.backend != lease.backend:
-            return None
-        self._slots.transfer(lease, session)
-        lease.moves = report.moves
-        return lease
-
-    def closed_in_transit(self, session: Session, release: Release) -> Lease | None:
-        """Return the lease that a session has closed, though by the books it is in nobody's hands.
-
-        Whoever gives a lease back had its connection, and closed it: no other can have it by then.
-        """
-        lease = self._slots.leases.get(release.token)
-        if lease is None or lease.pool is not session.pool or lease.live is not None:
-            return None
-        if not (
-            lease.session.shelf or lease.session.restored
-        ):  # whom a former broker knew to have it, perhaps
-            return None
-        return lease if lease.backend is not None and lease.backend == release.backend else None
-
-    def has_moved_on(self, token: Token) -> bool:
-        """Say whether a lease that a session says to hold is another's by now: it was said before."""
-        lease = self._slots.leases.get(token)
-        return lease is not None and lease.moves >= 0 and lease.state is not FENCING
-
-    def not_listed(self, lease: Lease, known_recall: int, now: float, *, unsure: bool) -> None:
-        """Take in that a lease's new holder does not list it, and knows recall number `known_recall`.
-
-        `unsure`: one of its threads may have it in its hands. Of many threads each may be held up for long.
-        """
-        if (
-            known_recall < lease.confirm_recall <= lease.session.answered
-        ):  # nobody expects that answer any more: it was lost
-            lease.confirm_recall = 0
-        if 0 < lease.confirm_recall <= known_recall:
-            if now - lease.unconfirmed_since >= ARRIVAL_S and not unsure:
-                self._leases.fence(lease, "it was passed on and has not arrived", now)
-                return
-            lease.confirm_recall = (
-                -1
-            )  # not asked again before: two such leases would have a session answer all the time
-            self._arm(
-                max(lease.unconfirmed_since, now if unsure else 0.0) + ARRIVAL_S,
-                self.arrival_due,
-                lease,
-            )
-        elif not lease.confirm_recall:
-            self._ask_holder(lease, now)
-
-    def _ask_holder(self, lease: Lease, now: float) -> None:
-        if not lease.session.silent:
-            self._scheduler.send_recall(lease.session, now)
-            lease.confirm_recall = lease.session.asked
-
-    def arrival_due(self, lease: Lease, now: float) -> None:
-        """Ask once more for what has not arrived; of what lies on no shelf there is nobody to ask."""
-        if not lease.unconfirmed or lease.state in (FENCING, FREE):
-            return
-        if lease.session.shelf:
-            if (
-                lease.live is None
-                and not lease.pool.moving
-                and now - lease.unconfirmed_since >= ARRIVAL_S
-            ):
-                self._leases.fence(lease, "it is on nobody's shelf", now)
-        elif lease.confirm_recall <= 0:
-            lease.confirm_recall = 0
-            self._ask_holder(lease, now)
-
-    def receiver_due(self, lease: Lease, now: float) -> None:
-        """End what was passed on to a worker that is gone, and has not been passed on to another since."""
-        lane = lease.pool.lane
-        if lane is None or lease.cell < 0:
-            return
-        holder = lane.board.holding(lease.cell).holder
-        if holder != SHELF and holder not in lane.members:
-            self._leases.fence(lease, "it was passed on to a worker that is gone", now)
+        self._members.session_ended(session)
 
     def check_unconfirmed(self, pool: Pool, now: float) -> None:
-        """Find out about all that nobody has spoken of since it has moved: it may never have been sent."""
-        unspoken = [
-            lease for lease in pool.leases.values() if lease.unconfirmed and lease.live is None
-        ]
-        for lease in unspoken:
-            if lease.session.shelf:
-                lease.unconfirmed_since = now
-                self._arm(now + ARRIVAL_S, self.arrival_due, lease)
-            elif not lease.confirm_recall:
-                self._ask_holder(lease, now)
-        if pool.moving and any(lease.session.shelf for lease in unspoken):
-            self.halt_moves(pool, now)  # what really lies there is told by that
+        """Ask for all leases of a pool that have moved: a session that has ended may not have sent them."""
+        if self.transit.ask_for_unconfirmed(pool, now) and pool.moving:
+            self.halt_moves(pool, now)
 
-    def may_have_moved(self, lease: Lease, session: Session, spared_until: float) -> bool:
-        """Take in that a lease of a former broker's is not held by whom its journal names; say whether it may have
-        moved on since: then somebody else will claim it.
-        """
-        if lease.moves < 0 or lease.cell >= 0 or self._former.has_all_of(session.pool):
-            return False
-        shelf = self._shelf(session.pool)
-        shelf.spared_until = max(shelf.spared_until, spared_until)
-        if lease.state is not SUSPECT:  # it was there when its holder said HELLO
-            self._slots.move(lease, SUSPECT, "it may have moved on")
-        self._slots.transfer(lease, shelf)
-        return True
-
-    # --- a former broker's lanes
+    def pool_discarded(self, pool: Pool) -> None:
+        """Forget a pool that no worker uses any more."""
+        self._shelves.pool_discarded(pool)
+        self._former.discarded(pool)
+        self._members.pool_discarded(pool)
 
     def restore(self, members: Iterable[Member]) -> None:
-        """Take over who was let into a former broker's lanes."""
+        """Restore who was let into a former broker's lanes."""
         self._former.restore(members, self._slots.find)
 
-    def answered(self, session: Session, serial: int, now: float, *, unsure: bool) -> None:
-        """Take in that a session has listed what it holds, knowing recall `serial`; `unsure`: there may be more."""
-        if not session.pool.former:
-            return
-        if unsure:
-            if 0 < session.pool.former.get(session.id, 0) <= serial:
-                self._arm(now + ARRIVAL_S, self.former_due, session)
-        else:
-            self._former.answered(session, serial)
-
-    def former_due(self, session: Session, now: float) -> None:
-        """Ask once more a session that was not sure what it holds."""
-        if not session.silent:
-            self._former.registered(session, now)
-
     def former_gone(self, session_id: bytes) -> None:
-        """Take in that a member's process is over, which has not been heard of since."""
+        """Handle the end of a former lane's member that has not registered at this broker."""
         self._former.gone(session_id)
 
-    def _end_wandering(self, pool: Pool, now: float) -> None:
-        """End what no member of a former broker's lane has listed, now that nobody else can have it."""
-        for lease in [] if pool.shelf is None else list(pool.shelf.leases.values()):
-            if lease.state is SUSPECT and lease.cell < 0:
-                self._leases.fence(lease, LOST_WITH_THE_BROKER, now)
-
-    # --- moving
+    # --- when connections move
 
     def update_modes(self, now: float) -> bool:
-        """Let connections move, or halt them, as things are now; return whether any were halted."""
-        halted = False
+        """Start or halt the moves of each pool, as things are now; return True if any were halted."""
         while self._former.complete_pools:
-            self._end_wandering(self._former.complete_pools.pop(), now)
+            self._fence_unclaimed(self._former.complete_pools.pop(), now)
         for pool in self._slots.contended.values():
             if pool.lane is None:
-                self._request_lane(pool, now)
-        for pool in list(self._shelves.values()):
-            if all(
-                session.ended or session.shelf for session in pool.sessions.values()
-            ) and self._is_over(pool, now):
-                self._end_all(pool, now)
-        for pool in list(self._pools.values()):
-            lane = pool.lane
-            assert lane is not None
-            if lane.moving:
-                if not self._may_move(pool):
-                    self.halt_moves(pool, now)
-                    halted = True
-                    continue
-                if pool.idle:
-                    self._scheduler.recall_all_idle(pool, now)
-                lane.board.generation = pool.generation
-                self._join_queue(lane, pool)
-                self._enter(lane, pool)
-            elif (
-                pool.name in self._slots.contended
-                and self._may_move(pool)
-                and self._is_exhausted(pool)
-            ):
+                self._members.request_lane(pool, now)
+        for pool in self._shelves.pools():
+            if self._is_over(pool, now):
+                self._clear_shelf(pool, now)
+        halted = False
+        for pool in list(self._members.pools.values()):
+            if pool.moving and not self._may_move(pool):
+                self.halt_moves(pool, now)
+                halted = True
+            elif pool.moving:
+                self._go_on(pool, now)
+            elif self._may_start(pool):
                 self._start_moves(pool, now)
         return halted
 
-    @staticmethod
-    def _is_over(pool: Pool, now: float) -> bool:
-        """Say whether nobody is to come any more who was in a former broker's lane."""
-        return not pool.former or pool.shelf is None or now >= pool.shelf.spared_until
-
-    def _end_all(self, pool: Pool, now: float) -> None:
-        """End what lies on the shelf of a pool whose last worker has left."""
-        if pool.moving:
-            self.halt_moves(pool, now)
-        assert pool.shelf is not None
-        for lease in [x for x in pool.shelf.leases.values() if x.state is not FENCING]:
-            lease.live = None
-            pool.parked.pop(lease.token, None)
-            self._leases.fence(lease, "nobody uses its pool any more", now, level=logging.DEBUG)
-
-    @staticmethod
-    def _is_exhausted(pool: Pool) -> bool:
-        """Say whether nothing lies idle, everybody was asked for it, and nothing is on the shelf by the books which
-        has not been found there since the last halt.
-        """
-        if pool.idle or pool.not_asked_to_return:
-            return False
-        return pool.shelf is None or not any(
-            lease.state is OPEN for lease in pool.shelf.leases.values()
-        )
-
     def _may_move(self, pool: Pool) -> bool:
-        """Say whether there is nothing for the broker to do but to pass connections on."""
+        """Return True if the broker has nothing to do for a pool but to pass connections on."""
         scheduler, slots, lane = self._scheduler, self._slots, pool.lane
-        if (
-            lane is None
-            or pool.cancel_works is not True
-            or scheduler.holding_back
-            or scheduler.draining
-        ):
+        # 1. The lane is there, a query on a moved connection can be cancelled, and slots are granted.
+        if lane is None or pool.cancel_works is not True:
             return False
+        if scheduler.holding_back or scheduler.draining:
+            return False
+        # 2. Nobody but the pool's own waiters decides who is next.
         if pool.paused or pool.name in slots.shrinking or slots.groups or pool.spec.max_waiting:
             return False
-        if len(pool.leases) > lane.cells or (slots.max_conn is not None and len(slots.pools) > 1):
+        if slots.max_conn is not None and len(slots.pools) > 1:
             return False
+        # 3. The board has a cell for every lease.
+        if len(pool.leases) > lane.cells:
+            return False
+        # 4. No slot is to be granted, watched or freed.
         if (
             pool.room > 0
             or pool.parked
@@ -485,75 +144,78 @@ class Moves:
             or pool.unsuitable
         ):
             return False
+        # 5. No worker outside the lane holds a lease: it could neither give nor be asked there.
         return not any(session.leases for session in lane.outside.values())
+
+    def _may_start(self, pool: Pool) -> bool:
+        """Return True if requests wait in a pool for connections that nothing but moves can bring."""
+        if pool.name not in self._slots.contended:
+            return False
+        return self._may_move(pool) and self._is_exhausted(pool)
+
+    @staticmethod
+    def _is_exhausted(pool: Pool) -> bool:
+        """Return True if nothing is idle, in the workers or on the shelf, as far as the broker knows.
+
+        A lease that is on the shelf by the records was either found there since the last halt, or
+        is still to be looked for.
+        """
+        if pool.idle or pool.not_asked_to_return:
+            return False
+        return pool.shelf is None or not any(
+            lease.state is OPEN for lease in pool.shelf.leases.values()
+        )
 
     def _start_moves(self, pool: Pool, now: float) -> None:
         lane = pool.lane
         assert lane is not None
         lane.moving = True
-        pool.shared_until = now  # what is asked for from now on is asked for by somebody who waits
-        self._enter(lane, pool)
+        pool.shared_until = now  # from here on a returned connection is wanted by a waiting thread
+        self._enter_leases(lane, pool)
         self._emit(StartMoves(pool.name))
         lane.requests, lane.board.generation = lane.board.requests, pool.generation
         lane.board.take_place(BROKER_PLACE, BROKER_REQUEST)
         lane.queued = 0
+        # Last: from here on workers read the rest of the board.
         lane.board.moving = True
         self._join_queue(lane, pool)
         if not lane.armed:
             lane.armed = True
             self._arm(now + _QUIET_S, self.quiet_due, pool)
 
-    def _join_queue(self, lane: Lane, pool: Pool) -> None:
-        """Wait in the lane for all who wait at the broker: so they have their turn among the others.
+    def _go_on(self, pool: Pool, now: float) -> None:
+        """Keep a lane up to date whose connections go on moving."""
+        lane = pool.lane
+        assert lane is not None
+        if pool.idle:
+            self._scheduler.recall_all_idle(pool, now)
+        lane.board.generation = pool.generation
+        self._join_queue(lane, pool)
+        self._enter_leases(lane, pool)
 
-        Those who do not want to wait are given what lies on the shelf.
+    def _join_queue(self, lane: Lane, pool: Pool) -> None:
+        """Queue in the lane for the requests that wait at the broker, so that they have their turn.
+
+        Requests that must not wait (`timeout=0`) are given what is on the shelf. The shelf is read
+        after the tickets are written: a connection may get there in between, and a request at the
+        broker has not looked there itself.
         """
         missing = max(0, len(pool.waiters) - len(pool.nowaits) - lane.queued)
-        # Who came to the broker has not looked at the shelf himself. It is looked at after the tickets are written: by
-        # the books nothing lies there yet, perhaps.
-        most_from_shelf = missing + min(len(pool.waiters), self.on_shelf(pool))
+        most_from_shelf = missing + min(len(pool.waiters), on_shelf(pool))
         if most_from_shelf:
             lane.queued += missing
             self._emit(JoinQueue(pool.name, missing, most_from_shelf))
 
-    @staticmethod
-    def on_shelf(pool: Pool) -> int:
-        """How many connections lie on a pool's shelf, by the books: as good as idle.
-
-        What was there by the books when the broker last found nothing is lost, or on its way.
-        """
-        if pool.shelf is None or pool.lane is None:
-            return 0
-        emptied = pool.lane.emptied_at
-        return sum(
-            x.state is OPEN and x.live is None and x.unconfirmed_since > emptied
-            for x in pool.shelf.leases.values()
-        )
-
-    @staticmethod
-    def shelf_empty(pool: Pool, now: float) -> None:
-        """Take in that nothing was left on a pool's shelf."""
-        if pool.lane is not None:
-            pool.lane.emptied_at = now
-
-    def _enter(self, lane: Lane, pool: Pool) -> None:
+    def _enter_leases(self, lane: Lane, pool: Pool) -> None:
         """Put all leases on the board that may move."""
         if lane.used == len(pool.leases):
             return
         for lease in pool.leases.values():
-            session = lease.session
-            fit = (
-                lease.state is OPEN
-                and lease.custody
-                and lease.backend is not None
-                and not lease.cancels
-            )
-            fit = fit and min(lease.token) > 0  # a worker may have said it: anything
-            if fit and lease.cell < 0 and session.joined and lease.live is None and lane.free:
+            if lane.free and lease.cell < 0 and _can_move(lease):
                 self._slots.enter_on_board(lease)
 
     def halt_moves(self, pool: Pool, now: float) -> None:
-        """Pass connections on by the broker again."""
+        """Have the broker pass connections on again."""
         lane = pool.lane
         assert lane is not None
         lane.moving = lane.board.moving = False
@@ -561,61 +223,79 @@ class Moves:
         self._emit(HaltMoves(pool.name))
         for lease in pool.leases.values():
             if lease.session.shelf and lease.live is None:
-                lease.unconfirmed_since = now
-                self._arm(now + ARRIVAL_S, self.arrival_due, lease)
+                self.transit.await_arrival(lease, now)
 
     def quiet_due(self, pool: Pool, now: float) -> None:
-        """Halt where nobody has asked for a while."""
+        """Halt the moves if no thread has asked for a while, or if a connection is forgotten.
+
+        A connection that has been on the shelf for two rounds although threads have asked: a ticket
+        was taken by a process that died with it.
+        """
         if (lane := pool.lane) is None:
-            return  # nobody uses the pool any more
+            return  # no worker uses the pool any more
         lane.armed = False
         if not lane.moving:
             return
-        asked, lane.requests = lane.requests, lane.board.requests
-        if asked == lane.requests and not pool.waiters:
+        before, lane.requests = lane.requests, lane.board.requests
+        if before == lane.requests and not pool.waiters:
             self.halt_moves(pool, now)
             return
-        lane.queued = 0  # who was to serve a ticket may have died with it
-        lain = [
-            x
-            for x in pool.leases.values()
-            if x.session.shelf and now - x.unconfirmed_since > 2 * _QUIET_S
-        ]
-        if lain:  # others have asked meanwhile, and were not given it
+        lane.queued = 0  # the broker's own tickets may be lost in the same way
+        if any(
+            lease.session.shelf and now - lease.unconfirmed_since > 2 * _QUIET_S
+            for lease in pool.leases.values()
+        ):
             self.halt_moves(pool, now)
         lane.armed = True
         self._arm(now + _QUIET_S, self.quiet_due, pool)
 
-    # --- the broker gives, and is given
-
-    def give(self, lease: Lease, live: Live, now: float) -> None:
-        """Give in the lane what was given to the broker, for which nobody waits at the broker."""
-        lane = lease.pool.lane
-        assert lane is not None
-        self._slots.transfer(lease, self._shelf(lease.pool))
-        lease.unconfirmed, lease.unconfirmed_since = True, now
-        if lease.cell < 0:
-            self._slots.enter_on_board(lease)
-        self._emit(GiveInLane(lease.pool.name, lease.token, lease.cell, live))
-
-    def received(self, pool: Pool) -> None:
-        """Take in that the broker was given something in the lane."""
+    @staticmethod
+    def received(pool: Pool) -> None:
+        """Record that the broker was given a connection in the lane: one of its tickets is used."""
         if pool.lane is not None and pool.lane.queued:
             pool.lane.queued -= 1
 
     def found_on_shelf(self, pool: Pool, moved: Moved) -> Lease | None:
-        """Take in what lay on a shelf; return its lease if it is to be passed on."""
-        lease = pool.leases.get(moved.token)
-        if (
-            lease is None
-            or lease.state is not OPEN
-            or not lease.session.shelf
-            or lease.live is not None
-        ):
-            return None
-        lease.unconfirmed = False
-        return lease
+        """Return the lease of a connection found on the shelf, None if it must not be passed on."""
+        return self._shelves.found(pool, moved)
+
+    def shelf_empty(self, pool: Pool, now: float) -> None:
+        """Record that the broker has found nothing more on a pool's shelf."""
+        self._shelves.emptied(pool, now)
+
+    # --- leases that nobody has
+
+    def _fence_unclaimed(self, pool: Pool, now: float) -> None:
+        """Fence what no member of a former broker's lane has listed: all of them have answered."""
+        for lease in [] if pool.shelf is None else list(pool.shelf.leases.values()):
+            if lease.state is SUSPECT and lease.cell < 0:
+                self._leases.fence(lease, LOST_WITH_THE_BROKER, now)
+
+    @staticmethod
+    def _is_over(pool: Pool, now: float) -> bool:
+        """Return True if a pool with a shelf has no worker left, and none is to come.
+
+        Members of a former broker's lane have their time to register before that.
+        """
+        if not all(session.ended or session.shelf for session in pool.sessions.values()):
+            return False
+        return not pool.former or pool.shelf is None or now >= pool.shelf.spared_until
+
+    def _clear_shelf(self, pool: Pool, now: float) -> None:
+        """Fence what is on the shelf of a pool whose last worker has left."""
+        if pool.moving:
+            self.halt_moves(pool, now)
+        assert pool.shelf is not None
+        for lease in [x for x in pool.shelf.leases.values() if x.state is not FENCING]:
+            lease.live = None
+            pool.parked.pop(lease.token, None)
+            self._leases.fence(lease, "nobody uses its pool any more", now, level=logging.DEBUG)
 
 
-def _no_longer_awaited(pool: Pool, now: float) -> None:
-    """Do nothing: the alarm has the scheduler look again, as nobody waits for the lane any longer."""
+def _can_move(lease: Lease) -> bool:
+    """Return True if a lease is open and its connection can be sent to another worker."""
+    if lease.state is not OPEN or not lease.session.joined or lease.live is not None:
+        return False
+    if not lease.custody or lease.backend is None or lease.cancels:
+        return False
+    return min(lease.token) > 0  # a worker may have claimed any token; the board holds only these

@@ -255,7 +255,7 @@ class Sessions:
             if (
                 was_in_lane
                 and not current
-                and self.leases.moves.may_have_moved(lease, session, now + self._terms.ttl_s)
+                and self.leases.transit.may_have_moved(lease, session, now + self._terms.ttl_s)
             ):
                 continue
             unused = unused_above is not None and current and lease.token > unused_above
