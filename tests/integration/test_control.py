@@ -14,6 +14,7 @@ from psycopg2.extensions import connection, make_dsn
 
 from sharedpool.broker.core.commands import Command, Fence
 from sharedpool.broker.postgres.control import Control
+from sharedpool.broker.postgres.control_connection import ControlConnection
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.messages import Backend, Token
 from tests.support.refusing_server import RefusingServer
@@ -123,6 +124,10 @@ def test_one_that_may_not_be_ended_keeps_no_other_alive(
     plain.close()
 
 
+def unconnected(dsn: str) -> ControlConnection:
+    return ControlConnection(dsn, None, lambda _: None, (), None, maintenance=False)
+
+
 @pytest.mark.parametrize(
     ("encoding", "text"), [("utf-8", "слишком много клиентов"), ("latin-1", "für »app« verboten")]
 )
@@ -130,10 +135,10 @@ def test_a_refusal_passes_a_barrier_in_every_language(encoding: str, text: str) 
     with RefusingServer(
         "start", "53300", text, "ВАЖНО" if encoding == "utf-8" else "FATAL", encoding
     ) as server:
-        Control(server.dsn, None, "0badcafe", lambda _: None)._pass_barrier()
+        unconnected(server.dsn).pass_barrier()
         assert server.connects == 1
 
 
 def test_a_server_that_hangs_up_without_a_word_has_accepted_nobody() -> None:
     with RefusingServer("hangs up") as server, pytest.raises(psycopg2.OperationalError):
-        Control(server.dsn, None, "0badcafe", lambda _: None)._pass_barrier()
+        unconnected(server.dsn).pass_barrier()

@@ -214,19 +214,19 @@ def test_the_broker_sees_every_server_that_its_workers_have_been_on(
         pool = sharedpool.config_pool(dsn=database.dsn, broker=address, name="met")
         try:
             pool.put_conn(pool.get_conn(timeout=10), close=True)
-            wait_until(lambda: broker._control.state == "connected", what="the control connection")
+            control = broker._control.connection
+            assert control is not None
+            wait_until(lambda: control.state == "connected", what="the control connection")
             # By itself it would not look for long.
             monkeypatch.setattr("sharedpool.broker.postgres.control._FIRST_RECONNECT_S", 3600.0)
             monkeypatch.setattr("sharedpool.broker.postgres.control._LAST_RECONNECT_S", 3600.0)
-            first = broker._control._boot_us
+            first = control.boot_us
             database.restart("immediate")
             conn = pool.get_conn(timeout=10)
-            wait_until(
-                lambda: broker._control._boot_us != first, what="the broker to see the new server"
-            )
+            wait_until(lambda: control.boot_us != first, what="the broker to see the new server")
             (lease,) = pool._local.cache.leases.values()
             assert lease.backend is not None
-            assert lease.backend.boot_us == broker._control._boot_us
+            assert lease.backend.boot_us == control.boot_us
             pool.put_conn(conn)
         finally:
             with contextlib.suppress(sharedpool.PoolClosed):
