@@ -1,8 +1,16 @@
-"""How many connections a pool may have while the server refuses more. Pure: no I/O, no clock.
+"""How many connections a pool may have while connects fail. Pure: no I/O, no clock.
 
-When a connect fails for a reason that concerns everybody (the server is down, starts up, or is full), the pool may keep
-what it has and *probe*: one connect at a time, for the whole fleet, every half second or so. Each probe that succeeds
-allows the next one at once, until the limit is reached again.
+A connect may fail for a reason that concerns every worker: the server is down, starts up, or is
+full. Then the pool keeps what it has and *probes*: one connect at a time, for all its processes,
+about every 0.8 s. Each probe that succeeds allows the next one at once, until the limit is reached
+again.
+
+| state       | `ceiling` | `probe_allowed` | `probe`  | the pool may grow                  |
+|-------------|-----------|-----------------|----------|------------------------------------|
+| open        | None      | False           | None     | up to its limit                    |
+| holding     | a number  | False           | None     | up to the ceiling                  |
+| probe due   | a number  | True            | None     | by one                             |
+| probing     | a number  | False           | a token  | not at all, until the probe is over |
 """
 
 from __future__ import annotations
@@ -12,30 +20,33 @@ from dataclasses import dataclass
 
 from sharedpool.wire.messages import Token
 
-# At most two connects a second while they fail: the probe, and one in the place of a connection that has just gone.
+# While connects fail there are at most two a second: the probe, and one that replaces a connection
+# that was just lost.
 PROBE_EVERY_S = 0.7
 _JITTER = 0.3
-# The worker that probes may be frozen, or its connect unanswered.
+# A probe without an outcome is given up after so long: its worker may be stopped, or its connect
+# unanswered.
 PROBE_LIMIT_S = 2.0
 
 
 @dataclass(slots=True)
 class Backoff:
-    """One pool's. `ceiling` None: connects succeed, nothing is held back."""
+    """The state of one pool."""
 
-    random: Callable[[], float]  # from 0 to 1
-    ceiling: int | None = None
-    error: str = ""
-    code: str = ""  # the server's SQLSTATE, if it has answered
-    probe_at: float = 0.0
+    random: Callable[[], float]  # returns numbers from 0 to 1
+    ceiling: int | None = None  # how many leases there may be; None: as many as the limit
+    error: str = ""  # of the last failed connect
+    code: str = ""  # its SQLSTATE, if the server has answered
+    probe_at: float = 0.0  # when the next probe may be tried, or the one under way is given up
     probe_allowed: bool = False
     probe: Token | None = None
 
     def allowance(self, limit: int, leases: int, *, connecting: bool = False) -> int:
-        """Return how many leases there may be now, of `limit` at best, when there are `leases`.
+        """Return how many leases there may be now, at most `limit`, when there are `leases`.
 
-        A probe is one more than there are, whatever those do: a frozen worker's must not keep the others from trying.
-        It is alone (`connecting`: one that is no probe is being connected).
+        A probe is one more than there are, whatever their state is: the leases of a stopped worker
+        must not keep the others from trying. `connecting`: a connect that is no probe is under way.
+        The probe waits for it, as it could take the last place on a full server.
         """
         if self.ceiling is None:
             return limit
@@ -46,7 +57,7 @@ class Backoff:
         return min(limit, self.ceiling)
 
     def granted(self, token: Token, others: int, now: float) -> bool:
-        """Note a grant beside `others` leases; say whether it is a probe, not to be waited for after `probe_at`."""
+        """Record a grant beside `others` leases; return True if it is a probe, until `probe_at`."""
         if self.ceiling is None or others < self.ceiling:
             return False
         self.probe_allowed, self.probe = False, token
@@ -54,7 +65,7 @@ class Backoff:
         return True
 
     def failed(self, token: Token, connected: int, error: str, now: float, code: str = "") -> float:
-        """Note a failed connect while `connected` others are open; return when the next may be tried."""
+        """Record a failed connect beside `connected` others; return when the next may be tried."""
         self.ceiling, self.error, self.code = connected, error, code
         self.probe_allowed = False
         if token == self.probe:
@@ -63,12 +74,15 @@ class Backoff:
         return self.probe_at
 
     def elapsed(self, now: float) -> None:
-        """Allow the next probe, when its time has come or the last one takes too long."""
+        """Allow the next probe if it is time, or if the last one has taken too long."""
         if self.ceiling is not None and now >= self.probe_at:
             self.probe_allowed, self.probe = True, None
 
     def opened(self, token: Token, connected: int, limit: int) -> None:
-        """Note that a connect succeeded; `connected` are open now. The probe's success allows the next."""
+        """Record a successful connect, after which `connected` are open.
+
+        A probe's success allows the next probe, or ends the backoff once the limit is reached.
+        """
         if self.ceiling is None or token != self.probe:
             return
         self.ceiling, self.probe_allowed, self.probe = max(self.ceiling, connected), True, None
@@ -76,6 +90,6 @@ class Backoff:
             self.ceiling, self.error, self.code = None, "", ""
 
     def ended(self, token: Token) -> None:
-        """Note that a lease is over, or that its worker is silent: a probe without an outcome is not waited for."""
+        """Give up a probe whose lease is over, or whose worker is silent."""
         if token == self.probe:
             self.probe_allowed, self.probe = True, None

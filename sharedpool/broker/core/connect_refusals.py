@@ -1,11 +1,14 @@
-"""How often a worker may connect whom the server refuses. Pure: no I/O, no clock.
+"""How often a worker that the server refuses may try to connect. Pure: no I/O, no clock.
 
-A connect that fails for a reason of its worker's own (a wrong password) holds nobody else back. But who was refused may
-not try again at once, again and again: a *refusal* is what stands against a session until it has waited, and longer
-each time (not the first time: it may have been given a new password by then).
+A connect may fail for a reason of its worker's own, such as a wrong password. That holds no other
+worker back, but the refused one must not try again and again:
 
-Where many are refused for a reason of their role's or their database's, they take *turns*: one of them tries for all,
-and when it succeeds, all may. A session that was not refused itself never waits.
+1. Refused for the first time, it may try again at once: it may have a new password by then.
+2. Refused again for the same reason, it waits, and twice as long each time.
+3. Where many are refused for a reason of their role or their database, they take *turns*: one of
+   them tries for all, and when it succeeds, all may.
+
+A session that was not refused itself never waits.
 """
 
 from __future__ import annotations
@@ -17,33 +20,37 @@ RETRY_S = 0.7
 _LONGEST_S = 5.6
 _JITTER = 0.3
 
-# SQLSTATEs, or the classes of them, by which a server says of itself that it cannot let anybody in.
+# SQLSTATEs, and classes of them, with which a server refuses everybody: it is full, starts up or
+# shuts down.
 _NOBODY = ("53", "57P01", "57P02", "57P03", "58")
-# What a role or a database is refused for, whichever of its workers asks: no login, no such database, no right to it,
-# or none to connect.
+# SQLSTATEs that concern a role or a database, and so all of its workers: no login, no such database,
+# no right to it, no connections allowed.
 _SHARED = frozenset({"28000", "3D000", "42501", "55000", "57P04"})
 
 
 def concerns_all(code: str, *, unreachable: bool) -> bool:
-    """Say whether a connect that failed so would have failed in any worker. What is not known is the worker's own."""
+    """Return True if a connect that failed so would have failed in any worker.
+
+    An unknown reason counts as the worker's own.
+    """
     return unreachable or code.startswith(_NOBODY)
 
 
 @dataclass(slots=True, eq=False)
 class Turns:
-    """When the next of those who are refused alike may try. `over`: one of them was let in."""
+    """When the next of the sessions that are refused for one reason may try."""
 
     wait_s: float
     retry_at: float
-    refused_at: float = 0.0  # when one of them was last
-    over: bool = False
-    last: bytes = b""  # who tried last
-    others: bool = False  # somebody else has asked since
+    refused_at: float = 0.0  # when one of them was last refused
+    over: bool = False  # one of them has connected, so all may
+    last: bytes = b""  # the session that tried last
+    others: bool = False  # another session has asked since
 
 
 @dataclass(slots=True, eq=False)
 class Refusal:
-    """What stands against one session: the server's word, and when it may try again."""
+    """Why one session was refused, and when it may try again."""
 
     code: str
     error: str
@@ -52,15 +59,15 @@ class Refusal:
 
 @dataclass(slots=True, eq=False)
 class Refusals:
-    """One pool's. `random` returns numbers from 0 to 1."""
+    """The refusals of one pool."""
 
-    random: Callable[[], float] = lambda: 0.5
+    random: Callable[[], float] = lambda: 0.5  # returns numbers from 0 to 1
     shared: dict[str, Turns] = field(default_factory=dict)  # by SQLSTATE
 
     def failed(
         self, session: bytes, before: Refusal | None, code: str, error: str, now: float
     ) -> Refusal:
-        """Return what stands against a session that was refused now; `before`: what stood against it already."""
+        """Return the refusal of a session that was refused now; `before` is its former one."""
         again = before is not None and before.code == code and not before.turns.over
         if code in _SHARED:
             turns = self.shared.setdefault(code, Turns(RETRY_S, now))
@@ -74,9 +81,10 @@ class Refusals:
         return Refusal(code, error, turns)
 
     def blocked_until(self, session: bytes, refusal: Refusal | None, now: float) -> float | None:
-        """Return when a session that would connect may try, or None if it may now.
+        """Return when a session may try to connect, None if it may now.
 
-        Of those who take turns, who has tried last leaves the next turn to another that asks.
+        Among sessions that take turns, the one that tried last leaves the next turn to another that
+        has asked since.
         """
         if refusal is None or refusal.turns.over:
             return None
@@ -86,13 +94,13 @@ class Refusals:
         return free_at if now < free_at else None
 
     def note_try(self, session: bytes, refusal: Refusal | None, now: float) -> None:
-        """Note that a session may connect: if anything stands against it, this is its turn."""
+        """Record that a session tries to connect: if it was refused before, this is its turn."""
         if refusal is not None:
             turns = refusal.turns
             turns.last, turns.others, turns.retry_at = session, False, self._after(turns, now)
 
     def opened(self, refusal: Refusal) -> None:
-        """Note that one against whom this stood was let in: so may all be who were refused alike."""
+        """Record that a refused session has connected: all that were refused alike may try."""
         refusal.turns.over = True
         if self.shared.get(refusal.code) is refusal.turns:
             del self.shared[refusal.code]

@@ -1,4 +1,9 @@
-"""What workers find out about PostgreSQL itself: connects that fail, connections to a server that fails over."""
+"""What workers report about PostgreSQL itself: failed connects, and signs of a failover.
+
+A failed connect holds back either all workers of a pool (`backoff.py`) or only the one that was
+refused (`connect_refusals.py`). A failover begins a new *generation*: every older connection of the
+pool is replaced.
+"""
 
 from __future__ import annotations
 
@@ -10,33 +15,36 @@ from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.records import Lease, Pool, Session, SlotState
 from sharedpool.wire.messages import Confirm, FailoverSign, Release, Stale
 
-# SQLSTATEs that say of themselves that the server is another now, or read-only, or going down with everybody on it.
+# SQLSTATEs that prove a failover by themselves: the server is read-only, or shuts down.
 _CERTAIN = frozenset({"25006", "57P02", "57P03"})
-# The control connection, and the one that is made in its place while it is there.
+# The control connection, and a new one that replaces it while it is still open.
 _OF_THE_BROKER = 2
 
 
 class Failover:
     """One broker's view of its servers. The control connection, if there is one, settles doubtful signs."""
 
-    def __init__(
-        self,
-        context: Context,
-    ) -> None:
+    def __init__(self, context: Context) -> None:
         self._slots = context.slots
         self._emit = context.emit
         self._arm = context.timers.arm
         self._log = context.log
         self._has_control_connection = context.has_control_connection
-        self._role = ""
-        self._limit: int | None = None  # the role's own
-        self._compared = 0  # pools that it was compared with
-        self._was_told = False  # that it is too low
+        self._role = ""  # the control connection's
+        self._limit: int | None = None  # that role's CONNECTION LIMIT
+        self._compared = 0  # how many pools there were when the limit was last compared
+        self._has_warned = False  # that the limit is too low
 
     # --- connects
 
     def failed(self, session: Session, release: Release, now: float) -> None:
-        """Take in that a connection could not be opened: hold connects back, everybody's or only this session's."""
+        """Handle a failed connect: hold connects back, everybody's or only this session's.
+
+        1. The server refuses this worker (a wrong password): only this session waits.
+        2. This worker has found no server, but another one has connected since the connect began:
+           its host or route is to blame, so only this session waits.
+        3. Otherwise the pool keeps the connections that it has, and probes.
+        """
         pool = session.pool
         lease = pool.leases.get(release.token)
         if not concerns_all(release.code, unreachable=release.unreachable):
@@ -44,7 +52,6 @@ class Failover:
             return
         granted_at = None if lease is None or lease.state is not SlotState.GRANTED else lease.since
         if granted_at is not None and granted_at < pool.opened_at and pool.opener != session.id:
-            # Another has found the server meanwhile. What that says of itself counts all the same.
             session.is_elsewhere = session.is_elsewhere or release.unreachable
         if session.is_elsewhere and release.unreachable:
             self._refused(session, release, now)
@@ -65,13 +72,15 @@ class Failover:
         )
 
     def _refused(self, session: Session, release: Release, now: float) -> None:
-        """Hold one session's connects back: it is refused for a reason of its own, or of its role's."""
+        """Hold back one session's connects, which fail for a reason of its own or of its role."""
         before = session.refusal
         session.refusal = session.pool.refusals.failed(
             session.id, before, release.code, release.error, now
         )
         if before is None or before.code != release.code:
-            text = "pool %r: %s is refused%s and may only try now and then, until it is let in: %s"
+            text = (
+                "pool %r: %s is refused%s and may try only now and then, until it can connect: %s"
+            )
             code = f" ({release.code})" if release.code else ""
             self._log(
                 logging.WARNING, text, session.pool.name, session.label, code, release.error,
@@ -79,7 +88,7 @@ class Failover:
             )  # fmt: skip
 
     def opened(self, lease: Lease, confirm: Confirm, now: float) -> None:
-        """Allow more connects: one has succeeded."""
+        """Handle a successful connect: allow more."""
         pool, session = lease.pool, lease.session
         pool.opened_at, pool.opener = now, session.id
         session.is_elsewhere = False
@@ -92,25 +101,24 @@ class Failover:
                 pool.last_unreachable != session.id
                 and (blamed := pool.sessions.get(pool.last_unreachable)) is not None
             ):
-                blamed.is_elsewhere = (
-                    True  # it alone may not find the server; if it does, that is forgotten
-                )
+                # Perhaps that session alone finds no server. Its next success clears the flag.
+                blamed.is_elsewhere = True
             pool.last_unreachable = b""
 
     def probe_due(self, pool: Pool, now: float) -> None:
-        """Let one connect be tried."""
+        """Allow one connect."""
         pool.backoff.elapsed(now)
 
     def limited(self, role: str, limit: int | None) -> None:
-        """Note how many connections the control connection's role may have (`CONNECTION LIMIT`); None: any number."""
+        """Record the CONNECTION LIMIT of the control connection's role; None if it has none."""
         if (role, limit) != (self._role, self._limit):
-            self._role, self._limit, self._compared, self._was_told = role, limit, 0, False
+            self._role, self._limit, self._compared, self._has_warned = role, limit, 0, False
             self.compare()
 
     def compare(self) -> None:
-        """Warn where that is too few for the pools whose workers log in as the same role; once, whatever pools come."""
+        """Warn once if the limit is too low for the pools whose workers log in as the same role."""
         pools = self._slots.pools
-        if self._limit is None or self._was_told or self._compared == len(pools):
+        if self._limit is None or self._has_warned or self._compared == len(pools):
             return
         self._compared = len(pools)
         most = sum(
@@ -119,8 +127,8 @@ class Failover:
         most = most if self._slots.max_conn is None else min(most, self._slots.max_conn)
         if most and most + _OF_THE_BROKER > self._limit:
             text = (
-                "role %r may have %d connections (CONNECTION LIMIT), and %d are needed: max_conn %d, and %d of the"
-                " broker's own. What is beyond that will be refused: raise that limit, or lower max_conn"
+                "role %r may have %d connections (CONNECTION LIMIT), and %d are needed: max_conn %d, and %d"
+                " of the broker's own. PostgreSQL will refuse the rest: raise that limit, or lower max_conn"
             )
             needed = most + _OF_THE_BROKER
             self._log(
@@ -133,19 +141,19 @@ class Failover:
                 _OF_THE_BROKER,
                 reason="role limit",
             )
-            self._was_told = True
+            self._has_warned = True
 
     # --- generations
 
     def failover_sign(self, session: Session, trouble: FailoverSign) -> None:
-        """Take in a sign that the server fails over.
+        """Handle a sign that the server fails over.
 
-        A connection that was ended (57P01) or found dead may be just that one, ended by an administrator or by a fence:
-        where it can be asked, the server decides.
+        A connection that was ended (57P01) or found dead may be that one alone: an administrator or
+        a fence may have ended it. The control connection, if there is one, finds that out.
         """
         pool = session.pool
         if trouble.generation < pool.generation:
-            return  # old news
+            return  # the connection belonged to an older generation
         if trouble.code in _CERTAIN or not self._has_control_connection:
             self.begin_generation(pool, trouble.code or "a dead connection")
         elif pool.doubted < pool.generation:
@@ -153,7 +161,7 @@ class Failover:
             self._emit(VerifyServer(pool.name, pool.generation))
 
     def server_verified(self, name: str, generation: int, same: bool) -> None:
-        """Take in whether the server is still the one it was."""
+        """Handle the answer whether the server is still the one it was."""
         pool = self._slots.pools.get(name)
         if pool is None or pool.generation != generation:
             return
@@ -162,7 +170,7 @@ class Failover:
             self.begin_generation(pool, "the server was restarted or is unreachable")
 
     def begin_generation(self, pool: Pool, why: str) -> None:
-        """Begin a new generation: have every worker replace what is older."""
+        """Begin a new generation: have every worker replace its older connections."""
         pool.generation += 1
         text = "pool %r: generation %d: every older connection is replaced (%s)"
         self._log(

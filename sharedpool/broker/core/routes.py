@@ -1,10 +1,13 @@
-"""How workers reach the server, as their connections and the control connection have found out. Pure: no I/O, no clock.
+"""How connections reach the server: directly, by a proxy, or by a pooler. Pure: no I/O, no clock.
 
-Where nobody is in between (a *direct* connection), the end of a connection's socket is its backend's end. Of one whose
-worker has not said yet how it is, others of its pool tell. Behind a pooler that keeps sessions, a backend goes from one
-lease to another without an end. A pooler that does not keep them (two connections that are open at the same time have
-the same backend) makes a pool *unsuitable*: no session state would be what its user has set, and no backend is one
-lease's.
+Workers report it for each connection, and the control connection for its own.
+
+- *Direct*: the end of a connection's socket is its backend's end. A connection that its worker has
+  not described yet is judged by the others of its pool.
+- A *pooler that keeps sessions* gives a backend to one lease after another, without an end.
+- A *pooler that does not keep sessions* shows by two connections that have the same backend at the
+  same time. It makes a pool *unsuitable*: session state would be lost, and no backend belongs to
+  one lease.
 """
 
 from __future__ import annotations
@@ -16,60 +19,61 @@ from sharedpool.wire.messages import Backend
 
 
 def sessions_not_kept_text(sign: str) -> str:
-    """Return what is said of a pooler that does not keep sessions."""
+    """Return the error about a pooler that does not keep sessions; `sign` is what shows it."""
     return (
-        f"the server is reached through a pooler that does not keep sessions ({sign}; PgBouncer in transaction or"
-        " statement mode does so): connect to PostgreSQL itself, or to a pooler in session mode"
+        f"the server is reached through a pooler that does not keep sessions ({sign}; PgBouncer in"
+        " transaction or statement mode does so): connect to PostgreSQL itself, or to a pooler in"
+        " session mode"
     )
 
 
 @dataclass(slots=True)
 class _Twins:
-    """Two leases that seem to have one backend; the recall by which each is asked whether it is still open, 0: it is.
+    """Two leases that seem to have one backend.
 
-    The news that one of them is closed may be on its way.
+    The report that one of them is closed may be on its way, so both workers are asked.
     """
 
     leases: list[Lease]
-    asked: list[int]
+    asked: list[int]  # the recall that each worker is to answer; 0: it has, and its lease is open
 
 
 class Routes:
-    """One broker's. `server`: what the description of a pool's server contains if the control connection goes there
-    too, by the same address. `has_control_connection`: there is a control connection.
-    """
+    """What one broker knows about the routes of its pools."""
 
     def __init__(self, server: str, *, has_control_connection: bool) -> None:
+        """`server` is the part of a server's description that names the control connection's."""
         self._server = server
         self._has_control_connection = has_control_connection
         self.control_is_direct = False
-        self._fault = ""  # of the control connection's way
-        self._lent: dict[Backend, Lease] = {}  # by a pooler: to whom last
+        self._fault = ""  # what makes the control connection's route unsuitable
+        self._lent: dict[Backend, Lease] = {}  # whom a pooler has given a backend last
         self._twins: list[_Twins] = []
-        # Their connections have ended, and what that proves their workers may say, or others.
+        # Leases whose connections have ended; a later report may tell whether that proves anything.
         self.unproven: set[Lease] = set()
 
-    # --- nobody in between?
+    # --- direct connections
 
     def reached(self, *, direct: bool, fault: str) -> None:
-        """Note how the control connection reaches the server, and what makes that way unsuitable, if anything."""
+        """Record how the control connection reaches the server; `fault`: what is unsuitable there."""
         self.control_is_direct, self._fault = direct, fault
 
     def believes(self, lease: Lease) -> bool:
-        """Say whether the end of a lease's connection is its backend's end. Of one not described yet others tell."""
+        """Return True if the end of a lease's connection is its backend's end."""
         return self.is_direct(lease.pool) if lease.backend is None else lease.backend.direct
 
     def believes_refusal(self, lease: Lease) -> bool:
-        """The same of a connect that has failed.
+        """Return True if the end of a lease's failed connect proves that it has no backend.
 
-        Where nobody can be asked, and no proxy has been met, the server itself has refused: else its slot were lost.
+        Without a control connection, and where no proxy was met, the server is taken to have
+        refused it: otherwise the slot would be lost.
         """
         return self.believes(lease) or (
             lease.backend is None and lease.pool.direct is None and not self._has_control_connection
         )
 
     def is_direct(self, pool: Pool) -> bool:
-        """Say whether it is known that nobody is between a pool's workers and the server."""
+        """Return True if nothing is known to be between a pool's workers and the server."""
         return pool.direct is True or (
             pool.direct is None and self.control_is_direct and self._is_same(pool)
         )
@@ -78,37 +82,38 @@ class Routes:
         return self._server in pool.spec.server
 
     def unsuitable(self, pool: Pool) -> str:
-        """Say what makes a pool's server unsuitable, if anything does."""
+        """Return what makes a pool's server unsuitable; empty if nothing does."""
         return pool.unsuitable or (self._fault if self._fault and self._is_same(pool) else "")
 
     # --- poolers
 
     def lend(self, lease: Lease, backend: Backend) -> Lease | None:
-        """Note that a pooler has lent a backend to a lease; return who had it before, if that is not over."""
+        """Record that a pooler has given a lease this backend; return the lease that had it before."""
         if backend.pooled is None or not backend.start_us:
             return None
         other, self._lent[backend] = self._lent.get(backend), lease
         return None if other is lease else other
 
     def is_lent_again(self, lease: Lease) -> bool:
-        """Say whether a lease's backend is another lease's by now."""
+        """Return True if a pooler has given a lease's backend to another lease since."""
         backend = lease.backend
         return backend is not None and self._lent.get(backend, lease) is not lease
 
     def over(self, lease: Lease) -> None:
-        """Note that a lease is over."""
+        """Forget a lease that is over."""
         self.unproven.discard(lease)
         if self._lent and lease.backend is not None and self._lent.get(lease.backend) is lease:
             del self._lent[lease.backend]
 
     def suspect_twins(self, leases: list[Lease], asked: list[int]) -> None:
-        """Note that two open leases seem to have one backend, and by which recalls their workers are asked."""
+        """Record two open leases that seem to have one backend, and the recalls that ask about it."""
         self._twins.append(_Twins(leases, asked))
 
     def answered(self, session: Session, serial: int) -> Lease | None:
-        """Take in that a session has said what it holds, knowing recall `serial`: what is over is not OPEN any more.
+        """Handle a session's list of leases, which answers recall `serial`.
 
-        Return a lease whose backend another one has at the same time: its pooler does not keep sessions.
+        Return a lease whose backend another lease has at the same time: both workers have answered,
+        and both leases are still open.
         """
         if not self._twins:
             return None
