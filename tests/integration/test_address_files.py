@@ -67,7 +67,7 @@ def test_what_a_cleaner_deletes_is_made_anew_while_workers_live(
         ):  # it knows all from the journal
             assert fetch_report(address).epoch == before.epoch + 1
             assert "backend" in old.ask("get", name="x", timeout=10)
-    assert "was deleted: made anew" in capfd.readouterr().err
+    assert "was deleted, and is made again" in capfd.readouterr().err
 
 
 def test_its_files_stay_young(path: Path, postgres: EphemeralPostgres) -> None:

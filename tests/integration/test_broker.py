@@ -225,7 +225,7 @@ def test_a_broker_whose_address_another_has_taken_makes_way(
     (runtime_dir / "other.lock").rename(runtime_dir / "cleaned.sock.lock")
     thread.join(20)
     assert not thread.is_alive()
-    assert "is another broker's: leaving it to that one" in caplog.text
+    assert "is another broker's by now: stopping" in caplog.text
     assert is_held(runtime_dir / "cleaned.sock.lock")
     assert (runtime_dir / "cleaned.sock").exists()  # it may be the other's
     other.release()

@@ -1,6 +1,7 @@
-"""Keep what lies at a broker's address there, the broker's own, and young: others clean up temporary directories.
+"""Keep the files of a broker's address in place: cleaners of temporary directories may delete them.
 
-A lock file that is gone locks nobody out, and a socket that is gone lets nobody in who is not connected already.
+Without its lock file a broker keeps no other broker out. Without its socket no new worker can
+connect. Time stamps are refreshed, as cleaners look for old files.
 """
 
 from __future__ import annotations
@@ -36,15 +37,17 @@ class AddressFiles:
         self._in_trouble = False
 
     def check(self, *, wanted: bool) -> bool:
-        """Make anew what somebody has deleted, if this broker is still `wanted`.
+        """Make the files again that were deleted, if this broker is still `wanted`.
 
-        Return False when the address is another broker's by now, or nobody's any more: this one is to leave.
+        Return False if this broker has to stop: the address is another broker's by now, or the
+        files are gone and nobody needs them.
         """
         try:
             return self._mend(wanted=wanted)
         except (OSError, SharedPoolError) as error:
-            if not self._in_trouble:  # once, not at every look
-                logger.error("what was deleted at %s cannot be made anew: %s", self._address, error)
+            if not self._in_trouble:  # logged once, not with every check
+                text = "the deleted files of %s cannot be made again: %s"
+                logger.error(text, self._address, error)
                 self._in_trouble = True
             return True
 
@@ -52,25 +55,28 @@ class AddressFiles:
         if not self._lock.is_ours():
             if not wanted:
                 logger.info(
-                    "the lock file of %s is gone, and nobody uses it: leaving", self._address
+                    "the lock file of %s was deleted, and nobody uses the broker: stopping",
+                    self._address,
                 )
                 return False
             os.makedirs(self._lock.path.parent, mode=0o700, exist_ok=True)
             if not self._lock.mend():
                 logger.error(
-                    "the lock file of %s is another broker's: leaving it to that one", self._address
+                    "the lock file of %s is another broker's by now: stopping", self._address
                 )
                 return False
-            self._say("lock file")
+            self._warn("lock file")
         if self._journal.mend():
-            self._say("journal")
+            self._warn("journal")
         if self._router.mend():
-            self._say("socket")
+            self._warn("socket")
         if self._desk is not None and self._desk.mend():
-            self._say("desk")
+            self._warn("desk")
         self._in_trouble = False
         return True
 
-    def _say(self, what: str) -> None:
-        text = "the %s of %s was deleted: made anew (does a cleaner of temporary directories spare it?)"
+    def _warn(self, what: str) -> None:
+        text = (
+            "the %s of %s was deleted, and is made again: exclude it from temporary files' cleaning"
+        )
         logger.warning(text, what, self._address)

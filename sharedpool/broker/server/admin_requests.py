@@ -1,4 +1,7 @@
-"""The command line's side of the broker: what it asks (`sharedpool status`, `who`, `top`) and what it orders."""
+"""Answer the commands of the command line: reports (`status`, `who`, `top`) and orders (`pause` …).
+
+A report with leases waits for a moment until the workers have told what they do.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,16 @@ from sharedpool.broker.postgres.control import Control
 from sharedpool.wire.admin import Done, Order
 from sharedpool.wire.reports import Report, Status
 
-# A command does not wait longer for what the workers tell, and for what the server says.
-_TELL_LIMIT_S = 0.2
-_PATIENCE_S = 2.0
-# Answers to one line, of which it has not said that it has read them: they are big, and lie here until it does.
+# How long a command waits for the workers, and for the server.
+_WORKERS_LIMIT_S = 0.2
+_SERVER_LIMIT_S = 2.0
+# Answers are big and are buffered here: a command that does not read them gets no more.
 _MOST_UNREAD = 8
 _MOST_KNOWN = 1000
 
 
 class AdminRequests:
-    """Those who ask and order. `execute` carries the ledger's commands out, `report` returns the broker's state."""
+    """The requests of commands; `execute` carries out the ledger's commands, `report` reports."""
 
     def __init__(
         self,
@@ -36,10 +39,10 @@ class AdminRequests:
         self._execute = execute
         self._report = report
         self._waiting: deque[tuple[bytes, Status, float]] = deque()
-        self._answered: OrderedDict[bytes, int] = OrderedDict()  # how often, by line
+        self._answered: OrderedDict[bytes, int] = OrderedDict()  # number of answers, by asker
 
     def ask(self, asker: bytes, status: Status, now: float) -> None:
-        """Take in a question; `answer` answers it. Whoever wants to see leases has the workers told to tell of them."""
+        """Queue a request for `answer`. For leases the workers are asked to report theirs."""
         answered = self._answered.get(asker, 0)
         if answered - status.read >= _MOST_UNREAD:
             return
@@ -49,10 +52,10 @@ class AdminRequests:
             self._answered.popitem(last=False)
         if status.leases:
             self._execute(self._ledger.request_reports())
-        self._waiting.append((asker, status, now + _TELL_LIMIT_S))
+        self._waiting.append((asker, status, now + _WORKERS_LIMIT_S))
 
     def answer(self, now: float) -> None:
-        """Answer: those that want to see leases when the workers have told of them, or have had the time."""
+        """Answer the queued requests. Those with leases wait for the workers' reports for a moment."""
         if not self._waiting:
             return
         while self._waiting:
@@ -68,17 +71,17 @@ class AdminRequests:
         return self._waiting[0][2] if self._waiting else None
 
     def order(self, operator: bytes, order: Order, now: float, *, near: bool) -> None:
-        """Carry an order out, and answer; `near`: it came from this host."""
+        """Carry out an order, and answer; `near`: it came from this host."""
         if not near:
             self._execute(
-                [Send(operator, Done([], "orders are taken only from the broker's own host"))]
+                [Send(operator, Done([], "orders are accepted only from the broker's own host"))]
             )
             return
         done, commands = self._ledger.order(order, now)
         self._execute([*commands, Send(operator, done)])
 
     def _tell_state(self, asker: bytes, status: Status, now: float) -> None:
-        """Tell what the books say, and have it told what the server says of the same leases."""
+        """Send a report. What the server says of its leases follows from the control connection."""
         oldest = self._ledger.oldest_leases(status.leases, now)
         backends = tuple(line.backend for line in oldest if line.backend is not None)
         asks = bool(backends) and self._control.exists
@@ -86,4 +89,4 @@ class AdminRequests:
             [Send(asker, structs.replace(self._report(now), oldest=oldest, activity=asks))]
         )
         if asks:
-            self._control.query_activity(QueryActivity(asker, backends, now + _PATIENCE_S))
+            self._control.query_activity(QueryActivity(asker, backends, now + _SERVER_LIMIT_S))

@@ -204,10 +204,8 @@ class Desk:
         now = time.monotonic()
         if now - self._warned_at >= _WARN_EVERY_S:
             self._warned_at = now
-            logger.warning(
-                "the desk turns workers away (%s): raise the limit of open files (`ulimit -n`, LimitNOFILE=)",
-                error,
-            )
+            text = "the desk turns workers away (%s): raise the limit of open files (`ulimit -n`)"
+            logger.warning(text, error)
         if self._spare >= 0:
             os.close(self._spare)
             self._spare = -1

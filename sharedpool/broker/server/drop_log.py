@@ -1,4 +1,7 @@
-"""The log of what was dropped: whoever can write to the broker's sockets must not be able to fill the disk."""
+"""Log dropped messages at a limited rate.
+
+Any process that can write to the broker's sockets could fill the disk otherwise.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ _WINDOW_S = 10.0
 
 
 class DropLog:
-    """Warnings about what is not worth an answer: a few in every ten seconds, the others only counted."""
+    """Warnings about dropped messages: a few in ten seconds, the others are only counted."""
 
     def __init__(self) -> None:
         self._until = 0.0
         self._lines = self._suppressed = 0
 
     def dropped(self, text: str, *args: object, **fields: object) -> None:
-        """Warn, or count; `fields` say for programs whom it concerns."""
+        """Warn, or count; `fields` tell programs which session or process it concerns."""
         now = time.monotonic()
         if now >= self._until:
             if self._suppressed:

@@ -53,7 +53,7 @@ logger = logging.getLogger("sharedpool.broker")
 
 
 class Executor:
-    """Carries out what the ledger decides, with the journal, the sockets and the control connection.
+    """Carries out the ledger's commands with the journal, the sockets and the control connection.
 
     `call_later(call)` queues a call of the ledger for the loop's next turn.
     """

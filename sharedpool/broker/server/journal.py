@@ -1,13 +1,18 @@
-"""The broker's memory beyond its own death: every lease it has granted and not seen free, in a file beside its lock.
+"""The journal: every lease that was granted and is not known to be free, in a file beside the lock.
 
-One JSON line per event, written before the grant is sent: a lease (again when its backend is known), or that a token's
-slot is free; a session that is let into a lane, or has left it. The incarnations of PostgreSQL that its control
-connection has seen are there too: without them a broker that is started after a server's restart could not tell what
-that has ended. A broker that is killed loses nothing that was written, since the page cache is the kernel's; a machine
-that goes down takes the workers along. A last line cut short is one whose grant never left.
+It lets the next broker know what is held. There is one JSON line per event, written before the
+grant is sent:
 
-A journal begun by a broker that found none is `partial` until that broker knows all that may be held: when it dies
-before, its successor must not believe it either.
+- a lease (again when its backend is known), or that a token's slot is free;
+- a session that is let into a lane, or has left it;
+- an incarnation of PostgreSQL that the control connection has seen: without it a broker that is
+  started after a server's restart could not tell which backends that has ended.
+
+A killed broker loses nothing that was written, as the page cache is the kernel's. A machine that
+goes down takes the workers along. A last line that is cut short is one whose grant was never sent.
+
+A journal that begins without a former one is `partial` until its broker knows all that may be held.
+If that broker dies earlier, the next one must not trust the journal either.
 """
 
 from __future__ import annotations
@@ -24,10 +29,10 @@ from sharedpool.wire.messages import Token
 
 logger = logging.getLogger("sharedpool.broker")
 
-# Rewritten when it has grown by this much: live leases are few.
+# The file is rewritten when it has grown by this much. The live leases are few.
 _COMPACT_BYTES = 1 << 20
 _VERSION = 2
-# Of the servers seen before that many others, no lease is left.
+# Older servers than the last so many have no lease left.
 _SERVERS_KEPT = 16
 
 
@@ -46,19 +51,16 @@ _decoder = msgspec.json.Decoder(_Line)
 
 
 class Journal:
-    """One broker's journal. The address's lock must be held.
-
-    `entries` are the leases that the former broker left, `members` who was in its lanes; `intact` is False when there
-    is no telling whether that is all: the file was missing or cannot be read. `servers` are the servers that were seen,
-    the newest last.
-    """
+    """One broker's journal. The address's lock must be held."""
 
     def __init__(self, path: Path) -> None:
+        """Read the former broker's journal, and begin a new one. Raise OSError if that fails."""
         self._path = path
+        self._live: dict[Token | bytes, bytes] = {}  # lines that count, by token or by session
+        # False if leases may be missing: the file was not there, is partial, or cannot be read.
         self.intact = True
-        self._live: dict[Token | bytes, bytes] = {}  # by lease, or by session
-        self.members: list[Member] = []
-        self.servers: list[ServerIncarnation] = []
+        self.members: list[Member] = []  # of the former broker's lanes
+        self.servers: list[ServerIncarnation] = []  # that were seen, the newest last
         self.entries = self._load()
         self._partial = not self.intact
         self._fd = -1
@@ -98,7 +100,7 @@ class Journal:
                 elif line.server is not None:
                     self._note(line.server)
         except msgspec.DecodeError:
-            self.intact = False  # what was read is still true
+            self.intact = False  # the lines before this one are still true
         self._live = {token: _encode(_Line(lease=entry)) for token, entry in found.items()}
         self._live |= {
             session: _encode(_Line(member=member)) for session, member in members.items()
@@ -107,33 +109,33 @@ class Journal:
         return list(found.values())
 
     def mark_complete(self) -> None:
-        """Note that all leases there may be are in the journal."""
+        """Record that the journal has every lease that may be held."""
         if self._partial and self._fd >= 0:
             self._partial = False
             self._rewrite()
 
     def record(self, entry: Entry) -> None:
-        """Note a lease, or more about it; `flush` before anybody is told."""
+        """Record a lease, or more about it; `flush` before the grant is sent."""
         line = self._live[entry.token] = _encode(_Line(lease=entry))
         self._unwritten.append(line)
 
     def erase(self, token: Token) -> None:
-        """Note that a slot is free; `flush` before anybody is told."""
+        """Record that a slot is free; `flush` before it is granted again."""
         if self._live.pop(token, None) is not None:
             self._unwritten.append(_encode(_Line(free=token)))
 
     def admit(self, member: Member) -> None:
-        """Note who is let into a lane; `flush` before he is."""
+        """Record that a session is let into a lane; `flush` before it is."""
         line = self._live[member.session] = _encode(_Line(member=member))
         self._unwritten.append(line)
 
     def dismiss(self, session: bytes) -> None:
-        """Note that a session is in no lane any more."""
+        """Record that a session is in no lane any more."""
         if self._live.pop(session, None) is not None:
             self._unwritten.append(_encode(_Line(left=session)))
 
     def record_server(self, server: ServerIncarnation) -> None:
-        """Note that the control connection was on this server."""
+        """Record that the control connection was on this server."""
         if self.servers[-1:] != [server]:
             self._note(server)
             self._unwritten.append(_encode(_Line(server=server)))
@@ -145,12 +147,12 @@ class Journal:
         ]
 
     def mend(self) -> bool:
-        """Write all anew if somebody has deleted the file, and keep it young; return whether that was so.
+        """Write the file again if it was deleted, else refresh its time stamps.
 
-        Raise OSError when it cannot be.
+        Return True if it was deleted. Raise OSError if it cannot be written.
         """
         if self._fd < 0:
-            return False  # it could not be written, and was given up
+            return False  # the file was given up after a failed write
         os.utime(self._fd)
         try:
             if os.path.samestat(os.fstat(self._fd), os.stat(self._path)):
@@ -162,7 +164,7 @@ class Journal:
         return True
 
     def flush(self) -> None:
-        """Write what was noted, in one go."""
+        """Write all recorded lines at once."""
         if not self._unwritten:
             return
         line = b"".join(self._unwritten)
@@ -173,9 +175,10 @@ class Journal:
             if os.write(self._fd, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            # A broker that can grant but not remember: its successor must not believe what is there.
+            # This broker goes on granting. The file is removed, so that the next broker does not
+            # trust a journal that lacks those leases.
             logger.error(
-                "cannot write %s (%s): a restarted broker will wait before it grants",
+                "cannot write %s (%s): after a restart the broker will grant nothing for a while",
                 self._path,
                 error,
             )
@@ -191,11 +194,11 @@ class Journal:
         try:
             self._compact()
         except OSError as error:
-            logger.warning("cannot rewrite %s (%s): what is there still counts", self._path, error)
-            self._size = 0  # the next try comes after as much again
+            logger.warning("cannot rewrite %s (%s): the old file stays in use", self._path, error)
+            self._size = 0  # the next try is due after as many bytes again
 
     def _compact(self) -> None:
-        """Write what counts into a new file and put that in the old one's place; raise `OSError` when it is not all."""
+        """Write the lines that count into a new file, and rename it; raise OSError on failure."""
         fresh = self._path.with_suffix(".new")
         servers = [_encode(_Line(server=server)) for server in self.servers]
         data = b"".join([_encode(_Line(_VERSION, self._partial)), *servers, *self._live.values()])
@@ -205,9 +208,7 @@ class Journal:
             0o600,
         )
         try:
-            if os.write(fd, data) != len(
-                data
-            ):  # a full disk takes what it can, and says no more than this
+            if os.write(fd, data) != len(data):  # the only sign of a full disk
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             fresh.rename(self._path)
         except OSError as error:
@@ -219,7 +220,7 @@ class Journal:
         self._fd, self._size = fd, 0
 
     def close(self, *, for_good: bool = False) -> None:
-        """Let go of the file. `for_good`: no broker will come after."""
+        """Close the file, and remove it if `for_good`: no other broker will follow."""
         self.flush()
         if for_good:
             self._path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""The broker's ends of the pools' lanes (`sharedpool/lane/lane.py`), and the letting-in of workers.
+"""The broker's ends of the pools' lanes (`sharedpool/lane/lane.py`).
 
-While connections move past it the broker leaves queue and shelf alone. Else it wakes who waits in the lane, to ask the
-broker, and takes over what comes to the shelf.
+While connections move past the broker it leaves queue and shelf alone. Otherwise it watches both:
+it wakes the waiting threads, so that they ask the broker, and takes over what is on the shelf.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ logger = logging.getLogger("sharedpool.broker")
 class Lanes:
     """All lanes of one broker. `desk` is None where there can be no desk, and so no lane.
 
-    `execute` carries out what the ledger decides, `call_later` has the ledger told once that is done.
+    `execute` carries out the ledger's commands. `call_later(call)` queues a call of the ledger for
+    the loop's next turn.
     """
 
     def __init__(
@@ -55,34 +56,33 @@ class Lanes:
         self._call_later = call_later
         self._network = lanes.network()
         self._lanes: dict[str, Lane] = {}
-        self._handed: dict[str, list[int]] = {}  # descriptors, for the workers
+        self._handed: dict[str, list[int]] = {}  # the descriptors that workers are sent
         self._wait_sockets: dict[str, _socket.socket] = {}
         self._watched: dict[str, list[int]] = {}
-        self._lines: dict[bytes, int] = {}  # to the desk, by program
-        self._waiting: dict[
-            bytes, InviteToLane
-        ] = {}  # to be let in, once they are at the desk; by session
+        self._lines: dict[bytes, int] = {}  # lines to the desk, by program
+        # Invitations that wait for their program's line to the desk, by session.
+        self._waiting: dict[bytes, InviteToLane] = {}
 
     # --- workers
 
     def line_identified(self, program: bytes, line: int) -> None:
-        """Take in that a program's line to the desk is there: its sessions can be let in."""
+        """Let a program's sessions in: its line to the desk is known."""
         self._lines[program] = line
         for session, command in list(self._waiting.items()):
             if session.startswith(program):
                 self.invite(command)
 
     def line_closed(self, line: int) -> None:
-        """Take in that a line has ended."""
+        """Forget a closed line."""
         for program in [program for program, number in self._lines.items() if number == line]:
             del self._lines[program]
 
     def session_ended(self, session: bytes) -> None:
-        """Take in that a session is over."""
+        """Forget the invitation of a session that has ended."""
         self._waiting.pop(session, None)
 
     def invite(self, command: InviteToLane) -> None:
-        """Hand a lane to a session; later, if its process has not come to the desk yet."""
+        """Send a session its lane's descriptors, once its program has a line to the desk."""
         self._waiting.pop(command.session, None)
         fds = self._handed.get(command.pool)
         line = next(
@@ -101,7 +101,7 @@ class Lanes:
     # --- lanes
 
     def open(self, command: OpenLane) -> None:
-        """Make a lane."""
+        """Make a lane, and report it to the ledger."""
         if self._desk is None or not lanes.SUPPORTED:
             return
         fds: list[int] = []
@@ -116,7 +116,7 @@ class Lanes:
             for fd in fds:
                 os.close(fd)
             logger.warning(
-                "pool %r: no lane (%s): its connections are closed and opened instead",
+                "pool %r: no lane (%s): connections are closed and opened instead of handed over",
                 command.pool,
                 error,
             )
@@ -134,28 +134,31 @@ class Lanes:
         )
 
     def close_lane(self, command: CloseLane) -> None:
-        """Let go of a lane."""
+        """Close a lane."""
         self._close(command.pool)
 
     def start_moves(self, command: StartMoves) -> None:
-        """Leave queue and shelf alone."""
+        """Leave queue and shelf to the workers."""
         self._unwatch(command.pool)
 
     def halt_moves(self, command: HaltMoves) -> None:
-        """Wake who waits, take over what lies on the shelf, and whatever comes later."""
+        """Wake the waiting threads, and take over what is on the shelf, or comes there later."""
         if command.pool in self._lanes:
             self._watch(command.pool)
             self._call_later(lambda ledger, now: self._empty(command.pool))
 
     def join_queue(self, command: JoinQueue) -> None:
-        """Join the queue of a lane, and look at its shelf: what lies there nobody would bring."""
+        """Add the broker's tickets to a lane's queue, then look at its shelf.
+
+        A connection that is on the shelf already would not be brought to a new ticket.
+        """
         if (lane := self._lanes.get(command.pool)) is not None:
             for _ in range(command.times):
                 lane.add_ticket(Ticket(SHELF, BROKER_PLACE, BROKER_REQUEST))
             self._call_later(lambda ledger, now: self._take(command.pool, command.most_from_shelf))
 
     def _take(self, pool: str, most: int) -> list[Command]:
-        """Take what lies on a shelf, for those who wait at the broker."""
+        """Take up to `most` connections from a shelf, for the requests that wait at the broker."""
         commands: list[Command] = []
         lane = self._lanes.get(pool)
         while (
@@ -165,7 +168,7 @@ class Lanes:
             and (taken := lane.take_from_shelf()) is not None
         ):
             moved, sock = taken
-            sock.close()  # it is in custody
+            sock.close()  # the broker has a duplicate in custody
             most -= 1
             commands += self._ledger.found_on_shelf(pool, moved, time.monotonic())
         return (
@@ -173,24 +176,24 @@ class Lanes:
         )
 
     def _read(self, pool: str) -> None:
-        """Take what came to the broker's own wait socket."""
+        """Take the connections that came to the broker's own wait socket."""
         lane, wait_socket = self._lanes[pool], self._wait_sockets[pool]
         while (got := lane.receive(wait_socket)) is not None:
             moved, sock = got
-            sock.close()  # it is in custody
+            sock.close()  # the broker has a duplicate in custody
             self._execute(self._ledger.received(pool, moved, time.monotonic()))
             if pool not in self._lanes:
                 return
 
     def pass_on(self, command: PassOn) -> None:
-        """Send a connection to who waits at the broker, at his place in the lane."""
+        """Send a connection to a waiter of the broker, at its place in the lane."""
         lane, moved = self._lanes.get(command.pool), command.message
         fd = -1 if self._desk is None else self._desk.fileno_of(moved.token)
         if lane is None or fd < 0 or not lane.pass_on(command.number, command.place, moved, fd):
             self._call_later(lambda ledger, now: ledger.not_delivered(moved, now))
 
     def give(self, command: GiveInLane) -> None:
-        """Give a connection that was given to the broker."""
+        """Give a connection of the broker's to the lane: to the first ticket, or to the shelf."""
         lane, fd = (
             self._lanes.get(command.pool),
             -1 if self._desk is None else self._desk.fileno_of(command.token),
@@ -208,7 +211,7 @@ class Lanes:
             )
 
     def _empty(self, pool: str) -> list[Command]:
-        """Take what is in a lane that is halted."""
+        """Wake all tickets of a halted lane, and take everything from its shelf."""
         lane = self._lanes.get(pool)
         if lane is None or lane.board.moving:
             return []
@@ -217,7 +220,7 @@ class Lanes:
         commands: list[Command] = []
         while (taken := lane.take_from_shelf()) is not None:
             moved, sock = taken
-            sock.close()  # it is in custody
+            sock.close()  # the broker has a duplicate in custody
             commands += self._ledger.found_on_shelf(pool, moved, time.monotonic())
         return commands + self._ledger.shelf_empty(pool, time.monotonic())
 
@@ -243,6 +246,6 @@ class Lanes:
                 os.close(fd)
 
     def close(self) -> None:
-        """Let go of all lanes. They go on without the broker."""
+        """Close the broker's ends of all lanes. The lanes go on without it."""
         for pool in list(self._lanes):
             self._close(pool)

@@ -1,6 +1,6 @@
-"""Who sends, and whether that process lives: the kernel's word, not the worker's.
+"""Which process sends a message, and whether it lives: as the kernel says, not as the worker does.
 
-Every worker on this host is watched by a pidfd, which becomes readable the moment the process ends.
+Every worker on this host is watched by a pidfd, which becomes readable when the process ends.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger("sharedpool.broker")
 
 
 class Peer(NamedTuple):
-    """Who sent a frame: uid and pid as the kernel vouches for them (ipc on Linux), or how it came (tcp)."""
+    """The sender of a frame: uid and pid from the kernel (ipc on Linux), or how it came (tcp)."""
 
     uid: int | None = None
     pid: int | None = None
@@ -31,7 +31,7 @@ class Peer(NamedTuple):
 
 
 def peer_of(frame: zmq.Frame, *, ipc: bool) -> Peer:
-    """Return who sent a frame."""
+    """Return the sender of a frame."""
     try:
         address = str(frame.get("Peer-Address"))
     except zmq.ZMQError:
@@ -51,16 +51,17 @@ _here = functools.cache(pid_namespace_id)
 
 
 def _started(pid: int) -> int:
-    """Return when a process started, in clock ticks since boot; 0 where there is no telling."""
+    """Return when a process started, in clock ticks since boot; 0 if that cannot be known."""
     try:
-        # The name, in parentheses, may hold anything; the 22nd field of proc(5) is the 20th after it.
+        # The start time is field 22 of proc(5), the 20th after the name. The name is in parentheses
+        # and may contain spaces and parentheses itself.
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
         return 0
 
 
 def called(pid: int | None) -> str:
-    """Return what the process with this pid is called, as an addition to a text; "" if it is not to be seen."""
+    """Return a process's name and pid for the end of a log text; "" if the name cannot be read."""
     try:
         name = Path(f"/proc/{pid}/comm").read_text().rstrip("\n") if pid else ""
     except (OSError, UnicodeDecodeError):
@@ -70,7 +71,7 @@ def called(pid: int | None) -> str:
 
 @dataclass(slots=True)
 class WatchedProcess:
-    """A process under watch: its pidfd, and the sessions that it has registered."""
+    """A watched process: its pidfd, and the sessions that it has registered."""
 
     process: Process
     fd: int
@@ -78,7 +79,7 @@ class WatchedProcess:
 
 
 class WatchedProcesses:
-    """The processes under watch, in a selector: a `WatchedProcess` is the key's data."""
+    """The watched processes, in a selector: each is the data of its key."""
 
     def __init__(self, selector: selectors.BaseSelector) -> None:
         self._selector = selector
@@ -86,11 +87,11 @@ class WatchedProcesses:
         self._by_session: dict[bytes, WatchedProcess] = {}
 
     def watch(self, session: bytes, process: Process | None) -> bool:
-        """Watch a session's process; return False when it has ended already."""
+        """Watch a session's process; return False if it has ended already."""
         if process is None or not hasattr(os, "pidfd_open"):
-            return True  # another host or platform: heartbeats alone tell
+            return True  # another host or platform: only its silence tells of its end
         if process.pid_namespace and process.pid_namespace != _here():
-            return True  # known from a broker to which that pid meant another process
+            return True  # restored from the journal of a broker in another PID namespace
         self.forget(session)
         watched = self._processes.get(process)
         if watched is None:
@@ -99,7 +100,7 @@ class WatchedProcesses:
             except ProcessLookupError:
                 return False
             except OSError as error:
-                text = "cannot watch process %d (%s): only its silence will tell of its death"
+                text = "cannot watch process %d (%s): its death will be noticed only by its silence"
                 logger.warning(text, process.pid, error)
                 return True
         watched.sessions.add(session)
@@ -107,21 +108,20 @@ class WatchedProcesses:
         return True
 
     def _open(self, process: Process) -> WatchedProcess:
-        """Begin to watch a process. Raise `OSError`; `ProcessLookupError` when it has ended."""
+        """Begin to watch a process. Raise OSError, `ProcessLookupError` if it has ended."""
         fd = os.pidfd_open(process.pid)
         if process.started and _started(process.pid) != process.started:
             os.close(fd)
-            raise ProcessLookupError(f"process {process.pid} is another by now")
+            raise ProcessLookupError(f"pid {process.pid} is another process by now")
         watched = WatchedProcess(process, fd)
         self._selector.register(fd, selectors.EVENT_READ, watched)
-        if (
-            process.started
-        ):  # else its pid may be used again, and it cannot be told from the next one
+        # Without a start time a later process with this pid could not be told from it: not shared.
+        if process.started:
             self._processes[process] = watched
         return watched
 
     def forget(self, session: bytes) -> None:
-        """Stop watching for a session; its process is watched as long as another session needs it."""
+        """Stop watching for a session. Its process is watched as long as it has another session."""
         watched = self._by_session.pop(session, None)
         if watched is None:
             return
@@ -138,11 +138,13 @@ class WatchedProcesses:
 
 
 def raise_descriptor_limit() -> None:
-    """Allow as many descriptors as we may have: every worker costs some, and libzmq aborts when there are none left."""
+    """Raise the soft limit of descriptors: every worker needs some, and libzmq aborts without."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = hard if hard != resource.RLIM_INFINITY else max(soft, 65536)
     if soft != wanted:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         except (OSError, ValueError) as error:
-            logger.warning("only %d descriptors, for about %d workers: %s", soft, soft // 4, error)
+            logger.warning(
+                "only %d descriptors, enough for about %d workers: %s", soft, soft // 4, error
+            )

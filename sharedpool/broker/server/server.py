@@ -170,7 +170,7 @@ class Server:
         return f"PostgreSQL has not answered its first connect to {server}"
 
     def _run_due(self, now: float, *, more: bool) -> None:
-        """Run queued calls, timers, a reload and admin requests; `more`: messages are left to read."""
+        """Run what is due: queued calls, timers, a reload, reports. `more`: messages are left."""
         if now - self._awake_at > _SUSPENDED_S:
             self._ledger.process_was_suspended(now)
         # Messages first: a worker's last RELEASE is better evidence than its death.
@@ -268,7 +268,7 @@ class Server:
         self._wake()
 
     def stop_when_closed(self, fd: int) -> None:
-        """Stop when the other end of this pipe is closed: the owner has ended. Call before `run`."""
+        """Stop when the other end of this pipe is closed by its owner's end. Call before `run`."""
         self._selector.register(fd, selectors.EVENT_READ, self.stop)
 
     def drain(self) -> None:

@@ -1,4 +1,4 @@
-"""What systemd, or who does as it does, passes to a service: a socket to report to, and one to listen at."""
+"""systemd's `sd_notify` and socket activation, which other supervisors offer as well."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _FIRST_FD = 3
 
 
 def notify(address: str, state: str) -> None:
-    """Send `state` ("READY=1") to the datagram socket at `address`, a path or @ and a name; empty: to nobody.
+    """Send `state`, such as "READY=1", to the supervisor's datagram socket: see sd_notify(3).
 
-    See sd_notify(3). One that cannot be reached is said in the log.
+    `address` is a path, or @ and a name in the abstract namespace; if it is empty nothing is sent.
+    An error is logged.
     """
     if not address:
         return
@@ -29,13 +30,14 @@ def notify(address: str, state: str) -> None:
             )
             supervisor.sendall(state.encode())
     except OSError as error:
-        logger.warning("cannot say %s to NOTIFY_SOCKET %s: %s", state, address, error)
+        logger.warning("cannot send %s to NOTIFY_SOCKET %s: %s", state, address, error)
 
 
 def activated() -> tuple[int, str] | None:
-    """Return the descriptor of the listening socket that this process was started with, and its address, if it was.
+    """Return the listening socket that this process was started with, and its address.
 
-    See sd_listen_fds(3). Raise `ConfigError` when a broker cannot listen there.
+    See sd_listen_fds(3). Return None if there is none. Raise `ConfigError` if a broker cannot
+    listen at it.
     """
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return None
