@@ -129,7 +129,7 @@ class Control:
     # --- orders of the loop
 
     def enqueue_fence(self, fence: Fence, *, after_s: float = 0.0) -> None:
-        """End a backend, and report when it is gone, unless `forget_fence` comes within `after_s`."""
+        """End a backend, unless `forget_fence` comes within `after_s`; report when it is gone."""
         self._inbox.put(partial(self._fence, fence, time.monotonic() + after_s))
 
     def forget_fence(self, token: Token) -> None:
@@ -137,7 +137,7 @@ class Control:
         self._inbox.put(partial(self._fencing.discard, token))
 
     def need(self, needed: bool) -> None:
-        """Be connected, or let go of the server and of the limit's lock while nobody uses the broker."""
+        """Be connected, or leave the server and give up the leadership lock while unused."""
         self._inbox.put(partial(self._set_needed, needed))
 
     def note_server(self, boot_us: int) -> None:
@@ -206,7 +206,7 @@ class Control:
         return None if due == math.inf else max(0.0, due - time.monotonic())
 
     def _receive(self, timeout: float | None) -> bool:
-        """Carry out orders, waiting up to `timeout` seconds for the first; return False at the end."""
+        """Carry out orders, waiting up to `timeout` seconds for one; return False at the end."""
         try:
             order = self._inbox.get(timeout=timeout)
             while order is not None:

@@ -165,7 +165,7 @@ class ControlConnection:
     # --- the end of a connection
 
     def lose(self, error: Exception) -> None:
-        """Close the connection after an error. A warning follows only if the next one fails, too."""
+        """Close the connection after an error. Only a failed reconnect is worth a warning."""
         self._lost = error_text(error)
         logger.debug("control connection lost: %s", self._lost)
         self.close("connecting")
@@ -204,7 +204,7 @@ class ControlConnection:
         self._call_soon(lambda ledger, now: ledger.reached(now, direct=direct, fault=fault))
 
     def _sign_of_sharing(self, conn: connection) -> str:
-        """Compare with a second session behind the pooler; return what shows that it mixes them up."""
+        """Compare with a second session; return what shows that the pooler mixes them up."""
         try:
             other = psycopg2.connect(self._dsn, **self._parameters())
         except psycopg2.OperationalError as error:

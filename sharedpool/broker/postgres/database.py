@@ -1,7 +1,8 @@
-"""Which database the control connection is in: while it is there nobody can drop, rename or copy that database.
+"""Which database the control connection uses: nobody can drop, rename or copy it meanwhile.
 
-What it asks and ends is the cluster's: any database will do. A broker that nobody has given a `--dsn` to goes to the
-maintenance database, where it may, else to its pool's own. Never to template1: a session there blocks CREATE DATABASE.
+All that the broker asks and does concerns the whole server, so any database will do. A broker that
+was started without `--dsn` uses the maintenance database if it is let in, otherwise its pool's own.
+It never uses template1, where a session blocks CREATE DATABASE.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ MAINTENANCE = "postgres"
 
 
 class Database:
-    """The way to the server. `dsn` is taken as it is, unless `maintenance`."""
+    """The databases to try; `maintenance`: the maintenance database before that of `dsn`."""
 
     def __init__(self, dsn: str, *, maintenance: bool) -> None:
         self._dsns = [dsn]
@@ -34,9 +35,9 @@ class Database:
         return self._dsns[0]
 
     def connect(self, defaults: Mapping[str, Any]) -> connection:
-        """Connect to the first database that lets us in; from then on it is the first. Raise psycopg2's last error.
+        """Connect to the first database that lets us in; it is tried first from then on.
 
-        Blocks for up to `connect_timeout` a database.
+        Blocks for up to `connect_timeout` per database. Raise psycopg2's error for the last one.
         """
         *others, last = self._dsns
         refusal = ""
@@ -45,11 +46,14 @@ class Database:
                 return connect_directly(dsn, **defaults)
             except psycopg2.OperationalError as error:
                 refusal = str(error).strip()
-            except UnicodeDecodeError as error:  # in place of it, for words in another encoding
+            except UnicodeDecodeError as error:  # psycopg2 raises it for a text in another encoding
                 refusal = error.object.decode("utf-8", "replace").strip()
         conn = connect_directly(last, **defaults)
         if others:
-            text = "control connection: in database %r, since %r does not let us in (%s): nobody can drop it meanwhile"
+            text = (
+                "control connection: in database %r, since %r does not let us in (%s): nobody can"
+                " drop it meanwhile"
+            )
             logger.info(text, conn.info.dbname, parse_dsn(others[0])["dbname"], refusal)
             self._dsns.reverse()
         return conn

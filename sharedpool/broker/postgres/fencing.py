@@ -1,14 +1,18 @@
-"""Backends that are to be gone: look for them, end them, and say when their slots are free.
+"""End backends, and find out when they are gone: only then are their slots free.
 
-A slot is freed only when `pg_stat_activity` of the very server the backend ran on does not list (pid, backend_start)
-any more. Where nobody is between a worker and the server the broker sees most of that on its sockets, and this comes
-later; behind a proxy this is all there is, so it is looked at once, and again and again, until it is settled. What its
-worker has closed is given a moment to leave by itself before it is told to.
+A slot is freed when `pg_stat_activity`, on the very server that the backend ran on, does not list
+(pid, backend_start) any more. Where workers connect directly the broker sees most ends on its
+sockets, and this comes second. Behind a proxy it is the only evidence, so the server is asked again
+and again until each case is settled.
 
-A *pooler* that keeps sessions (PgBouncer in session mode) does not end the backend when its client leaves: it cleans it
-and lends it to others, who must not lose it by our hand. Such a backend is not ours any more once it has begun a query
-after our client's end, or rests under another application_name. Only what is still under our session's, and has begun
-no query since, is ended.
+What is done with a backend depends on two things:
+
+1. Its client has left (`Fence.left`): it is given a moment to exit by itself, then terminated.
+   Otherwise it is terminated at once.
+2. A *pooler* that keeps sessions (PgBouncer in session mode) does not end the backend when its
+   client leaves. It cleans it and gives it to another client, which must not lose it. Such a
+   backend is not ours any more once it has begun a query after our client's end, or is idle under
+   another application_name. It is terminated only while neither is the case.
 """
 
 from __future__ import annotations
@@ -29,36 +33,41 @@ from sharedpool.wire.messages import Backend, Token
 
 logger = logging.getLogger("sharedpool.broker")
 
-# A slot is to be back soon after its backend has ended, however long that takes.
+# The pause between two looks at the same backend.
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.005, 0.05
-_TOGETHER_S = 0.005  # what is due so soon is looked for in the same query
-# How long a backend that was told by its client to leave may take, or a pooler to clean it. One that rests may be a
-# worker's who has just been lent it, and has not told yet.
-_LEAVES_S, _CLEANED_S, _RESTS_S = 0.02, 0.1, 1.0
+_TOGETHER_S = 0.005  # jobs that are due so soon share a query
+# How long a backend may take to exit after its client has left, and a pooler to clean it.
+_LEAVES_S, _CLEANED_S = 0.02, 0.1
+# A pooler may have given an idle backend to a worker that has not reported it yet.
+_IDLE_S = 1.0
 _EVER_US = 2**62
-# A backend leaves the list before it leaves the server: then it gives its place back, notes in the log that it is gone
-# and exits. No query shows that; a process that has no more to do than this has done it by then. On a busy server it
-# has to wait for a processor, as the query did that has shown it gone: so many times what that took, if that is longer.
+# A backend leaves the list before it leaves the server: after that it gives its place back, writes
+# to the log and exits. No query shows when that is done. A process that has no more to do has done
+# it after `_EXITS_S`; on a busy server it waits for a processor as long as our query did, so the
+# query's own time, times eight, is the measure if it is longer.
 _EXITS_S, _EXITS_QUERIES, _EXITS_LIMIT_S = 0.02, 8, 0.5
 
 
 @dataclass(slots=True)
 class _Job:
+    """One backend that is to be gone."""
+
     fence: Fence
-    due: float
-    ends_at: float
+    due: float  # when it is looked at next
+    ends_at: float  # when it is terminated
     retry_s: float = _FIRST_RETRY_S
-    since_us: int | None = (
-        None  # the server's clock at the first look: what begins later is another's, behind a pooler
-    )
-    unlisted: bool = False
+    # The server's clock at the first look. Behind a pooler a query that begins later is another
+    # client's.
+    since_us: int | None = None
+    unlisted: bool = False  # the server does not list it any more; it is about to exit
     warned: bool = False
 
 
 class Fencing:
-    """One control connection's orders. `done(token)` is called when a slot is free.
+    """The backends that are to be gone.
 
-    `restarted(backend)` says whether the server that the backend was on is known to be another by now.
+    `done(token)` is called when a slot is free. `restarted(backend)` returns True if the server
+    that a backend was on is known to have been restarted since.
     """
 
     def __init__(self, done: Callable[[Token], None], restarted: Callable[[Backend], bool]) -> None:
@@ -68,19 +77,19 @@ class Fencing:
         self._powerless = False
 
     def add(self, fence: Fence, due: float) -> None:
-        """Take in an order; nothing is done before `due`."""
+        """Add a fence; nothing is done before `due`."""
         patience_s = 0.0
         if fence.left and fence.backend is not None and not fence.backend.direct:
             patience_s = _LEAVES_S if fence.backend.pooled is None else _CLEANED_S
         self._jobs[fence.token] = _Job(fence, due, due + patience_s)
 
     def discard(self, token: Token) -> None:
-        """Forget an order: other evidence has come."""
+        """Forget a fence: other evidence has come."""
         self._jobs.pop(token, None)
 
     @property
     def due(self) -> float:
-        """When there is something to do."""
+        """When `work` next has something to do."""
         return min((job.due for job in self._jobs.values()), default=math.inf)
 
     def work(self, conn: connection, boot_us: int, now: float) -> None:
@@ -91,36 +100,36 @@ class Fencing:
         for job in [job for job in due if job.unlisted and job.due <= now]:
             self._finish(job, "gone")
         due = [job for job in due if not job.unlisted]
-        looked = [
+        comparable = [
             (job, backend) for job in due if (backend := self._comparable(job, boot_us)) is not None
         ]
-        took_s = 0.0
-        if looked:
-            self._end_ripe(
-                conn, [(job, backend) for job, backend in looked if job.ends_at <= now], now
-            )
-            began = time.monotonic()
-            listed = statements.listed(conn, [backend.pid for _, backend in looked])
-            took_s = time.monotonic() - began
-            for job, backend in looked:
-                sight = listed.get(backend.pid)
-                # Start time 0: we may not see it, so it may be the same one.
-                job.unlisted = sight is None or sight.start_us not in (backend.start_us, 0)
-                if sight is not None and not job.unlisted and _is_lent_again(job, backend, sight):
-                    self._finish(job, "is its pooler's again")
-        exits_s = min(max(_EXITS_S, _EXITS_QUERIES * took_s), _EXITS_LIMIT_S)
+        exits_s = self._look(conn, comparable, now) if comparable else _EXITS_S
         for job in due:
             job.due = now + (exits_s if job.unlisted else job.retry_s)
             job.retry_s = min(job.retry_s * 2, _LAST_RETRY_S)
 
+    def _look(self, conn: connection, jobs: list[tuple[_Job, Backend]], now: float) -> float:
+        """Terminate backends and list them; return how long an unlisted one may take to exit."""
+        self._end_ripe(conn, [(job, backend) for job, backend in jobs if job.ends_at <= now], now)
+        began = time.monotonic()
+        listed = statements.listed(conn, [backend.pid for _, backend in jobs])
+        took_s = time.monotonic() - began
+        for job, backend in jobs:
+            sight = listed.get(backend.pid)
+            # Start time 0: this role may not see it, so it may be the same backend.
+            job.unlisted = sight is None or sight.start_us not in (backend.start_us, 0)
+            if sight is not None and not job.unlisted and _is_lent_again(job, backend, sight):
+                self._finish(job, "is its pooler's again")
+        return min(max(_EXITS_S, _EXITS_QUERIES * took_s), _EXITS_LIMIT_S)
+
     def _end_ripe(self, conn: connection, ripe: list[tuple[_Job, Backend]], now: float) -> None:
-        """End backends that were given the time to leave by themselves."""
+        """Terminate the backends that have had the time to exit by themselves."""
         self._end(conn, [backend for _, backend in ripe if backend.pooled is None])
         for job, backend in ripe:
             if backend.pooled is not None and not job.fence.left:
-                self._end(conn, [backend], _EVER_US)  # whatever it does is its client's
+                self._end(conn, [backend], _EVER_US)  # our client is there: all queries are its own
             elif backend.pooled is not None and job.since_us is not None:
-                self._end(conn, [backend], job.since_us, idle=now >= job.ends_at + _RESTS_S)
+                self._end(conn, [backend], job.since_us, idle=now >= job.ends_at + _IDLE_S)
 
     def _end(
         self,
@@ -130,10 +139,10 @@ class Fencing:
         *,
         idle: bool = True,
     ) -> None:
-        """Signal backends; if one of them makes that fail, each alone: it must not keep the others alive.
+        """Terminate backends; one by one if the server refuses that for all of them together.
 
-        Of those behind a pooler only one that has begun no query after `since_us`, and is under the session's own name;
-        `idle`: if it rests, too.
+        With `since_us` the only backend is a pooler's: it is terminated if it has begun no query
+        since, and has the session's own name; while it is idle, only if `idle`.
         """
         if not backends:
             return
@@ -148,11 +157,14 @@ class Fencing:
                     self._end(conn, [backend])
             elif not self._powerless:
                 self._powerless = True
-                text = "control connection: may not end backends (%s): their slots wait until they end themselves"
+                text = "control connection: may not end backends (%s): their slots stay occupied until they exit"
                 logger.warning(text, str(error).strip())
 
     def _comparable(self, job: _Job, boot_us: int) -> Backend | None:
-        """Return the backend if this server can tell about it; settle the job if a restart already did."""
+        """Return a job's backend if this server can tell whether it is gone.
+
+        If the server was restarted the job is finished.
+        """
         backend = job.fence.backend
         if backend is not None and backend.start_us and backend.boot_us == boot_us:
             return backend
@@ -160,7 +172,9 @@ class Fencing:
             self._finish(job, "server restarted")
         elif not job.warned:
             job.warned = True
-            text = "pool %r: lease %s stays counted: the control connection cannot tell whether backend %s is gone"
+            text = (
+                "pool %r: lease %s stays counted: the server cannot tell whether backend %s is gone"
+            )
             pool, token, pid = (
                 job.fence.pool,
                 job.fence.token,
@@ -181,7 +195,7 @@ class Fencing:
             "reason": fence.why,
         }
         text = "pool %r: lease %s: backend %d %s (%s)"
-        # Behind a proxy this is how every close ends.
+        # Behind a proxy every ordinary close ends here.
         level = logging.DEBUG if fence.backend and not fence.backend.direct else logging.INFO
         logger.log(
             level, text, fence.pool, fence.token, pid, how, fence.why, extra={"sharedpool": fields}
@@ -190,15 +204,20 @@ class Fencing:
 
 
 def _is_lent_again(job: _Job, backend: Backend, sight: ListedBackend) -> bool:
-    """Say whether a backend that is there still is its pooler's, not the lease's, any more."""
+    """Return True if a listed backend belongs to its pooler again, and not to the lease.
+
+    1. Our client has not left: only another name, while the backend is idle, shows it.
+    2. Our client has left, and the backend is idle: another name, or a query since, shows it.
+    3. Our client has left, and a query is running: it began since, under another name or so late
+       that it cannot be the pooler's own query, which cleans the session.
+    """
     if backend.pooled is None or not sight.start_us:
         return False
     if job.since_us is None:
         job.since_us = sight.now_us
-    if not job.fence.left:  # a query is no sign of another client
+    if not job.fence.left:
         return sight.idle and sight.name != backend.pooled
     if sight.idle:
         return sight.query_us > job.since_us or sight.name != backend.pooled
-    # Else, soon after our client has left and under its name still, it may be the pooler's own query, which cleans it.
     others = sight.name != backend.pooled or sight.now_us - job.since_us > _CLEANED_S * 1_000_000
     return sight.query_us > job.since_us and others

@@ -1,15 +1,19 @@
-"""Who counts to a limit when two brokers cannot see each other's lock file.
+"""The lock that keeps two brokers from counting to one limit, where lock files cannot.
 
-Another environment, a removed runtime directory or another host hides the file; the server is the same for both. The
-broker holds a session advisory lock there, on its control connection, whose key is its *scope*: what other brokers must
-not count to at the same time. It is taken exclusively, by which one sees that nobody else has it, and held shared, so
-that a new control connection can join before the old one is closed: at no moment could another broker take it.
+Another environment, a removed runtime directory or another host hides a broker's lock file, but the
+server is the same for both. So a broker holds a session advisory lock there, on its control
+connection. The key is its *scope*: what other brokers must not count to at the same time.
 
-Such a lock is a database's, and two brokers may be in different ones (`database.py`). But all of them are listed
-everywhere: so each looks again once it has the lock, and steps back if it is not alone.
+1. The lock is taken in exclusive mode, which proves that nobody else holds it.
+2. It is then kept in shared mode, so that a new control connection can join before the old one is
+   closed. At no moment could another broker take it.
+3. Such a lock belongs to a database, and two brokers may be in different ones (`database.py`). All
+   are listed in `pg_locks`, so a broker looks again once it has the lock, and steps back if it is
+   not alone.
 
-The holder shows by its application_name, which carries the instance: one of this very address, whose file lock we
-hold, is our own former connection or a dead predecessor's, which the server has not noticed yet.
+A holder is known by its application_name, which carries the address's instance. A holder of our own
+instance is our former connection, or a dead predecessor's that the server has not noticed: we hold
+the address's file lock.
 """
 
 from __future__ import annotations
@@ -27,9 +31,8 @@ from sharedpool.broker.core.ledger import Ledger
 
 logger = logging.getLogger("sharedpool.broker")
 
-_NAMESPACE = int.from_bytes(
-    b"shpl", "big"
-)  # the first of the lock's two keys: told from an application's own locks
+# The first of the lock's two keys, which tells it from an application's own locks.
+_NAMESPACE = int.from_bytes(b"shpl", "big")
 _RETRY_S = 1.0
 
 _TRY_SQL = "SELECT pg_try_advisory_lock(%s, %s)"
@@ -45,9 +48,10 @@ WHERE locktype = 'advisory' AND granted AND lock.pid <> pg_backend_pid()
 
 
 class Leadership:
-    """The lock of one scope. `call_soon(word)` is called in the control connection's thread, as `claim` is.
+    """The lock of one scope, used in the control connection's thread.
 
-    `claim_at` is when `claim` is to be called again without a new connection.
+    `call_soon(call)` has the loop call the ledger. `claim_at` is when `claim` is to be called again
+    on the same connection.
     """
 
     def __init__(
@@ -65,17 +69,18 @@ class Leadership:
         self.claim_at = math.inf
 
     def claim(self, conn: connection, now: float) -> str:
-        """Take the lock, or keep it over a new connection; return who has it, if it is another.
+        """Take the lock, or keep it on a new connection; return the other holders, if there are any.
 
-        What that means for the ledger is told to it. Raise psycopg2's errors.
+        The ledger is told if that has changed. Raise psycopg2's errors.
         """
         rival = self._take(conn)
-        # Two that came at the same time have both stepped back: not again at the same time.
+        # Two brokers that have both stepped back must not try again at the same time.
         self.claim_at = now + _RETRY_S * random.uniform(0.7, 1.3) if rival else math.inf
         if rival and rival != self._rival:
             text = (
-                "another broker counts to this limit: %s; granting nothing until it ends (do they have different"
-                " XDG_RUNTIME_DIR, TMPDIR or lock files? Give all workers one broker=, or each group its own name=)"
+                "another broker counts to this limit: %s; granting nothing until it ends (do the two"
+                " have different XDG_RUNTIME_DIR, TMPDIR or lock files? Give all workers one broker=,"
+                " or each group its own name=)"
             )
             logger.error(text, rival)
             self._call_soon(
@@ -92,16 +97,17 @@ class Leadership:
         return rival
 
     def resign(self) -> None:
-        """Note that the connection with the lock was closed: it is to be claimed before anything is granted again."""
+        """Record that the connection with the lock was closed: `claim` decides anew."""
         self._decided, self.claim_at = False, math.inf
 
     def cannot_ask(self) -> None:
-        """Let the ledger begin without the lock when the server is not there at all: nobody can connect to it."""
+        """Let the ledger begin without the lock: no other broker can reach the server either."""
         if not self._decided:
             self._decided = True
             self._call_soon(lambda ledger, now: ledger.leads(now, after_another=False))
 
     def _take(self, conn: connection) -> str:
+        """Take the lock; return the other brokers that hold it, empty if there are none."""
         with conn.cursor() as cursor:
 
             def lock(query: str) -> bool:
@@ -110,9 +116,8 @@ class Leadership:
                 return row is not None and bool(row[0])
 
             def others() -> str:
-                cursor.execute(
-                    _HOLDERS_SQL, [key % 2**32 for key in self._keys]
-                )  # pg_locks shows them as oid
+                # pg_locks shows keys as oid, without a sign.
+                cursor.execute(_HOLDERS_SQL, [key % 2**32 for key in self._keys])
                 rows = [row for row in cursor.fetchall() if row[1] != self.application_name]
                 return ", ".join(
                     f"backend {pid} ({name or 'no name'}, from {address})"
@@ -126,6 +131,6 @@ class Leadership:
                 lock(_UNLOCK_SQL)
             elif not lock(_SHARE_SQL):
                 return self._rival or "one that has just come"
-            if rival := others():  # it came between the two looks
+            if rival := others():  # it came between the two queries
                 lock(_UNSHARE_SQL)
             return rival

@@ -1,6 +1,7 @@
-"""What PostgreSQL is asked over the control connection, and told to end: one function for each statement.
+"""The SQL statements of the control connection, one function for each.
 
-All of them block for a round trip or two and raise psycopg2's errors. `activity.py` has what operators ask.
+All functions block for a round trip or two, and raise psycopg2's errors. The statements for reports
+are in `activity.py`.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,
 """
 _ROOM_SQL = """
 SELECT sum(CASE name WHEN 'max_connections' THEN setting::int ELSE -setting::int END)
-FROM pg_settings WHERE name IN ('max_connections', 'superuser_reserved_connections', 'reserved_connections')
+FROM pg_settings
+WHERE name IN ('max_connections', 'superuser_reserved_connections', 'reserved_connections')
 """
-# A superuser's own is not enforced.
+# A superuser's CONNECTION LIMIT is not enforced.
 _ROLE_SQL = """
 SELECT rolname, CASE WHEN rolconnlimit >= 0 AND NOT rolsuper THEN rolconnlimit END
 FROM pg_roles WHERE rolname = session_user
 """
-# Of the role or the server, for clients that misbehave: each would end this session, or what it asks, at any time.
+# Limits of the role or the server against misbehaving clients. Each could end this session or a query.
 _LIMITS = (
     "idle_session_timeout", "idle_in_transaction_session_timeout", "statement_timeout", "lock_timeout",
     "transaction_timeout",
@@ -36,69 +38,73 @@ _LIMITS = (
 _UNLIMITED_SQL = (
     "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = ANY(%s) AND setting <> '0'"
 )
-# One statement, so that the pid cannot be another process's between the look and the signal.
+# One statement, so that the pid cannot become another process's before the signal.
 _FENCE_SQL = """
 SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint, pg_terminate_backend(pid)
 FROM pg_stat_activity
 WHERE (pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0)) IN
       (SELECT * FROM unnest(%s::int[], %s::bigint[]))
 """
-# The same for one that a pooler may have lent to others.
+# The same for a backend that a pooler may have given to another client: see `fencing.py`.
 _FENCE_LENT_SQL = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-WHERE pid = %s AND (extract(epoch FROM backend_start) * 1000000)::bigint = %s AND application_name = %s
-      AND coalesce((extract(epoch FROM query_start) * 1000000)::bigint, 0) <= %s AND (state <> 'idle' OR %s)
+WHERE pid = %s AND (extract(epoch FROM backend_start) * 1000000)::bigint = %s
+      AND application_name = %s
+      AND coalesce((extract(epoch FROM query_start) * 1000000)::bigint, 0) <= %s
+      AND (state <> 'idle' OR %s)
 """
-_LOOK_SQL = """
-SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0), coalesce(application_name, ''),
-       coalesce(state = 'idle', false), coalesce((extract(epoch FROM query_start) * 1000000)::bigint, 0),
+_LISTED_SQL = """
+SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0),
+       coalesce(application_name, ''), coalesce(state = 'idle', false),
+       coalesce((extract(epoch FROM query_start) * 1000000)::bigint, 0),
        (extract(epoch FROM clock_timestamp()) * 1000000)::bigint
 FROM pg_stat_activity WHERE pid = ANY(%s)
 """
 _ENDS_SQL = """
-SELECT pg_backend_pid(), host(inet_client_addr()), inet_client_port(), host(inet_server_addr()), inet_server_port()
+SELECT pg_backend_pid(), host(inet_client_addr()), inet_client_port(),
+       host(inet_server_addr()), inet_server_port()
 """
 _ITSELF_SQL = b"SELECT pid || ' ' || backend_start FROM pg_stat_get_activity(pg_backend_pid())"
 _ANSWER_LIMIT_S = 2.0
-# No row: it has ended; (null, true): another has its pid; (null, false): its start is hidden from this role.
+# No row: it has ended. (null, true): another backend has its pid. (null, false): this role cannot see
+# when it was started.
 _CANCEL_SQL = """
-SELECT CASE coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0) WHEN %s THEN pg_cancel_backend(pid) END,
+SELECT CASE coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0)
+       WHEN %s THEN pg_cancel_backend(pid) END,
        backend_start IS NOT NULL
 FROM pg_stat_activity WHERE pid = %s
 """
-# A backend holds the lock on its virtual transaction while it authenticates its client, before it is in
-# pg_stat_activity (PostgreSQL's InitPostgres). This is asked first: what starts meanwhile is in the second answer.
-# Since PostgreSQL 18 it is listed all along, but until it has its name it has neither user nor database.
+# A backend holds the lock on its virtual transaction while it authenticates its client, before it is
+# in pg_stat_activity (PostgreSQL's InitPostgres). Since PostgreSQL 18 it is listed there all along,
+# without user and database until it is authenticated. The locks are read first, so that a backend that
+# finishes its start in between is in the second answer.
 _STARTING_SQL = "SELECT pid FROM pg_locks WHERE locktype = 'virtualxid' AND pid <> pg_backend_pid()"
-_ACTIVITY_SQL = """
-SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0), coalesce(application_name, ''),
-       coalesce(application_name LIKE %s, false), datid IS NULL AND usesysid IS NULL, coalesce(datname, '')
+_SURVEY_SQL = """
+SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0),
+       coalesce(application_name, ''), coalesce(application_name LIKE %s, false),
+       datid IS NULL AND usesysid IS NULL, coalesce(datname, '')
 FROM pg_stat_activity
 """
 
 
 class ListedBackend(NamedTuple):
-    """A backend as it is listed: when it was started (0 where this role may not see it), its application_name, whether
-    it rests outside a transaction, when its last query began, and the server's clock. Microseconds since 1970.
-    """
+    """A row of pg_stat_activity. Times are microseconds since 1970, by the server's clock."""
 
-    start_us: int
-    name: str
-    idle: bool
-    query_us: int
-    now_us: int
+    start_us: int  # when the backend was started; 0 if this role cannot see it
+    name: str  # its application_name
+    idle: bool  # outside a transaction
+    query_us: int  # when its last query began
+    now_us: int  # when the row was read
 
 
 def route_of(conn: connection) -> tuple[bool, bool]:
-    """Return whether nobody is between a connection and its backend, and whether a pooler is."""
+    """Return whether a connection is direct, and whether it goes through a pooler."""
     with conn.cursor() as cursor:
         cursor.execute(_ENDS_SQL)
         row = cursor.fetchone()
         assert row is not None
     pid, client, client_port, server, server_port = row
-    if (
-        pid != conn.info.backend_pid
-    ):  # a pooler has its own key for the cancel of whatever it will have the session on
+    if pid != conn.info.backend_pid:  # a pooler tells its clients a key of its own for cancels
         return False, True
     return is_direct(
         conn.fileno(),
@@ -108,12 +114,12 @@ def route_of(conn: connection) -> tuple[bool, bool]:
 
 
 def itself(conn: connection) -> bytes | None:
-    """Return which backend a connection is on at the moment; None when there is none for it within two seconds."""
+    """Return which backend a connection is on at the moment; None if it gets none in two seconds."""
     return libpq.ask(conn, _ITSELF_SQL, _ANSWER_LIMIT_S)
 
 
 def server_of(conn: connection) -> tuple[int, str]:
-    """Return when the server was started (microseconds since 1970) and its address as it sees it."""
+    """Return when the server was started (microseconds since 1970), and the address that it sees."""
     with conn.cursor() as cursor:
         cursor.execute(_SERVER_SQL)
         row = cursor.fetchone()
@@ -122,7 +128,7 @@ def server_of(conn: connection) -> tuple[int, str]:
 
 
 def lift_limits(conn: connection) -> None:
-    """Have no time limit end this session."""
+    """Switch off the time limits that could end this session or its queries."""
     with conn.cursor() as cursor:
         cursor.execute(_UNLIMITED_SQL, (list(_LIMITS),))
 
@@ -137,7 +143,7 @@ def room_of(conn: connection) -> int:
 
 
 def role_of(conn: connection) -> tuple[str, int | None]:
-    """Return as whom a connection has logged in, and how many connections that role may have, if not any number."""
+    """Return a connection's role, and how many connections that role may have (None: any number)."""
     with conn.cursor() as cursor:
         cursor.execute(_ROLE_SQL)
         row = cursor.fetchone()
@@ -146,13 +152,16 @@ def role_of(conn: connection) -> tuple[str, int | None]:
 
 
 def end(conn: connection, backends: Sequence[Backend]) -> None:
-    """Signal these backends to end, if they are there still. Nothing is signalled when one of them may not be."""
+    """Terminate those backends that are still there. If one must not be, none is terminated."""
     with conn.cursor() as cursor:
         cursor.execute(_FENCE_SQL, ([b.pid for b in backends], [b.start_us for b in backends]))
 
 
 def cancel(conn: connection, backend: Backend) -> bool | None:
-    """Cancel what a backend is executing; return whether that was done: False if it must not be, None if it is gone."""
+    """Cancel a backend's query.
+
+    Return True if that was done, False if this role may not, None if the backend is gone.
+    """
     try:
         with conn.cursor() as cursor:
             cursor.execute(_CANCEL_SQL, (backend.start_us, backend.pid))
@@ -163,7 +172,7 @@ def cancel(conn: connection, backend: Backend) -> bool | None:
 
 
 def end_lent(conn: connection, backend: Backend, since_us: int, *, idle: bool) -> None:
-    """Signal a backend that a pooler has lent, unless it has lent it to others since; `idle`: one that rests, too."""
+    """Terminate a pooler's backend, unless another client has it; while it is idle, only if `idle`."""
     with conn.cursor() as cursor:
         cursor.execute(
             _FENCE_LENT_SQL, (backend.pid, backend.start_us, backend.pooled, since_us, idle)
@@ -171,22 +180,25 @@ def end_lent(conn: connection, backend: Backend, since_us: int, *, idle: bool) -
 
 
 def listed(conn: connection, pids: Iterable[int]) -> dict[int, ListedBackend]:
-    """Return those of these pids that are backends, as they are listed."""
+    """Return the rows of those pids that are backends."""
     with conn.cursor() as cursor:
-        cursor.execute(_LOOK_SQL, (list(pids),))
+        cursor.execute(_LISTED_SQL, (list(pids),))
         return {pid: ListedBackend(*seen) for pid, *seen in cursor.fetchall()}
 
 
 def survey(
     conn: connection, pattern: str
 ) -> tuple[frozenset[int], list[tuple[int, int, str, str]]]:
-    """Return the pids of backends in start-up; and pid, start, tag and database of those with a tag LIKE `pattern`."""
+    """Return the pids of backends in start-up, and the backends whose tag is LIKE `pattern`.
+
+    The latter as (pid, start time, tag, database).
+    """
     with conn.cursor() as cursor:
         cursor.execute(_STARTING_SQL)
-        started_or_not = {pid for (pid,) in cursor.fetchall()}
-        cursor.execute(_ACTIVITY_SQL, [pattern])
+        with_lock = {pid for (pid,) in cursor.fetchall()}
+        cursor.execute(_SURVEY_SQL, [pattern])
         rows = cursor.fetchall()
-    starting = frozenset(started_or_not - {pid for pid, _, _, _, nobodys, _ in rows if not nobodys})
+    starting = frozenset(with_lock - {pid for pid, _, _, _, unnamed, _ in rows if not unnamed})
     return starting, [
         (pid, start_us, tag, database) for pid, start_us, tag, ours, _, database in rows if ours
     ]
