@@ -1,4 +1,4 @@
-"""A broker's configuration file (TOML): read it, and name everything that is wrong with it.
+"""Read a broker's configuration file (TOML), and report everything that is wrong with it.
 
 max_conn = 20
 expiration = 60.0

@@ -1,8 +1,9 @@
 """Find a Python for the automatic broker: this process's own, in its virtual environment.
 
-`sys.executable` is not always one: under uWSGI and mod_wsgi it is the server's program or empty, in a frozen
-application the application itself, which would start a second time. So only what is called python is tried, and it must
-show that it has sharedpool in this version (`GREETING`) before it is told anything.
+`sys.executable` is not always one. Under uWSGI and mod_wsgi it is the server's program or empty. In
+a frozen application it is the application, which would start a second time. So only programs called
+python are tried, and they must show that they have this version of sharedpool (`GREETING`) before
+they are sent anything.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from pathlib import Path
 
 GREETING = "sharedpool.broker "  # followed by the version
 
-ADVICE = "start `sharedpool broker` yourself, and give its address to config_pool(broker=) or SHAREDPOOL_BROKER"
-_PYTHON = re.compile(
-    r"(python|pypy)(\d+(\.\d+)?)?[a-z]?(\.exe)?", re.IGNORECASE
-)  # python3.13t, python3.11d
-# What the broker needs beside the standard library and sharedpool; each may lie somewhere else.
+ADVICE = (
+    "start `sharedpool broker` yourself, and give its address to config_pool(broker=) or"
+    " SHAREDPOOL_BROKER"
+)
+# Also python3.13t and python3.11d.
+_PYTHON = re.compile(r"(python|pypy)(\d+(\.\d+)?)?[a-z]?(\.exe)?", re.IGNORECASE)
+# Packages that the broker needs; each may be installed in another folder than sharedpool.
 _NEEDED = ("zmq", "psycopg2", "msgspec", "multiprocess", "dill")
 
 
@@ -31,34 +34,38 @@ def greeting() -> str:
 
 
 def frozen() -> bool:
-    """Say whether this program has Python inside and is none (PyInstaller, cx_Freeze, Nuitka, PyOxidizer)."""
-    compiled = globals().get("__compiled__")  # Nuitka's; it can leave Python outside, too
+    """Return True if this program contains Python (PyInstaller, cx_Freeze, Nuitka, PyOxidizer)."""
+    compiled = globals().get("__compiled__")  # set by Nuitka, which can leave Python outside, too
     if compiled is not None and getattr(compiled, "standalone", True):
         return True
     return bool(getattr(sys, "frozen", False) or getattr(sys, "oxidized", False))
 
 
 def candidates() -> list[str]:
-    """Return the programs that may be this process's Python, the likeliest first; of a frozen application none."""
+    """Return the programs that may be this process's Python, the likeliest first.
+
+    A frozen application has none.
+    """
     if frozen():
         return []
-    found: dict[tuple[str, str], str] = {}  # python3 and python of one folder are the same
+    found: dict[tuple[str, str], str] = {}  # python3 and python of one folder are one
     for path in filter(_is_python, _places()):
         found.setdefault((os.path.dirname(path), os.path.realpath(path)), path)
     return list(found.values())
 
 
 def environment() -> dict[str, str]:
-    """Return the environment in which a candidate finds what this process has imported sharedpool with."""
+    """Return an environment in which a candidate imports the same packages as this process."""
     own, *needed = (_parent(name) for name in ("sharedpool", *_NEEDED))
     paths = [own, *os.environ.get("PYTHONPATH", "").split(os.pathsep), *needed]
     return dict(os.environ, PYTHONPATH=os.pathsep.join(dict.fromkeys(filter(None, paths))))
 
 
 def none_found(tried: list[str]) -> str:
-    """Return what to do where no broker can be started; `tried` are the candidates with what became of them."""
+    """Return the error if no broker can be started; `tried` has a text for each candidate."""
     if frozen():
-        return f"this is a frozen application ({sys.executable}), which has no Python to run one: {ADVICE}"
+        text = f"this is a frozen application ({sys.executable}), which has no Python to run one"
+        return f"{text}: {ADVICE}"
     shown = (
         "; ".join(tried) or f"sys.executable is {sys.executable!r} and sys.prefix {sys.prefix!r}"
     )
@@ -66,7 +73,7 @@ def none_found(tried: list[str]) -> str:
 
 
 def _places() -> Iterator[str]:
-    """Yield where this process's Python may be. A virtual environment's own goes first, wherever it is linked to."""
+    """Yield the paths where this process's Python may be, a virtual environment's own first."""
     names = [
         f"python{sys.version_info.major}.{sys.version_info.minor}{getattr(sys, 'abiflags', '')}"
     ]
@@ -87,14 +94,14 @@ def _places() -> Iterator[str]:
 
 
 def _is_python(path: str) -> bool:
-    """Say whether a program is called python, itself or what it is a link to. It is not run to find out."""
+    """Return True if a program is called python, or is a link to one. It is not run to find out."""
     if not os.path.isabs(path) or not os.access(path, os.X_OK) or not os.path.isfile(path):
         return False
     return any(_PYTHON.fullmatch(os.path.basename(each)) for each in (path, os.path.realpath(path)))
 
 
 def _parent(name: str) -> str:
-    """Return the folder from which a package is imported; nothing where there is none."""
+    """Return the folder from which a package is imported; empty if it is not installed."""
     found = find_spec(name)
     if found is None or not found.origin:
         return ""

@@ -1,4 +1,8 @@
-"""Be a broker: in this process, as a child that a script owns, or detached and shared by whoever needs it."""
+"""Run a broker: in this process, as a child that a script owns, or detached and shared.
+
+`serve` is the first way, `start_broker` the second. `run_detached` is the main program of the
+automatic broker, which `automatic.py` starts.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from typing import Any
 import multiprocess
 
 from sharedpool.broker.launch import interpreter
-from sharedpool.broker.launch.automatic import START_LIMIT_S
+from sharedpool.broker.launch.handshake import START_LIMIT_S
 from sharedpool.broker.server.server import Server
 from sharedpool.broker.settings import DEFAULT_TTL_S, BrokerSettings
 from sharedpool.discovery import address as addresses
@@ -27,9 +31,10 @@ _LOG_KEPT_BYTES = 1 << 20
 
 
 def serve(server: Server, *, reloads: bool = False) -> None:
-    """Run a bound server, in the main thread, until SIGTERM or SIGINT has drained it; the second one ends it at once.
+    """Run a server in the main thread until SIGTERM or SIGINT has drained it.
 
-    SIGINT does not count where a shell has it ignored. `reloads`: SIGHUP has the settings read again.
+    A second signal stops it at once. A signal that the parent has set to be ignored stays ignored,
+    as a shell does with SIGINT. `reloads`: SIGHUP has the settings read again.
     """
     previous = {}
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -49,17 +54,18 @@ def serve(server: Server, *, reloads: bool = False) -> None:
 
 
 def run_detached(log: str) -> None:
-    """Be the automatic broker: greet on stdout, take settings as JSON from stdin, say "ready". Does not return."""
-    # Whatever our starter had blocked, or ignores: uWSGI's master, while it loads the application, does SIGTERM.
+    """Run the automatic broker; does not return. For the other side see `handshake.py`."""
+    # The starter may have blocked signals, or may ignore them: uWSGI's master ignores SIGTERM while
+    # it loads the application.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     print(interpreter.greeting(), flush=True)
     if not (line := sys.stdin.readline()):
-        os._exit(0)  # who has started us wants another one
+        os._exit(0)  # the starter wants another Python
     settings = BrokerSettings(**json.loads(line))
     if os.fork():
-        os._exit(0)  # our parent need not wait for us, and nobody becomes our parent's zombie
+        os._exit(0)  # the broker is an orphan: no application has to wait for it
     os.chdir("/")
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     os.dup2(fd, 2)
@@ -70,14 +76,14 @@ def run_detached(log: str) -> None:
     try:
         server = Server(settings)
     except AlreadyRunning:
-        word = "already running"
+        answer = "already running"
     except SharedPoolError as error:
-        word = str(error)
+        answer = str(error)
     else:
-        word = "ready"
+        answer = "ready"
         if os.fstat(fd).st_size > _LOG_KEPT_BYTES:
             os.ftruncate(fd, 0)
-    print(word, flush=True)
+    print(answer, flush=True)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
@@ -90,9 +96,10 @@ def run_detached(log: str) -> None:
 
 
 class Broker:
-    """A broker process that this process owns: it ends with `stop`, with the `with` block, or with its owner.
+    """A broker process that this process owns.
 
-    `address` is what workers need: `config_pool(broker=...)`, or the environment variable SHAREDPOOL_BROKER.
+    It ends with `stop`, with the `with` block, or with its owner. Workers need its `address`: as
+    `config_pool(broker=...)`, or in the environment variable SHAREDPOOL_BROKER.
     """
 
     def __init__(self, process: Any, address: str) -> None:
@@ -111,9 +118,9 @@ class Broker:
         return bool(self._process.is_alive())
 
     def stop(self) -> None:
-        """End the broker and wait for it (at most 5 s). Connections that workers hold live on."""
+        """Stop the broker, and wait for it (at most 5 s). Connections of the workers stay open."""
         if os.getpid() != self._owner:
-            return  # a forked child unwinds its parent's block
+            return  # a forked child that leaves its parent's `with` block
         if self._process.is_alive():
             self._process.terminate()
             self._process.join(5.0)
@@ -147,12 +154,14 @@ def start_broker(
 ) -> Broker:
     """Start a broker process for this script's workers and return its handle (a context manager).
 
-    `max_conn` caps the sum over all pools. With `dsn` (default: DATABASE_DSN, DATABASE_URL, libpq's environment) the
-    broker holds one control connection beside `max_conn`, with which it confirms that dead workers' backends are gone.
-    `expiration`, `max_checkout` and `ttl` are seconds. Blocks until the broker is ready.
+    `max_conn` caps the sum over all pools. With `dsn` (default: DATABASE_DSN, DATABASE_URL, libpq's
+    environment) the broker holds one more connection, with which it confirms that dead workers'
+    backends are gone. `expiration`, `max_checkout` and `ttl` are seconds. Blocks until the broker
+    is ready.
 
-    It is a spawned `multiprocess` process: call it under `if __name__ == "__main__":`, as with multiprocessing. Raise
-    `BrokerUnavailable` when it does not come up, `ConfigError` for a wrong argument.
+    The broker is a spawned `multiprocess` process: call this under `if __name__ == "__main__":`, as
+    with multiprocessing. Raise `BrokerUnavailable` if it does not start, `ConfigError` for a wrong
+    argument.
     """
     check_number("max_conn", max_conn, least=1, whole=True)
     for argument, value in (
@@ -180,7 +189,7 @@ def start_broker(
             f"the broker at {address} was not started: {interpreter.none_found([])}"
         )
     context = multiprocess.get_context("spawn")
-    if sys.executable not in programs:  # which would be started
+    if sys.executable not in programs:  # the default, which may be no Python
         context.set_executable(programs[0])
     ours, theirs = context.Pipe()
     process = context.Process(
@@ -189,21 +198,21 @@ def start_broker(
     process.start()
     theirs.close()
     try:
-        word = ours.recv() if ours.poll(START_LIMIT_S) else "no word from it"
+        answer = ours.recv() if ours.poll(START_LIMIT_S) else "it did not answer"
     except EOFError:
-        word = (
+        answer = (
             "it ended at once: is start_broker() called under `if __name__ == '__main__':`,"
             " in a script that is a file?"
         )
-    if word != "ready":
+    if answer != "ready":
         process.kill()
         process.join()
-        raise BrokerUnavailable(f"the broker at {address} did not start: {word}")
+        raise BrokerUnavailable(f"the broker at {address} did not start: {answer}")
     return Broker(_Owned(process, ours), address)
 
 
 class _Owned:
-    """The process, and the pipe whose end tells the broker that its owner is gone."""
+    """The process, and the pipe whose closing tells the broker that its owner has ended."""
 
     def __init__(self, process: Any, pipe: Connection) -> None:
         self._process = process
@@ -214,9 +223,8 @@ class _Owned:
 
 
 def _run_owned(settings: BrokerSettings, pipe: Connection) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the owner decides
+    # Ctrl-C reaches the whole process group; the owner decides what follows.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -232,7 +240,7 @@ def _run_owned(settings: BrokerSettings, pipe: Connection) -> None:
 
 
 def control_dsn(dsn: str | None) -> str | None:
-    """Return the conninfo for a control connection: `dsn` (a conninfo string or URL), or the environment's, or None."""
+    """Return the conninfo for a control connection: of `dsn`, or of the environment, or None."""
     if dsn is not None:
         return resolve(dsn=dsn).dsn
     try:

@@ -1,8 +1,8 @@
-"""Metrics and status page by HTTP: reads only, beside the broker's loop and never in its way.
+"""Serve the metrics and the status page by HTTP: read-only, beside the broker's loop.
 
-A thread of its own accepts connections and keeps the history, one more answers each connection. What they show is
-copied by the loop, at its own time, at most ten times a second however many ask. A client that hangs costs a thread
-until it must make room for a newer one.
+One thread accepts connections and keeps the history; one more answers each connection. The loop
+copies what they show, at its own time and at most ten times a second, however many clients ask. A
+client that hangs costs a thread, until it has to make room for a newer one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from sharedpool.wire.document import document
 logger = logging.getLogger("sharedpool.broker")
 
 _MOST_CLIENTS = 16
-_CLIENT_LIMIT_S = 10.0  # without a byte from it, or taken by it
-_FRESH_S = 0.1  # what was seen so lately is shown again
+_CLIENT_LIMIT_S = 10.0  # a client may be silent for so long
+_FRESH_S = 0.1  # a snapshot is used again for so long
 _HISTORY_EVERY_S = 5.0
 _PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -47,13 +47,13 @@ _HEADERS = {
 
 
 class HttpServer:
-    """The HTTP server. `take_snapshot(limit_s)` returns an `Snapshot`, or raises `TimeoutError`. Listens once it is
-    made.
-
-    Raise `SharedPoolError` when the address cannot be had.
-    """
+    """The HTTP server: `/metrics`, `/status.json`, and the status page at `/`."""
 
     def __init__(self, host: str, port: int, take_snapshot: Callable[[float], Snapshot]) -> None:
+        """Listen; raise `SharedPoolError` if that fails.
+
+        `take_snapshot(limit_s)` returns a `Snapshot`, or raises `TimeoutError`.
+        """
         self._take_snapshot = take_snapshot
         try:
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -75,19 +75,16 @@ class HttpServer:
         self._thread = threading.Thread(target=self._run, name="sharedpool-metrics", daemon=True)
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Begin to answer requests."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         logger.info("metrics at http://%s:%d/metrics, status page at /", host, self.port)
         if not self.local:
-            logger.warning(
-                "whoever reaches %s:%d can read them, and what processes are called",
-                host,
-                self.port,
-            )
+            text = "metrics on %s:%d are not password-protected; they include process names"
+            logger.warning(text, host, self.port)
         self._thread.start()
 
     def stop(self) -> None:
-        """Answer no more; waits for the thread, not for clients."""
+        """Stop; wait for the thread, but not for clients."""
         self._wake_out.send(b"\0")
         if self._thread.ident is not None:
             self._thread.join()
@@ -99,9 +96,9 @@ class HttpServer:
         self._wake_out.close()
 
     def snapshot(self) -> tuple[Snapshot, dict[str, Any]]:
-        """Return the broker as it is, or was a moment ago, and the history.
+        """Return a snapshot of the broker that is at most a moment old, and the history.
 
-        Blocks for the loop, at most a few seconds; raise `TimeoutError` then.
+        Blocks until the loop has made it. Raise `TimeoutError` after a few seconds.
         """
         with self._snapshot_lock:
             now = time.monotonic()
@@ -127,7 +124,7 @@ class HttpServer:
         try:
             seen, _ = self.snapshot()
         except TimeoutError:
-            return  # a gap in the chart shows it
+            return  # the chart has a gap there
         with self._snapshot_lock:
             self._history.add(seen, self._latest_at)
 
@@ -135,7 +132,7 @@ class HttpServer:
         try:
             client, address = self._listener.accept()
         except OSError as error:
-            logger.debug("a connection for metrics was not taken: %s", error)
+            logger.debug("a connection for metrics was not accepted: %s", error)
             return
         client.setblocking(True)
         with self._lock:
@@ -149,16 +146,15 @@ class HttpServer:
 
     def _serve(self, client: socket.socket, address: Any) -> None:
         try:
-            _Handler(client, address, self)  # type: ignore[arg-type]  # all that it wants of a server is what we use
+            _Handler(client, address, self)  # type: ignore[arg-type]  # only `_Handler` uses it
             client.shutdown(socket.SHUT_WR)
             client.settimeout(1.0)
-            for _ in range(
-                16
-            ):  # what was sent and not read would end it with a reset, and the answer may be lost
+            # Unread input would make the close a reset, and the client could lose the answer.
+            for _ in range(16):
                 if not client.recv(4096):
                     break
         except OSError as error:
-            logger.debug("a client of the metrics has left: %s", error)
+            logger.debug("a client of the metrics has disconnected: %s", error)
         finally:
             with self._lock:
                 self._clients.pop(client, None)
@@ -177,8 +173,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if self.server.local and not _names_this_host(self.headers.get("Host", "localhost")):
-            # A page of another site, whose name was made to lead here, must not read what processes are called.
-            self.send_error(421, "served to this host alone, by its name localhost or its address")
+            # DNS rebinding: a page of another site, whose name resolves to this host, must not read
+            # the names of processes.
+            self.send_error(421, "only requests for localhost, or for this address, are served")
         elif path in _PAGE:
             name, kind = _PAGE[path]
             self._answer(
@@ -232,7 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _names_this_host(host: str) -> bool:
-    """Say whether a Host header is one that no DNS server could have made lead here."""
+    """Return True if a Host header is one that no DNS server can make resolve to this host."""
     name = re.sub(r":\d+$", "", host).strip("[]").lower()
     if name == "localhost" or name.endswith(".localhost"):
         return True
@@ -247,4 +244,4 @@ def _close(client: socket.socket) -> None:
     try:
         client.shutdown(socket.SHUT_RDWR)
     except OSError:
-        pass  # it has ended by itself
+        pass  # the client has disconnected

@@ -1,7 +1,8 @@
-"""The metrics as Prometheus reads them (text format 0.0.4), for the whole fleet. Pure.
+"""The metrics of all processes in Prometheus's text format (0.0.4). Pure: no I/O, no clock.
 
-The names are OpenTelemetry's (semantic conventions, `db.client.connection.*`) as Prometheus spells them: dots become
-underscores, a unit and `_total` are appended. What they do not know is called `sharedpool_…`.
+Names follow OpenTelemetry's semantic conventions (`db.client.connection.*`) as Prometheus spells
+them: dots become underscores, a unit and `_total` are appended. Metrics without a convention are
+called `sharedpool_…`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PREFIX = "db_client_connection_"
 _POOL, _STATE = _PREFIX + "pool_name", _PREFIX + "state"
 
-# "idle" and "used" are OpenTelemetry's words, which allow more.
+# OpenTelemetry defines "idle" and "used", and allows other states.
 _STATES: dict[str, Callable[[PoolReport], int]] = {
     "used": lambda pool: pool.in_use,
     "idle": lambda pool: pool.idle,
@@ -27,46 +28,63 @@ _STATES: dict[str, Callable[[PoolReport], int]] = {
     "fencing": lambda pool: pool.fencing,
 }
 _POOL_METRICS: list[tuple[str, str, str, Callable[[PoolReport], int]]] = [
-    (_PREFIX + "max", "gauge", "The limit over all processes.", lambda pool: pool.max_conn),
-    (_PREFIX + "idle_max", "gauge", "How many may lie idle: all.", lambda pool: pool.max_conn),
-    (_PREFIX + "pending_requests", "gauge", "Callers of all processes that wait.", lambda pool: pool.waiting),
-    (_PREFIX + "timeouts_total", "counter", "Waits that ended without one.", lambda pool: pool.timeouts),
-    ("sharedpool_denials_total", "counter", "Requests refused, by those who did not want to wait, or were too many.",
+    (_PREFIX + "max", "gauge", "Limit of connections over all processes.",
+     lambda pool: pool.max_conn),
+    (_PREFIX + "idle_max", "gauge", "Maximum number of idle connections: equal to max.",
+     lambda pool: pool.max_conn),
+    (_PREFIX + "pending_requests", "gauge", "Requests that wait, in all processes.",
+     lambda pool: pool.waiting),
+    (_PREFIX + "timeouts_total", "counter", "Requests that timed out.", lambda pool: pool.timeouts),
+    ("sharedpool_denials_total", "counter", "Requests refused at once (timeout=0, or max_waiting reached).",
      lambda pool: pool.denials),
-    ("sharedpool_grants_total", "counter", "Leases granted: each for one connect.", lambda pool: pool.grants),
-    ("sharedpool_waits_total", "counter", "Grants and hand-overs that were waited for.", lambda pool: pool.waits),
-    ("sharedpool_recalls_total", "counter", "Leases asked back since others waited.", lambda pool: pool.recalls),
-    ("sharedpool_handovers_total", "counter", "Connections passed to another process.", lambda pool: pool.handovers),
-    ("sharedpool_fences_total", "counter", "Backends that the broker had to end.", lambda pool: pool.fences),
-    ("sharedpool_overdue_total", "counter", "Checkouts beyond max_checkout.", lambda pool: pool.overdue),
+    ("sharedpool_grants_total", "counter", "Leases granted, each for one connect.",
+     lambda pool: pool.grants),
+    ("sharedpool_waits_total", "counter", "Grants and hand-overs after a wait.",
+     lambda pool: pool.waits),
+    ("sharedpool_recalls_total", "counter", "Leases returned because others waited.",
+     lambda pool: pool.recalls),
+    ("sharedpool_handovers_total", "counter", "Connections passed to another process.",
+     lambda pool: pool.handovers),
+    ("sharedpool_fences_total", "counter", "Backends ended by the broker.",
+     lambda pool: pool.fences),
+    ("sharedpool_overdue_total", "counter", "Checkouts that exceeded max_checkout.",
+     lambda pool: pool.overdue),
     ("sharedpool_sessions", "gauge", "Processes that use the pool.", lambda pool: pool.sessions),
-    ("sharedpool_parked", "gauge", "Idle connections that lie at the broker.", lambda pool: pool.parked),
-    ("sharedpool_quarantined", "gauge", "Slots of connects whose end nobody saw.", lambda pool: pool.quarantined),
-    ("sharedpool_generation", "gauge", "Grows when all connections are to be replaced.", lambda pool: pool.generation),
-    ("sharedpool_failing", "gauge", "1 while connections cannot be opened.", lambda pool: int(bool(pool.error))),
+    ("sharedpool_parked", "gauge", "Idle connections parked at the broker.",
+     lambda pool: pool.parked),
+    ("sharedpool_quarantined", "gauge", "Slots of connects whose outcome is unknown.",
+     lambda pool: pool.quarantined),
+    ("sharedpool_generation", "gauge", "Increases when all connections are to be replaced.",
+     lambda pool: pool.generation),
+    ("sharedpool_failing", "gauge", "1 while connects fail.", lambda pool: int(bool(pool.error))),
 ]  # fmt: skip
 _BROKER_METRICS: list[tuple[str, str, str, Callable[[Report], float]]] = [
-    ("sharedpool_broker_epoch", "gauge", "Grows with each start of the broker.", lambda report: report.epoch),
-    ("sharedpool_broker_uptime_seconds", "gauge", "Since this start.", lambda report: report.uptime_ms / 1000),
-    ("sharedpool_broker_leases", "gauge", "Slots that are not free, over all pools.", lambda report: report.leases),
-    ("sharedpool_broker_max", "gauge", "The limit over all pools; 0: none.", lambda report: report.max_conn),
+    ("sharedpool_broker_epoch", "gauge", "Increases with each start of the broker.",
+     lambda report: report.epoch),
+    ("sharedpool_broker_uptime_seconds", "gauge", "Time since the broker was started.",
+     lambda report: report.uptime_ms / 1000),
+    ("sharedpool_broker_leases", "gauge", "Occupied slots over all pools.",
+     lambda report: report.leases),
+    ("sharedpool_broker_max", "gauge", "Limit over all pools; 0 means none.",
+     lambda report: report.max_conn),
     ("sharedpool_broker_custody", "gauge", "Sockets in custody.", lambda report: report.custody),
-    ("sharedpool_broker_sessions", "gauge", "Processes registered.", lambda report: len(report.sessions)),
-    ("sharedpool_broker_suspect_sessions", "gauge", "Processes that have fallen silent.",
+    ("sharedpool_broker_sessions", "gauge", "Registered processes.",
+     lambda report: len(report.sessions)),
+    ("sharedpool_broker_suspect_sessions", "gauge", "Registered processes that are silent.",
      lambda report: sum(session.suspect for session in report.sessions)),
-    ("sharedpool_broker_serving", "gauge", "1 unless it waits to begin, or drains.",
+    ("sharedpool_broker_serving", "gauge", "1 unless the broker waits to begin, or drains.",
      lambda report: int(report.state == "serving")),
     ("sharedpool_broker_control_connected", "gauge", "1 while there is a control connection.",
      lambda report: int(report.control == "connected")),
 ]  # fmt: skip
 _TIMES = [
-    ("created", "create_time_seconds", "How long it took to open a connection."),
+    ("created", "create_time_seconds", "Time to open a connection."),
     (
         "waited",
         "wait_time_seconds",
-        "How long a checkout took that succeeded; 0 from the process's own cache.",
+        "Time of a successful checkout; 0 from the process's own cache.",
     ),
-    ("used", "use_time_seconds", "How long connections were checked out; short uses are sampled."),
+    ("used", "use_time_seconds", "Time that connections were checked out; short uses are sampled."),
 ]
 
 
@@ -79,7 +97,7 @@ def _lines(snapshot: Snapshot) -> Iterator[str]:
     for name, kind, text, broker_value in _BROKER_METRICS:
         yield from _head(name, kind, text)
         yield f"{name} {broker_value(snapshot.report)}"
-    yield from _head(_PREFIX + "count", "gauge", "Connections, or slots kept for them, by state.")
+    yield from _head(_PREFIX + "count", "gauge", "Connections, and slots kept for them, by state.")
     for pool, _ in snapshot.pools:
         for state, count in _STATES.items():
             yield f"{_PREFIX}count{_labels(pool.name, (_STATE, state))} {count(pool)}"

@@ -1,4 +1,7 @@
-"""What the metrics' threads want to see of the broker: they ask, its loop makes a copy and hands it over."""
+"""Let other threads take snapshots of the broker: they ask, and its loop copies.
+
+The loop owns the ledger, so no other thread may read it.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from sharedpool.wire.reports import Report
 
 
 class MetricsService:
-    """The metrics at `address`. `call_soon` has the loop carry out a word, `report` is called in it.
+    """The metrics of one broker.
 
-    Listens once it is made; raise `SharedPoolError` when the address cannot be had.
+    `call_soon(call)` has the loop call the ledger, `report(now)` is called there.
     """
 
     def __init__(
@@ -27,32 +30,32 @@ class MetricsService:
     ) -> None:
         self._call_soon = call_soon
         self._report = report
+        """Listen at `address`; raise `SharedPoolError` if that fails."""
         self._asked: set[Future[Snapshot]] = set()
         self._over = False
         self._server = HttpServer(*check_metrics_address(address, "--metrics"), self.snapshot)
 
     def start(self) -> None:
-        """Begin to answer; the loop is about to run."""
+        """Begin to answer requests; the loop is about to run."""
         self._server.start()
 
     def stop(self) -> None:
-        """Answer no more. Called by the loop's thread, at its end."""
+        """Stop. Called by the loop's thread, at its end."""
         self._over = True
         for answer in list(self._asked):
             answer.cancel()
         self._server.stop()
 
     def snapshot(self, limit_s: float) -> Snapshot:
-        """Return the broker as its loop sees it. Blocks at most `limit_s`, then raises `TimeoutError`.
+        """Return a snapshot of the broker; for any thread but the loop's.
 
-        For any thread but the loop's.
+        Blocks at most `limit_s`, then raises `TimeoutError`.
         """
         answer: Future[Snapshot] = Future()
         self._asked.add(answer)
         try:
-            if (
-                self._over
-            ):  # looked at after it is among the asked: `stop` does it the other way round
+            # First add, then look: `stop` first sets the flag, then cancels what was added.
+            if self._over:
                 raise CancelledError
             self._call_soon(lambda ledger, now: self._answer(answer, ledger, now))
             return answer.result(limit_s)
@@ -64,8 +67,6 @@ class MetricsService:
     def _answer(self, answer: Future[Snapshot], ledger: Ledger, now: float) -> list[Command]:
         try:
             answer.set_result(ledger.snapshot(self._report(now), now))
-        except (
-            Exception
-        ) as error:  # a bug here must not end the broker: it is raised where it was asked for
+        except Exception as error:  # a bug must not end the loop: raise it in the asking thread
             answer.set_exception(error)
         return []
