@@ -127,7 +127,7 @@ def test_a_broker_that_cannot_write_leaves_nothing_to_believe(
     journal.flush()
     journal.record(entry(2))
     journal.flush()
-    assert "will wait before it grants" in caplog.text
+    assert "the broker will grant nothing for a while" in caplog.text
     assert not path.exists()
     assert not Journal(path).intact
 
