@@ -23,8 +23,8 @@ _JITTER = 0.3
 # SQLSTATEs, and classes of them, with which a server refuses everybody: it is full, starts up or
 # shuts down.
 _NOBODY = ("53", "57P01", "57P02", "57P03", "58")
-# SQLSTATEs that concern a role or a database, and so all of its workers: no login, no such database,
-# no right to it, no connections allowed.
+# SQLSTATEs that concern a role or a database, and so all of its workers: no login, no such
+# database, no right to it, no connections allowed.
 _SHARED = frozenset({"28000", "3D000", "42501", "55000", "57P04"})
 
 

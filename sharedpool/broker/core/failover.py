@@ -22,7 +22,7 @@ _OF_THE_BROKER = 2
 
 
 class Failover:
-    """One broker's view of its servers. The control connection, if there is one, settles doubtful signs."""
+    """One broker's view of its servers. A control connection, if there is one, settles doubts."""
 
     def __init__(self, context: Context) -> None:
         self._slots = context.slots
@@ -59,11 +59,14 @@ class Failover:
         counted = granted_at is not None and release.token != pool.backoff.probe
         others = pool.connected - counted
         if not pool.backoff.error:
-            text = "pool %r: %s cannot connect, so the pool keeps its %d connections and tries one at a time: %s"
+            text = (
+                "pool %r: %s cannot connect, so the pool keeps its %d connections and tries one at a"
+                " time: %s"
+            )
+            fields = _fields(session, release)
             self._log(
-                logging.WARNING, text, pool.name, session.label, others, release.error,
-                pool=pool.name, lease=str(release.token), session=session.label, reason=release.error,
-            )  # fmt: skip
+                logging.WARNING, text, pool.name, session.label, others, release.error, **fields
+            )
         pool.last_unreachable = session.id if release.unreachable else b""
         self._arm(
             pool.backoff.failed(release.token, others, release.error, now, release.code),
@@ -82,10 +85,8 @@ class Failover:
                 "pool %r: %s is refused%s and may try only now and then, until it can connect: %s"
             )
             code = f" ({release.code})" if release.code else ""
-            self._log(
-                logging.WARNING, text, session.pool.name, session.label, code, release.error,
-                pool=session.pool.name, lease=str(release.token), session=session.label, reason=release.error,
-            )  # fmt: skip
+            names = (session.pool.name, session.label, code)
+            self._log(logging.WARNING, text, *names, release.error, **_fields(session, release))
 
     def opened(self, lease: Lease, confirm: Confirm, now: float) -> None:
         """Handle a successful connect: allow more."""
@@ -127,8 +128,9 @@ class Failover:
         most = most if self._slots.max_conn is None else min(most, self._slots.max_conn)
         if most and most + _OF_THE_BROKER > self._limit:
             text = (
-                "role %r may have %d connections (CONNECTION LIMIT), and %d are needed: max_conn %d, and %d"
-                " of the broker's own. PostgreSQL will refuse the rest: raise that limit, or lower max_conn"
+                "role %r may have %d connections (CONNECTION LIMIT), and %d are needed: max_conn %d,"
+                " and %d of the broker's own. PostgreSQL will refuse the rest: raise that limit, or"
+                " lower max_conn"
             )
             needed = most + _OF_THE_BROKER
             self._log(
@@ -179,3 +181,13 @@ class Failover:
         for session in pool.sessions.values():
             if not session.shelf:
                 self._emit(Send(session.id, Stale(pool.generation)))
+
+
+def _fields(session: Session, release: Release) -> dict[str, str]:
+    """Return the fields of a log line about a failed connect."""
+    return {
+        "pool": session.pool.name,
+        "lease": str(release.token),
+        "session": session.label,
+        "reason": release.error,
+    }

@@ -4,8 +4,8 @@ A lane goes on without its broker. So a lease that the journal knows to be one w
 another's by now, or be on its way. It becomes certain in three steps:
 
 1. The journal names all members of the former lanes (`restore`).
-2. A member registers at this broker. With WELCOME it leaves the former lane, and keeps what it finds
-   there. It is asked for its leases after that, so its answer lists all that it has.
+2. A member registers at this broker. With WELCOME it leaves the former lane, and keeps what it
+   finds there. It is asked for its leases after that, so its answer lists all that it has.
 3. Each member has answered or died: a lease that none of them has listed is nobody's.
 """
 
@@ -67,7 +67,10 @@ class FormerLanes:
             session.pool.former[session.id] = session.asked
 
     def session_answered(self, session: Session, serial: int, now: float, *, unsure: bool) -> None:
-        """Handle a session's list of leases, which answers recall `serial`; `unsure`: it may have more."""
+        """Handle a session's list of leases, which answers recall `serial`.
+
+        `unsure`: the session may have more.
+        """
         asked = session.pool.former.get(session.id, 0)
         if not 0 < asked <= serial:
             return

@@ -1,4 +1,4 @@
-"""Pass live connections on: from the worker that gives one to the first waiter. Pure: no I/O, no clock.
+"""Pass live connections on: from the worker that gives one to the first waiter. Pure.
 
 A given lease ends, and its *heir* begins: a lease with a token of its own, for the same backend,
 whose socket is in custody. The slot stays occupied all along. The heir is sent to the waiter's
@@ -260,7 +260,7 @@ class Handover:
                 self._arm(now + NUDGE_S, self.nudge_due, pool)
 
     def nudge_due(self, pool: Pool, now: float) -> None:
-        """Ask the holders again that were asked when the alarm was set, and have given nothing since.
+        """Ask the holders again that have given nothing since the alarm was set.
 
         `Session.passes` tells: it counts what the holder was given, so an unchanged count means the
         same connections. A holder has answered the last question before it is asked again.

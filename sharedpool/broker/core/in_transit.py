@@ -1,4 +1,4 @@
-"""Leases that move from worker to worker without the broker: who has each one? Pure: no I/O, no clock.
+"""Leases that move from worker to worker without the broker: who has each one? Pure.
 
 The giver writes the receiver's number on the pool's board before it sends the socket. `sync` copies
 the board into the records. From then on the lease is *unconfirmed*, until its new holder lists it:
@@ -120,7 +120,7 @@ class InTransit:
         self._arm(now + ARRIVAL_S, self.arrival_due, lease)
 
     def not_listed(self, lease: Lease, known_recall: int, now: float, *, unsure: bool) -> None:
-        """Handle a heartbeat, at recall `known_recall`, in which a lease's new holder does not list it.
+        """Handle a heartbeat in which a lease's new holder, at recall `known_recall`, lacks it.
 
         `unsure`: one of the holder's threads may have the connection in its hands. Each of many
         threads may be held up for long.
@@ -131,7 +131,7 @@ class InTransit:
             if now - lease.unconfirmed_since >= ARRIVAL_S and not unsure:
                 self._leases.fence(lease, "it was passed on and has not arrived", now)
                 return
-            # Asked again by the alarm alone: two such leases would have the session answer for ever.
+            # Only the alarm asks again: otherwise two such leases kept the session answering.
             lease.confirm_recall = -1
             since = max(lease.unconfirmed_since, now if unsure else 0.0)
             self._arm(since + ARRIVAL_S, self.arrival_due, lease)
@@ -151,7 +151,7 @@ class InTransit:
             self.ask_holder(lease, now)
 
     def receiver_due(self, lease: Lease, now: float) -> None:
-        """Fence a lease whose receiver has ended, unless its giver has passed it to another since."""
+        """Fence a lease whose receiver has ended, unless it has been passed to another since."""
         lane = lease.pool.lane
         if lane is None or lease.cell < 0:
             return

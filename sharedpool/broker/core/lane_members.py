@@ -1,6 +1,7 @@
 """Open the pools' lanes, and let workers in. Pure: no I/O, no clock.
 
-1. A thread waits in a pool whose connections can be passed on: the broker makes a lane (`OpenLane`).
+1. A thread waits in a pool whose connections can be passed on: the broker makes a lane
+   (`OpenLane`).
 2. The lane is open: each session that can hand connections over gets a number and an index there,
    and an invitation with the lane's descriptors (`InviteToLane`).
 3. The session answers that it takes part. From then on connections can be sent to its threads.
@@ -134,4 +135,4 @@ def may_reach(waiter: Waiter, pool: Pool, now: float) -> bool:
 
 
 def _no_longer_awaited(pool: Pool, now: float) -> None:
-    """Do nothing: the alarm has the scheduler look again, as nobody waits for the lane any longer."""
+    """Do nothing: after an alarm the scheduler runs, and the lane is not waited for any more."""

@@ -78,7 +78,7 @@ class Moves:
         self._members.session_ended(session)
 
     def check_unconfirmed(self, pool: Pool, now: float) -> None:
-        """Ask for all leases of a pool that have moved: a session that has ended may not have sent them."""
+        """Ask for all unconfirmed leases of a pool: an ended session may not have sent them."""
         if self.transit.ask_for_unconfirmed(pool, now) and pool.moving:
             self.halt_moves(pool, now)
 
@@ -99,7 +99,7 @@ class Moves:
     # --- when connections move
 
     def update_modes(self, now: float) -> bool:
-        """Start or halt the moves of each pool, as things are now; return True if any were halted."""
+        """Start or halt the moves of each pool, as is due; return True if any were halted."""
         while self._former.complete_pools:
             self._fence_unclaimed(self._former.complete_pools.pop(), now)
         for pool in self._slots.contended.values():
@@ -122,7 +122,7 @@ class Moves:
     def _may_move(self, pool: Pool) -> bool:
         """Return True if the broker has nothing to do for a pool but to pass connections on."""
         scheduler, slots, lane = self._scheduler, self._slots, pool.lane
-        # 1. The lane is there, a query on a moved connection can be cancelled, and slots are granted.
+        # 1. The lane is open, queries on moved connections can be cancelled, slots are granted.
         if lane is None or pool.cancel_works is not True:
             return False
         if scheduler.holding_back or scheduler.draining:
@@ -148,14 +148,14 @@ class Moves:
         return not any(session.leases for session in lane.outside.values())
 
     def _may_start(self, pool: Pool) -> bool:
-        """Return True if requests wait in a pool for connections that nothing but moves can bring."""
+        """Return True if requests wait in a pool, and only moves can bring them connections."""
         if pool.name not in self._slots.contended:
             return False
         return self._may_move(pool) and self._is_exhausted(pool)
 
     @staticmethod
     def _is_exhausted(pool: Pool) -> bool:
-        """Return True if nothing is idle, in the workers or on the shelf, as far as the broker knows.
+        """Return True if no connection is idle, in a worker or on the shelf, by the records.
 
         A lease that is on the shelf by the records was either found there since the last halt, or
         is still to be looked for.

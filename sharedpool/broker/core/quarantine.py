@@ -84,7 +84,7 @@ class Quarantine:
     def surveyed(
         self, survey: SurveyResult, strangers: Iterable[Backend], now: float
     ) -> list[Token]:
-        """Handle a survey; `strangers` are backends that the records do not know. Return free slots."""
+        """Handle a survey, with the backends that the records do not know; return free slots."""
         self._outstanding = False
         strange = {backend.pid for backend in strangers} | survey.starting
         free = []

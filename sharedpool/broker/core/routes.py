@@ -55,7 +55,7 @@ class Routes:
     # --- direct connections
 
     def reached(self, *, direct: bool, fault: str) -> None:
-        """Record how the control connection reaches the server; `fault`: what is unsuitable there."""
+        """Record the control connection's route; `fault` is what makes it unsuitable."""
         self.control_is_direct, self._fault = direct, fault
 
     def believes(self, lease: Lease) -> bool:
@@ -88,7 +88,7 @@ class Routes:
     # --- poolers
 
     def lend(self, lease: Lease, backend: Backend) -> Lease | None:
-        """Record that a pooler has given a lease this backend; return the lease that had it before."""
+        """Record which lease a pooler has given a backend; return the lease that had it before."""
         if backend.pooled is None or not backend.start_us:
             return None
         other, self._lent[backend] = self._lent.get(backend), lease
@@ -106,7 +106,7 @@ class Routes:
             del self._lent[lease.backend]
 
     def suspect_twins(self, leases: list[Lease], asked: list[int]) -> None:
-        """Record two open leases that seem to have one backend, and the recalls that ask about it."""
+        """Record two open leases that seem to have one backend, and the recalls that ask."""
         self._twins.append(_Twins(leases, asked))
 
     def answered(self, session: Session, serial: int) -> Lease | None:

@@ -15,7 +15,7 @@ from sharedpool.wire.desk import Live, Moved
 
 
 class Shelves:
-    """The shelf sessions of all pools; `expiration_s` limits how long a connection may lie there."""
+    """The shelf sessions of all pools; a connection may be there for `expiration_s` at most."""
 
     def __init__(self, context: Context, expiration_s: float) -> None:
         self._slots = context.slots

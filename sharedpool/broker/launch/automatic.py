@@ -103,9 +103,8 @@ def _start_detached(settings: BrokerSettings, deadline: float) -> None:
                 f"the automatic broker at {settings.address} did not start: {answer}"
             )
         return
-    raise BrokerUnavailable(
-        f"the automatic broker at {settings.address} was not started: {interpreter.none_found(tried)}"
-    )
+    text = f"the automatic broker at {settings.address} was not started"
+    raise BrokerUnavailable(f"{text}: {interpreter.none_found(tried)}")
 
 
 def with_linger(settings: BrokerSettings) -> BrokerSettings:

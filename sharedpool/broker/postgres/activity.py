@@ -11,8 +11,8 @@ from sharedpool.wire.reports import BackendActivity
 
 _QUERY_SHOWN = 60  # characters
 
-# Texts are fetched as bytes: in a database with another encoding they may be invalid in ours. `state`
-# and `backend_start` are NULL unless the role has pg_read_all_stats, or is the backend's own.
+# Texts are fetched as bytes: in a database with another encoding they may be invalid in ours.
+# `state` and `backend_start` are NULL unless the role has pg_read_all_stats, or is the backend's.
 _ACTIVITY_SQL = """
 SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0),
        textsend(coalesce(application_name, '')), state IS NOT NULL, coalesce(state, ''),

@@ -105,7 +105,8 @@ class ControlConnection:
         """
         fresh = connection.__new__(connection)
         try:
-            fresh.__init__(make_dsn(self._database.current, **self._parameters()))  # type: ignore[misc]
+            dsn = make_dsn(self._database.current, **self._parameters())
+            fresh.__init__(dsn)  # type: ignore[misc]
         except (psycopg2.OperationalError, UnicodeDecodeError):
             # libpq keeps the socket on which it was refused, but none that was never answered.
             if (socket_of_failed(fresh) or -1) < 0:

@@ -157,7 +157,10 @@ class Fencing:
                     self._end(conn, [backend])
             elif not self._powerless:
                 self._powerless = True
-                text = "control connection: may not end backends (%s): their slots stay occupied until they exit"
+                text = (
+                    "control connection: may not end backends (%s): their slots stay occupied until"
+                    " they exit"
+                )
                 logger.warning(text, str(error).strip())
 
     def _comparable(self, job: _Job, boot_us: int) -> Backend | None:

@@ -69,7 +69,7 @@ class Leadership:
         self.claim_at = math.inf
 
     def claim(self, conn: connection, now: float) -> str:
-        """Take the lock, or keep it on a new connection; return the other holders, if there are any.
+        """Take the lock, or keep it on a new connection; return the other holders, if any.
 
         The ledger is told if that has changed. Raise psycopg2's errors.
         """
@@ -78,9 +78,9 @@ class Leadership:
         self.claim_at = now + _RETRY_S * random.uniform(0.7, 1.3) if rival else math.inf
         if rival and rival != self._rival:
             text = (
-                "another broker counts to this limit: %s; granting nothing until it ends (do the two"
-                " have different XDG_RUNTIME_DIR, TMPDIR or lock files? Give all workers one broker=,"
-                " or each group its own name=)"
+                "another broker counts to this limit: %s; granting nothing until it ends (do the"
+                " two have different XDG_RUNTIME_DIR, TMPDIR or lock files? Give all workers one"
+                " broker=, or each group its own name=)"
             )
             logger.error(text, rival)
             self._call_soon(

@@ -30,11 +30,14 @@ _ROLE_SQL = """
 SELECT rolname, CASE WHEN rolconnlimit >= 0 AND NOT rolsuper THEN rolconnlimit END
 FROM pg_roles WHERE rolname = session_user
 """
-# Limits of the role or the server against misbehaving clients. Each could end this session or a query.
+# Limits of the role or the server against misbehaving clients: each could end this session.
 _LIMITS = (
-    "idle_session_timeout", "idle_in_transaction_session_timeout", "statement_timeout", "lock_timeout",
+    "idle_session_timeout",
+    "idle_in_transaction_session_timeout",
+    "statement_timeout",
+    "lock_timeout",
     "transaction_timeout",
-)  # fmt: skip
+)
 _UNLIMITED_SQL = (
     "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = ANY(%s) AND setting <> '0'"
 )
@@ -66,18 +69,18 @@ SELECT pg_backend_pid(), host(inet_client_addr()), inet_client_port(),
 """
 _ITSELF_SQL = b"SELECT pid || ' ' || backend_start FROM pg_stat_get_activity(pg_backend_pid())"
 _ANSWER_LIMIT_S = 2.0
-# No row: it has ended. (null, true): another backend has its pid. (null, false): this role cannot see
-# when it was started.
+# No row: it has ended. (null, true): another backend has its pid. (null, false): this role cannot
+# see when it was started.
 _CANCEL_SQL = """
 SELECT CASE coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0)
        WHEN %s THEN pg_cancel_backend(pid) END,
        backend_start IS NOT NULL
 FROM pg_stat_activity WHERE pid = %s
 """
-# A backend holds the lock on its virtual transaction while it authenticates its client, before it is
-# in pg_stat_activity (PostgreSQL's InitPostgres). Since PostgreSQL 18 it is listed there all along,
-# without user and database until it is authenticated. The locks are read first, so that a backend that
-# finishes its start in between is in the second answer.
+# A backend holds the lock on its virtual transaction while it authenticates its client, before it
+# is in pg_stat_activity (PostgreSQL's InitPostgres). Since PostgreSQL 18 it is listed there all
+# along, without user and database until it is authenticated. The locks are read first, so that a
+# backend that finishes its start in between is in the second answer.
 _STARTING_SQL = "SELECT pid FROM pg_locks WHERE locktype = 'virtualxid' AND pid <> pg_backend_pid()"
 _SURVEY_SQL = """
 SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0),
@@ -114,12 +117,12 @@ def route_of(conn: connection) -> tuple[bool, bool]:
 
 
 def itself(conn: connection) -> bytes | None:
-    """Return which backend a connection is on at the moment; None if it gets none in two seconds."""
+    """Return which backend a connection is on now; None if it gets none in two seconds."""
     return libpq.ask(conn, _ITSELF_SQL, _ANSWER_LIMIT_S)
 
 
 def server_of(conn: connection) -> tuple[int, str]:
-    """Return when the server was started (microseconds since 1970), and the address that it sees."""
+    """Return when the server was started, in microseconds since 1970, and its own address."""
     with conn.cursor() as cursor:
         cursor.execute(_SERVER_SQL)
         row = cursor.fetchone()
@@ -143,7 +146,7 @@ def room_of(conn: connection) -> int:
 
 
 def role_of(conn: connection) -> tuple[str, int | None]:
-    """Return a connection's role, and how many connections that role may have (None: any number)."""
+    """Return a connection's role, and that role's CONNECTION LIMIT (None: any number)."""
     with conn.cursor() as cursor:
         cursor.execute(_ROLE_SQL)
         row = cursor.fetchone()
@@ -172,7 +175,7 @@ def cancel(conn: connection, backend: Backend) -> bool | None:
 
 
 def end_lent(conn: connection, backend: Backend, since_us: int, *, idle: bool) -> None:
-    """Terminate a pooler's backend, unless another client has it; while it is idle, only if `idle`."""
+    """Terminate a pooler's backend unless another client has it; an idle one only if `idle`."""
     with conn.cursor() as cursor:
         cursor.execute(
             _FENCE_LENT_SQL, (backend.pid, backend.start_us, backend.pooled, since_us, idle)

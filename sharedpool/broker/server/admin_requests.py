@@ -1,4 +1,4 @@
-"""Answer the commands of the command line: reports (`status`, `who`, `top`) and orders (`pause` …).
+"""Answer the command line: reports (`status`, `who`, `top`) and orders (`pause`, `kill`, …).
 
 A report with leases waits for a moment until the workers have told what they do.
 """
@@ -55,7 +55,7 @@ class AdminRequests:
         self._waiting.append((asker, status, now + _WORKERS_LIMIT_S))
 
     def answer(self, now: float) -> None:
-        """Answer the queued requests. Those with leases wait for the workers' reports for a moment."""
+        """Answer the queued requests; those with leases wait a moment for the workers' reports."""
         if not self._waiting:
             return
         while self._waiting:
