@@ -661,7 +661,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/broker/core/in_transit.py",
-                'self._leases.fence(lease, "it is on nobody\'s shelf", now)',
+                'self._leases.fence(lease, "it is not on its pool\'s shelf", now)',
                 "pass",
             ),
         ),

@@ -91,7 +91,7 @@ class Handover:
             if may_reach(waiter, pool, now):
                 self.park(lease, live, now)
                 return False
-            text = "given, but it cannot be passed to who waits"
+            text = "given, but it cannot be sent to the first waiter"
             self._leases.fence(lease, text, now, level=logging.DEBUG)
         elif pool.moving:
             self._shelves.give(lease, live, now)
@@ -181,7 +181,7 @@ class Handover:
         session = lease.session
         self._leases.fence(lease, "it could not be passed on", now, level=logging.DEBUG)
         if not session.ended:  # its request has left the queue, and no answer comes
-            text = "a connection could not be sent to who waits: ask again"
+            text = "a connection could not be sent to its waiter: ask again"
             self._emit(Send(session.id, Reject(text)))
 
     # --- parking

@@ -145,7 +145,7 @@ class InTransit:
         if lease.session.shelf:
             waited = now - lease.unconfirmed_since >= ARRIVAL_S
             if waited and lease.live is None and not lease.pool.moving:
-                self._leases.fence(lease, "it is on nobody's shelf", now)
+                self._leases.fence(lease, "it is not on its pool's shelf", now)
         elif lease.confirm_recall <= 0:
             lease.confirm_recall = 0
             self.ask_holder(lease, now)

@@ -26,7 +26,7 @@ from sharedpool.wire.desk import Moved
 
 # Moves go on for so long after the last request.
 _QUIET_S = 1.0
-LOST_WITH_THE_BROKER = "nobody has it since the former broker's end"
+LOST_WITH_THE_BROKER = "no worker has it since the former broker's end"
 
 
 class Moves:

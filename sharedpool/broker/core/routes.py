@@ -47,7 +47,7 @@ class Routes:
         self._has_control_connection = has_control_connection
         self.control_is_direct = False
         self._fault = ""  # what makes the control connection's route unsuitable
-        self._lent: dict[Backend, Lease] = {}  # whom a pooler has given a backend last
+        self._lent: dict[Backend, Lease] = {}  # the lease that a pooler has given a backend last
         self._twins: list[_Twins] = []
         # Leases whose connections have ended; a later report may tell whether that proves anything.
         self.unproven: set[Lease] = set()

@@ -74,7 +74,7 @@ def read(path: str | Path) -> ConfigFile:
     terms = {
         name: GroupTerms(table.min, table.max, table.priority) for name, table in groups.items()
     }
-    if not wrong and "max_conn" in options:  # else the command line has it
+    if not wrong and "max_conn" in options:  # otherwise the command line gives it
         try:
             check_terms(terms, options["max_conn"])
         except ConfigError as error:

@@ -30,7 +30,7 @@ _NEEDED = ("zmq", "psycopg2", "msgspec", "multiprocess", "dill")
 
 def greeting() -> str:
     """Return the first line that `python -m sharedpool.broker` prints."""
-    return GREETING + str(sys.modules["sharedpool"].__version__)  # it imports us
+    return GREETING + str(sys.modules["sharedpool"].__version__)  # imported before this module
 
 
 def frozen() -> bool:

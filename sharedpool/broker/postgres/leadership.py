@@ -26,8 +26,7 @@ from collections.abc import Callable
 
 from psycopg2.extensions import connection
 
-from sharedpool.broker.core.commands import Command
-from sharedpool.broker.core.ledger import Ledger
+from sharedpool.broker.core.ledger import LedgerCall
 
 logger = logging.getLogger("sharedpool.broker")
 
@@ -58,8 +57,8 @@ class Leadership:
         self,
         scope: str,
         instance: str,
-        call_soon: Callable[[Callable[[Ledger, float], list[Command]]], None],
-    ):
+        call_soon: Callable[[LedgerCall], None],
+    ) -> None:
         self.application_name = f"sharedpool broker {instance}"
         digest = hashlib.blake2s(scope.encode("utf-8", "surrogateescape"), digest_size=4).digest()
         self._keys = (_NAMESPACE, int.from_bytes(digest, "big", signed=True))

@@ -76,7 +76,7 @@ class Journal:
             return []
         with open(fd, "rb") as file:
             if os.fstat(fd).st_uid != os.geteuid():
-                raise PermissionError(errno.EPERM, "it belongs to somebody else", str(self._path))
+                raise PermissionError(errno.EPERM, "it belongs to another user", str(self._path))
             data = file.read()
         found: dict[Token, Entry] = {}
         members: dict[bytes, Member] = {}
