@@ -307,7 +307,7 @@ class Broker:
         fails, self.cannot_pass = self.cannot_pass, False
         end = self.lanes.get(order.pool)
         if fails or end is None or not end.pass_on(order.number, order.place, message, proc):
-            self.words.append(lambda ledger, now: ledger.not_delivered(message, now))
+            self.words.append(lambda ledger, now: ledger.lanes.not_delivered(message, now))
         else:
             self.world.passed += 1
 
@@ -319,7 +319,7 @@ class Broker:
         self.world.lanes.append(lane)
         self.lanes[pool] = End(lane, SHELF, b"broker")
         self.seats[pool] = lane.bind(SHELF, BROKER_PLACE)
-        self.words.append(lambda ledger, now: ledger.lane_opened(pool, serial, lane.board, now))
+        self.words.append(lambda ledger, now: ledger.lanes.opened(pool, serial, lane.board, now))
 
     def _let_in(self, order: InviteToLane) -> None:
         self.invited.pop(order.session, None)
@@ -340,7 +340,7 @@ class Broker:
             or not run(end.give(Item(order.token, order.cell, order.live, proc)))
         ):
             moved = Moved(0, order.token, order.cell, 0, order.live)
-            self.words.append(lambda ledger, now: ledger.lane_full(order.pool, moved, now))
+            self.words.append(lambda ledger, now: ledger.lanes.full(order.pool, moved, now))
 
     def _empty_later(self, pool: str) -> None:
         if pool in self.lanes:
@@ -361,8 +361,12 @@ class Broker:
             moved, proc = taken
             proc.holders.discard(self.grip)
             most -= 1
-            commands += self.ledger.found_on_shelf(pool, moved, self.world.now)
-        return commands if most == 0 else commands + self.ledger.shelf_empty(pool, self.world.now)
+            commands += self.ledger.lanes.found_on_shelf(pool, moved, self.world.now)
+        return (
+            commands
+            if most == 0
+            else commands + self.ledger.lanes.shelf_empty(pool, self.world.now)
+        )
 
     def _empty(self, pool: str) -> list[Command]:
         end = self.lanes.get(pool)
@@ -374,8 +378,8 @@ class Broker:
         while (taken := run(end.take(self.grip))) is not None:
             moved, proc = taken
             proc.holders.discard(self.grip)
-            commands += self.ledger.found_on_shelf(pool, moved, self.world.now)
-        return commands + self.ledger.shelf_empty(pool, self.world.now)
+            commands += self.ledger.lanes.found_on_shelf(pool, moved, self.world.now)
+        return commands + self.ledger.lanes.shelf_empty(pool, self.world.now)
 
     def _close_lane(self, pool: str) -> None:
         self.leaves_alone.discard(pool)
@@ -401,14 +405,14 @@ class Broker:
                 continue
             moved, proc = got
             proc.holders.discard(self.grip)
-            self.execute(self.ledger.received(pool, moved, self.world.now))
+            self.execute(self.ledger.lanes.received(pool, moved, self.world.now))
             if self.world.broker is not self or pool not in self.lanes:
                 return
         if pool not in self.leaves_alone:
             self.execute(self._empty(pool))
 
     def _line_ended(self, number: int) -> None:
-        self.words.append(lambda ledger, now: ledger.line_closed(number, now))
+        self.words.append(lambda ledger, now: ledger.desk.line_closed(number, now))
 
     def _check_grant(self, session: bytes, grant: Grant | Moved) -> None:
         books = self.ledger._slots.sessions
@@ -467,7 +471,7 @@ class Broker:
                 assert proc is not None
                 self._take(session, token, proc)
             case Give():
-                self.execute(self.ledger.given(message, now))
+                self.execute(self.ledger.desk.given(message, now))
             case LineOwner(session):
                 self.homes[session] = wire.number
                 if (order := self.invited.get(session)) is not None:
@@ -475,7 +479,7 @@ class Broker:
             case _:
                 assert not isinstance(message, Leave)
                 self.execute(
-                    self.ledger.joined(message.session, now, takes_part=message.takes_part)
+                    self.ledger.lanes.joined(message.session, now, takes_part=message.takes_part)
                 )
 
     def hang_up(self, wire: Wire) -> None:
@@ -486,11 +490,11 @@ class Broker:
         self._line_ended(wire.number)
 
     def _take(self, session: bytes, token: Token, proc: Proc) -> None:
-        if token in self.custody or not self.ledger.expects(session, token):
+        if token in self.custody or not self.ledger.desk.expects(session, token):
             return
         proc.holders.add("custody")
         self.custody[token] = proc
-        self.execute(self.ledger.deposited(token, self.world.now))
+        self.execute(self.ledger.desk.deposited(token, self.world.now))
 
     def see(self, token: Token) -> None:
         """The end of a backend, or of the proxy's side, shows on its socket."""

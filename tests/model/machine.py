@@ -376,7 +376,7 @@ class GoodNetwork(RuleBasedStateMachine):
         assert broker is not None
         broker.fuse = None
         pool = broker.ledger._slots.pools.get("a")
-        if broker.ledger._scheduler.holding_back or (
+        if broker.ledger._slots.grant_stop.holding_back or (
             pool is not None and pool.suspects and turn % 4 == 1
         ):
             world.pass_long(TTL_S + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sharedpool.broker.core.commands import Entry
+from sharedpool.broker.core.demand import excess
 from sharedpool.broker.core.quarantine import SETTLE_S
 from sharedpool.broker.core.records import Lease, SlotState
 from sharedpool.wire.admin import Order, OrderKind
@@ -73,7 +74,7 @@ def _check_covered(world: World, proc: Proc) -> None:
         if not world.journal.intact:
             return
         leases: Mapping[Token, Entry | Lease] = world.journal.live
-    elif broker.ledger._scheduler.holding_back:
+    elif broker.ledger._slots.grant_stop.holding_back:
         return  # nothing is granted before everybody had time to say what they hold
     else:
         leases = broker.ledger._slots.leases
@@ -306,7 +307,7 @@ def check_nothing_is_kept_back(world: World) -> None:
     assert broker is not None
     books = broker.ledger._slots
     for pool in books.shrinking.values():
-        if broker.ledger._scheduler.excess(pool) > 0:
+        if excess(books, pool) > 0:
             assert not pool.parked, f"{pool.name}: an operator wants back what is parked"
             for worker in world.workers.values():
                 known = books.sessions.get(worker.id)

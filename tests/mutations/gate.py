@@ -36,7 +36,7 @@ MUTANTS = (
             (
                 "sharedpool/broker/core/sessions.py",
                 'self._slots.move(lease, SlotState.SUSPECT, "TTL passed")',
-                'self.leases.free(lease, "TTL passed")',
+                'self._leases.free(lease, "TTL passed")',
             ),
         ),
         ("tests/model",),
@@ -45,8 +45,8 @@ MUTANTS = (
         "an unknown lease in a RENEW is admitted again",
         (
             (
-                "sharedpool/broker/core/leases.py",
-                "if lease is None and claim and self._claimable(report.token):",
+                "sharedpool/broker/core/reconciler.py",
+                "if lease is None and claim and self._leases.is_claimable(report.token):",
                 "if lease is None:",
             ),
         ),
@@ -113,15 +113,15 @@ MUTANTS = (
         (
             (
                 "sharedpool/broker/core/ledger.py",
-                "self._scheduler.holding_back = True",
-                "self._scheduler.holding_back = False",
+                "self._slots.grant_stop.holding_back = True",
+                "self._slots.grant_stop.holding_back = False",
             ),
         ),
         ("tests/model", "tests/unit/test_recovery.py"),
     ),
     Mutant(
         "a restarted broker fences before workers could say HELLO",
-        (("sharedpool/broker/core/scheduler.py", "and now >= lease.session.spared_until", ""),),
+        (("sharedpool/broker/core/fences.py", "and now >= lease.session.spared_until", ""),),
         ("tests/unit/test_recovery.py",),
     ),
     Mutant(
@@ -162,7 +162,7 @@ MUTANTS = (
                 ),
             ),
             (
-                "sharedpool/broker/core/ledger.py",
+                "sharedpool/broker/core/lease_messages.py",
                 (
                     "        lease = session.leases.get(release.token) or "
                     "self._moves.closed_in_transit(session, release)\n"
@@ -484,7 +484,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/broker/core/scheduler.py",
-                "if not self._refused_newcomer(waiter, now):",
+                "if not self._deny_refused(waiter, now):",
                 "if waiter.session:",
             ),
         ),
@@ -495,7 +495,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/broker/core/scheduler.py",
-                ("        if self._newcomers:\n            self._refuse_newcomers(now)\n"),
+                ("        if self._newcomers:\n            self._deny_newcomers(now)\n"),
                 "",
             ),
         ),

@@ -21,7 +21,7 @@ class Desk:
     def lend(self, worker: Worker) -> Token:
         """Have a connection opened in the ordinary way and handed in."""
         token = worker.lend()
-        self.broker.take_in(self.broker.ledger.deposited(token, self.broker.now))
+        self.broker.take_in(self.broker.ledger.desk.deposited(token, self.broker.now))
         return token
 
     def board(self, pool: str = "p") -> Board:
@@ -34,9 +34,9 @@ class Desk:
         if self.broker.ledger._slots.pools[pool].lane is None:
             serial = self.broker.ledger._moves._members._requested.setdefault(pool, 0)
             self.broker.take_in(
-                self.broker.ledger.lane_opened(pool, serial, self.board(pool), self.broker.now)
+                self.broker.ledger.lanes.opened(pool, serial, self.board(pool), self.broker.now)
             )
-        self.broker.take_in(self.broker.ledger.joined(worker.id, self.broker.now))
+        self.broker.take_in(self.broker.ledger.lanes.joined(worker.id, self.broker.now))
 
     def ask(self, worker: Worker, seat: int = 0, wait_s: float = 9.0) -> int:
         """Ask for a connection, at a wait socket in the lane."""
@@ -55,7 +55,7 @@ class Desk:
         worker.held.pop(token, None)
         live = Live(worker.backend(token), self.generation, b"parameters")
         self.broker.take_in(
-            self.broker.ledger.given(Give(worker.id, token, reason, live), self.broker.now)
+            self.broker.ledger.desk.given(Give(worker.id, token, reason, live), self.broker.now)
         )
 
     def passed(self) -> list[tuple[str, Moved]]:

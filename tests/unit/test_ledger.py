@@ -20,9 +20,9 @@ from sharedpool.broker.core.commands import (
     Watch,
 )
 from sharedpool.broker.core.ledger import Ledger
+from sharedpool.broker.core.recalls import ANSWER_LIMIT_S
 from sharedpool.broker.core.records import Lease as Slot
 from sharedpool.broker.core.records import Pool, Session, SlotState
-from sharedpool.broker.core.scheduler import ANSWER_LIMIT_S
 from sharedpool.broker.core.slots import Slots
 from sharedpool.wire.codec import encode
 from sharedpool.wire.messages import (
@@ -449,7 +449,7 @@ def test_a_connection_that_broke_is_verified_before_its_slot_is_free(
 ) -> None:
     a, b = broker.worker("a", max_conn=1), broker.worker("b")
     token = a.lend()
-    broker.take_in(broker.ledger.deposited(token, broker.now))
+    broker.take_in(broker.ledger.desk.deposited(token, broker.now))
     if state == "worker dead":
         broker.take_in(broker.ledger.session_died(a.id, broker.now))
     elif state == "being fenced":
@@ -474,7 +474,7 @@ def test_a_connection_that_broke_before_it_was_confirmed_is_looked_for_if_somebo
     broker = Broker(has_control_connection=verifies)
     a = broker.worker("a", max_conn=1)
     token = a.granted(a.ask())
-    broker.take_in(broker.ledger.deposited(token, broker.now))
+    broker.take_in(broker.ledger.desk.deposited(token, broker.now))
     broker.take_in(broker.ledger.backend_lost(token, broker.now))
     assert broker.ledger.leases == 1
     if verifies:

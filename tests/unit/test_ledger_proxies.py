@@ -44,7 +44,7 @@ def lend(worker: Worker, found: Backend) -> Token:
 
 
 def deposit(broker: Broker, token: Token) -> None:
-    broker.take_in(broker.ledger.deposited(token, broker.now))
+    broker.take_in(broker.ledger.desk.deposited(token, broker.now))
 
 
 def die_connecting(worker: Worker) -> None:
@@ -144,7 +144,7 @@ def test_without_a_control_connection_an_end_proves_nothing_until_its_route_is_k
     assert broker.ledger.leases == 1
     a.broker.send(a.id, Confirm(token, backend(1, direct=direct)))
     assert broker.ledger.leases == (0 if direct else 1)
-    said = [log.text for log in broker.all(Log) if "there is a proxy" in log.text]
+    said = [log.text for log in broker.all(Log) if "may be a proxy" in log.text]
     assert len(said) == (0 if direct else 1)
 
 

@@ -25,8 +25,8 @@ from sharedpool.broker.core.commands import (
 from sharedpool.broker.core.group_terms import GroupTerms
 from sharedpool.broker.core.handover import SHARED_S
 from sharedpool.broker.core.lane_members import ARRIVAL_S
+from sharedpool.broker.core.recalls import ANSWER_LIMIT_S
 from sharedpool.broker.core.records import Lease, Pool, SlotState
-from sharedpool.broker.core.scheduler import ANSWER_LIMIT_S
 from sharedpool.wire.admin import Order, OrderKind
 from sharedpool.wire.board import BROKER_PLACE, BROKER_REQUEST, MOVES, PLACES, SESSIONS, SHELF
 from sharedpool.wire.buckets import BUCKETS
@@ -118,7 +118,7 @@ class Rig:
             worker.beat()
 
     def join(self, worker: Worker) -> None:
-        self.broker.take_in(self.broker.ledger.joined(worker.id, self.broker.now))
+        self.broker.take_in(self.broker.ledger.lanes.joined(worker.id, self.broker.now))
 
     def contend(self, worker: Worker | None = None, *, seat: int = 1) -> int:
         return self.desk.ask(worker or self.workers[0], seat=seat, wait_s=500.0)
@@ -170,7 +170,7 @@ class Rig:
         cell = self.lease(token).cell
         moves = self.board.set_holder(cell, SHELF)
         lain = Moved(0, token, cell, moves, self.live(token))
-        self.broker.take_in(self.broker.ledger.found_on_shelf("p", lain, self.broker.now))
+        self.broker.take_in(self.broker.ledger.lanes.found_on_shelf("p", lain, self.broker.now))
 
     def passed_by_broker(self, giver: Worker, token: Token) -> Token:
         """Give a connection to the broker, which passes it on; return the name of it then."""
@@ -278,7 +278,7 @@ def test_a_lane_of_a_pool_that_is_over_is_not_another_pools_of_that_name(rig: Ri
     assert rig.broker.all(OpenLane) == [OpenLane("p", 1), OpenLane("p", 2)]
     for serial in (1, 2):
         assert rig.pool.lane is None
-        rig.broker.take_in(rig.broker.ledger.lane_opened("p", serial, rig.board, rig.broker.now))
+        rig.broker.take_in(rig.broker.ledger.lanes.opened("p", serial, rig.board, rig.broker.now))
     assert rig.pool.lane is not None
     assert rig.broker.all(CloseLane) == []
 
@@ -302,7 +302,7 @@ def test_a_lane_that_is_ready_when_its_pool_is_gone_is_closed(rig: Rig) -> None:
         rig.broker.take_in(rig.broker.ledger.session_died(worker.id, rig.broker.now))
     for token in rig.fenced():
         rig.broker.take_in(rig.broker.ledger.backend_gone(token, rig.broker.now))
-    rig.broker.take_in(rig.broker.ledger.lane_opened("p", 1, rig.board, rig.broker.now))
+    rig.broker.take_in(rig.broker.ledger.lanes.opened("p", 1, rig.board, rig.broker.now))
     assert rig.broker.all(CloseLane) == [CloseLane("p")]
 
 
@@ -364,7 +364,7 @@ def test_what_the_broker_is_given_is_passed_to_the_first_who_waits_there(rig: Ri
     passed = len(rig.desk.passed())
     cell = rig.lease(token).cell
     came = Moved(BROKER_REQUEST, token, cell, rig.board.holding(cell).moves, rig.live(token))
-    rig.broker.take_in(rig.broker.ledger.received("p", came, rig.broker.now))
+    rig.broker.take_in(rig.broker.ledger.lanes.received("p", came, rig.broker.now))
     assert [name for name, _ in rig.desk.passed()[passed:]] == ["w0"]
     assert rig.state(token) is SlotState.FREE  # its heir has it
     assert queued - sum(each.times for each in rig.broker.all(JoinQueue)) == 0
@@ -377,11 +377,11 @@ def test_what_the_broker_is_given_for_nobody_goes_back_into_the_lane(rig: Rig) -
     rig.moves_itself(token, None)
     cell = rig.lease(token).cell
     came = Moved(BROKER_REQUEST, token, cell, rig.board.holding(cell).moves, rig.live(token))
-    rig.broker.take_in(rig.broker.ledger.received("p", came, rig.broker.now))
+    rig.broker.take_in(rig.broker.ledger.lanes.received("p", came, rig.broker.now))
     assert rig.broker.all(GiveInLane) == [GiveInLane("p", token, cell, rig.live(token))]
     assert rig.holder_of(token) == "shelf"
     rig.broker.take_in(
-        rig.broker.ledger.lane_full("p", came, rig.broker.now)
+        rig.broker.ledger.lanes.full("p", came, rig.broker.now)
     )  # there is no room in it
     rig.sync()
     assert rig.report().parked == 1
@@ -403,7 +403,7 @@ def test_who_does_not_want_to_wait_is_given_what_lies_on_the_shelf(rig: Rig) -> 
     assert sum(each.most_from_shelf for each in rig.broker.all(JoinQueue)) > looks
     rig.board.set_holder(rig.lease(token).cell, SHELF)  # which is the broker's own name
     there = Moved(0, token, rig.lease(token).cell, 0, rig.live(token))
-    rig.broker.take_in(rig.broker.ledger.found_on_shelf("p", there, rig.broker.now))
+    rig.broker.take_in(rig.broker.ledger.lanes.found_on_shelf("p", there, rig.broker.now))
     assert [name for name, _ in rig.desk.passed()[passed:]] == ["w0"]
 
 
@@ -1460,5 +1460,5 @@ def test_who_does_not_wait_is_refused_once_the_shelf_was_found_empty(rig: Rig) -
     rig.answer_all()
     assert rig.broker.all(JoinQueue)[-1].most_from_shelf == 1
     assert asker.outcome(request) is None
-    rig.broker.take_in(rig.broker.ledger.shelf_empty("p", rig.broker.now))
+    rig.broker.take_in(rig.broker.ledger.lanes.shelf_empty("p", rig.broker.now))
     assert isinstance(asker.outcome(request), Deny)

@@ -335,9 +335,9 @@ def test_a_dead_workers_deposited_connection_can_be_fenced_before_it_is_confirme
     broker = Broker()
     a = broker.worker("a", max_conn=1)
     token = a.granted(a.ask())
-    assert broker.ledger.expects(a.id, token)
-    assert not broker.ledger.expects(b"other", token)
-    broker.take_in(broker.ledger.deposited(token, broker.now))
+    assert broker.ledger.desk.expects(a.id, token)
+    assert not broker.ledger.desk.expects(b"other", token)
+    broker.take_in(broker.ledger.desk.deposited(token, broker.now))
     broker.take_in(broker.ledger.session_died(a.id, broker.now))
     (fence,) = broker.all(Fence)
     assert (fence.token, fence.backend) == (token, None)
@@ -366,7 +366,7 @@ def test_a_deposit_that_was_on_its_way_ends_the_quarantine() -> None:
     token = a.granted(a.ask())
     broker.take_in(broker.ledger.session_died(a.id, broker.now))
     assert broker.all(Fence) == []
-    broker.take_in(broker.ledger.deposited(token, broker.now))
+    broker.take_in(broker.ledger.desk.deposited(token, broker.now))
     assert [fence.token for fence in broker.all(Fence)] == [token]
     broker.take_in(broker.ledger.backend_gone(token, broker.now))
     assert broker.ledger.leases == 0

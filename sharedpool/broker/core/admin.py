@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from sharedpool.broker.core.context import Context
+from sharedpool.broker.core.denials import Denials
 from sharedpool.broker.core.group_terms import GroupTerms
+from sharedpool.broker.core.handover import Handover
 from sharedpool.broker.core.leases import Leases
+from sharedpool.broker.core.recalls import Recalls
 from sharedpool.broker.core.records import Pool, SlotState
-from sharedpool.broker.core.scheduler import Scheduler
 from sharedpool.wire.admin import Done, Order, OrderKind
 from sharedpool.wire.messages import DenyReason, Token
 
@@ -26,13 +28,17 @@ class Admin:
     def __init__(
         self,
         context: Context,
-        scheduler: Scheduler,
+        recalls: Recalls,
         leases: Leases,
+        handover: Handover,
+        denials: Denials,
         begin_generation: Callable[[Pool, str], None],
     ) -> None:
         self._slots = context.slots
-        self._scheduler = scheduler
+        self._recalls = recalls
         self._leases = leases
+        self._handover = handover
+        self._denials = denials
         self._begin_generation = begin_generation
         self._has_control_connection = context.has_control_connection
         self._configured: set[str] = set()  # pools whose limits came with `configure`
@@ -66,8 +72,7 @@ class Admin:
         for pool in pools:
             self._slots.shrink(pool)
             for waiter in list(pool.nowaits.values()):
-                pool.denials += 1
-                self._scheduler.deny(waiter, DenyReason.PAUSED, now)
+                self._denials.deny(waiter, DenyReason.PAUSED, now)
             how = "was paused already" if pool.name in already else "paused"
             said.append(
                 f"pool {pool.name!r} {how}: {_count(pool)} to come back, {len(pool.waiters)} waiting"
@@ -155,7 +160,7 @@ class Admin:
                 self._slots.shrinking[pool.name] = pool
                 self._slots.mark_returns_due(session, 0)  # as much as the debts
                 self._slots.mark_taking(session, session.taking + len(idle))
-                self._scheduler.send_recall(session, now, take=len(idle))
+                self._recalls.send(session, now, take=len(idle))
             said.append(
                 f"{session.label} in pool {pool.name!r}: {len(wanted)} to come back"
                 + (
@@ -207,7 +212,7 @@ class Admin:
                 f"pool {pool.name!r}: generation {pool.generation}: {len(pool.leases)} connections are replaced at"
                 " their next checkout or checkin"
             )
-            self._scheduler.handover.end_parked(
+            self._handover.end_parked(
                 [pool], len(pool.parked), now
             )  # nobody else would replace them
         return said or ["no pool is in use: nothing to replace"]

@@ -24,10 +24,11 @@ from itertools import islice
 
 from sharedpool.broker.core.commands import CancelBackend, PassOn, Send, TransferCustody
 from sharedpool.broker.core.context import Context
+from sharedpool.broker.core.demand import excess, only_checkins_help, returns_wanted, slots_wanted
 from sharedpool.broker.core.lane_members import may_reach, reaches
 from sharedpool.broker.core.leases import Leases
+from sharedpool.broker.core.recalls import Recalls
 from sharedpool.broker.core.records import Lease, Pool, Session, SlotState, Waiter
-from sharedpool.broker.core.scheduler import Scheduler
 from sharedpool.broker.core.shelves import Shelves, on_shelf
 from sharedpool.wire.desk import Give, Live, Moved, Passed
 from sharedpool.wire.messages import CancelQuery, Phase, Reject, ReleaseReason
@@ -48,12 +49,12 @@ class Handover:
     """The hand-over of connections through the broker."""
 
     def __init__(
-        self, context: Context, scheduler: Scheduler, leases: Leases, shelves: Shelves
+        self, context: Context, recalls: Recalls, leases: Leases, shelves: Shelves
     ) -> None:
         self._slots = context.slots
         self._emit = context.emit
         self._arm = context.timers.arm
-        self._scheduler = scheduler
+        self._recalls = recalls
         self._leases = leases
         self._shelves = shelves
 
@@ -87,7 +88,7 @@ class Handover:
                 self._pass_on(lease, live, waiter, now)
                 # A pool without waiters may be owed returns that are not needed any more. Otherwise
                 # the scheduler has to look again only if something else than a checkin can serve.
-                return bool(pool.waiters) and self._scheduler.nothing_to_schedule(pool)
+                return bool(pool.waiters) and only_checkins_help(self._slots, pool)
             if may_reach(waiter, pool, now):
                 self.park(lease, live, now)
                 return False
@@ -106,7 +107,7 @@ class Handover:
         fit = lease.custody and not lease.cancels and live.generation == pool.generation
         if not fit or pool.cancel_works is False:
             return False
-        return not self._scheduler.draining and self._scheduler.excess(pool) <= 0
+        return not self._slots.grant_stop.draining and excess(self._slots, pool) <= 0
 
     def _first_waiter(self, pool: Pool) -> Waiter | None:
         """Return the waiter that is to have a slot of this pool.
@@ -142,7 +143,7 @@ class Handover:
         slots, pool, session = self._slots, lease.pool, waiter.session
         if (waiter.since < now or session is not lease.session) and not pool.moving:
             pool.shared_until = now + SHARED_S
-        self._unpark(lease)
+        slots.unpark(lease)
         slots.dequeue(waiter)
         heir = Lease(
             self._slots.new_token(),
@@ -158,18 +159,16 @@ class Handover:
         slots.move(heir, SlotState.OPEN, "handed over")
         self._emit(TransferCustody(lease.token, heir.token))
         self._leases.free(lease, "handed over")
-        self._leases.note(heir, Phase.IN_USE, now, "")
+        self._leases.record_phase(heir, Phase.IN_USE, now, "")
         pool.handovers += 1
         pool.waits += now > waiter.since
         pool.waited.append(now - waiter.since)
-        pressure = self._scheduler.returns_wanted(pool, session)
+        pressure = returns_wanted(slots, pool, session)
         returns = min(len(session.leases), pressure or int(now < pool.shared_until))
         slots.mark_returns_due(session, returns)
         session.passes += 1
         trial = pool.cancel_works is None and now >= pool.try_at
-        passed = Passed(
-            self._scheduler.next_recall_serial(), session.returns_due, pressure > 0, trial
-        )
+        passed = Passed(self._recalls.next_serial(), session.returns_due, pressure > 0, trial)
         moved = Moved(waiter.request, heir.token, -1, max(0, lease.moves), live, passed)
         self._emit(PassOn(pool.name, session.number, waiter.lane_place, moved))
 
@@ -191,14 +190,9 @@ class Handover:
         lease.live = live
         if lease.state is not SlotState.OPEN:
             self._slots.move(lease, SlotState.OPEN, "parked")
-        self._leases.note(lease, Phase.IDLE, now, "")
+        self._leases.record_phase(lease, Phase.IDLE, now, "")
         lease.pool.idle.pop(lease.token, None)  # its worker need not be asked for it
         lease.pool.parked[lease.token] = lease
-
-    @staticmethod
-    def _unpark(lease: Lease) -> None:
-        lease.live = None
-        lease.pool.parked.pop(lease.token, None)
 
     def serve(self, now: float) -> None:
         """Pass parked connections to the waiters, the most recently used first."""
@@ -232,14 +226,9 @@ class Handover:
         parked = (lease for pool in pools for lease in pool.parked.values())
         chosen = list(islice(parked, most))
         for lease in chosen:
-            self._unpark(lease)
+            self._slots.unpark(lease)
             self._leases.fence(lease, "parked, and its slot is wanted", now, level=logging.DEBUG)
         return len(chosen)
-
-    def expire(self, lease: Lease, now: float) -> None:
-        """End a connection that has been parked for too long."""
-        self._unpark(lease)
-        self._leases.fence(lease, "parked for too long", now, level=logging.DEBUG)
 
     # --- holders that keep what others wait for
 
@@ -266,7 +255,7 @@ class Handover:
         same connections. A holder has answered the last question before it is asked again.
         """
         pool.nudging = False
-        if not self._scheduler.slots_wanted(pool) and pool.name not in self._slots.shrinking:
+        if not slots_wanted(self._slots, pool) and pool.name not in self._slots.shrinking:
             return
         for session_id, passes in pool.nudged.items():
             session = pool.asked_to_return.get(session_id)
@@ -280,7 +269,7 @@ class Handover:
             else:
                 continue
             session.nudge_at = now + session.nudge_s
-            self._scheduler.send_recall(session, now)
+            self._recalls.send(session, now)
 
     # --- cancels
 
@@ -323,7 +312,7 @@ class Handover:
 
     def check_invariants(self) -> None:
         """Raise `AssertionError` when the records contradict each other."""
-        serving = not (self._scheduler.holding_back or self._scheduler.draining)
+        serving = not self._slots.grant_stop.active
         for pool in self._slots.pools.values():
             for token, lease in pool.parked.items():
                 assert pool.leases[token] is lease

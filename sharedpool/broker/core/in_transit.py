@@ -23,8 +23,8 @@ from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.former_lanes import FormerLanes
 from sharedpool.broker.core.lane_members import ARRIVAL_S, LaneMembers
 from sharedpool.broker.core.leases import Leases
+from sharedpool.broker.core.recalls import Recalls
 from sharedpool.broker.core.records import FENCING, FREE, OPEN, SUSPECT, Lane, Lease, Pool, Session
-from sharedpool.broker.core.scheduler import Scheduler
 from sharedpool.broker.core.shelves import Shelves
 from sharedpool.wire.board import MOVES, SHELF
 from sharedpool.wire.messages import LeaseReport, Phase, Release, Token
@@ -36,7 +36,7 @@ class InTransit:
     def __init__(
         self,
         context: Context,
-        scheduler: Scheduler,
+        recalls: Recalls,
         leases: Leases,
         members: LaneMembers,
         shelves: Shelves,
@@ -44,7 +44,7 @@ class InTransit:
     ) -> None:
         self._slots = context.slots
         self._arm = context.timers.arm
-        self._scheduler = scheduler
+        self._recalls = recalls
         self._leases = leases
         self._members = members
         self._shelves = shelves
@@ -81,7 +81,7 @@ class InTransit:
         if lease.state is not state:
             self._slots.move(lease, state, "moved")
         if state is OPEN:
-            self._leases.note(lease, Phase.IDLE if session.shelf else Phase.IN_USE, now, "")
+            self._leases.record_phase(lease, Phase.IDLE if session.shelf else Phase.IN_USE, now, "")
         if session.shelf:
             lease.pool.idle.pop(lease.token, None)
             if not lane.moving:  # its giver may have been stopped before the socket was there
@@ -92,7 +92,7 @@ class InTransit:
     def ask_holder(self, lease: Lease, now: float) -> None:
         """Ask a lease's holder whether it has the connection."""
         if not lease.session.silent:
-            self._scheduler.send_recall(lease.session, now)
+            self._recalls.send(lease.session, now)
             lease.confirm_recall = lease.session.asked
 
     def session_registered(self, session: Session, now: float) -> None:

@@ -18,8 +18,8 @@ from sharedpool.broker.core.former_lanes import FormerLanes
 from sharedpool.broker.core.in_transit import InTransit
 from sharedpool.broker.core.lane_members import LaneMembers
 from sharedpool.broker.core.leases import Leases
+from sharedpool.broker.core.recalls import Recalls
 from sharedpool.broker.core.records import FENCING, OPEN, SUSPECT, Lane, Lease, Pool, Session
-from sharedpool.broker.core.scheduler import Scheduler
 from sharedpool.broker.core.shelves import Shelves, on_shelf
 from sharedpool.wire.board import BROKER_PLACE, BROKER_REQUEST, Board
 from sharedpool.wire.desk import Moved
@@ -35,7 +35,7 @@ class Moves:
     def __init__(
         self,
         context: Context,
-        scheduler: Scheduler,
+        recalls: Recalls,
         leases: Leases,
         shelves: Shelves,
         *,
@@ -45,12 +45,12 @@ class Moves:
         self._slots = context.slots
         self._emit = context.emit
         self._arm = context.timers.arm
-        self._scheduler = scheduler
+        self._recalls = recalls
         self._leases = leases
         self._shelves = shelves
-        self._former = FormerLanes(context, scheduler.send_recall, complete=remembers)
+        self._former = FormerLanes(context, recalls.send, complete=remembers)
         self._members = LaneMembers(context, self._former)
-        self.transit = InTransit(context, scheduler, leases, self._members, shelves, self._former)
+        self.transit = InTransit(context, recalls, leases, self._members, shelves, self._former)
         # `sync` runs with every message: a method that only passes the call on would be felt.
         self.sync = self.transit.sync
         self.closed_in_transit = self.transit.closed_in_transit
@@ -121,11 +121,11 @@ class Moves:
 
     def _may_move(self, pool: Pool) -> bool:
         """Return True if the broker has nothing to do for a pool but to pass connections on."""
-        scheduler, slots, lane = self._scheduler, self._slots, pool.lane
+        slots, lane = self._slots, pool.lane
         # 1. The lane is open, queries on moved connections can be cancelled, slots are granted.
         if lane is None or pool.cancel_works is not True:
             return False
-        if scheduler.holding_back or scheduler.draining:
+        if slots.grant_stop.active:
             return False
         # 2. Nobody but the pool's own waiters decides who is next.
         if pool.paused or pool.name in slots.shrinking or slots.groups or pool.spec.max_waiting:
@@ -188,7 +188,7 @@ class Moves:
         lane = pool.lane
         assert lane is not None
         if pool.idle:
-            self._scheduler.recall_all_idle(pool, now)
+            self._recalls.take_idle([pool], len(pool.idle), now)
         lane.board.generation = pool.generation
         self._join_queue(lane, pool)
         self._enter_leases(lane, pool)
@@ -287,8 +287,7 @@ class Moves:
             self.halt_moves(pool, now)
         assert pool.shelf is not None
         for lease in [x for x in pool.shelf.leases.values() if x.state is not FENCING]:
-            lease.live = None
-            pool.parked.pop(lease.token, None)
+            self._slots.unpark(lease)
             self._leases.fence(lease, "nobody uses its pool any more", now, level=logging.DEBUG)
 
 

@@ -49,6 +49,19 @@ class SlotState(Enum):
     __hash__ = object.__hash__  # there is one object of each, and Enum's own is no C function
 
 
+@dataclass(slots=True, eq=False)
+class GrantStop:
+    """Why nothing is granted to any pool, if that is so."""
+
+    holding_back: bool = False  # it is not known yet what is held
+    because: str = ""  # told to requests that time out while the broker holds back
+    draining: bool = False  # the broker is about to end: everything is asked back
+
+    @property
+    def active(self) -> bool:
+        return self.holding_back or self.draining
+
+
 # Python 3.11 takes as long for a member by its class as for five names of a module.
 FREE, GRANTED, OPEN, CLOSING, SUSPECT, FENCING = SlotState
 
@@ -320,6 +333,11 @@ class Pool:
     hands_over: bool = False
     opens_by: float = -math.inf
     shelf: Session | None = None  # for which is counted what moves and is in nobody's hands
+
+    @property
+    def holders(self) -> list[Session]:
+        """The sessions that hold leases and can be asked for them."""
+        return [*self.asked_to_return.values(), *self.not_asked_to_return.values()]
 
     def inherit_counters(self, past: Pool) -> None:
         """Go on counting where a pool of the same name, which nobody used for a while, has ended."""

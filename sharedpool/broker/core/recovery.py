@@ -24,7 +24,6 @@ from sharedpool.broker.core.commands import (
 )
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.records import Lease, Pool, Session, SlotState
-from sharedpool.broker.core.scheduler import Scheduler
 from sharedpool.wire.application_name import pool_of_tag
 from sharedpool.wire.messages import START_UP_LIMIT_S, Backend, PoolSpec, Token
 
@@ -42,12 +41,10 @@ class Recovery:
     def __init__(
         self,
         context: Context,
-        scheduler: Scheduler,
         make_pool: Callable[[PoolSpec], Pool],
         find_pool: Callable[[str, str], Pool | None],
     ) -> None:
         self._slots = context.slots
-        self._scheduler = scheduler
         self._emit = context.emit
         self._log = context.log
         self._make_pool = make_pool
@@ -66,14 +63,14 @@ class Recovery:
 
     def give_way(self) -> None:
         """Grant nothing while another broker counts to the same limit, or may."""
-        self.outranked = self._scheduler.holding_back = True
+        self.outranked = self._slots.grant_stop.holding_back = True
 
     def lead(self) -> None:
         """Begin to grant, unless the grace period is not over."""
         self.outranked = False
         if not self.in_grace_period:
             self._emit(MarkJournalComplete())
-            self._scheduler.holding_back = False
+            self._slots.grant_stop.holding_back = False
 
     # --- the journal
 
@@ -181,7 +178,7 @@ class Recovery:
         self.in_grace_period = False
         if not self.outranked:
             self._emit(MarkJournalComplete())
-            self._scheduler.holding_back = False
+            self._slots.grant_stop.holding_back = False
             self._log(logging.INFO, "the grace period is over: serving")
 
 

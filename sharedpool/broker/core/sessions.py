@@ -7,7 +7,6 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from msgspec import structs
 
@@ -15,9 +14,12 @@ from sharedpool.broker.core.backoff import Backoff
 from sharedpool.broker.core.commands import Forget, Process, Send, Watch
 from sharedpool.broker.core.connect_refusals import Refusals
 from sharedpool.broker.core.context import Context
+from sharedpool.broker.core.demand import has_room
 from sharedpool.broker.core.leases import LONGEST_MS, Leases
+from sharedpool.broker.core.moves import Moves
+from sharedpool.broker.core.recalls import Recalls
+from sharedpool.broker.core.reconciler import Reconciler
 from sharedpool.broker.core.records import Pool, Session, SlotState
-from sharedpool.broker.core.scheduler import Scheduler
 from sharedpool.broker.core.timers import Alarm
 from sharedpool.wire.application_name import shown, tag_of
 from sharedpool.wire.messages import (
@@ -57,38 +59,25 @@ class Terms:
     by_database: bool = False
 
 
-class MovesPort(Protocol):
-    """The lanes, as the sessions see them (`moves.Moves`)."""
-
-    def session_registered(self, session: Session, now: float) -> None:
-        """Ask a session for what is on its way to it, and let it in if it can hand connections over."""
-
-    def session_ended(self, session: Session) -> None:
-        """Take in that a session is over."""
-
-    def check_unconfirmed(self, pool: Pool, now: float) -> None:
-        """Find out about all that nobody has spoken of since it has moved."""
-
-    def pool_discarded(self, pool: Pool) -> None:
-        """Take in that nobody uses a pool any more."""
-
-
 class Sessions:
     """The sessions' side of the ledger; `leases` and `moves` are set once they are made."""
 
-    leases: Leases
-    moves: MovesPort
-
     def __init__(
         self,
-        terms: Terms,
         context: Context,
-        scheduler: Scheduler,
+        terms: Terms,
+        recalls: Recalls,
+        leases: Leases,
+        reconciler: Reconciler,
+        moves: Moves,
         random: Callable[[], float],
     ) -> None:
         self._terms = terms
         self._slots = context.slots
-        self._scheduler = scheduler
+        self._recalls = recalls
+        self._leases = leases
+        self._reconciler = reconciler
+        self._moves = moves
         self._emit = context.emit
         self._arm = context.timers.arm
         self._log = context.log
@@ -170,10 +159,10 @@ class Sessions:
             session.process = process  # as it is known here, not to the former broker
             self._emit(Watch(session_id, process))
         # A worker that starts over has forgotten what it was asked for.
-        self._scheduler.expect_no_answer(session)
+        self._recalls.expect_no_answer(session)
         self._slots.mark_returns_due(session, 0)
         self.heard_from(session, now)
-        revoked = self.leases.reconcile(
+        revoked = self._reconciler.reconcile(
             session, hello.leases, now, newest_grant=hello.newest_grant, claim=True
         )
         expiration_ms, ttl_ms = int(session.expiration_s * 1000), int(self._terms.ttl_s * 1000)
@@ -185,11 +174,7 @@ class Sessions:
         )
         first = hello.first
         # Who has to wait asks when he is in the lane, where a connection can be passed to him.
-        if (
-            first is not None
-            and first.request not in session.granted
-            and not self._scheduler.has_room(pool)
-        ):
+        if first is not None and first.request not in session.granted and not has_room(slots, pool):
             first = None
         welcome = Welcome(
             PROTOCOL_VERSION, self._terms.epoch, pool.limit, expiration_ms, ttl_ms, revoked,
@@ -198,7 +183,7 @@ class Sessions:
         )  # fmt: skip
         self._emit(Send(session_id, welcome))
         session.hands_over = handover
-        self.moves.session_registered(session, now)
+        self._moves.session_registered(session, now)
         return first
 
     def heard_from(self, session: Session, now: float) -> None:
@@ -242,12 +227,12 @@ class Sessions:
             )  # fmt: skip
         for waiter in list(session.waiters.values()):
             self._slots.dequeue(waiter)
-        self._scheduler.expect_no_answer(session)
+        self._recalls.expect_no_answer(session)
         was_in_lane = (
             session.id in session.pool.former
         )  # a former broker's: what it held may have moved on there
-        self.moves.session_ended(session)
-        self.moves.check_unconfirmed(session.pool, now)
+        self._moves.session_ended(session)
+        self._moves.check_unconfirmed(session.pool, now)
         for lease in list(session.leases.values()):
             if lease.state is SlotState.FENCING:
                 continue
@@ -255,15 +240,15 @@ class Sessions:
             if (
                 was_in_lane
                 and not current
-                and self.leases.transit.may_have_moved(lease, session, now + self._terms.ttl_s)
+                and self._moves.transit.may_have_moved(lease, session, now + self._terms.ttl_s)
             ):
                 continue
             unused = unused_above is not None and current and lease.token > unused_above
             if lease.findable or not unused:
                 parked = lease.live is not None  # which is no fault of anybody's
-                self.leases.fence(lease, why, now, level=logging.DEBUG if parked else logging.INFO)
+                self._leases.fence(lease, why, now, level=logging.DEBUG if parked else logging.INFO)
             else:
-                self.leases.free(lease, why)
+                self._leases.free(lease, why)
         self._slots.mark_returns_due(session, 0)
         self.drop_if_over(session)
 
@@ -277,7 +262,7 @@ class Sessions:
                 return
             self._emit(Forget(session.id))
             self._stop_watching_silence(session)
-            self.moves.session_ended(session)
+            self._moves.session_ended(session)
             del pool.sessions[session.id]
         if pool.sessions and (pool.shelf is None or len(pool.sessions) > 1 or pool.shelf.leases):
             return
@@ -285,7 +270,7 @@ class Sessions:
             del self._slots.sessions[pool.shelf.id]
             pool.sessions.clear()
             pool.shelf = None
-        self.moves.pool_discarded(pool)
+        self._moves.pool_discarded(pool)
         self._slots.discard(pool)
 
     def deregister(self, session: Session, bye: Bye, now: float) -> None:
@@ -314,11 +299,11 @@ class Sessions:
             pool=session.pool.name, session=session.label, reason="silent",
         )  # fmt: skip
         session.suspect = True
-        self._scheduler.expect_no_answer(session)
+        self._recalls.expect_no_answer(session)
         for lease in list(session.leases.values()):
             if lease.state not in (SlotState.SUSPECT, SlotState.FENCING) and lease.live is None:
                 self._slots.move(lease, SlotState.SUSPECT, "TTL passed")
-                self.leases.mistrust(lease)
+                self._leases.watch_connect(lease)
         for waiter in list(session.waiters.values()):
             self._slots.dequeue(waiter)
         # Its waiters are gone; with its last lease it is forgotten (it says HELLO again when it comes back).

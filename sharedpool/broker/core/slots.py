@@ -23,6 +23,7 @@ from sharedpool.broker.core.records import (
     OPEN,
     SUSPECT,
     WAITS_KEPT,
+    GrantStop,
     Lease,
     Pool,
     Session,
@@ -66,6 +67,7 @@ class Slots:
         self.paused_pools: set[str] = set()
         self.limits: dict[str, int] = {}
         self.groups = Groups()
+        self.grant_stop = GrantStop()
         self.orphans: dict[Backend, Lease] = {}  # counted for no known worker
         self.restored: dict[Backend, Lease] = {}  # held when the former broker ended
 
@@ -121,6 +123,11 @@ class Slots:
             return other.group.room <= 0 or self.available(other) <= 0
         if self.max_conn is None or other.room <= 0 or self.available(other) > 0:
             return False
+        return self.is_beyond_reservation(pool)
+
+    @staticmethod
+    def is_beyond_reservation(pool: Pool) -> bool:
+        """Return True if other groups may want a slot of this pool back."""
         return pool.group is None or pool.group.beyond > 0
 
     @staticmethod
@@ -195,7 +202,7 @@ class Slots:
             pool.paused,
             len(pool.leases) > pool.target,
             group is not None and group.room < 0,
-            self.overdrawn > 0 and (group is None or group.beyond > 0),
+            self.overdrawn > 0 and self.is_beyond_reservation(pool),
             any(session.draining for session in pool.sessions.values()),
         )
         if any(wanted_back):
@@ -270,6 +277,12 @@ class Slots:
         lease.pool.idle.pop(token, None)
         if not session.shelf:  # of which a later broker could make nothing
             self._record(lease)
+
+    @staticmethod
+    def unpark(lease: Lease) -> None:
+        """Record that a lease is parked at the broker no longer."""
+        lease.live = None
+        lease.pool.parked.pop(lease.token, None)
 
     def enter_on_board(self, lease: Lease) -> None:
         """Put a lease on its pool's board, on which there is room. That it may move outlives this broker."""

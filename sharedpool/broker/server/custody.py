@@ -60,28 +60,28 @@ class Custody:
 
     def expects(self, session: bytes, token: Token) -> bool:
         """Return True if a session may deposit a socket for this lease."""
-        return self._ledger.expects(session, token)
+        return self._ledger.desk.expects(session, token)
 
     def deposited(self, token: Token) -> None:
         """Handle a socket that has come into custody."""
-        self._execute(self._ledger.deposited(token, time.monotonic()))
+        self._execute(self._ledger.desk.deposited(token, time.monotonic()))
 
     def given(self, give: Give) -> None:
         """Handle a connection that its worker gives to be passed on."""
-        self._execute(self._ledger.given(give, time.monotonic()))
+        self._execute(self._ledger.desk.given(give, time.monotonic()))
 
     def line_leaving(self, line: int) -> None:
         """Record that a line is about to close although its program goes on."""
-        self._ledger.line_leaving(line)
+        self._ledger.desk.line_leaving(line)
 
     def line_identified(self, program: bytes, line: int) -> None:
         """Record which program a line belongs to: it ends when that program does."""
-        self._ledger.line_identified(program, line)
+        self._ledger.desk.line_identified(program, line)
         self._lanes.line_identified(program, line)
 
     def joined(self, session: bytes, *, takes_part: bool) -> None:
         """Handle a session's answer to the invitation into its pool's lane."""
-        self._execute(self._ledger.joined(session, time.monotonic(), takes_part=takes_part))
+        self._execute(self._ledger.lanes.joined(session, time.monotonic(), takes_part=takes_part))
 
     def line_closed(self, line: int) -> None:
         """Handle a closed line.
@@ -89,7 +89,7 @@ class Custody:
         The ledger is told later: this may happen while its earlier commands are being carried out.
         """
         self._lanes.line_closed(line)
-        self._call_later(lambda ledger, now: ledger.line_closed(line, now))
+        self._call_later(lambda ledger, now: ledger.desk.line_closed(line, now))
 
     def gone(self, token: Token) -> None:
         """Handle a socket that its other side has closed: the backend itself, or a proxy."""

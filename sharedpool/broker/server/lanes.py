@@ -130,7 +130,7 @@ class Lanes:
         self._selector.register(wait_socket, selectors.EVENT_READ, lambda: self._read(command.pool))
         self._watch(command.pool)
         self._call_later(
-            lambda ledger, now: ledger.lane_opened(command.pool, command.serial, lane.board, now)
+            lambda ledger, now: ledger.lanes.opened(command.pool, command.serial, lane.board, now)
         )
 
     def close_lane(self, command: CloseLane) -> None:
@@ -170,9 +170,11 @@ class Lanes:
             moved, sock = taken
             sock.close()  # the broker has a duplicate in custody
             most -= 1
-            commands += self._ledger.found_on_shelf(pool, moved, time.monotonic())
+            commands += self._ledger.lanes.found_on_shelf(pool, moved, time.monotonic())
         return (
-            commands if most == 0 else commands + self._ledger.shelf_empty(pool, time.monotonic())
+            commands
+            if most == 0
+            else commands + self._ledger.lanes.shelf_empty(pool, time.monotonic())
         )
 
     def _read(self, pool: str) -> None:
@@ -181,7 +183,7 @@ class Lanes:
         while (got := lane.receive(wait_socket)) is not None:
             moved, sock = got
             sock.close()  # the broker has a duplicate in custody
-            self._execute(self._ledger.received(pool, moved, time.monotonic()))
+            self._execute(self._ledger.lanes.received(pool, moved, time.monotonic()))
             if pool not in self._lanes:
                 return
 
@@ -190,7 +192,7 @@ class Lanes:
         lane, moved = self._lanes.get(command.pool), command.message
         fd = -1 if self._desk is None else self._desk.fileno_of(moved.token)
         if lane is None or fd < 0 or not lane.pass_on(command.number, command.place, moved, fd):
-            self._call_later(lambda ledger, now: ledger.not_delivered(moved, now))
+            self._call_later(lambda ledger, now: ledger.lanes.not_delivered(moved, now))
 
     def give(self, command: GiveInLane) -> None:
         """Give a connection of the broker's to the lane: to the first ticket, or to the shelf."""
@@ -205,7 +207,7 @@ class Lanes:
         ):
             pool, token, live = command.pool, command.token, command.live
             self._call_later(
-                lambda ledger, now: ledger.lane_full(
+                lambda ledger, now: ledger.lanes.full(
                     pool, wire.Moved(0, token, command.cell, 0, live), now
                 )
             )
@@ -221,8 +223,8 @@ class Lanes:
         while (taken := lane.take_from_shelf()) is not None:
             moved, sock = taken
             sock.close()  # the broker has a duplicate in custody
-            commands += self._ledger.found_on_shelf(pool, moved, time.monotonic())
-        return commands + self._ledger.shelf_empty(pool, time.monotonic())
+            commands += self._ledger.lanes.found_on_shelf(pool, moved, time.monotonic())
+        return commands + self._ledger.lanes.shelf_empty(pool, time.monotonic())
 
     def _watch(self, pool: str) -> None:
         if pool not in self._watched:

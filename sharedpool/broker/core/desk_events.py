@@ -1,0 +1,81 @@
+"""What happens at the desk: workers deposit sockets, give connections, and hang up.
+
+The desk (`server/desk.py`) is the Unix socket that each worker program keeps open to the broker; one
+such connection is a *line*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sharedpool.broker.core.commands import Command
+from sharedpool.broker.core.context import Context
+from sharedpool.broker.core.handover import Handover
+from sharedpool.broker.core.leases import Leases
+from sharedpool.broker.core.moves import Moves
+from sharedpool.broker.core.sessions import Sessions
+from sharedpool.wire.desk import Give
+from sharedpool.wire.messages import Token
+
+
+class DeskEvents:
+    """Handles the desk's events; `settle(now)` schedules, and returns what is to be done."""
+
+    def __init__(
+        self,
+        context: Context,
+        sessions: Sessions,
+        leases: Leases,
+        handover: Handover,
+        moves: Moves,
+        settle: Callable[[float], list[Command]],
+    ) -> None:
+        self._slots = context.slots
+        self._take_commands = context.take_commands
+        self._sessions = sessions
+        self._leases = leases
+        self._handover = handover
+        self._moves = moves
+        self._settle = settle
+        self._programs: dict[int, bytes] = {}  # by line: the program that ends with it
+
+    def expects(self, session_id: bytes, token: Token) -> bool:
+        """Return True if a session may deposit a socket for this lease."""
+        session = self._slots.sessions.get(session_id)
+        return session is not None and token in session.leases
+
+    def deposited(self, token: Token, now: float) -> list[Command]:
+        """Handle that the broker has the socket of a lease's connection."""
+        self._leases.deposited(self._slots.leases[token], now)
+        return self._settle(now)
+
+    def given(self, give: Give, now: float) -> list[Command]:
+        """Handle a connection that its worker gives to be passed on."""
+        self._moves.sync(now)
+        session = self._slots.sessions.get(give.session)
+        if session is not None and not (session.ended or session.restored):
+            self._sessions.heard_from(session, now)
+            if self._handover.given(session, give, now):
+                return self._take_commands()  # nothing is left to schedule
+        return self._settle(now)
+
+    def line_identified(self, program: bytes, line: int) -> None:
+        """Record that a line ends with a program; the program's sessions have ids that start so."""
+        self._programs[line] = program
+
+    def line_leaving(self, line: int) -> None:
+        """Record that a line is about to end while its program goes on."""
+        self._programs.pop(line, None)
+
+    def line_closed(self, line: int, now: float) -> list[Command]:
+        """Handle the end of a line: unless it was leaving, its program has ended.
+
+        The process may live on: it may have executed another program.
+        """
+        self._moves.sync(now)
+        program = self._programs.pop(line, None)
+        if program is not None:
+            for session in list(self._slots.sessions.values()):
+                if session.id.startswith(program) and not session.ended:
+                    self._sessions.end(session, "its worker ended", now)
+        return self._settle(now)
