@@ -41,8 +41,8 @@ from sharedpool.broker.core.commands import (
 )
 from sharedpool.broker.core.ledger import Ledger
 from sharedpool.broker.core.moves import LOST_WITH_THE_BROKER
-from sharedpool.broker.core.records import SlotState
 from sharedpool.broker.core.recovery import GRACE_OVER
+from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.lane.lane import Ticket as Place
 from sharedpool.wire import desk
 from sharedpool.wire.admin import Order, OrderKind

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from sharedpool.broker.core.commands import Entry
 from sharedpool.broker.core.demand import excess
 from sharedpool.broker.core.quarantine import SETTLE_S
-from sharedpool.broker.core.records import Lease, SlotState
+from sharedpool.broker.core.records import Lease
+from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.admin import Order, OrderKind
 from sharedpool.wire.messages import START_UP_LIMIT_S, Token
 from tests.model.broker import Broker

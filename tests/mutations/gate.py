@@ -151,14 +151,14 @@ MUTANTS = (
             (
                 "sharedpool/broker/core/slots.py",
                 (
-                    "            self.mark_returns_due(session, session.returns_due)\n            self._record(lease)\n"
+                    "        self.mark_returns_due(session, session.returns_due)\n        self._record(lease)\n"
                 ),
                 (
-                    "            self.mark_returns_due(session, session.returns_due)\n"
-                    "            self._record(lease)\n"
-                    "            from sharedpool.broker.core.records import _COUNT\n"
+                    "        self.mark_returns_due(session, session.returns_due)\n"
+                    "        self._record(lease)\n"
+                    "        from sharedpool.broker.core.records import _COUNT\n"
                     "\n"
-                    "            _COUNT[id(pool)] = _COUNT.get(id(pool), 0) + 1\n"
+                    "        _COUNT[id(pool)] = _COUNT.get(id(pool), 0) + 1\n"
                 ),
             ),
             (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sharedpool.broker.core.commands import PassOn
-from sharedpool.broker.core.records import SlotState
+from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.board import BOARD_BYTES, PLACES, Board
 from sharedpool.wire.desk import Give, Live, Moved
 from sharedpool.wire.messages import Acquire, ReleaseReason, Token

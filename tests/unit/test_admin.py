@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sharedpool.broker.core.commands import Fence
-from sharedpool.broker.core.records import SlotState
+from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.admin import OrderKind
 from sharedpool.wire.messages import (
     Ack,

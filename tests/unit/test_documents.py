@@ -12,7 +12,7 @@ import pytest
 
 import sharedpool
 from sharedpool import errors
-from sharedpool.broker.core.slots import TRANSITIONS
+from sharedpool.broker.core.slot_states import TRANSITIONS
 from sharedpool.broker.metrics import prometheus
 from sharedpool.cli import _COMMANDS, main
 from sharedpool.wire import desk, messages

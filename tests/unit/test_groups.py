@@ -7,7 +7,8 @@ import pytest
 from sharedpool.broker.core.backoff import Backoff
 from sharedpool.broker.core.group_terms import GroupTerms, check_terms
 from sharedpool.broker.core.records import Lease as Slot
-from sharedpool.broker.core.records import Pool, Session, SlotState
+from sharedpool.broker.core.records import Pool, Session
+from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.broker.core.slots import Slots
 from sharedpool.errors import ConfigError
 from sharedpool.wire.admin import OrderKind

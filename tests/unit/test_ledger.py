@@ -22,7 +22,8 @@ from sharedpool.broker.core.commands import (
 from sharedpool.broker.core.ledger import Ledger
 from sharedpool.broker.core.recalls import ANSWER_LIMIT_S
 from sharedpool.broker.core.records import Lease as Slot
-from sharedpool.broker.core.records import Pool, Session, SlotState
+from sharedpool.broker.core.records import Pool, Session
+from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.broker.core.slots import Slots
 from sharedpool.wire.codec import encode
 from sharedpool.wire.messages import (

@@ -13,7 +13,7 @@ from sharedpool.broker.core.commands import (
 )
 from sharedpool.broker.core.handover import NUDGE_S, SHARED_S, TRY_AGAIN_S
 from sharedpool.broker.core.lane_members import ARRIVAL_S
-from sharedpool.broker.core.records import SlotState
+from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.board import PLACES
 from sharedpool.wire.desk import Moved, Passed
 from sharedpool.wire.messages import (

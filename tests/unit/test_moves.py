@@ -26,7 +26,8 @@ from sharedpool.broker.core.group_terms import GroupTerms
 from sharedpool.broker.core.handover import SHARED_S
 from sharedpool.broker.core.lane_members import ARRIVAL_S
 from sharedpool.broker.core.recalls import ANSWER_LIMIT_S
-from sharedpool.broker.core.records import Lease, Pool, SlotState
+from sharedpool.broker.core.records import Lease, Pool
+from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.admin import Order, OrderKind
 from sharedpool.wire.board import BROKER_PLACE, BROKER_REQUEST, MOVES, PLACES, SESSIONS, SHELF
 from sharedpool.wire.buckets import BUCKETS

@@ -13,7 +13,8 @@ from sharedpool.broker.core.group_terms import GroupTerms
 from sharedpool.broker.core.handover import Handover
 from sharedpool.broker.core.leases import Leases
 from sharedpool.broker.core.recalls import Recalls
-from sharedpool.broker.core.records import Pool, SlotState
+from sharedpool.broker.core.records import Pool
+from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.admin import Done, Order, OrderKind
 from sharedpool.wire.messages import DenyReason, Token
 

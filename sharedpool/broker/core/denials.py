@@ -23,12 +23,12 @@ class Denials:
 
     def deny(self, waiter: Waiter, reason: DenyReason, now: float) -> None:
         """Refuse a request, and count it as refused."""
-        waiter.session.pool.denials += 1
+        waiter.session.pool.counters.denials += 1
         self._send(waiter, reason, now)
 
     def time_out(self, waiter: Waiter, now: float) -> None:
         """Refuse a request whose deadline has passed."""
-        waiter.session.pool.timeouts += 1
+        waiter.session.pool.counters.timeouts += 1
         self._send(waiter, self._reason_for_timeout(waiter), now)
 
     def _reason_for_timeout(self, waiter: Waiter) -> DenyReason:

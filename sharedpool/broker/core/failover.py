@@ -12,7 +12,8 @@ import logging
 from sharedpool.broker.core.commands import Send, VerifyServer
 from sharedpool.broker.core.connect_refusals import concerns_all
 from sharedpool.broker.core.context import Context
-from sharedpool.broker.core.records import Lease, Pool, Session, SlotState
+from sharedpool.broker.core.records import Lease, Pool, Session
+from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.messages import Confirm, FailoverSign, Release, Stale
 
 # SQLSTATEs that prove a failover by themselves: the server is read-only, or shuts down.

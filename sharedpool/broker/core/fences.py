@@ -13,7 +13,8 @@ from itertools import chain, islice
 from sharedpool.broker.core.commands import Fence, Log
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.recalls import ANSWER_LIMIT_S
-from sharedpool.broker.core.records import Lease, Pool, SlotState
+from sharedpool.broker.core.records import Lease, Pool
+from sharedpool.broker.core.slot_states import SlotState
 
 
 class Fences:
@@ -52,7 +53,7 @@ class Fences:
         text = f"pool {pool!r}: lease {lease.token} of {whose}: backend {pid} is to end ({why})"
         self._emit(Log(level, text, fields))
         self._slots.move(lease, SlotState.FENCING, why)
-        lease.pool.fences += 1
+        lease.pool.counters.fences += 1
         lease.since = now
         self.expect(lease, now)
         self.order(lease, why)

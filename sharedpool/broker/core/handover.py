@@ -28,8 +28,9 @@ from sharedpool.broker.core.demand import excess, only_checkins_help, returns_wa
 from sharedpool.broker.core.lane_members import may_reach, reaches
 from sharedpool.broker.core.leases import Leases
 from sharedpool.broker.core.recalls import Recalls
-from sharedpool.broker.core.records import Lease, Pool, Session, SlotState, Waiter
+from sharedpool.broker.core.records import Lease, Pool, Session, Waiter
 from sharedpool.broker.core.shelves import Shelves, on_shelf
+from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.desk import Give, Live, Moved, Passed
 from sharedpool.wire.messages import CancelQuery, Phase, Reject, ReleaseReason
 
@@ -67,7 +68,7 @@ class Handover:
             return False
         session.draining.discard(lease.token)
         if give.reason is ReleaseReason.RETURN_DUE:
-            lease.pool.recalls += 1
+            lease.pool.counters.recalls += 1
             if session.returns_due:
                 self._slots.mark_returns_due(session, session.returns_due - 1)
         lease.unconfirmed = False
@@ -160,9 +161,8 @@ class Handover:
         self._emit(TransferCustody(lease.token, heir.token))
         self._leases.free(lease, "handed over")
         self._leases.record_phase(heir, Phase.IN_USE, now, "")
-        pool.handovers += 1
-        pool.waits += now > waiter.since
-        pool.waited.append(now - waiter.since)
+        pool.counters.handovers += 1
+        pool.record_wait(now - waiter.since)
         pressure = returns_wanted(slots, pool, session)
         returns = min(len(session.leases), pressure or int(now < pool.shared_until))
         slots.mark_returns_due(session, returns)

@@ -24,8 +24,9 @@ from sharedpool.broker.core.former_lanes import FormerLanes
 from sharedpool.broker.core.lane_members import ARRIVAL_S, LaneMembers
 from sharedpool.broker.core.leases import Leases
 from sharedpool.broker.core.recalls import Recalls
-from sharedpool.broker.core.records import FENCING, FREE, OPEN, SUSPECT, Lane, Lease, Pool, Session
+from sharedpool.broker.core.records import Lane, Lease, Pool, Session
 from sharedpool.broker.core.shelves import Shelves
+from sharedpool.broker.core.slot_states import FENCING, FREE, OPEN, SUSPECT
 from sharedpool.wire.board import MOVES, SHELF
 from sharedpool.wire.messages import LeaseReport, Phase, Release, Token
 
@@ -68,7 +69,7 @@ class InTransit:
         holder, moves = lane.board.holding(lease.cell)
         if moves == lease.moves:
             return
-        lease.pool.handovers += (moves - lease.moves) % MOVES
+        lease.pool.counters.handovers += (moves - lease.moves) % MOVES
         lease.moves = moves
         session = self._shelves.of(lease.pool) if holder == SHELF else lane.members.get(holder)
         if session is None:  # it has ended, or the board holds an invalid number

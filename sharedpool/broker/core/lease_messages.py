@@ -12,9 +12,10 @@ from sharedpool.broker.core.leases import Leases
 from sharedpool.broker.core.moves import Moves
 from sharedpool.broker.core.recalls import Recalls
 from sharedpool.broker.core.reconciler import Reconciler
-from sharedpool.broker.core.records import Lease, Session, SlotState
+from sharedpool.broker.core.records import Lease, Session
 from sharedpool.broker.core.routes import sessions_not_kept_text
 from sharedpool.broker.core.scheduler import Scheduler
+from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.messages import (
     NO_TOKEN,
     Ack,
@@ -159,7 +160,7 @@ class LeaseMessages:
         ):
             return
         if release.reason is ReleaseReason.RETURN_DUE:
-            session.pool.recalls += 1
+            session.pool.counters.recalls += 1
             if session.returns_due:
                 self._slots.mark_returns_due(session, session.returns_due - 1)
         if release.error:

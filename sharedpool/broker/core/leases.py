@@ -15,8 +15,9 @@ from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.fences import Fences
 from sharedpool.broker.core.quarantine import Quarantine
 from sharedpool.broker.core.recalls import ANSWER_LIMIT_S, Recalls
-from sharedpool.broker.core.records import Lease, Pool, Session, SlotState
+from sharedpool.broker.core.records import Lease, Pool, Session
 from sharedpool.broker.core.routes import Routes
+from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.messages import START_UP_LIMIT_S, Ack, Backend, Phase, Token
 
 # A proxy may keep a connect in its own queue for this long before the server hears of it: as long
@@ -322,7 +323,7 @@ class Leases:
 
     def _report_checkout(self, lease: Lease, used_s: float, limit_s: float) -> None:
         pool, session = lease.pool, lease.session
-        pool.overdue += 1
+        pool.counters.overdue += 1
         text = (
             "pool %r: lease %s has been checked out for %.1f s (max_checkout %.1f s)"
             " by %s, thread %r, backend %s%s"

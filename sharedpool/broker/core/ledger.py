@@ -33,14 +33,16 @@ from sharedpool.broker.core.failover import Failover
 from sharedpool.broker.core.fences import Fences
 from sharedpool.broker.core.group_terms import GroupTerms
 from sharedpool.broker.core.handover import Handover
+from sharedpool.broker.core.invariants import check_records
 from sharedpool.broker.core.lane_events import LaneEvents
 from sharedpool.broker.core.lease_messages import LeaseMessages
 from sharedpool.broker.core.leases import QUEUE_LIMIT_S, Leases
 from sharedpool.broker.core.moves import Moves
+from sharedpool.broker.core.pool_directory import PoolDirectory
 from sharedpool.broker.core.quarantine import SETTLE_S
 from sharedpool.broker.core.recalls import Recalls
 from sharedpool.broker.core.reconciler import Reconciler
-from sharedpool.broker.core.records import Session, SlotState
+from sharedpool.broker.core.records import Session
 from sharedpool.broker.core.recovery import GRACE_OVER, Recovery
 from sharedpool.broker.core.report import lease_lines, report
 from sharedpool.broker.core.requests import Requests
@@ -48,7 +50,9 @@ from sharedpool.broker.core.routes import Routes
 from sharedpool.broker.core.scheduler import Scheduler
 from sharedpool.broker.core.sessions import Sessions, Terms
 from sharedpool.broker.core.shelves import Shelves
+from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.broker.core.snapshot import Snapshot, take_snapshot
+from sharedpool.broker.core.strangers import strangers_among
 from sharedpool.wire.admin import Done, Order
 from sharedpool.wire.messages import (
     Acquire,
@@ -141,14 +145,15 @@ class Ledger:
         )
         transit = self._moves.transit
         reconciler = Reconciler(context, fences, self._leases, transit, ttl_s=ttl_s)
+        directory = PoolDirectory(context, instance, random, by_database=by_database)
         self._sessions = Sessions(
             context,
-            Terms(epoch, ttl_s, expiration_s, instance, desk, handover, by_database),
+            Terms(epoch, ttl_s, expiration_s, instance, desk, handover),
+            directory,
             self._recalls,
             self._leases,
             reconciler,
             self._moves,
-            random,
         )
         self._handover = Handover(context, self._recalls, self._leases, shelves)
         self._denials = Denials(context, self._routes)
@@ -176,7 +181,7 @@ class Ledger:
             self._failover.begin_generation,
         )
         self._admin.configure(max_conn, groups or {}, limits or {})
-        self._recovery = Recovery(context, self._sessions.pool, self._sessions.named)
+        self._recovery = Recovery(context, directory.get, directory.find_tagged)
         self.desk = DeskEvents(
             context, self._sessions, self._leases, self._handover, self._moves, self._settle
         )
@@ -333,7 +338,7 @@ class Ledger:
 
     def surveyed(self, survey: SurveyResult, now: float) -> list[Command]:
         """Handle the server's list of backends."""
-        strangers = self._slots.strangers(survey.tagged)
+        strangers = strangers_among(self._slots, survey.tagged)
         if survey.serial == GRACE_OVER:
             if self._recovery.complete(survey, now):
                 self._recovery.adopt(survey, strangers)
@@ -505,7 +510,7 @@ class Ledger:
     def check_invariants(self) -> None:
         """Raise `AssertionError` if something that must hold does not."""
         slots = self._slots
-        slots.check_invariants()
+        check_records(slots)
         self._recalls.check_invariants()
         self._scheduler.check_invariants()
         self._handover.check_invariants()

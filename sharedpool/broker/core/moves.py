@@ -19,8 +19,9 @@ from sharedpool.broker.core.in_transit import InTransit
 from sharedpool.broker.core.lane_members import LaneMembers
 from sharedpool.broker.core.leases import Leases
 from sharedpool.broker.core.recalls import Recalls
-from sharedpool.broker.core.records import FENCING, OPEN, SUSPECT, Lane, Lease, Pool, Session
+from sharedpool.broker.core.records import Lane, Lease, Pool, Session
 from sharedpool.broker.core.shelves import Shelves, on_shelf
+from sharedpool.broker.core.slot_states import FENCING, OPEN, SUSPECT
 from sharedpool.wire.board import BROKER_PLACE, BROKER_REQUEST, Board
 from sharedpool.wire.desk import Moved
 

@@ -66,7 +66,7 @@ class Recalls:
         for session_id, count in taken.items():
             session = self._slots.sessions[session_id]
             self._slots.mark_taking(session, session.taking + count)
-            session.pool.recalls += count
+            session.pool.counters.recalls += count
             self.send(session, now, take=count)
         return taken.total()
 

@@ -1,6 +1,6 @@
-"""What the broker records of leases, waiters, sessions and pools; `slots.py` keeps them consistent.
+"""What the broker records of leases, waiters, sessions and pools; `slots.py` keeps it consistent.
 
-Times are whatever the caller's clock says.
+Times are readings of the caller's clock, in seconds; -inf stands for "never".
 """
 
 from __future__ import annotations
@@ -9,44 +9,19 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 
 from sharedpool.broker.core.backoff import Backoff
 from sharedpool.broker.core.commands import Process
 from sharedpool.broker.core.connect_refusals import Refusal, Refusals
+from sharedpool.broker.core.counters import Counters
 from sharedpool.broker.core.group_terms import GroupTerms
-from sharedpool.broker.core.histograms import Histograms
+from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.board import Board
 from sharedpool.wire.desk import Live
 from sharedpool.wire.messages import Backend, PoolSpec, Timings, Token
 
-# What counts for as long as the broker lives.
-_COUNTERS = (
-    "handovers",
-    "grants",
-    "waits",
-    "denials",
-    "timeouts",
-    "recalls",
-    "fences",
-    "overdue",
-    "totals",
-)
-WAITS_KEPT = 500  # of the last requests that got a slot: how long they waited
+WAITS_KEPT = 500
 _SAMPLES_KEPT = 60
-
-
-class SlotState(Enum):
-    """Where a slot is, as the broker knows it."""
-
-    FREE = "free"
-    GRANTED = "granted"
-    OPEN = "open"
-    CLOSING = "closing"
-    SUSPECT = "suspect"
-    FENCING = "fencing"
-
-    __hash__ = object.__hash__  # there is one object of each, and Enum's own is no C function
 
 
 @dataclass(slots=True, eq=False)
@@ -62,89 +37,69 @@ class GrantStop:
         return self.holding_back or self.draining
 
 
-# Python 3.11 takes as long for a member by its class as for five names of a module.
-FREE, GRANTED, OPEN, CLOSING, SUSPECT, FENCING = SlotState
-
-
 @dataclass(slots=True, eq=False)
 class Lease:
-    """A slot held by a session; `idle_since` is set while it lies in the worker's cache, `used_since` while it is out.
-
-    `reported_at` is when a checkout that is too long was last reported: one that began later has not been;
-    `inquired_at` when its worker was last asked whether it lasts, by recall number `inquiry`. `custody`: the broker has
-    a duplicate of the connection's socket, on which it sees the backend's end. `live` is set while it is parked.
-    `cancels`: cancels under way. `since` is when what it does now began, if that is known; `stack` where it was checked
-    out, if its worker tells. `granted_at` is when it was granted, or later; its request had waited for `waited_s`.
-    `closed`: the connection is over on its worker's side, or on a proxy's. `cell` is where it is on the pool's board,
-    -1 while it may not move; `moves` how often it has, -1 for one that never could. `unconfirmed`: it was passed on or
-    seen to move, at `unconfirmed_since`, and its new holder has not spoken of it yet; `confirm_recall` is the recall by
-    which that one is asked.
-    """
+    """A slot held by a session."""
 
     token: Token
     session: Session
     pool: Pool
     state: SlotState = SlotState.FREE
-    request: int = 0
-    granted_at: float = -math.inf
-    waited_s: float = 0.0
+    request: int = 0  # the request that it was granted for
+    granted_at: float = -math.inf  # or later, when the lease was claimed
+    waited_s: float = 0.0  # how long its request had waited
+
+    # --- the connection
     backend: Backend | None = None
-    custody: bool = False
-    closed: bool = False
-    idle_since: float | None = None
-    used_since: float | None = None
-    since: float | None = None
+    custody: bool = False  # the broker has a duplicate of its socket, and sees the backend's end
+    closed: bool = False  # it is over on the worker's side, or on a proxy's
+    cancels: int = 0  # cancels under way
+    live: Live | None = None  # set while the connection is parked at the broker
+
+    # --- what the worker does with it
+    idle_since: float | None = None  # in the worker's cache
+    used_since: float | None = None  # checked out
+    since: float | None = None  # when its present state or phase began, if that is known
     thread: str = ""
-    stack: Sequence[str] = ()
-    reported_at: float = -math.inf
-    inquired_at: float = -math.inf
-    inquiry: int = 0
+    stack: Sequence[str] = ()  # where it was checked out, if its worker tells
+
+    # --- watching how long
     expiry_armed: bool = False
     checkout_armed: bool = False
-    live: Live | None = None
-    cancels: int = 0
-    cell: int = -1
-    moves: int = -1
+    reported_at: float = -math.inf  # when a long checkout was last reported; later ones were not
+    inquired_at: float = -math.inf  # when the worker was last asked whether the checkout lasts,
+    inquiry: int = 0  # and by which recall
+
+    # --- moves in the lane
+    cell: int = -1  # on the pool's board; -1 while the lease may not move
+    moves: int = -1  # how often it has moved; -1 if it never could
+    # It was passed on, or was seen to move, and its new holder has not listed it yet:
     unconfirmed: bool = False
     unconfirmed_since: float = -math.inf
-    confirm_recall: int = 0
+    confirm_recall: int = 0  # the recall by which the new holder is asked; -1: asked enough
 
     @property
     def findable(self) -> bool:
-        """Whether there is something to end and to look for."""
+        """Return True if there is a backend or a socket to end, and to look for."""
         return self.backend is not None or self.custody
 
 
 @dataclass(slots=True, eq=False)
 class Waiter:
-    """A request in the queue. `round` is the poll that may decide that a `nowait` one cannot be served.
-
-    `lane_place` is where it waits in the pool's lane, -1 if a connection cannot be sent to it.
-    """
+    """A request in the queue."""
 
     session: Session
     request: int
-    seq: int
+    seq: int  # its number over all sessions: first come, first served
     since: float
-    nowait: bool
-    round: int | None = None
-    lane_place: int = -1
+    nowait: bool  # `timeout=0`: refused as soon as nothing is idle anywhere
+    round: int | None = None  # the round (`rounds.py`) that may refuse it
+    lane_place: int = -1  # where it waits in the pool's lane; -1: no connection can be sent to it
 
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """One worker process's registration; `returns_due` and `taking` mirror what the worker was last asked for.
-
-    `asked` and `answered` are serials of recalls, `awaited` is the one whose answer a timer watches for (0: none).
-    `vanished` are leases whose backends ended before the worker gave them back. `passes` counts what was granted or
-    handed over to it; `nudged` is that count when it was last asked for what it keeps, `nudge_at` when it may be asked
-    again. `restored`: known from a former broker, and has not said HELLO since; it is not fenced before `spared_until`.
-    `draining` are leases that an operator wants back: it owes as many checkins at least. `inquired`: the newest waiter,
-    of a less important group, for whom it was asked what lies idle. `refusal`: what stands against its connects.
-    `is_elsewhere`: it finds no server where others do. `number` and `index` are its own in its pool's lane, 0 and -1
-    before it was let in; `joined`: it uses it, or else may by `joins_by`. `shelf`: it is no worker's, but the pool's
-    own (`Pool.shelf`). `hands_over`: it was told that it may pass connections on.
-    """
+    """One worker process's registration, for one pool."""
 
     id: bytes
     pid: int
@@ -154,43 +109,53 @@ class Session:
     expiration_s: float
     heard_at: float
     process: Process | None = None
+
+    # --- what it holds and wants
     leases: dict[Token, Lease] = field(default_factory=dict)
     granted: dict[int, Lease] = field(default_factory=dict)  # by request, until confirmed
-    waiters: dict[int, Waiter] = field(default_factory=dict)
-    vanished: set[Token] = field(default_factory=set)
-    draining: set[Token] = field(default_factory=set)
-    recall_confirmed: int = (
-        0  # the newest recall that it has answered itself; `answered` may be a guess
-    )
-    restored: bool = False
-    spared_until: float = -math.inf
-    returns_due: int = 0
-    taking: int = 0
-    asked: int = 0
-    answered: int = 0
-    awaited: int = 0
-    inquired: int = 0
-    refusal: Refusal | None = None
-    is_elsewhere: bool = False
-    expiring: bool = False
-    passes: int = 0
-    nudged: int = -1
-    nudge_s: float = 0.0
-    nudge_at: float = -math.inf
-    timings: Timings | None = None  # the newest that it has told
-    unresponsive: bool = False
-    suspect: bool = False
+    waiters: dict[int, Waiter] = field(default_factory=dict)  # by request
+    vanished: set[Token] = field(default_factory=set)  # leases whose backends ended first
+    timings: Timings | None = None  # the newest it has told
+
+    # --- its life
+    restored: bool = False  # known from a former broker, and has not said HELLO since
+    spared_until: float = -math.inf  # its suspect leases are not fenced before
+    unresponsive: bool = False  # it has not answered in time
+    suspect: bool = False  # it has been silent for the TTL
     ended: bool = False
-    number: int = 0
-    index: int = -1
-    joined: bool = False
-    joins_by: float = -math.inf
-    shelf: bool = False
-    hands_over: bool = False
+    shelf: bool = False  # no worker's, but the pool's own (`Pool.shelf`)
+
+    # --- recalls (`recalls.py`)
+    asked: int = 0  # the newest recall that was sent
+    answered: int = 0  # the newest recall that is answered, or given up
+    recall_confirmed: int = 0  # the newest recall that the worker itself has answered
+    awaited: int = 0  # the recall whose answer an alarm watches for; 0: none
+    taking: int = 0  # idle leases it was asked for, and has not answered about
+    returns_due: int = 0  # checkins it was told to give back
+    draining: set[Token] = field(default_factory=set)  # leases that an operator wants back
+    expiring: bool = False  # it was asked to give back what was idle for too long
+    inquired: int = 0  # the newest waiter of a less important group that it was asked for
+
+    # --- keeping connections while others wait (`Handover.watch_keepers`)
+    passes: int = 0  # how often it was granted or handed a connection
+    nudged: int = -1  # `passes` when it was last asked for what it keeps
+    nudge_s: float = 0.0
+    nudge_at: float = -math.inf  # when it may be asked again
+
+    # --- connects
+    refusal: Refusal | None = None  # what stands against its connects
+    is_elsewhere: bool = False  # it finds no server where others do
+
+    # --- the lane
+    hands_over: bool = False  # it was told that it may pass connections on
+    number: int = 0  # its own in the pool's lane; 0 before it was let in
+    index: int = -1  # where its places are on the board
+    joined: bool = False  # it uses the lane,
+    joins_by: float = -math.inf  # or may do so until then
 
     @property
     def silent(self) -> bool:
-        """Whether nothing can be asked of it."""
+        """Return True if the session cannot be asked for anything."""
         return self.unresponsive or self.suspect or self.ended or self.shelf
 
     @property
@@ -201,36 +166,30 @@ class Session:
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """A pool's lane as the books have it. `members` are the sessions that were let in, by number; `outside` the others.
-
-    `free` are cells of the board, the longest unused first, `used` how many leases have one. `last_snapshot` is what
-    the cells were when they were last looked at. `requests` is what the board then said of who asks; `armed`: a timer
-    looks again. `emptied_at`: then nothing was left on the shelf. `queued`: so often the broker has joined the queue,
-    for those who wait at the broker, and has not been given anything yet.
-    """
+    """A pool's lane, as the broker records it."""
 
     board: Board
-    free: deque[int]
+    free: deque[int]  # cells of the board without a lease, longest unused first
     cells: int
-    members: dict[int, Session] = field(default_factory=dict)
-    outside: dict[bytes, Session] = field(default_factory=dict)
-    indices: set[int] = field(default_factory=set)
-    newest: int = 0
-    used: int = 0
-    moving: bool = False
-    last_snapshot: bytes = b""
-    requests: int = 0
-    armed: bool = False
-    queued: int = 0
-    emptied_at: float = -math.inf
+    used: int = 0  # how many leases have a cell
+    members: dict[int, Session] = field(default_factory=dict)  # let in, by number
+    outside: dict[bytes, Session] = field(default_factory=dict)  # all other sessions
+    indices: set[int] = field(default_factory=set)  # of the members
+    newest: int = 0  # the newest member's number
+    moving: bool = False  # connections move past the broker
+    last_snapshot: bytes = b""  # the cells when they were last read
+    requests: int = 0  # the board's count of requests when the last alarm was set
+    armed: bool = False  # an alarm looks whether anybody asks
+    queued: int = 0  # tickets of the broker, for its own waiters, that are not served yet
+    emptied_at: float = -math.inf  # when nothing was left on the shelf
 
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """One group and its pools. `unknown` are pools of which nobody knows the group: they may be this one's."""
+    """One group and its pools."""
 
     name: str
-    unknown: list[Pool]
+    unknown: list[Pool]  # pools whose group nobody knows: they may be this one's
     terms: GroupTerms = field(default_factory=GroupTerms)
     pools: list[Pool] = field(default_factory=list)
 
@@ -241,163 +200,163 @@ class Group:
 
     @property
     def room(self) -> int:
-        """Slots that it may have yet under its own limit."""
+        """Slots that the group may still have under its own limit."""
         if self.terms.max_conn is None:
             return 1 << 30
         return self.terms.max_conn - self.count - sum(len(pool.leases) for pool in self.unknown)
 
     @property
     def unused(self) -> int:
-        """Slots reserved for it and not in use."""
+        """Slots that are reserved for the group and not in use."""
         return max(0, self.terms.reserved - self.count)
 
     @property
     def beyond(self) -> int:
-        """Slots in use beyond the reservation: those that others may want back."""
+        """Slots in use beyond the reservation: others may want them back."""
         return max(0, self.count - self.terms.reserved)
 
     @property
     def spare(self) -> int:
-        """Slots of those that are not on their way back yet."""
+        """Slots beyond the reservation that are not on their way back yet."""
         return max(0, self.beyond - sum(pool.coming for pool in self.pools))
 
 
 @dataclass(slots=True, eq=False)
 class Pool:
-    """One limit. `idle`, `incoming`, `asked_to_return` and `not_asked_to_return` are indexes over its leases and
-    sessions.
-
-    `known_as` is its name at this broker: with the database's, where another database has a pool of that name.
-    `paused`: an operator has paused it, nothing is granted and everything comes back. `direct`: whether nobody was
-    found between its workers and the server, in no connection so far; None before the first. `unsuitable`: what its
-    connections have shown that makes it useless. `movable`: some connection could be passed on. `hands_over`: some
-    session may pass connections on. `opens_by`: so long who waits is not beyond reach, as the lane is being made.
-    """
+    """One limit, and all who share it."""
 
     spec: PoolSpec
     max_conn: int
     backoff: Backoff
-    known_as: str = ""
+    refusals: Refusals = field(default_factory=Refusals)
+    counters: Counters = field(default_factory=Counters)
+
+    # --- its place at this broker
+    known_as: str = ""  # with the database's name, where another database has a pool of this name
+    unnamed: bool = False  # known by its backends alone: no session has named it yet
     group: Group | None = None
     generation: int = 1
     doubted: int = 0  # the generation about which the server is being asked
-    paused: bool = False
-    unnamed: bool = False  # known by its backends alone: no session has named it yet
-    direct: bool | None = None
-    unsuitable: str = ""
-    movable: bool = False
+    paused: bool = False  # by an operator: nothing is granted, and everything comes back
+
+    # --- leases and sessions, and indexes over them
     leases: dict[Token, Lease] = field(default_factory=dict)
     sessions: dict[bytes, Session] = field(default_factory=dict)
-    waiters: OrderedDict[int, Waiter] = field(default_factory=OrderedDict)
-    nowaits: OrderedDict[int, Waiter] = field(default_factory=OrderedDict)
-    # Idle leases nobody has been asked for yet, longest idle first (as far as reports tell).
+    # Idle leases that nobody has been asked for yet, longest idle first (as far as reports tell).
     idle: OrderedDict[Token, Lease] = field(default_factory=OrderedDict)
-    # Slots on their way back: CLOSING or FENCING, and not for so long that one must doubt it.
+    # Slots on their way back: CLOSING or FENCING, and not for so long that it is doubtful.
     incoming: dict[Token, Lease] = field(default_factory=dict)
     suspects: OrderedDict[Token, Lease] = field(default_factory=OrderedDict)
+    # Given to the broker and not passed on yet, the most recent at the end.
+    parked: OrderedDict[Token, Lease] = field(default_factory=OrderedDict)
     # Holders told to give back checkins, and holders that were not.
     asked_to_return: dict[bytes, Session] = field(default_factory=dict)
     not_asked_to_return: dict[bytes, Session] = field(default_factory=dict)
-    # Given and not passed on yet, the most recent at the end.
-    parked: OrderedDict[Token, Lease] = field(default_factory=OrderedDict)
-    shared_until: float = -math.inf
-    strangers: set[str] = field(
-        default_factory=set
-    )  # servers, not the pool's own, that processes connect to
-    nudging: bool = False
-    nudged: dict[bytes, int] = field(default_factory=dict)
-    # Sessions that may have what a former broker's lane has moved, and the recall that each is to answer; 0: none yet.
-    former: dict[bytes, int] = field(default_factory=dict)
-    # Whether the broker may cancel what this pool's backends execute; None until it was tried. Not to be tried before.
-    cancel_works: bool | None = None
-    try_at: float = -math.inf
-    handovers: int = 0
-    taking: int = 0
-    grants: int = 0
-    waits: int = 0
-    denials: int = 0
-    timeouts: int = 0
-    recalls: int = 0
-    fences: int = 0
-    overdue: int = 0
-    waited: deque[float] = field(default_factory=lambda: deque(maxlen=WAITS_KEPT))
-    history: deque[int] = field(
-        default_factory=lambda: deque(maxlen=_SAMPLES_KEPT)
-    )  # slots in use, now and then
-    opened_at: float = -math.inf  # when a connect last succeeded, and in which session
-    opener: bytes = b""
+    taking: int = 0  # the sum over its sessions
+
+    # --- the queue, by `Waiter.seq`
+    waiters: OrderedDict[int, Waiter] = field(default_factory=OrderedDict)
+    nowaits: OrderedDict[int, Waiter] = field(default_factory=OrderedDict)  # those that do not wait
+
+    # --- the way to the server
+    # Whether no connection so far has a proxy between its worker and the server; None before any.
+    direct: bool | None = None
+    unsuitable: str = ""  # what connections have shown that makes the server useless
+    # Servers, not the pool's own, to which processes of this pool connect.
+    strangers: set[str] = field(default_factory=set)
+    opened_at: float = -math.inf  # when a connect last succeeded,
+    opener: bytes = b""  # and in which session
     last_unreachable: bytes = b""  # the session that found no server last
-    totals: Histograms = field(default_factory=Histograms)
-    refusals: Refusals = field(default_factory=Refusals)
+
+    # --- the hand-over
+    movable: bool = False  # some connection could be passed on
+    hands_over: bool = False  # some session may pass connections on
+    # Whether the broker may cancel queries of the pool's backends; None until it was tested.
+    cancel_works: bool | None = None
+    try_at: float = -math.inf  # no test before that
+    shared_until: float = -math.inf  # connections change hands until then
+    nudging: bool = False  # an alarm looks for holders that keep connections while others wait
+    nudged: dict[bytes, int] = field(default_factory=dict)  # their `passes` when it was set
+
+    # --- the lane
     lane: Lane | None = None
-    hands_over: bool = False
-    opens_by: float = -math.inf
-    shelf: Session | None = None  # for which is counted what moves and is in nobody's hands
+    opens_by: float = -math.inf  # while the lane is made, waiters may be reached until then
+    shelf: Session | None = None  # holds the leases that have moved and are in nobody's hands
+    # Sessions that may have what a former broker's lane has moved, and the recall that each is to
+    # answer; 0: none yet.
+    former: dict[bytes, int] = field(default_factory=dict)
+
+    # --- for reports
+    waited: deque[float] = field(default_factory=lambda: deque(maxlen=WAITS_KEPT))  # seconds
+    history: deque[int] = field(default_factory=lambda: deque(maxlen=_SAMPLES_KEPT))  # slots in use
 
     @property
     def holders(self) -> list[Session]:
         """The sessions that hold leases and can be asked for them."""
         return [*self.asked_to_return.values(), *self.not_asked_to_return.values()]
 
-    def inherit_counters(self, past: Pool) -> None:
-        """Go on counting where a pool of the same name, which nobody used for a while, has ended."""
-        for counter in _COUNTERS:
-            setattr(self, counter, getattr(past, counter))
+    def record_wait(self, waited_s: float) -> None:
+        """Record how long a request has waited that gets a connection now."""
+        self.counters.waits += waited_s > 0
+        self.waited.append(waited_s)
 
     def note_backend(self, backend: Backend) -> None:
-        """Note how one more connection reaches the server."""
+        """Record how one more connection reaches the server."""
         self.direct = backend.direct and self.direct is not False
         self.movable = self.movable or not backend.fixed
 
     @property
     def name(self) -> str:
-        """The name by which this broker knows it: no other pool here has it."""
+        """The name that no other pool of this broker has."""
         return self.known_as or self.spec.name
 
     @property
     def room(self) -> int:
-        """Slots that may be granted under this pool's limit and its group's (negative after a claim beyond it)."""
+        """Slots that may be granted under the pool's limit and its group's.
+
+        Negative after claims beyond the limit.
+        """
         return self.own_room if self.group is None else min(self.own_room, self.group.room)
 
     @property
     def own_room(self) -> int:
-        """The same under this pool's own limit."""
+        """Slots that may be granted under the pool's own limit."""
         limit = self.target
         if self.backoff.ceiling is not None:
-            # A probe is alone: its start-up would take the place on a full server that another's connect needs.
+            # A probe is alone: on a full server another connect would take the place that it needs.
             connecting = any(lease.state is SlotState.GRANTED for lease in self.leases.values())
             limit = self.backoff.allowance(limit, len(self.leases), connecting=connecting)
         return limit - len(self.leases)
 
     @property
     def priority(self) -> int:
-        """Whose waiters come first, where slots are short over all pools."""
+        """Its group's: where slots are short over all pools, the highest is served first."""
         return 0 if self.group is None else self.group.terms.priority
 
     @property
     def moving(self) -> bool:
-        """Whether its connections move past the broker."""
+        """Return True while connections move past the broker."""
         return self.lane is not None and self.lane.moving
 
     @property
     def limit(self) -> int:
-        """How many slots it may have, by its own limit and its group's."""
+        """How many slots the pool may have, by its own limit and its group's."""
         most = None if self.group is None else self.group.terms.max_conn
         return self.max_conn if most is None else min(self.max_conn, most)
 
     @property
     def target(self) -> int:
-        """How many slots may be in use."""
+        """How many slots may be in use: none while the pool is paused."""
         return 0 if self.paused else self.max_conn
 
     @property
     def has_connections(self) -> bool:
-        """Whether any lease has a connection, gives one back, or opens one that is not the probe."""
+        """Return True if `connected` is above 0."""
         return self.connected > 0
 
     @property
     def connected(self) -> int:
-        """How many leases have a connection, give one back, or open one that is not the probe. O(n)."""
+        """How many leases have a connection, or open or close one; the probe does not count. O(n)."""
         states = (SlotState.OPEN, SlotState.CLOSING, SlotState.GRANTED)
         return sum(
             lease.state in states and token != self.backoff.probe
@@ -406,5 +365,5 @@ class Pool:
 
     @property
     def coming(self) -> int:
-        """Slots that a worker has been asked for or is closing."""
+        """Slots on their way back: a worker was asked for them, or is closing them."""
         return len(self.incoming) + self.taking

@@ -23,7 +23,8 @@ from sharedpool.broker.core.commands import (
     Watch,
 )
 from sharedpool.broker.core.context import Context
-from sharedpool.broker.core.records import Lease, Pool, Session, SlotState
+from sharedpool.broker.core.records import Lease, Pool, Session
+from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.application_name import pool_of_tag
 from sharedpool.wire.messages import START_UP_LIMIT_S, Backend, PoolSpec, Token
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sharedpool.broker.core.records import Lease, Pool, Session, SlotState
+from sharedpool.broker.core.records import Lease, Pool, Session
+from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.messages import Backend
 
 

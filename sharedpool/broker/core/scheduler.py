@@ -32,10 +32,11 @@ from sharedpool.broker.core.denials import Denials
 from sharedpool.broker.core.fences import Fences
 from sharedpool.broker.core.handover import Handover
 from sharedpool.broker.core.recalls import Recalls
-from sharedpool.broker.core.records import GRANTED, Lease, Pool, Session, Waiter
+from sharedpool.broker.core.records import Lease, Pool, Session, Waiter
 from sharedpool.broker.core.returns import Returns
 from sharedpool.broker.core.rounds import Rounds
 from sharedpool.broker.core.routes import Routes
+from sharedpool.broker.core.slot_states import GRANTED
 from sharedpool.wire.messages import DenyReason, Grant
 
 
@@ -131,10 +132,9 @@ class Scheduler:
             pool.refusals.note_try(session.id, session.refusal, now)
         if pool.backoff.granted(lease.token, len(pool.leases) - 1, now):
             self._arm(pool.backoff.probe_at, _probe_due, pool)
-        pool.grants += 1
+        pool.counters.grants += 1
         session.passes += 1
-        pool.waits += now > since
-        pool.waited.append(now - since)
+        pool.record_wait(now - since)
         if (wanted := returns_wanted(slots, pool, session)) or session.returns_due:
             slots.mark_returns_due(session, min(len(session.leases), wanted))
         self.send_grant(lease)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from sharedpool.broker.core.commands import GiveInLane
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.leases import LONGEST_MS
-from sharedpool.broker.core.records import OPEN, Lease, Pool, Session
+from sharedpool.broker.core.records import Lease, Pool, Session
+from sharedpool.broker.core.slot_states import OPEN
 from sharedpool.wire.desk import Live, Moved
 
 

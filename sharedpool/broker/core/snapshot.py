@@ -40,7 +40,9 @@ def take_snapshot(slots: Slots, report: Report, now: float) -> Snapshot:
     """Return a copy of the books; O(n) of sessions and leases."""
     pools = [*slots.pools.values(), *slots.former_pools.values()]
     rows = [_row(line) for line in lease_lines(slots, MOST_LISTED, now)]
-    return Snapshot(report, [(report_pool(pool), pool.totals.copy()) for pool in pools], rows)
+    return Snapshot(
+        report, [(report_pool(pool), pool.counters.totals.copy()) for pool in pools], rows
+    )
 
 
 def _row(line: LeaseLine) -> LeaseRow:
