@@ -155,10 +155,12 @@ class Broker:
     def take_over(self) -> None:
         """Begin where the former one ended."""
         self.reach_server()
-        self.execute(self.ledger.restore(self._entries, self.world.now, self._members))
-        self.execute(self.ledger.reached(self.world.now, direct=not self.world.proxied, fault=""))
+        self.execute(self.ledger.takeover.restore(self._entries, self.world.now, self._members))
+        self.execute(
+            self.ledger.control.reached(self.world.now, direct=not self.world.proxied, fault="")
+        )
         if self._follows and not self._intact:
-            self.execute(self.ledger.begin_grace_period(TTL_S, self.world.now))
+            self.execute(self.ledger.takeover.begin_grace_period(TTL_S, self.world.now))
         else:
             self.world.journal.vouch()
 
@@ -599,14 +601,16 @@ class Broker:
             )
             proc.busy = False
         sent = None if proc is None else order.backend.pid % 5 > 0  # to some it may not
-        self.words.append(lambda ledger, now: ledger.query_cancelled(order, sent, now))
+        self.words.append(lambda ledger, now: ledger.control.query_cancelled(order, sent, now))
 
     def _answer_doubt(self, doubt: VerifyServer) -> None:
         self.doubts.popleft()
         before = self.boot
         same = self.reach_server() and before == self.boot
         self.words.append(
-            lambda ledger, now: ledger.server_verified(doubt.pool, doubt.generation, same, now)
+            lambda ledger, now: ledger.control.server_verified(
+                doubt.pool, doubt.generation, same, now
+            )
         )
 
     def _survey(self, look: SurveyServer) -> None:
@@ -614,7 +618,7 @@ class Broker:
         survey = self.world.server.survey(look.serial, look.barrier, self.world.now)
         if look.serial == GRACE_OVER and look.barrier:
             self.world.excuse_unknowable()
-        self.words.append(lambda ledger, now: ledger.surveyed(survey, now))
+        self.words.append(lambda ledger, now: ledger.control.surveyed(survey, now))
 
     def _end(self, fence: Fence) -> None:
         assert fence.backend is not None

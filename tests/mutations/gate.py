@@ -112,9 +112,9 @@ MUTANTS = (
         "without a journal there is no grace period",
         (
             (
-                "sharedpool/broker/core/ledger.py",
-                "self._slots.grant_stop.holding_back = True",
-                "self._slots.grant_stop.holding_back = False",
+                "sharedpool/broker/core/takeover.py",
+                "stop.holding_back = True",
+                "stop.holding_back = False",
             ),
         ),
         ("tests/model", "tests/unit/test_recovery.py"),

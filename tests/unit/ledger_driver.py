@@ -44,7 +44,7 @@ class Broker:
         self.now = 1000.0
         self.commands: list[Command] = []
         if options.get("has_control_connection", True):
-            self.take_in(self.ledger.reached(self.now, direct=True, fault=""))
+            self.take_in(self.ledger.control.reached(self.now, direct=True, fault=""))
 
     def take_in(self, commands: list[Command]) -> list[Command]:
         if self.checks:
@@ -63,7 +63,9 @@ class Broker:
         """Let the server be looked at until nothing of what is in quarantine can be left."""
         for _ in range(2):
             look = self.all(SurveyServer)[-1]
-            self.take_in(self.ledger.surveyed(SurveyResult(look.serial, frozenset(), {}), self.now))
+            self.take_in(
+                self.ledger.control.surveyed(SurveyResult(look.serial, frozenset(), {}), self.now)
+            )
             self.pass_time(SETTLE_S * 1.01)
 
     def all(self, kind: type[M]) -> list[M]:

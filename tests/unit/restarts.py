@@ -32,7 +32,7 @@ def members_of(broker: Broker) -> list[Member]:
 def successor(broker: Broker) -> Broker:
     """A new broker with the journal of one that was killed."""
     after = Broker(EPOCH + 1, journal_complete=True)
-    after.take_in(after.ledger.restore(journal_of(broker), after.now, members_of(broker)))
+    after.take_in(after.ledger.takeover.restore(journal_of(broker), after.now, members_of(broker)))
     return after
 
 

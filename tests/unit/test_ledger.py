@@ -108,7 +108,7 @@ def test_what_is_said_with_a_hello_waits_for_nothing(broker: Broker) -> None:
 def test_what_is_said_with_a_hello_to_a_broker_that_grants_nothing_yet_is_not_heard(
     broker: Broker,
 ) -> None:
-    broker.take_in(broker.ledger.begin_grace_period(5.0, broker.now))
+    broker.take_in(broker.ledger.takeover.begin_grace_period(5.0, broker.now))
     new = newcomer(broker)
     assert (new.last(Welcome).served, new.sent(Grant), new.sent(Deny)) == (0, [], [])
 
@@ -1296,8 +1296,8 @@ def test_after_another_broker_nothing_is_granted_before_its_workers_have_noticed
 ) -> None:
     """With a short TTL they do so later than one TTL: see `Link._beat`."""
     ledger = Ledger(1, ttl_s=ttl_s, has_control_connection=False)
-    ledger.outranked(100.0, "another one")
-    ledger.leads(100.0, after_another=True)
+    ledger.takeover.outranked(100.0, "another one")
+    ledger.takeover.leads(100.0, after_another=True)
     ledger.tick(100.0 + least_s - 0.01)
     assert ledger.state == "waiting"
     for _ in range(3):

@@ -161,7 +161,7 @@ def test_after_the_cancel_it_may_go_on(broker: Broker, desk: Desk) -> None:
     token = desk.lend(a)
     broker.send(a.id, CancelQuery(token))
     (order,) = broker.all(CancelBackend)
-    broker.take_in(broker.ledger.query_cancelled(order, True, broker.now))
+    broker.take_in(broker.ledger.control.query_cancelled(order, True, broker.now))
     desk.ask(b)
     desk.give(a, token)
     assert len(desk.passed()) == 1
@@ -177,7 +177,7 @@ def tried(broker: Broker, desk: Desk, sent: bool | None, pause_s: float) -> list
         token = desk.passed()[-1][1].token
         broker.send(taker.id, CancelQuery(token, trial=True))
         broker.take_in(
-            broker.ledger.query_cancelled(broker.all(CancelBackend)[-1], sent, broker.now)
+            broker.ledger.control.query_cancelled(broker.all(CancelBackend)[-1], sent, broker.now)
         )
         broker.now += pause_s
     return [passed_with(moved).trial for _, moved in desk.passed()]
@@ -208,7 +208,9 @@ def test_a_users_cancel_is_no_trial(broker: Broker, desk: Desk) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
     broker.send(a.id, CancelQuery(token))
-    broker.take_in(broker.ledger.query_cancelled(broker.all(CancelBackend)[-1], False, broker.now))
+    broker.take_in(
+        broker.ledger.control.query_cancelled(broker.all(CancelBackend)[-1], False, broker.now)
+    )
     desk.ask(b)
     desk.give(a, token)
     assert [passed_with(moved).trial for _, moved in desk.passed()] == [True]
@@ -224,7 +226,9 @@ def test_where_the_broker_may_not_cancel_nothing_is_passed_on_any_more() -> None
     passed = desk.passed()[0][1].token
     desk.give(a, second)  # parked
     broker.send(b.id, CancelQuery(passed, trial=True))
-    broker.take_in(broker.ledger.query_cancelled(broker.all(CancelBackend)[-1], False, broker.now))
+    broker.take_in(
+        broker.ledger.control.query_cancelled(broker.all(CancelBackend)[-1], False, broker.now)
+    )
     assert [fence.token for fence in broker.all(Fence)] == [second]  # that, too
     assert any("cannot cancel" in log.text for log in broker.all(Log))
     desk.give(a, first)

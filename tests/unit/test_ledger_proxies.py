@@ -29,7 +29,7 @@ from tests.unit.ledger_driver import EPOCH, TTL_S, Broker, Worker
 def proxied_broker(**options: Any) -> Broker:
     broker = Broker(**options)
     if options.get("has_control_connection", True):
-        broker.take_in(broker.ledger.reached(broker.now, direct=False, fault=""))
+        broker.take_in(broker.ledger.control.reached(broker.now, direct=False, fault=""))
     return broker
 
 
@@ -114,7 +114,7 @@ def test_a_successor_knows_how_its_predecessors_workers_went() -> None:
     token = lend(broker.worker("a", max_conn=5), backend(1, direct=True))
     entries = {record.entry.token: record.entry for record in broker.all(Record)}
     after = proxied_broker(epoch=EPOCH + 1, journal_complete=True)
-    after.take_in(after.ledger.restore(entries.values(), after.now))
+    after.take_in(after.ledger.takeover.restore(entries.values(), after.now))
     assert after.ledger.believes(token)
     b = after.worker("b", max_conn=5)
     assert after.ledger.believes(b.granted(b.ask()))
@@ -215,10 +215,10 @@ def test_a_control_connection_that_goes_straight_to_the_same_server_tells_a_new_
     a.granted(a.ask())
     after = proxied_broker(epoch=EPOCH + 1, journal_complete=True, server=server)
     entries = [record.entry for record in before.all(Record)]
-    after.take_in(after.ledger.restore(entries, after.now))
+    after.take_in(after.ledger.takeover.restore(entries, after.now))
     after.take_in(after.ledger.session_died(a.id, after.now))
     assert after.all(SurveyServer) == []
-    after.take_in(after.ledger.reached(after.now, direct=True, fault=""))
+    after.take_in(after.ledger.control.reached(after.now, direct=True, fault=""))
     assert bool(after.all(SurveyServer)) is straight
     if straight:
         after.show_nothing()
@@ -308,13 +308,15 @@ def test_an_unsuitable_way_is_refused_at_once_and_taken_when_it_is_mended() -> N
     a = broker.worker("a", max_conn=1)
     a.lend()
     request = a.ask(wait_s=60)
-    broker.take_in(broker.ledger.reached(broker.now, direct=False, fault="it keeps nothing"))
+    broker.take_in(
+        broker.ledger.control.reached(broker.now, direct=False, fault="it keeps nothing")
+    )
     denial = a.outcome(request)
     assert isinstance(denial, Deny)
     assert (denial.reason, denial.error) == (DenyReason.UNSUITABLE, "it keeps nothing")
     b = broker.worker("b", pool="q")
     assert isinstance(b.outcome(b.ask()), Deny)
-    broker.take_in(broker.ledger.reached(broker.now, direct=True, fault=""))
+    broker.take_in(broker.ledger.control.reached(broker.now, direct=True, fault=""))
     assert isinstance(b.outcome(b.ask()), Token)
 
 

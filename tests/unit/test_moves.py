@@ -1061,7 +1061,9 @@ def test_a_lease_with_a_cancel_under_way_does_not_move_yet(rig: Rig) -> None:
     rig.contend(seat=2)
     assert (rig.moving, rig.board.find(rig.tokens[1])) == (True, -1)
     rig.broker.take_in(
-        rig.broker.ledger.query_cancelled(rig.broker.all(CancelBackend)[-1], True, rig.broker.now)
+        rig.broker.ledger.control.query_cancelled(
+            rig.broker.all(CancelBackend)[-1], True, rig.broker.now
+        )
     )
     assert rig.board.find(rig.tokens[1]) >= 0
 
@@ -1373,7 +1375,9 @@ def test_without_the_whole_journal_nobody_knows_who_was_in_the_lane(rig: Rig) ->
     rig.moves_itself(token, None)
     after = restarted(rig)
     after.broker = Broker(EPOCH + 1, journal_complete=False, handover=True)
-    after.broker.take_in(after.broker.ledger.restore(journal_of(rig.broker), after.broker.now))
+    after.broker.take_in(
+        after.broker.ledger.takeover.restore(journal_of(rig.broker), after.broker.now)
+    )
     after.workers = [moved(worker, after.broker) for worker in rig.workers]
     for worker in after.workers:
         say_hello(after, worker, {})

@@ -174,19 +174,21 @@ def grace_over(after: Broker, listed: dict[Backend, str], *starting: set[int]) -
     for number, pids in enumerate([set(), *starting, set()]):
         look = after.all(SurveyServer)[-1]
         assert look == SurveyServer(0, barrier=number == 0)
-        after.take_in(after.ledger.surveyed(SurveyResult(0, frozenset(pids), listed), after.now))
+        after.take_in(
+            after.ledger.control.surveyed(SurveyResult(0, frozenset(pids), listed), after.now)
+        )
         after.pass_time(SETTLE_S * 1.01)
 
 
 def test_while_another_broker_counts_nothing_is_granted_and_nothing_vouched_for() -> None:
     broker = Broker(journal_complete=True)
-    broker.take_in(broker.ledger.outranked(broker.now, "another broker"))
+    broker.take_in(broker.ledger.takeover.outranked(broker.now, "another broker"))
     a = broker.worker("a", max_conn=1)
     request, impatient = a.ask(wait_s=60), a.ask()
     assert a.outcome(request) is None
     assert a.outcome(impatient) is None
     assert broker.ledger.state == "waiting"
-    broker.take_in(broker.ledger.leads(broker.now, after_another=False))
+    broker.take_in(broker.ledger.takeover.leads(broker.now, after_another=False))
     assert isinstance(a.outcome(request), Token)
     assert broker.ledger.state == "serving"
 
@@ -194,10 +196,10 @@ def test_while_another_broker_counts_nothing_is_granted_and_nothing_vouched_for(
 def test_who_follows_another_broker_first_hears_what_that_ones_workers_hold() -> None:
     """It has a journal of its own, intact, which knows nothing of them."""
     broker = Broker(journal_complete=True)
-    broker.take_in(broker.ledger.outranked(broker.now, "another broker"))
+    broker.take_in(broker.ledger.takeover.outranked(broker.now, "another broker"))
     a = broker.worker("a", max_conn=1)
     request = a.ask(wait_s=600)
-    broker.take_in(broker.ledger.leads(broker.now, after_another=True))
+    broker.take_in(broker.ledger.takeover.leads(broker.now, after_another=True))
     assert a.outcome(request) is None
     theirs = LeaseReport(Token(EPOCH - 1, 7), Phase.IN_USE, 0, backend=Backend(77, 7, 1))
     spec = PoolSpec("p", 1, 60_000)
@@ -216,10 +218,10 @@ def test_who_follows_another_broker_first_hears_what_that_ones_workers_hold() ->
 
 def test_a_grace_period_that_begins_anew_lasts_its_whole_time() -> None:
     broker = Broker(journal_complete=False)
-    broker.take_in(broker.ledger.begin_grace_period(TTL_S, broker.now))
+    broker.take_in(broker.ledger.takeover.begin_grace_period(TTL_S, broker.now))
     broker.pass_time(TTL_S * 0.9)
-    broker.take_in(broker.ledger.outranked(broker.now, "another broker"))
-    broker.take_in(broker.ledger.leads(broker.now, after_another=True))
+    broker.take_in(broker.ledger.takeover.outranked(broker.now, "another broker"))
+    broker.take_in(broker.ledger.takeover.leads(broker.now, after_another=True))
     broker.pass_time(TTL_S * 0.9)
     assert broker.all(SurveyServer) == []
     broker.pass_time(TTL_S * 0.2)
@@ -229,13 +231,13 @@ def test_a_grace_period_that_begins_anew_lasts_its_whole_time() -> None:
 
 def test_the_end_of_the_grace_period_does_not_overrule_another_broker() -> None:
     broker = Broker(journal_complete=False)
-    broker.take_in(broker.ledger.begin_grace_period(TTL_S, broker.now))
-    broker.take_in(broker.ledger.outranked(broker.now, "another broker"))
+    broker.take_in(broker.ledger.takeover.begin_grace_period(TTL_S, broker.now))
+    broker.take_in(broker.ledger.takeover.outranked(broker.now, "another broker"))
     broker.pass_time(TTL_S * 1.01)
     grace_over(broker, {})
     assert broker.ledger.state == "waiting"
     assert broker.all(MarkJournalComplete) == []
-    broker.take_in(broker.ledger.leads(broker.now, after_another=False))
+    broker.take_in(broker.ledger.takeover.leads(broker.now, after_another=False))
     assert broker.ledger.state == "serving"
     assert broker.all(MarkJournalComplete) == [MarkJournalComplete()]
 
@@ -245,7 +247,7 @@ def test_what_an_operator_wants_of_a_pool_before_it_has_its_name_holds_after_tha
     name: str,
 ) -> None:
     after = Broker(journal_complete=False)
-    after.take_in(after.ledger.begin_grace_period(TTL_S, after.now))
+    after.take_in(after.ledger.takeover.begin_grace_period(TTL_S, after.now))
     after.pass_time(TTL_S * 1.01)
     unclaimed = Backend(1, 1, 1)
     tag = "sharedpool " + name.encode("ascii", "backslashreplace").decode()
@@ -264,7 +266,7 @@ def test_what_an_operator_wants_of_a_pool_before_it_has_its_name_holds_after_tha
 
 def test_without_a_journal_nothing_is_granted_in_the_grace_period() -> None:
     after = Broker(journal_complete=False)
-    after.take_in(after.ledger.begin_grace_period(TTL_S, after.now))
+    after.take_in(after.ledger.takeover.begin_grace_period(TTL_S, after.now))
     b = after.worker("b", max_conn=3)
     request, impatient = b.ask(wait_s=600), b.ask()
     after.pass_time(TTL_S / 2)
@@ -279,7 +281,7 @@ def test_without_a_journal_nothing_is_granted_in_the_grace_period() -> None:
 
 def test_the_grace_period_lasts_until_every_start_up_has_come_to_an_end() -> None:
     after = Broker(journal_complete=False)
-    after.take_in(after.ledger.begin_grace_period(TTL_S, after.now))
+    after.take_in(after.ledger.takeover.begin_grace_period(TTL_S, after.now))
     b = after.worker("b", max_conn=1)
     request = b.ask(wait_s=600)
     after.pass_time(TTL_S / 2)
@@ -295,7 +297,7 @@ def test_the_grace_period_lasts_until_every_start_up_has_come_to_an_end() -> Non
 
 def test_backends_that_nobody_claims_after_a_lost_journal_stay_counted() -> None:
     after = Broker(journal_complete=False)
-    after.take_in(after.ledger.begin_grace_period(TTL_S, after.now))
+    after.take_in(after.ledger.takeover.begin_grace_period(TTL_S, after.now))
     a = Worker(after, "a", PoolSpec("p", 2, 60_000))
     a.held = {Token(EPOCH - 1, 5): Phase.IN_USE}
     a.hello()
@@ -314,7 +316,7 @@ def test_backends_that_nobody_claims_after_a_lost_journal_stay_counted() -> None
 
 def test_a_late_worker_claims_its_orphan_unless_that_is_being_ended() -> None:
     after = Broker(journal_complete=False)
-    after.take_in(after.ledger.begin_grace_period(TTL_S, after.now))
+    after.take_in(after.ledger.takeover.begin_grace_period(TTL_S, after.now))
     after.pass_time(TTL_S)
     token = Token(EPOCH - 1, 5)
     backend = Worker.backend(token)
@@ -353,7 +355,9 @@ def test_a_worker_killed_in_its_connect_keeps_its_slot_until_the_server_shows_no
         assert b.outcome(request) is None
         look = broker.all(SurveyServer)[-1]
         broker.take_in(
-            broker.ledger.surveyed(SurveyResult(look.serial, frozenset(starting), {}), broker.now)
+            broker.ledger.control.surveyed(
+                SurveyResult(look.serial, frozenset(starting), {}), broker.now
+            )
         )
         broker.pass_time(SETTLE_S * 1.01)
     assert isinstance(b.outcome(request), Token)
@@ -490,7 +494,9 @@ def test_a_dead_connection_alone_is_no_failover_if_the_server_says_so(same: bool
     broker.send(a.id, FailoverSign(1, ""))
     (doubt,) = broker.all(VerifyServer)
     assert a.sent(Stale) == []
-    broker.take_in(broker.ledger.server_verified(doubt.pool, doubt.generation, same, broker.now))
+    broker.take_in(
+        broker.ledger.control.server_verified(doubt.pool, doubt.generation, same, broker.now)
+    )
     assert len(a.sent(Stale)) == (0 if same else 1)
 
 
@@ -583,7 +589,7 @@ def test_of_a_hand_over_that_the_journal_knows_half_only_the_heir_is_taken_over(
     (entry,) = journal_of(before)
     heir = msgspec.structs.replace(entry, token=Token(EPOCH, 2), session=b.id)
     after = Broker(EPOCH + 1, journal_complete=True)
-    after.take_in(after.ledger.restore([entry, heir], after.now))
+    after.take_in(after.ledger.takeover.restore([entry, heir], after.now))
     assert after.ledger.leases == 1
     assert after.all(Erase) == [Erase(entry.token)]
     a.held.clear()
@@ -597,8 +603,8 @@ def test_of_a_hand_over_that_the_journal_does_not_know_the_heirs_claim_counts() 
     token = a.lend()
     (entry,) = journal_of(before)
     after = Broker(EPOCH + 1)
-    after.take_in(after.ledger.restore([entry], after.now))
-    after.take_in(after.ledger.begin_grace_period(TTL_S, after.now))
+    after.take_in(after.ledger.takeover.restore([entry], after.now))
+    after.take_in(after.ledger.takeover.begin_grace_period(TTL_S, after.now))
     heir = LeaseReport(Token(EPOCH, 2), Phase.IN_USE, 0, "", a.backend(token))
     after.send(b.id, Hello(PROTOCOL_VERSION, 2, "", "b", b.spec, [heir], heir.token))
     a.held.clear()
@@ -685,7 +691,7 @@ def test_a_successor_looks_for_what_was_granted_to_who_never_says_hello() -> Non
     a = before.worker("a", max_conn=1)
     a.granted(a.ask())
     after = Broker(EPOCH + 1, journal_complete=True)
-    after.take_in(after.ledger.restore(journal_of(before), after.now))
+    after.take_in(after.ledger.takeover.restore(journal_of(before), after.now))
     b = after.worker("b")
     request = b.ask(wait_s=600)
     for _ in range(int(TTL_S + START_UP_LIMIT_S) + 1):

@@ -8,7 +8,7 @@ from tests.unit.ledger_driver import Broker, Worker
 
 
 def limited(broker: Broker, limit: int | None, role: str = "app") -> None:
-    broker.take_in(broker.ledger.limited(broker.now, role=role, limit=limit))
+    broker.take_in(broker.ledger.control.limited(broker.now, role=role, limit=limit))
 
 
 def worker(broker: Broker, name: str, max_conn: int, role: str = "app") -> None:

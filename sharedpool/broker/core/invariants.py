@@ -24,6 +24,19 @@ def check_records(slots: Slots) -> None:
         assert pool.name in slots.shrinking or not pool.paused
 
 
+def check_limits(slots: Slots, epoch: int) -> None:
+    """Raise `AssertionError` if more is held than the limits allow, and nobody asks for it back."""
+    # Leases that were claimed, or restored, may exceed the limits.
+    claimed = sum(
+        token.epoch != epoch or not lease.session.pid for token, lease in slots.leases.items()
+    )
+    for pool in slots.pools.values():
+        assert len(pool.leases) <= pool.max_conn + claimed or pool.name in slots.shrinking
+    if slots.max_conn is not None and not slots.shrinking:
+        assert len(slots.leases) <= slots.max_conn + claimed
+        slots.groups.check_invariants(slots.room + claimed)
+
+
 def _check_leases(pool: Pool) -> None:
     for token, lease in pool.incoming.items():
         assert lease.state in (CLOSING, FENCING)

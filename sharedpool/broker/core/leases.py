@@ -18,7 +18,7 @@ from sharedpool.broker.core.recalls import ANSWER_LIMIT_S, Recalls
 from sharedpool.broker.core.records import Lease, Pool, Session
 from sharedpool.broker.core.routes import Routes
 from sharedpool.broker.core.slot_states import SlotState
-from sharedpool.wire.messages import START_UP_LIMIT_S, Ack, Backend, Phase, Token
+from sharedpool.wire.messages import START_UP_LIMIT_S, Ack, Backend, Gone, Phase, Token
 
 # A proxy may keep a connect in its own queue for this long before the server hears of it: as long
 # as a worker usually waits for the connect. After that, the server's list of backends is complete.
@@ -195,6 +195,18 @@ class Leases:
             self.fence(lease, "its worker was silent for longer than a connect takes", now)
 
     # --- evidence
+
+    def vanished(self, lease: Lease) -> None:
+        """Free the slot of a backend that was seen to be gone."""
+        if not lease.session.ended:
+            lease.session.vanished.add(lease.token)
+            self.announce_end(lease)
+        self.free(lease, "its backend is gone")
+
+    def announce_end(self, lease: Lease) -> None:
+        """Tell a worker that its connection has ended, unless it closes the connection itself."""
+        if not lease.session.ended and lease.state in (SlotState.OPEN, SlotState.GRANTED):
+            self._context.emit(Send(lease.session.id, Gone([lease.token])))
 
     def deposited(self, lease: Lease, now: float) -> None:
         """Record that the broker has the connection's socket in custody."""

@@ -13,46 +13,41 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from sharedpool.broker.core.admin import Admin
 from sharedpool.broker.core.commands import (
-    CancelBackend,
     Command,
-    Entry,
-    Member,
     Process,
     Send,
-    SurveyResult,
     SurveyServer,
 )
 from sharedpool.broker.core.context import Context
+from sharedpool.broker.core.control_events import ControlEvents
 from sharedpool.broker.core.denials import Denials
 from sharedpool.broker.core.desk_events import DeskEvents
 from sharedpool.broker.core.failover import Failover
 from sharedpool.broker.core.fences import Fences
 from sharedpool.broker.core.group_terms import GroupTerms
 from sharedpool.broker.core.handover import Handover
-from sharedpool.broker.core.invariants import check_records
+from sharedpool.broker.core.invariants import check_limits, check_records
 from sharedpool.broker.core.lane_events import LaneEvents
 from sharedpool.broker.core.lease_messages import LeaseMessages
-from sharedpool.broker.core.leases import QUEUE_LIMIT_S, Leases
+from sharedpool.broker.core.leases import Leases
 from sharedpool.broker.core.moves import Moves
 from sharedpool.broker.core.pool_directory import PoolDirectory
-from sharedpool.broker.core.quarantine import SETTLE_S
 from sharedpool.broker.core.recalls import Recalls
 from sharedpool.broker.core.reconciler import Reconciler
 from sharedpool.broker.core.records import Session
-from sharedpool.broker.core.recovery import GRACE_OVER, Recovery
+from sharedpool.broker.core.recovery import Recovery
 from sharedpool.broker.core.report import lease_lines, report
 from sharedpool.broker.core.requests import Requests
 from sharedpool.broker.core.routes import Routes
 from sharedpool.broker.core.scheduler import Scheduler
 from sharedpool.broker.core.sessions import Sessions, Terms
 from sharedpool.broker.core.shelves import Shelves
-from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.broker.core.snapshot import Snapshot, take_snapshot
-from sharedpool.broker.core.strangers import strangers_among
+from sharedpool.broker.core.takeover import Takeover
 from sharedpool.wire.admin import Done, Order
 from sharedpool.wire.messages import (
     Acquire,
@@ -61,7 +56,6 @@ from sharedpool.wire.messages import (
     Confirm,
     DenyReason,
     FailoverSign,
-    Gone,
     Hello,
     Reject,
     Release,
@@ -75,7 +69,6 @@ from sharedpool.wire.reports import LeaseLine, PoolReport, Report, SessionReport
 
 _MOST_ASKED = 500  # sessions that are asked at once for an operator's command
 
-
 # A call of the ledger that another thread asks the broker's loop to make.
 LedgerCall = Callable[["Ledger", float], list[Command]]
 
@@ -83,8 +76,9 @@ LedgerCall = Callable[["Ledger", float], list[Command]]
 class Ledger:
     """One broker's leases.
 
-    Events of the desk go to `desk`, those of the lanes to `lanes`, all others to the methods here.
-    Each returns the commands to carry out, in order.
+    Events of the desk go to `desk`, those of the lanes to `lanes`, what the control connection finds
+    out to `control`, and a change of brokers to `takeover`. All else goes to the methods here. Each
+    returns the commands to carry out, in order.
     """
 
     def __init__(
@@ -99,12 +93,10 @@ class Ledger:
         max_checkout_s: float = 0.0,
         # The longest idle time that a pool may ask for.
         expiration_s: float = math.inf,
-        # The server can be asked which backends it has.
-        has_control_connection: bool = True,
+        has_control_connection: bool = True,  # to ask the server which backends it has
         # All that former brokers granted will be given to `restore`.
         journal_complete: bool = False,
-        # Returns numbers from 0 to 1.
-        random: Callable[[], float] = lambda: 0.5,
+        random: Callable[[], float] = lambda: 0.5,  # numbers from 0 to 1
         # Told to the workers (`Welcome`).
         instance: str = "",
         desk: str = "",
@@ -115,13 +107,10 @@ class Ledger:
         groups: dict[str, GroupTerms] | None = None,
         # Limits of pools by name, instead of those that their users ask for.
         limits: dict[str, int] | None = None,
-        # See `Routes`.
-        server: str = "",
+        server: str = "",  # see `Routes`
     ) -> None:
         self.epoch = epoch
         self.awaited: set[bytes] = set()  # sessions that `request_reports` has asked
-        self._ttl_s = ttl_s
-        self._survey_pending = False
         context = Context(epoch, max_conn, has_control_connection=has_control_connection)
         self._context, self._slots, self._timers = context, context.slots, context.timers
         self._emit, self._log = context.emit, context.log
@@ -181,11 +170,24 @@ class Ledger:
             self._failover.begin_generation,
         )
         self._admin.configure(max_conn, groups or {}, limits or {})
-        self._recovery = Recovery(context, directory.get, directory.find_tagged)
+        recovery = Recovery(context, directory.get, directory.find_tagged)
         self.desk = DeskEvents(
             context, self._sessions, self._leases, self._handover, self._moves, self._settle
         )
         self.lanes = LaneEvents(context, self._handover, self._moves, self._settle)
+        self.takeover = Takeover(
+            context, recovery, self._leases, self._moves, self._settle, ttl_s=ttl_s
+        )
+        self.control = ControlEvents(
+            context,
+            self._leases,
+            self._handover,
+            self._moves,
+            self._failover,
+            self._denials,
+            self.takeover,
+            self._settle,
+        )
 
     # --- messages and the clock
 
@@ -256,7 +258,10 @@ class Ledger:
             self._scheduler.schedule(now)
         if self._slots.contended or self._slots.shrinking:
             self._handover.watch_keepers(now)
-        if not self._survey_pending and (order := self._leases.quarantine.order(now)) is not None:
+        if (
+            not self.control.survey_pending
+            and (order := self._leases.quarantine.order(now)) is not None
+        ):
             self._emit(SurveyServer(*order))
         return self._context.take_commands()
 
@@ -275,14 +280,8 @@ class Ledger:
     def backend_gone(self, token: Token, now: float) -> list[Command]:
         """Handle that a lease's backend was seen to be gone, whoever ended it: free its slot."""
         self._moves.sync(now)
-        lease = self._slots.leases.get(token)
-        if lease is not None:
-            session = lease.session
-            if not session.ended:
-                session.vanished.add(token)
-                if lease.state in (SlotState.OPEN, SlotState.GRANTED):  # else the worker knows
-                    self._emit(Send(session.id, Gone([token])))
-            self._leases.free(lease, "its backend is gone")
+        if (lease := self._slots.leases.get(token)) is not None:
+            self._leases.vanished(lease)
         return self._settle(now)
 
     def backend_lost(self, token: Token, now: float, *, closed: bool = False) -> list[Command]:
@@ -291,10 +290,8 @@ class Ledger:
         `closed`: the other side has closed it, which may be a proxy.
         """
         self._moves.sync(now)
-        lease = self._slots.leases.get(token)
-        if lease is not None:
-            if not lease.session.ended and lease.state in (SlotState.OPEN, SlotState.GRANTED):
-                self._emit(Send(lease.session.id, Gone([token])))  # useless to the worker, too
+        if (lease := self._slots.leases.get(token)) is not None:
+            self._leases.announce_end(lease)  # to the worker, the connection is as good as gone
             self._leases.lost(lease, now, closed=closed)
         return self._settle(now)
 
@@ -302,121 +299,6 @@ class Ledger:
         """Return True if the end of a lease's connection proves its backend's end: no proxy."""
         lease = self._slots.leases.get(token)
         return lease is None or self._routes.believes(lease)
-
-    def query_cancelled(self, order: CancelBackend, sent: bool | None, now: float) -> list[Command]:
-        """Handle the outcome of a cancel: sent, not allowed (False), or not needed or possible (None)."""
-        self._moves.sync(now)
-        if (pool := self._handover.query_cancelled(order, sent, now)) is not None:
-            text = (
-                "pool %r: no hand-over: the broker's role cannot cancel the workers' queries;"
-                " grant it membership in their role"
-            )
-            self._log(logging.WARNING, text, pool.name, pool=pool.name)
-        return self._settle(now)
-
-    # --- what the control connection finds out
-
-    def reached(self, now: float, *, direct: bool, fault: str) -> list[Command]:
-        """Handle how the control connection reaches the server; `fault` makes that way unsuitable."""
-        self._routes.reached(direct=direct, fault=fault)
-        for pool in self._slots.pools.values():
-            self._denials.deny_unsuitable(pool, now)
-            if self._routes.is_direct(pool):
-                # Dead workers of a former broker are found before this is known.
-                self._leases.hurry(pool)
-        return self._settle(now)
-
-    def limited(self, now: float, *, role: str, limit: int | None) -> list[Command]:
-        """Handle the control connection's role, and how many connections that role may have."""
-        self._failover.limited(role, limit)
-        return self._settle(now)
-
-    def server_verified(self, pool: str, generation: int, same: bool, now: float) -> list[Command]:
-        """Handle whether the server behind a pool is still the one it was."""
-        self._failover.server_verified(pool, generation, same)
-        return self._settle(now)
-
-    def surveyed(self, survey: SurveyResult, now: float) -> list[Command]:
-        """Handle the server's list of backends."""
-        strangers = strangers_among(self._slots, survey.tagged)
-        if survey.serial == GRACE_OVER:
-            if self._recovery.complete(survey, now):
-                self._recovery.adopt(survey, strangers)
-            else:
-                self._timers.arm(now + SETTLE_S, self._grace_due, None)
-            return self._settle(now)
-        for token in self._leases.quarantine.surveyed(survey, strangers, now):
-            self._leases.free(self._slots.leases[token], "no backend of its connect is left")
-        if self._leases.quarantine.due(now):
-            self._survey_pending = True  # the next survey is ordered a little later
-            self._timers.arm(now + SETTLE_S, self._survey_due, None)
-        return self._settle(now)
-
-    def _survey_due(self, _: None, now: float) -> None:
-        self._survey_pending = False
-
-    # --- a former broker, and others
-
-    def restore(
-        self, entries: Iterable[Entry], now: float, members: Iterable[Member] = ()
-    ) -> list[Command]:
-        """Take over a former broker's leases and the members of its lanes, before anything else."""
-        self._recovery.restore(entries, now, now + self._ttl_s)
-        self._moves.restore(members)
-        for lease in self._slots.leases.values():
-            self._leases.watch_connect(lease)
-        self._timers.arm(now + self._ttl_s, _may_fence, None)
-        return self._settle(now)
-
-    @property
-    def grace_s(self) -> float:
-        """How long all workers take to notice that a broker is gone, and to tell another one.
-
-        After 2.5 heartbeats, three to a TTL, and a second (`worker/link/link.py`): with a TTL below
-        6 s that is later than one TTL.
-        """
-        return max(self._ttl_s, self._ttl_s * 2.5 / 3 + 1.25)
-
-    def begin_grace_period(
-        self, grace_s: float, now: float, why: str = "no journal of a former broker"
-    ) -> list[Command]:
-        """Grant nothing for `grace_s`: former brokers may have granted unknown leases."""
-        self._slots.grant_stop.holding_back = True
-        self._slots.grant_stop.because = (
-            f"{why}, so it waits until all workers have said what they hold"
-        )
-        self._recovery.begin_grace_period(now, now + grace_s)
-        self._timers.arm(now + grace_s, self._grace_due, None)
-        self._log(logging.WARNING, "%s: granting nothing for %.1f s", why, grace_s)
-        return self._settle(now)
-
-    def _grace_due(self, _: None, now: float) -> None:
-        """End the grace period: by a survey, if the server can be asked."""
-        recovery = self._recovery
-        if now < recovery.grace_until:
-            return  # the grace period has begun anew
-        # Without a direct way to the server, a connect may be in a proxy's queue until then.
-        not_before = recovery.grace_since + QUEUE_LIMIT_S
-        if not self._routes.control_is_direct and now < not_before:
-            self._timers.arm(not_before, self._grace_due, None)
-        elif self._context.has_control_connection:
-            recovery.order_survey(now)
-        else:
-            recovery.serve()
-
-    def outranked(self, now: float, why: str) -> list[Command]:
-        """Grant nothing until `leads`: another broker counts to the same limit, or may (`why`)."""
-        self._recovery.give_way()
-        self._slots.grant_stop.because = why
-        return self._settle(now)
-
-    def leads(self, now: float, *, after_another: bool) -> list[Command]:
-        """Begin to grant; `after_another`: only once its workers have said what they hold."""
-        self._recovery.lead()
-        if after_another:
-            self._leases.believe_claims()
-            return self.begin_grace_period(self.grace_s, now, "the journal is another broker's")
-        return self._settle(now)
 
     def process_was_suspended(self, now: float) -> None:
         """Forget how long sessions have been silent: this process itself did not run."""
@@ -514,17 +396,4 @@ class Ledger:
         self._recalls.check_invariants()
         self._scheduler.check_invariants()
         self._handover.check_invariants()
-        # Leases that were claimed, or restored, may exceed the limits.
-        claimed = sum(
-            token.epoch != self.epoch or not lease.session.pid
-            for token, lease in slots.leases.items()
-        )
-        for pool in slots.pools.values():
-            assert len(pool.leases) <= pool.max_conn + claimed or pool.name in slots.shrinking
-        if slots.max_conn is not None and not slots.shrinking:
-            assert len(slots.leases) <= slots.max_conn + claimed
-            slots.groups.check_invariants(slots.room + claimed)
-
-
-def _may_fence(_: None, now: float) -> None:
-    """Do nothing: after the alarm the scheduler looks again; restored leases may be fenced now."""
+        check_limits(slots, self.epoch)

@@ -281,7 +281,7 @@ class Control:
         if sent is False:
             text = "lease %s: its query is not cancelled: the broker's role may not"
             logger.warning(text, command.token)
-        self._call_soon(lambda ledger, now: ledger.query_cancelled(command, sent, now))
+        self._call_soon(lambda ledger, now: ledger.control.query_cancelled(command, sent, now))
 
     def _query_activity(self, request: QueryActivity) -> None:
         """Answer a command, unless it does not wait any more."""
@@ -308,7 +308,9 @@ class Control:
         connection = self.connection
         same = connection is not None and connection.is_same_server(reconnect=self._needed)
         self._call_soon(
-            lambda ledger, now: ledger.server_verified(request.pool, request.generation, same, now)
+            lambda ledger, now: ledger.control.server_verified(
+                request.pool, request.generation, same, now
+            )
         )
 
     def _survey(self, connection: ControlConnection, request: SurveyServer) -> None:
@@ -322,7 +324,7 @@ class Control:
             backend = Backend(pid, start_us, connection.boot_us)
             tagged[backend], databases[backend] = tag, database
         survey = SurveyResult(request.serial, starting, tagged, databases)
-        self._call_soon(lambda ledger, now: ledger.surveyed(survey, now))
+        self._call_soon(lambda ledger, now: ledger.control.surveyed(survey, now))
 
     def _has_restarted_since(self, backend: Backend) -> bool:
         return self.connection is not None and self.connection.has_restarted_since(backend)

@@ -94,7 +94,7 @@ class ControlConnection:
             )
             logger.warning(text, self._max_conn, self._room)
         role, limit = statements.role_of(fresh)
-        self._call_soon(lambda ledger, now: ledger.limited(now, role=role, limit=limit))
+        self._call_soon(lambda ledger, now: ledger.control.limited(now, role=role, limit=limit))
 
     def pass_barrier(self) -> None:
         """Replace the connection by a new one: every connect before that is a backend by then.
@@ -202,7 +202,7 @@ class ControlConnection:
         self._fault = fault = sessions_not_kept_text(sign) if sign else ""
         if fault:
             logger.error("control connection: %s", fault)
-        self._call_soon(lambda ledger, now: ledger.reached(now, direct=direct, fault=fault))
+        self._call_soon(lambda ledger, now: ledger.control.reached(now, direct=direct, fault=fault))
 
     def _sign_of_sharing(self, conn: connection) -> str:
         """Compare with a second session; return what shows that the pooler mixes them up."""

@@ -83,15 +83,15 @@ class Leadership:
             )
             logger.error(text, rival)
             self._call_soon(
-                lambda ledger, now: ledger.outranked(
+                lambda ledger, now: ledger.takeover.outranked(
                     now, f"another broker counts to this limit: {rival}"
                 )
             )
         elif self._rival and not rival:
             logger.warning("the other broker has ended: this one counts to the limit from now on")
-            self._call_soon(lambda ledger, now: ledger.leads(now, after_another=True))
+            self._call_soon(lambda ledger, now: ledger.takeover.leads(now, after_another=True))
         elif not self._decided:
-            self._call_soon(lambda ledger, now: ledger.leads(now, after_another=False))
+            self._call_soon(lambda ledger, now: ledger.takeover.leads(now, after_another=False))
         self._rival, self._decided = rival, True
         return rival
 
@@ -103,7 +103,7 @@ class Leadership:
         """Let the ledger begin without the lock: no other broker can reach the server either."""
         if not self._decided:
             self._decided = True
-            self._call_soon(lambda ledger, now: ledger.leads(now, after_another=False))
+            self._call_soon(lambda ledger, now: ledger.takeover.leads(now, after_another=False))
 
     def _take(self, conn: connection) -> str:
         """Take the lock; return the other brokers that hold it, empty if there are none."""

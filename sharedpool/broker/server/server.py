@@ -157,11 +157,15 @@ class Server:
         now = time.monotonic()
         # Without a control connection the end of a dead worker's backend cannot be confirmed: the
         # leases in the journal stay counted.
-        self._execute(self._ledger.restore(self._journal.entries, now, self._journal.members))
+        self._execute(
+            self._ledger.takeover.restore(self._journal.entries, now, self._journal.members)
+        )
         if self._control.has_leadership:  # nothing is granted until the lock has been tried
-            self._execute(self._ledger.outranked(now, self._no_answer_yet()))
+            self._execute(self._ledger.takeover.outranked(now, self._no_answer_yet()))
         if self._follows and not self._journal.intact:
-            self._execute(self._ledger.begin_grace_period(self._ledger.grace_s, now))
+            self._execute(
+                self._ledger.takeover.begin_grace_period(self._ledger.takeover.grace_s, now)
+            )
         elif not self._control.has_leadership:
             self._journal.mark_complete()
 
@@ -201,7 +205,7 @@ class Server:
         elif self._was_used and not (in_use or self._resting) and self._ledger.state == "serving":
             self._resting = True
             if self._control.has_leadership:
-                self._execute(self._ledger.outranked(now, self._no_answer_yet()))
+                self._execute(self._ledger.takeover.outranked(now, self._no_answer_yet()))
             self._control.need(False)
 
     def _has_address(self, now: float, *, in_use: bool) -> bool:
