@@ -928,7 +928,7 @@ def test_a_checkout_that_is_too_long_is_ended_if_its_pool_wants_that_and_it_is_c
         a.answer() if word == "answer" else a.beat()
     broker.pass_time(1.1)
     said = [log for log in broker.all(Log) if log.fields["reason"] == "max_checkout"]
-    ended = [log for log in broker.all(Log) if "is to end" in log.text]
+    ended = [log for log in broker.all(Log) if "ending backend" in log.text]
     assert (len(said), len(ended)) == (1, word == "answer")
     assert [fence.token for fence in broker.all(Fence)] == ([token] if word == "answer" else [])
     assert [ack.revoked for ack in a.sent(Ack) if ack.revoked] == (

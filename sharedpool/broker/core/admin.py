@@ -1,6 +1,7 @@
-"""What an operator orders: pause and resume, a new limit, a process's or one lease's connection back.
+"""Operators' orders: pause, resume, limit, drain, kill and reconnect.
 
-All are idempotent, and each says what it did. They hold until this broker ends; a later one begins without them.
+Each order may be repeated without harm, and answers with lines that say what it did. Orders hold
+until this broker ends; a later one begins without them.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from sharedpool.broker.core.group_terms import GroupTerms
 from sharedpool.broker.core.handover import Handover
 from sharedpool.broker.core.leases import Leases
 from sharedpool.broker.core.recalls import Recalls
-from sharedpool.broker.core.records import Pool
+from sharedpool.broker.core.records import Lease, Pool, Session
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.admin import Done, Order, OrderKind
 from sharedpool.wire.messages import DenyReason, Token
 
 
 class OrderError(Exception):
-    """The order cannot be carried out; the text says why."""
+    """An order that cannot be carried out; the text says why."""
 
 
 class Admin:
-    """The operator's side of the ledger. A pool's name "" stands for all pools, those to come included."""
+    """Carries out operators' orders. The name "" stands for all pools, also those to come."""
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class Admin:
         self._configured: set[str] = set()  # pools whose limits came with `configure`
 
     def carry_out(self, order: Order, now: float) -> Done:
-        """Do what is ordered; return what was done, or why it cannot be."""
+        """Carry out an order; return what was done, or why it cannot be."""
         try:
             match order.kind:
                 case OrderKind.PAUSE:
@@ -65,7 +66,7 @@ class Admin:
         return Done(said)
 
     def pause(self, name: str, now: float) -> list[str]:
-        """Lend nothing any more and have everything brought back; who waits goes on waiting."""
+        """Grant nothing any more, and take everything back; patient waiters go on waiting."""
         pools = self._pools(name)
         already = {pool.name for pool in pools if pool.paused}
         self._slots.paused_pools.add(name)
@@ -81,7 +82,7 @@ class Admin:
         return said or ["paused, and not in use"]
 
     def resume(self, name: str) -> list[str]:
-        """Lend again."""
+        """Grant again."""
         slots, pools = self._slots, self._pools(name)
         held = [pool for pool in pools if pool.paused]
         paused = set(slots.paused_pools)
@@ -99,39 +100,47 @@ class Admin:
         ]
 
     def limit(self, name: str, max_conn: int) -> list[str]:
-        """Set a pool's limit, or ("") that over all pools; what is beyond it comes back as it becomes free."""
-        slots, pools = self._slots, self._pools(name)
-        if not name:
-            if slots.max_conn is None:
-                raise OrderError(
-                    "this broker has no limit over all pools, only the pools' own: name one with --pool"
-                )
-            if max_conn < slots.groups.reserved:
-                raise OrderError(
-                    f"{slots.groups.reserved} connections are reserved for groups: no less can be allowed"
-                )
-            before, slots.max_conn = slots.max_conn, max_conn
-            said = [
-                f"limit over all pools: {before} before, {max_conn} now, {len(slots.leases)} in use"
-            ]
-        else:
-            slots.limits[name] = max_conn
-            said = []
+        """Set a pool's limit, or the one over all pools; the excess comes back as it becomes free."""
+        pools = self._pools(name)
+        return self._limit_pool(name, pools, max_conn) if name else self._limit_all(pools, max_conn)
+
+    def _limit_all(self, pools: list[Pool], max_conn: int) -> list[str]:
+        slots = self._slots
+        if slots.max_conn is None:
+            raise OrderError(
+                "this broker has no limit over all pools, only the pools' own: name one with --pool"
+            )
+        if max_conn < (reserved := slots.groups.reserved):
+            raise OrderError(
+                f"{reserved} connections are reserved for groups: no less can be allowed"
+            )
+        before, slots.max_conn = slots.max_conn, max_conn
         for pool in pools:
-            before, pool.max_conn = pool.max_conn, slots.limit(pool.name, pool.spec)
-            slots.shrink(pool)
-            if name:
-                said.append(
-                    f"pool {name!r}: limit {before} before, {pool.max_conn} now, {len(pool.leases)} in use"
-                )
-                if pool.max_conn < max_conn:
-                    said.append(f"no more than {slots.max_conn} are allowed over all pools")
+            self._apply_limit(pool)
+        in_use = len(slots.leases)
+        return [f"limit over all pools: {before} before, {max_conn} now, {in_use} in use"]
+
+    def _limit_pool(self, name: str, pools: list[Pool], max_conn: int) -> list[str]:
+        slots = self._slots
+        slots.limits[name] = max_conn
+        said = []
+        for pool in pools:
+            before = pool.max_conn
+            self._apply_limit(pool)
+            now, in_use = pool.max_conn, len(pool.leases)
+            said.append(f"pool {name!r}: limit {before} before, {now} now, {in_use} in use")
+            if now < max_conn:
+                said.append(f"no more than {slots.max_conn} are allowed over all pools")
         return said or [f"pool {name!r}: limit {max_conn} when it is used again"]
+
+    def _apply_limit(self, pool: Pool) -> None:
+        pool.max_conn = self._slots.limit(pool.name, pool.spec)
+        self._slots.shrink(pool)
 
     def configure(
         self, max_conn: int | None, groups: dict[str, GroupTerms], limits: dict[str, int]
     ) -> None:
-        """Have these terms in place of those of the last time; what is beyond them comes back as it becomes free."""
+        """Replace the terms of the last time; the excess comes back as it becomes free."""
         slots = self._slots
         slots.max_conn = max_conn
         for name in self._configured - limits.keys():
@@ -143,51 +152,38 @@ class Admin:
         slots.configure(groups)
 
     def drain(self, pid: int, now: float) -> list[str]:
-        """Have a process give back all that it holds now: what lies idle at once, what is in use at its checkin."""
+        """Take back all that a process holds now: idle leases at once, those in use at checkin."""
         sessions = [s for s in self._slots.sessions.values() if s.pid == pid and not s.ended]
         if not sessions:
             raise OrderError(f"no process {pid} uses this broker (see `sharedpool status`)")
-        said = []
-        for session in sessions:
-            pool = session.pool
-            wanted = [
-                x
-                for x in session.leases.values()
-                if x.live is None and x.state is not SlotState.FENCING
-            ]
-            idle = [lease for lease in wanted if pool.idle.pop(lease.token, None) is not None]
-            if wanted and not session.silent:
-                session.draining.update(lease.token for lease in wanted)
-                self._slots.shrinking[pool.name] = pool
-                self._slots.mark_returns_due(session, 0)  # as much as the debts
-                self._slots.mark_taking(session, session.taking + len(idle))
-                self._recalls.send(session, now, take=len(idle))
-            said.append(
-                f"{session.label} in pool {pool.name!r}: {len(wanted)} to come back"
-                + (
-                    ", but it is silent: they are ended when somebody waits for them"
-                    if session.silent
-                    else ""
-                )
-            )
+        return [self._drain_session(session, now) for session in sessions]
+
+    def _drain_session(self, session: Session, now: float) -> str:
+        pool = session.pool
+        wanted = [
+            lease
+            for lease in session.leases.values()
+            if lease.live is None and lease.state is not SlotState.FENCING
+        ]
+        idle = [lease for lease in wanted if pool.idle.pop(lease.token, None) is not None]
+        said = f"{session.label} in pool {pool.name!r}: {len(wanted)} to come back"
+        if session.silent:
+            return f"{said}, but it is silent: they are ended when somebody waits for them"
+        if wanted:
+            session.draining.update(lease.token for lease in wanted)
+            self._slots.shrinking[pool.name] = pool
+            self._slots.mark_returns_due(session, 0)  # which raises it to what is drained
+            self._slots.mark_taking(session, session.taking + len(idle))
+            self._recalls.send(session, now, take=len(idle))
         return said
 
     def kill(self, token: Token, now: float) -> list[str]:
-        """End one lease's connection, whatever it is doing; its slot is free once its backend is seen to be gone."""
+        """End one lease's connection, whatever it is doing: its slot is free once the backend ends."""
         lease = self._slots.leases.get(token)
         if lease is None:
             return [f"lease {token} is over"]
-        whose = f"lease {token} of {lease.session.label}"
         if not lease.findable and (lease.session.suspect or lease.session.ended):
-            if not self._has_control_connection:
-                # Nothing to end, and nobody to ask. An operator knows that its worker is gone, if this cannot see it.
-                self._leases.free(lease, "freed by an operator")
-                return [f"{whose} had no connection that is known of: its slot is free"]
-            if lease.state is not SlotState.FENCING:
-                self._leases.fence(lease, "ended by an operator", now)
-            return [
-                f"{whose} has no connection that is known of: its slot is free once the server shows none either"
-            ]
+            return [self._kill_unconnected(lease, now)]
         if lease.state is SlotState.FENCING:
             return [f"lease {token} is being ended already"]
         if not lease.findable:
@@ -196,16 +192,31 @@ class Admin:
             )
         if not (self._has_control_connection or lease.custody):
             raise OrderError(
-                f"lease {token} cannot be ended from here: the broker has no control connection (--dsn)"
+                f"lease {token} cannot be ended from here:"
+                " the broker has no control connection (--dsn)"
             )
         self._leases.end(lease, "ended by an operator", now)
         pid = f" (backend {lease.backend.pid})" if lease.backend is not None else ""
-        return [
-            f"lease {token} of {lease.session.label} in pool {lease.pool.name!r}{pid} is being ended"
-        ]
+        whose = f"{lease.session.label} in pool {lease.pool.name!r}{pid}"
+        return [f"lease {token} of {whose} is being ended"]
+
+    def _kill_unconnected(self, lease: Lease, now: float) -> str:
+        """Free or quarantine the slot of a lease without a known connection, whose worker is gone."""
+        whose = f"lease {lease.token} of {lease.session.label}"
+        if not self._has_control_connection:
+            # There is nothing to end, and nobody to ask. The operator knows that the worker is
+            # gone, if the broker cannot see that.
+            self._leases.free(lease, "freed by an operator")
+            return f"{whose} had no connection that is known of: its slot is free"
+        if lease.state is not SlotState.FENCING:
+            self._leases.fence(lease, "ended by an operator", now)
+        return (
+            f"{whose} has no connection that is known of:"
+            " its slot is free once the server shows none either"
+        )
 
     def reconnect(self, name: str, now: float) -> list[str]:
-        """Begin a new generation: what is open now is replaced at its next checkout or checkin."""
+        """Begin a new generation: each open connection is replaced at its next checkout or checkin."""
         said = []
         for pool in self._pools(name):
             self._begin_generation(pool, "asked for by `sharedpool reconnect`")

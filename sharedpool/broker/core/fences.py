@@ -50,7 +50,7 @@ class Fences:
             "session": whose,
             "reason": why,
         }
-        text = f"pool {pool!r}: lease {lease.token} of {whose}: backend {pid} is to end ({why})"
+        text = f"pool {pool!r}: lease {lease.token} of {whose}: ending backend {pid} ({why})"
         self._emit(Log(level, text, fields))
         self._slots.move(lease, SlotState.FENCING, why)
         lease.pool.counters.fences += 1

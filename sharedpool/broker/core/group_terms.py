@@ -1,23 +1,19 @@
-"""What a group of pools is promised of the limit over all pools."""
+"""The terms of a group of pools under the limit over all pools."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from sharedpool.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
 class GroupTerms:
-    """What one group is promised: `reserved` slots, at most `max_conn` (None: no limit of its own), by `priority`."""
+    """One group's terms."""
 
-    reserved: int = 0
-    max_conn: int | None = None
-    priority: int = 0
+    reserved: int = 0  # slots that are kept free for the group
+    max_conn: int | None = None  # None: no limit of its own
+    priority: int = 0  # higher goes first, beyond the reservations
 
 
 def check_terms(terms: dict[str, GroupTerms], cap: int | None, where: str = "groups") -> None:

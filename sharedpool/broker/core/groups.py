@@ -1,7 +1,8 @@
-"""Groups: who may have how much of the limit over all pools.
+"""Groups of pools share the limit over all pools.
 
-A group has a reservation that is kept free for it, a limit of its own, and a priority for all beyond the reservations.
-What is not reserved is shared: a slot of it goes to the waiter of the highest priority, among equals to the first.
+A group has a reservation that is kept free for it, a limit of its own, and a priority for slots
+beyond the reservations. Such a slot goes to the waiter of the highest priority, among equals to the
+first.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from sharedpool.broker.core.records import Group, Pool
 
 
 class Groups:
-    """All groups, also of pools that nobody uses at the moment. Without terms there is no group: first come only."""
+    """All groups, also those without a pool in use. Without terms there are no groups at all."""
 
     def __init__(self) -> None:
         self._groups: dict[str, Group] = {}
-        self.unknown: list[Pool] = []  # known by their backends alone
+        self.unknown: list[Pool] = []  # pools known by their backends alone
 
     def __bool__(self) -> bool:
         return bool(self._groups)
 
     def configure(self, terms: dict[str, GroupTerms]) -> None:
-        """Replace all terms; `pools` keep their groups. Nothing is checked: see `check_terms`."""
+        """Replace all terms, which `check_terms` has checked; pools keep their groups."""
         if not terms:
             self._groups.clear()
             return
@@ -31,7 +32,7 @@ class Groups:
             )
 
     def of(self, name: str) -> Group | None:
-        """Return a group; one that was not configured has the terms of the rest. None while there are no groups."""
+        """Return a group, with default terms if it was not configured; None if there are no groups."""
         if not self._groups:
             return None
         return self._groups.setdefault(name, Group(name, self.unknown))
@@ -47,11 +48,11 @@ class Groups:
         return sum(group.beyond for group in self._groups.values())
 
     def available(self, group: Group, cap: int) -> int:
-        """Return how many slots a group may be granted of a limit `cap` over all, its own limit apart."""
+        """Return how many slots of a limit `cap` over all a group may have, its own limit apart."""
         return cap - self.reserved - self.beyond + group.unused
 
     def check_invariants(self, room: int) -> None:
-        """Raise `AssertionError` when of so many free slots not all can be had that are reserved."""
+        """Raise `AssertionError` if `room` free slots are fewer than those reserved and not in use."""
         assert sum(group.unused for group in self._groups.values()) <= room, (
             "a reservation is used by others"
         )

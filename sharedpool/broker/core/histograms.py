@@ -1,6 +1,6 @@
-"""What a pool's sessions have told of their times, added up: past sessions' too. Pure.
+"""The times that a pool's sessions have told, added up, those of ended sessions included.
 
-A session counts absolutely since its last registration, so that a message may be lost, doubled or late.
+A session tells totals since its last registration. So a message may be lost, doubled or late.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ KINDS = ("created", "waited", "used")
 
 
 class Histograms:
-    """One pool's histograms: counts by bucket and microseconds, by kind."""
+    """One pool's histograms, by kind: a count for each bucket, and the sum in microseconds."""
 
     __slots__ = ("counts", "total_us")
 
@@ -21,7 +21,7 @@ class Histograms:
         self.total_us = dict.fromkeys(KINDS, 0)
 
     def note(self, before: Timings | None, times: Timings) -> bool:
-        """Add what is new in a session's word since the one `before`; return False for one that is late."""
+        """Add what is new in a session's totals since `before`; return False if they are older."""
         if before is not None and times.serial < before.serial:
             return False
         since = before if before is not None and before.serial == times.serial else None
@@ -39,7 +39,7 @@ class Histograms:
         return True
 
     def copy(self) -> Histograms:
-        """Return another of the same content."""
+        """Return a copy."""
         other = Histograms()
         other.counts = {kind: counts[:] for kind, counts in self.counts.items()}
         other.total_us = dict(self.total_us)
@@ -47,10 +47,10 @@ class Histograms:
 
 
 def waits(before: Timings | None, times: Timings, most: int) -> list[float]:
-    """Return `most` of the waits that a session tells of since its word `before`, or all, in seconds.
+    """Return up to `most` waits, in seconds, that a session tells of since `before`.
 
-    They are known by their buckets, over which they are spread. The first bucket is left out: who has the connection
-    has not waited.
+    Only their buckets are known: they are spread evenly over each. The first bucket is left out: its
+    checkouts found a connection at once.
     """
     since = before if before is not None and before.serial == times.serial else None
     counts, _ = _news(None if since is None else since.waited, times.waited)

@@ -1,4 +1,4 @@
-"""What the metrics and the status page are made of: the books at one moment, copied. Pure."""
+"""Snapshots of the records, for the metrics and the status page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KEPT = 360
 
 @dataclass(frozen=True, slots=True)
 class LeaseRow:
-    """One lease, for the page's table, as `sharedpool who` has it; `for_ms` is None where nobody knows."""
+    """One lease for the page's table, as `sharedpool who` shows it; `for_ms` is None if unknown."""
 
     pool: str
     process: str
@@ -29,7 +29,7 @@ class LeaseRow:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The broker at one moment. `pools` has also those that nobody uses any more, with what was counted for them."""
+    """The broker at one moment; `pools` includes those that nobody uses any more."""
 
     report: Report
     pools: list[tuple[PoolReport, Histograms]]
@@ -37,7 +37,7 @@ class Snapshot:
 
 
 def take_snapshot(slots: Slots, report: Report, now: float) -> Snapshot:
-    """Return a copy of the books; O(n) of sessions and leases."""
+    """Return a copy of the records; O(n) in sessions and leases."""
     pools = [*slots.pools.values(), *slots.former_pools.values()]
     rows = [_row(line) for line in lease_lines(slots, MOST_LISTED, now)]
     return Snapshot(
@@ -59,13 +59,13 @@ def _row(line: LeaseLine) -> LeaseRow:
 
 
 class History:
-    """How each pool was used over the last while: at most `_KEPT` points a pool, the newest at the end."""
+    """How each pool was used lately: at most `_KEPT` points for each, the newest at the end."""
 
     def __init__(self) -> None:
         self._points: dict[str, deque[tuple[float, int, int, int, int]]] = {}
 
     def add(self, snapshot: Snapshot, now: float) -> None:
-        """Note the pools as they are now."""
+        """Record the pools as they are now."""
         for pool, _ in snapshot.pools:
             points = self._points.setdefault(pool.name, deque(maxlen=_KEPT))
             points.append((now, pool.in_use, pool.leases, pool.waiting, pool.max_conn))
@@ -73,7 +73,7 @@ class History:
             del self._points[name]
 
     def ages(self, now: float) -> dict[str, list[tuple[float, int, int, int, int]]]:
-        """Return by pool: how many seconds ago, in use, leases, waiting, the limit."""
+        """Return the points of each pool: age in seconds, in use, leases, waiting, the limit."""
         return {
             name: [(round(now - point[0], 1), *point[1:]) for point in points]
             for name, points in self._points.items()
