@@ -1,6 +1,7 @@
-"""What the ledger decides; the server carries it out, in this order.
+"""Commands: what the ledger has decided, for the server to carry out in this order.
 
-What every request leads to is a struct of msgspec's, which is made in a sixth of a frozen dataclass's time.
+Commands that follow from every request are structs of msgspec: making one takes a sixth of the time
+of a frozen dataclass.
 """
 
 from __future__ import annotations
@@ -17,18 +18,15 @@ from sharedpool.wire.reports import ToOperator
 
 
 class Process(NamedTuple):
-    """A process of this host, as the kernel vouches for it. `started`, in clock ticks, tells a pid used again.
-
-    `pid_namespace` is whose pid that is (`discovery/pid_namespace.py`): a later broker's may be another's.
-    """
+    """A process of this host, as the kernel tells."""
 
     pid: int
-    started: int = 0
-    pid_namespace: str = ""
+    started: int = 0  # in clock ticks: tells a pid that is used again
+    pid_namespace: str = ""  # whose pid that is (`discovery/pid_namespace.py`)
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """All that a later broker must know of a lease. `moves`: how often it has moved in a lane; -1: it does not."""
+    """All that a later broker must know of a lease."""
 
     token: Token
     session: bytes
@@ -40,11 +38,14 @@ class Entry(msgspec.Struct, frozen=True):
     max_conn: int
     expiration_s: float
     backend: Backend | None = None
-    moves: int = -1
+    moves: int = -1  # how often it has moved in a lane; -1: it never could
 
 
 class Member(msgspec.Struct, frozen=True):
-    """Who was let into a pool's lane: in it he may be given what a later broker cannot know to be his."""
+    """A session that was let into a pool's lane.
+
+    There it may be given leases that a later broker cannot know to be its own.
+    """
 
     session: bytes
     process: Process | None
@@ -52,58 +53,55 @@ class Member(msgspec.Struct, frozen=True):
 
 
 class ServerIncarnation(NamedTuple):
-    """One incarnation of a server: the address by which the control connection came to it, and when it started."""
+    """One incarnation of a server: the control connection's address, and when the server started."""
 
     route: str
     boot_us: int
 
 
 class SurveyResult(NamedTuple):
-    """What the server lists: backends in start-up, and those whose application_name is this broker's, by that name.
+    """What the server lists."""
 
-    `serial` is the number of the order; the look began after it was given. `databases` are those of the tagged ones.
-    """
-
-    serial: int
-    starting: frozenset[int]
-    tagged: dict[Backend, str]
-    databases: Mapping[Backend, str] = {}
+    serial: int  # the number of the order; the survey began after it was given
+    starting: frozenset[int]  # pids of backends in start-up
+    tagged: dict[Backend, str]  # backends with this broker's tag in their application_name
+    databases: Mapping[Backend, str] = {}  # of the tagged ones
 
 
 class Send(msgspec.Struct, frozen=True):
-    """Send `message` to `session`, or to a command that has none."""
+    """Send a message to a session, or to an operator's command, which has no session."""
 
     session: bytes
     message: ToWorker | ToOperator
 
 
 class Record(msgspec.Struct, frozen=True):
-    """Have a lease outlive this broker: written before the grant is sent."""
+    """Write a lease into the journal, before its grant is sent."""
 
     entry: Entry
 
 
 class Erase(msgspec.Struct, frozen=True):
-    """The slot is free."""
+    """Remove a lease from the journal: its slot is free."""
 
     token: Token
 
 
 class Admit(msgspec.Struct, frozen=True):
-    """Have it outlive this broker that a session is let into a lane: written before it is."""
+    """Write a member of a lane into the journal, before it is let in."""
 
     member: Member
 
 
 class Dismiss(msgspec.Struct, frozen=True):
-    """The session is in no lane any more."""
+    """Remove a session from the journal's members: it is in no lane any more."""
 
     session: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class TransferCustody:
-    """The socket in custody for one lease is another's from now on."""
+    """Keep a lease's socket in custody for another lease from now on."""
 
     token: Token
     heir: Token
@@ -111,8 +109,10 @@ class TransferCustody:
 
 @dataclass(frozen=True, slots=True)
 class PassOn:
-    """Send this, with the socket in custody for its token, to this place in a pool's lane, of the session that has this
-    number there; if that cannot be, tell the ledger (`not_delivered`).
+    """Send a connection to a waiter, with the socket in custody for the message's token.
+
+    It goes to this place in the pool's lane, of the session with this number. If it cannot be sent,
+    tell `LaneEvents.not_delivered`.
     """
 
     pool: str
@@ -123,7 +123,7 @@ class PassOn:
 
 @dataclass(frozen=True, slots=True)
 class OpenLane:
-    """Make a lane for a pool, then tell the ledger (`lane_opened`). `serial` is the number of the order."""
+    """Make a lane for a pool, then tell `LaneEvents.opened`; `serial` is the number of the order."""
 
     pool: str
     serial: int
@@ -131,30 +131,29 @@ class OpenLane:
 
 @dataclass(frozen=True, slots=True)
 class InviteToLane:
-    """Open a pool's lane to a session, by this number; its turns are at `index` on the board."""
+    """Let a session into its pool's lane."""
 
     pool: str
     session: bytes
-    number: int
-    index: int
+    number: int  # the session's own in the lane
+    index: int  # where its turns are on the board
 
 
 @dataclass(frozen=True, slots=True)
 class GiveInLane:
-    """Give a connection in the lane: the socket in custody for this lease, which has this cell on the board."""
+    """Give a connection in the lane: the socket in custody for this lease."""
 
     pool: str
     token: Token
-    cell: int
+    cell: int  # the lease's, on the board
     live: Live
 
 
 @dataclass(frozen=True, slots=True)
 class JoinQueue:
-    """Join the queue of a lane so often, then look at its shelf; tell the ledger of what comes (`came`,
-    `found_on_shelf`).
+    """Queue in a lane this many times, then look at its shelf.
 
-    At most `most_from_shelf` are taken from there.
+    Tell `LaneEvents` of connections that come (`received`, `found_on_shelf`).
     """
 
     pool: str
@@ -164,28 +163,34 @@ class JoinQueue:
 
 @dataclass(frozen=True, slots=True)
 class StartMoves:
-    """Connections move past the broker now: leave the lane's queue and shelf to the workers."""
+    """Leave a lane's queue and shelf to the workers: connections move past the broker now."""
 
     pool: str
 
 
 @dataclass(frozen=True, slots=True)
 class HaltMoves:
-    """They do no more: wake who waits in the lane; tell the ledger of what comes to its shelf (`found_on_shelf`)."""
+    """Wake the threads that wait in a lane: connections do not move past the broker any more.
+
+    Tell `LaneEvents.found_on_shelf` of connections that come to the lane's shelf.
+    """
 
     pool: str
 
 
 @dataclass(frozen=True, slots=True)
 class CloseLane:
-    """Nobody uses the pool any more."""
+    """Close a pool's lane: nobody uses the pool any more."""
 
     pool: str
 
 
 @dataclass(frozen=True, slots=True)
 class CancelBackend:
-    """Cancel what a backend is executing, then tell the ledger (`interrupted`). `trial`: to see whether that works."""
+    """Cancel a backend's query, then tell `ControlEvents.query_cancelled`.
+
+    `trial`: to test whether that works.
+    """
 
     token: Token
     backend: Backend
@@ -194,19 +199,22 @@ class CancelBackend:
 
 @dataclass(frozen=True, slots=True)
 class MarkJournalComplete:
-    """From now on the journal tells of every lease there may be: a later broker need not wait."""
+    """Mark the journal complete: it has every lease there may be, so a later broker need not wait."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordServer:
-    """Have a later broker know that the control connection was here: what was there is gone when another answers."""
+    """Write a server that the control connection has met into the journal.
+
+    A later broker that meets another one knows that the backends of this one are gone.
+    """
 
     server: ServerIncarnation
 
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """Tell the ledger (`session_died`) when `process` ends."""
+    """Watch a process, and tell `Ledger.session_died` when it ends."""
 
     session: bytes
     process: Process | None
@@ -214,26 +222,26 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """Make this backend impossible, verify it, then tell the ledger (`backend_gone`). `left`: its client has left."""
+    """End a backend, verify that, then tell `Ledger.backend_gone`."""
 
     token: Token
     pool: str
     backend: Backend | None
     why: str
-    left: bool = False
+    left: bool = False  # its client has left
 
 
 @dataclass(frozen=True, slots=True)
 class SurveyServer:
-    """Survey the server, then tell the ledger (`surveyed`). `barrier`: when it has accepted all earlier connects."""
+    """List the server's backends, then tell `ControlEvents.surveyed`."""
 
     serial: int
-    barrier: bool
+    barrier: bool  # not before the server has accepted all earlier connects
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyServer:
-    """See whether the server is still the one it was, then tell the ledger (`server_verified`)."""
+    """Check that the server is still the same, then tell `ControlEvents.server_verified`."""
 
     pool: str
     generation: int
@@ -241,7 +249,7 @@ class VerifyServer:
 
 @dataclass(frozen=True, slots=True)
 class QueryActivity:
-    """Tell a command what the server says of these backends, unless that is possible only after `until`."""
+    """Tell an operator's command what the server says of backends, unless that takes past `until`."""
 
     asker: bytes
     backends: tuple[Backend, ...]
@@ -250,16 +258,16 @@ class QueryActivity:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """The session is over: stop watching its process."""
+    """Stop watching a session's process: the session is over."""
 
     session: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """One event for the log; `level` is a `logging` level, `fields` say for programs whom it concerns."""
+    """Log one event; `fields` tell programs whom it concerns."""
 
-    level: int
+    level: int  # a `logging` level
     text: str
     fields: Mapping[str, object] = field(default_factory=dict)
 
