@@ -77,7 +77,8 @@ class Admin:
                 self._denials.deny(waiter, DenyReason.PAUSED, now)
             how = "was paused already" if pool.name in already else "paused"
             said.append(
-                f"pool {pool.name!r} {how}: {_count(pool)} to come back, {len(pool.waiters)} waiting"
+                f"pool {pool.name!r} {how}: {_count(pool)} to come back,"
+                f" {len(pool.waiters)} waiting"
             )
         return said or ["paused, and not in use"]
 
@@ -100,7 +101,7 @@ class Admin:
         ]
 
     def limit(self, name: str, max_conn: int) -> list[str]:
-        """Set a pool's limit, or the one over all pools; the excess comes back as it becomes free."""
+        """Set a pool's limit, or that over all pools; the excess comes back as it becomes free."""
         pools = self._pools(name)
         return self._limit_pool(name, pools, max_conn) if name else self._limit_all(pools, max_conn)
 
@@ -178,7 +179,7 @@ class Admin:
         return said
 
     def kill(self, token: Token, now: float) -> list[str]:
-        """End one lease's connection, whatever it is doing: its slot is free once the backend ends."""
+        """End one lease's connection, whatever it does: its slot is free once the backend ends."""
         lease = self._slots.leases.get(token)
         if lease is None:
             return [f"lease {token} is over"]
@@ -201,7 +202,7 @@ class Admin:
         return [f"lease {token} of {whose} is being ended"]
 
     def _kill_unconnected(self, lease: Lease, now: float) -> str:
-        """Free or quarantine the slot of a lease without a known connection, whose worker is gone."""
+        """Free or quarantine a slot without a known connection, whose worker is gone."""
         whose = f"lease {lease.token} of {lease.session.label}"
         if not self._has_control_connection:
             # There is nothing to end, and nobody to ask. The operator knows that the worker is
@@ -216,13 +217,13 @@ class Admin:
         )
 
     def reconnect(self, name: str, now: float) -> list[str]:
-        """Begin a new generation: each open connection is replaced at its next checkout or checkin."""
+        """Begin a new generation: each connection is replaced at its next checkout or checkin."""
         said = []
         for pool in self._pools(name):
             self._begin_generation(pool, "asked for by `sharedpool reconnect`")
             said.append(
-                f"pool {pool.name!r}: generation {pool.generation}: {len(pool.leases)} connections are replaced at"
-                " their next checkout or checkin"
+                f"pool {pool.name!r}: generation {pool.generation}: {len(pool.leases)}"
+                " connections are replaced at their next checkout or checkin"
             )
             self._handover.end_parked(
                 [pool], len(pool.parked), now

@@ -53,7 +53,7 @@ class Member(msgspec.Struct, frozen=True):
 
 
 class ServerIncarnation(NamedTuple):
-    """One incarnation of a server: the control connection's address, and when the server started."""
+    """A server from start to stop: the control connection's address, and the start time."""
 
     route: str
     boot_us: int
@@ -123,7 +123,7 @@ class PassOn:
 
 @dataclass(frozen=True, slots=True)
 class OpenLane:
-    """Make a lane for a pool, then tell `LaneEvents.opened`; `serial` is the number of the order."""
+    """Make a lane for a pool, then tell `LaneEvents.opened`; `serial` numbers the order."""
 
     pool: str
     serial: int
@@ -199,7 +199,7 @@ class CancelBackend:
 
 @dataclass(frozen=True, slots=True)
 class MarkJournalComplete:
-    """Mark the journal complete: it has every lease there may be, so a later broker need not wait."""
+    """Mark the journal complete: it has every lease, so that a later broker need not wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +249,7 @@ class VerifyServer:
 
 @dataclass(frozen=True, slots=True)
 class QueryActivity:
-    """Tell an operator's command what the server says of backends, unless that takes past `until`."""
+    """Tell an operator's command what the server says of backends, if it does by `until`."""
 
     asker: bytes
     backends: tuple[Backend, ...]

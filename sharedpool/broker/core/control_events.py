@@ -45,7 +45,7 @@ class ControlEvents:
         self.survey_pending = False  # the next survey waits for an alarm
 
     def reached(self, now: float, *, direct: bool, fault: str) -> list[Command]:
-        """Handle how the control connection reaches the server; `fault` makes that way unsuitable."""
+        """Handle the control connection's way to the server; a `fault` makes it unsuitable."""
         routes = self._leases.routes
         routes.reached(direct=direct, fault=fault)
         for pool in self._slots.pools.values():

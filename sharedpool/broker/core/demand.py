@@ -1,7 +1,7 @@
 """How many slots are wanted, and whose slots would help: the arithmetic behind each decision.
 
 Functions of the records alone: they change nothing. A waiter is *patient* if it wants to wait
-(`timeout` above 0); the others are refused as soon as it is known that nothing is idle anywhere.
+(`timeout` above 0); the others are refused as soon as every holder has nothing idle.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def returns_wanted(slots: Slots, pool: Pool, holder: Session) -> int:
 
 
 def has_room(slots: Slots, pool: Pool) -> bool:
-    """Return True if a slot is free that nobody waits for, and nothing parked to pass on instead."""
+    """Return True if a slot is free, nobody waits for it, and no parked connection can serve."""
     if slots.grant_stop.active or slots.contended or pool.parked:
         return False
     return not pool.paused and pool.room > 0 and slots.available(pool) > 0

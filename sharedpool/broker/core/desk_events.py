@@ -1,7 +1,7 @@
 """What happens at the desk: workers deposit sockets, give connections, and hang up.
 
-The desk (`server/desk.py`) is the Unix socket that each worker program keeps open to the broker; one
-such connection is a *line*.
+The desk (`server/desk.py`) is a Unix socket to which each worker program keeps a connection, its
+*line*.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Groups:
             )
 
     def of(self, name: str) -> Group | None:
-        """Return a group, with default terms if it was not configured; None if there are no groups."""
+        """Return a group, with default terms if not configured; None if there are no groups."""
         if not self._groups:
             return None
         return self._groups.setdefault(name, Group(name, self.unknown))
@@ -52,7 +52,7 @@ class Groups:
         return cap - self.reserved - self.beyond + group.unused
 
     def check_invariants(self, room: int) -> None:
-        """Raise `AssertionError` if `room` free slots are fewer than those reserved and not in use."""
+        """Raise `AssertionError` if `room` free slots are too few for the reservations."""
         assert sum(group.unused for group in self._groups.values()) <= room, (
             "a reservation is used by others"
         )

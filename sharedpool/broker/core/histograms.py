@@ -49,8 +49,8 @@ class Histograms:
 def waits(before: Timings | None, times: Timings, most: int) -> list[float]:
     """Return up to `most` waits, in seconds, that a session tells of since `before`.
 
-    Only their buckets are known: they are spread evenly over each. The first bucket is left out: its
-    checkouts found a connection at once.
+    Only their buckets are known: they are spread evenly over each. The first bucket is left out:
+    its checkouts found a connection at once.
     """
     since = before if before is not None and before.serial == times.serial else None
     counts, _ = _news(None if since is None else since.waited, times.waited)

@@ -70,7 +70,7 @@ class LeaseMessages:
     # --- RENEW
 
     def renew(self, session: Session, renew: Renew, now: float) -> None:
-        """Handle a worker's list of its leases and requests: a heartbeat, or the answer to a recall.
+        """Handle a worker's list of leases and requests: a heartbeat, or a recall's answer.
 
         The list repairs what lost messages have left wrong, in the order of the steps here.
         """
@@ -114,7 +114,7 @@ class LeaseMessages:
             self.release(session, release, now)
 
     def _repeat_grants(self, session: Session, renew: Renew) -> None:
-        """Send again the grants that a worker has not seen: they are lost, or still on their way."""
+        """Send the grants again that a worker has not seen: they are lost, or on their way."""
         epoch = self._context.epoch
         seen = renew.newest_grant if renew.newest_grant.epoch == epoch else NO_TOKEN
         for lease in session.granted.values():

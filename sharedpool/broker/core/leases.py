@@ -31,8 +31,8 @@ class Leases:
     """All leases of one broker.
 
     `drop(session)` is called when a session has lost a lease. `max_checkout_s` is the limit for
-    pools that have none of their own (0: none). `journal_complete`: the books hold all that former
-    brokers granted, so that an unknown lease is one that was taken away.
+    pools that have none of their own (0: none). `journal_complete`: the records have all
+    that former brokers granted, so that an unknown lease is one that was taken away.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class Leases:
         self._void: set[Token] = set()  # of former brokers, given back or fenced by now
 
     def believe_claims(self) -> None:
-        """Admit unknown leases from now on: another broker granted some, whose journal is not here."""
+        """Admit unknown leases from now on: another broker granted some, by its own journal."""
         self._journal_complete = False
 
     def is_claimable(self, token: Token) -> bool:
-        """Return True if a lease that the books do not have may be held since before this broker."""
+        """Return True if an unknown lease may be held since before this broker."""
         if self._journal_complete or token.epoch == self._context.epoch:
             return False
         return token not in self._slots.leases and token not in self._void
@@ -113,13 +113,13 @@ class Leases:
             self._ask_twins(other, lease, now)
 
     def _ask_twins(self, one: Lease, other: Lease, now: float) -> None:
-        """Ask the holders of two leases that seem to have the same backend whether both are open."""
+        """Ask the holders of two leases that seem to have one backend whether both are open."""
         for session in dict.fromkeys((one.session, other.session)):
             self._recalls.send(session, now)
         self.routes.suspect_twins([one, other], [one.session.asked, other.session.asked])
 
     def hurry(self, pool: Pool) -> None:
-        """Look at once for what is left of a pool's connects: no proxy can have them in its queue."""
+        """Look at once for what is left of a pool's connects: none is in a proxy's queue."""
         for token in pool.leases:
             self.quarantine.hurry(token)
 
@@ -161,7 +161,7 @@ class Leases:
                 self._arm(now + START_UP_LIMIT_S, self._start_up_due, lease)
 
     def end(self, lease: Lease, why: str, now: float) -> None:
-        """End a connection in its worker's hands; tell the worker, so that it does not lend it out."""
+        """End a connection that its worker holds; tell the worker, lest it be checked out."""
         if lease.live is None and not lease.session.ended:
             ack = Ack([lease.token], [], lease.pool.generation, lease.pool.limit)
             self._context.emit(Send(lease.session.id, ack))
@@ -307,8 +307,8 @@ class Leases:
         """Report a checkout that lasts too long, once, and end it if its pool wants that.
 
         1. The limit has not passed: a later checkout is in progress. Watch that one.
-        2. The limit has passed by the books. But a worker checks in and out without a message, so
-           ask it whether this is still the same checkout.
+        2. The limit has passed, as far as is known. But a worker checks in and out without a
+           message, so ask it whether this is still the same checkout.
         3. The answer, or none in time, has left `used_since` as it was: report.
         """
         lease.checkout_armed = False

@@ -1,12 +1,12 @@
 """The broker's core: who holds which lease, decided without I/O and without a clock.
 
-The ledger counts slots to `max_conn`, serves requests first come first served, and frees a slot only
-on evidence that its backend is gone. It receives messages, events and the time, and returns commands
-(`commands.py`) for the server to carry out.
+The ledger counts slots to `max_conn`, serves requests first come first served, and frees a slot
+only on evidence that its backend is gone. It receives messages, events and the time, and returns
+commands (`commands.py`) for the server to carry out.
 
-`slots.py` keeps the records (`records.py`), `scheduler.py` serves the queue, `sessions.py` knows the
-workers, `leases.py` follows each lease, `handover.py` passes connections on, `moves.py` follows those
-that move past the broker, and `recovery.py` takes over from a former broker.
+`slots.py` keeps the records (`records.py`), `scheduler.py` serves the queue, `sessions.py` knows
+the workers, `leases.py` follows each lease, `handover.py` passes connections on, `moves.py` decides
+when they move past the broker, and `takeover.py` takes over from a former broker.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ LedgerCall = Callable[["Ledger", float], list[Command]]
 class Ledger:
     """One broker's leases.
 
-    Events of the desk go to `desk`, those of the lanes to `lanes`, what the control connection finds
-    out to `control`, and a change of brokers to `takeover`. All else goes to the methods here. Each
-    returns the commands to carry out, in order.
+    Events of the desk go to `desk`, those of the lanes to `lanes`, what the control connection
+    finds out to `control`, and a change of brokers to `takeover`. All else goes to the methods
+    here. Each returns the commands to carry out, in order.
     """
 
     def __init__(
@@ -328,7 +328,7 @@ class Ledger:
         return self._settle(now)
 
     def drain(self, now: float) -> list[Command]:
-        """Grant nothing any more, and take everything back; patient waiters wait for a successor."""
+        """Grant nothing any more, and take everything back; patient waiters go on waiting."""
         self._moves.sync(now)
         self._slots.grant_stop.draining = True
         for pool in self._slots.pools.values():

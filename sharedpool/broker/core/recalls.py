@@ -37,18 +37,18 @@ class Recalls:
         self._emit = context.emit
         self._arm = context.timers.arm
         self.newest = 0  # serial of the newest recall, or of the newest message that acts as one
-        # Sessions that the current round of refusals waits for, and the recall to answer (rounds.py).
+        # Sessions that the current round (rounds.py) waits for, and the recall to answer.
         self.polled: dict[bytes, int] = {}
 
     def next_serial(self) -> int:
-        """Return the serial of the next message that tells a session how much it is to give back."""
+        """Return the serial for the next message that tells a session what to give back."""
         self.newest += 1
         return self.newest
 
     # --- asking
 
     def send(self, session: Session, now: float, *, take: int = 0, expired: bool = False) -> None:
-        """Ask a session for `take` idle leases and for a list of what it holds; watch for the answer.
+        """Ask a session for `take` idle leases and a list of what it holds; watch for the answer.
 
         `expired`: it is to give back all leases that were idle for too long.
         """

@@ -1,6 +1,6 @@
-"""Bring the books in line with a worker's list of its leases (HELLO and RENEW).
+"""Bring the records in line with a worker's list of its leases (HELLO and RENEW).
 
-A list may be older than what the books say, and what it does not name may be on its way. So each
+A list may be older than the records, and what it does not name may be on its way. So each
 lease is looked at in the light of what the worker knew when it made the list: its newest grant and
 its newest recall.
 """
@@ -17,7 +17,7 @@ from sharedpool.wire.messages import NO_TOKEN, LeaseReport, Phase, Token
 
 
 class Reconciler:
-    """Compares workers' lists with the books of one broker."""
+    """Compares workers' lists with the records of one broker."""
 
     def __init__(
         self, context: Context, fences: Fences, leases: Leases, transit: InTransit, *, ttl_s: float
@@ -40,7 +40,7 @@ class Reconciler:
         known_recall: int = 0,
         unsure: bool = False,
     ) -> list[Token]:
-        """Bring the books in line with a worker's list; return the tokens it has no right to.
+        """Bring the records in line with a worker's list; return the tokens it has no right to.
 
         `claim`: the worker registers. `known_recall`: the newest recall it knows. `unsure`: it may
         have received a lease that it does not list.
@@ -85,7 +85,7 @@ class Reconciler:
         return lease
 
     def _should_be_listed(self, lease: Lease, newest_grant: Token) -> bool:
-        """Return False if the grant may be on its way, or if the worker gave the lease to the broker.
+        """Return False if the grant may be on its way, or if the worker gave the lease back.
 
         What is given comes over the desk's line, which loses nothing.
         """
@@ -94,7 +94,7 @@ class Reconciler:
         return lease.live is None and (former or lease.token <= newest_grant or lease.moves > 0)
 
     def _may_be_elsewhere(self, lease: Lease, now: float) -> bool:
-        """Return True if a lease may have moved in a former broker's lane; leave it to its claimant."""
+        """Return True if a lease may have moved in a former lane; leave it to its claimant."""
         return lease.token.epoch != self._epoch and self._transit.may_have_moved(
             lease, lease.session, now + self._ttl_s
         )
@@ -114,7 +114,7 @@ class Reconciler:
         else:
             state = SlotState.CLOSING if report.phase is Phase.CLOSING else SlotState.OPEN
         if state is SlotState.GRANTED and lease.state in (SlotState.OPEN, SlotState.CLOSING):
-            return  # older than what the books say
+            return  # older than the records
         if lease.state is SlotState.GRANTED and state is SlotState.CLOSING:
             self._slots.move(lease, SlotState.OPEN, "confirmed by report")
         if lease.state is not state:

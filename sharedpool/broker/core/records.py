@@ -28,7 +28,7 @@ _SAMPLES_KEPT = 60
 class GrantStop:
     """Why nothing is granted to any pool, if that is so."""
 
-    holding_back: bool = False  # it is not known yet what is held
+    holding_back: bool = False  # what is held is not known yet
     because: str = ""  # told to requests that time out while the broker holds back
     draining: bool = False  # the broker is about to end: everything is asked back
 
@@ -52,7 +52,7 @@ class Lease:
     # --- the connection
     backend: Backend | None = None
     custody: bool = False  # the broker has a duplicate of its socket, and sees the backend's end
-    closed: bool = False  # it is over on the worker's side, or on a proxy's
+    closed: bool = False  # the worker has closed it, or a proxy has
     cancels: int = 0  # cancels under way
     live: Live | None = None  # set while the connection is parked at the broker
 
@@ -223,7 +223,7 @@ class Group:
 
 @dataclass(slots=True, eq=False)
 class Pool:
-    """One limit, and all who share it."""
+    """One limit, and the sessions that share it."""
 
     spec: PoolSpec
     max_conn: int
@@ -356,7 +356,7 @@ class Pool:
 
     @property
     def connected(self) -> int:
-        """How many leases have a connection, or open or close one; the probe does not count. O(n)."""
+        """How many leases have, open or close a connection; the probe does not count. O(n)."""
         states = (SlotState.OPEN, SlotState.CLOSING, SlotState.GRANTED)
         return sum(
             lease.state in states and token != self.backoff.probe

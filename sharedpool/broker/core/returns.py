@@ -28,7 +28,7 @@ class Returns:
     # --- for waiters
 
     def request(self, pool: Pool, now: float) -> None:
-        """Ask the holders of a pool, which were not asked before, for as many checkins as are wanted.
+        """Ask the holders of a pool that were not asked before for the checkins that are wanted.
 
         Where connections move past the broker, it waits in the lane for its own waiters instead.
         """
@@ -51,7 +51,7 @@ class Returns:
                 self._recalls.send(session, now)
 
     def cancel(self, now: float) -> None:
-        """Tell holders that nothing is due any more: nobody waits, or their own waiter is the first.
+        """Tell holders that nothing is due: nobody waits, or their own waiter is the first.
 
         A pool that is shared goes on: what comes back unasked for is parked, ready for the next
         request.

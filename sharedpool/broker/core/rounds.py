@@ -47,7 +47,7 @@ class Rounds:
         self._last_arrival = 0  # the newest recall when the last impatient request arrived
 
     def note_arrival(self) -> None:
-        """Record that an impatient request arrives: answers to earlier recalls do not count for it."""
+        """Record that an impatient request arrives: it needs answers to later recalls."""
         self._last_arrival = self._recalls.newest
 
     def run(self, now: float) -> None:

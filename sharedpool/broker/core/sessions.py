@@ -327,7 +327,7 @@ class Sessions:
             self._leases.free(lease, why)
 
     def drop_if_over(self, session: Session) -> None:
-        """Forget a suspect or ended session once it has no lease, and then a pool without sessions."""
+        """Forget a suspect or ended session without leases, and then a pool without sessions."""
         pool = session.pool
         if session.leases or not (session.suspect or session.ended or session.shelf):
             return

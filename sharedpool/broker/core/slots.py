@@ -363,7 +363,7 @@ class Slots:
         self.mark_returns_due(session, session.returns_due)
 
     def mark_heard(self, session: Session) -> None:
-        """Record that a silent session speaks again; it is asked anew for what it may have missed."""
+        """Record that a silent session speaks again, and count on what it holds."""
         session.unresponsive = session.suspect = False
         for token, lease in session.leases.items():
             if lease.idle_since is not None and lease.live is None:
@@ -374,7 +374,7 @@ class Slots:
 
     @staticmethod
     def rank(waiter: Waiter) -> tuple[int, int]:
-        """Return a waiter's place among all: by its group's priority, then first come first served."""
+        """Return a waiter's rank: by its group's priority, then first come first served."""
         return (-waiter.session.pool.priority, waiter.seq)
 
     def enqueue(self, waiter: Waiter) -> None:

@@ -91,7 +91,7 @@ class Takeover:
             recovery.serve()
 
     def surveyed(self, survey: SurveyResult, strangers: list[Backend], now: float) -> None:
-        """Handle a survey that the grace period's end has ordered: begin to serve, or look again."""
+        """Handle the survey at the grace period's end: begin to serve, or look again."""
         if self._recovery.complete(survey, now):
             self._recovery.adopt(survey, strangers)
         else:

@@ -19,7 +19,7 @@ _FEWEST_SWEPT = 256
 
 @dataclass(slots=True, eq=False)
 class Alarm:
-    """One callback, to be called with the time; `subject` is what it is about."""
+    """A callback that takes the time; when `subject` is over, it is not called."""
 
     run: Callable[[float], None]
     subject: object
@@ -47,7 +47,7 @@ class Timers:
         return alarm
 
     def _sweep(self) -> None:
-        """Remove dead alarms, so that those of served requests do not pile up until they are due."""
+        """Remove dead alarms: those of served requests would pile up until they are due."""
         self._heap = [entry for entry in self._heap if not self._is_dead(entry[2])]
         heapq.heapify(self._heap)
         self._sweep_at = max(_FEWEST_SWEPT, 2 * len(self._heap))
