@@ -1,18 +1,17 @@
-"""Celery: four worker processes share two connections. Needs no message broker, only PostgreSQL.
+"""Celery: four worker processes share two connections.
 
     $ python examples/celery_app.py
 
-DATABASE_URL says where PostgreSQL is: export
-DATABASE_URL=postgresql://user:password@localhost:5432/app
+DATABASE_URL must name the database, such as postgresql://user:password@localhost:5432/app.
 
-Starts the worker as you would with
+Starts the worker, as this command would:
 
     $ celery --workdir examples -A celery_app worker -c 4
 
-hands it forty tasks, prints how many were done, by how many processes, and the most connections
-that the server had while a task looked, beside the limit; then stops the worker, for which Celery
-takes some seconds. Messages go through files in a folder of your own under the system's temporary
-directory.
+Sends forty tasks to the worker. Prints how many were done, by how many processes, and the most
+connections that the server had during a task, beside the limit. Then stops the worker, which takes
+Celery some seconds. No message broker is needed: messages are files in a private folder in the
+temporary directory.
 """
 
 import os
@@ -42,19 +41,18 @@ app.conf.broker_transport_options = {
     "polling_interval": 0.05,
 }
 
-# In Celery's main process, before it forks its workers: to configure connects to nothing, and every
-# worker process opens its own connections when its tasks ask for them. Prefork runs one task at a
-# time in a process; with -P threads pass pool_manager=sharedpool.ThreadedConnectionPool.
+# This runs in Celery's main process, before it forks its workers. Configuring a pool connects to
+# nothing: every worker process opens its own connections when its tasks ask for them. Prefork runs
+# one task at a time in a process. With -P threads, pass
+# pool_manager=sharedpool.ThreadedConnectionPool.
 sharedpool.config_pool(max_conn=LIMIT, name="celery example")
-# may be left out; it has the processes close their connections a second sooner at the end
+# Optional: at the end, the processes close their connections a second earlier.
 connect_signals()
 
 
 @app.task
 def look(number: int) -> tuple[int, int]:
-    """Work a little in the database; return the process that did, and the pool's connections on
-    the server.
-    """
+    """Run a query. Return this process's id, and the number of the pool's connections."""
     with (
         sharedpool.get_pool("celery example").connection(timeout=30) as conn,
         conn.cursor() as cursor,
@@ -67,22 +65,10 @@ def look(number: int) -> tuple[int, int]:
 
 
 def main() -> None:
-    app.control.purge()  # what an earlier run may have left
+    app.control.purge()  # an interrupted run may have left messages
     here = str(Path(__file__).parent)
-    command = [
-        "celery",
-        "--quiet",
-        "--workdir",
-        here,
-        "-A",
-        "celery_app",
-        "worker",
-        "-c",
-        "4",
-        "-l",
-        "WARNING",
-    ]
-    worker = subprocess.Popen([sys.executable, "-m", *command])
+    options = ["--quiet", "--workdir", here, "-A", "celery_app", "worker", "-c", "4"]
+    worker = subprocess.Popen([sys.executable, "-m", "celery", *options, "-l", "WARNING"])
     try:
         outcomes = (
             celery.group(look.s(number) for number in range(TASKS))

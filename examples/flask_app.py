@@ -1,17 +1,16 @@
-"""A Flask app with one connection a request, returned when the request ends, however it ends.
+"""A Flask app with one connection per request, returned however the request ends.
 
     $ flask --app examples/flask_app.py init-db
     $ flask --app examples/flask_app.py run
     $ flask --app examples/flask_app.py drop-db
 
-DATABASE_URL says where PostgreSQL is: export
-DATABASE_URL=postgresql://user:password@localhost:5432/app
+DATABASE_URL must name the database, such as postgresql://user:password@localhost:5432/app.
 
-The first command makes a table, `sharedpool_visits`, and the last one drops it. In between
-http://127.0.0.1:5000/ counts its visits there and says which PostgreSQL connection did;
-http://127.0.0.1:5000/fail counts too, then fails, and that visit is rolled back. No view returns
-its connection: the teardown does. Serve the app with gunicorn or anything else, with as many
-processes as you like: they share three connections.
+The first command creates a table, `sharedpool_visits`, and the last one drops it. In between,
+http://127.0.0.1:5000/ counts its visits there and shows which PostgreSQL backend did that.
+http://127.0.0.1:5000/fail counts a visit and then fails, so the visit is rolled back. The teardown
+returns the connection, not the view. Serve the app with as many processes as you like, by gunicorn
+or anything else: they share three connections.
 """
 
 import flask
@@ -19,7 +18,7 @@ import psycopg2.extensions
 
 import sharedpool
 
-# Flask's own server answers every request in a thread of its own, so the pool must be for threads.
+# Flask's own server runs each request in its own thread, so the pool must be the one for threads.
 pool = sharedpool.config_pool(
     max_conn=3, name="flask example", timeout=5, pool_manager=sharedpool.ThreadedConnectionPool
 )
@@ -28,7 +27,7 @@ app = flask.Flask(__name__)
 
 
 def database() -> psycopg2.extensions.connection:
-    """Return this request's connection: checked out when it is first asked for."""
+    """Return this request's connection. The first call checks it out."""
     if "connection" not in flask.g:
         flask.g.connection = pool.get_conn()
     return flask.g.connection
@@ -36,7 +35,7 @@ def database() -> psycopg2.extensions.connection:
 
 @app.after_request
 def commit(response: flask.Response) -> flask.Response:
-    # Before the client has the answer: a commit that fails must not be told as a success.
+    # Commit before the client gets the answer: a failed commit must not look like a success.
     if "connection" in flask.g and response.status_code < 400:
         flask.g.connection.commit()
     return response
@@ -44,12 +43,10 @@ def commit(response: flask.Response) -> flask.Response:
 
 @app.teardown_appcontext
 def give_back(error: BaseException | None) -> None:
-    """Return the connection; what is not committed by now is rolled back."""
+    """Return the connection. The pool rolls back what is not committed."""
     if (connection := flask.g.pop("connection", None)) is not None:
         if error is not None:
-            pool.notice(
-                connection, error
-            )  # tells the other processes, should the server be failing over
+            pool.notice(connection, error)  # if the server fails over, the other processes know
         pool.put_conn(connection)
 
 

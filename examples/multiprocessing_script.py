@@ -1,11 +1,11 @@
-"""Eight processes, three connections: a process pool whose workers share one limit.
+"""Eight processes, three connections: the workers of a process pool share one limit.
 
     $ python examples/multiprocessing_script.py
 
-DATABASE_URL says where PostgreSQL is: export DATABASE_URL=postgresql://user:password@localhost:5432/app
+DATABASE_URL must name the database, such as postgresql://user:password@localhost:5432/app.
 
-Prints how many queries were done, by how many processes, and the most connections that the server itself had at any
-moment, beside the limit. Ends with status 1 if that was more.
+Prints how many queries were done, by how many processes, and the most connections that the server
+itself had at any moment, beside the limit. Exits with 1 if that was more than the limit.
 """
 
 import concurrent.futures
@@ -19,27 +19,27 @@ import sharedpool
 
 PROCESSES, LIMIT, QUERIES = 8, 3, 300
 
-# To configure connects to nothing, so it may be done at import: then every worker has the pool, forked or spawned.
-# The name keeps this pool and its limit apart from the pools of your other programs.
+# Configuring a pool connects to nothing, so it is done at import. Then every worker has the pool,
+# whether forked or spawned. The name keeps this pool apart from the pools of your other programs.
 pool = sharedpool.config_pool(max_conn=LIMIT, name="multiprocessing example")
 
 
 def work(number: int) -> int:
-    """Do one query; return the process that did."""
-    # Without a timeout the fourth process at a time would get PoolExhausted; with one it waits for its turn.
+    """Run one query. Return this process's id."""
+    # With a timeout, the fourth process waits for its turn. Without, it would get PoolExhausted.
     with pool.connection(timeout=30) as conn, conn.cursor() as cursor:
         cursor.execute("SELECT %s, pg_sleep(0.005)", [number])
         return os.getpid()
 
 
 def watch(futures: list[concurrent.futures.Future[int]]) -> int:
-    """Until all are done, count the pool's connections on the server, over one of our own; return the highest count."""
+    """Count the pool's connections on the server until all queries are done. Return the maximum."""
     peak, unfinished = 0, set(futures)
     with (
         closing(psycopg2.connect(pool.config.conninfo.dsn)) as observer,
         observer.cursor() as cursor,
     ):
-        observer.autocommit = True  # within one transaction pg_stat_activity would not change
+        observer.autocommit = True  # pg_stat_activity does not change within a transaction
         while unfinished:
             cursor.execute(
                 "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE %s",
@@ -60,5 +60,5 @@ def main() -> int:
     return 0 if peak <= LIMIT else 1
 
 
-if __name__ == "__main__":  # a spawned worker imports this file too
+if __name__ == "__main__":  # a spawned worker imports this file, too
     sys.exit(main())

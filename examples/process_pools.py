@@ -1,11 +1,12 @@
-"""Four processes, two connections, by every usual library and start method; joblib's if it is installed.
+"""Four processes share two connections, with each common library and start method.
 
     $ python examples/process_pools.py
 
-DATABASE_URL says where PostgreSQL is: export DATABASE_URL=postgresql://user:password@localhost:5432/app
+DATABASE_URL must name the database, such as postgresql://user:password@localhost:5432/app.
 
-Prints for each how many queries were done, by how many processes, and the most connections that the server had while
-one looked. Ends with status 1 if that was more than the limit.
+Prints for each library how many queries were done, by how many processes, and the most connections
+that the server had during a query. Exits with 1 if that was more than the limit. joblib is left out
+if it is not installed.
 """
 
 import concurrent.futures
@@ -42,8 +43,8 @@ def by_multiprocess(method: str) -> Outcomes:
 def by_joblib(backend: str) -> Outcomes:
     import joblib
 
-    # loky, the default, carries functions of the main script to its processes as a copy, with all that they refer to.
-    # One that uses a pool must be in a module, as `look` is.
+    # loky, joblib's default, copies functions of the main script to its processes, with all that
+    # they refer to. A function that uses a pool must be in a module, as `look` is.
     return joblib.Parallel(PROCESSES, backend=backend)(
         joblib.delayed(look)(number) for number in range(QUERIES)
     )
@@ -75,5 +76,5 @@ def main() -> int:
     return 0 if peak <= pool.max_conn else 1
 
 
-if __name__ == "__main__":  # a spawned process imports this file too
+if __name__ == "__main__":  # a spawned process imports this file, too
     sys.exit(main())

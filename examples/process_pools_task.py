@@ -1,16 +1,16 @@
-"""What the processes of process_pools.py do: a module that they import, however they are started."""
+"""The task of process_pools.py, in a module that its processes can import."""
 
 import os
 
 import sharedpool
 
-# A process that was forked has this pool already, one that was spawned makes it when it imports this module, and both
-# share the limit. A pool itself cannot be passed to another process, nor can a connection.
+# A forked process has this pool already, and a spawned process makes it when it imports this
+# module. All share the limit. A pool or a connection cannot be passed to another process.
 pool = sharedpool.config_pool(max_conn=2, name="process pools example")
 
 
 def look(number: int) -> tuple[int, int]:
-    """Work a little in the database; return the process that did, and the pool's connections on the server."""
+    """Run a query. Return this process's id, and the number of the pool's connections."""
     with pool.connection(timeout=30) as conn, conn.cursor() as cursor:
         cursor.execute(
             "SELECT count(*), pg_sleep(0.01) FROM pg_stat_activity WHERE application_name LIKE %s",

@@ -1,29 +1,27 @@
-"""The quick start: one table, one limit that every process of yours shares, no set-up.
+"""The quick start: one limit that all your processes share, without any set-up.
 
     $ python examples/quickstart.py
 
-DATABASE_URL says where PostgreSQL is: export DATABASE_URL=postgresql://user:password@localhost:5432/app
+DATABASE_URL must name the database, such as postgresql://user:password@localhost:5432/app.
 
-Prints the row it stored and read back, and what the pool says of itself. Start it as often and as many times at once as
-you like: all of them together open no more than five connections. The broker that sees to this is started by the first
-one and leaves half a minute after the last. Nothing stays in your database.
+Stores a row, reads it back, and prints it and the pool's state. Start the script as often as you
+like, also many times at once: all processes together open at most five connections. The first
+process starts the broker that enforces this. The broker ends half a minute after the last process.
+Nothing stays in your database.
 """
 
 import sharedpool
 
 pool = sharedpool.config_pool(max_conn=5, expiration=60)
 
-with sharedpool.PgSimple(
-    pool
-) as db:  # commits at its end, or rolls back; then the connection is the pool's again
+# The block commits at its end, or rolls back after an exception, and returns the connection.
+with sharedpool.PgSimple(pool) as db:
     db.execute("CREATE TEMP TABLE books (id serial, name text) ON COMMIT DROP")
     row = db.insert("books", {"name": "The Sea, The Sea"}, returning=["id", "name"])
     print(f"stored book {row.id}: {row.name}")
 
-with (
-    pool.connection(timeout=5) as conn,
-    conn.cursor() as cursor,
-):  # the same connection, as plain psycopg2
+# The same connection, as plain psycopg2.
+with pool.connection(timeout=5) as conn, conn.cursor() as cursor:
     cursor.execute("SELECT 6 * 7")
     print(f"six times seven is {cursor.fetchone()[0]}")
 

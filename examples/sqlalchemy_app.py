@@ -2,10 +2,11 @@
 
     $ python examples/sqlalchemy_app.py
 
-DATABASE_URL says where PostgreSQL is: export DATABASE_URL=postgresql://user:password@localhost:5432/app
+DATABASE_URL must name the database, such as postgresql://user:password@localhost:5432/app.
 
-Prints how many orders were stored, by how many processes, and the most connections that the server had meanwhile,
-beside the limit. Makes a table `sharedpool_example_orders`, and drops it at the end.
+Prints how many orders were stored, by how many processes, and the most connections that the server
+had meanwhile, beside the limit. Creates a table `sharedpool_example_orders`, and drops it at the
+end.
 """
 
 import multiprocessing
@@ -19,7 +20,8 @@ from sharedpool.integrations.sqlalchemy import SharedPool
 
 LIMIT, PROCESSES, ORDERS = 3, 4, 50
 
-# At import, in every process: to configure connects to nothing. Where to connect is the pool's affair, not the URL's.
+# At import, in every process: configuring a pool connects to nothing. The pool knows where to
+# connect, so the URL of the engine does not say it.
 pool = sharedpool.config_pool(
     max_conn=LIMIT,
     name="sqlalchemy example",
@@ -37,12 +39,13 @@ class Order(Base):
     __tablename__ = "sharedpool_example_orders"
     id: Mapped[int] = mapped_column(primary_key=True)
     process: Mapped[int]
-    connections: Mapped[int]  # that the server had when it was stored
+    connections: Mapped[int]  # of the pool, on the server, when the order was stored
 
 
 def store_orders() -> None:
     counting = text(
-        "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'sharedpool sqlalchemy example [%'"
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE application_name LIKE 'sharedpool sqlalchemy example [%'"
     )
     for _ in range(ORDERS):
         with Session(engine) as session:
@@ -51,7 +54,7 @@ def store_orders() -> None:
 
 
 def main() -> None:
-    Base.metadata.drop_all(engine)  # what an interrupted run has left
+    Base.metadata.drop_all(engine)  # an interrupted run has left its table
     Base.metadata.create_all(engine)
     processes = [multiprocessing.Process(target=store_orders) for _ in range(PROCESSES)]
     for process in processes:

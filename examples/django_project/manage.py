@@ -1,14 +1,13 @@
-"""A Django project whose processes share three connections, however many they are.
+"""A Django project whose processes share three connections, however many there are.
 
     $ python examples/django_project/manage.py migrate
     $ gunicorn -w 4 --chdir examples/django_project project.wsgi
 
-DATABASE_URL says where PostgreSQL is: export
-DATABASE_URL=postgresql://user:password@localhost:5432/app
+DATABASE_URL must name the database, such as postgresql://user:password@localhost:5432/app.
 
-Then http://127.0.0.1:8000/ stores a note, and shows which worker and which PostgreSQL connection
-did, and how many connections the pool has on the server at that moment: never more than three. It
-is the same with `manage.py runserver`; `manage.py test` has a database, and so a pool, of its own.
+Then http://127.0.0.1:8000/ stores a note. It shows which worker and which PostgreSQL backend did
+that, and how many connections the pool has on the server: never more than three. `manage.py
+runserver` works as well. `manage.py test` has its own database, and so its own pool.
 """
 
 import os

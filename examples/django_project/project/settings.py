@@ -14,8 +14,7 @@ DATABASES = {
         "PASSWORD": server.get("password", ""),
         "HOST": server.get("host", ""),
         "PORT": server.get("port", ""),
-        # The limit over all processes of this project, and for how many seconds a request waits for
-        # its turn.
+        # The limit over all processes of this project, and how many seconds a request may wait.
         "OPTIONS": {"max_conn": 3, "timeout": 10},
     }
 }

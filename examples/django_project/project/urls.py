@@ -1,4 +1,4 @@
-"""One page."""
+"""The project's only page."""
 
 from django.urls import path
 from notes.views import index
