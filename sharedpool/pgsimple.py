@@ -9,7 +9,6 @@ import contextlib
 import logging
 import operator
 import os
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -18,23 +17,13 @@ from typing import Any, Protocol, Self, cast
 import psycopg2
 from psycopg2.extensions import connection, cursor
 from psycopg2.extras import DictCursor, NamedTupleCursor
-from psycopg2.sql import Composable, Identifier
+from psycopg2.sql import Composable
 
 from sharedpool import config
+from sharedpool.statement import Fields, Name, Order, Statement, Where, as_list
 from sharedpool.worker.connection.pooled import PooledConnection
 from sharedpool.worker.connection.wrapper import unwrap
 from sharedpool.worker.pool import Pool
-
-_WORD = r"[^\W\d][\w$]*"
-_FIELD = re.compile(
-    rf"\s*(?P<name>{_WORD}(?:\.{_WORD})*)(?P<all>\.\*)?(?:\s+AS\s+(?P<alias>{_WORD}))?\s*",
-    re.IGNORECASE,
-)
-
-Name = str | Composable
-Fields = str | Composable | Sequence[Name]
-Where = str | Composable | Sequence[Any] | None
-Order = str | Composable | Sequence[Name] | None
 
 
 class Writer(Protocol):
@@ -84,9 +73,7 @@ class PgSimple:
         offset: int | None = None,
     ) -> Any:
         """Return the first row that matches, or None."""
-        return self._select(
-            self._fields(fields), self._table(table), where, order, 1, offset
-        ).fetchone()
+        return self._select(table, fields, where, order, 1, offset).fetchone()
 
     def fetchall(
         self,
@@ -102,9 +89,7 @@ class PgSimple:
         `where` is a condition, or a pair such as `("published > %s", [date])`. `order` is a field,
         or a pair such as `["published", "DESC"]`.
         """
-        return self._select(
-            self._fields(fields), self._table(table), where, order, limit, offset
-        ).fetchall()
+        return self._select(table, fields, where, order, limit, offset).fetchall()
 
     def join(
         self,
@@ -124,33 +109,34 @@ class PgSimple:
         for name, pair in (("tables", tables), ("fields", fields), ("join_fields", join_fields)):
             if isinstance(pair, str | Composable) or len(pair) != 2:
                 raise ValueError(f"{name} must have two parts, one for each table")
-        left, right = (self._table(table) for table in tables)
+        sql = self._statement()
+        left, right = (sql.table(table) for table in tables)
         columns = [
-            self._fields(part, table)
+            sql.fields(part, table)
             for part, table in zip(fields, (left, right), strict=True)
             if part
         ]
         if not columns:
             raise ValueError("fields has no field for either table")
         on = [
-            self._field(field, table)
-            for field, table in zip(join_fields, (left, right), strict=True)
+            sql.field(field, table) for field, table in zip(join_fields, (left, right), strict=True)
         ]
         source = f"{left} LEFT JOIN {right} ON ({on[0]} = {on[1]})"
-        return self._select(", ".join(columns), source, where, order, limit, offset).fetchall()
+        return self._select_from(
+            sql, ", ".join(columns), source, where, order, limit, offset
+        ).fetchall()
 
     def insert(self, table: Name, data: Mapping[str, Any], returning: Fields | None = None) -> Any:
         """Insert one row.
 
         Return its `returning` fields as a row, or the number of rows without them.
         """
-        values: list[Any] = []
-        columns = ", ".join(self._column(name) for name in data)
-        marks = ", ".join(self._value(value, values) for value in data.values())
+        sql = self._statement()
+        columns = ", ".join(sql.column(name) for name in data)
+        marks = ", ".join(sql.value(value) for value in data.values())
         what = f"({columns}) VALUES ({marks})" if data else "DEFAULT VALUES"
-        done = self.execute(
-            f"INSERT INTO {self._table(table)} {what}{self._returning(returning)}", values
-        )
+        text = f"INSERT INTO {sql.table(table)} {what}{sql.returning(returning)}"
+        done = self.execute(text, sql.params)
         return done.rowcount if returning is None else done.fetchone()
 
     def update(
@@ -166,13 +152,12 @@ class PgSimple:
         """
         if not data:
             raise ValueError("data is empty: there is nothing to update")
-        values: list[Any] = []
+        sql = self._statement()
         pairs = ", ".join(
-            f"{self._column(name)} = {self._value(value, values)}" for name, value in data.items()
+            f"{sql.column(name)} = {sql.value(value)}" for name, value in data.items()
         )
-        condition = self._where(where, values)
-        text = f"UPDATE {self._table(table)} SET {pairs}{condition}{self._returning(returning)}"
-        done = self.execute(text, values)
+        text = f"UPDATE {sql.table(table)} SET {pairs}{sql.where(where)}{sql.returning(returning)}"
+        done = self.execute(text, sql.params)
         return done.rowcount if returning is None else done.fetchall()
 
     def delete(self, table: Name, where: Where = None, returning: Fields | None = None) -> Any:
@@ -180,27 +165,29 @@ class PgSimple:
 
         Return a list of their `returning` fields, or the number of rows without them.
         """
-        values: list[Any] = []
-        condition = self._where(where, values)
-        text = f"DELETE FROM {self._table(table)}{condition}{self._returning(returning)}"
-        done = self.execute(text, values)
+        sql = self._statement()
+        text = f"DELETE FROM {sql.table(table)}{sql.where(where)}{sql.returning(returning)}"
+        done = self.execute(text, sql.params)
         return done.rowcount if returning is None else done.fetchall()
 
     def truncate(
         self, table: Name | Sequence[Name], restart_identity: bool = False, cascade: bool = False
     ) -> None:
         """Empty one table or several ("tbl2, tbl3", or a list)."""
-        names = table.split(",") if isinstance(table, str) else _listed(table)
-        text = f"TRUNCATE {', '.join(self._table(name) for name in names)}"
+        sql = self._statement()
+        names = table.split(",") if isinstance(table, str) else as_list(table)
+        text = f"TRUNCATE {', '.join(sql.table(name) for name in names)}"
         self.execute(f"{text}{' RESTART IDENTITY' * restart_identity}{' CASCADE' * cascade}", [])
 
     def drop(self, table: Name, cascade: bool = False) -> None:
         """Drop a table if it exists."""
-        self.execute(f"DROP TABLE IF EXISTS {self._table(table)}{' CASCADE' * cascade}", [])
+        name = self._statement().table(table)
+        self.execute(f"DROP TABLE IF EXISTS {name}{' CASCADE' * cascade}", [])
 
     def create(self, table: Name, schema: str | Composable) -> None:
         """Create a table. `schema` is the SQL between the parentheses: never a user's input."""
-        self.execute(f"CREATE TABLE {self._table(table)} ({self._literal(schema)})", [])
+        sql = self._statement()
+        self.execute(f"CREATE TABLE {sql.table(table)} ({sql.literal(schema)})", [])
 
     def execute(self, sql: str | Composable, params: Any = None) -> cursor:
         """Execute any statement and return its cursor.
@@ -292,10 +279,10 @@ class PgSimple:
             )
         return self._conn
 
-    def _unwrapped(self) -> connection:
-        """Return the connection without an agent's wrapper, which `psycopg2.sql` refuses."""
+    def _statement(self) -> Statement:
+        """Return a new statement, for the connection without an agent's wrapper."""
         conn = self._live()
-        return unwrap(conn) or conn
+        return Statement(unwrap(conn) or conn)  # `psycopg2.sql` refuses a wrapper
 
     def _give_back(self, close: bool = False, quietly: bool = False) -> None:
         """Return the connection to the pool.
@@ -323,85 +310,22 @@ class PgSimple:
         else:
             log.write(f"{text}\n")
 
-    # --- SQL text. psycopg2 always gets parameters, so each % that is no placeholder is doubled.
-
-    def _literal(self, part: str | Composable) -> str:
-        text = part if isinstance(part, str) else part.as_string(self._unwrapped())
-        return text.replace("%", "%%")
-
-    def _table(self, table: Name) -> str:
-        if isinstance(table, str):
-            table = Identifier(*(part.strip() for part in table.split(".")))
-        return self._literal(table)
-
-    def _column(self, name: Name) -> str:
-        return self._literal(Identifier(name) if isinstance(name, str) else name)
-
-    def _value(self, value: Any, values: list[Any]) -> str:
-        if isinstance(value, Composable):
-            return self._literal(value)
-        values.append(value)
-        return "%s"
-
-    def _field(self, field: Name, table: str | None = None, plain: bool = True) -> str:
-        """Return one field, after its table (which is quoted already).
-
-        With `plain` neither `*` nor an alias is allowed.
-        """
-        if isinstance(field, Composable):
-            return self._literal(field)
-        prefix = "" if table is None else f"{table}."
-        if field.strip() == "*" and not plain:
-            return f"{prefix}*"
-        found = _FIELD.fullmatch(field)
-        if (
-            found is None
-            or (plain and (found["all"] or found["alias"]))
-            or (found["all"] and found["alias"])
-        ):
-            raise ValueError(
-                f"{field!r} is not a plain name; pass psycopg2.sql.SQL({field!r}) for anything else"
-            )
-        text = prefix + self._literal(Identifier(*found["name"].split("."))) + (found["all"] or "")
-        return f"{text} AS {self._literal(Identifier(found['alias']))}" if found["alias"] else text
-
-    def _fields(self, fields: Fields, table: str | None = None) -> str:
-        parts = fields.split(",") if isinstance(fields, str) else _listed(fields)
-        if not parts:
-            raise ValueError('fields is empty; "*" selects every column')
-        return ", ".join(self._field(part, table, plain=False) for part in parts)
-
-    def _returning(self, fields: Fields | None) -> str:
-        return "" if fields is None else f" RETURNING {self._fields(fields)}"
-
-    def _where(self, where: Where, values: list[Any]) -> str:
-        """Return the WHERE clause and add its parameters to `values`."""
-        if not where:
-            return ""
-        condition, *rest = _listed(where)
-        if not isinstance(condition, str | Composable) or len(rest) > 1:
-            raise ValueError('where must be "condition" or ("condition", [parameters])')
-        if not rest or rest[0] is None:
-            return f" WHERE {self._literal(condition)}"
-        if isinstance(rest[0], Mapping):
-            raise ValueError("where takes its parameters as a list or tuple for %s, not by name")
-        values.extend(_listed(rest[0]))
-        # Here the placeholders are the caller's, so no % is doubled.
-        if isinstance(condition, Composable):
-            condition = condition.as_string(self._unwrapped())
-        return f" WHERE {condition}"
-
-    def _order(self, order: Order) -> str:
-        if not order:
-            return ""
-        field, *rest = _listed(order)
-        direction = " ".join(str(word).upper() for word in rest)
-        if direction not in ("", "ASC", "DESC"):
-            raise ValueError(f'order must be [field] or [field, "ASC" | "DESC"], not {order!r}')
-        return f" ORDER BY {self._field(field)} {direction}"
-
     def _select(
         self,
+        table: Name,
+        fields: Fields,
+        where: Where,
+        order: Order,
+        limit: int | None,
+        offset: int | None,
+    ) -> cursor:
+        sql = self._statement()
+        columns, source = sql.fields(fields), sql.table(table)
+        return self._select_from(sql, columns, source, where, order, limit, offset)
+
+    def _select_from(
+        self,
+        sql: Statement,
         columns: str,
         source: str,
         where: Where,
@@ -409,14 +333,8 @@ class PgSimple:
         limit: int | None,
         offset: int | None,
     ) -> cursor:
-        values: list[Any] = []
-        text = f"SELECT {columns} FROM {source}{self._where(where, values)}{self._order(order)}"
+        text = f"SELECT {columns} FROM {source}{sql.where(where)}{sql.order(order)}"
         for word, number in (("LIMIT", limit), ("OFFSET", offset)):
             if number is not None:
-                text += f" {word} %s"
-                values.append(operator.index(number))
-        return self.execute(text, values)
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
+                text += f" {word} {sql.value(operator.index(number))}"
+        return self.execute(text, sql.params)

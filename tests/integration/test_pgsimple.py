@@ -262,7 +262,7 @@ def test_drop_ignores_a_missing_table_and_cascades_on_request(db: PgSimple) -> N
     ],
 )
 def test_fields(books: PgSimple, fields: Any, columns: list[str]) -> None:
-    cursor = books._select(books._fields(fields), "books", None, None, 0, None)
+    cursor = books._select("books", fields, None, None, 0, None)
     assert [column.name for column in cursor.description or ()] == columns
     if columns != ["n"] and "odd" not in columns:
         assert list(books.fetchone("books", fields)._fields) == columns
