@@ -1,7 +1,7 @@
 """The text of one SQL statement of `PgSimple`, with its parameters.
 
-Names are quoted by `psycopg2.sql`, and values become parameters. psycopg2 always gets parameters, so
-each % that is no placeholder is doubled.
+Names are quoted by `psycopg2.sql`, and values become parameters. psycopg2 always gets parameters,
+so each % that is no placeholder is doubled.
 """
 
 import re

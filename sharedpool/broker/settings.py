@@ -1,9 +1,13 @@
 """The settings of one broker, and the options by which users give them.
 
 `BrokerSettings` declares each setting once. `OPTIONS` lists those that users may give. From it come
-the options of `sharedpool broker` and `sharedpool run` (`cli/options.py`), their environment
-variables, the keys of the configuration file (`launch/config_file.py`), and the table in
-`cli/README.md`, which a test compares. A new option is a new field here, and a new row there.
+
+- the options of `sharedpool broker` and `sharedpool run` (`cli/options.py`),
+- their environment variables,
+- the keys of the configuration file (`launch/config_file.py`),
+- the table in `cli/README.md`, which a test compares with the declarations.
+
+So a new option is a new field here, and a new row there.
 """
 
 from __future__ import annotations

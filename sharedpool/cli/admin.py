@@ -1,4 +1,7 @@
-"""The orders to a running broker: `sharedpool pause`, `resume`, `set`, `drain`, `kill`, `reconnect`."""
+"""The orders to a running broker.
+
+`sharedpool pause`, `resume`, `set`, `drain`, `kill` and `reconnect`.
+"""
 
 from __future__ import annotations
 

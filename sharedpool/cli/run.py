@@ -102,7 +102,7 @@ def _forward_signals(pid: int) -> int:
             code = os.waitstatus_to_exitcode(status)
             return code if code >= 0 else 128 - code
         number, from_terminal = _next_signal()
-        # The terminal sends its signals to the whole process group, so the command has them already.
+        # The terminal sends a signal to the whole process group, so the command has it already.
         if number in _FORWARDED and not from_terminal:
             os.kill(pid, number)
 

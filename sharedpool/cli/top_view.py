@@ -182,4 +182,6 @@ def _checkouts(answer: Answer, rows: int, width: int) -> Iterable[Line]:
 
 def _cropped(text: str, width: int, unicode: bool) -> str:
     plain = text if text.isprintable() else repr(text)[1:-1]
-    return plain if len(plain) <= width else plain[: max(0, width - 1)] + ("…" if unicode else "~")
+    if len(plain) <= width:
+        return plain
+    return plain[: max(0, width - 1)] + ("…" if unicode else "~")

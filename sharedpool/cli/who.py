@@ -41,9 +41,10 @@ Row = tuple[LeaseLine, BackendActivity | None]
 def who(address: str | None, name: str | None, as_json: bool) -> None:
     """Show which process holds which connection: one line per lease, the oldest first.
 
-    A line has the worker's last report (in use or idle, since when, in which thread), the backend,
-    and what the server says about it, where the broker's control connection may see that. With
-    config_pool(debug_checkouts=True) it also has the line of code that checked the connection out.
+    A line has the worker's last report (in use or idle, since when, in which thread) and the
+    backend. If the broker's control connection may see the backend's state and query, it has those,
+    too. With config_pool(debug_checkouts=True) it has the line of code that checked the connection
+    out.
 
     Without an address, of every broker in the user's runtime directory. Exit status 3 when none
     answers.

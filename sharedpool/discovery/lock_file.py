@@ -1,8 +1,8 @@
 """One broker per address: an advisory lock, which the kernel releases when its holder ends.
 
-The socket alone excludes nobody, because libzmq unlinks a bound ipc path and takes it over. The file
-also stores the last epoch, so that two brokers never grant the same token, and the *instance*: the
-id of the address in the `application_name` of its workers' connections.
+The socket alone excludes no second broker, because libzmq unlinks a bound ipc path and takes it
+over. The file also stores the last epoch, so that two brokers never grant the same token. And it
+stores the *instance*: the id of the address in the `application_name` of its workers' connections.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class BrokerLock:
         return True
 
     def release(self, *, for_good: bool = False) -> None:
-        """Release the lock. `for_good`: no later broker will use the address, so delete the file."""
+        """Release the lock. `for_good`: also delete the file, since no later broker needs it."""
         if for_good:
             self.path.unlink(missing_ok=True)
         os.close(self._fd)

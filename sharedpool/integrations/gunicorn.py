@@ -1,9 +1,9 @@
 """gunicorn: `from sharedpool.integrations.gunicorn import *` in gunicorn.conf.py.
 
 The pool works without this module. A worker that exits normally returns its leases, and the broker
-notices within milliseconds that a worker was killed. This is for a worker that gives up waiting for
-its requests (`graceful_timeout`), and would then hang at its exit because a thread is still in a
-query. Its connections are ended.
+notices within milliseconds that a worker was killed. This is for a worker that has waited for
+its requests in vain (`graceful_timeout`), and has a thread that is still in a query. It would hang
+at its exit, so its connections are ended.
 
 There is no `child_exit`: the broker has seen a worker's end before gunicorn's master does.
 """

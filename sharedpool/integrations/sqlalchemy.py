@@ -68,7 +68,7 @@ class SharedPool(EnginePool):
         record = cast(Any, proxy)._connection_record
         lease = cast(Lease, conn.sharedpool_lease)
         if lease.integration_state is None or lease.integration_state[1] is not record:
-            # It has just connected, and its events have run: a checkin must keep what they have set.
+            # It has just connected, and its events have run: a checkin must keep their settings.
             lease.integration_state = (self, record)
             conn.sharedpool_session, conn.sharedpool_touched = settings_of(conn), False
         return proxy
@@ -117,8 +117,8 @@ class SharedPool(EnginePool):
 
     def _close_connection(self, connection: Any, **options: Any) -> None:
         super()._close_connection(connection, **options)
-        # The connection is closed by now. In a forked child, or after `release_all`, it has no lease
-        # to return.
+        # The connection is closed by now. In a forked child, or after `release_all`, it has no
+        # lease to return.
         self._shared.put_conn(connection, close=True, fail_silently=True)
 
     def recreate(self) -> SharedPool:

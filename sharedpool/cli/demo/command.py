@@ -49,13 +49,16 @@ _LEAVE_LIMIT_S = 5.0
 _OBSERVER = "sharedpool demo observer"
 
 _SCHEMA_SQL = """
-CREATE TABLE accounts (id int PRIMARY KEY, balance bigint NOT NULL CHECK (balance >= 0), moves bigint NOT NULL);
+CREATE TABLE accounts (
+    id int PRIMARY KEY, balance bigint NOT NULL CHECK (balance >= 0), moves bigint NOT NULL
+);
 INSERT INTO accounts SELECT id, %s, 0 FROM generate_series(1, %s) AS id;
 """
 # All but the known others, so that a backend counts that is still starting and has no name yet.
 _COUNT_SQL = """
 SELECT count(*) FROM pg_stat_activity
-WHERE backend_type = 'client backend' AND application_name NOT LIKE 'sharedpool broker%%' AND application_name <> %s
+WHERE backend_type = 'client backend'
+    AND application_name NOT LIKE 'sharedpool broker%%' AND application_name <> %s
 """
 
 

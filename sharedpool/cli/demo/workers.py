@@ -162,7 +162,7 @@ class WorkerFleet:
         self._check = check
 
     def start(self, count: int, *arguments: object) -> None:
-        """Start processes that run `work` with these arguments. Do not wait until they are ready."""
+        """Start processes that run `work` with these arguments, without waiting for "ready"."""
         context = multiprocess.get_context("spawn")
         for number in range(count):
             ours, theirs = context.Pipe()

@@ -87,8 +87,8 @@ class DatabaseWrapper(postgresql.DatabaseWrapper):
             )
         if self.settings_dict["OPTIONS"].get("pool"):
             raise ImproperlyConfigured(
-                f"DATABASES[{self.alias!r}]: OPTIONS['pool'] is for Django's own pool: remove it, and"
-                " give max_conn and the like in OPTIONS itself"
+                f"DATABASES[{self.alias!r}]: OPTIONS['pool'] is for Django's own pool: remove it,"
+                " and give max_conn and the like in OPTIONS itself"
             )
 
     def get_connection_params(self) -> dict[str, Any]:
@@ -115,8 +115,9 @@ class DatabaseWrapper(postgresql.DatabaseWrapper):
                     raise
                 raise psycopg2.OperationalError(str(error)) from error
 
-        # Django's own method sets what Django sets on a new connection. It calls `check_out` instead
-        # of `psycopg2.connect`, which agents may have wrapped: a checkout is no connect.
+        # Django's own method makes all of Django's settings on a new connection. It calls
+        # `check_out` in place of `psycopg2.connect`, which agents may have wrapped: a checkout is
+        # no connect.
         self.Database = _Database(check_out)
         try:
             return super().get_new_connection({})
