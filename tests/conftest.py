@@ -1,4 +1,4 @@
-"""Fixtures for all tests: a PostgreSQL server of our own, and nothing of the developer's environment."""
+"""Fixtures for all tests: a private PostgreSQL server, and an environment without the developer's settings."""
 
 import contextlib
 import itertools
@@ -21,15 +21,14 @@ import sharedpool
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.support.fixture_types import Backends, MakePool
 
-# A shell starts background jobs with SIGINT ignored, and what is ignored is inherited: Ctrl-C is tested here.
+# A shell starts background jobs with SIGINT ignored, and children inherit that; some tests send SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The tests start hundreds of Pythons, and without bytecode each would compile the package anew, in half its time.
+# The tests start hundreds of Python processes. Without bytecode, compiling would take half their time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-# The same examples in every run: what a search finds by luck fails nobody's run but the searcher's, who passes
-# `--hypothesis-profile=search`.
+# The same examples in every run, so that no run fails by luck. `--hypothesis-profile=search` tries others.
 settings.register_profile("search", max_examples=20_000, deadline=None)
 settings.register_profile("steady", derandomize=True)
 settings.load_profile("steady")
@@ -40,13 +39,13 @@ _database_numbers = itertools.count(1)
 
 @pytest.hookimpl(optionalhook=True)  # xdist's
 def pytest_xdist_auto_num_workers() -> int:
-    """Have `-n auto` start two workers more than there are processors: many tests wait for a time to pass."""
+    """Let `-n auto` start two workers more than there are processors, since many tests mostly wait."""
     return (os.cpu_count() or 1) + 2
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hide the developer's settings; only SHAREDPOOL_PG_BIN stays: it chooses the server that is tested."""
+    """Hide the developer's settings, except SHAREDPOOL_PG_BIN, which chooses the server."""
     for name in list(os.environ):
         if name.startswith(_OURS) and name != "SHAREDPOOL_PG_BIN":
             monkeypatch.delenv(name)
@@ -54,8 +53,8 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def runtime_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Point XDG_RUNTIME_DIR to a private directory, with a path short enough for unix sockets."""
-    path = Path(tempfile.mkdtemp(prefix="spr-", dir="/tmp"))  # mkdtemp makes it 0700
+    """Point XDG_RUNTIME_DIR to a private directory whose path is short enough for unix sockets."""
+    path = Path(tempfile.mkdtemp(prefix="spr-", dir="/tmp"))  # mode 0700
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(path))
     yield path
     shutil.rmtree(path, ignore_errors=True)
@@ -63,7 +62,7 @@ def runtime_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[EphemeralPostgres]:
-    """A PostgreSQL server for the whole session; under xdist each worker has its own."""
+    """A PostgreSQL server for the session; under xdist, one for each worker."""
     with EphemeralPostgres(
         max_connections=100, settings={"max_prepared_transactions": "5"}
     ) as server:
@@ -72,7 +71,7 @@ def postgres() -> Iterator[EphemeralPostgres]:
 
 @pytest.fixture
 def server_connection(postgres: EphemeralPostgres) -> Iterator[psycopg2.extensions.connection]:
-    """An autocommit connection to the database `postgres`, for a look at pg_stat_activity."""
+    """An autocommit connection to the database `postgres`, for queries of pg_stat_activity."""
     connection = psycopg2.connect(postgres.dsn, application_name="test observer")
     connection.autocommit = True
     yield connection
@@ -83,7 +82,7 @@ def server_connection(postgres: EphemeralPostgres) -> Iterator[psycopg2.extensio
 def database(
     postgres: EphemeralPostgres, server_connection: psycopg2.extensions.connection
 ) -> Iterator[str]:
-    """The conninfo string of a new, empty database, dropped afterwards with whoever is still connected."""
+    """The conninfo string of a new, empty database, dropped after the test, open sessions included."""
     name = f"test_{next(_database_numbers)}"
     with server_connection.cursor() as cursor:
         cursor.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
@@ -98,7 +97,7 @@ def database(
 
 @pytest.fixture(scope="module")
 def broker(postgres: EphemeralPostgres) -> Iterator[sharedpool.Broker]:
-    """A broker with a control connection, no cap that a test would meet, and a short TTL."""
+    """A broker with a control connection, a cap that no test reaches, and a short TTL."""
     path = tempfile.mkdtemp(prefix="spb-", dir="/tmp")
     address = f"ipc://{path}/broker.sock"
     with sharedpool.start_broker(60, address=address, dsn=postgres.dsn, ttl=3.0) as broker:
@@ -111,7 +110,7 @@ _pool_numbers = itertools.count(1)
 
 @pytest.fixture
 def make_pool(broker: sharedpool.Broker, postgres: EphemeralPostgres) -> Iterator[MakePool]:
-    """`config_pool` on the module's broker, under a new name each time; disposed of afterwards."""
+    """`config_pool` on the module's broker, with a new name each time; the pools are disposed of afterwards."""
     made: list[sharedpool.Pool] = []
 
     def make(**settings: Any) -> sharedpool.Pool:
@@ -132,7 +131,7 @@ def make_pool(broker: sharedpool.Broker, postgres: EphemeralPostgres) -> Iterato
 
 @pytest.fixture
 def backends(server_connection: psycopg2.extensions.connection) -> Backends:
-    """The pids of a pool's backends, as the server lists them."""
+    """The pids of a pool's backends, by pg_stat_activity."""
 
     def of(pool: sharedpool.Pool) -> set[int]:
         with server_connection.cursor() as cursor:

@@ -70,7 +70,7 @@ class Result:
     seconds: float = 0.0
 
     def add(self, contestant: str, sample: Sample) -> None:
-        """Take in one contestant's turn."""
+        """Record one contestant's turn."""
         figures = self.samples.setdefault(contestant, {})
         for metric, value in sample.figures.items():
             figures.setdefault(metric, []).append(value)

@@ -70,7 +70,7 @@ class Tail:
         self.tally: Counter[str] = Counter()
 
     def read(self) -> list[Event]:
-        """Take in what is new; return the newest events, oldest first."""
+        """Read the new events; return the newest ones, oldest first."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)

@@ -45,7 +45,7 @@ class Account(NamedTuple):
 
     @property
     def runtime_dir(self) -> Path:
-        """Where that user's brokers are, if XDG_RUNTIME_DIR is not for him."""
+        """The directory of that user's brokers, if XDG_RUNTIME_DIR belongs to somebody else."""
         return self.folder / f"sharedpool-{self.uid}"
 
     def run(self, code: str, *arguments: str, **environment: str) -> str:
@@ -258,20 +258,20 @@ with pool.connection() as conn:
 def test_root_in_a_users_environment_leaves_his_directory_alone(
     account: Account, server: EphemeralPostgres
 ) -> None:
-    """As by `sudo -E`: what root left there kept him out for ever."""
-    with runtime_dir_of(account.uid) as his, automatic_broker.seen_off(his / "sharedpool"):
-        environment = os.environ | {"XDG_RUNTIME_DIR": str(his)}
+    """As by `sudo -E`: files of root would lock the user out for ever."""
+    with runtime_dir_of(account.uid) as theirs, automatic_broker.seen_off(theirs / "sharedpool"):
+        environment = os.environ | {"XDG_RUNTIME_DIR": str(theirs)}
         command = [account.python, "-c", CONNECT, server.dsn]
         said = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=60, check=True
         ).stdout
         assert said.splitlines() == [
-            f"XDG_RUNTIME_DIR is not used: {his} belongs to uid {account.uid}",
+            f"XDG_RUNTIME_DIR is not used: {theirs} belongs to uid {account.uid}",
             "works",
         ]
-        assert list(his.iterdir()) == []
-        assert account.run(CONNECT, server.dsn, XDG_RUNTIME_DIR=str(his)) == "works"
-        assert list((his / "sharedpool").glob("*.log"))
+        assert list(theirs.iterdir()) == []
+        assert account.run(CONNECT, server.dsn, XDG_RUNTIME_DIR=str(theirs)) == "works"
+        assert list((theirs / "sharedpool").glob("*.log"))
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o755])

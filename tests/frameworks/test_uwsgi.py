@@ -108,7 +108,7 @@ def uwsgi(
 
 
 def catches(pid: int, number: int) -> bool:
-    """Say whether a process has a handler for a signal."""
+    """Return True if a process handles a signal."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):  # it has ended

@@ -1,4 +1,4 @@
-"""Fixtures for connections that move."""
+"""Fixtures for connections that move between sessions."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def name() -> str:
 
 @pytest.fixture
 def pair(broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str) -> Iterator[MakePair]:
-    """Two sessions of one pool, as two processes would have them."""
+    """Two sessions of one pool, as in two processes."""
     made: list[Pool] = []
 
     def make(**settings: Any) -> tuple[Pool, Pool]:
@@ -32,7 +32,7 @@ def pair(broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str) -> I
         a = sharedpool.config_pool(name=name, broker=broker.address, **options)
         b = type(a)(dataclasses.replace(a.config), a._broker)
         made.extend((a, b))
-        for pool in (b, a):  # both know the broker, and the connection lies idle in the first
+        for pool in (b, a):  # both are registered, and the connection is idle in the first
             pool.put_conn(pool.get_conn())
         return a, b
 

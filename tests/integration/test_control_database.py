@@ -1,4 +1,4 @@
-"""Where the control connection is, and what ends it: it keeps nobody from his database, and its end is no failover."""
+"""The control connection's database: the connection blocks no DROP DATABASE, and its end is no failover."""
 
 import os
 from collections.abc import Iterator

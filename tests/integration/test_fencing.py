@@ -131,7 +131,7 @@ def test_one_that_goes_on_with_our_query_is_ended(lent: Lent) -> None:
 
 
 def test_one_that_executes_for_who_knows_whom_is_neither_ended_nor_free(lent: Lent) -> None:
-    """Our user may have renamed his session, or it is another's who began before the first look."""
+    """The user may have renamed the session, or the backend served another user before the first look."""
     lent.execute(f"SET application_name = '{THEIRS}'")
     lent.query()
     lent.fence(left=True)

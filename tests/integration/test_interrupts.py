@@ -99,7 +99,7 @@ def _entry(code: CodeType, line: int) -> int:
 
 
 def _leaves_with(frame: FrameType) -> bool:
-    """Say whether a block is left just now: there no signal's handler runs, else no lock would ever be safe."""
+    """Return True while a `with` block is being left: there Python runs no signal handler."""
     return _entry(frame.f_code, frame.f_lineno) not in (-1, frame.f_lasti)
 
 

@@ -451,7 +451,7 @@ def test_who_waits_in_vain_without_the_broker_is_told_how_long_it_was(
     error: str,
     said: str,
 ) -> None:
-    """He has waited in the lane, and asks the broker only when his time is over."""
+    """A thread that waited in the lane asks the broker only when its time is over."""
     address = f"ipc://{runtime_dir}/b.sock"
     settings = {"dsn": postgres.dsn, "broker": address, "name": name, "max_conn": 1, **_EAGER}
     with (
@@ -479,7 +479,7 @@ def test_who_waits_in_vain_without_the_broker_is_told_how_long_it_was(
 def test_who_comes_late_is_given_at_once_what_lies_on_the_shelf(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, wait_s: float
 ) -> None:
-    """His process is not in the lane yet, or he does not wait: he asks the broker."""
+    """A process outside the lane, and a thread that does not wait, ask the broker."""
     settings: dict[str, Any] = {
         "dsn": postgres.dsn,
         "broker": broker.address,

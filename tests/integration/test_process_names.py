@@ -57,7 +57,7 @@ def test_processes_whose_pids_mean_nothing_here_are_told_apart_by_their_namespac
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """By tcp the kernel says of nobody who he is; and as on another host there is no desk."""
+    """By TCP the kernel does not name the peer's process, and there is no desk, as on another host."""
     monkeypatch.setattr("sharedpool.broker.server.desk.SUPPORTED", False)
     address = f"tcp://127.0.0.1:{free_port()}"
     settings: dict[str, Any] = {

@@ -59,7 +59,7 @@ class Terminal:
         )
 
     def read(self) -> str:
-        """Take in what there is."""
+        """Read the available output."""
         while readable([self._ours], 0):
             try:
                 self.output += os.read(self._ours, 65536).decode()

@@ -726,7 +726,7 @@ class GoodNetwork(RuleBasedStateMachine):
             case 7:
                 leases = broker.ledger._slots.leases
                 for token in list(leases)[rest % 4 : rest % 4 + 1]:
-                    # Of one without a connection he knows whether its worker is gone: see `Admin.kill`.
+                    # An operator kills a lease without a connection only if its worker is gone: see `Admin.kill`.
                     if leases[token].findable or leases[token].session.id not in self.world.workers:
                         broker.order(Order(0, OrderKind.KILL, token=token))
 

@@ -266,7 +266,9 @@ def check_nobody_waits_in_vain(world: World) -> None:
                 if known is None or known.silent:
                     continue  # it has not spoken for longer than the TTL
                 others = books.pools[other.pool]
-                if books.groups:  # who is more important tells of it with his next heartbeat
+                if (
+                    books.groups
+                ):  # a pool of higher priority reports its idle leases with the next heartbeat
                     reaches = books.serves(others, pool) and others.priority <= pool.priority
                 else:
                     reaches = capped and pool.room > 0

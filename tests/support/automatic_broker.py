@@ -1,4 +1,4 @@
-"""The automatic broker, as README has it: nobody names it. Find it, ask it, and see it off."""
+"""Find, ask and end the automatic broker, whose address no test knows."""
 
 import os
 import signal
@@ -16,13 +16,13 @@ from tests.support.waiting import wait_until
 
 
 def living(folder: Path | None = None) -> list[str]:
-    """The addresses of the brokers in a private directory; without one, in this environment's."""
+    """Return the addresses of the brokers in a directory; by default in this environment's."""
     found = [f"ipc://{path}" for path in sorted((folder or runtime_dir()).glob("*.sock"))]
     return [address for address in found if is_held(lock_path(address))]
 
 
 def reports(folder: Path | None = None) -> list[Report]:
-    """What those say; one that is leaving just now may be left out."""
+    """Return the reports of those brokers; one that is just ending may be missing."""
     found = []
     for address in living(folder):
         try:
@@ -33,18 +33,18 @@ def reports(folder: Path | None = None) -> list[Report]:
 
 
 def leases(name: str) -> int:
-    """How many leases of a pool the brokers count."""
+    """Return the number of a pool's leases, over all brokers."""
     return sum(pool.leases for report in reports() for pool in report.pools if pool.name == name)
 
 
 def command(report: Report) -> list[str]:
-    """How a broker was started."""
+    """Return the command line of a broker."""
     return Path(f"/proc/{report.pid}/cmdline").read_text().rstrip("\0").split("\0")
 
 
 @contextmanager
 def seen_off(folder: Path | None = None) -> Iterator[None]:
-    """At the end of the block wait until nobody uses the brokers any more, and end them: they would stay 30 seconds."""
+    """After the block, wait for the end of all sessions and end the brokers, which would stay 30 seconds."""
     yield
     wait_until(
         lambda: not any(report.sessions for report in reports(folder)),

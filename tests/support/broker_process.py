@@ -1,4 +1,4 @@
-"""A `sharedpool broker --metrics` in a process of its own, and what it tells."""
+"""A `sharedpool broker --metrics` process, and its metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STATE = "db_client_connection_state"
 
 
 class Broker:
-    """The process; `port` is where it answers by HTTP."""
+    """The process; `port` is its HTTP server's."""
 
     def __init__(self, directory: Path, dsn: str) -> None:
         self.address = f"ipc://{directory}/broker.sock"
@@ -28,17 +28,9 @@ class Broker:
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 [
-                    *(
-                        sys.executable,
-                        "-m",
-                        "sharedpool",
-                        "broker",
-                        "--max-conn",
-                        "20",
-                        "--bind",
-                        self.address,
-                    ),
-                    *("--dsn", dsn, "--ttl", "1.5", "--metrics", "127.0.0.1:0"),
+                    *(sys.executable, "-m", "sharedpool", "broker", "--max-conn", "20"),
+                    *("--bind", self.address, "--dsn", dsn, "--ttl", "1.5"),
+                    *("--metrics", "127.0.0.1:0"),
                 ],
                 stderr=output,
             )
@@ -64,7 +56,7 @@ class Broker:
         }
 
     def value(self, sample: str, pool: str, **labels: str) -> float:
-        """One sample's value; 0 for a pool that the broker does not know yet."""
+        """Return a sample's value; 0 for a pool that the broker does not know yet."""
         wanted = {POOL: pool, **labels}
         for family in self.families().values():
             for each in family.samples:

@@ -1,4 +1,4 @@
-"""Drive a headless Chromium by its DevTools protocol, over a pipe: JSON, each message ended by a zero byte."""
+"""Drive a headless Chromium by its DevTools protocol: JSON over a pipe, a zero byte after each message."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LIMIT_S = 30.0
 
 
 class Page:
-    """One page of a browser. `complaints` has what it logged: blocked by policy, exceptions, console errors."""
+    """A page. `complaints` lists what it logged: blocked requests, exceptions, console errors."""
 
     def __init__(self, browser: Browser, url: str) -> None:
         self._browser = browser
@@ -47,7 +47,7 @@ class Page:
         return answer["result"].get("value")
 
     def prefer(self, scheme: str) -> None:
-        """Be a reader who prefers "dark" or "light"."""
+        """Emulate the preference for "dark" or "light"."""
         self.call(
             "Emulation.setEmulatedMedia",
             features=[{"name": "prefers-color-scheme", "value": scheme}],

@@ -1,4 +1,4 @@
-"""The project's documents, and what tests take out of them: sections, tables, pieces of code."""
+"""The project's documents, and their sections, tables and pieces of code."""
 
 import re
 from pathlib import Path
@@ -17,12 +17,14 @@ DOCUMENTS = (
 
 
 def text(document: str) -> str:
-    """Return a document as it stands."""
+    """Return a document's text."""
     return (ROOT / document).read_text()
 
 
 def section(document: str, heading: str) -> str:
-    """Return what is between a heading and the next one of its level or above. Code may have lines with a #."""
+    """Return the text between a heading and the next heading of its level or above.
+
+    A line of code that begins with # is no heading."""
     lines = text(document).splitlines(keepends=True)
     start = next(
         at for at, line in enumerate(lines) if re.fullmatch(rf"#+ {re.escape(heading)}\n", line)
@@ -37,7 +39,7 @@ def section(document: str, heading: str) -> str:
 
 
 def blocks(markdown: str, language: str) -> list[str]:
-    """Return the pieces of code in one language ("": in none), without their indentation in the text."""
+    """Return the pieces of code in one language ("" for no language), without their indentation."""
     found = re.findall(r"^( *)```(\w*)\n(.*?)^ *```$", markdown, flags=re.MULTILINE | re.DOTALL)
     return [
         re.sub(rf"^{indent}", "", code, flags=re.MULTILINE)
@@ -52,11 +54,11 @@ def without_code(markdown: str) -> str:
 
 
 def rows(document: str, header: str) -> list[list[str]]:
-    """Return the rows of the table with that header, as cells."""
+    """Return the rows of the table with this header, as lists of cells."""
     lines = text(document).split(header + "\n")[1].split("\n\n")[0].splitlines()[1:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def quoted(markdown: str) -> set[str]:
-    """Return all that is written as `code` in a line of text."""
+    """Return every `code` span of the text."""
     return set(re.findall(r"`([^`\n]+)`", without_code(markdown)))

@@ -1,4 +1,4 @@
-"""A connection that moves between two sessions of one pool: see the fixture `pair`."""
+"""A connection that moves between two sessions of one pool; see the fixture `pair`."""
 
 from collections.abc import Callable
 
@@ -22,12 +22,12 @@ def report(broker: sharedpool.Broker, name: str) -> PoolReport:
 def leave_what_comes(
     pool: Pool, broker: sharedpool.Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ask for the connection that lies at the broker, and be gone when it comes."""
+    """Ask for the connection that is parked at the broker, and stop waiting before it arrives."""
 
     def leave(*_: object) -> None:
         raise KeyboardInterrupt
 
-    wait_until(lambda: report(broker, pool.name).parked == 1, what="it to lie at the broker")
+    wait_until(lambda: report(broker, pool.name).parked == 1, what="the connection to be parked")
     with monkeypatch.context() as patch:
         patch.setattr("sharedpool.worker.waiting.Wait._wait_once", leave)
         with pytest.raises(KeyboardInterrupt):
@@ -37,15 +37,15 @@ def leave_what_comes(
 def moved(
     giver: Pool, taker: Pool, use: Callable[[extensions.connection], object]
 ) -> extensions.connection:
-    """Return a connection that `giver` has used so and `taker` has got, by a hand-over."""
+    """Have `giver` use a connection, and return it after its hand-over to `taker`."""
     conn = giver.get_conn()
     pid = conn.info.backend_pid
     use(conn)
     given, before = giver.stats().given, taker.stats()
-    giver.put_conn(conn)  # perhaps it goes at once
+    giver.put_conn(conn)  # the hand-over may begin at once
     got = taker.get_conn()
     assert got.info.backend_pid == pid
-    wait_until(lambda: giver.stats().given == given + 1)  # counted a little later
+    wait_until(lambda: giver.stats().given == given + 1)  # counted after the send
     after = taker.stats()
     assert after.adopted == before.adopted + 1
     assert (after.hits, after.handed_on, after.connects) == (

@@ -27,9 +27,9 @@ LONG = os.environ.get("SHAREDPOOL_FAULTS") == "long"
 def run_python(
     code: str, *arguments: str, timeout_s: float = 60, **environment: str
 ) -> "CompletedProcess[str]":
-    """Run code in a Python of its own, to its end; `environment` comes on top of this process's.
+    """Run code in a new Python process and wait for its end; `environment` is added to this process's.
 
-    Raises subprocess.TimeoutExpired.
+    Raise subprocess.TimeoutExpired.
     """
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -42,9 +42,9 @@ def run_python(
 
 
 def as_pid_1() -> tuple[str, ...]:
-    """Return a prefix for a command that is to be PID 1 of a namespace of its own, as in a container.
+    """Return a prefix that runs a command as PID 1 of a new namespace, as in a container.
 
-    Who kills that prefix kills the command. Where no namespace may be made, the test is skipped.
+    Killing the prefix's process kills the command. Skip the test where namespaces are not allowed.
     """
     if (unshare := shutil.which("unshare")) is None:
         pytest.skip("there is no unshare (util-linux)")
@@ -59,16 +59,16 @@ def as_pid_1() -> tuple[str, ...]:
 
 
 class Piped(subprocess.Popen[str]):
-    """A program with which a test talks by its stdin and stdout; the end of a `with` block closes both.
+    """A program that a test talks to through stdin and stdout; the end of a `with` block closes both.
 
-    One whose test has failed is killed: else that would wait for its end.
+    If the test has failed, the program is killed, since the block would otherwise wait for its end.
     """
 
     def __init__(self, *command: str, **more: Any) -> None:
         super().__init__(command, **{"stdin": PIPE, "stdout": PIPE, "text": True, **more})
 
     def line(self) -> str:
-        """Wait for the next line that it prints; return that without its end, or "" if there is none."""
+        """Wait for the program's next line; return the line without its newline, or "" at the end."""
         assert self.stdout is not None
         return self.stdout.readline().removesuffix("\n")
 
@@ -78,7 +78,7 @@ class Piped(subprocess.Popen[str]):
         self.stdin.flush()
 
     def tell_no_more(self) -> None:
-        """Close its input: most programs end by that."""
+        """Close the program's input, which makes most programs end."""
         assert self.stdin is not None
         self.stdin.close()
 
@@ -94,12 +94,12 @@ class Piped(subprocess.Popen[str]):
 
 
 class Worker:
-    """One worker process. `ask` sends a command and waits for its answer; `send` and `answer` do it in two steps."""
+    """A worker process. `ask` sends a command and waits for the answer; `send` and `answer` are its two halves."""
 
     program = Path(__file__).with_name("worker.py")
 
     def __init__(self, *, prefix: Sequence[str] = (), **settings: Any) -> None:
-        """`prefix`: a command that runs it, and ends as it does; `pid` is that one's."""
+        """Start the process; `prefix` is a command that runs it, and `pid` is then the prefix's."""
         self._read = ""
         self._process = Piped(*prefix, sys.executable, str(self.program), json.dumps(settings))
 
@@ -138,11 +138,11 @@ class Worker:
         os.kill(self.pid, number)
 
     def wait(self, timeout_s: float) -> int:
-        """Wait for its end; return its exit status."""
+        """Wait for the process to end; return its exit status."""
         return self._process.wait(timeout_s)
 
     def end(self) -> int:
-        """Let it end in good order (end of its input); return its exit status."""
+        """Close the worker's input, so that it ends in good order; return its exit status."""
         with contextlib.suppress(BrokenPipeError):
             self._process.tell_no_more()
         return self._process.wait(30)
@@ -173,7 +173,7 @@ class Worker:
 
 @contextlib.contextmanager
 def workers(count: int, **settings: Any) -> Iterator[list[Worker]]:
-    """Start workers at the same time; end them all."""
+    """Start workers at the same time, and end them all."""
     with contextlib.ExitStack() as stack:
         started = [Worker(**settings) for _ in range(count)]
         for worker in started:
@@ -184,9 +184,9 @@ def workers(count: int, **settings: Any) -> Iterator[list[Worker]]:
 
 
 class BackendSampler(threading.Thread):
-    """Sample, as fast as the server answers, how many backends have an application_name LIKE `pattern`.
+    """Count the backends with an application_name LIKE `pattern`, as fast as the server answers.
 
-    `peak` is the most seen at once.
+    `peak` is the highest count.
     """
 
     def __init__(self, dsn: str, pattern: str) -> None:
@@ -209,7 +209,7 @@ class BackendSampler(threading.Thread):
                 assert row is not None
                 self.peak = max(self.peak, row[0])
                 self.samples += 1
-                time.sleep(0.001)  # leave the processor to those who are watched
+                time.sleep(0.001)  # leave the processor to the workers
 
     def __enter__(self) -> "BackendSampler":
         self.start()
@@ -222,11 +222,8 @@ class BackendSampler(threading.Thread):
 
 
 def alive(pid: int) -> bool:
-    """Say whether a process exists and is no zombie."""
+    """Return True if a process exists and is not a zombie."""
     try:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except (
-        FileNotFoundError,
-        ProcessLookupError,
-    ):  # the latter: it was reaped between opening and reading
+    except (FileNotFoundError, ProcessLookupError):  # reaped before opening, or before reading
         return False

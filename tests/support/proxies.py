@@ -1,4 +1,4 @@
-"""What people put between their programs and PostgreSQL: each started for a test, in front of a server of ours."""
+"""The proxies that people put in front of PostgreSQL, each started for a test."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ _NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes
 
 @contextmanager
 def haproxy(server: EphemeralPostgres, *, silence_s: float = 60.0) -> Iterator[str]:
-    """HAProxy, which ends a session on both sides when nothing was said for `silence_s`, a query going on or not."""
+    """HAProxy, which closes both sides after `silence_s` without traffic, even during a query."""
     port, silence = free_port(), f"{silence_s * 1000:.0f}ms"
     config = f"""
         defaults
@@ -52,7 +52,7 @@ def haproxy(server: EphemeralPostgres, *, silence_s: float = 60.0) -> Iterator[s
 
 @contextmanager
 def socat(server: EphemeralPostgres) -> Iterator[str]:
-    """A plain forwarder: a process for each connection."""
+    """A plain forwarder, with a process for each connection."""
     port = free_port()
     listen = f"TCP-LISTEN:{port},bind={HOST},reuseaddr,fork,backlog=128"
     with running(program("socat"), listen, f"UNIX-CONNECT:{unix_path(server)}", port=port):
@@ -82,7 +82,7 @@ def stunnel(server: EphemeralPostgres) -> Iterator[str]:
 
 @contextmanager
 def tls_endpoint(config: str, **settings: object) -> Iterator[None]:
-    """stunnel as `config` says, with other values for these of its settings, `accept` among them."""
+    """Run stunnel by the configuration `config`, with other values for some settings (`accept` always)."""
     for name, value in settings.items():
         config, found = re.subn(rf"^{name} = .*$", f"{name} = {value}", config, flags=re.MULTILINE)
         assert found == 1, f"{name} is set {found} times"
@@ -109,12 +109,12 @@ class Certified:
 
     @property
     def near_dsn(self) -> str:
-        """The superuser's, by the unix socket, where nobody asks for TLS or a password."""
+        """The superuser's DSN by the unix socket, without TLS or a password."""
         return make_dsn(self.server.dsn, host=str(self.server.directory))
 
     @property
     def verified_dsn(self) -> str:
-        """The superuser's, by TCP, under TLS that sees who the server is."""
+        """The superuser's DSN by TCP, under TLS that verifies the server."""
         whom = {
             "host": self.name,
             "hostaddr": HOST,
@@ -126,7 +126,7 @@ class Certified:
 
 @contextmanager
 def certified(name: str, method: str) -> Iterator[Certified]:
-    """Have such a server; `app` logs in by this method, its password being that of the superuser."""
+    """Run such a server; `app` logs in by this method, with the superuser's password."""
     with (
         tempfile.TemporaryDirectory(prefix="spx-") as place,
         EphemeralPostgres(tcp=True, password=PASSWORD) as server,
@@ -162,7 +162,7 @@ def certified(name: str, method: str) -> Iterator[Certified]:
 
 
 def _certify(keys: Path, whom: str, name: str) -> None:
-    """Make a key, and have the CA certify that it is `name`'s."""
+    """Make a key, and let the CA certify it for `name`."""
     key, request, names = (keys / f"{whom}.{kind}" for kind in ("key", "request", "names"))
     names.write_text(f"subjectAltName = DNS:{name}\n")
     _openssl("req", "-new", *_NEW_KEY, "-subj", f"/CN={name}", "-keyout", key, "-out", request)
@@ -206,7 +206,7 @@ def pgbouncer(
 
 
 class LateCloser:
-    """A proxy that closes its client's side at once when that leaves, and the server's side `late_s` later.
+    """A proxy that closes the client's side when the client does, and the server's side `late_s` later.
 
     `accept_late_s`: a connect waits for so long in its queue before the server hears of it.
     """
@@ -272,7 +272,7 @@ def late_closer(server: EphemeralPostgres, *, late_s: float = 2.0) -> Iterator[s
 
 
 def program(name: str) -> str:
-    """Return where a program is; without it the test is skipped."""
+    """Return the path of a program; skip the test if it is not installed."""
     found = shutil.which(name, path=_PLACES)
     if found is None:
         pytest.skip(f"{name} is not installed")
@@ -280,7 +280,7 @@ def program(name: str) -> str:
 
 
 def by(server: EphemeralPostgres, port: int) -> str:
-    """Return the server's DSN by another way, without encryption: not every proxy understands how it begins."""
+    """Return the server's DSN by another port, without encryption, whose start some proxies cannot parse."""
     return make_dsn(server.dsn, host=HOST, port=port, sslmode="disable", gssencmode="disable")
 
 
@@ -289,13 +289,13 @@ def unix_path(server: EphemeralPostgres) -> str:
 
 
 def _owner(server: EphemeralPostgres) -> int:
-    """Who may go to the server's directory, and is not root: PgBouncer does not run as root."""
+    """Return the owner of the server's directory, since PgBouncer does not run as root."""
     return server.directory.stat().st_uid
 
 
 @contextmanager
 def _directory() -> Iterator[Path]:
-    """A directory that others may read: some of these programs do not run as root."""
+    """A directory that every user may read: some of these programs do not run as root."""
     path = Path(tempfile.mkdtemp(prefix="spx-"))
     path.chmod(0o755)
     try:
@@ -314,9 +314,9 @@ def _file(name: str, text: str) -> Iterator[Path]:
 
 @contextmanager
 def running(*command: str, port: int | Path, uid: int | None = None) -> Iterator[None]:
-    """Run a program that listens at a port or a path, until it is not needed any more; as `uid`, if we may choose.
+    """Run a program that listens at a port or a path during the block, as `uid` if this user is root.
 
-    Port 0: it listens somewhere else.
+    With port 0, nothing is waited for.
     """
     options: dict[str, object] = {}
     if uid is not None and os.geteuid() == 0:

@@ -1,4 +1,4 @@
-"""A server that speaks PostgreSQL's start-up protocol as far as a refusal, in whatever language."""
+"""A server that speaks PostgreSQL's start-up protocol up to a refusal, in any language."""
 
 import contextlib
 import socket
@@ -12,8 +12,11 @@ _SSL, _GSS = 80877103, 80877104
 
 
 class RefusingServer:
-    """Refuses every connect: at the `start`, after the `password`, or after the `login`, as the server does for what it
-    only then can know. Or it is `silent`, or hangs up without a word. `connects` counts start-up packets.
+    """Refuse every connect.
+
+    The refusal comes at the `start`, after the `password` or after the `login`, as PostgreSQL's does
+    depending on the reason. A `silent` server never answers; one that `hangs up` closes the socket.
+    `connects` counts the start-up packets.
     """
 
     def __init__(
@@ -38,7 +41,7 @@ class RefusingServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Its thread would sleep on in an accept() of a socket that is only closed.
+        # close() alone does not wake a thread that is in accept().
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -64,7 +67,7 @@ class RefusingServer:
                 client.sendall(b"N")
             self.connects += 1
             if self._stage == "silent":
-                stream.read()  # until it is gone
+                stream.read()  # until the client closes the socket
             if self._stage in ("silent", "hangs up"):
                 return
             if self._stage == "password":

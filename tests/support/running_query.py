@@ -1,4 +1,4 @@
-"""A query that goes on in a thread of its own, and how it ends."""
+"""A query that runs in a thread, and how it ends."""
 
 import threading
 
@@ -9,7 +9,7 @@ from tests.support.waiting import wait_until
 
 
 class Query:
-    """Execute `SELECT pg_sleep(60)` on a connection, in another thread; once this is made, the server is at it."""
+    """A `SELECT pg_sleep(60)` in another thread; after construction, the server is executing it."""
 
     def __init__(self, conn: extensions.connection) -> None:
         self._conn = conn
@@ -27,7 +27,7 @@ class Query:
             self._error = error
 
     def cancel(self) -> None:
-        """Cancel it until it ends: the first cancel may come before the server has the query."""
+        """Cancel until the query ends: the first cancel may arrive before the query."""
         thread = self._thread
         wait_until(
             lambda: self._conn.cancel() or not thread.is_alive() or thread.join(0.05),
@@ -36,7 +36,7 @@ class Query:
         )
 
     def end(self, limit_s: float = 5) -> psycopg2.Error:
-        """Wait for its end; return what it raised."""
+        """Wait for the query's end; return its error."""
         self._thread.join(limit_s)
         assert not self._thread.is_alive(), "the query goes on"
         assert self._error is not None, "the query was not ended"

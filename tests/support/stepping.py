@@ -1,6 +1,6 @@
-"""A worker that stops itself at a step of a move: `python stepping.py SETTINGS` is `worker.py`, with two more settings.
+"""A worker that stops at a step of a move: `python stepping.py SETTINGS` is `worker.py` with two settings more.
 
-`at` names a step, `number` the signal that the process sends itself there, at the `_TURN`th time.
+`at` names a step. At the `_TURN`th time the process sends itself the signal `number` there.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ def _something(result: object, *_: object) -> bool:
 
 
 def _by_lane(*_: object) -> bool:
-    return bool(
-        sys._getframe(2).f_globals["__name__"] == "sharedpool.lane.lane"
-    )  # who has called it
+    caller = sys._getframe(2).f_globals["__name__"]
+    return bool(caller == "sharedpool.lane.lane")
 
 
 def _from_shelf(result: object, lane: Lane, sock: object) -> bool:
@@ -47,8 +46,8 @@ def _has_come(_: object, seat: WaitSocket) -> bool:
     return seat.peek() is not None
 
 
-# Whose function, its name, whether the signal comes before it or after it, and when: asked with what it returned and
-# was given.
+# The function's owner and name, whether the signal comes before or after its call, and a condition
+# on its result and arguments.
 Step = tuple[Any, str, str, Callable[..., bool]]
 GIVING: dict[str, Step] = {
     "the reset is to be sent": (mover, "unregister", "before", _always),

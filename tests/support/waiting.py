@@ -10,9 +10,9 @@ T = TypeVar("T")
 def wait_until(
     predicate: Callable[..., T | None], timeout_s: float = 10, what: str = "the condition"
 ) -> T:
-    """Call `predicate` every 5 ms, after a second every 25 ms, until it returns something true, and return that.
+    """Call `predicate` until it returns something true, and return that.
 
-    Raises AssertionError with `what` and the last value when `timeout_s` have passed.
+    Raise AssertionError with `what` and the last value after `timeout_s`.
     """
     began = time.monotonic()
     while not (value := predicate()):
@@ -21,7 +21,6 @@ def wait_until(
             raise AssertionError(
                 f"waited {timeout_s:g} s in vain for {what}; last value: {value!r}"
             )
-        time.sleep(
-            0.005 if waited < 1 else 0.025
-        )  # what asks all the time keeps who is waited for from its work
+        # Longer pauses later on: a busy loop would slow down the process that is waited for.
+        time.sleep(0.005 if waited < 1 else 0.025)
     return value

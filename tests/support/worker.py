@@ -1,6 +1,6 @@
-"""A worker process for the tests: `python worker.py SETTINGS` obeys one JSON command a line and answers each.
+"""A worker process: `python worker.py SETTINGS` reads a JSON command a line and answers each.
 
-It imports nothing of the tests: an unrelated process, as a user's would be.
+The program imports nothing from the tests, like the unrelated process of a user.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import psycopg2
 import sharedpool
 
 settings = json.loads(sys.argv[1])
-if files := settings.pop("files", 0):  # what is opened from now on has higher numbers
+if files := settings.pop("files", 0):  # so that every later descriptor has a higher number
     resource.setrlimit(
         resource.RLIMIT_NOFILE, (files + 1000, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     )
@@ -34,7 +34,7 @@ pool = sharedpool.config_pool(**settings)
 held: dict[str, Any] = {}
 aside: dict[str, Any] = {}
 
-# Leaves a mark in the session: what its last user left is seen, unless it was reset.
+# Marks the session: a session that was not reset still shows its last user's mark.
 _MARK = (
     "SELECT pg_backend_pid(), current_setting('sharedpool.user', true), set_config('sharedpool.user', %s, false),"
     " pg_sleep(%s)"
@@ -84,10 +84,10 @@ def hammer(
     think_s: float | None = None,
     stop: str = "",
 ) -> dict[str, Any]:
-    """Use the pool as hard as `threads` threads can, until there is a file `stop`; tell what happened.
+    """Use the pool from `threads` threads, until the file `stop` exists; return what happened.
 
-    `wrong` counts checkouts whose session was another process's, or not its object's; `longest` is the longest wait;
-    `least` is how many the thread had that had the fewest.
+    `wrong` counts checkouts of a session that another process has marked, or that is not the
+    connection's own; `longest` is the longest wait; `least` the checkouts of the unluckiest thread.
     """
     outcome: dict[str, Any] = {
         "done": 0,
@@ -132,9 +132,9 @@ def hammer(
 
 
 def insist(seconds: float, timeout: float, stop: str = "", least: int = 0) -> dict[str, Any]:
-    """Check out and in, whatever that raises, until there is a file `stop`, `least` times in any case.
+    """Check out and in, whatever is raised, until the file `stop` exists, and at least `least` times.
 
-    Tell how often it did what, its texts, and how long the longest took.
+    Return how often each outcome came, the errors' texts, and the longest duration.
     """
     outcomes: dict[str, int] = {}
     texts: dict[str, str] = {}
@@ -156,7 +156,7 @@ def insist(seconds: float, timeout: float, stop: str = "", least: int = 0) -> di
 
 
 def write_rows(worker: int, count: int) -> dict[str, Any]:
-    """Write rows that say whose they are, each in a checkout of its own; read each back in the next one."""
+    """Write rows that name their writer, each in a checkout of its own; read each row back in the next."""
     wrong, before = 0, ""
     for n in range(count):
         body = hashlib.sha256(f"{worker} {n}".encode()).hexdigest() * 4
@@ -176,7 +176,7 @@ def write_rows(worker: int, count: int) -> dict[str, Any]:
 
 
 def fork(name: str | None = None) -> dict[str, Any]:
-    """Fork; the child uses the pool and what it inherited, and exits as Python programs do."""
+    """Fork; the child uses the pool and the inherited connection, and exits as Python programs do."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
@@ -223,7 +223,7 @@ def wait_aside(timeout: float) -> dict[str, Any]:
 
 
 def dispose() -> dict[str, Any]:
-    """Dispose of the pool; tell what the thread that waits was told, and how much later."""
+    """Dispose of the pool; return what the waiting thread was told, and how much later."""
     began = time.monotonic()
     pool.release_all()
     aside["thread"].join()

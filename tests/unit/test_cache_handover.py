@@ -256,7 +256,7 @@ def test_what_must_not_go_on_does_not_move(moving: Rig, case: str, reason: Relea
 
 
 def test_who_waits_in_the_lane_is_not_served_before_his_turn(moving: Rig) -> None:
-    """In other processes there may be some before him; who waits at the broker has nobody else to wait for."""
+    """Threads of other processes may come first in the lane; at the broker, none can."""
     lease, conn = moving.lend()
     lease.movable = True
     in_lane, at_broker = want_in_lane(moving), moving.want()
@@ -367,7 +367,7 @@ def test_who_waited_in_a_former_brokers_lane_asks_the_later_one(moving: Rig) -> 
 
 
 def test_who_leaves_the_lane_asks_the_broker_and_is_served_by_either(moving: Rig) -> None:
-    """What was sent to him in the lane may be on its way still: then the broker is to forget him."""
+    """A connection may still be on its way in the lane; then the broker is told to forget the request."""
     by_broker, in_lane = want_in_lane(moving), want_in_lane(moving)
     for ticket in (by_broker, in_lane):
         moving.cache.waiters.ask(ticket, moving.now)

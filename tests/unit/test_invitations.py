@@ -150,7 +150,7 @@ def test_an_early_invitation_is_kept_until_the_welcome(rig: Rig) -> None:
 def test_an_invitation_of_a_broker_that_died_before_its_welcome_came_is_not_followed(
     rig: Rig,
 ) -> None:
-    """In its lane nobody else would be: who waits there waits until his time is over, however much is free."""
+    """Its lane would have no other members: a thread would wait there for its whole timeout."""
     fds = rig.invite()
     memory = os.fstat(fds[0]).st_ino
     rig.welcome(8)

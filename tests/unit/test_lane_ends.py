@@ -96,7 +96,7 @@ class Rig:
         self.mine.pop(item.token.serial).close()
 
     def is_over(self, item: Item) -> bool:
-        """Say whether nobody has the connection any more."""
+        """Return True if every copy of the connection's socket is closed."""
         end = self.ends[item.token.serial]
         end.setblocking(False)
         try:
@@ -487,7 +487,7 @@ class Reused:
             self.pairs.append(ours)
 
     def untouched(self) -> bool:
-        """Say whether nobody has written there, nor read, nor closed it."""
+        """Return True if the socket is open and nothing was written to it or read from it."""
         for ours, number in zip(self.pairs, self.numbers, strict=True):
             try:
                 ours.recv(100)

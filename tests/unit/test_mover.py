@@ -102,7 +102,7 @@ class Rig:
         return self.mover.give(lease, conn, time.monotonic())
 
     def is_over(self, token: Token) -> bool:
-        """Say whether the connection's session has ended: nobody can write to it any more."""
+        """Return True if the connection's session has ended and nothing can be written to it."""
         server = self.servers[token.serial]
         with contextlib.suppress(ConnectionResetError):
             while readable([server], 0):

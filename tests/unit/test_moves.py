@@ -636,7 +636,7 @@ def test_where_nothing_has_moved_nothing_is_written(rig: Rig) -> None:
 
 
 def test_what_was_closing_and_moved_is_open(rig: Rig) -> None:
-    """Its giver has spoken of it at that moment, as he sees it."""
+    """The giver reports the lease as closing while its connection moves."""
     rig.proceed()
     token, giver = rig.tokens[1], rig.workers[1]
     giver.held[token] = Phase.CLOSING
@@ -670,14 +670,14 @@ def test_what_comes_from_one_who_was_silent_is_not_suspect_any_more(rig: Rig) ->
         rig.workers[0].beat()
         rig.workers[2].beat()
     assert rig.state(token) is SlotState.SUSPECT
-    rig.moves_itself(token, rig.workers[0])  # he goes on, and gives it
+    rig.moves_itself(token, rig.workers[0])  # the stopped worker goes on, and gives it
     rig.contend(rig.workers[2], seat=3)
     assert rig.state(token) is SlotState.OPEN
     assert rig.fenced() == []
 
 
 def test_what_goes_to_one_who_is_silent_is_suspect(rig: Rig) -> None:
-    """He was stopped while he waited; his giver has not seen it. Whoever waits gets the slot."""
+    """The receiver was stopped while it waited, unseen by the giver. The next waiter gets the slot."""
     rig.proceed()
     token, stopped = rig.tokens[1], rig.workers[2]
     rig.give_up()
@@ -686,7 +686,7 @@ def test_what_goes_to_one_who_is_silent_is_suspect(rig: Rig) -> None:
         rig.broker.pass_time(0.5)
         rig.workers[0].beat()
         rig.workers[1].beat()
-    assert rig.state(rig.tokens[0]) is SlotState.SUSPECT  # his own
+    assert rig.state(rig.tokens[0]) is SlotState.SUSPECT  # the stopped worker's own lease
     rig.moves_itself(token, stopped, arrives=False)
     rig.contend(rig.workers[0], seat=3)
     rig.contend(rig.workers[0], seat=4)
@@ -803,7 +803,7 @@ def test_what_arrives_late_but_in_time_is_not_ended(rig: Rig) -> None:
 
 
 def test_a_question_that_was_lost_is_asked_again(rig: Rig) -> None:
-    """Who says HELLO has forgotten what he was asked."""
+    """A session that says HELLO again has forgotten the question."""
     rig.proceed()
     token, receiver = rig.tokens[1], rig.workers[0]
     rig.moves_itself(token, receiver, arrives=False)
@@ -833,7 +833,7 @@ def test_who_did_not_answer_in_time_is_asked_again_when_he_speaks(rig: Rig) -> N
 
 
 def test_what_is_on_nobodys_shelf_is_ended(rig: Rig) -> None:
-    """Whoever laid it there was stopped before he did."""
+    """The giver was stopped before it laid the connection on the shelf."""
     rig.proceed()
     rig.moves_itself(rig.tokens[1], None)
     rig.sync()
@@ -846,7 +846,7 @@ def test_what_is_on_nobodys_shelf_is_ended(rig: Rig) -> None:
 
 
 def test_what_is_laid_on_nobodys_shelf_after_a_halt_is_ended(rig: Rig) -> None:
-    """He had seen that they move, and was stopped then."""
+    """The giver had seen that connections move, and was stopped then."""
     rig.proceed()
     rig.halt()
     rig.broker.pass_time(ARRIVAL_S * 0.5)
@@ -939,7 +939,7 @@ def test_what_goes_to_one_who_is_gone_is_ended(rig: Rig) -> None:
 
 
 def test_what_went_to_one_who_is_gone_and_was_given_to_another_goes_on(rig: Rig) -> None:
-    """His wait socket was gone, as its giver saw a moment after he had written it down."""
+    """The receiver's wait socket was gone; the giver saw it just after it had named the receiver."""
     rig.proceed()
     token, number, cell = rig.tokens[1], rig.number(rig.workers[0]), rig.lease(rig.tokens[1]).cell
     rig.broker.take_in(rig.broker.ledger.session_died(b"w0", rig.broker.now))
@@ -1212,7 +1212,7 @@ def test_who_names_another_backend_has_another_connection(rig: Rig) -> None:
 
 
 def test_what_wanders_is_ended_when_somebody_waits_and_nobody_has_claimed_it(rig: Rig) -> None:
-    """One who was in that lane does not tell what he has: he is waited for."""
+    """A member of that lane has not reported its leases yet, and is waited for."""
     rig.proceed()
     token = rig.tokens[1]
     rig.moves_itself(token, None)  # and whoever has taken it since has died
@@ -1271,7 +1271,7 @@ def test_what_wanders_is_not_ended_as_long_as_one_has_not_said_hello(rig: Rig) -
     after.contend(after.workers[1])
     assert after.fenced() == []
     late = after.workers[0]
-    late.held[token] = Phase.IN_USE  # it has come to him
+    late.held[token] = Phase.IN_USE  # the connection has arrived
     say_hello(after, late, {token: 2})
     listing(late, {token: 2})
     assert (after.holder_of(token), after.fenced()) == ("w0", [])
@@ -1319,7 +1319,7 @@ def test_one_who_has_died_has_nothing(rig: Rig, known: bool) -> None:
 
 
 def test_what_a_dead_member_had_may_have_moved_on(rig: Rig) -> None:
-    """He gave it after the former broker's death, and died: another uses it."""
+    """The member gave the connection after the former broker's death, and died; another uses it."""
     rig.proceed()
     token, holder = rig.tokens[1], rig.workers[0]
     assert rig.holder_of(token) == "w1"
@@ -1424,7 +1424,7 @@ def test_what_never_could_move_and_is_not_held_any_more_is_ended_at_once() -> No
 
 
 def test_what_was_given_past_a_later_broker_before_it_was_known_is_its_receivers(rig: Rig) -> None:
-    """Its giver has claimed it; he has left that lane when he was welcome."""
+    """The giver has claimed the lease, and left that lane at its WELCOME."""
     rig.proceed()
     token = rig.tokens[1]
     after = restarted(rig)

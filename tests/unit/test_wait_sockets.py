@@ -85,7 +85,7 @@ def test_a_seat_is_closed_by_the_thread_that_has_it(rig: Rig) -> None:
 
 
 def _polls(thread: threading.Thread) -> bool:
-    """Say whether a thread is in `poll`; True as well where the kernel does not tell."""
+    """Return True if a thread is in `poll`, or if the kernel does not tell."""
     try:
         with open(f"/proc/self/task/{thread.native_id}/wchan") as file:
             return "poll" in file.read()
