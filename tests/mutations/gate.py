@@ -665,7 +665,7 @@ MUTANTS = (
                 "pass",
             ),
         ),
-        ("tests/unit/test_moves.py", "-k", "nobodys_shelf"),
+        ("tests/unit/test_moves.py", "-k", "never_reached_the_shelf"),
     ),
     Mutant(
         "connections move again before the shelf was looked at",
@@ -676,7 +676,7 @@ MUTANTS = (
                 "return True or not any(",
             ),
         ),
-        ("tests/unit/test_moves.py", "-k", "would_have_shelved"),
+        ("tests/unit/test_moves.py", "-k", "searched_for_its_connection"),
     ),
     Mutant(
         "a later broker does not know how often a lease has moved",
@@ -703,7 +703,7 @@ MUTANTS = (
                 "return lease is None and",
             ),
         ),
-        ("tests/unit/test_moves.py", "-k", "late_word"),
+        ("tests/unit/test_moves.py", "-k", "late_message"),
     ),
     Mutant(
         "what is kept for a slice of time is forgotten when another one is given",
@@ -725,7 +725,7 @@ MUTANTS = (
                 "lane.indices.discard(session.index)\n",
             ),
         ),
-        ("tests/unit/test_moves.py", "-k", "place_is_used_again"),
+        ("tests/unit/test_moves.py", "-k", "index_is_used_again"),
     ),
     Mutant(
         "connections move past a slot that is free",

@@ -201,7 +201,7 @@ def rig() -> Rig:
 # --- a lane
 
 
-def test_a_lane_is_made_when_somebody_has_to_wait(rig: Rig) -> None:
+def test_a_lane_is_made_for_the_first_waiter(rig: Rig) -> None:
     assert rig.broker.all(OpenLane) == []
     rig.workers[2].ask(9.0)
     assert rig.broker.all(OpenLane) == [OpenLane("p", 1)]
@@ -210,7 +210,7 @@ def test_a_lane_is_made_when_somebody_has_to_wait(rig: Rig) -> None:
     assert rig.broker.all(OpenLane) == [OpenLane("p", 1)]  # it is ordered
 
 
-def test_everybody_is_let_in_who_can_hand_over_by_a_number_and_a_place_of_his_own(rig: Rig) -> None:
+def test_each_session_with_handover_joins_under_a_number_and_an_index_of_its_own(rig: Rig) -> None:
     rig.broker.worker("elsewhere")  # of the same pool
     rig.open_lane()
     late = rig.broker.worker("late")
@@ -222,7 +222,7 @@ def test_everybody_is_let_in_who_can_hand_over_by_a_number_and_a_place_of_his_ow
     assert rig.broker.all(InviteToLane) == let_in  # once
 
 
-def test_who_cannot_hand_over_is_not_let_in() -> None:
+def test_a_session_without_handover_does_not_join() -> None:
     broker = Broker(handover=True)
     rig = Rig(broker, workers=3)
     rig.open_lane()
@@ -231,7 +231,7 @@ def test_who_cannot_hand_over_is_not_let_in() -> None:
     assert [each for each in broker.all(InviteToLane) if each.session == b"s"] == []
 
 
-def test_a_place_is_used_again_a_number_never(rig: Rig) -> None:
+def test_an_index_is_used_again_a_number_never(rig: Rig) -> None:
     rig.open_lane()
     gone = next(each for each in rig.broker.all(InviteToLane) if each.session == b"w1")
     rig.board.take_place(gone.index * PLACES + 3, 77)
@@ -243,7 +243,7 @@ def test_a_place_is_used_again_a_number_never(rig: Rig) -> None:
     assert let_in.number == 4
 
 
-def test_the_last_place_is_the_brokers() -> None:
+def test_the_last_index_is_the_brokers() -> None:
     assert BROKER_PLACE // PLACES == SESSIONS - 1
     broker = Broker(handover=True)
     rig = Rig(broker, workers=3)
@@ -255,7 +255,7 @@ def test_the_last_place_is_the_brokers() -> None:
     assert [each for each in broker.all(InviteToLane) if each.session == b"late"] == []
 
 
-def test_in_a_pool_that_limits_its_queue_the_broker_passes_them_on() -> None:
+def test_in_a_pool_with_max_waiting_the_broker_passes_connections_on() -> None:
     """Nobody counts who waits in the lane's own queue."""
     rig = Rig(workers=2, max_waiting=5)
     rig.open_lane()
@@ -267,7 +267,7 @@ def test_in_a_pool_that_limits_its_queue_the_broker_passes_them_on() -> None:
     assert len(rig.desk.passed()) == 2
 
 
-def test_a_lane_of_a_pool_that_is_over_is_not_another_pools_of_that_name(rig: Rig) -> None:
+def test_a_lane_of_a_discarded_pool_does_not_serve_a_new_pool_of_its_name(rig: Rig) -> None:
     rig.workers[2].ask(9.0)
     for worker in rig.workers:
         rig.broker.take_in(rig.broker.ledger.session_died(worker.id, rig.broker.now))
@@ -284,7 +284,7 @@ def test_a_lane_of_a_pool_that_is_over_is_not_another_pools_of_that_name(rig: Ri
     assert rig.broker.all(CloseLane) == []
 
 
-def test_a_pool_that_nobody_uses_any_more_has_no_lane(rig: Rig) -> None:
+def test_a_lane_ends_with_its_last_session(rig: Rig) -> None:
     rig.open_lane()
     for worker in rig.workers:
         for token in list(worker.held):
@@ -297,7 +297,7 @@ def test_a_pool_that_nobody_uses_any_more_has_no_lane(rig: Rig) -> None:
     Rig(rig.broker, workers=3).open_lane()  # in which nothing is left of the former
 
 
-def test_a_lane_that_is_ready_when_its_pool_is_gone_is_closed(rig: Rig) -> None:
+def test_a_lane_that_is_opened_after_its_pool_has_gone_is_closed(rig: Rig) -> None:
     rig.workers[2].ask(9.0)
     for worker in rig.workers:
         rig.broker.take_in(rig.broker.ledger.session_died(worker.id, rig.broker.now))
@@ -307,7 +307,7 @@ def test_a_lane_that_is_ready_when_its_pool_is_gone_is_closed(rig: Rig) -> None:
     assert rig.broker.all(CloseLane) == [CloseLane("p")]
 
 
-def test_while_they_move_the_waits_are_those_that_the_workers_tell_of(rig: Rig) -> None:
+def test_while_connections_move_the_workers_report_the_waits(rig: Rig) -> None:
     rig.proceed()
     a = rig.workers[0]
     nothing = Histogram([0] * BUCKETS, 0)
@@ -320,7 +320,9 @@ def test_while_they_move_the_waits_are_those_that_the_workers_tell_of(rig: Rig) 
 # --- when connections move
 
 
-def test_they_move_while_somebody_waits_and_there_is_nothing_else_to_do(rig: Rig) -> None:
+def test_connections_move_while_a_thread_waits_and_the_broker_has_nothing_else_to_do(
+    rig: Rig,
+) -> None:
     rig.open_lane()
     assert not rig.moving
     rig.contend()
@@ -345,7 +347,7 @@ def test_the_generation_is_on_the_board(rig: Rig) -> None:
     assert rig.board.generation == 2
 
 
-def test_who_waits_at_the_broker_has_his_turn_in_the_lane(rig: Rig) -> None:
+def test_a_request_at_the_broker_takes_its_turn_in_the_lane(rig: Rig) -> None:
     rig.open_lane()
     rig.contend(seat=1)
     rig.answer_all()
@@ -357,7 +359,7 @@ def test_who_waits_at_the_broker_has_his_turn_in_the_lane(rig: Rig) -> None:
     assert sum(each.times for each in rig.broker.all(JoinQueue)) == 3
 
 
-def test_what_the_broker_is_given_is_passed_to_the_first_who_waits_there(rig: Rig) -> None:
+def test_the_broker_passes_a_given_connection_to_its_first_waiter(rig: Rig) -> None:
     rig.proceed()
     queued = sum(each.times for each in rig.broker.all(JoinQueue))
     token = rig.tokens[0]
@@ -371,7 +373,7 @@ def test_what_the_broker_is_given_is_passed_to_the_first_who_waits_there(rig: Ri
     assert queued - sum(each.times for each in rig.broker.all(JoinQueue)) == 0
 
 
-def test_what_the_broker_is_given_for_nobody_goes_back_into_the_lane(rig: Rig) -> None:
+def test_the_broker_puts_a_given_connection_without_a_waiter_back_into_the_lane(rig: Rig) -> None:
     rig.proceed()
     rig.give_up()
     token = rig.tokens[0]
@@ -388,7 +390,7 @@ def test_what_the_broker_is_given_for_nobody_goes_back_into_the_lane(rig: Rig) -
     assert rig.report().parked == 1
 
 
-def test_who_does_not_want_to_wait_is_given_what_lies_on_the_shelf(rig: Rig) -> None:
+def test_a_request_without_a_wait_gets_the_connection_on_the_shelf(rig: Rig) -> None:
     rig.proceed()
     rig.give_up()
     token = rig.tokens[0]
@@ -408,7 +410,7 @@ def test_who_does_not_want_to_wait_is_given_what_lies_on_the_shelf(rig: Rig) -> 
     assert [name for name, _ in rig.desk.passed()[passed:]] == ["w0"]
 
 
-def test_who_does_not_want_to_wait_is_refused_where_nothing_lies_on_the_shelf(rig: Rig) -> None:
+def test_a_request_without_a_wait_is_refused_if_the_shelf_is_empty(rig: Rig) -> None:
     rig.proceed()
     rig.give_up()
     rig.desk.ask(rig.workers[0], seat=3, wait_s=0)
@@ -416,14 +418,14 @@ def test_who_does_not_want_to_wait_is_refused_where_nothing_lies_on_the_shelf(ri
     assert [each.reason for each in rig.workers[0].sent(Deny)] == [DenyReason.EXHAUSTED]
 
 
-def test_who_comes_to_the_broker_has_the_shelf_looked_at(rig: Rig) -> None:
+def test_a_request_to_the_broker_has_the_shelf_looked_at(rig: Rig) -> None:
     rig.proceed()
     looks = sum(each.most_from_shelf for each in rig.broker.all(JoinQueue))
     rig.contend(rig.workers[1], seat=3)
     assert sum(each.most_from_shelf for each in rig.broker.all(JoinQueue)) > looks
 
 
-def test_a_place_that_waits_in_the_lane_for_nobody_is_taken_off_the_account(rig: Rig) -> None:
+def test_a_place_that_waits_for_nobody_is_not_counted(rig: Rig) -> None:
     """Its ticket may have been lost with who was to serve it: another one is written a while later."""
     rig.proceed()
     queued = sum(each.times for each in rig.broker.all(JoinQueue))
@@ -441,7 +443,7 @@ HALTING = [
 
 
 @pytest.mark.parametrize("why", HALTING)
-def test_they_halt_as_soon_as_there_is_something_else(why: str) -> None:
+def test_moves_halt_as_soon_as_the_broker_has_something_else_to_do(why: str) -> None:
     broker = (
         Broker(handover=True, max_conn=2) if why in ("groups", "cap") else Broker(handover=True)
     )
@@ -492,7 +494,7 @@ def test_they_halt_as_soon_as_there_is_something_else(why: str) -> None:
 
 
 @pytest.mark.parametrize("why", ["outside", "cancels", "paused", "capped", "backoff"])
-def test_they_do_not_move_where_there_is_something_to_do(why: str) -> None:
+def test_moves_do_not_begin_while_the_broker_has_something_else_to_do(why: str) -> None:
     broker = Broker(handover=True, max_conn=2) if why == "capped" else Broker(handover=True)
     rig = Rig(broker, workers=3)
     rig.open_lane()
@@ -517,7 +519,7 @@ def test_they_do_not_move_where_there_is_something_to_do(why: str) -> None:
     assert broker.all(StartMoves) == []
 
 
-def test_who_has_not_joined_holds_up_the_others_until_he_has(rig: Rig) -> None:
+def test_a_session_that_has_not_joined_delays_the_moves_until_it_joins(rig: Rig) -> None:
     rig.open_lane()
     late = rig.broker.worker("late")
     rig.broker.take_in(rig.broker.ledger.backend_gone(rig.tokens[1], rig.broker.now))
@@ -532,7 +534,7 @@ def test_who_has_not_joined_holds_up_the_others_until_he_has(rig: Rig) -> None:
     assert rig.board.find(token) >= 0
 
 
-def test_what_lies_idle_in_a_process_is_taken_while_they_move(rig: Rig) -> None:
+def test_idle_connections_are_recalled_while_others_move(rig: Rig) -> None:
     rig.proceed()
     rig.workers[1].checkin(rig.tokens[1])
     rig.workers[1].beat()
@@ -540,7 +542,7 @@ def test_what_lies_idle_in_a_process_is_taken_while_they_move(rig: Rig) -> None:
     assert rig.moving
 
 
-def test_they_move_as_long_as_somebody_asks_now_and_then(rig: Rig) -> None:
+def test_moves_go_on_while_requests_come_now_and_then(rig: Rig) -> None:
     rig.proceed()
     rig.give_up()
     for _ in range(5):
@@ -552,7 +554,7 @@ def test_they_move_as_long_as_somebody_asks_now_and_then(rig: Rig) -> None:
     assert not rig.moving
 
 
-def test_after_a_halt_they_proceed_again(rig: Rig) -> None:
+def test_moves_proceed_after_a_halt(rig: Rig) -> None:
     rig.proceed()
     rig.give_up()
     rig.broker.pass_time(QUIET_S * 1.01)
@@ -569,7 +571,7 @@ def test_after_a_halt_they_proceed_again(rig: Rig) -> None:
     assert not rig.moving
 
 
-def test_when_they_begin_to_move_what_is_to_be_kept_is_decided_by_who_waits(rig: Rig) -> None:
+def test_when_moves_begin_the_waiters_decide_what_is_to_be_returned(rig: Rig) -> None:
     """Not by what was shared a while ago: nobody owes anything where others wait in the lane."""
     rig.proceed()
     assert rig.pool.shared_until <= rig.broker.now < rig.broker.now + SHARED_S
@@ -594,7 +596,7 @@ def test_a_lease_that_moves_is_its_receivers(rig: Rig) -> None:
     rig.broker.ledger.check_invariants()
 
 
-def test_what_lies_on_the_shelf_is_nobodys_and_counts(rig: Rig) -> None:
+def test_a_lease_on_the_shelf_is_nobodys_and_counts(rig: Rig) -> None:
     rig.proceed()
     rig.moves_itself(rig.tokens[1], None)
     pool = rig.report()
@@ -608,7 +610,7 @@ def test_what_lies_on_the_shelf_is_nobodys_and_counts(rig: Rig) -> None:
     assert rig.holder_of(rig.tokens[1]) == "w0"
 
 
-def test_who_has_it_next_is_in_the_journal_with_how_often_it_has_moved(rig: Rig) -> None:
+def test_the_journal_has_the_next_holder_and_the_number_of_moves(rig: Rig) -> None:
     rig.proceed()
     rig.moves_itself(rig.tokens[1], rig.workers[0])
     rig.sync()
@@ -618,7 +620,7 @@ def test_who_has_it_next_is_in_the_journal_with_how_often_it_has_moved(rig: Rig)
     assert entry.backend == Worker.backend(rig.tokens[1])
 
 
-def test_it_is_in_the_journal_that_a_lease_may_move_before_it_has(rig: Rig) -> None:
+def test_the_journal_says_that_a_lease_may_move_before_it_moves(rig: Rig) -> None:
     """Else a later broker would take it from whoever has it by then, past this one."""
     rig.proceed()
     assert {entry.token: entry.moves for entry in journal_of(rig.broker)} == dict.fromkeys(
@@ -626,7 +628,7 @@ def test_it_is_in_the_journal_that_a_lease_may_move_before_it_has(rig: Rig) -> N
     )
 
 
-def test_where_nothing_has_moved_nothing_is_written(rig: Rig) -> None:
+def test_without_a_move_nothing_is_journaled(rig: Rig) -> None:
     rig.proceed()
     before = len(rig.broker.all(Record))
     for _ in range(3):
@@ -635,7 +637,7 @@ def test_where_nothing_has_moved_nothing_is_written(rig: Rig) -> None:
     assert len(rig.broker.all(Record)) == before
 
 
-def test_what_was_closing_and_moved_is_open(rig: Rig) -> None:
+def test_a_closing_lease_that_moved_is_open(rig: Rig) -> None:
     """The giver reports the lease as closing while its connection moves."""
     rig.proceed()
     token, giver = rig.tokens[1], rig.workers[1]
@@ -648,7 +650,7 @@ def test_what_was_closing_and_moved_is_open(rig: Rig) -> None:
     assert rig.pool.incoming == {}
 
 
-def test_what_was_closing_and_lies_on_the_shelf_is_passed_on(rig: Rig) -> None:
+def test_a_closing_lease_on_the_shelf_is_passed_on(rig: Rig) -> None:
     rig.proceed()
     token, giver = rig.tokens[1], rig.workers[1]
     giver.held[token] = Phase.CLOSING
@@ -660,7 +662,7 @@ def test_what_was_closing_and_lies_on_the_shelf_is_passed_on(rig: Rig) -> None:
     assert len(rig.desk.passed()) == passed + 1
 
 
-def test_what_comes_from_one_who_was_silent_is_not_suspect_any_more(rig: Rig) -> None:
+def test_a_lease_given_by_a_silent_session_is_no_longer_suspect(rig: Rig) -> None:
     rig.proceed()
     token = rig.tokens[1]
     rig.give_up()
@@ -676,7 +678,7 @@ def test_what_comes_from_one_who_was_silent_is_not_suspect_any_more(rig: Rig) ->
     assert rig.fenced() == []
 
 
-def test_what_goes_to_one_who_is_silent_is_suspect(rig: Rig) -> None:
+def test_a_lease_given_to_a_silent_session_is_suspect(rig: Rig) -> None:
     """The receiver was stopped while it waited, unseen by the giver. The next waiter gets the slot."""
     rig.proceed()
     token, stopped = rig.tokens[1], rig.workers[2]
@@ -696,7 +698,7 @@ def test_what_goes_to_one_who_is_silent_is_suspect(rig: Rig) -> None:
 # --- what nobody speaks of
 
 
-def test_who_has_got_it_and_says_so_keeps_it(rig: Rig) -> None:
+def test_a_receiver_that_confirms_keeps_the_lease(rig: Rig) -> None:
     rig.proceed()
     token, receiver = rig.tokens[1], rig.workers[0]
     rig.moves_itself(token, receiver)
@@ -710,7 +712,9 @@ def test_who_has_got_it_and_says_so_keeps_it(rig: Rig) -> None:
     assert rig.holder_of(token) == "w0"
 
 
-def test_what_has_not_arrived_is_asked_for_and_ended_a_quarter_of_a_second_later(rig: Rig) -> None:
+def test_a_connection_that_has_not_arrived_is_asked_for_and_ended_a_quarter_of_a_second_later(
+    rig: Rig,
+) -> None:
     rig.proceed()
     token, receiver = rig.tokens[1], rig.workers[0]
     rig.moves_itself(token, receiver, arrives=False)
@@ -730,7 +734,7 @@ def test_what_has_not_arrived_is_asked_for_and_ended_a_quarter_of_a_second_later
     assert rig.fenced() == [token]
 
 
-def test_what_a_thread_may_have_in_its_hands_is_not_ended(rig: Rig) -> None:
+def test_a_connection_that_a_thread_may_be_receiving_is_not_ended(rig: Rig) -> None:
     """It has read it and not said so yet: of many threads each may be held up for long."""
     rig.proceed()
     token, receiver = rig.tokens[1], rig.workers[0]
@@ -751,7 +755,7 @@ def test_what_a_thread_may_have_in_its_hands_is_not_ended(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_what_was_seen_to_come_and_is_in_a_threads_hands_is_not_ended(
+def test_an_arrived_connection_that_a_thread_is_receiving_is_not_ended(
     rig: Rig, asked: bool
 ) -> None:
     """It was listed while nobody had read it, and is listed again once it is taken in. Between the two it is not."""
@@ -774,7 +778,7 @@ def test_what_was_seen_to_come_and_is_in_a_threads_hands_is_not_ended(
     assert not rig.lease(token).unconfirmed
 
 
-def test_what_was_seen_to_come_and_got_lost_then_is_ended(rig: Rig) -> None:
+def test_an_arrived_connection_that_is_then_lost_is_ended(rig: Rig) -> None:
     rig.proceed()
     token, receiver = rig.tokens[1], rig.workers[0]
     rig.moves_itself(token, receiver, arrives=False)
@@ -789,7 +793,7 @@ def test_what_was_seen_to_come_and_got_lost_then_is_ended(rig: Rig) -> None:
     assert rig.fenced() == [token]
 
 
-def test_what_arrives_late_but_in_time_is_not_ended(rig: Rig) -> None:
+def test_a_connection_that_arrives_late_but_in_time_is_not_ended(rig: Rig) -> None:
     rig.proceed()
     token, receiver = rig.tokens[1], rig.workers[0]
     rig.moves_itself(token, receiver, arrives=False)
@@ -817,7 +821,7 @@ def test_a_question_that_was_lost_is_asked_again(rig: Rig) -> None:
     assert rig.fenced() == [token]
 
 
-def test_who_did_not_answer_in_time_is_asked_again_when_he_speaks(rig: Rig) -> None:
+def test_a_session_that_did_not_answer_in_time_is_asked_again_when_it_speaks(rig: Rig) -> None:
     rig.proceed()
     token, receiver = rig.tokens[1], rig.workers[0]
     rig.moves_itself(token, receiver, arrives=False)
@@ -832,7 +836,7 @@ def test_who_did_not_answer_in_time_is_asked_again_when_he_speaks(rig: Rig) -> N
     assert rig.fenced() == [token]
 
 
-def test_what_is_on_nobodys_shelf_is_ended(rig: Rig) -> None:
+def test_a_connection_that_never_reached_the_shelf_is_ended(rig: Rig) -> None:
     """The giver was stopped before it laid the connection on the shelf."""
     rig.proceed()
     rig.moves_itself(rig.tokens[1], None)
@@ -845,7 +849,7 @@ def test_what_is_on_nobodys_shelf_is_ended(rig: Rig) -> None:
     assert rig.fenced() == [rig.tokens[1]]
 
 
-def test_what_is_laid_on_nobodys_shelf_after_a_halt_is_ended(rig: Rig) -> None:
+def test_a_connection_that_never_reached_the_shelf_is_ended_after_a_halt(rig: Rig) -> None:
     """The giver had seen that connections move, and was stopped then."""
     rig.proceed()
     rig.halt()
@@ -858,7 +862,7 @@ def test_what_is_laid_on_nobodys_shelf_after_a_halt_is_ended(rig: Rig) -> None:
     assert rig.fenced() == [rig.tokens[1]]
 
 
-def test_what_really_lies_on_the_shelf_is_passed_on_when_they_halt(rig: Rig) -> None:
+def test_a_connection_on_the_shelf_is_passed_on_at_a_halt(rig: Rig) -> None:
     rig.proceed()
     token = rig.tokens[1]
     rig.moves_itself(token, None)
@@ -871,7 +875,7 @@ def test_what_really_lies_on_the_shelf_is_passed_on_when_they_halt(rig: Rig) -> 
     assert rig.fenced() == []
 
 
-def test_what_lay_on_the_shelf_and_nobody_waits_for_is_parked(rig: Rig) -> None:
+def test_a_connection_from_the_shelf_without_a_waiter_is_parked(rig: Rig) -> None:
     rig.proceed()
     token = rig.tokens[1]
     rig.give_up()
@@ -882,7 +886,7 @@ def test_what_lay_on_the_shelf_and_nobody_waits_for_is_parked(rig: Rig) -> None:
     assert (rig.report().parked, rig.fenced()) == (1, [])
 
 
-def test_what_nobody_takes_though_others_ask_is_looked_for(rig: Rig) -> None:
+def test_a_connection_on_the_shelf_that_no_request_takes_is_looked_for(rig: Rig) -> None:
     """It is on the shelf by the board, and was not found there."""
     rig.proceed()
     rig.give_up()
@@ -897,7 +901,7 @@ def test_what_nobody_takes_though_others_ask_is_looked_for(rig: Rig) -> None:
     assert rig.fenced() == [rig.tokens[1]]
 
 
-def test_when_a_giver_dies_what_he_has_given_is_asked_for(rig: Rig) -> None:
+def test_when_a_giver_dies_its_receiver_is_asked(rig: Rig) -> None:
     rig.proceed()
     token, receiver = rig.tokens[1], rig.workers[0]
     rig.moves_itself(token, receiver, arrives=False)
@@ -909,7 +913,7 @@ def test_when_a_giver_dies_what_he_has_given_is_asked_for(rig: Rig) -> None:
     assert rig.fenced() == [token]
 
 
-def test_when_a_giver_dies_what_he_would_have_shelved_is_looked_for(rig: Rig) -> None:
+def test_when_a_giver_dies_the_shelf_is_searched_for_its_connection(rig: Rig) -> None:
     rig.proceed()
     token = rig.tokens[1]
     rig.moves_itself(token, None)
@@ -919,7 +923,7 @@ def test_when_a_giver_dies_what_he_would_have_shelved_is_looked_for(rig: Rig) ->
     assert rig.fenced() == [token]
 
 
-def test_what_a_dead_holder_has_is_ended_at_once(rig: Rig) -> None:
+def test_a_dead_holders_lease_is_ended_at_once(rig: Rig) -> None:
     rig.proceed()
     token = rig.tokens[1]
     rig.moves_itself(token, rig.workers[0])
@@ -927,7 +931,7 @@ def test_what_a_dead_holder_has_is_ended_at_once(rig: Rig) -> None:
     assert rig.fenced() == [token]
 
 
-def test_what_goes_to_one_who_is_gone_is_ended(rig: Rig) -> None:
+def test_a_lease_given_to_an_ended_session_is_ended(rig: Rig) -> None:
     rig.proceed()
     token, number = rig.tokens[1], rig.number(rig.workers[0])
     rig.broker.take_in(rig.broker.ledger.session_died(b"w0", rig.broker.now))
@@ -938,7 +942,7 @@ def test_what_goes_to_one_who_is_gone_is_ended(rig: Rig) -> None:
     assert rig.board.find(token) == -1
 
 
-def test_what_went_to_one_who_is_gone_and_was_given_to_another_goes_on(rig: Rig) -> None:
+def test_a_lease_refused_by_an_ended_session_and_given_to_another_goes_on(rig: Rig) -> None:
     """The receiver's wait socket was gone; the giver saw it just after it had named the receiver."""
     rig.proceed()
     token, number, cell = rig.tokens[1], rig.number(rig.workers[0]), rig.lease(rig.tokens[1]).cell
@@ -952,7 +956,7 @@ def test_what_went_to_one_who_is_gone_and_was_given_to_another_goes_on(rig: Rig)
 
 
 @pytest.mark.parametrize("nonsense", [999, 0xFFFFFFFF])
-def test_what_goes_to_nobody_that_there_ever_was_is_ended(rig: Rig, nonsense: int) -> None:
+def test_a_lease_given_to_a_number_that_never_was_is_ended(rig: Rig, nonsense: int) -> None:
     rig.proceed()
     token = rig.tokens[1]
     rig.board.set_holder(rig.lease(token).cell, nonsense)
@@ -961,7 +965,7 @@ def test_what_goes_to_nobody_that_there_ever_was_is_ended(rig: Rig, nonsense: in
     assert rig.fenced() == [token]
 
 
-def test_a_session_that_is_forgotten_later_makes_nobody_else_a_suspect(rig: Rig) -> None:
+def test_a_session_that_is_forgotten_later_makes_no_other_suspect(rig: Rig) -> None:
     """By then its end is history: who speaks is asked as of now, and has the time to answer."""
     rig.proceed()
     receiver = rig.workers[0]
@@ -980,7 +984,7 @@ def test_a_session_that_is_forgotten_later_makes_nobody_else_a_suspect(rig: Rig)
     assert rig.fenced() == [rig.tokens[1]]
 
 
-def test_what_is_listed_no_more_is_a_loss(rig: Rig) -> None:
+def test_a_lease_that_is_no_longer_listed_is_lost(rig: Rig) -> None:
     """Though its name is newer than what its holder was granted last."""
     rig.proceed()
     token, holder = rig.tokens[1], rig.workers[0]
@@ -992,7 +996,7 @@ def test_what_is_listed_no_more_is_a_loss(rig: Rig) -> None:
     assert rig.fenced() == [token]
 
 
-def test_a_pool_that_is_told_of_something_does_not_tell_its_shelf(rig: Rig) -> None:
+def test_an_event_of_a_pool_reports_nothing_of_its_shelf(rig: Rig) -> None:
     rig.proceed()
     rig.moves_itself(rig.tokens[1], None)
     rig.broker.take_in(
@@ -1010,7 +1014,7 @@ def test_a_pool_that_is_told_of_something_does_not_tell_its_shelf(rig: Rig) -> N
 # --- words that come late
 
 
-def test_a_former_holders_late_word_neither_revokes_nor_ends_it(rig: Rig) -> None:
+def test_a_former_holders_late_message_neither_revokes_nor_ends_a_lease(rig: Rig) -> None:
     rig.proceed()
     token, former = rig.tokens[1], rig.workers[1]
     late = Renew(former.reports(), former.seen)
@@ -1024,7 +1028,7 @@ def test_a_former_holders_late_word_neither_revokes_nor_ends_it(rig: Rig) -> Non
     assert rig.state(token) is SlotState.OPEN
 
 
-def test_a_former_holders_late_word_does_not_speak_for_the_next(rig: Rig) -> None:
+def test_a_former_holders_late_message_does_not_count_for_the_next_holder(rig: Rig) -> None:
     rig.proceed()
     token, former = rig.tokens[1], rig.workers[1]
     late = Renew(former.reports(), former.seen)
@@ -1033,14 +1037,14 @@ def test_a_former_holders_late_word_does_not_speak_for_the_next(rig: Rig) -> Non
     assert rig.lease(token).unconfirmed
 
 
-def test_a_former_holder_does_not_speak_of_it_any_more_and_that_is_no_loss(rig: Rig) -> None:
+def test_a_lease_that_its_former_holder_no_longer_lists_is_not_lost(rig: Rig) -> None:
     rig.proceed()
     rig.moves_itself(rig.tokens[1], rig.workers[0])
     rig.workers[1].beat()
     assert rig.fenced() == []
 
 
-def test_what_is_struck_is_not_followed(rig: Rig) -> None:
+def test_a_struck_cell_is_not_followed(rig: Rig) -> None:
     rig.proceed()
     token = rig.tokens[1]
     cell = rig.lease(token).cell
@@ -1068,7 +1072,7 @@ def test_a_lease_with_a_cancel_under_way_does_not_move_yet(rig: Rig) -> None:
     assert rig.board.find(rig.tokens[1]) >= 0
 
 
-def test_a_name_that_no_word_holds_is_not_entered() -> None:
+def test_a_token_too_large_for_the_board_is_not_entered() -> None:
     """A worker has said it; it must not stop the broker."""
     rig = Rig(workers=3, max_conn=3)
     odd = Token(-3, -4)
@@ -1081,7 +1085,7 @@ def test_a_name_that_no_word_holds_is_not_entered() -> None:
 # --- the shelf's session
 
 
-def test_what_lies_parked_for_the_shelf_ends_with_the_pools_idle_time() -> None:
+def test_a_connection_parked_for_the_shelf_expires_with_the_pools_idle_time() -> None:
     rig = Rig(workers=3, expiration_ms=3000)
     rig.proceed()
     token = rig.tokens[1]
@@ -1095,7 +1099,7 @@ def test_what_lies_parked_for_the_shelf_ends_with_the_pools_idle_time() -> None:
     assert rig.fenced() == [token]
 
 
-def test_when_all_are_gone_nothing_is_left(rig: Rig) -> None:
+def test_when_all_sessions_have_ended_no_lease_is_left(rig: Rig) -> None:
     rig.proceed()
     rig.moves_itself(rig.tokens[1], None)
     for worker in rig.workers:
@@ -1132,7 +1136,7 @@ def say_hello(rig: Rig, worker: Worker, moves: dict[Token, int]) -> None:
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_a_later_broker_learns_who_has_it_by_how_often_it_has_moved(
+def test_a_later_broker_takes_the_holder_with_the_most_moves(
     rig: Rig, order: tuple[int, int]
 ) -> None:
     """Whoever says HELLO first: the one of the journal, who has it no more, or the one who has it."""
@@ -1155,7 +1159,7 @@ def test_a_later_broker_learns_who_has_it_by_how_often_it_has_moved(
     assert former.held == {}
 
 
-def test_who_says_that_he_has_it_since_fewer_moves_has_not(rig: Rig) -> None:
+def test_a_claim_after_fewer_moves_is_refused(rig: Rig) -> None:
     rig.proceed()
     token = rig.tokens[1]
     rig.moves_itself(token, rig.workers[2])
@@ -1170,7 +1174,7 @@ def test_who_says_that_he_has_it_since_fewer_moves_has_not(rig: Rig) -> None:
     assert after.fenced() == []
 
 
-def test_what_wanders_is_over_when_a_worker_says_that_it_has_closed_it(rig: Rig) -> None:
+def test_an_unclaimed_lease_ends_when_a_worker_reports_its_close(rig: Rig) -> None:
     """It was taken from a former broker's lane, and was of no use: nobody else can have it."""
     rig.proceed()
     token = rig.tokens[1]
@@ -1200,7 +1204,7 @@ def test_the_number_of_moves_begins_anew_after_weeks(rig: Rig) -> None:
     assert after.fenced() == []
 
 
-def test_who_names_another_backend_has_another_connection(rig: Rig) -> None:
+def test_a_claim_with_another_backend_is_for_another_connection(rig: Rig) -> None:
     rig.proceed()
     token = rig.tokens[1]
     rig.moves_itself(token, rig.workers[0])
@@ -1211,7 +1215,7 @@ def test_who_names_another_backend_has_another_connection(rig: Rig) -> None:
     assert after.holder_of(token) == "w1"
 
 
-def test_what_wanders_is_ended_when_somebody_waits_and_nobody_has_claimed_it(rig: Rig) -> None:
+def test_an_unclaimed_lease_is_ended_for_a_waiter(rig: Rig) -> None:
     """A member of that lane has not reported its leases yet, and is waited for."""
     rig.proceed()
     token = rig.tokens[1]
@@ -1247,7 +1251,7 @@ def listing(worker: Worker, moves: dict[Token, int], *, unsure: bool = False) ->
     )
 
 
-def test_what_wanders_is_ended_once_all_who_were_in_that_lane_have_told_what_they_have(
+def test_an_unclaimed_lease_is_ended_once_all_members_have_reported(
     rig: Rig,
 ) -> None:
     after, token = lost_with_the_broker(rig)
@@ -1261,7 +1265,7 @@ def test_what_wanders_is_ended_once_all_who_were_in_that_lane_have_told_what_the
     assert after.fenced() == [token]
 
 
-def test_what_wanders_is_not_ended_as_long_as_one_has_not_said_hello(rig: Rig) -> None:
+def test_an_unclaimed_lease_is_not_ended_before_all_members_have_said_hello(rig: Rig) -> None:
     """One who held nothing when the former broker died, and whom only its journal knows as a member."""
     after, token = lost_with_the_broker(rig)
     assert b"w0" not in {entry.session for entry in journal_of(rig.broker)}
@@ -1277,7 +1281,7 @@ def test_what_wanders_is_not_ended_as_long_as_one_has_not_said_hello(rig: Rig) -
     assert (after.holder_of(token), after.fenced()) == ("w0", [])
 
 
-def test_what_comes_to_one_before_he_is_welcome_is_his(rig: Rig) -> None:
+def test_a_lease_that_arrives_before_the_welcome_is_the_receivers(rig: Rig) -> None:
     after, token = lost_with_the_broker(rig)
     for worker in after.workers:
         say_hello(after, worker, {})
@@ -1289,7 +1293,7 @@ def test_what_comes_to_one_before_he_is_welcome_is_his(rig: Rig) -> None:
     assert (after.holder_of(token), after.fenced()) == ("w0", [])
 
 
-def test_who_may_have_it_in_a_threads_hands_is_asked_once_more(rig: Rig) -> None:
+def test_a_member_whose_thread_may_be_receiving_is_asked_once_more(rig: Rig) -> None:
     after, token = lost_with_the_broker(rig)
     for worker in after.workers:
         say_hello(after, worker, {})
@@ -1306,7 +1310,7 @@ def test_who_may_have_it_in_a_threads_hands_is_asked_once_more(rig: Rig) -> None
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["had said hello", "had not"])
-def test_one_who_has_died_has_nothing(rig: Rig, known: bool) -> None:
+def test_a_dead_member_holds_nothing(rig: Rig, known: bool) -> None:
     after, token = lost_with_the_broker(rig)
     for worker in after.workers if known else after.workers[1:]:
         say_hello(after, worker, {})
@@ -1318,7 +1322,7 @@ def test_one_who_has_died_has_nothing(rig: Rig, known: bool) -> None:
     assert {member.session for member in members_of(after.broker)} <= {b"w1", b"w2"}
 
 
-def test_what_a_dead_member_had_may_have_moved_on(rig: Rig) -> None:
+def test_a_dead_members_lease_may_have_moved_on(rig: Rig) -> None:
     """The member gave the connection after the former broker's death, and died; another uses it."""
     rig.proceed()
     token, holder = rig.tokens[1], rig.workers[0]
@@ -1334,7 +1338,7 @@ def test_what_a_dead_member_had_may_have_moved_on(rig: Rig) -> None:
     assert (after.fenced(), after.holder_of(token)) == ([], "w0")
 
 
-def test_what_a_dead_member_had_is_ended_once_nobody_else_can_have_it(rig: Rig) -> None:
+def test_a_dead_members_lease_is_ended_once_no_other_member_can_have_it(rig: Rig) -> None:
     rig.proceed()
     token = rig.tokens[1]
     after = restarted(rig)
@@ -1346,7 +1350,7 @@ def test_what_a_dead_member_had_is_ended_once_nobody_else_can_have_it(rig: Rig) 
     assert after.fenced() == [token]
 
 
-def test_what_one_had_who_told_of_it_after_he_had_left_that_lane_is_ended_when_he_dies(
+def test_a_lease_reported_after_leaving_the_lane_is_ended_when_its_member_dies(
     rig: Rig,
 ) -> None:
     """Nobody else can have it, whoever has not told yet."""
@@ -1358,7 +1362,7 @@ def test_what_one_had_who_told_of_it_after_he_had_left_that_lane_is_ended_when_h
     assert after.fenced() == [rig.tokens[1]]
 
 
-def test_once_all_have_told_what_is_not_held_any_more_is_nobodys(rig: Rig) -> None:
+def test_once_all_members_have_reported_an_unlisted_lease_is_nobodys(rig: Rig) -> None:
     rig.proceed()
     after = restarted(rig)
     for worker in after.workers:
@@ -1369,7 +1373,7 @@ def test_once_all_have_told_what_is_not_held_any_more_is_nobodys(rig: Rig) -> No
     assert after.fenced() == [rig.tokens[1]]
 
 
-def test_without_the_whole_journal_nobody_knows_who_was_in_the_lane(rig: Rig) -> None:
+def test_without_a_complete_journal_the_members_are_unknown(rig: Rig) -> None:
     rig.proceed()
     token = rig.tokens[1]
     rig.moves_itself(token, None)
@@ -1384,7 +1388,7 @@ def test_without_the_whole_journal_nobody_knows_who_was_in_the_lane(rig: Rig) ->
     assert (after.fenced(), after.holder_of(token)) == ([], "shelf")
 
 
-def test_it_is_in_the_journal_who_is_let_into_a_lane_before_he_is(rig: Rig) -> None:
+def test_a_member_is_journaled_before_it_joins(rig: Rig) -> None:
     rig.open_lane()
     for n, command in enumerate(rig.broker.commands):
         if isinstance(command, InviteToLane):
@@ -1400,7 +1404,7 @@ def test_it_is_in_the_journal_who_is_let_into_a_lane_before_he_is(rig: Rig) -> N
     assert Dismiss(b"w1") in after.broker.commands  # there is no lane yet
 
 
-def test_the_last_worker_to_leave_ends_nothing_that_another_may_have(rig: Rig) -> None:
+def test_the_last_worker_to_leave_ends_nothing_that_another_member_may_have(rig: Rig) -> None:
     """That one has not said HELLO yet."""
     after, token = lost_with_the_broker(rig)
     for worker in after.workers[1:]:
@@ -1414,7 +1418,7 @@ def test_the_last_worker_to_leave_ends_nothing_that_another_may_have(rig: Rig) -
     assert after.fenced() == [token]
 
 
-def test_what_never_could_move_and_is_not_held_any_more_is_ended_at_once() -> None:
+def test_a_lease_that_could_not_move_and_is_not_listed_is_ended_at_once() -> None:
     rig = Rig(workers=2)
     token = rig.tokens[0]
     after = restarted(rig)
@@ -1423,7 +1427,7 @@ def test_what_never_could_move_and_is_not_held_any_more_is_ended_at_once() -> No
     assert after.fenced() == [token]
 
 
-def test_what_was_given_past_a_later_broker_before_it_was_known_is_its_receivers(rig: Rig) -> None:
+def test_a_lease_given_before_the_later_broker_knew_of_it_is_the_receivers(rig: Rig) -> None:
     """The giver has claimed the lease, and left that lane at its WELCOME."""
     rig.proceed()
     token = rig.tokens[1]
@@ -1439,7 +1443,7 @@ def test_what_was_given_past_a_later_broker_before_it_was_known_is_its_receivers
     assert after.fenced() == []
 
 
-def test_what_this_broker_has_granted_does_not_wander(rig: Rig) -> None:
+def test_a_lease_of_this_broker_is_never_unclaimed(rig: Rig) -> None:
     """It has moved, but not since: who says HELLO and does not list it has lost it."""
     rig.proceed()
     rig.moves_itself(rig.tokens[1], rig.workers[0])
@@ -1455,7 +1459,7 @@ def test_what_this_broker_has_granted_does_not_wander(rig: Rig) -> None:
     assert rig.fenced() == [heir]
 
 
-def test_who_does_not_wait_is_refused_once_the_shelf_was_found_empty(rig: Rig) -> None:
+def test_a_request_without_a_wait_is_refused_once_the_shelf_was_found_empty(rig: Rig) -> None:
     """By the books something lies there: it was lost on its way, or another was faster."""
     rig.proceed()
     rig.give_up()
