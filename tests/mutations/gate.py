@@ -747,7 +747,7 @@ MUTANTS = (
                 "reported = reports(self.leases.values(), now, threads)",
             ),
         ),
-        ("tests/unit/test_cache_handover.py", "-k", "taken_in_is_listed"),
+        ("tests/unit/test_cache_handover.py", "-k", "not_taken_in_is_listed"),
     ),
     Mutant(
         "who waits in the lane is served before his turn",
@@ -758,7 +758,7 @@ MUTANTS = (
                 "            if waiter:\n",
             ),
         ),
-        ("tests/unit/test_cache_handover.py", "-k", "before_his_turn"),
+        ("tests/unit/test_cache_handover.py", "-k", "before_its_turn"),
     ),
 )
 

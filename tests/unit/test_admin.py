@@ -51,7 +51,7 @@ def test_a_paused_pool_gets_everything_back_and_lends_nothing(broker: Broker) ->
     assert isinstance(a.outcome(request), Token)
 
 
-def test_who_does_not_wait_or_waits_too_long_is_told_that_it_is_paused(broker: Broker) -> None:
+def test_a_refusal_or_timeout_says_that_the_pool_is_paused(broker: Broker) -> None:
     a = broker.worker("a")
     order(broker, OrderKind.PAUSE)
     patient, hasty = a.ask(wait_s=5), a.ask()
@@ -64,7 +64,7 @@ def test_who_does_not_wait_or_waits_too_long_is_told_that_it_is_paused(broker: B
     assert refused.reason is DenyReason.PAUSED
 
 
-def test_who_does_not_wait_is_told_when_the_pause_begins(broker: Broker) -> None:
+def test_a_request_without_a_wait_is_refused_when_the_pause_begins(broker: Broker) -> None:
     a, b = broker.worker("a", max_conn=1), broker.worker("b")
     a.lend()
     request = b.ask()
@@ -105,7 +105,7 @@ def test_a_pause_outlives_the_pools_last_session(broker: Broker) -> None:
     assert order(broker, OrderKind.RESUME, "p").said == ["resumed, and not in use"]
 
 
-def test_what_is_given_to_a_paused_pool_is_ended_not_parked_or_passed(
+def test_a_connection_given_to_a_paused_pool_is_ended_not_parked_or_passed(
     broker: Broker, desk: Desk
 ) -> None:
     a, b = (broker.worker(name, max_conn=2) for name in "ab")
@@ -235,7 +235,7 @@ def test_a_process_gives_back_what_it_holds_and_may_ask_again(broker: Broker) ->
     assert broker.ledger._slots.shrinking == {}
 
 
-def test_what_a_drained_process_has_given_is_not_its_own_any_more(
+def test_a_drained_process_does_not_own_the_connections_it_has_given(
     broker: Broker, desk: Desk
 ) -> None:
     a = broker.worker("a", max_conn=3)
@@ -277,7 +277,7 @@ def test_a_parked_connection_can_be_ended(broker: Broker, desk: Desk) -> None:
     assert desk.state(token) is SlotState.FENCING
 
 
-def test_what_cannot_be_ended_from_here_is_not_touched() -> None:
+def test_a_lease_that_cannot_be_ended_from_here_is_not_touched() -> None:
     broker = Broker(has_control_connection=False)
     a = broker.worker("a")
     token = a.lend()

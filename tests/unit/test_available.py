@@ -27,7 +27,7 @@ def few() -> Iterator[list[int]]:
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_what_can_be_had_is_told_from_what_cannot(few: list[int]) -> None:
+def test_too_few_free_descriptors_are_an_error(few: list[int]) -> None:
     for _ in range(8):
         os.close(few.pop())
     require(8, "the pool")

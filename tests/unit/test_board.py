@@ -82,7 +82,7 @@ def test_the_first_byte_tells_whether_connections_move(board: Board) -> None:
 
 
 @pytest.mark.parametrize("what", ["hand", "moving", "generation", "asked", "turn"])
-def test_what_others_write_beside_it_is_left_alone(
+def test_other_writes_beside_a_cell_are_left_alone(
     memory: bytearray, board: Board, what: str
 ) -> None:
     """Each word has one writer: a write that took in a neighbour would undo that one's."""
@@ -151,7 +151,7 @@ def test_an_empty_cell_has_nothing(board: Board) -> None:
     assert not board.has(0, NO_TOKEN)
 
 
-def test_who_has_it_writes_the_next_holder_and_each_time_counts(board: Board) -> None:
+def test_each_holder_writes_the_next_one_and_counts_the_move(board: Board) -> None:
     board.enter(2, Token(1, 1), 6, 40)
     assert board.holding(2) == Holding(6, 40)
     assert board.set_holder(2, 7) == 41
@@ -167,7 +167,7 @@ def test_moves_wrap(board: Board) -> None:
 
 
 @pytest.mark.parametrize("moves", [MOST + 1, 1 << 62])
-def test_it_is_entered_whatever_was_said_of_its_moves(board: Board, moves: int) -> None:
+def test_a_lease_is_entered_whatever_moves_were_reported(board: Board, moves: int) -> None:
     """A worker has said it."""
     board.enter(2, Token(1, 1), 3, moves)
     assert board.holding(2).holder == 3
@@ -213,7 +213,7 @@ def test_request_numbers_are_kept_as_far_as_a_ticket_has_them(board: Board) -> N
     assert board.is_waiting_at(0, 5)
 
 
-def test_who_waits_is_counted_by_session(board: Board) -> None:
+def test_waiters_are_counted_by_session(board: Board) -> None:
     for place in (0, 1, PLACES - 1, PLACES, 3 * PLACES + 4):
         board.take_place(place, 1)
     assert [board.waiting([index]) for index in range(4)] == [3, 1, 0, 1]

@@ -284,7 +284,7 @@ def test_owed_is_absolute_a_newer_word_replaces_it(rig: Rig) -> None:
     assert rig.cache.returns_due == 0
 
 
-def test_what_is_owed_goes_before_the_local_queue(rig: Rig) -> None:
+def test_returns_that_are_due_go_before_the_local_queue(rig: Rig) -> None:
     lease, conn = rig.lend()
     rig.want()
     rig.recall(owed=1)
@@ -369,7 +369,7 @@ def test_a_former_brokers_grant_is_not_taken_in(rig: Rig) -> None:
     assert rig.cache.granted(Grant(ticket.request, Token(2, 1), 1), rig.now) is ticket
 
 
-def test_what_was_granted_along_with_a_welcome_is_as_old_as_the_hello(rig: Rig) -> None:
+def test_a_lease_granted_along_with_a_welcome_is_as_old_as_the_hello(rig: Rig) -> None:
     """This process may have been frozen in between: its slot may be another's by now."""
     rig.cache.connects_within_s = 10.0
     ticket = rig.want()
@@ -405,7 +405,7 @@ def test_a_lease_whose_backend_has_ended_is_dropped_unless_it_is_being_closed(ri
     assert rig.cache.ended(closing.token) is None
 
 
-def test_what_was_given_back_is_told_until_it_is_acknowledged(rig: Rig) -> None:
+def test_a_release_is_repeated_until_it_is_acknowledged(rig: Rig) -> None:
     lease, _ = rig.lend()
     rig.cache.closed(lease, ReleaseReason.CLOSED, gone=True)
     unseen, _ = rig.lend()
@@ -706,7 +706,7 @@ def test_recalls_of_a_new_broker_start_over(rig: Rig) -> None:
     assert rig.cache.returns_due == 1
 
 
-def test_what_was_asked_for_twice_may_be_answered_once_more(rig: Rig) -> None:
+def test_a_request_sent_twice_may_be_answered_twice(rig: Rig) -> None:
     """The link has registered again meanwhile; nobody would read a free wait socket."""
     slow = rig.want(9.0)
     rig.cache.register(rig.now, {})
@@ -798,7 +798,7 @@ def test_another_brokers_grants_count_from_its_welcome(rig: Rig) -> None:
     assert ticket.lease.connect_by == rig.now - 1 + 15
 
 
-def test_what_was_given_back_with_its_backend_unseen_is_told_until_the_broker_knows(
+def test_a_release_with_its_backend_unseen_is_repeated_until_the_broker_knows(
     rig: Rig,
 ) -> None:
     """Of a connection that had been passed nothing else would tell: its RELEASE may be lost with a line."""

@@ -82,14 +82,14 @@ def test_in_the_end_it_is_given_all_the_same(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("pressed", [True, False])
-def test_who_pauses_gives_at_the_next_checkin(rig: Rig, pressed: bool) -> None:
+def test_a_thread_that_pauses_gives_at_the_next_checkin(rig: Rig, pressed: bool) -> None:
     lease, conn = pass_on(rig, owed=1, pressed=pressed)
     outcome = use(rig, lease, conn, for_s=SLICE_S, gap_s=STEADY_GAP_S * 1.2)
     assert reason_of(outcome) is ReleaseReason.RETURN_DUE
     assert rig.now - lease.arrived_at < SLICE_S
 
 
-def test_what_a_hello_has_asked_along_is_not_asked_again(rig: Rig) -> None:
+def test_a_request_within_a_hello_is_not_sent_again(rig: Rig) -> None:
     served, other = rig.want(), rig.want()
     *_, first = rig.cache.register(rig.now, {})
     assert first == Acquire(served.request, 5000)
@@ -100,7 +100,7 @@ def test_what_a_hello_has_asked_along_is_not_asked_again(rig: Rig) -> None:
     ]
 
 
-def test_who_takes_a_seat_in_the_lane_tells_the_broker(rig: Rig) -> None:
+def test_a_thread_that_takes_a_seat_in_the_lane_tells_the_broker(rig: Rig) -> None:
     ticket = rig.want()
     rig.sent()
     rig.cache.waiters.change_place(ticket, 7, rig.now)
@@ -125,7 +125,7 @@ def test_a_recall_that_a_passed_connection_has_overtaken_is_obeyed_and_answered(
     assert rig.cache.recalled(late, rig.now, {}) == []
 
 
-def test_what_is_kept_for_a_user_who_does_not_come_is_given_when_the_broker_asks_again(
+def test_a_connection_kept_for_its_thread_in_vain_is_given_when_the_broker_asks_again(
     rig: Rig,
 ) -> None:
     lease, conn = pass_on(rig, owed=1, pressed=True)
@@ -150,7 +150,7 @@ def test_where_it_must_be_opened_the_slice_begins_when_that_is_done(rig: Rig) ->
 
 
 @pytest.mark.parametrize("asks", [1, 2])
-def test_what_was_asked_for_twice_is_not_over_with_one_answer(rig: Rig, asks: int) -> None:
+def test_one_answer_does_not_end_a_request_that_was_sent_twice(rig: Rig, asks: int) -> None:
     """The broker may have queued it anew while the first answer was on its way: its wait socket is to be watched."""
     ticket = rig.want()
     if asks == 2:
@@ -168,7 +168,7 @@ def test_what_was_asked_for_twice_is_not_over_with_one_answer(rig: Rig, asks: in
     assert ticket.broker_is_done is (asks == 1)
 
 
-def test_what_a_former_broker_has_passed_on_is_not_used(rig: Rig) -> None:
+def test_a_connection_passed_by_a_former_broker_is_not_used(rig: Rig) -> None:
     message = Moved(
         1, Token(0, 1), -1, 0, Live(Backend(1), 1, b""), Passed(1, 0, others_wait=False)
     )
@@ -224,7 +224,7 @@ def test_when_they_move_no_more_a_checkin_keeps(rig: Rig) -> None:
     assert list(rig.cache.idle) == [lease]
 
 
-def test_what_was_laid_idle_the_short_way_is_given_too(moving: Rig) -> None:
+def test_a_connection_checked_in_the_short_way_is_given_too(moving: Rig) -> None:
     """Its thread has seen only afterwards that they move."""
     moving.cache.moving = b"\0"
     lease = moving.idle()
@@ -242,7 +242,9 @@ def test_what_was_laid_idle_the_short_way_is_given_too(moving: Rig) -> None:
         ("taken away", ReleaseReason.BROKEN),
     ],
 )
-def test_what_must_not_go_on_does_not_move(moving: Rig, case: str, reason: ReleaseReason) -> None:
+def test_a_connection_that_must_not_go_on_does_not_move(
+    moving: Rig, case: str, reason: ReleaseReason
+) -> None:
     lease, conn = moving.lend(retire_at=moving.now + (0.5 if case == "old" else 100))
     lease.movable = True
     if case == "stale":
@@ -255,7 +257,7 @@ def test_what_must_not_go_on_does_not_move(moving: Rig, case: str, reason: Relea
     assert reason_of(moving.cache.checkin(lease, conn, moving.now, None)) is reason
 
 
-def test_who_waits_in_the_lane_is_not_served_before_his_turn(moving: Rig) -> None:
+def test_a_thread_in_the_lane_is_not_served_before_its_turn(moving: Rig) -> None:
     """Threads of other processes may come first in the lane; at the broker, none can."""
     lease, conn = moving.lend()
     lease.movable = True
@@ -286,7 +288,7 @@ def test_a_process_with_many_threads_keeps_no_connection_for_ever(moving: Rig) -
     assert 5 < served < 15
 
 
-def test_what_cannot_move_after_all_is_laid_back_and_told_of(moving: Rig) -> None:
+def test_a_connection_that_cannot_move_is_put_back_and_reported(moving: Rig) -> None:
     """The broker is to ask for it: whoever waits does so in the lane."""
     lease, conn = moving.lend()
     lease.movable = True
@@ -301,7 +303,7 @@ def test_what_cannot_move_after_all_is_laid_back_and_told_of(moving: Rig) -> Non
     assert (closing.lease, closing.reason) == (lease, ReleaseReason.TAKEN)
 
 
-def test_what_was_taken_away_meanwhile_is_not_laid_back(moving: Rig) -> None:
+def test_a_connection_taken_away_meanwhile_is_not_put_back(moving: Rig) -> None:
     lease, conn = moving.lend()
     moving.cache.forget(lease.token)
     moving.sent()
@@ -309,7 +311,7 @@ def test_what_was_taken_away_meanwhile_is_not_laid_back(moving: Rig) -> None:
     assert (list(moving.cache.idle), moving.sent()) == ([], [])
 
 
-def test_who_waits_in_the_lane_asks_the_broker_for_nothing(moving: Rig) -> None:
+def test_a_thread_in_the_lane_asks_the_broker_for_nothing(moving: Rig) -> None:
     ticket = want_in_lane(moving)
     assert moving.sent() == []
     assert moving.cache.heartbeat(moving.now, {}).pending == []
@@ -319,7 +321,7 @@ def test_who_waits_in_the_lane_asks_the_broker_for_nothing(moving: Rig) -> None:
     assert not ticket.only_in_lane
 
 
-def test_what_comes_in_the_lane_is_its_tickets(moving: Rig) -> None:
+def test_a_connection_from_the_lane_serves_its_request(moving: Rig) -> None:
     other, mine = want_in_lane(moving), want_in_lane(moving)
     ticket, lease, conn = come(moving, mine.request)
     assert ticket is mine
@@ -336,7 +338,7 @@ def test_what_comes_in_the_lane_is_its_tickets(moving: Rig) -> None:
     assert moving.sent() == []
 
 
-def test_what_comes_for_one_who_waits_no_more_is_the_next_ones(moving: Rig) -> None:
+def test_a_connection_for_a_request_that_is_over_serves_the_next(moving: Rig) -> None:
     gone, next_one = want_in_lane(moving), want_in_lane(moving)
     moving.cache.give_up(gone, moving.now)
     ticket, lease, _ = come(moving, gone.request)
@@ -344,12 +346,12 @@ def test_what_comes_for_one_who_waits_no_more_is_the_next_ones(moving: Rig) -> N
     assert moving.sent() == []
 
 
-def test_what_comes_for_nobody_lies_idle(moving: Rig) -> None:
+def test_a_connection_without_a_waiter_is_idle(moving: Rig) -> None:
     ticket, lease, _ = come(moving)
     assert (ticket, list(moving.cache.idle)) == (None, [lease])
 
 
-def test_what_comes_from_the_shelf_and_is_old_ends_when_it_should(moving: Rig) -> None:
+def test_a_connection_from_the_shelf_ends_at_its_lifetime(moving: Rig) -> None:
     moving.serial += 1
     moved = Moved(0, Token(1, moving.serial), 9, 1, Live(Backend(1), 1, b""))
     moving.cache.received(moved, Conn(), moving.now + 1, moving.now)
@@ -357,7 +359,7 @@ def test_what_comes_from_the_shelf_and_is_old_ends_when_it_should(moving: Rig) -
     assert closing.reason is ReleaseReason.RETIRED
 
 
-def test_who_waited_in_a_former_brokers_lane_asks_the_later_one(moving: Rig) -> None:
+def test_a_thread_in_a_former_brokers_lane_asks_the_later_broker(moving: Rig) -> None:
     ticket = want_in_lane(moving)
     *_, first = moving.cache.register(moving.now, {})
     assert first == Acquire(ticket.request, 5000)
@@ -366,7 +368,7 @@ def test_who_waited_in_a_former_brokers_lane_asks_the_later_one(moving: Rig) -> 
     assert not ticket.only_in_lane
 
 
-def test_who_leaves_the_lane_asks_the_broker_and_is_served_by_either(moving: Rig) -> None:
+def test_a_thread_that_leaves_the_lane_asks_the_broker_and_is_served_by_either(moving: Rig) -> None:
     """A connection may still be on its way in the lane; then the broker is told to forget the request."""
     by_broker, in_lane = want_in_lane(moving), want_in_lane(moving)
     for ticket in (by_broker, in_lane):
@@ -381,7 +383,7 @@ def test_who_leaves_the_lane_asks_the_broker_and_is_served_by_either(moving: Rig
     assert moving.sent() == []
 
 
-def test_who_was_passed_what_cannot_be_used_asks_the_broker(moving: Rig) -> None:
+def test_a_thread_that_received_an_unusable_connection_asks_the_broker(moving: Rig) -> None:
     ticket = want_in_lane(moving)
     moved = Moved(ticket.request, Token(1, 70), 9, 1, Live(Backend(70), 1, b""))
     moving.cache.refuse(moved, moving.now)
@@ -400,7 +402,7 @@ def arrival(serial: int, moves: int = 2) -> Moved:
     return Moved(4, Token(1, serial), 9, moves, Live(Backend(serial), 1, b""))
 
 
-def test_what_has_come_and_nobody_has_taken_in_is_listed(moving: Rig) -> None:
+def test_a_connection_that_has_arrived_and_is_not_taken_in_is_listed(moving: Rig) -> None:
     """Else the broker would take it for lost."""
     lease, _ = moving.lend()
     in_hand, unread = arrival(50), arrival(51, moves=7)
@@ -417,7 +419,7 @@ def test_what_has_come_and_nobody_has_taken_in_is_listed(moving: Rig) -> None:
     assert lease.token < in_hand.token
 
 
-def test_what_was_dropped_before_it_was_taken_in_is_listed_no_more(moving: Rig) -> None:
+def test_a_connection_dropped_before_it_was_received_is_no_longer_listed(moving: Rig) -> None:
     """By an interrupt in whatever line: else its slot would be this process's for ever."""
     kept, dropped = arrival(50), arrival(51)
     moving.cache.arriving = {
@@ -428,7 +430,7 @@ def test_what_was_dropped_before_it_was_taken_in_is_listed_no_more(moving: Rig) 
     assert list(moving.cache.arriving) == [kept.token]
 
 
-def test_what_is_listed_is_listed_once(moving: Rig) -> None:
+def test_a_lease_is_listed_once(moving: Rig) -> None:
     """Read between two looks; taken in between two others."""
     _, lease, _ = come(moving)
     both, taken_in = arrival(50), arrival(lease.token.serial)
@@ -444,7 +446,7 @@ def test_how_often_it_has_moved_is_said_of_what_is_held(moving: Rig) -> None:
     assert (report.token, report.moves) == (lease.token, 12)
 
 
-def test_what_is_on_its_way_out_is_not_claimed(moving: Rig) -> None:
+def test_a_lease_on_its_way_out_is_not_claimed(moving: Rig) -> None:
     """By the time a later broker hears of it, it is another process's."""
     _, lease, conn = come(moving)
     assert moving.cache.take(moving.now) is lease

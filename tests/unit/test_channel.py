@@ -27,7 +27,7 @@ def test_a_channels_frame_names_its_session_both_ways(number: int) -> None:
 @pytest.mark.parametrize(
     "routing_id", [b"c" + PROCESS[1:], b"p", b"pool", PROCESS + b"x", b"\0abc"]
 )
-def test_what_is_no_process_has_one_session(routing_id: bytes) -> None:
+def test_a_peer_without_a_process_has_one_session(routing_id: bytes) -> None:
     assert to_session(routing_id, b"a question") == (routing_id, b"a question")
     if len(routing_id) <= 16:
         assert from_session(routing_id, b"the answer") == (routing_id, b"the answer")

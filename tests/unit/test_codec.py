@@ -233,7 +233,7 @@ def test_a_damaged_message_is_a_protocol_error_or_another_message(
         pickle.dumps(Token(1, 2)),
     ],
 )
-def test_what_is_no_message_is_a_protocol_error(
+def test_a_frame_without_a_message_is_a_protocol_error(
     decode: Callable[[bytes], object], frame: bytes
 ) -> None:
     with pytest.raises(ProtocolError):

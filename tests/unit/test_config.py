@@ -283,7 +283,7 @@ def test_somebody_elses_directory_is_refused(
         pool.get_conn()
 
 
-def test_what_a_tcp_broker_knows_does_not_move_with_the_environment(
+def test_a_tcp_brokers_files_do_not_move_with_the_environment(
     monkeypatch: pytest.MonkeyPatch, runtime_dir: Path
 ) -> None:
     """Else one restarted from another shell would know of no lease."""
@@ -382,7 +382,7 @@ def test_a_worker_does_not_load_the_brokers_modules() -> None:
     assert printed == "[]\n"
 
 
-def test_what_starts_a_broker_is_there_all_the_same() -> None:
+def test_the_modules_that_start_a_broker_are_loaded_on_demand() -> None:
     assert (
         sharedpool.start_broker.__module__
         == sharedpool.Broker.__module__

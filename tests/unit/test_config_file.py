@@ -71,7 +71,7 @@ def test_every_mistake_is_named_at_once_with_its_place(tmp_path: Path) -> None:
         ("max_conn = true", "max_conn: Expected `int`"),
     ],
 )
-def test_what_makes_no_sense_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+def test_senseless_values_are_refused(tmp_path: Path, text: str, expected: str) -> None:
     path = tmp_path / "sharedpool.toml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:

@@ -14,14 +14,14 @@ LONGEST_RETRY_S = 8.0
 
 
 @pytest.mark.parametrize("code", ["53300", "53200", "57P01", "57P02", "57P03", "58030"])
-def test_what_a_server_says_of_itself_concerns_everybody(code: str) -> None:
+def test_a_servers_error_about_itself_concerns_every_process(code: str) -> None:
     assert concerns_all(code, unreachable=False)
 
 
 @pytest.mark.parametrize(
     "code", ["28P01", "28000", "3D000", "42501", "55000", "57P04", "57014", "08P01", "XX000", ""]
 )
-def test_what_it_says_of_one_and_what_is_not_known_is_his_own(code: str) -> None:
+def test_an_error_about_one_client_or_unknown_concerns_that_process(code: str) -> None:
     assert not concerns_all(code, unreachable=False)
 
 
@@ -29,7 +29,7 @@ def test_a_server_that_does_not_answer_concerns_everybody() -> None:
     assert concerns_all("", unreachable=True)
 
 
-def test_who_is_refused_again_and_again_waits_longer_each_time_up_to_a_limit() -> None:
+def test_repeated_refusals_lengthen_the_wait_up_to_a_limit() -> None:
     refusals, refusal, now = Refusals(lambda: 0.0), None, 100.0
     refusal = refusals.failed(b"a", refusal, "28P01", "no", now)
     assert refusals.blocked_until(b"a", refusal, now) is None  # its password may be another by now
@@ -56,7 +56,7 @@ def test_another_refusal_begins_anew() -> None:
     assert refusals.blocked_until(b"a", other, 20.0) is None
 
 
-def test_who_is_refused_for_the_role_takes_turns_with_the_others_and_nobody_is_left_out() -> None:
+def test_processes_refused_for_their_role_take_turns_and_none_is_left_out() -> None:
     refusals = Refusals(lambda: 0.5)
     names = [b"a", b"b", b"c"]
     held: dict[bytes, Refusal] = {
@@ -77,7 +77,7 @@ def test_who_is_refused_for_the_role_takes_turns_with_the_others_and_nobody_is_l
     assert all(one != other for (_, one), (_, other) in itertools.pairwise(tried))
 
 
-def test_one_who_is_let_in_opens_the_door_for_all_who_were_refused_alike() -> None:
+def test_one_success_ends_the_wait_of_all_that_were_refused_alike() -> None:
     refusals = Refusals(lambda: 0.5)
     a, b = (refusals.failed(name, None, "28000", "no login", 0.0) for name in (b"a", b"b"))
     other = refusals.failed(b"c", None, "42501", "no right to it", 0.0)
@@ -118,7 +118,7 @@ def test_a_worker_with_a_wrong_password_holds_nobody_else_back_and_is_told_at_on
     assert [log for log in broker.all(Log) if "is refused (28P01)" in log.text]
 
 
-def test_it_tries_again_when_its_time_has_come() -> None:
+def test_a_refused_process_tries_again_when_its_wait_is_over() -> None:
     broker = Broker()
     bad = broker.worker("bad", max_conn=4)
     refuse_twice(bad)
@@ -142,7 +142,7 @@ def test_threads_that_wait_beside_the_one_that_is_refused_are_told_instead_of_se
     assert denial.reason is DenyReason.REFUSED
 
 
-def test_who_is_refused_makes_nobody_give_up_a_connection() -> None:
+def test_a_refused_process_has_no_connection_recalled() -> None:
     broker = Broker()
     good, bad = broker.worker("good", max_conn=1), broker.worker("bad")
     refuse_twice(bad)
@@ -167,7 +167,7 @@ def test_a_worker_that_alone_finds_no_server_does_not_hold_the_others_back_for_l
 
 
 @pytest.mark.parametrize(("code", "goes_on"), [("", True), ("53300", False)], ids=["down", "full"])
-def test_what_another_has_reached_meanwhile_is_not_down_but_may_be_full(
+def test_a_server_that_another_process_reached_is_not_down_but_may_be_full(
     code: str, goes_on: bool
 ) -> None:
     broker = Broker()
@@ -195,7 +195,7 @@ def test_a_grant_says_with_what_the_server_refuses_everybody() -> None:
 
 
 @pytest.mark.parametrize(("code", "is_told"), [("28000", True), ("42501", True), ("28P01", False)])
-def test_what_every_process_of_a_role_is_refused_for_is_told_of_the_pool(
+def test_a_refusal_of_every_process_of_a_role_is_reported_for_the_pool(
     code: str, is_told: bool
 ) -> None:
     broker = Broker()

@@ -345,7 +345,7 @@ def test_a_function_is_asked_for_the_dsn_and_keywords_are_laid_over_it() -> None
     assert next(passwords, None) is None
 
 
-def test_what_never_changes_is_not_asked_for() -> None:
+def test_a_constant_conninfo_is_current() -> None:
     assert resolve(host="h").current() == resolve(host="h").dsn
 
 
@@ -382,7 +382,7 @@ def test_a_password_function_is_explicit_as_a_password_is() -> None:
         ({"password": lambda: "zsecret\0"}, r"^password= has a value that libpq cannot take"),
     ],
 )
-def test_what_a_function_returns_is_checked_and_never_shown(
+def test_a_functions_password_is_checked_and_never_shown(
     arguments: dict[str, Any], complaint: str
 ) -> None:
     found = resolve(host="h", **arguments)
@@ -393,7 +393,7 @@ def test_what_a_function_returns_is_checked_and_never_shown(
     )
 
 
-def test_what_a_dsn_function_returns_is_checked_and_never_shown() -> None:
+def test_a_functions_dsn_is_checked_and_never_shown() -> None:
     answers: list[Any] = ["host=h password=zsecret", "host=h password='zsecret", None]
     found = resolve(dsn=lambda: answers.pop(0))
     for complaint in (r"^dsn= cannot be parsed", r"^dsn= must be a string, not NoneType"):
@@ -632,7 +632,7 @@ def test_a_service_is_resolved_between_explicit_values_and_the_environment(
     assert identity(db_url="postgres:///?service=other").host == "oh"
 
 
-def test_what_an_identity_comes_from_may_change(
+def test_the_source_of_an_identity_may_change(
     monkeypatch: pytest.MonkeyPatch, service_file: Path
 ) -> None:
     info, by_service = resolve(dsn="dbname=d user=u"), resolve(dsn="service=reports user=u")

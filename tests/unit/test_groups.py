@@ -57,7 +57,7 @@ def test_a_group_has_no_more_than_its_limit_over_all_its_pools() -> None:
     assert isinstance(rest.outcome(rest.ask()), Token)
 
 
-def test_what_lies_idle_in_another_pool_of_a_full_group_is_taken() -> None:
+def test_an_idle_connection_in_another_pool_of_a_full_group_is_taken() -> None:
     broker = grouped(9, jobs=GroupTerms(max_conn=1))
     one, other = member(broker, "one", "jobs", "p"), member(broker, "other", "jobs", "q")
     token = one.lend()
@@ -97,7 +97,7 @@ def test_idle_leases_are_taken_from_the_least_important_first_and_not_from_a_res
     assert web.sent(Recall) == []
 
 
-def test_who_is_more_important_is_asked_but_not_pressed() -> None:
+def test_a_pool_of_higher_priority_is_asked_but_not_pressed() -> None:
     broker = grouped(2, web=GroupTerms(priority=5))
     web, jobs = member(broker, "web", "web"), member(broker, "jobs", "jobs")
     busy, idle = web.lend(), web.lend()
@@ -114,7 +114,7 @@ def test_who_is_more_important_is_asked_but_not_pressed() -> None:
     assert busy in web.held
 
 
-def test_who_is_less_important_is_pressed() -> None:
+def test_a_pool_of_lower_priority_is_pressed() -> None:
     broker = grouped(1, web=GroupTerms(priority=5))
     web, jobs = member(broker, "web", "web"), member(broker, "jobs", "jobs")
     jobs.lend()

@@ -169,7 +169,7 @@ def test_the_next_brokers_invitation_is_followed_after_it(rig: Rig) -> None:
     assert rig.has_joined()
 
 
-def test_nobody_tells_the_next_broker_of_his_place_in_the_former_ones_lane(rig: Rig) -> None:
+def test_no_request_tells_the_next_broker_its_place_in_the_former_lane(rig: Rig) -> None:
     """At that number there may be somebody else's thread in the next lane, or nobody."""
     rig.invite()
     rig.welcome(7)

@@ -27,7 +27,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "broker.sock.journal"
 
 
-def test_what_was_recorded_and_not_erased_comes_back(path: Path) -> None:
+def test_entries_recorded_and_not_erased_are_restored(path: Path) -> None:
     journal = Journal(path)
     assert not journal.intact
     assert journal.entries == []
@@ -46,7 +46,7 @@ def test_what_was_recorded_and_not_erased_comes_back(path: Path) -> None:
     assert after.entries == [entry(2, Backend(9, 8, 7)), entry(3)]
 
 
-def test_who_was_in_a_lane_comes_back_until_he_has_left_it(path: Path) -> None:
+def test_a_lanes_members_are_restored_until_they_leave(path: Path) -> None:
     spec = PoolSpec("päge", 5, 60_000)
     stays, leaves = (Member(name, Process(77, 1, "here"), spec) for name in (b"w\xff\0", b"other"))
     journal = Journal(path)
@@ -76,7 +76,9 @@ def test_a_line_cut_short_is_one_that_never_counted(path: Path) -> None:
     assert after.entries == [entry(1)]
 
 
-def test_one_that_was_not_vouched_for_is_not_believed_by_the_next_broker_either(path: Path) -> None:
+def test_a_journal_not_marked_complete_is_not_complete_for_the_next_broker_either(
+    path: Path,
+) -> None:
     journal = Journal(path)
     journal.record(entry(1))
     journal.flush()
@@ -91,12 +93,12 @@ def test_one_that_was_not_vouched_for_is_not_believed_by_the_next_broker_either(
     "content",
     [b"", b"nonsense\n", b'{"version":99}\n', b'{"version":1}\n', b'{"version":2}\n{"lease":5}\n'],
 )
-def test_what_cannot_be_read_is_not_taken_for_all(path: Path, content: bytes) -> None:
+def test_an_unreadable_journal_is_not_complete(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     assert not Journal(path).intact
 
 
-def test_it_does_not_grow_for_ever(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_journal_does_not_grow_for_ever(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journals, "_COMPACT_BYTES", 5000)
     journal = Journal(path)
     journal.record(entry(0))
@@ -110,7 +112,7 @@ def test_it_does_not_grow_for_ever(path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert Journal(path).entries == [entry(0)]
 
 
-def test_it_is_the_users_alone_and_is_removed_for_good(path: Path) -> None:
+def test_the_journal_is_the_users_alone_and_is_removed_for_good(path: Path) -> None:
     journal = Journal(path)
     assert path.stat().st_mode & 0o777 == 0o600
     journal.close(for_good=True)
@@ -159,7 +161,7 @@ def file_size_limit(most: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, ignored)
 
 
-def test_one_that_cannot_be_rewritten_whole_is_kept(
+def test_a_journal_that_cannot_be_rewritten_whole_is_kept(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal = Journal(path)

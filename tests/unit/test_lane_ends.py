@@ -162,7 +162,7 @@ def test_a_stale_ticket_is_skipped(rig: Rig) -> None:
     assert rig.a.lane.next_ticket() is None
 
 
-def test_who_queues_is_seen_to_ask(rig: Rig) -> None:
+def test_a_queued_thread_is_seen_to_ask(rig: Rig) -> None:
     before = rig.board.requests
     rig.b.wait(0, 5)
     assert rig.board.requests != before
@@ -262,7 +262,7 @@ def test_the_shelf_is_first_in_first_out_and_whose_it_is_then_is_on_the_board(ri
     assert rig.b.taken() is None
 
 
-def test_what_lies_behind_something_useless_is_found(rig: Rig) -> None:
+def test_a_connection_behind_a_useless_one_is_found(rig: Rig) -> None:
     """Who looks once and finds nothing goes to wait, and nobody would bring it."""
     useless, good = rig.connection(), rig.connection()
     rig.a.lane.give(useless)
@@ -299,7 +299,7 @@ def test_a_second_look_after_shelving_serves_who_has_come_meanwhile(rig: Rig) ->
     assert rig.is_over(item)
 
 
-def test_who_was_faster_at_the_shelf_leaves_the_others_ticket_in_the_queue(rig: Rig) -> None:
+def test_the_faster_of_two_at_the_shelf_leaves_the_others_ticket_in_the_queue(rig: Rig) -> None:
     class Robbed(Lane):
         def take_from_shelf(self) -> tuple[Moved, Owned] | None:
             assert rig.b.taken() is not None
@@ -329,7 +329,7 @@ def test_on_a_full_shelf_it_stays_its_givers(rig: Rig) -> None:
     assert rig.is_over(item)
 
 
-def test_what_is_not_on_the_board_is_not_given(rig: Rig) -> None:
+def test_a_lease_that_is_not_on_the_board_is_not_given(rig: Rig) -> None:
     rig.b.wait(0, 5)
     item = rig.connection()
     rig.board.remove(item.cell)
@@ -353,7 +353,7 @@ TOLD = ["generation", "struck", "another's cell", "no cell", "two sockets", "no 
 
 @pytest.mark.parametrize("case", [*TOLD, "secret", "nonsense", "empty"])
 @pytest.mark.parametrize("where", ["seat", "shelf"])
-def test_what_is_not_as_it_should_be_is_dropped_and_its_socket_closed(
+def test_a_packet_that_is_not_as_it_should_be_is_dropped_and_its_socket_closed(
     rig: Rig, case: str, where: str
 ) -> None:
     """That no descriptor was free for its socket looks as if none had come."""
@@ -393,7 +393,7 @@ def test_what_is_not_as_it_should_be_is_dropped_and_its_socket_closed(
     assert rig.is_over(item)
 
 
-def test_what_is_as_it_should_be_is_taken_in(rig: Rig) -> None:
+def test_a_packet_that_is_as_it_should_be_is_received(rig: Rig) -> None:
     """The counterpart of the above."""
     rig.b.wait(0, 5)
     item = rig.connection()
@@ -436,7 +436,7 @@ def test_making_and_closing_leaves_nothing_open() -> None:
     assert open_descriptors() == before
 
 
-def test_one_that_cannot_be_entered_is_let_go_of_once() -> None:
+def test_a_lane_that_cannot_be_entered_is_closed_once() -> None:
     """Where there is no descriptor left. What gets the numbers afterwards is somebody else's."""
     before = open_descriptors()
     fds = lanes.make()
@@ -508,7 +508,7 @@ class Reused:
             os.close(number)
 
 
-def test_what_is_somebody_elses_by_now_is_neither_read_nor_written_nor_closed(rig: Rig) -> None:
+def test_a_descriptor_that_is_somebody_elses_by_now_is_not_read_written_or_closed(rig: Rig) -> None:
     before = set(open_descriptors())
     lane = Lane([os.dup(fd) for fd in rig.fds], 3)
     reused = Reused(sorted(set(open_descriptors()) - before))
@@ -530,8 +530,8 @@ def test_what_is_somebody_elses_by_now_is_neither_read_nor_written_nor_closed(ri
     assert rig.b.came(0) is None
 
 
-def test_what_another_thread_has_closed_is_the_end_of_it(rig: Rig) -> None:
-    """The numbers are free, and nothing is said of that but that nothing is done."""
+def test_a_lane_whose_descriptors_another_thread_has_closed_is_at_its_end(rig: Rig) -> None:
+    """The descriptors are gone: the lane does nothing, and raises nothing."""
     before = set(open_descriptors())
     lane = Lane([os.dup(fd) for fd in rig.fds], 3)
     for number in set(open_descriptors()) - before:

@@ -92,7 +92,7 @@ def test_a_free_slot_is_granted_with_the_welcome(broker: Broker) -> None:
     assert (new.last(Welcome).served, new.last(Grant).token, broker.ledger.leases) == (1, token, 1)
 
 
-def test_what_is_said_with_a_hello_waits_for_nothing(broker: Broker) -> None:
+def test_a_request_within_a_hello_is_answered_at_once(broker: Broker) -> None:
     """Who has to wait does so at the desk; and nobody is overtaken."""
     a = broker.worker("a")
     token, _ = a.lend(), a.lend()
@@ -105,7 +105,7 @@ def test_what_is_said_with_a_hello_waits_for_nothing(broker: Broker) -> None:
     assert [isinstance(a.outcome(request), Token) for request in waiting] == [True, False]
 
 
-def test_what_is_said_with_a_hello_to_a_broker_that_grants_nothing_yet_is_not_heard(
+def test_a_request_within_a_hello_is_ignored_while_the_broker_grants_nothing(
     broker: Broker,
 ) -> None:
     broker.take_in(broker.ledger.takeover.begin_grace_period(5.0, broker.now))
@@ -627,9 +627,7 @@ def test_a_caller_who_does_not_wait_is_refused_and_has_a_silent_worker_fenced_fo
     assert isinstance(b.outcome(b.ask()), Token)
 
 
-def test_who_is_kept_waiting_by_his_own_pools_limit_has_no_other_pools_connections_recalled() -> (
-    None
-):
+def test_a_request_blocked_by_its_own_pools_limit_recalls_nothing_from_other_pools() -> None:
     """Not even when claims have gone beyond the cap over all pools."""
     broker = Broker(max_conn=1)
     a, b = broker.worker("a", max_conn=1), Worker(broker, "b", PoolSpec("q", 2, 60_000))
@@ -640,7 +638,7 @@ def test_who_is_kept_waiting_by_his_own_pools_limit_has_no_other_pools_connectio
     assert b.sent(Recall) == []
 
 
-def test_who_does_not_wait_has_no_more_suspects_fenced_than_were_refused(broker: Broker) -> None:
+def test_requests_without_a_wait_fence_no_more_suspects_than_were_refused(broker: Broker) -> None:
     a, b = broker.worker("a", max_conn=3), broker.worker("b")
     for _ in range(3):
         a.lend()
@@ -956,14 +954,14 @@ def test_deadlines_of_requests_that_are_over_wake_nobody(broker: Broker) -> None
     assert broker.ledger.next_deadline() is None
 
 
-def test_what_is_granted_at_once_leaves_no_deadline(broker: Broker) -> None:
+def test_a_request_granted_at_once_leaves_no_deadline(broker: Broker) -> None:
     a = broker.worker("a")
     deadlines = len(broker.ledger._timers)
     a.granted(a.ask(wait_s=3600))
     assert len(broker.ledger._timers) == deadlines
 
 
-def test_one_deadline_watches_over_all_who_are_heard(broker: Broker) -> None:
+def test_one_deadline_serves_all_sessions_that_are_heard(broker: Broker) -> None:
     """Its alarm is for the one who was unheard for longest: all others are heard meanwhile, as a rule."""
     a, b = broker.worker("a"), broker.worker("b")
     broker.pass_time(5)

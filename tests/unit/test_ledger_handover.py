@@ -67,7 +67,9 @@ def test_a_connection_goes_to_who_has_waited_longest(broker: Broker, desk: Desk)
     assert desk.passed()[1][1].request == second
 
 
-def test_what_nobody_waits_for_is_parked_and_had_for_a_word(broker: Broker, desk: Desk) -> None:
+def test_a_connection_without_a_waiter_is_parked_and_passed_to_the_next_request(
+    broker: Broker, desk: Desk
+) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
     desk.give(a, token)
@@ -80,7 +82,9 @@ def test_what_nobody_waits_for_is_parked_and_had_for_a_word(broker: Broker, desk
     assert len(broker.all(Recall)) == before  # nobody was asked
 
 
-def test_who_comes_new_is_sent_to_the_desk_for_what_is_parked(broker: Broker, desk: Desk) -> None:
+def test_a_new_request_is_sent_to_the_desk_for_a_parked_connection(
+    broker: Broker, desk: Desk
+) -> None:
     """It costs less than to open one, though a slot is free."""
     giver = broker.worker("a")
     desk.give(giver, desk.lend(giver))
@@ -89,7 +93,7 @@ def test_who_comes_new_is_sent_to_the_desk_for_what_is_parked(broker: Broker, de
     assert (new.last(Welcome).served, new.sent(Grant)) == (0, [])
 
 
-def test_what_is_parked_is_no_longer_its_givers(broker: Broker, desk: Desk) -> None:
+def test_a_parked_connection_is_no_longer_its_givers(broker: Broker, desk: Desk) -> None:
     """Heartbeats of before and after the giving change nothing."""
     a = broker.worker("a", max_conn=1)
     token = desk.lend(a)
@@ -103,7 +107,7 @@ def test_what_is_parked_is_no_longer_its_givers(broker: Broker, desk: Desk) -> N
     assert pools[0].parked == 1
 
 
-def test_what_is_on_its_way_is_not_taken_for_lost(broker: Broker, desk: Desk) -> None:
+def test_a_connection_on_its_way_is_not_taken_for_lost(broker: Broker, desk: Desk) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
     request = desk.ask(b)
@@ -140,7 +144,7 @@ def test_a_heartbeat_does_not_withdraw_what_waits_at_the_desk(broker: Broker, de
 
 
 @pytest.mark.parametrize("why", ["an older generation", "a cancel under way", "not in custody"])
-def test_what_must_not_go_on_is_ended(broker: Broker, desk: Desk, why: str) -> None:
+def test_a_connection_that_must_not_go_on_is_ended(broker: Broker, desk: Desk, why: str) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = a.lend() if why == "not in custody" else desk.lend(a)
     if why == "a cancel under way":
@@ -280,7 +284,7 @@ def test_while_connections_change_hands_they_are_wanted_back_and_later_kept(
     assert passed_with(desk.passed()[-1][1]).returns_due == 0  # b has been alone with it
 
 
-def test_who_keeps_what_others_wait_for_is_asked_again(broker: Broker, desk: Desk) -> None:
+def test_a_holder_that_keeps_a_wanted_connection_is_asked_again(broker: Broker, desk: Desk) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
     desk.ask(b)
@@ -292,7 +296,7 @@ def test_who_keeps_what_others_wait_for_is_asked_again(broker: Broker, desk: Des
     assert token
 
 
-def test_who_is_in_the_middle_of_something_long_is_asked_less_and_less(
+def test_a_holder_with_a_long_transaction_is_asked_less_and_less(
     broker: Broker, desk: Desk
 ) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
@@ -319,9 +323,7 @@ def test_under_the_cap_of_all_pools_another_pools_waiter_gets_the_slot() -> None
     assert len(other.sent(Grant)) == 1
 
 
-def test_who_gave_what_was_asked_for_is_asked_for_the_rest_while_others_wait(
-    broker: Broker, desk: Desk
-) -> None:
+def test_a_giver_is_asked_for_the_rest_while_others_wait(broker: Broker, desk: Desk) -> None:
     """Nothing else need happen for that: else the next waiter would wait for a heartbeat."""
     a, b, c = (broker.worker(name, max_conn=2) for name in "abc")
     first, second = desk.lend(a), desk.lend(a)
@@ -337,7 +339,7 @@ def test_who_gave_what_was_asked_for_is_asked_for_the_rest_while_others_wait(
     assert desk.passed()[1][1].request == request
 
 
-def test_what_waited_at_the_desk_for_too_long_a_silence_is_asked_for_again(
+def test_a_request_that_waited_at_the_desk_through_a_long_silence_is_sent_again(
     broker: Broker, desk: Desk
 ) -> None:
     """Frozen for longer than the TTL, the worker has lost its place: its line tells it nothing of that."""
@@ -366,7 +368,9 @@ def test_a_connection_on_its_way_is_an_answer(broker: Broker, desk: Desk) -> Non
     assert len(b.sent(Reject)) == 1
 
 
-def test_who_could_not_be_sent_his_connection_is_to_ask_again(broker: Broker, desk: Desk) -> None:
+def test_a_receiver_whose_connection_could_not_be_sent_asks_again(
+    broker: Broker, desk: Desk
+) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
     desk.ask(b)
@@ -381,7 +385,7 @@ def test_who_could_not_be_sent_his_connection_is_to_ask_again(broker: Broker, de
     assert len(b.sent(Grant)) == 1
 
 
-def test_what_could_not_be_sent_to_who_has_died_meanwhile_is_ended_once(
+def test_a_connection_that_could_not_be_sent_to_a_dead_receiver_is_ended_once(
     broker: Broker, desk: Desk
 ) -> None:
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
@@ -445,7 +449,7 @@ def test_a_waiter_that_does_not_come_into_the_lane_gets_the_slot(
     assert isinstance(b.outcome(request), Token)
 
 
-def test_who_keeps_what_another_pools_waiter_needs_is_asked_again() -> None:
+def test_a_holder_that_keeps_what_another_pools_waiter_needs_is_asked_again() -> None:
     """Under a cap over all pools; what is kept idle for its slice is not reported by itself."""
     broker = Broker(max_conn=1, handover=True)
     desk = Desk(broker)

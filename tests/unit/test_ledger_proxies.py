@@ -79,7 +79,7 @@ def test_the_end_of_a_connection_through_a_proxy_has_the_server_asked() -> None:
     assert isinstance(b.outcome(request), Token)
 
 
-def test_what_is_being_ended_already_is_not_ordered_again_when_the_proxy_closes_too() -> None:
+def test_a_fence_under_way_is_not_ordered_again_when_the_proxy_closes_too() -> None:
     broker = proxied_broker()
     a = broker.worker("a", max_conn=1)
     token = lend(a, backend(1))
@@ -293,7 +293,7 @@ def test_two_open_connections_on_one_backend_make_a_pool_unsuitable() -> None:
     assert "2001" in denial.error
 
 
-def test_one_that_was_closed_before_the_other_was_opened_is_no_proof() -> None:
+def test_a_connection_closed_before_the_other_was_opened_is_no_proof() -> None:
     broker = proxied_broker()
     a, b, ones, others = _twins(broker)
     closing = [LeaseReport(ones[0].token, Phase.CLOSING, 0, "", ones[0].backend)]

@@ -88,7 +88,7 @@ def test_a_kept_thread_waits_for_no_handler_and_its_records_say_whose_they_are(
     assert handler.records[1][0].exc_info is not None
 
 
-def test_what_a_handler_raises_costs_no_other_record(
+def test_a_handlers_exception_costs_no_other_record(
     logs: Logs, handler: Handler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raised: list[BaseException | None] = []

@@ -127,7 +127,7 @@ def rig() -> Iterator[Rig]:
     rig.close()
 
 
-def test_what_is_on_the_shelf_after_the_ticket_was_written_is_found(rig: Rig) -> None:
+def test_a_connection_on_the_shelf_after_the_ticket_was_written_is_found(rig: Rig) -> None:
     """Nobody would bring it: who laid it there has looked for tickets before this one's."""
     token = rig.give()
     conn = rig.take()
@@ -142,7 +142,7 @@ def test_what_is_on_the_shelf_after_the_ticket_was_written_is_found(rig: Rig) ->
     assert conn.status == extensions.STATUS_READY
 
 
-def test_what_comes_while_it_waits_is_had(rig: Rig) -> None:
+def test_a_connection_that_arrives_during_the_wait_is_taken(rig: Rig) -> None:
     def give() -> None:
         while not rig.lane.board.waiting([0]):
             time.sleep(0.001)
@@ -156,7 +156,7 @@ def test_what_comes_while_it_waits_is_had(rig: Rig) -> None:
     assert rig.lane.board.waiting([0]) == 0
 
 
-def test_who_gets_nothing_waits_for_as_long_as_it_said_and_leaves_no_turn(rig: Rig) -> None:
+def test_a_thread_that_gets_nothing_waits_its_timeout_and_leaves_no_turn(rig: Rig) -> None:
     began = time.monotonic()
     assert rig.take(0.1) is None
     assert time.monotonic() - began >= 0.1
@@ -164,7 +164,7 @@ def test_who_gets_nothing_waits_for_as_long_as_it_said_and_leaves_no_turn(rig: R
     assert rig.other.next_ticket() is None
 
 
-def test_who_waits_when_they_move_no_more_leaves(rig: Rig) -> None:
+def test_a_waiting_thread_leaves_when_connections_move_no_more(rig: Rig) -> None:
     rig.lane.board.moving = False
     began = time.monotonic()
     assert rig.take(30.0) is None
@@ -226,7 +226,7 @@ def test_a_checkin_gives_to_who_has_waited_longest(rig: Rig) -> None:
     assert (moved.request, moved.moves) == (44, 3)
 
 
-def test_what_has_half_a_message_in_its_buffer_does_not_go_on(rig: Rig) -> None:
+def test_a_connection_with_half_a_message_in_its_buffer_is_not_given(rig: Rig) -> None:
     """The rest would be missing to who reads on: the session ends, and the slot is free."""
     token = rig.give()
     conn = rig.take()
@@ -249,7 +249,7 @@ def test_what_has_half_a_message_in_its_buffer_does_not_go_on(rig: Rig) -> None:
 @pytest.mark.parametrize(
     "case", ["older generation", "struck", "cancelled", "aged", "a thread waits here"]
 )
-def test_what_is_not_as_usual_goes_the_long_way_untouched(rig: Rig, case: str) -> None:
+def test_an_unusual_connection_goes_the_long_way_untouched(rig: Rig, case: str) -> None:
     token = rig.give()
     conn = rig.take()
     assert conn is not None
@@ -324,7 +324,7 @@ def test_in_its_slice_it_is_kept_and_given_when_nobody_comes(slicing: Slicing) -
     taken[1].close()
 
 
-def test_who_has_kept_one_in_vain_keeps_none_until_he_asks_at_once(slicing: Slicing) -> None:
+def test_a_thread_that_kept_one_in_vain_keeps_none_until_it_asks_at_once(slicing: Slicing) -> None:
     """Two processes that take turns: each asks again soon after it has given, and the other waits."""
 
     def keeps(idle_s: float) -> bool:
@@ -376,7 +376,7 @@ def test_while_one_is_kept_the_others_checkin_leaves_the_timer_set(slicing: Slic
     assert slicing.timer.armed
 
 
-def test_what_was_laid_there_a_moment_ago_is_looked_at_again(slicing: Slicing) -> None:
+def test_a_connection_put_there_a_moment_ago_is_looked_at_again(slicing: Slicing) -> None:
     """The timer was set for another one, before."""
     slicing.give()
     conn = slicing.steady()
@@ -389,7 +389,7 @@ def test_what_was_laid_there_a_moment_ago_is_looked_at_again(slicing: Slicing) -
     assert slicing.timer.armed
 
 
-def test_what_goes_off_while_it_is_laid_there_is_set_again(slicing: Slicing) -> None:
+def test_a_timer_that_fires_meanwhile_is_set_again(slicing: Slicing) -> None:
     slicing.give()
     conn = slicing.steady()
 
@@ -405,7 +405,7 @@ def test_what_goes_off_while_it_is_laid_there_is_set_again(slicing: Slicing) -> 
 
 
 @pytest.mark.parametrize("on_shelf", [True, False])
-def test_what_a_thread_has_received_is_listed_or_it_says_that_it_is_not(
+def test_a_received_connection_is_listed_or_the_report_is_marked_unsure(
     rig: Rig, on_shelf: bool
 ) -> None:
     thread = threading.current_thread()
@@ -427,7 +427,7 @@ def test_what_a_thread_has_received_is_listed_or_it_says_that_it_is_not(
     assert not rig.seats.busy
 
 
-def test_what_was_sent_to_a_seat_in_a_former_brokers_lane_is_kept(rig: Rig) -> None:
+def test_a_connection_sent_to_a_seat_in_a_former_brokers_lane_is_kept(rig: Rig) -> None:
     seat = rig.seats.take(None)
     assert seat is not None
     seat.join_queue(1)
@@ -441,7 +441,7 @@ def test_what_was_sent_to_a_seat_in_a_former_brokers_lane_is_kept(rig: Rig) -> N
     conn.close()
 
 
-def test_who_waits_leaves_a_former_brokers_lane_in_which_connections_move_for_ever(
+def test_a_waiting_thread_leaves_a_former_brokers_lane_in_which_connections_move_for_ever(
     rig: Rig,
 ) -> None:
     took: list[object] = []
@@ -454,7 +454,7 @@ def test_who_waits_leaves_a_former_brokers_lane_in_which_connections_move_for_ev
     assert took == [None]
 
 
-def test_what_comes_back_while_it_is_given_stays(rig: Rig) -> None:
+def test_a_connection_that_comes_back_while_it_is_given_stays(rig: Rig) -> None:
     """Another thread of this process has received it before its giver is done."""
     token = rig.give()
     conn = rig.mover.take(5.0, time.monotonic())

@@ -229,7 +229,7 @@ def test_nothing_is_decided_by_an_errors_words() -> None:
         "if (text := str(error)) and text.endswith('!'): pass",
     ],
 )
-def test_it_finds_what_reads_words(body: str) -> None:
+def test_a_function_that_reads_an_errors_text_is_found(body: str) -> None:
     judge = "def judge(text):\n    return 'FATAL' in text\n"
     source = f"{judge}def look(x):\n    try:\n        x()\n    except ValueError as error:\n        {body}\n"
     assert prose_in(source)
@@ -246,7 +246,7 @@ def test_it_finds_what_reads_words(body: str) -> None:
         "if str(error): log('it said something')",
     ],
 )
-def test_it_lets_be_what_only_shows_them(body: str) -> None:
+def test_a_function_that_only_shows_an_errors_text_is_allowed(body: str) -> None:
     assert not prose_in(
         f"def look(x):\n    try:\n        x()\n    except ValueError as error:\n        {body}\n"
     )

@@ -107,7 +107,7 @@ def test_a_fin_proves_that_the_other_side_has_closed(
 @pytest.mark.parametrize(
     "end", [reset, reset_and_read_elsewhere, reset_after_our_shutdown, shut_down_by_us]
 )
-def test_what_ends_a_connection_on_this_side_proves_nothing(
+def test_the_end_of_a_connection_on_this_side_proves_nothing(
     pair: Pair, end: Callable[[socket.socket, socket.socket], None]
 ) -> None:
     end(*pair)

@@ -23,7 +23,7 @@ def far_up() -> Iterator[tuple[int, int]]:
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_what_can_be_read_is_told_from_what_cannot(far_up: tuple[int, int]) -> None:
+def test_readable_descriptors_are_told_from_others(far_up: tuple[int, int]) -> None:
     reading, writing = far_up
     quiet, held = os.pipe()
     assert readable([reading, quiet], 0) == []

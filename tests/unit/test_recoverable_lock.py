@@ -43,7 +43,7 @@ def test_a_turn_that_was_dropped_by_an_interrupt_is_over() -> None:
     assert in_a_thread(turns, 5)
 
 
-def test_who_waits_goes_on_when_the_turn_ends() -> None:
+def test_a_waiting_thread_goes_on_when_the_turn_ends() -> None:
     turns = RecoverableLock()
     turn = turns.acquire(0)
     assert turn is not None

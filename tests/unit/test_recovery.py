@@ -193,7 +193,7 @@ def test_while_another_broker_counts_nothing_is_granted_and_nothing_vouched_for(
     assert broker.ledger.state == "serving"
 
 
-def test_who_follows_another_broker_first_hears_what_that_ones_workers_hold() -> None:
+def test_a_broker_that_follows_another_first_hears_what_its_workers_hold() -> None:
     """It has a journal of its own, intact, which knows nothing of them."""
     broker = Broker(journal_complete=True)
     broker.take_in(broker.ledger.takeover.outranked(broker.now, "another broker"))
@@ -243,7 +243,7 @@ def test_the_end_of_the_grace_period_does_not_overrule_another_broker() -> None:
 
 
 @pytest.mark.parametrize("name", ["p", "b\u00e9"])  # the second is shown otherwise in a tag
-def test_what_an_operator_wants_of_a_pool_before_it_has_its_name_holds_after_that(
+def test_an_operators_order_for_a_pool_without_a_name_holds_once_it_has_one(
     name: str,
 ) -> None:
     after = Broker(journal_complete=False)
@@ -581,7 +581,7 @@ def test_a_sessions_process_is_recorded_for_the_successor_to_watch() -> None:
     assert journal_of(broker) == []
 
 
-def test_of_a_hand_over_that_the_journal_knows_half_only_the_heir_is_taken_over() -> None:
+def test_a_half_journaled_hand_over_restores_only_the_new_lease() -> None:
     """Its giver does not claim its lease any more; fenced for that, it would end the connection in its heir's hands."""
     before = Broker()
     a, b = (before.worker(name, max_conn=1) for name in "ab")
@@ -597,7 +597,7 @@ def test_of_a_hand_over_that_the_journal_knows_half_only_the_heir_is_taken_over(
     assert after.all(Fence) == []
 
 
-def test_of_a_hand_over_that_the_journal_does_not_know_the_heirs_claim_counts() -> None:
+def test_in_an_unjournaled_hand_over_the_claim_of_the_new_lease_counts() -> None:
     before = Broker()
     a, b = (before.worker(name, max_conn=1) for name in "ab")
     token = a.lend()
@@ -646,7 +646,7 @@ def test_a_slot_granted_to_who_is_silent_is_looked_for_once_no_connect_can_be_un
     assert a.last(Welcome).revoked == [token]
 
 
-def test_who_speaks_again_in_time_keeps_what_was_granted() -> None:
+def test_a_session_that_speaks_again_in_time_keeps_its_leases() -> None:
     broker = Broker()
     a, token = silent_with_a_grant(broker)
     a.held[token], a.seen = Phase.CONNECTING, token

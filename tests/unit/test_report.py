@@ -39,7 +39,7 @@ def test_the_longest_in_use_come_first_then_the_longest_idle(broker: Broker) -> 
     assert broker.ledger.oldest_leases(-1, broker.now) == []
 
 
-def test_what_is_being_connected_has_an_age_and_no_backend(broker: Broker) -> None:
+def test_a_connecting_lease_has_an_age_and_no_backend(broker: Broker) -> None:
     a = broker.worker("a")
     a.granted(a.ask())
     broker.now += 2.5
@@ -47,7 +47,7 @@ def test_what_is_being_connected_has_an_age_and_no_backend(broker: Broker) -> No
     assert (line.state, line.age_ms, line.backend) == ("connecting", 2500, None)
 
 
-def test_what_a_silent_worker_held_keeps_its_age(broker: Broker) -> None:
+def test_a_silent_workers_lease_keeps_its_age(broker: Broker) -> None:
     a = broker.worker("a")
     a.lend()
     broker.pass_time(20)
@@ -126,7 +126,7 @@ def test_waits_are_from_the_request_to_the_grant(broker: Broker) -> None:
     assert (pool_of(broker).wait_p50_us, pool_of(broker).wait_p99_us) == (0, 250_000)
 
 
-def test_of_the_waits_only_the_latest_count(broker: Broker) -> None:
+def test_only_the_latest_waits_count(broker: Broker) -> None:
     a = broker.worker("a")
     for _ in range(2000):
         a.release(a.granted(a.ask()))

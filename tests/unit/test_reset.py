@@ -39,13 +39,13 @@ def after(ours: Owned) -> dict[str, str] | None:
     return None if encoded is None else msgspec.msgpack.decode(encoded)
 
 
-def test_what_has_not_changed_stays(ends: tuple[socket.socket, Owned]) -> None:
+def test_unchanged_parameters_stay(ends: tuple[socket.socket, Owned]) -> None:
     server, ours = ends
     server.sendall(DONE + READY)
     assert after(ours) == BEFORE
 
 
-def test_what_the_server_reports_counts(ends: tuple[socket.socket, Owned]) -> None:
+def test_a_reported_parameter_counts(ends: tuple[socket.socket, Owned]) -> None:
     server, ours = ends
     notice = message(b"N", b"SNOTICE\0\0") + message(b"A", struct.pack("!i", 7) + b"news\0said\0")
     reported = status("client_encoding", "UTF8") + status("unheard_of", "1")
@@ -53,7 +53,7 @@ def test_what_the_server_reports_counts(ends: tuple[socket.socket, Owned]) -> No
     assert after(ours) == BEFORE | {"client_encoding": "UTF8"}
 
 
-def test_it_may_come_in_pieces(ends: tuple[socket.socket, Owned]) -> None:
+def test_the_answer_may_come_in_pieces(ends: tuple[socket.socket, Owned]) -> None:
     server, ours = ends
     found: list[dict[str, str] | None] = []
     reader = threading.Thread(target=lambda: found.append(after(ours)))
@@ -105,7 +105,7 @@ def test_the_end_of_the_session_is_no_answer(ends: tuple[socket.socket, Owned]) 
     assert after(ours) is None
 
 
-def test_it_is_not_waited_for_for_long(
+def test_the_answer_is_not_waited_for_for_long(
     ends: tuple[socket.socket, Owned], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reset, "LIMIT_S", 0.05)

@@ -20,7 +20,7 @@ def warnings(broker: Broker) -> list[str]:
 
 
 @pytest.mark.parametrize("first", ["the pool", "the limit"])
-def test_it_is_to_be_max_conn_and_two_whichever_is_known_first(first: str) -> None:
+def test_the_role_limit_is_max_conn_and_two_whichever_is_known_first(first: str) -> None:
     for limit, is_enough in ((6, True), (5, False), (None, True)):
         broker = Broker()
         if first == "the pool":
@@ -53,7 +53,7 @@ def test_all_pools_of_that_role_count_together_up_to_the_limit_over_all_of_them(
     assert not warnings(capped)
 
 
-def test_it_is_said_once_until_the_limit_is_another() -> None:
+def test_a_low_role_limit_is_logged_once_until_it_changes() -> None:
     broker = Broker()
     for number in range(5):
         limited(broker, 5)

@@ -39,7 +39,7 @@ def read_until(post: RouterSocket, body: bytes) -> list[Incoming]:
     return letters
 
 
-def test_what_a_worker_said_over_its_former_connection_is_not_read_as_a_strangers(
+def test_a_workers_message_over_its_former_connection_is_not_taken_for_a_strangers(
     tmp_path: Path,
 ) -> None:
     """A broker that was stopped finds two connections of a worker that took it for dead: ZeroMQ gives the old one a

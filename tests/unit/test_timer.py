@@ -31,14 +31,14 @@ def fires(timer: Timer, within_s: float = 5.0) -> bool:
     return bool(readable([timer], within_s))
 
 
-def test_it_fires_at_its_time_and_not_before(timer: Timer) -> None:
+def test_a_timer_fires_at_its_time_and_not_before(timer: Timer) -> None:
     began = time.monotonic()
     timer.arm(SOON_S)
     assert fires(timer)
     assert time.monotonic() - began >= SOON_S
 
 
-def test_it_is_silent_until_it_is_set(timer: Timer) -> None:
+def test_a_timer_is_silent_until_it_is_set(timer: Timer) -> None:
     assert not fires(timer, 0)
     timer.disarm()
     assert not fires(timer, 0)
