@@ -1,4 +1,4 @@
-"""Fixtures of the fault tests: a server that logs every connection, and one arena a test."""
+"""Fixtures of the fault tests: a server that logs every connection, and an environment for each test."""
 
 from collections.abc import Generator, Iterator
 
@@ -16,7 +16,7 @@ _PASSED = pytest.StashKey[bool]()
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Let the row's record know whether its test has passed."""
+    """Keep for the fixture `row` whether its test has passed."""
     report = yield
     if report.when == "call":
         item.stash[_PASSED] = report.passed
@@ -31,7 +31,7 @@ def logging_postgres() -> Iterator[EphemeralPostgres]:
 
 
 def pytest_report_header() -> str | None:
-    """Tell how long the long version takes."""
+    """Return how long the long version takes."""
     if not LONG:
         return None
     return (
@@ -39,9 +39,12 @@ def pytest_report_header() -> str | None:
     )
 
 
-@pytest.fixture(params=["", "role limit"], ids=["counted", "role-limit"])
+VARIANTS = {"counted": "", "role-limit": "role limit"} if LONG else {"counted": ""}
+
+
+@pytest.fixture(params=list(VARIANTS.values()), ids=list(VARIANTS))
 def variant(request: pytest.FixtureRequest) -> str:
-    """Without and with PostgreSQL's own limit on the role."""
+    """Without PostgreSQL's own limit on the role, and in the long version with it, too."""
     return str(request.param)
 
 
@@ -59,6 +62,6 @@ def row(request: pytest.FixtureRequest, variant: str) -> Iterator[Row]:
 
 @pytest.fixture
 def field(logging_postgres: EphemeralPostgres, row: Row, variant: str) -> Iterator[Environment]:
-    """The arena of this test."""
+    """The environment of this test."""
     with environment(logging_postgres, row, role_limit=bool(variant)) as world:
         yield world
