@@ -69,7 +69,7 @@ def without_connects(spans: list[Span]) -> list[Span]:
 
 @pytest.mark.parametrize("by_dsn", [False, True], ids=["keywords", "dsn"])
 @pytest.mark.parametrize("agent", AT_PSYCOPG2)
-def test_what_it_sees_is_the_same(start: Start, agent: str, by_dsn: bool) -> None:
+def test_an_agent_sees_the_same_spans(start: Start, agent: str, by_dsn: bool) -> None:
     theirs, ours = (start(pool, agent, by_dsn=by_dsn) for pool in ("psycopg2", "sharedpool"))
     expected = theirs("start")
     assert len(expected) >= 3 * 7

@@ -49,7 +49,7 @@ def test_a_second_close_closes_nothing_that_others_may_get(make_pool: MakePool) 
         assert ask(again) == pid
 
 
-def test_what_get_conn_lends_is_closed_by_close_even_after_connect_had_lent_it(
+def test_close_closes_a_connection_of_get_conn_even_after_connect_had_lent_it(
     make_pool: MakePool,
 ) -> None:
     pool = make_pool(max_conn=1)
@@ -92,7 +92,7 @@ def test_put_conn_takes_it_too_and_its_close_means_nothing_then(make_pool: MakeP
     assert pool.stats().in_use == 0
 
 
-def test_one_that_is_dropped_comes_back(make_pool: MakePool) -> None:
+def test_a_dropped_connection_comes_back(make_pool: MakePool) -> None:
     pool = make_pool(max_conn=1, timeout=5)
     pid = ask(pool.connect())
     with closing(pool.connect()) as conn:

@@ -255,7 +255,7 @@ with pool.connection() as conn:
 """
 
 
-def test_root_in_a_users_environment_leaves_his_directory_alone(
+def test_root_in_a_users_environment_leaves_the_users_directory_alone(
     account: Account, server: EphemeralPostgres
 ) -> None:
     """As by `sudo -E`: files of root would lock the user out for ever."""
@@ -275,7 +275,7 @@ def test_root_in_a_users_environment_leaves_his_directory_alone(
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o755])
-def test_a_user_in_roots_environment_uses_a_directory_of_his_own(
+def test_a_user_in_roots_environment_uses_a_private_directory(
     account: Account, server: EphemeralPostgres, mode: int
 ) -> None:
     """As by `su`."""

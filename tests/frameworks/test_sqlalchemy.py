@@ -130,7 +130,7 @@ def test_info_lives_as_long_as_the_session(make_engine: MakeEngine) -> None:
         assert conn.info == {}
 
 
-def test_what_a_connect_event_sets_remains(make_engine: MakeEngine) -> None:
+def test_settings_of_a_connect_event_remain(make_engine: MakeEngine) -> None:
     engine = make_engine(isolation_level="AUTOCOMMIT")
 
     @event.listens_for(engine, "connect")

@@ -32,7 +32,7 @@ def files(path: Path) -> dict[str, Path]:
 @pytest.mark.parametrize(
     "gone", [["socket"], ["lock"], ["journal"], ["desk"], list(SUFFIXES), ["directory"]]
 )
-def test_what_a_cleaner_deletes_is_made_anew_while_workers_live(
+def test_files_that_a_cleaner_deletes_are_made_anew_while_workers_live(
     gone: list[str], path: Path, postgres: EphemeralPostgres, capfd: pytest.CaptureFixture[str]
 ) -> None:
     address = f"ipc://{path}"

@@ -99,7 +99,7 @@ def test_a_refusal_in_another_encoding_does_not_end_it(caplog: pytest.LogCapture
         assert control.state.startswith("unreachable: ")
 
 
-def test_one_that_may_not_be_ended_keeps_no_other_alive(
+def test_a_backend_that_may_not_be_ended_keeps_no_other_alive(
     postgres: EphemeralPostgres, server_connection: connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     with server_connection.cursor() as cursor:

@@ -139,7 +139,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_a_daemon_opens_under_our_numbers_is_left_alone(
+def test_a_daemons_descriptors_under_our_numbers_are_left_alone(
     case: str, postgres: EphemeralPostgres, broker: sharedpool.Broker
 ) -> None:
     script = SCRIPT

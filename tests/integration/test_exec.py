@@ -46,7 +46,7 @@ os.execv(sys.executable, other)
 
 
 @pytest.mark.parametrize("how", ["idle", "checked out", "in a query", "at its exit", "again"])
-def test_what_a_process_held_comes_back_when_it_runs_another_program(
+def test_the_leases_of_a_process_come_back_when_it_runs_another_program(
     how: str, postgres: EphemeralPostgres, runtime_dir: Path
 ) -> None:
     address = f"ipc://{runtime_dir}/b.sock"

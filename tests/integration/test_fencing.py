@@ -97,14 +97,14 @@ def lent(postgres: EphemeralPostgres, server_connection: connection) -> Iterator
     lent.close()
 
 
-def test_one_that_its_pooler_has_cleaned_is_free_and_lives_on(lent: Lent) -> None:
+def test_a_backend_that_its_pooler_has_cleaned_is_free_and_lives_on(lent: Lent) -> None:
     lent.execute(f"SET application_name = '{THEIRS}'")
     lent.fence(left=True)
     wait_until(lent.work, what="the slot")
     assert lent.alive
 
 
-def test_one_that_has_begun_a_query_since_is_anothers(lent: Lent) -> None:
+def test_a_backend_that_has_begun_a_query_since_is_anothers(lent: Lent) -> None:
     lent.fence(left=True)
     assert not lent.work()
     lent.execute("SELECT 1")  # another worker's of ours, under the same name
@@ -113,7 +113,7 @@ def test_one_that_has_begun_a_query_since_is_anothers(lent: Lent) -> None:
 
 
 @pytest.mark.parametrize("name", [OURS, THEIRS])
-def test_one_that_is_never_seen_at_rest_is_anothers_too(lent: Lent, name: str) -> None:
+def test_a_backend_that_is_never_seen_idle_is_anothers_too(lent: Lent, name: str) -> None:
     """It executes one short query after another; our own client's was over before the first look."""
     lent.fence(left=True)
     assert not lent.work()
@@ -123,14 +123,14 @@ def test_one_that_is_never_seen_at_rest_is_anothers_too(lent: Lent, name: str) -
     assert lent.alive
 
 
-def test_one_that_goes_on_with_our_query_is_ended(lent: Lent) -> None:
+def test_a_backend_that_goes_on_with_our_query_is_ended(lent: Lent) -> None:
     lent.query()
     lent.fence(left=True)
     wait_until(lent.work, what="the slot")
     assert not lent.alive
 
 
-def test_one_that_executes_for_who_knows_whom_is_neither_ended_nor_free(lent: Lent) -> None:
+def test_a_backend_that_may_serve_another_is_neither_ended_nor_free(lent: Lent) -> None:
     """The user may have renamed the session, or the backend served another user before the first look."""
     lent.execute(f"SET application_name = '{THEIRS}'")
     lent.query()
@@ -139,7 +139,7 @@ def test_one_that_executes_for_who_knows_whom_is_neither_ended_nor_free(lent: Le
     assert lent.alive
 
 
-def test_one_whose_client_may_be_there_still_is_ended_at_once_whatever_it_has_begun(
+def test_a_backend_whose_client_may_be_connected_is_ended_at_once_whatever_it_has_begun(
     lent: Lent,
 ) -> None:
     lent.fence(left=False)

@@ -227,7 +227,7 @@ def test_a_query_of_a_connection_that_has_moved_can_be_cancelled(pair: MakePair)
     assert ask(conn, "SELECT 1") == 1
 
 
-def test_what_is_left_of_a_connection_that_was_given_is_dead(pair: MakePair) -> None:
+def test_the_object_of_a_connection_that_was_given_is_dead(pair: MakePair) -> None:
     a, b = pair()
     old = a.get_conn()
     a.put_conn(old)
@@ -607,7 +607,7 @@ def test_a_fork_while_several_threads_receive_leaves_all_that_arrives_to_the_par
         assert taker.line() == "[42, 42] 2"
 
 
-def test_what_is_read_and_written_over_thousands_of_moves_is_what_it_should_be(
+def test_rows_are_read_and_written_correctly_over_thousands_of_moves(
     broker: sharedpool.Broker,
     postgres: EphemeralPostgres,
     name: str,

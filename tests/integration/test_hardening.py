@@ -44,7 +44,7 @@ def hello(pool: str, version: int = PROTOCOL_VERSION) -> bytes:
     return encode(Hello(version, os.getpid(), "", "bare", PoolSpec(pool, 3, 60_000)))
 
 
-def test_who_has_taken_the_names_that_libzmq_gives_is_met_by_no_command(runtime_dir: Path) -> None:
+def test_no_command_uses_a_zeromq_name_that_another_peer_may_have(runtime_dir: Path) -> None:
     """The broker would abort: libzmq counts from the same number in every process, and takes any name from a peer."""
     with (
         sharedpool.start_broker(5, address=f"ipc://{runtime_dir}/b.sock") as broker,
@@ -123,7 +123,7 @@ def test_an_oversized_message_costs_its_sender_the_line_and_nobody_else(
         pool.put_conn(pool.get_conn())
 
 
-def test_what_is_no_socket_is_not_taken_at_the_desk(
+def test_a_descriptor_that_is_no_socket_is_refused_at_the_desk(
     runtime_dir: Path, postgres: EphemeralPostgres, caplog: pytest.LogCaptureFixture
 ) -> None:
     address = f"ipc://{runtime_dir}/desk.sock"
@@ -318,7 +318,7 @@ def test_a_worker_that_stops_reading_cannot_grow_the_broker(
         assert "backend" in worker.ask("get", name="x", timeout=10)
 
 
-def test_who_reads_no_answer_is_given_no_more_of_them(
+def test_a_peer_that_reads_no_answers_is_sent_no_more_of_them(
     postgres: EphemeralPostgres, runtime_dir: Path
 ) -> None:
     """A report of many pools is big, and libzmq keeps a thousand for each line."""

@@ -181,7 +181,7 @@ def test_where_no_python_is_found_the_error_says_at_once_what_to_do(
 
 
 @pytest.mark.parametrize("what", ["another version", "no sharedpool"])
-def test_what_is_called_python_must_show_that_it_has_this_sharedpool(
+def test_a_program_called_python_must_show_that_it_has_this_sharedpool(
     environment: dict[str, str], server: Path, starts: Path, what: str
 ) -> None:
     """It is told nothing before that: the settings have a password in them."""

@@ -248,7 +248,7 @@ def test_connections_move_while_there_is_no_broker_and_the_next_one_finds_them(
     assert sampler.peak == 2
 
 
-def test_what_was_lost_with_a_broker_is_back_as_soon_as_all_have_told_what_they_have(
+def test_slots_lost_with_a_broker_are_back_as_soon_as_all_members_have_reported(
     postgres: EphemeralPostgres, name: str, tmp_path: Path, runtime_dir: Path
 ) -> None:
     """It was sent to one who has died since, and whom the next broker knows as a member of that lane alone."""
@@ -345,7 +345,7 @@ def test_more_threads_than_seats_take_turns_and_cost_no_connect(
     )  # of those who asked the broker before connections moved
 
 
-def test_who_is_invited_before_he_is_welcome_takes_part(pair: MakePair) -> None:
+def test_a_worker_that_is_invited_before_its_welcome_joins(pair: MakePair) -> None:
     """In a process that has a line to the desk already the invitation may be faster than the WELCOME."""
     a, b = pair()
     conn = a.get_conn()
@@ -361,7 +361,7 @@ def test_who_is_invited_before_he_is_welcome_takes_part(pair: MakePair) -> None:
             pool.release_all()
 
 
-def test_who_comes_first_is_served_first_over_all_processes(
+def test_the_first_thread_is_served_first_over_all_processes(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
 ) -> None:
     settings = {
@@ -407,7 +407,7 @@ def test_nothing_of_the_givers_session_is_left(
         assert b.ask("query", name="it", sql=_WHAT_IS_LEFT)["rows"] == [["", None, 0, 0, 0]]
 
 
-def test_who_waits_in_vain_is_told_in_time_who_holds_what(
+def test_a_thread_that_waits_in_vain_is_told_in_time_who_holds_what(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
 ) -> None:
     settings = {
@@ -442,7 +442,7 @@ def test_who_waits_in_vain_is_told_in_time_who_holds_what(
     ],
     ids=["stopped", "killed"],
 )
-def test_who_waits_in_vain_without_the_broker_is_told_how_long_it_was(
+def test_a_thread_that_waits_in_vain_without_the_broker_is_told_how_long_it_was(
     postgres: EphemeralPostgres,
     name: str,
     tmp_path: Path,
@@ -476,7 +476,7 @@ def test_who_waits_in_vain_without_the_broker_is_told_how_long_it_was(
 
 
 @pytest.mark.parametrize("wait_s", [0, 5])
-def test_who_comes_late_is_given_at_once_what_lies_on_the_shelf(
+def test_a_late_request_is_given_the_connection_on_the_shelf_at_once(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, wait_s: float
 ) -> None:
     """A process outside the lane, and a thread that does not wait, ask the broker."""

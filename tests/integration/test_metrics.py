@@ -349,7 +349,7 @@ def test_a_broker_that_does_not_answer_is_said_so() -> None:
         web.stop()
 
 
-def test_who_looks_waits_no_longer_than_it_says_and_not_at_all_for_a_broker_that_ends() -> None:
+def test_a_reader_waits_no_longer_than_its_limit_and_not_at_all_for_a_broker_that_ends() -> None:
     words: list[object] = []
     lookout = MetricsService(
         "127.0.0.1:0", words.append, lambda now: pytest.fail("nobody runs the words")

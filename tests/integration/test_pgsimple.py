@@ -843,7 +843,7 @@ def in_a_child(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def test_what_a_forked_child_does_with_a_handle_leaves_the_parent_alone(single: Pool) -> None:
+def test_a_forked_childs_use_of_a_handle_leaves_the_parent_alone(single: Pool) -> None:
     with PgSimple(single) as handle:
         assert in_a_child(lambda: handle.__del__()) == 0
         assert in_a_child(lambda: handle.close()) == 0

@@ -357,7 +357,7 @@ def test_a_connection_that_died_idle_is_never_handed_out(
 # --- put_conn in the wrong
 
 
-def test_one_that_died_idle_is_not_connected_again_without_the_brokers_word(
+def test_a_connection_that_died_idle_is_not_opened_again_without_the_brokers_word(
     make_pool: MakePool,
     postgres: EphemeralPostgres,
     backends: Backends,

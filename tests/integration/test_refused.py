@@ -60,7 +60,7 @@ def test_a_refusals_code_is_known_in_every_language_and_at_every_stage(
     assert text.encode(encoding).decode("utf-8", "replace") in said
 
 
-def test_who_is_refused_again_is_not_asked_for_the_reason_every_time() -> None:
+def test_the_reason_of_repeated_refusals_is_not_asked_for_every_time() -> None:
     diagnosis = Diagnosis()
     with RefusingServer("password", "28P01") as server:
         for _ in range(3):
@@ -74,7 +74,7 @@ def test_who_is_refused_again_is_not_asked_for_the_reason_every_time() -> None:
         assert server.connects == 6
 
 
-def test_who_tries_whether_a_full_server_has_room_again_tries_once() -> None:
+def test_the_process_that_tries_a_full_server_again_tries_once() -> None:
     """The broker has said with what the server refuses everybody: a second connect would be one more refused one."""
     with RefusingServer("login", "53300") as server:
         made: list[PooledConnection] = []
@@ -121,7 +121,7 @@ def test_where_nobody_listens_nothing_is_reached(tmp_path: Path) -> None:
         assert failed(dsn)[0][2:4] == ("", True), dsn
 
 
-def test_what_libpq_itself_refuses_is_nobody_elses_affair(postgres: EphemeralPostgres) -> None:
+def test_a_refusal_of_libpqs_own_concerns_no_other_process(postgres: EphemeralPostgres) -> None:
     with RefusingServer("start", "53300") as server:  # it knows no TLS
         for dsn in (f"{postgres.dsn} sslmode=no-such-mode", f"{server.dsn} sslmode=require"):
             found, _ = failed(dsn)
@@ -129,7 +129,7 @@ def test_what_libpq_itself_refuses_is_nobody_elses_affair(postgres: EphemeralPos
     assert not failed("host=no..such..host user=app")[0].unreachable
 
 
-def test_who_is_let_in_when_asking_for_the_reason_leaves_nobody_behind(
+def test_a_probe_for_the_reason_that_succeeds_leaves_no_backend(
     postgres: EphemeralPostgres, server_connection: psycopg2.extensions.connection
 ) -> None:
     with server_connection.cursor() as cursor:
@@ -292,7 +292,9 @@ def test_with_a_wait_callback_a_pool_works_as_ever(
         assert cursor.fetchone() == (1,)
 
 
-def test_who_waits_for_a_broker_that_finds_no_server_is_told_which(runtime_dir: Path) -> None:
+def test_a_thread_that_waits_for_a_broker_without_a_server_is_told_which_server(
+    runtime_dir: Path,
+) -> None:
     with RefusingServer("silent") as server:
         pool = sharedpool.config_pool(dsn=server.dsn, max_conn=2, name=f"silent {os.getpid()}")
         try:

@@ -313,7 +313,7 @@ def containers(name: str) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ["sidecar.yaml", "broker.yaml"])
-def test_what_a_pods_broker_is_started_with_works(
+def test_the_command_of_a_pods_broker_works(
     name: str, environment: None, runtime_dir: Path
 ) -> None:
     broker = containers(name)["broker"]

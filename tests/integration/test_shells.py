@@ -293,7 +293,7 @@ def test_a_connection_that_has_moved_is_as_one_just_opened(
         taker.put_conn(conn)
 
 
-def test_what_only_a_new_connection_mends_does_not_come_along(
+def test_a_state_that_only_a_new_connection_mends_is_not_handed_over(
     pair: MakePair, opened: dict[str, Any]
 ) -> None:
     a, b = pair()
@@ -352,7 +352,7 @@ def test_a_codec_that_configure_sets_is_not_met_by_it(pair: MakePair) -> None:
     assert set(found) == {"UTF8"}
 
 
-def test_who_keeps_something_about_an_object_does_not_find_it_again(pair: MakePair) -> None:
+def test_data_kept_about_a_connection_object_is_not_found_again(pair: MakePair) -> None:
     a, b = pair()
     caches: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
 
@@ -366,7 +366,7 @@ def test_who_keeps_something_about_an_object_does_not_find_it_again(pair: MakePa
         taker.put_conn(conn)
 
 
-def test_what_was_not_read_yet_is_not_the_next_users(pair: MakePair) -> None:
+def test_an_unread_result_is_not_the_next_users(pair: MakePair) -> None:
     """Half a message may have been read: the session cannot go on elsewhere."""
     a, b = pair()
     conn = a.get_conn()
@@ -411,7 +411,7 @@ def test_half_a_message_that_was_read_does_not_swallow_what_the_next_session_say
 
 
 @pytest.mark.parametrize("sql", ["SELECT 1", "SET TIME ZONE 'Asia/Tokyo'"])
-def test_what_a_connection_leaves_behind_is_used_for_the_next_one(
+def test_the_shell_that_a_connection_leaves_behind_is_used_for_the_next_one(
     pair: MakePair, monkeypatch: pytest.MonkeyPatch, sql: str
 ) -> None:
     built: list[Mapping[str, str]] = []
@@ -741,7 +741,7 @@ def test_a_statement_that_goes_on_leaves_no_transaction_that_psycopg2_believes_i
     assert pool.get_conn().status == extensions.STATUS_READY
 
 
-def test_what_is_set_on_a_connection_that_was_put_back_is_not_the_next_users(pool: Pool) -> None:
+def test_a_setting_on_a_connection_that_was_put_back_is_not_the_next_users(pool: Pool) -> None:
     before = pool.get_conn()
     pool.put_conn(before)
     with pytest.raises(psycopg2.InterfaceError, match="already closed"):
@@ -749,7 +749,7 @@ def test_what_is_set_on_a_connection_that_was_put_back_is_not_the_next_users(poo
     assert pool.get_conn().cursor_factory is None
 
 
-def test_what_is_set_is_restored_by_the_short_way_too(pool: Pool) -> None:
+def test_settings_are_restored_by_the_short_way_too(pool: Pool) -> None:
     for _ in range(50):  # all but the few that are timed would go it
         conn = pool.get_conn()
         assert not conn.autocommit
@@ -762,7 +762,7 @@ def test_what_is_set_is_restored_by_the_short_way_too(pool: Pool) -> None:
 
 
 @pytest.mark.parametrize("autocommit", [False, True])
-def test_what_is_not_idle_is_not_handed_out(pool: Pool, autocommit: bool) -> None:
+def test_a_connection_that_is_not_idle_is_not_handed_out(pool: Pool, autocommit: bool) -> None:
     conn = pool.get_conn()
     conn.autocommit = autocommit
     cursor = conn.cursor()

@@ -94,7 +94,7 @@ def test_it_shows_the_limits_the_leases_and_who_has_them_as_they_change(
     wait_until(lambda: "shop" not in text(page, "#pools"), timeout_s=20)
 
 
-def test_what_others_call_themselves_is_text(
+def test_names_of_other_programs_are_shown_as_text(
     page: Page, served: Broker, postgres: EphemeralPostgres, tmp_path: Path
 ) -> None:
     script = tmp_path / f"{MARKUP}.py"

@@ -35,7 +35,7 @@ def kill(broker: sharedpool.Broker) -> None:
 
 
 @pytest.mark.parametrize("confirmed", [True, False])
-def test_what_a_server_restart_has_ended_is_free_though_no_living_broker_saw_it_before(
+def test_slots_ended_by_a_server_restart_are_free_though_no_living_broker_saw_them_before(
     address: str, confirmed: bool
 ) -> None:
     """The machine goes down: broker, worker and server; perhaps before it was noted which backend the worker had."""
@@ -138,7 +138,7 @@ def test_a_deleted_journal_forgets_the_dead(
         assert "backend" in worker.ask("get", name="x", timeout=20)
 
 
-def test_who_has_waited_through_a_brokers_end_is_passed_a_connection(
+def test_a_thread_that_has_waited_through_a_brokers_end_is_passed_a_connection(
     address: str, postgres: EphemeralPostgres
 ) -> None:
     settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": address, "max_conn": 1}

@@ -76,7 +76,7 @@ def test_who_shows_the_holder_its_line_of_code_and_what_the_server_says(
         worker.kill()
 
 
-def test_who_shows_what_is_so_now_not_what_the_last_heartbeat_said(
+def test_who_shows_the_present_state_not_the_last_heartbeats(
     postgres: EphemeralPostgres, runtime_dir: Path
 ) -> None:
     """With this TTL a heartbeat comes every twenty seconds."""
@@ -136,7 +136,7 @@ def test_who_is_sorted_by_age_and_tells_who_waits(
         assert "backend" in third.answer()
 
 
-def test_what_the_control_connection_may_not_see_is_not_guessed(
+def test_columns_that_the_control_connection_may_not_see_are_not_guessed(
     postgres: EphemeralPostgres, server_connection: connection, runtime_dir: Path
 ) -> None:
     with server_connection.cursor() as cursor:

@@ -225,7 +225,7 @@ def test_its_end(make_pool: MakePool, backends: Backends, wrapped: str) -> None:
 
 
 @pytest.mark.parametrize("in_a_cycle", [False, True])
-def test_one_that_its_user_drops_comes_back(
+def test_a_wrapped_connection_that_its_user_drops_comes_back(
     make_pool: MakePool, wrapped: str, in_a_cycle: bool
 ) -> None:
     pool = make_pool(max_conn=1, timeout=10, pool_manager=ThreadedConnectionPool)
@@ -275,7 +275,7 @@ def test_the_connection_itself_may_be_put_back_in_place_of_it(
     assert pool.stats().connects == 1
 
 
-def test_one_that_cannot_be_referred_to_weakly(
+def test_a_wrapped_connection_without_weak_references(
     make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Unreferable:
@@ -327,7 +327,7 @@ def test_a_connection_from_another_process_is_wrapped_too(
 
 
 @pytest.mark.skipif(not SUPPORTED, reason="connections cannot be handed over on this platform")
-def test_one_that_was_opened_before_psycopg2_was_wrapped(
+def test_a_connection_opened_before_psycopg2_was_wrapped(
     pair: tuple[Pool, Pool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert traced_moves(pair) == []  # and the empty ones of both have been used
