@@ -43,6 +43,7 @@ from sharedpool.broker.core.ledger import Ledger
 from sharedpool.broker.core.moves import LOST_WITH_THE_BROKER
 from sharedpool.broker.core.recovery import GRACE_OVER
 from sharedpool.broker.core.slot_states import SlotState
+from sharedpool.broker.core.slots import Slots
 from sharedpool.lane.lane import Ticket as Place
 from sharedpool.wire import desk
 from sharedpool.wire.admin import Order, OrderKind
@@ -152,6 +153,11 @@ class Broker:
         self._entries, self._members = entries, list(journal.members.values())
         self._follows = follows
 
+    @property
+    def slots(self) -> Slots:
+        """The ledger's books: its pools, sessions and leases."""
+        return self.ledger._slots
+
     def take_over(self) -> None:
         """Begin where the former one ended."""
         self.reach_server()
@@ -212,7 +218,7 @@ class Broker:
                 case PassOn():
                     self._pass_on(command)
                     token = command.message.token
-                    grants.append((self.ledger._slots.leases[token].session.id, command.message))
+                    grants.append((self.slots.leases[token].session.id, command.message))
                 case CancelBackend():
                     self.interferes.append(command)
                 case MarkJournalComplete():
@@ -246,7 +252,7 @@ class Broker:
                 case VerifyServer():
                     self.doubts.append(command)
         self.ledger.check_invariants()
-        assert self.world.journal.live.keys() == self.ledger._slots.leases.keys(), (
+        assert self.world.journal.live.keys() == self.slots.leases.keys(), (
             "the journal differs from the books"
         )
         for session, grant in grants:
@@ -275,7 +281,7 @@ class Broker:
 
     def _check_fence(self, fence: Fence) -> None:
         """What is to be ended is not known to be what another lease has in good use."""
-        for other in self.ledger._slots.leases.values():
+        for other in self.slots.leases.values():
             good = (
                 other.state is SlotState.OPEN
                 and other.backend == fence.backend
@@ -417,7 +423,7 @@ class Broker:
         self.words.append(lambda ledger, now: ledger.desk.line_closed(number, now))
 
     def _check_grant(self, session: bytes, grant: Grant | Moved) -> None:
-        books = self.ledger._slots.sessions
+        books = self.slots.sessions
         assert grant.token in self.granted or not books[session].pool.paused, (
             f"{grant.token}: its pool is paused"
         )
@@ -435,7 +441,7 @@ class Broker:
                 arrivals.remove((session, grant.request))
 
     def queued(self, session: bytes, request: int) -> bool:
-        books = self.ledger._slots.sessions.get(session)
+        books = self.slots.sessions.get(session)
         return books is not None and request in books.waiters
 
     # --- input
@@ -453,7 +459,7 @@ class Broker:
 
     def _note_arrival(self, session: bytes, message: Acquire) -> None:
         if message.wait_ms and not self.queued(session, message.request):
-            books = self.ledger._slots.sessions.get(session)
+            books = self.slots.sessions.get(session)
             if books is not None and not books.restored and message.request not in books.granted:
                 arrivals = self.arrivals.setdefault(books.pool.name, [])
                 if (session, message.request) in arrivals:
@@ -594,7 +600,7 @@ class Broker:
         self.interferes.popleft()
         proc = self.world.server.find(order.backend) if self.reach_server() else None
         if proc is not None and proc.busy and not order.trial:
-            lease = self.ledger._slots.leases.get(order.token)
+            lease = self.slots.leases.get(order.token)
             assert lease is not None, f"a cancel for {order.token} hits another lease's query"
             assert lease.session.id in proc.workers or not proc.workers, (
                 "a cancel hits another worker's query"

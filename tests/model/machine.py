@@ -375,8 +375,8 @@ class GoodNetwork(RuleBasedStateMachine):
         broker = world.broker
         assert broker is not None
         broker.fuse = None
-        pool = broker.ledger._slots.pools.get("a")
-        if broker.ledger._slots.grant_stop.holding_back or (
+        pool = broker.slots.pools.get("a")
+        if broker.slots.grant_stop.holding_back or (
             pool is not None and pool.suspects and turn % 4 == 1
         ):
             world.pass_long(TTL_S + 1)
@@ -724,7 +724,7 @@ class GoodNetwork(RuleBasedStateMachine):
                 worker, _ = self.one(pick)
                 broker.order(Order(0, OrderKind.DRAIN, number=worker.process.pid))
             case 7:
-                leases = broker.ledger._slots.leases
+                leases = broker.slots.leases
                 for token in list(leases)[rest % 4 : rest % 4 + 1]:
                     # An operator kills a lease without a connection only if its worker is gone: see `Admin.kill`.
                     if leases[token].findable or leases[token].session.id not in self.world.workers:
@@ -771,7 +771,7 @@ class GoodNetwork(RuleBasedStateMachine):
         ):  # who keeps a connection for its slice is asked by then, if pressed only after the first
             world.pass_time(1.1 * NUDGE_S)
             quiesce(world)
-        books = None if world.broker is None else world.broker.ledger._slots
+        books = None if world.broker is None else world.broker.slots
         pools = [] if books is None else books.contended.values()
         if any(
             holder.nudge_at > world.now

@@ -60,7 +60,7 @@ def check(world: World) -> None:
 
 def _check_custody(broker: Broker) -> None:
     """The books say of which leases the broker has the socket, and it is the right one."""
-    leases = broker.ledger._slots.leases
+    leases = broker.slots.leases
     for token, proc in broker.custody.items():
         assert leases[token].custody or leases[token].state is SlotState.FENCING, token
         assert leases[token].backend in (None, proc.backend), f"{token} has the socket of {proc!r}"
@@ -78,7 +78,7 @@ def _check_covered(world: World, proc: Proc) -> None:
     elif broker.ledger._slots.grant_stop.holding_back:
         return  # nothing is granted before everybody had time to say what they hold
     else:
-        leases = broker.ledger._slots.leases
+        leases = broker.slots.leases
     if proc.token not in leases:
         covered = any(lease.backend == proc.backend for lease in leases.values())
         assert covered, f"the slot of {proc!r} is free while it lives"
@@ -236,7 +236,7 @@ def check_nobody_waits_in_vain(world: World) -> None:
     """L1, L4, in a quiet moment without frozen workers, a serving broker and a server that is up."""
     broker = world.broker
     assert broker is not None
-    books = broker.ledger._slots
+    books = broker.slots
     # A holder that was killed on another host is waited for, for a moment.
     deaf = any(
         not session.silent and id not in world.workers for id, session in books.sessions.items()
@@ -278,7 +278,7 @@ def check_nobody_waits_in_vain(world: World) -> None:
 
 
 def _check_lane(world: World, broker: Broker, worker: Worker, thread: Thread) -> None:
-    books, end = broker.ledger._slots, thread.seat.end
+    books, end = broker.slots, thread.seat.end
     own = books.sessions.get(worker.id)
     if not worker.established or own is None or own.silent or own.restored:
         return
@@ -308,7 +308,7 @@ def check_nothing_is_kept_back(world: World) -> None:
     """In such a moment: what an operator wants back lies idle nowhere."""
     broker = world.broker
     assert broker is not None
-    books = broker.ledger._slots
+    books = broker.slots
     for pool in books.shrinking.values():
         if excess(books, pool) > 0:
             assert not pool.parked, f"{pool.name}: an operator wants back what is parked"
@@ -400,8 +400,7 @@ def check_all_slots_can_be_had(world: World) -> None:
                 break
             world.pass_time(1.0)  # connects failed: a probe a second, perhaps
         held = [
-            (str(x.token), x.state.value, x.session.label)
-            for x in broker.ledger._slots.leases.values()
+            (str(x.token), x.state.value, x.session.label) for x in broker.slots.leases.values()
         ]
         assert len(worker.users) >= count, (
             f"{len(worker.users)} of {count} slots of {name} can be had: {held}"

@@ -80,7 +80,7 @@ class World:
         granted and on its way, or in the hands of a thread. Whatever was begun is seen, at the latest by its tag.
         """
         assert self.broker is not None
-        books = self.broker.ledger._slots
+        books = self.broker.slots
         for worker in self.workers.values():
             known = books.sessions.get(worker.id)
             if known is not None and not known.restored:

@@ -31,7 +31,7 @@ class Desk:
     def join(self, worker: Worker) -> None:
         """Have a worker take part in the lane, which is made if there is none."""
         pool = worker.spec.name
-        if self.broker.ledger._slots.pools[pool].lane is None:
+        if self.broker.slots.pools[pool].lane is None:
             serial = self.broker.ledger._moves._members._requested.setdefault(pool, 0)
             self.broker.take_in(
                 self.broker.ledger.lanes.opened(pool, serial, self.board(pool), self.broker.now)
@@ -40,7 +40,7 @@ class Desk:
 
     def ask(self, worker: Worker, seat: int = 0, wait_s: float = 9.0) -> int:
         """Ask for a connection, at a wait socket in the lane."""
-        session = self.broker.ledger._slots.sessions[worker.id]
+        session = self.broker.slots.sessions[worker.id]
         if not session.joined:
             self.join(worker)
         worker.requests += 1
@@ -60,7 +60,7 @@ class Desk:
 
     def passed(self) -> list[tuple[str, Moved]]:
         """Return what was passed on, and to whom."""
-        pools = self.broker.ledger._slots.pools
+        pools = self.broker.slots.pools
         found = []
         for each in self.broker.all(PassOn):
             lane = pools[each.pool].lane
@@ -70,5 +70,5 @@ class Desk:
         return found
 
     def state(self, token: Token) -> SlotState:
-        lease = self.broker.ledger._slots.leases.get(token)
+        lease = self.broker.slots.leases.get(token)
         return SlotState.FREE if lease is None else lease.state

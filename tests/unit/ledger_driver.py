@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from sharedpool.broker.core.commands import Command, PassOn, Send, SurveyResult, SurveyServer
 from sharedpool.broker.core.ledger import Ledger
 from sharedpool.broker.core.quarantine import SETTLE_S
+from sharedpool.broker.core.slots import Slots
 from sharedpool.wire.admin import Done, Order, OrderKind
 from sharedpool.wire.messages import (
     NO_TOKEN,
@@ -45,6 +46,11 @@ class Broker:
         self.commands: list[Command] = []
         if options.get("has_control_connection", True):
             self.take_in(self.ledger.control.reached(self.now, direct=True, fault=""))
+
+    @property
+    def slots(self) -> Slots:
+        """The ledger's books: its pools, sessions and leases."""
+        return self.ledger._slots
 
     def take_in(self, commands: list[Command]) -> list[Command]:
         if self.checks:

@@ -232,7 +232,7 @@ def test_a_process_gives_back_what_it_holds_and_may_ask_again(broker: Broker) ->
     a.checkin(newer)  # what it was lent since is its own
     a.beat()
     assert len(a.sent(Recall)) == recalls
-    assert broker.ledger._slots.shrinking == {}
+    assert broker.slots.shrinking == {}
 
 
 def test_a_drained_process_does_not_own_the_connections_it_has_given(
@@ -245,8 +245,8 @@ def test_a_drained_process_does_not_own_the_connections_it_has_given(
     assert a.last(Recall).returns_due == 2
     assert [(s.leases, s.in_use) for s in broker.ledger.report(broker.now)[1]] == [(1, 1)]
     desk.give(a, second)
-    assert broker.ledger._slots.sessions[a.id].draining == set()
-    assert broker.ledger._slots.shrinking == {}
+    assert broker.slots.sessions[a.id].draining == set()
+    assert broker.slots.shrinking == {}
 
 
 def test_a_process_that_nobody_knows_cannot_be_drained(broker: Broker) -> None:

@@ -216,5 +216,5 @@ def test_a_process_that_connects_as_somebody_else_tells_nothing_of_the_pool() ->
 
 
 def error_of(broker: Broker) -> str:
-    (pool,), _ = report(broker.ledger._slots, broker.now)
+    (pool,), _ = report(broker.slots, broker.now)
     return pool.error

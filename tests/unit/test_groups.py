@@ -129,7 +129,7 @@ def test_a_lower_limit_makes_room_for_what_is_reserved() -> None:
     order(broker, OrderKind.LIMIT, "", 3)
     assert jobs.last(Recall).returns_due == 1
     jobs.release(tokens[0], ReleaseReason.RETURN_DUE)
-    assert broker.ledger._slots.shrinking == {}
+    assert broker.slots.shrinking == {}
     web = member(broker, "web", "web")
     web.lend()
 

@@ -996,7 +996,7 @@ def test_each_falls_silent_at_its_own_time(broker: Broker) -> None:
 
 
 def state_of(broker: Broker, token: Token) -> SlotState:
-    return broker.ledger._slots.leases[token].state
+    return broker.slots.leases[token].state
 
 
 def test_deadlines_of_requests_that_are_over_do_not_pile_up(broker: Broker) -> None:

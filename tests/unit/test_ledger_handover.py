@@ -306,7 +306,7 @@ def test_a_holder_with_a_long_transaction_is_asked_less_and_less(
     asked = len(a.sent(Recall))
     for _ in range(100):
         broker.pass_time(NUDGE_S * 1.01)
-        if (recall := a.last(Recall)).serial > broker.ledger._slots.sessions[a.id].answered:
+        if (recall := a.last(Recall)).serial > broker.slots.sessions[a.id].answered:
             a.beat(recall.serial)
     assert 5 <= len(a.sent(Recall)) - asked <= 8  # of a hundred times
 
@@ -411,7 +411,7 @@ def test_a_waiter_that_is_being_let_into_the_lane_is_worth_a_moment(
     assert broker.all(Fence) == []
     desk.join(b)
     assert desk.passed() == []  # it has yet to say where it waits
-    broker.send(b.id, Acquire(request, 9000, broker.ledger._slots.sessions[b.id].index * PLACES))
+    broker.send(b.id, Acquire(request, 9000, broker.slots.sessions[b.id].index * PLACES))
     assert [(name, moved.request) for name, moved in desk.passed()] == [("b", request)]
 
 

@@ -83,16 +83,16 @@ class Rig:
 
     @property
     def pool(self) -> Pool:
-        return self.broker.ledger._slots.pools["p"]
+        return self.broker.slots.pools["p"]
 
     def lease(self, token: Token) -> Lease:
-        return self.broker.ledger._slots.leases[token]
+        return self.broker.slots.leases[token]
 
     def state(self, token: Token) -> SlotState:
         return self.desk.state(token)
 
     def number(self, worker: Worker) -> int:
-        return self.broker.ledger._slots.sessions[worker.id].number
+        return self.broker.slots.sessions[worker.id].number
 
     def holder_of(self, token: Token) -> str:
         """Return the name of who holds a lease by the books, "shelf" for nobody."""
@@ -101,7 +101,7 @@ class Rig:
 
     def cancels_work(self) -> None:
         """Have a cancel seen to work: else nothing may move."""
-        self.broker.ledger._slots.pools["p"].cancel_works = True
+        self.broker.slots.pools["p"].cancel_works = True
 
     def open_lane(self) -> None:
         """Let everybody in, and have a connection passed on by the broker, for which a cancel is seen to work."""
@@ -248,7 +248,7 @@ def test_the_last_index_is_the_brokers() -> None:
     broker = Broker(handover=True)
     rig = Rig(broker, workers=3)
     rig.open_lane()
-    lane = broker.ledger._slots.pools["p"].lane
+    lane = broker.slots.pools["p"].lane
     assert lane is not None
     lane.indices |= set(range(SESSIONS - 1))
     broker.worker("late")
@@ -475,15 +475,15 @@ def test_moves_halt_as_soon_as_the_broker_has_something_else_to_do(why: str) -> 
     elif why == "cap":
         broker.worker("o", "other")
     elif why == "unsuitable":
-        broker.ledger._slots.pools["p"].unsuitable = "its server loses sessions"
+        broker.slots.pools["p"].unsuitable = "its server loses sessions"
         rig.workers[0].beat()
     elif why == "held":
         broker.take_in(ledger.order(Order(VERSION, OrderKind.PAUSE), now)[1])
     elif why == "backoff":
-        broker.ledger._slots.pools["p"].backoff.ceiling = 1
+        broker.slots.pools["p"].backoff.ceiling = 1
         rig.workers[0].beat()
     elif why == "cancels":
-        broker.ledger._slots.pools["p"].cancel_works = None
+        broker.slots.pools["p"].cancel_works = None
         rig.workers[0].beat()
     elif why == "quiet":
         broker.pass_time(QUIET_S * 1.01)
@@ -980,7 +980,7 @@ def test_a_session_that_is_forgotten_later_makes_no_other_suspect(rig: Rig) -> N
     rig.sync()
     rig.broker.take_in(rig.broker.ledger.backend_gone(rig.tokens[1], rig.broker.now))
     rig.broker.pass_time(0.001)
-    assert not rig.broker.ledger._slots.sessions[b"w0"].unresponsive
+    assert not rig.broker.slots.sessions[b"w0"].unresponsive
     assert rig.fenced() == [rig.tokens[1]]
 
 

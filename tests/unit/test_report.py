@@ -130,7 +130,7 @@ def test_only_the_latest_waits_count(broker: Broker) -> None:
     a = broker.worker("a")
     for _ in range(2000):
         a.release(a.granted(a.ask()))
-    (pool,) = broker.ledger._slots.pools.values()
+    (pool,) = broker.slots.pools.values()
     assert len(pool.waited) == 500
 
 
