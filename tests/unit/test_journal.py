@@ -201,7 +201,7 @@ def test_a_broker_that_cannot_begin_a_journal_does_not_start(path: Path) -> None
 def test_somebody_elses_file_is_not_believed(path: Path) -> None:
     Journal(path).close()
     os.chown(path, 65534, 65534)
-    with pytest.raises(PermissionError, match="somebody else"):
+    with pytest.raises(PermissionError, match="another user"):
         Journal(path)
 
 
