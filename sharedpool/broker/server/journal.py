@@ -69,25 +69,16 @@ class Journal:
         self._compact()
 
     def _load(self) -> list[Entry]:
-        try:
-            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            self.intact = False
-            return []
-        with open(fd, "rb") as file:
-            if os.fstat(fd).st_uid != os.geteuid():
-                raise PermissionError(errno.EPERM, "it belongs to another user", str(self._path))
-            data = file.read()
+        """Read the former journal; return its leases, and set the other attributes."""
         found: dict[Token, Entry] = {}
         members: dict[bytes, Member] = {}
-        whole, _, _ = data.rpartition(b"\n")
-        lines = whole.split(b"\n")
         try:
-            first = _decoder.decode(lines[0])
-            if first.version != _VERSION:
+            first, *lines = self._read_lines()
+            version = _decoder.decode(first)
+            if version.version != _VERSION:
                 raise msgspec.DecodeError("another version's")
-            self.intact = not first.partial
-            for text in lines[1:]:
+            self.intact = not version.partial
+            for text in lines:
                 line = _decoder.decode(text)
                 if line.lease is not None:
                     found[line.lease.token] = line.lease
@@ -99,14 +90,26 @@ class Journal:
                     members.pop(line.left, None)
                 elif line.server is not None:
                     self._note(line.server)
+        except FileNotFoundError:
+            self.intact = False
         except msgspec.DecodeError:
             self.intact = False  # the lines before this one are still true
-        self._live = {token: _encode(_Line(lease=entry)) for token, entry in found.items()}
-        self._live |= {
-            session: _encode(_Line(member=member)) for session, member in members.items()
-        }
+        for entry in found.values():
+            self._live[entry.token] = _encode(_Line(lease=entry))
+        for member in members.values():
+            self._live[member.session] = _encode(_Line(member=member))
         self.members = list(members.values())
         return list(found.values())
+
+    def _read_lines(self) -> list[bytes]:
+        """Return the file's lines, without one that is cut short at its end."""
+        fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        with open(fd, "rb") as file:
+            if os.fstat(fd).st_uid != os.geteuid():
+                raise PermissionError(errno.EPERM, "it belongs to another user", str(self._path))
+            data = file.read()
+        whole, _, _ = data.rpartition(b"\n")
+        return whole.split(b"\n")
 
     def mark_complete(self) -> None:
         """Record that the journal has every lease that may be held."""

@@ -84,19 +84,13 @@ class Lanes:
     def invite(self, command: InviteToLane) -> None:
         """Send a session its lane's descriptors, once its program has a line to the desk."""
         self._waiting.pop(command.session, None)
-        fds = self._handed.get(command.pool)
-        line = next(
-            (line for program, line in self._lines.items() if command.session.startswith(program)),
-            None,
-        )
-        if line is None:
-            self._waiting[command.session] = command
+        fds, session = self._handed.get(command.pool), command.session
+        lines = [line for program, line in self._lines.items() if session.startswith(program)]
+        if not lines:
+            self._waiting[session] = command
         elif fds is not None and self._desk is not None:
-            self._desk.send_descriptors(
-                line,
-                wire.LaneInvitation(command.session, command.number, command.index, self._network),
-                fds,
-            )
+            invitation = wire.LaneInvitation(session, command.number, command.index, self._network)
+            self._desk.send_descriptors(lines[0], invitation, fds)
 
     # --- lanes
 
@@ -121,17 +115,12 @@ class Lanes:
                 error,
             )
             return
-        self._close(command.pool)
-        self._lanes[command.pool], self._handed[command.pool], self._wait_sockets[command.pool] = (
-            lane,
-            fds,
-            wait_socket,
-        )
-        self._selector.register(wait_socket, selectors.EVENT_READ, lambda: self._read(command.pool))
-        self._watch(command.pool)
-        self._call_later(
-            lambda ledger, now: ledger.lanes.opened(command.pool, command.serial, lane.board, now)
-        )
+        pool, serial, board = command.pool, command.serial, lane.board
+        self._close(pool)
+        self._lanes[pool], self._handed[pool], self._wait_sockets[pool] = lane, fds, wait_socket
+        self._selector.register(wait_socket, selectors.EVENT_READ, lambda: self._read(pool))
+        self._watch(pool)
+        self._call_later(lambda ledger, now: ledger.lanes.opened(pool, serial, board, now))
 
     def close_lane(self, command: CloseLane) -> None:
         """Close a lane."""
@@ -161,21 +150,16 @@ class Lanes:
         """Take up to `most` connections from a shelf, for the requests that wait at the broker."""
         commands: list[Command] = []
         lane = self._lanes.get(pool)
-        while (
-            lane is not None
-            and lane.board.moving
-            and most > 0
-            and (taken := lane.take_from_shelf()) is not None
-        ):
+        while lane is not None and lane.board.moving and most > 0:
+            if (taken := lane.take_from_shelf()) is None:
+                break
             moved, sock = taken
             sock.close()  # the broker has a duplicate in custody
             most -= 1
             commands += self._ledger.lanes.found_on_shelf(pool, moved, time.monotonic())
-        return (
-            commands
-            if most == 0
-            else commands + self._ledger.lanes.shelf_empty(pool, time.monotonic())
-        )
+        if most:
+            commands += self._ledger.lanes.shelf_empty(pool, time.monotonic())
+        return commands
 
     def _read(self, pool: str) -> None:
         """Take the connections that came to the broker's own wait socket."""
@@ -196,21 +180,12 @@ class Lanes:
 
     def give(self, command: GiveInLane) -> None:
         """Give a connection of the broker's to the lane: to the first ticket, or to the shelf."""
-        lane, fd = (
-            self._lanes.get(command.pool),
-            -1 if self._desk is None else self._desk.fileno_of(command.token),
-        )
-        if (
-            lane is None
-            or fd < 0
-            or not lane.give(Item(command.token, command.cell, command.live, fd))
-        ):
-            pool, token, live = command.pool, command.token, command.live
-            self._call_later(
-                lambda ledger, now: ledger.lanes.full(
-                    pool, wire.Moved(0, token, command.cell, 0, live), now
-                )
-            )
+        pool, token, cell, live = command.pool, command.token, command.cell, command.live
+        lane = self._lanes.get(pool)
+        fd = -1 if self._desk is None else self._desk.fileno_of(token)
+        if lane is None or fd < 0 or not lane.give(Item(token, cell, live, fd)):
+            moved = wire.Moved(0, token, cell, 0, live)
+            self._call_later(lambda ledger, now: ledger.lanes.full(pool, moved, now))
 
     def _empty(self, pool: str) -> list[Command]:
         """Wake all tickets of a halted lane, and take everything from its shelf."""
