@@ -111,13 +111,16 @@ class Moves:
                 self._clear_shelf(pool, now)
         halted = False
         for pool in list(self._members.pools.values()):
-            if pool.moving and not self._may_move(pool):
-                self.halt_moves(pool, now)
-                halted = True
-            elif pool.moving:
-                self._go_on(pool, now)
-            elif self._may_start(pool):
-                self._start_moves(pool, now)
+            lane = pool.lane
+            assert lane is not None
+            if lane.moving:
+                if self._may_move(pool):
+                    self._go_on(lane, pool, now)
+                else:
+                    self.halt_moves(pool, now)
+                    halted = True
+            elif pool.name in self._slots.contended and self._may_start(pool):
+                self._start_moves(lane, pool, now)
         return halted
 
     def _may_move(self, pool: Pool) -> bool:
@@ -149,9 +152,7 @@ class Moves:
         return not any(session.leases for session in lane.outside.values())
 
     def _may_start(self, pool: Pool) -> bool:
-        """Return True if requests wait in a pool, and only moves can bring them connections."""
-        if pool.name not in self._slots.contended:
-            return False
+        """Return True if only moves can bring connections to the waiters of a pool."""
         return self._may_move(pool) and self._is_exhausted(pool)
 
     @staticmethod
@@ -167,9 +168,7 @@ class Moves:
             lease.state is OPEN for lease in pool.shelf.leases.values()
         )
 
-    def _start_moves(self, pool: Pool, now: float) -> None:
-        lane = pool.lane
-        assert lane is not None
+    def _start_moves(self, lane: Lane, pool: Pool, now: float) -> None:
         lane.moving = True
         pool.shared_until = now  # from here on a returned connection is wanted by a waiting thread
         self._enter_leases(lane, pool)
@@ -184,10 +183,8 @@ class Moves:
             lane.armed = True
             self._arm(now + _QUIET_S, self.quiet_due, pool)
 
-    def _go_on(self, pool: Pool, now: float) -> None:
+    def _go_on(self, lane: Lane, pool: Pool, now: float) -> None:
         """Keep a lane up to date whose connections go on moving."""
-        lane = pool.lane
-        assert lane is not None
         if pool.idle:
             self._recalls.take_idle([pool], len(pool.idle), now)
         lane.board.generation = pool.generation

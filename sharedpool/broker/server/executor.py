@@ -78,7 +78,7 @@ class Executor:
         self._unsent: list[tuple[bytes, ToWorker | ToOperator]] = []
         self._handlers: dict[type, Callable[[Any], None]] = {
             # messages
-            Send: lambda command: self.send(command.session, command.message),
+            Send: self._send,
             Log: self._log,
             # the journal
             Record: self._record,
@@ -150,6 +150,9 @@ class Executor:
             carry_out(command)
 
         return handler
+
+    def _send(self, command: Send) -> None:
+        self._unsent.append((command.session, command.message))
 
     @staticmethod
     def _log(command: Log) -> None:
