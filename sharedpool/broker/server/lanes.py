@@ -109,11 +109,8 @@ class Lanes:
                 lane.close()
             for fd in fds:
                 os.close(fd)
-            logger.warning(
-                "pool %r: no lane (%s): connections are closed and opened instead of handed over",
-                command.pool,
-                error,
-            )
+            text = "pool %r: no lane (%s): connections are closed and opened instead of handed over"
+            logger.warning(text, command.pool, error)
             return
         pool, serial, board = command.pool, command.serial, lane.board
         self._close(pool)
