@@ -77,6 +77,7 @@ class AddressFiles:
 
     def _warn(self, what: str) -> None:
         text = (
-            "the %s of %s was deleted, and is made again: exclude it from temporary files' cleaning"
+            "the %s of %s was deleted, and is made again: a cleaner of temporary directories should"
+            " spare it"
         )
         logger.warning(text, what, self._address)
