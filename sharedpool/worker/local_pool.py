@@ -63,6 +63,7 @@ from sharedpool.worker.connection.handover import (
 from sharedpool.worker.connection.pooled import PooledConnection
 from sharedpool.worker.connection.reset import parameters_after
 from sharedpool.worker.connection.wrapper import as_user_sees
+from sharedpool.worker.core.broker_messages import BrokerMessages
 from sharedpool.worker.core.cache import NOTHING_MOVES, Cache
 from sharedpool.worker.core.lease import CLOSING_LIMIT_S, Closing, Lease, Waiter
 from sharedpool.worker.core.time_slice import STEADY_GAP_S
@@ -119,6 +120,7 @@ class LocalPool:
             threading.RLock()
         )  # only so that a finalizer can tell that its own thread holds it
         self.cache = Cache(config.expiration)
+        self.messages = BrokerMessages(self.cache)
         self.cache.keep_idle = self.cache.hand_on = not config.disable_pooling
         self.keys: dict[Hashable, Lease] = {}
         self.orphans: deque[PooledConnection] = deque()
@@ -472,7 +474,7 @@ class LocalPool:
         """
         wait_sockets, self.wait_sockets, self.mover = self.wait_sockets, None, None
         self.cache.moving = NOTHING_MOVES
-        self.cache.unread = []  # what it says would be said for ever
+        self.cache.reporter.unread = []  # what it says would be said for ever
         if wait_sockets is None:
             return
         with self.lock:
@@ -579,7 +581,7 @@ class LocalPool:
         try:
             with self.lock:
                 retire_at = math.inf if live.left_ms is None else now + live.left_ms / 1000
-                waiter = self.cache.received(moved, conn, retire_at, now)
+                waiter = self.messages.received(moved, conn, retire_at, now)
         except SharedPoolError as error:
             logger.info("pool %r: %s", self.config.name, error)
             cut([conn], limit_s=0)
@@ -617,7 +619,7 @@ class LocalPool:
     def refuse(self, moved: Moved) -> None:
         """Have the broker end a connection that has come and is of no use here."""
         with self.lock:
-            self.cache.refuse(moved, time.monotonic())
+            self.messages.refuse(moved, time.monotonic())
         self.wake_link()
 
     def _disable_handover(self, why: str) -> None:

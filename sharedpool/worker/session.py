@@ -37,7 +37,7 @@ from sharedpool.worker import forks, greenlets
 from sharedpool.worker.connection.closing import close_confirmed, cut
 from sharedpool.worker.connection.pooled import PooledConnection
 from sharedpool.worker.core.lease import Closing, Waiter
-from sharedpool.worker.core.lease_reports import lost, unfinished
+from sharedpool.worker.core.lost_leases import lost, unfinished
 from sharedpool.worker.local_pool import LocalPool
 from sharedpool.worker.logs import logger
 from sharedpool.worker.threads import leases_in_hand, thread_names, utf8
@@ -71,7 +71,9 @@ class Session:
         self._note_arrivals()
         with self._local.lock:
             cache = self._local.cache
-            leases, seen, first = cache.register(now, thread_names() if cache.leases else {})
+            leases, seen, first = self._local.messages.register(
+                now, thread_names() if cache.leases else {}
+            )
         host = socket.gethostname()
         return Hello(
             PROTOCOL_VERSION,
@@ -88,7 +90,7 @@ class Session:
     def compose_bye(self) -> Bye:
         """Compose the last message."""
         with self._local.lock:
-            return self._local.cache.farewell()
+            return self._local.cache.reporter.farewell(self._local.cache.hits)
 
     def invited(self, invitation: LaneInvitation, fds: list[int]) -> None:
         """Take part in the lane that these descriptors, this pool's now, are of: once it is welcome.
@@ -130,8 +132,8 @@ class Session:
     def _note_arrivals(self) -> None:
         """Note what has come for those who wait, and was not read yet: it is listed as held."""
         if (wait_sockets := self._local.wait_sockets) is not None:
-            self._local.cache.unread = wait_sockets.unread()
-        self._local.cache.unsure = self._local.unsure
+            self._local.cache.reporter.unread = wait_sockets.unread()
+        self._local.cache.reporter.unsure = self._local.unsure
 
     def beat(self) -> bool:
         """Scavenge and queue a heartbeat. Return whether anything is held or asked for."""
@@ -150,7 +152,9 @@ class Session:
             for lease in missing:
                 if lease.conn is None:
                     self._local.cache.closed(lease, ReleaseReason.CLOSED, gone=lease.ref is None)
-            self._local.cache.outbox.append(self._local.cache.heartbeat(now, thread_names()))
+            self._local.cache.outbox.append(
+                self._local.cache.reporter.heartbeat(now, thread_names(), self._local.cache.hits)
+            )
             busy = bool(self._local.cache.leases or self._local.cache.waiting)
         self._deposit_all()
         for lease in missing:
@@ -187,22 +191,24 @@ class Session:
         with self._local.lock:
             match message:
                 case Welcome():
-                    closing = self._local.cache.welcomed(
+                    closing = self._local.messages.welcomed(
                         message.epoch, message.generation, now, message.served
                     )
                 case Stale():
                     closing = self._local.cache.renew_generation(message.generation, now)
                 case Ack():
-                    self._local.cache.acknowledged(message.gone)
+                    self._local.cache.reporter.acknowledged(message.gone)
                     closing = self._local.cache.renew_generation(message.generation, now)
                 case Grant():
-                    waiter = self._local.cache.granted(message, now)
+                    waiter = self._local.messages.granted(message, now)
                 case Deny():
                     waiter = self._local.cache.waiters.denied(message)
                 case ReportNow():
-                    self._local.cache.outbox.append(self._local.cache.renewal(now, thread_names()))
+                    self._local.cache.outbox.append(
+                        self._local.cache.reporter.renewal(now, thread_names())
+                    )
                 case Recall():
-                    closing = self._local.cache.recalled(message, now, thread_names())
+                    closing = self._local.messages.recalled(message, now, thread_names())
         if waiter is not None:
             waiter.wake()
         if closing:

@@ -158,7 +158,7 @@ class Wait:
             if not in_lane:
                 self._asked_at = waiter.since
             if not in_lane and self._broker_must_know():
-                cache.outbox.append(cache.renewal(waiter.since, thread_names()))
+                cache.outbox.append(cache.reporter.renewal(waiter.since, thread_names()))
             left_s = self._wait_s and max(0.001, self._deadline - waiter.since)
             cache.waiters.enqueue(waiter, left_s, place=self._number, in_lane=in_lane)
             # Laid there without the lock meanwhile.

@@ -258,7 +258,7 @@ def test_an_interrupt_in_any_line_loses_nothing(
     # What is raised in a finalizer has been seen to: pytest would keep it, and with it what its frames hold.
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     # A close that was interrupted is finished sooner than it would be.
-    monkeypatch.setattr("sharedpool.worker.core.lease_reports.CLOSING_LIMIT_S", 0.5)
+    monkeypatch.setattr("sharedpool.worker.core.lost_leases.CLOSING_LIMIT_S", 0.5)
     most = 3 if way is given else 20
     watch = Watch()
     others = set(threading.enumerate())

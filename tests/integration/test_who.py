@@ -14,7 +14,7 @@ from psycopg2.extensions import connection
 
 import sharedpool
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
-from sharedpool.worker.core.lease_reports import reports
+from sharedpool.worker.core.reporting import lease_reports
 from tests.support import documents
 from tests.support.commands import address_of, sharedpool_command, start, wait_for, who
 from tests.support.fixture_types import MakePool
@@ -279,7 +279,7 @@ def sites(pool: sharedpool.Pool) -> list[str]:
     """What the next heartbeat says."""
     return [
         report.stack[0]
-        for report in reports(pool._local.cache.leases.values(), 0.0, {})
+        for report in lease_reports(pool._local.cache.leases.values(), 0.0, {})
         if report.stack
     ]
 

@@ -21,6 +21,7 @@ from sharedpool.lane.wait_sockets import _AGAIN_LIMIT_S, AGAIN_S
 from sharedpool.wire.board import PLACES
 from sharedpool.wire.desk import Joined, LaneInvitation, Live, Moved
 from sharedpool.wire.messages import CancelQuery, Phase, ReleaseReason
+from sharedpool.worker.core.broker_messages import BrokerMessages
 from sharedpool.worker.core.cache import Cache
 from sharedpool.worker.core.lease import Closing, Lease, Waiter
 from sharedpool.worker.core.time_slice import STEADY_GAP_S
@@ -121,6 +122,7 @@ class InTheLane(AtTheDesk):
     world: World
     id: bytes
     cache: Cache
+    messages: BrokerMessages
     tickets: list[Waiter]
     patience: dict[int, bool]
     users: list[Conn]
@@ -198,7 +200,7 @@ class InTheLane(AtTheDesk):
         self.threads.append(thread)
 
     def _refuse(self, moved: Moved) -> None:
-        self.cache.refuse(moved, self.world.now)
+        self.messages.refuse(moved, self.world.now)
         self.flush()
 
     def _is_short(self) -> bool:
@@ -210,7 +212,7 @@ class InTheLane(AtTheDesk):
     def leave_lane(self, *, former_brokers: bool = False) -> None:
         end, self.end = self.end, None
         self.cache.moving = b"\0"
-        self.cache.unread = []
+        self.cache.reporter.unread = []
         if end is None:
             return
         seats, self.seats, self.free_seats, self.unused = self.seats, [], [], []
@@ -282,10 +284,12 @@ class InTheLane(AtTheDesk):
 
     def note_arrivals(self) -> None:
         if self.end is not None:
-            self.cache.unread = [moved for seat in self.seats if (moved := seat.peek()) is not None]
+            self.cache.reporter.unread = [
+                moved for seat in self.seats if (moved := seat.peek()) is not None
+            ]
         # Also from a lane that was left since.
         in_hand = {holder for proc in self.world.server.procs for holder in proc.holders}
-        self.cache.unsure = any(thread.grip in in_hand for thread in self.threads)
+        self.cache.reporter.unsure = any(thread.grip in in_hand for thread in self.threads)
 
     def beat_in_lane(self) -> None:
         """`WaitSockets.check_all`, and a look."""
@@ -356,7 +360,7 @@ class InTheLane(AtTheDesk):
             and not wait_s
             and any(held.phase is Phase.CLOSING for held in cache.leases.values())
         ):
-            cache.outbox.append(cache.renewal(now, {}))
+            cache.outbox.append(cache.reporter.renewal(now, {}))
         cache.waiters.enqueue(
             ticket, wait_s, place=-1 if seat is None else seat.place, in_lane=in_lane
         )
@@ -550,7 +554,7 @@ class InTheLane(AtTheDesk):
         left = moved.live.left_ms
         retire_at = float("inf") if left is None else self.world.now + left / 1000
         try:
-            return self.cache.received(moved, conn, retire_at, self.world.now)
+            return self.messages.received(moved, conn, retire_at, self.world.now)
         except SharedPoolError:
             proc.holders.discard(self.id)
             proc.cut = True

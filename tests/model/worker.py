@@ -33,9 +33,10 @@ from sharedpool.wire.messages import (
     Welcome,
 )
 from sharedpool.worker.connection.connection import CHECK_AFTER_S
+from sharedpool.worker.core.broker_messages import BrokerMessages
 from sharedpool.worker.core.cache import Cache
 from sharedpool.worker.core.lease import Closing, Lease, Waiter
-from sharedpool.worker.core.lease_reports import lost, unfinished
+from sharedpool.worker.core.lost_leases import lost, unfinished
 from tests.model.desk import Conn
 from tests.model.moving import InTheLane
 from tests.model.scale import BEAT_S, EXPIRATION_S, HELLO_RETRY_S, LIMITS, MAX_WAITING, SILENCE_S
@@ -68,6 +69,7 @@ class Worker(InTheLane):
         self.remote = remote
         self.process = Process(number, number)
         self.cache = Cache(EXPIRATION_S)
+        self.messages = BrokerMessages(self.cache)
         self.line = world.network.line(self.id)
         self.established = False
         self.epoch = 0
@@ -97,7 +99,7 @@ class Worker(InTheLane):
         self.established = False
         now = self.hello_at = self.world.now
         self.note_arrivals()
-        leases, seen, first = self.cache.register(now, {})
+        leases, seen, first = self.messages.register(now, {})
         expiration_ms, group = int(EXPIRATION_S * 1000), self.world.group_of.get(self.pool, "")
         spec = PoolSpec(
             self.pool, LIMITS[self.pool], expiration_ms, 0, "", MAX_WAITING[self.pool], group
@@ -151,7 +153,7 @@ class Worker(InTheLane):
             self.beat_in_lane()
             self._to_close(self.cache.expire(now))
             assert not lost(self.cache.leases.values(), set(self.cache.idle), now)
-            self.cache.outbox.append(self.cache.renewal(now, {}))
+            self.cache.outbox.append(self.cache.reporter.renewal(now, {}))
             self.deposit_all()
             begun = {x.lease for x in unfinished(self.cache.leases.values(), now)}
             giving = {step.closing.lease for step in self.giving}
@@ -184,7 +186,7 @@ class Worker(InTheLane):
         match message:
             case Welcome():
                 self._to_close(
-                    cache.welcomed(message.epoch, message.generation, now, message.served)
+                    self.messages.welcomed(message.epoch, message.generation, now, message.served)
                 )
                 cache.connects_within_s = message.ttl_ms / 1000
                 self.tag = message.tag
@@ -198,11 +200,11 @@ class Worker(InTheLane):
             case Stale():
                 self._to_close(cache.renew_generation(message.generation, now))
             case Ack():
-                cache.acknowledged(message.gone)
+                cache.reporter.acknowledged(message.gone)
                 self._to_close(cache.renew_generation(message.generation, now))
                 self._revoke(message.revoked)
             case Grant():
-                self.wake(cache.granted(message, now))
+                self.wake(self.messages.granted(message, now))
             case Deny():
                 ticket = cache.waiters.denied(message)
                 if ticket is not None:
@@ -210,7 +212,7 @@ class Worker(InTheLane):
                     self.ring(ticket)
                     self.denied += 1
             case Recall():
-                self._to_close(cache.recalled(message, now, {}))
+                self._to_close(self.messages.recalled(message, now, {}))
             case Gone():
                 self._ended(message.tokens)
         self.flush()
@@ -529,7 +531,7 @@ class Worker(InTheLane):
         assert not self.cache.leases
         self.flush()
         if self.established:
-            self.line.up.append(self.cache.farewell())
+            self.line.up.append(self.cache.reporter.farewell(self.cache.hits))
         self.leave_lane()
         self.leave_desk()
 

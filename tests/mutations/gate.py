@@ -206,7 +206,7 @@ MUTANTS = (
         "a worker takes in a former broker's grant",
         (
             (
-                "sharedpool/worker/core/cache.py",
+                "sharedpool/worker/core/broker_messages.py",
                 "if grant.token.epoch != self._epoch:",
                 "if False:",
             ),
@@ -335,9 +335,9 @@ MUTANTS = (
         "who gives a connection claims it still",
         (
             (
-                "sharedpool/worker/core/cache.py",
-                ("x.phase is Phase.CLOSING and x.conn is None\n        }"),
-                "False}",
+                "sharedpool/worker/core/broker_messages.py",
+                "if lease.phase is Phase.CLOSING and lease.conn is None",
+                "if False",
             ),
         ),
         ("tests/unit/test_cache.py",),
@@ -742,9 +742,9 @@ MUTANTS = (
         "what has come in the lane and was not taken in is not listed",
         (
             (
-                "sharedpool/worker/core/cache.py",
-                "reported = reports(self.leases.values(), now, threads) + self._arriving()",
-                "reported = reports(self.leases.values(), now, threads)",
+                "sharedpool/worker/core/reporting.py",
+                "lease_reports(self._leases.values(), now, threads) + self._arriving()",
+                "lease_reports(self._leases.values(), now, threads)",
             ),
         ),
         ("tests/unit/test_cache_handover.py", "-k", "not_taken_in_is_listed"),

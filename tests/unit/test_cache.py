@@ -23,6 +23,7 @@ from sharedpool.wire.messages import (
     Token,
     Withdraw,
 )
+from sharedpool.worker.core.broker_messages import BrokerMessages
 from sharedpool.worker.core.cache import Cache
 from sharedpool.worker.core.lease import (
     CLOSING_LIMIT_S,
@@ -31,7 +32,7 @@ from sharedpool.worker.core.lease import (
     Lease,
     Waiter,
 )
-from sharedpool.worker.core.lease_reports import lost, unfinished
+from sharedpool.worker.core.lost_leases import lost, unfinished
 
 
 class Conn:
@@ -43,8 +44,9 @@ class Rig:
 
     def __init__(self, expiration_s: float = 60.0) -> None:
         self.cache = Cache(expiration_s)
+        self.messages = BrokerMessages(self.cache)
         self.now = 100.0
-        self.cache.welcomed(1, 1, self.now)
+        self.messages.welcomed(1, 1, self.now)
         self.serial = 0
         self.news = 0
         self.kept: list[object] = []
@@ -57,7 +59,7 @@ class Rig:
     def grant(self, request: int, *, owed: int = 0, serial: int | None = None) -> Waiter | None:
         self.serial += 1
         self.news += 1
-        return self.cache.granted(
+        return self.messages.granted(
             Grant(request, Token(1, serial or self.serial), self.news, owed), self.now
         )
 
@@ -65,7 +67,7 @@ class Rig:
         self, take: int = 0, owed: int = 0, *, expired: bool = False, answer: bool = True
     ) -> list[Closing]:
         self.news += 1
-        return self.cache.recalled(Recall(self.news, take, owed, expired, answer), self.now, {})
+        return self.messages.recalled(Recall(self.news, take, owed, expired, answer), self.now, {})
 
     def lend(self, retire_at: float = float("inf")) -> tuple[Lease, Conn]:
         """Check out a new connection."""
@@ -261,7 +263,7 @@ def test_a_double_or_late_recall_is_ignored(rig: Rig) -> None:
     rig.recall(owed=2)
     rig.sent()
     for serial in (rig.news, rig.news - 1):
-        assert rig.cache.recalled(Recall(serial, 1, 0), rig.now, {}) == []
+        assert rig.messages.recalled(Recall(serial, 1, 0), rig.now, {}) == []
     assert rig.cache.returns_due == 2
     assert rig.sent() == []
 
@@ -349,24 +351,24 @@ def test_a_grant_overtaken_by_a_newer_one_is_not_used(rig: Rig) -> None:
     first, second = rig.want(), rig.want()
     assert rig.grant(second.request, serial=2) is second
     assert rig.grant(first.request, serial=1) is None
-    assert rig.cache.renewal(rig.now, {}).newest_grant == Token(1, 2)
+    assert rig.cache.reporter.renewal(rig.now, {}).newest_grant == Token(1, 2)
 
 
 def test_a_grant_of_a_new_epoch_counts_from_the_start(rig: Rig) -> None:
     rig.lend()
     rig.lend()
-    rig.cache.welcomed(2, 1, rig.now)
+    rig.messages.welcomed(2, 1, rig.now)
     ticket = rig.want()
-    assert rig.cache.granted(Grant(ticket.request, Token(2, 1), 99), rig.now) is ticket
+    assert rig.messages.granted(Grant(ticket.request, Token(2, 1), 99), rig.now) is ticket
 
 
 def test_a_former_brokers_grant_is_not_taken_in(rig: Rig) -> None:
     """The new one has heard from our HELLO what is held: that grant was not among it."""
     ticket = rig.want()
-    rig.cache.welcomed(2, 1, rig.now)
-    assert rig.cache.granted(Grant(ticket.request, Token(1, 7), 99), rig.now) is None
+    rig.messages.welcomed(2, 1, rig.now)
+    assert rig.messages.granted(Grant(ticket.request, Token(1, 7), 99), rig.now) is None
     assert not rig.cache.leases
-    assert rig.cache.granted(Grant(ticket.request, Token(2, 1), 1), rig.now) is ticket
+    assert rig.messages.granted(Grant(ticket.request, Token(2, 1), 1), rig.now) is ticket
 
 
 def test_a_lease_granted_along_with_a_welcome_is_as_old_as_the_hello(rig: Rig) -> None:
@@ -374,11 +376,11 @@ def test_a_lease_granted_along_with_a_welcome_is_as_old_as_the_hello(rig: Rig) -
     rig.cache.connects_within_s = 10.0
     ticket = rig.want()
     for _ in range(2):  # the first may be what is answered
-        *_, first = rig.cache.register(rig.now, {})
+        *_, first = rig.messages.register(rig.now, {})
         assert first is not None
         rig.now += 6
-    rig.cache.welcomed(2, 1, rig.now, ticket.request)
-    assert rig.cache.granted(Grant(ticket.request, Token(2, 1), 1), rig.now) is None
+    rig.messages.welcomed(2, 1, rig.now, ticket.request)
+    assert rig.messages.granted(Grant(ticket.request, Token(2, 1), 1), rig.now) is None
     assert not rig.cache.leases
 
 
@@ -410,9 +412,9 @@ def test_a_release_is_repeated_until_it_is_acknowledged(rig: Rig) -> None:
     rig.cache.closed(lease, ReleaseReason.CLOSED, gone=True)
     unseen, _ = rig.lend()
     rig.cache.closed(unseen, ReleaseReason.CLOSED, gone=False)
-    assert rig.cache.renewal(rig.now, {}).gone == [lease.token]
-    rig.cache.acknowledged([lease.token])
-    assert rig.cache.renewal(rig.now, {}).gone == []
+    assert rig.cache.reporter.renewal(rig.now, {}).gone == [lease.token]
+    rig.cache.reporter.acknowledged([lease.token])
+    assert rig.cache.reporter.renewal(rig.now, {}).gone == []
 
 
 def test_trouble_of_an_older_generation_is_old_news(rig: Rig) -> None:
@@ -654,7 +656,7 @@ def test_a_renewal_lists_everything_held_and_asked_for(rig: Rig) -> None:
     used.thread = 7
     ticket = rig.want()
     rig.now += 2
-    renew = rig.cache.renewal(rig.now, {7: "Thread-7"})
+    renew = rig.cache.reporter.renewal(rig.now, {7: "Thread-7"})
     assert [
         (report.token, report.phase, report.age_ms, report.thread) for report in renew.leases
     ] == [
@@ -666,11 +668,12 @@ def test_a_renewal_lists_everything_held_and_asked_for(rig: Rig) -> None:
 
 def test_the_first_registration_of_all_has_nothing_to_clear_up() -> None:
     cache = Cache(60.0)
+    messages = BrokerMessages(cache)
     ticket = Waiter(lambda: None, 1.0)
     cache.waiters.enqueue(ticket, 2.5)
-    assert cache.register(1.0, {}) == ([], NO_TOKEN, Acquire(ticket.request, 2500))
+    assert messages.register(1.0, {}) == ([], NO_TOKEN, Acquire(ticket.request, 2500))
     assert list(cache.outbox) == [Acquire(ticket.request, 2500)]
-    cache.register(2.0, {})  # the first was lost, or heard
+    messages.register(2.0, {})  # the first was lost, or heard
     assert [type(each) for each in cache.outbox] == [Acquire, Renew]
 
 
@@ -680,7 +683,7 @@ def test_registering_again_replaces_what_was_not_sent_and_asks_again(rig: Rig) -
     gone = rig.want()
     rig.cache.give_up(gone, rig.now)
     rig.recall(owed=1)
-    leases, seen, _ = rig.cache.register(rig.now, {})
+    leases, seen, _ = rig.messages.register(rig.now, {})
     assert [report.token for report in leases] == [lease.token]
     assert (seen, rig.cache.returns_due) == (Token(1, 1), 0)
     assert rig.sent() == [Acquire(ticket.request, 2500), Renew(leases, seen, 0, [ticket.request])]
@@ -690,7 +693,7 @@ def test_registering_again_keeps_unsent_releases_and_says_that_they_close(rig: R
     """A HELLO without them would free the slot of a backend that was not seen to end."""
     lease, _ = rig.lend()
     rig.cache.closed(lease, ReleaseReason.BROKEN, gone=False)
-    leases, *_ = rig.cache.register(rig.now, {})
+    leases, *_ = rig.messages.register(rig.now, {})
     assert [(report.token, report.phase, report.backend) for report in leases] == [
         (lease.token, Phase.CLOSING, Backend(1))
     ]
@@ -701,15 +704,15 @@ def test_registering_again_keeps_unsent_releases_and_says_that_they_close(rig: R
 def test_recalls_of_a_new_broker_start_over(rig: Rig) -> None:
     rig.lend()
     rig.recall(owed=1)
-    rig.cache.register(rig.now, {})
-    rig.cache.recalled(Recall(1, 0, 1), rig.now, {})
+    rig.messages.register(rig.now, {})
+    rig.messages.recalled(Recall(1, 0, 1), rig.now, {})
     assert rig.cache.returns_due == 1
 
 
 def test_a_request_sent_twice_may_be_answered_twice(rig: Rig) -> None:
     """The link has registered again meanwhile; nobody would read a free wait socket."""
     slow = rig.want(9.0)
-    rig.cache.register(rig.now, {})
+    rig.messages.register(rig.now, {})
     quick = rig.want(9.0)
     for ticket in (slow, quick):
         assert not ticket.broker_is_done
@@ -725,8 +728,10 @@ def test_a_connection_that_is_being_given_is_its_threads_alone(rig: Rig) -> None
     rig.cache.giving(lease)
     rig.now += 10 * CLOSING_LIMIT_S
     assert unfinished(rig.cache.leases.values(), rig.now) == []
-    assert [report.token for report in rig.cache.renewal(rig.now, {}).leases] == [lease.token]
-    leases, *_ = rig.cache.register(rig.now, {})
+    assert [report.token for report in rig.cache.reporter.renewal(rig.now, {}).leases] == [
+        lease.token
+    ]
+    leases, *_ = rig.messages.register(rig.now, {})
     assert leases == []
     rig.cache.given(lease)
     assert rig.cache.leases == {}
@@ -741,7 +746,7 @@ def test_a_grant_is_as_old_as_its_request_less_the_time_it_had_waited(rig: Rig) 
     asked_at = rig.now
     ticket = rig.want(600.0)
     rig.now += 100  # of which it was in the broker's queue for 90 s; then the grant was on its way
-    rig.cache.granted(Grant(ticket.request, Token(1, 1), 1, waited_ms=90_000), rig.now)
+    rig.messages.granted(Grant(ticket.request, Token(1, 1), 1, waited_ms=90_000), rig.now)
     assert ticket.lease is not None
     assert ticket.lease.connect_by == asked_at + 90 + 15
 
@@ -749,7 +754,7 @@ def test_a_grant_is_as_old_as_its_request_less_the_time_it_had_waited(rig: Rig) 
 def test_a_grant_that_came_at_once_counts_from_now(rig: Rig) -> None:
     rig.cache.connects_within_s = 15.0
     ticket = rig.want()
-    rig.cache.granted(
+    rig.messages.granted(
         Grant(ticket.request, Token(1, 1), 1, waited_ms=3_000), rig.now
     )  # its clock runs faster
     assert ticket.lease is not None
@@ -762,7 +767,7 @@ def test_a_grant_for_a_request_that_was_given_up_keeps_its_age(rig: Rig) -> None
     asked_at = rig.now
     rig.cache.give_up(gone, rig.now)
     rig.now += 10
-    rig.cache.granted(Grant(gone.request, Token(1, 1), 1, waited_ms=4_000), rig.now)
+    rig.messages.granted(Grant(gone.request, Token(1, 1), 1, waited_ms=4_000), rig.now)
     assert waits.lease is not None
     assert waits.lease.connect_by == asked_at + 4 + 15
 
@@ -772,7 +777,8 @@ def test_a_grant_that_is_too_old_is_given_back_and_asked_for_again(rig: Rig) -> 
     ticket = rig.want(600.0)
     rig.now += 100
     assert (
-        rig.cache.granted(Grant(ticket.request, Token(1, 1), 1, waited_ms=1_000), rig.now) is None
+        rig.messages.granted(Grant(ticket.request, Token(1, 1), 1, waited_ms=1_000), rig.now)
+        is None
     )
     assert not ticket.is_done
     assert not rig.cache.leases
@@ -782,7 +788,7 @@ def test_a_grant_that_is_too_old_is_given_back_and_asked_for_again(rig: Rig) -> 
         Acquire(ticket.request, 500_000),
     )
     rig.now += 1
-    rig.cache.granted(Grant(ticket.request, Token(1, 2), 2, waited_ms=500), rig.now)
+    rig.messages.granted(Grant(ticket.request, Token(1, 2), 2, waited_ms=500), rig.now)
     assert ticket.lease is not None
 
 
@@ -791,9 +797,9 @@ def test_another_brokers_grants_count_from_its_welcome(rig: Rig) -> None:
     rig.cache.connects_within_s = 15.0
     ticket = rig.want(600.0)
     rig.now += 60
-    rig.cache.welcomed(2, 1, rig.now)
+    rig.messages.welcomed(2, 1, rig.now)
     rig.now += 2
-    rig.cache.granted(Grant(ticket.request, Token(2, 1), 1, waited_ms=1_000), rig.now)
+    rig.messages.granted(Grant(ticket.request, Token(2, 1), 1, waited_ms=1_000), rig.now)
     assert ticket.lease is not None
     assert ticket.lease.connect_by == rig.now - 1 + 15
 
@@ -806,6 +812,6 @@ def test_a_release_with_its_backend_unseen_is_repeated_until_the_broker_knows(
     rig.cache.closed(lease, ReleaseReason.BROKEN, gone=False)
     release = Release(lease.token, False, ReleaseReason.BROKEN, lease.backend)
     for _ in range(2):
-        assert rig.cache.renewal(rig.now, {}).unproven == [release]
-    rig.cache.acknowledged([lease.token])
-    assert rig.cache.renewal(rig.now, {}).unproven == []
+        assert rig.cache.reporter.renewal(rig.now, {}).unproven == [release]
+    rig.cache.reporter.acknowledged([lease.token])
+    assert rig.cache.reporter.renewal(rig.now, {}).unproven == []

@@ -43,7 +43,7 @@ def pass_on(rig: Rig, *, owed: int, pressed: bool) -> tuple[Lease, Conn]:
     message = Moved(
         ticket.request, Token(1, rig.serial), -1, 0, live, Passed(rig.news, owed, pressed)
     )
-    assert rig.cache.received(message, conn, float("inf"), rig.now) is ticket
+    assert rig.messages.received(message, conn, float("inf"), rig.now) is ticket
     assert ticket.lease is not None
     rig.kept += [ticket, conn]
     return ticket.lease, conn
@@ -91,7 +91,7 @@ def test_a_thread_that_pauses_gives_at_the_next_checkin(rig: Rig, pressed: bool)
 
 def test_a_request_within_a_hello_is_not_sent_again(rig: Rig) -> None:
     served, other = rig.want(), rig.want()
-    *_, first = rig.cache.register(rig.now, {})
+    *_, first = rig.messages.register(rig.now, {})
     assert first == Acquire(served.request, 5000)
     rig.now += 2
     rig.cache.waiters.registered(served.request, rig.now)
@@ -118,11 +118,11 @@ def test_a_recall_that_a_passed_connection_has_overtaken_is_obeyed_and_answered(
     late = Recall(rig.news, take=1, returns_due=0, expired=False, answer=True)
     pass_on(rig, owed=1, pressed=True)
     rig.sent()
-    (closing,) = rig.cache.recalled(late, rig.now, {})
+    (closing,) = rig.messages.recalled(late, rig.now, {})
     assert (closing.lease, closing.reason) == (idle, ReleaseReason.TAKEN)
     assert [each.answers for each in rig.sent() if isinstance(each, Renew)] == [late.serial]
     assert rig.cache.returns_due == 1  # what the later word says
-    assert rig.cache.recalled(late, rig.now, {}) == []
+    assert rig.messages.recalled(late, rig.now, {}) == []
 
 
 def test_a_connection_kept_for_its_thread_in_vain_is_given_when_the_broker_asks_again(
@@ -154,7 +154,7 @@ def test_one_answer_does_not_end_a_request_that_was_sent_twice(rig: Rig, asks: i
     """The broker may have queued it anew while the first answer was on its way: its wait socket is to be watched."""
     ticket = rig.want()
     if asks == 2:
-        rig.cache.register(rig.now, {})
+        rig.messages.register(rig.now, {})
     message = Moved(
         ticket.request,
         Token(1, 1),
@@ -163,7 +163,7 @@ def test_one_answer_does_not_end_a_request_that_was_sent_twice(rig: Rig, asks: i
         Live(Backend(1), 1, b""),
         Passed(1, 0, others_wait=False),
     )
-    rig.cache.received(message, Conn(), float("inf"), rig.now)
+    rig.messages.received(message, Conn(), float("inf"), rig.now)
     assert ticket.is_done
     assert ticket.broker_is_done is (asks == 1)
 
@@ -173,7 +173,7 @@ def test_a_connection_passed_by_a_former_broker_is_not_used(rig: Rig) -> None:
         1, Token(0, 1), -1, 0, Live(Backend(1), 1, b""), Passed(1, 0, others_wait=False)
     )
     with pytest.raises(SharedPoolError, match="former broker"):
-        rig.cache.received(message, Conn(), float("inf"), rig.now)
+        rig.messages.received(message, Conn(), float("inf"), rig.now)
     assert not rig.cache.leases
 
 
@@ -193,7 +193,7 @@ def come(rig: Rig, request: int = 0, *, moves: int = 3) -> tuple[Waiter | None, 
         Moved(request, Token(1, rig.serial), 9, moves, Live(Backend(rig.serial), 1, b"")),
         Conn(),
     )
-    ticket = rig.cache.received(moved, conn, float("inf"), rig.now)
+    ticket = rig.messages.received(moved, conn, float("inf"), rig.now)
     rig.kept += [conn]
     return ticket, rig.cache.leases[moved.token], conn
 
@@ -314,7 +314,7 @@ def test_a_connection_taken_away_meanwhile_is_not_put_back(moving: Rig) -> None:
 def test_a_thread_in_the_lane_asks_the_broker_for_nothing(moving: Rig) -> None:
     ticket = want_in_lane(moving)
     assert moving.sent() == []
-    assert moving.cache.heartbeat(moving.now, {}).pending == []
+    assert moving.cache.reporter.heartbeat(moving.now, {}, moving.cache.hits).pending == []
     assert moving.cache.give_up(ticket, moving.now) is None
     assert moving.sent() == []  # nor need it be told that it waits no more
     assert not moving.cache.waiting
@@ -354,14 +354,14 @@ def test_a_connection_without_a_waiter_is_idle(moving: Rig) -> None:
 def test_a_connection_from_the_shelf_ends_at_its_lifetime(moving: Rig) -> None:
     moving.serial += 1
     moved = Moved(0, Token(1, moving.serial), 9, 1, Live(Backend(1), 1, b""))
-    moving.cache.received(moved, Conn(), moving.now + 1, moving.now)
+    moving.messages.received(moved, Conn(), moving.now + 1, moving.now)
     (closing,) = moving.cache.expire(moving.now + 1)
     assert closing.reason is ReleaseReason.RETIRED
 
 
 def test_a_thread_in_a_former_brokers_lane_asks_the_later_broker(moving: Rig) -> None:
     ticket = want_in_lane(moving)
-    *_, first = moving.cache.register(moving.now, {})
+    *_, first = moving.messages.register(moving.now, {})
     assert first == Acquire(ticket.request, 5000)
     moving.cache.waiters.registered(0, moving.now)
     assert [each for each in moving.sent() if isinstance(each, Acquire)] == [first]
@@ -386,14 +386,14 @@ def test_a_thread_that_leaves_the_lane_asks_the_broker_and_is_served_by_either(m
 def test_a_thread_that_received_an_unusable_connection_asks_the_broker(moving: Rig) -> None:
     ticket = want_in_lane(moving)
     moved = Moved(ticket.request, Token(1, 70), 9, 1, Live(Backend(70), 1, b""))
-    moving.cache.refuse(moved, moving.now)
+    moving.messages.refuse(moved, moving.now)
     assert moving.sent() == [
         Release(moved.token, False, ReleaseReason.FAILED, Backend(70)),
         Acquire(ticket.request, 5000),
     ]
     assert not ticket.only_in_lane
-    assert moving.cache.renewal(moving.now, {}).pending == [ticket.request]
-    assert [x.token for x in moving.cache.renewal(moving.now, {}).unproven] == [
+    assert moving.cache.reporter.renewal(moving.now, {}).pending == [ticket.request]
+    assert [x.token for x in moving.cache.reporter.renewal(moving.now, {}).unproven] == [
         moved.token
     ]  # until it is known
 
@@ -407,14 +407,14 @@ def test_a_connection_that_has_arrived_and_is_not_taken_in_is_listed(moving: Rig
     lease, _ = moving.lend()
     in_hand, unread = arrival(50), arrival(51, moves=7)
     moving.cache.arriving[in_hand.token] = in_hand, lambda: moving
-    moving.cache.unread = [unread]
+    moving.cache.reporter.unread = [unread]
     expected = [
         LeaseReport(in_hand.token, Phase.CONNECTING, 0, "", Backend(50), [], 2),
         LeaseReport(unread.token, Phase.CONNECTING, 0, "", Backend(51), [], 7),
     ]
-    said = moving.cache.renewal(moving.now, {}).leases
+    said = moving.cache.reporter.renewal(moving.now, {}).leases
     assert sorted(said, key=lambda report: report.token)[1:] == expected
-    held, *_ = moving.cache.register(moving.now, {})
+    held, *_ = moving.messages.register(moving.now, {})
     assert sorted(held, key=lambda report: report.token)[1:] == expected
     assert lease.token < in_hand.token
 
@@ -422,11 +422,15 @@ def test_a_connection_that_has_arrived_and_is_not_taken_in_is_listed(moving: Rig
 def test_a_connection_dropped_before_it_was_received_is_no_longer_listed(moving: Rig) -> None:
     """By an interrupt in whatever line: else its slot would be this process's for ever."""
     kept, dropped = arrival(50), arrival(51)
-    moving.cache.arriving = {
-        kept.token: (kept, lambda: moving),
-        dropped.token: (dropped, lambda: None),
-    }
-    assert [report.token for report in moving.cache.renewal(moving.now, {}).leases] == [kept.token]
+    moving.cache.arriving.update(
+        {
+            kept.token: (kept, lambda: moving),
+            dropped.token: (dropped, lambda: None),
+        }
+    )
+    assert [report.token for report in moving.cache.reporter.renewal(moving.now, {}).leases] == [
+        kept.token
+    ]
     assert list(moving.cache.arriving) == [kept.token]
 
 
@@ -434,15 +438,15 @@ def test_a_lease_is_listed_once(moving: Rig) -> None:
     """Read between two looks; taken in between two others."""
     _, lease, _ = come(moving)
     both, taken_in = arrival(50), arrival(lease.token.serial)
-    moving.cache.unread = [both, taken_in]
-    moving.cache.arriving = {each.token: (each, lambda: moving) for each in (both, taken_in)}
-    tokens = [report.token for report in moving.cache.renewal(moving.now, {}).leases]
+    moving.cache.reporter.unread = [both, taken_in]
+    moving.cache.arriving.update({each.token: (each, lambda: moving) for each in (both, taken_in)})
+    tokens = [report.token for report in moving.cache.reporter.renewal(moving.now, {}).leases]
     assert sorted(tokens) == [lease.token, both.token]
 
 
 def test_how_often_it_has_moved_is_said_of_what_is_held(moving: Rig) -> None:
     _, lease, _ = come(moving, moves=12)
-    (report,) = moving.cache.renewal(moving.now, {}).leases
+    (report,) = moving.cache.reporter.renewal(moving.now, {}).leases
     assert (report.token, report.moves) == (lease.token, 12)
 
 
@@ -452,7 +456,7 @@ def test_a_lease_on_its_way_out_is_not_claimed(moving: Rig) -> None:
     assert moving.cache.take(moving.now) is lease
     assert reason_of(moving.cache.checkin(lease, conn, moving.now, None)) is ReleaseReason.SHARED
     moving.cache.giving(lease)
-    held, *_ = moving.cache.register(moving.now, {})
+    held, *_ = moving.messages.register(moving.now, {})
     assert held == []
     moving.cache.given(lease)
     assert not moving.cache.leases

@@ -5,10 +5,11 @@ from pathlib import Path
 from types import CodeType
 
 from sharedpool.wire.messages import Grant, Phase, Token
+from sharedpool.worker.core.broker_messages import BrokerMessages
 from sharedpool.worker.core.cache import Cache
 from sharedpool.worker.core.callsite import capture, shown_stack
 from sharedpool.worker.core.lease import Waiter
-from sharedpool.worker.core.lease_reports import reports
+from sharedpool.worker.core.reporting import lease_reports
 
 
 def test_the_innermost_line_comes_first() -> None:
@@ -57,12 +58,13 @@ def test_an_entry_is_short_printable_utf_8_and_keeps_its_end() -> None:
 def test_a_worker_with_very_many_leases_tells_of_each_only_the_line() -> None:
     """Its heartbeat must fit into a frame."""
     cache = Cache(60.0)
-    cache.welcomed(1, 1, 0.0)
+    messages = BrokerMessages(cache)
+    messages.welcomed(1, 1, 0.0)
     stack = ((code("inner.py"), 1), (code("outer.py"), 2))
     for serial in range(1, 202):
         cache.waiters.enqueue(ticket := Waiter(lambda: None, 0.0), 0)
-        cache.granted(Grant(ticket.request, Token(1, serial), serial), 0.0)
+        messages.granted(Grant(ticket.request, Token(1, serial), serial), 0.0)
         assert ticket.lease is not None
         ticket.lease.phase, ticket.lease.stack = Phase.IN_USE, stack
-        reported = reports(cache.leases.values(), 0.0, {})
+        reported = lease_reports(cache.leases.values(), 0.0, {})
         assert {len(each.stack) for each in reported} == ({2} if serial <= 200 else {1})

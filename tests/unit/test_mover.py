@@ -66,7 +66,7 @@ class Rig:
     def __init__(self) -> None:
         config = PoolConfig(resolve(dsn="host=nowhere user=u dbname=d"), timeout=5.0)
         self.holdings = LocalPool(config, GivenBroker("ipc:///nowhere"), Session, Mover)
-        self.holdings.cache.welcomed(1, 1, time.monotonic())
+        self.holdings.messages.welcomed(1, 1, time.monotonic())
         self.holdings.handover_works = True  # it was seen to work here
         self.fds = lanes.make()
         self.lane = Lane([os.dup(fd) for fd in self.fds], 1)
@@ -433,7 +433,7 @@ def test_a_connection_sent_to_a_seat_in_a_former_brokers_lane_is_kept(rig: Rig) 
     seat.join_queue(1)
     token = rig.give(on_shelf=False)
     rig.holdings.wait_sockets = rig.seats
-    rig.holdings.cache.welcomed(2, 7, time.monotonic())
+    rig.holdings.messages.welcomed(2, 7, time.monotonic())
     rig.holdings.leave_lane(former_brokers=True)
     lease = rig.holdings.cache.leases[token]
     assert (lease.phase, lease.generation) == (Phase.IDLE, 7)
