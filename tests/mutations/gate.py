@@ -451,7 +451,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/worker/core/waiters.py",
-                'self._along[1] if self._along[0] == served else float("-inf")',
+                'asked_at if request == served else float("-inf")',
                 "now",
             ),
         ),

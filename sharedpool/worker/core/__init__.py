@@ -1,1 +1,1 @@
-"""A worker's decisions. Pure: no I/O, no clock."""
+"""The worker's decisions. Pure: no I/O, no clock."""

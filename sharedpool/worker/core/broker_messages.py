@@ -1,5 +1,6 @@
-"""What the broker's messages do to a pool's cache, and the registration with a broker. Pure: no
-I/O, no clock.
+"""What the broker's messages do to a pool's cache, and the registration with a broker.
+
+Pure: no I/O, no clock.
 
 Messages may be lost, repeated, or overtaken by others, and a broker may be replaced by another.
 These rules make each message safe to handle at any time:
@@ -116,8 +117,7 @@ class BrokerMessages:
         return waiter
 
     def refuse(self, message: Moved, now: float) -> None:
-        """Give back a received connection that cannot be used here, and ask for a slot to connect
-        in."""
+        """Give back a connection that cannot be used here, and ask for a slot instead."""
         cache = self._cache
         release = Release(message.token, False, ReleaseReason.FAILED, message.live.backend)
         cache.outbox.append(release)
@@ -127,8 +127,7 @@ class BrokerMessages:
             cache.waiters.ask(waiter, now)
 
     def recalled(self, recall: Recall, now: float, threads: Mapping[int, str]) -> list[Closing]:
-        """Handle a RECALL: take out idle leases, longest idle first; answer with all that is
-        held."""
+        """Handle a RECALL: take out idle leases, longest idle first; answer with all that is held."""
         if recall.serial <= self._recall_serial:
             return []
         self._recall_serial = recall.serial
@@ -155,8 +154,7 @@ class BrokerMessages:
     def register(
         self, now: float, threads: Mapping[int, str]
     ) -> tuple[list[LeaseReport], Token, Acquire | None]:
-        """Start over with a broker; return what HELLO says: the leases held, the newest grant, the
-        first request.
+        """Start over with a broker; return HELLO's leases, newest grant and first request.
 
         The outbox is composed anew, since the broker may have lost, or never received, what was
         sent before:
@@ -213,8 +211,7 @@ class BrokerMessages:
         self._cache.returns_due = self._returns_serial = self._recall_serial = 0
 
     def _take_returns_due(self, serial: int, returns_due: int, others_wait: bool) -> bool:
-        """Set `returns_due`, unless a newer message has set it; return True if this one is the
-        newest."""
+        """Set `returns_due`; return False if a newer message has set it."""
         if serial <= self._returns_serial:
             return False
         self._returns_serial = serial

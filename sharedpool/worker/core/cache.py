@@ -1,5 +1,6 @@
-"""One process's leases of a pool, idle and in use, and its threads that wait for one. Pure: no I/O,
-no clock.
+"""One process's leases of a pool, idle and in use, and its threads that wait for one.
+
+Pure: no I/O, no clock.
 
 The caller holds the pool's lock around every method but `take`. Methods decide and return what is
 to be done: leases to close, waiters to wake. The caller does that without the lock. Messages for
@@ -73,8 +74,7 @@ class Cache:
         self.moving: Sequence[int] | memoryview = NOTHING_MOVES
 
     def leave_outbox(self) -> None:
-        """Leave the outbox to the link that sends it; messages from now on are for the next
-        link."""
+        """Leave the outbox to the link that sends it; messages from now on are for the next link."""
         self.outbox = self.waiters.outbox = deque()
 
     # --- checkout
@@ -92,8 +92,7 @@ class Cache:
         return lease
 
     def reconsider_idle(self, lease: Lease, now: float) -> Closing | Waiter | None:
-        """Check in once more a connection that the fast path has laid idle, when it is wanted
-        elsewhere."""
+        """Check in again a connection that the fast path laid idle although it is wanted elsewhere."""
         if not self.remove_idle(lease):
             return None  # another thread has it
         if self.timings.choose(now):
@@ -122,8 +121,10 @@ class Cache:
             return None
 
     def give_up(self, waiter: Waiter, now: float) -> Waiter | None:
-        """Withdraw a waiter whose thread stops waiting. Return the waiter that gets its lease, if
-        it had one."""
+        """Withdraw a waiter whose thread stops waiting.
+
+        Return the waiter that gets its lease, if it had one.
+        """
         if self.waiters.withdraw(waiter):
             return None
         lease, waiter.lease = waiter.lease, None
@@ -132,8 +133,7 @@ class Cache:
         return self.hand_on_or_keep(lease, lease.conn, now)
 
     def hand_on_or_keep(self, lease: Lease, conn: object, now: float) -> Waiter | None:
-        """Give a lease to the first waiter (returned) and withdraw its request; without a waiter
-        keep or release it."""
+        """Give a lease to the first waiter, which is returned; with none, keep or release it."""
         if not self.waiting:
             if conn is not None:
                 self._lay_idle(lease, conn, now)
@@ -146,8 +146,10 @@ class Cache:
         return waiter
 
     def _hand_on(self, lease: Lease, conn: object, now: float) -> Waiter | None:
-        """Give a lease to the first waiter outside the lane. In the lane, other processes' waiters
-        may come first."""
+        """Give a lease to the first waiter outside the lane.
+
+        In the lane, other processes' waiters may come first.
+        """
         for waiter in self.waiting.values():
             if not waiter.only_in_lane:
                 self.waiters.withdraw(waiter)
@@ -242,8 +244,7 @@ class Cache:
             self.outbox.append(self.reporter.renewal(now, {}))
 
     def close(self, lease: Lease, conn: object, reason: ReleaseReason, now: float) -> Closing:
-        """Take a lease out of use for good, whatever its phase; the caller closes the
-        connection."""
+        """Take a lease out of use for good, whatever its phase; the caller closes the connection."""
         lease.conn, lease.phase, lease.since = conn, Phase.CLOSING, now
         return Closing(lease, reason)
 
@@ -305,8 +306,10 @@ class Cache:
         lease.conn = lease.ref = None
 
     def ended(self, token: Token) -> Lease | None:
-        """Drop and return a lease whose backend has ended; None if there is none, or it is being
-        closed anyway."""
+        """Drop and return a lease whose backend has ended.
+
+        Return None if it is being closed anyway.
+        """
         lease = self.leases.get(token)
         return None if lease is None or lease.phase is Phase.CLOSING else self.forget(token)
 
@@ -321,14 +324,12 @@ class Cache:
     # --- generations
 
     def report_failover_sign(self, lease: Lease, code: str) -> None:
-        """Report that a connection saw a failover (SQLSTATE `code`), or was found dead (`code` is
-        "")."""
+        """Report that a connection saw a failover (SQLSTATE `code`), or was found dead ("")."""
         if lease.generation >= self.generation:
             self.outbox.append(FailoverSign(lease.generation, code))
 
     def renew_generation(self, generation: int, now: float) -> list[Closing]:
-        """Take out all idle leases of older generations. Those in use are closed at their
-        checkin."""
+        """Take out all idle leases of older generations. Those in use are closed at their checkin."""
         if generation <= self.generation:
             return []
         self.generation = generation

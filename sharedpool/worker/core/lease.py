@@ -1,4 +1,4 @@
-"""What one process knows of a lease, and of a thread that waits for one."""
+"""What one process knows of a lease, and of a thread that waits for one. Pure."""
 
 from __future__ import annotations
 
@@ -16,23 +16,7 @@ CLOSING_LIMIT_S = 3.0
 
 
 class Lease:
-    """A slot this process holds, and its connection (opaque here).
-
-    `conn` is set while it lies idle, is handed on or is being closed; once out, only `ref` knows it, so that a
-    connection that its user has dropped can be seen. `arrived_at` is when this process got it open, `since` when its
-    phase began, `idle_s` how long it had lain idle before. `waiter` is the one it was given to, while that thread alone
-    knows of it. `deposited`: the broker has been given the socket. `needs_configure`: it came with a connection from
-    another process, which has not been made this one's own yet. `fast_checkout_until`: until when a checkout may lend
-    its connection as it is, neither fresh nor wrapped. `movable`: its session can be passed to another. `generation` is
-    the newest that was known when it was granted. `fast_checkin`: its next checkin need not look at its key, at the
-    generation, at its settings, nor whether it was taken away. `cache` is whose it is. `stack` is where it was last
-    checked out (`debug_checkouts`). `connect_by`: what is not being connected by then must not be. `reached_directly`,
-    `refused_with`: GRANT's `direct` and `code`. `at_close`: what its user's `close()` does in place of closing.
-    `integration_state` is what an integration keeps with the session while that stays in this process. `cell` and
-    `moves`: see `wire/board.py`. `live`: what came with it, if it has come in the lane. `timed`: this use is
-    (`timings.py`), if it goes the fast path. `cancelled`: the broker was asked to cancel what is executed, and alone
-    knows when that is over.
-    """
+    """A slot that this process holds, with its connection, which is opaque here."""
 
     __slots__ = (
         "arrived_at",
@@ -69,50 +53,64 @@ class Lease:
     )  # fmt: skip
 
     def __init__(self, token: Token, waiter: Waiter | None, now: float) -> None:
+        # --- what and when
         self.token = token
         self.phase = Phase.CONNECTING
-        self.since = self.arrived_at = now
+        self.since = now  # when the phase began
+        self.arrived_at = now  # when this process got the connection open
+        self.idle_s = 0.0  # how long it lay idle before this use
+        self.retire_at = float("inf")  # the end of `max_lifetime`
+        # The newest generation that was known when the lease was granted.
+        self.generation = 0
+        self.cache: object = None  # the cache that the lease belongs to
+
+        # --- who has it
+        # The connection while it is idle, handed on or closed. While it is checked out only `ref`
+        # refers to it, so that a connection dropped by its user is collected, and seen to be.
         self.conn: object | None = None
         self.ref: weakref.ref[object] | None = None
-        self.idle_s = 0.0
-        self.backend: Backend | None = None
-        self.retire_at = float("inf")
-        self.connect_by = float("inf")
-        self.reached_directly = False
-        self.refused_with = ""
-        self.deposited = False
-        self.needs_configure = False
-        self.fast_checkout_until = float("-inf")
-        self.movable = False
-        self.cell = -1
-        self.timed = False
-        self.live: Live | None = None
-        self.cancelled = False
-        self.moves = 0
-        self.fast_checkin = True
-        self.cache: object = None
-        self.generation = 0
-        self.looked_lost_since: float | None = (
-            None  # `since`, when it looked lost at the last heartbeat
-        )
-        self.thread = 0  # identifier of the thread that has it
-        self.stack: Stack = ()
-        self.key: object = None
-        self.at_close: Callable[[Any], None] | None = None
-        self.integration_state: Any = None
+        # The waiter that the lease was given to, while only the waiter's thread knows of it.
         self.waiter = None if waiter is None else weakref.ref(waiter)
+        self.thread = 0  # identifier of the thread that has it
+        self.stack: Stack = ()  # where it was last checked out (`debug_checkouts`)
+        self.key: object = None  # the user's key of the checkout
+        self.looked_lost_since: float | None = None  # `since`, when the last heartbeat missed it
+        # What an integration keeps with the session while it stays in this process.
+        self.integration_state: Any = None
+        # What the user's `close()` calls instead of closing the connection.
+        self.at_close: Callable[[Any], None] | None = None
+
+        # --- the fast path
+        # The next checkin needs no look at key, generation, settings, or a revocation.
+        self.fast_checkin = True
+        # Until then a checkout may lend the connection as it is: not fresh and not wrapped.
+        self.fast_checkout_until = float("-inf")
+        self.timed = False  # this use by the fast path is a sample (`timings.py`)
+
+        # --- the connect
+        self.backend: Backend | None = None
+        self.connect_by = float("inf")  # a connect that has not begun by then must not begin
+        self.reached_directly = False  # GRANT's `direct`
+        self.refused_with = ""  # GRANT's `code`
+
+        # --- the hand-over
+        self.movable = False  # the session can be passed to another process
+        self.deposited = False  # the broker has a copy of the socket
+        # The connection came from another process and is not yet set up for this one.
+        self.needs_configure = False
+        self.cell = -1  # the lease's cell on the board (`wire/board.py`)
+        self.moves = 0  # how often it had moved when it came
+        self.live: Live | None = None  # what came along with it in the lane
+        # The broker was asked to cancel the query, and only the broker knows when that is over.
+        self.cancelled = False
 
     def allow_fast_checkout(self, as_is: bool) -> None:
-        """Note whether the next checkouts may lend the connection as it is, neither fresh nor wrapped."""
+        """Set whether the next checkouts may lend the connection as it is, not fresh, not wrapped."""
         self.fast_checkout_until = self.retire_at if as_is else float("-inf")
 
 
 class Waiter:
-    """One thread's wait for a lease. Its end is a `lease`, a `denial` or an `error`: `is_done` tells that it has come.
-
-    `wake` is called then, and when the thread is to look where it waits best. `owner` is a reference to what lives as
-    long as the thread's call: without it the waiter is `abandoned`.
-    """
+    """One thread's wait for a lease. It ends with a `lease`, a `denial` or an `error`."""
 
     __slots__ = (
         "__weakref__",
@@ -131,30 +129,33 @@ class Waiter:
     )  # fmt: skip
 
     def __init__(self, wake: Callable[[], None], now: float, owner: object | None = None) -> None:
+        # An object that lives as long as the thread's call; see `abandoned`.
         self.owner = None if owner is None else weakref.ref(owner)
+        # Called when the wait is over, and when the thread should choose anew where to wait.
         self.wake = wake
         self.since = now
         self.request = 0
-        self.until: float | None = None  # then its wait is over; None: it wants an answer at once
-        self.lane_place = -1  # where it waits in the lane
-        self.only_in_lane = False  # it waits there, and was asked for nowhere else
-        self.times_asked = 0  # how often the broker was asked for it
-        self.answered = False  # by the broker itself: nothing more comes for it
+        self.until: float | None = None  # end of the wait; None for an answer at once
+        self.lane_place = -1  # its place in the lane, -1 for none
+        self.only_in_lane = False  # it waits in the lane, and the broker was not asked
+        self.times_asked = 0  # requests to the broker
+        self.answered = False  # the broker itself has answered and sends nothing more
         self.lease: Lease | None = None
         self.denial: Deny | None = None
         self.error: Exception | None = None
 
     def reset(self, now: float) -> None:
-        """Forget how the last wait has ended: what it brought could not be used."""
+        """Start another wait: the lease that ended the last one could not be used."""
         self.since = now
         self.answered = False
         self.lease = self.denial = self.error = None
 
     @property
     def broker_is_done(self) -> bool:
-        """Whether the broker sends nothing more to its place: it was asked once at most, and that is answered.
+        """Whether the broker sends nothing more to this waiter's place in the lane.
 
-        Asked twice it may queue it anew while the answer to the first is on its way.
+        That is so if it was asked at most once and has answered. Asked twice, the broker may queue
+        the second request after its answer to the first has left.
         """
         return not self.times_asked or (
             self.times_asked == 1 and (self.answered or self.denial is not None)
@@ -162,7 +163,7 @@ class Waiter:
 
     @property
     def abandoned(self) -> bool:
-        """Whether its thread's call is over: an interrupt has kept it from saying so."""
+        """Whether the thread's call has ended without a word, by an interrupt."""
         return self.owner is not None and self.owner() is None
 
     @property
@@ -180,8 +181,9 @@ class Closing:
 
 
 def collected(ref: object) -> None:
-    """Do nothing.
+    """Do nothing: the callback of `Lease.ref`.
 
-    The garbage collector clears a reference that has a callback before it runs finalizers (from Python 3.14 on others
-    only afterwards): in a finalizer a dead `Lease.ref` tells that the connection is being collected too.
+    The garbage collector clears a weak reference with a callback before it runs finalizers. (From
+    Python 3.14 on, it clears references without one only afterwards.) So, inside a finalizer, a
+    dead `Lease.ref` tells that the connection is being collected too.
     """

@@ -1,5 +1,7 @@
-"""Leases that no thread can bring back any more, and closes that were interrupted. Pure: no I/O, no
-clock."""
+"""Leases that no thread can bring back any more, and closes that were interrupted.
+
+Pure: no I/O, no clock.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ def lost(
     now: float,
     in_hand: Callable[[], set[Lease] | None] = lambda: None,
 ) -> list[Lease]:
-    """Return leases that nobody can bring back: a thread was interrupted, or a connection was
-    collected.
+    """Return leases that no thread can bring back.
+
+    Their thread was interrupted, or their connection was collected.
 
     A lease counts only if it looks lost at two heartbeats, with no change between: at the first, a
     finalizer or the thread that reclaims it may be bringing it back. `in_hand` returns the leases
@@ -52,8 +55,7 @@ def unfinished(leases: Iterable[Lease], now: float) -> list[Closing]:
 
 
 def _is_dropped(lease: Lease) -> bool:
-    """Return True if a lease's connection, or the waiter that was to connect, was garbage
-    collected."""
+    """Return True if a lease's connection, or the waiter it was for, was garbage collected."""
     if lease.phase is Phase.CONNECTING:
         return lease.conn is not None if lease.waiter is None else lease.waiter() is None
     return (

@@ -1,5 +1,4 @@
-"""What a process reports to the broker of one pool: its leases and requests (RENEW), and its last
-message (BYE). Pure.
+"""What a process reports to the broker: the leases and requests of one pool. Pure.
 
 The broker compares each RENEW with its ledger. So a RENEW lists everything that the process holds,
 also what no thread has taken over yet, and repeats each release until the broker has acknowledged
@@ -86,8 +85,7 @@ class Reporter:
             self._unproven.pop(token, None)
 
     def renewal(self, now: float, threads: Mapping[int, str], *, answers: int = 0) -> Renew:
-        """Return a RENEW with all leases and requests; `answers` is the serial of the RECALL that
-        it answers."""
+        """Return a RENEW with all leases and requests; `answers` is the RECALL that it answers."""
         return Renew(
             self.held(now, threads),
             self.newest_grant,

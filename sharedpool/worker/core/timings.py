@@ -1,9 +1,15 @@
-"""How long connects, waits and uses took in one process, as histograms. Pure: no clock.
+"""Histograms of how long connects, waits and uses took in one process. Pure: no clock.
 
-The caller holds the pool's lock around every method. A checkout or checkin that goes the fast path (`worker/pool.py`)
-is not touched by any of this: that it took no time to be had is known from the cache's count of such checkouts, and how
-long it was used from a sample. Each `SAMPLE_S` one checkout at most is chosen, before it begins, to come back by the
-slow path; its time stands for all that came back by the fast path meanwhile.
+Checkouts and checkins by the fast path (`worker/pool.py`) are not timed, as that would slow them
+down. They are accounted for like this:
+
+- A fast checkout takes no time. The cache counts them (`hits`), and `news` adds them to the first
+  bucket.
+- The time of use is sampled. Every `SAMPLE_S` at most one checkout is chosen before it begins, and
+  comes back by the slow path. Its time counts for all uses that have come back by the fast path
+  since the last sample.
+
+The caller holds the pool's lock around every method.
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ SAMPLE_S = 0.02
 
 
 class Histogram:
-    """Counts by bucket, and the sum."""
+    """Counts by bucket, and the sum of all values."""
 
     __slots__ = ("counts", "total_us")
 
@@ -31,48 +37,50 @@ class Histogram:
 
 
 class Timings:
-    """One cache's. `due_at` is when the next checkout may be chosen."""
+    """The timings of one cache."""
 
     def __init__(self) -> None:
         self.created, self.waited, self.used = Histogram(), Histogram(), Histogram()
-        self.due_at = float("-inf")
+        self.due_at = float("-inf")  # when the next use may be chosen as a sample
+        # Counts since the start.
         self._checkouts = 0  # by the slow path
-        self._told = 0  # checkouts whose use has been told
-        self._hits = 0
-        self._serial = 0  # of the registration with the broker
+        self._hits = 0  # by the fast path
+        self._told = 0  # uses that `used` stands for
+        self._serial = 0  # of the registration with the broker, for `messages.Timings`
         nothing = messages.Histogram([0] * BUCKETS, 0)
         self._base = self._last = messages.Timings(0, nothing, nothing, nothing)
 
     def checked_out(self, seconds: float) -> None:
-        """Note how long a checkout took that did not go the fast path."""
+        """Record how long a checkout by the slow path took."""
         self.waited.add(seconds)
         self._checkouts += 1
 
     def choose(self, now: float) -> bool:
-        """Say whether the next use is to be timed."""
+        """Return True if the next use is to be timed."""
         if now < self.due_at:
             return False
         self.due_at = now + SAMPLE_S
         return True
 
     def checked_in(self, seconds: float, hits: int, out: int, *, typical: bool) -> None:
-        """Note how long a connection was used.
+        """Record how long a connection was used.
 
-        `hits`: checkouts that went the fast path; `out`: those that are not over. `typical`: but for this, it would
-        have come back the fast path too.
+        `hits` are the checkouts by the fast path, `out` those that have not come back. `typical`
+        means that only the timing has kept this checkin from the fast path, so that it stands for
+        others.
         """
-        self._hits = max(self._hits, hits)  # counted without a lock: it may have stepped back
+        self._hits = max(self._hits, hits)  # `hits` is counted without a lock and may step back
         weight = max(1, self._checkouts + self._hits - out - self._told) if typical else 1
         self.used.add(seconds, weight)
         self._told += weight
 
     def registered(self) -> None:
-        """Begin to count from what was sent last: the broker may be another, or has forgotten this session."""
+        """Count from the last report on: the broker may be new, or have forgotten this session."""
         self._serial += 1
         self._base = self._last
 
     def news(self, hits: int) -> messages.Timings | None:
-        """Return what the heartbeat has to tell, counted since the registration; None when nothing has changed."""
+        """Return the timings since the registration; None if nothing is new since the last report."""
         self._hits = max(self._hits, hits)
         waited = _copy(self.waited)
         waited.counts[0] += self._hits

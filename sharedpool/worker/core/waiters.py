@@ -1,6 +1,8 @@
-"""The threads of one process that wait for a lease, and whether each was asked for at the broker. Pure.
+"""One process's threads that wait for a lease, and their requests to the broker.
 
-The caller holds the pool's lock. Messages go into the cache's outbox.
+Pure: no I/O, no clock.
+
+The caller holds the pool's lock. Messages go to the cache's outbox.
 """
 
 from __future__ import annotations
@@ -19,35 +21,36 @@ _MOST_ASKED = 10_000
 
 
 def _acquire(waiter: Waiter, now: float) -> Acquire:
-    """Return a waiter's request. Who wants to wait at all waits a millisecond at least."""
+    """Return a waiter's request. A waiter that may wait at all waits for one millisecond at least."""
     left_s = 0.0 if waiter.until is None else waiter.until - now
     wait_ms = 0 if waiter.until is None else int(min(max(left_s * 1000, 1), _LONGEST_WAIT_MS))
     return Acquire(waiter.request, wait_ms, waiter.lane_place)
 
 
 class Waiters:
-    """Waiters by the number of their request, in the order in which they came. `outbox` is the cache's outbox."""
+    """The waiters by the number of their request, in the order in which they came."""
 
     def __init__(self, out: deque[ToBroker], time_slice: TimeSlice) -> None:
         self.waiting: OrderedDict[int, Waiter] = OrderedDict()
         self.outbox = out
         self._time_slice = time_slice
         self._requests = itertools.count(1)
-        self._along = (0, 0.0)  # the request that was said along with a HELLO, and since when
-        self._asked_at: OrderedDict[int, float] = (
-            OrderedDict()
-        )  # by request, also of waiters that were given up
+        # The request that the last HELLO carried, and when it was first carried; (0, 0.0) for none.
+        self._asked_in_hello = (0, 0.0)
+        # When each request was made, also for waiters that have given up.
+        self._asked_at: OrderedDict[int, float] = OrderedDict()
 
     def new_request(self) -> int:
-        """Return the number of another request. Needs no lock."""
+        """Return a new request number. Needs no lock."""
         return next(self._requests)
 
     def enqueue(
         self, waiter: Waiter, wait_s: float, *, place: int = -1, in_lane: bool = False
     ) -> None:
-        """Queue a waiter, here and at the broker; `wait_s` 0 asks for an answer at once.
+        """Queue a waiter here and at the broker; `wait_s` of 0 asks for an answer at once.
 
-        `place`: where it waits in the pool's lane, if it does; `in_lane`: the broker need not know.
+        `place` is the waiter's place in the pool's lane, -1 for none. With `in_lane` the broker is
+        not asked.
         """
         waiter.request, waiter.until = (
             self.new_request(),
@@ -60,7 +63,7 @@ class Waiters:
             self.ask(waiter, waiter.since)
 
     def withdraw(self, waiter: Waiter) -> bool:
-        """Take a waiter out that waits no more, as far as anybody knows of it; return whether it still did."""
+        """Remove a waiter that has no answer, and withdraw its request; return False if it has one."""
         if self.waiting.get(waiter.request) is not waiter:
             return False
         self.remove(waiter)
@@ -70,33 +73,35 @@ class Waiters:
         return True
 
     def serve(self, waiter: Waiter) -> None:
-        """Take a waiter out that has its answer; whatever the broker may still have of it is to be forgotten there."""
+        """Remove a waiter that has its answer; withdraw a request that may still be queued."""
         self.remove(waiter)
         if not waiter.broker_is_done:
             self.outbox.append(Withdraw(waiter.request))
 
     def first_request(self, now: float) -> Acquire | None:
-        """Return what the first who waits asks for, for a HELLO that is said now.
+        """Return the first waiter's request, to be sent in a HELLO.
 
-        Its place is not told: it may be in a former broker's lane. What answers a HELLO is a slot.
+        Its place is left out, since it may be in a former broker's lane: the answer to a HELLO is a
+        slot.
         """
         for request, waiter in self.waiting.items():
-            if self._along[0] != request:  # else an earlier HELLO may be what is answered
-                self._along = request, now
+            if self._asked_in_hello[0] != request:  # else the answer may be to the earlier HELLO
+                self._asked_in_hello = request, now
             return structs.replace(_acquire(waiter, now), lane_place=-1)
         return None
 
     def leave_lane(self) -> None:
-        """Note that nobody waits in a lane any more: each will say where he waits then."""
+        """Record that the process has left its lane. Each thread then asks again where it waits."""
         for waiter in self.waiting.values():
             waiter.lane_place = -1
 
     def registered(self, served: int, now: float) -> None:
-        """Note that request number `served`, which was said along with a HELLO, will be answered by that.
+        """Handle a WELCOME that answers request `served`, which the HELLO carried (0 for none).
 
-        The others are said only now, perhaps long after it: so much less they still wait.
+        The other requests are composed anew: they were made for HELLO, perhaps long ago, and have
+        less time left.
         """
-        self._along = (0, 0.0)
+        self._asked_in_hello = (0, 0.0)
         unsent = list(self.outbox)
         self.outbox.clear()
         for each in unsent:
@@ -106,7 +111,7 @@ class Waiters:
                 self.outbox.append(_acquire(waiter, now))
 
     def ask(self, waiter: Waiter, now: float) -> None:
-        """Ask the broker for a waiter: for the first time, or once more, since what it was given could not be used."""
+        """Ask the broker: for the first time, or again because the last answer could not be used."""
         waiter.only_in_lane = False
         waiter.times_asked += 1
         self._asked_at[waiter.request] = now
@@ -115,37 +120,41 @@ class Waiters:
         self.outbox.append(_acquire(waiter, now))
 
     def change_place(self, waiter: Waiter, place: int, now: float) -> None:
-        """Have a waiter wait at another place in the lane, or (-1) nowhere there."""
+        """Move a waiter to another place in the lane, or with -1 out of it."""
         waiter.lane_place = place
         if waiter.times_asked and self.waiting.get(waiter.request) is waiter:
             waiter.times_asked += 1
             self.outbox.append(_acquire(waiter, now))
 
     def remove(self, waiter: Waiter) -> None:
-        """Take a waiter out: its wait is over."""
+        """Remove a waiter whose wait is over."""
         del self.waiting[waiter.request]
 
     def ask_for_all(self, now: float) -> None:
-        """Ask for every waiter: the broker knows of none."""
+        """Ask for every waiter anew, as a broker that knows of none needs it."""
         for request, waiter in self.waiting.items():
             self.ask(waiter, self._asked_at.get(request, now))
 
     def granted_at(self, request: int, waited_s: float, now: float) -> float:
-        """Return when a request was granted, or an earlier moment: it had waited for so long then."""
+        """Return when the broker granted a request, given how long it had waited: never too late."""
         return min(now, self._asked_at.pop(request, float("-inf")) + waited_s)
 
     def start_over(self, now: float, served: int) -> None:
-        """Note that another broker is asked from now on; for request number `served` it was when HELLO was said."""
+        """Start anew with another broker.
+
+        It counts each wait from now on, but `served` from its HELLO.
+        """
         self._asked_at = OrderedDict.fromkeys(self.waiting, now)
         if served in self.waiting:
-            self._asked_at[served] = self._along[1] if self._along[0] == served else float("-inf")
+            request, asked_at = self._asked_in_hello
+            self._asked_at[served] = asked_at if request == served else float("-inf")
 
     def pending(self) -> list[int]:
-        """Return the requests of which the broker should know by now."""
+        """Return the requests that the broker should know of."""
         return [request for request, waiter in self.waiting.items() if not waiter.only_in_lane]
 
     def denied(self, deny: Deny) -> Waiter | None:
-        """Take in a refusal; return the waiter to wake."""
+        """Handle a DENY; return the waiter to wake."""
         self._asked_at.pop(deny.request, None)
         waiter = self.waiting.get(deny.request)
         if waiter is not None:
@@ -154,7 +163,7 @@ class Waiters:
         return waiter
 
     def fail(self, error: Exception) -> list[Waiter]:
-        """End every wait with `error`; return the waiters to wake."""
+        """End all waits with `error`; return the waiters to wake."""
         waiters = list(self.waiting.values())
         for waiter in waiters:
             self.remove(waiter)
