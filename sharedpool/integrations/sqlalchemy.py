@@ -23,7 +23,7 @@ from sqlalchemy.pool import Pool as EnginePool
 from sqlalchemy.pool.base import _ConnectionRecord
 
 from sharedpool.errors import PoolClosed, PoolExhausted, PoolTimeout
-from sharedpool.worker.connection.connection import settings_of
+from sharedpool.worker.connection.state import settings_of
 from sharedpool.worker.connection.wrapper import unwrap
 from sharedpool.worker.core.lease import Lease
 from sharedpool.worker.pool import Pool

@@ -22,19 +22,17 @@ from sharedpool.wire.messages import START_UP_LIMIT_S, Phase, ReleaseReason
 from sharedpool.worker import error_messages, greenlets
 from sharedpool.worker.connection import closed_flag
 from sharedpool.worker.connection.closing import abort
-from sharedpool.worker.connection.connection import (
+from sharedpool.worker.connection.connection import take_lease
+from sharedpool.worker.connection.handover import can_move, parameters
+from sharedpool.worker.connection.opening import connect, describe, take_duplicate
+from sharedpool.worker.connection.pooled import PooledConnection
+from sharedpool.worker.connection.state import (
     CHECK_AFTER_S,
-    connect,
-    describe,
     is_alive,
     is_unused,
     role_of_server,
     settings_of,
-    take_duplicate,
-    take_lease,
 )
-from sharedpool.worker.connection.handover import can_move, parameters
-from sharedpool.worker.connection.pooled import PooledConnection
 from sharedpool.worker.connection.wrapper import detach, has_lost_wrapper, is_as_opened, wrap
 from sharedpool.worker.core import callsite
 from sharedpool.worker.core.lease import Lease, Waiter

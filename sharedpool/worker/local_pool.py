@@ -40,15 +40,7 @@ from sharedpool.worker.connection.closing import (
     end_session,
     take_witness,
 )
-from sharedpool.worker.connection.connection import (
-    CHECK_AFTER_S,
-    clean,
-    is_unused,
-    peer_has_closed,
-    sync_transaction_status,
-    take_lease,
-    turned_read_only,
-)
+from sharedpool.worker.connection.connection import take_lease
 from sharedpool.worker.connection.diagnosis import Diagnosis, Failure
 from sharedpool.worker.connection.handover import (
     PATIENT_S,
@@ -62,6 +54,14 @@ from sharedpool.worker.connection.handover import (
 )
 from sharedpool.worker.connection.pooled import PooledConnection
 from sharedpool.worker.connection.reset import parameters_after
+from sharedpool.worker.connection.state import (
+    CHECK_AFTER_S,
+    clean,
+    is_unused,
+    peer_has_closed,
+    sync_transaction_status,
+    turned_read_only,
+)
 from sharedpool.worker.connection.wrapper import as_user_sees
 from sharedpool.worker.core.broker_messages import BrokerMessages
 from sharedpool.worker.core.cache import NOTHING_MOVES, Cache

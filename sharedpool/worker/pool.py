@@ -21,8 +21,9 @@ from sharedpool.worker import forks
 from sharedpool.worker.checkout import checkout
 from sharedpool.worker.connection.closed_flag import OPEN, SHUT
 from sharedpool.worker.connection.closing import close_confirmed, cut
-from sharedpool.worker.connection.connection import CHECK_AFTER_S, take_lease
+from sharedpool.worker.connection.connection import take_lease
 from sharedpool.worker.connection.pooled import PooledConnection
+from sharedpool.worker.connection.state import CHECK_AFTER_S
 from sharedpool.worker.connection.wrapper import as_user_sees, note_wrapper, unwrap
 from sharedpool.worker.core.cache import Cache
 from sharedpool.worker.core.lease import Lease

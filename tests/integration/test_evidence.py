@@ -19,7 +19,7 @@ from sharedpool.cli.client import fetch_report
 from sharedpool.postgres.conninfo import resolve
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.worker.connection.closing import close_confirmed
-from sharedpool.worker.connection.connection import connect, describe
+from sharedpool.worker.connection.opening import connect, describe
 from tests.support.fixture_types import Backends, MakePool
 from tests.support.waiting import wait_until
 

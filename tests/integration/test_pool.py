@@ -694,7 +694,7 @@ def test_an_interrupt_just_before_libpq_is_called_frees_the_slot(
         raise Interrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("sharedpool.worker.connection.connection._number", interrupt)
+        patch.setattr("sharedpool.worker.connection.opening._number", interrupt)
         with pytest.raises(Interrupt):
             pool.get_conn(timeout=20)
     assert ask(pool.get_conn(timeout=20))

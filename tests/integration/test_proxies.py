@@ -19,7 +19,7 @@ import sharedpool
 from sharedpool.cli.client import fetch_report
 from sharedpool.postgres.conninfo import resolve
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
-from sharedpool.worker.connection.connection import connect, describe
+from sharedpool.worker.connection.opening import connect, describe
 from tests.support import proxies
 from tests.support.fixture_types import Backends, MakePool
 from tests.support.processes import BackendSampler, Worker, as_pid_1
@@ -86,7 +86,7 @@ def test_a_worker_that_cannot_see_the_servers_processes_takes_nothing_for_grante
     """In a PID namespace of its own, as in another container: then only the server's word counts."""
     code = (
         "import sys; from sharedpool.postgres.conninfo import resolve;"
-        " from sharedpool.worker.connection import connection as c;"
+        " from sharedpool.worker.connection import opening as c;"
         " print(c.describe(c.connect(resolve(dsn=sys.argv[1]), 'x', None, [])).direct)"
     )
     run = subprocess.run(

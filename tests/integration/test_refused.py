@@ -17,8 +17,8 @@ import pytest
 import sharedpool
 from sharedpool.postgres.conninfo import resolve
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
-from sharedpool.worker.connection.connection import connect
 from sharedpool.worker.connection.diagnosis import Diagnosis, Failure
+from sharedpool.worker.connection.opening import connect
 from sharedpool.worker.connection.pooled import PooledConnection
 from tests.support.fixture_types import MakePool
 from tests.support.processes import workers

@@ -398,9 +398,7 @@ def test_a_wrapper_that_makes_its_own_connection_is_refused(
         return _own(*args, **kwargs)
 
     monkeypatch.setattr(psycopg2, "connect", connect)
-    with pytest.raises(
-        SharedPoolError, match=r"does not heed connection_factory=.*LoggingConnection"
-    ):
+    with pytest.raises(SharedPoolError, match=r"ignores connection_factory=.*LoggingConnection"):
         pool.get_conn()
     assert_all_is_there_again(pool, backends, monkeypatch)
 

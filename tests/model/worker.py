@@ -32,7 +32,7 @@ from sharedpool.wire.messages import (
     ToWorker,
     Welcome,
 )
-from sharedpool.worker.connection.connection import CHECK_AFTER_S
+from sharedpool.worker.connection.state import CHECK_AFTER_S
 from sharedpool.worker.core.broker_messages import BrokerMessages
 from sharedpool.worker.core.cache import Cache
 from sharedpool.worker.core.lease import Closing, Lease, Waiter

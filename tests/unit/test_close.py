@@ -16,8 +16,9 @@ import pytest
 
 from sharedpool.postgres.peer_closed import other_side_closed
 from sharedpool.worker.connection.closing import _shut, close_confirmed, cut
-from sharedpool.worker.connection.connection import Connection, take_duplicate
+from sharedpool.worker.connection.connection import Connection
 from sharedpool.worker.connection.handover import _greeting, _startup
+from sharedpool.worker.connection.opening import take_duplicate
 from sharedpool.worker.connection.pooled import PooledConnection
 
 _PATIENCE_S = 30.0

@@ -1,7 +1,11 @@
-"""End sessions, and see their backends gone: of a connection that is closed, cut, given away or inherited.
+"""End sessions, and see that their backends exit.
 
-The *witness* tells: the connection's duplicate of its socket (`connection.py`). It tells of the backend only where
-nobody is in between (`postgres/route.py`); behind a proxy the broker asks the server.
+The end is seen on the *witness*, the connection's duplicate of its socket (`opening.py`). It proves
+the backend's end only if no proxy is in between (`postgres/route.py`). Behind a proxy the broker
+asks the server.
+
+A descriptor is known by its number, and other code may close it so that its number comes to mean
+something else. Before each use the number is compared with what it was (`descriptors/owned.py`).
 """
 
 from __future__ import annotations
@@ -21,20 +25,22 @@ from sharedpool.worker import greenlets
 from sharedpool.worker.connection import closed_flag
 from sharedpool.worker.connection.pooled import PooledConnection
 
-# A backend exits within milliseconds of its client's close unless it is in the middle of a query.
+# A backend exits within milliseconds of its client's close, unless it is executing a query.
 CLOSE_LIMIT_S = 1.0
 CUT_LIMIT_S = 0.2
-# Tells, without reading, that the other end is closed. 0 where poll cannot tell (macOS).
+# Shows without a read that the other end is closed. 0 where poll cannot tell (macOS).
 PEER_CLOSED: int = getattr(select, "POLLRDHUP", 0)
 
 
 def close_confirmed(conns: Iterable[PooledConnection], limit_s: float = CLOSE_LIMIT_S) -> None:
-    """Close connections and wait, for all together at most `limit_s` seconds, until their backends have exited.
+    """Close connections and wait, `limit_s` seconds for all, until their backends have exited.
 
-    One that another thread is in is cut (see there): psycopg2's close would wait for that thread's statement.
+    A connection that another thread is using is cut, since psycopg2's close would wait for that
+    thread's statement.
 
-    Afterwards `conn.sharedpool_gone` tells of each whether it was seen to go; `conn.sharedpool_closed` only that the
-    other side has closed it. Behind a proxy there is nothing to be seen, nor to be waited for.
+    Afterwards `conn.sharedpool_gone` tells whether the backend was seen to exit, and
+    `conn.sharedpool_closed` whether the other side has closed the connection. Behind a proxy
+    neither is seen or waited for.
     """
     closing = [(conn, take_witness(conn)) for conn in conns]
     try:
@@ -46,14 +52,16 @@ def close_confirmed(conns: Iterable[PooledConnection], limit_s: float = CLOSE_LI
 
 
 def cut(conns: Iterable[PooledConnection], limit_s: float = CUT_LIMIT_S) -> None:
-    """End connections that other threads may be using, without waiting for those threads.
+    """End sessions that other threads may be using, without waiting for those threads.
 
-    A backend that rests exits within `limit_s` (see `sharedpool_gone`); one in the middle of a query loses its client,
-    and the query's thread gets an error when it ends: the broker ends it, or else the server, when it next looks for
-    its client. One that another thread is closing is left to it.
+    An idle backend exits within `limit_s` (see `sharedpool_gone`). One that executes a query has
+    lost its client, and its thread gets an error when the query ends. The broker ends it, or the
+    server when it next checks its client. A connection that another thread is closing is left to
+    that thread.
 
-    Only our sending half is shut down. The other one shut as well would wake the query's thread at once, but would
-    look like the backend's end on the broker's duplicate of the socket.
+    Only the sending half of the socket is shut down. To shut down the other half too would wake the
+    query's thread at once, but on the broker's duplicate of the socket it would look like the
+    backend's end.
     """
     cutting = [(conn, take_witness(conn)) for conn in conns]
     try:
@@ -63,47 +71,51 @@ def cut(conns: Iterable[PooledConnection], limit_s: float = CUT_LIMIT_S) -> None
 
 
 def take_witness(conn: PooledConnection) -> Owned | None:
-    """Take a connection's witness off it, in one step: of two threads that end it only one has it, and closes it."""
-    # Once it is closed its number may be another connection's, and to the same backend: a session may come back.
+    """Take the witness off a connection; None if another thread has it, or its number is reused."""
+    # Once the witness is closed, its number may go to a new socket, even to one of the same backend
+    # when a session comes back to this process.
     _numbers.pop(conn.sharedpool_witness, None)
     if not is_still(conn.sharedpool_witness, conn.sharedpool_known):
         conn.__dict__.pop("sharedpool_witness", None)
         return None
     try:
-        return Owned(
-            fileno=conn.__dict__.pop("sharedpool_witness")
-        )  # one line: it always has an owner
+        # One expression: no interrupt falls in between and leaves the descriptor without an owner.
+        return Owned(fileno=conn.__dict__.pop("sharedpool_witness"))
     except KeyError:
         return None
 
 
 def descriptor_of(conn: PooledConnection) -> int:
-    """Return the number of libpq's descriptor: the same for as long as the object lives."""
+    """Return the number of libpq's descriptor, which is the same as long as the object lives."""
     if conn.sharedpool_number < 0:
         conn.sharedpool_number = socket_of(conn)
     return conn.sharedpool_number
 
 
 class _Holder(weakref.ref["PooledConnection"]):
-    """A connection that has a descriptor. No user's reference is of this class, nor shared with one that is."""
+    """A reference to a connection with a descriptor.
+
+    A class of its own tells it from users' references.
+    """
 
 
-# By number: whose it is, libpq's or the witness. A connection's finalizer may be interrupted, and is not called again;
-# psycopg2 itself does not close one that is shut to its user (`closed_flag.py`).
+# The connection of each descriptor, libpq's or the witness, by number. The link's thread closes
+# those that are left over (`close_ownerless`): an interrupt may end a finalizer, which is not
+# called again, and psycopg2 does not close the socket of a connection that is SHUT
+# (`closed_flag.py`).
 _numbers: dict[int, tuple[_Holder, tuple[Identity, ...]]] = {}
-_ownerless: dict[
-    int, tuple[object, float]
-] = {}  # which of them, and since when it is known to be nobody's
-FINALIZING_S = 0.1  # no finalizer that goes on takes longer
+# The entries of `_numbers` whose connection is gone, and since when that is known.
+_ownerless: dict[int, tuple[object, float]] = {}
+FINALIZING_S = 0.1  # no finalizer takes longer, unless it was interrupted
 
 
 def register(conn: PooledConnection, number: int) -> None:
-    """Have a connection's descriptor closed some time after its end, should nobody have done that."""
+    """Have a connection's descriptor closed some time after its end, if it is open still."""
     _numbers[number] = _Holder(conn), conn.sharedpool_known
 
 
 def is_referred_to(conn: PooledConnection) -> bool:
-    """Say whether there is a weak reference to a connection, besides this module's own."""
+    """Return True if there are weak references to a connection besides this module's own."""
     entry = _numbers.get(conn.sharedpool_number)
     if entry is not None and weakref.getweakrefcount(conn) == 1 and entry[0]() is conn:
         return False
@@ -111,23 +123,27 @@ def is_referred_to(conn: PooledConnection) -> bool:
 
 
 def unregister(number: int) -> None:
-    """Leave a descriptor to whoever has it now.
+    """Stop watching a descriptor.
 
-    Once it is closed its number may be given to another one of the same socket, as sessions come back to a process.
+    Once it is closed, its number may go to another descriptor of the same socket, since sessions
+    come back to a process.
     """
     _numbers.pop(number, None)
 
 
 def unregister_all(conn: PooledConnection) -> None:
-    """Leave a connection its descriptors: it lives on without its weak references, or psycopg2 is about to end it."""
+    """Stop watching a connection's descriptors.
+
+    The connection is kept forever, or psycopg2 is about to close them.
+    """
     unregister(conn.sharedpool_witness)
     unregister(socket_of_failed(conn) or -1)
 
 
 def close_ownerless() -> bool:
-    """Close the descriptors of connections that have been no more for `FINALIZING_S`. For the heartbeat.
+    """Close descriptors whose connections ended at least `FINALIZING_S` ago, at each heartbeat.
 
-    Return whether there are others, to be closed by a later call.
+    Return True if there are more, to be closed by a later call.
     """
     now, left = time.monotonic(), False
     for number, entry in list(_numbers.items()):
@@ -149,16 +165,17 @@ def close_ownerless() -> bool:
 def _end_sessions(
     conns: Iterable[tuple[PooledConnection, Owned | int | None]], limit_s: float
 ) -> None:
-    """Tell backends by their sockets that no more will come; note whose end of the socket is closed in time.
+    """Shut down sessions by their sockets, and record which of them the other side closes in time.
 
-    A socket that has died here proves nothing: its backend may live on, and the broker is to see to it.
+    A socket that has failed on this side proves nothing: its backend may live on, and the broker
+    has to end it.
     """
     waiting: dict[int, PooledConnection] = {}
     poller = greenlets.poller()
     for conn, sock in conns:
         witness = -1 if sock is None else sock if isinstance(sock, int) else sock.fileno()
         if witness >= 0:
-            # libpq has said goodbye already where it could; a session that it had given up is told here.
+            # libpq has said goodbye if it could, but not for a session that it had given up.
             _shut(witness)
             if conn.sharedpool_direct is not False:
                 poller.register(witness, PEER_CLOSED or select.POLLIN)
@@ -177,30 +194,36 @@ def _end_sessions(
 def end_session(
     conn: PooledConnection, witness: Owned | int | None, limit_s: float = CLOSE_LIMIT_S
 ) -> None:
-    """End a session by its witness alone; `sharedpool_gone` as ever. The descriptor stays the caller's."""
+    """End a session by its witness alone, and set `sharedpool_gone`.
+
+    The caller keeps the descriptor.
+    """
     _end_sessions([(conn, witness)], limit_s)
 
 
 def abandon(shell: PooledConnection) -> None:
-    """Close a connection object, unless another thread is in the middle of a statement on it: that one drops it."""
+    """Close a connection object.
+
+    If another thread is executing a statement on it, that thread drops it.
+    """
     closed_flag.mark_broken(shell)
     if not closed_flag.is_busy(shell):
         shell.sharedpool_close()
 
 
 def abort(conn: PooledConnection) -> None:
-    """Close a connection for which no witness can be had (no descriptor is free); `sharedpool_gone` as ever."""
+    """Close a connection that has no witness because no descriptor is free; set `sharedpool_gone`."""
     _end_sessions([(conn, conn.fileno())], CLOSE_LIMIT_S)
     conn.sharedpool_close()
 
 
 def _read_to_end(conn: PooledConnection, witness: int) -> bool | None:
-    """Where poll cannot show the end of a stream: read what is left.
+    """Read what is left on a witness, where poll cannot show the end of a stream (macOS).
 
-    Return None when there is no end yet, and whether the other side made it when there is.
+    Return None if the stream has not ended, else whether the other side has ended it.
     """
     if not closed_flag.is_closed_for_good(conn):
-        return None  # another thread's libpq is reading it
+        return None  # another thread's libpq is reading from it
     os.set_blocking(witness, False)
     try:
         while os.read(witness, 65536):
@@ -216,7 +239,7 @@ def _shut(witness: int) -> None:
     try:
         Borrowed(fileno=witness).shutdown(socket.SHUT_WR)
     except OSError:
-        pass  # the other side was faster
+        pass  # the other side has closed it already
 
 
 def _close(conns: Iterable[tuple[PooledConnection, Owned | None]]) -> None:
@@ -234,9 +257,12 @@ _dead_socket: tuple[int, Identity] = (-1, NOTHING)
 
 
 def dead_socket() -> tuple[int, Identity]:
-    """Return a descriptor on which nothing can be sent, and what it is. Raise OSError when none can be had.
+    """Return a descriptor on which nothing can be sent, and its identity.
 
-    Made before it is needed: a fork may find none free. Made anew when its number has become somebody else's.
+    Raise OSError if none is free.
+
+    It is made before it is needed, because after a fork no descriptor may be free. It is made anew
+    if its number belongs to something else by now.
     """
     global _dead_socket
     if not is_still(_dead_socket[0], _dead_socket[1:]):
@@ -248,27 +274,31 @@ def dead_socket() -> tuple[int, Identity]:
 
 
 def replace_socket(conn: PooledConnection) -> None:
-    """Take a connection's socket from under it: nothing it does reaches the session any more, its close included.
+    """Replace a connection's socket, so that not even its close reaches the session.
 
-    Raise OSError when nothing can be put in its place.
+    Raise OSError if no replacement can be had.
     """
     number, known = dead_socket()
     os.dup2(number, expect_descriptor(conn, known), inheritable=False)
 
 
 def expect_descriptor(conn: PooledConnection, known: Identity) -> int:
-    """Note what libpq's descriptor is to be from now on, and return it; until it is that, it may be what it was."""
-    conn.sharedpool_known = (
-        *conn.sharedpool_known[-2:],
-        known,
-    )  # a session, a probe, a dead end: `handover.vacate`
+    """Record what libpq's descriptor will be from now on, and return its number.
+
+    Until it is replaced, it may still be what it was before.
+    """
+    # Three in all: a session, a probe and a dead socket follow each other in `handover.vacate`.
+    conn.sharedpool_known = (*conn.sharedpool_known[-2:], known)
     number = descriptor_of(conn)
     register(conn, number)
     return number
 
 
 def owns_descriptor(conn: PooledConnection) -> bool:
-    """Say whether libpq's descriptor is what it was: else nothing may be written to it, nor may it be closed."""
+    """Return True if libpq's descriptor is what it was.
+
+    Else it may be neither written to nor closed.
+    """
     if not conn.sharedpool_known:
         return True  # just made
     number = socket_of_failed(conn)
@@ -276,16 +306,19 @@ def owns_descriptor(conn: PooledConnection) -> bool:
 
 
 def keep_forever(conn: PooledConnection) -> None:
-    """Keep a connection object for ever: at its end libpq writes to its descriptor's number, and closes that."""
+    """Keep a connection object forever.
+
+    Its finalizer would write to, and close, a descriptor that is not its own any more.
+    """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(conn))
 
 
 def disown(conn: PooledConnection) -> None:
-    """In a forked child: make an inherited connection harmless. The parent's session neither ends nor is used here."""
+    """Make an inherited connection harmless in a forked child. The parent's session goes on."""
     closed_flag.reopen(conn)
     if conn.sharedpool_witness < 0 or conn.closed:
         return
-    # Another thread of the parent may have been closing it: the number may be somebody else's by now.
+    # Another thread of the parent may have been closing it, so its number may be reused by now.
     if owns_descriptor(conn):
         fd = socket_of(conn)
         try:

@@ -37,14 +37,10 @@ from sharedpool.worker.connection.closing import (
     keep_forever,
     register,
 )
-from sharedpool.worker.connection.connection import (
-    ROLE_PARAMETERS,
-    is_alive,
-    is_unused,
-    pooled_class,
-)
+from sharedpool.worker.connection.connection import pooled_class
 from sharedpool.worker.connection.pooled import PooledConnection
 from sharedpool.worker.connection.server_facts import decode, facts_of
+from sharedpool.worker.connection.state import ROLE_PARAMETERS, is_alive, is_unused
 
 # An abstract address for the stub is libpq 14's.
 SUPPORTED = sys.platform == "linux" and extensions.libpq_version() >= 140000

@@ -32,8 +32,8 @@ from psycopg2 import extensions
 
 from sharedpool.worker.connection import closed_flag
 from sharedpool.worker.connection.closing import is_referred_to
-from sharedpool.worker.connection.connection import is_unused, settings_of
 from sharedpool.worker.connection.pooled import PooledConnection
+from sharedpool.worker.connection.state import is_unused, settings_of
 
 
 def renew(shell: PooledConnection, parameters: Mapping[str, str], cursor_factory: Any) -> bool:

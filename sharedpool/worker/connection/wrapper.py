@@ -1,8 +1,9 @@
-"""What wraps `psycopg2.connect`, as an agent does that traces statements.
+"""Connections wrapped by a replacement of `psycopg2.connect`, such as a tracing agent's.
 
-Such a wrapper returns an object of its own around the connection, or sets a cursor class on it. Its user gets what it
-returned: the *wrapper* of a connection. Everything inside the pool has the connection itself, which refers to its
-wrapper only while it is not checked out: dropped by its user, a wrapper takes the connection with it.
+The replacement returns its own object around the connection, or sets a cursor class on it. The
+pool's user gets that object, the *wrapper*. Inside the pool everything works on the connection
+itself. The connection refers to its wrapper only while it is not checked out, so that a wrapper
+dropped by its user takes the connection with it.
 """
 
 from __future__ import annotations
@@ -27,19 +28,20 @@ def _is_function_of_psycopg2() -> bool:
 
 
 def is_wrapped() -> bool:
-    """Say whether somebody has put something of his own in the place of `psycopg2.connect`."""
+    """Return True if `psycopg2.connect` is not psycopg2's own function."""
     return psycopg2.connect is not _OWN and not _is_function_of_psycopg2()
 
 
 def unwrap(conn: extensions.connection) -> PooledConnection | None:
-    """Return the pool's connection that `conn` is, or wraps; None when it is no pool's."""
+    """Return the pooled connection that `conn` is or wraps; None if it is no pool's."""
     return getattr(conn, "sharedpool_self", None)
 
 
 def attach(conn: PooledConnection, returned: object) -> None:
-    """Note what `psycopg2.connect` returned for a connection.
+    """Record what `psycopg2.connect` returned for a connection.
 
-    Raise `SharedPoolError` when the connection cannot be reached through it: it could not be put back.
+    Raise `SharedPoolError` if the connection cannot be reached through it: it could not be checked
+    in.
     """
     conn.sharedpool_connect = psycopg2.connect
     conn.sharedpool_wrapper = conn.sharedpool_wrapper_ref = None
@@ -47,14 +49,14 @@ def attach(conn: PooledConnection, returned: object) -> None:
         return
     if unwrap(cast(Any, returned)) is not conn:
         raise SharedPoolError(
-            f"psycopg2.connect() is wrapped, and returned {type(returned)!r}, which does not pass on the attributes of"
-            " the connection that connection_factory= has made: a pool cannot lend it out"
+            f"psycopg2.connect() is wrapped and returned {type(returned)!r}, which does not pass on"
+            " the attributes of the connection made by connection_factory=; a pool cannot use it"
         )
     note_wrapper(conn, returned)
 
 
 def note_wrapper(conn: PooledConnection, returned: object) -> None:
-    """Note the wrapper with which a connection comes back; where it comes without, it is the one that it went with."""
+    """Record the wrapper with which a connection comes back. Without one, keep the former wrapper."""
     if returned is conn:
         if (ref := conn.sharedpool_wrapper_ref) is not None:
             conn.sharedpool_wrapper = ref()
@@ -62,12 +64,12 @@ def note_wrapper(conn: PooledConnection, returned: object) -> None:
     conn.sharedpool_wrapper = returned
     try:
         conn.sharedpool_wrapper_ref = weakref.ref(returned)
-    except TypeError:  # it is made anew where it is needed
+    except TypeError:  # no weak reference is possible: it is wrapped anew for the next user
         conn.sharedpool_wrapper_ref = _lost
 
 
 def as_user_sees(conn: PooledConnection) -> extensions.connection:
-    """Return what stands for a connection before its user's eyes: its wrapper, if it has one at hand."""
+    """Return the connection's wrapper, or the connection itself if it has none at hand."""
     wrapper = conn.sharedpool_wrapper
     if wrapper is None and (ref := conn.sharedpool_wrapper_ref) is not None:
         wrapper = ref()
@@ -75,28 +77,29 @@ def as_user_sees(conn: PooledConnection) -> extensions.connection:
 
 
 def detach(conn: PooledConnection) -> extensions.connection:
-    """Return what the user gets; from here on the connection does not refer to it."""
+    """Return what the user gets, and drop the connection's reference to it."""
     user_s = as_user_sees(conn)
     conn.sharedpool_wrapper = None
     return user_s
 
 
 def has_lost_wrapper(conn: PooledConnection) -> bool:
-    """Say whether a connection that had a wrapper has come back without, and its user has let go of that."""
+    """Return True if a connection's wrapper is gone: it came back without, and the user dropped it."""
     return conn.sharedpool_wrapper_ref is not None and as_user_sees(conn) is conn
 
 
 def is_as_opened(conn: PooledConnection) -> bool:
-    """Say whether a connection from another process has what `psycopg2.connect`, as it is now, would give it."""
+    """Return True if a connection is wrapped as the present `psycopg2.connect` would wrap it."""
     if conn.sharedpool_connect is None:
         return not is_wrapped()
     return conn.sharedpool_connect is psycopg2.connect and not has_lost_wrapper(conn)
 
 
 def wrap(conn: PooledConnection, conninfo: ConnInfo) -> None:
-    """Have an open connection wrapped as if it had been opened here just now. Raise what the wrapping raises.
+    """Wrap an open connection as if it had been opened just now. Raise what the wrapping raises.
 
-    It is no connect, and is not to be traced as one: it happens in a thread, and a context, in which nothing is traced.
+    It must not be traced as a connect. So it happens in a thread, and a context, in which nothing
+    is traced.
     """
     dsn, keywords = conninfo.arguments(conninfo.dsn)
     cursor_factory = conninfo.python_kwargs.get("cursor_factory")
@@ -111,7 +114,7 @@ def wrap(conn: PooledConnection, conninfo: ConnInfo) -> None:
                 **keywords,
             )
             if isinstance(returned, extensions.connection) and unwrap(returned) is None:
-                returned.close()  # it has not heeded connection_factory=
+                returned.close()  # the replacement has ignored connection_factory=
             attach(conn, returned)
         except BaseException as error:
             ended.append(error)
@@ -129,4 +132,4 @@ _OWN = psycopg2.connect if _is_function_of_psycopg2() else None
 
 
 def _lost() -> None:
-    """Stand for a reference to a wrapper that cannot be referred to weakly."""
+    """Stand for a weak reference where the wrapper allows none."""

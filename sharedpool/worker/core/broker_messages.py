@@ -160,11 +160,10 @@ class BrokerMessages:
         sent before:
 
         1. Unsent RELEASEs stay. HELLO lists their leases as closing; only the RELEASE tells whether
-        the backend has
-           ended.
-        2. Every waiter is asked for again. A request that the broker has queued already keeps its
-        place. 3. A RENEW follows, which removes withdrawn requests from the broker's queue. The
-        very first HELLO needs none.
+           the backend has ended.
+        2. Every waiter is asked for again. A request that the broker has queued keeps its place.
+        3. A RENEW follows. It removes withdrawn requests from the broker's queue, which the very
+           first HELLO has no need of.
         """
         cache = self._cache
         unsent = [message for message in cache.outbox if isinstance(message, Release)]
