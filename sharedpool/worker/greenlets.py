@@ -88,7 +88,7 @@ def zmq_dealer(context: Any) -> Any:
 
 def may_connect_to_itself() -> bool:
     """Say whether libpq, while it connects, lets another thread of this process answer: a greenlet only if it waits
-    by psycogreen's callback. (A shell is built so: `worker/connection/handover.py`.)
+    by psycogreen's callback. (A shell is built so: `worker/connection/shells.py`.)
     """
     return not patched() or extensions.get_wait_callback() is not None
 

@@ -45,7 +45,6 @@ from sharedpool.worker.connection.diagnosis import Diagnosis, Failure
 from sharedpool.worker.connection.handover import (
     PATIENT_S,
     SUPPORTED,
-    Shells,
     adopt,
     prepare,
     reads_dates,
@@ -54,6 +53,7 @@ from sharedpool.worker.connection.handover import (
 )
 from sharedpool.worker.connection.pooled import PooledConnection
 from sharedpool.worker.connection.reset import parameters_after
+from sharedpool.worker.connection.shells import Shells
 from sharedpool.worker.connection.state import (
     CHECK_AFTER_S,
     clean,

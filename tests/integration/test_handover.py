@@ -23,8 +23,9 @@ from sharedpool.descriptors.owned import Owned
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.desk import Live
 from sharedpool.wire.messages import Token
-from sharedpool.worker.connection.handover import SUPPORTED, Stub, adopt
+from sharedpool.worker.connection.handover import SUPPORTED, adopt
 from sharedpool.worker.connection.pooled import PooledConnection
+from sharedpool.worker.connection.stub_server import StubServer
 from sharedpool.worker.local_pool import LocalPool
 from tests.support.pool_pair import MakePair, leave_what_comes, moved, report
 from tests.support.processes import BackendSampler, Piped, Worker, run_python, workers
@@ -307,7 +308,7 @@ def test_a_process_that_can_build_no_shell_goes_on_without(
     pair: MakePair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, b = pair()
-    monkeypatch.setattr("sharedpool.worker.connection.handover.Stub.port", 1 << 20)
+    monkeypatch.setattr("sharedpool.worker.connection.stub_server.StubServer.port", 1 << 20)
     b._local.shells._stock.clear()
     conn = b.get_conn()
     assert ask(conn, "SELECT 1") == 1
@@ -426,7 +427,9 @@ def test_a_backend_that_ends_on_the_way_is_not_handed_out(
 
 def test_a_shell_is_built_for_this_process_alone() -> None:
     script = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect('\\0' + sys.argv[1]); print(s.recv(1))"
-    with Stub({"server_version": "15.1", "client_encoding": "UTF8", "DateStyle": "ISO"}) as stub:
+    with StubServer(
+        {"server_version": "15.1", "client_encoding": "UTF8", "DateStyle": "ISO"}
+    ) as stub:
         name = f"{stub.host[1:]}/.s.PGSQL.{stub.port}"
         other = run_python(script, name)
         ours = psycopg2.connect(

@@ -21,8 +21,9 @@ from sharedpool import ThreadedConnectionPool
 from sharedpool.descriptors.readable import readable
 from sharedpool.postgres import libpq
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
-from sharedpool.worker.connection import handover
+from sharedpool.worker.connection import shells
 from sharedpool.worker.connection.handover import SUPPORTED
+from sharedpool.worker.connection.stub_server import StubServer
 from sharedpool.worker.pool import Pool
 from tests.support.pool_pair import MakePair, leave_what_comes, moved, report
 from tests.support.running_query import Query
@@ -416,12 +417,12 @@ def test_the_shell_that_a_connection_leaves_behind_is_used_for_the_next_one(
 ) -> None:
     built: list[Mapping[str, str]] = []
 
-    class Counted(handover.Stub):
+    class Counted(StubServer):
         def __init__(self, parameters: Mapping[str, str]) -> None:
             built.append(parameters)
             super().__init__(parameters)
 
-    monkeypatch.setattr(handover, "Stub", Counted)
+    monkeypatch.setattr(shells, "StubServer", Counted)
     a, b = pair()
     for giver, taker in ((a, b), (b, a)) * 5:
         conn = moved(giver, taker, lambda conn: execute(conn, sql))
@@ -487,7 +488,7 @@ def test_a_pool_whose_class_asks_the_server_while_it_connects_opens_connections_
         conn: Any = pool.get_conn()
         assert (conn.answer, ask(conn, "SELECT 1")) == (42, 1)
         pool.put_conn(conn)
-    assert "Asking executes statements while it connects: configure= is for that" in caplog.text
+    assert "Asking executes statements while it connects; move them to configure=" in caplog.text
     assert a.stats().adopted == b.stats().adopted == 0
 
 

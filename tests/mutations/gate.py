@@ -401,7 +401,7 @@ MUTANTS = (
         "the object of a user's own class is used for another session",
         (
             (
-                "sharedpool/worker/connection/handover.py",
+                "sharedpool/worker/connection/shells.py",
                 "not (self.are_known and shell.sharedpool_emptied)\n            or ",
                 "",
             ),
@@ -434,7 +434,7 @@ MUTANTS = (
         "an object is used again whose libpq knows another session's parameters",
         (
             (
-                "sharedpool/worker/connection/handover.py",
+                "sharedpool/worker/connection/shells.py",
                 " or parameters != shell.sharedpool_made_with",
                 "",
             ),

@@ -17,9 +17,9 @@ import pytest
 from sharedpool.postgres.peer_closed import other_side_closed
 from sharedpool.worker.connection.closing import _shut, close_confirmed, cut
 from sharedpool.worker.connection.connection import Connection
-from sharedpool.worker.connection.handover import _greeting, _startup
 from sharedpool.worker.connection.opening import take_duplicate
 from sharedpool.worker.connection.pooled import PooledConnection
+from sharedpool.worker.connection.stub_server import greeting, read_startup
 
 _PATIENCE_S = 30.0
 
@@ -40,9 +40,9 @@ class Backend:
     def _run(self) -> None:
         client, _ = self._listener.accept()
         with client:
-            _startup(client)
+            read_startup(client)
             client.sendall(
-                _greeting(
+                greeting(
                     {"server_version": "16.0", "client_encoding": "UTF8", "DateStyle": "ISO, MDY"}
                 )
             )
