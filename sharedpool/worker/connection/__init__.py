@@ -1,1 +1,1 @@
-"""Connections: all that touches psycopg2."""
+"""Connections: everything in the worker that touches psycopg2."""

@@ -1,4 +1,4 @@
-"""What a pool keeps on each of its connections, so that the modules beside `connection.py` need not import it."""
+"""What a pool keeps on each of its connections; other modules of this folder need only this class."""
 
 from __future__ import annotations
 
@@ -12,60 +12,76 @@ from sharedpool.wire.messages import Backend
 
 
 class PooledConnection(extensions.connection):
-    """A connection of a pool, as all modules know it. Its class is `Connection` (`connection.py`)."""
+    """A connection of a pool, as all modules know it.
 
-    # Set while it is checked out, taken off by the first checkin: a second one finds nothing. A slot of the class that
-    # `pooled_class` makes: a checkout and a checkin cost a tenth less than with an entry of the object's dictionary.
+    Its real class is `Connection` (`connection.py`).
+    """
+
+    # --- the checkout
+
+    # The lease under which it is checked out. The first checkin takes it off, so a second one finds
+    # nothing. It is a slot of the class that `pooled_class` makes, since an entry in the object's
+    # dictionary would cost a tenth of a checkout and checkin.
     sharedpool_lent: Any
-    sharedpool_local: Any = None
-    sharedpool_returned: Any = None  # the lease in which its user's `close()` checked it in last
-    # A bare descriptor: a socket object in one garbage cycle with us would be closed before our own finalizer ran.
-    sharedpool_witness = -1
-    # What libpq's descriptor and the witness are, and what they were before: a number may become somebody else's.
-    sharedpool_known: tuple[Identity, ...] = ()
-    sharedpool_number = -1  # libpq's descriptor, once it is known: see `closing.descriptor_of`
+    sharedpool_local: Any = None  # the process's `LocalPool`
+    # The lease in which the user's `close()` last checked it in.
+    sharedpool_returned: Any = None
+    # The client-side settings that a checkin restores, and whether the user has set one.
     sharedpool_session: tuple[Any, ...] = ()
-    sharedpool_pid = 0
-    sharedpool_gone = sharedpool_closed = False
-    sharedpool_direct: bool | None = (
-        None  # whether nobody is between it and the backend; None until it is described
-    )
-    sharedpool_finalized = False
-    sharedpool_erred = False  # its last transaction failed
-    sharedpool_started = 0.0  # when its connect began
-    sharedpool_timeout_s: float | None = None  # libpq's own, if it is known
-    sharedpool_server: tuple[
-        bytes | None, ...
-    ] = ()  # what it was when we connected: see `turned_read_only`
-    sharedpool_touched = False  # its user has set what a checkin restores
-    # What its user gets in place of it, while it is not checked out, and who made that: see `wrapper.py`.
+    sharedpool_touched = False
+    sharedpool_erred = False  # the last transaction failed
+    sharedpool_finalized = False  # `__del__` was called, which Python does only once
+    sharedpool_closed_flag: int  # see `closed_flag.py`
+    # What the user gets in its place, while it is not checked out, and what made that: see
+    # `wrapper.py`.
     sharedpool_wrapper: Any = None
     sharedpool_wrapper_ref: Callable[[], Any] | None = None
     sharedpool_connect: object = None
-    # For the hand-over (`handover.py`).
+
+    # --- its descriptors
+
+    # A duplicate of its socket. It is a bare number: a socket object in a garbage cycle with the
+    # connection would be closed before the connection's own finalizer ran.
+    sharedpool_witness = -1
+    # libpq's descriptor, once it is known: see `closing.descriptor_of`.
+    sharedpool_number = -1
+    # What these two are, and were before. Their numbers may come to belong to something else.
+    sharedpool_known: tuple[Identity, ...] = ()
+    sharedpool_pid = 0  # the process that they belong to; 0 before the connect
+
+    # --- its server and its end
+
+    sharedpool_started = 0.0  # when the connect began
+    sharedpool_timeout_s: float | None = None  # libpq's limit for the connect, if it is known
+    # No proxy is between it and the backend. None until that is found out.
+    sharedpool_direct: bool | None = None
+    # The server's role at the connect: see `state.turned_read_only`.
+    sharedpool_server: tuple[bytes | None, ...] = ()
+    sharedpool_gone = False  # the backend was seen to end
+    sharedpool_closed = False  # the other side was seen to close the connection
+
+    # --- the hand-over (`handover.py`)
+
     sharedpool_movable = False
-    sharedpool_encoding = ""
-    sharedpool_made_with = (
-        b""  # the parameters of the session that its object was made for: see `handover.parameters`
-    )
-    sharedpool_emptied = False  # a shell: its libpq has nothing left of the session that it had
-    sharedpool_names: bytes | None = (
-        None  # what it says of its server, once that has to be known elsewhere
-    )
-    sharedpool_native = True  # libpq itself has opened the session that it is on
-    sharedpool_adopted: Backend | None = None  # the backend, if it has not
-    sharedpool_closed_flag: int  # see `closed_flag.py`
+    sharedpool_encoding = ""  # the server's `client_encoding` at the start
+    # The parameters of the session that the object was made for: see `handover.parameters`.
+    sharedpool_made_with = b""
+    sharedpool_emptied = False  # libpq has nothing left of the session that was given away
+    # The server's name and login, encoded, once another process has to know them.
+    sharedpool_names: bytes | None = None
+    sharedpool_native = True  # libpq itself has opened the present session
+    sharedpool_adopted: Backend | None = None  # the session's backend, if libpq has not opened it
 
     @property
     def sharedpool_lease(self) -> Any:
-        """The lease under which it is checked out, None while it is not."""
+        """The lease under which it is checked out, or None."""
         return getattr(self, "sharedpool_lent", None)
 
     @property
     def sharedpool_self(self) -> PooledConnection:
-        """The connection itself, also when it is asked of what wraps it."""
+        """The connection itself, also when a wrapper is asked."""
         return self
 
     def sharedpool_close(self) -> None:
-        """Close it as psycopg2 does, which only asks its backend to leave, if its descriptor is still its own."""
+        """Close the connection without waiting for its backend; see `Connection`."""
         raise NotImplementedError

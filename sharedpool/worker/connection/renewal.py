@@ -1,24 +1,33 @@
-"""Make an empty shell equal to a connection just opened, whatever it was used for before, or say that it cannot be.
+"""Make an empty shell equal to a connection just opened, whatever it was used for before.
 
-What psycopg2 keeps of a connection on the client's side (struct connectionObject in its connection.h), and what makes
-each as new:
+What psycopg2 keeps of a connection on the client's side (struct connectionObject in its
+connection.h), and what makes each as new:
 
-  encoding, codecs (cdecoder, pyencoder, pydecoder)   compared: `set_client_encoding` changes them, no reset does
-  equote (how strings are quoted)                     fixed when it connects: made with the same parameters
-  autocommit, isolevel, readonly, deferrable          `set_session`; where that would send SQL the shell is refused
-  entered (in a `with` block)                         `__exit__`
-  tpc_xid, status                                     compared: `__exit__` commits, which such a transaction forbids
-  notices, notifies; what is pending of both, libpq's `set_session` takes in what is pending, then new lists
-  cursor_factory                                      set
-  string_types, binary_types (typecasters)            emptied
-  attributes of the Python object                     forgotten
-  closed, async                                       compared
-  dsn, and libpq's own idea of the server             `server_facts.py`
-  cancel (the key)                                    the broker cancels: `PooledConnection.cancel`
-  server_version, protocol                            the same: `Shells` keeps each by what it was made with
-  mark (counts transactions)                          only a cursor of before looks at it: refused (`closed_flag.py`)
+  encoding, codecs (cdecoder, pyencoder, pydecoder)
+                        compared: `set_client_encoding` changes them, no reset does
+  equote (how strings are quoted)
+                        fixed at the connect: the shell was made with the same parameters
+  autocommit, isolevel, readonly, deferrable
+                        `set_session`; if that would send SQL, the shell is refused
+  entered (in a `with` block)
+                        `__exit__`
+  tpc_xid, status       compared: `__exit__` commits, which a two-phase transaction forbids
+  notices, notifies     `set_session` takes in what is pending of both; then new lists
+  cursor_factory        set
+  string_types, binary_types (typecasters)
+                        emptied
+  attributes of the Python object
+                        removed
+  closed, async         compared
+  dsn, libpq's own idea of the server
+                        replaced: `server_facts.py`
+  cancel (the key)      the broker cancels: `Connection.cancel`
+  server_version, protocol
+                        the same: `Shells` keeps each shell by the parameters it was made with
+  mark (counts transactions)
+                        only an old cursor looks at it, which is refused: `closed_flag.py`
 
-The object of a user's own class is never used again: what that keeps cannot be known.
+An object of a user's own class is never used again, since it may keep anything.
 """
 
 from __future__ import annotations
@@ -37,12 +46,12 @@ from sharedpool.worker.connection.state import is_unused, settings_of
 
 
 def renew(shell: PooledConnection, parameters: Mapping[str, str], cursor_factory: Any) -> bool:
-    """Make a shell as new for a session with these parameters; return False when it is to be thrown away.
+    """Make a shell as new for a session with these parameters; return False if it must be dropped.
 
-    No I/O: its socket leads nowhere. What it has of the pool is left to the caller.
+    No I/O: its socket leads nowhere. The caller sets what the pool keeps on it.
     """
     if closed_flag.is_closed_for_good(shell) or is_referred_to(shell):
-        return False  # somebody keeps something about this very object
+        return False  # the user's code keeps something about this object
     known, number = shell.sharedpool_known, shell.sharedpool_number
     shell.__dict__.clear()
     shell.sharedpool_known, shell.sharedpool_number = known, number
@@ -61,17 +70,18 @@ def renew(shell: PooledConnection, parameters: Mapping[str, str], cursor_factory
         return False
     shell.sharedpool_closed_flag = closed_flag.SHUT  # until it is checked out
     shell.sharedpool_session = (False, None, None, None, cursor_factory, encoding)
-    # What cannot be set, or could not be; looked at last: a reference that is kept may have been used meanwhile. Nor
-    # does one rest whose libpq has lost its socket.
+    # Checked last, since a former user that still has a reference may use the shell meanwhile: what
+    # cannot be set, and what may not have been. `is_unused` also fails if libpq has lost its
+    # socket.
     return bool(shell.encoding == encoding) and is_unused(shell) and not shell.async_
 
 
 @lru_cache(maxsize=64)
 def encoding_for(parameter: str) -> str:
-    """Return what psycopg2 makes of a server's `client_encoding`."""
+    """Return psycopg2's name for a server's `client_encoding`."""
     return "".join(filter(str.isalnum, parameter)).upper()
 
 
 def at_start(shell: PooledConnection) -> None:
-    """Note the settings that a checkin restores."""
+    """Record the settings that a checkin restores."""
     shell.sharedpool_session, shell.sharedpool_touched = settings_of(shell), False

@@ -1,8 +1,8 @@
-"""The reset of a session that moves: its giver sends it and waits for nothing, its receiver reads the answer.
+"""The reset of a session that moves: the giver sends it, the receiver reads the answer.
 
-So the server is at it while the receiver is being woken. libpq has no part in that: the giver's would wait for the
-answer, and the receiver's would not expect one. The messages are those of a simple query (PostgreSQL's documentation,
-"Frontend/Backend Protocol").
+So the server resets the session while the receiver is being woken. libpq takes no part: the giver's
+would wait for the answer, and the receiver's does not expect one. The messages are those of a
+simple query (PostgreSQL's documentation, "Frontend/Backend Protocol").
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from sharedpool.descriptors.owned import NO_SIGNAL, Owned
 from sharedpool.postgres.peer_closed import borrow
 from sharedpool.worker import greenlets
 
-# A reset that takes longer is not waited for: the connection is closed instead.
+# A connection whose reset takes longer is closed.
 LIMIT_S = 1.0
 _USUALLY_MS = 1
-# The answer is some twenty bytes and what the server reports of settings that have changed.
-_MOST_BYTES, _PIECE_BYTES = 65536, 4096
-_HEAD = struct.Struct("!ci")  # a message's kind; its length, without the kind
+# An answer has about twenty bytes, and reports of the parameters that have changed.
+_MAX_BYTES, _PIECE_BYTES = 65536, 4096
+_HEAD = struct.Struct("!ci")  # a message's kind, and its length without the kind
 _INT_BYTES = 4
-_QUERY, _ERROR, _PARAMETER_STATUS, _READY = b"Q", b"E", b"S", b"Z"
-# What else may come: CommandComplete, NoticeResponse; NotificationResponse, of what the giver's user has listened to.
-_EXPECTED = (b"C", b"N", b"A")
+_QUERY, _PARAMETER_STATUS, _READY = b"Q", b"S", b"Z"
+# Ignored: CommandComplete, NoticeResponse, and NotificationResponse for the giver's LISTEN.
+_IGNORED = (b"C", b"N", b"A")
 _IDLE = b"I"
-# What needs no second look: nothing but that it is done (CommandComplete, ReadyForQuery).
+# Whole answers that report nothing: CommandComplete and ReadyForQuery.
 _USUAL = frozenset(
     _HEAD.pack(b"C", len(tag) + 5) + tag + b"\0" + _HEAD.pack(_READY, 5) + _IDLE
     for tag in (b"DISCARD ALL", b"UNLISTEN")
@@ -41,9 +41,9 @@ _decode = msgspec.msgpack.Decoder(dict[str, str]).decode
 
 
 def send(number: int, command: bytes) -> bool:
-    """Send a command on the socket of a connection that rests; return whether that was done. Does not block.
+    """Send a command on an idle connection's socket; return False if that failed. Does not block.
 
-    libpq does not know of it: the connection object must be taken off the session, or closed.
+    libpq does not know of it, so the connection object must be vacated or closed.
     """
     message = query(command)
     try:
@@ -59,57 +59,74 @@ def query(command: bytes) -> bytes:
 
 
 def parameters_after(sock: Owned, parameters: bytes, limit_s: float = LIMIT_S) -> bytes | None:
-    """Read the answer to a reset that was sent; return what the session's parameters are after it.
+    """Read the answer to a reset; return the session's parameters after it, or None.
 
-    `parameters` are those of before (msgpack of a map). Return None when the reset has failed, or was not done within
-    `limit_s` seconds or one: the session is not to be used. Blocks for that long at most.
+    `parameters` are those from before the reset, as msgpack of a map. None means that the reset has
+    failed or took more than `limit_s` seconds or one: the session must not be used.
     """
     try:
         changed = _read(sock, time.monotonic() + min(limit_s, LIMIT_S))
     except (OSError, ValueError):
         return None
     if not changed:
-        return None if changed is None else parameters
+        return parameters
     before = _decode(parameters)
-    # Others are reported by a server of another version than the giver's libpq knew: nobody asks for them.
+    # A newer server reports more than the giver's libpq knew; nobody asks for those.
     return _encode(before | {name: value for name, value in changed.items() if name in before})
 
 
-def _read(sock: Owned, deadline: float) -> dict[str, str] | None:
-    """Return what the server reports until it is ready for the next command; None when that is not as it should be."""
-    poller: select.poll | None = None
+def _read(sock: Owned, deadline: float) -> dict[str, str]:
+    """Return the parameters that the server reports before it is ready for the next command.
+
+    Raise OSError or ValueError if the answer fails to come, or is not that of a successful reset.
+    """
     received, changed = b"", dict[str, str]()
-    while len(received) < _MOST_BYTES:
+    while len(received) < _MAX_BYTES:
+        received += _receive(sock, deadline)
+        if received in _USUAL:
+            return changed
+        while (message := _first_message(received)) is not None:
+            kind, body, received = message
+            if kind == _READY:
+                if body != _IDLE or received:
+                    raise ValueError("the session is not ready for the next command")
+                return changed
+            if kind == _PARAMETER_STATUS:
+                name, value, _ = body.decode("utf-8", "replace").split("\0")
+                changed[name] = value
+            elif kind not in _IGNORED:
+                raise ValueError(f"an unexpected message of kind {kind!r}")
+    raise ValueError("a message that is too long")
+
+
+def _receive(sock: Owned, deadline: float) -> bytes:
+    """Return the next bytes. Raise OSError if the backend has ended, or at `deadline`."""
+    poller: select.poll | None = None
+    while True:
         try:
-            more = sock.recv(_PIECE_BYTES, socket.MSG_DONTWAIT)  # it has come, as a rule
+            received = sock.recv(_PIECE_BYTES, socket.MSG_DONTWAIT)  # usually it is there already
         except BlockingIOError:
             if poller is None:
                 poller = greenlets.poller()
                 poller.register(sock.fileno(), select.POLLIN)
-            # Most are done within a millisecond, for which a greenlet would be put aside for longer.
-            if not (
-                poller.poll(_USUALLY_MS)
-                or greenlets.wait(poller, max(0.0, deadline - time.monotonic()))
-            ):
-                return None
+            # Most resets are done within a millisecond. A greenlet that waits takes longer to go
+            # on, so the whole thread waits that long first.
+            left_s = max(0.0, deadline - time.monotonic())
+            if not (poller.poll(_USUALLY_MS) or greenlets.wait(poller, left_s)):
+                raise TimeoutError from None
             continue
-        if not more:
-            return None  # the backend has ended
-        received += more
-        if received in _USUAL:
-            return changed
-        while len(received) >= _HEAD.size:
-            kind, length = _HEAD.unpack_from(received)
-            if len(received) <= length:
-                break
-            if length < _INT_BYTES:
-                return None
-            body, received = received[_HEAD.size : length + 1], received[length + 1 :]
-            if kind == _READY:
-                return changed if body == _IDLE and not received else None
-            if kind == _PARAMETER_STATUS:
-                name, value, _ = body.decode("utf-8", "replace").split("\0")
-                changed[name] = value
-            elif kind not in _EXPECTED:
-                return None
-    return None
+        if not received:
+            raise ConnectionResetError
+        return received
+
+
+def _first_message(received: bytes) -> tuple[bytes, bytes, bytes] | None:
+    """Return the first message's kind and body, and the bytes after it; None if it is incomplete."""
+    if len(received) < _HEAD.size:
+        return None
+    kind, length = _HEAD.unpack_from(received)
+    if length < _INT_BYTES:
+        raise ValueError("a message of negative length")
+    if len(received) <= length:
+        return None
+    return kind, received[_HEAD.size : length + 1], received[length + 1 :]

@@ -1,6 +1,7 @@
-"""What a connection says of its server when another process has opened its session.
+"""What a connection tells its user of the server, when another process has opened its session.
 
-libpq knows here only of the stub that the shell was built with (`handover.py`), so what it knew there comes along.
+libpq knows here only the stub server that the shell was built with (`stub_server.py`). So the facts
+come along with the session.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from sharedpool.worker.connection.pooled import PooledConnection
 
 
 class ServerFacts(msgspec.Struct, frozen=True, array_like=True):
-    """A session's server and login, as the process knew them that opened it; no secret is among them."""
+    """A session's server and login, as the process that opened it knew them. They hold no secret."""
 
     user: str
     dbname: str
@@ -34,17 +35,16 @@ decode = msgspec.msgpack.Decoder(ServerFacts).decode
 
 
 def facts_of(conn: PooledConnection) -> bytes:
-    """Return what goes along with a connection that this process has opened, encoded."""
+    """Return the facts on a connection that this process has opened, encoded."""
     info = extensions.ConnectionInfo(conn)
-    # psycopg2 would refuse: the connection is closed to its former user.
+    # Not from psycopg2: it would refuse, as the connection is closed to its former user.
     parameters = {
         name: value for name, value in libpq.parameters_of(conn).items() if not SECRET.search(name)
     }
     dsn = conn.dsn
     given = extensions.parse_dsn(dsn)
-    if hidden := [
-        name for name in given if name != "password" and SECRET.search(name)
-    ]:  # psycopg2 hides that alone
+    # psycopg2 hides the password alone.
+    if hidden := [name for name in given if name != "password" and SECRET.search(name)]:
         dsn = extensions.make_dsn(**(given | dict.fromkeys(hidden, "xxx")))
     host, port, options = info.host or "", info.port or 0, info.options or ""
     return _encode(
@@ -55,7 +55,7 @@ def facts_of(conn: PooledConnection) -> bytes:
 
 
 class AdoptedInfo(extensions.ConnectionInfo):
-    """What psycopg2 knows of a connection, for one whose session another process has opened."""
+    """psycopg2's `ConnectionInfo` for a connection whose session another process has opened."""
 
     def __init__(self, conn: PooledConnection, names: ServerFacts) -> None:
         super().__init__(conn)
@@ -68,12 +68,12 @@ class AdoptedInfo(extensions.ConnectionInfo):
 
     @property
     def dsn_parameters(self) -> dict[str, str]:
-        """The parameters that it was opened with, defaults included, secrets not."""
+        """The parameters that it was opened with, defaults included, without secrets."""
         return dict(self._names.parameters)
 
     @property
     def password(self) -> str:
-        """The password, if the pool was configured with one that does not change."""
+        """The password, if the pool's settings have one that does not change."""
         local = self._conn.sharedpool_local
         return (
             ""
@@ -83,7 +83,7 @@ class AdoptedInfo(extensions.ConnectionInfo):
 
     @property
     def needs_password(self) -> bool:
-        """Whether the server had asked in vain: it has let us in."""
+        """Whether the server asked for a password and got none. It has not: the session is open."""
         return False
 
 
@@ -99,7 +99,7 @@ for _name in ("user", "dbname", "host", "port", "options", "used_password"):
 
 
 def refuse_cancel(conn: PooledConnection) -> None:
-    """Raise what psycopg2 raises where nothing can be cancelled."""
+    """Raise the error that psycopg2 raises if nothing can be cancelled."""
     if conn.closed:
         raise psycopg2.InterfaceError("connection already closed")
     if conn.status == extensions.STATUS_PREPARED:
