@@ -1,1 +1,1 @@
-"""The worker's line to the broker."""
+"""Everything of the worker that talks to the broker."""

@@ -1,4 +1,8 @@
-"""The worker's line to the broker's desk: hand in duplicates of sockets; see at once when the broker is gone."""
+"""The worker's line to the broker's desk.
+
+By it the worker deposits duplicates of its sockets, gets invitations to lanes, and sees at once
+when the broker ends.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +20,27 @@ from sharedpool.worker.logs import logger
 
 
 class DeskLine:
-    """One session's line. Without one (another host or platform) everything works, on the worker's word."""
+    """A process's line to a desk.
+
+    Without one, as on another host or platform, everything works, but the broker has only the
+    worker's word.
+    """
 
     def __init__(self) -> None:
         self._line: socket.socket | None = None
-        self._leaving: list[
-            tuple[socket.socket, tuple[Identity, ...]]
-        ] = []  # the broker did not read: it is still to be told
+        # Closed lines on which the broker did not read LEAVE yet.
+        self._leaving: list[tuple[socket.socket, tuple[Identity, ...]]] = []
         self._known: tuple[Identity, ...] = ()
 
     @property
     def line(self) -> socket.socket | None:
-        """The line; it becomes readable when the broker has gone."""
+        """The line's socket, if there is one. It becomes readable when the broker ends."""
         return self._line
 
     def open(self, path: str, program: bytes) -> None:
-        """Go to the desk at `path` of this host, if there is one. Does not block.
+        """Connect to the desk at `path`, if there is one on this host. Does not block.
 
-        `program`: what the names of all sessions begin with that end with this program.
+        `program` is the prefix of the names of all sessions that end when this process does.
         """
         self.close()
         if not path or not hasattr(socket, "SOCK_SEQPACKET"):
@@ -45,7 +52,10 @@ class DeskLine:
             line.send(encode(LineOwner(program)))
         except OSError as error:
             logger.info(
-                "no desk at %s (%s): connections are closed by this process's own word", path, error
+                "no desk at %s (%s): only this process's own word tells the broker of closed"
+                " connections",
+                path,
+                error,
             )
             line.close()
         else:
@@ -53,14 +63,17 @@ class DeskLine:
             self._line = line
 
     def deposit(self, session: bytes, token: Token, conn: PooledConnection) -> bool:
-        """Hand in a duplicate of a connection's socket; return whether that was done. From any thread, not blocking."""
+        """Deposit a duplicate of a connection's socket; return False if that failed.
+
+        Does not block. Any thread may call it.
+        """
         line, witness = self._line, conn.sharedpool_witness
         if line is None or witness < 0 or not is_still(line.fileno(), self._known):
             return False
         try:
             copy = Owned(fileno=os.dup(witness))
             try:
-                # Another thread may have closed it meanwhile: the number may have been somebody else's already.
+                # Another thread may have closed the witness, and its number may have been reused.
                 if not is_still(copy.fileno(), conn.sharedpool_known):
                     return False
                 passing.send_with(line, encode(Deposit(session, token)), copy.fileno())
@@ -72,7 +85,10 @@ class DeskLine:
         return True
 
     def send(self, packet: bytes) -> bool:
-        """Send what needs no socket; return whether that was done. From any thread, not blocking."""
+        """Send a packet without a socket; return False if that failed.
+
+        Does not block. Any thread may call it.
+        """
         line = self._line
         if line is None or not is_still(line.fileno(), self._known):
             return False
@@ -83,7 +99,10 @@ class DeskLine:
         return True
 
     def read(self) -> tuple[LaneInvitation | None, list[int]] | None:
-        """Read what came on the line: an invitation to a lane, with its descriptors; None when the broker has gone."""
+        """Read an invitation to a lane, if one has come, and its descriptors.
+
+        Return None if the broker has ended.
+        """
         line = self._line
         if line is None:
             return None
@@ -101,34 +120,37 @@ class DeskLine:
                 given, fds = fds, []
                 return message, given
         except ProtocolError:
-            pass  # of a version that is not ours: its HELLO was refused
+            pass  # a broker of another version, which has refused our HELLO
         finally:
             for fd in fds:
                 os.close(fd)
         return None, []
 
     def close(self) -> None:
-        """Leave the desk, saying so: a line that just ends tells that this program has ended."""
+        """Send LEAVE and close the line.
+
+        A line that ends without it tells the broker that this process has ended.
+        """
         line, self._line = self._line, None
         leaving = [*self._leaving, *([] if line is None else [(line, self._known)])]
-        self._leaving = [(each, known) for each, known in leaving if not _said_goodbye(each, known)]
+        self._leaving = [(each, known) for each, known in leaving if not _leave(each, known)]
 
     def disown(self) -> None:
-        """In a forked child: let go of the parent's line."""
+        """Close the parent's line in a forked child."""
         line, self._line = self._line, None
         for each, known in [*self._leaving, *([] if line is None else [(line, self._known)])]:
             close_if_ours(each, known)
         self._leaving = []
 
 
-def _said_goodbye(line: socket.socket, known: tuple[Identity, ...]) -> bool:
-    """Say goodbye and close a line, unless the broker does not read just now."""
+def _leave(line: socket.socket, known: tuple[Identity, ...]) -> bool:
+    """Send LEAVE and close a line; return False if the broker does not read at present."""
     try:
         if is_still(line.fileno(), known):
             line.send(encode(Leave()))
     except BlockingIOError:
         return False
     except OSError:
-        pass  # the broker has gone
+        pass  # the broker has ended
     close_if_ours(line, known)
     return True

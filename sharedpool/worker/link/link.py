@@ -1,14 +1,18 @@
-"""A process's line to one broker: one I/O thread that owns the ZeroMQ socket, for all pools that use this broker.
+"""A process's link to one broker: one I/O thread for all pools that use the broker.
 
-It registers every pool (HELLO) and does so again when the broker falls silent, sends what their caches have decided,
-keeps the heartbeat, and hands every message to the pool that it is for. Whatever the broker asks for happens in this
-thread, so that a process that never calls its pools again still gives back what is recalled or expired.
+The thread
+
+- registers every pool (HELLO), and again when the broker falls silent or ends;
+- sends what the pools' caches have decided, and the heartbeats;
+- hands every message to the pool that it is for.
+
+What the broker asks for is done in this thread. So a process that never calls its pools again still
+gives back connections that are recalled or have expired.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import random
 import threading
@@ -16,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import zmq
 from msgspec import structs
@@ -26,64 +30,55 @@ from sharedpool.descriptors.timer import Timer
 from sharedpool.descriptors.wakeup import Wakeup
 from sharedpool.errors import ProtocolError, SharedPoolError
 from sharedpool.postgres import libpq
-from sharedpool.wire.channel import PROCESS_PREFIX, add_channel, channel_number, split_channel
-from sharedpool.wire.codec import decode_to_worker, encode
+from sharedpool.wire.channel import PROCESS_PREFIX, channel_number
+from sharedpool.wire.codec import decode_to_worker
 from sharedpool.wire.messages import Reject, ToBroker, ToWorker, Welcome
 from sharedpool.worker import greenlets
 from sharedpool.worker.connection.closing import FINALIZING_S, close_ownerless
+from sharedpool.worker.link.dealer import LINGER_S, Context, Dealer
 from sharedpool.worker.link.desk_line import DeskLine
+from sharedpool.worker.link.poller import Poller
 from sharedpool.worker.link.registration import Endpoint, Registration
 from sharedpool.worker.logs import logger
 
 _HELLO_RETRY_S = 1.0
-_RESTART_AFTER_S = 3.0  # without a WELCOME: see whether the automatic broker must be started
-_FLUSH_LIMIT_S = 1.0
+_RESTART_AFTER_S = 3.0  # without a WELCOME: an automatic broker may have to be started
+_LEAVE_LIMIT_S = LINGER_S + 0.5
 _JITTER_S = 0.05
-_POLLIN = int(zmq.POLLIN)  # an enumeration's own `&` takes a microsecond
-_CHECK_EVERY_S = 0.5  # for what interrupts have left behind
-
-
-class Context(Protocol):
-    """Where the link has its ZeroMQ context from (`links.SharedContext`)."""
-
-    def acquire(self) -> Any:
-        """Return the context, for one more link."""
-
-    def release(self) -> None:
-        """Have one link less."""
+_CHECK_EVERY_S = 0.5  # for descriptors that interrupts have left open
 
 
 class Link:
-    """The I/O thread for one broker, with the lines to its desk. It ends with the last registration."""
+    """The I/O thread for one broker, and the line to its desk. It ends with the last registration."""
 
     def __init__(self, address: str, context: Context) -> None:
         self.address = address
         self.desk = DeskLine()
         self.heard_at = float("-inf")
-        self.epoch = 0
-        # Kept for life: the broker knows the sessions, and what they hold, by it.
+        self.epoch = 0  # of the broker that sent the newest WELCOME
+        # It never changes: the broker knows the sessions, and what they hold, by it.
         self.identity = PROCESS_PREFIX + os.urandom(15)
         self._context = context
         self._wakeup = Wakeup()
         self.timer: Timer | None = None  # made with the first lane
-        # Guards the three below; no method of an endpoint is called under it.
+        # Guards the next three; no method of an endpoint is called under it.
         self._lock = threading.Lock()
         self._registrations: dict[bytes, Registration] = {}
         self._count = 0
         self._over = False
         self._start_lock = threading.Lock()
         self._running = False
+        # A registration has been answered over the present connection.
         self._established = False
-        self._is_waiting = (
-            False  # else its thread has yet to look for the first time what there is to do
-        )
-        self._watched: set[int] = set()  # descriptors, with the bell and ZeroMQ's
+        # False until the thread has looked for work once: until then nothing has to wake it.
+        self._is_waiting = False
         self._check_at = 0.0
         self._attempts = 0
-        self._timed_out = False  # it was waited for in vain, and has not come round since
-        self._thread: Any = None  # or greenlet
+        # A thread has waited in vain for this one, which has made no round since.
+        self._timed_out = False
+        self._thread: Any = None  # a thread or a greenlet
         self._zmq: ModuleType = zmq
-        self._nonce = 0  # of this line's HELLOs
+        self._nonce = 0  # of the HELLOs over the present connection
 
     @property
     def is_here(self) -> bool:
@@ -93,7 +88,7 @@ class Link:
     def attach(
         self, endpoint: Endpoint, outbox: deque[ToBroker], start_broker: Callable[[], None] | None
     ) -> Registration | None:
-        """Register a pool, as soon as the thread gets to it; None when the link is over."""
+        """Add a pool, which the thread then registers. Return None if the link is over."""
         with self._lock:
             if self._over:
                 return None
@@ -104,41 +99,46 @@ class Link:
             return registration
 
     def make_timer(self) -> Timer | None:
-        """Return what wakes the link's thread at a later time, to look at all pools; None where there is none."""
+        """Return the timer that makes the thread look at all pools; None if the system has none."""
         if self.timer is None:
             with contextlib.suppress(OSError):
                 self.timer = Timer()
         return self.timer
 
     def ensure_running(self) -> None:
-        """Start the thread, unless it runs. Called again after an interrupt, it starts no second one that goes on."""
+        """Start the thread unless it runs.
+
+        An interrupt may hide that it was started. A second thread ends at once.
+        """
         if not self._running:
             greenlets.start_thread(self._run, "sharedpool-link")
 
     def wake(self) -> None:
-        """Have the outboxes sent. Takes no lock: safe in a finalizer."""
+        """Have the outboxes sent. Takes no lock, so that a finalizer may call it."""
         if self._is_waiting:
             self._wakeup.wake()
 
     def leave(self, registration: Registration) -> None:
-        """Let a registration end, saying BYE, as soon as its pool holds nothing; waits for it at most 1.5 seconds.
+        """End a registration as soon as its pool holds nothing. Waits for that 1.5 seconds at most.
 
-        With the last one the thread ends: that is waited for, too.
+        With the last registration the thread ends, and is waited for too.
         """
         self.wake()
         thread = self._thread
         if thread is None or self.is_here:
             return
-        deadline = time.monotonic() + (0.0 if self._timed_out else _FLUSH_LIMIT_S + 0.5)
+        deadline = time.monotonic() + (0.0 if self._timed_out else _LEAVE_LIMIT_S)
         if not registration.over.wait(max(0.0, deadline - time.monotonic())):
-            self._timed_out = (
-                True  # a program that ends with many pools does not wait for each of them
-            )
+            # A program that ends with many pools must not wait for each of them.
+            self._timed_out = True
         elif self._over:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def disown(self) -> None:
-        """In a forked child: let go of the parent's lines. Its thread does not exist here, unless it is a greenlet."""
+        """Close the parent's descriptors in a forked child.
+
+        The parent's thread does not exist here, unless it is a greenlet.
+        """
         self._wakeup.close()
         if self.timer is not None:
             self.timer.close()
@@ -174,7 +174,7 @@ class Link:
             self._context.release()
 
     def _close(self) -> None:
-        """End: whoever attaches from now on does so to another link."""
+        """End the link: pools that attach from now on need another one."""
         with self._lock:
             self._over = True
             left = list(self._registrations.values())
@@ -188,7 +188,7 @@ class Link:
         if self.timer is not None:
             self.timer.close()
         libpq.Probe.close_kept()
-        if close_ownerless():  # nobody looks again
+        if close_ownerless():  # a last time, as no heartbeat follows
             time.sleep(FINALIZING_S)
             close_ownerless()
 
@@ -196,8 +196,11 @@ class Link:
         with self._lock:
             return list(self._registrations.values())
 
-    def _sweep(self, dealer: Any) -> list[Registration]:
-        """End the registrations whose pools are over; return those that go on. Without any the link is over."""
+    def _sweep(self, dealer: Dealer | None) -> list[Registration]:
+        """End the registrations whose pools are over; return the others.
+
+        With none the link is over.
+        """
         self._timed_out = False
         ended = False
         living = self._active()
@@ -207,7 +210,7 @@ class Link:
                 continue
             if registration.established and dealer is not None:
                 self._flush(registration, dealer)
-                self._send(registration, dealer, endpoint.compose_bye())
+                dealer.send(registration.channel, endpoint.compose_bye())
             registration.established = False
             with self._lock:
                 del self._registrations[registration.channel]
@@ -218,46 +221,42 @@ class Link:
         return self._active() if ended else living
 
     def _start_broker(self) -> None:
-        """Have the automatic broker started with one pool's settings; where those fail, another's are tried next."""
+        """Start the automatic broker with one pool's settings.
+
+        If that fails, the next attempt uses another pool's.
+        """
         starters = [each.start_broker for each in self._active() if each.start_broker is not None]
         if starters:
             self._attempts += 1
             starters[self._attempts % len(starters)]()
 
     def _fail(self, error: Exception) -> None:
-        """Tell those who wait, and try again a little later."""
+        """Fail the waiting threads, and pause before the next attempt."""
         for registration in self._active():
             registration.interrupted(str(error) or type(error).__name__)
             registration.endpoint.unreachable(error)
         self._pause(random.uniform(0.5, 1.5))
 
     def _connect(self, context: Any) -> None:
-        """Be connected once: until the broker falls silent or the link is over."""
+        """Connect, and serve the registrations until the broker falls silent or the link is over."""
         require(FOR_A_SOCKET if self.epoch else FOR_A_CONTEXT, "the line to the broker")
-        dealer = greenlets.zmq_dealer(context)
+        dealer = Dealer(context, self.address, self.identity)
         self._nonce = random.getrandbits(62)
         try:
-            dealer.set(zmq.IDENTITY, self.identity)
-            dealer.set(zmq.LINGER, int(_FLUSH_LIMIT_S * 1000))
-            dealer.set(zmq.IPV6, 1)
-            dealer.set(zmq.RECONNECT_IVL, 20)
-            dealer.set(zmq.RECONNECT_IVL_MAX, 500)
-            dealer.connect(self.address)
             trouble = self._serve(dealer)
             for registration in self._active():
                 registration.interrupted(trouble or registration.trouble)
         finally:
-            if not self._established:
-                dealer.set(zmq.LINGER, 0)  # unanswered HELLOs: the next connection says its own
-            self._established = False
-            dealer.close()
+            # Unanswered HELLOs are dropped: the next connection sends its own.
+            linger, self._established = self._established, False
+            dealer.close(linger=linger)
 
-    def _serve(self, dealer: Any) -> str:
-        """Serve the registrations until the broker is gone, and return why it is ("": unknown), or the link is over."""
-        poller = self._zmq.Poller()
-        poller.register(dealer, zmq.POLLIN)
-        poller.register(self._wakeup, zmq.POLLIN)
-        self._watched = set()
+    def _serve(self, dealer: Dealer) -> str:
+        """Serve the registrations until the broker is gone, or the link is over.
+
+        Return why the broker is gone, or "" if that is unknown.
+        """
+        poller = Poller(self._zmq, self._wakeup, dealer.socket)
         started = time.monotonic()
         self._is_waiting = True
         while living := self._sweep(dealer):
@@ -270,17 +269,19 @@ class Link:
                 elif now >= registration.due:
                     self._send_hello(registration, dealer, now)
                     if not self._established and now - started > _RESTART_AFTER_S:
-                        return ""  # it may have left just when we came; nor may HELLOs pile up for one that is away
+                        # The broker may have ended just before we connected. Nor may HELLOs pile
+                        # up for a broker that is away.
+                        return ""
             if not self._wait(poller, dealer, min(each.due for each in living)):
                 self.desk.close()
-                self._pause(random.uniform(0.0, _JITTER_S))  # not all at once
+                self._pause(random.uniform(0.0, _JITTER_S))  # workers must not all return at once
                 return "it has ended"
         return ""
 
     def _beat(self, registration: Registration, now: float) -> bool:
-        """Queue a heartbeat, unless the broker has not answered for too long: then return False."""
+        """Queue a heartbeat; return False instead if the broker has been silent for too long."""
         if now - self.heard_at > 2.5 * registration.pause_s + 1.0:
-            logger.warning("the broker at %s is silent: registering again", self.address)
+            logger.warning("no answer from the broker at %s: registering again", self.address)
             return False
         registration.beat(now)
         if now >= self._check_at:
@@ -288,16 +289,13 @@ class Link:
             close_ownerless()
         return True
 
-    def _send_hello(self, registration: Registration, dealer: Any, now: float) -> None:
-        self._send(
-            registration,
-            dealer,
-            structs.replace(registration.endpoint.compose_hello(), nonce=self._nonce),
-        )
+    def _send_hello(self, registration: Registration, dealer: Dealer, now: float) -> None:
+        hello = structs.replace(registration.endpoint.compose_hello(), nonce=self._nonce)
+        dealer.send(registration.channel, hello)
         registration.due = now + _HELLO_RETRY_S * random.uniform(0.8, 1.2)
 
-    def _wait(self, poller: Any, dealer: Any, due: float) -> bool:
-        """Wait for news and take it in; return False when the line to the desk tells that the broker has ended."""
+    def _wait(self, poller: Poller, dealer: Dealer, due: float) -> bool:
+        """Wait until `due` for events and handle them; return False if the broker has ended."""
         line = -1 if self.desk.line is None or not self._established else self.desk.line.fileno()
         wait_sockets = {
             fd: each.endpoint
@@ -305,14 +303,8 @@ class Link:
             for fd in each.endpoint.descriptors_to_watch()
         }
         timer = -1 if self.timer is None else self.timer.fileno()
-        watched = {*wait_sockets, line, timer} - {-1}
-        for fd in self._watched - watched:
-            poller.unregister(fd)
-        for fd in watched - self._watched:
-            poller.register(fd, zmq.POLLIN)
-        self._watched = watched
-        ready = dict(poller.poll(_ms_until(due)))
-        for endpoint in {wait_sockets[fd] for fd in wait_sockets.keys() & ready.keys()}:
+        ready = poller.wait({*wait_sockets, line, timer} - {-1}, due)
+        for endpoint in {wait_sockets[fd] for fd in wait_sockets.keys() & ready}:
             endpoint.receive_strays()
         if line in ready and not self._read_line():
             return False
@@ -322,12 +314,12 @@ class Link:
             self.timer.clear()
             for each in self._active():
                 each.endpoint.receive_strays()
-        if dealer in ready:
+        if dealer.socket in ready:
             self._receive(dealer)
         return True
 
     def _read_line(self) -> bool:
-        """Read what came from the desk; return False when the broker has gone."""
+        """Read from the desk's line; return False if the broker has ended."""
         got = self.desk.read()
         if got is None:
             return False
@@ -342,13 +334,8 @@ class Link:
                 registration.endpoint.invited(invitation, fds)
         return True
 
-    def _receive(self, dealer: Any) -> None:
-        while dealer.get(zmq.EVENTS) & _POLLIN:
-            try:
-                frame = dealer.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            channel, body = split_channel(frame)
+    def _receive(self, dealer: Dealer) -> None:
+        for channel, body in dealer.receive():
             with self._lock:
                 registration = self._registrations.get(channel)
             if registration is None:
@@ -359,9 +346,9 @@ class Link:
                 logger.warning("dropped a message from the broker: %s", error)
                 continue
             self.heard_at = time.monotonic()
-            self._take_in(registration, message, dealer)
+            self._handle(registration, message, dealer)
 
-    def _take_in(self, registration: Registration, message: ToWorker, dealer: Any) -> None:
+    def _handle(self, registration: Registration, message: ToWorker, dealer: Dealer) -> None:
         endpoint = registration.endpoint
         if isinstance(message, Reject):
             registration.established = False
@@ -373,7 +360,9 @@ class Link:
                 self._send_hello(registration, dealer, self.heard_at)  # a new broker
         elif isinstance(message, Welcome) and self._is_late(message):
             logger.warning(
-                "dropped a late word from broker %d, of before broker %d", message.epoch, self.epoch
+                "dropped a late WELCOME from broker %d: broker %d has followed it",
+                message.epoch,
+                self.epoch,
             )
         elif isinstance(message, Welcome):
             if message.epoch != self.epoch or self.desk.line is None:
@@ -383,38 +372,28 @@ class Link:
             endpoint.receive(message)
         elif registration.established:
             endpoint.receive(message)
-        # Else said before the HELLO that is under way, perhaps by a former broker: it knows by now what is held.
+        # Else the message was sent before the HELLO that is under way, perhaps by a former broker.
+        # After that HELLO the broker knows what is held, and sends again what still counts.
 
     def _is_late(self, welcome: Welcome) -> bool:
-        """Say whether a WELCOME is a former broker's.
+        """Return True if a WELCOME is from a former broker.
 
-        A lower number alone does not tell: a broker that has lost its files begins with what the clock says. One that
-        answers on this line, where nobody has yet, is there now.
+        A lower epoch alone does not prove that: a broker that has lost its files starts with an
+        epoch from the clock. The first broker that answers over this connection is the present one.
         """
         return welcome.epoch < self.epoch and (self._established or welcome.nonce != self._nonce)
 
-    def _send(self, registration: Registration, dealer: Any, message: ToBroker) -> bool:
-        """Send a message; return whether there was room for it."""
-        try:
-            dealer.send(add_channel(registration.channel, encode(message)), zmq.NOBLOCK)
-        except zmq.Again:
-            return False  # the broker does not read: RENEW will tell it all
-        return True
-
-    def _flush(self, registration: Registration, dealer: Any) -> None:
+    def _flush(self, registration: Registration, dealer: Dealer) -> None:
+        """Send the outbox. What does not fit is sent later, or replaced by the next RENEW."""
         outbox = registration.outbox
-        while registration.established and outbox and self._send(registration, dealer, outbox[0]):
+        while registration.established and outbox and dealer.send(registration.channel, outbox[0]):
             outbox.popleft()
 
     def _pause(self, seconds: float) -> None:
-        poller = self._zmq.Poller()
-        poller.register(self._wakeup, zmq.POLLIN)
+        """Wait, and end registrations meanwhile."""
+        poller = Poller(self._zmq, self._wakeup)
         deadline = time.monotonic() + seconds
         self._is_waiting = True
         while self._sweep(None) and time.monotonic() < deadline:
-            if poller.poll(_ms_until(deadline)):
+            if poller.wait(set(), deadline):
                 self._wakeup.clear()
-
-
-def _ms_until(when: float) -> int:
-    return max(0, math.ceil((when - time.monotonic()) * 1000))

@@ -15,7 +15,10 @@ from sharedpool.worker.link.registration import Endpoint, Registration
 
 
 class SharedContext:
-    """The process's ZeroMQ context (two threads): made for its first link, ended with its last."""
+    """The process's ZeroMQ context, which has two threads.
+
+    It lives from the first link to the last.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -23,7 +26,7 @@ class SharedContext:
         self._context: Any = None
 
     def acquire(self) -> Any:
-        """Return the context, for one more link."""
+        """Return the context for one more link."""
         with self._lock:
             if self._context is None:
                 self._context = greenlets.zmq_context()
@@ -31,7 +34,10 @@ class SharedContext:
             return self._context
 
     def release(self) -> None:
-        """Have one link less. With the last one this blocks until what was sent is out, at most its LINGER."""
+        """Count one link less.
+
+        With the last one, block for the rest of the sockets' LINGER at most.
+        """
         with self._lock:
             self._users -= 1
             if self._users:
@@ -41,7 +47,7 @@ class SharedContext:
 
 
 class Links:
-    """One process's. A forked child has others; its parent's are not touched there."""
+    """One process's links. A forked child has links of its own, and leaves the parent's alone."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -50,7 +56,7 @@ class Links:
         self._context = SharedContext()
 
     def have(self, address: str) -> bool:
-        """Say whether there is a link to the broker at `address` already."""
+        """Return True if there is a link to the broker at `address` already."""
         return address in self._links
 
     def attach(
@@ -60,14 +66,14 @@ class Links:
         outbox: deque[ToBroker],
         start_broker: Callable[[], None] | None,
     ) -> tuple[Link, Registration]:
-        """Return a registration of `endpoint` with the broker at `address`, and the link that serves it.
+        """Register `endpoint` with the broker at `address`; return the link and the registration.
 
-        Starts nothing and does not block: see `Link.ensure_running`.
+        Does not block, and starts no thread: see `Link.ensure_running`.
         """
         with self._lock:
             link = self._links.get(address)
             registration = None if link is None else link.attach(endpoint, outbox, start_broker)
-            if link is None or registration is None:  # its thread has just ended
+            if link is None or registration is None:  # none, or its thread has just ended
                 link = self._links[address] = Link(address, self._context)
                 registration = link.attach(endpoint, outbox, start_broker)
                 assert registration is not None
@@ -81,5 +87,5 @@ def current() -> Links:
     """Return this process's links."""
     global _links
     if _links.pid != os.getpid():
-        _links = Links()  # with locks of its own: a thread of the parent may have held those
+        _links = Links()  # with new locks, since a thread of the parent may have held the old ones
     return _links

@@ -1,4 +1,4 @@
-"""One pool's registration with the broker, over the link that it shares with the process's other pools."""
+"""One pool's registration with the broker, over the link that all pools of the process share."""
 
 from __future__ import annotations
 
@@ -10,54 +10,53 @@ from typing import Protocol
 from sharedpool.wire.desk import LaneInvitation
 from sharedpool.wire.messages import Bye, Hello, ToBroker, ToWorker, Welcome
 
-# Nobody has heard of the broker yet, at the first HELLO.
+# Before the first WELCOME, which says how often the broker expects a heartbeat.
 _FIRST_BEAT_S = 1.0
 
 
 class Endpoint(Protocol):
-    """What a registration serves: the pool. All of it is called in the link's thread."""
+    """The pool that a registration serves. All methods are called in the link's thread."""
 
     @property
     def ending(self) -> bool:
-        """Whether the registration is to end once nothing is held. Takes no lock."""
+        """Whether the registration is to end once the pool holds nothing. Takes no lock."""
 
     def compose_hello(self) -> Hello:
-        """Compose the registration."""
+        """Return the message that registers the pool."""
 
     def compose_bye(self) -> Bye:
-        """Compose the last message."""
+        """Return the last message."""
 
     def beat(self) -> bool:
-        """Housekeeping: queue a RENEW, scavenge. Return whether anything is held or asked for."""
+        """Scavenge and queue a RENEW; return True if anything is held or asked for."""
 
     def receive(self, message: ToWorker) -> None:
-        """Take in a message."""
+        """Handle a message."""
 
     def invited(self, invitation: LaneInvitation, fds: list[int]) -> None:
-        """Take part in the lane that these descriptors, this pool's now, are of."""
+        """Enter the lane that these descriptors belong to. The pool owns them now."""
 
     def descriptors_to_watch(self) -> list[int]:
-        """Return descriptors where something may come for who waits no more: `receive_strays` then. Takes no lock."""
+        """Return descriptors where connections may arrive for threads that wait no more.
+
+        When one is readable, `receive_strays` is called. Takes no lock.
+        """
 
     def receive_strays(self) -> None:
-        """Take in what has come there."""
+        """Handle what has arrived there."""
 
     def done(self) -> bool:
-        """Say whether the pool is over and holds nothing any more: the registration ends, and is not asked again."""
+        """Return True if the pool is over and holds nothing. The registration ends then."""
 
     def registration_ended(self) -> None:
-        """The registration has ended."""
+        """Handle the registration's end."""
 
     def unreachable(self, error: Exception) -> None:
-        """The broker refuses for good, or cannot be started."""
+        """Handle that the broker refuses for good, or cannot be started."""
 
 
 class Registration:
-    """A pool's *session* at the broker, named by `identity`; `link.py` has the thread that serves it.
-
-    `outbox` is the cache's: append under the pool's lock, then wake the link. `established` from WELCOME until the
-    broker falls silent. `over` is set once BYE is sent. `trouble` is why there is no answer.
-    """
+    """A pool's *session* at the broker. The link's thread serves it (`link.py`)."""
 
     def __init__(
         self,
@@ -67,33 +66,35 @@ class Registration:
         outbox: deque[ToBroker],
         start_broker: Callable[[], None] | None,
     ) -> None:
-        self.identity = process + channel
+        self.identity = process + channel  # the session's name
         self.channel = channel
         self.endpoint = endpoint
+        # The cache's. To send a message, append it under the pool's lock, then wake the link.
         self.outbox = outbox
         self.start_broker = start_broker
-        self.established = False
-        self.trouble = "no answer from it"
-        self.over = threading.Event()
-        self.due = float("-inf")  # the next HELLO, or the next heartbeat
-        self.pause_s = _FIRST_BEAT_S  # between the last heartbeat and the next
+        self.established = False  # from WELCOME until the broker falls silent
+        self.trouble = "no answer from it"  # why the broker does not answer
+        self.over = threading.Event()  # BYE is sent
+        self.due = float("-inf")  # the time of the next HELLO or heartbeat
+        self.pause_s = _FIRST_BEAT_S  # from the last heartbeat to the next
+
         self._beat_s = self._rest_s = _FIRST_BEAT_S
 
     def welcomed(self, welcome: Welcome, now: float, part: float) -> None:
-        """Note that the broker knows the pool now. `part`, of 1, of a pause is waited before the first heartbeat."""
+        """Record that the broker knows the pool. The first heartbeat comes after `part` of a pause."""
         self.established = True
-        # Often enough for the TTL, and for the broker to know what has expired soon after it has. A session that holds
-        # nothing may be late once: that costs nobody anything.
+        # Often enough for the TTL, and for connections to expire in time. A session that holds
+        # nothing beats less often: if it is late once, nothing is lost.
         ttl_s, often_s = welcome.ttl_ms / 1000, max(0.25, welcome.expiration_ms / 2000)
         self._beat_s, self._rest_s = min(ttl_s / 3, often_s), min(ttl_s / 2, often_s)
         self.pause_s = self._beat_s
         self.due = now + self.pause_s * part
 
     def beat(self, now: float) -> None:
-        """Have the heartbeat queued; the next one comes later where nothing is held."""
+        """Queue a heartbeat. The next one comes later if nothing is held."""
         self.pause_s = self._beat_s if self.endpoint.beat() else self._rest_s
         self.due = now + self.pause_s
 
     def interrupted(self, trouble: str) -> None:
-        """Note that the broker cannot be reached: HELLO is said again as soon as it can."""
+        """Record that the broker cannot be reached: HELLO is sent again as soon as possible."""
         self.established, self.trouble, self.due = False, trouble, float("-inf")
