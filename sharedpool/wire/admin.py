@@ -1,6 +1,7 @@
-"""What an operator orders a broker to do (`sharedpool pause`, `set`, ...), and its answer; needs no session.
+"""An operator's orders to a broker (`sharedpool pause`, `set`, ...), and its answers.
 
-Taken only of who is on the broker's host.
+They need no session. The broker accepts them only from its own host.
+
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from sharedpool.wire.messages import NO_TOKEN, Struct, Token
 
 
 class OrderKind(StrEnum):
-    """What is to be done; `Order` names what else it needs."""
+    """The kinds of orders."""
 
     PAUSE = "pause"
     RESUME = "resume"
@@ -25,17 +26,17 @@ class OrderKind(StrEnum):
 
 
 class Order(Struct, frozen=True, tag="order"):
-    """Do this to a pool, "" being all of them."""
+    """Do something to a pool, or to all pools."""
 
     version: int
     kind: OrderKind
-    pool: str = ""
+    pool: str = ""  # "" for all pools
     number: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] = 0
     token: Token = NO_TOKEN
 
 
 class Done(Struct, frozen=True, tag="done"):
-    """What was done, line by line; or why it cannot be (`error`)."""
+    """Report what was done, line by line, or why it cannot be done (`error`)."""
 
     said: list[str]
     error: str = ""

@@ -1,7 +1,9 @@
-"""The application_name of a pool's connections: by it the server shows whose they are.
+"""The application_name of a pool's connections, which shows on the server whose they are.
 
-`sharedpool NAME [instance]`: the instance is the broker's own, kept over its restarts. Plain ASCII and at most 63
-bytes, so that the server shows it unchanged; a name that is too long is cut, and told from others by a digest.
+It is `sharedpool NAME [instance]`. The instance identifies the broker and survives its restarts.
+The server shows only 63 bytes of plain ASCII, so a longer name is cut and gets a digest that tells
+it from others.
+
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ _MOST_BYTES = 63  # NAMEDATALEN - 1
 
 
 def tag_of(pool: str, instance: str) -> str:
-    """Return the tag of a pool's connections."""
+    """Return the application_name (*tag*) of a pool's connections."""
     suffix = f" [{instance}]"
     name = pool.encode("ascii", "backslashreplace").decode()
     room = _MOST_BYTES - len(_PREFIX) - len(suffix)
@@ -24,15 +26,15 @@ def tag_of(pool: str, instance: str) -> str:
 
 
 def pattern_of(instance: str) -> str:
-    """Return the LIKE pattern of all of a broker's tags."""
+    """Return a LIKE pattern that matches all tags of a broker."""
     return f"{_PREFIX}% [{instance}]"
 
 
 def pool_of_tag(tag: str) -> str:
-    """Return the pool's name as the tag has it: see `shown`."""
+    """Return the pool's name in a tag; see `shown`."""
     return tag.removeprefix(_PREFIX).rpartition(" [")[0]
 
 
 def shown(pool: str, instance: str) -> str:
-    """Return the name by which a pool's tag tells it: its own, if that is plain and short."""
+    """Return a pool's name as its tag shows it. A plain and short name is shown unchanged."""
     return pool_of_tag(tag_of(pool, instance))

@@ -1,8 +1,9 @@
-"""The histograms' buckets, the same in every process, so that the broker can add them up."""
+"""The histograms' buckets. Every process has the same, so that the broker can add them up."""
 
 from __future__ import annotations
 
-# Upper bounds in seconds, inclusive; one more bucket has what took longer. A hand-over takes 0.3 ms, a connect 5.
+# Inclusive upper bounds in seconds; one more bucket is for longer times. A hand-over takes about
+# 0.3 ms, a connect 5 ms.
 BOUNDS_S = (
     0.0005,
     0.001,

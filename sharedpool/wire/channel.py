@@ -1,8 +1,9 @@
 """Several sessions over one ZeroMQ connection: a process's pools share its link.
 
-A process's routing id begins with `PROCESS_PREFIX`; each of its frames, both ways, begins with the number of a
-*channel*, one for each pool. The broker knows the *session* by both together. What has another routing id (the command
-line) has one session, and frames without a channel.
+A process's routing id begins with `PROCESS_PREFIX`. Each of its frames, both ways, begins with the
+number of a *channel*, one for each pool. Both together name the *session*. A peer with another
+routing id, such as the command line, has one session and frames without a channel.
+
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ _CHANNEL_BYTES = 4
 
 
 def channel_number(number: int) -> bytes:
-    """Return a channel's name."""
+    """Return a channel's number as bytes."""
     return number.to_bytes(_CHANNEL_BYTES)
 
 
 def add_channel(channel: bytes, body: bytes) -> bytes:
-    """Return a frame of a channel."""
+    """Return a channel's frame with this body."""
     return channel + body
 
 
 def split_channel(frame: bytes) -> tuple[bytes, bytes]:
-    """Return the channel of a frame, and its body."""
+    """Return a frame's channel and body."""
     return frame[:_CHANNEL_BYTES], frame[_CHANNEL_BYTES:]
 
 
 def to_session(routing_id: bytes, frame: bytes) -> tuple[bytes, bytes]:
-    """Return which session a frame is from, and its body."""
+    """Return the session that a frame is from, and the frame's body."""
     if not _has_channels(routing_id):
         return routing_id, frame
     channel, body = split_channel(frame)
@@ -36,7 +37,7 @@ def to_session(routing_id: bytes, frame: bytes) -> tuple[bytes, bytes]:
 
 
 def from_session(session: bytes, body: bytes) -> tuple[bytes, bytes]:
-    """Return the routing id and the frame by which `body` reaches a session."""
+    """Return the routing id and the frame that take `body` to a session."""
     routing_id = session[:_PROCESS_BYTES]
     if len(session) == _PROCESS_BYTES or not _has_channels(routing_id):
         return session, body
@@ -44,14 +45,14 @@ def from_session(session: bytes, body: bytes) -> tuple[bytes, bytes]:
 
 
 def is_of_former_connection(routing_id: bytes, frame: bytes) -> bool:
-    """Say whether a process has sent this over a connection in whose place it has made another since.
+    """Return True if a frame came over a connection that its process has replaced since.
 
-    ZeroMQ gives that one its routing id, and the former one an id of its own making, of 5 bytes. What the process had
-    said there is void: over the new connection it has said HELLO.
+    ZeroMQ gives the process's routing id to the new connection, and a generated one of 5 bytes to
+    the old one. The frame counts no more, as the process sends HELLO over the new connection.
+
     """
-    return (
-        len(routing_id) == 5 and routing_id[:1] == b"\0" and frame[:1] == b"\0"
-    )  # no message begins like a channel
+    # A message never begins with the zero byte with which a channel's number begins.
+    return len(routing_id) == 5 and routing_id[:1] == b"\0" and frame[:1] == b"\0"
 
 
 def _has_channels(routing_id: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Bytes to messages and back: msgpack, validated by type; no pickle anywhere."""
+"""Encode messages as msgpack, and decode them with every field's type checked. No pickle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sharedpool.wire.desk import FromDesk, Moved, ToDesk
 from sharedpool.wire.messages import Hello, ToBroker, ToWorker
 from sharedpool.wire.reports import FromOperator, ToOperator
 
-# The largest honest message is a RENEW with every lease of a big pool; anything longer is not ours.
+# The largest message is a RENEW with all leases of a big pool; nothing of ours is longer.
 MAX_FRAME_BYTES = 1 << 20
 
 _encoder = msgspec.msgpack.Encoder()
@@ -31,44 +31,45 @@ M = TypeVar("M")
 def encode(
     message: ToBroker | ToWorker | ToDesk | FromDesk | Moved | FromOperator | ToOperator,
 ) -> bytes:
-    """Return the one frame or packet that carries `message`."""
+    """Return `message` as one frame or packet."""
     return _encoder.encode(message)
 
 
 def decode_to_broker(frame: bytes) -> ToBroker | FromOperator:
-    """Read a worker's or a command's message; raise `ProtocolError` for anything else."""
+    """Decode a worker's or the command line's message, or raise `ProtocolError`."""
     return _decode(_to_broker, frame)
 
 
 def decode_to_worker(frame: bytes) -> ToWorker:
-    """Read a broker's message; raise `ProtocolError` for anything else."""
+    """Decode a broker's message to a worker, or raise `ProtocolError`."""
     return _decode(_to_worker, frame)
 
 
 def decode_to_operator(frame: bytes) -> ToOperator:
-    """Read a broker's answer to a command; raise `ProtocolError` for anything else."""
+    """Decode a broker's message to the command line, or raise `ProtocolError`."""
     return _decode(_to_operator, frame)
 
 
 def decode_to_desk(packet: bytes) -> ToDesk:
-    """Read what came to the desk; raise `ProtocolError` for anything else."""
+    """Decode a worker's message to the desk, or raise `ProtocolError`."""
     return _decode(_to_desk, packet)
 
 
 def decode_from_desk(packet: bytes) -> FromDesk:
-    """Read what the desk has sent; raise `ProtocolError` for anything else."""
+    """Decode the desk's message to a worker, or raise `ProtocolError`."""
     return _decode(_from_desk, packet)
 
 
 def decode_moved(packet: bytes) -> Moved:
-    """Read what came in the lane; raise `ProtocolError` for anything else."""
+    """Decode a message in the lane, or raise `ProtocolError`."""
     return _decode(_moved, packet)
 
 
 def hello_version(frame: bytes) -> int | None:
-    """Return the protocol version of a frame that begins as a HELLO does, of whatever version; else None.
+    """Return the version of a HELLO of any protocol version; None if the frame is no HELLO.
 
-    So that a worker of another version can be told, in a REJECT, which no version changes.
+    So the broker can answer a worker of another version with a REJECT, which no version changes.
+
     """
     try:
         fields = msgspec.msgpack.decode(frame)

@@ -1,64 +1,70 @@
-"""What is said at the desk.
+"""The messages at the desk and in the lane.
 
-The *desk* (═) is a unix SEQPACKET socket beside the ZeroMQ one: each DEPOSIT carries a duplicate of a connection's
-socket. When it closes, the broker is gone. Each program has one line there:
+The *desk* (═) is a unix SEQPACKET socket beside the ZeroMQ one, over which descriptors can be sent.
+Its end tells that the broker has ended. Each program has one line to it:
 
-      LINE_OWNER                                ═════►                               here until the program ends
-                                                ◄═════  LANE_INVITATION(session) + 5          the lane is open to it
-      JOINED(session)                           ═════►                               it will use it, or will not
-      DEPOSIT(token) + socket                   ═════►                               into custody
-      GIVE(token)                               ═════►                               to whom the broker likes
-      LEAVE                                     ═════►                               before the end, if it goes on
+      LINE_OWNER                ═════►                               kept until the program ends
+                                ◄═════  LANE_INVITATION + 5          with a lane's descriptors
+      JOINED(session)           ═════►                               it takes part, or does not
+      DEPOSIT(token) + socket   ═════►                               into the broker's custody
+      GIVE(token)               ═════►                               for any other worker
+      LEAVE                     ═════►                               the program goes on without it
 
-In the lane (`sharedpool/lane/lane.py`) connections go to who waits there, each as a MOVED with its socket: from another
-worker, or from the broker.
+In the *lane* (`lane/lane.py`) connections go straight to waiting threads, each as a MOVED with its
+socket. The sender is another worker or the broker.
 """
 
 from __future__ import annotations
 
 from sharedpool.wire.messages import Backend, ReleaseReason, Struct, Token
 
-# A packet is no longer, and a GIVE leaves room for what a MOVED has more.
+# The greatest packet, and the greatest GIVE: a MOVED made from it has more fields.
 PACKET_BYTES, GIVE_BYTES = 8192, 7936
 
 
 class Deposit(Struct, frozen=True, tag="deposit"):
-    """The socket that comes with this packet belongs to the lease's connection."""
+    """Deposit the socket that comes with this packet, that of the lease's connection."""
 
     session: bytes
     token: Token
 
 
 class Leave(Struct, frozen=True, tag="leave"):
-    """This line will be closed, and its program goes on."""
+    """Announce that this line will be closed while its program goes on."""
 
 
 class LineOwner(Struct, frozen=True, tag="line_owner"):
-    """This line is the program's own: without a LEAVE it ends with it, also when its process goes on with another.
+    """Announce that this line ends, without a LEAVE, only when its program does.
 
-    `program`: what the names of all its sessions begin with.
+    That includes a process that goes on with another program (exec).
     """
 
+    # The prefix of the names of the program's sessions.
     program: bytes
 
 
 class Live(Struct, frozen=True):
-    """A connection that moves: what its next worker must know of it. `left_ms` is what is left of its lifetime.
+    """A connection that moves, as its next worker must know it.
 
-    Its reset was sent, and the answer is to be read first (`worker/connection/reset.py`). `parameters` are the
-    session's of before that, as libpq knows them (msgpack of a map), `names` what it says of its server
-    (`worker/connection/server_facts.py`); the broker does not read them.
+    Its reset was sent. The receiver reads the answer first (`worker/connection/reset.py`). The
+    broker reads neither `parameters` nor `names`.
     """
 
     backend: Backend
     generation: int
+    # The session's parameters from before the reset, as libpq knows them: msgpack of a map.
     parameters: bytes
+    # What is left of its lifetime.
     left_ms: int | None = None
+    # The server's name and login (`worker/connection/server_facts.py`).
     names: bytes = b""
 
 
 class Give(Struct, frozen=True, tag="give"):
-    """The lease's connection, which is at the desk, is clean, and nobody's here any more."""
+    """Offer a lease's connection to others.
+
+    The broker has its socket, its session is reset, and this worker has detached from it.
+    """
 
     session: bytes
     token: Token
@@ -67,50 +73,55 @@ class Give(Struct, frozen=True, tag="give"):
 
 
 class Passed(Struct, frozen=True):
-    """What the broker says with a connection that it passes on itself. `serial` and `returns_due` are as in GRANT.
+    """What the broker adds to a connection that it passes on itself."""
 
-    `others_wait`: others wait for what is owed; else it is owed because the pool is shared, and anybody may ask for it.
-    `trial`: no cancel was seen to work on a connection of this pool that has moved; try one before it is used.
-    """
-
+    # As in GRANT.
     serial: int
     returns_due: int
+    # Others wait for the returns. Else they are due because the pool is shared, and anybody may ask
+    # for a connection at any time.
     others_wait: bool
+    # No cancel was seen to work on a moved connection of this pool: test one before the use.
     trial: bool = False
 
 
 class LaneInvitation(Struct, frozen=True, tag="lane_invitation"):
-    """A pool's lane: its descriptors come with this packet (`lane.Descriptors`). For the session with this channel.
-
-    `number` is never another session's in the lane; `index` is where its turns are on the board. `network` is the
-    broker's network namespace, in which the addresses of the lane's places are.
-    """
+    """Invite a session to its pool's lane, whose descriptors come with this packet."""
 
     session: bytes
+    # The session's number in the lane, which no other session will ever have.
     number: int
+    # Where its turns are on the board.
     index: int
+    # The broker's network namespace, in which the addresses of the lane's places are.
     network: str
 
 
 class Joined(Struct, frozen=True, tag="joined"):
-    """The session gives in the lane, and waits there, whenever connections move in it; or it does not `take_part`."""
+    """Answer an invitation.
+
+    A session that takes part gives and waits in the lane while connections move there.
+    """
 
     session: bytes
     takes_part: bool = True
 
 
 class Moved(Struct, frozen=True, tag="moved"):
-    """A lease whose connection is open, to who waits in the lane: its socket comes with this packet.
+    """Send a lease and its open connection to a waiting thread.
 
-    `request` is the receiver's own; 0 on the shelf. `cell` is the lease's on the board, `moves` how often it has moved
-    with this time. `passed` tells that it is not from another worker, but a new lease of the broker's (`cell` -1).
+    The socket comes with this packet.
     """
 
+    # The receiver's own number of the request; 0 on the shelf.
     request: int
     token: Token
+    # The lease's cell on the board, -1 for none.
     cell: int
+    # How often it has moved, this time included.
     moves: int
     live: Live
+    # Set if it is a new lease from the broker, and not another worker's.
     passed: Passed | None = None
 
 

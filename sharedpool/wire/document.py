@@ -1,4 +1,4 @@
-"""Messages as JSON shows them."""
+"""Messages as JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sharedpool.wire.messages import Token
 
 
 def document(value: object) -> object:
-    """Return what goes into JSON: on the wire the fields have no names."""
+    """Return a message as dicts and lists. On the wire its fields have no names."""
     if isinstance(value, msgspec.Struct):
         return {name: document(getattr(value, name)) for name in value.__struct_fields__}
     if isinstance(value, Token):

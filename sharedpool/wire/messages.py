@@ -1,304 +1,188 @@
 """The protocol between a worker's pool and the broker.
 
-A pool in one process is a *session*; the sessions of a process share a ZeroMQ DEALER, which talks to the broker's
-ROUTER (`channel.py`). Every message is one frame: msgpack of one tagged array below. Durations cross the wire, in
-milliseconds; clocks never do. Everything is idempotent: a request carries the client's own number and is answered the
-same way when it is repeated, a lease is named by a token that is never used twice.
+A pool in one process is a *session*. The sessions of a process share a ZeroMQ DEALER, which talks
+to the broker's ROUTER (`channel.py`). Every message is one frame: msgpack of one tagged array
+below.
 
-    worker                                             broker
-      HELLO(version, pool, leases still held)   ─────►                               with a first ACQUIRE, if there is
-                                                ◄─────  WELCOME(epoch, limit, ttl)   or REJECT(reason)
-      ACQUIRE(request, wait)                    ─────►
-                                                ◄─────  GRANT(request, token)        or DENY(request, who holds)
-                                                ◄┄┄┄┄┄  MOVED(request, token)        or this, in the lane
-      [connects]  DEPOSIT(token) + socket       ═════►                               at the desk
-                  CONFIRM(token, backend)       ─────►
-                                                ◄─────  RECALL(take, returns_due)    somebody else waits
-      RENEW(leases, answers)  RELEASE(token)    ─────►                               what is idle now, what is given
-      RENEW(leases, times)                      ─────►                               heartbeat, every third of the TTL
-                                                ◄─────  ACK(revoked)
-      FAILOVER_SIGN(code)                       ─────►                               the server fails over, perhaps
-                                                ◄─────  STALE(generation)            drop what is older
-                                                ◄─────  GONE(tokens)                 these connections have ended
-                                                ◄─────  REPORT_NOW                   say now what is held (a RENEW)
-      BYE                                       ─────►
+    worker                                       broker
+      HELLO(version, pool, leases held)   ─────►            with the first ACQUIRE, if there is one
+                                          ◄─────  WELCOME(epoch, limit, ttl)  or  REJECT(reason)
+      ACQUIRE(request, wait)              ─────►
+                                          ◄─────  GRANT(request, token)  or  DENY(request, holders)
+                                          ◄┄┄┄┄┄  MOVED(request, token)       instead, in the lane
+      [connects]  DEPOSIT(token) + socket ═════►                              at the desk
+                  CONFIRM(token, backend) ─────►
+                                          ◄─────  RECALL(take, returns_due)   others wait
+      RENEW(leases, answers)              ─────►                              what is idle now
+      RELEASE(token)                      ─────►                              a slot is given back
+      RENEW(leases, times)                ─────►                              heartbeat, 3 in a TTL
+                                          ◄─────  ACK(revoked)
+      FAILOVER_SIGN(code)                 ─────►                              a failover, perhaps
+                                          ◄─────  STALE(generation)           drop what is older
+                                          ◄─────  GONE(tokens)                connections have ended
+                                          ◄─────  REPORT_NOW                  answered by a RENEW
+      BYE                                 ─────►
 
-`take` asks for idle leases now. `returns_due` is how many of the next checkins are to be given back instead of cached:
-an absolute number, so that a repeated or late RECALL does no harm (`serial` tells which is the newest). What the
-command line asks a broker, without a HELLO, is in `reports.py`.
+Rules that make repeated, late and lost messages harmless:
 
-What is said at the desk (═) is in `desk.py`.
+- Durations cross the wire, in milliseconds. Clocks never do.
+- A request carries the worker's own number. Repeated, it gets the same answer. A lease is named by
+  a token that is never used twice.
+- RECALL's `returns_due` is an absolute number of checkins to be given back instead of cached. Its
+  `serial` tells which RECALL is the newest.
+- From a HELLO until its WELCOME a worker ignores everything else. A GRANT of a former broker, or of
+  this one before it knew what is held, counts as lost and is sent again.
 
-From a HELLO until its WELCOME a worker takes in nothing else: a grant of a former broker, or of this one before it
-knew what is held, counts as lost and is sent again.
+Messages at the desk (═) are in `desk.py`, those of the command line in `reports.py`.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, NamedTuple
 
-import msgspec
+from msgspec import field
 
-from sharedpool.wire.buckets import BUCKETS
+from sharedpool.wire.values import NO_TOKEN as NO_TOKEN
+from sharedpool.wire.values import Backend as Backend
+from sharedpool.wire.values import Count as Count
+from sharedpool.wire.values import Histogram as Histogram
+from sharedpool.wire.values import Holder as Holder
+from sharedpool.wire.values import Int4 as Int4
+from sharedpool.wire.values import Int8 as Int8
+from sharedpool.wire.values import LeaseReport as LeaseReport
+from sharedpool.wire.values import Phase as Phase
+from sharedpool.wire.values import PoolSpec as PoolSpec
+from sharedpool.wire.values import Struct as Struct
+from sharedpool.wire.values import Timings as Timings
+from sharedpool.wire.values import Token as Token
 
 PROTOCOL_VERSION = 8
 
-
-class Token(NamedTuple):
-    """A lease's name: the broker's epoch and a serial that grows forever."""
-
-    epoch: int
-    serial: int
-
-    def __str__(self) -> str:
-        return f"{self.epoch}-{self.serial}"
-
-
-NO_TOKEN = Token(0, 0)
-
-# PostgreSQL ends a backend whose client has not logged in by then (authentication_timeout, 60 s by default).
+# PostgreSQL ends a backend whose client has not logged in by then (authentication_timeout, 60 s by
+# default).
 START_UP_LIMIT_S = 65.0
-
-# What PostgreSQL's int and bigint hold: a number beyond would make the broker's own queries fail.
-Int4 = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
-Int8 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-
-
-class Struct(msgspec.Struct, frozen=True, array_like=True):
-    """Parent of everything on the wire."""
-
-
-class Backend(Struct, frozen=True, eq=False):
-    """A PostgreSQL server process: a pid alone may be used again, a pid and its start time may not.
-
-    `boot_us`, when its postmaster started, tells one server from another. 0 where the server would not say.
-
-    What follows is how the connection reaches it, and no part of its identity. `direct`: nobody is in between, so the
-    end of the connection's socket is the backend's end. `pooled`: a pooler is, which may lend the backend to others
-    when this session is over; then this was the session's application_name. `fixed`: nobody can take it over, since it
-    is encrypted, goes through a pooler, or its worker hands nothing over.
-    """
-
-    pid: Int4
-    start_us: Int8 = 0
-    boot_us: Int8 = 0
-    direct: bool = False
-    pooled: str | None = None
-    fixed: bool = False
-
-    @property
-    def identity(self) -> tuple[int, int, int]:
-        """What tells it from every other backend."""
-        return (self.pid, self.start_us, self.boot_us)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Backend) and self.identity == other.identity
-
-    def __ne__(self, other: object) -> bool:  # else it is msgspec's, which compares objects
-        return not self == other
-
-    def __hash__(self) -> int:
-        return hash(self.identity)
-
-
-class PoolSpec(Struct, frozen=True):
-    """What a session asks of its pool; the first session that names a pool sets its limit.
-
-    `database` is given to an automatic broker, which serves all of a server: by one name there is a pool for each.
-    A pool's processes of another `group` are another pool, by another name: they share a server, and the broker's cap.
-    `end_overdue`: what is checked out for longer than `max_checkout_ms` is to be ended, not only reported.
-    """
-
-    name: str
-    max_conn: int
-    expiration_ms: int
-    max_checkout_ms: int = 0
-    server: str = ""
-    max_waiting: int = 0
-    group: str = ""
-    end_overdue: bool = False
-    database: str = ""
-
-    def is_pool_of(self, other: PoolSpec) -> bool:
-        """Say whether both are of one pool."""
-        return (self.name, self.database) == (other.name, other.database)
-
-
-class Phase(StrEnum):
-    """Where a lease is inside its worker."""
-
-    CONNECTING = "connecting"
-    IN_USE = "in_use"
-    IDLE = "idle"
-    CLOSING = "closing"
-
-
-class LeaseReport(Struct, frozen=True):
-    """One lease as its worker sees it; `age_ms` is the time in this phase.
-
-    `stack` is where it was checked out, innermost first, if the pool has `debug_checkouts`. `moves`: how often it had
-    moved in a lane when it came (`board.py`).
-    """
-
-    token: Token
-    phase: Phase
-    age_ms: int
-    thread: str = ""
-    backend: Backend | None = None
-    stack: list[str] = []
-    moves: int = 0
-
-
-class Holder(Struct, frozen=True):
-    """Who holds connections, for the text of an error; `site` is where the longest was checked out, if known."""
-
-    label: str
-    count: int
-    longest_ms: int
-    site: str = ""
-
-
-class Histogram(Struct, frozen=True):
-    """Counts by bucket (`buckets.py`), and the sum of what was counted."""
-
-    counts: Annotated[list[Count], msgspec.Meta(min_length=BUCKETS, max_length=BUCKETS)]
-    total_us: Count
-
-
-class Timings(Struct, frozen=True):
-    """How long things took in one session since its registration number `serial`: absolute, so that none is lost."""
-
-    serial: int
-    created: Histogram
-    waited: Histogram
-    used: Histogram
 
 
 # --- worker -> broker
 
 
 class Acquire(Struct, frozen=True, tag="acquire"):
-    """Ask for a lease; `wait_ms` 0 means: tell me at once when none can be had.
-
-    `lane_place`: in the lane, where its thread waits and a connection that is open can be sent to it; -1: nowhere.
-    Repeated with another place it has moved there.
-    """
+    """Ask for a lease."""
 
     request: int
+    # With 0 the broker answers at once if none is free.
     wait_ms: int
+    # The place in the lane where the thread waits and an open connection can be sent; -1 for none.
+    # A repetition with another place means that the thread has moved there.
     lane_place: int = -1
 
 
 class Hello(Struct, frozen=True, tag="hello"):
-    """Register this session, or register it again; `leases` are those it still holds. `pid_namespace`: see
-    `discovery/pid_namespace.py`.
-
-    `nonce` comes back in the WELCOME that answers this. `first` is the first of those requests that wait: where a slot
-    is free it need not be asked for once more.
-    """
+    """Register a session, or register it again."""
 
     version: int
     pid: int
     host: str
     title: str
     pool: PoolSpec
-    leases: list[LeaseReport] = []
+    # The leases that the session still holds.
+    leases: list[LeaseReport] = field(default_factory=list)
     newest_grant: Token = NO_TOKEN
+    # See `discovery/pid_namespace.py`.
     pid_namespace: str = ""
+    # Comes back in the WELCOME that answers this.
     nonce: int = 0
+    # The first waiting request: if a slot is free, it is answered without being asked again.
     first: Acquire | None = None
 
 
 class Withdraw(Struct, frozen=True, tag="withdraw"):
-    """Withdraw a request; a grant already on its way comes back as a RELEASE."""
+    """Withdraw a request. A grant that is already on its way comes back as a RELEASE."""
 
     request: int
 
 
 class Confirm(Struct, frozen=True, tag="confirm"):
-    """The lease's connection is open, on this backend."""
+    """Report that the lease's connection is open, on this backend."""
 
     token: Token
     backend: Backend
 
 
 class Renew(Struct, frozen=True, tag="renew"):
-    """All leases and pending requests of this session (heartbeat, or the answer to RECALL number `answers`).
-
-    `newest_grant` is the newest grant that has arrived: a lease above it is still on its way, one at or below it that
-    is not listed is not held any more. `gone` are leases given back whose backends were seen to end, until an ACK has
-    come; `unproven` is what was said of the others: of one whose connection had been passed nothing else would tell.
-    `times` comes when it has changed. `unsure`: a thread may have just received a connection that is not listed yet.
-    """
+    """Report all leases and requests of a session: a heartbeat, or the answer to a RECALL."""
 
     leases: list[LeaseReport]
+    # The newest grant that has arrived. A lease above it is on its way. A lease at or below it that
+    # is not listed is not held any more.
     newest_grant: Token
+    # The serial of the RECALL that this answers, or 0.
     answers: int = 0
-    pending: list[int] = []
-    gone: list[Token] = []
+    pending: list[int] = field(default_factory=list)
+    # Leases given back whose backends were seen to end, until an ACK lists them.
+    gone: list[Token] = field(default_factory=list)
+    # Set when they have changed.
     times: Timings | None = None
-    unproven: list[Release] = []
+    # The other releases, until an ACK lists them. If the connection had been passed on, nothing
+    # else would tell the broker that it is held no more.
+    unproven: list[Release] = field(default_factory=list)
+    # A thread may have just received a connection that is not listed.
     unsure: bool = False
 
 
 class ReleaseReason(StrEnum):
     """Why a worker gave a lease back."""
 
-    TAKEN = "taken"  # an idle one, asked for by RECALL's `take`
-    RETURN_DUE = "return due"  # a checkin, asked for by RECALL's `returns_due`
-    EXPIRED = "expired"  # idle longer than `expiration`
+    TAKEN = "taken"  # it was idle, and RECALL's `take` asked for it
+    RETURN_DUE = "return due"  # checked in, and RECALL's `returns_due` asked for it
+    EXPIRED = "expired"  # idle for longer than `expiration`
     RETIRED = "retired"  # older than `max_lifetime`
     BROKEN = "broken"  # the connection is dead, or a callback rejected it
-    FAILED = "failed"  # it could not be opened
+    FAILED = "failed"  # the connection could not be opened
     UNUSED = "unused"  # the grant came too late
     STALE = "stale"  # of an older generation
-    SHARED = "shared"  # a checkin, while connections move past the broker
-    CLOSED = "closed"  # the caller, `disable_pooling` or `release_all` closed it
+    SHARED = "shared"  # checked in while connections move past the broker
+    CLOSED = "closed"  # by the caller, `disable_pooling` or `release_all`
 
 
 class Release(Struct, frozen=True, tag="release"):
-    """Give a lease back. `gone` is False when the worker could not see its backend's end: the broker must look.
-
-    `closed`: the other side has closed the connection, but whether that is the server itself was never found out.
-    `error` is what kept the connection from being opened, to be shown; `code` the server's SQLSTATE, where it has
-    refused and the worker could learn that; `unreachable`: no server has answered.
-    """
+    """Give a lease back."""
 
     token: Token
+    # The worker has seen the backend's end. If not, the broker must find it out.
     gone: bool
     reason: ReleaseReason
     backend: Backend | None = None
+    # Why the connection could not be opened, to be shown.
     error: str = ""
+    # The SQLSTATE of the server's refusal, if the worker could learn it.
     code: str = ""
+    # No server has answered.
     unreachable: bool = False
+    # The other side has closed the connection, but it may have been a proxy.
     closed: bool = False
 
 
 class FailoverSign(Struct, frozen=True, tag="failover_sign"):
-    """A connection of `generation` tells that the server fails over: by SQLSTATE, or (`code` "") since it is dead."""
+    """Report that a connection of `generation` is dead, or met an SQLSTATE of a failover."""
 
     generation: int
+    # The SQLSTATE, or "" for a dead connection.
     code: str
 
 
 class CancelQuery(Struct, frozen=True, tag="cancel_query"):
-    """Cancel what the lease's connection is executing: its worker, which did not open it, has no key for that.
-
-    `trial`: nobody uses it yet, and its worker gives it only once the cancel has hit (see PASS).
-    """
+    """Cancel the query on a lease's connection. Its worker has not opened it and lacks the key."""
 
     token: Token
+    # A self-test: the connection has no user before the cancel was seen to work (see `Passed`).
     trial: bool = False
 
 
 class Bye(Struct, frozen=True, tag="bye"):
-    """The session ends in good order; a grant above `newest_grant`, the newest that has arrived, is not used any
-    more.
-    """
+    """End the session in good order."""
 
+    # The newest grant that has arrived. One above it will not be used.
     newest_grant: Token = NO_TOKEN
     times: Timings | None = None
 
@@ -307,49 +191,49 @@ class Bye(Struct, frozen=True, tag="bye"):
 
 
 class Welcome(Struct, frozen=True, tag="welcome"):
-    """The session is registered; `max_conn` and `expiration_ms` are what the broker enforces for it.
-
-    `tag` is the application_name by which the server shows the pool's connections as this broker's. `desk` is the
-    path of the desk's socket, empty where there is none. `handover`: connections may be handed over there. `served`:
-    this request, which came with a HELLO, is answered next, as an ACQUIRE is; 0: none is.
-    """
+    """Confirm that the session is registered."""
 
     version: int
     epoch: int
+    # What the broker enforces for the session.
     max_conn: int
     expiration_ms: int
     ttl_ms: int
-    revoked: list[Token] = []
+    revoked: list[Token] = field(default_factory=list)
+    # The application_name by which the server shows the pool's connections as this broker's.
     tag: str = ""
+    # The path of the desk's socket, empty if there is none.
     desk: str = ""
     generation: int = 0
+    # Connections may be handed over at the desk.
     handover: bool = False
     nonce: int = 0
+    # The HELLO's `first` request, if it is answered next, as an ACQUIRE would be; else 0.
     served: int = 0
 
 
 class Reject(Struct, frozen=True, tag="reject"):
-    """The session is not registered: say HELLO (`fatal` False), or give up (`fatal` True, with the reason)."""
+    """Refuse a session that is not registered."""
 
     reason: str
+    # The worker must give up. Else it should send HELLO.
     fatal: bool = False
 
 
 class Grant(Struct, frozen=True, tag="grant"):
-    """A lease: the worker may now open one connection, within the TTL.
-
-    `waited_ms`: for so long the request had been in the queue. So one who knows when he asked knows how old this is.
-    `direct`: nobody is between the pool's workers and the server, as far as the broker knows: of a connect that fails,
-    the socket's end is the backend's. `code`: with this SQLSTATE the server refuses everybody just now; one that is
-    refused need not connect once more to learn why.
-    """
+    """Grant a lease: the worker may open one connection, within the TTL."""
 
     request: int
     token: Token
     serial: int
     returns_due: int = 0
+    # How long the request was in the queue: with the time of the request it gives the grant's age.
     waited_ms: int = 0
+    # As far as the broker knows, no proxy is between the pool's workers and the server: the end of
+    # a failed connect's socket is the backend's end.
     direct: bool = False
+    # The SQLSTATE with which the server refuses every connect at present. A worker that is refused
+    # need not connect once more to learn why.
     code: str = ""
 
 
@@ -359,71 +243,73 @@ class DenyReason(StrEnum):
     EXHAUSTED = "exhausted"
     TIMEOUT = "timeout"
     CROWDED = "crowded"  # max_waiting others wait already
-    FAILING = "failing"  # connections cannot be opened just now
-    REFUSED = "refused"  # this session's cannot
+    FAILING = "failing"  # connections cannot be opened at present
+    REFUSED = "refused"  # the server refuses this session's connections
     WAITING = "waiting"  # the broker cannot grant anything yet
     DRAINING = "draining"  # the broker is about to end
     PAUSED = "paused"  # by an operator
-    UNSUITABLE = "unsuitable"  # what is connected to does not do what the pool needs
+    UNSUITABLE = "unsuitable"  # the server does not do what the pool needs
 
 
 class Deny(Struct, frozen=True, tag="deny"):
-    """No lease; `holders` hold most of the limit that is reached: the pool's, or (`capped`) that over all pools.
-
-    `error` is the server's, when connections cannot be opened; the next try is in `retry_ms`. Or it is why the broker
-    grants nothing yet, or what makes the server unsuitable. `group`: the limit is its own. `reserved`: so many of the
-    limit over all pools are for other groups.
-    """
+    """Refuse a request."""
 
     request: int
     reason: DenyReason
+    # The limit that is reached.
     max_conn: int
-    holders: list[Holder] = []
+    # The processes that hold most of it.
+    holders: list[Holder] = field(default_factory=list)
+    # It is the limit over all pools.
     capped: bool = False
+    # The server's error, why the broker grants nothing yet, or what makes the server unsuitable.
     error: str = ""
+    # Time until the next attempt to connect.
     retry_ms: int = 0
+    # It is this group's limit.
     group: str = ""
+    # So many of the limit over all pools are reserved for other groups.
     reserved: int = 0
 
 
 class Recall(Struct, frozen=True, tag="recall"):
-    """Give back `take` idle leases now and the next `returns_due` checkins; with `expired`, also all that idled too
-    long.
-
-    A serial at or below the last one seen is a double: it is dropped. Unless `answer` is False, RENEW is the answer.
-    """
+    """Ask for leases. One at or below the newest serial seen is a repetition and is dropped."""
 
     serial: int
+    # Idle leases to be given back now.
     take: int
+    # The next checkins to be given back.
     returns_due: int
+    # Also give back what has been idle for too long.
     expired: bool = False
+    # Answer with a RENEW.
     answer: bool = True
 
 
 class Ack(Struct, frozen=True, tag="ack"):
-    """A RENEW arrived; `revoked` leases are not the session's any more: discard them.
+    """Confirm a RENEW."""
 
-    `gone` are those of RENEW's that need not be told again, `generation` is the newest, `max_conn` the limit by now.
-    """
-
-    revoked: list[Token] = []
-    gone: list[Token] = []
+    # Leases that are not the session's any more: drop them.
+    revoked: list[Token] = field(default_factory=list)
+    # The releases in the RENEW that need not be repeated.
+    gone: list[Token] = field(default_factory=list)
+    # The newest generation, and the present limit.
     generation: int = 0
     max_conn: int = 0
 
 
 class Gone(Struct, frozen=True, tag="gone"):
-    """The broker has seen these connections end: their leases are over."""
+    """Report that these leases are over: the broker has seen their connections end."""
 
     tokens: list[Token]
 
 
 class ReportNow(Struct, frozen=True, tag="report_now"):
-    """Send a heartbeat now: somebody asks who holds what."""
+    """Ask for a RENEW now, because an operator wants to see what is held."""
 
 
 class Stale(Struct, frozen=True, tag="stale"):
-    """Replace every connection that was opened under an older generation."""
+    """Have every connection replaced that was opened under an older generation."""
 
     generation: int
 

@@ -1,15 +1,15 @@
-"""What the command line asks a broker, and what it is told: the other half of the protocol (see `messages.py`).
+"""The protocol between the command line and the broker; `messages.py` has the workers' part.
 
-    command                                            broker
-      STATUS(leases)                            ─────►
-                                                ◄─────  REPORT                       the books
-                                                ◄─────  ACTIVITY                     if the report announces it
-      ORDER(kind, ...)                          ─────►                               see `admin.py`
-                                                ◄─────  DONE(what was done)
+    command                            broker
+      STATUS(leases)            ─────►
+                                ◄─────  REPORT         what the ledger holds
+                                ◄─────  ACTIVITY       if the report announces it
+      ORDER(kind, ...)          ─────►                 see `admin.py`
+                                ◄─────  DONE           what was done
 
-No HELLO is needed. Before it tells of leases the broker has the workers REPORT_NOW of them, and waits a moment for
-that. ACTIVITY is what PostgreSQL says of the leases' backends: it comes when the control connection has an answer, so
-that a server that hangs keeps nobody from seeing the books.
+No HELLO is needed. Before a report on leases the broker sends REPORT_NOW to the workers, and waits
+a moment for their answers. ACTIVITY is what PostgreSQL says of the leases' backends. It comes when
+the control connection has an answer, so a server that hangs does not delay the report.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ from msgspec import field
 from sharedpool.wire.admin import Done, Order
 from sharedpool.wire.messages import Backend, Struct, Token
 
-MOST_LISTED = 500  # leases in one report: it must fit into a frame
+MOST_LISTED = 500  # leases in one report, which must fit into a frame
 
 
 class Status(Struct, frozen=True, tag="status"):
-    """Ask for a REPORT with the `leases` oldest leases (at most `MOST_LISTED`).
-
-    `read` is how many have been read on this line: one that does not read gets no more.
-    """
+    """Ask for a REPORT."""
 
     version: int
+    # How many of the oldest leases to list, at most `MOST_LISTED`.
     leases: int = 0
+    # Reports read so far on this line. A command that does not read gets no more.
     read: int = 0
 
 
@@ -49,32 +48,27 @@ class SessionReport(Struct, frozen=True):
 
 
 class LeaseLine(Struct, frozen=True):
-    """One lease: who has it, and what it was doing, for how long, when its worker last spoke of it.
-
-    `state` is "in use", "idle", "parked" (for whoever asks next; `pid` is 0 where no process has it), "connecting",
-    "closing", "suspect" or "being ended"; `age_ms` is -1 where nobody knows. `stack` is where it was checked out,
-    innermost first, if the pool has `debug_checkouts`.
-    """
+    """One lease, as its worker last reported it."""
 
     token: Token
     pool: str
+    # 0 if no process has it.
     pid: int
     host: str
     title: str
     thread: str
+    # "in use", "idle", "parked" (at the broker, for the next request), "connecting", "closing",
+    # "suspect" or "being ended".
     state: str
+    # Time in this state, -1 if unknown.
     age_ms: int
     backend: Backend | None = None
+    # Where it was checked out, innermost call first, if the pool has `debug_checkouts`.
     stack: list[str] = field(default_factory=list)
 
 
 class PoolReport(Struct, frozen=True):
-    """One pool; the counters count since the broker started.
-
-    `wait_p50_us` and `wait_p99_us` are of the last hundreds of requests that got a slot: from their arrival until then;
-    -1 while there were none. Those that were served past the broker are known by the histograms' buckets. `history` is
-    how many slots were in use at every tenth second, the newest last.
-    """
+    """One pool. The counters count since the broker started."""
 
     name: str
     server: str
@@ -99,15 +93,18 @@ class PoolReport(Struct, frozen=True):
     error: str = ""
     handovers: int = 0
     parked: int = 0
+    # How long the last hundreds of requests waited for a slot; -1 if there were none. Requests
+    # that were served past the broker are known by their histogram's bucket alone.
     wait_p50_us: int = -1
     wait_p99_us: int = -1
+    # Slots in use at every tenth second, the newest last.
     history: list[int] = field(default_factory=list)
     paused: bool = False
     overdue: int = 0
 
 
 class Report(Struct, frozen=True, tag="report"):
-    """The broker's state. `oldest` are the leases that were asked for; `activity`: an ACTIVITY on them follows."""
+    """The broker's state."""
 
     version: int
     epoch: int
@@ -121,15 +118,18 @@ class Report(Struct, frozen=True, tag="report"):
     sessions: list[SessionReport]
     custody: int = 0
     state: str = "serving"
+    # The leases that STATUS asked for.
     oldest: list[LeaseLine] = field(default_factory=list)
+    # An ACTIVITY on them follows.
     activity: bool = False
 
 
 class BackendActivity(Struct, frozen=True):
-    """What the server says of a backend. `visible`: the control connection may see more than the `application`."""
+    """What the server says of a backend."""
 
     backend: Backend
     application: str
+    # The control connection may see the fields below, too.
     visible: bool
     state: str = ""
     wait_event: str = ""
@@ -137,9 +137,10 @@ class BackendActivity(Struct, frozen=True):
 
 
 class Activity(Struct, frozen=True, tag="activity"):
-    """What the server says of the backends in a REPORT; `error`: why it could not be asked."""
+    """What the server says of the backends in a REPORT."""
 
     backends: list[BackendActivity]
+    # Why the server could not be asked.
     error: str = ""
 
 
