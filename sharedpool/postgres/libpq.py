@@ -1,24 +1,22 @@
-"""What psycopg2 does not show of the libpq that it is linked with."""
+"""What psycopg2 does not offer of the libpq that it is linked with.
+
+Functions that return text or numbers about a connection do not block. Those that run a command have
+a time limit, which psycopg2's `execute` has not.
+"""
 
 from __future__ import annotations
 
-import _socket
 import ctypes
-import errno
 import functools
 import itertools
-import os
 import re
 import select
-import struct
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import psycopg2
 from psycopg2.extensions import connection
-
-from sharedpool.descriptors.owned import Identity, close_if_ours, identity, is_still
 
 _COMMAND_OK, _TUPLES_OK = 1, 2  # PGRES_COMMAND_OK, PGRES_TUPLES_OK
 _NONE = -1  # no result
@@ -26,7 +24,7 @@ _SQLSTATE = ord("C")  # PG_DIAG_SQLSTATE
 _BAD = 1  # CONNECTION_BAD
 _FAILED, _READING, _WRITING = 0, 1, 2  # PGRES_POLLING_*
 _SQLSTATE_ALONE = 3  # PQERRORS_SQLSTATE
-# How libpq writes a server's error then (fe-protocol3.c, pqBuildErrorMessage3): "severity:  code", and no text.
+# libpq writes a server's error as "severity:  code" then (fe-protocol3.c, pqBuildErrorMessage3).
 _CODE_ALONE = re.compile(rb":  ([0-9A-Z]{5})$", re.MULTILINE)
 
 
@@ -44,10 +42,10 @@ class _Option(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the libpq that psycopg2 itself is linked with, or None where its symbols cannot be reached."""
+    """Return the libpq that psycopg2 is linked with; None if its symbols cannot be reached."""
     try:
-        # dlsym on the extension module searches its dependencies too, the wheel's bundled libpq among them.
-        # PyDLL keeps the interpreter's lock: nothing that is called here blocks.
+        # dlsym on the extension module also searches its dependencies, such as the wheel's libpq.
+        # PyDLL keeps the interpreter's lock, as no function called here blocks.
         lib = ctypes.PyDLL(psycopg2._psycopg.__file__)
         lib.PQconnectStart.argtypes, lib.PQconnectStart.restype = [ctypes.c_char_p], ctypes.c_void_p
         lib.PQconninfo.argtypes, lib.PQconninfo.restype = [ctypes.c_void_p], ctypes.POINTER(_Option)
@@ -80,7 +78,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _declare_connects(lib: ctypes.CDLL) -> None:
-    """Declare what tells of a connect, and makes one."""
+    """Declare the functions that make a connect or tell of one."""
     texts, conn = ctypes.POINTER(ctypes.c_char_p), [ctypes.c_void_p]
     lib.PQconnectStartParams.argtypes, lib.PQconnectStartParams.restype = (
         [texts, texts, ctypes.c_int],
@@ -97,7 +95,7 @@ def _declare_connects(lib: ctypes.CDLL) -> None:
 
 
 def options(lib: ctypes.CDLL, conn: int) -> dict[str, str] | None:
-    """Return the options of a PGconn that have a value, or None when libpq gives none."""
+    """Return the options of a PGconn that have a value, or None if libpq gives none."""
     options = lib.PQconninfo(conn)
     if not options:
         return None
@@ -112,9 +110,11 @@ def options(lib: ctypes.CDLL, conn: int) -> dict[str, str] | None:
 
 
 def socket_of_failed(conn: connection) -> int | None:
-    """Return the socket of a connection that could not be opened: -1 if it has none, None if there is no telling.
+    """Return the socket of a connection that could not be opened, -1 for none, None if unknown.
 
-    libpq leaves it open until PQfinish (fe-connect.c, PQconnectPoll's error_return), psycopg2 says "closed" already.
+    libpq leaves it open until PQfinish (fe-connect.c, PQconnectPoll's error_return), though
+    psycopg2's `closed` is set.
+
     """
     lib = library()
     if lib is None or (pointer := _pointer_of_failed(conn)) is None:
@@ -123,7 +123,7 @@ def socket_of_failed(conn: connection) -> int | None:
 
 
 def _pointer_of_failed(conn: connection) -> int | None:
-    """Return a connection's PGconn: 0 if there is none yet, None if psycopg2 does not tell."""
+    """Return a connection's PGconn, 0 if there is none yet, None if psycopg2 does not tell."""
     try:
         return conn.pgconn_ptr or 0
     except psycopg2.Error:
@@ -131,115 +131,31 @@ def _pointer_of_failed(conn: connection) -> int | None:
 
 
 def parameters_of(conn: connection) -> dict[str, str]:
-    """Return the parameters that an open connection was opened with, the password among them."""
+    """Return the parameters that a connection was opened with, the password included."""
     lib, pointer = library(), conn.pgconn_ptr
     return {} if lib is None or not pointer else options(lib, pointer) or {}
 
 
 def parameter_statuses(conn: connection, names: Iterable[bytes]) -> tuple[bytes | None, ...]:
-    """Return what the server has reported of an open connection; None for what it has not."""
+    """Return what the server has reported of each parameter; None for what it has not."""
     lib = library()
     assert lib is not None
     status, pointer = lib.PQparameterStatus, conn.pgconn_ptr
     return tuple(map(status, itertools.repeat(pointer), names))
 
 
-# A parameter that no server has. PostgreSQL's "Frontend/Backend Protocol": ParameterStatus, its length, name, value.
-_PROBE = b"sharedpool_probe"
-_probes = itertools.count(1)
-
-
-class Probe:
-    """What shows whether libpq has read all that it was sent: half a message may lie in its buffer, of a session that
-    has gone, and would swallow what the next one's server says first.
-
-    `fileno()` is to be put in the place of the connection's socket before `is_passed`, and something else afterwards.
-    Raise OSError.
-    """
-
-    # Pairs that were read to the end: making one takes longer than all the rest. By process, as a child inherits them.
-    _pairs: ClassVar[dict[int, list[_Pair]]] = {}
-
-    def __init__(self) -> None:
-        self._value = b"%d" % next(_probes)
-        try:
-            self._pair = self._pairs[os.getpid()].pop()
-        except (KeyError, IndexError):
-            self._pair = _Pair()
-        body = _PROBE + b"\0" + self._value + b"\0"
-        self._pair.say(b"S" + struct.pack("!i", len(body) + 4) + body)
-
-    def fileno(self) -> int:
-        """Return the descriptor."""
-        return self._pair.ours.fileno()
-
-    @property
-    def identity(self) -> Identity:
-        """What that descriptor is."""
-        return self._pair.identity
-
-    def is_passed(self, conn: connection) -> bool:
-        """Say whether libpq understands what is said to it now. Does not block."""
-        lib, pointer = library(), conn.pgconn_ptr
-        passed = lib is not None and lib.PQconsumeInput(pointer) and not lib.PQisBusy(pointer)
-        if lib is None or not passed or lib.PQparameterStatus(pointer, _PROBE) != self._value:
-            self._pair.close()
-            return False
-        self._pairs.setdefault(os.getpid(), []).append(self._pair)
-        return True
-
-    @classmethod
-    def close_kept(cls) -> None:
-        """Close what is kept for the next ones, and what was inherited of it."""
-        while cls._pairs:
-            _, pairs = cls._pairs.popitem()
-            while pairs:
-                pairs.pop().close()
-
-
-class _Pair:
-    """Two sockets: what one end says is read from the other, by libpq. What libpq says there nobody reads.
-
-    Raise OSError when it cannot be had.
-    """
-
-    def __init__(self) -> None:
-        self.ours, self._theirs = _socket.socketpair()
-        self.ours.setblocking(False)
-        self._theirs.setblocking(False)
-        self.identity = identity(self.ours.fileno())
-        self._known = self.identity, identity(self._theirs.fileno())
-
-    def say(self, message: bytes) -> None:
-        """Raise OSError when it cannot be said, or its numbers are somebody else's by now."""
-        if not (
-            is_still(self.ours.fileno(), self._known)
-            and is_still(self._theirs.fileno(), self._known)
-        ):
-            self.close()
-            raise OSError(errno.EBADF, "somebody has closed what is not his")
-        self._theirs.send(message)
-
-    def close(self) -> None:
-        """Close both, unless their numbers are somebody else's by now."""
-        close_if_ours(self.ours, self._known)
-        close_if_ours(self._theirs, self._known)
-
-
 def socket_of(conn: connection) -> int:
-    """Return an open connection's socket, even if psycopg2 takes it for closed (`worker/connection/closed_flag.py`)."""
+    """Return an open connection's socket, even if it is closed to its user (`closed_flag.py`)."""
     lib = library()
     assert lib is not None
     return int(lib.PQsocket(conn.pgconn_ptr))
 
 
 class Tried(NamedTuple):
-    """How far libpq came with a connect that failed: the address it tried last, and whether a password was asked for.
+    """How far libpq came with a connect that failed."""
 
-    `hostaddr` is empty for a unix socket, and where nothing was tried at all: no address was found, or an option is
-    not valid.
-    """
-
+    # The address tried last. `hostaddr` is empty for a unix socket, and also if nothing was tried,
+    # because no address was found or an option is invalid.
     host: str
     hostaddr: str
     port: str
@@ -247,7 +163,7 @@ class Tried(NamedTuple):
 
 
 def tried(conn: connection) -> Tried | None:
-    """Return how far a connect that failed has come; None where there is no telling."""
+    """Return how far a failed connect has come; None if that is unknown."""
     lib = library()
     if lib is None or not (pointer := _pointer_of_failed(conn)):
         return None
@@ -259,10 +175,11 @@ def tried(conn: connection) -> Tried | None:
 
 
 class Attempt:
-    """A connect of our own, step by step, as one that failed was made: to learn the SQLSTATE of the server's refusal.
+    """A connect, step by step, to learn the SQLSTATE with which the server refuses it.
 
-    libpq keeps that code of a failed connect to itself, but it writes it in the place of the server's text when it is
-    told so (PQERRORS_SQLSTATE, libpq 12). `finish` must be called.
+    libpq does not tell the SQLSTATE of a failed connect. With PQERRORS_SQLSTATE (libpq 12) it
+    writes the SQLSTATE in place of the error's text. `finish` must be called.
+
     """
 
     def __init__(self, lib: ctypes.CDLL, options: Mapping[str, str]) -> None:
@@ -279,37 +196,40 @@ class Attempt:
 
     @property
     def fd(self) -> int:
-        """The socket, which changes when libpq tries another way; -1 for none."""
+        """The socket, -1 for none. It changes when libpq tries another address."""
         return int(self._lib.PQsocket(self._conn))
 
     @property
     def events(self) -> int:
-        """What the socket is to be polled for before the next step; 0 at the end."""
+        """The events to poll the socket for before the next step; 0 at the end."""
         return {_READING: select.POLLIN, _WRITING: select.POLLOUT}.get(self.state, 0)
 
     @property
     def failed(self) -> bool:
-        """Whether it has come to nothing."""
+        """Whether the connect has failed."""
         return bool(self.state == _FAILED)
 
     def step(self) -> None:
-        """Go on; the socket is ready. Does not block."""
+        """Go on, when the socket is ready. Does not block."""
         self.state = self._lib.PQconnectPoll(self._conn)
 
     def codes(self) -> list[str]:
-        """Return the SQLSTATEs with which servers have refused."""
+        """Return the SQLSTATEs of the servers' refusals."""
         message: bytes = self._lib.PQerrorMessage(self._conn) or b""
         return [code.decode() for code in _CODE_ALONE.findall(message)]
 
     def finish(self) -> None:
-        """Close it, and forget it."""
+        """Close the connection."""
         conn, self._conn = self._conn, None
         if conn is not None:
             self._lib.PQfinish(conn)
 
 
 def is_encrypted(conn: connection) -> bool:
-    """Say whether a session's state lies in this process: TLS or GSS encryption. True where it cannot be told."""
+    """Return True if a session uses TLS or GSS encryption, or if that is unknown.
+
+    Such a session has keys in this process and cannot move to another.
+    """
     lib = library()
     if lib is None or conn.info.ssl_in_use:
         return True
@@ -317,18 +237,20 @@ def is_encrypted(conn: connection) -> bool:
 
 
 def execute(conn: connection, command: bytes, limit_s: float) -> bool:
-    """Run a command that returns no rows; say whether it succeeded within `limit_s` seconds.
+    """Run a command that returns no rows; return True if it succeeded within `limit_s` seconds.
 
-    psycopg2's own `execute` would wait for ever. After False the connection is good for nothing any more.
+    After False the connection can only be closed.
+
     """
     status, _ = _run(conn, command, limit_s)
     return status == _COMMAND_OK
 
 
 def ask(conn: connection, query: bytes, limit_s: float) -> bytes | None:
-    """Run a query that returns one value; return it, or None when it did not come within `limit_s` seconds.
+    """Run a query that returns one value; return it, or None after `limit_s` seconds or a failure.
 
-    After None the connection is good for nothing any more.
+    After None the connection can only be closed.
+
     """
     status, value = _run(conn, query, limit_s)
     return value if status == _TUPLES_OK else None
@@ -337,9 +259,11 @@ def ask(conn: connection, query: bytes, limit_s: float) -> bytes | None:
 def refused(
     conn: connection, query: bytes, meanwhile: Callable[[], None], limit_s: float
 ) -> bytes | None:
-    """Run a query that is to fail, calling `meanwhile` once it has begun to answer; return the SQLSTATE of its end.
+    """Run a query that is expected to fail; return its SQLSTATE.
 
-    None when it did not fail within `limit_s` seconds; the connection is good for nothing any more then.
+    `meanwhile` is called once the first data has come. Return None if the query does not fail
+    within `limit_s` seconds. Then the connection can only be closed.
+
     """
     status, code = _run(conn, query, limit_s, meanwhile)
     return None if status in (_NONE, _COMMAND_OK, _TUPLES_OK) else code
@@ -348,7 +272,7 @@ def refused(
 def _run(
     conn: connection, command: bytes, limit_s: float, meanwhile: Callable[[], None] | None = None
 ) -> tuple[int, bytes]:
-    """Run a command; return its last result's status with its first value or its SQLSTATE, if it has one."""
+    """Run a command; return its last result's status, and its first value or its SQLSTATE."""
     lib = library()
     pointer = conn.pgconn_ptr
     if lib is None or not pointer or not lib.PQsendQuery(pointer, command):
@@ -361,7 +285,7 @@ def _run(
     status, value = _NONE, b""
     while True:
         if lib.PQisBusy(pointer):
-            # The command fits into any socket's buffer: nothing is left to be flushed.
+            # Nothing is left to be flushed: the command fits into any socket's buffer.
             left_s = deadline - time.monotonic()
             if left_s <= 0 or not poller.poll(left_s * 1000) or not lib.PQconsumeInput(pointer):
                 return _NONE, b""

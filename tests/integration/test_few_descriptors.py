@@ -13,7 +13,7 @@ import pytest
 
 import sharedpool
 from sharedpool.lane.lane import FOR_A_LANE
-from sharedpool.postgres.libpq import Probe
+from sharedpool.postgres.buffer_probe import Probe
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.worker.connection.handover import SUPPORTED
 from tests.support.pool_pair import report

@@ -18,7 +18,7 @@ from typing import Any
 from sharedpool.descriptors import passing
 from sharedpool.lane.lane import Lane
 from sharedpool.lane.wait_sockets import WaitSocket
-from sharedpool.postgres import libpq
+from sharedpool.postgres import buffer_probe
 from sharedpool.wire.board import Board
 from sharedpool.worker import mover
 
@@ -51,8 +51,13 @@ def _has_come(_: object, seat: WaitSocket) -> bool:
 Step = tuple[Any, str, str, Callable[..., bool]]
 GIVING: dict[str, Step] = {
     "the reset is to be sent": (mover, "unregister", "before", _always),
-    "the reset is sent": (libpq, "Probe", "before", _always),
-    "the session is taken from under its object": (libpq.Probe, "is_passed", "before", _always),
+    "the reset is sent": (buffer_probe, "Probe", "before", _always),
+    "the session is taken from under its object": (
+        buffer_probe.Probe,
+        "is_passed",
+        "before",
+        _always,
+    ),
     "a ticket is taken": (Lane, "next_ticket", "after", _something),
     "the receiver is on the board": (passing, "send_with_to", "before", _always),
     "it is sent": (passing, "send_with_to", "after", _always),

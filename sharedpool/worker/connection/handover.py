@@ -22,7 +22,7 @@ import msgspec
 from psycopg2 import extensions
 
 from sharedpool.descriptors.owned import Owned, identity
-from sharedpool.postgres import libpq
+from sharedpool.postgres import buffer_probe, libpq
 from sharedpool.wire.desk import Live
 from sharedpool.worker.connection import closing, reset
 from sharedpool.worker.connection.closing import descriptor_of, expect_descriptor, register
@@ -130,7 +130,7 @@ def vacate(conn: PooledConnection) -> bool:
     """
     try:
         # libpq must read a message from the probe as a whole one: then its buffer was empty.
-        probe = libpq.Probe()
+        probe = buffer_probe.Probe()
         os.dup2(probe.fileno(), expect_descriptor(conn, probe.identity), inheritable=False)
         conn.sharedpool_emptied = probe.is_passed(conn)
     except OSError:  # no descriptor is free

@@ -29,7 +29,7 @@ from sharedpool.descriptors.available import FOR_A_CONTEXT, FOR_A_SOCKET, requir
 from sharedpool.descriptors.timer import Timer
 from sharedpool.descriptors.wakeup import Wakeup
 from sharedpool.errors import ProtocolError, SharedPoolError
-from sharedpool.postgres import libpq
+from sharedpool.postgres.buffer_probe import Probe
 from sharedpool.wire.channel import PROCESS_PREFIX, channel_number
 from sharedpool.wire.codec import decode_to_worker
 from sharedpool.wire.messages import Reject, ToBroker, ToWorker, Welcome
@@ -187,7 +187,7 @@ class Link:
         self._wakeup.close()
         if self.timer is not None:
             self.timer.close()
-        libpq.Probe.close_kept()
+        Probe.close_kept()
         if close_ownerless():  # a last time, as no heartbeat follows
             time.sleep(FINALIZING_S)
             close_ownerless()
