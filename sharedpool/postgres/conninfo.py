@@ -1,4 +1,4 @@
-"""Where to connect: resolved once from arguments and environment, never logged with its password."""
+"""Where to connect: resolved from arguments and environment, and never shown with a secret."""
 
 import hashlib
 import os
@@ -17,10 +17,10 @@ from sharedpool.postgres import libpq
 _URL_PREFIXES = ("postgres://", "postgresql://")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _KEYWORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
-# Whoever names one of these has said where to connect; DATABASE_* then belongs to something else.
+# Keywords that say where to connect. If one is given, DATABASE_* is ignored.
 _LOCATION = frozenset({"host", "hostaddr", "port", "dbname", "user", "password", "service"})
 _LOCATION_VARIABLES = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE")
-# What tells one server and database from another: a function here would give each process a broker of its own.
+# Keywords by which processes find their broker. A function could give each another value.
 _SERVER = frozenset({"host", "hostaddr", "port", "dbname", "database", "service"})
 SECRET = re.compile(r"password|secret|scram_\w+_key")
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
@@ -29,7 +29,7 @@ _REFUSED_SSLMODE = "resolve-only"
 
 
 class ServerIdentity(NamedTuple):
-    """One database as one role sees it, as libpq resolves it."""
+    """A database and the role that connects to it, as libpq resolves them."""
 
     host: str
     port: str
@@ -37,9 +37,10 @@ class ServerIdentity(NamedTuple):
     user: str
 
     def digest(self) -> str:
-        """Return 16 hex digits for the server and the role, safe in a file name: processes that agree share a broker.
+        """Return 16 hex digits for server and role. Processes with the same digest share a broker.
 
-        The database is not in it: one broker serves all databases of a server.
+        The database is left out, since one broker serves all databases of a server.
+
         """
         text = "\0".join((self.host, self.port, self.user))  # libpq's values cannot contain NUL
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
@@ -50,33 +51,37 @@ class ServerIdentity(NamedTuple):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class ConnInfo:
-    """What `psycopg2.connect(current(), **python_kwargs)` needs; its repr hides secrets, its `dsn` does not.
+    """The arguments of `psycopg2.connect`. The repr hides secrets, `dsn` does not."""
 
-    `dsn` is what was known when it was resolved. `ask`, if there is something that changes, returns what it is now.
-    `named` are the keywords with which it was given, beside, if it is `based` on one, a conninfo string or a URL.
-    """
-
+    # The connection string as it was resolved.
     dsn: str
+    # psycopg2's own keywords, which are no part of the connection string.
     python_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    # Returns the present connection string, if a part of it was given as a function.
     ask: Callable[[], str] | None = None
+    # The keywords that were given as such, to be passed on as such.
     named: tuple[str, ...] = ()
+    # A connection string or a URL was given, too.
     based: bool = True
     _known: dict[tuple[object, ...], ServerIdentity] = field(
         default_factory=dict, init=False, compare=False
     )
 
     def current(self) -> str:
-        """Return the conninfo string for one connect.
+        """Return the connection string for one connect.
 
-        Calls what was given as a function, which may block. Raise what it raises, and `ConfigError` for what it returns
-        if libpq cannot take it; neither names a secret unless the function's own error does.
+        Calls functions that were given in place of values, which may block. Raise their errors, and
+        `ConfigError` if libpq cannot take what they return. No error names a secret, unless a
+        function's own does.
+
         """
         return self.dsn if self.ask is None else self.ask()
 
     def arguments(self, current: str) -> tuple[str | None, dict[str, str]]:
-        """Return psycopg2's arguments for `current`, the string as well as the keywords as they were given.
+        """Return the string and keywords to pass to `psycopg2.connect`, divided as they were given.
 
-        Who wraps `psycopg2.connect` may look at either.
+        A wrapper of `psycopg2.connect` may look at either.
+
         """
         if not self.named:
             return current, {}
@@ -88,34 +93,34 @@ class ConnInfo:
         return current if self.based else make_dsn(**found) or None, keywords
 
     def identity(self) -> ServerIdentity:
-        """Return the server as libpq resolves it now: arguments, service file, `PG*` of this process, built-in values.
+        """Return the server as libpq resolves it from arguments, service file, `PG*` and defaults.
 
-        Reads files (service file), never the network. Raises ConfigError for a service that libpq cannot find.
+        May read the service file, but not the network. Raise ConfigError for a service that libpq
+        cannot find.
+
         """
-        # By libpq it costs a tenth of a process's first checkout, which asks once more.
+        # Cached: libpq takes a tenth of the time of a process's first checkout, which asks twice.
         source = (os.geteuid(), *map(os.environ.get, _LOCATION_VARIABLES))
         identity = self._known.get(source)
         if identity is None:
             identity = self._identity()
             self._known.clear()
-            if not (
-                os.environ.get("PGSERVICE") or "service" in parse_dsn(self.dsn)
-            ):  # its file may change
+            # A service's file may change.
+            if not (os.environ.get("PGSERVICE") or "service" in parse_dsn(self.dsn)):
                 self._known[source] = identity
         return identity
 
     def _identity(self) -> ServerIdentity:
         found = _resolve_by_libpq(self.dsn) or _resolve_by_hand(parse_dsn(self.dsn))
         user = found.get("user") or ""
-        # Where both are given libpq connects to hostaddr; host only names it.
+        # If both are given, libpq connects to hostaddr, and host is only a name for it.
         host = found.get("hostaddr") or found.get("host") or "local"
         return ServerIdentity(host, found.get("port") or "5432", found.get("dbname") or user, user)
 
     def __repr__(self) -> str:
         found = _try_parse(self.dsn)
-        if isinstance(
-            found, str
-        ):  # not from resolve(); a repr must not raise, least of all with the input quoted
+        # A string that resolve() has not checked. A repr must not raise, least of all quote it.
+        if isinstance(found, str):
             return "ConnInfo(<unusable>)"
         shown = {key: "***" if SECRET.search(key) else value for key, value in found.items()}
         extra = "".join(f", {name}=..." for name in self.python_kwargs)
@@ -130,12 +135,17 @@ def resolve(
 ) -> ConnInfo:
     """Merge arguments and environment into one ConnInfo.
 
-    Explicit arguments win over `DATABASE_DSN`, then `DATABASE_URL`, then libpq's own environment, which libpq reads
-    itself when it connects. A keyword that says where (host, port, dbname, user, ...) sets `DATABASE_*` aside; others
-    (sslmode, cursor_factory, ...) are laid over it. Raises ConfigError, which names the argument and never a secret.
+    In order of precedence:
 
-    `dsn`, and the value of a keyword that does not say which server it is (password, sslkey, ...), may be a function
-    without arguments, asked at every connect. That of `dsn` is called here, too: it names the server.
+    1. Arguments. A keyword that says where to connect (host, port, dbname, user, ...) replaces
+       DATABASE_*. Others (sslmode, cursor_factory, ...) are added to it.
+    2. DATABASE_DSN, then DATABASE_URL.
+    3. libpq's own environment, which libpq reads when it connects.
+
+    `dsn` may be a function without arguments, and so may a keyword's value that does not name the
+    server (password, sslkey, ...). Functions are called at every connect, that of `dsn` here, too.
+    Raise ConfigError, which names the argument and never a secret.
+
     """
     environ = os.environ if environ is None else environ
     if dsn is not None and db_url is not None:
@@ -155,7 +165,8 @@ def resolve(
         origin, base = "DATABASE_URL", _parse_url("DATABASE_URL", text)
 
     merged = base | keywords
-    # libpq would say so only when it connects; a URL without its @host has the password in this place.
+    # libpq would complain only when it connects. In a URL without @host the password is in the
+    # port's place.
     if not _PORTS.fullmatch(merged.get("port", "")):
         raise ConfigError(
             f"{'port=' if 'port' in keywords else origin} has a port that is not a number"
@@ -163,8 +174,9 @@ def resolve(
     somewhere = base or located or any(environ.get(name) for name in _LOCATION_VARIABLES)
     if not somewhere:
         raise ConfigError(
-            "nothing to connect to: pass dsn=, db_url= or keywords such as host= and dbname=, or set DATABASE_DSN,"
-            f" DATABASE_URL or one of {', '.join(_LOCATION_VARIABLES)}"
+            "nothing to connect to: pass dsn=, db_url= or keywords such as host= and dbname=,"
+            " or set DATABASE_DSN, DATABASE_URL"
+            f" or one of {', '.join(_LOCATION_VARIABLES)}"
         )
 
     def ask() -> str:
@@ -190,14 +202,14 @@ def resolve(
 
 
 def connect_directly(dsn: str, **keywords: object) -> connection:
-    """Connect, past whatever wraps `psycopg2.connect`: a session of our own is no user's to trace."""
+    """Connect for a session of our own, without a wrapper of `psycopg2.connect` that traces it."""
     return connection(make_dsn(dsn, **keywords))
 
 
 def _split_keywords(
     given: Mapping[str, Any],
 ) -> tuple[dict[str, str], dict[str, Any], dict[str, Callable[[], object]]]:
-    """Check the keywords; return libpq's (as text), psycopg2's own, and libpq's that are asked for at every connect."""
+    """Check the keywords; divide them into libpq's, psycopg2's, and libpq's that are functions."""
     keywords: dict[str, str] = {}
     python_kwargs: dict[str, Any] = {}
     asked: dict[str, Callable[[], object]] = {}
@@ -220,11 +232,13 @@ def _split_keywords(
             _add_keyword(keywords, name, str(value))
         elif name in _SERVER:
             raise ConfigError(
-                f"{name}= cannot be a function: by it processes find their broker; dsn= can be one"
+                f"{name}= cannot be a function, since processes find their broker by it;"
+                " dsn= can be one"
             )
         elif name == "user":
             raise ConfigError(
-                "user= cannot be a function: it would not fit the password; dsn= can be one, for both"
+                "user= cannot be a function, as it might not fit the password;"
+                " dsn= can be one for both"
             )
         else:
             _add_keyword({}, name, "")
@@ -233,7 +247,10 @@ def _split_keywords(
 
 
 def _text_of(name: str, answer: object) -> str:
-    """Return what a function returned, if it is text: of anything else, None for one, libpq would make a password."""
+    """Return what a function has returned, if it is text. Raise ConfigError for anything else.
+
+    libpq would take the text of None for the password.
+    """
     if not isinstance(answer, str):
         raise ConfigError(
             f"{name}= must be a function that returns a string, not {type(answer).__name__}"
@@ -243,10 +260,11 @@ def _text_of(name: str, answer: object) -> str:
 
 def _add_keyword(keywords: dict[str, str], name: str, value: str) -> None:
     known = "dbname" if name == "database" else name
-    # A list of our own would lag behind libpq's versions, so libpq is asked.
+    # libpq is asked, since a list of ours would lag behind its versions.
     if not _KEYWORD.fullmatch(known) or isinstance(_try_parse(f"{known}=x"), str):
         raise ConfigError(
-            f"{name}= is not a connection keyword of this libpq; see its list of parameter key words"
+            f"{name}= is not a connection keyword of this libpq;"
+            " see its list of parameter key words"
         )
     if _UNUSABLE.search(value):
         raise ConfigError(
@@ -258,18 +276,17 @@ def _add_keyword(keywords: dict[str, str], name: str, value: str) -> None:
 
 
 def _parse_url(origin: str, url: str) -> dict[str, str]:
-    """Parse a URL; libpq percent-decodes its parts and keeps its query parameters."""
+    """Parse a URL. libpq decodes the percent signs and knows the query parameters."""
     if not isinstance(url, str):
         raise ConfigError(f"{origin} must be a string, not {type(url).__name__}")
-    url = (
-        url.strip()
-    )  # the newline at the end of an env file would become part of the database's name
+    # Else a newline at the end of an env file would become part of the database's name.
+    url = url.strip()
     if not url.startswith(_URL_PREFIXES):
         scheme = _SCHEME.match(url)
         found = f"has the scheme {scheme[1]}://" if scheme else "has no scheme"
         raise ConfigError(f"{origin} {found}; accepted are {' and '.join(_URL_PREFIXES)}")
-    # libpq ends the password at its first @ or /: the rest would show up in logs as a host, port or database. What
-    # stands before the first @, a ? as well, is user and password, unless there is a / before it.
+    # libpq ends the password at its first @ or /, so the rest of it would appear in logs as host,
+    # port or database. User and password are all before the first @, unless a / comes earlier.
     user, at, rest = url.partition("://")[2].partition("@")
     where = rest if at and "/" not in user else user + at + rest
     if "@" in where.partition("?")[0]:
@@ -280,7 +297,7 @@ def _parse_url(origin: str, url: str) -> dict[str, str]:
 
 
 def _parse_dsn(origin: str, dsn: str) -> dict[str, str]:
-    """Parse a conninfo string; like psycopg2, take a URL as well."""
+    """Parse a connection string, or like psycopg2 a URL."""
     if not isinstance(dsn, str):
         raise ConfigError(f"{origin} must be a string, not {type(dsn).__name__}")
     return _parse_url(origin, dsn) if _SCHEME.match(dsn.strip()) else _parsed(origin, dsn)
@@ -288,16 +305,17 @@ def _parse_dsn(origin: str, dsn: str) -> dict[str, str]:
 
 def _parsed(origin: str, text: str) -> dict[str, str]:
     found = _try_parse(text)
-    # Raised here and not in the except clause: __context__ would keep libpq's message, which quotes the input.
+    # Not raised in the except clause: __context__ would keep libpq's message, which quotes the
+    # input.
     if isinstance(found, str):
         raise ConfigError(f"{origin} cannot be parsed: {found}")
     return found
 
 
 def _try_parse(text: str) -> dict[str, str] | str:
-    """Return the parameters in `text`, or the reason why there are none, without any piece of the input."""
-    if _UNUSABLE.search(text):  # psycopg2 would cut the text at a NUL without a word
-        return "it holds a character that libpq cannot take (a NUL or an unpaired surrogate)"
+    """Return the parameters in `text`, or why there are none, without quoting the input."""
+    if _UNUSABLE.search(text):  # psycopg2 would silently cut it at a NUL
+        return "it contains a character that libpq cannot take (a NUL or an unpaired surrogate)"
     try:
         return parse_dsn(text)
     except psycopg2.Error as error:
@@ -305,9 +323,9 @@ def _try_parse(text: str) -> dict[str, str] | str:
 
 
 def _without_quotes(message: str) -> str:
-    """Strip what libpq quotes: pieces of the input, the password among them, which may hold quotes of its own."""
+    """Remove what libpq quotes: parts of the input, even the password, which may contain quotes."""
     message = " ".join(re.sub(r'".*"', "...", message, flags=re.DOTALL).split())
-    # A translated message may quote with other signs: say less rather than too much.
+    # A translated message may use other quotation marks, so it is left out.
     return (
         message.removeprefix("invalid dsn: ")
         if message.isascii() and '"' not in message
@@ -316,16 +334,17 @@ def _without_quotes(message: str) -> str:
 
 
 def _resolve_by_libpq(dsn: str) -> dict[str, str] | None:
-    """Return libpq's own reading of `dsn` with its defaults, or None without access to libpq.
+    """Return libpq's reading of `dsn` with its defaults, or None without access to libpq.
 
-    PQconndefaults knows the environment but not `dsn`, and would need PGSERVICE set for a moment, which races with
-    other threads. So a connection is started that libpq must refuse: it fills in every option, finds the sslmode
-    impossible and stops before it looks up a name or opens a socket (fe-connect.c, PQconnectStart).
+    PQconndefaults does not take `dsn`, and would need PGSERVICE set for a moment, which races with
+    other threads. Instead a connect is started with an impossible sslmode. libpq fills in every
+    option and refuses before it looks up a name or opens a socket (fe-connect.c, PQconnectStart).
+
     """
     lib = libpq.library()
     if lib is None:
         return None
-    # A password given here keeps libpq from reading ~/.pgpass.
+    # With a password libpq does not read ~/.pgpass.
     text = make_dsn(dsn, sslmode=_REFUSED_SSLMODE, password="-").encode("utf-8", "surrogateescape")
     conn = lib.PQconnectStart(text)
     found = libpq.options(lib, conn)
@@ -333,17 +352,18 @@ def _resolve_by_libpq(dsn: str) -> dict[str, str] | None:
     lib.PQfinish(conn)
     if found is None:
         return None
-    # The port has a built-in value: without one libpq gave up before the defaults, over the service.
+    # The port has a built-in default. Without one, libpq has failed over the service.
     if "port" not in found:
         service = parse_dsn(dsn).get("service") or os.environ.get("PGSERVICE", "")
         raise ConfigError(
-            f"service {service!r} (service= or PGSERVICE) cannot be used: {_without_quotes(message)}"
+            f"service {service!r} (service= or PGSERVICE) cannot be used:"
+            f" {_without_quotes(message)}"
         )
     return found
 
 
 def _resolve_by_hand(given: Mapping[str, str]) -> dict[str, str]:
-    """Do what libpq would, as far as that goes without it: a service keeps its name as the host."""
+    """Resolve as libpq would, as far as possible without it: a service's name stands for its host."""
     variables = {
         "host": "PGHOST",
         "hostaddr": "PGHOSTADDR",
@@ -360,6 +380,6 @@ def _resolve_by_hand(given: Mapping[str, str]) -> dict[str, str]:
     if "user" not in found:
         try:
             found["user"] = pwd.getpwuid(os.geteuid()).pw_name
-        except KeyError:  # a container's uid without a name
+        except KeyError:  # a uid without a name, as in a container
             found["user"] = str(os.geteuid())
     return found

