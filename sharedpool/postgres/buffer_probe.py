@@ -73,7 +73,7 @@ class Probe:
 
 
 class _Pair:
-    """Two connected sockets. libpq reads from `ours` what is said on the other, and writes nothing."""
+    """Two connected sockets. libpq reads from `ours` what is said on the other."""
 
     def __init__(self) -> None:
         self.ours, self._theirs = _socket.socketpair()
@@ -83,7 +83,7 @@ class _Pair:
         self._known = self.identity, identity(self._theirs.fileno())
 
     def say(self, message: bytes) -> None:
-        """Send a message. Raise OSError if that fails, or if a descriptor was closed by other code."""
+        """Send a message. Raise OSError if that fails, or if other code has closed a descriptor."""
         if not (
             is_still(self.ours.fileno(), self._known)
             and is_still(self._theirs.fileno(), self._known)

@@ -363,7 +363,7 @@ def _resolve_by_libpq(dsn: str) -> dict[str, str] | None:
 
 
 def _resolve_by_hand(given: Mapping[str, str]) -> dict[str, str]:
-    """Resolve as libpq would, as far as possible without it: a service's name stands for its host."""
+    """Resolve without libpq, as far as possible: a service's name stands for its host."""
     variables = {
         "host": "PGHOST",
         "hostaddr": "PGHOSTADDR",

@@ -179,7 +179,7 @@ class EphemeralPostgres:
             self._server = None
 
     def restart(self, mode: Literal["fast", "immediate"] = "fast") -> None:
-        """Stop the server, or what `kill()` left of it, and start it again: same data, same port."""
+        """Stop the server, or what `kill()` left of it, and start it again with the same data."""
         self.shutdown(mode)
         self.start()
 
@@ -325,7 +325,7 @@ def _open_to_all(*paths: Path) -> bool:
 
 
 def _copy_installation(bin_dir: Path, target: Path) -> Path:
-    """Copy an installation out of folders that the server's account cannot enter; return its bin."""
+    """Copy an installation to where the server's account can read it; return its bin folder."""
     prefix, package = bin_dir.parent, bin_dir.parent.parent
     # Wheels keep libraries beside or in the package, and their programs look for them from there.
     libraries = (package.with_name(f"{package.name}.libs"), package / ".dylibs")

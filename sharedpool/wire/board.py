@@ -144,7 +144,7 @@ class Board:
         return Holding(word & _LOW, word >> 32)
 
     def set_holder(self, cell: int, holder: int) -> int:
-        """Write the next holder of a lease, as its present holder; return its new count of moves."""
+        """Write the next holder of a lease, as its present holder; return the count of moves."""
         at = _HEAD_WORDS + _CELL_WORDS * cell + 2
         moves = ((self._words[at] >> 32) + 1) & _LOW
         self._words[at] = moves << 32 | holder

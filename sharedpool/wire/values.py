@@ -132,7 +132,7 @@ class Histogram(Struct, frozen=True):
 
 
 class Timings(Struct, frozen=True):
-    """How long things took in one session. Absolute since its registration, so that none is lost."""
+    """How long things took in one session. Totals since its registration, so that none is lost."""
 
     # The number of the registration.
     serial: int

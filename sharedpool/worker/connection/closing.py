@@ -212,7 +212,7 @@ def abandon(shell: PooledConnection) -> None:
 
 
 def abort(conn: PooledConnection) -> None:
-    """Close a connection that has no witness because no descriptor is free; set `sharedpool_gone`."""
+    """Close a connection without a witness, as no descriptor is free; set `sharedpool_gone`."""
     _end_sessions([(conn, conn.fileno())], CLOSE_LIMIT_S)
     conn.sharedpool_close()
 

@@ -190,7 +190,7 @@ def _watched(name: str) -> property:
 
 @lru_cache(maxsize=128)
 def _inherited(kind: type[PooledConnection], name: str) -> Any:
-    """Return the attribute that `Connection`'s hides: psycopg2's, or that of the user's own class."""
+    """Return the attribute that `Connection` hides: psycopg2's, or the user's own class's."""
     after = kind.__mro__[kind.__mro__.index(Connection) + 1 :]
     return next(cls.__dict__[name] for cls in after if name in cls.__dict__)
 

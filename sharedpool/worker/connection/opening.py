@@ -110,7 +110,7 @@ def connect(
 def _limit_connect(
     keywords: dict[str, Any], parameters: Mapping[str, str], timeout_s: float | None
 ) -> float | None:
-    """Set `connect_timeout` in `keywords`, if libpq's own would differ; return the limit, or None."""
+    """Set `connect_timeout` in `keywords` if libpq's own would differ; return the limit."""
     asked = (
         keywords.get("connect_timeout")
         or parameters.get("connect_timeout")

@@ -1,4 +1,4 @@
-"""What a pool keeps on each of its connections; other modules of this folder need only this class."""
+"""What a pool keeps on each of its connections. Most modules here need only this class."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def _receive(sock: Owned, deadline: float) -> bytes:
 
 
 def _first_message(received: bytes) -> tuple[bytes, bytes, bytes] | None:
-    """Return the first message's kind and body, and the bytes after it; None if it is incomplete."""
+    """Return the first message's kind and body, and the rest; None if it is incomplete."""
     if len(received) < _HEAD.size:
         return None
     kind, length = _HEAD.unpack_from(received)

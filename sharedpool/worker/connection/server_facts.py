@@ -18,7 +18,7 @@ from sharedpool.worker.connection.pooled import PooledConnection
 
 
 class ServerFacts(msgspec.Struct, frozen=True, array_like=True):
-    """A session's server and login, as the process that opened it knew them. They hold no secret."""
+    """A session's server and login, as the process that opened it knew them. No secrets."""
 
     user: str
     dbname: str

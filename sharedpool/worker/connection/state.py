@@ -80,7 +80,7 @@ def sync_transaction_status(conn: PooledConnection) -> None:
 
 
 def peer_has_closed(conn: PooledConnection) -> bool:
-    """Return True if the server has closed its end. Unlike for `is_alive`, unread data is ignored."""
+    """Return True if the server has closed its end. Unlike `is_alive`, ignore unread data."""
     if not PEER_CLOSED:
         return not is_alive(conn)
     if conn.sharedpool_witness < 0 or closed_flag.is_closed_for_good(conn):

@@ -56,7 +56,7 @@ def attach(conn: PooledConnection, returned: object) -> None:
 
 
 def note_wrapper(conn: PooledConnection, returned: object) -> None:
-    """Record the wrapper with which a connection comes back. Without one, keep the former wrapper."""
+    """Record the wrapper with which a connection comes back. With none, keep the former one."""
     if returned is conn:
         if (ref := conn.sharedpool_wrapper_ref) is not None:
             conn.sharedpool_wrapper = ref()
@@ -84,7 +84,7 @@ def detach(conn: PooledConnection) -> extensions.connection:
 
 
 def has_lost_wrapper(conn: PooledConnection) -> bool:
-    """Return True if a connection's wrapper is gone: it came back without, and the user dropped it."""
+    """Return True if a connection came back without its wrapper, which the user has dropped."""
     return conn.sharedpool_wrapper_ref is not None and as_user_sees(conn) is conn
 
 

@@ -127,7 +127,7 @@ class BrokerMessages:
             cache.waiters.ask(waiter, now)
 
     def recalled(self, recall: Recall, now: float, threads: Mapping[int, str]) -> list[Closing]:
-        """Handle a RECALL: take out idle leases, longest idle first; answer with all that is held."""
+        """Handle a RECALL: take out idle leases, longest idle first, and answer with a RENEW."""
         if recall.serial <= self._recall_serial:
             return []
         self._recall_serial = recall.serial

@@ -74,7 +74,7 @@ class Cache:
         self.moving: Sequence[int] | memoryview = NOTHING_MOVES
 
     def leave_outbox(self) -> None:
-        """Leave the outbox to the link that sends it; messages from now on are for the next link."""
+        """Leave the outbox to the present link; messages from now on are for the next one."""
         self.outbox = self.waiters.outbox = deque()
 
     # --- checkout
@@ -92,7 +92,7 @@ class Cache:
         return lease
 
     def reconsider_idle(self, lease: Lease, now: float) -> Closing | Waiter | None:
-        """Check in again a connection that the fast path laid idle although it is wanted elsewhere."""
+        """Check in again a connection that the fast path laid idle but others want."""
         if not self.remove_idle(lease):
             return None  # another thread has it
         if self.timings.choose(now):
@@ -244,7 +244,7 @@ class Cache:
             self.outbox.append(self.reporter.renewal(now, {}))
 
     def close(self, lease: Lease, conn: object, reason: ReleaseReason, now: float) -> Closing:
-        """Take a lease out of use for good, whatever its phase; the caller closes the connection."""
+        """Take a lease out of use for good, in any phase; the caller closes the connection."""
         lease.conn, lease.phase, lease.since = conn, Phase.CLOSING, now
         return Closing(lease, reason)
 
@@ -329,7 +329,7 @@ class Cache:
             self.outbox.append(FailoverSign(lease.generation, code))
 
     def renew_generation(self, generation: int, now: float) -> list[Closing]:
-        """Take out all idle leases of older generations. Those in use are closed at their checkin."""
+        """Take out all idle leases of older generations. Those in use follow at their checkin."""
         if generation <= self.generation:
             return []
         self.generation = generation

@@ -105,7 +105,7 @@ class Lease:
         self.cancelled = False
 
     def allow_fast_checkout(self, as_is: bool) -> None:
-        """Set whether the next checkouts may lend the connection as it is, not fresh, not wrapped."""
+        """Set whether the next checkouts may lend the connection as it is: not fresh or wrapped."""
         self.fast_checkout_until = self.retire_at if as_is else float("-inf")
 
 

@@ -80,7 +80,7 @@ class Timings:
         self._base = self._last
 
     def news(self, hits: int) -> messages.Timings | None:
-        """Return the timings since the registration; None if nothing is new since the last report."""
+        """Return the timings since the registration; None if nothing is new since the last call."""
         self._hits = max(self._hits, hits)
         waited = _copy(self.waited)
         waited.counts[0] += self._hits

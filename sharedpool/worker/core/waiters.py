@@ -21,7 +21,7 @@ _MOST_ASKED = 10_000
 
 
 def _acquire(waiter: Waiter, now: float) -> Acquire:
-    """Return a waiter's request. A waiter that may wait at all waits for one millisecond at least."""
+    """Return a waiter's request. A waiter that may wait waits for at least a millisecond."""
     left_s = 0.0 if waiter.until is None else waiter.until - now
     wait_ms = 0 if waiter.until is None else int(min(max(left_s * 1000, 1), _LONGEST_WAIT_MS))
     return Acquire(waiter.request, wait_ms, waiter.lane_place)
@@ -63,7 +63,7 @@ class Waiters:
             self.ask(waiter, waiter.since)
 
     def withdraw(self, waiter: Waiter) -> bool:
-        """Remove a waiter that has no answer, and withdraw its request; return False if it has one."""
+        """Withdraw a waiter without an answer; return False if it has one."""
         if self.waiting.get(waiter.request) is not waiter:
             return False
         self.remove(waiter)
@@ -111,7 +111,7 @@ class Waiters:
                 self.outbox.append(_acquire(waiter, now))
 
     def ask(self, waiter: Waiter, now: float) -> None:
-        """Ask the broker: for the first time, or again because the last answer could not be used."""
+        """Ask the broker, or ask again because the last answer could not be used."""
         waiter.only_in_lane = False
         waiter.times_asked += 1
         self._asked_at[waiter.request] = now
@@ -136,7 +136,7 @@ class Waiters:
             self.ask(waiter, self._asked_at.get(request, now))
 
     def granted_at(self, request: int, waited_s: float, now: float) -> float:
-        """Return when the broker granted a request, given how long it had waited: never too late."""
+        """Return when the broker granted a request, given how long it waited: never too late."""
         return min(now, self._asked_at.pop(request, float("-inf")) + waited_s)
 
     def start_over(self, now: float, served: int) -> None:

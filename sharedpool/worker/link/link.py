@@ -49,7 +49,7 @@ _CHECK_EVERY_S = 0.5  # for descriptors that interrupts have left open
 
 
 class Link:
-    """The I/O thread for one broker, and the line to its desk. It ends with the last registration."""
+    """The I/O thread for one broker. It ends with the last registration."""
 
     def __init__(self, address: str, context: Context) -> None:
         self.address = address
@@ -238,7 +238,7 @@ class Link:
         self._pause(random.uniform(0.5, 1.5))
 
     def _connect(self, context: Any) -> None:
-        """Connect, and serve the registrations until the broker falls silent or the link is over."""
+        """Connect, and serve the registrations until the broker is gone or the link is over."""
         require(FOR_A_SOCKET if self.epoch else FOR_A_CONTEXT, "the line to the broker")
         dealer = Dealer(context, self.address, self.identity)
         self._nonce = random.getrandbits(62)
