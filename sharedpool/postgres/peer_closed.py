@@ -1,8 +1,8 @@
 """Whether the other side has closed a connection, or the connection has failed.
 
-A socket shows the same end (POLLRDHUP, end of file) when the other side has closed it and when it
-has failed here, by a reset or a time-out. A reset may come from a firewall in between. In both
-failures the backend may live on.
+A socket shows the same end (POLLRDHUP, end of file) in two cases: the other side has closed it, or
+it has failed here, by a reset or a time-out. A reset may come from a firewall in between. After a
+failure the backend may live on.
 
 """
 

@@ -60,7 +60,7 @@ def cut(conns: Iterable[PooledConnection], limit_s: float = CUT_LIMIT_S) -> None
     that thread.
 
     Only the sending half of the socket is shut down. To shut down the other half too would wake the
-    query's thread at once, but on the broker's duplicate of the socket it would look like the
+    query's thread at once. But on the broker's duplicate of the socket it would look like the
     backend's end.
     """
     cutting = [(conn, take_witness(conn)) for conn in conns]
@@ -72,8 +72,8 @@ def cut(conns: Iterable[PooledConnection], limit_s: float = CUT_LIMIT_S) -> None
 
 def take_witness(conn: PooledConnection) -> Owned | None:
     """Take the witness off a connection; None if another thread has it, or its number is reused."""
-    # Once the witness is closed, its number may go to a new socket, even to one of the same backend
-    # when a session comes back to this process.
+    # Once the witness is closed, its number may go to a new socket. That may even be one of the
+    # same backend, when a session comes back to this process.
     _numbers.pop(conn.sharedpool_witness, None)
     if not is_still(conn.sharedpool_witness, conn.sharedpool_known):
         conn.__dict__.pop("sharedpool_witness", None)

@@ -20,7 +20,7 @@ class PooledConnection(extensions.connection):
     # --- the checkout
 
     # The lease under which it is checked out. The first checkin takes it off, so a second one finds
-    # nothing. It is a slot of the class that `pooled_class` makes, since an entry in the object's
+    # nothing. It is a slot of the class that `pooled_class` makes. An entry in the object's
     # dictionary would cost a tenth of a checkout and checkin.
     sharedpool_lent: Any
     sharedpool_local: Any = None  # the process's `LocalPool`

@@ -104,8 +104,8 @@ class Shells:
     def keep(self, shell: PooledConnection, parameters: bytes) -> None:
         """Put a vacated connection in stock, if it can be used again.
 
-        It cannot if it is of a user's own class, if half a message is left in its buffer, or if
-        libpq's `parameters` differ from those that it was made with.
+        It cannot if it is of a user's own class, or if half a message is left in its buffer. Nor
+        can it if libpq's `parameters` differ from those that it was made with.
         """
         if (
             not (self.are_known and shell.sharedpool_emptied)

@@ -2,8 +2,8 @@
 
 The replacement returns its own object around the connection, or sets a cursor class on it. The
 pool's user gets that object, the *wrapper*. Inside the pool everything works on the connection
-itself. The connection refers to its wrapper only while it is not checked out, so that a wrapper
-dropped by its user takes the connection with it.
+itself. The connection refers to its wrapper only while it is not checked out. So a wrapper that its
+user drops takes the connection with it.
 """
 
 from __future__ import annotations

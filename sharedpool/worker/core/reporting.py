@@ -1,7 +1,7 @@
 """What a process reports to the broker: the leases and requests of one pool. Pure.
 
 The broker compares each RENEW with its ledger. So a RENEW lists everything that the process holds,
-also what no thread has taken over yet, and repeats each release until the broker has acknowledged
+even what no thread has taken over yet. It repeats each release until the broker has acknowledged
 it.
 
 The caller holds the pool's lock around every method.
