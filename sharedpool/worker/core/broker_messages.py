@@ -5,7 +5,8 @@ Pure: no I/O, no clock.
 Messages may be lost, repeated, or overtaken by others, and a broker may be replaced by another.
 These rules make each message safe to handle at any time:
 
-1. GRANT and MOVED of a former broker (another epoch) are dropped.
+1. A GRANT of a former broker (another epoch) is dropped. A connection that such a broker has
+   passed on is refused.
 2. A GRANT at or below the newest one is a repetition and is dropped.
 3. A RECALL at or below the newest one is a repetition and is dropped.
 4. `returns_due` is absolute, not a difference. GRANT, RECALL and a connection that another

@@ -65,7 +65,7 @@ class Cache:
         self.waiting = self.waiters.waiting
         self.timings = Timings()
         self.reporter = Reporter(self.leases, self.waiters, self.timings)
-        self.arriving = self.reporter.arriving
+        self.arriving = self.reporter.arriving  # also here, for the lane's fast path
         self.generation = 0
         self.next_scavenge_at = float("-inf")  # nothing has to be scavenged before
         self._first_retires_at = float("inf")
