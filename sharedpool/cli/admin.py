@@ -14,8 +14,9 @@ import click
 from sharedpool.cli.client import broker_option, connected, fetch_report, find_brokers, from_each
 from sharedpool.cli.options import SECONDS
 from sharedpool.wire.admin import Done, Order, OrderKind
-from sharedpool.wire.messages import PROTOCOL_VERSION, Token
+from sharedpool.wire.messages import PROTOCOL_VERSION
 from sharedpool.wire.reports import Report
+from sharedpool.wire.values import Token
 
 _POLL_EVERY_S = 0.1
 _REPORT_EVERY_S = 2.0

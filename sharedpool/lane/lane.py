@@ -42,7 +42,7 @@ from sharedpool.errors import ProtocolError
 from sharedpool.wire.board import BOARD_BYTES, SECRET_BYTES, SHELF, Board
 from sharedpool.wire.codec import decode_moved, encode
 from sharedpool.wire.desk import PACKET_BYTES, Live, Moved
-from sharedpool.wire.messages import Token
+from sharedpool.wire.values import Token
 
 _TICKET = struct.Struct("=III")
 _INT_BYTES = struct.calcsize("i")

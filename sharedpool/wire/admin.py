@@ -11,7 +11,7 @@ from typing import Annotated
 
 import msgspec
 
-from sharedpool.wire.messages import NO_TOKEN, Struct, Token
+from sharedpool.wire.values import NO_TOKEN, Struct, Token
 
 
 class OrderKind(StrEnum):

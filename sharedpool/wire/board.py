@@ -21,7 +21,7 @@ import struct
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from sharedpool.wire.messages import Token
+from sharedpool.wire.values import Token
 
 CELLS = 2048
 SESSIONS = 1024  # at a time, the broker included

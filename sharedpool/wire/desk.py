@@ -16,7 +16,8 @@ socket. The sender is another worker or the broker.
 
 from __future__ import annotations
 
-from sharedpool.wire.messages import Backend, ReleaseReason, Struct, Token
+from sharedpool.wire.messages import ReleaseReason
+from sharedpool.wire.values import Backend, Struct, Token
 
 # The greatest packet, and the greatest GIVE: a MOVED made from it has more fields.
 PACKET_BYTES, GIVE_BYTES = 8192, 7936

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from sharedpool.wire.messages import Token
+from sharedpool.wire.values import Token
 
 
 def document(value: object) -> object:

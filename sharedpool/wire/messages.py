@@ -42,19 +42,16 @@ from enum import StrEnum
 
 from msgspec import field
 
-from sharedpool.wire.values import NO_TOKEN as NO_TOKEN
-from sharedpool.wire.values import Backend as Backend
-from sharedpool.wire.values import Count as Count
-from sharedpool.wire.values import Histogram as Histogram
-from sharedpool.wire.values import Holder as Holder
-from sharedpool.wire.values import Int4 as Int4
-from sharedpool.wire.values import Int8 as Int8
-from sharedpool.wire.values import LeaseReport as LeaseReport
-from sharedpool.wire.values import Phase as Phase
-from sharedpool.wire.values import PoolSpec as PoolSpec
-from sharedpool.wire.values import Struct as Struct
-from sharedpool.wire.values import Timings as Timings
-from sharedpool.wire.values import Token as Token
+from sharedpool.wire.values import (
+    NO_TOKEN,
+    Backend,
+    Holder,
+    LeaseReport,
+    PoolSpec,
+    Struct,
+    Timings,
+    Token,
+)
 
 PROTOCOL_VERSION = 8
 

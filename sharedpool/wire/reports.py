@@ -17,7 +17,7 @@ from __future__ import annotations
 from msgspec import field
 
 from sharedpool.wire.admin import Done, Order
-from sharedpool.wire.messages import Backend, Struct, Token
+from sharedpool.wire.values import Backend, Struct, Token
 
 MOST_LISTED = 500  # leases in one report, which must fit into a frame
 

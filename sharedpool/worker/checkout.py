@@ -18,7 +18,8 @@ from psycopg2.extensions import connection
 
 from sharedpool.descriptors.available import FOR_A_CONNECTION, require
 from sharedpool.errors import PoolClosed, PoolError
-from sharedpool.wire.messages import START_UP_LIMIT_S, Phase, ReleaseReason
+from sharedpool.wire.messages import START_UP_LIMIT_S, ReleaseReason
+from sharedpool.wire.values import Phase
 from sharedpool.worker import error_messages, greenlets
 from sharedpool.worker.connection import closed_flag
 from sharedpool.worker.connection.closing import abort

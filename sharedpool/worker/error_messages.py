@@ -14,7 +14,8 @@ from sharedpool.errors import (
     SharedPoolError,
     TooManyWaiting,
 )
-from sharedpool.wire.messages import Deny, DenyReason, Holder
+from sharedpool.wire.messages import Deny, DenyReason
+from sharedpool.wire.values import Holder
 
 
 def refused(pool: str, deny: Deny, wait_s: float) -> PoolError:

@@ -29,7 +29,8 @@ from sharedpool.lane.lane import DESCRIPTORS, FOR_A_LANE, Item, Lane, network
 from sharedpool.lane.wait_sockets import WaitSockets
 from sharedpool.wire.codec import encode
 from sharedpool.wire.desk import GIVE_BYTES, Give, LaneInvitation, Live, Moved
-from sharedpool.wire.messages import Backend, CancelQuery, ReleaseReason, Token
+from sharedpool.wire.messages import CancelQuery, ReleaseReason
+from sharedpool.wire.values import Backend, Token
 from sharedpool.worker import forks
 from sharedpool.worker.connection import closed_flag
 from sharedpool.worker.connection.closing import (

@@ -26,7 +26,8 @@ from sharedpool.lane.wait_sockets import AGAIN_S, WaitSocket, WaitSockets
 from sharedpool.postgres import libpq
 from sharedpool.postgres.peer_closed import borrow
 from sharedpool.wire.desk import Live, Moved
-from sharedpool.wire.messages import Phase, ReleaseReason
+from sharedpool.wire.messages import ReleaseReason
+from sharedpool.wire.values import Phase
 from sharedpool.worker.connection import closed_flag, reset
 from sharedpool.worker.connection.closing import unregister
 from sharedpool.worker.connection.handover import (

@@ -16,7 +16,8 @@ import psycopg2
 from psycopg2 import extensions
 
 from sharedpool.errors import PoolClosed, PoolError, SharedPoolError
-from sharedpool.wire.messages import Phase, ReleaseReason
+from sharedpool.wire.messages import ReleaseReason
+from sharedpool.wire.values import Phase
 from sharedpool.worker import forks
 from sharedpool.worker.checkout import checkout
 from sharedpool.worker.connection.closed_flag import OPEN, SHUT

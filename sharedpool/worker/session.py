@@ -23,16 +23,14 @@ from sharedpool.wire.messages import (
     Gone,
     Grant,
     Hello,
-    Phase,
-    PoolSpec,
     Recall,
     ReleaseReason,
     ReportNow,
     Stale,
-    Token,
     ToWorker,
     Welcome,
 )
+from sharedpool.wire.values import Phase, PoolSpec, Token
 from sharedpool.worker import forks, greenlets
 from sharedpool.worker.connection.closing import close_confirmed, cut
 from sharedpool.worker.connection.pooled import PooledConnection

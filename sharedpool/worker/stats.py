@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sharedpool.wire.messages import Phase, ReleaseReason
+from sharedpool.wire.messages import ReleaseReason
+from sharedpool.wire.values import Phase
 from sharedpool.worker.local_pool import LocalPool
 
 

@@ -17,7 +17,7 @@ from sharedpool.descriptors.wakeup import WaitLock
 from sharedpool.errors import PoolClosed, PoolError
 from sharedpool.lane.wait_sockets import AGAIN_S, WaitSocket, WaitSockets
 from sharedpool.wire.desk import Moved
-from sharedpool.wire.messages import Phase
+from sharedpool.wire.values import Phase
 from sharedpool.worker import error_messages
 from sharedpool.worker.core.lease import Lease, Waiter
 from sharedpool.worker.threads import thread_names

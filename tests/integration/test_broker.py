@@ -22,8 +22,9 @@ from sharedpool.discovery.address import journal_path
 from sharedpool.discovery.lock_file import BrokerLock, is_held
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.codec import decode_to_worker, encode
-from sharedpool.wire.messages import PROTOCOL_VERSION, Acquire, Grant, Hello, PoolSpec, Welcome
+from sharedpool.wire.messages import PROTOCOL_VERSION, Acquire, Grant, Hello, Welcome
 from sharedpool.wire.reports import Report
+from sharedpool.wire.values import PoolSpec
 from tests.support.ports import free_port
 from tests.support.processes import LONG, Piped, Worker, alive, workers
 from tests.support.waiting import wait_until

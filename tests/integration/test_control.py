@@ -16,7 +16,7 @@ from sharedpool.broker.core.commands import Command, Fence
 from sharedpool.broker.postgres.control import Control
 from sharedpool.broker.postgres.control_connection import ControlConnection
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
-from sharedpool.wire.messages import Backend, Token
+from sharedpool.wire.values import Backend, Token
 from tests.support.refusing_server import RefusingServer
 from tests.support.sql import backend_of
 from tests.support.waiting import wait_until

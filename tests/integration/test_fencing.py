@@ -11,7 +11,7 @@ from psycopg2.extensions import connection
 from sharedpool.broker.core.commands import Fence
 from sharedpool.broker.postgres.fencing import Fencing
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
-from sharedpool.wire.messages import Backend, Token
+from sharedpool.wire.values import Backend, Token
 from tests.support.waiting import wait_until
 
 TOKEN = Token(1, 1)

@@ -22,7 +22,7 @@ from sharedpool.broker_location import GivenBroker
 from sharedpool.descriptors.owned import Owned
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.desk import Live
-from sharedpool.wire.messages import Token
+from sharedpool.wire.values import Token
 from sharedpool.worker.connection.handover import SUPPORTED, adopt
 from sharedpool.worker.connection.pooled import PooledConnection
 from sharedpool.worker.connection.stub_server import StubServer

@@ -22,18 +22,16 @@ from sharedpool.wire.desk import Deposit
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
     Acquire,
-    Backend,
     Confirm,
     Hello,
-    PoolSpec,
     Reject,
     Release,
     ReleaseReason,
     Renew,
-    Token,
     Welcome,
 )
 from sharedpool.wire.reports import Status
+from sharedpool.wire.values import Backend, PoolSpec, Token
 from tests.support.broker_thread import line_to, server_in_a_thread
 from tests.support.ports import free_port
 from tests.support.processes import Worker

@@ -14,7 +14,8 @@ import sharedpool
 from sharedpool.cli.client import fetch_report
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.codec import decode_to_worker, encode
-from sharedpool.wire.messages import PROTOCOL_VERSION, Acquire, Confirm, Grant, Hello, PoolSpec
+from sharedpool.wire.messages import PROTOCOL_VERSION, Acquire, Confirm, Grant, Hello
+from sharedpool.wire.values import PoolSpec
 from tests.support.broker_thread import line_to, server_in_a_thread
 from tests.support.processes import Worker
 from tests.support.sql import backend_of

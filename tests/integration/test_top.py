@@ -23,8 +23,8 @@ from sharedpool.cli.top_view import Line, picture, sparkline
 from sharedpool.cli.who import Answer
 from sharedpool.descriptors.readable import readable
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
-from sharedpool.wire.messages import Token
 from sharedpool.wire.reports import LeaseLine, PoolReport, Report
+from sharedpool.wire.values import Token
 from tests.support import documents
 from tests.support.commands import COMMAND, sharedpool_command, start, wait_for
 from tests.support.processes import Worker

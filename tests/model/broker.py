@@ -50,8 +50,9 @@ from sharedpool.wire.admin import Order, OrderKind
 from sharedpool.wire.board import BROKER_PLACE, BROKER_REQUEST, SHELF
 from sharedpool.wire.codec import decode_to_broker, decode_to_worker, encode
 from sharedpool.wire.desk import Deposit, Give, Leave, LineOwner, Moved
-from sharedpool.wire.messages import Acquire, Grant, Hello, ToBroker, Token
+from sharedpool.wire.messages import Acquire, Grant, Hello, ToBroker
 from sharedpool.wire.reports import FromOperator
+from sharedpool.wire.values import Token
 from tests.model.desk import checked
 from tests.model.lane import End, Grip, Item, Lane
 from tests.model.moving import run

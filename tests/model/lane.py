@@ -16,7 +16,7 @@ from sharedpool.lane.lane import Ticket as Place
 from sharedpool.wire.board import BOARD_BYTES, SHELF, Board
 from sharedpool.wire.codec import decode_moved, encode
 from sharedpool.wire.desk import Live, Moved
-from sharedpool.wire.messages import Token
+from sharedpool.wire.values import Token
 from tests.model.network import Packet
 from tests.model.server import Proc
 

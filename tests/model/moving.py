@@ -20,7 +20,8 @@ from sharedpool.lane.lane import Ticket as Place
 from sharedpool.lane.wait_sockets import _AGAIN_LIMIT_S, AGAIN_S
 from sharedpool.wire.board import PLACES
 from sharedpool.wire.desk import Joined, LaneInvitation, Live, Moved
-from sharedpool.wire.messages import CancelQuery, Phase, ReleaseReason
+from sharedpool.wire.messages import CancelQuery, ReleaseReason
+from sharedpool.wire.values import Phase
 from sharedpool.worker.core.broker_messages import BrokerMessages
 from sharedpool.worker.core.cache import Cache
 from sharedpool.worker.core.lease import Closing, Lease, Waiter

@@ -10,7 +10,8 @@ from sharedpool.broker.core.quarantine import SETTLE_S
 from sharedpool.broker.core.records import Lease
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.admin import Order, OrderKind
-from sharedpool.wire.messages import START_UP_LIMIT_S, Token
+from sharedpool.wire.messages import START_UP_LIMIT_S
+from sharedpool.wire.values import Token
 from tests.model.broker import Broker
 from tests.model.moving import Thread
 from tests.model.scale import BEAT_S, LIMITS, TTL_S

@@ -14,7 +14,7 @@ from enum import IntEnum
 from sharedpool.broker.core.commands import SurveyResult
 from sharedpool.broker.core.leases import QUEUE_LIMIT_S
 from sharedpool.broker.core.quarantine import SETTLE_S
-from sharedpool.wire.messages import Backend, Token
+from sharedpool.wire.values import Backend, Token
 
 _LOGIN_LIMIT_S = 60.0
 _PIDS = 60  # few, so that they come again

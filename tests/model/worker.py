@@ -22,16 +22,14 @@ from sharedpool.wire.messages import (
     Gone,
     Grant,
     Hello,
-    Phase,
-    PoolSpec,
     Recall,
     Reject,
     ReleaseReason,
     Stale,
-    Token,
     ToWorker,
     Welcome,
 )
+from sharedpool.wire.values import Phase, PoolSpec, Token
 from sharedpool.worker.connection.state import CHECK_AFTER_S
 from sharedpool.worker.core.broker_messages import BrokerMessages
 from sharedpool.worker.core.cache import Cache

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 
 from sharedpool.broker.core.commands import Process
-from sharedpool.wire.messages import Grant, Token
+from sharedpool.wire.messages import Grant
+from sharedpool.wire.values import Token
 from tests.model.broker import Broker, Journal
 from tests.model.lane import Lane
 from tests.model.network import Line, Network, Wire

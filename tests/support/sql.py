@@ -6,7 +6,7 @@ from typing import Any
 
 from psycopg2.extensions import connection
 
-from sharedpool.wire.messages import Backend
+from sharedpool.wire.values import Backend
 
 
 def ask(conn: connection, query: str = "SELECT pg_backend_pid()", *values: object) -> Any:

@@ -6,7 +6,8 @@ from sharedpool.broker.core.commands import PassOn
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.board import BOARD_BYTES, PLACES, Board
 from sharedpool.wire.desk import Give, Live, Moved
-from sharedpool.wire.messages import Acquire, ReleaseReason, Token
+from sharedpool.wire.messages import Acquire, ReleaseReason
+from sharedpool.wire.values import Token
 from tests.unit.ledger_driver import Broker, Worker
 
 

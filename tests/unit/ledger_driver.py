@@ -10,24 +10,19 @@ from sharedpool.broker.core.quarantine import SETTLE_S
 from sharedpool.broker.core.slots import Slots
 from sharedpool.wire.admin import Done, Order, OrderKind
 from sharedpool.wire.messages import (
-    NO_TOKEN,
     PROTOCOL_VERSION,
     Acquire,
-    Backend,
     Confirm,
     Deny,
     Grant,
     Hello,
-    LeaseReport,
-    Phase,
-    PoolSpec,
     Recall,
     Release,
     ReleaseReason,
     Renew,
     ToBroker,
-    Token,
 )
+from sharedpool.wire.values import NO_TOKEN, Backend, LeaseReport, Phase, PoolSpec, Token
 
 M = TypeVar("M")
 TTL_S = 15.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sharedpool.broker.core.commands import Admit, Dismiss, Entry, Erase, Member, Record
-from sharedpool.wire.messages import Token
+from sharedpool.wire.values import Token
 from tests.unit.ledger_driver import EPOCH, Broker, Worker
 
 

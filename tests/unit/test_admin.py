@@ -7,15 +7,8 @@ import pytest
 from sharedpool.broker.core.commands import Fence
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.admin import OrderKind
-from sharedpool.wire.messages import (
-    Ack,
-    Deny,
-    DenyReason,
-    Recall,
-    ReleaseReason,
-    Stale,
-    Token,
-)
+from sharedpool.wire.messages import Ack, Deny, DenyReason, Recall, ReleaseReason, Stale
+from sharedpool.wire.values import Token
 from tests.unit.desk_driver import Desk
 from tests.unit.ledger_driver import Broker, give_up_idle, order
 

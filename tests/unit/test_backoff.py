@@ -1,7 +1,7 @@
 """How a pool holds back while connects fail."""
 
 from sharedpool.broker.core.backoff import PROBE_EVERY_S, PROBE_LIMIT_S, Backoff
-from sharedpool.wire.messages import Token
+from sharedpool.wire.values import Token
 
 
 def backoff() -> Backoff:

@@ -17,7 +17,7 @@ from sharedpool.wire.board import (
     Board,
     Holding,
 )
-from sharedpool.wire.messages import NO_TOKEN, Token
+from sharedpool.wire.values import NO_TOKEN, Token
 
 MOST = 0xFFFFFFFF
 

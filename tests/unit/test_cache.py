@@ -6,23 +6,20 @@ import pytest
 
 from sharedpool.errors import SharedPoolError
 from sharedpool.wire.messages import (
-    NO_TOKEN,
     Acquire,
-    Backend,
     Confirm,
     Deny,
     DenyReason,
     FailoverSign,
     Grant,
-    Phase,
     Recall,
     Release,
     ReleaseReason,
     Renew,
     ToBroker,
-    Token,
     Withdraw,
 )
+from sharedpool.wire.values import NO_TOKEN, Backend, Phase, Token
 from sharedpool.worker.core.broker_messages import BrokerMessages
 from sharedpool.worker.core.cache import Cache
 from sharedpool.worker.core.lease import (

@@ -6,18 +6,8 @@ import pytest
 
 from sharedpool.errors import SharedPoolError
 from sharedpool.wire.desk import Live, Moved, Passed
-from sharedpool.wire.messages import (
-    Acquire,
-    Backend,
-    LeaseReport,
-    Phase,
-    Recall,
-    Release,
-    ReleaseReason,
-    Renew,
-    Token,
-    Withdraw,
-)
+from sharedpool.wire.messages import Acquire, Recall, Release, ReleaseReason, Renew, Withdraw
+from sharedpool.wire.values import Backend, LeaseReport, Phase, Token
 from sharedpool.worker.core.lease import Closing, Lease, Waiter
 from sharedpool.worker.core.time_slice import STEADY_GAP_S
 from tests.unit.test_cache import Conn, Rig, reason_of

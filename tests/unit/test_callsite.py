@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 from types import CodeType
 
-from sharedpool.wire.messages import Grant, Phase, Token
+from sharedpool.wire.messages import Grant
+from sharedpool.wire.values import Phase, Token
 from sharedpool.worker.core.broker_messages import BrokerMessages
 from sharedpool.worker.core.cache import Cache
 from sharedpool.worker.core.callsite import capture, shown_stack

@@ -24,21 +24,12 @@ from sharedpool.wire.codec import (
     encode,
 )
 from sharedpool.wire.messages import (
-    NO_TOKEN,
-    Backend,
     Confirm,
     Hello,
-    Histogram,
-    Holder,
-    LeaseReport,
-    Phase,
-    PoolSpec,
     Release,
     ReleaseReason,
     Renew,
-    Timings,
     ToBroker,
-    Token,
     ToWorker,
 )
 from sharedpool.wire.reports import (
@@ -50,6 +41,17 @@ from sharedpool.wire.reports import (
     Report,
     SessionReport,
     ToOperator,
+)
+from sharedpool.wire.values import (
+    NO_TOKEN,
+    Backend,
+    Histogram,
+    Holder,
+    LeaseReport,
+    Phase,
+    PoolSpec,
+    Timings,
+    Token,
 )
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

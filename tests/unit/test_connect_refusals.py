@@ -7,7 +7,8 @@ import pytest
 from sharedpool.broker.core.commands import Log
 from sharedpool.broker.core.connect_refusals import RETRY_S, Refusal, Refusals, concerns_all
 from sharedpool.broker.core.report import report
-from sharedpool.wire.messages import Deny, DenyReason, Grant, Recall, Release, ReleaseReason, Token
+from sharedpool.wire.messages import Deny, DenyReason, Grant, Recall, Release, ReleaseReason
+from sharedpool.wire.values import Token
 from tests.unit.ledger_driver import Broker, Worker
 
 LONGEST_RETRY_S = 8.0

@@ -2,7 +2,8 @@
 
 import pytest
 
-from sharedpool.wire.messages import Bye, Token
+from sharedpool.wire.messages import Bye
+from sharedpool.wire.values import Token
 from tests.unit.ledger_driver import Broker
 
 

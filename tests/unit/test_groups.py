@@ -12,7 +12,8 @@ from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.broker.core.slots import Slots
 from sharedpool.errors import ConfigError
 from sharedpool.wire.admin import OrderKind
-from sharedpool.wire.messages import Ack, Deny, PoolSpec, Recall, ReleaseReason, Token, Welcome
+from sharedpool.wire.messages import Ack, Deny, Recall, ReleaseReason, Welcome
+from sharedpool.wire.values import PoolSpec, Token
 from tests.unit.ledger_driver import Broker, Worker, give_up_idle, order
 
 

@@ -13,7 +13,7 @@ import pytest
 from sharedpool.broker.core.commands import Entry, Member, Process, ServerIncarnation
 from sharedpool.broker.server import journal as journals
 from sharedpool.broker.server.journal import Journal
-from sharedpool.wire.messages import Backend, PoolSpec, Token
+from sharedpool.wire.values import Backend, PoolSpec, Token
 
 
 def entry(serial: int, backend: Backend | None = None) -> Entry:

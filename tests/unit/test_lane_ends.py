@@ -22,7 +22,7 @@ from sharedpool.lane.lane import Item, Lane, Ticket
 from sharedpool.wire.board import CELLS, PLACES, SHELF
 from sharedpool.wire.codec import encode
 from sharedpool.wire.desk import Live, Moved
-from sharedpool.wire.messages import Backend, Token
+from sharedpool.wire.values import Backend, Token
 
 pytestmark = pytest.mark.skipif(not lanes.SUPPORTED, reason="no lane on this platform")
 

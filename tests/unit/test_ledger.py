@@ -31,7 +31,6 @@ from sharedpool.wire.messages import (
     START_UP_LIMIT_S,
     Ack,
     Acquire,
-    Backend,
     Bye,
     Confirm,
     Deny,
@@ -39,19 +38,15 @@ from sharedpool.wire.messages import (
     Gone,
     Grant,
     Hello,
-    Holder,
-    LeaseReport,
-    Phase,
-    PoolSpec,
     Recall,
     Reject,
     Release,
     ReleaseReason,
     Renew,
-    Token,
     Welcome,
     Withdraw,
 )
+from sharedpool.wire.values import Backend, Holder, LeaseReport, Phase, PoolSpec, Token
 from tests.unit.ledger_driver import EPOCH, TTL_S, Broker, Worker
 
 

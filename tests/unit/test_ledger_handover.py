@@ -21,15 +21,14 @@ from sharedpool.wire.messages import (
     Acquire,
     CancelQuery,
     Grant,
-    Phase,
     Recall,
     Reject,
     ReleaseReason,
     Renew,
-    Token,
     Welcome,
     Withdraw,
 )
+from sharedpool.wire.values import Phase, Token
 from tests.unit.desk_driver import Desk
 from tests.unit.ledger_driver import TTL_S, Broker, Worker
 

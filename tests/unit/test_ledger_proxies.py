@@ -10,19 +10,16 @@ from sharedpool.broker.core.commands import Fence, Log, Record, SurveyServer
 from sharedpool.broker.core.leases import QUEUE_LIMIT_S
 from sharedpool.broker.core.quarantine import SETTLE_S
 from sharedpool.wire.messages import (
-    Backend,
     Confirm,
     Deny,
     DenyReason,
-    LeaseReport,
-    Phase,
     Recall,
     Release,
     ReleaseReason,
     Renew,
     Stale,
-    Token,
 )
+from sharedpool.wire.values import Backend, LeaseReport, Phase, Token
 from tests.unit.ledger_driver import EPOCH, TTL_S, Broker, Worker
 
 

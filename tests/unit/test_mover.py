@@ -26,7 +26,8 @@ from sharedpool.lane.wait_sockets import WaitSockets
 from sharedpool.postgres.conninfo import resolve
 from sharedpool.wire.board import PLACES, SHELF
 from sharedpool.wire.desk import Live
-from sharedpool.wire.messages import Backend, Phase, Release, ReleaseReason, Token
+from sharedpool.wire.messages import Release, ReleaseReason
+from sharedpool.wire.values import Backend, Phase, Token
 from sharedpool.worker.connection.connection import take_lease
 from sharedpool.worker.connection.handover import SUPPORTED, encoded_parameters, names_of_parameters
 from sharedpool.worker.connection.pooled import PooledConnection

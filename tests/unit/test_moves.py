@@ -40,21 +40,16 @@ from sharedpool.wire.messages import (
     Deny,
     DenyReason,
     Hello,
-    Histogram,
-    LeaseReport,
-    Phase,
-    PoolSpec,
     Recall,
     Release,
     ReleaseReason,
     Renew,
     Stale,
-    Timings,
-    Token,
     Welcome,
     Withdraw,
 )
 from sharedpool.wire.reports import PoolReport
+from sharedpool.wire.values import Histogram, LeaseReport, Phase, PoolSpec, Timings, Token
 from tests.unit.desk_driver import Desk
 from tests.unit.ledger_driver import Broker, Worker
 from tests.unit.restarts import journal_of, members_of, moved, successor

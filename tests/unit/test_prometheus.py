@@ -12,8 +12,8 @@ from sharedpool.broker.core.histograms import Histograms
 from sharedpool.broker.core.snapshot import History, Snapshot
 from sharedpool.broker.metrics.prometheus import render
 from sharedpool.wire.buckets import BOUNDS_S, BUCKETS
-from sharedpool.wire.messages import Histogram, Timings
 from sharedpool.wire.reports import PoolReport, Report
+from sharedpool.wire.values import Histogram, Timings
 
 
 def observation(*pools: tuple[str, Histograms]) -> Snapshot:

@@ -2,7 +2,7 @@
 
 from sharedpool.broker.core.commands import SurveyResult
 from sharedpool.broker.core.quarantine import SETTLE_S, Quarantine
-from sharedpool.wire.messages import Backend, Token
+from sharedpool.wire.values import Backend, Token
 
 SLOT = Token(1, 1)
 

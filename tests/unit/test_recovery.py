@@ -25,7 +25,6 @@ from sharedpool.wire.messages import (
     START_UP_LIMIT_S,
     Ack,
     Acquire,
-    Backend,
     Bye,
     Confirm,
     Deny,
@@ -34,18 +33,15 @@ from sharedpool.wire.messages import (
     Gone,
     Grant,
     Hello,
-    LeaseReport,
-    Phase,
-    PoolSpec,
     Recall,
     Reject,
     Release,
     ReleaseReason,
     Renew,
     Stale,
-    Token,
     Welcome,
 )
+from sharedpool.wire.values import Backend, LeaseReport, Phase, PoolSpec, Token
 from tests.unit.ledger_driver import EPOCH, TTL_S, Broker, Worker
 from tests.unit.restarts import journal_of, moved, successor
 

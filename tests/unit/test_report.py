@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from sharedpool.broker.core.commands import Log
-from sharedpool.wire.messages import Deny, LeaseReport, Phase, Renew, ReportNow
+from sharedpool.wire.messages import Deny, Renew, ReportNow
 from sharedpool.wire.reports import MOST_LISTED, PoolReport
+from sharedpool.wire.values import LeaseReport, Phase
 from tests.unit.ledger_driver import Broker
 
 

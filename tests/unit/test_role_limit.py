@@ -3,7 +3,7 @@
 import pytest
 
 from sharedpool.broker.core.commands import Log
-from sharedpool.wire.messages import PoolSpec
+from sharedpool.wire.values import PoolSpec
 from tests.unit.ledger_driver import Broker, Worker
 
 

@@ -7,8 +7,9 @@ import zmq
 from sharedpool.broker.server.router_socket import Incoming, RouterSocket
 from sharedpool.wire.channel import PROCESS_PREFIX, add_channel, channel_number
 from sharedpool.wire.codec import encode
-from sharedpool.wire.messages import NO_TOKEN, PROTOCOL_VERSION, Renew, Withdraw
+from sharedpool.wire.messages import PROTOCOL_VERSION, Renew, Withdraw
 from sharedpool.wire.reports import Status
+from sharedpool.wire.values import NO_TOKEN
 from tests.support.waiting import wait_until
 
 PROCESS = PROCESS_PREFIX + b"-a-worker-------"[:15]

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharedpool.broker.core.histograms import Histograms, waits
-from sharedpool.wire import messages
+from sharedpool.wire import values
 from sharedpool.wire.buckets import BOUNDS_S, BUCKETS
 from sharedpool.worker.core.timings import SAMPLE_S, Histogram, Timings
 
 
-def told(times: Timings, hits: int = 0) -> messages.Timings:
+def told(times: Timings, hits: int = 0) -> values.Timings:
     news = times.news(hits)
     assert news is not None
     return news
@@ -123,12 +123,12 @@ def test_a_new_registration_counts_from_what_was_told_last() -> None:
     assert second.serial > first.serial
 
 
-def waited(serial: int, *seconds: float) -> messages.Timings:
-    histogram, nothing = Histogram(), messages.Histogram([0] * BUCKETS, 0)
+def waited(serial: int, *seconds: float) -> values.Timings:
+    histogram, nothing = Histogram(), values.Histogram([0] * BUCKETS, 0)
     for each in seconds:
         histogram.add(each)
-    return messages.Timings(
-        serial, nothing, messages.Histogram(histogram.counts, histogram.total_us), nothing
+    return values.Timings(
+        serial, nothing, values.Histogram(histogram.counts, histogram.total_us), nothing
     )
 
 
@@ -164,17 +164,15 @@ def test_in_whatever_order_words_come_the_total_is_the_newest(words: list[int]) 
 
 
 def test_waits_are_spread_over_their_buckets_without_those_of_who_has_not_waited() -> None:
-    nothing = messages.Histogram([0] * BUCKETS, 0)
-    before = messages.Timings(
-        1, nothing, messages.Histogram([7, 1] + [0] * (BUCKETS - 2), 0), nothing
-    )
-    now = messages.Timings(
-        1, nothing, messages.Histogram([900, 3, 0, 1] + [0] * (BUCKETS - 5) + [1], 0), nothing
+    nothing = values.Histogram([0] * BUCKETS, 0)
+    before = values.Timings(1, nothing, values.Histogram([7, 1] + [0] * (BUCKETS - 2), 0), nothing)
+    now = values.Timings(
+        1, nothing, values.Histogram([900, 3, 0, 1] + [0] * (BUCKETS - 5) + [1], 0), nothing
     )
     assert waits(before, now, 500) == pytest.approx([0.000625, 0.000875, 0.00375, 90.0])
     assert len(waits(None, now, 500)) == 5
-    many = messages.Timings(
-        2, nothing, messages.Histogram([0, 3000, 1000] + [0] * (BUCKETS - 3), 0), nothing
+    many = values.Timings(
+        2, nothing, values.Histogram([0, 3000, 1000] + [0] * (BUCKETS - 3), 0), nothing
     )
     found = waits(now, many, 400)  # of another registration
     assert (len(found), sum(wait < 0.001 for wait in found)) == (400, 300)

@@ -17,7 +17,8 @@ from sharedpool.broker.core.recalls import Recalls
 from sharedpool.broker.core.records import Lease, Pool, Session
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.admin import Done, Order, OrderKind
-from sharedpool.wire.messages import DenyReason, Token
+from sharedpool.wire.messages import DenyReason
+from sharedpool.wire.values import Token
 
 
 class OrderError(Exception):

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sharedpool.wire.messages import Token
+from sharedpool.wire.values import Token
 
 # While connects fail there are at most two a second: the probe, and one that replaces a connection
 # that was just lost.

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import msgspec
 
 from sharedpool.wire.desk import Live, Moved
-from sharedpool.wire.messages import Backend, PoolSpec, Token, ToWorker
+from sharedpool.wire.messages import ToWorker
 from sharedpool.wire.reports import ToOperator
+from sharedpool.wire.values import Backend, PoolSpec, Token
 
 
 class Process(NamedTuple):

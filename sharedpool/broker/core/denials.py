@@ -8,7 +8,8 @@ from sharedpool.broker.core.commands import Send
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.records import Pool, Session, Waiter
 from sharedpool.broker.core.routes import Routes
-from sharedpool.wire.messages import Deny, DenyReason, Holder
+from sharedpool.wire.messages import Deny, DenyReason
+from sharedpool.wire.values import Holder
 
 _HOLDERS_NAMED = 3
 

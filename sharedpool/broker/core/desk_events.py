@@ -15,7 +15,7 @@ from sharedpool.broker.core.leases import Leases
 from sharedpool.broker.core.moves import Moves
 from sharedpool.broker.core.sessions import Sessions
 from sharedpool.wire.desk import Give
-from sharedpool.wire.messages import Token
+from sharedpool.wire.values import Token
 
 
 class DeskEvents:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from sharedpool.broker.core.commands import Admit, Dismiss, Member, Watch
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.records import Pool, Session
-from sharedpool.wire.messages import PoolSpec
+from sharedpool.wire.values import PoolSpec
 
 _ASK_AGAIN_S = 0.25  # a session that was not sure what it holds
 

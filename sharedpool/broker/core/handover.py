@@ -32,7 +32,8 @@ from sharedpool.broker.core.records import Lease, Pool, Session, Waiter
 from sharedpool.broker.core.shelves import Shelves, on_shelf
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.desk import Give, Live, Moved, Passed
-from sharedpool.wire.messages import CancelQuery, Phase, Reject, ReleaseReason
+from sharedpool.wire.messages import CancelQuery, Reject, ReleaseReason
+from sharedpool.wire.values import Phase
 
 # A pool is shared for so long after a connection has last changed hands.
 SHARED_S = 1.0

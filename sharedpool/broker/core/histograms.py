@@ -6,7 +6,7 @@ A session tells totals since its last registration. So a message may be lost, do
 from __future__ import annotations
 
 from sharedpool.wire.buckets import BOUNDS_S, BUCKETS
-from sharedpool.wire.messages import Histogram, Timings
+from sharedpool.wire.values import Histogram, Timings
 
 KINDS = ("created", "waited", "used")
 

@@ -28,7 +28,8 @@ from sharedpool.broker.core.records import Lane, Lease, Pool, Session
 from sharedpool.broker.core.shelves import Shelves
 from sharedpool.broker.core.slot_states import FENCING, FREE, OPEN, SUSPECT
 from sharedpool.wire.board import MOVES, SHELF
-from sharedpool.wire.messages import LeaseReport, Phase, Release, Token
+from sharedpool.wire.messages import Release
+from sharedpool.wire.values import LeaseReport, Phase, Token
 
 
 class InTransit:

@@ -16,16 +16,8 @@ from sharedpool.broker.core.records import Lease, Session
 from sharedpool.broker.core.routes import sessions_not_kept_text
 from sharedpool.broker.core.scheduler import Scheduler
 from sharedpool.broker.core.slot_states import SlotState
-from sharedpool.wire.messages import (
-    NO_TOKEN,
-    Ack,
-    Confirm,
-    Phase,
-    Reject,
-    Release,
-    ReleaseReason,
-    Renew,
-)
+from sharedpool.wire.messages import Ack, Confirm, Reject, Release, ReleaseReason, Renew
+from sharedpool.wire.values import NO_TOKEN, Phase
 
 
 class LeaseMessages:

@@ -18,7 +18,8 @@ from sharedpool.broker.core.recalls import ANSWER_LIMIT_S, Recalls
 from sharedpool.broker.core.records import Lease, Pool, Session
 from sharedpool.broker.core.routes import Routes
 from sharedpool.broker.core.slot_states import SlotState
-from sharedpool.wire.messages import START_UP_LIMIT_S, Ack, Backend, Gone, Phase, Token
+from sharedpool.wire.messages import START_UP_LIMIT_S, Ack, Gone
+from sharedpool.wire.values import Backend, Phase, Token
 
 # A proxy may keep a connect in its own queue for this long before the server hears of it: as long
 # as a worker usually waits for the connect. After that, the server's list of backends is complete.

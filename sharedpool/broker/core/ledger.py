@@ -62,10 +62,10 @@ from sharedpool.wire.messages import (
     Renew,
     ReportNow,
     ToBroker,
-    Token,
     Withdraw,
 )
 from sharedpool.wire.reports import LeaseLine, PoolReport, Report, SessionReport
+from sharedpool.wire.values import Token
 
 _MOST_ASKED = 500  # sessions that are asked at once for an operator's command
 

@@ -16,7 +16,7 @@ from sharedpool.broker.core.connect_refusals import Refusals
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.records import Pool
 from sharedpool.wire.application_name import shown
-from sharedpool.wire.messages import PoolSpec
+from sharedpool.wire.values import PoolSpec
 
 
 class PoolDirectory:

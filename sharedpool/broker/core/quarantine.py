@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sharedpool.broker.core.commands import SurveyResult
-from sharedpool.wire.messages import Backend, Token
+from sharedpool.wire.values import Backend, Token
 
 # A backend is visible only some time after its fork, with its first lock. A second survey so much
 # later shows every backend that was forked by the first one, unless it has exited.

@@ -13,7 +13,7 @@ from sharedpool.broker.core.in_transit import InTransit
 from sharedpool.broker.core.leases import LONGEST_MS, Leases
 from sharedpool.broker.core.records import Lease, Session
 from sharedpool.broker.core.slot_states import SlotState
-from sharedpool.wire.messages import NO_TOKEN, LeaseReport, Phase, Token
+from sharedpool.wire.values import NO_TOKEN, LeaseReport, Phase, Token
 
 
 class Reconciler:

@@ -18,7 +18,7 @@ from sharedpool.broker.core.group_terms import GroupTerms
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.board import Board
 from sharedpool.wire.desk import Live
-from sharedpool.wire.messages import Backend, PoolSpec, Timings, Token
+from sharedpool.wire.values import Backend, PoolSpec, Timings, Token
 
 WAITS_KEPT = 500
 _SAMPLES_KEPT = 60

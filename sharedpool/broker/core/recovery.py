@@ -26,7 +26,8 @@ from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.records import Lease, Pool, Session
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.application_name import pool_of_tag
-from sharedpool.wire.messages import START_UP_LIMIT_S, Backend, PoolSpec, Token
+from sharedpool.wire.messages import START_UP_LIMIT_S
+from sharedpool.wire.values import Backend, PoolSpec, Token
 
 UNKNOWN = "unknown worker"
 GRACE_OVER = 0  # serial of the surveys that end the grace period

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from sharedpool.broker.core.records import Lease, Pool, Session
 from sharedpool.broker.core.slot_states import SlotState
-from sharedpool.wire.messages import Backend
+from sharedpool.wire.values import Backend
 
 
 def sessions_not_kept_text(sign: str) -> str:

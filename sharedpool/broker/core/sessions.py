@@ -28,16 +28,8 @@ from sharedpool.broker.core.records import Lease, Pool, Session
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.broker.core.timers import Alarm
 from sharedpool.wire.application_name import tag_of
-from sharedpool.wire.messages import (
-    NO_TOKEN,
-    PROTOCOL_VERSION,
-    Acquire,
-    Bye,
-    Hello,
-    Reject,
-    Token,
-    Welcome,
-)
+from sharedpool.wire.messages import PROTOCOL_VERSION, Acquire, Bye, Hello, Reject, Welcome
+from sharedpool.wire.values import NO_TOKEN, Token
 
 _MOST_STRANGERS = 10  # other servers of one pool that the log tells of
 _SHOWN = 255  # characters of a worker's title and host name, which are in every report

@@ -24,7 +24,7 @@ from sharedpool.broker.core.slot_states import (
     SlotState,
 )
 from sharedpool.wire.board import SHELF
-from sharedpool.wire.messages import Backend, Phase, PoolSpec, Timings, Token
+from sharedpool.wire.values import Backend, Phase, PoolSpec, Timings, Token
 
 _MOST_FORMER = 100  # unused pools whose counters are kept
 

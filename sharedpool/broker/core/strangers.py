@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sharedpool.broker.core.slots import Slots
-from sharedpool.wire.messages import Backend
+from sharedpool.wire.values import Backend
 
 
 def strangers_among(slots: Slots, backends: Iterable[Backend]) -> list[Backend]:

@@ -19,7 +19,7 @@ from sharedpool.broker.core.leases import QUEUE_LIMIT_S, Leases
 from sharedpool.broker.core.moves import Moves
 from sharedpool.broker.core.quarantine import SETTLE_S
 from sharedpool.broker.core.recovery import Recovery
-from sharedpool.wire.messages import Backend
+from sharedpool.wire.values import Backend
 
 
 class Takeover:

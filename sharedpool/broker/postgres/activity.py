@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from psycopg2.extensions import connection, encodings
 
-from sharedpool.wire.messages import Backend
 from sharedpool.wire.reports import BackendActivity
+from sharedpool.wire.values import Backend
 
 _QUERY_SHOWN = 60  # characters
 

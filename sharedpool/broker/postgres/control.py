@@ -34,8 +34,8 @@ from sharedpool.broker.postgres.control_connection import ControlConnection, err
 from sharedpool.broker.postgres.fencing import Fencing
 from sharedpool.broker.postgres.leadership import Leadership
 from sharedpool.wire.application_name import pattern_of
-from sharedpool.wire.messages import Backend, Token
 from sharedpool.wire.reports import Activity
+from sharedpool.wire.values import Backend, Token
 
 logger = logging.getLogger("sharedpool.broker")
 

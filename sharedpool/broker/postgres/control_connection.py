@@ -23,7 +23,7 @@ from sharedpool.broker.postgres import statements
 from sharedpool.broker.postgres.database import Database
 from sharedpool.broker.postgres.leadership import Leadership
 from sharedpool.postgres.libpq import socket_of_failed
-from sharedpool.wire.messages import Backend
+from sharedpool.wire.values import Backend
 
 logger = logging.getLogger("sharedpool.broker")
 

@@ -29,7 +29,7 @@ from psycopg2.extensions import connection
 from sharedpool.broker.core.commands import Fence
 from sharedpool.broker.postgres import statements
 from sharedpool.broker.postgres.statements import ListedBackend
-from sharedpool.wire.messages import Backend, Token
+from sharedpool.wire.values import Backend, Token
 
 logger = logging.getLogger("sharedpool.broker")
 

@@ -14,7 +14,7 @@ from psycopg2.extensions import connection
 
 from sharedpool.postgres import libpq
 from sharedpool.postgres.route import is_direct
-from sharedpool.wire.messages import Backend
+from sharedpool.wire.values import Backend
 
 _SERVER_SQL = """
 SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,

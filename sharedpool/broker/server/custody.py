@@ -17,7 +17,7 @@ from sharedpool.broker.postgres.control import Control
 from sharedpool.broker.server.desk import Desk
 from sharedpool.broker.server.lanes import Lanes
 from sharedpool.wire.desk import Give
-from sharedpool.wire.messages import Token
+from sharedpool.wire.values import Token
 
 # Time for a backend to exit after `shutdown()`, before the control connection terminates it.
 _CUT_HEAD_START_S = 0.02

@@ -43,7 +43,7 @@ from sharedpool.wire.desk import (
     LineOwner,
     ToDesk,
 )
-from sharedpool.wire.messages import Token
+from sharedpool.wire.values import Token
 
 logger = logging.getLogger("sharedpool.broker")
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import msgspec
 
 from sharedpool.broker.core.commands import Entry, Member, ServerIncarnation
-from sharedpool.wire.messages import Token
+from sharedpool.wire.values import Token
 
 logger = logging.getLogger("sharedpool.broker")
 

@@ -15,7 +15,7 @@ import psycopg2
 from psycopg2 import extensions
 
 from sharedpool.postgres.libpq import socket_of_failed
-from sharedpool.wire.messages import Phase
+from sharedpool.wire.values import Phase
 from sharedpool.worker.connection import closed_flag, server_facts
 from sharedpool.worker.connection.closing import (
     close_confirmed,

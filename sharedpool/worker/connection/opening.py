@@ -21,7 +21,7 @@ from sharedpool.descriptors.owned import identity
 from sharedpool.errors import SharedPoolError
 from sharedpool.postgres.conninfo import ConnInfo
 from sharedpool.postgres.route import is_direct
-from sharedpool.wire.messages import Backend
+from sharedpool.wire.values import Backend
 from sharedpool.worker import greenlets
 from sharedpool.worker.connection import wrapper
 from sharedpool.worker.connection.closing import register

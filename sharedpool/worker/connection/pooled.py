@@ -8,7 +8,7 @@ from typing import Any
 from psycopg2 import extensions
 
 from sharedpool.descriptors.owned import Identity
-from sharedpool.wire.messages import Backend
+from sharedpool.wire.values import Backend
 
 
 class PooledConnection(extensions.connection):

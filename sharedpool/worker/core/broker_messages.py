@@ -25,17 +25,8 @@ from collections.abc import Mapping
 
 from sharedpool.errors import SharedPoolError
 from sharedpool.wire.desk import Moved
-from sharedpool.wire.messages import (
-    NO_TOKEN,
-    Acquire,
-    Grant,
-    LeaseReport,
-    Phase,
-    Recall,
-    Release,
-    ReleaseReason,
-    Token,
-)
+from sharedpool.wire.messages import Acquire, Grant, Recall, Release, ReleaseReason
+from sharedpool.wire.values import NO_TOKEN, LeaseReport, Phase, Token
 from sharedpool.worker.core.cache import Cache
 from sharedpool.worker.core.lease import Closing, Lease, Waiter, collected
 

@@ -24,16 +24,8 @@ from collections import deque
 from collections.abc import Sequence
 
 from sharedpool.errors import SharedPoolError
-from sharedpool.wire.messages import (
-    Backend,
-    Confirm,
-    FailoverSign,
-    Phase,
-    Release,
-    ReleaseReason,
-    ToBroker,
-    Token,
-)
+from sharedpool.wire.messages import Confirm, FailoverSign, Release, ReleaseReason, ToBroker
+from sharedpool.wire.values import Backend, Phase, Token
 from sharedpool.worker.core.lease import Closing, Lease, Waiter, collected
 from sharedpool.worker.core.reporting import Reporter
 from sharedpool.worker.core.time_slice import TimeSlice

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sharedpool.wire.desk import Live
-from sharedpool.wire.messages import Backend, Deny, Phase, ReleaseReason, Token
+from sharedpool.wire.messages import Deny, ReleaseReason
+from sharedpool.wire.values import Backend, Phase, Token
 from sharedpool.worker.core.callsite import Stack
 
 HANDING_OUT_LIMIT_S = 30.0

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from sharedpool.wire.messages import Phase, ReleaseReason
+from sharedpool.wire.messages import ReleaseReason
+from sharedpool.wire.values import Phase
 from sharedpool.worker.core.lease import CLOSING_LIMIT_S, HANDING_OUT_LIMIT_S, Closing, Lease
 
 

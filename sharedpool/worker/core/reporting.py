@@ -14,15 +14,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from msgspec import structs
 
 from sharedpool.wire.desk import Moved
-from sharedpool.wire.messages import (
-    NO_TOKEN,
-    Bye,
-    LeaseReport,
-    Phase,
-    Release,
-    Renew,
-    Token,
-)
+from sharedpool.wire.messages import Bye, Release, Renew
+from sharedpool.wire.values import NO_TOKEN, LeaseReport, Phase, Token
 from sharedpool.worker.core.callsite import shown_stack
 from sharedpool.worker.core.lease import Lease
 from sharedpool.worker.core.timings import Timings

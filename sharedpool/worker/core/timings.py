@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from sharedpool.wire import messages
+from sharedpool.wire import values
 from sharedpool.wire.buckets import BOUNDS_S, BUCKETS
 
 SAMPLE_S = 0.02
@@ -46,9 +46,9 @@ class Timings:
         self._checkouts = 0  # by the slow path
         self._hits = 0  # by the fast path
         self._told = 0  # uses that `used` stands for
-        self._serial = 0  # of the registration with the broker, for `messages.Timings`
-        nothing = messages.Histogram([0] * BUCKETS, 0)
-        self._base = self._last = messages.Timings(0, nothing, nothing, nothing)
+        self._serial = 0  # of the registration with the broker, for `values.Timings`
+        nothing = values.Histogram([0] * BUCKETS, 0)
+        self._base = self._last = values.Timings(0, nothing, nothing, nothing)
 
     def checked_out(self, seconds: float) -> None:
         """Record how long a checkout by the slow path took."""
@@ -79,12 +79,12 @@ class Timings:
         self._serial += 1
         self._base = self._last
 
-    def news(self, hits: int) -> messages.Timings | None:
+    def news(self, hits: int) -> values.Timings | None:
         """Return the timings since the registration; None if nothing is new since the last call."""
         self._hits = max(self._hits, hits)
         waited = _copy(self.waited)
         waited.counts[0] += self._hits
-        total = messages.Timings(self._serial, _copy(self.created), waited, _copy(self.used))
+        total = values.Timings(self._serial, _copy(self.created), waited, _copy(self.used))
         if (total.created, total.waited, total.used) == (
             self._last.created,
             self._last.waited,
@@ -92,7 +92,7 @@ class Timings:
         ):
             return None
         self._last = total
-        return messages.Timings(
+        return values.Timings(
             self._serial,
             _since(self._base.created, total.created),
             _since(self._base.waited, total.waited),
@@ -100,10 +100,10 @@ class Timings:
         )
 
 
-def _copy(histogram: Histogram) -> messages.Histogram:
-    return messages.Histogram(histogram.counts[:], histogram.total_us)
+def _copy(histogram: Histogram) -> values.Histogram:
+    return values.Histogram(histogram.counts[:], histogram.total_us)
 
 
-def _since(base: messages.Histogram, total: messages.Histogram) -> messages.Histogram:
+def _since(base: values.Histogram, total: values.Histogram) -> values.Histogram:
     counts = [now - then for then, now in zip(base.counts, total.counts, strict=True)]
-    return messages.Histogram(counts, total.total_us - base.total_us)
+    return values.Histogram(counts, total.total_us - base.total_us)

@@ -14,7 +14,7 @@ from sharedpool.descriptors.owned import Identity, Owned, close_if_ours, identit
 from sharedpool.errors import ProtocolError
 from sharedpool.wire.codec import decode_from_desk, encode
 from sharedpool.wire.desk import PACKET_BYTES, Deposit, LaneInvitation, Leave, LineOwner
-from sharedpool.wire.messages import Token
+from sharedpool.wire.values import Token
 from sharedpool.worker.connection.pooled import PooledConnection
 from sharedpool.worker.logs import logger
 

@@ -17,12 +17,11 @@ from sharedpool.wire.messages import (
     Bye,
     Grant,
     Hello,
-    PoolSpec,
     Release,
     ReleaseReason,
-    Token,
     Welcome,
 )
+from sharedpool.wire.values import PoolSpec, Token
 from tests.bench.contestants import broker
 from tests.bench.crew import Crew, Member, Window, crew, sleep_until, window
 from tests.bench.processes import cpu_s

@@ -11,15 +11,13 @@ from sharedpool.broker.core.ledger import Ledger
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
     Acquire,
-    Backend,
     Confirm,
     Grant,
     Hello,
-    PoolSpec,
     Release,
     ReleaseReason,
-    Token,
 )
+from sharedpool.wire.values import Backend, PoolSpec, Token
 from tests.bench.crew import Member, crew
 from tests.bench.report import Comparison, Metric, Result, Sample
 from tests.bench.runner import Bench, Contestant, Measure, Row, take_turns
