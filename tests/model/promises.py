@@ -76,7 +76,7 @@ def _check_covered(world: World, proc: Proc) -> None:
         if not world.journal.intact:
             return
         leases: Mapping[Token, Entry | Lease] = world.journal.live
-    elif broker.ledger._slots.grant_stop.holding_back:
+    elif broker.slots.grant_stop.holding_back:
         return  # nothing is granted before everybody had time to say what they hold
     else:
         leases = broker.slots.leases
