@@ -1,9 +1,9 @@
-"""Somebody cleans up where a broker's files lie."""
+"""A cleaner deletes a broker's files."""
 
 import os
 import shutil
+import signal
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +93,14 @@ def test_a_second_broker_where_the_files_of_the_first_were_deleted_lends_nothing
     ):
         backend = old.ask("get", name="x", timeout=20)["backend"]
         wait_until(lambda: fetch_report(address).control == "connected")
-        second: sharedpool.Broker | None = None
-        while second is None:
+        # Stopped: it would put its files back, and a second broker be refused.
+        os.kill(first.pid, signal.SIGSTOP)
+        try:
             shutil.rmtree(path.parent)
             path.parent.mkdir(mode=0o700)
-            with suppress(
-                sharedpool.BrokerUnavailable
-            ):  # the first has put its files back before the second came
-                second = sharedpool.start_broker(1, address=address, dsn=postgres.dsn, ttl=2.0)
+            second = sharedpool.start_broker(1, address=address, dsn=postgres.dsn, ttl=2.0)
+        finally:
+            os.kill(first.pid, signal.SIGCONT)
         with second, Worker(**settings) as new:
             new.send("get", name="x", timeout=30)
             wait_until(
