@@ -60,11 +60,11 @@ class Shells:
         self.are_known = keywords.get("connection_factory") in _REUSABLE
         self._lock = threading.Lock()
         self._stock: OrderedDict[bytes, list[PooledConnection]] = OrderedDict()
-        self._kept = 0
         self._needed = 1
 
     def __len__(self) -> int:
-        return self._kept
+        # Counted anew: an interrupt between a number and the list would leave it wrong for ever.
+        return sum(map(len, self._stock.values()))
 
     def take(self, live: Live, held: int) -> PooledConnection:
         """Return a shell for a session; it looks like a connection just opened.
@@ -98,7 +98,6 @@ class Shells:
         with self._lock:
             self._needed = max(self._needed, held)
             stock = self._stock.get(parameters)
-            self._kept -= bool(stock)
             return stock.pop() if stock else None
 
     def keep(self, shell: PooledConnection, parameters: bytes) -> None:
@@ -116,8 +115,7 @@ class Shells:
         with self._lock:
             self._stock.setdefault(parameters, []).append(shell)
             self._stock.move_to_end(parameters)
-            self._kept += 1
-            if self._kept > self._needed:
+            if len(self) > self._needed:
                 self._trim(self._needed)
 
     def trim(self, held: int) -> None:
@@ -125,13 +123,14 @@ class Shells:
         with self._lock:
             self._trim(self._needed)
             self._needed = max(1, held)
+            for empty in [key for key, stock in self._stock.items() if not stock]:
+                del self._stock[empty]
 
     def _trim(self, most: int) -> None:
-        while self._kept > most:
+        while len(self) > most:
             oldest, stock = next(iter(self._stock.items()))
             if stock:
                 abandon(stock.pop())
-                self._kept -= 1
             else:
                 del self._stock[oldest]
 
