@@ -15,7 +15,7 @@ from sharedpool.descriptors.owned import Owned
 _INT = struct.Struct("i")
 _MOST = 8  # in one packet; our own have one at most
 _SPACE = socket.CMSG_SPACE(_MOST * _INT.size)
-_CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+_CLOEXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 CUT_SHORT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 
 
@@ -40,7 +40,7 @@ def receive(line: socket.socket, limit_bytes: int) -> tuple[bytes, list[int], bo
 
     Raise OSError. Blocks unless the socket is not to.
     """
-    packet, ancillary, flags, _ = line.recvmsg(limit_bytes, _SPACE, _CLOSE_ON_EXEC)
+    packet, ancillary, flags, _ = line.recvmsg(limit_bytes, _SPACE, _CLOEXEC)
     fds = []
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -50,11 +50,12 @@ def receive(line: socket.socket, limit_bytes: int) -> tuple[bytes, list[int], bo
 
 # Of what recvmsg returns: the data of each ancillary message; the numbers in it; their owners. Of which kind a socket
 # is makes no difference to what is done with it, and asking takes two system calls.
-_data, _numbers = partial(map, itemgetter(2)), partial(map, _INT.iter_unpack)
-_joined, _owned = (
+_data, _numbers, _join = (
+    partial(map, itemgetter(2)),
+    partial(map, _INT.iter_unpack),
     chain.from_iterable,
-    partial(starmap, partial(Owned, socket.AF_UNIX, socket.SOCK_STREAM, 0)),
 )
+_own = partial(starmap, partial(Owned, socket.AF_UNIX, socket.SOCK_STREAM, 0))
 
 
 def receive_sockets(line: _socket.socket, limit_bytes: int) -> tuple[bytes, list[Owned]]:
@@ -62,9 +63,5 @@ def receive_sockets(line: _socket.socket, limit_bytes: int) -> tuple[bytes, list
 
     One line, all of it C: an interrupt finds a socket in the packet or with its owner.
     """
-    socks = [
-        *_owned(
-            _joined(_numbers(_data((got := line.recvmsg(limit_bytes, _SPACE, _CLOSE_ON_EXEC))[1])))
-        )
-    ]
+    socks = [*_own(_join(_numbers(_data((got := line.recvmsg(limit_bytes, _SPACE, _CLOEXEC))[1]))))]
     return got[0], socks
