@@ -56,6 +56,11 @@ class WaitSocket:
         """Where it is in the lane."""
         return self._place
 
+    @property
+    def in_hand(self) -> bool:
+        """Whether its thread may have received what is listed nowhere yet: not if it was interrupted."""
+        return self.busy and self.owner is not None and self.owner() is not None
+
     def fileno(self) -> int:
         """Return the descriptor, which becomes readable when something came; -1 when closed."""
         return self._sock.fileno()
@@ -246,14 +251,13 @@ class WaitSockets:
 
     @property
     def busy(self) -> bool:
-        """Whether a thread may have received what is listed nowhere yet. To be asked after `unread`.
+        """Whether a thread may have received what is listed nowhere yet. To be asked after `unread`."""
+        return bool(self.in_hand)
 
-        Also once they are left. Whose thread was interrupted has nothing.
-        """
-        return any(
-            wait_socket.busy and wait_socket.owner is not None and wait_socket.owner() is not None
-            for wait_socket in list(self._all)
-        )
+    @property
+    def in_hand(self) -> list[WaitSocket]:
+        """The sockets from which a thread may have received that, also once the lane is left."""
+        return [wait_socket for wait_socket in list(self._all) if wait_socket.in_hand]
 
     def receive_strays(self) -> None:
         """Take in what came for those who wait no more."""

@@ -26,7 +26,7 @@ from sharedpool.descriptors.owned import Identity, Owned, close_if_ours, identit
 from sharedpool.descriptors.timer import Timer
 from sharedpool.errors import SharedPoolError
 from sharedpool.lane.lane import DESCRIPTORS, FOR_A_LANE, Item, Lane, network
-from sharedpool.lane.wait_sockets import WaitSockets
+from sharedpool.lane.wait_sockets import WaitSocket, WaitSockets
 from sharedpool.wire.codec import encode
 from sharedpool.wire.desk import GIVE_BYTES, Give, LaneInvitation, Live, Moved
 from sharedpool.wire.messages import CancelQuery, ReleaseReason
@@ -158,7 +158,9 @@ class LocalPool:
         )
         self._invited_with: list[int] = []
         self.wait_sockets: WaitSockets | None = None  # in the pool's lane
-        self._left: list[WaitSockets] = []  # where a thread may still have something in its hands
+        self._left: list[
+            WaitSocket
+        ] = []  # of former lanes, where a thread may still have something
         self.mover: LaneMover | None = None
         self.reclaim_lock = RecoverableLock()  # across I/O; a user's reset() may come back to it
         with contextlib.suppress(OSError):  # it is made when it is needed, then
@@ -487,12 +489,12 @@ class LocalPool:
         for moved, sock in wait_sockets.drain() if former_brokers else ():
             self._receive_former_brokers(moved, sock)
         wait_sockets.close()
-        self._left.append(wait_sockets)
+        self._left += wait_sockets.in_hand
 
     @property
     def unsure(self) -> bool:
         """Whether a thread may have received in a lane what is listed nowhere yet. In the link's thread."""
-        self._left = [wait_sockets for wait_sockets in self._left if wait_sockets.busy]
+        self._left = [wait_socket for wait_socket in self._left if wait_socket.in_hand]
         return bool(self._left) or (self.wait_sockets is not None and self.wait_sockets.busy)
 
     def _receive_former_brokers(self, moved: Moved, sock: Owned) -> None:
