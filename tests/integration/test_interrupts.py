@@ -234,6 +234,92 @@ def given(a: Pool, b: Pool) -> Callable[[], object]:
     return give
 
 
+# --- in the lane, in which connections move past the broker
+
+
+def let_move(*pools: Pool) -> None:
+    """Have these sessions of a pool share its one connection until it moves past the broker."""
+    caches, moving = [pool._local.cache for pool in pools], threading.Event()
+
+    def share(pool: Pool) -> None:
+        while not moving.is_set():
+            if all(cache.moving[0] for cache in caches):
+                moving.set()
+            pool.put_conn(pool.get_conn(timeout=30))
+
+    threads = [threading.Thread(target=share, args=(pool,)) for pool in pools]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def waits(pool: Pool) -> bool:
+    """Say whether somebody waits in this session: in the lane, or at the broker, if connections move no more."""
+    sockets = pool._local.wait_sockets
+    return bool(pool._local.cache.waiting) or (
+        sockets is not None and sockets.lane.board.waiting(range(8)) > 0
+    )
+
+
+def _waited(a: Pool, b: Pool, key: str | None) -> Callable[[], object]:
+    let_move(a, b)
+    conn = b.get_conn(timeout=30)
+    over = threading.Event()
+
+    def give() -> None:
+        while not (waits(a) or over.wait(0.001)):
+            pass
+        b.put_conn(conn)
+
+    giver = threading.Thread(target=give)
+    giver.start()
+
+    def wait() -> None:
+        try:
+            a.put_conn(a.get_conn(key, timeout=30), key)
+        finally:
+            over.set()
+            giver.join()
+
+    return wait
+
+
+def waited_in_lane(a: Pool, b: Pool) -> Callable[[], object]:
+    return _waited(a, b, None)
+
+
+def waited_in_lane_the_long_way(a: Pool, b: Pool) -> Callable[[], object]:
+    return _waited(a, b, "key")
+
+
+def taken_from_shelf(a: Pool, b: Pool) -> Callable[[], object]:
+    let_move(a, b)
+    b.put_conn(b.get_conn(timeout=30))
+    return lambda: a.put_conn(a.get_conn(timeout=30))
+
+
+def given_in_lane(a: Pool, b: Pool) -> Callable[[], object]:
+    let_move(a, b)
+    conn = a.get_conn(timeout=30)
+
+    def wait() -> None:
+        b.put_conn(b.get_conn(timeout=30))
+
+    threading.Thread(target=wait).start()
+    wait_until(lambda: waits(b), what="somebody to wait")
+
+    def give() -> None:
+        nonlocal conn
+        got, conn = conn, None  # type: ignore[assignment]
+        a.put_conn(got)
+
+    return give
+
+
+IN_LANE = [waited_in_lane, waited_in_lane_the_long_way, taken_from_shelf, given_in_lane]
+
+
 @pytest.fixture(scope="module")
 def quick_broker(
     postgres: EphemeralPostgres, tmp_path_factory: pytest.TempPathFactory
@@ -247,7 +333,7 @@ def quick_broker(
 @pytest.mark.parametrize(
     "again", [0, 1, 3], ids=["once", "the clean-up at once", "the clean-up a little later"]
 )
-@pytest.mark.parametrize("way", [hit, opened, rolled_back, adopted, given])
+@pytest.mark.parametrize("way", [hit, opened, rolled_back, adopted, given, *IN_LANE])
 def test_an_interrupt_in_any_line_loses_nothing(
     way: Callable[[Pool, Pool], Callable[[], object]],
     again: int,
@@ -259,12 +345,13 @@ def test_an_interrupt_in_any_line_loses_nothing(
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     # A close that was interrupted is finished sooner than it would be.
     monkeypatch.setattr("sharedpool.worker.core.lost_leases.CLOSING_LIMIT_S", 0.5)
-    most = 3 if way is given else 20
+    most = 1 if way in IN_LANE else 3 if way is given else 20
     watch = Watch()
     others = set(threading.enumerate())
     a = sharedpool.config_pool(
         name=f"{way.__name__}{again}", dsn=postgres.dsn, broker=quick_broker.address, max_conn=most, timeout=30,
         pool_manager=sharedpool.ThreadedConnectionPool,
+        **({"time_slice": 0} if way in IN_LANE else {}),
     )  # fmt: skip
     b = type(a)(dataclasses.replace(a.config), a._broker)
     for pool in (a, b):
