@@ -346,12 +346,13 @@ def test_an_interrupt_in_any_line_loses_nothing(
     # A close that was interrupted is finished sooner than it would be.
     monkeypatch.setattr("sharedpool.worker.core.lost_leases.CLOSING_LIMIT_S", 0.5)
     most = 1 if way in IN_LANE else 3 if way is given else 20
+    eager: dict[str, Any] = {"time_slice": 0} if way in IN_LANE else {}
     watch = Watch()
     others = set(threading.enumerate())
     a = sharedpool.config_pool(
         name=f"{way.__name__}{again}", dsn=postgres.dsn, broker=quick_broker.address, max_conn=most, timeout=30,
         pool_manager=sharedpool.ThreadedConnectionPool,
-        **({"time_slice": 0} if way in IN_LANE else {}),
+        **eager,
     )  # fmt: skip
     b = type(a)(dataclasses.replace(a.config), a._broker)
     for pool in (a, b):
