@@ -1,4 +1,7 @@
-"""Whether a process may open as many descriptors as it needs: libzmq ends the process when it finds none free."""
+"""Free descriptors: make sure that enough can be opened.
+
+libzmq ends the process if it finds none free.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,25 @@ from typing import Any
 
 from sharedpool.errors import SharedPoolError
 
-# libzmq's own, of one context with one socket, and what the first moments of a connection take.
+# A ZeroMQ context with one socket, and the first moments of its connection.
 FOR_A_CONTEXT = 14
-# Of one more socket, and its connection.
+# One more ZeroMQ socket, and its connection.
 FOR_A_SOCKET = 6
-# A connection to the server and its witness.
+# A connection to the server, and its witness.
 FOR_A_CONNECTION = 2
-# A connection object that is made without a server: what plays the server, and both ends of the connection to that.
+# A connection object that is made without a server: the stub server, and both ends of its
+# connection.
 FOR_A_SHELL = 4
 _SHORT = (errno.EMFILE, errno.ENFILE)
 
 
 def require(count: int, purpose: str) -> None:
-    """Make sure that so many descriptors can be opened now; a few microseconds each.
+    """Raise `SharedPoolError` if fewer than `count` descriptors can be opened now.
 
-    Raise `SharedPoolError`, which says what to do.
+    Takes a few microseconds for each.
     """
-    taken: list[
-        Any
-    ] = []  # objects that close what they have: an interrupt in whatever line leaves nothing open
-    # Half as dear as a socket; other systems have none, nor does a program that gevent has patched.
+    taken: list[Any] = []  # objects that close their descriptors: an interrupt leaves none open
+    # epoll objects cost half as much as sockets. Other systems have none, and gevent removes them.
     cheapest = getattr(select, "epoll", _socket.socket)
     try:
         while len(taken) < count:
@@ -44,8 +46,8 @@ def require(count: int, purpose: str) -> None:
             else "whole system's"
         )
         raise SharedPoolError(
-            f"{purpose} needs {count} descriptors, and fewer are free of the {whose}: close files, or raise the limit"
-            " (`ulimit -n`, LimitNOFILE=)"
+            f"{purpose} needs {count} descriptors, and fewer are free of the {whose}:"
+            " close files, or raise the limit (`ulimit -n`, LimitNOFILE=)"
         ) from error
     finally:
         for each in taken:
@@ -53,5 +55,5 @@ def require(count: int, purpose: str) -> None:
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Say whether an error tells that no descriptor was free, which may be over in a moment."""
+    """Return True if an error means that no descriptor was free, which may pass."""
     return isinstance(error, OSError) and error.errno in _SHORT

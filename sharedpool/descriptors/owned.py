@@ -1,7 +1,7 @@
-"""Descriptors and their owners: who may close a number, and whether what it names is still what it was.
+"""Descriptors and their owners: who may close a number, and whether it still names the same file.
 
-A number alone proves nothing. A program may close descriptors that are not its own (a daemon closes all that it has),
-and what it opens next gets their numbers.
+A number alone proves nothing. A program may close descriptors that are not its own (a daemon
+closes all of them), and the files that it opens next get their numbers.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ import socket
 # A file's device and inode. The kernel gives every socket one of its own.
 Identity = tuple[int, int]
 NOTHING: Identity = (-1, -1)
-# For every send on a stream in a user's process: where SIGPIPE is not ignored the end of the other side would kill it.
+# For every send on a stream in a user's process. If that does not ignore SIGPIPE, a send to a
+# closed socket would kill it.
 NO_SIGNAL = int(getattr(socket, "MSG_NOSIGNAL", 0))
 
 
 def identity(number: int) -> Identity:
-    """Return what is open under a number; `NOTHING` when nothing is. A system call, about a microsecond."""
+    """Return the identity of the file with this number, or `NOTHING`.
+
+    A system call of about a microsecond.
+    """
     try:
         status = os.fstat(number)
     except OSError:
@@ -27,7 +31,7 @@ def identity(number: int) -> Identity:
 
 
 def is_still(number: int, known: tuple[Identity, ...]) -> bool:
-    """Say whether what is open under a number is one of those that were known."""
+    """Return True if the file with this number is one of the known ones."""
     try:
         status = os.fstat(number)
     except OSError:
@@ -36,16 +40,16 @@ def is_still(number: int, known: tuple[Identity, ...]) -> bool:
 
 
 class Owned(_socket.socket):  # not `socket.socket`, for which gevent puts one of its own
-    """A socket's only owner, from `Owned(fileno=...)` on: dropped, by an interrupt in whatever line, it is closed.
+    """The only owner of a socket, from `Owned(fileno=...)` on; `detach()` hands the number on.
 
-    That is done by C, which no interrupt falls into. `detach()` hands the number on.
+    Dropped by an interrupt in any line, it is closed. C code does that, which no interrupt divides.
     """
 
     __slots__ = ("__weakref__",)
 
 
 def close_if_ours(owner: _socket.socket, known: tuple[Identity, ...]) -> None:
-    """Close a socket, if it is still what it was; else its number is somebody else's, and is only forgotten."""
+    """Close a socket. If another file has its number by now, only forget it."""
     number = owner.fileno()
     if number >= 0 and not is_still(number, known):
         owner.detach()

@@ -1,4 +1,4 @@
-"""Packets with descriptors, over SEQPACKET sockets: what `socket.send_fds` and `recv_fds` do, in fewer steps."""
+"""Packets with descriptors, over unix sockets: `socket.send_fds` and `recv_fds` in fewer steps."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from operator import itemgetter
 from sharedpool.descriptors.owned import Owned
 
 _INT = struct.Struct("i")
-_MOST = 8  # in one packet; our own have one at most
+_MOST = 8  # descriptors in a packet; ours have fewer
 _SPACE = socket.CMSG_SPACE(_MOST * _INT.size)
-_CLOEXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+_FLAGS = int(getattr(socket, "MSG_CMSG_FLAGS", 0))
 CUT_SHORT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 
 
@@ -25,7 +25,7 @@ def send_with(line: _socket.socket, packet: bytes, fd: int) -> None:
 
 
 def send_with_to(sock: _socket.socket, packet: bytes, fd: int, address: str) -> None:
-    """The same as one datagram to an address."""
+    """Send a packet with a descriptor, as one datagram to an address. Raise OSError."""
     sock.sendmsg((packet,), ((socket.SOL_SOCKET, socket.SCM_RIGHTS, _INT.pack(fd)),), 0, address)
 
 
@@ -36,11 +36,11 @@ def send_with_all(line: socket.socket, packet: bytes, fds: Sequence[int]) -> Non
 
 
 def receive(line: socket.socket, limit_bytes: int) -> tuple[bytes, list[int], bool]:
-    """Return a packet, its descriptors (the caller's now, closed on exec), and whether it has come whole.
+    """Return a packet, its descriptors, and whether it is whole.
 
-    Raise OSError. Blocks unless the socket is not to.
+    The descriptors are the caller's, and closed on exec. Blocks if the socket does. Raise OSError.
     """
-    packet, ancillary, flags, _ = line.recvmsg(limit_bytes, _SPACE, _CLOEXEC)
+    packet, ancillary, flags, _ = line.recvmsg(limit_bytes, _SPACE, _FLAGS)
     fds = []
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -48,20 +48,16 @@ def receive(line: socket.socket, limit_bytes: int) -> tuple[bytes, list[int], bo
     return packet, fds, not flags & CUT_SHORT
 
 
-# Of what recvmsg returns: the data of each ancillary message; the numbers in it; their owners. Of which kind a socket
-# is makes no difference to what is done with it, and asking takes two system calls.
-_data, _numbers, _join = (
-    partial(map, itemgetter(2)),
-    partial(map, _INT.iter_unpack),
-    chain.from_iterable,
-)
-_own = partial(starmap, partial(Owned, socket.AF_UNIX, socket.SOCK_STREAM, 0))
+# Steps from what recvmsg returns to sockets, all in C: the data of each ancillary message, the
+# numbers in it, their owners. Every owner is called a unix stream socket: the kind makes no
+# difference to what is done with it, and asking for it takes two system calls.
+_data, _numbers = partial(map, itemgetter(2)), partial(map, _INT.iter_unpack)
+_joined = chain.from_iterable
+_owned = partial(starmap, partial(Owned, socket.AF_UNIX, socket.SOCK_STREAM, 0))
 
 
-def receive_sockets(line: _socket.socket, limit_bytes: int) -> tuple[bytes, list[Owned]]:
-    """Return a packet that another process has sent and the sockets that came with it. Raise OSError.
-
-    One line, all of it C: an interrupt finds a socket in the packet or with its owner.
-    """
-    socks = [*_own(_join(_numbers(_data((got := line.recvmsg(limit_bytes, _SPACE, _CLOEXEC))[1]))))]
+def receive_sockets(line: _socket.socket, max_bytes: int) -> tuple[bytes, list[Owned]]:
+    """Return a packet from another process and the sockets that came with it. Raise OSError."""
+    # One line, all of it in C, so that an interrupt finds a socket either unread or with an owner.
+    socks = [*_owned(_joined(_numbers(_data((got := line.recvmsg(max_bytes, _SPACE, _FLAGS))[1]))))]
     return got[0], socks

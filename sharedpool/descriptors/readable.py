@@ -1,4 +1,4 @@
-"""What `select.select` does, for descriptors of any number: from 1,024 on that one fails."""
+"""`select.select` for descriptors of any number: that one fails from 1,024 on."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ class HasFileno(Protocol):
     """A file or socket."""
 
     def fileno(self) -> int:
-        """Return its descriptor."""
+        """Return the descriptor."""
 
 
 File = TypeVar("File", bound=int | HasFileno)
 
 
 def readable(files: Iterable[File], timeout_s: float) -> list[File]:
-    """Return those that can be read, or have ended; blocks until there is one, at most `timeout_s` seconds."""
+    """Return the files that can be read or have ended.
+
+    Blocks until there is one, at most `timeout_s` seconds.
+    """
     by_number = {each if isinstance(each, int) else each.fileno(): each for each in files}
     poller = select.poll()
     for number in by_number:

@@ -1,4 +1,4 @@
-"""What wakes a thread: a descriptor, where it waits for others too, or a lock, where it waits for nothing else."""
+"""Wake a waiting thread: by a descriptor if it waits for others too, else by a lock."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from sharedpool.descriptors.owned import close_if_ours, identity, is_still
 
 
 class Wakeup:
-    """A datagram socket that is its own other end: what is sent on it can be read on it, by nobody else.
+    """A datagram socket that is connected to itself. Raise OSError if it cannot be made.
 
-    Raise OSError when it cannot be had. Unlike an eventfd it can be told from all other files, whatever number it has.
+    Unlike an eventfd it can be told from all other files, whatever number it has.
     """
 
     def __init__(self) -> None:
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
             self._sock.setblocking(False)
-            self._sock.bind("")  # the kernel finds a name: there is no file
+            self._sock.bind("")  # the kernel chooses an abstract address
             self._sock.connect(self._sock.getsockname())
             self._known = (identity(self._sock.fileno()),)
         except BaseException:
@@ -26,32 +26,32 @@ class Wakeup:
             raise
 
     def fileno(self) -> int:
-        """Return the descriptor, which becomes readable when it was rung; -1 when closed."""
+        """Return the descriptor, readable after `wake`; -1 once closed."""
         return self._sock.fileno()
 
     def wake(self) -> None:
-        """Wake who waits here. From any thread; too late is no harm."""
+        """Wake the thread that waits here. May be called by any thread, and too late."""
         if is_still(self.fileno(), self._known):
             try:
                 self._sock.send(b"\0")
             except OSError:
-                pass  # full: awake already; closed meanwhile: over
+                pass  # full: it wakes anyway; closed: it does not wait any more
 
     def clear(self) -> None:
-        """Take in that it was rung."""
+        """Handle a wake-up: the descriptor is no longer readable."""
         try:
             while is_still(self.fileno(), self._known):
                 self._sock.recv(1)
         except OSError:
-            pass  # all is read
+            pass  # everything is read
 
     def close(self) -> None:
-        """Close it, unless its number is somebody else's by now."""
+        """Close the socket, unless another file has its number by now."""
         close_if_ours(self._sock, self._known)
 
 
 class WaitLock:
-    """A place to wait that takes no descriptor: woken by other threads of this process alone."""
+    """A place to wait without a descriptor: only threads of this process can wake it."""
 
     number = -1
 
@@ -60,14 +60,13 @@ class WaitLock:
         self._lock.acquire()
 
     def wake(self) -> None:
-        """Wake who waits here, or the next who comes to wait."""
+        """Wake the thread that waits here, or the next one that will."""
         try:
             self._lock.release()
         except RuntimeError:
-            pass  # rung already
+            pass  # woken already
 
     def wait(self, timeout_s: float) -> None:
         """Block until `wake` was called, at most `timeout_s` seconds."""
-        self._lock.acquire(
-            timeout=min(max(0.0, timeout_s), 1000.0)
-        )  # a lock's timeout has an upper bound
+        # A lock's timeout has an upper bound.
+        self._lock.acquire(timeout=min(max(0.0, timeout_s), 1000.0))

@@ -1,1 +1,1 @@
-"""The lane, in which connections move between processes: what its ends in broker and worker share."""
+"""The lane, in which connections move between processes: for broker and worker."""

@@ -1,21 +1,26 @@
-"""The lane: by which connections move between the processes of one pool on one host, past the broker as a rule.
+"""The lane: connections move in it between the processes of one pool on one host, past the broker.
 
-It is made by the broker, one for each pool in which connections are passed on, and reaches the workers as descriptors
-at the desk: nobody else gets in. It has a *board* (`wire/board.py`), a queue of *tickets* (a pipe: the kernel keeps
-their order), a *shelf* for connections that nobody waits for (a pair of SEQPACKET sockets, the longest there first),
-and *wait sockets*, the sockets of the threads that wait (datagrams, each at an address of its own).
+The broker makes one for each pool whose connections move, and passes its descriptors to the workers
+at the desk: no other process gets in. A lane has
 
-What the broker passes on itself it sends to the wait socket of the thread that waits, by the place that its request
-names. Past the broker it goes so: who waits writes his turn on the board, then a ticket, and looks at the shelf once
-more; who gives takes the first ticket whose turn is still the same, writes its holder on the board and sends the
-connection to that wait socket; without one he puts it on the shelf, and looks for tickets once more. So of two who miss
-each other the later one sees the other.
+- a *board* (`wire/board.py`): shared memory that names the holder of each connection,
+- a queue of *tickets*: a pipe, whose order the kernel keeps,
+- a *shelf* for connections that nobody waits for: a pair of SEQPACKET sockets, oldest first,
+- *wait sockets*: a datagram socket at an address of its own for each waiting thread.
 
-    turn, ticket, look at the shelf  ──►  wait at the wait socket
-    ticket, board, send to the wait socket       or    board, shelf, look for a ticket
+The steps of a waiter and of a giver, in their order:
 
-Nothing here blocks. A process that dies or stops between two steps costs a connection at most (`broker/core/moves.py`),
-or a ticket: who waits writes another one after a while.
+    waiter:  1. write its turn on the board   2. write a ticket   3. look at the shelf   4. wait
+    giver:   1. take a ticket whose turn is current, write its holder on the board, and send
+                the connection to its wait socket. Without a ticket:
+             2. write the shelf on the board, and put the connection there
+             3. look for a ticket once more
+
+If a giver sees no ticket while a waiter sees an empty shelf, then the later one of the two looks
+(waiter's 3, giver's 3) finds the other. So no connection lies on the shelf while a thread waits.
+
+Nothing here blocks. A process that dies or stops between two steps costs a connection at most
+(`broker/core/moves.py`), or a ticket: the waiter writes another one after a while.
 """
 
 from __future__ import annotations
@@ -49,32 +54,33 @@ _INT_BYTES = struct.calcsize("i")
 SUPPORTED = hasattr(os, "memfd_create") and hasattr(socket, "SOCK_SEQPACKET")
 _MAP_FIXED = 0x10
 _MMAP = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long
-DESCRIPTORS = 5  # of a lane, as they reach a worker
-FOR_A_LANE = (
-    DESCRIPTORS + 1
-)  # and a timer; the board's is closed once it is mapped, and there is one to send with
+DESCRIPTORS = 5  # of a lane, as they reach a worker: see `Lane`
+# What a lane takes in the end. The board's descriptor is closed once it is mapped, but there are a
+# timer and a socket to send with.
+FOR_A_LANE = DESCRIPTORS + 1
 
 
 class Ticket(NamedTuple):
-    """Who waits: the number of his session in the lane, his place on the board, his request."""
+    """A waiting thread's ticket."""
 
-    number: int
-    place: int
-    request: int
+    number: int  # of its session in the lane
+    place: int  # on the board
+    request: int  # its turn there
 
 
 class Item(NamedTuple):
-    """A connection that moves: its lease's name and cell, what its next worker must know of it, and its socket."""
+    """A connection that moves."""
 
-    token: Token
-    cell: int
-    live: Live
-    fd: int
+    token: Token  # its lease's name
+    cell: int  # its lease's on the board
+    live: Live  # what its next worker must know
+    fd: int  # its socket
 
 
 def network() -> str:
-    """Return a name of this process's network namespace, in which the wait sockets' addresses are; "" where there is
-    none.
+    """Return a name of this process's network namespace; "" where there are none.
+
+    The addresses of the wait sockets belong to the namespace.
     """
     try:
         status = os.stat("/proc/self/ns/net")
@@ -84,11 +90,12 @@ def network() -> str:
 
 
 class Lane:
-    """One process's end of a lane: descriptors of the board's memory, of the queue's and the shelf's both ends.
+    """One process's end of a lane.
 
-    They are this object's from now on, and closed if this raises OSError. `number` is this process's own as a holder
-    (the broker's is `SHELF`). `refuse` is told of a connection that came and is of no use here: its socket is closed,
-    or no descriptor was free for it.
+    `fds`: the descriptors of the board's memory, of the write and the read end of the queue, and of
+    the put and the take end of the shelf. They are this object's, closed if this raises OSError.
+    `number`: this process's own as a holder; the broker's is `SHELF`. `refuse` is called for a
+    connection that has arrived and is of no use here, or whose socket found no free descriptor.
     """
 
     def __init__(
@@ -101,11 +108,10 @@ class Lane:
         try:
             self.board = Board(memoryview(_mapped(memory)))
             self._secret = self.board.secret
-            self._name = hashlib.sha256(self._secret).hexdigest()[
-                :16
-            ]  # other users see the wait sockets' addresses
+            # Hashed, because other users see the wait sockets' addresses.
+            self._name = hashlib.sha256(self._secret).hexdigest()[:16]
             self._known = {fd: (identity(fd),) for fd in fds[1:]}
-            # Objects, not numbers: one that another thread has closed is known to be so.
+            # Objects, not numbers, because an object knows when another thread has closed it.
             self._writer, self._reader = (
                 FileIO(write_end, "wb", closefd=False),
                 FileIO(read_end, "rb", closefd=False),
@@ -125,14 +131,17 @@ class Lane:
         finally:
             os.close(memory)
         self.open = True
-        self.leaving = False  # what is given from now on nobody would take
+        self.leaving = False  # nothing is given any more
 
     def address(self, number: int, place: int) -> str:
-        """Return the address of a session's wait socket: there is no file."""
+        """Return the abstract address of a session's wait socket."""
         return f"\0sharedpool-{self._name}-{number}-{place}"
 
     def wait_socket(self, place: int) -> _socket.socket:
-        """Return a socket at the address of a place of this process's: no greenlet waits in it. Raise OSError."""
+        """Return a socket at the address of one of this process's places. Raise OSError.
+
+        It is C's own class, because gevent replaces Python's.
+        """
         sock = _socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
             sock.bind(self.address(self.number, place))
@@ -143,33 +152,33 @@ class Lane:
 
     @property
     def outlets(self) -> list[int]:
-        """The descriptors that are readable when there is a ticket, or something on the shelf."""
+        """The descriptors that become readable by a ticket or a connection on the shelf."""
         return [self._reader.fileno(), self._take.fileno()]
 
     # --- tickets
 
     def add_ticket(self, ticket: Ticket) -> bool:
-        """Put a ticket at the end of the queue; return whether there was room for it."""
+        """Put a ticket at the end of the queue; return False if there is no room."""
         try:
             if not self._is_still_ours(self._writer.fileno()):
                 return False
             self.board.count_request()
             return self._writer.write(_TICKET.pack(*ticket)) == _TICKET.size
-        except (OSError, ValueError):  # nobody reads; closed meanwhile
+        except (OSError, ValueError):  # no reader is left, or another thread has closed it
             return False
 
     def _is_queued(self) -> bool:
-        """Say whether there is a ticket in the queue, stale ones included."""
+        """Return True if there is a ticket in the queue, stale ones included."""
         try:
             fd = self._reader.fileno()
             return self._is_still_ours(fd) and any(
                 fcntl.ioctl(fd, termios.FIONREAD, bytes(_INT_BYTES))
             )
-        except (OSError, ValueError):  # closed meanwhile
+        except (OSError, ValueError):  # another thread has closed it
             return False
 
     def next_ticket(self) -> Ticket | None:
-        """Take the first ticket out of the queue whose thread still waits."""
+        """Take tickets out of the queue until one's thread still waits; return that one."""
         try:
             while self._is_still_ours(self._reader.fileno()):
                 packet = self._reader.read(_TICKET.size)
@@ -178,30 +187,31 @@ class Lane:
                 ticket = Ticket._make(_TICKET.unpack(packet))
                 if self.board.is_waiting_at(ticket.place, ticket.request):
                     return ticket
-        except (OSError, ValueError):  # closed meanwhile
+        except (OSError, ValueError):  # another thread has closed it
             pass
         return None
 
     # --- giving
 
     def give(self, item: Item) -> bool:
-        """Give a connection to the first who waits, or put it on the shelf; return whether that was done.
+        """Give a connection to the first waiter, or put it on the shelf; return False if neither.
 
-        The reset was sent, and the connection's object has left it. What was not given is this process's still; else
-        it is nobody's here, whatever becomes of the caller's descriptor.
+        The caller has sent the reset and detached the session from its connection object. After
+        True the session is no longer this process's, whatever becomes of the caller's descriptor.
         """
         if self._deliver(item):
             return True
         if not self._shelve(item):
             return False
-        while self._is_queued():  # somebody has come meanwhile
+        # Look once more: a waiter may have come after the first look, and have seen an empty shelf.
+        while self._is_queued():
             taken = self.take_from_shelf()
             if taken is None:
-                break  # somebody else was faster: perhaps he himself. His place in the queue is his still
+                break  # another process took it, perhaps the waiter itself
             moved, sock = taken
             other = Item(moved.token, moved.cell, moved.live, sock.fileno())
             if not self._deliver(other) and not self._shelve(other):
-                sock.shutdown(socket.SHUT_RDWR)  # no room any more: it ends, and its slot is free
+                sock.shutdown(socket.SHUT_RDWR)  # no room is left: end it, and its slot is free
             sock.close()
         return True
 
@@ -226,31 +236,36 @@ class Lane:
             or not self.board.has(item.cell, item.token)
         ):
             return False
-        moves = self.board.set_holder(item.cell, holder)  # before it is sent: see `wire/board.py`
+        # The holder is written before the connection is sent. If this process dies in between, the
+        # broker asks the holder on the board, and fences what nobody has: see `wire/board.py`.
+        moves = self.board.set_holder(item.cell, holder)
         packet = self._secret + encode(Moved(request, item.token, item.cell, moves, item.live))
         try:
             if address is None:
                 passing.send_with(sock, packet, item.fd)
             else:
                 passing.send_with_to(sock, packet, item.fd, address)
-        except OSError:  # that wait socket is gone, or full; the shelf is full
+        except OSError:  # the wait socket is gone or full, or the shelf is full
             self.board.set_holder(item.cell, self.number)
             return False
         return True
 
     def pass_on(self, number: int, place: int, moved: Moved, fd: int) -> bool:
-        """Send a lease that is on no board to a place, by the broker; return whether that was done."""
+        """Send a connection that is on no board to a wait socket; return False if it failed.
+
+        The broker does so.
+        """
         try:
             if self._is_still_ours(self._sender.fileno()):
                 packet = self._secret + encode(moved)
                 passing.send_with_to(self._sender, packet, fd, self.address(number, place))
                 return True
-        except OSError:  # that wait socket is gone, or full
+        except OSError:  # the wait socket is gone or full
             pass
         return False
 
     def wake(self, ticket: Ticket) -> None:
-        """Wake who waits."""
+        """Wake the thread of a ticket."""
         with contextlib.suppress(OSError):
             if self._is_still_ours(self._sender.fileno()):
                 self._sender.sendto(b"", self.address(ticket.number, ticket.place))
@@ -258,7 +273,7 @@ class Lane:
     # --- taking
 
     def take_from_shelf(self) -> tuple[Moved, Owned] | None:
-        """Take the connection that has lain on the shelf longest; None when there is none."""
+        """Take the connection that has been on the shelf longest; None if there is none."""
         try:
             while self._is_still_ours(self._take.fileno()):
                 if (got := self._next(self._take)) is not None:
@@ -266,19 +281,25 @@ class Lane:
                     return structs.replace(
                         moved, moves=self.board.set_holder(moved.cell, self.number)
                     ), sock
-        except OSError:  # there is nothing
+        except OSError:  # the shelf is empty
             pass
         return None
 
     def receive(self, sock: _socket.socket) -> tuple[Moved, Owned] | None:
-        """Take in a packet, if there is one that is as it should be. What is on the board by its name is a lease's."""
+        """Receive a connection at a wait socket; None if there is none that can be used."""
         try:
             return self._next(sock)
         except OSError:
             return None
 
     def _next(self, sock: _socket.socket) -> tuple[Moved, Owned] | None:
-        """Take in a packet; None for one that is not as it should be. Raise OSError where there is none."""
+        """Receive a packet; None if it is malformed or refused. Raise OSError if there is none.
+
+        A connection is refused if
+        1. the board does not have it by its name, or it is of an older generation (unless the
+           broker has sent it: those are on no board), or
+        2. no descriptor was free for its socket.
+        """
         packet, socks = passing.receive_sockets(sock, PACKET_BYTES)
         if (moved := self.moved_in(packet)) is not None:
             fits = (
@@ -291,11 +312,11 @@ class Lane:
         for each in socks:
             each.close()
         if not packet:
-            raise ConnectionError("the other end is closed, or somebody rang")
+            raise ConnectionError("the other end is closed, or this is only a wake-up")
         return None
 
     def moved_in(self, packet: bytes) -> Moved | None:
-        """Return what a packet says that was only looked at."""
+        """Return the message in a packet; None if it is malformed, or not of this lane."""
         if packet.startswith(self._secret):
             with contextlib.suppress(ProtocolError):
                 return decode_moved(packet[SECRET_BYTES:])
@@ -307,14 +328,14 @@ class Lane:
         return self.open and is_still(fd, self._known.get(fd, ()))
 
     def close(self) -> None:
-        """Leave the lane; a descriptor whose number is somebody else's by now is only forgotten."""
+        """Leave the lane. A descriptor whose number another file has by now is only forgotten."""
         if not self.open:
             return
         self.open = False
         pipes = self._writer, self._reader
         numbers = [pipe.fileno() for pipe in pipes]
         for pipe in pipes:
-            pipe.close()  # the object only
+            pipe.close()  # the object only, not the descriptor
         for fd in [*numbers, *(each.detach() for each in (self._put, self._take, self._sender))]:
             if is_still(fd, self._known[fd]):
                 os.close(fd)
@@ -323,7 +344,8 @@ class Lane:
 def _mapped(fd: int) -> mmap.mmap:
     """Map a board's memory. Raise OSError.
 
-    Python's own way keeps a descriptor for as long as the memory, and closes its number, whosever it is by then.
+    Not by `mmap.mmap(fd)`: that keeps a duplicate of the descriptor, and closes its number in the
+    end, even if another file has that number by then.
     """
     memory = mmap.mmap(-1, BOARD_BYTES)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -1,5 +1,6 @@
-"""Where threads wait in the lane: each at a socket of its own, to which a connection is sent
-(`sharedpool/lane/lane.py`).
+"""Wait sockets: where threads wait in the lane, each at a socket of its own (`lane.py`).
+
+Another process, or the broker, sends a connection to such a socket's address.
 """
 
 from __future__ import annotations
@@ -19,33 +20,33 @@ from sharedpool.lane.lane import Lane, Ticket
 from sharedpool.wire.board import PLACES
 from sharedpool.wire.desk import PACKET_BYTES, Moved
 
-# Takes in what was sent to a wait socket that nobody waits at any more.
+# Receives a connection at a wait socket that no thread waits at any more.
 Receive = Callable[[Moved, Owned], None]
-# Whoever was to serve a ticket may have died with it, or be stopped: another one is written after so long, then after
-# twice the time: the queue has room for some thousands. And who waits looks so often whether connections still move.
+# A process that was to serve a ticket may have died with it, or be stopped. So a waiter writes
+# another one after the first time, and then after twice the time: the queue has room for some
+# thousands. In the meantime it looks as often as that whether connections still move.
 AGAIN_S, _AGAIN_LIMIT_S = 0.5, 2.0
-# A free wait socket is looked at so often before it is taken for settled.
-_CHECKS = 4
+_CHECKS = 4  # of a free wait socket, before it counts as quiet
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 
 
 class WaitSocket:
-    """One thread's place to wait. Raise OSError when it cannot be had.
-
-    It is `is_quiet` while nothing more can come to it: every ticket that was written for it has been answered. `busy`:
-    its thread may have received what is listed nowhere yet, until it says that it is not.
-    """
+    """One thread's place to wait. Raise OSError if it cannot be made."""
 
     def __init__(self, lane: Lane, place: int) -> None:
         self._lane = lane
         self.board = lane.board
         self._place = place
         self._request = 0
-        self._once = True  # there is one ticket for it
+        self._once = True  # one ticket was written for this request
         self._again_s = AGAIN_S
         self._address = lane.address(lane.number, place)
-        self.is_quiet, self.busy = True, False
-        self.owner: weakref.ref[object] | None = None  # as its ticket's; None while it is free
+        # Nothing more can arrive here: every ticket that was written for it was answered.
+        self.is_quiet = True
+        # The thread may have received a connection that is not listed anywhere yet.
+        self.busy = False
+        # The checkout that has it. None while it is free.
+        self.owner: weakref.ref[object] | None = None
         self._sock = lane.wait_socket(place)
         self._known = (identity(self._sock.fileno()),)
         self._poller = select.poll()
@@ -53,27 +54,33 @@ class WaitSocket:
 
     @property
     def number(self) -> int:
-        """Where it is in the lane."""
+        """The place in the lane."""
         return self._place
 
     @property
     def in_hand(self) -> bool:
-        """Whether its thread may have received what is listed nowhere yet: not if it was interrupted."""
+        """Whether its thread may have received a connection that is not listed anywhere yet.
+
+        A thread that was interrupted has none.
+        """
         return self.busy and self.owner is not None and self.owner() is not None
 
     def fileno(self) -> int:
-        """Return the descriptor, which becomes readable when something came; -1 when closed."""
+        """Return the descriptor, readable after an arrival or a wake-up; -1 once closed."""
         return self._sock.fileno()
 
     @property
     def is_open(self) -> bool:
-        """Whether this process is in the lane still. A former broker's goes on saying that connections move."""
+        """Whether this process is still in the lane.
+
+        The board of a lane that was left goes on saying that connections move.
+        """
         return self._lane.open
 
     def join_queue(self, request: int) -> float:
-        """Join the queue, or join it once more; return after how many seconds to do so again.
+        """Join the queue, or write another ticket; return the seconds until the next one.
 
-        Afterwards look at the shelf.
+        Look at the shelf afterwards.
         """
         again = self._request == request
         self._again_s = min(2 * self._again_s, _AGAIN_LIMIT_S) if again else AGAIN_S
@@ -88,27 +95,30 @@ class WaitSocket:
         self.board.leave_place(self._place)
 
     def wake(self) -> None:
-        """Wake who waits here. From any thread; too late is no harm."""
+        """Wake the thread that waits here. May be called by any thread, and too late."""
         try:
             if is_still(self._sock.fileno(), self._known):
                 self._sock.sendto(b"", self._address)
         except OSError:
-            pass  # full: awake already; closed meanwhile: over
+            pass  # full: it wakes anyway; closed: it does not wait any more
 
     def wait(self, timeout_s: float) -> tuple[Moved, Owned] | None:
-        """Block until something comes, `wake` is called or `timeout_s` seconds are over. Return what has come."""
+        """Block until a connection arrives (returned), `wake` is called or the time is over."""
         self._poller.poll(max(0.0, timeout_s) * 1000)
-        self.busy = True  # before it is read
+        self.busy = True  # before the read
         got = self.read()
         self.busy = got is not None
         return got
 
     def read(self) -> tuple[Moved, Owned] | None:
-        """Read what has come, if anything has. Once the lane is left that is the link's to read, by `drain`."""
+        """Receive a connection, if one has arrived.
+
+        Once the lane is left, the link's thread receives, with `drain`.
+        """
         return self.drain() if self._lane.open else None
 
     def drain(self) -> tuple[Moved, Owned] | None:
-        """Read what has come, if anything has, even after the lane was left."""
+        """Receive a connection, if one has arrived, even after the lane was left."""
         if not is_still(self._sock.fileno(), self._known):
             return None
         got = self._lane.receive(self._sock)
@@ -117,14 +127,14 @@ class WaitSocket:
         return got
 
     def take_from_shelf(self) -> tuple[Moved, Owned] | None:
-        """Take what lies on the shelf, if anything does."""
+        """Take the oldest connection from the shelf, if there is one."""
         self.busy = True  # before it is taken
         got = self._lane.take_from_shelf()
         self.busy = got is not None
         return got
 
     def peek(self) -> Moved | None:
-        """Return what has come and was not read yet, and leave it there."""
+        """Return the message of a connection that has arrived, and leave it there."""
         try:
             if not is_still(self._sock.fileno(), self._known):
                 return None
@@ -133,45 +143,43 @@ class WaitSocket:
             return None
 
     def close(self) -> None:
-        """Leave for good."""
+        """Close the socket."""
         close_if_ours(self._sock, self._known)
 
 
 class WaitSockets:
-    """One pool's wait sockets in this process. At a free one that is not settled something may still come: the link
-    watches it for a while, and the next thread that takes it reads it.
+    """One pool's wait sockets in this process, at most `PLACES`.
 
-    A wait socket's descriptor is closed by the thread that has it, never while that waits: Linux's `poll` looks the
-    number up again when it is woken, and by then it may be another file's, of which the thread would wait for ever. And
-    the link reads free wait sockets only. When it finds that one was taken meanwhile it rings it: what it read may have
-    been the ring by which that thread was to wake.
-
-    There are `PLACES` at most. When all are taken the threads queue for one, each at a `WaitLock`: a wait socket that
-    is put back is the first one's, and a thread that asks meanwhile goes to the end.
+    1. A thread takes a wait socket and gives it back. If all are taken, threads queue for one,
+       each at a `WaitLock`. A wait socket that is given back is for the first of them.
+    2. At a free wait socket that is not quiet, a connection may still arrive. The link's thread
+       watches it for a while. So does the next thread that takes it.
+    3. The link's thread reads free wait sockets only. If it finds afterwards that one was taken
+       meanwhile, it wakes it: it may have read that thread's wake-up.
+    4. A wait socket is closed by the thread that has it, never while that thread waits. Linux's
+       `poll` looks the number up again when it wakes, and then it may be another file's.
     """
 
     def __init__(self, lane: Lane, index: int, receive: Receive) -> None:
         self.lane = lane
         self._receive = receive
-        self._places = [
-            index * PLACES + wait_socket for wait_socket in range(PLACES - 1, -1, -1)
-        ]  # not taken yet
+        # Places without a wait socket yet, the lowest last.
+        self._places = [index * PLACES + offset for offset in range(PLACES - 1, -1, -1)]
         self._free: list[WaitSocket] = []
         self._all: set[WaitSocket] = set()
-        self._not_quiet: dict[
-            WaitSocket, int
-        ] = {}  # free ones, and how often they were looked at in vain
-        self._suspected: set[WaitSocket] = set()
+        # Free wait sockets that are not quiet, and how often they were checked in vain.
+        self._not_quiet: dict[WaitSocket, int] = {}
+        self._suspected: set[WaitSocket] = set()  # looked abandoned at the last check
         self._queue: deque[weakref.ref[WaitLock]] = deque()
         self._closed = False
 
     def take(
         self, owner: weakref.ref[object] | None, wait_lock: WaitLock | None = None
     ) -> WaitSocket | None:
-        """Return a wait socket for a thread, whose call `owner` refers to; None when there is none, or others wait for
-        one.
+        """Return a wait socket; None if none is free, or if others have queued for one before.
 
-        `wait_lock`: where the thread waits, if it has queued for a wait socket.
+        `owner` refers to the thread's checkout. `wait_lock` is where the thread waits, if it has
+        queued.
         """
         if self._queue and self._first_in_queue() is not wait_lock:
             return None
@@ -186,7 +194,7 @@ class WaitSockets:
             self._not_quiet.pop(wait_socket, None)
         except IndexError:
             try:
-                require(1 + FOR_A_CONNECTION, "a seat in the lane")
+                require(1 + FOR_A_CONNECTION, "a wait socket in the lane")
                 wait_socket = WaitSocket(self.lane, self._places.pop())
             except (OSError, SharedPoolError, IndexError):
                 return None
@@ -197,7 +205,7 @@ class WaitSockets:
         return wait_socket
 
     def give_back(self, wait_socket: WaitSocket) -> None:
-        """Give a wait socket back, whatever may still come there."""
+        """Give a wait socket back, whatever may still arrive there."""
         wait_socket.leave_queue()
         wait_socket.owner, wait_socket.busy = None, False
         if not wait_socket.is_quiet:
@@ -210,29 +218,29 @@ class WaitSockets:
 
     @property
     def can_be_had(self) -> bool:
-        """Whether a wait socket comes back some time. Without descriptors there may be none at all."""
+        """Whether there is a wait socket to queue for: without descriptors there is none."""
         return bool(self._all)
 
     def line_up(self, wait_lock: WaitLock) -> None:
-        """Queue for a wait socket. Afterwards try to take one: it may have come back meanwhile. Then wait at the
-        gate.
+        """Queue for a wait socket.
+
+        Try to take one afterwards: it may have been given back meanwhile. Then wait at the lock.
         """
         self._queue.append(weakref.ref(wait_lock))
 
     def step_out(self, wait_lock: WaitLock) -> None:
         """Leave the queue for a wait socket."""
-        with contextlib.suppress(ValueError):  # it is not in it
+        with contextlib.suppress(ValueError):  # not in the queue
             self._queue.remove(weakref.ref(wait_lock))
-        self._call_first()  # more than one wait socket may have come back, or this thread was called and does not come
+        # Several wait sockets may be free. Or this thread was called, and does not take the one.
+        self._call_first()
 
     def _call_first(self) -> None:
         if (self._free or self._places) and (first := self._first_in_queue()) is not None:
             first.wake()
 
     def _first_in_queue(self) -> WaitLock | None:
-        """Return the gate of the first thread that waits for a wait socket. One that was interrupted may have left
-        nothing.
-        """
+        """Return the lock of the first thread in the queue; drop those of interrupted threads."""
         while True:
             try:
                 ref = self._queue[0]
@@ -244,27 +252,30 @@ class WaitSockets:
                 self._queue.remove(ref)
 
     def unread(self) -> list[Moved]:
-        """Return what has come and nobody has read yet."""
+        """Return the messages of connections that have arrived and are unread."""
         return [
             moved for wait_socket in list(self._all) if (moved := wait_socket.peek()) is not None
         ]
 
     @property
     def busy(self) -> bool:
-        """Whether a thread may have received what is listed nowhere yet. To be asked after `unread`."""
+        """Whether a thread may have received a connection that is not listed anywhere yet.
+
+        Call this after `unread`.
+        """
         return bool(self.in_hand)
 
     @property
     def in_hand(self) -> list[WaitSocket]:
-        """The sockets from which a thread may have received that, also once the lane is left."""
+        """The sockets whose threads may have such a connection, also once the lane is left."""
         return [wait_socket for wait_socket in list(self._all) if wait_socket.in_hand]
 
     def receive_strays(self) -> None:
-        """Take in what came for those who wait no more."""
+        """Receive late connections at the free wait sockets that are not quiet."""
         for wait_socket, times in list(self._not_quiet.items()):
             if (got := wait_socket.read()) is not None:
                 self._receive(*got)
-            self._ring_if_taken(wait_socket)
+            self._wake_if_taken(wait_socket)
             if got is not None:
                 continue
             if times < _CHECKS:
@@ -273,27 +284,31 @@ class WaitSockets:
                 wait_socket.is_quiet = True
 
     def drain(self) -> Iterator[tuple[Moved, Owned]]:
-        """Read what has come anywhere, before all wait sockets are left."""
+        """Receive connections at all wait sockets, before they are closed."""
         for wait_socket in list(self._all):
             while (got := wait_socket.drain()) is not None:
                 yield got
 
     def check_all(self) -> None:
-        """Look everywhere: a giver may have been stopped for long, a waiting thread interrupted."""
+        """Receive at all free wait sockets, and take back abandoned ones.
+
+        A giver may have been stopped for long, a waiting thread interrupted.
+        """
         for wait_socket in list(self._free):
             if (got := wait_socket.read()) is not None:
                 self._receive(*got)
-            self._ring_if_taken(wait_socket)
+            self._wake_if_taken(wait_socket)
         self._reclaim_abandoned()
 
-    def _ring_if_taken(self, wait_socket: WaitSocket) -> None:
+    def _wake_if_taken(self, wait_socket: WaitSocket) -> None:
         if wait_socket not in self._free:
             wait_socket.wake()
 
     def _reclaim_abandoned(self) -> None:
-        """Take back wait sockets that nobody is at and that were not given back: their threads were interrupted.
+        """Take back the wait sockets of interrupted threads.
 
-        Each must look so at two calls: a thread may be taking or leaving it.
+        A wait socket counts as abandoned if it was not free and had no owner at two checks in a
+        row: at one alone a thread may be taking it or giving it back.
         """
         out = self._all - set(self._free)
         missing = {
@@ -309,7 +324,7 @@ class WaitSockets:
 
     @property
     def not_quiet(self) -> list[int]:
-        """Descriptors of wait sockets where something may still come that nobody waits for."""
+        """Descriptors of free wait sockets where a connection may still arrive."""
         return [
             wait_socket.fileno()
             for wait_socket in list(self._not_quiet)
@@ -317,20 +332,21 @@ class WaitSockets:
         ]
 
     def wake_all(self) -> None:
-        """Wake all who wait."""
+        """Wake all waiting threads."""
         for wait_socket in list(self._all):
             wait_socket.wake()
 
     def close(self) -> None:
-        """Leave for good: close the free wait sockets, and wake the threads at the others, which close theirs by
-        `give_back`.
+        """Close the free wait sockets, and wake the threads at the others.
+
+        Those threads close theirs in `give_back`.
         """
         self._closed = True
         self._close_free()
         self.wake_all()
 
     def _close_free(self) -> None:
-        """Close the free wait sockets. Several threads may do so at once: each pops its own."""
+        """Close the free wait sockets. Several threads may do so at once: each pops others."""
         while True:
             try:
                 wait_socket = self._free.pop()
@@ -341,7 +357,7 @@ class WaitSockets:
             wait_socket.close()
 
     def disown(self) -> None:
-        """In a forked child: let go of all the parent's. The threads that are at them are not here."""
+        """Close all wait sockets in a forked child, where their threads do not exist."""
         for wait_socket in list(self._all):
             wait_socket.close()
         self._free.clear()

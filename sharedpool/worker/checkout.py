@@ -1,90 +1,155 @@
-"""A checkout that the cache alone cannot serve: wait for a lease, connect, replace what is dead, run `check`.
+"""Checkouts that the fast path of `pool.py` cannot serve.
 
-Every way out, an exception raised in any line included, leaves the lease with exactly one owner: the cache, a waiting
-waiter, or a connection object whose loss is noticed.
+Find a lease, replace a dead connection, connect, run `check`. On every way out, an exception in any
+line included, the lease has exactly one owner: the cache, a waiter, or a connection object whose
+loss is noticed.
 """
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 import weakref
 from typing import cast
 
-import psycopg2
-from msgspec import structs
-from psycopg2.extensions import connection
+from psycopg2.extensions import STATUS_READY, connection
 
-from sharedpool.descriptors.available import FOR_A_CONNECTION, require
-from sharedpool.errors import PoolClosed, PoolError
-from sharedpool.wire.messages import START_UP_LIMIT_S, ReleaseReason
+from sharedpool.errors import PoolClosed
+from sharedpool.wire.messages import ReleaseReason
 from sharedpool.wire.values import Phase
 from sharedpool.worker import error_messages, greenlets
 from sharedpool.worker.connection import closed_flag
-from sharedpool.worker.connection.closing import abort
 from sharedpool.worker.connection.connection import take_lease
-from sharedpool.worker.connection.handover import can_move, parameters
-from sharedpool.worker.connection.opening import connect, describe, take_duplicate
 from sharedpool.worker.connection.pooled import PooledConnection
-from sharedpool.worker.connection.state import (
-    CHECK_AFTER_S,
-    is_alive,
-    is_unused,
-    role_of_server,
-    settings_of,
-)
-from sharedpool.worker.connection.wrapper import detach, has_lost_wrapper, is_as_opened, wrap
+from sharedpool.worker.connection.state import CHECK_AFTER_S, is_alive, is_unused
+from sharedpool.worker.connection.wrapper import detach, has_lost_wrapper, wrap
 from sharedpool.worker.core import callsite
 from sharedpool.worker.core.lease import Lease, Waiter
 from sharedpool.worker.local_pool import LocalPool
 from sharedpool.worker.logs import logger
+from sharedpool.worker.opening import configure_received, open_connection
 from sharedpool.worker.waiting import ANSWER_LIMIT_S, Wait
 
 
-class Call:
-    """One checkout under way: what it has taken and not given back when it is over is found (`Session.beat`)."""
-
-
 def checkout(local: LocalPool, lease: Lease | None, wait_s: float, now: float) -> connection:
-    """Return a connection that is ready for its user: in the idle `lease`'s slot, or in one that is waited for.
+    """Return a connection, or its wrapper, that is ready for its user.
 
-    It is the connection's wrapper, if it has one. Raise what `Pool.get_conn` raises.
+    It is that of the idle `lease`, or of one that is waited for. Raise what `Pool.get_conn` raises.
     """
-    call = Call()
-    waiter = Waiter(_wake_nobody, now, call)
-    try:
-        if not isinstance(wait_s, int | float) or not wait_s >= 0:
-            raise ValueError(f"timeout: must be 0 or more seconds, not {wait_s!r}")
-        deadline = now + wait_s
-        if lease is None:
-            lease = _wait(local, waiter, wait_s, deadline)
-        lease.waiter = weakref.ref(waiter)  # whose it is until its user has it
-        while (
-            reason := _reason_to_replace(
-                waiter, lease, conn := cast("PooledConnection | None", lease.conn), now
-            )
-        ) is not None:
-            # Never connected again under the old lease: its worker may have been frozen, the broker may have fenced it.
+    return Checkout(local, lease, wait_s, now).run()
+
+
+class Checkout:
+    """One checkout under way.
+
+    Its waiter refers to it weakly. So what a checkout has taken is found even if an interrupt ends
+    both the checkout and its clean-up (`Session.beat`).
+    """
+
+    def __init__(self, local: LocalPool, lease: Lease | None, wait_s: float, now: float) -> None:
+        self._local = local
+        self._lease = lease
+        self._wait_s = wait_s
+        self._began = now
+        self._waiter = Waiter(_wake_nobody, now, self)
+
+    def run(self) -> connection:
+        """Return the connection, or leave nothing behind."""
+        try:
+            if not isinstance(self._wait_s, int | float) or not self._wait_s >= 0:
+                raise ValueError(f"timeout: must be 0 or more seconds, not {self._wait_s!r}")
+            self._deadline = self._began + self._wait_s
+            lease, conn = self._find_lease()
             if conn is None:
-                local.give_back(lease, reason)
+                conn = open_connection(self._local, lease, self._deadline if self._wait_s else None)
             else:
-                local.discarded += 1
-                if reason is ReleaseReason.BROKEN:
-                    local.report_failover_sign(lease, "")
-                local.discard(lease, conn, reason)
-            lease = _wait(local, waiter, wait_s, deadline)
-            lease.waiter = weakref.ref(waiter)
-        if conn is not None:
-            conn.sharedpool_closed_flag = closed_flag.OPEN
+                self._reuse(lease, conn)
+            return self._lend(lease, conn)
+        except BaseException:
+            self._local.errors += 1
+            self._abandon()
+            raise
+
+    # --- a lease
+
+    def _find_lease(self) -> tuple[Lease, PooledConnection | None]:
+        """Return a lease, with a connection that can be lent or without one."""
+        if self._lease is None:
+            self._lease = self._wait()
+        while True:
+            lease = self._lease
+            lease.waiter = weakref.ref(self._waiter)  # it is this checkout's until its user has it
+            conn = cast("PooledConnection | None", lease.conn)
+            reason = self._reason_to_replace(lease, conn)
+            if reason is None:
+                return lease, conn
+            # Nothing is connected again under the old lease: this process may have been frozen, and
+            # the broker may have fenced the lease.
+            self._give_up(lease, conn, reason)
+            self._lease = self._wait()
+
+    def _reason_to_replace(
+        self, lease: Lease, conn: PooledConnection | None
+    ) -> ReleaseReason | None:
+        """Return why not to lend a connection, or not to connect for a lease; else None."""
+        if conn is None:  # the grant may have been on its way, or this process frozen, for any time
+            return ReleaseReason.UNUSED if time.monotonic() > lease.connect_by else None
+        if self._began >= lease.retire_at:
+            return ReleaseReason.RETIRED
+        if lease.needs_configure and lease is self._waiter.lease:
+            return None  # it has arrived this moment: no user has its object yet
+        if closed_flag.is_closed_for_good(conn) or (
+            lease.idle_s > CHECK_AFTER_S and not is_alive(conn)
+        ):
+            return ReleaseReason.BROKEN
+        # A former user may have gone on with it after the checkin.
+        return None if is_unused(conn) else ReleaseReason.CLOSED
+
+    def _give_up(self, lease: Lease, conn: PooledConnection | None, reason: ReleaseReason) -> None:
+        local = self._local
         if conn is None:
-            conn = _open(local, lease, deadline if wait_s else None)
-        elif lease.needs_configure:
-            _configure_received(local, lease, conn)
-        elif lease is waiter.lease:
-            local.handed_on += 1
+            local.give_back(lease, reason)
+            return
+        local.discarded += 1
+        if reason is ReleaseReason.BROKEN:
+            local.report_failover_sign(lease, "")
+        local.discard(lease, conn, reason)
+
+    def _wait(self) -> Lease:
+        """Wait for a lease: an idle one after all, another thread's or process's, or a grant."""
+        local, waiter, wait_s = self._local, self._waiter, self._wait_s
+        if logger.is_kept:  # a finalizer, for instance, which runs in whichever thread collects
+            raise error_messages.in_the_link(local.config.name)
+        if greenlets.is_eventlets():
+            raise error_messages.unsupported(local.config.name)
+        if local.orphans or local.reclaim_lock.locked:
+            local.reclaim(min(wait_s, 1000.0) if wait_s else ANSWER_LIMIT_S)
+        local.locate_broker()
+        if (lease := Wait(local, waiter, wait_s, self._deadline).wait()) is not None:
+            return lease
+        if waiter.error is not None:
+            raise waiter.error
+        if waiter.denial is not None:
+            raise error_messages.refused(local.config.name, waiter.denial, wait_s)
+        if waiter.lease is None:
+            raise AssertionError("bug: a waiter was woken without an outcome")
+        return waiter.lease
+
+    # --- a connection
+
+    def _reuse(self, lease: Lease, conn: PooledConnection) -> None:
+        """Make an open connection ready: one that was idle, or that came from elsewhere."""
+        conn.sharedpool_closed_flag = closed_flag.OPEN
+        if lease.needs_configure:
+            configure_received(self._local, lease, conn)
+        elif lease is self._waiter.lease:
+            self._local.handed_on += 1
         else:
-            local.hits += 1
+            self._local.hits += 1
+
+    def _lend(self, lease: Lease, conn: PooledConnection) -> connection:
+        """Run `check`, and make the connection its user's."""
+        local = self._local
         wrapped = conn.sharedpool_wrapper_ref is not None
         if wrapped and has_lost_wrapper(conn):
             wrap(conn, local.config.conninfo)
@@ -95,164 +160,52 @@ def checkout(local: LocalPool, lease: Lease | None, wait_s: float, now: float) -
         with local.lock:
             lease.phase = Phase.IN_USE  # one that was handed on was still its giver's
             lease.thread, lease.since = threading.get_ident(), time.monotonic()
-            local.cache.timings.checked_out(lease.since - now)
+            local.cache.timings.checked_out(lease.since - self._began)
             if local.cache.timings.choose(lease.since) or conn.sharedpool_touched:
                 lease.fast_checkin = False
         if local.config.debug_checkouts:
             lease.stack = callsite.capture()
         users = detach(conn) if wrapped or conn.sharedpool_wrapper is not None else conn
         conn.sharedpool_lent = lease
-        waiter.lease = None
-        lease.conn = None  # from here on the caller's reference is the only one: dropped by an interrupt, it comes back
+        self._waiter.lease = None
+        # From here on the caller's reference is the only one. If an interrupt drops the connection,
+        # its finalizer brings it back.
+        lease.conn = None
         return users
-    except BaseException:
-        local.errors += 1
-        _abandon(local, waiter, lease)
-        raise
 
-
-def _wait(local: LocalPool, waiter: Waiter, wait_s: float, deadline: float) -> Lease:
-    """Return a lease: an idle one after all, one handed on by another thread or process, or one the broker grants."""
-    if logger.is_kept:  # a finalizer, for instance, which runs wherever there is garbage to collect
-        raise error_messages.in_the_link(local.config.name)
-    if greenlets.is_eventlets():
-        raise error_messages.unsupported(local.config.name)
-    if local.orphans or local.reclaim_lock.locked:
-        local.reclaim(min(wait_s, 1000.0) if wait_s else ANSWER_LIMIT_S)
-    local.locate_broker()
-    if (lease := Wait(local, waiter, wait_s, deadline).wait()) is not None:
-        return lease
-    return _outcome(local, waiter, wait_s)
-
-
-def _outcome(local: LocalPool, waiter: Waiter, wait_s: float) -> Lease:
-    """Return the lease that a waiter was settled with, or raise."""
-    if waiter.error is not None:
-        raise waiter.error
-    if waiter.denial is not None:
-        raise error_messages.refused(local.config.name, waiter.denial, wait_s)
-    if waiter.lease is None:
-        raise AssertionError("bug: a ticket was woken without an outcome")
-    return waiter.lease
-
-
-def _open(local: LocalPool, lease: Lease, deadline: float | None) -> PooledConnection:
-    """Connect for a lease; without success the lease is given back."""
-    config = local.config
-    timeout_s = None if deadline is None else max(0.0, deadline - time.monotonic())
-    made: list[PooledConnection] = []
-    began = time.monotonic()
-    try:
-        require(FOR_A_CONNECTION, f"pool {config.name!r}: a connection")
-        conn = connect(config.conninfo, local.tag, timeout_s, made)
-        conn.sharedpool_local = local
-        local.deposit(lease, conn)
-        backend = describe(conn)
-        # A pooler's is not passed on: what makes it clean for others would take its name from it
-        # (`broker/postgres/fencing.py`).
-        movable = local.handover_enabled and backend.pooled is None and can_move(conn)
-        if not movable:
-            backend = structs.replace(backend, fixed=True)
-        conn.sharedpool_made_with = parameters(conn)
-        now = time.monotonic()
-        if now > lease.connect_by + START_UP_LIMIT_S:
-            raise PoolError(
-                f"pool {config.name!r}: connecting took too long: its slot may be in use elsewhere by now"
-            )
-        # Jitter, so that connections opened together are not renewed together.
-        lifetime = config.max_lifetime
-        retire_at = now + lifetime * random.uniform(0.9, 1.1) if lifetime else float("inf")
+    def _abandon(self) -> None:
+        """Leave nothing behind of a checkout that failed or was interrupted."""
+        local, lease = self._local, self._lease
         with local.lock:
-            if local.disposed:
-                raise PoolClosed(f"pool {config.name!r} was disposed of while connecting")
-            local.cache.opened(lease, backend, retire_at, conn, now)
-            local.cache.timings.created.add(now - began)
+            other = local.cache.give_up(self._waiter, time.monotonic())
+        if other is not None:
+            other.wake()
         local.wake_link()
-        local.connects += 1
-        lease.conn = conn
-        lease.allow_fast_checkout(conn.sharedpool_wrapper is None)
-        if config.configure:
-            local.run_callback(config.configure, lease, conn, "configure")
-        _note(conn)
-        conn.sharedpool_server = role_of_server(conn)
-        conn.sharedpool_movable = lease.movable = movable
-        return conn
-    except BaseException as error:
-        if lease.phase is not Phase.CLOSING:
-            reason = (
-                ReleaseReason.FAILED if isinstance(error, psycopg2.Error) else ReleaseReason.CLOSED
-            )
-            if (
-                made and made[0].sharedpool_witness >= 0
-            ):  # it was open, even if it broke since: see it gone
-                local.discard(lease, made[0], reason)
-            elif not made or not made[0].dsn:  # interrupted before libpq was called
-                local.give_back(lease, reason)
-            elif made[0].closed:
-                made[0].sharedpool_direct = lease.reached_directly or None  # else nobody knows
-                local.not_opened(
-                    lease, reason, local.diagnosis.of(made[0], error, deadline, lease.refused_with)
-                )
-            elif not isinstance(error, OSError):
-                local.discard(lease, take_duplicate(made[0]), reason)
-            else:
-                abort(made[0])
-                local.give_back(lease, reason, gone=False, closed=made[0].sharedpool_closed)
-        raise
+        if lease is not None and lease.phase is Phase.IN_USE and lease.conn is not None:
+            # It is open and was never lent.
+            conn = cast(PooledConnection, lease.conn)
+            take_lease(conn)
+            # Without its settings it cannot be cleaned: opening it was interrupted.
+            local.check_in(lease, conn, None if conn.sharedpool_session else ReleaseReason.CLOSED)
+        local.end_link_if_unused()
 
 
-def _configure_received(local: LocalPool, lease: Lease, conn: PooledConnection) -> None:
-    """Make a connection that came from another process this pool's own."""
-    if not is_as_opened(conn):
-        wrap(conn, local.config.conninfo)
-    lease.needs_configure = False
-    lease.allow_fast_checkout(conn.sharedpool_wrapper is None)
-    if local.config.configure:
-        local.run_callback(local.config.configure, lease, conn, "configure")
-    if local.config.configure or conn.sharedpool_touched:
-        _note(conn)
-
-
-def _note(conn: PooledConnection) -> None:
-    """Note what a checkin restores, and what must be the same when it moves."""
-    conn.sharedpool_session, conn.sharedpool_touched = settings_of(conn), False
-    conn.sharedpool_encoding = conn.get_parameter_status("client_encoding") or ""
-
-
-def _reason_to_replace(
-    waiter: Waiter, lease: Lease, conn: PooledConnection | None, now: float
-) -> ReleaseReason | None:
-    """Say why an idle connection must not be lent out, or a lease not be connected, if it must not."""
-    if conn is None:  # the grant may have been on its way, or this process frozen, for any time
-        return ReleaseReason.UNUSED if time.monotonic() > lease.connect_by else None
-    if now >= lease.retire_at:
-        return ReleaseReason.RETIRED
-    if lease.needs_configure and lease is waiter.lease:
-        return None  # it has come this moment, and nobody has met its object yet
-    if closed_flag.is_closed_for_good(conn) or (
-        lease.idle_s > CHECK_AFTER_S and not is_alive(conn)
-    ):
-        return ReleaseReason.BROKEN
-    return (
-        None if is_unused(conn) else ReleaseReason.CLOSED
-    )  # somebody has gone on with it after its checkin
-
-
-def _abandon(local: LocalPool, waiter: Waiter, lease: Lease | None) -> None:
-    """Leave nothing behind of a checkout that failed or was interrupted."""
-    with local.lock:
-        other = local.cache.give_up(waiter, time.monotonic())
-    if other is not None:
-        other.wake()
-    local.wake_link()
-    if lease is not None and lease.phase is Phase.IN_USE and lease.conn is not None:
-        # Open, but never handed out: back it goes.
-        conn = cast(PooledConnection, lease.conn)
-        take_lease(conn)
-        # One that was interrupted before all was noted of it is not to be used.
-        local.check_in(lease, conn, None if conn.sharedpool_session else ReleaseReason.CLOSED)
-    local.end_link_if_unused()
+def lend_wrapped(lease: Lease, conn: PooledConnection, now: float) -> connection | None:
+    """Lend a wrapped connection by the fast path; return its wrapper, or None if it cannot be."""
+    wrapper = conn.sharedpool_wrapper
+    if wrapper is None or lease.needs_configure:
+        return None
+    if lease.idle_s > CHECK_AFTER_S or now >= lease.retire_at:
+        return None
+    if conn.status != STATUS_READY or conn.get_transaction_status():
+        return None
+    # The wrapper refers to the connection. Kept here, it would hide that its user has dropped both.
+    conn.sharedpool_wrapper = None
+    conn.sharedpool_closed_flag = closed_flag.OPEN
+    conn.sharedpool_lent = lease
+    lease.conn = None
+    return cast(connection, wrapper)
 
 
 def _wake_nobody() -> None:
-    """Nobody waits on this waiter yet."""
+    """Do nothing: no thread waits on this waiter yet."""

@@ -1,6 +1,7 @@
-"""Forks and exits: a child starts afresh, a process that ends in good order returns its leases.
+"""Forks and exits: a child starts afresh, and a process that ends in order returns its leases.
 
-Python's own forks (os.fork, multiprocessing, gunicorn, celery) run `reset_after_fork` by themselves; uWSGI's do not.
+Python's own forks (os.fork, multiprocessing, gunicorn, celery) run `reset_after_fork` themselves;
+uWSGI's do not.
 """
 
 from __future__ import annotations
@@ -14,46 +15,47 @@ import weakref
 from typing import Any, Protocol
 
 from sharedpool.errors import PoolError
-from sharedpool.worker.logs import (
-    logger,
-)  # whose `atexit` is registered first, and so runs after ours
+
+# Imported first, so that its `atexit` function is registered first, and runs after ours.
+from sharedpool.worker.logs import logger
 
 
 class Forkable(Protocol):
-    """A pool, as forks and exits see it."""
+    """A pool, as this module uses it."""
 
     def start_afresh(self) -> None:
-        """Forget what the parent held."""
+        """Forget the parent's connections."""
 
     def release_all(self) -> None:
         """Close and return everything."""
 
 
 class ForkAware(Protocol):
-    """A pool's local pool in one process."""
+    """A pool's part in one process, as this module uses it."""
 
     def disown(self) -> None:
         """Make inherited connections harmless."""
 
     @property
     def busy(self) -> bool:
-        """Whether a connection is in use, or waited for."""
+        """Whether a connection is in use or waited for."""
 
     def before_fork_begins(self) -> None:
-        """Close what lies idle, and end the registration; the last one takes the link's thread along."""
+        """Close idle connections, and end the registration (the last one ends the link)."""
 
     def after_fork_in_parent(self) -> None:
-        """Go on, in the process that has forked."""
+        """Go on in the process that has forked."""
 
 
-_LOGS_LIMIT_S = 1.0  # to wait for a log handler that is slow
+_LOGS_LIMIT_S = 1.0  # for slow log handlers
 _WIPE_ON_FORK = 18  # MADV_WIPEONFORK (Linux 4.14)
 
 
 class ForkSafeFlag:
-    """A byte that a fork wipes, of whatever kind: `page[0]` is 1 in the process that opened it, and 0 in its children.
+    """A flag that every fork clears in the child, also a fork that Python does not see.
 
-    Reading it costs a tenth of what asking for the process id does. Where the system cannot do that it is never open.
+    `page[0]` is 1 where it was set. To read it costs a tenth of asking for the process id. On
+    systems without MADV_WIPEONFORK it is never set.
     """
 
     def __init__(self) -> None:
@@ -65,48 +67,47 @@ class ForkSafeFlag:
             self._works = False
 
     def set(self) -> None:
-        """Open it, in this process."""
+        """Set the flag, in this process."""
         self.page[0] = self._works
 
     def clear(self) -> None:
-        """Shut it."""
+        """Clear the flag."""
         self.page[0] = 0
 
 
-# Looked at without a lock: a fork may come at any moment, in any thread.
+# Used without a lock, because a fork may come at any moment, in any thread.
 _pools: dict[int, weakref.ref[Forkable]] = {}
-_local_pools: dict[
-    int, ForkAware
-] = {}  # strongly: connections may be out of a pool that nobody refers to any more
+# Strong references: connections may be out of a pool that nobody refers to any more.
+_local_pools: dict[int, ForkAware] = {}
 _pid = os.getpid()
 
 
 def register(pool: Forkable) -> None:
-    """Have `pool` told of forks and of the interpreter's end."""
+    """Register a pool for forks and the interpreter's end."""
     number = id(pool)
     _pools[number] = weakref.ref(pool, lambda _: _pools.pop(number, None))
 
 
 def forget(pool: Forkable) -> None:
-    """Stop that: the pool is disposed of."""
+    """Unregister a pool that is disposed of."""
     _pools.pop(id(pool), None)
 
 
 def add_local_pool(local: ForkAware) -> None:
-    """Have `local` disowned in forked children."""
+    """Have a local pool disowned in forked children."""
     _local_pools[id(local)] = local
 
 
 def remove_local_pool(local: ForkAware) -> None:
-    """Stop that: nothing is held any more."""
+    """Unregister a local pool that holds nothing any more."""
     _local_pools.pop(id(local), None)
 
 
 def reset_after_fork() -> None:
     """Make every pool of a forked child start afresh; the parent's connections stay the parent's.
 
-    Runs by itself after every fork that Python knows of. Call it where the hooks do not fire: in uWSGI's `@postfork`.
-    Does nothing in the process that made the pools, or the second time.
+    Python runs this after every fork that it sees. Call it where its hooks do not run: in uWSGI's
+    `@postfork`. Does nothing in the process that made the pools, or the second time.
     """
     global _pid
     if _pid == os.getpid():
@@ -124,10 +125,11 @@ def reset_after_fork() -> None:
 
 
 def is_before_uwsgis_forks() -> bool:
-    """Say whether uWSGI is loading the application in the process that it will fork.
+    """Return True if uWSGI is loading the application in the process that it will fork.
 
-    It does so whatever other threads do. Of one that runs Python at that moment the children inherit the interpreter's
-    lock, taken, and never get it; and at a reload uWSGI closes the descriptors under a ZeroMQ that is still there.
+    uWSGI forks without regard to threads. If a thread runs Python at that moment, the children
+    inherit the interpreter's lock as taken, and wait for it for ever. And at a reload uWSGI closes
+    the descriptors of a ZeroMQ context that is still there.
     """
     uwsgi: Any = sys.modules.get("uwsgi")
     if not hasattr(uwsgi, "worker_id"):
@@ -140,17 +142,18 @@ def _living() -> list[Forkable]:
 
 
 def release_everything() -> None:
-    """Dispose of every pool that this process uses: it is about to end. Blocks as `Pool.release_all` does."""
+    """Dispose of every pool, because the process ends. Blocks as `release_all` does."""
     if _pid == os.getpid():
         for pool in _living():
-            with contextlib.suppress(PoolError):  # disposed of meanwhile
+            with contextlib.suppress(PoolError):  # disposed of by another thread
                 pool.release_all()
 
 
 def release_at_child_exit() -> None:
-    """Have everything returned when a multiprocessing child ends: it leaves by os._exit, and atexit does not run.
+    """Have everything returned when a multiprocessing child ends.
 
-    Called when a process first needs a broker: a child's finalizers of before its start are thrown away.
+    Such a child leaves by os._exit, and atexit does not run. Called when a process first needs a
+    broker, because a child discards the finalizers from before its start.
     """
     for package in ("multiprocessing", "multiprocess", "billiard"):
         util = sys.modules.get(f"{package}.util")
@@ -159,10 +162,10 @@ def release_at_child_exit() -> None:
 
 
 def _part_before_fork() -> None:
-    """End the threads of a process that is about to fork, if none of its connections is in use.
+    """End the link's threads before a fork, if no connection is in use.
 
-    A child gets the locks that the other threads of its parent hold, and nobody who lets go of them. Python 3.12 and
-    newer warn of such a fork.
+    A child inherits the locks that other threads of its parent hold, and nobody there releases
+    them. Python 3.12 and newer warn of such a fork.
     """
     held = list(_local_pools.values())
     if not any(local.busy for local in held):
@@ -179,5 +182,8 @@ def _go_on_after_fork() -> None:
 
 atexit.register(release_everything)
 os.register_at_fork(after_in_child=reset_after_fork)
-if sys.version_info >= (3, 12):  # before that nobody minds, and a parent keeps its idle connections
+if sys.version_info >= (
+    3,
+    12,
+):  # older versions do not warn, and a parent keeps its idle connections
     os.register_at_fork(before=_part_before_fork, after_in_parent=_go_on_after_fork)

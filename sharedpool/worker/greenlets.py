@@ -1,7 +1,8 @@
-"""Under gevent's monkey-patching: threads are greenlets, and nothing may block the one thread that they share.
+"""gevent's and eventlet's monkey-patching: threads are greenlets, which share one thread.
 
-Locks, sleeps and sockets are patched as they are: what is here does what they cannot. Looked at when it is needed, not
-at import: a gunicorn worker is patched after its fork, and may have this package from its parent.
+Patched locks, sleeps and sockets work as they are; this module has what they cannot do. The
+patching is looked up when it matters, not at import: a gunicorn worker is patched after its fork,
+and may have this package from its parent.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ _EVENTS = {extensions.POLL_READ: select.POLLIN, extensions.POLL_WRITE: select.PO
 
 
 def patched(module: str = "threading") -> bool:
-    """Say whether gevent has patched a module of the standard library in this process."""
+    """Return True if gevent has patched a module of the standard library in this process."""
     monkey = sys.modules.get("gevent.monkey")
     return monkey is not None and bool(monkey.is_module_patched(module))
 
 
 def is_eventlets() -> bool:
-    """Say whether eventlet has patched this process: its greenlets would wait for ever for a thread that is one."""
+    """Return True if eventlet has patched this process.
+
+    Its greenlets would wait for the link's thread for ever, because that is a greenlet, too.
+    """
     patcher = sys.modules.get("eventlet.patcher")
     return patcher is not None and any(
         map(patcher.is_monkey_patched, ("thread", "socket", "select"))
@@ -41,7 +45,10 @@ def is_eventlets() -> bool:
 
 
 def start_thread(target: Callable[[], None], name: str) -> None:
-    """Start a daemon thread, or a greenlet, which leaves no trace in `threading` when it is killed after a fork."""
+    """Start a daemon thread, or a greenlet.
+
+    A greenlet leaves no trace in `threading` when it is killed after a fork.
+    """
     if not patched():
         threading.Thread(target=target, name=name, daemon=True).start()
         return
@@ -51,7 +58,7 @@ def start_thread(target: Callable[[], None], name: str) -> None:
 
 
 def current_thread() -> Any:
-    """Return this thread, or greenlet."""
+    """Return the current thread or greenlet."""
     if not patched():
         return threading.current_thread()
     import gevent
@@ -60,7 +67,7 @@ def current_thread() -> Any:
 
 
 def zmq_library() -> ModuleType:
-    """Return pyzmq, or what it has for gevent: the same names."""
+    """Return pyzmq, or its version for gevent, which has the same names."""
     if not patched():
         return zmq
     from zmq import green
@@ -71,14 +78,15 @@ def zmq_library() -> ModuleType:
 def zmq_context() -> Any:
     """Return a new ZeroMQ context.
 
-    It is pyzmq's own in C, without the classes in Python that `zmq` itself has over it. They do nothing that is needed
-    here, and cost a process that makes its only context and socket as much time as these, and more pages of memory.
+    It is pyzmq's class in C, without the Python class over it. That would cost a process with one
+    context and one socket as much time again, and more pages of memory, for nothing that is needed
+    here.
     """
     return zmq_library().Context() if patched() else backend.Context(io_threads=1)
 
 
 def zmq_dealer(context: Any) -> Any:
-    """Return a new DEALER of a context."""
+    """Return a new DEALER socket of a context."""
     return (
         context.socket(zmq.DEALER)
         if hasattr(context, "socket")
@@ -87,21 +95,26 @@ def zmq_dealer(context: Any) -> Any:
 
 
 def may_connect_to_itself() -> bool:
-    """Say whether libpq, while it connects, lets another thread of this process answer: a greenlet only if it waits
-    by psycogreen's callback. (A shell is built so: `worker/connection/shells.py`.)
+    """Return True if another thread of this process can answer while libpq connects.
+
+    Shells are built so (`worker/connection/shells.py`). A greenlet can answer only if libpq
+    waits by psycogreen's callback.
     """
     return not patched() or extensions.get_wait_callback() is not None
 
 
 class ConnectTimeout(psycopg2.OperationalError):
-    """The server did not answer in time; libpq itself counts no time when psycopg2 waits by a callback."""
+    """The server did not answer in time.
+
+    libpq itself counts no time when psycopg2 waits by a callback.
+    """
 
 
 @contextlib.contextmanager
 def connect_limit(limit_s: float | None) -> Iterator[None]:
-    """Give a connect up after `limit_s` seconds (None or 0: never), where greenlets wait; raise `ConnectTimeout` then.
+    """Limit a connect in a greenlet to `limit_s` seconds (None or 0: no limit).
 
-    See `connects_patiently` for where threads do.
+    Raise `ConnectTimeout` then. For threads see `connects_patiently`.
     """
     if not limit_s or not patched() or extensions.get_wait_callback() is None:
         yield
@@ -114,10 +127,11 @@ def connect_limit(limit_s: float | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def connects_patiently(conn: extensions.connection, limit_s: float | None) -> Iterator[None]:
-    """Give a connect of `conn` up after `limit_s` seconds (None or 0: never); raise `ConnectTimeout` then.
+    """Limit a connect in a thread with a wait callback to `limit_s` seconds (None or 0: no limit).
 
-    A wait callback cannot be interrupted, whatever it is. But all it can do is to call `conn.poll()` and to wait for
-    what that says: so, while it connects, it waits inside, with a limit.
+    Raise `ConnectTimeout` then. No wait callback can be interrupted. But all that it can do is to
+    call `conn.poll()`, and to wait for what that returns. So during the connect `conn.poll()`
+    itself waits, with the limit.
     """
     if not limit_s or patched() or extensions.get_wait_callback() is None:
         yield
@@ -148,7 +162,10 @@ def _server_of(conn: extensions.connection) -> str:
 
 
 def poller() -> select.poll:
-    """Return the system's own poll object: gevent's knows neither POLLRDHUP nor a poll that does not switch."""
+    """Return the system's own poll object.
+
+    gevent's has no POLLRDHUP, and always switches to other greenlets.
+    """
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None or not monkey.is_module_patched("select"):
         return select.poll() if hasattr(select, "poll") else _eventlets_poller()
@@ -157,13 +174,16 @@ def poller() -> select.poll:
 
 
 def _eventlets_poller() -> select.poll:
-    """Return the system's poll object where eventlet has taken it away: connections of before must end all the same."""
+    """Return the system's poll object, which eventlet hides.
+
+    Connections from before the patching must still be closed.
+    """
     made: select.poll = sys.modules["eventlet.patcher"].original("select").poll()
     return made
 
 
 def wait(poller: select.poll, timeout_s: float) -> list[tuple[int, int]]:
-    """Wait for what the system's own `poller` watches; other greenlets go on meanwhile."""
+    """Wait with the system's own `poller`, while other greenlets run."""
     if not patched("select"):
         return poller.poll(timeout_s * 1000)
     deadline = time.monotonic() + timeout_s

@@ -1,4 +1,7 @@
-"""Where a pool's broker is, and how it is started if nobody owns it: decided when it is first needed (`config.py`)."""
+"""Where a pool's broker is, and how to start an automatic one.
+
+Both are decided when the broker is first needed (`broker_location.py`).
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,16 @@ class BrokerLocation(Protocol):
 
     @property
     def is_automatic(self) -> bool:
-        """Whether a broker that is not there is started."""
+        """Whether the pool starts a broker if none is running."""
 
     def address(self) -> str:
-        """Return its address, for the user that this process runs as now. Raise `ConfigError`. May make a folder."""
+        """Return the address for the user that this process runs as now.
+
+        May make a directory. Raise `ConfigError`.
+        """
 
     def start(self, address: str) -> None:
-        """Make sure that it runs; blocks until it does. Raise `BrokerUnavailable`. Of an automatic one only."""
+        """Start an automatic broker, unless it is running; blocks until it answers.
+
+        Raise `BrokerUnavailable`.
+        """

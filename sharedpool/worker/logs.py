@@ -1,8 +1,9 @@
-"""The worker's logger, for the link's thread: what is logged there reaches the handlers in another thread.
+"""The worker's logger. Records of the link's thread reach the handlers in another thread.
 
-Handlers are the application's. One that writes to the database by this very pool would wait for the link, in the link's
-thread, and with it would everybody. So a thread that must not wait (`is_kept`) only queues its records; a thread that
-lives as long as there are any gives them to the logger. All other threads log as ever.
+Handlers are the application's. A handler that writes to the database by this very pool would wait
+for the link, in the link's thread. So the link's thread only queues its records (`kept`), and a
+thread that lives as long as there are any passes them to the logger. All other threads log as
+usual.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from typing import Any, NamedTuple
 
 from sharedpool.worker import greenlets
 
-_MOST = 1000  # records that wait; a handler that hangs must not fill the memory
-_EXIT_LIMIT_S = 2.0  # to wait for a handler that is at it when the interpreter ends
+_MOST = 1000  # queued records: a handler that hangs must not fill the memory
+_EXIT_LIMIT_S = 2.0  # for the handlers, when the interpreter ends
 
 
 class _Record(NamedTuple):
-    """What a record is made of, but for what the application may add: its factory runs where its handlers do."""
+    """A queued record.
+
+    Not a `LogRecord`: the application's record factory runs in the same thread as its handlers.
+    """
 
     level: int
     text: str
@@ -38,7 +42,7 @@ class _Record(NamedTuple):
 
 
 class Logs:
-    """A logger, of which it has those methods that the worker uses."""
+    """A logger with the methods that the worker uses."""
 
     def __init__(self, name: str) -> None:
         self._logger = logging.getLogger(name)
@@ -47,7 +51,7 @@ class Logs:
         os.register_at_fork(after_in_child=self._start_afresh)
 
     def _start_afresh(self) -> None:
-        """Forget what is the parent's to tell, in a forked child: neither its threads nor its locks' holders exist."""
+        """Drop the parent's queue and locks, in a forked child: their threads do not exist here."""
         self._pid = os.getpid()
         self._kept: set[int] = set()
         self._queue: deque[_Record] = deque()
@@ -57,9 +61,9 @@ class Logs:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Have this thread, or greenlet, run no handler until the block ends."""
+        """Queue this thread's (or greenlet's) records until the block ends."""
         if self._pid != os.getpid():
-            self._start_afresh()  # forked by who runs no hooks
+            self._start_afresh()  # after a fork that ran no hooks (uWSGI)
         me, kept = threading.get_ident(), self._kept  # under gevent a greenlet's, as patched
         kept.add(me)
         try:
@@ -69,27 +73,30 @@ class Logs:
 
     @property
     def is_kept(self) -> bool:
-        """Whether this thread is one that must not wait for anything that needs the link."""
+        """Whether this thread's records are queued: it must not wait for the link."""
         return bool(self._kept) and self._pid == os.getpid() and threading.get_ident() in self._kept
 
     def debug(self, text: str, *args: object) -> None:
-        """Log, see `logging`."""
+        """Log a message, as `logging` does."""
         self._log(logging.DEBUG, text, args)
 
     def info(self, text: str, *args: object) -> None:
-        """Log, see `logging`."""
+        """Log a message, as `logging` does."""
         self._log(logging.INFO, text, args)
 
     def warning(self, text: str, *args: object) -> None:
-        """Log, see `logging`."""
+        """Log a message, as `logging` does."""
         self._log(logging.WARNING, text, args)
 
     def exception(self, text: str, *args: object) -> None:
-        """Log, with the exception that is being handled: see `logging`."""
+        """Log a message with the current exception, as `logging` does."""
         self._log(logging.ERROR, text, args, sys.exc_info())
 
     def _log(self, level: int, text: str, args: tuple[object, ...], exc_info: Any = None) -> None:
-        """Log, or have it done. Called by the methods above alone: their callers are named as the place."""
+        """Log or queue a record.
+
+        Only the methods above call this: the record names the caller of its caller.
+        """
         if not self._logger.isEnabledFor(level):
             return
         if not self.is_kept:
@@ -108,7 +115,7 @@ class Logs:
             try:
                 greenlets.start_thread(self._drain, "sharedpool-logs")
             except RuntimeError:
-                pass  # the interpreter is about to end, or has no thread left: `flush`, or the next record, sees to it
+                pass  # no thread can be started: `flush`, or the next record, passes these on
 
     def _drain(self) -> None:
         self._drainer = greenlets.current_thread()
@@ -117,7 +124,7 @@ class Logs:
                 self._emit()
             finally:
                 self._draining.release()
-            # Looked at again: what came before the release found the lock taken.
+            # Look again: a record that came before the release found the lock taken.
 
     def _emit(self) -> None:
         while self._queue:
@@ -125,7 +132,7 @@ class Logs:
             if self._left_out and not self._queue:
                 left_out, self._left_out = self._left_out, 0
                 self._logger.warning(
-                    "%d records were left out: the handlers are slower than they came", left_out
+                    "%d log records were dropped: the log handlers are too slow", left_out
                 )
 
     def _hand_over(self, kept: _Record) -> None:
@@ -141,18 +148,16 @@ class Logs:
         record.msecs = int(kept.created % 1 * 1000) + 0.0
         try:
             self._logger.handle(record)
-        except (
-            Exception
-        ):  # a handler's, which ends no thread of ours: the others' records are told all the same
+        except Exception:  # a handler's: the other records are passed on all the same
             kind, error, trace = sys.exc_info()
             threading.excepthook(
                 threading.ExceptHookArgs((kind, error, trace, threading.current_thread()))
             )
 
     def flush(self, limit_s: float) -> None:
-        """Return once all is told that was queued, and its thread has ended.
+        """Return once all queued records are with the handlers, and the thread has ended.
 
-        Waits at most `limit_s` seconds for a handler that is at it.
+        Wait at most `limit_s` seconds.
         """
         if self._pid != os.getpid() or self.is_kept:
             return

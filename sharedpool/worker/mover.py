@@ -1,10 +1,11 @@
-"""The fast path in the lane: what `local_pool.py`, `worker/connection/handover.py` and `lane/lane.py` do for one
-connection, in two functions.
+"""The fast path of the lane: give one connection, take one connection, in one function each.
 
-Where many processes share few connections nearly every checkout waits in the lane, and nearly every checkin gives
-there. Between two turns of a process tens of others have run, so that each function costs ten times what it does in a
-loop: here is one for each way, without what is needed seldom. Whatever is not as usual is left to the slow path,
-untouched; from the reset on the connection is given, or ended.
+Where many processes share few connections, nearly every checkout waits in the lane, and nearly
+every checkin gives there. Between two turns of a process tens of others have run, so every
+function costs ten times what it does in a loop. Hence the long functions: they do what
+`giving.py`, `receiving.py`, `connection/handover.py` and `lane/lane.py` do for the usual case, and
+nothing else. In any other case they leave everything untouched, and the slow path is taken. Once
+the reset is sent, the connection is given or ended.
 """
 
 from __future__ import annotations
@@ -44,23 +45,28 @@ from sharedpool.worker.core.time_slice import STEADY_GAP_S
 from sharedpool.worker.local_pool import LocalPool
 from sharedpool.worker.logs import logger
 
-# Two processes that take turns ask again soon as well; one that is at work all the time does so at once.
+# After a connection was kept in vain, only a checkout within this time counts as steady use: two
+# processes that take turns ask again soon, too, but one that is at work all the time does so at
+# once.
 _SURE_GAP_S = 0.0002
 
 _IN_USE, _IDLE, _CLOSING, _SHARED = Phase.IN_USE, Phase.IDLE, Phase.CLOSING, ReleaseReason.SHARED
 
 
 class Call:
-    """One checkout under way: its wait socket is taken back when it is over."""
+    """One checkout under way. Its wait socket refers to it weakly, and is taken back without it."""
 
 
 class Mover:
-    """One pool's, for as long as it is in a lane."""
+    """A pool's fast path in the lane that it has entered."""
 
     def __init__(
         self, local: LocalPool, wait_sockets: WaitSockets, lane: Lane, timer: Timer | None
     ) -> None:
-        """`timer` wakes the link's thread to give what was kept in vain; without one nothing is kept."""
+        """`timer` wakes the link's thread to give connections that were kept in vain.
+
+        Without a timer no connection is kept.
+        """
         self._local = local
         self._wait_sockets = wait_sockets
         self._lane = lane
@@ -71,19 +77,21 @@ class Mover:
         self._status: Callable[[int | None, bytes], bytes | None] | None = None
         if library is not None:
             self._status = library.PQparameterStatus
-        self._from_shelf = False  # the last one lay on the shelf
+        self._from_shelf = False  # the last connection came from the shelf, so look there first
         self._timer = timer
         self._slice_s = 0.0 if timer is None else local.config.time_slice
-        self._gap_s = STEADY_GAP_S  # who asks again so soon has a slice
-        self._parted_at = -math.inf
+        self._gap_s = STEADY_GAP_S  # a thread that asks again within this time has a time slice
+        self._parted_at = -math.inf  # when a connection was given last
 
     # --- giving
 
     def give(self, lease: Lease, conn: PooledConnection, now: float) -> bool:
-        """Give a connection that was checked in, and is as it should be, to the first who waits; else shelve it.
+        """Give a connection that was checked in to the first waiter, or put it on the shelf.
 
-        Or keep it idle, where its process asks again at once, for its slice of time. Return False when it is to go the
-        slow path; then nothing was done. The caller has taken the lease off it.
+        The caller has taken the lease off it. In order:
+        1. Within its time slice, where its process asks again at once: keep it, idle.
+        2. If anything is unusual, return False, with nothing done: the slow path is taken.
+        3. Send the reset, detach the session and give it (`_send`).
         """
         cache, board = self._cache, self._board
         if (
@@ -92,12 +100,13 @@ class Mover:
             and self._timer is not None
         ):
             if lease.since > lease.arrived_at:
-                self._gap_s = STEADY_GAP_S  # what was kept has been used again
-            # Before it lies there: for what does not come back. What was kept before is looked at no later for that.
+                self._gap_s = STEADY_GAP_S  # the kept connection was used again
+            # Armed before the connection is idle, in case it is not asked for again. The timer is
+            # not postponed while another kept connection waits for it.
             self._timer.arm(self._slice_s + STEADY_GAP_S, anew=not cache.idle)
             lease.conn, lease.phase, lease.since = conn, _IDLE, now
             cache.idle.append(lease)
-            self.check_kept_later()  # it may have gone off meanwhile
+            self.check_kept_later()  # the timer may have fired before the append
             return True
         if (
             lease.cancelled
@@ -137,7 +146,7 @@ class Mover:
                 lease, conn, borrow(number), Item(lease.token, cell, live, conn.sharedpool_witness)
             )
         except BaseException:
-            lease.conn = conn  # interrupted: the link finishes it
+            lease.conn = conn  # interrupted: the link closes it
             raise
         if lease.timed:
             with self._local.lock:
@@ -148,18 +157,20 @@ class Mover:
         return True
 
     def note_kept_in_vain(self) -> None:
-        """Note that what was kept was not asked for again: who asks soon is not believed to ask all the time."""
+        """Record that a kept connection was not asked for again: from now on keep more rarely."""
         self._gap_s = _SURE_GAP_S
 
     def check_kept_later(self) -> None:
-        """Have the link's thread look at what is kept, a while later."""
+        """Have the link's thread look at the kept connections a moment later."""
         if self._timer is not None:
             self._timer.arm(STEADY_GAP_S)
 
     def _send(self, lease: Lease, conn: PooledConnection, sock: Any, item: Item) -> None:
         local = self._local
         unregister(item.fd)
-        # First: what finishes this after an interrupt must not end the session by it. One line: it has an owner always.
+        # Taken first: after an interrupt the link closes `conn`, and with the witness still there
+        # would end the session that another process may have by then.
+        # One line, so that an interrupt finds the descriptor with an owner.
         witness = Owned(-1, -1, -1, conn.__dict__.pop("sharedpool_witness"))
         try:
             sent = sock.send(self._reset, NO_SIGNAL) == len(self._reset)
@@ -167,31 +178,30 @@ class Mover:
             sent = False
         fit = vacate(conn) and sent
         if not (fit and self._lane.give(item)):
-            local.give_to_broker(lease, conn, item.live, witness, fit=fit)
+            local.giver.give_to_broker(lease, conn, item.live, witness, fit=fit)
             return
         witness.close()
         self._parted_at = lease.since
-        with (
-            local.lock
-        ):  # the same session may be back by now, in another thread's hands: that is another lease
+        # By now the session may be back, in another thread's hands, under another lease object.
+        with local.lock:
             self._cache.given(lease)
         lease.ref = None
         local.given += 1
         local.released[_SHARED] += 1
         local.shells.keep(conn, item.live.parameters)
         if local.retired or local.disposed:
-            local.wake_link()  # it may have been the last
+            local.wake_link()  # this may have been the last lease
 
     # --- taking
 
     def take(self, wait_s: float, began: float) -> PooledConnection | None:
-        """Wait in the lane for a connection; return it, checked out.
+        """Wait in the lane for a connection, and return it checked out.
 
-        None: the slow path is to be gone, because something is not as usual, or the time is over.
+        Return None if anything is unusual, or if the time is over: the slow path is taken.
         """
         local, wait_sockets = self._local, self._wait_sockets
         if (
-            not (local.handover_works and local.shells.are_known)
+            not (local.receiver.works and local.shells.are_known)
             or local.orphans
             or local.reclaim_lock.locked
         ):
@@ -220,11 +230,11 @@ class Mover:
                 if now >= deadline or not (board.moving and self._lane.open) or local.disposed:
                     return None
                 if now >= again_at:
-                    request = (
-                        request or self._cache.waiters.new_request()
-                    )  # the same one: it keeps its place
+                    # The same request, if there was one: so the thread keeps its place in the
+                    # queue.
+                    request = request or self._cache.waiters.new_request()
                     again_at = now + wait_socket.join_queue(request)
-                    # What was put there between the last look and the ticket's coming nobody will bring.
+                    # A giver that saw no ticket has put its connection on the shelf.
                     if (got := wait_socket.take_from_shelf()) is not None:
                         self._from_shelf = True
                         continue
@@ -239,9 +249,9 @@ class Mover:
                 got, wait_socket.busy = None, False
 
     def _receive_from_broker(self, got: tuple[Moved, Owned], limit_s: float) -> None:
-        """Take in what the broker has sent to who waited here before, for who waits now."""
+        """Receive a connection that the broker sent to an earlier waiter here: for any waiter."""
         local = self._local
-        if (waiter := local.receive(*got, limit_s)) is not None:
+        if (waiter := local.receiver.receive(*got, limit_s)) is not None:
             waiter.wake()
         elif (lease := self._cache.leases.get(got[0].token)) is not None:
             local.after_fast_checkin(lease, monotonic())
@@ -249,50 +259,42 @@ class Mover:
     def _adopt(
         self, moved: Moved, sock: Owned, began: float, now: float, limit_s: float
     ) -> PooledConnection | None:
-        """Make a connection that has come this process's own, and lend it; None when it is of no use."""
+        """Make a connection that has arrived this process's own, and lend it.
+
+        Return None if it cannot be used: it is closed, and the broker told.
+        """
         local, cache, live = self._local, self._cache, moved.live
         arriving = sock.fileno(), identity(sock.fileno())
-        local.arriving.add(arriving)  # a child that is forked meanwhile closes it
-        cache.arriving[moved.token] = (
-            moved,
-            weakref.ref(sock),
-        )  # the broker may ask for it meanwhile
+        local.receiver.arriving.add(arriving)  # a child that is forked meanwhile closes it
+        # The broker may ask for this lease meanwhile.
+        cache.arriving[moved.token] = moved, weakref.ref(sock)
         try:
             if parameters_after(sock, live.parameters, limit_s) is not live.parameters:
-                raise psycopg2.OperationalError("its reset was not as usual")
+                raise psycopg2.OperationalError("the reset's answer was unusual")
             conn = adopt(local.shells.take(live, len(cache.leases) + 1), sock, live)
             if not is_as_opened(conn):
-                raise psycopg2.OperationalError("it has to be wrapped")
+                raise psycopg2.OperationalError("the connection must be wrapped")
             conn.sharedpool_local, conn.sharedpool_movable = local, True
             lease = Lease(moved.token, None, now)
             lease.idle_s = began - self._parted_at
-            lease.cache, lease.backend, lease.generation, lease.live = (
-                cache,
-                live.backend,
-                live.generation,
-                live,
-            )
-            lease.cell, lease.moves, lease.deposited, lease.movable = (
-                moved.cell,
-                moved.moves,
-                True,
-                True,
-            )
+            lease.cache, lease.backend, lease.live = cache, live.backend, live
+            lease.generation = live.generation
+            lease.cell, lease.moves = moved.cell, moved.moves
+            lease.deposited = lease.movable = True
             if live.left_ms is not None:
                 lease.retire_at = now + live.left_ms / 1000
                 cache.note_retirement(lease.retire_at)
             lease.fast_checkout_until = lease.retire_at
-            lease.phase, lease.thread, lease.ref = (
-                _IN_USE,
-                get_ident(),
-                weakref.ref(conn, collected),
-            )
+            lease.phase, lease.thread = _IN_USE, get_ident()
+            lease.ref = weakref.ref(conn, collected)
             lease.timed = cache.timings.choose(now)
             cache.timings.checked_out(now - began)
             local.adopted += 1
             conn.sharedpool_closed_flag = closed_flag.OPEN
-            with local.lock:  # a giver of this process may not have taken its own out yet
-                # An interrupt finds it with all that is needed to see the connection gone.
+            # Last, so that an interrupt before finds nothing, and one after finds a complete
+            # lease. Under the lock, because a giver of this process may not have removed its own
+            # lease of that name.
+            with local.lock:
                 cache.leases[moved.token] = lease
             conn.sharedpool_lent = lease
             return conn
@@ -304,5 +306,5 @@ class Mover:
                 raise
             return None
         finally:
-            local.arriving.discard(arriving)
+            local.receiver.arriving.discard(arriving)
             cache.arriving.pop(moved.token, None)

@@ -1,6 +1,7 @@
 """The two public pools: `get_conn` and `put_conn`.
 
-A checkout that finds an idle connection touches nothing but this process's memory; `checkout.py` has the rest.
+A checkout that finds an idle connection touches nothing but this process's memory: the fast paths
+are here. All other checkouts go to `checkout.py`, all other checkins to `local_pool.py`.
 """
 
 from __future__ import annotations
@@ -18,33 +19,30 @@ from psycopg2 import extensions
 from sharedpool.errors import PoolClosed, PoolError, SharedPoolError
 from sharedpool.wire.messages import ReleaseReason
 from sharedpool.wire.values import Phase
-from sharedpool.worker import forks
-from sharedpool.worker.checkout import checkout
+from sharedpool.worker import claims, forks, keys
+from sharedpool.worker.checkout import checkout, lend_wrapped
 from sharedpool.worker.connection.closed_flag import OPEN, SHUT
-from sharedpool.worker.connection.closing import close_confirmed, cut
-from sharedpool.worker.connection.connection import take_lease
 from sharedpool.worker.connection.pooled import PooledConnection
 from sharedpool.worker.connection.state import CHECK_AFTER_S
-from sharedpool.worker.connection.wrapper import as_user_sees, note_wrapper, unwrap
+from sharedpool.worker.connection.wrapper import as_user_sees, note_wrapper
 from sharedpool.worker.core.cache import Cache
 from sharedpool.worker.core.lease import Lease
+from sharedpool.worker.disposal import dispose
 from sharedpool.worker.local_pool import LocalPool
 from sharedpool.worker.location import BrokerLocation
 from sharedpool.worker.mover import Mover
 from sharedpool.worker.session import Session
 from sharedpool.worker.settings import PoolConfig
 from sharedpool.worker.stats import PoolStats, stats_of
-from sharedpool.worker.waiting import ANSWER_LIMIT_S
 
-IN_USE, IDLE = Phase.IN_USE, Phase.IDLE
-STATUS_READY = extensions.STATUS_READY
+IN_USE, IDLE, STATUS_READY = Phase.IN_USE, Phase.IDLE, extensions.STATUS_READY
 
 
 class Pool:
-    """What both pools are. Use `config_pool` to make one."""
+    """Base class of both pools. Use `config_pool` to make one."""
 
     _one_thread = False
-    # The fast path's: see `get_conn`. Shut, until there are local pool for which it may be open.
+    # The fast path's flag, `ForkSafeFlag.page`. Shut until `_allow_fast_path` opens it.
     _fast_path: Any = b"\0"
     _cache: Cache
 
@@ -52,48 +50,55 @@ class Pool:
         self.config = config
         self.name = config.name
         self._broker = broker
-        self._thread: int | None = None
-        self._local = self._new_local()
-        if not self._one_thread:
-            self._allow_fast_path(self._local)
+        self._local = self._start()
         forks.register(self)
 
-    def _new_local(self) -> LocalPool:
-        return LocalPool(self.config, self._broker, Session, Mover)
+    def _start(self) -> LocalPool:
+        self._thread: int | None = None  # the one thread that a SimpleConnectionPool belongs to
+        local = LocalPool(self.config, self._broker, Session, Mover)
+        if not self._one_thread:
+            self._allow_fast_path(local)
+        return local
 
     def _allow_fast_path(self, local: LocalPool) -> None:
-        """Allow the fast path, if nothing of the user's has to be called on it, and nothing noted."""
+        """Open the fast path, unless a callback or a setting needs every checkout."""
         config = self.config
-        noted = config.debug_checkouts or config.disable_pooling or local.transient
-        if not (config.check or config.user_reset or noted or local.disposed or local.retired):
+        called = config.check or config.user_reset
+        recorded = config.debug_checkouts or config.disable_pooling or local.transient
+        if not (called or recorded or local.disposed or local.retired):
             local.fast_path.set()
             self._fast_path, self._cache = local.fast_path.page, local.cache
 
     def start_afresh(self) -> None:
-        """Forget, in a forked child, what the parent held (called by `forks`)."""
-        parents, self._local = self._local, self._new_local()
-        self._thread = None
-        self._local.disposed = parents.disposed
+        """Forget the parent's connections, in a forked child (called by `forks`)."""
+        parents, self._local = self._local, self._start()
+        if parents.disposed:
+            self._local.fast_path.clear()
+            self._local.disposed = True
         if parents.retired:
             self._local.retire()
-        if not self._one_thread:
-            self._allow_fast_path(self._local)
 
     # --- checkout
 
     def get_conn(self, key: Hashable = None, timeout: float | None = None) -> extensions.connection:
-        """Check a connection out.
+        """Check out a connection.
 
-        `key`: the same key gives the same connection until it is returned. `timeout`: seconds to wait, first come
-        first served over all processes; None is the pool's own `timeout`, 0 means not to wait. A connection that lies
-        idle in this process costs no message and no query; else this blocks for a lease and a connect.
+        `key`: the same key gives the same connection until it is returned. `timeout`: seconds to
+        wait, first come first served over all processes. None is the pool's own, 0 means no wait.
+        An idle connection of this process costs no message. Otherwise this blocks for a lease and
+        perhaps a connect.
 
-        Raise `PoolExhausted` (no wait asked for), `PoolTimeout`, `BrokerUnavailable`, `PoolClosed`, or what
-        `psycopg2.connect` or a callback raised.
+        Raise `PoolExhausted` (with `timeout=0`), `PoolTimeout`, `BrokerUnavailable`, `PoolClosed`,
+        or an exception of `psycopg2.connect` or of a callback.
         """
-        # The fast path, for most calls: an idle connection, and nothing to look after. Each step is safe without the
-        # lock (`worker/core/cache.py`); the flag is shut in a forked child, after `release_all` and where a callback
-        # must run.
+        # The fast path, for most calls. It needs no lock, because each step is one of the
+        # interpreter's: see `worker/core/cache.py`.
+        # 1. The flag is open: this is no forked child, the pool is not disposed of, and no callback
+        #    has to run.
+        # 2. There is an idle connection. Popped, its lease is this thread's alone.
+        # 3. It was idle for a moment only, so its socket need not be looked at, and it is ready.
+        # The connection is the caller's once `lease.conn` is None. An interrupt before that loses a
+        # lease with its connection, which the link finds; after that, the object's finalizer runs.
         thread = get_ident()
         if self._fast_path[0] and key is None and (self._thread is None or self._thread == thread):
             lease: Any
@@ -101,12 +106,10 @@ class Pool:
             try:
                 lease = cache.idle.pop()
             except IndexError:
-                began = (
-                    monotonic()
-                )  # a wait in the lane that was in vain is part of the caller's time
+                began = monotonic()  # the wait in the lane counts, even if it was in vain
                 if (
                     cache.moving[0]
-                    and (came := self._local.take_in_lane(timeout, began)) is not None
+                    and (came := self._local.membership.take(timeout, began)) is not None
                 ):
                     return came
                 return self._check_out(self._local, None, timeout, began)
@@ -118,51 +121,35 @@ class Pool:
                 gap_s <= CHECK_AFTER_S
                 and now < lease.fast_checkout_until
                 and conn.status == STATUS_READY
-                and not conn.get_transaction_status()  # idle: no statement that was under way has gone on since
+                and not conn.get_transaction_status()  # no late statement of its last user
             ):
                 conn.sharedpool_closed_flag = OPEN
                 conn.sharedpool_lent = lease
-                lease.conn = None  # from here on the caller's reference is the only one
+                lease.conn = None
                 cache.hits += 1
                 return conn  # type: ignore[no-any-return] # `cast` is a call
-            if (user_s := self._lend_wrapper(lease, conn, now)) is not None:
-                return user_s
+            if (wrapper := lend_wrapped(lease, conn, now)) is not None:
+                cache.hits += 1
+                return wrapper
             return self._check_out(self._local, lease, timeout, now)
+        return self._get_slowly(key, timeout)
+
+    def _get_slowly(self, key: Hashable, timeout: float | None) -> extensions.connection:
         local = self._check_caller()
-        if key is not None and (lent := self._by_key(key)) is not None:
+        if key is not None and (lent := keys.lent(local, key)) is not None:
             return as_user_sees(lent)
         now = monotonic()
         conn = self._check_out(local, local.cache.take(now), timeout, now)
-        return conn if key is None else self._keep_key(key, conn)
-
-    def _lend_wrapper(
-        self, lease: Lease, conn: PooledConnection, now: float
-    ) -> extensions.connection | None:
-        """Lend a wrapped connection the fast path: return what its user gets, or None when it must go the long one."""
-        user_s = conn.sharedpool_wrapper
-        if (
-            user_s is None
-            or lease.needs_configure
-            or lease.idle_s > CHECK_AFTER_S
-            or now >= lease.retire_at
-        ):
-            return None
-        if conn.status != STATUS_READY or conn.get_transaction_status():
-            return None
-        conn.sharedpool_wrapper = (
-            None  # it refers to the connection, which is to go with it when it is dropped
-        )
-        conn.sharedpool_closed_flag = OPEN
-        conn.sharedpool_lent = lease
-        lease.conn = None
-        self._cache.hits += 1
-        return cast(extensions.connection, user_s)
+        if key is not None and (other := keys.record(local, key, conn)) is not None:
+            self.put_conn(conn)  # another thread was faster with the same key
+            return as_user_sees(other)
+        return conn
 
     def connect(self, *, timeout: float | None = None) -> extensions.connection:
-        """Check out a connection whose `close()` checks it in: for what wants a function that connects.
+        """Check out a connection whose `close()` checks it in: for code that wants to connect.
 
-        After that `close()` it is closed to its user, and then the next one's: keep no reference to it. Blocks and
-        raises as `get_conn` does.
+        After `close()` keep no reference to it: the next user may have it. Blocks and raises as
+        `get_conn` does.
         """
         conn = self.get_conn(timeout=timeout)
         lease: Lease = cast(Any, conn).sharedpool_lease
@@ -170,7 +157,7 @@ class Pool:
         return conn
 
     def _put_closed(self, conn: extensions.connection) -> None:
-        with contextlib.suppress(PoolClosed):  # it is closed, as was wanted
+        with contextlib.suppress(PoolClosed):  # then it was closed, as its user asked
             self.put_conn(conn)
 
     def _check_out(
@@ -179,15 +166,13 @@ class Pool:
         return checkout(local, lease, self.config.timeout if timeout is None else timeout, now)
 
     def _own_local(self) -> LocalPool:
-        """Return this process's local pool. A child whose fork Python did not see (uWSGI) must not touch its
-        parent's.
-        """
+        """Return this process's local pool, also after a fork that Python did not see (uWSGI)."""
         if self._local.pid != os.getpid():
             forks.reset_after_fork()
             if self._local.pid != os.getpid():
                 self.start_afresh()
         elif self._local.transient and not self._local.link and not forks.is_before_uwsgis_forks():
-            self.start_afresh()  # the application is loaded, and served by this very process
+            self.start_afresh()  # the application is loaded, and this very process serves it
         return self._local
 
     def _check_caller(self) -> LocalPool:
@@ -202,37 +187,10 @@ class Pool:
                 self._allow_fast_path(self._local)
             elif self._thread != me:
                 raise SharedPoolError(
-                    f"pool {self.name!r} is a SimpleConnectionPool and belongs to one thread: for more, use"
-                    " config_pool(pool_manager=ThreadedConnectionPool)"
+                    f"pool {self.name!r} is a SimpleConnectionPool and belongs to one thread:"
+                    " for several threads use config_pool(pool_manager=ThreadedConnectionPool)"
                 )
         return self._local
-
-    def _by_key(self, key: Hashable) -> PooledConnection | None:
-        self._local.reclaim(ANSWER_LIMIT_S)  # one that was dropped is not to be met again
-        with self._local.lock:
-            return self._keyed(key)
-
-    def _keyed(self, key: Hashable) -> PooledConnection | None:
-        """Return the connection that is checked out under `key`. The lock must be held."""
-        lease = self._local.keys.get(key)
-        conn = cast(
-            "PooledConnection | None",
-            lease.ref() if lease is not None and lease.ref is not None else None,
-        )
-        if conn is None or conn.sharedpool_finalized or conn.sharedpool_lease is not lease:
-            return None
-        return conn
-
-    def _keep_key(self, key: Hashable, conn: extensions.connection) -> extensions.connection:
-        lease: Lease = cast(Any, conn).sharedpool_lease
-        with self._local.lock:
-            other = self._keyed(key)
-            if other is None:
-                self._local.keys[key] = lease
-                lease.key, lease.fast_checkin = key, False
-                return conn
-        self.put_conn(conn)  # another thread was faster with the same key
-        return as_user_sees(other)
 
     # --- checkin
 
@@ -243,16 +201,23 @@ class Pool:
         close: bool = False,
         fail_silently: bool = False,
     ) -> None:
-        """Check a connection in.
+        """Check in a connection.
 
-        Roll back what is open, run `reset`, then cache it, hand it to a waiting thread, or close it and give its lease
-        back when the broker has asked for one, when it is broken or too old, or with `close`. Then close what has been
-        idle longer than `expiration`. Blocks for the rollback and for closes, not for the broker.
+        Roll back an open transaction and run `reset`. Then cache the connection, hand it to a
+        waiting thread or process, or close it: if it is broken or too old, or with `close`. Also
+        close the connections that were idle longer than `expiration`. Blocks for the rollback and
+        for closes, not for the broker.
 
-        Raise `PoolError` for a connection that is not checked out of this pool, `PoolClosed` when the pool is disposed
-        of (the connection is closed all the same); `fail_silently` swallows both. What `reset` raised is raised here.
+        Raise `PoolError` for a connection that is not checked out of this pool, and `PoolClosed` if
+        the pool is disposed of (the connection is closed all the same); `fail_silently` swallows
+        both. An exception of `reset` is raised here.
         """
-        # The fast path, as in `get_conn`: it is clean. Whether somebody wants it is looked at when it lies there.
+        # The fast path, as in `get_conn`.
+        # 1. The connection is this pool's, was out for a moment only, and is clean.
+        # 2. `del` takes the lease off it. Of two threads that put it back one gets an error.
+        # 3. It goes to the lane if others wait there; else it is laid idle.
+        # 4. Only then is it looked whether anybody wants it. A waiter that comes earlier is seen
+        #    here, and one that comes later sees the idle connection.
         if (
             self._fast_path[0]
             and key is None
@@ -263,7 +228,7 @@ class Pool:
             user_s: Any = conn
             try:
                 lease: Any = user_s.sharedpool_lent
-                pooled = lease.ref()  # in a wrapper, if it has one; None when it is being collected
+                pooled = lease.ref()  # may be in a wrapper; None while it is being collected
                 laid = (
                     lease.cache is cache
                     and lease.fast_checkin
@@ -272,16 +237,14 @@ class Pool:
                     and pooled.status == STATUS_READY
                 )
                 if laid:
-                    del (
-                        pooled.sharedpool_lent
-                    )  # in one step: of two threads that put it only one gets on
+                    del pooled.sharedpool_lent
                     pooled.sharedpool_closed_flag = SHUT
                     if pooled is not conn:
                         note_wrapper(pooled, conn)
                     elif (
                         cache.moving[0]
                         and not cache.returns_due
-                        and self._local.give_in_lane(lease, user_s, now)
+                        and self._local.membership.give(lease, user_s, now)
                     ):
                         return
                     lease.conn, lease.phase, lease.since = pooled, IDLE, now
@@ -294,14 +257,13 @@ class Pool:
                     ):
                         return
             except AttributeError:
-                laid = False  # not checked out, or no pool's at all: said below
+                laid = False  # not checked out, or no pool's at all: `_claim` raises
             if laid:
                 self._local.after_fast_checkin(lease, now)
                 return
-        if self._own_local().lock._is_owned() or _is_being_collected(conn):  # type: ignore[attr-defined]
-            self.put_conn_later(
-                conn
-            )  # called by a finalizer, perhaps while this very thread was at the books
+        local = self._own_local()
+        if local.lock._is_owned() or claims.is_being_collected(conn):  # type: ignore[attr-defined]
+            self.put_conn_later(conn)  # this is a finalizer, and may have interrupted this thread
             return
         try:
             pooled, lease = self._claim(conn, key)
@@ -309,35 +271,15 @@ class Pool:
             if not fail_silently:
                 raise
             return
-        self._local.check_in(lease, pooled, ReleaseReason.CLOSED if close else None)
+        local.check_in(lease, pooled, ReleaseReason.CLOSED if close else None)
 
     def _claim(self, conn: extensions.connection, key: Hashable) -> tuple[PooledConnection, Lease]:
-        """Take a checked-out connection's lease off it, so that no second checkin finds one; else say why not."""
-        pooled = unwrap(conn)
-        local = None if pooled is None else pooled.sharedpool_local
-        if pooled is None or local is not self._local:
-            if local is not None and local.pid != os.getpid():
-                raise SharedPoolError(
-                    f"pool {self.name!r}: this connection belongs to process {local.pid}, which opened it"
-                )
-            raise SharedPoolError(
-                f"pool {self.name!r}: put_conn() of a connection that it did not lend out: {conn!r}"
-            )
-        if local.disposed:
-            if (late := take_lease(pooled)) is None:
-                close_confirmed([pooled])
-            else:
-                local.discard(late, pooled, ReleaseReason.CLOSED)
-            raise PoolClosed(f"pool {self.name!r} is disposed: the connection was closed")
+        """Take a connection for a checkin; raise `PoolError` if it cannot be checked in."""
+        pooled = claims.own(self._local, conn)
+        claims.refuse_late(self._local, pooled)
         if self._one_thread:
             self._check_caller()
-        lease = cast("Lease | None", pooled.sharedpool_lease)
-        if lease is not None and key is not None and lease.key != key:
-            raise SharedPoolError(
-                f"pool {self.name!r}: the connection was checked out with key {lease.key!r}, not {key!r}"
-            )
-        if lease is None or take_lease(pooled) is None:
-            raise SharedPoolError(f"pool {self.name!r}: this connection was already put back")
+        lease = claims.take(self._local, pooled, key)
         note_wrapper(pooled, conn)
         return pooled, lease
 
@@ -345,71 +287,60 @@ class Pool:
     def connection(
         self, key: Hashable = None, *, timeout: float | None = None
     ) -> Iterator[extensions.connection]:
-        """Lend a connection for a block: commit on success, roll back on any exception, return it always.
+        """Lend a connection for a block: commit, or roll back on an exception, and check it in.
 
-        Takes and raises what `get_conn` does.
+        Arguments and exceptions are those of `get_conn`.
         """
         conn = self.get_conn(key, timeout=timeout)
+        owner = cast(PooledConnection, conn).sharedpool_pid
         try:
             yield conn
-            if (owner := cast(PooledConnection, conn).sharedpool_pid) != os.getpid():
-                raise psycopg2.InterfaceError(
-                    f"pool {self.name!r}: the connection belongs to process {owner}, which opened it"
-                )
+            if owner != os.getpid():
+                text = "pool %r: the connection belongs to process %d, which opened it"
+                raise psycopg2.InterfaceError(text % (self.name, owner))
             conn.commit()
         except BaseException as error:
             self.notice(conn, error)
-            # A child leaves its parent's transaction alone.
-            if not conn.closed and cast(PooledConnection, conn).sharedpool_pid == os.getpid():
+            # A forked child leaves its parent's transaction alone.
+            if not conn.closed and owner == os.getpid():
                 with contextlib.suppress(psycopg2.Error):  # the caller's own error says more
                     conn.rollback()
             raise
         finally:
-            # A child that was forked inside the block unwinds it too: the connection is not its to return.
-            self.put_conn(
-                conn, fail_silently=cast(PooledConnection, conn).sharedpool_pid != os.getpid()
-            )
+            # A child that was forked inside the block leaves it too, with its parent's connection.
+            self.put_conn(conn, fail_silently=owner != os.getpid())
 
     def notice(self, conn: extensions.connection, error: BaseException) -> None:
-        """Look whether an error of a statement tells that the server fails over: then every process replaces its
-        connections. `connection()` and `PgSimple` call this by themselves. Does not block.
+        """Report the error of a statement: it may be a sign of a failover. Does not block.
+
+        `connection()` and `PgSimple` call this themselves.
         """
         self._own_local().notice(cast(PooledConnection, conn), error)
 
     def put_conn_later(self, conn: extensions.connection) -> None:
-        """Check a connection in from a finalizer: takes no lock and does no I/O; the link's thread does the rest."""
-        pooled = unwrap(conn)
-        if pooled is None or pooled.sharedpool_lease is None or _is_being_collected(pooled):
-            return  # collected in the same cycle: its own finalizer brings it back
-        if pooled.sharedpool_pid == os.getpid() and pooled.sharedpool_local is not None:
-            pooled.sharedpool_closed_flag = SHUT
-            pooled.sharedpool_local.orphans.append(pooled)
-            pooled.sharedpool_local.wake_link()
+        """Check in a connection from a finalizer: the link's thread does it. No lock, no I/O."""
+        claims.defer(conn)
 
     # psycopg2.pool's names for the same calls.
     getconn = get_conn
     putconn = put_conn
 
     def closeall(self) -> None:
-        """Close all connections: `release_all` under psycopg2.pool's name."""
+        """Close all connections: psycopg2.pool's name for `release_all`."""
         self.release_all()
 
     # --- scavenging and the end
 
     def purge_expired_connections(self) -> int:
-        """Close what has been idle longer than `expiration`, or has outlived `max_lifetime`; return how many.
+        """Close the connections that were idle too long or have lived too long; return how many.
 
-        Every `put_conn` does this too, and the broker sees to it in a process that never calls the pool again.
+        Every `put_conn` does this too, and the broker sees to it in processes that rest.
         """
         return self._own_local().purge()
 
     def close_idle(self) -> int:
-        """Close all that lies idle in this process and return its leases; return how many. What is in use stays."""
-        local = self._own_local()
-        with local.lock:
-            closing = local.cache.take_all_idle(monotonic())
-        local.close(closing)
-        return len(closing)
+        """Close the idle connections of this process; return how many."""
+        return self._own_local().close_idle()
 
     @property
     def disposed(self) -> bool:
@@ -417,67 +348,26 @@ class Pool:
         return self._local.disposed
 
     def release_all(self) -> None:
-        """Close every connection of this process, those in use included, return all leases, and end the pool.
+        """Close every connection of this process, those in use included, and end the pool.
 
-        Waiting threads get `PoolClosed`. Blocks until the backends are gone, at most some seconds. Raise `PoolClosed`
-        when it was called before.
+        Waiting threads get `PoolClosed`, and so does a second call. Blocks until the backends are
+        gone, at most some seconds.
         """
-        local = self._own_local()
-        with local.lock:
-            if local.disposed:
-                raise PoolClosed(f"pool {self.name!r} is already disposed")
-            local.fast_path.clear()
-            local.disposed = True
-            local.cache.stop_keeping()  # a checkin that is under way closes too
-            link, registration = local.link, local.registration
-            waiters = local.cache.waiters.fail(
-                PoolClosed(f"pool {self.name!r} was disposed of while waiting")
-            )
-            closing = local.cache.take_all_idle(monotonic())
-            in_use = [lease for lease in local.cache.leases.values() if lease.phase is Phase.IN_USE]
-        for waiter in waiters:
-            waiter.wake()
-        if (wait_sockets := local.wait_sockets) is not None:
-            wait_sockets.wake_all()
-        local.reclaim(ANSWER_LIMIT_S)
-        local.close(closing)
-        self._cut(in_use)
-        if link is not None and registration is not None:
-            link.leave(registration)
+        dispose(self._own_local())
         forks.forget(self)
 
-    def _cut(self, leases: list[Lease]) -> None:
-        """End what is checked out: in order where it is this thread's, else by its socket: its thread may be in it."""
-        cutting: list[tuple[Lease, PooledConnection]] = []
-        for lease in leases:
-            conn = cast("PooledConnection | None", lease.ref() if lease.ref else None)
-            if conn is None or take_lease(conn) is None:
-                continue  # another thread is returning it
-            mine = lease.thread == get_ident()
-            if conn.closed or (
-                mine and conn.get_transaction_status() != extensions.TRANSACTION_STATUS_ACTIVE
-            ):
-                self._local.discard(lease, conn, ReleaseReason.CLOSED)
-            else:
-                cutting.append((lease, conn))
-        cut(conn for _, conn in cutting)
-        for lease, conn in cutting:
-            self._local.give_back(lease, ReleaseReason.CLOSED, gone=conn.sharedpool_gone)
-
     def retire(self) -> None:
-        """Keep nothing idle from now on: a newer pool has taken this one's name in this process."""
+        """Keep nothing idle from now on: a newer pool of this process has the same name."""
         self._own_local().retire()
-
-    # --- what the pool says of itself
 
     @property
     def max_conn(self) -> int:
-        """The limit over all processes: what the broker enforces, once it has said so; until then what was asked."""
+        """The limit over all processes; the requested one until the broker has named its own."""
         return self._local.limit
 
     @property
     def expiration(self) -> float:
-        """Seconds after which an idle connection is closed: what was asked, or the broker's own if that is shorter."""
+        """Seconds after which an idle connection is closed. The broker may have shortened them."""
         return self._local.cache.expiration_s
 
     def stats(self) -> PoolStats:
@@ -486,8 +376,8 @@ class Pool:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            f"pool {self.name!r} cannot be pickled for another process: call config_pool() there too, as a module does"
-            " that both import, and use get_pool()"
+            f"pool {self.name!r} cannot be pickled for another process: call config_pool() there"
+            " too, in a module that both import, and use get_pool()"
         )
 
     def __repr__(self) -> str:
@@ -495,15 +385,9 @@ class Pool:
             return f"<{type(self).__name__} {self.name!r} disposed>"
         stats = self.stats()
         return (
-            f"<{type(self).__name__} {self.name!r}: {stats.in_use} in use and {stats.idle} idle in this process,"
-            f" limit {stats.max_conn} over all>"
+            f"<{type(self).__name__} {self.name!r}: {stats.in_use} in use and {stats.idle} idle"
+            f" in this process, limit {stats.max_conn} over all>"
         )
-
-
-def _is_being_collected(conn: extensions.connection) -> bool:
-    """Say whether the collector, having cleared all weak references to it, is about to run `conn`'s own finalizer."""
-    lease = cast("Lease | None", getattr(conn, "sharedpool_lease", None))
-    return lease is not None and lease.ref is not None and lease.ref() is None
 
 
 class SimpleConnectionPool(Pool):

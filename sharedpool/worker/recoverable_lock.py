@@ -1,4 +1,8 @@
-"""A lock that is never left locked: an interrupt may fall between its acquisition and whatever would release it."""
+"""A lock that an interrupt cannot leave locked.
+
+With a plain lock, an exception of a signal handler may come between its acquisition and the `try`
+that would release it. Here the lock is free again once the holder's `Hold` object is gone.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,11 @@ import threading
 import time
 import weakref
 
-_CHECK_EVERY_S = 0.05  # for a turn that was dropped, which wakes nobody
+_CHECK_EVERY_S = 0.05  # a `Hold` that was dropped wakes no waiting thread
 
 
 class Hold:
-    """One call's turn. It ends with `release()`, or when it is dropped."""
+    """One call's hold of the lock. It ends with `release()`, or when it is dropped."""
 
     __slots__ = ("__weakref__", "ended", "thread")
 
@@ -20,12 +24,12 @@ class Hold:
         self.ended.acquire()
 
     def release(self) -> None:
-        """Let the next one have it."""
+        """Release the lock."""
         self.ended.release()
 
 
 class RecoverableLock:
-    """What one thread at a time may do; it may come back to it while it is at it."""
+    """A reentrant lock that is released when its holder is dropped."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -33,12 +37,12 @@ class RecoverableLock:
 
     @property
     def locked(self) -> bool:
-        """Whether it is somebody's turn."""
+        """Whether a thread holds the lock."""
         hold = None if self._holder is None else self._holder()
         return hold is not None and hold.ended.locked()
 
     def acquire(self, limit_s: float) -> Hold | None:
-        """Return a turn, or None when another thread's lasts longer than `limit_s` seconds. Blocks until then."""
+        """Return a hold; None if another thread's lasts longer than `limit_s` seconds."""
         deadline = time.monotonic() + limit_s
         mine = Hold()
         while True:
@@ -48,10 +52,10 @@ class RecoverableLock:
                     self._holder = weakref.ref(mine)
                     return mine
             if hold.thread == mine.thread:
-                return mine  # within its other one, which lasts longer
+                return mine  # reentered: the outer hold keeps the lock
             ended, hold = hold.ended, None
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 return None
             if ended.acquire(timeout=min(left_s, _CHECK_EVERY_S)):
-                ended.release()  # for others who wait, too
+                ended.release()  # other threads may wait for the same end

@@ -1,4 +1,4 @@
-"""One pool's registration with the broker: what the link says and hears on behalf of the local pool.
+"""One pool's registration with the broker: what the link sends and receives for the local pool.
 
 All of it runs in the link's thread.
 """
@@ -42,17 +42,17 @@ from sharedpool.worker.threads import leases_in_hand, thread_names, utf8
 
 
 class Session:
-    """The registration's endpoint: the local pool, as the broker knows them."""
+    """The endpoint of a registration: the local pool as the broker knows it."""
 
     def __init__(self, local: LocalPool) -> None:
         self._local = local
-        self._epoch: int | None = None
-        self._over = False
-        self._invited_by = 0  # which broker
+        self._epoch: int | None = None  # of the broker that has sent the last WELCOME
+        self._over = False  # the pool has ended and holds nothing
+        self._invited_by = 0  # the epoch of the broker that has sent the invitation
         self._title = utf8(_program()) or "python"
 
     def compose_hello(self) -> Hello:
-        """Compose the registration."""
+        """Compose the HELLO."""
         config, now = self._local.config, time.monotonic()
         identity = config.conninfo.identity()
         spec = PoolSpec(
@@ -86,56 +86,64 @@ class Session:
         )
 
     def compose_bye(self) -> Bye:
-        """Compose the last message."""
+        """Compose the BYE."""
         with self._local.lock:
             return self._local.cache.reporter.farewell(self._local.cache.hits)
 
     def invited(self, invitation: LaneInvitation, fds: list[int]) -> None:
-        """Take part in the lane that these descriptors, this pool's now, are of: once it is welcome.
+        """Keep an invitation to the pool's lane, with its descriptors, until the broker's WELCOME.
 
-        The WELCOME comes another way, and may be slower where the process has a line to the desk already.
+        The WELCOME comes by another socket. If the process has a line to the desk already, the
+        invitation may be faster.
         """
         local, link = self._local, self._local.link
-        local.keep_invitation(invitation, fds)
+        local.membership.keep_invitation(invitation, fds)
         self._invited_by = 0 if link is None else link.epoch
         if local.registration is not None and local.registration.established:
             self._accept()
 
     def _accept(self) -> None:
-        """Follow an invitation to the lane, if there is one, or decline it: else what is parked waits for us."""
+        """Answer an invitation to the lane, if there is one.
+
+        To decline is an answer too: the broker keeps connections for the lane's members.
+        """
         local, link = self._local, self._local.link
-        invitation = local.invitation
+        invitation = local.membership.invitation
         if invitation is None or link is None:
             return
         if self._invited_by != link.epoch:
-            # Its broker died before its WELCOME came. In its lane nobody else is, and who waits there asks no broker.
-            local.keep_invitation(None, [])
+            # The broker died before its WELCOME came. Its lane has no other members, and threads
+            # that wait there would ask no broker.
+            local.membership.keep_invitation(None, [])
         else:
-            takes_part = local.enter_lane()
+            takes_part = local.membership.enter()
             link.desk.send(encode(Joined(invitation.session, takes_part)))
 
     def descriptors_to_watch(self) -> list[int]:
-        """Return descriptors where something may come for who waits no more."""
-        wait_sockets = self._local.wait_sockets
+        """Return descriptors at which a connection may arrive for a thread that no longer waits."""
+        wait_sockets = self._local.membership.wait_sockets
         return [] if wait_sockets is None else wait_sockets.not_quiet
 
     def receive_strays(self) -> None:
-        """Take in what has come there, and note what has come for those who wait."""
-        if (wait_sockets := self._local.wait_sockets) is not None:
+        """Receive connections for threads that no longer wait, and list the unread ones."""
+        if (wait_sockets := self._local.membership.wait_sockets) is not None:
             wait_sockets.receive_strays()
         self._note_arrivals()
         if wait_sockets is not None:
             self._local.give_kept()
 
     def _note_arrivals(self) -> None:
-        """Note what has come for those who wait, and was not read yet: it is listed as held."""
-        if (wait_sockets := self._local.wait_sockets) is not None:
+        """List connections that have arrived and are unread: to the broker they are held here."""
+        if (wait_sockets := self._local.membership.wait_sockets) is not None:
             self._local.cache.reporter.unread = wait_sockets.unread()
-        self._local.cache.reporter.unsure = self._local.unsure
+        self._local.cache.reporter.unsure = self._local.membership.unsure
 
     def beat(self) -> bool:
-        """Scavenge and queue a heartbeat. Return whether anything is held or asked for."""
-        if (wait_sockets := self._local.wait_sockets) is not None:
+        """Queue a heartbeat, and see to what no thread will.
+
+        Close expired connections, and find lost ones. Return True if anything is held or asked for.
+        """
+        if (wait_sockets := self._local.membership.wait_sockets) is not None:
             wait_sockets.check_all()
         self.receive_strays()
         self._local.reclaim(0, thorough=False)
@@ -157,7 +165,7 @@ class Session:
         self._deposit_all()
         for lease in missing:
             logger.warning(
-                "pool %r: the connection of lease %s was lost unreturned",
+                "pool %r: the connection of lease %s was lost without a put_conn()",
                 self._local.config.name,
                 lease.token,
             )
@@ -167,7 +175,7 @@ class Session:
         return busy
 
     def _find_abandoned(self) -> None:
-        """Give up what was taken for a checkout that an interrupt has ended, its clean-up too."""
+        """Give up the waiters of checkouts whose clean-up was interrupted as well."""
         now = time.monotonic()
         with self._local.lock:
             abandoned = [
@@ -179,83 +187,86 @@ class Session:
                 waiter.wake()
 
     def receive(self, message: ToWorker) -> None:
-        """Act on a message from the broker."""
+        """Handle a message from the broker."""
+        local = self._local
         if isinstance(message, Recall):
             self.receive_strays()
-            self._local.reclaim(0, thorough=False)  # what its user has dropped may serve another
-        now = time.monotonic()
-        waiter: Waiter | None = None
-        closing: list[Closing] = []
-        with self._local.lock:
-            match message:
-                case Welcome():
-                    closing = self._local.messages.welcomed(
-                        message.epoch, message.generation, now, message.served
-                    )
-                case Stale():
-                    closing = self._local.cache.renew_generation(message.generation, now)
-                case Ack():
-                    self._local.cache.reporter.acknowledged(message.gone)
-                    closing = self._local.cache.renew_generation(message.generation, now)
-                case Grant():
-                    waiter = self._local.messages.granted(message, now)
-                case Deny():
-                    waiter = self._local.cache.waiters.denied(message)
-                case ReportNow():
-                    self._local.cache.outbox.append(
-                        self._local.cache.reporter.renewal(now, thread_names())
-                    )
-                case Recall():
-                    closing = self._local.messages.recalled(message, now, thread_names())
+            local.reclaim(0, thorough=False)  # a connection that its user has dropped may serve
+        with local.lock:
+            waiter, closing = self._apply(message, time.monotonic())
         if waiter is not None:
             waiter.wake()
         if closing:
-            self._local.wake_link()
-            self._local.close(closing)
-        if isinstance(message, Welcome):
-            self._welcomed(message)
-        elif isinstance(message, Ack):
-            self._local.limit = message.max_conn or self._local.limit
-            self._revoke(message.revoked)
-        elif isinstance(message, Gone):
-            self._drop_ended(message.tokens)
+            local.wake_link()
+            local.close(closing)
+        match message:
+            case Welcome():
+                self._welcomed(message)
+            case Ack():
+                local.limit = message.max_conn or local.limit
+                self._revoke(message.revoked)
+            case Gone():
+                self._drop_ended(message.tokens)
+
+    def _apply(self, message: ToWorker, now: float) -> tuple[Waiter | None, list[Closing]]:
+        """Have the cache handle a message; return a waiter to wake and leases to close.
+
+        The lock must be held.
+        """
+        cache, messages = self._local.cache, self._local.messages
+        match message:
+            case Welcome(epoch=epoch, generation=generation, served=served):
+                return None, messages.welcomed(epoch, generation, now, served)
+            case Stale():
+                return None, cache.renew_generation(message.generation, now)
+            case Ack():
+                cache.reporter.acknowledged(message.gone)
+                return None, cache.renew_generation(message.generation, now)
+            case Grant():
+                return messages.granted(message, now), []
+            case Deny():
+                return cache.waiters.denied(message), []
+            case ReportNow():
+                cache.outbox.append(cache.reporter.renewal(now, thread_names()))
+            case Recall():
+                return None, messages.recalled(message, now, thread_names())
+        return None, []
 
     def _welcomed(self, welcome: Welcome) -> None:
-        name, asked = self._local.config.name, self._local.config.max_conn
+        local, cache = self._local, self._local.cache
+        name, asked = local.config.name, local.config.max_conn
         if self._epoch is None and welcome.max_conn != asked:
-            text = "pool %r: max_conn=%d was asked for, %d is enforced (set by the pool's first user or the launcher)"
+            text = (
+                "pool %r: max_conn=%d was asked for, %d is enforced"
+                " (set by the pool's first user or the launcher)"
+            )
             logger.warning(text, name, asked, welcome.max_conn)
         if self._epoch not in (None, welcome.epoch):
-            self._local.leave_lane(former_brokers=True)
+            local.membership.leave(to_new_broker=True)
             logger.info("pool %r: registered with a new broker (epoch %d)", name, welcome.epoch)
         self._epoch = welcome.epoch
-        self._local.limit = welcome.max_conn
-        self._local.cache.expires_after(
-            min(self._local.config.expiration, welcome.expiration_ms / 1000)
-        )
-        self._local.cache.connects_within_s = welcome.ttl_ms / 1000
-        self._local.tag = welcome.tag
+        local.limit, local.tag = welcome.max_conn, welcome.tag
+        cache.expires_after(min(local.config.expiration, welcome.expiration_ms / 1000))
+        cache.connects_within_s = welcome.ttl_ms / 1000
         self._revoke(welcome.revoked)
-        link = self._local.link
-        hands_over = (
-            welcome.handover
-            and self._local.handover_enabled
-            and link is not None
-            and link.desk.line is not None
-        )
-        hands_over = self._local.hands_over = hands_over and greenlets.may_connect_to_itself()
-        time_slice = self._local.cache.time_slice
-        time_slice.slice_s, time_slice.hands_over = self._local.config.time_slice, hands_over
-        with self._local.lock:
-            self._local.cache.timings.registered()
-            for lease in self._local.cache.leases.values():
+        local.hands_over = welcome.handover and self._can_hand_over()
+        cache.time_slice.slice_s = local.config.time_slice
+        cache.time_slice.hands_over = local.hands_over
+        with local.lock:
+            cache.timings.registered()
+            for lease in cache.leases.values():
                 lease.deposited = False
-            self._local.cache.waiters.registered(welcome.served, time.monotonic())
+            cache.waiters.registered(welcome.served, time.monotonic())
         self._deposit_all()
         self._accept()
 
+    def _can_hand_over(self) -> bool:
+        local, link = self._local, self._local.link
+        has_line = link is not None and link.desk.line is not None
+        return local.handover_enabled and has_line and greenlets.may_connect_to_itself()
+
     def _deposit_all(self) -> None:
-        """Hand in what is not at the desk: after a restart of the broker, or when the line was full."""
+        """Deposit the sockets that the desk lacks: after a new broker's WELCOME, or a full line."""
         with self._local.lock:
             held = [
                 (lease, conn)
@@ -267,7 +278,7 @@ class Session:
             self._local.deposit(lease, cast(PooledConnection, conn))
 
     def _drop_ended(self, tokens: list[Token]) -> None:
-        """Drop leases whose backends the broker has seen to end: what is idle will not be lent out."""
+        """Drop leases whose backends the broker has seen to end."""
         for token in tokens:
             with self._local.lock:
                 lease = self._local.cache.ended(token)
@@ -282,7 +293,7 @@ class Session:
                     self._local.discarded += 1
 
     def _revoke(self, tokens: list[Token]) -> None:
-        """Drop leases that the broker has taken away: their backends are gone or going."""
+        """Drop leases that the broker has taken away, and cut their connections."""
         for token in tokens:
             with self._local.lock:
                 lease = self._local.cache.ended(token)
@@ -296,38 +307,33 @@ class Session:
 
     @property
     def ending(self) -> bool:
-        """Whether the registration is to end once nothing is held."""
+        """Whether the registration ends once nothing is held."""
         local = self._local
         return local.disposed or local.retired or local.transient or local.before_fork
 
     def done(self) -> bool:
-        """Say whether the pool is over and nothing is held or asked for: then this registration is not its any more."""
+        """Return True if the pool has ended and holds nothing: the registration ends, too."""
         with self._local.lock:
             cache = self._local.cache
             self._over = self._over or (self.ending and not cache.leases and not cache.waiting)
             if self._over:
-                self._detach()
-                # What was said until now is this registration's to send; what comes after it, the next one's.
+                self._local.detach(self)
+                # This registration sends the messages so far, the next one those that follow.
                 cache.leave_outbox()
             return self._over
 
     def registration_ended(self) -> None:
-        """Note that the registration has ended; a pool that goes on makes another when it needs one."""
+        """Handle the registration's end. A pool that goes on makes another when it needs one."""
         if self._over:
-            self._local.keep_invitation(None, [])
-            self._local.leave_lane()
+            self._local.membership.keep_invitation(None, [])
+            self._local.membership.leave()
         with self._local.lock:
-            self._detach()
+            self._local.detach(self)
             if self._over and self._local.registration is None:
                 forks.remove_local_pool(self._local)
 
-    def _detach(self) -> None:
-        registration = self._local.registration
-        if registration is not None and registration.endpoint is self:
-            self._local.link = self._local.registration = None
-
     def unreachable(self, error: Exception) -> None:
-        """Tell the waiting threads that the broker refuses, or cannot be had."""
+        """Fail the waiting threads: the broker refuses this pool, or cannot be started."""
         if not isinstance(error, BrokerUnavailable):
             error = BrokerUnavailable(f"pool {self._local.config.name!r}: {error}")
         with self._local.lock:
@@ -337,7 +343,7 @@ class Session:
 
 
 def _program() -> str:
-    """Return what was started: a script's name, or that of the package that `python -m` runs; "" without either."""
+    """Return the name of the script, or of the package that `python -m` runs; "" without either."""
     script = sys.argv[0] if sys.argv else ""
     folder, name = os.path.split(script)
     if name == "__main__.py":

@@ -1,4 +1,4 @@
-"""What a pool was asked for."""
+"""A pool's settings."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class PoolConfig:
 
     @property
     def user_reset(self) -> Callback | None:
-        """The user's own reset, if there is one."""
+        """The user's own reset, or None."""
         return None if isinstance(self.reset, str) else self.reset
 
     @property
     def reset_command(self) -> bytes:
-        """What is executed before a connection moves to another process."""
+        """The command that resets a session before it moves to another process."""
         return b"DISCARD ALL" if self.reset == "discard" else b"UNLISTEN *"

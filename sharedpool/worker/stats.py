@@ -1,4 +1,4 @@
-"""What one process's part of a pool has done so far."""
+"""Statistics of one process's part of a pool."""
 
 from __future__ import annotations
 
@@ -11,27 +11,24 @@ from sharedpool.worker.local_pool import LocalPool
 
 @dataclass(frozen=True, slots=True)
 class PoolStats:
-    """A snapshot of one pool in this process; counters count since the process (or its fork) made the pool.
+    """A snapshot of one pool in this process.
 
-    `max_conn` is over all processes, all else is of this one. `hits` are checkouts served from the cache, `handed_on`
-    those served by another thread's checkin, `connects` those that opened a connection. `adopted` connections came from
-    another process, open. `released` leases were given back; of these `recalled` because others waited (`given` with
-    their connection), `expired` by idle time or age.
+    Counters count from when the process (or its fork) made the pool.
     """
 
     name: str
-    max_conn: int
+    max_conn: int  # over all processes; everything else is of this process
     idle: int
     in_use: int
     waiting: int
-    hits: int
-    handed_on: int
-    adopted: int
-    connects: int
-    released: int
-    recalled: int
-    given: int
-    expired: int
+    hits: int  # checkouts served from the cache
+    handed_on: int  # checkouts served by another thread's checkin
+    adopted: int  # open connections that came from another process
+    connects: int  # connections that were opened
+    released: int  # leases that were given back
+    recalled: int  # of these: because others waited
+    given: int  # of these: with their open connection
+    expired: int  # of the released: by idle time or age
     discarded: int
     errors: int
 

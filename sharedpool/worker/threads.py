@@ -1,4 +1,4 @@
-"""What the threads of this process are at: whether one that runs our code has a lease in its hands."""
+"""The threads of this process: their names, and the leases in their local variables."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ _PACKAGE = str(Path(__file__).resolve().parents[1])
 
 
 def leases_in_hand() -> set[Lease] | None:
-    """Return the leases that are in variables of other threads' calls of ours; None of greenlets.
+    """Return the leases in local variables of this package's functions, over all other threads.
 
-    One that a thread has taken this very moment may be missing: look twice, some time apart.
+    None if that cannot be known: greenlets have no frames of their own to look at. A lease that a
+    thread has taken this very moment may be missing, so look twice, some time apart.
     """
     if greenlets.patched() or not hasattr(sys, "_current_frames"):
         return None
     found: set[Lease] = set()
     for thread, innermost in sys._current_frames().items():
-        frame = innermost if thread != get_ident() else None  # who asks looks at all of them
+        frame = innermost if thread != get_ident() else None  # this thread looks at all leases
         while frame is not None:
             if frame.f_code.co_filename.startswith(_PACKAGE):
                 found.update(
@@ -42,5 +43,5 @@ def thread_names() -> dict[int, str]:
 
 
 def utf8(text: str) -> str:
-    """Return `text` as it can go on the wire: file names need not be UTF-8."""
+    """Return `text` without what UTF-8 cannot encode, such as parts of file names."""
     return text.encode("utf-8", "replace").decode()

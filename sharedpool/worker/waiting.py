@@ -1,9 +1,11 @@
-"""One thread's wait for a lease: where it waits, and for what, until its ticket is settled.
+"""One thread's wait for a lease: where it waits, for what, and until when.
 
-It waits at a *wait socket* in its pool's lane, if this process takes part in that and has one left: there a connection
-can be sent to it, by another process or by the broker. Else it waits for a grant, at a lock. It may have to change its
-place meanwhile: as this process is let into the lane, or leaves it. While connections move past the broker it queues in
-the lane; else it asks the broker.
+Where: at a *wait socket* in the pool's lane, if this process is a member and has one left. Another
+process or the broker can send a connection there. Else at a lock, for a grant. The place may change
+during the wait, when this process enters or leaves the lane, or when a wait socket comes back.
+
+For what: while connections move past the broker, the thread queues in the lane, and the broker need
+not know. Otherwise, and at the deadline, it asks the broker.
 """
 
 from __future__ import annotations
@@ -27,16 +29,20 @@ if TYPE_CHECKING:
     from sharedpool.worker.link.registration import Registration
     from sharedpool.worker.local_pool import LocalPool
 
-# How long a caller who does not want to wait waits for the broker's answer: a running one's, and one that starts.
+# How long a caller with `timeout=0` waits for the broker's answer: of a running one, of one that
+# has to be started, and one at a given address that has not answered yet.
 ANSWER_LIMIT_S = 3.0
 START_LIMIT_S = 25.0
 CONNECT_LIMIT_S = 5.0
-# A refusal by the broker says who holds what; it may come this much after the deadline.
+# The broker's refusal, which names the holders, may come this much after the deadline.
 _GRACE_S = 0.06
 
 
 class Wait:
-    """One thread's wait, until `deadline`; `wait_s` 0 wants an answer at once."""
+    """One thread's wait until `deadline`. With `wait_s` 0 it wants an answer at once."""
+
+    _link: Link
+    _registration: Registration
 
     def __init__(self, local: LocalPool, waiter: Waiter, wait_s: float, deadline: float) -> None:
         self._local = local
@@ -44,17 +50,16 @@ class Wait:
         self._wait_s = wait_s
         self._deadline = deadline
         self._waiting_at: WaitSocket | WaitLock = WaitLock()
-        self._wait_sockets: WaitSockets | None = (
-            None  # whose the place is, or in whose queue it is for one
-        )
-        self._again_at = -math.inf  # then it joins the queue in the lane, or joins it once more
-        self._limit = math.inf  # until when the broker has to answer
-        self._asked_at = math.inf  # then it was asked
+        # The lane's wait sockets: of which this thread has one, or queues for one.
+        self._wait_sockets: WaitSockets | None = None
+        self._again_at = -math.inf  # when to join the lane's queue, or to join it again
+        self._limit = math.inf  # until when the broker must have answered
+        self._asked_at = math.inf  # when the broker was asked
 
     def wait(self) -> Lease | None:
-        """Block until the ticket is settled; return a lease that lay idle here after all, else None.
+        """Block until the waiter is done, and return None; or return an idle lease that was found.
 
-        Raise `PoolClosed`, or `PoolError` when the broker does not answer.
+        Raise `PoolClosed`, or `PoolError` if the broker does not answer.
         """
         try:
             self._take_wait_socket()
@@ -69,8 +74,8 @@ class Wait:
     # --- where
 
     def _take_wait_socket(self) -> bool:
-        """Wait at a wait socket from now on, if there is one."""
-        wait_sockets, wait_lock = self._local.wait_sockets, self._waiting_at
+        """Wait at a wait socket from now on; return False if none is free."""
+        wait_sockets, wait_lock = self._local.membership.wait_sockets, self._waiting_at
         assert isinstance(wait_lock, WaitLock)
         wait_socket = (
             None if wait_sockets is None else wait_sockets.take(self._waiter.owner, wait_lock)
@@ -81,15 +86,20 @@ class Wait:
         return True
 
     def _line_up(self) -> None:
-        """Queue for a wait socket: all are taken."""
-        wait_sockets, wait_lock = self._local.wait_sockets, self._waiting_at
+        """Queue for a wait socket, because all are taken."""
+        wait_sockets, wait_lock = self._local.membership.wait_sockets, self._waiting_at
         assert isinstance(wait_lock, WaitLock)
         if wait_sockets is not None and wait_sockets is not self._wait_sockets:
             self._wait_sockets = wait_sockets
             wait_sockets.line_up(wait_lock)
 
     def _change_place(self) -> bool:
-        """Wait where one waits best by now; return whether that is elsewhere: it may have been woken where it was."""
+        """Change to the best place to wait; return True if it is another.
+
+        1. At a wait socket of a lane that was left: go to a lock.
+        2. At a lock: go to a wait socket, if one is free.
+        Afterwards the state is looked at again, because the wake-up may have come at the old place.
+        """
         waiting_at, wait_sockets = self._waiting_at, self._wait_sockets
         if isinstance(waiting_at, WaitSocket) and not waiting_at.is_open:
             self._waiting_at, self._wait_sockets = WaitLock(), None
@@ -100,25 +110,33 @@ class Wait:
             self._waiter.wake = self._waiting_at.wake
             self._local.cache.waiters.change_place(self._waiter, self._number, time.monotonic())
         if isinstance(waiting_at, WaitSocket) and wait_sockets is not None:
-            wait_sockets.give_back(waiting_at)  # only now: until then a grant rings there
+            wait_sockets.give_back(waiting_at)  # only now: until then a grant wakes it there
         self._local.wake_link()
         return True
 
     @property
     def _number(self) -> int:
-        """Where it is in the lane; -1 for nowhere: it may have been left this moment. The lock is held."""
-        return self._waiting_at.number if self._wait_sockets is self._local.wait_sockets else -1
+        """The place in the lane, or -1. The lock must be held.
+
+        The link's thread may have left the lane a moment ago, so the lane is compared.
+        """
+        return (
+            self._waiting_at.number
+            if self._wait_sockets is self._local.membership.wait_sockets
+            else -1
+        )
 
     def _moves(self) -> bool:
-        """Say whether connections move past the broker, and can be sent to this thread, or will once it has a wait
-        socket.
+        """Return True if connections move past the broker and can reach this thread.
+
+        They can if it has a wait socket, or will get one.
         """
         waiting_at = self._waiting_at
         if not self._wait_s:
             return False
         if isinstance(waiting_at, WaitSocket):
             return waiting_at.is_open and waiting_at.board.moving
-        wait_sockets = self._local.wait_sockets
+        wait_sockets = self._local.membership.wait_sockets
         return (
             wait_sockets is not None
             and wait_sockets.lane.open
@@ -136,12 +154,12 @@ class Wait:
             waiting_at.is_quiet = waiting_at.is_quiet and self._waiter.broker_is_done
             wait_sockets.give_back(waiting_at)
             if not waiting_at.is_quiet:
-                self._local.wake_link()  # the link looks whether something still comes there
+                self._local.wake_link()  # to watch it for late arrivals
 
     # --- for what
 
     def _begin(self) -> Lease | None:
-        """Take the ticket's place among those that wait; return a lease that lies idle after all."""
+        """Queue the waiter, in the lane or at the broker; return an idle lease if one is found."""
         local, waiter, cache = self._local, self._waiter, self._local.cache
         waiter.wake = self._waiting_at.wake
         waiter.reset(time.monotonic())
@@ -161,7 +179,7 @@ class Wait:
                 cache.outbox.append(cache.reporter.renewal(waiter.since, thread_names()))
             left_s = self._wait_s and max(0.001, self._deadline - waiter.since)
             cache.waiters.enqueue(waiter, left_s, place=self._number, in_lane=in_lane)
-            # Laid there without the lock meanwhile.
+            # A checkin without the lock may have laid a connection idle before it saw this waiter.
             if cache.idle and (lease := cache.take(waiter.since)) is not None:
                 cache.give_up(waiter, waiter.since)
                 return lease
@@ -170,9 +188,10 @@ class Wait:
         return None
 
     def _broker_must_know(self) -> bool:
-        """Say whether the broker is to be told first what is held here.
+        """Return True if the broker must first hear what is held here.
 
-        A slot may be on its way back, and it would refuse at once; or a refusal is to name the lines of checkouts.
+        1. With `timeout=0`, while a slot is on its way back: else the broker refuses at once.
+        2. With `debug_checkouts`: a refusal names the lines of code of the checkouts.
         """
         local = self._local
         if not self._wait_s and any(
@@ -182,7 +201,7 @@ class Wait:
         return local.config.debug_checkouts
 
     def _step(self, now: float) -> None:
-        """Wait for news, and take it in."""
+        """Do what comes next: change the place, ask, join the queue, or wait."""
         waiter = self._waiter
         if self._change_place():
             return
@@ -199,14 +218,16 @@ class Wait:
             self._wait_once(min(self._deadline - now, self._again_at - now, AGAIN_S))
 
     def _join_queue(self, now: float) -> None:
-        """Join the queue in the lane; without a wait socket, the queue for one."""
+        """Join the queue in the lane; without a wait socket, the queue for one.
+
+        Look at the shelf before, because with a connection there nobody has to wait. Look again
+        after the ticket is written: a giver that saw no ticket has shelved its connection.
+        """
         wait_socket = self._waiting_at
         if isinstance(wait_socket, WaitLock):
             self._again_at = now + AGAIN_S
             self._line_up()
             return
-        # As long as something lies on the shelf nobody need wait. And what was put there between the last look and the
-        # ticket's coming nobody will bring.
         first = self._again_at == -math.inf
         if first and (got := wait_socket.take_from_shelf()) is not None:
             self._receive(got)
@@ -216,7 +237,11 @@ class Wait:
             self._receive(got)
 
     def _ask_broker(self, now: float) -> None:
-        """Ask the broker: connections move past it no more, or the time is over, and a refusal tells who has them."""
+        """Ask the broker.
+
+        1. Connections no longer move past it.
+        2. The deadline has come: the broker's refusal names the holders.
+        """
         with self._local.lock:
             if self._waiter.is_done:
                 return
@@ -229,39 +254,28 @@ class Wait:
             self._receive(got)
 
     def _receive(self, got: tuple[Moved, Owned]) -> None:
-        receive_for_any(self._local, got, self._limit - time.monotonic(), self._waiter)
+        """Receive a connection from the lane, for this thread or for another that waits."""
+        other = self._local.receiver.receive(*got, self._limit - time.monotonic())
+        if other is not None and other is not self._waiter:
+            other.wake()
         if isinstance(self._waiting_at, WaitSocket):
             self._waiting_at.busy = False
 
-    # --- the broker's silence
+    # --- a broker that does not answer
 
     def _patience_s(self) -> float:
-        """How long to wait for the broker's answer on behalf of a caller who does not want to wait for a slot."""
+        """Return how long a caller with `timeout=0` waits for the broker's answer."""
         if self._registration.established:
             return ANSWER_LIMIT_S
         return CONNECT_LIMIT_S if self._local.config.broker else START_LIMIT_S
 
     def _unanswered(self) -> PoolError:
         registration, name, now = self._registration, self._local.config.name, time.monotonic()
-        # Who waited in the lane until his time was over has asked only then; a broker that is there may be late.
+        # A thread that waited in the lane asked only at its deadline. A live broker may be late.
         heard = self._asked_at >= self._deadline or self._link.heard_at >= self._asked_at
         if self._wait_s and registration.established and heard:
             return error_messages.timed_out(name, self._local.limit, self._wait_s)
-        waited_s = now - (
-            self._deadline - self._wait_s
-        )  # since its caller has asked for a connection
+        waited_s = now - (self._deadline - self._wait_s)  # since the caller's get_conn
         return error_messages.unanswered(
             name, self._link.address, now - self._asked_at, waited_s, registration.trouble
         )
-
-    _link: Link
-    _registration: Registration
-
-
-def receive_for_any(
-    local: LocalPool, got: tuple[Moved, Owned], limit_s: float, mine: Waiter | None
-) -> None:
-    """Take in a connection that has come in the lane, for this thread or for whoever waits."""
-    other = local.receive(*got, limit_s)
-    if other is not None and other is not mine:
-        other.wake()

@@ -148,7 +148,9 @@ class Host:
         shells = sum(map(len, holdings.shells._stock.values()))
         probes = 2 * sum(map(len, Probe._pairs.values()))
         lane = (
-            FOR_A_LANE + len(holdings.wait_sockets._all) if holdings.wait_sockets is not None else 0
+            FOR_A_LANE + len(holdings.membership.wait_sockets._all)
+            if holdings.membership.wait_sockets is not None
+            else 0
         )
         return len(os.listdir("/proc/self/fd")) - shells - probes - lane
 

@@ -338,7 +338,7 @@ def test_a_process_where_an_adopted_connection_does_not_work_goes_on_without(
         os.dup2(others[-1].fileno(), sock.fileno())
         return adopt(shell, sock, live)
 
-    monkeypatch.setattr("sharedpool.worker.local_pool.adopt", go_wrong)
+    monkeypatch.setattr("sharedpool.worker.receiving.adopt", go_wrong)
     rounds = 0
     while b._local.handover_enabled:
         rounds += 1
@@ -418,7 +418,7 @@ def test_a_backend_that_ends_on_the_way_is_not_handed_out(
         ended.append(live.backend.pid)
         return adopt(shell, sock, live)
 
-    monkeypatch.setattr("sharedpool.worker.local_pool.adopt", adopt_too_late)
+    monkeypatch.setattr("sharedpool.worker.receiving.adopt", adopt_too_late)
     conn = b.get_conn()
     assert ask(conn, "SELECT pg_backend_pid()") not in ended
     assert len(ended) == 1

@@ -167,7 +167,7 @@ class Watch:
                 for token, (_, held) in list(cache.arriving.items())
                 if held() is not None
             ]
-            if (seats := pool._local.wait_sockets) is not None:
+            if (seats := pool._local.membership.wait_sockets) is not None:
                 found += [seat for seat in seats._all if seat not in seats._free]
         gc.collect()
         return [f"{each}: {self._guilty.get(each, '?')}" for each in found]
@@ -256,7 +256,7 @@ def let_move(*pools: Pool) -> None:
 
 def waits(pool: Pool) -> bool:
     """Say whether somebody waits in this session: in the lane, or at the broker, if connections move no more."""
-    sockets = pool._local.wait_sockets
+    sockets = pool._local.membership.wait_sockets
     return bool(pool._local.cache.waiting) or (
         sockets is not None and sockets.lane.board.waiting(range(8)) > 0
     )

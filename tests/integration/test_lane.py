@@ -355,7 +355,11 @@ def test_a_worker_that_is_invited_before_its_welcome_joins(pair: MakePair) -> No
     try:
         for pool in late:
             pool.put_conn(pool.get_conn())
-            wait_until(lambda pool=pool: pool._local.wait_sockets is not None, 5, "it to take part")
+            wait_until(
+                lambda pool=pool: pool._local.membership.wait_sockets is not None,
+                5,
+                "it to take part",
+            )
     finally:
         for pool in late:
             pool.release_all()

@@ -32,10 +32,9 @@ from sharedpool import (
 )
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.messages import ReleaseReason
-from sharedpool.worker import checkout as checkouts
-from sharedpool.worker.checkout import checkout
+from sharedpool.worker.checkout import Checkout, checkout
 from sharedpool.worker.connection.pooled import PooledConnection
-from sharedpool.worker.core.lease import Lease, Waiter
+from sharedpool.worker.core.lease import Lease
 from tests.support.fixture_types import Backends, MakePool
 from tests.support.sql import ask
 from tests.support.waiting import wait_until
@@ -858,18 +857,18 @@ def test_a_lease_that_is_too_old_to_be_connected_is_given_back_and_another_is_wa
     make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its thread may have been frozen between the grant and the connect, for any time."""
-    worn = checkouts._reason_to_replace
+    reason_to_replace = Checkout._reason_to_replace
     too_old: list[object] = []
 
     def first_is_too_old(
-        ticket: Waiter, lease: Lease, conn: PooledConnection | None, now: float
+        self: Checkout, lease: Lease, conn: PooledConnection | None
     ) -> ReleaseReason | None:
         if conn is None and not too_old:
             too_old.append(lease)
             return ReleaseReason.UNUSED
-        return worn(ticket, lease, conn, now)
+        return reason_to_replace(self, lease, conn)
 
-    monkeypatch.setattr(checkouts, "_reason_to_replace", first_is_too_old)
+    monkeypatch.setattr(Checkout, "_reason_to_replace", first_is_too_old)
     pool = make_pool(max_conn=1)
     pool.put_conn(pool.get_conn(timeout=10))
     assert too_old[0] not in pool._local.cache.leases.values()

@@ -1,4 +1,4 @@
-"""A worker at the desk: its program's line, and what `LocalPool._give` and `LocalPool.deposit` do.
+"""A worker at the desk: its program's line, and what `Giver.give` and `LocalState.deposit` do.
 
 Giving takes two steps more than closing: the session is taken from under the connection, then the broker is told, then
 the cache (`giving`).

@@ -167,7 +167,7 @@ class InTheLane(AtTheDesk):
             self.accept()
 
     def accept(self) -> None:
-        """`Session._accept`, `LocalPool.enter_lane`."""
+        """`Session._accept`, `LaneMembership.enter`."""
         invitation, self.invitation = self.invitation, None
         if invitation is None or not self.hands_over or invitation[2] != self.epoch:
             return
@@ -420,7 +420,7 @@ class InTheLane(AtTheDesk):
         return end.open
 
     def go_the_long_way(self, ticket: Waiter, deadline: float) -> None:
-        """`checkout._wait`, from its beginning."""
+        """`Checkout._wait`, from its beginning."""
         raise NotImplementedError
 
     def _adopt_short(self, thread: Thread, began: float) -> Generator[None, None, bool]:
@@ -539,7 +539,7 @@ class InTheLane(AtTheDesk):
             self.wake(other)
 
     def _receive(self, got: Got, grip: Grip) -> Waiter | None:
-        """`LocalPool.receive`."""
+        """`Receiver.receive`."""
         moved, proc = got
         lacks, self.lacks = self.lacks, Lack.NOTHING
         self.cache.arriving.pop(moved.token, None)
@@ -593,7 +593,7 @@ class InTheLane(AtTheDesk):
     # --- giving
 
     def may_move(self, closing: Closing, conn: Conn) -> bool:
-        """`LocalPool._may_give`, of what is given while connections move."""
+        """`Giver.may_give`, of what is given while connections move."""
         lease, end = closing.lease, self.end
         if (
             not self.hands_over

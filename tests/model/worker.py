@@ -165,7 +165,7 @@ class Worker(InTheLane):
             self.line.up.append(out.popleft())
 
     def receive(self, message: ToWorker) -> None:
-        """Handle a message as `Link._receive` and `LocalPool.receive` do."""
+        """Handle a message as `Link._receive` and `Receiver.receive` do."""
         now, cache = self.world.now, self.cache
         self.heard_at = now
         if isinstance(message, Reject):

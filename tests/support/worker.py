@@ -72,7 +72,7 @@ def stats() -> dict[str, Any]:
     return found | {
         "adopted": s.adopted,
         "moving": bool(pool._local.cache.moving[0]),
-        "in_lane": pool._local.wait_sockets is not None,
+        "in_lane": pool._local.membership.wait_sockets is not None,
     }
 
 

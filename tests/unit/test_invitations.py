@@ -85,7 +85,7 @@ class Rig:
 
     def ask(self) -> Waiter:
         """Have a thread ask the broker, that waits in the lane."""
-        seats, ticket = self.holdings.wait_sockets, Waiter(lambda: None, 0.0)
+        seats, ticket = self.holdings.membership.wait_sockets, Waiter(lambda: None, 0.0)
         assert seats is not None
         seat = seats.take(None)
         assert seat is not None
@@ -121,8 +121,8 @@ class Rig:
             return False
 
     def close(self) -> None:
-        self.holdings.keep_invitation(None, [])
-        self.holdings.leave_lane()
+        self.holdings.membership.keep_invitation(None, [])
+        self.holdings.membership.leave()
         for seats, seat in self._taken:
             seats.give_back(seat)
         self._link.desk.close()
@@ -141,9 +141,9 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 
 def test_an_early_invitation_is_kept_until_the_welcome(rig: Rig) -> None:
     rig.invite()
-    assert rig.holdings.wait_sockets is None
+    assert rig.holdings.membership.wait_sockets is None
     rig.welcome(7)
-    assert rig.holdings.wait_sockets is not None
+    assert rig.holdings.membership.wait_sockets is not None
     assert rig.has_joined()
 
 
@@ -154,7 +154,7 @@ def test_an_invitation_of_a_broker_that_died_before_its_welcome_came_is_not_foll
     fds = rig.invite()
     memory = os.fstat(fds[0]).st_ino
     rig.welcome(8)
-    assert rig.holdings.wait_sockets is None
+    assert rig.holdings.membership.wait_sockets is None
     assert not rig.has_joined()
     assert memory not in [
         os.stat(each).st_ino for each in Path("/proc/self/fd").iterdir() if each.exists()
@@ -165,7 +165,7 @@ def test_the_next_brokers_invitation_is_followed_after_it(rig: Rig) -> None:
     rig.invite()
     rig.welcome(8)
     rig.invite()
-    assert rig.holdings.wait_sockets is not None
+    assert rig.holdings.membership.wait_sockets is not None
     assert rig.has_joined()
 
 
@@ -194,7 +194,7 @@ def test_the_next_broker_is_told_what_a_thread_may_have_from_the_former_ones_lan
     """It has read it before the lane was left, and is held up: only when it goes on it will be listed."""
     rig.invite()
     rig.welcome(7)
-    call, seats = Call(), rig.holdings.wait_sockets
+    call, seats = Call(), rig.holdings.membership.wait_sockets
     assert seats is not None
     seat = seats.take(weakref.ref(call))
     assert seat is not None

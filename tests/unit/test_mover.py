@@ -68,7 +68,7 @@ class Rig:
         config = PoolConfig(resolve(dsn="host=nowhere user=u dbname=d"), timeout=5.0)
         self.holdings = LocalPool(config, GivenBroker("ipc:///nowhere"), Session, Mover)
         self.holdings.messages.welcomed(1, 1, time.monotonic())
-        self.holdings.handover_works = True  # it was seen to work here
+        self.holdings.receiver.works = True  # it was seen to work here
         self.fds = lanes.make()
         self.lane = Lane([os.dup(fd) for fd in self.fds], 1)
         self.other = Lane([os.dup(fd) for fd in self.fds], 2)
@@ -281,7 +281,11 @@ class Slicing(Rig):
         super().__init__()
         self.timer = Timer()
         self.mover = Mover(self.holdings, self.seats, self.lane, self.timer)
-        self.holdings.wait_sockets, self.holdings.mover, self.holdings.hands_over = (
+        (
+            self.holdings.membership.wait_sockets,
+            self.holdings.membership.mover,
+            self.holdings.hands_over,
+        ) = (
             self.seats,
             self.mover,
             True,
@@ -433,9 +437,9 @@ def test_a_connection_sent_to_a_seat_in_a_former_brokers_lane_is_kept(rig: Rig) 
     assert seat is not None
     seat.join_queue(1)
     token = rig.give(on_shelf=False)
-    rig.holdings.wait_sockets = rig.seats
+    rig.holdings.membership.wait_sockets = rig.seats
     rig.holdings.messages.welcomed(2, 7, time.monotonic())
-    rig.holdings.leave_lane(former_brokers=True)
+    rig.holdings.membership.leave(to_new_broker=True)
     lease = rig.holdings.cache.leases[token]
     assert (lease.phase, lease.generation) == (Phase.IDLE, 7)
     conn: Any = lease.conn
@@ -449,8 +453,8 @@ def test_a_waiting_thread_leaves_a_former_brokers_lane_in_which_connections_move
     thread = threading.Thread(target=lambda: took.append(rig.mover.take(30.0, time.monotonic())))
     thread.start()
     wait_until(lambda: rig.lane.board.waiting([0]) == 1)
-    rig.holdings.wait_sockets = rig.seats
-    rig.holdings.leave_lane(former_brokers=True)
+    rig.holdings.membership.wait_sockets = rig.seats
+    rig.holdings.membership.leave(to_new_broker=True)
     thread.join(5)
     assert took == [None]
 

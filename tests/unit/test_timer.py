@@ -122,7 +122,7 @@ def test_where_no_descriptor_is_left_there_is_none_and_that_is_said() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
     try:
-        with pytest.raises(OSError, match="no timer can be had"):
+        with pytest.raises(OSError, match="no timer can be made"):
             Timer()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

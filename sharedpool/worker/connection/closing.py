@@ -79,7 +79,7 @@ def take_witness(conn: PooledConnection) -> Owned | None:
         conn.__dict__.pop("sharedpool_witness", None)
         return None
     try:
-        # One expression: no interrupt falls in between and leaves the descriptor without an owner.
+        # One line, so that no interrupt leaves the descriptor without an owner.
         return Owned(fileno=conn.__dict__.pop("sharedpool_witness"))
     except KeyError:
         return None
