@@ -50,15 +50,14 @@ def pools_served_by(slots: Slots, pool: Pool) -> list[Pool]:
     """Return the pools whose waiters a slot of this pool would serve: its own, and others' too
     where the cap over all pools or a group's limit is exhausted.
     """
-    others = (other for other in slots.contended.values() if other is not pool)
-    if slots.groups:
-        # Users are never asked on behalf of a less important group.
-        served = [x for x in others if x.priority >= pool.priority and slots.serves(pool, x)]
-    elif slots.max_conn is None or slots.room > 0:
-        served = []
-    else:
-        served = [other for other in others if other.room > 0]
-    return [pool, *served]
+    if not slots.groups:
+        if slots.max_conn is None or slots.room > 0:
+            return [pool]
+        others = (other for other in slots.contended.values() if other is not pool)
+        return [pool, *(other for other in others if other.room > 0)]
+    # Users are never asked on behalf of a less important group.
+    others = (other for other in slots.contended.values() if other.priority >= pool.priority)
+    return [pool, *(other for other in others if slots.serves(pool, other))]
 
 
 def slots_wanted(slots: Slots, pool: Pool) -> int:
@@ -68,15 +67,15 @@ def slots_wanted(slots: Slots, pool: Pool) -> int:
 
 def first_patient(slots: Slots, pool: Pool) -> Waiter | None:
     """Return the patient waiter that would get a slot of this pool."""
-    heads = []
+    first: Waiter | None = None
     for other in pools_served_by(slots, pool):
         if other.paused or len(other.waiters) == len(other.nowaits):
             continue
         waiters = other.waiters.values()
-        heads.append(
-            next(w for w in waiters if not w.nowait) if other.nowaits else next(iter(waiters))
-        )
-    return min(heads, key=slots.rank, default=None)
+        head = next(w for w in waiters if not w.nowait) if other.nowaits else next(iter(waiters))
+        if first is None or slots.rank(head) < slots.rank(first):
+            first = head
+    return first
 
 
 def returns_wanted(slots: Slots, pool: Pool, holder: Session) -> int:
