@@ -127,7 +127,7 @@ def test_a_deleted_journal_forgets_the_dead(
     address: str, postgres: EphemeralPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The way out where there is no DSN to give; nobody of the old crew is alive."""
-    monkeypatch.setattr("sharedpool.broker.core.ledger.QUEUE_LIMIT_S", 1.0)  # ten seconds
+    monkeypatch.setattr("sharedpool.broker.core.takeover.QUEUE_LIMIT_S", 1.0)  # ten seconds
     settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": address, "max_conn": 1}
     first = sharedpool.start_broker(1, address=address)
     with Worker(**settings) as worker:
