@@ -4,9 +4,9 @@ The ledger counts slots to `max_conn`, serves requests first come first served, 
 only on evidence that its backend is gone. It receives messages, events and the time, and returns
 commands (`commands.py`) for the server to carry out.
 
-`slots.py` keeps the records (`records.py`), `scheduler.py` serves the queue, `sessions.py` knows
-the workers, `leases.py` follows each lease, `handover.py` passes connections on, `moves.py` decides
-when they move past the broker, and `takeover.py` takes over from a former broker.
+Its parts: `slots.py` keeps the records (`records.py`). `scheduler.py` serves the queue.
+`sessions.py` knows the workers, `leases.py` their leases. `handover.py` passes connections on;
+`moves.py` decides when they move past the broker. `takeover.py` takes over from a former broker.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ LedgerCall = Callable[["Ledger", float], list[Command]]
 class Ledger:
     """One broker's leases.
 
-    Events of the desk go to `desk`, those of the lanes to `lanes`, what the control connection
-    finds out to `control`, and a change of brokers to `takeover`. All else goes to the methods
-    here. Each returns the commands to carry out, in order.
+    Events of the desk go to `desk`, those of the lanes to `lanes`, and findings of the control
+    connection to `control`. A change of brokers goes to `takeover`, all else to the methods here.
+    Each returns the commands to carry out, in order.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """Recalls: how the broker asks a worker process for leases, and what it may expect in return.
 
-A recall asks a session for a number of idle leases now, and tells it how many of its next checkins
-are to come back (`returns_due`). It has a serial; the session's next RENEW names the newest recall
-that it knew when it listed its leases. So an answer tells what is idle *after* the question, and a
-lost recall shows as an answer that never comes.
+A recall asks a session for a number of idle leases now. It also tells the session how many of its
+next checkins are to come back (`returns_due`). It has a serial. The session's next RENEW names the
+newest recall that it knew when it listed its leases. So an answer tells what is idle *after* the
+question, and a lost recall shows as an answer that never comes.
 
     asked     serial of the newest recall that was sent
     answered  newest recall that an answer has covered

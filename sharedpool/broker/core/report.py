@@ -125,8 +125,8 @@ def _on_shelf(pool: Pool) -> int:
 def _shared_refusal(pool: Pool) -> str:
     """Return the error with which the server refuses all of a pool's workers, if it does.
 
-    That is so if the refusal is of a kind that concerns the role or the database, if all processes
-    connect to the same server, and if no connect has succeeded since.
+    The refusal must concern the role or the database, and all processes must connect to the same
+    server. No connect may have succeeded since.
     """
     if pool.strangers:
         return ""

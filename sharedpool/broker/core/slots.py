@@ -1,7 +1,7 @@
 """The broker's records, and the one function that changes a slot's state.
 
-Every index over leases, sessions and waiters is kept here, so that the rest of the core may read
-them freely, and changes them by these methods alone.
+Every index over leases, sessions and waiters is kept here. The rest of the core reads them freely,
+and changes them by these methods alone.
 """
 
 from __future__ import annotations
