@@ -34,7 +34,7 @@ _SO_PEERCRED: int = getattr(socket, "SO_PEERCRED", 0)
 _TITLE = b"postgres: "
 _POSTMASTER = (b"postgres", b"postmaster")
 # More than the status of a process has, and more than is needed of its command line.
-_MOST_BYTES = 16384
+_MAX_BYTES = 16384
 
 Address = tuple[str, int]
 
@@ -125,4 +125,4 @@ def _family(pid: int) -> tuple[int, list[int]]:
 def _read(path: str) -> bytes:
     """Read the start of a file in /proc, with half the system calls of `Path.read_bytes`."""
     with FileIO(path) as file:
-        return file.read(_MOST_BYTES)
+        return file.read(_MAX_BYTES)

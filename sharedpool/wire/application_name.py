@@ -11,14 +11,14 @@ from __future__ import annotations
 import hashlib
 
 _PREFIX = "sharedpool "
-_MOST_BYTES = 63  # NAMEDATALEN - 1
+_MAX_BYTES = 63  # NAMEDATALEN - 1
 
 
 def tag_of(pool: str, instance: str) -> str:
     """Return the application_name (*tag*) of a pool's connections."""
     suffix = f" [{instance}]"
     name = pool.encode("ascii", "backslashreplace").decode()
-    room = _MOST_BYTES - len(_PREFIX) - len(suffix)
+    room = _MAX_BYTES - len(_PREFIX) - len(suffix)
     if len(name) > room:
         digest = hashlib.blake2s(pool.encode(), digest_size=4).hexdigest()
         name = f"{name[: room - len(digest) - 1]}~{digest}"

@@ -14,10 +14,10 @@ from sharedpool.worker.core.lease import Lease
 # A worker that asks again this soon after a checkin is using the connection steadily.
 STEADY_GAP_S = 0.001
 # Factor for a close and a connect, which cost at least ten times as much as a hand-over.
-_BY_CLOSE = 10
+_CLOSE_FACTOR = 10
 # Factor while nobody is known to wait. The broker reports a waiter within NUDGE_S, and one transfer
 # in ten slices costs next to nothing.
-_ALONE = 10
+_ALONE_FACTOR = 10
 
 
 class TimeSlice:
@@ -40,9 +40,9 @@ class TimeSlice:
 
     def keeps(self, lease: Lease, now: float) -> bool:
         """Return True if a connection that others want is to be kept at its checkin."""
-        slice_s = self.slice_s * (1 if lease.movable and self.hands_over else _BY_CLOSE)
+        slice_s = self.slice_s * (1 if lease.movable and self.hands_over else _CLOSE_FACTOR)
         if not self.others_wait:
-            slice_s *= _ALONE
+            slice_s *= _ALONE_FACTOR
         return now - lease.arrived_at < slice_s and lease.idle_s < STEADY_GAP_S
 
     def wastes(self, lease: Lease, now: float) -> bool:

@@ -16,14 +16,14 @@ from sharedpool.wire.messages import Acquire, Deny, ToBroker, Withdraw
 from sharedpool.worker.core.lease import Waiter
 from sharedpool.worker.core.time_slice import TimeSlice
 
-_LONGEST_WAIT_MS = 2**52
-_MOST_ASKED = 10_000
+_MAX_WAIT_MS = 2**52
+_MAX_ASKED = 10_000
 
 
 def _acquire(waiter: Waiter, now: float) -> Acquire:
     """Return a waiter's request. A waiter that may wait waits for at least a millisecond."""
     left_s = 0.0 if waiter.until is None else waiter.until - now
-    wait_ms = 0 if waiter.until is None else int(min(max(left_s * 1000, 1), _LONGEST_WAIT_MS))
+    wait_ms = 0 if waiter.until is None else int(min(max(left_s * 1000, 1), _MAX_WAIT_MS))
     return Acquire(waiter.request, wait_ms, waiter.lane_place)
 
 
@@ -115,7 +115,7 @@ class Waiters:
         waiter.only_in_lane = False
         waiter.times_asked += 1
         self._asked_at[waiter.request] = now
-        if len(self._asked_at) > _MOST_ASKED:
+        if len(self._asked_at) > _MAX_ASKED:
             self._asked_at.popitem(last=False)
         self.outbox.append(_acquire(waiter, now))
 
