@@ -106,12 +106,11 @@ def clean(conn: PooledConnection) -> bool:
             wrapper.as_user_sees(conn).rollback()
         sync_transaction_status(conn)
         if conn.sharedpool_touched and settings_of(conn) != conn.sharedpool_session:
-            autocommit, isolation_level, readonly, deferrable, conn.cursor_factory, encoding = (
-                conn.sharedpool_session
-            )
+            autocommit, isolation, readonly, deferrable, factory, encoding = conn.sharedpool_session
+            conn.cursor_factory = factory
             conn.set_client_encoding(encoding)
             conn.set_session(
-                isolation_level or "default",
+                isolation or "default",
                 _or_default(readonly),
                 _or_default(deferrable),
                 autocommit,

@@ -56,11 +56,8 @@ class BrokerMessages:
             return None
         reporter.newest_grant = grant.token
         lease = cache.leases[grant.token] = Lease(grant.token, None, now)
-        lease.generation, lease.cache, lease.idle_s = (
-            cache.generation,
-            cache,
-            cache.time_slice.gap_s,
-        )
+        lease.cache, lease.generation = cache, cache.generation
+        lease.idle_s = cache.time_slice.gap_s
         lease.reached_directly, lease.refused_with = grant.direct, grant.code
         granted_at = cache.waiters.granted_at(grant.request, grant.waited_ms / 1000, now)
         lease.connect_by = granted_at + cache.connects_within_s

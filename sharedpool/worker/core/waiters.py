@@ -52,10 +52,8 @@ class Waiters:
         `place` is the waiter's place in the pool's lane, -1 for none. With `in_lane` the broker is
         not asked.
         """
-        waiter.request, waiter.until = (
-            self.new_request(),
-            waiter.since + wait_s if wait_s > 0 else None,
-        )
+        waiter.request = self.new_request()
+        waiter.until = waiter.since + wait_s if wait_s > 0 else None
         waiter.lane_place, waiter.only_in_lane, waiter.times_asked = place, in_lane, 0
         self._time_slice.note_request(waiter.since)
         self.waiting[waiter.request] = waiter
