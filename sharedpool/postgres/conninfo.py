@@ -40,7 +40,6 @@ class ServerIdentity(NamedTuple):
         """Return 16 hex digits for server and role. Processes with the same digest share a broker.
 
         The database is left out, since one broker serves all databases of a server.
-
         """
         text = "\0".join((self.host, self.port, self.user))  # libpq's values cannot contain NUL
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
@@ -73,7 +72,6 @@ class ConnInfo:
         Calls functions that were given in place of values, which may block. Raise their errors, and
         `ConfigError` if libpq cannot take what they return. No error names a secret, unless a
         function's own does.
-
         """
         return self.dsn if self.ask is None else self.ask()
 
@@ -81,7 +79,6 @@ class ConnInfo:
         """Return the string and keywords to pass to `psycopg2.connect`, divided as they were given.
 
         A wrapper of `psycopg2.connect` may look at either.
-
         """
         if not self.named:
             return current, {}
@@ -97,7 +94,6 @@ class ConnInfo:
 
         May read the service file, but not the network. Raise ConfigError for a service that libpq
         cannot find.
-
         """
         # Cached: libpq takes a tenth of the time of a process's first checkout, which asks twice.
         source = (os.geteuid(), *map(os.environ.get, _LOCATION_VARIABLES))
@@ -145,7 +141,6 @@ def resolve(
     `dsn` may be a function without arguments, and so may a keyword's value that does not name the
     server (password, sslkey, ...). Functions are called at every connect, that of `dsn` here, too.
     Raise ConfigError, which names the argument and never a secret.
-
     """
     environ = os.environ if environ is None else environ
     if dsn is not None and db_url is not None:
@@ -339,7 +334,6 @@ def _resolve_by_libpq(dsn: str) -> dict[str, str] | None:
     PQconndefaults does not take `dsn`, and would need PGSERVICE set for a moment, which races with
     other threads. Instead a connect is started with an impossible sslmode. libpq fills in every
     option and refuses before it looks up a name or opens a socket (fe-connect.c, PQconnectStart).
-
     """
     lib = libpq.library()
     if lib is None:

@@ -114,7 +114,6 @@ def socket_of_failed(conn: connection) -> int | None:
 
     libpq leaves it open until PQfinish (fe-connect.c, PQconnectPoll's error_return), though
     psycopg2's `closed` is set.
-
     """
     lib = library()
     if lib is None or (pointer := _pointer_of_failed(conn)) is None:
@@ -179,7 +178,6 @@ class Attempt:
 
     libpq does not tell the SQLSTATE of a failed connect. With PQERRORS_SQLSTATE (libpq 12) it
     writes the SQLSTATE in place of the error's text. `finish` must be called.
-
     """
 
     def __init__(self, lib: ctypes.CDLL, options: Mapping[str, str]) -> None:
@@ -240,7 +238,6 @@ def execute(conn: connection, command: bytes, limit_s: float) -> bool:
     """Run a command that returns no rows; return True if it succeeded within `limit_s` seconds.
 
     After False the connection can only be closed.
-
     """
     status, _ = _run(conn, command, limit_s)
     return status == _COMMAND_OK
@@ -250,7 +247,6 @@ def ask(conn: connection, query: bytes, limit_s: float) -> bytes | None:
     """Run a query that returns one value; return it, or None after `limit_s` seconds or a failure.
 
     After None the connection can only be closed.
-
     """
     status, value = _run(conn, query, limit_s)
     return value if status == _TUPLES_OK else None
@@ -263,7 +259,6 @@ def refused(
 
     `meanwhile` is called once the first data has come. Return None if the query does not fail
     within `limit_s` seconds. Then the connection can only be closed.
-
     """
     status, code = _run(conn, query, limit_s, meanwhile)
     return None if status in (_NONE, _COMMAND_OK, _TUPLES_OK) else code

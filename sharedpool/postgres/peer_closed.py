@@ -3,7 +3,6 @@
 A socket shows the same end (POLLRDHUP, end of file) in two cases: the other side has closed it, or
 it has failed here, by a reset or a time-out. A reset may come from a firewall in between. After a
 failure the backend may live on.
-
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ class Borrowed(_socket.socket):  # not `socket.socket`, which gevent replaces
 
     A `detach()` after each use would not do, as an interrupt before it would leave the object to a
     closing finalizer.
-
     """
 
     __del__ = _socket.socket.detach  # written in C, so no interrupt falls into it
@@ -37,7 +35,6 @@ def borrow(fd: int) -> Borrowed:
     """Return a socket object on a stream of any family, to send and receive only.
 
     It takes the three system calls less that ask for the socket's real family, type and protocol.
-
     """
     return Borrowed(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, fd)
 
@@ -47,7 +44,6 @@ def other_side_closed(fd: int) -> bool:
 
     For TCP only a FIN proves that. Return False where the kernel cannot tell (before Linux 5.1,
     once both sides are closed). Does not block.
-
     """
     try:
         sock = Borrowed(fileno=fd)
@@ -65,7 +61,6 @@ def _has_fin(sock: Borrowed) -> bool:
     A reset or a time-out leaves an error, but the kernel tells that only once, perhaps to the
     reader of another duplicate. A FIN counts as one byte that is never read (tcp_inq_hint in
     Linux's tcp.c). So after a FIN the kernel reports one more byte than can be read.
-
     """
     sock.setsockopt(socket.IPPROTO_TCP, _TCP_INQ, 1)
     unread = array.array("i", [0])

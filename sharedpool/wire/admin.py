@@ -1,7 +1,6 @@
 """An operator's orders to a broker (`sharedpool pause`, `set`, ...), and its answers.
 
 They need no session. The broker accepts them only from its own host.
-
 """
 
 from __future__ import annotations

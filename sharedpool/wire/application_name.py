@@ -3,7 +3,6 @@
 It is `sharedpool NAME [instance]`. The instance identifies the broker and survives its restarts.
 The server shows only 63 bytes of plain ASCII, so a longer name is cut and gets a digest that tells
 it from others.
-
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 A process's routing id begins with `PROCESS_PREFIX`. Each of its frames, both ways, begins with the
 number of a *channel*, one for each pool. Both together name the *session*. A peer with another
 routing id, such as the command line, has one session and frames without a channel.
-
 """
 
 from __future__ import annotations
@@ -49,7 +48,6 @@ def is_of_former_connection(routing_id: bytes, frame: bytes) -> bool:
 
     ZeroMQ gives the process's routing id to the new connection, and a generated one of 5 bytes to
     the old one. The frame counts no more, as the process sends HELLO over the new connection.
-
     """
     # A message never begins with the zero byte with which a channel's number begins.
     return len(routing_id) == 5 and routing_id[:1] == b"\0" and frame[:1] == b"\0"

@@ -69,7 +69,6 @@ def hello_version(frame: bytes) -> int | None:
     """Return the version of a HELLO of any protocol version; None if the frame is no HELLO.
 
     So the broker can answer a worker of another version with a REJECT, which no version changes.
-
     """
     try:
         fields = msgspec.msgpack.decode(frame)

@@ -184,7 +184,7 @@ class Closing:
 def collected(ref: object) -> None:
     """Do nothing: the callback of `Lease.ref`.
 
-    The garbage collector clears a weak reference with a callback before it runs finalizers. (From
-    Python 3.14 on, it clears references without one only afterwards.) So, inside a finalizer, a
-    dead `Lease.ref` tells that the connection is being collected too.
+    The garbage collector clears a weak reference with a callback before it runs finalizers. So,
+    inside a finalizer, a dead `Lease.ref` tells that the connection is being collected too. From
+    Python 3.14 on, references without a callback are cleared only afterwards.
     """

@@ -77,7 +77,6 @@ class Registration:
         self.over = threading.Event()  # BYE is sent
         self.due = float("-inf")  # the time of the next HELLO or heartbeat
         self.pause_s = _FIRST_BEAT_S  # from the last heartbeat to the next
-
         self._beat_s = self._rest_s = _FIRST_BEAT_S
 
     def welcomed(self, welcome: Welcome, now: float, part: float) -> None:
