@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -421,7 +422,7 @@ def test_a_request_to_the_broker_has_the_shelf_looked_at(rig: Rig) -> None:
 
 
 def test_a_place_that_waits_for_nobody_is_not_counted(rig: Rig) -> None:
-    """Its ticket may have been lost with who was to serve it: another one is written a while later."""
+    """Its ticket may have been lost with the giver; another is written a while later."""
     rig.proceed()
     queued = sum(each.times for each in rig.broker.all(JoinQueue))
     for _ in range(3):
@@ -431,57 +432,74 @@ def test_a_place_that_waits_for_nobody_is_not_counted(rig: Rig) -> None:
     assert sum(each.times for each in rig.broker.all(JoinQueue)) > queued
 
 
-HALTING = [
-    "slot", "suspect", "paused", "held", "lowered", "drain", "groups", "cap", "backoff", "quiet", "cancels",
-    "unsuitable",
-]  # fmt: skip
+def _suspect_a_silent_holder(rig: Rig) -> None:
+    for _ in range(32):
+        rig.board.count_request()
+        rig.broker.pass_time(QUIET_S * 0.5)
+        rig.workers[0].beat()
+        rig.workers[2].beat()
+        if not rig.moving:
+            break
+    assert rig.state(rig.tokens[1]) is SlotState.SUSPECT
+
+
+def _reserve_in_a_group(rig: Rig) -> None:
+    groups = {"g": GroupTerms(reserved=1)}
+    rig.broker.take_in(rig.broker.ledger.configure(2, groups, {}, rig.broker.now))
+
+
+def _order(kind: OrderKind, *target: str | int) -> Callable[[Rig], object]:
+    def order(rig: Rig) -> None:
+        message = Order(VERSION, kind, *target)  # type: ignore[arg-type]
+        rig.broker.take_in(rig.broker.ledger.order(message, rig.broker.now)[1])
+
+    return order
+
+
+def _set(**attributes: object) -> Callable[[Rig], object]:
+    """Set attributes of the pool, which the next heartbeat makes the ledger look at."""
+
+    def set_(rig: Rig) -> None:
+        for name, value in attributes.items():
+            setattr(rig.pool, name, value)
+        rig.workers[0].beat()
+
+    return set_
+
+
+def _hold_back_connects(rig: Rig) -> None:
+    rig.pool.backoff.ceiling = 1
+    rig.workers[0].beat()
+
+
+HALTING: dict[str, Callable[[Rig], object]] = {
+    "slot": lambda rig: rig.broker.take_in(
+        rig.broker.ledger.backend_gone(rig.tokens[1], rig.broker.now)
+    ),
+    "suspect": _suspect_a_silent_holder,
+    "paused": _order(OrderKind.PAUSE, "p"),
+    "held": _order(OrderKind.PAUSE),
+    "lowered": _order(OrderKind.LIMIT, "p", 1),
+    "drain": lambda rig: rig.broker.take_in(rig.broker.ledger.drain(rig.broker.now)),
+    "groups": _reserve_in_a_group,
+    "cap": lambda rig: rig.broker.worker("o", "other"),
+    "backoff": _hold_back_connects,
+    "quiet": lambda rig: rig.broker.pass_time(QUIET_S * 1.01),
+    "cancels": _set(cancel_works=None),
+    "unsuitable": _set(unsuitable="its server loses sessions"),
+}
 
 
 @pytest.mark.parametrize("why", HALTING)
 def test_moves_halt_as_soon_as_the_broker_has_something_else_to_do(why: str) -> None:
-    broker = (
-        Broker(handover=True, max_conn=2) if why in ("groups", "cap") else Broker(handover=True)
-    )
+    cap = 2 if why in ("groups", "cap") else None
+    broker = Broker(handover=True, **({} if cap is None else {"max_conn": cap}))
     rig = Rig(broker, workers=3)
     rig.proceed()
-    ledger, now = broker.ledger, broker.now
-    if why in ("slot", "suspect", "quiet"):  # else who waits at the broker is served
+    if why in ("slot", "suspect", "quiet"):  # otherwise the broker would serve its own waiter
         rig.give_up()
         assert rig.moving
-    if why == "slot":
-        broker.take_in(ledger.backend_gone(rig.tokens[1], now))
-    elif why == "suspect":
-        for _ in range(32):
-            rig.board.count_request()
-            broker.pass_time(QUIET_S * 0.5)
-            rig.workers[0].beat()
-            rig.workers[2].beat()
-            if not rig.moving:
-                break
-        assert rig.state(rig.tokens[1]) is SlotState.SUSPECT
-    elif why == "paused":
-        broker.take_in(ledger.order(Order(VERSION, OrderKind.PAUSE, "p"), now)[1])
-    elif why == "lowered":
-        broker.take_in(ledger.order(Order(VERSION, OrderKind.LIMIT, "p", 1), now)[1])
-    elif why == "drain":
-        broker.take_in(ledger.drain(now))
-    elif why == "groups":
-        broker.take_in(ledger.configure(2, {"g": GroupTerms(reserved=1)}, {}, now))
-    elif why == "cap":
-        broker.worker("o", "other")
-    elif why == "unsuitable":
-        broker.slots.pools["p"].unsuitable = "its server loses sessions"
-        rig.workers[0].beat()
-    elif why == "held":
-        broker.take_in(ledger.order(Order(VERSION, OrderKind.PAUSE), now)[1])
-    elif why == "backoff":
-        broker.slots.pools["p"].backoff.ceiling = 1
-        rig.workers[0].beat()
-    elif why == "cancels":
-        broker.slots.pools["p"].cancel_works = None
-        rig.workers[0].beat()
-    elif why == "quiet":
-        broker.pass_time(QUIET_S * 1.01)
+    HALTING[why](rig)
     assert not rig.moving
     assert broker.all(HaltMoves) == [HaltMoves("p")]
     assert not rig.board.is_waiting_at(BROKER_PLACE, BROKER_REQUEST)
