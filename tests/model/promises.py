@@ -197,39 +197,52 @@ def _settle_server(world: World) -> bool:
 
 
 def _settle_workers(world: World) -> bool:
+    """Let each awake worker finish what it has begun; return True if there was something."""
     steps = False
     for worker in world.awake:
-        for ticket in list(worker.quitting):
-            worker.quit(ticket)
-            steps = True
-        for thread in list(worker.threads):
-            if thread in worker.threads and thread.ready:
-                worker.step(thread)
-                steps = True
-        for lane_giving in list(worker.lane_giving):
-            worker.step_giving(lane_giving)
-            steps = True
-        while worker.rung:
-            worker.sit_down()
-            steps = True
-        if worker.seat_news:
-            worker.look_in_lane()
-            worker.flush()
-            steps = True
+        steps |= _settle_lane(worker)
         worker.collect()
-        for giving in list(worker.giving):
-            worker.go_on_giving(giving)
+        steps |= _settle_connections(worker)
+    return steps
+
+
+def _settle_lane(worker: Worker) -> bool:
+    steps = False
+    for ticket in list(worker.quitting):
+        worker.quit(ticket)
+        steps = True
+    for thread in list(worker.threads):
+        if thread in worker.threads and thread.ready:
+            worker.step(thread)
             steps = True
-        for closing, conn in list(worker.closing):
-            worker.finish_close(closing, conn, seen=True)
+    for giving in list(worker.lane_giving):
+        worker.step_giving(giving)
+        steps = True
+    while worker.rung:
+        worker.sit_down()
+        steps = True
+    if worker.seat_news:
+        worker.look_in_lane()
+        worker.flush()
+        steps = True
+    return steps
+
+
+def _settle_connections(worker: Worker) -> bool:
+    steps = False
+    for giving in list(worker.giving):
+        worker.go_on_giving(giving)
+        steps = True
+    for closing, conn in list(worker.closing):
+        worker.finish_close(closing, conn, seen=True)
+        steps = True
+    for lease in list(worker.connecting):
+        worker.connect(lease)
+        steps = True
+    for opening in list(worker.opening):
+        if opening.proc.dead or opening.proc.stage is Stage.OPEN:
+            worker.opened(opening, "")
             steps = True
-        for lease in list(worker.connecting):
-            worker.connect(lease)
-            steps = True
-        for opening in list(worker.opening):
-            if opening.proc.dead or opening.proc.stage is Stage.OPEN:
-                worker.opened(opening, "")
-                steps = True
     return steps
 
 
