@@ -67,7 +67,7 @@ class Interrupted:
     def _trace(self, frame: FrameType, event: str, _: object) -> Any:
         if not frame.f_code.co_filename.startswith(_PACKAGE):
             return None
-        if event == "line" and not _leaves_with(frame):
+        if event == "line" and not (_leaves_with(frame) or _leaves_except(frame)):
             self._left -= 1
             if self._left < 0:
                 place = f"{os.path.relpath(frame.f_code.co_filename, _PACKAGE)}:{frame.f_lineno}"
@@ -101,6 +101,11 @@ def _entry(code: CodeType, line: int) -> int:
 def _leaves_with(frame: FrameType) -> bool:
     """Return True while a `with` block is being left: there Python runs no signal handler."""
     return _entry(frame.f_code, frame.f_lineno) not in (-1, frame.f_lasti)
+
+
+def _leaves_except(frame: FrameType) -> bool:
+    """Say whether a handler is left just now: no signal's runs there, and CPython would keep the exception for ever."""
+    return frame.f_code.co_code[frame.f_lasti] == dis.opmap["POP_EXCEPT"]
 
 
 def open_files() -> dict[int, Identity]:
@@ -239,6 +244,7 @@ def given(a: Pool, b: Pool) -> Callable[[], object]:
 
 def let_move(*pools: Pool) -> None:
     """Have these sessions of a pool share its one connection until it moves past the broker."""
+    gc.collect()  # what an interrupt has left in a cycle is not seen to be lost before
     caches, moving = [pool._local.cache for pool in pools], threading.Event()
 
     def share(pool: Pool) -> None:
