@@ -27,6 +27,7 @@ class Listener:
 
     def __init__(self) -> None:
         self.gone: queue.SimpleQueue[Token] = queue.SimpleQueue()
+        self.control = self  # the part of the ledger that is told of the control connection
 
     def reached(self, now: float, *, direct: bool, fault: str) -> list[Command]:
         return []

@@ -124,6 +124,9 @@ def test_two_brokers_in_different_databases_see_each_other(
     told: list[str] = []
 
     class Told:
+        def __init__(self) -> None:
+            self.takeover = self  # the part of the ledger that is told
+
         def outranked(self, now: float, why: str) -> Any:
             told.append("outranked")
 

@@ -24,6 +24,7 @@ class Candidate:
 
     def __init__(self, dsn: str, instance: str, scope: str = "a scope") -> None:
         self._dsn = dsn
+        self.takeover = self  # the part of the ledger that is told
         self.told: list[object] = []
         self.leadership = Leadership(
             scope,
