@@ -92,7 +92,10 @@ def test_where_it_is_far_too_low_the_fleet_shares_what_there_is_and_the_operator
         for worker in crew:
             worker.send("insist", seconds=4, timeout=4)
         (address,) = wait_until(automatic_broker.living, what="the broker to be started")
-        wait_until(lambda: fetch_report(address).pools[0].error, what="the server to be found full")
+        wait_until(
+            lambda: any(pool.error for pool in fetch_report(address).pools),
+            what="the server to be found full",
+        )
         (line,) = [
             line
             for line in sharedpool_command("status", "--broker", address).stdout.splitlines()
