@@ -18,6 +18,7 @@ from sharedpool.broker.core.commands import (
     VerifyServer,
     Watch,
 )
+from sharedpool.broker.core.group_terms import GroupTerms
 from sharedpool.broker.core.quarantine import SETTLE_S
 from sharedpool.wire.admin import Done, Order, OrderKind
 from sharedpool.wire.messages import (
@@ -289,6 +290,23 @@ def test_the_grace_period_lasts_until_every_start_up_has_come_to_an_end() -> Non
     )  # what was in start-up is a dead worker's, and has its tag by now
     assert after.ledger.state == "serving"
     assert after.ledger.leases == 1
+
+
+def test_backends_that_nobody_claims_are_ended_for_waiters_of_a_group_in_which_they_count() -> None:
+    """No worker of that pool may ever come, which would say whose they are."""
+    groups = {"jobs": GroupTerms(max_conn=2)}
+    after = Broker(journal_complete=False, max_conn=9, groups=groups)  # type: ignore[arg-type]
+    after.take_in(after.ledger.takeover.begin_grace_period(TTL_S, after.now))
+    after.pass_time(TTL_S * 1.01)
+    unclaimed = [Backend(1, 1, 1), Backend(2, 1, 1)]
+    grace_over(after, dict.fromkeys(unclaimed, "sharedpool gone [inst]"))
+    jobs = Worker(after, "jobs", PoolSpec("default@jobs", 99, 60_000, group="jobs"))
+    jobs.hello()
+    request = jobs.ask(wait_s=9)
+    (fence,) = after.all(Fence)
+    assert fence.backend in unclaimed
+    after.take_in(after.ledger.backend_gone(fence.token, after.now))
+    assert isinstance(jobs.outcome(request), Token)
 
 
 def test_backends_that_nobody_claims_after_a_lost_journal_stay_counted() -> None:

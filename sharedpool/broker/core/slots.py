@@ -105,6 +105,8 @@ class Slots:
             return False
         if pool.group is not None and pool.group is other.group:
             return other.group.room <= 0 or self.available(other) <= 0
+        if pool.unnamed and other.group is not None and other.group.room <= 0:
+            return True  # it counts in every group
         if self.max_conn is None or other.room <= 0 or self.available(other) > 0:
             return False
         return self.is_beyond_reservation(pool)
