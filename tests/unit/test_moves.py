@@ -482,7 +482,7 @@ HALTING: dict[str, Callable[[Rig], object]] = {
     "lowered": _order(OrderKind.LIMIT, "p", 1),
     "drain": lambda rig: rig.broker.take_in(rig.broker.ledger.drain(rig.broker.now)),
     "groups": _reserve_in_a_group,
-    "cap": lambda rig: rig.broker.worker("o", "other"),
+    "cap": lambda rig: rig.broker.worker("o", "other").ask(9.0),
     "backoff": _hold_back_connects,
     "quiet": lambda rig: rig.broker.pass_time(QUIET_S * 1.01),
     "cancels": _set(cancel_works=None),
@@ -521,7 +521,7 @@ def test_moves_do_not_begin_while_the_broker_has_something_else_to_do(why: str) 
     elif why == "paused":
         broker.take_in(broker.ledger.order(Order(VERSION, OrderKind.PAUSE, "p"), broker.now)[1])
     elif why == "capped":
-        broker.worker("o", "other")
+        broker.worker("o", "other").ask(9.0)
     elif why == "backoff":
         rig.pool.backoff.ceiling = 1
     rig.contend()
@@ -530,6 +530,50 @@ def test_moves_do_not_begin_while_the_broker_has_something_else_to_do(why: str) 
     rig.answer_all()
     assert not rig.moving
     assert broker.all(StartMoves) == []
+
+
+def test_under_a_cap_moves_go_on_beside_a_pool_that_wants_nothing_they_could_give() -> None:
+    """A pool at its own limit, with slots left under the cap, or with nobody who waits."""
+    broker = Broker(handover=True, max_conn=3)
+    rig = Rig(broker, workers=3)
+    other = broker.worker("o", "other", max_conn=1)
+    other.lend()
+    rig.proceed()
+    other.ask(9.0)  # its own limit is what keeps it waiting
+    assert rig.moving
+    broker.take_in(broker.ledger.backend_gone(next(iter(other.held)), broker.now))
+    assert rig.moving  # that slot was free for it
+    assert broker.all(HaltMoves) == []
+
+
+def test_under_a_cap_a_waiter_of_another_pool_halts_the_moves_and_gets_the_next_checkin() -> None:
+    broker = Broker(handover=True, max_conn=2)
+    rig = Rig(broker, workers=3)
+    rig.proceed()
+    rig.give_up()
+    other = broker.worker("o", "other", max_conn=1)
+    assert rig.moving
+    request = other.ask(9.0)
+    assert not rig.moving
+    rig.answer_all()
+    holder = next(worker for worker in rig.workers if rig.tokens[1] in worker.held)
+    assert holder.last(Recall).returns_due == 1
+    holder.release(rig.tokens[1], ReleaseReason.RETURN_DUE)
+    assert isinstance(other.outcome(request), Token)
+
+
+def test_under_a_cap_moves_begin_again_when_no_other_pool_waits() -> None:
+    broker = Broker(handover=True, max_conn=2)
+    rig = Rig(broker, workers=3)
+    rig.proceed()
+    other = broker.worker("o", "other", max_conn=1)
+    request = other.ask(9.0)
+    assert not rig.moving
+    broker.send(other.id, Withdraw(request))
+    rig.answer_all()
+    rig.contend(seat=3)
+    rig.answer_all()
+    assert rig.moving
 
 
 def test_a_session_that_has_not_joined_delays_the_moves_until_it_joins(rig: Rig) -> None:

@@ -3,8 +3,8 @@
 While many threads want a pool's connections, and passing them on is all that the broker has to do,
 it lets them *move* past it (`sharedpool/lane/lane.py`) and reads on the pool's board who holds each
 lease (`in_transit.py`). As soon as there is something else to do it halts the moves: a slot is
-free, a connection is idle in a process, an operator gives an order, or another pool shares the
-limit. Then the waiting threads ask the broker again, and it passes on what is on the shelf.
+free, a connection is idle in a process, an operator gives an order, or another pool waits for a
+slot of their common limit. Then the waiting threads ask the broker again, and it passes on what is on the shelf.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Moves:
         # 2. Nobody but the pool's own waiters decides who is next.
         if pool.paused or pool.name in slots.shrinking or slots.groups or pool.spec.max_waiting:
             return False
-        if slots.max_conn is not None and len(slots.pools) > 1:
+        if self._is_wanted_elsewhere(pool):
             return False
         # 3. The board has a cell for every lease.
         if len(pool.leases) > lane.cells:
@@ -150,6 +150,16 @@ class Moves:
             return False
         # 5. No worker outside the lane holds a lease: it could neither give nor be asked there.
         return not any(session.leases for session in lane.outside.values())
+
+    def _is_wanted_elsewhere(self, pool: Pool) -> bool:
+        """Return True if only the cap over all pools keeps a waiter of another pool from a slot.
+
+        Then the broker decides whose the next checkin is. Moves within a pool change no count.
+        """
+        slots = self._slots
+        if slots.max_conn is None or slots.room > 0:
+            return False
+        return any(other is not pool and other.room > 0 for other in slots.contended.values())
 
     def _may_start(self, pool: Pool) -> bool:
         """Return True if only moves can bring connections to the waiters of a pool."""
