@@ -73,6 +73,11 @@ class Backoff:
         self.probe_at = now + PROBE_EVERY_S * (1 + _JITTER * self.random())
         return self.probe_at
 
+    def end(self) -> None:
+        """Allow all connects again: another session of the same role has just succeeded."""
+        self.ceiling, self.error, self.code = None, "", ""
+        self.probe_allowed, self.probe = False, None
+
     def elapsed(self, now: float) -> None:
         """Allow the next probe if it is time, or if the last one has taken too long."""
         if self.ceiling is not None and now >= self.probe_at:

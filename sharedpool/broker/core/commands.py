@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import NamedTuple
 
 import msgspec
 
+from sharedpool.broker.core.shares import Claim, Division
 from sharedpool.wire.desk import Live, Moved
 from sharedpool.wire.messages import ToWorker
 from sharedpool.wire.reports import ToOperator
@@ -67,6 +69,50 @@ class SurveyResult(NamedTuple):
     starting: frozenset[int]  # pids of backends in start-up
     tagged: dict[Backend, str]  # backends with this broker's tag in their application_name
     databases: Mapping[Backend, str] = {}  # of the tagged ones
+
+
+class ShareKey(NamedTuple):
+    """A limit that hosts share: the database that has the table of its shares, and its name."""
+
+    database: str  # empty: that of the broker's connection string
+    scope: str
+
+
+class HostRow(NamedTuple):
+    """What the table of the shares says of another host."""
+
+    host: str
+    instance: str
+    held: int
+    wanted: int
+    silent_s: float  # since its last sync, by the server's clock
+    connected: bool  # its broker has a session
+
+
+class SyncResult(NamedTuple):
+    """The outcome of a sync."""
+
+    max_conn: int  # the limit of all hosts together
+    division: Division
+    others: tuple[HostRow, ...]
+    silent: tuple[str, ...] = ()  # instances of hosts that have sessions, and do not speak
+    events: tuple[str, ...] = ()  # what is worth a line in the log, such as a host that is gone
+
+
+class Failed(Enum):
+    """How a sync has failed."""
+
+    LOST = "lost"  # the session has ended, or its query has failed: try again
+    UNREACHABLE = "unreachable"  # no server answers: nobody on this host can connect
+    REFUSED = "refused"  # the server refuses the broker's session, and perhaps only that
+    UNSHARED = "unshared"  # this server or role does not allow a limit to be shared
+
+
+class SyncFailure(NamedTuple):
+    """A sync that has failed."""
+
+    how: Failed
+    why: str
 
 
 class Send(msgspec.Struct, frozen=True):
@@ -258,6 +304,26 @@ class QueryActivity:
 
 
 @dataclass(frozen=True, slots=True)
+class SyncShare:
+    """Look at the shares of one limit, change this host's, then tell `Sharing.synced`.
+
+    If that fails, tell `Sharing.failed`.
+    """
+
+    key: ShareKey
+    max_conn: int  # the limit, if this host is the first
+    claim: Claim
+    question: int  # the newest that this host has put to the others
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveShare:
+    """Give this host's share of a limit back: nobody here uses it."""
+
+    key: ShareKey
+
+
+@dataclass(frozen=True, slots=True)
 class Forget:
     """Stop watching a session's process: the session is over."""
 
@@ -292,6 +358,8 @@ Command = (
     | MarkJournalComplete
     | RecordServer
     | Watch
+    | SyncShare
+    | LeaveShare
     | Fence
     | SurveyServer
     | VerifyServer

@@ -120,5 +120,5 @@ def only_checkins_help(slots: Slots, pool: Pool) -> bool:
         or slots.shrinking
         or slots.groups
         or len(slots.pools) > 1
-        or len(pool.leases) < pool.max_conn
+        or len(pool.leases) < min(pool.max_conn, pool.allowed)
     )

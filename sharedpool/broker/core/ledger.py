@@ -45,6 +45,7 @@ from sharedpool.broker.core.requests import Requests
 from sharedpool.broker.core.routes import Routes
 from sharedpool.broker.core.scheduler import Scheduler
 from sharedpool.broker.core.sessions import Sessions, Terms
+from sharedpool.broker.core.sharing import Sharing
 from sharedpool.broker.core.shelves import Shelves
 from sharedpool.broker.core.snapshot import Snapshot, take_snapshot
 from sharedpool.broker.core.takeover import Takeover
@@ -108,6 +109,10 @@ class Ledger:
         # Limits of pools by name, instead of those that their users ask for.
         limits: dict[str, int] | None = None,
         server: str = "",  # see `Routes`
+        # The limits are shared with other hosts: that over all pools, or else each pool's own. The
+        # text names the former among the database's shared limits.
+        shared: bool = False,
+        scope: str = "",
     ) -> None:
         self.epoch = epoch
         self.awaited: set[bytes] = set()  # sessions that `request_reports` has asked
@@ -134,7 +139,13 @@ class Ledger:
         )
         transit = self._moves.transit
         reconciler = Reconciler(context, fences, self._leases, transit, ttl_s=ttl_s)
-        directory = PoolDirectory(context, instance, random, by_database=by_database)
+        self.sharing = Sharing(
+            context,
+            self._settle,
+            by_pool=shared and max_conn is None,
+            cap=scope if shared and max_conn is not None else "",
+        )
+        directory = PoolDirectory(context, instance, random, self.sharing, by_database=by_database)
         self._sessions = Sessions(
             context,
             Terms(epoch, ttl_s, expiration_s, instance, desk, handover),
@@ -143,6 +154,7 @@ class Ledger:
             self._leases,
             reconciler,
             self._moves,
+            self.sharing,
         )
         self._handover = Handover(context, self._recalls, self._leases, shelves)
         self._denials = Denials(context, self._routes)
@@ -196,6 +208,8 @@ class Ledger:
     ) -> list[Command]:
         """Handle a worker's message; `process` is its sender's, as the kernel tells."""
         self._moves.sync(now)
+        if now >= self.sharing.trust_ends:
+            self.sharing.expire(now)
         session = self._slots.sessions.get(session_id)
         if isinstance(message, Hello):
             first = self._sessions.register(session_id, message, now, process)
@@ -251,6 +265,9 @@ class Ledger:
         """Do all that has become possible or necessary by a change; return the commands."""
         if self._routes.unproven:
             self._leases.settle_unproven(now)
+        if now >= self.sharing.trust_ends:
+            self.sharing.expire(now)
+        self.sharing.update(now)
         self._scheduler.schedule(now)
         if self._moves.update_modes(now):
             # The broker's waiters had waited in the lane as well, and no longer do: holders are to

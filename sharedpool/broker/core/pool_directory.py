@@ -15,6 +15,7 @@ from sharedpool.broker.core.backoff import Backoff
 from sharedpool.broker.core.connect_refusals import Refusals
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.records import Pool
+from sharedpool.broker.core.sharing import Sharing
 from sharedpool.wire.application_name import shown
 from sharedpool.wire.values import PoolSpec
 
@@ -30,12 +31,14 @@ class PoolDirectory:
         context: Context,
         instance: str,
         random: Callable[[], float],
+        sharing: Sharing,
         *,
         by_database: bool,
     ) -> None:
         self._slots = context.slots
         self._instance = instance
         self._random = random
+        self._sharing = sharing
         self._by_database = by_database
 
     def get(self, spec: PoolSpec) -> Pool:
@@ -58,6 +61,7 @@ class PoolDirectory:
         slots.assign(pool)
         if slots.paused_pools:
             slots.shrink(pool)
+        self._sharing.opened(pool)
         return pool
 
     def _find_unnamed(self, spec: PoolSpec) -> Pool | None:

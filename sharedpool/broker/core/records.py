@@ -21,6 +21,7 @@ from sharedpool.wire.desk import Live
 from sharedpool.wire.values import Backend, PoolSpec, Timings, Token
 
 WAITS_KEPT = 500
+UNSHARED = 1 << 30  # a share of a limit that this host does not share with others
 _SAMPLES_KEPT = 60
 
 
@@ -238,6 +239,8 @@ class Pool:
     generation: int = 1
     doubted: int = 0  # the generation about which the server is being asked
     paused: bool = False  # by an operator: nothing is granted, and everything comes back
+    allowed: int = UNSHARED  # how many of the limit's slots are this host's (`sharing.py`)
+    hosts_asked: bool = False  # whether other hosts have any idle is not known yet
 
     # --- leases and sessions, and indexes over them
     leases: dict[Token, Lease] = field(default_factory=dict)
@@ -346,8 +349,8 @@ class Pool:
 
     @property
     def target(self) -> int:
-        """How many slots may be in use: none while the pool is paused."""
-        return 0 if self.paused else self.max_conn
+        """How many slots may be in use on this host: none while the pool is paused."""
+        return 0 if self.paused else min(self.max_conn, self.allowed)
 
     @property
     def has_connections(self) -> bool:

@@ -104,7 +104,7 @@ class Rounds:
         if self._recalls.polled:
             return
         for pool in list(self._slots.contended.values()):
-            if not pool.nowaits:
+            if not pool.nowaits or pool.hosts_asked:
                 continue
             unserved = islice(pool.waiters.values(), self._coming(pool, now), None)
             refused = [waiter for waiter in unserved if waiter.nowait and waiter.round is not None]

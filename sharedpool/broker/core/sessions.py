@@ -25,6 +25,7 @@ from sharedpool.broker.core.pool_directory import PoolDirectory
 from sharedpool.broker.core.recalls import Recalls
 from sharedpool.broker.core.reconciler import Reconciler
 from sharedpool.broker.core.records import Lease, Pool, Session
+from sharedpool.broker.core.sharing import Sharing
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.broker.core.timers import Alarm
 from sharedpool.wire.application_name import tag_of
@@ -67,6 +68,7 @@ class Sessions:
         leases: Leases,
         reconciler: Reconciler,
         moves: Moves,
+        sharing: Sharing,
     ) -> None:
         self._terms = terms
         self._slots = context.slots
@@ -78,6 +80,7 @@ class Sessions:
         self._leases = leases
         self._reconciler = reconciler
         self._moves = moves
+        self._sharing = sharing
         # Sessions that are neither suspect nor ended, the longest unheard first: one alarm, for the
         # first of them, watches all.
         self._not_silent: OrderedDict[bytes, Session] = OrderedDict()
@@ -338,3 +341,4 @@ class Sessions:
             pool.shelf = None
         self._moves.pool_discarded(pool)
         self._slots.discard(pool)
+        self._sharing.discarded(pool)

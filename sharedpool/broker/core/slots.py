@@ -12,7 +12,15 @@ from sharedpool.broker.core.commands import Command, Entry, Erase, Record
 from sharedpool.broker.core.group_terms import GroupTerms
 from sharedpool.broker.core.groups import Groups
 from sharedpool.broker.core.histograms import waits
-from sharedpool.broker.core.records import WAITS_KEPT, GrantStop, Lease, Pool, Session, Waiter
+from sharedpool.broker.core.records import (
+    UNSHARED,
+    WAITS_KEPT,
+    GrantStop,
+    Lease,
+    Pool,
+    Session,
+    Waiter,
+)
 from sharedpool.broker.core.slot_states import (
     CLOSING,
     FENCING,
@@ -36,6 +44,7 @@ class Slots:
         self, max_conn: int | None, emit: Callable[[Command], None], epoch: int = 1
     ) -> None:
         self.max_conn = max_conn  # the cap over all pools
+        self.allowed = UNSHARED  # how many of the cap's slots are this host's (`sharing.py`)
         self._emit = emit
         self._epoch = epoch
         self._newest_lease = 0
@@ -76,24 +85,29 @@ class Slots:
     # --- how many slots
 
     @property
+    def cap(self) -> int | None:
+        """This host's part of the cap over all pools; None: there is no cap."""
+        return None if self.max_conn is None else min(self.max_conn, self.allowed)
+
+    @property
     def room(self) -> int:
         """Free slots under the cap over all pools; practically endless without one."""
-        return (1 << 30 if self.max_conn is None else self.max_conn) - len(self.leases)
+        return (UNSHARED if self.max_conn is None else self.cap or 0) - len(self.leases)
 
     @property
     def overdrawn(self) -> int:
         """Slots in use that the cap, or what is reserved of it, does not allow: it was lowered."""
-        if self.max_conn is None:
+        if (cap := self.cap) is None:
             return 0
         if self.groups:
-            return max(0, self.groups.beyond + self.groups.reserved - self.max_conn)
+            return max(0, self.groups.beyond + self.groups.reserved - cap)
         return max(0, -self.room)
 
     def available(self, pool: Pool) -> int:
         """Free slots under the cap that this pool may have: not those reserved for other groups."""
-        if pool.group is None or self.max_conn is None:
+        if pool.group is None or (cap := self.cap) is None:
             return self.room
-        return min(self.room, self.groups.available(pool.group, self.max_conn))
+        return min(self.room, self.groups.available(pool.group, cap))
 
     def serves(self, pool: Pool, other: Pool) -> bool:
         """Return True if a slot freed by `pool` could serve a waiter of `other`.

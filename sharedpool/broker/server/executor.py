@@ -24,6 +24,7 @@ from sharedpool.broker.core.commands import (
     HaltMoves,
     InviteToLane,
     JoinQueue,
+    LeaveShare,
     Log,
     MarkJournalComplete,
     OpenLane,
@@ -33,12 +34,14 @@ from sharedpool.broker.core.commands import (
     Send,
     StartMoves,
     SurveyServer,
+    SyncShare,
     TransferCustody,
     VerifyServer,
     Watch,
 )
 from sharedpool.broker.core.ledger import Ledger, LedgerCall
 from sharedpool.broker.postgres.control import Control
+from sharedpool.broker.postgres.share_sessions import ShareSessions
 from sharedpool.broker.server.custody import Custody
 from sharedpool.broker.server.desk import Desk
 from sharedpool.broker.server.journal import Journal
@@ -64,6 +67,7 @@ class Executor:
         router: RouterSocket,
         journal: Journal,
         control: Control,
+        shares: ShareSessions | None,
         desk: Desk | None,
         selector: selectors.BaseSelector,
         call_later: Callable[[LedgerCall], None],
@@ -102,6 +106,7 @@ class Executor:
             CancelBackend: control.cancel_backend,
             SurveyServer: control.survey,
             VerifyServer: control.verify_server,
+            **_share_handlers(shares),
             # processes
             Watch: self._watch,
             Forget: self._forget,
@@ -174,3 +179,7 @@ class Executor:
     def _watch(self, command: Watch) -> None:
         if not self._watched.watch(command.session, command.process):
             self.session_died(command.session)
+
+
+def _share_handlers(shares: ShareSessions | None) -> dict[type, Callable[[Any], None]]:
+    return {} if shares is None else {SyncShare: shares.sync, LeaveShare: shares.leave}

@@ -25,7 +25,12 @@ from sharedpool.broker.server.executor import Executor
 from sharedpool.broker.server.inbox import Inbox
 from sharedpool.broker.server.processes import WatchedProcess, raise_descriptor_limit
 from sharedpool.broker.server.router_socket import RouterSocket
-from sharedpool.broker.server.startup import claim_address, make_control, make_ledger
+from sharedpool.broker.server.startup import (
+    claim_address,
+    make_control,
+    make_ledger,
+    make_shares,
+)
 from sharedpool.broker.server.systemd import notify
 from sharedpool.broker.settings import BrokerSettings
 from sharedpool.errors import ConfigError, SharedPoolError
@@ -41,6 +46,9 @@ logger = logging.getLogger("sharedpool.broker")
 # A loop that is late by this much did not run (SIGSTOP, a suspended machine): sessions that were
 # silent meanwhile are not blamed for it.
 _SUSPENDED_S = 1.0
+# A loop that is late by this much may have been taken for gone by other hosts: less than
+# `host_presence.GONE_S`.
+_PAUSED_S = 0.5
 # `PoolReport.history` has one sample per ten seconds.
 _SAMPLE_EVERY_S = 10.0
 # Less than the time after which a worker that does not want to wait gives up.
@@ -82,11 +90,13 @@ class Server:
         self._journal = self._claim.journal
         self._ledger = make_ledger(settings, self._claim)
         self._control = make_control(settings, self._claim, self._call_soon)
+        self._shares = make_shares(settings, self._claim, self._call_soon)
         self._executor = Executor(
             self._ledger,
             self._router,
             self._journal,
             self._control,
+            self._shares,
             self._claim.desk,
             self._selector,
             self._calls.append,
@@ -123,6 +133,7 @@ class Server:
         self._begin()
         try:
             while not self._stopping:
+                self._notice_suspension(time.monotonic())
                 more = self._inbox.read()
                 now = time.monotonic()
                 self._run_due(now, more=more)
@@ -146,6 +157,8 @@ class Server:
         raise_descriptor_limit()
         self._announce()
         self._control.start()
+        if self._shares is not None:
+            self._shares.start()
         self._take_over()
         if self._metrics is not None:
             self._metrics.start()
@@ -172,6 +185,11 @@ class Server:
     def _no_answer_yet(self) -> str:
         server = ConnInfo(self.settings.dsn or "").identity()
         return f"PostgreSQL has not answered its first connect to {server}"
+
+    def _notice_suspension(self, now: float) -> None:
+        """Open nothing after a pause until the other hosts' shares were looked at again."""
+        if now - self._awake_at > _PAUSED_S:
+            self._ledger.sharing.suspended(now)
 
     def _run_due(self, now: float, *, more: bool) -> None:
         """Run what is due: queued calls, timers, a reload, reports. `more`: messages are left."""
@@ -362,6 +380,8 @@ class Server:
         if self._metrics is not None:
             self._metrics.stop()
         self._control.stop()
+        if self._shares is not None:
+            self._shares.stop()
         self._executor.stop_watching()
         self._router.close()
         lock, desk = self._claim.lock, self._claim.desk

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 from sharedpool.broker.core.ledger import Ledger, LedgerCall
 from sharedpool.broker.postgres.control import Control
 from sharedpool.broker.postgres.leadership import Leadership
+from sharedpool.broker.postgres.share_sessions import ShareSessions
 from sharedpool.broker.server import desk as desks
 from sharedpool.broker.server.desk import Desk
 from sharedpool.broker.server.journal import Journal
@@ -94,6 +96,8 @@ def make_ledger(settings: BrokerSettings, claim: Claim) -> Ledger:
         groups=settings.groups,
         limits=settings.limits,
         server=_server_of(settings.dsn),
+        shared=shares_limits(settings),
+        scope=settings.address,
         expiration_s=math.inf if settings.expiration_s is None else settings.expiration_s,
     )
 
@@ -107,6 +111,20 @@ def _server_of(dsn: str | None) -> str:
     except ConfigError:
         return "\0"  # matches no server; the control connection reports what is wrong with the DSN
     return f"@{identity.host}:{identity.port}/"
+
+
+def shares_limits(settings: BrokerSettings) -> bool:
+    """Return True if other hosts may count to the same limits: see `broker/core/sharing.py`."""
+    return settings.dsn is not None and not settings.one_off
+
+
+def make_shares(
+    settings: BrokerSettings, claim: Claim, call_soon: Callable[[LedgerCall], None]
+) -> ShareSessions | None:
+    """Return the sessions by which limits are shared with other hosts, if they are."""
+    if settings.dsn is None or not shares_limits(settings):
+        return None
+    return ShareSessions(settings.dsn, claim.lock.instance, socket.gethostname(), call_soon)
 
 
 def make_control(

@@ -1,0 +1,147 @@
+"""How one limit is divided among hosts: pure arithmetic over the rows of the shares' table.
+
+Each host's broker holds a *share* of the limit: the slots that it may have in use. In a *sync*, one
+transaction, a broker reads all shares, decides with `decide` what it holds from then on, and writes
+its own row. The sum of all shares never exceeds the limit, because a share grows only by what is
+free, and a host lowers its own share only to what it has in use.
+
+The division is fair in the sense of max-min: nobody gets more than it wants while another one
+wants more than it has, and those who get less than they want get the same. What nobody wants is
+spread evenly, so that hosts seldom have to ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+# How long after its last sync a broker may still open connections.
+TRUST_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class HostShare:
+    """One host's row."""
+
+    instance: str  # of the host's broker
+    held: int
+    wanted: int  # what it has in use, and its waiters
+    answered: int = 0  # the newest question after which it has found nothing idle
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a host brings to a sync."""
+
+    wanted: int
+    # It cannot hold less: what it has in use, and what it may grant before it knows the outcome.
+    least: int
+    asks: bool = False  # a request that does not wait must know whether the others have any idle
+    has_idle: bool = False  # connections that it could still give back
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """The outcome of a sync for one host."""
+
+    held: int
+    owed: int = 0  # how many of these other hosts lack
+    lacking: int = 0  # how many more would be fair
+    asked: int = 0  # the newest question of any host
+    answered: int = 0  # the newest question that this host has answered
+    question: int = 0  # the newest question of this host
+    contended: bool = False  # somebody wants more than it holds
+    alone: bool = False
+    # The other hosts have answered this host's question: they have nothing idle that they owe it.
+    exhausted: bool = False
+    to_wake: tuple[str, ...] = ()  # hosts that can now take or should give, or have an answer
+
+
+def fair_shares(limit: int, wanted: Sequence[int]) -> list[int]:
+    """Divide `limit` max-min fair; of two that want the same, the later gets the odd slot."""
+    shares = [0] * len(wanted)
+    left = max(limit, 0)
+    by_want = sorted(range(len(wanted)), key=wanted.__getitem__)
+    for place, index in enumerate(by_want):
+        shares[index] = min(wanted[index], left // (len(wanted) - place))
+        left -= shares[index]
+    return shares
+
+
+def spread(limit: int, fair: Sequence[int]) -> list[int]:
+    """Return the shares with what nobody wants spread evenly: they add up to `limit`."""
+    each, odd = divmod(max(limit - sum(fair), 0), max(len(fair), 1))
+    return [share + each + (place < odd) for place, share in enumerate(fair)]
+
+
+def decide(
+    limit: int,
+    me: str,
+    held: int,
+    claim: Claim,
+    others: Mapping[str, HostShare],
+    *,
+    asked: int = 0,
+    answered: int = 0,
+    question: int = 0,
+) -> Division:
+    """Return what the host `me`, which has held `held`, holds from now on.
+
+    `asked` is the newest question of any host, `answered` the newest that `me` has answered, and
+    `question` the newest that `me` has asked.
+    """
+    names = sorted([me, *others])
+    mine = names.index(me)
+    wanted = [claim.wanted if name == me else others[name].wanted for name in names]
+    fair = fair_shares(limit, wanted)
+    target = spread(limit, fair)
+    before = {name: others[name].held for name in others}
+    lack = {
+        name: max(0, share - before[name])
+        for name, share in zip(names, fair, strict=True)
+        if name != me
+    }
+    lacked = sum(lack.values())
+
+    # 1. Give back what the host can do without, if it was asked to.
+    now_held = min(held, claim.least)
+    free = limit - sum(before.values()) - now_held
+    # 2. Take what is fair, as far as it is free.
+    taken = max(0, min(fair[mine] - now_held, free))
+    # 3. Take of the rest, unless others lack it.
+    taken += max(0, min(target[mine] - now_held - taken, free - taken - lacked))
+    now_held += taken
+    free -= taken
+
+    owed = min(max(0, lacked - free), max(0, now_held - target[mine]))
+    lacking = max(0, fair[mine] - now_held)
+    if claim.asks and lacking:
+        asked = question = asked + 1
+    was_answered = answered >= asked
+    if not (owed and claim.has_idle):
+        answered = asked
+    return Division(
+        held=now_held,
+        owed=owed,
+        lacking=lacking,
+        asked=asked,
+        answered=answered,
+        question=question,
+        contended=lacked > 0 or sum(wanted) > limit,
+        alone=not others,
+        exhausted=bool(lacking and not claim.asks)
+        and all(
+            others[name].answered >= question or others[name].held <= share
+            for name, share in zip(names, target, strict=True)
+            if name != me
+        ),
+        to_wake=tuple(
+            name
+            for name, share in zip(names, target, strict=True)
+            if name != me
+            and (
+                (lack[name] and (free > 0 or (answered == asked and not was_answered)))
+                or (before[name] > share and lacking + lacked > free)
+            )
+        ),
+    )

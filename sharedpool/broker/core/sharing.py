@@ -1,0 +1,429 @@
+"""This host's shares of the limits that it has in common with other hosts.
+
+The brokers of all hosts meet in a table of the database (`broker/postgres/share_table.py`), in one
+transaction at a time, a *sync*. Here is decided when one is due, and what follows from its outcome.
+The division itself is in `shares.py`.
+
+1. A limit whose share is not known yet grants nothing: the first sync is ordered with the pool.
+2. A broker that is alone holds the whole limit, and syncs only to be heard of.
+3. Where there are others, a sync is due when this host wants more than it holds, when it needs
+   less while others lack slots, when it has got back what it owes, and when another broker has
+   woken it. While slots are short over all hosts, it looks again every `POLL_S`.
+4. What this host owes comes back like the excess of a limit that an operator has lowered: idle
+   connections at once, those in use at their checkins.
+5. After `TRUST_S` without a sync nothing new is opened, because the others may take this host for
+   gone. What is open is used on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from sharedpool.broker.core.commands import (
+    Command,
+    Failed,
+    HostRow,
+    LeaveShare,
+    ShareKey,
+    SyncFailure,
+    SyncResult,
+    SyncShare,
+)
+from sharedpool.broker.core.context import Context
+from sharedpool.broker.core.records import UNSHARED, Pool
+from sharedpool.broker.core.shares import TRUST_S, Claim, Division
+from sharedpool.wire.values import NO_TOKEN
+
+HEARTBEAT_S = 5.0
+POLL_S = 0.5
+# What a host wanted lately counts for so long: a connection that is idle between two requests
+# does not move to another host and back.
+_PEAK_S = 1.0
+# Syncs of one share: so many at once, and so many a second after that.
+_BURST, _PER_SECOND = 4.0, 4.0
+_FIRST_RETRY_S, _LAST_RETRY_S, _RETRY_UNSHARED_S = 0.05, 1.0, 60.0
+_ANSWER_LIMIT_S = 0.5  # for the other hosts, before a request that does not wait is refused
+_LONGEST_SCOPE = 200
+_FRESH_S = 1.0  # how long it is believed that no host has an idle connection
+
+
+@dataclass(slots=True, eq=False)
+class Share:
+    """The share of one limit: a pool's own, or that over all pools (`pool` is None)."""
+
+    key: ShareKey
+    pool: Pool | None
+    division: Division = field(default_factory=lambda: Division(0))
+    others: tuple[HostRow, ...] = ()  # as they were at the last sync
+    registered: bool = False
+    resting: bool = False  # it was given back while nobody uses the limit here
+    unshared: str = ""  # why the limit is this host's own
+
+    # --- syncs
+    pending: bool = False
+    due: bool = False  # as soon as the rate allows
+    told: int = 0  # what the others know that this host wants
+    trusted_until: float = -math.inf
+    frozen: bool = False  # nothing is opened: it was not heard of for too long
+    budget: float = _BURST
+    budget_at: float = -math.inf
+    beat_at: float = math.inf  # when the next alarm is due
+    retry_s: float = _FIRST_RETRY_S  # after the next failure
+
+    # --- what this host wants
+    peak: int = 0
+    peak_at: float = -math.inf
+
+    # --- requests that do not wait
+    question: int = 0  # the newest that this host has put to the others
+    asked_at: float = math.inf
+    exhausted_at: float = -math.inf
+
+    @property
+    def alone(self) -> bool:
+        """Return True if this host may have the whole limit, as nobody else wants any of it."""
+        return self.registered and self.division.alone
+
+
+class Sharing:
+    """All shares of one broker; `settle(now)` schedules, and returns what is to be done.
+
+    `by_pool`: each pool's limit is shared. `cap`: the limit over all pools is, under this name.
+    Neither: none is.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        settle: Callable[[float], list[Command]],
+        *,
+        by_pool: bool,
+        cap: str,
+    ) -> None:
+        self._settle = settle
+        self._slots = context.slots
+        self._emit = context.emit
+        self._arm = context.timers.arm
+        self._log = context.log
+        self._by_pool = by_pool
+        self._cap = ShareKey("", _scope("broker", cap)) if cap else None
+        self.shares: dict[ShareKey, Share] = {}
+        # Those to be looked at after every event: not those of a broker that is alone.
+        self._active: dict[ShareKey, Share] = {}
+        self.trust_ends = math.inf  # of the share that is trusted for the shortest time
+
+    # --- pools come and go
+
+    def opened(self, pool: Pool) -> None:
+        """Order the first sync of a pool's share, if that is not ordered yet."""
+        if (key := self._key(pool)) is not None and key not in self.shares:
+            share = self.shares[key] = Share(key, pool if self._cap is None else None)
+            self._begin(share)
+
+    def _key(self, pool: Pool) -> ShareKey | None:
+        """Return the limit that a pool counts to, if it is shared."""
+        if self._cap is not None or not self._by_pool or pool.unnamed:
+            return self._cap
+        return ShareKey(pool.spec.database, _scope("pool", pool.spec.name))
+
+    def _begin(self, share: Share) -> None:
+        """Grant nothing until the share is known."""
+        share.resting, share.due = False, True
+        self._active[share.key] = share
+        self._allow(share, 0)
+        self._hold_refusals(share, held=True)
+
+    def discarded(self, pool: Pool) -> None:
+        """Give the share of a pool back that nobody uses any more."""
+        key = self._key(pool)
+        if key is None or (share := self.shares.get(key)) is None:
+            return
+        if share.pool is pool or (share.pool is None and not self._slots.pools):
+            self._leave(share)
+            del self.shares[key]
+
+    def _leave(self, share: Share) -> None:
+        self._active.pop(share.key, None)
+        if not (share.unshared or share.resting):
+            self._emit(LeaveShare(share.key))
+
+    def _rest(self, share: Share) -> None:
+        """Give a share back that is not in use: nobody is kept from dropping the database."""
+        self._leave(share)
+        share.resting, share.registered = True, False
+        share.division, share.others = Division(0), ()
+        self._allow(share, 0)
+
+    # --- after every event
+
+    def expire(self, now: float) -> None:
+        """Freeze the shares that are not trusted any more; to be called before any grant."""
+        self.trust_ends = math.inf
+        for share in self.shares.values():
+            if not share.registered or share.unshared or share.frozen:
+                continue
+            if share.trusted_until <= now:
+                self._freeze(share, f"no look at the other hosts' shares for {TRUST_S:.0f} s")
+            else:
+                self.trust_ends = min(self.trust_ends, share.trusted_until)
+
+    def suspended(self, now: float) -> None:
+        """Freeze all shares: this process did not run, and others may have taken it for gone."""
+        for share in self.shares.values():
+            if share.registered and not share.unshared:
+                self._freeze(share, "")
+                share.due = True
+
+    def _freeze(self, share: Share, why: str) -> None:
+        """Open nothing more until the next sync."""
+        if why and not share.frozen:
+            self._log(logging.WARNING, "%s: opening nothing: %s", _title(share), why)
+        share.frozen = True
+        self._active[share.key] = share
+        self._allow(share, min(self._allowance(share), self._occupied(share)))
+
+    def update(self, now: float) -> None:
+        """Order the syncs that an event has made necessary."""
+        for pool in self._slots.contended.values():
+            if pool.allowed == 0 or self._slots.allowed == 0:
+                self._wake_resting(pool)
+        for share in list(self._active.values()):
+            if share.frozen:
+                self._allow(share, min(self._allowance(share), self._occupied(share)))
+            if share.pending:
+                continue
+            if share.due or self._has_news(share, now):
+                self._sync(share, now)
+
+    def _wake_resting(self, pool: Pool) -> None:
+        if (key := self._key(pool)) is not None and self.shares[key].resting:
+            self._begin(self.shares[key])
+
+    def _has_news(self, share: Share, now: float) -> bool:
+        """Return True if the others should know what has changed here."""
+        division, wanted = share.division, self._wanted(share, now)
+        if division.owed:
+            if self._least(share) < division.held:
+                return True
+            if division.answered < division.asked and not self._has_idle(share):
+                return True
+        if wanted > division.held >= share.told:
+            return True
+        if division.contended and wanted < min(division.held, share.told):
+            return True
+        return self._must_ask(share, now)
+
+    def _must_ask(self, share: Share, now: float) -> bool:
+        """Return True if a request that does not wait needs to know what the others have idle."""
+        if not self._has_nowaits(share) or share.alone:
+            return False
+        if now - share.exhausted_at < _FRESH_S:
+            self._hold_refusals(share, held=False)
+            return False
+        self._hold_refusals(share, held=True)
+        return share.asked_at == math.inf
+
+    def _sync(self, share: Share, now: float) -> None:
+        """Order a sync, as soon as its rate allows one."""
+        since = now - share.budget_at
+        share.budget = min(_BURST, share.budget + since * _PER_SECOND) if since < 1e9 else _BURST
+        share.budget_at = now
+        share.due = True
+        if share.budget < 1.0:
+            self._beat(share, now + (1.0 - share.budget) / _PER_SECOND)
+            return
+        share.budget -= 1.0
+        share.due, share.pending = False, True
+        share.told = self._wanted(share, now)
+        asks = self._must_ask(share, now)
+        if asks:
+            share.asked_at = now
+            self._beat(share, now + _ANSWER_LIMIT_S)
+        claim = Claim(share.told, self._least(share), asks, self._has_idle(share))
+        limit = self._own_limit(share)
+        self._emit(SyncShare(share.key, limit, claim, share.question))
+
+    # --- outcomes
+
+    def synced(self, key: ShareKey, result: SyncResult, began: float, now: float) -> list[Command]:
+        """Handle the outcome of a sync that began at `began`."""
+        if (share := self.shares.get(key)) is None:  # the pool has gone meanwhile
+            return self._settle(now)
+        division = result.division
+        self._note_limit(share, result.max_conn)
+        self._log_moves(share, result)
+        first, share.retry_s = not share.registered, _FIRST_RETRY_S
+        if first or share.frozen:
+            for pool in self._pools(share):
+                pool.backoff.end()
+        share.pending, share.registered, share.frozen, share.unshared = False, True, False, ""
+        share.division, share.others = division, result.others
+        share.trusted_until = began + TRUST_S
+        self.trust_ends = min(self.trust_ends, share.trusted_until)
+        self._allow(share, max(0, division.held - division.owed))
+        share.question = division.question
+        if share.asked_at < math.inf and (division.exhausted or not division.lacking):
+            self._answered(share, now)
+        if first:
+            self._hold_refusals(share, held=False)
+        if division.alone:
+            self._active.pop(key, None)
+        else:
+            self._active[key] = share
+        contended = division.contended or division.lacking or division.owed
+        share.beat_at = math.inf  # an earlier alarm finds that it is not the one
+        self._beat(share, now + (POLL_S if contended else HEARTBEAT_S))
+        return self._settle(now)
+
+    def failed(self, key: ShareKey, failure: SyncFailure, now: float) -> list[Command]:
+        """Handle a sync that failed, or the loss of the session."""
+        if (share := self.shares.get(key)) is None:
+            return self._settle(now)
+        share.pending, retry_s = False, share.retry_s
+        share.retry_s = min(2 * retry_s, _LAST_RETRY_S)
+        if failure.how is Failed.UNSHARED or (failure.how is Failed.REFUSED and not share.others):
+            self._give_up(share, failure)
+            if failure.how is Failed.UNSHARED:
+                retry_s = _RETRY_UNSHARED_S
+        elif not share.unshared:
+            self._freeze(share, failure.why)
+            if failure.how is Failed.UNREACHABLE:
+                for pool in self._pools(share):
+                    pool.backoff.failed(NO_TOKEN, pool.connected, failure.why, now)
+            self._hold_refusals(share, held=False)
+        self._beat(share, now + retry_s)
+        return self._settle(now)
+
+    def _give_up(self, share: Share, failure: SyncFailure) -> None:
+        """Count to the limit without the other hosts, as there is no way to share it."""
+        if share.unshared != failure.why:
+            text = "%s: the limit is this host's alone, not shared with other hosts: %s"
+            self._log(logging.WARNING, text, _title(share), failure.why)
+        share.unshared, share.registered, share.frozen = failure.why, False, False
+        self._active.pop(share.key, None)
+        self._allow(share, UNSHARED)
+        self._hold_refusals(share, held=False)
+
+    def woken(self, key: ShareKey, now: float) -> list[Command]:
+        """Handle that another broker wants this one to look at the shares."""
+        if (share := self.shares.get(key)) is not None and not share.unshared:
+            share.due = True
+            self._active[key] = share
+        return self._settle(now)
+
+    def _answered(self, share: Share, now: float) -> None:
+        """Let requests that do not wait be refused: no host has anything idle for this one."""
+        share.asked_at, share.exhausted_at = math.inf, now
+        self._hold_refusals(share, held=False)
+
+    # --- alarms
+
+    def _beat(self, share: Share, when: float) -> None:
+        if when < share.beat_at:
+            share.beat_at = when
+            self._arm(when, self._beat_due, share)
+
+    def _beat_due(self, share: Share, now: float) -> None:
+        if self.shares.get(share.key) is not share or now < share.beat_at:
+            return  # the share was given back, or an alarm for a later time was set since
+        share.beat_at = math.inf
+        if now - share.asked_at >= _ANSWER_LIMIT_S:  # somebody does not answer
+            self._answered(share, now)
+        if share.pending:
+            return
+        if not share.unshared and not any(x.leases or x.waiters for x in self._pools(share)):
+            self._rest(share)
+            return
+        share.due = True
+        self._active[share.key] = share
+
+    # --- the records
+
+    def _pools(self, share: Share) -> Iterable[Pool]:
+        return self._slots.pools.values() if share.pool is None else (share.pool,)
+
+    def _occupied(self, share: Share) -> int:
+        return len(self._slots.leases if share.pool is None else share.pool.leases)
+
+    def _allowance(self, share: Share) -> int:
+        return self._slots.allowed if share.pool is None else share.pool.allowed
+
+    def _least(self, share: Share) -> int:
+        return max(self._allowance(share), self._occupied(share))
+
+    def _own_limit(self, share: Share) -> int:
+        if share.pool is None:
+            assert self._slots.max_conn is not None
+            return self._slots.max_conn
+        return share.pool.spec.max_conn
+
+    def _has_nowaits(self, share: Share) -> bool:
+        return any(pool.nowaits for pool in self._pools(share))
+
+    def _has_idle(self, share: Share) -> bool:
+        return any(pool.idle or pool.parked or pool.coming for pool in self._pools(share))
+
+    def _wanted(self, share: Share, now: float) -> int:
+        """Return how many slots this host needs, or has needed a moment ago."""
+        wanted = 0
+        for pool in self._pools(share):
+            in_use = len(pool.leases)
+            if not pool.moving:
+                in_use -= len(pool.idle) + len(pool.parked)
+            wanted += in_use + (0 if pool.paused else len(pool.waiters))
+        if wanted >= share.peak or now - share.peak_at > _PEAK_S:
+            share.peak, share.peak_at = wanted, now
+        return share.peak
+
+    def _allow(self, share: Share, allowed: int) -> None:
+        """Set how many slots may be in use on this host; what is in excess comes back."""
+        if share.pool is None:
+            self._slots.allowed = allowed
+        else:
+            share.pool.allowed = allowed
+        for pool in self._pools(share):
+            if pool.leases:
+                self._slots.shrink(pool)
+
+    def _hold_refusals(self, share: Share, *, held: bool) -> None:
+        for pool in self._pools(share):
+            pool.hosts_asked = held
+
+    def _note_limit(self, share: Share, max_conn: int) -> None:
+        """Take over the limit that all hosts share: that of the first one to come."""
+        asked = self._own_limit(share)
+        if share.pool is not None:
+            known, share.pool.max_conn = share.pool.max_conn, max_conn
+        else:
+            known = self._slots.max_conn or 0
+        if max_conn not in (asked, known):
+            text = "%s: its limit is %d for all hosts, not the %d that are asked for here"
+            self._log(logging.WARNING, text, _title(share), max_conn, asked)
+
+    def _log_moves(self, share: Share, result: SyncResult) -> None:
+        before, now = share.division, result.division
+        for line in result.events:
+            self._log(logging.WARNING, "%s: %s", _title(share), line)
+        if share.registered and before.held != now.held and not (before.alone and now.alone):
+            why = "others lack slots" if now.held < before.held else "wanted here"
+            text = "%s: this host's share is %d of %d now, before %d (%s)"
+            self._log(
+                logging.INFO, text, _title(share), now.held, result.max_conn, before.held, why
+            )
+
+
+def _title(share: Share) -> str:
+    return "limit over all pools" if share.pool is None else f"pool {share.pool.name!r}"
+
+
+def _scope(kind: str, name: str) -> str:
+    """Return the name of a limit in the table: plain ASCII, and not too long."""
+    scope = f"{kind} {name}".encode("ascii", "backslashreplace").decode()
+    if len(scope) > _LONGEST_SCOPE:
+        digest = hashlib.blake2s(scope.encode(), digest_size=8).hexdigest()
+        scope = f"{scope[: _LONGEST_SCOPE - len(digest) - 1]}~{digest}"
+    return scope

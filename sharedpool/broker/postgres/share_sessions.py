@@ -1,0 +1,234 @@
+"""The sessions by which a broker shares limits with other hosts: one per database, in one thread.
+
+The ledger orders syncs, and this thread carries them out, one after the other. It also listens:
+another broker that lacks slots, or has given some back, wakes this one by NOTIFY.
+
+A lost session is reported at once, even if nothing is to be done: the other hosts may take this one
+for gone from then on.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+
+import psycopg2
+from psycopg2.errors import InsufficientPrivilege, UndefinedTable
+from psycopg2.extensions import connection, make_dsn, parse_dsn
+
+from sharedpool.broker.core.commands import (
+    Failed,
+    LeaveShare,
+    ShareKey,
+    SyncFailure,
+    SyncShare,
+)
+from sharedpool.broker.core.host_presence import Presence
+from sharedpool.broker.core.ledger import LedgerCall
+from sharedpool.broker.postgres import share_table
+from sharedpool.broker.postgres.control_connection import error_text
+from sharedpool.broker.postgres.share_table import CannotShare, Registration
+from sharedpool.postgres.libpq import socket_of_failed
+
+logger = logging.getLogger("sharedpool.broker")
+
+_LOOK_EVERY_S = 0.4
+
+
+class _Session:
+    """One database's session, and what this broker knows of the other hosts by it."""
+
+    def __init__(self, conn: connection, registration: Registration) -> None:
+        self.conn = conn
+        self.registration = registration
+        self.presence = Presence()
+        self.looked_at = float("-inf")
+        self.others: dict[ShareKey, tuple[str, ...]] = {}  # at the last sync, by limit
+
+
+class ShareSessions:
+    """The thread and its queue. `call_soon(call)` has the loop call the ledger, in this thread.
+
+    No method blocks, except `stop`.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        instance: str,
+        host: str,
+        call_soon: Callable[[LedgerCall], None],
+    ) -> None:
+        self._dsn = dsn
+        self._instance = instance
+        self._host = host
+        self._call_soon = call_soon
+        self._sessions: dict[str, _Session] = {}  # by database
+        self._reached = Failed.UNREACHABLE  # how the last connect has failed
+        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name="sharedpool-shares", daemon=True)
+
+    def start(self) -> None:
+        """Wait for orders in the background."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Give all shares back, and end the thread; wait at most a second for that."""
+        self._order(None)
+        self._thread.join(1.0)
+
+    def sync(self, order: SyncShare) -> None:
+        """Look at the shares of a limit, and change this host's; the ledger is told the outcome."""
+        self._order(partial(self._sync, order))
+
+    def leave(self, order: LeaveShare) -> None:
+        """Give a share back."""
+        self._order(partial(self._leave, order.key))
+
+    def _order(self, order: Callable[[], None] | None) -> None:
+        self._orders.put(order)
+        try:
+            self._wake_out.send(b"\0")
+        except BlockingIOError:
+            pass  # the thread is awake anyway
+
+    # --- the thread
+
+    def _run(self) -> None:
+        while True:
+            self._wait()
+            try:
+                while (order := self._orders.get_nowait()) is not None:
+                    order()
+            except queue.Empty:
+                continue
+            break
+        for session in list(self._sessions.values()):
+            for key in list(session.others):
+                self._leave(key)
+        for session in self._sessions.values():
+            session.conn.close()
+
+    def _wait(self) -> None:
+        """Wait for an order, or for something to arrive in a session."""
+        poller = select.poll()
+        poller.register(self._wake_in, select.POLLIN)
+        databases = {session.conn.fileno(): name for name, session in self._sessions.items()}
+        for fd in databases:
+            poller.register(fd, select.POLLIN)
+        for fd, _ in poller.poll():
+            if fd in databases:
+                self._listen(databases[fd])
+            else:
+                self._wake_in.recv(4096)
+
+    def _listen(self, database: str) -> None:
+        """Tell the ledger of other brokers' wake-ups, or that the session has ended."""
+        session = self._sessions[database]
+        try:
+            for scope in share_table.woken(session.conn, self._instance):
+                key = ShareKey(database, scope)
+                self._call_soon(_woken(key))
+        except psycopg2.Error as error:
+            self._lose(database, error)
+
+    def _session(self, database: str) -> _Session:
+        """Return the session of a database, opened if there is none. Raise psycopg2's errors."""
+        session = self._sessions.get(database)
+        if session is None:
+            conn = self._connect(database)
+            try:
+                registration = share_table.open_table(conn, self._instance, self._host)
+            except BaseException:
+                conn.close()
+                raise
+            session = self._sessions[database] = _Session(conn, registration)
+        return session
+
+    def _connect(self, database: str) -> connection:
+        """Connect. Blocks for up to `connect_timeout`. Raise psycopg2's errors."""
+        wanted = {"application_name": f"sharedpool broker {self._instance}"}
+        if database:
+            wanted["dbname"] = database
+        if "connect_timeout" not in parse_dsn(self._dsn):
+            wanted["connect_timeout"] = "5"
+        conn = connection.__new__(connection)
+        try:
+            conn.__init__(make_dsn(self._dsn, **wanted))  # type: ignore[misc]
+        except (psycopg2.OperationalError, UnicodeDecodeError):
+            # libpq keeps the socket on which it was refused, but none that was never answered.
+            answered = (socket_of_failed(conn) or -1) >= 0
+            self._reached = Failed.REFUSED if answered else Failed.UNREACHABLE
+            raise
+        return conn
+
+    def _sync(self, order: SyncShare) -> None:
+        key, began = order.key, time.monotonic()
+        try:
+            session = self._session(key.database)
+            if session.others.get(key) and began - session.looked_at > _LOOK_EVERY_S:
+                share_table.look(session.conn, session.presence, began)
+                session.looked_at = began
+            result = share_table.sync(
+                session.conn, session.registration, order, session.presence, began
+            )
+            session.others[key] = tuple(host.instance for host in result.others)
+            if result.silent and result.division.lacking:
+                share_table.end_silent(session.conn, session.presence, key, result.silent)
+        except CannotShare as error:
+            self._fail(key, SyncFailure(Failed.UNSHARED, str(error)))
+        except psycopg2.Error as error:
+            self._fail_by(key, error)
+        except UnicodeDecodeError as error:  # an error's text in another encoding
+            self._fail(key, SyncFailure(Failed.REFUSED, error_text(error)))
+        else:
+            self._call_soon(lambda ledger, now: ledger.sharing.synced(key, result, began, now))
+
+    def _fail_by(self, key: ShareKey, error: psycopg2.Error) -> None:
+        session = self._sessions.get(key.database)
+        if session is None:
+            self._fail(key, SyncFailure(self._reached, error_text(error)))
+        elif session.conn.closed:
+            self._lose(key.database, error)
+        elif isinstance(error, InsufficientPrivilege | UndefinedTable):
+            self._fail(key, SyncFailure(Failed.UNSHARED, error_text(error)))
+        else:
+            self._fail(key, SyncFailure(Failed.LOST, error_text(error)))
+
+    def _lose(self, database: str, error: Exception) -> None:
+        session = self._sessions.pop(database)
+        session.conn.close()
+        for key in session.others:
+            self._fail(key, SyncFailure(Failed.LOST, error_text(error)))
+
+    def _fail(self, key: ShareKey, failure: SyncFailure) -> None:
+        self._call_soon(lambda ledger, now: ledger.sharing.failed(key, failure, now))
+
+    def _leave(self, key: ShareKey) -> None:
+        session = self._sessions.get(key.database)
+        if session is None:
+            return
+        others = session.others.pop(key, ())
+        try:
+            share_table.leave(session.conn, session.registration, key, others)
+        except psycopg2.Error as error:
+            logger.info("the share of %r is not given back: %s", key.scope, error_text(error))
+            if session.conn.closed:
+                self._lose(key.database, error)
+                return
+        if not session.others:  # nobody is kept from dropping the database
+            del self._sessions[key.database]
+            session.conn.close()
+
+
+def _woken(key: ShareKey) -> LedgerCall:
+    return lambda ledger, now: ledger.sharing.woken(key, now)

@@ -1,0 +1,301 @@
+"""The table in which the brokers of all hosts keep their shares, and one sync as a transaction.
+
+The tables are in the protected database itself, or in another one of its server. Every broker
+reaches them anyway, with the server's own authentication and encryption.
+
+- `limits` has a row for each limit that is shared. The lock of that row is the one lock there is.
+- `shares` has a row for each host's share of a limit.
+
+Both are UNLOGGED: a crash of the server empties them, and ends every connection that they count.
+After a clean restart or a failover, rows that are older than the server's start are void for the
+same reason.
+
+Each role sees its own rows only (row-level security): two roles never share a limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from psycopg2.errors import InsufficientPrivilege
+from psycopg2.extensions import connection
+
+from sharedpool.broker.core.commands import HostRow, ShareKey, SyncResult, SyncShare
+from sharedpool.broker.core.host_presence import Listed, Presence
+from sharedpool.broker.core.shares import HostShare, decide
+from sharedpool.broker.postgres import statements
+
+_CHANNEL = "sharedpool_shares"
+_MOST_PAYLOAD = 7500  # bytes; PostgreSQL's limit is 8000
+
+SCHEMA_SQL = """\
+CREATE SCHEMA IF NOT EXISTS sharedpool;
+CREATE UNLOGGED TABLE IF NOT EXISTS sharedpool.limits (
+  role name NOT NULL DEFAULT current_user,
+  scope text NOT NULL CHECK (length(scope) <= 200),
+  max_conn int NOT NULL CHECK (max_conn > 0),
+  asked bigint NOT NULL DEFAULT 0,
+  PRIMARY KEY (role, scope)
+);
+CREATE UNLOGGED TABLE IF NOT EXISTS sharedpool.shares (
+  role name NOT NULL DEFAULT current_user,
+  scope text NOT NULL,
+  instance text NOT NULL CHECK (length(instance) <= 40),
+  host text NOT NULL CHECK (length(host) <= 100),
+  pid int NOT NULL,
+  started_us bigint NOT NULL,
+  held int NOT NULL CHECK (held >= 0),
+  wanted int NOT NULL CHECK (wanted >= 0),
+  answered bigint NOT NULL DEFAULT 0,
+  cut boolean NOT NULL DEFAULT false,
+  told_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+  PRIMARY KEY (role, scope, instance)
+);
+ALTER TABLE sharedpool.limits ENABLE ROW LEVEL SECURITY;
+ALTER TABLE sharedpool.shares ENABLE ROW LEVEL SECURITY;
+DROP POLICY IF EXISTS own_rows ON sharedpool.limits;
+CREATE POLICY own_rows ON sharedpool.limits USING (role = current_user);
+DROP POLICY IF EXISTS own_rows ON sharedpool.shares;
+CREATE POLICY own_rows ON sharedpool.shares USING (role = current_user);
+GRANT USAGE ON SCHEMA sharedpool TO PUBLIC;
+GRANT SELECT, INSERT, UPDATE, DELETE ON sharedpool.limits, sharedpool.shares TO PUBLIC;
+"""
+# Two brokers that make the tables at once would fail on each other's half: one at a time.
+_CREATE_SQL = f"BEGIN; SELECT pg_advisory_xact_lock(%s); {SCHEMA_SQL} COMMIT"
+_CREATE_LOCK = int.from_bytes(b"shpl-ddl", "big")
+
+_STATE_SQL = """
+SELECT pg_is_in_recovery(), to_regclass('sharedpool.shares') IS NOT NULL,
+       pg_backend_pid(), (extract(epoch FROM backend_start) * 1000000)::bigint
+FROM pg_stat_get_activity(pg_backend_pid())
+"""
+# A session that holds the lock must not stop the other hosts: its process may be frozen, its
+# network cut. Nor may one that was cut off seem to have ended by itself, which would prove that its
+# host is gone: the server waits for longer than any of its connects may take.
+_SETTINGS_SQL = """
+SET statement_timeout = '5s'; SET lock_timeout = '5s';
+SET idle_in_transaction_session_timeout = '2s'; SET idle_session_timeout = 0;
+SET tcp_keepalives_idle = 60; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 6;
+SET tcp_user_timeout = '120s'
+"""
+_VOID_SQL = """
+DELETE FROM sharedpool.shares
+WHERE role = current_user AND told_at < pg_postmaster_start_time()
+"""
+_LOCK_SQL = """
+BEGIN;
+SELECT FROM sharedpool.limits WHERE role = current_user AND scope = %(scope)s FOR UPDATE;
+SELECT max_conn, asked, instance, host, pid, started_us, held, wanted,
+       answered, cut, greatest(0, extract(epoch FROM clock_timestamp() - told_at))::float8
+FROM sharedpool.limits LEFT JOIN sharedpool.shares USING (role, scope)
+WHERE role = current_user AND scope = %(scope)s
+"""
+_FIRST_SQL = """
+ROLLBACK;
+INSERT INTO sharedpool.limits (scope, max_conn) VALUES (%(scope)s, %(max_conn)s)
+ON CONFLICT DO NOTHING
+"""
+_FORGET_SQL = """
+DELETE FROM sharedpool.shares
+WHERE role = current_user AND scope = %(scope)s AND instance = ANY(%(gone)s);
+"""
+_CUT_SQL = """
+UPDATE sharedpool.shares SET cut = true
+WHERE role = current_user AND scope = %(scope)s AND instance = ANY(%(instances)s)
+"""
+_WRITE_SQL = """
+INSERT INTO sharedpool.shares (scope, instance, host, pid, started_us, held, wanted, answered)
+VALUES (%(scope)s, %(instance)s, %(host)s, %(pid)s, %(started_us)s, %(held)s,
+        %(wanted)s, %(answered)s)
+ON CONFLICT (role, scope, instance) DO UPDATE
+SET host = excluded.host, pid = excluded.pid, started_us = excluded.started_us, held = excluded.held,
+    wanted = excluded.wanted, answered = excluded.answered, cut = false,
+    told_at = clock_timestamp();
+UPDATE sharedpool.limits SET max_conn = %(max_conn)s, asked = %(asked)s
+WHERE role = current_user AND scope = %(scope)s
+  AND (max_conn, asked) IS DISTINCT FROM (%(max_conn)s, %(asked)s);
+"""
+_LEAVE_SQL = """
+BEGIN;
+SELECT FROM sharedpool.limits WHERE role = current_user AND scope = %(scope)s FOR UPDATE;
+DELETE FROM sharedpool.shares
+WHERE role = current_user AND scope = %(scope)s AND instance = %(instance)s;
+DELETE FROM sharedpool.limits AS empty
+WHERE role = current_user AND scope = %(scope)s
+  AND NOT EXISTS (SELECT FROM sharedpool.shares AS other
+                  WHERE other.role = empty.role AND other.scope = empty.scope);
+"""
+_END_SQL = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE pid = %s AND (extract(epoch FROM backend_start) * 1000000)::bigint = %s
+"""
+
+
+class CannotShare(Exception):
+    """This server or role does not allow a limit to be shared; the text says why, and the way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """How a broker's rows name it. The session's pid and start tell whether its host lives."""
+
+    instance: str
+    host: str
+    pid: int
+    started_us: int
+
+
+def open_table(conn: connection, instance: str, host: str) -> Registration:
+    """Prepare a session for `sync`; make the tables if there are none.
+
+    Raise `CannotShare`, or psycopg2's errors.
+    """
+    conn.autocommit = True
+    with conn.cursor() as cursor:
+        cursor.execute(_SETTINGS_SQL)
+        cursor.execute(_STATE_SQL)
+        in_recovery, exists, pid, started_us = cursor.fetchone() or (False, False, 0, 0)
+        if in_recovery:
+            raise CannotShare("the server is a standby, which takes no writes")
+        if not exists:
+            try:
+                cursor.execute(_CREATE_SQL, (_CREATE_LOCK,))
+            except InsufficientPrivilege as error:
+                cursor.execute("ROLLBACK")
+                raise CannotShare(_not_allowed(conn, error)) from None
+        cursor.execute(_VOID_SQL)
+        cursor.execute(f"LISTEN {_CHANNEL}")
+    return Registration(instance, host, pid, started_us)
+
+
+def _not_allowed(conn: connection, error: Exception) -> str:
+    info = conn.info
+    return (
+        f"role {info.user!r} may not make the schema `sharedpool` in database {info.dbname!r}: an"
+        " administrator can, with `sharedpool init-db`"
+    )
+
+
+def sync(
+    conn: connection, me: Registration, order: SyncShare, presence: Presence, now: float
+) -> SyncResult:
+    """Change this host's share of a limit as is fair, in one transaction.
+
+    Blocks for two round trips, more while other hosts hold the lock. Raise psycopg2's errors.
+    """
+    scope = order.key.scope
+    with conn.cursor() as cursor:
+        try:
+            rows = _lock(cursor, scope, order.max_conn)
+            max_conn, asked = rows[0][:2]
+            listed = [Listed(*row[2:]) for row in rows if row[2] is not None]
+            mine = next((row for row in listed if row.instance == me.instance), None)
+            others = [row for row in listed if row.instance != me.instance]
+            seen = presence.judge(scope, others, now)
+            others = [row for row in others if row.instance not in seen.gone]
+            if not others:
+                max_conn = order.max_conn
+            division = decide(
+                max_conn,
+                me.instance,
+                0 if mine is None else mine.held,
+                order.claim,
+                {x.instance: HostShare(x.instance, x.held, x.wanted, x.answered) for x in others},
+                asked=asked,
+                answered=0 if mine is None else mine.answered,
+                question=order.question,
+            )
+            end = _FORGET_SQL if seen.gone else ""
+            cursor.execute(
+                end + _WRITE_SQL + _notify_sql(division.to_wake) + "COMMIT",
+                {
+                    "scope": scope,
+                    "gone": list(seen.gone),
+                    "instance": me.instance,
+                    "host": me.host,
+                    "pid": me.pid,
+                    "started_us": me.started_us,
+                    "held": division.held,
+                    "wanted": order.claim.wanted,
+                    "answered": division.answered,
+                    "max_conn": max_conn,
+                    "asked": division.asked,
+                    "channel": _CHANNEL,
+                    "payload": _payload(scope, division.to_wake),
+                },
+            )
+        except BaseException:
+            if not conn.closed:
+                cursor.execute("ROLLBACK")
+            raise
+    hosts = tuple(
+        HostRow(x.host, x.instance, x.held, x.wanted, x.silent_s, x.instance in seen.connected)
+        for x in others
+    )
+    return SyncResult(max_conn, division, hosts, tuple(seen.silent), seen.events)
+
+
+def _lock(cursor: Any, scope: str, max_conn: int) -> list[Any]:
+    """Lock a limit's row, made if there is none; return it with all its shares."""
+    parameters = {"scope": scope, "max_conn": max_conn}
+    cursor.execute(_LOCK_SQL, parameters)
+    rows = cursor.fetchall()
+    while not rows:
+        cursor.execute(_FIRST_SQL, parameters)
+        cursor.execute(_LOCK_SQL, parameters)
+        rows = cursor.fetchall()
+    return list(rows)
+
+
+def leave(conn: connection, me: Registration, key: ShareKey, to_wake: Iterable[str]) -> None:
+    """Give a share back, and wake the other hosts. Raise psycopg2's errors."""
+    with conn.cursor() as cursor:
+        names = tuple(to_wake)
+        cursor.execute(
+            _LEAVE_SQL + _notify_sql(names) + "COMMIT",
+            {
+                "scope": key.scope,
+                "instance": me.instance,
+                "channel": _CHANNEL,
+                "payload": _payload(key.scope, names),
+            },
+        )
+
+
+def look(conn: connection, presence: Presence, now: float) -> None:
+    """See which brokers and pools have sessions on the server. Raise psycopg2's errors."""
+    starting, tagged = statements.survey(conn, "sharedpool %")
+    presence.seen(starting, [(pid, start_us, name) for pid, start_us, name, _ in tagged], now)
+
+
+def end_silent(
+    conn: connection, presence: Presence, key: ShareKey, instances: Iterable[str]
+) -> None:
+    """End the sessions of hosts that have been silent for too long; mark their rows."""
+    with conn.cursor() as cursor:
+        cursor.execute(_CUT_SQL, {"scope": key.scope, "instances": list(instances)})
+    for pid, start_us in presence.sessions_of(instances):
+        with conn.cursor() as cursor:
+            cursor.execute(_END_SQL, (pid, start_us))
+
+
+def woken(conn: connection, instance: str) -> list[str]:
+    """Return the scopes in which other brokers want this one to look; does not block."""
+    conn.poll()
+    scopes = []
+    while conn.notifies:
+        names, _, scope = conn.notifies.pop(0).payload.partition("|")
+        if names == "*" or instance in names.split():
+            scopes.append(scope)
+    return scopes
+
+
+def _notify_sql(names: tuple[str, ...]) -> str:
+    return "SELECT pg_notify(%(channel)s, %(payload)s);" if names else ""
+
+
+def _payload(scope: str, names: tuple[str, ...]) -> str:
+    listed = " ".join(names)
+    return f"{listed if len(listed) < _MOST_PAYLOAD - 4 * len(scope) else '*'}|{scope}"
