@@ -324,6 +324,19 @@ class LeaveShare:
 
 
 @dataclass(frozen=True, slots=True)
+class ClaimLeadership:
+    """Claim the lock that keeps two brokers apart where limits cannot be shared.
+
+    Tell `Takeover.leads` or `outranked`.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class ResignLeadership:
+    """Give that lock back: limits are shared."""
+
+
+@dataclass(frozen=True, slots=True)
 class Forget:
     """Stop watching a session's process: the session is over."""
 
@@ -360,6 +373,8 @@ Command = (
     | Watch
     | SyncShare
     | LeaveShare
+    | ClaimLeadership
+    | ResignLeadership
     | Fence
     | SurveyServer
     | VerifyServer

@@ -142,6 +142,8 @@ class Ledger:
         self.sharing = Sharing(
             context,
             self._settle,
+            lambda: self.takeover.claim(),
+            lambda: self.takeover.resign(),
             by_pool=shared and max_conn is None,
             cap=scope if shared and max_conn is not None else "",
         )

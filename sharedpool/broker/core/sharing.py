@@ -92,6 +92,8 @@ class Share:
 class Sharing:
     """All shares of one broker; `settle(now)` schedules, and returns what is to be done.
 
+    Where a limit cannot be shared, `claim_lock` keeps other brokers from it, until `resign_lock`.
+
     `by_pool`: each pool's limit is shared. `cap`: the limit over all pools is, under this name.
     Neither: none is.
     """
@@ -100,11 +102,15 @@ class Sharing:
         self,
         context: Context,
         settle: Callable[[float], list[Command]],
+        claim_lock: Callable[[], None],
+        resign_lock: Callable[[], None],
         *,
         by_pool: bool,
         cap: str,
     ) -> None:
         self._settle = settle
+        self._claim_lock = claim_lock
+        self._resign_lock = resign_lock
         self._slots = context.slots
         self._emit = context.emit
         self._arm = context.timers.arm
@@ -261,6 +267,8 @@ class Sharing:
             for pool in self._pools(share):
                 pool.backoff.end()
         share.pending, share.registered, share.frozen, share.unshared = False, True, False, ""
+        if first and not any(each.unshared for each in self.shares.values()):
+            self._resign_lock()
         share.division, share.others = division, result.others
         share.trusted_until = began + TRUST_S
         self.trust_ends = min(self.trust_ends, share.trusted_until)
@@ -305,6 +313,7 @@ class Sharing:
             self._log(logging.WARNING, text, _title(share), failure.why)
         share.unshared, share.registered, share.frozen = failure.why, False, False
         self._active.pop(share.key, None)
+        self._claim_lock()
         self._allow(share, UNSHARED)
         self._hold_refusals(share, held=False)
 

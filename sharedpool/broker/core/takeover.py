@@ -4,8 +4,9 @@
    at once.
 2. Without one, `begin_grace_period`: nothing is granted until all workers have had the time to say
    what they hold, and a survey of the server agrees (`recovery.py`).
-3. While another broker counts to the same limit, or may, this one is `outranked`: nothing is
-   granted until it `leads`.
+3. Where limits cannot be shared (`sharing.py`), the broker claims a lock instead. While another
+   broker counts to the same limit, or may, this one is `outranked`: nothing is granted until it
+   `leads`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 
-from sharedpool.broker.core.commands import Command, Entry, Member, SurveyResult
+from sharedpool.broker.core.commands import (
+    ClaimLeadership,
+    Command,
+    Entry,
+    Member,
+    ResignLeadership,
+    SurveyResult,
+)
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.leases import QUEUE_LIMIT_S, Leases
 from sharedpool.broker.core.moves import Moves
@@ -43,6 +51,7 @@ class Takeover:
         self._moves = moves
         self._settle = settle
         self._ttl_s = ttl_s
+        self._claimed = False
 
     def restore(
         self, entries: Iterable[Entry], now: float, members: Iterable[Member] = ()
@@ -97,8 +106,25 @@ class Takeover:
         else:
             self._arm(now + SETTLE_S, self._grace_due, None)
 
+    def claim(self) -> None:
+        """Claim the lock that keeps other brokers out: limits cannot be shared. Until then wait."""
+        if not self._claimed:
+            self._claimed = True
+            self._recovery.give_way()
+            self._slots.grant_stop.because = "the lock on the limit has not been claimed yet"
+            self._context.emit(ClaimLeadership())
+
+    def resign(self) -> None:
+        """Do without the lock: limits are shared."""
+        if self._claimed:
+            self._claimed = False
+            self._context.emit(ResignLeadership())
+            self._recovery.lead()
+
     def outranked(self, now: float, why: str) -> list[Command]:
         """Grant nothing until `leads`: another broker counts to the same limit, or may (`why`)."""
+        if not self._claimed:
+            return self._settle(now)  # the answer is late: limits are shared by now
         self._recovery.give_way()
         self._slots.grant_stop.because = why
         return self._settle(now)
@@ -106,7 +132,7 @@ class Takeover:
     def leads(self, now: float, *, after_another: bool) -> list[Command]:
         """Begin to grant; `after_another`: only once its workers have said what they hold."""
         self._recovery.lead()
-        if after_another:
+        if after_another and self._claimed:
             self._leases.believe_claims()
             return self.begin_grace_period(self.grace_s, now, "the journal is another broker's")
         return self._settle(now)

@@ -87,7 +87,7 @@ class Control:
                 dsn, max_conn, call_soon, seen, leadership, maintenance=maintenance
             )
         )
-        self.has_leadership = leadership is not None
+        self._leadership = leadership
         self._instance = instance
         self._call_soon = call_soon
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -103,6 +103,11 @@ class Control:
     def exists(self) -> bool:
         """Whether there is a server to ask."""
         return self.connection is not None
+
+    @property
+    def has_leadership(self) -> bool:
+        """Whether the lock is claimed that keeps other brokers out."""
+        return self._leadership is not None and self._leadership.claimed
 
     @property
     def state(self) -> str:
@@ -148,6 +153,14 @@ class Control:
         if self.exists and boot_us not in self._noted_servers:
             self._noted_servers.add(boot_us)
             self._inbox.put(partial(self._expect_server, boot_us))
+
+    def claim_leadership(self) -> None:
+        """Claim the lock that keeps other brokers out, and keep it on every later connection."""
+        self._inbox.put(self._claim_leadership)
+
+    def resign_leadership(self) -> None:
+        """Give that lock back."""
+        self._inbox.put(self._resign_leadership)
 
     def survey(self, request: SurveyServer) -> None:
         """List the server's backends, and report them."""
@@ -261,6 +274,22 @@ class Control:
         self._needed = self._hurry = needed
         if not needed and self.connection is not None:
             self.connection.rest()
+
+    def _claim_leadership(self) -> None:
+        if self._leadership is None:
+            self._call_soon(lambda ledger, now: ledger.takeover.leads(now, after_another=False))
+            return
+        self._leadership.claimed = True
+        self._leadership.claim_at = -math.inf
+        connection = self.connection
+        if connection is not None and connection.conn is None and time.monotonic() < self._retry.at:
+            connection.cannot_ask()  # it was tried a moment ago
+
+    def _resign_leadership(self) -> None:
+        if self._leadership is not None and self.connection is not None:
+            self._leadership.claimed = False
+            self._leadership.resign()
+            self.connection.close("connecting")  # a new connection has no lock
 
     def _expect_server(self, boot_us: int) -> None:
         if self.connection is not None and boot_us != self.connection.boot_us:

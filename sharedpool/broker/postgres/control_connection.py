@@ -154,7 +154,7 @@ class ControlConnection:
         if self._fault:
             self.state = "connected, through a pooler that does not keep sessions"
             self.cannot_ask()
-        elif self._leadership is not None and self.conn is not None:
+        elif self._leadership is not None and self._leadership.claimed and self.conn is not None:
             rival = self._leadership.claim(self.conn, now)
             self.state = f"another broker counts to this limit: {rival}" if rival else "connected"
 

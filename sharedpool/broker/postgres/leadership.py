@@ -1,4 +1,7 @@
-"""The lock that keeps two brokers from counting to one limit, where lock files cannot.
+"""The lock that keeps two brokers from counting to one limit that they cannot share.
+
+Usually brokers share a limit by a table in the database (`share_table.py`). Where that is not
+allowed, or the server takes no writes, one of them counts to it and the others wait.
 
 Another environment, a removed runtime directory or another host hides a broker's lock file, but the
 server is the same for both. So a broker holds a session advisory lock there, on its control
@@ -49,8 +52,8 @@ WHERE locktype = 'advisory' AND granted AND lock.pid <> pg_backend_pid()
 class Leadership:
     """The lock of one scope, used in the control connection's thread.
 
-    `call_soon(call)` has the loop call the ledger. `claim_at` is when `claim` is to be called again
-    on the same connection.
+    `call_soon(call)` has the loop call the ledger. `claimed`: the lock is wanted. `claim_at` is when
+    `claim` is to be called again on the same connection.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Leadership:
         self._call_soon = call_soon
         self._rival = ""
         self._decided = False
+        self.claimed = False
         self.claim_at = math.inf
 
     def claim(self, conn: connection, now: float) -> str:
@@ -101,7 +105,7 @@ class Leadership:
 
     def cannot_ask(self) -> None:
         """Let the ledger begin without the lock: no other broker can reach the server either."""
-        if not self._decided:
+        if self.claimed and not self._decided:
             self._decided = True
             self._call_soon(lambda ledger, now: ledger.takeover.leads(now, after_another=False))
 

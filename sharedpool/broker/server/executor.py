@@ -14,6 +14,7 @@ from typing import Any
 from sharedpool.broker.core.commands import (
     Admit,
     CancelBackend,
+    ClaimLeadership,
     CloseLane,
     Command,
     Dismiss,
@@ -31,6 +32,7 @@ from sharedpool.broker.core.commands import (
     PassOn,
     Record,
     RecordServer,
+    ResignLeadership,
     Send,
     StartMoves,
     SurveyServer,
@@ -106,6 +108,8 @@ class Executor:
             CancelBackend: control.cancel_backend,
             SurveyServer: control.survey,
             VerifyServer: control.verify_server,
+            ClaimLeadership: lambda _: control.claim_leadership(),
+            ResignLeadership: lambda _: control.resign_leadership(),
             **_share_handlers(shares),
             # processes
             Watch: self._watch,

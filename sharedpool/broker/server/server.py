@@ -173,13 +173,11 @@ class Server:
         self._execute(
             self._ledger.takeover.restore(self._journal.entries, now, self._journal.members)
         )
-        if self._control.has_leadership:  # nothing is granted until the lock has been tried
-            self._execute(self._ledger.takeover.outranked(now, self._no_answer_yet()))
         if self._follows and not self._journal.intact:
             self._execute(
                 self._ledger.takeover.begin_grace_period(self._ledger.takeover.grace_s, now)
             )
-        elif not self._control.has_leadership:
+        else:
             self._journal.mark_complete()
 
     def _no_answer_yet(self) -> str:
@@ -212,7 +210,8 @@ class Server:
     def _rest(self, now: float, *, in_use: bool) -> None:
         """Close an automatic broker's control connection while nobody uses the broker.
 
-        A worker that comes then is granted nothing until the limit's lock is claimed again.
+        Where limits cannot be shared, a worker that comes then is granted nothing until their lock
+        is claimed again.
         """
         if not self.settings.automatic:
             return
@@ -222,7 +221,7 @@ class Server:
             self._control.need(True)
         elif self._was_used and not (in_use or self._resting) and self._ledger.state == "serving":
             self._resting = True
-            if self._control.has_leadership:
+            if self._control.has_leadership:  # the lock is given up with the connection
                 self._execute(self._ledger.takeover.outranked(now, self._no_answer_yet()))
             self._control.need(False)
 
