@@ -19,7 +19,7 @@ from sharedpool.wire.messages import Confirm, FailoverSign, Release, Stale
 # SQLSTATEs that prove a failover by themselves: the server is read-only, or shuts down.
 _CERTAIN = frozenset({"25006", "57P02", "57P03"})
 # The control connection, and a new one that replaces it while it is still open.
-_OF_THE_BROKER = 2
+_OF_THE_BROKER = 3
 
 
 class Failover:

@@ -26,7 +26,9 @@ CUT_S = TRUST_S + 15.0 + START_UP_LIMIT_S
 # Later than the host itself has stopped to open connections.
 SILENT_S = TRUST_S + 2.0
 
-_BROKER = "sharedpool broker "
+# The application_name of a session that shares limits, up to the broker's instance.
+SESSION_NAME = "sharedpool shares "
+_CONTROL = "sharedpool broker "
 
 
 class Listed(NamedTuple):
@@ -77,9 +79,11 @@ class Presence:
         self._brokers.clear()
         self._backends.clear()
         for pid, start_us, name in sessions:
-            if name.startswith(_BROKER):
+            if name.startswith(_CONTROL):
+                continue
+            if name.startswith(SESSION_NAME):
                 self._brokers.add((pid, start_us))
-                instance = name.removeprefix(_BROKER)
+                instance = name.removeprefix(SESSION_NAME)
             else:
                 instance = name.rpartition(" [")[2].removesuffix("]")
             self._backends.setdefault(instance, []).append((pid, start_us))

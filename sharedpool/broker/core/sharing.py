@@ -47,8 +47,9 @@ _PEAK_S = 1.0
 _BURST, _PER_SECOND = 4.0, 4.0
 _FIRST_RETRY_S, _LAST_RETRY_S, _RETRY_UNSHARED_S = 0.05, 1.0, 60.0
 _ANSWER_LIMIT_S = 0.5  # for the other hosts, before a request that does not wait is refused
-_LONGEST_SCOPE = 200
 _FRESH_S = 1.0  # how long it is believed that no host has an idle connection
+_UNUSED_S = 2.0  # after which an unused share is given back
+_LONGEST_SCOPE = 200  # characters
 
 
 @dataclass(slots=True, eq=False)
@@ -157,6 +158,19 @@ class Sharing:
         if not (share.unshared or share.resting):
             self._emit(LeaveShare(share.key))
 
+    def _watch_unused(self, pool: Pool, now: float) -> None:
+        """Give the share of a pool back if nothing of it is used for a moment."""
+        key = self._key(pool)
+        if key is not None and (share := self.shares.get(key)) is not None:
+            self._arm(now + _UNUSED_S, self._unused_due, share)
+
+    def _unused_due(self, share: Share, now: float) -> None:
+        if share.registered and not share.pending and self._is_unused(share):
+            self._rest(share)
+
+    def _is_unused(self, share: Share) -> bool:
+        return not any(pool.leases or pool.waiters for pool in self._pools(share))
+
     def _rest(self, share: Share) -> None:
         """Give a share back that is not in use: nobody is kept from dropping the database."""
         self._leave(share)
@@ -194,6 +208,8 @@ class Sharing:
 
     def update(self, now: float) -> None:
         """Order the syncs that an event has made necessary."""
+        while self._slots.emptied:
+            self._watch_unused(self._slots.emptied.pop(), now)
         for pool in self._slots.contended.values():
             if pool.allowed == 0 or self._slots.allowed == 0:
                 self._wake_resting(pool)
@@ -344,7 +360,7 @@ class Sharing:
             self._answered(share, now)
         if share.pending:
             return
-        if not share.unshared and not any(x.leases or x.waiters for x in self._pools(share)):
+        if share.registered and self._is_unused(share):
             self._rest(share)
             return
         share.due = True

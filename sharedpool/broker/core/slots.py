@@ -55,6 +55,7 @@ class Slots:
         self.contended: dict[str, Pool] = {}  # pools with waiters
         # Pools of which an operator wants connections back, whether or not anybody waits.
         self.shrinking: dict[str, Pool] = {}
+        self.emptied: list[Pool] = []  # pools whose last lease has ended, for `sharing.py`
         # Operators' orders, also for pools that nobody uses at present; "" stands for all pools.
         self.paused_pools: set[str] = set()
         self.limits: dict[str, int] = {}
@@ -245,6 +246,8 @@ class Slots:
         session, pool, token = lease.session, lease.pool, lease.token
         del self.leases[token], pool.leases[token], session.leases[token]
         session.draining.discard(token)
+        if not pool.leases:
+            self.emptied.append(pool)
         for index in (self.orphans, self.restored):
             if index and lease.backend is not None and index.get(lease.backend) is lease:
                 del index[lease.backend]

@@ -29,7 +29,7 @@ from sharedpool.broker.core.commands import (
     SyncFailure,
     SyncShare,
 )
-from sharedpool.broker.core.host_presence import Presence
+from sharedpool.broker.core.host_presence import SESSION_NAME, Presence
 from sharedpool.broker.core.ledger import LedgerCall
 from sharedpool.broker.postgres import share_table
 from sharedpool.broker.postgres.control_connection import error_text
@@ -156,7 +156,7 @@ class ShareSessions:
 
     def _connect(self, database: str) -> connection:
         """Connect. Blocks for up to `connect_timeout`. Raise psycopg2's errors."""
-        wanted = {"application_name": f"sharedpool broker {self._instance}"}
+        wanted = {"application_name": SESSION_NAME + self._instance}
         if database:
             wanted["dbname"] = database
         if "connect_timeout" not in parse_dsn(self._dsn):
