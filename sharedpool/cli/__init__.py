@@ -20,6 +20,7 @@ _COMMANDS = {
     "drain": "admin",
     "kill": "admin",
     "reconnect": "admin",
+    "init-db": "init_db:init_db",
     "demo": "demo.command:demo",
     "completion": "completion",
 }

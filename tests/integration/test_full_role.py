@@ -24,6 +24,7 @@ OF_THE_BROKER = "application_name=sharedpool broker"
 def server() -> Iterator[EphemeralPostgres]:
     with EphemeralPostgres(settings={"log_line_prefix": "%e ", "log_connections": "on"}) as server:
         execute(server, "CREATE ROLE app LOGIN")
+        sharedpool_command("init-db", "--dsn", server.dsn)
         yield server
 
 
@@ -39,15 +40,15 @@ def logged(server: EphemeralPostgres, what: str, since: int) -> int:
     return sum(what in line for line in server.log_path.read_text()[since:].splitlines())
 
 
-@pytest.mark.parametrize("more", [2, 1])
-def test_max_conn_and_two_is_what_pool_and_broker_need(
+@pytest.mark.parametrize("more", [3, 2])
+def test_max_conn_and_three_is_what_pool_and_broker_need(
     more: int,
     server: EphemeralPostgres,
     runtime_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """When all slots are taken and the broker looks for what a killed worker's connect has left, it has two itself."""
+    """When all slots are taken and the broker looks for what a killed worker's connect has left, it has three."""
     monkeypatch.setattr("sharedpool.broker.core.leases.QUEUE_LIMIT_S", 2.0)
     max_conn, address, dsn = 2, f"ipc://{runtime_dir}/b.sock", make_dsn(server.dsn, user="app")
     execute(server, f"ALTER ROLE app CONNECTION LIMIT {max_conn + more}")
@@ -73,8 +74,8 @@ def test_max_conn_and_two_is_what_pool_and_broker_need(
         assert holder.ask("query", name="x", sql="SELECT 1") == {"rows": [[1]]}
     assert logged(server, OF_THE_BROKER, since) >= 2  # the server notes them before it counts
     refused = logged(server, TOO_MANY, since)
-    warned = "role 'app' may have 3 connections (CONNECTION LIMIT), and 4 are needed: max_conn 2, and 2 of the broker's"
-    if more == 2:
+    warned = "role 'app' may have 4 connections (CONNECTION LIMIT), and 5 are needed: max_conn 2, and 3 of the broker's"
+    if more == 3:
         assert not refused
         assert "CONNECTION LIMIT" not in caplog.text
     else:  # the look is refused, which serves as well; the next one might be a worker's
@@ -85,7 +86,7 @@ def test_max_conn_and_two_is_what_pool_and_broker_need(
 def test_where_it_is_far_too_low_the_fleet_shares_what_there_is_and_the_operator_is_told(
     server: EphemeralPostgres, runtime_dir: Path
 ) -> None:
-    execute(server, "ALTER ROLE app CONNECTION LIMIT 3")
+    execute(server, "ALTER ROLE app CONNECTION LIMIT 4")
     since = server.log_path.stat().st_size
     settings = {"dsn": make_dsn(server.dsn, user="app"), "max_conn": 4, "name": "narrow"}
     with automatic_broker.seen_off(), workers(4, **settings) as crew:
@@ -111,7 +112,7 @@ def test_where_it_is_far_too_low_the_fleet_shares_what_there_is_and_the_operator
     log = "".join(path.read_text() for path in runtime_dir.glob("sharedpool/*.log"))
     assert (
         log.count(
-            "role 'app' may have 3 connections (CONNECTION LIMIT), and 6 are needed: max_conn 4, and 2"
+            "role 'app' may have 4 connections (CONNECTION LIMIT), and 7 are needed: max_conn 4, and 3"
         )
         == 1
     )

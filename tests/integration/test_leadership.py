@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psycopg2
 import pytest
-from psycopg2.extensions import connection
+from psycopg2.extensions import connection, make_dsn
 
 from sharedpool.broker.postgres.control import Control
 from sharedpool.broker.postgres.leadership import Leadership
@@ -17,6 +17,20 @@ from sharedpool.discovery.scope import automatic_scope, scope_of
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.support.processes import Worker
 from tests.support.waiting import wait_until
+
+
+@contextmanager
+def ordinary_role(postgres: EphemeralPostgres) -> Iterator[str]:
+    """Make a database that belongs to another role; yield the conninfo string of one that uses it."""
+    name = f"ordinary_{os.urandom(3).hex()}"
+    with closing(psycopg2.connect(postgres.dsn)) as conn:
+        conn.autocommit = True
+        with conn.cursor() as cursor:
+            cursor.execute(f"CREATE ROLE {name} LOGIN")
+            cursor.execute(f"CREATE DATABASE {name}")
+            yield make_dsn(postgres.dsn, user=name, dbname=name)
+            cursor.execute(f"DROP DATABASE {name} WITH (FORCE)")
+            cursor.execute(f"DROP ROLE {name}")
 
 
 class Candidate:
@@ -135,6 +149,7 @@ def test_where_the_server_cannot_be_asked_a_broker_begins_all_the_same(runtime_d
         f"host={runtime_dir} user=x", None, "cccccccc", lambda _: None, (), nobody.leadership
     )
     control.start()
+    control.claim_leadership()
     wait_until(lambda: nobody.told == ["leads"])
     control.stop()
 
@@ -146,9 +161,8 @@ def log_of(directory: Path) -> str:
 def test_two_automatic_brokers_in_different_directories_never_lend_twice_the_limit(
     database: str, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cron job and a login: the second one's broker serves when the first one's has ended."""
+    """A cron job and a login: their brokers share the limit as those of two hosts do."""
     monkeypatch.setenv("SHAREDPOOL_LINGER", "0.3")
-    monkeypatch.setenv("SHAREDPOOL_TTL", "0.9")
     crew = []
     with ExitStack() as stack:
         for name in ("cron", "login"):
@@ -156,6 +170,31 @@ def test_two_automatic_brokers_in_different_directories_never_lend_twice_the_lim
             directory.mkdir(mode=0o700)
             monkeypatch.setenv("XDG_RUNTIME_DIR", str(directory))
             crew.append(stack.enter_context(Worker(dsn=database, max_conn=1)))
+        cron, login = crew
+        assert "backend" in cron.ask("get", name="x", timeout=20)
+        assert login.ask("get", name="x")["error"] == "PoolExhausted"
+        assert login.ask("get", name="x", timeout=1)["error"] == "PoolTimeout"
+        cron.ask("put", name="x")
+        assert "backend" in login.ask("get", name="x", timeout=20)
+        login.ask("put", name="x")
+        assert "backend" in cron.ask("get", name="x")  # it is idle elsewhere: no need to wait
+        assert cron.end() == 0
+        assert "backend" in login.ask("get", name="x", timeout=20)
+
+
+def test_where_limits_cannot_be_shared_the_second_broker_waits_for_the_first(
+    postgres: EphemeralPostgres, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The role may not make the tables."""
+    monkeypatch.setenv("SHAREDPOOL_LINGER", "0.3")
+    monkeypatch.setenv("SHAREDPOOL_TTL", "0.9")
+    with ordinary_role(postgres) as dsn, ExitStack() as stack:
+        crew = []
+        for name in ("cron", "login"):
+            directory = runtime_dir / name
+            directory.mkdir(mode=0o700)
+            monkeypatch.setenv("XDG_RUNTIME_DIR", str(directory))
+            crew.append(stack.enter_context(Worker(dsn=dsn, max_conn=1)))
             if name == "cron":
                 crew[0].ask("get", name="x", timeout=20)
         cron, login = crew
@@ -168,5 +207,6 @@ def test_two_automatic_brokers_in_different_directories_never_lend_twice_the_lim
         assert report.state == "waiting"
         assert "another broker counts to this limit: backend" in report.control
         assert login.answer()["error"] == "PoolTimeout"
+        assert "may not make the tables" in log_of(runtime_dir / "cron")
         assert cron.end() == 0
         assert "backend" in login.ask("get", name="x", timeout=20)

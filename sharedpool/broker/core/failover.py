@@ -18,7 +18,8 @@ from sharedpool.wire.messages import Confirm, FailoverSign, Release, Stale
 
 # SQLSTATEs that prove a failover by themselves: the server is read-only, or shuts down.
 _CERTAIN = frozenset({"25006", "57P02", "57P03"})
-# The control connection, and a new one that replaces it while it is still open.
+# The control connection, a new one that replaces it while it is still open, and the session by
+# which hosts share the limit.
 _OF_THE_BROKER = 3
 
 

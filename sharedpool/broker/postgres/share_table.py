@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import psycopg2
 from psycopg2.errors import InsufficientPrivilege
 from psycopg2.extensions import connection
 
@@ -160,22 +161,34 @@ def open_table(conn: connection, instance: str, host: str) -> Registration:
         if in_recovery:
             raise CannotShare("the server is a standby, which takes no writes")
         if not exists:
-            try:
-                cursor.execute(_CREATE_SQL, (_CREATE_LOCK,))
-            except InsufficientPrivilege as error:
-                cursor.execute("ROLLBACK")
-                raise CannotShare(_not_allowed(conn, error)) from None
+            _create(conn)
         cursor.execute(_VOID_SQL)
         cursor.execute(f"LISTEN {_CHANNEL}")
     return Registration(instance, host, pid, started_us)
 
 
-def _not_allowed(conn: connection, error: Exception) -> str:
-    info = conn.info
-    return (
-        f"role {info.user!r} may not make the schema `sharedpool` in database {info.dbname!r}: an"
-        " administrator can, with `sharedpool init-db`"
-    )
+def create(conn: connection) -> None:
+    """Make the tables if there are none. Raise psycopg2's errors."""
+    conn.autocommit = True
+    with conn.cursor() as cursor:
+        try:
+            cursor.execute(_CREATE_SQL, (_CREATE_LOCK,))
+        except psycopg2.Error:
+            if not conn.closed:
+                cursor.execute("ROLLBACK")
+            raise
+
+
+def _create(conn: connection) -> None:
+    try:
+        create(conn)
+    except InsufficientPrivilege:
+        info = conn.info
+        raise CannotShare(
+            f"role {info.user!r} may not make the tables for that in database {info.dbname!r}. An"
+            " administrator can, with `sharedpool init-db` or the SQL that `sharedpool init-db"
+            " --print` prints"
+        ) from None
 
 
 def sync(
