@@ -48,6 +48,7 @@ def _text(report: Report) -> str:
     ]
     for pool in report.pools:
         lines += _remarks(pool)
+    lines += hosts_text(report)
     if report.sessions:
         lines += ["", *_session_table(report.sessions)]
     return "\n".join(lines)
@@ -82,6 +83,27 @@ def _remarks(pool: PoolReport) -> Iterator[str]:
         yield f"pool {pool.name!r} is paused: nothing is granted until `sharedpool resume`"
     if pool.error:
         yield f"pool {pool.name!r} cannot open connections: {pool.error}"
+
+
+def hosts_text(report: Report) -> Iterator[str]:
+    """Yield what is known of the hosts that share limits with this one; nothing if it is alone."""
+    if any(host.host for host in report.hosts):
+        rows = [
+            (
+                host.host or "this one",
+                host.pool or "all pools",
+                str(host.share),
+                str(host.wanted),
+                duration(host.silent_ms),
+                "" if host.connected else "its broker has no session",
+            )
+            for host in report.hosts
+        ]
+        yield ""
+        yield from table(("HOST", "LIMIT OF", "SHARE", "WANTED", "HEARD", ""), rows)
+    for host in report.hosts:
+        if host.trouble:
+            yield f"{f'pool {host.pool!r}' if host.pool else 'limit over all pools'}: {host.trouble}"
 
 
 def _session_table(sessions: Sequence[SessionReport]) -> list[str]:

@@ -28,6 +28,7 @@ _POOL_HEADER = (
     "FENCES",
 )
 _LONGEST_NAME = 16
+_MOST_HOSTS = 8
 
 
 class Line(NamedTuple):
@@ -64,6 +65,7 @@ def picture(
         lines += _pools(
             answer.report.pools, max(1, (height - _HEADER_ROWS - _CHECKOUT_ROWS) // 2), unicode
         )
+        lines += _hosts(answer.report)
         lines += _checkouts(answer, height - len(lines), width)
     return [Line(_cropped(line.text, width, unicode), line.style) for line in lines[:height]]
 
@@ -117,6 +119,24 @@ def _pools(pools: Sequence[PoolReport], most: int, unicode: bool) -> Iterable[Li
             )
     if len(pools) > most:
         yield Line(f"and {len(pools) - most} more pools", "dim")
+
+
+def _hosts(report: Report) -> Iterable[Line]:
+    """Return a line for each limit that is shared with other hosts."""
+    for own in report.hosts:
+        if own.host:
+            continue
+        name = own.pool or "all pools"
+        if own.trouble:
+            yield Line(f"{name}: {own.trouble}", "red")
+            continue
+        others = [host for host in report.hosts if host.host and host.pool == own.pool]
+        shares = ", ".join(
+            f"{host.host} {host.share} (wants {host.wanted})" for host in others[:_MOST_HOSTS]
+        )
+        more = len(others) - _MOST_HOSTS
+        text = f"hosts of {name}: this one {own.share} (wants {own.wanted}), {shares}"
+        yield Line(f"{text}, and {more} more" if more > 0 else text, "cyan")
 
 
 def _figures(pool: PoolReport) -> tuple[object, ...]:

@@ -53,7 +53,7 @@ from sharedpool.wire.values import (
     Token,
 )
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 
 # PostgreSQL ends a backend whose client has not logged in by then (authentication_timeout, 60 s by
 # default).

@@ -103,6 +103,25 @@ class PoolReport(Struct, frozen=True):
     overdue: int = 0
 
 
+class HostReport(Struct, frozen=True):
+    """One host's share of a limit, by what the table of the shares said last."""
+
+    # Empty for the limit over all pools.
+    pool: str
+    # Empty for the host that reports, which alone is up to date.
+    host: str
+    # The host's broker, as in the tags of its connections.
+    instance: str
+    share: int
+    wanted: int
+    # Since its last sync.
+    silent_ms: int
+    # Its broker has a session on the server.
+    connected: bool
+    # Why it opens nothing, or does not share the limit.
+    trouble: str = ""
+
+
 class Report(Struct, frozen=True, tag="report"):
     """The broker's state."""
 
@@ -122,6 +141,8 @@ class Report(Struct, frozen=True, tag="report"):
     oldest: list[LeaseLine] = field(default_factory=list)
     # An ACTIVITY on them follows.
     activity: bool = False
+    # The hosts that share limits with this one, and this one: none while it is alone.
+    hosts: list[HostReport] = field(default_factory=list)
 
 
 class BackendActivity(Struct, frozen=True):

@@ -36,6 +36,7 @@ from sharedpool.broker.core.commands import (
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.records import UNSHARED, Pool
 from sharedpool.broker.core.shares import TRUST_S, Claim, Division
+from sharedpool.wire.reports import HostReport
 from sharedpool.wire.values import NO_TOKEN
 
 HEARTBEAT_S = 5.0
@@ -69,7 +70,9 @@ class Share:
     due: bool = False  # as soon as the rate allows
     told: int = 0  # what the others know that this host wants
     trusted_until: float = -math.inf
-    frozen: bool = False  # nothing is opened: it was not heard of for too long
+    synced_at: float = -math.inf
+    frozen: bool = False  # nothing is opened before the next sync
+    trouble: str = ""  # why it is frozen
     budget: float = _BURST
     budget_at: float = -math.inf
     beat_at: float = math.inf  # when the next alarm is due
@@ -202,7 +205,7 @@ class Sharing:
         """Open nothing more until the next sync."""
         if why and not share.frozen:
             self._log(logging.WARNING, "%s: opening nothing: %s", _title(share), why)
-        share.frozen = True
+        share.frozen, share.trouble = True, why or share.trouble
         self._active[share.key] = share
         self._allow(share, min(self._allowance(share), self._occupied(share)))
 
@@ -286,7 +289,7 @@ class Sharing:
         if first and not any(each.unshared for each in self.shares.values()):
             self._resign_lock()
         share.division, share.others = division, result.others
-        share.trusted_until = began + TRUST_S
+        share.trusted_until, share.synced_at = began + TRUST_S, now
         self.trust_ends = min(self.trust_ends, share.trusted_until)
         self._allow(share, max(0, division.held - division.owed))
         share.question = division.question
@@ -365,6 +368,36 @@ class Sharing:
             return
         share.due = True
         self._active[share.key] = share
+
+    # --- reports
+
+    def report(self, now: float) -> list[HostReport]:
+        """Return the shares of all limits that are not this host's alone, its own first."""
+        found: list[HostReport] = []
+        for share in self.shares.values():
+            trouble = share.unshared and f"not shared with other hosts: {share.unshared}"
+            if share.frozen:
+                trouble = f"opening nothing until other hosts' shares are known: {share.trouble}"
+            if not (share.others or trouble):
+                continue
+            pool = "" if share.pool is None else share.pool.name
+            age_s = max(0.0, now - share.synced_at)
+            held, wanted = share.division.held, self._wanted(share, now)
+            age_ms = int(age_s * 1000) if share.registered else 0
+            found.append(HostReport(pool, "", "", held, wanted, age_ms, True, trouble))
+            found += [
+                HostReport(
+                    pool,
+                    other.host,
+                    other.instance,
+                    other.held,
+                    other.wanted,
+                    int((other.silent_s + age_s) * 1000),
+                    other.connected,
+                )
+                for other in share.others
+            ]
+        return found
 
     # --- the records
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from sharedpool.broker.core.histograms import Histograms
 from sharedpool.broker.core.snapshot import Snapshot
 from sharedpool.wire.buckets import BOUNDS_S
-from sharedpool.wire.reports import PoolReport, Report
+from sharedpool.wire.reports import HostReport, PoolReport, Report
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PREFIX = "db_client_connection_"
@@ -78,6 +78,14 @@ _BROKER_METRICS: list[tuple[str, str, str, Callable[[Report], float]]] = [
     ("sharedpool_broker_control_connected", "gauge", "1 while there is a control connection.",
      lambda report: int(report.control == "connected")),
 ]  # fmt: skip
+_HOST_METRICS: list[tuple[str, str, str, Callable[[HostReport], float]]] = [
+    ("sharedpool_host_share", "gauge", "Slots of a shared limit that a host may use.",
+     lambda host: host.share),
+    ("sharedpool_host_wanted", "gauge", "Slots of a shared limit that a host wants.",
+     lambda host: host.wanted),
+    ("sharedpool_host_silent_seconds", "gauge", "Time since a host was last heard of.",
+     lambda host: host.silent_ms / 1000),
+]  # fmt: skip
 _TIMES = [
     ("created", "create_time_seconds", "Time to open a connection."),
     (
@@ -102,6 +110,7 @@ def _lines(snapshot: Snapshot) -> Iterator[str]:
     for pool, _ in snapshot.pools:
         for state, count in _STATES.items():
             yield f"{_PREFIX}count{_labels(pool.name, (_STATE, state))} {count(pool)}"
+    yield from _hosts(snapshot.report)
     for name, kind, text, value in _POOL_METRICS:
         yield from _head(name, kind, text)
         for pool, _ in snapshot.pools:
@@ -110,6 +119,15 @@ def _lines(snapshot: Snapshot) -> Iterator[str]:
         yield from _head(_PREFIX + suffix, "histogram", text)
         for pool, totals in snapshot.pools:
             yield from _histogram(_PREFIX + suffix, pool.name, totals, kind)
+
+
+def _hosts(report: Report) -> Iterator[str]:
+    """Yield the shares of limits that hosts have in common."""
+    for name, kind, text, value in _HOST_METRICS:
+        yield from _head(name, kind, text)
+        for host in report.hosts:
+            labels = _labels(host.pool, ("host", host.host or "self"), ("broker", host.instance))
+            yield f"{name}{labels} {value(host)}"
 
 
 def _histogram(name: str, pool: str, totals: Histograms, kind: str) -> Iterator[str]:

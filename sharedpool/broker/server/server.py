@@ -372,6 +372,7 @@ class Server:
             sessions,
             len(self._executor.custody),
             "serving" if self._resting else self._ledger.state,
+            hosts=self._ledger.sharing.report(now),
         )
 
     def _close(self) -> None:
