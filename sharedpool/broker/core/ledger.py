@@ -159,7 +159,7 @@ class Ledger:
             self.sharing,
         )
         self._handover = Handover(context, self._recalls, self._leases, shelves)
-        self._denials = Denials(context, self._routes)
+        self._denials = Denials(context, self._routes, self.sharing)
         self._scheduler = Scheduler(
             context, self._routes, self._recalls, fences, self._handover, self._denials
         )

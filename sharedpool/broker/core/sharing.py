@@ -37,7 +37,7 @@ from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.records import UNSHARED, Pool
 from sharedpool.broker.core.shares import TRUST_S, Claim, Division
 from sharedpool.wire.reports import HostReport
-from sharedpool.wire.values import NO_TOKEN
+from sharedpool.wire.values import NO_TOKEN, Holder
 
 HEARTBEAT_S = 5.0
 POLL_S = 0.5
@@ -398,6 +398,13 @@ class Sharing:
                 for other in share.others
             ]
         return found
+
+    def other_holders(self, pool: Pool) -> list[Holder]:
+        """Return what other hosts hold of a pool's limit, for the text of an error."""
+        key = self._key(pool)
+        share = None if key is None else self.shares.get(key)
+        others = () if share is None else share.others
+        return [Holder(f"host {other.host}", other.held, 0) for other in others if other.held]
 
     # --- the records
 
