@@ -97,9 +97,8 @@ class Denials:
     def _holders(self, pool: Pool, now: float, *, capped: bool) -> list[Holder]:
         leases = self._slots.leases if capped else pool.leases
         sessions = {x.session.id: x.session for x in leases.values() if not x.session.shelf}
-        here = [
-            _holder(x, f" in {x.pool.name!r}" if capped else "", now) for x in sessions.values()
-        ]
+        most = heapq.nlargest(_HOLDERS_NAMED, sessions.values(), key=lambda x: len(x.leases))
+        here = [_holder(x, f" in {x.pool.name!r}" if capped else "", now) for x in most]
         everywhere = [*here, *self._sharing.other_holders(pool)]
         return heapq.nlargest(_HOLDERS_NAMED, everywhere, key=lambda holder: holder.count)
 

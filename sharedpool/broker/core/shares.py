@@ -45,7 +45,7 @@ class Division:
     """The outcome of a sync for one host."""
 
     held: int
-    owed: int = 0  # how many of these other hosts lack
+    owed: int = 0  # how many of these it is to give back, because others lack slots
     lacking: int = 0  # how many more would be fair
     asked: int = 0  # the newest question of any host
     answered: int = 0  # the newest question that this host has answered
@@ -113,7 +113,9 @@ def decide(
     now_held += taken
     free -= taken
 
-    owed = min(max(0, lacked - free), max(0, now_held - target[mine]))
+    # All that it has beyond its target, and not only what is lacked now: who wants one slot more
+    # will soon want another.
+    owed = max(0, now_held - target[mine]) if lacked > free else 0
     lacking = max(0, fair[mine] - now_held)
     if claim.asks and lacking:
         asked = question = asked + 1

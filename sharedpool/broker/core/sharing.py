@@ -48,6 +48,7 @@ _PEAK_S = 1.0
 _BURST, _PER_SECOND = 4.0, 4.0
 _FIRST_RETRY_S, _LAST_RETRY_S, _RETRY_UNSHARED_S = 0.05, 1.0, 60.0
 _ANSWER_LIMIT_S = 0.5  # for the other hosts, before a request that does not wait is refused
+_GATHER_S = 0.008  # idle connections that are owed come back together, more or less
 _FRESH_S = 1.0  # how long it is believed that no host has an idle connection
 _UNUSED_S = 2.0  # after which an unused share is given back
 _LONGEST_SCOPE = 200  # characters
@@ -71,6 +72,7 @@ class Share:
     told: int = 0  # what the others know that this host wants
     trusted_until: float = -math.inf
     synced_at: float = -math.inf
+    owed_at: float = -math.inf  # since when it owes slots
     frozen: bool = False  # nothing is opened before the next sync
     trouble: str = ""  # why it is frozen
     budget: float = _BURST
@@ -232,7 +234,7 @@ class Sharing:
         """Return True if the others should know what has changed here."""
         division, wanted = share.division, self._wanted(share, now)
         if division.owed:
-            if self._least(share) < division.held:
+            if self._has_given_back(share, now):
                 return True
             if division.answered < division.asked and not self._has_idle(share):
                 return True
@@ -241,6 +243,16 @@ class Sharing:
         if division.contended and wanted < min(division.held, share.told):
             return True
         return self._must_ask(share, now)
+
+    def _has_given_back(self, share: Share, now: float) -> bool:
+        """Return True if the others should have what has come back: all, or after a moment."""
+        given = share.division.held - self._least(share)
+        if given <= 0:
+            return False
+        if given >= share.division.owed or now >= share.owed_at + _GATHER_S:
+            return True
+        self._beat(share, share.owed_at + _GATHER_S)
+        return False
 
     def _must_ask(self, share: Share, now: float) -> bool:
         """Return True if a request that does not wait needs to know what the others have idle."""
@@ -288,6 +300,8 @@ class Sharing:
         share.pending, share.registered, share.frozen, share.unshared = False, True, False, ""
         if first and not any(each.unshared for each in self.shares.values()):
             self._resign_lock()
+        if not (share.division.owed and division.owed):
+            share.owed_at = now
         share.division, share.others = division, result.others
         share.trusted_until, share.synced_at = began + TRUST_S, now
         self.trust_ends = min(self.trust_ends, share.trusted_until)
