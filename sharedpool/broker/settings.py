@@ -66,7 +66,7 @@ class BrokerSettings:
         Option(
             "bind",
             Kind.TEXT,
-            "Listen at this address: ipc:///path/to.sock or tcp://host:port.",
+            "Listen at this address: ipc:///path/to.sock or tcp://127.0.0.1:port.",
             unset="broker.sock in the user's runtime directory",
             metavar="ADDRESS",
             broker_only=True,

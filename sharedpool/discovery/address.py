@@ -1,10 +1,12 @@
 """The addresses of brokers, and the private directories of their files.
 
-An address is a ZeroMQ endpoint: `ipc:///path/to.sock` on this host, or `tcp://host:port`.
+An address is a ZeroMQ endpoint: `ipc:///path/to.sock`, or `tcp://127.0.0.1:port`:
+both are on this host.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import re
@@ -167,9 +169,23 @@ def check_address(address: str, source: str) -> str:
     if match is None or not 0 < int(match["port"]) < 65536:
         raise ConfigError(
             f"{source}: {address!r} is not a broker's address:"
-            " use ipc:///path/to.sock or tcp://host:port"
+            " use ipc:///path/to.sock or tcp://127.0.0.1:port"
+        )
+    if not is_loopback(match["host"].strip("[]")):
+        raise ConfigError(
+            f"{source}: {address!r} can be reached from other hosts, and has no encryption and no"
+            " authentication. Run a broker on each host instead: they share one limit by PostgreSQL"
+            " itself. Use ipc:///path/to.sock or tcp://127.0.0.1:port"
         )
     return address
+
+
+def is_loopback(host: str) -> bool:
+    """Return True if only this host can reach a broker that listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_metrics_address(text: str, source: str) -> tuple[str, int]:

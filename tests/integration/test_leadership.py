@@ -119,27 +119,14 @@ def test_a_killed_predecessors_connection_is_nobody_else(candidates: list[Candid
 def test_other_scopes_are_not_in_each_others_way(postgres: EphemeralPostgres) -> None:
     with ExitStack() as stack:
         for scope in (
-            "tcp://db.example:5555",
-            "tcp://db.example:5556",
+            scope_of("tcp://127.0.0.1:5555"),
+            scope_of("tcp://127.0.0.1:5556"),
             automatic_scope("aa"),
             automatic_scope("ab"),
         ):
             candidate = Candidate(postgres.dsn, os.urandom(4).hex(), scope)
             stack.callback(candidate.close)
             assert candidate.claim(candidate.connect()) == ""
-
-
-def test_the_scope_of_an_address_is_where_others_can_find_it() -> None:
-    assert scope_of("ipc:///run/app/sharedpool.sock").startswith("ipc:///run/app/sharedpool.sock ")
-    assert scope_of("tcp://10.0.0.5:5555") == "tcp://10.0.0.5:5555"
-    for local in (
-        "tcp://127.0.0.1:5555",
-        "tcp://[::1]:5555",
-        "tcp://0.0.0.0:5555",
-        "tcp://*:5555",
-        "tcp://localhost:1",
-    ):
-        assert scope_of(local).startswith(f"{local} ")
 
 
 def test_where_the_server_cannot_be_asked_a_broker_begins_all_the_same(runtime_dir: Path) -> None:
