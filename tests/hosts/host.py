@@ -119,9 +119,11 @@ class Host:
         self._programs.append(program)
         return program
 
-    def output(self, *command: str, timeout_s: float = ANSWER_S) -> str:
+    def output(
+        self, *command: str, timeout_s: float = ANSWER_S, environment: Mapping[str, str] = {}
+    ) -> str:
         """Run a program to its end; return what it printed. It must succeed."""
-        program = self.run(*command)
+        program = self.run(*command, environment=environment)
         program.stdin.close()
         said = b""
         deadline = time.monotonic() + timeout_s

@@ -103,8 +103,8 @@ class Worker:
         conn = self.get(self.random.choice(settings["timeouts"]))
         if conn is not None:
             work_s = self.random.uniform(0, settings["work_s"])
-            self.run(conn, "first", "SELECT 1")
-            self.run(conn, "later", f"SELECT pg_sleep({work_s:.4f})")
+            if self.run(conn, "first", "SELECT 1"):
+                self.run(conn, "later", f"SELECT pg_sleep({work_s:.4f})")
             self.put(conn)
         elif settings["think_s"] == 0:
             time.sleep(POLL_S)  # a server that is away refuses at once

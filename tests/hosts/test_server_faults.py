@@ -30,11 +30,10 @@ def restart(field: World, row: Row, mode: Literal["fast", "immediate"], times: i
 def finish(field: World, row: Row, took: list[float]) -> None:
     field.wait_until_full(field.living(), field.clock(), 60)
     found = field.judge()
-    twice = [checkout for checkout in found if len(checkout.errors) > 2]
+    twice = [checkout for checkout in found if len(checkout.errors) > 1]
     row.figures |= {"took": spread(took)}
     row.worst = max(took)
     row.measured = spread(took)
-    # Both statements of a checkout fail when its connection was ended before them; and nothing after that.
     assert not twice, twice[:3]
     assert max(took) <= FULL_S
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from tests.hosts.server import PORT, Standby
 from tests.support.waiting import wait_until
 
 # Hosts, workers on each of them, and the one limit; a small machine may want less. Read at import, as in tests/faults.
-_SIZE = os.environ.get("SHAREDPOOL_HOSTS") or "3,8,12"
+_SIZE = os.environ.get("SHAREDPOOL_FAULTS_HOSTS") or "3,8,12"
 HOSTS, WORKERS, MAX_CONN = map(int, _SIZE.split(","))
 # For so long a host may be silent until the others may have its capacity.
 TRUST_S = 20.0
@@ -67,12 +68,15 @@ class World:
 
     # --- hosts and workers
 
-    def open(self, hosts: int = HOSTS, workers: int = WORKERS, **habits: Any) -> list[Host]:
-        """Start the watch on the server, and hosts whose workers are all at work when this returns."""
-        config = {"max_conn": self.max_conn, "name": POOL, "dsn": self.dsn}
-        self.crews.config = config
+    def prepare(self, **habits: Any) -> None:
+        """Start the watch on the server; workers may be started from now on."""
+        self.crews.config = {"max_conn": self.max_conn, "name": POOL, "dsn": self.dsn}
         self.crews.habits |= habits
         self.backends.start()
+
+    def open(self, hosts: int = HOSTS, workers: int = WORKERS) -> list[Host]:
+        """Start hosts whose workers are all at work when this returns."""
+        self.prepare()
         joined = [self.lab.add_host(name) for name in _names(hosts)]
         for host in joined:
             self.join(host, workers)
@@ -157,6 +161,12 @@ class World:
         crew.dismiss()
         return int(took.words[0]), float(took.words[1])
 
+    def state_of(self, host: Host) -> str:
+        """Return what a host's broker says of itself, for the text of a failure."""
+        words = ("-m", "sharedpool", "status")
+        environment = {"DATABASE_DSN": self.dsn}
+        return host.output(sys.executable, *words, environment=environment)
+
     def depth(self) -> Depth:
         """Return what the servers' logs tell of pools' connections. One server is dead before the next one serves."""
         found = [log.depth(ROLE, NAMES_PATTERN) for log in self._logs]
@@ -168,6 +178,9 @@ class World:
         row = self.row
         self.crews.quiet()
         took = {host.name: self.all_slots(host) for host in self.living()}
+        states = [
+            self.state_of(host) for host in self.living() if took[host.name][0] < self.max_conn
+        ]
         self.crews.dismiss()
         wait_until(lambda: not self.backends.now(), 20, "the connections of all workers to be gone")
         self.backends.stop()
@@ -184,7 +197,8 @@ class World:
         row.figures |= {"took": took, "at the peak": self.backends.timeline.at_peak()}
         row.figures |= {"samples": self.backends.samples}
         wrong = violations(seen, within_s * scale(2, 1))
-        assert not wrong, f"{wrong}; at the peak: {self.backends.timeline.at_peak()}; took: {took}"
+        at_peak = self.backends.timeline.at_peak()
+        assert not wrong, f"{wrong}; at the peak: {at_peak}; took: {took}; {states}"
         for host in self.lab.hosts.values():
             assert "Traceback" not in host.errors(), f"on {host.name}: {host.errors()[:4000]}"
         return found
