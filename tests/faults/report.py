@@ -12,8 +12,8 @@ ONE_HOST = (
     "behind-pgbouncer", "soak",
 )  # fmt: skip
 SEVERAL_HOSTS = (
-    "host-killed", "host-without-power", "host-frozen", "host-cut-off", "host-broker-killed", "host-joins-and-leaves",
-    "hosts-restart-fast", "hosts-restart-immediate", "hosts-failover",
+    "host-killed", "host-without-power", "host-frozen", "host-paused", "host-cut-off", "host-broker-killed",
+    "host-broker-frozen", "host-joins-and-leaves", "hosts-restart-fast", "hosts-restart-immediate", "hosts-failover",
 )  # fmt: skip
 ORDER = ONE_HOST + SEVERAL_HOSTS
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -93,19 +93,14 @@ class Host:
 
     # --- programs
 
-    def run(
-        self,
-        *command: str,
-        stderr: IO[bytes] | None = None,
-        environment: Mapping[str, str] = {},
-    ) -> Program:
-        """Start a program, in a session of its own. Its stderr is the host's, unless given."""
+    def run(self, *command: str) -> Program:
+        """Start a program, in a session of its own. Its stderr is the host's."""
         its_stdin, stdin = os.pipe()
         stdout, its_stdout = os.pipe()
         try:
-            message = json.dumps({"run": command, "environment": dict(environment)}).encode()
-            errors = (stderr or self._errors).fileno()
-            socket.send_fds(self._control, [message], [its_stdin, its_stdout, errors])
+            message = json.dumps({"run": command}).encode()
+            pipes = [its_stdin, its_stdout, self._errors.fileno()]
+            socket.send_fds(self._control, [message], pipes)
         finally:
             os.close(its_stdin)
             os.close(its_stdout)
@@ -119,11 +114,9 @@ class Host:
         self._programs.append(program)
         return program
 
-    def output(
-        self, *command: str, timeout_s: float = ANSWER_S, environment: Mapping[str, str] = {}
-    ) -> str:
+    def output(self, *command: str, timeout_s: float = ANSWER_S) -> str:
         """Run a program to its end; return what it printed. It must succeed."""
-        program = self.run(*command, environment=environment)
+        program = self.run(*command)
         program.stdin.close()
         said = b""
         deadline = time.monotonic() + timeout_s

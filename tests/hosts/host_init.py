@@ -3,7 +3,7 @@
 It gives the host a name and private folders, starts the programs it is sent, and reaps whatever ends, as the init of a
 real machine does. It imports nothing but the standard library. Its standard input is a SEQPACKET socket to the test:
 
-- in: {"run": [program, …], "environment": {…}}, with three descriptors: the program's stdin, stdout and stderr
+- in: {"run": [program, …]}, with three descriptors: the program's stdin, stdout and stderr
 - out: {"ready": true}, {"started": pid}, {"error": text}, {"ended": pid, "status": exit code, or minus the signal}
 
 When the test ends, for whatever reason, so does that socket; then PID 1 ends, and the kernel kills the whole host.
@@ -53,16 +53,14 @@ def furnish(name: str, root: Path, boot: str, private: list[str], kept: list[str
 
 def start(message: dict[str, object], descriptors: list[int]) -> dict[str, object]:
     """Start a program; return the answer."""
-    command, more = message["run"], message["environment"]
+    command = message["run"]
     assert isinstance(command, list)
-    assert isinstance(more, dict)
     try:
         process = subprocess.Popen(
             command,
             stdin=descriptors[0],
             stdout=descriptors[1],
             stderr=descriptors[2],
-            env=os.environ | more,
             start_new_session=True,
         )
     except OSError as error:

@@ -1,6 +1,7 @@
 """Faults of hosts: killed, without power, frozen, cut off, without a broker, joining and leaving."""
 
 import random
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -107,6 +108,24 @@ def test_a_frozen_host_does_not_exceed_the_limit_when_it_goes_on(field: World, r
 
 
 @pytest.mark.row(
+    "host-paused", f"a host frozen and cut off at once for {SILENT_S:g} s, as a virtual machine is, 3 times",
+    f"the others have its capacity ≤ {TRUST_S + 5:g} s",
+)  # fmt: skip
+def test_a_paused_host_does_not_exceed_the_limit_when_it_goes_on(field: World, row: Row) -> None:
+    """A frozen host's kernel still acknowledges what the server sends; a paused machine's does not."""
+
+    def pause(host: Host) -> float:
+        host.cable.cut()
+        return host.freeze()
+
+    def resume(host: Host) -> None:
+        host.cable.heal()
+        host.thaw()
+
+    silence(field, row, pause, resume, scale(1, 3))
+
+
+@pytest.mark.row(
     "host-cut-off", f"a host's network cut for {SILENT_S:g} s and healed, 3 times",
     f"the others have its capacity ≤ {TRUST_S + 5:g} s",
 )  # fmt: skip
@@ -114,6 +133,23 @@ def test_a_host_that_was_cut_off_does_not_exceed_the_limit_when_it_is_back(
     field: World, row: Row
 ) -> None:
     silence(field, row, lambda host: host.cut(), lambda host: host.cable.heal(), scale(1, 3))
+
+
+@pytest.mark.row(
+    "host-broker-frozen", f"the broker of a host frozen for {SILENT_S:g} s, its workers not, 3 times",
+    f"the others have its capacity ≤ {TRUST_S + 5:g} s",
+)  # fmt: skip
+def test_a_frozen_broker_of_one_host_does_not_exceed_the_limit_when_it_goes_on(
+    field: World, row: Row
+) -> None:
+    """Its workers use what they hold, until others wait for it and the trust window has passed."""
+    silence(
+        field,
+        row,
+        lambda host: field.signal_broker(host, signal.SIGSTOP),
+        lambda host: field.signal_broker(host, signal.SIGCONT),
+        scale(1, 3),
+    )
 
 
 @pytest.mark.row(
@@ -128,7 +164,7 @@ def test_a_killed_broker_of_one_host_breaks_nothing(field: World, row: Row) -> N
     for _ in range(scale(3, 30)):
         host = rng.choice(hosts)
         let_pass(rng.uniform(0.2, 1.0))
-        at = field.kill_broker(host)
+        at = field.signal_broker(host, signal.SIGKILL)
         row.faults += 1
         served = field.working[host.name].wait_for("ask", at, 30)
         served = field.working[host.name].wait_for("out", max(event.at for event in served), 30)

@@ -1,7 +1,6 @@
 """All that a test of several hosts has: laboratory, role, workers, and the oracles that judge them in the end."""
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -14,9 +13,9 @@ from tests.faults.events import Checkout, failures, moves
 from tests.faults.oracles import Evidence, violations
 from tests.faults.results import Row, merge_counts, scale
 from tests.faults.server_log import Depth, ServerLog
-from tests.hosts.backends import NAMES_PATTERN, BackendTimeline
+from tests.hosts.backends import NAMES_PATTERN, BackendTimeline, Counts
 from tests.hosts.crews import Crew, Crews
-from tests.hosts.host import Host
+from tests.hosts.host import RUNTIME_DIR, Host
 from tests.hosts.lab import Laboratory
 from tests.hosts.server import PORT, Standby
 from tests.support.waiting import wait_until
@@ -140,11 +139,11 @@ class World:
         """The time as workers note it; it is the same on all hosts, which no product may rely on."""
         return time.monotonic()
 
-    def kill_broker(self, host: Host) -> float:
-        """Kill a host's broker and nothing else; return when."""
+    def signal_broker(self, host: Host, signum: int) -> float:
+        """Send a signal to a host's broker and to nothing else; return when."""
         (broker,) = wait_until(lambda: self.brokers_of(host), 10, f"a broker on {host.name}")
         at = time.monotonic()
-        os.kill(broker, signal.SIGKILL)
+        os.kill(broker, signum)
         return at
 
     def brokers_of(self, host: Host) -> list[int]:
@@ -163,9 +162,15 @@ class World:
 
     def state_of(self, host: Host) -> str:
         """Return what a host's broker says of itself, for the text of a failure."""
-        words = ("-m", "sharedpool", "status")
-        environment = {"DATABASE_DSN": self.dsn}
-        return host.output(sys.executable, *words, environment=environment)
+        status = host.output(sys.executable, "-m", "sharedpool", "status")
+        return status + host.output("sh", "-c", f"tail -n 40 {RUNTIME_DIR}/sharedpool/*.log")
+
+    def left_after(self, seconds: float) -> Counts:
+        """Return the pool's connections that are still there so long after the last worker has left; {} if none is."""
+        deadline = self.clock() + seconds
+        while (left := self.backends.now()) and self.clock() < deadline:
+            time.sleep(0.01)  # polls for the condition
+        return left
 
     def depth(self) -> Depth:
         """Return what the servers' logs tell of pools' connections. One server is dead before the next one serves."""
@@ -182,7 +187,7 @@ class World:
             self.state_of(host) for host in self.living() if took[host.name][0] < self.max_conn
         ]
         self.crews.dismiss()
-        wait_until(lambda: not self.backends.now(), 20, "the connections of all workers to be gone")
+        left = self.left_after(20)
         self.backends.stop()
         found = self.crews.checkouts()
         fewest, slowest = min(n for n, _ in took.values()), max(s for _, s in took.values())
@@ -197,8 +202,11 @@ class World:
         row.figures |= {"took": took, "at the peak": self.backends.timeline.at_peak()}
         row.figures |= {"samples": self.backends.samples}
         wrong = violations(seen, within_s * scale(2, 1))
+        if left:
+            wrong.append(f"connections of workers that are gone: {left}")
+        said = "\n".join(states)
         at_peak = self.backends.timeline.at_peak()
-        assert not wrong, f"{wrong}; at the peak: {at_peak}; took: {took}; {states}"
+        assert not wrong, f"{wrong}; at the peak: {at_peak}; took: {took}\n{said}"
         for host in self.lab.hosts.values():
             assert "Traceback" not in host.errors(), f"on {host.name}: {host.errors()[:4000]}"
         return found
