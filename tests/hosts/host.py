@@ -71,7 +71,8 @@ class Host:
         spaces = ("--pid", "--fork", "--mount", "--uts", "--ipc", "--net", "--mount-proc")
         self._unshare = subprocess.Popen(
             [
-                *("unshare", *spaces, "--kill-child=SIGKILL"),
+                # Else a frozen host would outlive tests that are killed: it cannot see its socket close.
+                *("setpriv", "--pdeathsig", "KILL", "unshare", *spaces, "--kill-child=SIGKILL"),
                 *(sys.executable, "-I", str(_INIT), json.dumps(settings)),
             ],
             stdin=theirs.fileno(),

@@ -1,7 +1,7 @@
 """The laboratory: several hosts and PostgreSQL on one machine, joined by a network that nobody else is on.
 
 `with Laboratory() as lab:` makes it, and the end of the block removes what was made. If the process is killed instead,
-everything ends with it, but for one directory in /tmp.
+everything ends with it, and one directory in /tmp is left.
 """
 
 import os
@@ -17,7 +17,7 @@ from tests.hosts.host import Host
 from tests.hosts.network import PREFIX, Switch
 from tests.hosts.server import LabServer, Standby
 
-_PROGRAMS = ("ip", "nsenter", "unshare", "mount", "cp", "sh", "cat")
+_PROGRAMS = ("ip", "nsenter", "setpriv", "unshare", "mount", "cp", "sh", "cat")
 _NEEDED = ("--pid", "--fork", "--mount", "--uts", "--ipc", "--net", "--mount-proc")
 # A bridge, and a cable whose ends are named as ours: kernels are built without them, and containers not allowed them.
 _TRIAL = (
@@ -30,6 +30,8 @@ def missing() -> str:
     """Return what this machine lacks for the laboratory, in one line; nothing if it has all."""
     if lacking := [program for program in _PROGRAMS if shutil.which(program) is None]:
         return f"several hosts on one machine need {' and '.join(lacking)} (iproute2, util-linux)"
+    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        return "several hosts on one machine need Linux, with /proc/PID/task/TID/children"
     if os.geteuid() != 0:
         return "several hosts on one machine need root"
     tried = subprocess.run(

@@ -2,6 +2,7 @@
 
 - *moves*: all of the limit lies idle on one host, and a worker of another host asks for one connection.
 - *contention*: the same workers under the same load, on three hosts and on one, in turn.
+- *rest*: how many transactions a host has for itself while no worker does anything.
 
 It prints a table of Markdown, and the figures as JSON with `--out`.
 """
@@ -10,7 +11,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -98,6 +99,21 @@ def contention(rounds: int, seconds: float, hosts: int, workers: int) -> dict[st
     return measured
 
 
+def rest(seconds: float, hosts: int, workers: int) -> dict[str, Any]:
+    """Count the transactions in the pool's database while idle connections lie on all hosts, and nobody works."""
+    with world(row("rest")) as field:
+        field.open(hosts, workers)
+        field.crews.quiet()
+        let_pass(3.0)  # what has just been used may move once more, and counts are reported late
+        before, begin = field.transactions(), field.clock()
+        let_pass(seconds)
+        after, end = field.transactions(), field.clock()
+        field.crews.dismiss()
+        peak = field.backends.timeline.peak
+    rate = (after - before) / (end - begin) / hosts
+    return {"rate": round(rate, 3), "seconds": round(end - begin, 1), "peak": peak}
+
+
 def load(field: World, crews: list[Crew], seconds: float) -> tuple[float, float]:
     """Have these workers work, and nobody else; return from when to when it counts."""
     for crew in crews:
@@ -131,12 +147,14 @@ def table(figures: dict[str, Any]) -> str:
             )
         lines.append(f"| ratio | {found['ratio']} |")
         lines.append(f"| most connections at once, of {MAX_CONN} | {found['peak']} |")
+    if found := figures.get("rest"):
+        lines.append(f"| transactions of a host at rest | {found['rate']}/s |")
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", choices=("moves", "contention"))
+    parser.add_argument("--only", choices=("moves", "contention", "rest"))
     parser.add_argument("--moves", type=int, default=200, help="how many moves")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side of contention")
     parser.add_argument("--seconds", type=float, default=10.0, help="how long a turn lasts")
@@ -147,13 +165,14 @@ def main() -> int:
     if lacking := missing():
         print(lacking, file=sys.stderr)
         return 3
-    figures: dict[str, Any] = {}
-    if options.only != "contention":
-        figures["moves"] = moves(options.moves)
-    if options.only != "moves":
-        figures["contention"] = contention(
-            options.rounds, options.seconds, options.hosts, options.workers
-        )
+    size = (options.hosts, options.workers)
+    measures: dict[str, Callable[[], dict[str, Any]]] = {
+        "moves": lambda: moves(options.moves),
+        "contention": lambda: contention(options.rounds, options.seconds, *size),
+        "rest": lambda: rest(2 * options.seconds, *size),
+    }
+    chosen = [options.only] if options.only else list(measures)
+    figures = {name: measures[name]() for name in chosen}
     if options.out:
         options.out.write_text(json.dumps(figures, indent=1) + "\n")
     print(table(figures))

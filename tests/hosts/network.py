@@ -63,6 +63,11 @@ class Switch:
             self._namespace.close()
             raise
 
+    @property
+    def pid(self) -> int:
+        """The process that the bridge's namespace lives by."""
+        return self._namespace.pid
+
     def _ip(self, *words: str) -> str:
         return run_in(self._namespace.pid, "ip", *words)
 

@@ -1,5 +1,7 @@
 """The laboratory itself: hosts see the server and not each other, and what is done to them happens."""
 
+import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,8 @@ import pytest
 from sharedpool.descriptors.readable import readable
 from tests.hosts.host import RUNTIME_DIR, Host, Program
 from tests.hosts.lab import Laboratory
+from tests.support.documents import ROOT
+from tests.support.processes import Piped, alive
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.hosts
@@ -179,3 +183,27 @@ def test_a_closed_laboratory_leaves_nothing(namespaces: None) -> None:
         host.freeze()
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     assert not any(path.exists() for path in made)
+
+
+_MAKE_AND_FREEZE = """
+import json, sys
+from tests.hosts.lab import Laboratory
+lab = Laboratory()
+host = lab.add_host("one")
+host.run("sleep", "1000")
+pids = [*host.processes(), lab.server.pid, lab.switch.pid]
+host.freeze()
+print(json.dumps([pids, str(lab.directory)]), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_killed_tests_leave_no_process(namespaces: None) -> None:
+    """Not even a frozen host, which cannot see that its test is gone."""
+    with Piped(sys.executable, "-c", _MAKE_AND_FREEZE, cwd=ROOT) as tests:
+        pids, directory = json.loads(tests.line())
+        assert len(pids) == 4
+        assert all(map(alive, pids))
+        tests.kill()
+    wait_until(lambda: not any(map(alive, pids)), 30, f"{pids} to end")
+    shutil.rmtree(directory)

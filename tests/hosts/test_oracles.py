@@ -2,8 +2,19 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.faults.server_log import ServerLog
 from tests.hosts.backends import NAMES_PATTERN, Counts, Timeline
+from tests.hosts.lab import missing
+
+
+def test_what_is_missing_for_several_hosts_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (told,) = missing().splitlines()
+    assert "ip and nsenter" in told
 
 
 def timeline(*entries: tuple[float, Counts]) -> Timeline:

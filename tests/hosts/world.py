@@ -146,6 +146,20 @@ class World:
         os.kill(broker, signum)
         return at
 
+    def transactions(self) -> int:
+        """How many transactions there have been in the pool's database. This does not add to them."""
+        connection = self.lab.server.observer()
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute(
+                    "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = %s",
+                    [ROLE],
+                )
+                (count,) = cursor.fetchone() or (0,)
+                return int(count)
+        finally:
+            connection.close()
+
     def brokers_of(self, host: Host) -> list[int]:
         """Return the processes of a host's broker, by this machine's pids."""
         return host.pids_of([_BROKER])
