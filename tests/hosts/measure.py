@@ -115,11 +115,16 @@ def rest(seconds: float, hosts: int, workers: int) -> dict[str, Any]:
 
 
 def load(field: World, crews: list[Crew], seconds: float) -> tuple[float, float]:
-    """Have these workers work, and nobody else; return from when to when it counts."""
+    """Have these workers work, and nobody else; return from when to when it counts.
+
+    That is not before they have all of the capacity: how fast it moves is measured by itself.
+    """
+    since = field.clock()
     for crew in crews:
         crew.order("r")
-    for crew in crews:
-        crew.wait_for("out", field.clock(), 60)
+    workers = sum(len(crew.numbers) for crew in crews)
+    addresses = [crew.host.address for crew in crews]
+    field.backends.wait_for_sum(addresses, min(field.max_conn, workers), since, 60)
     let_pass(_WARM_S)
     begin = time.monotonic()
     let_pass(seconds)
