@@ -1,26 +1,16 @@
 """Fixtures of the fault tests: a server that logs every connection, and an environment for each test."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.faults import server_log
 from tests.faults.environment import Environment, environment
-from tests.faults.results import LONG, LONG_MINUTES, SOAK_S, Row, new_seed
+from tests.faults.results import LONG, LONG_MINUTES, SOAK_S, Row
+from tests.faults.row_fixture import pytest_runtest_makereport, row
 
-_PASSED = pytest.StashKey[bool]()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Keep for the fixture `row` whether its test has passed."""
-    report = yield
-    if report.when == "call":
-        item.stash[_PASSED] = report.passed
-    return report
+__all__ = ["pytest_runtest_makereport", "row"]  # pytest finds both here
 
 
 @pytest.fixture(scope="session")
@@ -46,18 +36,6 @@ VARIANTS = {"counted": "", "role-limit": "role limit"} if LONG else {"counted": 
 def variant(request: pytest.FixtureRequest) -> str:
     """Without PostgreSQL's own limit on the role, and in the long version with it, too."""
     return str(request.param)
-
-
-@pytest.fixture
-def row(request: pytest.FixtureRequest, variant: str) -> Iterator[Row]:
-    """The record of this test; the marker `row(name, fault, goal)` names it."""
-    (name, fault, goal) = request.node.get_closest_marker("row").args
-    record = Row(name, fault, goal, variant, new_seed())
-    print(f"seed: SHAREDPOOL_FAULTS_SEED={record.seed}")  # pytest shows it when the test fails
-    yield record
-    record.passed = request.node.stash.get(_PASSED, False)
-    record.write()
-    print(f"{name} {variant}: {record.measured}; {record.errors}; {record.figures}")
 
 
 @pytest.fixture

@@ -44,9 +44,10 @@ class ServerLog:
         self._path = path
         self._offset = path.stat().st_size
 
-    def depth(self, role: str) -> Depth:
-        """Follow the backends of `role` through the log."""
+    def depth(self, role: str, application: str = "") -> Depth:
+        """Follow the backends of `role` through the log; with a pattern, those whose application_name matches."""
         found = Depth()
+        named = re.compile(f"application_name={application}" if application else "")
         with self._path.open("rb") as file:
             file.seek(self._offset)
             lines = file.read().decode("utf-8", "replace").splitlines()
@@ -60,12 +61,14 @@ class ServerLog:
             elif match["user"] != role:
                 continue
             elif text.startswith("connection authorized:"):
+                if not named.search(text):
+                    continue
                 found.alive.add(pid)
                 found.backends += 1
                 if len(found.alive) > found.peak:
                     found.peak, found.at_peak = len(found.alive), line
             elif text.startswith("disconnection:"):
-                found.alive.discard(pid)
+                found.alive.discard(pid)  # does nothing if it is none of those
                 found.ended.setdefault(pid, []).append(float(match["at"]))
             elif match["level"] == "FATAL" and _REFUSED.search(text):
                 found.alive.discard(pid)

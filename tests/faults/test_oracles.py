@@ -193,3 +193,12 @@ def test_the_report_shows_the_worse_variant(tmp_path: Path) -> None:
     assert ("| f | g | in 2 s | 0 | 0 |" in text, status) == (True, 0)
     text, status = _report(tmp_path, variant="role limit", passed=False, overshoot=1)
     assert ("| f | g | nothing **(failed)** | 1 | 0? |" in text, status) == (True, 1)
+
+
+def test_the_report_of_several_hosts_misses_no_row_of_one_host(tmp_path: Path) -> None:
+    row = Row("host-frozen", "fault", "goal", "", 7, passed=True, overshoot=0, leaked=0)
+    (tmp_path / "host-frozen.json").write_text(json.dumps(asdict(row)))
+    words = report.footnotes(report.load(tmp_path))
+    (missing,) = [line for line in words.splitlines() if line.startswith("Not run:")]
+    assert "host-cut-off" in missing
+    assert "sigstop" not in missing

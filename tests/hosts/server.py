@@ -1,0 +1,150 @@
+"""PostgreSQL on machines of its own: the throw-away server in a network namespace, and a streaming replica of it.
+
+The test itself reaches a server through its unix socket, which no cut cable and no namespace is in the way of.
+"""
+
+import shutil
+import subprocess
+import time
+from subprocess import DEVNULL, Popen
+
+import psycopg2
+from psycopg2 import extensions
+
+from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.faults import server_log
+from tests.hosts.network import NETMASK, PREFIX, Cable, NetworkNamespace, Switch
+from tests.support.waiting import wait_until
+
+PORT = 5432
+_START_S = 60.0
+
+
+class LabServer(EphemeralPostgres):
+    """The throw-away server, listening on an address of the laboratory, with a log that the oracles can read."""
+
+    def __init__(self, address: str, switch: Switch, *, max_connections: int = 100) -> None:
+        settings = {"listen_addresses": address, "wal_keep_size": "256MB"}
+        super().__init__(max_connections=max_connections, settings=server_log.SETTINGS | settings)
+        self.address = address
+        self._namespace = NetworkNamespace()
+        try:
+            self.cable: Cable = switch.connect(self._namespace.pid, address)
+        except BaseException:
+            self._namespace.close()
+            raise
+
+    def _spawn(self, program: str, *arguments: str) -> "Popen[bytes]":
+        """Start a server program as the throw-away server does, but in the namespace.
+
+        `nsenter` needs root; so it, and not Popen, changes the account. It becomes the program.
+        """
+        user, group = self._account or (0, 0)
+        account = ("--setuid", str(user), "--setgid", str(group)) if self._account else ()
+        namespace = f"--net=/proc/{self._namespace.pid}/ns/net"
+        with self.log_path.open("ab") as log:
+            return Popen(
+                ["nsenter", namespace, *account, str(self.bin_dir / program), *arguments],
+                stdin=DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.directory,
+                env={"LC_ALL": "C", "PATH": "/usr/bin:/bin"},
+                start_new_session=True,
+            )
+
+    def _create(self) -> None:
+        super()._create()
+        with (self.data_dir / "pg_hba.conf").open("a") as file:
+            for database in ("all", "replication"):
+                file.write(f"host {database} all {PREFIX}0/{NETMASK} trust\n")
+
+    def observer(self, database: str = "postgres") -> extensions.connection:
+        """Have an autocommit connection of the superuser's, through the unix socket."""
+        connection = psycopg2.connect(self.dsn, dbname=database, application_name="lab observer")
+        connection.autocommit = True
+        return connection
+
+    def stop(self) -> None:
+        try:
+            super().stop()
+        finally:
+            self._namespace.close()
+
+
+class Standby(LabServer):
+    """A streaming replica of another server; it answers only what does not write, until it is promoted."""
+
+    def __init__(self, primary: LabServer, address: str, switch: Switch) -> None:
+        super().__init__(address, switch)
+        self._primary = primary
+
+    def _create(self) -> None:
+        """Copy the primary while it runs, by the server's own functions for that: its programs may not be there."""
+        super()._create()
+        shutil.rmtree(self.data_dir)
+        connection = self._primary.observer()
+        try:
+            with connection.cursor() as cursor:
+                new = connection.server_version >= 150000
+                start, stop = (
+                    ("pg_backup_start(%s, true)", "pg_backup_stop(false)")
+                    if new
+                    else ("pg_start_backup(%s, true, false)", "pg_stop_backup(false, false)")
+                )
+                cursor.execute(f"SELECT {start}", ["standby"])
+                # By `cp`: files may vanish and change while they are copied, and keep their owner and mode.
+                subprocess.run(
+                    ["cp", "-a", str(self._primary.data_dir), str(self.data_dir)],
+                    check=False,
+                    stderr=DEVNULL,
+                )
+                cursor.execute(f"SELECT labelfile FROM {stop}")
+                (label,) = cursor.fetchone() or ("",)
+        finally:
+            connection.close()
+        for name in ("postmaster.pid", "postmaster.opts"):
+            (self.data_dir / name).unlink(missing_ok=True)
+        for entry in (self.data_dir / "pg_wal").iterdir():
+            if entry.is_file():
+                entry.unlink()  # half written; the replica has them sent
+        self._own("backup_label", label)
+        self._own("standby.signal", "")
+        with (self.data_dir / "postgresql.conf").open("a") as file:
+            file.write(f"listen_addresses = '{self.address}'\n")
+            file.write(f"unix_socket_directories = '{self.directory}'\n")
+            file.write(f"primary_conninfo = 'host={self._primary.address} user=postgres'\n")
+
+    def _own(self, name: str, text: str) -> None:
+        path = self.data_dir / name
+        path.write_text(text)
+        if self._account:
+            shutil.chown(path, *self._account)
+
+    def wait_until_it_streams(self) -> None:
+        """Wait until all that the primary has written by now is here."""
+        ours, theirs = self.observer(), self._primary.observer()
+        try:
+            with ours.cursor() as here, theirs.cursor() as there:
+                there.execute("SELECT pg_current_wal_lsn()")
+                (written,) = there.fetchone() or ("",)
+
+                def caught_up() -> bool:
+                    here.execute("SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn", [written])
+                    return bool((here.fetchone() or (False,))[0])
+
+                wait_until(caught_up, _START_S, "the replica to follow the primary")
+        finally:
+            ours.close()
+            theirs.close()
+
+    def promote(self) -> float:
+        """Make it a server that writes; return when it was one."""
+        connection = self.observer()
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT pg_promote(true, 60)")
+                assert cursor.fetchone() == (True,), "the replica was not promoted"
+        finally:
+            connection.close()
+        return time.monotonic()
