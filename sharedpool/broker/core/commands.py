@@ -314,6 +314,7 @@ class SyncShare:
     max_conn: int  # the limit, if this host is the first
     claim: Claim
     question: int  # the newest that this host has put to the others
+    serial: int = 0  # of the order: its outcome counts only while no other one was given since
 
 
 @dataclass(frozen=True, slots=True)

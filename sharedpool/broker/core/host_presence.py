@@ -28,7 +28,6 @@ SILENT_S = TRUST_S + 2.0
 
 # The application_name of a session that shares limits, up to the broker's instance.
 SESSION_NAME = "sharedpool shares "
-_CONTROL = "sharedpool broker "
 
 
 class Listed(NamedTuple):
@@ -59,7 +58,9 @@ class Absence:
     """A host of which nothing is on the server."""
 
     since: float
-    starting: frozenset[int]  # backends that were in start-up then, and have not finished it since
+    # Backends in start-up that may be its own: those of the first look at which every connect of
+    # the host must have reached the server, as far as they have not finished since.
+    starting: frozenset[int] | None = None
 
 
 class Presence:
@@ -79,14 +80,16 @@ class Presence:
         self._brokers.clear()
         self._backends.clear()
         for pid, start_us, name in sessions:
-            if name.startswith(_CONTROL):
-                continue
-            if name.startswith(SESSION_NAME):
+            if name.endswith("]"):  # a worker's, whatever its pool is called
+                instance = name.rpartition(" [")[2].removesuffix("]")
+            elif name.startswith(SESSION_NAME):
                 self._brokers.add((pid, start_us))
                 instance = name.removeprefix(SESSION_NAME)
             else:
-                instance = name.rpartition(" [")[2].removesuffix("]")
+                continue  # a control connection
             self._backends.setdefault(instance, []).append((pid, start_us))
+        for key in [key for key in self._absent if key[1] in self._backends]:
+            del self._absent[key]
         self._starting, self._seen_at = starting, now
 
     def sessions_of(self, instances: Iterable[str]) -> list[tuple[int, int]]:
@@ -102,7 +105,6 @@ class Presence:
             if (row.pid, row.started_us) in self._brokers:
                 connected.add(row.instance)
             if self._backends.get(row.instance):
-                self._absent.pop(_key(scope, row), None)
                 if row.silent_s > SILENT_S:
                     silent.add(row.instance)
             elif why := self._why_gone(scope, row):
@@ -116,14 +118,15 @@ class Presence:
     def _why_gone(self, scope: str, row: Listed) -> str:
         """Return why a host without any session is gone; empty if that is not certain yet."""
         now = self._seen_at
-        absence = self._absent.setdefault(_key(scope, row), Absence(now, self._starting))
-        absence.starting &= self._starting
+        absence = self._absent.setdefault(_key(scope, row), Absence(now))
         quiet_s = now - absence.since
         if row.silent_s >= CUT_S:
             return f"no session on the server, and not heard of for {row.silent_s:.0f} s"
-        if absence.starting or quiet_s < (CUT_S if row.cut else GONE_S):
+        if quiet_s < (CUT_S if row.cut else GONE_S):
             return ""
-        return f"no session on the server for {quiet_s:.1f} s"
+        starting = self._starting if absence.starting is None else absence.starting
+        absence.starting = starting & self._starting
+        return "" if absence.starting else f"no session on the server for {quiet_s:.1f} s"
 
 
 def _key(scope: str, row: Listed) -> tuple[str, str, int, int]:

@@ -67,7 +67,7 @@ class Share:
     unshared: str = ""  # why the limit is this host's own
 
     # --- syncs
-    pending: bool = False
+    pending: int = 0  # the serial of the one under way, whose outcome will count; 0: none
     due: bool = False  # as soon as the rate allows
     told: int = 0  # what the others know that this host wants
     trusted_until: float = -math.inf
@@ -123,6 +123,7 @@ class Sharing:
         self._log = context.log
         self._by_pool = by_pool
         self._cap = ShareKey("", _scope("broker", cap)) if cap else None
+        self._newest = 0  # serial of the newest order
         self.shares: dict[ShareKey, Share] = {}
         # Those to be looked at after every event: not those of a broker that is alone.
         self._active: dict[ShareKey, Share] = {}
@@ -274,7 +275,8 @@ class Sharing:
             self._beat(share, now + (1.0 - share.budget) / _PER_SECOND)
             return
         share.budget -= 1.0
-        share.due, share.pending = False, True
+        self._newest += 1
+        share.due, share.pending = False, self._newest
         share.told = self._wanted(share, now)
         asks = self._must_ask(share, now)
         if asks:
@@ -282,13 +284,20 @@ class Sharing:
             self._beat(share, now + _ANSWER_LIMIT_S)
         claim = Claim(share.told, self._least(share), asks, self._has_idle(share))
         limit = self._own_limit(share)
-        self._emit(SyncShare(share.key, limit, claim, share.question))
+        self._emit(SyncShare(share.key, limit, claim, share.question, share.pending))
 
     # --- outcomes
 
-    def synced(self, key: ShareKey, result: SyncResult, began: float, now: float) -> list[Command]:
-        """Handle the outcome of a sync that began at `began`."""
-        if (share := self.shares.get(key)) is None:  # the pool has gone meanwhile
+    def synced(
+        self, key: ShareKey, serial: int, result: SyncResult, began: float, now: float
+    ) -> list[Command]:
+        """Handle the outcome of a sync that began at `began`.
+
+        Only the newest order's counts: by a newer one, or because the pool has gone meanwhile, the
+        row may say something else by now.
+        """
+        share = self.shares.get(key)
+        if share is None or share.pending != serial:
             return self._settle(now)
         division = result.division
         self._note_limit(share, result.max_conn)
@@ -297,7 +306,7 @@ class Sharing:
         if first or share.frozen:
             for pool in self._pools(share):
                 pool.backoff.end()
-        share.pending, share.registered, share.frozen, share.unshared = False, True, False, ""
+        share.pending, share.registered, share.frozen, share.unshared = 0, True, False, ""
         if first and not any(each.unshared for each in self.shares.values()):
             self._resign_lock()
         if not (share.division.owed and division.owed):
@@ -320,11 +329,17 @@ class Sharing:
         self._beat(share, now + (POLL_S if contended else HEARTBEAT_S))
         return self._settle(now)
 
-    def failed(self, key: ShareKey, failure: SyncFailure, now: float) -> list[Command]:
-        """Handle a sync that failed, or the loss of the session."""
-        if (share := self.shares.get(key)) is None:
+    def failed(
+        self, key: ShareKey, failure: SyncFailure, now: float, serial: int = 0
+    ) -> list[Command]:
+        """Handle a sync that failed, or the loss of the session (0): there will be another sync.
+
+        An order that is still to be carried out does not count any more.
+        """
+        share = self.shares.get(key)
+        if share is None or serial not in (0, share.pending):
             return self._settle(now)
-        share.pending, retry_s = False, share.retry_s
+        share.pending, retry_s = 0, share.retry_s
         share.retry_s = min(2 * retry_s, _LAST_RETRY_S)
         if failure.how is Failed.UNSHARED or (failure.how is Failed.REFUSED and not share.others):
             self._give_up(share, failure)

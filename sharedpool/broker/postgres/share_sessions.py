@@ -185,24 +185,31 @@ class ShareSessions:
             if result.silent and result.division.lacking:
                 share_table.end_silent(session.conn, session.presence, key, result.silent)
         except CannotShare as error:
-            self._fail(key, SyncFailure(Failed.UNSHARED, str(error)))
+            self._fail(key, SyncFailure(Failed.UNSHARED, str(error)), order.serial)
         except psycopg2.Error as error:
-            self._fail_by(key, error)
+            self._fail_by(order, error)
         except UnicodeDecodeError as error:  # an error's text in another encoding
-            self._fail(key, SyncFailure(Failed.REFUSED, error_text(error)))
+            self._fail(key, SyncFailure(Failed.REFUSED, error_text(error)), order.serial)
         else:
-            self._call_soon(lambda ledger, now: ledger.sharing.synced(key, result, began, now))
+            self._call_soon(
+                lambda ledger, now: ledger.sharing.synced(key, order.serial, result, began, now)
+            )
 
-    def _fail_by(self, key: ShareKey, error: psycopg2.Error) -> None:
+    def _fail_by(self, order: SyncShare, error: psycopg2.Error) -> None:
+        key = order.key
         session = self._sessions.get(key.database)
         if session is None:
-            self._fail(key, SyncFailure(self._reached, error_text(error)))
+            how = self._reached
         elif session.conn.closed:
             self._lose(key.database, error)
+            how = Failed.LOST
         elif isinstance(error, InsufficientPrivilege | UndefinedTable):
-            self._fail(key, SyncFailure(Failed.UNSHARED, error_text(error)))
+            how = Failed.UNSHARED
         else:
-            self._fail(key, SyncFailure(Failed.LOST, error_text(error)))
+            how = Failed.LOST
+        # Also after the loss of the session: if this was the limit's first sync, it has not been
+        # told of that.
+        self._fail(key, SyncFailure(how, error_text(error)), order.serial)
 
     def _lose(self, database: str, error: Exception) -> None:
         session = self._sessions.pop(database)
@@ -210,8 +217,8 @@ class ShareSessions:
         for key in session.others:
             self._fail(key, SyncFailure(Failed.LOST, error_text(error)))
 
-    def _fail(self, key: ShareKey, failure: SyncFailure) -> None:
-        self._call_soon(lambda ledger, now: ledger.sharing.failed(key, failure, now))
+    def _fail(self, key: ShareKey, failure: SyncFailure, serial: int = 0) -> None:
+        self._call_soon(lambda ledger, now: ledger.sharing.failed(key, failure, now, serial))
 
     def _leave(self, key: ShareKey) -> None:
         session = self._sessions.get(key.database)

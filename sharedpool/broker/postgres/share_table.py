@@ -23,9 +23,9 @@ import psycopg2
 from psycopg2.errors import InsufficientPrivilege
 from psycopg2.extensions import connection
 
-from sharedpool.broker.core.commands import HostRow, ShareKey, SyncResult, SyncShare
+from sharedpool.broker.core.commands import ShareKey, SyncResult, SyncShare
 from sharedpool.broker.core.host_presence import Listed, Presence
-from sharedpool.broker.core.shares import HostShare, decide
+from sharedpool.broker.core.share_sync import decide_sync
 from sharedpool.broker.postgres import statements
 
 _CHANNEL = "sharedpool_shares"
@@ -204,28 +204,16 @@ def sync(
             rows = _lock(cursor, scope, order.max_conn)
             max_conn, asked = rows[0][:2]
             listed = [Listed(*row[2:]) for row in rows if row[2] is not None]
-            mine = next((row for row in listed if row.instance == me.instance), None)
-            others = [row for row in listed if row.instance != me.instance]
-            seen = presence.judge(scope, others, now)
-            others = [row for row in others if row.instance not in seen.gone]
-            if not others:
-                max_conn = order.max_conn
-            division = decide(
-                max_conn,
-                me.instance,
-                0 if mine is None else mine.held,
-                order.claim,
-                {x.instance: HostShare(x.instance, x.held, x.wanted, x.answered) for x in others},
-                asked=asked,
-                answered=0 if mine is None else mine.answered,
-                question=order.question,
-            )
-            end = _FORGET_SQL if seen.gone else ""
+            decision = decide_sync(me.instance, order, max_conn, asked, listed, presence, now)
+            division = decision.result.division
             cursor.execute(
-                end + _WRITE_SQL + _notify_sql(division.to_wake) + "COMMIT",
+                (_FORGET_SQL if decision.gone else "")
+                + _WRITE_SQL
+                + _notify_sql(decision.to_wake)
+                + "COMMIT",
                 {
                     "scope": scope,
-                    "gone": list(seen.gone),
+                    "gone": list(decision.gone),
                     "instance": me.instance,
                     "host": me.host,
                     "pid": me.pid,
@@ -233,21 +221,17 @@ def sync(
                     "held": division.held,
                     "wanted": order.claim.wanted,
                     "answered": division.answered,
-                    "max_conn": max_conn,
-                    "asked": division.asked,
+                    "max_conn": decision.result.max_conn,
+                    "asked": decision.asked,
                     "channel": _CHANNEL,
-                    "payload": _payload(scope, division.to_wake),
+                    "payload": _payload(scope, decision.to_wake),
                 },
             )
         except BaseException:
             if not conn.closed:
                 cursor.execute("ROLLBACK")
             raise
-    hosts = tuple(
-        HostRow(x.host, x.instance, x.held, x.wanted, x.silent_s, x.instance in seen.connected)
-        for x in others
-    )
-    return SyncResult(max_conn, division, hosts, tuple(seen.silent), seen.events)
+    return decision.result
 
 
 def _lock(cursor: Any, scope: str, max_conn: int) -> list[Any]:

@@ -1,0 +1,57 @@
+"""One sync as a decision: what a broker writes into the table of the shares, and what it learns.
+
+Pure: `broker/postgres/share_table.py` reads the rows before, and writes what is decided after, in
+one transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sharedpool.broker.core.commands import HostRow, SyncResult, SyncShare
+from sharedpool.broker.core.host_presence import Listed, Presence
+from sharedpool.broker.core.shares import HostShare, decide
+
+
+class SyncDecision(NamedTuple):
+    """What becomes of the table. The broker's own row gets the division's numbers."""
+
+    result: SyncResult
+    asked: int  # the limit's newest question
+    gone: tuple[str, ...]  # instances whose rows are deleted
+    to_wake: tuple[str, ...]  # instances that are notified
+
+
+def decide_sync(
+    me: str,
+    order: SyncShare,
+    max_conn: int,
+    asked: int,
+    rows: Sequence[Listed],
+    presence: Presence,
+    now: float,
+) -> SyncDecision:
+    """Decide a sync of the instance `me`: `max_conn`, `asked` and `rows` are the table's."""
+    mine = next((row for row in rows if row.instance == me), None)
+    others = [row for row in rows if row.instance != me]
+    seen = presence.judge(order.key.scope, others, now)
+    others = [row for row in others if row.instance not in seen.gone]
+    if not others:
+        max_conn = order.max_conn
+    division = decide(
+        max_conn,
+        me,
+        0 if mine is None else mine.held,
+        order.claim,
+        {x.instance: HostShare(x.instance, x.held, x.wanted, x.answered) for x in others},
+        asked=asked,
+        answered=0 if mine is None else mine.answered,
+        question=order.question,
+    )
+    hosts = tuple(
+        HostRow(x.host, x.instance, x.held, x.wanted, x.silent_s, x.instance in seen.connected)
+        for x in others
+    )
+    result = SyncResult(max_conn, division, hosts, tuple(seen.silent), seen.events)
+    return SyncDecision(result, division.asked, tuple(seen.gone), division.to_wake)

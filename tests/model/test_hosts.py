@@ -1,0 +1,394 @@
+"""Many hosts and one limit, in random histories: never more connections than `max_conn`, over all hosts.
+
+What is modelled is in `hosts.py`: syncs in any order, late, lost before or after their commit; sessions that are lost;
+hosts that are frozen, cut off, killed; brokers that are killed and restarted, with their journal or without; a server
+that is restarted, with the table or without; late and lost NOTIFYs; connects that are under way for as long as they may
+be.
+
+After every step: the shares add up to no more than the limit, and there are no more connections. When the faults have
+stopped: every host is served as is fair, one alone can have everything, and nobody syncs more often than it should.
+
+Assumed, as the product does:
+
+- A host that has gone without a word (its session has ended, and none of its connections is left) has no connect that
+  reaches the server later than `REACH_S` after that.
+- A broker that starts soon after the server knows of no other host's grants of before: these do not connect any more.
+
+`SHAREDPOOL_MODEL_EXAMPLES` and `SHAREDPOOL_MODEL_SEED` are as in `test_model.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import ClassVar
+
+import pytest
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from sharedpool.broker.core.host_presence import CUT_S
+from sharedpool.wire.values import Phase as LeasePhase
+from tests.model.hosts import POOL, Held, Host, Worker, World
+
+SEED = int(os.environ.get("SHAREDPOOL_MODEL_SEED", "1"))
+EXAMPLES = int(os.environ.get("SHAREDPOOL_MODEL_EXAMPLES", "7"))
+STEPS = 100
+PARTS = 2
+PROFILE = settings(
+    max_examples=EXAMPLES,
+    stateful_step_count=STEPS,
+    deadline=None,
+    print_blob=True,
+    database=None,
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate, Phase.shrink],
+)
+picks = st.integers(0, 1023)
+
+
+# --- promises
+
+
+def check(world: World) -> None:
+    """S1 over all hosts, in the table and on the server."""
+    server = world.server
+    held = sum(row.held for row in server.rows.values())
+    backends = len(server.connections)
+    if server.limit is not None:
+        world.most = max(world.most, server.limit)
+        assert held <= world.most, f"the shares add up to {held} of {world.most}: {server.rows}"
+        if max(held, backends + len(world.unarrived())) <= server.limit:
+            world.most = server.limit  # what was opened under a higher limit is gone
+    assert backends <= world.most, f"{backends} of {world.most}: {server.connections}"
+
+
+def check_fair(limit: int, wanted: list[int], served: list[int]) -> None:
+    assert sum(served) == min(limit, sum(wanted)), f"{served} of {wanted}, limit {limit}"
+    for want, got in zip(wanted, served, strict=True):
+        assert got <= want
+        assert got == want or got >= max(served) - 1, f"{served} of {wanted}, limit {limit}"
+
+
+def heal(world: World) -> None:
+    """Faults stop, and all connections are checked in."""
+    if not world.server.up:
+        world.server.start(world.now, crashed=False)
+    for host in world.hosts:
+        host.cut = False
+        world.thaw(host)
+        world.start_host(host)
+        host.start_broker()
+    for _ in range(8):
+        _rest(world)
+        world.settle()
+        world.pass_time(5.0, prompt=True)
+        world.settle()
+        check(world)
+    world.pass_time(CUT_S, prompt=True)
+    world.settle()
+
+
+def _rest(world: World) -> None:
+    for host in world.hosts:
+        for worker in host.workers:
+            while worker.pending:
+                worker.withdraw()
+            for held in worker.of(LeasePhase.IN_USE):
+                worker.checkin(held)
+
+
+def serve(world: World, wanted: list[int], seconds: float) -> list[int]:
+    """Each host uses or wants so many connections, and checks in all the time; return what it uses."""
+    until = world.now + seconds
+    while True:
+        for host, want in zip(world.hosts, wanted, strict=True):
+            _want(host.workers, want)
+        world.settle()
+        check(world)
+        if world.now >= until:
+            return [
+                sum(len(worker.of(LeasePhase.IN_USE)) for worker in host.workers)
+                for host in world.hosts
+            ]
+        world.pass_time(0.1, prompt=True)
+        for host in world.hosts:
+            for worker in host.workers:
+                for held in worker.of(LeasePhase.IN_USE):
+                    worker.checkin(held)
+
+
+def _want(workers: list[Worker], want: int) -> None:
+    for number, worker in enumerate(workers):
+        own = want // len(workers) + (number < want % len(workers))
+        while worker.busy < own:
+            worker.ask()
+        while worker.busy > own and worker.pending:
+            worker.withdraw()
+
+
+def syncs(world: World, since: float) -> list[int]:
+    return [sum(at > since for at in host.syncs) for host in world.hosts]
+
+
+def check_everybody_is_served(world: World, wanted: list[int]) -> None:
+    changed_at = world.now
+    serve(world, wanted, 5.0)
+    for count in syncs(world, changed_at):
+        assert count <= 5 * 5.0 + 1, f"{count} syncs in 5 s after a change"
+    limit = world.server.limit
+    assert limit is not None
+    before = {name: row.held for name, row in world.server.rows.items()}
+    steady_at = world.now
+    served = serve(world, wanted, 10.0)
+    check_fair(limit, wanted, served)
+    assert before == {name: row.held for name, row in world.server.rows.items()}, "no rest"
+    contended = sum(wanted) > limit
+    for count in syncs(world, steady_at):
+        assert count <= (3.0 if contended else 0.25) * 10.0, f"{count} syncs in 10 s at rest"
+
+
+# --- what happens
+
+
+class ManyHosts(RuleBasedStateMachine):
+    """A step is one rule; `pick` chooses among what is there to be chosen."""
+
+    steps: ClassVar[int] = 0
+    most_backends: ClassVar[int] = 0
+    world: World
+
+    @initialize(pick=picks)
+    def begin(self, pick: int) -> None:
+        count = 2 + pick % 2
+        limits = [(4, 4, 4), (4, 6, 3), (5, 2, 5)][pick // 2 % 3][:count]
+        self.world = World(list(limits), workers=1 + pick // 6 % 2)
+        for host in self.world.hosts:
+            for worker in host.workers:
+                worker.hello()
+        if pick // 12 % 4:
+            self._crowd(pick // 48 % 5)
+
+    # --- choosing
+
+    def host(self, pick: int) -> tuple[Host, int]:
+        hosts = self.world.hosts
+        return hosts[pick % len(hosts)], pick // len(hosts)
+
+    def lease(self, pick: int, *phases: LeasePhase) -> tuple[Worker, Held] | None:
+        """Choose a lease of a host that runs."""
+        found = [
+            (worker, held)
+            for host in self.world.hosts
+            if host.runs
+            for worker in host.workers
+            for held in worker.leases.values()
+            if held.phase in phases
+        ]
+        return found[pick % len(found)] if found else None
+
+    # --- workers
+
+    @rule(pick=picks)
+    def ask(self, pick: int) -> None:
+        host, pick = self.host(pick)
+        if host.runs:
+            worker = host.workers[pick % len(host.workers)]
+            for _ in range(1 + pick // 2 % 4):
+                if worker.busy < 6:
+                    worker.ask(wait_ms=0 if pick // 8 % 8 == 7 else 600_000)
+
+    def _crowd(self, times: int) -> None:
+        for host in self.world.hosts:
+            for worker in host.workers if host.runs else ():
+                while worker.busy < times:
+                    worker.ask()
+        self.world.settle()
+
+    @rule(pick=picks)
+    def crowd(self, pick: int) -> None:
+        self._crowd(1 + pick % 5)
+
+    @rule(pick=picks)
+    def connect(self, pick: int) -> None:
+        """A connect takes its next step."""
+        if (found := self.lease(pick, LeasePhase.CONNECTING)) is None:
+            return
+        worker, held = found
+        if held.proc is None:
+            if held.began_at < self.world.now:
+                worker.arrive(held)
+            else:
+                worker.connect(held)
+        elif not worker.host.cut:
+            worker.opened(held)
+
+    @rule(pick=picks)
+    def checkin(self, pick: int) -> None:
+        host, pick = self.host(pick)
+        if host.runs:
+            for worker in host.workers:
+                for held in worker.of(LeasePhase.IN_USE)[: 1 + pick % 6]:
+                    worker.checkin(held)
+
+    @rule(pick=picks)
+    def withdraw(self, pick: int) -> None:
+        host, pick = self.host(pick)
+        if host.runs:
+            for worker in host.workers:
+                while worker.pending:
+                    worker.withdraw()
+
+    @rule(pick=picks)
+    def close(self, pick: int) -> None:
+        from sharedpool.wire.messages import ReleaseReason
+
+        if (found := self.lease(pick, LeasePhase.IDLE)) is not None:
+            found[0].close(found[1], ReleaseReason.EXPIRED, seen=pick % 3 != 0)
+
+    # --- brokers
+
+    @rule(pick=picks)
+    def sync(self, pick: int) -> None:
+        host, pick = self.host(pick)
+        host.run_order(("done", "done", "done", "done", "before", "after")[pick % 6])
+
+    @rule(pick=picks)
+    def hear(self, pick: int) -> None:
+        host, pick = self.host(pick)
+        host.hear()
+
+    @rule(pick=picks)
+    def listen(self, pick: int) -> None:
+        host, pick = self.host(pick)
+        host.listen()
+
+    @rule(pick=picks)
+    def lose_a_wakeup(self, pick: int) -> None:
+        host, pick = self.host(pick)
+        host.notifies.clear()
+
+    @rule(pick=picks)
+    def work(self, pick: int) -> None:
+        host, pick = self.host(pick)
+        host.work()
+        self.world.server_notices()
+
+    @rule(pick=picks)
+    def settle(self, pick: int) -> None:
+        self.world.settle()
+
+    # --- time
+
+    @rule(pick=picks)
+    def pass_time(self, pick: int) -> None:
+        seconds = (0.05, 0.3, 0.5, 1.0, 1.5, 4.0, 10.0, 16.0)[pick % 8]
+        self.world.pass_time(seconds, prompt=pick // 8 % 3 != 0)
+
+    @rule(pick=picks)
+    def pass_long(self, pick: int) -> None:
+        if pick % 4 == 0:
+            self.world.pass_time((20.0, CUT_S)[pick // 4 % 2], prompt=True)
+
+    # --- faults
+
+    @rule(pick=picks)
+    def lose_session(self, pick: int) -> None:
+        host, pick = self.host(pick)
+        self.world.lose_session(host)
+
+    @rule(pick=picks)
+    def freeze_or_thaw(self, pick: int) -> None:
+        host, pick = self.host(pick)
+        if host.frozen:
+            self.world.thaw(host)
+        elif not host.dead:
+            host.frozen = True
+
+    @rule(pick=picks)
+    def cut_or_heal(self, pick: int) -> None:
+        host, pick = self.host(pick)
+        host.cut = not host.cut
+
+    @rule(pick=picks)
+    def kill_or_start_broker(self, pick: int) -> None:
+        host, pick = self.host(pick)
+        if host.ledger is not None:
+            host.kill_broker(journal_lost=pick % 3 == 0)
+        elif host.runs:
+            host.start_broker()
+            if pick % 2:
+                for worker in host.workers:
+                    worker.hello()
+
+    @rule(pick=picks)
+    def kill_or_start_host(self, pick: int) -> None:
+        host, pick = self.host(pick)
+        if host.dead:
+            self.world.start_host(host)
+        elif pick % 2:
+            self.world.kill_host(host)
+
+    @rule(pick=picks)
+    def restart_server(self, pick: int) -> None:
+        if not self.world.server.up:
+            self.world.server.start(self.world.now, crashed=pick % 2 == 0)
+        elif pick % 4 == 3:
+            self.world.server.stop()
+        elif pick % 4:
+            self.world.restart_server(crashed=pick // 4 % 2 == 0)
+
+    # --- promises
+
+    @invariant()
+    def promises(self) -> None:
+        if hasattr(self, "world"):
+            type(self).steps += 1
+            check(self.world)
+            type(self).most_backends = max(
+                self.most_backends, len(self.world.server.connections)
+            )
+
+    def teardown(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        world = self.world
+        check(world)
+        heal(world)
+        wanted = [6, 1, 3][: len(world.hosts)]
+        check_everybody_is_served(world, wanted)
+        check_everybody_is_served(world, [5] * len(world.hosts))
+        for number in range(len(world.hosts)):
+            alone = [0] * len(world.hosts)
+            alone[number] = 8
+            serve(world, alone, 3.0)
+            check_fair(world.server.limit or 0, alone, serve(world, alone, 0.2))
+        check_everybody_is_served(world, [1] * len(world.hosts))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_hosts(part: int) -> None:
+    machine = type(f"ManyHosts{part}", (ManyHosts,), {"steps": 0, "most_backends": 0})
+    try:
+        run_state_machine_as_test(seed(SEED * 100 + part)(machine), settings=PROFILE)
+    except Exception as error:
+        error.add_note(
+            f"SHAREDPOOL_MODEL_SEED={SEED} SHAREDPOOL_MODEL_EXAMPLES={EXAMPLES} repeat it"
+        )
+        raise
+    print(f"{machine.__name__}: {machine.steps} steps, at most {machine.most_backends} backends")
+    if SEED == 1:
+        assert machine.steps >= 0.4 * EXAMPLES * STEPS
+        assert machine.most_backends >= 4
+
+
+assert POOL
