@@ -95,7 +95,6 @@ class SyncResult(NamedTuple):
     max_conn: int  # the limit of all hosts together
     division: Division
     others: tuple[HostRow, ...]
-    silent: tuple[str, ...] = ()  # instances of hosts that have sessions, and do not speak
     events: tuple[str, ...] = ()  # what is worth a line in the log, such as a host that is gone
 
 
@@ -314,6 +313,7 @@ class SyncShare:
     max_conn: int  # the limit, if this host is the first
     claim: Claim
     question: int  # the newest that this host has put to the others
+    backends: tuple[tuple[int, int], ...] = ()  # of this host's leases: pid, start time
     serial: int = 0  # of the order: its outcome counts only while no other one was given since
 
 

@@ -1,19 +1,24 @@
-"""Which other hosts are gone, and which are silent: judged by the server's own list of sessions.
+"""What other hosts may still have in use: judged by the server's own list of sessions.
 
-A host's share is free for others only when nothing of the host is left on the server: its broker's
+A host that is gone keeps its share until the server shows that nothing of it is left: its broker's
 session is gone, no backend has its broker's tag, and every connect that was under way has come to
 its end. How long that must have been so depends on how the host went:
 
 1. Its sessions have ended by themselves: its processes are gone, or closed them. A connect that was
    under way then shows itself within `GONE_S`.
-2. The host was silent while it had sessions: its network is cut, or it is frozen. Other brokers end
-   its sessions once somebody needs the slots, and mark its row as `cut`. A connect of that time may
-   still arrive, until no worker would use it any more (`CUT_S`).
+2. Its broker's session has ended, but backends of its workers are left. Its broker will be back soon,
+   or is dead while the workers live: then what they do not use is free after `ORPHANED_S`. If the
+   workers have moved to a new broker on their host, which claims their backends, that is so at once.
+3. The host was silent while it had sessions: its network is cut, or it is frozen. Other brokers end
+   its sessions once somebody needs the slots, and mark its row as `cut`. Each backend that has ended
+   frees its slot. What was not in use then (`spare`) may have been granted to a worker just before: a
+   connect of that time may still arrive, until no worker would use it any more (`CUT_S`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,11 +28,15 @@ from sharedpool.wire.messages import START_UP_LIMIT_S
 GONE_S = 1.0
 # A worker connects within the TTL of its grant, and gives up after `START_UP_LIMIT_S`.
 CUT_S = TRUST_S + 15.0 + START_UP_LIMIT_S
+ORPHANED_S = 15.0 + START_UP_LIMIT_S
 # Later than the host itself has stopped to open connections.
 SILENT_S = TRUST_S + 2.0
 
 # The application_name of a session that shares limits, up to the broker's instance.
 SESSION_NAME = "sharedpool shares "
+
+
+Session = tuple[int, int]  # pid, and start time in microseconds since 1970
 
 
 class Listed(NamedTuple):
@@ -42,20 +51,23 @@ class Listed(NamedTuple):
     answered: int
     cut: bool
     silent_s: float  # since its last sync, by the server's clock
+    spare: int = 0  # of a host that was cut off: what it did not have in use then
+    unnamed: str = ""  # its backends without its tag: their users have set a name of their own
 
 
 class Judgement(NamedTuple):
     """What is known of the other hosts of one limit."""
 
     gone: frozenset[str]
-    silent: frozenset[str]  # they have sessions, and do not speak
+    lowered: Mapping[str, int]  # hosts that can have no more than that in use any more
+    silent: frozenset[str]  # they have not synced for too long, and may have sessions
     connected: frozenset[str]
     events: tuple[str, ...]  # for the log
 
 
 @dataclass(slots=True)
 class Absence:
-    """A host of which nothing is on the server."""
+    """A host whose broker has no session on the server."""
 
     since: float
     # Backends in start-up that may be its own: those of the first look at which every connect of
@@ -67,10 +79,11 @@ class Presence:
     """What this broker has seen of the other hosts' sessions."""
 
     def __init__(self) -> None:
-        self._brokers: set[tuple[int, int]] = set()
-        self._backends: dict[str, list[tuple[int, int]]] = {}  # by instance, brokers' included
+        self._brokers: dict[str, set[Session]] = {}  # by instance
+        self._backends: dict[str, set[Session]] = {}
+        self._all: frozenset[Session] = frozenset()
         self._starting: frozenset[int] = frozenset()
-        self._seen_at = float("-inf")
+        self._seen_at = -math.inf
         self._absent: dict[tuple[str, str, int, int], Absence] = {}
 
     def seen(
@@ -79,54 +92,87 @@ class Presence:
         """Record the server's list: backends in start-up, and sessions (pid, start, name)."""
         self._brokers.clear()
         self._backends.clear()
+        everything = set()
         for pid, start_us, name in sessions:
+            everything.add((pid, start_us))
+            if not name.startswith("sharedpool "):
+                continue
             if name.endswith("]"):  # a worker's, whatever its pool is called
                 instance = name.rpartition(" [")[2].removesuffix("]")
+                self._backends.setdefault(instance, set()).add((pid, start_us))
             elif name.startswith(SESSION_NAME):
-                self._brokers.add((pid, start_us))
                 instance = name.removeprefix(SESSION_NAME)
-            else:
-                continue  # a control connection
-            self._backends.setdefault(instance, []).append((pid, start_us))
-        for key in [key for key in self._absent if key[1] in self._backends]:
+                self._brokers.setdefault(instance, set()).add((pid, start_us))
+        for key in [key for key in self._absent if key[1] in self._brokers]:
             del self._absent[key]
-        self._starting, self._seen_at = starting, now
+        self._all, self._starting, self._seen_at = frozenset(everything), starting, now
 
-    def sessions_of(self, instances: Iterable[str]) -> list[tuple[int, int]]:
-        """Return the sessions of these brokers and their workers, as (pid, start)."""
-        return [each for name in instances for each in self._backends.get(name, ())]
+    def unnamed(self, instance: str, backends: Iterable[Session]) -> str:
+        """Return those of a broker's backends that do not have its tag, for its row."""
+        if self._seen_at == -math.inf:
+            return ""
+        others = (set(backends) & self._all) - self._backends.get(instance, set())
+        return " ".join(f"{pid}:{start_us}" for pid, start_us in sorted(others))
 
-    def judge(self, scope: str, rows: Sequence[Listed], now: float) -> Judgement:
-        """Say which hosts of a limit are gone or silent, by what was seen last."""
-        if self._seen_at == float("-inf"):
-            return Judgement(frozenset(), frozenset(), frozenset(), ())
+    def backends_of(self, row: Listed) -> set[Session]:
+        """Return the backends of a host's workers."""
+        return self._backends.get(row.instance, set()) | (_parsed(row.unnamed) & self._all)
+
+    def sessions_of(self, row: Listed) -> set[Session]:
+        """Return all sessions of a host."""
+        return self._brokers.get(row.instance, set()) | self.backends_of(row)
+
+    def judge(
+        self, scope: str, rows: Sequence[Listed], mine: frozenset[Session] = frozenset()
+    ) -> Judgement:
+        """Say what the hosts of a limit may have in use, by what was seen last.
+
+        `mine` are the backends that this broker counts itself.
+        """
         gone, silent, connected, events = set(), set(), set(), []
-        for row in rows:
-            if (row.pid, row.started_us) in self._brokers:
+        lowered: dict[str, int] = {}
+        for row in [] if self._seen_at == -math.inf else rows:
+            if (row.pid, row.started_us) in self._brokers.get(row.instance, ()):
                 connected.add(row.instance)
-            if self._backends.get(row.instance):
-                if row.silent_s > SILENT_S:
-                    silent.add(row.instance)
-            elif why := self._why_gone(scope, row):
+            if row.silent_s > SILENT_S:
+                silent.add(row.instance)
+            most, why = self._most(scope, row, mine)
+            if most == 0 and not (self.sessions_of(row) - mine):
                 gone.add(row.instance)
                 self._absent.pop(_key(scope, row), None)
-                events.append(
-                    f"host {row.host} ({row.instance}) is gone, its {row.held} slots are free: {why}"
-                )
-        return Judgement(frozenset(gone), frozenset(silent), frozenset(connected), tuple(events))
+                text = f"host {row.host} ({row.instance}) is gone, its {row.held} slots are free"
+                events.append(f"{text}: {why}")
+            elif most < row.held:
+                lowered[row.instance] = most
+        return Judgement(
+            frozenset(gone), lowered, frozenset(silent), frozenset(connected), tuple(events)
+        )
 
-    def _why_gone(self, scope: str, row: Listed) -> str:
-        """Return why a host without any session is gone; empty if that is not certain yet."""
-        now = self._seen_at
-        absence = self._absent.setdefault(_key(scope, row), Absence(now))
-        quiet_s = now - absence.since
-        if row.silent_s >= CUT_S:
-            return f"no session on the server, and not heard of for {row.silent_s:.0f} s"
-        if quiet_s < (CUT_S if row.cut else GONE_S):
-            return ""
+    def _most(self, scope: str, row: Listed, mine: frozenset[Session]) -> tuple[int, str]:
+        """Return how many slots a host may have in use, and why it is not all of its share."""
+        backends = self.backends_of(row)
+        left = len(backends - mine)
+        if row.silent_s >= CUT_S and not self._brokers.get(row.instance):
+            return left, f"no session on the server, and not heard of for {row.silent_s:.0f} s"
+        if row.cut:
+            return row.spare + left, "its sessions were ended"
+        if self._brokers.get(row.instance):
+            return row.held, ""
+        absence = self._absent.setdefault(_key(scope, row), Absence(self._seen_at))
+        quiet_s = self._seen_at - absence.since
+        if quiet_s < (ORPHANED_S if backends and not backends & mine else GONE_S):
+            return row.held, ""
         starting = self._starting if absence.starting is None else absence.starting
         absence.starting = starting & self._starting
-        return "" if absence.starting else f"no session on the server for {quiet_s:.1f} s"
+        if absence.starting:
+            return row.held, ""
+        return left, f"its broker had no session on the server for {quiet_s:.1f} s"
+
+
+def _parsed(unnamed: str) -> set[Session]:
+    """Return the sessions in a row's text; anything else in it is passed over."""
+    pairs = (each.partition(":")[::2] for each in unnamed.split())
+    return {(int(pid), int(start)) for pid, start in pairs if pid.isdecimal() and start.isdecimal()}
 
 
 def _key(scope: str, row: Listed) -> tuple[str, str, int, int]:

@@ -6,7 +6,7 @@ one transaction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from sharedpool.broker.core.commands import HostRow, SyncResult, SyncShare
@@ -20,6 +20,9 @@ class SyncDecision(NamedTuple):
     result: SyncResult
     asked: int  # the limit's newest question
     gone: tuple[str, ...]  # instances whose rows are deleted
+    lowered: Mapping[str, int]  # instances whose shares are lowered: their hosts cannot use more
+    unnamed: str  # for the broker's own row
+    silent: tuple[Listed, ...]  # hosts whose sessions are to be ended, because this one lacks slots
     to_wake: tuple[str, ...]  # instances that are notified
 
 
@@ -30,13 +33,16 @@ def decide_sync(
     asked: int,
     rows: Sequence[Listed],
     presence: Presence,
-    now: float,
 ) -> SyncDecision:
     """Decide a sync of the instance `me`: `max_conn`, `asked` and `rows` are the table's."""
     mine = next((row for row in rows if row.instance == me), None)
     others = [row for row in rows if row.instance != me]
-    seen = presence.judge(order.key.scope, others, now)
-    others = [row for row in others if row.instance not in seen.gone]
+    seen = presence.judge(order.key.scope, others, frozenset(order.backends))
+    others = [
+        row._replace(held=seen.lowered.get(row.instance, row.held))
+        for row in others
+        if row.instance not in seen.gone
+    ]
     if not others:
         max_conn = order.max_conn
     division = decide(
@@ -44,7 +50,7 @@ def decide_sync(
         me,
         0 if mine is None else mine.held,
         order.claim,
-        {x.instance: HostShare(x.instance, x.held, x.wanted, x.answered) for x in others},
+        {x.instance: _share(x, silent=x.instance in seen.silent) for x in others},
         asked=asked,
         answered=0 if mine is None else mine.answered,
         question=order.question,
@@ -53,5 +59,19 @@ def decide_sync(
         HostRow(x.host, x.instance, x.held, x.wanted, x.silent_s, x.instance in seen.connected)
         for x in others
     )
-    result = SyncResult(max_conn, division, hosts, tuple(seen.silent), seen.events)
-    return SyncDecision(result, division.asked, tuple(seen.gone), division.to_wake)
+    result = SyncResult(max_conn, division, hosts, seen.events)
+    silent = [x for x in others if x.instance in seen.silent and presence.sessions_of(x)]
+    return SyncDecision(
+        result,
+        division.asked,
+        tuple(seen.gone),
+        seen.lowered,
+        presence.unnamed(me, order.backends),
+        tuple(silent) if division.lacking else (),
+        division.to_wake,
+    )
+
+
+def _share(row: Listed, *, silent: bool) -> HostShare:
+    """Return a host's part in the division; one that is silent wants nothing."""
+    return HostShare(row.instance, row.held, 0 if silent else row.wanted, row.answered)

@@ -284,7 +284,9 @@ class Sharing:
             self._beat(share, now + _ANSWER_LIMIT_S)
         claim = Claim(share.told, self._least(share), asks, self._has_idle(share))
         limit = self._own_limit(share)
-        self._emit(SyncShare(share.key, limit, claim, share.question, share.pending))
+        self._emit(
+            SyncShare(share.key, limit, claim, share.question, self._backends(share), share.pending)
+        )
 
     # --- outcomes
 
@@ -457,6 +459,11 @@ class Sharing:
 
     def _has_nowaits(self, share: Share) -> bool:
         return any(pool.nowaits for pool in self._pools(share))
+
+    def _backends(self, share: Share) -> tuple[tuple[int, int], ...]:
+        leases = self._slots.leases if share.pool is None else share.pool.leases
+        found = (lease.backend for lease in leases.values())
+        return tuple((each.pid, each.start_us) for each in found if each is not None)
 
     def _has_idle(self, share: Share) -> bool:
         return any(pool.idle or pool.parked or pool.coming for pool in self._pools(share))

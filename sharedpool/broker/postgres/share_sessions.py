@@ -178,12 +178,11 @@ class ShareSessions:
             if session.others.get(key) and began - session.looked_at > _LOOK_EVERY_S:
                 share_table.look(session.conn, session.presence, began)
                 session.looked_at = began
-            result = share_table.sync(
-                session.conn, session.registration, order, session.presence, began
-            )
+            decision = share_table.sync(session.conn, session.registration, order, session.presence)
+            result = decision.result
             session.others[key] = tuple(host.instance for host in result.others)
-            if result.silent and result.division.lacking:
-                share_table.end_silent(session.conn, session.presence, key, result.silent)
+            if decision.silent:
+                share_table.end_silent(session.conn, session.presence, key, decision.silent)
         except CannotShare as error:
             self._fail(key, SyncFailure(Failed.UNSHARED, str(error)), order.serial)
         except psycopg2.Error as error:

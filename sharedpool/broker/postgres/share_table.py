@@ -23,9 +23,9 @@ import psycopg2
 from psycopg2.errors import InsufficientPrivilege
 from psycopg2.extensions import connection
 
-from sharedpool.broker.core.commands import ShareKey, SyncResult, SyncShare
-from sharedpool.broker.core.host_presence import Listed, Presence
-from sharedpool.broker.core.share_sync import decide_sync
+from sharedpool.broker.core.commands import ShareKey, SyncShare
+from sharedpool.broker.core.host_presence import SILENT_S, Listed, Presence
+from sharedpool.broker.core.share_sync import SyncDecision, decide_sync
 from sharedpool.broker.postgres import statements
 
 _CHANNEL = "sharedpool_shares"
@@ -51,6 +51,8 @@ CREATE UNLOGGED TABLE IF NOT EXISTS sharedpool.shares (
   wanted int NOT NULL CHECK (wanted >= 0),
   answered bigint NOT NULL DEFAULT 0,
   cut boolean NOT NULL DEFAULT false,
+  spare int NOT NULL DEFAULT 0,
+  unnamed text NOT NULL DEFAULT '',
   told_at timestamptz NOT NULL DEFAULT clock_timestamp(),
   PRIMARY KEY (role, scope, instance)
 );
@@ -89,7 +91,8 @@ _LOCK_SQL = """
 BEGIN;
 SELECT FROM sharedpool.limits WHERE role = current_user AND scope = %(scope)s FOR UPDATE;
 SELECT max_conn, asked, instance, host, pid, started_us, held, wanted,
-       answered, cut, greatest(0, extract(epoch FROM clock_timestamp() - told_at))::float8
+       answered, cut, greatest(0, extract(epoch FROM clock_timestamp() - told_at))::float8, spare,
+       unnamed
 FROM sharedpool.limits LEFT JOIN sharedpool.shares USING (role, scope)
 WHERE role = current_user AND scope = %(scope)s
 """
@@ -102,17 +105,26 @@ _FORGET_SQL = """
 DELETE FROM sharedpool.shares
 WHERE role = current_user AND scope = %(scope)s AND instance = ANY(%(gone)s);
 """
+_LOWER_SQL = """
+UPDATE sharedpool.shares SET held = least(held, lowered.held)
+FROM unnest(%(lowered)s::text[], %(most)s::int[]) AS lowered (instance, held)
+WHERE role = current_user AND scope = %(scope)s AND shares.instance = lowered.instance;
+"""
 _CUT_SQL = """
-UPDATE sharedpool.shares SET cut = true
-WHERE role = current_user AND scope = %(scope)s AND instance = ANY(%(instances)s)
+UPDATE sharedpool.shares SET cut = true, spare = greatest(0, held - %(in_use)s)
+WHERE role = current_user AND scope = %(scope)s AND instance = %(instance)s
+  AND pid = %(pid)s AND started_us = %(started_us)s AND NOT cut
+  AND clock_timestamp() - told_at > make_interval(secs => %(silent_s)s)
 """
 _WRITE_SQL = """
-INSERT INTO sharedpool.shares (scope, instance, host, pid, started_us, held, wanted, answered)
+INSERT INTO sharedpool.shares (scope, instance, host, pid, started_us, held, wanted, answered,
+                               unnamed)
 VALUES (%(scope)s, %(instance)s, %(host)s, %(pid)s, %(started_us)s, %(held)s,
-        %(wanted)s, %(answered)s)
+        %(wanted)s, %(answered)s, %(unnamed)s)
 ON CONFLICT (role, scope, instance) DO UPDATE
 SET host = excluded.host, pid = excluded.pid, started_us = excluded.started_us, held = excluded.held,
     wanted = excluded.wanted, answered = excluded.answered, cut = false,
+    unnamed = excluded.unnamed,
     told_at = clock_timestamp();
 UPDATE sharedpool.limits SET max_conn = %(max_conn)s, asked = %(asked)s
 WHERE role = current_user AND scope = %(scope)s
@@ -191,9 +203,7 @@ def _create(conn: connection) -> None:
         ) from None
 
 
-def sync(
-    conn: connection, me: Registration, order: SyncShare, presence: Presence, now: float
-) -> SyncResult:
+def sync(conn: connection, me: Registration, order: SyncShare, presence: Presence) -> SyncDecision:
     """Change this host's share of a limit as is fair, in one transaction.
 
     Blocks for two round trips, more while other hosts hold the lock. Raise psycopg2's errors.
@@ -204,16 +214,19 @@ def sync(
             rows = _lock(cursor, scope, order.max_conn)
             max_conn, asked = rows[0][:2]
             listed = [Listed(*row[2:]) for row in rows if row[2] is not None]
-            decision = decide_sync(me.instance, order, max_conn, asked, listed, presence, now)
+            decision = decide_sync(me.instance, order, max_conn, asked, listed, presence)
             division = decision.result.division
             cursor.execute(
                 (_FORGET_SQL if decision.gone else "")
+                + (_LOWER_SQL if decision.lowered else "")
                 + _WRITE_SQL
                 + _notify_sql(decision.to_wake)
                 + "COMMIT",
                 {
                     "scope": scope,
                     "gone": list(decision.gone),
+                    "lowered": list(decision.lowered),
+                    "most": list(decision.lowered.values()),
                     "instance": me.instance,
                     "host": me.host,
                     "pid": me.pid,
@@ -221,6 +234,7 @@ def sync(
                     "held": division.held,
                     "wanted": order.claim.wanted,
                     "answered": division.answered,
+                    "unnamed": decision.unnamed,
                     "max_conn": decision.result.max_conn,
                     "asked": decision.asked,
                     "channel": _CHANNEL,
@@ -231,7 +245,7 @@ def sync(
             if not conn.closed:
                 cursor.execute("ROLLBACK")
             raise
-    return decision.result
+    return decision
 
 
 def _lock(cursor: Any, scope: str, max_conn: int) -> list[Any]:
@@ -262,20 +276,34 @@ def leave(conn: connection, me: Registration, key: ShareKey, to_wake: Iterable[s
 
 
 def look(conn: connection, presence: Presence, now: float) -> None:
-    """See which brokers and pools have sessions on the server. Raise psycopg2's errors."""
-    starting, tagged = statements.survey(conn, "sharedpool %")
-    presence.seen(starting, [(pid, start_us, name) for pid, start_us, name, _ in tagged], now)
+    """See which brokers and workers have sessions on the server. Raise psycopg2's errors."""
+    starting, sessions = statements.survey(conn, "%")
+    presence.seen(starting, [(pid, start_us, name) for pid, start_us, name, _ in sessions], now)
 
 
-def end_silent(
-    conn: connection, presence: Presence, key: ShareKey, instances: Iterable[str]
-) -> None:
-    """End the sessions of hosts that have been silent for too long; mark their rows."""
-    with conn.cursor() as cursor:
-        cursor.execute(_CUT_SQL, {"scope": key.scope, "instances": list(instances)})
-    for pid, start_us in presence.sessions_of(instances):
+def end_silent(conn: connection, presence: Presence, key: ShareKey, rows: Iterable[Listed]) -> None:
+    """End the sessions of hosts that have been silent for too long; mark their rows before.
+
+    Only a host that is still silent is marked, and only once: what it did not have in use then may
+    be granted, and is not free yet.
+    """
+    for row in rows:
         with conn.cursor() as cursor:
-            cursor.execute(_END_SQL, (pid, start_us))
+            cursor.execute(
+                _CUT_SQL,
+                {
+                    "scope": key.scope,
+                    "instance": row.instance,
+                    "pid": row.pid,
+                    "started_us": row.started_us,
+                    "in_use": len(presence.backends_of(row)),
+                    "silent_s": SILENT_S,
+                },
+            )
+            if not cursor.rowcount and not row.cut:
+                continue  # it has spoken again
+            for pid, start_us in presence.sessions_of(row):
+                cursor.execute(_END_SQL, (pid, start_us))
 
 
 def woken(conn: connection, instance: str) -> list[str]:
