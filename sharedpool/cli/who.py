@@ -30,6 +30,7 @@ from sharedpool.wire.reports import (
 
 # Short: the broker's own report has arrived by then, and matters most when the server hangs.
 _ACTIVITY_LIMIT_S = 1.0
+_MOST_HOSTS = 8
 
 Row = tuple[LeaseLine, BackendActivity | None]
 
@@ -100,6 +101,11 @@ def _remarks(report: Report, activity: Activity | None) -> Iterable[str]:
             yield f"pool {pool.name!r} is paused: nothing is granted until `sharedpool resume`"
         if pool.waiting:
             yield f"pool {pool.name!r}: {pool.waiting} wait for a connection"
+    shares = [f"{host.host} has {host.share}" for host in report.hosts if host.host]
+    if shares:
+        shown = ", ".join(shares[:_MOST_HOSTS])
+        more = f" and {len(shares) - _MOST_HOSTS} more" if len(shares) > _MOST_HOSTS else ""
+        yield f"other hosts share the limit: {shown}{more} (ask there who holds them)"
     if report.activity and activity is None:
         yield (
             f"the server has not answered the broker at {report.address}"

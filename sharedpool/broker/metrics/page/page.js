@@ -117,6 +117,8 @@ function show(status) {
   const counted = (rows) => rows.length + (rows.length > MOST_ROWS ? `, the first ${MOST_ROWS} of which are shown` : "");
   byId("lease-count").textContent = counted(status.leases);
   byId("session-count").textContent = counted(report.sessions);
+  byId("host-section").hidden = !report.hosts.length;
+  fillTable(byId("hosts"), report.hosts.map((host) => ({ ...host, host: host.host || "this one", pool: host.pool || "all pools" })));
   fillTable(byId("leases"), status.leases);
   fillTable(byId("sessions"), report.sessions);
 }
