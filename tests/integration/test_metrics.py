@@ -27,6 +27,8 @@ from sharedpool.broker.metrics.http_server import HttpServer
 from sharedpool.broker.metrics.service import MetricsService
 from sharedpool.cli.client import fetch_report
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from sharedpool.wire.reports import LeaseLine, Report
+from sharedpool.wire.values import Token
 from tests.support.broker_process import POOL, STATE, Broker, running
 from tests.support.processes import Worker, workers
 from tests.support.waiting import wait_until
@@ -347,6 +349,19 @@ def test_a_broker_that_does_not_answer_is_said_so() -> None:
         caught.value.close()
     finally:
         web.stop()
+
+
+def test_a_lease_that_no_process_holds_names_none() -> None:
+    parked = LeaseLine(Token(1, 2), "app", 0, "", "", "", "parked", 900)
+    report = Report(1, 17, 4711, "ipc:///x", 61_500, 20, 1, "connected", [], [])
+    web = HttpServer("127.0.0.1", 0, lambda _: Snapshot(report, [], [parked]))
+    web.start()
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{web.port}/status.json") as answer:
+            (row,) = json.load(answer)["leases"]
+    finally:
+        web.stop()
+    assert (row["lease"], row["state"], row["process"]) == ("1-2", "parked", "")
 
 
 def test_a_reader_waits_no_longer_than_its_limit_and_not_at_all_for_a_broker_that_ends() -> None:
