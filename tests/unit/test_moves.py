@@ -468,7 +468,7 @@ def _set(**attributes: object) -> Callable[[Rig], object]:
 
 
 def _hold_back_connects(rig: Rig) -> None:
-    rig.pool.backoff.ceiling = 1
+    rig.pool.backoff.failed(Token(1, 99), 1, "down", rig.broker.now)
     rig.workers[0].beat()
 
 
@@ -523,7 +523,7 @@ def test_moves_do_not_begin_while_the_broker_has_something_else_to_do(why: str) 
     elif why == "capped":
         broker.worker("o", "other").ask(9.0)
     elif why == "backoff":
-        rig.pool.backoff.ceiling = 1
+        rig.pool.backoff.failed(Token(1, 99), 1, "down", rig.broker.now)
     rig.contend()
     rig.answer_all()
     rig.contend(seat=2)
@@ -1037,7 +1037,7 @@ def test_a_session_that_is_forgotten_later_makes_no_other_suspect(rig: Rig) -> N
     rig.sync()
     rig.broker.take_in(rig.broker.ledger.backend_gone(rig.tokens[1], rig.broker.now))
     rig.broker.pass_time(0.001)
-    assert not rig.broker.slots.sessions[b"w0"].unresponsive
+    assert not rig.broker.slots.sessions[b"w0"].silent
     assert rig.fenced() == [rig.tokens[1]]
 
 

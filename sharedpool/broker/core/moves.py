@@ -140,13 +140,7 @@ class Moves:
         if len(pool.leases) > lane.cells:
             return False
         # 4. No slot is to be granted, watched or freed.
-        if (
-            pool.room > 0
-            or pool.parked
-            or pool.suspects
-            or pool.backoff.ceiling is not None
-            or pool.unsuitable
-        ):
+        if pool.room > 0 or pool.parked or pool.suspects or pool.backoff.active or pool.unsuitable:
             return False
         # 5. No worker outside the lane holds a lease: it could neither give nor be asked there.
         return not any(session.leases for session in lane.outside.values())
