@@ -164,16 +164,18 @@ MUTANTS = (
             (
                 "sharedpool/broker/core/lease_messages.py",
                 (
-                    "        lease = session.leases.get(release.token) or "
-                    "self._moves.closed_in_transit(session, release)\n"
+                    "        lease = session.leases.get(release.token)\n"
+                    "        if lease is None:\n"
+                    "            lease = self._moves.transit.closed_in_transit(session, release)\n"
                     "        if release.token in session.vanished:"
                 ),
                 (
                     "        from sharedpool.broker.core.records import _COUNT\n"
                     "\n"
                     "        _COUNT[id(session.pool)] = _COUNT.get(id(session.pool), 0) - 1\n"
-                    "        lease = session.leases.get(release.token) or "
-                    "self._moves.closed_in_transit(session, release)\n"
+                    "        lease = session.leases.get(release.token)\n"
+                    "        if lease is None:\n"
+                    "            lease = self._moves.transit.closed_in_transit(session, release)\n"
                     "        if release.token in session.vanished:"
                 ),
             ),
@@ -732,7 +734,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/broker/core/moves.py",
-                "pool.room > 0\n            or pool.parked",
+                "pool.room > 0 or pool.parked",
                 "pool.parked",
             ),
         ),
