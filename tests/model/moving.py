@@ -178,7 +178,7 @@ class InTheLane(AtTheDesk):
         self.end = End(lane, message.number, self.id, self._refuse, self._is_short)
         self.index = message.index
         self.unused = [message.index * PLACES + seat for seat in range(self.most_seats - 1, -1, -1)]
-        self.cache.moving = lane.board.head
+        self.cache.enter_lane(lane.board.head)
         self.rung = [ticket for ticket in self.tickets if self._is_at_gate(ticket)]
         self.desk.say(Joined(self.id))
         self.flush()
@@ -212,8 +212,7 @@ class InTheLane(AtTheDesk):
 
     def leave_lane(self, *, former_brokers: bool = False) -> None:
         end, self.end = self.end, None
-        self.cache.moving = b"\0"
-        self.cache.reporter.unread = []
+        self.cache.leave_lane()
         if end is None:
             return
         seats, self.seats, self.free_seats, self.unused = self.seats, [], [], []

@@ -66,7 +66,7 @@ class Worker(InTheLane):
         self.pool = pool
         self.remote = remote
         self.process = Process(number, number)
-        self.cache = Cache(EXPIRATION_S)
+        self.cache = Cache(EXPIRATION_S, slice_s=self.slice_s)
         self.messages = BrokerMessages(self.cache)
         self.line = world.network.line(self.id)
         self.established = False
@@ -186,13 +186,12 @@ class Worker(InTheLane):
                 self._to_close(
                     self.messages.welcomed(message.epoch, message.generation, now, message.served)
                 )
-                cache.connects_within_s = message.ttl_ms / 1000
                 self.tag = message.tag
                 if message.epoch != self.joined_epoch:
                     self.leave_lane(former_brokers=True)
                 self.joined_epoch = message.epoch
                 self._revoke(message.revoked)
-                self.welcome_at_desk(message.handover)
+                self.welcome_at_desk(message)
                 cache.waiters.registered(message.served, now)
                 self.accept()
             case Stale():

@@ -39,8 +39,8 @@ class Conn:
 class Rig:
     """A cache, a clock that stands still unless moved, and the broker's side of the line."""
 
-    def __init__(self, expiration_s: float = 60.0) -> None:
-        self.cache = Cache(expiration_s)
+    def __init__(self, expiration_s: float = 60.0, *, slice_s: float = 0.0) -> None:
+        self.cache = Cache(expiration_s, slice_s=slice_s)
         self.messages = BrokerMessages(self.cache)
         self.now = 100.0
         self.messages.welcomed(1, 1, self.now)
@@ -170,8 +170,8 @@ def test_an_aged_connection_is_closed_at_checkin(rig: Rig) -> None:
     assert reason_of(rig.cache.checkin(lease, conn, rig.now + 1, None)) is ReleaseReason.RETIRED
 
 
-def test_without_pooling_a_checkin_closes_but_still_serves_a_waiting_ticket(rig: Rig) -> None:
-    rig.cache.keep_idle = False
+def test_what_keeps_nothing_closes_at_checkin_but_still_serves_a_waiting_ticket(rig: Rig) -> None:
+    rig.cache.stop_keeping()
     lease, conn = rig.lend()
     ticket = rig.want()
     assert rig.cache.checkin(lease, conn, rig.now, None) is ticket
@@ -370,7 +370,7 @@ def test_a_former_brokers_grant_is_not_taken_in(rig: Rig) -> None:
 
 def test_a_lease_granted_along_with_a_welcome_is_as_old_as_the_hello(rig: Rig) -> None:
     """This process may have been frozen in between: its slot may be another's by now."""
-    rig.cache.connects_within_s = 10.0
+    rig.cache.set_terms(60.0, 10.0, hands_over=False)
     ticket = rig.want()
     for _ in range(2):  # the first may be what is answered
         *_, first = rig.messages.register(rig.now, {})
@@ -739,7 +739,7 @@ def test_a_connection_that_is_being_given_is_its_threads_alone(rig: Rig) -> None
 
 def test_a_grant_is_as_old_as_its_request_less_the_time_it_had_waited(rig: Rig) -> None:
     """Clocks of two hosts are never compared."""
-    rig.cache.connects_within_s = 15.0
+    rig.cache.set_terms(60.0, 15.0, hands_over=False)
     asked_at = rig.now
     ticket = rig.want(600.0)
     rig.now += 100  # of which it was in the broker's queue for 90 s; then the grant was on its way
@@ -749,7 +749,7 @@ def test_a_grant_is_as_old_as_its_request_less_the_time_it_had_waited(rig: Rig) 
 
 
 def test_a_grant_that_came_at_once_counts_from_now(rig: Rig) -> None:
-    rig.cache.connects_within_s = 15.0
+    rig.cache.set_terms(60.0, 15.0, hands_over=False)
     ticket = rig.want()
     rig.messages.granted(
         Grant(ticket.request, Token(1, 1), 1, waited_ms=3_000), rig.now
@@ -759,7 +759,7 @@ def test_a_grant_that_came_at_once_counts_from_now(rig: Rig) -> None:
 
 
 def test_a_grant_for_a_request_that_was_given_up_keeps_its_age(rig: Rig) -> None:
-    rig.cache.connects_within_s = 15.0
+    rig.cache.set_terms(60.0, 15.0, hands_over=False)
     gone, waits = rig.want(), rig.want()
     asked_at = rig.now
     rig.cache.give_up(gone, rig.now)
@@ -770,7 +770,7 @@ def test_a_grant_for_a_request_that_was_given_up_keeps_its_age(rig: Rig) -> None
 
 
 def test_a_grant_that_is_too_old_is_given_back_and_asked_for_again(rig: Rig) -> None:
-    rig.cache.connects_within_s = 15.0
+    rig.cache.set_terms(60.0, 15.0, hands_over=False)
     ticket = rig.want(600.0)
     rig.now += 100
     assert (
@@ -791,7 +791,7 @@ def test_a_grant_that_is_too_old_is_given_back_and_asked_for_again(rig: Rig) -> 
 
 def test_another_brokers_grants_count_from_its_welcome(rig: Rig) -> None:
     """What waited in a former broker's queue says nothing of how long this one's grant was on its way."""
-    rig.cache.connects_within_s = 15.0
+    rig.cache.set_terms(60.0, 15.0, hands_over=False)
     ticket = rig.want(600.0)
     rig.now += 60
     rig.messages.welcomed(2, 1, rig.now)

@@ -17,8 +17,8 @@ SLICE_S = 0.002
 
 @pytest.fixture
 def rig() -> Rig:
-    rig = Rig()
-    rig.cache.time_slice.slice_s, rig.cache.time_slice.hands_over = SLICE_S, True
+    rig = Rig(slice_s=SLICE_S)
+    rig.cache.time_slice.hands_over = True
     return rig
 
 
@@ -190,7 +190,7 @@ def come(rig: Rig, request: int = 0, *, moves: int = 3) -> tuple[Waiter | None, 
 
 @pytest.fixture
 def moving(rig: Rig) -> Rig:
-    rig.cache.moving = b"\1"
+    rig.cache.enter_lane(memoryview(b"\1"))
     return rig
 
 
@@ -216,9 +216,10 @@ def test_when_they_move_no_more_a_checkin_keeps(rig: Rig) -> None:
 
 def test_a_connection_checked_in_the_short_way_is_given_too(moving: Rig) -> None:
     """Its thread has seen only afterwards that they move."""
-    moving.cache.moving = b"\0"
+    board = bytearray(b"\0")
+    moving.cache.enter_lane(memoryview(board))
     lease = moving.idle()
-    lease.movable, moving.cache.moving = True, b"\1"
+    lease.movable, board[0] = True, 1
     assert reason_of(moving.cache.reconsider_idle(lease, moving.now)) is ReleaseReason.SHARED
     assert not moving.cache.idle
 

@@ -290,7 +290,7 @@ class Slicing(Rig):
             self.mover,
             True,
         )
-        self.holdings.cache.moving = self.lane.board.head
+        self.holdings.cache.enter_lane(self.lane.board.head)
 
     def steady(self) -> PooledConnection:
         """Return a connection that was asked for as soon as the last one was gone, and has just come."""
