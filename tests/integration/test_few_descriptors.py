@@ -144,12 +144,12 @@ class Host:
     @property
     def descriptors(self) -> int:
         """How many are open, but for those of empty connections, and the lane with its timer."""
-        holdings = self.pool._local
-        shells = sum(map(len, holdings.shells._stock.values()))
+        local = self.pool._local
+        shells = sum(map(len, local.shells._stock.values()))
         probes = 2 * sum(map(len, Probe._pairs.values()))
         lane = (
-            FOR_A_LANE + len(holdings.membership.wait_sockets._all)
-            if holdings.membership.wait_sockets is not None
+            FOR_A_LANE + len(local.membership.wait_sockets._all)
+            if local.membership.wait_sockets is not None
             else 0
         )
         return len(os.listdir("/proc/self/fd")) - shells - probes - lane

@@ -363,16 +363,16 @@ def test_the_first_connection_that_a_broker_passes_is_tried_with_a_cancel(
     sent: list[tuple[LocalPool, Token]] = []
     cancel = LocalPool.cancel_query
 
-    def note(holdings: LocalPool, token: Token, **options: bool) -> None:
-        sent.append((holdings, token))
-        cancel(holdings, token, **options)
+    def note(local: LocalPool, token: Token, **options: bool) -> None:
+        sent.append((local, token))
+        cancel(local, token, **options)
 
     monkeypatch.setattr(LocalPool, "cancel_query", note)
     a, b = pair(timeout=1)  # which moves it from the second to the first
     assert a._local.adopted == 1
     assert sent == []  # a cancel that is lost would cost its caller a second
     b.put_conn(b.get_conn(timeout=10))
-    assert [holdings for holdings, _ in sent] == [b._local]
+    assert [local for local, _ in sent] == [b._local]
     assert b._local.adopted == 1
     for giver, taker in ((b, a), (a, b)):
         conn = moved(giver, taker, lambda conn: None)

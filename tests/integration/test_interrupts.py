@@ -1,4 +1,4 @@
-"""An exception that is raised in any line of ours loses nothing: no descriptor, no lease, no waiting ticket.
+"""An exception that is raised in any line of ours loses nothing: no descriptor, no lease, no waiting thread.
 
 A signal's handler may raise anywhere. Here an exception is raised before the first line that a call executes, then
 before the second, and so on until the call comes through: before every one with SHAREDPOOL_LINES=1, else before every
@@ -135,7 +135,7 @@ class Watch:
         """Look at everything after an interrupt at `place`; take the numbers that have become free."""
         self.close_foreign(place)
         for pool in self.pools:
-            # By their numbers: a ticket that is referred to here would not be seen to be abandoned.
+            # By their numbers: a waiter that is referred to here would not be seen to be abandoned.
             for each in (*pool._local.cache.leases, *pool._local.cache.waiting):
                 self._guilty.setdefault((pool, each), place)
         for each in open_files().items():
@@ -172,8 +172,12 @@ class Watch:
                 for token, (_, held) in list(cache.arriving.items())
                 if held() is not None
             ]
-            if (seats := pool._local.membership.wait_sockets) is not None:
-                found += [seat for seat in seats._all if seat not in seats._free]
+            if (wait_sockets := pool._local.membership.wait_sockets) is not None:
+                found += [
+                    wait_socket
+                    for wait_socket in wait_sockets._all
+                    if wait_socket not in wait_sockets._free
+                ]
         gc.collect()
         return [f"{each}: {self._guilty.get(each, '?')}" for each in found]
 
@@ -295,7 +299,7 @@ def waited_in_lane(a: Pool, b: Pool) -> Callable[[], object]:
     return _waited(a, b, None)
 
 
-def waited_in_lane_the_long_way(a: Pool, b: Pool) -> Callable[[], object]:
+def waited_in_lane_by_the_slow_path(a: Pool, b: Pool) -> Callable[[], object]:
     return _waited(a, b, "key")
 
 
@@ -323,7 +327,7 @@ def given_in_lane(a: Pool, b: Pool) -> Callable[[], object]:
     return give
 
 
-IN_LANE = [waited_in_lane, waited_in_lane_the_long_way, taken_from_shelf, given_in_lane]
+IN_LANE = [waited_in_lane, waited_in_lane_by_the_slow_path, taken_from_shelf, given_in_lane]
 
 
 @pytest.fixture(scope="module")

@@ -312,7 +312,7 @@ def test_connections_move_past_the_broker(
     assert sampler.peak == 2
 
 
-def test_more_threads_than_seats_take_turns_and_cost_no_connect(
+def test_more_threads_than_wait_sockets_take_turns_and_cost_no_connect(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
 ) -> None:
     """They queue for a wait socket, as the others queue for a connection. (The broker could pass nothing to a thread

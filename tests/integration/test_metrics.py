@@ -365,28 +365,28 @@ def test_a_lease_that_no_process_holds_names_none() -> None:
 
 
 def test_a_reader_waits_no_longer_than_its_limit_and_not_at_all_for_a_broker_that_ends() -> None:
-    words: list[object] = []
-    lookout = MetricsService(
-        "127.0.0.1:0", words.append, lambda now: pytest.fail("nobody runs the words")
+    calls: list[object] = []
+    service = MetricsService(
+        "127.0.0.1:0", calls.append, lambda now: pytest.fail("nobody runs the calls")
     )
     with pytest.raises(TimeoutError):
-        lookout.snapshot(0.05)
+        service.snapshot(0.05)
     outcome: list[str] = []
 
     def look() -> None:
         try:
-            lookout.snapshot(60)
+            service.snapshot(60)
         except TimeoutError as error:
             outcome.append(str(error))
 
     thread = threading.Thread(target=look)
     thread.start()
-    wait_until(lambda: len(words) == 2)
-    lookout.stop()
+    wait_until(lambda: len(calls) == 2)
+    service.stop()
     thread.join(10)
     assert outcome == ["the broker is ending"]
     with pytest.raises(TimeoutError, match="ending"):
-        lookout.snapshot(60)
+        service.snapshot(60)
 
 
 def test_the_status_names_every_lease(served: Broker, postgres: EphemeralPostgres) -> None:

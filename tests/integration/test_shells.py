@@ -706,7 +706,7 @@ def test_a_connection_that_was_put_back_is_closed_to_its_user(pool: Pool) -> Non
     assert ask(pool.get_conn(), "SELECT 1") == 1
 
 
-def test_it_is_closed_by_the_short_way_too(pool: Pool) -> None:
+def test_it_is_closed_by_the_fast_path_too(pool: Pool) -> None:
     for _ in range(50):  # all but the few that are timed go it
         conn = pool.get_conn()
         assert not conn.closed
@@ -750,7 +750,7 @@ def test_a_setting_on_a_connection_that_was_put_back_is_not_the_next_users(pool:
     assert pool.get_conn().cursor_factory is None
 
 
-def test_settings_are_restored_by_the_short_way_too(pool: Pool) -> None:
+def test_settings_are_restored_by_the_fast_path_too(pool: Pool) -> None:
     for _ in range(50):  # all but the few that are timed would go it
         conn = pool.get_conn()
         assert not conn.autocommit

@@ -44,7 +44,7 @@ from sharedpool.broker.core.moves import LOST_WITH_THE_BROKER
 from sharedpool.broker.core.recovery import GRACE_OVER
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.broker.core.slots import Slots
-from sharedpool.lane.lane import Ticket as Place
+from sharedpool.lane.lane import Ticket
 from sharedpool.wire import desk
 from sharedpool.wire.admin import Order, OrderKind
 from sharedpool.wire.board import BROKER_PLACE, BROKER_REQUEST, SHELF
@@ -116,7 +116,7 @@ class Journal:
 
 
 class Broker:
-    """One incarnation. `words` are what other threads have to say, in order."""
+    """One incarnation. `calls` are what other threads have to say, in order."""
 
     def __init__(self, world: World, epoch: int, *, follows: bool) -> None:
         self.world = world
@@ -128,14 +128,14 @@ class Broker:
         self.looks: deque[SurveyServer] = deque()
         self.doubts: deque[VerifyServer] = deque()
         self.interferes: deque[CancelBackend] = deque()
-        self.words: deque[Callable[[Ledger, float], list[Command]]] = deque()
+        self.calls: deque[Callable[[Ledger, float], list[Command]]] = deque()
         self.boot = 0  # of the server the control connection is on; 0: not connected yet
         self.granted: dict[Token, tuple[bytes, int]] = {}
         self.arrivals: dict[str, list[tuple[bytes, int]]] = {}
         self.lanes: dict[str, End] = {}
-        self.seats: dict[str, deque[Packet | None]] = {}
+        self.wait_sockets: dict[str, deque[Packet | None]] = {}
         self.leaves_alone: set[str] = set()  # lanes in which connections move
-        self.homes: dict[bytes, int] = {}  # the sessions' lines to the desk
+        self.desk_lines: dict[bytes, int] = {}  # the sessions' lines to the desk
         self.invited: dict[bytes, InviteToLane] = {}  # who has not come to the desk yet
         self.grip = Grip(b"broker")
         journal = world.journal
@@ -156,7 +156,7 @@ class Broker:
 
     @property
     def slots(self) -> Slots:
-        """The ledger's books: its pools, sessions and leases."""
+        """The ledger's records: its pools, sessions and leases."""
         return self.ledger._slots
 
     def take_over(self) -> None:
@@ -237,7 +237,7 @@ class Broker:
                     self._to_lane(command)
                 case JoinQueue(pool, times, looks):
                     for _ in range(times):
-                        self.lanes[pool].queue(Place(SHELF, BROKER_PLACE, BROKER_REQUEST))
+                        self.lanes[pool].queue(Ticket(SHELF, BROKER_PLACE, BROKER_REQUEST))
                     self._take_later(pool, looks)
                 case StartMoves(pool):
                     self.leaves_alone.add(pool)
@@ -254,7 +254,7 @@ class Broker:
                     self.doubts.append(command)
         self.ledger.check_invariants()
         assert self.world.journal.live.keys() == self.slots.leases.keys(), (
-            "the journal differs from the books"
+            "the journal differs from the records"
         )
         for session, grant in grants:
             self._check_grant(session, grant)
@@ -266,7 +266,7 @@ class Broker:
         if process in self.world.processes:
             self.watched[session] = process
         else:
-            self.words.append(lambda ledger, now: ledger.session_died(session, now))
+            self.calls.append(lambda ledger, now: ledger.session_died(session, now))
 
     def _fence(self, fence: Fence) -> None:
         held = self.custody.get(fence.token)
@@ -316,7 +316,7 @@ class Broker:
         fails, self.cannot_pass = self.cannot_pass, False
         end = self.lanes.get(order.pool)
         if fails or end is None or not end.pass_on(order.number, order.place, message, proc):
-            self.words.append(lambda ledger, now: ledger.lanes.not_delivered(message, now))
+            self.calls.append(lambda ledger, now: ledger.lanes.not_delivered(message, now))
         else:
             self.world.passed += 1
 
@@ -327,12 +327,12 @@ class Broker:
         lane = Lane(pool, self.ledger.epoch)
         self.world.lanes.append(lane)
         self.lanes[pool] = End(lane, SHELF, b"broker")
-        self.seats[pool] = lane.bind(SHELF, BROKER_PLACE)
-        self.words.append(lambda ledger, now: ledger.lanes.opened(pool, serial, lane.board, now))
+        self.wait_sockets[pool] = lane.bind(SHELF, BROKER_PLACE)
+        self.calls.append(lambda ledger, now: ledger.lanes.opened(pool, serial, lane.board, now))
 
     def _let_in(self, order: InviteToLane) -> None:
         self.invited.pop(order.session, None)
-        number = self.homes.get(order.session)
+        number = self.desk_lines.get(order.session)
         wire = next((wire for wire in self.world.network.wires if wire.number == number), None)
         if wire is None:
             self.invited[order.session] = order
@@ -349,14 +349,14 @@ class Broker:
             or not run(end.give(Item(order.token, order.cell, order.live, proc)))
         ):
             moved = Moved(0, order.token, order.cell, 0, order.live)
-            self.words.append(lambda ledger, now: ledger.lanes.full(order.pool, moved, now))
+            self.calls.append(lambda ledger, now: ledger.lanes.full(order.pool, moved, now))
 
     def _empty_later(self, pool: str) -> None:
         if pool in self.lanes:
-            self.words.append(lambda ledger, now: self._empty(pool))
+            self.calls.append(lambda ledger, now: self._empty(pool))
 
     def _take_later(self, pool: str, most: int) -> None:
-        self.words.append(lambda ledger, now: self._take_from_shelf(pool, most))
+        self.calls.append(lambda ledger, now: self._take_from_shelf(pool, most))
 
     def _take_from_shelf(self, pool: str, most: int) -> list[Command]:
         commands: list[Command] = []
@@ -382,7 +382,7 @@ class Broker:
         if end is None or end.board.moving:
             return []
         while (ticket := end.next_ticket()) is not None:
-            end.ring(ticket)
+            end.wake(ticket)
         commands: list[Command] = []
         while (taken := run(end.take(self.grip))) is not None:
             moved, proc = taken
@@ -393,7 +393,7 @@ class Broker:
     def _close_lane(self, pool: str) -> None:
         self.leaves_alone.discard(pool)
         if (end := self.lanes.pop(pool, None)) is not None:
-            del self.seats[pool]
+            del self.wait_sockets[pool]
             end.close()
 
     @property
@@ -402,14 +402,14 @@ class Broker:
         return [
             pool
             for pool, end in self.lanes.items()
-            if self.seats[pool]
+            if self.wait_sockets[pool]
             or (pool not in self.leaves_alone and (end.lane.queue or end.lane.shelf))
         ]
 
     def read_lane(self, pool: str) -> None:
-        end, seat = self.lanes[pool], self.seats[pool]
-        while seat:
-            got = end.receive(seat, self.grip)
+        end, wait_socket = self.lanes[pool], self.wait_sockets[pool]
+        while wait_socket:
+            got = end.receive(wait_socket, self.grip)
             if got is None:
                 continue
             moved, proc = got
@@ -421,11 +421,11 @@ class Broker:
             self.execute(self._empty(pool))
 
     def _line_ended(self, number: int) -> None:
-        self.words.append(lambda ledger, now: ledger.desk.line_closed(number, now))
+        self.calls.append(lambda ledger, now: ledger.desk.line_closed(number, now))
 
     def _check_grant(self, session: bytes, grant: Grant | Moved) -> None:
-        books = self.slots.sessions
-        assert grant.token in self.granted or not books[session].pool.paused, (
+        sessions = self.slots.sessions
+        assert grant.token in self.granted or not sessions[session].pool.paused, (
             f"{grant.token}: its pool is paused"
         )
         receiver = self.granted.setdefault(grant.token, (session, grant.request))
@@ -434,7 +434,9 @@ class Broker:
             if (session, grant.request) in arrivals:
                 ahead = arrivals[: arrivals.index((session, grant.request))]
                 overtaken = [
-                    each for each in ahead if self.queued(*each) and not books[each[0]].pool.paused
+                    each
+                    for each in ahead
+                    if self.queued(*each) and not sessions[each[0]].pool.paused
                 ]
                 assert not (self.world.in_order and overtaken), (
                     f"{overtaken} came before {session!r}"
@@ -442,8 +444,8 @@ class Broker:
                 arrivals.remove((session, grant.request))
 
     def queued(self, session: bytes, request: int) -> bool:
-        books = self.slots.sessions.get(session)
-        return books is not None and request in books.waiters
+        known = self.slots.sessions.get(session)
+        return known is not None and request in known.waiters
 
     # --- input
 
@@ -460,9 +462,9 @@ class Broker:
 
     def _note_arrival(self, session: bytes, message: Acquire) -> None:
         if message.wait_ms and not self.queued(session, message.request):
-            books = self.slots.sessions.get(session)
-            if books is not None and not books.restored and message.request not in books.granted:
-                arrivals = self.arrivals.setdefault(books.pool.name, [])
+            known = self.slots.sessions.get(session)
+            if known is not None and not known.restored and message.request not in known.granted:
+                arrivals = self.arrivals.setdefault(known.pool.name, [])
                 if (session, message.request) in arrivals:
                     arrivals.remove((session, message.request))
                 arrivals.append((session, message.request))
@@ -482,7 +484,7 @@ class Broker:
             case Give():
                 self.execute(self.ledger.desk.given(message, now))
             case LineOwner(session):
-                self.homes[session] = wire.number
+                self.desk_lines[session] = wire.number
                 if (order := self.invited.get(session)) is not None:
                     self._let_in(order)
             case _:
@@ -494,8 +496,8 @@ class Broker:
     def hang_up(self, wire: Wire) -> None:
         """Close a line to the desk."""
         self.world.network.tear(wire)
-        if self.homes.get(wire.session) == wire.number:
-            del self.homes[wire.session]
+        if self.desk_lines.get(wire.session) == wire.number:
+            del self.desk_lines[wire.session]
         self._line_ended(wire.number)
 
     def _take(self, session: bytes, token: Token, proc: Proc) -> None:
@@ -533,7 +535,7 @@ class Broker:
     def notice_death(self, session: bytes) -> None:
         """A pidfd fires: told after what has been read already."""
         del self.watched[session]
-        self.words.append(lambda ledger, now: ledger.session_died(session, now))
+        self.calls.append(lambda ledger, now: ledger.session_died(session, now))
 
     @property
     def deaths(self) -> list[bytes]:
@@ -545,7 +547,7 @@ class Broker:
         ]
 
     def hear_word(self) -> None:
-        self.execute(self.words.popleft()(self.ledger, self.world.now))
+        self.execute(self.calls.popleft()(self.ledger, self.world.now))
 
     def tick(self) -> None:
         self.execute(self.ledger.tick(self.world.now))
@@ -608,13 +610,13 @@ class Broker:
             )
             proc.busy = False
         sent = None if proc is None else order.backend.pid % 5 > 0  # to some it may not
-        self.words.append(lambda ledger, now: ledger.control.query_cancelled(order, sent, now))
+        self.calls.append(lambda ledger, now: ledger.control.query_cancelled(order, sent, now))
 
     def _answer_doubt(self, doubt: VerifyServer) -> None:
         self.doubts.popleft()
         before = self.boot
         same = self.reach_server() and before == self.boot
-        self.words.append(
+        self.calls.append(
             lambda ledger, now: ledger.control.server_verified(
                 doubt.pool, doubt.generation, same, now
             )
@@ -625,7 +627,7 @@ class Broker:
         survey = self.world.server.survey(look.serial, look.barrier, self.world.now)
         if look.serial == GRACE_OVER and look.barrier:
             self.world.excuse_unknowable()
-        self.words.append(lambda ledger, now: ledger.control.surveyed(survey, now))
+        self.calls.append(lambda ledger, now: ledger.control.surveyed(survey, now))
 
     def _end(self, fence: Fence) -> None:
         assert fence.backend is not None
@@ -636,4 +638,4 @@ class Broker:
         elif fence.backend.boot_us not in self.world.seen_boots:
             return  # it cannot tell
         self.fences.pop(fence.token, None)
-        self.words.append(lambda ledger, now: ledger.backend_gone(fence.token, now))
+        self.calls.append(lambda ledger, now: ledger.backend_gone(fence.token, now))

@@ -46,7 +46,7 @@ class Lack(IntEnum):
     NOTHING = 0
     SOCKET = 1  # the connection's own
     SHELL = 2
-    SEAT = 3  # where the next thread is to wait
+    WAIT_SOCKET = 3  # where the next thread is to wait
 
 
 class Step(IntEnum):
@@ -95,7 +95,7 @@ class AtTheDesk:
             self.desk.say(LineOwner(self.id))
 
     def welcome_at_desk(self, welcome: Welcome) -> None:
-        """Take part in the hand-over, if it can be; hand in all sockets."""
+        """Take part in the hand-over, if it can be; deposit all sockets."""
         self.hands_over = welcome.handover and self.handover and self.desk is not None
         self.cache.set_terms(EXPIRATION_S, welcome.ttl_ms / 1000, hands_over=self.hands_over)
         for lease in self.cache.leases.values():

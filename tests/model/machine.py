@@ -35,7 +35,7 @@ from tests.model.worker import Worker
 from tests.model.world import World
 
 MOST_WORKERS = 5
-MOST_TICKETS = 6
+MOST_WAITERS = 6
 _WAITS = (0.0, 2.0, 60.0, 60.0, 600.0)
 _OPENED = ("", "", "", "", "not deposited", "interrupted", "configure", "encrypted")
 _TROUBLE = ("", "57P01", "25006", "57P02")
@@ -102,7 +102,7 @@ class GoodNetwork(RuleBasedStateMachine):
     @rule(pick=picks)
     def checkout(self, pick: int) -> None:
         worker, pick = self.one(pick)
-        if len(worker.tickets) < MOST_TICKETS:
+        if len(worker.waiters) < MOST_WAITERS:
             for _ in range(1 + pick // 8 % 3):
                 worker.checkout(_WAITS[pick % len(_WAITS)])
 
@@ -114,7 +114,7 @@ class GoodNetwork(RuleBasedStateMachine):
     def _crowd(self, times: int) -> None:
         world = self.world
         for worker in world.awake:
-            for _ in range(times if len(worker.tickets) < MOST_TICKETS else 0):
+            for _ in range(times if len(worker.waiters) < MOST_WAITERS else 0):
                 worker.checkout(60.0)
         world.deliver_all()
         for worker in world.awake:
@@ -154,28 +154,28 @@ class GoodNetwork(RuleBasedStateMachine):
             worker.cache.report_failover_sign(conn.lease, _TROUBLE[pick // 16 % len(_TROUBLE)])
             worker.flush()
 
-    @some("tickets")
+    @some("waiters")
     @rule(pick=picks)
     def collect(self, pick: int) -> None:
-        worker, pick = self.one(pick, "tickets")
+        worker, pick = self.one(pick, "waiters")
         worker.collect(configure_fails=pick % 16 == 7)
 
-    @some("tickets")
+    @some("waiters")
     @rule(pick=picks)
     def give_up(self, pick: int) -> None:
-        worker, pick = self.one(pick, "tickets")
+        worker, pick = self.one(pick, "waiters")
         in_connect = [opening.lease for opening in worker.opening]
-        tickets = [x for x in worker.tickets if x not in worker.abandoned]
-        tickets = [x for x in tickets if x.lease not in in_connect or x.lease is None]
-        if not tickets:
+        waiters = [x for x in worker.waiters if x not in worker.abandoned]
+        waiters = [x for x in waiters if x.lease not in in_connect or x.lease is None]
+        if not waiters:
             return
-        ticket = tickets[pick % len(tickets)]
-        if ticket in worker.quitting:
-            worker.quit(ticket)
-        elif pick // len(tickets) % 2:
-            worker.stop_waiting(ticket)
+        waiter = waiters[pick % len(waiters)]
+        if waiter in worker.quitting:
+            worker.quit(waiter)
+        elif pick // len(waiters) % 2:
+            worker.stop_waiting(waiter)
         else:
-            worker.give_up(ticket)
+            worker.give_up(waiter)
 
     @some("connecting")
     @rule(pick=picks)
@@ -252,10 +252,10 @@ class GoodNetwork(RuleBasedStateMachine):
         for turn in range(6 + pick % 8):
             pick = (pick * 5 + 3) % 1021
             asker, _ = self.one(pick)
-            if len(asker.tickets) < 2:
+            if len(asker.waiters) < 2:
                 asker.checkout(60.0)
             if pick % 7 == 3:
-                asker.lacks = (Lack.SOCKET, Lack.SHELL, Lack.SEAT)[pick % 3]
+                asker.lacks = (Lack.SOCKET, Lack.SHELL, Lack.WAIT_SOCKET)[pick % 3]
             if holders := [worker for worker in world.awake if worker.users or worker.closing]:
                 holder = holders[turn % len(holders)]
                 if not holder.closing:
@@ -288,8 +288,8 @@ class GoodNetwork(RuleBasedStateMachine):
         for awake in self.world.awake:
             steps += [(awake, thread) for thread in awake.threads if thread.ready]
             steps += [(awake, giving) for giving in awake.lane_giving]
-            steps += [(awake, ticket) for ticket in awake.rung[:1]]
-            if awake.seat_news:
+            steps += [(awake, waiter) for waiter in awake.woken[:1]]
+            if awake.wait_socket_news:
                 steps.append((awake, None))
         if self.world.broker is not None:
             steps += [(None, pool) for pool in self.world.broker.lanes_to_read]
@@ -305,7 +305,7 @@ class GoodNetwork(RuleBasedStateMachine):
         elif isinstance(step, LaneGiving):
             worker.step_giving(step)
         elif isinstance(step, Waiter):
-            worker.sit_down()
+            worker.take_freed_wait_socket()
         else:
             worker.look_in_lane()
             worker.flush()
@@ -362,7 +362,7 @@ class GoodNetwork(RuleBasedStateMachine):
                 return True
             self._make_ready(turn)
             for worker in world.awake:
-                if worker.pool == "a" and len(worker.tickets) + len(worker.threads) < 2:
+                if worker.pool == "a" and len(worker.waiters) + len(worker.threads) < 2:
                     worker.checkout(60.0)
             quiesce(world)
             world.pass_time(0.6)  # longer than a slice
@@ -465,7 +465,7 @@ class GoodNetwork(RuleBasedStateMachine):
                     world.deliver_down(worker)
                 case 6 if worker.users:
                     worker.checkin(worker.users[0])
-                case 7 if len(worker.tickets) + len(worker.threads) < 3:
+                case 7 if len(worker.waiters) + len(worker.threads) < 3:
                     worker.checkout(60.0)
                 case 8:
                     worker.beat()
@@ -481,7 +481,7 @@ class GoodNetwork(RuleBasedStateMachine):
             found = [worker for worker in world.awake if worker.end is not None]
             if not found:
                 return
-            askers = [worker for worker in found if len(worker.tickets) + len(worker.threads) < 3]
+            askers = [worker for worker in found if len(worker.waiters) + len(worker.threads) < 3]
             holders = [worker for worker in found if worker.users]
             closers = [worker for worker in found if worker.closing]
             match pick % 16:
@@ -589,7 +589,7 @@ class GoodNetwork(RuleBasedStateMachine):
         world.die(worker)
         if (broker := world.broker) is not None and pick % 2 and worker.id in broker.deaths:
             broker.notice_death(worker.id)
-            while broker.words and world.broker is broker:
+            while broker.calls and world.broker is broker:
                 broker.hear_word()
 
     @precondition(lambda self: len(self.world.awake) > 2)
@@ -675,7 +675,7 @@ class GoodNetwork(RuleBasedStateMachine):
                 broker.notice_death(deaths[pick % len(deaths)])
             elif pick % 3 == 1 and (endings := broker.endings):
                 broker.see(endings[pick % len(endings)])
-            elif pick % 3 == 2 and broker.words:
+            elif pick % 3 == 2 and broker.calls:
                 broker.hear_word()
             else:
                 continue
@@ -751,7 +751,7 @@ class GoodNetwork(RuleBasedStateMachine):
         for _ in range(pick // 8 % 4):
             if (broker := world.broker) is not None:
                 broker.work(0)
-                if broker.words:
+                if broker.calls:
                     broker.hear_word()
                 world.pass_time(0.05)
         self._crowd(2)
@@ -771,13 +771,13 @@ class GoodNetwork(RuleBasedStateMachine):
     def quiet_moment(self) -> None:
         world = self.world
         quiesce(world)
-        for _ in range(
-            2
-        ):  # who keeps a connection for its slice is asked by then, if pressed only after the first
+        # A process that keeps a connection for its time slice may learn of the others only after
+        # the first of these; it is asked for it by the second.
+        for _ in range(2):
             world.pass_time(1.1 * NUDGE_S)
             quiesce(world)
-        books = None if world.broker is None else world.broker.slots
-        pools = [] if books is None else books.contended.values()
+        slots = None if world.broker is None else world.broker.slots
+        pools = [] if slots is None else slots.contended.values()
         if any(
             holder.nudge_at > world.now
             for pool in pools

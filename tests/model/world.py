@@ -81,9 +81,9 @@ class World:
         granted and on its way, or in the hands of a thread. Whatever was begun is seen, at the latest by its tag.
         """
         assert self.broker is not None
-        books = self.broker.slots
+        slots = self.broker.slots
         for worker in self.workers.values():
-            known = books.sessions.get(worker.id)
+            known = slots.sessions.get(worker.id)
             if known is not None and not known.restored:
                 continue
             self.excused.update(token for token, begun in worker.unconnected.items() if not begun)

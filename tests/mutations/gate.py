@@ -276,7 +276,7 @@ MUTANTS = (
         ("tests/unit/test_groups.py",),
     ),
     Mutant(
-        "a seat is free while an answer may still come",
+        "a wait socket is free while an answer may still come",
         (
             (
                 "sharedpool/worker/core/lease.py",
@@ -468,7 +468,7 @@ MUTANTS = (
                 "",
             ),
         ),
-        ("tests/integration/test_shells.py", "-k", "short_way"),
+        ("tests/integration/test_shells.py", "-k", "fast_path"),
     ),
     Mutant(
         "a worker with a wrong password holds everybody back",

@@ -44,7 +44,7 @@ class Broker:
 
     @property
     def slots(self) -> Slots:
-        """The ledger's books: its pools, sessions and leases."""
+        """The ledger's records: its pools, sessions and leases."""
         return self.ledger._slots
 
     def take_in(self, commands: list[Command]) -> list[Command]:

@@ -153,7 +153,7 @@ def test_a_later_request_gets_a_round_of_its_own(broker: Broker) -> None:
 
 
 def test_holders_who_owe_a_checkin_are_asked_too_before_a_denial(broker: Broker) -> None:
-    """Of three checkins at once one was owed: the two others lie idle, and only the holder knows."""
+    """Of three checkins at once one return was due: the two others lie idle, and only the holder knows."""
     a, b, c = (broker.worker(name, max_conn=3) for name in "abc")
     tokens = [a.lend() for _ in range(3)]
     b.ask(wait_s=60)
@@ -1176,16 +1176,16 @@ def test_words_about_other_peoples_leases_are_ignored(broker: Broker) -> None:
     assert broker.ledger.leases == 1
 
 
-# --- the books, and their cost
+# --- the slots, and their cost
 
 
 def test_an_unknown_transition_is_a_bug() -> None:
-    books = Slots(None, lambda command: None)
+    slots = Slots(None, lambda command: None)
     pool = Pool(PoolSpec("p", 1, 1000), 1, Backoff(lambda: 0.5))
     session = Session(b"s", 1, "", "s", pool, 60.0, 0.0)
     lease = Slot(Token(1, 1), session, pool)
     with pytest.raises(AssertionError, match="bug: lease 1-1: free -> closing"):
-        books.move(lease, SlotState.CLOSING, "test")
+        slots.move(lease, SlotState.CLOSING, "test")
 
 
 class CountingTrace:

@@ -91,7 +91,7 @@ class Rig:
         return self.broker.slots.sessions[worker.id].number
 
     def holder_of(self, token: Token) -> str:
-        """Return the name of who holds a lease by the books, "shelf" for nobody."""
+        """Return the name of who holds a lease by the records, "shelf" for nobody."""
         session = self.lease(token).session
         return "shelf" if session.shelf else session.id.decode()
 
@@ -104,7 +104,7 @@ class Rig:
         for worker in self.workers:
             self.desk.join(worker)
         giver, taker = self.workers[0], self.workers[-1]
-        self.desk.ask(taker, seat=0)
+        self.desk.ask(taker, place=0)
         self.desk.give(giver, self.tokens[0])
         self.cancels_work()
         heir = self.desk.passed()[-1][1].token
@@ -117,8 +117,8 @@ class Rig:
     def join(self, worker: Worker) -> None:
         self.broker.take_in(self.broker.ledger.lanes.joined(worker.id, self.broker.now))
 
-    def contend(self, worker: Worker | None = None, *, seat: int = 1) -> int:
-        return self.desk.ask(worker or self.workers[0], seat=seat, wait_s=500.0)
+    def contend(self, worker: Worker | None = None, *, place: int = 1) -> int:
+        return self.desk.ask(worker or self.workers[0], place=place, wait_s=500.0)
 
     def give_up(self) -> None:
         """Have nobody wait at the broker any more."""
@@ -133,7 +133,7 @@ class Rig:
         self.contend()
         if not self.moving:  # holders are asked first, whether something lies idle
             self.answer_all()
-            self.contend(seat=2)
+            self.contend(place=2)
         assert self.moving
 
     def answer_all(self) -> None:
@@ -201,7 +201,7 @@ def test_a_lane_is_made_for_the_first_waiter(rig: Rig) -> None:
     assert rig.broker.all(OpenLane) == []
     rig.workers[2].ask(9.0)
     assert rig.broker.all(OpenLane) == [OpenLane("p", 1)]
-    rig.desk.ask(rig.workers[0], seat=8)
+    rig.desk.ask(rig.workers[0], place=8)
     rig.desk.give(rig.workers[1], rig.tokens[1])
     assert rig.broker.all(OpenLane) == [OpenLane("p", 1)]  # it is ordered
 
@@ -257,7 +257,7 @@ def test_in_a_pool_with_max_waiting_the_broker_passes_connections_on() -> None:
     rig.open_lane()
     rig.contend()
     rig.answer_all()
-    rig.contend(seat=2)
+    rig.contend(place=2)
     assert not rig.moving
     rig.desk.give(rig.workers[1], rig.tokens[1])
     assert len(rig.desk.passed()) == 2
@@ -323,7 +323,7 @@ def test_connections_move_while_a_thread_waits_and_the_broker_has_nothing_else_t
     assert not rig.moving
     rig.contend()
     rig.answer_all()
-    rig.contend(seat=2)
+    rig.contend(place=2)
     assert rig.moving
     assert rig.broker.all(StartMoves) == [StartMoves("p")]
     assert [rig.board.find(token) >= 0 for token in rig.tokens] == [True, True]
@@ -345,13 +345,13 @@ def test_the_generation_is_on_the_board(rig: Rig) -> None:
 
 def test_a_request_at_the_broker_takes_its_turn_in_the_lane(rig: Rig) -> None:
     rig.open_lane()
-    rig.contend(seat=1)
+    rig.contend(place=1)
     rig.answer_all()
-    rig.contend(rig.workers[1], seat=2)
+    rig.contend(rig.workers[1], place=2)
     assert rig.moving
     assert rig.board.is_waiting_at(BROKER_PLACE, BROKER_REQUEST)
     assert sum(each.times for each in rig.broker.all(JoinQueue)) == 2
-    rig.contend(rig.workers[1], seat=3)
+    rig.contend(rig.workers[1], place=3)
     assert sum(each.times for each in rig.broker.all(JoinQueue)) == 3
 
 
@@ -396,7 +396,7 @@ def test_a_request_without_a_wait_gets_the_connection_on_the_shelf(rig: Rig) -> 
         len(rig.desk.passed()),
     )
     worker = rig.workers[0]
-    rig.desk.ask(worker, seat=3, wait_s=0)
+    rig.desk.ask(worker, place=3, wait_s=0)
     rig.answer_all()
     assert worker.sent(Deny) == []
     assert sum(each.most_from_shelf for each in rig.broker.all(JoinQueue)) > looks
@@ -409,7 +409,7 @@ def test_a_request_without_a_wait_gets_the_connection_on_the_shelf(rig: Rig) -> 
 def test_a_request_without_a_wait_is_refused_if_the_shelf_is_empty(rig: Rig) -> None:
     rig.proceed()
     rig.give_up()
-    rig.desk.ask(rig.workers[0], seat=3, wait_s=0)
+    rig.desk.ask(rig.workers[0], place=3, wait_s=0)
     rig.answer_all()
     assert [each.reason for each in rig.workers[0].sent(Deny)] == [DenyReason.EXHAUSTED]
 
@@ -417,7 +417,7 @@ def test_a_request_without_a_wait_is_refused_if_the_shelf_is_empty(rig: Rig) -> 
 def test_a_request_to_the_broker_has_the_shelf_looked_at(rig: Rig) -> None:
     rig.proceed()
     looks = sum(each.most_from_shelf for each in rig.broker.all(JoinQueue))
-    rig.contend(rig.workers[1], seat=3)
+    rig.contend(rig.workers[1], place=3)
     assert sum(each.most_from_shelf for each in rig.broker.all(JoinQueue)) > looks
 
 
@@ -526,7 +526,7 @@ def test_moves_do_not_begin_while_the_broker_has_something_else_to_do(why: str) 
         rig.pool.backoff.failed(Token(1, 99), 1, "down", rig.broker.now)
     rig.contend()
     rig.answer_all()
-    rig.contend(seat=2)
+    rig.contend(place=2)
     rig.answer_all()
     assert not rig.moving
     assert broker.all(StartMoves) == []
@@ -571,7 +571,7 @@ def test_under_a_cap_moves_begin_again_when_no_other_pool_waits() -> None:
     assert not rig.moving
     broker.send(other.id, Withdraw(request))
     rig.answer_all()
-    rig.contend(seat=3)
+    rig.contend(place=3)
     rig.answer_all()
     assert rig.moving
 
@@ -584,7 +584,7 @@ def test_a_session_that_has_not_joined_delays_the_moves_until_it_joins(rig: Rig)
     rig.contend()
     rig.answer_all()
     late.answer()
-    rig.contend(seat=2)
+    rig.contend(place=2)
     assert not rig.moving
     rig.join(late)
     assert rig.moving
@@ -616,9 +616,9 @@ def test_moves_proceed_after_a_halt(rig: Rig) -> None:
     rig.give_up()
     rig.broker.pass_time(QUIET_S * 1.01)
     assert not rig.moving
-    rig.contend(seat=3)
+    rig.contend(place=3)
     rig.answer_all()
-    rig.contend(seat=4)
+    rig.contend(place=4)
     assert rig.moving
     for _ in range(3):  # the watch for the end of it, too
         rig.broker.pass_time(QUIET_S * 1.01)
@@ -629,7 +629,7 @@ def test_moves_proceed_after_a_halt(rig: Rig) -> None:
 
 
 def test_when_moves_begin_the_waiters_decide_what_is_to_be_returned(rig: Rig) -> None:
-    """Not by what was shared a while ago: nobody owes anything where others wait in the lane."""
+    """Not by what was shared a while ago: no returns are due where others wait in the lane."""
     rig.proceed()
     assert rig.pool.shared_until <= rig.broker.now < rig.broker.now + SHARED_S
 
@@ -730,7 +730,7 @@ def test_a_lease_given_by_a_silent_session_is_no_longer_suspect(rig: Rig) -> Non
         rig.workers[2].beat()
     assert rig.state(token) is SlotState.SUSPECT
     rig.moves_itself(token, rig.workers[0])  # the stopped worker goes on, and gives it
-    rig.contend(rig.workers[2], seat=3)
+    rig.contend(rig.workers[2], place=3)
     assert rig.state(token) is SlotState.OPEN
     assert rig.fenced() == []
 
@@ -747,8 +747,8 @@ def test_a_lease_given_to_a_silent_session_is_suspect(rig: Rig) -> None:
         rig.workers[1].beat()
     assert rig.state(rig.tokens[0]) is SlotState.SUSPECT  # the stopped worker's own lease
     rig.moves_itself(token, stopped, arrives=False)
-    rig.contend(rig.workers[0], seat=3)
-    rig.contend(rig.workers[0], seat=4)
+    rig.contend(rig.workers[0], place=3)
+    rig.contend(rig.workers[0], place=4)
     assert set(rig.fenced()) == set(rig.tokens)
 
 
@@ -1119,7 +1119,7 @@ def test_a_lease_with_a_cancel_under_way_does_not_move_yet(rig: Rig) -> None:
     rig.broker.send(b"w1", CancelQuery(rig.tokens[1]))
     rig.contend()
     rig.answer_all()
-    rig.contend(seat=2)
+    rig.contend(place=2)
     assert (rig.moving, rig.board.find(rig.tokens[1])) == (True, -1)
     rig.broker.take_in(
         rig.broker.ledger.control.query_cancelled(
@@ -1517,7 +1517,7 @@ def test_a_lease_of_this_broker_is_never_unclaimed(rig: Rig) -> None:
 
 
 def test_a_request_without_a_wait_is_refused_once_the_shelf_was_found_empty(rig: Rig) -> None:
-    """By the books something lies there: it was lost on its way, or another was faster."""
+    """By the records something lies there: it was lost on its way, or another was faster."""
     rig.proceed()
     rig.give_up()
     rig.moves_itself(rig.tokens[1], None)

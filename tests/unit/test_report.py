@@ -1,4 +1,4 @@
-"""What the books tell an operator: leases by age, how long requests waited, slots in use over time."""
+"""What the records tell an operator: leases by age, how long requests waited, slots in use over time."""
 
 from __future__ import annotations
 
