@@ -1,4 +1,5 @@
-"""Django's backend on a shared pool: Django's own management commands, servers and test runner, on a real server."""
+"""Django's backend on a shared pool: Django's own management commands, servers and test runner, on
+a real server."""
 
 import http.client
 import json
@@ -232,7 +233,8 @@ def site(
 ) -> str:
     """The environment of the example project; returns its database."""
     found = psycopg2.extensions.parse_dsn(database)
-    url = f"postgresql://{found['user']}@/{found['dbname']}?host={quote(found['host'], safe='')}&port={found['port']}"
+    host = quote(found["host"], safe="")
+    url = f"postgresql://{found['user']}@/{found['dbname']}?host={host}&port={found['port']}"
     monkeypatch.setenv("DATABASE_URL", url)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv(

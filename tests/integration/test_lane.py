@@ -1,4 +1,5 @@
-"""Connections move between processes past the broker: it works, and whoever dies or stops in it costs no slot."""
+"""Connections move between processes past the broker: it works, and whoever dies or stops in it
+costs no slot."""
 
 import contextlib
 import dataclasses
@@ -36,13 +37,14 @@ _TTL_S = 1.5
 _EAGER = {"time_slice": 0, "threads": True}
 
 _LEAVE_ALL = """
-    SET sharedpool.user = 'me'; CREATE TEMP TABLE left_over (n int); SELECT pg_advisory_lock(42); LISTEN news;
-    PREPARE mine AS SELECT 1
+    SET sharedpool.user = 'me'; CREATE TEMP TABLE left_over (n int); SELECT pg_advisory_lock(42);
+    LISTEN news; PREPARE mine AS SELECT 1
 """
 _WHAT_IS_LEFT = """
     SELECT current_setting('sharedpool.user', true), to_regclass('left_over')::text,
         (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()),
-        (SELECT count(*) FROM pg_listening_channels()), (SELECT count(*) FROM pg_prepared_statements)
+        (SELECT count(*) FROM pg_listening_channels()),
+        (SELECT count(*) FROM pg_prepared_statements)
 """
 
 # Steps where a stopped process is missed in different ways: each test of one waits for its TTL.
@@ -117,7 +119,8 @@ def wait_for_waiters(broker: sharedpool.Broker, name: str, count: int, holder: W
 
 
 def let_move(crew: list[Worker], broker: sharedpool.Broker, name: str, tmp_path: Path) -> None:
-    """Have all of them in the lane, and connections move for a while, whether somebody uses them or not."""
+    """Have all of them in the lane, and connections move for a while, whether somebody uses them or
+    not."""
     with at_work(crew, tmp_path / "in the lane"):
         wait_for_moves(broker, name)
 
@@ -157,7 +160,8 @@ def test_a_process_that_is_killed_in_the_middle_of_a_move_costs_no_slot(
 def test_a_process_that_is_stopped_in_the_middle_of_a_move_costs_no_slot_and_goes_on(
     impatient: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, step: str
 ) -> None:
-    """The others wait for its TTL at most, and a little more; what it was taken away it does not use again."""
+    """The others wait for its TTL at most, and a little more; what it was taken away it does not
+    use again."""
     settings: dict[str, Any] = {
         "dsn": postgres.dsn,
         "broker": impatient.address,
@@ -216,7 +220,8 @@ def test_a_process_that_is_killed_while_it_is_stopped_costs_no_slot(
 def test_connections_move_while_there_is_no_broker_and_the_next_one_finds_them(
     postgres: EphemeralPostgres, name: str, tmp_path: Path, runtime_dir: Path
 ) -> None:
-    """What a worker uses when the next broker comes is not taken from it, whoever had it when the former one died."""
+    """What a worker uses when the next broker comes is not taken from it, whoever had it when the
+    former one died."""
     address = f"ipc://{runtime_dir}/b.sock"
     first = sharedpool.start_broker(60, address=address, dsn=postgres.dsn, ttl=_TTL_S)
     settings = {"dsn": postgres.dsn, "broker": address, "name": name, "max_conn": 2, **_EAGER}
@@ -251,7 +256,8 @@ def test_connections_move_while_there_is_no_broker_and_the_next_one_finds_them(
 def test_slots_lost_with_a_broker_are_back_as_soon_as_all_members_have_reported(
     postgres: EphemeralPostgres, name: str, tmp_path: Path, runtime_dir: Path
 ) -> None:
-    """It was sent to one who has died since, and whom the next broker knows as a member of that lane alone."""
+    """It was sent to one who has died since, and whom the next broker knows as a member of that
+    lane alone."""
     address, ttl_s = f"ipc://{runtime_dir}/b.sock", 20.0
     first = sharedpool.start_broker(60, address=address, dsn=postgres.dsn, ttl=ttl_s)
     settings: dict[str, Any] = {
@@ -315,10 +321,12 @@ def test_connections_move_past_the_broker(
 def test_more_threads_than_wait_sockets_take_turns_and_cost_no_connect(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
 ) -> None:
-    """They queue for a wait socket, as the others queue for a connection. (The broker could pass nothing to a thread
-    without.)
+    """They queue for a wait socket, as the others queue for a connection.
 
-    Nor is a connection taken for lost, and ended, that a thread has received and has had no time to list.
+    (The broker could pass nothing to a thread without.)
+
+    Nor is a connection taken for lost, and ended, that a thread has received and has had no time to
+    list.
     """
     threads = PLACES + 32
     settings = {
@@ -346,7 +354,8 @@ def test_more_threads_than_wait_sockets_take_turns_and_cost_no_connect(
 
 
 def test_a_worker_that_is_invited_before_its_welcome_joins(pair: MakePair) -> None:
-    """In a process that has a line to the desk already the invitation may be faster than the WELCOME."""
+    """In a process that has a line to the desk already the invitation may be faster than the
+    WELCOME."""
     a, b = pair()
     conn = a.get_conn()
     a.put_conn(conn)
@@ -676,7 +685,8 @@ def test_operators_are_told_and_obeyed_while_connections_move(
 def test_a_checkout_that_lasts_too_long_is_found_while_others_move(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
 ) -> None:
-    """It is one checkout; those of the others are short, whatever the name of the lease that moves."""
+    """It is one checkout; those of the others are short, whatever the name of the
+    lease that moves."""
     settings = {
         "dsn": postgres.dsn,
         "broker": broker.address,

@@ -1,4 +1,5 @@
-"""The link that the pools of a process share, and registrations that end while their pools go on."""
+"""The link that the pools of a process share, and registrations that end while their
+pools go on."""
 
 import os
 import threading
@@ -58,7 +59,8 @@ def thread_of(link: Link) -> threading.Thread:
 def test_a_registration_that_has_ended_leaves_the_pool_to_its_successor(
     make_pool: MakePool, gate: Gate
 ) -> None:
-    """A retired pool that is used on: its registration ends with each last lease, the next checkout needs another."""
+    """A retired pool that is used on: its registration ends with each last lease, the next checkout
+    needs another."""
     pool = make_pool(pool_manager=sharedpool.ThreadedConnectionPool)
     pool.retire()
     local = pool._local
@@ -147,7 +149,8 @@ FORKING = """
 import os, sys, warnings
 warnings.simplefilter("error")
 import sharedpool
-pools = [sharedpool.config_pool(2, dsn=sys.argv[1], broker=sys.argv[2], name=f"forks{n}", timeout=10) for n in (1, 2)]
+settings = dict(dsn=sys.argv[1], broker=sys.argv[2], timeout=10)
+pools = [sharedpool.config_pool(2, name=f"forks{n}", **settings) for n in (1, 2)]
 for _ in range(3):
     for pool in pools:
         with pool.connection() as conn, conn.cursor() as cursor:

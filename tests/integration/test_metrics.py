@@ -1,4 +1,5 @@
-"""The broker's metrics, as Prometheus reads them, and its HTTP server, as clients good and bad meet it."""
+"""The broker's metrics, as Prometheus reads them, and its HTTP server, as clients good and bad meet
+it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Connects that fail: whom it concerns is known whatever language the server speaks, and nobody hammers it."""
+"""Connects that fail: whom it concerns is known whatever language the server speaks, and nobody
+hammers it."""
 
 import contextlib
 import os
@@ -75,7 +76,8 @@ def test_the_reason_of_repeated_refusals_is_not_asked_for_every_time() -> None:
 
 
 def test_the_process_that_tries_a_full_server_again_tries_once() -> None:
-    """The broker has said with what the server refuses everybody: a second connect would be one more refused one."""
+    """The broker has said with what the server refuses everybody: a second connect would be one
+    more refused one."""
     with RefusingServer("login", "53300") as server:
         made: list[PooledConnection] = []
         with pytest.raises(psycopg2.OperationalError) as caught:
@@ -166,7 +168,8 @@ def test_a_fleet_that_is_refused_does_not_hammer_the_server_and_each_caller_is_t
             for worker in crew:
                 worker.send("insist", seconds=seconds, timeout=2)
             answers = [worker.answer() for worker in crew]
-        # Each once, and once more for the code; once for a new password; then by turns, or each less and less often.
+        # Each once, and once more for the code; once for a new password; then by turns, or each
+        # less and less often.
         assert server.connects <= crew_size * (3 + 3)
     for answer in answers:
         assert set(answer["outcomes"]) <= {"OperationalError", "ConnectRefused"}

@@ -1,7 +1,8 @@
-"""A broker process around the real ledger: what `server.py`, `desk.py`, `control.py` and `journal.py` do.
+"""A broker process around the real ledger: what `server.py`, `desk.py`, `control.py` and
+`journal.py` do.
 
-What the ledger's commands ask for is carried out by steps of the world, one by one. `fuse` kills the broker in the
-middle of a batch of commands: those before are carried out, those after are lost.
+What the ledger's commands ask for is carried out by steps of the world, one by one. `fuse` kills
+the broker in the middle of a batch of commands: those before are carried out, those after are lost.
 """
 
 from __future__ import annotations

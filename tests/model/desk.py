@@ -1,7 +1,7 @@
 """A worker at the desk: its program's line, and what `Giver.give` and `LocalState.deposit` do.
 
-Giving takes two steps more than closing: the session is taken from under the connection, then the broker is told, then
-the cache (`giving`).
+Giving takes two steps more than closing: the session is taken from under the connection, then the
+broker is told, then the cache (`giving`).
 """
 
 from __future__ import annotations

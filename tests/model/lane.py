@@ -1,7 +1,8 @@
-"""The lane: its memory and pipes, as the kernel keeps them, and what a process does there (`sharedpool/lane/lane.py`).
+"""The lane: its memory and pipes, as the kernel keeps them, and what a process does there
+(`sharedpool/lane/lane.py`).
 
-What takes several system calls in a real process is a generator here: whatever it yields at, another process may go on,
-or this one be killed or frozen.
+What takes several system calls in a real process is a generator here: whatever it yields at,
+another process may go on, or this one be killed or frozen.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ Got = tuple[Moved, Proc]
 
 
 class Grip:
-    """A descriptor of a socket that nobody in its process writes to. `process`: the worker's session, or the broker."""
+    """A descriptor of a socket that nobody in its process writes to.
+
+    `process`: the worker's session, or the broker.
+    """
 
     def __init__(self, process: bytes) -> None:
         self.process = process

@@ -1,7 +1,9 @@
-"""What can happen, as rules. A step is one rule; `pick` chooses among what is there to be chosen.
+"""What can happen, as rules.
 
-One small number for each step instead of several draws: Hypothesis spends more time on drawing than the world on
-stepping.
+A step is one rule; `pick` chooses among what is there to be chosen.
+
+One small number for each step instead of several draws: Hypothesis spends more time on drawing than
+the world on stepping.
 """
 
 from __future__ import annotations
@@ -71,9 +73,13 @@ class GoodNetwork(RuleBasedStateMachine):
         has_desk, handover = pick // 4 % 8 != 7, pick // 32 % 4 != 3
         grouping = (None, None, None, 0, 1, 2)[pick // 4 % 6] if cap is not None else None
         self.world = World(
-            cap, has_desk=has_desk, handover=handover, in_order=not self.bad_network, grouping=grouping,
+            cap,
+            has_desk=has_desk,
+            handover=handover,
+            in_order=not self.bad_network,
+            grouping=grouping,
             proxied=pick // 8 % 3 == 2,
-        )  # fmt: skip
+        )
         for pool in LIMITS:
             self.world.start(pool)
             self.world.start(pool, remote=pick // 128 % 4 == 3, handover=pick // 512 == 0)
@@ -84,7 +90,8 @@ class GoodNetwork(RuleBasedStateMachine):
     # --- choosing
 
     def one(self, pick: int, having: str = "") -> tuple[Worker, int]:
-        """Choose a worker that is not frozen and has something in its attribute `having`; and the rest of `pick`."""
+        """Choose a worker that is not frozen and has something in its attribute `having`; and the
+        rest of `pick`."""
         found = [
             w
             for w in self.world.workers.values()
@@ -245,7 +252,8 @@ class GoodNetwork(RuleBasedStateMachine):
 
     @rule(pick=picks)
     def take_turns(self, pick: int) -> None:
-        """More want connections than there are, and hand them on; it stops somewhere in the middle."""
+        """More want connections than there are, and hand them on; it stops somewhere
+        in the middle."""
         world = self.world
         world.start_broker()
         self._crowd(2)
@@ -400,7 +408,8 @@ class GoodNetwork(RuleBasedStateMachine):
     @precondition(lambda self: not self.world.groups and self.world.handover)
     @rule(pick=picks)
     def fail_in_the_lane(self, pick: int) -> None:
-        """The same, and then somebody is killed who is in the middle of something, or stopped, or the broker dies."""
+        """The same, and then somebody is killed who is in the middle of something, or stopped, or
+        the broker dies."""
         world = self.world
         self._move(pick)
         busy = [worker for worker in world.awake if worker.lane_giving or worker.threads]
@@ -419,7 +428,8 @@ class GoodNetwork(RuleBasedStateMachine):
     @precondition(lambda self: not self.world.groups and self.world.handover)
     @rule(pick=picks)
     def die_before_the_welcome(self, pick: int) -> None:
-        """The broker dies while connections move, and somebody has its invitation to the lane, but not its WELCOME."""
+        """The broker dies while connections move, and somebody has its invitation to the lane, but
+        not its WELCOME."""
         world = self.world
         if not self._get_moving() or (broker := world.broker) is None:
             return
@@ -448,7 +458,10 @@ class GoodNetwork(RuleBasedStateMachine):
     @precondition(lambda self: not self.world.groups and self.world.handover)
     @rule(pick=picks)
     def go_over_to_the_next_broker(self, pick: int) -> None:
-        """The broker dies while connections move. They go on in its lane until each worker has left that."""
+        """The broker dies while connections move.
+
+        They go on in its lane until each worker has left that.
+        """
         world = self.world
         self._move(pick)
         world.kill_broker(pick // 4)
@@ -508,7 +521,8 @@ class GoodNetwork(RuleBasedStateMachine):
     @precondition(lambda self: self.world.network.wires)
     @rule(pick=picks)
     def desk_fails(self, pick: int) -> None:
-        """The broker turns a line away, or cannot pass the next connection on; or a worker can build no shell."""
+        """The broker turns a line away, or cannot pass the next connection on; or a worker can
+        build no shell."""
         new = [wire for wire in self.world.network.wires if not wire.accepted]
         match pick % 4:
             case 0 | 1 if new:
@@ -582,7 +596,8 @@ class GoodNetwork(RuleBasedStateMachine):
     )
     @rule(pick=picks)
     def die_in_a_connect(self, pick: int) -> None:
-        """Its backend starts up, and nobody has heard of it; what waits for the slot is served when that is over."""
+        """Its backend starts up, and nobody has heard of it; what waits for the slot is served when
+        that is over."""
         world = self.world
         connecting = [worker for worker in world.awake if worker.opening]
         worker = connecting[pick % len(connecting)]
@@ -607,7 +622,8 @@ class GoodNetwork(RuleBasedStateMachine):
     @precondition(lambda self: len(self.world.awake) > 2)
     @rule(pick=picks)
     def oversleep(self, pick: int) -> None:
-        """A worker is frozen for longer than its TTL, or any connect, and wakes up when others may have its slots."""
+        """A worker is frozen for longer than its TTL, or any connect, and wakes up when others may
+        have its slots."""
         sleeper, pick = self.one(pick)
         sleeper.frozen = True
         self.world.pass_long(TTL_S + 1 + (pick // 8 % 2) * START_UP_LIMIT_S)
@@ -665,7 +681,8 @@ class GoodNetwork(RuleBasedStateMachine):
 
     @rule(pick=picks)
     def broker_hears(self, pick: int) -> None:
-        """A death, a backend's end, or what the control connection has found out, reaches the ledger."""
+        """A death, a backend's end, or what the control connection has found out, reaches the
+        ledger."""
         broker = self.world.broker
         if broker is None:
             return
@@ -731,14 +748,16 @@ class GoodNetwork(RuleBasedStateMachine):
             case 7:
                 leases = broker.slots.leases
                 for token in list(leases)[rest % 4 : rest % 4 + 1]:
-                    # An operator kills a lease without a connection only if its worker is gone: see `Admin.kill`.
+                    # An operator kills a lease without a connection only if its worker is gone: see
+                    # `Admin.kill`.
                     if leases[token].findable or leases[token].session.id not in self.world.workers:
                         broker.order(Order(0, OrderKind.KILL, token=token))
 
     @precondition(lambda self: len(self.world.awake) > 2)
     @rule(pick=picks)
     def bereave(self, pick: int) -> None:
-        """The broker dies and its journal is lost, while a worker is frozen or dies; time passes, everybody asks."""
+        """The broker dies and its journal is lost, while a worker is frozen or dies; time passes,
+        everybody asks."""
         world = self.world
         sleeper, pick = self.one(pick)
         sleeper.frozen = True
@@ -811,7 +830,8 @@ class GoodNetwork(RuleBasedStateMachine):
 
 
 class BadNetwork(GoodNetwork):
-    """A network that loses, doubles, delays and reorders messages: whatever it does, the promises hold."""
+    """A network that loses, doubles, delays and reorders messages: whatever it does, the promises
+    hold."""
 
     bad_network = True
 

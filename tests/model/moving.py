@@ -1,8 +1,9 @@
-"""A worker in the lane: what `waiting.py`, `mover.py`, `wait_sockets.py`, and of the lane `local_pool.py` and
-`session.py`, do.
+"""A worker in the lane: what `waiting.py`, `mover.py`, `wait_sockets.py`, and of the lane
+`local_pool.py` and `session.py`, do.
 
-A thread that waits there is a `Thread`, one that gives a `LaneGiving`: generators that go on by a step whenever they
-are asked to. Half of the checkouts and checkins go the fast path (`mover.py`), where that is open.
+A thread that waits there is a `Thread`, one that gives a `LaneGiving`: generators that go on by a
+step whenever they are asked to. Half of the checkouts and checkins go the fast path (`mover.py`),
+where that is open.
 """
 
 from __future__ import annotations
@@ -85,8 +86,9 @@ class WaitSocket:
 
 @dataclass(eq=False, slots=True)
 class Thread:
-    """A thread that waits at a wait socket. `until` is what it is blocked for; `hand` what it has taken and not
-    adopted.
+    """A thread that waits at a wait socket.
+
+    `until` is what it is blocked for; `hand` what it has taken and not adopted.
     """
 
     wait_socket: WaitSocket
@@ -193,7 +195,8 @@ class InTheLane(AtTheDesk):
         return waits and waiter not in self.quitting and waiter not in self.abandoned
 
     def take_freed_wait_socket(self) -> None:
-        """`Wait._change_place`: a thread that waits at a lock was woken, and takes a wait socket, if there is one."""
+        """`Wait._change_place`: a thread that waits at a lock was woken, and takes a wait socket,
+        if there is one."""
         waiter = self.woken.pop(0)
         if self._waits_at_lock(waiter) and (wait_socket := self._take_wait_socket()) is not None:
             self._start(waiter, wait_socket, float("inf"))
@@ -357,7 +360,8 @@ class InTheLane(AtTheDesk):
     # --- taking
 
     def take_fast_path(self, waiter: Waiter, wait_s: float) -> bool:
-        """Wait in the lane, if connections move in it, the fast path; return whether this thread does."""
+        """Wait in the lane, if connections move in it, the fast path; return whether this thread
+        does."""
         if not wait_s or not self.cache.moving[0] or self.end is None:
             return False
         self._turn += 1
@@ -371,7 +375,8 @@ class InTheLane(AtTheDesk):
         return False
 
     def wait(self, waiter: Waiter, wait_s: float) -> None:
-        """`Wait.wait`: at a wait socket, if there is one; else at a lock, where a waiter has no thread here."""
+        """`Wait.wait`: at a wait socket, if there is one; else at a lock, where a waiter has no
+        thread here."""
         now, cache = self.world.now, self.cache
         waiter.reset(now)
         self.waiters.append(waiter)
@@ -492,7 +497,8 @@ class InTheLane(AtTheDesk):
         return True
 
     def _own(self, proc: Proc, grip: Grip) -> Conn:
-        """Put a socket into a connection of this process's: from now on it can be written to here."""
+        """Put a socket into a connection of this process's: from now on it can be
+        written to here."""
         proc.holders.discard(grip)
         proc.holders.add(self.id)
         self.adopted += 1
@@ -545,8 +551,8 @@ class InTheLane(AtTheDesk):
             self.connecting.append(lease)
 
     def _leave_wait_socket(self, thread: Thread, waiter: Waiter, now: float) -> None:
-        """`Wait._change_place`: the lane was left; this thread waits at a lock, or takes a wait socket in another
-        lane.
+        """`Wait._change_place`: the lane was left; this thread waits at a lock, or takes a wait
+        socket in another lane.
         """
         self.threads.remove(thread)
         self._put_wait_socket(thread.wait_socket)

@@ -70,7 +70,8 @@ def _check_custody(broker: Broker) -> None:
 
 
 def _check_covered(world: World, proc: Proc) -> None:
-    """A slot is counted as long as its backend lives, or may yet come; with the broker dead, its journal tells."""
+    """A slot is counted as long as its backend lives, or may yet come; with the broker dead, its
+    journal tells."""
     broker = world.broker
     if broker is None:
         if not world.journal.intact:
@@ -130,7 +131,9 @@ def quiesce(world: World) -> None:
             and broker.ledger._leases.quarantine
             and looks < 5
         ):
-            looks += 1  # a frozen worker's connection, of which nobody has heard, may keep it occupied for longer
+            # a frozen worker's connection, of which nobody has heard, may keep it occupied for
+            # longer
+            looks += 1
             world.pass_time(SETTLE_S + 0.001)
         elif not steps and not _moving(world):
             return
@@ -249,7 +252,8 @@ def _settle_connections(worker: Worker) -> bool:
 
 
 def check_nobody_waits_in_vain(world: World) -> None:
-    """L1, L4, in a quiet moment without frozen workers, a serving broker and a server that is up."""
+    """L1, L4, in a quiet moment without frozen workers, a serving broker and a
+    server that is up."""
     broker = world.broker
     assert broker is not None
     slots = broker.slots
@@ -267,12 +271,15 @@ def check_nobody_waits_in_vain(world: World) -> None:
             assert waiter.lease is None
             own = slots.sessions.get(worker.id)
             if not worker.established or own is None or own.silent or own.restored:
-                continue  # it has not noticed yet that its broker is another, or that it was given up
+                # it has not noticed yet that its broker is another, or that it was given up
+                continue
             assert deaf or worker.patience[waiter.request], (
                 "a caller that does not wait has no answer"
             )
             if waiter.request in own.granted:
-                continue  # overtaken by a newer one after a HELLO, it counts as lost: the next heartbeat tells
+                # overtaken by a newer one after a HELLO, it counts as lost: the next heartbeat
+                # tells
+                continue
             assert broker.queued(worker.id, waiter.request), "a waiter that is in no queue"
             pool = slots.pools[worker.pool]
             assert pool.room <= 0 or slots.available(pool) <= 0, "a waiter and a free slot"
@@ -336,7 +343,8 @@ def check_nothing_is_kept_back(world: World) -> None:
 
 
 def heal(world: World) -> None:
-    """Faults stop: the frozen thaw, the dead are restarted, all that was late arrives, time passes."""
+    """Faults stop: the frozen thaw, the dead are restarted, all that was late
+    arrives, time passes."""
     while world.network.limbo:
         world.network.late(0)
     world.server.start()
@@ -353,7 +361,8 @@ def heal(world: World) -> None:
     for proc in world.server.procs:
         proc.busy = proc.dirty = False
     let_pass(world, TTL_S + 2 * BEAT_S)
-    # What was granted to those who are dead, or gone without a word, on other hosts is free by then.
+    # What was granted to those who are dead, or gone without a word, on other hosts is free by
+    # then.
     world.pass_long(START_UP_LIMIT_S)
     quiesce(world)
     for _ in range(
@@ -404,9 +413,8 @@ def check_all_slots_can_be_had(world: World) -> None:
     for name in LIMITS:
         worker = world.start(name)
         if name == "a":
-            quiesce(
-                world
-            )  # so that it waits in the lane, where there is a hand-over; in the other pool it does not
+            # So that it waits in the lane, where there is a hand-over, as in this pool alone.
+            quiesce(world)
         count = max(0, _limit(world, name))
         for _ in range(2 * count + 1):
             for _ in range(count - len(worker.users) - len(worker.waiters)):

@@ -1,8 +1,8 @@
-"""Processes with a pool: what `local_pool.py`, `checkout.py` and `link.py` do around a real cache (the desk's part of
-it: `desk.py`; the lane's: `moving.py`).
+"""Processes with a pool: what `local_pool.py`, `checkout.py` and `link.py` do around a real cache
+(the desk's part of it: `desk.py`; the lane's: `moving.py`).
 
-Every step that blocks in a real process (waiting, connecting, closing) is a step of its own here, so that anything can
-happen in between.
+Every step that blocks in a real process (waiting, connecting, closing) is a step of its own here,
+so that anything can happen in between.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ class Opening:
 
 
 class Worker(InTheLane):
-    """One process with one pool, any number of threads, and a link. `remote`: on another host than the broker."""
+    """One process with one pool, any number of threads, and a link.
+
+    `remote`: on another host than the broker.
+    """
 
     def __init__(
         self, world: World, number: int, pool: str, *, remote: bool, handover: bool
@@ -246,7 +249,8 @@ class Worker(InTheLane):
             self.wait(waiter, max(0.001, deadline - self.world.now))
 
     def _from_cache(self) -> bool:
-        """Hand out an idle connection, or see that there is none; dead ones that are noticed are given up."""
+        """Hand out an idle connection, or see that there is none; dead ones that are noticed are
+        given up."""
         while (lease := self.cache.take(self.world.now)) is not None:
             assert isinstance(lease.conn, Conn)
             if self._worn(lease, lease.conn):
@@ -324,7 +328,10 @@ class Worker(InTheLane):
             self.quit(waiter)
 
     def stop_waiting(self, waiter: Waiter) -> None:
-        """The first half of that; what comes now is still for its waiter. Who is at a wait socket does all at once."""
+        """The first half of that; what comes now is still for its waiter.
+
+        Who is at a wait socket does all at once.
+        """
         for thread in self.threads:
             if thread.waiter is waiter:
                 self.interrupt(thread)
@@ -356,7 +363,8 @@ class Worker(InTheLane):
             self.opening.append(Opening(lease, proc))
 
     def fail(self, opening: Opening, how: str) -> None:
-        """A connect fails: the server refuses ("full": everybody, "password": this worker), or there is no answer."""
+        """A connect fails: the server refuses ("full": everybody, "password": this worker), or
+        there is no answer."""
         self.opening.remove(opening)
         if opening.proc.dead:
             self._give_back(
@@ -398,7 +406,8 @@ class Worker(InTheLane):
             self.deposit(opening.lease, opening.conn)
 
     def opened(self, opening: Opening, how: str) -> None:
-        """The new connection is deposited and described; or its thread is interrupted, or `configure` fails."""
+        """The new connection is deposited and described; or its thread is interrupted, or
+        `configure` fails."""
         self.opening.remove(opening)
         if how != "not deposited":
             self.deposit_early(opening)
@@ -459,8 +468,8 @@ class Worker(InTheLane):
     ) -> None:
         """What is to be closed is given to others, if it may be, or its close is over.
 
-        `seen`: the backend was seen to go, else it lives on for a while. `fit`: its reset succeeds. `halt`: the thread
-        stops after so many steps of giving.
+        `seen`: the backend was seen to go, else it lives on for a while. `fit`: its reset succeeds.
+        `halt`: the thread stops after so many steps of giving.
         """
         self.closing.remove((closing, conn))
         if closing.reason is ReleaseReason.SHARED:

@@ -1,7 +1,8 @@
-"""Plant known bugs one by one, and see that the tests catch each: `python tests/mutations/gate.py [NAME ...]`.
+"""Plant known bugs one by one, and see that the tests catch each: `python tests/mutations/gate.py
+[NAME ...]`.
 
-Each bug is a small edit of a copy of this tree; the tests named beside it must fail there (and pass here). Prints a
-table; the exit status is 0 only if every bug is caught. `--list` names them.
+Each bug is a small edit of a copy of this tree; the tests named beside it must fail there (and pass
+here). Prints a table; the exit status is 0 only if every bug is caught. `--list` names them.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ MUTANTS = (
                 "            conn.sharedpool_gone = True\n            abandon(conn)\n",
             ),
         ),
-        # Faults alone do not show it where connections are handed over: what is recalled is given then, not closed.
+        # Faults alone do not show it where connections are handed over: what is recalled is given
+        # then, not closed.
         ("tests/unit/test_close.py",),
     ),
     Mutant(
@@ -80,7 +82,8 @@ MUTANTS = (
         (
             (
                 "sharedpool/broker/core/routes.py",
-                "return self.is_direct(lease.pool) if lease.backend is None else lease.backend.direct",
+                "return self.is_direct(lease.pool) if lease.backend is None else "
+                "lease.backend.direct",
                 "return True",
             ),
         ),
@@ -151,7 +154,8 @@ MUTANTS = (
             (
                 "sharedpool/broker/core/slots.py",
                 (
-                    "        self.mark_returns_due(session, session.returns_due)\n        self._record(lease)\n"
+                    "        self.mark_returns_due(session, session.returns_due)\n        "
+                    "self._record(lease)\n"
                 ),
                 (
                     "        self.mark_returns_due(session, session.returns_due)\n"
@@ -282,7 +286,8 @@ MUTANTS = (
                 "sharedpool/worker/core/lease.py",
                 (
                     "return not self.times_asked or (\n"
-                    "            self.times_asked == 1 and (self.answered or self.denial is not None)\n"
+                    "            self.times_asked == 1 and (self.answered or self.denial is not "
+                    "None)\n"
                     "        )"
                 ),
                 "return self.answered or self.denial is not None",
@@ -552,7 +557,8 @@ MUTANTS = (
                     "        return True\n"
                 ),
                 (
-                    "            return False\n        self.board.set_holder(item.cell, holder)\n        return True\n"
+                    "            return False\n        self.board.set_holder(item.cell, holder)\n"
+                    "        return True\n"
                 ),
             ),
         ),
@@ -596,7 +602,8 @@ MUTANTS = (
             (
                 "sharedpool/lane/lane.py",
                 (
-                    "            self.board.set_holder(item.cell, self.number)\n            return False\n"
+                    "            self.board.set_holder(item.cell, self.number)\n            "
+                    "return False\n"
                 ),
                 "            return False\n",
             ),
@@ -723,7 +730,8 @@ MUTANTS = (
         (
             (
                 "sharedpool/broker/core/lane_members.py",
-                "lane.board.clear_session(session.index)\n            lane.indices.discard(session.index)\n",
+                "lane.board.clear_session(session.index)\n            "
+                "lane.indices.discard(session.index)\n",
                 "lane.indices.discard(session.index)\n",
             ),
         ),
@@ -828,7 +836,8 @@ def main() -> int:
         caught, how = verdict(mutant)
         missed += not caught
         print(
-            f"{'caught' if caught else 'MISSED'}  {mutant.name}  ({how}, {time.monotonic() - started:.0f} s)",
+            f"{'caught' if caught else 'MISSED'}  {mutant.name}  ({how}, "
+            f"{time.monotonic() - started:.0f} s)",
             flush=True,
         )
     print(f"{len(chosen) - missed} of {len(chosen)} caught")

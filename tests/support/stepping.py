@@ -1,4 +1,5 @@
-"""A worker that stops at a step of a move: `python stepping.py SETTINGS` is `worker.py` with two settings more.
+"""A worker that stops at a step of a move: `python stepping.py SETTINGS` is `worker.py` with two
+settings more.
 
 `at` names a step. At the `_TURN`th time the process sends itself the signal `number` there.
 """

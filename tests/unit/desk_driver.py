@@ -12,7 +12,10 @@ from tests.unit.ledger_driver import Broker, Worker
 
 
 class Desk:
-    """What workers do at the desk and in the lane, and what comes there. Who asks takes part in the lane."""
+    """What workers do at the desk and in the lane, and what comes there.
+
+    Who asks takes part in the lane.
+    """
 
     def __init__(self, broker: Broker) -> None:
         self.broker = broker

@@ -1,4 +1,5 @@
-"""A real ledger, driven message by message with a clock of its own, and workers as the wire sees them."""
+"""A real ledger, driven message by message with a clock of its own, and workers as the wire sees
+them."""
 
 from __future__ import annotations
 

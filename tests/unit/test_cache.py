@@ -302,7 +302,8 @@ def test_a_broken_checkin_does_not_count_as_returns_due(rig: Rig) -> None:
 
 
 def test_an_idle_connection_is_owned_up_to_when_a_grant_says_that_others_wait(rig: Rig) -> None:
-    """The grant of a waiter served meanwhile: nothing else would tell the broker before the next heartbeat."""
+    """The grant of a waiter served meanwhile: nothing else would tell the broker before the next
+    heartbeat."""
     idle = rig.idle()
     rig.sent()
     assert rig.grant(99, returns_due=1) is None
@@ -794,7 +795,8 @@ def test_a_grant_that_is_too_old_is_given_back_and_asked_for_again(rig: Rig) -> 
 
 
 def test_another_brokers_grants_count_from_its_welcome(rig: Rig) -> None:
-    """What waited in a former broker's queue says nothing of how long this one's grant was on its way."""
+    """What waited in a former broker's queue says nothing of how long this one's grant was on its
+    way."""
     rig.cache.set_terms(60.0, 15.0, hands_over=False)
     waiter = rig.want(600.0)
     rig.now += 60
@@ -808,7 +810,8 @@ def test_another_brokers_grants_count_from_its_welcome(rig: Rig) -> None:
 def test_a_release_with_its_backend_unseen_is_repeated_until_the_broker_knows(
     rig: Rig,
 ) -> None:
-    """Of a connection that had been passed nothing else would tell: its RELEASE may be lost with a line."""
+    """Of a connection that had been passed nothing else would tell: its RELEASE may be lost with a
+    line."""
     lease, _ = rig.lend()
     rig.cache.closed(lease, ReleaseReason.BROKEN, gone=False)
     release = Release(lease.token, False, ReleaseReason.BROKEN, lease.backend)

@@ -47,7 +47,8 @@ def pass_on(rig: Rig, *, returns_due: int, others_wait: bool) -> tuple[Lease, Co
 def use(
     rig: Rig, lease: Lease, conn: Conn, for_s: float, gap_s: float = 0.0
 ) -> Closing | Waiter | None:
-    """Use a connection again and again, with pauses, until `for_s` seconds after it came; return its last checkin's."""
+    """Use a connection again and again, with pauses, until `for_s` seconds after it came; return
+    its last checkin's."""
     outcome = None
     while outcome is None and rig.now - lease.arrived_at < for_s:
         rig.now += 0.0003
@@ -107,7 +108,10 @@ def test_a_thread_that_takes_a_wait_socket_in_the_lane_tells_the_broker(rig: Rig
 
 
 def test_a_recall_that_a_passed_connection_has_overtaken_is_obeyed_and_answered(rig: Rig) -> None:
-    """They come on two lines. Else the broker would count on an idle connection that nobody gives."""
+    """They come on two lines.
+
+    Else the broker would count on an idle connection that nobody gives.
+    """
     idle = rig.idle()
     rig.news += 1
     late = Recall(rig.news, take=1, returns_due=0, expired=False, answer=True)
@@ -146,7 +150,8 @@ def test_where_it_must_be_opened_the_slice_begins_when_that_is_done(rig: Rig) ->
 
 @pytest.mark.parametrize("asks", [1, 2])
 def test_one_answer_does_not_end_a_request_that_was_sent_twice(rig: Rig, asks: int) -> None:
-    """The broker may have queued it anew while the first answer was on its way: its wait socket is to be watched."""
+    """The broker may have queued it anew while the first answer was on its way: its wait socket is
+    to be watched."""
     waiter = rig.want()
     if asks == 2:
         rig.messages.register(rig.now, {})
@@ -268,7 +273,8 @@ def test_a_thread_in_the_lane_is_not_served_before_its_turn(moving: Rig) -> None
 
 
 def test_a_process_with_many_threads_keeps_no_connection_for_ever(moving: Rig) -> None:
-    """Its threads without a wait socket wait at the broker; those of other processes are to have their turn."""
+    """Its threads without a wait socket wait at the broker; those of other processes are to have
+    their turn."""
     lease, conn = moving.lend()
     lease.movable = True
     served = 0
@@ -365,7 +371,8 @@ def test_a_thread_in_a_former_brokers_lane_asks_the_later_broker(moving: Rig) ->
 
 
 def test_a_thread_that_leaves_the_lane_asks_the_broker_and_is_served_by_either(moving: Rig) -> None:
-    """A connection may still be on its way in the lane; then the broker is told to forget the request."""
+    """A connection may still be on its way in the lane; then the broker is told to forget the
+    request."""
     by_broker, in_lane = want_in_lane(moving), want_in_lane(moving)
     for waiter in (by_broker, in_lane):
         moving.cache.waiters.ask(waiter, moving.now)

@@ -148,7 +148,8 @@ def test_groups_that_come_with_a_reload_make_room_for_what_is_reserved() -> None
 
 
 def test_connections_of_an_unknown_group_count_in_every_one() -> None:
-    """Known by their backends alone, after a journal was lost: they may be the group's that is nearly full."""
+    """Known by their backends alone, after a journal was lost: they may be the group's that is
+    nearly full."""
     slots = Slots(9, lambda command: None)
     slots.configure({"jobs": GroupTerms(max_conn=2)})
     jobs = slots.pools["p"] = Pool(PoolSpec("p", 9, 0, group="jobs"), 9, Backoff(lambda: 0.5))

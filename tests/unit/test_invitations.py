@@ -1,4 +1,5 @@
-"""Invitations to a lane that come before the WELCOME, which comes another way: with a line to a real desk's socket."""
+"""Invitations to a lane that come before the WELCOME, which comes another way: with a line to a
+real desk's socket."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ pytestmark = pytest.mark.skipif(
 
 
 class Rig:
-    """A pool's session in a process with a line to a desk: another of its pools is registered with broker 7."""
+    """A pool's session in a process with a line to a desk: another of its pools is registered with
+    broker 7."""
 
     def __init__(self, path: Path) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -191,7 +193,8 @@ class Call:
 def test_the_next_broker_is_told_what_a_thread_may_have_from_the_former_ones_lane(
     rig: Rig, interrupted: bool
 ) -> None:
-    """It has read it before the lane was left, and is held up: only when it goes on it will be listed."""
+    """It has read it before the lane was left, and is held up: only when it goes on it will be
+    listed."""
     rig.invite()
     rig.welcome(7)
     call, wait_sockets = Call(), rig.local.membership.wait_sockets

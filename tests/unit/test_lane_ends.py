@@ -1,4 +1,5 @@
-"""The lane between two processes' ends of it: who gets what, and what becomes of that which nobody can have."""
+"""The lane between two processes' ends of it: who gets what, and what becomes of that which nobody
+can have."""
 
 from __future__ import annotations
 
@@ -195,7 +196,8 @@ def test_the_first_who_waits_gets_it_and_the_board_says_so_before_it_has_come(ri
 def test_while_it_is_on_its_way_it_is_the_receivers(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever looks at the board when the packet can be read finds the receiver there, not the giver."""
+    """Whoever looks at the board when the packet can be read finds the receiver there, not the
+    giver."""
     rig.b.wait(0, 5)
     item = rig.connection()
     seen = []
@@ -273,7 +275,8 @@ def test_a_connection_behind_a_useless_one_is_found(rig: Rig) -> None:
 
 
 class Latecomer(Lane):
-    """A process that, between its look for tickets and its laying on the shelf, is held up: meanwhile another waits."""
+    """A process that, between its look for tickets and its laying on the shelf, is held up:
+    meanwhile another waits."""
 
     meanwhile: list[Process]
 
@@ -474,7 +477,8 @@ def test_descriptors_that_are_no_lanes_are_let_go_of(bad: int) -> None:
 
 
 class Reused:
-    """A program that has closed descriptors which were not its own, and whatever got their numbers."""
+    """A program that has closed descriptors which were not its own, and whatever got
+    their numbers."""
 
     def __init__(self, numbers: list[int]) -> None:
         self.numbers = numbers
@@ -545,7 +549,8 @@ def test_a_lane_whose_descriptors_another_thread_has_closed_is_at_its_end(rig: R
 
 
 def test_the_last_process_of_a_shelf_is_not_kept_busy_by_its_end(rig: Rig) -> None:
-    """All other ends are closed, this one's own by somebody who had no right to: then the shelf is at its end."""
+    """All other ends are closed, this one's own by somebody who had no right to: then the shelf is
+    at its end."""
     fds = lanes.make()
     lane = Lane(fds, 1)
     os.close(fds[3])

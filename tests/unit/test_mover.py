@@ -1,4 +1,5 @@
-"""The fast path in the lane, with real connection objects, and a server of which a test says what it says."""
+"""The fast path in the lane, with real connection objects, and a server of which a test says what
+it says."""
 
 from __future__ import annotations
 
@@ -44,9 +45,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 _SAID = {
-    b"server_version": b"16.2", b"server_encoding": b"UTF8", b"client_encoding": b"UTF8",
-    b"DateStyle": b"ISO, MDY", b"TimeZone": b"UTC", b"integer_datetimes": b"on", b"standard_conforming_strings": b"on",
-}  # fmt: skip
+    b"server_version": b"16.2",
+    b"server_encoding": b"UTF8",
+    b"client_encoding": b"UTF8",
+    b"DateStyle": b"ISO, MDY",
+    b"TimeZone": b"UTC",
+    b"integer_datetimes": b"on",
+    b"standard_conforming_strings": b"on",
+}
 _NAMES = msgspec.msgpack.encode(ServerFacts("u", "d", "", 5432, "", False, "dbname=d", {}))
 LIVE = Live(
     Backend(7, 1, 1, direct=True),
@@ -62,7 +68,8 @@ _RESET = b"Q" + struct.pack("!i", 16) + b"DISCARD ALL\0"
 
 
 class Rig:
-    """A process in a lane, another one's end of it, and the server's ends of the connections that move."""
+    """A process in a lane, another one's end of it, and the server's ends of the connections that
+    move."""
 
     def __init__(self) -> None:
         config = PoolConfig(resolve(dsn="host=nowhere user=u dbname=d"), timeout=5.0)
@@ -293,7 +300,8 @@ class Slicing(Rig):
         self.local.cache.enter_lane(self.lane.board.head)
 
     def steady(self) -> PooledConnection:
-        """Return a connection that was asked for as soon as the last one was gone, and has just come."""
+        """Return a connection that was asked for as soon as the last one was gone, and has just
+        come."""
         conn = self.take()
         assert conn is not None
         lease = self.lease(conn)
@@ -330,7 +338,8 @@ def test_in_its_slice_it_is_kept_and_given_when_nobody_comes(slicing: Slicing) -
 
 
 def test_a_thread_that_kept_one_in_vain_keeps_none_until_it_asks_at_once(slicing: Slicing) -> None:
-    """Two processes that take turns: each asks again soon after it has given, and the other waits."""
+    """Two processes that take turns: each asks again soon after it has given, and
+    the other waits."""
 
     def keeps(idle_s: float) -> bool:
         slicing.give()

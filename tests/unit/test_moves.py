@@ -1,4 +1,5 @@
-"""The ledger's side of the lane: when connections move past the broker, and what it makes of what the board says."""
+"""The ledger's side of the lane: when connections move past the broker, and what it makes of what
+the board says."""
 
 from __future__ import annotations
 
@@ -62,8 +63,8 @@ QUIET_S = 1.0  # nobody has asked for so long
 
 
 class Rig:
-    """A pool of some workers, each with a connection, that is contended; its lane's board; what is in its wait
-    sockets.
+    """A pool of some workers, each with a connection, that is contended; its lane's board; what is
+    in its wait sockets.
     """
 
     def __init__(
@@ -100,7 +101,8 @@ class Rig:
         self.broker.slots.pools["p"].cancel_works = True
 
     def open_lane(self) -> None:
-        """Let everybody in, and have a connection passed on by the broker, for which a cancel is seen to work."""
+        """Let everybody in, and have a connection passed on by the broker, for which a cancel is
+        seen to work."""
         for worker in self.workers:
             self.desk.join(worker)
         giver, taker = self.workers[0], self.workers[-1]
@@ -736,7 +738,10 @@ def test_a_lease_given_by_a_silent_session_is_no_longer_suspect(rig: Rig) -> Non
 
 
 def test_a_lease_given_to_a_silent_session_is_suspect(rig: Rig) -> None:
-    """The receiver was stopped while it waited, unseen by the giver. The next waiter gets the slot."""
+    """The receiver was stopped while it waited, unseen by the giver.
+
+    The next waiter gets the slot.
+    """
     rig.proceed()
     token, stopped = rig.tokens[1], rig.workers[2]
     rig.give_up()
@@ -815,7 +820,10 @@ def test_a_connection_that_a_thread_may_be_receiving_is_not_ended(rig: Rig) -> N
 def test_an_arrived_connection_that_a_thread_is_receiving_is_not_ended(
     rig: Rig, asked: bool
 ) -> None:
-    """It was listed while nobody had read it, and is listed again once it is taken in. Between the two it is not."""
+    """It was listed while nobody had read it, and is listed again once it is taken in.
+
+    Between the two it is not.
+    """
     rig.proceed()
     token, receiver = rig.tokens[1], rig.workers[0]
     rig.moves_itself(token, receiver, arrives=False)
@@ -1000,7 +1008,8 @@ def test_a_lease_given_to_an_ended_session_is_ended(rig: Rig) -> None:
 
 
 def test_a_lease_refused_by_an_ended_session_and_given_to_another_goes_on(rig: Rig) -> None:
-    """The receiver's wait socket was gone; the giver saw it just after it had named the receiver."""
+    """The receiver's wait socket was gone; the giver saw it just after it had named
+    the receiver."""
     rig.proceed()
     token, number, cell = rig.tokens[1], rig.number(rig.workers[0]), rig.lease(rig.tokens[1]).cell
     rig.broker.take_in(rig.broker.ledger.session_died(b"w0", rig.broker.now))
@@ -1196,7 +1205,8 @@ def say_hello(rig: Rig, worker: Worker, moves: dict[Token, int]) -> None:
 def test_a_later_broker_takes_the_holder_with_the_most_moves(
     rig: Rig, order: tuple[int, int]
 ) -> None:
-    """Whoever says HELLO first: the one of the journal, who has it no more, or the one who has it."""
+    """Whoever says HELLO first: the one of the journal, who has it no more, or the
+    one who has it."""
     rig.proceed()
     token, holder, former = rig.tokens[1], rig.workers[0], rig.workers[1]
     assert rig.holder_of(token) == "w1"
@@ -1323,7 +1333,8 @@ def test_an_unclaimed_lease_is_ended_once_all_members_have_reported(
 
 
 def test_an_unclaimed_lease_is_not_ended_before_all_members_have_said_hello(rig: Rig) -> None:
-    """One who held nothing when the former broker died, and whom only its journal knows as a member."""
+    """One who held nothing when the former broker died, and whom only its journal knows as a
+    member."""
     after, token = lost_with_the_broker(rig)
     assert b"w0" not in {entry.session for entry in journal_of(rig.broker)}
     for worker in after.workers[1:]:

@@ -43,8 +43,8 @@ def read_until(router: RouterSocket, body: bytes) -> list[Incoming]:
 def test_a_workers_message_over_its_former_connection_is_not_taken_for_a_strangers(
     tmp_path: Path,
 ) -> None:
-    """A broker that was stopped finds two connections of a worker that took it for dead: ZeroMQ gives the old one a
-    name of its own, under which the worker's words are nobody's."""
+    """A broker that was stopped finds two connections of a worker that took it for dead: ZeroMQ
+    gives the old one a name of its own, under which the worker's words are nobody's."""
     router, context = RouterSocket(f"ipc://{tmp_path}/router.sock", None), zmq.Context()
     router.bind()
     try:

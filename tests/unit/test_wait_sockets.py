@@ -1,5 +1,5 @@
-"""Wait sockets in the lane: who closes a wait socket's descriptor, who wakes its thread, and who is next where there
-are too few.
+"""Wait sockets in the lane: who closes a wait socket's descriptor, who wakes its thread, and who is
+next where there are too few.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def is_woken(wait_socket: WaitSocket) -> bool:
 
 
 def test_a_wait_socket_is_closed_by_the_thread_that_has_it(rig: Rig) -> None:
-    """Linux's `poll` looks a number up again when it is woken: closed under a thread, it would wait for another file's.
+    """Linux's `poll` looks a number up again when it is woken: closed under a thread, it would wait
+    for another file's.
 
     (On Linux, and without this, the thread below would sleep on: its number is the pipe's by then.)
     """
@@ -126,8 +127,8 @@ def test_once_the_lane_is_left_only_the_link_reads_what_has_come(rig: Rig) -> No
 def test_a_thread_whose_wake_up_was_read_as_it_took_its_wait_socket_is_woken_again(
     rig: Rig, look: object
 ) -> None:
-    """The link's thread has listed the free wait sockets; before it reads one, a thread takes it, and is granted a
-    lease.
+    """The link's thread has listed the free wait sockets; before it reads one, a thread takes it,
+    and is granted a lease.
     """
     wait_socket = rig.take()
     wait_socket.is_quiet = False

@@ -4,7 +4,8 @@ While many threads want a pool's connections, and passing them on is all that th
 it lets them *move* past it (`sharedpool/lane/lane.py`) and reads on the pool's board who holds each
 lease (`in_transit.py`). As soon as there is something else to do it halts the moves: a slot is
 free, a connection is idle in a process, an operator gives an order, or another pool waits for a
-slot of their common limit. Then the waiting threads ask the broker again, and it passes on what is on the shelf.
+slot of their common limit. Then the waiting threads ask the broker again, and it passes on what is
+on the shelf.
 """
 
 from __future__ import annotations

@@ -229,7 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _row(line: LeaseLine) -> dict[str, object]:
-    """Return a lease as a row of the page's table, in the form in which `sharedpool who` shows it."""
+    """Return a lease as a row of the page's table, which is like that of `sharedpool who`."""
     return {
         "pool": line.pool,
         "process": process_name(line.title, line.pid, line.host),
