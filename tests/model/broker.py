@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -27,12 +27,14 @@ from sharedpool.broker.core.commands import (
     HaltMoves,
     InviteToLane,
     JoinQueue,
+    Log,
     MarkJournalComplete,
     Member,
     OpenLane,
     PassOn,
     Process,
     Record,
+    RecordServer,
     Send,
     StartMoves,
     SurveyServer,
@@ -139,6 +141,9 @@ class Broker:
         self.desk_lines: dict[bytes, int] = {}  # the sessions' lines to the desk
         self.invited: dict[bytes, InviteToLane] = {}  # who has not come to the desk yet
         self.grip = Grip(b"broker")
+        # What the present batch of commands grants.
+        self._to_check: list[tuple[bytes, Grant | Moved]] = []
+        self._handlers = self._make_handlers()
         journal = world.journal
         entries = journal.reopen()
         self.ledger = Ledger(
@@ -189,7 +194,7 @@ class Broker:
     # --- output
 
     def execute(self, commands: list[Command]) -> None:
-        grants: list[tuple[bytes, Grant | Moved]] = []
+        self._to_check.clear()
         for command in commands:
             if self.fuse is not None:
                 self.fuse -= 1
@@ -198,67 +203,71 @@ class Broker:
                     return
             if self.world.broker is not self:
                 return
-            match command:
-                case Send(session, message):
-                    line = self.world.network.lines.get(session)
-                    if line is not None and session in self.world.workers:
-                        line.down.append(decode_to_worker(encode(message)))
-                    if isinstance(message, Grant):
-                        grants.append((session, message))
-                case Record(entry):
-                    self.world.journal.record(entry)
-                case Erase(token):
-                    self.world.journal.erase(token)
-                    self.fences.pop(token, None)
-                    self._drop(token)
-                case Admit(member):
-                    self.world.journal.admit(member)
-                case Dismiss(session):
-                    self.world.journal.dismiss(session)
-                case TransferCustody(token, heir):
-                    self.custody[heir] = self.custody.pop(token)
-                case PassOn():
-                    self._pass_on(command)
-                    token = command.message.token
-                    grants.append((self.slots.leases[token].session.id, command.message))
-                case CancelBackend():
-                    self.interferes.append(command)
-                case MarkJournalComplete():
-                    self.world.journal.vouch()
-                case Watch(session, process):
-                    self._watch(session, process)
-                case Forget(session):
-                    self.watched.pop(session, None)
-                    self.invited.pop(session, None)
-                case OpenLane(pool, serial):
-                    self._open_lane(pool, serial)
-                case InviteToLane():
-                    self._let_in(command)
-                case GiveInLane():
-                    self._to_lane(command)
-                case JoinQueue(pool, times, looks):
-                    for _ in range(times):
-                        self.lanes[pool].queue(Ticket(SHELF, BROKER_PLACE, BROKER_REQUEST))
-                    self._take_later(pool, looks)
-                case StartMoves(pool):
-                    self.leaves_alone.add(pool)
-                case HaltMoves(pool):
-                    self.leaves_alone.discard(pool)
-                    self._empty_later(pool)
-                case CloseLane(pool):
-                    self._close_lane(pool)
-                case Fence():
-                    self._fence(command)
-                case SurveyServer():
-                    self.looks.append(command)
-                case VerifyServer():
-                    self.doubts.append(command)
+            self._handlers[type(command)](command)
         self.ledger.check_invariants()
         assert self.world.journal.live.keys() == self.slots.leases.keys(), (
             "the journal differs from the records"
         )
-        for session, grant in grants:
+        for session, grant in self._to_check:
             self._check_grant(session, grant)
+
+    def _make_handlers(self) -> dict[type, Callable[[Any], None]]:
+        """Return what carries out each kind of command, as `Executor` has it."""
+        journal = self.world.journal
+        return {
+            Send: self._send,
+            Log: lambda _: None,
+            Record: lambda command: journal.record(command.entry),
+            Erase: self._erase,
+            Admit: lambda command: journal.admit(command.member),
+            Dismiss: lambda command: journal.dismiss(command.session),
+            RecordServer: lambda _: None,
+            MarkJournalComplete: lambda _: journal.vouch(),
+            TransferCustody: self._transfer_custody,
+            PassOn: self._pass_on,
+            InviteToLane: self._let_in,
+            GiveInLane: self._to_lane,
+            OpenLane: lambda command: self._open_lane(command.pool, command.serial),
+            CloseLane: lambda command: self._close_lane(command.pool),
+            JoinQueue: self._join_queue,
+            StartMoves: lambda command: self.leaves_alone.add(command.pool),
+            HaltMoves: self._halt_moves,
+            Fence: self._fence,
+            CancelBackend: self.interferes.append,
+            SurveyServer: self.looks.append,
+            VerifyServer: self.doubts.append,
+            Watch: lambda command: self._watch(command.session, command.process),
+            Forget: self._forget,
+        }
+
+    def _send(self, command: Send) -> None:
+        session, message = command.session, command.message
+        line = self.world.network.lines.get(session)
+        if line is not None and session in self.world.workers:
+            line.down.append(decode_to_worker(encode(message)))
+        if isinstance(message, Grant):
+            self._to_check.append((session, message))
+
+    def _erase(self, command: Erase) -> None:
+        self.world.journal.erase(command.token)
+        self.fences.pop(command.token, None)
+        self._drop(command.token)
+
+    def _transfer_custody(self, command: TransferCustody) -> None:
+        self.custody[command.heir] = self.custody.pop(command.token)
+
+    def _forget(self, command: Forget) -> None:
+        self.watched.pop(command.session, None)
+        self.invited.pop(command.session, None)
+
+    def _join_queue(self, command: JoinQueue) -> None:
+        for _ in range(command.times):
+            self.lanes[command.pool].queue(Ticket(SHELF, BROKER_PLACE, BROKER_REQUEST))
+        self._take_later(command.pool, command.most_from_shelf)
+
+    def _halt_moves(self, command: HaltMoves) -> None:
+        self.leaves_alone.discard(command.pool)
+        self._empty_later(command.pool)
 
     def _watch(self, session: bytes, process: Process | None) -> None:
         self.watched.pop(session, None)
@@ -320,6 +329,7 @@ class Broker:
             self.calls.append(lambda ledger, now: ledger.lanes.not_delivered(message, now))
         else:
             self.world.passed += 1
+        self._to_check.append((self.slots.leases[message.token].session.id, message))
 
     # --- lanes
 

@@ -265,28 +265,40 @@ class GoodNetwork(RuleBasedStateMachine):
             if pick % 7 == 3:
                 asker.lacks = (Lack.SOCKET, Lack.SHELL, Lack.WAIT_SOCKET)[pick % 3]
             if holders := [worker for worker in world.awake if worker.users or worker.closing]:
-                holder = holders[turn % len(holders)]
-                if not holder.closing:
-                    if pick % 5 == 0:
-                        holder.cancel(holder.users[0])
-                        while holder.line.up and world.broker is not None:
-                            world.deliver_up(holder.line)
-                    holder.checkin(holder.users[0])
-                elif pick % 8:
-                    closing, conn = holder.closing[0]
-                    holder.finish_close(
-                        closing, conn, seen=True, halt=2 if pick % 9 else pick // 9 % 2
-                    )
+                self._give_back(holders[turn % len(holders)], pick)
             if pick % 7:
-                for wire in list(world.network.wires):
-                    while wire.up and not wire.torn:
-                        world.deliver_packet(wire)
+                self._deliver_packets()
             if pick % 11 > 1:
-                for each in world.awake:
-                    each.read_all()
-                    for thread in [thread for thread in each.threads if thread.ready]:
-                        each.step(thread)
-                    each.collect()
+                self._step_all()
+
+    def _give_back(self, holder: Worker, pick: int) -> None:
+        """A process checks a connection in, perhaps cancelling its query first, or closes one."""
+        world = self.world
+        if holder.closing:
+            if pick % 8:
+                closing, conn = holder.closing[0]
+                halt = 2 if pick % 9 else pick // 9 % 2
+                holder.finish_close(closing, conn, seen=True, halt=halt)
+            return
+        if pick % 5 == 0:
+            holder.cancel(holder.users[0])
+            while holder.line.up and world.broker is not None:
+                world.deliver_up(holder.line)
+        holder.checkin(holder.users[0])
+
+    def _deliver_packets(self) -> None:
+        """The broker reads all that has come to the desk."""
+        for wire in list(self.world.network.wires):
+            while wire.up and not wire.torn:
+                self.world.deliver_packet(wire)
+
+    def _step_all(self) -> None:
+        """Each process reads what has come, and takes a step."""
+        for each in self.world.awake:
+            each.read_all()
+            for thread in [thread for thread in each.threads if thread.ready]:
+                each.step(thread)
+            each.collect()
 
     # --- the lane
 
@@ -352,16 +364,7 @@ class GoodNetwork(RuleBasedStateMachine):
         if (broker := world.broker) is not None:
             broker.order(Order(0, OrderKind.RESUME))
             broker.restore_limits()
-        if (
-            world.cap is not None
-        ):  # what another pool holds of it may keep this one below its own limit
-            for worker in [worker for worker in world.workers.values() if worker.pool != "a"]:
-                world.die(worker)
-        for worker in list(world.workers.values()):  # who cannot take part halts it
-            if worker.pool == "a" and (
-                not worker.handover or worker.remote or worker.frozen or worker.broken_shells
-            ):
-                world.die(worker)
+        self._end_hinderers()
         while sum(worker.pool == "a" for worker in world.awake) < 3:
             world.start("a")
         for turn in range(10):
@@ -373,13 +376,25 @@ class GoodNetwork(RuleBasedStateMachine):
                 if worker.pool == "a" and len(worker.waiters) + len(worker.threads) < 2:
                     worker.checkout(60.0)
             quiesce(world)
-            world.pass_time(0.6)  # longer than a slice
+            world.pass_time(0.6)  # longer than a time slice
             quiesce(world)
             if holders := [worker for worker in world.awake if worker.users and worker.pool == "a"]:
                 # Not in the order in which they ask: each would serve himself.
                 holder = holders[-1 - turn % len(holders)]
                 holder.checkin(holder.users[0])
         return self._is_moving
+
+    def _end_hinderers(self) -> None:
+        """End the workers because of which no connection would move."""
+        world = self.world
+        for worker in list(world.workers.values()):
+            if worker.pool == "a":  # one that cannot take part halts it
+                takes_part = worker.handover and not worker.remote
+                hinders = not takes_part or worker.frozen or worker.broken_shells
+            else:  # what another pool holds of the cap may keep this one below its own limit
+                hinders = world.cap is not None
+            if hinders:
+                world.die(worker)
 
     def _make_ready(self, turn: int) -> None:
         """Do away with what keeps the broker from it for long."""

@@ -176,27 +176,13 @@ class Worker(InTheLane):
             self.hello()
             return
         if isinstance(message, Welcome):
-            if message.epoch < self.epoch:
-                return
-            self._go_to_desk_of(message.epoch, message.desk)
-            self.established = True
-        elif not self.established:
+            if message.epoch >= self.epoch:
+                self._welcomed(message)
+                self.flush()
             return
-        if isinstance(message, Recall):
-            self.look_in_lane()
+        if not self.established:
+            return
         match message:
-            case Welcome():
-                self._to_close(
-                    self.messages.welcomed(message.epoch, message.generation, now, message.served)
-                )
-                self.tag = message.tag
-                if message.epoch != self.joined_epoch:
-                    self.leave_lane(former_brokers=True)
-                self.joined_epoch = message.epoch
-                self._revoke(message.revoked)
-                self.welcome_at_desk(message)
-                cache.waiters.registered(message.served, now)
-                self.accept()
             case Stale():
                 self._to_close(cache.renew_generation(message.generation, now))
             case Ack():
@@ -206,16 +192,36 @@ class Worker(InTheLane):
             case Grant():
                 self.wake(self.messages.granted(message, now))
             case Deny():
-                waiter = cache.waiters.denied(message)
-                if waiter is not None:
-                    self.waiters.remove(waiter)
-                    self.wake_at_wait_socket(waiter)
-                    self.denied += 1
+                self._denied(message)
             case Recall():
+                self.look_in_lane()
                 self._to_close(self.messages.recalled(message, now, {}))
             case Gone():
                 self._ended(message.tokens)
         self.flush()
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        now = self.world.now
+        self._go_to_desk_of(welcome.epoch, welcome.desk)
+        self.established = True
+        self._to_close(
+            self.messages.welcomed(welcome.epoch, welcome.generation, now, welcome.served)
+        )
+        self.tag = welcome.tag
+        if welcome.epoch != self.joined_epoch:
+            self.leave_lane(former_brokers=True)
+        self.joined_epoch = welcome.epoch
+        self._revoke(welcome.revoked)
+        self.welcome_at_desk(welcome)
+        self.cache.waiters.registered(welcome.served, now)
+        self.accept()
+
+    def _denied(self, deny: Deny) -> None:
+        waiter = self.cache.waiters.denied(deny)
+        if waiter is not None:
+            self.waiters.remove(waiter)
+            self.wake_at_wait_socket(waiter)
+            self.denied += 1
 
     def _revoke(self, tokens: list[Token]) -> None:
         for token in tokens:
