@@ -1,4 +1,5 @@
-"""Fixtures for all tests: a private PostgreSQL server, and an environment without the developer's settings."""
+"""Fixtures for all tests: a private PostgreSQL server, and an environment without the developer's
+settings."""
 
 import contextlib
 import itertools
@@ -21,14 +22,17 @@ import sharedpool
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.support.fixture_types import Backends, MakePool
 
-# A shell starts background jobs with SIGINT ignored, and children inherit that; some tests send SIGINT.
+# A shell starts background jobs with SIGINT ignored, and children inherit that; some tests send
+# SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The tests start hundreds of Python processes. Without bytecode, compiling would take half their time.
+# The tests start hundreds of Python processes. Without bytecode, compiling would take half their
+# time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-# The same examples in every run, so that no run fails by luck. `--hypothesis-profile=search` tries others.
+# The same examples in every run, so that no run fails by luck. `--hypothesis-profile=search` tries
+# others.
 settings.register_profile("search", max_examples=20_000, deadline=None)
 settings.register_profile("steady", derandomize=True)
 settings.load_profile("steady")
@@ -39,7 +43,8 @@ _database_numbers = itertools.count(1)
 
 @pytest.hookimpl(optionalhook=True)  # xdist's
 def pytest_xdist_auto_num_workers() -> int:
-    """Let `-n auto` start two workers more than there are processors, since many tests mostly wait."""
+    """Let `-n auto` start two workers more than there are processors, since many
+    tests mostly wait."""
     return (os.cpu_count() or 1) + 2
 
 
@@ -82,7 +87,8 @@ def server_connection(postgres: EphemeralPostgres) -> Iterator[psycopg2.extensio
 def database(
     postgres: EphemeralPostgres, server_connection: psycopg2.extensions.connection
 ) -> Iterator[str]:
-    """The conninfo string of a new, empty database, dropped after the test, open sessions included."""
+    """The conninfo string of a new, empty database, dropped after the test, open
+    sessions included."""
     name = f"test_{next(_database_numbers)}"
     with server_connection.cursor() as cursor:
         cursor.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
@@ -110,7 +116,8 @@ _pool_numbers = itertools.count(1)
 
 @pytest.fixture
 def make_pool(broker: sharedpool.Broker, postgres: EphemeralPostgres) -> Iterator[MakePool]:
-    """`config_pool` on the module's broker, with a new name each time; the pools are disposed of afterwards."""
+    """`config_pool` on the module's broker, with a new name each time; the pools are disposed of
+    afterwards."""
     made: list[sharedpool.Pool] = []
 
     def make(**settings: Any) -> sharedpool.Pool:

@@ -1,4 +1,4 @@
-"""`python -m sharedpool.broker LOG`: the automatic broker, started by `automatic.ensure_running`."""
+"""`python -m sharedpool.broker LOG`: the automatic broker, as `ensure_running` starts it."""
 
 import sys
 

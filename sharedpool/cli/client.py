@@ -165,10 +165,3 @@ def duration(ms: int) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02}:{int(seconds % 60):02}"
-
-
-def process(title: str, pid: int, host: str) -> str:
-    """Return the name of a worker process, as in the texts of errors."""
-    if not pid:  # a lease that no process holds
-        return ""
-    return f"{title}[{pid}]" + (f"@{host}" if host else "")

@@ -13,11 +13,10 @@ from sharedpool.cli.client import (
     fetch_report,
     find_brokers,
     from_each,
-    process,
     table,
 )
-from sharedpool.wire.document import document
-from sharedpool.wire.reports import PoolReport, Report, SessionReport
+from sharedpool.wire.codec import document
+from sharedpool.wire.reports import PoolReport, Report, SessionReport, process_name
 
 
 @click.command()
@@ -110,7 +109,7 @@ def _session_table(sessions: Sequence[SessionReport]) -> list[str]:
     header = ("PROCESS", "POOL", "LEASES", "IN USE", "IDLE", "WAITING", "SILENT", "")
     rows = [
         (
-            process(session.title, session.pid, session.host),
+            process_name(session.title, session.pid, session.host),
             session.pool,
             str(session.leases),
             str(session.in_use),

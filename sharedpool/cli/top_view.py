@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from sharedpool.cli.client import duration, process
+from sharedpool.cli.client import duration
 from sharedpool.cli.who import Answer, server_says
-from sharedpool.wire.reports import PoolReport, Report
+from sharedpool.wire.reports import PoolReport, Report, process_name
 
 _SPARK = "▁▂▃▄▅▆▇█"
 _ASCII_SPARK = "_.-=+*%#"
@@ -178,7 +178,7 @@ def _checkouts(answer: Answer, rows: int, width: int) -> Iterable[Line]:
     cells = [
         [
             duration(line.age_ms),
-            process(line.title, line.pid, line.host),
+            process_name(line.title, line.pid, line.host),
             *([line.pool[:_LONGEST_NAME]] if several else []),
             server_says(activity),
             # Of the path only the file's name fits.

@@ -14,10 +14,9 @@ from sharedpool.cli.client import (
     duration,
     find_brokers,
     from_each,
-    process,
     table,
 )
-from sharedpool.wire.document import document
+from sharedpool.wire.codec import document
 from sharedpool.wire.messages import PROTOCOL_VERSION
 from sharedpool.wire.reports import (
     MOST_LISTED,
@@ -26,6 +25,7 @@ from sharedpool.wire.reports import (
     LeaseLine,
     Report,
     Status,
+    process_name,
 )
 
 # Short: the broker's own report has arrived by then, and matters most when the server hangs.
@@ -128,7 +128,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
         "STATE": [line.state for line, _ in rows],
         "POOL": [line.pool for line, _ in rows],
         "LEASE": [str(line.token) for line, _ in rows],
-        "PROCESS": [process(line.title, line.pid, line.host) for line, _ in rows],
+        "PROCESS": [process_name(line.title, line.pid, line.host) for line, _ in rows],
         "THREAD": [line.thread for line, _ in rows],
         "BACKEND": [str(line.backend.pid) if line.backend else "" for line, _ in rows],
         "APPLICATION": [application(activity) for _, activity in rows],

@@ -23,7 +23,7 @@ from sqlalchemy.pool import Pool as EnginePool
 from sqlalchemy.pool.base import _ConnectionRecord
 
 from sharedpool.errors import PoolClosed, PoolExhausted, PoolTimeout
-from sharedpool.worker.connection.state import settings_of
+from sharedpool.worker.connection.state import record_settings
 from sharedpool.worker.connection.wrapper import unwrap
 from sharedpool.worker.core.lease import Lease
 from sharedpool.worker.pool import Pool
@@ -70,7 +70,7 @@ class SharedPool(EnginePool):
         if lease.integration_state is None or lease.integration_state[1] is not record:
             # It has just connected, and its events have run: a checkin must keep their settings.
             lease.integration_state = (self, record)
-            conn.sharedpool_session, conn.sharedpool_touched = settings_of(conn), False
+            record_settings(conn)
         return proxy
 
     def _do_get(self) -> ConnectionPoolEntry:

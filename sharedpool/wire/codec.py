@@ -1,4 +1,7 @@
-"""Encode messages as msgpack, and decode them with every field's type checked. No pickle."""
+"""Encode messages as msgpack, and decode them with every field's type checked. No pickle.
+
+For people and programs, messages are shown as JSON.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from sharedpool.errors import ProtocolError
 from sharedpool.wire.desk import FromDesk, Moved, ToDesk
 from sharedpool.wire.messages import Hello, ToBroker, ToWorker
 from sharedpool.wire.reports import FromOperator, ToOperator
+from sharedpool.wire.values import Token
 
 # The largest message is a RENEW with all leases of a big pool; nothing of ours is longer.
 MAX_FRAME_BYTES = 1 << 20
@@ -82,6 +86,15 @@ def hello_version(frame: bytes) -> int | None:
     ):
         return fields[1]
     return None
+
+
+def document(value: object) -> object:
+    """Return a message as dicts and lists, for JSON. On the wire its fields have no names."""
+    if isinstance(value, msgspec.Struct):
+        return {name: document(getattr(value, name)) for name in value.__struct_fields__}
+    if isinstance(value, Token):
+        return str(value)
+    return [document(each) for each in value] if isinstance(value, list) else value
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[M], frame: bytes) -> M:

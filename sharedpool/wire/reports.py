@@ -167,3 +167,10 @@ class Activity(Struct, frozen=True, tag="activity"):
 
 FromOperator = Status | Order
 ToOperator = Report | Activity | Done
+
+
+def process_name(title: str, pid: int, host: str) -> str:
+    """Return the name of a worker process, as in the texts of errors."""
+    if not pid:  # a lease that no process holds
+        return ""
+    return f"{title}[{pid}]" + (f"@{host}" if host else "")

@@ -20,7 +20,6 @@ from sharedpool.lane.lane import DESCRIPTORS, FOR_A_LANE, Lane, network
 from sharedpool.lane.wait_sockets import WaitSocket, WaitSockets
 from sharedpool.wire.desk import LaneInvitation, Moved
 from sharedpool.worker.connection.pooled import PooledConnection
-from sharedpool.worker.core.cache import NOTHING_MOVES
 from sharedpool.worker.core.lease import Lease
 from sharedpool.worker.local_state import LocalState
 from sharedpool.worker.logs import logger
@@ -109,7 +108,7 @@ class LaneMembership:
         self.wait_sockets = WaitSockets(lane, invitation.index, self._receive)
         timer = None if local.link is None else local.link.make_timer()
         self.mover = self._make_mover(self.wait_sockets, lane, timer)
-        local.cache.moving = lane.board.head
+        local.cache.enter_lane(lane.board.head)
         with local.lock:
             waiting = list(local.cache.waiting.values())
         for waiter in waiting:
@@ -132,8 +131,7 @@ class LaneMembership:
         """
         cache = self._local.cache
         wait_sockets, self.wait_sockets, self.mover = self.wait_sockets, None, None
-        cache.moving = NOTHING_MOVES
-        cache.reporter.unread = []  # else it would be reported for ever
+        cache.leave_lane()
         if wait_sockets is None:
             return
         with self._local.lock:

@@ -47,9 +47,10 @@ class LocalState:
         self.pid = os.getpid()
         # Reentrant only so that a finalizer can tell that its own thread holds the lock.
         self.lock = threading.RLock()
-        self.cache = Cache(config.expiration)
+        self.cache = Cache(
+            config.expiration, pooling=not config.disable_pooling, slice_s=config.time_slice
+        )
         self.messages = BrokerMessages(self.cache)  # handles the broker's messages
-        self.cache.keep_idle = self.cache.hand_on = not config.disable_pooling
         self.keys: dict[Hashable, Lease] = {}
         self.orphans: deque[PooledConnection] = deque()  # dropped by their users, to be checked in
         self.reclaim_lock = RecoverableLock()  # held across I/O; `reset` may enter it again

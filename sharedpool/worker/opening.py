@@ -20,7 +20,7 @@ from sharedpool.worker.connection.closing import abort
 from sharedpool.worker.connection.handover import can_move, parameters
 from sharedpool.worker.connection.opening import connect, describe, take_duplicate
 from sharedpool.worker.connection.pooled import PooledConnection
-from sharedpool.worker.connection.state import role_of_server, settings_of
+from sharedpool.worker.connection.state import record_settings, role_of_server
 from sharedpool.worker.connection.wrapper import is_as_opened, wrap
 from sharedpool.worker.core.lease import Lease
 from sharedpool.worker.local_pool import LocalPool
@@ -126,5 +126,5 @@ def configure_received(local: LocalPool, lease: Lease, conn: PooledConnection) -
 
 def _record_settings(conn: PooledConnection) -> None:
     """Record the settings that a checkin restores, and the encoding that a move must keep."""
-    conn.sharedpool_session, conn.sharedpool_touched = settings_of(conn), False
+    record_settings(conn)
     conn.sharedpool_encoding = conn.get_parameter_status("client_encoding") or ""

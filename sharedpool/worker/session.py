@@ -134,9 +134,10 @@ class Session:
 
     def _note_arrivals(self) -> None:
         """List connections that have arrived and are unread: to the broker they are held here."""
+        reporter = self._local.cache.reporter
         if (wait_sockets := self._local.membership.wait_sockets) is not None:
-            self._local.cache.reporter.unread = wait_sockets.unread()
-        self._local.cache.reporter.unsure = self._local.membership.unsure
+            reporter.unread = wait_sockets.unread()
+        reporter.unsure = self._local.membership.unsure
 
     def beat(self) -> bool:
         """Queue a heartbeat, and see to what no thread will.
@@ -246,12 +247,13 @@ class Session:
             logger.info("pool %r: registered with a new broker (epoch %d)", name, welcome.epoch)
         self._epoch = welcome.epoch
         local.limit, local.tag = welcome.max_conn, welcome.tag
-        cache.expires_after(min(local.config.expiration, welcome.expiration_ms / 1000))
-        cache.connects_within_s = welcome.ttl_ms / 1000
-        self._revoke(welcome.revoked)
         local.hands_over = welcome.handover and self._can_hand_over()
-        cache.time_slice.slice_s = local.config.time_slice
-        cache.time_slice.hands_over = local.hands_over
+        cache.set_terms(
+            min(local.config.expiration, welcome.expiration_ms / 1000),
+            welcome.ttl_ms / 1000,
+            hands_over=local.hands_over,
+        )
+        self._revoke(welcome.revoked)
         with local.lock:
             cache.timings.registered()
             for lease in cache.leases.values():

@@ -1,4 +1,5 @@
-"""A program that an agent traces: `python program.py SETTINGS` obeys one JSON command a line, and answers each."""
+"""A program that an agent traces: `python program.py SETTINGS` obeys one JSON command a line, and
+answers each."""
 
 import json
 import os
@@ -175,8 +176,13 @@ print("ready", flush=True)
 for line in sys.stdin:
     command = json.loads(line)
     function: Any = {
-        "activate": activate, "configure_django": configure_django, "fork": fork, "open": open_pool, "record": record,
-        "start": start, "stats": stats,
-    }[command.pop("do")]  # fmt: skip
+        "activate": activate,
+        "configure_django": configure_django,
+        "fork": fork,
+        "open": open_pool,
+        "record": record,
+        "start": start,
+        "stats": stats,
+    }[command.pop("do")]
     print(json.dumps(function(**command) or [], default=str), flush=True)
 os._exit(0)  # whatever an agent's threads are at

@@ -1,4 +1,5 @@
-"""What an agent sees of a program: each recorder has one agent, from its own package, trace into memory."""
+"""What an agent sees of a program: each recorder has one agent, from its own package, trace into
+memory."""
 
 import os
 from collections.abc import Callable
@@ -9,7 +10,8 @@ Span = dict[str, Any]
 
 class Recorder(Protocol):
     def record(self, run: Callable[[], object]) -> list[Span]:
-        """Return the spans of what is traced as one request, and those of other threads meanwhile."""
+        """Return the spans of what is traced as one request, and those of other
+        threads meanwhile."""
 
 
 class Ddtrace:
@@ -72,11 +74,18 @@ class Elastic:
                     )
 
         self._client = Client(
-            service_name="tests", disable_send=True, cloud_provider="none", central_config=False, metrics_interval="0s",
-            server_url="http://127.0.0.1:9", span_compression_enabled=False, exit_span_min_duration="0ms",
-            transport_class="elasticapm.transport.base.Transport", collect_local_variables="off",
+            service_name="tests",
+            disable_send=True,
+            cloud_provider="none",
+            central_config=False,
+            metrics_interval="0s",
+            server_url="http://127.0.0.1:9",
+            span_compression_enabled=False,
+            exit_span_min_duration="0ms",
+            transport_class="elasticapm.transport.base.Transport",
+            collect_local_variables="off",
             span_stack_trace_min_duration=-1,
-        )  # fmt: skip
+        )
         elasticapm.instrument()
         self._spans = spans
 

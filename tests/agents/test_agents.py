@@ -1,4 +1,5 @@
-"""Agents, from their own packages, see every connect and statement as they do with psycopg2.pool: `tox -e agents`."""
+"""Agents, from their own packages, see every connect and statement as they do with psycopg2.pool:
+`tox -e agents`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -108,7 +109,8 @@ def test_a_connection_that_another_process_has_opened(start: Start, agent: str) 
     expected = theirs("record", what="three")
     a, b = (start("sharedpool", agent, max_conn=1) for _ in range(2))
     a("start")
-    # It was no connect. Told to trace these, ddtrace takes its wrapping for one, outside of every request.
+    # It was no connect. Told to trace these, ddtrace takes its wrapping for one, outside of every
+    # request.
     seen = without_connects if agent == "ddtrace with connects" else list
     b("open")
     assert seen(b("record", what="three")) == expected
@@ -145,7 +147,8 @@ def test_under_django(start: Start, agent: str) -> None:
     expected = theirs("record", what="django")
     assert len(expected) >= 2
     assert ours("record", what="django") == expected
-    # What Django asks of a new session is not asked again, and, of all but Django itself, there is no connect.
+    # What Django asks of a new session is not asked again, and, of all but Django itself, there is
+    # no connect.
     again = ours("record", what="django")
     again = without_connects(again) if agent == "sentry-sdk" else again
     assert 1 <= len(again) < len(expected)

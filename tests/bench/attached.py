@@ -1,4 +1,5 @@
-"""A program that does nothing but hold a connection: `python attached.py DSN [BROKER]`, until its input ends.
+"""A program that does nothing but hold a connection: `python attached.py DSN [BROKER]`, until its
+input ends.
 
 Without a broker it has psycopg2 alone: the difference is what sharedpool costs a worker.
 """

@@ -63,7 +63,10 @@ def _slices(context: click.Context, option: click.Parameter, value: str) -> tupl
     help="How often each contestant has its turn.  [5; quick: 3]",
 )
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("build/bench"), show_default=True,
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("build/bench"),
+    show_default=True,
     help="Where figures.json, figures.md and the plots go.",
 )  # fmt: skip
 def main(
@@ -90,7 +93,8 @@ def main(
     for result in results:
         _plot(result, out)
     run = (
-        f"`{_command(quick, rows, slices, rounds)}`: {bench.rounds} rounds, windows of {bench.window_s:g} s,"
+        f"`{_command(quick, rows, slices, rounds)}`: {bench.rounds} rounds, windows of "
+        f"{bench.window_s:g} s,"
         f" {time.monotonic() - started:.0f} s in all."
     )
     if quick:

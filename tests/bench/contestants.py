@@ -105,7 +105,8 @@ def bouncer(
     threads: int = 1,
     name: str = PGBOUNCER,
 ) -> Contestant:
-    """Clients that each keep a connection to one PgBouncer, which has `slots` connections to the server.
+    """Clients that each keep a connection to one PgBouncer, which has `slots` connections to the
+    server.
 
     With more `threads` than one a client keeps as many.
     """

@@ -1,7 +1,7 @@
 """Forked worker processes that obey in step.
 
-Members answer when they are ready, and each turn names its start by the clock that all processes share: nobody works
-before all are ready, and nobody measures before all work.
+Members answer when they are ready, and each turn names its start by the clock that all processes
+share: nobody works before all are ready, and nobody measures before all work.
 """
 
 import contextlib
@@ -36,7 +36,8 @@ class Member(Protocol):
 
 
 class Window(NamedTuple):
-    """One turn, in seconds of `time.monotonic`: work from `start` to `end`, measure from `begin` on."""
+    """One turn, in seconds of `time.monotonic`: work from `start` to `end`, measure from `begin`
+    on."""
 
     start: float
     begin: float
@@ -60,7 +61,10 @@ def sleep_until(at: float) -> None:
 
 
 class Crew:
-    """Processes forked from this one, which must have no threads. `ask` gives all of them the same order."""
+    """Processes forked from this one, which must have no threads.
+
+    `ask` gives all of them the same order.
+    """
 
     def __init__(self, make: Sequence[Callable[[], Member]]) -> None:
         self._pipes: list[Connection] = []
@@ -88,7 +92,8 @@ class Crew:
             pipe.send((method, arguments))
 
     def answers(self, limit_s: float = _ANSWER_LIMIT_S) -> list[Any]:
-        """Wait for all answers to an order; raises CrewError with what the first that failed has to say."""
+        """Wait for all answers to an order; raises CrewError with what the first that failed has to
+        say."""
         deadline = time.monotonic() + limit_s
         found: list[Any] = []
         for pipe, process in zip(self._pipes, self._processes, strict=True):

@@ -19,7 +19,8 @@ from tests.bench.stats import fairness, percentile
 
 @dataclass
 class Outcome:
-    """One client's turn: how many transactions ended in the window, and how long each took that began in it."""
+    """One client's turn: how many transactions ended in the window, and how long each took that
+    began in it."""
 
     done: int
     latencies_s: array[float]
@@ -54,8 +55,9 @@ class BookKeeping:
 def repeat(client: Client, work: Transaction, window: Window, think_s: float = 0.0) -> Outcome:
     """Check out, work, check in; think; again, until the window ends: one client's closed loop.
 
-    The last transaction is finished, and its latency counts, but it is not one that was done in time: what one waits
-    for to the end of the window and beyond would be missing from the latencies otherwise.
+    The last transaction is finished, and its latency counts, but it is not one that was done in
+    time: what one waits for to the end of the window and beyond would be missing from the latencies
+    otherwise.
     """
     clock = time.monotonic
     checkout, checkin = client.checkout, client.checkin
@@ -79,7 +81,10 @@ def repeat(client: Client, work: Transaction, window: Window, think_s: float = 0
 
 
 class Looper(Member):
-    """A process with one client in a closed loop. It has had its connection once before it says that it is ready."""
+    """A process with one client in a closed loop.
+
+    It has had its connection once before it says that it is ready.
+    """
 
     def __init__(self, make: MakeClient, number: int, think_s: float = 0.0) -> None:
         self._client = make()
@@ -95,7 +100,8 @@ class Looper(Member):
 
 
 class ThreadedLooper(Member):
-    """A process whose threads share a client, each in its closed loop; with no threads it is idle, but attached."""
+    """A process whose threads share a client, each in its closed loop; with no threads it is idle,
+    but attached."""
 
     def __init__(self, make: MakeClient, number: int, threads: int, wait_s: float = 0.0) -> None:
         self._client = make()

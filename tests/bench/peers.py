@@ -1,7 +1,7 @@
 """What clients connect through: sharedpool, and everybody else.
 
-They are described in the main process, where a package that is not installed raises ImportError, and called, to make
-the client, in the process that uses it.
+They are described in the main process, where a package that is not installed raises ImportError,
+and called, to make the client, in the process that uses it.
 """
 
 import importlib
@@ -29,8 +29,8 @@ class Client:
     close: Callable[[], object]
 
 
-# The options of contestants that go without what their fellow has by default. PgBouncer in transaction mode resets
-# nothing between two clients: "rollback" is what comes nearest to it.
+# The options of contestants that go without what their fellow has by default. PgBouncer in
+# transaction mode resets nothing between two clients: "rollback" is what comes nearest to it.
 OFF = (("handover", "off"),)
 ROLLBACK = (("reset", "rollback"),)
 
@@ -97,7 +97,10 @@ class Late:
 
 @dataclass(frozen=True)
 class Psycopg2Pool:
-    """The pool that comes with psycopg2. It raises when it is empty: for as many threads as it has connections."""
+    """The pool that comes with psycopg2.
+
+    It raises when it is empty: for as many threads as it has connections.
+    """
 
     dsn: str
     size: int

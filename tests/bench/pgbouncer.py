@@ -46,9 +46,9 @@ def version() -> str:
 class PgBouncer:
     """A PgBouncer in front of the server. `dsn` is how clients reach it.
 
-    It goes to the server by `route`. Its clients come the same way, the password and TLS included, unless `is_local`:
-    then by its unix socket. `mode` is its pool_mode. It refuses to run as root: then it is PostgreSQL's account's.
-    Raises Unavailable where it is not installed.
+    It goes to the server by `route`. Its clients come the same way, the password and TLS included,
+    unless `is_local`: then by its unix socket. `mode` is its pool_mode. It refuses to run as root:
+    then it is PostgreSQL's account's. Raises Unavailable where it is not installed.
     """
 
     def __init__(
@@ -135,7 +135,8 @@ class PgBouncer:
         path.chmod(0o600)
 
     def _settings(self, port: int, *, by_unix: bool) -> str:
-        """Return its configuration: as it comes, but for the pool, the limits on clients and the ways in and out."""
+        """Return its configuration: as it comes, but for the pool, the limits on clients and the
+        ways in and out."""
         server = parse_dsn(self._route.dsn)
         target = f"host={server['host']} port={server['port']} user=postgres"
         lines = [
@@ -166,7 +167,8 @@ class PgBouncer:
         return "\n".join(lines) + "\n"
 
     def _wait_until_it_answers(self) -> None:
-        """Connect to its console: that opens no connection to the server, which a row may want to begin without."""
+        """Connect to its console: that opens no connection to the server, which a row may want to
+        begin without."""
         assert self._process is not None
         deadline = time.monotonic() + _START_S
         while True:

@@ -23,7 +23,8 @@ class Bar(NamedTuple):
 
 
 def contended(text: str) -> tuple[list[Bar], list[Bar]]:
-    """Return the throughputs and the p99s of the rows in which processes take turns without a pause."""
+    """Return the throughputs and the p99s of the rows in which processes take turns without a
+    pause."""
     throughputs: list[Bar] = []
     latencies: list[Bar] = []
     for label, throughput, p99 in _ratios(text):
@@ -53,9 +54,11 @@ def draw(throughputs: Sequence[Bar], latencies: Sequence[Bar]) -> str:
     """Return the SVG."""
     return "\n".join(
         [
-            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 372" role="img" aria-labelledby="title"'
+            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 372" role="img" '
+            'aria-labelledby="title"'
             ' font-family="Helvetica, Arial, sans-serif" font-size="14">',
-            '<title id="title">8 connections in turns of a millisecond: sharedpool as a multiple of PgBouncer</title>',
+            '<title id="title">8 connections in turns of a millisecond: sharedpool as a multiple '
+            "of PgBouncer</title>",
             '<rect width="860" height="372" rx="10" fill="#ffffff"/>',
             '<text x="40" y="32" font-size="17" font-weight="bold">'
             "8 connections in turns of a millisecond, × PgBouncer in transaction mode</text>",
@@ -74,14 +77,17 @@ def _panel(left: int, title: str, bars: Sequence[Bar], most: float, colour: str)
     for at, bar in enumerate(bars):
         x, height = left + at * (_BAR + _GAP) + _GAP // 2, round(bar.ratio * scale)
         middle = x + _BAR // 2
-        yield f'<rect x="{x}" y="{_BASE - height}" width="{_BAR}" height="{height}" fill="{colour}"/>'
-        yield f'<text x="{middle}" y="{_BASE - height - 6}" text-anchor="middle">{bar.ratio:g} ×</text>'
+        top = _BASE - height
+        yield f'<rect x="{x}" y="{top}" width="{_BAR}" height="{height}" fill="{colour}"/>'
+        yield f'<text x="{middle}" y="{top - 6}" text-anchor="middle">{bar.ratio:g} ×</text>'
         for line, part in enumerate(bar.label.split(", ")):
-            yield f'<text x="{middle}" y="{_BASE + 20 + 18 * line}" text-anchor="middle">{part}</text>'
+            below = _BASE + 20 + 18 * line
+            yield f'<text x="{middle}" y="{below}" text-anchor="middle">{part}</text>'
     yield f'<line x1="{left}" y1="{_BASE}" x2="{left + width}" y2="{_BASE}" stroke="{_GREY}"/>'
     level = _BASE - round(scale)
     yield (
-        f'<line x1="{left}" y1="{level}" x2="{left + width}" y2="{level}" stroke="{_GREY}" stroke-width="2"'
+        f'<line x1="{left}" y1="{level}" x2="{left + width}" y2="{level}" stroke="{_GREY}" '
+        'stroke-width="2"'
         ' stroke-dasharray="6 4"/>'
     )
     yield f'<text x="{left}" y="{_BASE + 62}" fill="{_GREY}">processes; dashed: PgBouncer</text>'

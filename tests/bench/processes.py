@@ -16,7 +16,10 @@ _END_S = 5.0
 
 
 def die_with_parent() -> None:
-    """Have this process killed when its parent ends, however that ends. To be called after a change of the account."""
+    """Have this process killed when its parent ends, however that ends.
+
+    To be called after a change of the account.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -41,7 +44,8 @@ class Memory(NamedTuple):
 def cpu_s(pid: int) -> float:
     """Return the processor time that a process's threads have used, in seconds.
 
-    From the scheduler, to the microsecond; where it tells nothing, from `stat`, by steps of 1/100 s on most machines.
+    From the scheduler, to the microsecond; where it tells nothing, from `stat`, by steps of 1/100 s
+    on most machines.
     """
     try:
         files = list(Path(f"/proc/{pid}/task").glob("*/schedstat"))
@@ -67,7 +71,8 @@ def memory(pid: int) -> Memory:
 
 @contextlib.contextmanager
 def on_one_cpu(*pids: int) -> Iterator[int]:
-    """Keep this process, `pids` and all that any of them starts meanwhile on one processor; return which."""
+    """Keep this process, `pids` and all that any of them starts meanwhile on one processor; return
+    which."""
     found = {pid: os.sched_getaffinity(pid) for pid in (0, *pids)}
     cpu = max(found[0])
     try:

@@ -1,4 +1,7 @@
-"""What a row has measured, and the tables of it. Pure but for the JSON and the Markdown being text."""
+"""What a row has measured, and the tables of it.
+
+Pure but for the JSON and the Markdown being text.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,7 +25,8 @@ class Metric:
         return f"{value:,.{self.digits}f}"
 
     def describe(self, values: Sequence[float]) -> str:
-        """Return the median with its unit, and the least and the greatest when there are several."""
+        """Return the median with its unit, and the least and the greatest when there
+        are several."""
         of = spread(values)
         unit = f" {self.unit}" if self.unit else ""
         return f"{self.show(of.median)}{unit}" + (
@@ -48,7 +52,8 @@ class Comparison:
 
 @dataclass
 class Sample:
-    """What one contestant's turn gave: one value for each metric, and perhaps the latencies behind them."""
+    """What one contestant's turn gave: one value for each metric, and perhaps the latencies behind
+    them."""
 
     figures: dict[Metric, float]
     latencies_ms: Sequence[float] = ()
@@ -56,7 +61,11 @@ class Sample:
 
 @dataclass
 class Result:
-    """One row. `samples` has one value for each round; `unmeasured` says of each contestant that is missing why."""
+    """One row.
+
+    `samples` has one value for each round; `unmeasured` says of each contestant that is missing
+    why.
+    """
 
     name: str
     title: str
@@ -92,7 +101,8 @@ def describe_ratio(ratio: Spread) -> str:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """Return one line for each row: its goal, and what was measured against each peer that the goal names."""
+    """Return one line for each row: its goal, and what was measured against each peer that the goal
+    names."""
     lines = ["| row | goal | measured: median (least–greatest of the rounds) |", "|---|---|---|"]
     lines += [
         f"| {each.title} (`{each.name}`) | {each.goal or '–'} | {_measured(each)} |"
@@ -123,7 +133,8 @@ def _measured(result: Result) -> str:
 
 
 def details(results: Sequence[Result]) -> str:
-    """Return one line for each contestant of each row, with all its figures, and one for each that is missing."""
+    """Return one line for each contestant of each row, with all its figures, and one for each that
+    is missing."""
     lines = [
         "| row | contestant | figures: median (least–greatest of the rounds) |",
         "|---|---|---|",

@@ -1,4 +1,5 @@
-"""Take the turns: open a row's contestants, measure each in every round, keep what goes wrong in its row."""
+"""Take the turns: open a row's contestants, measure each in every round, keep what goes wrong in
+its row."""
 
 import contextlib
 import sys
@@ -39,7 +40,9 @@ Measure = Callable[[], Sample]
 
 @dataclass(frozen=True)
 class Contestant:
-    """One side of a row. `open` starts what it needs on the stack and returns what measures one turn.
+    """One side of a row.
+
+    `open` starts what it needs on the stack and returns what measures one turn.
 
     Raises Unavailable where it cannot be had.
     """

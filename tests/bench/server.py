@@ -36,7 +36,10 @@ class Route:
 
 
 class BenchServer:
-    """A PostgreSQL with a table to work on. `routes` are by unix socket (trust), TCP (scram), TCP with TLS (scram)."""
+    """A PostgreSQL with a table to work on.
+
+    `routes` are by unix socket (trust), TCP (scram), TCP with TLS (scram).
+    """
 
     def __init__(self, postgres: EphemeralPostgres) -> None:
         self.postgres = postgres
@@ -88,7 +91,8 @@ class BenchServer:
                 cursor.execute("SELECT pg_reload_conf()")
                 cursor.execute(f"CREATE ROLE {TYPIST} SUPERUSER LOGIN PASSWORD %s", [PASSWORD])
                 cursor.execute(
-                    "CREATE TABLE bench (id int PRIMARY KEY, counter bigint NOT NULL DEFAULT 0, filler text NOT NULL)"
+                    "CREATE TABLE bench (id int PRIMARY KEY, counter bigint NOT NULL DEFAULT 0, "
+                    "filler text NOT NULL)"
                     " WITH (fillfactor = 50)"
                 )
                 cursor.execute(

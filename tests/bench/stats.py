@@ -21,7 +21,8 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Divide round by round: the two of a round were measured next to each other, so what disturbed both cancels out.
+    """Divide round by round: the two of a round were measured next to each other, so what disturbed
+    both cancels out.
 
     A round in which the peer's figure is zero gives no ratio.
     """
@@ -29,7 +30,8 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Return the smallest value that at least `percent` of a hundred values do not exceed (nearest rank).
+    """Return the smallest value that at least `percent` of a hundred values do not exceed (nearest
+    rank).
 
     Raises ValueError for no values.
     """
@@ -41,14 +43,18 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def fairness(counts: Sequence[int]) -> float:
-    """Return the least by the greatest: 1 is fair, 0 means that somebody got nothing. Raises ValueError for none."""
+    """Return the least by the greatest: 1 is fair, 0 means that somebody got nothing.
+
+    Raises ValueError for none.
+    """
     if not counts:
         raise ValueError("no counts")
     return min(counts) / max(counts) if max(counts) else 0.0
 
 
 def curve(values: Sequence[float], points: int = 400) -> list[tuple[float, float]]:
-    """Return the distribution as (value, share of values at or below it), by at most about `points` steps.
+    """Return the distribution as (value, share of values at or below it), by at most about `points`
+    steps.
 
     The last percent gets as many of them as the rest: it is what one looks for.
     """

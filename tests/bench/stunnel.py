@@ -44,10 +44,11 @@ def version() -> str:
 
 @contextlib.contextmanager
 def endpoint(server: BenchServer) -> Iterator[Route]:
-    """Have a way to the server that is a plain unix socket as far as the endpoint, and TLS from there.
+    """Have a way to the server that is a plain unix socket as far as the endpoint, and TLS from
+    there.
 
-    The server's certificate is checked; who logs in there is asked for a password, since libpq refuses SCRAM. Raises
-    Unavailable where stunnel is not installed.
+    The server's certificate is checked; who logs in there is asked for a password, since libpq
+    refuses SCRAM. Raises Unavailable where stunnel is not installed.
     """
     program = find()
     with tempfile.TemporaryDirectory(prefix="bench-tls-", dir="/tmp") as name:

@@ -1,4 +1,5 @@
-"""A broker as a process of its own, to be killed, frozen and restarted; and a watch on its state."""
+"""A broker as a process of its own, to be killed, frozen and restarted; and a watch
+on its state."""
 
 import contextlib
 import os
@@ -98,14 +99,16 @@ class BrokerProcess:
 
 @dataclass(slots=True)
 class Span:
-    """A process was seen to hold leases: in no report before `first`, and in none from `free` on."""
+    """A process was seen to hold leases: in no report before `first`, and in none
+    from `free` on."""
 
     first: float
     free: float | None = None
 
 
 class ReportWatch:
-    """Ask the broker for its report every few milliseconds, and remember when each worker process held leases."""
+    """Ask the broker for its report every few milliseconds, and remember when each worker process
+    held leases."""
 
     def __init__(self, address: str, every_s: float = 0.01) -> None:
         self._address = address
@@ -135,7 +138,8 @@ class ReportWatch:
                     self._spans.setdefault(pid, []).append(holding[pid])
 
     def held(self, pid: int, at: float = float("inf")) -> Span | None:
-        """Return the time in which the process with this pid held leases, if it did at `at` (by default: now).
+        """Return the time in which the process with this pid held leases, if it did at `at` (by
+        default: now).
 
         What it was granted just before may be seen a little later.
         """
@@ -147,7 +151,8 @@ class ReportWatch:
             )
 
     def freed(self, pid: int, at: float) -> float | None:
-        """Wait until a process that was killed at `at` holds nothing any more; return when the report came that told.
+        """Wait until a process that was killed at `at` holds nothing any more; return when the
+        report came that told.
 
         None if it held nothing when it was killed. An upper bound: the report's own way is in it.
         """

@@ -1,4 +1,5 @@
-"""Fixtures of the fault tests: a server that logs every connection, and an environment for each test."""
+"""Fixtures of the fault tests: a server that logs every connection, and an environment for each
+test."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,5 @@
-"""All that a fault test has: server, role, broker, workers, and the oracles that judge them in the end."""
+"""All that a fault test has: server, role, broker, workers, and the oracles that judge them in the
+end."""
 
 import shutil
 import tempfile
@@ -26,7 +27,8 @@ MAX_CONN = 10
 WORKERS = 16
 TTL_S = 3.0
 POOL = "fault"
-# How long after its deadline a `get_conn` may answer on a busy machine, in tests that do not measure it.
+# How long after its deadline a `get_conn` may answer on a busy machine, in tests that do not
+# measure it.
 LATE_S = scale(1.5, 1.0)
 _numbers = count(1)
 
@@ -91,7 +93,8 @@ class Environment:
     def open(
         self, address: str | None = None, config: dict[str, Any] | None = None, **habits: Any
     ) -> WorkerFleet:
-        """Start sampler, broker and the nursery of the workers; the workers themselves are the test's to start."""
+        """Start sampler, broker and the nursery of the workers; the workers themselves are the
+        test's to start."""
         self.sampler.start()
         self.broker.start()
         settings = {
@@ -126,7 +129,8 @@ class Environment:
     # --- the verdict
 
     def all_slots(self) -> tuple[int, float]:
-        """Have a fresh worker take all slots at once, while the others do nothing; return how many, and how long."""
+        """Have a fresh worker take all slots at once, while the others do nothing; return how many,
+        and how long."""
         assert self.crew is not None
         (fresh,) = self.crew.start(1, "a")
         (took,) = self.crew.wait_for([fresh], "took")

@@ -1,4 +1,5 @@
-"""What the workers have noted: their events, the checkouts these make, and whether any two overlap."""
+"""What the workers have noted: their events, the checkouts these make, and whether
+any two overlap."""
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +22,10 @@ class Event(NamedTuple):
 
 @dataclass(slots=True)
 class Checkout:
-    """One `get_conn` and what came of it. `begin` and `end` are inside the library's calls: they never say too much."""
+    """One `get_conn` and what came of it.
+
+    `begin` and `end` are inside the library's calls: they never say too much.
+    """
 
     worker: str
     asked: float
@@ -61,7 +65,8 @@ def read_events(path: Path) -> Iterator[Event]:
 
 
 class Tail:
-    """The newest events of a file that grows, read once each; `tally` counts all there were by kind."""
+    """The newest events of a file that grows, read once each; `tally` counts all there were by
+    kind."""
 
     def __init__(self, path: Path, kept: int = 4000) -> None:
         self._path = path
@@ -151,7 +156,8 @@ def overlaps(
 
 
 def moves(found: Iterable[Checkout]) -> int:
-    """Count how often a backend went from one worker to another: a hand-over, and nothing else, does that."""
+    """Count how often a backend went from one worker to another: a hand-over, and nothing else,
+    does that."""
     users: dict[tuple[str, str], str] = {}
     moved = 0
     for checkout in sorted(

@@ -1,9 +1,10 @@
-"""Worker processes for the fault tests: `python fault_worker.py SETTINGS` forks one for every line `fork NUMBER` it
-reads.
+"""Worker processes for the fault tests: `python fault_worker.py SETTINGS` forks one for every line
+`fork NUMBER` it reads.
 
-It imports nothing of the tests: unrelated processes, as a user's would be (an application that preloads its modules and
-forks its workers). A worker does what its byte in the shared `orders` file says, and appends what happens to it to a
-file of its own, one line an event by one `os.write`: what was written outlives its SIGKILL.
+It imports nothing of the tests: unrelated processes, as a user's would be (an application that
+preloads its modules and forks its workers). A worker does what its byte in the shared `orders` file
+says, and appends what happens to it to a file of its own, one line an event by one `os.write`: what
+was written outlives its SIGKILL.
 """
 
 import ctypes
@@ -134,7 +135,8 @@ class Worker:
                 " ".join(str(error).split())[:300],
             )
             return None
-        # psycopg2 has an opinion of its own on whether a transaction is open: with a wrong one it sends no BEGIN.
+        # psycopg2 has an opinion of its own on whether a transaction is open: with a wrong one it
+        # sends no BEGIN.
         dirty = conn.get_transaction_status() != extensions.TRANSACTION_STATUS_IDLE
         dirty = dirty or conn.status != extensions.STATUS_READY
         self.note("out", server_pid(conn), getattr(conn, "started", 0), int(dirty))
@@ -209,7 +211,8 @@ class Worker:
         self.wait_while("p")
 
     def hold(self) -> None:
-        """h: hold a connection, in a transaction or between two, and use it, until another order comes."""
+        """h: hold a connection, in a transaction or between two, and use it, until another order
+        comes."""
         between = self.random.random() < 0.5
         with self.checkout(30) as conn:
             if conn is not None and self.run(conn, "first", "SELECT 1"):
@@ -259,7 +262,8 @@ class Worker:
         self.wait_while("a")
 
     def probe(self) -> None:
-        """c: use a connection once and close it, so that every checkout needs the broker and a connect."""
+        """c: use a connection once and close it, so that every checkout needs the broker and a
+        connect."""
         with self.checkout(30, close=True) as conn:
             if conn is not None:
                 self.run(conn, "first", "SELECT 1")
@@ -291,14 +295,16 @@ class Worker:
     def tell_state(self) -> None:
         """s: once: note how many descriptors and idle connections there are, and the RSS."""
         gc.collect()
-        # An empty connection object is kept, with its descriptor, by who has given one, and not by who has closed it.
+        # An empty connection object is kept, with its descriptor, by who has given one, and not by
+        # who has closed it.
         descriptors = len(os.listdir("/proc/self/fd")) - len(self.pool._local.shells)
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         self.note("state", descriptors, resident, self.pool.stats().idle)
         self.done()
 
     def meet_expiry(self) -> None:
-        """e: check one in when another expires, check that one out when it does: both within 5 ms."""
+        """e: check one in when another expires, check that one out when it does:
+        both within 5 ms."""
         expiration_s = settings["config"]["expiration"]
         one = self.get(10)
         other = self.get(10)
@@ -320,9 +326,9 @@ class Worker:
             time.sleep(left)  # the schedule is the fault
 
     def fork(self) -> None:
-        """f, F: fork while holding a connection, or with an idle one. f: the child uses the pool and leaves, again and
-        again; F: the child lives on until it is told to leave. That one may be one that Python does not know of: it
-        runs no fork hooks, and keeps every descriptor.
+        """f, F: fork while holding a connection, or with an idle one. f: the child uses the pool
+        and leaves, again and again; F: the child lives on until it is told to leave. That one may
+        be one that Python does not know of: it runs no fork hooks, and keeps every descriptor.
         """
         forever, holding = self.order == "F", self.random.random() < 0.5
         bare = forever and self.random.random() < 0.4
@@ -370,7 +376,8 @@ class Worker:
             time.sleep(POLL_S)  # polls its orders
 
     def be_child(self, forever: bool, inherited: Any) -> None:
-        """Use the pool in a forked child, and what it must not use; then leave as any program does."""
+        """Use the pool in a forked child, and what it must not use; then leave as
+        any program does."""
         parent = self.become()
         if inherited is not None:
             try:
@@ -399,7 +406,8 @@ def note_start(conn: Any) -> None:
     """
     with conn.cursor() as cursor:
         cursor.execute(
-            "SELECT pid, extract(epoch FROM backend_start) FROM pg_stat_get_activity(pg_backend_pid())"
+            "SELECT pid, extract(epoch FROM backend_start) FROM "
+            "pg_stat_get_activity(pg_backend_pid())"
         )
         conn.server_pid, conn.started = cursor.fetchone()
     conn.rollback()

@@ -1,4 +1,5 @@
-"""What the oracles say about a run: pure, so that planted violations can show that each of them can fail."""
+"""What the oracles say about a run: pure, so that planted violations can show that each of them can
+fail."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ SHOWN = 3  # of each kind, in words
 class Evidence:
     """All that was seen of one run.
 
-    `killed` tells when which worker was; `took` how many slots could be had when all was over, `took_s` how fast.
+    `killed` tells when which worker was; `took` how many slots could be had when all was over,
+    `took_s` how fast.
     """
 
     max_conn: int

@@ -1,4 +1,5 @@
-"""A bad network between workers and broker: it loses messages, doubles them, and delivers them late, in any order."""
+"""A bad network between workers and broker: it loses messages, doubles them, and delivers them
+late, in any order."""
 
 import heapq
 import os
@@ -18,9 +19,11 @@ LATE_S = 2.0
 
 
 class Proxy:
-    """A ROUTER that faces the workers, and for each of them a DEALER of the same identity that faces the broker.
+    """A ROUTER that faces the workers, and for each of them a DEALER of the same identity that
+    faces the broker.
 
-    One thread does it all. `seed` decides on the fate of every message, in the order of their arrival.
+    One thread does it all. `seed` decides on the fate of every message, in the order of their
+    arrival.
     """
 
     def __init__(self, front: str, back: str, seed: int) -> None:
@@ -86,8 +89,9 @@ class Proxy:
         """Decide on a message's fate."""
         fate = self._rng.random() if self._bad else 1.0
         if worker.startswith(b"\0"):
-            # The last words on a connection that its worker has replaced: to libzmq that is another peer now, under a
-            # name of its own. It gives the same names in every process, and aborts when it meets one that it gave.
+            # The last words on a connection that its worker has replaced: to libzmq that is another
+            # peer now, under a name of its own. It gives the same names in every process, and
+            # aborts when it meets one that it gave.
             fate = 0.0
         copies = 0 if fate < DROPPED else 2 if fate < DROPPED + DOUBLED else 1
         self.fates[("dropped", "passed", "doubled")[copies]] += 1

@@ -1,4 +1,5 @@
-"""Turn what a run of the fault tests has measured into a table: `python tests/faults/report.py DIR`."""
+"""Turn what a run of the fault tests has measured into a table: `python tests/faults/report.py
+DIR`."""
 
 import json
 import sys
@@ -43,7 +44,8 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def footnotes(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """Return what the table does not say: the sums, what is missing, the seeds of whatever failed."""
+    """Return what the table does not say: the sums, what is missing, the seeds of
+    whatever failed."""
     every = [row for variants in rows.values() for row in variants]
     short = sum(not row["long"] for row in every)
     # The two kinds are run apart from each other: what has no row at all was not meant to be run.
@@ -52,7 +54,8 @@ def footnotes(rows: dict[str, list[dict[str, Any]]]) -> str:
     missing = [name for name in meant if name not in rows]
     lines = [
         f"{sum(row['passed'] for row in every)} of {len(every)} runs passed;"
-        f" {sum(row['faults'] for row in every)} faults, {sum(row['checkouts'] for row in every)} checkouts,"
+        f" {sum(row['faults'] for row in every)} faults, "
+        f"{sum(row['checkouts'] for row in every)} checkouts,"
         f" {sum(row['backends'] for row in every)} backends; connections used twice at a time:"
         f" {sum(row['double_use'] or 0 for row in every)}; most backends at once:"
         f" {max((row['peak_by_log'] or 0 for row in every), default=0)} by the server's log,"
@@ -61,11 +64,13 @@ def footnotes(rows: dict[str, list[dict[str, Any]]]) -> str:
     both = [name for name, variants in rows.items() if len(variants) > 1]
     if both:
         lines.append(
-            f"Also with PostgreSQL's own limit on the role, the worse figure shown: {', '.join(both)}."
+            "Also with PostgreSQL's own limit on the role, the worse figure shown: "
+            f"{', '.join(both)}."
         )
     modes = " and ".join(sorted({row["handover"] for row in every}))
     lines.append(
-        f"Hand-over {modes}: a backend went from one worker to another {sum(r['moves'] for r in every)} times."
+        f"Hand-over {modes}: a backend went from one worker to another "
+        f"{sum(r['moves'] for r in every)} times."
     )
     seconds = sum(float(row["figures"].get("duration_s", 0)) for row in every)
     lines.append(f"They took {seconds / 60:.1f} minutes.")
@@ -74,7 +79,8 @@ def footnotes(rows: dict[str, list[dict[str, Any]]]) -> str:
     if missing:
         lines.append(f"Not run: {', '.join(missing)}.")
     lines += [
-        f"FAILED: {row['name']} {row['variant'] or 'without the limit'}: SHAREDPOOL_FAULTS_SEED={row['seed']}"
+        f"FAILED: {row['name']} {row['variant'] or 'without the limit'}: "
+        f"SHAREDPOOL_FAULTS_SEED={row['seed']}"
         for row in every
         if not row["passed"]
     ]
@@ -87,7 +93,8 @@ def _measured(row: dict[str, Any]) -> str:
 
 
 def _worst(values: list[int | None]) -> str:
-    """Return the greatest; with a `?` when a variant did not come to count: it may have been worse."""
+    """Return the greatest; with a `?` when a variant did not come to count: it may
+    have been worse."""
     known = [value for value in values if value is not None]
     return (str(max(known)) if known else "") + "?" * (len(known) < len(values))
 

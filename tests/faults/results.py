@@ -11,7 +11,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# A connection is a dead one handed out when its backend had been gone for so long before the checkout began.
+# A connection is a dead one handed out when its backend had been gone for so long before the
+# checkout began.
 CONFIRMED_S = 0.05
 # Read at import: the tests hide these variables from the library.
 LONG = os.environ.get("SHAREDPOOL_FAULTS") == "long"

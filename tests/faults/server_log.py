@@ -1,7 +1,9 @@
-"""The server's own log as the oracle of the limit: how many backends of one role lived at the same time.
+"""The server's own log as the oracle of the limit: how many backends of one role lived at the same
+time.
 
-Every backend appends its lines by itself, so their order in the file is the order of what happened. It notes its
-"disconnection" after it has left the books of the server and before it closes its socket.
+Every backend appends its lines by itself, so their order in the file is the order of what happened.
+It notes its "disconnection" after it has left the books of the server and before it closes its
+socket.
 """
 
 import re
@@ -15,13 +17,17 @@ _LINE = re.compile(
 )
 # A backend that was authorized, but did not come to note its disconnection.
 _REFUSED = re.compile(
-    r"too many|remaining connection slots|is starting up|is shutting down|recovery mode|not accepting"
+    r"too many|remaining connection slots|is starting up|is shutting down|recovery mode|not "
+    r"accepting"
 )
 
 
 @dataclass(slots=True)
 class Depth:
-    """A role's backends by the log; times are the server's, since the epoch. `refused`: when connects were refused."""
+    """A role's backends by the log; times are the server's, since the epoch.
+
+    `refused`: when connects were refused.
+    """
 
     peak: int = 0
     backends: int = 0
@@ -33,7 +39,8 @@ class Depth:
     at_peak: str = ""
 
     def ended_at(self, pid: int, start: float) -> float | None:
-        """Return when the backend ended that had this pid and start; None when the log does not say."""
+        """Return when the backend ended that had this pid and start; None when the log does not
+        say."""
         return next((at for at in self.ended.get(pid, []) if at >= start), None)
 
 
@@ -57,7 +64,8 @@ class ServerLog:
                 continue
             pid, text = int(match["pid"]), match["text"]
             if text.startswith("starting PostgreSQL"):
-                found.alive.clear()  # a postmaster starts only when nothing of its predecessor is left
+                # a postmaster starts only when nothing of its predecessor is left
+                found.alive.clear()
             elif match["user"] != role:
                 continue
             elif text.startswith("connection authorized:"):

@@ -20,8 +20,9 @@ pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 900))]
     "failed statements on held connections: 0; service back p99 ≤ TTL + 1 s",
 )  # fmt: skip
 def test_a_killed_broker_breaks_nothing_and_is_back_soon(field: Environment, row: Row) -> None:
-    """Service back: from the kill until a probe, whose every checkout needs a grant and a connect, has got one it asked
-    for after the kill. That includes the start of the new broker's interpreter."""
+    """Service back: from the kill until a probe, whose every checkout needs a grant and a connect,
+    has got one it asked for after the kill. That includes the start of the new broker's
+    interpreter."""
     rng = random.Random(row.seed)
     crew = field.open()
     crew.start(WORKERS - 1)
@@ -63,7 +64,8 @@ def test_a_killed_broker_breaks_nothing_and_is_back_soon(field: Environment, row
 def test_get_conn_keeps_its_deadline_while_the_broker_is_frozen(
     field: Environment, row: Row
 ) -> None:
-    """Late: by how much an answer came after the caller's own deadline, of those due while the broker was frozen."""
+    """Late: by how much an answer came after the caller's own deadline, of those due while the
+    broker was frozen."""
     crew = field.open(timeouts=[0.05, 0.3, 1, 2])
     crew.start(WORKERS)
     crew.wait_for(crew.alive, "back")
@@ -83,7 +85,10 @@ def test_get_conn_keeps_its_deadline_while_the_broker_is_frozen(
     broken = [error for checkout in found for error in checkout.errors]
     row.figures |= {"late": spread(late), "broken": len(broken), "refused": len(refused)}
     row.worst = max(late, default=0.0)
-    row.measured = f"{len(refused)} refused; late by {spread(late, 1e-3, 'ms')}; failed statements {len(broken)}"
+    row.measured = (
+        f"{len(refused)} refused; late by {spread(late, 1e-3, 'ms')};"
+        f" failed statements {len(broken)}"
+    )
     assert refused, "the broker was frozen, and nobody was refused"
     assert not broken, f"statements failed: {broken[:5]}"
     assert {c.failure for c in refused} <= {"BrokerUnavailable", "PoolTimeout"}
@@ -96,7 +101,8 @@ def test_get_conn_keeps_its_deadline_while_the_broker_is_frozen(
     "refused 100 % within 1 s",
 )
 def test_a_second_broker_on_the_same_address_is_refused(field: Environment, row: Row) -> None:
-    """Within: from the start of the `sharedpool broker` process to its exit with status 1, interpreter included."""
+    """Within: from the start of the `sharedpool broker` process to its exit with status 1,
+    interpreter included."""
     crew = field.open()
     crew.start(scale(4, 2))
     took, texts = [], []

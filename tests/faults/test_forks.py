@@ -13,7 +13,8 @@ from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 600))]
 
-FORKING = 4  # each has at most one connection in the parent and one in a child: nobody waits for a slot in vain
+# each has at most one connection in the parent and one in a child: nobody waits for a slot in vain
+FORKING = 4
 ORDERS_IN_A_ROUND = 2
 
 
@@ -25,10 +26,11 @@ ORDERS_IN_A_ROUND = 2
 def test_forks_harm_no_parent_and_keep_no_slot_of_a_killed_one(
     field: Environment, row: Row
 ) -> None:
-    """Slot back: from the parent's SIGKILL until the first report of the broker has come that shows no lease of it.
+    """Slot back: from the parent's SIGKILL until the first report of the broker has come that shows
+    no lease of it.
 
-    The child that lives on is one that has used the pool, or one forked behind Python's back (no fork hooks), which
-    keeps duplicates of all of the parent's sockets.
+    The child that lives on is one that has used the pool, or one forked behind Python's back (no
+    fork hooks), which keeps duplicates of all of the parent's sockets.
     """
     rng = random.Random(row.seed)
     crew = field.open()
@@ -83,7 +85,8 @@ def test_forks_harm_no_parent_and_keep_no_slot_of_a_killed_one(
     }
     row.worst = max(took, default=0.0)
     row.measured = (
-        f"{len(ends)} forks of living parents, {row.faults} of killed ones; failed statements {len(broken)};"
+        f"{len(ends)} forks of living parents, {row.faults} of killed ones; failed statements "
+        f"{len(broken)};"
         f" slot back {spread(took, 1e-3, 'ms')}"
     )
     assert ends

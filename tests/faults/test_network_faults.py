@@ -9,7 +9,8 @@ from tests.faults.schedule import let_pass
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 600))]
 
-# What a caller that did not ask to wait waits at most for the broker's answer: its table of errors says "some seconds".
+# What a caller that did not ask to wait waits at most for the broker's answer: its table of errors
+# says "some seconds".
 NO_WAIT_S = 5.0
 
 
@@ -22,8 +23,9 @@ def test_everybody_is_served_or_refused_in_time_on_a_bad_network(
 ) -> None:
     """Late: by how much a refusal came after the caller's own deadline.
 
-    A worker of which nothing was heard for a TTL may lose what it holds to one that waits: loudly, so statements may
-    fail here. They are counted. Sockets are passed at the desk, which is no network.
+    A worker of which nothing was heard for a TTL may lose what it holds to one that waits: loudly,
+    so statements may fail here. They are counted. Sockets are passed at the desk, which is no
+    network.
     """
     front = f"ipc://{field.directory}/proxy.sock"
     with Proxy(front, field.address, row.seed) as proxy:
@@ -47,7 +49,8 @@ def test_everybody_is_served_or_refused_in_time_on_a_bad_network(
     }
     row.worst = max(late, default=0.0)
     row.measured = (
-        f"{sum(fates.values())} messages, {fates.get('dropped', 0)} lost, {fates.get('doubled', 0)} doubled;"
+        f"{sum(fates.values())} messages, {fates.get('dropped', 0)} lost, "
+        f"{fates.get('doubled', 0)} doubled;"
         f" {row.checkouts} checkouts, {len(refused)} refused, late by {spread(late, 1e-3, 'ms')};"
         f" failed statements {len(broken)}"
     )

@@ -1,4 +1,5 @@
-"""Faults of what is between workers and server: a proxy closes its own sides when it likes, a pooler keeps backends."""
+"""Faults of what is between workers and server: a proxy closes its own sides when it likes, a
+pooler keeps backends."""
 
 import random
 import time
@@ -27,20 +28,29 @@ def _kind(name: str, fault: str, start: Proxy) -> object:
 
 KINDS = [
     _kind(
-        "haproxy", "behind HAProxy, which ends sessions in the middle of their queries; SIGKILL of workers",
+        "haproxy",
+        "behind HAProxy, which ends sessions in the middle of their queries; SIGKILL of workers",
         lambda server, role: proxies.haproxy(server, silence_s=0.7),
     ),
-    _kind("stunnel", "behind stunnel; SIGKILL of workers", lambda server, role: proxies.stunnel(server)),
+    _kind(
+        "stunnel",
+        "behind stunnel; SIGKILL of workers",
+        lambda server, role: proxies.stunnel(server),
+    ),
     _kind("socat", "behind socat; SIGKILL of workers", lambda server, role: proxies.socat(server)),
     _kind(
-        "late-closer", "behind a proxy that closes the server's side 2 s after its client's; SIGKILL of workers",
+        "late-closer",
+        "behind a proxy that closes the server's side 2 s after its client's; SIGKILL of workers",
         lambda server, role: proxies.late_closer(server, late_s=2.0),
     ),
     _kind(
-        "pgbouncer", "behind PgBouncer in session mode; SIGKILL of workers",
-        lambda server, role: proxies.pgbouncer(server, role, others=("postgres",), size=2 * MAX_CONN),
+        "pgbouncer",
+        "behind PgBouncer in session mode; SIGKILL of workers",
+        lambda server, role: proxies.pgbouncer(
+            server, role, others=("postgres",), size=2 * MAX_CONN
+        ),
     ),
-]  # fmt: skip
+]
 
 
 WAYS = {"proxied": "a control connection by the proxy"} | (
@@ -50,13 +60,15 @@ WAYS = {"proxied": "a control connection by the proxy"} | (
 
 @pytest.fixture(params=list(WAYS.values()), ids=list(WAYS))
 def variant(request: pytest.FixtureRequest) -> str:
-    """The way of the broker's control connection: by the proxy, and in the long version a direct one, too."""
+    """The way of the broker's control connection: by the proxy, and in the long version a direct
+    one, too."""
     return str(request.param)
 
 
 @pytest.fixture
 def field(logging_postgres: EphemeralPostgres, row: Row) -> Iterator[Environment]:
-    """The environment of this test, without PostgreSQL's own limit on the role, which would hide an excess."""
+    """The environment of this test, without PostgreSQL's own limit on the role, which would hide an
+    excess."""
     with environment(logging_postgres, row, role_limit=False) as world:
         yield world
 
@@ -65,8 +77,8 @@ def field(logging_postgres: EphemeralPostgres, row: Row) -> Iterator[Environment
 def test_the_limit_holds_behind_a_proxy(
     start: Proxy, field: Environment, row: Row, variant: str
 ) -> None:
-    """Workers close many connections, are killed while idle or in a query, and have long queries, in which HAProxy
-    closes both sides. Slot back: as in the row of killed workers.
+    """Workers close many connections, are killed while idle or in a query, and have long queries,
+    in which HAProxy closes both sides. Slot back: as in the row of killed workers.
     """
     rng = random.Random(row.seed)
     field.pools_elsewhere = "pgbouncer" in row.name

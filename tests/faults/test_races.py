@@ -1,4 +1,5 @@
-"""No faults, but races: a checkin when its connection expires, a checkout when it is idle elsewhere."""
+"""No faults, but races: a checkin when its connection expires, a checkout when it is idle
+elsewhere."""
 
 import pytest
 
@@ -17,9 +18,11 @@ MEETING = 5
 def test_a_connection_that_expires_at_its_checkout_is_closed_or_lent_not_both(
     field: Environment, row: Row
 ) -> None:
-    """One meeting: a checkin within 5 ms of another connection's expiry, then a checkout within 5 ms of its own.
+    """One meeting: a checkin within 5 ms of another connection's expiry, then a checkout within 5
+    ms of its own.
 
-    A connection that the pool closes while it is lent out fails its statements; one lent twice overlaps.
+    A connection that the pool closes while it is lent out fails its statements; one lent twice
+    overlaps.
     """
     goal = scale(1000, 10_000)
     crew = field.open(config={"expiration": EXPIRATION_S})
@@ -35,7 +38,10 @@ def test_a_connection_that_expires_at_its_checkout_is_closed_or_lent_not_both(
     failed = [checkout for checkout in found if checkout.failure]
     row.figures |= {"broken": len(broken), "refused": len(failed)}
     row.worst = row.double_use or 0
-    row.measured = f"{row.faults} checkins, {row.backends} backends; double use {row.double_use}; errors {len(broken)}"
+    row.measured = (
+        f"{row.faults} checkins, {row.backends} backends; double use {row.double_use};"
+        f" errors {len(broken)}"
+    )
     assert row.backends > row.faults // 10, "hardly anything has expired"
     assert not broken, broken[:5]
     assert not failed, failed[:5]
@@ -45,9 +51,11 @@ def test_a_connection_that_expires_at_its_checkout_is_closed_or_lent_not_both(
     "recall", "one process idle on all 10, another asks, 10³ times", "recall p99 ≤ 20 ms"
 )
 def test_a_connection_idle_elsewhere_is_recalled_at_once(field: Environment, row: Row) -> None:
-    """Recall: the whole `get_conn` of the one who asks: the request, the recall, the close, the grant and the connect.
+    """Recall: the whole `get_conn` of the one who asks: the request, the recall, the close, the
+    grant and the connect.
 
-    The process that is idle does not call its pool meanwhile. A close that is reported before it is done overshoots.
+    The process that is idle does not call its pool meanwhile. A close that is reported before it is
+    done overshoots.
     """
     crew = field.open()
     rich, poor = crew.start(2, "p")

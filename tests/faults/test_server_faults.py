@@ -19,7 +19,8 @@ _BUSY = {"PoolExhausted", "PoolTimeout"}
 
 
 def dead_handed_out(found: list[Checkout], gone: dict[tuple[str, str], float]) -> list[Checkout]:
-    """Return the checkouts of backends that had been seen to be gone for a while before they began."""
+    """Return the checkouts of backends that had been seen to be gone for a while
+    before they began."""
     never = float("inf")
     return [
         checkout
@@ -35,10 +36,12 @@ def dead_handed_out(found: list[Checkout], gone: dict[tuple[str, str], float]) -
     "≤ 1 error per held connection; full capacity ≤ 2 s",
 )
 def test_capacity_is_back_soon_after_the_server(field: Environment, row: Row) -> None:
-    """Full capacity: from the server's first answer until its list shows `max_conn` of the pool's backends.
+    """Full capacity: from the server's first answer until its list shows `max_conn` of the pool's
+    backends.
 
-    Every third restart follows a SIGKILL of the postmaster. An error is any failed statement, of whoever holds the
-    connection; after full capacity there must be none, and no checkout may fail but for want of a free slot.
+    Every third restart follows a SIGKILL of the postmaster. An error is any failed statement, of
+    whoever holds the connection; after full capacity there must be none, and no checkout may fail
+    but for want of a free slot.
     """
     rng = random.Random(row.seed)
     crew = field.open(work=0.1, think=0.02, timeouts=[1, 3, 10])
@@ -73,7 +76,8 @@ def test_capacity_is_back_soon_after_the_server(field: Environment, row: Row) ->
     }
     row.worst = max(full)
     row.measured = (
-        f"{row.faults} restarts; at most {max(errors.values(), default=0)} errors per held connection,"
+        f"{row.faults} restarts; at most {max(errors.values(), default=0)} errors per held "
+        "connection,"
         f" {sum(errors.values())} in all; full capacity {spread(full)}"
     )
     assert max(errors.values(), default=0) <= 1, errors.most_common(3)
@@ -98,9 +102,11 @@ def test_capacity_is_back_soon_after_the_server(field: Environment, row: Row) ->
 def test_connections_that_were_ended_while_idle_are_replaced_unseen(
     field: Environment, row: Row
 ) -> None:
-    """Dead: the first query of a checkout fails although the backend had been gone for 50 ms when it began.
+    """Dead: the first query of a checkout fails although the backend had been gone for 50 ms when
+    it began.
 
-    A backend is gone when `pg_terminate_backend(pid, timeout)` has seen it leave `pg_stat_activity`.
+    A backend is gone when `pg_terminate_backend(pid, timeout)` has seen it leave
+    `pg_stat_activity`.
     """
     rng = random.Random(row.seed)
     crew = field.open(think=1.0, work=0.01, discard=0.02)
@@ -110,7 +116,8 @@ def test_connections_that_were_ended_while_idle_are_replaced_unseen(
     with field.admin() as cursor:
         while time.monotonic() < until:
             cursor.execute(
-                "SELECT pid, extract(epoch FROM backend_start)::text, pg_terminate_backend(pid, 5000)"
+                "SELECT pid, extract(epoch FROM backend_start)::text, pg_terminate_backend(pid, "
+                "5000)"
                 " FROM (SELECT * FROM pg_stat_activity WHERE usename = %s AND state = 'idle'"
                 "       ORDER BY random() LIMIT 1) AS chosen",
                 [field.role],
@@ -140,8 +147,9 @@ def test_connections_that_were_ended_while_idle_are_replaced_unseen(
 def test_a_server_that_is_too_small_is_not_flooded(row: Row, variant: str) -> None:
     """Attempts: refused connects in the server's log, after the first two seconds.
 
-    The pool's own tries are further apart than half a second. Beside them one may fail that was made in the place of a
-    connection which has just gone, when an observer's connection has taken that place.
+    The pool's own tries are further apart than half a second. Beside them one may fail that was
+    made in the place of a connection which has just gone, when an observer's connection has taken
+    that place.
     """
     with (
         EphemeralPostgres(

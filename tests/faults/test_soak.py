@@ -148,22 +148,28 @@ class Soak:
     # --- what may grow
 
     def _wait_for_sessions(self) -> None:
-        """Wait until the broker's sessions are those of the workers that live, no more and no less."""
+        """Wait until the broker's sessions are those of the workers that live, no
+        more and no less."""
         crew, broker = self.crew, self.field.broker
         try:
             wait_until(
-                lambda: sorted(s.pid for s in broker.report().sessions) == sorted(crew.alive.values()),
-                30, "the broker's sessions to be the workers that live",
-            )  # fmt: skip
+                lambda: (
+                    sorted(s.pid for s in broker.report().sessions) == sorted(crew.alive.values())
+                ),
+                30,
+                "the broker's sessions to be the workers that live",
+            )
         except AssertionError as error:
             error.add_note(f"workers: {crew.alive}; broker: {broker.report()}")
             raise
 
     def measure(self) -> dict[str, tuple[int, int]]:
-        """Return the descriptors and the RSS of broker and veterans while nobody does or holds anything.
+        """Return the descriptors and the RSS of broker and veterans while nobody does or holds
+        anything.
 
-        Nobody holds anything, nor does the broker for nobody, once the pool was paused. The broker's descriptors are
-        the fewest of some readings: a report's own line is closed a little after it.
+        Nobody holds anything, nor does the broker for nobody, once the pool was paused. The
+        broker's descriptors are the fewest of some readings: a report's own line is closed a little
+        after it.
         """
         crew, broker = self.crew, self.field.broker
         crew.wait_for(crew.alive, "ask")  # a worker that has only just begun has no session yet
@@ -180,7 +186,8 @@ class Soak:
         )
         directory = Path(f"/proc/{broker.pid}")
         readings: list[int] = []
-        # At the second heartbeat, two a TTL of who holds nothing, what only a crowd needed is closed.
+        # At the second heartbeat, two a TTL of who holds nothing, what only a crowd needed is
+        # closed.
         until = time.monotonic() + 2.5 * TTL_S / 2
         while time.monotonic() < until:
             readings.append(len(os.listdir(directory / "fd")))
@@ -206,8 +213,9 @@ class Soak:
 # The role's limit could only hide an overshoot, and the soak is long: without it alone.
 @pytest.mark.parametrize("variant", [""], indirect=True, ids=["counted"])
 def test_nothing_grows_under_all_faults_together(field: Environment, row: Row) -> None:
-    """Growth: from the end of the warm-up (a third of the time) to the end, of the broker and of two workers that are
-    spared. In the warm-up the broker is killed too; then it must live, or nothing could grow in it.
+    """Growth: from the end of the warm-up (a third of the time) to the end, of the broker and of
+    two workers that are spared. In the warm-up the broker is killed too; then it must live, or
+    nothing could grow in it.
     """
     crew = field.open(think=scale(0.1, 0.3))
     soak = Soak(field, crew, row.seed)
@@ -233,7 +241,8 @@ def test_nothing_grows_under_all_faults_together(field: Environment, row: Row) -
     row.worst = rss
     row.measured = (
         f"{LENGTH_S / 60:.3g} min, {row.faults} faults, {row.checkouts} checkouts;"
-        f" descriptors {fds:+d}, RSS {rss:+.2f} MB ({', '.join(f'{who} {r:+.2f}' for who, (_, r) in grown.items())})"
+        f" descriptors {fds:+d}, RSS {rss:+.2f} MB "
+        f"({', '.join(f'{who} {r:+.2f}' for who, (_, r) in grown.items())})"
     )
     assert fds <= 0, grown
     assert rss <= scale(8.0, 2.0), grown

@@ -17,14 +17,17 @@ pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 600))]
 
 
 @pytest.mark.row(
-    "sigkill", "SIGKILL of a random worker every 0.5 s: idle, in a query, in the middle of connecting",
+    "sigkill", "SIGKILL of a random worker every 0.5 s: idle, in a query, in the middle of "
+               "connecting",
     "slot back: p99 ≤ 0.5 s",
 )  # fmt: skip
 def test_the_slots_of_killed_workers_come_back(field: Environment, row: Row) -> None:
-    """Slot back: from the kill until the first report of the broker has come that shows no lease of that process.
+    """Slot back: from the kill until the first report of the broker has come that shows no lease of
+    that process.
 
-    A slot that is not counted for anybody is what the next waiter gets in the same turn of the broker's loop. Reports
-    are asked for every 10 ms; a kill counts when no report before it showed that the process holds nothing any more.
+    A slot that is not counted for anybody is what the next waiter gets in the same turn of the
+    broker's loop. Reports are asked for every 10 ms; a kill counts when no report before it showed
+    that the process holds nothing any more.
     """
     rng = random.Random(row.seed)
     crew = field.open()
@@ -85,9 +88,9 @@ def test_frozen_workers_lose_their_slots_to_waiters_and_find_out_loudly(
 ) -> None:
     """Freeze workers that have all slots (half lent out, half idle), while the others wait for one.
 
-    A connection is stale when it is handed out although, by the server's log, its backend had ended for a while when
-    the checkout began. One that is ended while it is being handed out (its worker has just woken, and the broker has
-    not heard it yet) fails loudly, and is counted as raced.
+    A connection is stale when it is handed out although, by the server's log, its backend had ended
+    for a while when the checkout began. One that is ended while it is being handed out (its worker
+    has just woken, and the broker has not heard it yet) fails loudly, and is counted as raced.
     """
     crew = field.open(timeouts=[10, 20], discard=0.05)
     crew.start(WORKERS, "p")
@@ -137,7 +140,8 @@ def test_frozen_workers_lose_their_slots_to_waiters_and_find_out_loudly(
 
 
 def _gone_for(checkout: Checkout, depth: Depth, wall: float) -> float | None:
-    """Return for how long a checkout's backend had ended when the checkout began; None when the log does not say.
+    """Return for how long a checkout's backend had ended when the checkout began; None when the log
+    does not say.
 
     `wall` is the time since the epoch less CLOCK_MONOTONIC.
     """

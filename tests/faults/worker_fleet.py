@@ -1,4 +1,5 @@
-"""The workers of a fault test: start, order about, kill and replace the processes that `fault_worker.py` is."""
+"""The workers of a fault test: start, order about, kill and replace the processes that
+`fault_worker.py` is."""
 
 import contextlib
 import json
@@ -22,7 +23,10 @@ ANSWER_S = 60.0
 
 
 class WorkerFleet:
-    """All workers of one test. A worker's number names its byte in the orders file and its file of events."""
+    """All workers of one test.
+
+    A worker's number names its byte in the orders file and its file of events.
+    """
 
     def __init__(self, directory: Path, seed: int, config: dict[str, Any], **habits: Any) -> None:
         self.directory = directory
@@ -142,7 +146,10 @@ class WorkerFleet:
             )
 
     def dismiss(self, numbers: Iterable[int] | None = None, within_s: float = 20) -> None:
-        """Have workers leave in good order. Whoever does not in time is killed, and fails the test."""
+        """Have workers leave in good order.
+
+        Whoever does not in time is killed, and fails the test.
+        """
         leaving = list(self.alive if numbers is None else numbers)
         self.order(leaving, "x")
         for number in leaving:
@@ -171,7 +178,8 @@ class WorkerFleet:
     # --- what they tell
 
     def events(self, name: int | str) -> list[Event]:
-        """Return the newest events of a worker (its number), or of a child of one (`number-pid`)."""
+        """Return the newest events of a worker (its number), or of a child of one
+        (`number-pid`)."""
         return self._tail(name).read()
 
     def tally(self, name: int | str, kind: str) -> int:
@@ -192,7 +200,8 @@ class WorkerFleet:
     def wait_for(
         self, names: Iterable[int | str], kind: str, since: float = 0.0, timeout_s: float = 30
     ) -> list[Event]:
-        """Wait until each of the workers has noted an event of this kind after `since`; return these."""
+        """Wait until each of the workers has noted an event of this kind after `since`; return
+        these."""
         found = []
         for name in names:
 

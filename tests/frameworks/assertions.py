@@ -8,7 +8,8 @@ def stuck(server: connection, name: str) -> int:
     with server.cursor() as cursor:
         cursor.execute(
             "SELECT count(*) FROM pg_stat_activity"
-            " WHERE application_name LIKE %s AND state = 'active' AND query LIKE 'SELECT pg_sleep(600%%'",
+            " WHERE application_name LIKE %s AND state = 'active' AND query LIKE 'SELECT "
+            "pg_sleep(600%%'",
             [f"sharedpool {name} [%"],
         )
         (count,) = cursor.fetchone() or (0,)

@@ -5,7 +5,8 @@ from typing import Any
 
 
 def through_files(folder: Path) -> dict[str, Any]:
-    """An app's settings, by which its messages and results are files in new folders that all users may write to."""
+    """An app's settings, by which its messages and results are files in new folders that all users
+    may write to."""
     places = {part: folder / part for part in ("messages", "control", "results")}
     for place in places.values():
         place.mkdir()

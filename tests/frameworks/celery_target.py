@@ -1,4 +1,7 @@
-"""The Celery application that the tests run. It imports nothing of the tests: an application as a user's would be."""
+"""The Celery application that the tests run.
+
+It imports nothing of the tests: an application as a user's would be.
+"""
 
 import json
 import os

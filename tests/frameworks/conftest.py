@@ -20,14 +20,18 @@ def sampler(postgres: EphemeralPostgres, name: str) -> Iterator[BackendSampler]:
 
 @pytest.fixture
 def automatic_broker(runtime_dir: Path) -> Iterator[None]:
-    """No broker is named: the first process that needs one starts it, as in README. In the end nobody uses it."""
+    """No broker is named: the first process that needs one starts it, as in README.
+
+    In the end nobody uses it.
+    """
     with automatic.seen_off():
         yield
 
 
 @pytest.fixture
 def all_slots(postgres: EphemeralPostgres, name: str) -> Callable[[int], int]:
-    """Have all slots of the pool at once, in this process, by whatever broker it finds; return how many that were."""
+    """Have all slots of the pool at once, in this process, by whatever broker it finds; return how
+    many that were."""
 
     def have(limit: int) -> int:
         threaded = sharedpool.ThreadedConnectionPool

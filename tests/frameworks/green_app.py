@@ -1,4 +1,7 @@
-"""An app for gunicorn's gevent worker: SETTINGS (environment) are the pool's. A page can keep a connection busy."""
+"""An app for gunicorn's gevent worker: SETTINGS (environment) are the pool's.
+
+A page can keep a connection busy.
+"""
 
 import json
 import os

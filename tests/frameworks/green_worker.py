@@ -1,6 +1,7 @@
 """A process under gevent's monkey-patching: `python green_worker.py SCENARIO SETTINGS [ARGUMENT]`.
 
-Each scenario proves that the hub ran by what only another greenlet of the same process could have done meanwhile.
+Each scenario proves that the hub ran by what only another greenlet of the same process could have
+done meanwhile.
 """
 
 import json
@@ -52,7 +53,8 @@ def until_told() -> None:
 
 
 def waiting_within_the_process() -> None:
-    """The one that holds the slot gives it back only while the other waits: if that froze the hub, it never would."""
+    """The one that holds the slot gives it back only while the other waits: if that froze the hub,
+    it never would."""
     held = pool.get_conn(timeout=20)
     pid = ask(held)
     waiter = gevent.spawn(use)
@@ -124,7 +126,8 @@ def hold(conn: extensions.connection) -> None:
 
 
 def a_close_lets_others_run() -> None:
-    """A backend in the middle of a query does not leave at once: its end is waited for, up to a second."""
+    """A backend in the middle of a query does not leave at once: its end is waited for, up to a
+    second."""
     conn = pool.get_conn(timeout=20)
     ask(conn)
     turns: list[None] = []
@@ -205,7 +208,8 @@ def a_fork() -> None:
 
 
 def live_connections_move() -> None:
-    """Write rows that say whose they are, each in a transaction of its own; wait for who else uses the slots."""
+    """Write rows that say whose they are, each in a transaction of its own; wait for who else uses
+    the slots."""
     me = os.getpid()
 
     def write(greenlet: int) -> None:

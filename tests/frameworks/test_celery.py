@@ -1,4 +1,5 @@
-"""A real Celery worker and one limit: prefork and threads, processes that are recycled, killed or orphaned."""
+"""A real Celery worker and one limit: prefork and threads, processes that are recycled, killed or
+orphaned."""
 
 import itertools
 import json

@@ -20,7 +20,9 @@ import sys, time
 import sharedpool
 {after}
 broker, kind = "ipc:///no/such/broker.sock", sharedpool.ThreadedConnectionPool
-pool = sharedpool.config_pool(max_conn=2, dsn=sys.argv[1], broker=broker, timeout=60, pool_manager=kind)
+pool = sharedpool.config_pool(
+    max_conn=2, dsn=sys.argv[1], broker=broker, timeout=60, pool_manager=kind
+)
 for where in ("here", "in a greenlet"):
     began = time.monotonic()
     try:

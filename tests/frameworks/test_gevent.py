@@ -1,4 +1,7 @@
-"""gevent: in a monkey-patched process a wait for a lease lets the other greenlets run. All in real such processes."""
+"""gevent: in a monkey-patched process a wait for a lease lets the other greenlets run.
+
+All in real such processes.
+"""
 
 import http.client
 import json

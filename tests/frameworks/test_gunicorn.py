@@ -28,7 +28,8 @@ import sharedpool.integrations.gunicorn
 
 def worker_exit(server, worker):
     sharedpool.integrations.gunicorn.worker_exit(server, worker)
-    server.log.info("a hook of the user's own in the %s", "master" if os.getpid() == server.pid else "worker")
+    where = "master" if os.getpid() == server.pid else "worker"
+    server.log.info("a hook of the user's own in the %s", where)
 """
 # gunicorn's hook runs in the master when a worker is not there any more that it wants to signal.
 REAPED_BY_ANOTHER = """
@@ -70,7 +71,8 @@ def gunicorn(
             "--config",
             str(configuration),
         ]
-        # A worker that is just being forked when gunicorn is told to end does not hear of it, and is killed after that.
+        # A worker that is just being forked when gunicorn is told to end does not hear of it, and
+        # is killed after that.
         command += ["--graceful-timeout", "8", *options]
         environment |= {"TARGET_POOL": name, "DATABASE_DSN": postgres.dsn}
         with serving(
@@ -217,7 +219,8 @@ def test_a_worker_that_leaves_with_a_query_under_way_is_not_held_up_by_it(
         wait_until(lambda: stuck(server_connection, name) == 1, what="the query that does not end")
         if how == "reloaded":
             server.process.send_signal(signal.SIGHUP)
-        # Without the hook its thread is waited for until gunicorn kills the worker, after the 60 seconds of --timeout.
+        # Without the hook its thread is waited for until gunicorn kills the worker, after the 60
+        # seconds of --timeout.
         wait_until(lambda: not alive(worker), timeout_s=15, what="the worker's end")
         assert waiting.getresponse().status == 500
         waiting.close()

@@ -1,4 +1,7 @@
-"""Started as root, working as somebody else; in another user's environment; without a directory. Needs root."""
+"""Started as root, working as somebody else; in another user's environment; without a directory.
+
+Needs root.
+"""
 
 import itertools
 import json
@@ -52,9 +55,17 @@ class Account(NamedTuple):
         """Run `code` as that user; return what it printed."""
         command = [self.python, "-c", code, *arguments]
         outcome = subprocess.run(
-            command, user=self.uid, group=self.gid, extra_groups=[], env=os.environ | environment, cwd="/",
-            capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+            command,
+            user=self.uid,
+            group=self.gid,
+            extra_groups=[],
+            env=os.environ | environment,
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         return outcome.stdout.strip() or outcome.stderr.strip()
 
 
@@ -87,7 +98,8 @@ def account(monkeypatch: pytest.MonkeyPatch) -> Iterator[Account]:
     ):
         shutil.rmtree(folder)
         pytest.skip(
-            f"no Python here that the account nobody can run with our packages: {said if python else ''}"
+            "no Python here that the account nobody can run with our packages: "
+            f"{said if python else ''}"
         )
     with (
         automatic_broker.seen_off(account.runtime_dir),
@@ -128,7 +140,8 @@ def test_gunicorn_that_gives_up_root_shares_the_limit(
     xdg: bool,
     used: bool,
 ) -> None:
-    """With root's XDG_RUNTIME_DIR or without, and the pool used while the application is loaded or not."""
+    """With root's XDG_RUNTIME_DIR or without, and the pool used while the application is loaded or
+    not."""
     options = ["--preload"] if preload else []
     environment = {"TARGET_POOL": "as nobody", "DATABASE_DSN": server.dsn}
     if used:
@@ -163,8 +176,8 @@ def test_celery_that_gives_up_root_does_its_tasks(
         "TARGET_POOL": "as nobody", "DATABASE_DSN": server.dsn, "TARGET_SIGNALS": "1",
         "TARGET_CELERY": json.dumps(through_files(account.folder)), "TARGET_ENDS": str(ends),
     }  # fmt: skip
-    ask = "from celery_target import look\nsent = [look.delay(0.01) for _ in range(8)]\nprint('sent', flush=True)\n"
-    ask += "print(len([each.get(timeout=50) for each in sent]))"
+    ask = "from celery_target import look\nsent = [look.delay(0.01) for _ in range(8)]\n"
+    ask += "print('sent', flush=True)\nprint(len([each.get(timeout=50) for each in sent]))"
     asked = subprocess.Popen(
         [account.python, "-c", ask], cwd=HERE, env=environment, stdout=subprocess.PIPE, text=True,
         user=account.uid, group=account.gid, extra_groups=[],
@@ -320,7 +333,8 @@ def test_without_a_writable_directory_the_error_says_what_to_set(
     if made:
         account.runtime_dir.mkdir(mode=0o700)
         os.chown(account.runtime_dir, account.uid, account.gid)
-    code = f"import sharedpool\ntry:\n  sharedpool.config_pool(dsn={server.dsn!r}).get_conn(timeout=5)\n"
+    code = "import sharedpool\ntry:\n"
+    code += f"  sharedpool.config_pool(dsn={server.dsn!r}).get_conn(timeout=5)\n"
     code += "except sharedpool.PoolError as error: print(error)"
     said = read_only(account, account.python, "-c", code).stdout
     for each in (
@@ -368,7 +382,8 @@ def test_a_worker_that_is_given_a_broker_needs_no_writable_directory(
     with broker:
         assert broker.stderr is not None
         assert broker.stderr.readline()
-        code = f"import sharedpool\npool = sharedpool.config_pool(1, dsn={server.dsn!r}, broker={address!r})\n"
+        options = f"dsn={server.dsn!r}, broker={address!r}"
+        code = f"import sharedpool\npool = sharedpool.config_pool(1, {options})\n"
         code += "with pool.connection(timeout=10) as conn: print('works')"
         outcome = read_only(account, account.python, "-c", code)
         broker.terminate()

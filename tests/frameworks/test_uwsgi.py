@@ -45,7 +45,8 @@ def python_of(command: list[str]) -> str:
 
 @functools.cache
 def real_uwsgi() -> list[str] | None:
-    """How uWSGI's own program is called that has this Python in it: built by pip, or with a distribution's plugin."""
+    """How uWSGI's own program is called that has this Python in it: built by pip, or with a
+    distribution's plugin."""
     wanted = f"{sys.version_info.major}.{sys.version_info.minor}"
     for folder in [str(Path(sys.executable).parent), *os.get_exec_path()]:
         program = shutil.which("uwsgi", path=folder)
@@ -58,7 +59,8 @@ def real_uwsgi() -> list[str] | None:
 
 @pytest.fixture(params=["pyuwsgi", "uwsgi"])
 def program(request: pytest.FixtureRequest) -> list[str]:
-    """uWSGI as a part of Python, which PyPI has ready to run; and its own program, of which Python is a part."""
+    """uWSGI as a part of Python, which PyPI has ready to run; and its own program, of which Python
+    is a part."""
     if request.param == "pyuwsgi":
         found = shutil.which("pyuwsgi", path=Path(sys.executable).parent)
         assert found is not None, "pip install pyuwsgi"
@@ -81,7 +83,8 @@ def uwsgi(
     """Serve the application by four uWSGI workers with these options."""
     paths = [str(Path(sharedpool.__file__).parents[1])]
     if "--virtualenv" not in program:
-        # At a reload pyuwsgi, unlike uWSGI's own program, starts Python anew without its virtual environment.
+        # At a reload pyuwsgi, unlike uWSGI's own program, starts Python anew without its virtual
+        # environment.
         paths += [path for path in sys.path if path.endswith("-packages")]
 
     @contextmanager
@@ -119,15 +122,16 @@ def catches(pid: int, number: int) -> bool:
 def started(server: Server) -> set[int]:
     """Wait until uWSGI and its four workers take orders; return the workers.
 
-    It serves before that. An order that comes too early is lost; one to a worker that has only just been forked is
-    taken for its master's, which then waits for a minute for it to leave, and starts no other meanwhile.
+    It serves before that. An order that comes too early is lost; one to a worker that has only just
+    been forked is taken for its master's, which then waits for a minute for it to leave, and starts
+    no other meanwhile.
     """
     master = server.process.pid
 
     def workers() -> set[int]:
         found = set(map(int, Path(f"/proc/{master}/task/{master}/children").read_text().split()))
-        # A worker inherits its master's handlers and puts its own in their place one by one. SIGUSR2, for which a
-        # master has none, comes after SIGTERM.
+        # A worker inherits its master's handlers and puts its own in their place one by one.
+        # SIGUSR2, for which a master has none, comes after SIGTERM.
         ready = len(found) == 4 and all(catches(pid, signal.SIGUSR2) for pid in found)
         return found if ready and catches(master, signal.SIGHUP) else set()
 
@@ -172,7 +176,8 @@ def test_every_request_is_answered_by_three_connections(
 
 
 def test_nothing_of_the_pool_is_left_in_the_master_when_it_forks(uwsgi: StartUwsgi) -> None:
-    """A thread that runs Python at that moment would leave the children the interpreter's lock, taken."""
+    """A thread that runs Python at that moment would leave the children the interpreter's lock,
+    taken."""
     with uwsgi(**IN_MASTER) as server:
         started(server)
         assert os.listdir(f"/proc/{server.process.pid}/task") == [str(server.process.pid)]

@@ -33,7 +33,8 @@ class Server(NamedTuple):
 
 @contextmanager
 def serving(command: list[str], log: Path, environment: dict[str, str]) -> Iterator[Server]:
-    """Run `command`, in which {fd} is replaced: a listening socket; end it with everything that it has started.
+    """Run `command`, in which {fd} is replaced: a listening socket; end it with everything that it
+    has started.
 
     Nobody can take the port, and requests wait until a worker is there.
     """

@@ -1,7 +1,9 @@
-"""The WSGI application that the tests serve. It imports nothing of the tests: an application as a user's would be.
+"""The WSGI application that the tests serve.
 
-/       do a query and tell by whom it was done
-/stuck  hold a connection in a query that does not end
+It imports nothing of the tests: an application as a user's would be.
+
+/       do a query and tell by whom it was done /stuck  hold a connection in a query that does not
+end
 """
 
 import json

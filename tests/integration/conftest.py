@@ -27,8 +27,12 @@ def pair(broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str) -> I
 
     def make(**settings: Any) -> tuple[Pool, Pool]:
         options = {
-            "dsn": postgres.dsn, "max_conn": 1, "timeout": 10, "pool_manager": ThreadedConnectionPool, **settings
-        }  # fmt: skip
+            "dsn": postgres.dsn,
+            "max_conn": 1,
+            "timeout": 10,
+            "pool_manager": ThreadedConnectionPool,
+            **settings,
+        }
         a = sharedpool.config_pool(name=name, broker=broker.address, **options)
         b = type(a)(dataclasses.replace(a.config), a._broker)
         made.extend((a, b))

@@ -203,7 +203,8 @@ def test_a_configuration_file_is_read_at_start_and_again_on_sighup(
 def test_check_config_says_what_a_file_means(tmp_path: Path) -> None:
     file = tmp_path / "sharedpool.toml"
     file.write_text(
-        'max_conn = 20\ndsn = "password=secret"\n[groups.web]\nmin = 8\npriority = 1\n[pools.x]\nmax_conn = 4\n'
+        'max_conn = 20\ndsn = "password=secret"\n[groups.web]\nmin = 8\npriority = 1\n[pools.x]\n'
+        "max_conn = 4\n"
     )
     done = sharedpool_command("check-config", str(file))
     assert done.returncode == 0

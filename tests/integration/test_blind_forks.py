@@ -1,4 +1,7 @@
-"""Forks that Python does not see, as uWSGI's: no hook runs in the child. The parent's connections stay the parent's."""
+"""Forks that Python does not see, as uWSGI's: no hook runs in the child.
+
+The parent's connections stay the parent's.
+"""
 
 import pytest
 
@@ -6,8 +9,8 @@ import sharedpool
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.support.processes import run_python
 
-# The parent has one connection out, with a temporary table and an open transaction, and one idle. CHILD is run in a
-# child process.
+# The parent has one connection out, with a temporary table and an open transaction, and one idle.
+# CHILD is run in a child process.
 SCRIPT = """
 import ctypes, os, sys
 import psycopg2, sharedpool
@@ -40,7 +43,8 @@ def in_the_child():
     CHILD
 
 dsn, address = sys.argv[1:]
-settings = dict(max_conn=3, dsn=dsn, broker=address, name="blind", pool_manager=sharedpool.ThreadedConnectionPool)
+manager = sharedpool.ThreadedConnectionPool
+settings = dict(max_conn=3, dsn=dsn, broker=address, name="blind", pool_manager=manager)
 pool = sharedpool.config_pool(**settings)
 held, idle = pool.get_conn(timeout=10), pool.get_conn(timeout=10)
 pids = [conn.info.backend_pid for conn in (held, idle)]
@@ -59,7 +63,8 @@ held.rollback()
 assert answer(held, "SELECT answer FROM kept") == 42, "the child has committed the parent's work"
 pool.put_conn(held)
 conns = pool.get_conn(timeout=10), pool.get_conn(timeout=10)
-assert sorted(answer(conn, "SELECT pg_backend_pid()") for conn in conns) == sorted(pids), "the parent lost a session"
+kept = sorted(answer(conn, "SELECT pg_backend_pid()") for conn in conns)
+assert kept == sorted(pids), "the parent lost a session"
 pool.release_all()
 """
 

@@ -83,7 +83,8 @@ def test_the_environment_makes_no_other_identity(
     """The same server by keyword, by URL and by libpq's environment: one broker, one limit."""
     monkeypatch.setenv("PGHOST", str(postgres.host))
     monkeypatch.setenv("PGPORT", str(postgres.port))
-    url = f"postgresql://postgres@/postgres?host={str(postgres.host).replace('/', '%2F')}&port={postgres.port}"
+    host = str(postgres.host).replace("/", "%2F")
+    url = f"postgresql://postgres@/postgres?host={host}&port={postgres.port}"
     with (
         Worker(dsn=postgres.dsn, max_conn=1) as a,
         Worker(db_url=url, max_conn=1) as b,
@@ -119,7 +120,8 @@ def test_an_automatic_broker_that_died_is_replaced_and_held_connections_live_on(
         os.kill(report.pid, signal.SIGKILL)
         assert a.ask("query", name="x", sql="SELECT pg_backend_pid()")["rows"] == [[held]]
         b.ask("get", name="x")  # a cache hit needs no broker
-        # Both have told the new one what they hold: it is counted, and no third connection is granted.
+        # Both have told the new one what they hold: it is counted, and no third connection is
+        # granted.
         wait_until(lambda: (found := living(runtime_dir)) and found[0].leases == 2, timeout_s=30)
         assert living(runtime_dir)[0].epoch == report.epoch + 1
         assert a.ask("get", name="y")["error"] == "PoolExhausted"
@@ -216,7 +218,8 @@ def test_a_broker_that_cannot_start_says_why(
 def test_a_broker_whose_address_another_has_taken_makes_way(
     runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its lock file was deleted, and somebody was faster than it: a cleaner must not make two brokers of one."""
+    """Its lock file was deleted, and somebody was faster than it: a cleaner must not make two
+    brokers of one."""
     monkeypatch.setattr("sharedpool.broker.server.server._CHECK_FILES_EVERY_S", 0.1)
     address = f"ipc://{runtime_dir}/cleaned.sock"
     server = Server(BrokerSettings(address, 1))
@@ -308,8 +311,8 @@ def test_an_owned_broker_ends_with_its_owner(runtime_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_conn": 0}, {"max_conn": 2.5}, {"max_conn": "5"}, {"ttl": 0}, {"ttl": float("nan")}, {"expiration": -5},
-     {"max_checkout": 0}, {"address": "nowhere"}, {"dsn": "nonsense"}],
+    [{"max_conn": 0}, {"max_conn": 2.5}, {"max_conn": "5"}, {"ttl": 0}, {"ttl": float("nan")},
+     {"expiration": -5}, {"max_checkout": 0}, {"address": "nowhere"}, {"dsn": "nonsense"}],
 )  # fmt: skip
 def test_start_broker_names_a_wrong_argument(wrong: dict[str, Any]) -> None:
     with pytest.raises(sharedpool.ConfigError, match=next(iter(wrong))):

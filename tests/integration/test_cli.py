@@ -1,4 +1,5 @@
-"""The `sharedpool` command as its users meet it: help, exit statuses, signals, stdout and stderr."""
+"""The `sharedpool` command as its users meet it: help, exit statuses, signals,
+stdout and stderr."""
 
 import json
 import os
@@ -317,15 +318,18 @@ def test_run_works_where_dead_children_are_ignored(runtime_dir: Path) -> None:
 
 
 def test_run_reaps_the_orphans_that_pid_1_of_a_container_is_given(runtime_dir: Path) -> None:
-    """PR_SET_CHILD_SUBREAPER (36) makes a process the one that orphans fall to, as PID 1 is; an exec keeps it."""
+    """PR_SET_CHILD_SUBREAPER (36) makes a process the one that orphans fall to, as PID 1 is; an
+    exec keeps it."""
     orphan = "import os; print(os.getpid(), flush=True)"
     command = (
-        "import subprocess, sys; parent = 'import subprocess, sys; subprocess.Popen([sys.executable, *sys.argv[1:]])';"
+        "import subprocess, sys; parent = 'import subprocess, sys; "
+        "subprocess.Popen([sys.executable, *sys.argv[1:]])';"
         f"subprocess.run([sys.executable, '-c', parent, '-c', {orphan!r}]); sys.stdin.read()"
     )
     first = (
         "import ctypes, os, sys; assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0;"
-        "os.execv(sys.executable, [sys.executable, '-m', 'sharedpool', 'run', '--max-conn', '3', '--', *sys.argv[1:]])"
+        "os.execv(sys.executable, [sys.executable, '-m', 'sharedpool', 'run', '--max-conn', '3', "
+        "'--', *sys.argv[1:]])"
     )
     with Piped(sys.executable, "-c", first, sys.executable, "-c", command) as process:
         pid = int(process.line())

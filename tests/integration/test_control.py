@@ -1,4 +1,5 @@
-"""The control connection by itself, on a real server: what it ends, what it sees, and what it survives."""
+"""The control connection by itself, on a real server: what it ends, what it sees, and what it
+survives."""
 
 import queue
 import socket

@@ -1,4 +1,5 @@
-"""The control connection's database: the connection blocks no DROP DATABASE, and its end is no failover."""
+"""The control connection's database: the connection blocks no DROP DATABASE, and its end is no
+failover."""
 
 import os
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ def control_sessions(conn: connection) -> list[tuple[int, str]]:
     """Backend and database of every broker's control connection."""
     return run(
         conn,
-        "SELECT pid, datname FROM pg_stat_activity WHERE application_name LIKE 'sharedpool broker%'",
+        "SELECT pid, datname FROM pg_stat_activity"
+        " WHERE application_name LIKE 'sharedpool broker%'",
     )
 
 
@@ -41,7 +43,8 @@ def log_of(directory: Path) -> str:
 
 @pytest.fixture
 def role(postgres: EphemeralPostgres, server_connection: connection) -> Iterator[str]:
-    """The conninfo string of an ordinary role and a database of its own, to which no other user has a session."""
+    """The conninfo string of an ordinary role and a database of its own, to which no other user has
+    a session."""
     name = f"tenant_{os.urandom(3).hex()}"
     run(server_connection, f"CREATE ROLE {name} LOGIN CREATEDB")
     run(server_connection, f"CREATE DATABASE {name} OWNER {name}")

@@ -1,4 +1,5 @@
-"""Programs that close descriptors which are not their own, as daemons do: what they open next is left alone."""
+"""Programs that close descriptors which are not their own, as daemons do: what they open next is
+left alone."""
 
 import pytest
 
@@ -6,13 +7,17 @@ import sharedpool
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.support.processes import run_python
 
-# DAEMONIZE closes all descriptors, in whatever process; `Foreign` takes the numbers that have become free.
+# DAEMONIZE closes all descriptors, in whatever process; `Foreign` takes the numbers that have
+# become free.
 SCRIPT = """
 import ctypes, gc, os, socket, sys, threading, time
 import psycopg2, sharedpool, sharedpool.worker.connection.handover
 
 class Foreign:
-    '''Sockets of the application, under the numbers that the pool had: nothing may come in, nothing may end.'''
+    '''Sockets of the application, under the numbers that the pool had.
+
+    Nothing may come in, nothing may end.
+    '''
 
     def __init__(self):
         self.pairs = [socket.socketpair() for _ in range(20)]
@@ -35,7 +40,8 @@ def fork():
         os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
 
 def blind_fork():
-    # What another thread holds at that moment, the child waits for: a program that forks so has to see to it itself.
+    # What another thread holds at that moment, the child waits for: a program that forks so has to
+    # see to it itself.
     others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
     deadline = time.monotonic() + 5  # a kernel may not tell
     while not all(map(rests, others)) and time.monotonic() < deadline:
@@ -66,7 +72,8 @@ def use(pool):
 
 dsn, address = sys.argv[1:]
 pool = sharedpool.config_pool(
-    max_conn=3, dsn=dsn, broker=address, name="daemon", pool_manager=sharedpool.ThreadedConnectionPool
+    max_conn=3, dsn=dsn, broker=address, name="daemon",
+    pool_manager=sharedpool.ThreadedConnectionPool,
 )
 block, free = None, 3
 BEFORE
@@ -90,13 +97,17 @@ assert pool.stats().adopted or not sharedpool.worker.connection.handover.SUPPORT
 other.release_all()
 pool.release_all()
 for each in (pool, other):
-    each._local.shells._trim(0)  # as time would: what is left of connections that have moved is closed
+    # As time would: what is left of connections that have moved is closed.
+    each._local.shells._trim(0)
 gc.collect()
 foreign.check()
 print("done", flush=True)
 """
 
-USED = "use(pool); free = 2; inherited = pool.get_conn(timeout=20); inherited.cursor().execute('SELECT 1')"
+USED = (
+    "use(pool); free = 2; inherited = pool.get_conn(timeout=20);"
+    " inherited.cursor().execute('SELECT 1')"
+)
 CASES = {
     "configured, closed": ("", "close_all()", ""),
     "configured, two forks": ("", "fork(); os.setsid(); fork(); close_all()", ""),
@@ -119,14 +130,14 @@ CASES = {
         "del inherited; gc.collect()",
     ),
     "within a block": (
-        USED
-        + "; free = 1; block = pool.connection(timeout=20); block.__enter__().cursor().execute('SELECT 1')",
+        USED + "; free = 1; block = pool.connection(timeout=20); "
+        "block.__enter__().cursor().execute('SELECT 1')",
         "fork(); close_all()",
         "raises(block.__exit__, None, None, None)",
     ),
     "within a block that fails": (
-        USED
-        + "; free = 1; block = pool.connection(timeout=20); block.__enter__().cursor().execute('SELECT 1')",
+        USED + "; free = 1; block = pool.connection(timeout=20); "
+        "block.__enter__().cursor().execute('SELECT 1')",
         "fork(); close_all()",
         "assert not block.__exit__(KeyError, KeyError(), None)",
     ),

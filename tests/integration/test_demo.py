@@ -86,7 +86,8 @@ def run(place: Path) -> Iterator[Run]:
 
 
 def left_over(place: Path) -> list[str]:
-    """Everything that is still there of the demos in `place`: processes by their environment or folder, and files."""
+    """Everything that is still there of the demos in `place`: processes by their environment or
+    folder, and files."""
     found = [str(path) for path in place.iterdir()]
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -235,7 +236,7 @@ def test_bad_option_is_a_usage_error() -> None:
         assert command.split()[1] in stderr, command
 
 
-# --- the verdict ------------------------------------------------------------------------------------------------------
+# --- the verdict
 
 
 def test_good_run_passes() -> None:

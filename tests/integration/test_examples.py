@@ -1,4 +1,5 @@
-"""Every example does what its own docstring says, by the command given there, and the server never sees too many."""
+"""Every example does what its own docstring says, by the command given there, and the server never
+sees too many."""
 
 import ast
 import http.client
@@ -52,7 +53,8 @@ def commands(example: str) -> list[list[str]]:
 def environment(
     monkeypatch: pytest.MonkeyPatch, runtime_dir: Path, tmp_path: Path
 ) -> Iterator[None]:
-    """What the user of an example has, but all that it leaves behind is ours; in the end nobody uses a broker."""
+    """What the user of an example has, but all that it leaves behind is ours; in the end nobody
+    uses a broker."""
     monkeypatch.setenv(
         "PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     )
@@ -69,7 +71,8 @@ def environment(
 def database_url(environment: None, database: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """DATABASE_URL, set for the examples, as their docstrings want it."""
     found = psycopg2.extensions.parse_dsn(database)
-    url = f"postgresql://{found['user']}@/{found['dbname']}?host={quote(found['host'], safe='')}&port={found['port']}"
+    host = quote(found["host"], safe="")
+    url = f"postgresql://{found['user']}@/{found['dbname']}?host={host}&port={found['port']}"
     monkeypatch.setenv("DATABASE_URL", url)
     return url
 
@@ -192,9 +195,11 @@ def test_a_script_without_a_server_says_what_to_set(environment: None, example: 
 def serving(
     command: list[str], *more: str
 ) -> Iterator[tuple[int, "subprocess.Popen[bytes]", Path]]:
-    """Run a documented gunicorn command, with `more` options; yield its port, the process and its log."""
+    """Run a documented gunicorn command, with `more` options; yield its port, the process and its
+    log."""
     log = Path(os.environ["TMPDIR"], "gunicorn.log")
-    # It inherits a socket that listens already: nobody can take the port, and requests wait until a worker is there.
+    # It inherits a socket that listens already: nobody can take the port, and requests wait until a
+    # worker is there.
     with log.open("w") as output, socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
         process = subprocess.Popen(
             [*command, *more],

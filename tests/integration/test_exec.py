@@ -1,4 +1,5 @@
-"""A process that replaces itself by exec: its pid lives on, its program and all that it held are gone."""
+"""A process that replaces itself by exec: its pid lives on, its program and all that it held are
+gone."""
 
 import os
 import sys
@@ -12,7 +13,8 @@ from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.support.processes import Piped, Worker
 from tests.support.waiting import wait_until
 
-# Long beyond the patience of these tests: what comes back, comes back by other evidence than silence.
+# Long beyond the patience of these tests: what comes back, comes back by other evidence than
+# silence.
 TTL_S = 120.0
 
 PROGRAM = """
@@ -26,16 +28,19 @@ if how in ("idle", "at its exit"):
 other = [sys.executable, "-c", "import sys; print('other', flush=True); sys.stdin.read()"]
 if how == "again":
     other[2] = (
-        "import sys, sharedpool; pool = sharedpool.config_pool(max_conn=1, dsn=sys.argv[1], broker=sys.argv[2]);"
+        "import sys, sharedpool;"
+        "pool = sharedpool.config_pool(max_conn=1, dsn=sys.argv[1], broker=sys.argv[2]);"
         "conn = pool.get_conn(timeout=20); print('other', flush=True); sys.stdin.read()"
     )
     other += [dsn, broker]
 if how == "in a query":
     import threading
-    threading.Thread(target=lambda: conn.cursor().execute("SELECT pg_sleep(600)"), daemon=True).start()
+    sleep = lambda: conn.cursor().execute("SELECT pg_sleep(600)")
+    threading.Thread(target=sleep, daemon=True).start()
     with __import__("psycopg2").connect(dsn) as look, look.cursor() as cursor:
         while True:
-            cursor.execute("SELECT state = 'active' FROM pg_stat_activity WHERE pid = %s", [conn.info.backend_pid])
+            ask = "SELECT state = 'active' FROM pg_stat_activity WHERE pid = %s"
+            cursor.execute(ask, [conn.info.backend_pid])
             if cursor.fetchone() == (True,):
                 break
 if how == "at its exit":  # registered last, it runs first

@@ -114,7 +114,8 @@ def test_a_backend_that_has_begun_a_query_since_is_anothers(lent: Lent) -> None:
 
 @pytest.mark.parametrize("name", [OURS, THEIRS])
 def test_a_backend_that_is_never_seen_idle_is_anothers_too(lent: Lent, name: str) -> None:
-    """It executes one short query after another; our own client's was over before the first look."""
+    """It executes one short query after another; our own client's was over before
+    the first look."""
     lent.fence(left=True)
     assert not lent.work()
     lent.execute(f"SET application_name = '{name}'")
@@ -131,7 +132,8 @@ def test_a_backend_that_goes_on_with_our_query_is_ended(lent: Lent) -> None:
 
 
 def test_a_backend_that_may_serve_another_is_neither_ended_nor_free(lent: Lent) -> None:
-    """The user may have renamed the session, or the backend served another user before the first look."""
+    """The user may have renamed the session, or the backend served another user before the first
+    look."""
     lent.execute(f"SET application_name = '{THEIRS}'")
     lent.query()
     lent.fence(left=True)

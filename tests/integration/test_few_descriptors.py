@@ -1,4 +1,5 @@
-"""Few descriptors are left in a process, or many of its threads wait: errors that say what to do, and no abort."""
+"""Few descriptors are left in a process, or many of its threads wait: errors that say what to do,
+and no abort."""
 
 import dataclasses
 import os
@@ -121,7 +122,8 @@ def only(count: int) -> Iterator[None]:
 
 @dataclasses.dataclass
 class Host:
-    """A pool of this process, where the only connection comes for a visit: it is another process's."""
+    """A pool of this process, where the only connection comes for a visit: it is
+    another process's."""
 
     pool: sharedpool.Pool
     broker: sharedpool.Broker
@@ -129,7 +131,8 @@ class Host:
     executor: ThreadPoolExecutor
 
     def visit(self, left: int | None = None) -> None:
-        """Have it come, use it and let it go; `left` descriptors can be opened here while it comes."""
+        """Have it come, use it and let it go; `left` descriptors can be opened here
+        while it comes."""
         waiter = self.executor.submit(self.pool.get_conn, timeout=20)
         wait_until(lambda: report(self.broker, self.pool.name).waiting == 1)
         try:
@@ -144,12 +147,12 @@ class Host:
     @property
     def descriptors(self) -> int:
         """How many are open, but for those of empty connections, and the lane with its timer."""
-        holdings = self.pool._local
-        shells = sum(map(len, holdings.shells._stock.values()))
+        local = self.pool._local
+        shells = sum(map(len, local.shells._stock.values()))
         probes = 2 * sum(map(len, Probe._pairs.values()))
         lane = (
-            FOR_A_LANE + len(holdings.membership.wait_sockets._all)
-            if holdings.membership.wait_sockets is not None
+            FOR_A_LANE + len(local.membership.wait_sockets._all)
+            if local.membership.wait_sockets is not None
             else 0
         )
         return len(os.listdir("/proc/self/fd")) - shells - probes - lane
@@ -182,7 +185,8 @@ def test_a_shortage_that_passes_costs_no_more_than_the_connection_that_comes_mea
     before = host.descriptors
     if shell == "built":
         host.pool._local.shells._stock.clear()
-    # In its place one of its own is opened, which takes two: of those that are left, or that an empty one had.
+    # In its place one of its own is opened, which takes two: of those that are left, or that an
+    # empty one had.
     lacks = left < (1 if shell == "kept" else 2)
     with (
         pytest.raises(sharedpool.PoolError, match=r"raise the limit \(`ulimit -n`")

@@ -1,4 +1,5 @@
-"""PostgreSQL's own limit for the role (`CONNECTION LIMIT`), where the broker logs in as that role, too."""
+"""PostgreSQL's own limit for the role (`CONNECTION LIMIT`), where the broker logs in as that role,
+too."""
 
 import contextlib
 from collections.abc import Iterator
@@ -48,7 +49,8 @@ def test_max_conn_and_three_is_what_pool_and_broker_need(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """When all slots are taken and the broker looks for what a killed worker's connect has left, it has three."""
+    """When all slots are taken and the broker looks for what a killed worker's connect has left, it
+    has three itself."""
     monkeypatch.setattr("sharedpool.broker.core.leases.QUEUE_LIMIT_S", 2.0)
     max_conn, address, dsn = 2, f"ipc://{runtime_dir}/b.sock", make_dsn(server.dsn, user="app")
     execute(server, f"ALTER ROLE app CONNECTION LIMIT {max_conn + more}")
@@ -74,7 +76,10 @@ def test_max_conn_and_three_is_what_pool_and_broker_need(
         assert holder.ask("query", name="x", sql="SELECT 1") == {"rows": [[1]]}
     assert logged(server, OF_THE_BROKER, since) >= 2  # the server notes them before it counts
     refused = logged(server, TOO_MANY, since)
-    warned = "role 'app' may have 4 connections (CONNECTION LIMIT), and 5 are needed: max_conn 2, and 3 of the broker's"
+    warned = (
+        "role 'app' may have 4 connections (CONNECTION LIMIT), and 5 are needed: max_conn 2,"
+        " and 3 of the broker's"
+    )
     if more == 3:
         assert not refused
         assert "CONNECTION LIMIT" not in caplog.text
@@ -112,7 +117,8 @@ def test_where_it_is_far_too_low_the_fleet_shares_what_there_is_and_the_operator
     log = "".join(path.read_text() for path in runtime_dir.glob("sharedpool/*.log"))
     assert (
         log.count(
-            "role 'app' may have 4 connections (CONNECTION LIMIT), and 7 are needed: max_conn 4, and 3"
+            "role 'app' may have 4 connections (CONNECTION LIMIT), and 7 are needed: max_conn 4,"
+            " and 3"
         )
         == 1
     )

@@ -1,4 +1,5 @@
-"""A live connection moves from one process to another: its next user sees a plain connection, and nothing else."""
+"""A live connection moves from one process to another: its next user sees a plain connection, and
+nothing else."""
 
 import contextlib
 import hashlib
@@ -70,10 +71,12 @@ def test_nothing_of_one_users_session_reaches_the_next(pair: MakePair) -> None:
         conn.cursor_factory = psycopg2.extras.DictCursor
         with conn.cursor() as cursor:
             cursor.execute(
-                "SET search_path TO nowhere; SET TIME ZONE 'Asia/Tokyo'; SET application_name TO 'mine'"
+                "SET search_path TO nowhere; SET TIME ZONE 'Asia/Tokyo'; SET application_name TO "
+                "'mine'"
             )
             cursor.execute(
-                "CREATE TEMP TABLE left_over (n int); PREPARE mine AS SELECT 1; SELECT pg_advisory_lock(42)"
+                "CREATE TEMP TABLE left_over (n int); PREPARE mine AS SELECT 1; SELECT "
+                "pg_advisory_lock(42)"
             )
             cursor.execute("LISTEN news; NOTIFY news; DO $$ BEGIN RAISE NOTICE 'said'; END $$")
         psycopg2.extras.register_default_json(conn, loads=lambda text: "the giver's")
@@ -363,16 +366,16 @@ def test_the_first_connection_that_a_broker_passes_is_tried_with_a_cancel(
     sent: list[tuple[LocalPool, Token]] = []
     cancel = LocalPool.cancel_query
 
-    def note(holdings: LocalPool, token: Token, **options: bool) -> None:
-        sent.append((holdings, token))
-        cancel(holdings, token, **options)
+    def note(local: LocalPool, token: Token, **options: bool) -> None:
+        sent.append((local, token))
+        cancel(local, token, **options)
 
     monkeypatch.setattr(LocalPool, "cancel_query", note)
     a, b = pair(timeout=1)  # which moves it from the second to the first
     assert a._local.adopted == 1
     assert sent == []  # a cancel that is lost would cost its caller a second
     b.put_conn(b.get_conn(timeout=10))
-    assert [holdings for holdings, _ in sent] == [b._local]
+    assert [local for local, _ in sent] == [b._local]
     assert b._local.adopted == 1
     for giver, taker in ((b, a), (a, b)):
         conn = moved(giver, taker, lambda conn: None)
@@ -384,7 +387,8 @@ def test_the_first_connection_that_a_broker_passes_is_tried_with_a_cancel(
 def test_where_the_broker_may_not_cancel_connections_are_not_handed_over(
     server_connection: extensions.connection, postgres: EphemeralPostgres, tmp_path: Path
 ) -> None:
-    """Its role is not the workers', and no member of it: nobody could cancel a query of a connection that has moved."""
+    """Its role is not the workers', and no member of it: nobody could cancel a query of a
+    connection that has moved."""
     with server_connection.cursor() as cursor:
         cursor.execute("CREATE ROLE watcher LOGIN")
     dsn = extensions.make_dsn(postgres.dsn, user="watcher")
@@ -426,7 +430,10 @@ def test_a_backend_that_ends_on_the_way_is_not_handed_out(
 
 
 def test_a_shell_is_built_for_this_process_alone() -> None:
-    script = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect('\\0' + sys.argv[1]); print(s.recv(1))"
+    script = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect('\\0' + sys.argv[1]);"
+        " print(s.recv(1))"
+    )
     with StubServer(
         {"server_version": "15.1", "client_encoding": "UTF8", "DateStyle": "ISO"}
     ) as stub:
@@ -616,7 +623,8 @@ def test_rows_are_read_and_written_correctly_over_thousands_of_moves(
     name: str,
     server_connection: extensions.connection,
 ) -> None:
-    """Each process writes rows of its own and reads them back, by checksum; no row is another's, lost or doubled."""
+    """Each process writes rows of its own and reads them back, by checksum; no row is another's,
+    lost or doubled."""
     with server_connection.cursor() as cursor:
         cursor.execute("CREATE TABLE moves (worker int, n int, body text, PRIMARY KEY (worker, n))")
     total = _MOVES

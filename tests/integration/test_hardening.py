@@ -43,7 +43,8 @@ def hello(pool: str, version: int = PROTOCOL_VERSION) -> bytes:
 
 
 def test_no_command_uses_a_zeromq_name_that_another_peer_may_have(runtime_dir: Path) -> None:
-    """The broker would abort: libzmq counts from the same number in every process, and takes any name from a peer."""
+    """The broker would abort: libzmq counts from the same number in every process, and takes any
+    name from a peer."""
     with (
         sharedpool.start_broker(5, address=f"ipc://{runtime_dir}/b.sock") as broker,
         ExitStack() as lines,
@@ -239,15 +240,16 @@ def test_another_user_is_told_whose_broker_it_is(
         assert len(texts) == 2
         for text in texts:
             assert (
-                f"{blamed} belongs to uid 0 and is closed to others, such as this process (uid 65534)"
-                in text
+                f"{blamed} belongs to uid 0 and is closed to others, such as this process (uid "
+                "65534)" in text
             )
 
 
 def test_by_tcp_a_pid_counts_only_where_it_means_the_same_process(
     runtime_dir: Path, postgres: EphemeralPostgres
 ) -> None:
-    """A worker in another PID namespace with this host's name, as in a pod: its pid is somebody else's here."""
+    """A worker in another PID namespace with this host's name, as in a pod: its pid is somebody
+    else's here."""
     spec = PoolSpec("far", 1, 60_000)
     with (
         sharedpool.start_broker(3, address=f"tcp://127.0.0.1:{free_port()}", ttl=60.0) as broker,
@@ -444,7 +446,8 @@ def test_while_the_server_is_away_every_caller_gets_its_error_at_once(runtime_di
             a.ask("get", name="x")
             a.ask("put", name="x")
             server.shutdown("immediate")
-            # One that has just been put is not looked at; the broker tells of its end a moment later.
+            # One that has just been put is not looked at; the broker tells of its end a moment
+            # later.
             wait_until(
                 lambda: a.ask("stats")["idle"] == 0, what="the idle connection to be dropped"
             )

@@ -1,4 +1,5 @@
-"""The Python of the automatic broker, where sys.executable is none: servers that embed Python, frozen applications."""
+"""The Python of the automatic broker, where sys.executable is none: servers that embed Python,
+frozen applications."""
 
 import json
 import os
@@ -98,7 +99,8 @@ def environment(
 
 @pytest.fixture
 def server(tmp_path: Path, starts: Path) -> Path:
-    """A program that must not be started: a web server with Python in it, say, or the application."""
+    """A program that must not be started: a web server with Python in it, say, or the
+    application."""
     path = tmp_path / "server"
     path.write_text(f'#!/bin/sh\necho server "$@" >> {starts}\nexec sleep 60\n')
     path.chmod(0o755)

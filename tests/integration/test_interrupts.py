@@ -1,8 +1,10 @@
-"""An exception that is raised in any line of ours loses nothing: no descriptor, no lease, no waiting ticket.
+"""An exception that is raised in any line of ours loses nothing: no descriptor, no lease, no
+waiting thread.
 
-A signal's handler may raise anywhere. Here an exception is raised before the first line that a call executes, then
-before the second, and so on until the call comes through: before every one with SHAREDPOOL_LINES=1, else before every
-so manyth, from one on that SHAREDPOOL_LINES_SEED chooses: the same in each run, in a long one another.
+A signal's handler may raise anywhere. Here an exception is raised before the first line that a call
+executes, then before the second, and so on until the call comes through: before every one with
+SHAREDPOOL_LINES=1, else before every so manyth, from one on that SHAREDPOOL_LINES_SEED chooses: the
+same in each run, in a long one another.
 """
 
 import contextlib
@@ -49,7 +51,8 @@ class Interrupt(BaseException):
 
 
 class Interrupted:
-    """A call of ours in which an exception is raised before the nth line; `place` is where, "" if it came through."""
+    """A call of ours in which an exception is raised before the nth line; `place` is where, "" if
+    it came through."""
 
     def __init__(self, line: int, call: Callable[[], object], *, again: int = 0) -> None:
         """`again`: raise another so many lines later, in the clean-up of the first."""
@@ -104,7 +107,8 @@ def _leaves_with(frame: FrameType) -> bool:
 
 
 def _leaves_except(frame: FrameType) -> bool:
-    """Say whether a handler is left just now: no signal's runs there, and CPython would keep the exception for ever."""
+    """Say whether a handler is left just now: no signal's runs there, and CPython would keep the
+    exception for ever."""
     return frame.f_code.co_code[frame.f_lasti] == dis.opmap["POP_EXCEPT"]
 
 
@@ -132,10 +136,11 @@ class Watch:
         self._before = open_files()
 
     def look(self, place: str) -> None:
-        """Look at everything after an interrupt at `place`; take the numbers that have become free."""
+        """Look at everything after an interrupt at `place`; take the numbers that
+        have become free."""
         self.close_foreign(place)
         for pool in self.pools:
-            # By their numbers: a ticket that is referred to here would not be seen to be abandoned.
+            # By their numbers: a waiter that is referred to here would not be seen to be abandoned.
             for each in (*pool._local.cache.leases, *pool._local.cache.waiting):
                 self._guilty.setdefault((pool, each), place)
         for each in open_files().items():
@@ -172,13 +177,18 @@ class Watch:
                 for token, (_, held) in list(cache.arriving.items())
                 if held() is not None
             ]
-            if (seats := pool._local.membership.wait_sockets) is not None:
-                found += [seat for seat in seats._all if seat not in seats._free]
+            if (wait_sockets := pool._local.membership.wait_sockets) is not None:
+                found += [
+                    wait_socket
+                    for wait_socket in wait_sockets._all
+                    if wait_socket not in wait_sockets._free
+                ]
         gc.collect()
         return [f"{each}: {self._guilty.get(each, '?')}" for each in found]
 
     def still_open(self) -> list[str]:
-        """Return the descriptors that are open, were not at the start, and after which places each came to be."""
+        """Return the descriptors that are open, were not at the start, and after which places each
+        came to be."""
         gc.collect()
         # One is made once and kept: on which nothing can be sent.
         found = {
@@ -261,7 +271,8 @@ def let_move(*pools: Pool) -> None:
 
 
 def waits(pool: Pool) -> bool:
-    """Say whether somebody waits in this session: in the lane, or at the broker, if connections move no more."""
+    """Say whether somebody waits in this session: in the lane, or at the broker, if connections
+    move no more."""
     sockets = pool._local.membership.wait_sockets
     return bool(pool._local.cache.waiting) or (
         sockets is not None and sockets.lane.board.waiting(range(8)) > 0
@@ -295,7 +306,7 @@ def waited_in_lane(a: Pool, b: Pool) -> Callable[[], object]:
     return _waited(a, b, None)
 
 
-def waited_in_lane_the_long_way(a: Pool, b: Pool) -> Callable[[], object]:
+def waited_in_lane_by_the_slow_path(a: Pool, b: Pool) -> Callable[[], object]:
     return _waited(a, b, "key")
 
 
@@ -323,7 +334,7 @@ def given_in_lane(a: Pool, b: Pool) -> Callable[[], object]:
     return give
 
 
-IN_LANE = [waited_in_lane, waited_in_lane_the_long_way, taken_from_shelf, given_in_lane]
+IN_LANE = [waited_in_lane, waited_in_lane_by_the_slow_path, taken_from_shelf, given_in_lane]
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +358,8 @@ def test_an_interrupt_in_any_line_loses_nothing(
     postgres: EphemeralPostgres,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # What is raised in a finalizer has been seen to: pytest would keep it, and with it what its frames hold.
+    # What is raised in a finalizer has been seen to: pytest would keep it, and with it what its
+    # frames hold.
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     # A close that was interrupted is finished sooner than it would be.
     monkeypatch.setattr("sharedpool.worker.core.lost_leases.CLOSING_LIMIT_S", 0.5)
@@ -356,10 +368,14 @@ def test_an_interrupt_in_any_line_loses_nothing(
     watch = Watch()
     others = set(threading.enumerate())
     a = sharedpool.config_pool(
-        name=f"{way.__name__}{again}", dsn=postgres.dsn, broker=quick_broker.address, max_conn=most, timeout=30,
+        name=f"{way.__name__}{again}",
+        dsn=postgres.dsn,
+        broker=quick_broker.address,
+        max_conn=most,
+        timeout=30,
         pool_manager=sharedpool.ThreadedConnectionPool,
         **eager,
-    )  # fmt: skip
+    )
     b = type(a)(dataclasses.replace(a.config), a._broker)
     for pool in (a, b):
         pool.put_conn(pool.get_conn(), close=True)

@@ -1,7 +1,8 @@
-"""Workers that are killed while they connect, and whom the server lets in all the same: no slot is lost, or lent twice.
+"""Workers that are killed while they connect, and whom the server lets in all the same: no slot is
+lost, or lent twice.
 
-A proxy keeps each connect for a while before the server hears of it, and the server's side for another after its client
-has gone.
+A proxy keeps each connect for a while before the server hears of it, and the server's side for
+another after its client has gone.
 """
 
 from pathlib import Path
@@ -21,7 +22,8 @@ LIMIT = 2
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a broker wait for seconds where it waits for a minute: longer than the proxy does, all the same."""
+    """Have a broker wait for seconds where it waits for a minute: longer than the proxy does, all
+    the same."""
     monkeypatch.setattr("sharedpool.broker.core.leases.START_UP_LIMIT_S", 2.0)
     monkeypatch.setattr("sharedpool.broker.core.leases.QUEUE_LIMIT_S", 3.0)
 
@@ -34,7 +36,8 @@ def test_workers_that_are_killed_while_they_connect_cost_no_slot(
     runtime_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By tcp a container's process is known by its line to the desk; where it has none, only its silence tells."""
+    """By tcp a container's process is known by its line to the desk; where it has none, only its
+    silence tells."""
     if where == "elsewhere":
         where = "in a container, by tcp"
         monkeypatch.setattr(

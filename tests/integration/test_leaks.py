@@ -1,4 +1,5 @@
-"""Nothing is lost and nothing is used twice: disposal, finalizers, interrupts, keys, callbacks, descriptors."""
+"""Nothing is lost and nothing is used twice: disposal, finalizers, interrupts, keys, callbacks,
+descriptors."""
 
 import gc
 import os
@@ -223,7 +224,8 @@ def test_a_wrong_timeout_costs_no_slot(make_pool: MakePool, wrong: Any) -> None:
 def test_a_dead_idle_connection_is_replaced_under_a_new_lease(
     make_pool: MakePool, backends: Backends
 ) -> None:
-    """Its old lease may have been fenced and its slot granted to another while this process was frozen."""
+    """Its old lease may have been fenced and its slot granted to another while this process was
+    frozen."""
     pool = make_pool(max_conn=1)
     conn: Any = pool.get_conn()
     old = conn.sharedpool_lease.token
@@ -349,7 +351,8 @@ def test_a_forked_child_never_has_its_parents_sessions(
 
 
 def test_two_threads_that_end_one_connection_share_no_descriptor(make_pool: MakePool) -> None:
-    """The link cuts what the broker takes away while its user closes it: one has the witness, the other leaves it."""
+    """The link cuts what the broker takes away while its user closes it: one has the witness, the
+    other leaves it."""
     pool = make_pool(max_conn=4, pool_manager=sharedpool.ThreadedConnectionPool)
     for _ in range(150):
         conn: Any = pool.get_conn(timeout=20)

@@ -1,4 +1,5 @@
-"""The link that the pools of a process share, and registrations that end while their pools go on."""
+"""The link that the pools of a process share, and registrations that end while their
+pools go on."""
 
 import os
 import threading
@@ -58,12 +59,13 @@ def thread_of(link: Link) -> threading.Thread:
 def test_a_registration_that_has_ended_leaves_the_pool_to_its_successor(
     make_pool: MakePool, gate: Gate
 ) -> None:
-    """A retired pool that is used on: its registration ends with each last lease, the next checkout needs another."""
+    """A retired pool that is used on: its registration ends with each last lease, the next checkout
+    needs another."""
     pool = make_pool(pool_manager=sharedpool.ThreadedConnectionPool)
     pool.retire()
-    holdings = pool._local
+    local = pool._local
     conn = pool.get_conn(timeout=10)
-    first, link = holdings.registration, holdings.link
+    first, link = local.registration, local.link
     assert first is not None
     assert link is not None
     pool.put_conn(conn)
@@ -72,26 +74,26 @@ def test_a_registration_that_has_ended_leaves_the_pool_to_its_successor(
         held = executor.submit(
             pool.get_conn, timeout=10
         )  # while the first is between its last look and its farewell
-        second = wait_until(lambda: holdings.registration, what="another registration")
+        second = wait_until(lambda: local.registration, what="another registration")
         assert second is not first
-        assert holdings.cache.outbox is not first.outbox, (
+        assert local.cache.outbox is not first.outbox, (
             "the first would send the second's words as its own"
         )
         gate.opened.set()
         conn = held.result()
         assert first.over.wait(10)
-        assert holdings.registration is second
-        assert holdings.link is link
-        (lease,) = holdings.cache.leases.values()
+        assert local.registration is second
+        assert local.link is link
+        (lease,) = local.cache.leases.values()
         wait_until(lambda: lease.deposited, what="the broker to have the socket")
     pool.put_conn(conn)
     thread_of(link).join(10)
     assert not thread_of(link).is_alive()
-    assert holdings.link is None
-    assert holdings.registration is None
+    assert local.link is None
+    assert local.registration is None
     assert link.desk.line is None
     with pool.connection(timeout=10):
-        assert holdings.link is not link, "a link that is over serves nobody"
+        assert local.link is not link, "a link that is over serves nobody"
 
 
 def test_the_pools_of_a_process_share_one_thread_one_context_and_one_line(
@@ -147,7 +149,8 @@ FORKING = """
 import os, sys, warnings
 warnings.simplefilter("error")
 import sharedpool
-pools = [sharedpool.config_pool(2, dsn=sys.argv[1], broker=sys.argv[2], name=f"forks{n}", timeout=10) for n in (1, 2)]
+settings = dict(dsn=sys.argv[1], broker=sys.argv[2], timeout=10)
+pools = [sharedpool.config_pool(2, name=f"forks{n}", **settings) for n in (1, 2)]
 for _ in range(3):
     for pool in pools:
         with pool.connection() as conn, conn.cursor() as cursor:

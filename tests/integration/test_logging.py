@@ -37,7 +37,8 @@ def test_a_json_log_tells_whom_an_event_concerns(
             worker.ask("get", name="x", timeout=10)
             lines.append(wait_for(process, "has been checked out for"))
             worker.kill()
-            # Its line to the desk and its process are watched: whichever is seen to end first is told of.
+            # Its line to the desk and its process are watched: whichever is seen to end first is
+            # told of.
             lines.append(wait_for(process, "leases are ended"))
         process.terminate()
         _, rest = process.communicate(timeout=20)
@@ -131,7 +132,8 @@ def tell(line):  # in one piece: two threads do, and print() writes a line's end
 
 dsn, broker, at_exit = sys.argv[1:]
 pool = sharedpool.config_pool(
-    max_conn=2, dsn=dsn, broker=broker, name="told", timeout=20, pool_manager=sharedpool.ThreadedConnectionPool
+    max_conn=2, dsn=dsn, broker=broker, name="told", timeout=20,
+    pool_manager=sharedpool.ThreadedConnectionPool,
 )
 
 class ToTheDatabase(logging.Handler):
@@ -159,7 +161,8 @@ if not at_exit:
 def with_handler(
     postgres: EphemeralPostgres, broker: sharedpool.Broker, at_exit: str = ""
 ) -> "subprocess.Popen[str]":
-    """Start a process whose limit is not the one that is enforced: its link logs a warning at the first checkout."""
+    """Start a process whose limit is not the one that is enforced: its link logs a warning at the
+    first checkout."""
     command = [sys.executable, "-c", _TO_THE_DATABASE, postgres.dsn, broker.address, at_exit]
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -1,4 +1,5 @@
-"""A process with so many files open that its sockets have numbers beyond 1,023: what select() knows nothing of."""
+"""A process with so many files open that its sockets have numbers beyond 1,023: what select() knows
+nothing of."""
 
 import os
 import resource
@@ -91,7 +92,8 @@ OWN_BROKER = """
 import os, resource, sys
 import sharedpool
 dsn, address, files = *sys.argv[1:3], int(sys.argv[3])
-resource.setrlimit(resource.RLIMIT_NOFILE, (files + 1000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (files + 1000, most))
 while os.open(os.devnull, os.O_RDONLY) < files:
     pass
 with sharedpool.start_broker(1, address=address, dsn=dsn) as broker:

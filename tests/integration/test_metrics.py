@@ -1,4 +1,5 @@
-"""The broker's metrics, as Prometheus reads them, and its HTTP server, as clients good and bad meet it."""
+"""The broker's metrics, as Prometheus reads them, and its HTTP server, as clients good and bad meet
+it."""
 
 from __future__ import annotations
 
@@ -27,6 +28,8 @@ from sharedpool.broker.metrics.http_server import HttpServer
 from sharedpool.broker.metrics.service import MetricsService
 from sharedpool.cli.client import fetch_report
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from sharedpool.wire.reports import LeaseLine, Report
+from sharedpool.wire.values import Token
 from tests.support.broker_process import POOL, STATE, Broker, running
 from tests.support.processes import Worker, workers
 from tests.support.waiting import wait_until
@@ -110,10 +113,17 @@ def test_connections_and_waiters_are_counted_as_they_are(
         pool.put_conn(first)
         waiter.join()
         first = pool.get_conn(timeout=20)
-        with pytest.raises(sharedpool.PoolTimeout):
-            pool.get_conn(timeout=0.05)
+
+        def times_out() -> bool:
+            """Return True if the broker itself has refused, and not the worker, when it is late."""
+            with pytest.raises(sharedpool.PoolError) as raised:
+                pool.get_conn(timeout=0.05)
+            return "held most by" in str(raised.value)
+
+        assert served.value("db_client_connection_timeouts_total", "states") == 0
+        wait_until(times_out)
+        wait_until(lambda: served.value("db_client_connection_timeouts_total", "states") >= 1)
         pool.put_conn(first)
-        wait_until(lambda: served.value("db_client_connection_timeouts_total", "states") == 1)
         pool.put_conn(second)
         wait_until(lambda: used("idle") == 2)  # what was seen a moment ago may be shown again
         assert used("used") == served.value("db_client_connection_pending_requests", "states") == 0
@@ -349,29 +359,42 @@ def test_a_broker_that_does_not_answer_is_said_so() -> None:
         web.stop()
 
 
+def test_a_lease_that_no_process_holds_names_none() -> None:
+    parked = LeaseLine(Token(1, 2), "app", 0, "", "", "", "parked", 900)
+    report = Report(1, 17, 4711, "ipc:///x", 61_500, 20, 1, "connected", [], [])
+    web = HttpServer("127.0.0.1", 0, lambda _: Snapshot(report, [], [parked]))
+    web.start()
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{web.port}/status.json") as answer:
+            (row,) = json.load(answer)["leases"]
+    finally:
+        web.stop()
+    assert (row["lease"], row["state"], row["process"]) == ("1-2", "parked", "")
+
+
 def test_a_reader_waits_no_longer_than_its_limit_and_not_at_all_for_a_broker_that_ends() -> None:
-    words: list[object] = []
-    lookout = MetricsService(
-        "127.0.0.1:0", words.append, lambda now: pytest.fail("nobody runs the words")
+    calls: list[object] = []
+    service = MetricsService(
+        "127.0.0.1:0", calls.append, lambda now: pytest.fail("nobody runs the calls")
     )
     with pytest.raises(TimeoutError):
-        lookout.snapshot(0.05)
+        service.snapshot(0.05)
     outcome: list[str] = []
 
     def look() -> None:
         try:
-            lookout.snapshot(60)
+            service.snapshot(60)
         except TimeoutError as error:
             outcome.append(str(error))
 
     thread = threading.Thread(target=look)
     thread.start()
-    wait_until(lambda: len(words) == 2)
-    lookout.stop()
+    wait_until(lambda: len(calls) == 2)
+    service.stop()
     thread.join(10)
     assert outcome == ["the broker is ending"]
     with pytest.raises(TimeoutError, match="ending"):
-        lookout.snapshot(60)
+        service.snapshot(60)
 
 
 def test_the_status_names_every_lease(served: Broker, postgres: EphemeralPostgres) -> None:

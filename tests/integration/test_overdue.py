@@ -1,4 +1,5 @@
-"""Connections that are checked out for too long: reported, counted, and ended where that is wanted."""
+"""Connections that are checked out for too long: reported, counted, and ended where
+that is wanted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What is built of this tree: a wheel has the program, a source distribution all that its tests look at."""
+"""What is built of this tree: a wheel has the program, a source distribution all that its tests
+look at."""
 
 import subprocess
 import sys

@@ -1,4 +1,5 @@
-"""PgSimple on a real server: every method, pg_simple's own examples, hostile names, who gets the connection."""
+"""PgSimple on a real server: every method, pg_simple's own examples, hostile names, who gets the
+connection."""
 
 import datetime
 import gc
@@ -124,7 +125,7 @@ def names(rows: list[Any]) -> list[str]:
     return [row.name for row in rows]
 
 
-# --- pg_simple's own examples -----------------------------------------------------------------------------------------
+# --- pg_simple's own examples
 
 
 def test_fetchone_with_two_fields(books: PgSimple) -> None:
@@ -241,7 +242,7 @@ def test_drop_ignores_a_missing_table_and_cascades_on_request(db: PgSimple) -> N
         db.fetchall("t")
 
 
-# --- fields, where, order ---------------------------------------------------------------------------------------------
+# --- fields, where, order
 
 
 @pytest.mark.parametrize(
@@ -270,8 +271,8 @@ def test_fields(books: PgSimple, fields: Any, columns: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    ["count(*)", "name n", "name; DROP TABLE books", 'we"ird', "name AS a b", "id::text", "DISTINCT name", "1", "",
-     "a,", "*.name", "books.* AS b", "a..b", [], ["name, price"]],
+    ["count(*)", "name n", "name; DROP TABLE books", 'we"ird', "name AS a b", "id::text",
+     "DISTINCT name", "1", "", "a,", "*.name", "books.* AS b", "a..b", [], ["name, price"]],
 )  # fmt: skip
 def test_anything_but_a_name_must_be_composable(books: PgSimple, fields: Any) -> None:
     with pytest.raises(ValueError, match=r"psycopg2\.sql\.SQL|fields is empty"):
@@ -457,7 +458,7 @@ def test_dict_rows(pool: Pool) -> None:
         assert row["two"] == row[1] == 2  # type: ignore[call-overload]
 
 
-# --- log --------------------------------------------------------------------------------------------------------------
+# --- log
 
 
 def test_log_writes_queries_and_errors(pool: Pool) -> None:
@@ -508,7 +509,7 @@ def test_a_failing_log_does_not_hide_the_statements_error(pool: Pool) -> None:
         db.execute("SELEC")
 
 
-# --- transactions and the way back ------------------------------------------------------------------------------------
+# --- transactions and the way back
 
 
 @pytest.fixture
@@ -737,7 +738,7 @@ def test_the_default_is_the_current_pool(make_pool: MakePool) -> None:
     assert in_use(pool) == 0
 
 
-# --- garbage collection -----------------------------------------------------------------------------------------------
+# --- garbage collection
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""One process: checkout, checkin, scavenging, callbacks, errors — on a real broker and a real PostgreSQL."""
+"""One process: checkout, checkin, scavenging, callbacks, errors — on a real broker and a real
+PostgreSQL."""
 
 import gc
 import os
@@ -261,7 +262,8 @@ def test_an_open_transaction_is_rolled_back(make_pool: MakePool) -> None:
 def test_the_next_user_can_roll_back_when_a_transaction_was_ended_by_sql(
     make_pool: MakePool, end: str
 ) -> None:
-    """psycopg2 does not see that; it would take the next user's first statement for the middle of a transaction."""
+    """psycopg2 does not see that; it would take the next user's first statement for the middle of a
+    transaction."""
     pool = make_pool(max_conn=1)
     conn = pool.get_conn()
     conn.cursor().execute("CREATE TEMP TABLE mine AS SELECT 1 AS n")
@@ -364,7 +366,8 @@ def test_a_connection_that_died_idle_is_not_opened_again_without_the_brokers_wor
     server_connection: connection,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Under the old lease, which another may have by now: this process may have been frozen for any time."""
+    """Under the old lease, which another may have by now: this process may have been frozen for any
+    time."""
     for module in ("pool", "checkout"):
         monkeypatch.setattr(f"sharedpool.worker.{module}.CHECK_AFTER_S", -1.0)
     with sharedpool.start_broker(1, dsn=postgres.dsn) as broker:
@@ -654,7 +657,8 @@ class Interrupt(BaseException):
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # sockets half-made when interrupted
 def test_nothing_leaks_when_get_conn_is_interrupted_anywhere(make_pool: MakePool) -> None:
-    """A signal handler that raises, at a hundred different moments of waiting, connecting and handing out."""
+    """A signal handler that raises, at a hundred different moments of waiting, connecting and
+    handing out."""
     pool = make_pool(max_conn=1)
 
     def interrupt(*_: object) -> None:

@@ -46,7 +46,8 @@ def processes_in(directory: Path | str) -> list[str]:
 
 
 def memory_key(directory: Path | str) -> int:
-    """The key of the server's SysV shared memory: PostgreSQL takes the inode of its data directory."""
+    """The key of the server's SysV shared memory: PostgreSQL takes the inode of its
+    data directory."""
     return Path(directory, "data").stat().st_ino & 0xFFFFFFFF
 
 
@@ -75,11 +76,13 @@ def query(server: EphemeralPostgres, text: str) -> object:
 
 @pytest.fixture
 def script() -> Iterator[Script]:
-    """Run a script in a process group of its own, with the server's class imported; kill it at the end."""
+    """Run a script in a process group of its own, with the server's class imported; kill it at the
+    end."""
     started = []
 
     def run(text: str) -> "subprocess.Popen[str]":
-        head = "import os, sys, time\nfrom sharedpool.postgres.throwaway_server import EphemeralPostgres\n"
+        head = "import os, sys, time\n"
+        head += "from sharedpool.postgres.throwaway_server import EphemeralPostgres\n"
         process = subprocess.Popen(
             [sys.executable, "-c", head + textwrap.dedent(text)],
             stdout=subprocess.PIPE,
@@ -105,7 +108,7 @@ def read_line(process: "subprocess.Popen[str]") -> str:
     return line
 
 
-# --- finding the programs ---------------------------------------------------------------------------------------------
+# --- finding the programs
 
 
 def test_found_directory_holds_both_programs() -> None:
@@ -196,7 +199,7 @@ def test_nothing_found_says_what_to_install(
         find_binaries()
 
 
-# --- running ----------------------------------------------------------------------------------------------------------
+# --- running
 
 
 def test_server_works_over_tcp_with_a_password_and_leaves_nothing() -> None:
@@ -268,7 +271,7 @@ def test_stop_works_when_the_watchdog_was_killed() -> None:
     assert not server.directory.exists()
 
 
-# --- interrupted ------------------------------------------------------------------------------------------------------
+# --- interrupted
 
 
 def test_server_dies_with_its_killed_parent_even_if_a_forked_child_lives(script: Script) -> None:

@@ -1,4 +1,5 @@
-"""What a process is called in texts, tables and logs: in a container it is PID 1 to itself, as any other's first is."""
+"""What a process is called in texts, tables and logs: in a container it is PID 1 to itself, as any
+other's first is."""
 
 import os
 import sys
@@ -43,8 +44,8 @@ def test_a_process_that_is_pid_1_to_itself_has_the_pid_that_it_has_where_the_bro
         (row,) = who(address, "--pool", pool.name)
         assert (row["pid"], row["title"], row["host"]) == (pid, "worker.py", "")
         assert processes(address, pool.name) == {f"worker.py[{pid}]"}
-        with pytest.raises(sharedpool.PoolTimeout, match=rf"held most by worker\.py\[{pid}\] 1"):
-            pool.get_conn(timeout=0.1)
+        with pytest.raises(sharedpool.PoolExhausted, match=rf"held most by worker\.py\[{pid}\] 1"):
+            pool.get_conn(timeout=0)
         done = sharedpool_command("drain", str(pid), "--broker", address)
         assert f"worker.py[{pid}] in pool '{pool.name}': 1 to come back" in done.stdout
         worker.ask("put", name="x")
@@ -57,7 +58,8 @@ def test_processes_whose_pids_mean_nothing_here_are_told_apart_by_their_namespac
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """By TCP the kernel does not name the peer's process, and there is no desk, as on another host."""
+    """By TCP the kernel does not name the peer's process, and there is no desk, as
+    on another host."""
     monkeypatch.setattr("sharedpool.broker.server.desk.SUPPORTED", False)
     address = f"tcp://127.0.0.1:{free_port()}"
     settings: dict[str, Any] = {
@@ -87,7 +89,9 @@ def test_processes_whose_pids_mean_nothing_here_are_told_apart_by_their_namespac
 PROGRAM = """
 import os, sys
 import sharedpool
-pool = sharedpool.config_pool(max_conn=1, timeout=10, dsn=os.environ["DSN"], broker=os.environ["ADDRESS"], name="title")
+pool = sharedpool.config_pool(
+    max_conn=1, timeout=10, dsn=os.environ["DSN"], broker=os.environ["ADDRESS"], name="title"
+)
 conn = pool.get_conn()
 print("has it", flush=True)
 sys.stdin.read()

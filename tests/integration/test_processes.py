@@ -96,7 +96,8 @@ def test_a_connection_idle_elsewhere_serves_who_will_not_wait(
 
 
 def test_an_idle_connection_is_found_however_often_it_was_used_unseen(start: StartWorker) -> None:
-    """The broker hears of checkouts only now and then; what it believes must not keep a connection from others."""
+    """The broker hears of checkouts only now and then; what it believes must not keep a connection
+    from others."""
     a, b = start(max_conn=1), start(max_conn=1)
     for turn in range(20):
         worker, other = (a, b) if turn % 2 else (b, a)
@@ -211,7 +212,8 @@ def test_a_frozen_worker_keeps_its_connection_when_nobody_needs_it(
 def test_a_frozen_worker_does_not_check_in_what_was_taken_away_meanwhile(
     start: StartWorker, server_connection: connection, name: str
 ) -> None:
-    """It wakes, checks in and out at once: before its link could hear that the backend has ended."""
+    """It wakes, checks in and out at once: before its link could hear that the
+    backend has ended."""
     a = start(max_conn=1)
     for _ in range(5):
         backend = a.ask("get", name="x")["backend"]

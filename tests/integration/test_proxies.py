@@ -1,4 +1,5 @@
-"""Something is between the workers and the server: its end of a connection is not the backend's end."""
+"""Something is between the workers and the server: its end of a connection is not the backend's
+end."""
 
 import signal
 import socket
@@ -83,7 +84,8 @@ def test_a_forwarder_from_one_unix_socket_to_another_is_found_out(
 def test_a_worker_that_cannot_see_the_servers_processes_takes_nothing_for_granted(
     postgres: EphemeralPostgres,
 ) -> None:
-    """In a PID namespace of its own, as in another container: then only the server's word counts."""
+    """In a PID namespace of its own, as in another container: then only the server's
+    word counts."""
     code = (
         "import sys; from sharedpool.postgres.conninfo import resolve;"
         " from sharedpool.worker.connection import opening as c;"
@@ -163,7 +165,8 @@ def test_a_closed_connections_slot_is_free_when_the_server_says_so(
 def test_a_killed_workers_slot_is_back_soon_after_its_backend(
     doing: str, postgres: EphemeralPostgres, late: proxies.LateCloser, own_broker: sharedpool.Broker
 ) -> None:
-    """The proxy keeps the backend alive, and the query would last for a minute: the broker has it ended."""
+    """The proxy keeps the backend alive, and the query would last for a minute: the broker has it
+    ended."""
     settings: dict[str, Any] = {
         "broker": own_broker.address,
         "dsn": late.dsn,
@@ -228,7 +231,8 @@ def test_a_control_connection_that_the_proxy_ends_when_it_is_silent_is_made_anew
         def controls() -> int:
             with observer.cursor() as cursor:
                 cursor.execute(
-                    "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'sharedpool broker'"
+                    "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'sharedpool "
+                    "broker'"
                 )
                 (found,) = cursor.fetchone() or (0,)
                 return int(found)
@@ -252,8 +256,8 @@ def test_without_a_control_connection_the_slot_stays_counted_and_that_is_said(
         pool = make_pool(broker=broker.address, dsn=late.dsn, max_conn=2)
         for _ in range(2):
             pool.put_conn(pool.get_conn(timeout=10), close=True)
-        with pytest.raises(sharedpool.PoolTimeout):
-            pool.get_conn(timeout=0.1)
+        with pytest.raises(sharedpool.PoolExhausted):
+            pool.get_conn(timeout=0)
         assert fetch_report(broker.address).leases == 2
         assert len(backends(pool)) <= 2
 
@@ -287,7 +291,8 @@ def test_a_connect_that_a_proxy_refuses_gives_its_slot_back(
 def test_a_connect_that_waits_in_a_proxys_queue_is_waited_for(
     postgres: EphemeralPostgres, runtime_dir: Path
 ) -> None:
-    """Its worker is killed; a second later the proxy hands the connect to the server, all the same."""
+    """Its worker is killed; a second later the proxy hands the connect to the
+    server, all the same."""
     with (
         proxies.LateCloser(postgres, late_s=3.0, accept_late_s=1.0) as slow,
         sharedpool.start_broker(1, dsn=postgres.dsn) as broker,
@@ -351,7 +356,8 @@ def test_a_pooler_that_keeps_sessions_lends_a_backend_again_and_nobody_elses_is_
 def test_a_pooler_that_keeps_no_sessions_is_refused(
     mode: str, postgres: EphemeralPostgres, runtime_dir: Path, server_connection: connection
 ) -> None:
-    """By the automatic broker, which goes the same way: no lock of its stays on the pooler's connection."""
+    """By the automatic broker, which goes the same way: no lock of its stays on the pooler's
+    connection."""
 
     def locks() -> set[object]:
         with server_connection.cursor() as cursor:

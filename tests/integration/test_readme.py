@@ -1,4 +1,5 @@
-"""The documents' tables of options are complete, and what the documents show to be run does what they say."""
+"""The documents' tables of options are complete, and what the documents show to be run does what
+they say."""
 
 import functools
 import inspect

@@ -18,19 +18,29 @@ from tests.support.waiting import wait_until
 
 CREW, LIMIT, SECONDS = 4, 4, 3.0
 HBA = "pg_hba.conf"
-# What is taken away, what gives it back, with which SQLSTATE the server then refuses, and in which words.
+# What is taken away, what gives it back, with which SQLSTATE the server then refuses, and in which
+# words.
 WAYS = {
     "connect": (
-        "REVOKE CONNECT ON DATABASE app FROM PUBLIC", "GRANT CONNECT ON DATABASE app TO PUBLIC",
-        "42501", "permission denied for database",
+        "REVOKE CONNECT ON DATABASE app FROM PUBLIC",
+        "GRANT CONNECT ON DATABASE app TO PUBLIC",
+        "42501",
+        "permission denied for database",
     ),
-    "login": ("ALTER ROLE app NOLOGIN", "ALTER ROLE app LOGIN", "28000", "is not permitted to log in"),
+    "login": (
+        "ALTER ROLE app NOLOGIN",
+        "ALTER ROLE app LOGIN",
+        "28000",
+        "is not permitted to log in",
+    ),
     "database": (
-        "ALTER DATABASE app ALLOW_CONNECTIONS false", "ALTER DATABASE app ALLOW_CONNECTIONS true",
-        "55000", "is not currently accepting connections",
+        "ALTER DATABASE app ALLOW_CONNECTIONS false",
+        "ALTER DATABASE app ALLOW_CONNECTIONS true",
+        "55000",
+        "is not currently accepting connections",
     ),
     HBA: ("local app app reject", "local all all trust", "28000", "pg_hba.conf rejects connection"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

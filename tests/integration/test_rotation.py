@@ -1,4 +1,5 @@
-"""Passwords that change: a function is asked at every connect, and `sharedpool reconnect` moves the fleet."""
+"""Passwords that change: a function is asked at every connect, and `sharedpool reconnect` moves the
+fleet."""
 
 import contextlib
 import os
@@ -57,7 +58,10 @@ def as_app(server: EphemeralPostgres) -> dict[str, Any]:
 def test_the_fleet_moves_to_a_new_password_without_an_error(
     scram: EphemeralPostgres, secret: Path, runtime_dir: Path
 ) -> None:
-    ages = "SELECT count(*) FILTER (WHERE backend_start < '{}'), count(*) FROM pg_stat_activity WHERE usename = 'app'"
+    ages = (
+        "SELECT count(*) FILTER (WHERE backend_start < '{}'), count(*) FROM pg_stat_activity"
+        " WHERE usename = 'app'"
+    )
     with start("broker", "--max-conn", "3", "--dsn", scram.dsn) as process:
         address = address_of(process)
         settings = as_app(scram) | {
@@ -106,7 +110,8 @@ def test_the_fleet_moves_to_a_new_password_without_an_error(
 def test_a_connect_in_the_gap_fails_by_itself_and_leaks_nothing(
     scram: EphemeralPostgres, secret: Path, runtime_dir: Path
 ) -> None:
-    """Between ALTER ROLE and the new password's arrival a new connection cannot be had; the next try can."""
+    """Between ALTER ROLE and the new password's arrival a new connection cannot be had; the next
+    try can."""
     with start("broker", "--max-conn", "1", "--dsn", scram.dsn) as process:
         address = address_of(process)
         with Worker(
@@ -230,7 +235,8 @@ def test_reconnect_replaces_what_is_idle_at_once_and_what_is_in_use_at_its_check
             each.ask("put", name="idle")
         done = sharedpool_command("reconnect", "--pool", "renewed", "--broker", broker.address)
         assert done.stdout == (
-            "pool 'renewed': generation 2: 2 connections are replaced at their next checkout or checkin\n"
+            "pool 'renewed': generation 2: 2 connections are replaced at their next checkout or "
+            "checkin\n"
         )
         wait_until(lambda: worker.ask("stats")["idle"] == 0)
         before = worker.ask("query", name="busy", sql="SELECT pg_backend_pid()")["rows"][0][

@@ -1,4 +1,5 @@
-"""The broker under systemd, supervisor and Kubernetes: what the files in examples/ say is run; sd_notify is heard."""
+"""The broker under systemd, supervisor and Kubernetes: what the files in examples/ say is run;
+sd_notify is heard."""
 
 from __future__ import annotations
 
@@ -232,7 +233,8 @@ def test_a_socket_that_cannot_be_used_is_said_so(
         listener.bind(f"{runtime_dir}/other.sock")
         listener.listen()
         start = (
-            "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid());"
+            "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = "
+            "str(os.getpid());"
             " os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
         )
         broker = [
@@ -285,7 +287,8 @@ def test_supervisor_runs_broker_and_application(environment: None, runtime_dir: 
     with started([sys.executable, "-m", "supervisor.supervisord", "-c", str(config)]) as process:
         first = wait_until(answer, timeout_s=60, what="the application")
         assert 1 <= first["connections"] <= 3
-        # It is the broker of this file that they use: killed, it is started again, and nobody notices.
+        # It is the broker of this file that they use: killed, it is started again, and nobody
+        # notices.
         address = f"ipc://{runtime_dir}/broker.sock"
         before = fetch_report(address)
         assert before.pools[0].sessions >= 1
@@ -351,7 +354,8 @@ def test_all_containers_of_the_sidecars_pod_see_one_socket() -> None:
 
 
 def test_the_dashboard_is_one_to_grafanas_own_library() -> None:
-    """Grafana's types, made from its schema, take it in and give it back with every panel and query."""
+    """Grafana's types, made from its schema, take it in and give it back with every panel and
+    query."""
     register_default_plugins()
     raw = json.loads((EXAMPLES / "grafana-dashboard.json").read_text())
     again = json.loads(JSONEncoder().encode(Dashboard.from_json(raw)))
@@ -435,7 +439,8 @@ def test_prometheus_has_an_answer_to_every_query_of_the_dashboard(
         config = runtime_dir / "prometheus.yml"
         targets = f"[{{targets: ['127.0.0.1:{broker.port}']}}]"
         config.write_text(
-            f"global: {{scrape_interval: 1s}}\nscrape_configs: [{{job_name: sharedpool, static_configs: {targets}}}]\n"
+            f"global: {{scrape_interval: 1s}}\nscrape_configs: "
+            f"[{{job_name: sharedpool, static_configs: {targets}}}]\n"
         )
         worker.ask("cycle", count=10)
         command = [

@@ -1,4 +1,5 @@
-"""What a connection is that another process has opened, in whatever was left of one here: as one just opened."""
+"""What a connection is that another process has opened, in whatever was left of one here: as one
+just opened."""
 
 import io
 import os
@@ -37,13 +38,23 @@ pytestmark = pytest.mark.skipif(
 # Another one at each connect, or no setting.
 _OWN = {"pgconn_ptr", "info", "socket", "backend_pid"}
 _VALUES = {
-    "text": "chr(233)", "char": "'a'::char(3)", "numeric": "1.5", "float": "1.5::float8", "int": "1", "bool": "true",
-    "date": "DATE '2026-02-01'", "time": "TIME '01:02:03'", "stamp": "TIMESTAMP '2026-02-01 03:04:05'",
-    "zoned": "TIMESTAMPTZ '2026-02-01 03:04:05+05'", "interval": "INTERVAL '1 day 2 hours'",
+    "text": "chr(233)",
+    "char": "'a'::char(3)",
+    "numeric": "1.5",
+    "float": "1.5::float8",
+    "int": "1",
+    "bool": "true",
+    "date": "DATE '2026-02-01'",
+    "time": "TIME '01:02:03'",
+    "stamp": "TIMESTAMP '2026-02-01 03:04:05'",
+    "zoned": "TIMESTAMPTZ '2026-02-01 03:04:05+05'",
+    "interval": "INTERVAL '1 day 2 hours'",
     "bytea": "'\\\\xff00'::bytea",
-    "json": "'{\"a\": 1.5}'::json", "uuid": "'6bd64c4c-4b8e-4d8e-8b1e-0123456789ab'::uuid", "array": "ARRAY[1.5, 2]",
+    "json": "'{\"a\": 1.5}'::json",
+    "uuid": "'6bd64c4c-4b8e-4d8e-8b1e-0123456789ab'::uuid",
+    "array": "ARRAY[1.5, 2]",
     "range": "int4range(1, 3)",
-}  # fmt: skip
+}
 _SERVERS = {
     "settings": "SELECT array_agg(name || '=' || setting ORDER BY name) FROM pg_settings"
     " WHERE source = 'session' AND name <> 'client_connection_check_interval'",  # the pool's own
@@ -52,8 +63,10 @@ _SERVERS = {
     "listening": "SELECT count(*) FROM pg_listening_channels()",
     "locks": "SELECT count(*) FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'advisory'",
     "role": "SELECT current_user || session_user",
-    "temporary": "SELECT count(*) FROM pg_class WHERE relpersistence = 't' AND pg_table_is_visible(oid)",
-    "isolation": "SELECT current_setting('transaction_isolation') || current_setting('transaction_read_only')",
+    "temporary": "SELECT count(*) FROM pg_class WHERE relpersistence = 't' AND "
+    "pg_table_is_visible(oid)",
+    "isolation": "SELECT current_setting('transaction_isolation') || "
+    "current_setting('transaction_read_only')",
 }
 
 
@@ -184,7 +197,8 @@ def have_the_reset_make_noise(conn: extensions.connection) -> None:
     """The server says much while the connection is reset."""
     execute(
         conn,
-        "LISTEN news; SET client_min_messages TO debug5; CREATE TEMP TABLE noise (n int PRIMARY KEY)",
+        "LISTEN news; SET client_min_messages TO debug5; CREATE TEMP TABLE noise (n int PRIMARY "
+        "KEY)",
     )
 
 
@@ -261,11 +275,32 @@ def autocommit(conn: extensions.connection) -> None:
 
 
 USES = [
-    autocommit, commit_two_phases, copy, end_as_sql, enter_and_stay, escape, fail, hear, leave_cursors,
-    leave_large_object, have_the_reset_make_noise, prepare, register_types, replace_lists, reset, set_attributes,
-    set_characteristics, set_codec, set_codec_and_restore_it_as_sql, set_cursor_factory, set_date_style,
-    set_encoding_as_sql, set_role, set_session, set_session_and_autocommit,
-]  # fmt: skip
+    autocommit,
+    commit_two_phases,
+    copy,
+    end_as_sql,
+    enter_and_stay,
+    escape,
+    fail,
+    hear,
+    leave_cursors,
+    leave_large_object,
+    have_the_reset_make_noise,
+    prepare,
+    register_types,
+    replace_lists,
+    reset,
+    set_attributes,
+    set_characteristics,
+    set_codec,
+    set_codec_and_restore_it_as_sql,
+    set_cursor_factory,
+    set_date_style,
+    set_encoding_as_sql,
+    set_role,
+    set_session,
+    set_session_and_autocommit,
+]
 
 
 @pytest.fixture
@@ -388,7 +423,8 @@ def test_an_unread_result_is_not_the_next_users(pair: MakePair) -> None:
 def test_half_a_message_that_was_read_does_not_swallow_what_the_next_session_says(
     pair: MakePair,
 ) -> None:
-    """Of a notification, for instance, of which the rest had not come yet when its listener polled."""
+    """Of a notification, for instance, of which the rest had not come yet when its
+    listener polled."""
     a, b = pair()
     conn = a.get_conn()
     ours, theirs = socket.socketpair()
@@ -516,7 +552,10 @@ def test_no_users_object_is_built_in_the_links_thread(
 def test_the_first_move_of_a_logging_connection_takes_no_longer_than_another_ones(
     pair: MakePair, monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:
-    """It is tried whether a cancel ends what it executes. One that ends nothing has who waits sit through a second."""
+    """It is tried whether a cancel ends what it executes.
+
+    One that ends nothing has who waits sit through a second.
+    """
     ended: list[bytes | None] = []
     refused = libpq.refused
 
@@ -542,7 +581,8 @@ def test_the_first_move_of_a_logging_connection_takes_no_longer_than_another_one
 
 
 def test_logging_connections_move_and_can_be_cancelled(pair: MakePair) -> None:
-    """Their cursors cannot be had before they are initialized; and they log what is executed: nothing of the pool's."""
+    """Their cursors cannot be had before they are initialized; and they log what is executed:
+    nothing of the pool's."""
     log = io.StringIO()
 
     def configure(conn: Any) -> None:
@@ -706,7 +746,7 @@ def test_a_connection_that_was_put_back_is_closed_to_its_user(pool: Pool) -> Non
     assert ask(pool.get_conn(), "SELECT 1") == 1
 
 
-def test_it_is_closed_by_the_short_way_too(pool: Pool) -> None:
+def test_it_is_closed_by_the_fast_path_too(pool: Pool) -> None:
     for _ in range(50):  # all but the few that are timed go it
         conn = pool.get_conn()
         assert not conn.closed
@@ -718,7 +758,8 @@ def test_it_is_closed_by_the_short_way_too(pool: Pool) -> None:
 
 
 class PutsBack:
-    """A value that returns the connection while it is written into a statement: psycopg2 has looked at it by then."""
+    """A value that returns the connection while it is written into a statement: psycopg2 has looked
+    at it by then."""
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
@@ -750,7 +791,7 @@ def test_a_setting_on_a_connection_that_was_put_back_is_not_the_next_users(pool:
     assert pool.get_conn().cursor_factory is None
 
 
-def test_settings_are_restored_by_the_short_way_too(pool: Pool) -> None:
+def test_settings_are_restored_by_the_fast_path_too(pool: Pool) -> None:
     for _ in range(50):  # all but the few that are timed would go it
         conn = pool.get_conn()
         assert not conn.autocommit

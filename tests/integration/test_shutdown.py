@@ -236,8 +236,10 @@ def test_without_its_journal_a_broker_waits_and_then_counts_what_the_server_show
 SCRIPT = """
 import os, sys, threading, time, signal
 import sharedpool
-pool = sharedpool.config_pool(max_conn=1, pool_manager=sharedpool.ThreadedConnectionPool, dsn=sys.argv[1],
-                              broker=sys.argv[2], name=sys.argv[3])
+pool = sharedpool.config_pool(
+    max_conn=1, pool_manager=sharedpool.ThreadedConnectionPool,
+    dsn=sys.argv[1], broker=sys.argv[2], name=sys.argv[3],
+)
 conn = pool.get_conn(timeout=20)
 {body}
 print("leaving", flush=True)

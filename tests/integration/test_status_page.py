@@ -1,4 +1,5 @@
-"""The status page in a real browser: what it shows, that it lives, and that what others call themselves stays text."""
+"""The status page in a real browser: what it shows, that it lives, and that what others call
+themselves stays text."""
 
 from __future__ import annotations
 
@@ -121,7 +122,8 @@ def test_names_of_other_programs_are_shown_as_text(
 
 def test_the_policy_lets_nothing_run_that_is_not_the_pages_own(page: Page) -> None:
     page.evaluate(
-        "document.addEventListener('securitypolicyviolation', event => window.refused = event.effectiveDirective)"
+        "document.addEventListener('securitypolicyviolation', event => window.refused = "
+        "event.effectiveDirective)"
     )
     page.evaluate(f"document.querySelector('footer').insertAdjacentHTML('beforeend', {MARKUP!r})")
     assert wait_until(lambda: page.evaluate("window.refused")) in ("img-src", "script-src-attr")
@@ -133,12 +135,16 @@ def test_it_can_be_read_in_light_and_dark(page: Page, scheme: str) -> None:
     page.prefer(scheme)
     contrast = """
         (() => {
-          const channels = (css) => css.match(/[\\d.]+/g).time_slice(0, 3).map((value) => value / 255)
+          const channels = (css) => css.match(/[\\d.]+/g).slice(0, 3).map((value) => value / 255)
             .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
-          const light = (css) => { const [r, g, b] = channels(css); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+          const light = (css) => {
+            const [r, g, b] = channels(css);
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+          };
           const paper = getComputedStyle(document.body).backgroundColor;
           return ["body", "#broker", "h2 span", "footer a"].map((selector) => {
-            const pair = [light(getComputedStyle(document.querySelector(selector)).color), light(paper)];
+            const ink = getComputedStyle(document.querySelector(selector)).color;
+            const pair = [light(ink), light(paper)];
             return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
           });
         })()

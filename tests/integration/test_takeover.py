@@ -39,7 +39,8 @@ def kill(broker: sharedpool.Broker) -> None:
 def test_slots_ended_by_a_server_restart_are_free_though_no_living_broker_saw_them_before(
     address: str, confirmed: bool
 ) -> None:
-    """The machine goes down: broker, worker and server; perhaps before it was noted which backend the worker had."""
+    """The machine goes down: broker, worker and server; perhaps before it was noted which backend
+    the worker had."""
     with EphemeralPostgres() as server:
         first = sharedpool.start_broker(1, address=address, dsn=server.dsn)
         settings: dict[str, Any] = {"dsn": server.dsn, "broker": address, "max_conn": 1}
@@ -67,7 +68,8 @@ def test_slots_ended_by_a_server_restart_are_free_though_no_living_broker_saw_th
 def test_a_dead_workers_query_is_counted_by_a_broker_that_cannot_look(
     address: str, postgres: EphemeralPostgres, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Its socket was in the former broker's custody; who comes after sees nothing of it until somebody gives a DSN."""
+    """Its socket was in the former broker's custody; who comes after sees nothing of it until
+    somebody gives a DSN."""
     settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": address, "max_conn": 1}
     first = sharedpool.start_broker(1, address=address)
     with Worker(**settings) as worker:
@@ -160,7 +162,8 @@ def test_a_thread_that_has_waited_through_a_brokers_end_is_passed_a_connection(
 def test_a_successor_in_another_pid_namespace_does_not_judge_by_pids_that_are_not_its_own(
     address: str, postgres: EphemeralPostgres
 ) -> None:
-    """Broker and worker shared a container; the next broker runs outside, where their pids are nobody's."""
+    """Broker and worker shared a container; the next broker runs outside, where their pids are
+    nobody's."""
     settings: dict[str, Any] = {"dsn": postgres.dsn, "broker": address, "max_conn": 1}
     first = sharedpool.start_broker(1, address=address, dsn=postgres.dsn)
     with Worker(**settings) as worker:
@@ -221,7 +224,8 @@ def test_a_broker_with_a_lower_number_is_accepted_after_one_whose_clock_was_ahea
 def test_a_broker_is_numbered_above_what_its_journal_holds(
     address: str, postgres: EphemeralPostgres
 ) -> None:
-    """The lock file alone is lost: a lease's name is never used twice, and the newer one is told by its number."""
+    """The lock file alone is lost: a lease's name is never used twice, and the newer one is told by
+    its number."""
     path = Path(address.removeprefix("ipc://"))
     ahead = int((time.time() + 2 * 86400) * 1000)
     Path(f"{path}.lock").write_text(f"{ahead} 1 0badcafe\n")

@@ -1,4 +1,5 @@
-"""Many databases of one server in one program: one automatic broker, one link, and a limit for each pool."""
+"""Many databases of one server in one program: one automatic broker, one link, and a limit for each
+pool."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def tenants(
 def lingering(
     runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[], list[str]]]:
-    """Returns the addresses of the automatic brokers of a private runtime directory; they have left at the end."""
+    """Returns the addresses of the automatic brokers of a private runtime directory; they have left
+    at the end."""
     monkeypatch.setenv("SHAREDPOOL_LINGER", "0.2")
 
     def living() -> list[str]:
@@ -83,7 +85,8 @@ def test_pools_of_one_name_in_several_databases_have_one_broker_and_a_limit_each
         assert [pool.leases for pool in report.pools] == [1] * len(TENANTS)
         with server_connection.cursor() as cursor:
             cursor.execute(
-                "SELECT datname, application_name FROM pg_stat_activity WHERE application_name LIKE 'sharedpool %%'"
+                "SELECT datname, application_name FROM pg_stat_activity WHERE application_name "
+                "LIKE 'sharedpool %%'"
                 " AND application_name NOT LIKE 'sharedpool broker%%' ORDER BY datname"
             )
             rows = cursor.fetchall()
@@ -99,7 +102,8 @@ def test_a_successor_without_a_journal_counts_each_databases_connections_in_its_
     lingering: Callable[[], list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two programs hold the only connection of their databases, and are silent; broker and journal are lost."""
+    """Two programs hold the only connection of their databases, and are silent; broker and journal
+    are lost."""
     script = """
 import sys, sharedpool
 pool = sharedpool.config_pool(max_conn=1, dsn=sys.argv[1])
@@ -140,7 +144,8 @@ import os, resource, sys
 import sharedpool
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
 pools = [
-    sharedpool.config_pool(max_conn=2, dsn=sys.argv[1], name=f"tenant{number}", timeout=20) for number in range(200)
+    sharedpool.config_pool(max_conn=2, dsn=sys.argv[1], name=f"tenant{number}", timeout=20)
+    for number in range(200)
 ]
 held = []
 for number, pool in enumerate(pools):

@@ -1,4 +1,5 @@
-"""The operator's guide on connections that move although the server wants TLS: its stunnel, with paths of a test."""
+"""The operator's guide on connections that move although the server wants TLS: its stunnel, with
+paths of a test."""
 
 import re
 import signal
@@ -32,7 +33,8 @@ CONFIG, BY_CERTIFICATE = documents.blocks(_SECTION, "ini")
 
 POOL = "endpoint"
 OURS = f"sharedpool {POOL} [%"
-BACK_S = 3.0  # from a death until the slot is another's, a connect included, with room for a busy machine
+# from a death until the slot is another's, a connect included, with room for a busy machine
+BACK_S = 3.0
 
 
 @pytest.fixture(params=["password", "cert"], scope="module")
@@ -104,7 +106,8 @@ def dsn(far: proxies.Certified, accept: str | Path) -> Iterator[str]:
 def broker(
     request: pytest.FixtureRequest, far: proxies.Certified, dsn: str, runtime_dir: Path
 ) -> Iterator[str | None]:
-    """The address of a broker whose control connection goes past the endpoint; None: nobody names one, so by it."""
+    """The address of a broker whose control connection goes past the endpoint; None: nobody names
+    one, so by it."""
     if request.param == "automatic":
         with automatic_broker.seen_off():
             yield None
@@ -151,7 +154,8 @@ def test_connections_move_between_processes_and_the_server_sees_them_encrypted(
         outcomes = [worker.answer() for worker in crew]
         encrypted = look(
             far,
-            "SELECT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE application_name LIKE %s",
+            "SELECT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE "
+            "application_name LIKE %s",
             OURS,
         )
         pool = report(broker)

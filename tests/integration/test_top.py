@@ -32,7 +32,8 @@ from tests.support.waiting import wait_until
 
 pytest.importorskip("rich")
 
-# Makes the terminal its own, as a shell's child has it: Ctrl-C and Ctrl-Z are the terminal's to send.
+# Makes the terminal its own, as a shell's child has it: Ctrl-C and Ctrl-Z are the terminal's to
+# send.
 _LOGIN = "import os, sys; os.login_tty(0); os.execv(sys.argv[1], sys.argv[1:])"
 _ENTER, _LEAVE, _HIDE, _SHOW = "\x1b[?1049h", "\x1b[?1049l", "\x1b[?25l", "\x1b[?25h"
 

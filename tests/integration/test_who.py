@@ -284,7 +284,7 @@ def sites(pool: sharedpool.Pool) -> list[str]:
     ]
 
 
-def test_without_debug_checkouts_the_short_way_is_open_and_nothing_is_noted(
+def test_without_debug_checkouts_the_fast_path_is_open_and_nothing_is_noted(
     make_pool: MakePool,
 ) -> None:
     """A checkout of an idle connection runs not one instruction more."""

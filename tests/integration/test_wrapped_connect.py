@@ -1,4 +1,5 @@
-"""`psycopg2.connect` is wrapped, as agents do that trace statements: they see what they see with psycopg2.pool."""
+"""`psycopg2.connect` is wrapped, as agents do that trace statements: they see what they see with
+psycopg2.pool."""
 
 import contextvars
 import dataclasses
@@ -82,7 +83,8 @@ class AroundConnection(Around):
 
 
 class Transparent(AroundConnection):
-    """One that takes attributes on for the connection too, and says that it is one: as wrapt's proxies do."""
+    """One that takes attributes on for the connection too, and says that it is one: as wrapt's
+    proxies do."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.inner, name, value)
@@ -138,7 +140,8 @@ def around(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pair(make_pool: MakePool) -> Iterator[tuple[Pool, Pool]]:
-    """Two sessions of one pool, as two processes would have them; the connection lies idle in the first."""
+    """Two sessions of one pool, as two processes would have them; the connection lies idle in the
+    first."""
     a = make_pool(max_conn=1, timeout=10, pool_manager=ThreadedConnectionPool)
     b = type(a)(dataclasses.replace(a.config), a._broker)
     for pool in (b, a):  # both know the broker
@@ -336,7 +339,8 @@ def test_a_connection_opened_before_psycopg2_was_wrapped(
 
 
 def traced_moves(pair: tuple[Pool, Pool]) -> list[tuple[Any, ...]]:
-    """Return what is noted of a connection that is used in one process, then in the other, and so on."""
+    """Return what is noted of a connection that is used in one process, then in the other, and so
+    on."""
     events: list[tuple[Any, ...]] = []
     a, b = pair
     a.put_conn(a.get_conn())

@@ -1,14 +1,15 @@
-"""A broker process around the real ledger: what `server.py`, `desk.py`, `control.py` and `journal.py` do.
+"""A broker process around the real ledger: what `server.py`, `desk.py`, `control.py` and
+`journal.py` do.
 
-What the ledger's commands ask for is carried out by steps of the world, one by one. `fuse` kills the broker in the
-middle of a batch of commands: those before are carried out, those after are lost.
+What the ledger's commands ask for is carried out by steps of the world, one by one. `fuse` kills
+the broker in the middle of a batch of commands: those before are carried out, those after are lost.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -26,12 +27,14 @@ from sharedpool.broker.core.commands import (
     HaltMoves,
     InviteToLane,
     JoinQueue,
+    Log,
     MarkJournalComplete,
     Member,
     OpenLane,
     PassOn,
     Process,
     Record,
+    RecordServer,
     Send,
     StartMoves,
     SurveyServer,
@@ -44,7 +47,7 @@ from sharedpool.broker.core.moves import LOST_WITH_THE_BROKER
 from sharedpool.broker.core.recovery import GRACE_OVER
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.broker.core.slots import Slots
-from sharedpool.lane.lane import Ticket as Place
+from sharedpool.lane.lane import Ticket
 from sharedpool.wire import desk
 from sharedpool.wire.admin import Order, OrderKind
 from sharedpool.wire.board import BROKER_PLACE, BROKER_REQUEST, SHELF
@@ -116,7 +119,7 @@ class Journal:
 
 
 class Broker:
-    """One incarnation. `words` are what other threads have to say, in order."""
+    """One incarnation. `calls` are what other threads have to say, in order."""
 
     def __init__(self, world: World, epoch: int, *, follows: bool) -> None:
         self.world = world
@@ -128,16 +131,19 @@ class Broker:
         self.looks: deque[SurveyServer] = deque()
         self.doubts: deque[VerifyServer] = deque()
         self.interferes: deque[CancelBackend] = deque()
-        self.words: deque[Callable[[Ledger, float], list[Command]]] = deque()
+        self.calls: deque[Callable[[Ledger, float], list[Command]]] = deque()
         self.boot = 0  # of the server the control connection is on; 0: not connected yet
         self.granted: dict[Token, tuple[bytes, int]] = {}
         self.arrivals: dict[str, list[tuple[bytes, int]]] = {}
         self.lanes: dict[str, End] = {}
-        self.seats: dict[str, deque[Packet | None]] = {}
+        self.wait_sockets: dict[str, deque[Packet | None]] = {}
         self.leaves_alone: set[str] = set()  # lanes in which connections move
-        self.homes: dict[bytes, int] = {}  # the sessions' lines to the desk
+        self.desk_lines: dict[bytes, int] = {}  # the sessions' lines to the desk
         self.invited: dict[bytes, InviteToLane] = {}  # who has not come to the desk yet
         self.grip = Grip(b"broker")
+        # What the present batch of commands grants.
+        self._to_check: list[tuple[bytes, Grant | Moved]] = []
+        self._handlers = self._make_handlers()
         journal = world.journal
         entries = journal.reopen()
         self.ledger = Ledger(
@@ -156,7 +162,7 @@ class Broker:
 
     @property
     def slots(self) -> Slots:
-        """The ledger's books: its pools, sessions and leases."""
+        """The ledger's records: its pools, sessions and leases."""
         return self.ledger._slots
 
     def take_over(self) -> None:
@@ -188,7 +194,7 @@ class Broker:
     # --- output
 
     def execute(self, commands: list[Command]) -> None:
-        grants: list[tuple[bytes, Grant | Moved]] = []
+        self._to_check.clear()
         for command in commands:
             if self.fuse is not None:
                 self.fuse -= 1
@@ -197,67 +203,71 @@ class Broker:
                     return
             if self.world.broker is not self:
                 return
-            match command:
-                case Send(session, message):
-                    line = self.world.network.lines.get(session)
-                    if line is not None and session in self.world.workers:
-                        line.down.append(decode_to_worker(encode(message)))
-                    if isinstance(message, Grant):
-                        grants.append((session, message))
-                case Record(entry):
-                    self.world.journal.record(entry)
-                case Erase(token):
-                    self.world.journal.erase(token)
-                    self.fences.pop(token, None)
-                    self._drop(token)
-                case Admit(member):
-                    self.world.journal.admit(member)
-                case Dismiss(session):
-                    self.world.journal.dismiss(session)
-                case TransferCustody(token, heir):
-                    self.custody[heir] = self.custody.pop(token)
-                case PassOn():
-                    self._pass_on(command)
-                    token = command.message.token
-                    grants.append((self.slots.leases[token].session.id, command.message))
-                case CancelBackend():
-                    self.interferes.append(command)
-                case MarkJournalComplete():
-                    self.world.journal.vouch()
-                case Watch(session, process):
-                    self._watch(session, process)
-                case Forget(session):
-                    self.watched.pop(session, None)
-                    self.invited.pop(session, None)
-                case OpenLane(pool, serial):
-                    self._open_lane(pool, serial)
-                case InviteToLane():
-                    self._let_in(command)
-                case GiveInLane():
-                    self._to_lane(command)
-                case JoinQueue(pool, times, looks):
-                    for _ in range(times):
-                        self.lanes[pool].queue(Place(SHELF, BROKER_PLACE, BROKER_REQUEST))
-                    self._take_later(pool, looks)
-                case StartMoves(pool):
-                    self.leaves_alone.add(pool)
-                case HaltMoves(pool):
-                    self.leaves_alone.discard(pool)
-                    self._empty_later(pool)
-                case CloseLane(pool):
-                    self._close_lane(pool)
-                case Fence():
-                    self._fence(command)
-                case SurveyServer():
-                    self.looks.append(command)
-                case VerifyServer():
-                    self.doubts.append(command)
+            self._handlers[type(command)](command)
         self.ledger.check_invariants()
         assert self.world.journal.live.keys() == self.slots.leases.keys(), (
-            "the journal differs from the books"
+            "the journal differs from the records"
         )
-        for session, grant in grants:
+        for session, grant in self._to_check:
             self._check_grant(session, grant)
+
+    def _make_handlers(self) -> dict[type, Callable[[Any], None]]:
+        """Return what carries out each kind of command, as `Executor` has it."""
+        journal = self.world.journal
+        return {
+            Send: self._send,
+            Log: lambda _: None,
+            Record: lambda command: journal.record(command.entry),
+            Erase: self._erase,
+            Admit: lambda command: journal.admit(command.member),
+            Dismiss: lambda command: journal.dismiss(command.session),
+            RecordServer: lambda _: None,
+            MarkJournalComplete: lambda _: journal.vouch(),
+            TransferCustody: self._transfer_custody,
+            PassOn: self._pass_on,
+            InviteToLane: self._let_in,
+            GiveInLane: self._to_lane,
+            OpenLane: lambda command: self._open_lane(command.pool, command.serial),
+            CloseLane: lambda command: self._close_lane(command.pool),
+            JoinQueue: self._join_queue,
+            StartMoves: lambda command: self.leaves_alone.add(command.pool),
+            HaltMoves: self._halt_moves,
+            Fence: self._fence,
+            CancelBackend: self.interferes.append,
+            SurveyServer: self.looks.append,
+            VerifyServer: self.doubts.append,
+            Watch: lambda command: self._watch(command.session, command.process),
+            Forget: self._forget,
+        }
+
+    def _send(self, command: Send) -> None:
+        session, message = command.session, command.message
+        line = self.world.network.lines.get(session)
+        if line is not None and session in self.world.workers:
+            line.down.append(decode_to_worker(encode(message)))
+        if isinstance(message, Grant):
+            self._to_check.append((session, message))
+
+    def _erase(self, command: Erase) -> None:
+        self.world.journal.erase(command.token)
+        self.fences.pop(command.token, None)
+        self._drop(command.token)
+
+    def _transfer_custody(self, command: TransferCustody) -> None:
+        self.custody[command.heir] = self.custody.pop(command.token)
+
+    def _forget(self, command: Forget) -> None:
+        self.watched.pop(command.session, None)
+        self.invited.pop(command.session, None)
+
+    def _join_queue(self, command: JoinQueue) -> None:
+        for _ in range(command.times):
+            self.lanes[command.pool].queue(Ticket(SHELF, BROKER_PLACE, BROKER_REQUEST))
+        self._take_later(command.pool, command.most_from_shelf)
+
+    def _halt_moves(self, command: HaltMoves) -> None:
+        self.leaves_alone.discard(command.pool)
+        self._empty_later(command.pool)
 
     def _watch(self, session: bytes, process: Process | None) -> None:
         self.watched.pop(session, None)
@@ -266,7 +276,7 @@ class Broker:
         if process in self.world.processes:
             self.watched[session] = process
         else:
-            self.words.append(lambda ledger, now: ledger.session_died(session, now))
+            self.calls.append(lambda ledger, now: ledger.session_died(session, now))
 
     def _fence(self, fence: Fence) -> None:
         held = self.custody.get(fence.token)
@@ -316,9 +326,10 @@ class Broker:
         fails, self.cannot_pass = self.cannot_pass, False
         end = self.lanes.get(order.pool)
         if fails or end is None or not end.pass_on(order.number, order.place, message, proc):
-            self.words.append(lambda ledger, now: ledger.lanes.not_delivered(message, now))
+            self.calls.append(lambda ledger, now: ledger.lanes.not_delivered(message, now))
         else:
             self.world.passed += 1
+        self._to_check.append((self.slots.leases[message.token].session.id, message))
 
     # --- lanes
 
@@ -327,12 +338,12 @@ class Broker:
         lane = Lane(pool, self.ledger.epoch)
         self.world.lanes.append(lane)
         self.lanes[pool] = End(lane, SHELF, b"broker")
-        self.seats[pool] = lane.bind(SHELF, BROKER_PLACE)
-        self.words.append(lambda ledger, now: ledger.lanes.opened(pool, serial, lane.board, now))
+        self.wait_sockets[pool] = lane.bind(SHELF, BROKER_PLACE)
+        self.calls.append(lambda ledger, now: ledger.lanes.opened(pool, serial, lane.board, now))
 
     def _let_in(self, order: InviteToLane) -> None:
         self.invited.pop(order.session, None)
-        number = self.homes.get(order.session)
+        number = self.desk_lines.get(order.session)
         wire = next((wire for wire in self.world.network.wires if wire.number == number), None)
         if wire is None:
             self.invited[order.session] = order
@@ -349,14 +360,14 @@ class Broker:
             or not run(end.give(Item(order.token, order.cell, order.live, proc)))
         ):
             moved = Moved(0, order.token, order.cell, 0, order.live)
-            self.words.append(lambda ledger, now: ledger.lanes.full(order.pool, moved, now))
+            self.calls.append(lambda ledger, now: ledger.lanes.full(order.pool, moved, now))
 
     def _empty_later(self, pool: str) -> None:
         if pool in self.lanes:
-            self.words.append(lambda ledger, now: self._empty(pool))
+            self.calls.append(lambda ledger, now: self._empty(pool))
 
     def _take_later(self, pool: str, most: int) -> None:
-        self.words.append(lambda ledger, now: self._take_from_shelf(pool, most))
+        self.calls.append(lambda ledger, now: self._take_from_shelf(pool, most))
 
     def _take_from_shelf(self, pool: str, most: int) -> list[Command]:
         commands: list[Command] = []
@@ -382,7 +393,7 @@ class Broker:
         if end is None or end.board.moving:
             return []
         while (ticket := end.next_ticket()) is not None:
-            end.ring(ticket)
+            end.wake(ticket)
         commands: list[Command] = []
         while (taken := run(end.take(self.grip))) is not None:
             moved, proc = taken
@@ -393,7 +404,7 @@ class Broker:
     def _close_lane(self, pool: str) -> None:
         self.leaves_alone.discard(pool)
         if (end := self.lanes.pop(pool, None)) is not None:
-            del self.seats[pool]
+            del self.wait_sockets[pool]
             end.close()
 
     @property
@@ -402,14 +413,14 @@ class Broker:
         return [
             pool
             for pool, end in self.lanes.items()
-            if self.seats[pool]
+            if self.wait_sockets[pool]
             or (pool not in self.leaves_alone and (end.lane.queue or end.lane.shelf))
         ]
 
     def read_lane(self, pool: str) -> None:
-        end, seat = self.lanes[pool], self.seats[pool]
-        while seat:
-            got = end.receive(seat, self.grip)
+        end, wait_socket = self.lanes[pool], self.wait_sockets[pool]
+        while wait_socket:
+            got = end.receive(wait_socket, self.grip)
             if got is None:
                 continue
             moved, proc = got
@@ -421,11 +432,11 @@ class Broker:
             self.execute(self._empty(pool))
 
     def _line_ended(self, number: int) -> None:
-        self.words.append(lambda ledger, now: ledger.desk.line_closed(number, now))
+        self.calls.append(lambda ledger, now: ledger.desk.line_closed(number, now))
 
     def _check_grant(self, session: bytes, grant: Grant | Moved) -> None:
-        books = self.slots.sessions
-        assert grant.token in self.granted or not books[session].pool.paused, (
+        sessions = self.slots.sessions
+        assert grant.token in self.granted or not sessions[session].pool.paused, (
             f"{grant.token}: its pool is paused"
         )
         receiver = self.granted.setdefault(grant.token, (session, grant.request))
@@ -434,7 +445,9 @@ class Broker:
             if (session, grant.request) in arrivals:
                 ahead = arrivals[: arrivals.index((session, grant.request))]
                 overtaken = [
-                    each for each in ahead if self.queued(*each) and not books[each[0]].pool.paused
+                    each
+                    for each in ahead
+                    if self.queued(*each) and not sessions[each[0]].pool.paused
                 ]
                 assert not (self.world.in_order and overtaken), (
                     f"{overtaken} came before {session!r}"
@@ -442,8 +455,8 @@ class Broker:
                 arrivals.remove((session, grant.request))
 
     def queued(self, session: bytes, request: int) -> bool:
-        books = self.slots.sessions.get(session)
-        return books is not None and request in books.waiters
+        known = self.slots.sessions.get(session)
+        return known is not None and request in known.waiters
 
     # --- input
 
@@ -460,9 +473,9 @@ class Broker:
 
     def _note_arrival(self, session: bytes, message: Acquire) -> None:
         if message.wait_ms and not self.queued(session, message.request):
-            books = self.slots.sessions.get(session)
-            if books is not None and not books.restored and message.request not in books.granted:
-                arrivals = self.arrivals.setdefault(books.pool.name, [])
+            known = self.slots.sessions.get(session)
+            if known is not None and not known.restored and message.request not in known.granted:
+                arrivals = self.arrivals.setdefault(known.pool.name, [])
                 if (session, message.request) in arrivals:
                     arrivals.remove((session, message.request))
                 arrivals.append((session, message.request))
@@ -482,7 +495,7 @@ class Broker:
             case Give():
                 self.execute(self.ledger.desk.given(message, now))
             case LineOwner(session):
-                self.homes[session] = wire.number
+                self.desk_lines[session] = wire.number
                 if (order := self.invited.get(session)) is not None:
                     self._let_in(order)
             case _:
@@ -494,8 +507,8 @@ class Broker:
     def hang_up(self, wire: Wire) -> None:
         """Close a line to the desk."""
         self.world.network.tear(wire)
-        if self.homes.get(wire.session) == wire.number:
-            del self.homes[wire.session]
+        if self.desk_lines.get(wire.session) == wire.number:
+            del self.desk_lines[wire.session]
         self._line_ended(wire.number)
 
     def _take(self, session: bytes, token: Token, proc: Proc) -> None:
@@ -533,7 +546,7 @@ class Broker:
     def notice_death(self, session: bytes) -> None:
         """A pidfd fires: told after what has been read already."""
         del self.watched[session]
-        self.words.append(lambda ledger, now: ledger.session_died(session, now))
+        self.calls.append(lambda ledger, now: ledger.session_died(session, now))
 
     @property
     def deaths(self) -> list[bytes]:
@@ -545,7 +558,7 @@ class Broker:
         ]
 
     def hear_word(self) -> None:
-        self.execute(self.words.popleft()(self.ledger, self.world.now))
+        self.execute(self.calls.popleft()(self.ledger, self.world.now))
 
     def tick(self) -> None:
         self.execute(self.ledger.tick(self.world.now))
@@ -608,13 +621,13 @@ class Broker:
             )
             proc.busy = False
         sent = None if proc is None else order.backend.pid % 5 > 0  # to some it may not
-        self.words.append(lambda ledger, now: ledger.control.query_cancelled(order, sent, now))
+        self.calls.append(lambda ledger, now: ledger.control.query_cancelled(order, sent, now))
 
     def _answer_doubt(self, doubt: VerifyServer) -> None:
         self.doubts.popleft()
         before = self.boot
         same = self.reach_server() and before == self.boot
-        self.words.append(
+        self.calls.append(
             lambda ledger, now: ledger.control.server_verified(
                 doubt.pool, doubt.generation, same, now
             )
@@ -625,7 +638,7 @@ class Broker:
         survey = self.world.server.survey(look.serial, look.barrier, self.world.now)
         if look.serial == GRACE_OVER and look.barrier:
             self.world.excuse_unknowable()
-        self.words.append(lambda ledger, now: ledger.control.surveyed(survey, now))
+        self.calls.append(lambda ledger, now: ledger.control.surveyed(survey, now))
 
     def _end(self, fence: Fence) -> None:
         assert fence.backend is not None
@@ -636,4 +649,4 @@ class Broker:
         elif fence.backend.boot_us not in self.world.seen_boots:
             return  # it cannot tell
         self.fences.pop(fence.token, None)
-        self.words.append(lambda ledger, now: ledger.backend_gone(fence.token, now))
+        self.calls.append(lambda ledger, now: ledger.backend_gone(fence.token, now))

@@ -1,7 +1,7 @@
 """A worker at the desk: its program's line, and what `Giver.give` and `LocalState.deposit` do.
 
-Giving takes two steps more than closing: the session is taken from under the connection, then the broker is told, then
-the cache (`giving`).
+Giving takes two steps more than closing: the session is taken from under the connection, then the
+broker is told, then the cache (`giving`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from sharedpool.wire.codec import decode_to_desk, encode
 from sharedpool.wire.desk import Deposit, Give, LaneInvitation, LineOwner, Live, Moved, ToDesk
-from sharedpool.wire.messages import ReleaseReason
+from sharedpool.wire.messages import ReleaseReason, Welcome
 from sharedpool.worker.core.cache import Cache
 from sharedpool.worker.core.lease import Closing, Lease
 from tests.model.network import Packet, Wire
+from tests.model.scale import EXPIRATION_S
 from tests.model.server import Proc
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Lack(IntEnum):
     NOTHING = 0
     SOCKET = 1  # the connection's own
     SHELL = 2
-    SEAT = 3  # where the next thread is to wait
+    WAIT_SOCKET = 3  # where the next thread is to wait
 
 
 class Step(IntEnum):
@@ -93,13 +94,10 @@ class AtTheDesk:
         if self.desk is not None:
             self.desk.say(LineOwner(self.id))
 
-    def welcome_at_desk(self, handover: bool) -> None:
-        """Take part in the hand-over, if it can be; hand in all sockets."""
-        self.hands_over = handover and self.handover and self.desk is not None
-        self.cache.time_slice.slice_s, self.cache.time_slice.hands_over = (
-            self.slice_s,
-            self.hands_over,
-        )
+    def welcome_at_desk(self, welcome: Welcome) -> None:
+        """Take part in the hand-over, if it can be; deposit all sockets."""
+        self.hands_over = welcome.handover and self.handover and self.desk is not None
+        self.cache.set_terms(EXPIRATION_S, welcome.ttl_ms / 1000, hands_over=self.hands_over)
         for lease in self.cache.leases.values():
             lease.deposited = False
         self.deposit_all()

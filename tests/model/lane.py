@@ -1,7 +1,8 @@
-"""The lane: its memory and pipes, as the kernel keeps them, and what a process does there (`sharedpool/lane/lane.py`).
+"""The lane: its memory and pipes, as the kernel keeps them, and what a process does there
+(`sharedpool/lane/lane.py`).
 
-What takes several system calls in a real process is a generator here: whatever it yields at, another process may go on,
-or this one be killed or frozen.
+What takes several system calls in a real process is a generator here: whatever it yields at,
+another process may go on, or this one be killed or frozen.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 from msgspec import structs
 
-from sharedpool.lane.lane import Ticket as Place
+from sharedpool.lane.lane import Ticket
 from sharedpool.wire.board import BOARD_BYTES, SHELF, Board
 from sharedpool.wire.codec import decode_moved, encode
 from sharedpool.wire.desk import Live, Moved
@@ -22,13 +23,16 @@ from tests.model.server import Proc
 
 SHELF_ROOM = 11  # the kernel's max_dgram_qlen, and one
 QUEUE_ROOM = 24  # much less than a pipe's
-SEAT_ROOM = 11
+WAIT_SOCKET_ROOM = 11
 
 Got = tuple[Moved, Proc]
 
 
 class Grip:
-    """A descriptor of a socket that nobody in its process writes to. `process`: the worker's session, or the broker."""
+    """A descriptor of a socket that nobody in its process writes to.
+
+    `process`: the worker's session, or the broker.
+    """
 
     def __init__(self, process: bytes) -> None:
         self.process = process
@@ -44,31 +48,35 @@ class Item(NamedTuple):
 
 
 class Lane:
-    """One pool's under one broker. It lives as long as one process has it: `ends`. `seats` are the bound ones."""
+    """One pool's under one broker. It lives as long as one process has it: `ends`.
+
+    `wait_sockets` are the bound ones.
+    """
 
     def __init__(self, pool: str, epoch: int) -> None:
         self.pool = pool
         self.epoch = epoch
         self.board = Board(memoryview(bytearray(BOARD_BYTES)))
-        self.queue: deque[Place] = deque()
+        self.queue: deque[Ticket] = deque()
         self.shelf: deque[Packet] = deque()
-        self.seats: dict[tuple[int, int], deque[Packet | None]] = {}  # None: nothing but a ring
+        # By process and place. None in a queue is nothing but a wake-up.
+        self.wait_sockets: dict[tuple[int, int], deque[Packet | None]] = {}
         self.ends: set[End] = set()
         self.moved = 0
 
     def bind(self, number: int, place: int) -> deque[Packet | None]:
-        assert (number, place) not in self.seats, "an address of the lane is used twice"
+        assert (number, place) not in self.wait_sockets, "an address of the lane is used twice"
         box: deque[Packet | None] = deque()
-        self.seats[number, place] = box
+        self.wait_sockets[number, place] = box
         return box
 
     def unbind(self, number: int, place: int) -> None:
-        _drop(self.seats.pop((number, place)))
+        _drop(self.wait_sockets.pop((number, place)))
 
     @property
     def lying(self) -> list[Proc]:
         """What is on the shelf, or in a wait socket."""
-        packets = [*self.shelf, *(packet for box in self.seats.values() for packet in box)]
+        packets = [*self.shelf, *(packet for box in self.wait_sockets.values() for packet in box)]
         return [packet.proc for packet in packets if packet is not None and packet.proc is not None]
 
 
@@ -102,14 +110,14 @@ class End:
     def close(self) -> None:
         self.open = False
         self.lane.ends.discard(self)
-        for number, place in [key for key in self.lane.seats if key[0] == self.number]:
+        for number, place in [key for key in self.lane.wait_sockets if key[0] == self.number]:
             self.lane.unbind(number, place)
         if not self.lane.ends:
             _drop(self.lane.shelf)
 
     # --- tickets
 
-    def queue(self, ticket: Place) -> bool:
+    def queue(self, ticket: Ticket) -> bool:
         if not self.open:
             return False
         self.board.count_request()
@@ -118,16 +126,16 @@ class End:
         self.lane.queue.append(ticket)
         return True
 
-    def next_ticket(self) -> Place | None:
+    def next_ticket(self) -> Ticket | None:
         while self.open and self.lane.queue:
             ticket = self.lane.queue.popleft()
             if self.board.is_waiting_at(ticket.place, ticket.request):
                 return ticket
         return None
 
-    def ring(self, ticket: Place) -> None:
-        box = self.lane.seats.get((ticket.number, ticket.place))
-        if box is not None and len(box) < SEAT_ROOM:
+    def wake(self, ticket: Ticket) -> None:
+        box = self.lane.wait_sockets.get((ticket.number, ticket.place))
+        if box is not None and len(box) < WAIT_SOCKET_ROOM:
             box.append(None)
 
     # --- giving and taking
@@ -169,7 +177,7 @@ class End:
         return (yield from self._send(item, 0, SHELF, None))
 
     def _send(
-        self, item: Item, request: int, holder: int, seat: tuple[int, int] | None
+        self, item: Item, request: int, holder: int, wait_socket: tuple[int, int] | None
     ) -> Generator[None, None, bool]:
         if not self.open or not self.board.has(item.cell, item.token):
             return False
@@ -178,8 +186,8 @@ class End:
         message = decode_moved(encode(Moved(request, item.token, item.cell, moves, item.live)))
         box, room = (
             (self.lane.shelf, SHELF_ROOM)
-            if seat is None
-            else (self.lane.seats.get(seat), SEAT_ROOM)
+            if wait_socket is None
+            else (self.lane.wait_sockets.get(wait_socket), WAIT_SOCKET_ROOM)
         )
         if not self.open or box is None or len(box) >= room:
             self.board.set_holder(item.cell, self.number)
@@ -191,8 +199,8 @@ class End:
         return True
 
     def pass_on(self, number: int, place: int, moved: Moved, proc: Proc) -> bool:
-        box = self.lane.seats.get((number, place))
-        if box is None or len(box) >= SEAT_ROOM:
+        box = self.lane.wait_sockets.get((number, place))
+        if box is None or len(box) >= WAIT_SOCKET_ROOM:
             return False
         packet = Packet(decode_moved(encode(moved)), proc)
         proc.holders.add(packet)

@@ -1,7 +1,9 @@
-"""What can happen, as rules. A step is one rule; `pick` chooses among what is there to be chosen.
+"""What can happen, as rules.
 
-One small number for each step instead of several draws: Hypothesis spends more time on drawing than the world on
-stepping.
+A step is one rule; `pick` chooses among what is there to be chosen.
+
+One small number for each step instead of several draws: Hypothesis spends more time on drawing than
+the world on stepping.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from tests.model.worker import Worker
 from tests.model.world import World
 
 MOST_WORKERS = 5
-MOST_TICKETS = 6
+MOST_WAITERS = 6
 _WAITS = (0.0, 2.0, 60.0, 60.0, 600.0)
 _OPENED = ("", "", "", "", "not deposited", "interrupted", "configure", "encrypted")
 _TROUBLE = ("", "57P01", "25006", "57P02")
@@ -71,9 +73,13 @@ class GoodNetwork(RuleBasedStateMachine):
         has_desk, handover = pick // 4 % 8 != 7, pick // 32 % 4 != 3
         grouping = (None, None, None, 0, 1, 2)[pick // 4 % 6] if cap is not None else None
         self.world = World(
-            cap, has_desk=has_desk, handover=handover, in_order=not self.bad_network, grouping=grouping,
+            cap,
+            has_desk=has_desk,
+            handover=handover,
+            in_order=not self.bad_network,
+            grouping=grouping,
             proxied=pick // 8 % 3 == 2,
-        )  # fmt: skip
+        )
         for pool in LIMITS:
             self.world.start(pool)
             self.world.start(pool, remote=pick // 128 % 4 == 3, handover=pick // 512 == 0)
@@ -84,7 +90,8 @@ class GoodNetwork(RuleBasedStateMachine):
     # --- choosing
 
     def one(self, pick: int, having: str = "") -> tuple[Worker, int]:
-        """Choose a worker that is not frozen and has something in its attribute `having`; and the rest of `pick`."""
+        """Choose a worker that is not frozen and has something in its attribute `having`; and the
+        rest of `pick`."""
         found = [
             w
             for w in self.world.workers.values()
@@ -102,7 +109,7 @@ class GoodNetwork(RuleBasedStateMachine):
     @rule(pick=picks)
     def checkout(self, pick: int) -> None:
         worker, pick = self.one(pick)
-        if len(worker.tickets) < MOST_TICKETS:
+        if len(worker.waiters) < MOST_WAITERS:
             for _ in range(1 + pick // 8 % 3):
                 worker.checkout(_WAITS[pick % len(_WAITS)])
 
@@ -114,7 +121,7 @@ class GoodNetwork(RuleBasedStateMachine):
     def _crowd(self, times: int) -> None:
         world = self.world
         for worker in world.awake:
-            for _ in range(times if len(worker.tickets) < MOST_TICKETS else 0):
+            for _ in range(times if len(worker.waiters) < MOST_WAITERS else 0):
                 worker.checkout(60.0)
         world.deliver_all()
         for worker in world.awake:
@@ -154,28 +161,28 @@ class GoodNetwork(RuleBasedStateMachine):
             worker.cache.report_failover_sign(conn.lease, _TROUBLE[pick // 16 % len(_TROUBLE)])
             worker.flush()
 
-    @some("tickets")
+    @some("waiters")
     @rule(pick=picks)
     def collect(self, pick: int) -> None:
-        worker, pick = self.one(pick, "tickets")
+        worker, pick = self.one(pick, "waiters")
         worker.collect(configure_fails=pick % 16 == 7)
 
-    @some("tickets")
+    @some("waiters")
     @rule(pick=picks)
     def give_up(self, pick: int) -> None:
-        worker, pick = self.one(pick, "tickets")
+        worker, pick = self.one(pick, "waiters")
         in_connect = [opening.lease for opening in worker.opening]
-        tickets = [x for x in worker.tickets if x not in worker.abandoned]
-        tickets = [x for x in tickets if x.lease not in in_connect or x.lease is None]
-        if not tickets:
+        waiters = [x for x in worker.waiters if x not in worker.abandoned]
+        waiters = [x for x in waiters if x.lease not in in_connect or x.lease is None]
+        if not waiters:
             return
-        ticket = tickets[pick % len(tickets)]
-        if ticket in worker.quitting:
-            worker.quit(ticket)
-        elif pick // len(tickets) % 2:
-            worker.stop_waiting(ticket)
+        waiter = waiters[pick % len(waiters)]
+        if waiter in worker.quitting:
+            worker.quit(waiter)
+        elif pick // len(waiters) % 2:
+            worker.stop_waiting(waiter)
         else:
-            worker.give_up(ticket)
+            worker.give_up(waiter)
 
     @some("connecting")
     @rule(pick=picks)
@@ -245,40 +252,53 @@ class GoodNetwork(RuleBasedStateMachine):
 
     @rule(pick=picks)
     def take_turns(self, pick: int) -> None:
-        """More want connections than there are, and hand them on; it stops somewhere in the middle."""
+        """More want connections than there are, and hand them on; it stops somewhere
+        in the middle."""
         world = self.world
         world.start_broker()
         self._crowd(2)
         for turn in range(6 + pick % 8):
             pick = (pick * 5 + 3) % 1021
             asker, _ = self.one(pick)
-            if len(asker.tickets) < 2:
+            if len(asker.waiters) < 2:
                 asker.checkout(60.0)
             if pick % 7 == 3:
-                asker.lacks = (Lack.SOCKET, Lack.SHELL, Lack.SEAT)[pick % 3]
+                asker.lacks = (Lack.SOCKET, Lack.SHELL, Lack.WAIT_SOCKET)[pick % 3]
             if holders := [worker for worker in world.awake if worker.users or worker.closing]:
-                holder = holders[turn % len(holders)]
-                if not holder.closing:
-                    if pick % 5 == 0:
-                        holder.cancel(holder.users[0])
-                        while holder.line.up and world.broker is not None:
-                            world.deliver_up(holder.line)
-                    holder.checkin(holder.users[0])
-                elif pick % 8:
-                    closing, conn = holder.closing[0]
-                    holder.finish_close(
-                        closing, conn, seen=True, halt=2 if pick % 9 else pick // 9 % 2
-                    )
+                self._give_back(holders[turn % len(holders)], pick)
             if pick % 7:
-                for wire in list(world.network.wires):
-                    while wire.up and not wire.torn:
-                        world.deliver_packet(wire)
+                self._deliver_packets()
             if pick % 11 > 1:
-                for each in world.awake:
-                    each.read_all()
-                    for thread in [thread for thread in each.threads if thread.ready]:
-                        each.step(thread)
-                    each.collect()
+                self._step_all()
+
+    def _give_back(self, holder: Worker, pick: int) -> None:
+        """A process checks a connection in, perhaps cancelling its query first, or closes one."""
+        world = self.world
+        if holder.closing:
+            if pick % 8:
+                closing, conn = holder.closing[0]
+                halt = 2 if pick % 9 else pick // 9 % 2
+                holder.finish_close(closing, conn, seen=True, halt=halt)
+            return
+        if pick % 5 == 0:
+            holder.cancel(holder.users[0])
+            while holder.line.up and world.broker is not None:
+                world.deliver_up(holder.line)
+        holder.checkin(holder.users[0])
+
+    def _deliver_packets(self) -> None:
+        """The broker reads all that has come to the desk."""
+        for wire in list(self.world.network.wires):
+            while wire.up and not wire.torn:
+                self.world.deliver_packet(wire)
+
+    def _step_all(self) -> None:
+        """Each process reads what has come, and takes a step."""
+        for each in self.world.awake:
+            each.read_all()
+            for thread in [thread for thread in each.threads if thread.ready]:
+                each.step(thread)
+            each.collect()
 
     # --- the lane
 
@@ -288,8 +308,8 @@ class GoodNetwork(RuleBasedStateMachine):
         for awake in self.world.awake:
             steps += [(awake, thread) for thread in awake.threads if thread.ready]
             steps += [(awake, giving) for giving in awake.lane_giving]
-            steps += [(awake, ticket) for ticket in awake.rung[:1]]
-            if awake.seat_news:
+            steps += [(awake, waiter) for waiter in awake.woken[:1]]
+            if awake.wait_socket_news:
                 steps.append((awake, None))
         if self.world.broker is not None:
             steps += [(None, pool) for pool in self.world.broker.lanes_to_read]
@@ -305,7 +325,7 @@ class GoodNetwork(RuleBasedStateMachine):
         elif isinstance(step, LaneGiving):
             worker.step_giving(step)
         elif isinstance(step, Waiter):
-            worker.sit_down()
+            worker.take_freed_wait_socket()
         else:
             worker.look_in_lane()
             worker.flush()
@@ -344,16 +364,7 @@ class GoodNetwork(RuleBasedStateMachine):
         if (broker := world.broker) is not None:
             broker.order(Order(0, OrderKind.RESUME))
             broker.restore_limits()
-        if (
-            world.cap is not None
-        ):  # what another pool holds of it may keep this one below its own limit
-            for worker in [worker for worker in world.workers.values() if worker.pool != "a"]:
-                world.die(worker)
-        for worker in list(world.workers.values()):  # who cannot take part halts it
-            if worker.pool == "a" and (
-                not worker.handover or worker.remote or worker.frozen or worker.broken_shells
-            ):
-                world.die(worker)
+        self._end_hinderers()
         while sum(worker.pool == "a" for worker in world.awake) < 3:
             world.start("a")
         for turn in range(10):
@@ -362,16 +373,28 @@ class GoodNetwork(RuleBasedStateMachine):
                 return True
             self._make_ready(turn)
             for worker in world.awake:
-                if worker.pool == "a" and len(worker.tickets) + len(worker.threads) < 2:
+                if worker.pool == "a" and len(worker.waiters) + len(worker.threads) < 2:
                     worker.checkout(60.0)
             quiesce(world)
-            world.pass_time(0.6)  # longer than a slice
+            world.pass_time(0.6)  # longer than a time slice
             quiesce(world)
             if holders := [worker for worker in world.awake if worker.users and worker.pool == "a"]:
                 # Not in the order in which they ask: each would serve himself.
                 holder = holders[-1 - turn % len(holders)]
                 holder.checkin(holder.users[0])
         return self._is_moving
+
+    def _end_hinderers(self) -> None:
+        """End the workers because of which no connection would move."""
+        world = self.world
+        for worker in list(world.workers.values()):
+            if worker.pool == "a":  # one that cannot take part halts it
+                takes_part = worker.handover and not worker.remote
+                hinders = not takes_part or worker.frozen or worker.broken_shells
+            else:  # what another pool holds of the cap may keep this one below its own limit
+                hinders = world.cap is not None
+            if hinders:
+                world.die(worker)
 
     def _make_ready(self, turn: int) -> None:
         """Do away with what keeps the broker from it for long."""
@@ -400,7 +423,8 @@ class GoodNetwork(RuleBasedStateMachine):
     @precondition(lambda self: not self.world.groups and self.world.handover)
     @rule(pick=picks)
     def fail_in_the_lane(self, pick: int) -> None:
-        """The same, and then somebody is killed who is in the middle of something, or stopped, or the broker dies."""
+        """The same, and then somebody is killed who is in the middle of something, or stopped, or
+        the broker dies."""
         world = self.world
         self._move(pick)
         busy = [worker for worker in world.awake if worker.lane_giving or worker.threads]
@@ -419,7 +443,8 @@ class GoodNetwork(RuleBasedStateMachine):
     @precondition(lambda self: not self.world.groups and self.world.handover)
     @rule(pick=picks)
     def die_before_the_welcome(self, pick: int) -> None:
-        """The broker dies while connections move, and somebody has its invitation to the lane, but not its WELCOME."""
+        """The broker dies while connections move, and somebody has its invitation to the lane, but
+        not its WELCOME."""
         world = self.world
         if not self._get_moving() or (broker := world.broker) is None:
             return
@@ -448,7 +473,10 @@ class GoodNetwork(RuleBasedStateMachine):
     @precondition(lambda self: not self.world.groups and self.world.handover)
     @rule(pick=picks)
     def go_over_to_the_next_broker(self, pick: int) -> None:
-        """The broker dies while connections move. They go on in its lane until each worker has left that."""
+        """The broker dies while connections move.
+
+        They go on in its lane until each worker has left that.
+        """
         world = self.world
         self._move(pick)
         world.kill_broker(pick // 4)
@@ -465,7 +493,7 @@ class GoodNetwork(RuleBasedStateMachine):
                     world.deliver_down(worker)
                 case 6 if worker.users:
                     worker.checkin(worker.users[0])
-                case 7 if len(worker.tickets) + len(worker.threads) < 3:
+                case 7 if len(worker.waiters) + len(worker.threads) < 3:
                     worker.checkout(60.0)
                 case 8:
                     worker.beat()
@@ -481,7 +509,7 @@ class GoodNetwork(RuleBasedStateMachine):
             found = [worker for worker in world.awake if worker.end is not None]
             if not found:
                 return
-            askers = [worker for worker in found if len(worker.tickets) + len(worker.threads) < 3]
+            askers = [worker for worker in found if len(worker.waiters) + len(worker.threads) < 3]
             holders = [worker for worker in found if worker.users]
             closers = [worker for worker in found if worker.closing]
             match pick % 16:
@@ -508,7 +536,8 @@ class GoodNetwork(RuleBasedStateMachine):
     @precondition(lambda self: self.world.network.wires)
     @rule(pick=picks)
     def desk_fails(self, pick: int) -> None:
-        """The broker turns a line away, or cannot pass the next connection on; or a worker can build no shell."""
+        """The broker turns a line away, or cannot pass the next connection on; or a worker can
+        build no shell."""
         new = [wire for wire in self.world.network.wires if not wire.accepted]
         match pick % 4:
             case 0 | 1 if new:
@@ -582,14 +611,15 @@ class GoodNetwork(RuleBasedStateMachine):
     )
     @rule(pick=picks)
     def die_in_a_connect(self, pick: int) -> None:
-        """Its backend starts up, and nobody has heard of it; what waits for the slot is served when that is over."""
+        """Its backend starts up, and nobody has heard of it; what waits for the slot is served when
+        that is over."""
         world = self.world
         connecting = [worker for worker in world.awake if worker.opening]
         worker = connecting[pick % len(connecting)]
         world.die(worker)
         if (broker := world.broker) is not None and pick % 2 and worker.id in broker.deaths:
             broker.notice_death(worker.id)
-            while broker.words and world.broker is broker:
+            while broker.calls and world.broker is broker:
                 broker.hear_word()
 
     @precondition(lambda self: len(self.world.awake) > 2)
@@ -607,7 +637,8 @@ class GoodNetwork(RuleBasedStateMachine):
     @precondition(lambda self: len(self.world.awake) > 2)
     @rule(pick=picks)
     def oversleep(self, pick: int) -> None:
-        """A worker is frozen for longer than its TTL, or any connect, and wakes up when others may have its slots."""
+        """A worker is frozen for longer than its TTL, or any connect, and wakes up when others may
+        have its slots."""
         sleeper, pick = self.one(pick)
         sleeper.frozen = True
         self.world.pass_long(TTL_S + 1 + (pick // 8 % 2) * START_UP_LIMIT_S)
@@ -665,7 +696,8 @@ class GoodNetwork(RuleBasedStateMachine):
 
     @rule(pick=picks)
     def broker_hears(self, pick: int) -> None:
-        """A death, a backend's end, or what the control connection has found out, reaches the ledger."""
+        """A death, a backend's end, or what the control connection has found out, reaches the
+        ledger."""
         broker = self.world.broker
         if broker is None:
             return
@@ -675,7 +707,7 @@ class GoodNetwork(RuleBasedStateMachine):
                 broker.notice_death(deaths[pick % len(deaths)])
             elif pick % 3 == 1 and (endings := broker.endings):
                 broker.see(endings[pick % len(endings)])
-            elif pick % 3 == 2 and broker.words:
+            elif pick % 3 == 2 and broker.calls:
                 broker.hear_word()
             else:
                 continue
@@ -731,14 +763,16 @@ class GoodNetwork(RuleBasedStateMachine):
             case 7:
                 leases = broker.slots.leases
                 for token in list(leases)[rest % 4 : rest % 4 + 1]:
-                    # An operator kills a lease without a connection only if its worker is gone: see `Admin.kill`.
+                    # An operator kills a lease without a connection only if its worker is gone: see
+                    # `Admin.kill`.
                     if leases[token].findable or leases[token].session.id not in self.world.workers:
                         broker.order(Order(0, OrderKind.KILL, token=token))
 
     @precondition(lambda self: len(self.world.awake) > 2)
     @rule(pick=picks)
     def bereave(self, pick: int) -> None:
-        """The broker dies and its journal is lost, while a worker is frozen or dies; time passes, everybody asks."""
+        """The broker dies and its journal is lost, while a worker is frozen or dies; time passes,
+        everybody asks."""
         world = self.world
         sleeper, pick = self.one(pick)
         sleeper.frozen = True
@@ -751,7 +785,7 @@ class GoodNetwork(RuleBasedStateMachine):
         for _ in range(pick // 8 % 4):
             if (broker := world.broker) is not None:
                 broker.work(0)
-                if broker.words:
+                if broker.calls:
                     broker.hear_word()
                 world.pass_time(0.05)
         self._crowd(2)
@@ -771,13 +805,13 @@ class GoodNetwork(RuleBasedStateMachine):
     def quiet_moment(self) -> None:
         world = self.world
         quiesce(world)
-        for _ in range(
-            2
-        ):  # who keeps a connection for its slice is asked by then, if pressed only after the first
+        # A process that keeps a connection for its time slice may learn of the others only after
+        # the first of these; it is asked for it by the second.
+        for _ in range(2):
             world.pass_time(1.1 * NUDGE_S)
             quiesce(world)
-        books = None if world.broker is None else world.broker.slots
-        pools = [] if books is None else books.contended.values()
+        slots = None if world.broker is None else world.broker.slots
+        pools = [] if slots is None else slots.contended.values()
         if any(
             holder.nudge_at > world.now
             for pool in pools
@@ -811,7 +845,8 @@ class GoodNetwork(RuleBasedStateMachine):
 
 
 class BadNetwork(GoodNetwork):
-    """A network that loses, doubles, delays and reorders messages: whatever it does, the promises hold."""
+    """A network that loses, doubles, delays and reorders messages: whatever it does, the promises
+    hold."""
 
     bad_network = True
 

@@ -1,8 +1,9 @@
-"""A worker in the lane: what `waiting.py`, `mover.py`, `wait_sockets.py`, and of the lane `local_pool.py` and
-`session.py`, do.
+"""A worker in the lane: what `waiting.py`, `mover.py`, `wait_sockets.py`, and of the lane
+`local_pool.py` and `session.py`, do.
 
-A thread that waits there is a `Thread`, one that gives a `LaneGiving`: generators that go on by a step whenever they
-are asked to. Half of the checkouts and checkins go the fast path (`mover.py`), where that is open.
+A thread that waits there is a `Thread`, one that gives a `LaneGiving`: generators that go on by a
+step whenever they are asked to. Half of the checkouts and checkins go the fast path (`mover.py`),
+where that is open.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from msgspec import structs
 
 from sharedpool.errors import SharedPoolError
-from sharedpool.lane.lane import Ticket as Place
+from sharedpool.lane.lane import Ticket
 from sharedpool.lane.wait_sockets import _AGAIN_LIMIT_S, AGAIN_S
 from sharedpool.wire.board import PLACES
 from sharedpool.wire.desk import Joined, LaneInvitation, Live, Moved
@@ -40,8 +41,8 @@ _LOOKS = 4  # `wait_sockets._CHECKS`
 
 
 @dataclass(eq=False, slots=True)
-class Seat:
-    """Where a thread waits: `seats.Seat`."""
+class WaitSocket:
+    """Where a thread waits: `wait_sockets.WaitSocket`."""
 
     end: End
     place: int
@@ -63,7 +64,7 @@ class Seat:
         self.end.board.take_place(self.place, request)
         yield
         self.once = not again
-        self.end.queue(Place(self.end.number, self.place, request))
+        self.end.queue(Ticket(self.end.number, self.place, request))
         yield
         return self.again_s
 
@@ -79,19 +80,20 @@ class Seat:
         packet = self.box[0] if self.bound and self.box else None
         return packet.message if packet is not None and isinstance(packet.message, Moved) else None
 
-    def ring(self) -> None:
-        self.end.ring(Place(self.end.number, self.place, 0))
+    def wake(self) -> None:
+        self.end.wake(Ticket(self.end.number, self.place, 0))
 
 
 @dataclass(eq=False, slots=True)
 class Thread:
-    """A thread that waits at a wait socket. `until` is what it is blocked for; `hand` what it has taken and not
-    adopted.
+    """A thread that waits at a wait socket.
+
+    `until` is what it is blocked for; `hand` what it has taken and not adopted.
     """
 
-    seat: Seat
+    wait_socket: WaitSocket
     deadline: float
-    ticket: Waiter | None  # none on the fast path
+    waiter: Waiter | None  # none on the fast path
     steps: Steps = field(default_factory=lambda: _nothing())
     grip: Grip = field(default_factory=lambda: Grip(b""))
     until: Callable[[], bool] | None = None
@@ -124,7 +126,7 @@ class InTheLane(AtTheDesk):
     id: bytes
     cache: Cache
     messages: BrokerMessages
-    tickets: list[Waiter]
+    waiters: list[Waiter]
     patience: dict[int, bool]
     users: list[Conn]
     connecting: list[Lease]
@@ -137,8 +139,8 @@ class InTheLane(AtTheDesk):
         self.end: End | None = None
         self.index = -1
         self.unused: list[int] = []  # places
-        self.seats: list[Seat] = []
-        self.free_seats: list[Seat] = []
+        self.wait_sockets: list[WaitSocket] = []
+        self.free_wait_sockets: list[WaitSocket] = []
         self.threads: list[Thread] = []
         self.lane_giving: list[LaneGiving] = []
         self.lain = False
@@ -147,11 +149,13 @@ class InTheLane(AtTheDesk):
         self.stray = Grip(b"")
         self.unfit = 0  # so many that come next fail their reset
         self._turn = 0
-        self.most_seats = PLACES
+        self.most_wait_sockets = PLACES
         self.invitation: tuple[LaneInvitation, Lane, int] | None = None  # of which broker
-        self.rung: list[Waiter] = []  # at their gates, to take a wait socket
+        self.woken: list[Waiter] = []  # at their locks, to take a wait socket
         self.abandoned: list[Waiter] = []  # an interrupt has ended the clean-up too
-        self.left_seats: list[tuple[Seat, int]] = []  # in the same way, and for how many beats more
+        self.left_wait_sockets: list[
+            tuple[WaitSocket, int]
+        ] = []  # in the same way, and for how many beats more
 
     # --- the lane
 
@@ -177,27 +181,31 @@ class InTheLane(AtTheDesk):
         # A former end here may still have wait sockets at its addresses: its number is another.
         self.end = End(lane, message.number, self.id, self._refuse, self._is_short)
         self.index = message.index
-        self.unused = [message.index * PLACES + seat for seat in range(self.most_seats - 1, -1, -1)]
-        self.cache.moving = lane.board.head
-        self.rung = [ticket for ticket in self.tickets if self._is_at_gate(ticket)]
+        self.unused = [
+            message.index * PLACES + wait_socket
+            for wait_socket in range(self.most_wait_sockets - 1, -1, -1)
+        ]
+        self.cache.enter_lane(lane.board.head)
+        self.woken = [waiter for waiter in self.waiters if self._waits_at_lock(waiter)]
         self.desk.say(Joined(self.id))
         self.flush()
 
-    def _is_at_gate(self, ticket: Waiter) -> bool:
-        waits = ticket.request in self.cache.waiting and not self.waits_in_lane(ticket)
-        return waits and ticket not in self.quitting and ticket not in self.abandoned
+    def _waits_at_lock(self, waiter: Waiter) -> bool:
+        waits = waiter.request in self.cache.waiting and not self.waits_in_lane(waiter)
+        return waits and waiter not in self.quitting and waiter not in self.abandoned
 
-    def sit_down(self) -> None:
-        """`Wait._change_place`: a thread that waits at a gate was rung, and takes a wait socket, if there is one."""
-        ticket = self.rung.pop(0)
-        if self._is_at_gate(ticket) and (seat := self._take_seat()) is not None:
-            self._start(ticket, seat, float("inf"))
-            self.cache.waiters.change_place(ticket, seat.place, self.world.now)
+    def take_freed_wait_socket(self) -> None:
+        """`Wait._change_place`: a thread that waits at a lock was woken, and takes a wait socket,
+        if there is one."""
+        waiter = self.woken.pop(0)
+        if self._waits_at_lock(waiter) and (wait_socket := self._take_wait_socket()) is not None:
+            self._start(waiter, wait_socket, float("inf"))
+            self.cache.waiters.change_place(waiter, wait_socket.place, self.world.now)
             self.flush()
 
-    def _start(self, ticket: Waiter, seat: Seat, deadline: float) -> None:
-        thread = Thread(seat, deadline, ticket, grip=Grip(self.id))
-        thread.steps = self._wait_at(thread, ticket)
+    def _start(self, waiter: Waiter, wait_socket: WaitSocket, deadline: float) -> None:
+        thread = Thread(wait_socket, deadline, waiter, grip=Grip(self.id))
+        thread.steps = self._wait_at(thread, waiter)
         self.threads.append(thread)
 
     def _refuse(self, moved: Moved) -> None:
@@ -212,81 +220,97 @@ class InTheLane(AtTheDesk):
 
     def leave_lane(self, *, former_brokers: bool = False) -> None:
         end, self.end = self.end, None
-        self.cache.moving = b"\0"
-        self.cache.reporter.unread = []
+        self.cache.leave_lane()
         if end is None:
             return
-        seats, self.seats, self.free_seats, self.unused = self.seats, [], [], []
+        wait_sockets, self.wait_sockets, self.free_wait_sockets, self.unused = (
+            self.wait_sockets,
+            [],
+            [],
+            [],
+        )
         while (
-            former_brokers and (got := run(end.take(self.stray)) or self._read(seats)) is not None
+            former_brokers
+            and (got := run(end.take(self.stray)) or self._read(wait_sockets)) is not None
         ):
             live = structs.replace(got[0].live, generation=self.cache.generation)
             self._take_stray((structs.replace(got[0], live=live), got[1]))
-        for seat in seats:
-            seat.ring()
+        for wait_socket in wait_sockets:
+            wait_socket.wake()
         end.close()
 
-    def _read(self, seats: list[Seat]) -> Got | None:
-        return next((got for seat in seats if (got := seat.read(self.stray)) is not None), None)
+    def _read(self, wait_sockets: list[WaitSocket]) -> Got | None:
+        return next(
+            (
+                got
+                for wait_socket in wait_sockets
+                if (got := wait_socket.read(self.stray)) is not None
+            ),
+            None,
+        )
 
-    def ring(self, ticket: Waiter) -> None:
+    def wake_at_wait_socket(self, waiter: Waiter) -> None:
         for thread in self.threads:
-            if thread.ticket is ticket:
-                thread.seat.ring()
+            if thread.waiter is waiter:
+                thread.wait_socket.wake()
 
-    def waits_in_lane(self, ticket: Waiter) -> bool:
-        return any(thread.ticket is ticket for thread in self.threads)
+    def waits_in_lane(self, waiter: Waiter) -> bool:
+        return any(thread.waiter is waiter for thread in self.threads)
 
     # --- wait sockets
 
-    def _take_seat(self) -> Seat | None:
-        if self.free_seats:
-            seat = self.free_seats.pop()
-            seat.looks = -1
-            return seat
+    def _take_wait_socket(self) -> WaitSocket | None:
+        if self.free_wait_sockets:
+            wait_socket = self.free_wait_sockets.pop()
+            wait_socket.looks = -1
+            return wait_socket
         if self.end is None or not self.unused:
             return None
-        if self.lacks is Lack.SEAT:
+        if self.lacks is Lack.WAIT_SOCKET:
             self.lacks = Lack.NOTHING
             return None
         place = self.unused.pop()
-        seat = Seat(self.end, place, self.end.lane.bind(self.end.number, place))
-        self.seats.append(seat)
-        return seat
+        wait_socket = WaitSocket(self.end, place, self.end.lane.bind(self.end.number, place))
+        self.wait_sockets.append(wait_socket)
+        return wait_socket
 
-    def _put_seat(self, seat: Seat) -> None:
-        seat.end.board.leave_place(seat.place)
-        if seat in self.seats:  # else of a lane that was left
-            if not seat.settled:
-                seat.looks = 0
-            self.free_seats.append(seat)
+    def _put_wait_socket(self, wait_socket: WaitSocket) -> None:
+        wait_socket.end.board.leave_place(wait_socket.place)
+        if wait_socket in self.wait_sockets:  # else of a lane that was left
+            if not wait_socket.settled:
+                wait_socket.looks = 0
+            self.free_wait_sockets.append(wait_socket)
 
     @property
-    def seat_news(self) -> bool:
+    def wait_socket_news(self) -> bool:
         """Whether the link sees that something came to a wait socket where nobody waits."""
-        return any(seat.looks >= 0 and seat.box for seat in self.free_seats)
+        return any(
+            wait_socket.looks >= 0 and wait_socket.box for wait_socket in self.free_wait_sockets
+        )
 
     def look_in_lane(self) -> None:
         """`Session.receive_strays`."""
         if self.end is None:
             self.note_arrivals()
             return
-        for seat in list(self.free_seats):
-            if seat.looks < 0:
+        for wait_socket in list(self.free_wait_sockets):
+            if wait_socket.looks < 0:
                 continue
-            if (got := seat.read(self.stray)) is not None:
+            if (got := wait_socket.read(self.stray)) is not None:
                 self._take_stray(got)
-            elif seat.looks < _LOOKS:
-                seat.looks += 1
+            elif wait_socket.looks < _LOOKS:
+                wait_socket.looks += 1
             else:
-                seat.looks, seat.settled = -1, True
+                wait_socket.looks, wait_socket.settled = -1, True
         self.note_arrivals()
         self.give_kept()
 
     def note_arrivals(self) -> None:
         if self.end is not None:
             self.cache.reporter.unread = [
-                moved for seat in self.seats if (moved := seat.peek()) is not None
+                moved
+                for wait_socket in self.wait_sockets
+                if (moved := wait_socket.peek()) is not None
             ]
         # Also from a lane that was left since.
         in_hand = {holder for proc in self.world.server.procs for holder in proc.holders}
@@ -294,20 +318,20 @@ class InTheLane(AtTheDesk):
 
     def beat_in_lane(self) -> None:
         """`WaitSockets.check_all`, and a look."""
-        for seat in list(self.free_seats):
-            if (got := seat.read(self.stray)) is not None:
+        for wait_socket in list(self.free_wait_sockets):
+            if (got := wait_socket.read(self.stray)) is not None:
                 self._take_stray(got)
-        left, self.left_seats = self.left_seats, []
-        for seat, beats in left:
+        left, self.left_wait_sockets = self.left_wait_sockets, []
+        for wait_socket, beats in left:
             if beats:
-                self.left_seats.append((seat, beats - 1))
+                self.left_wait_sockets.append((wait_socket, beats - 1))
             else:
-                seat.settled = False
-                self._put_seat(seat)
+                wait_socket.settled = False
+                self._put_wait_socket(wait_socket)
         self.look_in_lane()
         abandoned, self.abandoned = self.abandoned, []
-        for ticket in abandoned:
-            self._give_up(ticket)
+        for waiter in abandoned:
+            self._give_up(waiter)
 
     def give_kept(self) -> None:
         now = self.world.now
@@ -326,36 +350,43 @@ class InTheLane(AtTheDesk):
         self.flush()
 
     def _take_stray(self, got: Got) -> None:
-        ticket = self._receive(got, self.stray)
-        if ticket is not None:
-            self.wake(ticket)
+        waiter = self._receive(got, self.stray)
+        if waiter is not None:
+            self.wake(waiter)
         elif (lease := self.cache.leases.get(got[0].token)) is not None and self.cache.moving[0]:
             self._settle(lease)
         self.flush()
 
     # --- taking
 
-    def go_the_short_way(self, ticket: Waiter, wait_s: float) -> bool:
-        """Wait in the lane, if connections move in it, the fast path; return whether this thread does."""
+    def take_fast_path(self, waiter: Waiter, wait_s: float) -> bool:
+        """Wait in the lane, if connections move in it, the fast path; return whether this thread
+        does."""
         if not wait_s or not self.cache.moving[0] or self.end is None:
             return False
         self._turn += 1
         if self._turn % 2:
-            seat = self._take_seat()
-            if seat is not None:
-                thread = Thread(seat, self.world.now + wait_s, None, grip=Grip(self.id))
-                thread.steps = self._take_short(thread, ticket)
+            wait_socket = self._take_wait_socket()
+            if wait_socket is not None:
+                thread = Thread(wait_socket, self.world.now + wait_s, None, grip=Grip(self.id))
+                thread.steps = self._step_fast_path(thread, waiter)
                 self.threads.append(thread)
                 return True
         return False
 
-    def wait(self, ticket: Waiter, wait_s: float) -> None:
-        """`Wait.wait`: at a wait socket, if there is one; else at a gate, where a ticket has no thread here."""
+    def wait(self, waiter: Waiter, wait_s: float) -> None:
+        """`Wait.wait`: at a wait socket, if there is one; else at a lock, where a waiter has no
+        thread here."""
         now, cache = self.world.now, self.cache
-        ticket.reset(now)
-        self.tickets.append(ticket)
-        seat = self._take_seat()
-        in_lane = bool(wait_s) and seat is not None and seat.bound and seat.end.board.moving
+        waiter.reset(now)
+        self.waiters.append(waiter)
+        wait_socket = self._take_wait_socket()
+        in_lane = (
+            bool(wait_s)
+            and wait_socket is not None
+            and wait_socket.bound
+            and wait_socket.end.board.moving
+        )
         if (
             not in_lane
             and not wait_s
@@ -363,11 +394,11 @@ class InTheLane(AtTheDesk):
         ):
             cache.outbox.append(cache.reporter.renewal(now, {}))
         cache.waiters.enqueue(
-            ticket, wait_s, place=-1 if seat is None else seat.place, in_lane=in_lane
+            waiter, wait_s, place=-1 if wait_socket is None else wait_socket.place, in_lane=in_lane
         )
-        self.patience[ticket.request] = wait_s > 0
-        if seat is not None:
-            self._start(ticket, seat, now + wait_s)
+        self.patience[waiter.request] = wait_s > 0
+        if wait_socket is not None:
+            self._start(waiter, wait_socket, now + wait_s)
         self.flush()
 
     def step(self, thread: Thread) -> None:
@@ -376,14 +407,19 @@ class InTheLane(AtTheDesk):
         self.flush()
 
     def _block(self, thread: Thread, again_at: float) -> Steps:
-        seat, until = thread.seat, min(thread.deadline, again_at, self.world.now + AGAIN_S)
-        thread.until = lambda: bool(seat.box) or self.world.now >= until or not seat.bound
+        wait_socket, until = (
+            thread.wait_socket,
+            min(thread.deadline, again_at, self.world.now + AGAIN_S),
+        )
+        thread.until = lambda: (
+            bool(wait_socket.box) or self.world.now >= until or not wait_socket.bound
+        )
         yield
         thread.until = None
 
-    def _take_short(self, thread: Thread, ticket: Waiter) -> Steps:
+    def _step_fast_path(self, thread: Thread, waiter: Waiter) -> Steps:
         """`Mover._wait`."""
-        seat, end = thread.seat, thread.seat.end
+        wait_socket, end = thread.wait_socket, thread.wait_socket.end
         again_at, now, request = float("-inf"), self.world.now, 0
         began = now
         if self.lain:
@@ -395,13 +431,13 @@ class InTheLane(AtTheDesk):
                     break
                 if now >= again_at:
                     request = request or self.cache.waiters.new_request()
-                    again_at = now + (yield from seat.enter(request))
+                    again_at = now + (yield from wait_socket.enter(request))
                     thread.hand = yield from end.take(thread.grip)
                     if thread.hand is not None:
                         self.lain = True
                         continue
                 yield from self._block(thread, again_at)
-                thread.hand = seat.read(thread.grip)
+                thread.hand = wait_socket.read(thread.grip)
             now = self.world.now
             if thread.hand is not None and thread.hand[0].passed is not None:
                 token = thread.hand[0].token
@@ -410,16 +446,16 @@ class InTheLane(AtTheDesk):
                     self._settle(lease)
             if thread.hand is not None and (yield from self._adopt_short(thread, began)):
                 self.threads.remove(thread)
-                self._put_seat(seat)
+                self._put_wait_socket(wait_socket)
                 return
         self.threads.remove(thread)
-        self._put_seat(seat)
-        self.go_the_long_way(ticket, thread.deadline)
+        self._put_wait_socket(wait_socket)
+        self.take_slow_path(waiter, thread.deadline)
 
     def _is_in(self, end: End) -> bool:
         return end.open
 
-    def go_the_long_way(self, ticket: Waiter, deadline: float) -> None:
+    def take_slow_path(self, waiter: Waiter, deadline: float) -> None:
         """`Checkout._wait`, from its beginning."""
         raise NotImplementedError
 
@@ -461,7 +497,8 @@ class InTheLane(AtTheDesk):
         return True
 
     def _own(self, proc: Proc, grip: Grip) -> Conn:
-        """Put a socket into a connection of this process's: from now on it can be written to here."""
+        """Put a socket into a connection of this process's: from now on it can be
+        written to here."""
         proc.holders.discard(grip)
         proc.holders.add(self.id)
         self.adopted += 1
@@ -474,57 +511,57 @@ class InTheLane(AtTheDesk):
             return False
         return not (proc.dead or proc.cut)
 
-    def _wait_at(self, thread: Thread, ticket: Waiter) -> Steps:
-        """`Wait._step`, until the ticket is settled."""
-        seat, end = thread.seat, thread.seat.end
+    def _wait_at(self, thread: Thread, waiter: Waiter) -> Steps:
+        """`Wait._step`, until the waiter is settled."""
+        wait_socket, end = thread.wait_socket, thread.wait_socket.end
         again_at = float("-inf")
         yield
-        while not ticket.is_done:
+        while not waiter.is_done:
             now = self.world.now
-            if not seat.bound:
-                self._stand_up(thread, ticket, now)
+            if not wait_socket.bound:
+                self._leave_wait_socket(thread, waiter, now)
                 return
-            if not ticket.only_in_lane:
+            if not waiter.only_in_lane:
                 thread.deadline = float("inf")  # the broker's answer comes by then
                 yield from self._block(thread, thread.deadline)
-                thread.hand = seat.read(thread.grip)
+                thread.hand = wait_socket.read(thread.grip)
             elif now >= thread.deadline or not end.board.moving:
-                self.cache.waiters.ask(ticket, now)
+                self.cache.waiters.ask(waiter, now)
             elif now >= again_at:
                 if again_at == float("-inf"):
                     thread.hand = yield from end.take(thread.grip)
                 if thread.hand is None:
-                    again_at = now + (yield from seat.enter(ticket.request))
+                    again_at = now + (yield from wait_socket.enter(waiter.request))
                     thread.hand = yield from end.take(thread.grip)
             else:
                 yield from self._block(thread, again_at)
-                thread.hand = seat.read(thread.grip)
+                thread.hand = wait_socket.read(thread.grip)
             if thread.hand is not None:
                 yield from self._take_in(thread)
         self.threads.remove(thread)
-        seat.settled = seat.settled and ticket.broker_is_done
-        self._put_seat(seat)
-        lease = ticket.lease
+        wait_socket.settled = wait_socket.settled and waiter.broker_is_done
+        self._put_wait_socket(wait_socket)
+        lease = waiter.lease
         if (
-            ticket in self.tickets
+            waiter in self.waiters
             and lease is not None
             and lease.conn is None
             and lease not in self.connecting
         ):
             self.connecting.append(lease)
 
-    def _stand_up(self, thread: Thread, ticket: Waiter, now: float) -> None:
-        """`Wait._change_place`: the lane was left; this thread waits at a gate, or takes a wait socket in another
-        lane.
+    def _leave_wait_socket(self, thread: Thread, waiter: Waiter, now: float) -> None:
+        """`Wait._change_place`: the lane was left; this thread waits at a lock, or takes a wait
+        socket in another lane.
         """
         self.threads.remove(thread)
-        self._put_seat(thread.seat)
-        self.cache.waiters.change_place(ticket, -1, now)
-        if (seat := self._take_seat()) is not None:
-            self._start(ticket, seat, thread.deadline)
-            self.cache.waiters.change_place(ticket, seat.place, now)
-        elif ticket.only_in_lane:
-            self.cache.waiters.ask(ticket, now)
+        self._put_wait_socket(thread.wait_socket)
+        self.cache.waiters.change_place(waiter, -1, now)
+        if (wait_socket := self._take_wait_socket()) is not None:
+            self._start(waiter, wait_socket, thread.deadline)
+            self.cache.waiters.change_place(waiter, wait_socket.place, now)
+        elif waiter.only_in_lane:
+            self.cache.waiters.ask(waiter, now)
         self.flush()
 
     def _take_in(self, thread: Thread) -> Steps:
@@ -535,7 +572,7 @@ class InTheLane(AtTheDesk):
         yield
         got, thread.hand = thread.hand, None
         other = self._receive(got, thread.grip)
-        if other is not None and other is not thread.ticket:
+        if other is not None and other is not thread.waiter:
             self.wake(other)
 
     def _receive(self, got: Got, grip: Grip) -> Waiter | None:
@@ -571,23 +608,23 @@ class InTheLane(AtTheDesk):
             if moved.token in self.cache.arriving:
                 del self.cache.arriving[moved.token]
                 self._refuse(moved)
-        ticket = thread.ticket
-        if ticket is not None:
-            thread.seat.settled = thread.seat.settled and ticket.broker_is_done
-        if twice and (ticket is None or not ticket.is_done):
-            if thread.seat in self.seats:
-                self.left_seats.append((thread.seat, 1))
-            if ticket is not None:
-                self.abandoned.append(ticket)
+        waiter = thread.waiter
+        if waiter is not None:
+            thread.wait_socket.settled = thread.wait_socket.settled and waiter.broker_is_done
+        if twice and (waiter is None or not waiter.is_done):
+            if thread.wait_socket in self.wait_sockets:
+                self.left_wait_sockets.append((thread.wait_socket, 1))
+            if waiter is not None:
+                self.abandoned.append(waiter)
             return
-        self._put_seat(thread.seat)
-        if ticket is not None:
-            self._give_up(ticket)
+        self._put_wait_socket(thread.wait_socket)
+        if waiter is not None:
+            self._give_up(waiter)
 
-    def _give_up(self, ticket: Waiter) -> None:
-        if ticket in self.tickets:
-            self.tickets.remove(ticket)
-            self.wake(self.cache.give_up(ticket, self.world.now))
+    def _give_up(self, waiter: Waiter) -> None:
+        if waiter in self.waiters:
+            self.waiters.remove(waiter)
+            self.wake(self.cache.give_up(waiter, self.world.now))
         self.flush()
 
     # --- giving
@@ -706,7 +743,7 @@ class InTheLane(AtTheDesk):
     def _to_close(self, closing: list[Closing]) -> None:
         raise NotImplementedError
 
-    def wake(self, ticket: Waiter | None) -> None:
+    def wake(self, waiter: Waiter | None) -> None:
         raise NotImplementedError
 
 

@@ -1,8 +1,9 @@
-"""What is on its way: a session's messages in both directions, and packets on the lines to the desk.
+"""What is on its way: a session's messages in both directions, and packets on the lines to the
+desk.
 
-A good network keeps the order of each session's messages. `lose`, `double`, `delay` and `late` are what a bad one does.
-The desk's lines are apart from it: the kernel loses and reorders nothing there, but a line is torn when the process at
-either end dies or closes it, with what lies in it.
+A good network keeps the order of each session's messages. `lose`, `double`, `delay` and `late` are
+what a bad one does. The desk's lines are apart from it: the kernel loses and reorders nothing
+there, but a line is torn when the process at either end dies or closes it, with what lies in it.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Packet:
 class Wire:
     """One SEQPACKET line to the desk: a session's. `number` is what the broker calls it.
 
-    `accepted`: the broker has looked at it; before that it may be turned away, with what was said. `left`: closed at
-    the worker's end; `torn`: closed at the broker's.
+    `accepted`: the broker has looked at it; before that it may be turned away, with what was said.
+    `left`: closed at the worker's end; `torn`: closed at the broker's.
     """
 
     session: bytes
@@ -75,7 +76,8 @@ class Wire:
     def tear(self) -> None:
         """The broker closes its end.
 
-        What it has said can still be read, unless it left something unread: Linux says ECONNRESET then.
+        What it has said can still be read, unless it left something unread: Linux says ECONNRESET
+        then.
         """
         self.torn = True
         if self.up:
@@ -113,7 +115,8 @@ class Line:
 
 
 class Network:
-    """All sessions' lines, those to the desk that the broker has not closed, and in `limbo` what comes late."""
+    """All sessions' lines, those to the desk that the broker has not closed, and in `limbo` what
+    comes late."""
 
     def __init__(self) -> None:
         self.lines: dict[bytes, Line] = {}
@@ -149,7 +152,8 @@ class Network:
             getattr(line, way).popleft()
 
     def double(self, pick: int) -> None:
-        """Have the next message of some line arrive again: at once, or behind the others, or late."""
+        """Have the next message of some line arrive again: at once, or behind the
+        others, or late."""
         if ways := self._ways():
             line, way = ways[pick % len(ways)]
             queue = getattr(line, way)

@@ -60,7 +60,7 @@ def check(world: World) -> None:
 
 
 def _check_custody(broker: Broker) -> None:
-    """The books say of which leases the broker has the socket, and it is the right one."""
+    """The records say of which leases the broker has the socket, and it is the right one."""
     leases = broker.slots.leases
     for token, proc in broker.custody.items():
         assert leases[token].custody or leases[token].state is SlotState.FENCING, token
@@ -70,7 +70,8 @@ def _check_custody(broker: Broker) -> None:
 
 
 def _check_covered(world: World, proc: Proc) -> None:
-    """A slot is counted as long as its backend lives, or may yet come; with the broker dead, its journal tells."""
+    """A slot is counted as long as its backend lives, or may yet come; with the broker dead, its
+    journal tells."""
     broker = world.broker
     if broker is None:
         if not world.journal.intact:
@@ -104,7 +105,7 @@ def _check_worker(worker: Worker) -> None:
     owners += worker.connecting
     owners += [
         x.lease
-        for x in worker.tickets
+        for x in worker.waiters
         if x.lease is not None and (x.lease.conn is not None or worker.waits_in_lane(x))
     ]
     owners += [x.lease for x in worker.abandoned if x.lease is not None and x.lease.conn is None]
@@ -130,7 +131,9 @@ def quiesce(world: World) -> None:
             and broker.ledger._leases.quarantine
             and looks < 5
         ):
-            looks += 1  # a frozen worker's connection, of which nobody has heard, may keep it occupied for longer
+            # a frozen worker's connection, of which nobody has heard, may keep it occupied for
+            # longer
+            looks += 1
             world.pass_time(SETTLE_S + 0.001)
         elif not steps and not _moving(world):
             return
@@ -138,7 +141,9 @@ def quiesce(world: World) -> None:
 
 
 def _moving(world: World) -> bool:
-    if any(worker.line.down or worker.readable or worker.seat_news for worker in world.awake):
+    if any(
+        worker.line.down or worker.readable or worker.wait_socket_news for worker in world.awake
+    ):
         return True
     network = world.network
     moving = any(line.up for line in network.lines.values()) or any(
@@ -160,7 +165,7 @@ def _settle_broker(world: World) -> bool:
     steps = False
     for session in broker.deaths:
         broker.notice_death(session)
-    while broker.words and world.broker is broker:
+    while broker.calls and world.broker is broker:
         broker.hear_word()
         steps = True
     for token in broker.endings:
@@ -208,8 +213,8 @@ def _settle_workers(world: World) -> bool:
 
 def _settle_lane(worker: Worker) -> bool:
     steps = False
-    for ticket in list(worker.quitting):
-        worker.quit(ticket)
+    for waiter in list(worker.quitting):
+        worker.quit(waiter)
         steps = True
     for thread in list(worker.threads):
         if thread in worker.threads and thread.ready:
@@ -218,10 +223,10 @@ def _settle_lane(worker: Worker) -> bool:
     for giving in list(worker.lane_giving):
         worker.step_giving(giving)
         steps = True
-    while worker.rung:
-        worker.sit_down()
+    while worker.woken:
+        worker.take_freed_wait_socket()
         steps = True
-    if worker.seat_news:
+    if worker.wait_socket_news:
         worker.look_in_lane()
         worker.flush()
         steps = True
@@ -247,68 +252,72 @@ def _settle_connections(worker: Worker) -> bool:
 
 
 def check_nobody_waits_in_vain(world: World) -> None:
-    """L1, L4, in a quiet moment without frozen workers, a serving broker and a server that is up."""
+    """L1, L4, in a quiet moment without frozen workers, a serving broker and a
+    server that is up."""
     broker = world.broker
     assert broker is not None
-    books = broker.slots
+    slots = broker.slots
     # A holder that was killed on another host is waited for, for a moment.
     deaf = any(
-        not session.silent and id not in world.workers for id, session in books.sessions.items()
+        not session.silent and id not in world.workers for id, session in slots.sessions.items()
     )
     for worker in world.workers.values():
         for thread in worker.threads:
-            if thread.ticket is None or thread.ticket.only_in_lane:
+            if thread.waiter is None or thread.waiter.only_in_lane:
                 _check_lane(world, broker, worker, thread)
-        for ticket in worker.tickets:
-            if ticket.only_in_lane or ticket in worker.abandoned:
+        for waiter in worker.waiters:
+            if waiter.only_in_lane or waiter in worker.abandoned:
                 continue
-            assert ticket.lease is None
-            own = books.sessions.get(worker.id)
+            assert waiter.lease is None
+            own = slots.sessions.get(worker.id)
             if not worker.established or own is None or own.silent or own.restored:
-                continue  # it has not noticed yet that its broker is another, or that it was given up
-            assert deaf or worker.patience[ticket.request], (
+                # it has not noticed yet that its broker is another, or that it was given up
+                continue
+            assert deaf or worker.patience[waiter.request], (
                 "a caller that does not wait has no answer"
             )
-            if ticket.request in own.granted:
-                continue  # overtaken by a newer one after a HELLO, it counts as lost: the next heartbeat tells
-            assert broker.queued(worker.id, ticket.request), "a ticket that is in no queue"
-            pool = books.pools[worker.pool]
-            assert pool.room <= 0 or books.available(pool) <= 0, "a waiter and a free slot"
-            capped = books.room <= 0
+            if waiter.request in own.granted:
+                # overtaken by a newer one after a HELLO, it counts as lost: the next heartbeat
+                # tells
+                continue
+            assert broker.queued(worker.id, waiter.request), "a waiter that is in no queue"
+            pool = slots.pools[worker.pool]
+            assert pool.room <= 0 or slots.available(pool) <= 0, "a waiter and a free slot"
+            capped = slots.room <= 0
             for other in world.workers.values():
-                known = books.sessions.get(other.id)
+                known = slots.sessions.get(other.id)
                 if known is None or known.silent:
                     continue  # it has not spoken for longer than the TTL
-                others = books.pools[other.pool]
+                others = slots.pools[other.pool]
                 if (
-                    books.groups
+                    slots.groups
                 ):  # a pool of higher priority reports its idle leases with the next heartbeat
-                    reaches = books.serves(others, pool) and others.priority <= pool.priority
+                    reaches = slots.serves(others, pool) and others.priority <= pool.priority
                 else:
                     reaches = capped and pool.room > 0
                 if others is pool or reaches:
-                    idle = [lease for lease in other.cache.idle if lease.token in books.leases]
+                    idle = [lease for lease in other.cache.idle if lease.token in slots.leases]
                     assert not idle, f"{worker} waits, and {other} has {idle} idle"
 
 
 def _check_lane(world: World, broker: Broker, worker: Worker, thread: Thread) -> None:
-    books, end = broker.slots, thread.seat.end
-    own = books.sessions.get(worker.id)
+    slots, end = broker.slots, thread.wait_socket.end
+    own = slots.sessions.get(worker.id)
     if not worker.established or own is None or own.silent or own.restored:
         return
     assert worker.end is end, f"{worker} waits in a lane that it has left"
     assert worker.pool in broker.lanes, f"{worker} waits in a former broker's lane"
-    lane, pool = end.lane, books.pools[worker.pool]
+    lane, pool = end.lane, slots.pools[worker.pool]
     assert lane is broker.lanes[worker.pool].lane, f"{worker} waits in a former lane"
     assert lane.board.moving, f"{worker} waits in the lane although it is halted"
     assert not lane.shelf, f"{worker} waits, and something is on the shelf"
-    assert pool.room <= 0 or books.available(pool) <= 0, (
+    assert pool.room <= 0 or slots.available(pool) <= 0, (
         f"{worker} waits in the lane, and a slot is free"
     )
     for other in world.workers.values():
-        known = books.sessions.get(other.id)
+        known = slots.sessions.get(other.id)
         if other.pool == worker.pool and known is not None and not known.silent:
-            idle = [lease.token for lease in other.cache.idle if lease.token in books.leases]
+            idle = [lease.token for lease in other.cache.idle if lease.token in slots.leases]
             assert not idle, f"{worker} waits in the lane, and {other} has {idle} idle"
 
 
@@ -322,19 +331,20 @@ def check_nothing_is_kept_back(world: World) -> None:
     """In such a moment: what an operator wants back lies idle nowhere."""
     broker = world.broker
     assert broker is not None
-    books = broker.slots
-    for pool in books.shrinking.values():
-        if excess(books, pool) > 0:
+    slots = broker.slots
+    for pool in slots.shrinking.values():
+        if excess(slots, pool) > 0:
             assert not pool.parked, f"{pool.name}: an operator wants back what is parked"
             for worker in world.workers.values():
-                known = books.sessions.get(worker.id)
+                known = slots.sessions.get(worker.id)
                 if worker.pool == pool.name and known is not None and not known.silent:
-                    idle = [lease for lease in worker.cache.idle if lease.token in books.leases]
+                    idle = [lease for lease in worker.cache.idle if lease.token in slots.leases]
                     assert not idle, f"{worker}: an operator wants back what lies idle"
 
 
 def heal(world: World) -> None:
-    """Faults stop: the frozen thaw, the dead are restarted, all that was late arrives, time passes."""
+    """Faults stop: the frozen thaw, the dead are restarted, all that was late
+    arrives, time passes."""
     while world.network.limbo:
         world.network.late(0)
     world.server.start()
@@ -351,11 +361,12 @@ def heal(world: World) -> None:
     for proc in world.server.procs:
         proc.busy = proc.dirty = False
     let_pass(world, TTL_S + 2 * BEAT_S)
-    # What was granted to those who are dead, or gone without a word, on other hosts is free by then.
+    # What was granted to those who are dead, or gone without a word, on other hosts is free by
+    # then.
     world.pass_long(START_UP_LIMIT_S)
     quiesce(world)
     for _ in range(
-        20 + sum(len(worker.tickets) + len(worker.threads) for worker in world.workers.values())
+        20 + sum(len(worker.waiters) + len(worker.threads) for worker in world.workers.values())
     ):
         for worker in list(world.workers.values()):
             worker.beat()
@@ -366,13 +377,13 @@ def heal(world: World) -> None:
         quiesce(world)
         let_pass(world, 1.0)
         if not any(
-            worker.tickets or worker.users or worker.threads for worker in world.workers.values()
+            worker.waiters or worker.users or worker.threads for worker in world.workers.values()
         ):
             return
     waiting = {
-        x.id: (len(x.tickets), len(x.threads))
+        x.id: (len(x.waiters), len(x.threads))
         for x in world.workers.values()
-        if x.tickets or x.threads
+        if x.waiters or x.threads
     }
     raise AssertionError(f"still waiting although everything was checked in: {waiting}")
 
@@ -402,12 +413,11 @@ def check_all_slots_can_be_had(world: World) -> None:
     for name in LIMITS:
         worker = world.start(name)
         if name == "a":
-            quiesce(
-                world
-            )  # so that it waits in the lane, where there is a hand-over; in the other pool it does not
+            # So that it waits in the lane, where there is a hand-over, as in this pool alone.
+            quiesce(world)
         count = max(0, _limit(world, name))
         for _ in range(2 * count + 1):
-            for _ in range(count - len(worker.users) - len(worker.tickets)):
+            for _ in range(count - len(worker.users) - len(worker.waiters)):
                 worker.checkout(600.0)
             quiesce(world)
             if len(worker.users) >= count:

@@ -10,7 +10,8 @@ EXPIRATION_S = 40.0
 LIMITS = {"a": 3, "bé": 2}  # the second is shown otherwise in a tag
 MAX_WAITING = {"a": 0, "bé": 4}
 INSTANCE = "model"
-# Of a cap of 3 or 4: a group with a reservation and priority, beside one with a limit; or all in one group.
+# Of a cap of 3 or 4: a group with a reservation and priority, beside one with a limit; or all in
+# one group.
 GROUPS: list[dict[str, GroupTerms]] = [
     {"web": GroupTerms(1, None, 1), "jobs": GroupTerms(0, 1)},
     {"web": GroupTerms(1, 2), "jobs": GroupTerms(1)},

@@ -1,9 +1,9 @@
 """A PostgreSQL server: connects that wait to be accepted, backends from fork to exit, restarts.
 
-A backend's way: QUEUED (in the kernel's backlog, not forked yet) → FORKED (not to be seen for a moment) → STARTING
-(authenticates; holds its lock, so that a survey shows it) → OPEN (listed, with its application_name). It ends when it
-is terminated, or, unless it is in the middle of a query, some time after nobody holds its client's end of the socket
-open or a holder has shut it down.
+A backend's way: QUEUED (in the kernel's backlog, not forked yet) → FORKED (not to be seen for a
+moment) → STARTING (authenticates; holds its lock, so that a survey shows it) → OPEN (listed, with
+its application_name). It ends when it is terminated, or, unless it is in the middle of a query,
+some time after nobody holds its client's end of the socket open or a holder has shut it down.
 """
 
 from __future__ import annotations
@@ -31,10 +31,13 @@ class Stage(IntEnum):
 
 @dataclass(eq=False, slots=True)
 class Proc:
-    """One connect and the backend it becomes. `token` is the lease it was begun under: what the broker cannot know.
+    """One connect and the backend it becomes.
 
-    `holders` are those who keep the client's end of the socket open: the worker (its session's id), packets with a
-    duplicate, and "custody". `cut`: one of them has shut it down. `dirty`: a transaction is open.
+    `token` is the lease it was begun under: what the broker cannot know.
+
+    `holders` are those who keep the client's end of the socket open: the worker (its session's id),
+    packets with a duplicate, and "custody". `cut`: one of them has shut it down. `dirty`: a
+    transaction is open.
     """
 
     backend: Backend

@@ -29,7 +29,6 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -353,9 +352,7 @@ class ManyHosts(RuleBasedStateMachine):
         if hasattr(self, "world"):
             type(self).steps += 1
             check(self.world)
-            type(self).most_backends = max(
-                self.most_backends, len(self.world.server.connections)
-            )
+            type(self).most_backends = max(self.most_backends, len(self.world.server.connections))
 
     def teardown(self) -> None:
         if not hasattr(self, "world"):

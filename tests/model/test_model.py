@@ -66,7 +66,8 @@ def test_model(machine: type[GoodNetwork], part: int) -> None:
         )
         raise
     print(
-        f"{machine.__name__}: {machine.steps} steps, {machine.moved} moves, {machine.passed} passed,"
+        f"{machine.__name__}: {machine.steps} steps, {machine.moved} moves, {machine.passed} "
+        "passed,"
         f" {machine.lost} lost with a broker, SHAREDPOOL_MODEL_SEED={SEED}"
     )
     if SEED == 1:  # another seed may find fewer

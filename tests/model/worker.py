@@ -1,8 +1,8 @@
-"""Processes with a pool: what `local_pool.py`, `checkout.py` and `link.py` do around a real cache (the desk's part of
-it: `desk.py`; the lane's: `moving.py`).
+"""Processes with a pool: what `local_pool.py`, `checkout.py` and `link.py` do around a real cache
+(the desk's part of it: `desk.py`; the lane's: `moving.py`).
 
-Every step that blocks in a real process (waiting, connecting, closing) is a step of its own here, so that anything can
-happen in between.
+Every step that blocks in a real process (waiting, connecting, closing) is a step of its own here,
+so that anything can happen in between.
 """
 
 from __future__ import annotations
@@ -50,11 +50,14 @@ class Opening:
 
     lease: Lease
     proc: Proc
-    conn: Conn | None = None  # once the socket was handed in
+    conn: Conn | None = None  # once the socket was deposited
 
 
 class Worker(InTheLane):
-    """One process with one pool, any number of threads, and a link. `remote`: on another host than the broker."""
+    """One process with one pool, any number of threads, and a link.
+
+    `remote`: on another host than the broker.
+    """
 
     def __init__(
         self, world: World, number: int, pool: str, *, remote: bool, handover: bool
@@ -66,7 +69,7 @@ class Worker(InTheLane):
         self.pool = pool
         self.remote = remote
         self.process = Process(number, number)
-        self.cache = Cache(EXPIRATION_S)
+        self.cache = Cache(EXPIRATION_S, slice_s=self.slice_s)
         self.messages = BrokerMessages(self.cache)
         self.line = world.network.line(self.id)
         self.established = False
@@ -75,10 +78,10 @@ class Worker(InTheLane):
         self.shares_line = (
             number % 3 == 0 and not remote
         )  # with another pool of its process, which says HELLO first
-        self.most_seats = (PLACES, 2, PLACES, 1)[number % 4]
+        self.most_wait_sockets = (PLACES, 2, PLACES, 1)[number % 4]
         self.joined_epoch = 0  # whose lane it may be in
         self.tag = ""
-        self.tickets: list[Waiter] = []
+        self.waiters: list[Waiter] = []
         self.connecting: list[Lease] = []
         self.quitting: list[Waiter] = []
         self.opening: list[Opening] = []
@@ -173,28 +176,13 @@ class Worker(InTheLane):
             self.hello()
             return
         if isinstance(message, Welcome):
-            if message.epoch < self.epoch:
-                return
-            self._go_to_desk_of(message.epoch, message.desk)
-            self.established = True
-        elif not self.established:
+            if message.epoch >= self.epoch:
+                self._welcomed(message)
+                self.flush()
             return
-        if isinstance(message, Recall):
-            self.look_in_lane()
+        if not self.established:
+            return
         match message:
-            case Welcome():
-                self._to_close(
-                    self.messages.welcomed(message.epoch, message.generation, now, message.served)
-                )
-                cache.connects_within_s = message.ttl_ms / 1000
-                self.tag = message.tag
-                if message.epoch != self.joined_epoch:
-                    self.leave_lane(former_brokers=True)
-                self.joined_epoch = message.epoch
-                self._revoke(message.revoked)
-                self.welcome_at_desk(message.handover)
-                cache.waiters.registered(message.served, now)
-                self.accept()
             case Stale():
                 self._to_close(cache.renew_generation(message.generation, now))
             case Ack():
@@ -204,16 +192,36 @@ class Worker(InTheLane):
             case Grant():
                 self.wake(self.messages.granted(message, now))
             case Deny():
-                ticket = cache.waiters.denied(message)
-                if ticket is not None:
-                    self.tickets.remove(ticket)
-                    self.ring(ticket)
-                    self.denied += 1
+                self._denied(message)
             case Recall():
+                self.look_in_lane()
                 self._to_close(self.messages.recalled(message, now, {}))
             case Gone():
                 self._ended(message.tokens)
         self.flush()
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        now = self.world.now
+        self._go_to_desk_of(welcome.epoch, welcome.desk)
+        self.established = True
+        self._to_close(
+            self.messages.welcomed(welcome.epoch, welcome.generation, now, welcome.served)
+        )
+        self.tag = welcome.tag
+        if welcome.epoch != self.joined_epoch:
+            self.leave_lane(former_brokers=True)
+        self.joined_epoch = welcome.epoch
+        self._revoke(welcome.revoked)
+        self.welcome_at_desk(welcome)
+        self.cache.waiters.registered(welcome.served, now)
+        self.accept()
+
+    def _denied(self, deny: Deny) -> None:
+        waiter = self.cache.waiters.denied(deny)
+        if waiter is not None:
+            self.waiters.remove(waiter)
+            self.wake_at_wait_socket(waiter)
+            self.denied += 1
 
     def _revoke(self, tokens: list[Token]) -> None:
         for token in tokens:
@@ -238,16 +246,17 @@ class Worker(InTheLane):
     # --- threads: checkout
 
     def checkout(self, wait_s: float) -> None:
-        ticket = Waiter(_nobody, self.world.now)
-        if not self._from_cache() and not self.go_the_short_way(ticket, wait_s):
-            self.wait(ticket, wait_s)
+        waiter = Waiter(_nobody, self.world.now)
+        if not self._from_cache() and not self.take_fast_path(waiter, wait_s):
+            self.wait(waiter, wait_s)
 
-    def go_the_long_way(self, ticket: Waiter, deadline: float) -> None:
+    def take_slow_path(self, waiter: Waiter, deadline: float) -> None:
         if not self._from_cache():
-            self.wait(ticket, max(0.001, deadline - self.world.now))
+            self.wait(waiter, max(0.001, deadline - self.world.now))
 
     def _from_cache(self) -> bool:
-        """Hand out an idle connection, or see that there is none; dead ones that are noticed are given up."""
+        """Hand out an idle connection, or see that there is none; dead ones that are noticed are
+        given up."""
         while (lease := self.cache.take(self.world.now)) is not None:
             assert isinstance(lease.conn, Conn)
             if self._worn(lease, lease.conn):
@@ -279,38 +288,38 @@ class Worker(InTheLane):
         lease.phase, lease.conn, conn.lease = Phase.IN_USE, None, lease
         self.users.append(conn)
 
-    def wake(self, ticket: Waiter | None) -> None:
-        if ticket is None:
+    def wake(self, waiter: Waiter | None) -> None:
+        if waiter is None:
             return
-        lease = ticket.lease
+        lease = waiter.lease
         assert lease is not None
-        assert ticket in self.tickets
-        if self.waits_in_lane(ticket):
-            self.ring(ticket)
+        assert waiter in self.waiters
+        if self.waits_in_lane(waiter):
+            self.wake_at_wait_socket(waiter)
             return
-        if ticket in self.abandoned:  # its lease looks lost, and goes on, at the same beat
+        if waiter in self.abandoned:  # its lease looks lost, and goes on, at the same beat
             return
-        if lease.conn is None and lease not in self.connecting and ticket not in self.quitting:
-            # The thread goes on to connect; its ticket stays, since it can still be interrupted.
+        if lease.conn is None and lease not in self.connecting and waiter not in self.quitting:
+            # The thread goes on to connect; its waiter stays, since it can still be interrupted.
             self.connecting.append(lease)
 
     def collect(self, *, configure_fails: bool = False) -> None:
         """Threads that were handed a connection take it."""
-        for ticket in list(self.tickets):
-            lease = ticket.lease
+        for waiter in list(self.waiters):
+            lease = waiter.lease
             if (
                 lease is None
                 or not isinstance(lease.conn, Conn)
                 or lease.phase is not Phase.CONNECTING
             ):
                 continue
-            if ticket in self.quitting or ticket in self.abandoned or self.waits_in_lane(ticket):
+            if waiter in self.quitting or waiter in self.abandoned or self.waits_in_lane(waiter):
                 continue  # its thread is not there yet, or any more
-            self.tickets.remove(ticket)
-            ticket.lease = None
+            self.waiters.remove(waiter)
+            waiter.lease = None
             if self._worn(lease, lease.conn):
                 self._discard_dead(lease, lease.conn)
-                self.go_the_long_way(Waiter(_nobody, self.world.now), self.world.now + 60.0)
+                self.take_slow_path(Waiter(_nobody, self.world.now), self.world.now + 60.0)
             elif lease.needs_configure and configure_fails:
                 self._to_close(
                     [self.cache.close(lease, lease.conn, ReleaseReason.BROKEN, self.world.now)]
@@ -318,29 +327,32 @@ class Worker(InTheLane):
             else:
                 self._hand_out(lease, lease.conn)
 
-    def give_up(self, ticket: Waiter) -> None:
+    def give_up(self, waiter: Waiter) -> None:
         """A thread is interrupted, or its time is over, before it connects."""
-        self.stop_waiting(ticket)
-        if ticket in self.quitting:
-            self.quit(ticket)
+        self.stop_waiting(waiter)
+        if waiter in self.quitting:
+            self.quit(waiter)
 
-    def stop_waiting(self, ticket: Waiter) -> None:
-        """The first half of that; what comes now is still for its ticket. Who is at a wait socket does all at once."""
+    def stop_waiting(self, waiter: Waiter) -> None:
+        """The first half of that; what comes now is still for its waiter.
+
+        Who is at a wait socket does all at once.
+        """
         for thread in self.threads:
-            if thread.ticket is ticket:
+            if thread.waiter is waiter:
                 self.interrupt(thread)
                 return
-        if ticket.lease in self.connecting:
-            self.connecting.remove(ticket.lease)
-        self.quitting.append(ticket)
+        if waiter.lease in self.connecting:
+            self.connecting.remove(waiter.lease)
+        self.quitting.append(waiter)
 
-    def quit(self, ticket: Waiter) -> None:
+    def quit(self, waiter: Waiter) -> None:
         """The second half."""
-        self.quitting.remove(ticket)
-        if ticket not in self.tickets:
+        self.quitting.remove(waiter)
+        if waiter not in self.waiters:
             return  # refused meanwhile
-        self.tickets.remove(ticket)
-        self.wake(self.cache.give_up(ticket, self.world.now))
+        self.waiters.remove(waiter)
+        self.wake(self.cache.give_up(waiter, self.world.now))
         self.flush()
 
     # --- threads: connect
@@ -357,7 +369,8 @@ class Worker(InTheLane):
             self.opening.append(Opening(lease, proc))
 
     def fail(self, opening: Opening, how: str) -> None:
-        """A connect fails: the server refuses ("full": everybody, "password": this worker), or there is no answer."""
+        """A connect fails: the server refuses ("full": everybody, "password": this worker), or
+        there is no answer."""
         self.opening.remove(opening)
         if opening.proc.dead:
             self._give_back(
@@ -387,19 +400,20 @@ class Worker(InTheLane):
         self.cache.closed(
             lease, reason, gone=gone, closed=closed, error=error, code=code, unreachable=unreachable
         )
-        for ticket in [ticket for ticket in self.tickets if ticket.lease is lease]:
-            self.tickets.remove(ticket)
-            self.wake(self.cache.give_up(ticket, self.world.now))
+        for waiter in [waiter for waiter in self.waiters if waiter.lease is lease]:
+            self.waiters.remove(waiter)
+            self.wake(self.cache.give_up(waiter, self.world.now))
         self.flush()
 
     def deposit_early(self, opening: Opening) -> None:
-        """The socket is handed in; the server has not said yet which backend this is."""
+        """The socket is deposited; the server has not said yet which backend this is."""
         if opening.conn is None:
             opening.conn = Conn(opening.proc)
             self.deposit(opening.lease, opening.conn)
 
     def opened(self, opening: Opening, how: str) -> None:
-        """The new connection is deposited and described; or its thread is interrupted, or `configure` fails."""
+        """The new connection is deposited and described; or its thread is interrupted, or
+        `configure` fails."""
         self.opening.remove(opening)
         if how != "not deposited":
             self.deposit_early(opening)
@@ -417,9 +431,9 @@ class Worker(InTheLane):
                     self._hand_out(lease, conn)
         else:
             self._to_close([self.cache.close(lease, conn, ReleaseReason.FAILED, now)])
-        for ticket in [ticket for ticket in self.tickets if ticket.lease is lease]:
-            self.tickets.remove(ticket)
-            ticket.lease = None
+        for waiter in [waiter for waiter in self.waiters if waiter.lease is lease]:
+            self.waiters.remove(waiter)
+            waiter.lease = None
         self.flush()
 
     def cancel(self, conn: Conn) -> None:
@@ -460,8 +474,8 @@ class Worker(InTheLane):
     ) -> None:
         """What is to be closed is given to others, if it may be, or its close is over.
 
-        `seen`: the backend was seen to go, else it lives on for a while. `fit`: its reset succeeds. `halt`: the thread
-        stops after so many steps of giving.
+        `seen`: the backend was seen to go, else it lives on for a while. `fit`: its reset succeeds.
+        `halt`: the thread stops after so many steps of giving.
         """
         self.closing.remove((closing, conn))
         if closing.reason is ReleaseReason.SHARED:
@@ -503,19 +517,19 @@ class Worker(InTheLane):
         for thread in list(self.threads):
             self.interrupt(thread)
         abandoned, self.abandoned = self.abandoned, []
-        for ticket in abandoned:
-            self._give_up(ticket)
+        for waiter in abandoned:
+            self._give_up(waiter)
         self._to_close(self.cache.take_all_idle(now))
         for conn in self.users:
             assert conn.lease is not None
             self._to_close([self.cache.close(conn.lease, conn, ReleaseReason.CLOSED, now)])
         self.users.clear()
-        for ticket in self.tickets:
-            if ticket.lease is not None and isinstance(
-                ticket.lease.conn, Conn
+        for waiter in self.waiters:
+            if waiter.lease is not None and isinstance(
+                waiter.lease.conn, Conn
             ):  # handed on, not yet taken
                 self._to_close(
-                    [self.cache.close(ticket.lease, ticket.lease.conn, ReleaseReason.CLOSED, now)]
+                    [self.cache.close(waiter.lease, waiter.lease.conn, ReleaseReason.CLOSED, now)]
                 )
         for closing, conn in list(self.closing):
             conn.proc.busy = conn.proc.dirty = False
@@ -557,4 +571,4 @@ class Worker(InTheLane):
 
 
 def _nobody() -> None:
-    """Nobody waits on a ticket here: threads are steps."""
+    """Nobody waits on a waiter here: threads are steps."""

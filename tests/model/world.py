@@ -1,4 +1,7 @@
-"""Everything at once: processes, a broker, a network, a server and a clock. The steps are the methods."""
+"""Everything at once: processes, a broker, a network, a server and a clock.
+
+The steps are the methods.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,13 @@ from tests.model.worker import Worker
 
 
 class World:
-    """The world. `excused` are leases about which a broker without its predecessor's journal cannot know.
+    """The world.
 
-    `proxied`: a proxy is in front of the server. It closes its clients' sides when it likes, and as soon as they have
-    closed theirs; the server's side lives on. A connect may be in its queue for `QUEUE_LIMIT_S`.
+    `excused` are leases about which a broker without its predecessor's journal cannot know.
+
+    `proxied`: a proxy is in front of the server. It closes its clients' sides when it likes, and as
+    soon as they have closed theirs; the server's side lives on. A connect may be in its queue for
+    `QUEUE_LIMIT_S`.
     """
 
     def __init__(
@@ -75,15 +81,17 @@ class World:
                 self.network.tear(wire)
 
     def excuse_unknowable(self) -> None:
-        """The grace period of a broker without a journal is over, it looks at the server: what can it not see?
+        """The grace period of a broker without a journal is over, it looks at the server: what can
+        it not see?
 
-        The lease of a worker that has not spoken since (it is frozen, or cut off), and that has not begun to connect:
-        granted and on its way, or in the hands of a thread. Whatever was begun is seen, at the latest by its tag.
+        The lease of a worker that has not spoken since (it is frozen, or cut off), and that has not
+        begun to connect: granted and on its way, or in the hands of a thread. Whatever was begun is
+        seen, at the latest by its tag.
         """
         assert self.broker is not None
-        books = self.broker.slots
+        slots = self.broker.slots
         for worker in self.workers.values():
-            known = books.sessions.get(worker.id)
+            known = slots.sessions.get(worker.id)
             if known is not None and not known.restored:
                 continue
             self.excused.update(token for token, begun in worker.unconnected.items() if not begun)
@@ -154,7 +162,8 @@ class World:
             self.broker.read(wire)
 
     def deliver_all(self) -> None:
-        """All that is on its way arrives, from everybody and to those awake; so do the answers to it."""
+        """All that is on its way arrives, from everybody and to those awake; so do the answers to
+        it."""
         moved = True
         while moved:
             moved = False

@@ -1,7 +1,8 @@
-"""Plant known bugs one by one, and see that the tests catch each: `python tests/mutations/gate.py [NAME ...]`.
+"""Plant known bugs one by one, and see that the tests catch each: `python tests/mutations/gate.py
+[NAME ...]`.
 
-Each bug is a small edit of a copy of this tree; the tests named beside it must fail there (and pass here). Prints a
-table; the exit status is 0 only if every bug is caught. `--list` names them.
+Each bug is a small edit of a copy of this tree; the tests named beside it must fail there (and pass
+here). Prints a table; the exit status is 0 only if every bug is caught. `--list` names them.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ MUTANTS = (
                 "            conn.sharedpool_gone = True\n            abandon(conn)\n",
             ),
         ),
-        # Faults alone do not show it where connections are handed over: what is recalled is given then, not closed.
+        # Faults alone do not show it where connections are handed over: what is recalled is given
+        # then, not closed.
         ("tests/unit/test_close.py",),
     ),
     Mutant(
@@ -80,7 +82,8 @@ MUTANTS = (
         (
             (
                 "sharedpool/broker/core/routes.py",
-                "return self.is_direct(lease.pool) if lease.backend is None else lease.backend.direct",
+                "return self.is_direct(lease.pool) if lease.backend is None else "
+                "lease.backend.direct",
                 "return True",
             ),
         ),
@@ -151,7 +154,8 @@ MUTANTS = (
             (
                 "sharedpool/broker/core/slots.py",
                 (
-                    "        self.mark_returns_due(session, session.returns_due)\n        self._record(lease)\n"
+                    "        self.mark_returns_due(session, session.returns_due)\n        "
+                    "self._record(lease)\n"
                 ),
                 (
                     "        self.mark_returns_due(session, session.returns_due)\n"
@@ -164,16 +168,18 @@ MUTANTS = (
             (
                 "sharedpool/broker/core/lease_messages.py",
                 (
-                    "        lease = session.leases.get(release.token) or "
-                    "self._moves.closed_in_transit(session, release)\n"
+                    "        lease = session.leases.get(release.token)\n"
+                    "        if lease is None:\n"
+                    "            lease = self._moves.transit.closed_in_transit(session, release)\n"
                     "        if release.token in session.vanished:"
                 ),
                 (
                     "        from sharedpool.broker.core.records import _COUNT\n"
                     "\n"
                     "        _COUNT[id(session.pool)] = _COUNT.get(id(session.pool), 0) - 1\n"
-                    "        lease = session.leases.get(release.token) or "
-                    "self._moves.closed_in_transit(session, release)\n"
+                    "        lease = session.leases.get(release.token)\n"
+                    "        if lease is None:\n"
+                    "            lease = self._moves.transit.closed_in_transit(session, release)\n"
                     "        if release.token in session.vanished:"
                 ),
             ),
@@ -274,13 +280,14 @@ MUTANTS = (
         ("tests/unit/test_groups.py",),
     ),
     Mutant(
-        "a seat is free while an answer may still come",
+        "a wait socket is free while an answer may still come",
         (
             (
                 "sharedpool/worker/core/lease.py",
                 (
                     "return not self.times_asked or (\n"
-                    "            self.times_asked == 1 and (self.answered or self.denial is not None)\n"
+                    "            self.times_asked == 1 and (self.answered or self.denial is not "
+                    "None)\n"
                     "        )"
                 ),
                 "return self.answered or self.denial is not None",
@@ -466,7 +473,7 @@ MUTANTS = (
                 "",
             ),
         ),
-        ("tests/integration/test_shells.py", "-k", "short_way"),
+        ("tests/integration/test_shells.py", "-k", "fast_path"),
     ),
     Mutant(
         "a worker with a wrong password holds everybody back",
@@ -550,7 +557,8 @@ MUTANTS = (
                     "        return True\n"
                 ),
                 (
-                    "            return False\n        self.board.set_holder(item.cell, holder)\n        return True\n"
+                    "            return False\n        self.board.set_holder(item.cell, holder)\n"
+                    "        return True\n"
                 ),
             ),
         ),
@@ -594,7 +602,8 @@ MUTANTS = (
             (
                 "sharedpool/lane/lane.py",
                 (
-                    "            self.board.set_holder(item.cell, self.number)\n            return False\n"
+                    "            self.board.set_holder(item.cell, self.number)\n            "
+                    "return False\n"
                 ),
                 "            return False\n",
             ),
@@ -721,7 +730,8 @@ MUTANTS = (
         (
             (
                 "sharedpool/broker/core/lane_members.py",
-                "lane.board.clear_session(session.index)\n            lane.indices.discard(session.index)\n",
+                "lane.board.clear_session(session.index)\n            "
+                "lane.indices.discard(session.index)\n",
                 "lane.indices.discard(session.index)\n",
             ),
         ),
@@ -732,7 +742,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/broker/core/moves.py",
-                "pool.room > 0\n            or pool.parked",
+                "pool.room > 0 or pool.parked",
                 "pool.parked",
             ),
         ),
@@ -826,7 +836,8 @@ def main() -> int:
         caught, how = verdict(mutant)
         missed += not caught
         print(
-            f"{'caught' if caught else 'MISSED'}  {mutant.name}  ({how}, {time.monotonic() - started:.0f} s)",
+            f"{'caught' if caught else 'MISSED'}  {mutant.name}  ({how}, "
+            f"{time.monotonic() - started:.0f} s)",
             flush=True,
         )
     print(f"{len(chosen) - missed} of {len(chosen)} caught")

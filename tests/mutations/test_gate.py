@@ -1,4 +1,5 @@
-"""Every bug of the mutation gate can still be planted, and its tests exist; the gate itself takes minutes."""
+"""Every bug of the mutation gate can still be planted, and its tests exist; the gate itself takes
+minutes."""
 
 import re
 from pathlib import Path

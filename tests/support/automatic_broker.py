@@ -44,7 +44,8 @@ def command(report: Report) -> list[str]:
 
 @contextmanager
 def seen_off(folder: Path | None = None) -> Iterator[None]:
-    """After the block, wait for the end of all sessions and end the brokers, which would stay 30 seconds."""
+    """After the block, wait for the end of all sessions and end the brokers, which would stay 30
+    seconds."""
     yield
     wait_until(
         lambda: not any(report.sessions for report in reports(folder)),

@@ -1,4 +1,5 @@
-"""Drive a headless Chromium by its DevTools protocol: JSON over a pipe, a zero byte after each message."""
+"""Drive a headless Chromium by its DevTools protocol: JSON over a pipe, a zero byte after each
+message."""
 
 from __future__ import annotations
 
@@ -124,10 +125,18 @@ def browsing(directory: Path) -> Iterator[Browser]:
     # Out of the way of the descriptors that they are to become.
     their_in, their_out = (fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 10) for low in (low_in, low_out))
     arguments = [
-        PROGRAM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe",
-        f"--user-data-dir={directory}", "about:blank",
-    ]  # fmt: skip
+        PROGRAM,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--remote-debugging-pipe",
+        f"--user-data-dir={directory}",
+        "about:blank",
+    ]
     null = os.open(os.devnull, os.O_RDWR)
     # It reads from descriptor 3 and writes to 4.
     places = [(os.POSIX_SPAWN_DUP2, null, 1), (os.POSIX_SPAWN_DUP2, null, 2)]

@@ -52,7 +52,8 @@ print(json.dumps(list(map(outcome, json.loads(sys.argv[1])))))
 
 
 def outcomes(*commands: list[str]) -> Iterator[tuple[str, int, str, str]]:
-    """Run commands in one process, whose start costs most; yield each one's words, status, stdout and stderr."""
+    """Run commands in one process, whose start costs most; yield each one's words, status, stdout
+    and stderr."""
     done = run_python(_ONE_AFTER_THE_OTHER, json.dumps(commands))
     assert done.returncode == 0, done.stderr  # what is no exit would show users a traceback
     for command, (status, stdout, stderr) in zip(commands, json.loads(done.stdout), strict=True):

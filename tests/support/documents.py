@@ -11,9 +11,18 @@ EXAMPLES = "examples/README.md"
 ON_CALL = "sharedpool/cli/README.md"
 ARCHITECTURE = "sharedpool/README.md"
 DOCUMENTS = (
-    README, EXAMPLES, ON_CALL, ARCHITECTURE, "tests/README.md", "tests/faults/README.md", "tests/hosts/README.md",
-    "tests/bench/README.md", "CHANGELOG.md", ".github/CONTRIBUTING.md", ".github/SECURITY.md",
-)  # fmt: skip
+    README,
+    EXAMPLES,
+    ON_CALL,
+    ARCHITECTURE,
+    "tests/README.md",
+    "tests/faults/README.md",
+    "tests/hosts/README.md",
+    "tests/bench/README.md",
+    "CHANGELOG.md",
+    ".github/CONTRIBUTING.md",
+    ".github/SECURITY.md",
+)
 
 
 def text(document: str) -> str:

@@ -27,7 +27,8 @@ LONG = os.environ.get("SHAREDPOOL_FAULTS") == "long"
 def run_python(
     code: str, *arguments: str, timeout_s: float = 60, **environment: str
 ) -> "CompletedProcess[str]":
-    """Run code in a new Python process and wait for its end; `environment` is added to this process's.
+    """Run code in a new Python process and wait for its end; `environment` is added to this
+    process's.
 
     Raise subprocess.TimeoutExpired.
     """
@@ -59,7 +60,8 @@ def as_pid_1() -> tuple[str, ...]:
 
 
 class Piped(subprocess.Popen[str]):
-    """A program that a test talks to through stdin and stdout; the end of a `with` block closes both.
+    """A program that a test talks to through stdin and stdout; the end of a `with` block closes
+    both.
 
     If the test has failed, the program is killed, since the block would otherwise wait for its end.
     """
@@ -68,7 +70,8 @@ class Piped(subprocess.Popen[str]):
         super().__init__(command, **{"stdin": PIPE, "stdout": PIPE, "text": True, **more})
 
     def line(self) -> str:
-        """Wait for the program's next line; return the line without its newline, or "" at the end."""
+        """Wait for the program's next line; return the line without its newline, or
+        "" at the end."""
         assert self.stdout is not None
         return self.stdout.readline().removesuffix("\n")
 
@@ -94,7 +97,10 @@ class Piped(subprocess.Popen[str]):
 
 
 class Worker:
-    """A worker process. `ask` sends a command and waits for the answer; `send` and `answer` are its two halves."""
+    """A worker process.
+
+    `ask` sends a command and waits for the answer; `send` and `answer` are its two halves.
+    """
 
     program = Path(__file__).with_name("worker.py")
 

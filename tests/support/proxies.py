@@ -66,23 +66,41 @@ def stunnel(server: EphemeralPostgres) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="spx-") as directory:
         keys = Path(directory, "both.pem")
         subprocess.run(
-            [program("openssl"), "req", "-new", "-x509", "-days", "9", "-nodes", "-subj", "/CN=tunnel",
-             "-out", keys, "-keyout", keys.with_suffix(".key")], check=True, capture_output=True,
-        )  # fmt: skip
+            [
+                program("openssl"),
+                "req",
+                "-new",
+                "-x509",
+                "-days",
+                "9",
+                "-nodes",
+                "-subj",
+                "/CN=tunnel",
+                "-out",
+                keys,
+                "-keyout",
+                keys.with_suffix(".key"),
+            ],
+            check=True,
+            capture_output=True,
+        )
         common = "foreground = yes\npid =\ndebug = err\n"
         client = f"{common}[near]\nclient = yes\naccept = {HOST}:{near}\nconnect = {HOST}:{far}\n"
         inner = f"accept = {HOST}:{far}\nconnect = {unix_path(server)}\n"
         serving = f"{common}[far]\n{inner}cert = {keys}\nkey = {keys.with_suffix('.key')}\n"
         with (
-            _file("far.conf", serving) as far_end, running(program("stunnel4"), str(far_end), port=far),
-            _file("near.conf", client) as near_end, running(program("stunnel4"), str(near_end), port=near),
-        ):  # fmt: skip
+            _file("far.conf", serving) as far_end,
+            running(program("stunnel4"), str(far_end), port=far),
+            _file("near.conf", client) as near_end,
+            running(program("stunnel4"), str(near_end), port=near),
+        ):
             yield by(server, near)
 
 
 @contextmanager
 def tls_endpoint(config: str, **settings: object) -> Iterator[None]:
-    """Run stunnel by the configuration `config`, with other values for some settings (`accept` always)."""
+    """Run stunnel by the configuration `config`, with other values for some settings (`accept`
+    always)."""
     for name, value in settings.items():
         config, found = re.subn(rf"^{name} = .*$", f"{name} = {value}", config, flags=re.MULTILINE)
         assert found == 1, f"{name} is set {found} times"
@@ -97,10 +115,12 @@ def tls_endpoint(config: str, **settings: object) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Certified:
-    """A PostgreSQL whose certificate says `name`, with a role and a database `app`. By TCP it wants TLS of everybody.
+    """A PostgreSQL whose certificate says `name`, with a role and a database `app`.
 
-    `keys` has ca.crt, its CA's certificate, stranger.crt, that of another one, and app.crt with app.key, the role's.
-    The superuser logs in by SCRAM.
+    By TCP it wants TLS of everybody.
+
+    `keys` has ca.crt, its CA's certificate, stranger.crt, that of another one, and app.crt with
+    app.key, the role's. The superuser logs in by SCRAM.
     """
 
     server: EphemeralPostgres
@@ -133,8 +153,19 @@ def certified(name: str, method: str) -> Iterator[Certified]:
     ):
         keys, data = Path(place), server.data_dir
         for authority in ("ca", "stranger"):
-            _openssl("req", "-x509", *_NEW_KEY, "-days", "9", "-subj", f"/CN={authority}",
-                     "-keyout", keys / f"{authority}.key", "-out", keys / f"{authority}.crt")  # fmt: skip
+            _openssl(
+                "req",
+                "-x509",
+                *_NEW_KEY,
+                "-days",
+                "9",
+                "-subj",
+                f"/CN={authority}",
+                "-keyout",
+                keys / f"{authority}.key",
+                "-out",
+                keys / f"{authority}.crt",
+            )
         _certify(keys, "app", "app")
         _certify(keys, "server", name)
         for file in ("server.crt", "server.key", "ca.crt"):
@@ -166,8 +197,23 @@ def _certify(keys: Path, whom: str, name: str) -> None:
     key, request, names = (keys / f"{whom}.{kind}" for kind in ("key", "request", "names"))
     names.write_text(f"subjectAltName = DNS:{name}\n")
     _openssl("req", "-new", *_NEW_KEY, "-subj", f"/CN={name}", "-keyout", key, "-out", request)
-    _openssl("x509", "-req", "-in", request, "-extfile", names, "-days", "9", "-out", keys / f"{whom}.crt",
-             "-CA", keys / "ca.crt", "-CAkey", keys / "ca.key", "-CAcreateserial")  # fmt: skip
+    _openssl(
+        "x509",
+        "-req",
+        "-in",
+        request,
+        "-extfile",
+        names,
+        "-days",
+        "9",
+        "-out",
+        keys / f"{whom}.crt",
+        "-CA",
+        keys / "ca.crt",
+        "-CAkey",
+        keys / "ca.key",
+        "-CAcreateserial",
+    )
     key.chmod(0o600)
 
 
@@ -191,7 +237,8 @@ def pgbouncer(
         (directory / "users.txt").write_text(users)
         (directory / "pgbouncer.ini").write_text(
             f"[databases]\n* = host={server.host} port={server.port}\n"
-            f"[pgbouncer]\nlisten_addr = {HOST}\nlisten_port = {port}\nunix_socket_dir =\nauth_type = trust\n"
+            f"[pgbouncer]\nlisten_addr = {HOST}\nlisten_port = {port}\nunix_socket_dir =\n"
+            "auth_type = trust\n"
             f"auth_file = {directory}/users.txt\npool_mode = {mode}\ndefault_pool_size = {size}\n"
             "max_client_conn = 200\nserver_idle_timeout = 1\n"
         )
@@ -206,7 +253,8 @@ def pgbouncer(
 
 
 class LateCloser:
-    """A proxy that closes the client's side when the client does, and the server's side `late_s` later.
+    """A proxy that closes the client's side when the client does, and the server's side `late_s`
+    later.
 
     `accept_late_s`: a connect waits for so long in its queue before the server hears of it.
     """
@@ -280,7 +328,8 @@ def program(name: str) -> str:
 
 
 def by(server: EphemeralPostgres, port: int) -> str:
-    """Return the server's DSN by another port, without encryption, whose start some proxies cannot parse."""
+    """Return the server's DSN by another port, without encryption, whose start some proxies cannot
+    parse."""
     return make_dsn(server.dsn, host=HOST, port=port, sslmode="disable", gssencmode="disable")
 
 
@@ -314,7 +363,8 @@ def _file(name: str, text: str) -> Iterator[Path]:
 
 @contextmanager
 def running(*command: str, port: int | Path, uid: int | None = None) -> Iterator[None]:
-    """Run a program that listens at a port or a path during the block, as `uid` if this user is root.
+    """Run a program that listens at a port or a path during the block, as `uid` if this user is
+    root.
 
     With port 0, nothing is waited for.
     """

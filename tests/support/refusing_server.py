@@ -14,9 +14,9 @@ _SSL, _GSS = 80877103, 80877104
 class RefusingServer:
     """Refuse every connect.
 
-    The refusal comes at the `start`, after the `password` or after the `login`, as PostgreSQL's does
-    depending on the reason. A `silent` server never answers; one that `hangs up` closes the socket.
-    `connects` counts the start-up packets.
+    The refusal comes at the `start`, after the `password` or after the `login`, as PostgreSQL's
+    does depending on the reason. A `silent` server never answers; one that `hangs up` closes the
+    socket. `connects` counts the start-up packets.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""A worker that stops at a step of a move: `python stepping.py SETTINGS` is `worker.py` with two settings more.
+"""A worker that stops at a step of a move: `python stepping.py SETTINGS` is `worker.py` with two
+settings more.
 
 `at` names a step. At the `_TURN`th time the process sends itself the signal `number` there.
 """
@@ -42,8 +43,8 @@ def _from_shelf(result: object, lane: Lane, sock: object) -> bool:
     return result is not None and sock is lane._take
 
 
-def _has_come(_: object, seat: WaitSocket) -> bool:
-    return seat.peek() is not None
+def _has_come(_: object, wait_socket: WaitSocket) -> bool:
+    return wait_socket.peek() is not None
 
 
 # The function's owner and name, whether the signal comes before or after its call, and a condition

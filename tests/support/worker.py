@@ -36,7 +36,8 @@ aside: dict[str, Any] = {}
 
 # Marks the session: a session that was not reset still shows its last user's mark.
 _MARK = (
-    "SELECT pg_backend_pid(), current_setting('sharedpool.user', true), set_config('sharedpool.user', %s, false),"
+    "SELECT pg_backend_pid(), current_setting('sharedpool.user', true), "
+    "set_config('sharedpool.user', %s, false),"
     " pg_sleep(%s)"
 )
 
@@ -132,7 +133,8 @@ def hammer(
 
 
 def insist(seconds: float, timeout: float, stop: str = "", least: int = 0) -> dict[str, Any]:
-    """Check out and in, whatever is raised, until the file `stop` exists, and at least `least` times.
+    """Check out and in, whatever is raised, until the file `stop` exists, and at least `least`
+    times.
 
     Return how often each outcome came, the errors' texts, and the longest duration.
     """
@@ -156,7 +158,8 @@ def insist(seconds: float, timeout: float, stop: str = "", least: int = 0) -> di
 
 
 def write_rows(worker: int, count: int) -> dict[str, Any]:
-    """Write rows that name their writer, each in a checkout of its own; read each row back in the next."""
+    """Write rows that name their writer, each in a checkout of its own; read each row back in the
+    next."""
     wrong, before = 0, ""
     for n in range(count):
         body = hashlib.sha256(f"{worker} {n}".encode()).hexdigest() * 4
@@ -176,7 +179,8 @@ def write_rows(worker: int, count: int) -> dict[str, Any]:
 
 
 def fork(name: str | None = None) -> dict[str, Any]:
-    """Fork; the child uses the pool and the inherited connection, and exits as Python programs do."""
+    """Fork; the child uses the pool and the inherited connection, and exits as
+    Python programs do."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:

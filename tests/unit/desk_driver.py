@@ -12,7 +12,10 @@ from tests.unit.ledger_driver import Broker, Worker
 
 
 class Desk:
-    """What workers do at the desk and in the lane, and what comes there. Who asks takes part in the lane."""
+    """What workers do at the desk and in the lane, and what comes there.
+
+    Who asks takes part in the lane.
+    """
 
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
@@ -20,7 +23,7 @@ class Desk:
         self.boards: dict[str, Board] = {}
 
     def lend(self, worker: Worker) -> Token:
-        """Have a connection opened in the ordinary way and handed in."""
+        """Have a connection opened in the ordinary way and deposited."""
         token = worker.lend()
         self.broker.take_in(self.broker.ledger.desk.deposited(token, self.broker.now))
         return token
@@ -39,14 +42,14 @@ class Desk:
             )
         self.broker.take_in(self.broker.ledger.lanes.joined(worker.id, self.broker.now))
 
-    def ask(self, worker: Worker, seat: int = 0, wait_s: float = 9.0) -> int:
+    def ask(self, worker: Worker, place: int = 0, wait_s: float = 9.0) -> int:
         """Ask for a connection, at a wait socket in the lane."""
         session = self.broker.slots.sessions[worker.id]
         if not session.joined:
             self.join(worker)
         worker.requests += 1
         worker.pending.append(worker.requests)
-        place = session.index * PLACES + seat
+        place = session.index * PLACES + place
         self.broker.send(worker.id, Acquire(worker.requests, int(wait_s * 1000), place))
         return worker.requests
 

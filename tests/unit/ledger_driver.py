@@ -1,4 +1,5 @@
-"""A real ledger, driven message by message with a clock of its own, and workers as the wire sees them."""
+"""A real ledger, driven message by message with a clock of its own, and workers as the wire sees
+them."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ class Broker:
 
     @property
     def slots(self) -> Slots:
-        """The ledger's books: its pools, sessions and leases."""
+        """The ledger's records: its pools, sessions and leases."""
         return self.ledger._slots
 
     def take_in(self, commands: list[Command]) -> list[Command]:

@@ -1,4 +1,5 @@
-"""A process that has hardly any descriptors left is told so before libzmq finds out, which would end it."""
+"""A process that has hardly any descriptors left is told so before libzmq finds out, which would
+end it."""
 
 import os
 import resource

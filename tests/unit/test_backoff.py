@@ -37,7 +37,7 @@ def test_a_probe_that_succeeds_allows_the_next_at_once_up_to_the_limit() -> None
         held.granted(Token(1, number), number, 50.0)
         assert held.allowance(5, number) == 0
         held.opened(Token(1, number), number + 1, 5)
-    assert held.ceiling is None
+    assert not held.active
     assert held.error == ""
 
 

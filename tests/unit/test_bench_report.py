@@ -93,7 +93,8 @@ def result() -> Result:
 def test_the_summary_compares_with_each_peer_and_says_what_is_missing(result: Result) -> None:
     *_, line = summary([result]).splitlines()
     assert line == (
-        "| many on few (`contended`) | throughput ≥ 1.15 × Peer | throughput 1.15 × (1.10–1.20) Peer"
+        "| many on few (`contended`) | throughput ≥ 1.15 × Peer | throughput 1.15 × (1.10–1.20) "
+        "Peer"
         "<br>p99 0.50 × (0.50–0.50) Peer<br>fairness 0.75 (0.75–0.75)"
         "<br>Absent: not measured (no program `absent` \\| install it) |"
     )

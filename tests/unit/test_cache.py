@@ -39,8 +39,8 @@ class Conn:
 class Rig:
     """A cache, a clock that stands still unless moved, and the broker's side of the line."""
 
-    def __init__(self, expiration_s: float = 60.0) -> None:
-        self.cache = Cache(expiration_s)
+    def __init__(self, expiration_s: float = 60.0, *, slice_s: float = 0.0) -> None:
+        self.cache = Cache(expiration_s, slice_s=slice_s)
         self.messages = BrokerMessages(self.cache)
         self.now = 100.0
         self.messages.welcomed(1, 1, self.now)
@@ -49,31 +49,35 @@ class Rig:
         self.kept: list[object] = []
 
     def want(self, wait_s: float = 5.0) -> Waiter:
-        ticket = Waiter(lambda: None, self.now)
-        self.cache.waiters.enqueue(ticket, wait_s)
-        return ticket
+        waiter = Waiter(lambda: None, self.now)
+        self.cache.waiters.enqueue(waiter, wait_s)
+        return waiter
 
-    def grant(self, request: int, *, owed: int = 0, serial: int | None = None) -> Waiter | None:
+    def grant(
+        self, request: int, *, returns_due: int = 0, serial: int | None = None
+    ) -> Waiter | None:
         self.serial += 1
         self.news += 1
         return self.messages.granted(
-            Grant(request, Token(1, serial or self.serial), self.news, owed), self.now
+            Grant(request, Token(1, serial or self.serial), self.news, returns_due), self.now
         )
 
     def recall(
-        self, take: int = 0, owed: int = 0, *, expired: bool = False, answer: bool = True
+        self, take: int = 0, returns_due: int = 0, *, expired: bool = False, answer: bool = True
     ) -> list[Closing]:
         self.news += 1
-        return self.messages.recalled(Recall(self.news, take, owed, expired, answer), self.now, {})
+        return self.messages.recalled(
+            Recall(self.news, take, returns_due, expired, answer), self.now, {}
+        )
 
     def lend(self, retire_at: float = float("inf")) -> tuple[Lease, Conn]:
         """Check out a new connection."""
-        ticket = self.want()
-        assert self.grant(ticket.request) is ticket
-        lease, conn = ticket.lease, Conn()
+        waiter = self.want()
+        assert self.grant(waiter.request) is waiter
+        lease, conn = waiter.lease, Conn()
         assert lease is not None
         self.cache.opened(lease, Backend(lease.token.serial), retire_at, conn, self.now)
-        self.kept += [ticket, conn]
+        self.kept += [waiter, conn]
         return lease, conn
 
     def idle(self, retire_at: float = float("inf")) -> Lease:
@@ -144,7 +148,7 @@ def test_an_opened_lease_is_confirmed(rig: Rig) -> None:
     assert rig.sent() == [Acquire(1, 5000), Confirm(Token(1, 1), Backend(1))]
 
 
-def test_a_checkin_is_handed_on_to_a_waiting_ticket_which_withdraws_its_request(rig: Rig) -> None:
+def test_a_checkin_is_handed_on_to_a_waiting_waiter_which_withdraws_its_request(rig: Rig) -> None:
     lease, conn = rig.lend()
     first, second = rig.want(), rig.want()
     rig.sent()
@@ -170,11 +174,11 @@ def test_an_aged_connection_is_closed_at_checkin(rig: Rig) -> None:
     assert reason_of(rig.cache.checkin(lease, conn, rig.now + 1, None)) is ReleaseReason.RETIRED
 
 
-def test_without_pooling_a_checkin_closes_but_still_serves_a_waiting_ticket(rig: Rig) -> None:
-    rig.cache.keep_idle = False
+def test_what_keeps_nothing_closes_at_checkin_but_still_serves_a_waiting_waiter(rig: Rig) -> None:
+    rig.cache.stop_keeping()
     lease, conn = rig.lend()
-    ticket = rig.want()
-    assert rig.cache.checkin(lease, conn, rig.now, None) is ticket
+    waiter = rig.want()
+    assert rig.cache.checkin(lease, conn, rig.now, None) is waiter
     other, conn = rig.lend()
     assert reason_of(rig.cache.checkin(other, conn, rig.now, None)) is ReleaseReason.CLOSED
 
@@ -221,7 +225,7 @@ def test_drain_takes_out_everything_idle(rig: Rig) -> None:
     assert not rig.cache.idle
 
 
-# --- recalls and what is owed
+# --- recalls and returns due
 
 
 def test_a_recall_takes_the_longest_idle_and_answers_with_the_rest(rig: Rig) -> None:
@@ -257,7 +261,7 @@ def test_a_recall_that_wants_no_answer_gets_none(rig: Rig) -> None:
 
 def test_a_double_or_late_recall_is_ignored(rig: Rig) -> None:
     rig.idle()
-    rig.recall(owed=2)
+    rig.recall(returns_due=2)
     rig.sent()
     for serial in (rig.news, rig.news - 1):
         assert rig.messages.recalled(Recall(serial, 1, 0), rig.now, {}) == []
@@ -265,43 +269,44 @@ def test_a_double_or_late_recall_is_ignored(rig: Rig) -> None:
     assert rig.sent() == []
 
 
-def test_owed_checkins_are_given_back_and_the_next_one_is_cached(rig: Rig) -> None:
+def test_returns_due_checkins_are_given_back_and_the_next_one_is_cached(rig: Rig) -> None:
     leases = [rig.lend() for _ in range(3)]
-    rig.recall(owed=2)
+    rig.recall(returns_due=2)
     outcomes = [rig.cache.checkin(lease, conn, rig.now, None) for lease, conn in leases]
     assert [reason_of(each) for each in outcomes[:2]] == [ReleaseReason.RETURN_DUE] * 2
     assert outcomes[2] is None
     assert rig.cache.returns_due == 0
 
 
-def test_owed_is_absolute_a_newer_word_replaces_it(rig: Rig) -> None:
+def test_returns_due_is_absolute_a_newer_word_replaces_it(rig: Rig) -> None:
     rig.lend()
-    rig.recall(owed=3)
-    rig.recall(owed=1)
+    rig.recall(returns_due=3)
+    rig.recall(returns_due=1)
     assert rig.cache.returns_due == 1
-    rig.recall(owed=0, answer=False)
+    rig.recall(returns_due=0, answer=False)
     assert rig.cache.returns_due == 0
 
 
 def test_returns_that_are_due_go_before_the_local_queue(rig: Rig) -> None:
     lease, conn = rig.lend()
     rig.want()
-    rig.recall(owed=1)
+    rig.recall(returns_due=1)
     assert reason_of(rig.cache.checkin(lease, conn, rig.now, None)) is ReleaseReason.RETURN_DUE
 
 
-def test_a_broken_checkin_does_not_count_as_owed(rig: Rig) -> None:
+def test_a_broken_checkin_does_not_count_as_returns_due(rig: Rig) -> None:
     lease, conn = rig.lend()
-    rig.recall(owed=1)
+    rig.recall(returns_due=1)
     rig.cache.checkin(lease, conn, rig.now, ReleaseReason.BROKEN)
     assert rig.cache.returns_due == 1
 
 
 def test_an_idle_connection_is_owned_up_to_when_a_grant_says_that_others_wait(rig: Rig) -> None:
-    """The grant of a ticket served meanwhile: nothing else would tell the broker before the next heartbeat."""
+    """The grant of a waiter served meanwhile: nothing else would tell the broker before the next
+    heartbeat."""
     idle = rig.idle()
     rig.sent()
-    assert rig.grant(99, owed=1) is None
+    assert rig.grant(99, returns_due=1) is None
     renew, release = rig.sent()
     assert isinstance(renew, Renew)
     assert [(lease.token, lease.phase) for lease in renew.leases] == [(idle.token, Phase.IDLE)]
@@ -311,13 +316,13 @@ def test_an_idle_connection_is_owned_up_to_when_a_grant_says_that_others_wait(ri
 # --- grants
 
 
-def test_a_grant_goes_to_the_ticket_that_asked(rig: Rig) -> None:
+def test_a_grant_goes_to_the_waiter_that_asked(rig: Rig) -> None:
     first, second = rig.want(), rig.want()
     assert rig.grant(second.request) is second
     assert list(rig.cache.waiting.values()) == [first]
 
 
-def test_a_late_grant_serves_the_next_ticket_which_withdraws_its_request(rig: Rig) -> None:
+def test_a_late_grant_serves_the_next_waiter_which_withdraws_its_request(rig: Rig) -> None:
     gone, waiting = rig.want(), rig.want()
     rig.cache.give_up(gone, rig.now)
     rig.sent()
@@ -326,10 +331,10 @@ def test_a_late_grant_serves_the_next_ticket_which_withdraws_its_request(rig: Ri
 
 
 def test_a_late_grant_that_nobody_wants_is_given_back_unused(rig: Rig) -> None:
-    ticket = rig.want()
-    rig.cache.give_up(ticket, rig.now)
+    waiter = rig.want()
+    rig.cache.give_up(waiter, rig.now)
     rig.sent()
-    assert rig.grant(ticket.request) is None
+    assert rig.grant(waiter.request) is None
     assert rig.sent() == [Release(Token(1, 1), True, ReleaseReason.UNUSED)]
     assert not rig.cache.leases
 
@@ -355,29 +360,29 @@ def test_a_grant_of_a_new_epoch_counts_from_the_start(rig: Rig) -> None:
     rig.lend()
     rig.lend()
     rig.messages.welcomed(2, 1, rig.now)
-    ticket = rig.want()
-    assert rig.messages.granted(Grant(ticket.request, Token(2, 1), 99), rig.now) is ticket
+    waiter = rig.want()
+    assert rig.messages.granted(Grant(waiter.request, Token(2, 1), 99), rig.now) is waiter
 
 
 def test_a_former_brokers_grant_is_not_taken_in(rig: Rig) -> None:
     """The new one has heard from our HELLO what is held: that grant was not among it."""
-    ticket = rig.want()
+    waiter = rig.want()
     rig.messages.welcomed(2, 1, rig.now)
-    assert rig.messages.granted(Grant(ticket.request, Token(1, 7), 99), rig.now) is None
+    assert rig.messages.granted(Grant(waiter.request, Token(1, 7), 99), rig.now) is None
     assert not rig.cache.leases
-    assert rig.messages.granted(Grant(ticket.request, Token(2, 1), 1), rig.now) is ticket
+    assert rig.messages.granted(Grant(waiter.request, Token(2, 1), 1), rig.now) is waiter
 
 
 def test_a_lease_granted_along_with_a_welcome_is_as_old_as_the_hello(rig: Rig) -> None:
     """This process may have been frozen in between: its slot may be another's by now."""
-    rig.cache.connects_within_s = 10.0
-    ticket = rig.want()
+    rig.cache.set_terms(60.0, 10.0, hands_over=False)
+    waiter = rig.want()
     for _ in range(2):  # the first may be what is answered
         *_, first = rig.messages.register(rig.now, {})
         assert first is not None
         rig.now += 6
-    rig.messages.welcomed(2, 1, rig.now, ticket.request)
-    assert rig.messages.granted(Grant(ticket.request, Token(2, 1), 1), rig.now) is None
+    rig.messages.welcomed(2, 1, rig.now, waiter.request)
+    assert rig.messages.granted(Grant(waiter.request, Token(2, 1), 1), rig.now) is None
     assert not rig.cache.leases
 
 
@@ -425,10 +430,10 @@ def test_trouble_of_an_older_generation_is_old_news(rig: Rig) -> None:
 
 
 def test_a_refusal_ends_the_wait_once(rig: Rig) -> None:
-    ticket = rig.want(0)
-    deny = Deny(ticket.request, DenyReason.EXHAUSTED, 5)
-    assert rig.cache.waiters.denied(deny) is ticket
-    assert ticket.denial == deny
+    waiter = rig.want(0)
+    deny = Deny(waiter.request, DenyReason.EXHAUSTED, 5)
+    assert rig.cache.waiters.denied(deny) is waiter
+    assert waiter.denial == deny
     assert rig.cache.waiters.denied(deny) is None
 
 
@@ -436,10 +441,10 @@ def test_a_refusal_ends_the_wait_once(rig: Rig) -> None:
 
 
 def test_giving_up_while_waiting_cancels(rig: Rig) -> None:
-    ticket = rig.want()
+    waiter = rig.want()
     rig.sent()
-    assert rig.cache.give_up(ticket, rig.now) is None
-    assert rig.sent() == [Withdraw(ticket.request)]
+    assert rig.cache.give_up(waiter, rig.now) is None
+    assert rig.sent() == [Withdraw(waiter.request)]
     assert not rig.cache.waiting
 
 
@@ -451,12 +456,12 @@ def test_giving_up_before_anything_was_asked_does_nothing(rig: Rig) -> None:
 def test_giving_up_while_asking_was_interrupted_leaves_nothing_behind(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ticket = Waiter(lambda: None, rig.now)
+    waiter = Waiter(lambda: None, rig.now)
     with monkeypatch.context() as patch:
         patch.setattr("sharedpool.worker.core.waiters.Acquire", interrupt)
         with pytest.raises(Interrupt):
-            rig.cache.waiters.enqueue(ticket, 5.0)
-    assert rig.cache.give_up(ticket, rig.now) is None
+            rig.cache.waiters.enqueue(waiter, 5.0)
+    assert rig.cache.give_up(waiter, rig.now) is None
     assert not rig.cache.waiting
 
 
@@ -470,19 +475,19 @@ def test_giving_up_a_granted_lease_passes_it_on(rig: Rig) -> None:
 
 
 def test_giving_up_a_granted_lease_with_nobody_waiting_gives_it_back(rig: Rig) -> None:
-    ticket = rig.want()
-    rig.grant(ticket.request)
+    waiter = rig.want()
+    rig.grant(waiter.request)
     rig.sent()
-    assert rig.cache.give_up(ticket, rig.now) is None
+    assert rig.cache.give_up(waiter, rig.now) is None
     assert rig.sent() == [Release(Token(1, 1), True, ReleaseReason.UNUSED)]
 
 
 def test_giving_up_a_handed_on_connection_caches_it(rig: Rig) -> None:
     lease, conn = rig.lend()
-    ticket = rig.want()
+    waiter = rig.want()
     rig.cache.checkin(lease, conn, rig.now, None)
     rig.sent()
-    assert rig.cache.give_up(ticket, rig.now) is None
+    assert rig.cache.give_up(waiter, rig.now) is None
     assert list(rig.cache.idle) == [lease]
     assert lease.conn is conn
     assert rig.sent() == []
@@ -492,42 +497,42 @@ def test_giving_up_a_handed_on_connection_while_others_wait_tells_the_broker_at_
     rig: Rig,
 ) -> None:
     lease, conn = rig.lend()
-    ticket = rig.want()
+    waiter = rig.want()
     rig.cache.checkin(lease, conn, rig.now, None)
-    rig.recall(owed=1)
+    rig.recall(returns_due=1)
     rig.sent()
-    rig.cache.give_up(ticket, rig.now)
+    rig.cache.give_up(waiter, rig.now)
     (renew,) = rig.sent()
     assert isinstance(renew, Renew)
     assert [report.phase for report in renew.leases] == [Phase.IDLE]
 
 
 def test_giving_up_after_the_connection_is_open_changes_nothing(rig: Rig) -> None:
-    ticket = rig.want()
-    rig.grant(ticket.request)
-    lease = ticket.lease
+    waiter = rig.want()
+    rig.grant(waiter.request)
+    lease = waiter.lease
     assert lease is not None
     rig.cache.opened(lease, Backend(1), float("inf"), Conn(), rig.now)
     rig.sent()
-    assert rig.cache.give_up(ticket, rig.now) is None
+    assert rig.cache.give_up(waiter, rig.now) is None
     assert rig.sent() == []
     assert lease.phase is Phase.IN_USE
 
 
 def test_giving_up_twice_does_nothing_the_second_time(rig: Rig) -> None:
-    ticket = rig.want()
-    rig.grant(ticket.request)
-    rig.cache.give_up(ticket, rig.now)
+    waiter = rig.want()
+    rig.grant(waiter.request)
+    rig.cache.give_up(waiter, rig.now)
     rig.sent()
-    assert rig.cache.give_up(ticket, rig.now) is None
+    assert rig.cache.give_up(waiter, rig.now) is None
     assert rig.sent() == []
 
 
 def test_fail_ends_every_wait_with_the_error(rig: Rig) -> None:
-    tickets = [rig.want(), rig.want()]
+    waiters = [rig.want(), rig.want()]
     error = RuntimeError("no broker")
-    assert rig.cache.waiters.fail(error) == tickets
-    assert [ticket.error for ticket in tickets] == [error, error]
+    assert rig.cache.waiters.fail(error) == waiters
+    assert [waiter.error for waiter in waiters] == [error, error]
     assert not rig.cache.waiting
 
 
@@ -540,11 +545,11 @@ def lost_at_the_second_look(rig: Rig) -> list[Lease]:
 
 
 def test_lost_finds_a_lease_whose_thread_vanished_before_it_connected(rig: Rig) -> None:
-    ticket = rig.want()
-    rig.grant(ticket.request)
-    lease = ticket.lease
+    waiter = rig.want()
+    rig.grant(waiter.request)
+    lease = waiter.lease
     assert lost_at_the_second_look(rig) == []
-    del ticket
+    del waiter
     assert lost_at_the_second_look(rig) == [lease]
 
 
@@ -595,7 +600,7 @@ def test_lost_finds_soon_what_an_interrupted_checkin_has_dropped(
 
 
 def test_lost_finds_what_was_passed_while_its_thread_was_interrupted(rig: Rig) -> None:
-    """Nobody was told of the connection: it has no ticket yet."""
+    """Nobody was told of the connection: it has no waiter yet."""
     rig.idle()
     lease = rig.cache.take(rig.now)
     assert lease is not None
@@ -605,7 +610,7 @@ def test_lost_finds_what_was_passed_while_its_thread_was_interrupted(rig: Rig) -
 
 
 def test_a_cached_lease_that_is_connected_again_is_not_lost(rig: Rig) -> None:
-    """Its first ticket is long gone: the thread that replaces the connection has it from `take`."""
+    """Its first waiter is long gone: the thread that replaces the connection has it from `take`."""
     rig.idle()
     rig.kept.clear()
     lease = rig.cache.take(rig.now)
@@ -635,9 +640,9 @@ def test_a_forgotten_lease_is_closed_at_checkin_and_not_released(rig: Rig) -> No
 
 
 def test_a_lease_forgotten_while_it_was_connected_cannot_be_opened(rig: Rig) -> None:
-    ticket = rig.want()
-    rig.grant(ticket.request)
-    lease = ticket.lease
+    waiter = rig.want()
+    rig.grant(waiter.request)
+    lease = waiter.lease
     assert lease is not None
     rig.cache.forget(lease.token)
     with pytest.raises(SharedPoolError, match="lease 1-1"):
@@ -651,7 +656,7 @@ def test_a_renewal_lists_everything_held_and_asked_for(rig: Rig) -> None:
     idle = rig.idle()
     used, _ = rig.lend()
     used.thread = 7
-    ticket = rig.want()
+    waiter = rig.want()
     rig.now += 2
     renew = rig.cache.reporter.renewal(rig.now, {7: "Thread-7"})
     assert [
@@ -660,30 +665,30 @@ def test_a_renewal_lists_everything_held_and_asked_for(rig: Rig) -> None:
         (idle.token, Phase.IDLE, 3000, ""),
         (used.token, Phase.IN_USE, 2000, "Thread-7"),
     ]
-    assert (renew.newest_grant, renew.answers, renew.pending) == (Token(1, 2), 0, [ticket.request])
+    assert (renew.newest_grant, renew.answers, renew.pending) == (Token(1, 2), 0, [waiter.request])
 
 
 def test_the_first_registration_of_all_has_nothing_to_clear_up() -> None:
     cache = Cache(60.0)
     messages = BrokerMessages(cache)
-    ticket = Waiter(lambda: None, 1.0)
-    cache.waiters.enqueue(ticket, 2.5)
-    assert messages.register(1.0, {}) == ([], NO_TOKEN, Acquire(ticket.request, 2500))
-    assert list(cache.outbox) == [Acquire(ticket.request, 2500)]
+    waiter = Waiter(lambda: None, 1.0)
+    cache.waiters.enqueue(waiter, 2.5)
+    assert messages.register(1.0, {}) == ([], NO_TOKEN, Acquire(waiter.request, 2500))
+    assert list(cache.outbox) == [Acquire(waiter.request, 2500)]
     messages.register(2.0, {})  # the first was lost, or heard
     assert [type(each) for each in cache.outbox] == [Acquire, Renew]
 
 
 def test_registering_again_replaces_what_was_not_sent_and_asks_again(rig: Rig) -> None:
     lease, _ = rig.lend()
-    ticket = rig.want(2.5)
+    waiter = rig.want(2.5)
     gone = rig.want()
     rig.cache.give_up(gone, rig.now)
-    rig.recall(owed=1)
+    rig.recall(returns_due=1)
     leases, seen, _ = rig.messages.register(rig.now, {})
     assert [report.token for report in leases] == [lease.token]
     assert (seen, rig.cache.returns_due) == (Token(1, 1), 0)
-    assert rig.sent() == [Acquire(ticket.request, 2500), Renew(leases, seen, 0, [ticket.request])]
+    assert rig.sent() == [Acquire(waiter.request, 2500), Renew(leases, seen, 0, [waiter.request])]
 
 
 def test_registering_again_keeps_unsent_releases_and_says_that_they_close(rig: Rig) -> None:
@@ -700,7 +705,7 @@ def test_registering_again_keeps_unsent_releases_and_says_that_they_close(rig: R
 
 def test_recalls_of_a_new_broker_start_over(rig: Rig) -> None:
     rig.lend()
-    rig.recall(owed=1)
+    rig.recall(returns_due=1)
     rig.messages.register(rig.now, {})
     rig.messages.recalled(Recall(1, 0, 1), rig.now, {})
     assert rig.cache.returns_due == 1
@@ -711,9 +716,9 @@ def test_a_request_sent_twice_may_be_answered_twice(rig: Rig) -> None:
     slow = rig.want(9.0)
     rig.messages.register(rig.now, {})
     quick = rig.want(9.0)
-    for ticket in (slow, quick):
-        assert not ticket.broker_is_done
-        assert rig.cache.waiters.denied(Deny(ticket.request, DenyReason.CROWDED, 1)) is ticket
+    for waiter in (slow, quick):
+        assert not waiter.broker_is_done
+        assert rig.cache.waiters.denied(Deny(waiter.request, DenyReason.CROWDED, 1)) is waiter
     assert quick.broker_is_done
     assert not slow.broker_is_done
 
@@ -739,27 +744,27 @@ def test_a_connection_that_is_being_given_is_its_threads_alone(rig: Rig) -> None
 
 def test_a_grant_is_as_old_as_its_request_less_the_time_it_had_waited(rig: Rig) -> None:
     """Clocks of two hosts are never compared."""
-    rig.cache.connects_within_s = 15.0
+    rig.cache.set_terms(60.0, 15.0, hands_over=False)
     asked_at = rig.now
-    ticket = rig.want(600.0)
+    waiter = rig.want(600.0)
     rig.now += 100  # of which it was in the broker's queue for 90 s; then the grant was on its way
-    rig.messages.granted(Grant(ticket.request, Token(1, 1), 1, waited_ms=90_000), rig.now)
-    assert ticket.lease is not None
-    assert ticket.lease.connect_by == asked_at + 90 + 15
+    rig.messages.granted(Grant(waiter.request, Token(1, 1), 1, waited_ms=90_000), rig.now)
+    assert waiter.lease is not None
+    assert waiter.lease.connect_by == asked_at + 90 + 15
 
 
 def test_a_grant_that_came_at_once_counts_from_now(rig: Rig) -> None:
-    rig.cache.connects_within_s = 15.0
-    ticket = rig.want()
+    rig.cache.set_terms(60.0, 15.0, hands_over=False)
+    waiter = rig.want()
     rig.messages.granted(
-        Grant(ticket.request, Token(1, 1), 1, waited_ms=3_000), rig.now
+        Grant(waiter.request, Token(1, 1), 1, waited_ms=3_000), rig.now
     )  # its clock runs faster
-    assert ticket.lease is not None
-    assert ticket.lease.connect_by == rig.now + 15
+    assert waiter.lease is not None
+    assert waiter.lease.connect_by == rig.now + 15
 
 
 def test_a_grant_for_a_request_that_was_given_up_keeps_its_age(rig: Rig) -> None:
-    rig.cache.connects_within_s = 15.0
+    rig.cache.set_terms(60.0, 15.0, hands_over=False)
     gone, waits = rig.want(), rig.want()
     asked_at = rig.now
     rig.cache.give_up(gone, rig.now)
@@ -770,41 +775,43 @@ def test_a_grant_for_a_request_that_was_given_up_keeps_its_age(rig: Rig) -> None
 
 
 def test_a_grant_that_is_too_old_is_given_back_and_asked_for_again(rig: Rig) -> None:
-    rig.cache.connects_within_s = 15.0
-    ticket = rig.want(600.0)
+    rig.cache.set_terms(60.0, 15.0, hands_over=False)
+    waiter = rig.want(600.0)
     rig.now += 100
     assert (
-        rig.messages.granted(Grant(ticket.request, Token(1, 1), 1, waited_ms=1_000), rig.now)
+        rig.messages.granted(Grant(waiter.request, Token(1, 1), 1, waited_ms=1_000), rig.now)
         is None
     )
-    assert not ticket.is_done
+    assert not waiter.is_done
     assert not rig.cache.leases
     *_, released, asked = rig.cache.outbox
     assert (released, asked) == (
         Release(Token(1, 1), True, ReleaseReason.UNUSED),
-        Acquire(ticket.request, 500_000),
+        Acquire(waiter.request, 500_000),
     )
     rig.now += 1
-    rig.messages.granted(Grant(ticket.request, Token(1, 2), 2, waited_ms=500), rig.now)
-    assert ticket.lease is not None
+    rig.messages.granted(Grant(waiter.request, Token(1, 2), 2, waited_ms=500), rig.now)
+    assert waiter.lease is not None
 
 
 def test_another_brokers_grants_count_from_its_welcome(rig: Rig) -> None:
-    """What waited in a former broker's queue says nothing of how long this one's grant was on its way."""
-    rig.cache.connects_within_s = 15.0
-    ticket = rig.want(600.0)
+    """What waited in a former broker's queue says nothing of how long this one's grant was on its
+    way."""
+    rig.cache.set_terms(60.0, 15.0, hands_over=False)
+    waiter = rig.want(600.0)
     rig.now += 60
     rig.messages.welcomed(2, 1, rig.now)
     rig.now += 2
-    rig.messages.granted(Grant(ticket.request, Token(2, 1), 1, waited_ms=1_000), rig.now)
-    assert ticket.lease is not None
-    assert ticket.lease.connect_by == rig.now - 1 + 15
+    rig.messages.granted(Grant(waiter.request, Token(2, 1), 1, waited_ms=1_000), rig.now)
+    assert waiter.lease is not None
+    assert waiter.lease.connect_by == rig.now - 1 + 15
 
 
 def test_a_release_with_its_backend_unseen_is_repeated_until_the_broker_knows(
     rig: Rig,
 ) -> None:
-    """Of a connection that had been passed nothing else would tell: its RELEASE may be lost with a line."""
+    """Of a connection that had been passed nothing else would tell: its RELEASE may be lost with a
+    line."""
     lease, _ = rig.lend()
     rig.cache.closed(lease, ReleaseReason.BROKEN, gone=False)
     release = Release(lease.token, False, ReleaseReason.BROKEN, lease.backend)

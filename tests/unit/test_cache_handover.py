@@ -17,32 +17,38 @@ SLICE_S = 0.002
 
 @pytest.fixture
 def rig() -> Rig:
-    rig = Rig()
-    rig.cache.time_slice.slice_s, rig.cache.time_slice.hands_over = SLICE_S, True
+    rig = Rig(slice_s=SLICE_S)
+    rig.cache.time_slice.hands_over = True
     return rig
 
 
-def pass_on(rig: Rig, *, owed: int, pressed: bool) -> tuple[Lease, Conn]:
+def pass_on(rig: Rig, *, returns_due: int, others_wait: bool) -> tuple[Lease, Conn]:
     """Have a thread that asks again at once get a connection from another process."""
     rig.cache.time_slice.note_given(rig.now)
-    ticket = rig.want()
+    waiter = rig.want()
     rig.serial += 1
     rig.news += 1
     conn = Conn()
     live = Live(Backend(rig.serial), 1, b"")
     message = Moved(
-        ticket.request, Token(1, rig.serial), -1, 0, live, Passed(rig.news, owed, pressed)
+        waiter.request,
+        Token(1, rig.serial),
+        -1,
+        0,
+        live,
+        Passed(rig.news, returns_due, others_wait),
     )
-    assert rig.messages.received(message, conn, float("inf"), rig.now) is ticket
-    assert ticket.lease is not None
-    rig.kept += [ticket, conn]
-    return ticket.lease, conn
+    assert rig.messages.received(message, conn, float("inf"), rig.now) is waiter
+    assert waiter.lease is not None
+    rig.kept += [waiter, conn]
+    return waiter.lease, conn
 
 
 def use(
     rig: Rig, lease: Lease, conn: Conn, for_s: float, gap_s: float = 0.0
 ) -> Closing | Waiter | None:
-    """Use a connection again and again, with pauses, until `for_s` seconds after it came; return its last checkin's."""
+    """Use a connection again and again, with pauses, until `for_s` seconds after it came; return
+    its last checkin's."""
     outcome = None
     while outcome is None and rig.now - lease.arrived_at < for_s:
         rig.now += 0.0003
@@ -54,26 +60,26 @@ def use(
 
 
 def test_while_others_wait_a_worker_in_steady_use_has_one_slice(rig: Rig) -> None:
-    lease, conn = pass_on(rig, owed=1, pressed=True)
+    lease, conn = pass_on(rig, returns_due=1, others_wait=True)
     assert use(rig, lease, conn, for_s=SLICE_S - 0.0004) is None
     assert reason_of(use(rig, lease, conn, for_s=SLICE_S + 0.0004)) is ReleaseReason.RETURN_DUE
 
 
 def test_while_nobody_is_known_to_wait_it_has_many_until_it_is_asked(rig: Rig) -> None:
-    lease, conn = pass_on(rig, owed=1, pressed=False)
+    lease, conn = pass_on(rig, returns_due=1, others_wait=False)
     assert use(rig, lease, conn, for_s=5 * SLICE_S) is None
-    rig.recall(owed=1)
+    rig.recall(returns_due=1)
     assert reason_of(use(rig, lease, conn, for_s=6 * SLICE_S)) is ReleaseReason.RETURN_DUE
 
 
 def test_in_the_end_it_is_given_all_the_same(rig: Rig) -> None:
-    lease, conn = pass_on(rig, owed=1, pressed=False)
+    lease, conn = pass_on(rig, returns_due=1, others_wait=False)
     assert reason_of(use(rig, lease, conn, for_s=11 * SLICE_S)) is ReleaseReason.RETURN_DUE
 
 
-@pytest.mark.parametrize("pressed", [True, False])
-def test_a_thread_that_pauses_gives_at_the_next_checkin(rig: Rig, pressed: bool) -> None:
-    lease, conn = pass_on(rig, owed=1, pressed=pressed)
+@pytest.mark.parametrize("others_wait", [True, False])
+def test_a_thread_that_pauses_gives_at_the_next_checkin(rig: Rig, others_wait: bool) -> None:
+    lease, conn = pass_on(rig, returns_due=1, others_wait=others_wait)
     outcome = use(rig, lease, conn, for_s=SLICE_S, gap_s=STEADY_GAP_S * 1.2)
     assert reason_of(outcome) is ReleaseReason.RETURN_DUE
     assert rig.now - lease.arrived_at < SLICE_S
@@ -90,23 +96,26 @@ def test_a_request_within_a_hello_is_not_sent_again(rig: Rig) -> None:
     ]
 
 
-def test_a_thread_that_takes_a_seat_in_the_lane_tells_the_broker(rig: Rig) -> None:
-    ticket = rig.want()
+def test_a_thread_that_takes_a_wait_socket_in_the_lane_tells_the_broker(rig: Rig) -> None:
+    waiter = rig.want()
     rig.sent()
-    rig.cache.waiters.change_place(ticket, 7, rig.now)
-    assert rig.sent() == [Acquire(ticket.request, 5000, 7)]
-    rig.cache.give_up(ticket, rig.now)
+    rig.cache.waiters.change_place(waiter, 7, rig.now)
+    assert rig.sent() == [Acquire(waiter.request, 5000, 7)]
+    rig.cache.give_up(waiter, rig.now)
     rig.sent()
-    rig.cache.waiters.change_place(ticket, 8, rig.now)  # too late
+    rig.cache.waiters.change_place(waiter, 8, rig.now)  # too late
     assert rig.sent() == []
 
 
 def test_a_recall_that_a_passed_connection_has_overtaken_is_obeyed_and_answered(rig: Rig) -> None:
-    """They come on two lines. Else the broker would count on an idle connection that nobody gives."""
+    """They come on two lines.
+
+    Else the broker would count on an idle connection that nobody gives.
+    """
     idle = rig.idle()
     rig.news += 1
     late = Recall(rig.news, take=1, returns_due=0, expired=False, answer=True)
-    pass_on(rig, owed=1, pressed=True)
+    pass_on(rig, returns_due=1, others_wait=True)
     rig.sent()
     (closing,) = rig.messages.recalled(late, rig.now, {})
     assert (closing.lease, closing.reason) == (idle, ReleaseReason.TAKEN)
@@ -118,35 +127,36 @@ def test_a_recall_that_a_passed_connection_has_overtaken_is_obeyed_and_answered(
 def test_a_connection_kept_for_its_thread_in_vain_is_given_when_the_broker_asks_again(
     rig: Rig,
 ) -> None:
-    lease, conn = pass_on(rig, owed=1, pressed=True)
+    lease, conn = pass_on(rig, returns_due=1, others_wait=True)
     assert rig.cache.checkin(lease, conn, rig.now + 0.0001, None) is None
     rig.now += STEADY_GAP_S * 1.5
-    (closing,) = rig.recall(owed=1)
+    (closing,) = rig.recall(returns_due=1)
     assert (closing.lease, closing.reason) == (lease, ReleaseReason.RETURN_DUE)
 
 
 def test_where_it_must_be_opened_the_slice_begins_when_that_is_done(rig: Rig) -> None:
     rig.cache.time_slice.note_given(rig.now)
-    ticket = rig.want()
-    rig.grant(ticket.request, owed=1)
-    assert ticket.lease is not None
+    waiter = rig.want()
+    rig.grant(waiter.request, returns_due=1)
+    assert waiter.lease is not None
     rig.now += 5 * SLICE_S
     conn = Conn()
-    rig.cache.opened(ticket.lease, Backend(1), float("inf"), conn, rig.now)
+    rig.cache.opened(waiter.lease, Backend(1), float("inf"), conn, rig.now)
     assert (
-        use(rig, ticket.lease, conn, for_s=9 * SLICE_S) is None
+        use(rig, waiter.lease, conn, for_s=9 * SLICE_S) is None
     )  # it cannot move: a close and a connect cost more
-    assert reason_of(use(rig, ticket.lease, conn, for_s=11 * SLICE_S)) is ReleaseReason.RETURN_DUE
+    assert reason_of(use(rig, waiter.lease, conn, for_s=11 * SLICE_S)) is ReleaseReason.RETURN_DUE
 
 
 @pytest.mark.parametrize("asks", [1, 2])
 def test_one_answer_does_not_end_a_request_that_was_sent_twice(rig: Rig, asks: int) -> None:
-    """The broker may have queued it anew while the first answer was on its way: its wait socket is to be watched."""
-    ticket = rig.want()
+    """The broker may have queued it anew while the first answer was on its way: its wait socket is
+    to be watched."""
+    waiter = rig.want()
     if asks == 2:
         rig.messages.register(rig.now, {})
     message = Moved(
-        ticket.request,
+        waiter.request,
         Token(1, 1),
         -1,
         0,
@@ -154,8 +164,8 @@ def test_one_answer_does_not_end_a_request_that_was_sent_twice(rig: Rig, asks: i
         Passed(1, 0, others_wait=False),
     )
     rig.messages.received(message, Conn(), float("inf"), rig.now)
-    assert ticket.is_done
-    assert ticket.broker_is_done is (asks == 1)
+    assert waiter.is_done
+    assert waiter.broker_is_done is (asks == 1)
 
 
 def test_a_connection_passed_by_a_former_broker_is_not_used(rig: Rig) -> None:
@@ -171,9 +181,9 @@ def test_a_connection_passed_by_a_former_broker_is_not_used(rig: Rig) -> None:
 
 
 def want_in_lane(rig: Rig) -> Waiter:
-    ticket = Waiter(lambda: None, rig.now)
-    rig.cache.waiters.enqueue(ticket, 5.0, in_lane=True)
-    return ticket
+    waiter = Waiter(lambda: None, rig.now)
+    rig.cache.waiters.enqueue(waiter, 5.0, in_lane=True)
+    return waiter
 
 
 def come(rig: Rig, request: int = 0, *, moves: int = 3) -> tuple[Waiter | None, Lease, Conn]:
@@ -183,14 +193,14 @@ def come(rig: Rig, request: int = 0, *, moves: int = 3) -> tuple[Waiter | None, 
         Moved(request, Token(1, rig.serial), 9, moves, Live(Backend(rig.serial), 1, b"")),
         Conn(),
     )
-    ticket = rig.messages.received(moved, conn, float("inf"), rig.now)
+    waiter = rig.messages.received(moved, conn, float("inf"), rig.now)
     rig.kept += [conn]
-    return ticket, rig.cache.leases[moved.token], conn
+    return waiter, rig.cache.leases[moved.token], conn
 
 
 @pytest.fixture
 def moving(rig: Rig) -> Rig:
-    rig.cache.moving = b"\1"
+    rig.cache.enter_lane(memoryview(b"\1"))
     return rig
 
 
@@ -214,11 +224,12 @@ def test_when_they_move_no_more_a_checkin_keeps(rig: Rig) -> None:
     assert list(rig.cache.idle) == [lease]
 
 
-def test_a_connection_checked_in_the_short_way_is_given_too(moving: Rig) -> None:
+def test_a_connection_checked_in_by_the_fast_path_is_given_too(moving: Rig) -> None:
     """Its thread has seen only afterwards that they move."""
-    moving.cache.moving = b"\0"
+    board = bytearray(b"\0")
+    moving.cache.enter_lane(memoryview(board))
     lease = moving.idle()
-    lease.movable, moving.cache.moving = True, b"\1"
+    lease.movable, board[0] = True, 1
     assert reason_of(moving.cache.reconsider_idle(lease, moving.now)) is ReleaseReason.SHARED
     assert not moving.cache.idle
 
@@ -228,7 +239,7 @@ def test_a_connection_checked_in_the_short_way_is_given_too(moving: Rig) -> None
     [
         ("stale", ReleaseReason.STALE),
         ("old", ReleaseReason.RETIRED),
-        ("owed", ReleaseReason.RETURN_DUE),
+        ("returns_due", ReleaseReason.RETURN_DUE),
         ("taken away", ReleaseReason.BROKEN),
     ],
 )
@@ -239,8 +250,8 @@ def test_a_connection_that_must_not_go_on_does_not_move(
     lease.movable = True
     if case == "stale":
         moving.cache.renew_generation(2, moving.now)
-    elif case == "owed":
-        moving.recall(owed=1)
+    elif case == "returns_due":
+        moving.recall(returns_due=1)
     elif case == "taken away":
         moving.cache.forget(lease.token)
     moving.now += 1
@@ -262,19 +273,20 @@ def test_a_thread_in_the_lane_is_not_served_before_its_turn(moving: Rig) -> None
 
 
 def test_a_process_with_many_threads_keeps_no_connection_for_ever(moving: Rig) -> None:
-    """Its threads without a wait socket wait at the broker; those of other processes are to have their turn."""
+    """Its threads without a wait socket wait at the broker; those of other processes are to have
+    their turn."""
     lease, conn = moving.lend()
     lease.movable = True
     served = 0
     while (
-        isinstance(ticket := moving.cache.checkin(lease, conn, moving.now, None), Waiter)
+        isinstance(waiter := moving.cache.checkin(lease, conn, moving.now, None), Waiter)
         or not served
     ):
         served += 1
         assert served < 100
         moving.kept.append(moving.want())
         moving.now += 0.001
-    assert reason_of(ticket) is ReleaseReason.SHARED
+    assert reason_of(waiter) is ReleaseReason.SHARED
     assert 5 < served < 15
 
 
@@ -302,19 +314,19 @@ def test_a_connection_taken_away_meanwhile_is_not_put_back(moving: Rig) -> None:
 
 
 def test_a_thread_in_the_lane_asks_the_broker_for_nothing(moving: Rig) -> None:
-    ticket = want_in_lane(moving)
+    waiter = want_in_lane(moving)
     assert moving.sent() == []
     assert moving.cache.reporter.heartbeat(moving.now, {}, moving.cache.hits).pending == []
-    assert moving.cache.give_up(ticket, moving.now) is None
+    assert moving.cache.give_up(waiter, moving.now) is None
     assert moving.sent() == []  # nor need it be told that it waits no more
     assert not moving.cache.waiting
-    assert not ticket.only_in_lane
+    assert not waiter.only_in_lane
 
 
 def test_a_connection_from_the_lane_serves_its_request(moving: Rig) -> None:
     other, mine = want_in_lane(moving), want_in_lane(moving)
-    ticket, lease, conn = come(moving, mine.request)
-    assert ticket is mine
+    waiter, lease, conn = come(moving, mine.request)
+    assert waiter is mine
     assert mine.lease is lease
     assert (lease.conn, lease.cell, lease.moves, lease.movable, lease.needs_configure) == (
         conn,
@@ -331,14 +343,14 @@ def test_a_connection_from_the_lane_serves_its_request(moving: Rig) -> None:
 def test_a_connection_for_a_request_that_is_over_serves_the_next(moving: Rig) -> None:
     gone, next_one = want_in_lane(moving), want_in_lane(moving)
     moving.cache.give_up(gone, moving.now)
-    ticket, lease, _ = come(moving, gone.request)
-    assert (ticket, next_one.lease) == (next_one, lease)
+    waiter, lease, _ = come(moving, gone.request)
+    assert (waiter, next_one.lease) == (next_one, lease)
     assert moving.sent() == []
 
 
 def test_a_connection_without_a_waiter_is_idle(moving: Rig) -> None:
-    ticket, lease, _ = come(moving)
-    assert (ticket, list(moving.cache.idle)) == (None, [lease])
+    waiter, lease, _ = come(moving)
+    assert (waiter, list(moving.cache.idle)) == (None, [lease])
 
 
 def test_a_connection_from_the_shelf_ends_at_its_lifetime(moving: Rig) -> None:
@@ -350,19 +362,20 @@ def test_a_connection_from_the_shelf_ends_at_its_lifetime(moving: Rig) -> None:
 
 
 def test_a_thread_in_a_former_brokers_lane_asks_the_later_broker(moving: Rig) -> None:
-    ticket = want_in_lane(moving)
+    waiter = want_in_lane(moving)
     *_, first = moving.messages.register(moving.now, {})
-    assert first == Acquire(ticket.request, 5000)
+    assert first == Acquire(waiter.request, 5000)
     moving.cache.waiters.registered(0, moving.now)
     assert [each for each in moving.sent() if isinstance(each, Acquire)] == [first]
-    assert not ticket.only_in_lane
+    assert not waiter.only_in_lane
 
 
 def test_a_thread_that_leaves_the_lane_asks_the_broker_and_is_served_by_either(moving: Rig) -> None:
-    """A connection may still be on its way in the lane; then the broker is told to forget the request."""
+    """A connection may still be on its way in the lane; then the broker is told to forget the
+    request."""
     by_broker, in_lane = want_in_lane(moving), want_in_lane(moving)
-    for ticket in (by_broker, in_lane):
-        moving.cache.waiters.ask(ticket, moving.now)
+    for waiter in (by_broker, in_lane):
+        moving.cache.waiters.ask(waiter, moving.now)
     assert [type(each) for each in moving.sent()] == [Acquire, Acquire]
     come(moving, in_lane.request)
     assert in_lane.is_done
@@ -374,15 +387,15 @@ def test_a_thread_that_leaves_the_lane_asks_the_broker_and_is_served_by_either(m
 
 
 def test_a_thread_that_received_an_unusable_connection_asks_the_broker(moving: Rig) -> None:
-    ticket = want_in_lane(moving)
-    moved = Moved(ticket.request, Token(1, 70), 9, 1, Live(Backend(70), 1, b""))
+    waiter = want_in_lane(moving)
+    moved = Moved(waiter.request, Token(1, 70), 9, 1, Live(Backend(70), 1, b""))
     moving.messages.refuse(moved, moving.now)
     assert moving.sent() == [
         Release(moved.token, False, ReleaseReason.FAILED, Backend(70)),
-        Acquire(ticket.request, 5000),
+        Acquire(waiter.request, 5000),
     ]
-    assert not ticket.only_in_lane
-    assert moving.cache.reporter.renewal(moving.now, {}).pending == [ticket.request]
+    assert not waiter.only_in_lane
+    assert moving.cache.reporter.renewal(moving.now, {}).pending == [waiter.request]
     assert [x.token for x in moving.cache.reporter.renewal(moving.now, {}).unproven] == [
         moved.token
     ]  # until it is known

@@ -63,9 +63,9 @@ def test_a_worker_with_very_many_leases_tells_of_each_only_the_line() -> None:
     messages.welcomed(1, 1, 0.0)
     stack = ((code("inner.py"), 1), (code("outer.py"), 2))
     for serial in range(1, 202):
-        cache.waiters.enqueue(ticket := Waiter(lambda: None, 0.0), 0)
-        messages.granted(Grant(ticket.request, Token(1, serial), serial), 0.0)
-        assert ticket.lease is not None
-        ticket.lease.phase, ticket.lease.stack = Phase.IN_USE, stack
+        cache.waiters.enqueue(waiter := Waiter(lambda: None, 0.0), 0)
+        messages.granted(Grant(waiter.request, Token(1, serial), serial), 0.0)
+        assert waiter.lease is not None
+        waiter.lease.phase, waiter.lease.stack = Phase.IN_USE, stack
         reported = lease_reports(cache.leases.values(), 0.0, {})
         assert {len(each.stack) for each in reported} == ({2} if serial <= 200 else {1})

@@ -1,4 +1,5 @@
-"""A close is over when the server's end of the socket is closed: what a lease's release rests on."""
+"""A close is over when the server's end of the socket is closed: what a lease's
+release rests on."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ _PATIENCE_S = 30.0
 
 
 class Backend:
-    """A server process of one session, which exits when it is told to by `may_exit`, once its client has left."""
+    """A server process of one session, which exits when it is told to by `may_exit`, once its
+    client has left."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -103,7 +105,8 @@ class Interrupt(BaseException):
 
 
 def interrupt_at(step: int, function: Callable[[], object]) -> bool:
-    """Run a function, raise an interrupt before its nth instruction, and return whether it came so far."""
+    """Run a function, raise an interrupt before its nth instruction, and return whether it came so
+    far."""
     left = step
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:

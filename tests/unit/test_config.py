@@ -1,4 +1,7 @@
-"""`config_pool`: what it takes, what it refuses, what it remembers. No server is needed: nothing connects."""
+"""`config_pool`: what it takes, what it refuses, what it remembers.
+
+No server is needed: nothing connects.
+"""
 
 import logging
 import os
@@ -212,7 +215,8 @@ def test_another_users_private_temporary_directory_is_left_alone(
 def test_the_temporary_directory_is_the_same_when_nothing_can_be_written(
     monkeypatch: pytest.MonkeyPatch, runtime_dir: Path
 ) -> None:
-    """As on a full disk: who comes then must meet those who came before, and not look in its current directory."""
+    """As on a full disk: who comes then must meet those who came before, and not look in its
+    current directory."""
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     monkeypatch.setenv("TMPDIR", str(runtime_dir))
     code = """
@@ -306,7 +310,8 @@ def test_a_tcp_brokers_files_do_not_move_with_the_environment(
 def test_two_brokers_that_know_nothing_of_each_other_have_other_epochs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The later one's is the higher, though its predecessor's lock file was deleted within the same second."""
+    """The later one's is the higher, though its predecessor's lock file was deleted within the same
+    second."""
     epochs = []
     for now in (1_700_000_000.001, 1_700_000_000.002):
         monkeypatch.setattr("time.time", lambda now=now: now)
@@ -380,7 +385,10 @@ def test_a_service_that_is_not_there_is_an_error_of_config_pool() -> None:
 
 def test_a_worker_does_not_load_the_brokers_modules() -> None:
     """They are 3 MB of memory in every process, and the start-up time of a script."""
-    code = "import sys, sharedpool; print([m for m in sys.modules if m.startswith(('sharedpool.broker.', 'multip'))])"
+    code = (
+        "import sys, sharedpool;"
+        " print([m for m in sys.modules if m.startswith(('sharedpool.broker.', 'multip'))])"
+    )
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout

@@ -1,4 +1,5 @@
-"""A broker's configuration file: what it may say, and that every mistake in it is named with its place."""
+"""A broker's configuration file: what it may say, and that every mistake in it is named with its
+place."""
 
 from __future__ import annotations
 
@@ -38,9 +39,16 @@ def test_everything_a_file_may_say(tmp_path: Path) -> None:
     )
     found = read(path)
     assert found.options == {
-        "max_conn": 20, "expiration": 60.0, "max_checkout": 30.5, "dsn": "dbname=app", "ttl": 15.0,
-        "metrics": "127.0.0.1:9187", "bind": "ipc:///run/sharedpool/broker.sock", "linger": 10.0, "drain_timeout": 5.0,
-    }  # fmt: skip
+        "max_conn": 20,
+        "expiration": 60.0,
+        "max_checkout": 30.5,
+        "dsn": "dbname=app",
+        "ttl": 15.0,
+        "metrics": "127.0.0.1:9187",
+        "bind": "ipc:///run/sharedpool/broker.sock",
+        "linger": 10.0,
+        "drain_timeout": 5.0,
+    }
     assert found.groups == {"web": GroupTerms(8, None, 10), "celery": GroupTerms(0, 10, 0)}
     assert found.limits == {"reports": 5}
 
@@ -48,7 +56,8 @@ def test_everything_a_file_may_say(tmp_path: Path) -> None:
 def test_every_mistake_is_named_at_once_with_its_place(tmp_path: Path) -> None:
     path = tmp_path / "sharedpool.toml"
     path.write_text(
-        'max_conn = "many"\nmax_con = 3\nexpiration = -1\n[groups.web]\nmin = -1\n[groups.b]\nmost = 1\n[pools.x]\n'
+        'max_conn = "many"\nmax_con = 3\nexpiration = -1\n[groups.web]\nmin = -1\n[groups.b]\n'
+        "most = 1\n[pools.x]\n"
     )
     with pytest.raises(ConfigError) as caught:
         read(path)

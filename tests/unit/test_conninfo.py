@@ -49,7 +49,7 @@ def parts(dsn: str | None = None, db_url: str | None = None, **rest: Any) -> dic
     return parse_dsn(resolve(dsn, db_url, **rest).dsn)
 
 
-# --- precedence -------------------------------------------------------------------------------------------------------
+# --- precedence
 
 
 def test_keywords_alone_make_the_conninfo() -> None:
@@ -131,7 +131,7 @@ def test_a_dsn_may_be_a_url_as_in_psycopg2() -> None:
     assert parts("postgresql://u@h/db") == {"user": "u", "host": "h", "dbname": "db"}
 
 
-# --- URLs -------------------------------------------------------------------------------------------------------------
+# --- URLs
 
 
 def test_url_is_decoded_and_its_query_parameters_are_kept() -> None:
@@ -199,7 +199,7 @@ def test_any_keyword_value_survives(user: str, password: str, dbname: str) -> No
     }
 
 
-# --- wrong values -----------------------------------------------------------------------------------------------------
+# --- wrong values
 
 
 def test_dsn_together_with_url_is_refused() -> None:
@@ -316,7 +316,7 @@ def test_config_error_is_a_pool_error_and_a_value_error() -> None:
         resolve(environ={})
 
 
-# --- what is asked for at every connect -------------------------------------------------------------------------------
+# --- what is asked for at every connect
 
 
 def test_a_function_is_asked_for_the_password_at_every_connect_and_not_before() -> None:
@@ -413,11 +413,12 @@ def test_a_functions_own_error_is_raised_as_it_is() -> None:
         resolve(host="h", password=ask).current()
 
 
-# --- secrets ----------------------------------------------------------------------------------------------------------
+# --- secrets
 
 
 def resolved_or_error(**arguments: Any) -> ConnInfo | str:
-    """Return the ConnInfo, or all that a log could show of the error: text, repr and every chained error."""
+    """Return the ConnInfo, or all that a log could show of the error: text, repr and every chained
+    error."""
     try:
         return resolve(**arguments)
     except ConfigError as error:
@@ -526,7 +527,7 @@ def test_resolving_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
 
 
-# --- the value itself -------------------------------------------------------------------------------------------------
+# --- the value itself
 
 
 def test_conninfo_is_frozen_hashable_and_picklable() -> None:
@@ -537,7 +538,7 @@ def test_conninfo_is_frozen_hashable_and_picklable() -> None:
     assert {info: 1}[resolve(host="h", cursor_factory=NamedTupleCursor)] == 1
 
 
-# --- identity ---------------------------------------------------------------------------------------------------------
+# --- identity
 
 
 @pytest.fixture(params=["libpq", "by hand"])

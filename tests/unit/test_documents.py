@@ -1,4 +1,5 @@
-"""The documents are true of the program: links, tables, commands and names lead somewhere, and nothing is missing."""
+"""The documents are true of the program: links, tables, commands and names lead somewhere, and
+nothing is missing."""
 
 import ast
 import inspect

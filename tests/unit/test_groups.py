@@ -148,19 +148,20 @@ def test_groups_that_come_with_a_reload_make_room_for_what_is_reserved() -> None
 
 
 def test_connections_of_an_unknown_group_count_in_every_one() -> None:
-    """Known by their backends alone, after a journal was lost: they may be the group's that is nearly full."""
-    books = Slots(9, lambda command: None)
-    books.configure({"jobs": GroupTerms(max_conn=2)})
-    jobs = books.pools["p"] = Pool(PoolSpec("p", 9, 0, group="jobs"), 9, Backoff(lambda: 0.5))
-    stranger = books.pools["q"] = Pool(PoolSpec("q", 1, 0), 1, Backoff(lambda: 0.5), unnamed=True)
-    books.assign(jobs)
-    books.assign(stranger)
+    """Known by their backends alone, after a journal was lost: they may be the group's that is
+    nearly full."""
+    slots = Slots(9, lambda command: None)
+    slots.configure({"jobs": GroupTerms(max_conn=2)})
+    jobs = slots.pools["p"] = Pool(PoolSpec("p", 9, 0, group="jobs"), 9, Backoff(lambda: 0.5))
+    stranger = slots.pools["q"] = Pool(PoolSpec("q", 1, 0), 1, Backoff(lambda: 0.5), unnamed=True)
+    slots.assign(jobs)
+    slots.assign(stranger)
     session = Session(b"s", 0, "", "?", stranger, 0.0, 0.0)
-    books.sessions[b"s"] = stranger.sessions[b"s"] = session
-    books.move(Slot(Token(1, 1), session, stranger), SlotState.SUSPECT, "claimed by nobody")
+    slots.sessions[b"s"] = stranger.sessions[b"s"] = session
+    slots.move(Slot(Token(1, 1), session, stranger), SlotState.SUSPECT, "claimed by nobody")
     assert jobs.room == 1
     stranger.spec, stranger.unnamed = PoolSpec("q", 1, 0, group="web"), False
-    books.assign(stranger)  # its first session has said whose it is
+    slots.assign(stranger)  # its first session has said whose it is
     assert jobs.room == 2
 
 

@@ -1,4 +1,5 @@
-"""Invitations to a lane that come before the WELCOME, which comes another way: with a line to a real desk's socket."""
+"""Invitations to a lane that come before the WELCOME, which comes another way: with a line to a
+real desk's socket."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ pytestmark = pytest.mark.skipif(
 
 
 class Rig:
-    """A pool's session in a process with a line to a desk: another of its pools is registered with broker 7."""
+    """A pool's session in a process with a line to a desk: another of its pools is registered with
+    broker 7."""
 
     def __init__(self, path: Path) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -40,18 +42,18 @@ class Rig:
         self._listener.listen()
         self._desk: socket.socket | None = None  # the broker's end of the line
         self._path = str(path)
-        self.holdings = LocalPool(
+        self.local = LocalPool(
             PoolConfig(resolve(dsn="host=nowhere user=u dbname=d")),
             GivenBroker("ipc:///nowhere"),
             Session,
             Mover,
         )
-        self._session = Session(self.holdings)
+        self._session = Session(self.local)
         self._link = Link("ipc:///nowhere", SharedContext())
-        registration = self._link.attach(self._session, self.holdings.cache.outbox, None)
+        registration = self._link.attach(self._session, self.local.cache.outbox, None)
         assert registration is not None
-        self._registration = self.holdings.registration = registration
-        self.holdings.link = self._link
+        self._registration = self.local.registration = registration
+        self.local.link = self._link
         self._taken: list[tuple[WaitSockets, WaitSocket]] = []
         self._connect(7)
         self.recalls = 0
@@ -85,13 +87,13 @@ class Rig:
 
     def ask(self) -> Waiter:
         """Have a thread ask the broker, that waits in the lane."""
-        seats, ticket = self.holdings.membership.wait_sockets, Waiter(lambda: None, 0.0)
-        assert seats is not None
-        seat = seats.take(None)
-        assert seat is not None
-        self._taken.append((seats, seat))
-        self.holdings.cache.waiters.enqueue(ticket, 1000.0, place=seat.number)
-        return ticket
+        wait_sockets, waiter = self.local.membership.wait_sockets, Waiter(lambda: None, 0.0)
+        assert wait_sockets is not None
+        wait_socket = wait_sockets.take(None)
+        assert wait_socket is not None
+        self._taken.append((wait_sockets, wait_socket))
+        self.local.cache.waiters.enqueue(waiter, 1000.0, place=wait_socket.number)
+        return waiter
 
     def answer(self) -> Renew:
         """Have the broker ask for what is held; return what it is told."""
@@ -99,7 +101,7 @@ class Rig:
         self._session.receive(Recall(self.recalls, 0, 0))
         (told,) = [
             each
-            for each in self.holdings.cache.outbox
+            for each in self.local.cache.outbox
             if isinstance(each, Renew) and each.answers == self.recalls
         ]
         return told
@@ -108,7 +110,7 @@ class Rig:
         """The requests in the outbox, and the places that they name."""
         return [
             (each.request, each.lane_place)
-            for each in self.holdings.cache.outbox
+            for each in self.local.cache.outbox
             if isinstance(each, Acquire)
         ]
 
@@ -121,10 +123,10 @@ class Rig:
             return False
 
     def close(self) -> None:
-        self.holdings.membership.keep_invitation(None, [])
-        self.holdings.membership.leave()
-        for seats, seat in self._taken:
-            seats.give_back(seat)
+        self.local.membership.keep_invitation(None, [])
+        self.local.membership.leave()
+        for wait_sockets, wait_socket in self._taken:
+            wait_sockets.give_back(wait_socket)
         self._link.desk.close()
         if self._desk is not None:
             self._desk.close()
@@ -141,9 +143,9 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 
 def test_an_early_invitation_is_kept_until_the_welcome(rig: Rig) -> None:
     rig.invite()
-    assert rig.holdings.membership.wait_sockets is None
+    assert rig.local.membership.wait_sockets is None
     rig.welcome(7)
-    assert rig.holdings.membership.wait_sockets is not None
+    assert rig.local.membership.wait_sockets is not None
     assert rig.has_joined()
 
 
@@ -154,7 +156,7 @@ def test_an_invitation_of_a_broker_that_died_before_its_welcome_came_is_not_foll
     fds = rig.invite()
     memory = os.fstat(fds[0]).st_ino
     rig.welcome(8)
-    assert rig.holdings.membership.wait_sockets is None
+    assert rig.local.membership.wait_sockets is None
     assert not rig.has_joined()
     assert memory not in [
         os.stat(each).st_ino for each in Path("/proc/self/fd").iterdir() if each.exists()
@@ -165,7 +167,7 @@ def test_the_next_brokers_invitation_is_followed_after_it(rig: Rig) -> None:
     rig.invite()
     rig.welcome(8)
     rig.invite()
-    assert rig.holdings.membership.wait_sockets is not None
+    assert rig.local.membership.wait_sockets is not None
     assert rig.has_joined()
 
 
@@ -173,14 +175,14 @@ def test_no_request_tells_the_next_broker_its_place_in_the_former_lane(rig: Rig)
     """At that number there may be somebody else's thread in the next lane, or nobody."""
     rig.invite()
     rig.welcome(7)
-    tickets = [rig.ask() for _ in range(2)]
-    assert rig.asked() == [(each.request, each.lane_place) for each in tickets]
-    assert min(each.lane_place for each in tickets) >= 0
+    waiters = [rig.ask() for _ in range(2)]
+    assert rig.asked() == [(each.request, each.lane_place) for each in waiters]
+    assert min(each.lane_place for each in waiters) >= 0
     first = rig.hello().first
     assert first is not None
-    assert (first.request, first.lane_place) == (tickets[0].request, -1)
+    assert (first.request, first.lane_place) == (waiters[0].request, -1)
     rig.welcome(8)
-    assert rig.asked() == [(each.request, -1) for each in tickets]
+    assert rig.asked() == [(each.request, -1) for each in waiters]
 
 
 class Call:
@@ -191,20 +193,21 @@ class Call:
 def test_the_next_broker_is_told_what_a_thread_may_have_from_the_former_ones_lane(
     rig: Rig, interrupted: bool
 ) -> None:
-    """It has read it before the lane was left, and is held up: only when it goes on it will be listed."""
+    """It has read it before the lane was left, and is held up: only when it goes on it will be
+    listed."""
     rig.invite()
     rig.welcome(7)
-    call, seats = Call(), rig.holdings.membership.wait_sockets
-    assert seats is not None
-    seat = seats.take(weakref.ref(call))
-    assert seat is not None
+    call, wait_sockets = Call(), rig.local.membership.wait_sockets
+    assert wait_sockets is not None
+    wait_socket = wait_sockets.take(weakref.ref(call))
+    assert wait_socket is not None
     assert not rig.answer().unsure
-    seat.busy = True
+    wait_socket.busy = True
     rig.welcome(8)
     assert [rig.answer().unsure for _ in range(2)] == [True, True]
     if interrupted:
         del call  # it has nothing any more
     else:
-        seat.busy = False
+        wait_socket.busy = False
     assert not rig.answer().unsure
-    seats.give_back(seat)
+    wait_sockets.give_back(wait_socket)

@@ -1,4 +1,5 @@
-"""The lane between two processes' ends of it: who gets what, and what becomes of that which nobody can have."""
+"""The lane between two processes' ends of it: who gets what, and what becomes of that which nobody
+can have."""
 
 from __future__ import annotations
 
@@ -37,28 +38,28 @@ class Process:
         self.refused: list[Moved] = []
         self.lane = Lane([os.dup(fd) for fd in fds], number, self.refused.append)
         self.number = number
-        self.seats: dict[int, Any] = {}
+        self.wait_sockets: dict[int, Any] = {}
 
-    def wait(self, seat: int, request: int, *, ticket: bool = True) -> Ticket:
+    def wait(self, wait_socket: int, request: int, *, ticket: bool = True) -> Ticket:
         """Take a place, and queue a ticket for it."""
-        place = self.number * PLACES + seat
-        if seat not in self.seats:
-            self.seats[seat] = self.lane.wait_socket(place)
+        place = self.number * PLACES + wait_socket
+        if wait_socket not in self.wait_sockets:
+            self.wait_sockets[wait_socket] = self.lane.wait_socket(place)
         self.lane.board.take_place(place, request)
         written = Ticket(self.number, place, request)
         assert not ticket or self.lane.add_ticket(written)
         return written
 
-    def came(self, seat: int) -> Moved | None:
+    def came(self, wait_socket: int) -> Moved | None:
         """Return what has come to a wait socket."""
-        return unpacked(self.lane.receive(self.seats[seat]))
+        return unpacked(self.lane.receive(self.wait_sockets[wait_socket]))
 
     def taken(self) -> Moved | None:
         return unpacked(self.lane.take_from_shelf())
 
     def close(self) -> None:
         self.lane.close()
-        for sock in self.seats.values():
+        for sock in self.wait_sockets.values():
             sock.close()
 
 
@@ -132,12 +133,12 @@ def open_descriptors() -> dict[int, str]:
     return found
 
 
-def fill(seat: socket.socket) -> None:
+def fill(wait_socket: socket.socket) -> None:
     """Put packets into a wait socket until there is no room for another."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender:
         try:
             while True:
-                sender.sendto(b"", seat.getsockname())
+                sender.sendto(b"", wait_socket.getsockname())
         except BlockingIOError:
             pass
 
@@ -195,7 +196,8 @@ def test_the_first_who_waits_gets_it_and_the_board_says_so_before_it_has_come(ri
 def test_while_it_is_on_its_way_it_is_the_receivers(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever looks at the board when the packet can be read finds the receiver there, not the giver."""
+    """Whoever looks at the board when the packet can be read finds the receiver there, not the
+    giver."""
     rig.b.wait(0, 5)
     item = rig.connection()
     seen = []
@@ -210,10 +212,10 @@ def test_while_it_is_on_its_way_it_is_the_receivers(
     assert seen == [2]
 
 
-def test_a_seat_that_is_gone_leads_to_the_next_ticket(rig: Rig) -> None:
+def test_a_wait_socket_that_is_gone_leads_to_the_next_ticket(rig: Rig) -> None:
     rig.b.wait(0, 5)
     rig.b.wait(1, 6)
-    rig.b.seats[0].close()
+    rig.b.wait_sockets[0].close()
     item = rig.connection()
     assert rig.a.lane.give(item)
     assert (came := rig.b.came(1)) is not None
@@ -221,18 +223,18 @@ def test_a_seat_that_is_gone_leads_to_the_next_ticket(rig: Rig) -> None:
     assert tuple(rig.board.holding(item.cell)) == (2, 3)
 
 
-def test_a_seat_that_is_full_leads_to_the_next_ticket(rig: Rig) -> None:
+def test_a_wait_socket_that_is_full_leads_to_the_next_ticket(rig: Rig) -> None:
     rig.b.wait(0, 5)
     rig.b.wait(1, 6)
-    fill(rig.b.seats[0])
+    fill(rig.b.wait_sockets[0])
     assert rig.a.lane.give(rig.connection())
     assert (came := rig.b.came(1)) is not None
     assert came.request == 6
 
 
-def test_where_no_seat_can_be_reached_it_is_shelved(rig: Rig) -> None:
+def test_where_no_wait_socket_can_be_reached_it_is_shelved(rig: Rig) -> None:
     rig.b.wait(0, 5)
-    rig.b.seats[0].close()
+    rig.b.wait_sockets[0].close()
     item = rig.connection()
     assert rig.a.lane.give(item)
     assert rig.board.holding(item.cell).holder == SHELF
@@ -273,7 +275,8 @@ def test_a_connection_behind_a_useless_one_is_found(rig: Rig) -> None:
 
 
 class Latecomer(Lane):
-    """A process that, between its look for tickets and its laying on the shelf, is held up: meanwhile another waits."""
+    """A process that, between its look for tickets and its laying on the shelf, is held up:
+    meanwhile another waits."""
 
     meanwhile: list[Process]
 
@@ -352,7 +355,7 @@ TOLD = ["generation", "struck", "another's cell", "no cell", "two sockets", "no 
 
 
 @pytest.mark.parametrize("case", [*TOLD, "secret", "nonsense", "empty"])
-@pytest.mark.parametrize("where", ["seat", "shelf"])
+@pytest.mark.parametrize("where", ["wait_socket", "shelf"])
 def test_a_packet_that_is_not_as_it_should_be_is_dropped_and_its_socket_closed(
     rig: Rig, case: str, where: str
 ) -> None:
@@ -379,14 +382,14 @@ def test_a_packet_that_is_not_as_it_should_be_is_dropped_and_its_socket_closed(
         fds.clear()
     elif case == "empty":
         said = b""
-    if where == "seat":
+    if where == "wait_socket":
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.connect(rig.b.seats[0].getsockname())
+            sender.connect(rig.b.wait_sockets[0].getsockname())
             passing.send_with_all(sender, said, fds)
     elif said:  # an empty packet cannot be told from the end there
         passing.send_with_all(rig.a.lane._put, said, fds)  # type: ignore[arg-type]
     before = open_descriptors()
-    assert rig.b.came(0) is None if where == "seat" else rig.b.taken() is None
+    assert rig.b.came(0) is None if where == "wait_socket" else rig.b.taken() is None
     assert open_descriptors() == before
     assert [moved.token for moved in rig.b.refused] == ([item.token] if case in TOLD else [])
     rig.drop(item)
@@ -398,7 +401,7 @@ def test_a_packet_that_is_as_it_should_be_is_received(rig: Rig) -> None:
     rig.b.wait(0, 5)
     item = rig.connection()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        sender.connect(rig.b.seats[0].getsockname())
+        sender.connect(rig.b.wait_sockets[0].getsockname())
         passing.send_with_all(sender, packet(rig, item), [item.fd])
     assert rig.b.came(0) == Moved(5, item.token, item.cell, 1, LIVE)
 
@@ -474,7 +477,8 @@ def test_descriptors_that_are_no_lanes_are_let_go_of(bad: int) -> None:
 
 
 class Reused:
-    """A program that has closed descriptors which were not its own, and whatever got their numbers."""
+    """A program that has closed descriptors which were not its own, and whatever got
+    their numbers."""
 
     def __init__(self, numbers: list[int]) -> None:
         self.numbers = numbers
@@ -545,7 +549,8 @@ def test_a_lane_whose_descriptors_another_thread_has_closed_is_at_its_end(rig: R
 
 
 def test_the_last_process_of_a_shelf_is_not_kept_busy_by_its_end(rig: Rig) -> None:
-    """All other ends are closed, this one's own by somebody who had no right to: then the shelf is at its end."""
+    """All other ends are closed, this one's own by somebody who had no right to: then the shelf is
+    at its end."""
     fds = lanes.make()
     lane = Lane(fds, 1)
     os.close(fds[3])

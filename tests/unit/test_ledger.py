@@ -153,7 +153,8 @@ def test_a_later_request_gets_a_round_of_its_own(broker: Broker) -> None:
 
 
 def test_holders_who_owe_a_checkin_are_asked_too_before_a_denial(broker: Broker) -> None:
-    """Of three checkins at once one was owed: the two others lie idle, and only the holder knows."""
+    """Of three checkins at once one return was due: the two others lie idle, and only the holder
+    knows."""
     a, b, c = (broker.worker(name, max_conn=3) for name in "abc")
     tokens = [a.lend() for _ in range(3)]
     b.ask(wait_s=60)
@@ -195,9 +196,13 @@ def test_first_come_first_served_over_all_workers(broker: Broker) -> None:
     requests = [other.ask(wait_s=60) for other in others]
     for token in tokens:
         a.release(token, ReleaseReason.RETURN_DUE)
-    assert [type(other.outcome(request)) for other, request in zip(others, requests, strict=True)] == [
-        Token, Token, type(None),
-    ]  # fmt: skip
+    assert [
+        type(other.outcome(request)) for other, request in zip(others, requests, strict=True)
+    ] == [
+        Token,
+        Token,
+        type(None),
+    ]
 
 
 def test_a_patient_request_is_refused_at_its_deadline_and_not_before(broker: Broker) -> None:
@@ -386,10 +391,9 @@ def test_a_doubled_confirm_changes_nothing(broker: Broker) -> None:
 # --- dead workers
 
 
-def test_a_dead_workers_unconnected_lease_waits_for_the_servers_own_limit_where_nobody_can_look() -> (
-    None
-):
-    """It may have been killed in the middle of its connect: the server has a backend in start-up then."""
+def test_a_dead_workers_unconnected_lease_waits_for_the_servers_limit_if_nobody_can_look() -> None:
+    """It may have been killed in the middle of its connect: the server has a backend in start-up
+    then."""
     broker = Broker(has_control_connection=False)
     a, b = broker.worker("a", max_conn=1), broker.worker("b")
     a.ask()
@@ -609,7 +613,8 @@ def test_a_silent_worker_is_fenced_when_somebody_patient_waits(broker: Broker) -
 def test_a_caller_who_does_not_wait_is_refused_and_has_a_silent_worker_fenced_for_the_next(
     pool: str,
 ) -> None:
-    """Else a pool whose callers all have timeout=0, the default, would never see that slot again."""
+    """Else a pool whose callers all have timeout=0, the default, would never see
+    that slot again."""
     broker = Broker(max_conn=1)
     a, b = broker.worker("a"), broker.worker("b", pool)
     token = a.lend()
@@ -676,7 +681,8 @@ def test_a_resumed_worker_is_told_that_its_lease_was_fenced(broker: Broker) -> N
 
 
 def test_an_unconnected_lease_of_a_silent_worker_is_not_fenced(broker: Broker) -> None:
-    """There is nothing to look for, and its worker may connect when it resumes; then it must still be counted."""
+    """There is nothing to look for, and its worker may connect when it resumes; then it must still
+    be counted."""
     a, b = broker.worker("a", max_conn=1), broker.worker("b")
     mine = a.ask()
     request = freeze_and_wait(broker, a, b)
@@ -691,7 +697,8 @@ def test_an_unconnected_lease_of_a_silent_worker_is_not_fenced(broker: Broker) -
 def test_a_resumed_worker_that_asks_again_for_a_grant_on_its_way_gets_that_one(
     broker: Broker,
 ) -> None:
-    """A second request in its name would stand in the queue for nobody, and keep it from being pressed."""
+    """A second request in its name would stand in the queue for nobody, and keep it from being
+    pressed."""
     a = broker.worker("a")
     request = a.ask(wait_s=600)
     broker.pass_time(TTL_S)
@@ -912,7 +919,8 @@ def test_a_worker_is_asked_before_its_checkout_is_called_too_long(broker: Broker
 def test_a_checkout_that_is_too_long_is_ended_if_its_pool_wants_that_and_it_is_certain(
     broker: Broker, word: str
 ) -> None:
-    """A heartbeat that was under way when the worker was asked does not tell what has happened since."""
+    """A heartbeat that was under way when the worker was asked does not tell what has happened
+    since."""
     a = broker.worker("a", max_checkout_ms=5000, end_overdue=True)
     token = a.lend()
     broker.pass_time(5)
@@ -957,7 +965,8 @@ def test_a_request_granted_at_once_leaves_no_deadline(broker: Broker) -> None:
 
 
 def test_one_deadline_serves_all_sessions_that_are_heard(broker: Broker) -> None:
-    """Its alarm is for the one who was unheard for longest: all others are heard meanwhile, as a rule."""
+    """Its alarm is for the one who was unheard for longest: all others are heard meanwhile, as a
+    rule."""
     a, b = broker.worker("a"), broker.worker("b")
     broker.pass_time(5)
     assert broker.ledger.next_deadline() == 1000.0 + TTL_S
@@ -1064,7 +1073,8 @@ def test_a_lease_that_was_being_connected_can_be_claimed(broker: Broker) -> None
 
 
 def test_a_claimed_lease_that_was_given_back_cannot_be_claimed_again(broker: Broker) -> None:
-    """A late HELLO, or a worker that slept while its lease was fenced: the slot is another's by now."""
+    """A late HELLO, or a worker that slept while its lease was fenced: the slot is another's by
+    now."""
     a = restart_with(broker, "a", {old(1): Phase.IN_USE})
     a.release(old(1))
     a.held = {old(1): Phase.IN_USE}
@@ -1084,7 +1094,10 @@ def test_unknown_leases_of_this_epoch_are_revoked_not_admitted(broker: Broker) -
 
 
 def test_a_former_brokers_leases_count_though_its_number_was_higher(broker: Broker) -> None:
-    """Its clock was ahead, and its files are lost. Numbers of different brokers say nothing of what came first."""
+    """Its clock was ahead, and its files are lost.
+
+    Numbers of different brokers say nothing of what came first.
+    """
     a = broker.worker("a", max_conn=3)
     theirs = Token(EPOCH + 1, 9)
     a.held, a.seen = {theirs: Phase.IN_USE}, theirs
@@ -1092,7 +1105,8 @@ def test_a_former_brokers_leases_count_though_its_number_was_higher(broker: Brok
     assert a.last(Welcome).revoked == []
     assert broker.ledger.leases == 1
     request = a.ask(wait_s=5)
-    a.beat()  # its heartbeat was written before our WELCOME came: it knows of nothing that we have granted
+    # its heartbeat was written before our WELCOME came: it knows of nothing that we have granted
+    a.beat()
     assert isinstance(a.outcome(request), Token)
     assert len(a.sent(Grant)) == 2  # sent again
     assert broker.ledger.leases == 2
@@ -1176,16 +1190,16 @@ def test_words_about_other_peoples_leases_are_ignored(broker: Broker) -> None:
     assert broker.ledger.leases == 1
 
 
-# --- the books, and their cost
+# --- the slots, and their cost
 
 
 def test_an_unknown_transition_is_a_bug() -> None:
-    books = Slots(None, lambda command: None)
+    slots = Slots(None, lambda command: None)
     pool = Pool(PoolSpec("p", 1, 1000), 1, Backoff(lambda: 0.5))
     session = Session(b"s", 1, "", "s", pool, 60.0, 0.0)
     lease = Slot(Token(1, 1), session, pool)
     with pytest.raises(AssertionError, match="bug: lease 1-1: free -> closing"):
-        books.move(lease, SlotState.CLOSING, "test")
+        slots.move(lease, SlotState.CLOSING, "test")
 
 
 class CountingTrace:
@@ -1213,7 +1227,8 @@ def lines_run(work: Callable[[], object]) -> int:
 
 
 def cost_with(sessions: int) -> dict[str, int]:
-    """Count the lines run for one request of each kind, with so many other sessions, one connection each."""
+    """Count the lines run for one request of each kind, with so many other sessions, one connection
+    each."""
     ledger = Ledger(EPOCH, ttl_s=TTL_S)
     spec = PoolSpec("p", sessions + 1, 60_000)
     for number in range(sessions + 1):

@@ -1,4 +1,5 @@
-"""The ledger's side of the hand-over: who gives, who gets, what is parked, and what must not go on."""
+"""The ledger's side of the hand-over: who gives, who gets, what is parked, and what
+must not go on."""
 
 from __future__ import annotations
 
@@ -171,7 +172,8 @@ def test_after_the_cancel_it_may_go_on(broker: Broker, desk: Desk) -> None:
 
 
 def tried(broker: Broker, desk: Desk, sent: bool | None, pause_s: float) -> list[bool]:
-    """Move a connection twice, each time with a trial's cancel of that outcome; say which was to be a trial."""
+    """Move a connection twice, each time with a trial's cancel of that outcome; say which was to be
+    a trial."""
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
     for giver, taker in ((a, b), (b, a)):
@@ -341,7 +343,8 @@ def test_a_giver_is_asked_for_the_rest_while_others_wait(broker: Broker, desk: D
 def test_a_request_that_waited_at_the_desk_through_a_long_silence_is_sent_again(
     broker: Broker, desk: Desk
 ) -> None:
-    """Frozen for longer than the TTL, the worker has lost its place: its line tells it nothing of that."""
+    """Frozen for longer than the TTL, the worker has lost its place: its line tells it nothing of
+    that."""
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     desk.lend(a)
     request = desk.ask(b, wait_s=600.0)
@@ -401,7 +404,8 @@ def test_a_connection_that_could_not_be_sent_to_a_dead_receiver_is_ended_once(
 def test_a_waiter_that_is_being_let_into_the_lane_is_worth_a_moment(
     broker: Broker, desk: Desk
 ) -> None:
-    """The first time that connections are passed on, and each process's first: a close and a connect take longer."""
+    """The first time that connections are passed on, and each process's first: a close and a
+    connect take longer."""
     a, b = (broker.worker(name, max_conn=1) for name in "ab")
     token = desk.lend(a)
     request = b.ask(9.0)
@@ -462,7 +466,8 @@ def test_a_holder_that_keeps_what_another_pools_waiter_needs_is_asked_again() ->
 
 
 def test_a_slot_that_did_not_come_after_all_is_looked_for_elsewhere() -> None:
-    """Under a cap: what its worker said it closes was counted on for another pool's waiter; then it was given."""
+    """Under a cap: what its worker said it closes was counted on for another pool's waiter; then it
+    was given."""
     broker = Broker(max_conn=3, handover=True)
     desk = Desk(broker)
     a, b = (broker.worker(name, max_conn=1) for name in "ab")

@@ -1,4 +1,5 @@
-"""What the ledger believes when something is between the workers and the server, message by message."""
+"""What the ledger believes when something is between the workers and the server, message by
+message."""
 
 from __future__ import annotations
 
@@ -145,9 +146,7 @@ def test_without_a_control_connection_an_end_proves_nothing_until_its_route_is_k
     assert len(said) == (0 if direct else 1)
 
 
-def test_without_a_control_connection_another_workers_connection_tells_what_a_dead_ones_end_proved() -> (
-    None
-):
+def test_without_a_control_connection_another_workers_tells_what_a_dead_ones_end_proved() -> None:
     broker = Broker(has_control_connection=False)
     a, b = broker.worker("a", max_conn=2), broker.worker("b")
     token = a.granted(a.ask())

@@ -14,7 +14,8 @@ NAME = "sharedpool.test-logs"
 
 
 class Handler(logging.Handler):
-    """Keeps records, with the thread that told them; waits until it may go on; raises if it is to."""
+    """Keeps records, with the thread that told them; waits until it may go on;
+    raises if it is to."""
 
     def __init__(self) -> None:
         super().__init__()

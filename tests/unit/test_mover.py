@@ -1,4 +1,5 @@
-"""The fast path in the lane, with real connection objects, and a server of which a test says what it says."""
+"""The fast path in the lane, with real connection objects, and a server of which a test says what
+it says."""
 
 from __future__ import annotations
 
@@ -44,9 +45,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 _SAID = {
-    b"server_version": b"16.2", b"server_encoding": b"UTF8", b"client_encoding": b"UTF8",
-    b"DateStyle": b"ISO, MDY", b"TimeZone": b"UTC", b"integer_datetimes": b"on", b"standard_conforming_strings": b"on",
-}  # fmt: skip
+    b"server_version": b"16.2",
+    b"server_encoding": b"UTF8",
+    b"client_encoding": b"UTF8",
+    b"DateStyle": b"ISO, MDY",
+    b"TimeZone": b"UTC",
+    b"integer_datetimes": b"on",
+    b"standard_conforming_strings": b"on",
+}
 _NAMES = msgspec.msgpack.encode(ServerFacts("u", "d", "", 5432, "", False, "dbname=d", {}))
 LIVE = Live(
     Backend(7, 1, 1, direct=True),
@@ -62,18 +68,19 @@ _RESET = b"Q" + struct.pack("!i", 16) + b"DISCARD ALL\0"
 
 
 class Rig:
-    """A process in a lane, another one's end of it, and the server's ends of the connections that move."""
+    """A process in a lane, another one's end of it, and the server's ends of the connections that
+    move."""
 
     def __init__(self) -> None:
         config = PoolConfig(resolve(dsn="host=nowhere user=u dbname=d"), timeout=5.0)
-        self.holdings = LocalPool(config, GivenBroker("ipc:///nowhere"), Session, Mover)
-        self.holdings.messages.welcomed(1, 1, time.monotonic())
-        self.holdings.receiver.works = True  # it was seen to work here
+        self.local = LocalPool(config, GivenBroker("ipc:///nowhere"), Session, Mover)
+        self.local.messages.welcomed(1, 1, time.monotonic())
+        self.local.receiver.works = True  # it was seen to work here
         self.fds = lanes.make()
         self.lane = Lane([os.dup(fd) for fd in self.fds], 1)
         self.other = Lane([os.dup(fd) for fd in self.fds], 2)
-        self.seats = WaitSockets(self.lane, 0, lambda moved, sock: sock.close())
-        self.mover = Mover(self.holdings, self.seats, self.lane, None)
+        self.wait_sockets = WaitSockets(self.lane, 0, lambda moved, sock: sock.close())
+        self.mover = Mover(self.local, self.wait_sockets, self.lane, None)
         self.lane.board.generation, self.lane.board.moving = 1, True
         self.servers: dict[int, socket.socket] = {}
 
@@ -112,7 +119,7 @@ class Rig:
         return False
 
     def close(self) -> None:
-        self.seats.disown()
+        self.wait_sockets.disown()
         for lane in (self.lane, self.other):
             lane.close()
         for fd in self.fds:
@@ -189,10 +196,10 @@ def test_a_connection_is_used_when_its_reset_is_done_and_not_otherwise(
     token = rig.give(said)
     assert rig.take() is None
     assert rig.is_over(token)
-    (release,) = [x for x in rig.holdings.cache.outbox if isinstance(x, Release)]
+    (release,) = [x for x in rig.local.cache.outbox if isinstance(x, Release)]
     assert (release.token, release.reason, release.gone) == (token, ReleaseReason.FAILED, False)
-    assert not rig.holdings.cache.leases
-    assert not rig.holdings.cache.arriving
+    assert not rig.local.cache.leases
+    assert not rig.local.cache.arriving
 
 
 def test_a_checkin_sends_the_reset_and_gives(rig: Rig) -> None:
@@ -207,20 +214,20 @@ def test_a_checkin_sends_the_reset_and_gives(rig: Rig) -> None:
     assert (moved.token, moved.live) == (token, LIVE)
     sock.close()
     assert rig.is_over(token)  # this process has none of it any more
-    assert not rig.holdings.cache.leases
-    assert rig.holdings.given == 1
+    assert not rig.local.cache.leases
+    assert rig.local.given == 1
 
 
 def test_a_checkin_gives_to_who_has_waited_longest(rig: Rig) -> None:
     rig.give()
     conn = rig.take()
     assert conn is not None
-    seat = rig.other.wait_socket(5 * PLACES)
+    wait_socket = rig.other.wait_socket(5 * PLACES)
     rig.other.board.take_place(5 * PLACES, 44)
     rig.other.add_ticket(lanes.Ticket(2, 5 * PLACES, 44))
     assert rig.check_in(conn)
-    got = rig.other.receive(seat)
-    seat.close()
+    got = rig.other.receive(wait_socket)
+    wait_socket.close()
     assert got is not None
     moved, sock = got
     sock.close()
@@ -243,14 +250,14 @@ def test_a_connection_with_half_a_message_in_its_buffer_is_not_given(rig: Rig) -
     assert rig.check_in(conn)
     assert rig.other.take_from_shelf() is None
     assert rig.is_over(token)
-    assert not rig.holdings.cache.leases
-    assert [x.token for x in rig.holdings.cache.outbox if isinstance(x, Release)] == [token]
+    assert not rig.local.cache.leases
+    assert [x.token for x in rig.local.cache.outbox if isinstance(x, Release)] == [token]
 
 
 @pytest.mark.parametrize(
     "case", ["older generation", "struck", "cancelled", "aged", "a thread waits here"]
 )
-def test_an_unusual_connection_goes_the_long_way_untouched(rig: Rig, case: str) -> None:
+def test_an_unusual_connection_takes_the_slow_path_untouched(rig: Rig, case: str) -> None:
     token = rig.give()
     conn = rig.take()
     assert conn is not None
@@ -264,11 +271,11 @@ def test_an_unusual_connection_goes_the_long_way_untouched(rig: Rig, case: str) 
     elif case == "aged":
         lease.retire_at = time.monotonic()
     else:
-        ticket = Waiter(lambda: None, time.monotonic())
-        rig.holdings.cache.waiters.enqueue(ticket, 5.0)
+        waiter = Waiter(lambda: None, time.monotonic())
+        rig.local.cache.waiters.enqueue(waiter, 5.0)
     assert not rig.check_in(conn)
     assert not readable([rig.servers[1]], 0)  # nothing was sent
-    assert (lease.phase, rig.holdings.cache.leases) == (Phase.IN_USE, {token: lease})
+    assert (lease.phase, rig.local.cache.leases) == (Phase.IN_USE, {token: lease})
 
 
 # --- slices of time
@@ -280,20 +287,21 @@ class Slicing(Rig):
     def __init__(self) -> None:
         super().__init__()
         self.timer = Timer()
-        self.mover = Mover(self.holdings, self.seats, self.lane, self.timer)
+        self.mover = Mover(self.local, self.wait_sockets, self.lane, self.timer)
         (
-            self.holdings.membership.wait_sockets,
-            self.holdings.membership.mover,
-            self.holdings.hands_over,
+            self.local.membership.wait_sockets,
+            self.local.membership.mover,
+            self.local.hands_over,
         ) = (
-            self.seats,
+            self.wait_sockets,
             self.mover,
             True,
         )
-        self.holdings.cache.moving = self.lane.board.head
+        self.local.cache.enter_lane(self.lane.board.head)
 
     def steady(self) -> PooledConnection:
-        """Return a connection that was asked for as soon as the last one was gone, and has just come."""
+        """Return a connection that was asked for as soon as the last one was gone, and has just
+        come."""
         conn = self.take()
         assert conn is not None
         lease = self.lease(conn)
@@ -319,25 +327,26 @@ def test_in_its_slice_it_is_kept_and_given_when_nobody_comes(slicing: Slicing) -
     slicing.give()
     conn = slicing.steady()
     assert slicing.check_in(conn)
-    assert len(slicing.holdings.cache.idle) == 1
+    assert len(slicing.local.cache.idle) == 1
     assert readable([slicing.timer], 5.0)
     slicing.timer.clear()
-    slicing.holdings.give_kept()
-    assert not slicing.holdings.cache.idle
+    slicing.local.give_kept()
+    assert not slicing.local.cache.idle
     taken = slicing.other.take_from_shelf()
     assert taken is not None
     taken[1].close()
 
 
 def test_a_thread_that_kept_one_in_vain_keeps_none_until_it_asks_at_once(slicing: Slicing) -> None:
-    """Two processes that take turns: each asks again soon after it has given, and the other waits."""
+    """Two processes that take turns: each asks again soon after it has given, and
+    the other waits."""
 
     def keeps(idle_s: float) -> bool:
         slicing.give()
         conn = slicing.steady()
         slicing.lease(conn).idle_s = idle_s
         assert slicing.check_in(conn)
-        kept = bool(slicing.holdings.cache.idle)
+        kept = bool(slicing.local.cache.idle)
         if not kept:
             taken = slicing.other.take_from_shelf()
             assert taken is not None
@@ -345,17 +354,17 @@ def test_a_thread_that_kept_one_in_vain_keeps_none_until_it_asks_at_once(slicing
         return kept
 
     assert keeps(0.0005)
-    (lease,) = slicing.holdings.cache.idle
+    (lease,) = slicing.local.cache.idle
     lease.since -= 60.0
-    slicing.holdings.give_kept()
+    slicing.local.give_kept()
     taken = slicing.other.take_from_shelf()
     assert taken is not None
     taken[1].close()
     assert not keeps(0.0005)
     assert keeps(0.0)
-    (lease,) = slicing.holdings.cache.idle
+    (lease,) = slicing.local.cache.idle
     lease.since = lease.arrived_at + 1.0  # it is asked for again
-    conn = cast(PooledConnection, slicing.holdings.cache.idle.pop().conn)
+    conn = cast(PooledConnection, slicing.local.cache.idle.pop().conn)
     conn.sharedpool_lent = lease
     assert slicing.check_in(conn)
     assert keeps(0.0005)
@@ -366,7 +375,7 @@ def test_after_its_slice_it_is_given(slicing: Slicing) -> None:
     conn = slicing.steady()
     slicing.lease(conn).arrived_at -= 61.0
     assert slicing.check_in(conn)
-    assert not slicing.holdings.cache.idle
+    assert not slicing.local.cache.idle
     assert not slicing.timer.armed
 
 
@@ -377,7 +386,7 @@ def test_while_one_is_kept_the_others_checkin_leaves_the_timer_set(slicing: Slic
     slicing.lease(given).arrived_at -= 61.0
     assert slicing.check_in(kept)
     assert slicing.check_in(given)
-    assert len(slicing.holdings.cache.idle) == 1
+    assert len(slicing.local.cache.idle) == 1
     assert slicing.timer.armed
 
 
@@ -387,10 +396,10 @@ def test_a_connection_put_there_a_moment_ago_is_looked_at_again(slicing: Slicing
     conn = slicing.steady()
     assert slicing.check_in(conn)
     slicing.timer.clear()
-    (lease,) = slicing.holdings.cache.idle
+    (lease,) = slicing.local.cache.idle
     lease.since = time.monotonic() + 1.0  # however long the test is held up
-    slicing.holdings.give_kept()
-    assert list(slicing.holdings.cache.idle) == [lease]
+    slicing.local.give_kept()
+    assert list(slicing.local.cache.idle) == [lease]
     assert slicing.timer.armed
 
 
@@ -401,10 +410,10 @@ def test_a_timer_that_fires_meanwhile_is_set_again(slicing: Slicing) -> None:
     class Idle(deque[Lease]):
         def append(self, lease: Lease) -> None:
             slicing.timer.clear()  # the link's thread, at this moment
-            slicing.holdings.give_kept()
+            slicing.local.give_kept()
             super().append(lease)
 
-    slicing.holdings.cache.idle = Idle()
+    slicing.local.cache.idle = Idle()
     assert slicing.check_in(conn)
     assert slicing.timer.armed
 
@@ -414,33 +423,33 @@ def test_a_received_connection_is_listed_or_the_report_is_marked_unsure(
     rig: Rig, on_shelf: bool
 ) -> None:
     thread = threading.current_thread()
-    seat = rig.seats.take(weakref.ref(thread))
-    assert seat is not None
-    assert seat.wait(0) is None
-    assert not rig.seats.busy
+    wait_socket = rig.wait_sockets.take(weakref.ref(thread))
+    assert wait_socket is not None
+    assert wait_socket.wait(0) is None
+    assert not rig.wait_sockets.busy
     if not on_shelf:
-        seat.join_queue(1)
+        wait_socket.join_queue(1)
     rig.give(on_shelf=on_shelf)
-    got = seat.take_from_shelf() if on_shelf else seat.wait(5)
+    got = wait_socket.take_from_shelf() if on_shelf else wait_socket.wait(5)
     assert got is not None
-    assert rig.seats.busy
+    assert rig.wait_sockets.busy
     got[1].close()
-    rig.seats.give_back(seat)
-    assert not rig.seats.busy
+    rig.wait_sockets.give_back(wait_socket)
+    assert not rig.wait_sockets.busy
     rig.give(on_shelf=True)
     assert rig.take() is not None
-    assert not rig.seats.busy
+    assert not rig.wait_sockets.busy
 
 
-def test_a_connection_sent_to_a_seat_in_a_former_brokers_lane_is_kept(rig: Rig) -> None:
-    seat = rig.seats.take(None)
-    assert seat is not None
-    seat.join_queue(1)
+def test_a_connection_sent_to_a_wait_socket_in_a_former_brokers_lane_is_kept(rig: Rig) -> None:
+    wait_socket = rig.wait_sockets.take(None)
+    assert wait_socket is not None
+    wait_socket.join_queue(1)
     token = rig.give(on_shelf=False)
-    rig.holdings.membership.wait_sockets = rig.seats
-    rig.holdings.messages.welcomed(2, 7, time.monotonic())
-    rig.holdings.membership.leave(to_new_broker=True)
-    lease = rig.holdings.cache.leases[token]
+    rig.local.membership.wait_sockets = rig.wait_sockets
+    rig.local.messages.welcomed(2, 7, time.monotonic())
+    rig.local.membership.leave(to_new_broker=True)
+    lease = rig.local.cache.leases[token]
     assert (lease.phase, lease.generation) == (Phase.IDLE, 7)
     conn: Any = lease.conn
     conn.close()
@@ -453,8 +462,8 @@ def test_a_waiting_thread_leaves_a_former_brokers_lane_in_which_connections_move
     thread = threading.Thread(target=lambda: took.append(rig.mover.take(30.0, time.monotonic())))
     thread.start()
     wait_until(lambda: rig.lane.board.waiting([0]) == 1)
-    rig.holdings.membership.wait_sockets = rig.seats
-    rig.holdings.membership.leave(to_new_broker=True)
+    rig.local.membership.wait_sockets = rig.wait_sockets
+    rig.local.membership.leave(to_new_broker=True)
     thread.join(5)
     assert took == [None]
 
@@ -464,9 +473,9 @@ def test_a_connection_that_comes_back_while_it_is_given_stays(rig: Rig) -> None:
     token = rig.give()
     conn = rig.mover.take(5.0, time.monotonic())
     assert conn is not None
-    former, lease = Lease(token, None, 0.0), rig.holdings.cache.leases[token]
-    rig.holdings.cache.given(former)
-    assert rig.holdings.cache.leases[token] is lease
-    rig.holdings.cache.given(lease)
-    assert token not in rig.holdings.cache.leases
+    former, lease = Lease(token, None, 0.0), rig.local.cache.leases[token]
+    rig.local.cache.given(former)
+    assert rig.local.cache.leases[token] is lease
+    rig.local.cache.given(lease)
+    assert token not in rig.local.cache.leases
     conn.close()

@@ -1,4 +1,5 @@
-"""The ledger's side of the lane: when connections move past the broker, and what it makes of what the board says."""
+"""The ledger's side of the lane: when connections move past the broker, and what it makes of what
+the board says."""
 
 from __future__ import annotations
 
@@ -62,8 +63,8 @@ QUIET_S = 1.0  # nobody has asked for so long
 
 
 class Rig:
-    """A pool of some workers, each with a connection, that is contended; its lane's board; what is in its wait
-    sockets.
+    """A pool of some workers, each with a connection, that is contended; its lane's board; what is
+    in its wait sockets.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Rig:
         return self.broker.slots.sessions[worker.id].number
 
     def holder_of(self, token: Token) -> str:
-        """Return the name of who holds a lease by the books, "shelf" for nobody."""
+        """Return the name of who holds a lease by the records, "shelf" for nobody."""
         session = self.lease(token).session
         return "shelf" if session.shelf else session.id.decode()
 
@@ -100,11 +101,12 @@ class Rig:
         self.broker.slots.pools["p"].cancel_works = True
 
     def open_lane(self) -> None:
-        """Let everybody in, and have a connection passed on by the broker, for which a cancel is seen to work."""
+        """Let everybody in, and have a connection passed on by the broker, for which a cancel is
+        seen to work."""
         for worker in self.workers:
             self.desk.join(worker)
         giver, taker = self.workers[0], self.workers[-1]
-        self.desk.ask(taker, seat=0)
+        self.desk.ask(taker, place=0)
         self.desk.give(giver, self.tokens[0])
         self.cancels_work()
         heir = self.desk.passed()[-1][1].token
@@ -117,8 +119,8 @@ class Rig:
     def join(self, worker: Worker) -> None:
         self.broker.take_in(self.broker.ledger.lanes.joined(worker.id, self.broker.now))
 
-    def contend(self, worker: Worker | None = None, *, seat: int = 1) -> int:
-        return self.desk.ask(worker or self.workers[0], seat=seat, wait_s=500.0)
+    def contend(self, worker: Worker | None = None, *, place: int = 1) -> int:
+        return self.desk.ask(worker or self.workers[0], place=place, wait_s=500.0)
 
     def give_up(self) -> None:
         """Have nobody wait at the broker any more."""
@@ -133,7 +135,7 @@ class Rig:
         self.contend()
         if not self.moving:  # holders are asked first, whether something lies idle
             self.answer_all()
-            self.contend(seat=2)
+            self.contend(place=2)
         assert self.moving
 
     def answer_all(self) -> None:
@@ -201,7 +203,7 @@ def test_a_lane_is_made_for_the_first_waiter(rig: Rig) -> None:
     assert rig.broker.all(OpenLane) == []
     rig.workers[2].ask(9.0)
     assert rig.broker.all(OpenLane) == [OpenLane("p", 1)]
-    rig.desk.ask(rig.workers[0], seat=8)
+    rig.desk.ask(rig.workers[0], place=8)
     rig.desk.give(rig.workers[1], rig.tokens[1])
     assert rig.broker.all(OpenLane) == [OpenLane("p", 1)]  # it is ordered
 
@@ -257,7 +259,7 @@ def test_in_a_pool_with_max_waiting_the_broker_passes_connections_on() -> None:
     rig.open_lane()
     rig.contend()
     rig.answer_all()
-    rig.contend(seat=2)
+    rig.contend(place=2)
     assert not rig.moving
     rig.desk.give(rig.workers[1], rig.tokens[1])
     assert len(rig.desk.passed()) == 2
@@ -323,7 +325,7 @@ def test_connections_move_while_a_thread_waits_and_the_broker_has_nothing_else_t
     assert not rig.moving
     rig.contend()
     rig.answer_all()
-    rig.contend(seat=2)
+    rig.contend(place=2)
     assert rig.moving
     assert rig.broker.all(StartMoves) == [StartMoves("p")]
     assert [rig.board.find(token) >= 0 for token in rig.tokens] == [True, True]
@@ -345,13 +347,13 @@ def test_the_generation_is_on_the_board(rig: Rig) -> None:
 
 def test_a_request_at_the_broker_takes_its_turn_in_the_lane(rig: Rig) -> None:
     rig.open_lane()
-    rig.contend(seat=1)
+    rig.contend(place=1)
     rig.answer_all()
-    rig.contend(rig.workers[1], seat=2)
+    rig.contend(rig.workers[1], place=2)
     assert rig.moving
     assert rig.board.is_waiting_at(BROKER_PLACE, BROKER_REQUEST)
     assert sum(each.times for each in rig.broker.all(JoinQueue)) == 2
-    rig.contend(rig.workers[1], seat=3)
+    rig.contend(rig.workers[1], place=3)
     assert sum(each.times for each in rig.broker.all(JoinQueue)) == 3
 
 
@@ -396,7 +398,7 @@ def test_a_request_without_a_wait_gets_the_connection_on_the_shelf(rig: Rig) -> 
         len(rig.desk.passed()),
     )
     worker = rig.workers[0]
-    rig.desk.ask(worker, seat=3, wait_s=0)
+    rig.desk.ask(worker, place=3, wait_s=0)
     rig.answer_all()
     assert worker.sent(Deny) == []
     assert sum(each.most_from_shelf for each in rig.broker.all(JoinQueue)) > looks
@@ -409,7 +411,7 @@ def test_a_request_without_a_wait_gets_the_connection_on_the_shelf(rig: Rig) -> 
 def test_a_request_without_a_wait_is_refused_if_the_shelf_is_empty(rig: Rig) -> None:
     rig.proceed()
     rig.give_up()
-    rig.desk.ask(rig.workers[0], seat=3, wait_s=0)
+    rig.desk.ask(rig.workers[0], place=3, wait_s=0)
     rig.answer_all()
     assert [each.reason for each in rig.workers[0].sent(Deny)] == [DenyReason.EXHAUSTED]
 
@@ -417,7 +419,7 @@ def test_a_request_without_a_wait_is_refused_if_the_shelf_is_empty(rig: Rig) -> 
 def test_a_request_to_the_broker_has_the_shelf_looked_at(rig: Rig) -> None:
     rig.proceed()
     looks = sum(each.most_from_shelf for each in rig.broker.all(JoinQueue))
-    rig.contend(rig.workers[1], seat=3)
+    rig.contend(rig.workers[1], place=3)
     assert sum(each.most_from_shelf for each in rig.broker.all(JoinQueue)) > looks
 
 
@@ -468,7 +470,7 @@ def _set(**attributes: object) -> Callable[[Rig], object]:
 
 
 def _hold_back_connects(rig: Rig) -> None:
-    rig.pool.backoff.ceiling = 1
+    rig.pool.backoff.failed(Token(1, 99), 1, "down", rig.broker.now)
     rig.workers[0].beat()
 
 
@@ -523,10 +525,10 @@ def test_moves_do_not_begin_while_the_broker_has_something_else_to_do(why: str) 
     elif why == "capped":
         broker.worker("o", "other").ask(9.0)
     elif why == "backoff":
-        rig.pool.backoff.ceiling = 1
+        rig.pool.backoff.failed(Token(1, 99), 1, "down", rig.broker.now)
     rig.contend()
     rig.answer_all()
-    rig.contend(seat=2)
+    rig.contend(place=2)
     rig.answer_all()
     assert not rig.moving
     assert broker.all(StartMoves) == []
@@ -571,7 +573,7 @@ def test_under_a_cap_moves_begin_again_when_no_other_pool_waits() -> None:
     assert not rig.moving
     broker.send(other.id, Withdraw(request))
     rig.answer_all()
-    rig.contend(seat=3)
+    rig.contend(place=3)
     rig.answer_all()
     assert rig.moving
 
@@ -584,7 +586,7 @@ def test_a_session_that_has_not_joined_delays_the_moves_until_it_joins(rig: Rig)
     rig.contend()
     rig.answer_all()
     late.answer()
-    rig.contend(seat=2)
+    rig.contend(place=2)
     assert not rig.moving
     rig.join(late)
     assert rig.moving
@@ -616,9 +618,9 @@ def test_moves_proceed_after_a_halt(rig: Rig) -> None:
     rig.give_up()
     rig.broker.pass_time(QUIET_S * 1.01)
     assert not rig.moving
-    rig.contend(seat=3)
+    rig.contend(place=3)
     rig.answer_all()
-    rig.contend(seat=4)
+    rig.contend(place=4)
     assert rig.moving
     for _ in range(3):  # the watch for the end of it, too
         rig.broker.pass_time(QUIET_S * 1.01)
@@ -629,7 +631,7 @@ def test_moves_proceed_after_a_halt(rig: Rig) -> None:
 
 
 def test_when_moves_begin_the_waiters_decide_what_is_to_be_returned(rig: Rig) -> None:
-    """Not by what was shared a while ago: nobody owes anything where others wait in the lane."""
+    """Not by what was shared a while ago: no returns are due where others wait in the lane."""
     rig.proceed()
     assert rig.pool.shared_until <= rig.broker.now < rig.broker.now + SHARED_S
 
@@ -730,13 +732,16 @@ def test_a_lease_given_by_a_silent_session_is_no_longer_suspect(rig: Rig) -> Non
         rig.workers[2].beat()
     assert rig.state(token) is SlotState.SUSPECT
     rig.moves_itself(token, rig.workers[0])  # the stopped worker goes on, and gives it
-    rig.contend(rig.workers[2], seat=3)
+    rig.contend(rig.workers[2], place=3)
     assert rig.state(token) is SlotState.OPEN
     assert rig.fenced() == []
 
 
 def test_a_lease_given_to_a_silent_session_is_suspect(rig: Rig) -> None:
-    """The receiver was stopped while it waited, unseen by the giver. The next waiter gets the slot."""
+    """The receiver was stopped while it waited, unseen by the giver.
+
+    The next waiter gets the slot.
+    """
     rig.proceed()
     token, stopped = rig.tokens[1], rig.workers[2]
     rig.give_up()
@@ -747,8 +752,8 @@ def test_a_lease_given_to_a_silent_session_is_suspect(rig: Rig) -> None:
         rig.workers[1].beat()
     assert rig.state(rig.tokens[0]) is SlotState.SUSPECT  # the stopped worker's own lease
     rig.moves_itself(token, stopped, arrives=False)
-    rig.contend(rig.workers[0], seat=3)
-    rig.contend(rig.workers[0], seat=4)
+    rig.contend(rig.workers[0], place=3)
+    rig.contend(rig.workers[0], place=4)
     assert set(rig.fenced()) == set(rig.tokens)
 
 
@@ -815,7 +820,10 @@ def test_a_connection_that_a_thread_may_be_receiving_is_not_ended(rig: Rig) -> N
 def test_an_arrived_connection_that_a_thread_is_receiving_is_not_ended(
     rig: Rig, asked: bool
 ) -> None:
-    """It was listed while nobody had read it, and is listed again once it is taken in. Between the two it is not."""
+    """It was listed while nobody had read it, and is listed again once it is taken in.
+
+    Between the two it is not.
+    """
     rig.proceed()
     token, receiver = rig.tokens[1], rig.workers[0]
     rig.moves_itself(token, receiver, arrives=False)
@@ -1000,7 +1008,8 @@ def test_a_lease_given_to_an_ended_session_is_ended(rig: Rig) -> None:
 
 
 def test_a_lease_refused_by_an_ended_session_and_given_to_another_goes_on(rig: Rig) -> None:
-    """The receiver's wait socket was gone; the giver saw it just after it had named the receiver."""
+    """The receiver's wait socket was gone; the giver saw it just after it had named
+    the receiver."""
     rig.proceed()
     token, number, cell = rig.tokens[1], rig.number(rig.workers[0]), rig.lease(rig.tokens[1]).cell
     rig.broker.take_in(rig.broker.ledger.session_died(b"w0", rig.broker.now))
@@ -1037,7 +1046,7 @@ def test_a_session_that_is_forgotten_later_makes_no_other_suspect(rig: Rig) -> N
     rig.sync()
     rig.broker.take_in(rig.broker.ledger.backend_gone(rig.tokens[1], rig.broker.now))
     rig.broker.pass_time(0.001)
-    assert not rig.broker.slots.sessions[b"w0"].unresponsive
+    assert not rig.broker.slots.sessions[b"w0"].silent
     assert rig.fenced() == [rig.tokens[1]]
 
 
@@ -1119,7 +1128,7 @@ def test_a_lease_with_a_cancel_under_way_does_not_move_yet(rig: Rig) -> None:
     rig.broker.send(b"w1", CancelQuery(rig.tokens[1]))
     rig.contend()
     rig.answer_all()
-    rig.contend(seat=2)
+    rig.contend(place=2)
     assert (rig.moving, rig.board.find(rig.tokens[1])) == (True, -1)
     rig.broker.take_in(
         rig.broker.ledger.control.query_cancelled(
@@ -1196,7 +1205,8 @@ def say_hello(rig: Rig, worker: Worker, moves: dict[Token, int]) -> None:
 def test_a_later_broker_takes_the_holder_with_the_most_moves(
     rig: Rig, order: tuple[int, int]
 ) -> None:
-    """Whoever says HELLO first: the one of the journal, who has it no more, or the one who has it."""
+    """Whoever says HELLO first: the one of the journal, who has it no more, or the
+    one who has it."""
     rig.proceed()
     token, holder, former = rig.tokens[1], rig.workers[0], rig.workers[1]
     assert rig.holder_of(token) == "w1"
@@ -1323,7 +1333,8 @@ def test_an_unclaimed_lease_is_ended_once_all_members_have_reported(
 
 
 def test_an_unclaimed_lease_is_not_ended_before_all_members_have_said_hello(rig: Rig) -> None:
-    """One who held nothing when the former broker died, and whom only its journal knows as a member."""
+    """One who held nothing when the former broker died, and whom only its journal knows as a
+    member."""
     after, token = lost_with_the_broker(rig)
     assert b"w0" not in {entry.session for entry in journal_of(rig.broker)}
     for worker in after.workers[1:]:
@@ -1517,7 +1528,7 @@ def test_a_lease_of_this_broker_is_never_unclaimed(rig: Rig) -> None:
 
 
 def test_a_request_without_a_wait_is_refused_once_the_shelf_was_found_empty(rig: Rig) -> None:
-    """By the books something lies there: it was lost on its way, or another was faster."""
+    """By the records something lies there: it was lost on its way, or another was faster."""
     rig.proceed()
     rig.give_up()
     rig.moves_itself(rig.tokens[1], None)

@@ -1,7 +1,9 @@
-"""Nothing is decided by reading an error's text: servers and libpq speak many languages, and reword what they say.
+"""Nothing is decided by reading an error's text: servers and libpq speak many languages, and reword
+what they say.
 
-What may be shown may not be searched or compared. This walks the package's syntax trees: whatever comes out of an
-exception as text is *prose*, and stays it through assignments and calls inside its module.
+What may be shown may not be searched or compared. This walks the package's syntax trees: whatever
+comes out of an exception as text is *prose*, and stays it through assignments and calls inside its
+module.
 """
 
 from __future__ import annotations
@@ -63,7 +65,10 @@ ALLOWED = {
 
 
 class Reader(ast.NodeVisitor):
-    """Finds in one function where prose is read. `prose`: names that hold some; `errors`: names of exceptions."""
+    """Finds in one function where prose is read.
+
+    `prose`: names that hold some; `errors`: names of exceptions.
+    """
 
     def __init__(self, prose: set[str], errors: set[str]) -> None:
         self.prose, self.errors = prose, errors
@@ -231,7 +236,8 @@ def test_nothing_is_decided_by_an_errors_words() -> None:
 )
 def test_a_function_that_reads_an_errors_text_is_found(body: str) -> None:
     judge = "def judge(text):\n    return 'FATAL' in text\n"
-    source = f"{judge}def look(x):\n    try:\n        x()\n    except ValueError as error:\n        {body}\n"
+    source = f"{judge}def look(x):\n    try:\n        x()\n"
+    source += f"    except ValueError as error:\n        {body}\n"
     assert prose_in(source)
 
 

@@ -1,4 +1,5 @@
-"""A broker after another's end, the quarantine, the server's trouble, the drain: the ledger, message by message."""
+"""A broker after another's end, the quarantine, the server's trouble, the drain: the ledger,
+message by message."""
 
 from __future__ import annotations
 
@@ -390,9 +391,7 @@ def test_a_deposit_that_was_on_its_way_ends_the_quarantine() -> None:
     assert broker.ledger.leases == 0
 
 
-def test_a_connect_that_timed_out_is_verified_and_without_a_control_connection_waits_for_the_servers_limit() -> (
-    None
-):
+def test_a_connect_that_timed_out_is_verified_or_waits_for_the_servers_limit() -> None:
     for verifies in (True, False):
         broker = Broker(has_control_connection=verifies)
         a = broker.worker("a", max_conn=1)
@@ -596,7 +595,8 @@ def test_a_sessions_process_is_recorded_for_the_successor_to_watch() -> None:
 
 
 def test_a_half_journaled_hand_over_restores_only_the_new_lease() -> None:
-    """Its giver does not claim its lease any more; fenced for that, it would end the connection in its heir's hands."""
+    """Its giver does not claim its lease any more; fenced for that, it would end the connection in
+    its heir's hands."""
     before = Broker()
     a, b = (before.worker(name, max_conn=1) for name in "ab")
     a.lend()
@@ -631,7 +631,8 @@ def test_in_an_unjournaled_hand_over_the_claim_of_the_new_lease_counts() -> None
 
 
 def silent_with_a_grant(broker: Broker) -> tuple[Worker, Token]:
-    """A worker that nobody can watch was granted a slot, and has said nothing since; its TTL has passed."""
+    """A worker that nobody can watch was granted a slot, and has said nothing since; its TTL has
+    passed."""
     a = broker.worker("a", max_conn=1)
     token = a.granted(a.ask())
     broker.pass_time(TTL_S + 0.1)

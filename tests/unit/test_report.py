@@ -1,4 +1,5 @@
-"""What the books tell an operator: leases by age, how long requests waited, slots in use over time."""
+"""What the records tell an operator: leases by age, how long requests waited, slots in use over
+time."""
 
 from __future__ import annotations
 
@@ -67,8 +68,10 @@ def test_a_refusal_names_the_line_that_checked_the_oldest_out(broker: Broker) ->
     a, b = broker.worker("a"), broker.worker("b")
     first, second = a.lend(), a.lend()
     stacks = {first: ["views.py:3 in show", "app.py:1 in <module>"], second: ["jobs.py:9 in run"]}
-    reports = [LeaseReport(first, Phase.IN_USE, 5000, "T1", a.backend(first), stacks[first]),
-               LeaseReport(second, Phase.IN_USE, 1000, "T1", a.backend(second), stacks[second])]  # fmt: skip
+    reports = [
+        LeaseReport(first, Phase.IN_USE, 5000, "T1", a.backend(first), stacks[first]),
+        LeaseReport(second, Phase.IN_USE, 1000, "T1", a.backend(second), stacks[second]),
+    ]
     broker.send(a.id, Renew(reports, a.seen))
     assert [line.stack for line in broker.ledger.oldest_leases(2, broker.now)] == list(
         stacks.values()
@@ -109,9 +112,12 @@ def test_the_report_of_a_long_checkout_carries_its_stack(broker: Broker) -> None
     assert "at views.py:3 in show < app.py:1 in <module>" in log.text
     assert "\n" not in log.text
     assert log.fields == {
-        "epoch": broker.ledger.epoch, "pool": "p", "lease": str(token), "session": f"a[{100 + ord('a')}]",
+        "epoch": broker.ledger.epoch,
+        "pool": "p",
+        "lease": str(token),
+        "session": f"a[{100 + ord('a')}]",
         "reason": "max_checkout",
-    }  # fmt: skip
+    }
 
 
 def test_waits_are_from_the_request_to_the_grant(broker: Broker) -> None:

@@ -28,51 +28,51 @@ def dealer(
     return sock
 
 
-def read_until(post: RouterSocket, body: bytes) -> list[Incoming]:
-    """All that comes up to a letter with this body."""
-    letters: list[Incoming] = []
+def read_until(router: RouterSocket, body: bytes) -> list[Incoming]:
+    """All that comes up to a message with this body."""
+    messages: list[Incoming] = []
 
     def came() -> bool:
-        letters.extend(post.read(10))
-        return any(letter.body == body for letter in letters)
+        messages.extend(router.read(10))
+        return any(message.body == body for message in messages)
 
     wait_until(came)
-    return letters
+    return messages
 
 
 def test_a_workers_message_over_its_former_connection_is_not_taken_for_a_strangers(
     tmp_path: Path,
 ) -> None:
-    """A broker that was stopped finds two connections of a worker that took it for dead: ZeroMQ gives the old one a
-    name of its own, under which the worker's words are nobody's."""
-    post, context = RouterSocket(f"ipc://{tmp_path}/post.sock", None), zmq.Context()
-    post.bind()
+    """A broker that was stopped finds two connections of a worker that took it for dead: ZeroMQ
+    gives the old one a name of its own, under which the worker's words are nobody's."""
+    router, context = RouterSocket(f"ipc://{tmp_path}/router.sock", None), zmq.Context()
+    router.bind()
     try:
-        former = dealer(context, f"ipc://{tmp_path}/post.sock", PROCESS)
+        former = dealer(context, f"ipc://{tmp_path}/router.sock", PROCESS)
         former.send(add_channel(CHANNEL, encode(Withdraw(1))))
-        read_until(post, encode(Withdraw(1)))
+        read_until(router, encode(Withdraw(1)))
         for request in range(2, 6):
             former.send(add_channel(CHANNEL, encode(Withdraw(request))))
         former.close()  # when all is sent
-        again = dealer(context, f"ipc://{tmp_path}/post.sock", PROCESS)
+        again = dealer(context, f"ipc://{tmp_path}/router.sock", PROCESS)
         renew = encode(Renew([], NO_TOKEN))
         again.send(add_channel(CHANNEL, renew))
-        command = dealer(context, f"ipc://{tmp_path}/post.sock")
+        command = dealer(context, f"ipc://{tmp_path}/router.sock")
         command.send(encode(STATUS))
-        letters = read_until(post, renew)
-        if encode(STATUS) not in [letter.body for letter in letters]:
-            letters += read_until(post, encode(STATUS))
+        messages = read_until(router, renew)
+        if encode(STATUS) not in [message.body for message in messages]:
+            messages += read_until(router, encode(STATUS))
         again.send(add_channel(CHANNEL, encode(Withdraw(9))))  # and whatever came before
-        letters += read_until(post, encode(Withdraw(9)))
+        messages += read_until(router, encode(Withdraw(9)))
         for sock in (again, command):
             sock.close()
     finally:
-        post.close()
+        router.close()
         context.term()
     session = PROCESS + CHANNEL
-    assert {letter.body for letter in letters if letter.session == session} >= {
+    assert {message.body for message in messages if message.session == session} >= {
         renew,
         encode(Withdraw(9)),
     }
     # Those that were read before its next connection was made are the session's.
-    assert [letter.body for letter in letters if letter.session != session] == [encode(STATUS)]
+    assert [message.body for message in messages if message.session != session] == [encode(STATUS)]

@@ -1,4 +1,5 @@
-"""The timer that wakes who waits for descriptors: when it fires, and whose number it leaves alone."""
+"""The timer that wakes who waits for descriptors: when it fires, and whose number it
+leaves alone."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_a_time_is_counted_in_the_first_bucket_whose_bound_it_does_not_exceed(
     assert list(BOUNDS_S) == sorted(set(BOUNDS_S))
 
 
-def test_checkouts_by_the_short_way_took_no_time() -> None:
+def test_checkouts_by_the_fast_path_took_no_time() -> None:
     times = Timings()
     times.checked_out(0.02)
     waited = told(times, hits=7).waited

@@ -5,18 +5,19 @@ full. Then the pool keeps what it has and *probes*: one connect at a time, for a
 about every 0.8 s. Each probe that succeeds allows the next one at once, until the limit is reached
 again.
 
-| state       | `ceiling` | `probe_allowed` | `probe`  | the pool may grow                  |
-|-------------|-----------|-----------------|----------|------------------------------------|
-| open        | None      | False           | None     | up to its limit                    |
-| holding     | a number  | False           | None     | up to the ceiling                  |
-| probe due   | a number  | True            | None     | by one                             |
-| probing     | a number  | False           | a token  | not at all, until the probe is over |
+| state       | the pool may grow                   | until                                  |
+|-------------|-------------------------------------|----------------------------------------|
+| `OPEN`      | up to its limit                     | a connect fails                        |
+| `HOLDING`   | up to the ceiling                   | `probe_at`                             |
+| `PROBE_DUE` | by one                              | a connect is granted, which is a probe |
+| `PROBING`   | not at all                          | the probe is over, or `probe_at`       |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 
 from sharedpool.wire.values import Token
 
@@ -29,17 +30,35 @@ _JITTER = 0.3
 PROBE_LIMIT_S = 2.0
 
 
+class BackoffState(Enum):
+    """What a pool may do while its connects fail."""
+
+    OPEN = "open"
+    HOLDING = "holding"
+    PROBE_DUE = "probe due"
+    PROBING = "probing"
+
+
+# In Python 3.11 an attribute of an Enum class takes as long as five names of a module.
+OPEN, HOLDING, PROBE_DUE, PROBING = BackoffState
+
+
 @dataclass(slots=True)
 class Backoff:
     """The state of one pool."""
 
     random: Callable[[], float]  # returns numbers from 0 to 1
-    ceiling: int | None = None  # how many leases there may be; None: as many as the limit
-    error: str = ""  # of the last failed connect
+    state: BackoffState = OPEN
+    ceiling: int = 0  # how many leases there may be, unless OPEN
+    error: str = ""  # of the last failed connect; "" while OPEN
     code: str = ""  # its SQLSTATE, if the server has answered
     probe_at: float = 0.0  # when the next probe may be tried, or the one under way is given up
-    probe_allowed: bool = False
-    probe: Token | None = None
+    probe: Token | None = None  # the lease that probes, while PROBING
+
+    @property
+    def active(self) -> bool:
+        """Return True while connects are held back."""
+        return self.state is not OPEN
 
     def allowance(self, limit: int, leases: int, *, connecting: bool = False) -> int:
         """Return how many leases there may be now, at most `limit`, when there are `leases`.
@@ -48,53 +67,60 @@ class Backoff:
         must not keep the others from trying. `connecting`: a connect that is no probe is under way.
         The probe waits for it, as it could take the last place on a full server.
         """
-        if self.ceiling is None:
-            return limit
-        if self.probe is not None:
-            return 0
-        if self.probe_allowed and not connecting:
-            return min(limit, max(self.ceiling, leases) + 1)
-        return min(limit, self.ceiling)
+        match self.state:
+            case BackoffState.OPEN:
+                return limit
+            case BackoffState.PROBING:
+                return 0
+            case BackoffState.PROBE_DUE if not connecting:
+                return min(limit, max(self.ceiling, leases) + 1)
+            case _:
+                return min(limit, self.ceiling)
 
     def granted(self, token: Token, others: int, now: float) -> bool:
         """Record a grant beside `others` leases; return True if it is a probe, until `probe_at`."""
-        if self.ceiling is None or others < self.ceiling:
+        if not self.active or others < self.ceiling:
             return False
-        self.probe_allowed, self.probe = False, token
+        self._change(PROBING, token)
         self.probe_at = now + PROBE_LIMIT_S
         return True
 
     def failed(self, token: Token, connected: int, error: str, now: float, code: str = "") -> float:
         """Record a failed connect beside `connected` others; return when the next may be tried."""
         self.ceiling, self.error, self.code = connected, error, code
-        self.probe_allowed = False
-        if token == self.probe:
-            self.probe = None
+        if self.state is not PROBING or token == self.probe:
+            self._change(HOLDING)
         self.probe_at = now + PROBE_EVERY_S * (1 + _JITTER * self.random())
         return self.probe_at
 
     def end(self) -> None:
         """Allow all connects again: another session of the same role has just succeeded."""
-        self.ceiling, self.error, self.code = None, "", ""
-        self.probe_allowed, self.probe = False, None
+        self._change(OPEN)
+        self.error, self.code = "", ""
 
     def elapsed(self, now: float) -> None:
         """Allow the next probe if it is time, or if the last one has taken too long."""
-        if self.ceiling is not None and now >= self.probe_at:
-            self.probe_allowed, self.probe = True, None
+        if self.active and now >= self.probe_at:
+            self._change(PROBE_DUE)
 
     def opened(self, token: Token, connected: int, limit: int) -> None:
         """Record a successful connect, after which `connected` are open.
 
         A probe's success allows the next probe, or ends the backoff once the limit is reached.
         """
-        if self.ceiling is None or token != self.probe:
+        if token != self.probe:
             return
-        self.ceiling, self.probe_allowed, self.probe = max(self.ceiling, connected), True, None
-        if self.ceiling >= limit:
-            self.ceiling, self.error, self.code = None, "", ""
+        self.ceiling = max(self.ceiling, connected)
+        if self.ceiling < limit:
+            self._change(PROBE_DUE)
+        else:
+            self._change(OPEN)
+            self.error, self.code = "", ""
 
     def ended(self, token: Token) -> None:
         """Give up a probe whose lease is over, or whose worker is silent."""
         if token == self.probe:
-            self.probe_allowed, self.probe = True, None
+            self._change(PROBE_DUE)
+
+    def _change(self, state: BackoffState, probe: Token | None = None) -> None:
+        self.state, self.probe = state, probe

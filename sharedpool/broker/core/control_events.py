@@ -84,7 +84,7 @@ class ControlEvents:
 
     def query_cancelled(self, order: CancelBackend, sent: bool | None, now: float) -> list[Command]:
         """Handle the outcome of a cancel: sent, not allowed (False), or not needed or possible."""
-        self._moves.sync(now)
+        self._moves.transit.sync(now)
         if (pool := self._handover.query_cancelled(order, sent, now)) is not None:
             text = (
                 "pool %r: no hand-over: the broker's role cannot cancel the workers' queries;"

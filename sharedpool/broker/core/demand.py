@@ -116,7 +116,7 @@ def only_checkins_help(slots: Slots, pool: Pool) -> bool:
         or (pool.not_asked_to_return and not pool.moving)
         or pool.nowaits
         or slots.grant_stop.active
-        or pool.backoff.ceiling is not None
+        or pool.backoff.active
         or slots.shrinking
         or slots.groups
         or len(slots.pools) > 1

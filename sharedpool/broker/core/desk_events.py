@@ -51,7 +51,7 @@ class DeskEvents:
 
     def given(self, give: Give, now: float) -> list[Command]:
         """Handle a connection that its worker gives to be passed on."""
-        self._moves.sync(now)
+        self._moves.transit.sync(now)
         session = self._slots.sessions.get(give.session)
         if session is not None and not (session.ended or session.restored):
             self._sessions.heard_from(session, now)
@@ -72,7 +72,7 @@ class DeskEvents:
 
         The process may live on: it may have executed another program.
         """
-        self._moves.sync(now)
+        self._moves.transit.sync(now)
         program = self._programs.pop(line, None)
         if program is not None:
             for session in list(self._slots.sessions.values()):

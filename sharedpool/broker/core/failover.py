@@ -62,8 +62,8 @@ class Failover:
         others = pool.connected - counted
         if not pool.backoff.error:
             text = (
-                "pool %r: %s cannot connect, so the pool keeps its %d connections and tries one at a"
-                " time: %s"
+                "pool %r: %s cannot connect, so the pool keeps its %d connections and tries one"
+                " at a time: %s"
             )
             fields = _fields(session, release)
             self._log(
@@ -130,9 +130,9 @@ class Failover:
         most = most if self._slots.max_conn is None else min(most, self._slots.max_conn)
         if most and most + _OF_THE_BROKER > self._limit:
             text = (
-                "role %r may have %d connections (CONNECTION LIMIT), and %d are needed: max_conn %d,"
-                " and %d of the broker's own. PostgreSQL will refuse the rest: raise that limit, or"
-                " lower max_conn"
+                "role %r may have %d connections (CONNECTION LIMIT), and %d are needed: max_conn"
+                " %d, and %d of the broker's own. PostgreSQL will refuse the rest: raise that"
+                " limit, or lower max_conn"
             )
             needed = most + _OF_THE_BROKER
             self._log(

@@ -45,7 +45,7 @@ class LaneEvents:
 
     def found_on_shelf(self, pool_name: str, moved: Moved, now: float) -> list[Command]:
         """Handle a connection that the broker took from a lane's shelf."""
-        self._moves.sync(now)
+        self._moves.transit.sync(now)
         pool = self._slots.pools.get(pool_name)
         if pool is not None and (lease := self._moves.found_on_shelf(pool, moved)) is not None:
             self._handover.found_on_shelf(lease, moved.live, now)
@@ -53,7 +53,7 @@ class LaneEvents:
 
     def shelf_empty(self, pool_name: str, now: float) -> list[Command]:
         """Handle that nothing was left on a lane's shelf."""
-        self._moves.sync(now)
+        self._moves.transit.sync(now)
         if (pool := self._slots.pools.get(pool_name)) is not None:
             self._moves.shelf_empty(pool, now)
         return self._settle(now)
@@ -66,13 +66,13 @@ class LaneEvents:
 
     def not_delivered(self, moved: Moved, now: float) -> list[Command]:
         """Handle that a connection could not be sent to its waiter."""
-        self._moves.sync(now)
+        self._moves.transit.sync(now)
         self._handover.not_delivered(moved, now)
         return self._settle(now)
 
     def full(self, pool_name: str, moved: Moved, now: float) -> list[Command]:
         """Handle that a lane has no room for a connection that the broker was to give there."""
-        self._moves.sync(now)
+        self._moves.transit.sync(now)
         pool = self._slots.pools.get(pool_name)
         if pool is not None and (lease := self._moves.found_on_shelf(pool, moved)) is not None:
             self._handover.park(lease, moved.live, now)

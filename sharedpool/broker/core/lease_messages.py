@@ -81,7 +81,7 @@ class LeaseMessages:
             known_recall=renew.answers,
             unsure=renew.unsure,
         )
-        self._moves.answered(session, renew.answers, now, unsure=renew.unsure)
+        self._moves.former.session_answered(session, renew.answers, now, unsure=renew.unsure)
         if (twin := self._leases.routes.answered(session, renew.answers)) is not None:
             self._mark_unsuitable(twin, now)
         is_heartbeat = not renew.answers
@@ -144,7 +144,9 @@ class LeaseMessages:
 
     def release(self, session: Session, release: Release, now: float) -> None:
         """Handle that a worker gives a lease back: free the slot, or verify its backend's end."""
-        lease = session.leases.get(release.token) or self._moves.closed_in_transit(session, release)
+        lease = session.leases.get(release.token)
+        if lease is None:
+            lease = self._moves.transit.closed_in_transit(session, release)
         if release.token in session.vanished:
             session.vanished.discard(release.token)  # the broker saw the backend's end first
         elif lease is None or (

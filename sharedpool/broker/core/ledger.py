@@ -86,10 +86,10 @@ class Ledger:
         self,
         epoch: int,
         *,
+        # How long a session may be silent before its leases are suspect.
+        ttl_s: float,
         # The cap on the sum over all pools; None: only each pool's own limit.
         max_conn: int | None = None,
-        # How long a session may be silent before its leases are suspect.
-        ttl_s: float = 15.0,
         # The longest checkout, for pools that set none themselves; 0: no limit.
         max_checkout_s: float = 0.0,
         # The longest idle time that a pool may ask for.
@@ -209,7 +209,7 @@ class Ledger:
         self, session_id: bytes, message: ToBroker, now: float, process: Process | None = None
     ) -> list[Command]:
         """Handle a worker's message; `process` is its sender's, as the kernel tells."""
-        self._moves.sync(now)
+        self._moves.transit.sync(now)
         if now >= self.sharing.trust_ends:
             self.sharing.expire(now)
         session = self._slots.sessions.get(session_id)
@@ -254,7 +254,7 @@ class Ledger:
         """Do what is due by the clock."""
         if (deadline := self._timers.next_deadline()) is None or deadline > now:
             return []
-        self._moves.sync(now)
+        self._moves.transit.sync(now)
         while (alarm := self._timers.pop(now)) is not None:
             alarm.run(now)
         return self._settle(now)
@@ -288,7 +288,7 @@ class Ledger:
 
     def session_died(self, session_id: bytes, now: float) -> list[Command]:
         """Handle the confirmed end of a session's process."""
-        self._moves.sync(now)
+        self._moves.transit.sync(now)
         session = self._slots.sessions.get(session_id)
         if session is not None:
             self._sessions.end(session, "its worker died", now)
@@ -298,7 +298,7 @@ class Ledger:
 
     def backend_gone(self, token: Token, now: float) -> list[Command]:
         """Handle that a lease's backend was seen to be gone, whoever ended it: free its slot."""
-        self._moves.sync(now)
+        self._moves.transit.sync(now)
         if (lease := self._slots.leases.get(token)) is not None:
             self._leases.vanished(lease)
         return self._settle(now)
@@ -308,7 +308,7 @@ class Ledger:
 
         `closed`: the other side has closed it, which may be a proxy.
         """
-        self._moves.sync(now)
+        self._moves.transit.sync(now)
         if (lease := self._slots.leases.get(token)) is not None:
             self._leases.announce_end(lease)  # to the worker, the connection is as good as gone
             self._leases.lost(lease, now, closed=closed)
@@ -329,7 +329,7 @@ class Ledger:
 
     def order(self, order: Order, now: float) -> tuple[Done, list[Command]]:
         """Carry an operator's order out; return the answer, and the commands."""
-        self._moves.sync(now)
+        self._moves.transit.sync(now)
         done = self._admin.carry_out(order, now)
         for line in done.said:
             self._log(logging.INFO, "by order: %s", line)
@@ -348,7 +348,7 @@ class Ledger:
 
     def drain(self, now: float) -> list[Command]:
         """Grant nothing any more, and take everything back; patient waiters go on waiting."""
-        self._moves.sync(now)
+        self._moves.transit.sync(now)
         self._slots.grant_stop.draining = True
         for pool in self._slots.pools.values():
             for waiter in list(pool.nowaits.values()):
@@ -392,7 +392,7 @@ class Ledger:
 
     def report(self, now: float) -> tuple[list[PoolReport], list[SessionReport]]:
         """Return the state of every pool and session."""
-        self._moves.sync(now)
+        self._moves.transit.sync(now)
         return report(self._slots, now)
 
     def oldest_leases(self, most: int, now: float) -> list[LeaseLine]:

@@ -4,7 +4,8 @@ While many threads want a pool's connections, and passing them on is all that th
 it lets them *move* past it (`sharedpool/lane/lane.py`) and reads on the pool's board who holds each
 lease (`in_transit.py`). As soon as there is something else to do it halts the moves: a slot is
 free, a connection is idle in a process, an operator gives an order, or another pool waits for a
-slot of their common limit. Then the waiting threads ask the broker again, and it passes on what is on the shelf.
+slot of their common limit. Then the waiting threads ask the broker again, and it passes on what is
+on the shelf.
 """
 
 from __future__ import annotations
@@ -49,13 +50,9 @@ class Moves:
         self._recalls = recalls
         self._leases = leases
         self._shelves = shelves
-        self._former = FormerLanes(context, recalls.send, complete=remembers)
-        self._members = LaneMembers(context, self._former)
-        self.transit = InTransit(context, recalls, leases, self._members, shelves, self._former)
-        # `sync` runs with every message: a method that only passes the call on would be felt.
-        self.sync = self.transit.sync
-        self.closed_in_transit = self.transit.closed_in_transit
-        self.answered = self._former.session_answered
+        self.former = FormerLanes(context, recalls.send, complete=remembers)
+        self._members = LaneMembers(context, self.former)
+        self.transit = InTransit(context, recalls, leases, self._members, shelves, self.former)
 
     # --- sessions and pools
 
@@ -66,7 +63,7 @@ class Moves:
     def session_registered(self, session: Session, now: float) -> None:
         """Ask a session for what is on its way to it, and let it into its pool's lane."""
         self.transit.session_registered(session, now)
-        self._former.registered(session, now)
+        self.former.registered(session, now)
         self._members.let_in(session, now)
 
     def joined(self, session: Session, *, takes_part: bool) -> None:
@@ -75,7 +72,7 @@ class Moves:
 
     def session_ended(self, session: Session) -> None:
         """Take an ended session out of its lanes."""
-        self._former.gone(session.id)
+        self.former.gone(session.id)
         self._members.session_ended(session)
 
     def check_unconfirmed(self, pool: Pool, now: float) -> None:
@@ -86,23 +83,23 @@ class Moves:
     def pool_discarded(self, pool: Pool) -> None:
         """Forget a pool that no worker uses any more."""
         self._shelves.pool_discarded(pool)
-        self._former.discarded(pool)
+        self.former.discarded(pool)
         self._members.pool_discarded(pool)
 
     def restore(self, members: Iterable[Member]) -> None:
         """Restore who was let into a former broker's lanes."""
-        self._former.restore(members, self._slots.find)
+        self.former.restore(members, self._slots.find)
 
     def former_gone(self, session_id: bytes) -> None:
         """Handle the end of a former lane's member that has not registered at this broker."""
-        self._former.gone(session_id)
+        self.former.gone(session_id)
 
     # --- when connections move
 
     def update_modes(self, now: float) -> bool:
         """Start or halt the moves of each pool, as is due; return True if any were halted."""
-        while self._former.complete_pools:
-            self._fence_unclaimed(self._former.complete_pools.pop(), now)
+        while self.former.complete_pools:
+            self._fence_unclaimed(self.former.complete_pools.pop(), now)
         for pool in self._slots.contended.values():
             if pool.lane is None:
                 self._members.request_lane(pool, now)
@@ -140,13 +137,7 @@ class Moves:
         if len(pool.leases) > lane.cells:
             return False
         # 4. No slot is to be granted, watched or freed.
-        if (
-            pool.room > 0
-            or pool.parked
-            or pool.suspects
-            or pool.backoff.ceiling is not None
-            or pool.unsuitable
-        ):
+        if pool.room > 0 or pool.parked or pool.suspects or pool.backoff.active or pool.unsuitable:
             return False
         # 5. No worker outside the lane holds a lease: it could neither give nor be asked there.
         return not any(session.leases for session in lane.outside.values())

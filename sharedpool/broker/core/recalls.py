@@ -23,6 +23,7 @@ from itertools import chain, islice
 from sharedpool.broker.core.commands import Send
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.records import Pool, Session
+from sharedpool.broker.core.session_states import SessionState
 from sharedpool.wire.messages import Recall
 
 # A worker that has not answered a recall, or finished a close, for this long is not waited for.
@@ -104,7 +105,7 @@ class Recalls:
         awaited, session.awaited = session.awaited, 0
         if session.answered < awaited:
             self.expect_no_answer(session)
-            self._slots.mark_unresponsive(session)
+            self._slots.move_session(session, SessionState.UNRESPONSIVE)
         elif session.answered < session.asked:  # asked again meanwhile
             self._watch_answer(session, now)
 

@@ -15,6 +15,7 @@ from sharedpool.broker.core.commands import Process
 from sharedpool.broker.core.connect_refusals import Refusal, Refusals
 from sharedpool.broker.core.counters import Counters
 from sharedpool.broker.core.group_terms import GroupTerms
+from sharedpool.broker.core.session_states import ENDED, LIVE, SUSPECT, SessionState
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.board import Board
 from sharedpool.wire.desk import Live
@@ -119,11 +120,9 @@ class Session:
     timings: Timings | None = None  # the newest it has told
 
     # --- its life
+    state: SessionState = LIVE
     restored: bool = False  # known from a former broker, and has not said HELLO since
     spared_until: float = -math.inf  # its suspect leases are not fenced before
-    unresponsive: bool = False  # it has not answered in time
-    suspect: bool = False  # it has been silent for the TTL
-    ended: bool = False
     shelf: bool = False  # no worker's, but the pool's own (`Pool.shelf`)
 
     # --- recalls (`recalls.py`)
@@ -157,7 +156,15 @@ class Session:
     @property
     def silent(self) -> bool:
         """Return True if the session cannot be asked for anything."""
-        return self.unresponsive or self.suspect or self.ended or self.shelf
+        return self.state is not LIVE or self.shelf
+
+    @property
+    def suspect(self) -> bool:
+        return self.state is SUSPECT
+
+    @property
+    def ended(self) -> bool:
+        return self.state is ENDED
 
     @property
     def label(self) -> str:
@@ -325,7 +332,7 @@ class Pool:
     def own_room(self) -> int:
         """Slots that may be granted under the pool's own limit."""
         limit = self.target
-        if self.backoff.ceiling is not None:
+        if self.backoff.active:
             # A probe is alone: on a full server another connect would take the place that it needs.
             connecting = any(lease.state is SlotState.GRANTED for lease in self.leases.values())
             limit = self.backoff.allowance(limit, len(self.leases), connecting=connecting)

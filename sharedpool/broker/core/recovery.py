@@ -24,6 +24,7 @@ from sharedpool.broker.core.commands import (
 )
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.records import Lease, Pool, Session
+from sharedpool.broker.core.session_states import SessionState
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.application_name import pool_of_tag
 from sharedpool.wire.messages import START_UP_LIMIT_S
@@ -102,7 +103,7 @@ class Recovery:
         pool = self._make_pool(entry.pool) if entry.pid else self._unnamed(entry.pool)
         session = Session(
             entry.session, entry.pid, entry.host, entry.title, pool, entry.expiration_s, now,
-            entry.process, restored=True, suspect=True, spared_until=spared_until,
+            entry.process, state=SessionState.SUSPECT, restored=True, spared_until=spared_until,
         )  # fmt: skip
         self._slots.sessions[session.id] = pool.sessions[session.id] = session
         return session
@@ -159,7 +160,8 @@ class Recovery:
         session_id = b"unknown:" + pool.name.encode()
         session = pool.sessions.get(session_id)
         if session is None:
-            session = Session(session_id, 0, "", UNKNOWN, pool, 0.0, 0.0, suspect=True)
+            session = Session(session_id, 0, "", UNKNOWN, pool, 0.0, 0.0)
+            session.state = SessionState.SUSPECT
             self._slots.sessions[session_id] = pool.sessions[session_id] = session
         return session
 

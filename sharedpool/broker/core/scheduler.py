@@ -190,7 +190,8 @@ class Scheduler:
         way for its probe), and if an operator has paused the pool, perhaps for this very failover.
         """
         return (
-            pool.backoff.ceiling == 0
+            pool.backoff.active
+            and pool.backoff.ceiling == 0
             and pool.own_room <= 0
             and not pool.has_connections
             and not pool.paused

@@ -25,6 +25,7 @@ from sharedpool.broker.core.pool_directory import PoolDirectory
 from sharedpool.broker.core.recalls import Recalls
 from sharedpool.broker.core.reconciler import Reconciler
 from sharedpool.broker.core.records import Lease, Pool, Session
+from sharedpool.broker.core.session_states import ENDED, LIVE, SUSPECT
 from sharedpool.broker.core.sharing import Sharing
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.broker.core.timers import Alarm
@@ -198,10 +199,10 @@ class Sessions:
     def heard_from(self, session: Session, now: float) -> None:
         """Record that a session has sent a message."""
         session.heard_at = now
-        if session.unresponsive or session.suspect:
-            self._slots.mark_heard(session)
         if session.ended:
             return
+        if session.state is not LIVE:
+            self._slots.move_session(session, LIVE)
         self._not_silent[session.id] = session
         self._not_silent.move_to_end(session.id)
         if self._alarm is None:
@@ -242,7 +243,7 @@ class Sessions:
             session=session.label,
             reason="silent",
         )
-        session.suspect = True
+        self._slots.move_session(session, SUSPECT)
         self._recalls.expect_no_answer(session)
         for lease in list(session.leases.values()):
             if lease.state not in (SlotState.SUSPECT, SlotState.FENCING) and lease.live is None:
@@ -272,9 +273,9 @@ class Sessions:
         Leases above `unused_above`, if given, were never taken up by its worker. This may be called
         twice: a worker's end is seen by its process and by its line to the desk.
         """
-        was_ended, session.ended = session.ended, True
         self._stop_watching(session)
-        if not was_ended:
+        if not session.ended:
+            self._slots.move_session(session, ENDED)
             self._log_end(session, why)
         for waiter in list(session.waiters.values()):
             self._slots.dequeue(waiter)

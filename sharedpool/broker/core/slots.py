@@ -1,4 +1,4 @@
-"""The broker's records, and the one function that changes a slot's state.
+"""The broker's records, and the functions that change the states of slots and sessions.
 
 Every index over leases, sessions and waiters is kept here. The rest of the core reads them freely,
 and changes them by these methods alone.
@@ -21,6 +21,7 @@ from sharedpool.broker.core.records import (
     Session,
     Waiter,
 )
+from sharedpool.broker.core.session_states import LIVE, SESSION_TRANSITIONS, SessionState
 from sharedpool.broker.core.slot_states import (
     CLOSING,
     FENCING,
@@ -374,18 +375,15 @@ class Slots:
         session.pool.taking += taking - session.taking
         session.taking = taking
 
-    def mark_unresponsive(self, session: Session) -> None:
-        """Record that a session does not answer: nothing of what it holds is counted on."""
-        session.unresponsive = True
-        for token in session.leases:
-            session.pool.idle.pop(token, None)
-        self.mark_returns_due(session, session.returns_due)
-
-    def mark_heard(self, session: Session) -> None:
-        """Record that a silent session speaks again, and count on what it holds."""
-        session.unresponsive = session.suspect = False
+    def move_session(self, session: Session, state: SessionState) -> None:
+        """Change a session's state. What it holds is counted on only while it is LIVE."""
+        if state not in SESSION_TRANSITIONS[session.state]:
+            raise AssertionError(f"bug: session {session.label}: {session.state} to {state}")
+        session.state = state
         for token, lease in session.leases.items():
-            if lease.idle_since is not None and lease.live is None:
+            if state is not LIVE:
+                session.pool.idle.pop(token, None)
+            elif lease.idle_since is not None and lease.live is None:
                 session.pool.idle.setdefault(token, lease)
         self.mark_returns_due(session, session.returns_due)
 

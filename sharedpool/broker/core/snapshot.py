@@ -14,47 +14,21 @@ _KEPT = 360
 
 
 @dataclass(frozen=True, slots=True)
-class LeaseRow:
-    """One lease for the page's table, as `sharedpool who` shows it; `for_ms` is None if unknown."""
-
-    pool: str
-    process: str
-    thread: str
-    state: str
-    for_ms: int | None
-    backend: int | None
-    lease: str
-    checked_out_at: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class Snapshot:
     """The broker at one moment; `pools` includes those that nobody uses any more."""
 
     report: Report
     pools: list[tuple[PoolReport, Histograms]]
-    leases: list[LeaseRow]
+    leases: list[LeaseLine]
 
 
 def take_snapshot(slots: Slots, report: Report, now: float) -> Snapshot:
     """Return a copy of the records; O(n) in sessions and leases."""
     pools = [*slots.pools.values(), *slots.former_pools.values()]
-    rows = [_row(line) for line in lease_lines(slots, MOST_LISTED, now)]
     return Snapshot(
-        report, [(report_pool(pool), pool.counters.totals.copy()) for pool in pools], rows
-    )
-
-
-def _row(line: LeaseLine) -> LeaseRow:
-    return LeaseRow(
-        line.pool,
-        f"{line.title}[{line.pid}]" + (f"@{line.host}" if line.host else ""),
-        line.thread,
-        line.state,
-        None if line.age_ms < 0 else line.age_ms,
-        None if line.backend is None else line.backend.pid,
-        str(line.token),
-        line.stack[0] if line.stack else None,
+        report,
+        [(report_pool(pool), pool.counters.totals.copy()) for pool in pools],
+        lease_lines(slots, MOST_LISTED, now),
     )
 
 

@@ -15,7 +15,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler
 from importlib import resources
 from typing import Any
@@ -24,7 +23,8 @@ from sharedpool.broker.core.snapshot import History, Snapshot
 from sharedpool.broker.metrics import prometheus
 from sharedpool.descriptors.readable import readable
 from sharedpool.errors import SharedPoolError
-from sharedpool.wire.document import document
+from sharedpool.wire.codec import document
+from sharedpool.wire.reports import LeaseLine, process_name
 
 logger = logging.getLogger("sharedpool.broker")
 
@@ -199,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/metrics":
             self._answer(prometheus.CONTENT_TYPE, prometheus.render(seen).encode())
             return
-        leases = [asdict(row) for row in seen.leases]
+        leases = [_row(line) for line in seen.leases]
         status = {"report": document(seen.report), "leases": leases, "history": history}
         self._answer("application/json", json.dumps(status).encode())
 
@@ -226,6 +226,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         logger.debug("http %s: %s", self.client_address[0], format % args)
+
+
+def _row(line: LeaseLine) -> dict[str, object]:
+    """Return a lease as a row of the page's table, which is like that of `sharedpool who`."""
+    return {
+        "pool": line.pool,
+        "process": process_name(line.title, line.pid, line.host),
+        "thread": line.thread,
+        "state": line.state,
+        "for_ms": None if line.age_ms < 0 else line.age_ms,
+        "backend": None if line.backend is None else line.backend.pid,
+        "lease": str(line.token),
+        "checked_out_at": line.stack[0] if line.stack else None,
+    }
 
 
 def _names_this_host(host: str) -> bool:

@@ -29,7 +29,6 @@ from sharedpool.broker.core.commands import (
 )
 from sharedpool.broker.core.ledger import LedgerCall
 from sharedpool.broker.postgres import statements
-from sharedpool.broker.postgres.activity import activity_of
 from sharedpool.broker.postgres.control_connection import ControlConnection, error_text
 from sharedpool.broker.postgres.fencing import Fencing
 from sharedpool.broker.postgres.leadership import Leadership
@@ -322,7 +321,7 @@ class Control:
         else:
             try:
                 activity = Activity(
-                    activity_of(
+                    statements.activity_of(
                         connection.conn,
                         [each for each in request.backends if each.boot_us == connection.boot_us],
                     )

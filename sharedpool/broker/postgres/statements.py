@@ -1,7 +1,6 @@
 """The SQL statements of the control connection, one function for each.
 
-All functions block for a round trip or two, and raise psycopg2's errors. The statements for reports
-are in `activity.py`.
+All functions block for a round trip or two, and raise psycopg2's errors.
 """
 
 from __future__ import annotations
@@ -10,10 +9,11 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import psycopg2
-from psycopg2.extensions import connection
+from psycopg2.extensions import connection, encodings
 
 from sharedpool.postgres import libpq
 from sharedpool.postgres.route import is_direct
+from sharedpool.wire.reports import BackendActivity
 from sharedpool.wire.values import Backend
 
 _SERVER_SQL = """
@@ -88,6 +88,16 @@ SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0),
        datid IS NULL AND usesysid IS NULL, coalesce(datname, '')
 FROM pg_stat_activity
 """
+# Texts are fetched as bytes: in a database with another encoding they may be invalid in ours.
+# `state` and `backend_start` are NULL unless the role has pg_read_all_stats, or is the backend's.
+_ACTIVITY_SQL = """
+SELECT pid, coalesce((extract(epoch FROM backend_start) * 1000000)::bigint, 0),
+       textsend(coalesce(application_name, '')), state IS NOT NULL, coalesce(state, ''),
+       coalesce(wait_event_type || ': ' || wait_event, ''),
+       substring(textsend(coalesce(query, '')) FROM 1 FOR 400)
+FROM pg_stat_activity WHERE pid = ANY(%s)
+"""
+_QUERY_SHOWN = 60  # characters
 
 
 class ListedBackend(NamedTuple):
@@ -205,3 +215,30 @@ def survey(
     return starting, [
         (pid, start_us, tag, database) for pid, start_us, tag, ours, _, database in rows if ours
     ]
+
+
+def activity_of(conn: connection, backends: Sequence[Backend]) -> list[BackendActivity]:
+    """Return what those backends are doing, as far as this role sees it."""
+    exact = {(backend.pid, backend.start_us): backend for backend in backends}
+    by_pid = {backend.pid: backend for backend in backends}
+    codec = encodings.get(conn.encoding, "utf-8")
+    found = []
+    with conn.cursor() as cursor:
+        cursor.execute(_ACTIVITY_SQL, [list(by_pid)])
+        for pid, start_us, application, visible, state, wait_event, query in cursor.fetchall():
+            backend = exact.get((pid, start_us))
+            # Start time 0: one side cannot see it, so the pid alone must do.
+            if backend is None and 0 in (start_us, by_pid[pid].start_us):
+                backend = by_pid[pid]
+            if backend is not None:
+                tag, text = _plain(application, codec), _plain(query, codec) if visible else ""
+                found.append(
+                    BackendActivity(backend, tag, visible, state, wait_event, text[:_QUERY_SHOWN])
+                )
+    return found
+
+
+def _plain(raw: memoryview, codec: str) -> str:
+    """Return a text for a terminal: one line, without control characters."""
+    text = " ".join(bytes(raw).decode(codec, "replace").split())
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)

@@ -42,7 +42,7 @@ from psycopg2 import extensions
 from sharedpool.worker.connection import closed_flag
 from sharedpool.worker.connection.closing import is_referred_to
 from sharedpool.worker.connection.pooled import PooledConnection
-from sharedpool.worker.connection.state import is_unused, settings_of
+from sharedpool.worker.connection.state import is_unused, record_settings
 
 
 def renew(shell: PooledConnection, parameters: Mapping[str, str], cursor_factory: Any) -> bool:
@@ -84,4 +84,4 @@ def encoding_for(parameter: str) -> str:
 
 def at_start(shell: PooledConnection) -> None:
     """Record the settings that a checkin restores."""
-    shell.sharedpool_session, shell.sharedpool_touched = settings_of(shell), False
+    record_settings(shell)

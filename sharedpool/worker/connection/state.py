@@ -24,10 +24,15 @@ ROLE_PARAMETERS = ("in_hot_standby", "default_transaction_read_only")
 _ROLE_PARAMETERS_C = tuple(name.encode() for name in ROLE_PARAMETERS)
 
 
-def settings_of(conn: PooledConnection) -> tuple[Any, ...]:
+def _settings_of(conn: PooledConnection) -> tuple[Any, ...]:
     """Return the client-side session settings that a checkin restores."""
     settings = (conn.autocommit, conn.isolation_level, conn.readonly, conn.deferrable)
     return (*settings, conn.cursor_factory, conn.encoding)
+
+
+def record_settings(conn: PooledConnection) -> None:
+    """Have each checkin restore the settings that a connection has now."""
+    conn.sharedpool_session, conn.sharedpool_touched = _settings_of(conn), False
 
 
 def role_of_server(conn: PooledConnection) -> tuple[bytes | None, ...]:
@@ -105,7 +110,7 @@ def clean(conn: PooledConnection) -> bool:
             # By the user's wrapper, as psycopg2.pool does it: an agent sees the rollback.
             wrapper.as_user_sees(conn).rollback()
         sync_transaction_status(conn)
-        if conn.sharedpool_touched and settings_of(conn) != conn.sharedpool_session:
+        if conn.sharedpool_touched and _settings_of(conn) != conn.sharedpool_session:
             autocommit, isolation, readonly, deferrable, factory, encoding = conn.sharedpool_session
             conn.cursor_factory = factory
             conn.set_client_encoding(encoding)

@@ -34,7 +34,7 @@ from sharedpool.worker.core.waiters import Waiters
 
 # While connections move between processes, one may go to another thread here for this long.
 _HAND_ON_S = 0.01
-NOTHING_MOVES = (0,)  # stands for the board's byte where there is no lane
+_NOTHING_MOVES = (0,)  # stands for the board's byte where there is no lane
 
 
 class Cache:
@@ -42,17 +42,18 @@ class Cache:
 
     __slots__ = ("__dict__", "__weakref__", "hits")  # a slot, since every checkout changes it
 
-    def __init__(self, expiration_s: float) -> None:
+    def __init__(self, expiration_s: float, *, pooling: bool = True, slice_s: float = 0.0) -> None:
+        """`slice_s`: the time slice; 0: no connection is kept that others want."""
         self.expiration_s = expiration_s
-        self.keep_idle = True  # cache connections at checkin
-        self.hand_on = True  # give a checked-in connection to a waiting thread
+        self.keep_idle = pooling  # cache connections at checkin
+        self.hand_on = pooling  # give a checked-in connection to a waiting thread
         self.outbox: deque[ToBroker] = deque()
         self.leases: dict[Token, Lease] = {}
         self.idle: deque[Lease] = deque()  # the most recently used at the right
         self.returns_due = 0  # checkins to be given back to the broker
         # Time from a grant to the start of the connect: later the broker may give the slot away.
         self.connects_within_s = float("inf")
-        self.time_slice = TimeSlice()
+        self.time_slice = TimeSlice(slice_s)
         self.waiters = Waiters(self.outbox, self.time_slice)
         self.waiting = self.waiters.waiting
         self.timings = Timings()
@@ -63,7 +64,7 @@ class Cache:
         self._first_retires_at = float("inf")
         self.hits = 0  # checkouts by the fast path
         # Not 0 while connections move between processes past the broker: a byte of the board.
-        self.moving: Sequence[int] | memoryview = NOTHING_MOVES
+        self.moving: Sequence[int] | memoryview = _NOTHING_MOVES
 
     def leave_outbox(self) -> None:
         """Leave the outbox to the present link; messages from now on are for the next one."""
@@ -359,9 +360,28 @@ class Cache:
         self.next_scavenge_at = scavenge_at if self.keep_idle else float("-inf")
         return closing
 
-    def expires_after(self, expiration_s: float) -> None:
-        """Set how long a connection may lie idle."""
+    # --- what changes with the broker
+
+    def set_terms(self, expiration_s: float, connects_within_s: float, *, hands_over: bool) -> None:
+        """Set the broker's terms.
+
+        Time that a connection may lie idle; time from a grant to its connect; whether movable
+        connections are given to others instead of closed.
+        """
         self.expiration_s, self.next_scavenge_at = expiration_s, float("-inf")
+        self.connects_within_s = connects_within_s
+        self.time_slice.hands_over = hands_over
+
+    def enter_lane(self, moving: memoryview) -> None:
+        """Record that the process is in its pool's lane; `moving` is the board's byte."""
+        self.moving = moving
+
+    def leave_lane(self) -> None:
+        """Record that the process is in no lane. Needs no lock."""
+        self.moving = _NOTHING_MOVES
+        self.reporter.unread = []  # else it would be reported for ever
+
+    # --- the end
 
     def stop_keeping(self) -> None:
         """Cache no more connections."""

@@ -23,8 +23,8 @@ _ALONE_FACTOR = 10
 class TimeSlice:
     """The time slice of one cache."""
 
-    def __init__(self) -> None:
-        self.slice_s = 0.0  # 0 where nothing is kept
+    def __init__(self, slice_s: float) -> None:
+        self._slice_s = slice_s  # 0 where nothing is kept
         self.hands_over = False  # movable connections are given instead of closed
         self.others_wait = False  # other processes are known to wait
         self.gap_s = float("inf")  # between the last connection given up and the next request
@@ -40,13 +40,13 @@ class TimeSlice:
 
     def keeps(self, lease: Lease, now: float) -> bool:
         """Return True if a connection that others want is to be kept at its checkin."""
-        slice_s = self.slice_s * (1 if lease.movable and self.hands_over else _CLOSE_FACTOR)
+        slice_s = self._slice_s * (1 if lease.movable and self.hands_over else _CLOSE_FACTOR)
         if not self.others_wait:
             slice_s *= _ALONE_FACTOR
         return now - lease.arrived_at < slice_s and lease.idle_s < STEADY_GAP_S
 
     def wastes(self, lease: Lease, now: float) -> bool:
         """Return True if an idle connection was kept for a checkout that has not come."""
-        return self.slice_s > 0 and (
+        return self._slice_s > 0 and (
             now - lease.since >= STEADY_GAP_S or not self.keeps(lease, now)
         )

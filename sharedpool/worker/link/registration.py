@@ -80,7 +80,10 @@ class Registration:
         self._beat_s = self._rest_s = _FIRST_BEAT_S
 
     def welcomed(self, welcome: Welcome, now: float, part: float) -> None:
-        """Record that the broker knows the pool. The first heartbeat waits for `part` of a pause."""
+        """Record that the broker knows the pool.
+
+        The first heartbeat waits for `part` of a pause.
+        """
         self.established = True
         # Often enough for the TTL, and for connections to expire in time. A session that holds
         # nothing beats less often: if it is late once, nothing is lost.

@@ -1,4 +1,5 @@
-"""The broker's process under lease requests alone: no pool and no PostgreSQL, raw sockets that speak the protocol."""
+"""The broker's process under lease requests alone: no pool and no PostgreSQL, raw sockets that
+speak the protocol."""
 
 import os
 import socket
@@ -73,7 +74,8 @@ class Session:
 
 
 class Requester(Member):
-    """A process with many sessions, that keeps some requests under way, each session's after the last one's."""
+    """A process with many sessions, that keeps some requests under way, each session's after the
+    last one's."""
 
     def __init__(self, address: str, sessions: int, pipeline: int, limit: int) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -128,7 +130,8 @@ def _broker(bench: Bench, result: Result) -> None:
         [Contestant(_name(number), partial(open, sessions=number)) for number in _SESSIONS],
     )
     result.notes.append(
-        f"a request is ACQUIRE, GRANT and RELEASE, {_PIPELINE} of them under way at any time; the clients have to share"
+        f"a request is ACQUIRE, GRANT and RELEASE, {_PIPELINE} of them under way at any time; "
+        "the clients have to share"
         f" the machine's {os.cpu_count()} processors with the broker"
     )
 

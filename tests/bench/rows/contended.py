@@ -1,4 +1,5 @@
-"""Many processes, few connections: transactions in closed loops, with and without think time, by every way in."""
+"""Many processes, few connections: transactions in closed loops, with and without think time, by
+every way in."""
 
 from functools import partial
 
@@ -31,7 +32,8 @@ _BOTH = (Comparison(THROUGHPUT, PGBOUNCER), Comparison(P99_MS, PGBOUNCER))
 
 
 def _transaction(bench: Bench, result: Result) -> None:
-    """As many processes as there are slots: nobody waits, so that this is what the pool itself costs."""
+    """As many processes as there are slots: nobody waits, so that this is what the pool itself
+    costs."""
     route = bench.server.routes["unix"]
     take_turns(
         bench,
@@ -81,7 +83,8 @@ def _unless_quick(bench: Bench, result: Result, contestants: list[Contestant]) -
 
 
 def _endpoint(bench: Bench, result: Result) -> None:
-    """The workers speak plainly to a TLS endpoint beside them, as PgBouncer's clients do to PgBouncer."""
+    """The workers speak plainly to a TLS endpoint beside them, as PgBouncer's clients do to
+    PgBouncer."""
     tls = bench.server.routes["tls"]
     more = [
         behind_endpoint(bench, PROCESSES, Looper, slots=SLOTS, name=US_ROLLBACK, options=ROLLBACK),
@@ -108,7 +111,8 @@ def _crowd(bench: Bench, result: Result, processes: int) -> None:
 
 
 def _threads(bench: Bench, result: Result) -> None:
-    """A pool in each process: sharedpool's, or psycopg2's of as many connections to PgBouncer as it has threads."""
+    """A pool in each process: sharedpool's, or psycopg2's of as many connections to PgBouncer as it
+    has threads."""
     route = bench.server.routes["unix"]
     member = partial(ThreadedLooper, threads=THREADS)
     take_turns(
@@ -171,7 +175,8 @@ ROWS = (
     _row("tls", THINK_S, _BEST),
     Row(
         "contended-endpoint",
-        f"{PROCESSES} processes, {SLOTS} slots, closed loop, TLS to the server by a local endpoint (stunnel)",
+        f"{PROCESSES} processes, {SLOTS} slots, closed loop, TLS to the server by a local "
+        "endpoint (stunnel)",
         "throughput ≥ 1.0 × PgBouncer with TLS to the server",
         _endpoint,
         (

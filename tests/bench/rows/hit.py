@@ -38,9 +38,11 @@ class Turner(Member):
             self._client.checkin(conn)
 
     def run(self, calls: int, times: int) -> float:
-        """Return the µs that one checkout and return took: of the process's time, whichever thread had it.
+        """Return the µs that one checkout and return took: of the process's time, whichever thread
+        had it.
 
-        It is the median of several `times`: a turn is short, and somebody else may have the processor for part of it.
+        It is the median of several `times`: a turn is short, and somebody else may have the
+        processor for part of it.
         """
         return statistics.median(self._once(calls) for _ in range(times))
 

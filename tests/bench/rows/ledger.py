@@ -32,8 +32,8 @@ _TAKEN_US = Metric("others wait", "µs/request")
 class Bookkeeper(Member):
     """A process with a ledger that has many sessions.
 
-    `taken`: all slots are taken and all other sessions wait; whoever is through goes to the queue's end. Else slots are
-    free, and any of the sessions asks.
+    `taken`: all slots are taken and all other sessions wait; whoever is through goes to the queue's
+    end. Else slots are free, and any of the sessions asks.
     """
 
     def __init__(self, sessions: int, taken: bool) -> None:
@@ -105,8 +105,10 @@ def _ledger(bench: Bench, result: Result) -> None:
         [Contestant(_name(number), partial(open, sessions=number)) for number in _SIZES],
     )
     result.notes.append(
-        "a request is ACQUIRE, CONFIRM, RELEASE and a tick of the clock; processor time; either by any session while"
-        f" slots are free, or by each in turn while all {_SLOTS} slots are taken and everybody else waits"
+        "a request is ACQUIRE, CONFIRM, RELEASE and a tick of the clock; processor time; either "
+        "by any session while"
+        f" slots are free, or by each in turn while all {_SLOTS} slots are taken and everybody "
+        "else waits"
     )
 
 

@@ -1,4 +1,5 @@
-"""One client, one query after the other on a connection it holds: what lies between it and the server."""
+"""One client, one query after the other on a connection it holds: what lies between it and the
+server."""
 
 from __future__ import annotations
 
@@ -97,8 +98,9 @@ def _queries(bench: Bench, result: Result, query: str) -> None:
         Contestant(PGBOUNCER, partial(bouncer, mode="transaction")),
         Contestant(SESSION, partial(bouncer, mode="session")),
     ]
-    # One of them works at a time, the others wait for it. Whether they share a processor is the scheduler's whim, for a
-    # whole round or run, and waking an idle one of a virtual machine takes longer than the query: 17 µs become 60.
+    # One of them works at a time, the others wait for it. Whether they share a processor is the
+    # scheduler's whim, for a whole round or run, and waking an idle one of a virtual machine takes
+    # longer than the query: 17 µs become 60.
     with on_one_cpu(bench.server.postgres.pid):
         take_turns(bench, result, contestants)
     result.notes.append(

@@ -23,7 +23,8 @@ class Neighbour(Member):
         self._client = make()
 
     def take(self) -> list[float]:
-        """Check all out, one after the other, and in again; return the ms that each checkout took."""
+        """Check all out, one after the other, and in again; return the ms that each
+        checkout took."""
         held: list[Any] = []
         waits_ms = []
         for _ in range(SLOTS):

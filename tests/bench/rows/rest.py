@@ -89,8 +89,10 @@ def _rest(bench: Bench, result: Result) -> None:
             )
     _overhead(bench, result)
     result.notes.append(
-        f"{WORKERS} workers attached, {SLOTS} slots, {seconds} s; overhead is measured on programs of their own (the"
-        " crew's are forked), each with a connection; two of a worker's threads are ZeroMQ's own and run no Python"
+        f"{WORKERS} workers attached, {SLOTS} slots, {seconds} s; overhead is measured on "
+        "programs of their own (the"
+        " crew's are forked), each with a connection; two of a worker's threads are ZeroMQ's own "
+        "and run no Python"
     )
 
 

@@ -1,4 +1,5 @@
-"""Many processes with several threads each fight for very few connections: what the server saw, and every error."""
+"""Many processes with several threads each fight for very few connections: what the server saw, and
+every error."""
 
 import random
 import threading
@@ -24,7 +25,8 @@ _ERRORS = Metric("errors", "", 0)
 
 
 class Fighter(Member):
-    """A process whose threads want a connection again and again; an error is told, and is no end."""
+    """A process whose threads want a connection again and again; an error is told,
+    and is no end."""
 
     def __init__(self, make: MakeClient) -> None:
         self._client = make()

@@ -91,7 +91,8 @@ def _first(bench: Bench, result: Result) -> None:
         ],
     )
     result.notes.append(
-        "both begin without a connection to the server, the broker and PgBouncer running; each process connects,"
+        "both begin without a connection to the server, the broker and PgBouncer running; each "
+        "process connects,"
         " does one transaction and leaves its turn"
     )
 
@@ -128,7 +129,8 @@ def _skew(bench: Bench, result: Result) -> None:
         ],
     )
     result.notes.append(
-        f"{THREADS} threads in each busy process; each transaction has the server wait {WAIT_S * 1000:g} ms; the fixed"
+        f"{THREADS} threads in each busy process; each transaction has the server wait "
+        f"{WAIT_S * 1000:g} ms; the fixed"
         " pools are SQLAlchemy's QueuePool"
     )
 
