@@ -102,7 +102,8 @@ def hosts_text(report: Report) -> Iterator[str]:
         yield from table(("HOST", "LIMIT OF", "SHARE", "WANTED", "HEARD", ""), rows)
     for host in report.hosts:
         if host.trouble:
-            yield f"{f'pool {host.pool!r}' if host.pool else 'limit over all pools'}: {host.trouble}"
+            limit = f"pool {host.pool!r}" if host.pool else "limit over all pools"
+            yield f"{limit}: {host.trouble}"
 
 
 def _session_table(sessions: Sequence[SessionReport]) -> list[str]:

@@ -6,13 +6,14 @@ its end. How long that must have been so depends on how the host went:
 
 1. Its sessions have ended by themselves: its processes are gone, or closed them. A connect that was
    under way then shows itself within `GONE_S`.
-2. Its broker's session has ended, but backends of its workers are left. Its broker will be back soon,
-   or is dead while the workers live: then what they do not use is free after `ORPHANED_S`. If the
-   workers have moved to a new broker on their host, which claims their backends, that is so at once.
-3. The host was silent while it had sessions: its network is cut, or it is frozen. Other brokers end
-   its sessions once somebody needs the slots, and mark its row as `cut`. Each backend that has ended
-   frees its slot. What was not in use then (`spare`) may have been granted to a worker just before: a
-   connect of that time may still arrive, until no worker would use it any more (`CUT_S`).
+2. Its broker's session has ended, but backends of its workers are left. Its broker will be back
+   soon, or is dead while the workers live: then what they do not use is free after `ORPHANED_S`. If
+   the workers have moved to a new broker on their host, which counts their backends, it is free at
+   once.
+3. The host was silent while it had sessions: its network is cut, or it is frozen. Other brokers
+   end its sessions once somebody needs the slots, and mark its row as `cut`. Each backend that has
+   ended frees its slot. What was not in use then (`spare`) may have been granted to a worker just before:
+   a connect of that time may still arrive, until no worker would use it any more (`CUT_S`).
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ class Presence:
             if row.silent_s > SILENT_S:
                 silent.add(row.instance)
             most, why = self._most(scope, row, mine)
-            if most == 0 and not (self.sessions_of(row) - mine):
+            if why and most == 0 and not (self.sessions_of(row) - mine):
                 gone.add(row.instance)
                 self._absent.pop(_key(scope, row), None)
                 text = f"host {row.host} ({row.instance}) is gone, its {row.held} slots are free"

@@ -141,6 +141,7 @@ class Ledger:
         reconciler = Reconciler(context, fences, self._leases, transit, ttl_s=ttl_s)
         self.sharing = Sharing(
             context,
+            self._recalls,
             self._settle,
             lambda: self.takeover.claim(),
             lambda: self.takeover.resign(),

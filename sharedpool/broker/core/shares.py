@@ -38,6 +38,7 @@ class Claim:
     least: int
     asks: bool = False  # a request that does not wait must know whether the others have any idle
     has_idle: bool = False  # connections that it could still give back
+    giving: bool = False  # it has begun to give slots back, and goes on
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ def decide(
 
     # All that it has beyond its target, and not only what is lacked now: who wants one slot more
     # will soon want another.
-    owed = max(0, now_held - target[mine]) if lacked > free else 0
+    owed = max(0, now_held - target[mine]) if lacked > free or claim.giving else 0
     lacking = max(0, fair[mine] - now_held)
     if claim.asks and lacking:
         asked = question = asked + 1

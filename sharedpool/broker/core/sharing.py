@@ -34,6 +34,7 @@ from sharedpool.broker.core.commands import (
     SyncShare,
 )
 from sharedpool.broker.core.context import Context
+from sharedpool.broker.core.recalls import Recalls
 from sharedpool.broker.core.records import UNSHARED, Pool
 from sharedpool.broker.core.shares import TRUST_S, Claim, Division
 from sharedpool.wire.reports import HostReport
@@ -41,9 +42,11 @@ from sharedpool.wire.values import NO_TOKEN, Holder
 
 HEARTBEAT_S = 5.0
 POLL_S = 0.5
-# What a host wanted lately counts for so long: a connection that is idle between two requests
-# does not move to another host and back.
-_PEAK_S = 1.0
+# A connection that is idle for less counts as wanted: one that is idle between two requests does
+# not move to another host and back.
+_PEAK_S = 0.5
+# While other hosts lack slots, the workers are asked so often at most, and have so long to answer.
+_INQUIRY_EVERY_S, _INQUIRY_S = 0.4, 0.005
 # Syncs of one share: so many at once, and so many a second after that.
 _BURST, _PER_SECOND = 4.0, 4.0
 _FIRST_RETRY_S, _LAST_RETRY_S, _RETRY_UNSHARED_S = 0.05, 1.0, 60.0
@@ -73,16 +76,13 @@ class Share:
     trusted_until: float = -math.inf
     synced_at: float = -math.inf
     owed_at: float = -math.inf  # since when it owes slots
+    inquired_at: float = -math.inf  # when the workers were last asked what is idle
     frozen: bool = False  # nothing is opened before the next sync
     trouble: str = ""  # why it is frozen
     budget: float = _BURST
     budget_at: float = -math.inf
     beat_at: float = math.inf  # when the next alarm is due
     retry_s: float = _FIRST_RETRY_S  # after the next failure
-
-    # --- what this host wants
-    peak: int = 0
-    peak_at: float = -math.inf
 
     # --- requests that do not wait
     question: int = 0  # the newest that this host has put to the others
@@ -107,6 +107,7 @@ class Sharing:
     def __init__(
         self,
         context: Context,
+        recalls: Recalls,
         settle: Callable[[float], list[Command]],
         claim_lock: Callable[[], None],
         resign_lock: Callable[[], None],
@@ -114,6 +115,7 @@ class Sharing:
         by_pool: bool,
         cap: str,
     ) -> None:
+        self._recalls = recalls
         self._settle = settle
         self._claim_lock = claim_lock
         self._resign_lock = resign_lock
@@ -282,7 +284,8 @@ class Sharing:
         if asks:
             share.asked_at = now
             self._beat(share, now + _ANSWER_LIMIT_S)
-        claim = Claim(share.told, self._least(share), asks, self._has_idle(share))
+        giving = share.division.owed > 0
+        claim = Claim(share.told, self._least(share), asks, self._has_idle(share), giving)
         limit = self._own_limit(share)
         self._emit(
             SyncShare(share.key, limit, claim, share.question, self._backends(share), share.pending)
@@ -368,11 +371,28 @@ class Sharing:
         self._hold_refusals(share, held=False)
 
     def woken(self, key: ShareKey, now: float) -> list[Command]:
-        """Handle that another broker wants this one to look at the shares."""
+        """Handle that another broker wants this one to look at the shares.
+
+        The workers are asked first what is idle: else one slot after the other would move.
+        """
         if (share := self.shares.get(key)) is not None and not share.unshared:
-            share.due = True
             self._active[key] = share
+            if now - share.inquired_at > _INQUIRY_EVERY_S and self._inquire(share, now):
+                self._beat(share, now + _INQUIRY_S)
+            else:
+                share.due = True
         return self._settle(now)
+
+    def _inquire(self, share: Share, now: float) -> bool:
+        """Ask the workers what is idle, which otherwise they tell with their next heartbeats."""
+        share.inquired_at = now
+        asked = False
+        for pool in self._pools(share):
+            for session in [] if pool.moving else pool.holders:
+                if session.answered >= session.asked:
+                    self._recalls.send(session, now)
+                    asked = True
+        return asked
 
     def _answered(self, share: Share, now: float) -> None:
         """Let requests that do not wait be refused: no host has anything idle for this one."""
@@ -472,13 +492,12 @@ class Sharing:
         """Return how many slots this host needs, or has needed a moment ago."""
         wanted = 0
         for pool in self._pools(share):
-            in_use = len(pool.leases)
+            unused = 0
             if not pool.moving:
-                in_use -= len(pool.idle) + len(pool.parked)
-            wanted += in_use + (0 if pool.paused else len(pool.waiters))
-        if wanted >= share.peak or now - share.peak_at > _PEAK_S:
-            share.peak, share.peak_at = wanted, now
-        return share.peak
+                since = now - _PEAK_S
+                unused = sum((x.idle_since or now) < since for x in pool.idle.values())
+            wanted += len(pool.leases) - unused + (0 if pool.paused else len(pool.waiters))
+        return wanted
 
     def _allow(self, share: Share, allowed: int) -> None:
         """Set how many slots may be in use on this host; what is in excess comes back."""

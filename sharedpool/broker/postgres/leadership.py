@@ -52,8 +52,8 @@ WHERE locktype = 'advisory' AND granted AND lock.pid <> pg_backend_pid()
 class Leadership:
     """The lock of one scope, used in the control connection's thread.
 
-    `call_soon(call)` has the loop call the ledger. `claimed`: the lock is wanted. `claim_at` is when
-    `claim` is to be called again on the same connection.
+    `call_soon(call)` has the loop call the ledger. `claimed`: the lock is wanted. `claim_at` is
+    when `claim` is to be called again on the same connection.
     """
 
     def __init__(

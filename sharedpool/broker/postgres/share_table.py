@@ -122,8 +122,8 @@ INSERT INTO sharedpool.shares (scope, instance, host, pid, started_us, held, wan
 VALUES (%(scope)s, %(instance)s, %(host)s, %(pid)s, %(started_us)s, %(held)s,
         %(wanted)s, %(answered)s, %(unnamed)s)
 ON CONFLICT (role, scope, instance) DO UPDATE
-SET host = excluded.host, pid = excluded.pid, started_us = excluded.started_us, held = excluded.held,
-    wanted = excluded.wanted, answered = excluded.answered, cut = false,
+SET host = excluded.host, pid = excluded.pid, started_us = excluded.started_us,
+    held = excluded.held, wanted = excluded.wanted, answered = excluded.answered, cut = false,
     unnamed = excluded.unnamed,
     told_at = clock_timestamp();
 UPDATE sharedpool.limits SET max_conn = %(max_conn)s, asked = %(asked)s
@@ -147,7 +147,7 @@ WHERE pid = %s AND (extract(epoch FROM backend_start) * 1000000)::bigint = %s
 
 
 class CannotShare(Exception):
-    """This server or role does not allow a limit to be shared; the text says why, and the way out."""
+    """A limit cannot be shared at this server or by this role; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
