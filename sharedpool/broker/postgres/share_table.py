@@ -170,6 +170,8 @@ def open_table(conn: connection, instance: str, host: str) -> Registration:
         cursor.execute(_SETTINGS_SQL)
         cursor.execute(_STATE_SQL)
         in_recovery, exists, pid, started_us = cursor.fetchone() or (False, False, 0, 0)
+        if pid != conn.info.backend_pid:  # a pooler tells its clients a key of its own
+            raise CannotShare("the server is reached through a pooler")
         if in_recovery:
             raise CannotShare("the server is a standby, which takes no writes")
         if not exists:
