@@ -362,7 +362,7 @@ class Sharing:
     def _give_up(self, share: Share, failure: SyncFailure) -> None:
         """Count to the limit without the other hosts, as there is no way to share it."""
         if share.unshared != failure.why:
-            text = "%s: the limit is this host's alone, not shared with other hosts: %s"
+            text = "%s: the limit is not shared with other hosts: %s"
             self._log(logging.WARNING, text, _title(share), failure.why)
         share.unshared, share.registered, share.frozen = failure.why, False, False
         self._active.pop(share.key, None)

@@ -199,7 +199,7 @@ def _create(conn: connection) -> None:
     except InsufficientPrivilege:
         info = conn.info
         raise CannotShare(
-            f"role {info.user!r} may not make the tables for that in database {info.dbname!r}. An"
+            f"role {info.user} may not make the tables for that in database {info.dbname}. An"
             " administrator can, with `sharedpool init-db` or the SQL that `sharedpool init-db"
             " --print` prints"
         ) from None
