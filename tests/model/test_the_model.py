@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import Phase, given, seed, settings
 
+from sharedpool.wire.admin import Order, OrderKind
 from tests.model.machine import picks
+from tests.model.world import World
 
 
 def test_what_else_is_imported_changes_no_draw(
@@ -39,3 +41,22 @@ def _draw() -> list[int]:
 
     draw()
     return drawn
+
+
+def test_nobody_connects_for_an_abandoned_checkout() -> None:
+    world = World(None, has_desk=False, handover=False, in_order=True)
+    worker = world.start("a")
+    world.deliver_all()
+    assert world.broker is not None
+    world.broker.order(Order(0, OrderKind.LIMIT, "a", 1))
+    for _ in range(2):
+        worker.checkout(60.0)
+    worker.abandoned += worker.waiters
+    world.deliver_all()
+    assert len(worker.cache.leases) == len(worker.cache.waiting) == 1
+
+    worker.beat()
+
+    assert not worker.connecting
+    world.deliver_all()
+    assert not world.broker.slots.leases
