@@ -16,6 +16,8 @@ import psycopg2
 import psycopg2.extensions
 import pytest
 from hypothesis import settings
+from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 from psycopg2 import sql
 
 import sharedpool
@@ -36,6 +38,10 @@ sys.dont_write_bytecode = False
 settings.register_profile("search", max_examples=20_000, deadline=None)
 settings.register_profile("steady", derandomize=True)
 settings.load_profile("steady")
+# Hypothesis also draws constants that it finds in the project's modules, as far as they are
+# imported: others in a run of the whole suite than of one file. A seed would not repeat a failure.
+_NO_CONSTANTS = Constants()
+providers._get_local_constants = lambda: _NO_CONSTANTS
 
 _OURS = ("SHAREDPOOL_", "PG", "DATABASE_DSN", "DATABASE_URL")
 _database_numbers = itertools.count(1)

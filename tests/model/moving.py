@@ -329,9 +329,25 @@ class InTheLane(AtTheDesk):
                 wait_socket.settled = False
                 self._put_wait_socket(wait_socket)
         self.look_in_lane()
+        self.find_abandoned()
+
+    def find_abandoned(self) -> None:
+        """`Session._find_abandoned`, and what `Session.beat` does with a lease that came later.
+
+        No thread goes on with that lease: it is closed. A real process waits for another beat.
+        """
         abandoned, self.abandoned = self.abandoned, []
-        for waiter in abandoned:
-            self._give_up(waiter)
+        for waiter in [waiter for waiter in abandoned if waiter in self.waiters]:
+            self.waiters.remove(waiter)
+            lease, waiter.lease = waiter.lease, None
+            if self.cache.waiters.withdraw(waiter) or lease is None:
+                continue
+            if lease.conn is None:
+                self.cache.closed(lease, ReleaseReason.CLOSED, gone=lease.ref is None)
+            elif self.cache.leases.get(lease.token) is lease:
+                reason = ReleaseReason.CLOSED
+                self._to_close([self.cache.close(lease, lease.conn, reason, self.world.now)])
+        self.flush()
 
     def give_kept(self) -> None:
         now = self.world.now

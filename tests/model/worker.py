@@ -297,7 +297,7 @@ class Worker(InTheLane):
         if self.waits_in_lane(waiter):
             self.wake_at_wait_socket(waiter)
             return
-        if waiter in self.abandoned:  # its lease looks lost, and goes on, at the same beat
+        if waiter in self.abandoned:  # nobody connects: at the next beat its lease looks lost
             return
         if lease.conn is None and lease not in self.connecting and waiter not in self.quitting:
             # The thread goes on to connect; its waiter stays, since it can still be interrupted.
@@ -516,9 +516,7 @@ class Worker(InTheLane):
         self.cache.waiters.fail(RuntimeError("disposed"))
         for thread in list(self.threads):
             self.interrupt(thread)
-        abandoned, self.abandoned = self.abandoned, []
-        for waiter in abandoned:
-            self._give_up(waiter)
+        self.find_abandoned()
         self._to_close(self.cache.take_all_idle(now))
         for conn in self.users:
             assert conn.lease is not None
