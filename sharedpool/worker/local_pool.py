@@ -273,7 +273,7 @@ class LocalPool(LocalState):
         return kept
 
     def purge(self) -> int:
-        """Close the connections that were idle or have lived too long; return how many."""
+        """Close the connections that were idle too long or have lived too long; return how many."""
         with self.lock:
             closing = self.cache.expire(time.monotonic())
         self.close(closing)

@@ -6,6 +6,9 @@ function costs ten times what it does in a loop. Hence the long functions: they 
 `giving.py`, `receiving.py`, `connection/handover.py` and `lane/lane.py` do for the usual case, and
 nothing else. In any other case they leave everything untouched, and the slow path is taken. Once
 the reset is sent, the connection is given or ended.
+
+How long a process keeps a connection here while others wait is decided in `Mover.give`. While the
+broker passes connections on, `core/time_slice.py` decides that.
 """
 
 from __future__ import annotations

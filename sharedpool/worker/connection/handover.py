@@ -5,7 +5,8 @@ libpq cannot adopt a socket, but it knows its socket only by the descriptor's nu
 1. The giver checks the connection and sends the session's reset (`prepare`).
 2. It replaces its descriptor by a dead socket (`vacate`). The connection object is now an empty
    *shell*.
-3. The socket is passed to another process, by the broker's desk or in the pool's lane.
+3. The socket is passed to another process's wait socket: by the giver, in the pool's lane, or by
+   the broker, which sends its own duplicate there.
 4. The receiver puts the socket in the place of a shell's descriptor (`adopt`, `shells.py`).
 
 A session under TLS or GSS encryption cannot be passed, since its keys are in the process.

@@ -2,14 +2,21 @@
 
 Pure: no I/O, no clock.
 
-The caller holds the pool's lock around every method but `take`. Methods decide and return what is
-to be done: leases to close, waiters to wake. The caller does that without the lock. Messages for
-the broker are appended to `outbox` under the lock, so they leave in the order of the changes.
+The caller holds the pool's lock around every method but these:
+
+- `take` and `given` change a deque or dict in one step of the interpreter.
+- `note_retirement` and `expires_after` set times. A thread that misses one acts on it at its next
+  checkin or heartbeat.
+
+Methods decide and return what is to be done: leases to close, waiters to wake. The caller does that
+without the lock. Messages for the broker are appended to `outbox` under the lock, so they leave in
+the order of the changes.
 
 `idle` alone also changes without the lock: `Pool.get_conn` pops from its right end and
 `Pool.put_conn` appends there. Each is one step of the interpreter, so no lease is lost, but:
 
-1. A lease seen in `idle` may be gone a moment later: `remove_idle` tells who got it.
+1. A lease seen in `idle` may be gone a moment later: `remove_idle` returns False if another thread
+   got it first.
 2. A thread that appends to `idle` then looks again at whatever would have sent the lease elsewhere:
    `returns_due`, `waiting` and `next_scavenge_at`. A thread that changes one of these then looks at
    `idle`. Whichever comes second sees the other's change.

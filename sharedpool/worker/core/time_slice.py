@@ -1,6 +1,7 @@
 """How long a process that keeps using a connection may keep it while others want it.
 
-Pure: no clock.
+This is the rule while the broker passes connections on. While they move past it, `worker/mover.py`
+decides by a simpler one. Pure: no clock.
 
 Passing a connection on costs more than a short transaction. So a worker that asks again at once
 keeps each connection for a slice of time. The slice is longer where the connection would have to be
@@ -21,7 +22,7 @@ _ALONE_FACTOR = 10
 
 
 class TimeSlice:
-    """The time slice of one cache."""
+    """The time slice of one cache, while the broker passes connections on."""
 
     def __init__(self, slice_s: float) -> None:
         self._slice_s = slice_s  # 0 where nothing is kept
