@@ -65,14 +65,14 @@ class Ticket(NamedTuple):
 
     number: int  # of its session in the lane
     place: int  # on the board
-    request: int  # its turn there
+    request: int  # the request that waits at that place
 
 
 class Item(NamedTuple):
     """A connection that moves."""
 
     token: Token  # its lease's name
-    cell: int  # its lease's on the board
+    cell: int  # the index of the lease's cell on the board
     live: Live  # what its next worker must know
     fd: int  # its socket
 
@@ -94,8 +94,9 @@ class Lane:
 
     `fds`: the descriptors of the board's memory, of the write and the read end of the queue, and of
     the put and the take end of the shelf. They are this object's, closed if this raises OSError.
-    `number`: this process's own as a holder; the broker's is `SHELF`. `refuse` is called for a
-    connection that has arrived and is of no use here, or whose socket found no free descriptor.
+    `number`: by which the board names this process as a holder; the broker uses `SHELF`. `refuse`
+    is called for a connection that has arrived and is of no use here, or whose socket found no free
+    descriptor.
     """
 
     def __init__(

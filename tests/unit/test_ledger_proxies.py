@@ -142,7 +142,7 @@ def test_without_a_control_connection_an_end_proves_nothing_until_its_route_is_k
     assert broker.ledger.leases == 1
     a.broker.send(a.id, Confirm(token, backend(1, direct=direct)))
     assert broker.ledger.leases == (0 if direct else 1)
-    said = [log.text for log in broker.all(Log) if "may be a proxy" in log.text]
+    said = [log.text for log in broker.all(Log) if "may go through a proxy" in log.text]
     assert len(said) == (0 if direct else 1)
 
 

@@ -29,9 +29,9 @@ LONGEST_MS = 2**53
 
 
 class Leases:
-    """All leases of one broker.
+    """All leases of one broker: applies evidence to them. Only `free` frees a slot.
 
-    `drop(session)` is called when a session has lost a lease. `max_checkout_s` is the limit for
+    `drop(session)` is called when a session holds a lease less. `max_checkout_s` is the limit for
     pools that have none of their own (0: none). `journal_complete`: the records have all
     that former brokers granted, so that an unknown lease is one that was taken away.
     """
@@ -99,9 +99,9 @@ class Leases:
                 self.hurry(pool)
             elif not self._has_control_connection:
                 text = (
-                    "pool %r: there may be a proxy between its workers and the server, and no"
-                    " control connection to ask when a connection has ended: its slot stays"
-                    " counted (start the broker with --dsn)"
+                    "pool %r: its connections may go through a proxy, and without a control"
+                    " connection the broker cannot see their backends end: their slots stay"
+                    " counted. Start the broker with --dsn"
                 )
                 self._context.log(logging.WARNING, text, pool.name, pool=pool.name, reason="proxy")
         pool.note_backend(backend)
@@ -180,7 +180,7 @@ class Leases:
     def _start_up_due(self, lease: Lease, now: float) -> None:
         """Free the slot of a connect whose end nobody saw, and which nobody can look for."""
         if lease.state is SlotState.FENCING and not lease.findable:
-            self.free(lease, "the server gives no client longer to log in")
+            self.free(lease, "no login can still be in progress")
 
     def watch_connect(self, lease: Lease) -> None:
         """Watch for the moment from which a silent worker's connect must have ended.
@@ -232,10 +232,11 @@ class Leases:
         lease.closed = True
         unknown = lease.backend is None and not self._has_control_connection
         if closed and unknown and lease.pool.direct is None:
-            self.routes.unproven.add(lease)  # what that proves, the worker or others may tell
+            # Decided once a worker has reported whether there is a proxy.
+            self.routes.unproven.add(lease)
             return
         if not unknown:
-            # Without custody and backend there would be nothing to look for: it would stay counted.
+            # With neither socket nor backend known, the slot could never be freed.
             lease.custody = False
         if lease.state is not SlotState.FENCING:
             # Behind a proxy, the worker usually closes the connection, and says so a moment later.
@@ -268,7 +269,7 @@ class Leases:
         self._slots.mark_phase(lease, phase, since)
         lease.since, lease.thread, lease.stack = since, thread, stack
         if lease.session.taking:
-            # Said before the worker knew that it was asked: not to be asked for twice.
+            # The worker wrote this before it read the recall: do not recall the lease again.
             lease.pool.idle.pop(lease.token, None)
         if phase is Phase.IDLE and not lease.expiry_armed:
             lease.expiry_armed = True

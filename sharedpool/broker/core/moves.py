@@ -160,8 +160,8 @@ class Moves:
     def _is_exhausted(pool: Pool) -> bool:
         """Return True if no connection is idle, in a worker or on the shelf, by the records.
 
-        A lease that is on the shelf by the records was either found there since the last halt, or
-        is still to be looked for.
+        A lease that is on the shelf by the records: either the broker found it there after the last
+        halt, or it has not looked yet.
         """
         if pool.idle or pool.not_asked_to_return:
             return False
@@ -227,8 +227,8 @@ class Moves:
     def quiet_due(self, pool: Pool, now: float) -> None:
         """Halt the moves if no thread has asked for a while, or if a connection is forgotten.
 
-        A connection that has been on the shelf for two rounds although threads have asked: a ticket
-        was taken by a process that died with it.
+        If a connection lies on the shelf for two quiet periods while threads ask, then a process
+        that took one of their tickets has died with it.
         """
         if (lane := pool.lane) is None:
             return  # no worker uses the pool any more
@@ -296,4 +296,5 @@ def _can_move(lease: Lease) -> bool:
         return False
     if not lease.custody or lease.backend is None or lease.cancels:
         return False
-    return min(lease.token) > 0  # a worker may have claimed any token; the board holds only these
+    # A token that a worker has claimed may contain 0, which the board cannot store.
+    return min(lease.token) > 0

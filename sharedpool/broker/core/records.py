@@ -358,7 +358,7 @@ class Pool:
 
     @property
     def has_connections(self) -> bool:
-        """Return True if `connected` is above 0."""
+        """Return True if any connection is open, opening or closing, apart from the probe's."""
         return self.connected > 0
 
     @property

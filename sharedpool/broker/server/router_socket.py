@@ -88,7 +88,7 @@ class RouterSocket:
             self._path.is_symlink() or (self._path.exists() and not self._path.is_socket())
         ):
             raise SharedPoolError(
-                f"cannot listen at {self._address}: there is a file that is no socket"
+                f"cannot listen at {self._address}: it exists and is not a socket"
             )
         mask = os.umask(0o177)  # only this user may connect, wherever the socket is
         try:

@@ -209,8 +209,8 @@ class Cache:
                 verdict = ReleaseReason.SHARED if lease.movable else ReleaseReason.CLOSED
             elif not self.keep_idle and not (self.hand_on and self.waiting):
                 verdict = ReleaseReason.CLOSED
-        # Until here the user's thread still refers to the connection: an interrupt in between drops
-        # it there, and the heartbeat finds the lease lost.
+        # If an interrupt comes before this line, only the user's thread refers to the connection.
+        # Once that is dropped, the next heartbeats find that the lease has no owner.
         if verdict is not None:
             return self.close(lease, conn, verdict, now)
         if self.waiting:

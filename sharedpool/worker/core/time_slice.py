@@ -16,8 +16,8 @@ from sharedpool.worker.core.lease import Lease
 STEADY_GAP_S = 0.001
 # Factor for a close and a connect, which cost at least ten times as much as a hand-over.
 _CLOSE_FACTOR = 10
-# Factor while nobody is known to wait. The broker reports a waiter within NUDGE_S, and one transfer
-# in ten slices costs next to nothing.
+# Factor while nobody is known to wait. The broker reports a waiter within `NUDGE_S`
+# (`broker/core/handover.py`), and one transfer in ten slices costs next to nothing.
 _ALONE_FACTOR = 10
 
 

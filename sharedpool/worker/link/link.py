@@ -74,7 +74,7 @@ class Link:
         self._is_waiting = False
         self._check_at = 0.0
         self._attempts = 0
-        # A thread has waited in vain for this one, which has made no round since.
+        # `leave` has timed out, and this thread has not run `_sweep` since.
         self._timed_out = False
         self._thread: Any = None  # a thread or a greenlet
         self._zmq: ModuleType = zmq
@@ -119,7 +119,7 @@ class Link:
             self._wakeup.wake()
 
     def leave(self, registration: Registration) -> None:
-        """End a registration as soon as its pool holds nothing. Waits for that 1.5 seconds at most.
+        """End a registration as soon as its pool holds nothing. Blocks for at most 1.5 seconds.
 
         With the last registration the thread ends, and is waited for too.
         """
@@ -373,7 +373,8 @@ class Link:
         elif registration.established:
             endpoint.receive(message)
         # Else the message was sent before the HELLO that is under way, perhaps by a former broker.
-        # After that HELLO the broker knows what is held, and sends again what still counts.
+        # After that HELLO the broker knows what is held, and repeats every message that is still
+        # valid.
 
     def _is_late(self, welcome: Welcome) -> bool:
         """Return True if a WELCOME is from a former broker.
