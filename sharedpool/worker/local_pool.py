@@ -252,7 +252,7 @@ class LocalPool(LocalState):
                     each.lease,
                     each.reason,
                     gone=conn.sharedpool_gone,
-                    closed=conn.sharedpool_closed,
+                    peer_closed=conn.sharedpool_peer_closed,
                 )
                 self.released[each.reason] += 1
                 if each.reason is ReleaseReason.RETURN_DUE:

@@ -527,7 +527,7 @@ class Broker:
         if believed:
             self.execute(self.ledger.backend_gone(token, self.world.now))
         else:
-            self.execute(self.ledger.backend_lost(token, self.world.now, closed=True))
+            self.execute(self.ledger.backend_lost(token, self.world.now, peer_closed=True))
 
     def _drop(self, token: Token) -> None:
         held = self.custody.pop(token, None)

@@ -376,7 +376,7 @@ class Worker(InTheLane):
             self._give_back(
                 opening.lease,
                 gone=False,
-                closed=True,
+                peer_closed=True,
                 error="the server has gone",
                 unreachable=True,
             )
@@ -388,17 +388,23 @@ class Worker(InTheLane):
             self._give_back(
                 opening.lease,
                 gone=False,
-                closed=True,
+                peer_closed=True,
                 error=how,
                 code="53300" if how == "full" else "28P01",
             )
 
     def _give_back(
-        self, lease: Lease, *, gone: bool, closed: bool = False, error: str = "", code: str = "",
+        self, lease: Lease, *, gone: bool, peer_closed: bool = False, error: str = "", code: str = "",
         unreachable: bool = False, reason: ReleaseReason = ReleaseReason.FAILED,
     ) -> None:  # fmt: skip
         self.cache.closed(
-            lease, reason, gone=gone, closed=closed, error=error, code=code, unreachable=unreachable
+            lease,
+            reason,
+            gone=gone,
+            peer_closed=peer_closed,
+            error=error,
+            code=code,
+            unreachable=unreachable,
         )
         for waiter in [waiter for waiter in self.waiters if waiter.lease is lease]:
             self.waiters.remove(waiter)

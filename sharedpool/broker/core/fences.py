@@ -60,7 +60,7 @@ class Fences:
 
     def order(self, lease: Lease, why: str) -> None:
         """Order the end of a lease's backend."""
-        left = lease.closed or lease.session.ended
+        left = lease.left or lease.session.ended
         self._emit(Fence(lease.token, lease.pool.name, lease.backend, why, left))
 
     def expect(self, lease: Lease, now: float) -> None:

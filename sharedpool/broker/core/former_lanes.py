@@ -77,13 +77,13 @@ class FormerLanes:
         if unsure:
             self._arm(now + _ASK_AGAIN_S, self._ask_again, session)
         else:
-            self.gone(session.id, stays=session.number > 0)
+            self.ended(session.id, stays=session.number > 0)
 
     def _ask_again(self, session: Session, now: float) -> None:
         if not session.silent:
             self.registered(session, now)
 
-    def gone(self, session_id: bytes, *, stays: bool = False) -> None:
+    def ended(self, session_id: bytes, *, stays: bool = False) -> None:
         """Record that a session has nothing of a former lane any more.
 
         `stays`: it is a member of a lane of this broker, so that the journal still names it.
@@ -99,7 +99,7 @@ class FormerLanes:
     def discarded(self, pool: Pool) -> None:
         """Forget a pool that no worker uses any more."""
         for session_id in list(pool.former):
-            self.gone(session_id)
+            self.ended(session_id)
 
     def admit(self, session: Session) -> None:
         """Have the journal remember that a session is let into its pool's lane."""

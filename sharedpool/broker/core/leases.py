@@ -136,12 +136,18 @@ class Leases:
         self._drop(lease.session)
 
     def fence(
-        self, lease: Lease, why: str, now: float, *, level: int = logging.INFO, closed: bool = False
+        self,
+        lease: Lease,
+        why: str,
+        now: float,
+        *,
+        level: int = logging.INFO,
+        peer_closed: bool = False,
     ) -> None:
         """Have a lease's backend ended and verified, whatever its worker does. `level`: the log's.
 
-        Without a connection to look for, the slot goes into quarantine. `closed`: the other side
-        has closed the connection, so that it is in no proxy's queue any more.
+        Without a connection to look for, the slot goes into quarantine. `peer_closed`: the other
+        side has closed the connection, so that it is in no proxy's queue any more.
         """
         if lease.state is not SlotState.SUSPECT:
             self._slots.move(lease, SlotState.SUSPECT, why)
@@ -157,7 +163,7 @@ class Leases:
             lease.since = now
             self._fences.expect(lease, now)
             if self._has_control_connection:
-                self._quarantine(lease, now, closed=closed)
+                self._quarantine(lease, now, peer_closed=peer_closed)
             else:
                 self._arm(now + START_UP_LIMIT_S, self._start_up_due, lease)
 
@@ -168,11 +174,11 @@ class Leases:
             self._context.emit(Send(lease.session.id, ack))
         self.fence(lease, why, now)
 
-    def _quarantine(self, lease: Lease, now: float, *, closed: bool = False) -> None:
+    def _quarantine(self, lease: Lease, now: float, *, peer_closed: bool = False) -> None:
         """Put a slot into quarantine: at once, if nothing can be waiting in a proxy's queue."""
         if lease.token in self.quarantine:
             return
-        until = now if closed or self.routes.is_direct(lease.pool) else now + QUEUE_LIMIT_S
+        until = now if peer_closed or self.routes.is_direct(lease.pool) else now + QUEUE_LIMIT_S
         self.quarantine.add(lease.token, until)
         if until > now:
             self._arm(until, _may_survey, lease)
@@ -224,14 +230,14 @@ class Leases:
             self.quarantine.discard(lease.token)
             self._fences.order(lease, "its connection broke")
 
-    def lost(self, lease: Lease, now: float, *, closed: bool = False) -> None:
+    def lost(self, lease: Lease, now: float, *, peer_closed: bool = False) -> None:
         """Have the backend verified of a lease whose socket in custody has ended without proof.
 
-        `closed`: its other side has closed it, but that may be a proxy instead of the server.
+        `peer_closed`: its other side has closed it, but that may be a proxy instead of the server.
         """
-        lease.closed = True
+        lease.left = True
         unknown = lease.backend is None and not self._has_control_connection
-        if closed and unknown and lease.pool.direct is None:
+        if peer_closed and unknown and lease.pool.direct is None:
             # Decided once a worker has reported whether there is a proxy.
             self.routes.unproven.add(lease)
             return
@@ -240,16 +246,16 @@ class Leases:
             lease.custody = False
         if lease.state is not SlotState.FENCING:
             # Behind a proxy, the worker usually closes the connection, and says so a moment later.
-            level = logging.DEBUG if closed and lease.backend is not None else logging.INFO
-            self.fence(lease, "its connection broke", now, level=level, closed=closed)
+            level = logging.DEBUG if peer_closed and lease.backend is not None else logging.INFO
+            self.fence(lease, "its connection broke", now, level=level, peer_closed=peer_closed)
         elif lease.findable:
             if lease.backend is None or lease.backend.direct:
                 # The first order may have relied on the socket.
                 self._fences.order(lease, "its connection broke")
-        elif closed and lease.token in self.quarantine:
+        elif peer_closed and lease.token in self.quarantine:
             self.quarantine.hurry(lease.token)
         else:
-            self._quarantine(lease, now, closed=closed)
+            self._quarantine(lease, now, peer_closed=peer_closed)
 
     def settle_unproven(self, now: float) -> None:
         """Free or verify leases whose connections have ended, once it is known what that proves."""
@@ -258,7 +264,7 @@ class Leases:
                 self.free(lease, "its backend is gone")
             elif lease.backend is not None:
                 self.routes.unproven.discard(lease)
-                self.lost(lease, now, closed=True)
+                self.lost(lease, now, peer_closed=True)
 
     # --- idle or in use, and for how long
 

@@ -274,7 +274,7 @@ class Ledger:
         if session is not None:
             self._sessions.end(session, "its worker died", now)
         else:
-            self._moves.former_gone(session_id)
+            self._moves.former_ended(session_id)
         return self._settle(now)
 
     def backend_gone(self, token: Token, now: float) -> list[Command]:
@@ -284,15 +284,15 @@ class Ledger:
             self._leases.vanished(lease)
         return self._settle(now)
 
-    def backend_lost(self, token: Token, now: float, *, closed: bool = False) -> list[Command]:
+    def backend_lost(self, token: Token, now: float, *, peer_closed: bool = False) -> list[Command]:
         """Handle that a lease's connection is over on this side: its backend may live on.
 
-        `closed`: the other side has closed it, which may be a proxy.
+        `peer_closed`: the other side has closed it, which may be a proxy.
         """
         self._moves.transit.sync(now)
         if (lease := self._slots.leases.get(token)) is not None:
             self._leases.announce_end(lease)  # to the worker, the connection is as good as gone
-            self._leases.lost(lease, now, closed=closed)
+            self._leases.lost(lease, now, peer_closed=peer_closed)
         return self._settle(now)
 
     def believes(self, token: Token) -> bool:

@@ -72,7 +72,7 @@ class Moves:
 
     def session_ended(self, session: Session) -> None:
         """Take an ended session out of its lanes."""
-        self.former.gone(session.id)
+        self.former.ended(session.id)
         self._members.session_ended(session)
 
     def check_unconfirmed(self, pool: Pool, now: float) -> None:
@@ -90,9 +90,9 @@ class Moves:
         """Restore who was let into a former broker's lanes."""
         self.former.restore(members, self._slots.find)
 
-    def former_gone(self, session_id: bytes) -> None:
+    def former_ended(self, session_id: bytes) -> None:
         """Handle the end of a former lane's member that has not registered at this broker."""
-        self.former.gone(session_id)
+        self.former.ended(session_id)
 
     # --- when connections move
 

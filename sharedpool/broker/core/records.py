@@ -53,7 +53,7 @@ class Lease:
     # --- the connection
     backend: Backend | None = None
     custody: bool = False  # the broker has a duplicate of its socket, and sees the backend's end
-    closed: bool = False  # the worker has closed it, or a proxy has
+    left: bool = False  # its client's side is over: closed, by the worker or a proxy, or dead
     cancels: int = 0  # cancels under way
     live: Live | None = None  # set while the connection is parked at the broker
 

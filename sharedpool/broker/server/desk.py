@@ -64,10 +64,10 @@ class DeskHandler(Protocol):
     def deposited(self, token: Token) -> None:
         """Handle a socket that has come into custody."""
 
-    def gone(self, token: Token) -> None:
+    def peer_closed(self, token: Token) -> None:
         """Handle a socket in custody that its other side has closed."""
 
-    def lost(self, token: Token) -> None:
+    def socket_died(self, token: Token) -> None:
         """Handle a socket in custody that has died; its backend may live on."""
 
     def given(self, give: Give) -> None:
@@ -296,12 +296,12 @@ class Desk:
         for fd, _ in self._custody_epoll.poll(0):
             token = self._tokens.get(fd)
             if token is not None:
-                gone = other_side_closed(fd)
+                peer_closed = other_side_closed(fd)
                 self.drop(token)
-                if gone:
-                    handler.gone(token)
+                if peer_closed:
+                    handler.peer_closed(token)
                 else:
-                    handler.lost(token)
+                    handler.socket_died(token)
 
     def cut(self, token: Token) -> bool:
         """End the client's side of a connection; return True if its socket is in custody.

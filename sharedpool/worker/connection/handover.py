@@ -153,7 +153,7 @@ def adopt(shell: PooledConnection, sock: Owned, live: Live) -> PooledConnection:
     shell.sharedpool_witness = sock.detach()
     register(shell, shell.sharedpool_witness)
     shell.sharedpool_adopted, shell.sharedpool_names = live.backend, live.names
-    shell.sharedpool_closed, shell.sharedpool_direct = False, live.backend.direct
+    shell.sharedpool_peer_closed, shell.sharedpool_direct = False, live.backend.direct
     return shell
 
 

@@ -254,22 +254,22 @@ class Cache:
         reason: ReleaseReason,
         *,
         gone: bool,
-        closed: bool = False,
+        peer_closed: bool = False,
         error: str = "",
         code: str = "",
         unreachable: bool = False,
     ) -> None:
         """Give back a lease whose connection is closed. A second call does nothing.
 
-        `gone`: the backend was seen to end. `closed`: the other side has closed the connection, but
-        that may have been a proxy. `error`, `code` and `unreachable` say why the connection could
-        not be opened: see `Release`.
+        `gone`: the backend was seen to end. `peer_closed`: the other side has closed the
+        connection, but that may have been a proxy. `error`, `code` and `unreachable` say why the
+        connection could not be opened: see `Release`.
         """
         if self._holds(lease):
             del self.leases[lease.token]
             lease.conn = None
             release = Release(
-                lease.token, gone, reason, lease.backend, error, code, unreachable, closed
+                lease.token, gone, reason, lease.backend, error, code, unreachable, peer_closed
             )
             self.outbox.append(release)
             self.reporter.released(release)
