@@ -122,7 +122,7 @@ class Checkout:
             raise error_messages.in_the_link(local.config.name)
         if greenlets.is_eventlets():
             raise error_messages.unsupported(local.config.name)
-        if local.orphans or local.reclaim_lock.locked:
+        if local.dropped or local.reclaim_lock.locked:
             local.reclaim(min(wait_s, 1000.0) if wait_s else ANSWER_LIMIT_S)
         local.locate_broker()
         if (lease := Wait(local, waiter, wait_s, self._deadline).wait()) is not None:

@@ -190,14 +190,14 @@ class LocalPool(LocalState):
         user's code and no rollback, because the link's thread must keep its heartbeat. A connection
         that would need either is closed.
         """
-        if not self.orphans and not self.reclaim_lock.locked:
+        if not self.dropped and not self.reclaim_lock.locked:
             return
         hold = self.reclaim_lock.acquire(limit_s)
         if hold is None:
             return
         try:
-            while self.orphans:
-                conn = self.orphans.popleft()
+            while self.dropped:
+                conn = self.dropped.popleft()
                 lease = take_lease(conn)
                 if lease is None:
                     continue

@@ -52,7 +52,7 @@ class LocalState:
         )
         self.messages = BrokerMessages(self.cache)  # handles the broker's messages
         self.keys: dict[Hashable, Lease] = {}
-        self.orphans: deque[PooledConnection] = deque()  # dropped by their users, to be checked in
+        self.dropped: deque[PooledConnection] = deque()  # by their users; to be checked in
         self.reclaim_lock = RecoverableLock()  # held across I/O; `reset` may enter it again
         self.limit = config.max_conn  # until the broker has named its own
         self.tag = f"sharedpool {config.name}"  # application_name, until the broker has sent one

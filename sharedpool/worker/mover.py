@@ -205,7 +205,7 @@ class Mover:
         local, wait_sockets = self._local, self._wait_sockets
         if (
             not (local.receiver.works and local.shells.are_known)
-            or local.orphans
+            or local.dropped
             or local.reclaim_lock.locked
         ):
             return None

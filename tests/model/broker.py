@@ -43,7 +43,7 @@ from sharedpool.broker.core.commands import (
     Watch,
 )
 from sharedpool.broker.core.ledger import Ledger
-from sharedpool.broker.core.moves import LOST_WITH_THE_BROKER
+from sharedpool.broker.core.moves import UNCLAIMED
 from sharedpool.broker.core.recovery import GRACE_OVER
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.broker.core.slots import Slots
@@ -302,7 +302,7 @@ class Broker:
 
     def _check_lost(self, fence: Fence) -> None:
         """S5: what is ended since nobody has it any more is in nobody's hands."""
-        if fence.why != LOST_WITH_THE_BROKER:
+        if fence.why != UNCLAIMED:
             return
         self.world.lost += 1
         for worker in self.world.workers.values():
@@ -527,7 +527,7 @@ class Broker:
         if believed:
             self.execute(self.ledger.backend_gone(token, self.world.now))
         else:
-            self.execute(self.ledger.backend_lost(token, self.world.now, peer_closed=True))
+            self.execute(self.ledger.ended_without_proof(token, self.world.now, peer_closed=True))
 
     def _drop(self, token: Token) -> None:
         held = self.custody.pop(token, None)

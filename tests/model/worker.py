@@ -33,8 +33,8 @@ from sharedpool.wire.values import Phase, PoolSpec, Token
 from sharedpool.worker.connection.state import CHECK_AFTER_S
 from sharedpool.worker.core.broker_messages import BrokerMessages
 from sharedpool.worker.core.cache import Cache
+from sharedpool.worker.core.dropped_leases import dropped, unfinished
 from sharedpool.worker.core.lease import Closing, Lease, Waiter
-from sharedpool.worker.core.lost_leases import lost, unfinished
 from tests.model.desk import Conn
 from tests.model.moving import InTheLane
 from tests.model.scale import BEAT_S, EXPIRATION_S, HELLO_RETRY_S, LIMITS, MAX_WAITING, SILENCE_S
@@ -153,7 +153,7 @@ class Worker(InTheLane):
         if self.established:
             self.beat_in_lane()
             self._to_close(self.cache.expire(now))
-            assert not lost(self.cache.leases.values(), set(self.cache.idle), now)
+            assert not dropped(self.cache.leases.values(), set(self.cache.idle), now)
             self.cache.outbox.append(self.cache.reporter.renewal(now, {}))
             self.deposit_all()
             begun = {x.lease for x in unfinished(self.cache.leases.values(), now)}

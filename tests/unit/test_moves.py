@@ -1114,7 +1114,7 @@ def test_a_struck_cell_is_not_followed(rig: Rig) -> None:
     rig.proceed()
     token = rig.tokens[1]
     cell = rig.lease(token).cell
-    rig.broker.take_in(rig.broker.ledger.backend_lost(token, rig.broker.now))
+    rig.broker.take_in(rig.broker.ledger.ended_without_proof(token, rig.broker.now))
     assert rig.board.find(token) == -1
     rig.board.set_holder(cell, rig.number(rig.workers[0]))  # whoever had looked before
     rig.beat_all()

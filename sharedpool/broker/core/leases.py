@@ -1,4 +1,4 @@
-"""What happens to one lease: it is identified, used, closed, lost, fenced or freed.
+"""What happens to one lease: it is identified, used, closed, doubted, fenced or freed.
 
 A slot is free only when its backend is known to be gone (`free`). Everything that casts doubt on a
 lease ends in `fence`: its backend is ended and verified. Where no backend is known to look for, the
@@ -230,7 +230,7 @@ class Leases:
             self.quarantine.discard(lease.token)
             self._fences.order(lease, "its connection broke")
 
-    def lost(self, lease: Lease, now: float, *, peer_closed: bool = False) -> None:
+    def ended_without_proof(self, lease: Lease, now: float, *, peer_closed: bool = False) -> None:
         """Have the backend verified of a lease whose socket in custody has ended without proof.
 
         `peer_closed`: its other side has closed it, but that may be a proxy instead of the server.
@@ -264,7 +264,7 @@ class Leases:
                 self.free(lease, "its backend is gone")
             elif lease.backend is not None:
                 self.routes.unproven.discard(lease)
-                self.lost(lease, now, peer_closed=True)
+                self.ended_without_proof(lease, now, peer_closed=True)
 
     # --- idle or in use, and for how long
 

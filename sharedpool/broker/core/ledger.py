@@ -284,7 +284,9 @@ class Ledger:
             self._leases.vanished(lease)
         return self._settle(now)
 
-    def backend_lost(self, token: Token, now: float, *, peer_closed: bool = False) -> list[Command]:
+    def ended_without_proof(
+        self, token: Token, now: float, *, peer_closed: bool = False
+    ) -> list[Command]:
         """Handle that a lease's connection is over on this side: its backend may live on.
 
         `peer_closed`: the other side has closed it, which may be a proxy.
@@ -292,7 +294,7 @@ class Ledger:
         self._moves.transit.sync(now)
         if (lease := self._slots.leases.get(token)) is not None:
             self._leases.announce_end(lease)  # to the worker, the connection is as good as gone
-            self._leases.lost(lease, now, peer_closed=peer_closed)
+            self._leases.ended_without_proof(lease, now, peer_closed=peer_closed)
         return self._settle(now)
 
     def believes(self, token: Token) -> bool:

@@ -28,7 +28,7 @@ from sharedpool.wire.desk import Moved
 
 # Moves go on for so long after the last request.
 _QUIET_S = 1.0
-LOST_WITH_THE_BROKER = "no worker has it since the former broker's end"
+UNCLAIMED = "no worker has it since the former broker's end"
 
 
 class Moves:
@@ -268,7 +268,7 @@ class Moves:
         """Fence what no member of a former broker's lane has listed: all of them have answered."""
         for lease in [] if pool.shelf is None else list(pool.shelf.leases.values()):
             if lease.state is SUSPECT and lease.cell < 0:
-                self._leases.fence(lease, LOST_WITH_THE_BROKER, now)
+                self._leases.fence(lease, UNCLAIMED, now)
 
     @staticmethod
     def _is_over(pool: Pool, now: float) -> bool:

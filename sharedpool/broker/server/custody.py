@@ -97,11 +97,11 @@ class Custody:
         if self._ledger.believes(token):
             self._execute(self._ledger.backend_gone(token, now))
         else:
-            self._execute(self._ledger.backend_lost(token, now, peer_closed=True))
+            self._execute(self._ledger.ended_without_proof(token, now, peer_closed=True))
 
     def socket_died(self, token: Token) -> None:
         """Handle a socket that has died: only the server knows whether its backend lives on."""
-        self._execute(self._ledger.backend_lost(token, time.monotonic()))
+        self._execute(self._ledger.ended_without_proof(token, time.monotonic()))
 
     # --- commands of the ledger
 

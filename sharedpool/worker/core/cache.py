@@ -190,7 +190,7 @@ class Cache:
         `verdict` is the reason to close it, if the caller has found one.
         """
         if not self._holds(lease):
-            verdict = ReleaseReason.BROKEN  # the broker has taken it away, or it was thought lost
+            verdict = ReleaseReason.BROKEN  # the broker has taken it away, or it seemed dropped
         if verdict is None:
             if lease.generation < self.generation:
                 verdict = ReleaseReason.STALE

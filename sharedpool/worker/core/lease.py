@@ -36,7 +36,7 @@ class Lease:
         "integration_state",
         "key",
         "live",
-        "looked_lost_since",
+        "looked_dropped_since",
         "movable",
         "moves",
         "needs_configure",
@@ -75,7 +75,7 @@ class Lease:
         self.thread = 0  # identifier of the thread that has it
         self.stack: Stack = ()  # where it was last checked out (`debug_checkouts`)
         self.key: object = None  # the user's key of the checkout
-        self.looked_lost_since: float | None = None  # `since`, when the last heartbeat missed it
+        self.looked_dropped_since: float | None = None  # `since`, when the last heartbeat missed it
         # What an integration keeps with the session while it stays in this process.
         self.integration_state: Any = None
         # What the user's `close()` calls instead of closing the connection.
