@@ -63,7 +63,7 @@ FOR_A_LANE = DESCRIPTORS + 1
 class Ticket(NamedTuple):
     """A waiting thread's ticket."""
 
-    number: int  # of its session in the lane
+    member_number: int  # of its session
     place: int  # on the board
     request: int  # the request that waits at that place
 
@@ -94,15 +94,18 @@ class Lane:
 
     `fds`: the descriptors of the board's memory, of the write and the read end of the queue, and of
     the put and the take end of the shelf. They are this object's, closed if this raises OSError.
-    `number`: by which the board names this process as a holder; the broker uses `SHELF`. `refuse`
-    is called for a connection that has arrived and is of no use here, or whose socket found no free
-    descriptor.
+    `member_number`: by which the board names this process as a holder; the broker uses `SHELF`.
+    `refuse` is called for a connection that has arrived and is of no use here, or whose socket
+    found no free descriptor.
     """
 
     def __init__(
-        self, fds: Sequence[int], number: int, refuse: Callable[[Moved], None] = lambda _: None
+        self,
+        fds: Sequence[int],
+        member_number: int,
+        refuse: Callable[[Moved], None] = lambda _: None,
     ) -> None:
-        self.number = number
+        self.member_number = member_number
         self._refuse = refuse
         memory, write_end, read_end, put_end, take_end = fds
         owners: list[_socket.socket] = []
@@ -134,9 +137,9 @@ class Lane:
         self.open = True
         self.leaving = False  # nothing is given any more
 
-    def address(self, number: int, place: int) -> str:
+    def address(self, member_number: int, place: int) -> str:
         """Return the abstract address of a session's wait socket."""
-        return f"\0sharedpool-{self._name}-{number}-{place}"
+        return f"\0sharedpool-{self._name}-{member_number}-{place}"
 
     def wait_socket(self, place: int) -> _socket.socket:
         """Return a socket at the address of one of this process's places. Raise OSError.
@@ -145,7 +148,7 @@ class Lane:
         """
         sock = _socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
-            sock.bind(self.address(self.number, place))
+            sock.bind(self.address(self.member_number, place))
         except BaseException:
             sock.close()
             raise
@@ -220,7 +223,10 @@ class Lane:
         ticket = self.next_ticket()
         while ticket is not None:
             if self._send(
-                item, ticket.request, ticket.number, self.address(ticket.number, ticket.place)
+                item,
+                ticket.request,
+                ticket.member_number,
+                self.address(ticket.member_number, ticket.place),
             ):
                 return True
             ticket = self.next_ticket()
@@ -247,11 +253,11 @@ class Lane:
             else:
                 passing.send_with_to(sock, packet, item.fd, address)
         except OSError:  # the wait socket is gone or full, or the shelf is full
-            self.board.set_holder(item.cell, self.number)
+            self.board.set_holder(item.cell, self.member_number)
             return False
         return True
 
-    def pass_on(self, number: int, place: int, moved: Moved, fd: int) -> bool:
+    def pass_on(self, member_number: int, place: int, moved: Moved, fd: int) -> bool:
         """Send a connection that is on no board to a wait socket; return False if it failed.
 
         The broker does so.
@@ -259,7 +265,7 @@ class Lane:
         try:
             if self._is_still_ours(self._sender.fileno()):
                 packet = self._secret + encode(moved)
-                passing.send_with_to(self._sender, packet, fd, self.address(number, place))
+                passing.send_with_to(self._sender, packet, fd, self.address(member_number, place))
                 return True
         except OSError:  # the wait socket is gone or full
             pass
@@ -269,7 +275,7 @@ class Lane:
         """Wake the thread of a ticket."""
         with contextlib.suppress(OSError):
             if self._is_still_ours(self._sender.fileno()):
-                self._sender.sendto(b"", self.address(ticket.number, ticket.place))
+                self._sender.sendto(b"", self.address(ticket.member_number, ticket.place))
 
     # --- taking
 
@@ -280,7 +286,7 @@ class Lane:
                 if (got := self._next(self._take)) is not None:
                     moved, sock = got
                     return structs.replace(
-                        moved, moves=self.board.set_holder(moved.cell, self.number)
+                        moved, moves=self.board.set_holder(moved.cell, self.member_number)
                     ), sock
         except OSError:  # the shelf is empty
             pass

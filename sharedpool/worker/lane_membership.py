@@ -99,7 +99,7 @@ class LaneMembership:
                 os.close(fd)
             return False
         try:
-            lane = Lane(fds, invitation.number, local.refuse)
+            lane = Lane(fds, invitation.member_number, local.refuse)
         except OSError as error:
             text = "pool %r: cannot enter the lane (%s): no connections are passed to this process"
             logger.info(text, local.config.name, error)

@@ -325,7 +325,7 @@ class Broker:
         assert not cancelled, f"{proc!r} is passed on: {cancelled} would hit its next user"
         fails, self.cannot_pass = self.cannot_pass, False
         end = self.lanes.get(order.pool)
-        if fails or end is None or not end.pass_on(order.number, order.place, message, proc):
+        if fails or end is None or not end.pass_on(order.member_number, order.place, message, proc):
             self.calls.append(lambda ledger, now: ledger.lanes.not_delivered(message, now))
         else:
             self.world.passed += 1
@@ -349,7 +349,8 @@ class Broker:
             self.invited[order.session] = order
         elif (end := self.lanes.get(order.pool)) is not None:
             wire.answer(
-                desk.LaneInvitation(order.session, order.number, order.index, "here"), lane=end.lane
+                desk.LaneInvitation(order.session, order.member_number, order.index, "here"),
+                lane=end.lane,
             )
 
     def _to_lane(self, order: GiveInLane) -> None:

@@ -64,7 +64,7 @@ class WaitSocket:
         self.end.board.take_place(self.place, request)
         yield
         self.once = not again
-        self.end.queue(Ticket(self.end.number, self.place, request))
+        self.end.queue(Ticket(self.end.member_number, self.place, request))
         yield
         return self.again_s
 
@@ -81,7 +81,7 @@ class WaitSocket:
         return packet.message if packet is not None and isinstance(packet.message, Moved) else None
 
     def wake(self) -> None:
-        self.end.wake(Ticket(self.end.number, self.place, 0))
+        self.end.wake(Ticket(self.end.member_number, self.place, 0))
 
 
 @dataclass(eq=False, slots=True)
@@ -179,7 +179,7 @@ class InTheLane(AtTheDesk):
         assert self.desk is not None
         self.leave_lane()
         # A former end here may still have wait sockets at its addresses: its number is another.
-        self.end = End(lane, message.number, self.id, self._refuse, self._is_short)
+        self.end = End(lane, message.member_number, self.id, self._refuse, self._is_short)
         self.index = message.index
         self.unused = [
             message.index * PLACES + wait_socket
@@ -270,7 +270,7 @@ class InTheLane(AtTheDesk):
             self.lacks = Lack.NOTHING
             return None
         place = self.unused.pop()
-        wait_socket = WaitSocket(self.end, place, self.end.lane.bind(self.end.number, place))
+        wait_socket = WaitSocket(self.end, place, self.end.lane.bind(self.end.member_number, place))
         self.wait_sockets.append(wait_socket)
         return wait_socket
 

@@ -394,8 +394,8 @@ class Worker(InTheLane):
             )
 
     def _give_back(
-        self, lease: Lease, *, gone: bool, peer_closed: bool = False, error: str = "", code: str = "",
-        unreachable: bool = False, reason: ReleaseReason = ReleaseReason.FAILED,
+        self, lease: Lease, *, gone: bool, peer_closed: bool = False, error: str = "",
+        code: str = "", unreachable: bool = False, reason: ReleaseReason = ReleaseReason.FAILED,
     ) -> None:  # fmt: skip
         self.cache.closed(
             lease,

@@ -552,7 +552,7 @@ MUTANTS = (
             (
                 "sharedpool/lane/lane.py",
                 (
-                    "            self.board.set_holder(item.cell, self.number)\n"
+                    "            self.board.set_holder(item.cell, self.member_number)\n"
                     "            return False\n"
                     "        return True\n"
                 ),
@@ -602,7 +602,7 @@ MUTANTS = (
             (
                 "sharedpool/lane/lane.py",
                 (
-                    "            self.board.set_holder(item.cell, self.number)\n            "
+                    "            self.board.set_holder(item.cell, self.member_number)\n            "
                     "return False\n"
                 ),
                 "            return False\n",

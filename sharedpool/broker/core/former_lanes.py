@@ -77,7 +77,7 @@ class FormerLanes:
         if unsure:
             self._arm(now + _ASK_AGAIN_S, self._ask_again, session)
         else:
-            self.ended(session.id, stays=session.number > 0)
+            self.ended(session.id, stays=session.member_number > 0)
 
     def _ask_again(self, session: Session, now: float) -> None:
         if not session.silent:

@@ -172,7 +172,7 @@ class Handover:
         trial = pool.cancel_works is None and now >= pool.try_at
         passed = Passed(self._recalls.next_serial(), session.returns_due, pressure > 0, trial)
         moved = Moved(waiter.request, heir.token, -1, max(0, lease.moves), live, passed)
-        self._emit(PassOn(pool.name, session.number, waiter.lane_place, moved))
+        self._emit(PassOn(pool.name, session.member_number, waiter.lane_place, moved))
 
     def not_delivered(self, moved: Moved, now: float) -> None:
         """Handle a connection that could not be sent: the waiter's socket is gone, or full."""

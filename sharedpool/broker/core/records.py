@@ -147,7 +147,7 @@ class Session:
 
     # --- the lane
     hands_over: bool = False  # it was told that it may pass connections on
-    number: int = 0  # its own in the pool's lane; 0 before it was let in
+    member_number: int = 0  # its own in the pool's lane; 0 before it was let in
     index: int = -1  # where its places are on the board
     joined: bool = False  # it uses the lane,
     joins_by: float = -math.inf  # or may do so until then

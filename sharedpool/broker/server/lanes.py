@@ -89,7 +89,9 @@ class Lanes:
         if not lines:
             self._waiting[session] = command
         elif fds is not None and self._desk is not None:
-            invitation = wire.LaneInvitation(session, command.number, command.index, self._network)
+            invitation = wire.LaneInvitation(
+                session, command.member_number, command.index, self._network
+            )
             self._desk.send_descriptors(lines[0], invitation, fds)
 
     # --- lanes
@@ -172,7 +174,11 @@ class Lanes:
         """Send a connection to a waiter of the broker, at its place in the lane."""
         lane, moved = self._lanes.get(command.pool), command.message
         fd = -1 if self._desk is None else self._desk.fileno_of(moved.token)
-        if lane is None or fd < 0 or not lane.pass_on(command.number, command.place, moved, fd):
+        if (
+            lane is None
+            or fd < 0
+            or not lane.pass_on(command.member_number, command.place, moved, fd)
+        ):
             self._call_later(lambda ledger, now: ledger.lanes.not_delivered(moved, now))
 
     def give(self, command: GiveInLane) -> None:
