@@ -108,7 +108,7 @@ class LaneMembership:
         self.wait_sockets = WaitSockets(lane, invitation.index, self._receive)
         timer = None if local.link is None else local.link.make_timer()
         self.mover = self._make_mover(self.wait_sockets, lane, timer)
-        local.cache.enter_lane(lane.board.head)
+        local.cache.enter_lane(lane.board.moving_flag)
         with local.lock:
             waiting = list(local.cache.waiting.values())
         for waiter in waiting:

@@ -291,7 +291,7 @@ class LocalPool(LocalState):
     def give_kept(self) -> None:
         """Give the connections that were kept for a time slice, and not asked for again."""
         now, mover = time.monotonic(), self.membership.mover
-        for lease in list(self.cache.idle) if self.cache.moving[0] else ():
+        for lease in list(self.cache.idle) if self.cache.moving_flag[0] else ():
             if now - lease.since < STEADY_GAP_S:
                 if mover is not None:
                     mover.check_kept_later()
@@ -305,7 +305,9 @@ class LocalPool(LocalState):
         waiter = self.receiver.receive(moved, sock, _LINKS_LIMIT_S)
         if waiter is not None:
             waiter.wake()
-        elif (lease := self.cache.leases.get(moved.token)) is not None and self.cache.moving[0]:
+        elif (lease := self.cache.leases.get(moved.token)) is not None and self.cache.moving_flag[
+            0
+        ]:
             self.after_fast_checkin(lease, time.monotonic())
 
     # --- the link

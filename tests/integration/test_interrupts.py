@@ -259,7 +259,7 @@ def let_move(*pools: Pool) -> None:
 
     def share(pool: Pool) -> None:
         while not moving.is_set():
-            if all(cache.moving[0] for cache in caches):
+            if all(cache.moving_flag[0] for cache in caches):
                 moving.set()
             pool.put_conn(pool.get_conn(timeout=30))
 

@@ -185,7 +185,7 @@ class InTheLane(AtTheDesk):
             message.index * PLACES + wait_socket
             for wait_socket in range(self.most_wait_sockets - 1, -1, -1)
         ]
-        self.cache.enter_lane(lane.board.head)
+        self.cache.enter_lane(lane.board.moving_flag)
         self.woken = [waiter for waiter in self.waiters if self._waits_at_lock(waiter)]
         self.desk.say(Joined(self.id))
         self.flush()
@@ -351,7 +351,7 @@ class InTheLane(AtTheDesk):
 
     def give_kept(self) -> None:
         now = self.world.now
-        for lease in list(self.cache.idle) if self.cache.moving[0] else ():
+        for lease in list(self.cache.idle) if self.cache.moving_flag[0] else ():
             if now - lease.since >= STEADY_GAP_S:
                 self._settle(lease)
             else:
@@ -369,7 +369,9 @@ class InTheLane(AtTheDesk):
         waiter = self._receive(got, self.stray)
         if waiter is not None:
             self.wake(waiter)
-        elif (lease := self.cache.leases.get(got[0].token)) is not None and self.cache.moving[0]:
+        elif (lease := self.cache.leases.get(got[0].token)) is not None and self.cache.moving_flag[
+            0
+        ]:
             self._settle(lease)
         self.flush()
 
@@ -378,7 +380,7 @@ class InTheLane(AtTheDesk):
     def take_fast_path(self, waiter: Waiter, wait_s: float) -> bool:
         """Wait in the lane, if connections move in it, the fast path; return whether this thread
         does."""
-        if not wait_s or not self.cache.moving[0] or self.end is None:
+        if not wait_s or not self.cache.moving_flag[0] or self.end is None:
             return False
         self._turn += 1
         if self._turn % 2:
@@ -397,20 +399,23 @@ class InTheLane(AtTheDesk):
         waiter.reset(now)
         self.waiters.append(waiter)
         wait_socket = self._take_wait_socket()
-        in_lane = (
+        moving = (
             bool(wait_s)
             and wait_socket is not None
             and wait_socket.bound
             and wait_socket.end.board.moving
         )
         if (
-            not in_lane
+            not moving
             and not wait_s
             and any(held.phase is Phase.CLOSING for held in cache.leases.values())
         ):
             cache.outbox.append(cache.reporter.renewal(now, {}))
         cache.waiters.enqueue(
-            waiter, wait_s, place=-1 if wait_socket is None else wait_socket.place, in_lane=in_lane
+            waiter,
+            wait_s,
+            place=-1 if wait_socket is None else wait_socket.place,
+            waits_for_move=moving,
         )
         self.patience[waiter.request] = wait_s > 0
         if wait_socket is not None:
@@ -537,7 +542,7 @@ class InTheLane(AtTheDesk):
             if not wait_socket.bound:
                 self._leave_wait_socket(thread, waiter, now)
                 return
-            if not waiter.only_in_lane:
+            if not waiter.waits_for_move:
                 thread.deadline = float("inf")  # the broker's answer comes by then
                 yield from self._block(thread, thread.deadline)
                 thread.hand = wait_socket.read(thread.grip)
@@ -576,7 +581,7 @@ class InTheLane(AtTheDesk):
         if (wait_socket := self._take_wait_socket()) is not None:
             self._start(waiter, wait_socket, thread.deadline)
             self.cache.waiters.change_place(waiter, wait_socket.place, now)
-        elif waiter.only_in_lane:
+        elif waiter.waits_for_move:
             self.cache.waiters.ask(waiter, now)
         self.flush()
 
@@ -670,7 +675,7 @@ class InTheLane(AtTheDesk):
         """`Mover.give`: return whether it was done."""
         cache, end, now = self.cache, self.end, self.world.now
         self._turn += 1
-        if self._turn % 2 == 0 or not cache.moving[0] or cache.returns_due or end is None:
+        if self._turn % 2 == 0 or not cache.moving_flag[0] or cache.returns_due or end is None:
             return False
         if now - lease.arrived_at < self.slice_s and lease.idle_s < STEADY_GAP_S:
             self.timer_at = min(self.timer_at, now + self.slice_s + STEADY_GAP_S)

@@ -764,7 +764,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/worker/core/cache.py",
-                "            if not waiter.only_in_lane:\n",
+                "            if not waiter.waits_for_move:\n",
                 "            if waiter:\n",
             ),
         ),

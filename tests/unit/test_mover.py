@@ -297,7 +297,7 @@ class Slicing(Rig):
             self.mover,
             True,
         )
-        self.local.cache.enter_lane(self.lane.board.head)
+        self.local.cache.enter_lane(self.lane.board.moving_flag)
 
     def steady(self) -> PooledConnection:
         """Return a connection that was asked for as soon as the last one was gone, and has just

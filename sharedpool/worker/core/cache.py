@@ -40,7 +40,7 @@ from sharedpool.worker.core.timings import Timings
 from sharedpool.worker.core.waiters import Waiters
 
 # While connections move between processes, one may go to another thread here for this long.
-_HAND_ON_S = 0.01
+_TO_THREADS_S = 0.01
 _NOTHING_MOVES = (0,)  # stands for the board's byte where there is no lane
 
 
@@ -53,7 +53,7 @@ class Cache:
         """`slice_s`: the time slice; 0: no connection is kept that others want."""
         self.expiration_s = expiration_s
         self.keep_idle = pooling  # cache connections at checkin
-        self.hand_on = pooling  # give a checked-in connection to a waiting thread
+        self.shares_between_threads = pooling  # give a checked-in connection to a waiting thread
         self.outbox: deque[ToBroker] = deque()
         self.leases: dict[Token, Lease] = {}
         self.idle: deque[Lease] = deque()  # the most recently used at the right
@@ -70,8 +70,8 @@ class Cache:
         self.next_scavenge_at = float("-inf")  # nothing has to be scavenged before
         self._first_retires_at = float("inf")
         self.hits = 0  # checkouts by the fast path
-        # Not 0 while connections move between processes past the broker: a byte of the board.
-        self.moving: Sequence[int] | memoryview = _NOTHING_MOVES
+        # View of the board's first byte; not 0 while connections move past the broker.
+        self.moving_flag: Sequence[int] | memoryview = _NOTHING_MOVES
 
     def leave_outbox(self) -> None:
         """Leave the outbox to the present link; messages from now on are for the next one."""
@@ -130,9 +130,9 @@ class Cache:
         lease, waiter.lease = waiter.lease, None
         if lease is None or not self._holds(lease) or lease.phase is not Phase.CONNECTING:
             return None
-        return self.hand_on_or_keep(lease, lease.conn, now)
+        return self.give_to_thread_or_keep(lease, lease.conn, now)
 
-    def hand_on_or_keep(self, lease: Lease, conn: object, now: float) -> Waiter | None:
+    def give_to_thread_or_keep(self, lease: Lease, conn: object, now: float) -> Waiter | None:
         """Give a lease to the first waiter, which is returned; with none, keep or release it."""
         if not self.waiting:
             if conn is not None:
@@ -145,13 +145,13 @@ class Cache:
         self.assign(lease, conn, waiter, now)
         return waiter
 
-    def _hand_on(self, lease: Lease, conn: object, now: float) -> Waiter | None:
-        """Give a lease to the first waiter outside the lane.
+    def _give_to_thread(self, lease: Lease, conn: object, now: float) -> Waiter | None:
+        """Give a lease to the first waiter that does not wait for a move.
 
-        In the lane, other processes' waiters may come first.
+        In the lane's queue, other processes' waiters may come first.
         """
         for waiter in self.waiting.values():
-            if not waiter.only_in_lane:
+            if not waiter.waits_for_move:
                 self.waiters.withdraw(waiter)
                 self.assign(lease, conn, waiter, now)
                 return waiter
@@ -199,22 +199,22 @@ class Cache:
             elif self.returns_due and not self.time_slice.keeps(lease, now):
                 self.returns_due -= 1
                 verdict = ReleaseReason.RETURN_DUE
-            elif self.moving[0]:
+            elif self.moving_flag[0]:
                 # Other processes' threads wait for it, so threads here may have it only briefly.
                 if (
-                    now - lease.arrived_at < _HAND_ON_S
-                    and (waiter := self._hand_on(lease, conn, now)) is not None
+                    now - lease.arrived_at < _TO_THREADS_S
+                    and (waiter := self._give_to_thread(lease, conn, now)) is not None
                 ):
                     return waiter
                 verdict = ReleaseReason.SHARED if lease.movable else ReleaseReason.CLOSED
-            elif not self.keep_idle and not (self.hand_on and self.waiting):
+            elif not self.keep_idle and not (self.shares_between_threads and self.waiting):
                 verdict = ReleaseReason.CLOSED
         # If an interrupt comes before this line, only the user's thread refers to the connection.
         # Once that is dropped, the next heartbeats find that the lease has no owner.
         if verdict is not None:
             return self.close(lease, conn, verdict, now)
         if self.waiting:
-            return self.hand_on_or_keep(lease, conn, now)
+            return self.give_to_thread_or_keep(lease, conn, now)
         self._lay_idle(lease, conn, now)
         return None
 
@@ -238,9 +238,9 @@ class Cache:
 
     def report_idle(self, now: float) -> None:
         """Report idle leases at once, while the broker expects returns or connections move."""
-        if not (self.returns_due or self.moving[0]) or not (idle := list(self.idle)):
+        if not (self.returns_due or self.moving_flag[0]) or not (idle := list(self.idle)):
             return
-        if self.moving[0] or not self.time_slice.keeps(idle[-1], now):
+        if self.moving_flag[0] or not self.time_slice.keeps(idle[-1], now):
             self.outbox.append(self.reporter.renewal(now, {}))
 
     def close(self, lease: Lease, conn: object, reason: ReleaseReason, now: float) -> Closing:
@@ -283,7 +283,7 @@ class Cache:
         if not (self.keep_idle and self._holds(lease)):
             return False
         self._lay_idle(lease, conn, now)
-        if not self.moving[0]:  # else `_lay_idle` has reported it
+        if not self.moving_flag[0]:  # else `_lay_idle` has reported it
             self.outbox.append(self.reporter.renewal(now, {}))
         return True
 
@@ -379,13 +379,13 @@ class Cache:
         self.connects_within_s = connects_within_s
         self.time_slice.hands_over = hands_over
 
-    def enter_lane(self, moving: memoryview) -> None:
-        """Record that the process is in its pool's lane; `moving` is the board's byte."""
-        self.moving = moving
+    def enter_lane(self, moving_flag: memoryview) -> None:
+        """Record that the process is in its pool's lane; `moving_flag` is the board's byte."""
+        self.moving_flag = moving_flag
 
     def leave_lane(self) -> None:
         """Record that the process is in no lane. Needs no lock."""
-        self.moving = _NOTHING_MOVES
+        self.moving_flag = _NOTHING_MOVES
         self.reporter.unread = []  # else it would be reported for ever
 
     # --- the end

@@ -120,12 +120,12 @@ class Waiter:
         "error",
         "lane_place",
         "lease",
-        "only_in_lane",
         "owner",
         "request",
         "since",
         "times_asked",
         "until",
+        "waits_for_move",
         "wake",
     )  # fmt: skip
 
@@ -138,7 +138,7 @@ class Waiter:
         self.request = 0
         self.until: float | None = None  # end of the wait; None for an answer at once
         self.lane_place = -1  # its place in the lane, -1 for none
-        self.only_in_lane = False  # it waits in the lane, and the broker was not asked
+        self.waits_for_move = False  # connections move, so the broker was not asked
         self.times_asked = 0  # requests to the broker
         self.answered = False  # the broker itself has answered and sends nothing more
         self.lease: Lease | None = None
