@@ -33,14 +33,14 @@ class FormerLanes:
         context: Context,
         ask: Callable[[Session, float], None],
         *,
-        complete: bool,
+        journal_complete: bool,
     ) -> None:
-        """`complete`: the journal names all members."""
+        """`journal_complete`: the journal names all members."""
         self._slots = context.slots
         self._emit = context.emit
         self._arm = context.timers.arm
         self._ask = ask
-        self.complete = complete
+        self._journal_complete = journal_complete
         self._pools: dict[bytes, Pool] = {}  # by session
         self.complete_pools: list[Pool] = []  # whose last member has answered just now
 
@@ -58,7 +58,7 @@ class FormerLanes:
 
     def has_all_of(self, pool: Pool) -> bool:
         """Return True if every session has listed all leases of this pool that it may have."""
-        return self.complete and not pool.former
+        return self._journal_complete and not pool.former
 
     def registered(self, session: Session, now: float) -> None:
         """Ask a member for its leases: it leaves the former lane before the question comes."""

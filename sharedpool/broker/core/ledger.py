@@ -130,7 +130,7 @@ class Ledger:
         )
         shelves = Shelves(context, expiration_s)
         self._moves = Moves(
-            context, self._recalls, self._leases, shelves, remembers=journal_complete
+            context, self._recalls, self._leases, shelves, journal_complete=journal_complete
         )
         transit = self._moves.transit
         reconciler = Reconciler(context, fences, self._leases, transit, ttl_s=ttl_s)

@@ -41,16 +41,16 @@ class Moves:
         leases: Leases,
         shelves: Shelves,
         *,
-        remembers: bool,
+        journal_complete: bool,
     ) -> None:
-        """`remembers`: the journal names every session that was let into a former broker's lane."""
+        """`journal_complete`: the journal names every member of a former broker's lanes."""
         self._slots = context.slots
         self._emit = context.emit
         self._arm = context.timers.arm
         self._recalls = recalls
         self._leases = leases
         self._shelves = shelves
-        self.former = FormerLanes(context, recalls.send, complete=remembers)
+        self.former = FormerLanes(context, recalls.send, journal_complete=journal_complete)
         self._members = LaneMembers(context, self.former)
         self.transit = InTransit(context, recalls, leases, self._members, shelves, self.former)
 
