@@ -60,7 +60,7 @@ class Leases:
         self._journal_complete = journal_complete
         self.routes = routes
         self.quarantine = Quarantine()
-        self._void: set[Token] = set()  # of former brokers, given back or fenced by now
+        self._ended_former: set[Token] = set()  # of former brokers, given back or fenced by now
 
     def believe_claims(self) -> None:
         """Admit unknown leases from now on: another broker granted some, by its own journal."""
@@ -70,7 +70,7 @@ class Leases:
         """Return True if an unknown lease may be held since before this broker."""
         if self._journal_complete or token.epoch == self._context.epoch:
             return False
-        return token not in self._slots.leases and token not in self._void
+        return token not in self._slots.leases and token not in self._ended_former
 
     # --- the backend
 
@@ -129,7 +129,7 @@ class Leases:
     def free(self, lease: Lease, reason: str) -> None:
         """Free a slot: its backend is gone, or there never was one."""
         if lease.token.epoch != self._context.epoch:
-            self._void.add(lease.token)
+            self._ended_former.add(lease.token)
         self.quarantine.discard(lease.token)
         self.routes.over(lease)
         self._slots.move(lease, SlotState.FREE, reason)
@@ -154,7 +154,7 @@ class Leases:
         if self.routes.is_lent_again(lease):
             self.free(lease, "its pooler has lent the backend again")
         elif lease.findable:
-            self._fences.fence(lease, why, now, level=level)
+            self._fences.begin(lease, why, now, level=level)
             unknown = lease.backend is None and self._has_control_connection
             if unknown and not self.routes.believes(lease):
                 self._quarantine(lease, now)  # behind a proxy the end of its socket proves nothing
@@ -167,7 +167,7 @@ class Leases:
             else:
                 self._arm(now + START_UP_LIMIT_S, self._start_up_due, lease)
 
-    def end(self, lease: Lease, why: str, now: float) -> None:
+    def take_away(self, lease: Lease, why: str, now: float) -> None:
         """End a connection that its worker holds; tell the worker, lest it be checked out."""
         if lease.live is None and not lease.session.ended:
             ack = Ack([lease.token], [], lease.pool.generation, lease.pool.limit)
@@ -221,14 +221,14 @@ class Leases:
         if lease.state is SlotState.FENCING:  # the socket came late: there is something to end
             if self.routes.believes(lease):
                 self.quarantine.discard(lease.token)
-            self._fences.order(lease, "its worker is gone")
+            self._fences.send_order(lease, "its worker is gone")
 
     def found(self, lease: Lease, backend: Backend, now: float) -> None:
         """Record the backend of a lease whose end was seen before its worker named the backend."""
         self.identify(lease, backend, now)
         if self._has_control_connection:
             self.quarantine.discard(lease.token)
-            self._fences.order(lease, "its connection broke")
+            self._fences.send_order(lease, "its connection broke")
 
     def ended_without_proof(self, lease: Lease, now: float, *, peer_closed: bool = False) -> None:
         """Have the backend verified of a lease whose socket in custody has ended without proof.
@@ -251,7 +251,7 @@ class Leases:
         elif lease.findable:
             if lease.backend is None or lease.backend.direct:
                 # The first order may have relied on the socket.
-                self._fences.order(lease, "its connection broke")
+                self._fences.send_order(lease, "its connection broke")
         elif peer_closed and lease.token in self.quarantine:
             self.quarantine.hurry(lease.token)
         else:
@@ -339,7 +339,7 @@ class Leases:
             self._report_checkout(lease, now - lease.used_since, limit_s)
             confirmed = 0 < lease.inquiry <= session.recall_confirmed
             if lease.pool.spec.end_overdue and confirmed:
-                self.end(lease, "checked out for longer than max_checkout", now)
+                self.take_away(lease, "checked out for longer than max_checkout", now)
 
     def _report_checkout(self, lease: Lease, used_s: float, limit_s: float) -> None:
         pool, session = lease.pool, lease.session
