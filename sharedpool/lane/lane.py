@@ -68,7 +68,7 @@ class Ticket(NamedTuple):
     request: int  # the request that waits at that place
 
 
-class Item(NamedTuple):
+class MovingConnection(NamedTuple):
     """A connection that moves."""
 
     token: Token  # its lease's name
@@ -77,7 +77,7 @@ class Item(NamedTuple):
     fd: int  # its socket
 
 
-def network() -> str:
+def network_namespace_id() -> str:
     """Return a name of this process's network namespace; "" where there are none.
 
     The addresses of the wait sockets belong to the namespace.
@@ -122,7 +122,7 @@ class Lane:
             )
             owners += [_socket.socket(fileno=put_end)]
             owners += [_socket.socket(fileno=take_end)]
-            self._put, self._take = owners
+            self._shelf_in, self._shelf_out = owners
             self._sender = _socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
             self._known[self._sender.fileno()] = (identity(self._sender.fileno()),)
         except BaseException:
@@ -157,7 +157,7 @@ class Lane:
     @property
     def outlets(self) -> list[int]:
         """The descriptors that become readable by a ticket or a connection on the shelf."""
-        return [self._reader.fileno(), self._take.fileno()]
+        return [self._reader.fileno(), self._shelf_out.fileno()]
 
     # --- tickets
 
@@ -197,7 +197,7 @@ class Lane:
 
     # --- giving
 
-    def give(self, item: Item) -> bool:
+    def give(self, item: MovingConnection) -> bool:
         """Give a connection to the first waiter, or put it on the shelf; return False if neither.
 
         The caller has sent the reset and detached the session from its connection object. After
@@ -213,13 +213,13 @@ class Lane:
             if taken is None:
                 break  # another process took it, perhaps the waiter itself
             moved, sock = taken
-            other = Item(moved.token, moved.cell, moved.live, sock.fileno())
+            other = MovingConnection(moved.token, moved.cell, moved.live, sock.fileno())
             if not self._deliver(other) and not self._shelve(other):
                 sock.shutdown(socket.SHUT_RDWR)  # no room is left: end it, and its slot is free
             sock.close()
         return True
 
-    def _deliver(self, item: Item) -> bool:
+    def _deliver(self, item: MovingConnection) -> bool:
         ticket = self.next_ticket()
         while ticket is not None:
             if self._send(
@@ -232,11 +232,11 @@ class Lane:
             ticket = self.next_ticket()
         return False
 
-    def _shelve(self, item: Item) -> bool:
+    def _shelve(self, item: MovingConnection) -> bool:
         return self._send(item, 0, SHELF, None)
 
-    def _send(self, item: Item, request: int, holder: int, address: str | None) -> bool:
-        sock = self._sender if address is not None else self._put
+    def _send(self, item: MovingConnection, request: int, holder: int, address: str | None) -> bool:
+        sock = self._sender if address is not None else self._shelf_in
         if (
             self.leaving
             or not self._is_still_ours(sock.fileno())
@@ -282,8 +282,8 @@ class Lane:
     def take_from_shelf(self) -> tuple[Moved, Owned] | None:
         """Take the connection that has been on the shelf longest; None if there is none."""
         try:
-            while self._is_still_ours(self._take.fileno()):
-                if (got := self._next(self._take)) is not None:
+            while self._is_still_ours(self._shelf_out.fileno()):
+                if (got := self._next(self._shelf_out)) is not None:
                     moved, sock = got
                     return structs.replace(
                         moved, moves=self.board.set_holder(moved.cell, self.member_number)
@@ -343,7 +343,10 @@ class Lane:
         numbers = [pipe.fileno() for pipe in pipes]
         for pipe in pipes:
             pipe.close()  # the object only, not the descriptor
-        for fd in [*numbers, *(each.detach() for each in (self._put, self._take, self._sender))]:
+        for fd in [
+            *numbers,
+            *(each.detach() for each in (self._shelf_in, self._shelf_out, self._sender)),
+        ]:
             if is_still(fd, self._known[fd]):
                 os.close(fd)
 

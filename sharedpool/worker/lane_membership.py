@@ -16,7 +16,7 @@ from sharedpool.descriptors.available import require
 from sharedpool.descriptors.owned import Owned
 from sharedpool.descriptors.timer import Timer
 from sharedpool.errors import SharedPoolError
-from sharedpool.lane.lane import DESCRIPTORS, FOR_A_LANE, Lane, network
+from sharedpool.lane.lane import DESCRIPTORS, FOR_A_LANE, Lane, network_namespace_id
 from sharedpool.lane.wait_sockets import WaitSocket, WaitSockets
 from sharedpool.wire.desk import LaneInvitation, Moved
 from sharedpool.worker.connection.pooled import PooledConnection
@@ -121,7 +121,11 @@ class LaneMembership:
             require(FOR_A_LANE, f"pool {local.config.name!r}: its lane")
         except SharedPoolError:
             return False
-        return local.hands_over and invitation.network == network() and len(fds) == DESCRIPTORS
+        return (
+            local.hands_over
+            and invitation.network == network_namespace_id()
+            and len(fds) == DESCRIPTORS
+        )
 
     def leave(self, *, to_new_broker: bool = False) -> None:
         """Leave the lane.

@@ -57,7 +57,7 @@ from sharedpool.wire.messages import Acquire, Grant, Hello, ToBroker
 from sharedpool.wire.reports import FromOperator
 from sharedpool.wire.values import Token
 from tests.model.desk import checked
-from tests.model.lane import End, Grip, Item, Lane
+from tests.model.lane import End, Grip, Lane, MovingConnection
 from tests.model.moving import run
 from tests.model.network import Packet, Wire
 from tests.model.scale import INSTANCE, LIMITS, TTL_S
@@ -358,7 +358,7 @@ class Broker:
         if (
             end is None
             or proc is None
-            or not run(end.give(Item(order.token, order.cell, order.live, proc)))
+            or not run(end.give(MovingConnection(order.token, order.cell, order.live, proc)))
         ):
             moved = Moved(0, order.token, order.cell, 0, order.live)
             self.calls.append(lambda ledger, now: ledger.lanes.full(order.pool, moved, now))

@@ -38,7 +38,7 @@ class Grip:
         self.process = process
 
 
-class Item(NamedTuple):
+class MovingConnection(NamedTuple):
     """A connection that moves."""
 
     token: Token
@@ -144,7 +144,7 @@ class End:
 
     # --- giving and taking
 
-    def give(self, item: Item) -> Generator[None, None, bool]:
+    def give(self, item: MovingConnection) -> Generator[None, None, bool]:
         if (yield from self._deliver(item)):
             return True
         if not (yield from self._shelve(item)):
@@ -157,14 +157,14 @@ class End:
             if taken is None:
                 break
             moved, proc = taken
-            other = Item(moved.token, moved.cell, moved.live, proc)
+            other = MovingConnection(moved.token, moved.cell, moved.live, proc)
             if not (yield from self._deliver(other)) and not (yield from self._shelve(other)):
                 proc.cut = True
             yield
             proc.holders.discard(grip)
         return True
 
-    def _deliver(self, item: Item) -> Generator[None, None, bool]:
+    def _deliver(self, item: MovingConnection) -> Generator[None, None, bool]:
         ticket = self.next_ticket()
         while ticket is not None:
             yield
@@ -177,11 +177,11 @@ class End:
             ticket = self.next_ticket()
         return False
 
-    def _shelve(self, item: Item) -> Generator[None, None, bool]:
+    def _shelve(self, item: MovingConnection) -> Generator[None, None, bool]:
         return (yield from self._send(item, 0, SHELF, None))
 
     def _send(
-        self, item: Item, request: int, holder: int, wait_socket: tuple[int, int] | None
+        self, item: MovingConnection, request: int, holder: int, wait_socket: tuple[int, int] | None
     ) -> Generator[None, None, bool]:
         if not self.open or not self.board.has(item.cell, item.token):
             return False

@@ -28,7 +28,7 @@ from sharedpool.worker.core.cache import Cache
 from sharedpool.worker.core.lease import Closing, Lease, Waiter
 from sharedpool.worker.core.time_slice import STEADY_GAP_S
 from tests.model.desk import AtTheDesk, Conn, Giving, Lack
-from tests.model.lane import End, Got, Grip, Item, Lane
+from tests.model.lane import End, Got, Grip, Lane, MovingConnection
 from tests.model.network import Packet
 from tests.model.server import Proc
 
@@ -725,7 +725,7 @@ class InTheLane(AtTheDesk):
         closing, proc = giving.closing, giving.conn.proc
         lease = closing.lease
         yield
-        done = yield from end.give(Item(lease.token, lease.cell, giving.live, proc))
+        done = yield from end.give(MovingConnection(lease.token, lease.cell, giving.live, proc))
         yield
         if not done:  # `give_to_broker`
             done = self._say_given(closing, giving.live)

@@ -70,7 +70,7 @@ class Rig:
         """Have an invitation come from the broker whose line this is; return its descriptors."""
         fds = lanes.make()
         self._session.invited(
-            LaneInvitation(self._registration.identity, 1, 0, lanes.network()), fds
+            LaneInvitation(self._registration.identity, 1, 0, lanes.network_namespace_id()), fds
         )
         return fds
 

@@ -28,7 +28,7 @@ from typing import Protocol
 
 from sharedpool.broker.server.drop_log import DropLog
 from sharedpool.broker.server.processes import called
-from sharedpool.broker.server.router_socket import is_at
+from sharedpool.broker.server.router_socket import refresh_if_ours
 from sharedpool.descriptors import passing
 from sharedpool.errors import ProtocolError
 from sharedpool.postgres.peer_closed import other_side_closed
@@ -126,12 +126,12 @@ class Desk:
         listener.listen(_BACKLOG)
         return listener
 
-    def mend(self) -> bool:
+    def recreate_if_deleted(self) -> bool:
         """Listen again if the socket's file was deleted, else refresh its time stamps.
 
         Return True if the file was deleted. Raise OSError if it cannot be made again.
         """
-        if is_at(self.path, self._listener_stat):
+        if refresh_if_ours(self.path, self._listener_stat):
             return False
         fresh = self._listen()
         self._accept()  # workers that connected before the file was deleted

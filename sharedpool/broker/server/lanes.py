@@ -27,7 +27,7 @@ from sharedpool.broker.core.commands import (
 from sharedpool.broker.core.ledger import Ledger, LedgerCall
 from sharedpool.broker.server.desk import Desk
 from sharedpool.lane import lane as lanes
-from sharedpool.lane.lane import Item, Lane, Ticket
+from sharedpool.lane.lane import Lane, MovingConnection, Ticket
 from sharedpool.wire import desk as wire
 from sharedpool.wire.board import BROKER_PLACE, BROKER_REQUEST, SHELF
 
@@ -54,7 +54,7 @@ class Lanes:
         self._selector = selector
         self._execute = execute
         self._call_later = call_later
-        self._network = lanes.network()
+        self._network = lanes.network_namespace_id()
         self._lanes: dict[str, Lane] = {}
         self._handed: dict[str, list[int]] = {}  # the descriptors that workers are sent
         self._wait_sockets: dict[str, _socket.socket] = {}
@@ -186,7 +186,7 @@ class Lanes:
         pool, token, cell, live = command.pool, command.token, command.cell, command.live
         lane = self._lanes.get(pool)
         fd = -1 if self._desk is None else self._desk.fileno_of(token)
-        if lane is None or fd < 0 or not lane.give(Item(token, cell, live, fd)):
+        if lane is None or fd < 0 or not lane.give(MovingConnection(token, cell, live, fd)):
             moved = wire.Moved(0, token, cell, 0, live)
             self._call_later(lambda ledger, now: ledger.lanes.full(pool, moved, now))
 

@@ -159,8 +159,8 @@ class Cache:
 
     def assign(self, lease: Lease, conn: object, waiter: Waiter, now: float) -> None:
         """Give a lease to a waiter that is in no queue any more."""
-        whose = weakref.ref(waiter)
-        lease.conn, lease.phase, lease.since, lease.waiter = conn, Phase.CONNECTING, now, whose
+        waiter_ref = weakref.ref(waiter)
+        lease.conn, lease.phase, lease.since, lease.waiter = conn, Phase.CONNECTING, now, waiter_ref
         waiter.lease = lease
 
     def opened(

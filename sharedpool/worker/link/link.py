@@ -71,7 +71,7 @@ class Link:
         # A registration has been answered over the present connection.
         self._established = False
         # False until the thread has looked for work once: until then nothing has to wake it.
-        self._is_waiting = False
+        self._needs_waking = False
         self._check_at = 0.0
         self._attempts = 0
         # `leave` has timed out, and this thread has not run `_sweep` since.
@@ -81,7 +81,7 @@ class Link:
         self._nonce = 0  # of the HELLOs over the present connection
 
     @property
-    def is_here(self) -> bool:
+    def is_own_thread(self) -> bool:
         """Whether this is the link's own thread."""
         return self._thread is greenlets.current_thread()
 
@@ -115,7 +115,7 @@ class Link:
 
     def wake(self) -> None:
         """Have the outboxes sent. Takes no lock, so that a finalizer may call it."""
-        if self._is_waiting:
+        if self._needs_waking:
             self._wakeup.wake()
 
     def leave(self, registration: Registration) -> None:
@@ -125,7 +125,7 @@ class Link:
         """
         self.wake()
         thread = self._thread
-        if thread is None or self.is_here:
+        if thread is None or self.is_own_thread:
             return
         deadline = time.monotonic() + (0.0 if self._timed_out else _LEAVE_LIMIT_S)
         if not registration.over.wait(max(0.0, deadline - time.monotonic())):
@@ -239,7 +239,7 @@ class Link:
 
     def _connect(self, context: Any) -> None:
         """Connect, and serve the registrations until the broker is gone or the link is over."""
-        require(FOR_A_SOCKET if self.epoch else FOR_A_CONTEXT, "the line to the broker")
+        require(FOR_A_SOCKET if self.epoch else FOR_A_CONTEXT, "the socket to the broker")
         dealer = Dealer(context, self.address, self.identity)
         self._nonce = random.getrandbits(62)
         try:
@@ -258,7 +258,7 @@ class Link:
         """
         poller = Poller(self._zmq, self._wakeup, dealer.socket)
         started = time.monotonic()
-        self._is_waiting = True
+        self._needs_waking = True
         while living := self._sweep(dealer):
             now = time.monotonic()
             for registration in living:
@@ -296,21 +296,22 @@ class Link:
 
     def _wait(self, poller: Poller, dealer: Dealer, due: float) -> bool:
         """Wait until `due` for events and handle them; return False if the broker has ended."""
-        line = -1 if self.desk.line is None or not self._established else self.desk.line.fileno()
-        wait_sockets = {
+        line = self.desk.line
+        line_fd = -1 if line is None or not self._established else line.fileno()
+        endpoint_by_fd = {
             fd: each.endpoint
             for each in self._active()
             for fd in each.endpoint.descriptors_to_watch()
         }
-        timer = -1 if self.timer is None else self.timer.fileno()
-        ready = poller.wait({*wait_sockets, line, timer} - {-1}, due)
-        for endpoint in {wait_sockets[fd] for fd in wait_sockets.keys() & ready}:
+        timer_fd = -1 if self.timer is None else self.timer.fileno()
+        ready = poller.wait({*endpoint_by_fd, line_fd, timer_fd} - {-1}, due)
+        for endpoint in {endpoint_by_fd[fd] for fd in endpoint_by_fd.keys() & ready}:
             endpoint.receive_strays()
-        if line in ready and not self._read_line():
+        if line_fd in ready and not self._read_line():
             return False
         if self._wakeup.fileno() in ready:
             self._wakeup.clear()
-        if self.timer is not None and timer in ready:
+        if self.timer is not None and timer_fd in ready:
             self.timer.clear()
             for each in self._active():
                 each.endpoint.receive_strays()
@@ -394,7 +395,7 @@ class Link:
         """Wait, and end registrations meanwhile."""
         poller = Poller(self._zmq, self._wakeup)
         deadline = time.monotonic() + seconds
-        self._is_waiting = True
+        self._needs_waking = True
         while self._sweep(None) and time.monotonic() < deadline:
             if poller.wait(set(), deadline):
                 self._wakeup.clear()
