@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from enum import Enum
 
 from sharedpool.broker.core.commands import Send
 from sharedpool.broker.core.context import Context
@@ -26,6 +27,17 @@ from sharedpool.wire.values import Backend, Phase, Token
 QUEUE_LIMIT_S = 10.0
 # Workers' times are passed on to others: a larger number could not be sent.
 LONGEST_MS = 2**53
+
+
+class _Step(Enum):
+    """What follows when a connection has ended on this side, and its backend may live on."""
+
+    AWAIT_ROUTE = "a worker is about to report whether there is a proxy, and so what the end proves"
+    FENCE = "have the backend ended and verified"
+    ORDER_AGAIN = "the same once more: the first order may have relied on the socket"
+    NONE = "the order under way does not rely on the socket"
+    LOOK_NOW = "no proxy has the connect in its queue any more: let the server be asked at once"
+    QUARANTINE = "no backend is known: have the server asked what is left"
 
 
 class Leases:
@@ -236,26 +248,39 @@ class Leases:
         `peer_closed`: its other side has closed it, but that may be a proxy instead of the server.
         """
         lease.left = True
-        unknown = lease.backend is None and not self._has_control_connection
-        if peer_closed and unknown and lease.pool.direct is None:
-            # Decided once a worker has reported whether there is a proxy.
+        nobody_can_look = lease.backend is None and not self._has_control_connection
+        step = self._step_after_end(lease, peer_closed=peer_closed, nobody_can_look=nobody_can_look)
+        if step is _Step.AWAIT_ROUTE:
             self.routes.unproven.add(lease)
             return
-        if not unknown:
-            # With neither socket nor backend known, the slot could never be freed.
+        if not nobody_can_look:  # else, with neither socket nor backend, it could never be freed
             lease.custody = False
-        if lease.state is not SlotState.FENCING:
-            # Behind a proxy, the worker usually closes the connection, and says so a moment later.
-            level = logging.DEBUG if peer_closed and lease.backend is not None else logging.INFO
-            self.fence(lease, "its connection broke", now, level=level, peer_closed=peer_closed)
-        elif lease.findable:
-            if lease.backend is None or lease.backend.direct:
-                # The first order may have relied on the socket.
+        match step:
+            case _Step.FENCE:
+                # Behind a proxy, the worker usually closes the connection, and says so a moment
+                # later.
+                level = logging.DEBUG if peer_closed and lease.backend is not None else logging.INFO
+                self.fence(lease, "its connection broke", now, level=level, peer_closed=peer_closed)
+            case _Step.ORDER_AGAIN:
                 self._fences.send_order(lease, "its connection broke")
-        elif peer_closed and lease.token in self.quarantine:
-            self.quarantine.hurry(lease.token)
-        else:
-            self._quarantine(lease, now, peer_closed=peer_closed)
+            case _Step.LOOK_NOW:
+                self.quarantine.hurry(lease.token)
+            case _Step.QUARANTINE:
+                self._quarantine(lease, now, peer_closed=peer_closed)
+
+    def _step_after_end(self, lease: Lease, *, peer_closed: bool, nobody_can_look: bool) -> _Step:
+        """Return what follows when a socket in custody has ended without proof."""
+        if peer_closed and nobody_can_look and lease.pool.direct is None:
+            return _Step.AWAIT_ROUTE
+        if lease.state is not SlotState.FENCING:
+            return _Step.FENCE
+        if lease.backend is not None:
+            return _Step.ORDER_AGAIN if lease.backend.direct else _Step.NONE
+        if nobody_can_look and lease.custody:
+            return _Step.ORDER_AGAIN
+        if peer_closed and lease.token in self.quarantine:
+            return _Step.LOOK_NOW
+        return _Step.QUARANTINE
 
     def settle_unproven(self, now: float) -> None:
         """Free or verify leases whose connections have ended, once it is known what that proves."""
