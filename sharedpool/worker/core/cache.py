@@ -191,15 +191,10 @@ class Cache:
         """
         if not self._holds(lease):
             verdict = ReleaseReason.BROKEN  # the broker has taken it away, or it seemed dropped
+        elif verdict is None:
+            verdict = self._reason_to_close(lease, now)
         if verdict is None:
-            if lease.generation < self.generation:
-                verdict = ReleaseReason.STALE
-            elif now >= lease.retire_at:
-                verdict = ReleaseReason.RETIRED
-            elif self.returns_due and not self.time_slice.keeps(lease, now):
-                self.returns_due -= 1
-                verdict = ReleaseReason.RETURN_DUE
-            elif self.moving_flag[0]:
+            if self.moving_flag[0]:
                 # Other processes' threads wait for it, so threads here may have it only briefly.
                 if (
                     now - lease.arrived_at < _TO_THREADS_S
@@ -216,6 +211,17 @@ class Cache:
         if self.waiting:
             return self.give_to_thread_or_keep(lease, conn, now)
         self._lay_idle(lease, conn, now)
+        return None
+
+    def _reason_to_close(self, lease: Lease, now: float) -> ReleaseReason | None:
+        """Return why a connection must not stay here, whoever waits; count a return that is due."""
+        if lease.generation < self.generation:
+            return ReleaseReason.STALE
+        if now >= lease.retire_at:
+            return ReleaseReason.RETIRED
+        if self.returns_due and not self.time_slice.keeps(lease, now):
+            self.returns_due -= 1
+            return ReleaseReason.RETURN_DUE
         return None
 
     def note_use(self, lease: Lease, seconds: float, now: float, *, typical: bool) -> None:
