@@ -48,6 +48,10 @@ _JITTER_S = 0.05
 _CHECK_EVERY_S = 0.5  # for descriptors that interrupts have left open
 
 
+class _BrokerGone(Exception):
+    """The broker is gone, or does not answer. The text says how that shows; "" if it is unknown."""
+
+
 class Link:
     """The I/O thread for one broker. It ends with the last registration."""
 
@@ -243,19 +247,17 @@ class Link:
         dealer = Dealer(context, self.address, self.identity)
         self._nonce = random.getrandbits(62)
         try:
-            trouble = self._serve(dealer)
+            self._serve(dealer)
+        except _BrokerGone as error:
             for registration in self._active():
-                registration.interrupted(trouble or registration.trouble)
+                registration.interrupted(str(error) or registration.trouble)
         finally:
             # Unanswered HELLOs are dropped: the next connection sends its own.
             linger, self._established = self._established, False
             dealer.close(linger=linger)
 
-    def _serve(self, dealer: Dealer) -> str:
-        """Serve the registrations until the broker is gone, or the link is over.
-
-        Return why the broker is gone, or "" if that is unknown.
-        """
+    def _serve(self, dealer: Dealer) -> None:
+        """Serve the registrations until the link is over. Raise `_BrokerGone`."""
         poller = Poller(self._zmq, self._wakeup, dealer.socket)
         started = time.monotonic()
         self._needs_waking = True
@@ -263,39 +265,34 @@ class Link:
             now = time.monotonic()
             for registration in living:
                 if registration.established:
-                    if now >= registration.due and not self._beat(registration, now):
-                        return "it has fallen silent"
+                    if now >= registration.due:
+                        self._beat(registration, now)
                     self._flush(registration, dealer)
                 elif now >= registration.due:
                     self._send_hello(registration, dealer, now)
                     if not self._established and now - started > _RESTART_AFTER_S:
                         # The broker may have ended just before we connected. Nor may HELLOs pile
                         # up for a broker that is away.
-                        return ""
-            if not self._wait(poller, dealer, min(each.due for each in living)):
-                self.desk.close()
-                self._pause(random.uniform(0.0, _JITTER_S))  # workers must not all return at once
-                return "it has ended"
-        return ""
+                        raise _BrokerGone
+            self._wait(poller, dealer, min(each.due for each in living))
 
-    def _beat(self, registration: Registration, now: float) -> bool:
-        """Queue a heartbeat; return False instead if the broker has been silent for too long."""
+    def _beat(self, registration: Registration, now: float) -> None:
+        """Queue a heartbeat. Raise `_BrokerGone` if the broker has been silent for too long."""
         if now - self.heard_at > 2.5 * registration.pause_s + 1.0:
             logger.warning("no answer from the broker at %s: registering again", self.address)
-            return False
+            raise _BrokerGone("it has fallen silent")
         registration.beat(now)
         if now >= self._check_at:
             self._check_at = now + _CHECK_EVERY_S
             close_ownerless()
-        return True
 
     def _send_hello(self, registration: Registration, dealer: Dealer, now: float) -> None:
         hello = structs.replace(registration.endpoint.compose_hello(), nonce=self._nonce)
         dealer.send(registration.channel, hello)
         registration.due = now + _HELLO_RETRY_S * random.uniform(0.8, 1.2)
 
-    def _wait(self, poller: Poller, dealer: Dealer, due: float) -> bool:
-        """Wait until `due` for events and handle them; return False if the broker has ended."""
+    def _wait(self, poller: Poller, dealer: Dealer, due: float) -> None:
+        """Wait until `due` for events and handle them. Raise `_BrokerGone` if the broker ends."""
         line = self.desk.line
         line_fd = -1 if line is None or not self._established else line.fileno()
         endpoint_by_fd = {
@@ -307,8 +304,8 @@ class Link:
         ready = poller.wait({*endpoint_by_fd, line_fd, timer_fd} - {-1}, due)
         for endpoint in {endpoint_by_fd[fd] for fd in endpoint_by_fd.keys() & ready}:
             endpoint.receive_strays()
-        if line_fd in ready and not self._read_line():
-            return False
+        if line_fd in ready:
+            self._read_line()
         if self._wakeup.fileno() in ready:
             self._wakeup.clear()
         if self.timer is not None and timer_fd in ready:
@@ -317,13 +314,14 @@ class Link:
                 each.endpoint.receive_strays()
         if dealer.socket in ready:
             self._receive(dealer)
-        return True
 
-    def _read_line(self) -> bool:
-        """Read from the desk's line; return False if the broker has ended."""
+    def _read_line(self) -> None:
+        """Read from the desk's line. Raise `_BrokerGone` if the broker has ended."""
         got = self.desk.read()
         if got is None:
-            return False
+            self.desk.close()
+            self._pause(random.uniform(0.0, _JITTER_S))  # workers must not all return at once
+            raise _BrokerGone("it has ended")
         invitation, fds = got
         if invitation is not None:
             with self._lock:
@@ -333,7 +331,6 @@ class Link:
                     os.close(fd)
             else:
                 registration.endpoint.invited(invitation, fds)
-        return True
 
     def _receive(self, dealer: Dealer) -> None:
         for channel, body in dealer.receive():
