@@ -36,6 +36,7 @@ import socket
 import struct
 import termios
 from collections.abc import Callable, Sequence
+from enum import Enum
 from io import FileIO
 from typing import NamedTuple
 
@@ -66,6 +67,13 @@ class Ticket(NamedTuple):
     member_number: int  # of its session
     place: int  # on the board
     request: int  # the request that waits at that place
+
+
+class _Nothing(Enum):
+    """A packet without a connection for this process."""
+
+    REFUSED = "malformed, or a connection that is of no use here"
+    OVER = "empty: a wake-up, or the other end is closed"
 
 
 class MovingConnection(NamedTuple):
@@ -283,11 +291,14 @@ class Lane:
         """Take the connection that has been on the shelf longest; None if there is none."""
         try:
             while self._is_still_ours(self._shelf_out.fileno()):
-                if (got := self._next(self._shelf_out)) is not None:
+                got = self._next(self._shelf_out)
+                if isinstance(got, tuple):
                     moved, sock = got
                     return structs.replace(
                         moved, moves=self.board.set_holder(moved.cell, self.member_number)
                     ), sock
+                if got is _Nothing.OVER:
+                    break
         except OSError:  # the shelf is empty
             pass
         return None
@@ -295,12 +306,13 @@ class Lane:
     def receive(self, sock: _socket.socket) -> tuple[Moved, Owned] | None:
         """Receive a connection at a wait socket; None if there is none that can be used."""
         try:
-            return self._next(sock)
+            got = self._next(sock)
         except OSError:
             return None
+        return got if isinstance(got, tuple) else None
 
-    def _next(self, sock: _socket.socket) -> tuple[Moved, Owned] | None:
-        """Receive a packet; None if it is malformed or refused. Raise OSError if there is none.
+    def _next(self, sock: _socket.socket) -> tuple[Moved, Owned] | _Nothing:
+        """Receive a connection, or what else the next packet is. Raise OSError if there is none.
 
         A connection is refused if
         1. the board does not have it by its name, or it is of an older generation (unless the
@@ -318,9 +330,7 @@ class Lane:
             self._refuse(moved)
         for each in socks:
             each.close()
-        if not packet:
-            raise ConnectionError("the other end is closed, or this is only a wake-up")
-        return None
+        return _Nothing.REFUSED if packet else _Nothing.OVER
 
     def moved_in(self, packet: bytes) -> Moved | None:
         """Return the message in a packet; None if it is malformed, or not of this lane."""
