@@ -29,7 +29,7 @@ from sharedpool.worker.connection import closing, reset
 from sharedpool.worker.connection.closing import descriptor_of, expect_descriptor, register
 from sharedpool.worker.connection.pooled import PooledConnection
 from sharedpool.worker.connection.server_facts import facts_of
-from sharedpool.worker.connection.state import ROLE_PARAMETERS, is_alive, is_unused
+from sharedpool.worker.connection.state import ROLE_PARAMETERS, has_no_input, is_unused
 
 # The stub server has an abstract unix address, which libpq knows from version 14 on.
 SUPPORTED = sys.platform == "linux" and extensions.libpq_version() >= 140000
@@ -72,7 +72,7 @@ def prepare(conn: PooledConnection, command: bytes) -> bytes | None:
     know of the reset. Blocks for a round trip, at most a second, if the user has changed what the
     server reports.
     """
-    if not is_unused(conn) or not is_alive(conn):
+    if not is_unused(conn) or not has_no_input(conn):
         return None
     encoded = parameters(conn)
     if encoded != conn.sharedpool_made_with:
@@ -80,7 +80,7 @@ def prepare(conn: PooledConnection, command: bytes) -> bytes | None:
         if (
             not libpq.execute(conn, command, reset.LIMIT_S)
             or not is_unused(conn)
-            or not is_alive(conn)
+            or not has_no_input(conn)
         ):
             return None
         encoded = parameters(conn)
