@@ -5,8 +5,8 @@ Pure: no I/O, no clock.
 The caller holds the pool's lock around every method but these:
 
 - `take` and `given` change a deque or dict in one step of the interpreter.
-- `note_retirement` and `expires_after` set times. A thread that misses one acts on it at its next
-  checkin or heartbeat.
+- `note_retirement`, `set_terms`, `enter_lane` and `leave_lane` set times and flags. A thread that
+  misses one acts on it at its next checkin or heartbeat.
 
 Methods decide and return what is to be done: leases to close, waiters to wake. The caller does that
 without the lock. Messages for the broker are appended to `outbox` under the lock, so they leave in
