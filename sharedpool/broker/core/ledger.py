@@ -287,10 +287,7 @@ class Ledger:
     def ended_without_proof(
         self, token: Token, now: float, *, peer_closed: bool = False
     ) -> list[Command]:
-        """Handle that a lease's connection is over on this side: its backend may live on.
-
-        `peer_closed`: the other side has closed it, which may be a proxy.
-        """
+        """Handle an end on this side: the backend may live on. See `Leases.ended_without_proof`."""
         self._moves.transit.sync(now)
         if (lease := self._slots.leases.get(token)) is not None:
             self._leases.announce_end(lease)  # to the worker, the connection is as good as gone

@@ -1,16 +1,12 @@
 """One process's leases of a pool, idle and in use, and its threads that wait for one.
 
-Pure: no I/O, no clock.
+Pure: no I/O, no clock. What the broker's messages do to a cache is in `broker_messages.py`.
 
-The caller holds the pool's lock around every method but these:
-
-- `take` and `given` change a deque or dict in one step of the interpreter.
-- `note_retirement`, `set_terms`, `enter_lane` and `leave_lane` set times and flags. A thread that
-  misses one acts on it at its next checkin or heartbeat.
-
-Methods decide and return what is to be done: leases to close, waiters to wake. The caller does that
-without the lock. Messages for the broker are appended to `outbox` under the lock, so they leave in
-the order of the changes.
+The caller holds the pool's lock around every method but `take` and `given`, which change a deque or
+dict in one step, and `note_retirement`, `set_terms`, `enter_lane` and `leave_lane`, which set times
+and flags: a thread that misses one acts on it at its next checkin or heartbeat. Methods decide and
+return what is to be done: leases to close, waiters to wake. The caller does that without the lock.
+Messages for the broker are appended to `outbox` under the lock, in the order of the changes.
 
 `idle` alone also changes without the lock: `Pool.get_conn` pops from its right end and
 `Pool.put_conn` appends there. Each is one step of the interpreter, so no lease is lost, but:
@@ -20,8 +16,6 @@ the order of the changes.
 2. A thread that appends to `idle` then looks again at whatever would have sent the lease elsewhere:
    `returns_due`, `waiting` and `next_scavenge_at`. A thread that changes one of these then looks at
    `idle`. Whichever comes second sees the other's change.
-
-What the broker's messages do to a cache is in `broker_messages.py`.
 """
 
 from __future__ import annotations
@@ -196,9 +190,8 @@ class Cache:
         if verdict is None:
             if self.moving_flag[0]:
                 # Other processes' threads wait for it, so threads here may have it only briefly.
-                if (
-                    now - lease.arrived_at < _TO_THREADS_S
-                    and (waiter := self._give_to_thread(lease, conn, now)) is not None
+                if now - lease.arrived_at < _TO_THREADS_S and (
+                    waiter := self._give_to_thread(lease, conn, now)
                 ):
                     return waiter
                 verdict = ReleaseReason.SHARED if lease.movable else ReleaseReason.CLOSED
@@ -402,7 +395,5 @@ class Cache:
 
     def take_all_idle(self, now: float) -> list[Closing]:
         """Take out all idle leases."""
-        closing = []
-        while (lease := self.pop_oldest_idle()) is not None:
-            closing.append(self.close(lease, lease.conn, ReleaseReason.CLOSED, now))
-        return closing
+        idle = iter(self.pop_oldest_idle, None)
+        return [self.close(lease, lease.conn, ReleaseReason.CLOSED, now) for lease in idle]
