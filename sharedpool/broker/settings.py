@@ -7,7 +7,9 @@
 - the keys of the configuration file (`launch/config_file.py`),
 - the table in `cli/README.md`, which a test compares with the declarations.
 
-So a new option is a new field here, and a new row there.
+So a new option is read, checked and documented by a new field here and a new row there. To have an
+effect it is passed on in `server/startup.py`, and where scripts may give it, by `start_broker`
+(`launch/run.py`).
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Wakeup:
 class WaitLock:
     """A place to wait without a descriptor: only threads of this process can wake it."""
 
-    number = -1
+    place = -1  # in the lane: none
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -70,7 +70,7 @@ class BrokerLock:
         except FileNotFoundError:
             return False
 
-    def mend(self) -> bool:
+    def recreate(self) -> bool:
         """Create the file again after it was deleted.
 
         Return False if another broker has the address by now. Block for up to half a second. Raise

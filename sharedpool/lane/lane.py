@@ -36,6 +36,7 @@ import socket
 import struct
 import termios
 from collections.abc import Callable, Sequence
+from enum import Enum
 from io import FileIO
 from typing import NamedTuple
 
@@ -63,21 +64,28 @@ FOR_A_LANE = DESCRIPTORS + 1
 class Ticket(NamedTuple):
     """A waiting thread's ticket."""
 
-    number: int  # of its session in the lane
+    member_number: int  # of its session
     place: int  # on the board
-    request: int  # its turn there
+    request: int  # the request that waits at that place
 
 
-class Item(NamedTuple):
+class _Nothing(Enum):
+    """A packet without a connection for this process."""
+
+    REFUSED = "malformed, or a connection that is of no use here"
+    OVER = "empty: a wake-up, or the other end is closed"
+
+
+class MovingConnection(NamedTuple):
     """A connection that moves."""
 
     token: Token  # its lease's name
-    cell: int  # its lease's on the board
+    cell: int  # the index of the lease's cell on the board
     live: Live  # what its next worker must know
     fd: int  # its socket
 
 
-def network() -> str:
+def network_namespace_id() -> str:
     """Return a name of this process's network namespace; "" where there are none.
 
     The addresses of the wait sockets belong to the namespace.
@@ -94,14 +102,18 @@ class Lane:
 
     `fds`: the descriptors of the board's memory, of the write and the read end of the queue, and of
     the put and the take end of the shelf. They are this object's, closed if this raises OSError.
-    `number`: this process's own as a holder; the broker's is `SHELF`. `refuse` is called for a
-    connection that has arrived and is of no use here, or whose socket found no free descriptor.
+    `member_number`: by which the board names this process as a holder; the broker uses `SHELF`.
+    `refuse` is called for a connection that has arrived and is of no use here, or whose socket
+    found no free descriptor.
     """
 
     def __init__(
-        self, fds: Sequence[int], number: int, refuse: Callable[[Moved], None] = lambda _: None
+        self,
+        fds: Sequence[int],
+        member_number: int,
+        refuse: Callable[[Moved], None] = lambda _: None,
     ) -> None:
-        self.number = number
+        self.member_number = member_number
         self._refuse = refuse
         memory, write_end, read_end, put_end, take_end = fds
         owners: list[_socket.socket] = []
@@ -118,7 +130,7 @@ class Lane:
             )
             owners += [_socket.socket(fileno=put_end)]
             owners += [_socket.socket(fileno=take_end)]
-            self._put, self._take = owners
+            self._shelf_in, self._shelf_out = owners
             self._sender = _socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
             self._known[self._sender.fileno()] = (identity(self._sender.fileno()),)
         except BaseException:
@@ -133,9 +145,9 @@ class Lane:
         self.open = True
         self.leaving = False  # nothing is given any more
 
-    def address(self, number: int, place: int) -> str:
+    def address(self, member_number: int, place: int) -> str:
         """Return the abstract address of a session's wait socket."""
-        return f"\0sharedpool-{self._name}-{number}-{place}"
+        return f"\0sharedpool-{self._name}-{member_number}-{place}"
 
     def wait_socket(self, place: int) -> _socket.socket:
         """Return a socket at the address of one of this process's places. Raise OSError.
@@ -144,7 +156,7 @@ class Lane:
         """
         sock = _socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
-            sock.bind(self.address(self.number, place))
+            sock.bind(self.address(self.member_number, place))
         except BaseException:
             sock.close()
             raise
@@ -153,7 +165,7 @@ class Lane:
     @property
     def outlets(self) -> list[int]:
         """The descriptors that become readable by a ticket or a connection on the shelf."""
-        return [self._reader.fileno(), self._take.fileno()]
+        return [self._reader.fileno(), self._shelf_out.fileno()]
 
     # --- tickets
 
@@ -193,7 +205,7 @@ class Lane:
 
     # --- giving
 
-    def give(self, item: Item) -> bool:
+    def give(self, item: MovingConnection) -> bool:
         """Give a connection to the first waiter, or put it on the shelf; return False if neither.
 
         The caller has sent the reset and detached the session from its connection object. After
@@ -209,27 +221,30 @@ class Lane:
             if taken is None:
                 break  # another process took it, perhaps the waiter itself
             moved, sock = taken
-            other = Item(moved.token, moved.cell, moved.live, sock.fileno())
+            other = MovingConnection(moved.token, moved.cell, moved.live, sock.fileno())
             if not self._deliver(other) and not self._shelve(other):
                 sock.shutdown(socket.SHUT_RDWR)  # no room is left: end it, and its slot is free
             sock.close()
         return True
 
-    def _deliver(self, item: Item) -> bool:
+    def _deliver(self, item: MovingConnection) -> bool:
         ticket = self.next_ticket()
         while ticket is not None:
             if self._send(
-                item, ticket.request, ticket.number, self.address(ticket.number, ticket.place)
+                item,
+                ticket.request,
+                ticket.member_number,
+                self.address(ticket.member_number, ticket.place),
             ):
                 return True
             ticket = self.next_ticket()
         return False
 
-    def _shelve(self, item: Item) -> bool:
+    def _shelve(self, item: MovingConnection) -> bool:
         return self._send(item, 0, SHELF, None)
 
-    def _send(self, item: Item, request: int, holder: int, address: str | None) -> bool:
-        sock = self._sender if address is not None else self._put
+    def _send(self, item: MovingConnection, request: int, holder: int, address: str | None) -> bool:
+        sock = self._sender if address is not None else self._shelf_in
         if (
             self.leaving
             or not self._is_still_ours(sock.fileno())
@@ -246,11 +261,11 @@ class Lane:
             else:
                 passing.send_with_to(sock, packet, item.fd, address)
         except OSError:  # the wait socket is gone or full, or the shelf is full
-            self.board.set_holder(item.cell, self.number)
+            self.board.set_holder(item.cell, self.member_number)
             return False
         return True
 
-    def pass_on(self, number: int, place: int, moved: Moved, fd: int) -> bool:
+    def pass_on(self, member_number: int, place: int, moved: Moved, fd: int) -> bool:
         """Send a connection that is on no board to a wait socket; return False if it failed.
 
         The broker does so.
@@ -258,7 +273,7 @@ class Lane:
         try:
             if self._is_still_ours(self._sender.fileno()):
                 packet = self._secret + encode(moved)
-                passing.send_with_to(self._sender, packet, fd, self.address(number, place))
+                passing.send_with_to(self._sender, packet, fd, self.address(member_number, place))
                 return True
         except OSError:  # the wait socket is gone or full
             pass
@@ -268,19 +283,22 @@ class Lane:
         """Wake the thread of a ticket."""
         with contextlib.suppress(OSError):
             if self._is_still_ours(self._sender.fileno()):
-                self._sender.sendto(b"", self.address(ticket.number, ticket.place))
+                self._sender.sendto(b"", self.address(ticket.member_number, ticket.place))
 
     # --- taking
 
     def take_from_shelf(self) -> tuple[Moved, Owned] | None:
         """Take the connection that has been on the shelf longest; None if there is none."""
         try:
-            while self._is_still_ours(self._take.fileno()):
-                if (got := self._next(self._take)) is not None:
+            while self._is_still_ours(self._shelf_out.fileno()):
+                got = self._next(self._shelf_out)
+                if isinstance(got, tuple):
                     moved, sock = got
                     return structs.replace(
-                        moved, moves=self.board.set_holder(moved.cell, self.number)
+                        moved, moves=self.board.set_holder(moved.cell, self.member_number)
                     ), sock
+                if got is _Nothing.OVER:
+                    break
         except OSError:  # the shelf is empty
             pass
         return None
@@ -288,12 +306,13 @@ class Lane:
     def receive(self, sock: _socket.socket) -> tuple[Moved, Owned] | None:
         """Receive a connection at a wait socket; None if there is none that can be used."""
         try:
-            return self._next(sock)
+            got = self._next(sock)
         except OSError:
             return None
+        return got if isinstance(got, tuple) else None
 
-    def _next(self, sock: _socket.socket) -> tuple[Moved, Owned] | None:
-        """Receive a packet; None if it is malformed or refused. Raise OSError if there is none.
+    def _next(self, sock: _socket.socket) -> tuple[Moved, Owned] | _Nothing:
+        """Receive a connection, or what else the next packet is. Raise OSError if there is none.
 
         A connection is refused if
         1. the board does not have it by its name, or it is of an older generation (unless the
@@ -311,9 +330,7 @@ class Lane:
             self._refuse(moved)
         for each in socks:
             each.close()
-        if not packet:
-            raise ConnectionError("the other end is closed, or this is only a wake-up")
-        return None
+        return _Nothing.REFUSED if packet else _Nothing.OVER
 
     def moved_in(self, packet: bytes) -> Moved | None:
         """Return the message in a packet; None if it is malformed, or not of this lane."""
@@ -336,7 +353,10 @@ class Lane:
         numbers = [pipe.fileno() for pipe in pipes]
         for pipe in pipes:
             pipe.close()  # the object only, not the descriptor
-        for fd in [*numbers, *(each.detach() for each in (self._put, self._take, self._sender))]:
+        for fd in [
+            *numbers,
+            *(each.detach() for each in (self._shelf_in, self._shelf_out, self._sender)),
+        ]:
             if is_still(fd, self._known[fd]):
                 os.close(fd)
 

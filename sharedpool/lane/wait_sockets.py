@@ -36,11 +36,11 @@ class WaitSocket:
     def __init__(self, lane: Lane, place: int) -> None:
         self._lane = lane
         self.board = lane.board
-        self._place = place
+        self.place = place  # in the lane
         self._request = 0
         self._once = True  # one ticket was written for this request
         self._again_s = AGAIN_S
-        self._address = lane.address(lane.number, place)
+        self._address = lane.address(lane.member_number, place)
         # Nothing more can arrive here: every ticket that was written for it was answered.
         self.is_quiet = True
         # The thread may have received a connection that is not listed anywhere yet.
@@ -51,11 +51,6 @@ class WaitSocket:
         self._known = (identity(self._sock.fileno()),)
         self._poller = select.poll()
         self._poller.register(self._sock, select.POLLIN)
-
-    @property
-    def number(self) -> int:
-        """The place in the lane."""
-        return self._place
 
     @property
     def in_hand(self) -> bool:
@@ -85,14 +80,14 @@ class WaitSocket:
         again = self._request == request
         self._again_s = min(2 * self._again_s, _AGAIN_LIMIT_S) if again else AGAIN_S
         self._request, self.is_quiet = request, False
-        self.board.take_place(self._place, request)
+        self.board.take_place(self.place, request)
         self._once = not again
-        self._lane.add_ticket(Ticket(self._lane.number, self._place, request & 0xFFFFFFFF))
+        self._lane.add_ticket(Ticket(self._lane.member_number, self.place, request & 0xFFFFFFFF))
         return self._again_s
 
     def leave_queue(self) -> None:
         """Leave the queue."""
-        self.board.leave_place(self._place)
+        self.board.leave_place(self.place)
 
     def wake(self) -> None:
         """Wake the thread that waits here. May be called by any thread, and too late."""

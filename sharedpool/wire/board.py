@@ -62,8 +62,9 @@ class Board:
         self._bytes = memory.cast("B")
         self._words = self._bytes.cast("Q")
         self._turns = self._bytes[8 * _TURNS_AT :].cast("I")
-        # Not 0 while connections move past the broker: as `moving`, for callers that look often.
-        self.head = self._bytes[:1]
+        # The first byte, not 0 while connections move past the broker: as `moving`, for callers
+        # that look often.
+        self.moving_flag = self._bytes[:1]
 
     @property
     def moving(self) -> bool:
@@ -182,5 +183,5 @@ class Board:
 
     def release(self) -> None:
         """Release the memory. The board may not be used afterwards."""
-        for view in (self.head, self._turns, self._words, self._bytes):
+        for view in (self.moving_flag, self._turns, self._words, self._bytes):
             view.release()

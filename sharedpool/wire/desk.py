@@ -90,8 +90,8 @@ class LaneInvitation(Struct, frozen=True, tag="lane_invitation"):
     """Invite a session to its pool's lane, whose descriptors come with this packet."""
 
     session: bytes
-    # The session's number in the lane, which no other session will ever have.
-    number: int
+    # By it the board names the session as a holder. No other session will ever have it there.
+    member_number: int
     # Where its turns are on the board.
     index: int
     # The broker's network namespace, in which the addresses of the lane's places are.

@@ -157,7 +157,7 @@ class Release(Struct, frozen=True, tag="release"):
     # No server has answered.
     unreachable: bool = False
     # The other side has closed the connection, but it may have been a proxy.
-    closed: bool = False
+    peer_closed: bool = False
 
 
 class FailoverSign(Struct, frozen=True, tag="failover_sign"):

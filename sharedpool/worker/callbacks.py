@@ -1,4 +1,8 @@
-"""A user's callbacks: `configure`, `check` and `reset`. None runs under a lock."""
+"""A user's callbacks: `configure`, `check` and `reset`.
+
+None runs under the pool's lock. `reset` for a connection that its user has dropped runs under
+`reclaim_lock`, which its own thread may enter again (`LocalPool.reclaim`).
+"""
 
 from __future__ import annotations
 

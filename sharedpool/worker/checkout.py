@@ -21,7 +21,7 @@ from sharedpool.worker import error_messages, greenlets
 from sharedpool.worker.connection import closed_flag
 from sharedpool.worker.connection.connection import take_lease
 from sharedpool.worker.connection.pooled import PooledConnection
-from sharedpool.worker.connection.state import CHECK_AFTER_S, is_alive, is_unused
+from sharedpool.worker.connection.state import CHECK_AFTER_S, has_no_input, is_unused
 from sharedpool.worker.connection.wrapper import detach, has_lost_wrapper, wrap
 from sharedpool.worker.core import callsite
 from sharedpool.worker.core.lease import Lease, Waiter
@@ -99,7 +99,7 @@ class Checkout:
         if lease.needs_configure and lease is self._waiter.lease:
             return None  # it has arrived this moment: no user has its object yet
         if closed_flag.is_closed_for_good(conn) or (
-            lease.idle_s > CHECK_AFTER_S and not is_alive(conn)
+            lease.idle_s > CHECK_AFTER_S and not has_no_input(conn)
         ):
             return ReleaseReason.BROKEN
         # A former user may have gone on with it after the checkin.
@@ -122,7 +122,7 @@ class Checkout:
             raise error_messages.in_the_link(local.config.name)
         if greenlets.is_eventlets():
             raise error_messages.unsupported(local.config.name)
-        if local.orphans or local.reclaim_lock.locked:
+        if local.dropped or local.reclaim_lock.locked:
             local.reclaim(min(wait_s, 1000.0) if wait_s else ANSWER_LIMIT_S)
         local.locate_broker()
         if (lease := Wait(local, waiter, wait_s, self._deadline).wait()) is not None:

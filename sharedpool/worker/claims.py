@@ -70,7 +70,7 @@ def defer(conn: extensions.connection) -> None:
         return  # if it is being collected too, its own finalizer brings it back
     if pooled.sharedpool_pid == os.getpid() and pooled.sharedpool_local is not None:
         pooled.sharedpool_closed_flag = SHUT
-        pooled.sharedpool_local.orphans.append(pooled)
+        pooled.sharedpool_local.dropped.append(pooled)
         pooled.sharedpool_local.wake_link()
 
 

@@ -9,7 +9,7 @@ import math
 import time
 
 from sharedpool.descriptors.owned import Owned, close_if_ours
-from sharedpool.lane.lane import Item
+from sharedpool.lane.lane import MovingConnection
 from sharedpool.wire.desk import Live
 from sharedpool.wire.messages import ReleaseReason
 from sharedpool.wire.values import Backend
@@ -104,7 +104,9 @@ class Giver:
             return False
         if wait_sockets.not_quiet:
             wait_sockets.receive_strays()
-        return wait_sockets.lane.give(Item(lease.token, lease.cell, live, witness.fileno()))
+        return wait_sockets.lane.give(
+            MovingConnection(lease.token, lease.cell, live, witness.fileno())
+        )
 
     def give_to_broker(
         self, lease: Lease, conn: PooledConnection, live: Live, witness: Owned, *, fit: bool

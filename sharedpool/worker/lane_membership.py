@@ -16,7 +16,7 @@ from sharedpool.descriptors.available import require
 from sharedpool.descriptors.owned import Owned
 from sharedpool.descriptors.timer import Timer
 from sharedpool.errors import SharedPoolError
-from sharedpool.lane.lane import DESCRIPTORS, FOR_A_LANE, Lane, network
+from sharedpool.lane.lane import DESCRIPTORS, FOR_A_LANE, Lane, network_namespace_id
 from sharedpool.lane.wait_sockets import WaitSocket, WaitSockets
 from sharedpool.wire.desk import LaneInvitation, Moved
 from sharedpool.worker.connection.pooled import PooledConnection
@@ -99,7 +99,7 @@ class LaneMembership:
                 os.close(fd)
             return False
         try:
-            lane = Lane(fds, invitation.number, local.refuse)
+            lane = Lane(fds, invitation.member_number, local.refuse)
         except OSError as error:
             text = "pool %r: cannot enter the lane (%s): no connections are passed to this process"
             logger.info(text, local.config.name, error)
@@ -108,7 +108,7 @@ class LaneMembership:
         self.wait_sockets = WaitSockets(lane, invitation.index, self._receive)
         timer = None if local.link is None else local.link.make_timer()
         self.mover = self._make_mover(self.wait_sockets, lane, timer)
-        local.cache.enter_lane(lane.board.head)
+        local.cache.enter_lane(lane.board.moving_flag)
         with local.lock:
             waiting = list(local.cache.waiting.values())
         for waiter in waiting:
@@ -121,7 +121,11 @@ class LaneMembership:
             require(FOR_A_LANE, f"pool {local.config.name!r}: its lane")
         except SharedPoolError:
             return False
-        return local.hands_over and invitation.network == network() and len(fds) == DESCRIPTORS
+        return (
+            local.hands_over
+            and invitation.network == network_namespace_id()
+            and len(fds) == DESCRIPTORS
+        )
 
     def leave(self, *, to_new_broker: bool = False) -> None:
         """Leave the lane.

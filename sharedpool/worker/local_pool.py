@@ -190,14 +190,14 @@ class LocalPool(LocalState):
         user's code and no rollback, because the link's thread must keep its heartbeat. A connection
         that would need either is closed.
         """
-        if not self.orphans and not self.reclaim_lock.locked:
+        if not self.dropped and not self.reclaim_lock.locked:
             return
         hold = self.reclaim_lock.acquire(limit_s)
         if hold is None:
             return
         try:
-            while self.orphans:
-                conn = self.orphans.popleft()
+            while self.dropped:
+                conn = self.dropped.popleft()
                 lease = take_lease(conn)
                 if lease is None:
                     continue
@@ -252,7 +252,7 @@ class LocalPool(LocalState):
                     each.lease,
                     each.reason,
                     gone=conn.sharedpool_gone,
-                    closed=conn.sharedpool_closed,
+                    peer_closed=conn.sharedpool_peer_closed,
                 )
                 self.released[each.reason] += 1
                 if each.reason is ReleaseReason.RETURN_DUE:
@@ -273,7 +273,7 @@ class LocalPool(LocalState):
         return kept
 
     def purge(self) -> int:
-        """Close the connections that were idle or have lived too long; return how many."""
+        """Close the connections that were idle too long or have lived too long; return how many."""
         with self.lock:
             closing = self.cache.expire(time.monotonic())
         self.close(closing)
@@ -291,7 +291,7 @@ class LocalPool(LocalState):
     def give_kept(self) -> None:
         """Give the connections that were kept for a time slice, and not asked for again."""
         now, mover = time.monotonic(), self.membership.mover
-        for lease in list(self.cache.idle) if self.cache.moving[0] else ():
+        for lease in list(self.cache.idle) if self.cache.moving_flag[0] else ():
             if now - lease.since < STEADY_GAP_S:
                 if mover is not None:
                     mover.check_kept_later()
@@ -305,7 +305,9 @@ class LocalPool(LocalState):
         waiter = self.receiver.receive(moved, sock, _LINKS_LIMIT_S)
         if waiter is not None:
             waiter.wake()
-        elif (lease := self.cache.leases.get(moved.token)) is not None and self.cache.moving[0]:
+        elif (lease := self.cache.leases.get(moved.token)) is not None and self.cache.moving_flag[
+            0
+        ]:
             self.after_fast_checkin(lease, time.monotonic())
 
     # --- the link

@@ -52,7 +52,7 @@ class LocalState:
         )
         self.messages = BrokerMessages(self.cache)  # handles the broker's messages
         self.keys: dict[Hashable, Lease] = {}
-        self.orphans: deque[PooledConnection] = deque()  # dropped by their users, to be checked in
+        self.dropped: deque[PooledConnection] = deque()  # by their users; to be checked in
         self.reclaim_lock = RecoverableLock()  # held across I/O; `reset` may enter it again
         self.limit = config.max_conn  # until the broker has named its own
         self.tag = f"sharedpool {config.name}"  # application_name, until the broker has sent one
@@ -122,15 +122,15 @@ class LocalState:
     # --- messages for the broker
 
     def give_back(
-        self, lease: Lease, reason: ReleaseReason, *, gone: bool = True, closed: bool = False
+        self, lease: Lease, reason: ReleaseReason, *, gone: bool = True, peer_closed: bool = False
     ) -> None:
         """Give back a lease that has no connection here.
 
-        `gone`: no backend is left on the server. `closed`: the connection's other end is closed,
-        which proves nothing if a proxy is in between.
+        `gone`: no backend is left on the server. `peer_closed`: the other side has closed the
+        connection, which proves nothing if a proxy is in between.
         """
         with self.lock:
-            self.cache.closed(lease, reason, gone=gone, closed=closed)
+            self.cache.closed(lease, reason, gone=gone, peer_closed=peer_closed)
         self.wake_link()
 
     def not_opened(self, lease: Lease, reason: ReleaseReason, failure: Failure) -> None:
@@ -140,7 +140,7 @@ class LocalState:
                 lease,
                 reason,
                 gone=failure.gone,
-                closed=failure.closed,
+                peer_closed=failure.peer_closed,
                 error=failure.error,
                 code=failure.code,
                 unreachable=failure.unreachable,

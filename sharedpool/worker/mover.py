@@ -6,6 +6,9 @@ function costs ten times what it does in a loop. Hence the long functions: they 
 `giving.py`, `receiving.py`, `connection/handover.py` and `lane/lane.py` do for the usual case, and
 nothing else. In any other case they leave everything untouched, and the slow path is taken. Once
 the reset is sent, the connection is given or ended.
+
+How long a process keeps a connection here while others wait is decided in `Mover.give`. While the
+broker passes connections on, `core/time_slice.py` decides that.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import psycopg2
 
 from sharedpool.descriptors.owned import NO_SIGNAL, Owned, identity, is_still
 from sharedpool.descriptors.timer import Timer
-from sharedpool.lane.lane import Item, Lane
+from sharedpool.lane.lane import Lane, MovingConnection
 from sharedpool.lane.wait_sockets import AGAIN_S, WaitSocket, WaitSockets
 from sharedpool.postgres import libpq
 from sharedpool.postgres.peer_closed import borrow
@@ -143,7 +146,10 @@ class Mover:
         lease.phase, lease.since, lease.conn = _CLOSING, now, None
         try:
             self._send(
-                lease, conn, borrow(number), Item(lease.token, cell, live, conn.sharedpool_witness)
+                lease,
+                conn,
+                borrow(number),
+                MovingConnection(lease.token, cell, live, conn.sharedpool_witness),
             )
         except BaseException:
             lease.conn = conn  # interrupted: the link closes it
@@ -165,7 +171,9 @@ class Mover:
         if self._timer is not None:
             self._timer.arm(STEADY_GAP_S)
 
-    def _send(self, lease: Lease, conn: PooledConnection, sock: Any, item: Item) -> None:
+    def _send(
+        self, lease: Lease, conn: PooledConnection, sock: Any, item: MovingConnection
+    ) -> None:
         local = self._local
         unregister(item.fd)
         # Taken first: after an interrupt the link closes `conn`, and with the witness still there
@@ -202,7 +210,7 @@ class Mover:
         local, wait_sockets = self._local, self._wait_sockets
         if (
             not (local.receiver.works and local.shells.are_known)
-            or local.orphans
+            or local.dropped
             or local.reclaim_lock.locked
         ):
             return None

@@ -109,7 +109,7 @@ def _give_back(
     else:
         # 5. No descriptor was free for the witness: the broker has to see the backend gone.
         abort(conn)
-        local.give_back(lease, reason, gone=False, closed=conn.sharedpool_closed)
+        local.give_back(lease, reason, gone=False, peer_closed=conn.sharedpool_peer_closed)
 
 
 def configure_received(local: LocalPool, lease: Lease, conn: PooledConnection) -> None:

@@ -108,7 +108,7 @@ class Pool:
             except IndexError:
                 began = monotonic()  # the wait in the lane counts, even if it was in vain
                 if (
-                    cache.moving[0]
+                    cache.moving_flag[0]
                     and (came := self._local.membership.take(timeout, began)) is not None
                 ):
                     return came
@@ -242,7 +242,7 @@ class Pool:
                     if pooled is not conn:
                         note_wrapper(pooled, conn)
                     elif (
-                        cache.moving[0]
+                        cache.moving_flag[0]
                         and not cache.returns_due
                         and self._local.membership.give(lease, user_s, now)
                     ):
@@ -252,7 +252,7 @@ class Pool:
                     if not (
                         cache.returns_due
                         or cache.waiting
-                        or cache.moving[0]
+                        or cache.moving_flag[0]
                         or now >= cache.next_scavenge_at
                     ):
                         return

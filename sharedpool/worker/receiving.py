@@ -65,7 +65,7 @@ class Receiver:
         """Return a connection object for the session; None if the session was refused."""
         local, live = self._local, moved.live
         # Building the first object may run a user's code, which must not run in the link's thread.
-        if not local.shells.are_known and local.link is not None and local.link.is_here:
+        if not local.shells.are_known and local.link is not None and local.link.is_own_thread:
             sock.close()
             local.refuse(moved)
             return None
@@ -127,7 +127,7 @@ class Receiver:
         The link's thread sends the cancel, so it cannot wait for one.
         """
         link, waiter = self._local.link, self._local.cache.waiting.get(request)
-        if link is None or link.is_here or waiter is None or waiter.until is None:
+        if link is None or link.is_own_thread or waiter is None or waiter.until is None:
             return False
         return waiter.until - time.monotonic() >= PATIENT_S
 

@@ -34,8 +34,8 @@ from sharedpool.wire.values import Phase, PoolSpec, Token
 from sharedpool.worker import forks, greenlets
 from sharedpool.worker.connection.closing import close_confirmed, cut
 from sharedpool.worker.connection.pooled import PooledConnection
+from sharedpool.worker.core.dropped_leases import dropped, unfinished
 from sharedpool.worker.core.lease import Closing, Waiter
-from sharedpool.worker.core.lost_leases import lost, unfinished
 from sharedpool.worker.local_pool import LocalPool
 from sharedpool.worker.logs import logger
 from sharedpool.worker.threads import leases_in_hand, thread_names, utf8
@@ -142,7 +142,7 @@ class Session:
     def beat(self) -> bool:
         """Queue a heartbeat, and see to what no thread will.
 
-        Close expired connections, and find lost ones. Return True if anything is held or asked for.
+        Close expired connections, and find dropped ones. Return True if anything is held or wanted.
         """
         if (wait_sockets := self._local.membership.wait_sockets) is not None:
             wait_sockets.check_all()
@@ -154,7 +154,7 @@ class Session:
         now = time.monotonic()
         with self._local.lock:
             held = self._local.cache.leases
-            missing = lost(held.values(), set(self._local.cache.idle), now, leases_in_hand)
+            missing = dropped(held.values(), set(self._local.cache.idle), now, leases_in_hand)
             interrupted = unfinished(held.values(), now)
             for lease in missing:
                 if lease.conn is None:
@@ -166,7 +166,7 @@ class Session:
         self._deposit_all()
         for lease in missing:
             logger.warning(
-                "pool %r: the connection of lease %s was lost without a put_conn()",
+                "pool %r: the connection of lease %s was dropped without a put_conn()",
                 self._local.config.name,
                 lease.token,
             )

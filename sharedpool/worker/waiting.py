@@ -108,20 +108,20 @@ class Wait:
         self._again_at = -math.inf
         with self._local.lock:
             self._waiter.wake = self._waiting_at.wake
-            self._local.cache.waiters.change_place(self._waiter, self._number, time.monotonic())
+            self._local.cache.waiters.change_place(self._waiter, self._place, time.monotonic())
         if isinstance(waiting_at, WaitSocket) and wait_sockets is not None:
             wait_sockets.give_back(waiting_at)  # only now: until then a grant wakes it there
         self._local.wake_link()
         return True
 
     @property
-    def _number(self) -> int:
+    def _place(self) -> int:
         """The place in the lane, or -1. The lock must be held.
 
         The link's thread may have left the lane a moment ago, so the lane is compared.
         """
         return (
-            self._waiting_at.number
+            self._waiting_at.place
             if self._wait_sockets is self._local.membership.wait_sockets
             else -1
         )
@@ -172,18 +172,18 @@ class Wait:
             self._limit = (
                 self._deadline + _GRACE_S if self._wait_s else waiter.since + self._patience_s()
             )
-            in_lane = self._moves()
-            if not in_lane:
+            moving = self._moves()
+            if not moving:
                 self._asked_at = waiter.since
-            if not in_lane and self._broker_must_know():
+            if not moving and self._broker_must_know():
                 cache.outbox.append(cache.reporter.renewal(waiter.since, thread_names()))
             left_s = self._wait_s and max(0.001, self._deadline - waiter.since)
-            cache.waiters.enqueue(waiter, left_s, place=self._number, in_lane=in_lane)
+            cache.waiters.enqueue(waiter, left_s, place=self._place, waits_for_move=moving)
             # A checkin without the lock may have laid a connection idle before it saw this waiter.
             if cache.idle and (lease := cache.take(waiter.since)) is not None:
                 cache.give_up(waiter, waiter.since)
                 return lease
-        if not in_lane:
+        if not moving:
             self._link.wake()
         return None
 
@@ -205,7 +205,7 @@ class Wait:
         waiter = self._waiter
         if self._change_place():
             return
-        if not waiter.only_in_lane:
+        if not waiter.waits_for_move:
             left_s = self._limit - now
             if left_s <= 0:
                 raise self._unanswered()

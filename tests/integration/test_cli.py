@@ -171,7 +171,7 @@ def test_a_broker_takes_no_file_that_is_not_a_socket(runtime_dir: Path) -> None:
     precious.write_text("mine")
     done = sharedpool_command("broker", "--max-conn", "4", "--bind", f"ipc://{precious}")
     assert done.returncode == 1
-    assert "a file that is no socket" in done.stderr
+    assert "it exists and is not a socket" in done.stderr
     assert precious.read_text() == "mine"
 
 

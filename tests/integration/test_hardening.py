@@ -144,7 +144,7 @@ def test_a_descriptor_that_is_no_socket_is_refused_at_the_desk(
         desk.send(good)
         socket.send_fds(desk, [good], [ours.fileno()])  # of a session and a lease that do not exist
         wait_until(
-            lambda: caplog.text.count("dropped what came to the desk") == 4,
+            lambda: caplog.text.count("dropped a malformed message at the desk") == 4,
             what="four words of warning",
         )
         assert fetch_report(address).custody == 1

@@ -259,7 +259,7 @@ def let_move(*pools: Pool) -> None:
 
     def share(pool: Pool) -> None:
         while not moving.is_set():
-            if all(cache.moving[0] for cache in caches):
+            if all(cache.moving_flag[0] for cache in caches):
                 moving.set()
             pool.put_conn(pool.get_conn(timeout=30))
 
@@ -362,7 +362,7 @@ def test_an_interrupt_in_any_line_loses_nothing(
     # frames hold.
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     # A close that was interrupted is finished sooner than it would be.
-    monkeypatch.setattr("sharedpool.worker.core.lost_leases.CLOSING_LIMIT_S", 0.5)
+    monkeypatch.setattr("sharedpool.worker.core.dropped_leases.CLOSING_LIMIT_S", 0.5)
     most = 1 if way in IN_LANE else 3 if way is given else 20
     eager: dict[str, Any] = {"time_slice": 0} if way in IN_LANE else {}
     watch = Watch()

@@ -43,7 +43,7 @@ from sharedpool.broker.core.commands import (
     Watch,
 )
 from sharedpool.broker.core.ledger import Ledger
-from sharedpool.broker.core.moves import LOST_WITH_THE_BROKER
+from sharedpool.broker.core.moves import UNCLAIMED
 from sharedpool.broker.core.recovery import GRACE_OVER
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.broker.core.slots import Slots
@@ -57,7 +57,7 @@ from sharedpool.wire.messages import Acquire, Grant, Hello, ToBroker
 from sharedpool.wire.reports import FromOperator
 from sharedpool.wire.values import Token
 from tests.model.desk import checked
-from tests.model.lane import End, Grip, Item, Lane
+from tests.model.lane import End, Grip, Lane, MovingConnection
 from tests.model.moving import run
 from tests.model.network import Packet, Wire
 from tests.model.scale import INSTANCE, LIMITS, TTL_S
@@ -302,7 +302,7 @@ class Broker:
 
     def _check_lost(self, fence: Fence) -> None:
         """S5: what is ended since nobody has it any more is in nobody's hands."""
-        if fence.why != LOST_WITH_THE_BROKER:
+        if fence.why != UNCLAIMED:
             return
         self.world.lost += 1
         for worker in self.world.workers.values():
@@ -325,7 +325,7 @@ class Broker:
         assert not cancelled, f"{proc!r} is passed on: {cancelled} would hit its next user"
         fails, self.cannot_pass = self.cannot_pass, False
         end = self.lanes.get(order.pool)
-        if fails or end is None or not end.pass_on(order.number, order.place, message, proc):
+        if fails or end is None or not end.pass_on(order.member_number, order.place, message, proc):
             self.calls.append(lambda ledger, now: ledger.lanes.not_delivered(message, now))
         else:
             self.world.passed += 1
@@ -349,7 +349,8 @@ class Broker:
             self.invited[order.session] = order
         elif (end := self.lanes.get(order.pool)) is not None:
             wire.answer(
-                desk.LaneInvitation(order.session, order.number, order.index, "here"), lane=end.lane
+                desk.LaneInvitation(order.session, order.member_number, order.index, "here"),
+                lane=end.lane,
             )
 
     def _to_lane(self, order: GiveInLane) -> None:
@@ -357,7 +358,7 @@ class Broker:
         if (
             end is None
             or proc is None
-            or not run(end.give(Item(order.token, order.cell, order.live, proc)))
+            or not run(end.give(MovingConnection(order.token, order.cell, order.live, proc)))
         ):
             moved = Moved(0, order.token, order.cell, 0, order.live)
             self.calls.append(lambda ledger, now: ledger.lanes.full(order.pool, moved, now))
@@ -527,7 +528,7 @@ class Broker:
         if believed:
             self.execute(self.ledger.backend_gone(token, self.world.now))
         else:
-            self.execute(self.ledger.backend_lost(token, self.world.now, closed=True))
+            self.execute(self.ledger.ended_without_proof(token, self.world.now, peer_closed=True))
 
     def _drop(self, token: Token) -> None:
         held = self.custody.pop(token, None)

@@ -38,7 +38,7 @@ class Grip:
         self.process = process
 
 
-class Item(NamedTuple):
+class MovingConnection(NamedTuple):
     """A connection that moves."""
 
     token: Token
@@ -64,14 +64,16 @@ class Lane:
         self.ends: set[End] = set()
         self.moved = 0
 
-    def bind(self, number: int, place: int) -> deque[Packet | None]:
-        assert (number, place) not in self.wait_sockets, "an address of the lane is used twice"
+    def bind(self, member_number: int, place: int) -> deque[Packet | None]:
+        assert (member_number, place) not in self.wait_sockets, (
+            "an address of the lane is used twice"
+        )
         box: deque[Packet | None] = deque()
-        self.wait_sockets[number, place] = box
+        self.wait_sockets[member_number, place] = box
         return box
 
-    def unbind(self, number: int, place: int) -> None:
-        _drop(self.wait_sockets.pop((number, place)))
+    def unbind(self, member_number: int, place: int) -> None:
+        _drop(self.wait_sockets.pop((member_number, place)))
 
     @property
     def lying(self) -> list[Proc]:
@@ -93,7 +95,7 @@ class End:
     def __init__(
         self,
         lane: Lane,
-        number: int,
+        member_number: int,
         process: bytes,
         refuse: Callable[[Moved], None] = lambda _: None,
         lacks: Callable[[], bool] = lambda: False,
@@ -102,7 +104,7 @@ class End:
         self._refuse, self._lacks = refuse, lacks
         self.lane = lane
         self.board = lane.board
-        self.number = number
+        self.member_number = member_number
         self.process = process
         self.open = True
         lane.ends.add(self)
@@ -110,8 +112,10 @@ class End:
     def close(self) -> None:
         self.open = False
         self.lane.ends.discard(self)
-        for number, place in [key for key in self.lane.wait_sockets if key[0] == self.number]:
-            self.lane.unbind(number, place)
+        for member_number, place in [
+            key for key in self.lane.wait_sockets if key[0] == self.member_number
+        ]:
+            self.lane.unbind(member_number, place)
         if not self.lane.ends:
             _drop(self.lane.shelf)
 
@@ -134,13 +138,13 @@ class End:
         return None
 
     def wake(self, ticket: Ticket) -> None:
-        box = self.lane.wait_sockets.get((ticket.number, ticket.place))
+        box = self.lane.wait_sockets.get((ticket.member_number, ticket.place))
         if box is not None and len(box) < WAIT_SOCKET_ROOM:
             box.append(None)
 
     # --- giving and taking
 
-    def give(self, item: Item) -> Generator[None, None, bool]:
+    def give(self, item: MovingConnection) -> Generator[None, None, bool]:
         if (yield from self._deliver(item)):
             return True
         if not (yield from self._shelve(item)):
@@ -153,31 +157,31 @@ class End:
             if taken is None:
                 break
             moved, proc = taken
-            other = Item(moved.token, moved.cell, moved.live, proc)
+            other = MovingConnection(moved.token, moved.cell, moved.live, proc)
             if not (yield from self._deliver(other)) and not (yield from self._shelve(other)):
                 proc.cut = True
             yield
             proc.holders.discard(grip)
         return True
 
-    def _deliver(self, item: Item) -> Generator[None, None, bool]:
+    def _deliver(self, item: MovingConnection) -> Generator[None, None, bool]:
         ticket = self.next_ticket()
         while ticket is not None:
             yield
             if (
                 yield from self._send(
-                    item, ticket.request, ticket.number, (ticket.number, ticket.place)
+                    item, ticket.request, ticket.member_number, (ticket.member_number, ticket.place)
                 )
             ):
                 return True
             ticket = self.next_ticket()
         return False
 
-    def _shelve(self, item: Item) -> Generator[None, None, bool]:
+    def _shelve(self, item: MovingConnection) -> Generator[None, None, bool]:
         return (yield from self._send(item, 0, SHELF, None))
 
     def _send(
-        self, item: Item, request: int, holder: int, wait_socket: tuple[int, int] | None
+        self, item: MovingConnection, request: int, holder: int, wait_socket: tuple[int, int] | None
     ) -> Generator[None, None, bool]:
         if not self.open or not self.board.has(item.cell, item.token):
             return False
@@ -190,7 +194,7 @@ class End:
             else (self.lane.wait_sockets.get(wait_socket), WAIT_SOCKET_ROOM)
         )
         if not self.open or box is None or len(box) >= room:
-            self.board.set_holder(item.cell, self.number)
+            self.board.set_holder(item.cell, self.member_number)
             return False
         packet = Packet(message, item.proc)
         item.proc.holders.add(packet)
@@ -198,8 +202,8 @@ class End:
         self.lane.moved += 1
         return True
 
-    def pass_on(self, number: int, place: int, moved: Moved, proc: Proc) -> bool:
-        box = self.lane.wait_sockets.get((number, place))
+    def pass_on(self, member_number: int, place: int, moved: Moved, proc: Proc) -> bool:
+        box = self.lane.wait_sockets.get((member_number, place))
         if box is None or len(box) >= WAIT_SOCKET_ROOM:
             return False
         packet = Packet(decode_moved(encode(moved)), proc)
@@ -214,7 +218,9 @@ class End:
             return None
         yield
         moved, proc = got
-        return structs.replace(moved, moves=self.board.set_holder(moved.cell, self.number)), proc
+        return structs.replace(
+            moved, moves=self.board.set_holder(moved.cell, self.member_number)
+        ), proc
 
     def receive(self, box: deque[Packet] | deque[Packet | None], grip: Grip) -> Got | None:
         if not box:

@@ -28,7 +28,7 @@ from sharedpool.worker.core.cache import Cache
 from sharedpool.worker.core.lease import Closing, Lease, Waiter
 from sharedpool.worker.core.time_slice import STEADY_GAP_S
 from tests.model.desk import AtTheDesk, Conn, Giving, Lack
-from tests.model.lane import End, Got, Grip, Item, Lane
+from tests.model.lane import End, Got, Grip, Lane, MovingConnection
 from tests.model.network import Packet
 from tests.model.server import Proc
 
@@ -64,7 +64,7 @@ class WaitSocket:
         self.end.board.take_place(self.place, request)
         yield
         self.once = not again
-        self.end.queue(Ticket(self.end.number, self.place, request))
+        self.end.queue(Ticket(self.end.member_number, self.place, request))
         yield
         return self.again_s
 
@@ -81,7 +81,7 @@ class WaitSocket:
         return packet.message if packet is not None and isinstance(packet.message, Moved) else None
 
     def wake(self) -> None:
-        self.end.wake(Ticket(self.end.number, self.place, 0))
+        self.end.wake(Ticket(self.end.member_number, self.place, 0))
 
 
 @dataclass(eq=False, slots=True)
@@ -179,13 +179,13 @@ class InTheLane(AtTheDesk):
         assert self.desk is not None
         self.leave_lane()
         # A former end here may still have wait sockets at its addresses: its number is another.
-        self.end = End(lane, message.number, self.id, self._refuse, self._is_short)
+        self.end = End(lane, message.member_number, self.id, self._refuse, self._is_short)
         self.index = message.index
         self.unused = [
             message.index * PLACES + wait_socket
             for wait_socket in range(self.most_wait_sockets - 1, -1, -1)
         ]
-        self.cache.enter_lane(lane.board.head)
+        self.cache.enter_lane(lane.board.moving_flag)
         self.woken = [waiter for waiter in self.waiters if self._waits_at_lock(waiter)]
         self.desk.say(Joined(self.id))
         self.flush()
@@ -270,7 +270,7 @@ class InTheLane(AtTheDesk):
             self.lacks = Lack.NOTHING
             return None
         place = self.unused.pop()
-        wait_socket = WaitSocket(self.end, place, self.end.lane.bind(self.end.number, place))
+        wait_socket = WaitSocket(self.end, place, self.end.lane.bind(self.end.member_number, place))
         self.wait_sockets.append(wait_socket)
         return wait_socket
 
@@ -351,7 +351,7 @@ class InTheLane(AtTheDesk):
 
     def give_kept(self) -> None:
         now = self.world.now
-        for lease in list(self.cache.idle) if self.cache.moving[0] else ():
+        for lease in list(self.cache.idle) if self.cache.moving_flag[0] else ():
             if now - lease.since >= STEADY_GAP_S:
                 self._settle(lease)
             else:
@@ -369,7 +369,9 @@ class InTheLane(AtTheDesk):
         waiter = self._receive(got, self.stray)
         if waiter is not None:
             self.wake(waiter)
-        elif (lease := self.cache.leases.get(got[0].token)) is not None and self.cache.moving[0]:
+        elif (lease := self.cache.leases.get(got[0].token)) is not None and self.cache.moving_flag[
+            0
+        ]:
             self._settle(lease)
         self.flush()
 
@@ -378,7 +380,7 @@ class InTheLane(AtTheDesk):
     def take_fast_path(self, waiter: Waiter, wait_s: float) -> bool:
         """Wait in the lane, if connections move in it, the fast path; return whether this thread
         does."""
-        if not wait_s or not self.cache.moving[0] or self.end is None:
+        if not wait_s or not self.cache.moving_flag[0] or self.end is None:
             return False
         self._turn += 1
         if self._turn % 2:
@@ -397,20 +399,23 @@ class InTheLane(AtTheDesk):
         waiter.reset(now)
         self.waiters.append(waiter)
         wait_socket = self._take_wait_socket()
-        in_lane = (
+        moving = (
             bool(wait_s)
             and wait_socket is not None
             and wait_socket.bound
             and wait_socket.end.board.moving
         )
         if (
-            not in_lane
+            not moving
             and not wait_s
             and any(held.phase is Phase.CLOSING for held in cache.leases.values())
         ):
             cache.outbox.append(cache.reporter.renewal(now, {}))
         cache.waiters.enqueue(
-            waiter, wait_s, place=-1 if wait_socket is None else wait_socket.place, in_lane=in_lane
+            waiter,
+            wait_s,
+            place=-1 if wait_socket is None else wait_socket.place,
+            waits_for_move=moving,
         )
         self.patience[waiter.request] = wait_s > 0
         if wait_socket is not None:
@@ -537,7 +542,7 @@ class InTheLane(AtTheDesk):
             if not wait_socket.bound:
                 self._leave_wait_socket(thread, waiter, now)
                 return
-            if not waiter.only_in_lane:
+            if not waiter.waits_for_move:
                 thread.deadline = float("inf")  # the broker's answer comes by then
                 yield from self._block(thread, thread.deadline)
                 thread.hand = wait_socket.read(thread.grip)
@@ -576,7 +581,7 @@ class InTheLane(AtTheDesk):
         if (wait_socket := self._take_wait_socket()) is not None:
             self._start(waiter, wait_socket, thread.deadline)
             self.cache.waiters.change_place(waiter, wait_socket.place, now)
-        elif waiter.only_in_lane:
+        elif waiter.waits_for_move:
             self.cache.waiters.ask(waiter, now)
         self.flush()
 
@@ -670,7 +675,7 @@ class InTheLane(AtTheDesk):
         """`Mover.give`: return whether it was done."""
         cache, end, now = self.cache, self.end, self.world.now
         self._turn += 1
-        if self._turn % 2 == 0 or not cache.moving[0] or cache.returns_due or end is None:
+        if self._turn % 2 == 0 or not cache.moving_flag[0] or cache.returns_due or end is None:
             return False
         if now - lease.arrived_at < self.slice_s and lease.idle_s < STEADY_GAP_S:
             self.timer_at = min(self.timer_at, now + self.slice_s + STEADY_GAP_S)
@@ -720,7 +725,7 @@ class InTheLane(AtTheDesk):
         closing, proc = giving.closing, giving.conn.proc
         lease = closing.lease
         yield
-        done = yield from end.give(Item(lease.token, lease.cell, giving.live, proc))
+        done = yield from end.give(MovingConnection(lease.token, lease.cell, giving.live, proc))
         yield
         if not done:  # `give_to_broker`
             done = self._say_given(closing, giving.live)

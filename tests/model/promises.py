@@ -263,10 +263,10 @@ def check_nobody_waits_in_vain(world: World) -> None:
     )
     for worker in world.workers.values():
         for thread in worker.threads:
-            if thread.waiter is None or thread.waiter.only_in_lane:
+            if thread.waiter is None or thread.waiter.waits_for_move:
                 _check_lane(world, broker, worker, thread)
         for waiter in worker.waiters:
-            if waiter.only_in_lane or waiter in worker.abandoned:
+            if waiter.waits_for_move or waiter in worker.abandoned:
                 continue
             assert waiter.lease is None
             own = slots.sessions.get(worker.id)

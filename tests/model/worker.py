@@ -33,8 +33,8 @@ from sharedpool.wire.values import Phase, PoolSpec, Token
 from sharedpool.worker.connection.state import CHECK_AFTER_S
 from sharedpool.worker.core.broker_messages import BrokerMessages
 from sharedpool.worker.core.cache import Cache
+from sharedpool.worker.core.dropped_leases import dropped, unfinished
 from sharedpool.worker.core.lease import Closing, Lease, Waiter
-from sharedpool.worker.core.lost_leases import lost, unfinished
 from tests.model.desk import Conn
 from tests.model.moving import InTheLane
 from tests.model.scale import BEAT_S, EXPIRATION_S, HELLO_RETRY_S, LIMITS, MAX_WAITING, SILENCE_S
@@ -153,7 +153,7 @@ class Worker(InTheLane):
         if self.established:
             self.beat_in_lane()
             self._to_close(self.cache.expire(now))
-            assert not lost(self.cache.leases.values(), set(self.cache.idle), now)
+            assert not dropped(self.cache.leases.values(), set(self.cache.idle), now)
             self.cache.outbox.append(self.cache.reporter.renewal(now, {}))
             self.deposit_all()
             begun = {x.lease for x in unfinished(self.cache.leases.values(), now)}
@@ -376,7 +376,7 @@ class Worker(InTheLane):
             self._give_back(
                 opening.lease,
                 gone=False,
-                closed=True,
+                peer_closed=True,
                 error="the server has gone",
                 unreachable=True,
             )
@@ -388,17 +388,23 @@ class Worker(InTheLane):
             self._give_back(
                 opening.lease,
                 gone=False,
-                closed=True,
+                peer_closed=True,
                 error=how,
                 code="53300" if how == "full" else "28P01",
             )
 
     def _give_back(
-        self, lease: Lease, *, gone: bool, closed: bool = False, error: str = "", code: str = "",
-        unreachable: bool = False, reason: ReleaseReason = ReleaseReason.FAILED,
+        self, lease: Lease, *, gone: bool, peer_closed: bool = False, error: str = "",
+        code: str = "", unreachable: bool = False, reason: ReleaseReason = ReleaseReason.FAILED,
     ) -> None:  # fmt: skip
         self.cache.closed(
-            lease, reason, gone=gone, closed=closed, error=error, code=code, unreachable=unreachable
+            lease,
+            reason,
+            gone=gone,
+            peer_closed=peer_closed,
+            error=error,
+            code=code,
+            unreachable=unreachable,
         )
         for waiter in [waiter for waiter in self.waiters if waiter.lease is lease]:
             self.waiters.remove(waiter)

@@ -552,7 +552,7 @@ MUTANTS = (
             (
                 "sharedpool/lane/lane.py",
                 (
-                    "            self.board.set_holder(item.cell, self.number)\n"
+                    "            self.board.set_holder(item.cell, self.member_number)\n"
                     "            return False\n"
                     "        return True\n"
                 ),
@@ -602,7 +602,7 @@ MUTANTS = (
             (
                 "sharedpool/lane/lane.py",
                 (
-                    "            self.board.set_holder(item.cell, self.number)\n            "
+                    "            self.board.set_holder(item.cell, self.member_number)\n            "
                     "return False\n"
                 ),
                 "            return False\n",
@@ -764,7 +764,7 @@ MUTANTS = (
         (
             (
                 "sharedpool/worker/core/cache.py",
-                "            if not waiter.only_in_lane:\n",
+                "            if not waiter.waits_for_move:\n",
                 "            if waiter:\n",
             ),
         ),

@@ -15,7 +15,7 @@ from sharedpool.broker.settings import BrokerSettings
 
 @contextmanager
 def line_to(address: str, identity: bytes = b"") -> Iterator[zmq.Socket[bytes]]:
-    """A bare ZeroMQ line to the broker."""
+    """A bare ZeroMQ socket that talks to the broker."""
     context = zmq.Context()
     dealer = context.socket(zmq.DEALER)
     try:

@@ -40,7 +40,7 @@ def _by_lane(*_: object) -> bool:
 
 
 def _from_shelf(result: object, lane: Lane, sock: object) -> bool:
-    return result is not None and sock is lane._take
+    return isinstance(result, tuple) and sock is lane._shelf_out
 
 
 def _has_come(_: object, wait_socket: WaitSocket) -> bool:

@@ -72,7 +72,7 @@ def stats() -> dict[str, Any]:
     found = {"idle": s.idle, "in_use": s.in_use, "max_conn": pool.max_conn, "connects": s.connects}
     return found | {
         "adopted": s.adopted,
-        "moving": bool(pool._local.cache.moving[0]),
+        "moving": bool(pool._local.cache.moving_flag[0]),
         "in_lane": pool._local.membership.wait_sockets is not None,
     }
 

@@ -69,8 +69,8 @@ class Desk:
         for each in self.broker.all(PassOn):
             lane = pools[each.pool].lane
             assert lane is not None
-            assert each.place // PLACES == lane.members[each.number].index
-            found.append((lane.members[each.number].id.decode(), each.message))
+            assert each.place // PLACES == lane.members[each.member_number].index
+            found.append((lane.members[each.member_number].id.decode(), each.message))
         return found
 
     def state(self, token: Token) -> SlotState:

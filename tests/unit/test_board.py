@@ -77,7 +77,7 @@ def test_the_first_byte_tells_whether_connections_move(board: Board) -> None:
     seen = []
     for moving in (True, False):
         board.moving = moving
-        seen.append(bool(board.head[0]))
+        seen.append(bool(board.moving_flag[0]))
     assert seen == [True, False]
 
 

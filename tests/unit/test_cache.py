@@ -22,6 +22,7 @@ from sharedpool.wire.messages import (
 from sharedpool.wire.values import NO_TOKEN, Backend, Phase, Token
 from sharedpool.worker.core.broker_messages import BrokerMessages
 from sharedpool.worker.core.cache import Cache
+from sharedpool.worker.core.dropped_leases import dropped, unfinished
 from sharedpool.worker.core.lease import (
     CLOSING_LIMIT_S,
     HANDING_OUT_LIMIT_S,
@@ -29,7 +30,6 @@ from sharedpool.worker.core.lease import (
     Lease,
     Waiter,
 )
-from sharedpool.worker.core.lost_leases import lost, unfinished
 
 
 class Conn:
@@ -539,49 +539,49 @@ def test_fail_ends_every_wait_with_the_error(rig: Rig) -> None:
 # --- what nobody can bring back
 
 
-def lost_at_the_second_look(rig: Rig) -> list[Lease]:
-    assert lost(rig.cache.leases.values(), set(rig.cache.idle), rig.now) == []
-    return lost(rig.cache.leases.values(), set(rig.cache.idle), rig.now + 1)
+def dropped_at_the_second_look(rig: Rig) -> list[Lease]:
+    assert dropped(rig.cache.leases.values(), set(rig.cache.idle), rig.now) == []
+    return dropped(rig.cache.leases.values(), set(rig.cache.idle), rig.now + 1)
 
 
-def test_lost_finds_a_lease_whose_thread_vanished_before_it_connected(rig: Rig) -> None:
+def test_dropped_finds_a_lease_whose_thread_vanished_before_it_connected(rig: Rig) -> None:
     waiter = rig.want()
     rig.grant(waiter.request)
     lease = waiter.lease
-    assert lost_at_the_second_look(rig) == []
+    assert dropped_at_the_second_look(rig) == []
     del waiter
-    assert lost_at_the_second_look(rig) == [lease]
+    assert dropped_at_the_second_look(rig) == [lease]
 
 
-def test_lost_finds_a_connection_that_was_collected(rig: Rig) -> None:
+def test_dropped_finds_a_connection_that_was_collected(rig: Rig) -> None:
     lease, conn = rig.lend()
-    assert lost_at_the_second_look(rig) == []
+    assert dropped_at_the_second_look(rig) == []
     rig.kept.clear()
     del conn
-    assert lost_at_the_second_look(rig) == [lease]
+    assert dropped_at_the_second_look(rig) == [lease]
 
 
-def test_lost_forgives_what_was_brought_back_between_two_looks(rig: Rig) -> None:
+def test_dropped_forgives_what_was_brought_back_between_two_looks(rig: Rig) -> None:
     lease, conn = rig.lend()
     rig.kept.clear()
     del conn
-    assert lost(rig.cache.leases.values(), set(rig.cache.idle), rig.now) == []
+    assert dropped(rig.cache.leases.values(), set(rig.cache.idle), rig.now) == []
     rig.cache.checkin(lease, Conn(), rig.now + 1, None)
-    assert lost(rig.cache.leases.values(), set(rig.cache.idle), rig.now + 1) == []
-    assert lost(rig.cache.leases.values(), set(rig.cache.idle), rig.now + 2) == []
+    assert dropped(rig.cache.leases.values(), set(rig.cache.idle), rig.now + 1) == []
+    assert dropped(rig.cache.leases.values(), set(rig.cache.idle), rig.now + 2) == []
 
 
-def test_lost_finds_a_lease_whose_hand_out_was_interrupted(rig: Rig) -> None:
+def test_dropped_finds_a_lease_whose_hand_out_was_interrupted(rig: Rig) -> None:
     lease = rig.idle()
     rig.cache.idle.clear()  # popped, and then a signal handler raised
-    assert lost(rig.cache.leases.values(), set(rig.cache.idle), rig.now) == []
+    assert dropped(rig.cache.leases.values(), set(rig.cache.idle), rig.now) == []
     rig.now += HANDING_OUT_LIMIT_S + 1
-    assert lost_at_the_second_look(rig) == [lease]
+    assert dropped_at_the_second_look(rig) == [lease]
     assert rig.cache.forget(lease.token) is lease
 
 
 @pytest.mark.parametrize("laid", [False, True])
-def test_lost_finds_soon_what_an_interrupted_checkin_has_dropped(
+def test_dropped_finds_soon_what_an_interrupted_checkin_has_dropped(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, laid: bool
 ) -> None:
     """The connection is nobody's then but the interrupted thread's, which drops it."""
@@ -596,17 +596,17 @@ def test_lost_finds_soon_what_an_interrupted_checkin_has_dropped(
             )
     rig.kept.clear()
     del conn
-    assert lost_at_the_second_look(rig) == [lease]
+    assert dropped_at_the_second_look(rig) == [lease]
 
 
-def test_lost_finds_what_was_passed_while_its_thread_was_interrupted(rig: Rig) -> None:
+def test_dropped_finds_what_was_passed_while_its_thread_was_interrupted(rig: Rig) -> None:
     """Nobody was told of the connection: it has no waiter yet."""
     rig.idle()
     lease = rig.cache.take(rig.now)
     assert lease is not None
     lease.phase = Phase.CONNECTING
     assert lease.conn is not None
-    assert lost_at_the_second_look(rig) == [lease]
+    assert dropped_at_the_second_look(rig) == [lease]
 
 
 def test_a_cached_lease_that_is_connected_again_is_not_lost(rig: Rig) -> None:
@@ -616,7 +616,7 @@ def test_a_cached_lease_that_is_connected_again_is_not_lost(rig: Rig) -> None:
     lease = rig.cache.take(rig.now)
     assert lease is not None
     lease.conn, lease.phase = None, Phase.CONNECTING
-    assert lost_at_the_second_look(rig) == []
+    assert dropped_at_the_second_look(rig) == []
 
 
 # --- leases taken away

@@ -182,7 +182,7 @@ def test_a_connection_passed_by_a_former_broker_is_not_used(rig: Rig) -> None:
 
 def want_in_lane(rig: Rig) -> Waiter:
     waiter = Waiter(lambda: None, rig.now)
-    rig.cache.waiters.enqueue(waiter, 5.0, in_lane=True)
+    rig.cache.waiters.enqueue(waiter, 5.0, waits_for_move=True)
     return waiter
 
 
@@ -320,7 +320,7 @@ def test_a_thread_in_the_lane_asks_the_broker_for_nothing(moving: Rig) -> None:
     assert moving.cache.give_up(waiter, moving.now) is None
     assert moving.sent() == []  # nor need it be told that it waits no more
     assert not moving.cache.waiting
-    assert not waiter.only_in_lane
+    assert not waiter.waits_for_move
 
 
 def test_a_connection_from_the_lane_serves_its_request(moving: Rig) -> None:
@@ -367,7 +367,7 @@ def test_a_thread_in_a_former_brokers_lane_asks_the_later_broker(moving: Rig) ->
     assert first == Acquire(waiter.request, 5000)
     moving.cache.waiters.registered(0, moving.now)
     assert [each for each in moving.sent() if isinstance(each, Acquire)] == [first]
-    assert not waiter.only_in_lane
+    assert not waiter.waits_for_move
 
 
 def test_a_thread_that_leaves_the_lane_asks_the_broker_and_is_served_by_either(moving: Rig) -> None:
@@ -394,7 +394,7 @@ def test_a_thread_that_received_an_unusable_connection_asks_the_broker(moving: R
         Release(moved.token, False, ReleaseReason.FAILED, Backend(70)),
         Acquire(waiter.request, 5000),
     ]
-    assert not waiter.only_in_lane
+    assert not waiter.waits_for_move
     assert moving.cache.reporter.renewal(moving.now, {}).pending == [waiter.request]
     assert [x.token for x in moving.cache.reporter.renewal(moving.now, {}).unproven] == [
         moved.token

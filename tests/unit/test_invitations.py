@@ -70,7 +70,7 @@ class Rig:
         """Have an invitation come from the broker whose line this is; return its descriptors."""
         fds = lanes.make()
         self._session.invited(
-            LaneInvitation(self._registration.identity, 1, 0, lanes.network()), fds
+            LaneInvitation(self._registration.identity, 1, 0, lanes.network_namespace_id()), fds
         )
         return fds
 
@@ -92,7 +92,7 @@ class Rig:
         wait_socket = wait_sockets.take(None)
         assert wait_socket is not None
         self._taken.append((wait_sockets, wait_socket))
-        self.local.cache.waiters.enqueue(waiter, 1000.0, place=wait_socket.number)
+        self.local.cache.waiters.enqueue(waiter, 1000.0, place=wait_socket.place)
         return waiter
 
     def answer(self) -> Renew:

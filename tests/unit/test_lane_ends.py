@@ -19,7 +19,7 @@ from sharedpool.descriptors import passing
 from sharedpool.descriptors.owned import Owned
 from sharedpool.descriptors.readable import readable
 from sharedpool.lane import lane as lanes
-from sharedpool.lane.lane import Item, Lane, Ticket
+from sharedpool.lane.lane import Lane, MovingConnection, Ticket
 from sharedpool.wire.board import CELLS, PLACES, SHELF
 from sharedpool.wire.codec import encode
 from sharedpool.wire.desk import Live, Moved
@@ -84,19 +84,19 @@ class Rig:
         self.mine: dict[int, socket.socket] = {}
         self.serial = 0
 
-    def connection(self, holder: int = 1) -> Item:
+    def connection(self, holder: int = 1) -> MovingConnection:
         self.serial += 1
         ours, theirs = socket.socketpair()
         self.ends[self.serial], self.mine[self.serial] = theirs, ours
         token = Token(1, self.serial)
         self.board.enter(self.serial, token, holder, 0)
-        return Item(token, self.serial, LIVE, ours.fileno())
+        return MovingConnection(token, self.serial, LIVE, ours.fileno())
 
-    def drop(self, item: Item) -> None:
+    def drop(self, item: MovingConnection) -> None:
         """Let go of the giver's own descriptor."""
         self.mine.pop(item.token.serial).close()
 
-    def is_over(self, item: Item) -> bool:
+    def is_over(self, item: MovingConnection) -> bool:
         """Return True if every copy of the connection's socket is closed."""
         end = self.ends[item.token.serial]
         end.setblocking(False)
@@ -280,7 +280,7 @@ class Latecomer(Lane):
 
     meanwhile: list[Process]
 
-    def _shelve(self, item: Item) -> bool:
+    def _shelve(self, item: MovingConnection) -> bool:
         while self.meanwhile:
             process = self.meanwhile.pop()
             process.wait(0, 5)
@@ -308,7 +308,7 @@ def test_the_faster_of_two_at_the_shelf_leaves_the_others_ticket_in_the_queue(ri
             assert rig.b.taken() is not None
             return super().take_from_shelf()
 
-        def _shelve(self, item: Item) -> bool:
+        def _shelve(self, item: MovingConnection) -> bool:
             rig.a.wait(0, 9)
             return super()._shelve(item)
 
@@ -344,7 +344,9 @@ def test_a_lease_that_is_not_on_the_board_is_not_given(rig: Rig) -> None:
 # --- what is dropped
 
 
-def packet(rig: Rig, item: Item, *, live: Live = LIVE, cell: int | None = None) -> bytes:
+def packet(
+    rig: Rig, item: MovingConnection, *, live: Live = LIVE, cell: int | None = None
+) -> bytes:
     return rig.board.secret + encode(
         Moved(5, item.token, item.cell if cell is None else cell, 1, live)
     )
@@ -387,7 +389,7 @@ def test_a_packet_that_is_not_as_it_should_be_is_dropped_and_its_socket_closed(
             sender.connect(rig.b.wait_sockets[0].getsockname())
             passing.send_with_all(sender, said, fds)
     elif said:  # an empty packet cannot be told from the end there
-        passing.send_with_all(rig.a.lane._put, said, fds)  # type: ignore[arg-type]
+        passing.send_with_all(rig.a.lane._shelf_in, said, fds)  # type: ignore[arg-type]
     before = open_descriptors()
     assert rig.b.came(0) is None if where == "wait_socket" else rig.b.taken() is None
     assert open_descriptors() == before

@@ -455,7 +455,7 @@ def test_a_connection_that_broke_is_verified_before_its_slot_is_free(
     elif state == "being fenced":
         a.release(token, ReleaseReason.BROKEN, gone=False)
     request = b.ask(wait_s=60)
-    orders = broker.take_in(broker.ledger.backend_lost(token, broker.now))
+    orders = broker.take_in(broker.ledger.ended_without_proof(token, broker.now))
     assert [(f.token, f.backend) for f in orders if isinstance(f, Fence)] == [
         (token, a.backend(token))
     ]
@@ -463,7 +463,9 @@ def test_a_connection_that_broke_is_verified_before_its_slot_is_free(
     assert b.outcome(request) is None
     broker.take_in(broker.ledger.backend_gone(token, broker.now))
     assert isinstance(b.outcome(request), Token)
-    broker.take_in(broker.ledger.backend_lost(token, broker.now))  # nobody's any more: nothing
+    broker.take_in(
+        broker.ledger.ended_without_proof(token, broker.now)
+    )  # nobody's any more: nothing
     assert broker.ledger.leases == 1
 
 
@@ -475,7 +477,7 @@ def test_a_connection_that_broke_before_it_was_confirmed_is_looked_for_if_somebo
     a = broker.worker("a", max_conn=1)
     token = a.granted(a.ask())
     broker.take_in(broker.ledger.desk.deposited(token, broker.now))
-    broker.take_in(broker.ledger.backend_lost(token, broker.now))
+    broker.take_in(broker.ledger.ended_without_proof(token, broker.now))
     assert broker.ledger.leases == 1
     if verifies:
         broker.show_nothing()

@@ -66,7 +66,7 @@ def test_the_end_of_a_connection_through_a_proxy_has_the_server_asked() -> None:
     deposit(broker, token)
     assert not broker.ledger.believes(token)
     request = b.ask(wait_s=60)
-    broker.take_in(broker.ledger.backend_lost(token, broker.now, closed=True))
+    broker.take_in(broker.ledger.ended_without_proof(token, broker.now, peer_closed=True))
     assert [fence.backend for fence in broker.all(Fence)] == [backend(1)]
     a.broker.send(
         a.id, Release(token, False, ReleaseReason.CLOSED, backend(1))
@@ -83,7 +83,7 @@ def test_a_fence_under_way_is_not_ordered_again_when_the_proxy_closes_too() -> N
     token = lend(a, backend(1))
     deposit(broker, token)
     a.broker.send(a.id, Release(token, False, ReleaseReason.CLOSED, backend(1)))
-    broker.take_in(broker.ledger.backend_lost(token, broker.now, closed=True))
+    broker.take_in(broker.ledger.ended_without_proof(token, broker.now, peer_closed=True))
     assert [fence.backend for fence in broker.all(Fence)] == [backend(1)]
 
 
@@ -124,7 +124,7 @@ def test_a_connection_whose_end_comes_before_its_description_is_ended_all_the_sa
     a = broker.worker("a", max_conn=1)
     token = a.granted(a.ask())
     deposit(broker, token)
-    broker.take_in(broker.ledger.backend_lost(token, broker.now, closed=True))
+    broker.take_in(broker.ledger.ended_without_proof(token, broker.now, peer_closed=True))
     assert broker.ledger.leases == 1
     a.broker.send(a.id, Confirm(token, backend(1)))
     assert [fence.backend for fence in broker.all(Fence)] == [backend(1)]
@@ -138,11 +138,11 @@ def test_without_a_control_connection_an_end_proves_nothing_until_its_route_is_k
     a = broker.worker("a", max_conn=1)
     token = a.granted(a.ask())
     deposit(broker, token)
-    broker.take_in(broker.ledger.backend_lost(token, broker.now, closed=True))
+    broker.take_in(broker.ledger.ended_without_proof(token, broker.now, peer_closed=True))
     assert broker.ledger.leases == 1
     a.broker.send(a.id, Confirm(token, backend(1, direct=direct)))
     assert broker.ledger.leases == (0 if direct else 1)
-    said = [log.text for log in broker.all(Log) if "may be a proxy" in log.text]
+    said = [log.text for log in broker.all(Log) if "may go through a proxy" in log.text]
     assert len(said) == (0 if direct else 1)
 
 
@@ -152,7 +152,7 @@ def test_without_a_control_connection_another_workers_tells_what_a_dead_ones_end
     token = a.granted(a.ask())
     deposit(broker, token)
     broker.take_in(broker.ledger.session_died(a.id, broker.now))
-    broker.take_in(broker.ledger.backend_lost(token, broker.now, closed=True))
+    broker.take_in(broker.ledger.ended_without_proof(token, broker.now, peer_closed=True))
     assert broker.ledger.leases == 1
     lend(b, backend(1, direct=True))
     assert broker.ledger.leases == 1  # b's own
@@ -172,7 +172,7 @@ def test_a_connect_that_the_other_side_has_closed_is_over_if_that_is_the_server(
         lend(a, backend(1, direct=met == "nobody"))
     before = broker.ledger.leases
     token = a.granted(a.ask())
-    a.broker.send(a.id, Release(token, False, ReleaseReason.FAILED, closed=True))
+    a.broker.send(a.id, Release(token, False, ReleaseReason.FAILED, peer_closed=True))
     believed = met == "nobody" or (met == "none yet" and not verifies)
     assert broker.ledger.leases == before + (not believed)
     if verifies and not believed:
@@ -226,7 +226,7 @@ def test_a_look_for_one_slot_says_nothing_of_another_whose_connect_may_be_queued
     a, b = broker.worker("a", max_conn=2), broker.worker("b")
     die_connecting(a)
     refused = b.granted(b.ask())
-    b.broker.send(b.id, Release(refused, False, ReleaseReason.FAILED, closed=True))
+    b.broker.send(b.id, Release(refused, False, ReleaseReason.FAILED, peer_closed=True))
     broker.show_nothing()
     assert broker.ledger.leases == 1
     broker.pass_time(SETTLE_S * 10)

@@ -22,7 +22,7 @@ from sharedpool.broker_location import GivenBroker
 from sharedpool.descriptors.readable import readable
 from sharedpool.descriptors.timer import Timer
 from sharedpool.lane import lane as lanes
-from sharedpool.lane.lane import Item, Lane
+from sharedpool.lane.lane import Lane, MovingConnection
 from sharedpool.lane.wait_sockets import WaitSockets
 from sharedpool.postgres.conninfo import resolve
 from sharedpool.wire.board import PLACES, SHELF
@@ -92,7 +92,7 @@ class Rig:
         self.servers[serial].sendall(said)
         self.lane.board.enter(serial, token, 2, 0)
         with ours:
-            assert self.other.give(Item(token, serial, LIVE, ours.fileno()))
+            assert self.other.give(MovingConnection(token, serial, LIVE, ours.fileno()))
         assert not on_shelf or self.lane.board.holding(serial).holder == SHELF
         return token
 
@@ -297,7 +297,7 @@ class Slicing(Rig):
             self.mover,
             True,
         )
-        self.local.cache.enter_lane(self.lane.board.head)
+        self.local.cache.enter_lane(self.lane.board.moving_flag)
 
     def steady(self) -> PooledConnection:
         """Return a connection that was asked for as soon as the last one was gone, and has just

@@ -89,7 +89,7 @@ class Rig:
         return self.desk.state(token)
 
     def number(self, worker: Worker) -> int:
-        return self.broker.slots.sessions[worker.id].number
+        return self.broker.slots.sessions[worker.id].member_number
 
     def holder_of(self, token: Token) -> str:
         """Return the name of who holds a lease by the records, "shelf" for nobody."""
@@ -214,7 +214,7 @@ def test_each_session_with_handover_joins_under_a_number_and_an_index_of_its_own
     late = rig.broker.worker("late")
     let_in = rig.broker.all(InviteToLane)
     assert [each.session for each in let_in] == [b"w0", b"w1", b"w2", b"elsewhere", late.id]
-    assert [each.number for each in let_in] == [1, 2, 3, 4, 5]
+    assert [each.member_number for each in let_in] == [1, 2, 3, 4, 5]
     assert sorted(each.index for each in let_in) == [0, 1, 2, 3, 4]
     late.hello()
     assert rig.broker.all(InviteToLane) == let_in  # once
@@ -238,7 +238,7 @@ def test_an_index_is_used_again_a_number_never(rig: Rig) -> None:
     rig.broker.worker("new")
     (let_in,) = [each for each in rig.broker.all(InviteToLane) if each.session == b"new"]
     assert let_in.index == gone.index
-    assert let_in.number == 4
+    assert let_in.member_number == 4
 
 
 def test_the_last_index_is_the_brokers() -> None:
@@ -1114,7 +1114,7 @@ def test_a_struck_cell_is_not_followed(rig: Rig) -> None:
     rig.proceed()
     token = rig.tokens[1]
     cell = rig.lease(token).cell
-    rig.broker.take_in(rig.broker.ledger.backend_lost(token, rig.broker.now))
+    rig.broker.take_in(rig.broker.ledger.ended_without_proof(token, rig.broker.now))
     assert rig.board.find(token) == -1
     rig.board.set_holder(cell, rig.number(rig.workers[0]))  # whoever had looked before
     rig.beat_all()

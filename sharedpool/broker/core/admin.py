@@ -197,7 +197,7 @@ class Admin:
                 f"lease {token} cannot be ended from here:"
                 " the broker has no control connection (--dsn)"
             )
-        self._leases.end(lease, "ended by an operator", now)
+        self._leases.take_away(lease, "ended by an operator", now)
         pid = f" (backend {lease.backend.pid})" if lease.backend is not None else ""
         whose = f"{lease.session.label} in pool {lease.pool.name!r}{pid}"
         return [f"lease {token} of {whose} is being ended"]

@@ -157,12 +157,12 @@ class TransferCustody:
 class PassOn:
     """Send a connection to a waiter, with the socket in custody for the message's token.
 
-    It goes to this place in the pool's lane, of the session with this number. If it cannot be sent,
+    It goes to this place in the pool's lane, of the member with this number. If it cannot be sent,
     tell `LaneEvents.not_delivered`.
     """
 
     pool: str
-    number: int
+    member_number: int
     place: int
     message: Moved
 
@@ -181,7 +181,7 @@ class InviteToLane:
 
     pool: str
     session: bytes
-    number: int  # the session's own in the lane
+    member_number: int  # the session's own in the lane
     index: int  # where its turns are on the board
 
 

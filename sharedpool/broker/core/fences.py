@@ -36,10 +36,10 @@ class Fences:
         ripe = (lease for lease in suspects if lease.findable and now >= lease.session.spared_until)
         chosen = list(islice(ripe, max(most, 0)))
         for lease in chosen:
-            self.fence(lease, "its worker is silent and somebody waits", now)
+            self.begin(lease, "its worker is silent and somebody waits", now)
         return len(chosen)
 
-    def fence(self, lease: Lease, why: str, now: float, *, level: int = logging.INFO) -> None:
+    def begin(self, lease: Lease, why: str, now: float, *, level: int = logging.INFO) -> None:
         """Have a suspect lease's backend ended and verified; its slot stays counted until then."""
         pool, whose = lease.pool.name, lease.session.label
         pid = lease.backend.pid if lease.backend is not None and lease.backend.pid else "(unknown)"
@@ -56,11 +56,11 @@ class Fences:
         lease.pool.counters.fences += 1
         lease.since = now
         self.expect(lease, now)
-        self.order(lease, why)
+        self.send_order(lease, why)
 
-    def order(self, lease: Lease, why: str) -> None:
+    def send_order(self, lease: Lease, why: str) -> None:
         """Order the end of a lease's backend."""
-        left = lease.closed or lease.session.ended
+        left = lease.left or lease.session.ended
         self._emit(Fence(lease.token, lease.pool.name, lease.backend, why, left))
 
     def expect(self, lease: Lease, now: float) -> None:

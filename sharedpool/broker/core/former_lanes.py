@@ -33,14 +33,14 @@ class FormerLanes:
         context: Context,
         ask: Callable[[Session, float], None],
         *,
-        complete: bool,
+        journal_complete: bool,
     ) -> None:
-        """`complete`: the journal names all members."""
+        """`journal_complete`: the journal names all members."""
         self._slots = context.slots
         self._emit = context.emit
         self._arm = context.timers.arm
         self._ask = ask
-        self.complete = complete
+        self._journal_complete = journal_complete
         self._pools: dict[bytes, Pool] = {}  # by session
         self.complete_pools: list[Pool] = []  # whose last member has answered just now
 
@@ -58,7 +58,7 @@ class FormerLanes:
 
     def has_all_of(self, pool: Pool) -> bool:
         """Return True if every session has listed all leases of this pool that it may have."""
-        return self.complete and not pool.former
+        return self._journal_complete and not pool.former
 
     def registered(self, session: Session, now: float) -> None:
         """Ask a member for its leases: it leaves the former lane before the question comes."""
@@ -77,13 +77,13 @@ class FormerLanes:
         if unsure:
             self._arm(now + _ASK_AGAIN_S, self._ask_again, session)
         else:
-            self.gone(session.id, stays=session.number > 0)
+            self.ended(session.id, stays=session.member_number > 0)
 
     def _ask_again(self, session: Session, now: float) -> None:
         if not session.silent:
             self.registered(session, now)
 
-    def gone(self, session_id: bytes, *, stays: bool = False) -> None:
+    def ended(self, session_id: bytes, *, stays: bool = False) -> None:
         """Record that a session has nothing of a former lane any more.
 
         `stays`: it is a member of a lane of this broker, so that the journal still names it.
@@ -99,7 +99,7 @@ class FormerLanes:
     def discarded(self, pool: Pool) -> None:
         """Forget a pool that no worker uses any more."""
         for session_id in list(pool.former):
-            self.gone(session_id)
+            self.ended(session_id)
 
     def admit(self, session: Session) -> None:
         """Have the journal remember that a session is let into its pool's lane."""

@@ -40,8 +40,9 @@ SHARED_S = 1.0
 # A cancel test that could not be made is repeated no sooner: it costs its caller a second, and
 # the connection.
 TRY_AGAIN_S = 30.0
-# A holder that keeps a connection while others wait is asked after so long whether it still uses
-# it, then after twice the time, and so on up to the limit.
+# A *nudge* asks a holder that was told to return connections, and has returned none, whether it
+# still uses them. The first one comes after this time, the next ones each after twice the time
+# before, up to the limit.
 NUDGE_S = 0.01
 NUDGE_LIMIT_S = 1.0
 _MOST_NUDGED = 64
@@ -171,7 +172,7 @@ class Handover:
         trial = pool.cancel_works is None and now >= pool.try_at
         passed = Passed(self._recalls.next_serial(), session.returns_due, pressure > 0, trial)
         moved = Moved(waiter.request, heir.token, -1, max(0, lease.moves), live, passed)
-        self._emit(PassOn(pool.name, session.number, waiter.lane_place, moved))
+        self._emit(PassOn(pool.name, session.member_number, waiter.lane_place, moved))
 
     def not_delivered(self, moved: Moved, now: float) -> None:
         """Handle a connection that could not be sent: the waiter's socket is gone, or full."""

@@ -85,5 +85,5 @@ def _check_lane(pool: Pool) -> None:
     assert lane.used == len(on_board) == len(cells)
     assert not set(lane.free) & cells
     assert all(lane.board.has(lease.cell, lease.token) for lease in on_board)
-    assert all(session.number == number for number, session in lane.members.items())
+    assert all(session.member_number == number for number, session in lane.members.items())
     assert lane.moving == lane.board.moving

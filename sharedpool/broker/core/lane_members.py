@@ -71,28 +71,30 @@ class LaneMembers:
         """Invite a session into its pool's lane, if there is one and the session can use it."""
         session.pool.hands_over |= session.hands_over
         lane = session.pool.lane
-        if lane is None or session.shelf or session.ended or session.number:
+        if lane is None or session.shelf or session.ended or session.member_number:
             return
         lane.outside[session.id] = session
         if not session.hands_over or len(lane.indices) == SESSIONS - 1:
             return
         lane.newest += 1
-        session.number = lane.newest
+        session.member_number = lane.newest
         session.index = next(index for index in range(SESSIONS) if index not in lane.indices)
         lane.indices.add(session.index)
         lane.board.clear_session(session.index)
-        lane.members[session.number] = session
+        lane.members[session.member_number] = session
         session.joins_by = now + ARRIVAL_S
         self._arm(session.joins_by, _no_longer_awaited, session.pool)
         self._former.admit(session)
-        self._emit(InviteToLane(session.pool.name, session.id, session.number, session.index))
+        self._emit(
+            InviteToLane(session.pool.name, session.id, session.member_number, session.index)
+        )
 
     @staticmethod
     def joined(session: Session, *, takes_part: bool) -> None:
         """Handle a session's answer to its invitation. If it declines, nothing is kept for it."""
         if not takes_part:
             session.joins_by = -math.inf
-        elif session.number and session.pool.lane is not None:
+        elif session.member_number and session.pool.lane is not None:
             session.joined = True
             session.pool.lane.outside.pop(session.id, None)
 
@@ -102,12 +104,12 @@ class LaneMembers:
         if lane is None or session.shelf:
             return
         lane.outside.pop(session.id, None)
-        if session.number:
+        if session.member_number:
             lane.board.clear_session(session.index)
             lane.indices.discard(session.index)
-            del lane.members[session.number]
+            del lane.members[session.member_number]
             self._emit(Dismiss(session.id))
-            session.number, session.index = 0, -1
+            session.member_number, session.index = 0, -1
             session.joined, session.joins_by = False, -math.inf
 
     def pool_discarded(self, pool: Pool) -> None:

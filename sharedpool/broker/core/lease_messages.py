@@ -167,11 +167,11 @@ class LeaseMessages:
             self._verify_end(lease, release, now)
 
     def _proves_end(self, release: Release, lease: Lease) -> bool:
-        return release.gone or (release.closed and self._leases.routes.believes_refusal(lease))
+        return release.gone or (release.peer_closed and self._leases.routes.believes_refusal(lease))
 
     def _verify_end(self, lease: Lease, release: Release, now: float) -> None:
         self._leases.identify(lease, release.backend, now)
-        lease.closed = True
+        lease.left = True
         # Behind a proxy, this happens at every close.
         behind_proxy = lease.backend is not None and not lease.backend.direct
         self._leases.fence(
@@ -179,5 +179,5 @@ class LeaseMessages:
             "its worker could not see the backend end",
             now,
             level=logging.DEBUG if behind_proxy else logging.INFO,
-            closed=release.closed,
+            peer_closed=release.peer_closed,
         )

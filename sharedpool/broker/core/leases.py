@@ -1,4 +1,4 @@
-"""What happens to one lease: it is identified, used, closed, lost, fenced or freed.
+"""What happens to one lease: it is identified, used, closed, doubted, fenced or freed.
 
 A slot is free only when its backend is known to be gone (`free`). Everything that casts doubt on a
 lease ends in `fence`: its backend is ended and verified. Where no backend is known to look for, the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from enum import Enum
 
 from sharedpool.broker.core.commands import Send
 from sharedpool.broker.core.context import Context
@@ -28,10 +29,21 @@ QUEUE_LIMIT_S = 10.0
 LONGEST_MS = 2**53
 
 
-class Leases:
-    """All leases of one broker.
+class _Step(Enum):
+    """What follows when a connection has ended on this side, and its backend may live on."""
 
-    `drop(session)` is called when a session has lost a lease. `max_checkout_s` is the limit for
+    AWAIT_ROUTE = "a worker is about to report whether there is a proxy, and so what the end proves"
+    FENCE = "have the backend ended and verified"
+    ORDER_AGAIN = "the same once more: the first order may have relied on the socket"
+    NONE = "the order under way does not rely on the socket"
+    LOOK_NOW = "no proxy has the connect in its queue any more: let the server be asked at once"
+    QUARANTINE = "no backend is known: have the server asked what is left"
+
+
+class Leases:
+    """All leases of one broker: applies evidence to them. Only `free` frees a slot.
+
+    `drop(session)` is called when a session holds a lease less. `max_checkout_s` is the limit for
     pools that have none of their own (0: none). `journal_complete`: the records have all
     that former brokers granted, so that an unknown lease is one that was taken away.
     """
@@ -60,7 +72,7 @@ class Leases:
         self._journal_complete = journal_complete
         self.routes = routes
         self.quarantine = Quarantine()
-        self._void: set[Token] = set()  # of former brokers, given back or fenced by now
+        self._ended_former: set[Token] = set()  # of former brokers, given back or fenced by now
 
     def believe_claims(self) -> None:
         """Admit unknown leases from now on: another broker granted some, by its own journal."""
@@ -70,7 +82,7 @@ class Leases:
         """Return True if an unknown lease may be held since before this broker."""
         if self._journal_complete or token.epoch == self._context.epoch:
             return False
-        return token not in self._slots.leases and token not in self._void
+        return token not in self._slots.leases and token not in self._ended_former
 
     # --- the backend
 
@@ -99,9 +111,9 @@ class Leases:
                 self.hurry(pool)
             elif not self._has_control_connection:
                 text = (
-                    "pool %r: there may be a proxy between its workers and the server, and no"
-                    " control connection to ask when a connection has ended: its slot stays"
-                    " counted (start the broker with --dsn)"
+                    "pool %r: its connections may go through a proxy, and without a control"
+                    " connection the broker cannot see their backends end: their slots stay"
+                    " counted. Start the broker with --dsn"
                 )
                 self._context.log(logging.WARNING, text, pool.name, pool=pool.name, reason="proxy")
         pool.note_backend(backend)
@@ -129,26 +141,32 @@ class Leases:
     def free(self, lease: Lease, reason: str) -> None:
         """Free a slot: its backend is gone, or there never was one."""
         if lease.token.epoch != self._context.epoch:
-            self._void.add(lease.token)
+            self._ended_former.add(lease.token)
         self.quarantine.discard(lease.token)
         self.routes.over(lease)
         self._slots.move(lease, SlotState.FREE, reason)
         self._drop(lease.session)
 
     def fence(
-        self, lease: Lease, why: str, now: float, *, level: int = logging.INFO, closed: bool = False
+        self,
+        lease: Lease,
+        why: str,
+        now: float,
+        *,
+        level: int = logging.INFO,
+        peer_closed: bool = False,
     ) -> None:
         """Have a lease's backend ended and verified, whatever its worker does. `level`: the log's.
 
-        Without a connection to look for, the slot goes into quarantine. `closed`: the other side
-        has closed the connection, so that it is in no proxy's queue any more.
+        Without a connection to look for, the slot goes into quarantine. `peer_closed`: the other
+        side has closed the connection, so that it is in no proxy's queue any more.
         """
         if lease.state is not SlotState.SUSPECT:
             self._slots.move(lease, SlotState.SUSPECT, why)
         if self.routes.is_lent_again(lease):
             self.free(lease, "its pooler has lent the backend again")
         elif lease.findable:
-            self._fences.fence(lease, why, now, level=level)
+            self._fences.begin(lease, why, now, level=level)
             unknown = lease.backend is None and self._has_control_connection
             if unknown and not self.routes.believes(lease):
                 self._quarantine(lease, now)  # behind a proxy the end of its socket proves nothing
@@ -157,22 +175,22 @@ class Leases:
             lease.since = now
             self._fences.expect(lease, now)
             if self._has_control_connection:
-                self._quarantine(lease, now, closed=closed)
+                self._quarantine(lease, now, peer_closed=peer_closed)
             else:
                 self._arm(now + START_UP_LIMIT_S, self._start_up_due, lease)
 
-    def end(self, lease: Lease, why: str, now: float) -> None:
+    def take_away(self, lease: Lease, why: str, now: float) -> None:
         """End a connection that its worker holds; tell the worker, lest it be checked out."""
         if lease.live is None and not lease.session.ended:
             ack = Ack([lease.token], [], lease.pool.generation, lease.pool.limit)
             self._context.emit(Send(lease.session.id, ack))
         self.fence(lease, why, now)
 
-    def _quarantine(self, lease: Lease, now: float, *, closed: bool = False) -> None:
+    def _quarantine(self, lease: Lease, now: float, *, peer_closed: bool = False) -> None:
         """Put a slot into quarantine: at once, if nothing can be waiting in a proxy's queue."""
         if lease.token in self.quarantine:
             return
-        until = now if closed or self.routes.is_direct(lease.pool) else now + QUEUE_LIMIT_S
+        until = now if peer_closed or self.routes.is_direct(lease.pool) else now + QUEUE_LIMIT_S
         self.quarantine.add(lease.token, until)
         if until > now:
             self._arm(until, _may_survey, lease)
@@ -180,7 +198,7 @@ class Leases:
     def _start_up_due(self, lease: Lease, now: float) -> None:
         """Free the slot of a connect whose end nobody saw, and which nobody can look for."""
         if lease.state is SlotState.FENCING and not lease.findable:
-            self.free(lease, "the server gives no client longer to log in")
+            self.free(lease, "no login can still be in progress")
 
     def watch_connect(self, lease: Lease) -> None:
         """Watch for the moment from which a silent worker's connect must have ended.
@@ -215,40 +233,54 @@ class Leases:
         if lease.state is SlotState.FENCING:  # the socket came late: there is something to end
             if self.routes.believes(lease):
                 self.quarantine.discard(lease.token)
-            self._fences.order(lease, "its worker is gone")
+            self._fences.send_order(lease, "its worker is gone")
 
     def found(self, lease: Lease, backend: Backend, now: float) -> None:
         """Record the backend of a lease whose end was seen before its worker named the backend."""
         self.identify(lease, backend, now)
         if self._has_control_connection:
             self.quarantine.discard(lease.token)
-            self._fences.order(lease, "its connection broke")
+            self._fences.send_order(lease, "its connection broke")
 
-    def lost(self, lease: Lease, now: float, *, closed: bool = False) -> None:
+    def ended_without_proof(self, lease: Lease, now: float, *, peer_closed: bool = False) -> None:
         """Have the backend verified of a lease whose socket in custody has ended without proof.
 
-        `closed`: its other side has closed it, but that may be a proxy instead of the server.
+        `peer_closed`: its other side has closed it, but that may be a proxy instead of the server.
         """
-        lease.closed = True
-        unknown = lease.backend is None and not self._has_control_connection
-        if closed and unknown and lease.pool.direct is None:
-            self.routes.unproven.add(lease)  # what that proves, the worker or others may tell
+        lease.left = True
+        nobody_can_look = lease.backend is None and not self._has_control_connection
+        step = self._step_after_end(lease, peer_closed=peer_closed, nobody_can_look=nobody_can_look)
+        if step is _Step.AWAIT_ROUTE:
+            self.routes.unproven.add(lease)
             return
-        if not unknown:
-            # Without custody and backend there would be nothing to look for: it would stay counted.
+        if not nobody_can_look:  # else, with neither socket nor backend, it could never be freed
             lease.custody = False
+        match step:
+            case _Step.FENCE:
+                # Behind a proxy, the worker usually closes the connection, and says so a moment
+                # later.
+                level = logging.DEBUG if peer_closed and lease.backend is not None else logging.INFO
+                self.fence(lease, "its connection broke", now, level=level, peer_closed=peer_closed)
+            case _Step.ORDER_AGAIN:
+                self._fences.send_order(lease, "its connection broke")
+            case _Step.LOOK_NOW:
+                self.quarantine.hurry(lease.token)
+            case _Step.QUARANTINE:
+                self._quarantine(lease, now, peer_closed=peer_closed)
+
+    def _step_after_end(self, lease: Lease, *, peer_closed: bool, nobody_can_look: bool) -> _Step:
+        """Return what follows when a socket in custody has ended without proof."""
+        if peer_closed and nobody_can_look and lease.pool.direct is None:
+            return _Step.AWAIT_ROUTE
         if lease.state is not SlotState.FENCING:
-            # Behind a proxy, the worker usually closes the connection, and says so a moment later.
-            level = logging.DEBUG if closed and lease.backend is not None else logging.INFO
-            self.fence(lease, "its connection broke", now, level=level, closed=closed)
-        elif lease.findable:
-            if lease.backend is None or lease.backend.direct:
-                # The first order may have relied on the socket.
-                self._fences.order(lease, "its connection broke")
-        elif closed and lease.token in self.quarantine:
-            self.quarantine.hurry(lease.token)
-        else:
-            self._quarantine(lease, now, closed=closed)
+            return _Step.FENCE
+        if lease.backend is not None:
+            return _Step.ORDER_AGAIN if lease.backend.direct else _Step.NONE
+        if nobody_can_look and lease.custody:
+            return _Step.ORDER_AGAIN
+        if peer_closed and lease.token in self.quarantine:
+            return _Step.LOOK_NOW
+        return _Step.QUARANTINE
 
     def settle_unproven(self, now: float) -> None:
         """Free or verify leases whose connections have ended, once it is known what that proves."""
@@ -257,7 +289,7 @@ class Leases:
                 self.free(lease, "its backend is gone")
             elif lease.backend is not None:
                 self.routes.unproven.discard(lease)
-                self.lost(lease, now, closed=True)
+                self.ended_without_proof(lease, now, peer_closed=True)
 
     # --- idle or in use, and for how long
 
@@ -268,7 +300,7 @@ class Leases:
         self._slots.mark_phase(lease, phase, since)
         lease.since, lease.thread, lease.stack = since, thread, stack
         if lease.session.taking:
-            # Said before the worker knew that it was asked: not to be asked for twice.
+            # The worker wrote this before it read the recall: do not recall the lease again.
             lease.pool.idle.pop(lease.token, None)
         if phase is Phase.IDLE and not lease.expiry_armed:
             lease.expiry_armed = True
@@ -332,7 +364,7 @@ class Leases:
             self._report_checkout(lease, now - lease.used_since, limit_s)
             confirmed = 0 < lease.inquiry <= session.recall_confirmed
             if lease.pool.spec.end_overdue and confirmed:
-                self.end(lease, "checked out for longer than max_checkout", now)
+                self.take_away(lease, "checked out for longer than max_checkout", now)
 
     def _report_checkout(self, lease: Lease, used_s: float, limit_s: float) -> None:
         pool, session = lease.pool, lease.session

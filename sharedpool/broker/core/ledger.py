@@ -135,7 +135,7 @@ class Ledger:
         )
         shelves = Shelves(context, expiration_s)
         self._moves = Moves(
-            context, self._recalls, self._leases, shelves, remembers=journal_complete
+            context, self._recalls, self._leases, shelves, journal_complete=journal_complete
         )
         transit = self._moves.transit
         reconciler = Reconciler(context, fences, self._leases, transit, ttl_s=ttl_s)
@@ -294,7 +294,7 @@ class Ledger:
         if session is not None:
             self._sessions.end(session, "its worker died", now)
         else:
-            self._moves.former_gone(session_id)
+            self._moves.former_ended(session_id)
         return self._settle(now)
 
     def backend_gone(self, token: Token, now: float) -> list[Command]:
@@ -304,15 +304,14 @@ class Ledger:
             self._leases.vanished(lease)
         return self._settle(now)
 
-    def backend_lost(self, token: Token, now: float, *, closed: bool = False) -> list[Command]:
-        """Handle that a lease's connection is over on this side: its backend may live on.
-
-        `closed`: the other side has closed it, which may be a proxy.
-        """
+    def ended_without_proof(
+        self, token: Token, now: float, *, peer_closed: bool = False
+    ) -> list[Command]:
+        """Handle an end on this side: the backend may live on. See `Leases.ended_without_proof`."""
         self._moves.transit.sync(now)
         if (lease := self._slots.leases.get(token)) is not None:
             self._leases.announce_end(lease)  # to the worker, the connection is as good as gone
-            self._leases.lost(lease, now, closed=closed)
+            self._leases.ended_without_proof(lease, now, peer_closed=peer_closed)
         return self._settle(now)
 
     def believes(self, token: Token) -> bool:

@@ -28,7 +28,7 @@ from sharedpool.wire.desk import Moved
 
 # Moves go on for so long after the last request.
 _QUIET_S = 1.0
-LOST_WITH_THE_BROKER = "no worker has it since the former broker's end"
+UNCLAIMED = "no worker has it since the former broker's end"
 
 
 class Moves:
@@ -41,16 +41,16 @@ class Moves:
         leases: Leases,
         shelves: Shelves,
         *,
-        remembers: bool,
+        journal_complete: bool,
     ) -> None:
-        """`remembers`: the journal names every session that was let into a former broker's lane."""
+        """`journal_complete`: the journal names every member of a former broker's lanes."""
         self._slots = context.slots
         self._emit = context.emit
         self._arm = context.timers.arm
         self._recalls = recalls
         self._leases = leases
         self._shelves = shelves
-        self.former = FormerLanes(context, recalls.send, complete=remembers)
+        self.former = FormerLanes(context, recalls.send, journal_complete=journal_complete)
         self._members = LaneMembers(context, self.former)
         self.transit = InTransit(context, recalls, leases, self._members, shelves, self.former)
 
@@ -72,7 +72,7 @@ class Moves:
 
     def session_ended(self, session: Session) -> None:
         """Take an ended session out of its lanes."""
-        self.former.gone(session.id)
+        self.former.ended(session.id)
         self._members.session_ended(session)
 
     def check_unconfirmed(self, pool: Pool, now: float) -> None:
@@ -90,9 +90,9 @@ class Moves:
         """Restore who was let into a former broker's lanes."""
         self.former.restore(members, self._slots.find)
 
-    def former_gone(self, session_id: bytes) -> None:
+    def former_ended(self, session_id: bytes) -> None:
         """Handle the end of a former lane's member that has not registered at this broker."""
-        self.former.gone(session_id)
+        self.former.ended(session_id)
 
     # --- when connections move
 
@@ -160,8 +160,8 @@ class Moves:
     def _is_exhausted(pool: Pool) -> bool:
         """Return True if no connection is idle, in a worker or on the shelf, by the records.
 
-        A lease that is on the shelf by the records was either found there since the last halt, or
-        is still to be looked for.
+        A lease that is on the shelf by the records: either the broker found it there after the last
+        halt, or it has not looked yet.
         """
         if pool.idle or pool.not_asked_to_return:
             return False
@@ -227,8 +227,8 @@ class Moves:
     def quiet_due(self, pool: Pool, now: float) -> None:
         """Halt the moves if no thread has asked for a while, or if a connection is forgotten.
 
-        A connection that has been on the shelf for two rounds although threads have asked: a ticket
-        was taken by a process that died with it.
+        If a connection lies on the shelf for two quiet periods while threads ask, then a process
+        that took one of their tickets has died with it.
         """
         if (lane := pool.lane) is None:
             return  # no worker uses the pool any more
@@ -268,7 +268,7 @@ class Moves:
         """Fence what no member of a former broker's lane has listed: all of them have answered."""
         for lease in [] if pool.shelf is None else list(pool.shelf.leases.values()):
             if lease.state is SUSPECT and lease.cell < 0:
-                self._leases.fence(lease, LOST_WITH_THE_BROKER, now)
+                self._leases.fence(lease, UNCLAIMED, now)
 
     @staticmethod
     def _is_over(pool: Pool, now: float) -> bool:
@@ -296,4 +296,5 @@ def _can_move(lease: Lease) -> bool:
         return False
     if not lease.custody or lease.backend is None or lease.cancels:
         return False
-    return min(lease.token) > 0  # a worker may have claimed any token; the board holds only these
+    # A token that a worker has claimed may contain 0, which the board cannot store.
+    return min(lease.token) > 0

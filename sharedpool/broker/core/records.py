@@ -54,7 +54,7 @@ class Lease:
     # --- the connection
     backend: Backend | None = None
     custody: bool = False  # the broker has a duplicate of its socket, and sees the backend's end
-    closed: bool = False  # the worker has closed it, or a proxy has
+    left: bool = False  # its client's side is over: closed, by the worker or a proxy, or dead
     cancels: int = 0  # cancels under way
     live: Live | None = None  # set while the connection is parked at the broker
 
@@ -148,7 +148,7 @@ class Session:
 
     # --- the lane
     hands_over: bool = False  # it was told that it may pass connections on
-    number: int = 0  # its own in the pool's lane; 0 before it was let in
+    member_number: int = 0  # its own in the pool's lane; 0 before it was let in
     index: int = -1  # where its places are on the board
     joined: bool = False  # it uses the lane,
     joins_by: float = -math.inf  # or may do so until then
@@ -361,7 +361,7 @@ class Pool:
 
     @property
     def has_connections(self) -> bool:
-        """Return True if `connected` is above 0."""
+        """Return True if any connection is open, opening or closing, apart from the probe's."""
         return self.connected > 0
 
     @property

@@ -16,7 +16,12 @@ from sharedpool.wire.desk import Live, Moved
 
 
 class Shelves:
-    """The shelf sessions of all pools; a connection may be there for `expiration_s` at most."""
+    """The shelf sessions of all pools.
+
+    Nothing expires on a shelf while connections move. Moves halt within two seconds when no thread
+    asks (`Moves.quiet_due`). The broker then takes what is on the shelf and parks it, and ends what
+    has been parked for `expiration_s`.
+    """
 
     def __init__(self, context: Context, expiration_s: float) -> None:
         self._slots = context.slots

@@ -326,7 +326,7 @@ class Slots:
         if lease.moves < 0:
             lease.moves = 0
             self._record(lease)
-        holder = SHELF if session.shelf else session.number
+        holder = SHELF if session.shelf else session.member_number
         lane.board.enter(lease.cell, lease.token, holder, lease.moves)
 
     @staticmethod

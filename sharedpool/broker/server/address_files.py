@@ -43,7 +43,7 @@ class AddressFiles:
         files are gone and nobody needs them.
         """
         try:
-            return self._mend(wanted=wanted)
+            return self._recreate_deleted(wanted=wanted)
         except (OSError, SharedPoolError) as error:
             if not self._in_trouble:  # logged once, not with every check
                 text = "the deleted files of %s cannot be made again: %s"
@@ -51,7 +51,7 @@ class AddressFiles:
                 self._in_trouble = True
             return True
 
-    def _mend(self, *, wanted: bool) -> bool:
+    def _recreate_deleted(self, *, wanted: bool) -> bool:
         if not self._lock.is_ours():
             if not wanted:
                 logger.info(
@@ -60,17 +60,17 @@ class AddressFiles:
                 )
                 return False
             os.makedirs(self._lock.path.parent, mode=0o700, exist_ok=True)
-            if not self._lock.mend():
+            if not self._lock.recreate():
                 logger.error(
                     "the lock file of %s is another broker's by now: stopping", self._address
                 )
                 return False
             self._warn("lock file")
-        if self._journal.mend():
+        if self._journal.recreate_if_deleted():
             self._warn("journal")
-        if self._router.mend():
+        if self._router.recreate_if_deleted():
             self._warn("socket")
-        if self._desk is not None and self._desk.mend():
+        if self._desk is not None and self._desk.recreate_if_deleted():
             self._warn("desk")
         self._in_trouble = False
         return True

@@ -91,17 +91,17 @@ class Custody:
         self._lanes.line_closed(line)
         self._call_later(lambda ledger, now: ledger.desk.line_closed(line, now))
 
-    def gone(self, token: Token) -> None:
+    def peer_closed(self, token: Token) -> None:
         """Handle a socket that its other side has closed: the backend itself, or a proxy."""
         now = time.monotonic()
         if self._ledger.believes(token):
             self._execute(self._ledger.backend_gone(token, now))
         else:
-            self._execute(self._ledger.backend_lost(token, now, closed=True))
+            self._execute(self._ledger.ended_without_proof(token, now, peer_closed=True))
 
-    def lost(self, token: Token) -> None:
+    def socket_died(self, token: Token) -> None:
         """Handle a socket that has died: only the server knows whether its backend lives on."""
-        self._execute(self._ledger.backend_lost(token, time.monotonic()))
+        self._execute(self._ledger.ended_without_proof(token, time.monotonic()))
 
     # --- commands of the ledger
 

@@ -5,8 +5,8 @@ in its pqcomm.c). A duplicate in an epoll set, watched for EPOLLRDHUP alone, the
 broker that a slot is free, without SQL and without the worker's help. It is silent while the worker
 uses the connection.
 
-Two closed sockets prove nothing: a TCP socket that has died only on this side, by a RST or a
-time-out (`postgres/peer_closed.py`), and one that a proxy has closed (`postgres/route.py`).
+A closed socket proves nothing in two cases: a TCP socket has died only on this side, by a RST or a
+time-out (`postgres/peer_closed.py`), or a proxy has closed it (`postgres/route.py`).
 
 The duplicate serves two more purposes. It keeps the connection open when its worker dies, so the
 broker must shut it down to end the session. And it is how a connection moves from one worker to
@@ -28,7 +28,7 @@ from typing import Protocol
 
 from sharedpool.broker.server.drop_log import DropLog
 from sharedpool.broker.server.processes import called
-from sharedpool.broker.server.router_socket import is_at
+from sharedpool.broker.server.router_socket import refresh_if_ours
 from sharedpool.descriptors import passing
 from sharedpool.errors import ProtocolError
 from sharedpool.postgres.peer_closed import other_side_closed
@@ -49,8 +49,8 @@ logger = logging.getLogger("sharedpool.broker")
 
 SUPPORTED = hasattr(select, "EPOLLRDHUP") and hasattr(socket, "SO_PEERCRED")
 _BACKLOG = 4096
-# Rounds of reading in one turn, before timers and process ends are looked at.
-_ROUNDS = 8
+# How often all lines are read in one turn of the loop, before timers and ends of processes.
+_READS_A_TURN = 8
 _WARN_EVERY_S = 10.0  # about workers that find no descriptor free
 _UCRED = struct.Struct("3i")  # pid, uid, gid
 
@@ -64,10 +64,10 @@ class DeskHandler(Protocol):
     def deposited(self, token: Token) -> None:
         """Handle a socket that has come into custody."""
 
-    def gone(self, token: Token) -> None:
+    def peer_closed(self, token: Token) -> None:
         """Handle a socket in custody that its other side has closed."""
 
-    def lost(self, token: Token) -> None:
+    def socket_died(self, token: Token) -> None:
         """Handle a socket in custody that has died; its backend may live on."""
 
     def given(self, give: Give) -> None:
@@ -112,7 +112,7 @@ class Desk:
 
     def _listen(self) -> socket.socket:
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_socket()):
-            raise FileExistsError(errno.EEXIST, "there is a file that is no socket", str(self.path))
+            raise FileExistsError(errno.EEXIST, "exists and is not a socket", str(self.path))
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         self.path.unlink(missing_ok=True)
         mask = os.umask(0o177)  # only this user may connect
@@ -126,12 +126,12 @@ class Desk:
         listener.listen(_BACKLOG)
         return listener
 
-    def mend(self) -> bool:
+    def recreate_if_deleted(self) -> bool:
         """Listen again if the socket's file was deleted, else refresh its time stamps.
 
         Return True if the file was deleted. Raise OSError if it cannot be made again.
         """
-        if is_at(self.path, self._listener_stat):
+        if refresh_if_ours(self.path, self._listener_stat):
             return False
         fresh = self._listen()
         self._accept()  # workers that connected before the file was deleted
@@ -158,7 +158,7 @@ class Desk:
 
     def receive(self, handler: DeskHandler) -> None:
         """Accept new lines, and read what has come on the others."""
-        for _ in range(_ROUNDS):
+        for _ in range(_READS_A_TURN):
             ready = self._lines_epoll.poll(0)
             for fd, _ in ready:
                 if fd == self._listener.fileno():
@@ -241,7 +241,7 @@ class Desk:
             else:
                 self._handle(message, self._numbers[line.fileno()], handler)
         except ProtocolError as error:
-            self._drop_log.dropped("dropped what came to the desk: %s", error)
+            self._drop_log.dropped("dropped a malformed message at the desk: %s", error)
         finally:
             for fd in fds[1:] if deposited else fds:
                 os.close(fd)
@@ -296,12 +296,12 @@ class Desk:
         for fd, _ in self._custody_epoll.poll(0):
             token = self._tokens.get(fd)
             if token is not None:
-                gone = other_side_closed(fd)
+                peer_closed = other_side_closed(fd)
                 self.drop(token)
-                if gone:
-                    handler.gone(token)
+                if peer_closed:
+                    handler.peer_closed(token)
                 else:
-                    handler.lost(token)
+                    handler.socket_died(token)
 
     def cut(self, token: Token) -> bool:
         """End the client's side of a connection; return True if its socket is in custody.

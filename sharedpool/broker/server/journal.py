@@ -149,7 +149,7 @@ class Journal:
             -_SERVERS_KEPT:
         ]
 
-    def mend(self) -> bool:
+    def recreate_if_deleted(self) -> bool:
         """Write the file again if it was deleted, else refresh its time stamps.
 
         Return True if it was deleted. Raise OSError if it cannot be written.

@@ -27,7 +27,7 @@ from sharedpool.broker.core.commands import (
 from sharedpool.broker.core.ledger import Ledger, LedgerCall
 from sharedpool.broker.server.desk import Desk
 from sharedpool.lane import lane as lanes
-from sharedpool.lane.lane import Item, Lane, Ticket
+from sharedpool.lane.lane import Lane, MovingConnection, Ticket
 from sharedpool.wire import desk as wire
 from sharedpool.wire.board import BROKER_PLACE, BROKER_REQUEST, SHELF
 
@@ -54,7 +54,7 @@ class Lanes:
         self._selector = selector
         self._execute = execute
         self._call_later = call_later
-        self._network = lanes.network()
+        self._network = lanes.network_namespace_id()
         self._lanes: dict[str, Lane] = {}
         self._handed: dict[str, list[int]] = {}  # the descriptors that workers are sent
         self._wait_sockets: dict[str, _socket.socket] = {}
@@ -89,7 +89,9 @@ class Lanes:
         if not lines:
             self._waiting[session] = command
         elif fds is not None and self._desk is not None:
-            invitation = wire.LaneInvitation(session, command.number, command.index, self._network)
+            invitation = wire.LaneInvitation(
+                session, command.member_number, command.index, self._network
+            )
             self._desk.send_descriptors(lines[0], invitation, fds)
 
     # --- lanes
@@ -172,7 +174,11 @@ class Lanes:
         """Send a connection to a waiter of the broker, at its place in the lane."""
         lane, moved = self._lanes.get(command.pool), command.message
         fd = -1 if self._desk is None else self._desk.fileno_of(moved.token)
-        if lane is None or fd < 0 or not lane.pass_on(command.number, command.place, moved, fd):
+        if (
+            lane is None
+            or fd < 0
+            or not lane.pass_on(command.member_number, command.place, moved, fd)
+        ):
             self._call_later(lambda ledger, now: ledger.lanes.not_delivered(moved, now))
 
     def give(self, command: GiveInLane) -> None:
@@ -180,7 +186,7 @@ class Lanes:
         pool, token, cell, live = command.pool, command.token, command.cell, command.live
         lane = self._lanes.get(pool)
         fd = -1 if self._desk is None else self._desk.fileno_of(token)
-        if lane is None or fd < 0 or not lane.give(Item(token, cell, live, fd)):
+        if lane is None or fd < 0 or not lane.give(MovingConnection(token, cell, live, fd)):
             moved = wire.Moved(0, token, cell, 0, live)
             self._call_later(lambda ledger, now: ledger.lanes.full(pool, moved, now))
 

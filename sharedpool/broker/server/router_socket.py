@@ -25,8 +25,8 @@ _NOW_AND_MORE = zmq.NOBLOCK | zmq.SNDMORE
 _MOST_ADMITTED = 50_000
 
 
-def is_at(path: Path, ours: os.stat_result) -> bool:
-    """Return True if a socket's file is still at its path; refresh its time stamps then."""
+def refresh_if_ours(path: Path, ours: os.stat_result) -> bool:
+    """Refresh the time stamps of a socket's file; return False if it is not at its path."""
     try:
         if not os.path.samestat(ours, path.lstat()):
             return False
@@ -88,7 +88,7 @@ class RouterSocket:
             self._path.is_symlink() or (self._path.exists() and not self._path.is_socket())
         ):
             raise SharedPoolError(
-                f"cannot listen at {self._address}: there is a file that is no socket"
+                f"cannot listen at {self._address}: it exists and is not a socket"
             )
         mask = os.umask(0o177)  # only this user may connect, wherever the socket is
         try:
@@ -100,13 +100,13 @@ class RouterSocket:
         if self._path is not None and not self._inherited:
             self._ours = self._path.stat()
 
-    def mend(self) -> bool:
+    def recreate_if_deleted(self) -> bool:
         """Listen again if the socket's file was deleted, else refresh its time stamps.
 
         Return True if the file was deleted. Connected peers remain connected. A socket of systemd's
         is left to systemd. Raise OSError or `SharedPoolError` if the file cannot be made again.
         """
-        if self._path is None or self._ours is None or is_at(self._path, self._ours):
+        if self._path is None or self._ours is None or refresh_if_ours(self._path, self._ours):
             return False
         self.bind()
         return True

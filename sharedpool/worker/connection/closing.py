@@ -39,7 +39,7 @@ def close_confirmed(conns: Iterable[PooledConnection], limit_s: float = CLOSE_LI
     thread's statement.
 
     Afterwards `conn.sharedpool_gone` tells whether the backend was seen to exit, and
-    `conn.sharedpool_closed` whether the other side has closed the connection. Behind a proxy
+    `conn.sharedpool_peer_closed` whether the other side has closed the connection. Behind a proxy
     neither is seen or waited for.
     """
     closing = [(conn, take_witness(conn)) for conn in conns]
@@ -183,12 +183,12 @@ def _end_sessions(
     deadline = time.monotonic() + limit_s
     while waiting and (left := deadline - time.monotonic()) > 0:
         for fd, _ in greenlets.wait(poller, left):
-            closed = other_side_closed(fd) if PEER_CLOSED else _read_to_end(waiting[fd], fd)
-            if closed is not None:
+            peer_closed = other_side_closed(fd) if PEER_CLOSED else _read_to_end(waiting[fd], fd)
+            if peer_closed is not None:
                 poller.unregister(fd)
                 conn = waiting.pop(fd)
-                conn.sharedpool_closed = closed
-                conn.sharedpool_gone = closed and conn.sharedpool_direct is True
+                conn.sharedpool_peer_closed = peer_closed
+                conn.sharedpool_gone = peer_closed and conn.sharedpool_direct is True
 
 
 def end_session(

@@ -168,7 +168,7 @@ class Connection(PooledConnection):
             # connection back. It is not lent out again, as Python calls __del__ only once.
             unregister_all(self)
             self.sharedpool_finalized = True
-            self.sharedpool_local.orphans.append(self)
+            self.sharedpool_local.dropped.append(self)
             self.sharedpool_local.wake_link()
 
 

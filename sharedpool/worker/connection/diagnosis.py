@@ -46,7 +46,7 @@ class Failure(NamedTuple):
     # No server has answered.
     unreachable: bool = False
     # The other side has closed the connection, but it may have been a proxy.
-    closed: bool = False
+    peer_closed: bool = False
 
 
 class Diagnosis:
@@ -88,7 +88,9 @@ class Diagnosis:
         code, reached = "", True
         if text and conn.sharedpool_gone:  # else there is no free slot for another connect
             code, reached = (known, True) if known else self._code_of(conn, tried, deadline)
-        return Failure(conn.sharedpool_gone, text, code, not reached, closed=conn.sharedpool_closed)
+        return Failure(
+            conn.sharedpool_gone, text, code, not reached, peer_closed=conn.sharedpool_peer_closed
+        )
 
     def _code_of(
         self, conn: PooledConnection, tried: libpq.Tried, deadline: float | None
@@ -165,7 +167,7 @@ def _ask(conn: PooledConnection, tried: libpq.Tried, limit_s: float) -> tuple[st
                 attempt.step()
         if attempt.fd >= 0:
             witness = os.dup(attempt.fd)
-            conn.sharedpool_gone = conn.sharedpool_closed = False
+            conn.sharedpool_gone = conn.sharedpool_peer_closed = False
     finally:
         codes, reached = attempt.codes(), attempt.fd >= 0 or not attempt.failed
         attempt.finish()

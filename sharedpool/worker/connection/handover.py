@@ -5,7 +5,8 @@ libpq cannot adopt a socket, but it knows its socket only by the descriptor's nu
 1. The giver checks the connection and sends the session's reset (`prepare`).
 2. It replaces its descriptor by a dead socket (`vacate`). The connection object is now an empty
    *shell*.
-3. The socket is passed to another process, by the broker's desk or in the pool's lane.
+3. The socket is passed to another process's wait socket: by the giver, in the pool's lane, or by
+   the broker, which sends its own duplicate there.
 4. The receiver puts the socket in the place of a shell's descriptor (`adopt`, `shells.py`).
 
 A session under TLS or GSS encryption cannot be passed, since its keys are in the process.
@@ -28,7 +29,7 @@ from sharedpool.worker.connection import closing, reset
 from sharedpool.worker.connection.closing import descriptor_of, expect_descriptor, register
 from sharedpool.worker.connection.pooled import PooledConnection
 from sharedpool.worker.connection.server_facts import facts_of
-from sharedpool.worker.connection.state import ROLE_PARAMETERS, is_alive, is_unused
+from sharedpool.worker.connection.state import ROLE_PARAMETERS, has_no_input, is_unused
 
 # The stub server has an abstract unix address, which libpq knows from version 14 on.
 SUPPORTED = sys.platform == "linux" and extensions.libpq_version() >= 140000
@@ -71,7 +72,7 @@ def prepare(conn: PooledConnection, command: bytes) -> bytes | None:
     know of the reset. Blocks for a round trip, at most a second, if the user has changed what the
     server reports.
     """
-    if not is_unused(conn) or not is_alive(conn):
+    if not is_unused(conn) or not has_no_input(conn):
         return None
     encoded = parameters(conn)
     if encoded != conn.sharedpool_made_with:
@@ -79,7 +80,7 @@ def prepare(conn: PooledConnection, command: bytes) -> bytes | None:
         if (
             not libpq.execute(conn, command, reset.LIMIT_S)
             or not is_unused(conn)
-            or not is_alive(conn)
+            or not has_no_input(conn)
         ):
             return None
         encoded = parameters(conn)
@@ -152,7 +153,7 @@ def adopt(shell: PooledConnection, sock: Owned, live: Live) -> PooledConnection:
     shell.sharedpool_witness = sock.detach()
     register(shell, shell.sharedpool_witness)
     shell.sharedpool_adopted, shell.sharedpool_names = live.backend, live.names
-    shell.sharedpool_closed, shell.sharedpool_direct = False, live.backend.direct
+    shell.sharedpool_peer_closed, shell.sharedpool_direct = False, live.backend.direct
     return shell
 
 

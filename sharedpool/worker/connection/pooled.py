@@ -58,7 +58,7 @@ class PooledConnection(extensions.connection):
     # The server's role at the connect: see `state.turned_read_only`.
     sharedpool_server: tuple[bytes | None, ...] = ()
     sharedpool_gone = False  # the backend was seen to end
-    sharedpool_closed = False  # the other side was seen to close the connection
+    sharedpool_peer_closed = False  # the other side was seen to close the connection
 
     # --- the hand-over (`handover.py`)
 

@@ -1,4 +1,4 @@
-"""The state of an open connection: is it alive, unused, and as its next user expects it?"""
+"""The state of an open connection: is it open still, unused, and as its next user expects it?"""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def turned_read_only(conn: PooledConnection) -> bool:
     return role_of_server(conn) != conn.sharedpool_server and b"on" in role_of_server(conn)
 
 
-def is_alive(conn: PooledConnection) -> bool:
+def has_no_input(conn: PooledConnection) -> bool:
     """Return True if nothing has arrived on an idle connection's socket.
 
     A server that has closed the connection, or has said so, makes the socket readable. Return False
@@ -85,9 +85,9 @@ def sync_transaction_status(conn: PooledConnection) -> None:
 
 
 def peer_has_closed(conn: PooledConnection) -> bool:
-    """Return True if the server has closed its end. Unlike `is_alive`, ignore unread data."""
+    """Return True if the server has closed its end. Unlike `has_no_input`, ignore unread data."""
     if not PEER_CLOSED:
-        return not is_alive(conn)
+        return not has_no_input(conn)
     if conn.sharedpool_witness < 0 or closed_flag.is_closed_for_good(conn):
         return True
     if not is_still(fd := socket_of(conn), conn.sharedpool_known):

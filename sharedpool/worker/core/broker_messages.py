@@ -68,7 +68,7 @@ class BrokerMessages:
                 cache.waiters.ask(waiter, now)
             return None
         if waiter is None:
-            return cache.hand_on_or_keep(lease, None, now)
+            return cache.give_to_thread_or_keep(lease, None, now)
         waiter.answered = True
         cache.waiters.serve(waiter)
         cache.assign(lease, None, waiter, now)
@@ -99,7 +99,7 @@ class BrokerMessages:
         cache.leases[message.token] = lease
         waiter = cache.waiting.get(message.request)
         if waiter is None:
-            return cache.hand_on_or_keep(lease, conn, now)
+            return cache.give_to_thread_or_keep(lease, conn, now)
         waiter.answered = passed is not None
         cache.waiters.serve(waiter)
         cache.assign(lease, conn, waiter, now)

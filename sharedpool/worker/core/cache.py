@@ -1,20 +1,21 @@
 """One process's leases of a pool, idle and in use, and its threads that wait for one.
 
-Pure: no I/O, no clock.
+Pure: no I/O, no clock. What the broker's messages do to a cache is in `broker_messages.py`.
 
-The caller holds the pool's lock around every method but `take`. Methods decide and return what is
-to be done: leases to close, waiters to wake. The caller does that without the lock. Messages for
-the broker are appended to `outbox` under the lock, so they leave in the order of the changes.
+The caller holds the pool's lock around every method but `take` and `given`, which change a deque or
+dict in one step, and `note_retirement`, `set_terms`, `enter_lane` and `leave_lane`, which set times
+and flags: a thread that misses one acts on it at its next checkin or heartbeat. Methods decide and
+return what is to be done: leases to close, waiters to wake. The caller does that without the lock.
+Messages for the broker are appended to `outbox` under the lock, in the order of the changes.
 
 `idle` alone also changes without the lock: `Pool.get_conn` pops from its right end and
 `Pool.put_conn` appends there. Each is one step of the interpreter, so no lease is lost, but:
 
-1. A lease seen in `idle` may be gone a moment later: `remove_idle` tells who got it.
+1. A lease seen in `idle` may be gone a moment later: `remove_idle` returns False if another thread
+   got it first.
 2. A thread that appends to `idle` then looks again at whatever would have sent the lease elsewhere:
    `returns_due`, `waiting` and `next_scavenge_at`. A thread that changes one of these then looks at
    `idle`. Whichever comes second sees the other's change.
-
-What the broker's messages do to a cache is in `broker_messages.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from sharedpool.worker.core.timings import Timings
 from sharedpool.worker.core.waiters import Waiters
 
 # While connections move between processes, one may go to another thread here for this long.
-_HAND_ON_S = 0.01
+_TO_THREADS_S = 0.01
 _NOTHING_MOVES = (0,)  # stands for the board's byte where there is no lane
 
 
@@ -46,7 +47,7 @@ class Cache:
         """`slice_s`: the time slice; 0: no connection is kept that others want."""
         self.expiration_s = expiration_s
         self.keep_idle = pooling  # cache connections at checkin
-        self.hand_on = pooling  # give a checked-in connection to a waiting thread
+        self.shares_between_threads = pooling  # give a checked-in connection to a waiting thread
         self.outbox: deque[ToBroker] = deque()
         self.leases: dict[Token, Lease] = {}
         self.idle: deque[Lease] = deque()  # the most recently used at the right
@@ -63,8 +64,8 @@ class Cache:
         self.next_scavenge_at = float("-inf")  # nothing has to be scavenged before
         self._first_retires_at = float("inf")
         self.hits = 0  # checkouts by the fast path
-        # Not 0 while connections move between processes past the broker: a byte of the board.
-        self.moving: Sequence[int] | memoryview = _NOTHING_MOVES
+        # View of the board's first byte; not 0 while connections move past the broker.
+        self.moving_flag: Sequence[int] | memoryview = _NOTHING_MOVES
 
     def leave_outbox(self) -> None:
         """Leave the outbox to the present link; messages from now on are for the next one."""
@@ -123,9 +124,9 @@ class Cache:
         lease, waiter.lease = waiter.lease, None
         if lease is None or not self._holds(lease) or lease.phase is not Phase.CONNECTING:
             return None
-        return self.hand_on_or_keep(lease, lease.conn, now)
+        return self.give_to_thread_or_keep(lease, lease.conn, now)
 
-    def hand_on_or_keep(self, lease: Lease, conn: object, now: float) -> Waiter | None:
+    def give_to_thread_or_keep(self, lease: Lease, conn: object, now: float) -> Waiter | None:
         """Give a lease to the first waiter, which is returned; with none, keep or release it."""
         if not self.waiting:
             if conn is not None:
@@ -138,13 +139,13 @@ class Cache:
         self.assign(lease, conn, waiter, now)
         return waiter
 
-    def _hand_on(self, lease: Lease, conn: object, now: float) -> Waiter | None:
-        """Give a lease to the first waiter outside the lane.
+    def _give_to_thread(self, lease: Lease, conn: object, now: float) -> Waiter | None:
+        """Give a lease to the first waiter that does not wait for a move.
 
-        In the lane, other processes' waiters may come first.
+        In the lane's queue, other processes' waiters may come first.
         """
         for waiter in self.waiting.values():
-            if not waiter.only_in_lane:
+            if not waiter.waits_for_move:
                 self.waiters.withdraw(waiter)
                 self.assign(lease, conn, waiter, now)
                 return waiter
@@ -152,8 +153,8 @@ class Cache:
 
     def assign(self, lease: Lease, conn: object, waiter: Waiter, now: float) -> None:
         """Give a lease to a waiter that is in no queue any more."""
-        whose = weakref.ref(waiter)
-        lease.conn, lease.phase, lease.since, lease.waiter = conn, Phase.CONNECTING, now, whose
+        waiter_ref = weakref.ref(waiter)
+        lease.conn, lease.phase, lease.since, lease.waiter = conn, Phase.CONNECTING, now, waiter_ref
         waiter.lease = lease
 
     def opened(
@@ -183,32 +184,37 @@ class Cache:
         `verdict` is the reason to close it, if the caller has found one.
         """
         if not self._holds(lease):
-            verdict = ReleaseReason.BROKEN  # the broker has taken it away, or it was thought lost
+            verdict = ReleaseReason.BROKEN  # the broker has taken it away, or it seemed dropped
+        elif verdict is None:
+            verdict = self._reason_to_close(lease, now)
         if verdict is None:
-            if lease.generation < self.generation:
-                verdict = ReleaseReason.STALE
-            elif now >= lease.retire_at:
-                verdict = ReleaseReason.RETIRED
-            elif self.returns_due and not self.time_slice.keeps(lease, now):
-                self.returns_due -= 1
-                verdict = ReleaseReason.RETURN_DUE
-            elif self.moving[0]:
+            if self.moving_flag[0]:
                 # Other processes' threads wait for it, so threads here may have it only briefly.
-                if (
-                    now - lease.arrived_at < _HAND_ON_S
-                    and (waiter := self._hand_on(lease, conn, now)) is not None
+                if now - lease.arrived_at < _TO_THREADS_S and (
+                    waiter := self._give_to_thread(lease, conn, now)
                 ):
                     return waiter
                 verdict = ReleaseReason.SHARED if lease.movable else ReleaseReason.CLOSED
-            elif not self.keep_idle and not (self.hand_on and self.waiting):
+            elif not self.keep_idle and not (self.shares_between_threads and self.waiting):
                 verdict = ReleaseReason.CLOSED
-        # Until here the user's thread still refers to the connection: an interrupt in between drops
-        # it there, and the heartbeat finds the lease lost.
+        # If an interrupt comes before this line, only the user's thread refers to the connection.
+        # Once that is dropped, the next heartbeats find that the lease has no owner.
         if verdict is not None:
             return self.close(lease, conn, verdict, now)
         if self.waiting:
-            return self.hand_on_or_keep(lease, conn, now)
+            return self.give_to_thread_or_keep(lease, conn, now)
         self._lay_idle(lease, conn, now)
+        return None
+
+    def _reason_to_close(self, lease: Lease, now: float) -> ReleaseReason | None:
+        """Return why a connection must not stay here, whoever waits; count a return that is due."""
+        if lease.generation < self.generation:
+            return ReleaseReason.STALE
+        if now >= lease.retire_at:
+            return ReleaseReason.RETIRED
+        if self.returns_due and not self.time_slice.keeps(lease, now):
+            self.returns_due -= 1
+            return ReleaseReason.RETURN_DUE
         return None
 
     def note_use(self, lease: Lease, seconds: float, now: float, *, typical: bool) -> None:
@@ -231,9 +237,9 @@ class Cache:
 
     def report_idle(self, now: float) -> None:
         """Report idle leases at once, while the broker expects returns or connections move."""
-        if not (self.returns_due or self.moving[0]) or not (idle := list(self.idle)):
+        if not (self.returns_due or self.moving_flag[0]) or not (idle := list(self.idle)):
             return
-        if self.moving[0] or not self.time_slice.keeps(idle[-1], now):
+        if self.moving_flag[0] or not self.time_slice.keeps(idle[-1], now):
             self.outbox.append(self.reporter.renewal(now, {}))
 
     def close(self, lease: Lease, conn: object, reason: ReleaseReason, now: float) -> Closing:
@@ -247,22 +253,22 @@ class Cache:
         reason: ReleaseReason,
         *,
         gone: bool,
-        closed: bool = False,
+        peer_closed: bool = False,
         error: str = "",
         code: str = "",
         unreachable: bool = False,
     ) -> None:
         """Give back a lease whose connection is closed. A second call does nothing.
 
-        `gone`: the backend was seen to end. `closed`: the other side has closed the connection, but
-        that may have been a proxy. `error`, `code` and `unreachable` say why the connection could
-        not be opened: see `Release`.
+        `gone`: the backend was seen to end. `peer_closed`: the other side has closed the
+        connection, but that may have been a proxy. `error`, `code` and `unreachable` say why the
+        connection could not be opened: see `Release`.
         """
         if self._holds(lease):
             del self.leases[lease.token]
             lease.conn = None
             release = Release(
-                lease.token, gone, reason, lease.backend, error, code, unreachable, closed
+                lease.token, gone, reason, lease.backend, error, code, unreachable, peer_closed
             )
             self.outbox.append(release)
             self.reporter.released(release)
@@ -276,7 +282,7 @@ class Cache:
         if not (self.keep_idle and self._holds(lease)):
             return False
         self._lay_idle(lease, conn, now)
-        if not self.moving[0]:  # else `_lay_idle` has reported it
+        if not self.moving_flag[0]:  # else `_lay_idle` has reported it
             self.outbox.append(self.reporter.renewal(now, {}))
         return True
 
@@ -372,13 +378,13 @@ class Cache:
         self.connects_within_s = connects_within_s
         self.time_slice.hands_over = hands_over
 
-    def enter_lane(self, moving: memoryview) -> None:
-        """Record that the process is in its pool's lane; `moving` is the board's byte."""
-        self.moving = moving
+    def enter_lane(self, moving_flag: memoryview) -> None:
+        """Record that the process is in its pool's lane; `moving_flag` is the board's byte."""
+        self.moving_flag = moving_flag
 
     def leave_lane(self) -> None:
         """Record that the process is in no lane. Needs no lock."""
-        self.moving = _NOTHING_MOVES
+        self.moving_flag = _NOTHING_MOVES
         self.reporter.unread = []  # else it would be reported for ever
 
     # --- the end
@@ -389,7 +395,5 @@ class Cache:
 
     def take_all_idle(self, now: float) -> list[Closing]:
         """Take out all idle leases."""
-        closing = []
-        while (lease := self.pop_oldest_idle()) is not None:
-            closing.append(self.close(lease, lease.conn, ReleaseReason.CLOSED, now))
-        return closing
+        idle = iter(self.pop_oldest_idle, None)
+        return [self.close(lease, lease.conn, ReleaseReason.CLOSED, now) for lease in idle]

@@ -36,7 +36,7 @@ class Lease:
         "integration_state",
         "key",
         "live",
-        "looked_lost_since",
+        "looked_dropped_since",
         "movable",
         "moves",
         "needs_configure",
@@ -75,7 +75,7 @@ class Lease:
         self.thread = 0  # identifier of the thread that has it
         self.stack: Stack = ()  # where it was last checked out (`debug_checkouts`)
         self.key: object = None  # the user's key of the checkout
-        self.looked_lost_since: float | None = None  # `since`, when the last heartbeat missed it
+        self.looked_dropped_since: float | None = None  # `since`, when the last heartbeat missed it
         # What an integration keeps with the session while it stays in this process.
         self.integration_state: Any = None
         # What the user's `close()` calls instead of closing the connection.
@@ -120,12 +120,12 @@ class Waiter:
         "error",
         "lane_place",
         "lease",
-        "only_in_lane",
         "owner",
         "request",
         "since",
         "times_asked",
         "until",
+        "waits_for_move",
         "wake",
     )  # fmt: skip
 
@@ -138,7 +138,7 @@ class Waiter:
         self.request = 0
         self.until: float | None = None  # end of the wait; None for an answer at once
         self.lane_place = -1  # its place in the lane, -1 for none
-        self.only_in_lane = False  # it waits in the lane, and the broker was not asked
+        self.waits_for_move = False  # connections move, so the broker was not asked
         self.times_asked = 0  # requests to the broker
         self.answered = False  # the broker itself has answered and sends nothing more
         self.lease: Lease | None = None

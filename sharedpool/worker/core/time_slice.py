@@ -1,6 +1,7 @@
 """How long a process that keeps using a connection may keep it while others want it.
 
-Pure: no clock.
+This is the rule while the broker passes connections on. While they move past it, `worker/mover.py`
+decides by a simpler one. Pure: no clock.
 
 Passing a connection on costs more than a short transaction. So a worker that asks again at once
 keeps each connection for a slice of time. The slice is longer where the connection would have to be
@@ -15,13 +16,13 @@ from sharedpool.worker.core.lease import Lease
 STEADY_GAP_S = 0.001
 # Factor for a close and a connect, which cost at least ten times as much as a hand-over.
 _CLOSE_FACTOR = 10
-# Factor while nobody is known to wait. The broker reports a waiter within NUDGE_S, and one transfer
-# in ten slices costs next to nothing.
+# Factor while nobody is known to wait. The broker reports a waiter within `NUDGE_S`
+# (`broker/core/handover.py`), and one transfer in ten slices costs next to nothing.
 _ALONE_FACTOR = 10
 
 
 class TimeSlice:
-    """The time slice of one cache."""
+    """The time slice of one cache, while the broker passes connections on."""
 
     def __init__(self, slice_s: float) -> None:
         self._slice_s = slice_s  # 0 where nothing is kept

@@ -45,19 +45,19 @@ class Waiters:
         return next(self._requests)
 
     def enqueue(
-        self, waiter: Waiter, wait_s: float, *, place: int = -1, in_lane: bool = False
+        self, waiter: Waiter, wait_s: float, *, place: int = -1, waits_for_move: bool = False
     ) -> None:
         """Queue a waiter here and at the broker; `wait_s` of 0 asks for an answer at once.
 
-        `place` is the waiter's place in the pool's lane, -1 for none. With `in_lane` the broker is
-        not asked.
+        `place` is the waiter's place in the pool's lane, -1 for none. With `waits_for_move` the
+        broker is not asked.
         """
         waiter.request = self.new_request()
         waiter.until = waiter.since + wait_s if wait_s > 0 else None
-        waiter.lane_place, waiter.only_in_lane, waiter.times_asked = place, in_lane, 0
+        waiter.lane_place, waiter.waits_for_move, waiter.times_asked = place, waits_for_move, 0
         self._time_slice.note_request(waiter.since)
         self.waiting[waiter.request] = waiter
-        if not in_lane:
+        if not waits_for_move:
             self.ask(waiter, waiter.since)
 
     def withdraw(self, waiter: Waiter) -> bool:
@@ -67,7 +67,7 @@ class Waiters:
         self.remove(waiter)
         if waiter.times_asked:
             self.outbox.append(Withdraw(waiter.request))
-        waiter.only_in_lane = False
+        waiter.waits_for_move = False
         return True
 
     def serve(self, waiter: Waiter) -> None:
@@ -110,7 +110,7 @@ class Waiters:
 
     def ask(self, waiter: Waiter, now: float) -> None:
         """Ask the broker, or ask again because the last answer could not be used."""
-        waiter.only_in_lane = False
+        waiter.waits_for_move = False
         waiter.times_asked += 1
         self._asked_at[waiter.request] = now
         if len(self._asked_at) > _MAX_ASKED:
@@ -149,7 +149,7 @@ class Waiters:
 
     def pending(self) -> list[int]:
         """Return the requests that the broker should know of."""
-        return [request for request, waiter in self.waiting.items() if not waiter.only_in_lane]
+        return [request for request, waiter in self.waiting.items() if not waiter.waits_for_move]
 
     def denied(self, deny: Deny) -> Waiter | None:
         """Handle a DENY; return the waiter to wake."""

@@ -48,6 +48,10 @@ _JITTER_S = 0.05
 _CHECK_EVERY_S = 0.5  # for descriptors that interrupts have left open
 
 
+class _BrokerGone(Exception):
+    """The broker is gone, or does not answer. The text says how that shows; "" if it is unknown."""
+
+
 class Link:
     """The I/O thread for one broker. It ends with the last registration."""
 
@@ -71,17 +75,17 @@ class Link:
         # A registration has been answered over the present connection.
         self._established = False
         # False until the thread has looked for work once: until then nothing has to wake it.
-        self._is_waiting = False
+        self._needs_waking = False
         self._check_at = 0.0
         self._attempts = 0
-        # A thread has waited in vain for this one, which has made no round since.
+        # `leave` has timed out, and this thread has not run `_sweep` since.
         self._timed_out = False
         self._thread: Any = None  # a thread or a greenlet
         self._zmq: ModuleType = zmq
         self._nonce = 0  # of the HELLOs over the present connection
 
     @property
-    def is_here(self) -> bool:
+    def is_own_thread(self) -> bool:
         """Whether this is the link's own thread."""
         return self._thread is greenlets.current_thread()
 
@@ -115,17 +119,17 @@ class Link:
 
     def wake(self) -> None:
         """Have the outboxes sent. Takes no lock, so that a finalizer may call it."""
-        if self._is_waiting:
+        if self._needs_waking:
             self._wakeup.wake()
 
     def leave(self, registration: Registration) -> None:
-        """End a registration as soon as its pool holds nothing. Waits for that 1.5 seconds at most.
+        """End a registration as soon as its pool holds nothing. Blocks for at most 1.5 seconds.
 
         With the last registration the thread ends, and is waited for too.
         """
         self.wake()
         thread = self._thread
-        if thread is None or self.is_here:
+        if thread is None or self.is_own_thread:
             return
         deadline = time.monotonic() + (0.0 if self._timed_out else _LEAVE_LIMIT_S)
         if not registration.over.wait(max(0.0, deadline - time.monotonic())):
@@ -239,90 +243,85 @@ class Link:
 
     def _connect(self, context: Any) -> None:
         """Connect, and serve the registrations until the broker is gone or the link is over."""
-        require(FOR_A_SOCKET if self.epoch else FOR_A_CONTEXT, "the line to the broker")
+        require(FOR_A_SOCKET if self.epoch else FOR_A_CONTEXT, "the socket to the broker")
         dealer = Dealer(context, self.address, self.identity)
         self._nonce = random.getrandbits(62)
         try:
-            trouble = self._serve(dealer)
+            self._serve(dealer)
+        except _BrokerGone as error:
             for registration in self._active():
-                registration.interrupted(trouble or registration.trouble)
+                registration.interrupted(str(error) or registration.trouble)
         finally:
             # Unanswered HELLOs are dropped: the next connection sends its own.
             linger, self._established = self._established, False
             dealer.close(linger=linger)
 
-    def _serve(self, dealer: Dealer) -> str:
-        """Serve the registrations until the broker is gone, or the link is over.
-
-        Return why the broker is gone, or "" if that is unknown.
-        """
+    def _serve(self, dealer: Dealer) -> None:
+        """Serve the registrations until the link is over. Raise `_BrokerGone`."""
         poller = Poller(self._zmq, self._wakeup, dealer.socket)
         started = time.monotonic()
-        self._is_waiting = True
+        self._needs_waking = True
         while living := self._sweep(dealer):
             now = time.monotonic()
             for registration in living:
                 if registration.established:
-                    if now >= registration.due and not self._beat(registration, now):
-                        return "it has fallen silent"
+                    if now >= registration.due:
+                        self._beat(registration, now)
                     self._flush(registration, dealer)
                 elif now >= registration.due:
                     self._send_hello(registration, dealer, now)
                     if not self._established and now - started > _RESTART_AFTER_S:
                         # The broker may have ended just before we connected. Nor may HELLOs pile
                         # up for a broker that is away.
-                        return ""
-            if not self._wait(poller, dealer, min(each.due for each in living)):
-                self.desk.close()
-                self._pause(random.uniform(0.0, _JITTER_S))  # workers must not all return at once
-                return "it has ended"
-        return ""
+                        raise _BrokerGone
+            self._wait(poller, dealer, min(each.due for each in living))
 
-    def _beat(self, registration: Registration, now: float) -> bool:
-        """Queue a heartbeat; return False instead if the broker has been silent for too long."""
+    def _beat(self, registration: Registration, now: float) -> None:
+        """Queue a heartbeat. Raise `_BrokerGone` if the broker has been silent for too long."""
         if now - self.heard_at > 2.5 * registration.pause_s + 1.0:
             logger.warning("no answer from the broker at %s: registering again", self.address)
-            return False
+            raise _BrokerGone("it has fallen silent")
         registration.beat(now)
         if now >= self._check_at:
             self._check_at = now + _CHECK_EVERY_S
             close_ownerless()
-        return True
 
     def _send_hello(self, registration: Registration, dealer: Dealer, now: float) -> None:
         hello = structs.replace(registration.endpoint.compose_hello(), nonce=self._nonce)
         dealer.send(registration.channel, hello)
         registration.due = now + _HELLO_RETRY_S * random.uniform(0.8, 1.2)
 
-    def _wait(self, poller: Poller, dealer: Dealer, due: float) -> bool:
-        """Wait until `due` for events and handle them; return False if the broker has ended."""
-        line = -1 if self.desk.line is None or not self._established else self.desk.line.fileno()
-        wait_sockets = {
+    def _wait(self, poller: Poller, dealer: Dealer, due: float) -> None:
+        """Wait until `due` for events and handle them. Raise `_BrokerGone` if the broker ends."""
+        line = self.desk.line
+        line_fd = -1 if line is None or not self._established else line.fileno()
+        endpoint_by_fd = {
             fd: each.endpoint
             for each in self._active()
             for fd in each.endpoint.descriptors_to_watch()
         }
-        timer = -1 if self.timer is None else self.timer.fileno()
-        ready = poller.wait({*wait_sockets, line, timer} - {-1}, due)
-        for endpoint in {wait_sockets[fd] for fd in wait_sockets.keys() & ready}:
+        timer_fd = -1 if self.timer is None else self.timer.fileno()
+        ready = poller.wait({*endpoint_by_fd, line_fd, timer_fd} - {-1}, due)
+        for endpoint in {endpoint_by_fd[fd] for fd in endpoint_by_fd.keys() & ready}:
             endpoint.receive_strays()
-        if line in ready and not self._read_line():
-            return False
+        if line_fd in ready:
+            self._read_line()
         if self._wakeup.fileno() in ready:
             self._wakeup.clear()
-        if self.timer is not None and timer in ready:
+        if self.timer is not None and timer_fd in ready:
             self.timer.clear()
             for each in self._active():
                 each.endpoint.receive_strays()
         if dealer.socket in ready:
             self._receive(dealer)
-        return True
 
-    def _read_line(self) -> bool:
-        """Read from the desk's line; return False if the broker has ended."""
+    def _read_line(self) -> None:
+        """Read from the desk's line. Raise `_BrokerGone` if the broker has ended."""
         got = self.desk.read()
         if got is None:
-            return False
+            self.desk.close()
+            self._pause(random.uniform(0.0, _JITTER_S))  # workers must not all return at once
+            raise _BrokerGone("it has ended")
         invitation, fds = got
         if invitation is not None:
             with self._lock:
@@ -332,7 +331,6 @@ class Link:
                     os.close(fd)
             else:
                 registration.endpoint.invited(invitation, fds)
-        return True
 
     def _receive(self, dealer: Dealer) -> None:
         for channel, body in dealer.receive():
@@ -373,7 +371,8 @@ class Link:
         elif registration.established:
             endpoint.receive(message)
         # Else the message was sent before the HELLO that is under way, perhaps by a former broker.
-        # After that HELLO the broker knows what is held, and sends again what still counts.
+        # After that HELLO the broker knows what is held, and repeats every message that is still
+        # valid.
 
     def _is_late(self, welcome: Welcome) -> bool:
         """Return True if a WELCOME is from a former broker.
@@ -393,7 +392,7 @@ class Link:
         """Wait, and end registrations meanwhile."""
         poller = Poller(self._zmq, self._wakeup)
         deadline = time.monotonic() + seconds
-        self._is_waiting = True
+        self._needs_waking = True
         while self._sweep(None) and time.monotonic() < deadline:
             if poller.wait(set(), deadline):
                 self._wakeup.clear()
