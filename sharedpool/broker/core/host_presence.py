@@ -12,8 +12,8 @@ its end. How long that must have been so depends on how the host went:
    once.
 3. The host was silent while it had sessions: its network is cut, or it is frozen. Other brokers
    end its sessions once somebody needs the slots, and mark its row as `cut`. Each backend that has
-   ended frees its slot. What was not in use then (`spare`) may have been granted to a worker just before:
-   a connect of that time may still arrive, until no worker would use it any more (`CUT_S`).
+   ended frees its slot. What was not in use then (`spare`) may have been granted to a worker just
+   before: a connect of that time may still arrive, until no worker would use it any more (`CUT_S`).
 """
 
 from __future__ import annotations
