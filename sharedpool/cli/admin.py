@@ -23,6 +23,9 @@ _REPORT_EVERY_S = 2.0
 
 _pool_option = click.option("--pool", "name", default="", help="Only this pool.  [default: all]")
 _wait_option = click.option("--wait", is_flag=True, help="Return when all leases have come back.")
+_all_hosts_option = click.option(
+    "--all-hosts", is_flag=True, help="On all hosts that share the limit, and not only on this one."
+)
 _timeout_option = click.option(
     "--timeout",
     type=SECONDS,
@@ -72,34 +75,48 @@ def _send(address: str | None, order: Order) -> list[str]:
 @click.command()
 @broker_option
 @_pool_option
+@_all_hosts_option
 @_wait_option
 @_timeout_option
-def pause(address: str | None, name: str, wait: bool, timeout: float | None) -> None:
+def pause(
+    address: str | None, name: str, all_hosts: bool, wait: bool, timeout: float | None
+) -> None:
     """Grant nothing until `sharedpool resume`, and call every connection back.
 
     For a failover or a migration. Checkouts wait, as long as their callers' timeouts allow. Idle
     connections are closed at once, those in use at their checkin. With --wait the command returns
     when all are closed.
 
-    A pause ends with the broker. Without an address the order goes to every broker in the user's
+    A pause ends with the broker; with --all-hosts it ends when no host uses the limit any more.
+    Without an address the order goes to every broker in the user's
     runtime directory. Exit status 1 when there is no such pool, or when --timeout has passed; 3
     when no broker answers.
     """
-    found = _send(address, Order(PROTOCOL_VERSION, OrderKind.PAUSE, name))
+    order = Order(PROTOCOL_VERSION, OrderKind.PAUSE, name, all_hosts=all_hosts)
+    found = _send(address, order)
     if wait:
         _wait(
             found,
             timeout,
-            lambda report: sum(pool.leases for pool in report.pools if name in ("", pool.name)),
+            lambda report: _leases_left(report, name, all_hosts=all_hosts),
         )
+
+
+def _leases_left(report: Report, name: str, *, all_hosts: bool) -> int:
+    """Return how many leases a pause still has to wait for."""
+    left = sum(pool.leases for pool in report.pools if name in ("", pool.name))
+    if all_hosts:  # a paused host keeps no more of the limit than it has in use
+        left += sum(x.share for x in report.hosts if x.host and name in ("", x.pool))
+    return left
 
 
 @click.command()
 @broker_option
 @_pool_option
-def resume(address: str | None, name: str) -> None:
+@_all_hosts_option
+def resume(address: str | None, name: str, all_hosts: bool) -> None:
     """Grant leases again after `sharedpool pause`."""
-    _send(address, Order(PROTOCOL_VERSION, OrderKind.RESUME, name))
+    _send(address, Order(PROTOCOL_VERSION, OrderKind.RESUME, name, all_hosts=all_hosts))
 
 
 @click.group(name="set")
@@ -113,13 +130,15 @@ def set_() -> None:
 @click.option(
     "--pool", "name", default="", help="This pool's limit.  [default: the limit over all pools]"
 )
-def max_conn_(address: str | None, max_conn: int, name: str) -> None:
-    """Set a limit.
+@_all_hosts_option
+def max_conn_(address: str | None, max_conn: int, name: str, all_hosts: bool) -> None:
+    """Set a limit. With --all-hosts it is the one that all hosts share.
 
     A lower limit holds at once: idle connections beyond it are closed, those in use at their
     checkin.
     """
-    _send(address, Order(PROTOCOL_VERSION, OrderKind.LIMIT, name, max_conn))
+    order = Order(PROTOCOL_VERSION, OrderKind.LIMIT, name, max_conn, all_hosts=all_hosts)
+    _send(address, order)
 
 
 @click.command()

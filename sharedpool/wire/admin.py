@@ -32,6 +32,8 @@ class Order(Struct, frozen=True, tag="order"):
     pool: str = ""  # "" for all pools
     number: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] = 0
     token: Token = NO_TOKEN
+    # PAUSE, RESUME and LIMIT: for all hosts that share the limit.
+    all_hosts: bool = False
 
 
 class Done(Struct, frozen=True, tag="done"):

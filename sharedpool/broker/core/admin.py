@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from sharedpool.broker.core.commands import ShareChange
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.denials import Denials
 from sharedpool.broker.core.group_terms import GroupTerms
@@ -15,6 +16,7 @@ from sharedpool.broker.core.handover import Handover
 from sharedpool.broker.core.leases import Leases
 from sharedpool.broker.core.recalls import Recalls
 from sharedpool.broker.core.records import Lease, Pool, Session
+from sharedpool.broker.core.sharing import Sharing
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.admin import Done, Order, OrderKind
 from sharedpool.wire.messages import DenyReason
@@ -36,7 +38,9 @@ class Admin:
         handover: Handover,
         denials: Denials,
         begin_generation: Callable[[Pool, str], None],
+        sharing: Sharing,
     ) -> None:
+        self._sharing = sharing
         self._slots = context.slots
         self._recalls = recalls
         self._leases = leases
@@ -50,6 +54,8 @@ class Admin:
         """Carry out an order; return what was done, or why it cannot be."""
         try:
             match order.kind:
+                case OrderKind.PAUSE | OrderKind.RESUME | OrderKind.LIMIT if order.all_hosts:
+                    said = self._order_all_hosts(order)
                 case OrderKind.PAUSE:
                     said = self.pause(order.pool, now)
                 case OrderKind.RESUME:
@@ -65,6 +71,25 @@ class Admin:
         except OrderError as error:
             return Done([], str(error))
         return Done(said)
+
+    def _order_all_hosts(self, order: Order) -> list[str]:
+        """Have the brokers of all hosts do it; this one does it with its next sync."""
+        if order.kind is OrderKind.LIMIT:
+            change = ShareChange(max_conn=order.number)
+        else:
+            change = ShareChange(paused=order.kind is OrderKind.PAUSE)
+        if not (said := self._sharing.change(self._pools(order.pool), change)):
+            raise OrderError("no limit here is shared with other hosts at present")
+        return said
+
+    def set_paused(self, name: str, paused: bool, now: float) -> None:
+        """Pause or resume a pool as an operator of some host has ordered for all."""
+        if paused:
+            self.pause(name, now)
+        else:
+            self._slots.paused_pools.discard(name)
+            for pool in self._slots.pools.values():
+                self._slots.shrink(pool)
 
     def pause(self, name: str, now: float) -> list[str]:
         """Grant nothing any more, and take everything back; patient waiters go on waiting."""

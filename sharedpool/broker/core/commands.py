@@ -89,10 +89,22 @@ class HostRow(NamedTuple):
     connected: bool  # its broker has a session
 
 
+@dataclass(frozen=True, slots=True)
+class ShareChange:
+    """What an operator orders for all hosts."""
+
+    max_conn: int = 0  # the new limit; 0: as it is
+    paused: bool | None = None  # None: as it is
+
+
+NO_CHANGE = ShareChange()
+
+
 class SyncResult(NamedTuple):
     """The outcome of a sync."""
 
     max_conn: int  # the limit of all hosts together
+    paused: bool  # by an operator, on all hosts
     division: Division
     others: tuple[HostRow, ...]
     events: tuple[str, ...] = ()  # what is worth a line in the log, such as a host that is gone
@@ -314,6 +326,7 @@ class SyncShare:
     claim: Claim
     question: int  # the newest that this host has put to the others
     backends: tuple[tuple[int, int], ...] = ()  # of this host's leases: pid, start time
+    change: ShareChange = NO_CHANGE
     serial: int = 0  # of the order: its outcome counts only while no other one was given since
 
 

@@ -143,6 +143,7 @@ class Ledger:
             context,
             self._recalls,
             self._settle,
+            lambda name, paused, now: self._admin.set_paused(name, paused, now),
             lambda: self.takeover.claim(),
             lambda: self.takeover.resign(),
             by_pool=shared and max_conn is None,
@@ -183,6 +184,7 @@ class Ledger:
             self._handover,
             self._denials,
             self._failover.begin_generation,
+            self.sharing,
         )
         self._admin.configure(max_conn, groups or {}, limits or {})
         recovery = Recovery(context, directory.get, directory.find_tagged)

@@ -31,10 +31,11 @@ def decide_sync(
     order: SyncShare,
     max_conn: int,
     asked: int,
+    paused: bool,
     rows: Sequence[Listed],
     presence: Presence,
 ) -> SyncDecision:
-    """Decide a sync of the instance `me`: `max_conn`, `asked` and `rows` are the table's."""
+    """Decide a sync of the instance `me`; `max_conn`, `asked`, `paused`, `rows`: the table's."""
     mine = next((row for row in rows if row.instance == me), None)
     others = [row for row in rows if row.instance != me]
     seen = presence.judge(order.key.scope, others, frozenset(order.backends))
@@ -45,8 +46,12 @@ def decide_sync(
     ]
     if not others:
         max_conn = order.max_conn
+    change = order.change
+    is_changed = bool(change.max_conn) or change.paused not in (None, paused)
+    max_conn = change.max_conn or max_conn
+    paused = paused if change.paused is None else change.paused
     division = decide(
-        max_conn,
+        0 if paused else max_conn,  # nobody may hold more than it has in use
         me,
         0 if mine is None else mine.held,
         order.claim,
@@ -59,7 +64,7 @@ def decide_sync(
         HostRow(x.host, x.instance, x.held, x.wanted, x.silent_s, x.instance in seen.connected)
         for x in others
     )
-    result = SyncResult(max_conn, division, hosts, seen.events)
+    result = SyncResult(max_conn, paused, division, hosts, seen.events)
     silent = [x for x in others if x.instance in seen.silent and presence.sessions_of(x)]
     return SyncDecision(
         result,
@@ -68,7 +73,7 @@ def decide_sync(
         seen.lowered,
         presence.unnamed(me, order.backends),
         tuple(silent) if division.lacking else (),
-        division.to_wake,
+        tuple(x.instance for x in others) if is_changed else division.to_wake,
     )
 
 

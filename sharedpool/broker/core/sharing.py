@@ -24,10 +24,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from sharedpool.broker.core.commands import (
+    NO_CHANGE,
     Command,
     Failed,
     HostRow,
     LeaveShare,
+    ShareChange,
     ShareKey,
     SyncFailure,
     SyncResult,
@@ -68,6 +70,8 @@ class Share:
     registered: bool = False
     resting: bool = False  # it was given back while nobody uses the limit here
     unshared: str = ""  # why the limit is this host's own
+    change: ShareChange = NO_CHANGE  # ordered for all hosts, and not told yet
+    paused: bool = False  # for all hosts
 
     # --- syncs
     pending: int = 0  # the serial of the one under way, whose outcome will count; 0: none
@@ -98,6 +102,8 @@ class Share:
 class Sharing:
     """All shares of one broker; `settle(now)` schedules, and returns what is to be done.
 
+    `set_paused(pool, paused, now)` pauses or resumes a pool, or all ("").
+
     Where a limit cannot be shared, `claim_lock` keeps other brokers from it, until `resign_lock`.
 
     `by_pool`: each pool's limit is shared. `cap`: the limit over all pools is, under this name.
@@ -109,6 +115,7 @@ class Sharing:
         context: Context,
         recalls: Recalls,
         settle: Callable[[float], list[Command]],
+        set_paused: Callable[[str, bool, float], None],
         claim_lock: Callable[[], None],
         resign_lock: Callable[[], None],
         *,
@@ -117,6 +124,7 @@ class Sharing:
     ) -> None:
         self._recalls = recalls
         self._settle = settle
+        self._set_paused = set_paused
         self._claim_lock = claim_lock
         self._resign_lock = resign_lock
         self._slots = context.slots
@@ -288,7 +296,15 @@ class Sharing:
         claim = Claim(share.told, self._least(share), asks, self._has_idle(share), giving)
         limit = self._own_limit(share)
         self._emit(
-            SyncShare(share.key, limit, claim, share.question, self._backends(share), share.pending)
+            SyncShare(
+                share.key,
+                limit,
+                claim,
+                share.question,
+                self._backends(share),
+                share.change,
+                share.pending,
+            )
         )
 
     # --- outcomes
@@ -305,7 +321,11 @@ class Sharing:
         if share is None or share.pending != serial:
             return self._settle(now)
         division = result.division
+        share.change = NO_CHANGE
         self._note_limit(share, result.max_conn)
+        if result.paused is not share.paused:
+            share.paused = result.paused
+            self._set_paused("" if share.pool is None else share.pool.name, share.paused, now)
         self._log_moves(share, result)
         first, share.retry_s = not share.registered, _FIRST_RETRY_S
         if first or share.frozen:
@@ -419,6 +439,23 @@ class Sharing:
             return
         share.due = True
         self._active[share.key] = share
+
+    # --- operators
+
+    def change(self, pools: Iterable[Pool], change: ShareChange) -> list[str]:
+        """Order a change for all hosts; return which limits it concerns, and how many hosts."""
+        said = []
+        for key in dict.fromkeys(map(self._key, pools)):
+            share = None if key is None else self.shares.get(key)
+            if share is None or share.unshared:
+                continue
+            share.change = change
+            if share.resting:
+                self._begin(share)
+            share.due = True
+            self._active[share.key] = share
+            said.append(f"{_title(share)}: told to {len(share.others)} other hosts")
+        return said
 
     # --- reports
 

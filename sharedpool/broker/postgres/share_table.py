@@ -37,7 +37,8 @@ CREATE UNLOGGED TABLE IF NOT EXISTS sharedpool.limits (
   role name NOT NULL DEFAULT current_user,
   scope text NOT NULL CHECK (length(scope) <= 200),
   max_conn int NOT NULL CHECK (max_conn > 0),
-  asked bigint NOT NULL DEFAULT 0,
+  asked bigint NOT NULL DEFAULT 0 CHECK (asked BETWEEN 0 AND 1::bigint << 61),
+  paused boolean NOT NULL DEFAULT false,
   PRIMARY KEY (role, scope)
 );
 CREATE UNLOGGED TABLE IF NOT EXISTS sharedpool.shares (
@@ -90,7 +91,7 @@ WHERE role = current_user AND told_at < pg_postmaster_start_time()
 _LOCK_SQL = """
 BEGIN;
 SELECT FROM sharedpool.limits WHERE role = current_user AND scope = %(scope)s FOR UPDATE;
-SELECT max_conn, asked, instance, host, pid, started_us, held, wanted,
+SELECT max_conn, asked, paused, instance, host, pid, started_us, held, wanted,
        answered, cut, greatest(0, extract(epoch FROM clock_timestamp() - told_at))::float8, spare,
        unnamed
 FROM sharedpool.limits LEFT JOIN sharedpool.shares USING (role, scope)
@@ -126,9 +127,10 @@ SET host = excluded.host, pid = excluded.pid, started_us = excluded.started_us,
     held = excluded.held, wanted = excluded.wanted, answered = excluded.answered, cut = false,
     unnamed = excluded.unnamed,
     told_at = clock_timestamp();
-UPDATE sharedpool.limits SET max_conn = %(max_conn)s, asked = %(asked)s
+UPDATE sharedpool.limits SET max_conn = %(max_conn)s, asked = %(asked)s,
+    paused = %(paused)s
 WHERE role = current_user AND scope = %(scope)s
-  AND (max_conn, asked) IS DISTINCT FROM (%(max_conn)s, %(asked)s);
+  AND (max_conn, asked, paused) IS DISTINCT FROM (%(max_conn)s, %(asked)s, %(paused)s);
 """
 _LEAVE_SQL = """
 BEGIN;
@@ -214,9 +216,9 @@ def sync(conn: connection, me: Registration, order: SyncShare, presence: Presenc
     with conn.cursor() as cursor:
         try:
             rows = _lock(cursor, scope, order.max_conn)
-            max_conn, asked = rows[0][:2]
-            listed = [Listed(*row[2:]) for row in rows if row[2] is not None]
-            decision = decide_sync(me.instance, order, max_conn, asked, listed, presence)
+            max_conn, asked, paused = rows[0][:3]
+            listed = [Listed(*row[3:]) for row in rows if row[3] is not None]
+            decision = decide_sync(me.instance, order, max_conn, asked, paused, listed, presence)
             division = decision.result.division
             cursor.execute(
                 (_FORGET_SQL if decision.gone else "")
@@ -239,6 +241,7 @@ def sync(conn: connection, me: Registration, order: SyncShare, presence: Presenc
                     "unnamed": decision.unnamed,
                     "max_conn": decision.result.max_conn,
                     "asked": decision.asked,
+                    "paused": decision.result.paused,
                     "channel": _CHANNEL,
                     "payload": _payload(scope, decision.to_wake),
                 },
