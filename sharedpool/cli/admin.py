@@ -106,6 +106,7 @@ def _leases_left(report: Report, name: str, *, all_hosts: bool) -> int:
     """Return how many leases a pause still has to wait for."""
     left = sum(pool.leases for pool in report.pools if name in ("", pool.name))
     if all_hosts:  # a paused host keeps no more of the limit than it has in use
+        left += sum(not pool.paused for pool in report.pools if name in ("", pool.name))
         left += sum(x.share for x in report.hosts if x.host and name in ("", x.pool))
     return left
 

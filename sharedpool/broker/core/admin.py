@@ -111,6 +111,8 @@ class Admin:
     def resume(self, name: str) -> list[str]:
         """Grant again."""
         slots, pools = self._slots, self._pools(name)
+        if any(map(self._sharing.is_paused, pools)):
+            raise OrderError("paused on all hosts: resume with --all-hosts")
         held = [pool for pool in pools if pool.paused]
         paused = set(slots.paused_pools)
         if not name:

@@ -141,8 +141,8 @@ class Presence:
             if why and most == 0 and not (self.sessions_of(row) - mine):
                 gone.add(row.instance)
                 self._absent.pop(_key(scope, row), None)
-                text = f"host {row.host} ({row.instance}) is gone, its {row.held} slots are free"
-                events.append(f"{text}: {why}")
+                who = f"host {row.host!a} ({row.instance!a})"
+                events.append(f"{who} is gone, its {row.held} slots are free: {why}")
             elif most < row.held:
                 lowered[row.instance] = most
         return Judgement(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from sharedpool.broker.core.commands import HostRow, SyncResult, SyncShare
-from sharedpool.broker.core.host_presence import Listed, Presence
+from sharedpool.broker.core.host_presence import SILENT_S, Listed, Presence
 from sharedpool.broker.core.shares import HostShare, decide
 
 
@@ -61,7 +61,14 @@ def decide_sync(
         question=order.question,
     )
     hosts = tuple(
-        HostRow(x.host, x.instance, x.held, x.wanted, x.silent_s, x.instance in seen.connected)
+        HostRow(
+            _shown(x.host),
+            _shown(x.instance),
+            x.held,
+            x.wanted,
+            x.silent_s,
+            x.silent_s < SILENT_S or x.instance in seen.connected,
+        )
         for x in others
     )
     result = SyncResult(max_conn, paused, division, hosts, seen.events)
@@ -80,3 +87,8 @@ def decide_sync(
 def _share(row: Listed, *, silent: bool) -> HostShare:
     """Return a host's part in the division; one that is silent wants nothing."""
     return HostShare(row.instance, row.held, 0 if silent else row.wanted, row.answered)
+
+
+def _shown(name: str) -> str:
+    """Return a name of a row as it may be shown in a terminal."""
+    return name if name.isprintable() else ascii(name)

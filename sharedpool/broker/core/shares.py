@@ -37,6 +37,7 @@ class Claim:
     # It cannot hold less: what it has in use, and what it may grant before it knows the outcome.
     least: int
     asks: bool = False  # a request that does not wait must know whether the others have any idle
+    checked: int = 0  # the newest question after which all its workers have said what is idle
     has_idle: bool = False  # connections that it could still give back
     giving: bool = False  # it has begun to give slots back, and goes on
 
@@ -121,8 +122,10 @@ def decide(
     if claim.asks and lacking:
         asked = question = asked + 1
     was_answered = answered >= asked
-    if not (owed and claim.has_idle):
+    if not owed:
         answered = asked
+    elif not claim.has_idle:
+        answered = max(answered, min(claim.checked, asked))
     return Division(
         held=now_held,
         owed=owed,
@@ -130,7 +133,7 @@ def decide(
         asked=asked,
         answered=answered,
         question=question,
-        contended=lacked > 0 or sum(wanted) > limit,
+        contended=lacked > 0 or sum(wanted) > limit or free < 0,
         alone=not others,
         exhausted=bool(lacking and not claim.asks)
         and all(
@@ -143,7 +146,7 @@ def decide(
             for name, share in zip(names, target, strict=True)
             if name != me
             and (
-                (lack[name] and (free > 0 or (answered == asked and not was_answered)))
+                (lack[name] and (free > 0 or (answered >= asked and not was_answered)))
                 or (before[name] > share and lacking + lacked > free)
             )
         ),

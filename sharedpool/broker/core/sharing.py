@@ -80,11 +80,14 @@ class Share:
     trusted_until: float = -math.inf
     synced_at: float = -math.inf
     owed_at: float = -math.inf  # since when it owes slots
-    inquired_at: float = -math.inf  # when the workers were last asked what is idle
+    inquired_at: float = -math.inf  # when the workers were last asked what is idle,
+    awaited: dict[bytes, int] = field(default_factory=dict)  # who was, by which recall,
+    checking: int = 0  # and for which question of another host
+    checked: int = 0  # the newest of these that all have answered
     frozen: bool = False  # nothing is opened before the next sync
     trouble: str = ""  # why it is frozen
     budget: float = _BURST
-    budget_at: float = -math.inf
+    budget_at: float = 0.0
     beat_at: float = math.inf  # when the next alarm is due
     retry_s: float = _FIRST_RETRY_S  # after the next failure
 
@@ -185,7 +188,8 @@ class Sharing:
             self._rest(share)
 
     def _is_unused(self, share: Share) -> bool:
-        return not any(pool.leases or pool.waiters for pool in self._pools(share))
+        used = any(pool.leases or pool.waiters for pool in self._pools(share))
+        return not (used or share.paused)  # without any share there would be no pause
 
     def _rest(self, share: Share) -> None:
         """Give a share back that is not in use: nobody is kept from dropping the database."""
@@ -247,7 +251,7 @@ class Sharing:
         if division.owed:
             if self._has_given_back(share, now):
                 return True
-            if division.answered < division.asked and not self._has_idle(share):
+            if division.answered < division.asked and self._has_checked(share, division.asked):
                 return True
         if wanted > division.held >= share.told:
             return True
@@ -269,7 +273,7 @@ class Sharing:
         """Return True if a request that does not wait needs to know what the others have idle."""
         if not self._has_nowaits(share) or share.alone:
             return False
-        if now - share.exhausted_at < _FRESH_S:
+        if now - share.exhausted_at < _FRESH_S and self._budget(share, now) < 1.0:
             self._hold_refusals(share, held=False)
             return False
         self._hold_refusals(share, held=True)
@@ -277,11 +281,8 @@ class Sharing:
 
     def _sync(self, share: Share, now: float) -> None:
         """Order a sync, as soon as its rate allows one."""
-        since = now - share.budget_at
-        share.budget = min(_BURST, share.budget + since * _PER_SECOND) if since < 1e9 else _BURST
-        share.budget_at = now
         share.due = True
-        if share.budget < 1.0:
+        if self._budget(share, now) < 1.0:
             self._beat(share, now + (1.0 - share.budget) / _PER_SECOND)
             return
         share.budget -= 1.0
@@ -293,7 +294,9 @@ class Sharing:
             share.asked_at = now
             self._beat(share, now + _ANSWER_LIMIT_S)
         giving = share.division.owed > 0
-        claim = Claim(share.told, self._least(share), asks, self._has_idle(share), giving)
+        claim = Claim(
+            share.told, self._least(share), asks, share.checked, self._has_idle(share), giving
+        )
         limit = self._own_limit(share)
         self._emit(
             SyncShare(
@@ -306,6 +309,13 @@ class Sharing:
                 share.pending,
             )
         )
+
+    @staticmethod
+    def _budget(share: Share, now: float) -> float:
+        """Return how many syncs the rate allows now."""
+        share.budget = min(_BURST, share.budget + (now - share.budget_at) * _PER_SECOND)
+        share.budget_at = now
+        return share.budget
 
     # --- outcomes
 
@@ -351,6 +361,8 @@ class Sharing:
             self._active[key] = share
         contended = division.contended or division.lacking or division.owed
         share.beat_at = math.inf  # an earlier alarm finds that it is not the one
+        if division.owed and division.answered < division.asked and share.checking < division.asked:
+            self._inquire(share, now, division.asked)
         self._beat(share, now + (POLL_S if contended else HEARTBEAT_S))
         return self._settle(now)
 
@@ -403,16 +415,28 @@ class Sharing:
                 share.due = True
         return self._settle(now)
 
-    def _inquire(self, share: Share, now: float) -> bool:
+    def _inquire(self, share: Share, now: float, question: int = 0) -> bool:
         """Ask the workers what is idle, which otherwise they tell with their next heartbeats."""
-        share.inquired_at = now
-        asked = False
+        share.inquired_at, share.checking = now, question or share.checking
+        share.awaited.clear()
         for pool in self._pools(share):
             for session in [] if pool.moving else pool.holders:
-                if session.answered >= session.asked:
-                    self._recalls.send(session, now)
-                    asked = True
-        return asked
+                self._recalls.send(session, now)
+                share.awaited[session.id] = session.asked
+        return bool(share.awaited)
+
+    def _has_checked(self, share: Share, question: int) -> bool:
+        """Return True if all workers have told, after a question of another host, what is idle."""
+        if share.checking < question:
+            return False
+        sessions = self._slots.sessions
+        for session_id, serial in list(share.awaited.items()):
+            session = sessions.get(session_id)
+            if session is not None and session.answered < serial and not session.silent:
+                return False
+            del share.awaited[session_id]
+        share.checked = share.checking
+        return not self._has_idle(share)
 
     def _answered(self, share: Share, now: float) -> None:
         """Let requests that do not wait be refused: no host has anything idle for this one."""
@@ -443,7 +467,7 @@ class Sharing:
     # --- operators
 
     def change(self, pools: Iterable[Pool], change: ShareChange) -> list[str]:
-        """Order a change for all hosts; return which limits it concerns, and how many hosts."""
+        """Order a change for all hosts; return a line for each limit that it concerns."""
         said = []
         for key in dict.fromkeys(map(self._key, pools)):
             share = None if key is None else self.shares.get(key)
@@ -454,8 +478,14 @@ class Sharing:
                 self._begin(share)
             share.due = True
             self._active[share.key] = share
-            said.append(f"{_title(share)}: told to {len(share.others)} other hosts")
+            said.append(f"{_title(share)}: told to all hosts that share it")
         return said
+
+    def is_paused(self, pool: Pool) -> bool:
+        """Return True if a pool is paused on all hosts."""
+        key = self._key(pool)
+        share = None if key is None else self.shares.get(key)
+        return share is not None and share.paused
 
     # --- reports
 
