@@ -272,8 +272,8 @@ class Ledger:
             self._leases.settle_unproven(now)
         if now >= self.sharing.trust_ends:
             self.sharing.expire(now)
-        self.sharing.update(now)
         self._scheduler.schedule(now)
+        self.sharing.update(now)
         if self._moves.update_modes(now):
             # The broker's waiters had waited in the lane as well, and no longer do: holders are to
             # be asked for their next checkins.

@@ -22,7 +22,8 @@ from sharedpool.wire.desk import Live
 from sharedpool.wire.values import Backend, PoolSpec, Timings, Token
 
 WAITS_KEPT = 500
-UNSHARED = 1 << 30  # a share of a limit that this host does not share with others
+# A share of a limit that this host does not share with others; beyond every number of a request.
+UNSHARED = 1 << 30
 _SAMPLES_KEPT = 60
 
 
@@ -247,7 +248,8 @@ class Pool:
     doubted: int = 0  # the generation about which the server is being asked
     paused: bool = False  # by an operator: nothing is granted, and everything comes back
     allowed: int = UNSHARED  # how many of the limit's slots are this host's (`sharing.py`)
-    hosts_asked: bool = False  # whether other hosts have any idle is not known yet
+    # The newest request that may be refused because nothing is idle: other hosts have answered.
+    refusable: int = UNSHARED
 
     # --- leases and sessions, and indexes over them
     leases: dict[Token, Lease] = field(default_factory=dict)

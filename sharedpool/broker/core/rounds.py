@@ -104,10 +104,14 @@ class Rounds:
         if self._recalls.polled:
             return
         for pool in list(self._slots.contended.values()):
-            if not pool.nowaits or pool.hosts_asked:
+            if not pool.nowaits:
                 continue
             unserved = islice(pool.waiters.values(), self._coming(pool, now), None)
-            refused = [waiter for waiter in unserved if waiter.nowait and waiter.round is not None]
+            refused = [
+                waiter
+                for waiter in unserved
+                if waiter.nowait and waiter.round is not None and waiter.seq <= pool.refusable
+            ]
             # These requests do not wait for a fence to end. It is ordered all the same, for the
             # next caller: with impatient callers only, suspect leases would fill the pool for ever.
             any_pool = pool.own_room > 0

@@ -119,13 +119,14 @@ def decide(
     # will soon want another.
     owed = max(0, now_held - target[mine]) if lacked > free or claim.giving else 0
     lacking = max(0, fair[mine] - now_held)
-    if claim.asks and lacking:
+    if claim.asks:
         asked = question = asked + 1
     was_answered = answered >= asked
-    if not owed:
+    if not now_held:
         answered = asked
-    elif not claim.has_idle:
+    elif not (owed and claim.has_idle):
         answered = max(answered, min(claim.checked, asked))
+    has_answered = answered >= asked and not was_answered
     return Division(
         held=now_held,
         owed=owed,
@@ -135,19 +136,18 @@ def decide(
         question=question,
         contended=lacked > 0 or sum(wanted) > limit or free < 0,
         alone=not others,
-        exhausted=bool(lacking and not claim.asks)
-        and all(
-            others[name].answered >= question or others[name].held <= share
-            for name, share in zip(names, target, strict=True)
-            if name != me
-        ),
+        exhausted=question > 0
+        and not claim.asks
+        and all(other.answered >= question or not other.held for other in others.values()),
         to_wake=tuple(
             name
             for name, share in zip(names, target, strict=True)
             if name != me
             and (
-                (lack[name] and (free > 0 or (answered >= asked and not was_answered)))
+                (lack[name] and free > 0)
                 or (before[name] > share and lacking + lacked > free)
+                or (claim.asks and before[name])
+                or (has_answered and others[name].wanted > before[name])
             )
         ),
     )

@@ -44,15 +44,15 @@ from sharedpool.wire.values import NO_TOKEN, Holder
 
 HEARTBEAT_S = 5.0
 POLL_S = 0.5
-# A connection that is idle for less counts as wanted: one that is idle between two requests does
-# not move to another host and back.
-_PEAK_S = 0.5
+# A connection that is idle for less counts as wanted, unless another host asks for a request that
+# does not wait: one that is idle between two requests does not move to another host and back.
+_GAP_S = 0.05
 # While other hosts lack slots, the workers are asked so often at most, and have so long to answer.
 _INQUIRY_EVERY_S, _INQUIRY_S = 0.4, 0.005
 # Syncs of one share: so many at once, and so many a second after that.
-_BURST, _PER_SECOND = 4.0, 4.0
+_BURST, _PER_SECOND = 6.0, 4.0
 _FIRST_RETRY_S, _LAST_RETRY_S, _RETRY_UNSHARED_S = 0.05, 1.0, 60.0
-_ANSWER_LIMIT_S = 0.5  # for the other hosts, before a request that does not wait is refused
+_ANSWER_LIMIT_S = 2.0  # for the other hosts, before a request that does not wait is refused
 _GATHER_S = 0.008  # idle connections that are owed come back together, more or less
 _FRESH_S = 1.0  # how long it is believed that no host has an idle connection
 _UNUSED_S = 2.0  # after which an unused share is given back
@@ -95,6 +95,8 @@ class Share:
     question: int = 0  # the newest that this host has put to the others
     asked_at: float = math.inf
     exhausted_at: float = -math.inf
+    covering: int = 0  # the newest request for which the others are asked,
+    covered: int = 0  # and for which they have answered
 
     @property
     def alone(self) -> bool:
@@ -146,9 +148,12 @@ class Sharing:
 
     def opened(self, pool: Pool) -> None:
         """Order the first sync of a pool's share, if that is not ordered yet."""
-        if (key := self._key(pool)) is not None and key not in self.shares:
+        if (key := self._key(pool)) is None:
+            return
+        if key not in self.shares:
             share = self.shares[key] = Share(key, pool if self._cap is None else None)
             self._begin(share)
+        pool.refusable = self.shares[key].covered
 
     def _key(self, pool: Pool) -> ShareKey | None:
         """Return the limit that a pool counts to, if it is shared."""
@@ -161,7 +166,7 @@ class Sharing:
         share.resting, share.due = False, True
         self._active[share.key] = share
         self._allow(share, 0)
-        self._hold_refusals(share, held=True)
+        self._let_refuse(share, 0)
 
     def discarded(self, pool: Pool) -> None:
         """Give the share of a pool back that nobody uses any more."""
@@ -248,11 +253,10 @@ class Sharing:
     def _has_news(self, share: Share, now: float) -> bool:
         """Return True if the others should know what has changed here."""
         division, wanted = share.division, self._wanted(share, now)
-        if division.owed:
-            if self._has_given_back(share, now):
-                return True
-            if division.answered < division.asked and self._has_checked(share, division.asked):
-                return True
+        if division.owed and self._has_given_back(share, now):
+            return True
+        if division.answered < division.asked and self._has_checked(share, division.asked):
+            return True
         if wanted > division.held >= share.told:
             return True
         if division.contended and wanted < min(division.held, share.told):
@@ -271,13 +275,18 @@ class Sharing:
 
     def _must_ask(self, share: Share, now: float) -> bool:
         """Return True if a request that does not wait needs to know what the others have idle."""
-        if not self._has_nowaits(share) or share.alone:
+        newest = self._newest_nowait(share)
+        if share.alone or newest <= share.covered or share.asked_at < math.inf:
             return False
         if now - share.exhausted_at < _FRESH_S and self._budget(share, now) < 1.0:
-            self._hold_refusals(share, held=False)
+            self._let_refuse(share, newest)
             return False
-        self._hold_refusals(share, held=True)
-        return share.asked_at == math.inf
+        return True
+
+    def _newest_nowait(self, share: Share) -> int:
+        """Return the number of the newest request that does not wait; 0 if there is none."""
+        pools = self._pools(share)
+        return max((next(reversed(pool.nowaits)) for pool in pools if pool.nowaits), default=0)
 
     def _sync(self, share: Share, now: float) -> None:
         """Order a sync, as soon as its rate allows one."""
@@ -291,7 +300,7 @@ class Sharing:
         share.told = self._wanted(share, now)
         asks = self._must_ask(share, now)
         if asks:
-            share.asked_at = now
+            share.asked_at, share.covering = now, self._newest_nowait(share)
             self._beat(share, now + _ANSWER_LIMIT_S)
         giving = share.division.owed > 0
         claim = Claim(
@@ -351,17 +360,18 @@ class Sharing:
         self.trust_ends = min(self.trust_ends, share.trusted_until)
         self._allow(share, max(0, division.held - division.owed))
         share.question = division.question
-        if share.asked_at < math.inf and (division.exhausted or not division.lacking):
+        if share.asked_at < math.inf and division.exhausted:
             self._answered(share, now)
-        if first:
-            self._hold_refusals(share, held=False)
         if division.alone:
             self._active.pop(key, None)
+            self._let_refuse(share, UNSHARED)
         else:
             self._active[key] = share
+            if share.covered == UNSHARED:
+                self._let_refuse(share, 0)
         contended = division.contended or division.lacking or division.owed
         share.beat_at = math.inf  # an earlier alarm finds that it is not the one
-        if division.owed and division.answered < division.asked and share.checking < division.asked:
+        if division.answered < division.asked and share.checking < division.asked:
             self._inquire(share, now, division.asked)
         self._beat(share, now + (POLL_S if contended else HEARTBEAT_S))
         return self._settle(now)
@@ -387,7 +397,7 @@ class Sharing:
             if failure.how is Failed.UNREACHABLE:
                 for pool in self._pools(share):
                     pool.backoff.failed(NO_TOKEN, pool.connected, failure.why, now)
-            self._hold_refusals(share, held=False)
+            self._let_refuse(share, UNSHARED)
         self._beat(share, now + retry_s)
         return self._settle(now)
 
@@ -400,7 +410,7 @@ class Sharing:
         self._active.pop(share.key, None)
         self._claim_lock()
         self._allow(share, UNSHARED)
-        self._hold_refusals(share, held=False)
+        self._let_refuse(share, UNSHARED)
 
     def woken(self, key: ShareKey, now: float) -> list[Command]:
         """Handle that another broker wants this one to look at the shares.
@@ -436,12 +446,12 @@ class Sharing:
                 return False
             del share.awaited[session_id]
         share.checked = share.checking
-        return not self._has_idle(share)
+        return not (share.division.owed and self._has_idle(share))
 
     def _answered(self, share: Share, now: float) -> None:
         """Let requests that do not wait be refused: no host has anything idle for this one."""
         share.asked_at, share.exhausted_at = math.inf, now
-        self._hold_refusals(share, held=False)
+        self._let_refuse(share, share.covering)
 
     # --- alarms
 
@@ -544,9 +554,6 @@ class Sharing:
             return self._slots.max_conn
         return share.pool.spec.max_conn
 
-    def _has_nowaits(self, share: Share) -> bool:
-        return any(pool.nowaits for pool in self._pools(share))
-
     def _backends(self, share: Share) -> tuple[tuple[int, int], ...]:
         leases = self._slots.leases if share.pool is None else share.pool.leases
         found = (lease.backend for lease in leases.values())
@@ -561,8 +568,11 @@ class Sharing:
         for pool in self._pools(share):
             unused = 0
             if not pool.moving:
-                since = now - _PEAK_S
-                unused = sum((x.idle_since or now) < since for x in pool.idle.values())
+                since = now - (0.0 if share.checking > share.checked else _GAP_S)
+                unused = sum(
+                    (now if x.idle_since is None else x.idle_since) <= since
+                    for x in pool.idle.values()
+                )
             wanted += len(pool.leases) - unused + (0 if pool.paused else len(pool.waiters))
         return wanted
 
@@ -576,9 +586,11 @@ class Sharing:
             if pool.leases:
                 self._slots.shrink(pool)
 
-    def _hold_refusals(self, share: Share, *, held: bool) -> None:
+    def _let_refuse(self, share: Share, newest: int) -> None:
+        """Let requests up to this number be refused, as far as other hosts are concerned."""
+        share.covered = newest
         for pool in self._pools(share):
-            pool.hosts_asked = held
+            pool.refusable = newest
 
     def _note_limit(self, share: Share, max_conn: int) -> None:
         """Take over the limit that all hosts share: that of the first one to come."""
