@@ -86,6 +86,13 @@ class Presence:
         self._starting: frozenset[int] = frozenset()
         self._seen_at = -math.inf
         self._absent: dict[tuple[str, str, int, int], Absence] = {}
+        self._cut: dict[
+            tuple[str, str, int, int], float
+        ] = {}  # the last look before that was known
+
+    def forget(self) -> None:
+        """Forget a list that is old: it says nothing of hosts that have come since."""
+        self.__init__()  # type: ignore[misc]
 
     def seen(
         self, starting: frozenset[int], sessions: Iterable[tuple[int, int, str]], now: float
@@ -155,8 +162,11 @@ class Presence:
         left = len(backends - mine)
         if row.silent_s >= CUT_S and not self._brokers.get(row.instance):
             return left, f"no session on the server, and not heard of for {row.silent_s:.0f} s"
-        if row.cut:
+        if row.cut and self._seen_at > self._cut.setdefault(_key(scope, row), self._seen_at):
             return row.spare + left, "its sessions were ended"
+        if row.cut:
+            return row.held, ""  # some of its backends may be newer than the list
+        self._cut.pop(_key(scope, row), None)
         if self._brokers.get(row.instance):
             return row.held, ""
         absence = self._absent.setdefault(_key(scope, row), Absence(self._seen_at))
