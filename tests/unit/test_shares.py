@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +22,7 @@ class Host:
     wanted: int = 0
     used: int = 0
     has_idle: bool = False
-    division: Division = Division(0)
+    division: Division = field(default_factory=lambda: Division(0))
 
     @property
     def allowed(self) -> int:
