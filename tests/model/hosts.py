@@ -112,6 +112,7 @@ class Row:
     wanted: int
     answered: int
     told_at: float
+    boot: int  # of the server then
     unnamed: str = ""
     cut: bool = False
     spare: int = 0
@@ -179,7 +180,7 @@ class Server:
         division = decision.result.division
         self.rows[host.instance] = Row(
             host.name, host.pid, host.pid, division.held, order.claim.wanted, division.answered,
-            now, decision.unnamed,
+            now, self.boot, decision.unnamed,
         )  # fmt: skip
         self.limit, self.asked = decision.result.max_conn, decision.asked
         self.paused = decision.result.paused
@@ -637,7 +638,7 @@ class Host:
         self.session = server.connect(self.name, SESSION_NAME + self.instance, is_broker=True)
         self.pid = self.session.pid
         self.presence, self.looked_at, self.known = Presence(), -math.inf, {}
-        for name in [name for name, row in server.rows.items() if row.told_at < server.boot_at]:
+        for name in [name for name, row in server.rows.items() if row.boot < server.boot]:
             del server.rows[name]
 
     def _end_silent(self, rows: tuple[Listed, ...]) -> None:
@@ -814,6 +815,8 @@ class World:
             row, session = self.server.rows.get(host.instance), host.session
             heard = row is not None and self.now - row.told_at <= TRUST_S
             host.stale |= session is None or session.dead or not heard
+            for held in host.unarrived() if host.ledger is None else ():
+                held.doomed = True
         self.server.stop()
 
     # --- time

@@ -14,7 +14,8 @@ Assumed, as the product does:
 - A host that has gone without a word (its session has ended, and none of its connections is left)
   has no connect that reaches the server later than `REACH_S` after that.
 - A broker that starts soon after the server, or that was silent before, cannot know of other hosts'
-  grants of before: these do not connect any more.
+  grants of before: these do not connect any more. Nor do those of a worker whose broker was dead
+  when the server was restarted, and may stay so.
 
 `SHAREDPOOL_MODEL_EXAMPLES` and `SHAREDPOOL_MODEL_SEED` are as in `test_model.py`.
 """
