@@ -101,7 +101,7 @@ def test_a_host_without_any_session_is_gone_after_a_moment(observer: Observer) -
     for now, most in ((0.0, 4), (GONE_S - 0.1, 4), (GONE_S, -1)):
         observer.look(now)
         assert observer.most() == most
-    assert "host host (x) is gone, its 4 slots are free" in _event_at(observer, 2 * GONE_S)
+    assert "host 'host' ('x') is gone, its 4 slots are free" in _event_at(observer, 2 * GONE_S)
 
 
 def _event_at(observer: Observer, now: float) -> str:

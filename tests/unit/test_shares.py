@@ -28,8 +28,9 @@ class Host:
     def allowed(self) -> int:
         return max(0, self.division.held - self.division.owed)
 
-    def claim(self, *, asks: bool = False) -> Claim:
-        return Claim(self.wanted, max(self.allowed, self.used), asks, self.has_idle)
+    def claim(self, asked: int, *, asks: bool = False) -> Claim:
+        least = max(self.allowed, self.used)
+        return Claim(self.wanted, least, asks, checked=asked, has_idle=self.has_idle)
 
 
 class Table:
@@ -47,7 +48,7 @@ class Table:
             self.limit,
             name,
             row.held if row else 0,
-            host.claim(asks=asks),
+            host.claim(self.asked, asks=asks),
             {other: row for other, row in self.rows.items() if other != name},
             asked=self.asked,
             answered=row.answered if row else 0,
