@@ -448,6 +448,8 @@ class Host:
         """How many slots its broker may grant now, beyond those that are held."""
         if self.ledger is None or not self.runs or self.ledger.state == "waiting":
             return 0
+        if self.world.now > self.reach_by:
+            return 0
         shares = self.ledger.sharing.shares.values()
         return sum(
             max(0, share.pool.allowed - len(share.pool.leases))
