@@ -1,10 +1,10 @@
-"""Many hosts that share one limit: brokers with the real ledger, plain workers, one server with the table.
+"""Many hosts that share one limit: brokers with the real ledger, plain workers, and one server.
 
-A sync runs the product's own decision (`share_sync.py`). What is simulated is what surrounds it: the transaction, which
-may be lost before or after its commit, the sessions, NOTIFYs, and time.
+A sync runs the product's own decision (`share_sync.py`). What is simulated is what surrounds it:
+the transaction, which may be lost before or after its commit, the sessions, NOTIFYs, and time.
 
-The rest of the worker and of the channel has a model of its own (`worker.py`); here messages between a worker and its
-broker arrive at once.
+The rest of the worker and of the channel has a model of its own (`worker.py`); here messages
+between a worker and its broker arrive at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from sharedpool.broker.core.commands import (
@@ -34,9 +33,17 @@ from sharedpool.broker.core.commands import (
     SyncShare,
     VerifyServer,
 )
-from sharedpool.broker.core.host_presence import CUT_S, GONE_S, Listed, Presence
+from sharedpool.broker.core.host_presence import (
+    CUT_S,
+    GONE_S,
+    SESSION_NAME,
+    SILENT_S,
+    Listed,
+    Presence,
+)
 from sharedpool.broker.core.ledger import Ledger, LedgerCall
 from sharedpool.broker.core.share_sync import SyncDecision, decide_sync
+from sharedpool.broker.core.shares import TRUST_S
 from sharedpool.wire.application_name import tag_of
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
@@ -62,9 +69,9 @@ from sharedpool.wire.values import NO_TOKEN, Backend, LeaseReport, Phase, PoolSp
 
 TTL_S = 15.0
 BEAT_S = 5.0
-LOOK_EVERY_S = 0.4  # as `share_sessions.py`
-# A worker's connect reaches the server so soon after its broker's session has ended, or not at all: the product's
-# assumption about hosts that go without a word (`host_presence.py`).
+LOOK_EVERY_S, OLD_S = 0.4, 2.0  # as `share_sessions.py`
+# A worker's connect reaches the server so soon after its broker's session has ended, or not at all:
+# the product's assumption about hosts that go without a word (`host_presence.py`).
 REACH_S = GONE_S - 0.1
 POOL, DATABASE = "p", "app"
 
@@ -105,7 +112,10 @@ class Row:
     wanted: int
     answered: int
     told_at: float
+    boot: int  # of the server then
+    unnamed: str = ""
     cut: bool = False
+    spare: int = 0
 
 
 class Server:
@@ -116,7 +126,7 @@ class Server:
         self.boot, self.boot_at = 1, 0.0
         self.procs: list[Proc] = []
         self.limit: int | None = None
-        self.asked = 0
+        self.asked, self.paused = 0, False
         self.rows: dict[str, Row] = {}
         self._pids = itertools.count(1)
 
@@ -145,7 +155,7 @@ class Server:
         self.boot, self.boot_at = self.boot + 1, now
         if crashed:
             self.rows.clear()
-            self.limit, self.asked = None, 0
+            self.limit, self.asked, self.paused = None, 0, False
 
     def sessions(self) -> tuple[frozenset[int], list[tuple[int, int, str]]]:
         """What a survey shows: those in start-up, and those with a tag."""
@@ -156,7 +166,7 @@ class Server:
         return [
             Listed(
                 name, row.host, row.pid, row.started_us, row.held, row.wanted, row.answered,
-                row.cut, max(0.0, now - row.told_at),
+                row.cut, max(0.0, now - row.told_at), row.spare, row.unnamed,
             )
             for name, row in self.rows.items()
         ]  # fmt: skip
@@ -165,11 +175,15 @@ class Server:
         """Write a sync."""
         for name in decision.gone:
             del self.rows[name]
+        for name, most in decision.lowered.items():
+            self.rows[name].held = min(self.rows[name].held, most)
         division = decision.result.division
         self.rows[host.instance] = Row(
-            host.name, host.pid, host.pid, division.held, order.claim.wanted, division.answered, now
-        )
+            host.name, host.pid, host.pid, division.held, order.claim.wanted, division.answered,
+            now, self.boot, decision.unnamed,
+        )  # fmt: skip
         self.limit, self.asked = decision.result.max_conn, decision.asked
+        self.paused = decision.result.paused
 
 
 # --- workers
@@ -185,6 +199,11 @@ class Held:
     phase: Phase = Phase.CONNECTING
     began_at: float = math.inf  # when its connect began that has not arrived yet
     doomed: bool = False  # its connect will never arrive
+
+    @property
+    def backend(self) -> Backend | None:
+        """What the worker knows of it."""
+        return None if self.proc is None or self.proc.starting else self.proc.backend
 
 
 class Worker:
@@ -236,9 +255,7 @@ class Worker:
 
     def _reports(self) -> list[LeaseReport]:
         return [
-            LeaseReport(
-                held.token, held.phase, 0, "T", None if held.proc is None or held.proc.starting else held.proc.backend
-            )
+            LeaseReport(held.token, held.phase, 0, "T", held.backend)
             for held in self.leases.values()
         ]  # fmt: skip
 
@@ -398,6 +415,8 @@ class Host:
         self.journal: dict[Token, Entry] = {}
         self.journal_intact = True
         self.lost_at: float | None = None  # when its session has ended on the server
+        # The others may have changed its row without its knowledge before the server was restarted.
+        self.stale = False
         self.ledger: Ledger | None = None
         self.syncs: deque[float] = deque()  # when they were done
         self._reset()
@@ -425,15 +444,41 @@ class Host:
         return math.inf if self.lost_at is None else self.lost_at + REACH_S
 
     @property
+    def free(self) -> int:
+        """How many slots its broker may grant now, beyond those that are held."""
+        if self.ledger is None or not self.runs or self.ledger.state == "waiting":
+            return 0
+        if self.world.now > self.reach_by:
+            return 0
+        shares = self.ledger.sharing.shares.values()
+        return sum(
+            max(0, share.pool.allowed - len(share.pool.leases))
+            for share in shares
+            if share.pool is not None and not share.frozen and share.trusted_until > self.world.now
+        )
+
+    @property
     def reaches_server(self) -> bool:
         return self.runs and not self.cut and self.world.server.up
+
+    def unarrived(self) -> list[Held]:
+        """Leases whose connects may still reach the server."""
+        return [
+            held
+            for worker in self.workers
+            for held in worker.leases.values()
+            if held.proc is None
+            and not held.doomed
+            and self.world.now <= min(self.reach_by, held.began_at + START_UP_LIMIT_S)
+            and (held.began_at < math.inf or self.world.now <= held.granted_at + TTL_S)
+        ]
 
     # --- the broker
 
     def start_broker(self) -> None:
         if self.ledger is not None:
             return
-        world, now = self.world, self.world.now
+        now = self.world.now
         self._reset()
         self.epoch += 1
         intact = self.journal_intact
@@ -448,7 +493,6 @@ class Host:
             grace_s = self.ledger.takeover.grace_s
             self.execute(self.ledger.takeover.begin_grace_period(grace_s, now))
         self.execute(self.ledger.takeover.restore(entries, now))
-        world.forget_early_grants()
 
     def kill_broker(self, *, journal_lost: bool) -> None:
         if self.ledger is None:
@@ -466,10 +510,6 @@ class Host:
     def handle(self, session: bytes, message: ToBroker) -> None:
         if self.ledger is not None:
             self.execute(self.ledger.handle(session, message, self.world.now))
-
-    def call(self, call: Callable[[Ledger, float], list[Command]]) -> None:
-        assert self.ledger is not None
-        self.execute(call(self.ledger, self.world.now))
 
     def tick(self) -> None:
         if self.ledger is not None and self.runs:
@@ -492,17 +532,14 @@ class Host:
                 case SurveyServer():
                     self.surveys.append(command)
                 case VerifyServer(pool, generation):
-                    self.words.append(
-                        lambda x, now, pool=pool, generation=generation: x.control.server_verified(
-                            pool, generation, True, now
-                        )
-                    )
+                    self.words.append(_verified(pool, generation))
                 case SyncShare() | LeaveShare():
                     self.orders.append(command)
                 case ClaimLeadership() | ResignLeadership():
                     raise AssertionError("every limit can be shared here")
         assert self.ledger is not None
-        self.ledger.check_invariants()
+        if self.world.checks:
+            self.ledger.check_invariants()
         self._deliver()
 
     def _to_worker(self, session: bytes, message: object) -> None:
@@ -535,7 +572,7 @@ class Host:
             for proc in server.connections:
                 if proc.backend == fence.backend and not proc.starting:
                     server.end(proc)
-            self.call(lambda ledger, now, token=token: ledger.backend_gone(token, now))
+            self.execute(self.ledger.backend_gone(token, self.world.now))
         for _ in range(len(self.surveys)):
             order = self.surveys.popleft()
             starting, _ = server.sessions()
@@ -546,12 +583,12 @@ class Host:
             }
             databases = dict.fromkeys(mine, DATABASE)
             result = SurveyResult(order.serial, starting, mine, databases)
-            self.call(lambda ledger, now, result=result: ledger.control.surveyed(result, now))
+            self.execute(self.ledger.control.surveyed(result, self.world.now))
 
     # --- the session that shares, as `share_sessions.py`
 
     def run_order(self, fate: str = "done") -> None:
-        """Carry out the next order. `fate`: "done", or the session is "lost before" or "after" its commit."""
+        """Carry out the next order: "done", or or its session is lost "before" or "after"."""
         if self.ledger is None or not self.reaches_server or not self.orders:
             return
         if self.session is not None and self.session.dead:
@@ -572,11 +609,16 @@ class Host:
         if self.known.get(key) and now - self.looked_at > LOOK_EVERY_S:
             self.presence.seen(*server.sessions(), now)
             self.looked_at = now
+        elif now - self.looked_at > OLD_S:
+            self.presence.forget()
         if server.limit is None:
             server.limit, server.asked = order.max_conn, 0
         rows = server.listed(now)
+        if self.instance not in server.rows and (self.stale or not order.missed):
+            world.forget_early_grants()
+        self.stale = False
         decision = decide_sync(
-            self.instance, order, server.limit, server.asked, rows, self.presence, now
+            self.instance, order, server.limit, server.asked, server.paused, rows, self.presence
         )
         server.commit(self, order, decision, now)
         self.lost_at = None
@@ -587,8 +629,7 @@ class Host:
             return
         result = decision.result
         self.known[key] = tuple(host.instance for host in result.others)
-        if result.silent and result.division.lacking:
-            self._end_silent(result.silent)
+        self._end_silent(decision.silent)
         serial = order.serial
         self.words.append(
             lambda ledger, later: ledger.sharing.synced(key, serial, result, now, later)
@@ -596,22 +637,26 @@ class Host:
 
     def _open_session(self) -> None:
         server = self.world.server
-        self.session = server.connect(
-            self.name, f"sharedpool broker {self.instance}", is_broker=True
-        )
+        self.session = server.connect(self.name, SESSION_NAME + self.instance, is_broker=True)
         self.pid = self.session.pid
         self.presence, self.looked_at, self.known = Presence(), -math.inf, {}
-        for name in [name for name, row in server.rows.items() if row.told_at < server.boot_at]:
+        for name in [name for name, row in server.rows.items() if row.boot < server.boot]:
             del server.rows[name]
 
-    def _end_silent(self, instances: tuple[str, ...]) -> None:
-        server = self.world.server
-        for name in instances:
-            server.rows[name].cut = True
-        listed = self.presence.sessions_of(instances)
-        for proc in list(server.procs):
-            if (proc.pid, proc.pid) in listed:
-                self.world.ends_cut(proc)
+    def _end_silent(self, rows: tuple[Listed, ...]) -> None:
+        server, now = self.world.server, self.world.now
+        for listed in rows:
+            row = server.rows.get(listed.instance)
+            spoken = row is None or row.pid != listed.pid or now - row.told_at <= SILENT_S
+            if row is not None and not spoken and not row.cut:
+                row.cut = True
+                row.spare = max(0, row.held - len(self.presence.backends_of(listed)))
+            elif not listed.cut:
+                continue
+            sessions = self.presence.sessions_of(listed)
+            for proc in list(server.procs):
+                if (proc.pid, proc.pid) in sessions:
+                    server.end(proc)
 
     def _leave(self, key: ShareKey, fate: str) -> None:
         server = self.world.server
@@ -623,7 +668,7 @@ class Host:
             return
         server.rows.pop(self.instance, None)
         if not server.rows:
-            server.limit, server.asked = None, 0
+            server.limit, server.asked, server.paused = None, 0, False
         self.world.notify(key, others)
         if fate == "after":
             self._lose(None)
@@ -647,16 +692,14 @@ class Host:
         """The thread sees that its session has ended."""
         failure = SyncFailure(Failed.LOST, "the session was lost")
         for each in dict.fromkeys([*self.known, *([] if key is None else [key])]):
-            self.words.append(
-                lambda ledger, now, each=each: ledger.sharing.failed(each, failure, now)
-            )
+            self.words.append(_failed(each, failure))
         self.session, self.known = None, {}
         self.notifies.clear()
 
     def hear(self) -> None:
         """The loop makes the calls that the thread has asked for."""
         if self.ledger is not None and self.runs and self.words:
-            self.call(self.words.popleft())
+            self.execute(self.words.popleft()(self.ledger, self.world.now))
 
     def listen(self) -> None:
         """The thread reads what has come in its session."""
@@ -666,7 +709,19 @@ class Host:
             self.notice_loss()
         while self.notifies:
             key = self.notifies.popleft()
-            self.words.append(lambda ledger, now, key=key: ledger.sharing.woken(key, now))
+            self.words.append(_woken(key))
+
+
+def _verified(pool: str, generation: int) -> LedgerCall:
+    return lambda ledger, now: ledger.control.server_verified(pool, generation, True, now)
+
+
+def _failed(key: ShareKey, failure: SyncFailure) -> LedgerCall:
+    return lambda ledger, now: ledger.sharing.failed(key, failure, now)
+
+
+def _woken(key: ShareKey) -> LedgerCall:
+    return lambda ledger, now: ledger.sharing.woken(key, now)
 
 
 class World:
@@ -674,6 +729,7 @@ class World:
 
     def __init__(self, limits: list[int], workers: int) -> None:
         self.now = 1000.0
+        self.checks = True  # of the ledgers' invariants, after every call
         self.server = Server()
         self.most = 0  # the highest limit under which something may have been opened
         self.hosts: list[Host] = []
@@ -687,27 +743,27 @@ class World:
             if host.instance in instances and host.session is not None and not host.session.dead:
                 host.notifies.append(key)
 
-    def ends_cut(self, proc: Proc) -> None:
-        """A silent host's session is ended: connects of its that are late are waited for."""
-        self.server.end(proc)
-
     def forget_early_grants(self) -> None:
-        """A broker begins that cannot know what was granted before the server's start.
+        """A broker comes that cannot know who had grants before the server's start.
 
         The product takes the risk that a worker connects under such a grant.
         """
         if self.now - self.server.boot_at < CUT_S:
-            for held in self.unarrived():
-                held.doomed = held.doomed or held.granted_at <= self.server.boot_at
+            for host in self.hosts:
+                if host.session is not None and host.session.dead:
+                    self._notice_loss(host)
+                for held in host.unarrived():
+                    held.doomed = held.doomed or held.granted_at <= self.server.boot_at
 
-    def unarrived(self) -> list[Held]:
-        return [
-            held
-            for host in self.hosts
-            for worker in host.workers
-            for held in worker.leases.values()
-            if held.proc is None
-        ]
+    def in_use(self) -> int:
+        """How many connections there are, or may be before any other sync."""
+        on_the_way = sum(len(host.unarrived()) + host.free for host in self.hosts)
+        return len(self.server.connections) + on_the_way
+
+    def counted(self) -> int:
+        """How many slots the brokers count, also of connections that have ended."""
+        ledgers = [host.ledger for host in self.hosts if host.ledger is not None]
+        return self.in_use() + sum(ledger.leases for ledger in ledgers)
 
     def server_notices(self) -> None:
         """Backends end whose clients have left."""
@@ -734,7 +790,7 @@ class World:
                 host.ledger.sharing.suspended(self.now)
 
     def kill_host(self, host: Host) -> None:
-        """All its processes end at once; its instance and journal are lost with the machine's /run."""
+        """All its processes end at once; its instance and journal are lost with it."""
         host.kill_broker(journal_lost=True)
         for worker in host.workers:
             for held in worker.leases.values():
@@ -753,17 +809,27 @@ class World:
 
     def restart_server(self, *, crashed: bool) -> None:
         if self.server.up:
-            self.server.stop()
+            self.stop_server()
         self.server.start(self.now, crashed=crashed)
+
+    def stop_server(self) -> None:
+        for host in self.hosts:
+            row, session = self.server.rows.get(host.instance), host.session
+            heard = row is not None and self.now - row.told_at <= TRUST_S
+            host.stale |= session is None or session.dead or not heard
+            for held in host.unarrived() if host.ledger is None else ():
+                held.doomed = True
+        self.server.stop()
 
     # --- time
 
     def pass_time(self, seconds: float, *, prompt: bool) -> None:
-        """Let time pass. `prompt`: what brokers and the server are to do is done as it falls due."""
+        """Let time pass. `prompt`: brokers and the server do everything as it falls due."""
         until = self.now + seconds
         while True:
             for host in self.hosts:
-                self._notice_loss(host)
+                if not host.cut:
+                    self._notice_loss(host)
             if prompt:
                 self.brokers_work()
             if self.now >= until:
@@ -787,7 +853,7 @@ class World:
     @staticmethod
     def _notice_loss(host: Host) -> None:
         """The end of a session is seen at once, unless the network is cut."""
-        if host.runs and not host.cut and host.session is not None and host.session.dead:
+        if host.runs and host.session is not None and host.session.dead:
             host.notice_loss()
             while host.words:
                 host.hear()

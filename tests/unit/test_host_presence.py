@@ -1,4 +1,4 @@
-"""Which hosts are gone: on the server's word only, and never while something of them may come."""
+"""What other hosts may have in use: on the server's word, and never less than may still come."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 from sharedpool.broker.core.host_presence import (
     CUT_S,
     GONE_S,
+    ORPHANED_S,
     SESSION_NAME,
     SILENT_S,
     Judgement,
@@ -17,33 +18,45 @@ from sharedpool.broker.core.shares import TRUST_S
 from sharedpool.wire.application_name import tag_of
 from sharedpool.wire.messages import START_UP_LIMIT_S
 
-NOTHING: list[tuple[int, int, str]] = []
 BROKER = (10, 1, SESSION_NAME + "x")
-WORKER = (20, 1, "sharedpool p [x]")
+WORKERS = ((20, 1, tag_of("p", "x")), (21, 1, tag_of("p", "x")))
+Sessions = tuple[int, int, str]
 
 
 def row(
-    *, instance: str = "x", started_us: int = 1, cut: bool = False, silent_s: float = 0.0
+    *,
+    instance: str = "x",
+    held: int = 4,
+    started_us: int = 1,
+    cut: bool = False,
+    silent_s: float = 0.0,
+    spare: int = 0,
+    unnamed: str = "",
 ) -> Listed:
-    return Listed(instance, "host", 10, started_us, 4, 4, 0, cut, silent_s)
+    return Listed(
+        instance, "host", 10, started_us, held, 4, 0, cut, silent_s, spare=spare, unnamed=unnamed
+    )
 
 
 class Observer:
-    """A broker that looks at the server, and judges one limit."""
+    """A broker that looks at the server, and judges limits by what it sees."""
 
     def __init__(self) -> None:
         self.presence = Presence()
 
-    def look(
-        self, now: float, *sessions: tuple[int, int, str], starting: tuple[int, ...] = ()
-    ) -> None:
+    def look(self, now: float, *sessions: Sessions, starting: tuple[int, ...] = ()) -> None:
         self.presence.seen(frozenset(starting), sessions, now)
 
-    def judge(self, now: float, *rows: Listed, scope: str = "p") -> Judgement:
-        return self.presence.judge(scope, rows or (row(),), now)
+    def judge(
+        self, *rows: Listed, scope: str = "p", mine: tuple[tuple[int, int], ...] = ()
+    ) -> Judgement:
+        return self.presence.judge(scope, rows or (row(),), frozenset(mine))
 
-    def is_gone(self, now: float, *rows: Listed, scope: str = "p") -> bool:
-        return bool(self.judge(now, *rows, scope=scope).gone)
+    def most(self, one: Listed | None = None, **options: object) -> int:
+        """Return how many slots a host keeps; -1 if it is gone."""
+        one = one or row()
+        judgement = self.judge(one, **options)  # type: ignore[arg-type]
+        return -1 if judgement.gone else judgement.lowered.get(one.instance, one.held)
 
 
 @pytest.fixture
@@ -51,84 +64,138 @@ def observer() -> Observer:
     return Observer()
 
 
+# --- hosts that speak
+
+
 def test_nothing_is_judged_before_the_first_look(observer: Observer) -> None:
-    assert observer.judge(1000.0, row(silent_s=1e6)) == Judgement(
-        frozenset(), frozenset(), frozenset(), ()
-    )
+    nothing = Judgement(frozenset(), {}, frozenset(), frozenset(), ())
+    assert observer.judge(row(silent_s=1e6)) == nothing
 
 
-def test_a_host_with_its_brokers_session_is_connected(observer: Observer) -> None:
+def test_a_host_with_its_brokers_session_keeps_its_share(observer: Observer) -> None:
     observer.look(0.0, BROKER)
-    judgement = observer.judge(0.0)
+    judgement = observer.judge()
     assert judgement.connected == {"x"}
-    assert not judgement.gone
+    assert observer.most() == 4
     assert not judgement.silent
 
 
-def test_a_host_with_only_a_backend_stays_for_as_long_as_that_lives(observer: Observer) -> None:
-    for now in (0.0, 10.0, 1000.0):
-        observer.look(now, WORKER)
-        assert not observer.judge(now).connected
-        assert not observer.is_gone(now)
-
-
-def test_a_host_without_any_session_is_gone_after_a_moment(observer: Observer) -> None:
+def test_a_host_that_has_come_since_the_last_look_is_not_gone(observer: Observer) -> None:
+    """It holds nothing yet, and the list does not show it."""
     observer.look(0.0)
-    assert not observer.is_gone(0.0)
-    observer.look(GONE_S - 0.1)
-    assert not observer.is_gone(GONE_S - 0.1)
-    observer.look(GONE_S)
-    judgement = observer.judge(GONE_S)
-    assert judgement.gone == {"x"}
-    assert "host (x) is gone, its 4 slots are free" in judgement.events[0]
-
-
-def test_time_counts_only_as_far_as_the_server_was_looked_at(observer: Observer) -> None:
-    observer.look(0.0)
-    assert not observer.is_gone(0.0)
-    assert not observer.is_gone(100.0), "nobody has looked since"
+    assert observer.most(row(held=0)) == 0
 
 
 def test_a_control_connection_is_no_sign_of_the_host(observer: Observer) -> None:
     for now in (0.0, GONE_S):
         observer.look(now, (11, 1, "sharedpool broker x"))
-    assert not observer.judge(GONE_S).connected
+        judgement = observer.judge()
+        assert not judgement.connected
+    assert judgement.gone == {"x"}
+
+
+# --- hosts that have gone
+
+
+def test_a_host_without_any_session_is_gone_after_a_moment(observer: Observer) -> None:
+    for now, most in ((0.0, 4), (GONE_S - 0.1, 4), (GONE_S, -1)):
+        observer.look(now)
+        assert observer.most() == most
+    assert "host 'host' ('x') is gone, its 4 slots are free" in _event_at(observer, 2 * GONE_S)
+
+
+def _event_at(observer: Observer, now: float) -> str:
+    for when in (now, now + GONE_S):
+        observer.look(when)
+        events = observer.judge().events
+    return events[0]
+
+
+def test_time_counts_only_as_far_as_the_server_was_looked_at(observer: Observer) -> None:
+    observer.look(0.0)
+    for _ in range(3):
+        assert observer.most() == 4
+
+
+def test_a_list_that_was_forgotten_proves_nothing(observer: Observer) -> None:
+    observer.look(0.0)
+    observer.most()
+    observer.presence.forget()
+    assert observer.most(row(silent_s=1e6)) == 4
+    observer.look(GONE_S)
+    assert observer.most() == 4
 
 
 def test_a_session_of_another_start_is_not_the_rows(observer: Observer) -> None:
-    """Its pid was given to another one; the host's own backends count all the same."""
-    observer.look(0.0, (10, 2, SESSION_NAME + "y"))
-    assert not observer.judge(0.0).connected
-    observer.look(GONE_S, (10, 2, SESSION_NAME + "y"))
-    assert observer.is_gone(GONE_S)
+    """Its pid was given to another one."""
+    for now in (0.0, GONE_S):
+        observer.look(now, (10, 2, SESSION_NAME + "y"))
+        judgement = observer.judge()
+        assert not judgement.connected
+    assert judgement.gone == {"x"}
 
 
 def test_the_next_session_of_a_host_begins_anew(observer: Observer) -> None:
     observer.look(0.0)
-    observer.is_gone(0.0)
+    observer.most()
     observer.look(GONE_S)
-    assert not observer.is_gone(GONE_S, row(started_us=7))
+    assert observer.most(row(started_us=7)) == 4
 
 
 def test_what_is_seen_between_two_judgements_counts(observer: Observer) -> None:
     """One look serves all limits of a database."""
     observer.look(0.0)
-    observer.is_gone(0.0)
-    observer.look(0.5, WORKER)
-    observer.is_gone(0.5, scope="another limit")
+    observer.most()
+    observer.look(0.5, BROKER)
+    observer.most(scope="another limit")
     observer.look(GONE_S)
-    assert not observer.is_gone(GONE_S)
+    assert observer.most() == 4
     observer.look(2 * GONE_S)
-    assert observer.is_gone(2 * GONE_S)
+    assert observer.most() == -1
 
 
-@pytest.mark.parametrize("name", ["broker p", "shares p"])
-def test_a_pools_backends_are_its_hosts_whatever_it_is_called(
+def test_hosts_are_judged_one_by_one(observer: Observer) -> None:
+    for now in (0.0, GONE_S):
+        observer.look(now, (11, 1, SESSION_NAME + "y"))
+        judgement = observer.judge(row(), row(instance="y"))
+    assert judgement.gone == {"x"}
+    assert not judgement.lowered
+
+
+# --- brokers that have gone, and workers that live
+
+
+@pytest.mark.parametrize("name", ["p", "broker p", "shares p"])
+def test_what_a_dead_brokers_workers_do_not_use_is_free_when_no_grant_lasts(
     observer: Observer, name: str
 ) -> None:
-    for now in (0.0, GONE_S, 2 * GONE_S):
-        observer.look(now, (20, 1, tag_of(name, "x")))
-        assert not observer.is_gone(now)
+    worker = (20, 1, tag_of(name, "x"))
+    for now, most in ((0.0, 4), (ORPHANED_S - 1.0, 4), (ORPHANED_S, 1), (10 * ORPHANED_S, 1)):
+        observer.look(now, worker)
+        assert observer.most() == most
+    assert ORPHANED_S >= TRUST_S + START_UP_LIMIT_S
+
+
+def test_it_is_free_at_once_if_this_broker_counts_them(observer: Observer) -> None:
+    for now in (0.0, GONE_S):
+        observer.look(now, *WORKERS)
+        most = observer.most(mine=((20, 1),))
+    assert most == 1
+    observer.look(2 * GONE_S, *WORKERS)
+    assert observer.most(mine=((20, 1), (21, 1))) == -1
+
+
+def test_backends_that_have_another_name_count_by_the_row(observer: Observer) -> None:
+    for now in (0.0, ORPHANED_S):
+        observer.look(now, (30, 5, "psql"))
+        most = observer.most(row(unnamed="30:5 31:5 nonsense 7"))
+    assert most == 1
+
+
+def test_a_broker_tells_which_of_its_backends_have_another_name(observer: Observer) -> None:
+    observer.look(0.0, *WORKERS, (30, 5, "psql"))
+    backends = [(20, 1), (30, 5), (40, 1)]  # the last one has ended
+    assert observer.presence.unnamed("x", backends) == "30:5"
 
 
 # --- connects that are under way
@@ -137,70 +204,71 @@ def test_a_pools_backends_are_its_hosts_whatever_it_is_called(
 def test_a_connect_in_start_up_may_be_the_hosts(observer: Observer) -> None:
     for now in (0.0, GONE_S, 5 * GONE_S):
         observer.look(now, starting=(30,))
-        assert not observer.is_gone(now)
+        assert observer.most() == 4
     observer.look(6 * GONE_S)
-    assert observer.is_gone(6 * GONE_S)
+    assert observer.most() == -1
 
 
 def test_so_may_one_that_has_begun_since(observer: Observer) -> None:
     """It was in the kernel's queue when the host's sessions ended, or on its way to the server."""
     observer.look(0.0)
-    assert not observer.is_gone(0.0)
+    observer.most()
     for now in (GONE_S, 2 * GONE_S):
         observer.look(now, starting=(30,))
-        assert not observer.is_gone(now)
-    observer.look(3 * GONE_S, WORKER)
-    assert not observer.is_gone(3 * GONE_S), "there it is"
+        assert observer.most() == 4
+    observer.look(3 * GONE_S, WORKERS[0])
+    assert observer.most() == 4, "there it is"
 
 
 def test_one_that_begins_later_is_another_hosts(observer: Observer) -> None:
     """On a busy server there is always some backend in start-up."""
     observer.look(0.0, starting=(30,))
-    observer.is_gone(0.0)
+    observer.most()
     observer.look(GONE_S, starting=(31,))
-    assert not observer.is_gone(GONE_S)
+    assert observer.most() == 4
     observer.look(GONE_S + 0.4, starting=(32,))
-    assert observer.is_gone(GONE_S + 0.4)
+    assert observer.most() == -1
 
 
 # --- silence
 
 
-def test_a_silent_host_is_one_with_sessions_that_does_not_speak(observer: Observer) -> None:
-    observer.look(0.0, BROKER, WORKER)
-    assert not observer.judge(0.0, row(silent_s=SILENT_S)).silent
-    judgement = observer.judge(0.0, row(silent_s=SILENT_S + 0.1))
-    assert judgement.silent == {"x"}
-    assert not judgement.gone
-    assert set(observer.presence.sessions_of(["x"])) == {(10, 1), (20, 1)}
-
-
-def test_a_host_stops_opening_before_others_call_it_silent() -> None:
+def test_a_host_is_silent_later_than_it_has_stopped_to_open(observer: Observer) -> None:
+    observer.look(0.0, BROKER, *WORKERS)
+    assert not observer.judge(row(silent_s=SILENT_S)).silent
+    assert observer.judge(row(silent_s=SILENT_S + 0.1)).silent == {"x"}
+    assert observer.most(row(silent_s=SILENT_S + 0.1)) == 4
     assert SILENT_S > TRUST_S
 
 
-def test_the_share_of_a_host_that_was_cut_waits_for_connects_that_may_still_arrive(
-    observer: Observer,
-) -> None:
-    observer.look(0.0)
-    observer.is_gone(0.0, row(cut=True))
-    observer.look(CUT_S - 1.0)
-    assert not observer.is_gone(CUT_S - 1.0, row(cut=True, silent_s=SILENT_S))
-    observer.look(CUT_S)
-    assert observer.is_gone(CUT_S, row(cut=True, silent_s=SILENT_S))
+def test_all_its_sessions_are_ended(observer: Observer) -> None:
+    observer.look(0.0, BROKER, *WORKERS, (30, 5, "psql"), (31, 5, "psql"))
+    sessions = observer.presence.sessions_of(row(unnamed="30:5"))
+    assert sessions == {(10, 1), (20, 1), (21, 1), (30, 5)}
 
 
-def test_a_host_of_which_nothing_is_left_for_that_long_is_gone_at_the_first_look(
-    observer: Observer,
-) -> None:
-    observer.look(0.0)
-    assert observer.is_gone(0.0, row(cut=True, silent_s=CUT_S))
+def test_a_host_that_was_cut_keeps_what_may_still_arrive(observer: Observer) -> None:
+    cut = row(cut=True, spare=1, silent_s=SILENT_S)
+    for now, sessions, most in ((0.0, WORKERS, 4), (0.4, WORKERS, 3), (0.8, WORKERS[:1], 2)):
+        observer.look(now, *sessions)
+        assert observer.most(cut) == most
+    observer.look(1.2)
+    assert observer.most(cut) == 1
+    assert observer.most(cut._replace(silent_s=CUT_S)) == -1
     assert CUT_S >= TRUST_S + 15.0 + START_UP_LIMIT_S
 
 
-def test_hosts_are_judged_one_by_one(observer: Observer) -> None:
-    rows = (row(), row(instance="y"))
-    for now in (0.0, GONE_S):
-        observer.look(now, (21, 1, "sharedpool p [y]"))
-        judgement = observer.judge(now, *rows)
-    assert judgement.gone == {"x"}
+def test_its_backends_may_be_newer_than_a_list_from_before_it_was_cut(observer: Observer) -> None:
+    """Who ended the sessions had a newer list, in which they were in use, and not spare."""
+    observer.look(0.0, BROKER)
+    assert observer.most(row(cut=True, silent_s=SILENT_S)) == 4
+    observer.look(0.4, *WORKERS)
+    assert observer.most(row(cut=True, silent_s=SILENT_S)) == 2
+
+
+def test_a_host_that_speaks_again_and_is_cut_again_begins_anew(observer: Observer) -> None:
+    observer.look(0.0, BROKER)
+    observer.most(row(cut=True))
+    observer.most(row())
+    observer.look(0.4, BROKER)
+    assert observer.most(row(cut=True)) == 4

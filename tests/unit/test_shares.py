@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
@@ -22,14 +22,15 @@ class Host:
     wanted: int = 0
     used: int = 0
     has_idle: bool = False
-    division: Division = Division(0)
+    division: Division = field(default_factory=lambda: Division(0))
 
     @property
     def allowed(self) -> int:
         return max(0, self.division.held - self.division.owed)
 
-    def claim(self, *, asks: bool = False) -> Claim:
-        return Claim(self.wanted, max(self.allowed, self.used), asks, self.has_idle)
+    def claim(self, asked: int, *, asks: bool = False) -> Claim:
+        least = max(self.allowed, self.used)
+        return Claim(self.wanted, least, asks, checked=asked, has_idle=self.has_idle)
 
 
 class Table:
@@ -47,7 +48,7 @@ class Table:
             self.limit,
             name,
             row.held if row else 0,
-            host.claim(asks=asks),
+            host.claim(self.asked, asks=asks),
             {other: row for other, row in self.rows.items() if other != name},
             asked=self.asked,
             answered=row.answered if row else 0,

@@ -108,6 +108,7 @@ class SyncResult(NamedTuple):
     division: Division
     others: tuple[HostRow, ...]
     events: tuple[str, ...] = ()  # what is worth a line in the log, such as a host that is gone
+    bounded: bool = False  # the order's `most` was applied
 
 
 class Failed(Enum):
@@ -328,6 +329,11 @@ class SyncShare:
     backends: tuple[tuple[int, int], ...] = ()  # of this host's leases: pid, start time
     change: ShareChange = NO_CHANGE
     serial: int = 0  # of the order: its outcome counts only while no other one was given since
+    # What this host remembers of the table (`table_memory.py`): it held at least `most`, beside the
+    # hosts `missed`. `sure`: its row is as it was told last.
+    most: int = 0
+    missed: tuple[str, ...] = ()
+    sure: bool = True
 
 
 @dataclass(frozen=True, slots=True)

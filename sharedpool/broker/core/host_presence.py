@@ -86,6 +86,13 @@ class Presence:
         self._starting: frozenset[int] = frozenset()
         self._seen_at = -math.inf
         self._absent: dict[tuple[str, str, int, int], Absence] = {}
+        self._cut: dict[
+            tuple[str, str, int, int], float
+        ] = {}  # the last look before that was known
+
+    def forget(self) -> None:
+        """Forget a list that is old: it says nothing of hosts that have come since."""
+        self.__init__()  # type: ignore[misc]
 
     def seen(
         self, starting: frozenset[int], sessions: Iterable[tuple[int, int, str]], now: float
@@ -151,14 +158,20 @@ class Presence:
 
     def _most(self, scope: str, row: Listed, mine: frozenset[Session]) -> tuple[int, str]:
         """Return how many slots a host may have in use, and why it is not all of its share."""
+        is_here = row.instance in self._brokers
+        if not row.cut:
+            if self._cut:
+                self._cut.pop(_key(scope, row), None)
+            if is_here:
+                return row.held, ""
         backends = self.backends_of(row)
         left = len(backends - mine)
-        if row.silent_s >= CUT_S and not self._brokers.get(row.instance):
+        if row.silent_s >= CUT_S and not is_here:
             return left, f"no session on the server, and not heard of for {row.silent_s:.0f} s"
-        if row.cut:
+        if row.cut and self._seen_at > self._cut.setdefault(_key(scope, row), self._seen_at):
             return row.spare + left, "its sessions were ended"
-        if self._brokers.get(row.instance):
-            return row.held, ""
+        if row.cut:
+            return row.held, ""  # some of its backends may be newer than the list
         absence = self._absent.setdefault(_key(scope, row), Absence(self._seen_at))
         quiet_s = self._seen_at - absence.since
         if quiet_s < (ORPHANED_S if backends and not backends & mine else GONE_S):

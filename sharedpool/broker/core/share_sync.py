@@ -50,6 +50,7 @@ def decide_sync(
     is_changed = bool(change.max_conn) or change.paused not in (None, paused)
     max_conn = change.max_conn or max_conn
     paused = paused if change.paused is None else change.paused
+    bounded = _is_bounded(me, order, rows)
     division = decide(
         0 if paused else max_conn,  # nobody may hold more than it has in use
         me,
@@ -59,6 +60,7 @@ def decide_sync(
         asked=asked,
         answered=0 if mine is None else mine.answered,
         question=order.question,
+        most=order.most if bounded else max_conn,
     )
     hosts = tuple(
         HostRow(
@@ -71,7 +73,7 @@ def decide_sync(
         )
         for x in others
     )
-    result = SyncResult(max_conn, paused, division, hosts, seen.events)
+    result = SyncResult(max_conn, paused, division, hosts, seen.events, bounded)
     silent = [x for x in others if x.instance in seen.silent and presence.sessions_of(x)]
     return SyncDecision(
         result,
@@ -92,3 +94,9 @@ def _share(row: Listed, *, silent: bool) -> HostShare:
 def _shown(name: str) -> str:
     """Return a name of a row as it may be shown in a terminal."""
     return name if name.isprintable() else ascii(name)
+
+
+def _is_bounded(me: str, order: SyncShare, rows: Sequence[Listed]) -> bool:
+    """Return True if this host may take no more than it had: the table may have been emptied."""
+    present = {_shown(row.instance) for row in rows}
+    return not (order.sure and _shown(me) in present) and not present.issuperset(order.missed)

@@ -86,11 +86,12 @@ def decide(
     asked: int = 0,
     answered: int = 0,
     question: int = 0,
+    most: int | None = None,
 ) -> Division:
     """Return what the host `me`, which has held `held`, holds from now on.
 
     `asked` is the newest question of any host, `answered` the newest that `me` has answered, and
-    `question` the newest that `me` has asked.
+    `question` the newest that `me` has asked. With `most`, `me` takes nothing beyond that.
     """
     names = sorted([me, *others])
     mine = names.index(me)
@@ -112,6 +113,8 @@ def decide(
     taken = max(0, min(fair[mine] - now_held, free))
     # 3. Take of the rest, unless others lack it.
     taken += max(0, min(target[mine] - now_held - taken, free - taken - lacked))
+    if most is not None:
+        taken = min(taken, max(0, most - now_held))
     now_held += taken
     free -= taken
 

@@ -39,6 +39,7 @@ from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.recalls import Recalls
 from sharedpool.broker.core.records import UNSHARED, Pool
 from sharedpool.broker.core.shares import TRUST_S, Claim, Division
+from sharedpool.broker.core.table_memory import TableMemory
 from sharedpool.wire.reports import HostReport
 from sharedpool.wire.values import NO_TOKEN, Holder
 
@@ -67,6 +68,7 @@ class Share:
     pool: Pool | None
     division: Division = field(default_factory=lambda: Division(0))
     others: tuple[HostRow, ...] = ()  # as they were at the last sync
+    memory: TableMemory = field(default_factory=TableMemory)
     registered: bool = False
     resting: bool = False  # it was given back while nobody uses the limit here
     unshared: str = ""  # why the limit is this host's own
@@ -199,8 +201,9 @@ class Sharing:
     def _rest(self, share: Share) -> None:
         """Give a share back that is not in use: nobody is kept from dropping the database."""
         self._leave(share)
-        share.resting, share.registered = True, False
+        share.resting, share.registered, share.beat_at = True, False, math.inf
         share.division, share.others = Division(0), ()
+        share.memory = TableMemory()
         self._allow(share, 0)
 
     # --- after every event
@@ -212,7 +215,7 @@ class Sharing:
             if not share.registered or share.unshared or share.frozen:
                 continue
             if share.trusted_until <= now:
-                self._freeze(share, f"no look at the other hosts' shares for {TRUST_S:.0f} s")
+                self._freeze(share, now, f"no look at the other hosts' shares for {TRUST_S:.0f} s")
             else:
                 self.trust_ends = min(self.trust_ends, share.trusted_until)
 
@@ -220,11 +223,13 @@ class Sharing:
         """Freeze all shares: this process did not run, and others may have taken it for gone."""
         for share in self.shares.values():
             if share.registered and not share.unshared:
-                self._freeze(share, "")
-                share.due = True
+                self._freeze(share, now, "")
+                share.due, share.pending = True, 0  # the outcome of a sync before that is too old
 
-    def _freeze(self, share: Share, why: str) -> None:
+    def _freeze(self, share: Share, now: float, why: str) -> None:
         """Open nothing more until the next sync."""
+        if now >= share.trusted_until and not share.frozen:
+            share.memory.silent()
         if why and not share.frozen:
             self._log(logging.WARNING, "%s: opening nothing: %s", _title(share), why)
         share.frozen, share.trouble = True, why or share.trouble
@@ -306,18 +311,21 @@ class Sharing:
         claim = Claim(
             share.told, self._least(share), asks, share.checked, self._has_idle(share), giving
         )
-        limit = self._own_limit(share)
         self._emit(
             SyncShare(
                 share.key,
-                limit,
+                self._own_limit(share),
                 claim,
                 share.question,
                 self._backends(share),
                 share.change,
                 share.pending,
+                share.memory.most,
+                share.memory.missed_at(now),
+                sure=not share.memory.unsure,
             )
         )
+        share.memory.ordered(claim.least)
 
     @staticmethod
     def _budget(share: Share, now: float) -> float:
@@ -356,6 +364,7 @@ class Sharing:
         if not (share.division.owed and division.owed):
             share.owed_at = now
         share.division, share.others = division, result.others
+        share.memory.synced(result, now)
         share.trusted_until, share.synced_at = began + TRUST_S, now
         self.trust_ends = min(self.trust_ends, share.trusted_until)
         self._allow(share, max(0, division.held - division.owed))
@@ -384,7 +393,7 @@ class Sharing:
         An order that is still to be carried out does not count any more.
         """
         share = self.shares.get(key)
-        if share is None or serial not in (0, share.pending):
+        if share is None or share.resting or serial not in (0, share.pending):
             return self._settle(now)
         share.pending, retry_s = 0, share.retry_s
         share.retry_s = min(2 * retry_s, _LAST_RETRY_S)
@@ -393,7 +402,7 @@ class Sharing:
             if failure.how is Failed.UNSHARED:
                 retry_s = _RETRY_UNSHARED_S
         elif not share.unshared:
-            self._freeze(share, failure.why)
+            self._freeze(share, now, failure.why)
             if failure.how is Failed.UNREACHABLE:
                 for pool in self._pools(share):
                     pool.backoff.failed(NO_TOKEN, pool.connected, failure.why, now)
@@ -417,7 +426,8 @@ class Sharing:
 
         The workers are asked first what is idle: else one slot after the other would move.
         """
-        if (share := self.shares.get(key)) is not None and not share.unshared:
+        share = self.shares.get(key)
+        if share is not None and not (share.unshared or share.resting):
             self._active[key] = share
             if now - share.inquired_at > _INQUIRY_EVERY_S and self._inquire(share, now):
                 self._beat(share, now + _INQUIRY_S)
@@ -546,6 +556,8 @@ class Sharing:
         return self._slots.allowed if share.pool is None else share.pool.allowed
 
     def _least(self, share: Share) -> int:
+        if self._slots.grant_stop.holding_back:
+            return UNSHARED  # what is held is not known yet: nothing can be given back
         return max(self._allowance(share), self._occupied(share))
 
     def _own_limit(self, share: Share) -> int:

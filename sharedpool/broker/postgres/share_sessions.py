@@ -39,6 +39,7 @@ from sharedpool.postgres.libpq import socket_of_failed
 logger = logging.getLogger("sharedpool.broker")
 
 _LOOK_EVERY_S = 0.4
+_OLD_S = 2.0  # the server's list may show none of a host's backends after that
 
 
 class _Session:
@@ -178,6 +179,8 @@ class ShareSessions:
             if session.others.get(key) and began - session.looked_at > _LOOK_EVERY_S:
                 share_table.look(session.conn, session.presence, began)
                 session.looked_at = began
+            elif began - session.looked_at > _OLD_S:
+                session.presence.forget()
             decision = share_table.sync(session.conn, session.registration, order, session.presence)
             result = decision.result
             session.others[key] = tuple(host.instance for host in result.others)

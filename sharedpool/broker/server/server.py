@@ -168,16 +168,17 @@ class Server:
     def _take_over(self) -> None:
         """Begin where a former broker ended."""
         now = time.monotonic()
+        waits = self._follows and not self._journal.intact
+        if waits:  # before anything else: this host's shares may count more than the journal has
+            self._execute(
+                self._ledger.takeover.begin_grace_period(self._ledger.takeover.grace_s, now)
+            )
         # Without a control connection the end of a dead worker's backend cannot be confirmed: the
         # leases in the journal stay counted.
         self._execute(
             self._ledger.takeover.restore(self._journal.entries, now, self._journal.members)
         )
-        if self._follows and not self._journal.intact:
-            self._execute(
-                self._ledger.takeover.begin_grace_period(self._ledger.takeover.grace_s, now)
-            )
-        else:
+        if not waits:
             self._journal.mark_complete()
 
     def _no_answer_yet(self) -> str:

@@ -1,0 +1,246 @@
+"""Syncs whose outcomes come late, or never, and brokers that do not know yet what they hold."""
+
+from __future__ import annotations
+
+from sharedpool.broker.core.commands import (
+    Failed,
+    HostRow,
+    LeaveShare,
+    ShareKey,
+    SyncFailure,
+    SyncResult,
+    SyncShare,
+)
+from sharedpool.broker.core.host_presence import CUT_S, Listed, Presence
+from sharedpool.broker.core.records import Pool
+from sharedpool.broker.core.share_sync import decide_sync
+from sharedpool.broker.core.shares import Claim, Division
+from tests.unit.ledger_driver import TTL_S, Broker, Worker
+from tests.unit.restarts import journal_of
+
+LOST = SyncFailure(Failed.LOST, "the session was lost")
+OTHER = HostRow("other host", "b", 0, 0, 0.0, True)
+
+
+class SharingBroker(Broker):
+    """A broker whose syncs are answered by the test."""
+
+    def __init__(self, epoch: int = 5, **options: object) -> None:
+        super().__init__(epoch, shared=True, by_database=True, **options)  # type: ignore[arg-type]
+
+    @property
+    def order(self) -> SyncShare:
+        return self.all(SyncShare)[-1]
+
+    @property
+    def pool(self) -> Pool:
+        return next(iter(self.slots.pools.values()))
+
+    def answer(
+        self,
+        order: SyncShare,
+        *,
+        held: int,
+        alone: bool = False,
+        lacking: int = 0,
+        bounded: bool = False,
+    ) -> None:
+        division = Division(held, alone=alone, lacking=lacking)
+        result = SyncResult(10, False, division, () if alone else (OTHER,), bounded=bounded)
+        sharing = self.ledger.sharing
+        self.take_in(sharing.synced(order.key, order.serial, result, self.now, self.now))
+
+    def fail(self, order: SyncShare, serial: int = 0) -> None:
+        self.take_in(self.ledger.sharing.failed(order.key, LOST, self.now, serial))
+
+    def sync_again(self) -> SyncShare:
+        """Let time pass until the next sync is ordered."""
+        before = self.order.serial
+        for _ in range(100):
+            self.pass_time(0.1)
+            if self.order.serial > before:
+                return self.order
+        raise AssertionError("no sync is ordered")
+
+
+def with_share(held: int = 10, *, in_use: int = 0) -> tuple[SharingBroker, Worker]:
+    """A host that holds some of ten slots, beside another host, and uses some of them."""
+    broker = SharingBroker()
+    worker = broker.worker("a", max_conn=10)
+    broker.answer(broker.order, held=held)
+    for _ in range(in_use):
+        worker.lend()
+    return broker, worker
+
+
+# --- which outcome counts
+
+
+def test_nothing_is_granted_before_the_first_outcome() -> None:
+    broker = SharingBroker()
+    worker = broker.worker("a", max_conn=10)
+    request = worker.ask(60.0)
+    assert worker.outcome(request) is None
+    broker.answer(broker.order, held=10)
+    assert worker.granted(request)
+
+
+def test_the_outcome_of_an_order_before_the_sessions_loss_does_not_count() -> None:
+    """It is carried out in the next session; by then there is a newer order, with another claim."""
+    broker, _ = with_share(2, in_use=1)
+    before = broker.sync_again()
+    broker.fail(before)  # the loss is reported while that order waits
+    broker.answer(before, held=10)
+    assert broker.pool.allowed == 1
+    broker.sync_again()
+    broker.answer(before, held=10)
+    assert broker.pool.allowed == 1
+    broker.answer(broker.order, held=4)
+    assert broker.pool.allowed == 4
+
+
+def test_the_failure_of_such_an_order_does_not_count_either() -> None:
+    broker, _ = with_share(in_use=1)
+    before = broker.sync_again()
+    broker.fail(before)
+    broker.sync_again()
+    broker.fail(before, before.serial)
+    broker.answer(broker.order, held=4)
+    assert broker.pool.allowed == 4
+
+
+def test_the_outcome_for_a_pool_that_has_gone_does_not_count_for_the_next_of_its_name() -> None:
+    """Its row has been deleted in between."""
+    broker = SharingBroker()
+    worker = broker.worker("a", max_conn=10)
+    before = broker.order
+    broker.take_in(broker.ledger.session_died(worker.id, broker.now))
+    assert broker.all(LeaveShare)
+    broker.worker("b", max_conn=10)
+    assert broker.order.serial > before.serial
+    broker.answer(before, held=10)
+    assert broker.pool.allowed == 0
+
+
+def test_the_outcome_of_a_sync_before_a_pause_does_not_count() -> None:
+    """The process did not run: others may have taken its host for gone since that sync."""
+    broker, _ = with_share(in_use=2)
+    before = broker.sync_again()
+    broker.now += 10.0
+    broker.ledger.sharing.suspended(broker.now)
+    broker.answer(before, held=10)
+    assert broker.pool.allowed == 2
+    assert broker.order.serial > before.serial
+    broker.answer(broker.order, held=10)
+    assert broker.pool.allowed == 10
+
+
+# --- a share that was given back
+
+
+def test_a_share_that_was_given_back_is_not_synced_before_somebody_uses_it() -> None:
+    broker, worker = with_share(in_use=1)
+    (token,) = worker.held
+    worker.release(token)
+    for _ in range(100):
+        broker.pass_time(0.1)
+        worker.beat()
+        if broker.all(LeaveShare):
+            break
+    assert broker.all(LeaveShare)
+    last = broker.order
+    broker.take_in(broker.ledger.sharing.woken(last.key, broker.now))
+    broker.fail(last)
+    for _ in range(20):
+        broker.pass_time(1.0)
+        worker.beat()
+    assert broker.order is last
+    request = worker.ask(60.0)
+    assert broker.order.serial > last.serial
+    broker.answer(broker.order, held=10)
+    assert worker.granted(request)
+
+
+# --- a broker that does not know what is held
+
+
+def test_nothing_is_given_back_before_the_grace_period_is_over() -> None:
+    """Without a journal: the row may count leases of workers that have not spoken yet."""
+    broker = SharingBroker()
+    broker.take_in(broker.ledger.takeover.begin_grace_period(TTL_S, broker.now))
+    broker.worker("a", max_conn=10)
+    row = Listed("me", "host", 1, 1, 8, 8, 0, False, 0.0)
+    other = Listed("b", "host", 2, 2, 2, 10, 0, False, 0.0)
+    decision = decide_sync("me", broker.order, 10, 0, False, [row, other], Presence())
+    assert decision.result.division.held == 8
+
+
+def test_a_broker_with_a_journal_claims_what_is_in_it() -> None:
+    broker, _ = with_share(in_use=3)
+    after = SharingBroker(6, journal_complete=True)
+    after.take_in(after.ledger.takeover.restore(journal_of(broker), after.now))
+    assert after.order.claim.least == 3
+
+
+# --- a table that was emptied
+
+
+def decided(order: SyncShare, *rows: Listed) -> tuple[int, bool]:
+    result = decide_sync("me", order, 10, 0, False, rows, Presence()).result
+    return result.division.held, result.bounded
+
+
+def test_a_host_takes_no_more_than_it_had_before_the_others_are_back() -> None:
+    """The server was restarted: workers of the other host may connect under grants of before."""
+    broker, worker = with_share(6, in_use=2)
+    for _ in range(9):
+        worker.ask(60.0)
+    broker.fail(broker.order)
+    order = broker.sync_again()
+    assert decided(order) == (order.most, True)
+    assert 2 <= order.most <= 6
+    broker.answer(order, held=order.most, bounded=True, lacking=4)
+    order = broker.sync_again()
+    mine = Listed("me", "host", 1, 1, order.most, 9, 0, False, 0.0)
+    assert decided(order, mine) == (order.most, True), "its own row proves nothing any more"
+    other = Listed("b", "host", 2, 2, 1, 1, 0, False, 0.0)
+    assert decided(order, mine, other) == (9, False)
+
+
+def test_a_host_that_does_not_come_back_is_waited_for_as_long_as_its_grants_last() -> None:
+    broker, worker = with_share(6, in_use=2)
+    broker.fail(broker.order)
+    since = broker.now
+    while True:
+        order = broker.sync_again()
+        if not decided(order)[1]:
+            break
+        broker.answer(order, held=order.most, bounded=True, lacking=4)
+        worker.beat()
+    assert CUT_S <= broker.now - since <= CUT_S + 10.0
+
+
+def test_a_session_that_was_lost_alone_costs_nothing() -> None:
+    broker, _ = with_share(6, in_use=1)
+    order = broker.sync_again()
+    mine = Listed("me", "host", 1, 1, 6, 9, 0, False, 0.0)
+    assert not decided(order, mine)[1]
+
+
+def test_a_host_that_was_alone_takes_everything_at_once() -> None:
+    broker = SharingBroker()
+    worker = broker.worker("a", max_conn=10)
+    broker.answer(broker.order, held=10, alone=True)
+    worker.lend()
+    broker.fail(broker.order)
+    assert decided(broker.sync_again()) == (10, False)
+
+
+def test_a_bound_takes_nothing_away_from_what_is_in_use() -> None:
+    order = SyncShare(broker_key(), 10, Claim(6, 6), 0, serial=1, most=2, missed=("b",), sure=False)
+    mine = Listed("me", "host", 1, 1, 6, 6, 0, False, 0.0)
+    assert decided(order, mine) == (6, True)
+
+
+def broker_key() -> ShareKey:
+    return with_share()[0].order.key
