@@ -1306,6 +1306,7 @@ def test_after_another_broker_nothing_is_granted_before_its_workers_have_noticed
 ) -> None:
     """With a short TTL they do so later than one TTL: see `Link._beat`."""
     ledger = Ledger(1, ttl_s=ttl_s, has_control_connection=False)
+    ledger.takeover.claim()
     ledger.takeover.outranked(100.0, "another one")
     ledger.takeover.leads(100.0, after_another=True)
     ledger.tick(100.0 + least_s - 0.01)

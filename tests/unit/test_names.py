@@ -15,7 +15,7 @@ DOTTED = re.compile(r"(?<![\w./@-])sharedpool(?:\.[A-Za-z_]\w*)+")
 FILE = re.compile(r"`([\w/]+\.py)`")
 MEMBER = re.compile(r"`([A-Z]\w+)\.(\w+)")
 TEXTS = {".py", ".md", ".toml", ".ini", ".yaml", ".service", ".socket", ".conf", ".html", ".js"}
-# Files that are called after the project, and names that are made up.
+# Files and tables that are called after the project, and names that are made up.
 NO_NAMES = {
     "sharedpool.service",
     "sharedpool.socket",
@@ -23,6 +23,8 @@ NO_NAMES = {
     "sharedpool.user",
     "sharedpool.test",
     "sharedpool.start_brocker",
+    "sharedpool.limits",
+    "sharedpool.shares",
 }
 
 

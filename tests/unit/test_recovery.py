@@ -180,6 +180,7 @@ def grace_over(after: Broker, listed: dict[Backend, str], *starting: set[int]) -
 
 def test_while_another_broker_counts_nothing_is_granted_and_nothing_vouched_for() -> None:
     broker = Broker(journal_complete=True)
+    broker.ledger.takeover.claim()
     broker.take_in(broker.ledger.takeover.outranked(broker.now, "another broker"))
     a = broker.worker("a", max_conn=1)
     request, impatient = a.ask(wait_s=60), a.ask()
@@ -194,6 +195,7 @@ def test_while_another_broker_counts_nothing_is_granted_and_nothing_vouched_for(
 def test_a_broker_that_follows_another_first_hears_what_its_workers_hold() -> None:
     """It has a journal of its own, intact, which knows nothing of them."""
     broker = Broker(journal_complete=True)
+    broker.ledger.takeover.claim()
     broker.take_in(broker.ledger.takeover.outranked(broker.now, "another broker"))
     a = broker.worker("a", max_conn=1)
     request = a.ask(wait_s=600)
@@ -218,6 +220,7 @@ def test_a_grace_period_that_begins_anew_lasts_its_whole_time() -> None:
     broker = Broker(journal_complete=False)
     broker.take_in(broker.ledger.takeover.begin_grace_period(TTL_S, broker.now))
     broker.pass_time(TTL_S * 0.9)
+    broker.ledger.takeover.claim()
     broker.take_in(broker.ledger.takeover.outranked(broker.now, "another broker"))
     broker.take_in(broker.ledger.takeover.leads(broker.now, after_another=True))
     broker.pass_time(TTL_S * 0.9)
@@ -230,6 +233,7 @@ def test_a_grace_period_that_begins_anew_lasts_its_whole_time() -> None:
 def test_the_end_of_the_grace_period_does_not_overrule_another_broker() -> None:
     broker = Broker(journal_complete=False)
     broker.take_in(broker.ledger.takeover.begin_grace_period(TTL_S, broker.now))
+    broker.ledger.takeover.claim()
     broker.take_in(broker.ledger.takeover.outranked(broker.now, "another broker"))
     broker.pass_time(TTL_S * 1.01)
     grace_over(broker, {})

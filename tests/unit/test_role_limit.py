@@ -20,8 +20,8 @@ def warnings(broker: Broker) -> list[str]:
 
 
 @pytest.mark.parametrize("first", ["the pool", "the limit"])
-def test_the_role_limit_is_max_conn_and_two_whichever_is_known_first(first: str) -> None:
-    for limit, is_enough in ((6, True), (5, False), (None, True)):
+def test_the_role_limit_is_max_conn_and_three_whichever_is_known_first(first: str) -> None:
+    for limit, is_enough in ((7, True), (6, False), (None, True)):
         broker = Broker()
         if first == "the pool":
             worker(broker, "a", 4)
@@ -30,24 +30,24 @@ def test_the_role_limit_is_max_conn_and_two_whichever_is_known_first(first: str)
             limited(broker, limit)
             worker(broker, "a", 4)
         assert bool(warnings(broker)) is not is_enough
-        assert is_enough or "role 'app' may have 5 connections" in warnings(broker)[0]
+        assert is_enough or "role 'app' may have 6 connections" in warnings(broker)[0]
         assert (
             is_enough
-            or "6 are needed: max_conn 4, and 2 of the broker's own" in warnings(broker)[0]
+            or "7 are needed: max_conn 4, and 3 of the broker's own" in warnings(broker)[0]
         )
 
 
 def test_all_pools_of_that_role_count_together_up_to_the_limit_over_all_of_them() -> None:
     broker = Broker()
-    limited(broker, 7)
+    limited(broker, 8)
     worker(broker, "a", 3)
     worker(broker, "b", 20, role="somebody else")
     worker(broker, "c", 20, role="app2")
     assert not warnings(broker)
     worker(broker, "d", 3)
-    assert "8 are needed: max_conn 6" in warnings(broker)[0]
+    assert "9 are needed: max_conn 6" in warnings(broker)[0]
     capped = Broker(max_conn=5)
-    limited(capped, 7)
+    limited(capped, 8)
     worker(capped, "a", 3)
     worker(capped, "d", 3)
     assert not warnings(capped)

@@ -328,6 +328,7 @@ class SyncShare:
     question: int  # the newest that this host has put to the others
     backends: tuple[tuple[int, int], ...] = ()  # of this host's leases: pid, start time
     change: ShareChange = NO_CHANGE
+    pool: str = ""  # whose limit it is; empty: that over all pools
     serial: int = 0  # of the order: its outcome counts only while no other one was given since
     # What this host remembers of the table (`table_memory.py`): it held at least `most`, beside the
     # hosts `missed`. `sure`: its row is as it was told last.

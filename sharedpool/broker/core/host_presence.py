@@ -19,11 +19,12 @@ its end. How long that must have been so depends on how the host went:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from sharedpool.broker.core.shares import TRUST_S
+from sharedpool.wire.application_name import pool_of_tag, shown
 from sharedpool.wire.messages import START_UP_LIMIT_S
 
 GONE_S = 1.0
@@ -81,6 +82,7 @@ class Presence:
 
     def __init__(self) -> None:
         self._brokers: dict[str, set[Session]] = {}  # by instance
+        self._pools: dict[Session, str] = {}  # of workers' backends in this database, by their tags
         self._backends: dict[str, set[Session]] = {}
         self._all: frozenset[Session] = frozenset()
         self._starting: frozenset[int] = frozenset()
@@ -95,9 +97,17 @@ class Presence:
         self.__init__()  # type: ignore[misc]
 
     def seen(
-        self, starting: frozenset[int], sessions: Iterable[tuple[int, int, str]], now: float
+        self,
+        starting: frozenset[int],
+        sessions: Iterable[tuple[int, int, str]],
+        now: float,
+        elsewhere: Collection[Session] = (),
     ) -> None:
-        """Record the server's list: backends in start-up, and sessions (pid, start, name)."""
+        """Record the server's list: backends in start-up, and sessions (pid, start, name).
+
+        Those `elsewhere` are in other databases.
+        """
+        self._pools.clear()
         self._brokers.clear()
         self._backends.clear()
         everything = set()
@@ -108,12 +118,28 @@ class Presence:
             if name.endswith("]"):  # a worker's, whatever its pool is called
                 instance = name.rpartition(" [")[2].removesuffix("]")
                 self._backends.setdefault(instance, set()).add((pid, start_us))
+                if (pid, start_us) not in elsewhere:
+                    self._pools[(pid, start_us)] = pool_of_tag(name)
             elif name.startswith(SESSION_NAME):
                 instance = name.removeprefix(SESSION_NAME)
                 self._brokers.setdefault(instance, set()).add((pid, start_us))
         for key in [key for key in self._absent if key[1] in self._brokers]:
             del self._absent[key]
         self._all, self._starting, self._seen_at = frozenset(everything), starting, now
+
+    def strangers(self, pool: str, known: Iterable[str], mine: frozenset[Session]) -> int:
+        """Return how many backends a pool has of brokers that have no row (not `known`).
+
+        The table was emptied by a restart of the server, and their brokers have not come back to
+        it; or these do not share the limit.
+        """
+        rows = set(known)
+        return sum(
+            self._pools.get(session) == shown(pool, instance) and session not in mine
+            for instance, sessions in self._backends.items()
+            if instance not in rows
+            for session in sessions
+        )
 
     def unnamed(self, instance: str, backends: Iterable[Session]) -> str:
         """Return those of a broker's backends that do not have its tag, for its row."""

@@ -7,6 +7,7 @@ one transaction.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from sharedpool.broker.core.commands import HostRow, SyncResult, SyncShare
@@ -51,8 +52,12 @@ def decide_sync(
     max_conn = change.max_conn or max_conn
     paused = paused if change.paused is None else change.paused
     bounded = _is_bounded(me, order, rows)
+    taken = presence.strangers(
+        order.pool, [me, *(row.instance for row in rows)], frozenset(order.backends)
+    )
     division = decide(
-        0 if paused else max_conn,  # nobody may hold more than it has in use
+        # While paused, nobody may hold more than it has in use.
+        0 if paused else max(0, max_conn - taken),
         me,
         0 if mine is None else mine.held,
         order.claim,
@@ -62,6 +67,8 @@ def decide_sync(
         question=order.question,
         most=order.most if bounded else max_conn,
     )
+    if taken:
+        division = replace(division, alone=False)
     hosts = tuple(
         HostRow(
             _shown(x.host),

@@ -319,6 +319,7 @@ class Sharing:
                 share.question,
                 self._backends(share),
                 share.change,
+                "" if share.pool is None else share.pool.spec.name,
                 share.pending,
                 share.memory.most,
                 share.memory.missed_at(now),

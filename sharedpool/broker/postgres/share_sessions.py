@@ -51,6 +51,7 @@ class _Session:
         self.presence = Presence()
         self.looked_at = float("-inf")
         self.others: dict[ShareKey, tuple[str, ...]] = {}  # at the last sync, by limit
+        self.alone: set[ShareKey] = set()  # limits of which no other host had anything then
 
 
 class ShareSessions:
@@ -176,7 +177,7 @@ class ShareSessions:
         key, began = order.key, time.monotonic()
         try:
             session = self._session(key.database)
-            if session.others.get(key) and began - session.looked_at > _LOOK_EVERY_S:
+            if key not in session.alone and began - session.looked_at > _LOOK_EVERY_S:
                 share_table.look(session.conn, session.presence, began)
                 session.looked_at = began
             elif began - session.looked_at > _OLD_S:
@@ -184,6 +185,10 @@ class ShareSessions:
             decision = share_table.sync(session.conn, session.registration, order, session.presence)
             result = decision.result
             session.others[key] = tuple(host.instance for host in result.others)
+            if result.division.alone:
+                session.alone.add(key)
+            else:
+                session.alone.discard(key)
             if decision.silent:
                 share_table.end_silent(session.conn, session.presence, key, decision.silent)
         except CannotShare as error:
@@ -227,6 +232,7 @@ class ShareSessions:
         if session is None:
             return
         others = session.others.pop(key, ())
+        session.alone.discard(key)
         try:
             share_table.leave(session.conn, session.registration, key, others)
         except psycopg2.Error as error:

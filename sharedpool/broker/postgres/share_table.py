@@ -283,7 +283,13 @@ def leave(conn: connection, me: Registration, key: ShareKey, to_wake: Iterable[s
 def look(conn: connection, presence: Presence, now: float) -> None:
     """See which brokers and workers have sessions on the server. Raise psycopg2's errors."""
     starting, sessions = statements.survey(conn, "%")
-    presence.seen(starting, [(pid, start_us, name) for pid, start_us, name, _ in sessions], now)
+    here = conn.info.dbname
+    presence.seen(
+        starting,
+        [(pid, start_us, name) for pid, start_us, name, _ in sessions],
+        now,
+        {(pid, start_us) for pid, start_us, _, database in sessions if database != here},
+    )
 
 
 def end_silent(conn: connection, presence: Presence, key: ShareKey, rows: Iterable[Listed]) -> None:
