@@ -62,6 +62,7 @@ def decide_sync(
         0 if mine is None else mine.held,
         order.claim,
         {x.instance: _share(x, silent=x.instance in seen.silent) for x in others},
+        told=0 if mine is None else mine.wanted,
         asked=asked,
         answered=0 if mine is None else mine.answered,
         question=order.question,

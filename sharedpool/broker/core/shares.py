@@ -83,6 +83,7 @@ def decide(
     claim: Claim,
     others: Mapping[str, HostShare],
     *,
+    told: int = 0,
     asked: int = 0,
     answered: int = 0,
     question: int = 0,
@@ -90,8 +91,9 @@ def decide(
 ) -> Division:
     """Return what the host `me`, which has held `held`, holds from now on.
 
-    `asked` is the newest question of any host, `answered` the newest that `me` has answered, and
-    `question` the newest that `me` has asked. With `most`, `me` takes nothing beyond that.
+    `told` is what `me` has wanted so far, `asked` the newest question of any host, `answered` the
+    newest that `me` has answered, and `question` the newest that `me` has asked. With `most`, `me`
+    takes nothing beyond that.
     """
     names = sorted([me, *others])
     mine = names.index(me)
@@ -148,7 +150,7 @@ def decide(
             if name != me
             and (
                 (lack[name] and free > 0)
-                or (before[name] > share and lacking + lacked > free)
+                or (before[name] > share and lacking > free and claim.wanted > told)
                 or (claim.asks and before[name])
                 or (has_answered and others[name].wanted > before[name])
             )

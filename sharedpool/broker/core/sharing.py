@@ -55,7 +55,6 @@ _BURST, _PER_SECOND = 6.0, 4.0
 _FIRST_RETRY_S, _LAST_RETRY_S, _RETRY_UNSHARED_S = 0.05, 1.0, 60.0
 _ANSWER_LIMIT_S = 2.0  # for the other hosts, before a request that does not wait is refused
 _GATHER_S = 0.008  # idle connections that are owed come back together, more or less
-_FRESH_S = 1.0  # how long it is believed that no host has an idle connection
 _UNUSED_S = 2.0  # after which an unused share is given back
 _LONGEST_SCOPE = 200  # characters
 
@@ -96,7 +95,6 @@ class Share:
     # --- requests that do not wait
     question: int = 0  # the newest that this host has put to the others
     asked_at: float = math.inf
-    exhausted_at: float = -math.inf
     covering: int = 0  # the newest request for which the others are asked,
     covered: int = 0  # and for which they have answered
 
@@ -260,13 +258,14 @@ class Sharing:
         division, wanted = share.division, self._wanted(share, now)
         if division.owed and self._has_given_back(share, now):
             return True
-        if division.answered < division.asked and self._has_checked(share, division.asked):
+        question = max(division.asked, share.checking)
+        if division.answered < question and self._has_checked(share, question):
             return True
         if wanted > division.held >= share.told:
             return True
         if division.contended and wanted < min(division.held, share.told):
             return True
-        return self._must_ask(share, now)
+        return self._must_ask(share)
 
     def _has_given_back(self, share: Share, now: float) -> bool:
         """Return True if the others should have what has come back: all, or after a moment."""
@@ -278,15 +277,10 @@ class Sharing:
         self._beat(share, share.owed_at + _GATHER_S)
         return False
 
-    def _must_ask(self, share: Share, now: float) -> bool:
+    def _must_ask(self, share: Share) -> bool:
         """Return True if a request that does not wait needs to know what the others have idle."""
         newest = self._newest_nowait(share)
-        if share.alone or newest <= share.covered or share.asked_at < math.inf:
-            return False
-        if now - share.exhausted_at < _FRESH_S and self._budget(share, now) < 1.0:
-            self._let_refuse(share, newest)
-            return False
-        return True
+        return not share.alone and newest > share.covered and share.asked_at == math.inf
 
     def _newest_nowait(self, share: Share) -> int:
         """Return the number of the newest request that does not wait; 0 if there is none."""
@@ -303,7 +297,7 @@ class Sharing:
         self._newest += 1
         share.due, share.pending = False, self._newest
         share.told = self._wanted(share, now)
-        asks = self._must_ask(share, now)
+        asks = self._must_ask(share)
         if asks:
             share.asked_at, share.covering = now, self._newest_nowait(share)
             self._beat(share, now + _ANSWER_LIMIT_S)
@@ -364,14 +358,17 @@ class Sharing:
             self._resign_lock()
         if not (share.division.owed and division.owed):
             share.owed_at = now
+        held_before = share.division.held
         share.division, share.others = division, result.others
         share.memory.synced(result, now)
         share.trusted_until, share.synced_at = began + TRUST_S, now
         self.trust_ends = min(self.trust_ends, share.trusted_until)
         self._allow(share, max(0, division.held - division.owed))
         share.question = division.question
-        if share.asked_at < math.inf and division.exhausted:
-            self._answered(share, now)
+        if division.held > held_before:
+            share.asked_at = math.inf  # the others had something: who is still unserved asks anew
+        elif share.asked_at < math.inf and division.exhausted:
+            self._answered(share)
         if division.alone:
             self._active.pop(key, None)
             self._let_refuse(share, UNSHARED)
@@ -422,15 +419,17 @@ class Sharing:
         self._allow(share, UNSHARED)
         self._let_refuse(share, UNSHARED)
 
-    def woken(self, key: ShareKey, now: float) -> list[Command]:
+    def woken(self, key: ShareKey, now: float, asked: int = 0) -> list[Command]:
         """Handle that another broker wants this one to look at the shares.
 
-        The workers are asked first what is idle: else one slot after the other would move.
+        The workers are asked first what is idle: else one slot after the other would move. `asked`
+        is the newest question of any host.
         """
         share = self.shares.get(key)
         if share is not None and not (share.unshared or share.resting):
             self._active[key] = share
-            if now - share.inquired_at > _INQUIRY_EVERY_S and self._inquire(share, now):
+            is_new = asked > share.checking or now - share.inquired_at > _INQUIRY_EVERY_S
+            if is_new and self._inquire(share, now, asked):
                 self._beat(share, now + _INQUIRY_S)
             else:
                 share.due = True
@@ -438,7 +437,7 @@ class Sharing:
 
     def _inquire(self, share: Share, now: float, question: int = 0) -> bool:
         """Ask the workers what is idle, which otherwise they tell with their next heartbeats."""
-        share.inquired_at, share.checking = now, question or share.checking
+        share.inquired_at, share.checking = now, max(question, share.checking)
         share.awaited.clear()
         for pool in self._pools(share):
             for session in [] if pool.moving else pool.holders:
@@ -459,9 +458,9 @@ class Sharing:
         share.checked = share.checking
         return not (share.division.owed and self._has_idle(share))
 
-    def _answered(self, share: Share, now: float) -> None:
+    def _answered(self, share: Share) -> None:
         """Let requests that do not wait be refused: no host has anything idle for this one."""
-        share.asked_at, share.exhausted_at = math.inf, now
+        share.asked_at = math.inf
         self._let_refuse(share, share.covering)
 
     # --- alarms
@@ -476,7 +475,7 @@ class Sharing:
             return  # the share was given back, or an alarm for a later time was set since
         share.beat_at = math.inf
         if now - share.asked_at >= _ANSWER_LIMIT_S:  # somebody does not answer
-            self._answered(share, now)
+            self._answered(share)
         if share.pending:
             return
         if share.registered and self._is_unused(share):
@@ -581,7 +580,7 @@ class Sharing:
         for pool in self._pools(share):
             unused = 0
             if not pool.moving:
-                since = now - (0.0 if share.checking > share.checked else _GAP_S)
+                since = now - (0.0 if share.checking > share.division.answered else _GAP_S)
                 unused = sum(
                     (now if x.idle_since is None else x.idle_since) <= since
                     for x in pool.idle.values()

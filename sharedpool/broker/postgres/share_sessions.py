@@ -137,9 +137,9 @@ class ShareSessions:
         """Tell the ledger of other brokers' wake-ups, or that the session has ended."""
         session = self._sessions[database]
         try:
-            for scope in share_table.woken(session.conn, self._instance):
+            for scope, asked in share_table.woken(session.conn, self._instance):
                 key = ShareKey(database, scope)
-                self._call_soon(_woken(key))
+                self._call_soon(_woken(key, asked))
         except psycopg2.Error as error:
             self._lose(database, error)
 
@@ -245,5 +245,5 @@ class ShareSessions:
             session.conn.close()
 
 
-def _woken(key: ShareKey) -> LedgerCall:
-    return lambda ledger, now: ledger.sharing.woken(key, now)
+def _woken(key: ShareKey, asked: int) -> LedgerCall:
+    return lambda ledger, now: ledger.sharing.woken(key, now, asked)

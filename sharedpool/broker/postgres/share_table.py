@@ -15,6 +15,7 @@ Each role sees its own rows only (row-level security): two roles never share a l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from sharedpool.broker.core.share_sync import SyncDecision, decide_sync
 from sharedpool.broker.postgres import statements
 
 _CHANNEL = "sharedpool_shares"
+_NUMBER = re.compile(r"[0-9]{1,18}")
 _MOST_PAYLOAD = 7500  # bytes; PostgreSQL's limit is 8000
 
 SCHEMA_SQL = """\
@@ -243,7 +245,7 @@ def sync(conn: connection, me: Registration, order: SyncShare, presence: Presenc
                     "asked": decision.asked,
                     "paused": decision.result.paused,
                     "channel": _CHANNEL,
-                    "payload": _payload(scope, decision.to_wake),
+                    "payload": _payload(scope, decision.to_wake, decision.asked),
                 },
             )
         except BaseException:
@@ -317,21 +319,25 @@ def end_silent(conn: connection, presence: Presence, key: ShareKey, rows: Iterab
                 cursor.execute(_END_SQL, (pid, start_us))
 
 
-def woken(conn: connection, instance: str) -> list[str]:
-    """Return the scopes in which other brokers want this one to look; does not block."""
+def woken(conn: connection, instance: str) -> list[tuple[str, int]]:
+    """Return the scopes in which other brokers want this one to look; does not block.
+
+    With each, the newest question of its hosts.
+    """
     conn.poll()
-    scopes = []
+    found = []
     while conn.notifies:
-        names, _, scope = conn.notifies.pop(0).payload.partition("|")
-        if names == "*" or instance in names.split():
-            scopes.append(scope)
-    return scopes
+        names, _, rest = conn.notifies.pop(0).payload.partition("|")
+        asked, _, scope = rest.partition("|")
+        if (names == "*" or instance in names.split()) and _NUMBER.fullmatch(asked):
+            found.append((scope, int(asked)))
+    return found
 
 
 def _notify_sql(names: tuple[str, ...]) -> str:
     return "SELECT pg_notify(%(channel)s, %(payload)s);" if names else ""
 
 
-def _payload(scope: str, names: tuple[str, ...]) -> str:
+def _payload(scope: str, names: tuple[str, ...], asked: int = 0) -> str:
     listed = " ".join(names)
-    return f"{listed if len(listed) < _MOST_PAYLOAD - 4 * len(scope) else '*'}|{scope}"
+    return f"{listed if len(listed) < _MOST_PAYLOAD - 4 * len(scope) else '*'}|{asked}|{scope}"
