@@ -184,11 +184,16 @@ def test_close_pool_leaves_nothing_that_would_hinder_drop_database(
     connection.close()
     connection.close_pool()
     with server_connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = %s",
-            [connection.settings_dict["NAME"]],
-        )
-        assert cursor.fetchone() == (0,)
+
+        def left() -> Any:
+            cursor.execute(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = %s",
+                [connection.settings_dict["NAME"]],
+            )
+            return (cursor.fetchone() or (None,))[0]
+
+        # DROP DATABASE waits for five seconds.
+        wait_until(lambda: left() == 0, timeout_s=4, what="the broker's session to end")
     assert ask(connection)  # with a new pool
 
 

@@ -35,7 +35,7 @@ ORPHANED_S = 15.0 + START_UP_LIMIT_S
 SILENT_S = TRUST_S + 2.0
 
 # The application_name of a session that shares limits, up to the broker's instance.
-SESSION_NAME = "sharedpool shares "
+SESSION_NAME = "sharedpool-shares "
 
 
 Session = tuple[int, int]  # pid, and start time in microseconds since 1970
@@ -113,9 +113,7 @@ class Presence:
         everything = set()
         for pid, start_us, name in sessions:
             everything.add((pid, start_us))
-            if not name.startswith("sharedpool "):
-                continue
-            if name.endswith("]"):  # a worker's, whatever its pool is called
+            if name.startswith("sharedpool ") and name.endswith("]"):  # a worker's
                 instance = name.rpartition(" [")[2].removesuffix("]")
                 self._backends.setdefault(instance, set()).add((pid, start_us))
                 if (pid, start_us) not in elsewhere:

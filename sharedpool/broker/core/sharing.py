@@ -228,7 +228,7 @@ class Sharing:
         """Open nothing more until the next sync."""
         if now >= share.trusted_until and not share.frozen:
             share.memory.silent()
-        if why and not share.frozen:
+        if why and not share.trouble:
             self._log(logging.WARNING, "%s: opening nothing: %s", _title(share), why)
         share.frozen, share.trouble = True, why or share.trouble
         self._active[share.key] = share
@@ -353,7 +353,8 @@ class Sharing:
         if first or share.frozen:
             for pool in self._pools(share):
                 pool.backoff.end()
-        share.pending, share.registered, share.frozen, share.unshared = 0, True, False, ""
+        share.pending, share.registered, share.frozen = 0, True, False
+        share.trouble = share.unshared = ""
         if first and not any(each.unshared for each in self.shares.values()):
             self._resign_lock()
         if not (share.division.owed and division.owed):
@@ -400,7 +401,8 @@ class Sharing:
             if failure.how is Failed.UNSHARED:
                 retry_s = _RETRY_UNSHARED_S
         elif not share.unshared:
-            self._freeze(share, now, failure.why)
+            # A session that has ended is replaced at once, most of the time: no news.
+            self._freeze(share, now, "" if failure.how is Failed.LOST else failure.why)
             if failure.how is Failed.UNREACHABLE:
                 for pool in self._pools(share):
                     pool.backoff.failed(NO_TOKEN, pool.connected, failure.why, now)
