@@ -486,6 +486,10 @@ class Sharing:
         share.due = True
         self._active[share.key] = share
 
+    def in_use(self) -> list[ShareKey]:
+        """Return the limits of which connections are left that would outlive this broker."""
+        return [key for key, share in self.shares.items() if self._occupied(share)]
+
     # --- operators
 
     def change(self, pools: Iterable[Pool], change: ShareChange) -> list[str]:

@@ -15,7 +15,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import psycopg2
@@ -73,6 +73,7 @@ class ShareSessions:
         self._call_soon = call_soon
         self._sessions: dict[str, _Session] = {}  # by database
         self._reached = Failed.UNREACHABLE  # how the last connect has failed
+        self._kept: frozenset[ShareKey] = frozenset()  # shares that outlive this broker
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -83,10 +84,17 @@ class ShareSessions:
         """Wait for orders in the background."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Give all shares back, and end the thread; wait at most a second for that."""
+    def stop(self, in_use: Collection[ShareKey]) -> None:
+        """End the thread, and wait at most a second for that; give back shares not `in_use`.
+
+        Connections outlive the broker: a successor counts them, or the other hosts see them.
+        """
+        self._kept = frozenset(in_use)
         self._order(None)
         self._thread.join(1.0)
+        if not self._thread.is_alive():
+            self._wake_in.close()
+            self._wake_out.close()
 
     def sync(self, order: SyncShare) -> None:
         """Look at the shares of a limit, and change this host's; the ledger is told the outcome."""
@@ -115,7 +123,7 @@ class ShareSessions:
                 continue
             break
         for session in list(self._sessions.values()):
-            for key in list(session.others):
+            for key in session.others.keys() - self._kept:
                 self._leave(key)
         for session in self._sessions.values():
             session.conn.close()

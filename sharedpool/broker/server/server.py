@@ -382,7 +382,7 @@ class Server:
             self._metrics.stop()
         self._control.stop()
         if self._shares is not None:
-            self._shares.stop()
+            self._shares.stop(self._ledger.sharing.in_use())
         self._executor.stop_watching()
         self._router.close()
         lock, desk = self._claim.lock, self._claim.desk

@@ -58,7 +58,8 @@ INSERT INTO accounts SELECT id, %s, 0 FROM generate_series(1, %s) AS id;
 _COUNT_SQL = """
 SELECT count(*) FROM pg_stat_activity
 WHERE backend_type = 'client backend'
-    AND application_name NOT LIKE 'sharedpool broker%%' AND application_name <> %s
+    AND application_name NOT LIKE 'sharedpool broker%%'
+    AND application_name NOT LIKE 'sharedpool-shares %%' AND application_name <> %s
 """
 
 
