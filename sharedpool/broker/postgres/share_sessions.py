@@ -93,8 +93,12 @@ class ShareSessions:
         self._order(None)
         self._thread.join(1.0)
         if not self._thread.is_alive():
-            self._wake_in.close()
-            self._wake_out.close()
+            self.close()
+
+    def close(self) -> None:
+        """Close what the thread is woken by: it has ended, or was never started."""
+        self._wake_in.close()
+        self._wake_out.close()
 
     def sync(self, order: SyncShare) -> None:
         """Look at the shares of a limit, and change this host's; the ledger is told the outcome."""

@@ -116,6 +116,8 @@ class Server:
         except SharedPoolError:
             if self._metrics is not None:
                 self._metrics.stop()
+            if self._shares is not None:
+                self._shares.close()
             self._claim.abandon()
             raise
 
