@@ -6,15 +6,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# As the rows are wanted in the table; one that is not named here comes last. First those of one host.
+# As the rows are wanted in the table, those of one host first; one that is not named comes last.
 ONE_HOST = (
-    "sigkill", "sigstop", "broker-sigkill", "broker-sigstop", "proxy", "restart", "terminate", "fork", "second-broker",
-    "too-small", "expiry", "recall", "behind-haproxy", "behind-stunnel", "behind-socat", "behind-late-closer",
-    "behind-pgbouncer", "soak",
+    "sigkill", "sigstop", "broker-sigkill", "broker-sigstop", "proxy", "restart", "terminate",
+    "fork", "second-broker", "too-small", "expiry", "recall", "behind-haproxy", "behind-stunnel",
+    "behind-socat", "behind-late-closer", "behind-pgbouncer", "soak",
 )  # fmt: skip
 SEVERAL_HOSTS = (
-    "host-killed", "host-without-power", "host-frozen", "host-paused", "host-cut-off", "host-broker-killed",
-    "host-broker-frozen", "host-joins-and-leaves", "hosts-restart-fast", "hosts-restart-immediate", "hosts-failover",
+    "host-killed", "host-without-power", "host-frozen", "host-paused", "host-cut-off",
+    "host-broker-killed", "host-broker-frozen", "host-joins-and-leaves", "hosts-restart-fast",
+    "hosts-restart-immediate", "hosts-failover",
 )  # fmt: skip
 ORDER = ONE_HOST + SEVERAL_HOSTS
 

@@ -1,4 +1,4 @@
-"""The fixture `row`, for the conftest.py of every folder whose tests fill a row of a table of faults."""
+"""The fixture `row`, for the conftest.py of each folder whose tests fill a table of faults."""
 
 from collections.abc import Generator, Iterator
 

@@ -52,7 +52,10 @@ class ServerLog:
         self._offset = path.stat().st_size
 
     def depth(self, role: str, application: str = "") -> Depth:
-        """Follow the backends of `role` through the log; with a pattern, those whose application_name matches."""
+        """Follow the backends of `role` through the log.
+
+        `application` is a pattern: only those whose application_name matches it are followed.
+        """
         found = Depth()
         named = re.compile(f"application_name={application}" if application else "")
         with self._path.open("rb") as file:

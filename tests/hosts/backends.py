@@ -1,8 +1,8 @@
 """How many connections of pools each host has on the server, sampled as fast as that answers.
 
-It looks at the server alone: at the names and addresses in `pg_stat_activity`. A pool's connections are named
-`sharedpool POOL [INSTANCE]`; what brokers have for themselves is named otherwise and not counted, since the limit is
-the pool's.
+It looks at the server alone: at the names and addresses in `pg_stat_activity`. A pool's connections
+are named `sharedpool POOL [INSTANCE]`; what brokers have for themselves is named otherwise and not
+counted, since the limit is the pool's.
 """
 
 import threading
@@ -47,7 +47,7 @@ class Timeline:
         )
 
     def first(self, since: float, holds: Callable[[Counts], bool]) -> float | None:
-        """Return the first moment from `since` on at which this held of the counts; None if it has not yet."""
+        """Return the first moment from `since` on at which this held of the counts, if any."""
         start = max(0, bisect_right(self.entries, since, key=lambda entry: entry[0]) - 1)
         for at, counts in self.entries[start:]:
             if holds(counts):
@@ -56,7 +56,10 @@ class Timeline:
 
 
 class BackendTimeline:
-    """A thread that keeps the timeline of one role. It survives restarts of the server, and follows it elsewhere."""
+    """A thread that keeps the timeline of one role.
+
+    It survives restarts of the server, and follows it elsewhere.
+    """
 
     def __init__(self, server: LabServer, role: str, every_s: float = 0.002) -> None:
         self._server = server
@@ -84,7 +87,7 @@ class BackendTimeline:
         return entries[-1][1] if entries else {}
 
     def wait_for(self, since: float, what: str, holds: Callable[[Counts], bool], s: float) -> float:
-        """Wait until something has held of the counts at a moment from `since` on; return that moment."""
+        """Wait until something has held of the counts from `since` on; return that moment."""
 
         def found() -> tuple[float] | None:
             nonlocal since

@@ -1,4 +1,7 @@
-"""The workers of all hosts: start, order about and dismiss the processes of `host_worker.py`; read what they note."""
+"""The workers of all hosts.
+
+Start, order about and dismiss the processes of `host_worker.py`; read what they note.
+"""
 
 import json
 import mmap
@@ -41,7 +44,7 @@ class Crew:
 
 
 class Crews:
-    """All workers of a test. A worker's number names its byte in the orders file and its file of events."""
+    """All workers of a test. A worker's number names its byte in the orders and its events file."""
 
     def __init__(self, directory: Path, seed: int) -> None:
         self.directory = directory
@@ -116,7 +119,7 @@ class Crews:
     def wait_for(
         self, numbers: Iterable[int], kind: str, since: float = 0.0, timeout_s: float = 30
     ) -> list[Event]:
-        """Wait until each of the workers has noted an event of this kind after `since`; return these."""
+        """Wait until each worker has noted an event of this kind after `since`; return these."""
         found = []
         for number in numbers:
 

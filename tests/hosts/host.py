@@ -1,7 +1,7 @@
-"""A host of the laboratory: processes, names, folders and network of its own, on this machine's kernel.
+"""A host of the laboratory: processes, names, folders and network of its own, on one kernel.
 
-`Host` starts one, runs programs on it, and does to it what happens to hosts: it is killed, frozen, cut off, or loses
-its power.
+`Host` starts one, runs programs on it, and does to it what happens to hosts: it is killed, frozen,
+cut off, or loses its power.
 """
 
 import json
@@ -28,7 +28,7 @@ _TREE = Path(sharedpool.__file__).resolve().parents[1]
 ANSWER_S = 60.0
 PRIVATE = ("/tmp", "/dev/shm")  # each host has its own
 RUNTIME_DIR = "/tmp/runtime"
-# What a program on a real host has of the environment that tests run in. No test's settings are among them.
+# What a program on a real host has of the environment that tests run in: no test's settings.
 _ENVIRONMENT = {
     "HOME": "/tmp",
     "LANG": "C.UTF-8",
@@ -54,7 +54,10 @@ class Program:
 
 
 class Host:
-    """One host, running from the start. It sees only itself, the network, `directory` and the Python installation."""
+    """One host, running from the start.
+
+    It sees only itself, the network, `directory` and the Python installation.
+    """
 
     def __init__(self, name: str, address: str, switch: Switch, directory: Path) -> None:
         self.name = name
@@ -71,7 +74,7 @@ class Host:
         spaces = ("--pid", "--fork", "--mount", "--uts", "--ipc", "--net", "--mount-proc")
         self._unshare = subprocess.Popen(
             [
-                # Else a frozen host would outlive tests that are killed: it cannot see its socket close.
+                # A frozen host cannot see its socket close: it would outlive tests that are killed.
                 *("setpriv", "--pdeathsig", "KILL", "unshare", *spaces, "--kill-child=SIGKILL"),
                 *(sys.executable, "-I", str(_INIT), json.dumps(settings)),
             ],
@@ -166,7 +169,10 @@ class Host:
     # --- what happens to hosts
 
     def processes(self) -> dict[int, list[str]]:
-        """Return the command lines of all of the host's processes by their pids on this machine, PID 1 included."""
+        """Return the command lines of all of the host's processes, its PID 1 included.
+
+        The keys are their pids on this machine.
+        """
         found = {}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
@@ -253,7 +259,7 @@ def _is_stopped(pid: int) -> bool:
 
 
 def _kept(directory: Path) -> list[str]:
-    """Return the folders that a host needs to see even if they are in a folder that it has an own one of."""
+    """Return the folders that a host needs to see, even those in folders that it has its own of."""
     python = (sys.prefix, sys.base_prefix, *sys.path, str(_TREE), str(_INIT.parent))
     folders = {Path(entry).resolve() for entry in python if entry and Path(entry).is_dir()}
     folders |= {directory.resolve()}

@@ -1,12 +1,15 @@
 """PID 1 of a host of the laboratory: `python host_init.py SETTINGS`, in namespaces of its own.
 
-It gives the host a name and private folders, starts the programs it is sent, and reaps whatever ends, as the init of a
-real machine does. It imports nothing but the standard library. Its standard input is a SEQPACKET socket to the test:
+It gives the host a name and private folders, starts the programs it is sent, and reaps whatever
+ends, as the init of a real machine does. It imports nothing but the standard library. Its standard
+input is a SEQPACKET socket to the test:
 
 - in: {"run": [program, …]}, with three descriptors: the program's stdin, stdout and stderr
-- out: {"ready": true}, {"started": pid}, {"error": text}, {"ended": pid, "status": exit code, or minus the signal}
+- out: {"ready": true}, {"started": pid}, {"error": text},
+  {"ended": pid, "status": exit code, or minus the signal}
 
-When the test ends, for whatever reason, so does that socket; then PID 1 ends, and the kernel kills the whole host.
+When the test ends, for whatever reason, so does that socket; then PID 1 ends, and the kernel kills
+the whole host.
 """
 
 import array
@@ -29,9 +32,10 @@ def mount(*words: str) -> None:
 
 
 def furnish(name: str, root: Path, boot: str, private: list[str], kept: list[str]) -> None:
-    """Give this host its name, boot id and `private` folders, in which it sees those of the machine that are `kept`.
+    """Give this host its name, boot id and `private` folders.
 
-    Nothing of that is seen outside: the mount namespace is private.
+    In these it sees those of the machine that are `kept`. Nothing of that is seen outside: the
+    mount namespace is private.
     """
     socket.sethostname(name)
     # Two machines have different boot ids. The file stays open to all, as the kernel's own is.
@@ -73,7 +77,10 @@ def start(message: dict[str, object], descriptors: list[int]) -> dict[str, objec
 
 
 def reap(control: socket.socket) -> None:
-    """Reap everything that has ended, orphans of other programs included; tell of what we have started ourselves."""
+    """Reap everything that has ended, and tell of what we have started ourselves.
+
+    Orphans of other programs are reaped, too.
+    """
     with contextlib.suppress(ChildProcessError):
         while (found := os.waitpid(-1, os.WNOHANG))[0]:
             pid, status = found
@@ -83,7 +90,7 @@ def reap(control: socket.socket) -> None:
 
 
 def receive(control: socket.socket) -> tuple[bytes, list[int]]:
-    """Receive one message and its descriptors, which no program but the one they are for may inherit."""
+    """Receive one message and its descriptors; only the program they are for may inherit them."""
     descriptors = array.array("i")
     data, ancillary, _, _ = control.recvmsg(MOST, socket.CMSG_SPACE(3 * descriptors.itemsize))
     for level, kind, content in ancillary:

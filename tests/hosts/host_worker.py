@@ -1,8 +1,9 @@
-"""The workers of one host: `python host_worker.py SETTINGS` forks them, as a program that preloads its modules does.
+"""The workers of one host: `python host_worker.py SETTINGS` forks them.
 
-They use sharedpool as the README's quick start does: a name, a limit and a DSN, nothing else. A worker does what its
-byte in the shared `orders` file says, and appends what happens to it to a file of its own, one line an event by one
-`os.write`. The program ends after the last worker, with status 1 if any of them failed.
+So does a program that preloads its modules. They use sharedpool as the README's quick start does:
+a name, a limit and a DSN, nothing else. A worker does what its byte in the shared `orders` file
+says, and appends what happens to it to a file of its own, one line an event by one `os.write`. The
+program ends after the last worker, with status 1 if any of them failed.
 """
 
 import json
@@ -138,7 +139,7 @@ class Worker:
         return taken
 
     def take_all(self) -> None:
-        """a: once: have all of the pool's connections at a time, if that can be; then give them back."""
+        """a: once: have all of the pool's connections at a time if possible; give them back."""
         started = time.monotonic()
         taken = self.take(settings["all_within_s"])
         self.note("took", len(taken), f"{time.monotonic() - started:.4f}")

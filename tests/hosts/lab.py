@@ -1,7 +1,7 @@
-"""The laboratory: several hosts and PostgreSQL on one machine, joined by a network that nobody else is on.
+"""The laboratory: several hosts and PostgreSQL on one machine, and a network of their own.
 
-`with Laboratory() as lab:` makes it, and the end of the block removes what was made. If the process is killed instead,
-everything ends with it, and one directory in /tmp is left.
+`with Laboratory() as lab:` makes it, and the end of the block removes what was made. If the process
+is killed instead, everything ends with it, and one directory in /tmp is left.
 """
 
 import os
@@ -19,7 +19,8 @@ from tests.hosts.server import LabServer, Standby
 
 _PROGRAMS = ("ip", "nsenter", "setpriv", "unshare", "mount", "cp", "sh", "cat")
 _NEEDED = ("--pid", "--fork", "--mount", "--uts", "--ipc", "--net", "--mount-proc")
-# A bridge, and a cable whose ends are named as ours: kernels are built without them, and containers not allowed them.
+# A bridge, and a cable whose ends are named as ours: some kernels are built without them, and some
+# containers may not make them.
 _TRIAL = (
     "ip link add bridge type bridge && ip link add port1 type veth peer name eth0"
     " && mount -t tmpfs tmpfs /tmp"

@@ -1,6 +1,7 @@
-"""Measure what several hosts cost: `python -m tests.hosts.measure`, from the root of the repository, as root.
+"""Measure what several hosts cost: `python -m tests.hosts.measure`, as root, from the top folder.
 
-- *moves*: all of the limit lies idle on one host, and a worker of another host asks for one connection.
+- *moves*: all of the limit lies idle on one host, and a worker of another host asks for one
+  connection.
 - *contention*: the same workers under the same load, on three hosts and on one, in turn.
 - *rest*: how many transactions a host has for itself while no worker does anything.
 
@@ -38,7 +39,7 @@ def milliseconds(waits: Iterable[float]) -> dict[str, float]:
 
 
 def moves(rounds: int) -> dict[str, Any]:
-    """Measure how long a host waits for a connection that another has idle; the two hosts in turn."""
+    """Measure how long a host waits for a connection that another has idle; both in turn."""
     with world(row("moves")) as field:
         field.prepare()
         hosts = [field.lab.add_host(name) for name in ("a", "b")]
@@ -100,7 +101,10 @@ def contention(rounds: int, seconds: float, hosts: int, workers: int) -> dict[st
 
 
 def rest(seconds: float, hosts: int, workers: int) -> dict[str, Any]:
-    """Count the transactions in the pool's database while idle connections lie on all hosts, and nobody works."""
+    """Count the transactions in the pool's database while nobody works.
+
+    Idle connections lie on all hosts.
+    """
     with world(row("rest")) as field:
         field.open(hosts, workers)
         field.crews.quiet()

@@ -1,7 +1,8 @@
-"""The network of the laboratory: a bridge in a network namespace of its own, and a cable (veth) to every machine.
+"""The network of the laboratory: a bridge in a namespace of its own, and a veth to every machine.
 
-Nothing of the machine's own network is touched: the bridge, both ends of every cable and all addresses are in
-namespaces that vanish with the processes in them. So do routes and neighbours; there is nothing to tidy up.
+Nothing of the machine's own network is touched: the bridge, both ends of every cable (veth) and all
+addresses are in namespaces that vanish with the processes in them. So do routes and neighbours;
+there is nothing to tidy up.
 """
 
 import subprocess
@@ -101,7 +102,10 @@ class Switch:
 
 
 class Cable:
-    """A machine's cable. Cut, it swallows what is sent: neither side is told, and no connection is reset."""
+    """A machine's cable.
+
+    Cut, it swallows what is sent: neither side is told, and no connection is reset.
+    """
 
     def __init__(self, switch: Switch, port: str) -> None:
         self._switch = switch

@@ -1,6 +1,7 @@
-"""PostgreSQL on machines of its own: the throw-away server in a network namespace, and a streaming replica of it.
+"""PostgreSQL on machines of its own: a throw-away server in a namespace, and a streaming replica.
 
-The test itself reaches a server through its unix socket, which no cut cable and no namespace is in the way of.
+The test itself reaches a server through its unix socket, which no cut cable and no namespace is in
+the way of.
 """
 
 import shutil
@@ -21,7 +22,7 @@ _START_S = 60.0
 
 
 class LabServer(EphemeralPostgres):
-    """The throw-away server, listening on an address of the laboratory, with a log that the oracles can read."""
+    """The throw-away server, on an address of the laboratory, with a log that oracles can read."""
 
     def __init__(self, address: str, switch: Switch, *, max_connections: int = 100) -> None:
         settings = {"listen_addresses": address, "wal_keep_size": "256MB"}
@@ -73,14 +74,17 @@ class LabServer(EphemeralPostgres):
 
 
 class Standby(LabServer):
-    """A streaming replica of another server; it answers only what does not write, until it is promoted."""
+    """A streaming replica of another server; until it is promoted, it is read-only."""
 
     def __init__(self, primary: LabServer, address: str, switch: Switch) -> None:
         super().__init__(address, switch)
         self._primary = primary
 
     def _create(self) -> None:
-        """Copy the primary while it runs, by the server's own functions for that: its programs may not be there."""
+        """Copy the primary while it runs, by the server's own functions for that.
+
+        Its programs for that may not be there.
+        """
         super()._create()
         shutil.rmtree(self.data_dir)
         connection = self._primary.observer()
@@ -93,7 +97,7 @@ class Standby(LabServer):
                     else ("pg_start_backup(%s, true, false)", "pg_stop_backup(false, false)")
                 )
                 cursor.execute(f"SELECT {start}", ["standby"])
-                # By `cp`: files may vanish and change while they are copied, and keep their owner and mode.
+                # By `cp`: files may vanish and change meanwhile, and keep their owner and mode.
                 subprocess.run(
                     ["cp", "-a", str(self._primary.data_dir), str(self.data_dir)],
                     check=False,

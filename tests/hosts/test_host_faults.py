@@ -1,4 +1,4 @@
-"""Faults of hosts: killed, without power, frozen, cut off, without a broker, joining and leaving."""
+"""Faults of hosts: killed, without power, frozen, cut off, without broker, joining, leaving."""
 
 import random
 import signal
@@ -17,8 +17,8 @@ pytestmark = [pytest.mark.fault, pytest.mark.hosts, pytest.mark.timeout(scale(24
 # How long a host is silent, and by when the others have what it had.
 SILENT_S = TRUST_S + 5
 TAKEN_OVER_S = TRUST_S + scale(10.0, 5.0)
-# A reply that a cut cable has swallowed is sent again at growing intervals: the next one may be as far as the cut was
-# long.
+# A reply that a cut cable has swallowed is sent again at growing intervals: the next one may be as
+# far as the cut was long.
 RECOVERED_S = 3 * SILENT_S
 
 
@@ -27,12 +27,13 @@ def others(field: World, host: Host) -> list[Host]:
 
 
 @pytest.mark.row(
-    "host-killed", "a host killed, all its processes at once, 10 times",
+    "host-killed",
+    "a host killed, all its processes at once, 10 times",
     "the others have its capacity ≤ 2 s after its backends are gone",
-)  # fmt: skip
+)
 def test_a_killed_host_leaves_its_capacity_to_the_others(field: World, row: Row) -> None:
-    """From the moment at which the server shows none of its backends, until the others have all of the capacity that
-    their workers can use. Then it joins again, under its name."""
+    """From the moment at which the server shows none of its backends, until the others have all of
+    the capacity that their workers can use. Then it joins again, under its name."""
     hosts = field.open()
     took = []
     for turn in range(scale(1, 10)):
@@ -59,7 +60,10 @@ def silence(
     end: Callable[[Host], object] | None,
     times: int,
 ) -> None:
-    """Let a host be silent for longer than the trust window, `times` times; after each it goes on where it was."""
+    """Let a host be silent for longer than the trust window, `times` times.
+
+    After each it goes on where it was.
+    """
     hosts = field.open()
     took, back = [], []
     for turn in range(times):
@@ -91,28 +95,31 @@ def silence(
 
 
 @pytest.mark.row(
-    "host-without-power", "a host loses its power: nobody is told, 3 times",
+    "host-without-power",
+    "a host loses its power: nobody is told, 3 times",
     f"the others have its capacity ≤ {TRUST_S + 5:g} s",
-)  # fmt: skip
+)
 def test_a_host_without_power_leaves_its_capacity_to_the_others(field: World, row: Row) -> None:
-    """Its sessions stay on the server, which hears nothing: neither that they live nor that they do not."""
+    """Its sessions stay on the server, which hears nothing: not even that they have ended."""
     silence(field, row, Host.lose_power, None, scale(1, 3))
 
 
 @pytest.mark.row(
-    "host-frozen", f"a host frozen for {SILENT_S:g} s, then it goes on, 3 times",
+    "host-frozen",
+    f"a host frozen for {SILENT_S:g} s, then it goes on, 3 times",
     f"the others have its capacity ≤ {TRUST_S + 5:g} s",
-)  # fmt: skip
+)
 def test_a_frozen_host_does_not_exceed_the_limit_when_it_goes_on(field: World, row: Row) -> None:
     silence(field, row, Host.freeze, Host.thaw, scale(1, 3))
 
 
 @pytest.mark.row(
-    "host-paused", f"a host frozen and cut off at once for {SILENT_S:g} s, as a virtual machine is, 3 times",
+    "host-paused",
+    f"a host frozen and cut off at once for {SILENT_S:g} s, as a virtual machine is, 3 times",
     f"the others have its capacity ≤ {TRUST_S + 5:g} s",
-)  # fmt: skip
+)
 def test_a_paused_host_does_not_exceed_the_limit_when_it_goes_on(field: World, row: Row) -> None:
-    """A frozen host's kernel still acknowledges what the server sends; a paused machine's does not."""
+    """A frozen host's kernel acknowledges what the server sends; a paused machine's does not."""
 
     def pause(host: Host) -> float:
         host.cable.cut()
@@ -126,9 +133,10 @@ def test_a_paused_host_does_not_exceed_the_limit_when_it_goes_on(field: World, r
 
 
 @pytest.mark.row(
-    "host-cut-off", f"a host's network cut for {SILENT_S:g} s and healed, 3 times",
+    "host-cut-off",
+    f"a host's network cut for {SILENT_S:g} s and healed, 3 times",
     f"the others have its capacity ≤ {TRUST_S + 5:g} s",
-)  # fmt: skip
+)
 def test_a_host_that_was_cut_off_does_not_exceed_the_limit_when_it_is_back(
     field: World, row: Row
 ) -> None:
@@ -136,9 +144,10 @@ def test_a_host_that_was_cut_off_does_not_exceed_the_limit_when_it_is_back(
 
 
 @pytest.mark.row(
-    "host-broker-frozen", f"the broker of a host frozen for {SILENT_S:g} s, its workers not, 3 times",
+    "host-broker-frozen",
+    f"the broker of a host frozen for {SILENT_S:g} s, its workers not, 3 times",
     f"the others have its capacity ≤ {TRUST_S + 5:g} s",
-)  # fmt: skip
+)
 def test_a_frozen_broker_of_one_host_does_not_exceed_the_limit_when_it_goes_on(
     field: World, row: Row
 ) -> None:
@@ -153,11 +162,12 @@ def test_a_frozen_broker_of_one_host_does_not_exceed_the_limit_when_it_goes_on(
 
 
 @pytest.mark.row(
-    "host-broker-killed", "the broker of a host SIGKILLed under load, 30 times",
+    "host-broker-killed",
+    "the broker of a host SIGKILLed under load, 30 times",
     "no failed statement; its workers served again p99 ≤ 5 s",
-)  # fmt: skip
+)
 def test_a_killed_broker_of_one_host_breaks_nothing(field: World, row: Row) -> None:
-    """Served again: until each of the host's workers has a connection it asked for after the kill."""
+    """Served again: until each worker of the host has a connection it asked for after the kill."""
     rng = random.Random(row.seed)
     hosts = field.open()
     back = []
@@ -181,12 +191,14 @@ def test_a_killed_broker_of_one_host_breaks_nothing(field: World, row: Row) -> N
 
 
 @pytest.mark.row(
-    "host-joins-and-leaves", "a host joins and leaves under load, 10 times",
+    "host-joins-and-leaves",
+    "a host joins and leaves under load, 10 times",
     "it has its fair share ≤ 5 s after its workers ask; the others have it back ≤ 5 s",
-)  # fmt: skip
+)
 def test_a_host_joins_and_leaves_under_load(field: World, row: Row) -> None:
-    """Joined: from the first request of its workers until all hosts have their fair share. Left: from the end of its
-    last worker until the others have all; its broker lives on for a while, with nothing to do."""
+    """Joined: from the first request of its workers until all hosts have their fair share. Left:
+    from the end of its last worker until the others have all; its broker lives on for a while, with
+    nothing to do."""
     hosts = field.open(HOSTS - 1)
     newcomer = field.lab.add_host("newcomer")
     joined, left = [], []

@@ -1,4 +1,4 @@
-"""The laboratory itself: hosts see the server and not each other, and what is done to them happens."""
+"""The laboratory itself: hosts see the server, not each other; what is done to them happens."""
 
 import json
 import shutil

@@ -14,7 +14,10 @@ FULL_S = scale(10.0, 5.0)
 
 
 def restart(field: World, row: Row, mode: Literal["fast", "immediate"], times: int) -> None:
-    """Restart the server under load; measure from its first answer until all hosts have their fair share again."""
+    """Restart the server under load.
+
+    Measure from its first answer until all hosts have their fair share again.
+    """
     field.open()
     took = []
     for _ in range(times):
@@ -39,26 +42,29 @@ def finish(field: World, row: Row, took: list[float]) -> None:
 
 
 @pytest.mark.row(
-    "hosts-restart-fast", "PostgreSQL restarted fast, 5 times",
+    "hosts-restart-fast",
+    "PostgreSQL restarted fast, 5 times",
     "all hosts have their shares ≤ 5 s after its first answer",
-)  # fmt: skip
+)
 def test_all_hosts_have_their_shares_after_a_restart(field: World, row: Row) -> None:
     restart(field, row, "fast", scale(1, 5))
 
 
 @pytest.mark.row(
-    "hosts-restart-immediate", "PostgreSQL restarted by an immediate shutdown, as after a crash, 5 times",
+    "hosts-restart-immediate",
+    "PostgreSQL restarted by an immediate shutdown, as after a crash, 5 times",
     "all hosts have their shares ≤ 5 s after its first answer",
-)  # fmt: skip
+)
 def test_all_hosts_have_their_shares_after_a_crash(field: World, row: Row) -> None:
     """Unlogged tables are empty then."""
     restart(field, row, "immediate", scale(1, 5))
 
 
 @pytest.mark.row(
-    "hosts-failover", "PostgreSQL crashes, and its streaming replica is promoted",
+    "hosts-failover",
+    "PostgreSQL crashes, and its streaming replica is promoted",
     "all hosts have their shares ≤ 5 s after the promotion",
-)  # fmt: skip
+)
 def test_all_hosts_have_their_shares_after_a_failover(field: World, row: Row) -> None:
     """The workers' connection string names both, with target_session_attrs=read-write."""
     standby = field.add_standby()

@@ -1,4 +1,4 @@
-"""All that a test of several hosts has: laboratory, role, workers, and the oracles that judge them in the end."""
+"""All that a test of several hosts has: laboratory, role, workers, and oracles to judge them."""
 
 import os
 import sys
@@ -20,7 +20,8 @@ from tests.hosts.lab import Laboratory
 from tests.hosts.server import PORT, Standby
 from tests.support.waiting import wait_until
 
-# Hosts, workers on each of them, and the one limit; a small machine may want less. Read at import, as in tests/faults.
+# Hosts, workers on each of them, and the one limit; a small machine may want less. Read at import,
+# as in tests/faults.
 _SIZE = os.environ.get("SHAREDPOOL_FAULTS_HOSTS") or "3,8,12"
 HOSTS, WORKERS, MAX_CONN = map(int, _SIZE.split(","))
 # For so long a host may be silent until the others may have its capacity.
@@ -106,12 +107,12 @@ class World:
         return min(self.max_conn, workers)
 
     def wait_until_full(self, hosts: list[Host], since: float, timeout_s: float) -> float:
-        """Wait until these hosts have all of the capacity that they can use; return when they had."""
+        """Wait until these hosts have all capacity that they can use; return when they had."""
         addresses = [host.address for host in hosts]
         return self.backends.wait_for_sum(addresses, self.all_of(hosts), since, timeout_s)
 
     def wait_until_each_has(self, least: int, since: float, timeout_s: float) -> float:
-        """Wait until all working hosts have so many connections each, at one moment; return that."""
+        """Wait until all working hosts have so many connections each; return that moment."""
         working = [self.lab.hosts[name].address for name in self.working]
         return self.backends.wait_for(
             since,
@@ -136,7 +137,7 @@ class World:
 
     @staticmethod
     def clock() -> float:
-        """The time as workers note it; it is the same on all hosts, which no product may rely on."""
+        """The time as workers note it: the same on all hosts, which no product may rely on."""
         return time.monotonic()
 
     def signal_broker(self, host: Host, signum: int) -> float:
@@ -147,7 +148,7 @@ class World:
         return at
 
     def transactions(self) -> int:
-        """How many transactions there have been in the pool's database. This does not add to them."""
+        """How many transactions there have been in the pool's database. This one adds none."""
         connection = self.lab.server.observer()
         try:
             with connection.cursor() as cursor:
@@ -167,7 +168,10 @@ class World:
     # --- the verdict
 
     def all_slots(self, host: Host) -> tuple[int, float]:
-        """Have a fresh worker of one host take all slots at once, while nobody works; return how many, and how long."""
+        """Have a fresh worker of one host take all slots at once, while nobody works.
+
+        Return how many it has taken, and how long that took.
+        """
         crew = self.crews.start(host, 1, "a")
         (took,) = crew.wait_for("took", timeout_s=60)
         crew.wait_for("gave")
@@ -180,14 +184,20 @@ class World:
         return status + host.output("sh", "-c", f"tail -n 40 {RUNTIME_DIR}/sharedpool/*.log")
 
     def left_after(self, seconds: float) -> Counts:
-        """Return the pool's connections that are still there so long after the last worker has left; {} if none is."""
+        """Return the pool's connections that are still there so long after the last worker left.
+
+        {} if none is.
+        """
         deadline = self.clock() + seconds
         while (left := self.backends.now()) and self.clock() < deadline:
             time.sleep(0.01)  # polls for the condition
         return left
 
     def depth(self) -> Depth:
-        """Return what the servers' logs tell of pools' connections. One server is dead before the next one serves."""
+        """Return what the servers' logs tell of pools' connections.
+
+        One server is dead before the next one serves.
+        """
         found = [log.depth(ROLE, NAMES_PATTERN) for log in self._logs]
         deepest = max(found, key=lambda depth: depth.peak)
         return Depth(deepest.peak, sum(depth.backends for depth in found), at_peak=deepest.at_peak)

@@ -21,7 +21,7 @@ from tests.support.waiting import wait_until
 
 @contextmanager
 def ordinary_role(postgres: EphemeralPostgres) -> Iterator[str]:
-    """Make a database that belongs to another role; yield the conninfo string of one that uses it."""
+    """Make a database that belongs to another role; yield the conninfo of one that uses it."""
     name = f"ordinary_{os.urandom(3).hex()}"
     with closing(psycopg2.connect(postgres.dsn)) as conn:
         conn.autocommit = True

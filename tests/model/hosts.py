@@ -257,7 +257,7 @@ class Worker:
         return [
             LeaseReport(held.token, held.phase, 0, "T", held.backend)
             for held in self.leases.values()
-        ]  # fmt: skip
+        ]
 
     def receive(self, message: ToWorker) -> None:
         match message:
@@ -483,9 +483,13 @@ class Host:
         self.epoch += 1
         intact = self.journal_intact
         self.ledger = Ledger(
-            self.epoch, ttl_s=TTL_S, journal_complete=intact, instance=self.instance,
-            by_database=True, shared=True,
-        )  # fmt: skip
+            self.epoch,
+            ttl_s=TTL_S,
+            journal_complete=intact,
+            instance=self.instance,
+            by_database=True,
+            shared=True,
+        )
         self.execute(self.ledger.control.reached(now, direct=True, fault=""))
         entries = list(self.journal.values())
         # In the order of `Server._take_over`.
