@@ -66,7 +66,7 @@ class LeaseMessages:
 
         The list repairs what lost messages have left wrong, in the order of the steps here.
         """
-        self._slots.note_timings(session, renew.times)
+        session.note_timings(renew.times)
         session.recall_confirmed = max(session.recall_confirmed, renew.answers)
         self._recalls.answered(session, renew.answers)
         pending = set(renew.pending)

@@ -15,13 +15,14 @@ from sharedpool.broker.core.commands import Process
 from sharedpool.broker.core.connect_refusals import Refusal, Refusals
 from sharedpool.broker.core.counters import Counters
 from sharedpool.broker.core.group_terms import GroupTerms
+from sharedpool.broker.core.histograms import waits
 from sharedpool.broker.core.session_states import ENDED, LIVE, SUSPECT, SessionState
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.board import Board
 from sharedpool.wire.desk import Live
 from sharedpool.wire.values import Backend, PoolSpec, Timings, Token
 
-WAITS_KEPT = 500
+_WAITS_KEPT = 500
 # A share of a limit that this host does not share with others; beyond every number of a request.
 UNSHARED = 1 << 30
 _SAMPLES_KEPT = 60
@@ -172,6 +173,14 @@ class Session:
         where = f"{self.title}[{self.pid}]"
         return f"{where}@{self.host}" if self.host else where
 
+    def note_timings(self, times: Timings | None) -> None:
+        """Add what the session tells of its times to its pool's."""
+        pool = self.pool
+        if times is not None and pool.counters.totals.note(self.timings, times):
+            if pool.moving:  # else the broker has seen the waits itself
+                pool.waited.extend(waits(self.timings, times, _WAITS_KEPT))
+            self.timings = times
+
 
 @dataclass(slots=True, eq=False)
 class Lane:
@@ -299,7 +308,7 @@ class Pool:
     former: dict[bytes, int] = field(default_factory=dict)
 
     # --- for reports
-    waited: deque[float] = field(default_factory=lambda: deque(maxlen=WAITS_KEPT))  # seconds
+    waited: deque[float] = field(default_factory=lambda: deque(maxlen=_WAITS_KEPT))  # seconds
     history: deque[int] = field(default_factory=lambda: deque(maxlen=_SAMPLES_KEPT))  # slots in use
 
     @property

@@ -261,7 +261,7 @@ class Sessions:
         All the same, the RELEASE that told of a connect without an end may have been lost, perhaps
         with a former broker.
         """
-        self._slots.note_timings(session, bye.times)
+        session.note_timings(bye.times)
         seen = bye.newest_grant if bye.newest_grant.epoch == self._terms.epoch else NO_TOKEN
         self.end(session, "its worker left without returning it", now, unused_above=seen)
 

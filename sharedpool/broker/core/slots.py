@@ -11,16 +11,7 @@ from collections.abc import Callable
 from sharedpool.broker.core.commands import Command, Entry, Erase, Record
 from sharedpool.broker.core.group_terms import GroupTerms
 from sharedpool.broker.core.groups import Groups
-from sharedpool.broker.core.histograms import waits
-from sharedpool.broker.core.records import (
-    UNSHARED,
-    WAITS_KEPT,
-    GrantStop,
-    Lease,
-    Pool,
-    Session,
-    Waiter,
-)
+from sharedpool.broker.core.records import UNSHARED, GrantStop, Lease, Pool, Session, Waiter
 from sharedpool.broker.core.session_states import LIVE, SESSION_TRANSITIONS, SessionState
 from sharedpool.broker.core.slot_states import (
     CLOSING,
@@ -33,7 +24,7 @@ from sharedpool.broker.core.slot_states import (
     SlotState,
 )
 from sharedpool.wire.board import SHELF
-from sharedpool.wire.values import Backend, Phase, PoolSpec, Timings, Token
+from sharedpool.wire.values import Backend, Phase, PoolSpec, Token
 
 _MOST_FORMER = 100  # unused pools whose counters are kept
 
@@ -340,14 +331,6 @@ class Slots:
         lease.cell = -1
 
     # --- sessions
-
-    def note_timings(self, session: Session, times: Timings | None) -> None:
-        """Add what a session tells of its times to its pool's."""
-        pool = session.pool
-        if times is not None and pool.counters.totals.note(session.timings, times):
-            if pool.moving:  # else the broker has seen the waits itself
-                pool.waited.extend(waits(session.timings, times, WAITS_KEPT))
-            session.timings = times
 
     def mark_returns_due(self, session: Session, returns_due: int) -> None:
         """Record how many checkins a session was told to give back, and file it accordingly.
