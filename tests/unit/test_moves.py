@@ -1068,7 +1068,7 @@ def test_an_event_of_a_pool_reports_nothing_of_its_shelf(rig: Rig) -> None:
     rig.broker.take_in(
         rig.broker.ledger.order(Order(VERSION, OrderKind.RECONNECT, "p"), rig.broker.now)[1]
     )
-    rig.broker.take_in(rig.broker.ledger.request_reports())
+    rig.broker.take_in(rig.broker.ledger.fresh_reports.request())
     rig.broker.take_in(rig.broker.ledger.drain(rig.broker.now))
     assert {each.session for each in rig.broker.commands if isinstance(each, Send)} == {
         b"w0",

@@ -165,17 +165,17 @@ def test_only_workers_that_hold_something_and_are_heard_are_asked_to_tell(broker
     for worker in (a, b):
         worker.beat()
     broker.pass_time(6)  # c is suspect
-    broker.take_in(broker.ledger.request_reports())
+    broker.take_in(broker.ledger.fresh_reports.request())
     assert [len(worker.sent(ReportNow)) for worker in (a, b, c)] == [1, 0, 0]
-    assert broker.ledger.awaited == {a.id}
+    assert broker.ledger.fresh_reports.awaited == {a.id}
     a.beat()
-    assert not broker.ledger.awaited
+    assert not broker.ledger.fresh_reports.awaited
 
 
 def test_a_great_many_workers_are_left_in_peace(broker: Broker) -> None:
     broker.checks = False  # 1,500 steps with 500 leases
     for i in range(501):
         broker.worker(f"w{i}", f"p{i}").lend()
-    broker.take_in(broker.ledger.request_reports())
+    broker.take_in(broker.ledger.fresh_reports.request())
     assert broker.all(ReportNow) == []
-    assert not broker.ledger.awaited
+    assert not broker.ledger.fresh_reports.awaited

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from sharedpool.broker.core.commands import CancelBackend, Command, SurveyResult
+from sharedpool.broker.core.commands import CancelBackend, Command, SurveyResult, SurveyServer
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.denials import Denials
 from sharedpool.broker.core.failover import Failover
@@ -33,6 +33,7 @@ class ControlEvents:
         settle: Callable[[float], list[Command]],
     ) -> None:
         self._slots = context.slots
+        self._emit = context.emit
         self._arm = context.timers.arm
         self._log = context.log
         self._leases = leases
@@ -42,7 +43,7 @@ class ControlEvents:
         self._denials = denials
         self._takeover = takeover
         self._settle = settle
-        self.survey_pending = False  # the next survey waits for an alarm
+        self._survey_pending = False  # the next survey waits for an alarm
 
     def reached(self, now: float, *, direct: bool, fault: str) -> list[Command]:
         """Handle the control connection's way to the server; a `fault` makes it unsuitable."""
@@ -65,6 +66,13 @@ class ControlEvents:
         self._failover.server_verified(pool, generation, same)
         return self._settle(now)
 
+    def order_survey(self, now: float) -> None:
+        """Have the server's backends listed, if slots in quarantine wait for that."""
+        if self._survey_pending:
+            return
+        if (order := self._leases.quarantine.order(now)) is not None:
+            self._emit(SurveyServer(*order))
+
     def surveyed(self, survey: SurveyResult, now: float) -> list[Command]:
         """Handle the server's list of backends."""
         strangers = strangers_among(self._slots, survey.tagged)
@@ -75,12 +83,12 @@ class ControlEvents:
         for token in quarantine.surveyed(survey, strangers, now):
             self._leases.free(self._slots.leases[token], "no backend of its connect is left")
         if quarantine.due(now):
-            self.survey_pending = True
+            self._survey_pending = True
             self._arm(now + SETTLE_S, self._survey_due, None)
         return self._settle(now)
 
     def _survey_due(self, _: None, now: float) -> None:
-        self.survey_pending = False
+        self._survey_pending = False
 
     def query_cancelled(self, order: CancelBackend, sent: bool | None, now: float) -> list[Command]:
         """Handle the outcome of a cancel: sent, not allowed (False), or not needed or possible."""

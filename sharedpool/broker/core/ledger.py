@@ -7,6 +7,7 @@ commands (`commands.py`) for the server to carry out.
 Its parts: `slots.py` keeps the records (`records.py`). `scheduler.py` serves the queue.
 `sessions.py` knows the workers, `leases.py` their leases. `handover.py` passes connections on;
 `moves.py` decides when they move past the broker. `takeover.py` takes over from a former broker.
+`sharing.py` shares limits with other hosts.
 """
 
 from __future__ import annotations
@@ -16,18 +17,14 @@ import math
 from collections.abc import Callable
 
 from sharedpool.broker.core.admin import Admin
-from sharedpool.broker.core.commands import (
-    Command,
-    Process,
-    Send,
-    SurveyServer,
-)
+from sharedpool.broker.core.commands import Command, Process, Send
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.control_events import ControlEvents
 from sharedpool.broker.core.denials import Denials
 from sharedpool.broker.core.desk_events import DeskEvents
 from sharedpool.broker.core.failover import Failover
 from sharedpool.broker.core.fences import Fences
+from sharedpool.broker.core.fresh_reports import FreshReports
 from sharedpool.broker.core.group_terms import GroupTerms
 from sharedpool.broker.core.handover import Handover
 from sharedpool.broker.core.invariants import check_limits, check_records
@@ -61,14 +58,11 @@ from sharedpool.wire.messages import (
     Reject,
     Release,
     Renew,
-    ReportNow,
     ToBroker,
     Withdraw,
 )
 from sharedpool.wire.reports import LeaseLine, PoolReport, Report, SessionReport
 from sharedpool.wire.values import Token
-
-_MOST_ASKED = 500  # sessions that are asked at once for an operator's command
 
 # A call of the ledger that another thread asks the broker's loop to make.
 LedgerCall = Callable[["Ledger", float], list[Command]]
@@ -115,10 +109,10 @@ class Ledger:
         scope: str = "",
     ) -> None:
         self.epoch = epoch
-        self.awaited: set[bytes] = set()  # sessions that `request_reports` has asked
         context = Context(epoch, max_conn, has_control_connection=has_control_connection)
         self._context, self._slots, self._timers = context, context.slots, context.timers
         self._emit, self._log = context.emit, context.log
+        self.fresh_reports = FreshReports(context)
         # From here on, each part needs only parts that are made before it.
         self._routes = Routes(server, has_control_connection=has_control_connection)
         self._recalls = Recalls(context)
@@ -242,7 +236,7 @@ class Ledger:
             case Confirm():
                 self._lease_messages.confirm(session, message, now)
             case Renew():
-                self.awaited.discard(session.id)
+                self.fresh_reports.awaited.discard(session.id)
                 self._lease_messages.renew(session, message, now)
             case Withdraw():
                 self._requests.withdraw(session, message)
@@ -280,11 +274,7 @@ class Ledger:
             self._scheduler.schedule(now)
         if self._slots.contended or self._slots.shrinking:
             self._handover.watch_keepers(now)
-        if (
-            not self.control.survey_pending
-            and (order := self._leases.quarantine.order(now)) is not None
-        ):
-            self._emit(SurveyServer(*order))
+        self.control.order_survey(now)
         return self._context.take_commands()
 
     # --- evidence of ends
@@ -356,18 +346,6 @@ class Ledger:
             for waiter in list(pool.nowaits.values()):
                 self._denials.deny(waiter, DenyReason.DRAINING, now)
         return self._settle(now)
-
-    def request_reports(self) -> list[Command]:
-        """Ask the workers that hold leases for their state; `awaited` have not answered yet.
-
-        More than `_MOST_ASKED` are not asked: their last heartbeats have to do.
-        """
-        asked = [s for s in self._slots.sessions.values() if s.leases and not s.silent]
-        if len(asked) <= _MOST_ASKED:
-            for session in asked:
-                self.awaited.add(session.id)
-                self._emit(Send(session.id, ReportNow()))
-        return self._context.take_commands()
 
     # --- reports
 

@@ -51,7 +51,7 @@ class AdminRequests:
         if len(self._answered) > _MOST_KNOWN:
             self._answered.popitem(last=False)
         if status.leases:
-            self._execute(self._ledger.request_reports())
+            self._execute(self._ledger.fresh_reports.request())
         self._waiting.append((asker, status, now + _WORKERS_LIMIT_S))
 
     def answer(self, now: float) -> None:
@@ -60,11 +60,11 @@ class AdminRequests:
             return
         while self._waiting:
             asker, status, limit = self._waiting[0]
-            if status.leases and self._ledger.awaited and now < limit:
+            if status.leases and self._ledger.fresh_reports.awaited and now < limit:
                 return
             self._waiting.popleft()
             self._tell_state(asker, status, now)
-        self._ledger.awaited.clear()
+        self._ledger.fresh_reports.awaited.clear()
 
     def next_deadline(self) -> float | None:
         """Return when `answer` has something to do at the latest."""

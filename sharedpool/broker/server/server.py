@@ -25,12 +25,7 @@ from sharedpool.broker.server.executor import Executor
 from sharedpool.broker.server.inbox import Inbox
 from sharedpool.broker.server.processes import WatchedProcess, raise_descriptor_limit
 from sharedpool.broker.server.router_socket import RouterSocket
-from sharedpool.broker.server.startup import (
-    claim_address,
-    make_control,
-    make_ledger,
-    make_shares,
-)
+from sharedpool.broker.server.startup import claim_address, make_control, make_ledger, make_shares
 from sharedpool.broker.server.systemd import notify
 from sharedpool.broker.settings import BrokerSettings
 from sharedpool.errors import ConfigError, SharedPoolError
@@ -169,17 +164,13 @@ class Server:
 
     def _take_over(self) -> None:
         """Begin where a former broker ended."""
-        now = time.monotonic()
+        now, takeover = time.monotonic(), self._ledger.takeover
         waits = self._follows and not self._journal.intact
         if waits:  # before anything else: this host's shares may count more than the journal has
-            self._execute(
-                self._ledger.takeover.begin_grace_period(self._ledger.takeover.grace_s, now)
-            )
+            self._execute(takeover.begin_grace_period(takeover.grace_s, now))
         # Without a control connection the end of a dead worker's backend cannot be confirmed: the
         # leases in the journal stay counted.
-        self._execute(
-            self._ledger.takeover.restore(self._journal.entries, now, self._journal.members)
-        )
+        self._execute(takeover.restore(self._journal.entries, now, self._journal.members))
         if not waits:
             self._journal.mark_complete()
 
