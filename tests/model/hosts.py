@@ -791,7 +791,7 @@ class World:
             host.frozen = False
             if host.ledger is not None:
                 host.ledger.process_was_suspended(self.now)
-                host.ledger.sharing.suspended(self.now)
+                host.ledger.sharing.trust.suspended(self.now)
 
     def kill_host(self, host: Host) -> None:
         """All its processes end at once; its instance and journal are lost with it."""

@@ -127,7 +127,7 @@ def test_the_outcome_of_a_sync_before_a_pause_does_not_count() -> None:
     broker, _ = with_share(in_use=2)
     before = broker.sync_again()
     broker.now += 10.0
-    broker.ledger.sharing.suspended(broker.now)
+    broker.ledger.sharing.trust.suspended(broker.now)
     broker.answer(before, held=10)
     assert broker.pool.allowed == 2
     assert broker.order.serial > before.serial

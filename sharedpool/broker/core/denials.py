@@ -8,7 +8,7 @@ from sharedpool.broker.core.commands import Send
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.records import Pool, Session, Waiter
 from sharedpool.broker.core.routes import Routes
-from sharedpool.broker.core.sharing import Sharing
+from sharedpool.broker.core.share_reports import ShareReports
 from sharedpool.wire.messages import Deny, DenyReason
 from sharedpool.wire.values import Holder
 
@@ -18,8 +18,8 @@ _HOLDERS_NAMED = 3
 class Denials:
     """Refuses requests; each is taken out of its queue and answered."""
 
-    def __init__(self, context: Context, routes: Routes, sharing: Sharing) -> None:
-        self._sharing = sharing
+    def __init__(self, context: Context, routes: Routes, share_reports: ShareReports) -> None:
+        self._share_reports = share_reports
         self._slots = context.slots
         self._emit = context.emit
         self._routes = routes
@@ -99,7 +99,7 @@ class Denials:
         sessions = {x.session.id: x.session for x in leases.values() if not x.session.shelf}
         most = heapq.nlargest(_HOLDERS_NAMED, sessions.values(), key=lambda x: len(x.leases))
         here = [_holder(x, f" in {x.pool.name!r}" if capped else "", now) for x in most]
-        everywhere = [*here, *self._sharing.other_holders(pool)]
+        everywhere = [*here, *self._share_reports.other_holders(pool)]
         return heapq.nlargest(_HOLDERS_NAMED, everywhere, key=lambda holder: holder.count)
 
 

@@ -155,7 +155,7 @@ class Ledger:
             self.sharing,
         )
         self._handover = Handover(context, self._recalls, self._leases, shelves)
-        self._denials = Denials(context, self._routes, self.sharing)
+        self._denials = Denials(context, self._routes, self.sharing.reports)
         self._scheduler = Scheduler(
             context, self._routes, self._recalls, fences, self._handover, self._denials
         )
@@ -207,8 +207,7 @@ class Ledger:
     ) -> list[Command]:
         """Handle a worker's message; `process` is its sender's, as the kernel tells."""
         self._moves.transit.sync(now)
-        if now >= self.sharing.trust_ends:
-            self.sharing.expire(now)
+        self.sharing.trust.expire(now)
         session = self._slots.sessions.get(session_id)
         if isinstance(message, Hello):
             first = self._sessions.register(session_id, message, now, process)
@@ -264,8 +263,7 @@ class Ledger:
         """Do all that has become possible or necessary by a change; return the commands."""
         if self._routes.unproven:
             self._leases.settle_unproven(now)
-        if now >= self.sharing.trust_ends:
-            self.sharing.expire(now)
+        self.sharing.trust.expire(now)
         self._scheduler.schedule(now)
         self.sharing.update(now)
         if self._moves.update_modes(now):

@@ -181,7 +181,7 @@ class Server:
     def _notice_suspension(self, now: float) -> None:
         """Open nothing after a pause until the other hosts' shares were looked at again."""
         if now - self._awake_at > _PAUSED_S:
-            self._ledger.sharing.suspended(now)
+            self._ledger.sharing.trust.suspended(now)
 
     def _run_due(self, now: float, *, more: bool) -> None:
         """Run what is due: queued calls, timers, a reload, reports. `more`: messages are left."""
@@ -366,7 +366,7 @@ class Server:
             sessions,
             len(self._executor.custody),
             "serving" if self._resting else self._ledger.state,
-            hosts=self._ledger.sharing.report(now),
+            hosts=self._ledger.sharing.reports.report(now),
         )
 
     def _close(self) -> None:
