@@ -10,9 +10,10 @@ import sys
 import time
 from collections.abc import Callable
 
-from sharedpool.broker.core.commands import ShareKey, SyncShare
+from sharedpool.broker.core.commands import SyncShare
 from sharedpool.broker.core.host_presence import SESSION_NAME, Listed, Presence
 from sharedpool.broker.core.share_sync import decide_sync
+from sharedpool.broker.core.share_terms import ShareKey
 from sharedpool.broker.core.shares import Claim, HostShare, decide
 
 _ROUNDS = 50

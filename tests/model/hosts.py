@@ -19,17 +19,14 @@ from sharedpool.broker.core.commands import (
     Command,
     Entry,
     Erase,
-    Failed,
     Fence,
     LeaveShare,
     MarkJournalComplete,
     Record,
     ResignLeadership,
     Send,
-    ShareKey,
     SurveyResult,
     SurveyServer,
-    SyncFailure,
     SyncShare,
     VerifyServer,
 )
@@ -43,6 +40,7 @@ from sharedpool.broker.core.host_presence import (
 )
 from sharedpool.broker.core.ledger import Ledger, LedgerCall
 from sharedpool.broker.core.share_sync import SyncDecision, decide_sync
+from sharedpool.broker.core.share_terms import Failed, ShareKey, SyncFailure
 from sharedpool.broker.core.shares import TRUST_S
 from sharedpool.wire.application_name import tag_of
 from sharedpool.wire.messages import (

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from sharedpool.broker.core.commands import (
-    Failed,
-    HostRow,
-    LeaveShare,
-    ShareKey,
-    SyncFailure,
-    SyncResult,
-    SyncShare,
-)
+from sharedpool.broker.core.commands import LeaveShare, SyncShare
 from sharedpool.broker.core.host_presence import CUT_S, Listed, Presence
 from sharedpool.broker.core.records import Pool
 from sharedpool.broker.core.share_sync import decide_sync
+from sharedpool.broker.core.share_terms import Failed, HostRow, ShareKey, SyncFailure, SyncResult
 from sharedpool.broker.core.shares import Claim, Division
 from tests.unit.ledger_driver import TTL_S, Broker, Worker
 from tests.unit.restarts import journal_of

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from sharedpool.broker.core.commands import ShareChange
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.denials import Denials
 from sharedpool.broker.core.group_terms import GroupTerms
@@ -16,6 +15,7 @@ from sharedpool.broker.core.handover import Handover
 from sharedpool.broker.core.leases import Leases
 from sharedpool.broker.core.recalls import Recalls
 from sharedpool.broker.core.records import Lease, Pool, Session
+from sharedpool.broker.core.share_terms import ShareChange
 from sharedpool.broker.core.sharing import Sharing
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.admin import Done, Order, OrderKind

@@ -12,9 +12,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from sharedpool.broker.core.commands import NO_CHANGE, HostRow, ShareChange, ShareKey
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.records import UNSHARED, Pool
+from sharedpool.broker.core.share_terms import NO_CHANGE, HostRow, ShareChange, ShareKey
 from sharedpool.broker.core.shares import Division
 from sharedpool.broker.core.table_memory import TableMemory
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from sharedpool.broker.core.commands import SyncResult
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.records import Pool
 from sharedpool.broker.core.share_records import Share, ShareRecords
+from sharedpool.broker.core.share_terms import SyncResult
 from sharedpool.wire.reports import HostReport
 from sharedpool.wire.values import Holder
 

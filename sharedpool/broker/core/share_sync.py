@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from sharedpool.broker.core.commands import HostRow, SyncResult, SyncShare
+from sharedpool.broker.core.commands import SyncShare
 from sharedpool.broker.core.host_presence import SILENT_S, Listed, Presence
+from sharedpool.broker.core.share_terms import HostRow, SyncResult
 from sharedpool.broker.core.shares import HostShare, decide
 
 

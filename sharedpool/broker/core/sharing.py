@@ -21,23 +21,21 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 
-from sharedpool.broker.core.commands import (
-    NO_CHANGE,
-    Command,
-    Failed,
-    LeaveShare,
-    ShareChange,
-    ShareKey,
-    SyncFailure,
-    SyncResult,
-    SyncShare,
-)
+from sharedpool.broker.core.commands import Command, LeaveShare, SyncShare
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.recalls import Recalls
 from sharedpool.broker.core.records import UNSHARED, Pool
 from sharedpool.broker.core.share_questions import ShareQuestions
 from sharedpool.broker.core.share_records import BURST, FIRST_RETRY_S, Share, ShareRecords
 from sharedpool.broker.core.share_reports import ShareReports
+from sharedpool.broker.core.share_terms import (
+    NO_CHANGE,
+    Failed,
+    ShareChange,
+    ShareKey,
+    SyncFailure,
+    SyncResult,
+)
 from sharedpool.broker.core.share_trust import ShareTrust
 from sharedpool.broker.core.shares import Claim, Division
 from sharedpool.broker.core.table_memory import TableMemory

@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sharedpool.broker.core.commands import SyncResult
 from sharedpool.broker.core.host_presence import CUT_S
+from sharedpool.broker.core.share_terms import SyncResult
 
 _BACK_S = 3.0  # so soon after a restart every host that runs has its row again
 

@@ -22,15 +22,10 @@ import psycopg2
 from psycopg2.errors import InsufficientPrivilege, UndefinedTable
 from psycopg2.extensions import connection, make_dsn, parse_dsn
 
-from sharedpool.broker.core.commands import (
-    Failed,
-    LeaveShare,
-    ShareKey,
-    SyncFailure,
-    SyncShare,
-)
+from sharedpool.broker.core.commands import LeaveShare, SyncShare
 from sharedpool.broker.core.host_presence import SESSION_NAME, Presence
 from sharedpool.broker.core.ledger import LedgerCall
+from sharedpool.broker.core.share_terms import Failed, ShareKey, SyncFailure
 from sharedpool.broker.postgres import share_table
 from sharedpool.broker.postgres.control_connection import error_text
 from sharedpool.broker.postgres.share_table import CannotShare, Registration

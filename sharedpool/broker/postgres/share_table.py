@@ -24,9 +24,10 @@ import psycopg2
 from psycopg2.errors import InsufficientPrivilege
 from psycopg2.extensions import connection
 
-from sharedpool.broker.core.commands import ShareKey, SyncShare
+from sharedpool.broker.core.commands import SyncShare
 from sharedpool.broker.core.host_presence import SILENT_S, Listed, Presence
 from sharedpool.broker.core.share_sync import SyncDecision, decide_sync
+from sharedpool.broker.core.share_terms import ShareKey
 from sharedpool.broker.postgres import statements
 
 _CHANNEL = "sharedpool_shares"

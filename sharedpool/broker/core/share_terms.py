@@ -1,0 +1,65 @@
+"""What the core and `broker/postgres` tell each other of shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+from sharedpool.broker.core.shares import Division
+
+
+class ShareKey(NamedTuple):
+    """A limit that hosts share: the database that has the table of its shares, and its name."""
+
+    database: str  # empty: that of the broker's connection string
+    scope: str
+
+
+class HostRow(NamedTuple):
+    """What the table of the shares says of another host."""
+
+    host: str
+    instance: str
+    held: int
+    wanted: int
+    silent_s: float  # since its last sync, by the server's clock
+    connected: bool  # its broker has a session
+
+
+@dataclass(frozen=True, slots=True)
+class ShareChange:
+    """What an operator orders for all hosts."""
+
+    max_conn: int = 0  # the new limit; 0: as it is
+    paused: bool | None = None  # None: as it is
+
+
+NO_CHANGE = ShareChange()
+
+
+class SyncResult(NamedTuple):
+    """The outcome of a sync."""
+
+    max_conn: int  # the limit of all hosts together
+    paused: bool  # by an operator, on all hosts
+    division: Division
+    others: tuple[HostRow, ...]
+    events: tuple[str, ...] = ()  # what is worth a line in the log, such as a host that is gone
+    bounded: bool = False  # the order's `most` was applied
+
+
+class Failed(Enum):
+    """How a sync has failed."""
+
+    LOST = "lost"  # the session has ended, or its query has failed: try again
+    UNREACHABLE = "unreachable"  # no server answers: nobody on this host can connect
+    REFUSED = "refused"  # the server refuses the broker's session, and perhaps only that
+    UNSHARED = "unshared"  # this server or role does not allow a limit to be shared
+
+
+class SyncFailure(NamedTuple):
+    """A sync that has failed."""
+
+    how: Failed
+    why: str
