@@ -251,8 +251,8 @@ MUTANTS = (
         (
             (
                 "sharedpool/broker/core/records.py",
-                "return 0 if self.paused else self.max_conn",
-                "return self.max_conn",
+                "return 0 if self.paused else min(self.max_conn, self.allowed)",
+                "return min(self.max_conn, self.allowed)",
             ),
         ),
         ("tests/unit/test_admin.py",),
