@@ -154,8 +154,8 @@ class Sharing:
                 self._sync(share, now)
 
     def _wake_resting(self, pool: Pool) -> None:
-        if (share := self._records.of(pool)) is not None and share.resting:
-            self._begin(share)
+        if (key := self._records.key(pool)) is not None and self.shares[key].resting:
+            self._begin(self.shares[key])
 
     def _has_news(self, share: Share, now: float) -> bool:
         """Return True if the others should know what has changed here."""
