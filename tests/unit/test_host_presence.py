@@ -272,3 +272,16 @@ def test_a_host_that_speaks_again_and_is_cut_again_begins_anew(observer: Observe
     observer.most(row())
     observer.look(0.4, BROKER)
     assert observer.most(row(cut=True)) == 4
+
+
+def test_backends_of_brokers_without_a_row_are_counted(observer: Observer) -> None:
+    """The server was restarted: they were opened under grants of before."""
+    other = (30, 1, tag_of("p", "y"))
+    observer.look(0.0, *WORKERS, other, (31, 1, tag_of("another pool", "y")))
+    count = observer.presence.strangers
+    assert count("p", [], frozenset()) == 3
+    assert count("p", ["x"], frozenset()) == 1
+    assert count("p", ["x"], frozenset({(30, 1)})) == 0  # it has come to this broker
+    assert count("another pool", ["x"], frozenset()) == 1
+    observer.presence.seen(frozenset(), [other], 1.0, elsewhere={(30, 1)})
+    assert count("p", [], frozenset()) == 0  # in another database

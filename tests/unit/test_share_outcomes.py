@@ -78,6 +78,18 @@ def test_nothing_is_granted_before_the_first_outcome() -> None:
     assert worker.granted(request)
 
 
+def test_after_a_pause_of_the_process_nothing_is_granted_before_the_next_sync() -> None:
+    """Other hosts may have taken this one for gone meanwhile."""
+    broker, worker = with_share(4, in_use=1)
+    broker.ledger.sharing.trust.suspended(broker.now)
+    request = worker.ask(60.0)
+    assert worker.outcome(request) is None
+    order = broker.order if broker.order.claim.wanted == 2 else broker.sync_again()
+    assert order.claim.least == 1
+    broker.answer(order, held=4)
+    assert worker.granted(request)
+
+
 def test_the_outcome_of_an_order_before_the_sessions_loss_does_not_count() -> None:
     """It is carried out in the next session; by then there is a newer order, with another claim."""
     broker, _ = with_share(2, in_use=1)
