@@ -50,6 +50,7 @@ class Table:
             row.held if row else 0,
             host.claim(self.asked, asks=asks),
             {other: row for other, row in self.rows.items() if other != name},
+            told=row.wanted if row else 0,
             asked=self.asked,
             answered=row.answered if row else 0,
             question=host.division.question,

@@ -165,6 +165,7 @@ class Admin:
     def _apply_limit(self, pool: Pool) -> None:
         pool.max_conn = self._slots.limit(pool.name, pool.spec)
         self._slots.shrink(pool)
+        self._sharing.limit_changed(pool)
 
     def configure(
         self, max_conn: int | None, groups: dict[str, GroupTerms], limits: dict[str, int]

@@ -37,7 +37,9 @@ class Denials:
     def _reason_for_timeout(self, waiter: Waiter) -> DenyReason:
         if (reason := self.reason_for_no_grants(waiter.session.pool)) is not None:
             return reason
-        if self._slots.grant_stop.holding_back:
+        if self._slots.grant_stop.holding_back or self._share_reports.why_unknown(
+            waiter.session.pool
+        ):
             return DenyReason.WAITING
         # A session that the server refuses was not served because of that.
         return DenyReason.TIMEOUT if waiter.session.refusal is None else DenyReason.REFUSED
@@ -90,6 +92,8 @@ class Denials:
             error = self._routes.unsuitable(pool)
         elif self._slots.grant_stop.holding_back:
             error = self._slots.grant_stop.because
+        elif reason is DenyReason.WAITING:
+            error = self._share_reports.why_unknown(pool)
         else:
             error = pool.backoff.error
         return error, pool.backoff.probe_at

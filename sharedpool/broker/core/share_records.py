@@ -136,7 +136,7 @@ class ShareRecords:
         if share.pool is None:
             assert self._slots.max_conn is not None
             return self._slots.max_conn
-        return share.pool.spec.max_conn
+        return self._slots.limit(share.pool.name, share.pool.spec)
 
     def backends(self, share: Share) -> tuple[tuple[int, int], ...]:
         """Return the known backends of a limit's leases: pid and start time."""
@@ -186,7 +186,8 @@ class ShareRecords:
         """Take over the limit that all hosts share: that of the first one to come."""
         asked = self.own_limit(share)
         if share.pool is not None:
-            known, share.pool.max_conn = share.pool.max_conn, max_conn
+            known = share.pool.max_conn
+            share.pool.max_conn = min(max_conn, self._slots.limits.get(share.pool.name, max_conn))
         else:
             known = self._slots.max_conn or 0
         if max_conn not in (asked, known):

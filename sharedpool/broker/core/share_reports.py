@@ -53,6 +53,14 @@ class ShareReports:
         others = () if share is None else share.others
         return [Holder(f"host {other.host}", other.held, 0) for other in others if other.held]
 
+    def why_unknown(self, pool: Pool) -> str:
+        """Return why a pool's share is not known yet; empty if it is, or if it is not shared."""
+        share = self._records.of(pool)
+        if share is None or share.registered or share.unshared:
+            return ""
+        server = pool.spec.server or "the server"
+        return f"PostgreSQL has not answered its first connect to {server}"
+
     def log_moves(self, share: Share, result: SyncResult) -> None:
         """Log what the outcome of a sync changes, before it is recorded."""
         before, now = share.division, result.division

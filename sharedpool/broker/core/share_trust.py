@@ -46,6 +46,7 @@ class ShareTrust:
             if share.registered and not share.unshared:
                 self.freeze(share, now, "")
                 share.due, share.pending = True, 0  # the outcome of a sync before that is too old
+                self._records.let_refuse(share, 0)  # it will come in a moment
 
     def freeze(self, share: Share, now: float, why: str) -> None:
         """Open nothing more until the next sync."""

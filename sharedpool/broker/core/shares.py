@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+# As many hosts are all woken by one that wants more; of more than that, those that have too much.
+_FEW = 16
 # How long after its last sync a broker may still open connections.
 TRUST_S = 15.0
 
@@ -132,6 +134,8 @@ def decide(
     elif not (owed and claim.has_idle):
         answered = max(answered, min(claim.checked, asked))
     has_answered = answered >= asked and not was_answered
+    # What others want may be less by now than their rows say: their workers are asked what is idle.
+    few = len(others) <= _FEW
     return Division(
         held=now_held,
         owed=owed,
@@ -150,7 +154,7 @@ def decide(
             if name != me
             and (
                 (lack[name] and free > 0)
-                or (before[name] > share and lacking > free and claim.wanted > told)
+                or (claim.wanted > max(told, now_held) and before[name] > (0 if few else share))
                 or (claim.asks and before[name])
                 or (has_answered and others[name].wanted > before[name])
             )

@@ -135,6 +135,7 @@ class Sharing:
         share.division, share.others = Division(0), ()
         share.memory = TableMemory()
         self._records.allow(share, 0)
+        self._records.let_refuse(share, 0)
 
     # --- after every event
 
@@ -270,12 +271,19 @@ class Sharing:
             self._records.active[key] = share
             if share.covered == UNSHARED:
                 self._records.let_refuse(share, 0)
+        self._prepare_next(share, now)
+        return self._settle(now)
+
+    def _prepare_next(self, share: Share, now: float) -> None:
+        """Ask the workers what the next sync will have to tell, and set its time."""
+        division = share.division
         contended = division.contended or division.lacking or division.owed
         share.beat_at = math.inf  # an earlier alarm finds that it is not the one
         if division.answered < division.asked and share.checking < division.asked:
             self._questions.inquire(share, now, division.asked)
+        elif division.contended and now - share.inquired_at > _INQUIRY_EVERY_S:
+            self._questions.inquire(share, now)
         self._beat(share, now + (POLL_S if contended else HEARTBEAT_S))
-        return self._settle(now)
 
     def failed(
         self, key: ShareKey, failure: SyncFailure, now: float, serial: int = 0
@@ -299,7 +307,7 @@ class Sharing:
             if failure.how is Failed.UNREACHABLE:
                 for pool in self._records.pools(share):
                     pool.backoff.failed(NO_TOKEN, pool.connected, failure.why, now)
-            self._records.let_refuse(share, UNSHARED)
+            self._records.let_refuse(share, 0 if failure.how is Failed.LOST else UNSHARED)
         self._beat(share, now + retry_s)
         return self._settle(now)
 
@@ -354,6 +362,12 @@ class Sharing:
     def in_use(self) -> list[ShareKey]:
         """Return the limits of which connections are left that would outlive this broker."""
         return [key for key, share in self.shares.items() if self._records.occupied(share)]
+
+    def limit_changed(self, pool: Pool) -> None:
+        """Sync soon: an operator has set this host's limit of a pool, or that over all pools."""
+        if (share := self._records.of(pool)) is not None and share.registered:
+            share.due = True
+            self._records.active[share.key] = share
 
     # --- operators
 
