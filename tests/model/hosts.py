@@ -424,6 +424,7 @@ class Host:
         self.session: Proc | None = None
         self.pid = 0
         self.known: dict[ShareKey, tuple[str, ...]] = {}
+        self.alone: set[ShareKey] = set()
         self.presence = Presence()
         self.looked_at = -math.inf
         self.orders: deque[SyncShare | LeaveShare] = deque()
@@ -608,7 +609,7 @@ class Host:
         if fate == "before":
             self._lose(key)
             return
-        if self.known.get(key) and now - self.looked_at > LOOK_EVERY_S:
+        if key not in self.alone and now - self.looked_at > LOOK_EVERY_S:
             self.presence.seen(*server.sessions(), now)
             self.looked_at = now
         elif now - self.looked_at > OLD_S:
@@ -631,6 +632,10 @@ class Host:
             return
         result = decision.result
         self.known[key] = tuple(host.instance for host in result.others)
+        if result.division.alone:
+            self.alone.add(key)
+        else:
+            self.alone.discard(key)
         self._end_silent(decision.silent)
         serial = order.serial
         self.words.append(
@@ -642,6 +647,7 @@ class Host:
         self.session = server.connect(self.name, SESSION_NAME + self.instance, is_broker=True)
         self.pid = self.session.pid
         self.presence, self.looked_at, self.known = Presence(), -math.inf, {}
+        self.alone = set()
         for name in [name for name, row in server.rows.items() if row.boot < server.boot]:
             del server.rows[name]
 

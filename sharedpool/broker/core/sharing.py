@@ -121,7 +121,8 @@ class Sharing:
 
     def _watch_unused(self, pool: Pool, now: float) -> None:
         """Give the share of a pool back if nothing of it is used for a moment."""
-        if (share := self._records.of(pool)) is not None:
+        # A broker that was given a connection string is in its database all the time.
+        if (share := self._records.of(pool)) is not None and share.pool is not None:
             self._arm(now + _UNUSED_S, self._unused_due, share)
 
     def _unused_due(self, share: Share, now: float) -> None:
@@ -353,7 +354,7 @@ class Sharing:
             self._questions.answered(share)
         if share.pending:
             return
-        if share.registered and self._records.is_unused(share):
+        if share.pool is not None and share.registered and self._records.is_unused(share):
             self._rest(share)
             return
         share.due = True
