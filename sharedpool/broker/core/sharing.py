@@ -308,7 +308,8 @@ class Sharing:
             if failure.how is Failed.UNREACHABLE:
                 for pool in self._records.pools(share):
                     pool.backoff.failed(NO_TOKEN, pool.connected, failure.why, now)
-            self._records.let_refuse(share, 0 if failure.how is Failed.LOST else UNSHARED)
+            is_soon_back = failure.how is Failed.LOST and retry_s == FIRST_RETRY_S
+            self._records.let_refuse(share, 0 if is_soon_back else UNSHARED)
         self._beat(share, now + retry_s)
         return self._settle(now)
 

@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection
 from functools import partial
 
 import psycopg2
-from psycopg2.errors import InsufficientPrivilege, UndefinedTable
 from psycopg2.extensions import connection, make_dsn, parse_dsn
 
 from sharedpool.broker.core.commands import LeaveShare, SyncShare
@@ -33,6 +32,9 @@ from sharedpool.postgres.libpq import socket_of_failed
 
 logger = logging.getLogger("sharedpool.broker")
 
+# Classes of SQLSTATEs with which a sync is not possible at all: no right to the tables, none or
+# others of that name, a feature that the server does not have, a transaction that may not write.
+_NOT_POSSIBLE = ("0A", "25", "3F", "42")
 _LOOK_EVERY_S = 0.4
 _OLD_S = 2.0  # the server's list may show none of a host's backends after that
 
@@ -178,6 +180,7 @@ class ShareSessions:
             answered = (socket_of_failed(conn) or -1) >= 0
             self._reached = Failed.REFUSED if answered else Failed.UNREACHABLE
             raise
+        self._reached = Failed.LOST
         return conn
 
     def _sync(self, order: SyncShare) -> None:
@@ -204,6 +207,9 @@ class ShareSessions:
             self._fail_by(order, error)
         except UnicodeDecodeError as error:  # an error's text in another encoding
             self._fail(key, SyncFailure(Failed.REFUSED, error_text(error)), order.serial)
+        except Exception as error:  # any: without this thread nothing more would be granted
+            logger.exception("the shares of %r", key.scope)
+            self._fail(key, SyncFailure(Failed.LOST, error_text(error)), order.serial)
         else:
             self._call_soon(
                 lambda ledger, now: ledger.sharing.synced(key, order.serial, result, began, now)
@@ -217,10 +223,10 @@ class ShareSessions:
         elif session.conn.closed:
             self._lose(key.database, error)
             how = Failed.LOST
-        elif isinstance(error, InsufficientPrivilege | UndefinedTable):
-            how = Failed.UNSHARED
         else:
             how = Failed.LOST
+        if how is Failed.LOST and (error.pgcode or "")[:2] in _NOT_POSSIBLE:
+            how = Failed.UNSHARED
         # Also after the loss of the session: if this was the limit's first sync, it has not been
         # told of that.
         self._fail(key, SyncFailure(how, error_text(error)), order.serial)

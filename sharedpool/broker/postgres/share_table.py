@@ -81,11 +81,23 @@ FROM pg_stat_get_activity(pg_backend_pid())
 # A session that holds the lock must not stop the other hosts: its process may be frozen, its
 # network cut. Nor may one that was cut off seem to have ended by itself, which would prove that its
 # host is gone: the server waits for longer than any of its connects may take.
+_SETTINGS = {
+    "statement_timeout": "5s",
+    "lock_timeout": "5s",
+    "idle_in_transaction_session_timeout": "2s",
+    "idle_session_timeout": "0",
+    "tcp_keepalives_idle": "60",
+    "tcp_keepalives_interval": "10",
+    "tcp_keepalives_count": "6",
+    "tcp_user_timeout": "120s",
+    # Whatever the role's defaults are: a statement sees all that was committed before it.
+    "default_transaction_isolation": "read committed",
+    "default_transaction_read_only": "off",
+}
+# Older servers do not know all of them.
 _SETTINGS_SQL = """
-SET statement_timeout = '5s'; SET lock_timeout = '5s';
-SET idle_in_transaction_session_timeout = '2s'; SET idle_session_timeout = 0;
-SET tcp_keepalives_idle = 60; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 6;
-SET tcp_user_timeout = '120s'
+SELECT set_config(name, value, false)
+FROM unnest(%s::text[], %s::text[]) AS wanted (name, value) JOIN pg_settings USING (name)
 """
 _VOID_SQL = """
 DELETE FROM sharedpool.shares
@@ -172,7 +184,7 @@ def open_table(conn: connection, instance: str, host: str) -> Registration:
     """
     conn.autocommit = True
     with conn.cursor() as cursor:
-        cursor.execute(_SETTINGS_SQL)
+        cursor.execute(_SETTINGS_SQL, (list(_SETTINGS), list(_SETTINGS.values())))
         cursor.execute(_STATE_SQL)
         in_recovery, exists, pid, started_us = cursor.fetchone() or (False, False, 0, 0)
         if pid != conn.info.backend_pid:  # a pooler tells its clients a key of its own
