@@ -7,7 +7,6 @@ import pytest
 from sharedpool.broker.core.host_presence import (
     CUT_S,
     GONE_S,
-    ORPHANED_S,
     SESSION_NAME,
     SILENT_S,
     Judgement,
@@ -170,10 +169,15 @@ def test_what_a_dead_brokers_workers_do_not_use_is_free_when_no_grant_lasts(
     observer: Observer, name: str
 ) -> None:
     worker = (20, 1, tag_of(name, "x"))
-    for now, most in ((0.0, 4), (ORPHANED_S - 1.0, 4), (ORPHANED_S, 1), (10 * ORPHANED_S, 1)):
+    for now, most in (
+        (0.0, 4),
+        (row().orphaned_s - 1.0, 4),
+        (row().orphaned_s, 1),
+        (10 * row().orphaned_s, 1),
+    ):
         observer.look(now, worker)
         assert observer.most() == most
-    assert ORPHANED_S >= TRUST_S + START_UP_LIMIT_S
+    assert row().orphaned_s >= TRUST_S + START_UP_LIMIT_S
 
 
 def test_it_is_free_at_once_if_this_broker_counts_them(observer: Observer) -> None:
@@ -186,7 +190,7 @@ def test_it_is_free_at_once_if_this_broker_counts_them(observer: Observer) -> No
 
 
 def test_backends_that_have_another_name_count_by_the_row(observer: Observer) -> None:
-    for now in (0.0, ORPHANED_S):
+    for now in (0.0, row().orphaned_s):
         observer.look(now, (30, 5, "psql"))
         most = observer.most(row(unnamed="30:5 31:5 nonsense 7"))
     assert most == 1
@@ -285,3 +289,12 @@ def test_backends_of_brokers_without_a_row_are_counted(observer: Observer) -> No
     assert count("another pool", ["x"], frozenset()) == 1
     observer.presence.seen(frozenset(), [other], 1.0, elsewhere={(30, 1)})
     assert count("p", [], frozenset()) == 0  # in another database
+
+
+def test_a_host_with_a_longer_ttl_is_waited_for_as_much_longer(observer: Observer) -> None:
+    slow = row(cut=True, silent_s=CUT_S + 1, spare=2)._replace(ttl_s=60.0)
+    for now in (0.0, 1.0):
+        observer.look(now)
+        most = observer.most(slow)
+    assert most == 2  # a worker may still connect under a grant of then
+    assert observer.most(slow._replace(silent_s=CUT_S + 46)) == -1

@@ -7,13 +7,13 @@ its end. How long that must have been so depends on how the host went:
 1. Its sessions have ended by themselves: its processes are gone, or closed them. A connect that was
    under way then shows itself within `GONE_S`.
 2. Its broker's session has ended, but backends of its workers are left. Its broker will be back
-   soon, or is dead while the workers live: then what they do not use is free after `ORPHANED_S`. If
+   soon, or is dead while the workers live: then what they do not use is free after `orphaned_s`. If
    the workers have moved to a new broker on their host, which counts their backends, it is free at
    once.
 3. The host was silent while it had sessions: its network is cut, or it is frozen. Other brokers
    end its sessions once somebody needs the slots, and mark its row as `cut`. Each backend that has
    ended frees its slot. What was not in use then (`spare`) may have been granted to a worker just
-   before: a connect of that time may still arrive, until no worker would use it any more (`CUT_S`).
+   before: a connect of that time may still arrive, until no worker would use it any more (`cut_s`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from sharedpool.wire.messages import START_UP_LIMIT_S
 
 GONE_S = 1.0
 # A worker connects within the TTL of its grant, and gives up after `START_UP_LIMIT_S`.
-CUT_S = TRUST_S + 15.0 + START_UP_LIMIT_S
-ORPHANED_S = 15.0 + START_UP_LIMIT_S
+USUAL_TTL_S = 15.0
+CUT_S = TRUST_S + USUAL_TTL_S + START_UP_LIMIT_S
 # Later than the host itself has stopped to open connections.
 SILENT_S = TRUST_S + 2.0
 
@@ -55,6 +55,17 @@ class Listed(NamedTuple):
     silent_s: float  # since its last sync, by the server's clock
     spare: int = 0  # of a host that was cut off: what it did not have in use then
     unnamed: str = ""  # its backends without its tag: their users have set a name of their own
+    ttl_s: float = USUAL_TTL_S  # within which its workers begin a connect
+
+    @property
+    def orphaned_s(self) -> float:
+        """How long a connect may take that was granted by a broker that has ended."""
+        return self.ttl_s + START_UP_LIMIT_S
+
+    @property
+    def cut_s(self) -> float:
+        """How long a connect may take that a silent broker has granted."""
+        return TRUST_S + self.orphaned_s
 
 
 class Judgement(NamedTuple):
@@ -190,7 +201,7 @@ class Presence:
                 return row.held, ""
         backends = self.backends_of(row)
         left = len(backends - mine)
-        if row.silent_s >= CUT_S and not is_here:
+        if row.silent_s >= row.cut_s and not is_here:
             return left, f"no session on the server, and not heard of for {row.silent_s:.0f} s"
         if row.cut and self._seen_at > self._cut.setdefault(_key(scope, row), self._seen_at):
             return row.spare + left, "its sessions were ended"
@@ -198,7 +209,7 @@ class Presence:
             return row.held, ""  # some of its backends may be newer than the list
         absence = self._absent.setdefault(_key(scope, row), Absence(self._seen_at))
         quiet_s = self._seen_at - absence.since
-        if quiet_s < (ORPHANED_S if backends and not backends & mine else GONE_S):
+        if quiet_s < (row.orphaned_s if backends and not backends & mine else GONE_S):
             return row.held, ""
         starting = self._starting if absence.starting is None else absence.starting
         absence.starting = starting & self._starting

@@ -62,11 +62,13 @@ class ShareSessions:
         dsn: str,
         instance: str,
         host: str,
+        ttl_s: float,
         call_soon: Callable[[LedgerCall], None],
     ) -> None:
         self._dsn = dsn
         self._instance = instance
         self._host = host
+        self._ttl_s = ttl_s
         self._call_soon = call_soon
         self._sessions: dict[str, _Session] = {}  # by database
         self._reached = Failed.UNREACHABLE  # how the last connect has failed
@@ -158,7 +160,7 @@ class ShareSessions:
         if session is None:
             conn = self._connect(database)
             try:
-                registration = share_table.open_table(conn, self._instance, self._host)
+                registration = share_table.open_table(conn, self._instance, self._host, self._ttl_s)
             except BaseException:
                 conn.close()
                 raise

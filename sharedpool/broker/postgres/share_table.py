@@ -57,6 +57,7 @@ CREATE UNLOGGED TABLE IF NOT EXISTS sharedpool.shares (
   cut boolean NOT NULL DEFAULT false,
   spare int NOT NULL DEFAULT 0,
   unnamed text NOT NULL DEFAULT '',
+  ttl_s float8 NOT NULL DEFAULT 15 CHECK (ttl_s BETWEEN 0 AND 1e9),
   told_at timestamptz NOT NULL DEFAULT clock_timestamp(),
   PRIMARY KEY (role, scope, instance)
 );
@@ -108,7 +109,7 @@ BEGIN;
 SELECT FROM sharedpool.limits WHERE role = current_user AND scope = %(scope)s FOR UPDATE;
 SELECT max_conn, asked, paused, instance, host, pid, started_us, held, wanted,
        answered, cut, greatest(0, extract(epoch FROM clock_timestamp() - told_at))::float8, spare,
-       unnamed
+       unnamed, ttl_s
 FROM sharedpool.limits LEFT JOIN sharedpool.shares USING (role, scope)
 WHERE role = current_user AND scope = %(scope)s
 """
@@ -134,13 +135,13 @@ WHERE role = current_user AND scope = %(scope)s AND instance = %(instance)s
 """
 _WRITE_SQL = """
 INSERT INTO sharedpool.shares (scope, instance, host, pid, started_us, held, wanted, answered,
-                               unnamed)
+                               unnamed, ttl_s)
 VALUES (%(scope)s, %(instance)s, %(host)s, %(pid)s, %(started_us)s, %(held)s,
-        %(wanted)s, %(answered)s, %(unnamed)s)
+        %(wanted)s, %(answered)s, %(unnamed)s, %(ttl_s)s)
 ON CONFLICT (role, scope, instance) DO UPDATE
 SET host = excluded.host, pid = excluded.pid, started_us = excluded.started_us,
     held = excluded.held, wanted = excluded.wanted, answered = excluded.answered, cut = false,
-    unnamed = excluded.unnamed,
+    unnamed = excluded.unnamed, ttl_s = excluded.ttl_s,
     told_at = clock_timestamp();
 UPDATE sharedpool.limits SET max_conn = %(max_conn)s, asked = %(asked)s,
     paused = %(paused)s
@@ -175,9 +176,10 @@ class Registration:
     host: str
     pid: int
     started_us: int
+    ttl_s: float
 
 
-def open_table(conn: connection, instance: str, host: str) -> Registration:
+def open_table(conn: connection, instance: str, host: str, ttl_s: float) -> Registration:
     """Prepare a session for `sync`; make the tables if there are none.
 
     Raise `CannotShare`, or psycopg2's errors.
@@ -195,7 +197,7 @@ def open_table(conn: connection, instance: str, host: str) -> Registration:
             _create(conn)
         cursor.execute(_VOID_SQL)
         cursor.execute(f"LISTEN {_CHANNEL}")
-    return Registration(instance, host, pid, started_us)
+    return Registration(instance, host, pid, started_us, ttl_s)
 
 
 def create(conn: connection) -> None:
@@ -254,6 +256,7 @@ def sync(conn: connection, me: Registration, order: SyncShare, presence: Presenc
                     "wanted": order.claim.wanted,
                     "answered": division.answered,
                     "unnamed": decision.unnamed,
+                    "ttl_s": me.ttl_s,
                     "max_conn": decision.result.max_conn,
                     "asked": decision.asked,
                     "paused": decision.result.paused,

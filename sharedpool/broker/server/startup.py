@@ -124,7 +124,9 @@ def make_shares(
     """Return the sessions by which limits are shared with other hosts, if they are."""
     if settings.dsn is None or not shares_limits(settings):
         return None
-    return ShareSessions(settings.dsn, claim.lock.instance, socket.gethostname(), call_soon)
+    return ShareSessions(
+        settings.dsn, claim.lock.instance, socket.gethostname(), settings.ttl_s, call_soon
+    )
 
 
 def make_control(
