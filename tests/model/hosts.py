@@ -613,7 +613,7 @@ class Host:
             self.presence.seen(*server.sessions(), now)
             self.looked_at = now
         elif now - self.looked_at > OLD_S:
-            self.presence.forget()
+            self.presence = Presence()
         if server.limit is None:
             server.limit, server.asked = order.max_conn, 0
         rows = server.listed(now)

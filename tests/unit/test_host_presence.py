@@ -119,7 +119,7 @@ def test_time_counts_only_as_far_as_the_server_was_looked_at(observer: Observer)
 def test_a_list_that_was_forgotten_proves_nothing(observer: Observer) -> None:
     observer.look(0.0)
     observer.most()
-    observer.presence.forget()
+    observer.presence = Presence()
     assert observer.most(row(silent_s=1e6)) == 4
     observer.look(GONE_S)
     assert observer.most() == 4

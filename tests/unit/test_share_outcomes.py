@@ -8,6 +8,7 @@ from sharedpool.broker.core.records import Pool
 from sharedpool.broker.core.share_sync import decide_sync
 from sharedpool.broker.core.share_terms import Failed, HostRow, ShareKey, SyncFailure, SyncResult
 from sharedpool.broker.core.shares import Claim, Division
+from sharedpool.wire.messages import Deny, DenyReason
 from tests.unit.ledger_driver import TTL_S, Broker, Worker
 from tests.unit.restarts import journal_of
 
@@ -88,6 +89,18 @@ def test_after_a_pause_of_the_process_nothing_is_granted_before_the_next_sync() 
     assert order.claim.least == 1
     broker.answer(order, held=4)
     assert worker.granted(request)
+
+
+def test_who_waits_while_the_brokers_own_login_is_refused_is_told_so() -> None:
+    broker, worker = with_share(4)
+    refused = SyncFailure(Failed.REFUSED, "password authentication failed")
+    broker.take_in(broker.ledger.sharing.failed(broker.order.key, refused, broker.now))
+    request = worker.ask(2.0)
+    broker.pass_time(2.5)
+    denial = worker.outcome(request)
+    assert isinstance(denial, Deny)
+    assert denial.reason is DenyReason.WAITING
+    assert "password authentication failed" in denial.error
 
 
 def test_the_outcome_of_an_order_before_the_sessions_loss_does_not_count() -> None:

@@ -103,10 +103,6 @@ class Presence:
             tuple[str, str, int, int], float
         ] = {}  # the last look before that was known
 
-    def forget(self) -> None:
-        """Forget a list that is old: it says nothing of hosts that have come since."""
-        self.__init__()  # type: ignore[misc]
-
     def seen(
         self,
         starting: frozenset[int],

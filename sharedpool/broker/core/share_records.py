@@ -152,14 +152,16 @@ class ShareRecords:
         """Return how many slots this host needs, or has needed a moment ago."""
         wanted = 0
         for pool in self.pools(share):
-            unused = 0
+            unused = pool.coming  # asked back, or being closed: no longer among the idle ones
             if not pool.moving:
                 since = now - (0.0 if share.checking > share.division.answered else _GAP_S)
-                unused = sum(
+                unused += sum(
                     (now if x.idle_since is None else x.idle_since) <= since
                     for x in pool.idle.values()
                 )
-            wanted += len(pool.leases) - unused + (0 if pool.paused else len(pool.waiters))
+            # A worker may have lent what it was asked back for: then `coming` counts too many.
+            wanted += max(0, len(pool.leases) - unused)
+            wanted += 0 if pool.paused else len(pool.waiters)
         return wanted
 
     def allow(self, share: Share, allowed: int) -> None:

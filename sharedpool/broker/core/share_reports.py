@@ -54,9 +54,13 @@ class ShareReports:
         return [Holder(f"host {other.host}", other.held, 0) for other in others if other.held]
 
     def why_unknown(self, pool: Pool) -> str:
-        """Return why a pool's share is not known yet; empty if it is, or if it is not shared."""
+        """Return why nothing may be opened before the next sync; empty if that is not so."""
         share = self._records.of(pool)
-        if share is None or share.registered or share.unshared:
+        if share is None or share.unshared:
+            return ""
+        if share.frozen and share.trouble:
+            return f"this host opens nothing until it knows other hosts' shares: {share.trouble}"
+        if share.registered:
             return ""
         server = pool.spec.server or "the server"
         return f"PostgreSQL has not answered its first connect to {server}"

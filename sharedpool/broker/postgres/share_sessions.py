@@ -193,7 +193,7 @@ class ShareSessions:
                 share_table.look(session.conn, session.presence, began)
                 session.looked_at = began
             elif began - session.looked_at > _OLD_S:
-                session.presence.forget()
+                session.presence = Presence()  # its list says nothing of hosts that came since
             decision = share_table.sync(session.conn, session.registration, order, session.presence)
             result = decision.result
             session.others[key] = tuple(host.instance for host in result.others)
