@@ -8,6 +8,7 @@ from sharedpool.broker.core.records import Pool
 from sharedpool.broker.core.share_sync import decide_sync
 from sharedpool.broker.core.share_terms import Failed, HostRow, ShareKey, SyncFailure, SyncResult
 from sharedpool.broker.core.shares import Claim, Division
+from sharedpool.wire.application_name import tag_of
 from sharedpool.wire.messages import Deny, DenyReason
 from tests.unit.ledger_driver import TTL_S, Broker, Worker
 from tests.unit.restarts import journal_of
@@ -262,3 +263,16 @@ def test_a_bound_takes_nothing_away_from_what_is_in_use() -> None:
 
 def broker_key() -> ShareKey:
     return with_share()[0].order.key
+
+
+def test_a_request_is_not_refused_for_a_host_that_has_just_left() -> None:
+    """Its backends are still in the list of sessions: they will be gone at the next look."""
+    order = SyncShare(broker_key(), 3, Claim(3, 2), 1, pool="p")
+    mine = Listed("me", "host", 1, 1, 2, 3, 0, False, 0.0)
+    presence = Presence()
+    presence.seen(frozenset(), [(7, 1, tag_of("p", "other"))], 0.0)
+    division = decide_sync("me", order, 3, 1, False, [mine], presence).result.division
+    assert division.held == 2
+    assert not division.exhausted
+    presence.seen(frozenset(), [], 1.0)
+    assert decide_sync("me", order, 3, 1, False, [mine], presence).result.division.held == 3

@@ -69,8 +69,8 @@ def decide_sync(
         question=order.question,
         most=order.most if bounded else max_conn,
     )
-    if taken:
-        division = replace(division, alone=False)
+    if taken:  # perhaps by a host that has left since the server was looked at
+        division = replace(division, alone=False, exhausted=False)
     hosts = tuple(
         HostRow(
             _shown(x.host),
