@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 _PACKAGE = str(Path(sharedpool.__file__).parent)
 # Read before the tests hide the environment from themselves.
-_STEP = int(os.environ.get("SHAREDPOOL_LINES", "53"))
+_STEP = int(os.environ.get("SHAREDPOOL_LINES", "53" if LONG else "211"))
 _SEED = int(
     os.environ.get("SHAREDPOOL_LINES_SEED")
     or (random.SystemRandom().randrange(1 << 32) if LONG else 1)
@@ -380,7 +380,8 @@ def test_an_interrupt_in_any_line_loses_nothing(
     for pool in (a, b):
         pool.put_conn(pool.get_conn(), close=True)
     watch.pools = a, b
-    step = _STEP if way in (opened, adopted) else min(_STEP, 11)  # the others have few lines
+    # The others have few lines.
+    step = _STEP if way in (opened, adopted) else min(_STEP, 11 if LONG else 53)
     line = random.Random(f"{_SEED} {way.__name__} {again}").randrange(step)
     print(f"SHAREDPOOL_LINES_SEED={_SEED} does this again")
     while True:
