@@ -9,7 +9,8 @@ from __future__ import annotations
 import selectors
 import time
 from collections.abc import Callable
-from dataclasses import replace
+
+from msgspec import structs
 
 from sharedpool.broker.core.commands import Command, Fence
 from sharedpool.broker.core.ledger import Ledger, LedgerCall
@@ -130,6 +131,6 @@ class Custody:
         if self._control.exists or not exit_is_visible:
             self._fenced.add(fence.token)
             self._control.enqueue_fence(
-                replace(fence, left=fence.left or cut),
+                structs.replace(fence, left=fence.left or cut),
                 after_s=_CUT_HEAD_START_S if exit_is_visible else 0.0,
             )
