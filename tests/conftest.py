@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from psycopg2 import sql
 import sharedpool
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.support.fixture_types import Backends, MakePool
+from tests.support.processes import LONG
 
 # A shell starts background jobs with SIGINT ignored, and children inherit that; some tests send
 # SIGINT.
@@ -52,6 +54,23 @@ def pytest_xdist_auto_num_workers() -> int:
     """Let `-n auto` start two workers more than there are processors, since many
     tests mostly wait."""
     return (os.cpu_count() or 1) + 2
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked as long, unless something is asked for by name or mark."""
+    if LONG or config.option.markexpr or any("::" in each for each in config.args):
+        return
+    kept, left_out = [], []
+    variants: Counter[str] = Counter()
+    for item in items:
+        is_long = item.get_closest_marker("long") is not None
+        if (marker := item.get_closest_marker("long_variants")) is not None:
+            function = item.nodeid.partition("[")[0]
+            is_long |= variants[function] >= marker.kwargs.get("first", 1)
+            variants[function] += 1
+        (left_out if is_long else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(autouse=True)

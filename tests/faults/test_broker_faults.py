@@ -15,6 +15,7 @@ from tests.support.waiting import wait_until
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 900))]
 
 
+@pytest.mark.long
 @pytest.mark.row(
     "broker-sigkill", "broker SIGKILLed and restarted 50 times under load",
     "failed statements on held connections: 0; service back p99 ≤ TTL + 1 s",
@@ -56,6 +57,7 @@ def test_a_killed_broker_breaks_nothing_and_is_back_soon(field: Environment, row
     assert percentile(back, 99) <= TTL_S + scale(3.0, 1.0)
 
 
+@pytest.mark.long
 @pytest.mark.row(
     "broker-sigstop",
     "broker SIGSTOPped for 10 s",
@@ -95,6 +97,7 @@ def test_get_conn_keeps_its_deadline_while_the_broker_is_frozen(
     assert max(late) <= scale(1.0, 0.1)
 
 
+@pytest.mark.long
 @pytest.mark.row(
     "second-broker",
     "second broker started on the same address, 100 times",

@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.fault, pytest.mark.timeout(scale(120, 600))]
 NO_WAIT_S = 5.0
 
 
+@pytest.mark.long
 @pytest.mark.row(
     "proxy", "message proxy: 10 % dropped, 10 % doubled, 0-2 s late, reordered",
     "everything finishes or times out as asked",

@@ -73,6 +73,7 @@ def field(logging_postgres: EphemeralPostgres, row: Row) -> Iterator[Environment
         yield world
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("start", KINDS)
 def test_the_limit_holds_behind_a_proxy(
     start: Proxy, field: Environment, row: Row, variant: str

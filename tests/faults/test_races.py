@@ -14,6 +14,7 @@ EXPIRATION_S = 0.02
 MEETING = 5
 
 
+@pytest.mark.long
 @pytest.mark.row("expiry", "checkin within ±5 ms of expiry, 10⁴ times", "double use 0")
 def test_a_connection_that_expires_at_its_checkout_is_closed_or_lent_not_both(
     field: Environment, row: Row
@@ -47,6 +48,7 @@ def test_a_connection_that_expires_at_its_checkout_is_closed_or_lent_not_both(
     assert not failed, failed[:5]
 
 
+@pytest.mark.long
 @pytest.mark.row(
     "recall", "one process idle on all 10, another asks, 10³ times", "recall p99 ≤ 20 ms"
 )

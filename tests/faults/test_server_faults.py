@@ -30,6 +30,7 @@ def dead_handed_out(found: list[Checkout], gone: dict[tuple[str, str], float]) -
     ]
 
 
+@pytest.mark.long
 @pytest.mark.row(
     "restart",
     "PostgreSQL restarted fast / immediate, 20 times",
@@ -94,6 +95,7 @@ def test_capacity_is_back_soon_after_the_server(field: Environment, row: Row) ->
     assert percentile(full, 100) <= scale(6.0, 2.0)
 
 
+@pytest.mark.long
 @pytest.mark.row(
     "terminate",
     "random `pg_terminate_backend` on idle connections",
@@ -140,6 +142,7 @@ def test_connections_that_were_ended_while_idle_are_replaced_unseen(
     assert not dead, dead[:3]
 
 
+@pytest.mark.long
 @pytest.mark.row(
     "too-small", "server's `max_connections` below `max_conn`",
     "≤ 2 connect attempts a second for the pool; clear warning",

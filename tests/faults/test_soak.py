@@ -211,6 +211,7 @@ class Soak:
     "soak", "mixed soak 30 min", "file descriptors +0, RSS +2 MB at most, after warm-up"
 )
 # The role's limit could only hide an overshoot, and the soak is long: without it alone.
+@pytest.mark.long
 @pytest.mark.parametrize("variant", [""], indirect=True, ids=["counted"])
 def test_nothing_grows_under_all_faults_together(field: Environment, row: Row) -> None:
     """Growth: from the end of the warm-up (a third of the time) to the end, of the broker and of

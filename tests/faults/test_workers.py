@@ -78,6 +78,7 @@ def _kill(crew: WorkerFleet, number: int, kind: str, rng: random.Random) -> floa
     return crew.kill(number)
 
 
+@pytest.mark.long
 @pytest.mark.row(
     "sigstop",
     "SIGSTOP for 3 TTL, then SIGCONT",

@@ -124,6 +124,7 @@ def outcomes(promises: list["celery.result.AsyncResult[tuple[int, int]]"]) -> li
     return [tuple(promise.get(timeout=60, interval=0.02)) for promise in promises]
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize(
     ("options", "least", "most"),
     [

@@ -313,6 +313,7 @@ GUNICORN = [
 RUNSERVER = [sys.executable, str(PROJECT / "manage.py"), "runserver", "127.0.0.1:PORT"]
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize(
     "command",
     [
@@ -361,6 +362,7 @@ def databases(server: psycopg2.extensions.connection, pattern: str) -> list[str]
         return [name for (name,) in cursor.fetchall()]
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize("more", [[], ["--parallel", "2"]], ids=["one process", "parallel"])
 def test_the_test_runner_makes_and_drops_its_database(
     site: str, more: list[str], server_connection: psycopg2.extensions.connection
@@ -373,6 +375,7 @@ def test_the_test_runner_makes_and_drops_its_database(
         assert databases(server_connection, f"test_{site}%") == []
 
 
+@pytest.mark.long
 def test_the_test_runner_uses_a_database_that_was_kept_and_drops_it_later(
     site: str, server_connection: psycopg2.extensions.connection
 ) -> None:
@@ -383,6 +386,7 @@ def test_the_test_runner_uses_a_database_that_was_kept_and_drops_it_later(
     assert databases(server_connection, f"test_{site}%") == []
 
 
+@pytest.mark.long
 def test_tests_run_beside_the_site_that_they_are_of(
     site: str, tmp_path: Path, server_connection: psycopg2.extensions.connection
 ) -> None:

@@ -83,6 +83,7 @@ def running(scenario: str, settings: dict[str, Any]) -> Iterator[Scenario]:
     assert (status, rest, complaints) == (0, "done\n", "")
 
 
+@pytest.mark.long_variants(first=3)
 @pytest.mark.parametrize(
     "scenario",
     [
@@ -100,12 +101,14 @@ def test_the_hub_goes_on(settings: dict[str, Any], scenario: str) -> None:
         pass
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize("scenario", ["queries_overlap", "a_fork", "many_greenlets"])
 def test_with_two_connections(settings: dict[str, Any], scenario: str) -> None:
     with running(scenario, settings | {"max_conn": 2}):
         pass
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="descriptors are counted there")
 def test_hundreds_of_greenlets_may_wait(settings: dict[str, Any]) -> None:
     settings["max_conn"] = 2
@@ -258,6 +261,7 @@ def get(port: int, path: str) -> dict[str, Any]:
         return answer
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize("options", [[], ["--preload"]], ids=["plain", "preload"])
 def test_a_gunicorn_worker_answers_while_one_of_its_requests_waits_for_a_lease(
     as_in_readme: dict[str, Any], tmp_path: Path, options: list[str]

@@ -93,6 +93,7 @@ def ended_well(server: Server, name: str) -> None:
     assert automatic.leases(name) == 0
 
 
+@pytest.mark.long_variants(first=2)
 @pytest.mark.parametrize(
     ("options", "conf"),
     [
@@ -127,6 +128,7 @@ def test_every_request_is_answered_by_three_connections(
     assert sampler.samples > 50
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize("conf", ["", HOOKS], ids=["no hooks", "hooks"])
 def test_a_reload_doubles_the_workers_and_loses_no_request(
     gunicorn: Gunicorn, sampler: BackendSampler, name: str, conf: str
@@ -148,6 +150,7 @@ def test_a_reload_doubles_the_workers_and_loses_no_request(
     assert 1 < sampler.peak <= LIMIT
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize(
     ("options", "conf"),
     [([], ""), (["--preload", "-k", "gthread", "--threads", "3"], HOOKS)],
@@ -165,6 +168,7 @@ def test_workers_that_are_recycled_all_the_time_lose_no_request(
     assert 1 < sampler.peak <= LIMIT
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize("conf", ["", HOOKS], ids=["no hooks", "hooks"])
 def test_killed_workers_cost_their_own_requests_and_no_slot(
     gunicorn: Gunicorn, sampler: BackendSampler, name: str, conf: str, all_slots: AllSlots
@@ -185,6 +189,7 @@ def test_killed_workers_cost_their_own_requests_and_no_slot(
     assert 1 < sampler.peak <= LIMIT
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize(
     ("how", "conf"),
     [("recycled", HOOKS), ("reloaded", OWN_HOOK)],

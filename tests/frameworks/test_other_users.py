@@ -131,6 +131,7 @@ def runtime_dir_of(uid: int, mode: int = 0o700) -> Iterator[Path]:
 WAYS = [each for each in itertools.product([False, True], repeat=3) if LONG or sum(each) % 2 == 0]
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize(("preload", "xdg", "used"), WAYS)
 def test_gunicorn_that_gives_up_root_shares_the_limit(
     account: Account,
@@ -166,6 +167,7 @@ def test_gunicorn_that_gives_up_root_shares_the_limit(
     assert 1 <= sampler.peak <= LIMIT + used
 
 
+@pytest.mark.long
 def test_celery_that_gives_up_root_does_its_tasks(
     account: Account, server: EphemeralPostgres
 ) -> None:
@@ -239,6 +241,7 @@ with pool.connection() as conn, conn.cursor() as cursor:
 """
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize("how", ["not used before", "used before", "a child", "for the moment"])
 def test_a_program_may_give_up_root_after_config_pool(
     account: Account, server: EphemeralPostgres, how: str

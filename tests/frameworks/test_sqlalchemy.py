@@ -246,7 +246,7 @@ def test_a_full_pool_raises_what_sqlalchemys_own_raises(make_engine: MakeEngine)
             engine.connect()
         assert isinstance(caught.value.__cause__, sharedpool.PoolExhausted)
         with pytest.raises(exc.TimeoutError) as caught:
-            make_engine(pool_timeout=0.05).connect()
+            make_engine(pool_timeout=0.5).connect()
         assert isinstance(caught.value.__cause__, sharedpool.PoolTimeout)
     assert pid_of(engine)
 

@@ -147,6 +147,7 @@ def ended_well(server: Server, name: str) -> None:
     wait_until(lambda: not automatic.leases(name))
 
 
+@pytest.mark.long_variants(first=2)
 @pytest.mark.parametrize(
     ("options", "environment"),
     [([], IN_MASTER), (["--threads", "2"], IN_MASTER | POSTFORK), (["--lazy-apps"], {})],
@@ -183,6 +184,7 @@ def test_nothing_of_the_pool_is_left_in_the_master_when_it_forks(uwsgi: StartUws
         assert os.listdir(f"/proc/{server.process.pid}/task") == [str(server.process.pid)]
 
 
+@pytest.mark.long_variants
 def test_recycled_workers_lose_no_request(
     uwsgi: StartUwsgi, sampler: BackendSampler, name: str
 ) -> None:
@@ -197,6 +199,7 @@ def test_recycled_workers_lose_no_request(
     assert 1 < sampler.peak <= LIMIT
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize(
     "environment", [POSTFORK, IN_MASTER], ids=["postfork", "used in the master"]
 )

@@ -29,6 +29,7 @@ def files(path: Path) -> dict[str, Path]:
     return {what: path.with_name(path.name + suffix) for what, suffix in SUFFIXES.items()}
 
 
+@pytest.mark.long_variants(first=2)
 @pytest.mark.parametrize(
     "gone", [["socket"], ["lock"], ["journal"], ["desk"], list(SUFFIXES), ["directory"]]
 )

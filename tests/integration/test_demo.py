@@ -132,6 +132,7 @@ def test_figures_of_a_run_hold_and_nothing_stays(run: Run, place: Path) -> None:
     wait_until(lambda: not left_over(place), what="everything to be gone")
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize(
     ("number", "moment"),
     [
@@ -162,6 +163,7 @@ def test_killed_demo_leaves_nothing_either(run: Run, place: Path) -> None:
     wait_until(lambda: not left_over(place), timeout_s=20, what="everything to be gone")
 
 
+@pytest.mark.long
 def test_lost_worker_fails_the_run(run: Run, place: Path) -> None:
     process = run("--workers", "3", "--max-conn", "2", "--seconds", "2", "--json")
     read_until(process, r" tx/s")
@@ -176,6 +178,7 @@ def test_lost_worker_fails_the_run(run: Run, place: Path) -> None:
     wait_until(lambda: not left_over(place), what="everything to be gone")
 
 
+@pytest.mark.long
 def test_one_connection_above_the_limit_fails_the_run(run: Run, place: Path) -> None:
     process = run("--workers", "3", "--max-conn", "2", "--seconds", "2", "--json")
     read_until(process, r" tx/s")

@@ -83,6 +83,7 @@ def test_a_slot_stays_counted_while_a_query_goes_on_after_release_all(
         assert isinstance(querying.error, psycopg2.OperationalError)
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize("control", [True, False], ids=["control connection", "none"])
 def test_a_query_in_another_thread_ends_with_an_error_after_release_all(
     control: bool,

@@ -141,7 +141,7 @@ def test_every_example_is_tested_here() -> None:
             3,
             ["300 queries by [2-8] processes", "most connections at a time: [1-3], limit: 3"],
         ),
-        (
+        pytest.param(
             "process_pools",
             2,
             [
@@ -157,11 +157,13 @@ def test_every_example_is_tested_here() -> None:
                     "joblib, loky",
                 )
             ],
+            marks=pytest.mark.long,
         ),
-        (
+        pytest.param(
             "celery_app",
             2,
             ["40 tasks done by [1-4] processes", "most connections at a time: [12], limit: 2"],
+            marks=pytest.mark.long,
         ),
         (
             "sqlalchemy_app",
@@ -184,6 +186,7 @@ def test_a_script_prints_what_it_says(
     assert max(counts) <= limit  # a short script may have come and gone between two looks
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize("example", SCRIPTS)
 def test_a_script_without_a_server_says_what_to_set(environment: None, example: str) -> None:
     outcome = run(commands(example)[0])
@@ -237,6 +240,7 @@ def request(port: int) -> dict[str, int]:
     return answer
 
 
+@pytest.mark.long_variants(first=2)
 @pytest.mark.parametrize(
     ("number", "more", "requests"),
     [

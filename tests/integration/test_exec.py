@@ -50,6 +50,7 @@ os.execv(sys.executable, other)
 """
 
 
+@pytest.mark.long_variants(first=2)
 @pytest.mark.parametrize("how", ["idle", "checked out", "in a query", "at its exit", "again"])
 def test_the_leases_of_a_process_come_back_when_it_runs_another_program(
     how: str, postgres: EphemeralPostgres, runtime_dir: Path

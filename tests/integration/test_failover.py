@@ -80,6 +80,7 @@ def insert_by_hand(pool: sharedpool.Pool) -> None:
 INSERTS = {"block": insert_in_a_block, "pgsimple": insert_by_pgsimple, "put_conn": insert_by_hand}
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize("how", INSERTS)
 def test_one_read_only_error_replaces_the_connections_of_every_worker(
     server: EphemeralPostgres, how: str

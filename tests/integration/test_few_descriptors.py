@@ -51,6 +51,7 @@ print(said)
 """
 
 
+@pytest.mark.long_variants(first=8)
 @pytest.mark.parametrize("used", ["new", "used"])
 @pytest.mark.parametrize("left", [*range(0, 18, 2), 3, 5])
 def test_a_process_with_few_descriptors_left_gets_a_connection_or_an_error(
@@ -173,6 +174,7 @@ def host(broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str) -> I
         pool.release_all()
 
 
+@pytest.mark.long_variants(first=4)
 @pytest.mark.skipif(not SUPPORTED, reason="connections cannot be handed over on this platform")
 @pytest.mark.parametrize("shell", ["kept", "built"])
 @pytest.mark.parametrize("left", range(7))

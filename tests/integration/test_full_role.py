@@ -41,6 +41,7 @@ def logged(server: EphemeralPostgres, what: str, since: int) -> int:
     return sum(what in line for line in server.log_path.read_text()[since:].splitlines())
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize("more", [3, 2])
 def test_max_conn_and_three_is_what_pool_and_broker_need(
     more: int,

@@ -495,6 +495,7 @@ def test_threads_of_several_processes_share_few_connections(
     assert sampler.peak <= 3
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_no_slot_is_lost_with_a_process_that_ends_or_stops_in_the_middle_of_a_transfer(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, number: int, tmp_path: Path
@@ -617,6 +618,7 @@ def test_a_fork_while_several_threads_receive_leaves_all_that_arrives_to_the_par
         assert taker.line() == "[42, 42] 2"
 
 
+@pytest.mark.long
 def test_rows_are_read_and_written_correctly_over_thousands_of_moves(
     broker: sharedpool.Broker,
     postgres: EphemeralPostgres,

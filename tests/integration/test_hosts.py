@@ -266,6 +266,7 @@ def test_another_role_neither_sees_nor_changes_a_share(
             cursor.execute(f"DROP ROLE {other}")
 
 
+@pytest.mark.long
 def test_rows_that_are_nonsense_disturb_nobody(on_host: MakeHost, database: str) -> None:
     web = on_host("web", max_conn=2)
     web.ask("get", name="x", timeout=20)

@@ -118,6 +118,7 @@ def the_brokers_python() -> str:
     return automatic_broker.command(report)[0]
 
 
+@pytest.mark.long_variants(first=2)
 @pytest.mark.parametrize("executable", ["a server", "", None, "a folder", "not there"])
 def test_a_process_whose_executable_is_no_python_has_the_one_of_its_environment(
     environment: dict[str, str], server: Path, starts: Path, executable: str | None

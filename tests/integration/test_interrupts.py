@@ -348,7 +348,12 @@ def quick_broker(
 
 
 @pytest.mark.parametrize(
-    "again", [0, 1, 3], ids=["once", "the clean-up at once", "the clean-up a little later"]
+    "again",
+    [
+        pytest.param(0, id="once"),
+        pytest.param(1, id="the clean-up at once", marks=pytest.mark.long),
+        pytest.param(3, id="the clean-up a little later", marks=pytest.mark.long),
+    ],
 )
 @pytest.mark.parametrize("way", [hit, opened, rolled_back, adopted, given, *IN_LANE])
 def test_an_interrupt_in_any_line_loses_nothing(

@@ -28,6 +28,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sharedpool.broker.core.leases.QUEUE_LIMIT_S", 3.0)
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize("where", ["here", "in a container", "in a container, by tcp", "elsewhere"])
 def test_workers_that_are_killed_while_they_connect_cost_no_slot(
     where: str,

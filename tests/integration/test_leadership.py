@@ -169,6 +169,7 @@ def test_two_automatic_brokers_in_different_directories_never_lend_twice_the_lim
         assert "backend" in login.ask("get", name="x", timeout=20)
 
 
+@pytest.mark.long
 def test_where_limits_cannot_be_shared_the_second_broker_waits_for_the_first(
     postgres: EphemeralPostgres, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

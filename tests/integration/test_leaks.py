@@ -113,6 +113,7 @@ def test_closing_leaks_no_descriptor(make_pool: MakePool) -> None:
 # --- finalizers
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cycle", [True, False])
 def test_a_users_finalizer_may_put_even_while_its_thread_is_at_the_books(
     make_pool: MakePool, cycle: bool

@@ -863,6 +863,7 @@ def test_a_finalizer_takes_no_lock(single: Pool) -> None:
     PgSimple(single).close()
 
 
+@pytest.mark.long
 def test_release_all_and_garbage_collection_do_not_deadlock(make_pool: MakePool) -> None:
     for _ in range(5):
         pool = make_pool(max_conn=4, pool_manager=sharedpool.ThreadedConnectionPool)

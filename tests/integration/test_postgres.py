@@ -310,6 +310,7 @@ def test_killed_during_initdb_leaves_nothing(script: Script) -> None:
     assert not has_memory(key)
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize("moment", ["base", "postmaster.pid", "postgresql.conf", "running"])
 def test_ctrl_c_at_any_moment_leaves_nothing(script: Script, moment: str) -> None:
     process = script(

@@ -31,6 +31,7 @@ def processes(address: str, pool: str) -> set[str]:
     return {line.split()[0] for line in table if line.split()[1] == pool}
 
 
+@pytest.mark.long
 def test_a_process_that_is_pid_1_to_itself_has_the_pid_that_it_has_where_the_broker_runs(
     postgres: EphemeralPostgres, make_pool: MakePool
 ) -> None:
@@ -100,6 +101,7 @@ pool.release_all()
 """
 
 
+@pytest.mark.long_variants(first=2)
 @pytest.mark.parametrize(
     ("command", "title"),
     [

@@ -149,7 +149,7 @@ def test_a_holder_in_a_loop_does_not_starve_the_others(start: StartWorker) -> No
 def test_a_waiter_that_gave_up_swallows_no_slot(start: StartWorker) -> None:
     a, b, c = start(max_conn=1), start(max_conn=1), start(max_conn=1)
     a.ask("get", name="x")
-    assert b.ask("get", name="x", timeout=0.1)["error"] == "PoolTimeout"
+    assert b.ask("get", name="x", timeout=1)["error"] == "PoolTimeout"
     c.send("get", name="x", timeout=30)
     a.ask("put", name="x")
     assert "backend" in c.answer()
@@ -163,6 +163,7 @@ def test_the_error_names_the_process_that_holds_most(start: StartWorker) -> None
     assert f"worker.py[{a.pid}] 2 (longest " in text
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize("doing", ["idle", "in a transaction", "in a query", "waiting"])
 def test_a_killed_workers_slots_come_back_when_its_backends_are_gone(
     start: StartWorker, server_connection: connection, name: str, doing: str
@@ -301,6 +302,7 @@ def test_generations_of_forks_share_the_limit(start: StartWorker) -> None:
         assert "backend" in a.ask("fork")  # recalls the parent's idle one
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize("package", ["multiprocessing", "multiprocess"])
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_multiprocessing_child_returns_what_it_holds_at_its_end(

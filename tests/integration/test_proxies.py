@@ -161,6 +161,7 @@ def test_a_closed_connections_slot_is_free_when_the_server_says_so(
     assert not backends(pool)
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize("doing", ["idle", "in a query"])
 def test_a_killed_workers_slot_is_back_soon_after_its_backend(
     doing: str, postgres: EphemeralPostgres, late: proxies.LateCloser, own_broker: sharedpool.Broker
@@ -288,6 +289,7 @@ def test_a_connect_that_a_proxy_refuses_gives_its_slot_back(
     wait_until(lambda: fetch_report(own_broker.address).leases == 0, what="the slot to be free")
 
 
+@pytest.mark.long
 def test_a_connect_that_waits_in_a_proxys_queue_is_waited_for(
     postgres: EphemeralPostgres, runtime_dir: Path
 ) -> None:
@@ -378,6 +380,7 @@ def test_a_pooler_that_keeps_no_sessions_is_refused(
             pool.release_all()
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize("has_control", [True, False], ids=["a direct control connection", "none"])
 def test_a_pooler_that_keeps_no_sessions_is_refused_when_two_workers_have_one_backend(
     has_control: bool, postgres: EphemeralPostgres, runtime_dir: Path

@@ -152,6 +152,7 @@ def test_a_probe_for_the_reason_that_succeeds_leaves_no_backend(
 # --- a fleet
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize(
     ("stage", "code"), [("password", "28P01"), ("login", "28000"), ("start", "28000")]
 )

@@ -79,6 +79,7 @@ def insist(crew: list[Worker]) -> list[dict[str, Any]]:
     return [worker.answer() for worker in crew]
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize("way", WAYS)
 def test_a_fleet_whose_role_may_not_connect_any_more_says_so_and_comes_back(
     way: str, server: EphemeralPostgres, runtime_dir: Path, caplog: pytest.LogCaptureFixture

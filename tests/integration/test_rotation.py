@@ -55,6 +55,7 @@ def as_app(server: EphemeralPostgres) -> dict[str, Any]:
     return {"host": server.host, "port": server.port, "user": "app", "dbname": "postgres"}
 
 
+@pytest.mark.long
 def test_the_fleet_moves_to_a_new_password_without_an_error(
     scram: EphemeralPostgres, secret: Path, runtime_dir: Path
 ) -> None:
@@ -107,6 +108,7 @@ def test_the_fleet_moves_to_a_new_password_without_an_error(
     assert "secret" not in log + seen
 
 
+@pytest.mark.long
 def test_a_connect_in_the_gap_fails_by_itself_and_leaks_nothing(
     scram: EphemeralPostgres, secret: Path, runtime_dir: Path
 ) -> None:
@@ -247,6 +249,7 @@ def test_reconnect_replaces_what_is_idle_at_once_and_what_is_in_use_at_its_check
         assert other.ask("stats")["idle"] == 1
 
 
+@pytest.mark.long
 def test_reconnect_says_when_there_is_no_such_pool_or_broker(
     postgres: EphemeralPostgres, broker: sharedpool.Broker, runtime_dir: Path
 ) -> None:

@@ -84,6 +84,7 @@ def supervisor_socket(address: str) -> Iterator[socket.socket]:
         yield listener
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize("kind", ["path", "abstract"])
 def test_systemd_hears_when_the_broker_serves_and_when_it_ends(
     kind: str, runtime_dir: Path
@@ -261,6 +262,7 @@ def test_a_socket_that_cannot_be_used_is_said_so(
 # --- supervisor
 
 
+@pytest.mark.long
 def test_supervisor_runs_broker_and_application(environment: None, runtime_dir: Path) -> None:
     text = (EXAMPLES / "supervisord.conf").read_text()
     text = (

@@ -119,6 +119,7 @@ def test_a_planned_restart_costs_nobody_an_error_who_waits(
             assert all(outcome["done"] for outcome in outcomes)
 
 
+@pytest.mark.long
 def test_a_drain_ends_at_its_timeout_or_with_a_second_signal_and_breaks_nothing(
     postgres: EphemeralPostgres, address: str
 ) -> None:
@@ -197,6 +198,7 @@ def test_leases_of_a_worker_that_died_with_the_broker_come_back(
                 assert "backend" in b.ask("get", name=name, timeout=5)
 
 
+@pytest.mark.long
 def test_without_its_journal_a_broker_waits_and_then_counts_what_the_server_shows(
     postgres: EphemeralPostgres, address: str
 ) -> None:
@@ -277,6 +279,7 @@ conn.cursor().execute("SELECT 1")
 }
 
 
+@pytest.mark.long_variants(first=2)
 @pytest.mark.parametrize("case", BODIES)
 def test_no_process_hangs_at_its_exit(
     case: str, postgres: EphemeralPostgres, address: str, tmp_path: Path

@@ -35,6 +35,7 @@ def kill(broker: sharedpool.Broker) -> None:
     broker.stop()
 
 
+@pytest.mark.long_variants
 @pytest.mark.parametrize("confirmed", [True, False])
 def test_slots_ended_by_a_server_restart_are_free_though_no_living_broker_saw_them_before(
     address: str, confirmed: bool
@@ -80,7 +81,7 @@ def test_a_dead_workers_query_is_counted_by_a_broker_that_cannot_look(
         worker.kill()
     with sharedpool.start_broker(1, address=address), Worker(**settings) as worker:
         wait_until(lambda: fetch_report(address).leases == 1)
-        refused = worker.ask("get", name="x", timeout=0.5)
+        refused = worker.ask("get", name="x", timeout=2)
         assert refused["error"] == "PoolTimeout"
         assert fetch_report(address).leases == 1
     assert "start the broker again with --dsn, or without its .journal" in capfd.readouterr().err
@@ -191,6 +192,7 @@ def test_a_successor_in_another_pid_namespace_does_not_judge_by_pids_that_are_no
                 assert "backend" in other.ask("get", name="x", timeout=10)
 
 
+@pytest.mark.long
 def test_a_broker_with_a_lower_number_is_accepted_after_one_whose_clock_was_ahead(
     address: str, postgres: EphemeralPostgres
 ) -> None:

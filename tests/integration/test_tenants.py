@@ -97,6 +97,7 @@ def test_pools_of_one_name_in_several_databases_have_one_broker_and_a_limit_each
             pool.put_conn(conn)
 
 
+@pytest.mark.long
 def test_a_successor_without_a_journal_counts_each_databases_connections_in_its_pool(
     tenants: Callable[[str], str],
     lingering: Callable[[], list[str]],
@@ -163,6 +164,7 @@ print(sum(pool.stats().connects for pool in pools))
 """
 
 
+@pytest.mark.long
 def test_two_hundred_pools_in_a_process_need_three_threads_and_few_descriptors(
     postgres: EphemeralPostgres, lingering: Callable[[], list[str]]
 ) -> None:

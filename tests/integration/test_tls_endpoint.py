@@ -79,6 +79,7 @@ def by(accept: str | Path, **more: str) -> str:
     return make_dsn(DSN, host=str(accept.parent), port=accept.suffix.removeprefix("."), **more)
 
 
+@pytest.mark.long_variants
 def test_under_tls_nobody_is_let_into_a_lane_in_which_nothing_could_move(
     far: proxies.Certified,
 ) -> None:
@@ -137,6 +138,7 @@ def look(far: proxies.Certified, sql: str, *values: object) -> list[object]:
         return [row[0] for row in cursor.fetchall()]
 
 
+@pytest.mark.long_variants
 def test_connections_move_between_processes_and_the_server_sees_them_encrypted(
     far: proxies.Certified, dsn: str, broker: str | None, tmp_path: Path
 ) -> None:
@@ -168,6 +170,7 @@ def test_connections_move_between_processes_and_the_server_sees_them_encrypted(
     assert pool.handovers > 10 * connects
 
 
+@pytest.mark.long_variants(first=2)
 @pytest.mark.parametrize("doing", ["idle", "in a query"])
 def test_a_killed_workers_slot_comes_back(
     doing: str, far: proxies.Certified, dsn: str, broker: str | None
