@@ -16,8 +16,8 @@ backend as long as it lives, each in the hands of at most one worker, none passe
 transaction or while its giver still has it; and the ledger's own invariants. When the faults have
 stopped, every request is served and every slot can be had.
 
-By default few examples are tried. `SHAREDPOOL_MODEL_EXAMPLES=56` tries as many as `tox`, `.ci/run`
-and the mutation gate do, `SHAREDPOOL_MODEL_SEED=7` others.
+By default few examples are tried. `SHAREDPOOL_MODEL_EXAMPLES=56` tries as many as `tox` and
+the mutation gate do, `SHAREDPOOL_MODEL_SEED=7` others.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from tests.model.machine import BadNetwork, GoodNetwork
 
 SEED = int(os.environ.get("SHAREDPOOL_MODEL_SEED", "1"))
-EXAMPLES = int(os.environ.get("SHAREDPOOL_MODEL_EXAMPLES", "7"))  # in each part
+EXAMPLES = int(os.environ.get("SHAREDPOOL_MODEL_EXAMPLES", "3"))  # in each part
 STEPS = 200  # at most, of an example
 PARTS = 8
 # As a rule nine steps of ten can be made, and an example makes some ten moves in the lane and as
