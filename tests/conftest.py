@@ -60,7 +60,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out what is marked as long, unless something is asked for by name or mark."""
     if LONG or config.option.markexpr or any("::" in each for each in config.args):
         return
-    kept, left_out = [], []
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
     variants: Counter[str] = Counter()
     for item in items:
         is_long = item.get_closest_marker("long") is not None

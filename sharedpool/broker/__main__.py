@@ -2,6 +2,6 @@
 
 import sys
 
-from sharedpool.broker.launch.run import run_detached
+from sharedpool.loading import load
 
-run_detached(sys.argv[1])
+load("sharedpool.broker.launch.run").run_detached(sys.argv[1])

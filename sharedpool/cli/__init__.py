@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import click
+
+from sharedpool.loading import load
 
 # By the command's name: its module, and after a colon the function if it has another name.
 _COMMANDS = {
@@ -34,7 +34,7 @@ class _LazyGroup(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module, _, name = _COMMANDS[cmd_name].partition(":")
-        command = getattr(import_module(f"sharedpool.cli.{module}"), name or cmd_name)
+        command = getattr(load(f"sharedpool.cli.{module}"), name or cmd_name)
         assert isinstance(command, click.Command)
         return command
 

@@ -506,7 +506,7 @@ def test_a_late_request_is_given_the_connection_on_the_shelf_at_once(
         "max_conn": 1,
         **_EAGER,
     }
-    opened = []
+    opened: list[int] = []
     with workers(2, **settings) as crew:
         # A process that is not in the lane within a quarter of a second, as on a busy machine, is
         # not waited for: it opens a connection of its own.

@@ -42,8 +42,9 @@ from sharedpool.wire.values import Phase as LeasePhase
 from tests.model.hosts import Held, Host, Worker, World
 
 SEED = int(os.environ.get("SHAREDPOOL_MODEL_SEED", "1"))
-# At least 7, which are few steps; at most 14. With 56, part 0 finds what is not solved yet: brokers that die while the server
-# restarts, whose workers connect under grants of before ("Not promised" in sharedpool/README.md).
+# 7 to 14. With 56, part 0 finds what is not solved yet: brokers that
+# die while the server restarts, whose workers connect under grants of before ("Not promised" in
+# sharedpool/README.md).
 EXAMPLES = min(14, max(7, int(os.environ.get("SHAREDPOOL_MODEL_EXAMPLES", "7"))))
 STEPS = 100
 PARTS = 2
