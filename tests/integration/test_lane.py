@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from psycopg2 import extensions
 
 import sharedpool
-from sharedpool.broker.core.lane_members import ARRIVAL_S
+from sharedpool.broker.core.lane_members import JOIN_S
 from sharedpool.cli import main
 from sharedpool.cli.client import fetch_report
 from sharedpool.lane.lane import SUPPORTED
@@ -508,8 +508,8 @@ def test_a_late_request_is_given_the_connection_on_the_shelf_at_once(
     }
     opened: list[int] = []
     with workers(2, **settings) as crew:
-        # A process that is not in the lane within a quarter of a second, as on a busy machine, is
-        # not waited for: it opens a connection of its own.
+        # A process that is not in the lane within a second, on a very busy machine, is not waited
+        # for: it opens a connection of its own.
         while 0 not in opened and len(opened) < 3:
             with Worker(**settings) as late:
                 let_move(crew, broker, name, tmp_path)
@@ -560,7 +560,7 @@ def test_nothing_is_kept_for_who_will_not_be_in_the_lane(
         holder.ask("put", name="it")
         assert "backend" in waiter.answer(5)
         waiter.ask("put", name="it")
-        assert aside.ask("get", name="it", timeout=5)["waited"] < ARRIVAL_S
+        assert aside.ask("get", name="it", timeout=5)["waited"] < JOIN_S
 
 
 @pytest.mark.parametrize("wait_s", [0.3, 1.2])

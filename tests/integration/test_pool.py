@@ -524,7 +524,7 @@ def test_idle_connections_expire_from_their_checkin(
     wait_until(lambda: time.monotonic() - since > 0.3)
     pool.put_conn(b)
     assert pool.stats().idle == 1
-    assert len(backends(pool)) == 1
+    wait_until(lambda: len(backends(pool)) == 1, what="the backend's end")
 
 
 def test_purge_tells_how_many_it_closed(make_pool: MakePool, backends: Backends) -> None:

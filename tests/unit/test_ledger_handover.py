@@ -13,7 +13,7 @@ from sharedpool.broker.core.commands import (
     TransferCustody,
 )
 from sharedpool.broker.core.handover import NUDGE_S, SHARED_S, TRY_AGAIN_S
-from sharedpool.broker.core.lane_members import ARRIVAL_S
+from sharedpool.broker.core.lane_members import ARRIVAL_S, JOIN_S
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.board import PLACES
 from sharedpool.wire.desk import Moved, Passed
@@ -445,7 +445,7 @@ def test_a_waiter_that_does_not_come_into_the_lane_gets_the_slot(
     a.answer()
     desk.give(a, token, ReleaseReason.TAKEN)
     assert broker.all(Fence) == []
-    broker.pass_time(ARRIVAL_S * 1.1)
+    broker.pass_time(JOIN_S * 1.1)
     assert [fence.token for fence in broker.all(Fence)] == [token]
     assert b.outcome(request) is None
     broker.take_in(broker.ledger.backend_gone(token, broker.now))

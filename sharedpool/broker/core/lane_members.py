@@ -7,7 +7,7 @@
 3. The session answers that it takes part. From then on connections can be sent to its threads.
 
 Each step may take a moment, in which a waiting thread is not beyond reach: `may_reach`. One that
-has not arrived after `ARRIVAL_S` is served in the old way, by closing and opening.
+has not arrived after `JOIN_S` is served in the old way, by closing and opening.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from sharedpool.broker.core.former_lanes import FormerLanes
 from sharedpool.broker.core.records import Lane, Pool, Session, Waiter
 from sharedpool.wire.board import CELLS, PLACES, SESSIONS, Board
 
-# How long a session may take to enter a lane, or a receiver to confirm a connection.
+# How long a receiver may take to confirm a connection.
 ARRIVAL_S = 0.25
+# How long a session may take to enter a lane. Only its own threads wait for that, and on a busy
+# machine a new process needs more than a moment.
+JOIN_S = 1.0
 _FEWEST_CELLS = 64
 
 
@@ -46,7 +49,7 @@ class LaneMembers:
         if pool.hands_over and pool.movable and pool.name not in self._requested:
             self._newest_request += 1
             self._requested[pool.name] = self._newest_request
-            pool.opens_by = now + ARRIVAL_S
+            pool.opens_by = now + JOIN_S
             self._arm(pool.opens_by, _no_longer_awaited, pool)
             self._emit(OpenLane(pool.name, self._newest_request))
 
@@ -82,7 +85,7 @@ class LaneMembers:
         lane.indices.add(session.index)
         lane.board.clear_session(session.index)
         lane.members[session.member_number] = session
-        session.joins_by = now + ARRIVAL_S
+        session.joins_by = now + JOIN_S
         self._arm(session.joins_by, _no_longer_awaited, session.pool)
         self._former.admit(session)
         self._emit(
