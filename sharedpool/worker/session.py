@@ -158,7 +158,8 @@ class Session:
             interrupted = unfinished(held.values(), now)
             for lease in missing:
                 if lease.conn is None:
-                    self._local.cache.closed(lease, ReleaseReason.CLOSED, gone=lease.ref is None)
+                    # Not proved to be gone: its thread may have been interrupted in a connect.
+                    self._local.cache.closed(lease, ReleaseReason.CLOSED, gone=False)
             self._local.cache.outbox.append(
                 self._local.cache.reporter.heartbeat(now, thread_names(), self._local.cache.hits)
             )
@@ -176,16 +177,11 @@ class Session:
         return busy
 
     def _find_abandoned(self) -> None:
-        """Give up the waiters of checkouts whose clean-up was interrupted as well."""
-        now = time.monotonic()
+        """Withdraw the waiters of checkouts whose clean-up was interrupted as well."""
         with self._local.lock:
-            abandoned = [
-                waiter for waiter in self._local.cache.waiting.values() if waiter.abandoned
-            ]
-            served = [self._local.cache.give_up(waiter, now) for waiter in abandoned]
-        for waiter in served:
-            if waiter is not None:
-                waiter.wake()
+            waiters = self._local.cache.waiters
+            for waiter in [x for x in self._local.cache.waiting.values() if x.abandoned]:
+                waiters.withdraw(waiter)
 
     def receive(self, message: ToWorker) -> None:
         """Handle a message from the broker."""

@@ -17,8 +17,11 @@ from psycopg2.extensions import connection
 import sharedpool
 from sharedpool import PoolClosed, ThreadedConnectionPool
 from sharedpool.cli.client import fetch_report
+from sharedpool.wire.messages import ReleaseReason
 from sharedpool.wire.reports import PoolReport
 from sharedpool.worker.connection.closing import close_confirmed, cut
+from sharedpool.worker.core.cache import Cache
+from sharedpool.worker.core.lease import Lease
 from tests.support.fixture_types import Backends, MakePool
 from tests.support.processes import run_python
 from tests.support.running_query import Query
@@ -209,6 +212,35 @@ def test_a_close_that_is_interrupted_is_finished_by_the_link(
     assert interrupted
     conn = pool.get_conn(timeout=30)
     assert backends(pool) == {ask(conn)}
+
+
+def interrupt(*_: object) -> None:
+    raise Interrupt
+
+
+def test_a_slot_whose_connect_was_interrupted_is_not_called_free(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clean-up is interrupted as well. A backend may be left, in its start-up."""
+    pool = make_pool(max_conn=1)
+    pool.put_conn(pool.get_conn(timeout=30), close=True)
+    said: list[tuple[ReleaseReason, bool]] = []
+    closed = Cache.closed
+
+    def record(
+        cache: Cache, lease: Lease, reason: ReleaseReason, *, gone: bool, **more: Any
+    ) -> None:
+        said.append((reason, gone))
+        closed(cache, lease, reason, gone=gone, **more)
+
+    monkeypatch.setattr(Cache, "closed", record)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr("sharedpool.worker.checkout.open_connection", interrupt)
+        interrupted.setattr("sharedpool.worker.checkout.Checkout._abandon", interrupt)
+        with pytest.raises(Interrupt):
+            pool.get_conn(timeout=30)
+    assert ask(pool.get_conn(timeout=30))  # the slot comes back
+    assert said == [(ReleaseReason.CLOSED, False)]
 
 
 @pytest.mark.parametrize("wrong", ["5", object(), -1, float("nan")])

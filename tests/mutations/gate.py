@@ -868,6 +868,8 @@ def verdict(mutant: Mutant) -> tuple[bool, str]:
             "0",
             "-p",
             "no:cacheprovider",
+            "-m",
+            "long or not long",
             *mutant.tests,
         ]
         try:
@@ -875,7 +877,7 @@ def verdict(mutant: Mutant) -> tuple[bool, str]:
                 command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT_S
             )
         except subprocess.TimeoutExpired:
-            return True, f"the tests did not end within {LIMIT_S} s"
+            return False, f"the tests did not end within {LIMIT_S} s"
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", outcome.stdout, re.MULTILINE)
         return outcome.returncode == 1 and bool(failed), failed[0] if failed else outcome.stdout[
             -200:

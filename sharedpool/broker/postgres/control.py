@@ -39,6 +39,7 @@ from sharedpool.wire.values import Backend, Token
 logger = logging.getLogger("sharedpool.broker")
 
 _FIRST_RECONNECT_S, _LAST_RECONNECT_S = 0.1, 1.0
+_SAY_AGAIN_S = 60.0  # after which the same failure is worth another line in the log
 _WAY_OUT = (
     "start the broker again with --dsn, or without its .journal file while no broker and no worker"
     " runs"
@@ -49,6 +50,7 @@ class _Retry:
     """When the next connect may be tried: after a pause that doubles with each failure."""
 
     def __init__(self) -> None:
+        self._said, self._said_at = "", -math.inf
         self.reset()
 
     def reset(self) -> None:
@@ -59,6 +61,17 @@ class _Retry:
         """Set the time of the next try."""
         self.at = time.monotonic() + self.pause_s
         self.pause_s = min(self.pause_s * 2, _LAST_RECONNECT_S)
+
+    def succeeded(self) -> None:
+        """Let the next failure be news, whatever it is."""
+        self._said = ""
+
+    def is_news(self, text: str, now: float) -> bool:
+        """Return True if a failure is to be told: another one than before, or once a minute."""
+        if text == self._said and now - self._said_at < _SAY_AGAIN_S:
+            return False
+        self._said, self._said_at = text, now
+        return True
 
 
 class Control:
@@ -200,10 +213,13 @@ class Control:
             connection.open()
         except Exception as error:  # any: without this thread no slot of a dead worker comes back
             connection.close(f"unreachable: {error_text(error)}")
-            text = "control connection: %s; next try in %.1f s"
-            logger.warning(text, error_text(error), self._retry.pause_s)
+            is_news = self._retry.is_news(error_text(error), time.monotonic())
+            text = "control connection: %s; tried again every second"
+            logger.log(logging.WARNING if is_news else logging.DEBUG, text, error_text(error))
             self._retry.failed()
             connection.cannot_ask()
+        else:
+            self._retry.succeeded()
 
     def _wait_s(self) -> float | None:
         """Return how long the thread may wait for an order; None: as long as it takes."""
