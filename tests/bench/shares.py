@@ -13,7 +13,7 @@ from collections.abc import Callable
 from sharedpool.broker.core.commands import SyncShare
 from sharedpool.broker.core.host_presence import SESSION_NAME, Listed, Presence
 from sharedpool.broker.core.share_sync import decide_sync
-from sharedpool.broker.core.share_terms import ShareKey
+from sharedpool.broker.core.share_terms import LimitRow, ShareKey
 from sharedpool.broker.core.shares import Claim, HostShare, decide
 
 _ROUNDS = 50
@@ -36,7 +36,7 @@ def main(hosts: int) -> None:
     order = SyncShare(ShareKey("", "pool p"), limit, claim, 0)
     measured: dict[str, Callable[[], object]] = {
         "decide": lambda: decide(limit, names[0], 4, claim, others),
-        "decide_sync": lambda: decide_sync(names[0], order, limit, 0, False, rows, presence),
+        "decide_sync": lambda: decide_sync(names[0], order, LimitRow(limit), rows, presence),
     }
     for what, function in measured.items():
         times = sorted(_timed(function) for _ in range(_ROUNDS))

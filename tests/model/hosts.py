@@ -40,7 +40,7 @@ from sharedpool.broker.core.host_presence import (
 )
 from sharedpool.broker.core.ledger import Ledger, LedgerCall
 from sharedpool.broker.core.share_sync import SyncDecision, decide_sync
-from sharedpool.broker.core.share_terms import Failed, ShareKey, SyncFailure
+from sharedpool.broker.core.share_terms import Failed, LimitRow, ShareKey, SyncFailure
 from sharedpool.broker.core.shares import TRUST_S
 from sharedpool.wire.application_name import tag_of
 from sharedpool.wire.messages import (
@@ -125,6 +125,8 @@ class Server:
         self.procs: list[Proc] = []
         self.limit: int | None = None
         self.asked, self.paused = 0, False
+        self.hosts: tuple[str, ...] = ()  # that have rows, or had them before they were lost
+        self.lost_at: float | None = None
         self.rows: dict[str, Row] = {}
         self._pids = itertools.count(1)
 
@@ -153,7 +155,6 @@ class Server:
         self.boot, self.boot_at = self.boot + 1, now
         if crashed:
             self.rows.clear()
-            self.limit, self.asked, self.paused = None, 0, False
 
     def sessions(self) -> tuple[frozenset[int], list[tuple[int, int, str]]]:
         """What a survey shows: those in start-up, and those with a tag."""
@@ -181,7 +182,13 @@ class Server:
             now, self.boot, decision.unnamed,
         )  # fmt: skip
         self.limit, self.asked = decision.result.max_conn, decision.asked
-        self.paused = decision.result.paused
+        self.paused, self.hosts = decision.result.paused, decision.hosts
+        self.lost_at = (self.lost_at or now) if decision.lost else None
+
+    def limit_row(self, now: float) -> LimitRow:
+        assert self.limit is not None
+        lost_s = None if self.lost_at is None else now - self.lost_at
+        return LimitRow(self.limit, self.asked, self.paused, self.hosts, lost_s)
 
 
 # --- workers
@@ -617,12 +624,10 @@ class Host:
         if server.limit is None:
             server.limit, server.asked = order.max_conn, 0
         rows = server.listed(now)
-        if self.instance not in server.rows and (self.stale or not order.missed):
+        if self.instance not in server.rows and self.stale:
             world.forget_early_grants()
         self.stale = False
-        decision = decide_sync(
-            self.instance, order, server.limit, server.asked, server.paused, rows, self.presence
-        )
+        decision = decide_sync(self.instance, order, server.limit_row(now), rows, self.presence)
         server.commit(self, order, decision, now)
         self.lost_at = None
         self.syncs.append(now)
@@ -675,7 +680,8 @@ class Host:
             self._lose(None)
             return
         server.rows.pop(self.instance, None)
-        if not server.rows:
+        server.hosts = tuple(each for each in server.hosts if each != self.instance)
+        if not server.rows and not server.hosts:
             server.limit, server.asked, server.paused = None, 0, False
         self.world.notify(key, others)
         if fate == "after":
@@ -825,8 +831,6 @@ class World:
             row, session = self.server.rows.get(host.instance), host.session
             heard = row is not None and self.now - row.told_at <= TRUST_S
             host.stale |= session is None or session.dead or not heard
-            for held in host.unarrived() if host.ledger is None else ():
-                held.doomed = True
         self.server.stop()
 
     # --- time

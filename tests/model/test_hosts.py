@@ -42,10 +42,7 @@ from sharedpool.wire.values import Phase as LeasePhase
 from tests.model.hosts import Held, Host, Worker, World
 
 SEED = int(os.environ.get("SHAREDPOOL_MODEL_SEED", "1"))
-# 7 to 14. With 56, part 0 finds what is not solved yet: brokers that
-# die while the server restarts, whose workers connect under grants of before ("Not promised" in
-# sharedpool/README.md).
-EXAMPLES = min(14, max(7, int(os.environ.get("SHAREDPOOL_MODEL_EXAMPLES", "7"))))
+EXAMPLES = max(7, int(os.environ.get("SHAREDPOOL_MODEL_EXAMPLES", "7")))
 STEPS = 100
 PARTS = 2
 PROFILE = settings(
@@ -163,7 +160,7 @@ def check_everybody_is_served(world: World, wanted: list[int]) -> None:
     assert before == {name: row.held for name, row in world.server.rows.items()}, "no rest"
     contended = sum(wanted) > limit
     for count in syncs(world, steady_at):
-        assert count <= (15 if contended else 1), f"{count} syncs in 5 s at rest"
+        assert count <= (21 if contended else 1), f"{count} syncs in 5 s at rest"
 
 
 # --- what happens

@@ -6,7 +6,14 @@ from sharedpool.broker.core.commands import LeaveShare, SyncShare
 from sharedpool.broker.core.host_presence import CUT_S, Listed, Presence
 from sharedpool.broker.core.records import Pool
 from sharedpool.broker.core.share_sync import decide_sync
-from sharedpool.broker.core.share_terms import Failed, HostRow, ShareKey, SyncFailure, SyncResult
+from sharedpool.broker.core.share_terms import (
+    Failed,
+    HostRow,
+    LimitRow,
+    ShareKey,
+    SyncFailure,
+    SyncResult,
+)
 from sharedpool.broker.core.shares import Claim, Division
 from sharedpool.wire.application_name import tag_of
 from sharedpool.wire.messages import Deny, DenyReason
@@ -190,7 +197,7 @@ def test_nothing_is_given_back_before_the_grace_period_is_over() -> None:
     broker.worker("a", max_conn=10)
     row = Listed("me", "host", 1, 1, 8, 8, 0, False, 0.0)
     other = Listed("b", "host", 2, 2, 2, 10, 0, False, 0.0)
-    decision = decide_sync("me", broker.order, 10, 0, False, [row, other], Presence())
+    decision = decide_sync("me", broker.order, LimitRow(10), [row, other], Presence())
     assert decision.result.division.held == 8
 
 
@@ -205,7 +212,7 @@ def test_a_broker_with_a_journal_claims_what_is_in_it() -> None:
 
 
 def decided(order: SyncShare, *rows: Listed) -> tuple[int, bool]:
-    result = decide_sync("me", order, 10, 0, False, rows, Presence()).result
+    result = decide_sync("me", order, LimitRow(10), rows, Presence()).result
     return result.division.held, result.bounded
 
 
@@ -271,8 +278,10 @@ def test_a_request_is_not_refused_for_a_host_that_has_just_left() -> None:
     mine = Listed("me", "host", 1, 1, 2, 3, 0, False, 0.0)
     presence = Presence()
     presence.seen(frozenset(), [(7, 1, tag_of("p", "other"))], 0.0)
-    division = decide_sync("me", order, 3, 1, False, [mine], presence).result.division
+    division = decide_sync("me", order, LimitRow(3, asked=1), [mine], presence).result.division
     assert division.held == 2
     assert not division.exhausted
     presence.seen(frozenset(), [], 1.0)
-    assert decide_sync("me", order, 3, 1, False, [mine], presence).result.division.held == 3
+    assert (
+        decide_sync("me", order, LimitRow(3, asked=1), [mine], presence).result.division.held == 3
+    )

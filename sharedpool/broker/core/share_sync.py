@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from sharedpool.broker.core.commands import SyncShare
-from sharedpool.broker.core.host_presence import SILENT_S, Listed, Presence
-from sharedpool.broker.core.share_terms import HostRow, SyncResult
+from sharedpool.broker.core.host_presence import CUT_S, SILENT_S, Listed, Presence
+from sharedpool.broker.core.share_terms import HostRow, LimitRow, SyncResult
 from sharedpool.broker.core.shares import HostShare, decide
 
 
@@ -26,18 +26,18 @@ class SyncDecision(NamedTuple):
     unnamed: str  # for the broker's own row
     silent: tuple[Listed, ...]  # hosts whose sessions are to be ended, because this one lacks slots
     to_wake: tuple[str, ...]  # instances that are notified
+    hosts: tuple[str, ...]  # instances that have shares, or had before they were lost
+    lost: bool  # shares are missing: the table was emptied
 
 
 def decide_sync(
     me: str,
     order: SyncShare,
-    max_conn: int,
-    asked: int,
-    paused: bool,
+    limit: LimitRow,
     rows: Sequence[Listed],
     presence: Presence,
 ) -> SyncDecision:
-    """Decide a sync of the instance `me`; `max_conn`, `asked`, `paused`, `rows`: the table's."""
+    """Decide a sync of the instance `me`; `limit`, `rows`: the tables'."""
     mine = next((row for row in rows if row.instance == me), None)
     others = [row for row in rows if row.instance != me]
     seen = presence.judge(order.key.scope, others, frozenset(order.backends))
@@ -46,13 +46,12 @@ def decide_sync(
         for row in others
         if row.instance not in seen.gone
     ]
-    if not others:
-        max_conn = order.max_conn
+    missing = _missing(me, limit, rows)
     change = order.change
-    is_changed = bool(change.max_conn) or change.paused not in (None, paused)
-    max_conn = change.max_conn or max_conn
-    paused = paused if change.paused is None else change.paused
-    bounded = _is_bounded(me, order, rows)
+    is_changed = bool(change.max_conn) or change.paused not in (None, limit.paused)
+    max_conn = change.max_conn or (limit.max_conn if others else order.max_conn)
+    paused = limit.paused if change.paused is None else change.paused
+    bounded = _is_bounded(me, order, rows, missing)
     taken = presence.strangers(
         order.pool, [me, *(row.instance for row in rows)], frozenset(order.backends)
     )
@@ -64,12 +63,12 @@ def decide_sync(
         order.claim,
         {x.instance: _share(x, silent=x.instance in seen.silent) for x in others},
         told=0 if mine is None else mine.wanted,
-        asked=asked,
+        asked=limit.asked,
         answered=0 if mine is None else mine.answered,
         question=order.question,
         most=order.most if bounded else max_conn,
     )
-    if taken:  # perhaps by a host that has left since the server was looked at
+    if taken or missing:  # perhaps by a host that has left since the server was looked at
         division = replace(division, alone=False, exhausted=False)
     hosts = tuple(
         HostRow(
@@ -82,7 +81,13 @@ def decide_sync(
         )
         for x in others
     )
-    result = SyncResult(max_conn, paused, division, hosts, seen.events, bounded)
+    events = list(seen.events)
+    if missing and limit.lost_s is None:
+        text = (
+            "their shares were lost with a server, and are not given away until they are back: %s"
+        )
+        events.append(text % ", ".join(map(_shown, missing)))
+    result = SyncResult(max_conn, paused, division, hosts, tuple(events), bounded)
     silent = [x for x in others if x.instance in seen.silent and presence.sessions_of(x)]
     return SyncDecision(
         result,
@@ -92,6 +97,8 @@ def decide_sync(
         presence.unnamed(me, order.backends),
         tuple(silent) if division.lacking else (),
         tuple(x.instance for x in others) if is_changed else division.to_wake,
+        tuple(sorted({me, *missing, *(x.instance for x in others if _is_name(x.instance))})),
+        bool(missing),
     )
 
 
@@ -100,12 +107,29 @@ def _share(row: Listed, *, silent: bool) -> HostShare:
     return HostShare(row.instance, row.held, 0 if silent else row.wanted, row.answered)
 
 
+def _is_name(instance: str) -> bool:
+    """Return True unless somebody else has written a row."""
+    return instance.isprintable() and " " not in instance
+
+
 def _shown(name: str) -> str:
     """Return a name of a row as it may be shown in a terminal."""
     return name if name.isprintable() else ascii(name)
 
 
-def _is_bounded(me: str, order: SyncShare, rows: Sequence[Listed]) -> bool:
+def _missing(me: str, limit: LimitRow, rows: Sequence[Listed]) -> list[str]:
+    """Return the hosts whose shares were lost, and whose workers may still have grants of before.
+
+    The table of the shares is emptied by a crash of the server, the list of the hosts is not.
+    """
+    if limit.lost_s is not None and limit.lost_s >= CUT_S:
+        return []
+    return sorted(set(limit.hosts) - {row.instance for row in rows} - {me})
+
+
+def _is_bounded(me: str, order: SyncShare, rows: Sequence[Listed], missing: Sequence[str]) -> bool:
     """Return True if this host may take no more than it had: the table may have been emptied."""
     present = {_shown(row.instance) for row in rows}
-    return not (order.sure and _shown(me) in present) and not present.issuperset(order.missed)
+    if order.sure and _shown(me) in present:
+        return False
+    return bool(missing) or not present.issuperset(order.missed)

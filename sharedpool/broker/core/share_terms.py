@@ -16,6 +16,16 @@ class ShareKey(NamedTuple):
     scope: str
 
 
+class LimitRow(NamedTuple):
+    """What the table of the limits says of one limit."""
+
+    max_conn: int
+    asked: int = 0  # the newest question of any host
+    paused: bool = False
+    hosts: tuple[str, ...] = ()  # instances that have shares; those of before, if they were lost
+    lost_s: float | None = None  # since it was seen that the table of the shares had been emptied
+
+
 class HostRow(NamedTuple):
     """What the table of the shares says of another host."""
 

@@ -135,6 +135,8 @@ class Sharing:
         share.resting, share.registered, share.beat_at = True, False, math.inf
         share.division, share.others = Division(0), ()
         share.memory = TableMemory()
+        for pool in self._records.pools(share):
+            pool.backoff.end()  # the next request asks the server; else it got an error of before
         self._records.allow(share, 0)
         self._records.let_refuse(share, 0)
 
@@ -261,6 +263,8 @@ class Sharing:
         self.trust.renew(share, began)
         self._records.allow(share, max(0, division.held - division.owed))
         share.question = division.question
+        if share.checking > division.asked and share.inquired_at < began:
+            share.checking = share.checked = division.asked  # questions are counted anew
         if division.held > held_before:
             share.asked_at = math.inf  # the others had something: who is still unserved asks anew
         elif share.asked_at < math.inf and division.exhausted:

@@ -6,9 +6,9 @@ reaches them anyway, with the server's own authentication and encryption.
 - `limits` has a row for each limit that is shared. The lock of that row is the one lock there is.
 - `shares` has a row for each host's share of a limit.
 
-Both are UNLOGGED: a crash of the server empties them, and ends every connection that they count.
+`shares` is UNLOGGED: a crash of the server empties it, and ends every connection that it counts.
 After a clean restart or a failover, rows that are older than the server's start are void for the
-same reason.
+same reason. `limits` outlives that, with the names of the hosts whose shares were lost.
 
 Each role sees its own rows only (row-level security): two roles never share a limit.
 """
@@ -27,7 +27,7 @@ from psycopg2.extensions import connection
 from sharedpool.broker.core.commands import SyncShare
 from sharedpool.broker.core.host_presence import SILENT_S, Listed, Presence
 from sharedpool.broker.core.share_sync import SyncDecision, decide_sync
-from sharedpool.broker.core.share_terms import ShareKey
+from sharedpool.broker.core.share_terms import LimitRow, ShareKey
 from sharedpool.broker.postgres import statements
 
 _CHANNEL = "sharedpool_shares"
@@ -36,12 +36,14 @@ _MOST_PAYLOAD = 7500  # bytes; PostgreSQL's limit is 8000
 
 SCHEMA_SQL = """\
 CREATE SCHEMA IF NOT EXISTS sharedpool;
-CREATE UNLOGGED TABLE IF NOT EXISTS sharedpool.limits (
+CREATE TABLE IF NOT EXISTS sharedpool.limits (
   role name NOT NULL DEFAULT current_user,
   scope text NOT NULL CHECK (length(scope) <= 200),
   max_conn int NOT NULL CHECK (max_conn > 0),
   asked bigint NOT NULL DEFAULT 0 CHECK (asked BETWEEN 0 AND 1::bigint << 61),
   paused boolean NOT NULL DEFAULT false,
+  hosts text NOT NULL DEFAULT '',
+  lost_at timestamptz,
   PRIMARY KEY (role, scope)
 );
 CREATE UNLOGGED TABLE IF NOT EXISTS sharedpool.shares (
@@ -87,6 +89,8 @@ _SETTINGS = {
     "lock_timeout": "5s",
     "idle_in_transaction_session_timeout": "2s",
     "idle_session_timeout": "0",
+    # Only a limit's hosts and terms must not be lost with the server: see `_DURABLE_SQL`.
+    "synchronous_commit": "off",
     "tcp_keepalives_idle": "60",
     "tcp_keepalives_interval": "10",
     "tcp_keepalives_count": "6",
@@ -107,9 +111,10 @@ WHERE role = current_user AND told_at < pg_postmaster_start_time()
 _LOCK_SQL = """
 BEGIN;
 SELECT FROM sharedpool.limits WHERE role = current_user AND scope = %(scope)s FOR UPDATE;
-SELECT max_conn, asked, paused, instance, host, pid, started_us, held, wanted,
-       answered, cut, greatest(0, extract(epoch FROM clock_timestamp() - told_at))::float8, spare,
-       unnamed, ttl_s
+SELECT max_conn, asked, paused, CASE row_number() OVER () WHEN 1 THEN hosts END,
+       extract(epoch FROM clock_timestamp() - lost_at)::float8,
+       instance, host, pid, started_us, held, wanted, answered, cut,
+       greatest(0, extract(epoch FROM clock_timestamp() - told_at))::float8, spare, unnamed, ttl_s
 FROM sharedpool.limits LEFT JOIN sharedpool.shares USING (role, scope)
 WHERE role = current_user AND scope = %(scope)s
 """
@@ -143,18 +148,24 @@ SET host = excluded.host, pid = excluded.pid, started_us = excluded.started_us,
     held = excluded.held, wanted = excluded.wanted, answered = excluded.answered, cut = false,
     unnamed = excluded.unnamed, ttl_s = excluded.ttl_s,
     told_at = clock_timestamp();
-UPDATE sharedpool.limits SET max_conn = %(max_conn)s, asked = %(asked)s,
-    paused = %(paused)s
-WHERE role = current_user AND scope = %(scope)s
-  AND (max_conn, asked, paused) IS DISTINCT FROM (%(max_conn)s, %(asked)s, %(paused)s);
 """
+_LIMIT_SQL = """
+UPDATE sharedpool.limits SET max_conn = %(max_conn)s, asked = %(asked)s,
+    paused = %(paused)s, hosts = %(hosts)s,
+    lost_at = CASE WHEN %(lost)s THEN coalesce(lost_at, clock_timestamp()) END
+WHERE role = current_user AND scope = %(scope)s;
+"""
+_DURABLE_SQL = "SET LOCAL synchronous_commit = local;"
 _LEAVE_SQL = """
 BEGIN;
 SELECT FROM sharedpool.limits WHERE role = current_user AND scope = %(scope)s FOR UPDATE;
 DELETE FROM sharedpool.shares
 WHERE role = current_user AND scope = %(scope)s AND instance = %(instance)s;
+UPDATE sharedpool.limits
+SET hosts = array_to_string(array_remove(string_to_array(hosts, ' '), %(instance)s), ' ')
+WHERE role = current_user AND scope = %(scope)s;
 DELETE FROM sharedpool.limits AS empty
-WHERE role = current_user AND scope = %(scope)s
+WHERE role = current_user AND scope = %(scope)s AND hosts = ''
   AND NOT EXISTS (SELECT FROM sharedpool.shares AS other
                   WHERE other.role = empty.role AND other.scope = empty.scope);
 """
@@ -233,12 +244,14 @@ def sync(conn: connection, me: Registration, order: SyncShare, presence: Presenc
     with conn.cursor() as cursor:
         try:
             rows = _lock(cursor, scope, order.max_conn)
-            max_conn, asked, paused = rows[0][:3]
-            listed = [Listed(*row[3:]) for row in rows if row[3] is not None]
-            decision = decide_sync(me.instance, order, max_conn, asked, paused, listed, presence)
+            max_conn, asked, paused, hosts, lost_s = rows[0][:5]
+            limit = LimitRow(max_conn, asked, paused, tuple(hosts.split()), lost_s)
+            listed = [Listed(*row[5:]) for row in rows if row[5] is not None]
+            decision = decide_sync(me.instance, order, limit, listed, presence)
             division = decision.result.division
             cursor.execute(
-                (_FORGET_SQL if decision.gone else "")
+                _change_sql(limit, decision)
+                + (_FORGET_SQL if decision.gone else "")
                 + (_LOWER_SQL if decision.lowered else "")
                 + _WRITE_SQL
                 + _notify_sql(decision.to_wake)
@@ -260,6 +273,8 @@ def sync(conn: connection, me: Registration, order: SyncShare, presence: Presenc
                     "max_conn": decision.result.max_conn,
                     "asked": decision.asked,
                     "paused": decision.result.paused,
+                    "hosts": " ".join(decision.hosts),
+                    "lost": decision.lost,
                     "channel": _CHANNEL,
                     "payload": _payload(scope, decision.to_wake, decision.asked),
                 },
@@ -269,6 +284,15 @@ def sync(conn: connection, me: Registration, order: SyncShare, presence: Presenc
                 cursor.execute("ROLLBACK")
             raise
     return decision
+
+
+def _change_sql(limit: LimitRow, decision: SyncDecision) -> str:
+    """Return what is to be done to the limit's row."""
+    terms = decision.result.max_conn, decision.result.paused, decision.hosts
+    if terms != (limit.max_conn, limit.paused, limit.hosts):
+        return _DURABLE_SQL + _LIMIT_SQL
+    is_changed = decision.asked != limit.asked or decision.lost != (limit.lost_s is not None)
+    return _LIMIT_SQL if is_changed else ""
 
 
 def _lock(cursor: Any, scope: str, max_conn: int) -> list[Any]:
