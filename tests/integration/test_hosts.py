@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -47,6 +48,11 @@ def on_host(
             return stack.enter_context(Worker(**{"dsn": database, **settings}))
 
         yield start
+
+
+def broker_pid(runtime_dir: Path, host: str) -> int:
+    (path,) = (runtime_dir / host / "sharedpool").glob("*.sock")
+    return fetch_report(f"ipc://{path}").pid
 
 
 def command(runtime_dir: Path, host: str, *arguments: str) -> str:
@@ -109,6 +115,31 @@ def test_a_restart_of_the_server_needs_nobody(on_host: MakeHost) -> None:
         assert web.ask("get", name="y", timeout=1)["error"] == "PoolTimeout"
         cron.ask("put", name="x")
         assert "backend" in web.ask("get", name="y", timeout=20)
+
+
+def test_a_host_that_comes_after_a_crash_waits_for_those_that_were_there(
+    on_host: MakeHost, runtime_dir: Path
+) -> None:
+    """Workers of a host whose broker has died with the server may still have grants of before."""
+    with EphemeralPostgres() as server:
+        web = on_host("web", max_conn=2, dsn=server.dsn)
+        assert "backend" in web.ask("get", name="x", timeout=20)
+        cron = on_host("cron", max_conn=2, dsn=server.dsn)
+        assert "backend" in cron.ask("get", name="x", timeout=20)
+        for host in ("web", "cron"):
+            os.kill(broker_pid(runtime_dir, host), signal.SIGKILL)
+        server.kill()
+        for worker in (web, cron):
+            worker.kill()
+        server.restart("immediate")
+        new = on_host("new", max_conn=2, dsn=server.dsn)
+        refused = new.ask("get", name="x", timeout=2)
+        assert "shares were lost with the server" in refused["text"]
+        back = [on_host(host, max_conn=2, dsn=server.dsn) for host in ("web", "cron")]
+        for worker in back:
+            worker.send("get", name="x", timeout=20)
+        for worker in back:
+            assert "backend" in worker.answer()
 
 
 def test_a_share_that_nobody_uses_is_given_back(

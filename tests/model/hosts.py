@@ -31,7 +31,6 @@ from sharedpool.broker.core.commands import (
     VerifyServer,
 )
 from sharedpool.broker.core.host_presence import (
-    CUT_S,
     GONE_S,
     SESSION_NAME,
     SILENT_S,
@@ -41,7 +40,6 @@ from sharedpool.broker.core.host_presence import (
 from sharedpool.broker.core.ledger import Ledger, LedgerCall
 from sharedpool.broker.core.share_sync import SyncDecision, decide_sync
 from sharedpool.broker.core.share_terms import Failed, LimitRow, ShareKey, SyncFailure
-from sharedpool.broker.core.shares import TRUST_S
 from sharedpool.wire.application_name import tag_of
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
@@ -420,8 +418,6 @@ class Host:
         self.journal: dict[Token, Entry] = {}
         self.journal_intact = True
         self.lost_at: float | None = None  # when its session has ended on the server
-        # The others may have changed its row without its knowledge before the server was restarted.
-        self.stale = False
         self.ledger: Ledger | None = None
         self.syncs: deque[float] = deque()  # when they were done
         self._reset()
@@ -624,9 +620,6 @@ class Host:
         if server.limit is None:
             server.limit, server.asked = order.max_conn, 0
         rows = server.listed(now)
-        if self.instance not in server.rows and self.stale:
-            world.forget_early_grants()
-        self.stale = False
         decision = decide_sync(self.instance, order, server.limit_row(now), rows, self.presence)
         server.commit(self, order, decision, now)
         self.lost_at = None
@@ -757,18 +750,6 @@ class World:
             if host.instance in instances and host.session is not None and not host.session.dead:
                 host.notifies.append(key)
 
-    def forget_early_grants(self) -> None:
-        """A broker comes that cannot know who had grants before the server's start.
-
-        The product takes the risk that a worker connects under such a grant.
-        """
-        if self.now - self.server.boot_at < CUT_S:
-            for host in self.hosts:
-                if host.session is not None and host.session.dead:
-                    self._notice_loss(host)
-                for held in host.unarrived():
-                    held.doomed = held.doomed or held.granted_at <= self.server.boot_at
-
     def in_use(self) -> int:
         """How many connections there are, or may be before any other sync."""
         on_the_way = sum(len(host.unarrived()) + host.free for host in self.hosts)
@@ -827,10 +808,6 @@ class World:
         self.server.start(self.now, crashed=crashed)
 
     def stop_server(self) -> None:
-        for host in self.hosts:
-            row, session = self.server.rows.get(host.instance), host.session
-            heard = row is not None and self.now - row.told_at <= TRUST_S
-            host.stale |= session is None or session.dead or not heard
         self.server.stop()
 
     # --- time

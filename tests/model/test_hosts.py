@@ -9,13 +9,8 @@ After every step: the shares add up to no more than the limit, and there are no 
 nor can there be without another sync. When the faults have stopped: every host is served as is
 fair, one alone can have everything, and nobody syncs more often than it should.
 
-Assumed, as the product does:
-
-- A host that has gone without a word (its session has ended, and none of its connections is left)
-  has no connect that reaches the server later than `REACH_S` after that.
-- A broker that starts soon after the server, or that was silent before, cannot know of other hosts'
-  grants of before: these do not connect any more. Nor do those of a worker whose broker was dead
-  when the server was restarted, and may stay so.
+Assumed, as the product does: a host that has gone without a word (its session has ended, and none
+of its connections is left) has no connect that reaches the server later than `REACH_S` after that.
 
 `SHAREDPOOL_MODEL_EXAMPLES` and `SHAREDPOOL_MODEL_SEED` are as in `test_model.py`.
 """

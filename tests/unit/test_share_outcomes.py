@@ -5,7 +5,7 @@ from __future__ import annotations
 from sharedpool.broker.core.commands import LeaveShare, SyncShare
 from sharedpool.broker.core.host_presence import CUT_S, Listed, Presence
 from sharedpool.broker.core.records import Pool
-from sharedpool.broker.core.share_sync import decide_sync
+from sharedpool.broker.core.share_sync import SyncDecision, decide_sync
 from sharedpool.broker.core.share_terms import (
     Failed,
     HostRow,
@@ -16,7 +16,7 @@ from sharedpool.broker.core.share_terms import (
 )
 from sharedpool.broker.core.shares import Claim, Division
 from sharedpool.wire.application_name import tag_of
-from sharedpool.wire.messages import Deny, DenyReason
+from sharedpool.wire.messages import Deny, DenyReason, Release, ReleaseReason
 from tests.unit.ledger_driver import TTL_S, Broker, Worker
 from tests.unit.restarts import journal_of
 
@@ -96,6 +96,18 @@ def test_after_a_pause_of_the_process_nothing_is_granted_before_the_next_sync() 
     order = broker.order if broker.order.claim.wanted == 2 else broker.sync_again()
     assert order.claim.least == 1
     broker.answer(order, held=4)
+    assert worker.granted(request)
+
+
+def test_a_slot_that_is_free_after_a_pause_is_not_granted_before_the_next_sync() -> None:
+    """Its connection may have been ended by another host, which has taken the slot."""
+    broker, worker = with_share(2, in_use=2)
+    request = worker.ask(60.0)
+    before = broker.order
+    broker.ledger.sharing.trust.suspended(broker.now)
+    worker.release(next(iter(worker.held)), ReleaseReason.BROKEN)
+    assert worker.outcome(request) is None
+    broker.answer(broker.order if broker.order is not before else broker.sync_again(), held=2)
     assert worker.granted(request)
 
 
@@ -187,6 +199,40 @@ def test_a_share_that_was_given_back_is_not_synced_before_somebody_uses_it() -> 
     assert worker.granted(request)
 
 
+def test_a_share_that_was_given_back_in_a_backoff_is_asked_for_anew() -> None:
+    """Else the next request would get the error of long ago, and so would every later one."""
+    broker, worker = with_share()
+    token = worker.granted(worker.ask(60.0))
+    failed = Release(token, True, ReleaseReason.FAILED, error="refused", unreachable=True)
+    broker.send(worker.id, failed)
+    assert broker.pool.backoff.active
+    for _ in range(100):
+        broker.pass_time(0.1)
+        worker.beat()
+        if broker.all(LeaveShare):
+            break
+    last = broker.order
+    request = worker.ask(60.0)
+    assert broker.order.serial > last.serial
+    broker.answer(broker.order, held=10)
+    assert worker.granted(request)
+
+
+def test_questions_that_are_counted_anew_are_answered_once() -> None:
+    """All hosts had given their shares back, and with the limit's row its number was gone."""
+    broker, worker = with_share(in_use=1)
+    serial = broker.order.serial
+    broker.take_in(broker.ledger.sharing.woken(broker.order.key, broker.now, asked=7))
+    worker.answer()
+    for _ in range(50):
+        if broker.order.serial > serial:
+            serial = broker.order.serial
+            broker.answer(broker.order, held=10)
+        broker.pass_time(0.1)
+        worker.answer()
+    assert len([x for x in broker.all(SyncShare) if x.claim.checked]) <= 2
+
+
 # --- a broker that does not know what is held
 
 
@@ -244,6 +290,35 @@ def test_a_host_that_does_not_come_back_is_waited_for_as_long_as_its_grants_last
         broker.answer(order, held=order.most, bounded=True, lacking=4)
         worker.beat()
     assert CUT_S <= broker.now - since <= CUT_S + 10.0
+
+
+def lost(order: SyncShare, *rows: Listed, lost_s: float | None = None) -> SyncDecision:
+    """Decide on a table of which the shares of "a" and "b" were lost with the server."""
+    return decide_sync("me", order, LimitRow(10, hosts=("a", "b"), lost_s=lost_s), rows, Presence())
+
+
+def test_a_broker_that_knows_nothing_waits_for_the_hosts_that_the_limit_names() -> None:
+    """Its own memory went with its process, and the shares with the server."""
+    order = SyncShare(broker_key(), 10, Claim(9, 0), 0, serial=1)
+    decision = lost(order)
+    assert decision.result.division.held == 0
+    assert not decision.result.division.alone
+    assert (decision.hosts, decision.lost) == (("a", "b", "me"), True)
+    assert "their hosts are waited for: a, b" in decision.result.events[0]
+    a, b = (Listed(name, "host", 2, 2, 1, 1, 0, False, 0.0) for name in "ab")
+    assert lost(order, a, lost_s=1.0).result.division.held == 0
+    assert not lost(order, a, lost_s=1.0).result.events, "it was said before"
+    back = lost(order, a, b, lost_s=2.0)
+    assert back.result.division.held == 8
+    assert (back.hosts, back.lost) == (("a", "b", "me"), False)
+
+
+def test_the_hosts_that_the_limit_names_are_waited_for_as_long_as_their_grants_last() -> None:
+    order = SyncShare(broker_key(), 10, Claim(9, 0), 0, serial=1)
+    assert lost(order, lost_s=CUT_S - 1).result.division.held == 0
+    decision = lost(order, lost_s=CUT_S)
+    assert decision.result.division.held == 10
+    assert (decision.hosts, decision.lost) == (("me",), False)
 
 
 def test_a_session_that_was_lost_alone_costs_nothing() -> None:

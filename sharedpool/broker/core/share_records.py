@@ -36,6 +36,7 @@ class Share:
     others: tuple[HostRow, ...] = ()  # as they were at the last sync
     memory: TableMemory = field(default_factory=TableMemory)
     registered: bool = False
+    missing: tuple[str, ...] = ()  # hosts whose shares were lost with the server
     resting: bool = False  # it was given back while nobody uses the limit here
     unshared: str = ""  # why the limit is this host's own
     change: ShareChange = NO_CHANGE  # ordered for all hosts, and not told yet
@@ -109,8 +110,11 @@ class ShareRecords:
         return ShareKey(pool.spec.database, _scope("pool", pool.spec.name))
 
     def is_unused(self, share: Share) -> bool:
-        """Return True if the share can be given back: nobody here uses the limit."""
-        used = any(pool.leases or pool.waiters for pool in self.pools(share))
+        """Return True if the share can be given back: nobody here uses the limit.
+
+        Not without a session, in which the other hosts are told.
+        """
+        used = share.frozen or any(pool.leases or pool.waiters for pool in self.pools(share))
         return not (used or share.paused)  # without any share there would be no pause
 
     def pools(self, share: Share) -> Iterable[Pool]:

@@ -60,6 +60,9 @@ class ShareReports:
             return ""
         if share.frozen and share.trouble:
             return f"this host opens nothing until it knows other hosts' shares: {share.trouble}"
+        if share.registered and share.missing and share.division.lacking:
+            names = ", ".join(share.missing)
+            return f"shares were lost with the server, and their hosts are waited for: {names}"
         if share.registered:
             return ""
         server = pool.spec.server or "the server"

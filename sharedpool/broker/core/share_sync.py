@@ -15,6 +15,8 @@ from sharedpool.broker.core.host_presence import CUT_S, SILENT_S, Listed, Presen
 from sharedpool.broker.core.share_terms import HostRow, LimitRow, SyncResult
 from sharedpool.broker.core.shares import HostShare, decide
 
+_NAMED = 5  # hosts in a line of the log
+
 
 class SyncDecision(NamedTuple):
     """What becomes of the table. The broker's own row gets the division's numbers."""
@@ -81,13 +83,11 @@ def decide_sync(
         )
         for x in others
     )
-    events = list(seen.events)
+    names = tuple(map(_shown, missing))
+    events = seen.events
     if missing and limit.lost_s is None:
-        text = (
-            "their shares were lost with a server, and are not given away until they are back: %s"
-        )
-        events.append(text % ", ".join(map(_shown, missing)))
-    result = SyncResult(max_conn, paused, division, hosts, tuple(events), bounded)
+        events += (f"shares were lost with the server; their hosts are waited for: {_list(names)}",)
+    result = SyncResult(max_conn, paused, division, hosts, events, bounded, names)
     silent = [x for x in others if x.instance in seen.silent and presence.sessions_of(x)]
     return SyncDecision(
         result,
@@ -105,6 +105,10 @@ def decide_sync(
 def _share(row: Listed, *, silent: bool) -> HostShare:
     """Return a host's part in the division; one that is silent wants nothing."""
     return HostShare(row.instance, row.held, 0 if silent else row.wanted, row.answered)
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" * (len(names) > _NAMED))
 
 
 def _is_name(instance: str) -> bool:

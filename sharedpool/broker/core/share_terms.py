@@ -57,6 +57,7 @@ class SyncResult(NamedTuple):
     others: tuple[HostRow, ...]
     events: tuple[str, ...] = ()  # what is worth a line in the log, such as a host that is gone
     bounded: bool = False  # the order's `most` was applied
+    missing: tuple[str, ...] = ()  # hosts whose shares were lost, and that are waited for
 
 
 class Failed(Enum):

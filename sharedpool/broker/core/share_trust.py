@@ -28,7 +28,14 @@ class ShareTrust:
         self.ends = min(self.ends, share.trusted_until)
 
     def expire(self, now: float) -> None:
-        """Freeze the shares that are not trusted any more; to be called before any grant."""
+        """Freeze the shares that are not trusted any more; to be called before any grant.
+
+        A slot of a frozen share that has become free is not granted again: its connection may have
+        been ended by another host, which has taken the slot.
+        """
+        for share in self._records.active.values():
+            if share.frozen:
+                self._records.allow_no_more(share)
         if now < self.ends:
             return
         self.ends = math.inf

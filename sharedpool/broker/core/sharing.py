@@ -150,8 +150,6 @@ class Sharing:
             if pool.allowed == 0 or self._slots.allowed == 0:
                 self._wake_resting(pool)
         for share in list(self._records.active.values()):
-            if share.frozen:
-                self._records.allow_no_more(share)
             if share.pending:
                 continue
             if share.due or self._has_news(share, now):
@@ -257,7 +255,7 @@ class Sharing:
         if not (share.division.owed and division.owed):
             share.owed_at = now
         held_before = share.division.held
-        share.division, share.others = division, result.others
+        share.division, share.others, share.missing = division, result.others, result.missing
         share.memory.synced(result, now)
         share.synced_at = now
         self.trust.renew(share, began)
@@ -311,7 +309,8 @@ class Sharing:
             self.trust.freeze(share, now, "" if failure.how is Failed.LOST else failure.why)
             if failure.how is Failed.UNREACHABLE:
                 for pool in self._records.pools(share):
-                    pool.backoff.failed(NO_TOKEN, pool.connected, failure.why, now)
+                    if pool.leases or pool.waiters:  # else the next sync tells who comes then
+                        pool.backoff.failed(NO_TOKEN, pool.connected, failure.why, now)
             is_soon_back = failure.how is Failed.LOST and retry_s == FIRST_RETRY_S
             self._records.let_refuse(share, 0 if is_soon_back else UNSHARED)
         self._beat(share, now + retry_s)

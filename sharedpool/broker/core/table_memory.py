@@ -3,10 +3,11 @@
 A restart or crash of the server, or a failover, empties it, and ends all connections. But grants
 outlive that: a worker of another host may connect to the new server before its host has a row
 again. So a host takes no more than it had before, until all hosts that it knew are back, or until
-no worker would use such a grant any more.
+no worker would use such a grant any more. A host that was silent before may have lost its share to
+others meanwhile: it takes nothing until then.
 
-A host that was silent before may have lost its share to others meanwhile. It takes nothing until
-the others are back, or have had the time for it.
+The table of the limits names the hosts too (`LimitRow.hosts`), for brokers that have just started.
+After a failover it may lack those that had come just before.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from dataclasses import dataclass
 from sharedpool.broker.core.host_presence import CUT_S
 from sharedpool.broker.core.share_terms import SyncResult
 
-_BACK_S = 3.0  # so soon after a restart every host that runs has its row again
-
 
 @dataclass(slots=True)
 class TableMemory:
@@ -27,12 +26,11 @@ class TableMemory:
     most: int = 0  # what the host's row has said at least
     missed: tuple[str, ...] = ()  # the other hosts
     unsure: bool = False  # of some sync since then the outcome is not known
-    stale: bool = False  # this host was silent when it lost its session
     until: float = math.inf  # when the grants of before are over, if that has begun to count
 
     def silent(self) -> None:
         """Record that other hosts may have changed this one's row."""
-        self.most, self.stale = 0, True
+        self.most = 0
 
     def missed_at(self, now: float) -> tuple[str, ...]:
         """Return the hosts that must be back before this one may take more than it had."""
@@ -45,9 +43,8 @@ class TableMemory:
     def synced(self, result: SyncResult, now: float) -> None:
         """Record a sync's outcome: the table as it is now, unless hosts of before are missing."""
         if result.bounded:
-            self.until = min(self.until, now + (_BACK_S if self.stale else CUT_S))
+            self.until = min(self.until, now + CUT_S)
             self.most = min(self.most, result.division.held)
         else:
             self.most, self.unsure, self.until = result.division.held, False, math.inf
-            self.stale = False
             self.missed = tuple(host.instance for host in result.others)
