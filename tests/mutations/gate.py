@@ -109,7 +109,7 @@ MUTANTS = (
                 "self.entries, self.intact = [], True",
             ),
         ),
-        ("tests/faults", "-k", "broker"),
+        ("tests/integration/test_shutdown.py", "-k", "knows_them_at_once or died_with_the_broker"),
     ),
     Mutant(
         "without a journal there is no grace period",
