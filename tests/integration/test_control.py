@@ -1,6 +1,7 @@
 """The control connection by itself, on a real server: what it ends, what it sees, and what it
 survives."""
 
+import logging
 import queue
 import socket
 import struct
@@ -91,13 +92,15 @@ def refusing(message: bytes) -> Iterator[int]:
 
 def test_a_refusal_in_another_encoding_does_not_end_it(caplog: pytest.LogCaptureFixture) -> None:
     """psycopg2 raises UnicodeDecodeError, which is none of its own errors."""
+    caplog.set_level(logging.DEBUG, "sharedpool.broker")
+    text = "das Datenbanksystem f\ufffdhrt herunter; tried again every second"
     with (
         refusing("das Datenbanksystem fährt herunter".encode("latin-1")) as port,
         running(f"host=127.0.0.1 port={port} user=x dbname=x") as (control, _),
     ):
-        wait_until(
-            lambda: caplog.text.count("das Datenbanksystem f\ufffdhrt herunter; next try") >= 2
-        )
+        wait_until(lambda: caplog.text.count(text) >= 2)
+        said = [r.levelname for r in caplog.records if text in r.getMessage()]
+        assert (said[0], {*said[1:]}) == ("WARNING", {"DEBUG"})  # the same again is no news
         assert control.state.startswith("unreachable: ")
 
 
