@@ -620,7 +620,11 @@ class Host:
         if server.limit is None:
             server.limit, server.asked = order.max_conn, 0
         rows = server.listed(now)
+        before = server.hosts
         decision = decide_sync(self.instance, order, server.limit_row(now), rows, self.presence)
+        world.forget_early_grants(
+            set(before) - set(decision.hosts) - {row.instance for row in rows}
+        )
         server.commit(self, order, decision, now)
         self.lost_at = None
         self.syncs.append(now)
@@ -749,6 +753,16 @@ class World:
         for host in self.hosts:
             if host.instance in instances and host.session is not None and not host.session.dead:
                 host.notifies.append(key)
+
+    def forget_early_grants(self, instances: set[str]) -> None:
+        """Hosts are not waited for any more whose shares were lost with the server.
+
+        The product takes the risk that one of their workers connects under a grant of before.
+        """
+        for host in self.hosts:
+            if host.instance in instances:
+                for held in host.unarrived():
+                    held.doomed = held.doomed or held.granted_at <= self.server.boot_at
 
     def in_use(self) -> int:
         """How many connections there are, or may be before any other sync."""

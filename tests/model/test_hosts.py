@@ -11,6 +11,7 @@ fair, one alone can have everything, and nobody syncs more often than it should.
 
 Assumed, as the product does: a host that has gone without a word (its session has ended, and none
 of its connections is left) has no connect that reaches the server later than `REACH_S` after that.
+Nor has a host that is not back `BACK_S` after a restart of the server, where nobody remembers it.
 
 `SHAREDPOOL_MODEL_EXAMPLES` and `SHAREDPOOL_MODEL_SEED` are as in `test_model.py`.
 """

@@ -11,10 +11,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from sharedpool.broker.core.commands import SyncShare
-from sharedpool.broker.core.host_presence import CUT_S, SILENT_S, Listed, Presence
+from sharedpool.broker.core.host_presence import SILENT_S, Listed, Presence
 from sharedpool.broker.core.share_terms import HostRow, LimitRow, SyncResult
 from sharedpool.broker.core.shares import HostShare, decide
 
+# So soon after a restart of the server every host that runs has its share again. A machine that was
+# started anew, with a new broker, has nobody to wait for, and is not kept waiting for longer.
+BACK_S = 3.0
 _NAMED = 5  # hosts in a line of the log
 
 
@@ -122,11 +125,11 @@ def _shown(name: str) -> str:
 
 
 def _missing(me: str, limit: LimitRow, rows: Sequence[Listed]) -> list[str]:
-    """Return the hosts whose shares were lost, and whose workers may still have grants of before.
+    """Return the hosts whose shares were lost, and that may be about to come back.
 
     The table of the shares is emptied by a crash of the server, the list of the hosts is not.
     """
-    if limit.lost_s is not None and limit.lost_s >= CUT_S:
+    if limit.lost_s is not None and limit.lost_s >= BACK_S:
         return []
     return sorted(set(limit.hosts) - {row.instance for row in rows} - {me})
 

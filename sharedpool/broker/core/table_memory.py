@@ -6,8 +6,8 @@ again. So a host takes no more than it had before, until all hosts that it knew 
 no worker would use such a grant any more. A host that was silent before may have lost its share to
 others meanwhile: it takes nothing until then.
 
-The table of the limits names the hosts too (`LimitRow.hosts`), for brokers that have just started.
-After a failover it may lack those that had come just before.
+Brokers that have just started have no such memory. The table of the limits names the hosts to them
+(`LimitRow.hosts`), and they wait for a few seconds.
 """
 
 from __future__ import annotations
