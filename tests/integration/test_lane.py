@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from psycopg2 import extensions
 
 import sharedpool
-from sharedpool.broker.core.lane_members import JOIN_S
+from sharedpool.broker.core.lane_members import ARRIVAL_S
 from sharedpool.cli import main
 from sharedpool.cli.client import fetch_report
 from sharedpool.lane.lane import SUPPORTED
@@ -560,7 +560,7 @@ def test_nothing_is_kept_for_who_will_not_be_in_the_lane(
         holder.ask("put", name="it")
         assert "backend" in waiter.answer(5)
         waiter.ask("put", name="it")
-        assert aside.ask("get", name="it", timeout=5)["waited"] < JOIN_S
+        assert aside.ask("get", name="it", timeout=5)["waited"] < ARRIVAL_S
 
 
 @pytest.mark.parametrize("wait_s", [0.3, 1.2])

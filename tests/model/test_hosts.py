@@ -156,7 +156,7 @@ def check_everybody_is_served(world: World, wanted: list[int]) -> None:
     assert before == {name: row.held for name, row in world.server.rows.items()}, "no rest"
     contended = sum(wanted) > limit
     for count in syncs(world, steady_at):
-        assert count <= (21 if contended else 1), f"{count} syncs in 5 s at rest"
+        assert count <= (15 if contended else 1), f"{count} syncs in 5 s at rest"
 
 
 # --- what happens
