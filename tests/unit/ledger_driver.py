@@ -93,6 +93,7 @@ class Worker:
         self.seen = NO_TOKEN
         self.held: dict[Token, Phase] = {}
         self.ages: dict[Token, int] = {}
+        self.moves: dict[Token, int] = {}  # of each lease, when it came
         self.pending: list[int] = []
 
     def sent(self, kind: type[M], *, since: int = 0) -> list[M]:
@@ -107,7 +108,14 @@ class Worker:
 
     def reports(self) -> list[LeaseReport]:
         return [
-            LeaseReport(token, phase, self.ages.get(token, 0), "T1", self.backend(token))
+            LeaseReport(
+                token,
+                phase,
+                self.ages.get(token, 0),
+                "T1",
+                self.backend(token),
+                moves=self.moves.get(token, 0),
+            )
             for token, phase in self.held.items()
         ]
 

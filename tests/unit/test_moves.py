@@ -151,9 +151,12 @@ class Rig:
         """Have a connection move past the broker: to a worker, or to the shelf."""
         for worker in self.workers:
             worker.held.pop(token, None)
-        self.board.set_holder(self.lease(token).cell, SHELF if to is None else self.number(to))
-        if to is not None and arrives:
-            to.held[token] = Phase.IN_USE
+        holder = SHELF if to is None else self.number(to)
+        moves = self.board.set_holder(self.lease(token).cell, holder)
+        if to is not None:
+            to.moves[token] = moves
+            if arrives:
+                to.held[token] = Phase.IN_USE
 
     def sync(self) -> None:
         self.broker.ledger.report(self.broker.now)
@@ -843,6 +846,40 @@ def test_an_arrived_connection_that_a_thread_is_receiving_is_not_ended(
     assert not rig.lease(token).unconfirmed
 
 
+def test_a_list_from_before_a_connection_has_gone_and_come_back_proves_no_arrival(
+    rig: Rig,
+) -> None:
+    """The broker was busy, as just after its start: the list came late, and so did the next one,
+    from while the connection was elsewhere. A connection in use was ended for that."""
+    rig.proceed()
+    token, holder, other = rig.tokens[1], rig.workers[0], rig.workers[2]
+    rig.moves_itself(token, holder)
+    holder.beat()
+    first = Renew(holder.reports(), holder.seen, 0, list(holder.pending))
+    rig.moves_itself(token, other)
+    second = Renew(holder.reports(), holder.seen, 0, list(holder.pending))
+    rig.moves_itself(token, holder)
+    rig.broker.send(holder.id, first)
+    rig.broker.send(holder.id, second)
+    assert rig.fenced() == []
+    assert rig.lease(token).unconfirmed
+    holder.answer()
+    assert not rig.lease(token).unconfirmed
+    assert rig.fenced() == []
+
+
+def test_a_list_from_while_a_connection_was_given_away_does_not_end_it(rig: Rig) -> None:
+    rig.proceed()
+    token, holder, other = rig.tokens[1], rig.workers[0], rig.workers[2]
+    rig.moves_itself(token, holder)
+    holder.held[token] = Phase.CLOSING
+    giving = Renew(holder.reports(), holder.seen, 0, list(holder.pending))
+    rig.moves_itself(token, other)
+    rig.moves_itself(token, holder)
+    rig.broker.send(holder.id, giving)
+    assert rig.state(token) is SlotState.OPEN
+
+
 def test_an_arrived_connection_that_is_then_lost_is_ended(rig: Rig) -> None:
     rig.proceed()
     token, receiver = rig.tokens[1], rig.workers[0]
@@ -1519,7 +1556,7 @@ def test_a_lease_of_this_broker_is_never_unclaimed(rig: Rig) -> None:
     heir = rig.passed_by_broker(rig.workers[0], rig.tokens[1])
     holder = rig.workers[0]
     assert rig.lease(heir).moves == 1
-    holder.held[heir] = Phase.IN_USE
+    holder.held[heir], holder.moves[heir] = Phase.IN_USE, 1
     holder.beat()
     del holder.held[heir]
     holder.seen = heir

@@ -57,7 +57,9 @@ class Reconciler:
                 lease = self._admit(session, report, now)
             if lease is None or lease.state is SlotState.FENCING:
                 revoked.append(report.token)
-            else:
+            elif not (lease.unconfirmed and report.moves != max(0, lease.moves)):
+                # Else it has gone to another worker and come back since the list was made, which
+                # proves nothing of its arrival.
                 self._update(lease, report, now)
         listed = {report.token for report in reports}
         session.vanished &= listed
