@@ -38,8 +38,12 @@ def milliseconds(waits: Iterable[float]) -> dict[str, float]:
     }
 
 
-def moves(rounds: int) -> dict[str, Any]:
-    """Measure how long a host waits for a connection that another has idle; both in turn."""
+def moves(rounds: int, pause_s: float) -> dict[str, Any]:
+    """Measure how long a host waits for a connection that another has idle; both in turn.
+
+    `pause_s` before each: the rate of the syncs is limited, and what demand that changes all the
+    time waits for is the rate.
+    """
     with world(row("moves")) as field:
         field.prepare()
         hosts = [field.lab.add_host(name) for name in ("a", "b")]
@@ -50,6 +54,7 @@ def moves(rounds: int) -> dict[str, Any]:
         for turn in range(-2, rounds):  # two to warm up: brokers and connections are new then
             idle, asking = workers[turn % 2], workers[(turn + 1) % 2]
             for number, order, noted in ((idle, "k", filled), (asking, "1", first)):
+                let_pass(pause_s)
                 since = field.clock()
                 field.crews.order([number], order)
                 field.crews.wait_until_done(number)
@@ -164,7 +169,8 @@ def table(figures: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", choices=("moves", "contention", "rest"))
-    parser.add_argument("--moves", type=int, default=200, help="how many moves")
+    parser.add_argument("--moves", type=int, default=100, help="how many moves")
+    parser.add_argument("--pause", type=float, default=1.0, help="seconds before each")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side of contention")
     parser.add_argument("--seconds", type=float, default=10.0, help="how long a turn lasts")
     parser.add_argument("--hosts", type=int, default=3)
@@ -176,7 +182,7 @@ def main() -> int:
         return 3
     size = (options.hosts, options.workers)
     measures: dict[str, Callable[[], dict[str, Any]]] = {
-        "moves": lambda: moves(options.moves),
+        "moves": lambda: moves(options.moves, options.pause),
         "contention": lambda: contention(options.rounds, options.seconds, *size),
         "rest": lambda: rest(2 * options.seconds, *size),
     }

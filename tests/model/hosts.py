@@ -39,7 +39,8 @@ from sharedpool.broker.core.host_presence import (
 )
 from sharedpool.broker.core.ledger import Ledger, LedgerCall
 from sharedpool.broker.core.share_sync import SyncDecision, decide_sync
-from sharedpool.broker.core.share_terms import Failed, LimitRow, ShareKey, SyncFailure
+from sharedpool.broker.core.share_terms import Failed, LimitRow, ShareKey, SyncFailure, Wakeup
+from sharedpool.broker.core.shares import HostShare
 from sharedpool.wire.application_name import tag_of
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
@@ -428,13 +429,14 @@ class Host:
         self.pid = 0
         self.known: dict[ShareKey, tuple[str, ...]] = {}
         self.alone: set[ShareKey] = set()
+        self.lacking: set[ShareKey] = set()
         self.presence = Presence()
         self.looked_at = -math.inf
         self.orders: deque[SyncShare | LeaveShare] = deque()
         self.words: deque[LedgerCall] = deque()
         self.fences: dict[Token, Fence] = {}
         self.surveys: deque[SurveyServer] = deque()
-        self.notifies: deque[ShareKey] = deque()
+        self.notifies: deque[tuple[ShareKey, Wakeup]] = deque()
 
     @property
     def runs(self) -> bool:
@@ -612,7 +614,8 @@ class Host:
         if fate == "before":
             self._lose(key)
             return
-        if key not in self.alone and now - self.looked_at > LOOK_EVERY_S:
+        every_s = LOOK_EVERY_S if key in self.lacking else OLD_S
+        if key not in self.alone and now - self.looked_at > every_s:
             self.presence.seen(*server.sessions(), now)
             self.looked_at = now
         elif now - self.looked_at > OLD_S:
@@ -628,7 +631,7 @@ class Host:
         server.commit(self, order, decision, now)
         self.lost_at = None
         self.syncs.append(now)
-        world.notify(key, decision.to_wake)
+        self._notify(key, decision.to_wake, decision.asked, order.claim.wanted)
         if fate == "after":
             self._lose(key)
             return
@@ -638,18 +641,24 @@ class Host:
             self.alone.add(key)
         else:
             self.alone.discard(key)
+        self.lacking = {key} if result.division.lacking else set()
         self._end_silent(decision.silent)
         serial = order.serial
         self.words.append(
             lambda ledger, later: ledger.sharing.synced(key, serial, result, now, later)
         )
 
+    def _notify(self, key: ShareKey, names: tuple[str, ...], asked: int, wanted: int) -> None:
+        row = self.world.server.rows.get(self.instance)
+        me = HostShare(self.instance, 0 if row is None else row.held, wanted)
+        self.world.notify(key, names, Wakeup(asked, me, self.pid))
+
     def _open_session(self) -> None:
         server = self.world.server
         self.session = server.connect(self.name, SESSION_NAME + self.instance, is_broker=True)
         self.pid = self.session.pid
         self.presence, self.looked_at, self.known = Presence(), -math.inf, {}
-        self.alone = set()
+        self.alone, self.lacking = set(), set()
         for name in [name for name, row in server.rows.items() if row.boot < server.boot]:
             del server.rows[name]
 
@@ -680,7 +689,7 @@ class Host:
         server.hosts = tuple(each for each in server.hosts if each != self.instance)
         if not server.rows and not server.hosts:
             server.limit, server.asked, server.paused = None, 0, False
-        self.world.notify(key, others)
+        self._notify(key, others, 0, 0)
         if fate == "after":
             self._lose(None)
             return
@@ -719,8 +728,7 @@ class Host:
         if self.session is not None and self.session.dead:
             self.notice_loss()
         while self.notifies:
-            key = self.notifies.popleft()
-            self.words.append(_woken(key))
+            self.words.append(_woken(*self.notifies.popleft()))
 
 
 def _verified(pool: str, generation: int) -> LedgerCall:
@@ -731,8 +739,8 @@ def _failed(key: ShareKey, failure: SyncFailure) -> LedgerCall:
     return lambda ledger, now: ledger.sharing.failed(key, failure, now)
 
 
-def _woken(key: ShareKey) -> LedgerCall:
-    return lambda ledger, now: ledger.sharing.woken(key, now)
+def _woken(key: ShareKey, wakeup: Wakeup) -> LedgerCall:
+    return lambda ledger, now: ledger.sharing.woken(key, wakeup, now)
 
 
 class World:
@@ -749,10 +757,10 @@ class World:
 
     # --- what concerns all hosts
 
-    def notify(self, key: ShareKey, instances: tuple[str, ...]) -> None:
+    def notify(self, key: ShareKey, instances: tuple[str, ...], wakeup: Wakeup) -> None:
         for host in self.hosts:
             if host.instance in instances and host.session is not None and not host.session.dead:
-                host.notifies.append(key)
+                host.notifies.append((key, wakeup))
 
     def forget_early_grants(self, instances: set[str]) -> None:
         """Hosts are not waited for any more whose shares were lost with the server.

@@ -4,76 +4,19 @@ from __future__ import annotations
 
 from sharedpool.broker.core.commands import LeaveShare, SyncShare
 from sharedpool.broker.core.host_presence import CUT_S, Listed, Presence
-from sharedpool.broker.core.records import Pool
 from sharedpool.broker.core.share_sync import BACK_S, SyncDecision, decide_sync
 from sharedpool.broker.core.share_terms import (
     Failed,
-    HostRow,
     LimitRow,
     ShareKey,
     SyncFailure,
-    SyncResult,
 )
-from sharedpool.broker.core.shares import Claim, Division
+from sharedpool.broker.core.shares import Claim
 from sharedpool.wire.application_name import tag_of
 from sharedpool.wire.messages import Deny, DenyReason, Release, ReleaseReason
-from tests.unit.ledger_driver import TTL_S, Broker, Worker
+from tests.unit.ledger_driver import TTL_S
 from tests.unit.restarts import journal_of
-
-LOST = SyncFailure(Failed.LOST, "the session was lost")
-OTHER = HostRow("other host", "b", 0, 0, 0.0, True)
-
-
-class SharingBroker(Broker):
-    """A broker whose syncs are answered by the test."""
-
-    def __init__(self, epoch: int = 5, **options: object) -> None:
-        super().__init__(epoch, shared=True, by_database=True, **options)  # type: ignore[arg-type]
-
-    @property
-    def order(self) -> SyncShare:
-        return self.all(SyncShare)[-1]
-
-    @property
-    def pool(self) -> Pool:
-        return next(iter(self.slots.pools.values()))
-
-    def answer(
-        self,
-        order: SyncShare,
-        *,
-        held: int,
-        alone: bool = False,
-        lacking: int = 0,
-        bounded: bool = False,
-    ) -> None:
-        division = Division(held, alone=alone, lacking=lacking)
-        result = SyncResult(10, False, division, () if alone else (OTHER,), bounded=bounded)
-        sharing = self.ledger.sharing
-        self.take_in(sharing.synced(order.key, order.serial, result, self.now, self.now))
-
-    def fail(self, order: SyncShare, serial: int = 0) -> None:
-        self.take_in(self.ledger.sharing.failed(order.key, LOST, self.now, serial))
-
-    def sync_again(self) -> SyncShare:
-        """Let time pass until the next sync is ordered."""
-        before = self.order.serial
-        for _ in range(100):
-            self.pass_time(0.1)
-            if self.order.serial > before:
-                return self.order
-        raise AssertionError("no sync is ordered")
-
-
-def with_share(held: int = 10, *, in_use: int = 0) -> tuple[SharingBroker, Worker]:
-    """A host that holds some of ten slots, beside another host, and uses some of them."""
-    broker = SharingBroker()
-    worker = broker.worker("a", max_conn=10)
-    broker.answer(broker.order, held=held)
-    for _ in range(in_use):
-        worker.lend()
-    return broker, worker
-
+from tests.unit.sharing_driver import SharingBroker, with_share
 
 # --- which outcome counts
 
@@ -187,7 +130,7 @@ def test_a_share_that_was_given_back_is_not_synced_before_somebody_uses_it() -> 
             break
     assert broker.all(LeaveShare)
     last = broker.order
-    broker.take_in(broker.ledger.sharing.woken(last.key, broker.now))
+    broker.wake()
     broker.fail(last)
     for _ in range(20):
         broker.pass_time(1.0)
@@ -197,6 +140,18 @@ def test_a_share_that_was_given_back_is_not_synced_before_somebody_uses_it() -> 
     assert broker.order.serial > last.serial
     broker.answer(broker.order, held=10)
     assert worker.granted(request)
+
+
+def test_a_share_that_is_used_now_and_then_is_not_given_back() -> None:
+    """It is unused for a moment, two seconds after it was so before: a new session would cost the
+    next request some ten milliseconds."""
+    broker, worker = with_share()
+    for _ in range(10):
+        worker.release(worker.lend())
+        broker.pass_time(1.0)
+        if broker.order.serial == broker.ledger.sharing.shares[broker.order.key].pending:
+            broker.answer(broker.order, held=10)
+    assert not broker.all(LeaveShare)
 
 
 def test_a_share_that_was_given_back_in_a_backoff_is_asked_for_anew() -> None:
@@ -222,7 +177,7 @@ def test_questions_that_are_counted_anew_are_answered_once() -> None:
     """All hosts had given their shares back, and with the limit's row its number was gone."""
     broker, worker = with_share(in_use=1)
     serial = broker.order.serial
-    broker.take_in(broker.ledger.sharing.woken(broker.order.key, broker.now, asked=7))
+    broker.wake(asked=7)
     worker.answer()
     for _ in range(50):
         if broker.order.serial > serial:

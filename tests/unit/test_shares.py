@@ -106,13 +106,23 @@ def test_fair_shares_of_examples(limit: int, wanted: list[int], fair: list[int])
 
 @given(limits, wants)
 @FEW
-def test_what_nobody_wants_is_spread_evenly(limit: int, wanted: list[int]) -> None:
+def test_what_nobody_wants_is_spread_in_proportion(limit: int, wanted: list[int]) -> None:
     fair = fair_shares(limit, wanted)
     target = spread(limit, fair)
     assert sum(target) == limit
     extra = [more - share for more, share in zip(target, fair, strict=True)]
-    assert min(extra) >= 0
-    assert max(extra) - min(extra) <= 1
+    rest, total = sum(extra), sum(fair) + len(fair)
+    for more, share in zip(extra, fair, strict=True):
+        assert abs(more - rest * (share + 1) / total) < 1
+
+
+def test_a_host_that_grows_slot_by_slot_asks_seldom() -> None:
+    held, asked = 0, 0
+    for wanted in range(1, 13):
+        if wanted > held:
+            asked += 1
+            (held, _) = spread(12, fair_shares(12, [wanted, 0]))
+    assert asked <= 3
 
 
 # --- any sequence of syncs

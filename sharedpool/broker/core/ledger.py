@@ -142,6 +142,7 @@ class Ledger:
             lambda: self.takeover.resign(),
             by_pool=shared and max_conn is None,
             cap=scope if shared and max_conn is not None else "",
+            instance=instance,
         )
         directory = PoolDirectory(context, instance, random, self.sharing, by_database=by_database)
         self._sessions = Sessions(
@@ -264,6 +265,7 @@ class Ledger:
         if self._routes.unproven:
             self._leases.settle_unproven(now)
         self.sharing.trust.expire(now)
+        self.sharing.returns.act(now)
         self._scheduler.schedule(now)
         self.sharing.update(now)
         if self._moves.update_modes(now):

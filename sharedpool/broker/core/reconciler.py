@@ -57,9 +57,7 @@ class Reconciler:
                 lease = self._admit(session, report, now)
             if lease is None or lease.state is SlotState.FENCING:
                 revoked.append(report.token)
-            elif not (lease.unconfirmed and report.moves != max(0, lease.moves)):
-                # Else it has gone to another worker and come back since the list was made, which
-                # proves nothing of its arrival.
+            else:
                 self._update(lease, report, now)
         listed = {report.token for report in reports}
         session.vanished &= listed
@@ -103,6 +101,8 @@ class Reconciler:
 
     def _update(self, lease: Lease, report: LeaseReport, now: float) -> None:
         """Bring one lease in line with its worker's report."""
+        if lease.unconfirmed and report.moves != max(0, lease.moves):
+            return  # it has gone to another worker and come back since: no proof of its arrival
         if report.phase is Phase.CONNECTING and lease.unconfirmed:
             # The connection has arrived, and is unread or in a thread's hands. The next list may be
             # made just when it is between the two, and in neither.

@@ -34,7 +34,7 @@ class ShareQuestions:
         pools = self._records.pools(share)
         return max((next(reversed(pool.nowaits)) for pool in pools if pool.nowaits), default=0)
 
-    def inquire(self, share: Share, now: float, question: int = 0) -> bool:
+    def inquire(self, share: Share, now: float, question: int = 0) -> None:
         """Ask the workers what is idle, which otherwise they tell with their next heartbeats."""
         share.inquired_at, share.checking = now, max(question, share.checking)
         share.awaited.clear()
@@ -42,20 +42,23 @@ class ShareQuestions:
             for session in [] if pool.moving else pool.holders:
                 self._recalls.send(session, now)
                 share.awaited[session.id] = session.asked
-        return bool(share.awaited)
 
     def has_checked(self, share: Share, question: int) -> bool:
         """Return True if all workers have told, after a question of another host, what is idle."""
-        if share.checking < question:
+        if share.checking < question or not self.have_told(share):
             return False
+        share.checked = share.checking
+        return not (share.division.owed and self._records.has_idle(share))
+
+    def have_told(self, share: Share) -> bool:
+        """Return True if all workers have told what is idle since they were last asked."""
         sessions = self._slots.sessions
         for session_id, serial in list(share.awaited.items()):
             session = sessions.get(session_id)
             if session is not None and session.answered < serial and not session.silent:
                 return False
             del share.awaited[session_id]
-        share.checked = share.checking
-        return not (share.division.owed and self._records.has_idle(share))
+        return True
 
     def answered(self, share: Share) -> None:
         """Let requests that do not wait be refused: no host has anything idle for this one."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.records import UNSHARED, Pool
 from sharedpool.broker.core.share_terms import NO_CHANGE, HostRow, ShareChange, ShareKey
-from sharedpool.broker.core.shares import Division
+from sharedpool.broker.core.shares import Division, HostShare
 from sharedpool.broker.core.table_memory import TableMemory
 
 BURST = 6.0  # syncs of one share: so many at once
@@ -34,10 +34,14 @@ class Share:
     pool: Pool | None
     division: Division = field(default_factory=lambda: Division(0))
     others: tuple[HostRow, ...] = ()  # as they were at the last sync
+    # What others have told since, by their brokers' instances.
+    news: dict[str, HostShare] = field(default_factory=dict)
+    max_conn: int = 0  # of all hosts together
     memory: TableMemory = field(default_factory=TableMemory)
     registered: bool = False
     missing: tuple[str, ...] = ()  # hosts whose shares were lost with the server
     resting: bool = False  # it was given back while nobody uses the limit here
+    emptied_at: float = -math.inf  # when the last lease here has ended
     unshared: str = ""  # why the limit is this host's own
     change: ShareChange = NO_CHANGE  # ordered for all hosts, and not told yet
     paused: bool = False  # for all hosts
@@ -49,6 +53,9 @@ class Share:
     trusted_until: float = -math.inf
     synced_at: float = -math.inf
     owed_at: float = -math.inf  # since when it owes slots
+    lacked: int = 0  # how many of those others wait for
+    foreseen_at: float = -math.inf  # when it was last forecast what it would owe
+    asks_back_at: float = math.inf  # when those are asked back that nobody waits for
     inquired_at: float = -math.inf  # when the workers were last asked what is idle,
     awaited: dict[bytes, int] = field(default_factory=dict)  # who was, by which recall,
     checking: int = 0  # and for which question of another host

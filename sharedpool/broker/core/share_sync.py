@@ -83,6 +83,7 @@ def decide_sync(
             x.wanted,
             x.silent_s,
             x.silent_s < SILENT_S or x.instance in seen.connected,
+            x.pid,
         )
         for x in others
     )

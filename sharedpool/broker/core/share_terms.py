@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from sharedpool.broker.core.shares import Division
+from sharedpool.broker.core.shares import Division, HostShare
 
 
 class ShareKey(NamedTuple):
@@ -35,6 +35,19 @@ class HostRow(NamedTuple):
     wanted: int
     silent_s: float  # since its last sync, by the server's clock
     connected: bool  # its broker has a session
+    pid: int = 0  # of its broker's session
+
+
+class Wakeup(NamedTuple):
+    """What another broker tells with a sync that concerns this one."""
+
+    asked: int  # the newest question of any host
+    host: HostShare  # its own row
+    pid: int  # of the session that has sent it, by the server
+
+    def is_of(self, row: HostRow) -> bool:
+        """Return True if the broker of a row has sent this: anybody may send anything."""
+        return row.pid == self.pid and row.instance == self.host.instance
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ free, and a host lowers its own share only to what it has in use.
 
 The division is fair in the sense of max-min: nobody gets more than it wants while another one
 wants more than it has, and those who get less than they want get the same. What nobody wants is
-spread evenly, so that hosts seldom have to ask.
+spread, so that hosts seldom have to ask: in proportion to what each wants, and one more.
 """
 
 from __future__ import annotations
@@ -73,9 +73,21 @@ def fair_shares(limit: int, wanted: Sequence[int]) -> list[int]:
 
 
 def spread(limit: int, fair: Sequence[int]) -> list[int]:
-    """Return the shares with what nobody wants spread evenly: they add up to `limit`."""
-    each, odd = divmod(max(limit - sum(fair), 0), max(len(fair), 1))
-    return [share + each + (place < odd) for place, share in enumerate(fair)]
+    """Return the shares with what nobody wants spread over them: they add up to `limit`.
+
+    One that grows slot by slot soon has much, and one that is not used has some.
+    """
+    rest = max(limit - sum(fair), 0)
+    weights = [share + 1 for share in fair]
+    total = sum(weights)
+    extra = [divmod(rest * weight, total) for weight in weights]
+    odd = rest - sum(whole for whole, _ in extra)
+    # What is left by the divisions goes to those who have lost most by them.
+    lucky = sorted(range(len(fair)), key=lambda index: -extra[index][1])[:odd]
+    shares = [share + whole for share, (whole, _) in zip(fair, extra, strict=True)]
+    for index in lucky:
+        shares[index] += 1
+    return shares
 
 
 def decide(

@@ -28,6 +28,7 @@ from sharedpool.broker.core.records import UNSHARED, Pool
 from sharedpool.broker.core.share_questions import ShareQuestions
 from sharedpool.broker.core.share_records import BURST, FIRST_RETRY_S, Share, ShareRecords
 from sharedpool.broker.core.share_reports import ShareReports
+from sharedpool.broker.core.share_returns import INQUIRY_EVERY_S, ShareReturns, lacked
 from sharedpool.broker.core.share_terms import (
     NO_CHANGE,
     Failed,
@@ -35,6 +36,7 @@ from sharedpool.broker.core.share_terms import (
     ShareKey,
     SyncFailure,
     SyncResult,
+    Wakeup,
 )
 from sharedpool.broker.core.share_trust import ShareTrust
 from sharedpool.broker.core.shares import Claim, Division
@@ -43,12 +45,9 @@ from sharedpool.wire.values import NO_TOKEN
 
 HEARTBEAT_S = 5.0
 POLL_S = 0.5
-# While other hosts lack slots, the workers are asked so often at most, and have so long to answer.
-_INQUIRY_EVERY_S, _INQUIRY_S = 0.4, 0.005
 _PER_SECOND = 4.0  # syncs of one share, after `BURST` at once
 _LAST_RETRY_S, _RETRY_UNSHARED_S = 1.0, 60.0
 _ANSWER_LIMIT_S = 2.0  # for the other hosts, before a request that does not wait is refused
-_GATHER_S = 0.008  # idle connections that are owed come back together, more or less
 _UNUSED_S = 2.0  # after which an unused share is given back
 
 
@@ -73,9 +72,11 @@ class Sharing:
         *,
         by_pool: bool,
         cap: str,
+        instance: str,
     ) -> None:
         self._records = ShareRecords(context, by_pool=by_pool, cap=cap)
         self._questions = ShareQuestions(context, recalls, self._records)
+        self.returns = ShareReturns(context, self._records, self._questions, self._beat, instance)
         self.trust = ShareTrust(context, self._records)
         self.reports = ShareReports(context, self._records)
         self.shares = self._records.shares
@@ -116,6 +117,7 @@ class Sharing:
 
     def _leave(self, share: Share) -> None:
         self._records.active.pop(share.key, None)
+        self.returns.forget(share)
         if not (share.unshared or share.resting):
             self._emit(LeaveShare(share.key))
 
@@ -123,11 +125,18 @@ class Sharing:
         """Give the share of a pool back if nothing of it is used for a moment."""
         # A broker that was given a connection string is in its database all the time.
         if (share := self._records.of(pool)) is not None and share.pool is not None:
+            share.emptied_at = now
             self._arm(now + _UNUSED_S, self._unused_due, share)
 
     def _unused_due(self, share: Share, now: float) -> None:
-        if share.registered and not share.pending and self._records.is_unused(share):
+        if not share.pending and self._may_rest(share, now):
             self._rest(share)
+
+    def _may_rest(self, share: Share, now: float) -> bool:
+        """Return True if nothing of a share is used, and for long enough."""
+        if share.pool is None or not share.registered or now < share.emptied_at + _UNUSED_S:
+            return False
+        return self._records.is_unused(share)
 
     def _rest(self, share: Share) -> None:
         """Give a share back that is not in use: nobody is kept from dropping the database."""
@@ -162,7 +171,7 @@ class Sharing:
     def _has_news(self, share: Share, now: float) -> bool:
         """Return True if the others should know what has changed here."""
         division, wanted = share.division, self._records.wanted(share, now)
-        if division.owed and self._has_given_back(share, now):
+        if division.owed and self.returns.have_come(share, now):
             return True
         question = max(division.asked, share.checking)
         if division.answered < question and self._questions.has_checked(share, question):
@@ -172,16 +181,6 @@ class Sharing:
         if division.contended and wanted < min(division.held, share.told):
             return True
         return self._questions.must_ask(share)
-
-    def _has_given_back(self, share: Share, now: float) -> bool:
-        """Return True if the others should have what has come back: all, or after a moment."""
-        given = share.division.held - self._records.least(share)
-        if given <= 0:
-            return False
-        if given >= share.division.owed or now >= share.owed_at + _GATHER_S:
-            return True
-        self._beat(share, share.owed_at + _GATHER_S)
-        return False
 
     def _sync(self, share: Share, now: float) -> None:
         """Order a sync, as soon as its rate allows one."""
@@ -256,10 +255,13 @@ class Sharing:
             share.owed_at = now
         held_before = share.division.held
         share.division, share.others, share.missing = division, result.others, result.missing
+        share.max_conn = result.max_conn
+        share.lacked = lacked(result.max_conn, division.held, result.others)
+        share.news.clear()
         share.memory.synced(result, now)
         share.synced_at = now
         self.trust.renew(share, began)
-        self._records.allow(share, max(0, division.held - division.owed))
+        self.returns.ask_back(share, now)
         share.question = division.question
         if share.checking > division.asked and share.inquired_at < began:
             share.checking = share.checked = division.asked  # questions are counted anew
@@ -284,7 +286,7 @@ class Sharing:
         share.beat_at = math.inf  # an earlier alarm finds that it is not the one
         if division.answered < division.asked and share.checking < division.asked:
             self._questions.inquire(share, now, division.asked)
-        elif division.contended and now - share.inquired_at > _INQUIRY_EVERY_S:
+        elif division.contended and now - share.inquired_at > INQUIRY_EVERY_S:
             self._questions.inquire(share, now)
         self._beat(share, now + (POLL_S if contended else HEARTBEAT_S))
 
@@ -323,24 +325,16 @@ class Sharing:
             self._log(logging.WARNING, text, share.title, failure.why)
         share.unshared, share.registered, share.frozen = failure.why, False, False
         self._records.active.pop(share.key, None)
+        self.returns.forget(share)
         self._claim_lock()
         self._records.allow(share, UNSHARED)
         self._records.let_refuse(share, UNSHARED)
 
-    def woken(self, key: ShareKey, now: float, asked: int = 0) -> list[Command]:
-        """Handle that another broker wants this one to look at the shares.
-
-        The workers are asked first what is idle: else one slot after the other would move. `asked`
-        is the newest question of any host.
-        """
+    def woken(self, key: ShareKey, wakeup: Wakeup, now: float) -> list[Command]:
+        """Handle that another broker wants this one to look at the shares."""
         share = self.shares.get(key)
         if share is not None and not (share.unshared or share.resting):
-            self._records.active[key] = share
-            is_new = asked > share.checking or now - share.inquired_at > _INQUIRY_EVERY_S
-            if is_new and self._questions.inquire(share, now, asked):
-                self._beat(share, now + _INQUIRY_S)
-            else:
-                share.due = True
+            self.returns.woken(share, wakeup, now)
         return self._settle(now)
 
     # --- alarms
@@ -358,7 +352,7 @@ class Sharing:
             self._questions.answered(share)
         if share.pending:
             return
-        if share.pool is not None and share.registered and self._records.is_unused(share):
+        if self._may_rest(share, now):
             self._rest(share)
             return
         share.due = True

@@ -24,7 +24,7 @@ from psycopg2.extensions import connection, make_dsn, parse_dsn
 from sharedpool.broker.core.commands import LeaveShare, SyncShare
 from sharedpool.broker.core.host_presence import SESSION_NAME, Presence
 from sharedpool.broker.core.ledger import LedgerCall
-from sharedpool.broker.core.share_terms import Failed, ShareKey, SyncFailure
+from sharedpool.broker.core.share_terms import Failed, ShareKey, SyncFailure, Wakeup
 from sharedpool.broker.postgres import share_table
 from sharedpool.broker.postgres.control_connection import error_text
 from sharedpool.broker.postgres.share_table import CannotShare, Registration
@@ -49,6 +49,20 @@ class _Session:
         self.looked_at = float("-inf")
         self.others: dict[ShareKey, tuple[str, ...]] = {}  # at the last sync, by limit
         self.alone: set[ShareKey] = set()  # limits of which no other host had anything then
+        self.lacking: set[ShareKey] = set()  # limits of which this host had less than is fair
+
+    def look(self, key: ShareKey) -> None:
+        """See who is on the server, if that is not known from a moment ago.
+
+        Blocks for a round trip. Raise psycopg2's errors.
+        """
+        now = time.monotonic()
+        age_s = now - self.looked_at
+        if key not in self.alone and age_s > (_LOOK_EVERY_S if key in self.lacking else _OLD_S):
+            share_table.look(self.conn, self.presence, now)
+            self.looked_at = now
+        elif age_s > _OLD_S:
+            self.presence = Presence()  # its list says nothing of hosts that came since
 
 
 class ShareSessions:
@@ -148,11 +162,15 @@ class ShareSessions:
         """Tell the ledger of other brokers' wake-ups, or that the session has ended."""
         session = self._sessions[database]
         try:
-            for scope, asked in share_table.woken(session.conn, self._instance):
+            for scope, wakeup in share_table.woken(session.conn, self._instance):
                 key = ShareKey(database, scope)
-                self._call_soon(_woken(key, asked))
+                self._call_soon(_woken(key, wakeup))
+                # While the workers are asked what is idle, which the next sync waits for.
+                session.look(key)
         except psycopg2.Error as error:
             self._lose(database, error)
+        except Exception:  # any: without this thread nothing more would be granted
+            logger.exception("wake-ups in database %r", database)
 
     def _session(self, database: str) -> _Session:
         """Return the session of a database, opened if there is none. Raise psycopg2's errors."""
@@ -189,18 +207,15 @@ class ShareSessions:
         key, began = order.key, time.monotonic()
         try:
             session = self._session(key.database)
-            if key not in session.alone and began - session.looked_at > _LOOK_EVERY_S:
-                share_table.look(session.conn, session.presence, began)
-                session.looked_at = began
-            elif began - session.looked_at > _OLD_S:
-                session.presence = Presence()  # its list says nothing of hosts that came since
+            session.look(key)
             decision = share_table.sync(session.conn, session.registration, order, session.presence)
             result = decision.result
             session.others[key] = tuple(host.instance for host in result.others)
-            if result.division.alone:
-                session.alone.add(key)
-            else:
-                session.alone.discard(key)
+            for is_so, keys in (
+                (result.division.alone, session.alone),
+                (result.division.lacking > 0, session.lacking),
+            ):
+                keys.add(key) if is_so else keys.discard(key)
             if decision.silent:
                 share_table.end_silent(session.conn, session.presence, key, decision.silent)
         except CannotShare as error:
@@ -248,6 +263,7 @@ class ShareSessions:
             return
         others = session.others.pop(key, ())
         session.alone.discard(key)
+        session.lacking.discard(key)
         try:
             share_table.leave(session.conn, session.registration, key, others)
         except psycopg2.Error as error:
@@ -260,5 +276,5 @@ class ShareSessions:
             session.conn.close()
 
 
-def _woken(key: ShareKey, asked: int) -> LedgerCall:
-    return lambda ledger, now: ledger.sharing.woken(key, now, asked)
+def _woken(key: ShareKey, wakeup: Wakeup) -> LedgerCall:
+    return lambda ledger, now: ledger.sharing.woken(key, wakeup, now)

@@ -27,11 +27,15 @@ from psycopg2.extensions import connection
 from sharedpool.broker.core.commands import SyncShare
 from sharedpool.broker.core.host_presence import SILENT_S, Listed, Presence
 from sharedpool.broker.core.share_sync import SyncDecision, decide_sync
-from sharedpool.broker.core.share_terms import LimitRow, ShareKey
+from sharedpool.broker.core.share_terms import LimitRow, ShareKey, Wakeup
+from sharedpool.broker.core.shares import HostShare
 from sharedpool.broker.postgres import statements
 
 _CHANNEL = "sharedpool_shares"
-_NUMBER = re.compile(r"[0-9]{1,18}")
+# Whom a NOTIFY is for, the newest question, the sender's instance, what it holds and wants; scope.
+_PAYLOAD = re.compile(
+    r"([^|]*)\|([0-9]{1,18})\|([^|]*)\|([0-9]{1,9})\|([0-9]{1,9})\|(.*)", re.DOTALL
+)
 _MOST_PAYLOAD = 7500  # bytes; PostgreSQL's limit is 8000
 
 SCHEMA_SQL = """\
@@ -276,7 +280,12 @@ def sync(conn: connection, me: Registration, order: SyncShare, presence: Presenc
                     "hosts": " ".join(decision.hosts),
                     "lost": decision.lost,
                     "channel": _CHANNEL,
-                    "payload": _payload(scope, decision.to_wake, decision.asked),
+                    "payload": _payload(
+                        scope,
+                        decision.to_wake,
+                        HostShare(me.instance, division.held, order.claim.wanted),
+                        decision.asked,
+                    ),
                 },
             )
         except BaseException:
@@ -317,7 +326,7 @@ def leave(conn: connection, me: Registration, key: ShareKey, to_wake: Iterable[s
                 "scope": key.scope,
                 "instance": me.instance,
                 "channel": _CHANNEL,
-                "payload": _payload(key.scope, names),
+                "payload": _payload(key.scope, names, HostShare(me.instance, 0, 0)),
             },
         )
 
@@ -359,18 +368,18 @@ def end_silent(conn: connection, presence: Presence, key: ShareKey, rows: Iterab
                 cursor.execute(_END_SQL, (pid, start_us))
 
 
-def woken(conn: connection, instance: str) -> list[tuple[str, int]]:
-    """Return the scopes in which other brokers want this one to look; does not block.
-
-    With each, the newest question of its hosts.
-    """
+def woken(conn: connection, instance: str) -> list[tuple[str, Wakeup]]:
+    """Return the scopes in which other brokers want this one to look; does not block."""
     conn.poll()
     found = []
     while conn.notifies:
-        names, _, rest = conn.notifies.pop(0).payload.partition("|")
-        asked, _, scope = rest.partition("|")
-        if (names == "*" or instance in names.split()) and _NUMBER.fullmatch(asked):
-            found.append((scope, int(asked)))
+        notify = conn.notifies.pop(0)
+        if (fields := _PAYLOAD.fullmatch(notify.payload)) is None:
+            continue
+        names, asked, sender, held, wanted, scope = fields.groups()
+        if names == "*" or instance in names.split():
+            host = HostShare(sender, int(held), int(wanted))
+            found.append((scope, Wakeup(int(asked), host, notify.pid)))
     return found
 
 
@@ -378,6 +387,7 @@ def _notify_sql(names: tuple[str, ...]) -> str:
     return "SELECT pg_notify(%(channel)s, %(payload)s);" if names else ""
 
 
-def _payload(scope: str, names: tuple[str, ...], asked: int = 0) -> str:
+def _payload(scope: str, names: tuple[str, ...], me: HostShare, asked: int = 0) -> str:
     listed = " ".join(names)
-    return f"{listed if len(listed) < _MOST_PAYLOAD - 4 * len(scope) else '*'}|{asked}|{scope}"
+    told = f"{asked}|{me.instance}|{me.held}|{me.wanted}|{scope}"
+    return f"{listed if len(listed) < _MOST_PAYLOAD - 4 * len(told) else '*'}|{told}"
