@@ -6,6 +6,7 @@ another after its client has gone.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,7 +54,12 @@ def test_workers_that_are_killed_while_they_connect_cost_no_slot(
         server_in_a_thread(address, max_conn=LIMIT, dsn=postgres.dsn, ttl_s=1.5),
         BackendSampler(postgres.dsn, "sharedpool killed [%") as sampler,
     ):
-        settings = {"broker": address, "dsn": slow.dsn, "max_conn": LIMIT, "name": "killed"}
+        settings: dict[str, Any] = {
+            "broker": address,
+            "dsn": slow.dsn,
+            "max_conn": LIMIT,
+            "name": "killed",
+        }
         for number in range(1, LIMIT + 1):
             with Worker(prefix=prefix, **settings) as victim:
                 victim.send("get", name="x", timeout=20)

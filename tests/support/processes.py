@@ -19,6 +19,7 @@ import psycopg2
 import pytest
 
 from sharedpool.descriptors.readable import readable
+from tests.support.fork_server import ForkedProgram
 
 # Read before the tests hide the environment from themselves: `tox -e long`.
 LONG = os.environ.get("SHAREDPOOL_FAULTS") == "long"
@@ -104,10 +105,19 @@ class Worker:
 
     program = Path(__file__).with_name("worker.py")
 
-    def __init__(self, *, prefix: Sequence[str] = (), **settings: Any) -> None:
-        """Start the process; `prefix` is a command that runs it, and `pid` is then the prefix's."""
+    def __init__(self, *, prefix: Sequence[str] = (), fresh: bool = False, **settings: Any) -> None:
+        """Start the process.
+
+        `prefix` is a command that runs it, and `pid` is then the prefix's. `fresh`: it imports
+        everything itself, instead of being a fork of a process that has done so.
+        """
         self._read = ""
-        self._process = Piped(*prefix, sys.executable, str(self.program), json.dumps(settings))
+        text = json.dumps(settings)
+        self._process: Piped | ForkedProgram
+        if prefix or fresh:
+            self._process = Piped(*prefix, sys.executable, str(self.program), text)
+        else:
+            self._process = ForkedProgram(self.program, text)
 
     @property
     def pid(self) -> int:
