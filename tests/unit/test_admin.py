@@ -14,11 +14,6 @@ from tests.unit.ledger_driver import Broker, give_up_idle, order
 
 
 @pytest.fixture
-def broker() -> Broker:
-    return Broker()
-
-
-@pytest.fixture
 def desk(broker: Broker) -> Desk:
     return Desk(broker)
 

@@ -53,9 +53,8 @@ from sharedpool.wire.messages import (
 from sharedpool.wire.reports import PoolReport
 from sharedpool.wire.values import Histogram, LeaseReport, Phase, PoolSpec, Timings, Token
 from tests.unit.desk_driver import Desk
-from tests.unit.ledger_driver import Broker, Worker
+from tests.unit.ledger_driver import EPOCH, Broker, Worker
 from tests.unit.restarts import journal_of, members_of, moved, successor
-from tests.unit.test_recovery import EPOCH
 
 VERSION = PROTOCOL_VERSION
 NOTHING = Order(VERSION, OrderKind.RESUME, "nobody's")
