@@ -193,7 +193,7 @@ HANDOVER_BUGS = (
                 "lease.unconfirmed_since = now",
             ),
         ),
-        ("tests/unit/test_moves.py", "-k", "has_not_arrived"),
+        ("tests/unit/test_moves_in_transit.py", "-k", "has_not_arrived"),
     ),
     Mutant(
         "what was passed in the lane is ended before it can have arrived",
@@ -204,7 +204,7 @@ HANDOVER_BUGS = (
                 "            if lease:\n",
             ),
         ),
-        ("tests/unit/test_moves.py", "-k", "quarter_of_a_second"),
+        ("tests/unit/test_moves_in_transit.py", "-k", "quarter_of_a_second"),
     ),
     Mutant(
         "what is on nobody's shelf is never ended",
@@ -215,7 +215,7 @@ HANDOVER_BUGS = (
                 "pass",
             ),
         ),
-        ("tests/unit/test_moves.py", "-k", "never_reached_the_shelf"),
+        ("tests/unit/test_moves_shelf.py", "-k", "never_reached_the_shelf"),
     ),
     Mutant(
         "connections move again before the shelf was looked at",
@@ -226,7 +226,7 @@ HANDOVER_BUGS = (
                 "return True or not any(",
             ),
         ),
-        ("tests/unit/test_moves.py", "-k", "searched_for_its_connection"),
+        ("tests/unit/test_moves_dead_workers.py", "-k", "searched_for_its_connection"),
     ),
     Mutant(
         "a later broker does not know how often a lease has moved",
@@ -237,12 +237,12 @@ HANDOVER_BUGS = (
                 ", granted_at=now",
             ),
         ),
-        ("tests/unit/test_moves.py", "-k", "later_broker"),
+        ("tests/unit/test_moves_restart_claims.py", "-k", "later_broker"),
     ),
     Mutant(
         "who had a lease before is believed to have it now",
         (("sharedpool/broker/core/in_transit.py", " or not newer or ", " or "),),
-        ("tests/unit/test_moves.py", "-k", "fewer_moves"),
+        ("tests/unit/test_moves_restart_claims.py", "-k", "fewer_moves"),
     ),
     Mutant(
         "a former holder's late word takes a lease from its next",
@@ -253,7 +253,7 @@ HANDOVER_BUGS = (
                 "return lease is None and",
             ),
         ),
-        ("tests/unit/test_moves.py", "-k", "late_message"),
+        ("tests/unit/test_moves_board.py", "-k", "late_message"),
     ),
     Mutant(
         "what is kept for a slice of time is forgotten when another one is given",
@@ -276,7 +276,7 @@ HANDOVER_BUGS = (
                 "lane.indices.discard(session.index)\n",
             ),
         ),
-        ("tests/unit/test_moves.py", "-k", "index_is_used_again"),
+        ("tests/unit/test_moves_lane.py", "-k", "index_is_used_again"),
     ),
     Mutant(
         "connections move past a slot that is free",
@@ -287,7 +287,7 @@ HANDOVER_BUGS = (
                 "pool.parked",
             ),
         ),
-        ("tests/unit/test_moves.py", "-k", "something_else and slot"),
+        ("tests/unit/test_moves_begin_and_halt.py", "-k", "something_else and slot"),
     ),
     Mutant(
         "what has come in the lane and was not taken in is not listed",
