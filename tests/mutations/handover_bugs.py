@@ -64,7 +64,7 @@ HANDOVER_BUGS = (
                 "if not waiter:",
             ),
         ),
-        ("tests/unit/test_ledger_handover.py", "-k", "worth_a_moment"),
+        ("tests/unit/test_ledger_handover_recalls.py", "-k", "worth_a_moment"),
     ),
     Mutant(
         "a connection to one database is handed to a process that wants another",
