@@ -48,7 +48,7 @@ HANDOVER_BUGS = (
                 "        if not waiter:\n",
             ),
         ),
-        ("tests/unit/test_cache_handover.py", "-k", "served_by_either"),
+        ("tests/unit/test_cache_lane.py", "-k", "served_by_either"),
     ),
     Mutant(
         "an invitation to the lane that comes before the WELCOME is declined",
@@ -298,7 +298,7 @@ HANDOVER_BUGS = (
                 "lease_reports(self._leases.values(), now, threads)",
             ),
         ),
-        ("tests/unit/test_cache_handover.py", "-k", "not_taken_in_is_listed"),
+        ("tests/unit/test_cache_lane.py", "-k", "not_taken_in_is_listed"),
     ),
     Mutant(
         "who waits in the lane is served before his turn",
@@ -309,6 +309,6 @@ HANDOVER_BUGS = (
                 "            if waiter:\n",
             ),
         ),
-        ("tests/unit/test_cache_handover.py", "-k", "before_its_turn"),
+        ("tests/unit/test_cache_lane.py", "-k", "before_its_turn"),
     ),
 )

@@ -54,7 +54,7 @@ WORKER_BUGS = (
                 "        else:\n",
             ),
         ),
-        ("tests/model", "tests/unit/test_cache.py"),
+        ("tests/model", "tests/unit/test_cache_grants.py"),
     ),
     Mutant(
         "a wait socket is free while an answer may still come",
@@ -70,7 +70,7 @@ WORKER_BUGS = (
                 "return self.answered or self.denial is not None",
             ),
         ),
-        ("tests/unit/test_cache.py",),
+        ("tests/unit/test_cache_reports.py",),
     ),
     Mutant(
         "who gives a connection claims it still",
@@ -81,7 +81,7 @@ WORKER_BUGS = (
                 "if False",
             ),
         ),
-        ("tests/unit/test_cache.py",),
+        ("tests/unit/test_cache_reports.py",),
     ),
     Mutant(
         "a dead idle connection is connected again under its old lease",
@@ -106,7 +106,7 @@ WORKER_BUGS = (
                 "now",
             ),
         ),
-        ("tests/unit/test_cache.py", "-k", "along_with_a_welcome"),
+        ("tests/unit/test_cache_grants.py", "-k", "along_with_a_welcome"),
     ),
     Mutant(
         "under gevent the link blocks the hub",
