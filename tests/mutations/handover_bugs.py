@@ -80,7 +80,7 @@ HANDOVER_BUGS = (
     Mutant(
         "a connection whose socket finds no descriptor is waited for",
         (("sharedpool/lane/lane.py", "            self._refuse(moved)\n", "            pass\n"),),
-        ("tests/unit/test_lane_ends.py", "-k", "not_as_it_should_be"),
+        ("tests/unit/test_lane_dropped_packets.py", "-k", "not_as_it_should_be"),
     ),
     Mutant(
         "in the lane the board is written after the connection was sent",
@@ -135,7 +135,7 @@ HANDOVER_BUGS = (
     Mutant(
         "in the lane a connection of an older generation is taken in",
         (("sharedpool/lane/lane.py", " and moved.live.generation == self.board.generation", ""),),
-        ("tests/unit/test_lane_ends.py", "-k", "dropped and generation"),
+        ("tests/unit/test_lane_dropped_packets.py", "-k", "dropped and generation"),
     ),
     Mutant(
         "in the lane a full shelf keeps what was not laid there",
@@ -160,7 +160,7 @@ HANDOVER_BUGS = (
                 "return self.open",
             ),
         ),
-        ("tests/unit/test_lane_ends.py", "-k", "somebody_elses"),
+        ("tests/unit/test_lane_closing.py", "-k", "somebody_elses"),
     ),
     Mutant(
         "what moves is given before its reset's answer is read",
