@@ -264,7 +264,7 @@ HANDOVER_BUGS = (
                 "if self._timer is not None:",
             ),
         ),
-        ("tests/unit/test_mover.py", "-k", "leaves_the_timer_set"),
+        ("tests/unit/test_mover_slices.py", "-k", "leaves_the_timer_set"),
     ),
     Mutant(
         "in the lane the turns of a dead process go on",
