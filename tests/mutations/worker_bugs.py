@@ -136,7 +136,7 @@ WORKER_BUGS = (
                 "",
             ),
         ),
-        ("tests/integration/test_shells.py", "-k", "fast_path"),
+        ("tests/integration/test_kept_references.py", "-k", "fast_path"),
     ),
     Mutant(
         "a shell keeps the codec of its former session",
@@ -158,7 +158,7 @@ WORKER_BUGS = (
                 "",
             ),
         ),
-        ("tests/integration/test_shells.py", "-k", "own_class"),
+        ("tests/integration/test_shells_own_class.py", "-k", "own_class"),
     ),
     Mutant(
         "the answer to a reset is not read",
