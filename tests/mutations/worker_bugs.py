@@ -95,7 +95,7 @@ WORKER_BUGS = (
                 "            conn.sharedpool_close()\n            lease.conn = None\n",
             ),
         ),
-        ("tests/integration/test_pool.py", "-k", "without_the_brokers_word"),
+        ("tests/integration/test_pool_clean_connections.py", "-k", "without_the_brokers_word"),
     ),
     Mutant(
         "a grant that came with a WELCOME counts from then on",
