@@ -21,15 +21,12 @@ from sharedpool.worker.core.lease import Waiter
 from tests.model.desk import Giving, Lack
 from tests.model.moving import LaneGiving, Thread
 from tests.model.network import Line
+from tests.model.peace import check_all_slots_can_be_had, heal, let_pass, quiesce
 from tests.model.promises import (
     check,
-    check_all_slots_can_be_had,
     check_lanes_are_empty,
     check_nobody_waits_in_vain,
     check_nothing_is_kept_back,
-    heal,
-    let_pass,
-    quiesce,
 )
 from tests.model.scale import LIMITS, TTL_S
 from tests.model.server import Stage
