@@ -12,7 +12,7 @@ from sharedpool.wire.desk import Moved
 from sharedpool.wire.values import Token
 from tests.model.control import ControlConnection
 from tests.model.lane import End, Grip, Lane, MovingConnection
-from tests.model.moving import run
+from tests.model.lane_threads import run
 from tests.model.network import Packet
 from tests.model.server import Proc
 

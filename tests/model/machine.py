@@ -19,7 +19,7 @@ from sharedpool.wire.admin import Order, OrderKind
 from sharedpool.wire.messages import START_UP_LIMIT_S, ReleaseReason
 from sharedpool.worker.core.lease import Waiter
 from tests.model.desk import Giving, Lack
-from tests.model.moving import LaneGiving, Thread
+from tests.model.lane_threads import LaneGiving, Thread
 from tests.model.network import Line
 from tests.model.peace import check_all_slots_can_be_had, heal, let_pass, quiesce
 from tests.model.promises import (

@@ -10,7 +10,7 @@ from sharedpool.broker.core.records import Lease
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.values import Token
 from tests.model.broker import Broker
-from tests.model.moving import Thread
+from tests.model.lane_threads import Thread
 from tests.model.scale import LIMITS
 from tests.model.server import Proc, Stage
 from tests.model.worker import Worker
