@@ -3,21 +3,17 @@
 import os
 import socket
 import tempfile
-import threading
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import psycopg2
 import pytest
-import zmq
 
 import sharedpool
 from sharedpool.cli.client import fetch_report
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
-from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_operator, decode_to_worker, encode
+from sharedpool.wire.codec import MAX_FRAME_BYTES, decode_to_worker, encode
 from sharedpool.wire.desk import Deposit
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
@@ -30,16 +26,12 @@ from sharedpool.wire.messages import (
     Renew,
     Welcome,
 )
-from sharedpool.wire.reports import Status
 from sharedpool.wire.values import Backend, PoolSpec, Token
+from tests.integration.strangers import hello
 from tests.support.broker_thread import line_to, server_in_a_thread
 from tests.support.ports import free_port
 from tests.support.processes import Worker
 from tests.support.waiting import wait_until
-
-
-def hello(pool: str, version: int = PROTOCOL_VERSION) -> bytes:
-    return encode(Hello(version, os.getpid(), "", "bare", PoolSpec(pool, 3, 60_000)))
 
 
 def test_no_command_uses_a_zeromq_name_that_another_peer_may_have(runtime_dir: Path) -> None:
@@ -285,182 +277,3 @@ def test_by_tcp_a_pid_counts_only_where_it_means_the_same_process(
             "bare",
             "bare",
         ]
-
-
-def rss_kib(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1])
-    raise AssertionError("no VmRSS")
-
-
-def test_a_worker_that_stops_reading_cannot_grow_the_broker(
-    postgres: EphemeralPostgres, runtime_dir: Path
-) -> None:
-    """It asks and asks, and never takes an answer."""
-    with (
-        sharedpool.start_broker(3, dsn=postgres.dsn) as broker,
-        line_to(broker.address, b"deaf") as deaf,
-        Worker(dsn=postgres.dsn, broker=broker.address) as worker,
-    ):
-        deaf.setsockopt(zmq.RCVHWM, 1)
-        deaf.send(hello("deaf"))
-
-        def ask(times: int) -> None:
-            for number in range(times):
-                deaf.send(encode(Renew([], Token(1, 1), pending=[number])))
-            assert fetch_report(broker.address, timeout_s=30).sessions  # it has taken them all in
-
-        ask(5_000)
-        before = rss_kib(broker.pid)
-        ask(40_000)
-        assert rss_kib(broker.pid) - before < 4096
-        assert "backend" in worker.ask("get", name="x", timeout=10)
-
-
-def test_a_peer_that_reads_no_answers_is_sent_no_more_of_them(
-    postgres: EphemeralPostgres, runtime_dir: Path
-) -> None:
-    """A report of many pools is big, and libzmq keeps a thousand for each line."""
-    with (
-        sharedpool.start_broker(3, dsn=postgres.dsn) as broker,
-        line_to(broker.address, b"deaf") as deaf,
-        ExitStack() as stack,
-    ):
-        for number in range(40):
-            line = stack.enter_context(line_to(broker.address))
-            name = f"{number} {'p' * 5000}"
-            line.send(
-                encode(Hello(PROTOCOL_VERSION, 1, "h" * 5000, "t" * 5000, PoolSpec(name, 1, 1000)))
-            )
-        wait_until(lambda: len(fetch_report(broker.address).sessions) == 40)
-        report = fetch_report(broker.address)
-        assert {(len(session.host), len(session.title)) for session in report.sessions} == {
-            (255, 255)
-        }
-        assert len(encode(report)) > 200_000
-        deaf.setsockopt(zmq.RCVHWM, 1)
-        before = rss_kib(broker.pid)
-        for _ in range(2_000):
-            deaf.send(encode(Status(PROTOCOL_VERSION, 500)))
-        assert fetch_report(broker.address, timeout_s=30).sessions  # it has taken them all in
-        assert (
-            rss_kib(broker.pid) - before < 32_000
-        )  # 2,000 answers would be 800 MB, a thousand half of that
-        for number in range(20):  # who reads goes on being answered
-            assert decode_to_operator(deaf.recv())
-            deaf.send(encode(Status(PROTOCOL_VERSION, read=number + 1)))
-
-
-def test_garbage_does_not_fill_the_log(
-    postgres: EphemeralPostgres, runtime_dir: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with sharedpool.start_broker(3, dsn=postgres.dsn) as broker, line_to(broker.address) as line:
-        for number in range(5_000):
-            line.send(b"garbage %d" % number)
-            if number % 10 == 0:
-                line.send_multipart([b"three", b"frames"])
-        assert fetch_report(broker.address, timeout_s=30).sessions == []
-        with closing(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) as packets:
-            packets.connect(f"{broker.address.removeprefix('ipc://')}.desk")
-            for _ in range(1_000):
-                packets.send(b"garbage")
-        assert fetch_report(broker.address, timeout_s=30).sessions == []
-    lines = capfd.readouterr().err.splitlines()
-    assert (
-        0 < sum("dropped" in each for each in lines) <= 30
-    )  # by kind, and a few in every ten seconds
-
-
-def test_no_more_may_wait_than_max_waiting(make_pool: Callable[..., sharedpool.Pool]) -> None:
-    pool = make_pool(max_conn=1, max_waiting=1, pool_manager=sharedpool.ThreadedConnectionPool)
-    conn = pool.get_conn()
-    waiting = threading.Thread(target=lambda: pool.put_conn(pool.get_conn(timeout=30)))
-    waiting.start()
-    wait_until(lambda: pool.stats().waiting == 1)
-
-    def crowded() -> bool:
-        """The first one's request may still be on its way."""
-        with pytest.raises((sharedpool.TooManyWaiting, sharedpool.PoolTimeout)) as caught:
-            pool.get_conn(timeout=0.01)
-        return isinstance(caught.value, sharedpool.TooManyWaiting) and "max_waiting" in str(
-            caught.value
-        )
-
-    wait_until(crowded)
-    pool.put_conn(conn)
-    waiting.join(20)
-    assert not waiting.is_alive()
-
-
-# --- connects that fail
-
-
-def test_a_connect_that_the_server_refuses_gives_its_slot_back_by_evidence(
-    broker: sharedpool.Broker, postgres: EphemeralPostgres
-) -> None:
-    pool = sharedpool.config_pool(
-        max_conn=1,
-        dsn=postgres.dsn,
-        dbname="no_such_database",
-        broker=broker.address,
-        name="refused",
-    )
-    for _ in range(
-        5
-    ):  # each needs the only slot; no other caller is to blame, so nothing is held back
-        with pytest.raises(psycopg2.OperationalError, match="does not exist"):
-            pool.get_conn(timeout=10)
-    assert sum(p.quarantined for p in fetch_report(broker.address).pools) == 0
-    pool.release_all()
-
-
-def test_a_connect_that_nobody_answers_goes_into_quarantine_and_comes_back(
-    postgres: EphemeralPostgres, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sharedpool.broker.core.leases.QUEUE_LIMIT_S", 1.0)  # ten seconds
-    address = f"ipc://{runtime_dir}/quarantine.sock"
-    with (
-        socket.create_server(("127.0.0.1", 0)) as silent,
-        server_in_a_thread(address, max_conn=1, dsn=postgres.dsn),
-        Worker(
-            host="127.0.0.1",
-            port=silent.getsockname()[1],
-            user="x",
-            dbname="x",
-            broker=address,
-            name="silent",
-        ) as worker,
-    ):
-        refused = worker.ask("get", name="x", timeout=1)
-        assert refused["error"] == "OperationalError"
-        assert "timeout expired" in refused["text"]
-        # Something may be in between, with a queue of its own.
-        wait_until(lambda: fetch_report(address).leases == 0, 20, "the quarantine to end")
-
-
-def test_while_the_server_is_away_every_caller_gets_its_error_at_once(runtime_dir: Path) -> None:
-    with EphemeralPostgres() as server, sharedpool.start_broker(3, dsn=server.dsn) as broker:
-        settings: dict[str, Any] = {"dsn": server.dsn, "broker": broker.address, "max_conn": 3}
-        with Worker(**settings) as a, Worker(**settings) as b:
-            a.ask("get", name="x")
-            a.ask("put", name="x")
-            server.shutdown("immediate")
-            # One that has just been put is not looked at; the broker tells of its end a moment
-            # later.
-            wait_until(
-                lambda: a.ask("stats")["idle"] == 0, what="the idle connection to be dropped"
-            )
-            errors = [worker.ask("get", name="x", timeout=20)["error"] for worker in (a, b, a, b)]
-            assert set(errors) <= {"OperationalError", "ServerUnavailable"}
-            assert "ServerUnavailable" in errors
-            server.start()
-            for worker, name in (
-                (a, "x"),
-                (b, "y"),
-                (b, "z"),
-            ):  # the second may come before the first one's word
-                wait_until(
-                    lambda w=worker, n=name: "backend" in w.ask("get", name=n, timeout=5),
-                    timeout_s=10,
-                )

@@ -1,17 +1,15 @@
-"""`psycopg2.connect` is wrapped, as agents do that trace statements: they see what they see with
-psycopg2.pool."""
+"""`psycopg2.connect` is wrapped, as agents do that trace statements: users have the wrapper's
+object, as with psycopg2's own pool."""
 
-import contextvars
 import dataclasses
 import gc
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psycopg2
-import psycopg2.extras
 import psycopg2.pool
 import pytest
 from psycopg2 import extensions, sql
@@ -20,122 +18,21 @@ from sharedpool import PgSimple, PoolExhausted, SharedPoolError, ThreadedConnect
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.worker.connection.handover import SUPPORTED
 from sharedpool.worker.pool import Pool
+from tests.integration.connect_wrappers import (
+    WRAPPERS,
+    AroundConnection,
+    around,
+    kind,
+    own_connect,
+    traced,
+    use,
+    wrapped,
+)
 from tests.support.fixture_types import Backends, MakePool
 from tests.support.processes import run_python
 from tests.support.sql import ask
-from tests.support.waiting import wait_until
 
-_trace: contextvars.ContextVar[list[tuple[Any, ...]] | None] = contextvars.ContextVar(
-    "trace", default=None
-)
-_own = psycopg2.connect
-
-
-def note(*event: Any) -> None:
-    if (trace := _trace.get()) is not None:
-        trace.append(event)
-
-
-class Around:
-    """An object around another: reading an attribute of it reads the other's."""
-
-    def __init__(self, inner: Any) -> None:
-        object.__setattr__(self, "inner", inner)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "inner"), name)
-
-
-class AroundCursor(Around):
-    def execute(self, query: Any, *values: Any) -> Any:
-        note("execute", query if isinstance(query, str) else "composed")
-        return self.inner.execute(query, *values)
-
-    def __enter__(self) -> "AroundCursor":
-        self.inner.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.inner.__exit__(*error)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.inner)
-
-
-class AroundConnection(Around):
-    def cursor(self, *args: Any, **kwargs: Any) -> AroundCursor:
-        return AroundCursor(self.inner.cursor(*args, **kwargs))
-
-    def commit(self) -> None:
-        note("commit")
-        self.inner.commit()
-
-    def rollback(self) -> None:
-        note("rollback")
-        self.inner.rollback()
-
-    def __enter__(self) -> "AroundConnection":
-        self.inner.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.inner.__exit__(*error)
-
-
-class Transparent(AroundConnection):
-    """One that takes attributes on for the connection too, and says that it is one: as wrapt's
-    proxies do."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.inner, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        delattr(self.inner, name)
-
-    @property
-    def __class__(self) -> Any:
-        return type(self.inner)
-
-    @__class__.setter
-    def __class__(self, value: Any) -> None:
-        raise TypeError
-
-
-class NotedCursor(extensions.cursor):
-    def execute(self, query: Any, values: Any = None) -> None:
-        note("execute", query if isinstance(query, str) else "composed")
-        super().execute(query, values)
-
-
-def by_object(kind: type[Around]) -> Callable[..., Any]:
-    def connect(*args: Any, **kwargs: Any) -> Any:
-        note("connect", kwargs.get("host"))
-        return kind(_own(*args, **kwargs))
-
-    return connect
-
-
-def by_cursor(*args: Any, **kwargs: Any) -> Any:
-    note("connect", kwargs.get("host"))
-    return _own(*args, **{**kwargs, "cursor_factory": NotedCursor})
-
-
-WRAPPERS = {
-    "object": by_object(AroundConnection),
-    "transparent object": by_object(Transparent),
-    "cursor": by_cursor,
-}
-
-
-@pytest.fixture(params=WRAPPERS)
-def wrapped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(psycopg2, "connect", WRAPPERS[request.param])
-    return str(request.param)
-
-
-@pytest.fixture
-def around(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(psycopg2, "connect", WRAPPERS["object"])
+__all__ = ["around", "wrapped"]  # pytest finds both here
 
 
 @pytest.fixture
@@ -148,34 +45,6 @@ def pair(make_pool: MakePool) -> Iterator[tuple[Pool, Pool]]:
         pool.put_conn(pool.get_conn())
     yield a, b
     b.release_all()
-
-
-def traced(run: Callable[[], object]) -> list[tuple[Any, ...]]:
-    """Return what is noted while `run` runs."""
-    events: list[tuple[Any, ...]] = []
-
-    def inside() -> None:
-        _trace.set(events)
-        run()
-
-    contextvars.copy_context().run(inside)
-    return events
-
-
-def kind(conn: object) -> type:
-    return type(conn)
-
-
-def use(pool: Any, times: int = 3) -> None:
-    for number in range(times):
-        conn = pool.getconn()
-        ask(conn)
-        if number == 0:
-            conn.commit()
-        elif number == 1:
-            conn.rollback()
-            ask(conn)
-        pool.putconn(conn)  # rolls back what is open
 
 
 def test_as_with_psycopg2s_pool(
@@ -291,7 +160,7 @@ def test_a_wrapped_connection_without_weak_references(
             return getattr(self.inner, name)
 
     monkeypatch.setattr(
-        psycopg2, "connect", lambda *args, **kwargs: Unreferable(_own(*args, **kwargs))
+        psycopg2, "connect", lambda *args, **kwargs: Unreferable(own_connect(*args, **kwargs))
     )
     pool = make_pool(max_conn=1)
     for _ in range(3):
@@ -390,119 +259,6 @@ def test_pgsimple_and_composed_statements(make_pool: MakePool, wrapped: str) -> 
             == "x"
         )
         assert db.fetchall("books", sql.SQL("count(*) AS n"))[0].n == 1
-
-
-def test_a_wrapper_that_makes_its_own_connection_is_refused(
-    make_pool: MakePool, backends: Backends, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pool = make_pool(max_conn=1)
-
-    def connect(*args: Any, **kwargs: Any) -> Any:
-        kwargs["connection_factory"] = psycopg2.extras.LoggingConnection
-        return _own(*args, **kwargs)
-
-    monkeypatch.setattr(psycopg2, "connect", connect)
-    with pytest.raises(SharedPoolError, match=r"ignores connection_factory=.*LoggingConnection"):
-        pool.get_conn()
-    assert_all_is_there_again(pool, backends, monkeypatch)
-
-
-def test_a_wrapper_that_hides_the_connection_is_refused(
-    make_pool: MakePool, backends: Backends, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Opaque:
-        def __init__(self, inner: Any) -> None:
-            self.cursor, self.close = inner.cursor, inner.close
-
-    pool = make_pool(max_conn=1)
-    monkeypatch.setattr(psycopg2, "connect", lambda *args, **kwargs: Opaque(_own(*args, **kwargs)))
-    with pytest.raises(SharedPoolError, match=r"Opaque.*does not pass on the attributes"):
-        pool.get_conn()
-    assert_all_is_there_again(pool, backends, monkeypatch)
-
-
-def test_a_wrapper_that_connects_twice_is_refused(
-    make_pool: MakePool, backends: Backends, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def connect(*args: Any, **kwargs: Any) -> Any:
-        _own(*args, **kwargs)
-        return _own(*args, **kwargs)
-
-    pool = make_pool(max_conn=1)
-    monkeypatch.setattr(psycopg2, "connect", connect)
-    with pytest.raises(SharedPoolError, match="connects twice"):
-        pool.get_conn()
-    assert_all_is_there_again(pool, backends, monkeypatch)
-
-
-def test_a_wrapper_that_tries_again_gets_the_first_error_again(
-    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tries: list[int] = []
-
-    def connect(*args: Any, **kwargs: Any) -> Any:
-        while True:
-            try:
-                tries.append(len(tries))
-                return _own(*args, **kwargs)
-            except psycopg2.OperationalError:
-                if len(tries) == 3:
-                    raise
-
-    wrong = make_pool(max_conn=1, dbname="there_is_none")
-    monkeypatch.setattr(psycopg2, "connect", connect)
-    with pytest.raises(psycopg2.OperationalError, match="there_is_none"):
-        wrong.get_conn()
-    assert tries == [0, 1, 2]
-    monkeypatch.setattr(psycopg2, "connect", _own)
-    with pytest.raises(psycopg2.OperationalError, match="there_is_none"):
-        wrong.get_conn(timeout=10)  # the slot is there
-
-
-def test_a_wrapper_that_fails_after_the_connect_costs_the_connection_alone(
-    make_pool: MakePool, backends: Backends, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def connect(*args: Any, **kwargs: Any) -> Any:
-        _own(*args, **kwargs)
-        raise KeyError("the agent's own")
-
-    pool = make_pool(max_conn=1)
-    monkeypatch.setattr(psycopg2, "connect", connect)
-    with pytest.raises(KeyError, match="the agent's own"):
-        pool.get_conn()
-    assert_all_is_there_again(pool, backends, monkeypatch)
-
-
-def assert_all_is_there_again(
-    pool: Pool, backends: Backends, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wait_until(lambda: not backends(pool), what="the backend's end")
-    monkeypatch.setattr(psycopg2, "connect", _own)
-    conn = pool.get_conn(timeout=10)
-    assert ask(conn) in backends(pool)
-    pool.put_conn(conn)
-
-
-def test_the_arguments_of_a_connect_are_those_that_the_pool_was_given(
-    make_pool: MakePool, postgres: EphemeralPostgres, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[Any, dict[str, Any]]] = []
-
-    def connect(dsn: Any = None, **kwargs: Any) -> Any:
-        seen.append((dsn, kwargs))
-        return _own(dsn, **kwargs)
-
-    monkeypatch.setattr(psycopg2, "connect", connect)
-    keywords = extensions.parse_dsn(postgres.dsn)
-    database = keywords.pop("dbname")
-    make_pool(dsn=None, database=database, password=lambda: "secret", **keywords).get_conn()
-    dsn, given = seen.pop()
-    assert dsn is None
-    assert given.items() >= {**keywords, "database": database, "password": "secret"}.items()
-    make_pool().get_conn()
-    dsn, given = seen.pop()
-    assert extensions.parse_dsn(dsn) == extensions.parse_dsn(postgres.dsn)
-    assert not given.keys() & {"host", "port", "user", "dbname", "database"}
 
 
 _CUSTOMIZED = """

@@ -1,5 +1,5 @@
-"""A broker process around the real ledger: what `server.py`, `desk.py`, `control.py` and
-`journal.py` do.
+"""A broker process around the real ledger: what `server.py` and `desk.py` do (its lanes:
+`lane_keeper.py`; its control connection: `control.py`).
 
 What the ledger's commands ask for is carried out by steps of the world, one by one. `fuse` kills
 the broker in the middle of a batch of commands: those before are carried out, those after are lost.
@@ -7,11 +7,8 @@ the broker in the middle of a batch of commands: those before are carried out, t
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from sharedpool.broker.core.commands import (
     Admit,
@@ -19,7 +16,6 @@ from sharedpool.broker.core.commands import (
     CloseLane,
     Command,
     Dismiss,
-    Entry,
     Erase,
     Fence,
     Forget,
@@ -29,7 +25,6 @@ from sharedpool.broker.core.commands import (
     JoinQueue,
     Log,
     MarkJournalComplete,
-    Member,
     OpenLane,
     PassOn,
     Process,
@@ -44,11 +39,8 @@ from sharedpool.broker.core.commands import (
 )
 from sharedpool.broker.core.ledger import Ledger
 from sharedpool.broker.core.moves import UNCLAIMED
-from sharedpool.broker.core.recovery import GRACE_OVER
 from sharedpool.broker.core.slot_states import SlotState
-from sharedpool.broker.core.slots import Slots
 from sharedpool.lane.lane import Ticket
-from sharedpool.wire import desk
 from sharedpool.wire.admin import Order, OrderKind
 from sharedpool.wire.board import BROKER_PLACE, BROKER_REQUEST, SHELF
 from sharedpool.wire.codec import decode_to_broker, decode_to_worker, encode
@@ -57,9 +49,8 @@ from sharedpool.wire.messages import Acquire, Grant, Hello, ToBroker
 from sharedpool.wire.reports import FromOperator
 from sharedpool.wire.values import Token
 from tests.model.desk import checked
-from tests.model.lane import End, Grip, Lane, MovingConnection
-from tests.model.moving import run
-from tests.model.network import Packet, Wire
+from tests.model.lane_keeper import LaneKeeper
+from tests.model.network import Wire
 from tests.model.scale import INSTANCE, LIMITS, TTL_S
 from tests.model.server import Proc
 
@@ -67,80 +58,17 @@ if TYPE_CHECKING:
     from tests.model.world import World
 
 
-class Journal:
-    """What outlives a broker."""
-
-    def __init__(self) -> None:
-        self.lines: list[Entry | Member | Token | bytes] = []
-        self.live: dict[Token, Entry] = {}
-        self.members: dict[bytes, Member] = {}  # of lanes
-        self.intact = False  # nobody has written it yet
-
-    def record(self, entry: Entry) -> None:
-        self.lines.append(entry)
-        self.live[entry.token] = entry
-
-    def erase(self, token: Token) -> None:
-        if self.live.pop(token, None) is not None:
-            self.lines.append(token)
-
-    def admit(self, member: Member) -> None:
-        self.lines.append(member)
-        self.members[member.session] = member
-
-    def dismiss(self, session: bytes) -> None:
-        if self.members.pop(session, None) is not None:
-            self.lines.append(session)
-
-    def damage(self, kept: int) -> None:
-        """Lose all but the first `kept` lines."""
-        self.lines = self.lines[: kept % (len(self.lines) + 1)]
-        self.intact = False
-
-    def reopen(self) -> list[Entry]:
-        """Read it as the next broker does."""
-        self.live, self.members = {}, {}
-        for line in self.lines:
-            if isinstance(line, Entry):
-                self.live[line.token] = msgspec.json.decode(msgspec.json.encode(line), type=Entry)
-            elif isinstance(line, Member):
-                self.members[line.session] = msgspec.json.decode(
-                    msgspec.json.encode(line), type=Member
-                )
-            elif isinstance(line, Token):
-                self.live.pop(line, None)
-            else:
-                self.members.pop(line, None)
-        self.lines = [*self.live.values(), *self.members.values()]
-        return list(self.live.values())
-
-    def vouch(self) -> None:
-        self.intact = True
-
-
-class Broker:
-    """One incarnation. `calls` are what other threads have to say, in order."""
+class Broker(LaneKeeper):
+    """One incarnation."""
 
     def __init__(self, world: World, epoch: int, *, follows: bool) -> None:
-        self.world = world
+        super().__init__(world)
         self.fuse: int | None = None
         self.cannot_pass = False  # what is to be passed on next: too many descriptors are under way
         self.watched: dict[bytes, Process] = {}
         self.custody: dict[Token, Proc] = {}
-        self.fences: dict[Token, Fence] = {}
-        self.looks: deque[SurveyServer] = deque()
-        self.doubts: deque[VerifyServer] = deque()
-        self.interferes: deque[CancelBackend] = deque()
-        self.calls: deque[Callable[[Ledger, float], list[Command]]] = deque()
-        self.boot = 0  # of the server the control connection is on; 0: not connected yet
         self.granted: dict[Token, tuple[bytes, int]] = {}
         self.arrivals: dict[str, list[tuple[bytes, int]]] = {}
-        self.lanes: dict[str, End] = {}
-        self.wait_sockets: dict[str, deque[Packet | None]] = {}
-        self.leaves_alone: set[str] = set()  # lanes in which connections move
-        self.desk_lines: dict[bytes, int] = {}  # the sessions' lines to the desk
-        self.invited: dict[bytes, InviteToLane] = {}  # who has not come to the desk yet
-        self.grip = Grip(b"broker")
         # What the present batch of commands grants.
         self._to_check: list[tuple[bytes, Grant | Moved]] = []
         self._handlers = self._make_handlers()
@@ -159,11 +87,6 @@ class Broker:
         self._intact = journal.intact
         self._entries, self._members = entries, list(journal.members.values())
         self._follows = follows
-
-    @property
-    def slots(self) -> Slots:
-        """The ledger's records: its pools, sessions and leases."""
-        return self.ledger._slots
 
     def take_over(self) -> None:
         """Begin where the former one ended."""
@@ -331,107 +254,6 @@ class Broker:
             self.world.passed += 1
         self._to_check.append((self.slots.leases[message.token].session.id, message))
 
-    # --- lanes
-
-    def _open_lane(self, pool: str, serial: int) -> None:
-        self._close_lane(pool)
-        lane = Lane(pool, self.ledger.epoch)
-        self.world.lanes.append(lane)
-        self.lanes[pool] = End(lane, SHELF, b"broker")
-        self.wait_sockets[pool] = lane.bind(SHELF, BROKER_PLACE)
-        self.calls.append(lambda ledger, now: ledger.lanes.opened(pool, serial, lane.board, now))
-
-    def _let_in(self, order: InviteToLane) -> None:
-        self.invited.pop(order.session, None)
-        number = self.desk_lines.get(order.session)
-        wire = next((wire for wire in self.world.network.wires if wire.number == number), None)
-        if wire is None:
-            self.invited[order.session] = order
-        elif (end := self.lanes.get(order.pool)) is not None:
-            wire.answer(
-                desk.LaneInvitation(order.session, order.member_number, order.index, "here"),
-                lane=end.lane,
-            )
-
-    def _to_lane(self, order: GiveInLane) -> None:
-        end, proc = self.lanes.get(order.pool), self.custody.get(order.token)
-        if (
-            end is None
-            or proc is None
-            or not run(end.give(MovingConnection(order.token, order.cell, order.live, proc)))
-        ):
-            moved = Moved(0, order.token, order.cell, 0, order.live)
-            self.calls.append(lambda ledger, now: ledger.lanes.full(order.pool, moved, now))
-
-    def _empty_later(self, pool: str) -> None:
-        if pool in self.lanes:
-            self.calls.append(lambda ledger, now: self._empty(pool))
-
-    def _take_later(self, pool: str, most: int) -> None:
-        self.calls.append(lambda ledger, now: self._take_from_shelf(pool, most))
-
-    def _take_from_shelf(self, pool: str, most: int) -> list[Command]:
-        commands: list[Command] = []
-        end = self.lanes.get(pool)
-        while (
-            end is not None
-            and end.board.moving
-            and most > 0
-            and (taken := run(end.take(self.grip))) is not None
-        ):
-            moved, proc = taken
-            proc.holders.discard(self.grip)
-            most -= 1
-            commands += self.ledger.lanes.found_on_shelf(pool, moved, self.world.now)
-        return (
-            commands
-            if most == 0
-            else commands + self.ledger.lanes.shelf_empty(pool, self.world.now)
-        )
-
-    def _empty(self, pool: str) -> list[Command]:
-        end = self.lanes.get(pool)
-        if end is None or end.board.moving:
-            return []
-        while (ticket := end.next_ticket()) is not None:
-            end.wake(ticket)
-        commands: list[Command] = []
-        while (taken := run(end.take(self.grip))) is not None:
-            moved, proc = taken
-            proc.holders.discard(self.grip)
-            commands += self.ledger.lanes.found_on_shelf(pool, moved, self.world.now)
-        return commands + self.ledger.lanes.shelf_empty(pool, self.world.now)
-
-    def _close_lane(self, pool: str) -> None:
-        self.leaves_alone.discard(pool)
-        if (end := self.lanes.pop(pool, None)) is not None:
-            del self.wait_sockets[pool]
-            end.close()
-
-    @property
-    def lanes_to_read(self) -> list[str]:
-        """Where `read_lane` has something to do."""
-        return [
-            pool
-            for pool, end in self.lanes.items()
-            if self.wait_sockets[pool]
-            or (pool not in self.leaves_alone and (end.lane.queue or end.lane.shelf))
-        ]
-
-    def read_lane(self, pool: str) -> None:
-        end, wait_socket = self.lanes[pool], self.wait_sockets[pool]
-        while wait_socket:
-            got = end.receive(wait_socket, self.grip)
-            if got is None:
-                continue
-            moved, proc = got
-            proc.holders.discard(self.grip)
-            self.execute(self.ledger.lanes.received(pool, moved, self.world.now))
-            if self.world.broker is not self or pool not in self.lanes:
-                return
-        if pool not in self.leaves_alone:
-            self.execute(self._empty(pool))
-
     def _line_ended(self, number: int) -> None:
         self.calls.append(lambda ledger, now: ledger.desk.line_closed(number, now))
 
@@ -570,84 +392,3 @@ class Broker:
             proc.holders.discard("custody")
         for pool in list(self.lanes):
             self._close_lane(pool)
-
-    # --- the control connection's thread
-
-    @property
-    def has_control_work(self) -> bool:
-        return bool(self.fences or self.looks or self.doubts or self.interferes)
-
-    def reach_server(self) -> bool:
-        """See whether the control connection works; remember every server it was on."""
-        server = self.world.server
-        if not server.up:
-            self.boot = 0
-            return False
-        self.boot = server.boot
-        self.world.seen_boots.add(server.boot)
-        return True
-
-    def work(self, pick: int) -> None:
-        """Do one of the control connection's jobs; what comes out is told to the ledger later."""
-        jobs: list[Fence | SurveyServer | VerifyServer | CancelBackend] = [*self.fences.values()]
-        if self.interferes:
-            jobs.append(self.interferes[0])
-        if self.looks:
-            jobs.append(self.looks[0])
-        if self.doubts:
-            jobs.append(self.doubts[0])
-        if not jobs:
-            return
-        match jobs[pick % len(jobs)]:
-            case VerifyServer() as doubt:
-                self._answer_doubt(doubt)
-            case CancelBackend() as order:
-                self._cancel(order)
-            case SurveyServer() as look:
-                if self.reach_server():
-                    self._survey(look)
-            case Fence() as fence:
-                if self.reach_server():
-                    self._end(fence)
-
-    def _cancel(self, order: CancelBackend) -> None:
-        """Now or never."""
-        self.interferes.popleft()
-        proc = self.world.server.find(order.backend) if self.reach_server() else None
-        if proc is not None and proc.busy and not order.trial:
-            lease = self.slots.leases.get(order.token)
-            assert lease is not None, f"a cancel for {order.token} hits another lease's query"
-            assert lease.session.id in proc.workers or not proc.workers, (
-                "a cancel hits another worker's query"
-            )
-            proc.busy = False
-        sent = None if proc is None else order.backend.pid % 5 > 0  # to some it may not
-        self.calls.append(lambda ledger, now: ledger.control.query_cancelled(order, sent, now))
-
-    def _answer_doubt(self, doubt: VerifyServer) -> None:
-        self.doubts.popleft()
-        before = self.boot
-        same = self.reach_server() and before == self.boot
-        self.calls.append(
-            lambda ledger, now: ledger.control.server_verified(
-                doubt.pool, doubt.generation, same, now
-            )
-        )
-
-    def _survey(self, look: SurveyServer) -> None:
-        self.looks.popleft()
-        survey = self.world.server.survey(look.serial, look.barrier, self.world.now)
-        if look.serial == GRACE_OVER and look.barrier:
-            self.world.excuse_unknowable()
-        self.calls.append(lambda ledger, now: ledger.control.surveyed(survey, now))
-
-    def _end(self, fence: Fence) -> None:
-        assert fence.backend is not None
-        if fence.backend.boot_us == self.boot:
-            proc = self.world.server.find(fence.backend)
-            if proc is not None:
-                self.world.server.end(proc)
-        elif fence.backend.boot_us not in self.world.seen_boots:
-            return  # it cannot tell
-        self.fences.pop(fence.token, None)
-        self.calls.append(lambda ledger, now: ledger.backend_gone(fence.token, now))

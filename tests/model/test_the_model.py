@@ -10,7 +10,7 @@ import pytest
 from hypothesis import Phase, given, seed, settings
 
 from sharedpool.wire.admin import Order, OrderKind
-from tests.model.machine import picks
+from tests.model.rules import picks
 from tests.model.world import World
 
 

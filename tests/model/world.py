@@ -10,7 +10,8 @@ import itertools
 from sharedpool.broker.core.commands import Process
 from sharedpool.wire.messages import Grant
 from sharedpool.wire.values import Token
-from tests.model.broker import Broker, Journal
+from tests.model.broker import Broker
+from tests.model.journal import Journal
 from tests.model.lane import Lane
 from tests.model.network import Line, Network, Wire
 from tests.model.scale import BEAT_S, GROUP_OF, GROUPS

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutations.gate import MUTANTS, ROOT, Mutant, plant
+from tests.mutations.gate import MUTANTS, ROOT, plant
+from tests.mutations.mutant import Mutant
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

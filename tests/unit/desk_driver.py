@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from sharedpool.broker.core.commands import PassOn
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.board import BOARD_BYTES, PLACES, Board
-from sharedpool.wire.desk import Give, Live, Moved
+from sharedpool.wire.desk import Give, Live, Moved, Passed
 from sharedpool.wire.messages import Acquire, ReleaseReason
 from sharedpool.wire.values import Token
 from tests.unit.ledger_driver import Broker, Worker
@@ -76,3 +78,13 @@ class Desk:
     def state(self, token: Token) -> SlotState:
         lease = self.broker.slots.leases.get(token)
         return SlotState.FREE if lease is None else lease.state
+
+
+def passed_with(moved: Moved) -> Passed:
+    assert moved.passed is not None
+    return moved.passed
+
+
+@pytest.fixture
+def broker() -> Broker:
+    return Broker(handover=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from sharedpool.broker.core.commands import Fence
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.admin import OrderKind
@@ -11,17 +9,6 @@ from sharedpool.wire.messages import Ack, Deny, DenyReason, Recall, ReleaseReaso
 from sharedpool.wire.values import Token
 from tests.unit.desk_driver import Desk
 from tests.unit.ledger_driver import Broker, give_up_idle, order
-
-
-@pytest.fixture
-def broker() -> Broker:
-    return Broker()
-
-
-@pytest.fixture
-def desk(broker: Broker) -> Desk:
-    return Desk(broker)
-
 
 # --- pause and resume
 

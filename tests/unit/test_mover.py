@@ -3,136 +3,35 @@ it says."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import struct
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
-import msgspec
 import pytest
 from psycopg2 import extensions
 
-from sharedpool.broker_location import GivenBroker
 from sharedpool.descriptors.readable import readable
-from sharedpool.descriptors.timer import Timer
 from sharedpool.lane import lane as lanes
-from sharedpool.lane.lane import Lane, MovingConnection
-from sharedpool.lane.wait_sockets import WaitSockets
-from sharedpool.postgres.conninfo import resolve
-from sharedpool.wire.board import PLACES, SHELF
-from sharedpool.wire.desk import Live
+from sharedpool.wire.board import PLACES
 from sharedpool.wire.messages import Release, ReleaseReason
-from sharedpool.wire.values import Backend, Phase, Token
-from sharedpool.worker.connection.connection import take_lease
-from sharedpool.worker.connection.handover import SUPPORTED, encoded_parameters, names_of_parameters
-from sharedpool.worker.connection.pooled import PooledConnection
-from sharedpool.worker.connection.server_facts import ServerFacts
+from sharedpool.wire.values import Phase
+from sharedpool.worker.connection.handover import SUPPORTED
 from sharedpool.worker.core.lease import Lease, Waiter
-from sharedpool.worker.local_pool import LocalPool
-from sharedpool.worker.mover import Mover
-from sharedpool.worker.session import Session
-from sharedpool.worker.settings import PoolConfig
 from tests.support.waiting import wait_until
+from tests.unit.mover_driver import DONE, LIVE, READY, Rig, rig
+
+__all__ = ["rig"]  # pytest finds it here
 
 pytestmark = pytest.mark.skipif(
     not (SUPPORTED and lanes.SUPPORTED), reason="connections cannot be handed over on this platform"
 )
 
-_SAID = {
-    b"server_version": b"16.2",
-    b"server_encoding": b"UTF8",
-    b"client_encoding": b"UTF8",
-    b"DateStyle": b"ISO, MDY",
-    b"TimeZone": b"UTC",
-    b"integer_datetimes": b"on",
-    b"standard_conforming_strings": b"on",
-}
-_NAMES = msgspec.msgpack.encode(ServerFacts("u", "d", "", 5432, "", False, "dbname=d", {}))
-LIVE = Live(
-    Backend(7, 1, 1, direct=True),
-    1,
-    encoded_parameters(tuple(map(_SAID.get, names_of_parameters))),
-    None,
-    _NAMES,
-)
-_DONE = b"C" + struct.pack("!i", 16) + b"DISCARD ALL\0"
-_READY = b"Z" + struct.pack("!i", 5) + b"I"
 _ERROR = b"E" + struct.pack("!i", 20) + b"SERROR\0C57014\0\0\0"
 _RESET = b"Q" + struct.pack("!i", 16) + b"DISCARD ALL\0"
-
-
-class Rig:
-    """A process in a lane, another one's end of it, and the server's ends of the connections that
-    move."""
-
-    def __init__(self) -> None:
-        config = PoolConfig(resolve(dsn="host=nowhere user=u dbname=d"), timeout=5.0)
-        self.local = LocalPool(config, GivenBroker("ipc:///nowhere"), Session, Mover)
-        self.local.messages.welcomed(1, 1, time.monotonic())
-        self.local.receiver.works = True  # it was seen to work here
-        self.fds = lanes.make()
-        self.lane = Lane([os.dup(fd) for fd in self.fds], 1)
-        self.other = Lane([os.dup(fd) for fd in self.fds], 2)
-        self.wait_sockets = WaitSockets(self.lane, 0, lambda moved, sock: sock.close())
-        self.mover = Mover(self.local, self.wait_sockets, self.lane, None)
-        self.lane.board.generation, self.lane.board.moving = 1, True
-        self.servers: dict[int, socket.socket] = {}
-
-    def give(self, said: bytes = _DONE + _READY, *, on_shelf: bool = True) -> Token:
-        """Have the other process give a connection, whose server has said this to its reset."""
-        serial = len(self.servers) + 1
-        token = Token(1, serial)
-        ours, self.servers[serial] = socket.socketpair()
-        self.servers[serial].sendall(said)
-        self.lane.board.enter(serial, token, 2, 0)
-        with ours:
-            assert self.other.give(MovingConnection(token, serial, LIVE, ours.fileno()))
-        assert not on_shelf or self.lane.board.holding(serial).holder == SHELF
-        return token
-
-    def take(self, wait_s: float = 0.3) -> PooledConnection | None:
-        return self.mover.take(wait_s, time.monotonic())
-
-    def lease(self, conn: PooledConnection) -> Lease:
-        lease = conn.sharedpool_lease
-        assert isinstance(lease, Lease)
-        return lease
-
-    def check_in(self, conn: PooledConnection) -> bool:
-        lease = self.lease(conn)
-        take_lease(conn)
-        return self.mover.give(lease, conn, time.monotonic())
-
-    def is_over(self, token: Token) -> bool:
-        """Return True if the connection's session has ended and nothing can be written to it."""
-        server = self.servers[token.serial]
-        with contextlib.suppress(ConnectionResetError):
-            while readable([server], 0):
-                if not server.recv(1000):
-                    return True
-        return False
-
-    def close(self) -> None:
-        self.wait_sockets.disown()
-        for lane in (self.lane, self.other):
-            lane.close()
-        for fd in self.fds:
-            os.close(fd)
-        for server in self.servers.values():
-            server.close()
-
-
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    rig = Rig()
-    yield rig
-    rig.close()
 
 
 def test_a_connection_on_the_shelf_after_the_ticket_was_written_is_found(rig: Rig) -> None:
@@ -182,10 +81,10 @@ def test_a_waiting_thread_leaves_when_connections_move_no_more(rig: Rig) -> None
 @pytest.mark.parametrize(
     "said",
     [
-        _ERROR + _READY,
-        _DONE + b"Z" + struct.pack("!i", 5) + b"T",
-        b"S" + struct.pack("!i", 22) + b"TimeZone\0Asia/Oslo\0" + _DONE + _READY,
-        _DONE,
+        _ERROR + READY,
+        DONE + b"Z" + struct.pack("!i", 5) + b"T",
+        b"S" + struct.pack("!i", 22) + b"TimeZone\0Asia/Oslo\0" + DONE + READY,
+        DONE,
         b"",
     ],
     ids=["an error", "a transaction", "another parameter", "half of it", "nothing"],
@@ -276,146 +175,6 @@ def test_an_unusual_connection_takes_the_slow_path_untouched(rig: Rig, case: str
     assert not rig.check_in(conn)
     assert not readable([rig.servers[1]], 0)  # nothing was sent
     assert (lease.phase, rig.local.cache.leases) == (Phase.IN_USE, {token: lease})
-
-
-# --- slices of time
-
-
-class Slicing(Rig):
-    """A process that keeps a connection for its slice of time, as it asks again at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.timer = Timer()
-        self.mover = Mover(self.local, self.wait_sockets, self.lane, self.timer)
-        (
-            self.local.membership.wait_sockets,
-            self.local.membership.mover,
-            self.local.hands_over,
-        ) = (
-            self.wait_sockets,
-            self.mover,
-            True,
-        )
-        self.local.cache.enter_lane(self.lane.board.moving_flag)
-
-    def steady(self) -> PooledConnection:
-        """Return a connection that was asked for as soon as the last one was gone, and has just
-        come."""
-        conn = self.take()
-        assert conn is not None
-        lease = self.lease(conn)
-        lease.idle_s, lease.arrived_at = (
-            0.0,
-            time.monotonic() + 60.0,
-        )  # however long the test is held up
-        return conn
-
-    def close(self) -> None:
-        self.timer.close()
-        super().close()
-
-
-@pytest.fixture
-def slicing() -> Iterator[Slicing]:
-    rig = Slicing()
-    yield rig
-    rig.close()
-
-
-def test_in_its_slice_it_is_kept_and_given_when_nobody_comes(slicing: Slicing) -> None:
-    slicing.give()
-    conn = slicing.steady()
-    assert slicing.check_in(conn)
-    assert len(slicing.local.cache.idle) == 1
-    assert readable([slicing.timer], 5.0)
-    slicing.timer.clear()
-    slicing.local.give_kept()
-    assert not slicing.local.cache.idle
-    taken = slicing.other.take_from_shelf()
-    assert taken is not None
-    taken[1].close()
-
-
-def test_a_thread_that_kept_one_in_vain_keeps_none_until_it_asks_at_once(slicing: Slicing) -> None:
-    """Two processes that take turns: each asks again soon after it has given, and
-    the other waits."""
-
-    def keeps(idle_s: float) -> bool:
-        slicing.give()
-        conn = slicing.steady()
-        slicing.lease(conn).idle_s = idle_s
-        assert slicing.check_in(conn)
-        kept = bool(slicing.local.cache.idle)
-        if not kept:
-            taken = slicing.other.take_from_shelf()
-            assert taken is not None
-            taken[1].close()
-        return kept
-
-    assert keeps(0.0005)
-    (lease,) = slicing.local.cache.idle
-    lease.since -= 60.0
-    slicing.local.give_kept()
-    taken = slicing.other.take_from_shelf()
-    assert taken is not None
-    taken[1].close()
-    assert not keeps(0.0005)
-    assert keeps(0.0)
-    (lease,) = slicing.local.cache.idle
-    lease.since = lease.arrived_at + 1.0  # it is asked for again
-    conn = cast(PooledConnection, slicing.local.cache.idle.pop().conn)
-    conn.sharedpool_lent = lease
-    assert slicing.check_in(conn)
-    assert keeps(0.0005)
-
-
-def test_after_its_slice_it_is_given(slicing: Slicing) -> None:
-    slicing.give()
-    conn = slicing.steady()
-    slicing.lease(conn).arrived_at -= 61.0
-    assert slicing.check_in(conn)
-    assert not slicing.local.cache.idle
-    assert not slicing.timer.armed
-
-
-def test_while_one_is_kept_the_others_checkin_leaves_the_timer_set(slicing: Slicing) -> None:
-    slicing.give()
-    slicing.give(on_shelf=False)
-    kept, given = slicing.steady(), slicing.steady()
-    slicing.lease(given).arrived_at -= 61.0
-    assert slicing.check_in(kept)
-    assert slicing.check_in(given)
-    assert len(slicing.local.cache.idle) == 1
-    assert slicing.timer.armed
-
-
-def test_a_connection_put_there_a_moment_ago_is_looked_at_again(slicing: Slicing) -> None:
-    """The timer was set for another one, before."""
-    slicing.give()
-    conn = slicing.steady()
-    assert slicing.check_in(conn)
-    slicing.timer.clear()
-    (lease,) = slicing.local.cache.idle
-    lease.since = time.monotonic() + 1.0  # however long the test is held up
-    slicing.local.give_kept()
-    assert list(slicing.local.cache.idle) == [lease]
-    assert slicing.timer.armed
-
-
-def test_a_timer_that_fires_meanwhile_is_set_again(slicing: Slicing) -> None:
-    slicing.give()
-    conn = slicing.steady()
-
-    class Idle(deque[Lease]):
-        def append(self, lease: Lease) -> None:
-            slicing.timer.clear()  # the link's thread, at this moment
-            slicing.local.give_kept()
-            super().append(lease)
-
-    slicing.local.cache.idle = Idle()
-    assert slicing.check_in(conn)
-    assert slicing.timer.armed
 
 
 @pytest.mark.parametrize("on_shelf", [True, False])

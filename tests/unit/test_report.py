@@ -3,18 +3,14 @@ time."""
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
 from sharedpool.broker.core.commands import Log
-from sharedpool.wire.messages import Deny, Renew, ReportNow
+from sharedpool.wire.codec import encode
+from sharedpool.wire.messages import Deny, Renew, ReportNow, Welcome
 from sharedpool.wire.reports import MOST_LISTED, PoolReport
 from sharedpool.wire.values import LeaseReport, Phase
 from tests.unit.ledger_driver import Broker
-
-
-@pytest.fixture
-def broker() -> Broker:
-    return Broker()
 
 
 def pool_of(broker: Broker) -> PoolReport:
@@ -179,3 +175,30 @@ def test_a_great_many_workers_are_left_in_peace(broker: Broker) -> None:
     broker.take_in(broker.ledger.fresh_reports.request())
     assert broker.all(ReportNow) == []
     assert not broker.ledger.fresh_reports.awaited
+
+
+def test_times_that_no_clock_shows_can_be_told_to_others(broker: Broker) -> None:
+    """They are any 64 bits on the wire, and go on as seconds and back."""
+    most = 2**64 - 1
+    a, b = (
+        broker.worker("a", max_conn=1, expiration_ms=most),
+        broker.worker("b", expiration_ms=most),
+    )
+    token = a.lend()
+    a.ages[token] = most
+    a.beat()
+    request = b.ask()
+    a.answer()
+    denial = b.outcome(request)
+    assert isinstance(denial, Deny)
+    encode(denial)
+    for session in (a, b):
+        for welcome in session.sent(Welcome):
+            encode(welcome)
+    reports: list[Any] = [
+        *broker.ledger.report(broker.now),
+        broker.ledger.oldest_leases(9, broker.now),
+    ]
+    for report in reports:
+        for each in report:
+            encode(each)

@@ -1,0 +1,68 @@
+"""Several hosts and one limit: bugs of the shares."""
+
+from __future__ import annotations
+
+from tests.mutations.mutant import Mutant
+
+SHARING_BUGS = (
+    Mutant(
+        "a host's share grows by more than is free",
+        (
+            (
+                "sharedpool/broker/core/shares.py",
+                "taken = max(0, min(fair[mine] - now_held, free))",
+                "taken = max(0, fair[mine] - now_held)",
+            ),
+        ),
+        ("tests/unit/test_shares.py",),
+    ),
+    Mutant(
+        "a host gives back slots that are in use",
+        (
+            (
+                "sharedpool/broker/core/shares.py",
+                "now_held = min(held, claim.least)",
+                "now_held = min(held, claim.wanted)",
+            ),
+        ),
+        ("tests/unit/test_shares.py",),
+    ),
+    Mutant(
+        "a host whose session has ended is taken for gone at once",
+        (("sharedpool/broker/core/host_presence.py", "GONE_S = 1.0", "GONE_S = 0.0"),),
+        ("tests/unit/test_host_presence.py",),
+    ),
+    Mutant(
+        "the outcome of an older sync counts",
+        (
+            (
+                "sharedpool/broker/core/sharing.py",
+                "if share is None or share.pending != serial:",
+                "if share is None:",
+            ),
+        ),
+        ("tests/unit/test_share_outcomes.py",),
+    ),
+    Mutant(
+        "backends of brokers without a row are not counted",
+        (
+            (
+                "sharedpool/broker/core/host_presence.py",
+                "if instance not in rows",
+                "if instance in rows",
+            ),
+        ),
+        ("tests/unit/test_host_presence.py",),
+    ),
+    Mutant(
+        "a broker opens connections after it was suspended",
+        (
+            (
+                "sharedpool/broker/core/share_trust.py",
+                'self.freeze(share, now, "")',
+                "pass",
+            ),
+        ),
+        ("tests/unit/test_share_outcomes.py",),
+    ),
+)
