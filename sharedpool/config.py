@@ -82,7 +82,8 @@ def config_pool(
       `max_checkout_action="end"` the broker also ends the connection, and its user gets an
       `OperationalError`.
     - `time_slice`: how long a process that uses a connection without a pause may keep it while
-      others wait. Ten times as long where the connection would have to be closed.
+      others wait; for three uses, if that is no more than five times as long. Ten times as long
+      where the connection would have to be closed.
 
     What happens to a connection:
 

@@ -53,6 +53,9 @@ from sharedpool.worker.logs import logger
 # once.
 _SURE_GAP_S = 0.0002
 
+_USES = 3  # for which a slice has room, at least, where it is not to be
+_LONGEST = 5  # times `time_slice` for that
+
 _IN_USE, _IDLE, _CLOSING, _SHARED = Phase.IN_USE, Phase.IDLE, Phase.CLOSING, ReleaseReason.SHARED
 
 
@@ -98,7 +101,7 @@ class Mover:
         """
         cache, board = self._cache, self._board
         if (
-            now - lease.arrived_at < self._slice_s
+            now - lease.arrived_at < self._slice_for(now - lease.since)
             and lease.idle_s < self._gap_s
             and self._timer is not None
         ):
@@ -161,6 +164,14 @@ class Mover:
                 )
                 cache.timings.checked_in(used_s, cache.hits, out, typical=True)
         return True
+
+    def _slice_for(self, used_s: float) -> float:
+        """Return the time slice after a use of this length, in seconds.
+
+        A move costs as much on a slow or busy machine as some uses there. So a slice has room for
+        some uses, unless they are so long that a move costs little in comparison.
+        """
+        return max(self._slice_s, min(_USES * used_s, _LONGEST * self._slice_s))
 
     def note_kept_in_vain(self) -> None:
         """Record that a kept connection was not asked for again: from now on keep more rarely."""

@@ -122,6 +122,24 @@ def test_after_its_slice_it_is_given(slicing: Slicing) -> None:
     assert not slicing.timer.armed
 
 
+@pytest.mark.parametrize(
+    ("held_s", "used_s", "kept"),
+    [(20.0, 20.0, True), (32.0, 12.0, True), (40.0, 1.0, False), (60.0, 60.0, False)],
+)
+def test_a_slice_has_room_for_three_uses_that_are_not_too_long(
+    slicing: Slicing, held_s: float, used_s: float, kept: bool
+) -> None:
+    """A slice of ten seconds, so that the test may be held up."""
+    slicing.mover._slice_s = 10.0
+    slicing.give()
+    conn = slicing.steady()
+    lease = slicing.lease(conn)
+    now = time.monotonic()
+    lease.arrived_at, lease.since = now - held_s, now - used_s
+    assert slicing.check_in(conn)
+    assert bool(slicing.local.cache.idle) is kept
+
+
 def test_while_one_is_kept_the_others_checkin_leaves_the_timer_set(slicing: Slicing) -> None:
     slicing.give()
     slicing.give(on_shelf=False)
