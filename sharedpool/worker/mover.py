@@ -53,8 +53,8 @@ from sharedpool.worker.logs import logger
 # once.
 _SURE_GAP_S = 0.0002
 
-_USES = 3  # for which a slice has room, at least, where it is not to be
-_LONGEST = 5  # times `time_slice` for that
+_USES = 3  # for which a time slice has room,
+_LONGEST = 5  # unless they take longer than so many times `time_slice`
 
 _IN_USE, _IDLE, _CLOSING, _SHARED = Phase.IN_USE, Phase.IDLE, Phase.CLOSING, ReleaseReason.SHARED
 

@@ -53,7 +53,7 @@ HANDOVER_BUGS = (
     Mutant(
         "an invitation to the lane that comes before the WELCOME is declined",
         (("sharedpool/worker/session.py", " and local.registration.established:", ":"),),
-        ("tests/integration/test_lane.py", "-k", "invited"),
+        ("tests/unit/test_invitations.py",),
     ),
     Mutant(
         "a waiter that is being let into the lane has its connection ended",
@@ -310,5 +310,16 @@ HANDOVER_BUGS = (
             ),
         ),
         ("tests/unit/test_cache_lane.py", "-k", "before_its_turn"),
+    ),
+    Mutant(
+        "a list from before the last move counts as the arrival",
+        (
+            (
+                "sharedpool/broker/core/reconciler.py",
+                "if lease.unconfirmed and report.moves != max(0, lease.moves):",
+                "if False:",
+            ),
+        ),
+        ("tests/unit/test_moves_in_transit.py",),
     ),
 )

@@ -65,4 +65,37 @@ SHARING_BUGS = (
         ),
         ("tests/unit/test_share_outcomes.py",),
     ),
+    Mutant(
+        "whoever sends a NOTIFY is believed",
+        (
+            (
+                "sharedpool/broker/core/share_terms.py",
+                "return row.pid == self.pid and",
+                "return",
+            ),
+        ),
+        ("tests/unit/test_share_returns.py",),
+    ),
+    Mutant(
+        "a wake-up in the middle of a sync is lost",
+        (
+            (
+                "sharedpool/broker/core/share_returns.py",
+                "if share.pending:\n                continue",
+                "if share.pending:\n                del self._woken[share.key]\n                continue",
+            ),
+        ),
+        ("tests/unit/test_share_returns.py",),
+    ),
+    Mutant(
+        "a share is given back that is unused for a moment",
+        (
+            (
+                "sharedpool/broker/core/sharing.py",
+                " or now < share.emptied_at + _UNUSED_S:",
+                ":",
+            ),
+        ),
+        ("tests/unit/test_share_outcomes.py",),
+    ),
 )

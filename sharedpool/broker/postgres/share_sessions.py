@@ -25,6 +25,7 @@ from sharedpool.broker.core.commands import LeaveShare, SyncShare
 from sharedpool.broker.core.host_presence import SESSION_NAME, Presence
 from sharedpool.broker.core.ledger import LedgerCall
 from sharedpool.broker.core.share_terms import Failed, ShareKey, SyncFailure, Wakeup
+from sharedpool.broker.core.shares import Division
 from sharedpool.broker.postgres import share_table
 from sharedpool.broker.postgres.control_connection import error_text
 from sharedpool.broker.postgres.share_table import CannotShare, Registration
@@ -50,6 +51,15 @@ class _Session:
         self.others: dict[ShareKey, tuple[str, ...]] = {}  # at the last sync, by limit
         self.alone: set[ShareKey] = set()  # limits of which no other host had anything then
         self.lacking: set[ShareKey] = set()  # limits of which this host had less than is fair
+
+    def note(self, key: ShareKey, division: Division) -> None:
+        """Record what a sync has shown of a limit."""
+        self.alone.discard(key)
+        self.lacking.discard(key)
+        if division.alone:
+            self.alone.add(key)
+        if division.lacking:
+            self.lacking.add(key)
 
     def look(self, key: ShareKey) -> None:
         """See who is on the server, if that is not known from a moment ago.
@@ -211,11 +221,7 @@ class ShareSessions:
             decision = share_table.sync(session.conn, session.registration, order, session.presence)
             result = decision.result
             session.others[key] = tuple(host.instance for host in result.others)
-            for is_so, keys in (
-                (result.division.alone, session.alone),
-                (result.division.lacking > 0, session.lacking),
-            ):
-                keys.add(key) if is_so else keys.discard(key)
+            session.note(key, result.division)
             if decision.silent:
                 share_table.end_silent(session.conn, session.presence, key, decision.silent)
         except CannotShare as error:
