@@ -1,9 +1,9 @@
 """Many hosts and one limit, in random histories: never more than `max_conn`, over all hosts.
 
 Modelled (`hosts.py` and its neighbours): syncs in any order, late, lost before or after their
-commit; sessions that are lost; hosts that are frozen, cut off, killed; brokers that are killed and restarted, with their
-journal or without; a server that is restarted, with the table or without; late and lost NOTIFYs;
-connects that are under way for as long as they may be.
+commit; sessions that are lost; hosts that are frozen, cut off, killed; brokers that are killed and
+restarted, with their journal or without; a server that is restarted, with the table or without;
+late and lost NOTIFYs; connects that are under way for as long as they may be.
 
 After every step: the shares add up to no more than the limit, and there are no more connections,
 nor can there be without another sync. When the faults have stopped: every host is served as is

@@ -81,8 +81,8 @@ SHARING_BUGS = (
         (
             (
                 "sharedpool/broker/core/share_returns.py",
-                "if share.pending:\n                continue",
-                "if share.pending:\n                del self._woken[share.key]\n                continue",
+                "if share.pending:\n",
+                "if share.pending:\n                self._woken.clear()\n",
             ),
         ),
         ("tests/unit/test_share_returns.py",),
