@@ -165,6 +165,7 @@ class ShareRecords:
         for pool in self.pools(share):
             unused = pool.coming  # asked back, or being closed: no longer among the idle ones
             if not pool.moving:
+                unused += len(pool.parked)  # taken from the lane's shelf when the moves halted
                 since = now - (0.0 if share.checking > share.division.answered else _GAP_S)
                 unused += sum(
                     (now if x.idle_since is None else x.idle_since) <= since
@@ -172,7 +173,7 @@ class ShareRecords:
                 )
             # A worker may have lent what it was asked back for: then `coming` counts too many.
             wanted += max(0, len(pool.leases) - unused)
-            wanted += 0 if pool.paused else len(pool.waiters)
+            wanted += 0 if pool.paused else max(len(pool.waiters), _in_lane(pool))
         return wanted
 
     def allow(self, share: Share, allowed: int) -> None:
@@ -206,6 +207,16 @@ class ShareRecords:
         if max_conn not in (asked, known):
             text = "%s: its limit is %d for all hosts, not the %d that are asked for here"
             self._log(logging.WARNING, text, share.title, max_conn, asked)
+
+
+def _in_lane(pool: Pool) -> int:
+    """Return how many threads wait in a pool's lane while connections move.
+
+    The broker was not asked by most of them: a host whose connections move would want nothing more.
+    """
+    if not pool.moving or pool.lane is None:
+        return 0
+    return pool.lane.board.waiting(pool.lane.indices)
 
 
 def _scope(kind: str, name: str) -> str:
