@@ -100,10 +100,14 @@ class Mover:
         3. Send the reset, detach the session and give it (`_send`).
         """
         cache, board = self._cache, self._board
+        held_s = now - lease.arrived_at
         if (
-            now - lease.arrived_at < self._slice_for(now - lease.since)
-            and lease.idle_s < self._gap_s
+            lease.idle_s < self._gap_s
             and self._timer is not None
+            # A move costs as much on a slow or busy machine as some uses there. So a slice has room
+            # for some, unless they are so long that a move costs little in comparison.
+            and (held_s < self._slice_s or held_s < _USES * (now - lease.since))
+            and held_s < _LONGEST * self._slice_s
         ):
             if lease.since > lease.arrived_at:
                 self._gap_s = STEADY_GAP_S  # the kept connection was used again
@@ -164,14 +168,6 @@ class Mover:
                 )
                 cache.timings.checked_in(used_s, cache.hits, out, typical=True)
         return True
-
-    def _slice_for(self, used_s: float) -> float:
-        """Return the time slice after a use of this length, in seconds.
-
-        A move costs as much on a slow or busy machine as some uses there. So a slice has room for
-        some uses, unless they are so long that a move costs little in comparison.
-        """
-        return max(self._slice_s, min(_USES * used_s, _LONGEST * self._slice_s))
 
     def note_kept_in_vain(self) -> None:
         """Record that a kept connection was not asked for again: from now on keep more rarely."""

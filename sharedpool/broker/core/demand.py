@@ -122,3 +122,8 @@ def only_checkins_help(slots: Slots, pool: Pool) -> bool:
         or len(slots.pools) > 1
         or len(pool.leases) < min(pool.max_conn, pool.allowed)
     )
+
+
+def waiting_in_lane(pool: Pool) -> int:
+    """Return how many threads wait in a pool's lane, by the board."""
+    return 0 if pool.lane is None else pool.lane.board.waiting(pool.lane.indices)

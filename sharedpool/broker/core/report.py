@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
+from sharedpool.broker.core.demand import waiting_in_lane
 from sharedpool.broker.core.records import Lease, Pool, Session
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.broker.core.slots import Slots
@@ -86,7 +87,7 @@ def report_pool(pool: Pool) -> PoolReport:
         closing=states.count(SlotState.CLOSING),
         suspect=states.count(SlotState.SUSPECT),
         fencing=states.count(SlotState.FENCING),
-        waiting=len(pool.waiters) + _waiting_in_lane(pool),
+        waiting=len(pool.waiters) + waiting_in_lane(pool),
         grants=counters.grants,
         waits=counters.waits,
         denials=counters.denials,
@@ -109,10 +110,6 @@ def report_pool(pool: Pool) -> PoolReport:
 def _percentile_us(waited: Sequence[float], share: float) -> int:
     """Return the wait that `share` of those sorted waits did not exceed; -1 without any."""
     return round(waited[min(len(waited) - 1, int(share * len(waited)))] * 1e6) if waited else -1
-
-
-def _waiting_in_lane(pool: Pool) -> int:
-    return 0 if pool.lane is None else pool.lane.board.waiting(pool.lane.indices)
 
 
 def _on_shelf(pool: Pool) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from sharedpool.broker.core.context import Context
+from sharedpool.broker.core.demand import waiting_in_lane
 from sharedpool.broker.core.records import UNSHARED, Pool
 from sharedpool.broker.core.share_terms import NO_CHANGE, HostRow, ShareChange, ShareKey
 from sharedpool.broker.core.shares import Division, HostShare
@@ -173,7 +174,9 @@ class ShareRecords:
                 )
             # A worker may have lent what it was asked back for: then `coming` counts too many.
             wanted += max(0, len(pool.leases) - unused)
-            wanted += 0 if pool.paused else max(len(pool.waiters), _in_lane(pool))
+            # While connections move, most threads wait in the lane, and have asked no broker.
+            waiting = max(len(pool.waiters), waiting_in_lane(pool) if pool.moving else 0)
+            wanted += 0 if pool.paused else waiting
         return wanted
 
     def allow(self, share: Share, allowed: int) -> None:
@@ -207,16 +210,6 @@ class ShareRecords:
         if max_conn not in (asked, known):
             text = "%s: its limit is %d for all hosts, not the %d that are asked for here"
             self._log(logging.WARNING, text, share.title, max_conn, asked)
-
-
-def _in_lane(pool: Pool) -> int:
-    """Return how many threads wait in a pool's lane while connections move.
-
-    The broker was not asked by most of them: a host whose connections move would want nothing more.
-    """
-    if not pool.moving or pool.lane is None:
-        return 0
-    return pool.lane.board.waiting(pool.lane.indices)
 
 
 def _scope(kind: str, name: str) -> str:
