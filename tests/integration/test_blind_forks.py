@@ -12,10 +12,21 @@ from tests.support.processes import run_python
 # The parent has one connection out, with a temporary table and an open transaction, and one idle.
 # CHILD is run in a child process.
 SCRIPT = """
-import ctypes, os, sys
+import ctypes, glob, os, sys, time
 import psycopg2, sharedpool
 
+def switches():
+    own = f"/proc/self/task/{os.getpid()}/status"
+    others = sorted(set(glob.glob("/proc/self/task/*/status")) - {own})
+    lines = [line for path in others for line in open(path)]
+    return [line for line in lines if "ctxt_switches" in line]
+
 def fork():
+    # A thread that waited for the interpreter's lock would leave it unusable in the child. So all
+    # others must be asleep: none has been scheduled for a while.
+    before = None
+    while before != (before := switches()):
+        time.sleep(0.02)
     child = ctypes.PyDLL(None).fork()
     if child == 0:
         status = 1
