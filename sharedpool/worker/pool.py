@@ -42,9 +42,10 @@ class Pool:
     """Base class of both pools. Use `config_pool` to make one."""
 
     _one_thread = False
-    # The fast path's flag, `ForkSafeFlag.page`. Shut until `_allow_fast_path` opens it.
+    # The fast path's flag, `ForkSafeFlag.page`, and the cache that the fast path may use. Shut and
+    # None until `_allow_fast_path`.
     _fast_path: Any = b"\0"
-    _cache: Cache
+    _cache: Cache | None = None
 
     def __init__(self, config: PoolConfig, broker: BrokerLocation) -> None:
         self.config = config
@@ -55,6 +56,7 @@ class Pool:
 
     def _start(self) -> LocalPool:
         self._thread: int | None = None  # the one thread that a SimpleConnectionPool belongs to
+        self._cache = None
         local = LocalPool(self.config, self._broker, Session, Mover)
         if not self._one_thread:
             self._allow_fast_path(local)
@@ -102,7 +104,7 @@ class Pool:
         thread = get_ident()
         if self._fast_path[0] and key is None and (self._thread is None or self._thread == thread):
             lease: Any
-            cache = self._cache
+            cache: Any = self._cache
             try:
                 lease = cache.idle.pop()
             except IndexError:
@@ -212,19 +214,18 @@ class Pool:
         the pool is disposed of (the connection is closed all the same); `fail_silently` swallows
         both. An exception of `reset` is raised here.
         """
-        # The fast path, as in `get_conn`.
+        # The fast path, as in `get_conn`. Its flag is read only before others get the connection.
+        # A pool that was disposed of has taken the lease off, one that was replaced closes what is
+        # laid idle, and where a callback has to run there is no `_cache`. A forked child has a
+        # cache of its own, except after a fork that Python did not see. There it lays its parent's
+        # connection idle in a copy of its parent's cache, from which nobody takes.
         # 1. The connection is this pool's, was out for a moment only, and is clean.
         # 2. `del` takes the lease off it. Of two threads that put it back one gets an error.
         # 3. It goes to the lane if others wait there; else it is laid idle.
         # 4. Only then is it looked whether anybody wants it. A waiter that comes earlier is seen
         #    here, and one that comes later sees the idle connection.
-        if (
-            self._fast_path[0]
-            and key is None
-            and not close
-            and (self._thread is None or self._thread == get_ident())
-        ):
-            cache = self._cache
+        if key is None and not close and (self._thread is None or self._thread == get_ident()):
+            cache: Any = self._cache
             user_s: Any = conn
             try:
                 lease: Any = user_s.sharedpool_lent
@@ -243,6 +244,7 @@ class Pool:
                         note_wrapper(pooled, conn)
                     elif (
                         cache.moving_flag[0]
+                        and self._fast_path[0]
                         and not cache.returns_due
                         and self._local.membership.give(lease, user_s, now)
                     ):
@@ -259,7 +261,10 @@ class Pool:
             except AttributeError:
                 laid = False  # not checked out, or no pool's at all: `_claim` raises
             if laid:
-                self._local.after_fast_checkin(lease, now)
+                local = self._own_local()
+                if local.cache is not cache:
+                    claims.own(local, conn)  # raises: it is the parent's
+                local.after_fast_checkin(lease, now)
                 return
         local = self._own_local()
         if local.lock._is_owned() or claims.is_being_collected(conn):  # type: ignore[attr-defined]

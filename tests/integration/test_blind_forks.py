@@ -79,6 +79,9 @@ assert kept == sorted(pids), "the parent lost a session"
 pool.release_all()
 """
 
+# Makes the connection `idle` one that the fast path has lent.
+AGAIN = "pool.put_conn(idle)\nidle = pool.get_conn()\nassert pool._cache.hits == 1\n"
+
 CASES = {
     "get_conn": """
     conn = pool.get_conn(timeout=10)
@@ -152,4 +155,27 @@ def test_a_child_that_leaves_its_parents_block_neither_commits_nor_rolls_back(
         "held, idle = pool.get_conn(timeout=10), ",
         "block = pool.connection(timeout=10)\nheld, idle = block.__enter__(), ",
     )
+    run(script, postgres, broker)
+
+
+@pytest.mark.parametrize("wanted", [False, True], ids=["nobody wants it", "others wait"])
+def test_a_child_that_puts_back_its_parents_clean_connection_does_not_lend_it(
+    wanted: bool, postgres: EphemeralPostgres, broker: sharedpool.Broker
+) -> None:
+    """The fast path of `put_conn` does not see the fork, and need not."""
+    put = 'assert "belongs to process" in raises(sharedpool.PoolError, pool.put_conn, idle)'
+    child = f"""
+    parents = pool._local.cache
+    parents.returns_due, parents.moving_flag = {int(wanted)}, [{int(wanted)}]
+    parents.next_scavenge_at = float("inf")
+    {put if wanted else "pool.put_conn(idle)"}
+    assert len(parents.idle) == 1, "not the fast path"
+    conn = pool.get_conn(timeout=10)
+    assert pool._local.cache is not parents
+    assert answer(conn, "SELECT pg_backend_pid()") not in pids
+    pool.release_all()
+"""
+    script = SCRIPT.replace("    CHILD\n", child)
+    script = script.replace("pool.put_conn(idle)\ndel idle\n", AGAIN, 1)
+    script = script.replace("pool.put_conn(held)\n", "pool.put_conn(held)\npool.put_conn(idle)\n")
     run(script, postgres, broker)
