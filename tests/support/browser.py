@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sharedpool.descriptors.readable import readable
+from tests.support.waiting import wait_until
 
 PROGRAM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -35,6 +36,8 @@ class Page:
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
         self.call("Page.navigate", url=url)
+        loaded = f"location.href == {json.dumps(url)} && document.readyState == 'complete'"
+        wait_until(lambda: self.evaluate(loaded), timeout_s=_LIMIT_S, what=f"{url} to be loaded")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         return self._browser.call(method, self._session, **params)
