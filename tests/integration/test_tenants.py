@@ -86,8 +86,9 @@ def test_pools_of_one_name_in_several_databases_have_one_broker_and_a_limit_each
         with server_connection.cursor() as cursor:
             cursor.execute(
                 "SELECT datname, application_name FROM pg_stat_activity WHERE application_name "
-                "LIKE 'sharedpool %%'"
-                " AND application_name NOT LIKE 'sharedpool broker%%' ORDER BY datname"
+                "LIKE 'sharedpool %%' AND application_name NOT LIKE 'sharedpool broker%%'"
+                " AND datname = ANY(%s) ORDER BY datname",
+                [TENANTS],
             )
             rows = cursor.fetchall()
         assert [datname for datname, _ in rows] == TENANTS
